@@ -1,0 +1,45 @@
+# make setup | demo | test | lint: each sets up .venv first if it is not there yet.
+# Needs Python 3.10 to 3.13 and make; everything else is installed into .venv.
+
+PYTHON ?= python3
+VENV   := .venv
+ifeq ($(OS),Windows_NT)
+  BIN := $(VENV)/Scripts
+else
+  BIN := $(VENV)/bin
+endif
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test lint clean
+
+setup: $(READY)
+
+# The tested torch comes first: a CPU build of exactly this version, so that nothing else pulls
+# gigabytes of CUDA. To use your own CUDA or ROCm torch, see "Installing" in README.md.
+$(READY): pyproject.toml constraints.txt
+	@echo "== setting up $(VENV) with $$($(PYTHON) --version)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@echo "== $(VENV) is ready"
+	@touch $(READY)
+
+demo: $(READY)
+	@echo "== demo: makes a tiny model and clips in ./demo, trains a LoRA, samples a video"
+	$(BIN)/onewan demo --dir demo
+
+test: $(READY)
+	@echo "== tests"
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	@echo "== ruff, codespell, types, import contracts"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell src tests benchmarks docs README.md CONTRIBUTING.md CHANGELOG.md
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) demo

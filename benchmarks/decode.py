@@ -1,0 +1,192 @@
+"""How long 17 frames at 16 fps from the middle of a video take, against a bare PyAV loop.
+
+Makes clips of several lengths and key frame distances once, reads the same span with
+`onewan.media.read_frames` and with the shortest right loop over PyAV, in turns, and prints the
+medians. Exits with 1 when reading takes more than 1.2 times the bare loop, or when memory grows
+with the clip. Each length runs in a process of its own, so that its peak memory is its own.
+
+    python benchmarks/decode.py [--folder DIR] [--json FILE] [--repeats 15]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from fractions import Fraction
+from pathlib import Path
+from statistics import median
+
+import av
+import numpy as np
+
+from onewan.media import probe, read_frames
+
+FRAMES, FPS, SOURCE_FPS, SIZE = 17, 16, 24, (1280, 720)
+LIMIT = 1.2
+# RSS of a process varies by this much from run to run with the decoder's buffers.
+MEMORY_SLACK_MIB = 32
+
+
+def make_clip(path: Path, seconds: int, gop: int) -> None:
+    """Moving texture, grain and a drifting window: costs the decoder about what footage costs."""
+    width, height = SIZE
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 255, (height // 8 + 1, width // 4 + 1), np.uint8)
+    texture = np.kron(coarse, np.ones((8, 8), np.uint8))
+    partial = path.with_suffix(".partial.mp4")
+    with av.open(str(partial), "w", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream(
+            "libx264",
+            rate=SOURCE_FPS,
+            options={"crf": "23", "preset": "veryfast", "x264-params": f"keyint={gop}:scenecut=0"},
+        )
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for number in range(seconds * SOURCE_FPS):
+            left = number * 3 % width
+            luma = texture[:height, left : left + width] // 2 + np.uint8(60)
+            luma[::3, number % 7 :: 7] += np.uint8(rng.integers(0, 40))
+            chroma = np.full((height // 2, width), 90 + number % 60, np.uint8)
+            frame = av.VideoFrame.from_ndarray(np.concatenate([luma, chroma]), format="yuv420p")
+            frame.pts, frame.time_base = number, Fraction(1, SOURCE_FPS)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    os.replace(partial, path)
+
+
+def bare(path: Path, times: list[float]) -> np.ndarray:
+    """The shortest right loop: seek, decode the span, choose by timestamp, turn into RGB."""
+    chosen: list[np.ndarray] = []
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        container.seek(round(times[0] / stream.time_base), stream=stream)
+        previous = None
+        for frame in container.decode(stream):
+            while len(chosen) < len(times) and frame.time >= times[len(chosen)]:
+                wanted = times[len(chosen)]
+                nearer = frame
+                if previous is not None and wanted - previous.time <= frame.time - wanted:
+                    nearer = previous
+                chosen.append(nearer.to_ndarray(format="rgb24"))
+            if len(chosen) == len(times):
+                break
+            previous = frame
+    return np.stack(chosen)
+
+
+def peak_mib() -> float | None:
+    """Peak resident memory of this process in MiB; None where the system does not tell."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where getrusage would count the peak of the parent, too
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def measure(path: Path, repeats: int) -> dict[str, object]:
+    """Medians of both readers in turns, and the growth of peak memory in reading once."""
+    info = probe(path)
+    middle = (info.start + info.last) / 2
+    times = [middle + k / FPS for k in range(FRAMES)]
+    before = peak_mib()
+    read_frames(path, times)
+    after = peak_mib()
+    reference = bare(path, times).astype(np.int16)
+    difference = float(np.abs(read_frames(path, times) - reference).mean())
+    seconds: dict[str, list[float]] = {"onewan": [], "bare": []}
+    readers = [("onewan", read_frames), ("bare", bare)]
+    for _ in range(repeats):
+        readers.reverse()
+        for name, reader in readers:
+            begin = time.perf_counter()
+            reader(path, times)
+            seconds[name].append(time.perf_counter() - begin)
+    probes = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        probe(path)
+        probes.append(time.perf_counter() - begin)
+    # The median of the ratios, not the ratio of the medians: what else the machine does in the
+    # meantime slows both readings of a pair.
+    ratios = [
+        ours / theirs for ours, theirs in zip(seconds["onewan"], seconds["bare"], strict=True)
+    ]
+    return {
+        "clip": path.stem,
+        "onewan_s": median(seconds["onewan"]),
+        "bare_s": median(seconds["bare"]),
+        "ratio": median(ratios),
+        "probe_s": median(probes),
+        "mean_difference": difference,
+        "memory_mib": None if before is None or after is None else after - before,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Decoding speed and memory of onewan.media")
+    parser.add_argument("--folder", type=Path, help="where the clips are made and kept")
+    parser.add_argument("--json", type=Path, help="write the results here as well")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--seconds", type=int, nargs="+", default=[10, 60, 180])
+    parser.add_argument("--gops", type=int, nargs="+", default=[250, 30])
+    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)  # measures a single clip
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.one, args.repeats)))
+        return 0
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder: Path = args.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        results: list[dict[str, object]] = []
+        print(f"{'clip':>16} {'onewan s':>9} {'bare s':>9} {'ratio':>6} {'probe s':>8} {'MiB':>7}")
+        for gop in args.gops:
+            for seconds in args.seconds:
+                path = folder / f"gop{gop}_{seconds}s.mp4"
+                if not path.exists():
+                    make_clip(path, seconds, gop)
+                command = [sys.executable, __file__, "--one", str(path)]
+                command += ["--repeats", str(args.repeats)]
+                row = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+                results.append(row)
+                memory = "-" if row["memory_mib"] is None else f"{row['memory_mib']:.0f}"
+                print(
+                    f"{row['clip']:>16} {row['onewan_s']:9.3f} {row['bare_s']:9.3f} "
+                    f"{row['ratio']:6.2f} {row['probe_s']:8.4f} {memory:>7}"
+                )
+    return report(results, args.json)
+
+
+def report(results: list[dict[str, object]], destination: Path | None) -> int:
+    """Prints the verdict, writes the JSON if asked, and returns the exit status."""
+    worst = max(float(str(r["ratio"])) for r in results)
+    memory = [float(str(r["memory_mib"])) for r in results if r["memory_mib"] is not None]
+    growth = max(memory) - min(memory) if memory else 0.0
+    passed = worst <= LIMIT and growth <= MEMORY_SLACK_MIB
+    print(f"worst ratio {worst:.2f} (limit {LIMIT}), memory differs by {growth:.0f} MiB")
+    print("passed" if passed else "FAILED")
+    if destination is not None:
+        machine = {
+            "platform": platform.platform(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "av": av.__version__,
+        }
+        document = {"machine": machine, "results": results, "passed": passed}
+        destination.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What a run leaves on disk: its training state, and weights for other programs."""

@@ -1,0 +1,104 @@
+"""Training states on disk: whole or absent, verified, rotated.
+
+A state is a folder ``state/000500`` of files and a manifest with their sizes and digests. It is
+written under a temporary name and synced; the manifest is written last, then the folder renamed. A
+state that does not match its manifest is never loaded: the newest one that does is, and the damage
+is reported. What the files hold is the caller's business.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from onewan.errors import CheckpointError
+from onewan.files import TEMPORARY_PREFIX, file_digest, sync
+from onewan.runs.layout import RunLayout
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundState:
+    """The newest intact state of a run."""
+
+    step: int
+    folder: Path
+    damaged: tuple[str, ...]
+    """What is wrong with the newer ones that were passed over."""
+
+
+class StateStore:
+    """The states of one run; keeps the newest `keep`."""
+
+    def __init__(self, layout: RunLayout, keep: int) -> None:
+        self._layout = layout
+        self._keep = keep
+
+    def save(self, step: int, write: Callable[[Path], None]) -> Path:
+        """Let `write` fill a folder with the state after `step` steps, and make it durable.
+
+        Saving the same step again replaces the state. Older ones beyond `keep` are deleted, after
+        the new one is safe.
+        """
+        final = self._layout.state(step)
+        temporary = final.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{final.name}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        files = sorted(p for p in temporary.iterdir() if p.is_file())
+        manifest = {p.name: {"bytes": p.stat().st_size, "blake2b": file_digest(p)} for p in files}
+        for path in files:
+            sync(path)
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        sync(temporary / MANIFEST)
+        sync(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        sync(final.parent)
+        self._rotate()
+        return final
+
+    def newest(self) -> FoundState | None:
+        """The newest state that matches its manifest; None if the run has no state at all.
+
+        CheckpointError if there are states, but every one is damaged.
+        """
+        damaged: list[str] = []
+        for step in reversed(self._layout.saved_steps()):
+            folder = self._layout.state(step)
+            problem = _damage(folder)
+            if problem is None:
+                return FoundState(step=step, folder=folder, damaged=tuple(damaged))
+            damaged.append(f"{folder}: {problem}")
+        if damaged:
+            raise CheckpointError(
+                "no training state is intact; start a new run\n  " + "\n  ".join(damaged)
+            )
+        return None
+
+    def _rotate(self) -> None:
+        for step in self._layout.saved_steps()[: -self._keep]:
+            shutil.rmtree(self._layout.state(step))
+        for unfinished in self._layout.states_dir.glob(f"{TEMPORARY_PREFIX}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a state's files; None if nothing."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in manifest.items():
+            path = folder / name
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+            if file_digest(path) != expected["blake2b"]:
+                return f"{name} does not match its digest"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"unreadable ({error})"
+    return None

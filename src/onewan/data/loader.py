@@ -1,0 +1,163 @@
+"""`WanDataLoader`: entries -> batches, in an order that is computed and never remembered.
+
+Each expert goes through all clips on its own: its n-th micro-batch is a function of (seed, expert,
+n). So there is no cursor to save, a resumed run goes on exactly where it was, and alternating
+experts can't leave one of them with half the clips. Clips of one bucket (frames, size) share a
+batch; what is left over at the end of a pass makes a smaller one, so each pass sees every clip.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onewan.data.encode import EntrySource
+from onewan.data.index import Clip
+from onewan.model.experts import first_frame_channels
+from onewan.model.text import pad_text
+from onewan.seeds import derive_seed
+from onewan.variants import ExpertName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Clips of one bucket, ready to be noised. All tensors float32 but for the text."""
+
+    latents: Tensor
+    """[B, C, F, h, w], normalised."""
+    text: Tensor
+    """[B, 512, dim], zero-padded, in the text encoder's dtype."""
+    condition: Tensor | None
+    """[B, 20, F, h, w]: mask and latents of the first frame (I2V-A14B)."""
+    names: tuple[str, ...]
+    offset: int
+    """Index of its first clip within the step's global batch, which keys its randomness."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            latents=self.latents.to(device, non_blocking=True),
+            text=self.text.to(device, non_blocking=True),
+            condition=None
+            if self.condition is None
+            else self.condition.to(device, non_blocking=True),
+            names=self.names,
+            offset=self.offset,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What one optimizer step trains on."""
+
+    number: int
+    """Counted from 0 over the whole run; with a clip's index in the step it keys randomness."""
+    expert: ExpertName
+    batches: tuple[Batch, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(len(b) for b in self.batches)
+
+
+class WanDataLoader:
+    """Batches of `clips` from `source`."""
+
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        source: EntrySource,
+        *,
+        batch_size: int,
+        accumulation: int,
+        seed: int,
+    ) -> None:
+        self._source = source
+        self._batch_size = batch_size
+        self._accumulation = accumulation
+        self._seed = seed
+        self._clips = tuple(clips)
+        self._buckets: dict[tuple[int, tuple[int, int]], list[Clip]] = defaultdict(list)
+        for clip in clips:
+            self._buckets[clip.frames, clip.size] += [clip] * clip.repeats
+        self._per_pass = sum(-(-len(b) // batch_size) for b in self._buckets.values())
+        self._order: tuple[tuple[str, int], list[list[Clip]]] | None = None
+
+    def steps(
+        self, start: int, stop: int, turn: Callable[[int], tuple[ExpertName, int]]
+    ) -> Iterator[Step]:
+        """Steps `start` to `stop`-1. `turn(step)` tells the expert and how many it had before.
+
+        While one step trains, the next is read in the background if the source allows it.
+        """
+        if not self._source.prefetch:
+            yield from (self.step(n, *turn(n)) for n in range(start, stop))
+            return
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="onewan-data") as pool:
+            ahead = pool.submit(self.step, start, *turn(start)) if start < stop else None
+            for number in range(start, stop):
+                assert ahead is not None
+                step = ahead.result()
+                if number + 1 < stop:
+                    ahead = pool.submit(self.step, number + 1, *turn(number + 1))
+                yield step
+
+    def step(self, number: int, expert: ExpertName, before: int) -> Step:
+        """The step `number` of the run, which is step `before` (from 0) of `expert`."""
+        batches, offset = [], 0
+        for micro in range(before * self._accumulation, (before + 1) * self._accumulation):
+            clips = self._pass(expert, micro // self._per_pass)[micro % self._per_pass]
+            captions = [
+                self._caption(clip, expert, micro, place) for place, clip in enumerate(clips)
+            ]
+            batches.append(self._batch(clips, captions, offset))
+            offset += len(clips)
+        return Step(number=number, expert=expert, batches=tuple(batches))
+
+    def fixed(self, count: int) -> list[Batch]:
+        """`count` clips (or all, if fewer) spread over the data, one a batch, first captions."""
+        count = min(count, len(self._clips))
+        chosen = [self._clips[i * len(self._clips) // count] for i in range(count)]
+        return [self._batch([clip], [clip.captions[0]], i) for i, clip in enumerate(chosen)]
+
+    def _pass(self, expert: ExpertName, number: int) -> list[list[Clip]]:
+        """All batches of one pass over the clips, shuffled within and among buckets."""
+        if self._order is None or self._order[0] != (expert, number):
+            batches = []
+            for bucket, members in self._buckets.items():
+                shuffled = list(members)
+                self._random("order", expert, number, str(bucket)).shuffle(shuffled)
+                batches += [
+                    shuffled[i : i + self._batch_size]
+                    for i in range(0, len(shuffled), self._batch_size)
+                ]
+            self._random("batches", expert, number).shuffle(batches)
+            self._order = ((expert, number), batches)
+        return self._order[1]
+
+    def _caption(self, clip: Clip, expert: ExpertName, micro: int, place: int) -> str:
+        return self._random("caption", expert, micro, place).choice(clip.captions)
+
+    def _random(self, purpose: str, *counters: int | str) -> random.Random:
+        return random.Random(derive_seed(self._seed, purpose, *counters))
+
+    def _batch(self, clips: Sequence[Clip], captions: Sequence[str], offset: int) -> Batch:
+        entries = [self._source.video(clip) for clip in clips]
+        condition = None
+        if "condition" in entries[0]:
+            condition = first_frame_channels(torch.stack([e["condition"] for e in entries]))
+        return Batch(
+            latents=torch.stack([e["latents"] for e in entries]),
+            text=pad_text([self._source.text(c) for c in captions]),
+            condition=condition,
+            names=tuple(clip.name for clip in clips),
+            offset=offset,
+        )

@@ -1,0 +1,109 @@
+"""Draws a few short captioned clips of moving shapes, in each container that onewan reads."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from onewan.media import write_video
+
+SIZE = (320, 256)
+_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scene:
+    file: str
+    fps: float
+    shape: str
+    colour: tuple[int, int, int]
+    ground: tuple[int, int, int]
+    captions: tuple[str, ...]
+
+
+_SCENES = (
+    _Scene(
+        file="red_square.mp4",
+        fps=30,
+        shape="square",
+        colour=(214, 48, 49),
+        ground=(24, 28, 40),
+        captions=("a red square moves slowly across a dark background",),
+    ),
+    _Scene(
+        file="blue_circle.webm",
+        fps=24,
+        shape="circle",
+        colour=(9, 132, 227),
+        ground=(245, 240, 225),
+        captions=(
+            "a small blue circle bounces up and down, the camera is still",
+            "a blue ball jumps on a bright field",
+        ),
+    ),
+    _Scene(
+        file="green_triangle.mov",
+        fps=25,
+        shape="triangle",
+        colour=(0, 184, 148),
+        ground=(60, 20, 60),
+        captions=("a green triangle turns around its centre while the light fades",),
+    ),
+    _Scene(
+        file="yellow_circle.avi",
+        fps=16,
+        shape="circle",
+        colour=(253, 203, 110),
+        ground=(20, 60, 90),
+        captions=("a yellow circle crosses a blue field",),
+    ),
+    _Scene(
+        file="still_square.png",
+        fps=1,
+        shape="square",
+        colour=(250, 250, 250),
+        ground=(120, 60, 40),
+        captions=("a white square on a brown ground",),
+    ),
+)
+
+
+def write_clips(folder: Path) -> list[Path]:
+    """Write the clips and their captions into `folder`; returns the media files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for scene in _SCENES:
+        path = folder / scene.file
+        if path.suffix == ".png":
+            Image.fromarray(_draw(scene, 0.25)).save(path)
+        else:
+            count = round(_SECONDS * scene.fps)
+            frames = np.stack([_draw(scene, i / count) for i in range(count)])
+            write_video(path, frames, scene.fps)
+        path.with_suffix(".txt").write_text("\n".join(scene.captions) + "\n", encoding="utf-8")
+        files.append(path)
+    return files
+
+
+def _draw(scene: _Scene, phase: float) -> np.ndarray:
+    """One frame [H, W, 3] of a scene, at `phase` of its two seconds in [0, 1)."""
+    width, height = SIZE
+    fade = 1 - 0.5 * phase if scene.shape == "triangle" else 1.0
+    ground = tuple(round(c * fade) for c in scene.ground)
+    image = Image.new("RGB", SIZE, ground)
+    draw = ImageDraw.Draw(image)
+    x, y, r = width * (0.2 + 0.6 * phase), height / 2, height / 5
+    if scene.shape == "circle":
+        y = height * (0.75 - 0.5 * abs(math.sin(2 * math.pi * phase)))
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=scene.colour)
+    else:
+        corners, turn = (4, math.pi / 4) if scene.shape == "square" else (3, 2 * math.pi * phase)
+        if scene.shape == "triangle":
+            x = width / 2
+        angles = [turn + 2 * math.pi * k / corners for k in range(corners)]
+        draw.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for a in angles], scene.colour)
+    return np.asarray(image)

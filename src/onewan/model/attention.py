@@ -1,0 +1,66 @@
+"""Self-attention within each latent frame alone, for training style or character without motion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+
+class _FrameCount:
+    """How many latent frames the pass in progress has; the attention layers can't see it."""
+
+    value = 1
+
+
+class _WithinFrames:
+    """An attention processor that folds frames into the batch around the one it wraps."""
+
+    def __init__(self, inner: Any, frames: _FrameCount) -> None:
+        self._inner = inner
+        self._frames = frames
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        if not attn.training:
+            return self._inner(
+                attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb
+            )
+        batch, tokens, width = hidden_states.shape
+        per_frame = tokens // self._frames.value
+        if rotary_emb is not None:
+            # [1, F*P, 1, D] -> [B*F, P, 1, D]: each token keeps its own position
+            cos, sin = (
+                table.reshape(self._frames.value, per_frame, 1, -1).repeat(batch, 1, 1, 1)
+                for table in rotary_emb
+            )
+            rotary_emb = (cos, sin)
+        folded = hidden_states.reshape(batch * self._frames.value, per_frame, width)
+        out = self._inner(attn, folded, encoder_hidden_states, attention_mask, rotary_emb)
+        return out.reshape(batch, tokens, width)
+
+
+def attend_within_frames(transformer: WanTransformer3DModel) -> None:
+    """Make each latent frame attend to itself alone in `transformer`'s self-attention, in training.
+
+    In evaluation mode attention stays whole, as it is where the result is used. Tokens
+    come frame by frame, so folding frames into the batch is exact and costs less than masking.
+    Cross-attention to the text is left as it is.
+    """
+    frames = _FrameCount()
+    patch = transformer.config.patch_size[0]
+
+    def remember(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        latents = args[0] if args else kwargs["hidden_states"]
+        frames.value = latents.shape[2] // patch
+
+    transformer.register_forward_pre_hook(remember, with_kwargs=True)
+    for block in transformer.blocks:
+        block.attn1.set_processor(_WithinFrames(block.attn1.processor, frames))

@@ -1,0 +1,65 @@
+"""Official numerics from diffusers' transformer: a float32 residual stream at bfloat16 cost.
+
+The official code adds every sub-layer to a float32 residual stream and keeps the time embedding and
+the head in float32 (``wan/modules/model.py:246-256, 462-469``). diffusers casts the stream back to
+the storage dtype after each sub-layer, which makes the error against float32 about five times
+larger (0.017 against 0.003 relative over 40 random layers).
+
+No fork is needed. If the patch embedding hands out float32, each ``type_as`` in diffusers' blocks
+keeps float32, while autocast runs the matrix products in bfloat16. So the few modules outside the
+blocks compute in float32 whatever dtype their weights are stored in; the rest runs under autocast.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+
+class _Float32Linear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        with torch.autocast(input.device.type, enabled=False):
+            return F.linear(input.float(), self.weight.float(), bias)
+
+
+class _Float32Conv3d(nn.Conv3d):
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        with torch.autocast(input.device.type, enabled=False):
+            return self._conv_forward(input.float(), self.weight.float(), bias)
+
+
+def keep_float32_islands(transformer: WanTransformer3DModel) -> None:
+    """Let patch embedding, time path and head compute in float32. Weights and their names stay.
+
+    Only the class of those modules changes, as torch's parametrizations do it too: the modules keep
+    their parameters, hooks and place, so loading, saving and adapters notice nothing.
+    """
+    embedder = transformer.condition_embedder
+    transformer.patch_embedding.__class__ = _Float32Conv3d
+    for linear in (
+        embedder.time_embedder.linear_1,
+        embedder.time_embedder.linear_2,
+        embedder.time_proj,
+        transformer.proj_out,
+    ):
+        linear.__class__ = _Float32Linear
+    # diffusers casts the time embedding to the text's dtype: float32 text keeps it in float32.
+    embedder.register_forward_pre_hook(_float32_text)
+
+
+def _float32_text(_module: nn.Module, args: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    timestep, text, *rest = args
+    return (timestep, text if text is None else text.float(), *rest)
+
+
+def compute_context(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
+    """What the transformer's forward runs in: autocast for bfloat16, nothing for float32."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=dtype)

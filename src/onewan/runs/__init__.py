@@ -1,0 +1,1 @@
+"""The run folder, the interface between the trainer and all that watches it."""

@@ -1,0 +1,1 @@
+"""Videos from a model: what training shows along the way, and what `onewan sample` makes."""

@@ -1,0 +1,322 @@
+"""`WanModelSampler`: a model and a request -> frames, through diffusers' own Wan pipelines.
+
+The pipelines get the model's own objects, so a video shows the adapters as they are being trained.
+Around them this module hides what a training run adds: where each part lies and that not all fit on
+the device at once; bfloat16 for the transformers and float32 for the solver; guidance of its own
+for each expert; and that afterwards everything is as it was, even when the user interrupts.
+
+Never loads or saves a model, never trains, never draws from the global generators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from PIL import Image
+from torch import Tensor, nn
+
+from onewan.config.schema import RunConfig
+from onewan.errors import CheckpointError, ConfigError
+from onewan.media import Fit, read_image, write_video
+from onewan.model.load import official_scheduler
+from onewan.model.precision import compute_context
+from onewan.model.text import pad_text
+from onewan.model.vae import _LOCK as VAE_LOCK
+from onewan.model.wan import WanModel
+from onewan.variants import NUM_TRAIN_TIMESTEPS, VARIANTS, Variant
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRequest:
+    """One video to make; nothing is left to a default."""
+
+    prompt: str
+    negative_prompt: str
+    image: Path | None
+    """The first frame: required by I2V-A14B, possible with TI2V-5B, refused by T2V-A14B."""
+    width: int
+    height: int
+    frames: int
+    """4n+1."""
+    steps: int
+    """Denoising steps."""
+    guidance: tuple[float, ...]
+    """One scale per expert, the high-noise one first; 1 is no guidance, at half the cost."""
+    shift: float
+    """Shift of the noise schedule."""
+    seed: int
+    """Of the noise, which is drawn on the CPU and so the same on every device."""
+    fps: float
+    """Of the written file."""
+
+
+def requests_from(config: RunConfig) -> list[SampleRequest]:
+    """What `sample.prompts` of a resolved run file (`onewan.config.load.load_run`) asks for.
+
+    ConfigError for a request that the variant can't fulfil, before anything is loaded.
+    """
+    sample = config.sample
+    requests = [
+        SampleRequest(
+            prompt=entry.prompt,
+            negative_prompt=_given(
+                sample.negative_prompt if entry.negative_prompt is None else entry.negative_prompt
+            ),
+            image=entry.image,
+            width=_given(sample.width),
+            height=_given(sample.height),
+            frames=_given(sample.frames),
+            steps=_given(sample.steps),
+            guidance=_given(sample.guidance),
+            shift=_given(sample.shift),
+            seed=sample.seed if entry.seed is None else entry.seed,
+            fps=_given(sample.fps),
+        )
+        for entry in sample.prompts
+    ]
+    for request in requests:
+        _check(request, VARIANTS[config.model.variant])
+    return requests
+
+
+@dataclass(frozen=True, slots=True)
+class WanModelSampler:
+    """Makes videos with `model`, on `device`; None is where its first transformer lies."""
+
+    model: WanModel
+    device: torch.device | str | None = None
+
+    def sample(
+        self,
+        request: SampleRequest,
+        *,
+        text: Callable[[str], Tensor] | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        """The video as uint8 RGB [F, H, W, 3].
+
+        `text` gives a prompt's embedding, [length, dim] without padding, for models without a text
+        encoder. `on_step` is called after each denoising step with the number done and of all; what
+        it raises ends the sampling. In any case the model is afterwards as it was: on its devices,
+        in its modes. ConfigError for a request that the variant can't fulfil, CheckpointError when
+        a part of the model was not loaded, DataError for an image that can't be read.
+        """
+        model = self.model
+        _check(request, model.variant)
+        experts = [model.expert(expert) for expert in model.variant.experts]
+        if model.vae is None:
+            raise CheckpointError(f"{model.source}: the VAE was not loaded")
+        device = _indexed(self.device or experts[0].device)
+        image = None
+        if request.image is not None:
+            fit = Fit(width=request.width, height=request.height)
+            image = Image.fromarray(read_image(request.image, fit))
+        parts = [p for p in (model.text_encoder, *experts, model.vae) if p is not None]
+        with _Stage(parts, device) as stage:
+            if text is None and model.text_encoder is not None:
+                stage.enter(model.text_encoder)
+            embed = model.encode_prompt if text is None else text
+            guided = max(request.guidance) > 1
+            prompts = [request.prompt, *([request.negative_prompt] if guided else [])]
+            text_1LD = [pad_text([embed(prompt)]).to(device) for prompt in prompts]
+            if image is not None:
+                stage.enter(model.vae)
+            latents = self._denoise(request, experts, stage, text_1LD, image, on_step)
+            stage.enter(model.vae)
+            pixels_BCFHW = model.decode_video(latents)
+        pixels_CFHW = pixels_BCFHW[0].div_(2).add_(0.5).clamp_(0, 1).mul_(255).round_()
+        return pixels_CFHW.to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+
+    def sample_to(
+        self,
+        path: Path,
+        request: SampleRequest,
+        *,
+        text: Callable[[str], Tensor] | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Path:
+        """Write `sample`'s video to `path`, .mp4 or .webm, whole or not at all. Returns `path`."""
+        write_video(path, self.sample(request, text=text, on_step=on_step), request.fps)
+        return path
+
+    def _denoise(
+        self,
+        request: SampleRequest,
+        experts: list[WanTransformer3DModel],
+        stage: _Stage,
+        text_1LD: list[Tensor],
+        image: Image.Image | None,
+        on_step: Callable[[int, int], None] | None,
+    ) -> Tensor:
+        """The clean, normalised latents [1, C, F', h, w], by diffusers' pipeline for the request.
+
+        `text_1LD` is the prompt's embedding and, with guidance, the negative prompt's.
+        """
+        variant = self.model.variant
+        served = [_Served(expert, stage, self.model.dtype) for expert in experts]
+        parts: dict[str, Any] = {
+            "tokenizer": None,
+            "text_encoder": None,
+            "vae": self.model.vae,
+            "scheduler": official_scheduler(variant, request.shift),
+            "transformer": served[0],
+            "transformer_2": served[1] if len(served) > 1 else None,
+            "boundary_ratio": variant.boundary,
+            "expand_timesteps": variant.condition == "first_frame_clean",
+        }
+        pipeline = WanPipeline(**parts) if image is None else _ImageToVideo(**parts)
+        pipeline.set_progress_bar_config(disable=True)
+
+        def after_step(pipeline: Any, step: int, _timestep: Tensor, _tensors: object) -> dict:
+            if on_step is not None:
+                on_step(step + 1, request.steps)
+            if step + 1 < request.steps:
+                # The pipelines ask the high-noise expert's scale alone whether there is guidance.
+                # Setting it between steps is diffusers' documented way to change that.
+                t = float(pipeline.scheduler.timesteps[step + 1]) / NUM_TRAIN_TIMESTEPS
+                low = variant.boundary is not None and t < variant.boundary
+                pipeline._guidance_scale = request.guidance[1 if low else 0]
+            return {}
+
+        call: dict[str, Any] = {} if image is None else {"image": image}
+        (latents,) = pipeline(
+            **call,
+            prompt_embeds=text_1LD[0],
+            negative_prompt_embeds=text_1LD[1] if len(text_1LD) > 1 else None,
+            width=request.width,
+            height=request.height,
+            num_frames=request.frames,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance[0],
+            guidance_scale_2=request.guidance[1] if len(served) > 1 else None,
+            generator=torch.Generator("cpu").manual_seed(request.seed),
+            output_type="latent",
+            return_dict=False,
+            callback_on_step_end=after_step,  # pyright: ignore[reportArgumentType]  (their hint is wrong)
+            callback_on_step_end_tensor_inputs=[],
+        )
+        return latents
+
+
+class _Stage:
+    """The device, on which parts of the model come and go.
+
+    A part that is needed and lies elsewhere changes places with those that are there, so that no
+    more than the largest has to fit; what lies there together from the first never moves. On the
+    way out every part returns to its place and its own mode; until then all are in evaluation mode,
+    so that nothing is dropped out.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module], device: torch.device) -> None:
+        self.device = device
+        self._homes = {part: _device_of(part) for part in parts}
+        self._modes = {module: module.training for part in parts for module in part.modules()}
+
+    def __enter__(self) -> _Stage:
+        for part in self._homes:
+            part.eval()
+        return self
+
+    def enter(self, part: nn.Module) -> None:
+        """Bring `part` to the device."""
+        away = _device_of(part)
+        if away == self.device:
+            return
+        for other in self._homes:
+            if other is not part and _device_of(other) == self.device:
+                other.to(away)
+        part.to(self.device)
+
+    def __exit__(self, *_: object) -> None:
+        for module, training in self._modes.items():
+            module.training = training
+        # First those that leave the device, to make room for those that return to it.
+        for part, home in sorted(self._homes.items(), key=lambda item: item[1] == self.device):
+            part.to(home)
+
+
+class _Served(nn.Module):
+    """A transformer as a pipeline sees it: float32 outside, `dtype` in its matrix products inside.
+
+    Autocast spans the transformer alone. Around the whole pipeline it would turn the solver's
+    arithmetic to bfloat16, and a pipeline that sees bfloat16 weights rounds the latents themselves.
+    """
+
+    dtype = torch.float32
+
+    def __init__(
+        self, transformer: WanTransformer3DModel, stage: _Stage, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.device = stage.device
+        self.config = transformer.config
+        self._stage = stage
+        self._compute_dtype = dtype
+
+    def cache_context(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        return self.transformer.cache_context(*args, **kwargs)
+
+    def forward(self, **inputs: Any) -> tuple[Tensor]:
+        self._stage.enter(self.transformer)
+        with compute_context(self._compute_dtype, self.device):
+            (prediction,) = self.transformer(**inputs)
+        return (prediction.float(),)
+
+
+class _ImageToVideo(WanImageToVideoPipeline):
+    """diffusers' pipeline, whose own use of the VAE takes the lock; `onewan.model.vae` says why."""
+
+    def prepare_latents(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        with VAE_LOCK:
+            return super().prepare_latents(*args, **kwargs)
+
+
+def _check(request: SampleRequest, variant: Variant) -> None:
+    """ConfigError with all that `variant` can't do. diffusers would round sizes and frames."""
+    if problems := list(_problems(request, variant)):
+        raise ConfigError(f"sample {request.prompt!r}", problems)
+
+
+def _problems(request: SampleRequest, variant: Variant) -> Iterator[str]:
+    multiple, experts = variant.size_multiple, len(variant.experts)
+    for name, side in (("width", request.width), ("height", request.height)):
+        if side < multiple or side % multiple:
+            yield f"{name}: is {side}; {variant.name} takes multiples of {multiple}"
+    if request.frames < 1 or request.frames % variant.temporal_compression != 1:
+        yield f"frames: is {request.frames}; give 4n+1, such as {variant.frames}"
+    if request.steps < 1:
+        yield f"steps: is {request.steps}; give at least 1"
+    if len(request.guidance) != experts or min(request.guidance) < 1:
+        yield (
+            f"guidance: is {list(request.guidance)}; give {experts} for {variant.name}, "
+            "each at least 1 (1 is no guidance)"
+        )
+    if variant.condition == "first_frame_channels" and request.image is None:
+        yield f"image: is missing; {variant.name} starts from one"
+    if variant.condition == "text" and request.image is not None:
+        yield f"image: is {request.image}; {variant.name} takes none, use i2v-a14b or ti2v-5b"
+
+
+def _given(value: _T | None) -> _T:
+    if value is None:
+        raise ValueError("the config is not resolved; take one from onewan.config.load.load_run")
+    return value
+
+
+def _device_of(part: nn.Module) -> torch.device:
+    return next(part.parameters()).device
+
+
+def _indexed(device: torch.device | str) -> torch.device:
+    """`device` as tensors on it name it: cuda is cuda:0, and the two don't compare equal."""
+    return torch.empty(0, device=device).device

@@ -1,0 +1,241 @@
+"""The facts of each Wan 2.2 variant, in one frozen table. No torch, no choices, no arithmetic.
+
+Sources: the official repository (Wan-Video/Wan2.2 at 42bf4cf, ``wan/configs``) and the
+configurations that diffusers' converter writes. A test compares every number with them. The peers
+that kept these facts in flags, user interfaces or subclasses got the boundary and the order of the
+experts wrong, hence one table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+from onewan.errors import CheckpointError
+
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，"  # noqa: RUF001
+    "低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"  # noqa: RUF001
+    "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
+)
+"""The official negative prompt (``wan/configs/shared_config.py``), where the user gives none."""
+
+TEXT_LENGTH = 512
+"""Text tokens the transformer attends to. Shorter prompts are filled up with zero vectors."""
+
+NUM_TRAIN_TIMESTEPS = 1000
+"""The transformer's timestep is this times the noise level t in [0, 1]."""
+
+VariantName = Literal["t2v-a14b", "i2v-a14b", "ti2v-5b"]
+ExpertName = Literal["high", "low", "single"]
+Condition = Literal["text", "first_frame_channels", "first_frame_clean"]
+
+
+class ModelType(Enum):
+    """Kinds of model that onewan trains, in the form in which OneTrainer asks for them."""
+
+    WAN_2_2 = "WAN_2_2"
+
+    def is_wan(self) -> bool:
+        return self is ModelType.WAN_2_2
+
+    def is_video_model(self) -> bool:
+        return self.is_wan()
+
+    def is_flow_matching(self) -> bool:
+        return self.is_wan()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expert:
+    """One transformer of a variant and the noise levels that it serves."""
+
+    name: ExpertName
+    component: Literal["transformer", "transformer_2"]
+    """Its folder in the diffusers layout, and its field in `WanModel`."""
+    t_min: float
+    """Lowest noise level it serves (inclusive), in [0, 1], after shift."""
+    t_max: float
+    """Highest noise level it serves (exclusive, but for 1.0), in [0, 1], after shift."""
+    guidance_scale: float
+    """The official guidance scale while this expert serves."""
+    file_suffix: str
+    """What a weights file of this expert carries behind its name, as users of ComfyUI expect."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One Wan 2.2 checkpoint family."""
+
+    name: VariantName
+    title: str
+    repository: str
+    """The official diffusers repository on the hub."""
+    condition: Condition
+    """What the transformer is given beside the text.
+
+    ``first_frame_channels``: 4 mask and 16 latent channels behind the noisy ones (I2V-A14B).
+    ``first_frame_clean``: optionally the first latent frame itself, clean, at timestep 0 (5B).
+    """
+    experts: tuple[Expert, ...]
+    boundary: float | None
+    """Noise level at and above which the high expert serves; None with one expert."""
+    in_channels: int
+    latent_channels: int
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+    ffn_dim: int
+    temporal_compression: int
+    spatial_compression: int
+    flow_shift: float
+    """The official shift of the noise schedule. The files on the hub say 3.0 for A14B; inference
+    with the official code uses 12 (T2V) and 5 (I2V)."""
+    sampling_steps: int
+    fps: int
+    frames: int
+    """Frames of an official sample."""
+    sample_size: tuple[int, int]
+    """(width, height) of an official sample."""
+    training_area: int
+    """Pixels of the default training size, the 480p class."""
+
+    @property
+    def size_multiple(self) -> int:
+        """Sides of a video are multiples of this: the VAE's compression times the patch of 2."""
+        return self.spatial_compression * 2
+
+    def expert(self, name: ExpertName) -> Expert:
+        for expert in self.experts:
+            if expert.name == name:
+                return expert
+        have = ", ".join(e.name for e in self.experts)
+        raise KeyError(f"{self.name} has no expert {name!r}, only: {have}")
+
+    def selected(self, choice: Literal["both", "high", "low"]) -> tuple[Expert, ...]:
+        """The experts that a run trains: all of them for "both", else the one named."""
+        return self.experts if choice == "both" else (self.expert(choice),)
+
+
+def _pair(boundary: float, guidance_high: float, guidance_low: float) -> tuple[Expert, Expert]:
+    # Official tuples are (low, high); diffusers' `transformer` is the high-noise expert
+    # (scripts/convert_wan_to_diffusers.py:1171-1173).
+    return (
+        Expert(
+            name="high",
+            component="transformer",
+            t_min=boundary,
+            t_max=1.0,
+            guidance_scale=guidance_high,
+            file_suffix="_high_noise",
+        ),
+        Expert(
+            name="low",
+            component="transformer_2",
+            t_min=0.0,
+            t_max=boundary,
+            guidance_scale=guidance_low,
+            file_suffix="_low_noise",
+        ),
+    )
+
+
+VARIANTS: Mapping[VariantName, Variant] = {
+    "t2v-a14b": Variant(
+        name="t2v-a14b",
+        title="Wan 2.2 T2V-A14B",
+        repository="Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        condition="text",
+        experts=_pair(0.875, guidance_high=4.0, guidance_low=3.0),
+        boundary=0.875,
+        in_channels=16,
+        latent_channels=16,
+        num_layers=40,
+        num_attention_heads=40,
+        attention_head_dim=128,
+        ffn_dim=13824,
+        temporal_compression=4,
+        spatial_compression=8,
+        flow_shift=12.0,
+        sampling_steps=40,
+        fps=16,
+        frames=81,
+        sample_size=(1280, 720),
+        training_area=480 * 832,
+    ),
+    "i2v-a14b": Variant(
+        name="i2v-a14b",
+        title="Wan 2.2 I2V-A14B",
+        repository="Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+        condition="first_frame_channels",
+        experts=_pair(0.9, guidance_high=3.5, guidance_low=3.5),
+        boundary=0.9,
+        in_channels=36,
+        latent_channels=16,
+        num_layers=40,
+        num_attention_heads=40,
+        attention_head_dim=128,
+        ffn_dim=13824,
+        temporal_compression=4,
+        spatial_compression=8,
+        flow_shift=5.0,
+        sampling_steps=40,
+        fps=16,
+        frames=81,
+        sample_size=(1280, 720),
+        training_area=480 * 832,
+    ),
+    "ti2v-5b": Variant(
+        name="ti2v-5b",
+        title="Wan 2.2 TI2V-5B",
+        repository="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        condition="first_frame_clean",
+        experts=(
+            Expert(
+                name="single",
+                component="transformer",
+                t_min=0.0,
+                t_max=1.0,
+                guidance_scale=5.0,
+                file_suffix="",
+            ),
+        ),
+        boundary=None,
+        in_channels=48,
+        latent_channels=48,
+        num_layers=30,
+        num_attention_heads=24,
+        attention_head_dim=128,
+        ffn_dim=14336,
+        temporal_compression=4,
+        spatial_compression=16,
+        flow_shift=5.0,
+        sampling_steps=50,
+        fps=24,
+        frames=121,
+        sample_size=(1280, 704),
+        training_area=480 * 832,
+    ),
+}
+
+
+def variant_of(transformer_config: Mapping[str, object], where: str) -> Variant:
+    """The variant that a diffusers transformer configuration belongs to.
+
+    Told by the channels alone, so that small test models count as what they are. `where` names the
+    file for the error. A Wan 2.1 T2V transformer has the channels of T2V-A14B; the loader tells
+    them apart by the missing second expert.
+    """
+    if transformer_config.get("image_dim") is not None:
+        raise CheckpointError(
+            f"{where}: image_dim is {transformer_config['image_dim']}, so this is a Wan 2.1 "
+            "image-to-video transformer with a CLIP branch; give a Wan 2.2 model"
+        )
+    channels = transformer_config.get("in_channels")
+    for variant in VARIANTS.values():
+        if variant.in_channels == channels:
+            return variant
+    known = ", ".join(f"{v.in_channels} ({v.name})" for v in VARIANTS.values())
+    raise CheckpointError(f"{where}: in_channels is {channels}, and Wan 2.2 has {known}")

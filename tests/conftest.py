@@ -1,0 +1,27 @@
+"""Fixtures for all tests: the shared material beside the repository, where there is some."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with golden outputs and real clips. Skips without it; in CI that is a failure."""
+    if not SHARED.is_dir():
+        message = "needs ../shared (golden outputs and clips), which is not here"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def clips(shared: Path) -> Path:
+    """Real clips: good, odd and bad ones."""
+    return shared / "clips"

@@ -1,0 +1,52 @@
+"""A tiny model of each variant and a few drawn clips, made once, and run files on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from onewan.config.load import load_run
+from onewan.config.schema import RunConfig
+from onewan.demo.clips import write_clips
+from onewan.demo.tiny_model import write_tiny_model
+
+RunFile = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `clips` and a tiny model of each variant under its name."""
+    folder = tmp_path_factory.mktemp("workshop")
+    write_clips(folder / "clips")
+    for variant in ("t2v-a14b", "i2v-a14b", "ti2v-5b"):
+        write_tiny_model(folder / variant, variant, width=32, layers=2)
+    return folder
+
+
+@pytest.fixture
+def run_file(workshop: Path, tmp_path: Path) -> RunFile:
+    """Builds a resolved run: `run_file("t2v-a14b", "train.steps=3", ...)`, under the test's folder."""
+
+    def build(variant: str, *overrides: str, name: str = "run") -> RunConfig:
+        side = 128 if variant == "ti2v-5b" else 64
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(
+            f"""
+model: {{path: {(workshop / variant).as_posix()}, variant: {variant}, dtype: float32}}
+wan_config: {{max_frames: 9}}
+video_data:
+  sources: [{{path: {(workshop / "clips").as_posix()}}}]
+  resolution: {side * side}
+  cache_dir: {(workshop / "cache").as_posix()}
+method: {{kind: lora, rank: 4, alpha: 2}}
+optimizer: {{lr: 0.005}}
+train: {{steps: 6, save_every: 100, expert_block: 2, grid_clips: 0}}
+logging: {{tensorboard: false}}
+""",
+            encoding="utf-8",
+        )
+        return load_run(path, [f"output.dir={tmp_path / 'runs'}", *overrides])
+
+    return build

@@ -1,0 +1,153 @@
+"""A run that is cut anywhere and resumed is the run that was never cut, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import RunFile
+from safetensors.torch import load_file
+
+from onewan.config.schema import RunConfig
+from onewan.errors import CheckpointError, Interrupted
+from onewan.runs.control import request
+from onewan.runs.events import read_events
+from onewan.runs.layout import RunLayout
+from onewan.train.setup import run_folder
+from onewan.train.trainer import WanTrainer
+
+
+def layout_of(config: RunConfig) -> RunLayout:
+    return RunLayout(run_folder(config))
+
+
+def send(what: str, config: RunConfig) -> Callable[[], None]:
+    """What cuts the run: a real signal to this process, or a request in the run folder."""
+    if what == "request":
+        return lambda: request(layout_of(config), "stop")
+    number = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}[what]
+    return lambda: os.kill(os.getpid(), number)
+
+
+def train_with_cuts(config: RunConfig, cuts: Mapping[int, str]) -> None:
+    """Train to the end, stopping after each step in `cuts` and resuming."""
+    left = dict(cuts)
+
+    def listen(event: Mapping[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] in left:
+            send(left.pop(event["step"]), config)()
+
+    for number in range(len(cuts) + 1):
+        trainer = WanTrainer(config, listen=listen, resume=number > 0)
+        if left:
+            with pytest.raises(Interrupted):
+                trainer.fit()
+        else:
+            trainer.fit()
+
+
+def outcome(config: RunConfig) -> tuple[dict[str, Any], list[tuple[Any, ...]]]:
+    """All tensors of the last state (weights and optimizers) and of the exports; all step events."""
+    layout = layout_of(config)
+    state = layout.state(layout.saved_steps()[-1])
+    tensors: dict[str, Any] = {}
+    for path in [*state.glob("*.safetensors"), *layout.weights_dir.glob("*.safetensors")]:
+        tensors |= {f"{path.name}:{k}": v for k, v in load_file(path).items()}
+    for path in state.glob("*.pt"):
+        optimizer = torch.load(path, weights_only=True)
+        for number, values in optimizer["state"].items():
+            tensors |= {f"{path.name}:{number}:{k}": v for k, v in values.items()}
+        tensors[f"{path.name}:groups"] = torch.tensor([g["lr"] for g in optimizer["param_groups"]])
+    steps = [
+        (e["step"], e["expert"], e["loss"], e["grad_norm"], e["lr"], tuple(e["t"]))
+        for e in read_events(layout.events)
+        if e["event"] == "step"
+    ]
+    return tensors, steps
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings"),
+    [
+        ("t2v-a14b", ["train.accumulation=2", "train.schedule=cosine", "train.warmup_steps=1"]),
+        ("t2v-a14b", ["model.experts=high", "train.batch_size=2", "method.dropout=0.2"]),
+        ("i2v-a14b", ["train.accumulation=2", "video_data.cache=false"]),
+        ("ti2v-5b", ["train.accumulation=2", "train.first_frame_probability=0.5"]),
+        ("ti2v-5b", ["video_data.cache=false", "memory.gradient_checkpointing=false"]),
+    ],
+)
+def test_cut_and_resumed_equals_uncut(run_file: RunFile, variant: str, settings: list[str]) -> None:
+    whole = run_file(variant, *settings, name="whole")
+    cut = run_file(variant, *settings, name="cut")
+    WanTrainer(whole).fit()
+    train_with_cuts(cut, {1: "SIGINT", 3: "request", 4: "SIGTERM"})
+    tensors, steps = outcome(whole)
+    again, steps_again = outcome(cut)
+    assert steps == steps_again and len(steps) == 6
+    assert tensors.keys() == again.keys() and len(tensors) > 20
+    assert [name for name in tensors if not torch.equal(tensors[name], again[name])] == []
+
+
+def test_a_stop_while_encoding_loses_nothing(run_file: RunFile, tmp_path: Path) -> None:
+    config = run_file("t2v-a14b", f"video_data.cache_dir={tmp_path / 'own cache'}", "train.steps=1")
+    seen: list[Mapping[str, Any]] = []
+
+    def listen(event: Mapping[str, Any]) -> None:
+        seen.append(event)
+        if event["event"] == "encoding" and event["what"] == "encoding clips":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        WanTrainer(config, listen=listen).fit()
+    total = seen[-2]["total"]
+    seen.clear()
+    WanTrainer(config, listen=seen.append, resume=True).fit()
+    clips = [e for e in seen if e.get("what") == "encoding clips"]
+    assert len(clips) == total - 1
+
+
+def test_a_damaged_state_falls_back_to_the_one_before(run_file: RunFile) -> None:
+    config = run_file("t2v-a14b", "train.save_every=2", "train.keep_states=3")
+    WanTrainer(config).fit()
+    expected, steps = outcome(config)
+    newest = layout_of(config).state(6)
+    damaged = newest / "high.safetensors"
+    content = damaged.read_bytes()
+    damaged.unlink()  # the tensors read above still look into the old file
+    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    events: list[Mapping[str, Any]] = []
+    WanTrainer(config, listen=events.append, resume=True).fit()
+    warning = next(e["text"] for e in events if e["event"] == "warning")
+    assert str(newest) in warning and "high.safetensors" in warning
+    assert next(e for e in events if e["event"] == "resumed")["step"] == 4
+    again, all_steps = outcome(config)
+    assert all(torch.equal(expected[k], again[k]) for k in expected)
+    assert all_steps[-2:] == steps[-2:]
+
+
+def test_states_are_rotated(run_file: RunFile) -> None:
+    config = run_file("ti2v-5b", "train.save_every=1", "train.keep_states=2")
+    WanTrainer(config).fit()
+    assert layout_of(config).saved_steps() == [5, 6]
+    assert len(list(layout_of(config).weights_dir.iterdir())) == 6
+
+
+def test_resume_refuses_another_run(run_file: RunFile, workshop: Path) -> None:
+    WanTrainer(run_file("t2v-a14b", "train.steps=2")).fit()
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        WanTrainer(run_file("t2v-a14b", "train.steps=2")).fit()
+    changed = run_file("t2v-a14b", "train.steps=3", "optimizer.lr=0.1", "wan_config.max_frames=5")
+    with pytest.raises(CheckpointError) as refusal:
+        WanTrainer(changed, resume=True).fit()
+    for part in ("optimizer.lr: was 0.005, is 0.1", "wan_config.max_frames", "the data set"):
+        assert part in str(refusal.value)
+    assert "train.steps" not in str(refusal.value)  # more steps change none of the earlier ones
+    events: list[Mapping[str, Any]] = []
+    WanTrainer(changed, listen=events.append, resume=True, allow_change=True).fit()
+    assert any(e["event"] == "warning" and "optimizer.lr" in e["text"] for e in events)
+    assert events[-1]["event"] == "finished" and events[-1]["step"] == 3

@@ -1,0 +1,199 @@
+"""Whole runs: the loss falls, the run folder is what it should be, the exported files work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from conftest import RunFile
+from diffusers import WanImageToVideoPipeline, WanPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_resume import layout_of
+
+from onewan.errors import TrainingError
+from onewan.media import probe
+from onewan.model.experts import predict_velocity
+from onewan.runs.control import request
+from onewan.runs.events import read_events
+from onewan.train.setup import WanModelSetup
+from onewan.train.trainer import WanTrainer
+
+
+def grid(events: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    """First and last loss on the fixed grid, by expert."""
+    losses: dict[str, list[float]] = {}
+    for event in events:
+        if event["event"] == "grid":
+            losses.setdefault(event["expert"], []).append(event["loss"])
+    return {name: (values[0], values[-1]) for name, values in losses.items()}
+
+
+@pytest.mark.parametrize("variant", ["t2v-a14b", "i2v-a14b", "ti2v-5b"])
+def test_a_run(run_file: RunFile, workshop, variant: str) -> None:
+    side = 128 if variant == "ti2v-5b" else 64
+    image = f", image: {workshop / 'clips' / 'still_square.png'}" if variant == "i2v-a14b" else ""
+    config = run_file(
+        variant,
+        "train.steps=60",
+        "train.save_every=30",
+        "train.grid_clips=3",
+        "train.batch_size=2",
+        "optimizer.lr=0.01",
+        "method.rank=16",
+        f"sample.prompts=[{{prompt: a red square{image}}}]",
+        *(f"sample.{k}={v}" for k, v in {"width": side, "height": side, "frames": 5}.items()),
+        "sample.steps=2",
+        "output.formats=[comfyui, diffusers]",
+        "logging.tensorboard=true",
+    )
+    WanTrainer(config, run_file="# as given\n").fit()
+    layout = layout_of(config)
+    events = list(read_events(layout.events))
+    for name, (first, last) in grid(events).items():
+        assert last < 0.9 * first, name
+    suffixes = [e.file_suffix for e in WanModelSetup(config)._variant.experts]
+    assert sorted(p.name for p in layout.weights_dir.iterdir()) == sorted(
+        f"{step}{suffix}_{fmt}.safetensors"
+        for step in ("000030", "000060")
+        for suffix in suffixes
+        for fmt in ("comfyui", "diffusers")
+    )
+    video = probe(layout.samples(60) / "0.mp4")
+    assert (video.width, video.height, video.frames_at(config.sample.fps)) == (side, side, 5)
+    assert layout.run_file.read_text(encoding="utf-8") == "# as given\n"
+    assert layout.resolved.is_file() and "started" in {e["event"] for e in events}
+    assert list(layout.tensorboard.iterdir())
+    assert sum(e["event"] == "step" for e in events) == 60
+
+
+@pytest.mark.parametrize("variant", ["t2v-a14b", "i2v-a14b", "ti2v-5b"])
+@pytest.mark.parametrize("fmt", ["comfyui", "diffusers"])
+def test_exported_files_give_the_training_models_output(
+    run_file: RunFile, workshop, variant: str, fmt: str
+) -> None:
+    """What a run exported, loaded by diffusers, against the run's own model."""
+    config = run_file(variant, "method.modules=[self_attention, ffn]", f"output.formats=[{fmt}]")
+    WanTrainer(config).fit()
+    layout = layout_of(config)
+    run = WanModelSetup(config).build(lambda what, done, total: None)
+    run.state.load(layout.state(6))
+    kind = WanImageToVideoPipeline if variant == "i2v-a14b" else WanPipeline
+    pipeline = kind.from_pretrained(workshop / variant)
+    batch = run.loader.fixed(2)[1]
+    for name, trained in run.state.experts.items():
+        path = layout.weights(6, trained.expert.file_suffix)
+        second = trained.expert.component == "transformer_2"
+        pipeline.load_lora_weights(str(path), load_into_transformer_2=second)
+        loaded = getattr(pipeline, trained.expert.component)
+        with torch.no_grad():
+            ours, theirs = (
+                predict_velocity(
+                    model,
+                    batch.latents,
+                    torch.tensor([0.7]),
+                    batch.text,
+                    condition_BCFHW=batch.condition,
+                )
+                for model in (trained.transformer.eval(), loaded.eval())
+            )
+            loaded.disable_lora()
+            base = predict_velocity(
+                loaded,
+                batch.latents,
+                torch.tensor([0.7]),
+                batch.text,
+                condition_BCFHW=batch.condition,
+            )
+        assert float((ours - theirs).norm() / ours.norm()) < 1e-5, name
+        assert float((ours - base).norm() / ours.norm()) > 1e-3, name  # the LoRA does something
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata()
+        assert about["modelspec.architecture"] == "WAN-2.2/lora"
+        assert (about["onewan.variant"], about["onewan.expert"]) == (variant, name)
+        assert about["onewan.steps"] == "6" and about["onewan.dataset_digest"]
+
+
+def test_temporal_attention_off_trains_within_frames(run_file: RunFile) -> None:
+    """Without it, a change of one latent frame moves the prediction of that frame alone."""
+    config = run_file("t2v-a14b", "wan_config.use_temporal_attention=false")
+    run = WanModelSetup(config).build(lambda what, done, total: None)
+    transformer = run.activate("high").transformer.train()
+    batch = run.loader.fixed(1)[0]
+    changed = batch.latents.clone()
+    changed[:, :, 1] += 1
+    t = torch.tensor([0.9])
+    with torch.no_grad():
+        a, b = (predict_velocity(transformer, x, t, batch.text) for x in (batch.latents, changed))
+        moved = (a - b).abs().amax(dim=(0, 1, 3, 4))
+        assert moved[1] > 1e-3 and moved[0] < 1e-6 and moved[2] < 1e-6
+        one = predict_velocity(transformer, batch.latents[:, :, :1], t, batch.text)
+        torch.testing.assert_close(one, a[:, :, :1], rtol=1e-4, atol=1e-5)
+        transformer.eval()  # where it is used, attention is whole
+        a, b = (predict_velocity(transformer, x, t, batch.text) for x in (batch.latents, changed))
+        assert (a - b).abs().amax(dim=(0, 1, 3, 4)).min() > 1e-5
+
+
+def test_layers_to_train(run_file: RunFile) -> None:
+    config = run_file("t2v-a14b", "wan_config.transformer_layers_to_train=[1]", "train.steps=2")
+    WanTrainer(config).fit()
+    names = load_file(layout_of(config).weights(2, "_high_noise"))
+    assert names and all(name.startswith("diffusion_model.blocks.1.") for name in names)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run_file: RunFile, tmp_path) -> None:
+    config = run_file(
+        "t2v-a14b", f"video_data.cache_dir={tmp_path / 'cache'}", "train.save_every=1"
+    )
+    events: list[Mapping[str, Any]] = []
+    spoilt: list[str] = []
+
+    def listen(event: Mapping[str, Any]) -> None:
+        events.append(event)
+        if event["event"] == "step" and event["step"] == 2:
+            for path in (tmp_path / "cache" / "video").rglob("*.safetensors"):
+                tensors = load_file(path)
+                save_file({k: v * float("nan") for k, v in tensors.items()}, path)
+                spoilt.append(path.name)
+
+    with pytest.raises(
+        TrainingError, match=r"step \d \((high|low) expert\): the loss is not finite"
+    ):
+        WanTrainer(config, listen=listen).fit()
+    assert spoilt and events[-1]["event"] == "failed"
+    last = [e["step"] for e in events if e["event"] == "step"][-1]
+    assert layout_of(config).saved_steps()[-1] == last
+    text = layout_of(config).events.read_text(encoding="utf-8").splitlines()[-1]
+    assert any(
+        name in json.loads(text)["error"]
+        for name in ("red_square.mp4", ".webm", ".mov", ".avi", ".png")
+    )
+
+
+def test_requests_while_running(run_file: RunFile) -> None:
+    """Save now and sample now, asked for through the run folder; a failing sample ends nothing."""
+    config = run_file(
+        "t2v-a14b",
+        "train.steps=4",
+        "sample.prompts=[a red square]",
+        *("sample.width=64", "sample.height=64", "sample.frames=5", "sample.steps=1"),
+    )
+    events: list[Mapping[str, Any]] = []
+
+    def listen(event: Mapping[str, Any]) -> None:
+        events.append(event)
+        if event["event"] == "step" and event["step"] == 2:
+            request(layout_of(config), "save")
+            request(layout_of(config), "sample")
+        if event["event"] == "step" and event["step"] == 3:
+            # A file where the folder of the last sample should be: sampling has to fail.
+            layout_of(config).samples(4).write_text("in the way", encoding="utf-8")
+
+    WanTrainer(config, listen=listen).fit()
+    assert [e["step"] for e in events if e["event"] == "saved"] == [2, 4]
+    assert [e["step"] for e in events if e["event"] == "sampled"] == [2]
+    assert any("sampling 'a red square' failed" in e.get("text", "") for e in events)
+    assert events[-1]["event"] == "finished"

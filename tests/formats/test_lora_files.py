@@ -1,0 +1,463 @@
+"""LoRA files: what other programs make of them, what their headers say, and what damage does.
+
+diffusers is the judge where it can be. For ComfyUI's spelling the definition is a second one: the
+official weight plus alpha/rank times up times down, by official names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from onewan.adapters.lora import (
+    LoraSpec,
+    adapter_parameters,
+    adapter_weights,
+    attach_lora,
+    load_adapter_weights,
+)
+from onewan.adapters.select import MODULES, select_modules
+from onewan.checkpoint.export import WanModelSaver, expert_of, read_lora
+from onewan.errors import CheckpointError
+from onewan.model.keys import to_diffusers, to_official
+from onewan.model.load import WanModelLoader
+from onewan.variants import VARIANTS, Expert
+
+ALL = select_modules(tuple(MODULES))
+WHOLE = LoraSpec(rank=4, alpha=6.5, dropout=0.3, modules=ALL, layers=(0, 1, 2))
+PART = LoraSpec(rank=3, alpha=1.0, dropout=0.0, modules=("attn1.to_q", "ffn.net.2"), layers=(1,))
+CROSS = LoraSpec(
+    rank=8, alpha=2.0, dropout=0.0, modules=select_modules(["cross_attention"]), layers=(0, 2)
+)
+DATE = datetime(2026, 11, 23, 17, 49, tzinfo=timezone.utc)
+HIGH, LOW = VARIANTS["t2v-a14b"].experts
+
+
+def trained(folder: Path, expert: Expert, spec: LoraSpec) -> WanTransformer3DModel:
+    """An expert with an adapter whose weights are as far from zero as after a long training."""
+    model = WanModelLoader().load(folder, components=[expert.component])
+    transformer = getattr(model, expert.component)
+    attach_lora(transformer, spec, seed=1, name=expert.name)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in adapter_parameters(transformer).values():
+        parameter.data.normal_(0, 0.2, generator=generator)
+    return transformer.eval()
+
+
+def export(transformer: WanTransformer3DModel, spec: LoraSpec, path: Path, **changes) -> Path:
+    arguments = {
+        "format": "comfyui",
+        "dtype": torch.float32,
+        "rank": spec.rank,
+        "alpha": spec.alpha,
+        "peft_config": spec.peft_config().to_dict(),
+        "facts": {"variant": "t2v-a14b", "expert": "low", "steps": 500},
+        "date": DATE,
+    }
+    weights = changes.pop("weights", None) or adapter_weights(transformer)
+    return WanModelSaver().save_lora(weights, path, **{**arguments, **changes})
+
+
+@torch.no_grad()
+def velocity(transformer: WanTransformer3DModel) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    channels = transformer.config.in_channels
+    latents = torch.randn(2, channels, 2, 4, 6, generator=generator)
+    text = torch.randn(2, 512, transformer.config.text_dim, generator=generator)
+    return transformer(latents, torch.tensor([900.0, 300.0]), text, return_dict=False)[0]
+
+
+def experts_pipeline(folder: Path) -> WanPipeline:
+    return WanPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None, vae=None)
+
+
+def assert_same_effect(got: torch.Tensor, want: torch.Tensor, base: torch.Tensor) -> None:
+    """`got` is `want` to 1e-5 of what the adapter changes, and it changes something."""
+    effect = (want - base).norm()
+    assert effect > 0.02 * base.norm()
+    assert (got - want).norm() < 1e-5 * effect
+
+
+@pytest.mark.parametrize("format", ["comfyui", "diffusers"])
+@pytest.mark.parametrize(
+    ("expert", "spec"),
+    [(HIGH, WHOLE), (LOW, WHOLE), (HIGH, CROSS), (LOW, PART)],
+    ids=["high-whole", "low-whole", "high-cross", "low-part"],
+)
+def test_diffusers_loads_the_adapter_that_was_trained(tiny_model, tmp_path, expert, spec, format):
+    folder = tiny_model("t2v-a14b")
+    transformer = trained(folder, expert, spec)
+    path = export(transformer, spec, tmp_path / "lora.safetensors", format=format)
+
+    pipeline = experts_pipeline(folder)
+    before = {e.name: velocity(getattr(pipeline, e.component)) for e in (HIGH, LOW)}
+    into_low = expert is LOW
+    pipeline.load_lora_weights(tmp_path, weight_name=path.name, load_into_transformer_2=into_low)
+    after = {e.name: velocity(getattr(pipeline, e.component)) for e in (HIGH, LOW)}
+
+    assert_same_effect(after[expert.name], velocity(transformer), before[expert.name])
+    other = HIGH if into_low else LOW
+    assert torch.equal(after[other.name], before[other.name])
+
+
+@pytest.mark.parametrize("variant", ["i2v-a14b", "ti2v-5b"])
+def test_other_variants_load_alike(tiny_model, tmp_path, variant):
+    expert = VARIANTS[variant].experts[0]
+    transformer = trained(tiny_model(variant), expert, WHOLE)
+    path = export(transformer, WHOLE, tmp_path / "lora.safetensors")
+    plain = WanTransformer3DModel.from_pretrained(tiny_model(variant) / expert.component)
+    base = velocity(plain)
+    WanPipeline.load_lora_into_transformer(WanPipeline.lora_state_dict(path), plain)
+    assert_same_effect(velocity(plain), velocity(transformer), base)
+
+
+def test_comfyui_file_means_weight_plus_alpha_over_rank_up_down(tiny_model, tmp_path):
+    folder = tiny_model("t2v-a14b")
+    transformer = trained(folder, LOW, WHOLE)
+    file = load_file(export(transformer, WHOLE, tmp_path / "lora.safetensors"))
+    plain = WanTransformer3DModel.from_pretrained(folder / LOW.component)
+    base = velocity(plain)
+
+    merged = {to_official(name): weight for name, weight in plain.state_dict().items()}
+    for key in [k for k in file if k.endswith(".alpha")]:
+        module = key.removesuffix(".alpha")
+        down, up = file[f"{module}.lora_A.weight"], file[f"{module}.lora_B.weight"]
+        target = module.removeprefix("diffusion_model.") + ".weight"
+        assert file[key].dtype == torch.float32 and file[key].shape == ()
+        merged[target] = merged[target] + file[key] / len(down) * (up @ down)
+    assert len(file) == 3 * len(ALL) * 3
+    plain.load_state_dict({to_diffusers(name): weight for name, weight in merged.items()})
+    assert_same_effect(velocity(plain), velocity(transformer), base)
+
+
+def test_diffusers_file_is_what_diffusers_itself_writes(tiny_model, tmp_path):
+    transformer = trained(tiny_model("t2v-a14b"), HIGH, PART)
+    path = export(transformer, PART, tmp_path / "ours.safetensors", format="diffusers")
+    settings = {
+        "r": 3,
+        "lora_alpha": 1,
+        "target_modules": r"blocks\.(1)\.(attn1\.to_q|ffn\.net\.2)",
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_dora": False,
+        "lora_bias": False,
+    }
+    WanPipeline.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=adapter_weights(transformer),
+        transformer_lora_adapter_metadata=settings,
+        weight_name="theirs.safetensors",
+    )
+    ours, theirs = load_file(path), load_file(tmp_path / "theirs.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert header(path).items() >= header(tmp_path / "theirs.safetensors").items()
+
+
+# ------------------------------------------------------------------------------------------- header
+
+
+def header(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def test_header_says_what_the_file_is(tiny_model, tmp_path):
+    transformer = trained(tiny_model("t2v-a14b"), LOW, PART)
+    path = export(
+        transformer, PART, tmp_path / "a" / "x.safetensors", title="my style", resolution=(832, 480)
+    )
+    metadata = header(path)
+    raw = path.read_bytes()
+    data = raw[8 + int.from_bytes(raw[:8], "little") :]
+    # Version and format version change by themselves; all else is spelled out.
+    assert re.fullmatch(r"\d+\.\d+.*", metadata.pop("onewan.version"))
+    assert metadata.pop("onewan.format_version") == "1"
+    assert metadata == {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "WAN-2.2/lora",
+        "modelspec.implementation": "https://github.com/huggingface/diffusers",
+        "modelspec.title": "my style",
+        "modelspec.date": "2026-11-23T17:49:00+00:00",
+        "modelspec.resolution": "832x480",
+        "modelspec.hash_sha256": "0x" + hashlib.sha256(data).hexdigest(),
+        "onewan.variant": "t2v-a14b",
+        "onewan.expert": "low",
+        "onewan.steps": "500",
+        "onewan.format": "comfyui",
+        "onewan.rank": "3",
+        "onewan.alpha": "1.0",
+    }
+
+
+def test_equal_weights_make_equal_files(tiny_model, tmp_path):
+    transformer = trained(tiny_model("t2v-a14b"), LOW, PART)
+    title = 'quotes " and \\, tabs \t, \x1f, \x7f, 色调 and \U0001f600'
+    first = export(transformer, PART, tmp_path / "1.safetensors", title=title)
+    second = export(transformer, PART, tmp_path / "2.safetensors", title=title)
+    assert first.read_bytes() == second.read_bytes()
+    assert header(first)["modelspec.title"] == title
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [
+        ("wan_2_2", "WAN-2.2"),
+        ("wan_2_2-lora", "WAN-2.2/lora"),
+        ("wan_2_2-embedding", "WAN-2.2/embedding"),
+    ],
+)
+def test_model_spec_resources(name, architecture):
+    import onewan
+
+    folder = Path(onewan.__file__).parent / "resources" / "sd_model_spec"
+    spec = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    assert spec.pop("modelspec.title").startswith("Wan 2.2")
+    assert spec == {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": "https://github.com/huggingface/diffusers",
+    }
+
+
+# ------------------------------------------------------------------------------- precision, writing
+
+
+def test_bfloat16_is_the_nearest(tiny_model, tmp_path):
+    transformer = trained(tiny_model("t2v-a14b"), LOW, PART)
+    lora = read_lora(
+        export(transformer, PART, tmp_path / "x.safetensors", dtype=torch.bfloat16, alpha=0.1)
+    )
+    assert set(lora.alphas.values()) == {torch.tensor(0.1).item()}  # float32 whatever the weights
+    for name, weight in adapter_weights(transformer).items():
+        assert lora.weights[name].dtype == torch.bfloat16
+        # 8 bits of significand: half a unit in the last place is 2^-9 of the power of two below.
+        assert ((lora.weights[name].float() - weight).abs() <= weight.abs() * 2**-8).all()
+
+
+def test_a_weight_beyond_float16_is_refused(tiny_model, tmp_path):
+    transformer = trained(tiny_model("t2v-a14b"), LOW, PART)
+    weights = adapter_weights(transformer)
+    weights["blocks.1.ffn.net.2.lora_B.weight"][3, 1] = 70000.0
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(CheckpointError, match=r"ffn\.net\.2.*7e\+04.*bfloat16"):
+        export(transformer, PART, path, weights=weights, dtype=torch.float16)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_views_of_one_storage_are_exported(tiny_model, tmp_path):
+    transformer = trained(tiny_model("t2v-a14b"), LOW, PART)
+    weights = adapter_weights(transformer)
+    first, second = (n for n in weights if n.endswith("attn1.to_q.lora_A.weight") or "to_q" in n)
+    shared = torch.arange(3 * 64, dtype=torch.float32)
+    weights[first], weights[second] = shared.view(3, 64), shared.view(3, 64).T
+    lora = read_lora(export(transformer, PART, tmp_path / "x.safetensors", weights=weights))
+    assert torch.equal(lora.weights[second], lora.weights[first].T)
+
+
+@pytest.mark.parametrize("place", ["header", "tensors"])
+def test_a_disk_that_flips_a_bit_is_found_out(tiny_model, tmp_path, monkeypatch, place):
+    """The fault is put in where a real one would be: between writing and reading back."""
+    transformer = trained(tiny_model("t2v-a14b"), LOW, PART)
+    path = export(transformer, PART, tmp_path / "x.safetensors")
+    good = path.read_bytes()
+    where = good.index(b'"onewan.steps":"500"') + 16 if place == "header" else len(good) - 5
+    flush = os.fsync
+
+    def faulty(handle: int) -> None:
+        byte = os.pread(handle, 1, where)
+        os.pwrite(handle, bytes([byte[0] ^ 1]), where)
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", faulty)
+    with pytest.raises(CheckpointError, match="reads back different"):
+        export(transformer, PART, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+    assert path.read_bytes() == good
+
+
+def test_a_folder_that_is_a_file_is_named(tiny_model, tmp_path):
+    (tmp_path / "weights").write_text("in the way")
+    transformer = trained(tiny_model("t2v-a14b"), LOW, PART)
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: can't be written"):
+        export(transformer, PART, tmp_path / "weights" / "x.safetensors")
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+@pytest.mark.parametrize("format", ["comfyui", "diffusers"])
+@pytest.mark.parametrize("spec", [WHOLE, PART], ids=["whole", "part"])
+def test_read_lora_gives_back_what_was_saved(tiny_model, tmp_path, spec, format):
+    folder = tiny_model("t2v-a14b")
+    transformer = trained(folder, LOW, spec)
+    lora = read_lora(export(transformer, spec, tmp_path / "x.safetensors", format=format))
+    weights = adapter_weights(transformer)
+    assert lora.format == format
+    assert lora.weights.keys() == weights.keys()
+    assert all(torch.equal(lora.weights[name], weights[name]) for name in weights)
+    modules = {f"blocks.{n}.{m}" for n in spec.layers for m in spec.modules}
+    assert lora.ranks == dict.fromkeys(modules, spec.rank)
+    assert lora.alphas == dict.fromkeys(modules, spec.alpha)
+
+    fresh = trained(folder, LOW, spec)
+    for parameter in adapter_parameters(fresh).values():
+        parameter.data.zero_()
+    load_adapter_weights(fresh, lora.weights, str(lora.path))
+    assert torch.equal(velocity(fresh), velocity(transformer))
+
+
+def test_down_up_and_no_alpha_are_read(tiny_model, tmp_path):
+    transformer = trained(tiny_model("t2v-a14b"), LOW, PART)
+    file = load_file(export(transformer, PART, tmp_path / "x.safetensors"))
+    respelled = {
+        name.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): tensor
+        for name, tensor in file.items()
+        if not name.endswith(".alpha")
+    }
+    save_file(respelled, tmp_path / "y.safetensors")
+    lora = read_lora(tmp_path / "y.safetensors")
+    assert all(torch.equal(lora.weights[n], w) for n, w in adapter_weights(transformer).items())
+    assert set(lora.alphas.values()) == {float(PART.rank)}
+
+
+@pytest.mark.parametrize("format", ["comfyui", "diffusers"])
+def test_ranks_and_alphas_may_differ_by_module(tiny_model, tmp_path, format):
+    """A file of another trainer: read by us it does what it does in diffusers."""
+    folder = tiny_model("t2v-a14b")
+    ranks = {"blocks.0.attn1.to_q": 2, "blocks.2.attn1.to_q": 5, "blocks.2.ffn.net.0.proj": 3}
+    alphas = {"blocks.0.attn1.to_q": 4.0, "blocks.2.attn1.to_q": 1.0, "blocks.2.ffn.net.0.proj": 3}
+    generator = torch.Generator().manual_seed(5)
+    file, settings = {}, {}
+    for module, rank in ranks.items():
+        outputs = 256 if "ffn" in module else 64
+        name = f"transformer.{module}"
+        if format == "comfyui":
+            name = f"diffusion_model.{to_official(module)}"
+            file[f"{name}.alpha"] = torch.tensor(float(alphas[module]))
+        file[f"{name}.lora_A.weight"] = torch.randn(rank, 64, generator=generator) * 0.3
+        file[f"{name}.lora_B.weight"] = torch.randn(outputs, rank, generator=generator) * 0.3
+    if format == "diffusers":
+        settings = {
+            "transformer.r": 2,
+            "transformer.lora_alpha": 4.0,
+            "transformer.rank_pattern": {"blocks.2.attn1.to_q": 5, "blocks.2.ffn.net.0.proj": 3},
+            "transformer.alpha_pattern": {"blocks.2.attn1.to_q": 1.0, "ffn.net.0.proj": 3},
+            "transformer.target_modules": list(ranks),
+        }
+    path = tmp_path / "x.safetensors"
+    save_file(file, path, {"lora_adapter_metadata": json.dumps(settings)} if settings else None)
+
+    lora = read_lora(path)
+    assert lora.ranks == ranks
+    assert lora.alphas == alphas
+    transformer = WanModelLoader().load(folder, components=["transformer"]).transformer
+    base = velocity(transformer)
+    config = LoraConfig(
+        rank_pattern=lora.ranks, alpha_pattern=lora.alphas, target_modules=list(lora.ranks)
+    )
+    inject_adapter_in_model(config, transformer)
+    transformer.peft_config = {"default": config}
+    load_adapter_weights(transformer, lora.weights, str(path))
+
+    pipeline = experts_pipeline(folder)
+    pipeline.load_lora_weights(tmp_path, weight_name=path.name)
+    assert_same_effect(velocity(transformer), velocity(pipeline.transformer), base)
+
+
+Q = "diffusion_model.blocks.0.self_attn.q"
+GOOD = {f"{Q}.lora_A.weight": torch.ones(4, 8), f"{Q}.lora_B.weight": torch.ones(8, 4)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({}, "0 of 0 keys"),
+        ({"lora_unet_down_blocks_0_attn.lora_down.weight": torch.ones(4, 8)}, "lora_unet_down"),
+        ({"transformer_2.blocks.0.attn1.to_q.lora_A.weight": torch.ones(4, 8)}, "transformer_2"),
+        ({**GOOD, "blocks.0.attn1.to_q.lora_A.weight": torch.ones(4, 8)}, "1 of 3 keys"),
+        ({**GOOD, f"{Q}.diff_b": torch.ones(8)}, r"self_attn\.q\.diff_b"),
+        ({**GOOD, f"{Q}.dora_scale": torch.ones(8, 1)}, "dora_scale"),
+        (
+            {k.replace("self_attn.q", "cross_attn.k_img"): v for k, v in GOOD.items()},
+            r"2 of 2 keys .*k_img",
+        ),
+        ({k.replace("self_attn.q", "attn1.to_q"): v for k, v in GOOD.items()}, "2 of 2 keys"),
+        ({k.replace(".self_attn.q", ""): v for k, v in GOOD.items()}, "2 of 2 keys"),
+        ({f"{Q}.alpha": torch.tensor(4.0)}, "lacks lora_A and lora_B"),
+        ({f"{Q}.lora_A.weight": torch.ones(4, 8)}, "lacks lora_B"),
+        ({**GOOD, f"{Q}.lora_B.weight": torch.ones(8, 5)}, r"\[4, 8\] and lora_B \[8, 5\]"),
+        ({**GOOD, f"{Q}.lora_B.weight": torch.ones(8, 4, 1)}, r"lora_B \[8, 4, 1\]"),
+        ({**GOOD, f"{Q}.lora_B.weight": torch.ones(8, 4, dtype=torch.int8)}, "int8"),
+        ({**GOOD, f"{Q}.alpha": torch.ones(2)}, r"alpha of shape \[2\]"),
+    ],
+)
+def test_other_files_are_refused_by_name(tmp_path, tensors, message):
+    path = tmp_path / "bad.safetensors"
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=rf"bad\.safetensors: .*{message}"):
+        read_lora(path)
+
+
+@pytest.mark.parametrize("cut", [0, 5, 100, -1])
+def test_truncated_files_are_refused(tiny_model, tmp_path, cut):
+    transformer = trained(tiny_model("t2v-a14b"), LOW, PART)
+    path = export(transformer, PART, tmp_path / "x.safetensors")
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(CheckpointError, match="is not a whole safetensors file"):
+        read_lora(path)
+
+
+def test_a_missing_file_and_a_damaged_header_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        read_lora(tmp_path / "none.safetensors")
+    path = tmp_path / "x.safetensors"
+    tensors = {k.replace(Q, "transformer.blocks.0.attn1.to_q"): v for k, v in GOOD.items()}
+    for damage in ("{", "[]", '{"transformer.r": 4}', '{"transformer.lora_alpha": "much"}'):
+        save_file(tensors, path, {"lora_adapter_metadata": damage})
+        with pytest.raises(CheckpointError, match="lora_adapter_metadata in its header is damaged"):
+            read_lora(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "expert"),
+    [
+        ("000500_high_noise", "high"),
+        ("wan2.2_i2v_A14b_low_noise_lora_rank64", "low"),
+        ("Wan2.2-HighNoise-style", "high"),
+        ("style_low", "low"),
+        ("high_contrast_low_noise", "low"),
+        ("HIGH-lora", "high"),
+        ("highlands", None),
+        ("style_high_low", None),
+        ("style", None),
+    ],
+)
+def test_expert_by_name(name, expert):
+    variant, path = VARIANTS["t2v-a14b"], Path(f"{name}.safetensors")
+    if expert is None:
+        with pytest.raises(CheckpointError, match=r"name it \.\.\._high_noise"):
+            expert_of(path, {}, variant)
+    else:
+        assert expert_of(path, {}, variant) is variant.expert(expert)
+
+
+def test_expert_by_header():
+    pair, single = VARIANTS["t2v-a14b"], VARIANTS["ti2v-5b"]
+    path = Path("style_high_noise.safetensors")
+    assert expert_of(path, {"onewan.expert": "low"}, pair) is LOW
+    assert expert_of(path, {}, single) is single.experts[0]
+    with pytest.raises(CheckpointError, match="made for the low expert, and ti2v-5b has single"):
+        expert_of(path, {"onewan.expert": "low"}, single)

@@ -1,0 +1,91 @@
+"""Our loader and forward contract against outputs of the official Wan 2.2 code, in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from official import FOLDERS, write_diffusers_layout
+from safetensors.torch import load_file
+from torch import Tensor
+
+from onewan.model.experts import predict_velocity, token_timesteps
+from onewan.model.load import WanModelLoader
+from onewan.model.text import pad_text
+from onewan.model.wan import WanModel
+
+PROMPTS = ["a small dog runs on the beach", "slow camera pan of a city at night"]
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture(scope="module", params=list(FOLDERS))
+def golden(
+    request: pytest.FixtureRequest, shared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[WanModel, dict[str, Tensor]]:
+    official = shared / "golden" / FOLDERS[request.param]
+    folder = write_diffusers_layout(official, request.param, tmp_path_factory.mktemp("model"))
+    model = WanModelLoader().load(folder, variant=request.param)
+    return model, load_file(official / "expected.safetensors")
+
+
+@pytest.mark.parametrize("t", [12.5, 500, 950])
+def test_transformer(golden: tuple[WanModel, dict[str, Tensor]], t: float) -> None:
+    model, expected = golden
+    text = pad_text([expected["text.embedding.0"]])
+    condition = expected.get("dit.condition")  # I2V alone
+    for expert in model.variant.experts:
+        official = {"high": "high_noise_model", "low": "low_noise_model", "single": "transformer"}
+        out = predict_velocity(
+            model.expert(expert),
+            expected["dit.latent"],
+            torch.tensor([t / 1000]),
+            text,
+            condition_BCFHW=condition,
+        )
+        assert relative(out, expected[f"dit.{official[expert.name]}.t{t}"]) < 2e-6
+
+
+def test_clean_first_frame(golden: tuple[WanModel, dict[str, Tensor]]) -> None:
+    model, expected = golden
+    if model.variant.condition != "first_frame_clean":
+        assert "dit.transformer.first_frame_clean" not in expected
+        return
+    latent, t, clean = expected["dit.latent"], torch.tensor([0.7]), torch.tensor([True])
+    torch.testing.assert_close(
+        token_timesteps(t, clean, latent), expected["dit.transformer.first_frame_clean.timesteps"]
+    )
+    text = pad_text([expected["text.embedding.0"]])
+    out = predict_velocity(
+        model.expert(model.variant.experts[0]), latent, t, text, clean_first_frame_B=clean
+    )
+    assert relative(out, expected["dit.transformer.first_frame_clean"]) < 2e-6
+
+
+def test_text(golden: tuple[WanModel, dict[str, Tensor]]) -> None:
+    model, expected = golden
+    assert model.tokenizer is not None
+    padded = model.encode_text(PROMPTS)
+    assert padded.shape[1] == 512
+    for i, prompt in enumerate(PROMPTS):
+        official = expected[f"text.embedding.{i}"]
+        ids = model.tokenizer(prompt).input_ids
+        assert ids == expected["text.input_ids"][i, : len(official)].tolist()
+        assert relative(padded[i, : len(official)], official) < 2e-6
+        assert padded[i, len(official) :].count_nonzero() == 0
+
+
+def test_vae(golden: tuple[WanModel, dict[str, Tensor]]) -> None:
+    model, expected = golden
+    assert model.vae is not None
+    shape = (1, -1, 1, 1, 1)
+    mean = torch.tensor(model.vae.config.latents_mean).view(shape)
+    std = torch.tensor(model.vae.config.latents_std).view(shape)
+    latents = model.encode_video(expected["vae.pixels"])
+    assert relative(latents * std + mean, expected["vae.mean_unscaled"]) < 1e-5
+    decoded = model.decode_video((expected["vae.mean_unscaled"] - mean) / std)
+    assert relative(decoded, expected["vae.decoded"].clamp(-1, 1)) < 1e-5

@@ -1,0 +1,532 @@
+"""Reading run files: what comes out, and what is said about a bad one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
+
+from onewan.config import RunConfig, changed_fields, dump_run, load_run, starter
+from onewan.config.migrate import migrate
+from onewan.config.schema import SCHEMA_VERSION
+from onewan.errors import ConfigError
+from onewan.variants import NEGATIVE_PROMPT, VARIANTS, VariantName
+
+T2V = "model: {path: org/model, variant: t2v-a14b}\n"
+I2V = "model: {path: org/model, variant: i2v-a14b}\n"
+TI2V = "model: {path: org/model, variant: ti2v-5b}\n"
+NAMES: tuple[VariantName, ...] = get_args(VariantName)
+
+
+def write(folder: Path, text: str, name: str = "fox.yaml") -> Path:
+    file = folder / name
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def problems(file: Path, overrides: tuple[str, ...] = ()) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        load_run(file, overrides)
+    assert caught.value.source == str(file)
+    return caught.value.problems
+
+
+def only_problem(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> str:
+    found = problems(write(folder, text), overrides)
+    assert len(found) == 1, found
+    return found[0]
+
+
+# ---------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nulls_take_the_variant_s_values(tmp_path: Path, name: VariantName) -> None:
+    config = load_run(write(tmp_path, f"model: {{path: org/model, variant: {name}}}"))
+    facts = VARIANTS[name]
+    assert config.wan_config.spatial_compression_ratio == facts.spatial_compression
+    assert config.wan_config.temporal_compression_ratio == facts.temporal_compression
+    assert config.wan_config.max_frames == 16  # the data layer rounds it, with a note
+    assert config.video_data.target_fps == facts.fps
+    assert config.video_data.resolution == (facts.training_area,)
+    assert config.method.alpha == config.method.rank
+    assert config.train.timesteps.shift == facts.flow_shift
+    sample = config.sample
+    assert (sample.width, sample.height) == facts.sample_size
+    assert (sample.frames, sample.fps, sample.steps) == (
+        facts.frames,
+        facts.fps,
+        facts.sampling_steps,
+    )
+    assert sample.shift == facts.flow_shift
+    assert sample.guidance == tuple(e.guidance_scale for e in facts.experts)
+    assert sample.negative_prompt == NEGATIVE_PROMPT
+    assert config.output.name == "fox"
+
+
+def test_given_values_stay(tmp_path: Path) -> None:
+    config = load_run(
+        write(
+            tmp_path,
+            T2V + "method: {rank: 8, alpha: 1}\n"
+            "video_data: {target_fps: 8, resolution: 832x480}\n"
+            "sample: {negative_prompt: '', guidance: [1, 2], shift: 3, frames: 5}\n"
+            "output: {name: cat}\n",
+        )
+    )
+    assert (config.method.rank, config.method.alpha) == (8, 1)
+    assert config.video_data.target_fps == 8
+    assert config.video_data.resolution == ("832x480",)
+    assert config.sample.negative_prompt == ""
+    assert (config.sample.guidance, config.sample.shift, config.sample.frames) == ((1, 2), 3, 5)
+    assert config.output.name == "cat"
+
+
+def test_yaml_is_read_by_the_rules_of_1_2(tmp_path: Path) -> None:
+    config = load_run(
+        write(tmp_path, T2V + "optimizer: {lr: 1e-4}\nsample: {prompts: [off, 12:30]}\n")
+    )
+    assert config.optimizer.lr == 1e-4
+    assert [p.prompt for p in config.sample.prompts] == ["off", "12:30"]
+
+
+def test_json_with_tabs_and_a_byte_order_mark(tmp_path: Path) -> None:
+    text = '\ufeff{\n\t"model": {"path": "org/model",\t"variant": "ti2v-5b"}\n}'
+    assert load_run(write(tmp_path, text, "fox.json")).model.variant == "ti2v-5b"
+
+
+def test_an_empty_section_is_all_defaults(tmp_path: Path) -> None:
+    config = load_run(write(tmp_path, T2V + "method:\nsample:\n  # every: 5\n"))
+    assert config.method.rank == 32
+
+
+def test_aliases_of_yaml_are_not_tied_together(tmp_path: Path) -> None:
+    text = T2V + "video_data:\n  sources:\n    - &a {path: a}\n    - *a\n"
+    config = load_run(write(tmp_path, text), ["video_data.sources.1.repeats=3"])
+    assert [s.repeats for s in config.video_data.sources] == [1, 3]
+
+
+# ----------------------------------------------------------------------------------------- paths
+
+
+def test_paths_are_relative_to_the_file_or_to_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    (there / "dog.png").touch()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    file = write(
+        there,
+        TI2V + "video_data:\n  sources: [{path: clips}, {path: ../more}, {path: ~/own}]\n"
+        "sample: {prompts: [{prompt: a, image: dog.png}]}\n",
+    )
+    config = load_run(file, ["output.dir=out", "video_data.sources.3.path=clips"])
+    paths = [s.path for s in config.video_data.sources]
+    own = tmp_path / "home" / "own"
+    assert paths == [there / "clips", tmp_path / "more", own, here / "clips"]
+    assert config.video_data.cache_dir == there / "cache"  # a default counts as in the file
+    assert config.output.dir == here / "out"
+    assert config.sample.prompts[0].image == there / "dog.png"
+    # A relative name of the file itself makes no difference.
+    assert load_run(Path("../there/fox.yaml")).video_data == load_run(file).video_data
+
+
+@pytest.mark.parametrize(
+    ("given", "comes_out"),
+    [
+        ("org/model", "org/model"),
+        ("model", "{folder}/model"),
+        ("./org/model", "{folder}/org/model"),
+        ("/models/wan", "/models/wan"),
+    ],
+)
+def test_a_model_is_a_folder_or_a_repository(tmp_path: Path, given: str, comes_out: str) -> None:
+    (tmp_path / "model").mkdir()
+    config = load_run(write(tmp_path, f"model: {{path: {given}, variant: t2v-a14b}}"))
+    assert config.model.path == comes_out.format(folder=tmp_path)
+
+
+def test_a_run_folder_stands_for_its_run_wherever_it_is(tmp_path: Path) -> None:
+    (tmp_path / "clips").mkdir()
+    first = load_run(write(tmp_path, T2V + "video_data: {sources: [{path: clips}]}\n"))
+    moved = tmp_path / "elsewhere" / "renamed"
+    moved.mkdir(parents=True)
+    write(moved, dump_run(first), "resolved.yaml")
+    again = load_run(moved)
+    assert (again.output.dir, again.output.name) == (moved.parent, "renamed")
+    assert {name for name, _, _ in changed_fields(first, again)} == {"output.dir", "output.name"}
+    assert load_run(moved, ["output.name=third"]).output.name == "third"
+
+
+# ------------------------------------------------------------------------------------- overrides
+
+
+def test_overrides_reach_everything(tmp_path: Path) -> None:
+    config = load_run(
+        write(tmp_path, "model: {path: org/model}\n"),
+        [
+            "model.variant=ti2v-5b",
+            "train.steps=1000",
+            "train.steps=2_000",
+            "optimizer.lr=3e-4",
+            "wan_config.transformer_layers_to_train=[0, 1]",
+            "video_data.sources.0.path=/a",
+            "video_data.sources.1.path=/b",
+            "video_data.sources.0.repeats=2",
+            "method.alpha=null",
+        ],
+    )
+    assert (config.train.steps, config.optimizer.lr) == (2000, 3e-4)
+    assert config.wan_config.transformer_layers_to_train == (0, 1)
+    assert [(str(s.path), s.repeats) for s in config.video_data.sources] == [("/a", 2), ("/b", 1)]
+    assert config.method.alpha == 32
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a cat: it runs # fast", "a cat: it runs # fast"),
+        ("[a cat", "[a cat"),
+        ("2026", "2026"),
+        ("'quoted: yes'", "quoted: yes"),
+        ('""', ""),
+        ("null", NEGATIVE_PROMPT),
+    ],
+)
+def test_text_is_taken_as_it_stands(tmp_path: Path, text: str, value: str) -> None:
+    config = load_run(write(tmp_path, T2V), [f"sample.negative_prompt={text}"])
+    assert config.sample.negative_prompt == value
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.stesp=5", "train.stesp: unknown field; did you mean 'steps'?"),
+        ("lr=3", "lr: unknown field; did you mean optimizer.lr?"),
+        ("logging.zzz=3", "logging.zzz: unknown field; known here: tensorboard"),
+        ("train", "override 'train': is not path.to.field=value"),
+        ("=5", "override '=5': is not path.to.field=value"),
+        ("train..steps=5", "override 'train..steps=5': is not path.to.field=value"),
+        ("train.steps=[1", "train.steps: can't read '[1' as YAML"),
+        ("video_data.sources.1.path=/a", "video_data.sources.1.path: the list has 0 items"),
+        ("train.0=1", "train.0: has no item 0"),
+        ("model.path.x=1", "model.path.x: has no field 'x', since here is 'org/model'"),
+    ],
+)
+def test_bad_overrides_are_named(tmp_path: Path, override: str, said: str) -> None:
+    assert only_problem(tmp_path, T2V, (override,)).startswith(said)
+
+
+def test_bad_overrides_and_a_bad_file_are_reported_together(tmp_path: Path) -> None:
+    found = problems(write(tmp_path, T2V + "train: {steps: 0}"), ("train", "memory.x=1"))
+    assert [p.split(": ")[0] for p in found] == ["override 'train'", "train.steps", "memory.x"]
+
+
+# -------------------------------------------------------------------------------------- problems
+
+
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        """
+model: {path: org/model, variant: t2v-a14b, experts: hihg}
+wan_config: {transformer_layers_to_train: [3, 3]}
+video_data: {resolution: [830x480], sources: [{path: a, repeat: 2}]}
+method: {rank: -2}
+optimizer: {lr: fast}
+train: {stesp: 5, steps: 10, warmup_steps: 10}
+sample: {prompts: [a fox], every: 5, frames: 80, guidance: [1]}
+""",
+    )
+    assert set(problems(file)) == {
+        "model.experts: must be 'both', 'high' or 'low', got 'hihg'; did you mean 'high'?",
+        "wan_config.transformer_layers_to_train: has 3 twice, got [3, 3]; give each once",
+        "video_data.resolution: sides must be multiples of 16, got '830x480'; "
+        "the nearest is '832x480'",
+        "video_data.sources.0.repeat: unknown field; did you mean 'repeats'?",
+        "method.rank: must be at least 1, got -2; change it, or leave it out for 32",
+        "optimizer.lr: must be a number, got 'fast'; change it, or leave it out for 0.0001",
+        "train.stesp: unknown field; did you mean 'steps'?",
+        "train.warmup_steps: must be less than train.steps (10), got 10; lower it",
+        "sample.frames: must be 4n+1, got 80; the nearest are 77 and 81",
+        "sample.guidance: must have one number for each expert of t2v-a14b, [high, low], got "
+        "[1.0]; give 2, or leave it out for the official [4.0, 3.0]",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train: {steps: 1.5}", "train.steps: must be a whole number, got 1.5; change it"),
+        ("train: {high_share: often}", "train.high_share: must be 'equal' or 'mass', or a number"),
+        ("train: {high_share: 1.5}", "train.high_share: must be 'equal' or 'mass', or at most 1"),
+        ("train: 5", "train: must be a section with fields, got 5"),
+        ("train: {3: 4}", "train.3: unknown field"),
+        ("optimizer: {betas: [0.9]}", "optimizer.betas: has too few values, got [0.9]"),
+        ("optimizer: {betas: [0.9, 1]}", "optimizer.betas.1: must be less than 1, got 1"),
+        ("optimizer: {lr: .inf}", "optimizer.lr: must be a finite number, got inf"),
+        ("output: {name: 7}", "output.name: must be text, got 7; put it in quotes"),
+        ("output: {name: a/b}", "output.name: must be a plain name for a folder"),
+        ("output: {formats: []}", "output.formats: must be a list of at least 1, got []"),
+        ("output: {formats: [comfyui, comfyui]}", "output.formats: has comfyui twice"),
+        ("memory: {gradient_checkpointing: 7}", "memory.gradient_checkpointing: must be true or"),
+        ("sample: {prompts: a fox}", "sample.prompts: must be a list, got 'a fox'"),
+        ("sample: {prompts: [5]}", "sample.prompts.0: must be a section with fields, got 5"),
+        ("sample: {prompts: [{seed: 5}]}", "sample.prompts.0.prompt: is required, got nothing"),
+        ("sample: {every: 5}", "sample.every: is 5, but sample.prompts is empty; give a prompt"),
+        ("video_data: {sources: [a]}", "video_data.sources.0: must be a section with fields"),
+        ("video_data: {sources: &a [*a]}", "video_data.sources.0: must be a section with fields"),
+        ("video_data: {resolution: 480p}", "video_data.resolution: '480p' is neither an area"),
+        ("video_data: {resolution: 480}", "video_data.resolution: is an area in pixels, and 480"),
+        ("video_data: {resolution: [[1]]}", "video_data.resolution.0: must be a whole number, or"),
+        ("video_data: {resolution: 1280x720}", "video_data.resolution: must fit into video_data."),
+        (
+            "video_data: {min_resolution: [512, 9], max_resolution: [256, 256]}",
+            "video_data.min_resolution: must not be above video_data.max_resolution [256, 256]",
+        ),
+        ("wan_config: {transformer_layers_to_train: []}", "wan_config.transformer_layers_to_"),
+        (
+            "wan_config: {spatial_compression_ratio: 16}",
+            "wan_config.spatial_compression_ratio: is 8 for t2v-a14b, got 16; leave it out",
+        ),
+        ("sample: {width: 333}", "sample.width: must be a multiple of 16 for t2v-a14b, got 333"),
+        (
+            "train: {first_frame_probability: 0.2}",
+            "train.first_frame_probability: is for ti2v-5b alone",
+        ),
+        (
+            "sample: {prompts: [{prompt: a, image: no.png}]}",
+            "sample.prompts.0.image: there is no file",
+        ),
+    ],
+)
+def test_one_problem_gives_one_line(tmp_path: Path, text: str, said: str) -> None:
+    found = only_problem(tmp_path, T2V + text)
+    assert found.startswith(said)
+    assert "\n" not in found
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            TI2V.replace("}", ", experts: high}"),
+            "model.experts: ti2v-5b has one expert, got 'high'; leave it out",
+        ),
+        (TI2V + "train: {high_share: 0.4}", "train.high_share: divides the steps between two"),
+        (
+            I2V.replace("}", ", experts: low}") + "train: {high_share: 0.4}",
+            "train.high_share: divides the steps between two experts, but i2v-a14b trains only",
+        ),
+        (TI2V + "video_data: {resolution: 848x480}", "video_data.resolution: sides must be multi"),
+        (TI2V + "sample: {height: 720}", "sample.height: must be a multiple of 32 for ti2v-5b"),
+        (TI2V + "sample: {guidance: [4, 3]}", "sample.guidance: must have one number for each"),
+        (I2V + "sample: {prompts: [a]}", "sample.prompts.0.image: i2v-a14b starts from an image"),
+        ("method: {rank: 4}", "model.path: is required, got nothing; add it: The base model"),
+    ],
+)
+def test_rules_of_other_variants(tmp_path: Path, text: str, said: str) -> None:
+    found = problems(write(tmp_path, text))
+    assert found[0].startswith(said)
+
+
+def test_t2v_takes_no_image_even_one_that_is_there(tmp_path: Path) -> None:
+    (tmp_path / "dog.png").touch()
+    found = only_problem(tmp_path, T2V + "sample: {prompts: [{prompt: a, image: dog.png}]}")
+    assert found.startswith("sample.prompts.0.image: t2v-a14b takes no image")
+
+
+def test_sizes_fit_in_either_orientation(tmp_path: Path) -> None:
+    text = T2V + "video_data: {max_resolution: [1280, 720], resolution: "
+    assert load_run(write(tmp_path, text + "720x1280}")).video_data.resolution == ("720x1280",)
+    found = problems(write(tmp_path, text + "[800x800, 1280x720, 64x1296]}"))
+    assert [p.split(": must fit into")[0] for p in found] == [
+        "video_data.resolution.0",
+        "video_data.resolution.2",
+    ]
+
+
+def test_a_wrong_variant_hides_only_what_depends_on_it(tmp_path: Path) -> None:
+    text = "model: {path: a, variant: t2v}\nsample: {width: 333, frames: 6, prompts: [a]}\n"
+    found = problems(write(tmp_path, text))
+    assert [p.split(":")[0] for p in found] == ["model.variant", "sample.frames"]
+    found = problems(write(tmp_path, text.replace("{path: a, variant: t2v}", "5")))
+    assert [p.split(":")[0] for p in found] == ["model", "sample.frames"]
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (T2V + "train: {steps: 1, steps: 2}", "line 2, column 19: 'steps' is given twice"),
+        ("model:\n\tpath: a", "line 2, column 1: a tab; indent with spaces"),
+        ("model: [1,", "line 1, column 11: expected the node content"),
+        ("a: b: c", "line 1, column 5: mapping values are not allowed here"),
+        ("a: 1\n---\nb: 2", "line 2, column 1: expected a single document"),
+        ("a: !!python/none x", "line 1, column 4: could not determine a constructor"),
+        ("a: 1\nb: \x01", "line 2: '\\x01' is not allowed"),
+        ("a: 2026-13-01", "holds a value that can't be read: month must be in 1..12"),
+        ("", "is empty"),
+        ("# nothing\n", "is empty"),
+        ("- a", "must hold fields such as `model:` at its top, got ['a']"),
+        ("schema_version: 99\nnew: 1", "schema_version: is 99, but this onewan knows versions up"),
+        (T2V + "schema_version: one", "schema_version: must be a whole number, got 'one'"),
+    ],
+)
+def test_files_that_can_t_be_read(tmp_path: Path, text: str, said: str) -> None:
+    found = only_problem(tmp_path, text)
+    assert found.startswith(said)
+    assert "\n" not in found
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": 1, "a": 2}', "'a' is given twice"),
+        ('{"a": 1,\n}', "line "),
+        (" ", "is empty"),
+        ("[]", "must hold fields"),
+    ],
+)
+def test_json_that_can_t_be_read(tmp_path: Path, text: str, said: str) -> None:
+    (found,) = problems(write(tmp_path, text, "fox.json"))
+    assert found.startswith(said)
+
+
+def test_no_file_a_folder_and_no_text(tmp_path: Path) -> None:
+    assert problems(tmp_path / "no.yaml")[0].startswith("there is no such file")
+    assert problems(tmp_path)[0].startswith("is a folder without resolved.yaml")
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes("model: \u00e9".encode("latin-1"))
+    assert problems(latin) == ("is not UTF-8 text (byte 7); save it as UTF-8",)
+
+
+def test_the_message_has_the_file_and_a_line_per_problem(tmp_path: Path) -> None:
+    file = write(tmp_path, T2V + "train: {steps: 0, seed: -1}")
+    with pytest.raises(ConfigError) as caught:
+        load_run(file)
+    first, *rest = str(caught.value).splitlines()
+    assert first == f"{file}: 2 problems"
+    assert len(rest) == 2
+
+
+# ------------------------------------------------------------------------------- migrate and back
+
+
+def test_migrations_run_in_order_and_change_nothing_in_place() -> None:
+    old = {"schema_version": 1, "a": 1}
+    steps = {1: lambda d: {"b": d["a"]}, 2: lambda d: {"c": d["b"]}}
+    assert migrate(old, migrations=steps, current=3) == {"c": 1, "schema_version": 3}
+    assert migrate({"a": 1}, migrations=steps, current=3) == {"a": 1}  # without a number: current
+    assert migrate({"schema_version": 3, "c": 1}, migrations=steps, current=3)["c"] == 1
+    assert old == {"schema_version": 1, "a": 1}
+    with pytest.raises(ConfigError, match="is 4, but this onewan knows versions up to 3"):
+        migrate({"schema_version": 4}, migrations=steps, current=3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dump_is_read_back_equal(tmp_path: Path, name: VariantName) -> None:
+    config = load_run(write(tmp_path, starter(name)))
+    text = dump_run(config)
+    assert text.startswith(f"schema_version: {SCHEMA_VERSION}\n")
+    assert load_run(write(tmp_path, text, "other.yaml")) == config
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(), lr=st.floats(min_value=1e-300, max_value=1e300))
+def test_any_text_and_number_survive_a_dump(
+    tmp_path_factory: pytest.TempPathFactory, text: str, lr: float
+) -> None:
+    folder = tmp_path_factory.mktemp("dump")
+    base = load_run(write(folder, T2V))
+    sample = base.sample.model_copy(update={"negative_prompt": text})
+    optimizer = base.optimizer.model_copy(update={"lr": lr})
+    config = base.model_copy(update={"sample": sample, "optimizer": optimizer})
+    assert load_run(write(folder, dump_run(config), "again.yaml")) == config
+
+
+@pytest.mark.parametrize("text", ["a\x85b", "a\u2028b", "off", "1e-4", "a: b # c", "a\nb ", "~"])
+def test_awkward_text_survives_a_dump(tmp_path: Path, text: str) -> None:
+    base = load_run(write(tmp_path, T2V))
+    sample = base.sample.model_copy(update={"negative_prompt": text})
+    config = base.model_copy(update={"sample": sample})
+    assert load_run(write(tmp_path, dump_run(config), "again.yaml")) == config
+
+
+def test_changed_fields_are_the_leaves_that_differ(tmp_path: Path) -> None:
+    text = TI2V + "sample: {prompts: [a, b]}\n"
+    old = load_run(write(tmp_path, text))
+    new = load_run(write(tmp_path, text), ["train.steps=5", "sample.prompts=[a, c, d]"])
+    assert changed_fields(old, old) == []
+    assert changed_fields(old, new) == [
+        ("train.steps", 2000, 5),
+        ("sample.prompts.1.prompt", "b", "c"),
+        ("sample.prompts.2.prompt", None, "d"),
+    ]
+
+
+# --------------------------------------------------------------------------------------- starter
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_starter_loads_and_says_what_is_right(tmp_path: Path, name: VariantName) -> None:
+    facts, text = VARIANTS[name], starter(name)
+    config = load_run(write(tmp_path, text))
+    assert text.startswith("# yaml-language-server: $schema=onewan.schema.json\n")
+    assert "onewan schema > onewan.schema.json" in text
+    assert len(text.splitlines()) <= 50
+    assert max(map(len, text.splitlines())) <= 100
+    assert config.model.path == facts.repository
+    assert config.wan_config.max_frames == facts.frames
+    assert config.video_data.max_duration >= facts.frames / facts.fps
+    assert "mkv" in config.video_data.supported_formats
+    assert config.video_data.sources[0].path == tmp_path / "clips"
+    assert (config.optimizer.lr, config.method.rank) == (1e-4, 32)
+    assert "lr: 1e-4" in text
+    assert f"multiples of {facts.size_multiple}" in text
+    assert f"{facts.frames / facts.fps:.1f} s" in text
+    assert ("experts:" in text) == (len(facts.experts) == 2)
+    assert ("image:" in text) == (facts.condition != "text")
+    assert bool(config.sample.prompts) == (name != "i2v-a14b")
+
+
+@pytest.mark.parametrize("name", ["i2v-a14b", "ti2v-5b"])
+def test_a_starter_s_commented_lines_are_right_too(tmp_path: Path, name: VariantName) -> None:
+    (tmp_path / "first_frame.png").touch()
+    lines = starter(name).splitlines()
+    marks = ("# every:", "# prompts:", "#   - prompt:", "#     image:", "# image:", "# resolution:")
+    live = [
+        line.replace("# ", "", 1) if line.lstrip().startswith(marks) else line for line in lines
+    ]
+    assert live != lines
+    config = load_run(write(tmp_path, "\n".join(live)))
+    assert config.sample.prompts[0].image == tmp_path / "first_frame.png"
+    assert config.sample.every == 500
+    assert config.video_data.resolution == ("832x480",)
+
+
+def test_example_of_a_dump_is_plain_yaml(tmp_path: Path) -> None:
+    config = load_run(write(tmp_path, T2V))
+    data = YAML(typ="safe", pure=True).load(dump_run(config))
+    assert next(iter(data)) == "schema_version"
+    assert list(data) == list(RunConfig.model_fields)
+
+
+def test_reading_a_run_file_imports_no_torch() -> None:
+    code = (
+        "import sys, onewan.config.load\n"
+        "sys.exit(' '.join({'torch', 'diffusers', 'transformers'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

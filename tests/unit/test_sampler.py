@@ -1,0 +1,379 @@
+"""`WanModelSampler` against diffusers' pipelines by themselves, and what it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
+from PIL import Image
+
+from onewan.adapters.lora import LoraSpec, adapter_parameters, attach_lora
+from onewan.config.load import load_run
+from onewan.demo.tiny_model import write_tiny_model
+from onewan.errors import CheckpointError, ConfigError, Interrupted
+from onewan.media import Fit, probe, read_image
+from onewan.model.experts import predict_velocity
+from onewan.model.load import WanModelLoader, official_scheduler
+from onewan.model.wan import WanModel
+from onewan.sample.generate import SampleRequest, WanModelSampler, requests_from
+from onewan.variants import NEGATIVE_PROMPT, VARIANTS, VariantName
+
+PROMPT = "a red square moves slowly across a dark background"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[VariantName], Path]:
+    @cache
+    def write(variant: VariantName) -> Path:
+        return write_tiny_model(tmp_path_factory.mktemp(variant), variant, width=64, layers=2)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> Callable[[VariantName], WanModel]:
+    return cache(lambda variant: WanModelLoader().load(folder(variant)))
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """A picture of exactly the requests' size."""
+    pixels = np.random.default_rng(7).integers(0, 256, (32, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "first.png")
+    return tmp_path / "first.png"
+
+
+def request(variant: VariantName, **changes) -> SampleRequest:
+    """A small video with different guidance for each expert, over both experts."""
+    small = SampleRequest(
+        prompt=PROMPT,
+        negative_prompt="blue circle",
+        image=None,
+        width=64,
+        height=32,
+        frames=5,
+        steps=4,
+        guidance=(4.0, 2.0)[: len(VARIANTS[variant].experts)],
+        shift=6.0,
+        seed=11,
+        fps=8.0,
+    )
+    return replace(small, **changes)
+
+
+def plain_pipeline(folder: Path, wanted: SampleRequest) -> np.ndarray:
+    """The same video by diffusers alone, from its own loading to its own pixels."""
+    kind = WanPipeline if wanted.image is None else WanImageToVideoPipeline
+    pipeline = kind.from_pretrained(folder)
+    pipeline.scheduler = UniPCMultistepScheduler.from_config(
+        pipeline.scheduler.config, flow_shift=wanted.shift
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    call = {} if wanted.image is None else {"image": Image.open(wanted.image)}
+    video = pipeline(
+        **call,
+        prompt=wanted.prompt,
+        negative_prompt=wanted.negative_prompt,
+        width=wanted.width,
+        height=wanted.height,
+        num_frames=wanted.frames,
+        num_inference_steps=wanted.steps,
+        guidance_scale=wanted.guidance[0],
+        guidance_scale_2=wanted.guidance[1] if len(wanted.guidance) > 1 else None,
+        generator=torch.Generator().manual_seed(wanted.seed),
+    ).frames[0]
+    return (video * 255).round().astype(np.uint8)
+
+
+def assert_same_video(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Equal but for rounding: nowhere more than one level of 255, and that in few places."""
+    assert ours.shape == theirs.shape and ours.dtype == np.uint8
+    assert theirs.std() > 8, "too flat to tell two videos apart"
+    difference = np.abs(ours.astype(int) - theirs.astype(int))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("variant", "with_image"),
+    [("t2v-a14b", False), ("i2v-a14b", True), ("ti2v-5b", False), ("ti2v-5b", True)],
+)
+def test_equals_diffusers_pipeline(folder, model, picture, variant, with_image):
+    wanted = request(variant, image=picture if with_image else None)
+    ours = WanModelSampler(model(variant)).sample(wanted)
+    assert ours.shape == (5, 32, 64, 3)
+    assert_same_video(ours, plain_pipeline(folder(variant), wanted))
+
+
+@torch.no_grad()
+def by_definition(model: WanModel, wanted: SampleRequest) -> np.ndarray:
+    """A T2V-A14B video by the forward contract of training and the definition of guidance."""
+    assert model.variant.boundary is not None
+    text, negative = (model.encode_text([p]) for p in (wanted.prompt, wanted.negative_prompt))
+    scheduler = official_scheduler(model.variant, wanted.shift)
+    scheduler.set_timesteps(wanted.steps)
+    x = torch.randn(1, 16, 2, 4, 8, generator=torch.Generator().manual_seed(wanted.seed))
+    for timestep in scheduler.timesteps:
+        t = timestep[None] / 1000
+        low = bool(t < model.variant.boundary)
+        expert = model.transformer_2 if low else model.transformer
+        velocity = predict_velocity(expert, x, t, text)
+        if (scale := wanted.guidance[low]) != 1:
+            base = predict_velocity(expert, x, t, negative)
+            velocity = base + scale * (velocity - base)
+        x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
+    pixels = (model.decode_video(x)[0] / 2 + 0.5).clamp(0, 1) * 255
+    return pixels.round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
+
+
+@pytest.mark.parametrize("guidance", [(4.0, 2.0), (1.0, 3.0), (3.0, 1.0), (1.0, 1.0)])
+def test_each_expert_has_its_own_guidance(model, guidance):
+    """diffusers looks at the first scale alone: if that is 1, the second would count for nothing."""
+    t2v = model("t2v-a14b")
+    calls = {"transformer": 0, "transformer_2": 0}
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            calls[name] += 1
+
+        return hook
+
+    hooks = [getattr(t2v, name).register_forward_hook(count(name)) for name in calls]
+
+    wanted = request("t2v-a14b", guidance=guidance, steps=6, shift=6.0)
+    ours = WanModelSampler(t2v).sample(wanted)
+    for hook in hooks:
+        hook.remove()
+    high = int((_timesteps(wanted) >= 875).sum())
+    assert 0 < high < 6
+    # No guidance costs one pass a step, guidance two.
+    assert calls["transformer"] == high * (1 + (guidance[0] > 1))
+    assert calls["transformer_2"] == (6 - high) * (1 + (guidance[1] > 1))
+    assert_same_video(ours, by_definition(t2v, wanted))
+
+
+def _timesteps(wanted: SampleRequest) -> torch.Tensor:
+    scheduler = official_scheduler(VARIANTS["t2v-a14b"], wanted.shift)
+    scheduler.set_timesteps(wanted.steps)
+    return scheduler.timesteps
+
+
+def test_guidance_scale_matters(model):
+    sampler = WanModelSampler(model("t2v-a14b"))
+    videos = [
+        sampler.sample(request("t2v-a14b", guidance=g))
+        for g in ((1.0, 1.0), (4.0, 1.0), (1.0, 4.0))
+    ]
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert not np.array_equal(videos[i], videos[j])
+
+
+def test_the_seed_decides_and_nothing_else_random(model):
+    sampler = WanModelSampler(model("ti2v-5b"))
+    state = torch.get_rng_state()
+    first = sampler.sample(request("ti2v-5b"))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    assert np.array_equal(sampler.sample(request("ti2v-5b")), first)
+    assert not np.array_equal(sampler.sample(request("ti2v-5b", seed=12)), first)
+
+
+def test_image_is_scaled_to_cover_and_cropped(model, tmp_path):
+    """A tall picture gives what its centre, scaled down beforehand, gives."""
+    pixels = np.random.default_rng(1).integers(0, 256, (300, 128, 3), dtype=np.uint8)
+    tall, fitted = tmp_path / "tall.png", tmp_path / "fitted.png"
+    Image.fromarray(pixels).save(tall)
+    Image.fromarray(read_image(tall, Fit(width=64, height=32))).save(fitted)
+    sampler = WanModelSampler(model("ti2v-5b"))
+    videos = [sampler.sample(request("ti2v-5b", image=image)) for image in (tall, fitted)]
+    assert np.array_equal(*videos)
+
+
+def test_text_may_come_from_elsewhere(folder, model):
+    """With cached embeddings, unpadded, the text encoder need not be loaded."""
+    whole = model("t2v-a14b")
+    cached = {p: whole.encode_prompt(p) for p in (PROMPT, "blue circle")}
+    bare = WanModelLoader().load(
+        folder("t2v-a14b"), components=["transformer", "transformer_2", "vae"]
+    )
+    wanted = request("t2v-a14b")
+    ours = WanModelSampler(bare).sample(wanted, text=cached.__getitem__)
+    assert np.array_equal(ours, WanModelSampler(whole).sample(wanted))
+    with pytest.raises(CheckpointError, match="the text encoder was not loaded"):
+        WanModelSampler(bare).sample(wanted)
+
+
+# -------------------------------------------------------------------------------- while training
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def training(folder, request) -> WanModel:
+    """A model in the middle of LoRA training: dropout and checkpointing on, both experts trained."""
+    model = WanModelLoader().load(folder("t2v-a14b"), dtype=request.param)
+    spec = LoraSpec(
+        rank=2, alpha=4.0, dropout=0.5, modules=("attn1.to_q", "ffn.net.2"), layers=(0,)
+    )
+    generator = torch.Generator().manual_seed(4)
+    for transformer in (model.transformer, model.transformer_2):
+        attach_lora(transformer, spec, seed=0, name="x")
+        for parameter in adapter_parameters(transformer).values():
+            parameter.data.normal_(0, 0.2, generator=generator)
+        transformer.enable_gradient_checkpointing()
+        transformer.train()
+        transformer.blocks[1].eval()  # a mode of its own, to be kept
+    model.transformer.patch_embedding.weight.grad = torch.ones_like(
+        model.transformer.patch_embedding.weight
+    )
+    return model
+
+
+def snapshot(model: WanModel) -> dict[str, object]:
+    """All of a model's state that sampling could disturb."""
+    parts = {
+        "text_encoder": model.text_encoder,
+        "vae": model.vae,
+        "transformer": model.transformer,
+        "transformer_2": model.transformer_2,
+    }
+    state: dict[str, object] = {}
+    for part, module in parts.items():
+        for name, child in module.named_modules():
+            hooks = (*child._forward_hooks, *child._forward_pre_hooks, *child._backward_hooks)
+            state[f"{part}.{name}"] = (type(child), child.training, hooks, child.__dict__.keys())
+        for name, p in module.named_parameters():
+            state[f"{part}.{name}"] = (id(p), p.dtype, p.device, p.requires_grad, p.grad is None)
+        state[part] = getattr(module, "gradient_checkpointing", None)
+    return state
+
+
+def test_adapters_show_and_everything_is_as_before(training, model):
+    before = snapshot(training)
+    wanted = request("t2v-a14b")
+    first = WanModelSampler(training).sample(wanted)
+    assert snapshot(training) == before
+    # Dropout of a half would make every video another one.
+    assert np.array_equal(WanModelSampler(training).sample(wanted), first)
+    base = WanModelSampler(model("t2v-a14b")).sample(wanted)
+    assert np.abs(first.astype(int) - base.astype(int)).max() > 5
+    transformer = training.transformer
+    loss = predict_velocity(
+        transformer,
+        torch.ones(1, 16, 2, 4, 8),
+        torch.tensor([0.9]),
+        torch.ones(1, 512, 64),
+        dtype=training.dtype,
+    ).sum()
+    loss.backward()
+    assert all(p.grad is not None for p in adapter_parameters(transformer).values())
+
+
+@pytest.mark.parametrize("training", [torch.bfloat16], indirect=True)
+def test_bfloat16_is_near_float32(folder, training):
+    """The solver and the latents stay float32; only the transformers round."""
+    exact = WanModelLoader().load(folder("t2v-a14b"))
+    spec = LoraSpec(
+        rank=2, alpha=4.0, dropout=0.5, modules=("attn1.to_q", "ffn.net.2"), layers=(0,)
+    )
+    for name in ("transformer", "transformer_2"):
+        attach_lora(getattr(exact, name), spec, seed=0, name="x")
+        theirs = adapter_parameters(getattr(training, name))
+        for key, parameter in adapter_parameters(getattr(exact, name)).items():
+            parameter.data.copy_(theirs[key].data)
+    wanted = request("t2v-a14b")
+    ours, want = (WanModelSampler(m).sample(wanted).astype(int) for m in (training, exact))
+    assert 0 < np.abs(ours - want).mean() < 1.5
+
+
+@pytest.mark.parametrize("training", [torch.float32], indirect=True)
+@pytest.mark.parametrize("stop_at", [1, 3])
+def test_interruption_leaves_nothing_behind(training, stop_at):
+    seen: list[tuple[int, int]] = []
+
+    def on_step(step: int, steps: int) -> None:
+        seen.append((step, steps))
+        if step == stop_at:
+            raise Interrupted
+
+    before = snapshot(training)
+    with pytest.raises(Interrupted):
+        WanModelSampler(training).sample(request("t2v-a14b"), on_step=on_step)
+    assert seen == [(n, 4) for n in range(1, stop_at + 1)]
+    assert snapshot(training) == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_parts_change_places_on_the_device(folder, model):
+    on_gpu = WanModelLoader().load(folder("t2v-a14b"))
+    on_gpu.transformer_2.to("cuda")
+    resident: set[tuple[bool, bool]] = set()
+
+    def look(*_: object) -> None:
+        resident.add((on_gpu.transformer.device.type, on_gpu.transformer_2.device.type))
+
+    wanted = request("t2v-a14b")
+    ours = WanModelSampler(on_gpu, device="cuda").sample(wanted, on_step=look)
+    assert resident == {("cuda", "cpu"), ("cpu", "cuda")}
+    assert (on_gpu.transformer.device.type, on_gpu.transformer_2.device.type) == ("cpu", "cuda")
+    assert on_gpu.vae.device.type == on_gpu.text_encoder.device.type == "cpu"
+    cpu = WanModelSampler(model("t2v-a14b")).sample(wanted)
+    assert np.abs(ours.astype(int) - cpu.astype(int)).mean() < 1
+
+
+# ------------------------------------------------------------------------------- requests and files
+
+
+def test_requests_of_a_run_file(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "run.yaml").write_text(
+        """
+model: {path: x, variant: ti2v-5b}
+sample:
+  prompts:
+    - a text
+    - {prompt: another, negative_prompt: "", seed: 9, image: a.png}
+  width: 64
+  seed: 5
+""",
+        encoding="utf-8",
+    )
+    first, second = requests_from(load_run(tmp_path / "run.yaml"))
+    assert first == SampleRequest(
+        prompt="a text",
+        negative_prompt=NEGATIVE_PROMPT,
+        image=None,
+        width=64,
+        height=704,
+        frames=121,
+        steps=50,
+        guidance=(5.0,),
+        shift=5.0,
+        seed=5,
+        fps=24.0,
+    )
+    assert second == replace(
+        first, prompt="another", negative_prompt="", seed=9, image=tmp_path / "a.png"
+    )
+
+
+def test_impossible_requests_are_refused_with_all_reasons(model, picture):
+    wrong = request("t2v-a14b", image=picture, width=72, frames=6, steps=0, guidance=(0.5, 3.0))
+    with pytest.raises(ConfigError) as caught:
+        WanModelSampler(model("t2v-a14b")).sample(wrong)
+    fields = [problem.partition(":")[0] for problem in caught.value.problems]
+    assert fields == ["width", "frames", "steps", "guidance", "image"]
+    with pytest.raises(ConfigError, match="image: is missing"):
+        WanModelSampler(model("i2v-a14b")).sample(request("i2v-a14b"))
+    with pytest.raises(ConfigError, match=r"guidance: .* give 1 for ti2v-5b"):
+        WanModelSampler(model("ti2v-5b")).sample(request("ti2v-5b", guidance=(5.0, 5.0)))
+
+
+def test_sample_to_writes_a_video(model, tmp_path):
+    path = WanModelSampler(model("ti2v-5b")).sample_to(tmp_path / "a.mp4", request("ti2v-5b"))
+    info = probe(path)
+    assert (info.width, info.height, info.frames_at(8.0)) == (64, 32, 5)
