@@ -27,7 +27,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_file(workshop: Path, tmp_path: Path) -> RunFile:
-    """Builds a resolved run: `run_file("t2v-a14b", "train.steps=3", ...)`, under the test's folder."""
+    """Builds a resolved run, `run_file("t2v-a14b", "train.steps=3", ...)`, in the test's folder."""
 
     def build(variant: str, *overrides: str, name: str = "run") -> RunConfig:
         side = 128 if variant == "ti2v-5b" else 64

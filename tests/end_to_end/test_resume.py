@@ -52,7 +52,7 @@ def train_with_cuts(config: RunConfig, cuts: Mapping[int, str]) -> None:
 
 
 def outcome(config: RunConfig) -> tuple[dict[str, Any], list[tuple[Any, ...]]]:
-    """All tensors of the last state (weights and optimizers) and of the exports; all step events."""
+    """All tensors of the last state (weights, optimizers) and of the exports; all step events."""
     layout = layout_of(config)
     state = layout.state(layout.saved_steps()[-1])
     tensors: dict[str, Any] = {}
@@ -137,7 +137,7 @@ def test_states_are_rotated(run_file: RunFile) -> None:
     assert len(list(layout_of(config).weights_dir.iterdir())) == 6
 
 
-def test_resume_refuses_another_run(run_file: RunFile, workshop: Path) -> None:
+def test_resume_refuses_another_run(run_file: RunFile) -> None:
     WanTrainer(run_file("t2v-a14b", "train.steps=2")).fit()
     with pytest.raises(CheckpointError, match="already holds a run"):
         WanTrainer(run_file("t2v-a14b", "train.steps=2")).fit()

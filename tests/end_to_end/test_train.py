@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ def grid(events: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
 
 
 @pytest.mark.parametrize("variant", ["t2v-a14b", "i2v-a14b", "ti2v-5b"])
-def test_a_run(run_file: RunFile, workshop, variant: str) -> None:
+def test_a_run(run_file: RunFile, workshop: Path, variant: str) -> None:
     side = 128 if variant == "ti2v-5b" else 64
     image = f", image: {workshop / 'clips' / 'still_square.png'}" if variant == "i2v-a14b" else ""
     config = run_file(
@@ -73,13 +74,13 @@ def test_a_run(run_file: RunFile, workshop, variant: str) -> None:
 @pytest.mark.parametrize("variant", ["t2v-a14b", "i2v-a14b", "ti2v-5b"])
 @pytest.mark.parametrize("fmt", ["comfyui", "diffusers"])
 def test_exported_files_give_the_training_models_output(
-    run_file: RunFile, workshop, variant: str, fmt: str
+    run_file: RunFile, workshop: Path, variant: str, fmt: str
 ) -> None:
     """What a run exported, loaded by diffusers, against the run's own model."""
     config = run_file(variant, "method.modules=[self_attention, ffn]", f"output.formats=[{fmt}]")
     WanTrainer(config).fit()
     layout = layout_of(config)
-    run = WanModelSetup(config).build(lambda what, done, total: None)
+    run = WanModelSetup(config).build()
     run.state.load(layout.state(6))
     kind = WanImageToVideoPipeline if variant == "i2v-a14b" else WanPipeline
     pipeline = kind.from_pretrained(workshop / variant)
@@ -120,7 +121,7 @@ def test_exported_files_give_the_training_models_output(
 def test_temporal_attention_off_trains_within_frames(run_file: RunFile) -> None:
     """Without it, a change of one latent frame moves the prediction of that frame alone."""
     config = run_file("t2v-a14b", "wan_config.use_temporal_attention=false")
-    run = WanModelSetup(config).build(lambda what, done, total: None)
+    run = WanModelSetup(config).build()
     transformer = run.activate("high").transformer.train()
     batch = run.loader.fixed(1)[0]
     changed = batch.latents.clone()
@@ -144,7 +145,7 @@ def test_layers_to_train(run_file: RunFile) -> None:
     assert names and all(name.startswith("diffusion_model.blocks.1.") for name in names)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(run_file: RunFile, tmp_path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run(run_file: RunFile, tmp_path: Path) -> None:
     config = run_file(
         "t2v-a14b", f"video_data.cache_dir={tmp_path / 'cache'}", "train.save_every=1"
     )

@@ -134,7 +134,7 @@ def by_definition(model: WanModel, wanted: SampleRequest) -> np.ndarray:
 
 @pytest.mark.parametrize("guidance", [(4.0, 2.0), (1.0, 3.0), (3.0, 1.0), (1.0, 1.0)])
 def test_each_expert_has_its_own_guidance(model, guidance):
-    """diffusers looks at the first scale alone: if that is 1, the second would count for nothing."""
+    """diffusers looks at the first scale alone: if that is 1, it leaves the second out."""
     t2v = model("t2v-a14b")
     calls = {"transformer": 0, "transformer_2": 0}
 
@@ -214,7 +214,7 @@ def test_text_may_come_from_elsewhere(folder, model):
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def training(folder, request) -> WanModel:
-    """A model in the middle of LoRA training: dropout and checkpointing on, both experts trained."""
+    """A model in the middle of LoRA training, with dropout and checkpointing on."""
     model = WanModelLoader().load(folder("t2v-a14b"), dtype=request.param)
     spec = LoraSpec(
         rank=2, alpha=4.0, dropout=0.5, modules=("attn1.to_q", "ffn.net.2"), layers=(0,)

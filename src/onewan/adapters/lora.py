@@ -69,6 +69,45 @@ def attach_lora(transformer: WanTransformer3DModel, spec: LoraSpec, seed: int, n
         b.weight = nn.Parameter(torch.zeros_like(b.weight, dtype=torch.float32))
 
 
+def apply_lora(
+    transformer: WanTransformer3DModel,
+    weights: Mapping[str, Tensor],
+    alphas: Mapping[str, float],
+    name: str,
+) -> None:
+    """Add a finished adapter to `transformer`, beside those it may have already.
+
+    `weights` are named as `adapter_weights` names them, `alphas` are by module; ranks may differ
+    from module to module. `name` tells the adapters of one transformer apart.
+    """
+    ranks = {
+        key.removesuffix(".lora_A.weight"): tensor.shape[0]
+        for key, tensor in weights.items()
+        if key.endswith(".lora_A.weight")
+    }
+    linears = {n for n, m in transformer.named_modules() if isinstance(m, nn.Linear | LoraLayer)}
+    if absent := sorted(ranks.keys() - linears):
+        raise CheckpointError(
+            f"{name}: the model has no layer {', '.join(absent[:3])}; the LoRA is of another model"
+        )
+    config = LoraConfig(
+        r=next(iter(ranks.values())),
+        target_modules=sorted(ranks),
+        rank_pattern=ranks,
+        alpha_pattern=dict(alphas),
+    )
+    try:
+        transformer.add_adapter(config, adapter_name=name)
+        result = set_peft_model_state_dict(transformer, dict(weights), adapter_name=name)
+    except RuntimeError as error:  # torch's word for a wrong shape
+        raise CheckpointError(f"{name}: does not fit the model ({error})") from error
+    assert not result.unexpected_keys, result.unexpected_keys
+    transformer.set_adapter(list(transformer.peft_config))
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = False
+
+
 def adapter_parameters(transformer: WanTransformer3DModel) -> dict[str, nn.Parameter]:
     """The adapter's parameters by their names in the transformer, in a fixed order."""
     return {n: p for n, p in transformer.named_parameters() if ".lora_" in n}

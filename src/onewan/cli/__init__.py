@@ -27,6 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
+    # diffusers and transformers read these when they are imported. Their warnings are meant for the
+    # programmer (an optional package is missing, say), and ours for the user come on top.
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         return options.command(options)
     except OnewanError as error:
@@ -143,7 +147,7 @@ def _add_cache(commands: _Commands) -> None:
         commands,
         "cache",
         "check the clips and encode them once, before training",
-        "Reports every file that\ncan't be used. `onewan train` does the same where it has not been done.",
+        "Reports every file that\ncan't be used. `onewan train` does it too where it was not done.",
     )
     _add_run_file(parser)
     parser.add_argument(

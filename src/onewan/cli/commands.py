@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import transformers
 
+from onewan.adapters.lora import apply_lora
+from onewan.checkpoint.export import expert_of, read_lora
 from onewan.cli.progress import Progress
 from onewan.config.load import load_run
 from onewan.demo import run_demo
 from onewan.errors import ConfigError
-from onewan.sample.generate import requests_from
-from onewan.train.setup import WanModelSetup
+from onewan.model.load import WanModelLoader
+from onewan.sample.generate import SampleRequest, WanModelSampler, requests_from
+from onewan.train.setup import DTYPES, WanModelSetup, pick_device
 from onewan.train.trainer import WanTrainer
-from onewan.variants import VariantName
+from onewan.variants import NEGATIVE_PROMPT, Variant, VariantName
 
-# Their own bars and notices about loading would run into ours.
-for _logging in (diffusers.utils.logging, transformers.utils.logging):
-    _logging.set_verbosity_error()
-    _logging.disable_progress_bar()
+# Their bars about loading would run into ours.
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
 
 
 def demo(folder: Path, variant: VariantName) -> int:
@@ -75,3 +79,54 @@ def train(run: Path, overrides: Sequence[str], resume: bool, allow_change: bool)
     finally:
         progress.close()
     return 0
+
+
+def sample(options: argparse.Namespace) -> int:
+    device = pick_device(options.device)
+    model = WanModelLoader().load(options.model, dtype=DTYPES[options.dtype])
+    for path in options.lora:
+        lora = read_lora(path)
+        expert = expert_of(path, lora.metadata, model.variant)
+        name = str(path).replace(".", "_")  # PEFT takes no dots in an adapter's name
+        apply_lora(model.expert(expert), lora.weights, lora.alphas, name)
+        print(f"{path}: applied to the {expert.name} expert")
+    request = _request(options, model.variant)
+    progress = Progress()
+    try:
+        WanModelSampler(model, device).sample_to(
+            options.out,
+            request,
+            on_step=lambda done, total: progress.listen(
+                {"event": "sampling", "number": 0, "done": done, "total": total}
+            ),
+        )
+    finally:
+        progress.close()
+    print(
+        f"{options.out}: {request.frames} frames, {request.width}x{request.height}, "
+        f"{request.fps:g} fps"
+    )
+    return 0
+
+
+def _request(options: argparse.Namespace, variant: Variant) -> SampleRequest:
+    """What the options ask for; what they leave open is the variant's official value."""
+
+    def given(value: object, official: object) -> Any:
+        return official if value is None else value
+
+    return SampleRequest(
+        prompt=options.prompt,
+        negative_prompt=given(options.negative_prompt, NEGATIVE_PROMPT),
+        image=options.image,
+        width=given(options.width, variant.sample_size[0]),
+        height=given(options.height, variant.sample_size[1]),
+        frames=given(options.frames, variant.frames),
+        steps=given(options.steps, variant.sampling_steps),
+        guidance=tuple(
+            given(options.guidance, [expert.guidance_scale for expert in variant.experts])
+        ),
+        shift=given(options.shift, variant.flow_shift),
+        seed=options.seed,
+        fps=given(options.fps, variant.fps),
+    )

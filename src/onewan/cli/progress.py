@@ -95,7 +95,7 @@ class Progress:
         self.line(f"step {event['step']}: weights of the {event['expert']} expert: {event['file']}")
 
     def _on_sampling(self, event: Mapping[str, Any]) -> None:
-        self._advance(f"sample {event['number']}", event["done"], event["total"])
+        self._advance(f"sampling video {event['number']}", event["done"], event["total"])
 
     def _on_sampled(self, event: Mapping[str, Any]) -> None:
         self.line(f"step {event['step']}: sample video: {event['file']}")

@@ -41,14 +41,13 @@ def sizes_for(
         width, _, height = resolution.partition("x")
         return ((int(width), int(height)),)
     area = min(float(resolution), _largest_area(aspect, max_resolution))
-    longest = max(max_resolution)
     sizes: set[Size] = set()
-    for width in range(multiple, longest + 1, multiple):
-        down = int(area / width) // multiple * multiple
-        for height in (down, down + multiple):
-            small_enough = width * height <= _AREA_EXCESS * resolution
-            if height and small_enough and _within((width, height), max_resolution):
-                sizes.add((width, height))
+    for side in range(multiple, max(max_resolution) + 1, multiple):
+        down = int(area / side + 1e-6) // multiple * multiple  # 1e-6: float rounding
+        for other in (down, down + multiple):
+            small_enough = side * other <= _AREA_EXCESS * resolution
+            if other and small_enough and _within((side, other), max_resolution):
+                sizes |= {(side, other), (other, side)}
     if not sizes:
         sizes.add((multiple, multiple))
 
@@ -77,8 +76,7 @@ def choose_size(
     candidates = enough or best
     nearest = min(_shape_error(size, aspect) for size in candidates)
     same = [s for s in candidates if _shape_error(s, aspect) <= nearest + _SAME_SHAPE]
-    key = lambda size: (size[0] * size[1], size)  # noqa: E731
-    return max(same, key=key) if enough else min(same, key=key)
+    return (max if enough else min)(same, key=lambda size: (size[0] * size[1], size))
 
 
 def _shape_error(size: Size, aspect: float) -> float:

@@ -65,13 +65,18 @@ class Progress(Protocol):
         ...
 
 
+def silent(what: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+    del what, done, total
+
+
 def prepare(
     config: RunConfig,
     model_folder: Path,
     load: LoadModel,
     *,
     extra_prompts: Sequence[str] = (),
-    progress: Progress,
+    progress: Progress = silent,
     verify: bool = False,
 ) -> Dataset:
     """The data set of a resolved run file, with every missing entry encoded.

@@ -78,7 +78,7 @@ def run_demo(
     clips, model, run_file = folder / "clips", folder / "model", folder / "run.yaml"
     if run_file.is_file() and f"variant: {variant}" not in run_file.read_text(encoding="utf-8"):
         raise DataError(
-            f"{run_file}: is the demonstration of another variant; choose another --dir for {variant}"
+            f"{run_file}: demonstrates another variant; choose another --dir for {variant}"
         )
     say(f"onewan demo: a tiny {facts.title} is trained on clips of moving shapes, in {folder}")
     if not run_file.is_file():
@@ -163,7 +163,7 @@ def _closing(layout: RunLayout, run_file: Path, variant: VariantName) -> list[st
         f"  onewan sample {model} --prompt 'a blue circle' --out video.mp4 --dtype float32 \\",
         f"      --width {side} --height {side} --frames 17 --steps 8{image} \\",
         f"      --lora {' '.join(map(str, loras))}",
-        "Next, with real weights and clips (a GPU with 24 GB or more):",
+        "Next, with real weights and clips (README.md says what GPU that takes):",
         f"  onewan init --variant {variant} > run.yaml    # then set video_data.sources in it",
         "  onewan cache run.yaml",
         "  onewan train run.yaml",

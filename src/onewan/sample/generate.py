@@ -2,7 +2,7 @@
 
 The pipelines get the model's own objects, so a video shows the adapters as they are being trained.
 Around them this module hides what a training run adds: where each part lies and that not all fit on
-the device at once; bfloat16 for the transformers and float32 for the solver; guidance of its own
+the device at once; bfloat16 in the transformers and float32 everywhere else; guidance of its own
 for each expert; and that afterwards everything is as it was, even when the user interrupts.
 
 Never loads or saves a model, never trains, never draws from the global generators.
@@ -90,7 +90,7 @@ def requests_from(config: RunConfig) -> list[SampleRequest]:
 
 @dataclass(frozen=True, slots=True)
 class WanModelSampler:
-    """Makes videos with `model`, on `device`; None is where its first transformer lies."""
+    """Makes videos with `model`, on `device`; None is the accelerator where a part of it lies."""
 
     model: WanModel
     device: torch.device | str | None = None
@@ -115,12 +115,12 @@ class WanModelSampler:
         experts = [model.expert(expert) for expert in model.variant.experts]
         if model.vae is None:
             raise CheckpointError(f"{model.source}: the VAE was not loaded")
-        device = _indexed(self.device or experts[0].device)
         image = None
         if request.image is not None:
             fit = Fit(width=request.width, height=request.height)
             image = Image.fromarray(read_image(request.image, fit))
         parts = [p for p in (model.text_encoder, *experts, model.vae) if p is not None]
+        device = _indexed(self.device or _accelerator(parts))
         with _Stage(parts, device) as stage:
             if text is None and model.text_encoder is not None:
                 stage.enter(model.text_encoder)
@@ -247,8 +247,9 @@ class _Stage:
 class _Served(nn.Module):
     """A transformer as a pipeline sees it: float32 outside, `dtype` in its matrix products inside.
 
-    Autocast spans the transformer alone. Around the whole pipeline it would turn the solver's
-    arithmetic to bfloat16, and a pipeline that sees bfloat16 weights rounds the latents themselves.
+    Autocast spans the transformer alone: around the whole pipeline it would take in the VAE, which
+    encodes the image there. And a pipeline that sees bfloat16 weights rounds the latents too, which
+    adds a tenth to the error (0.00128 against 0.00118, ten steps of a tiny model).
     """
 
     dtype = torch.float32
@@ -315,6 +316,12 @@ def _given(value: _T | None) -> _T:
 
 def _device_of(part: nn.Module) -> torch.device:
     return next(part.parameters()).device
+
+
+def _accelerator(parts: Sequence[nn.Module]) -> torch.device:
+    """The first device of `parts` that is not the CPU, if there is one."""
+    devices = [_device_of(part) for part in parts]
+    return next((device for device in devices if device.type != "cpu"), devices[0])
 
 
 def _indexed(device: torch.device | str) -> torch.device:

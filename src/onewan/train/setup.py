@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLWan
 from onewan.adapters.lora import LoraSpec, adapter_parameters, attach_lora
 from onewan.adapters.select import select_layers, select_modules
 from onewan.config.schema import RunConfig
-from onewan.data.encode import Dataset, Progress, prepare
+from onewan.data.encode import Dataset, Progress, prepare, silent
 from onewan.data.loader import WanDataLoader
 from onewan.errors import ConfigError
 from onewan.model.attention import attend_within_frames
@@ -82,7 +82,7 @@ class WanModelSetup:
             verify=verify,
         )
 
-    def build(self, progress: Progress) -> Run:
+    def build(self, progress: Progress = silent) -> Run:
         """Encode, load, attach: the run before its first step. Stages that need much memory follow
         one another, and what training does not need is let go in between."""
         config = self._config

@@ -1,0 +1,314 @@
+"""Folders become clips, and everything that can't be used is in the report with its reason."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from onewan.config.schema import SourceSection, VideoDataSection, WanTrainConfig
+from onewan.data.index import Clip, Report, index_clips
+from onewan.data.sample import decode
+from onewan.errors import DataError
+from onewan.media import probe, read_frames, write_video
+
+SIZE = (96, 64)
+
+
+def video(path: Path, frames: int = 32, caption: str | None = "a test", fps: float = 16) -> Path:
+    """A clip whose frames get brighter, four levels a frame."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    levels = (np.arange(frames) * 4 % 256).astype(np.uint8)
+    width, height = SIZE
+    pixels = np.broadcast_to(levels[:, None, None, None], (frames, height, width, 3))
+    write_video(path, np.ascontiguousarray(pixels), fps)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    return path
+
+
+def index(*folders: Path, seed: int = 7, fps: float = 16, **settings: object) -> Report:
+    """`index_clips` with settings of either section by name."""
+    data = {"min_resolution": (32, 32)}
+    data |= {k: v for k, v in settings.items() if k in VideoDataSection.model_fields}
+    wan = {"max_frames": 17}
+    wan |= {k: v for k, v in settings.items() if k in WanTrainConfig.model_fields}
+    sources = [SourceSection(path=folder) for folder in folders]
+    return index_clips(
+        VideoDataSection(sources=tuple(sources), **data),
+        WanTrainConfig(**wan),
+        seed=seed,
+        target_fps=fps,
+        resolutions=(64 * 64,),
+        size_multiple=16,
+        temporal_compression=4,
+    )
+
+
+def only(report: Report) -> Clip:
+    assert not report.problems
+    (clip,) = report.clips
+    return clip
+
+
+# --- Clips ---------------------------------------------------------------------------------------
+
+
+def test_one_clip(tmp_path: Path) -> None:
+    path = video(tmp_path / "a.mp4", caption="one\n\n  two \r\nthree")
+    clip = only(index(tmp_path))
+    assert (clip.path, clip.name, clip.kind) == (path, "a.mp4", "video")
+    assert clip.captions == ("one", "two", "three")
+    assert (clip.fps, clip.frames, clip.source_size, clip.repeats) == (16, 17, SIZE, 1)
+    assert clip.size == (80, 48)
+    assert clip.times() == pytest.approx([clip.start + k / 16 for k in range(17)])
+
+
+def test_a_clip_decodes_to_its_sample(tmp_path: Path) -> None:
+    video(tmp_path / "a.mp4", caption="one\ntwo")
+    clip = only(index(tmp_path))
+    sample = decode(clip, caption_index=1)
+    assert (sample.prompt, sample.frame_count, sample.fps) == ("two", 17, 16)
+    assert (sample.resolution, sample.duration) == (clip.size, 17 / 16)
+    assert sample.frames.shape == (17, clip.size[1], clip.size[0], 3)
+    # The middle 17 of 32 frames begin with frame 7 or 8.
+    brightness = sample.frames.mean(axis=(1, 2, 3))
+    assert brightness[0] in (pytest.approx(28, abs=2), pytest.approx(32, abs=2))
+    assert np.diff(brightness) == pytest.approx([4] * 16, abs=2)
+
+
+def test_order_depends_on_names_alone(tmp_path: Path) -> None:
+    for name in ("c.mp4", "sub/b.mp4", "a.mp4", "sub/deep/d.mp4"):
+        video(tmp_path / name, frames=5)
+    names = [clip.name for clip in index(tmp_path).clips]
+    assert names == ["a.mp4", "c.mp4", "sub/b.mp4", "sub/deep/d.mp4"]
+
+
+def test_two_sources_with_the_same_files(tmp_path: Path) -> None:
+    video(tmp_path / "a.mp4")
+    report = index(tmp_path, tmp_path)
+    assert len(report.clips) == 2
+    assert report.clips[0] == report.clips[1]
+
+
+def test_repeats(tmp_path: Path) -> None:
+    video(tmp_path / "a.mp4")
+    report = index_clips(
+        VideoDataSection(
+            sources=(SourceSection(path=tmp_path, repeats=3),), min_resolution=(32, 32)
+        ),
+        WanTrainConfig(max_frames=5),
+        seed=0,
+        target_fps=16,
+        resolutions=("64x48",),
+        size_multiple=16,
+        temporal_compression=4,
+    )
+    assert (only(report).repeats, only(report).size) == (3, (64, 48))
+
+
+def test_image_is_a_clip_of_one_frame(tmp_path: Path) -> None:
+    Image.new("RGB", (200, 100), "red").save(tmp_path / "a.PNG")
+    (tmp_path / "a.txt").write_text("red")
+    clip = only(index(tmp_path))
+    assert (clip.kind, clip.frames, clip.start, clip.times()) == ("image", 1, 0.0, (0.0,))
+    sample = decode(clip)
+    assert sample.frames.shape == (1, clip.size[1], clip.size[0], 3)
+    assert (sample.frames == (255, 0, 0)).all()
+
+
+# --- Spans ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("in_file", "settings", "frames"),
+    [
+        (32, {}, 17),
+        (16, {}, 13),
+        (3, {}, 1),
+        (32, {"max_frames": 16}, 13),
+        (32, {"max_duration": 1.0}, 13),
+        (32, {"max_duration": 0.01}, 1),
+        (32, {"max_duration": 17 / 16}, 17),
+        (32, {"fps": 8}, 13),
+    ],
+)
+def test_frames(tmp_path: Path, in_file: int, settings: dict[str, float], frames: int) -> None:
+    video(tmp_path / "a.mp4", frames=in_file)
+    assert only(index(tmp_path, **settings)).frames == frames
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "random", "keyframe"])
+def test_a_span_lies_within_its_file(tmp_path: Path, strategy: str) -> None:
+    for frames in (1, 5, 17, 18, 40):
+        video(tmp_path / f"{frames}.mp4", frames=frames)
+    for clip in index(tmp_path, frame_sample_strategy=strategy).clips:
+        info = probe(clip.path)
+        assert info.start <= clip.times()[0]
+        assert clip.times()[-1] <= info.last + 1e-6
+
+
+def test_uniform_is_the_middle(tmp_path: Path) -> None:
+    path = video(tmp_path / "a.mp4", frames=40)
+    clip, info = only(index(tmp_path)), probe(path)
+    assert clip.start - info.start == pytest.approx(info.last - clip.times()[-1])
+
+
+def test_random_is_fixed_by_seed_and_name(tmp_path: Path) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        video(tmp_path / name, frames=60)
+
+    def starts(seed: int) -> list[float]:
+        report = index(tmp_path, frame_sample_strategy="random", seed=seed)
+        return [clip.start for clip in report.clips]
+
+    assert starts(1) == starts(1) != starts(2)
+    assert starts(1)[0] != starts(1)[1]
+    video(tmp_path / "0.mp4", frames=60)  # another file in front moves nothing
+    assert starts(1)[1] == pytest.approx(index_of(tmp_path / "a.mp4", seed=1))
+
+
+def index_of(path: Path, seed: int) -> float:
+    report = index(path.parent, frame_sample_strategy="random", seed=seed)
+    return next(clip.start for clip in report.clips if clip.path == path)
+
+
+def test_keyframe_is_the_one_nearest_to_the_middle(clips: Path) -> None:
+    folder = clips / "odd"
+    report = index(folder, frame_sample_strategy="keyframe")
+    clip = next(c for c in report.clips if c.name == "long_gop_with_cuts.mp4")
+    assert clip.start == pytest.approx(5.48)  # of 0, 1.2, 3.04, 5.48, 7.48, 9.68; middle 4.98
+
+
+# --- What can't be used --------------------------------------------------------------------------
+
+
+def reasons(report: Report) -> dict[str, str]:
+    return {problem.path.name: problem.reason for problem in report.problems}
+
+
+def test_all_problems_at_once(tmp_path: Path) -> None:
+    video(tmp_path / "good.mp4")
+    video(tmp_path / "uncaptioned.mp4", caption=None)
+    video(tmp_path / "latin.mp4", caption=None).with_suffix(".txt").write_bytes(b"caf\xe9")
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    (tmp_path / "broken.txt").write_text("broken")
+    (tmp_path / "film.mkv").write_bytes(b"")
+    Image.new("RGB", (16, 200)).save(tmp_path / "narrow.png")
+    (tmp_path / "narrow.txt").write_text("narrow")
+    (tmp_path / "lonely.txt").write_text("lonely")
+    (tmp_path / "data.json").write_text("{}")
+    video(tmp_path / ".hidden.mp4")
+    video(tmp_path / ".trash" / "a.mp4")
+
+    report = index(tmp_path)
+    assert [clip.name for clip in report.clips] == ["good.mp4"]
+    found = reasons(report)
+    assert sorted(found) == ["broken.mp4", "film.mkv", "latin.mp4", "narrow.png", "uncaptioned.mp4"]
+    assert "is not a video that FFmpeg can read" in found["broken.mp4"]
+    assert "add mkv there" in found["film.mkv"]
+    assert "video_data.supported_formats (mp4, avi, mov, webm)" in found["film.mkv"]
+    assert "latin.txt is not UTF-8 (byte 3)" in found["latin.mp4"]
+    assert "is 16x200, smaller than video_data.min_resolution (32x32)" in found["narrow.png"]
+    assert "write one into uncaptioned.txt" in found["uncaptioned.mp4"]
+    assert all("; " in reason and str(tmp_path) not in reason for reason in found.values())
+    assert [note.path for note in report.notes] == [tmp_path / "lonely.txt"]
+
+    text = "\n".join(report.lines())
+    assert "1 clip (1 video, 0 images)" in text
+    assert "5 files can't be used:" in text
+    assert all(f"{problem.path}: {problem.reason}" in text for problem in report.problems)
+    assert "lonely.txt: captions without a video or image" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "captions"),
+    [
+        (b"", ("",)),
+        (b"\n  \n", ("",)),
+        (b"\xef\xbb\xbfbyte order mark", ("byte order mark",)),
+        ("é 日本\n".encode(), ("é 日本",)),
+    ],
+)
+def test_captions(tmp_path: Path, content: bytes, captions: tuple[str, ...]) -> None:
+    video(tmp_path / "a.mp4").with_suffix(".txt").write_bytes(content)
+    assert only(index(tmp_path)).captions == captions
+
+
+def test_supported_formats_extends_what_is_used(tmp_path: Path) -> None:
+    video(tmp_path / "a.mp4").rename(tmp_path / "a.m4v")
+    assert "add m4v" in index(tmp_path).problems[0].reason
+    assert only(index(tmp_path, supported_formats=("m4v",))).name == "a.m4v"
+
+
+def test_portrait_is_no_smaller_than_landscape(tmp_path: Path) -> None:
+    video(tmp_path / "a.mp4")
+    for least in ((96, 64), (64, 96)):
+        only(index(tmp_path, min_resolution=least))
+    for least in ((97, 64), (64, 97), (65, 65)):
+        assert "min_resolution" in index(tmp_path, min_resolution=least).problems[0].reason
+
+
+def test_missing_source(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere: is not a folder; correct video_data\.sources"):
+        index(tmp_path / "nowhere")
+
+
+def test_empty_source(tmp_path: Path) -> None:
+    report = index(tmp_path)
+    assert (report.clips, report.problems) == ((), ())
+    assert report.lines() == ["0 clips (0 videos, 0 images)"]
+
+
+def test_a_link_back_up_does_not_loop(tmp_path: Path) -> None:
+    video(tmp_path / "sub" / "a.mp4", frames=5)
+    try:
+        (tmp_path / "sub" / "up").symlink_to(tmp_path, target_is_directory=True)
+    except OSError:
+        pytest.skip("this system makes no links")
+    assert only(index(tmp_path)).name == "sub/a.mp4"
+
+
+def test_a_folder_that_can_not_be_read(tmp_path: Path) -> None:
+    if sys.platform == "win32" or os.geteuid() == 0:
+        pytest.skip("needs a user whom permissions bind")
+    video(tmp_path / "a.mp4")
+    (tmp_path / "locked").mkdir(mode=0)
+    assert "can't be read" in reasons(index(tmp_path))["locked"]
+
+
+def test_notes(tmp_path: Path) -> None:
+    for name in "abcde":
+        video(tmp_path / f"{name}.mp4", frames=5)
+    report = index_clips(
+        VideoDataSection(sources=(SourceSection(path=tmp_path),), min_resolution=(32, 32)),
+        WanTrainConfig(max_frames=16),
+        seed=0,
+        target_fps=16,
+        resolutions=(480 * 832,),
+        size_multiple=16,
+        temporal_compression=4,
+    )
+    lines = report.lines()
+    assert sum("max_frames is 16; 13 are used" in line for line in lines) == 1
+    scaled = [line for line in lines if "scaled up from 96x64" in line]
+    assert len(scaled) == 1
+    assert "a.mp4, b.mp4, c.mp4 and 2 others: " in scaled[0]
+    assert any("5 frames at 16 fps instead of 13" in line for line in lines)
+    assert str(report) == "\n".join(lines)
+
+
+def test_shared_clips(clips: Path) -> None:
+    report = index(clips / "good", clips / "bad", clips / "odd")
+    assert len(reasons(report)) == 7 + 2
+    assert {"animated.gif", "variable_frame_rate.mkv", "corrupt_middle.mp4"} <= set(reasons(report))
+    assert len([c for c in report.clips if c.path.parent.name == "good"]) == 6
+    turned = next(c for c in report.clips if c.name == "rotated_90.mp4")
+    assert turned.size[0] < turned.size[1]
+    # Shown 193x144: its pixels are not square, so its shape is 4:3, not 11:9.
+    assert next(c for c in report.clips if c.name == "man_in_car.webm").source_size == (193, 144)
+    assert read_frames(turned.path, turned.times()).shape[0] == turned.frames
