@@ -254,7 +254,7 @@ def read_frames(path: str | Path, times: Sequence[float], fit: Fit | None = None
     frames build on earlier ones, so what follows the damage can't be trusted either).
     """
     path = Path(path)
-    if not times or any(b < a for a, b in pairwise(times)):
+    if not len(times) or any(b < a for a, b in pairwise(times)):
         raise ValueError(f"times must be ascending and not empty, not {list(times)}")
     if extension(path) in IMAGE_SUFFIXES:
         return np.repeat(read_image(path, fit)[None], len(times), axis=0)

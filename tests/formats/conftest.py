@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from onewan.demo.tiny_model import write_tiny_model
 from onewan.variants import VariantName
@@ -18,6 +19,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[VariantNam
 
     @cache
     def folder(variant: VariantName) -> Path:
-        return write_tiny_model(tmp_path_factory.mktemp(variant), variant, width=64, layers=3)
+        # Pixels to measure the latents' mean and deviation on, lest a wrong normalisation pass.
+        pixels = torch.rand(1, 3, 5, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        target = tmp_path_factory.mktemp(variant)
+        return write_tiny_model(target, variant, width=64, layers=3, pixels_BCFHW=pixels)
 
     return folder

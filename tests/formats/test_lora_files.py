@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from datetime import datetime, timezone
 from pathlib import Path
@@ -274,14 +273,13 @@ def test_a_disk_that_flips_a_bit_is_found_out(tiny_model, tmp_path, monkeypatch,
     path = export(transformer, PART, tmp_path / "x.safetensors")
     good = path.read_bytes()
     where = good.index(b'"onewan.steps":"500"') + 16 if place == "header" else len(good) - 5
-    flush = os.fsync
 
-    def faulty(handle: int) -> None:
-        byte = os.pread(handle, 1, where)
-        os.pwrite(handle, bytes([byte[0] ^ 1]), where)
-        flush(handle)
+    def faulty_sync(file: Path) -> None:
+        content = bytearray(file.read_bytes())
+        content[where] ^= 1
+        file.write_bytes(content)
 
-    monkeypatch.setattr(os, "fsync", faulty)
+    monkeypatch.setattr("onewan.checkpoint.export.sync", faulty_sync)
     with pytest.raises(CheckpointError, match="reads back different"):
         export(transformer, PART, path)
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]

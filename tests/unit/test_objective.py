@@ -98,7 +98,7 @@ def batch(count: int = 2, frames: int = 3, offset: int = 0) -> Batch:
 def test_noising_and_target() -> None:
     latents, noise = torch.randn(2, 4, 3, 4, 6), torch.randn(2, 4, 3, 4, 6)
     t = torch.tensor([0.25, 1.0])
-    out = noised(latents, noise, t, None)
+    out = noised(latents, noise, t.tolist())
     torch.testing.assert_close(out.x[0], 0.75 * latents[0] + 0.25 * noise[0])
     assert torch.equal(out.x[1], noise[1])
     torch.testing.assert_close(out.x - t.view(-1, 1, 1, 1, 1) * out.target, latents)
@@ -136,9 +136,9 @@ def test_clean_first_frame() -> None:
     assert always.noise(batch(frames=1), 0, expert).clean_first_frame is None
     some = Objective(density=density("uniform", 5), seed=3, first_frame_probability=0.2)
     given = [some.noise(batch(), step, expert).clean_first_frame for step in range(500)]
-    assert torch.cat([g for g in given if g is not None]).float().mean().item() == pytest.approx(
-        0.2, abs=0.04
-    )
+    share = sum(int(g.sum()) for g in given if g is not None) / 1000
+    assert share == pytest.approx(0.2, abs=0.04)
+    assert any(g is None for g in given)  # where no sample is given its frame, none says so
 
 
 def pair(frames: int = 3, clean: list[bool] | None = None) -> tuple[Tensor, Noised]:
@@ -146,12 +146,13 @@ def pair(frames: int = 3, clean: list[bool] | None = None) -> tuple[Tensor, Nois
     prediction = torch.randn(2, 4, frames, 4, 6, generator=generator, requires_grad=True)
     target = torch.randn(2, 4, frames, 4, 6, generator=generator)
     mask = None if clean is None else torch.tensor(clean)
-    return prediction, Noised(x=target, t=torch.zeros(2), target=target, clean_first_frame=mask)
+    return prediction, Noised(
+        x=target, t=torch.zeros(2), levels=(0.0, 0.0), target=target, clean_first_frame=mask
+    )
 
 
-@pytest.mark.parametrize("clean", [None, [False, False]])
-def test_weight_one_is_the_plain_loss_to_the_bit(clean: list[bool] | None) -> None:
-    prediction, sample = pair(clean=clean)
+def test_weight_one_is_the_plain_loss_to_the_bit() -> None:
+    prediction, sample = pair()
     plain = prediction.detach().clone().requires_grad_()
     loss, expected = velocity_loss(prediction, sample), F.mse_loss(plain, sample.target)
     loss.backward()

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from onewan.errors import CheckpointError
+from onewan.files import replacing, sync
 from onewan.model.keys import to_diffusers, to_official
 from onewan.variants import Expert, ExpertName, Variant
 
@@ -331,30 +331,24 @@ def _stored(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _write(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], destination: Path) -> None:
     """Write a safetensors file, all or nothing, with the hash of its tensors in the header."""
-    partial = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), partial, {"format": "pt", **metadata, _HASH: _HASH_PLACEHOLDER})
-        digest = _seal(partial)
-        wrong = _differences(partial, tensors, {"format": "pt", **metadata, _HASH: digest})
-        if wrong:
-            raise CheckpointError(
-                f"{destination}: reads back different from what was written "
-                f"({', '.join(wrong[:3])}); the disk or its driver is at fault, use another one"
-            )
-        os.replace(partial, destination)
-        _flush_folder(destination.parent)
+        with replacing(destination) as path:
+            save_file(dict(tensors), path, {"format": "pt", **metadata, _HASH: _HASH_PLACEHOLDER})
+            sealed = {"format": "pt", **metadata, _HASH: _seal(path)}
+            sync(path)
+            if wrong := _differences(path, tensors, sealed):
+                raise CheckpointError(
+                    f"{destination}: reads back different from what was written "
+                    f"({', '.join(wrong[:3])}); the disk or its driver is at fault, use another one"
+                )
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{destination}: can't be written ({error}); check the folder and the free space"
         ) from error
-    finally:
-        if partial.exists():
-            partial.unlink()
 
 
 def _seal(path: Path) -> str:
-    """Put the sha256 of all tensor bytes into the header of `path`, and flush it to the disk.
+    """Put the sha256 of all tensor bytes into the header of `path`, and return it.
 
     ModelSpec wants ``0x`` and the hash of everything behind the header, which only the written file
     shows: the order of tensors is the library's. The library also shuffles the metadata; here it is
@@ -372,8 +366,6 @@ def _seal(path: Path) -> str:
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
         file.seek(8)
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
     return digest
 
 
@@ -408,13 +400,3 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(
             f"{path}: is not a whole safetensors file ({reason}); copy or download it again"
         ) from error
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make a rename in `folder` last through a loss of power; Windows knows no such thing."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -115,7 +115,7 @@ def _add_init(commands: _Commands) -> None:
     parser.add_argument("--variant", choices=_VARIANTS, required=True, help="which model to train")
 
     def run(options: argparse.Namespace) -> int:
-        from onewan.config.load import starter
+        from onewan.config.starter import starter
 
         print(starter(options.variant), end="")
         return 0
@@ -134,7 +134,7 @@ def _add_schema(commands: _Commands) -> None:
     def run(_options: argparse.Namespace) -> int:
         import json
 
-        from onewan.config.load import json_schema
+        from onewan.config.starter import json_schema
 
         print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
         return 0
@@ -224,7 +224,3 @@ def _add_sample(commands: _Commands) -> None:
         return sample(options)
 
     parser.set_defaults(command=run)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

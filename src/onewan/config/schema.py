@@ -2,14 +2,14 @@
 
 The string under each field is its documentation; pydantic carries it into the JSON schema
 (`onewan schema`), from which editors complete and the reference page is made. A field that is null
-by default takes the variant's own value; `onewan.config.load` fills it in. Rules that need facts
-about the variant are there too. Nothing here imports torch.
+by default takes the variant's own value; `onewan.config.rules` fills it in, and has the rules that
+span sections or need facts about the variant. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -17,14 +17,27 @@ from onewan.variants import VariantName
 
 SCHEMA_VERSION = 1
 
-Size = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
-Positive = Annotated[float, Field(gt=0)]
+# Strict, since `true` would count as 1 otherwise, and a text as the number it spells.
+Int = Annotated[int, Field(strict=True)]
+Float = Annotated[float, Field(strict=True)]
+Size = tuple[Annotated[Int, Field(ge=1)], Annotated[Int, Field(ge=1)]]
+Positive = Annotated[Float, Field(gt=0)]
 
 
 class Section(BaseModel):
     """Base of all sections: no unknown keys, no changes after reading, documentation in place."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    # A validator of the field and not part of `Int`, from where it would keep the bounds of the
+    # number out of the JSON schema.
+    @field_validator("*", mode="before")
+    @classmethod
+    def _whole(cls, value: object) -> object:
+        """2e3 is a float to YAML and a whole number to its writer, as 2.0 is to JSON's schema."""
+        return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class ModelSection(Section):
@@ -39,30 +52,31 @@ class ModelSection(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the frozen weights and of matrix products. Adapters, the residual stream, the
     time embedding and the loss are float32 in either case."""
-    device: str = "auto"
-    """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`. ROCm builds of PyTorch say cuda."""
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?|mps|xpu(:[0-9]+)?)$")
+    """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`, `xpu`, `xpu:1`. ROCm builds
+    of PyTorch say cuda."""
 
 
 class WanTrainConfig(Section):
     """The `wan_config` section: how video becomes training samples for Wan."""
 
-    max_frames: int = Field(default=16, ge=1)
+    max_frames: Int = Field(default=16, ge=1)
     """Most frames of one training clip, rounded down to 4n+1 (16 becomes 13), the only lengths
     that the VAE takes. Shorter clips train with the frames they have."""
     frame_sample_strategy: Literal["uniform", "random", "keyframe"] = "uniform"
     """Where in a longer file the frames are taken. `uniform`: from the middle; `random`: at a
     random place, fixed by the seed; `keyframe`: from the key frame nearest to the middle. Frames
     are always 1/target_fps apart; time is never stretched."""
-    temporal_consistency_weight: float = Field(default=1.0, ge=0)
+    temporal_consistency_weight: Float = Field(default=1.0, ge=0)
     """Weight of each frame's deviation from the clip's mean error. 1.0 is the plain loss, exactly;
     more punishes flicker and wrong motion, less favours appearance."""
-    transformer_layers_to_train: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    transformer_layers_to_train: tuple[Annotated[Int, Field(ge=0)], ...] | None = None
     """Numbers of the transformer blocks to train, e.g. [0, 1, 2]; null is all."""
     use_temporal_attention: bool = True
     """false: each latent frame attends to itself alone (for style and character training)."""
-    spatial_compression_ratio: int = 8
+    spatial_compression_ratio: Int = 8
     """A fact of the variant's VAE (8, or 16 for TI2V-5B); if given, it must agree."""
-    temporal_compression_ratio: int = 4
+    temporal_compression_ratio: Int = 4
     """A fact of the variant's VAE (4); if given, it must agree."""
 
 
@@ -70,7 +84,7 @@ class SourceSection(Section):
     path: Path
     """A folder. Each video or image NAME.ext in it (and in its subfolders) is a clip if NAME.txt
     lies beside it; each line of NAME.txt is one caption, several are alternatives."""
-    repeats: int = Field(default=1, ge=1)
+    repeats: Int = Field(default=1, ge=1)
     """How often each of its clips comes in one pass over the data."""
 
 
@@ -89,7 +103,7 @@ class VideoDataSection(Section):
     """Width and height; smaller files are reported and left out."""
     max_resolution: Size = (1024, 1024)
     """Width and height of the largest training size. Larger files are scaled down and used."""
-    resolution: int | str | tuple[int | str, ...] | None = None
+    resolution: Int | str | tuple[Int | str, ...] | None = None
     """Training sizes, one or several: an area in pixels (399360: each clip keeps its own shape
     at about that area) or an exact size ("832x480", width x height). null: the area of 480p."""
     cache: bool = True
@@ -128,11 +142,11 @@ def _area_or_size(value: int | str) -> int | str:
 class LoraMethod(Section):
     kind: Literal["lora"] = "lora"
     """What is trained: a low-rank adapter (LoRA) beside the frozen weights."""
-    rank: int = Field(default=32, ge=1)
+    rank: Int = Field(default=32, ge=1)
     """Rank of the adapter: more holds more, and costs memory and disk."""
     alpha: Positive | None = None
     """The adapter counts alpha/rank times; null is the rank itself, so once."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    dropout: Float = Field(default=0.0, ge=0, lt=1)
     """Probability with which an input of the adapter is dropped while training."""
     modules: tuple[Literal["self_attention", "cross_attention", "ffn"], ...] = Field(
         default=("self_attention", "cross_attention", "ffn"), min_length=1
@@ -146,13 +160,13 @@ class AdamWOptimizer(Section):
     lr: Positive = 1e-4
     """Learning rate."""
     betas: tuple[
-        Annotated[float, Field(ge=0, lt=1)],
-        Annotated[float, Field(ge=0, lt=1)],
+        Annotated[Float, Field(ge=0, lt=1)],
+        Annotated[Float, Field(ge=0, lt=1)],
     ] = (0.9, 0.999)
     """Decay of the running means of the gradient and of its square."""
     eps: Positive = 1e-8
     """Added to the denominator."""
-    weight_decay: float = Field(default=0.01, ge=0)
+    weight_decay: Float = Field(default=0.01, ge=0)
     """Decoupled weight decay."""
 
 
@@ -160,7 +174,7 @@ class TimestepSection(Section):
     distribution: Literal["uniform", "logit_normal"] = "uniform"
     """Density of the noise level before the shift. Each expert draws from it truncated exactly to
     its own range after the shift."""
-    mean: float = 0.0
+    mean: Float = 0.0
     """Mean of the normal under `logit_normal`."""
     std: Positive = 1.0
     """Standard deviation of the normal under `logit_normal`."""
@@ -170,40 +184,42 @@ class TimestepSection(Section):
 
 
 class TrainSection(Section):
-    steps: int = Field(default=2000, ge=1)
+    steps: Int = Field(default=2000, ge=1)
     """Optimizer steps, of all experts together."""
-    batch_size: int = Field(default=1, ge=1)
+    batch_size: Int = Field(default=1, ge=1)
     """Clips in one forward pass."""
-    accumulation: int = Field(default=1, ge=1)
+    accumulation: Int = Field(default=1, ge=1)
     """Forward passes per optimizer step."""
-    seed: int = Field(default=42, ge=0)
+    seed: Int = Field(default=42, ge=0)
     """Seed of everything random. Each draw is keyed by it, its purpose and its place in the run,
     so a resumed run draws what an uncut one would have drawn."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate after the warm-up; linear and cosine end at 0."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Optimizer steps of each expert over which its learning rate rises from 0."""
+    warmup_steps: Int = Field(default=0, ge=0)
+    """Optimizer steps of each expert over which its learning rate rises from 0; fewer than it gets
+    of `steps`."""
     max_grad_norm: Positive | None = 1.0
     """Gradients are scaled down to this norm; null leaves them."""
-    high_share: Literal["equal", "mass"] | Annotated[float, Field(ge=0, le=1)] = "equal"
+    high_share: Literal["equal", "mass"] | Annotated[Float, Field(ge=0, le=1)] = "equal"
     """Share of the steps that the high-noise expert gets when both train: `equal` is one half;
-    `mass` is the share of noise levels above the boundary under `timesteps`; or a number."""
-    expert_block: int = Field(default=10, ge=1)
+    `mass` is the share of noise levels above the boundary under `timesteps`; or a number between
+    0 and 1."""
+    expert_block: Int = Field(default=10, ge=1)
     """Steps for which one expert trains before the other may. Longer blocks move weights between
     host and GPU less often."""
-    first_frame_probability: float = Field(default=0.2, ge=0, le=1)
+    first_frame_probability: Float = Field(default=0.2, ge=0, le=1)
     """TI2V-5B only: share of samples whose first latent frame is given clean, which trains
     image-to-video; that frame does not count in the loss."""
     timesteps: TimestepSection = TimestepSection()
     """How noise levels are drawn."""
-    grid_every: int = Field(default=0, ge=0)
+    grid_every: Int = Field(default=0, ge=0)
     """Steps between measurements of the loss on a fixed grid of clips, noise and noise levels,
     comparable over the whole run; 0 measures before the first and after the last step only."""
-    grid_clips: int = Field(default=4, ge=0)
+    grid_clips: Int = Field(default=4, ge=0)
     """Clips in that grid; 0 turns it off."""
-    save_every: int = Field(default=500, ge=1)
+    save_every: Int = Field(default=500, ge=1)
     """Steps between saved training states and exported weights. The last step is always saved."""
-    keep_states: int = Field(default=2, ge=1)
+    keep_states: Int = Field(default=2, ge=1)
     """How many training states to keep; older ones are deleted. Exported weights stay."""
 
 
@@ -214,34 +230,34 @@ class PromptSection(Section):
     """What to avoid; null takes `sample.negative_prompt`."""
     image: Path | None = None
     """The first frame; I2V-A14B needs one, TI2V-5B can take one."""
-    seed: int | None = None
+    seed: Int | None = None
     """Seed of the noise; null takes `sample.seed`."""
 
 
 class SampleSection(Section):
     prompts: tuple[PromptSection, ...] = ()
     """Videos to make along the way: a text, or a mapping with prompt, image, seed, ..."""
-    every: int = Field(default=0, ge=0)
+    every: Int = Field(default=0, ge=0)
     """Steps between sample videos; 0 makes them after the last step only."""
     at_start: bool = False
     """Also make them before the first step, to see the base model."""
-    width: int | None = Field(default=None, ge=16)
+    width: Int | None = Field(default=None, ge=16)
     """Pixels; null is the variant's official size. A multiple of 16, or 32 for TI2V-5B."""
-    height: int | None = Field(default=None, ge=16)
+    height: Int | None = Field(default=None, ge=16)
     """Pixels; null is the variant's official size. A multiple of 16, or 32 for TI2V-5B."""
-    frames: int | None = Field(default=None, ge=1)
+    frames: Int | None = Field(default=None, ge=1)
     """Frames, 4n+1; null is the variant's official number (81, or 121)."""
     fps: Positive | None = None
     """Frames per second of the written file; null is the variant's own rate."""
-    steps: int | None = Field(default=None, ge=1)
+    steps: Int | None = Field(default=None, ge=1)
     """Denoising steps; null is the variant's official number (40, or 50)."""
     shift: Positive | None = None
     """Shift of the noise schedule; null is the variant's official one."""
-    guidance: tuple[float, ...] | None = None
+    guidance: tuple[Float, ...] | None = None
     """Guidance scale of each expert, [high, low], or [one] for TI2V-5B; null is the official."""
     negative_prompt: str | None = None
     """What to avoid in all videos; null is the official negative prompt, "" is nothing."""
-    seed: int = 0
+    seed: Int = 0
     """Seed of the noise."""
     format: Literal["mp4", "webm"] = "mp4"
     """mp4: H.264, plays everywhere. webm: VP9."""
@@ -250,7 +266,8 @@ class SampleSection(Section):
     @classmethod
     def _texts(cls, value: object) -> object:
         if isinstance(value, (list, tuple)):
-            return [{"prompt": v} if isinstance(v, str) else v for v in value]
+            items = cast("list[object] | tuple[object, ...]", value)
+            return [{"prompt": v} if isinstance(v, str) else v for v in items]
         return value
 
 
@@ -282,7 +299,7 @@ class LoggingSection(Section):
 class RunConfig(Section):
     """A whole run file."""
 
-    schema_version: int = Field(default=SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION)
+    schema_version: Int = Field(default=SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION)
     """Version of this file's form; older ones are brought up to date when read."""
     model: ModelSection
     """The base model."""

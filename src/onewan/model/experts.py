@@ -66,7 +66,7 @@ def predict_velocity(
         raise ValueError(f"latents of {width}x{height} do not divide into patches of 2x2")
     timestep = t_B.float() * NUM_TRAIN_TIMESTEPS
     # One timestep per token costs about 100 kB per token and block and gives the same to 6e-7.
-    if clean_first_frame_B is not None and bool(clean_first_frame_B.any()):
+    if clean_first_frame_B is not None:
         timestep = token_timesteps(t_B.float(), clean_first_frame_B, x_BCFHW)
     hidden = x_BCFHW
     if condition_BCFHW is not None:

@@ -16,7 +16,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-_LOCK = threading.Lock()
+LOCK = threading.Lock()
+"""Held by every use of a VAE in this process."""
 
 
 def _statistics(vae: AutoencoderKLWan, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -35,7 +36,7 @@ def encode_video(vae: AutoencoderKLWan, pixels_BCFHW: Tensor) -> Tensor:
     frames = pixels_BCFHW.shape[2]
     if frames % vae.config.scale_factor_temporal != 1:
         raise ValueError(f"the VAE takes 4n+1 frames, and would drop some of these {frames}")
-    with _LOCK:
+    with LOCK:
         posterior = vae.encode(pixels_BCFHW.to(vae.device, vae.dtype)).latent_dist
     mean, std = _statistics(vae, vae.device)
     return (posterior.mode().float() - mean) / std
@@ -58,5 +59,5 @@ def decode_video(vae: AutoencoderKLWan, latents_BCFHW: Tensor) -> Tensor:
     """Float32 pixels [B, 3, F, H, W] in [-1, 1]; the inverse of `encode_video`."""
     mean, std = _statistics(vae, vae.device)
     unscaled = latents_BCFHW.to(vae.device, torch.float32) * std + mean
-    with _LOCK:
+    with LOCK:
         return vae.decode(unscaled.to(vae.dtype)).sample.float()

@@ -28,7 +28,7 @@ from onewan.media import Fit, read_image, write_video
 from onewan.model.load import official_scheduler
 from onewan.model.precision import compute_context
 from onewan.model.text import pad_text
-from onewan.model.vae import _LOCK as VAE_LOCK
+from onewan.model.vae import LOCK
 from onewan.model.wan import WanModel
 from onewan.variants import NUM_TRAIN_TIMESTEPS, VARIANTS, Variant
 
@@ -278,7 +278,7 @@ class _ImageToVideo(WanImageToVideoPipeline):
     """diffusers' pipeline, whose own use of the VAE takes the lock; `onewan.model.vae` says why."""
 
     def prepare_latents(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        with VAE_LOCK:
+        with LOCK:
             return super().prepare_latents(*args, **kwargs)
 
 

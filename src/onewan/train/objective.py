@@ -10,6 +10,7 @@ boundary lies in t, not in u; three public trainers compared the wrong one and h
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
@@ -76,10 +77,13 @@ class Noised:
     """[B, C, F, h, w] noisy latents."""
     t: Tensor
     """[B] noise levels in [0, 1]."""
+    levels: tuple[float, ...]
+    """The same numbers, known without asking the device."""
     target: Tensor
     """[B, C, F, h, w]: noise minus clean latents."""
     clean_first_frame: Tensor | None
-    """[B] bool, TI2V-5B only: samples whose first latent frame is given clean, and not counted."""
+    """[B] bool, TI2V-5B only: samples whose first latent frame is given clean, and not counted.
+    None if there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,24 +101,24 @@ class Objective:
         Random numbers are made on the CPU, so that a run gives the same ones on every device.
         """
         places = [batch.offset + i for i in range(len(batch))]
-        t = [
+        levels = tuple(
             self.density.truncated_quantile(self._uniform("t", step, place), expert)
             for place in places
-        ]
+        )
         clean = None
         if self.first_frame_probability > 0 and batch.latents.shape[2] > 1:
             given = [
                 self._uniform("first frame", step, place) < self.first_frame_probability
                 for place in places
             ]
-            clean = torch.tensor(given)
+            clean = torch.tensor(given) if any(given) else None
         noise = torch.stack(
             [
                 seeded_noise(batch.latents.shape[1:], derive_seed(self.seed, "noise", step, place))
                 for place in places
             ]
         )
-        return noised(batch.latents, noise, torch.tensor(t, dtype=torch.float32), clean)
+        return noised(batch.latents, noise, levels, clean)
 
     def _uniform(self, purpose: str, step: int, place: int) -> float:
         return random.Random(derive_seed(self.seed, purpose, step, place)).random()
@@ -126,12 +130,15 @@ def seeded_noise(shape: torch.Size, seed: int) -> Tensor:
 
 
 def noised(
-    latents_BCFHW: Tensor, noise_BCFHW: Tensor, t_B: Tensor, clean_first_frame_B: Tensor | None
+    latents_BCFHW: Tensor,
+    noise_BCFHW: Tensor,
+    levels: Sequence[float],
+    clean_first_frame_B: Tensor | None = None,
 ) -> Noised:
-    """Mix latents and noise at levels `t_B`, on the latents' device, and form the target."""
+    """Mix latents and noise at the samples' `levels`, on the latents' device; form the target."""
     device = latents_BCFHW.device
     noise_BCFHW = noise_BCFHW.to(device, non_blocking=True)
-    t_B = t_B.to(device, non_blocking=True)
+    t_B = torch.tensor(levels, dtype=torch.float32).to(device, non_blocking=True)
     t = t_B.view(-1, 1, 1, 1, 1)
     x = (1 - t) * latents_BCFHW + t * noise_BCFHW
     if clean_first_frame_B is not None:
@@ -139,7 +146,11 @@ def noised(
         given = clean_first_frame_B.view(-1, 1, 1, 1)
         x[:, :, 0] = torch.where(given, latents_BCFHW[:, :, 0], x[:, :, 0])
     return Noised(
-        x=x, t=t_B, target=noise_BCFHW - latents_BCFHW, clean_first_frame=clean_first_frame_B
+        x=x,
+        t=t_B,
+        levels=tuple(levels),
+        target=noise_BCFHW - latents_BCFHW,
+        clean_first_frame=clean_first_frame_B,
     )
 
 
@@ -154,7 +165,7 @@ def velocity_loss(
     A frame that was given clean counts in neither part; each sample weighs the same.
     """
     clean = noised.clean_first_frame
-    if temporal_consistency_weight == 1 and (clean is None or not bool(clean.any())):
+    if temporal_consistency_weight == 1 and clean is None:
         return F.mse_loss(prediction_BCFHW.float(), noised.target)
     error = prediction_BCFHW.float() - noised.target
     counts = torch.ones_like(error[:, :1, :, :1, :1])

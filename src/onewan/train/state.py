@@ -64,7 +64,7 @@ class TrainState:
         about = {
             "step": self.step,
             "first_grid": self.first_grid,
-            "versions": {p: importlib.metadata.version(p) for p in _PACKAGES},
+            "versions": versions(),
             **facts,
         }
         (folder / _FACTS).write_text(json.dumps(about, indent=2), encoding="utf-8")
@@ -90,3 +90,8 @@ class TrainState:
 def read_facts(folder: Path) -> dict[str, Any]:
     """What was noted beside a state: step, versions, run file, digest of the data set."""
     return json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages on which the numbers of a run depend."""
+    return {package: importlib.metadata.version(package) for package in _PACKAGES}

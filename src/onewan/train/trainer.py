@@ -8,17 +8,15 @@ folder and to whoever listens; nothing here prints.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from onewan.adapters.lora import adapter_weights
 from onewan.checkpoint.export import WanModelSaver
@@ -26,19 +24,16 @@ from onewan.checkpoint.store import StateStore
 from onewan.config.load import changed_fields, dump_run
 from onewan.config.migrate import migrate
 from onewan.config.schema import RunConfig
-from onewan.data.loader import Batch, Step
-from onewan.errors import CheckpointError, Interrupted, TrainingError
+from onewan.data.loader import Step
+from onewan.errors import CheckpointError, Interrupted
 from onewan.files import replacing
-from onewan.model.experts import predict_velocity
 from onewan.runs.control import Request, StopSignals, clear, pending
 from onewan.runs.events import EventLog
 from onewan.runs.layout import RunLayout
 from onewan.sample.generate import WanModelSampler
-from onewan.seeds import derive_seed
-from onewan.train.objective import Noised, noised, seeded_noise, velocity_loss
-from onewan.train.schedule import lr_factor
 from onewan.train.setup import DTYPES, Run, WanModelSetup, run_folder
-from onewan.train.state import TrainedExpert, read_facts
+from onewan.train.state import read_facts, versions
+from onewan.train.step import StepMetrics, grid_loss, train_step
 from onewan.variants import ExpertName
 
 log = logging.getLogger(__name__)
@@ -49,9 +44,6 @@ Listener = Callable[[Mapping[str, Any]], None]
 def _ignore(event: Mapping[str, Any]) -> None:
     del event
 
-
-GRID_LEVELS = (0.125, 0.375, 0.625, 0.875)
-"""Where in an expert's range the fixed grid measures: midpoints of four equally probable parts."""
 
 # Settings that change what a run writes, or where, but not a number that it computes.
 _FREE_TO_CHANGE = (
@@ -67,16 +59,6 @@ _FREE_TO_CHANGE = (
     "train.keep_states",
     "train.grid_every",
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepMetrics:
-    """What one optimizer step measured."""
-
-    loss: float
-    grad_norm: float
-    lr: float
-    t: tuple[float, ...]
 
 
 class WanTrainer:
@@ -113,8 +95,7 @@ class WanTrainer:
 
         OnewanError for everything that the user can mend; the last saved state stays in any case.
         """
-        started = self._store.newest() is not None
-        if started and not self._resume:
+        if self._layout.saved_steps() and not self._resume:
             raise CheckpointError(
                 f"{self._layout.root}: already holds a run; go on with --resume, or choose another "
                 "name (output.name=...)"
@@ -155,78 +136,11 @@ class WanTrainer:
         self._before_first_step(run)
         for step in run.loader.steps(run.state.step, config.train.steps, run.schedule.turn):
             begin = time.perf_counter()
-            metrics = self._step(run, step)
+            metrics = train_step(run, step)
             run.state.step += 1
             self._after_step(run, step, metrics, time.perf_counter() - begin)
             self._stop_if_asked(run)
         self._tell("finished", step=run.state.step, run=str(self._layout.root))
-
-    def _step(self, run: Run, step: Step) -> StepMetrics:
-        """One optimizer step of one expert: forward and backward of each batch, then the update."""
-        trained = run.activate(step.expert)
-        trained.transformer.train()
-        losses, levels = [], []
-        for batch in step.batches:
-            sample = run.objective.noise(batch.to(run.device), step.number, trained.expert)
-            if run.lora.dropout:
-                torch.manual_seed(
-                    derive_seed(self._config.train.seed, "dropout", step.number, batch.offset)
-                )
-            loss = self._loss(run, trained, batch, sample)
-            # Each clip weighs the same, also where a bucket's last batch is smaller.
-            (loss * (len(batch) / step.size)).backward()
-            losses.append(loss.detach())
-            levels += sample.t.tolist()
-        lr = self._set_learning_rate(run, trained, step.number)
-        limit = self._config.train.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), limit or math.inf)
-        # One wait for the device in a step, and before the weights change.
-        values = torch.stack([*losses, norm]).tolist()
-        self._check_finite(step, values)
-        trained.optimizer.step()
-        trained.optimizer.zero_grad(set_to_none=True)
-        weights = [len(batch) / step.size for batch in step.batches]
-        loss_value = sum(v * w for v, w in zip(values, weights, strict=False))
-        return StepMetrics(loss=loss_value, grad_norm=values[-1], lr=lr, t=tuple(levels))
-
-    def _loss(self, run: Run, trained: TrainedExpert, batch: Batch, sample: Noised) -> Tensor:
-        prediction = predict_velocity(
-            trained.transformer,
-            sample.x,
-            sample.t,
-            batch.text.to(run.device),
-            condition_BCFHW=None if batch.condition is None else batch.condition.to(run.device),
-            clean_first_frame_B=sample.clean_first_frame,
-            dtype=DTYPES[self._config.model.dtype],
-        )
-        weight = self._config.wan_config.temporal_consistency_weight
-        return velocity_loss(prediction, sample, weight)
-
-    def _set_learning_rate(self, run: Run, trained: TrainedExpert, step: int) -> float:
-        choice, name = self._config.train, trained.expert.name
-        factor = lr_factor(
-            choice.schedule,
-            run.schedule.steps_before(step, name),
-            run.schedule.steps_before(choice.steps, name),
-            choice.warmup_steps,
-        )
-        lr = self._config.optimizer.lr * factor
-        for group in trained.optimizer.param_groups:
-            group["lr"] = lr
-        return lr
-
-    def _check_finite(self, step: Step, values: list[float]) -> None:
-        if all(map(math.isfinite, values)):
-            return
-        bad = [b for b, v in zip(step.batches, values, strict=False) if not math.isfinite(v)]
-        names = ", ".join(name for batch in bad or step.batches for name in batch.names)
-        what = "loss" if bad else "gradient"
-        raise TrainingError(
-            f"step {step.number + 1} ({step.expert} expert): the {what} is not finite with "
-            f"{names}; "
-            f"the weights were not changed, and the last saved state (step {self._saved_step}) is "
-            "kept. A lower optimizer.lr or model.dtype=float32 may help"
-        )
 
     def _before_first_step(self, run: Run) -> None:
         self._stop_if_asked(run)
@@ -271,26 +185,13 @@ class WanTrainer:
         clear(self._layout, request)
         return True
 
-    @torch.no_grad()
     def _measure_grid(self, run: Run) -> dict[str, float]:
-        """Each expert's mean loss over fixed clips, fixed noise and fixed noise levels."""
-        batches = run.loader.fixed(self._config.train.grid_clips)
-        if not batches:
+        """Each expert's loss on the fixed grid; nothing if the run file turned it off."""
+        if not self._config.train.grid_clips:
             return {}
         losses: dict[str, float] = {}
         for name in run.state.experts:
-            trained = run.activate(name)
-            trained.transformer.eval()
-            values = []
-            for number, cpu_batch in enumerate(batches):
-                batch = cpu_batch.to(run.device)
-                for place, level in enumerate(GRID_LEVELS):
-                    t = run.objective.density.truncated_quantile(level, trained.expert)
-                    seed = derive_seed(self._config.train.seed, "grid noise", number, place)
-                    noise = seeded_noise(batch.latents.shape, seed)
-                    sample = noised(batch.latents, noise, torch.tensor([t]), None)
-                    values.append(self._loss(run, trained, batch, sample))
-            losses[name] = torch.stack(values).mean().item()
+            losses[name] = grid_loss(run, name, partial(self._stop_if_asked, run))
             first = run.state.first_grid.get(name, losses[name])
             self._tell("grid", step=run.state.step, expert=name, loss=losses[name], first=first)
         return losses
@@ -306,6 +207,11 @@ class WanTrainer:
         run.state.load(found.folder)
         self._saved_step = found.step
         self._tell("resumed", step=found.step, state=str(found.folder))
+        if facts["versions"] != versions():
+            self._warn(
+                f"the state was saved with {facts['versions']}, and this is {versions()}; "
+                "the same bits are not promised across versions"
+            )
 
     def _check_changes(self, run: Run, facts: dict[str, Any]) -> None:
         """Refuse to go on with what would not be the same run, unless the user allows it."""
@@ -368,7 +274,7 @@ class WanTrainer:
         return {
             "variant": run.model.variant.name,
             "expert": name,
-            "base_model": self._config.model.path,
+            "base_model": _shareable(self._config.model.path),
             "run": str(self._config.output.name),
             "steps": run.state.step,
             "expert_steps": run.schedule.steps_before(run.state.step, name),
@@ -444,6 +350,11 @@ class WanTrainer:
         for path, text in ((self._layout.run_file, given), (self._layout.resolved, resolved)):
             with replacing(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
+
+
+def _shareable(model: str) -> str:
+    """The name of a base model for files that are passed on: of a local folder, its name alone."""
+    return Path(model).name if Path(model).exists() else model
 
 
 def _tensorboard(layout: RunLayout, step: int) -> Any:

@@ -1,0 +1,158 @@
+"""Our training step against a bare loop: what does onewan add to the arithmetic?
+
+Both train the same LoRA with PEFT and AdamW on the same diffusers transformer architecture and the
+same batch, in one process, step by step in turns. The bare loop does nothing else: mix, forward,
+backward, step. Ours does what a run does: reads the batch from the cache in the background, draws t
+and noise from counted randomness, limits the gradient, checks that it is finite, writes the event.
+Turns are shuffled in pairs, so that drift of the machine meets both alike. Prints the medians and
+their ratio; exits with status 1 if the ratio is above 1.03.
+
+    python benchmarks/train_step.py [--steps 15] [--width 640] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+from peft import LoraConfig
+from torch import Tensor
+
+from onewan.config.load import load_run
+from onewan.demo.clips import write_clips
+from onewan.demo.tiny_model import write_tiny_model
+from onewan.model.precision import compute_context
+from onewan.runs.events import EventLog
+from onewan.train.setup import DTYPES, Run, WanModelSetup
+from onewan.train.step import train_step
+
+LIMIT = 1.03
+RUN_FILE = """
+model: {{path: model, variant: t2v-a14b, experts: high, dtype: {dtype}, device: {device}}}
+wan_config: {{max_frames: 17}}
+video_data: {{sources: [{{path: clips}}], resolution: "{side}x{side}", supported_formats: [mp4]}}
+method: {{kind: lora, rank: 32}}
+train: {{steps: 1000000, batch_size: 1}}
+memory: {{gradient_checkpointing: false}}
+"""
+
+
+def bare_loop(
+    transformer: WanTransformer3DModel, latents: Tensor, text: Tensor, dtype: torch.dtype
+) -> Callable[[], None]:
+    """A step of the plainest loop that trains the same LoRA."""
+    transformer.requires_grad_(False)
+    transformer.add_adapter(
+        LoraConfig(
+            r=32,
+            lora_alpha=32,
+            target_modules=r"blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ffn\.net\.(0\.proj|2))",
+        )
+    )
+    transformer.train()
+    parameters = [p for p in transformer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01, fused=True)
+
+    def step() -> None:
+        t = torch.rand(1, device=latents.device)
+        noise = torch.randn_like(latents)
+        x = (1 - t) * latents + t * noise
+        with compute_context(dtype, latents.device):
+            prediction = transformer(x, t * 1000, text, return_dict=False)[0]
+        F.mse_loss(prediction.float(), noise - latents).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def our_loop(run: Run, log: EventLog) -> Callable[[], None]:
+    """A step of a run, as the trainer takes it."""
+    steps = run.loader.steps(0, run.config.train.steps, run.schedule.turn)
+
+    def step() -> None:
+        chosen = next(steps)
+        metrics = train_step(run, chosen)
+        log.write("step", step=chosen.number, expert=chosen.expert, loss=metrics.loss)
+
+    return step
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=15, help="timed steps of each loop")
+    parser.add_argument("--width", type=int, default=640, help="of the transformer")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--side", type=int, default=128, help="of the video, pixels")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_clips(folder / "clips")
+        write_tiny_model(folder / "model", "t2v-a14b", width=options.width, layers=options.layers)
+        (folder / "run.yaml").write_text(
+            RUN_FILE.format(dtype=options.dtype, device=options.device, side=options.side)
+        )
+        run = WanModelSetup(load_run(folder / "run.yaml")).build()
+        batch = run.loader.fixed(1)[0].to(run.device)
+        dtype = DTYPES[options.dtype]
+        bare_model = WanTransformer3DModel.from_pretrained(
+            folder / "model" / "transformer", torch_dtype=dtype
+        ).to(run.device)
+        with EventLog(folder / "events.jsonl") as log:
+            loops = {
+                "bare": bare_loop(bare_model, batch.latents, batch.text, dtype),
+                "onewan": our_loop(run, log),
+            }
+            times = measure(loops, options.steps, run.device)
+    medians = {loop: statistics.median(values) for loop, values in times.items()}
+    ratio = medians["onewan"] / medians["bare"]
+    tokens = batch.latents[0, 0].numel() // 4
+    print(f"width {options.width}, {options.layers} blocks, {tokens} tokens, {options.dtype}")
+    print(f"bare loop: {medians['bare']:.3f} s/step   onewan: {medians['onewan']:.3f} s/step")
+    print(f"ratio of medians: {ratio:.3f} (limit {LIMIT})")
+    if options.json:
+        result = {
+            "ratio": ratio,
+            "seconds": times,
+            "tokens": tokens,
+            "settings": {k: str(v) for k, v in vars(options).items()},
+            "torch": torch.__version__,
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        }
+        options.json.write_text(json.dumps(result, indent=2), encoding="utf-8")
+    return int(ratio > LIMIT)
+
+
+def measure(
+    loops: dict[str, Callable[[], None]], steps: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each timed step of each loop; two steps of each warm up."""
+    times: dict[str, list[float]] = {name: [] for name in loops}
+    order = random.Random(0)
+    for number in range(steps + 2):
+        for name in order.sample(sorted(loops), len(loops)):
+            begin = time.perf_counter()
+            loops[name]()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if number >= 2:
+                times[name].append(time.perf_counter() - begin)
+    return times
+
+
+if __name__ == "__main__":
+    sys.exit(main())

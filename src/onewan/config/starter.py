@@ -1,0 +1,106 @@
+"""What a run file is started from: a short text to edit, and the JSON schema that editors read.
+
+Hides the wording of that text for each variant, and the liberties of reading that pydantic's own
+schema does not know of. Never reads or writes a file: `onewan init` and `onewan schema` print.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onewan.config.schema import RunConfig
+from onewan.variants import VARIANTS, VariantName
+
+_STARTER = """\
+# yaml-language-server: $schema=onewan.schema.json
+# (completion and checks in your editor, after: onewan schema > onewan.schema.json)
+#
+# A LoRA for {title}. Whatever is left out keeps its default.
+# See whether it fits with `onewan plan`, then start with `onewan train`.
+schema_version: 1
+
+model:
+  path: {repository}  # on the hub; or a folder in the diffusers layout
+  variant: {name}
+{experts}
+wan_config:
+  max_frames: {frames}  # 4n+1; {frames} at {fps} fps are {seconds:.1f} s; fewer need less memory
+
+video_data:
+  sources:
+    - path: clips  # holds fox.mp4 (or fox.png) and its caption fox.txt, and so on{first_frame}
+  supported_formats: [mp4, avi, mov, webm, mkv]
+  max_duration: 6.0  # seconds; enough for max_frames
+  # Sides are multiples of {multiple}. Left out: each clip's own shape at the area of 480p.
+  # resolution: ["832x480"]
+
+method:
+  kind: lora
+  rank: 32  # more holds more, and costs memory and disk
+
+optimizer:
+  lr: 1e-4
+
+train:
+  steps: 2000{steps}
+  save_every: 500
+
+sample:
+  width: 832  # the official {size} takes longer
+  height: 480
+{samples}
+
+output:
+  dir: runs  # the run's folder is runs/NAME, after the name of this file
+"""
+
+_SAMPLES = """\
+  every: 500
+  prompts:
+    - prompt: a red fox runs through fresh snow, the camera follows
+{image}"""
+
+
+def starter(variant: VariantName) -> str:
+    """A short commented run file with values worth starting with, for `onewan init`."""
+    facts = VARIANTS[variant]
+    two = len(facts.experts) == 2
+    samples = _SAMPLES.format(image="      # image: first_frame.png  # starts the video from it")
+    if facts.condition == "text":
+        samples = _SAMPLES.format(image="").rstrip()
+    elif facts.condition == "first_frame_channels":
+        # Commented out, since a file that names a picture nobody has would not load.
+        live = _SAMPLES.format(image="      image: first_frame.png")
+        samples = "\n".join(
+            ["  # Sample videos start from a picture; put one beside this file, then uncomment."]
+            + [f"  #{line[1:]}" for line in live.splitlines()]
+        )
+    i2v = facts.condition == "first_frame_channels"
+    first_frame = "\n      # a clip's own first frame is the picture it starts from" if i2v else ""
+    return _STARTER.format(
+        title=facts.title,
+        repository=facts.repository,
+        name=facts.name,
+        experts="  experts: both  # or high (layout and motion), or low (detail)\n" if two else "",
+        frames=facts.frames,
+        fps=facts.fps,
+        seconds=facts.frames / facts.fps,
+        first_frame=first_frame,
+        multiple=facts.size_multiple,
+        steps="  # of both experts together, half each" if two else "",
+        size="x".join(map(str, facts.sample_size)),
+        samples=samples,
+    )
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a run file, from which editors complete and forms are made."""
+    schema = RunConfig.model_json_schema()
+    # Two liberties of reading that pydantic can't know of: a prompt may be a mere text, and a
+    # section may be left empty.
+    prompts = schema["$defs"]["SampleSection"]["properties"]["prompts"]
+    prompts["items"] = {"anyOf": [prompts["items"], {"type": "string"}]}
+    for name, section in schema["properties"].items():
+        if "$ref" in section and name not in schema["required"]:
+            section["anyOf"] = [{"$ref": section.pop("$ref")}, {"type": "null"}]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -1,0 +1,164 @@
+"""The command line, as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import RunFile
+
+from onewan.cli import main
+from onewan.config.load import dump_run
+from onewan.media import probe
+from onewan.runs.events import read_events
+
+
+def onewan(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "onewan.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        cwd=cwd,
+        check=False,
+    )
+
+
+def test_help_brings_no_torch_with_it() -> None:
+    """Which is why it answers at once."""
+    code = (
+        "import sys, onewan.cli\n"
+        "try: onewan.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'diffusers', 'transformers', 'av', 'numpy'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.splitlines()[-1] == "[]"
+    assert all(command in out.stdout for command in ("demo", "init", "cache", "train", "sample"))
+
+
+@pytest.mark.parametrize("command", ["demo", "init", "schema", "cache", "train", "sample"])
+def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert f"usage: onewan {command}" in capsys.readouterr().out
+
+
+def test_init_and_schema(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", "--variant", "t2v-a14b"]) == 0
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
+    assert main(["schema"]) == 0
+    assert "wan_config" in json.loads(capsys.readouterr().out)["properties"]
+
+
+def test_wrong_usage_and_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["train"])
+    assert end.value.code == 2
+    assert main(["train", str(tmp_path / "absent.yaml")]) == 1
+    (tmp_path / "run.yaml").write_text("model: {path: x, variant: t2v-a14b, expert: low}\n")
+    assert main(["cache", str(tmp_path / "run.yaml"), "train.stesp=5"]) == 1
+    err = capsys.readouterr().err
+    assert "model.expert" in err and "'experts'" in err and "train.stesp" in err
+    assert "Traceback" not in err
+    (tmp_path / "run.yaml").write_text("model: {path: ./gone, variant: t2v-a14b}\n")
+    (tmp_path / "clips").mkdir()
+    assert (
+        main(["cache", str(tmp_path / "run.yaml"), f"video_data.sources=[{{path: {tmp_path}}}]"])
+        == 1
+    )
+    assert "gone" in capsys.readouterr().err
+
+
+@pytest.fixture
+def saved_run(run_file: RunFile, tmp_path: Path) -> Path:
+    config = run_file("t2v-a14b", "train.steps=200", f"video_data.cache_dir={tmp_path / 'cache'}")
+    path = tmp_path / "saved.yaml"
+    path.write_text(dump_run(config), encoding="utf-8")
+    return path
+
+
+def test_sigterm_saves_and_resume_goes_on(saved_run: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "onewan.cli", "train", str(saved_run)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+    )
+    events = tmp_path / "runs" / "run" / "events.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if events.is_file() and sum(e["event"] == "step" for e in read_events(events)) >= 3:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM if os.name != "nt" else signal.CTRL_C_EVENT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    assert "Traceback" not in out and "--resume" in out
+    stopped = next(e["step"] for e in read_events(events) if e["event"] == "stopped")
+    assert 3 <= stopped < 200
+    again = onewan("train", tmp_path / "runs" / "run", f"train.steps={stopped + 2}", "--resume")
+    assert again.returncode == 0, again.stderr
+    assert f"resumed after step {stopped}" in again.stdout
+    steps = [e["step"] for e in read_events(events) if e["event"] == "step"]
+    assert steps == list(range(1, stopped + 3))
+
+
+def test_cache_and_strict(saved_run: Path, workshop: Path, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for file in (workshop / "clips").glob("red_square.*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "broken.mp4").write_bytes(b"no video")
+    (folder / "broken.txt").write_text("a caption", encoding="utf-8")
+    arguments = ["cache", str(saved_run), f"video_data.sources=[{{path: {folder.as_posix()}}}]"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "1 clip" in out and "broken.mp4" in out and "2 entries encoded now" in out
+    assert main([*arguments, "--strict"]) == 1
+    out = capsys.readouterr().out
+    assert "0 entries encoded now" in out
+    (folder / "red_square.mp4").unlink()
+    assert main(arguments) == 1
+    assert "no clip can be used" in capsys.readouterr().err
+
+
+def test_sample_with_loras(saved_run: Path, workshop: Path, tmp_path: Path, capsys) -> None:
+    assert main(["train", str(saved_run), "train.steps=4", "optimizer.lr=0.1"]) == 0
+    size = [
+        "--width",
+        "64",
+        "--height",
+        "64",
+        "--frames",
+        "5",
+        "--steps",
+        "2",
+        "--dtype",
+        "float32",
+    ]
+    base = ["sample", str(workshop / "t2v-a14b"), "--prompt", "a red square", *size]
+    loras = sorted((tmp_path / "runs" / "run" / "weights").iterdir())
+    assert main([*base, "--out", str(tmp_path / "base.mp4")]) == 0
+    assert main([*base, "--out", str(tmp_path / "lora.webm"), "--lora", *map(str, loras)]) == 0
+    assert "applied to the high expert" in capsys.readouterr().out
+    assert probe(tmp_path / "base.mp4").codec == "h264"
+    assert probe(tmp_path / "lora.webm").codec == "vp9"
+    assert main([*base, "--out", str(tmp_path / "x.txt")]) == 1
+    assert (
+        main([*base, "--out", "x.mp4", "--lora", str(workshop / "clips" / "red_square.mp4")]) == 1
+    )
+    assert (
+        main([*base, "--out", "x.mp4", "--image", str(workshop / "clips" / "still_square.png")])
+        == 1
+    )
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and "not a whole safetensors file" in err
