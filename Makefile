@@ -31,7 +31,7 @@ demo: $(READY)
 
 test: $(READY)
 	@echo "== tests"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 lint: $(READY)
 	@echo "== ruff, codespell, types, import contracts"

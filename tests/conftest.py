@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# Tiny models are faster on one thread, and tests run side by side. Read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -96,6 +96,17 @@ def test_yaml_is_read_by_the_rules_of_1_2(tmp_path: Path) -> None:
     assert [p.prompt for p in config.sample.prompts] == ["off", "12:30"]
 
 
+def test_whole_numbers_may_be_written_as_floats_and_floats_as_whole_numbers(tmp_path: Path) -> None:
+    text = T2V + "train: {steps: 2e3, max_grad_norm: 2, high_share: 0.5}\nsample: {fps: 8}\n"
+    config = load_run(write(tmp_path, text), ["train.save_every=1e2", "optimizer.lr=1"])
+    assert (config.train.steps, config.train.save_every) == (2000, 100)
+    assert isinstance(config.train.steps, int)
+    assert (config.train.max_grad_norm, config.optimizer.lr, config.sample.fps) == (2, 1, 8)
+    assert isinstance(config.optimizer.lr, float)
+    json = '{"model": {"path": "org/model", "variant": "ti2v-5b"}, "train": {"steps": 5.0}}'
+    assert load_run(write(tmp_path, json, "fox.json")).train.steps == 5
+
+
 def test_json_with_tabs_and_a_byte_order_mark(tmp_path: Path) -> None:
     text = '\ufeff{\n\t"model": {"path": "org/model",\t"variant": "ti2v-5b"}\n}'
     assert load_run(write(tmp_path, text, "fox.json")).model.variant == "ti2v-5b"
@@ -256,7 +267,8 @@ sample: {prompts: [a fox], every: 5, frames: 80, guidance: [1]}
         "method.rank: must be at least 1, got -2; change it, or leave it out for 32",
         "optimizer.lr: must be a number, got 'fast'; change it, or leave it out for 0.0001",
         "train.stesp: unknown field; did you mean 'steps'?",
-        "train.warmup_steps: must be less than train.steps (10), got 10; lower it",
+        "train.warmup_steps: must be less than the 5 steps of the high expert, its part of "
+        "train.steps (10) by train.high_share (equal), got 10; lower it",
         "sample.frames: must be 4n+1, got 80; the nearest are 77 and 81",
         "sample.guidance: must have one number for each expert of t2v-a14b, [high, low], got "
         "[1.0]; give 2, or leave it out for the official [4.0, 3.0]",
@@ -269,6 +281,15 @@ sample: {prompts: [a fox], every: 5, frames: 80, guidance: [1]}
         ("train: {steps: 1.5}", "train.steps: must be a whole number, got 1.5; change it"),
         ("train: {high_share: often}", "train.high_share: must be 'equal' or 'mass', or a number"),
         ("train: {high_share: 1.5}", "train.high_share: must be 'equal' or 'mass', or at most 1"),
+        ("train: {steps: true}", "train.steps: must be a whole number, got true; change it"),
+        ("train: {steps: '5'}", "train.steps: must be a whole number, got '5'; change it"),
+        ("train: {high_share: true}", "train.high_share: must be 'equal' or 'mass', or a number, "),
+        ("wan_config: {transformer_layers_to_train: [true]}", "wan_config.transformer_layers_to_"),
+        ("video_data: {resolution: true}", "video_data.resolution: must be a whole number, or"),
+        ("train: {max_grad_norm: .inf}", "train.max_grad_norm: must be a finite number, got inf"),
+        ("optimizer: {betas: [0.9, .nan]}", "optimizer.betas.1: must be a finite number, got nan"),
+        ("sample: {guidance: [.inf, 1]}", "sample.guidance.0: must be a finite number, got inf"),
+        ("optimizer: {lr: true}", "optimizer.lr: must be a number, got true"),
         ("train: 5", "train: must be a section with fields, got 5"),
         ("train: {3: 4}", "train.3: unknown field"),
         ("optimizer: {betas: [0.9]}", "optimizer.betas: has too few values, got [0.9]"),
@@ -337,6 +358,60 @@ def test_one_problem_gives_one_line(tmp_path: Path, text: str, said: str) -> Non
 def test_rules_of_other_variants(tmp_path: Path, text: str, said: str) -> None:
     found = problems(write(tmp_path, text))
     assert found[0].startswith(said)
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1", "cuda:10", "mps", "xpu:0"])
+def test_devices(tmp_path: Path, device: str) -> None:
+    assert load_run(write(tmp_path, T2V), [f"model.device={device}"]).model.device == device
+
+
+@pytest.mark.parametrize(
+    "device", ["gpu", "cuda:", "cuda:x", "cuda 1", "CPU", "cpu:0", "mps:0", ""]
+)
+def test_unknown_devices_are_refused(tmp_path: Path, device: str) -> None:
+    text = T2V.replace("}", f", device: {device!r}}}")
+    assert only_problem(tmp_path, text) == (
+        "model.device: must be auto, cpu, cuda, mps, xpu, or a numbered one such as cuda:1, got "
+        f"{device!r}; change it, or leave it out for 'auto'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expert", "fewest"),
+    [
+        (T2V + "train: {steps: 10, ", "high", 5),
+        (T2V + "train: {steps: 10, high_share: 0.3, ", "high", 3),
+        (T2V + "train: {steps: 10, high_share: 0.9, ", "low", 1),
+        (T2V + "train: {steps: 10, high_share: mass, ", None, 10),
+        (T2V.replace("}", ", experts: low}") + "train: {steps: 10, ", None, 10),
+        (TI2V + "train: {steps: 10, ", None, 10),
+        (TI2V + "train: {steps: 1, ", None, 1),
+        (T2V + "train: {steps: 1, ", "high", 1),
+    ],
+)
+def test_a_warm_up_ends_before_each_expert_s_last_step(
+    tmp_path: Path, text: str, expert: str | None, fewest: int
+) -> None:
+    file = write(tmp_path, f"{text}warmup_steps: {fewest - 1}}}")
+    assert load_run(file).train.warmup_steps == fewest - 1
+    found = only_problem(tmp_path, f"{text}warmup_steps: {fewest}}}")
+    limit = f"the {fewest} steps of the {expert} expert" if expert else f"train.steps ({fewest})"
+    assert found.startswith(f"train.warmup_steps: must be less than {limit}")
+
+
+def test_a_warm_up_that_one_expert_could_have_is_told_so(tmp_path: Path) -> None:
+    found = only_problem(tmp_path, T2V + "train: {steps: 10, warmup_steps: 7}")
+    assert found.endswith("got 7; lower it or train one expert alone (model.experts)")
+
+
+@pytest.mark.parametrize(("share", "idle", "other"), [("0", "high", "low"), ("1.0", "low", "high")])
+def test_no_expert_trains_for_no_steps(tmp_path: Path, share: str, idle: str, other: str) -> None:
+    # A warm-up longer than no steps follows from the share, and is not a second problem.
+    found = only_problem(tmp_path, T2V + f"train: {{high_share: {share}, warmup_steps: 2}}")
+    assert found == (
+        f"train.high_share: leaves the {idle} expert no steps, got {float(share):g}; leave it out, "
+        f"and set model.experts={other} to train the {other} expert alone"
+    )
 
 
 def test_t2v_takes_no_image_even_one_that_is_there(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def attach_lora(transformer: WanTransformer3DModel, spec: LoraSpec, seed: int, n
         # Autocast does the casting; the float32 adapter must not make PEFT upcast activations.
         layer.cast_input_dtype_enabled = False
         a, b = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
+        assert isinstance(a, nn.Linear) and isinstance(b, nn.Linear)
         generator = torch.Generator().manual_seed(derive_seed(seed, "lora", name, layer_name))
         initial = torch.empty(a.weight.shape, dtype=torch.float32, device="cpu")
         nn.init.kaiming_uniform_(initial, a=math.sqrt(5), generator=generator)

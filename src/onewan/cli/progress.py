@@ -18,7 +18,7 @@ class Progress:
 
     def __init__(self, *, terminal: bool | None = None) -> None:
         self._terminal = sys.stderr.isatty() if terminal is None else terminal
-        self._bar: tqdm[Any] | None = None
+        self._bar: Any = None  # tqdm's own types say that a bar may count nothing
         self._what = ""
         self._steps = 0
         self._losses: dict[str, float] = {}
@@ -72,7 +72,8 @@ class Progress:
     def _on_step(self, event: Mapping[str, Any]) -> None:
         expert, loss = event["expert"], event["loss"]
         # A single loss says little: t and noise differ from step to step. Show a running mean.
-        self._losses[expert] = 0.9 * self._losses.get(expert, loss) + 0.1 * loss
+        mean = self._losses.setdefault(expert, loss)
+        self._losses[expert] = 0.9 * mean + 0.1 * loss
         losses = ", ".join(f"{name} {value:.4f}" for name, value in self._losses.items())
         left = (self._steps - event["step"]) * event["seconds"]
         note = f"{expert} expert, loss {losses}"

@@ -140,10 +140,7 @@ def _literals(annotation: Any) -> list[object]:
 _RULES: Mapping[str, str] = {
     "missing": "is required",
     "int_type": "must be a whole number",
-    "int_parsing": "must be a whole number",
-    "int_from_float": "must be a whole number",
     "float_type": "must be a number",
-    "float_parsing": "must be a number",
     "finite_number": "must be a finite number",
     "bool_type": "must be true or false",
     "bool_parsing": "must be true or false",

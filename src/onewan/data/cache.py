@@ -83,7 +83,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.flatten().view(uint8).numpy())
+        digest.update(tensor.flatten().view(uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -7,22 +7,24 @@ text encoder and the VAE are never loaded together), and reports every clip that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from onewan.config.schema import RunConfig
-from onewan.data.cache import ContentDigests, EntryCache, key_of
+from onewan.data.cache import ContentDigests, EntryCache, Kind, key_of
 from onewan.data.index import Clip, Problem, Report, index_clips
 from onewan.data.sample import decode
 from onewan.errors import DataError
 from onewan.model.load import Component, fingerprint
 from onewan.model.wan import WanModel
 from onewan.variants import VARIANTS, Variant
+
+_T = TypeVar("_T")
 
 ENCODING_VERSION = 1
 """Raised when decoding, resizing or encoding changes its numbers: old entries then don't count."""
@@ -86,12 +88,13 @@ def prepare(
     decode are dropped and join the report. DataError if no clip is left.
     """
     variant = VARIANTS[config.model.variant]
+    sizes = _filled(config.video_data.resolution)
     report = index_clips(
         config.video_data,
         config.wan_config,
         seed=config.train.seed,
         target_fps=_filled(config.video_data.target_fps),
-        resolutions=_filled(config.video_data.resolution),
+        resolutions=sizes if isinstance(sizes, tuple) else (sizes,),
         size_multiple=variant.size_multiple,
         temporal_compression=variant.temporal_compression,
     )
@@ -120,7 +123,7 @@ def prepare(
     return Dataset(clips=usable, report=report, source=source, digest=digest, encoded=encoded)
 
 
-def _filled(value: object) -> object:
+def _filled(value: _T | None) -> _T:
     if value is None:
         raise ValueError("the run file has not been resolved; read it with onewan.config.load_run")
     return value
@@ -224,10 +227,8 @@ class _CachedEntries:
         text_keys = {c: self._text_key(c) for c in captions}
         video_keys = {c: self._video_key(c) for c in clips}
         if verify:
-            for kind, keys in (("text", text_keys.values()), ("video", video_keys.values())):
-                for key in keys:
-                    if self._cache.has(kind, key) and self._cache.problem(kind, key):
-                        self._cache.discard(kind, key)
+            self._discard_damaged("text", text_keys.values())
+            self._discard_damaged("video", video_keys.values())
         missing_text = [c for c in captions if not self._cache.has("text", text_keys[c])]
         if missing_text:
             model = load(("text_encoder", "tokenizer"))
@@ -247,3 +248,8 @@ class _CachedEntries:
                     problems.append(Problem(path=clip.path, reason=_reason(error, clip)))
                 progress("encoding clips", done, len(missing))
         return problems, len(missing_text) + len(missing) - len(problems)
+
+    def _discard_damaged(self, kind: Kind, keys: Iterable[str]) -> None:
+        for key in keys:
+            if self._cache.has(kind, key) and self._cache.problem(kind, key):
+                self._cache.discard(kind, key)

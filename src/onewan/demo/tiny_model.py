@@ -91,7 +91,7 @@ def _vae(facts: Variant, pixels_BCFHW: Tensor | None) -> AutoencoderKLWan:
         )
     if pixels_BCFHW is not None:
         with torch.no_grad():
-            latents = vae.encode(pixels_BCFHW).latent_dist.mode()
+            latents = vae.encode(pixels_BCFHW, return_dict=False)[0].mode()
         vae.register_to_config(
             latents_mean=latents.mean(dim=(0, 2, 3, 4)).tolist(),
             latents_std=latents.std(dim=(0, 2, 3, 4)).tolist(),

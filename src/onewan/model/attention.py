@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
 
@@ -55,12 +56,14 @@ def attend_within_frames(transformer: WanTransformer3DModel) -> None:
     Cross-attention to the text is left as it is.
     """
     frames = _FrameCount()
-    patch = transformer.config.patch_size[0]
+    patch = transformer.config["patch_size"][0]
 
     def remember(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         latents = args[0] if args else kwargs["hidden_states"]
         frames.value = latents.shape[2] // patch
 
     transformer.register_forward_pre_hook(remember, with_kwargs=True)
-    for block in transformer.blocks:
-        block.attn1.set_processor(_WithinFrames(block.attn1.processor, frames))
+    for module in transformer.modules():
+        if isinstance(module, WanTransformerBlock):
+            processor: Any = _WithinFrames(module.attn1.processor, frames)
+            module.attn1.set_processor(processor)

@@ -19,6 +19,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from onewan.errors import CheckpointError
@@ -69,9 +70,7 @@ class WanModelLoader:
             model.noise_scheduler = official_scheduler(facts)
         for module in (model.text_encoder, model.vae, model.transformer, model.transformer_2):
             if module is not None:
-                module.to(device)  # the device alone: a dtype here would destroy the islands
-                module.requires_grad_(False)
-                module.eval()
+                _settle(module, device)
         return model
 
     def _identify(self, folder: Path, asked: VariantName | None) -> Variant:
@@ -183,6 +182,13 @@ def _parts_of(variant: Variant) -> set[Component]:
     return parts
 
 
+def _settle(module: nn.Module, device: torch.device | str) -> None:
+    """Frozen, in evaluation mode, on `device`."""
+    module.to(device)  # the device alone: a dtype here would destroy the float32 islands
+    module.requires_grad_(False)
+    module.eval()
+
+
 def _tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -193,14 +199,15 @@ def _tokenizer(folder: Path) -> Any:
 def _weights(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     """The module of class `kind` in `folder`. Missing, surplus and misshapen weights are errors."""
     _read_json(folder / "config.json")
-    name = "dtype" if kind is UMT5EncoderModel else "torch_dtype"
+    # The same option, named differently in transformers and diffusers.
+    option = "torch_dtype" if kind.__module__.startswith("diffusers.") else "dtype"
     try:
         module, info = kind.from_pretrained(
             folder,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
-            **{name: dtype},
+            **{option: dtype},
         )
     except _LOAD_ERRORS as error:
         raise CheckpointError(f"{folder}: can't be loaded ({_first_line(error)})") from error

@@ -22,8 +22,8 @@ LOCK = threading.Lock()
 
 def _statistics(vae: AutoencoderKLWan, device: torch.device) -> tuple[Tensor, Tensor]:
     shape = (1, -1, 1, 1, 1)
-    mean = torch.tensor(vae.config.latents_mean, dtype=torch.float32, device=device).view(shape)
-    std = torch.tensor(vae.config.latents_std, dtype=torch.float32, device=device).view(shape)
+    mean = torch.tensor(vae.config["latents_mean"], dtype=torch.float32, device=device).view(shape)
+    std = torch.tensor(vae.config["latents_std"], dtype=torch.float32, device=device).view(shape)
     return mean, std
 
 
@@ -34,10 +34,10 @@ def encode_video(vae: AutoencoderKLWan, pixels_BCFHW: Tensor) -> Tensor:
     F must be 4n+1: the VAE drops surplus frames without a word, so anything else is refused.
     """
     frames = pixels_BCFHW.shape[2]
-    if frames % vae.config.scale_factor_temporal != 1:
+    if frames % vae.config["scale_factor_temporal"] != 1:
         raise ValueError(f"the VAE takes 4n+1 frames, and would drop some of these {frames}")
     with LOCK:
-        posterior = vae.encode(pixels_BCFHW.to(vae.device, vae.dtype)).latent_dist
+        posterior = vae.encode(pixels_BCFHW.to(vae.device, vae.dtype), return_dict=False)[0]
     mean, std = _statistics(vae, vae.device)
     return (posterior.mode().float() - mean) / std
 
@@ -60,4 +60,4 @@ def decode_video(vae: AutoencoderKLWan, latents_BCFHW: Tensor) -> Tensor:
     mean, std = _statistics(vae, vae.device)
     unscaled = latents_BCFHW.to(vae.device, torch.float32) * std + mean
     with LOCK:
-        return vae.decode(unscaled.to(vae.dtype)).sample.float()
+        return vae.decode(unscaled.to(vae.dtype), return_dict=False)[0].float()

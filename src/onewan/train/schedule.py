@@ -53,7 +53,7 @@ def expert_schedule(
     density: TimestepDensity,
 ) -> ExpertSchedule:
     """The schedule that the run file's `train.high_share` and `train.expert_block` mean."""
-    names = tuple(e.name for e in experts)
+    names: tuple[ExpertName, ...] = tuple(e.name for e in experts)
     if len(experts) == 1:
         return ExpertSchedule(experts=names)
     named = {"equal": 0.5, "mass": density.mass(experts[0])}

@@ -177,7 +177,7 @@ class WanModelSetup:
         if needs_sampling and self._vae is not None:
             model.vae = self._vae
             if self._config.video_data.cache:
-                self._vae.to("cpu")
+                self._vae.to("cpu")  # pyright: ignore[reportArgumentType]  (diffusers hides self)
         self._vae = None
         return model
 
@@ -190,7 +190,7 @@ class WanModelSetup:
             dropout=method.dropout,
             modules=select_modules(method.modules),
             layers=select_layers(
-                self._config.wan_config.transformer_layers_to_train, first.config.num_layers
+                self._config.wan_config.transformer_layers_to_train, first.config["num_layers"]
             ),
         )
 

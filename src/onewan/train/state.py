@@ -40,7 +40,7 @@ class TrainedExpert:
 
     def to(self, device: torch.device) -> None:
         """Move weights and optimizer state; the numbers stay the same."""
-        self.transformer.to(device)
+        self.transformer.to(device)  # pyright: ignore[reportArgumentType]  (diffusers hides self)
         for state in self.optimizer.state.values():
             for name, value in state.items():
                 if isinstance(value, Tensor):
