@@ -34,7 +34,7 @@ from av.container import InputContainer, OutputContainer
 from av.error import FFmpegError, InvalidDataError
 from av.stream import Disposition
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from av.video.stream import VideoStream
 from PIL import Image, ImageOps
 
@@ -58,8 +58,13 @@ VIDEO_SUFFIXES = frozenset({
 _MAX_PIXELS = 2**27
 
 # swscale's default rounds down and repeats chroma: measured on a 1080p frame, 1.1 levels too dark
-# on average. These flags bring the mean error to 0.004, for 2 ms a frame of 720p.
-_ACCURATE = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+# on average. These flags bring the mean error to 0.004, for 2 ms a frame of 720p. PyAV passes
+# numbers on; it has names for the last three only since version 18, which needs Python 3.11.
+_SWS_BILINEAR = 0x2
+_SWS_FULL_CHR_H_INT = 0x2000
+_SWS_FULL_CHR_H_INP = 0x4000
+_SWS_ACCURATE_RND = 0x40000
+_ACCURATE = _SWS_BILINEAR | _SWS_ACCURATE_RND | _SWS_FULL_CHR_H_INT
 
 # Frames that no other frame refers to are not decoded if they lie this much before the first time
 # asked for, in seconds. It only has to be longer than the usual gap between two frames: where a
@@ -597,7 +602,7 @@ def _encode(
             format="yuv420p",
             dst_colorspace=encoding.matrix,
             dst_color_range=ColorRange.MPEG,
-            interpolation=_ACCURATE | Interpolation.FULL_CHR_H_INP,
+            interpolation=_ACCURATE | _SWS_FULL_CHR_H_INP,
         )
         frame.pts, frame.time_base = number, 1 / rate
         container.mux(stream.encode(frame))

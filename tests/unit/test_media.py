@@ -14,7 +14,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 
 from onewan import media
@@ -94,7 +94,7 @@ def steady(frames: int, start: float = 0.0) -> list[float]:
 def every_frame(path: Path) -> list[tuple[float, np.ndarray]]:
     """Time and pixels of all frames by a plain decode, without seeking or threads."""
     # The exact conversion, so that frames which hardly differ can be told apart.
-    flags = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+    flags = 0x2 | 0x40000 | 0x2000  # SWS_BILINEAR, SWS_ACCURATE_RND, SWS_FULL_CHR_H_INT
     with av.open(str(path)) as container:
         return [
             (frame.time, frame.to_ndarray(format="rgb24", interpolation=flags))
