@@ -45,15 +45,19 @@ class Run:
     lora: LoraSpec
     state: TrainState
     samples: list[SampleRequest]
+    active: ExpertName | None = None
+    """The expert that is on the device."""
 
     def activate(self, name: ExpertName) -> TrainedExpert:
         """The expert `name`, on the device, ready to train; others may be sent to the host."""
-        if self.config.memory.offload_inactive_expert:
-            for other, trained in self.state.experts.items():
-                if other != name:
-                    trained.to(torch.device("cpu"))
         chosen = self.state.experts[name]
-        chosen.to(self.device)
+        if self.active != name:  # going through all weights costs milliseconds in every step
+            if self.config.memory.offload_inactive_expert:
+                for other, trained in self.state.experts.items():
+                    if other != name:
+                        trained.to(torch.device("cpu"))
+            chosen.to(self.device)
+            self.active = name
         return chosen
 
 
@@ -117,12 +121,12 @@ class WanModelSetup:
                 transformer.enable_gradient_checkpointing()
             if not config.wan_config.use_temporal_attention:
                 attend_within_frames(transformer)
+            parameters = list(adapter_parameters(transformer).values())
             trained[expert.name] = TrainedExpert(
                 expert=expert,
                 transformer=transformer,
-                optimizer=build_optimizer(
-                    adapter_parameters(transformer).values(), config.optimizer
-                ),
+                parameters=parameters,
+                optimizer=build_optimizer(parameters, config.optimizer),
             )
         clean_share = config.train.first_frame_probability
         return Run(

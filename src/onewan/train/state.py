@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from onewan.adapters.lora import adapter_parameters, adapter_weights, load_adapter_weights
+from onewan.adapters.lora import adapter_weights, load_adapter_weights
 from onewan.errors import CheckpointError
 from onewan.variants import Expert, ExpertName
 
@@ -33,10 +33,9 @@ class TrainedExpert:
 
     expert: Expert
     transformer: WanTransformer3DModel
+    parameters: list[nn.Parameter]
+    """Those of the adapter. Kept, since finding them among all modules takes a while."""
     optimizer: torch.optim.Optimizer
-
-    def parameters(self) -> list[nn.Parameter]:
-        return list(adapter_parameters(self.transformer).values())
 
     def to(self, device: torch.device) -> None:
         """Move weights and optimizer state; the numbers stay the same."""

@@ -42,7 +42,8 @@ def train_step(run: Run, step: Step) -> StepMetrics:
     TrainingError if the loss or the gradient is not finite; the weights are unchanged then.
     """
     trained = run.activate(step.expert)
-    trained.transformer.train()
+    if not trained.transformer.training:
+        trained.transformer.train()
     losses: list[Tensor] = []
     levels: list[float] = []
     for cpu_batch in step.batches:
@@ -59,7 +60,7 @@ def train_step(run: Run, step: Step) -> StepMetrics:
         levels += sample.levels
     lr = _set_learning_rate(run, trained, step.number)
     limit = run.config.train.max_grad_norm
-    norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), limit or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(trained.parameters, limit or math.inf)
     # The only wait for the device in a step, and before the weights change.
     *values, norm_value = torch.stack([*losses, norm]).tolist()
     _check_finite(step, values, norm_value)
