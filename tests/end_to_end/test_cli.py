@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import RunFile
 
-from onewan.cli import main
+from onewan.cli import main, parse
 from onewan.config.load import dump_run
 from onewan.media import probe
 from onewan.runs.events import read_events
@@ -62,6 +62,11 @@ def test_wrong_usage_and_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as end:
         main(["train"])
     assert end.value.code == 2
+    with pytest.raises(SystemExit) as end:
+        main(["train", "run.yaml", "--resmue", "train.steps=3"])
+    assert end.value.code == 2
+    late = parse(["train", "run.yaml", "train.seed=1", "--resume", "train.steps=3"])
+    assert late.resume and late.overrides == ["train.seed=1", "train.steps=3"]
     assert main(["train", str(tmp_path / "absent.yaml")]) == 1
     (tmp_path / "run.yaml").write_text("model: {path: x, variant: t2v-a14b, expert: low}\n")
     assert main(["cache", str(tmp_path / "run.yaml"), "train.stesp=5"]) == 1

@@ -23,7 +23,7 @@ _VARIANTS = tuple(VARIANTS)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = parse(arguments)
     # A run file is UTF-8, and so is what is said about it, also on a Windows console.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -44,6 +44,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has gone (`onewan schema | head`); keep Python from complaining.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of one call; leaves with status 2 and the usage if they are wrong."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse stops collecting KEY=VALUE at the first option behind the run file, and hands back
+    # those that come later (`train run.yaml --resume train.steps=300`).
+    if rest and "overrides" in options and not any(word.startswith("-") for word in rest):
+        options.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

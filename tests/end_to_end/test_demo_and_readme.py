@@ -1,0 +1,61 @@
+"""What a newcomer does first: the demonstration, and the commands in README.md."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from diffusers import WanPipeline
+
+import onewan
+from onewan.cli import main, parse
+from onewan.runs.events import read_events
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "a demo"  # a space in the path, as on many a desktop
+    assert main(["demo", "--dir", str(folder)]) == 0
+    out = capsys.readouterr().out
+    run = folder / "runs" / "run"
+    grid: dict[str, list[float]] = {}
+    for event in read_events(run / "events.jsonl"):
+        if event["event"] == "grid":
+            grid.setdefault(event["expert"], []).append(event["loss"])
+    assert all(last < 0.9 * first for first, last in grid.values())
+    assert (run / "samples" / "000200" / "0.mp4").stat().st_size > 1000
+    pipeline = WanPipeline.from_pretrained(folder / "model")
+    for name, second in (("high", False), ("low", True)):
+        file = run / "weights" / f"000200_{name}_noise_comfyui.safetensors"
+        assert file.name in out
+        pipeline.load_lora_weights(str(file), load_into_transformer_2=second)
+    # What it tells the reader to do next is said in commands that exist.
+    for line in re.findall(r"^  (onewan .*?)(?:    #.*)?$", out.replace("\\\n", ""), re.MULTILINE):
+        parse(shlex.split(line.partition(">")[0])[1:])
+    assert main(["demo", "--dir", str(folder), "--variant", "ti2v-5b"]) == 1
+    assert "another variant" in capsys.readouterr().err
+
+
+def test_commands_in_the_readme_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^onewan .*$", text, re.MULTILINE)
+    assert len(commands) >= 5
+    for command in commands:
+        words = shlex.split(command.partition(">")[0], comments=True)
+        parse(words[1:])
+
+
+def test_files_that_the_readme_links_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert links and all((ROOT / link).is_file() for link in links)
+
+
+def test_public_names() -> None:
+    for name in onewan.__all__:
+        assert getattr(onewan, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'WanWhatever'"):
+        _ = onewan.WanWhatever
