@@ -89,7 +89,7 @@ def run_demo(
         run_file.write_text(_run_file(variant), encoding="utf-8")
         say(f"made a run file: {run_file}")
     layout = _free_run(run_file)
-    say(f"\n$ onewan train {run_file}")
+    say(f"\n$ onewan train {_quoted(run_file)}")
     config = load_run(run_file, [f"output.name={layout.root.name}"])
     WanTrainer(config, run_file=run_file.read_text(encoding="utf-8"), listen=listen).fit()
     for line in _closing(layout, run_file, variant):
@@ -140,10 +140,10 @@ def _free_run(run_file: Path) -> RunLayout:
 def _closing(layout: RunLayout, run_file: Path, variant: VariantName) -> list[str]:
     facts = VARIANTS[variant]
     loras = sorted(layout.weights_dir.glob("*_comfyui.safetensors"))[-len(facts.experts) :]
-    model = run_file.parent / "model"
+    model = _quoted(run_file.parent / "model")
     side = 6 * facts.size_multiple
     image = (
-        f" --image {run_file.parent / 'clips' / 'still_square.png'}"
+        f" --image {_quoted(run_file.parent / 'clips' / 'still_square.png')}"
         if facts.condition == "first_frame_channels"
         else ""
     )
@@ -156,15 +156,21 @@ def _closing(layout: RunLayout, run_file: Path, variant: VariantName) -> list[st
             f"  sample video: {path.relative_to(layout.root)} (a random model makes noise)"
             for path in sorted(layout.samples_dir.rglob("*.mp4"))
         ),
-        "  every step and number: events.jsonl; curves: tensorboard --logdir " + str(layout.root),
+        "  every step and number: events.jsonl; curves: tensorboard --logdir "
+        + _quoted(layout.root),
         "",
         "Next, on this tiny model:",
-        f"  onewan train {layout.root} --resume train.steps=300    # goes on where it ended",
+        f"  onewan train {_quoted(layout.root)} --resume train.steps=300    # goes on where it ended",
         f"  onewan sample {model} --prompt 'a blue circle' --out video.mp4 --dtype float32 \\",
         f"      --width {side} --height {side} --frames 17 --steps 8{image} \\",
-        f"      --lora {' '.join(map(str, loras))}",
+        f"      --lora {' '.join(map(_quoted, loras))}",
         "Next, with real weights and clips (README.md says what GPU that takes):",
         f"  onewan init --variant {variant} > run.yaml    # then set video_data.sources in it",
         "  onewan cache run.yaml",
         "  onewan train run.yaml",
     ]
+
+
+def _quoted(path: Path) -> str:
+    """`path` as one word of a command, in the shells of Linux and of Windows."""
+    return f'"{path}"' if " " in str(path) else str(path)
