@@ -6,6 +6,9 @@ the model is small and random, so that it takes a minute without a GPU.
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,11 +159,12 @@ def _closing(layout: RunLayout, run_file: Path, variant: VariantName) -> list[st
             f"  sample video: {path.relative_to(layout.root)} (a random model makes noise)"
             for path in sorted(layout.samples_dir.rglob("*.mp4"))
         ),
-        "  every step and number: events.jsonl; curves: tensorboard --logdir "
-        + _quoted(layout.root),
+        "  every step and number: events.jsonl",
+        f"  curves: tensorboard --logdir {_quoted(layout.root)}",
         "",
+        *_where_the_command_is(),
         "Next, on this tiny model:",
-        f"  onewan train {_quoted(layout.root)} --resume train.steps=300    # goes on where it ended",
+        f"  onewan train {_quoted(layout.root)} --resume train.steps=300    # goes on",
         f"  onewan sample {model} --prompt 'a blue circle' --out video.mp4 --dtype float32 \\",
         f"      --width {side} --height {side} --frames 17 --steps 8{image} \\",
         f"      --lora {' '.join(map(_quoted, loras))}",
@@ -169,6 +173,17 @@ def _closing(layout: RunLayout, run_file: Path, variant: VariantName) -> list[st
         "  onewan cache run.yaml",
         "  onewan train run.yaml",
     ]
+
+
+def _where_the_command_is() -> list[str]:
+    """How to call `onewan` by its name, where it is not on the path (as after `make demo`)."""
+    if shutil.which("onewan"):
+        return []
+    scripts = Path(sys.executable).parent
+    here = Path.cwd()
+    scripts = scripts.relative_to(here) if scripts.is_relative_to(here) else scripts
+    activate = f"{scripts}\\activate" if os.name == "nt" else f". {scripts}/activate"
+    return [f"The command onewan is in {scripts}; this puts it on your path:", f"  {activate}", ""]
 
 
 def _quoted(path: Path) -> str:
