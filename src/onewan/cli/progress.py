@@ -106,7 +106,9 @@ class Progress:
 
     def _on_stopped(self, event: Mapping[str, Any]) -> None:
         self.close()
-        self.line(f"stopped; the state of step {event['step']} is saved, --resume goes on from it")
+        step = event["step"]
+        kept = f"the state of step {step} is saved" if step else "what was encoded is kept"
+        self.line(f"stopped; {kept}, and --resume goes on from there")
 
     def _on_failed(self, _event: Mapping[str, Any]) -> None:
         self.close()

@@ -87,6 +87,8 @@ def prepare(
     `verify` reads every entry that is there and encodes the damaged ones again. Clips that fail to
     decode are dropped and join the report. DataError if no clip is left.
     """
+    if not config.video_data.sources:
+        raise DataError("video_data.sources: is empty; name at least one folder of clips")
     variant = VARIANTS[config.model.variant]
     sizes = _filled(config.video_data.resolution)
     report = index_clips(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,6 @@ from onewan.train.schedule import ExpertSchedule, expert_schedule
 from onewan.train.state import TrainedExpert, TrainState
 from onewan.variants import VARIANTS, ExpertName
 
-log = logging.getLogger(__name__)
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -45,6 +42,8 @@ class Run:
     lora: LoraSpec
     state: TrainState
     samples: list[SampleRequest]
+    warnings: list[str]
+    """What the user should know before the first step."""
     active: ExpertName | None = None
     """The expert that is on the device."""
 
@@ -104,15 +103,12 @@ class WanModelSetup:
         schedule = expert_schedule(
             experts, config.train.high_share, config.train.expert_block, density
         )
-        for name in schedule.experts:
-            if not schedule.steps_before(config.train.steps, name):
-                log.warning(
-                    "the %s expert gets none of the %d steps; see train.expert_block (%d) and "
-                    "train.high_share",
-                    name,
-                    config.train.steps,
-                    config.train.expert_block,
-                )
+        warnings = [
+            f"the {name} expert gets none of the {config.train.steps} steps; see "
+            f"train.expert_block ({config.train.expert_block}) and train.high_share"
+            for name in schedule.experts
+            if not schedule.steps_before(config.train.steps, name)
+        ]
         trained = {}
         for expert in experts:
             transformer = model.expert(expert)
@@ -152,6 +148,7 @@ class WanModelSetup:
             lora=lora,
             state=TrainState(experts=trained),
             samples=samples,
+            warnings=warnings,
         )
 
     def _load(self, components: Collection[Component]) -> WanModel:

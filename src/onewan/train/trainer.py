@@ -130,6 +130,8 @@ class WanTrainer:
             encoded=run.dataset.encoded,
             report=run.dataset.report.lines(),
         )
+        for warning in run.warnings:
+            self._warn(warning)
         self._restore(run)
         if config.logging.tensorboard:
             self._board = _tensorboard(self._layout, run.state.step)
@@ -266,6 +268,7 @@ class WanTrainer:
                     facts=self._facts(run, trained.expert.name),
                     date=datetime.now(timezone.utc),
                     title=f"{self._config.output.name} ({run.model.variant.title} LoRA)",
+                    resolution=max(clip.size for clip in run.dataset.clips),
                 )
                 self._tell("exported", step=run.state.step, expert=name, file=str(path))
 
