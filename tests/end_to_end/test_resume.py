@@ -76,6 +76,7 @@ def outcome(config: RunConfig) -> tuple[dict[str, Any], list[tuple[Any, ...]]]:
     [
         ("t2v-a14b", ["train.accumulation=2", "train.schedule=cosine", "train.warmup_steps=1"]),
         ("t2v-a14b", ["model.experts=high", "train.batch_size=2", "method.dropout=0.2"]),
+        ("t2v-a14b", ["model.dtype=bfloat16", "train.high_share=mass"]),
         ("i2v-a14b", ["train.accumulation=2", "video_data.cache=false"]),
         ("ti2v-5b", ["train.accumulation=2", "train.first_frame_probability=0.5"]),
         ("ti2v-5b", ["video_data.cache=false", "memory.gradient_checkpointing=false"]),

@@ -1,0 +1,160 @@
+"""Models that are wrong get one clear error; models that are right keep their precision."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from onewan.demo.tiny_model import write_tiny_model
+from onewan.errors import CheckpointError
+from onewan.model.keys import to_diffusers, to_official
+from onewan.model.load import WanModelLoader, fingerprint
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"), "t2v-a14b", width=32, layers=2)
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return shutil.copytree(original, tmp_path / "model")
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes), encoding="utf-8")
+
+
+def test_float32_islands_survive_bfloat16(original: Path) -> None:
+    model = WanModelLoader().load(original, dtype=torch.bfloat16)
+    assert model.transformer is not None and model.vae is not None
+    assert model.text_encoder is not None
+    dtypes = {name: p.dtype for name, p in model.transformer.named_parameters()}
+    float32 = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert {"scale_shift_table", "blocks.0.scale_shift_table", "blocks.1.norm2.weight"} <= float32
+    assert "condition_embedder.time_embedder.linear_1.weight" in float32
+    assert dtypes["blocks.0.attn1.to_q.weight"] == torch.bfloat16
+    assert model.transformer.rope.freqs_cos.dtype == torch.float32
+    assert model.vae.dtype == torch.float32 and model.text_encoder.dtype == torch.bfloat16
+    assert not any(p.requires_grad for p in model.transformer.parameters())
+
+
+def test_components_can_be_chosen(original: Path) -> None:
+    model = WanModelLoader().load(original, components=("vae", "scheduler"))
+    assert model.vae is not None and model.transformer is None and model.text_encoder is None
+    assert model.noise_scheduler is not None
+    assert model.noise_scheduler.config["flow_shift"] == 12.0  # not the hub's 3.0
+    with pytest.raises(CheckpointError, match="the high expert was not loaded"):
+        model.expert(model.variant.experts[0])
+    with pytest.raises(CheckpointError, match="text encoder was not loaded"):
+        model.encode_text(["x"])
+
+
+def spoil(what: str, folder: Path) -> str:
+    """Spoil the model; returns what the error has to say."""
+    weights = folder / "transformer_2" / "diffusion_pytorch_model.safetensors"
+    if what == "missing expert":
+        shutil.rmtree(folder / "transformer_2")
+        return "has no transformer_2"
+    if what == "missing weight":
+        tensors = load_file(weights)
+        tensors.pop("blocks.1.ffn.net.2.bias")
+        save_file({k: v.clone() for k, v in tensors.items()}, weights, metadata={"format": "pt"})
+        return "1 missing weights: blocks.1.ffn.net.2.bias"
+    if what == "surplus weight":
+        tensors = {k: v.clone() for k, v in load_file(weights).items()}
+        save_file({**tensors, "more": torch.ones(2)}, weights, metadata={"format": "pt"})
+        return "1 unknown weights: more"
+    if what == "cut off":
+        content = weights.read_bytes()
+        weights.unlink()
+        weights.write_bytes(content[: len(content) // 2])
+        return "can't be loaded"
+    if what == "clip branch":
+        edit_json(folder / "transformer" / "config.json", image_dim=1280)
+        return "Wan 2.1 image-to-video"
+    if what == "other channels":
+        edit_json(folder / "transformer" / "config.json", in_channels=33)
+        return "in_channels is 33, and Wan 2.2 has 16"
+    if what == "mixed experts":
+        edit_json(folder / "transformer_2" / "config.json", in_channels=36)
+        return "transformer_2 is i2v-a14b"
+    if what == "other vae":
+        edit_json(folder / "vae" / "config.json", z_dim=48)
+        return "z_dim is 48, and t2v-a14b needs 16"
+    if what == "other text encoder":
+        edit_json(folder / "text_encoder" / "config.json", d_model=99)
+        return "do not belong together"
+    if what == "other boundary":
+        edit_json(folder / "model_index.json", boundary_ratio=0.9)
+        return "boundary_ratio is 0.9"
+    if what == "no json":
+        (folder / "transformer" / "config.json").write_text("{", encoding="utf-8")
+        return "not readable JSON"
+    assert what == "no tokenizer"
+    shutil.rmtree(folder / "tokenizer")
+    return "no usable tokenizer"
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "missing expert",
+        "missing weight",
+        "surplus weight",
+        "cut off",
+        "clip branch",
+        "other channels",
+        "mixed experts",
+        "other vae",
+        "other text encoder",
+        "other boundary",
+        "no json",
+        "no tokenizer",
+    ],
+)
+def test_wrong_models(folder: Path, what: str) -> None:
+    expected = spoil(what, folder)
+    with pytest.raises(CheckpointError) as refusal:
+        WanModelLoader().load(folder)
+    message = str(refusal.value)
+    assert expected in message and str(folder) in message and "\n" not in message
+
+
+def test_wrong_variant_or_place(original: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is t2v-a14b .* asks for ti2v-5b"):
+        WanModelLoader().load(original, variant="ti2v-5b")
+    with pytest.raises(CheckpointError, match="not in the diffusers layout"):
+        WanModelLoader().load(tmp_path)
+    with pytest.raises(CheckpointError, match="is a file"):
+        WanModelLoader().load(original / "model_index.json")
+    with pytest.raises(CheckpointError, match="neither a folder nor a repository"):
+        WanModelLoader().load(tmp_path / "gone")
+
+
+def test_fingerprint_follows_the_content(folder: Path) -> None:
+    before = fingerprint(folder / "vae")
+    assert fingerprint(folder / "vae") == before
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert fingerprint(folder / "vae") != before
+
+
+def test_names_map_one_to_one(original: Path) -> None:
+    names = load_file(original / "transformer" / "diffusion_pytorch_model.safetensors").keys()
+    official = {name: to_official(name) for name in names}
+    assert len(set(official.values())) == len(names) > 50
+    assert all(to_diffusers(theirs) == ours for ours, theirs in official.items())
+    assert official["blocks.1.norm2.weight"] == "blocks.1.norm3.weight"
+    assert to_official("blocks.3.attn1.to_out.0") == "blocks.3.self_attn.o"
+    for unknown in ("blocks.0.attn3.to_q", "blocks.0.norm1.weight", "more", "blocks.0.attn1.to_qq"):
+        with pytest.raises(KeyError):
+            to_official(unknown)

@@ -1,0 +1,96 @@
+"""The float32 residual stream: official numerics at bfloat16 cost, measured against float32."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from onewan.model.experts import predict_velocity
+from onewan.model.precision import keep_float32_islands
+
+
+@pytest.fixture(scope="module")
+def reference() -> WanTransformer3DModel:
+    torch.manual_seed(0)
+    return WanTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=32,
+        text_dim=64,
+        ffn_dim=512,
+        num_layers=16,
+    ).eval()
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 16, 3, 8, 8, generator=generator)
+    return x, torch.tensor([0.873]), torch.randn(1, 512, 64, generator=generator)
+
+
+def stored_in_bfloat16(model: WanTransformer3DModel) -> WanTransformer3DModel:
+    """As `from_pretrained(torch_dtype=bfloat16)` stores it, with its float32 islands."""
+    model = copy.deepcopy(model)
+    islands = WanTransformer3DModel._keep_in_fp32_modules
+    for name, parameter in model.named_parameters():
+        if not set(name.split(".")) & set(islands):
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
+@torch.no_grad()
+def test_error_is_a_fraction_of_that_of_plain_bfloat16(reference: WanTransformer3DModel) -> None:
+    x, t, text = inputs()
+    exact = predict_velocity(reference, x, t, text)
+    plain = stored_in_bfloat16(reference)
+    rounded = plain(x.bfloat16(), t * 1000, text.bfloat16(), return_dict=False)[0].float()
+    ours = stored_in_bfloat16(reference)
+    keep_float32_islands(ours)
+    mixed = predict_velocity(ours, x, t, text, dtype=torch.bfloat16)
+    error_plain = float((rounded - exact).norm() / exact.norm())
+    error_ours = float((mixed - exact).norm() / exact.norm())
+    assert error_ours < error_plain / 2.5, (error_ours, error_plain)
+
+
+def test_the_stream_is_float32_and_products_are_bfloat16(reference: WanTransformer3DModel) -> None:
+    model = stored_in_bfloat16(reference)
+    keep_float32_islands(model)
+    seen: dict[str, torch.dtype] = {}
+    for name in (
+        "patch_embedding",
+        "condition_embedder.time_embedder",
+        "condition_embedder.time_proj",
+        "blocks.0",
+        "blocks.15",
+        "blocks.3.attn1.to_q",
+        "blocks.3.ffn",
+        "proj_out",
+    ):
+        model.get_submodule(name).register_forward_hook(
+            lambda _m, _i, out, name=name: seen.__setitem__(name, out.dtype)
+        )
+    x, t, text = inputs()
+    with torch.no_grad():
+        predict_velocity(model, x, t, text, dtype=torch.bfloat16)
+    products = {"blocks.3.attn1.to_q", "blocks.3.ffn"}
+    assert {n for n, dtype in seen.items() if dtype == torch.bfloat16} == products
+    assert {n for n, dtype in seen.items() if dtype == torch.float32} == seen.keys() - products
+
+
+def test_float32_is_untouched(reference: WanTransformer3DModel) -> None:
+    """In float32 the islands compute what diffusers computes, to the bit."""
+    x, t, text = inputs()
+    ours = copy.deepcopy(reference)
+    keep_float32_islands(ours)
+    with torch.no_grad():
+        plain = reference(x, t * 1000, text, return_dict=False)[0]
+        assert torch.equal(predict_velocity(ours, x, t, text), plain)
+
+
+def test_sides_that_do_not_divide_are_refused(reference: WanTransformer3DModel) -> None:
+    x, t, text = inputs()
+    with pytest.raises(ValueError, match="8x7 do not divide"):
+        predict_velocity(reference, x[..., :7, :], t, text)
