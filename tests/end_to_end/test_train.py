@@ -15,12 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_resume import layout_of
 
+from onewan.data.loader import Batch, Step
 from onewan.errors import TrainingError
 from onewan.media import probe
 from onewan.model.experts import predict_velocity
 from onewan.runs.control import request
 from onewan.runs.events import read_events
 from onewan.train.setup import WanModelSetup
+from onewan.train.step import train_step
 from onewan.train.trainer import WanTrainer
 
 
@@ -116,6 +118,35 @@ def test_exported_files_give_the_training_models_output(
         assert about["modelspec.architecture"] == "WAN-2.2/lora"
         assert (about["onewan.variant"], about["onewan.expert"]) == (variant, name)
         assert about["onewan.steps"] == "6" and about["onewan.dataset_digest"]
+
+
+def test_accumulation_equals_one_large_batch(run_file: RunFile) -> None:
+    """Three clips in one batch, in a batch of two and one of one, and one by one."""
+    config = run_file("t2v-a14b", "wan_config.max_frames=5")
+    results = []
+    for sizes in ((3,), (2, 1), (1, 1, 1)):
+        run = WanModelSetup(config).build()
+        for parameter in run.state.experts["high"].parameters:
+            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(1))
+        clips = [b for b in run.loader.fixed(9) if b.latents.shape[2] == 2][:3]
+        batches, start = [], 0
+        for size in sizes:
+            part = clips[start : start + size]
+            batches.append(
+                Batch(
+                    latents=torch.cat([b.latents for b in part]),
+                    text=torch.cat([b.text for b in part]),
+                    condition=None,
+                    names=tuple(b.names[0] for b in part),
+                    offset=start,
+                )
+            )
+            start += size
+        results.append(train_step(run, Step(number=0, expert="high", batches=tuple(batches))))
+    for other in results[1:]:
+        assert other.t == results[0].t
+        assert other.loss == pytest.approx(results[0].loss, rel=1e-5)
+        assert other.grad_norm == pytest.approx(results[0].grad_norm, rel=1e-5)
 
 
 def test_temporal_attention_off_trains_within_frames(run_file: RunFile) -> None:

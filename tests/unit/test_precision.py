@@ -72,9 +72,13 @@ def test_the_stream_is_float32_and_products_are_bfloat16(reference: WanTransform
         model.get_submodule(name).register_forward_hook(
             lambda _m, _i, out, name=name: seen.__setitem__(name, out.dtype)
         )
+    # diffusers casts the time embedding to the text's dtype, which is bfloat16 from its encoder.
+    model.get_submodule("condition_embedder.time_proj").register_forward_pre_hook(
+        lambda _m, args: seen.__setitem__("time embedding", args[0].dtype)
+    )
     x, t, text = inputs()
     with torch.no_grad():
-        predict_velocity(model, x, t, text, dtype=torch.bfloat16)
+        predict_velocity(model, x, t, text.bfloat16(), dtype=torch.bfloat16)
     products = {"blocks.3.attn1.to_q", "blocks.3.ffn"}
     assert {n for n, dtype in seen.items() if dtype == torch.bfloat16} == products
     assert {n for n, dtype in seen.items() if dtype == torch.float32} == seen.keys() - products
