@@ -152,3 +152,23 @@ def test_resume_refuses_another_run(run_file: RunFile) -> None:
     WanTrainer(changed, listen=events.append, resume=True, allow_change=True).fit()
     assert any(e["event"] == "warning" and "optimizer.lr" in e["text"] for e in events)
     assert events[-1]["event"] == "finished" and events[-1]["step"] == 3
+
+
+def test_a_stop_while_sampling_is_made_up_for(run_file: RunFile) -> None:
+    size = [f"sample.{k}={v}" for k, v in {"width": 64, "height": 64, "frames": 5}.items()]
+    config = run_file(
+        "ti2v-5b", "train.steps=2", "sample.prompts=[one, two]", *size, "sample.steps=2"
+    )
+
+    def listen(event: Mapping[str, Any]) -> None:
+        if event["event"] == "sampling" and event["number"] == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        WanTrainer(config, listen=listen).fit()
+    folder = layout_of(config).samples(2)
+    assert [p.name for p in folder.iterdir()] == ["0.mp4"]
+    events: list[Mapping[str, Any]] = []
+    WanTrainer(config, listen=events.append, resume=True).fit()
+    assert sorted(p.name for p in folder.iterdir()) == ["0.mp4", "1.mp4"]
+    assert [e["prompt"] for e in events if e["event"] == "sampled"] == ["two"]

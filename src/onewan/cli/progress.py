@@ -44,7 +44,9 @@ class Progress:
         if self._terminal:
             if self._bar is None or self._what != what:
                 self.close()
-                self._bar = tqdm(total=total, desc=what, initial=max(0, done - 1), leave=False)
+                self._bar = tqdm(
+                    total=total, desc=what, unit="step", initial=max(0, done - 1), leave=False
+                )
                 self._what = what
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(done - self._bar.n)

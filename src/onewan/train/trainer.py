@@ -151,8 +151,8 @@ class WanTrainer:
                 run.state.first_grid = self._measure_grid(run)
             if self._config.sample.at_start:
                 self._sample(run)
-        elif self._sample_due(run) and not self._layout.samples(run.state.step).exists():
-            self._sample(run)  # the run was cut off between saving this step and sampling
+        elif self._sample_due(run):
+            self._sample(run)  # what is missing, if the run was cut off while sampling
 
     def _after_step(self, run: Run, step: Step, metrics: StepMetrics, seconds: float) -> None:
         done, last = run.state.step, run.state.step == self._config.train.steps
@@ -288,11 +288,16 @@ class WanTrainer:
         }
 
     def _sample(self, run: Run) -> None:
-        """Make the sample videos of this step. Whatever goes wrong in it, training goes on."""
+        """Make the sample videos of this step that are not there yet.
+
+        Whatever goes wrong in it, training goes on.
+        """
         folder = self._layout.samples(run.state.step)
         sampler = WanModelSampler(run.model, run.device)
         for number, request in enumerate(run.samples):
             path = folder / f"{number}.{self._config.sample.format}"
+            if path.exists():
+                continue
             try:
                 sampler.sample_to(
                     path,
