@@ -1,27 +1,15 @@
-"""Files <-> frames: look at a media file, read frames at given times, write a video.
+"""Reading videos: what a file holds, and the frames nearest to given times.
 
-Hides PyAV and Pillow: containers, seeking, codecs, broken timestamps, colours, rotation, damage.
-Everything that leaves is numpy, upright RGB uint8 [H, W, 3], and every fault of a file is one
-`DataError` that names it. Time is the video stream's own clock in seconds, as the file has it, so a
-first frame needn't be at 0.
-
-Colours: pixels become RGB by the matrix (BT.601, 709, 2020) and range that the stream is tagged
-with, at any bit depth; PyAV hands both tags to FFmpeg's swscale. A stream without tags counts as
-BT.601, limited range, which is FFmpeg's rule and so that of nearly every other reader. Transfer
-functions are left alone: HDR footage is not tone-mapped.
-
-Never imports torch, never holds more full-size frames than one, and never decodes what lies behind
-the last frame asked for.
+Hides containers, seeking, codecs, broken timestamps, rotation and damage; see the package.
 """
 
 from __future__ import annotations
 
 import struct
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 from heapq import heappop, heappush
 from itertools import chain, pairwise
 from math import floor, inf
@@ -30,41 +18,16 @@ from typing import Literal
 
 import av
 import numpy as np
-from av.container import InputContainer, OutputContainer
+from av.container import InputContainer
 from av.error import FFmpegError, InvalidDataError
 from av.stream import Disposition
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from av.video.stream import VideoStream
 from PIL import Image, ImageOps
 
 from onewan.errors import DataError
-from onewan.files import replacing
-
-IMAGE_SUFFIXES = frozenset({"png", "jpg", "jpeg", "webp"})
-"""Extensions of still images, lower case, without the dot."""
-
-# fmt: off
-VIDEO_SUFFIXES = frozenset({
-    "3g2", "3gp", "asf", "avi", "divx", "dv", "f4v", "flv", "gif", "m1v", "m2ts", "m2v", "m4v",
-    "mjpeg", "mkv", "mov", "mp4", "mpe", "mpeg", "mpg", "mts", "mxf", "nut", "ogg", "ogm", "ogv",
-    "qt", "rm", "rmvb", "ts", "vob", "webm", "wmv", "y4m",
-})
-# fmt: on
-"""Extensions that say "video", read here or not; so that an unsupported one can be reported."""
-
-# 134 million pixels, a 16k x 8k frame: more than any footage has, and 400 MB as RGB. A header that
-# claims more is a mistake or an attack, and nothing is allocated for it.
-_MAX_PIXELS = 2**27
-
-# swscale's default rounds down and repeats chroma: measured on a 1080p frame, 1.1 levels too dark
-# on average. These flags bring the mean error to 0.004, for 2 ms a frame of 720p. PyAV passes
-# numbers on; it has names for the last three only since version 18, which needs Python 3.11.
-_SWS_BILINEAR = 0x2
-_SWS_FULL_CHR_H_INT = 0x2000
-_SWS_FULL_CHR_H_INP = 0x4000
-_SWS_ACCURATE_RND = 0x40000
-_ACCURATE = _SWS_BILINEAR | _SWS_ACCURATE_RND | _SWS_FULL_CHR_H_INT
+from onewan.media.kinds import AGAIN, IMAGE_SUFFIXES, MAX_PIXELS, SWS_ACCURATE, extension, reason
+from onewan.media.still import Fit, fit_image, flat, open_image, read_image
 
 # Frames that no other frame refers to are not decoded if they lie this much before the first time
 # asked for, in seconds. It only has to be longer than the usual gap between two frames: where a
@@ -73,8 +36,6 @@ _SKIP_LEAD = 0.25
 # Only these decoders take the order to skip and to stop skipping at any packet; dav1d, for one,
 # reads it once.
 _SKIPPING_DECODERS = frozenset({"h264", "hevc"})
-
-_AGAIN = "copy or download it again, or take it out"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,25 +75,12 @@ class MediaInfo:
         return floor((self.last + self.frame_interval / 2 - self.start) * fps + 1e-6) + 1
 
 
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """A target size: the picture is scaled to cover it, then cropped to it around the centre."""
-
-    width: int
-    height: int
-
-
 class _DamageError(DataError):
     """Damage met while decoding, which began at the key frame at `begun` (s)."""
 
     def __init__(self, path: Path, time: float, reason: str, *, begun: float | None) -> None:
-        super().__init__(f"{path}: is damaged near {max(time, 0.0):.2f} s ({reason}); {_AGAIN}")
+        super().__init__(f"{path}: is damaged near {max(time, 0.0):.2f} s ({reason}); {AGAIN}")
         self.begun = begun or 0.0
-
-
-def extension(path: Path) -> str:
-    """The file's extension in lower case without the dot."""
-    return path.suffix.lower().removeprefix(".")
 
 
 # --- Looking at a file ---------------------------------------------------------------------------
@@ -148,7 +96,7 @@ def probe(path: str | Path) -> MediaInfo:
     if not path.is_file():
         raise DataError(f"{path}: is not a file; check the path")
     if path.stat().st_size == 0:
-        raise DataError(f"{path}: is empty (0 bytes); {_AGAIN}")
+        raise DataError(f"{path}: is empty (0 bytes); {AGAIN}")
     return _probe_image(path) if extension(path) in IMAGE_SUFFIXES else _probe_video(path)
 
 
@@ -167,12 +115,12 @@ def keyframe_near(path: str | Path, time: float) -> float:
             if now > time + abs(best - time) + 1.0:
                 break
     if best == inf:
-        raise DataError(f"{path}: has no key frame; {_AGAIN}")
+        raise DataError(f"{path}: has no key frame; {AGAIN}")
     return best
 
 
 def _probe_image(path: Path) -> MediaInfo:
-    with _open_image(path) as image:
+    with open_image(path) as image:
         codec = image.format or "unknown"
         upright = ImageOps.exif_transpose(image)  # decodes, so a truncated file is found here
     return MediaInfo(
@@ -193,7 +141,7 @@ def _probe_video(path: Path) -> MediaInfo:
     with _open_video(path, threads=1) as (container, stream):
         start, frame = next(_decoded(path, stream, container.demux(stream)), (0.0, None))
         if frame is None:
-            raise DataError(f"{path}: no frame of it can be decoded; {_AGAIN}")
+            raise DataError(f"{path}: no frame of it can be decoded; {AGAIN}")
         turned = _Turn.of(frame)
         width, height, aspect = frame.width, frame.height, _pixel_aspect(stream)
         if turned.transpose:
@@ -233,7 +181,7 @@ def _last_time(path: Path, container: InputContainer, stream: VideoStream) -> fl
             if container.format.name.startswith("mov") and back > 2.0 and last < end - 2.0:
                 raise DataError(
                     f"{path}: is cut off, its header promises {end - begin:.1f} s and its data end "
-                    f"after {last - begin:.1f} s; {_AGAIN}"
+                    f"after {last - begin:.1f} s; {AGAIN}"
                 )
             return last
         back *= 4
@@ -269,31 +217,6 @@ def read_frames(path: str | Path, times: Sequence[float], fit: Fit | None = None
         # H.264 that starts at a key frame of an open GOP can stumble over references to frames
         # before it. Real damage is still there when decoding begins one key frame earlier.
         return _read_video_from_earlier(path, times, fit, damage)
-
-
-def read_image(path: str | Path, fit: Fit | None = None) -> np.ndarray:
-    """A still image as uint8 [H, W, 3]: upright by EXIF, transparency over white, first frame."""
-    path = Path(path)
-    with _open_image(path) as image:
-        flat = _flat(ImageOps.exif_transpose(image))
-    return np.array(flat) if fit is None else fit_image(flat, fit)
-
-
-def fit_image(image: Image.Image | np.ndarray, fit: Fit, pixel_aspect: float = 1.0) -> np.ndarray:
-    """`image` (uint8 RGB) scaled to cover `fit` and cropped around the centre: [H, W, 3]."""
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    shown_width = image.width * pixel_aspect
-    scale = max(fit.width / shown_width, fit.height / image.height)
-    width, height = fit.width / (scale * pixel_aspect), fit.height / scale
-    left, top = max(0.0, (image.width - width) / 2), max(0.0, (image.height - height) / 2)
-    box = (left, top, min(image.width, left + width), min(image.height, top + height))
-    if box == (0, 0, fit.width, fit.height):
-        return np.array(image)
-    # One step for crop and scale, so the crop is exact to a fraction of a pixel. Pillow widens the
-    # filter by the reduction (no aliasing, unlike OpenCV or torch without antialias); Lanczos keeps
-    # the most detail of its filters, and the VAE should see the footage's detail, not a blur.
-    return np.array(image.resize((fit.width, fit.height), Image.Resampling.LANCZOS, box=box))
 
 
 def _read_video(
@@ -339,7 +262,7 @@ def _collect(
             )
         out[places] = pixels
     if out is None:
-        raise DataError(f"{path}: no frame near {times[0]:.2f} s can be decoded; {_AGAIN}")
+        raise DataError(f"{path}: no frame near {times[0]:.2f} s can be decoded; {AGAIN}")
     return out
 
 
@@ -402,7 +325,7 @@ def _decoded(
         except FFmpegError as error:
             if now < sound_from:
                 continue
-            raise _DamageError(path, max(now, newest), _reason(error), begun=begun) from error
+            raise _DamageError(path, max(now, newest), reason(error), begun=begun) from error
         for frame in frames:
             time = heappop(waiting) if in_avi and waiting else frame.time
             time = now if time is None else time
@@ -456,8 +379,8 @@ def _seek(
 def _pixels(frame: VideoFrame, fit: Fit | None, pixel_aspect: float) -> np.ndarray:
     """A decoded frame as upright RGB uint8 [H, W, 3], fitted if asked."""
     if any(component.is_alpha for component in frame.format.components):
-        rgba = frame.to_ndarray(format="rgba", interpolation=_ACCURATE)
-        pixels = np.asarray(_flat(Image.fromarray(rgba)))
+        rgba = frame.to_ndarray(format="rgba", interpolation=SWS_ACCURATE)
+        pixels = np.asarray(flat(Image.fromarray(rgba)))
     else:
         pixels = _rgb(frame)
     turn = _Turn.of(frame)
@@ -472,7 +395,7 @@ def _rgb(frame: VideoFrame) -> np.ndarray:
     # By way of planes, since swscale has fast code for these flags to gbrp only: the same values as
     # straight to rgb24 in half the time, 2.4 instead of 4.5 ms for 720p. PyAV's own way from gbrp
     # to an array takes as long as the detour saves.
-    planar = frame.reformat(format="gbrp", interpolation=_ACCURATE, threads=1)
+    planar = frame.reformat(format="gbrp", interpolation=SWS_ACCURATE, threads=1)
     pixels = np.empty((frame.height, frame.width, 3), np.uint8)
     for plane, channel in zip(planar.planes, (1, 2, 0), strict=True):
         rows = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
@@ -511,104 +434,6 @@ class _Turn:
         return pixels[:, ::-1] if self.mirror_columns else pixels
 
 
-# --- Writing -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Encoding:
-    """How a kind of video file is written."""
-
-    codec: str
-    options: Mapping[str, str]
-    container: Mapping[str, str]
-    matrix: Colorspace
-
-
-_H264 = _Encoding(
-    codec="libx264",
-    options={"crf": "17"},  # just below what the eye can tell from the original
-    container={"movflags": "+faststart"},  # index first: a browser can start before it has all
-    matrix=Colorspace.ITU709,
-)
-_ENCODINGS: Mapping[str, _Encoding] = {
-    "mp4": _H264,
-    "mov": _H264,
-    "webm": _Encoding(
-        codec="libvpx-vp9",
-        # Constrained by quality alone; cpu-used 4 halves the time for a few percent of size.
-        options={"crf": "24", "b": "0", "row-mt": "1", "deadline": "good", "cpu-used": "4"},
-        container={},
-        matrix=Colorspace.ITU709,
-    ),
-    # MPEG-4 Part 2 in AVI has no place for colour tags, so readers assume BT.601.
-    "avi": _Encoding(
-        codec="mpeg4",
-        options={"qmin": "2", "qmax": "2"},
-        container={},
-        matrix=Colorspace.ITU601,
-    ),
-}
-
-
-def write_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
-    """Write uint8 RGB `frames` [F, H, W, 3] as .mp4 or .mov (H.264), .webm (VP9) or .avi (MPEG-4).
-
-    All are yuv420p; all but AVI are tagged BT.709. The file appears under its name only when whole.
-    Sides must be even (4:2:0 colour has no half pixels).
-    """
-    path = Path(path)
-    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not len(frames):
-        raise ValueError(f"frames must be uint8 [F, H, W, 3], not {frames.dtype} {frames.shape}")
-    encoding = _ENCODINGS.get(extension(path))
-    if encoding is None:
-        raise DataError(
-            f"{path}: can't write this kind of video; name it .{', .'.join(_ENCODINGS)}"
-        )
-    height, width = frames.shape[1:3]
-    if width % 2 or height % 2:
-        raise DataError(f"{path}: can't write {width}x{height}, a side is odd; use even sides")
-    try:
-        with (
-            replacing(path) as partial,
-            av.open(
-                f"file:{partial}",
-                "w",
-                format=extension(path),
-                container_options=dict(encoding.container),
-            ) as container,
-        ):
-            _encode(container, frames, Fraction(fps).limit_denominator(100_000), encoding)
-    except (FFmpegError, OSError) as error:
-        raise DataError(
-            f"{path}: can't be written ({_reason(error)}); check the folder and the free space"
-        ) from error
-
-
-def _encode(
-    container: OutputContainer, frames: np.ndarray, rate: Fraction, encoding: _Encoding
-) -> None:
-    stream = container.add_stream(encoding.codec, rate=rate, options=dict(encoding.options))
-    assert isinstance(stream, VideoStream)
-    context = stream.codec_context
-    context.height, context.width = frames.shape[1:3]
-    context.pix_fmt = "yuv420p"
-    if encoding.matrix == Colorspace.ITU709:
-        context.color_primaries = ColorPrimaries.BT709
-        context.color_trc = ColorTrc.BT709
-        context.colorspace = Colorspace.ITU709
-        context.color_range = ColorRange.MPEG
-    for number, pixels in enumerate(frames):
-        frame = VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24").reformat(
-            format="yuv420p",
-            dst_colorspace=encoding.matrix,
-            dst_color_range=ColorRange.MPEG,
-            interpolation=_ACCURATE | _SWS_FULL_CHR_H_INP,
-        )
-        frame.pts, frame.time_base = number, 1 / rate
-        container.mux(stream.encode(frame))
-    container.mux(stream.encode(None))
-
-
 # --- Opening -------------------------------------------------------------------------------------
 
 
@@ -635,13 +460,13 @@ def _open_video(path: Path, *, threads: int) -> Iterator[tuple[InputContainer, V
             # By default decoders paint over damage and carry on; "explode" makes them say so.
             stream.codec_context.options = {
                 "err_detect": "crccheck+explode",
-                "max_pixels": str(_MAX_PIXELS),
+                "max_pixels": str(MAX_PIXELS),
             }
             stream.codec_context.thread_count = threads
             stream.thread_type = "AUTO"
             yield container, stream
     except FFmpegError as error:
-        raise DataError(f"{path}: {_unreadable(path, error)}; {_AGAIN}") from error
+        raise DataError(f"{path}: {_unreadable(path, error)}; {AGAIN}") from error
 
 
 @contextmanager
@@ -662,53 +487,13 @@ def _open_video_at(
         yield stream, container.demux(stream)
 
 
-@contextmanager
-def _open_image(path: Path) -> Iterator[Image.Image]:
-    """The image, not yet decoded; Pillow's errors inside become `DataError`."""
-    try:
-        with Image.open(path) as image:
-            _check_pixels(path, *image.size)
-            yield image
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{path}: claims more pixels than any picture has; {_AGAIN}") from error
-    # Pillow's readers report damage as any of these.
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise DataError(
-            f"{path}: is not an image that can be read ({_reason(error)}); {_AGAIN}"
-        ) from error
-
-
-def _check_pixels(path: Path, width: int, height: int) -> None:
-    if width * height > _MAX_PIXELS:
-        raise DataError(
-            f"{path}: claims {width}x{height} pixels, more than any picture has; {_AGAIN}"
-        )
-
-
-def _flat(image: Image.Image) -> Image.Image:
-    """`image` as RGB, what is transparent shown over white."""
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips it to white
-        return Image.fromarray((np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    rgba = image.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, "white")
-    return Image.alpha_composite(white, rgba).convert("RGB")
-
-
 def _unreadable(path: Path, error: FFmpegError) -> str:
     """Why FFmpeg could not open `path`, in words a newcomer understands."""
     if isinstance(error, InvalidDataError):
         with path.open("rb") as file:
             if file.read(8)[4:] == b"ftyp":
                 return "starts as an MP4 or MOV, but its index (moov) is missing: it was cut off"
-    return f"is not a video that FFmpeg can read ({_reason(error)})"
-
-
-def _reason(error: Exception) -> str:
-    """The error in one line, without the path or the number that FFmpeg puts into it."""
-    text = error.strerror if isinstance(error, OSError | FFmpegError) else None
-    return (text or str(error)).splitlines()[0]
+    return f"is not a video that FFmpeg can read ({reason(error)})"
 
 
 # --- A stream's clock ----------------------------------------------------------------------------
