@@ -139,7 +139,7 @@ def test_states_are_rotated(run_file: RunFile) -> None:
 
 
 def test_resume_refuses_another_run(run_file: RunFile) -> None:
-    WanTrainer(run_file("t2v-a14b", "train.steps=2")).fit()
+    WanTrainer(run_file("t2v-a14b", "train.steps=2"), run_file="# as given\n").fit()
     with pytest.raises(CheckpointError, match="already holds a run"):
         WanTrainer(run_file("t2v-a14b", "train.steps=2")).fit()
     changed = run_file("t2v-a14b", "train.steps=3", "optimizer.lr=0.1", "wan_config.max_frames=5")
@@ -148,10 +148,30 @@ def test_resume_refuses_another_run(run_file: RunFile) -> None:
     for part in ("optimizer.lr: was 0.005, is 0.1", "wan_config.max_frames", "the data set"):
         assert part in str(refusal.value)
     assert "train.steps" not in str(refusal.value)  # more steps change none of the earlier ones
+    layout = layout_of(changed)
+    assert "0.005" in layout.resolved.read_text(encoding="utf-8")  # a refusal changes nothing
     events: list[Mapping[str, Any]] = []
     WanTrainer(changed, listen=events.append, resume=True, allow_change=True).fit()
     assert any(e["event"] == "warning" and "optimizer.lr" in e["text"] for e in events)
     assert events[-1]["event"] == "finished" and events[-1]["step"] == 3
+    assert "0.005" not in layout.resolved.read_text(encoding="utf-8")
+    assert layout.run_file.read_text(encoding="utf-8") == "# as given\n"
+
+
+def test_what_follows_a_saved_state_is_made_up_for(run_file: RunFile) -> None:
+    """A run that was killed between saving its last state and exporting it still exports it."""
+    config = run_file("t2v-a14b", "train.steps=2", "train.grid_clips=1")
+    WanTrainer(config).fit()
+    files = list(layout_of(config).weights_dir.iterdir())
+    expected = {p.name: load_file(p) for p in files}
+    for path in files:
+        path.unlink()
+    events: list[Mapping[str, Any]] = []
+    WanTrainer(config, listen=events.append, resume=True).fit()
+    assert [e["event"] for e in events].count("exported") == len(files) == 2
+    for path in files:
+        assert all(torch.equal(v, expected[path.name][k]) for k, v in load_file(path).items())
+    assert {e["expert"] for e in events if e["event"] == "grid"} == {"high", "low"}
 
 
 def test_a_stop_while_sampling_is_made_up_for(run_file: RunFile) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from onewan.adapters.lora import adapter_weights
-from onewan.checkpoint.export import WanModelSaver
+from onewan.checkpoint.export import LoraFormat, WanModelSaver
 from onewan.checkpoint.store import StateStore
 from onewan.config.load import changed_fields, dump_run
 from onewan.config.migrate import migrate
@@ -101,7 +101,8 @@ class WanTrainer:
                 "name (output.name=...)"
             )
         self._layout.create()
-        self._write_run_files()
+        if not self._layout.saved_steps():
+            self._write_run_files()
         with ExitStack() as session:
             self._events = session.enter_context(EventLog(self._layout.events))
             session.callback(_log_to(self._layout))
@@ -151,11 +152,17 @@ class WanTrainer:
                 run.state.first_grid = self._measure_grid(run)
             if self._config.sample.at_start:
                 self._sample(run)
-        elif self._sample_due(run):
-            self._sample(run)  # what is missing, if the run was cut off while sampling
+            return
+        # The run may have been cut off between saving this step and what comes after it.
+        if self._save_due(run) and not all(p.exists() for _, _, p in self._weight_files(run)):
+            self._export(run)
+        if run.state.step == self._config.train.steps:
+            self._measure_grid(run)
+        if self._sample_due(run):
+            self._sample(run)
 
     def _after_step(self, run: Run, step: Step, metrics: StepMetrics, seconds: float) -> None:
-        done, last = run.state.step, run.state.step == self._config.train.steps
+        done = run.state.step
         self._levels.setdefault(step.expert, []).extend(metrics.t)
         self._tell(
             "step",
@@ -167,14 +174,18 @@ class WanTrainer:
             t=metrics.t,
             seconds=seconds,
         )
-        every = self._config.train.grid_every
-        if last or (every and done % every == 0):
-            self._measure_grid(run)
-        if last or done % self._config.train.save_every == 0 or self._asked("save"):
+        if self._save_due(run) or self._asked("save"):
             self._save(run)
             self._export(run)
+        every = self._config.train.grid_every
+        if done == self._config.train.steps or (every and done % every == 0):
+            self._measure_grid(run)
         if self._sample_due(run) or self._asked("sample"):
             self._sample(run)
+
+    def _save_due(self, run: Run) -> bool:
+        done = run.state.step
+        return done == self._config.train.steps or done % self._config.train.save_every == 0
 
     def _sample_due(self, run: Run) -> bool:
         every, done = self._config.sample.every, run.state.step
@@ -206,6 +217,7 @@ class WanTrainer:
             self._warn(f"passed over a damaged state: {damage}")
         facts = read_facts(found.folder)
         self._check_changes(run, facts)
+        self._write_run_files()
         run.state.load(found.folder)
         self._saved_step = found.step
         self._tell("resumed", step=found.step, state=str(found.folder))
@@ -248,29 +260,33 @@ class WanTrainer:
         self._tell("saved", step=run.state.step, state=str(folder))
         self._record_levels(run)
 
+    def _weight_files(self, run: Run) -> list[tuple[ExpertName, LoraFormat, Path]]:
+        """The files that the weights of this step go to: one for each expert and format."""
+        formats, step = self._config.output.formats, run.state.step
+        return [
+            (name, fmt, self._layout.weights(step, trained.expert.file_suffix, named))
+            for name, trained in run.state.experts.items()
+            for fmt in formats
+            for named in [fmt if len(formats) > 1 else None]
+        ]
+
     def _export(self, run: Run) -> None:
         """Write each trained expert's adapter in each format that the run file names."""
-        output, saver = self._config.output, WanModelSaver()
-        for name, trained in run.state.experts.items():
-            for fmt in output.formats:
-                path = saver.save_lora(
-                    adapter_weights(trained.transformer),
-                    self._layout.weights(
-                        run.state.step,
-                        trained.expert.file_suffix,
-                        fmt if len(output.formats) > 1 else None,
-                    ),
-                    format=fmt,
-                    dtype=DTYPES[output.dtype],
-                    rank=run.lora.rank,
-                    alpha=run.lora.alpha,
-                    peft_config=run.lora.peft_config().to_dict(),
-                    facts=self._facts(run, trained.expert.name),
-                    date=datetime.now(timezone.utc),
-                    title=f"{self._config.output.name} ({run.model.variant.title} LoRA)",
-                    resolution=max(clip.size for clip in run.dataset.clips),
-                )
-                self._tell("exported", step=run.state.step, expert=name, file=str(path))
+        for name, fmt, path in self._weight_files(run):
+            WanModelSaver().save_lora(
+                adapter_weights(run.state.experts[name].transformer),
+                path,
+                format=fmt,
+                dtype=DTYPES[self._config.output.dtype],
+                rank=run.lora.rank,
+                alpha=run.lora.alpha,
+                peft_config=run.lora.peft_config().to_dict(),
+                facts=self._facts(run, name),
+                date=datetime.now(timezone.utc),
+                title=f"{self._config.output.name} ({run.model.variant.title} LoRA)",
+                resolution=max(clip.size for clip in run.dataset.clips),
+            )
+            self._tell("exported", step=run.state.step, expert=name, file=str(path))
 
     def _facts(self, run: Run, name: ExpertName) -> dict[str, str | int | float]:
         """What a user may later want to know of an exported file."""
@@ -353,9 +369,12 @@ class WanTrainer:
         self._levels.clear()
 
     def _write_run_files(self) -> None:
-        resolved = dump_run(self._config)
-        given = resolved if self._run_file is None else self._run_file
-        for path, text in ((self._layout.run_file, given), (self._layout.resolved, resolved)):
+        texts = {self._layout.resolved: dump_run(self._config)}
+        if self._run_file is not None:
+            texts[self._layout.run_file] = self._run_file
+        elif not self._layout.run_file.exists():
+            texts[self._layout.run_file] = texts[self._layout.resolved]
+        for path, text in texts.items():
             with replacing(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
 
