@@ -29,7 +29,7 @@ from onewan.adapters.lora import (
 from onewan.adapters.select import MODULES, select_modules
 from onewan.checkpoint.export import WanModelSaver, expert_of, read_lora
 from onewan.errors import CheckpointError
-from onewan.model.keys import to_diffusers, to_official
+from onewan.formats.names import to_diffusers, to_official
 from onewan.model.load import WanModelLoader
 from onewan.variants import VARIANTS, Expert
 

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file
 from transformers import UMT5Config, UMT5EncoderModel
 
-from onewan.model.keys import to_diffusers
+from onewan.formats.names import to_diffusers
 from onewan.model.load import official_scheduler
 from onewan.variants import VARIANTS
 

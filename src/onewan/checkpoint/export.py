@@ -39,7 +39,7 @@ from torch import Tensor
 
 from onewan.errors import CheckpointError
 from onewan.files import replacing, sync
-from onewan.model.keys import to_diffusers, to_official
+from onewan.formats.names import to_diffusers, to_official
 from onewan.variants import Expert, ExpertName, Variant
 
 LoraFormat = Literal["comfyui", "diffusers"]
