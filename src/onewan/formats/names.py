@@ -1,11 +1,16 @@
-"""Names of the transformer's weights in the two worlds: diffusers and official.
+"""Names of weights in the two worlds: official, and diffusers' and transformers'.
 
-The map is a pure renaming, one to one, for the three variants of Wan 2.2
-(``facts``: official ``wan/modules/model.py`` against diffusers' ``transformer_wan.py``; output
-parity is tested on official weights). ComfyUI, musubi-tuner and most LoRA files use official names.
+Each map is a pure renaming, one to one: no tensor is reshaped, split or joined, and output parity
+is tested on official weights. ComfyUI, musubi-tuner, GGUF and most LoRA files use official names;
+ComfyUI's files of the text encoder alone have those of transformers.
 """
 
 from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+# -------------------------------------------------------------------------------------- transformer
 
 # (diffusers, official) parts of a name. Each pair is whole path components, so that replacing one
 # cannot cut into another; norm2 and norm3 change places, which is why names are mapped in one pass.
@@ -62,3 +67,142 @@ def to_official(name: str) -> str:
 def to_diffusers(name: str) -> str:
     """The inverse of `to_official`."""
     return _renamed(name, _OUTSIDE_BLOCKS_BACK, _IN_BLOCK_BACK)
+
+
+# ---------------------------------------------------------------------------------------------- VAE
+
+_RESIDUAL = {
+    "residual.0": "norm1",
+    "residual.2": "conv1",
+    "residual.3": "norm2",
+    "residual.6": "conv2",
+    "shortcut": "conv_shortcut",
+}
+_VAE_ENDS = {
+    "conv1": "conv_in",
+    "head.0": "norm_out",
+    "head.2": "conv_out",
+    "middle.0": "mid_block.resnets.0",
+    "middle.1": "mid_block.attentions.0",
+    "middle.2": "mid_block.resnets.1",
+}
+_VAE_OUTSIDE = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
+_RESIDUAL_BACK = {ours: official for official, ours in _RESIDUAL.items()}
+_VAE_ENDS_BACK = {ours: official for official, ours in _VAE_ENDS.items()}
+_VAE_OUTSIDE_BACK = {ours: official for official, ours in _VAE_OUTSIDE.items()}
+
+# Where the resampling layer stands behind the residual blocks of its stage: two of them on the way
+# down, three on the way up (``num_res_blocks`` is 2 in both VAEs).
+_LAST = {"down": 2, "up": 3}
+_RESAMPLER = r"(?:resample|time_conv)\."
+
+
+def vae_to_diffusers(name: str) -> str:
+    """diffusers' name of a tensor of an official VAE; KeyError for one that no Wan VAE has.
+
+    Source: ``wan/modules/{vae2_1,vae2_2}.py``. The 2.1 VAE numbers the layers of all stages in one
+    row (``decoder.upsamples.7``), the 2.2 VAE by stage (``decoder.upsamples.1.upsamples.3``).
+    """
+    half, _, rest = name.partition(".")
+    if half in _VAE_OUTSIDE:
+        return f"{_VAE_OUTSIDE[half]}.{rest}"
+    if half not in ("encoder", "decoder"):
+        raise KeyError(name)
+    if match := re.fullmatch(r"(down|up)samples\.(\d+)\.\1samples\.(\d+)\.(.+)", rest):
+        way, stage, place, inner = match.groups()
+        if re.match(_RESAMPLER, inner):
+            return f"{half}.{way}_blocks.{stage}.{way}sampler.{inner}"
+        inner = _swap_start(inner, _RESIDUAL)
+        return f"{half}.{way}_blocks.{stage}.resnets.{place}.{inner}"
+    if match := re.fullmatch(r"downsamples\.(\d+)\.(.+)", rest):
+        inner = match[2]
+        if not re.match(_RESAMPLER, inner):
+            inner = _swap_start(inner, _RESIDUAL)
+        return f"{half}.down_blocks.{match[1]}.{inner}"
+    if match := re.fullmatch(r"upsamples\.(\d+)\.(.+)", rest):
+        stage, place = divmod(int(match[1]), _LAST["up"] + 1)
+        if place == _LAST["up"]:
+            return f"{half}.up_blocks.{stage}.upsamplers.0.{match[2]}"
+        return f"{half}.up_blocks.{stage}.resnets.{place}.{_swap_start(match[2], _RESIDUAL)}"
+    ours = _swap_start(rest, _VAE_ENDS)
+    if match := re.fullmatch(r"(mid_block\.resnets\.\d)\.(.+)", ours):
+        ours = f"{match[1]}.{_swap_start(match[2], _RESIDUAL)}"
+    return f"{half}.{ours}"
+
+
+def vae_to_official(name: str, *, by_stage: bool) -> str:
+    """The inverse of `vae_to_diffusers`. `by_stage` is true for the 2.2 VAE (``is_residual``)."""
+    half, _, rest = name.partition(".")
+    if half in _VAE_OUTSIDE_BACK:
+        return f"{_VAE_OUTSIDE_BACK[half]}.{rest}"
+    if half not in ("encoder", "decoder"):
+        raise KeyError(name)
+    if match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.resnets\.(\d+)\.(.+)", rest):
+        way, stage, place = match[1], int(match[2]), int(match[3])
+        inner = _swap_start(match[4], _RESIDUAL_BACK)
+        if by_stage:
+            return f"{half}.{way}samples.{stage}.{way}samples.{place}.{inner}"
+        return f"{half}.{way}samples.{stage * (_LAST[way] + 1) + place}.{inner}"
+    if match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.\1sampler\.(.+)", rest):
+        way, stage, inner = match.groups()
+        return f"{half}.{way}samples.{stage}.{way}samples.{_LAST[way]}.{inner}"
+    if match := re.fullmatch(r"up_blocks\.(\d+)\.upsamplers\.0\.(.+)", rest):
+        place = int(match[1]) * (_LAST["up"] + 1) + _LAST["up"]
+        return f"{half}.upsamples.{place}.{match[2]}"
+    if match := re.fullmatch(r"down_blocks\.(\d+)\.(.+)", rest):
+        inner = match[2]
+        if not re.match(_RESAMPLER, inner):
+            inner = _swap_start(inner, _RESIDUAL_BACK)
+        return f"{half}.downsamples.{match[1]}.{inner}"
+    official = _swap_start(rest, _VAE_ENDS_BACK)
+    if match := re.fullmatch(r"(middle\.[02])\.(.+)", official):
+        official = f"{match[1]}.{_swap_start(match[2], _RESIDUAL_BACK)}"
+    return f"{half}.{official}"
+
+
+def _swap_start(name: str, table: Mapping[str, str]) -> str:
+    """`name` with the leading components that `table` knows replaced; KeyError if it knows none."""
+    for old, new in table.items():
+        if name.startswith(old + "."):
+            return new + name[len(old) :]
+    raise KeyError(name)
+
+
+# ------------------------------------------------------------------------------------- text encoder
+
+_T5_OUTSIDE = {
+    "token_embedding.weight": "shared.weight",
+    "norm.weight": "encoder.final_layer_norm.weight",
+}
+_T5_BLOCK = {
+    "norm1": "layer.0.layer_norm",
+    "attn": "layer.0.SelfAttention",
+    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+    "norm2": "layer.1.layer_norm",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
+}
+_T5_OUTSIDE_BACK = {ours: official for official, ours in _T5_OUTSIDE.items()}
+# The longer name first: relative_attention_bias lies inside SelfAttention.
+_T5_BLOCK_BACK = {
+    ours: official for official, ours in sorted(_T5_BLOCK.items(), key=lambda pair: -len(pair[1]))
+}
+
+
+def t5_to_transformers(name: str) -> str:
+    """transformers' name of a tensor of the official UMT5 encoder (``wan/modules/t5.py``)."""
+    if name in _T5_OUTSIDE:
+        return _T5_OUTSIDE[name]
+    if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
+        return f"encoder.block.{match[1]}.{_swap_start(match[2], _T5_BLOCK)}"
+    raise KeyError(name)
+
+
+def t5_to_official(name: str) -> str:
+    """The inverse of `t5_to_transformers`."""
+    if name in _T5_OUTSIDE_BACK:
+        return _T5_OUTSIDE_BACK[name]
+    if match := re.fullmatch(r"encoder\.block\.(\d+)\.(.+)", name):
+        return f"blocks.{match[1]}.{_swap_start(match[2], _T5_BLOCK_BACK)}"
+    raise KeyError(name)

@@ -1,0 +1,180 @@
+"""Safetensors files, written tensor by tensor, all or nothing, and read back before they count.
+
+The library's own ``save_file`` wants all tensors in memory at once. Here the header is made from
+shapes, and each tensor is made, written and let go, so that a 57 GB expert passes through the
+memory of its largest tensor. The file appears under its name only after it was written, flushed to
+the disk, read back and found equal, to the bit; if anything fails, what was there before stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from onewan.errors import CheckpointError
+from onewan.files import replacing, sync
+from onewan.formats.container import first_line
+from onewan.formats.spec import HASH
+
+DTYPE_NAMES: Mapping[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""safetensors' names of PyTorch's types."""
+
+_PLACEHOLDER = "0x" + "0" * 64
+
+
+@dataclass(frozen=True, slots=True)
+class Lazy:
+    """A tensor that is made when its turn to be written comes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+
+def write_safetensors(
+    destination: Path,
+    tensors: Mapping[str, Tensor | Lazy],
+    metadata: Mapping[str, str],
+    on_bytes: Callable[[int], None] = lambda _count: None,
+) -> None:
+    """Write `tensors` and `metadata` to `destination`, whole or not at all.
+
+    Into the metadata goes ModelSpec's hash of the content. Equal tensors and metadata make equal
+    files. `on_bytes` hears how many bytes of tensors were written since its last call.
+    CheckpointError if the file can't be written, or does not read back as what it should hold.
+    """
+    lazy = {name: _lazy(tensor) for name, tensor in tensors.items()}
+    # As the library orders them: the widest type first, which keeps every tensor aligned.
+    order = sorted(lazy, key=lambda name: (-lazy[name].dtype.itemsize, name))
+    try:
+        with replacing(destination) as path:
+            digests = _write(path, {name: lazy[name] for name in order}, metadata, on_bytes)
+            if wrong := _differences(path, digests, lazy, metadata):
+                raise CheckpointError(
+                    f"{destination}: reads back different from what was written "
+                    f"({', '.join(wrong[:3])}); the disk or its driver is at fault, use another one"
+                )
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{destination}: can't be written ({first_line(error)}); "
+            "check the folder and the free space"
+        ) from error
+
+
+def _lazy(tensor: Tensor | Lazy) -> Lazy:
+    if isinstance(tensor, Lazy):
+        return tensor
+    return Lazy(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def _write(
+    path: Path,
+    tensors: Mapping[str, Lazy],
+    metadata: Mapping[str, str],
+    on_bytes: Callable[[int], None],
+) -> dict[str, bytes]:
+    """Write the file; returns a digest of each tensor's bytes."""
+    header: dict[str, object] = {"__metadata__": _metadata(metadata, _PLACEHOLDER)}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + prod(tensor.shape) * tensor.dtype.itemsize
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = _header_text(header)
+    digests: dict[str, bytes] = {}
+    sha = hashlib.sha256()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name, planned in tensors.items():
+            tensor = planned.make()
+            if tuple(tensor.shape) != planned.shape or tensor.dtype != planned.dtype:
+                raise ValueError(
+                    f"{name}: became {list(tensor.shape)} {tensor.dtype}, not the planned "
+                    f"{list(planned.shape)} {planned.dtype}"
+                )
+            content = _bytes_of(tensor)
+            sha.update(content)
+            digests[name] = _digest(content)
+            file.write(content)
+            on_bytes(len(content))
+            del tensor, content
+        # As long as before: the placeholder has the length of a hash.
+        header["__metadata__"] = _metadata(metadata, "0x" + sha.hexdigest())
+        file.seek(8)
+        file.write(_header_text(header))
+    sync(path)
+    return digests
+
+
+def _metadata(metadata: Mapping[str, str], digest: str) -> dict[str, str]:
+    return dict(sorted({"format": "pt", **metadata, HASH: digest}.items()))
+
+
+def _header_text(header: Mapping[str, object]) -> bytes:
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The content of `tensor` as safetensors stores it, little-endian, without a copy."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+
+
+def _digest(content: memoryview | bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _differences(
+    path: Path,
+    digests: Mapping[str, bytes],
+    tensors: Mapping[str, Lazy],
+    metadata: Mapping[str, str],
+) -> list[str]:
+    """In what the file differs from what was written, to the bit."""
+    with safe_open(path, framework="pt") as file:
+        found = set(file.keys())
+        header = file.metadata() or {}
+    wrong = sorted(found ^ digests.keys())
+    sha = hashlib.sha256()
+    for name in digests:  # in the order of the file, for the hash of the whole
+        if name not in found:
+            continue
+        with safe_open(path, framework="pt") as file:  # anew, so that its pages are let go
+            tensor = file.get_tensor(name)
+        content = _bytes_of(tensor)
+        sha.update(content)
+        if (
+            tensor.dtype != tensors[name].dtype
+            or tuple(tensor.shape) != tensors[name].shape
+            or _digest(content) != digests[name]
+        ):
+            wrong.append(name)
+        del tensor, content
+    same = header == _metadata(metadata, "0x" + sha.hexdigest())
+    return wrong if same or wrong else ["the header"]
