@@ -311,9 +311,9 @@ class _Pickle(_Part):
                 self._whole = data
         except pickle.UnpicklingError as error:
             wanted = re.search(r"(?:GLOBAL|function|class|global) (\S+)", str(error))
-            what = f" ({wanted[1]})" if wanted else ""
+            what = f", {wanted[1]}" if wanted else ""
             raise CheckpointError(
-                f"{self.path}: is a pickle that holds more than tensors{what}, and loading it could "
+                f"{self.path}: is a pickle that holds more than tensors{what}; loading it could "
                 "run code, so it was not loaded; get the weights as safetensors"
             ) from error
         except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError) as error:

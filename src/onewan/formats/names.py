@@ -49,6 +49,8 @@ def _renamed(name: str, outside: dict[str, str], in_block: dict[str, str]) -> st
     prefix, table, rest = "", outside, name
     if name.startswith("blocks."):
         _, number, rest = name.split(".", 2)
+        if not number.isdecimal():
+            raise KeyError(name)
         prefix, table = f"blocks.{number}.", in_block
     if rest in table:
         return prefix + table[rest]

@@ -1,0 +1,492 @@
+"""What a file of weights is, and its weights under one set of names, however it stores them.
+
+`recognise` tells component, naming, prefix, variant and widths from names and shapes, reading
+headers alone and without torch; file names decide nothing. `Weights.read` hands out each weight as
+numbers: fp8 times its scale, GGUF expanded by the reference decoder. Those are the file's numbers,
+computed in float32 before anything is rounded to another type.
+
+=============  ===========================================  ======================================
+component      names it comes under                         prefixes
+=============  ===========================================  ======================================
+transformer    official, diffusers                          none, ``model.diffusion_model.``,
+                                                            ``diffusion_model.``
+vae            official, diffusers                          none, ``vae.``, ``first_stage_model.``
+text_encoder   official, transformers                       none, ``text_encoders.umt5xxl....``
+=============  ===========================================  ======================================
+
+fp8 in ComfyUI's older spelling: ``X.scale_weight``, ``X.scale_input`` and a marker ``scaled_fp8``;
+in the newer: ``X.weight_scale``, ``X.input_scale``, and ``X.comfy_quant`` or the header's
+``_quantization_metadata``. A weight is the stored one times the scale, which is one number, one for
+each row, or one for each block of a row (musubi-tuner); input scales belong to fp8 matrix products,
+which training does not use.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from onewan.errors import CheckpointError
+from onewan.formats import names
+from onewan.formats.container import TensorFile, TensorInfo, open_tensors
+from onewan.variants import (
+    TI2V_5B_LATENTS_MEAN,
+    TI2V_5B_LATENTS_STD,
+    VARIANTS,
+    Variant,
+    variant_of,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Part = Literal["transformer", "vae", "text_encoder"]
+Naming = Literal["official", "diffusers", "transformers"]
+Packing = Literal["plain", "fp8", "gguf"]
+
+CONFIG = "onewan.config"
+"""Header field with the JSON of the diffusers or transformers configuration, in files that onewan
+wrote; what shapes can't tell (the number of heads, say) is in it."""
+
+TOKENIZER = "spiece_model"
+"""Tensor in which ComfyUI's files of the text encoder carry its SentencePiece model, as bytes."""
+
+HEAD_DIM = 128
+"""Channels of an attention head in every Wan model; shapes do not tell it."""
+
+_SCALES = (".scale_weight", ".weight_scale")
+_QUANT_NOTES = (".scale_input", ".input_scale", ".comfy_quant")
+_MARKER = "scaled_fp8"
+_FP8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """Where a weight lies in the file and how."""
+
+    key: str
+    info: TensorInfo
+    scale: str | None = None
+    """Key of what an fp8 weight is multiplied by."""
+
+    @property
+    def packing(self) -> Packing:
+        if self.info.quantised:
+            return "gguf"
+        return "fp8" if self.info.dtype in _FP8 else "plain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The weights of one component in one file or folder; made by `recognise`."""
+
+    file: TensorFile
+    part: Part
+    naming: Naming
+    prefix: str
+    entries: Mapping[str, StoredWeight]
+    """By diffusers' (text encoder: transformers') names."""
+    surplus: tuple[str, ...]
+    """Keys of the file that belong to no Wan 2.2 component of this kind."""
+    variant: Variant | None
+    """Told from the channels. None for the text encoder, which all share, and for the VAE of the
+    A14B models, which two share."""
+    config: Mapping[str, Any]
+    """What the diffusers or transformers class is built with."""
+    tokenizer: str | None = field(default=None)
+    """Key of a SentencePiece model that the file carries."""
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    @property
+    def quantisation(self) -> str:
+        """``none``, ``fp8_scaled``, ``fp8`` (a plain cast) or ``gguf``."""
+        packings = {entry.packing for entry in self.entries.values()}
+        if "gguf" in packings:
+            return "gguf"
+        if "fp8" not in packings:
+            return "none"
+        return "fp8_scaled" if any(e.scale for e in self.entries.values()) else "fp8"
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The numbers of weight `name`, on the CPU: in `dtype`, else as stored, or as float32 where
+        the file has them quantised. Mapped from the file where nothing has to be computed."""
+        entry = self.entries[name]
+        tensor = self.file.read(entry.key)
+        if entry.packing == "gguf":
+            tensor = _expanded(tensor, entry.info)
+        elif entry.packing == "fp8":
+            scale = None if entry.scale is None else self.file.read(entry.scale)
+            tensor = scaled(tensor, scale, f"{self.path}: {entry.scale}")
+        return tensor if dtype is None else tensor.to(dtype)
+
+
+def scaled(weight: Tensor, scale: Tensor | None, where: str) -> Tensor:
+    """float32 [out, in]: an fp8 `weight` times its `scale` ([], [1], [out, 1] or, one for each
+    block of a row, [out, blocks, 1]). `where` names the scale for the CheckpointError."""
+    numbers = weight.float()
+    if scale is None:
+        return numbers
+    scale = scale.float()
+    if scale.numel() == 1:
+        return numbers * scale.reshape(())
+    if scale.shape == (weight.shape[0], 1):
+        return numbers * scale
+    if scale.ndim == 3 and scale.shape[::2] == (weight.shape[0], 1):
+        blocks = scale.shape[1]
+        if blocks and weight.shape[1] % blocks == 0:
+            return (numbers.reshape(len(numbers), blocks, -1) * scale).reshape(weight.shape)
+    raise CheckpointError(
+        f"{where}: is {list(scale.shape)} for a weight of {list(weight.shape)}; expected one "
+        "number, one for each row, or one for each block of a row"
+    )
+
+
+def _expanded(data: Tensor, info: TensorInfo) -> Tensor:
+    import torch
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    numbers = dequantize(data.numpy(), GGMLQuantizationType[info.dtype])
+    return torch.from_numpy(numbers).reshape(info.shape)
+
+
+# ------------------------------------------------------------------------------------- recognition
+
+_Translate = Callable[[str], str]
+
+
+def _diffusers_transformer(name: str) -> str:
+    names.to_official(name)  # KeyError if it is none of ours
+    return name
+
+
+def _diffusers_vae(name: str) -> str:
+    names.vae_to_official(name, by_stage="sampler." in name)
+    return name
+
+
+def _transformers_t5(name: str) -> str:
+    if name == "encoder.embed_tokens.weight":  # the tied embedding is stored under either name
+        return "shared.weight"
+    names.t5_to_official(name)
+    return name
+
+
+_TRANSLATIONS: tuple[tuple[Part, Naming, _Translate, tuple[str, ...]], ...] = (
+    (
+        "transformer",
+        "official",
+        names.to_diffusers,
+        ("", "model.diffusion_model.", "diffusion_model."),
+    ),
+    (
+        "transformer",
+        "diffusers",
+        _diffusers_transformer,
+        ("", "model.diffusion_model.", "diffusion_model.", "transformer."),
+    ),
+    ("vae", "official", names.vae_to_diffusers, ("", "vae.", "first_stage_model.")),
+    ("vae", "diffusers", _diffusers_vae, ("", "vae.")),
+    ("text_encoder", "official", names.t5_to_transformers, ("",)),
+    (
+        "text_encoder",
+        "transformers",
+        _transformers_t5,
+        ("", "text_encoders.umt5xxl.transformer.", "text_encoder."),
+    ),
+)
+
+_RELATIVES = (
+    (r"(^|\.)vace_blocks\.", "a Wan VACE transformer"),
+    (r"(^|\.)(face_adapter|motion_encoder|pose_patch_embedding)\.", "a Wan Animate transformer"),
+    (r"(^|\.)(casual_audio_encoder|audio_injector|cond_encoder)\.", "a Wan S2V transformer"),
+    (r"(^|\.)(control_adapter|ref_conv)\.", "a Wan Fun-Control transformer"),
+    (
+        r"\.k_img\.|(^|\.)img_emb\.|\.add_k_proj\.|(^|\.)image_embedder\.",
+        "a Wan 2.1 image-to-video transformer, which has a CLIP branch",
+    ),
+)
+"""Kin of Wan 2.2 that share most of its names, by what else they have. In order: Animate has the
+CLIP branch, too."""
+
+_STRANGERS = (
+    (r"(^|\.)double_blocks\.\d", "a Flux or HunyuanVideo model"),
+    (r"(^|\.)(single_)?transformer_blocks\.\d", "a diffusers transformer of another model"),
+    (r"(^|\.)joint_blocks\.\d", "a Stable Diffusion 3 model"),
+    (r"(^|\.)(input_blocks|output_blocks)\.\d", "a Stable Diffusion 1, 2 or XL model"),
+    (r"(^|\.)(down|up)_blocks\.\d+\.(attentions|motion_modules)\.", "a diffusers U-Net"),
+    (r"(^|\.)(decoder|encoder)\.(mid|up|down)\.", "the VAE of a Stable Diffusion or Flux model"),
+    (r"(^|\.)text_model\.encoder\.", "a CLIP text encoder"),
+    (r"(^|\.)visual\.|vision_model\.", "a vision encoder"),
+    (r"(^|\.)decoder\.block\.\d", "a T5 model with a decoder"),
+    (r"(^|\.)layers\.\d+\.(self_attn|attention|mlp)\.", "a language model"),
+)
+
+_ADAPTER = re.compile(
+    r"\.(lora_(A|B|down|up)|hada_w[12]_[ab]|lokr_w[12](_[ab])?|oft_(blocks|R)|dora_scale|diff|diff_b"
+    r"|lora_magnitude_vector)(\.|$)"
+)
+
+
+def looks_like_adapter(file: TensorFile) -> bool:
+    """Whether the keys are those of a LoRA or its kin rather than of weights."""
+    return any(_ADAPTER.search(name) for name in file.tensors)
+
+
+def stranger(file: TensorFile) -> str | None:
+    """What model's file this is if not Wan 2.2's, in words; None if that can't be told."""
+    for pattern, what in (*_RELATIVES, *_STRANGERS):
+        if any(re.search(pattern, name) for name in file.tensors):
+            return what
+    return None
+
+
+def recognise(source: Path | TensorFile) -> Weights:
+    """What the file or folder `source` holds. CheckpointError if that is no component of Wan 2.2,
+    saying what it is instead as far as it can be told."""
+    file = source if isinstance(source, TensorFile) else open_tensors(source)
+    if looks_like_adapter(file):
+        raise CheckpointError(
+            f"{file.path}: is a LoRA or its kin, and the weights of a model are wanted"
+        )
+    best: tuple[int, Part, Naming, str, dict[str, StoredWeight], list[str]] | None = None
+    for part, naming, translate, prefixes in _TRANSLATIONS:
+        for prefix in prefixes:
+            entries, surplus = _translated(file, prefix, translate)
+            if entries and (best is None or len(entries) > best[0]):
+                best = (len(entries), part, naming, prefix, entries, surplus)
+    if best is None or best[0] < len(file.tensors) / 4:
+        what = stranger(file)
+        examples = ", ".join(sorted(file.tensors)[:3]) or "none at all"
+        raise CheckpointError(
+            f"{file.path}: {f'is {what}, not' if what else 'holds no weights of'} Wan 2.2"
+            f" (its tensors: {examples}); give a Wan 2.2 transformer, VAE or text encoder"
+        )
+    _, part, naming, prefix, entries, surplus = best
+    if surplus and part == "transformer" and (what := stranger(file)):
+        raise CheckpointError(f"{file.path}: is {what}; give a transformer of Wan 2.2")
+    _check_quantisation(file, entries)
+    config = _config(file, part, entries)
+    return Weights(
+        file=file,
+        part=part,
+        naming=naming,
+        prefix=prefix,
+        entries=entries,
+        surplus=tuple(name for name in surplus if not name.endswith(TOKENIZER)),
+        variant=_variant(file, part, config),
+        config=config,
+        tokenizer=next((name for name in surplus if name.endswith(TOKENIZER)), None),
+    )
+
+
+def _translated(
+    file: TensorFile, prefix: str, translate: _Translate
+) -> tuple[dict[str, StoredWeight], list[str]]:
+    """Weights by our names, and the keys that are none, if the file is read this way."""
+    entries: dict[str, StoredWeight] = {}
+    surplus: list[str] = []
+    scales: dict[str, str] = {}
+    for key, info in file.tensors.items():
+        name = key.removeprefix(prefix)
+        if name == _MARKER or name.endswith(_QUANT_NOTES):
+            continue
+        if ending := next((e for e in _SCALES if name.endswith(e)), None):
+            scales[f"{key.removesuffix(ending)}.weight"] = key
+            continue
+        try:
+            if not key.startswith(prefix):
+                raise KeyError(key)
+            entries[translate(name)] = StoredWeight(key, info)
+        except KeyError:
+            surplus.append(key)
+    for name, entry in entries.items():
+        if scale := scales.pop(entry.key, None):
+            entries[name] = StoredWeight(entry.key, entry.info, scale)
+    return entries, [*surplus, *scales.values()]
+
+
+def _check_quantisation(file: TensorFile, entries: Mapping[str, StoredWeight]) -> None:
+    """CheckpointError if the file stores weights in a way that is not known here."""
+    for entry in entries.values():
+        if entry.packing == "plain" and (
+            entry.scale is not None or entry.info.dtype[0] not in "FB" or entry.info.dtype == "BOOL"
+        ):
+            raise CheckpointError(
+                f"{file.path}: {entry.key} is stored as {entry.info.dtype}"
+                f"{' with a scale' if entry.scale else ''}, a quantisation that is not known here; "
+                "fp8_scaled and GGUF are, and float32, float16 and bfloat16"
+            )
+    formats = {str(v) for v in _formats_said(file)}
+    if unknown := sorted(formats - {"float8_e4m3fn", "float8_e5m2"}):
+        raise CheckpointError(
+            f"{file.path}: its weights are quantised as {', '.join(unknown)}, which is not known "
+            "here; float8_e4m3fn and float8_e5m2 are"
+        )
+
+
+def _formats_said(file: TensorFile) -> list[object]:
+    """The quantisation formats that the newer spelling names, in the header or in tensors."""
+    said: list[object] = []
+    text = file.metadata.get("_quantization_metadata")
+    try:
+        if text is not None:
+            said += [layer["format"] for layer in json.loads(text)["layers"].values()]
+        for name, info in file.tensors.items():
+            if name.endswith(".comfy_quant") and info.dtype == "U8" and info.elements < 4096:
+                said.append(json.loads(bytes(file.read(name).numpy().tobytes()))["format"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file.path}: its notes on quantisation are damaged ({error!r})"
+        ) from error
+    return said
+
+
+# ----------------------------------------------------------------------------------- configuration
+
+
+def _config(file: TensorFile, part: Part, entries: Mapping[str, StoredWeight]) -> dict[str, Any]:
+    """Keyword arguments of the class: from a configuration if there is one, else from shapes."""
+    shapes = {name: entry.info.shape for name, entry in entries.items()}
+    try:
+        given = _given_config(file)
+        if given is not None and "dim" not in given:  # the official one counts `dim`
+            return given
+        if part == "transformer":
+            return _transformer_config(file, shapes, given or {})
+        return _vae_config(shapes) if part == "vae" else _t5_config(shapes)
+    except KeyError as error:
+        raise CheckpointError(
+            f"{file.path}: is an incomplete {part.replace('_', ' ')}, without {error.args[0]}; "
+            "copy or download it again"
+        ) from None
+    except (IndexError, ValueError, TypeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{file.path}: has weights of impossible shapes ({error})") from error
+
+
+def _given_config(file: TensorFile) -> dict[str, Any] | None:
+    """The configuration in the header, or in config.json beside the weights."""
+    if text := file.metadata.get(CONFIG):
+        try:
+            config = json.loads(text)
+        except ValueError as error:
+            raise CheckpointError(f"{file.path}: {CONFIG} in its header is damaged") from error
+        return config if isinstance(config, dict) else None
+    beside = file.path / "config.json"
+    if not file.path.is_dir() or not beside.is_file():
+        return None
+    return read_json(beside)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model; CheckpointError if there is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: is missing; the model's folder is incomplete") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: is not readable JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: holds a {type(data).__name__}, not a JSON object")
+    return data
+
+
+def _transformer_config(
+    file: TensorFile, shapes: Mapping[str, tuple[int, ...]], official: Mapping[str, Any]
+) -> dict[str, Any]:
+    width, in_channels, *patch = shapes["patch_embedding.weight"]
+    heads = official.get("num_heads")
+    if heads is None:
+        heads, rest = divmod(width, HEAD_DIM)
+        if rest or not heads:
+            raise CheckpointError(
+                f"{file.path}: is {width} wide, and Wan's attention heads are {HEAD_DIM}; how many "
+                "heads it has can't be told without a config.json beside it"
+            )
+    numbers = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
+    embedder = "condition_embedder"
+    return {
+        "patch_size": patch,
+        "num_attention_heads": heads,
+        "attention_head_dim": width // heads,
+        "in_channels": in_channels,
+        "out_channels": shapes["proj_out.weight"][0] // prod(patch),
+        "text_dim": shapes[f"{embedder}.text_embedder.linear_1.weight"][1],
+        "freq_dim": shapes[f"{embedder}.time_embedder.linear_1.weight"][1],
+        "ffn_dim": shapes["blocks.0.ffn.net.0.proj.weight"][0],
+        "num_layers": max(numbers) + 1,
+        "eps": official.get("eps", 1e-6),
+    }
+
+
+def _vae_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    base, channels = shapes["encoder.conv_in.weight"][0], shapes["post_quant_conv.weight"][0]
+    if not any("sampler." in name for name in shapes):
+        return {"base_dim": base, "z_dim": channels}  # all else as in the class: the 2.1 VAE
+    decoder_out = shapes["decoder.conv_out.weight"][1]
+    return {
+        "base_dim": base,
+        "decoder_base_dim": decoder_out,
+        "z_dim": channels,
+        "is_residual": True,
+        "in_channels": shapes["encoder.conv_in.weight"][1],
+        "out_channels": shapes["decoder.conv_out.weight"][0],
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+        "latents_mean": list(TI2V_5B_LATENTS_MEAN),
+        "latents_std": list(TI2V_5B_LATENTS_STD),
+    }
+
+
+def _t5_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    vocabulary, width = shapes["shared.weight"]
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
+    numbers = {int(name.split(".")[2]) for name in shapes if name.startswith("encoder.block.")}
+    return {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "num_heads": heads,
+        "d_kv": shapes[f"{attention}.q.weight"][0] // heads,
+        "d_ff": shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
+        "num_layers": max(numbers) + 1,
+        "relative_attention_num_buckets": buckets,
+        "feed_forward_proj": "gated-gelu",
+    }
+
+
+def _variant(file: TensorFile, part: Part, config: Mapping[str, Any]) -> Variant | None:
+    if part == "text_encoder":
+        return None
+    if part == "vae":
+        channels = config.get("z_dim", 16)
+        fitting = [v for v in VARIANTS.values() if v.latent_channels == channels]
+        if not fitting:
+            raise CheckpointError(
+                f"{file.path}: is a VAE with {channels} latent channels; Wan 2.2 has 16 (A14B) and "
+                "48 (TI2V-5B)"
+            )
+        return fitting[0] if len(fitting) == 1 else None
+    return variant_of(config, str(file.path))
+
+
+_HIGH_LOW = re.compile(r"(high|low)[-_. ]?noise")
+
+
+def expert_in_name(path: Path) -> Literal["high", "low"] | None:
+    """The expert that a file's or folder's name says it is for: ``..._high_noise``,
+    ``...-HighNoise``, or ``high`` as a word of its own; None if it says neither, or both."""
+    stem = path.stem.lower()
+    found = set(_HIGH_LOW.findall(stem)) or {"high", "low"}.intersection(re.split(r"[^a-z]+", stem))
+    if len(found) != 1:
+        return None
+    return "high" if "high" in found else "low"

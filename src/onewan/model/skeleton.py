@@ -1,0 +1,78 @@
+"""The module that weights belong in: built without memory, checked against every name and shape.
+
+Loading and converting both start here, so that a file that lacks a weight, or has one too many, is
+refused before the first gigabyte is read, and never becomes a random initialisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+from onewan.errors import CheckpointError
+from onewan.formats.container import first_line
+from onewan.formats.weights import Weights
+
+
+def skeleton(weights: Weights) -> nn.Module:
+    """The diffusers or transformers module for `weights`: parameters on the meta device, buffers
+    (rope tables) real. CheckpointError lists missing, surplus and misshapen weights, if any."""
+    try:
+        with init_empty_weights(include_buffers=False):
+            module = _empty(weights)
+    except (TypeError, ValueError, ZeroDivisionError, RuntimeError, KeyError) as error:
+        raise CheckpointError(
+            f"{weights.path}: its configuration can't be built ({first_line(error)})"
+        ) from error
+    _check(weights, module)
+    return module
+
+
+def tied(name: str) -> bool:
+    """Whether a parameter is another name for the text encoder's embedding."""
+    return name == "encoder.embed_tokens.weight"
+
+
+def _empty(weights: Weights) -> nn.Module:
+    config: dict[str, Any] = dict(weights.config)
+    if weights.part == "transformer":
+        module = WanTransformer3DModel.from_config(config)
+    elif weights.part == "vae":
+        module = AutoencoderKLWan.from_config(config)
+    else:
+        module = UMT5EncoderModel(UMT5Config(**config))
+    assert isinstance(module, nn.Module)
+    return module
+
+
+def _check(weights: Weights, module: nn.Module) -> None:
+    shapes = {n: tuple(p.shape) for n, p in module.named_parameters() if not tied(n)}
+    found = {n: entry.info.shape for n, entry in weights.entries.items()}
+    wrong = [
+        f"{name} is {list(found[name])}, expected {list(shapes[name])}"
+        for name in sorted(shapes.keys() & found.keys())
+        if shapes[name] != found[name]
+    ]
+    problems = [
+        _listed("missing", shapes.keys() - found.keys(), ", "),
+        _listed("surplus", {*(found.keys() - shapes.keys()), *weights.surplus}, ", "),
+        _listed("of the wrong shape", wrong, "; "),
+    ]
+    if any(problems):
+        kind = weights.part.replace("_", " ")
+        raise CheckpointError(
+            f"{weights.path}: is not a whole {kind} of Wan 2.2; "
+            f"{'; '.join(p for p in problems if p)}"
+        )
+
+
+def _listed(what: str, names: Collection[str], separator: str) -> str:
+    if not names:
+        return ""
+    more = ", ..." if len(names) > 3 else ""
+    return f"{len(names)} weights {what} ({separator.join(sorted(names)[:3])}{more})"
