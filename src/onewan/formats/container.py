@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -82,15 +84,17 @@ class TensorFile:
             self.tensors |= part.tensors
             self._homes |= dict.fromkeys(part.tensors, part)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, *, stay: bool = False) -> Tensor:
         """The tensor as the file stores it, on the CPU, mapped from the file where that can be.
 
-        A quantised GGUF tensor comes as its bytes: uint8 [rows, bytes of a row]. KeyError for a
-        name that is not there.
+        A quantised GGUF tensor comes as its bytes: uint8 [rows, bytes of a row]. What is written to
+        a tensor never reaches the file. Tensors that `stay` (the weights of a model in use) share
+        one mapping of their file; others have one each, which goes with them. KeyError for a name
+        that is not there.
         """
         part = self._homes[name]
         try:
-            return part.read(name)
+            return part.read(name, stay)
         except (OSError, SafetensorError, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{part.path}: {name} can't be read ({first_line(error)}); copy or download the "
@@ -220,13 +224,17 @@ class _Part:
     metadata: dict[str, str]
     tensors: dict[str, TensorInfo]
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, stay: bool) -> Tensor:
+        # A mapping counts as ours, page by page as it is touched, until its last tensor goes: to
+        # pass through a file in little memory takes one for each tensor. To keep a model's thousand
+        # weights takes one for all, since each is as long as the file (and numpy's hold it open).
         raise NotImplementedError
 
 
 class _Safetensors(_Part):
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
+        self._open: Any = None
         try:
             with safe_open(path, framework="np") as file:
                 self.metadata = dict(file.metadata() or {})
@@ -238,22 +246,30 @@ class _Safetensors(_Part):
         except (SafetensorError, OSError, ValueError, OverflowError) as error:
             raise CheckpointError(f"{path}: {_safetensors_fault(path, size, error)}") from error
 
-    def read(self, name: str) -> Tensor:
-        # Opened for each tensor: the mapping is shared by all tensors of one opening, and what was
-        # touched of it counts as ours until the last of them goes.
-        with safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(name)
+    def read(self, name: str, stay: bool) -> Tensor:
+        if not stay:
+            with safe_open(self.path, framework="pt") as file:
+                return file.get_tensor(name)
+        if self._open is None:
+            self._open = safe_open(self.path, framework="pt")
+        return self._open.get_tensor(name)
 
 
 def _safetensors_fault(path: Path, size: int, error: BaseException) -> str:
     """Why `path`, of `size` bytes, is no safetensors file: what it claims against what is there."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 10 or length > size - 8:
-            claim = f"a header of {length} bytes" if size >= 8 else "a header"
+        if size < 10 or file.read(1) != b"{":
+            file.seek(0)
             return (
-                f"is not a whole safetensors file: should begin with {claim}, and has {size} bytes "
-                "in all; copy or download it again"
+                "is not a safetensors, GGUF or PyTorch file (it begins with "
+                f"{file.read(12)!r}); give a file of weights"
+            )
+        file.seek(8)
+        if length > size - 8:
+            return (
+                f"is not a whole safetensors file: should begin with a header of {length} bytes, "
+                f"and has {size} bytes in all; copy or download it again"
             )
         try:
             header = json.loads(file.read(length))
@@ -282,6 +298,7 @@ class _Pickle(_Part):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metadata = {}
+        self._mapped = zipfile.is_zipfile(path) and path.suffix.lower() != ".safetensors"
         self._whole: Mapping[str, Tensor] | None = None
         tensors = self._load()
         self.tensors = {
@@ -289,11 +306,14 @@ class _Pickle(_Part):
             for name, tensor in tensors.items()
         }
 
-    def read(self, name: str) -> Tensor:
-        return self._load()[name]
+    def read(self, name: str, stay: bool) -> Tensor:
+        tensors = self._load()
+        if stay:
+            self._whole = tensors
+        return tensors[name]
 
     def _load(self) -> Mapping[str, Tensor]:
-        """All tensors, mapped from the file; anew each time, for the reason above."""
+        """All tensors, mapped from the file."""
         if self._whole is not None:
             return self._whole
         import pickle
@@ -301,22 +321,15 @@ class _Pickle(_Part):
         import torch
 
         try:
-            try:
-                data = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap" not in str(error):
-                    raise
-                # The format before PyTorch 1.6, which can't be mapped.
-                data = torch.load(self.path, map_location="cpu", weights_only=True)
-                self._whole = data
+            data = self._unpickled()
         except pickle.UnpicklingError as error:
-            wanted = re.search(r"(?:GLOBAL|function|class|global) (\S+)", str(error))
+            wanted = re.search(r"GLOBAL (\S+)", str(error))
             what = f", {wanted[1]}" if wanted else ""
             raise CheckpointError(
                 f"{self.path}: is a pickle that holds more than tensors{what}; loading it could "
                 "run code, so it was not loaded; get the weights as safetensors"
             ) from error
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # a damaged pickle makes it raise anything
             raise CheckpointError(
                 f"{self.path}: is not a whole PyTorch file ({first_line(error)}); "
                 "copy or download it again"
@@ -329,9 +342,25 @@ class _Pickle(_Part):
             raise CheckpointError(
                 f"{self.path}: holds {type(data).__name__}, not a dictionary of tensors by name"
             )
-        if self._whole is not None:
+        if not self._mapped:
             self._whole = data
         return data
+
+    def _unpickled(self) -> Any:
+        """What the file holds; PyTorch's own unpickler makes tensors and plain data, nothing else.
+
+        The format before PyTorch 1.6 can't be mapped, nor can a file that is called .safetensors:
+        PyTorch would go by the name.
+        """
+        import torch
+
+        with warnings.catch_warnings():
+            # About the version of a damaged pickle, in words for programmers.
+            warnings.simplefilter("ignore", UserWarning)
+            if self._mapped:
+                return torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            with self.path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _safetensors_dtype(tensor: Tensor) -> str:
@@ -347,25 +376,43 @@ def _safetensors_dtype(tensor: Tensor) -> str:
 class _Gguf(_Part):
     def __init__(self, path: Path) -> None:
         self.path = path
-        reader = self._reader()
-        self.metadata = _gguf_metadata(reader)
+        self._bytes: Any = None
+        reader, self.metadata = self._header()
         self._places: dict[str, tuple[int, tuple[int, ...], str]] = {}
         self.tensors = {}
         for tensor in reader.tensors:
-            dtype = tensor.tensor_type.name
-            kept = self.metadata.get(_GGUF_SHAPE + tensor.name)
-            shape = json.loads(kept) if kept else tensor.shape.tolist()[::-1]
-            self.tensors[tensor.name] = TensorInfo(tuple(map(int, shape)), dtype)
-            data = tensor.data
-            self._places[tensor.name] = (tensor.data_offset, data.shape, str(data.dtype))
+            name, data = tensor.name, tensor.data
+            shape = tuple(tensor.shape.tolist()[::-1])
+            if kept := self.metadata.get(_GGUF_SHAPE + name):
+                shape = self._kept_shape(name, kept, prod(shape))
+            self.tensors[name] = TensorInfo(shape, tensor.tensor_type.name)
+            self._places[name] = (tensor.data_offset, data.shape, str(data.dtype))
 
-    def read(self, name: str) -> Tensor:
+    def _kept_shape(self, name: str, text: str, elements: int) -> tuple[int, ...]:
+        try:
+            shape = tuple(int(side) for side in json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{self.path}: {_GGUF_SHAPE}{name} is {text}") from error
+        if prod(shape) != elements or min(shape, default=0) < 0:
+            raise CheckpointError(
+                f"{self.path}: {_GGUF_SHAPE}{name} is {text}, and the tensor has {elements} "
+                "elements; get the file anew"
+            )
+        return shape
+
+    def read(self, name: str, stay: bool) -> Tensor:
         import numpy as np
         import torch
 
         offset, shape, dtype = self._places[name]
-        # Copy on write: PyTorch takes no read-only arrays, and nobody writes to the file.
-        data = np.memmap(self.path, dtype=dtype, mode="c", offset=offset, shape=shape)
+        # Copy on write: PyTorch takes no read-only arrays.
+        if stay:
+            if self._bytes is None:
+                self._bytes = np.memmap(self.path, dtype=np.uint8, mode="c")
+            end = offset + prod(shape) * np.dtype(dtype).itemsize
+            data = self._bytes[offset:end].view(dtype).reshape(shape)
+        else:
+            data = np.memmap(self.path, dtype=dtype, mode="c", offset=offset, shape=shape)
         tensor = torch.from_numpy(data)
         info = self.tensors[name]
         if info.quantised:
@@ -374,7 +421,9 @@ class _Gguf(_Part):
             tensor = tensor.view(torch.bfloat16)
         return tensor.reshape(info.shape)
 
-    def _reader(self) -> GGUFReader:
+    def _header(self) -> tuple[GGUFReader, dict[str, str]]:
+        import numpy as np
+
         try:
             from gguf import GGUFReader
         except ImportError:
@@ -382,9 +431,23 @@ class _Gguf(_Part):
                 f"{self.path}: is a GGUF file; install the package that reads them: "
                 "pip install gguf"
             ) from None
+
+        class Bounded(GGUFReader):
+            """The library reads past the end as nothing, and would count an absurd number of
+            nothings to its end."""
+
+            def _get(
+                self, offset: int, dtype: Any, count: int = 1, override_order: Any = None
+            ) -> Any:
+                end = int(offset) + np.dtype(dtype).itemsize * int(count)
+                if end > len(self.data):
+                    raise ValueError(f"its header points to byte {end} of {len(self.data)}")
+                return super()._get(offset, dtype, count, override_order)
+
         try:
-            return GGUFReader(self.path)
-        except (ValueError, KeyError, IndexError, OverflowError, TypeError, MemoryError) as error:
+            reader = Bounded(self.path)
+            return reader, _gguf_metadata(reader)
+        except Exception as error:  # it trusts every number in the file
             raise CheckpointError(
                 f"{self.path}: is not a whole GGUF file ({first_line(error)}); "
                 "copy or download it again"
