@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -27,8 +28,10 @@ from onewan.adapters.lora import (
     load_adapter_weights,
 )
 from onewan.adapters.select import MODULES, select_modules
-from onewan.checkpoint.export import WanModelSaver, expert_of, read_lora
+from onewan.checkpoint.export import WanModelSaver, expert_of
 from onewan.errors import CheckpointError
+from onewan.formats.lora import WanShape
+from onewan.formats.lora_files import AdapterFile, read_adapter
 from onewan.formats.names import to_diffusers, to_official
 from onewan.model.load import WanModelLoader
 from onewan.variants import VARIANTS, Expert
@@ -58,14 +61,23 @@ def export(transformer: WanTransformer3DModel, spec: LoraSpec, path: Path, **cha
     arguments = {
         "format": "comfyui",
         "dtype": torch.float32,
-        "rank": spec.rank,
-        "alpha": spec.alpha,
         "peft_config": spec.peft_config().to_dict(),
+        "shape": WanShape.of_config(transformer.config),
         "facts": {"variant": "t2v-a14b", "expert": "low", "steps": 500},
         "date": DATE,
     }
     weights = changes.pop("weights", None) or adapter_weights(transformer)
-    return WanModelSaver().save_lora(weights, path, **{**arguments, **changes})
+    assert WanModelSaver().save_lora(weights, path, **{**arguments, **changes}) == []
+    return path
+
+
+def weights_of(file: AdapterFile) -> dict[str, torch.Tensor]:
+    """Under PEFT's names."""
+    return {
+        f"{module}.{part}.weight": tensor
+        for module, adapter in file.modules.items()
+        for part, tensor in adapter.tensors.items()
+    }
 
 
 @torch.no_grad()
@@ -88,7 +100,7 @@ def assert_same_effect(got: torch.Tensor, want: torch.Tensor, base: torch.Tensor
     assert (got - want).norm() < 1e-5 * effect
 
 
-@pytest.mark.parametrize("format", ["comfyui", "diffusers"])
+@pytest.mark.parametrize("format", ["comfyui", "diffusers", "kohya"])
 @pytest.mark.parametrize(
     ("expert", "spec"),
     [(HIGH, WHOLE), (LOW, WHOLE), (HIGH, CROSS), (LOW, PART)],
@@ -146,7 +158,7 @@ def test_diffusers_file_is_what_diffusers_itself_writes(tiny_model, tmp_path):
     settings = {
         "r": 3,
         "lora_alpha": 1,
-        "target_modules": r"blocks\.(1)\.(attn1\.to_q|ffn\.net\.2)",
+        "target_modules": ["blocks.1.attn1.to_q", "blocks.1.ffn.net.2"],
         "rank_pattern": {},
         "alpha_pattern": {},
         "use_dora": False,
@@ -196,6 +208,7 @@ def test_header_says_what_the_file_is(tiny_model, tmp_path):
         "onewan.expert": "low",
         "onewan.steps": "500",
         "onewan.format": "comfyui",
+        "onewan.kind": "lora",
         "onewan.rank": "3",
         "onewan.alpha": "1.0",
     }
@@ -236,14 +249,15 @@ def test_model_spec_resources(name, architecture):
 
 def test_bfloat16_is_the_nearest(tiny_model, tmp_path):
     transformer = trained(tiny_model("t2v-a14b"), LOW, PART)
-    lora = read_lora(
-        export(transformer, PART, tmp_path / "x.safetensors", dtype=torch.bfloat16, alpha=0.1)
-    )
-    assert set(lora.alphas.values()) == {torch.tensor(0.1).item()}  # float32 whatever the weights
+    spec = replace(PART, alpha=0.1)
+    lora = read_adapter(export(transformer, spec, tmp_path / "x.safetensors", dtype=torch.bfloat16))
+    alphas = {adapter.alpha for adapter in lora.modules.values()}
+    assert alphas == {torch.tensor(0.1).item()}  # float32 whatever the weights
     for name, weight in adapter_weights(transformer).items():
-        assert lora.weights[name].dtype == torch.bfloat16
+        found = weights_of(lora)[name]
+        assert found.dtype == torch.bfloat16
         # 8 bits of significand: half a unit in the last place is 2^-9 of the power of two below.
-        assert ((lora.weights[name].float() - weight).abs() <= weight.abs() * 2**-8).all()
+        assert ((found.float() - weight).abs() <= weight.abs() * 2**-8).all()
 
 
 def test_a_weight_beyond_float16_is_refused(tiny_model, tmp_path):
@@ -262,8 +276,9 @@ def test_views_of_one_storage_are_exported(tiny_model, tmp_path):
     first, second = (n for n in weights if n.endswith("attn1.to_q.lora_A.weight") or "to_q" in n)
     shared = torch.arange(3 * 64, dtype=torch.float32)
     weights[first], weights[second] = shared.view(3, 64), shared.view(3, 64).T
-    lora = read_lora(export(transformer, PART, tmp_path / "x.safetensors", weights=weights))
-    assert torch.equal(lora.weights[second], lora.weights[first].T)
+    path = export(transformer, PART, tmp_path / "x.safetensors", weights=weights)
+    found = weights_of(read_adapter(path))
+    assert torch.equal(found[second], found[first].T)
 
 
 @pytest.mark.parametrize("place", ["header", "tensors"])
@@ -279,7 +294,7 @@ def test_a_disk_that_flips_a_bit_is_found_out(tiny_model, tmp_path, monkeypatch,
         content[where] ^= 1
         file.write_bytes(content)
 
-    monkeypatch.setattr("onewan.checkpoint.export.sync", faulty_sync)
+    monkeypatch.setattr("onewan.formats.write.sync", faulty_sync)
     with pytest.raises(CheckpointError, match="reads back different"):
         export(transformer, PART, path)
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
@@ -296,24 +311,25 @@ def test_a_folder_that_is_a_file_is_named(tiny_model, tmp_path):
 # ------------------------------------------------------------------------------------------ reading
 
 
-@pytest.mark.parametrize("format", ["comfyui", "diffusers"])
+@pytest.mark.parametrize("format", ["comfyui", "diffusers", "kohya"])
 @pytest.mark.parametrize("spec", [WHOLE, PART], ids=["whole", "part"])
-def test_read_lora_gives_back_what_was_saved(tiny_model, tmp_path, spec, format):
+def test_what_was_saved_is_read_back(tiny_model, tmp_path, spec, format):
     folder = tiny_model("t2v-a14b")
     transformer = trained(folder, LOW, spec)
-    lora = read_lora(export(transformer, spec, tmp_path / "x.safetensors", format=format))
+    lora = read_adapter(export(transformer, spec, tmp_path / "x.safetensors", format=format))
     weights = adapter_weights(transformer)
-    assert lora.format == format
-    assert lora.weights.keys() == weights.keys()
-    assert all(torch.equal(lora.weights[name], weights[name]) for name in weights)
+    assert lora.layout.spelling == format
+    assert lora.layout.trainer == "onewan"
+    assert weights_of(lora).keys() == weights.keys()
+    assert all(torch.equal(weights_of(lora)[name], weights[name]) for name in weights)
     modules = {f"blocks.{n}.{m}" for n in spec.layers for m in spec.modules}
-    assert lora.ranks == dict.fromkeys(modules, spec.rank)
-    assert lora.alphas == dict.fromkeys(modules, spec.alpha)
+    assert {m: a.rank for m, a in lora.modules.items()} == dict.fromkeys(modules, spec.rank)
+    assert {m: a.alpha for m, a in lora.modules.items()} == dict.fromkeys(modules, spec.alpha)
 
     fresh = trained(folder, LOW, spec)
     for parameter in adapter_parameters(fresh).values():
         parameter.data.zero_()
-    load_adapter_weights(fresh, lora.weights, str(lora.path))
+    load_adapter_weights(fresh, weights_of(lora), str(lora.path))
     assert torch.equal(velocity(fresh), velocity(transformer))
 
 
@@ -326,9 +342,10 @@ def test_down_up_and_no_alpha_are_read(tiny_model, tmp_path):
         if not name.endswith(".alpha")
     }
     save_file(respelled, tmp_path / "y.safetensors")
-    lora = read_lora(tmp_path / "y.safetensors")
-    assert all(torch.equal(lora.weights[n], w) for n, w in adapter_weights(transformer).items())
-    assert set(lora.alphas.values()) == {float(PART.rank)}
+    lora = read_adapter(tmp_path / "y.safetensors")
+    found = weights_of(lora)
+    assert all(torch.equal(found[n], w) for n, w in adapter_weights(transformer).items())
+    assert {adapter.scale for adapter in lora.modules.values()} == {1.0}
 
 
 @pytest.mark.parametrize("format", ["comfyui", "diffusers"])
@@ -358,17 +375,15 @@ def test_ranks_and_alphas_may_differ_by_module(tiny_model, tmp_path, format):
     path = tmp_path / "x.safetensors"
     save_file(file, path, {"lora_adapter_metadata": json.dumps(settings)} if settings else None)
 
-    lora = read_lora(path)
-    assert lora.ranks == ranks
-    assert lora.alphas == alphas
+    lora = read_adapter(path)
+    assert lora.layout.ranks == ranks
+    assert {module: adapter.alpha for module, adapter in lora.modules.items()} == alphas
     transformer = WanModelLoader().load(folder, components=["transformer"]).transformer
     base = velocity(transformer)
-    config = LoraConfig(
-        rank_pattern=lora.ranks, alpha_pattern=lora.alphas, target_modules=list(lora.ranks)
-    )
+    config = LoraConfig(rank_pattern=ranks, alpha_pattern=alphas, target_modules=list(ranks))
     inject_adapter_in_model(config, transformer)
     transformer.peft_config = {"default": config}
-    load_adapter_weights(transformer, lora.weights, str(path))
+    load_adapter_weights(transformer, weights_of(lora), str(path))
 
     pipeline = experts_pipeline(folder)
     pipeline.load_lora_weights(tmp_path, weight_name=path.name)
@@ -382,23 +397,41 @@ GOOD = {f"{Q}.lora_A.weight": torch.ones(4, 8), f"{Q}.lora_B.weight": torch.ones
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({}, "0 of 0 keys"),
-        ({"lora_unet_down_blocks_0_attn.lora_down.weight": torch.ones(4, 8)}, "lora_unet_down"),
-        ({"transformer_2.blocks.0.attn1.to_q.lora_A.weight": torch.ones(4, 8)}, "transformer_2"),
-        ({**GOOD, "blocks.0.attn1.to_q.lora_A.weight": torch.ones(4, 8)}, "1 of 3 keys"),
-        ({**GOOD, f"{Q}.diff_b": torch.ones(8)}, r"self_attn\.q\.diff_b"),
-        ({**GOOD, f"{Q}.dora_scale": torch.ones(8, 1)}, "dora_scale"),
+        ({}, "holds no tensors"),
+        ({"blocks.0.attn1.to_q.weight": torch.ones(8, 8)}, "1 tensors, none of a LoRA, such as"),
+        (
+            {"lora_unet_down_blocks_0_attn.lora_down.weight": torch.ones(4, 8)},
+            "of Stable Diffusion, such as lora_unet_down",
+        ),
+        (
+            {"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(4, 8)},
+            "of Flux or HunyuanVideo",
+        ),
         (
             {k.replace("self_attn.q", "cross_attn.k_img"): v for k, v in GOOD.items()},
-            r"2 of 2 keys .*k_img",
+            r"2 of 2 keys .* Wan 2\.1 I2V .*k_img",
         ),
-        ({k.replace("self_attn.q", "attn1.to_q"): v for k, v in GOOD.items()}, "2 of 2 keys"),
+        ({**GOOD, "blocks.0.attn1.to_q.lora_A.weight": torch.ones(4, 8)}, "1 of 3 keys"),
+        ({**GOOD, f"{Q}.lora_down.weight": torch.ones(4, 8)}, r"attn1\.to_q has lora_A twice"),
+        ({**GOOD, f"{Q}.hada_w1_a": torch.ones(4, 8)}, r"to_q mixes hada_w1_a and lora_A"),
+        ({**GOOD, f"{Q}.diff": torch.ones(8, 8)}, r"to_q mixes diff and lora_A"),
+        (
+            {**GOOD, f"{Q}.dora_scale": torch.ones(4, 1)},
+            r"magnitude \[4, 1\], which fits neither 8",
+        ),
+        ({f"{Q}.lokr_t2": torch.ones(4, 8)}, r"1 of 1 keys .*lokr_t2"),
+        ({f"{Q}.lokr_w1": torch.ones(4, 8)}, "lacks lokr_w2"),
+        ({f"{Q}.hada_w1_a": torch.ones(4, 8)}, "lacks hada_w1_b"),
+        ({f"{Q}.oft_blocks": torch.ones(2, 4, 3)}, r"oft_blocks \[2, 4, 3\], not \[blocks"),
+        ({f"{Q}.oft_R.weight": torch.ones(2, 5)}, r"oft_R \[2, 5\], not"),
         ({k.replace(".self_attn.q", ""): v for k, v in GOOD.items()}, "2 of 2 keys"),
-        ({f"{Q}.alpha": torch.tensor(4.0)}, "lacks lora_A and lora_B"),
+        ({k.replace("blocks.0", "blocks.x"): v for k, v in GOOD.items()}, "2 of 2 keys"),
+        ({f"{Q}.alpha": torch.tensor(4.0)}, r"to_q has alpha without weights"),
         ({f"{Q}.lora_A.weight": torch.ones(4, 8)}, "lacks lora_B"),
+        ({f"{Q}.lora_B.weight": torch.ones(8, 4)}, "lacks lora_A"),
         ({**GOOD, f"{Q}.lora_B.weight": torch.ones(8, 5)}, r"\[4, 8\] and lora_B \[8, 5\]"),
         ({**GOOD, f"{Q}.lora_B.weight": torch.ones(8, 4, 1)}, r"lora_B \[8, 4, 1\]"),
-        ({**GOOD, f"{Q}.lora_B.weight": torch.ones(8, 4, dtype=torch.int8)}, "int8"),
+        ({**GOOD, f"{Q}.lora_B.weight": torch.ones(8, 4, dtype=torch.int8)}, "lora_B as I8"),
         ({**GOOD, f"{Q}.alpha": torch.ones(2)}, r"alpha of shape \[2\]"),
     ],
 )
@@ -406,7 +439,7 @@ def test_other_files_are_refused_by_name(tmp_path, tensors, message):
     path = tmp_path / "bad.safetensors"
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match=rf"bad\.safetensors: .*{message}"):
-        read_lora(path)
+        read_adapter(path)
 
 
 @pytest.mark.parametrize("cut", [0, 5, 100, -1])
@@ -414,19 +447,19 @@ def test_truncated_files_are_refused(tiny_model, tmp_path, cut):
     transformer = trained(tiny_model("t2v-a14b"), LOW, PART)
     path = export(transformer, PART, tmp_path / "x.safetensors")
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(CheckpointError, match="is not a whole safetensors file"):
-        read_lora(path)
+    with pytest.raises(CheckpointError, match=r"is (empty|not a (whole )?safetensors)"):
+        read_adapter(path)
 
 
 def test_a_missing_file_and_a_damaged_header_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="there is no such file"):
-        read_lora(tmp_path / "none.safetensors")
+        read_adapter(tmp_path / "none.safetensors")
     path = tmp_path / "x.safetensors"
     tensors = {k.replace(Q, "transformer.blocks.0.attn1.to_q"): v for k, v in GOOD.items()}
     for damage in ("{", "[]", '{"transformer.r": 4}', '{"transformer.lora_alpha": "much"}'):
         save_file(tensors, path, {"lora_adapter_metadata": damage})
         with pytest.raises(CheckpointError, match="lora_adapter_metadata in its header is damaged"):
-            read_lora(path)
+            read_adapter(path)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from onewan.adapters.lora import (
 )
 from onewan.adapters.select import select_layers, select_modules
 from onewan.errors import CheckpointError, ConfigError
+from onewan.formats.lora_files import peft_adapter
 from onewan.model.experts import predict_velocity
 from onewan.model.precision import keep_float32_islands
 
@@ -111,9 +112,9 @@ def test_weights_go_out_and_back(base: WanTransformer3DModel) -> None:
 def test_finished_adapters_add_up(base: WanTransformer3DModel) -> None:
     """Applied, with its own alpha; a second one, of other ranks, comes on top."""
     model = trained(base)
-    alphas = {f"blocks.{i}.{m}": SPEC.alpha for i in SPEC.layers for m in SPEC.modules}
     applied = copy.deepcopy(base)
-    apply_lora(applied, adapter_weights(model), alphas, "one")
+    settings = SPEC.peft_config().to_dict()
+    apply_lora(applied, peft_adapter(adapter_weights(model), settings), "one")
     torch.testing.assert_close(output(applied), output(model))
     second = {
         "blocks.1.attn2.to_k.lora_A.weight": torch.randn(2, 32),
@@ -121,7 +122,8 @@ def test_finished_adapters_add_up(base: WanTransformer3DModel) -> None:
         "blocks.0.attn1.to_q.lora_A.weight": torch.randn(3, 32),
         "blocks.0.attn1.to_q.lora_B.weight": torch.randn(32, 3),
     }
-    apply_lora(applied, second, {"blocks.1.attn2.to_k": 4.0, "blocks.0.attn1.to_q": 3.0}, "two")
+    alphas = {"blocks.1.attn2.to_k": 4.0, "blocks.0.attn1.to_q": 3.0}
+    apply_lora(applied, peft_adapter(second, {"alpha": 1.0, "alpha_pattern": alphas}), "two")
     merged = copy.deepcopy(base)
     for weights, scale in ((adapter_weights(model), 2.0), (second, None)):
         for key in [k for k in weights if "lora_A" in k]:
@@ -133,15 +135,18 @@ def test_finished_adapters_add_up(base: WanTransformer3DModel) -> None:
 
 
 def test_an_adapter_of_another_model_is_refused(base: WanTransformer3DModel) -> None:
-    deep = {"blocks.7.attn1.to_q.lora_A.weight": torch.ones(2, 32)}
+    deep = {
+        "blocks.7.attn1.to_q.lora_A.weight": torch.ones(2, 32),
+        "blocks.7.attn1.to_q.lora_B.weight": torch.ones(32, 2),
+    }
     with pytest.raises(CheckpointError, match=r"has no layer blocks\.7\.attn1\.to_q"):
-        apply_lora(copy.deepcopy(base), deep, {}, "file")
+        apply_lora(copy.deepcopy(base), peft_adapter(deep, {}), "file")
     wide = {
         "blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 48),
         "blocks.0.attn1.to_q.lora_B.weight": torch.ones(48, 2),
     }
     with pytest.raises(CheckpointError, match="file: does not fit the model"):
-        apply_lora(copy.deepcopy(base), wide, {"blocks.0.attn1.to_q": 2.0}, "file")
+        apply_lora(copy.deepcopy(base), peft_adapter(wide, {}), "file")
 
 
 def test_layers_that_are_not_there() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -19,6 +20,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from onewan.errors import CheckpointError
+from onewan.formats.adapter import ModuleAdapter
+from onewan.model.packed import PackedLinear
 from onewan.seeds import derive_seed
 
 _ADAPTER = "default"
@@ -71,35 +74,50 @@ def attach_lora(transformer: WanTransformer3DModel, spec: LoraSpec, seed: int, n
 
 
 def apply_lora(
-    transformer: WanTransformer3DModel,
-    weights: Mapping[str, Tensor],
-    alphas: Mapping[str, float],
-    name: str,
+    transformer: WanTransformer3DModel, modules: Mapping[str, ModuleAdapter], name: str
 ) -> None:
-    """Add a finished adapter to `transformer`, beside those it may have already.
+    """Add a finished adapter, of any kind, to `transformer`, beside those it may have already.
 
-    `weights` are named as `adapter_weights` names them, `alphas` are by module; ranks may differ
-    from module to module. `name` tells the adapters of one transformer apart.
+    Plain LoRAs stay beside the weights, in float32; ranks and alphas may differ from module to
+    module. What other kinds and differences add goes into the weights and biases themselves.
+    `name` tells the adapters of one transformer apart.
     """
-    ranks = {
-        key.removesuffix(".lora_A.weight"): tensor.shape[0]
-        for key, tensor in weights.items()
-        if key.endswith(".lora_A.weight")
-    }
     linears = {n for n, m in transformer.named_modules() if isinstance(m, nn.Linear | LoraLayer)}
-    if absent := sorted(ranks.keys() - linears):
+    plain = {
+        module: adapter
+        for module, adapter in modules.items()
+        if adapter.kind == "lora" and adapter.bias_difference() is None
+    }
+    if absent := sorted(plain.keys() - linears):
         raise CheckpointError(
             f"{name}: the model has no layer {', '.join(absent[:3])}; the LoRA is of another model"
         )
+    for module in modules.keys() - plain.keys():
+        _merge(transformer, module, modules[module], name)
+    if plain:
+        _attach(transformer, plain, name)
+
+
+def _attach(
+    transformer: WanTransformer3DModel, modules: Mapping[str, ModuleAdapter], name: str
+) -> None:
+    """Add plain LoRAs on linear layers through PEFT."""
+    ranks = {module: int(adapter.rank or 0) for module, adapter in modules.items()}
+    alphas = {module: adapter.scale * ranks[module] for module, adapter in modules.items()}
+    weights = {
+        f"{module}.{part}.weight": tensor
+        for module, adapter in modules.items()
+        for part, tensor in adapter.tensors.items()
+    }
     config = LoraConfig(
         r=next(iter(ranks.values())),
         target_modules=sorted(ranks),
         rank_pattern=ranks,
-        alpha_pattern=dict(alphas),
+        alpha_pattern=alphas,
     )
     try:
         transformer.add_adapter(config, adapter_name=name)
-        result = set_peft_model_state_dict(transformer, dict(weights), adapter_name=name)
+        result = set_peft_model_state_dict(transformer, weights, adapter_name=name)
     except RuntimeError as error:  # torch's word for a wrong shape
         raise CheckpointError(f"{name}: does not fit the model ({error})") from error
     assert not result.unexpected_keys, result.unexpected_keys
@@ -107,6 +125,35 @@ def apply_lora(
     for layer in transformer.modules():
         if isinstance(layer, LoraLayer):
             layer.cast_input_dtype_enabled = False
+
+
+@torch.no_grad()
+def _merge(
+    transformer: WanTransformer3DModel, module: str, adapter: ModuleAdapter, name: str
+) -> None:
+    """Add what `adapter` adds to the weight and bias of a layer, computed in float32."""
+    parent, _, last = module.rpartition(".")
+    try:
+        owner: Any = getattr(transformer.get_submodule(parent), last)
+        if isinstance(owner, LoraLayer):
+            owner = owner.get_base_layer()
+        if isinstance(owner, PackedLinear):
+            raise CheckpointError(
+                f"{name}: changes the weights of {module} themselves, which this model keeps "
+                "quantised; load it with its weights expanded (model.quantised: expand)"
+            )
+        weight: Tensor = getattr(owner, "weight", owner)  # a table is a parameter itself
+        added = adapter.difference(weight.cpu())
+        if added is not None:
+            weight += added.to(weight.device)
+        if (bias := adapter.bias_difference()) is not None:
+            owner.bias += bias.to(owner.bias.device)
+    except AttributeError:
+        raise CheckpointError(
+            f"{name}: the model has no layer {module}; the LoRA is of another model"
+        ) from None
+    except (RuntimeError, TypeError) as error:  # torch's word for a wrong shape, None for a bias
+        raise CheckpointError(f"{name}: does not fit the model at {module} ({error})") from error
 
 
 def adapter_parameters(transformer: WanTransformer3DModel) -> dict[str, nn.Parameter]:

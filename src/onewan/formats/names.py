@@ -71,6 +71,19 @@ def to_diffusers(name: str) -> str:
     return _renamed(name, _OUTSIDE_BLOCKS_BACK, _IN_BLOCK_BACK)
 
 
+def transformer_names(num_layers: int) -> set[str]:
+    """diffusers' names of all tensors of a Wan 2.2 transformer with so many blocks."""
+    modules = [m for m in _OUTSIDE_BLOCKS if m != "scale_shift_table"]
+    inside = [m for m in _IN_BLOCK if m != "scale_shift_table"]
+    modules += [f"blocks.{n}.{m}" for n in range(num_layers) for m in inside]
+    tables = ["scale_shift_table", *(f"blocks.{n}.scale_shift_table" for n in range(num_layers))]
+    return {
+        *(f"{m}.weight" for m in modules),
+        *(f"{m}.bias" for m in modules if not m.endswith((".norm_q", ".norm_k"))),
+        *tables,
+    }
+
+
 # ---------------------------------------------------------------------------------------------- VAE
 
 _RESIDUAL = {

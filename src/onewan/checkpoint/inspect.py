@@ -1,0 +1,413 @@
+"""What is this file? Told from headers alone, without torch, in the time it takes to read them.
+
+`inspect` never refuses a file for being the wrong one: another model's file and rubbish get a
+report that says so. Nothing is loaded, so a file can be whole and its numbers nonsense.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from onewan.checkpoint.readers import Reader, readers_of_adapter, readers_of_weights
+from onewan.errors import CheckpointError
+from onewan.formats.container import TensorFile, open_tensors
+from onewan.formats.embedding import looks_like_embedding
+from onewan.formats.lora import AdapterLayout, WanShape, layout_of
+from onewan.formats.names import transformer_names
+from onewan.formats.weights import (
+    Weights,
+    expert_in_name,
+    looks_like_adapter,
+    recognise,
+    stranger,
+)
+from onewan.model.sources import Placed, layout
+from onewan.variants import VARIANTS, ExpertName, Variant
+
+_CONTAINERS = {"safetensors": "safetensors", "gguf": "GGUF", "pickle": "PyTorch pickle"}
+_TITLES = {"transformer": "transformer", "vae": "VAE", "text_encoder": "text encoder (UMT5-XXL)"}
+_KINDS = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT"}
+_LONG = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a file or folder is."""
+
+    path: Path
+    kind: str
+    """``model``, ``transformer``, ``vae``, ``text_encoder``, ``adapter``, ``embedding``, ``other``
+    (of another model) or ``unreadable``."""
+    what: str
+    """The same in words."""
+    variant: str | None = None
+    expert: ExpertName | None = None
+    expert_told_by: str | None = None
+    """``header``, ``keys``, ``folder`` or ``name``: how far it can be trusted."""
+    container: str | None = None
+    files: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Bytes by file name."""
+    names: str | None = None
+    """Whose names the tensors have: ``official``, ``diffusers`` or ``transformers``; a spelling of
+    an adapter."""
+    prefix: str = ""
+    quantisation: str | None = None
+    dtypes: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Parameters by type."""
+    parameters: int = 0
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    adapter: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Of an adapter: kinds, ranks, alphas, modules, blocks, trainer."""
+    readers: tuple[Reader, ...] = ()
+    problems: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    components: tuple[Report, ...] = ()
+    """Of a whole model."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as plain data; `inspect --json` prints it."""
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "what": self.what,
+            "variant": self.variant,
+            "expert": self.expert,
+            "expert_told_by": self.expert_told_by,
+            "container": self.container,
+            "files": dict(self.files),
+            "bytes": sum(self.files.values()),
+            "names": self.names,
+            "prefix": self.prefix,
+            "quantisation": self.quantisation,
+            "dtypes": dict(self.dtypes),
+            "parameters": self.parameters,
+            "config": dict(self.config),
+            "adapter": dict(self.adapter),
+            "programs": {r.program: {"reads": r.reads, "note": r.why} for r in self.readers},
+            "problems": list(self.problems),
+            "metadata": dict(self.metadata),
+            "components": [component.as_json() for component in self.components],
+        }
+
+    def lines(self) -> Iterator[str]:
+        """The report for people, line by line."""
+        yield f"{self.path}: {self.what}"
+        for label, text in self._rows():
+            yield f"  {label:<12} {text}"
+        for component in self.components:
+            yield ""
+            yield from component.lines()
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        if self.files:
+            size = _size(sum(self.files.values()))
+            count = f", {len(self.files)} files" if len(self.files) > 1 else ""
+            yield "file", f"{_CONTAINERS.get(self.container or '', self.container)}, {size}{count}"
+        if self.names:
+            prefix = f" under {self.prefix}" if self.prefix and self.kind != "adapter" else ""
+            yield "names", f"{self.names}{prefix}"
+        if self.parameters:
+            types = ", ".join(f"{_count(n)} {dtype}" for dtype, n in self.dtypes.items())
+            stored = "" if self.quantisation in (None, "none") else f"; {self.quantisation}"
+            yield "parameters", f"{_count(self.parameters)} ({types}{stored})"
+        if self.config:
+            yield "built as", _architecture(self.kind, self.config)
+        for label, value in self.adapter.items():
+            if value not in (None, [], {}):
+                yield label, _short(value)
+        reading = [r.program + (f" ({r.why})" if r.why else "") for r in self.readers if r.reads]
+        if self.readers:
+            yield (
+                "read by",
+                "; ".join([*reading, "onewan"] if not self.problems else reading or ["none"]),
+            )
+        for reader in self.readers:
+            if not reader.reads:
+                yield "not by", f"{reader.program}: {reader.why}"
+        for problem in self.problems:
+            yield "problem", problem
+        for name, value in sorted(self.metadata.items()):
+            yield "header", f"{name} = {_short(value)}"
+
+
+def inspect(path: Path) -> Report:
+    """What `path` is: a file, a folder with one component, or a folder with a whole model."""
+    path = Path(path)
+    try:
+        places = layout(path)
+        if places and set(places.values()) != {path}:
+            return _model(path, places)
+        return _one(path)
+    except CheckpointError as error:
+        text = str(error).removeprefix(f"{path}: ")
+        return Report(path=path, kind="unreadable", what=text)
+
+
+def _model(folder: Path, places: Mapping[Placed, Path]) -> Report:
+    """A whole model; the tokenizer has nothing to report."""
+    components: list[Report] = []
+    for component, place in places.items():
+        if component == "tokenizer":
+            continue
+        report = inspect(place) if place != folder else _one(folder)
+        variant = VARIANTS.get(report.variant or "")  # type: ignore[call-overload]
+        if report.kind == "transformer" and variant is not None and len(variant.experts) == 2:
+            report = _in_place(report, variant, component)
+        components.append(report)
+    variants = {r.variant for r in components if r.kind == "transformer"} - {None}
+    variant = VARIANTS[variants.pop()] if len(variants) == 1 else None  # type: ignore[index]
+    problems = [
+        f"{r.path.name}: {problem}"
+        for r in components
+        for problem in (r.problems if r.kind != "unreadable" else (r.what,))
+    ]
+    if variant is None:
+        problems.append("its transformers are of different variants, or there is none")
+    else:
+        needed = {e.component for e in variant.experts} | {"vae", "text_encoder", "tokenizer"}
+        problems += [f"lacks {name}" for name in sorted(needed - places.keys())]
+    own = "diffusers" if "vae" in places and places["vae"].is_dir() else "official"
+    return Report(
+        path=folder,
+        kind="model",
+        what=f"{variant.title if variant else 'a Wan model'}, {own} layout",
+        variant=variant.name if variant else None,
+        problems=tuple(problems),
+        components=tuple(components),
+    )
+
+
+def _in_place(report: Report, variant: Variant, component: Placed) -> Report:
+    """The report of an expert whose folder says which it is."""
+    expert = next(e.name for e in variant.experts if e.component == component)
+    what = f"transformer of {variant.title}, for the {expert}-noise expert"
+    return replace(report, expert=expert, expert_told_by="folder", what=what)
+
+
+def _one(path: Path) -> Report:
+    file = open_tensors(path)
+    common: dict[str, Any] = {
+        "path": path,
+        "container": file.kind,
+        "files": {part.name: part.stat().st_size for part in file.files},
+        "metadata": {n: v for n, v in file.metadata.items() if n != "format"},
+        "dtypes": _dtypes(file),
+        "parameters": sum(i.elements for i in file.tensors.values()),
+    }
+    if looks_like_adapter(file):
+        found = layout_of(file.tensors, file.metadata)
+        if found is not None and found.modules:
+            return _adapter(path, file, found, common)
+        what = f"a LoRA of {found.stranger if found and found.stranger else 'another model'}"
+        return Report(kind="other", what=f"{what}, not of Wan 2.2", **common)
+    if looks_like_embedding(file):
+        tokens = max((i.shape[0] for i in file.tensors.values() if len(i.shape) == 2), default=1)
+        reader = Reader("ComfyUI", "umt5xxl" in file.tensors, "embedding:NAME in a prompt")
+        return Report(
+            kind="embedding", what=f"embedding of {tokens} tokens", readers=(reader,), **common
+        )
+    try:
+        weights = recognise(file)
+    except CheckpointError as error:
+        what = stranger(file)
+        said = str(error).removeprefix(f"{path}: ")
+        return Report(kind="other", what=f"{what}, not Wan 2.2" if what else said, **common)
+    return _weights(path, weights, common)
+
+
+def _weights(path: Path, weights: Weights, common: Mapping[str, Any]) -> Report:
+    counted = [e.info for e in weights.entries.values()]
+    dtypes: Counter[str] = Counter()
+    for info in counted:
+        dtypes[info.dtype] += info.elements
+    expert, told_by = _expert(path, weights.variant, weights.file.metadata)
+    what = _TITLES[weights.part]
+    if weights.part == "vae":
+        version = "2.1" if weights.variant is None else "2.2"
+        what = f"Wan {version} VAE, of {'the A14B models' if version == '2.1' else 'TI2V-5B'}"
+    elif weights.variant is not None:
+        what = f"{what} of {weights.variant.title}"
+        if expert in ("high", "low"):
+            what += f", for the {expert}-noise expert (by its {told_by})"
+        elif len(weights.variant.experts) == 2:
+            what += " (high or low expert: neither its header nor its name says)"
+    problems = list(_incomplete(weights))
+    return Report(
+        kind=weights.part,
+        what=what,
+        variant=weights.variant.name if weights.variant else None,
+        expert=expert,
+        expert_told_by=told_by,
+        names=weights.naming,
+        prefix=weights.prefix,
+        quantisation=weights.quantisation,
+        config=weights.config,
+        readers=() if problems else readers_of_weights(weights),
+        problems=tuple(problems),
+        **{**common, "dtypes": dict(dtypes.most_common()), "parameters": sum(dtypes.values())},
+    )
+
+
+def _incomplete(weights: Weights) -> Iterator[str]:
+    """What is missing or too many, as far as names tell (shapes are checked when it is loaded)."""
+    if weights.part == "transformer":
+        absent = sorted(transformer_names(weights.config["num_layers"]) - weights.entries.keys())
+        if absent:
+            yield f"lacks {len(absent)} weights, such as {', '.join(absent[:3])}"
+    if weights.surplus:
+        names = ", ".join(sorted(weights.surplus)[:3])
+        yield f"has {len(weights.surplus)} tensors that do not belong, such as {names}"
+
+
+def _adapter(
+    path: Path, file: TensorFile, found: AdapterLayout, common: Mapping[str, Any]
+) -> Report:
+    variant, shape = _trained_on(file, found)
+    expert, told_by = _expert(path, variant, file.metadata)
+    if len(found.experts) == 1:
+        expert, told_by = found.experts[0], "keys"
+    kinds = Counter(_KINDS.get(kind, "difference") for kind in found.kinds.values())
+    title = " and ".join(kinds) or "adapter"
+    of = variant.title if variant else _by_width(shape)
+    what = f"{title} for {of}"
+    if len(found.experts) == 2:
+        what += ", both experts in one file"
+    elif expert is not None and expert != "single":
+        what += f", for the {expert}-noise expert (by its {told_by})"
+    blocks = sorted({int(m.split(".")[1]) for m in found.modules if m.startswith("blocks.")})
+    problems = list(found.faults)
+    if found.unknown:
+        of_what = f" of {found.stranger}" if found.stranger else ""
+        names = ", ".join(found.unknown[:3])
+        problems.append(
+            f"has {len(found.unknown)} keys{of_what} that do not belong, such as {names}"
+        )
+    return Report(
+        kind="adapter",
+        what=what,
+        variant=variant.name if variant else None,
+        expert=expert,
+        expert_told_by=told_by,
+        names=found.spelling,
+        prefix=found.prefix,
+        adapter={
+            "kinds": dict(kinds),
+            "rank": _range(found.ranks.values()),
+            "alpha": _alphas(file, found),
+            "modules": len(found.modules),
+            "blocks": _range(blocks),
+            "trainer": found.trainer,
+        },
+        readers=() if problems else readers_of_adapter(found, shape),
+        problems=tuple(problems),
+        **common,
+    )
+
+
+def _trained_on(file: TensorFile, found: AdapterLayout) -> tuple[Variant | None, WanShape | None]:
+    """The variant that an adapter is for, and the shape of its transformer, as far as it tells.
+
+    The header of onewan's files says; else the width does, but T2V-A14B and I2V-A14B are alike.
+    """
+    said = VARIANTS.get(file.metadata.get("onewan.variant", ""))  # type: ignore[call-overload]
+    width = next(
+        (
+            file.tensors[parts["lora_A"]].shape[-1]
+            for module, parts in found.modules.items()
+            if "lora_A" in parts and ".attn" in module
+        ),
+        None,
+    )
+    shape = WanShape.of_width(width) if width else None
+    if said is None and shape is not None and shape.num_layers == VARIANTS["ti2v-5b"].num_layers:
+        said = VARIANTS["ti2v-5b"]
+    return said, shape
+
+
+def _by_width(shape: WanShape | None) -> str:
+    return "Wan 2.2 (T2V-A14B or I2V-A14B: they are alike)" if shape else "Wan of unknown width"
+
+
+def _alphas(file: TensorFile, found: AdapterLayout) -> str | None:
+    keys = [parts["alpha"] for parts in found.modules.values() if "alpha" in parts]
+    if keys:
+        values = [float(v.reshape(-1)[0]) for v in file.numbers(keys).values() if v.size]
+        return _range(values)
+    text = file.metadata.get("lora_adapter_metadata")
+    try:
+        settings = {k.rpartition(".")[2]: v for k, v in json.loads(text or "{}").items()}
+    except (ValueError, AttributeError):
+        return None
+    alpha = settings.get("lora_alpha")
+    return None if alpha is None else str(alpha)
+
+
+def _expert(
+    path: Path, variant: Variant | None, metadata: Mapping[str, str]
+) -> tuple[ExpertName | None, str | None]:
+    if variant is not None and len(variant.experts) == 1:
+        return "single", None
+    said = metadata.get("onewan.expert")
+    if said == "high" or said == "low":
+        return said, "header"
+    named = expert_in_name(path)
+    return named, "name" if named else None
+
+
+# ---------------------------------------------------------------------------------------- in words
+
+
+def _dtypes(file: TensorFile) -> dict[str, int]:
+    counted: Counter[str] = Counter()
+    for info in file.tensors.values():
+        counted[info.dtype] += info.elements
+    return dict(counted.most_common())
+
+
+def _architecture(kind: str, config: Mapping[str, Any]) -> str:
+    if kind == "transformer":
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        return (
+            f"{config['num_layers']} blocks, {width} wide, {config['num_attention_heads']} heads, "
+            f"ffn {config['ffn_dim']}, {config['in_channels']} channels in"
+        )
+    if kind == "vae":
+        return f"{config.get('z_dim', 16)} latent channels, base width {config.get('base_dim', 96)}"
+    return (
+        f"{config['num_layers']} layers, {config['d_model']} wide, {config['num_heads']} heads, "
+        f"vocabulary {config['vocab_size']}"
+    )
+
+
+def _range(values: Any) -> str | None:
+    """``4``, or ``4 to 16`` where they differ."""
+    found = sorted(set(values))
+    if not found:
+        return None
+    low, high = (f"{v:g}" for v in (found[0], found[-1]))
+    return low if low == high else f"{low} to {high}"
+
+
+def _count(number: int) -> str:
+    for unit, name in ((10**9, " B"), (10**6, " M"), (10**3, " k")):
+        if number >= unit:
+            return f"{number / unit:.2f}{name}"
+    return str(number)
+
+
+def _size(number: int) -> str:
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if number >= unit:
+            return f"{number / unit:.2f} {name}"
+    return f"{number} bytes"
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    text = " ".join(text.split())
+    return text if len(text) <= _LONG else f"{text[:_LONG]}... ({len(text)} characters)"

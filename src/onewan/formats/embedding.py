@@ -1,0 +1,98 @@
+"""Files of learned prompt vectors (textual inversion), in the spelling that ComfyUI reads.
+
+One tensor [tokens, width] under the name of the text encoder that it is for: ``umt5xxl`` for
+vectors that stand among UMT5's input embeddings, which ComfyUI takes by the file's name
+(``embedding:NAME``), and ``umt5xxl_out`` for vectors that take the place of its outputs, which no
+other program has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onewan.errors import CheckpointError
+from onewan.formats.container import TensorFile, open_tensors
+from onewan.formats.spec import model_spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INPUT, OUTPUT = "umt5xxl", "umt5xxl_out"
+_FOREIGN_NAMES = ("emb_params", "*", "t5", "t5_out")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingFile:
+    """A placeholder's vectors."""
+
+    vectors: Tensor
+    """[tokens, width], in the precision of the file."""
+    is_output_embedding: bool
+    """Whether they replace the text encoder's outputs instead of entering it."""
+    placeholder: str | None
+    """The word in a prompt that they stand for; None if the file does not say."""
+    uuid: str | None
+    metadata: Mapping[str, str]
+
+
+def looks_like_embedding(file: TensorFile) -> bool:
+    """Whether the file holds vectors for prompts and nothing else."""
+    return 0 < len(file.tensors) <= 2 and file.tensors.keys() <= {INPUT, OUTPUT, *_FOREIGN_NAMES}
+
+
+def write_embedding(
+    destination: Path,
+    vectors: Tensor,
+    *,
+    placeholder: str,
+    uuid: str,
+    is_output_embedding: bool,
+    date: datetime,
+    facts: Mapping[str, str | int | float],
+    title: str | None = None,
+) -> Path:
+    """Write `vectors` [tokens, width] to `destination` (.safetensors), whole or not at all.
+
+    `facts` about the run go into the header as ``onewan.<name>``, beside ModelSpec's fields.
+    """
+    from onewan.formats.write import write_safetensors  # torch, which telling files apart needs not
+
+    if vectors.ndim != 2:
+        raise ValueError(f"{placeholder}: vectors are {list(vectors.shape)}, not [tokens, width]")
+    known = {"placeholder": placeholder, "uuid": uuid}
+    metadata = model_spec("wan_2_2-embedding", date, title or placeholder)
+    metadata |= {f"onewan.{name}": str(value) for name, value in {**facts, **known}.items()}
+    name = OUTPUT if is_output_embedding else INPUT
+    write_safetensors(Path(destination), {name: vectors.detach().cpu()}, metadata)
+    return Path(destination)
+
+
+def read_embedding(path: Path, width: int | None = None) -> EmbeddingFile:
+    """The vectors in `path`; CheckpointError if it holds none, or none of `width`."""
+    file = open_tensors(path)
+    known = [name for name in (INPUT, OUTPUT) if name in file.tensors]
+    names = known or [name for name in file.tensors if name in _FOREIGN_NAMES]
+    if len(names) != 1:
+        found = ", ".join(sorted(file.tensors)[:3]) or "nothing"
+        raise CheckpointError(
+            f"{path}: holds {found}, not the vectors of one embedding ({INPUT} or {OUTPUT})"
+        )
+    vectors = file.read(names[0], stay=True)
+    if vectors.ndim == 1:
+        vectors = vectors[None]
+    if vectors.ndim != 2 or (width is not None and vectors.shape[1] != width):
+        raise CheckpointError(
+            f"{path}: {names[0]} is {list(vectors.shape)}, expected [tokens, {width or 'width'}]; "
+            "it is for another text encoder"
+        )
+    return EmbeddingFile(
+        vectors=vectors,
+        is_output_embedding=names[0].endswith("_out"),
+        placeholder=file.metadata.get("onewan.placeholder"),
+        uuid=file.metadata.get("onewan.uuid"),
+        metadata=file.metadata,
+    )

@@ -1,0 +1,459 @@
+"""Names in adapter files: which LoRA (or kin) is this, who wrote it, and what is where.
+
+Works on a header, names and shapes, alone: nothing is read and torch is not imported, so that
+looking at a file costs nothing. One table of prefixes, one of endings and the two worlds' names of
+modules cover what is written for Wan:
+
+==================================  ======================================  ======================
+prefix                              module                                  written by
+==================================  ======================================  ======================
+``diffusion_model.``                official, dotted                        ComfyUI, ai-toolkit,
+                                                                            diffusion-pipe, onewan
+``lora_unet_``                      official, dots as underscores           musubi-tuner, kohya
+``transformer.``                    diffusers' (low expert also under       diffusers, SimpleTuner,
+                                    ``transformer_2.``)                     onewan
+``base_model.model.``               as the model that PEFT wrapped          PEFT
+``lycoris_``                        underscores                             LyCORIS, SimpleTuner
+none                                official, dotted                        DiffSynth-Studio
+==================================  ======================================  ======================
+
+Sources: the key lists in the programs' documentation and files that they wrote; which of them other
+programs read was measured (ComfyUI, diffusers, musubi-tuner, DiffSynth-Studio).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from onewan.formats.container import TensorInfo
+from onewan.formats.names import to_diffusers, to_official
+from onewan.variants import VARIANTS, ExpertName
+
+AdapterKind = Literal["lora", "dora", "loha", "lokr", "oft", "difference"]
+LoraFormat = Literal["comfyui", "diffusers", "kohya"]
+
+LINEARS = (
+    *(f"{attn}.{name}" for attn in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v")),
+    *(f"{attn}.to_out.0" for attn in ("attn1", "attn2")),
+    "ffn.net.0.proj",
+    "ffn.net.2",
+)
+"""The ten linear layers of a block, by diffusers' names: what LoRAs are trained on."""
+
+_NORMS = ("attn1.norm_q", "attn1.norm_k", "attn2.norm_q", "attn2.norm_k", "norm2")
+_OUTSIDE_BLOCKS = (
+    "patch_embedding",
+    "proj_out",
+    "condition_embedder.time_proj",
+    *(
+        f"condition_embedder.{what}_embedder.linear_{n}"
+        for what in ("time", "text")
+        for n in (1, 2)
+    ),
+)
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+_FLAT_IN_BLOCK = {
+    _flat(spelled): name
+    for name in (*LINEARS, *_NORMS)
+    for spelled in (name, to_official(f"blocks.0.{name}").removeprefix("blocks.0."))
+}
+_FLAT_OUTSIDE = {
+    _flat(spelled): name for name in _OUTSIDE_BLOCKS for spelled in (name, to_official(name))
+}
+"""Diffusers' names by both worlds' names with underscores."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefix:
+    text: str
+    flat: bool = False
+    expert: ExpertName | None = None
+    """The expert that the prefix names beside another of its family."""
+
+
+_PREFIXES = (
+    _Prefix("diffusion_model."),
+    _Prefix("model.diffusion_model."),
+    _Prefix("lora_unet_", flat=True),
+    _Prefix("transformer.", expert="high"),
+    _Prefix("transformer_2.", expert="low"),
+    _Prefix("lora_transformer_", flat=True, expert="high"),
+    _Prefix("lora_transformer_2_", flat=True, expert="low"),
+    _Prefix("pipe.dit.", expert="high"),
+    _Prefix("pipe.dit2.", expert="low"),
+    _Prefix("base_model.model."),
+    _Prefix("lycoris_", flat=True),
+    _Prefix(""),
+)
+
+_ENDINGS: dict[str, str] = {
+    **{f"{name}.weight": "lora_A" for name in ("lora_A", "lora_down", "lora.down")},
+    **{f"{name}.weight": "lora_B" for name in ("lora_B", "lora_up", "lora.up")},
+    **{f"{name}.bias": "lora_B.bias" for name in ("lora_B", "lora_up")},
+    "lora_A": "lora_A",
+    "lora_B": "lora_B",
+    "alpha": "alpha",
+    **dict.fromkeys(
+        ("dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight"), "magnitude"
+    ),
+    **{name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
+    **{f"lokr_w{n}{factor}": f"lokr_w{n}{factor}" for n in (1, 2) for factor in ("", "_a", "_b")},
+    "oft_blocks": "oft_blocks",
+    "oft_R": "oft_R",
+    "oft_R.weight": "oft_R",
+    "diff": "diff",
+    "w_norm": "diff",
+    "diff_b": "diff_b",
+    "b_norm": "diff_b",
+}
+"""Our name of a part by the ending of its key. PEFT's name of the adapter, ``.default``, is left
+out before."""
+
+_CONVOLUTIONS = ("hada_t1", "hada_t2", "lokr_t2", "lora_mid.weight")
+"""Endings of adapters on convolutions, which Wan's blocks do not have."""
+
+_STRANGERS = (
+    (r"[kv]_img\b|[kv]_img\.|img_emb|add_[kv]_proj|image_embedder", "Wan 2.1 I2V (CLIP branch)"),
+    (r"vace_", "Wan VACE"),
+    (r"(double|single)_(transformer_)?blocks", "Flux or HunyuanVideo"),
+    (
+        r"lora_te|text_model|(down|up|input|output)_blocks|mid(dle)?_block",
+        "Stable Diffusion",
+    ),
+    (r"transformer_blocks|joint_blocks", "another video or image transformer"),
+)
+"""What names of other models look like."""
+
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterLayout:
+    """What the names and shapes in a header say about the adapter."""
+
+    prefix: str
+    """What the keys begin with."""
+    names: Literal["official", "diffusers"]
+    """Whose names of modules the keys have."""
+    trainer: str | None
+    """The program that wrote it, where that can be told."""
+    experts: tuple[ExpertName, ...]
+    """The experts that the keys name: none, one, or both in one file."""
+    modules: dict[str, dict[str, str]]
+    """Keys by module (``blocks.0.attn1.to_q``) and part (``lora_A``)."""
+    kinds: dict[str, AdapterKind]
+    """By module; what is damaged is left out."""
+    ranks: dict[str, int]
+    """By module, where the kind has one."""
+    unknown: tuple[str, ...]
+    """Keys that are no adapter of Wan 2.2, in alphabetical order."""
+    faults: tuple[str, ...]
+    """What is wrong with modules, one line each."""
+
+    @property
+    def spelling(self) -> str:
+        """The spelling in words: the format's name where it is one that onewan writes."""
+        written: dict[tuple[str, str], LoraFormat] = {
+            ("diffusion_model.", "official"): "comfyui",
+            ("transformer.", "diffusers"): "diffusers",
+            ("lora_unet_", "official"): "kohya",
+        }
+        known = written.get((self.prefix, self.names))
+        return known or f"{self.prefix or 'no prefix'}, {self.names} names"
+
+    @property
+    def stranger(self) -> str | None:
+        """The model whose names the unknown keys have, in words."""
+        for pattern, model in _STRANGERS:
+            if any(re.search(pattern, key) for key in self.unknown):
+                return model
+        return None
+
+
+def layout_of(
+    tensors: Mapping[str, TensorInfo],
+    metadata: Mapping[str, str],
+    expert: ExpertName | None = None,
+) -> AdapterLayout | None:
+    """How the adapter in a header is laid out; None if not one key is of an adapter.
+
+    Where a file holds both experts' adapters, `expert` says whose to look at.
+    """
+    endings = {key: ending for key in tensors if (ending := split_key(key)) is not None}
+    if not endings:
+        return None
+    places = {p: _under(p, endings) for p in _PREFIXES}
+    best = max(_PREFIXES, key=lambda p: len(places[p]))
+    pair = [p for p in _PREFIXES if p.expert and places[p]] if best.expert else []
+    experts: tuple[ExpertName, ...] = tuple(
+        name for name in ("high", "low") if name in {p.expert for p in pair}
+    )
+    if len(experts) == 2:
+        best = next((p for p in pair if p.expert == expert), best)
+    elif experts == ("high",):  # by which everyone means the one transformer that there is
+        experts = ()
+    elsewhere = {key for p in pair if p.expert != best.expert for key in places[p]}
+    modules: dict[str, dict[str, str]] = {}
+    faults: list[str] = []
+    for key, (module, part) in places[best].items():
+        if part in modules.setdefault(module, {}):
+            faults.append(f"{module} has {part} twice")
+        modules[module][part] = key
+    kinds: dict[str, AdapterKind] = {}
+    ranks: dict[str, int] = {}
+    for module, parts in modules.items():
+        found = {part: tensors[key] for part, key in parts.items()}
+        if fault := _fault(found):
+            faults.append(f"{module} {fault}")
+            continue
+        kinds[module] = kind_of(found)
+        if rank := _rank(found):
+            ranks[module] = rank
+    official = any(_is_official(key, best) for key in places[best])
+    return AdapterLayout(
+        prefix=best.text,
+        names="official" if official else "diffusers",
+        trainer=_trainer(tensors, metadata, best),
+        experts=experts,
+        modules=modules,
+        kinds=kinds,
+        ranks=ranks,
+        unknown=tuple(sorted(tensors.keys() - places[best].keys() - elsewhere)),
+        faults=tuple(faults),
+    )
+
+
+def kind_of(parts: Mapping[str, object]) -> AdapterKind:
+    """The kind of adapter that has these parts."""
+    if "lora_A" in parts:
+        return "dora" if "magnitude" in parts else "lora"
+    families: dict[str, AdapterKind] = {"hada_": "loha", "lokr_": "lokr", "oft_": "oft"}
+    for start, kind in families.items():
+        if any(part.startswith(start) for part in parts):
+            return kind
+    return "difference"
+
+
+def spelled(module: str, format: LoraFormat) -> str:
+    """How the keys of diffusers' `module` begin in `format`, without the dot behind."""
+    if format == "diffusers":
+        return f"transformer.{module}"
+    official = to_official(module)
+    return f"lora_unet_{_flat(official)}" if format == "kohya" else f"diffusion_model.{official}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WanShape:
+    """What a complete list of a transformer's linear layers follows from."""
+
+    width: int
+    ffn_width: int
+    num_layers: int
+
+    @staticmethod
+    def of_config(config: Mapping[str, Any]) -> WanShape:
+        """From the configuration of diffusers' ``WanTransformer3DModel``."""
+        return WanShape(
+            width=config["num_attention_heads"] * config["attention_head_dim"],
+            ffn_width=config["ffn_dim"],
+            num_layers=config["num_layers"],
+        )
+
+    @staticmethod
+    def of_width(width: int) -> WanShape | None:
+        """The shape of the Wan 2.2 transformer of this width; None if there is no such."""
+        for variant in VARIANTS.values():
+            if variant.num_attention_heads * variant.attention_head_dim == width:
+                return WanShape(
+                    width=width, ffn_width=variant.ffn_dim, num_layers=variant.num_layers
+                )
+        return None
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of each linear layer in the blocks, by diffusers' names."""
+        wide, ffn = self.width, self.ffn_width
+        sizes = {"ffn.net.0.proj": (ffn, wide), "ffn.net.2": (wide, ffn)}
+        return {
+            f"blocks.{n}.{name}": sizes.get(name, (wide, wide))
+            for n in range(self.num_layers)
+            for name in LINEARS
+        }
+
+
+# ------------------------------------------------------------------------------------------- names
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """(what stands before, part) of a key; None if it ends as no part of an adapter does."""
+    steps = [step for step in key.split(".") if step != "default"]
+    for count in (3, 2, 1):
+        part = _ENDINGS.get(".".join(steps[-count:])) if len(steps) > count else None
+        if part is not None:
+            return ".".join(steps[:-count]), part
+    if any(key.endswith("." + ending) for ending in _CONVOLUTIONS):
+        return ".".join(steps[:-1]), "convolution"
+    return None
+
+
+def _under(prefix: _Prefix, endings: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    """(module, part) of the keys that are Wan's under `prefix`."""
+    placed: dict[str, tuple[str, str]] = {}
+    for key, (before, part) in endings.items():
+        if not before.startswith(prefix.text) or part == "convolution":
+            continue
+        name = before.removeprefix(prefix.text)
+        module = _from_flat(name) if prefix.flat else _from_dotted(name)
+        if module is not None:
+            placed[key] = (module, part)
+    return placed
+
+
+def _from_dotted(name: str) -> str | None:
+    """Diffusers' name of a module under either world's name; None if Wan 2.2 has no such."""
+    if name.endswith((".weight", ".bias")) or (
+        name.startswith("blocks.") and not re.match(r"blocks\.\d+\.", name)
+    ):
+        return None
+    try:
+        return to_diffusers(name)
+    except KeyError:
+        pass
+    try:
+        to_official(name)
+    except KeyError:
+        return None
+    return name
+
+
+def _from_flat(name: str) -> str | None:
+    """The same for a name with underscores for dots."""
+    block = re.fullmatch(r"blocks_(\d+)_(.+)", name)
+    if block is None:
+        return _FLAT_OUTSIDE.get(name)
+    module = _FLAT_IN_BLOCK.get(block[2])
+    return None if module is None else f"blocks.{int(block[1])}.{module}"
+
+
+def _is_official(key: str, prefix: _Prefix) -> bool:
+    rest = _flat(key.removeprefix(prefix.text))
+    return bool(re.search(r"(self|cross)_attn_|ffn_[02]_|ffn_[02]$", rest))
+
+
+def _trainer(
+    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], prefix: _Prefix
+) -> str | None:
+    """Who wrote the file, by what only they write."""
+    if "onewan.version" in metadata:
+        return "onewan"
+    if any(name.startswith("ot_") for name in metadata):
+        return "OneTrainer"
+    if "software" in metadata:
+        try:
+            return str(json.loads(metadata["software"])["name"])
+        except (ValueError, KeyError, TypeError):
+            return metadata["software"][:40]
+    if any(name.startswith("ss_network") for name in metadata):
+        return "musubi-tuner"
+    if prefix.text == "" and any(".default." in key for key in tensors):
+        return "DiffSynth-Studio"
+    return {"lycoris_": "LyCORIS", "base_model.model.": "PEFT"}.get(prefix.text)
+
+
+# ------------------------------------------------------------------------------------------ shapes
+
+
+def _fault(parts: Mapping[str, TensorInfo]) -> str | None:
+    """What is wrong with the tensors of one module, in words; None if nothing is."""
+    families = {
+        re.split(r"[_.]", part)[0] for part in parts if part not in ("alpha", "magnitude", "diff_b")
+    }
+    if len(families) > 1:
+        return f"mixes {' and '.join(sorted(parts))}"
+    if not families and "diff_b" not in parts:
+        return f"has {' and '.join(sorted(parts))} without weights"
+    for part, info in parts.items():
+        if info.dtype not in _FLOATS:
+            return f"holds {part} as {info.dtype}, which are not weights"
+    if "alpha" in parts and parts["alpha"].elements != 1:
+        return f"has an alpha of shape {list(parts['alpha'].shape)}, not one number"
+    shapes = {part: info.shape for part, info in parts.items()}
+    kind = kind_of(parts)
+    if kind in ("lora", "dora") or "lora_B" in parts or "lora_B.bias" in parts:
+        fault = _product_fault(shapes, "lora_B", "lora_A")
+    elif kind == "loha":
+        fault = _product_fault(shapes, "hada_w1_a", "hada_w1_b")
+        fault = fault or _product_fault(shapes, "hada_w2_a", "hada_w2_b")
+    elif kind == "lokr":
+        fault = _lokr_fault(shapes)
+    elif kind == "oft":
+        fault = _oft_fault(shapes)
+    else:
+        fault = None
+    return fault or _magnitude_fault(shapes)
+
+
+def _product_fault(shapes: Mapping[str, tuple[int, ...]], left: str, right: str) -> str | None:
+    """Why [out, r] @ [r, in] is none."""
+    if missing := [part for part in (right, left) if part not in shapes]:
+        return f"lacks {' and '.join(missing)}"
+    a, b = shapes[left], shapes[right]
+    if len(a) != 2 or len(b) != 2 or a[1] != b[0] or 0 in (*a, *b):
+        return f"has {right} {list(b)} and {left} {list(a)}, not [r, in] and [out, r]"
+    return None
+
+
+def _lokr_fault(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    for factor in ("lokr_w1", "lokr_w2"):
+        if factor not in shapes:
+            if f"{factor}_a" not in shapes and f"{factor}_b" not in shapes:
+                return f"lacks {factor}"
+            if fault := _product_fault(shapes, f"{factor}_a", f"{factor}_b"):
+                return fault
+        elif len(shapes[factor]) != 2 or 0 in shapes[factor]:
+            return f"has {factor} {list(shapes[factor])}, not a matrix"
+    return None
+
+
+def _oft_fault(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    if "oft_blocks" in shapes:
+        blocks = shapes["oft_blocks"]
+        if len(blocks) != 3 or blocks[1] != blocks[2]:
+            return f"has oft_blocks {list(blocks)}, not [blocks, size, size]"
+        return None
+    triangle = shapes["oft_R"]
+    if len(triangle) != 2 or block_size(triangle[1]) is None:
+        return f"has oft_R {list(triangle)}, not [blocks, size * (size - 1) / 2]"
+    return None
+
+
+def block_size(elements: int) -> int | None:
+    """The size of a square matrix with this many numbers above its diagonal."""
+    size = round((1 + (1 + 8 * elements) ** 0.5) / 2)
+    return size if elements and size * (size - 1) // 2 == elements else None
+
+
+def _magnitude_fault(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Why the magnitude is not one number for each output, [out] or [out, 1], or input, [1, in]."""
+    magnitude = shapes.get("magnitude")
+    if magnitude is None or "lora_A" not in shapes:
+        return None if magnitude is None or len(magnitude) in (1, 2) else "has a strange magnitude"
+    out, into = shapes["lora_B"][0], shapes["lora_A"][1]
+    if magnitude in ((out,), (out, 1), (1, into)):
+        return None
+    return f"has a magnitude {list(magnitude)}, which fits neither {out} outputs nor {into} inputs"
+
+
+def _rank(parts: Mapping[str, TensorInfo]) -> int | None:
+    for part in ("lora_A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
+        if part in parts:
+            return parts[part].shape[0]
+    return None

@@ -1,0 +1,458 @@
+"""Adapters out of files and into them, in the spelling that each program reads.
+
+=========  ===========================================  ===========================================
+format     keys of a LoRA                               what else it can hold
+=========  ===========================================  ===========================================
+comfyui    ``diffusion_model.<official>.lora_A.weight``  LoHa, LoKr, OFT by outputs, differences
+kohya      ``lora_unet_<official_>.lora_down.weight``    the same
+diffusers  ``transformer.<diffusers>.lora_A.weight``     DoRA
+=========  ===========================================  ===========================================
+
+The first two keep alpha in a tensor, the last in the header, as PEFT's settings. A kohya file is
+complete, since diffusers takes no other: what was not trained has zeros of rank 1, which the reader
+drops again. So a LoRA goes through all three and comes back as the same bits.
+
+DoRA that scales outputs (PEFT's) and OFT that turns inputs (PEFT's) have no spelling in ComfyUI:
+they go out as plain differences, for which the base model's weights are needed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onewan.errors import CheckpointError
+from onewan.formats.adapter import ModuleAdapter, from_peft
+from onewan.formats.container import TensorFile, open_tensors
+from onewan.formats.lora import (
+    AdapterKind,
+    AdapterLayout,
+    LoraFormat,
+    WanShape,
+    layout_of,
+    spelled,
+    split_key,
+)
+from onewan.formats.write import Lazy
+from onewan.variants import ExpertName
+
+PEFT_SETTINGS = "lora_adapter_metadata"
+"""Key of the header under which diffusers keeps PEFT's settings."""
+
+_TITLES: dict[AdapterKind, str] = {
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "oft": "OFT",
+    "difference": "a plain difference",
+}
+
+BaseWeights = Callable[[str], Tensor]
+"""The base model's tensor by diffusers' name, such as ``blocks.0.attn1.to_q.weight``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterFile:
+    """An adapter as a file holds it, under one set of names whatever its spelling."""
+
+    path: Path
+    layout: AdapterLayout
+    modules: dict[str, ModuleAdapter]
+    """By diffusers' names (``blocks.0.attn1.to_q``)."""
+    expert: ExpertName | None
+    """The expert that the keys name, or that was asked for; None if neither."""
+    metadata: dict[str, str]
+    """The header as it is."""
+
+
+def read_adapter(path: Path, expert: ExpertName | None = None) -> AdapterFile:
+    """The adapter in `path`, of any trainer; `expert` picks one where a file holds both.
+
+    Where a file does not say alpha, it is the rank, as in ComfyUI and diffusers. CheckpointError
+    names what is wrong: no whole file, another model's adapter, half a pair, shapes that do not
+    multiply, alphas without weights.
+    """
+    file = open_tensors(Path(path))
+    layout = _checked(file, layout_of(file.tensors, file.metadata, expert))
+    if len(layout.experts) > 1 and expert is None:
+        raise CheckpointError(
+            f"{path}: holds the LoRAs of both experts; take one at a time (--expert high, then "
+            "--expert low)"
+        )
+    settings = _settings(file)
+    modules: dict[str, ModuleAdapter] = {}
+    for module, keys in layout.modules.items():
+        parts = {part: file.read(key) for part, key in keys.items()}
+        alpha = parts.pop("alpha", None)
+        if "oft_R" in parts or (alpha is None and settings):
+            try:
+                modules[module] = from_peft(module, parts, settings)
+            except (ValueError, TypeError, KeyError, re.error) as error:
+                raise _damaged_settings(file, error) from error
+        else:
+            modules[module] = ModuleAdapter(
+                kind=layout.kinds[module],
+                tensors=parts,
+                alpha=None if alpha is None else float(alpha),
+            )
+    if layout.prefix == "lora_unet_":
+        modules = {m: a for m, a in modules.items() if not _is_filling(a)} or modules
+    named = layout.experts[0] if len(layout.experts) == 1 else None
+    return AdapterFile(
+        path=Path(path),
+        layout=layout,
+        modules=modules,
+        expert=named or (expert if layout.experts else None),
+        metadata=dict(file.metadata),
+    )
+
+
+def peft_adapter(
+    weights: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> dict[str, ModuleAdapter]:
+    """An adapter as PEFT has it in memory: `weights` by its names without the adapter's
+    (``get_peft_model_state_dict``), `settings` from its configuration's ``to_dict()``."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in weights.items():
+        place = split_key(key)
+        if place is None:
+            raise ValueError(f"{key}: is not the name of an adapter's weight")
+        module, part = place
+        parts.setdefault(module.removeprefix("base_model.model."), {})[part] = tensor
+    return {module: from_peft(module, found, settings) for module, found in parts.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpelledAdapter:
+    """What goes into a file."""
+
+    tensors: dict[str, Tensor | Lazy]
+    metadata: dict[str, str]
+    """Of the format's own: PEFT's settings for diffusers."""
+    notices: list[str]
+    """What the user should know of it."""
+
+
+def spell_adapter(
+    modules: Mapping[str, ModuleAdapter],
+    format: LoraFormat,
+    *,
+    dtype: torch.dtype | None = None,
+    base: BaseWeights | None = None,
+    shape: WanShape | None = None,
+) -> SpelledAdapter:
+    """`modules` in the spelling of `format`, each tensor as `dtype` or, for None, as it is.
+
+    `base` gives the weights that plain differences are made from. `shape` says which layers a
+    complete kohya file has; without it, what the variants and `base` tell. CheckpointError if the
+    format can't hold an adapter, or a value does not fit `dtype`.
+    """
+    _refuse(modules, format)
+    foreign = {m: a for m, a in modules.items() if format != "diffusers" and _is_foreign(a)}
+    tensors: dict[str, Tensor | Lazy] = {}
+    for module, adapter in modules.items():
+        start = spelled(module, format)
+        native = replace(adapter, tensors={}) if module in foreign else adapter
+        if module in foreign:
+            tensors[f"{start}.diff"] = _difference(module, adapter, dtype, base)
+        for part, tensor in native.tensors.items():
+            tensors[f"{start}.{_key(part, format)}"] = stored(f"{module}.{part}", tensor, dtype)
+        bias = adapter.bias_difference() if "lora_B.bias" in native.tensors else None
+        if bias is not None:
+            del tensors[f"{start}.{_key('lora_B.bias', format)}"]
+            kept = dtype or adapter.tensors["lora_B.bias"].dtype
+            tensors[f"{start}.diff_b"] = stored(f"{module}.diff_b", bias, kept)
+        alpha = _written_alpha(native, format)
+        if format != "diffusers" and alpha is not None:
+            tensors[f"{start}.alpha"] = torch.tensor(alpha)
+    notices = _notices(modules, foreign, tensors, format)
+    if format == "kohya" and all(a.kind == "lora" for a in modules.values()):
+        tensors |= _filling(modules, dtype, shape or _shape(modules, base))
+    metadata = {PEFT_SETTINGS: _peft_settings(modules)} if format == "diffusers" else {}
+    return SpelledAdapter(tensors=tensors, metadata=metadata, notices=notices)
+
+
+def stored(name: str, weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A copy of `weight` as a file holds it; CheckpointError if `dtype` can't hold its values."""
+    kept = weight.detach().to("cpu", dtype or weight.dtype, copy=True).contiguous()
+    if not torch.isfinite(kept.float()).all() and torch.isfinite(weight.float()).all():
+        largest = weight.abs().max().item()
+        raise CheckpointError(
+            f"{name}: holds {largest:.3g}, too large for {kept.dtype}; write it as bfloat16"
+        )
+    return kept
+
+
+# ----------------------------------------------------------------------------------------- reading
+
+
+def _checked(file: TensorFile, layout: AdapterLayout | None) -> AdapterLayout:
+    """`layout` if it is of a whole adapter for Wan 2.2; CheckpointError says why not."""
+    path, total = file.path, len(file.tensors)
+    remedy = (
+        "give a LoRA for Wan 2.2, with keys such as diffusion_model.blocks.N.self_attn.q."
+        "lora_A.weight or transformer.blocks.N.attn1.to_q.lora_A.weight"
+    )
+    if layout is None:
+        some = ", ".join(sorted(file.tensors)[:3])
+        holds = f"{total} tensors, none of a LoRA, such as {some}" if total else "no tensors"
+        raise CheckpointError(f"{path}: holds {holds}; {remedy}")
+    if layout.unknown:
+        whose = f", but of {layout.stranger}" if layout.stranger else ""
+        raise CheckpointError(
+            f"{path}: {len(layout.unknown)} of {total} keys are not of a Wan 2.2 LoRA{whose}, "
+            f"such as {', '.join(layout.unknown[:3])}; {remedy}"
+        )
+    if layout.faults:
+        raise CheckpointError(
+            f"{path}: {len(layout.faults)} of {len(layout.modules)} modules are damaged: "
+            f"{'; '.join(layout.faults[:3])}; get the file again"
+        )
+    return layout
+
+
+def _settings(file: TensorFile) -> dict[str, Any]:
+    """PEFT's settings: from the header, or from the file that PEFT writes beside its own."""
+    text = file.metadata.get(PEFT_SETTINGS)
+    beside = file.files[0].with_name("adapter_config.json")
+    try:
+        if text is None:
+            if file.files[0].stem != "adapter_model" or not beside.is_file():
+                return {}
+            text = beside.read_text(encoding="utf-8")
+        return {
+            re.sub(r"^transformer(_2)?\.", "", name): value
+            for name, value in json.loads(text).items()
+        }
+    except (OSError, ValueError, AttributeError) as error:
+        raise _damaged_settings(file, error) from error
+
+
+def _damaged_settings(file: TensorFile, error: Exception) -> CheckpointError:
+    where = f"{PEFT_SETTINGS} in its header"
+    if PEFT_SETTINGS not in file.metadata:
+        where = "adapter_config.json beside it"
+    return CheckpointError(f"{file.path}: {where} is damaged ({error!r}); get the file again")
+
+
+def _is_filling(adapter: ModuleAdapter) -> bool:
+    """Whether it is of zeros alone, as in complete files for what was not trained."""
+    return (
+        adapter.kind == "lora"
+        and adapter.rank == 1
+        and not any(bool(tensor.float().any()) for tensor in adapter.tensors.values())
+    )
+
+
+# ----------------------------------------------------------------------------------------- writing
+
+
+def _by_input(adapter: ModuleAdapter) -> bool:
+    """Whether its magnitude is one for each input, [1, in]."""
+    magnitude = adapter.tensors.get("magnitude")
+    return magnitude is not None and magnitude.ndim == 2 and magnitude.shape[0] == 1
+
+
+def _is_foreign(adapter: ModuleAdapter) -> bool:
+    """Whether ComfyUI has no spelling for it."""
+    by_output = "magnitude" in adapter.tensors and not _by_input(adapter)
+    return by_output or "rotation" in adapter.tensors
+
+
+def _refuse(modules: Mapping[str, ModuleAdapter], format: LoraFormat) -> None:
+    """CheckpointError if `format` can't hold one of `modules`."""
+    for module, adapter in modules.items():
+        title = _TITLES[adapter.kind]
+        if format == "kohya" and module.rpartition(".")[2] == "scale_shift_table":
+            raise CheckpointError(
+                f"{module}: is no layer but a table, which kohya's spelling can't name; write "
+                "it as comfyui"
+            )
+        if format != "diffusers":
+            continue
+        if adapter.kind not in ("lora", "dora") or _by_input(adapter):
+            how = " by inputs" if adapter.kind == "dora" else ""
+            raise CheckpointError(
+                f"{module}: is {title}{how}, which diffusers reads in no spelling; write it as "
+                "comfyui or kohya, or merge it into the base model"
+            )
+        if adapter.bias_difference() is not None:
+            raise CheckpointError(
+                f"{module}: changes a bias too, which diffusers reads for all modules or none; "
+                "write it as comfyui or kohya"
+            )
+    kinds = {adapter.kind for adapter in modules.values()}
+    if format == "diffusers" and len(kinds) > 1:
+        raise CheckpointError(
+            "the adapter: is LoRA in some modules and DoRA in others, which diffusers' settings "
+            "can't say; write it as comfyui"
+        )
+
+
+def _key(part: str, format: LoraFormat) -> str:
+    """The ending of a part's key."""
+    named = {"magnitude": "lora_magnitude_vector" if format == "diffusers" else "dora_scale"}
+    for ours, kohya in (("lora_A", "lora_down"), ("lora_B", "lora_up")):
+        named[ours] = f"{kohya if format == 'kohya' else ours}.weight"
+    return named.get(part, part)
+
+
+def _written_alpha(adapter: ModuleAdapter, format: LoraFormat) -> float | None:
+    """The alpha that a file needs; kohya's readers insist on one where there is a rank."""
+    if not adapter.tensors or adapter.kind == "difference":
+        return None
+    if adapter.alpha is None and format == "kohya" and adapter.rank is not None:
+        return float(adapter.rank)
+    return adapter.alpha
+
+
+def _difference(
+    module: str, adapter: ModuleAdapter, dtype: torch.dtype | None, base: BaseWeights | None
+) -> Lazy:
+    """What the adapter adds to its weight, made when it is written."""
+    if base is None:
+        raise CheckpointError(
+            f"{module}: is {_TITLES[adapter.kind]}, which ComfyUI reads as a plain difference "
+            "only, and that depends on the weights that it was trained on; give --base"
+        )
+    name = f"{module}.weight"
+    kept = dtype or next(iter(adapter.tensors.values())).dtype
+
+    def make() -> Tensor:
+        added = adapter.difference(base(name))
+        assert added is not None
+        return stored(name, added, kept)
+
+    return Lazy(tuple(base(name).shape), kept, make)
+
+
+def _notices(
+    modules: Mapping[str, ModuleAdapter],
+    foreign: Mapping[str, ModuleAdapter],
+    tensors: Mapping[str, Tensor | Lazy],
+    format: LoraFormat,
+) -> list[str]:
+    """What the user should know of the file."""
+    if format == "diffusers":
+        return []
+    notices: list[str] = []
+    if foreign:
+        size = sum(
+            prod(tensor.shape) * tensor.dtype.itemsize
+            for key, tensor in tensors.items()
+            if key.endswith(".diff")
+        )
+        titles = " and ".join(sorted({_TITLES[a.kind] for a in foreign.values()}))
+        notices.append(
+            f"{titles} as PEFT has it ({len(foreign)} modules) has no spelling in ComfyUI: written "
+            f"as plain differences, {size / 1e9:.3g} GB; they hold for this base model alone"
+        )
+    others: set[AdapterKind] = {a.kind for a in modules.values() if a.kind != "lora"}
+    if others:
+        notices.append(
+            f"ComfyUI reads this file; diffusers does not read "
+            f"{', '.join(_TITLES[kind] for kind in sorted(others))} in it"
+        )
+    if outside := [m for m in modules if not m.startswith("blocks.")]:
+        notices.append(f"diffusers may refuse this file for {', '.join(sorted(outside)[:3])}")
+    return notices
+
+
+def _shape(modules: Mapping[str, ModuleAdapter], base: BaseWeights | None) -> WanShape | None:
+    """The transformer that `modules` are of; None if they are in no block."""
+    sizes = {m: _size(a) for m, a in modules.items() if m.startswith("blocks.")}
+    if not sizes:
+        return None
+    blocks = 1 + max(int(module.split(".")[1]) for module in sizes)
+    width, ffn = 0, 0
+    for module, (out, into) in sizes.items():
+        if module.endswith("ffn.net.0.proj"):
+            ffn, width = out, into
+        elif module.endswith("ffn.net.2"):
+            width, ffn = out, into
+        else:
+            width = out
+    known = WanShape.of_width(width)
+    if known and ffn in (0, known.ffn_width):
+        return replace(known, num_layers=max(known.num_layers, blocks))
+    if not ffn and base is not None:
+        ffn = base("blocks.0.ffn.net.0.proj.weight").shape[0]
+    if not ffn:
+        raise CheckpointError(
+            f"the adapter: is of a transformer of width {width}, which is none of Wan 2.2, and "
+            "does not tell its FFN's, which kohya's complete files need; give --base"
+        )
+    return WanShape(width=width, ffn_width=ffn, num_layers=blocks)
+
+
+def _size(adapter: ModuleAdapter) -> tuple[int, int]:
+    """(outputs, inputs) of a LoRA's layer."""
+    return adapter.tensors["lora_B"].shape[0], adapter.tensors["lora_A"].shape[1]
+
+
+def _filling(
+    modules: Mapping[str, ModuleAdapter], dtype: torch.dtype | None, shape: WanShape | None
+) -> dict[str, Tensor]:
+    """Zeros of rank 1 for the linear layers without an adapter."""
+    if shape is None:
+        return {}
+    kept = dtype or next(iter(modules.values())).tensors["lora_A"].dtype
+    tensors: dict[str, Tensor] = {}
+    for module, (out, into) in shape.linears().items():
+        if module not in modules:
+            start = spelled(module, "kohya")
+            tensors[f"{start}.lora_down.weight"] = torch.zeros(1, into, dtype=kept)
+            tensors[f"{start}.lora_up.weight"] = torch.zeros(out, 1, dtype=kept)
+            tensors[f"{start}.alpha"] = torch.tensor(1.0)
+    return tensors
+
+
+def _peft_settings(modules: Mapping[str, ModuleAdapter]) -> str:
+    """PEFT's settings as diffusers' ``save_lora_weights`` packs them into the header.
+
+    Only what diffusers itself derives from a file without a header (``utils/peft_utils.py``). The
+    rest of PEFT's settings stays out: an older PEFT refuses keys it does not know (each release
+    adds some), and ``lora_dropout`` would drop inputs at inference, since diffusers leaves the new
+    layers in training mode.
+    """
+    ranks = {module: int(adapter.rank or 0) for module, adapter in modules.items()}
+    alphas = {
+        module: float(ranks[module] if adapter.alpha is None else adapter.alpha)
+        for module, adapter in modules.items()
+    }
+    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    settings = {
+        "r": int(rank),
+        "lora_alpha": _number(alpha),
+        "rank_pattern": {_whole(m): r for m, r in ranks.items() if r != rank},
+        "alpha_pattern": {_whole(m): _number(a) for m, a in alphas.items() if a != alpha},
+        "target_modules": sorted(modules),
+        "use_dora": any(adapter.kind == "dora" for adapter in modules.values()),
+        "lora_bias": False,
+    }
+    named = {f"transformer.{name}": value for name, value in settings.items()}
+    return json.dumps(named, indent=2, sort_keys=True)
+
+
+def _whole(module: str) -> str:
+    """PEFT's expression for this module and no other that ends alike."""
+    return "^" + re.escape(module)
+
+
+def _commonest(numbers: Iterable[float]) -> float:
+    return Counter(numbers).most_common(1)[0][0]
+
+
+def _number(value: float) -> int | float:
+    """Whole numbers as such: PEFT declares alpha an int."""
+    return int(value) if float(value).is_integer() else value

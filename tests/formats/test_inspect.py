@@ -1,0 +1,248 @@
+"""`onewan inspect`: what it says of models, adapters, other models' files and rubbish."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from onewan.checkpoint.inspect import Report, inspect
+from onewan.cli import main
+from onewan.formats.embedding import read_embedding, write_embedding
+from onewan.formats.names import to_official, transformer_names
+
+
+def official(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a diffusers component folder under official names."""
+    [file] = folder.glob("*.safetensors")
+    return {to_official(name): tensor for name, tensor in load_file(file).items()}
+
+
+def readers(report: Report) -> dict[str, bool]:
+    return {reader.program: reader.reads for reader in report.readers}
+
+
+def wide(changes: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """Weights of a transformer of width 128 (one head), one block, by official names."""
+    shapes: dict[str, tuple[int, ...]] = {"patch_embedding.weight": (128, 16, 1, 2, 2)}
+    tensors = {}
+    for name in transformer_names(1):
+        default = (128, 128) if name.endswith("weight") and ".norm" not in name else (128,)
+        tensors[to_official(name)] = torch.zeros(shapes.get(name, default), dtype=torch.float16)
+    tensors |= {
+        "head.head.weight": torch.zeros(64, 128),
+        "text_embedding.0.weight": torch.zeros(128, 32),
+        "time_embedding.0.weight": torch.zeros(128, 256),
+        "blocks.0.ffn.0.weight": torch.zeros(512, 128),
+    }
+    return tensors | (changes or {})
+
+
+def test_a_whole_model_in_diffusers_layout(tiny_model):
+    report = inspect(tiny_model("i2v-a14b"))
+    assert (report.kind, report.variant, report.problems) == ("model", "i2v-a14b", ())
+    assert report.what == "Wan 2.2 I2V-A14B, diffusers layout"
+    parts = {c.path.name: c for c in report.components}
+    assert parts.keys() == {"transformer", "transformer_2", "vae", "text_encoder"}
+    assert parts["transformer"].expert == "high" and parts["transformer_2"].expert == "low"
+    assert parts["transformer"].expert_told_by == "folder"
+    assert all(readers(c)["diffusers"] for c in parts.values())
+    assert not readers(parts["transformer"])["ComfyUI"] and not readers(parts["vae"])["ComfyUI"]
+    config = json.loads((tiny_model("i2v-a14b") / "transformer" / "config.json").read_text())
+    assert parts["transformer"].config["num_layers"] == config["num_layers"]
+    count = sum(t.numel() for t in official(tiny_model("i2v-a14b") / "transformer").values())
+    assert parts["transformer"].parameters == count
+
+
+def test_an_incomplete_model(tiny_model, tmp_path):
+    for name in ("transformer", "vae"):
+        (tmp_path / name).symlink_to(tiny_model("t2v-a14b") / name)
+    report = inspect(tmp_path)
+    assert report.problems == ("lacks text_encoder", "lacks tokenizer", "lacks transformer_2")
+
+
+def test_a_whole_model_in_official_layout(shared):
+    report = inspect(shared / "golden" / "ti2v-5B")
+    assert report.what == "Wan 2.2 TI2V-5B, official layout" and not report.problems
+    parts = {c.kind: c for c in report.components}
+    assert parts.keys() == {"transformer", "vae", "text_encoder"}
+    assert parts["vae"].what == "Wan 2.2 VAE, of TI2V-5B"
+    assert parts["transformer"].expert == "single"
+    assert all(readers(c)["the official code"] for c in parts.values())
+
+
+@pytest.mark.parametrize(
+    ("prefix", "comfyui"),
+    [("", True), ("model.diffusion_model.", True), ("diffusion_model.", False)],
+)
+def test_single_files(tmp_path, prefix, comfyui):
+    path = tmp_path / "wan2.2_t2v_low_noise_14B_fp16.safetensors"
+    save_file({prefix + n: t for n, t in wide().items()}, path, {"modelspec.title": "A title"})
+    report = inspect(path)
+    assert (report.kind, report.variant, report.expert) == ("transformer", "t2v-a14b", "low")
+    assert (report.expert_told_by, report.prefix, report.names) == ("name", prefix, "official")
+    assert readers(report)["ComfyUI"] is comfyui
+    assert report.dtypes.keys() == {"F16", "F32"}
+    text = "\n".join(report.lines())
+    assert "T2V-A14B, for the low-noise expert (by its name)" in text
+    assert "modelspec.title = A title" in text
+
+
+def test_an_expert_that_nothing_tells(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file(wide(), path)
+    assert inspect(path).expert is None
+    assert "neither its header nor its name says" in inspect(path).what
+    save_file(wide(), path, {"onewan.expert": "high"})
+    assert inspect(path).expert == "high" and inspect(path).expert_told_by == "header"
+
+
+SCALED = "blocks.0.self_attn.q"
+FP8 = {f"{SCALED}.weight": torch.zeros(128, 128, dtype=torch.float8_e4m3fn)}
+NOTE = torch.frombuffer(bytearray(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+ONE, MARKER = torch.ones(()), torch.zeros(0, dtype=torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("extra", "metadata", "comfyui"),
+    [
+        ({f"{SCALED}.scale_weight": ONE, "scaled_fp8": MARKER}, {}, True),
+        ({f"{SCALED}.scale_weight": ONE}, {}, False),
+        ({f"{SCALED}.scale_weight": torch.ones(128, 1), "scaled_fp8": MARKER}, {}, False),
+        ({f"{SCALED}.weight_scale": ONE, f"{SCALED}.comfy_quant": NOTE}, {}, True),
+        ({f"{SCALED}.weight_scale": ONE}, {}, False),
+        (
+            {f"{SCALED}.weight_scale": ONE},
+            {
+                "_quantization_metadata": json.dumps(
+                    {"layers": {SCALED: {"format": "float8_e4m3fn"}}}
+                )
+            },
+            True,
+        ),
+    ],
+)
+def test_fp8_scaled_as_comfyui_reads_it(tmp_path, extra, metadata, comfyui):
+    path = tmp_path / "x_high_noise.safetensors"
+    save_file(wide(FP8 | extra), path, metadata)
+    report = inspect(path)
+    assert report.quantisation == "fp8_scaled" and not report.problems
+    assert readers(report)["ComfyUI"] is comfyui
+    assert not readers(report)["diffusers"]  # loads them without the scales: wrong weights
+
+
+def test_missing_and_surplus_tensors(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tensors = wide({"more": torch.zeros(1)})
+    del tensors["blocks.0.self_attn.k.weight"]
+    save_file(tensors, path)
+    missing, surplus = inspect(path).problems
+    assert missing == "lacks 1 weights, such as blocks.0.attn1.to_k.weight"
+    assert surplus == "has 1 tensors that do not belong, such as more"
+
+
+def lora(prefix: str, alpha: float | None, *, rank: int = 4, modules: int = 10) -> dict:
+    names = [n for n in sorted(transformer_names(1)) if n.startswith("blocks.")]
+    linears = [n.removesuffix(".weight") for n in names if n.endswith("weight") and "norm" not in n]
+    assert len(linears) == 10
+    tensors = {}
+    for name in linears[:modules]:
+        key = prefix + to_official(name)
+        tensors[f"{key}.lora_A.weight"] = torch.zeros(rank, 5120)
+        tensors[f"{key}.lora_B.weight"] = torch.zeros(5120, rank)
+        if alpha is not None:
+            tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=torch.bfloat16)
+    return tensors
+
+
+def test_a_lora(tmp_path):
+    path = tmp_path / "style-HighNoise.safetensors"
+    save_file(lora("diffusion_model.", 2.0), path)
+    report = inspect(path)
+    assert (report.kind, report.expert, report.names) == ("adapter", "high", "comfyui")
+    assert report.variant is None and "they are alike" in report.what
+    assert report.adapter["rank"] == "4" and report.adapter["alpha"] == "2"
+    assert report.adapter["modules"] == 10 and report.adapter["kinds"] == {"LoRA": 10}
+    assert all(readers(report).values())
+
+
+def test_a_lora_that_programs_do_not_read(tmp_path):
+    path = tmp_path / "style.safetensors"
+    save_file(lora("", None), path)  # as DiffSynth writes it, but for the name of the adapter
+    report = inspect(path)
+    assert report.kind == "adapter" and not readers(report)["ComfyUI"]
+    assert not readers(report)["diffusers"]
+    assert "convert to comfyui" in "\n".join(report.lines())
+
+
+def test_embeddings(tmp_path):
+    from datetime import datetime, timezone
+
+    vectors = torch.randn(3, 64)
+    path = write_embedding(
+        tmp_path / "face.safetensors",
+        vectors,
+        placeholder="<face>",
+        uuid="1234",
+        is_output_embedding=False,
+        date=datetime(2026, 1, 2, tzinfo=timezone.utc),
+        facts={"steps": 20},
+    )
+    file = read_embedding(path, width=64)
+    assert torch.equal(file.vectors, vectors) and not file.is_output_embedding
+    assert (file.placeholder, file.uuid) == ("<face>", "1234")
+    assert file.metadata["modelspec.architecture"] == "WAN-2.2/embedding"
+    assert file.metadata["modelspec.title"] == "<face>" and file.metadata["onewan.steps"] == "20"
+    report = inspect(path)
+    assert report.kind == "embedding" and report.what == "embedding of 3 tokens"
+    assert readers(report)["ComfyUI"]
+    with pytest.raises(Exception, match="for another text encoder"):
+        read_embedding(path, width=4096)
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        (["double_blocks.0.img_attn.qkv.weight"], "Flux"),
+        (["model.diffusion_model.input_blocks.0.0.weight"], "Stable Diffusion"),
+        (["vace_blocks.0.self_attn.q.weight", "blocks.0.self_attn.q.weight"], "VACE"),
+        (["blocks.0.cross_attn.k_img.weight", "blocks.0.self_attn.q.weight"], "Wan 2.1 image"),
+        (["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"], "LoRA of Flux"),
+        (["model.layers.0.self_attn.q_proj.weight"], "language model"),
+    ],
+)
+def test_files_of_other_models(tmp_path, names, what):
+    path = tmp_path / "x.safetensors"
+    save_file({name: torch.zeros(4, 4) for name in names}, path)
+    report = inspect(path)
+    assert report.kind == "other" and what in report.what
+    assert main(["inspect", str(path)]) == 0
+
+
+def test_rubbish(tmp_path, capsys):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"not weights at all, but long enough")
+    assert main(["inspect", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert "is not a safetensors, GGUF or PyTorch file" in error and error.count("\n") == 1
+    assert main(["inspect", str(path), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["kind"] == "unreadable" and "is not a safetensors" in report["what"]
+    assert main(["inspect", str(tmp_path / "absent")]) == 1
+
+
+def test_it_needs_no_torch(tmp_path):
+    path = tmp_path / "x_high_noise.safetensors"
+    save_file(wide(FP8 | {f"{SCALED}.weight_scale": ONE, f"{SCALED}.comfy_quant": NOTE}), path)
+    code = (
+        "import sys; from onewan.cli import main; "
+        f"status = main(['inspect', {str(path)!r}]); "
+        "sys.exit(status or ('torch' in sys.modules) * 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
