@@ -166,4 +166,4 @@ def test_sample_with_loras(saved_run: Path, workshop: Path, tmp_path: Path, caps
         == 1
     )
     err = capsys.readouterr().err
-    assert "Traceback" not in err and "not a whole safetensors file" in err
+    assert "Traceback" not in err and "is not a safetensors, GGUF or PyTorch file" in err

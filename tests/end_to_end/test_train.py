@@ -50,7 +50,7 @@ def test_a_run(run_file: RunFile, workshop: Path, variant: str) -> None:
         f"sample.prompts=[{{prompt: a red square{image}}}]",
         *(f"sample.{k}={v}" for k, v in {"width": side, "height": side, "frames": 5}.items()),
         "sample.steps=2",
-        "output.formats=[comfyui, diffusers]",
+        "output.formats=[comfyui, diffusers, kohya]",
         "logging.tensorboard=true",
     )
     WanTrainer(config, run_file="# as given\n").fit()
@@ -63,7 +63,7 @@ def test_a_run(run_file: RunFile, workshop: Path, variant: str) -> None:
         f"{step}{suffix}_{fmt}.safetensors"
         for step in ("000030", "000060")
         for suffix in suffixes
-        for fmt in ("comfyui", "diffusers")
+        for fmt in ("comfyui", "diffusers", "kohya")
     )
     video = probe(layout.samples(60) / "0.mp4")
     assert (video.width, video.height, video.frames_at(config.sample.fps)) == (side, side, 5)
@@ -74,7 +74,7 @@ def test_a_run(run_file: RunFile, workshop: Path, variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["t2v-a14b", "i2v-a14b", "ti2v-5b"])
-@pytest.mark.parametrize("fmt", ["comfyui", "diffusers"])
+@pytest.mark.parametrize("fmt", ["comfyui", "diffusers", "kohya"])
 def test_exported_files_give_the_training_models_output(
     run_file: RunFile, workshop: Path, variant: str, fmt: str
 ) -> None:

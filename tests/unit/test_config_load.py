@@ -166,6 +166,58 @@ def test_a_model_is_a_folder_or_a_repository(tmp_path: Path, given: str, comes_o
     assert config.model.path == comes_out.format(folder=tmp_path)
 
 
+COMPONENTS = "transformer: high.gguf, transformer_2: ./low.gguf, vae: org/vae, text_encoder: t5"
+
+
+def test_components_are_paths_as_the_whole_model_is(tmp_path: Path) -> None:
+    (tmp_path / "high.gguf").touch()
+    config = load_run(
+        write(tmp_path, f"model: {{{COMPONENTS}, variant: t2v-a14b}}"),
+        ["model.tokenizer=google/umt5-xxl"],
+    )
+    assert config.model.sources() == {
+        "transformer": str(tmp_path / "high.gguf"),
+        "transformer_2": str(tmp_path / "low.gguf"),
+        "vae": "org/vae",
+        "text_encoder": "t5",
+        "tokenizer": "google/umt5-xxl",
+    }
+    assert config.model.source_of("transformer_2") == str(tmp_path / "low.gguf")
+    assert (config.model.quantised, config.model.check_names) == ("keep", True)
+    assert load_run(write(tmp_path, dump_run(config), "again.yaml")).model == config.model
+    mixed = load_run(write(tmp_path, "model: {path: org/a, vae: org/b, variant: t2v-a14b}"))
+    assert mixed.model.sources() == {"path": "org/a", "vae": "org/b"}
+    assert mixed.model.source_of("transformer") == "org/a"
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("variant: t2v-a14b", "model.path: is required, got nothing; give the folder or hub name"),
+        (
+            "transformer: a/b, variant: t2v-a14b",
+            "model.transformer_2: is needed where model.path is not given, got nothing; give "
+            "transformer_2 and vae and text_encoder, or a whole model as the path",
+        ),
+        ("transformer: a/b, vae: a/b, variant: ti2v-5b", "model.text_encoder: is needed where"),
+        (
+            "path: a/b, transformer_2: a/c, variant: ti2v-5b",
+            "model.transformer_2: ti2v-5b has one transformer, got 'a/c'; leave it out",
+        ),
+        (f"{COMPONENTS}, variant: t2v-a14b, quantised: no", "model.quantised: "),
+    ],
+)
+def test_a_model_is_whole(tmp_path: Path, model: str, said: str) -> None:
+    assert only_problem(tmp_path, f"model: {{{model}}}").startswith(said)
+
+
+def test_only_the_components_at_work_are_needed(tmp_path: Path) -> None:
+    one = "model: {transformer: a/b, vae: a/b, text_encoder: a/b, variant: t2v-a14b, experts: high}"
+    assert load_run(write(tmp_path, one)).model.path is None
+    found = problems(write(tmp_path, one + "\nsample: {prompts: [a fox]}"))
+    assert [p[:30] for p in found] == ["model.transformer_2: is needed"]
+
+
 def test_a_run_folder_stands_for_its_run_wherever_it_is(tmp_path: Path) -> None:
     (tmp_path / "clips").mkdir()
     first = load_run(write(tmp_path, T2V + "video_data: {sources: [{path: clips}]}\n"))
@@ -352,7 +404,7 @@ def test_one_problem_gives_one_line(tmp_path: Path, text: str, said: str) -> Non
         (TI2V + "sample: {height: 720}", "sample.height: must be a multiple of 32 for ti2v-5b"),
         (TI2V + "sample: {guidance: [4, 3]}", "sample.guidance: must have one number for each"),
         (I2V + "sample: {prompts: [a]}", "sample.prompts.0.image: i2v-a14b starts from an image"),
-        ("method: {rank: 4}", "model.path: is required, got nothing; add it: The base model"),
+        ("method: {rank: 4}", "model.variant: is required, got nothing; add it: 't2v-a14b'"),
     ],
 )
 def test_rules_of_other_variants(tmp_path: Path, text: str, said: str) -> None:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from onewan.demo.tiny_model import write_tiny_model
 from onewan.errors import CheckpointError
 from onewan.formats.names import to_diffusers, to_official
-from onewan.model.load import WanModelLoader, fingerprint
+from onewan.model.load import WanModelLoader
+from onewan.model.sources import fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,8 @@ def test_float32_islands_survive_bfloat16(original: Path) -> None:
     assert "condition_embedder.time_embedder.linear_1.weight" in float32
     assert dtypes["blocks.0.attn1.to_q.weight"] == torch.bfloat16
     assert model.transformer.rope.freqs_cos.dtype == torch.float32
+    patches = model.transformer.patch_embedding(torch.zeros(1, 16, 1, 2, 2, dtype=torch.bfloat16))
+    assert patches.dtype == torch.float32  # the residual stream, see onewan.model.precision
     assert model.vae.dtype == torch.float32 and model.text_encoder.dtype == torch.bfloat16
     assert not any(p.requires_grad for p in model.transformer.parameters())
 
@@ -66,16 +69,16 @@ def spoil(what: str, folder: Path) -> str:
         tensors = load_file(weights)
         tensors.pop("blocks.1.ffn.net.2.bias")
         save_file({k: v.clone() for k, v in tensors.items()}, weights, metadata={"format": "pt"})
-        return "1 missing weights: blocks.1.ffn.net.2.bias"
+        return "1 weights missing (blocks.1.ffn.net.2.bias)"
     if what == "surplus weight":
         tensors = {k: v.clone() for k, v in load_file(weights).items()}
         save_file({**tensors, "more": torch.ones(2)}, weights, metadata={"format": "pt"})
-        return "1 unknown weights: more"
+        return "1 weights surplus (more)"
     if what == "cut off":
         content = weights.read_bytes()
         weights.unlink()
         weights.write_bytes(content[: len(content) // 2])
-        return "can't be loaded"
+        return "is not a whole safetensors file"
     if what == "clip branch":
         edit_json(folder / "transformer" / "config.json", image_dim=1280)
         return "Wan 2.1 image-to-video"
@@ -84,10 +87,10 @@ def spoil(what: str, folder: Path) -> str:
         return "in_channels is 33, and Wan 2.2 has 16"
     if what == "mixed experts":
         edit_json(folder / "transformer_2" / "config.json", in_channels=36)
-        return "transformer_2 is i2v-a14b"
+        return "transformer_2: is a transformer of i2v-a14b (36 input channels)"
     if what == "other vae":
         edit_json(folder / "vae" / "config.json", z_dim=48)
-        return "z_dim is 48, and t2v-a14b needs 16"
+        return "is a VAE with 48 latent channels, and t2v-a14b needs 16"
     if what == "other text encoder":
         edit_json(folder / "text_encoder" / "config.json", d_model=99)
         return "do not belong together"
@@ -99,7 +102,7 @@ def spoil(what: str, folder: Path) -> str:
         return "not readable JSON"
     assert what == "no tokenizer"
     shutil.rmtree(folder / "tokenizer")
-    return "no usable tokenizer"
+    return "carries no tokenizer; give model.tokenizer"
 
 
 @pytest.mark.parametrize(
@@ -128,13 +131,13 @@ def test_wrong_models(folder: Path, what: str) -> None:
 
 
 def test_wrong_variant_or_place(original: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"is t2v-a14b .* asks for ti2v-5b"):
+    with pytest.raises(CheckpointError, match=r"transformer of t2v-a14b .* one of ti2v-5b .*set"):
         WanModelLoader().load(original, variant="ti2v-5b")
-    with pytest.raises(CheckpointError, match="not in the diffusers layout"):
+    with pytest.raises(CheckpointError, match="holds no weights"):
         WanModelLoader().load(tmp_path)
-    with pytest.raises(CheckpointError, match="is a file"):
+    with pytest.raises(CheckpointError, match="is not an index of shards"):
         WanModelLoader().load(original / "model_index.json")
-    with pytest.raises(CheckpointError, match="neither a folder nor a repository"):
+    with pytest.raises(CheckpointError, match="there is no such file or folder"):
         WanModelLoader().load(tmp_path / "gone")
 
 
@@ -146,6 +149,45 @@ def test_fingerprint_follows_the_content(folder: Path) -> None:
     weights.unlink()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert fingerprint(folder / "vae") != before
+    # Of a file the content alone counts.
+    of_file = fingerprint(weights)
+    assert of_file != fingerprint(folder / "vae")
+    assert fingerprint(weights.rename(weights.with_name("renamed.safetensors"))) == of_file
+
+
+def test_the_encoders_tell_the_variant_where_they_can(original: Path) -> None:
+    loader = WanModelLoader()
+    sources = {"vae": original / "vae"}
+    assert loader.load(sources, "i2v-a14b").variant.name == "i2v-a14b"
+    with pytest.raises(CheckpointError, match="say the variant: t2v-a14b, i2v-a14b"):
+        loader.load(sources)  # two variants share this VAE
+    with pytest.raises(CheckpointError, match="16 latent channels, and ti2v-5b needs 48"):
+        loader.load(sources, "ti2v-5b")
+
+
+def test_float16_keeps_what_overflows_in_float32(original: Path) -> None:
+    model = WanModelLoader().load(original, dtype=torch.float16, components=("text_encoder",))
+    assert model.text_encoder is not None
+    wide = {n for n, p in model.text_encoder.named_parameters() if p.dtype == torch.float32}
+    assert wide and all(name.endswith("wo.weight") for name in wide)
+    theirs = type(model.text_encoder).from_pretrained(
+        original / "text_encoder", dtype=torch.float16
+    )
+    assert {n: p.dtype for n, p in theirs.named_parameters()} == {
+        n: p.dtype for n, p in model.text_encoder.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_numbers_and_types_are_those_of_diffusers(original: Path, dtype: torch.dtype) -> None:
+    ours = WanModelLoader().load(original, dtype=dtype, components=("transformer",)).transformer
+    assert ours is not None
+    theirs = type(ours).from_pretrained(original / "transformer", torch_dtype=dtype)
+    assert theirs.state_dict().keys() == ours.state_dict().keys()
+    for name, tensor in theirs.state_dict().items():
+        assert tensor.dtype == ours.state_dict()[name].dtype, name
+        assert torch.equal(tensor, ours.state_dict()[name]), name
+    assert not ours.training and ours.config["num_layers"] == 2
 
 
 def test_names_map_one_to_one(original: Path) -> None:

@@ -28,7 +28,7 @@ from ruamel.yaml.representer import SafeRepresenter
 
 from onewan.config.migrate import migrate
 from onewan.config.rules import broken_rules, resolved
-from onewan.config.schema import RunConfig, Section
+from onewan.config.schema import COMPONENTS, RunConfig, Section
 from onewan.config.wording import (
     Node,
     Place,
@@ -251,7 +251,7 @@ def _absolute(node: Node, place: Place, base: Path) -> Node:
     field = field_at(place)
     if field is not None and Path in alternatives(field.annotation):
         return _joined(base, node)
-    if place == ("model", "path"):
+    if len(place) == 2 and place[0] == "model" and place[1] in ("path", *COMPONENTS):
         here = node.startswith((".", "/", "~")) or PureWindowsPath(node).drive
         # Anything else is the name of a hub repository, unless something lies there.
         return _joined(base, node) if here or os.path.exists(base / node) else node

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from typing import TypeAlias, TypeVar
 
-from onewan.config.schema import RunConfig, Section
+from onewan.config.schema import COMPONENTS, RunConfig, Section
 from onewan.config.wording import show
 from onewan.variants import NEGATIVE_PROMPT, VARIANTS, Variant
 
@@ -24,6 +24,7 @@ _S = TypeVar("_S", bound=Section)
 def broken_rules(config: RunConfig, variant: Variant | None) -> Iterator[Problem]:
     """Every rule that spans sections or needs facts; those that need facts only with `variant`."""
     yield from _list_rules(config)
+    yield from _model_rules(config, variant)
     video, sample = config.video_data, config.sample
     if any(
         low > high for low, high in zip(video.min_resolution, video.max_resolution, strict=True)
@@ -65,6 +66,33 @@ def _list_rules(config: RunConfig) -> Iterator[Problem]:
         yield (
             "wan_config.transformer_layers_to_train",
             "must name at least one block, got []; leave it out to train all",
+        )
+
+
+def _model_rules(config: RunConfig, variant: Variant | None) -> Iterator[Problem]:
+    """A whole model, or every component that the run needs; none that it has no use for."""
+    given = config.model.sources()
+    if not given:
+        yield (
+            "model.path",
+            "is required, got nothing; give the folder or hub name of a whole model, or a path "
+            f"for each component ({', '.join(COMPONENTS)})",
+        )
+    if variant is None:
+        return
+    if "transformer_2" in given and len(variant.experts) == 1:
+        yield (
+            "model.transformer_2",
+            f"{variant.name} has one transformer, got {show(given['transformer_2'])}; leave it out",
+        )
+    choice = "both" if config.sample.prompts or len(variant.experts) == 1 else config.model.experts
+    needed = {expert.component for expert in variant.selected(choice)} | {"vae", "text_encoder"}
+    lacking = [name for name in COMPONENTS if name in needed and name not in given]
+    if given and "path" not in given and lacking:
+        yield (
+            f"model.{lacking[0]}",
+            f"is needed where model.path is not given, got nothing; give {' and '.join(lacking)}, "
+            "or a whole model as the path",
         )
 
 

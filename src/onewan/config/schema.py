@@ -17,6 +17,9 @@ from onewan.variants import VariantName
 
 SCHEMA_VERSION = 1
 
+COMPONENTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer")
+"""Fields of the model section that give one component."""
+
 # Strict, since `true` would count as 1 otherwise, and a text as the number it spells.
 Int = Annotated[int, Field(strict=True)]
 Float = Annotated[float, Field(strict=True)]
@@ -41,11 +44,31 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    path: str
-    """The base model: a folder in the diffusers layout, or the name of a repository on the
-    Hugging Face hub such as Wan-AI/Wan2.2-T2V-A14B-Diffusers."""
+    path: str | None = None
+    """The base model: a folder in the diffusers or the official layout, or the name of a repository
+    on the Hugging Face hub such as Wan-AI/Wan2.2-T2V-A14B-Diffusers. Components that are given by
+    themselves, below, come from there; with all of them, leave this out."""
+    transformer: str | None = None
+    """The high-noise expert, or the transformer of TI2V-5B: a file (safetensors of any program, in
+    fp8_scaled too, or GGUF), a folder, or a whole model or hub repository to take it from."""
+    transformer_2: str | None = None
+    """The low-noise expert of T2V-A14B and I2V-A14B; given as `transformer` is."""
+    vae: str | None = None
+    """The VAE (the 2.1 VAE for A14B, the 2.2 VAE for TI2V-5B); given as `transformer` is."""
+    text_encoder: str | None = None
+    """The UMT5 text encoder; given as `transformer` is."""
+    tokenizer: str | None = None
+    """The tokenizer: its folder, or the hub name google/umt5-xxl. ComfyUI's files of the text
+    encoder carry it and need none."""
     variant: VariantName
     """Which Wan 2.2 model it is; checked against the weights."""
+    check_names: bool = True
+    """Refuse a file as the high-noise expert if its name says low noise, and the reverse; the
+    weights themselves do not tell."""
+    quantised: Literal["keep", "expand"] = "keep"
+    """Weights that a file holds in fp8 or GGUF: `keep` leaves those of the linear layers as they
+    are in memory and expands each at its use; `expand` does it once, for speed, at the memory of a
+    model that is not quantised. The numbers are the same."""
     experts: Literal["both", "high", "low"] = "both"
     """Which experts train. T2V-A14B and I2V-A14B have two: `high` serves the noisy start of
     sampling (layout and motion), `low` the rest (detail). TI2V-5B has one: leave `both`."""
@@ -55,6 +78,16 @@ class ModelSection(Section):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?|mps|xpu(:[0-9]+)?)$")
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`, `xpu`, `xpu:1`. ROCm builds
     of PyTorch say cuda."""
+
+    def sources(self) -> dict[str, str]:
+        """What was given, ``path`` and components, as `WanModelLoader` takes it."""
+        given = {name: getattr(self, name) for name in ("path", *COMPONENTS)}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def source_of(self, component: Literal["transformer", "transformer_2"]) -> str:
+        """Where a transformer comes from, as it was given."""
+        given = self.sources()
+        return given.get(component) or given.get("path") or ""
 
 
 class WanTrainConfig(Section):
@@ -276,9 +309,12 @@ class OutputSection(Section):
     """The folder that holds the runs."""
     name: str | None = Field(default=None, pattern=r"^[^/\\:*?\"<>|.][^/\\:*?\"<>|]*$")
     """The run's name, and its folder's; null is the name of the run file."""
-    formats: tuple[Literal["comfyui", "diffusers"], ...] = Field(default=("comfyui",), min_length=1)
+    formats: tuple[Literal["comfyui", "diffusers", "kohya"], ...] = Field(
+        default=("comfyui",), min_length=1
+    )
     """How exported LoRA files name things. `comfyui` is read by ComfyUI, diffusers, musubi-tuner
-    and DiffSynth-Studio alike; `diffusers` by diffusers alone."""
+    and DiffSynth-Studio alike; `diffusers` by diffusers alone; `kohya`, as musubi-tuner writes it,
+    by ComfyUI, diffusers and musubi-tuner."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of exported files. float32 is what was trained, to the bit; the others halve it."""
 

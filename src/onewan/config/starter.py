@@ -6,6 +6,7 @@ schema does not know of. Never reads or writes a file: `onewan init` and `onewan
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from onewan.config.schema import RunConfig
@@ -20,8 +21,9 @@ _STARTER = """\
 schema_version: 1
 
 model:
-  path: {repository}  # on the hub; or a folder in the diffusers layout
-  variant: {name}
+  path: {repository}  # on the hub; or a folder, diffusers' or official
+  # Any component from elsewhere (also vae, text_encoder), such as a file for ComfyUI or GGUF:
+{components}  variant: {name}
 {experts}
 wan_config:
   max_frames: {frames}  # 4n+1; {frames} at {fps} fps are {seconds:.1f} s; fewer need less memory
@@ -54,6 +56,19 @@ output:
   dir: runs  # the run's folder is runs/NAME, after the name of this file
 """
 
+_COMPONENTS: Mapping[VariantName, tuple[str, ...]] = {
+    "t2v-a14b": (
+        "transformer: wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors",
+        "transformer_2: wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors",
+    ),
+    "i2v-a14b": (
+        "transformer: wan2.2_i2v_high_noise_14B_fp8_scaled.safetensors",
+        "transformer_2: wan2.2_i2v_low_noise_14B_fp8_scaled.safetensors",
+    ),
+    "ti2v-5b": ("transformer: wan2.2_ti2v_5B_fp16.safetensors",),
+}
+"""Files for ComfyUI, as they are called on the hub."""
+
 _SAMPLES = """\
   every: 500
   prompts:
@@ -81,6 +96,7 @@ def starter(variant: VariantName) -> str:
         title=facts.title,
         repository=facts.repository,
         name=facts.name,
+        components="".join(f"  # {c}\n" for c in _COMPONENTS[facts.name]),
         experts="  experts: both  # or high (layout and motion), or low (detail)\n" if two else "",
         frames=facts.frames,
         fps=facts.fps,

@@ -7,7 +7,7 @@ text encoder and the VAE are never loaded together), and reports every clip that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -20,7 +20,7 @@ from onewan.data.cache import ContentDigests, EntryCache, Kind, key_of
 from onewan.data.index import Clip, Problem, Report, index_clips
 from onewan.data.sample import decode
 from onewan.errors import DataError
-from onewan.model.load import Component, fingerprint
+from onewan.model.sources import Component, Placed, fingerprint
 from onewan.model.wan import WanModel
 from onewan.variants import VARIANTS, Variant
 
@@ -74,7 +74,7 @@ def silent(what: str, done: int, total: int) -> None:
 
 def prepare(
     config: RunConfig,
-    model_folder: Path,
+    places: Mapping[Placed, Path],
     load: LoadModel,
     *,
     extra_prompts: Sequence[str] = (),
@@ -83,7 +83,8 @@ def prepare(
 ) -> Dataset:
     """The data set of a resolved run file, with every missing entry encoded.
 
-    `extra_prompts` are encoded as captions are, for sampling later without the text encoder.
+    `places` says where the VAE, the text encoder and the tokenizer are: their content keys the
+    cache. `extra_prompts` are encoded as captions are, for sampling later without the text encoder.
     `verify` reads every entry that is there and encodes the damaged ones again. Clips that fail to
     decode are dropped and join the report. DataError if no clip is left.
     """
@@ -106,7 +107,7 @@ def prepare(
     content = {clip: digests.of(clip.path) for clip in report.clips}
     if config.video_data.cache:
         digests.save()
-        source = _CachedEntries(config, variant, model_folder, content)
+        source = _CachedEntries(config, variant, places, content)
         problems, encoded = source.fill(report.clips, captions, load, progress, verify)
     else:
         model = load(("vae", "text_encoder", "tokenizer")) if report.clips else None
@@ -189,18 +190,22 @@ class _CachedEntries:
     prefetch = True
 
     def __init__(
-        self, config: RunConfig, variant: Variant, model_folder: Path, content: dict[Clip, str]
+        self,
+        config: RunConfig,
+        variant: Variant,
+        places: Mapping[Placed, Path],
+        content: dict[Clip, str],
     ) -> None:
         self._cache = EntryCache(config.video_data.cache_dir)
         self._text_causes = {
             "version": ENCODING_VERSION,
-            "text_encoder": fingerprint(model_folder / "text_encoder"),
-            "tokenizer": fingerprint(model_folder / "tokenizer"),
+            "text_encoder": fingerprint(places["text_encoder"]),
+            "tokenizer": fingerprint(places["tokenizer"]),
             "dtype": config.model.dtype,
         }
         self._video_causes = {
             "version": ENCODING_VERSION,
-            "vae": fingerprint(model_folder / "vae"),
+            "vae": fingerprint(places["vae"]),
             "first_frame_condition": variant.condition == "first_frame_channels",
         }
         self._content = content

@@ -15,7 +15,7 @@ import json
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -27,6 +27,7 @@ from onewan.errors import CheckpointError
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
+    from numpy.typing import NDArray
     from torch import Tensor
 
 Kind = Literal["safetensors", "gguf", "pickle"]
@@ -35,10 +36,14 @@ BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "B
 BYTES |= {f"{sign}{bits}": bits // 8 for sign in "IU" for bits in (8, 16, 32, 64)}
 """Bytes of one element by safetensors' name of its type."""
 
+_NUMPY = BYTES.keys() - {"BF16", "F8_E4M3", "F8_E5M2"}
 _GGUF_SHAPE = "comfy.gguf.orig_shape."
 """Key under which ComfyUI-GGUF keeps the shape of a tensor that GGUF can't hold (five axes)."""
 
 _LFS = b"version https://git-lfs"
+
+_PICKLE_MAPPING = 256 << 20
+"""Bytes read through one mapping of a pickle before a new one is made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,17 @@ class TensorFile:
                 )
             self.tensors |= part.tensors
             self._homes |= dict.fromkeys(part.tensors, part)
+
+    def numbers(self, names: Iterable[str]) -> dict[str, NDArray[Any]]:
+        """Small tensors (alphas, notes) as arrays: one opening for all, and without torch if the
+        file allows."""
+        found: dict[str, NDArray[Any]] = {}
+        by_part: dict[_Part, list[str]] = {}
+        for name in names:
+            by_part.setdefault(self._homes[name], []).append(name)
+        for part, inside in by_part.items():
+            found |= part.numbers(inside)
+        return found
 
     def read(self, name: str, *, stay: bool = False) -> Tensor:
         """The tensor as the file stores it, on the CPU, mapped from the file where that can be.
@@ -230,6 +246,14 @@ class _Part:
         # weights takes one for all, since each is as long as the file (and numpy's hold it open).
         raise NotImplementedError
 
+    def numbers(self, names: list[str]) -> dict[str, NDArray[Any]]:
+        """See `TensorFile.numbers`."""
+        tensors = {name: self.read(name, stay=False) for name in names}
+        return {
+            name: (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+            for name, tensor in tensors.items()
+        }
+
 
 class _Safetensors(_Part):
     def __init__(self, path: Path, size: int) -> None:
@@ -253,6 +277,12 @@ class _Safetensors(_Part):
         if self._open is None:
             self._open = safe_open(self.path, framework="pt")
         return self._open.get_tensor(name)
+
+    def numbers(self, names: list[str]) -> dict[str, NDArray[Any]]:
+        plain = [name for name in names if self.tensors[name].dtype in _NUMPY]
+        with safe_open(self.path, framework="np") as file:
+            found = {name: file.get_tensor(name) for name in plain}
+        return found | super().numbers([name for name in names if name not in found])
 
 
 def _safetensors_fault(path: Path, size: int, error: BaseException) -> str:
@@ -300,6 +330,8 @@ class _Pickle(_Part):
         self.metadata = {}
         self._mapped = zipfile.is_zipfile(path) and path.suffix.lower() != ".safetensors"
         self._whole: Mapping[str, Tensor] | None = None
+        self._recent: Mapping[str, Tensor] | None = None
+        self._touched = 0
         tensors = self._load()
         self.tensors = {
             name: TensorInfo(tuple(tensor.shape), _safetensors_dtype(tensor))
@@ -310,12 +342,19 @@ class _Pickle(_Part):
         tensors = self._load()
         if stay:
             self._whole = tensors
+            return tensors[name]
+        # Unpickling takes a while (0.03 s), so one mapping serves for a quarter of a gigabyte.
+        self._touched += tensors[name].nbytes
+        full = self._touched > _PICKLE_MAPPING
+        self._recent = None if full else tensors
+        self._touched = 0 if full else self._touched
         return tensors[name]
 
     def _load(self) -> Mapping[str, Tensor]:
         """All tensors, mapped from the file."""
-        if self._whole is not None:
-            return self._whole
+        kept = self._recent if self._whole is None else self._whole
+        if kept is not None:
+            return kept
         import pickle
 
         import torch

@@ -116,11 +116,12 @@ class Weights:
             return "none"
         return "fp8_scaled" if any(e.scale for e in self.entries.values()) else "fp8"
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None, *, stay: bool = False) -> Tensor:
         """The numbers of weight `name`, on the CPU: in `dtype`, else as stored, or as float32 where
-        the file has them quantised. Mapped from the file where nothing has to be computed."""
+        the file has them quantised. Mapped from the file where nothing has to be computed; say then
+        whether they `stay` (see `TensorFile.read`)."""
         entry = self.entries[name]
-        tensor = self.file.read(entry.key)
+        tensor = self.file.read(entry.key, stay=stay)
         if entry.packing == "gguf":
             tensor = _expanded(tensor, entry.info)
         elif entry.packing == "fp8":
@@ -341,9 +342,9 @@ def _formats_said(file: TensorFile) -> list[object]:
     try:
         if text is not None:
             said += [layer["format"] for layer in json.loads(text)["layers"].values()]
-        for name, info in file.tensors.items():
-            if name.endswith(".comfy_quant") and info.dtype == "U8" and info.elements < 4096:
-                said.append(json.loads(bytes(file.read(name).numpy().tobytes()))["format"])
+        notes = [name for name in file.tensors if name.endswith(".comfy_quant")]
+        small = [n for n in notes if file.tensors[n].elements < 4096]
+        said += [json.loads(note.tobytes())["format"] for note in file.numbers(small).values()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{file.path}: its notes on quantisation are damaged ({error!r})"

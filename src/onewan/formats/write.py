@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -44,12 +45,26 @@ _PLACEHOLDER = "0x" + "0" * 64
 
 
 @dataclass(frozen=True, slots=True)
+class _Written:
+    """What a file holds if the disk did its work."""
+
+    metadata: dict[str, str]
+    checksums: dict[str, int]
+    """CRC-32 of each tensor's bytes, in the order of the file: it finds what a disk does to them,
+    and costs a fifth of a cryptographic digest."""
+
+
+@dataclass(frozen=True, slots=True)
 class Lazy:
     """A tensor that is made when its turn to be written comes."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     make: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
 
 
 def write_safetensors(
@@ -69,8 +84,8 @@ def write_safetensors(
     order = sorted(lazy, key=lambda name: (-lazy[name].dtype.itemsize, name))
     try:
         with replacing(destination) as path:
-            digests = _write(path, {name: lazy[name] for name in order}, metadata, on_bytes)
-            if wrong := _differences(path, digests, lazy, metadata):
+            written = _write(path, {name: lazy[name] for name in order}, metadata, on_bytes)
+            if wrong := _differences(path, lazy, written):
                 raise CheckpointError(
                     f"{destination}: reads back different from what was written "
                     f"({', '.join(wrong[:3])}); the disk or its driver is at fault, use another one"
@@ -93,42 +108,37 @@ def _write(
     tensors: Mapping[str, Lazy],
     metadata: Mapping[str, str],
     on_bytes: Callable[[int], None],
-) -> dict[str, bytes]:
-    """Write the file; returns a digest of each tensor's bytes."""
+) -> _Written:
+    """Write the file; returns what it must read back as."""
     header: dict[str, object] = {"__metadata__": _metadata(metadata, _PLACEHOLDER)}
     end = 0
     for name, tensor in tensors.items():
-        start, end = end, end + prod(tensor.shape) * tensor.dtype.itemsize
+        start, end = end, end + tensor.bytes
         header[name] = {
             "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
     text = _header_text(header)
-    digests: dict[str, bytes] = {}
+    checksums: dict[str, int] = {}
     sha = hashlib.sha256()
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name, planned in tensors.items():
-            tensor = planned.make()
-            if tuple(tensor.shape) != planned.shape or tensor.dtype != planned.dtype:
-                raise ValueError(
-                    f"{name}: became {list(tensor.shape)} {tensor.dtype}, not the planned "
-                    f"{list(planned.shape)} {planned.dtype}"
-                )
-            content = _bytes_of(tensor)
+            tensor = planned_tensor(name, planned)
+            content = bytes_of(tensor)
             sha.update(content)
-            digests[name] = _digest(content)
+            checksums[name] = zlib.crc32(content)
             file.write(content)
             on_bytes(len(content))
             del tensor, content
         # As long as before: the placeholder has the length of a hash.
-        header["__metadata__"] = _metadata(metadata, "0x" + sha.hexdigest())
+        sealed = header["__metadata__"] = _metadata(metadata, "0x" + sha.hexdigest())
         file.seek(8)
         file.write(_header_text(header))
     sync(path)
-    return digests
+    return _Written(sealed, checksums)
 
 
 def _metadata(metadata: Mapping[str, str], digest: str) -> dict[str, str]:
@@ -140,41 +150,39 @@ def _header_text(header: Mapping[str, object]) -> bytes:
     return text + b" " * (-len(text) % 8)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The content of `tensor` as safetensors stores it, little-endian, without a copy."""
+def planned_tensor(name: str, planned: Lazy) -> Tensor:
+    """The tensor, made; ValueError if it is not what was planned."""
+    tensor = planned.make()
+    if tuple(tensor.shape) != planned.shape or tensor.dtype != planned.dtype:
+        raise ValueError(
+            f"{name}: became {list(tensor.shape)} {tensor.dtype}, not the planned "
+            f"{list(planned.shape)} {planned.dtype}"
+        )
+    return tensor
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The content of `tensor` as files store it, little-endian, without a copy."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
 
 
-def _digest(content: memoryview | bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
-
-
-def _differences(
-    path: Path,
-    digests: Mapping[str, bytes],
-    tensors: Mapping[str, Lazy],
-    metadata: Mapping[str, str],
-) -> list[str]:
+def _differences(path: Path, tensors: Mapping[str, Lazy], written: _Written) -> list[str]:
     """In what the file differs from what was written, to the bit."""
     with safe_open(path, framework="pt") as file:
         found = set(file.keys())
         header = file.metadata() or {}
-    wrong = sorted(found ^ digests.keys())
-    sha = hashlib.sha256()
-    for name in digests:  # in the order of the file, for the hash of the whole
+    wrong = sorted(found ^ written.checksums.keys())
+    for name, checksum in written.checksums.items():
         if name not in found:
             continue
         with safe_open(path, framework="pt") as file:  # anew, so that its pages are let go
             tensor = file.get_tensor(name)
-        content = _bytes_of(tensor)
-        sha.update(content)
         if (
             tensor.dtype != tensors[name].dtype
             or tuple(tensor.shape) != tensors[name].shape
-            or _digest(content) != digests[name]
+            or zlib.crc32(bytes_of(tensor)) != checksum
         ):
             wrong.append(name)
-        del tensor, content
-    same = header == _metadata(metadata, "0x" + sha.hexdigest())
-    return wrong if same or wrong else ["the header"]
+        del tensor
+    return wrong if header == written.metadata or wrong else ["the header"]

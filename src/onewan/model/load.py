@@ -1,36 +1,61 @@
-"""`WanModelLoader`: a diffusers layout (folder or hub repository) -> `WanModel`.
+"""`WanModelLoader`: files in any form -> `WanModel`.
 
-What it takes care of, since each went wrong somewhere else: safetensors only; the float32 islands
-stay float32 (``.to(bfloat16)`` would destroy them, the rope tables included); a missing or surplus
-weight is an error and not a random initialisation; the parts must belong to one another and to the
-variant that was asked for. It never runs code from a checkpoint.
+There is one way for all of them: `locate` says where each component lies, `recognise` what the file
+holds, `skeleton` builds the module without memory, and each tensor goes straight to its place. On
+the CPU weights that need no conversion stay mapped from the file (copy on write: training may write
+to them), so loading never holds a model twice.
+
+What it takes care of, since each went wrong somewhere else: scales of fp8 weights count; the
+float32 islands stay float32; a missing or surplus weight is an error and not a random
+initialisation; the parts must belong to one another and to the variant that was asked for. It never
+runs code from a checkpoint.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoTokenizer, UMT5EncoderModel
+from diffusers import UniPCMultistepScheduler
+from torch import Tensor, nn
 
 from onewan.errors import CheckpointError
+from onewan.formats.weights import Weights, expert_in_name, read_json, recognise
+from onewan.model.packed import PackedLinear, can_stay_packed
 from onewan.model.precision import keep_float32_islands
+from onewan.model.skeleton import skeleton
+from onewan.model.sources import (
+    ENCODERS,
+    Component,
+    ModelSource,
+    Placed,
+    Sources,
+    field_name,
+    locate,
+)
+from onewan.model.tokenizer import load_tokenizer
 from onewan.model.wan import WanModel
-from onewan.variants import NUM_TRAIN_TIMESTEPS, Variant, VariantName, variant_of
+from onewan.variants import NUM_TRAIN_TIMESTEPS, VARIANTS, Variant, VariantName, variant_of
 
-Component = Literal["transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler"]
+Quantised = Literal["keep", "expand"]
+"""What becomes of linear layers that a file holds quantised: they stay so, or are expanded."""
 
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
-# What diffusers, transformers, tokenizers and safetensors raise for a file that is wrong.
+_SLOTS: Mapping[Placed, str] = {
+    "transformer": "transformer",
+    "transformer_2": "transformer",
+    "vae": "vae",
+    "text_encoder": "text_encoder",
+}
+"""What kind of weights belongs under each name."""
+
+_BLOCKS = ("blocks.", "encoder.block.")
+"""Where linear layers may stay quantised; those outside are few and compute in float32."""
+
+_STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class WanModelLoader:
@@ -38,83 +63,45 @@ class WanModelLoader:
 
     def load(
         self,
-        source: str | Path,
+        source: ModelSource,
         variant: VariantName | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         components: Collection[Component] | None = None,
+        *,
+        quantised: Quantised = "keep",
+        check_names: bool = True,
     ) -> WanModel:
-        """The model at `source`, a folder or a hub repository in the diffusers layout.
+        """The model at `source`: a folder or hub repository in the diffusers or the official
+        layout, the file of one component, or a mapping from components to any of these.
 
         `variant` is checked against the weights if given. `components` limits what is loaded (None:
-        everything there is). The transformers get `dtype` but for their float32 islands, the text
-        encoder gets `dtype`, and the VAE is always float32, as in the official code. `device` is
-        where they all go. CheckpointError names the file and what is wrong with it.
+        all of a whole model, or what was given). The transformers get `dtype` but for their float32
+        islands, the text encoder gets `dtype`, and the VAE is always float32, as in the official
+        code. `device` is where they all go. Linear layers that a file holds in fp8 or GGUF are kept
+        so and expanded at each use (`quantised` "keep"), or expanded now. `check_names` refuses a
+        low-noise file as the high-noise expert and the reverse, going by their names.
+        CheckpointError names the file and what is wrong with it.
         """
-        folder = local_folder(source, components)
-        facts = self._identify(folder, variant)
-        wanted = set(components if components is not None else _parts_of(facts))
-        model = WanModel(variant=facts, source=str(source), dtype=dtype)
+        sources = locate(source, components)
+        facts, pieces = _examined(sources, variant, components, check_names)
+        wanted = _wanted(sources, facts, pieces, components)
+        model = WanModel(
+            variant=facts, source=sources.name, dtype=dtype, notices=list(sources.notices)
+        )
         if "tokenizer" in wanted:
-            model.tokenizer = _tokenizer(folder / "tokenizer")
-        if "text_encoder" in wanted:
-            model.text_encoder = _weights(UMT5EncoderModel, folder / "text_encoder", dtype)
-        if "vae" in wanted:
-            model.vae = _weights(AutoencoderKLWan, folder / "vae", torch.float32)
-        for name in ("transformer", "transformer_2"):
-            if name in wanted:
-                transformer = _weights(WanTransformer3DModel, folder / name, dtype)
-                keep_float32_islands(transformer)
-                setattr(model, name, transformer)
+            model.tokenizer = load_tokenizer(sources.places["tokenizer"])
+        for component in ("text_encoder", "vae", "transformer", "transformer_2"):
+            weights = pieces[component].weights if component in wanted else None
+            if weights is None:
+                continue
+            place = torch.float32 if component == "vae" else dtype, torch.device(device)
+            module, notices = _filled(weights, *place, keep=quantised == "keep")
+            setattr(model, component, module)
+            model.notices += notices
         if "scheduler" in wanted:
             model.noise_scheduler = official_scheduler(facts)
-        for module in (model.text_encoder, model.vae, model.transformer, model.transformer_2):
-            if module is not None:
-                _settle(module, device)
         return model
-
-    def _identify(self, folder: Path, asked: VariantName | None) -> Variant:
-        """The variant of the model in `folder`, after checking that its parts fit together."""
-        config_file = folder / "transformer" / "config.json"
-        config = _read_json(config_file)
-        variant = variant_of(config, str(config_file))
-        if asked is not None and variant.name != asked:
-            raise CheckpointError(
-                f"{folder}: is {variant.name} (in_channels {config.get('in_channels')}), and the "
-                f"run asks for {asked}; set model.variant to {variant.name} or give another model"
-            )
-        if len(variant.experts) == 2:
-            self._check_second_expert(folder, variant)
-        if (folder / "vae").is_dir():
-            _check_vae(folder / "vae" / "config.json", variant)
-        if (folder / "text_encoder").is_dir():
-            width = _read_json(folder / "text_encoder" / "config.json").get("d_model")
-            if width != config.get("text_dim"):
-                raise CheckpointError(
-                    f"{folder}: the text encoder's d_model is {width}, and the transformer's "
-                    f"text_dim {config.get('text_dim')}; they do not belong together"
-                )
-        return variant
-
-    @staticmethod
-    def _check_second_expert(folder: Path, variant: Variant) -> None:
-        second = folder / "transformer_2" / "config.json"
-        if not second.is_file():
-            raise CheckpointError(
-                f"{folder}: has no transformer_2, the low-noise expert of {variant.name}; with one "
-                "transformer of these channels it is a Wan 2.1 model, or the download is incomplete"
-            )
-        other = variant_of(_read_json(second), str(second))
-        if other is not variant:
-            raise CheckpointError(
-                f"{folder}: transformer is {variant.name}, and transformer_2 is {other.name}"
-            )
-        index = folder / "model_index.json"
-        ratio = _read_json(index).get("boundary_ratio") if index.is_file() else None
-        if ratio is not None and ratio != variant.boundary:
-            raise CheckpointError(
-                f"{index}: boundary_ratio is {ratio}, and {variant.name} has {variant.boundary}"
-            )
 
 
 def official_scheduler(variant: Variant, shift: float | None = None) -> UniPCMultistepScheduler:
@@ -130,124 +117,251 @@ def official_scheduler(variant: Variant, shift: float | None = None) -> UniPCMul
     )
 
 
-def local_folder(source: str | Path, components: Collection[Component] | None = None) -> Path:
-    """The folder of `source`, downloading what is needed of a hub repository first."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if not (folder / "transformer").is_dir():
-            raise CheckpointError(
-                f"{folder}: has no folder 'transformer', so it is not in the diffusers layout; "
-                "give the folder that holds model_index.json"
+# ---------------------------------------------------------------------------- what belongs together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    """What is known of a component before a weight of it is read."""
+
+    place: Path
+    part: str
+    config: Mapping[str, Any]
+    variant: Variant | None
+    weights: Weights | None
+    """None where only the configuration has been fetched."""
+
+
+def _piece(component: Placed, place: Path, needed: bool) -> _Piece | None:
+    """None for a component that is not `needed` and of which nothing can be said."""
+    # Of a repository on the hub only the configuration was fetched, if that.
+    fetched = not place.is_dir() or any(
+        path for kind in ("safetensors", "gguf") for path in place.glob(f"*.{kind}")
+    )
+    if needed or fetched:
+        weights = recognise(place)
+        return _Piece(
+            place=place,
+            part=weights.part,
+            config=weights.config,
+            variant=weights.variant,
+            weights=weights,
+        )
+    file = place / "config.json"
+    if not file.is_file() or _SLOTS[component] != "transformer":
+        return None
+    config = read_json(file)
+    config = {"in_channels": config.get("in_dim"), **config}  # as the official one calls it
+    return _Piece(
+        place=place,
+        part="transformer",
+        config=config,
+        variant=variant_of(config, str(file)),
+        weights=None,
+    )
+
+
+def _examined(
+    sources: Sources,
+    asked: VariantName | None,
+    components: Collection[Component] | None,
+    check_names: bool,
+) -> tuple[Variant, Mapping[Placed, _Piece]]:
+    """The variant, and what lies where, after checking that all of it fits together."""
+    pieces: dict[Placed, _Piece] = {}
+    problems: list[str] = []
+    for component in _SLOTS.keys() & sources.places.keys():
+        needed = components is None or component in components
+        try:
+            piece = _piece(component, sources.places[component], needed)
+        except CheckpointError as error:
+            problems.append(str(error))
+        else:
+            if piece is not None:
+                pieces[component] = piece
+    _refuse(problems)
+    _refuse(
+        f"{piece.place}: was given as {field_name(component)}, and holds a "
+        f"{piece.part.replace('_', ' ')}; give it as model.{piece.part}"
+        for component, piece in pieces.items()
+        if piece.part != _SLOTS[component]
+    )
+    variant = _variant(sources, asked, pieces)
+    _refuse(_mismatches(variant, asked, pieces))
+    _refuse(_boundary_problems(sources, variant))
+    if check_names and len(variant.experts) == 2:
+        _refuse(_name_problems(pieces))
+    return variant, pieces
+
+
+def _refuse(problems: Iterable[str]) -> None:
+    """CheckpointError with all of `problems`, if there are any."""
+    if found := sorted(set(problems)):
+        raise CheckpointError("; ".join(found))
+
+
+def _variant(
+    sources: Sources, asked: VariantName | None, pieces: Mapping[Placed, _Piece]
+) -> Variant:
+    if asked is not None:
+        return VARIANTS[asked]
+    for component in ("transformer", "transformer_2", "vae"):
+        if component in pieces and (variant := pieces[component].variant) is not None:
+            return variant
+    raise CheckpointError(
+        f"{sources.name}: without a transformer it can't be told which model this is; say the "
+        f"variant: {', '.join(VARIANTS)}"
+    )
+
+
+def _mismatches(
+    variant: Variant, asked: VariantName | None, pieces: Mapping[Placed, _Piece]
+) -> Iterable[str]:
+    """Components of another variant, or of another width, than the rest."""
+    experts: tuple[Placed, ...] = ("transformer", "transformer_2")
+    for component in experts:
+        piece = pieces.get(component)
+        if piece is None:
+            continue
+        found = piece.variant
+        if found is not None and found is not variant:
+            instead = f", or set model.variant to {found.name}" if asked else ""
+            yield (
+                f"{piece.place}: is a transformer of {found.name} ({found.in_channels} input "
+                f"channels), and one of {variant.name} ({variant.in_channels}) is wanted; give "
+                f"another{instead}"
             )
-        return folder
-    if folder.exists():
-        raise CheckpointError(f"{folder}: is a file; give a folder in the diffusers layout")
-    # The configurations of all parts are small and needed to identify the model.
-    patterns = ["*.json", *(f"{c}/*" for c in components or ()), *(["*"] if not components else ())]
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{source}: is neither a folder nor a repository that could be downloaded ({reason})"
-        ) from error
+        elif component == "transformer_2" and len(variant.experts) == 1:
+            yield (
+                f"{piece.place}: was given as {field_name(component)}, and {variant.name} has one "
+                "transformer; leave it out"
+            )
+        text = pieces.get("text_encoder")
+        width = piece.config.get("text_dim")
+        if text is not None and width is not None and text.config.get("d_model") != width:
+            yield (
+                f"{text.place}: the text encoder is {text.config.get('d_model')} wide, and "
+                f"{piece.place} takes text of width {width}; they do not belong together"
+            )
+    vae = pieces.get("vae")
+    if vae is not None and vae.config.get("z_dim", 16) != variant.latent_channels:
+        yield (
+            f"{vae.place}: is a VAE with {vae.config.get('z_dim', 16)} latent channels, and "
+            f"{variant.name} needs {variant.latent_channels}; the A14B models use the Wan 2.1 VAE "
+            "(16), TI2V-5B the Wan 2.2 VAE (48)"
+        )
 
 
-def fingerprint(folder: Path) -> str:
-    """A digest of the weights and configuration in `folder`, by which cached results are keyed.
+def _boundary_problems(sources: Sources, variant: Variant) -> Iterable[str]:
+    index = None if sources.whole is None else sources.whole / "model_index.json"
+    if index is None or not index.is_file():
+        return
+    ratio = read_json(index).get("boundary_ratio")
+    if ratio is not None and ratio != variant.boundary:
+        yield f"{index}: boundary_ratio is {ratio}, and {variant.name} has {variant.boundary}"
 
-    Files up to 64 MiB count whole. Of larger ones the size, the first MiB (safetensors header) and
-    255 pieces of 64 KiB spread over the file count: another training of the same architecture
-    differs in nearly every piece, and 11 GB need not be read for it.
+
+def _name_problems(pieces: Mapping[Placed, _Piece]) -> Iterable[str]:
+    """Experts whose names say that they are the other one; one file for both."""
+    override = "swap them, or set model.check_names to false if the name is wrong"
+    places = Counter[Path]()
+    slots: tuple[tuple[Placed, str], ...] = (("transformer", "high"), ("transformer_2", "low"))
+    for component, noise in slots:
+        piece = pieces.get(component)
+        if piece is None:
+            continue
+        places[piece.place] += 1
+        files = piece.weights.file.files if piece.weights else ()
+        said = {expert_in_name(path) for path in (piece.place, *files)} - {None, noise}
+        if said:
+            yield (
+                f"{piece.place}: was given as {field_name(component)}, and by its name is the "
+                f"{said.pop()}-noise expert; {override}"
+            )
+    for place, count in places.items():
+        if count > 1:
+            yield (
+                f"{place}: was given for both experts; give each its own, or set "
+                "model.check_names to false"
+            )
+
+
+def _wanted(
+    sources: Sources,
+    variant: Variant,
+    pieces: Mapping[Placed, _Piece],
+    components: Collection[Component] | None,
+) -> Collection[Component]:
+    """The components to load; CheckpointError for those that there are not."""
+    if components is not None:
+        wanted: set[Component] = set(components)
+    elif sources.whole is not None:
+        wanted = {*(e.component for e in variant.experts), *ENCODERS, "scheduler"}
+    else:
+        wanted = {*sources.places, "scheduler"}
+        text = pieces["text_encoder"].weights if "text_encoder" in pieces else None
+        if text is not None and text.tokenizer is None:
+            apart = sources.places["tokenizer"] != sources.places["text_encoder"]
+            wanted -= set() if apart else {"tokenizer"}
+    sources.require(wanted, variant)
+    return wanted
+
+
+# ------------------------------------------------------------------------------------------ loading
+
+
+def _filled(
+    weights: Weights, dtype: torch.dtype, device: torch.device, *, keep: bool
+) -> tuple[nn.Module, list[str]]:
+    """The module of `weights` with all of them in place, frozen, in evaluation mode; and notices.
+
+    With `keep` the quantised linear layers of its blocks stay as they are.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
-        with path.open("rb") as file:
-            if size <= 64 << 20:
-                digest.update(file.read())
+    module = skeleton(weights)
+    islands = _float32_islands(module, weights.part, dtype)
+    expanded = Counter[str]()
+    for name, entry in weights.entries.items():
+        path, _, leaf = name.rpartition(".")
+        owner: Any = module.get_submodule(path)
+        wanted = torch.float32 if islands.intersection(name.split(".")) else dtype
+        in_a_block = isinstance(owner, nn.Linear) and name.startswith(_BLOCKS)
+        if keep and in_a_block and entry.packing != "plain" and wanted == dtype:
+            if can_stay_packed(entry):
+                parent, _, last = path.rpartition(".")
+                packed = PackedLinear(weights, name, owner.bias, device)
+                setattr(module.get_submodule(parent), last, packed)
                 continue
-            digest.update(file.read(1 << 20))
-            for piece in range(1, 256):
-                file.seek(size * piece // 256)
-                digest.update(file.read(64 << 10))
-    return digest.hexdigest()
-
-
-def _parts_of(variant: Variant) -> set[Component]:
-    """All that the variant consists of; a part that is not there fails where it is read."""
-    parts: set[Component] = {"vae", "text_encoder", "tokenizer", "scheduler"}
-    parts.update(e.component for e in variant.experts)
-    return parts
-
-
-def _settle(module: nn.Module, device: torch.device | str) -> None:
-    """Frozen, in evaluation mode, on `device`."""
-    module.to(device)  # the device alone: a dtype here would destroy the float32 islands
-    module.requires_grad_(False)
-    module.eval()
-
-
-def _tokenizer(folder: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except _LOAD_ERRORS as error:
-        raise CheckpointError(f"{folder}: no usable tokenizer ({_first_line(error)})") from error
-
-
-def _weights(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """The module of class `kind` in `folder`. Missing, surplus and misshapen weights are errors."""
-    _read_json(folder / "config.json")
-    # The same option, named differently in transformers and diffusers.
-    option = "torch_dtype" if kind.__module__.startswith("diffusers.") else "dtype"
-    try:
-        module, info = kind.from_pretrained(
-            folder,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **{option: dtype},
-        )
-    except _LOAD_ERRORS as error:
-        raise CheckpointError(f"{folder}: can't be loaded ({_first_line(error)})") from error
-    problems = [
-        f"{len(found)} {what}: {', '.join(sorted(map(str, found))[:3])}"
-        for key, what in (
-            ("missing_keys", "missing weights"),
-            ("unexpected_keys", "unknown weights"),
-            ("mismatched_keys", "weights of the wrong shape"),
-        )
-        if (found := info.get(key))
+            expanded[entry.info.dtype] += 1
+        # What is converted or moved is copied, and its mapping let go at once.
+        stay = device.type == "cpu" and _STORED.get(entry.info.dtype) == wanted
+        _assign(owner, leaf, weights.read(name, wanted, stay=stay).to(device))
+    if weights.part == "text_encoder":
+        embedding: Any = module
+        embedding.encoder.embed_tokens.weight = embedding.shared.weight
+    if weights.part == "transformer":
+        transformer: Any = module
+        keep_float32_islands(transformer)
+    module.to(device)  # the buffers; and no dtype here, which would destroy the float32 islands
+    left = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
+    assert not left, left
+    notices = [
+        f"{weights.path}: {count} weights of type {kind} were expanded, since no decoder for this "
+        "type runs on the device"
+        for kind, count in expanded.items()
     ]
-    if problems:
-        raise CheckpointError(f"{folder}: does not match its config.json; {'; '.join(problems)}")
-    return module
+    return module.requires_grad_(False).eval(), notices
 
 
-def _check_vae(config_file: Path, variant: Variant) -> None:
-    config = _read_json(config_file)
-    channels = config.get("z_dim", 16)
-    if channels != variant.latent_channels:
-        raise CheckpointError(
-            f"{config_file}: z_dim is {channels}, and {variant.name} needs "
-            f"{variant.latent_channels}; "
-            "the A14B models use the Wan 2.1 VAE (16), TI2V-5B the Wan 2.2 VAE (48)"
-        )
+def _float32_islands(module: Any, part: str, dtype: torch.dtype) -> set[str]:
+    """Components of the names of weights that stay float32 whatever `dtype` the others have.
+
+    As the classes say it: diffusers keeps its islands in both halves, transformers in float16 only
+    (UMT5's ``wo`` overflows there).
+    """
+    narrow = {torch.float16} if part == "text_encoder" else {torch.float16, torch.bfloat16}
+    return set(module._keep_in_fp32_modules or ()) if dtype in narrow else set()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: is missing; the model's folder is incomplete") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: is not readable JSON ({_first_line(error)})") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: holds a {type(data).__name__}, not a JSON object")
-    return data
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+def _assign(owner: nn.Module, leaf: str, tensor: Tensor) -> None:
+    # Past nn.Module's check, which knows no way from the meta device to another.
+    owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

@@ -7,7 +7,7 @@ and the conventions (padding, normalisation) that a caller would otherwise have 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
@@ -37,6 +37,8 @@ class WanModel:
     """The official solver (UniPC) at the variant's official shift."""
     dtype: torch.dtype = torch.float32
     """Precision of the transformers' matrix products (see `onewan.model.precision`)."""
+    notices: list[str] = field(default_factory=list)
+    """What loading concluded or did that the user should know, a line each."""
 
     @property
     def frame_count(self) -> int:

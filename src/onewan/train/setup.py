@@ -16,7 +16,8 @@ from onewan.data.encode import Dataset, Progress, prepare, silent
 from onewan.data.loader import WanDataLoader
 from onewan.errors import ConfigError
 from onewan.model.attention import attend_within_frames
-from onewan.model.load import Component, WanModelLoader, local_folder
+from onewan.model.load import WanModelLoader
+from onewan.model.sources import ENCODERS, Component, Placed, locate
 from onewan.model.wan import WanModel
 from onewan.sample.generate import SampleRequest, requests_from
 from onewan.train.objective import Objective, TimestepDensity
@@ -69,16 +70,22 @@ class WanModelSetup:
         self._device = pick_device(config.model.device)
         self._dtype = DTYPES[config.model.dtype]
         self._vae: AutoencoderKLWan | None = None
+        self._notices: dict[str, None] = {}  # in order, each once
 
     def dataset(
         self, samples: list[SampleRequest], progress: Progress, *, verify: bool = False
     ) -> Dataset:
         """The data set, with everything encoded that was not yet (all that `onewan cache` does)."""
         texts = {t for s in samples for t in (s.prompt, s.negative_prompt)}
-        folder = local_folder(self._config.model.path, ("vae", "text_encoder", "tokenizer"))
+        given = self._config.model.sources()
+        sources = locate(given, ENCODERS)
+        # Hours of encoding must not end in a transformer that is missing.
+        sources.require(
+            {*ENCODERS, *(self._transformers(bool(samples)) - given.keys())}, self._variant
+        )
         return prepare(
             self._config,
-            folder,
+            sources.places,
             self._load,
             extra_prompts=sorted(texts),
             progress=progress,
@@ -104,10 +111,13 @@ class WanModelSetup:
             experts, config.train.high_share, config.train.expert_block, density
         )
         warnings = [
-            f"the {name} expert gets none of the {config.train.steps} steps; see "
-            f"train.expert_block ({config.train.expert_block}) and train.high_share"
-            for name in schedule.experts
-            if not schedule.steps_before(config.train.steps, name)
+            *self._notices,
+            *(
+                f"the {name} expert gets none of the {config.train.steps} steps; see "
+                f"train.expert_block ({config.train.expert_block}) and train.high_share"
+                for name in schedule.experts
+                if not schedule.steps_before(config.train.steps, name)
+            ),
         ]
         trained = {}
         for expert in experts:
@@ -153,34 +163,42 @@ class WanModelSetup:
 
     def _load(self, components: Collection[Component]) -> WanModel:
         """Parts of the run's model for encoding, on the device."""
-        model = WanModelLoader().load(
-            self._config.model.path,
-            self._config.model.variant,
-            self._dtype,
-            self._device,
-            components,
-        )
+        model = self._loaded(self._device, components)
         self._vae = model.vae or self._vae
+        return model
+
+    def _loaded(self, device: torch.device, components: Collection[Component]) -> WanModel:
+        chosen = self._config.model
+        model = WanModelLoader().load(
+            chosen.sources(),
+            chosen.variant,
+            self._dtype,
+            device,
+            components,
+            quantised=chosen.quantised,
+            check_names=chosen.check_names,
+        )
+        self._notices |= dict.fromkeys(model.notices)
         return model
 
     def _model(self, *, needs_sampling: bool) -> WanModel:
         """The transformers that train, and with `needs_sampling` all that sampling needs, in host
         memory; the trainer moves to the device what is at work."""
-        wanted: set[Component] = {
-            e.component for e in self._variant.selected(self._config.model.experts)
-        }
+        wanted: set[Component] = set(self._transformers(needs_sampling))
         if needs_sampling:
-            wanted |= {e.component for e in self._variant.experts}
             wanted |= {"scheduler"} if self._vae is not None else {"scheduler", "vae"}
-        model = WanModelLoader().load(
-            self._config.model.path, self._config.model.variant, self._dtype, "cpu", wanted
-        )
+        model = self._loaded(torch.device("cpu"), wanted)
         if needs_sampling and self._vae is not None:
             model.vae = self._vae
             if self._config.video_data.cache:
                 self._vae.to("cpu")  # pyright: ignore[reportArgumentType]  (diffusers hides self)
         self._vae = None
         return model
+
+    def _transformers(self, needs_sampling: bool) -> set[Placed]:
+        """The experts that train, or all of them if videos are sampled."""
+        choice = "both" if needs_sampling else self._config.model.experts
+        return {expert.component for expert in self._variant.selected(choice)}
 
     def _lora_spec(self, model: WanModel) -> LoraSpec:
         method = self._config.method

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from onewan.adapters.lora import adapter_weights
-from onewan.checkpoint.export import LoraFormat, WanModelSaver
+from onewan.checkpoint.export import WanModelSaver
 from onewan.checkpoint.store import StateStore
 from onewan.config.load import changed_fields, dump_run
 from onewan.config.migrate import migrate
@@ -27,6 +27,7 @@ from onewan.config.schema import RunConfig
 from onewan.data.loader import Step
 from onewan.errors import CheckpointError, Interrupted
 from onewan.files import replacing
+from onewan.formats.lora import LoraFormat, WanShape
 from onewan.runs.control import Request, StopSignals, clear, pending
 from onewan.runs.events import EventLog
 from onewan.runs.layout import RunLayout
@@ -273,27 +274,30 @@ class WanTrainer:
     def _export(self, run: Run) -> None:
         """Write each trained expert's adapter in each format that the run file names."""
         for name, fmt, path in self._weight_files(run):
-            WanModelSaver().save_lora(
-                adapter_weights(run.state.experts[name].transformer),
+            transformer = run.state.experts[name].transformer
+            notices = WanModelSaver().save_lora(
+                adapter_weights(transformer),
                 path,
                 format=fmt,
                 dtype=DTYPES[self._config.output.dtype],
-                rank=run.lora.rank,
-                alpha=run.lora.alpha,
                 peft_config=run.lora.peft_config().to_dict(),
                 facts=self._facts(run, name),
                 date=datetime.now(timezone.utc),
                 title=f"{self._config.output.name} ({run.model.variant.title} LoRA)",
                 resolution=max(clip.size for clip in run.dataset.clips),
+                shape=WanShape.of_config(transformer.config),
             )
+            for notice in notices:
+                self._warn(f"{path.name}: {notice}")
             self._tell("exported", step=run.state.step, expert=name, file=str(path))
 
     def _facts(self, run: Run, name: ExpertName) -> dict[str, str | int | float]:
         """What a user may later want to know of an exported file."""
+        trained = run.state.experts[name]
         return {
             "variant": run.model.variant.name,
             "expert": name,
-            "base_model": _shareable(self._config.model.path),
+            "base_model": _shareable(self._config.model.source_of(trained.expert.component)),
             "run": str(self._config.output.name),
             "steps": run.state.step,
             "expert_steps": run.schedule.steps_before(run.state.step, name),

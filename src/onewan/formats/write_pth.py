@@ -1,0 +1,136 @@
+"""PyTorch's own file (``.pth``), written tensor by tensor: official VAEs and text encoders.
+
+``torch.save`` wants all tensors in memory at once, 11 GB for the text encoder. The file is a plain
+zip: a pickle that says which tensor is which piece of which storage, and each storage's bytes. Here
+the pickle is made from shapes, and the storages follow one by one. ``torch.load`` reads it, also
+with ``weights_only`` and mapped. Format: ``torch/serialization.py``, ``_save`` and ``_load``.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onewan.errors import CheckpointError
+from onewan.files import replacing
+from onewan.formats.container import first_line, open_tensors
+from onewan.formats.write import Lazy, bytes_of, planned_tensor
+
+_STORAGES = {
+    torch.float64: torch.DoubleStorage,
+    torch.float32: torch.FloatStorage,
+    torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+}
+"""The names under which the pickle knows the types."""
+
+_ALIGNMENT = 64
+"""Storages begin at multiples of it, as PyTorch writes them, so that they can be used mapped."""
+
+
+def write_pth(
+    destination: Path,
+    tensors: Mapping[str, Lazy],
+    on_bytes: Callable[[int], None] = lambda _count: None,
+) -> None:
+    """Write `tensors` as a dictionary by name to `destination`, whole or not at all.
+
+    CheckpointError if the file can't be written, or does not read back as what it should hold.
+    """
+    try:
+        with replacing(destination) as path:
+            checksums = _write(path, tensors, on_bytes)
+            if wrong := _differences(path, tensors, checksums):
+                raise CheckpointError(
+                    f"{destination}: reads back different from what was written "
+                    f"({', '.join(wrong[:3])}); the disk or its driver is at fault, use another one"
+                )
+    except OSError as error:
+        raise CheckpointError(
+            f"{destination}: can't be written ({first_line(error)}); "
+            "check the folder and the free space"
+        ) from error
+
+
+def _write(
+    path: Path, tensors: Mapping[str, Lazy], on_bytes: Callable[[int], None]
+) -> dict[str, int]:
+    """Write the file; returns a checksum of each tensor's bytes."""
+    checksums: dict[str, int] = {}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        _add(archive, "data.pkl", _index(tensors))
+        _add(archive, "byteorder", b"little")
+        for number, (name, planned) in enumerate(tensors.items()):
+            content = bytes_of(planned_tensor(name, planned))
+            _add(archive, f"data/{number}", content)
+            checksums[name] = zlib.crc32(content)
+            on_bytes(len(content))
+            del content
+        _add(archive, "version", b"3\n")
+    return checksums
+
+
+def _add(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:
+    entry = zipfile.ZipInfo(f"archive/{name}")  # dated 1980: equal tensors make equal files
+    big = len(content) > zipfile.ZIP64_LIMIT
+    assert archive.fp is not None
+    # The header has 30 bytes, the name, 20 for a long entry, and 4 before the filling itself.
+    start = archive.fp.tell() + 30 + len(entry.filename) + 20 * big + 4
+    filling = -start % _ALIGNMENT
+    entry.extra = b"FB" + filling.to_bytes(2, "little") + b"Z" * filling
+    entry.file_size = len(content)
+    with archive.open(entry, "w", force_zip64=big) as file:
+        file.write(content)
+
+
+class _Storage:
+    def __init__(self, key: str, tensor: Lazy) -> None:
+        self.pickled = ("storage", _STORAGES[tensor.dtype], key, "cpu", prod(tensor.shape))
+
+
+class _Tensor:
+    def __init__(self, key: str, tensor: Lazy) -> None:
+        self.storage, self.shape = _Storage(key, tensor), tensor.shape
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        strides = [prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
+        rebuild = torch._utils._rebuild_tensor_v2  # pyright: ignore[reportAttributeAccessIssue]
+        return rebuild, (self.storage, 0, self.shape, tuple(strides), False, OrderedDict())
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: object) -> object:
+        return obj.pickled if isinstance(obj, _Storage) else None
+
+
+def _index(tensors: Mapping[str, Lazy]) -> bytes:
+    buffer = io.BytesIO()
+    entries = enumerate(tensors.items())
+    _Pickler(buffer, protocol=2).dump({n: _Tensor(str(i), tensor) for i, (n, tensor) in entries})
+    return buffer.getvalue()
+
+
+def _differences(
+    path: Path, tensors: Mapping[str, Lazy], checksums: Mapping[str, int]
+) -> list[str]:
+    """The tensors that differ from what was written, to the bit."""
+    file = open_tensors(path)
+    wrong = sorted(set(file.tensors) ^ set(tensors))
+    for name, planned in tensors.items():
+        if name in wrong:
+            continue
+        tensor = file.read(name)
+        same = tuple(tensor.shape) == planned.shape and tensor.dtype == planned.dtype
+        if not same or zlib.crc32(bytes_of(tensor)) != checksums[name]:
+            wrong.append(name)
+        del tensor
+    return wrong
