@@ -311,11 +311,15 @@ def test_damage_counts_where_it_is_decoded_only(tmp_path: Path) -> None:
             read_frames(path, [k / 25 for k in span])
 
 
-def test_damage_is_seldom_handed_on(tmp_path: Path) -> None:
+def test_damage_is_seldom_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoders paint over much of the damage they meet, unless told not to.
 
-    Not all can be found: flipped bits may spell another valid picture.
+    Not all can be found: flipped bits may spell another valid picture. And where FFmpeg decodes
+    frames side by side, their timing decides how much comes to light (99 found and 11 missed was
+    the worst seen), so this counts with one thread.
     """
+    opened = media.read._open_video
+    monkeypatch.setattr(media.read, "_open_video", lambda path, **_: opened(path, threads=1))
     sound = make(tmp_path / "sound.mp4", steady(100), options=CLOSED_GOP)
     clean = read_frames(sound, steady(100))
     data = sound.read_bytes()
@@ -336,10 +340,8 @@ def test_damage_is_seldom_handed_on(tmp_path: Path) -> None:
                 continue
             difference = np.abs(frames.astype(np.int16) - clean[start : start + 10])
             missed += difference.mean(axis=(1, 2, 3)).max() > 2
-    # FFmpeg decodes frames side by side, and on a busy machine their timing decides how much of the
-    # damage comes to light: 112 found and 4 missed nearly always, 99 and 11 seen once.
-    assert found > 90
-    assert missed < found / 8
+    assert found > 100
+    assert missed < found / 15
 
 
 def test_a_cut_off_file_is_reported(tmp_path: Path) -> None:
