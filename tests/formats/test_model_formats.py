@@ -499,12 +499,36 @@ def test_components_from_here_and_there(
     assert relative(out, expected["dit.low_noise_model.t500"]) < 2e-6
 
 
+def test_a_folder_of_single_files(
+    t2v: Path, tmp_path: Path, high: dict[str, Tensor], expected: dict[str, Tensor]
+) -> None:
+    """As ComfyUI's users have them; what each is follows from its content, but for high and low."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    single(high, folder / "b_HighNoise.safetensors")
+    as_gguf(shards(t2v / "low_noise_model"), folder / "a_LowNoise_Q8_0.gguf")
+    single(torch.load(t2v / "Wan2.1_VAE.pth", weights_only=True), folder / "c.safetensors")
+    text = {**rewritten.text_encoder(t2v), "spiece_model": rewritten.spiece(t2v)}
+    single(text, folder / "d.safetensors")
+    model = WanModelLoader().load(folder)
+    assert model.transformer is not None and len(packed_layers(model.transformer_2)) == 20
+    assert relative(run(model.transformer, expected), expected["dit.high_noise_model.t500"]) < 2e-6
+    official = WanModelLoader().load(
+        t2v, components=["text_encoder", "tokenizer"], variant="t2v-a14b"
+    )
+    assert torch.equal(model.encode_text(PROMPTS), official.encode_text(PROMPTS))
+    single(high, folder / "e_high_noise.safetensors")
+    with pytest.raises(CheckpointError, match=r"two files of the transformer \(b_High.*, e_high"):
+        WanModelLoader().load(folder)
+
+
 def test_an_expert_by_its_name(tmp_path: Path, high: dict[str, Tensor]) -> None:
     file = single(high, tmp_path / "wan2.2_t2v_low_noise_14B.safetensors")
     model = WanModelLoader().load(file)
     assert model.transformer is None and model.transformer_2 is not None
     (notice,) = model.notices
-    assert "taken for the low-noise expert by its name" in notice and str(file) in notice
+    assert "taken for model.transformer_2 (low noise) by its name" in notice
+    assert str(file) in notice
     nameless = single(high, tmp_path / "wan.safetensors")
     with pytest.raises(CheckpointError, match=r"give it as model\.transformer \(high noise\) or"):
         WanModelLoader().load(nameless)

@@ -9,7 +9,6 @@ True``) and ignores any other without a word. Never holds a training state
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -32,6 +31,7 @@ from onewan.formats.lora_files import (
     spell_adapter,
 )
 from onewan.formats.spec import HASH, model_spec
+from onewan.formats.weights import expert_in_name
 from onewan.formats.write import write_safetensors
 from onewan.model.wan import WanModel
 from onewan.variants import Expert, ExpertName, Variant
@@ -171,13 +171,10 @@ def expert_of(
         )
     if len(variant.experts) == 1:
         return variant.experts[0]
-    stem = Path(path).stem.lower()
-    phrases = set(re.findall(r"(high|low)[-_. ]?noise", stem))
-    words = phrases or {"high", "low"}.intersection(re.split(r"[^a-z]+", stem))
-    if len(words) != 1:
+    name = expert_in_name(Path(path))
+    if name is None:
         raise CheckpointError(
             f"{path}: neither its header nor its name says which expert it is for; {variant.name} "
             f"has {names}, so name it ..._high_noise.safetensors or ..._low_noise.safetensors"
         )
-    name: ExpertName = "high" if "high" in words else "low"
     return variant.expert(name)

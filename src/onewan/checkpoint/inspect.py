@@ -21,7 +21,7 @@ from onewan.formats.lora import AdapterLayout, WanShape, layout_of
 from onewan.formats.names import transformer_names
 from onewan.formats.weights import (
     Weights,
-    expert_in_name,
+    expert_told,
     looks_like_adapter,
     recognise,
     stranger,
@@ -171,11 +171,16 @@ def _model(folder: Path, places: Mapping[Placed, Path]) -> Report:
     else:
         needed = {e.component for e in variant.experts} | {"vae", "text_encoder", "tokenizer"}
         problems += [f"lacks {name}" for name in sorted(needed - places.keys())]
-    own = "diffusers" if "vae" in places and places["vae"].is_dir() else "official"
+    place = places.get("transformer") or next(iter(places.values()))
+    own = "diffusers layout"
+    if place == folder or place.name in ("high_noise_model", "low_noise_model"):
+        own = "official layout"
+    elif place.is_file():
+        own = "single files"
     return Report(
         path=folder,
         kind="model",
-        what=f"{variant.title if variant else 'a Wan model'}, {own} layout",
+        what=f"{variant.title if variant else 'a Wan model'}, {own}",
         variant=variant.name if variant else None,
         problems=tuple(problems),
         components=tuple(components),
@@ -352,11 +357,7 @@ def _expert(
 ) -> tuple[ExpertName | None, str | None]:
     if variant is not None and len(variant.experts) == 1:
         return "single", None
-    said = metadata.get("onewan.expert")
-    if said == "high" or said == "low":
-        return said, "header"
-    named = expert_in_name(path)
-    return named, "name" if named else None
+    return expert_told(path, metadata) or (None, None)
 
 
 # ---------------------------------------------------------------------------------------- in words

@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import io
+import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from onewan.errors import Interrupted, OnewanError
+from onewan.errors import CheckpointError, Interrupted, OnewanError
 from onewan.variants import VARIANTS
 
 _VARIANTS = tuple(VARIANTS)
@@ -74,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_cache(commands)
     _add_train(commands)
     _add_sample(commands)
+    _add_inspect(commands)
+    _add_convert(commands)
+    _add_merge(commands)
     return parser
 
 
@@ -236,5 +240,166 @@ def _add_sample(commands: _Commands) -> None:
         from onewan.cli.commands import sample
 
         return sample(options)
+
+    parser.set_defaults(command=run)
+
+
+def _add_inspect(commands: _Commands) -> None:
+    parser = _add(
+        commands,
+        "inspect",
+        "say what a file of weights is, and which programs read it",
+        "Reads\nheaders alone, so it takes a moment whatever the size. Works on models in every "
+        "layout,\nLoRAs of every trainer, and anything else, of which it says so.",
+    )
+    parser.add_argument("path", metavar="PATH", type=Path, help="a file or a folder")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+    def run(options: argparse.Namespace) -> int:
+        import json
+
+        from onewan.checkpoint.inspect import inspect
+
+        report = inspect(options.path)
+        if options.json:
+            print(json.dumps(report.as_json(), indent=2, ensure_ascii=False))
+        elif report.kind == "unreadable":
+            raise CheckpointError(f"{report.path}: {report.what}")
+        else:
+            print("\n".join(report.lines()))
+        return 1 if report.kind == "unreadable" else 0
+
+    parser.set_defaults(command=run)
+
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _add_output(parser: argparse.ArgumentParser, dtype_help: str) -> None:
+    parser.add_argument("--dtype", choices=_DTYPES, help=dtype_help)
+    parser.add_argument("--force", action="store_true", help="replace what is at DST")
+
+
+def _add_convert(commands: _Commands) -> None:
+    parser = _add(
+        commands,
+        "convert",
+        "write a model or a LoRA in the form that another program wants",
+        """SRC is a model's folder
+(diffusers, official, or single files), one of its components in any form (safetensors,
+shards, .pth, GGUF, fp8), or a LoRA of any trainer. SRC stays as it is.
+
+--to, for models:
+  diffusers   a folder that WanPipeline.from_pretrained loads
+  official    as in the Wan-AI repositories: high_noise_model/, Wan2.1_VAE.pth, ...
+  single      .safetensors with official names, as ComfyUI reads them
+  fp8_scaled  the same with the large layers in 8 bits: half of bfloat16
+--to, for LoRAs:
+  comfyui     also read by diffusers, musubi-tuner and DiffSynth-Studio
+  diffusers   keys as diffusers itself writes them
+  kohya       as musubi-tuner and kohya's programs write them
+
+  onewan convert wan2.2_t2v_high_noise_14B_fp16.safetensors high/ --to diffusers
+  onewan convert Wan2.2-T2V-A14B wan22_fp8 --to fp8_scaled
+  onewan convert style.safetensors style_kohya.safetensors --to kohya""",
+    )
+    parser.add_argument("source", metavar="SRC", type=Path, help="a file or a folder")
+    parser.add_argument(
+        "destination",
+        metavar="DST",
+        type=Path,
+        help="a folder for a whole model; for a component a folder (diffusers, official "
+        "transformer), .pth (official VAE or text encoder) or .safetensors",
+    )
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=("diffusers", "official", "single", "fp8_scaled", "comfyui", "kohya"),
+        help="see above",
+    )
+    _add_output(
+        parser,
+        "type of the weights (default: each keeps its own, and quantised ones become bfloat16); "
+        "with fp8_scaled that of what is not fp8",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        type=Path,
+        help="the model a LoRA was trained on; DoRA and OFT need it on the way to ComfyUI",
+    )
+    parser.add_argument(
+        "--expert", choices=("high", "low"), help="whose LoRA to take if SRC holds both"
+    )
+
+    def run(options: argparse.Namespace) -> int:
+        from onewan.cli.convert import convert
+
+        return convert(
+            options.source,
+            options.destination,
+            options.to,
+            dtype=options.dtype,
+            force=options.force,
+            base=options.base,
+            expert=options.expert,
+        )
+
+    parser.set_defaults(command=run)
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    """(path, weight) of ``LORA[:WEIGHT]``; the weight is 1 if none is given."""
+    path, colon, number = text.rpartition(":")
+    drive = len(path) == 1 and path.isalpha()  # C:\style.safetensors
+    if not colon or drive or "/" in number or "\\" in number or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text}: {number!r} is no weight; give a number"
+        ) from None
+    if not math.isfinite(weight):
+        raise argparse.ArgumentTypeError(f"{text}: the weight is not finite; give a number")
+    return Path(path), weight
+
+
+def _add_merge(commands: _Commands) -> None:
+    parser = _add(
+        commands,
+        "merge",
+        "write a model with LoRAs merged into its weights",
+        """DST gets the layout of BASE.
+
+  onewan merge wan2.2_t2v_low_noise_14B_fp16.safetensors style_low.safetensors:0.8 \\
+      merged_low.safetensors
+  onewan merge Wan2.2-T2V-A14B style_high_noise.safetensors style_low_noise.safetensors merged
+
+With a whole model each LoRA goes to its expert, told by its header or its name.""",
+    )
+    parser.add_argument(
+        "base", metavar="BASE", type=Path, help="a transformer, or a whole model's folder"
+    )
+    parser.add_argument(
+        "loras",
+        metavar="LORA[:WEIGHT]",
+        type=_lora,
+        nargs="+",
+        help="a LoRA or its kin, and how much it counts (default: 1)",
+    )
+    parser.add_argument("destination", metavar="DST", type=Path, help="a new file or folder")
+    _add_output(parser, "type of the weights (default: that of BASE)")
+
+    def run(options: argparse.Namespace) -> int:
+        from onewan.cli.convert import merge_loras
+
+        return merge_loras(
+            options.base,
+            options.loras,
+            options.destination,
+            dtype=options.dtype,
+            force=options.force,
+        )
 
     parser.set_defaults(command=run)

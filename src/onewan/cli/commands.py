@@ -12,11 +12,12 @@ import diffusers
 import transformers
 
 from onewan.adapters.lora import apply_lora
-from onewan.checkpoint.export import expert_of, read_lora
+from onewan.checkpoint.export import expert_of
 from onewan.cli.progress import Progress
 from onewan.config.load import load_run
 from onewan.demo import run_demo
 from onewan.errors import ConfigError
+from onewan.formats.lora_files import read_adapter
 from onewan.model.load import WanModelLoader
 from onewan.sample.generate import SampleRequest, WanModelSampler, requests_from
 from onewan.train.setup import DTYPES, WanModelSetup, pick_device
@@ -84,11 +85,13 @@ def train(run: Path, overrides: Sequence[str], resume: bool, allow_change: bool)
 def sample(options: argparse.Namespace) -> int:
     device = pick_device(options.device)
     model = WanModelLoader().load(options.model, dtype=DTYPES[options.dtype])
+    for notice in model.notices:
+        print(notice)
     for path in options.lora:
-        lora = read_lora(path)
-        expert = expert_of(path, lora.metadata, model.variant)
+        lora = read_adapter(path)
+        expert = expert_of(path, lora.metadata, model.variant, lora.expert)
         name = str(path).replace(".", "_")  # PEFT takes no dots in an adapter's name
-        apply_lora(model.expert(expert), lora.weights, lora.alphas, name)
+        apply_lora(model.expert(expert), lora.modules, name)
         print(f"{path}: applied to the {expert.name} expert")
     request = _request(options, model.variant)
     progress = Progress()

@@ -40,12 +40,14 @@ class Progress:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
-    def _advance(self, what: str, done: int, total: int, note: str = "") -> None:
+    def _advance(
+        self, what: str, done: int, total: int, note: str = "", *, unit: str = "step"
+    ) -> None:
         if self._terminal:
             if self._bar is None or self._what != what:
                 self.close()
                 self._bar = tqdm(
-                    total=total, desc=what, unit="step", initial=max(0, done - 1), leave=False
+                    total=total, desc=what, unit=unit, initial=max(0, done - 1), leave=False
                 )
                 self._what = what
             self._bar.set_postfix_str(note, refresh=False)
@@ -62,6 +64,12 @@ class Progress:
 
     def _on_encoding(self, event: Mapping[str, Any]) -> None:
         self._advance(event["what"], event["done"], event["total"])
+
+    def _on_writing(self, event: Mapping[str, Any]) -> None:
+        done, total = event["done"], event["total"]
+        megabytes = -(-total // 1_000_000)
+        so_far = megabytes if done == total else min(done // 1_000_000, megabytes - 1)
+        self._advance("writing", so_far, megabytes, "" if self._terminal else "MB", unit="MB")
 
     def _on_data(self, event: Mapping[str, Any]) -> None:
         self.close()

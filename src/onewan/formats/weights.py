@@ -482,8 +482,10 @@ def _variant(file: TensorFile, part: Part, config: Mapping[str, Any]) -> Variant
 
 _HIGH_LOW = re.compile(r"(high|low)[-_. ]?noise")
 
+HighOrLow = Literal["high", "low"]
 
-def expert_in_name(path: Path) -> Literal["high", "low"] | None:
+
+def expert_in_name(path: Path) -> HighOrLow | None:
     """The expert that a file's or folder's name says it is for: ``..._high_noise``,
     ``...-HighNoise``, or ``high`` as a word of its own; None if it says neither, or both."""
     stem = path.stem.lower()
@@ -491,3 +493,14 @@ def expert_in_name(path: Path) -> Literal["high", "low"] | None:
     if len(found) != 1:
         return None
     return "high" if "high" in found else "low"
+
+
+def expert_told(
+    path: Path, metadata: Mapping[str, str]
+) -> tuple[HighOrLow, Literal["header", "name"]] | None:
+    """Which expert of a pair a file is for, and what says so: onewan's header, else the name."""
+    said = metadata.get("onewan.expert")
+    if said == "high" or said == "low":
+        return said, "header"
+    named = expert_in_name(path)
+    return None if named is None else (named, "name")

@@ -10,7 +10,8 @@ text_encoder    ``text_encoder/``       ``models_t5_umt5-xxl-enc-bf16.pth``
 tokenizer       ``tokenizer/``          ``google/umt5-xxl/``
 ==============  ======================  ========================================================
 
-A component can also be given by itself: as a file, as a folder that holds it alone, or as any of
+A third layout is a folder of single files, one for each component, told apart by what they hold. A
+component can also be given by itself: as a file, as a folder that holds it alone, or as any of
 the above, from which it is then taken. What the files hold is for the loader to check.
 """
 
@@ -27,7 +28,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from onewan.errors import CheckpointError
 from onewan.formats.container import first_line
-from onewan.formats.weights import expert_in_name, recognise
+from onewan.formats.weights import Weights, expert_told, recognise
 from onewan.variants import Variant
 
 Placed = Literal["transformer", "transformer_2", "vae", "text_encoder", "tokenizer"]
@@ -130,7 +131,8 @@ def locate(source: ModelSource, components: Collection[Component] | None = None)
 
 
 def layout(folder: Path) -> dict[Placed, Path]:
-    """The components in `folder` if that is a whole model in one of the two layouts, else none."""
+    """The components in `folder` if that is a whole model, else none: in one of the two layouts, or
+    as single files side by side, as ComfyUI's users have them."""
     found: dict[Placed, Path] = {}
     if not folder.is_dir():
         return found
@@ -142,7 +144,25 @@ def layout(folder: Path) -> dict[Placed, Path]:
     # By itself, a folder of shards can be any component.
     if found and "transformer" not in found and any(folder.glob(_ROOT_SHARDS)):
         found["transformer"] = folder
-    return found
+    return found if found.keys() - {"tokenizer"} else {**_singles(folder), **found}
+
+
+def _singles(folder: Path) -> dict[Placed, Path]:
+    """The components of a folder with one file for each; none if it is of another kind."""
+    files = sorted(p for s in ("safetensors", "gguf", "pth") for p in folder.glob(f"*.{s}"))
+    shards = any(folder.glob("*.safetensors.index*.json")) or all("-of-" in p.name for p in files)
+    if shards or len(files) < 2:
+        return {}
+    places: dict[Placed, Path] = {}
+    for file in files:
+        component, _ = _slot(recognise(file))
+        if component in places:
+            raise CheckpointError(
+                f"{folder}: holds two files of the {component} ({places[component].name}, "
+                f"{file.name}); give the path of one"
+            )
+        places[component] = file
+    return places
 
 
 def _of_component(value: str | Path, component: Placed) -> Path:
@@ -159,24 +179,31 @@ def _of_component(value: str | Path, component: Placed) -> Path:
 
 def _alone(path: Path) -> tuple[dict[Placed, Path], tuple[str, ...]]:
     """The one component at `path`, and what had to be concluded to tell which it is."""
-    weights = recognise(path)
-    if weights.part != "transformer":
-        return {weights.part: path}, ()
-    if weights.variant is None or len(weights.variant.experts) == 1:
-        return {"transformer": path}, ()
-    name = expert_in_name(path)
-    if name is None:
-        raise CheckpointError(
-            f"{path}: is one of the two experts of {weights.variant.name}, and its name does not "
-            "say which; give it as model.transformer (high noise) or model.transformer_2 (low "
-            "noise)"
-        )
-    component: Placed = weights.variant.expert(name).component
+    component, told_by = _slot(recognise(path))
+    if told_by != "name":
+        return {component: path}, ()
+    other = "transformer_2" if component == "transformer" else "transformer"
     notice = (
-        f"{path}: taken for the {name}-noise expert by its name; if it is the other one, give it "
-        f"as model.{'transformer_2' if name == 'high' else 'transformer'}"
+        f"{path}: taken for {field_name(component)} by its name; if it is the other expert, give "
+        f"it as model.{other}"
     )
     return {component: path}, (notice,)
+
+
+def _slot(weights: Weights) -> tuple[Placed, str]:
+    """The component that `weights` are, and what told it: ``shapes``, ``header`` or ``name``."""
+    if weights.part != "transformer":
+        return weights.part, "shapes"
+    if weights.variant is None or len(weights.variant.experts) == 1:
+        return "transformer", "shapes"
+    told = expert_told(weights.path, weights.file.metadata)
+    if told is None:
+        raise CheckpointError(
+            f"{weights.path}: is one of the two experts of {weights.variant.name}, and its name "
+            "does not say which; give it as model.transformer (high noise) or model.transformer_2 "
+            "(low noise)"
+        )
+    return weights.variant.expert(told[0]).component, told[1]
 
 
 def _on_this_machine(value: str | Path, components: Collection[Placed]) -> Path:

@@ -1,0 +1,240 @@
+"""One component of a model on its way into a file: its weights by name, each made when it is due.
+
+The weights come from files (`from_file`) or from a module in memory (`from_module`). Nothing is
+read or computed before a writer asks for it, so that a conversion takes the memory of one weight.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import UMT5EncoderModel
+
+from onewan.errors import CheckpointError
+from onewan.formats.weights import Part, Weights, expert_told
+from onewan.formats.write import DTYPE_NAMES, Lazy
+from onewan.model.packed import PackedLinear
+from onewan.model.skeleton import skeleton, tied
+from onewan.variants import ExpertName, Variant, variant_of
+
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """One weight. `read` gives its numbers on the CPU: in `dtype`, or as float32 where `dtype` is
+    None, since the source has them quantised."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    read: Callable[[], Tensor]
+    fp8: Callable[[], tuple[Tensor, Tensor]] | None = None
+    """float8_e4m3fn [out, in] and its scale, float32 [], where the source has just these."""
+
+    def as_stored(self, name: str, dtype: torch.dtype | None) -> Lazy:
+        """The weight in `dtype`; in its own if None, as bfloat16 where it has none."""
+        target = dtype or self.dtype or torch.bfloat16
+        return Lazy(self.shape, target, lambda: rounded(self.read(), target, name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Component:
+    """The transformer, VAE or text encoder of a model, whole: every weight the class has."""
+
+    part: Part
+    source: str
+    """What messages call it."""
+    weights: Mapping[str, Weight]
+    """By diffusers' (text encoder: transformers') names."""
+    config: Mapping[str, Any]
+    """What config.json of diffusers or transformers says, without paths."""
+    variant: Variant | None
+    expert: ExpertName | None = None
+    """None if it has none, or if that can't be told."""
+    tokenizer: Callable[[], Tensor] | None = None
+    """SentencePiece's model as bytes, uint8, for ComfyUI's file of the text encoder."""
+
+    @property
+    def quantised(self) -> bool:
+        return any(weight.dtype is None for weight in self.weights.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What most of it will be stored in if nothing else is asked for."""
+        counts: dict[torch.dtype, int] = {}
+        for weight in self.weights.values():
+            dtype = weight.dtype or torch.bfloat16
+            counts[dtype] = counts.get(dtype, 0) + prod(weight.shape)
+        return max(counts, key=lambda dtype: counts[dtype])
+
+
+def rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`tensor` in `dtype`; CheckpointError if a finite number becomes infinite."""
+    result = tensor.to(dtype)
+    narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+    if narrower and not torch.isfinite(result).all() and torch.isfinite(tensor).all():
+        largest = tensor.abs().max().item()
+        raise CheckpointError(
+            f"{name}: holds {largest:.3g}, too large for {str(dtype).removeprefix('torch.')}; "
+            "choose --dtype bfloat16"
+        )
+    return result
+
+
+# -------------------------------------------------------------------------------------- from files
+
+
+def from_file(weights: Weights) -> Component:
+    """What `weights` hold, checked against the class. CheckpointError lists what is missing,
+    surplus or misshapen."""
+    module = skeleton(weights)
+    key = weights.tokenizer
+    return Component(
+        part=weights.part,
+        source=str(weights.path),
+        weights={name: _weight(weights, name) for name in weights.entries},
+        config=config_of(module),
+        variant=weights.variant,
+        expert=_expert(weights),
+        tokenizer=None if key is None else lambda: weights.file.read(key),
+    )
+
+
+def _expert(weights: Weights) -> ExpertName | None:
+    if weights.part != "transformer" or weights.variant is None:
+        return None
+    if len(weights.variant.experts) == 1:
+        return "single"
+    if told := expert_told(weights.path.absolute(), weights.file.metadata):
+        return told[0]
+    by_folder: dict[str, ExpertName] = {"transformer": "high", "transformer_2": "low"}
+    return by_folder.get(weights.path.absolute().name) if weights.path.is_dir() else None
+
+
+def _weight(weights: Weights, name: str) -> Weight:
+    entry = weights.entries[name]
+    if entry.packing == "plain":
+        return Weight(
+            shape=entry.info.shape,
+            dtype=_DTYPES[entry.info.dtype],
+            read=lambda: weights.read(name),
+        )
+    scale = entry.scale
+    one_scale = scale is None or weights.file.tensors[scale].elements == 1
+    packed = entry.info.dtype == "F8_E4M3" and one_scale
+
+    def fp8() -> tuple[Tensor, Tensor]:
+        factor = torch.ones(()) if scale is None else weights.file.read(scale)
+        return weights.file.read(entry.key), factor.float().reshape(())
+
+    return Weight(
+        shape=entry.info.shape,
+        dtype=None,
+        read=lambda: weights.read(name),
+        fp8=fp8 if packed else None,
+    )
+
+
+def config_of(module: nn.Module) -> dict[str, Any]:
+    """What config.json of `module` says."""
+    if isinstance(module, UMT5EncoderModel):
+        config = {**module.config.to_diff_dict(), "architectures": ["UMT5EncoderModel"]}
+    else:
+        config = json.loads(module.to_json_string())  # pyright: ignore[reportCallIssue]
+    # Where it was loaded from is nobody's business, and its precision is that of the new file.
+    hidden = ("_name_or_path", "dtype", "torch_dtype")
+    return {name: value for name, value in config.items() if name not in hidden}
+
+
+# ------------------------------------------------------------------------------- from modules
+
+
+def from_module(
+    module: nn.Module, part: Part, source: str, expert: ExpertName | None = None
+) -> Component:
+    """A module in memory. What adapters add is merged into the weights that are written; the module
+    itself stays as it is."""
+    config = config_of(module)
+    return Component(
+        part=part,
+        source=source,
+        weights=dict(_weights_of(module)),
+        config=config,
+        variant=variant_of(config, source) if part == "transformer" else None,
+        expert=expert,
+    )
+
+
+def _weights_of(module: nn.Module) -> Iterator[tuple[str, Weight]]:
+    modules = dict(module.named_modules())
+    adapted = [name for name, m in modules.items() if isinstance(m, BaseTunerLayer)]
+    for name, parameter in module.named_parameters():
+        if tied(name):
+            continue
+        owner = next((n for n in adapted if name.startswith(f"{n}.")), None)
+        holder, _, which = name.rpartition(".")
+        weight = _held(modules[holder], which, parameter)
+        if owner is None:
+            yield name, weight
+        elif holder == f"{owner}.base_layer":
+            layer: Any = modules[owner]
+            yield f"{owner}.{which}", replace(weight, read=_merged(layer, which), fp8=None)
+
+
+def _held(holder: nn.Module, which: str, parameter: Tensor) -> Weight:
+    """Weight or bias (`which`) of layer `holder`."""
+    if not isinstance(holder, PackedLinear) or which != "weight":
+        return Weight(
+            shape=tuple(parameter.shape),
+            dtype=parameter.dtype,
+            read=lambda: parameter.detach().cpu(),
+        )
+    scale = holder.scale
+
+    def fp8() -> tuple[Tensor, Tensor]:
+        factor = torch.ones(()) if scale is None else scale.detach().cpu().float().reshape(())
+        return parameter.detach().cpu().view(torch.float8_e4m3fn), factor
+
+    one_scale = scale is None or scale.numel() == 1
+    return Weight(
+        shape=(holder.out_features, holder.in_features),
+        dtype=None,
+        read=lambda: holder.expanded_weight().detach().cpu(),
+        fp8=fp8 if holder.dtype_in_file == "F8_E4M3" and one_scale else None,
+    )
+
+
+def _merged(layer: Any, which: str) -> Callable[[], Tensor]:
+    """Weight or bias of `layer` with what its active adapters add, float32: merged by PEFT itself,
+    whatever their kind."""
+
+    def merged() -> Tensor:
+        base = layer.get_base_layer()
+        assert isinstance(base, nn.Linear)
+        packed = isinstance(base, PackedLinear)
+        weight = base.expanded_weight() if packed else base.weight
+        linear = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None)
+        linear.weight.data = weight.detach().cpu().float().clone()
+        if base.bias is not None:
+            linear.bias.data = base.bias.detach().cpu().float().clone()
+        # The copy of the adapter stands around `linear` and not around a copy of the base.
+        copy = deepcopy(layer, {id(layer.base_layer): linear}).to("cpu", torch.float32)
+        if not copy.disable_adapters and not copy.merged:
+            copy.merge()
+        return getattr(linear, which).detach()
+
+    return merged
+
+
+def name_of(source: str | Path) -> str:
+    """What a header says of where the weights came from: no folders of this machine."""
+    return Path(source).name

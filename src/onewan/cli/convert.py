@@ -1,0 +1,120 @@
+"""What `onewan convert` and `onewan merge` do; imported when one runs, as `cli.commands` is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast, get_args
+
+import torch
+
+from onewan.checkpoint.convert import Written, convert_model
+from onewan.checkpoint.export import convert_adapter
+from onewan.checkpoint.layouts import ModelFormat
+from onewan.checkpoint.merge import base_weights, merge
+from onewan.checkpoint.model_files import holds_adapter
+from onewan.checkpoint.publish import Report, check_destination
+from onewan.cli.progress import Progress
+from onewan.errors import CheckpointError
+from onewan.formats.lora import LoraFormat
+from onewan.variants import ExpertName
+
+_MODELS: tuple[ModelFormat, ...] = get_args(ModelFormat)
+_ADAPTERS: tuple[LoraFormat, ...] = get_args(LoraFormat)
+
+
+def convert(
+    source: Path,
+    destination: Path,
+    to: str,
+    *,
+    dtype: str | None,
+    force: bool,
+    base: Path | None,
+    expert: ExpertName | None,
+) -> int:
+    kept = None if dtype is None else _dtype(dtype)
+    if holds_adapter(source):
+        return _convert_adapter(
+            source, destination, to, dtype=kept, force=force, base=base, expert=expert
+        )
+    if to not in _MODELS:
+        raise CheckpointError(
+            f"{source}: holds the weights of a model, and --to {to} is for LoRAs; for models there "
+            f"is --to {', '.join(_MODELS)}"
+        )
+    for option, value in (("--base", base), ("--expert", expert)):
+        if value is not None:
+            raise CheckpointError(f"{option}: is for LoRAs, and {source} holds a model; leave it")
+    form = cast(ModelFormat, to)
+    return _shown(
+        lambda report: convert_model(
+            source, destination, form, dtype=kept, force=force, report=report
+        )
+    )
+
+
+def merge_loras(
+    base: Path,
+    loras: Sequence[tuple[Path, float]],
+    destination: Path,
+    *,
+    dtype: str | None,
+    force: bool,
+) -> int:
+    kept = None if dtype is None else _dtype(dtype)
+    return _shown(
+        lambda report: merge(base, loras, destination, dtype=kept, force=force, report=report)
+    )
+
+
+def _convert_adapter(
+    source: Path,
+    destination: Path,
+    to: str,
+    *,
+    dtype: torch.dtype | None,
+    force: bool,
+    base: Path | None,
+    expert: ExpertName | None,
+) -> int:
+    if to not in _ADAPTERS:
+        raise CheckpointError(
+            f"{source}: holds a LoRA, and --to {to} is for models; for LoRAs there is "
+            f"--to {', '.join(_ADAPTERS)}"
+        )
+    if destination.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{destination}: a file .safetensors will be written; give a name that ends so"
+        )
+    check_destination(destination, [source], folder=False, force=force)
+    weights = None if base is None else base_weights(base, source, expert)
+    notices = convert_adapter(
+        source, destination, cast(LoraFormat, to), dtype=dtype, base=weights, expert=expert
+    )
+    _print(Written(files=(destination,), notices=tuple(notices)))
+    return 0
+
+
+def _dtype(name: str) -> torch.dtype:
+    return getattr(torch, name)
+
+
+def _shown(run: Callable[[Report], Written]) -> int:
+    """Run with a bar, and say what was written."""
+    progress = Progress()
+    try:
+        written = run(
+            lambda done, total: progress.listen({"event": "writing", "done": done, "total": total})
+        )
+    finally:
+        progress.close()
+    _print(written)
+    return 0
+
+
+def _print(written: Written) -> None:
+    for notice in written.notices:
+        print(f"note: {notice}")
+    for file in written.files:
+        print(f"{file}: {file.stat().st_size / 1e6:,.1f} MB")
