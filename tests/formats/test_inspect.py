@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from onewan.checkpoint.export import WanModelSaver
 from onewan.checkpoint.inspect import Report, inspect
 from onewan.cli import main
-from onewan.formats.embedding import read_embedding, write_embedding
+from onewan.errors import CheckpointError
+from onewan.formats.embedding import read_embedding
 from onewan.formats.names import to_official, transformer_names
 
 
@@ -181,15 +184,12 @@ def test_a_lora_that_programs_do_not_read(tmp_path):
 
 
 def test_embeddings(tmp_path):
-    from datetime import datetime, timezone
-
     vectors = torch.randn(3, 64)
-    path = write_embedding(
-        tmp_path / "face.safetensors",
+    path = WanModelSaver().save_embedding(
         vectors,
+        tmp_path / "face.safetensors",
         placeholder="<face>",
         uuid="1234",
-        is_output_embedding=False,
         date=datetime(2026, 1, 2, tzinfo=timezone.utc),
         facts={"steps": 20},
     )
@@ -201,8 +201,20 @@ def test_embeddings(tmp_path):
     report = inspect(path)
     assert report.kind == "embedding" and report.what == "embedding of 3 tokens"
     assert readers(report)["ComfyUI"]
-    with pytest.raises(Exception, match="for another text encoder"):
+    with pytest.raises(CheckpointError, match="for another text encoder"):
         read_embedding(path, width=4096)
+    file = read_embedding(
+        WanModelSaver().save_embedding(
+            vectors,
+            tmp_path / "out.safetensors",
+            placeholder="<out>",
+            uuid="5678",
+            date=datetime(2026, 1, 2, tzinfo=timezone.utc),
+            facts={},
+            is_output_embedding=True,
+        )
+    )
+    assert file.is_output_embedding and torch.equal(file.vectors, vectors)
 
 
 @pytest.mark.parametrize(

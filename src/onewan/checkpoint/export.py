@@ -22,6 +22,7 @@ from onewan.checkpoint.convert import Written, save_model
 from onewan.checkpoint.layouts import ModelFormat
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
+from onewan.formats.embedding import INPUT, OUTPUT
 from onewan.formats.lora import LoraFormat, WanShape
 from onewan.formats.lora_files import (
     PEFT_SETTINGS,
@@ -92,6 +93,33 @@ class WanModelSaver:
     ) -> Written:
         """Write the full weights of what `model` has loaded, adapters merged in (`save_model`)."""
         return save_model(model, destination, format, dtype, force=force)
+
+    def save_embedding(
+        self,
+        vectors: Tensor,
+        destination: Path,
+        *,
+        placeholder: str,
+        uuid: str,
+        date: datetime,
+        facts: Mapping[str, str | int | float],
+        is_output_embedding: bool = False,
+        title: str | None = None,
+    ) -> Path:
+        """Write the vectors [tokens, width] that `placeholder` stands for to `destination`
+        (.safetensors); `onewan.formats.embedding.read_embedding` reads them back.
+
+        The header gets ModelSpec's fields and `facts` about the run as ``onewan.<name>``.
+        """
+        if vectors.ndim != 2:
+            raise ValueError(f"{placeholder}: is {list(vectors.shape)}, not [tokens, width]")
+        metadata = model_spec("wan_2_2-embedding", date, title or placeholder)
+        known = {"format_version": FORMAT_VERSION, "version": version("onewan")}
+        known |= {"placeholder": placeholder, "uuid": uuid}
+        metadata |= {f"onewan.{name}": str(value) for name, value in {**facts, **known}.items()}
+        name = OUTPUT if is_output_embedding else INPUT
+        write_safetensors(Path(destination), {name: vectors.detach().cpu()}, metadata)
+        return Path(destination)
 
 
 def convert_adapter(

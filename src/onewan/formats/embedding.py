@@ -3,20 +3,18 @@
 One tensor [tokens, width] under the name of the text encoder that it is for: ``umt5xxl`` for
 vectors that stand among UMT5's input embeddings, which ComfyUI takes by the file's name
 (``embedding:NAME``), and ``umt5xxl_out`` for vectors that take the place of its outputs, which no
-other program has.
+other program has. `onewan.checkpoint.export` writes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onewan.errors import CheckpointError
 from onewan.formats.container import TensorFile, open_tensors
-from onewan.formats.spec import model_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,33 +40,6 @@ class EmbeddingFile:
 def looks_like_embedding(file: TensorFile) -> bool:
     """Whether the file holds vectors for prompts and nothing else."""
     return 0 < len(file.tensors) <= 2 and file.tensors.keys() <= {INPUT, OUTPUT, *_FOREIGN_NAMES}
-
-
-def write_embedding(
-    destination: Path,
-    vectors: Tensor,
-    *,
-    placeholder: str,
-    uuid: str,
-    is_output_embedding: bool,
-    date: datetime,
-    facts: Mapping[str, str | int | float],
-    title: str | None = None,
-) -> Path:
-    """Write `vectors` [tokens, width] to `destination` (.safetensors), whole or not at all.
-
-    `facts` about the run go into the header as ``onewan.<name>``, beside ModelSpec's fields.
-    """
-    from onewan.formats.write import write_safetensors  # torch, which telling files apart needs not
-
-    if vectors.ndim != 2:
-        raise ValueError(f"{placeholder}: vectors are {list(vectors.shape)}, not [tokens, width]")
-    known = {"placeholder": placeholder, "uuid": uuid}
-    metadata = model_spec("wan_2_2-embedding", date, title or placeholder)
-    metadata |= {f"onewan.{name}": str(value) for name, value in {**facts, **known}.items()}
-    name = OUTPUT if is_output_embedding else INPUT
-    write_safetensors(Path(destination), {name: vectors.detach().cpu()}, metadata)
-    return Path(destination)
 
 
 def read_embedding(path: Path, width: int | None = None) -> EmbeddingFile:
