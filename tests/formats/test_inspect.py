@@ -149,15 +149,17 @@ def test_missing_and_surplus_tensors(tmp_path):
     assert surplus == "has 1 tensors that do not belong, such as more"
 
 
-def lora(prefix: str, alpha: float | None, *, rank: int = 4, modules: int = 10) -> dict:
+def lora(
+    prefix: str, alpha: float | None, *, rank: int = 4, modules: int = 10, width: int = 5120
+) -> dict[str, torch.Tensor]:
     names = [n for n in sorted(transformer_names(1)) if n.startswith("blocks.")]
     linears = [n.removesuffix(".weight") for n in names if n.endswith("weight") and "norm" not in n]
     assert len(linears) == 10
     tensors = {}
     for name in linears[:modules]:
         key = prefix + to_official(name)
-        tensors[f"{key}.lora_A.weight"] = torch.zeros(rank, 5120)
-        tensors[f"{key}.lora_B.weight"] = torch.zeros(5120, rank)
+        tensors[f"{key}.lora_A.weight"] = torch.zeros(rank, width)
+        tensors[f"{key}.lora_B.weight"] = torch.zeros(width, rank)
         if alpha is not None:
             tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=torch.bfloat16)
     return tensors
@@ -181,6 +183,22 @@ def test_a_lora_that_programs_do_not_read(tmp_path):
     assert report.kind == "adapter" and not readers(report)["ComfyUI"]
     assert not readers(report)["diffusers"]
     assert "convert to comfyui" in "\n".join(report.lines())
+
+
+def test_kohya_files_for_diffusers_are_complete(tmp_path):
+    path = tmp_path / "style.safetensors"
+    for modules, whole in ((10, True), (9, False)):
+        dotted = lora("", 2.0, modules=modules, width=256)  # of no model that is known
+        named = {}
+        for key, tensor in dotted.items():
+            module, _, part = key.partition(".lora_")
+            module, part = (module, f"lora_{part}") if part else (key[:-6], "alpha")
+            part = part.replace("lora_A", "lora_down").replace("lora_B", "lora_up")
+            named[f"lora_unet_{module.replace('.', '_')}.{part}"] = tensor
+        save_file(named, path)
+        report = inspect(path)
+        assert report.names == "kohya" and report.problems == ()
+        assert readers(report)["diffusers"] is whole and readers(report)["ComfyUI"]
 
 
 def test_embeddings(tmp_path):

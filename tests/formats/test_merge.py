@@ -247,3 +247,13 @@ def test_folders_of_one_expert_stay_folders(t2v, tmp_path):
     got = official(tmp_path / "low")
     layers = {f"{layer}.weight" for layer in LAYERS}
     assert {n for n in want if not torch.equal(want[n], got[n])} == layers
+
+
+def test_a_lora_of_the_other_expert_is_refused_unless_insisted(t2v, tmp_path):
+    path = lora(tmp_path / "style_high_noise.safetensors", 1)
+    low = t2v / "low_noise_model"
+    with pytest.raises(CheckpointError, match=r"high-noise expert, and .* is the low-noise one"):
+        merge(low, [(path, 1.0)], tmp_path / "low")
+    assert not (tmp_path / "low").exists()
+    merge(low, [(path, 1.0)], tmp_path / "low", check_names=False)
+    assert (tmp_path / "low" / "config.json").is_file()

@@ -24,6 +24,7 @@ from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.container import open_tensors
 from onewan.formats.lora import layout_of
 from onewan.formats.lora_files import AdapterFile, BaseWeights, read_adapter
+from onewan.formats.weights import expert_told
 from onewan.model.sources import Placed
 from onewan.variants import ExpertName
 
@@ -41,18 +42,20 @@ def merge(
     *,
     dtype: torch.dtype | None = None,
     force: bool = False,
+    check_names: bool = True,
     report: Report = lambda _done, _total: None,
 ) -> Written:
     """Write `base`, a model's folder or one transformer, with `loras` (path, weight) merged in.
 
     Each LoRA goes to its expert, told by its keys, its header or its name. `destination` gets the
     layout of `base`; of a single file, with official names and no prefix. `dtype` is as in
-    `convert_model`. CheckpointError as there, and if a LoRA has a layer that the base has not.
+    `convert_model`. CheckpointError as there, if a LoRA has a layer that the base has not, and with
+    `check_names` if headers or names say that a LoRA and a single base are of different experts.
     """
     model = read_model(Path(base))
     added: dict[Placed, dict[str, list[_Added]]] = {}
     for path, weight in loras:
-        for placed, file in _adapters(Path(path), model).items():
+        for placed, file in _adapters(Path(path), model, check_names).items():
             _check(file, model.components[placed])
             for module, adapter in file.modules.items():
                 added.setdefault(placed, {}).setdefault(module, []).append(_Added(adapter, weight))
@@ -107,7 +110,7 @@ def _named(lora: Path) -> ExpertName | None:
     return layout.experts[0] if layout is not None and len(layout.experts) == 1 else None
 
 
-def _adapters(path: Path, model: Model) -> dict[Placed, AdapterFile]:
+def _adapters(path: Path, model: Model, check_names: bool) -> dict[Placed, AdapterFile]:
     """What is in `path`, by the component of `model` that it is for."""
     file = open_tensors(path)
     layout = layout_of(file.tensors, file.metadata)
@@ -121,19 +124,27 @@ def _adapters(path: Path, model: Model) -> dict[Placed, AdapterFile]:
             "says which it is; name it ..._high_noise or ..._low_noise"
         )
     adapter = read_adapter(path, alone if len(experts) > 1 else None)
-    return {_slot(model, path, adapter.expert): adapter}
+    return {_slot(model, path, adapter.expert, check_names): adapter}
 
 
-def _slot(model: Model, lora: Path, named: ExpertName | None) -> Placed:
+def _slot(model: Model, lora: Path, named: ExpertName | None, check_names: bool = True) -> Placed:
     """The component of `model` that `lora` is for."""
     transformers: list[Placed] = [p for p in model.components if p.startswith("transformer")]
     if not transformers:
         raise CheckpointError(f"{model.name}: holds no transformer, and LoRAs are for one")
+    metadata = open_tensors(lora).metadata
     if not model.whole:
+        told = expert_told(lora, metadata)
+        of_lora, of_base = named or (told and told[0]), model.components[transformers[0]].expert
+        if check_names and {of_lora, of_base} == {"high", "low"}:
+            raise CheckpointError(
+                f"{lora}: is for the {of_lora}-noise expert, and {model.name} is the "
+                f"{of_base}-noise one, by header or name; give the other, or add --any-expert"
+            )
         return transformers[0]
     assert model.variant is not None
     # The keys of a file for diffusers begin with "transformer." for whichever expert.
-    expert = expert_of(lora, open_tensors(lora).metadata, model.variant, named)
+    expert = expert_of(lora, metadata, model.variant, named)
     if expert.component not in transformers:
         raise CheckpointError(
             f"{model.name}: has no {expert.component}, and {lora} is for the {expert.name} expert"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from onewan.formats.lora import AdapterLayout, WanShape
+from onewan.formats.lora import LINEARS, AdapterLayout, WanShape
 from onewan.formats.weights import Weights
 
 
@@ -130,8 +130,10 @@ def _adapter_readers(layout: AdapterLayout, shape: WanShape | None) -> Iterator[
     plain = kinds == {"lora"}
     spelling = layout.spelling
     alphas = all("alpha" in parts for parts in layout.modules.values())
-    total = len(shape.linears()) if shape else None
-    whole = alphas and total is not None and len(layout.modules) >= total
+    blocks = {int(m.split(".")[1]) for m in layout.modules if m.startswith("blocks.")}
+    # Of a model that is not known, the last block in the file may be its last.
+    layers = shape.num_layers if shape else max(blocks, default=-1) + 1
+    whole = alphas and len(layout.modules) >= layers * len(LINEARS) > 0
     if spelling == "comfyui":
         odd = kinds & {"dora"} or any("oft_R" in parts for parts in layout.modules.values())
         yield _verdict("ComfyUI", "has no spelling for DoRA and OFT of PEFT" if odd else None)

@@ -390,6 +390,11 @@ With a whole model each LoRA goes to its expert, told by its header or its name.
     )
     parser.add_argument("destination", metavar="DST", type=Path, help="a new file or folder")
     _add_output(parser, "type of the weights (default: that of BASE)")
+    parser.add_argument(
+        "--any-expert",
+        action="store_true",
+        help="merge although headers or names say that LoRA and BASE are of different experts",
+    )
 
     def run(options: argparse.Namespace) -> int:
         from onewan.cli.convert import merge_loras
@@ -400,6 +405,7 @@ With a whole model each LoRA goes to its expert, told by its header or its name.
             options.destination,
             dtype=options.dtype,
             force=options.force,
+            check_names=not options.any_expert,
         )
 
     parser.set_defaults(command=run)

@@ -61,10 +61,19 @@ def merge_loras(
     *,
     dtype: str | None,
     force: bool,
+    check_names: bool,
 ) -> int:
     kept = None if dtype is None else _dtype(dtype)
     return _shown(
-        lambda report: merge(base, loras, destination, dtype=kept, force=force, report=report)
+        lambda report: merge(
+            base,
+            loras,
+            destination,
+            dtype=kept,
+            force=force,
+            check_names=check_names,
+            report=report,
+        )
     )
 
 

@@ -183,7 +183,7 @@ def peft_rotation(triangles: Tensor, settings: Mapping[str, Any]) -> Tensor:
     """
     if settings.get("coft"):
         raise CheckpointError(
-            "the adapter: is constrained OFT (coft), which onewan does not read; merge it with PEFT"
+            "the adapter is constrained OFT (coft), which onewan does not read; merge it with PEFT"
         )
     size = block_size(triangles.shape[1])
     assert size is not None

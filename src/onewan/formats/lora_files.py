@@ -294,7 +294,7 @@ def _refuse(modules: Mapping[str, ModuleAdapter], format: LoraFormat) -> None:
     kinds = {adapter.kind for adapter in modules.values()}
     if format == "diffusers" and len(kinds) > 1:
         raise CheckpointError(
-            "the adapter: is LoRA in some modules and DoRA in others, which diffusers' settings "
+            "the adapter is LoRA in some modules and DoRA in others, which diffusers' settings "
             "can't say; write it as comfyui"
         )
 
@@ -389,8 +389,8 @@ def _shape(modules: Mapping[str, ModuleAdapter], base: BaseWeights | None) -> Wa
         ffn = base("blocks.0.ffn.net.0.proj.weight").shape[0]
     if not ffn:
         raise CheckpointError(
-            f"the adapter: is of a transformer of width {width}, which is none of Wan 2.2, and "
-            "does not tell its FFN's, which kohya's complete files need; give --base"
+            f"the adapter was trained on a transformer of width {width}, which is none of Wan 2.2, "
+            "and does not tell its FFN's, which kohya's complete files need; give --base"
         )
     return WanShape(width=width, ffn_width=ffn, num_layers=blocks)
 
