@@ -19,6 +19,8 @@ from onewan.variants import (
     NEGATIVE_PROMPT,
     NUM_TRAIN_TIMESTEPS,
     TEXT_LENGTH,
+    TI2V_5B_LATENTS_MEAN,
+    TI2V_5B_LATENTS_STD,
     VARIANTS,
     ModelType,
     variant_of,
@@ -176,3 +178,13 @@ def test_facts_and_choices_import_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_latent_statistics_of_the_5b_vae():
+    """Some numbers of the official table (``wan/modules/vae2_2.py``) and the sums of all."""
+    mean, std = TI2V_5B_LATENTS_MEAN, TI2V_5B_LATENTS_STD
+    assert len(mean) == len(std) == VARIANTS["ti2v-5b"].latent_channels
+    assert (mean[0], mean[19], mean[47]) == (-0.2289, 0.5109, -0.0667)
+    assert (std[0], std[39], std[47]) == (0.4765, 1.6887, 0.7744)
+    assert sum(mean) == pytest.approx(-0.5589, abs=1e-9)
+    assert sum(std) == pytest.approx(32.536, abs=1e-9)
