@@ -230,6 +230,15 @@ def test_wrong_content_is_named(tmp_path):
     assert "is not a whole GGUF file" in fault(path)
 
 
+def test_a_gguf_header_that_counts_past_the_end(tmp_path):
+    path = tmp_path / "x.gguf"
+    counts = struct.pack("<IQQ", 3, 0, 1)  # version, tensors, key-value pairs
+    key = struct.pack("<Q", 1) + b"a"
+    array = struct.pack("<IIQ", 9, 0, 3_000_000)  # an array of so many bytes
+    path.write_bytes(b"GGUF" + counts + key + array + bytes(64))
+    assert "is not a whole GGUF file (its header points to byte" in fault(path)
+
+
 # -------------------------------------------------------------------------------- mutated headers
 
 _SANE = json.dumps(
