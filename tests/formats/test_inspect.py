@@ -18,6 +18,7 @@ from onewan.cli import main
 from onewan.errors import CheckpointError
 from onewan.formats.embedding import read_embedding
 from onewan.formats.names import to_official, transformer_names
+from onewan.formats.weights import recognise
 
 
 def official(folder: Path) -> dict[str, torch.Tensor]:
@@ -137,6 +138,18 @@ def test_fp8_scaled_as_comfyui_reads_it(tmp_path, extra, metadata, comfyui):
     assert report.quantisation == "fp8_scaled" and not report.problems
     assert readers(report)["ComfyUI"] is comfyui
     assert not readers(report)["diffusers"]  # loads them without the scales: wrong weights
+
+
+def test_quantisations_that_are_not_known_are_named(tmp_path):
+    path = tmp_path / "x.safetensors"
+    note = torch.frombuffer(bytearray(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+    extra = {f"{SCALED}.weight_scale": ONE, f"{SCALED}.comfy_quant": note}
+    save_file(wide(FP8 | extra), path)
+    with pytest.raises(CheckpointError, match="quantised as nvfp4, which is not known here"):
+        recognise(path)
+    save_file(wide({f"{SCALED}.weight": torch.zeros(128, 128, dtype=torch.int8)}), path)
+    with pytest.raises(CheckpointError, match="is stored as I8, a quantisation that is not known"):
+        recognise(path)
 
 
 def test_missing_and_surplus_tensors(tmp_path):
