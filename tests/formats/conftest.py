@@ -25,3 +25,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[VariantNam
         return write_tiny_model(target, variant, width=64, layers=3, pixels_BCFHW=pixels)
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def t2v(shared: Path) -> Path:
+    """The official T2V-A14B of the golden files."""
+    return shared / "golden" / "t2v-A14B"

@@ -59,11 +59,6 @@ def rounds(official, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def t2v(shared):
-    return shared / "golden" / "t2v-A14B"
-
-
 @pytest.fixture
 def high(t2v, tmp_path):
     """An expert as a single file."""

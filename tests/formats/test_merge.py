@@ -19,11 +19,6 @@ from onewan.formats.weights import recognise
 LAYERS = ("blocks.0.self_attn.q", "blocks.1.cross_attn.o", "blocks.1.ffn.0")
 
 
-@pytest.fixture(scope="module")
-def t2v(shared):
-    return shared / "golden" / "t2v-A14B"
-
-
 @pytest.fixture
 def high(t2v, tmp_path):
     convert_model(t2v / "high_noise_model", tmp_path / "high.safetensors", "single")

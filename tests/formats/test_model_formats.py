@@ -50,11 +50,6 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.fixture(scope="session")
-def t2v(shared: Path) -> Path:
-    return shared / "golden" / "t2v-A14B"
-
-
-@pytest.fixture(scope="session")
 def expected(t2v: Path) -> dict[str, Tensor]:
     return load_file(t2v / "expected.safetensors")
 

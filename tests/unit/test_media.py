@@ -316,7 +316,11 @@ def test_damage_is_seldom_handed_on(tmp_path: Path) -> None:
 
     Not all can be found: flipped bits may spell another valid picture.
     """
-    sound = make(tmp_path / "sound.mp4", steady(100), options=CLOSED_GOP)
+    sound = tmp_path / "sound.mp4"
+    # In a process of its own: x264 writes other bytes the second time, and the same places would
+    # hit other things.
+    code = f"from test_media import *; make(Path({str(sound)!r}), steady(100), options=CLOSED_GOP)"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
     clean = read_frames(sound, steady(100))
     data = sound.read_bytes()
     first, last = data.index(b"mdat") + 700, data.index(b"moov")  # behind x264's own text
@@ -336,10 +340,9 @@ def test_damage_is_seldom_handed_on(tmp_path: Path) -> None:
                 continue
             difference = np.abs(frames.astype(np.int16) - clean[start : start + 10])
             missed += difference.mean(axis=(1, 2, 3)).max() > 2
-    # x264 writes other bytes each time, so that the same places hit other things: from 112 found
-    # and 4 missed to 100 and 17 were seen. Where decoders may paint over damage, most is missed.
-    assert found > 80
-    assert missed < found / 4
+    # 112 and 4 here; 65 and 40 where decoders may paint over damage.
+    assert found > 90
+    assert missed < found / 8
 
 
 def test_a_cut_off_file_is_reported(tmp_path: Path) -> None:

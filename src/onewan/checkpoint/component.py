@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
 from onewan.errors import CheckpointError
-from onewan.formats.weights import Part, Weights, expert_told
+from onewan.formats.configs import Part
+from onewan.formats.weights import Weights, expert_told
 from onewan.formats.write import DTYPE_NAMES, Lazy
 from onewan.model.packed import PackedLinear
 from onewan.model.skeleton import skeleton, tied

@@ -27,7 +27,8 @@ from onewan.checkpoint.layouts import (
 from onewan.checkpoint.model_files import Model, read_model, saved_tokenizer
 from onewan.checkpoint.publish import Report, check_destination, publish
 from onewan.errors import CheckpointError
-from onewan.formats.weights import HEAD_DIM, recognise
+from onewan.formats.configs import HEAD_DIM
+from onewan.formats.weights import recognise
 from onewan.model.skeleton import skeleton
 from onewan.model.sources import Placed
 from onewan.model.wan import WanModel

@@ -36,8 +36,9 @@ from torch import Tensor
 from onewan.checkpoint.component import Component, Weight, name_of
 from onewan.errors import CheckpointError
 from onewan.formats import names
+from onewan.formats.configs import CONFIG, Part
 from onewan.formats.spec import model_spec
-from onewan.formats.weights import CONFIG, TOKENIZER, Part
+from onewan.formats.weights import TOKENIZER
 from onewan.formats.write import Lazy, write_safetensors
 from onewan.formats.write_pth import write_pth
 from onewan.model.load import official_scheduler

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from onewan.errors import CheckpointError
 from onewan.files import replacing, sync
-from onewan.formats.container import first_line
+from onewan.formats.parts import first_line
 from onewan.formats.spec import HASH
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {

@@ -24,7 +24,8 @@ from diffusers import UniPCMultistepScheduler
 from torch import Tensor, nn
 
 from onewan.errors import CheckpointError
-from onewan.formats.weights import Weights, expert_in_name, read_json, recognise
+from onewan.formats.configs import read_json
+from onewan.formats.weights import Weights, expert_in_name, recognise
 from onewan.model.packed import PackedLinear, can_stay_packed
 from onewan.model.precision import keep_float32_islands
 from onewan.model.skeleton import skeleton

@@ -1,0 +1,140 @@
+"""What a component is built with: the configuration that comes with its weights, or their shapes.
+
+A configuration is in the header of files that onewan wrote, or in config.json beside the weights in
+the diffusers and the official layout. Single files of other programs have none; there the widths
+follow from shapes, and what shapes do not tell is the same in every Wan 2.2 model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from onewan.errors import CheckpointError
+from onewan.formats.container import TensorFile
+from onewan.variants import TI2V_5B_LATENTS_MEAN, TI2V_5B_LATENTS_STD
+
+Part = Literal["transformer", "vae", "text_encoder"]
+
+CONFIG = "onewan.config"
+"""Header field with the JSON of the diffusers or transformers configuration, in files that onewan
+wrote; what shapes can't tell (the number of heads, say) is in it."""
+
+HEAD_DIM = 128
+"""Channels of an attention head in every Wan model; shapes do not tell it."""
+
+
+def configuration(
+    file: TensorFile, part: Part, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """Keyword arguments of the class of `part`: from a configuration if there is one, else from the
+    shapes of its weights by diffusers' (text encoder: transformers') names. CheckpointError if
+    weights that tell the widths are missing, or their shapes are impossible."""
+    try:
+        given = _given_config(file)
+        if given is not None and "dim" not in given:  # the official one counts `dim`
+            return given
+        if part == "transformer":
+            return _transformer_config(file, shapes, given or {})
+        return _vae_config(shapes) if part == "vae" else _t5_config(shapes)
+    except KeyError as error:
+        raise CheckpointError(
+            f"{file.path}: is an incomplete {part.replace('_', ' ')}, without {error.args[0]}; "
+            "copy or download it again"
+        ) from None
+    except (IndexError, ValueError, TypeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{file.path}: has weights of impossible shapes ({error})") from error
+
+
+def _given_config(file: TensorFile) -> dict[str, Any] | None:
+    """The configuration in the header, or in config.json beside the weights."""
+    if text := file.metadata.get(CONFIG):
+        try:
+            config = json.loads(text)
+        except ValueError as error:
+            raise CheckpointError(f"{file.path}: {CONFIG} in its header is damaged") from error
+        return config if isinstance(config, dict) else None
+    beside = file.path / "config.json"
+    if not file.path.is_dir() or not beside.is_file():
+        return None
+    return read_json(beside)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model; CheckpointError if there is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: is missing; the model's folder is incomplete") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: is not readable JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: holds a {type(data).__name__}, not a JSON object")
+    return data
+
+
+def _transformer_config(
+    file: TensorFile, shapes: Mapping[str, tuple[int, ...]], official: Mapping[str, Any]
+) -> dict[str, Any]:
+    width, in_channels, *patch = shapes["patch_embedding.weight"]
+    heads = official.get("num_heads")
+    if heads is None:
+        heads, rest = divmod(width, HEAD_DIM)
+        if rest or not heads:
+            raise CheckpointError(
+                f"{file.path}: is {width} wide, and Wan's attention heads are {HEAD_DIM}; how many "
+                "heads it has can't be told without a config.json beside it"
+            )
+    numbers = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
+    embedder = "condition_embedder"
+    return {
+        "patch_size": patch,
+        "num_attention_heads": heads,
+        "attention_head_dim": width // heads,
+        "in_channels": in_channels,
+        "out_channels": shapes["proj_out.weight"][0] // prod(patch),
+        "text_dim": shapes[f"{embedder}.text_embedder.linear_1.weight"][1],
+        "freq_dim": shapes[f"{embedder}.time_embedder.linear_1.weight"][1],
+        "ffn_dim": shapes["blocks.0.ffn.net.0.proj.weight"][0],
+        "num_layers": max(numbers) + 1,
+        "eps": official.get("eps", 1e-6),
+    }
+
+
+def _vae_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    base, channels = shapes["encoder.conv_in.weight"][0], shapes["post_quant_conv.weight"][0]
+    if not any("sampler." in name for name in shapes):
+        return {"base_dim": base, "z_dim": channels}  # all else as in the class: the 2.1 VAE
+    decoder_out = shapes["decoder.conv_out.weight"][1]
+    return {
+        "base_dim": base,
+        "decoder_base_dim": decoder_out,
+        "z_dim": channels,
+        "is_residual": True,
+        "in_channels": shapes["encoder.conv_in.weight"][1],
+        "out_channels": shapes["decoder.conv_out.weight"][0],
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+        "latents_mean": list(TI2V_5B_LATENTS_MEAN),
+        "latents_std": list(TI2V_5B_LATENTS_STD),
+    }
+
+
+def _t5_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    vocabulary, width = shapes["shared.weight"]
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
+    numbers = {int(name.split(".")[2]) for name in shapes if name.startswith("encoder.block.")}
+    return {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "num_heads": heads,
+        "d_kv": shapes[f"{attention}.q.weight"][0] // heads,
+        "d_ff": shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
+        "num_layers": max(numbers) + 1,
+        "relative_attention_num_buckets": buckets,
+        "feed_forward_proj": "gated-gelu",
+    }
