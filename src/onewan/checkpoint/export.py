@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from onewan.checkpoint.convert import Written, save_model
-from onewan.checkpoint.layouts import ModelFormat
+from onewan.checkpoint.layouts import FORMAT_VERSION, ModelFormat
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.embedding import INPUT, OUTPUT
@@ -36,9 +36,6 @@ from onewan.formats.weights import expert_in_name
 from onewan.formats.write import write_safetensors
 from onewan.model.wan import WanModel
 from onewan.variants import Expert, ExpertName, Variant
-
-FORMAT_VERSION = 1
-"""Version of the ``onewan.*`` part of the header."""
 
 
 class WanModelSaver:
