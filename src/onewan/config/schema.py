@@ -11,36 +11,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from onewan.config.method import EmbeddingSection, LoraMethod, Method
+from onewan.config.objective import LossSection, Timesteps, UniformTimesteps
+from onewan.config.optimizer import AdamWOptimizer, ConstantSchedule, Optimizer, Schedule
+from onewan.config.section import Float, Int, Positive, Section, Share, Size, keyed
 from onewan.variants import VariantName
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 COMPONENTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer")
 """Fields of the model section that give one component."""
-
-# Strict, since `true` would count as 1 otherwise, and a text as the number it spells.
-Int = Annotated[int, Field(strict=True)]
-Float = Annotated[float, Field(strict=True)]
-Size = tuple[Annotated[Int, Field(ge=1)], Annotated[Int, Field(ge=1)]]
-Positive = Annotated[Float, Field(gt=0)]
-
-
-class Section(BaseModel):
-    """Base of all sections: no unknown keys, no changes after reading, documentation in place."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-    # A validator of the field and not part of `Int`, from where it would keep the bounds of the
-    # number out of the JSON schema.
-    @field_validator("*", mode="before")
-    @classmethod
-    def _whole(cls, value: object) -> object:
-        """2e3 is a float to YAML and a whole number to its writer, as 2.0 is to JSON's schema."""
-        return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class ModelSection(Section):
@@ -119,6 +101,11 @@ class SourceSection(Section):
     lies beside it; each line of NAME.txt is one caption, several are alternatives."""
     repeats: Int = Field(default=1, ge=1)
     """How often each of its clips comes in one pass over the data."""
+    loss_weight: Positive = 1.0
+    """What the loss of each of its clips is multiplied with."""
+    target: Literal["data", "base"] = "data"
+    """What its clips teach. `data`: what they show. `base`: what the untrained model makes of them
+    (prior preservation), to keep what it knows; needs an adapter, which can be switched off."""
 
 
 class VideoDataSection(Section):
@@ -139,6 +126,10 @@ class VideoDataSection(Section):
     resolution: Int | str | tuple[Int | str, ...] | None = None
     """Training sizes, one or several: an area in pixels (399360: each clip keeps its own shape
     at about that area) or an exact size ("832x480", width x height). null: the area of 480p."""
+    masks: bool = False
+    """Use the masks that lie beside clips: NAME.mask.png for all frames of NAME.mp4, or a video
+    NAME.mask.mp4 of the same times. White counts in the loss, black as `train.loss.unmasked_weight`
+    says; a clip without a mask counts everywhere."""
     cache: bool = True
     """Encode each clip and caption once and keep the result on disk. false: encode anew at every
     step, with the VAE and the text encoder staying in memory."""
@@ -172,48 +163,45 @@ def _area_or_size(value: int | str) -> int | str:
     raise ValueError(f"{value!r} is neither an area in pixels (399360) nor a size ('832x480')")
 
 
-class LoraMethod(Section):
-    kind: Literal["lora"] = "lora"
-    """What is trained: a low-rank adapter (LoRA) beside the frozen weights."""
-    rank: Int = Field(default=32, ge=1)
-    """Rank of the adapter: more holds more, and costs memory and disk."""
+class EmaSection(Section):
+    decay: Annotated[Float, Field(gt=0, lt=1)] = 0.999
+    """Share of the old average in the new one, at each step of an expert; less in the first."""
+    device: Literal["host", "device"] = "host"
+    """Where the averages lie: in host memory, or beside the weights."""
+
+
+class ExpertSettings(Section):
+    steps: Int | None = Field(default=None, ge=1)
+    """Optimizer steps of this expert; given for both, they are `train.steps` and its division."""
+    lr: Positive | None = None
+    """Learning rate; null is `optimizer.lr`."""
+    rank: Int | None = Field(default=None, ge=1)
+    """Rank of its adapter; null is `method.rank`."""
     alpha: Positive | None = None
-    """The adapter counts alpha/rank times; null is the rank itself, so once."""
-    dropout: Float = Field(default=0.0, ge=0, lt=1)
-    """Probability with which an input of the adapter is dropped while training."""
-    modules: tuple[Literal["self_attention", "cross_attention", "ffn"], ...] = Field(
-        default=("self_attention", "cross_attention", "ffn"), min_length=1
-    )
-    """Which linear layers of each block get an adapter."""
+    """Alpha of its adapter; null is `method.alpha`, or its own rank if it has one."""
 
 
-class AdamWOptimizer(Section):
-    name: Literal["adamw"] = "adamw"
-    """The optimizer."""
-    lr: Positive = 1e-4
-    """Learning rate."""
-    betas: tuple[
-        Annotated[Float, Field(ge=0, lt=1)],
-        Annotated[Float, Field(ge=0, lt=1)],
-    ] = (0.9, 0.999)
-    """Decay of the running means of the gradient and of its square."""
-    eps: Positive = 1e-8
-    """Added to the denominator."""
-    weight_decay: Float = Field(default=0.01, ge=0)
-    """Decoupled weight decay."""
+class PerExpertSection(Section):
+    high: ExpertSettings = ExpertSettings()
+    """The high-noise expert."""
+    low: ExpertSettings = ExpertSettings()
+    """The low-noise expert."""
 
 
-class TimestepSection(Section):
-    distribution: Literal["uniform", "logit_normal"] = "uniform"
-    """Density of the noise level before the shift. Each expert draws from it truncated exactly to
-    its own range after the shift."""
-    mean: Float = 0.0
-    """Mean of the normal under `logit_normal`."""
-    std: Positive = 1.0
-    """Standard deviation of the normal under `logit_normal`."""
-    shift: Positive | None = None
-    """Shift s of the noise level u: t = s*u / (1 + (s-1)*u). null is the variant's official one
-    (12 for T2V-A14B, 5 for the others), under which training visits the levels of sampling."""
+class ValidationSection(Section):
+    """Loss on fixed clips, fixed noise and fixed noise levels: the same for the same weights."""
+
+    sources: tuple[SourceSection, ...] = ()
+    """Clips held out of training, to validate on."""
+    share: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    """Share of the training clips to hold out instead, chosen by their content and the seed. With
+    neither, the loss is measured on clips that train."""
+    every: Int = Field(default=0, ge=0)
+    """Steps between measurements; 0 measures before the first and after the last step only."""
+    clips: Int = Field(default=4, ge=0)
+    """Clips to measure on; 0 turns it off."""
+    levels: Int = Field(default=4, ge=1)
+    """Noise levels for each clip, equally probable parts of each expert's range."""
 
 
 class TrainSection(Section):
@@ -226,11 +214,16 @@ class TrainSection(Section):
     seed: Int = Field(default=42, ge=0)
     """Seed of everything random. Each draw is keyed by it, its purpose and its place in the run,
     so a resumed run draws what an uncut one would have drawn."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up; linear and cosine end at 0."""
+    schedule: Annotated[
+        Schedule, Field(discriminator="kind"), keyed("kind", "constant", text=True)
+    ] = ConstantSchedule()
+    """Course of the learning rate between warm-up and warm-down: a name, or a mapping with kind and
+    what that kind takes."""
     warmup_steps: Int = Field(default=0, ge=0)
-    """Optimizer steps of each expert over which its learning rate rises from 0; fewer than it gets
-    of `steps`."""
+    """Optimizer steps of each expert over which its learning rate rises from 0; with
+    `warmdown_steps`, fewer than it gets of `steps`."""
+    warmdown_steps: Int = Field(default=0, ge=0)
+    """Last optimizer steps of each expert, over which its learning rate falls to 0."""
     max_grad_norm: Positive | None = 1.0
     """Gradients are scaled down to this norm; null leaves them."""
     high_share: Literal["equal", "mass"] | Annotated[Float, Field(ge=0, le=1)] = "equal"
@@ -240,20 +233,41 @@ class TrainSection(Section):
     expert_block: Int = Field(default=10, ge=1)
     """Steps for which one expert trains before the other may. Longer blocks move weights between
     host and GPU less often."""
-    first_frame_probability: Float = Field(default=0.2, ge=0, le=1)
+    caption_dropout: Share = 0.0
+    """Share of the samples that train with an empty caption, for guidance."""
+    first_frame_probability: Share = 0.2
     """TI2V-5B only: share of samples whose first latent frame is given clean, which trains
     image-to-video; that frame does not count in the loss."""
-    timesteps: TimestepSection = TimestepSection()
+    first_frame_noise: tuple[Float, Annotated[Float, Field(ge=0)]] | None = None
+    """TI2V-5B only: mean and standard deviation of the logarithm of the noise level in a given
+    first frame, such as [-3.5, 0.5] (about 0.03); null gives it clean, as sampling does."""
+    noise_offset: Float = Field(default=0.0, ge=0)
+    """Strength of noise that is the same for a whole channel, added to the noise; lets the model
+    learn very dark and very bright."""
+    input_perturbation: Float = Field(default=0.0, ge=0)
+    """Strength of noise added to the noisy sample but not to its target."""
+    timesteps: Annotated[
+        Timesteps,
+        Field(discriminator="distribution"),
+        keyed("distribution", "uniform", text=True),
+    ] = UniformTimesteps()
     """How noise levels are drawn."""
-    grid_every: Int = Field(default=0, ge=0)
-    """Steps between measurements of the loss on a fixed grid of clips, noise and noise levels,
-    comparable over the whole run; 0 measures before the first and after the last step only."""
-    grid_clips: Int = Field(default=4, ge=0)
-    """Clips in that grid; 0 turns it off."""
+    loss: LossSection = LossSection()
+    """How errors count."""
+    ema: EmaSection | None = None
+    """Keep an exponential moving average of what trains, validated and exported beside it; null
+    keeps none, {} one with the defaults."""
     save_every: Int = Field(default=500, ge=1)
     """Steps between saved training states and exported weights. The last step is always saved."""
+    save_minutes: Positive | None = None
+    """Also save the training state when this many minutes have passed since the last one."""
     keep_states: Int = Field(default=2, ge=1)
-    """How many training states to keep; older ones are deleted. Exported weights stay."""
+    """How many of the newest training states to keep; older ones are deleted. Exported weights
+    stay."""
+    keep_every: Int | None = Field(default=None, ge=1)
+    """Keep the states of all steps that divide by this for ever."""
+    keep_best: bool = False
+    """Keep the state with the lowest validation loss too, and save it when it is measured."""
 
 
 class PromptSection(Section):
@@ -312,11 +326,13 @@ class OutputSection(Section):
     formats: tuple[Literal["comfyui", "diffusers", "kohya"], ...] = Field(
         default=("comfyui",), min_length=1
     )
-    """How exported LoRA files name things. `comfyui` is read by ComfyUI, diffusers, musubi-tuner
+    """How exported files name things. LoRA: `comfyui` is read by ComfyUI, diffusers, musubi-tuner
     and DiffSynth-Studio alike; `diffusers` by diffusers alone; `kohya`, as musubi-tuner writes it,
-    by ComfyUI, diffusers and musubi-tuner."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of exported files. float32 is what was trained, to the bit; the others halve it."""
+    by ComfyUI, diffusers and musubi-tuner. Fine-tuned experts: `comfyui` is one file, `diffusers` a
+    folder."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of exported files; null is what was trained, to the bit (adapters and embeddings
+    are float32)."""
 
 
 class MemorySection(Section):
@@ -343,12 +359,24 @@ class RunConfig(Section):
     """How video becomes training samples for Wan."""
     video_data: VideoDataSection = VideoDataSection()
     """The clips."""
-    method: Annotated[LoraMethod, Field(default_factory=LoraMethod)]
+    method: Annotated[
+        Method, Field(discriminator="kind", default_factory=LoraMethod), keyed("kind", "lora")
+    ]
     """What is trained."""
-    optimizer: Annotated[AdamWOptimizer, Field(default_factory=AdamWOptimizer)]
+    embeddings: tuple[EmbeddingSection, ...] = ()
+    """Placeholders in captions and prompts, and their vectors, which train beside any method."""
+    per_expert: PerExpertSection = PerExpertSection()
+    """What differs between the two experts."""
+    optimizer: Annotated[
+        Optimizer,
+        Field(discriminator="name", default_factory=AdamWOptimizer),
+        keyed("name", "adamw"),
+    ]
     """How the weights move."""
     train: TrainSection = TrainSection()
     """The course of training."""
+    validation: ValidationSection = ValidationSection()
+    """Loss on fixed clips, fixed noise and fixed noise levels."""
     sample: SampleSection = SampleSection()
     """Videos made along the way."""
     output: OutputSection = OutputSection()

@@ -1,0 +1,50 @@
+"""What all sections of the run file are made of: strict numbers, and a base without unknown keys."""
+
+from __future__ import annotations
+
+from typing import Annotated, cast
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+# Strict, since `true` would count as 1 otherwise, and a text as the number it spells.
+Int = Annotated[int, Field(strict=True)]
+Float = Annotated[float, Field(strict=True)]
+Size = tuple[Annotated[Int, Field(ge=1)], Annotated[Int, Field(ge=1)]]
+Positive = Annotated[Float, Field(gt=0)]
+Share = Annotated[Float, Field(ge=0, le=1)]
+Decay = Annotated[Float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: no unknown keys, no changes after reading, documentation in place."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    # A validator of the section and not part of `Int`, from where it would keep the bounds of the
+    # number out of the JSON schema; nor of the fields, where a union's `kind` may have none.
+    @model_validator(mode="before")
+    @classmethod
+    def _whole(cls, data: object) -> object:
+        """2e3 is a float to YAML and a whole number to its writer, as 2.0 is to JSON's schema."""
+        if not isinstance(data, dict):
+            return data
+        fields = cast("dict[str, object]", data)
+        return {
+            name: int(value) if isinstance(value, float) and value.is_integer() else value
+            for name, value in fields.items()
+        }
+
+
+def keyed(key: str, default: str, *, text: bool = False) -> BeforeValidator:
+    """Lets a union's `key` be left out for `default` and, with `text`, be all that is given."""
+
+    def complete(value: object) -> object:
+        if text and isinstance(value, str):
+            return {key: value}
+        if isinstance(value, dict) and key not in value:
+            return {key: default, **cast("dict[str, object]", value)}
+        return cast("object", value)
+
+    return BeforeValidator(complete)
