@@ -34,7 +34,8 @@ from onewan.demo.clips import write_clips
 from onewan.demo.tiny_model import write_tiny_model
 from onewan.model.precision import compute_context
 from onewan.runs.events import EventLog
-from onewan.train.setup import DTYPES, Run, WanModelSetup
+from onewan.train.run import DTYPES, Run
+from onewan.train.setup import WanModelSetup
 from onewan.train.step import train_step
 
 LIMIT = 1.03

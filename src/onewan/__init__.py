@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from onewan.config.schema import RunConfig, WanTrainConfig
     from onewan.data.loader import WanDataLoader
     from onewan.data.sample import VideoSample
+    from onewan.model.embedding import WanModelEmbedding
     from onewan.model.load import WanModelLoader
     from onewan.model.wan import WanModel
     from onewan.sample.generate import WanModelSampler
@@ -30,6 +31,7 @@ _HOMES = {
     "VideoSample": "onewan.data.sample",
     "WanDataLoader": "onewan.data.loader",
     "WanModel": "onewan.model.wan",
+    "WanModelEmbedding": "onewan.model.embedding",
     "WanModelLoader": "onewan.model.load",
     "WanModelSampler": "onewan.sample.generate",
     "WanModelSaver": "onewan.checkpoint.export",
@@ -45,6 +47,7 @@ __all__ = [
     "VideoSample",
     "WanDataLoader",
     "WanModel",
+    "WanModelEmbedding",
     "WanModelLoader",
     "WanModelSampler",
     "WanModelSaver",

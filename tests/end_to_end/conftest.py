@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +18,12 @@ RunFile = Callable[..., RunConfig]
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `clips` and a tiny model of each variant under its name."""
+    """A folder with `clips`, `named clips`, and a tiny model of each variant under its name."""
     folder = tmp_path_factory.mktemp("workshop")
     write_clips(folder / "clips")
+    shutil.copytree(folder / "clips", folder / "named clips")
+    for caption in (folder / "named clips").glob("*.txt"):
+        caption.write_text("a <shape> on a dark background", encoding="utf-8")
     for variant in ("t2v-a14b", "i2v-a14b", "ti2v-5b"):
         write_tiny_model(folder / variant, variant, width=32, layers=2)
     return folder
@@ -42,7 +46,8 @@ video_data:
   cache_dir: {(workshop / "cache").as_posix()}
 method: {{kind: lora, rank: 4, alpha: 2}}
 optimizer: {{lr: 0.005}}
-train: {{steps: 6, save_every: 100, expert_block: 2, grid_clips: 0}}
+train: {{steps: 6, save_every: 100, expert_block: 2}}
+validation: {{clips: 0}}
 logging: {{tensorboard: false}}
 """,
             encoding="utf-8",

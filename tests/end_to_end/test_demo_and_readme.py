@@ -23,7 +23,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = folder / "runs" / "run"
     grid: dict[str, list[float]] = {}
     for event in read_events(run / "events.jsonl"):
-        if event["event"] == "grid":
+        if event["event"] == "validation":
             grid.setdefault(event["expert"], []).append(event["loss"])
     assert all(last < 0.9 * first for first, last in grid.values())
     assert (run / "samples" / "000200" / "0.mp4").stat().st_size > 1000

@@ -13,12 +13,14 @@ import torch
 from conftest import RunFile
 from safetensors.torch import load_file
 
+from onewan.cli import main
+from onewan.config.load import load_run
 from onewan.config.schema import RunConfig
 from onewan.errors import CheckpointError, Interrupted
 from onewan.runs.control import request
 from onewan.runs.events import read_events
 from onewan.runs.layout import RunLayout
-from onewan.train.setup import run_folder
+from onewan.train.run import run_folder
 from onewan.train.trainer import WanTrainer
 
 
@@ -160,7 +162,7 @@ def test_resume_refuses_another_run(run_file: RunFile) -> None:
 
 def test_what_follows_a_saved_state_is_made_up_for(run_file: RunFile) -> None:
     """A run that was killed between saving its last state and exporting it still exports it."""
-    config = run_file("t2v-a14b", "train.steps=2", "train.grid_clips=1")
+    config = run_file("t2v-a14b", "train.steps=2", "validation.clips=1")
     WanTrainer(config).fit()
     files = list(layout_of(config).weights_dir.iterdir())
     expected = {p.name: load_file(p) for p in files}
@@ -171,7 +173,7 @@ def test_what_follows_a_saved_state_is_made_up_for(run_file: RunFile) -> None:
     assert [e["event"] for e in events].count("exported") == len(files) == 2
     for path in files:
         assert all(torch.equal(v, expected[path.name][k]) for k, v in load_file(path).items())
-    assert {e["expert"] for e in events if e["event"] == "grid"} == {"high", "low"}
+    assert {e["expert"] for e in events if e["event"] == "validation"} == {"high", "low"}
 
 
 def test_a_stop_while_sampling_is_made_up_for(run_file: RunFile) -> None:
@@ -192,3 +194,95 @@ def test_a_stop_while_sampling_is_made_up_for(run_file: RunFile) -> None:
     WanTrainer(config, listen=events.append, resume=True).fit()
     assert sorted(p.name for p in folder.iterdir()) == ["0.mp4", "1.mp4"]
     assert [e["prompt"] for e in events if e["event"] == "sampled"] == ["two"]
+
+
+def test_changes_are_listed_on_resume(run_file: RunFile) -> None:
+    WanTrainer(run_file("t2v-a14b", "train.steps=2")).fit()
+    harmless = run_file("t2v-a14b", "train.steps=3", "train.keep_states=5", "output.dtype=bfloat16")
+    events: list[Mapping[str, Any]] = []
+    WanTrainer(harmless, listen=events.append, resume=True).fit()
+    (note,) = [e["text"] for e in events if e["event"] == "note"]
+    for line in (
+        "train.steps: was 2, is 3",
+        "train.keep_states: was 2, is 5",
+        "output.dtype: was None, is 'bfloat16'",
+    ):
+        assert line in note
+    other = run_file("t2v-a14b", "train.steps=4", "optimizer={name: sgd, lr: 0.1}")
+    with pytest.raises(CheckpointError, match="optimizer.name: was 'adamw', is 'sgd'"):
+        WanTrainer(other, resume=True).fit()
+    events.clear()
+    WanTrainer(other, listen=events.append, resume=True, allow_change=True).fit()
+    warnings = [e["text"] for e in events if e["event"] == "warning"]
+    assert any("high: the optimizer starts anew" in text for text in warnings)
+    assert events[-1]["event"] == "finished"
+
+
+def test_saved_on_a_timer(run_file: RunFile) -> None:
+    config = run_file("ti2v-5b", "train.save_minutes=1e-6", "train.steps=3")
+    events: list[Mapping[str, Any]] = []
+    WanTrainer(config, listen=events.append).fit()
+    assert [e["step"] for e in events if e["event"] == "saved"] == [1, 2, 3]
+    assert [e["step"] for e in events if e["event"] == "exported"] == [3]
+
+
+def test_again_makes_the_same_run_beside_it(
+    run_file: RunFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = run_file("ti2v-5b", "train.steps=2", "method.rank=3")
+    WanTrainer(config).fit()
+    folder = tmp_path / "runs" / "run"
+    assert main(["train", str(folder), "--again"]) == 0
+    assert str(folder.with_name("run-2")) in capsys.readouterr().out
+    expected, steps = outcome(config)
+    again, steps_again = outcome(load_run(folder.with_name("run-2")))
+    assert steps == steps_again
+    assert all(torch.equal(expected[name], again[name]) for name in expected)
+    assert main(["train", str(tmp_path / "run.yaml"), "--again"]) == 1
+    assert "takes the folder of a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "adafactor",
+        "adamw_8bit",
+        "adamw_low_bit",
+        "adamw_schedule_free",
+        "adam_mini",
+        "came",
+        "lion",
+        "muon",
+        "prodigy",
+        "prodigy_plus_schedule_free",
+        "sgd",
+    ],
+)
+def test_every_optimizer_resumes_exactly(run_file: RunFile, optimizer: str) -> None:
+    chosen = ["ti2v-5b", f"optimizer={{name: {optimizer}}}", "train.ema={}", "train.steps=4"]
+    whole, cut = run_file(*chosen, name="whole"), run_file(*chosen, name="cut")
+    WanTrainer(whole).fit()
+    train_with_cuts(cut, {2: "request"})
+    assert outcome(whole)[1] == outcome(cut)[1]
+    states = [layout_of(config).state(4) / "high.safetensors" for config in (whole, cut)]
+    ours, theirs = (load_file(path) for path in states)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "cosine_with_restarts", "rex", "polynomial"])
+def test_every_schedule_resumes_exactly(run_file: RunFile, schedule: str) -> None:
+    chosen = [
+        "t2v-a14b",
+        f"train.schedule={schedule}",
+        "train.warmup_steps=1",
+        "train.warmdown_steps=1",
+        "per_expert={high: {steps: 2, lr: 0.01, rank: 2}, low: {steps: 4, rank: 6}}",
+        "train.steps=6",
+    ]
+    whole, cut = run_file(*chosen, name="whole"), run_file(*chosen, name="cut")
+    WanTrainer(whole).fit()
+    train_with_cuts(cut, {1: "request", 4: "request"})
+    assert outcome(whole)[1] == outcome(cut)[1]
+    steps = outcome(whole)[1]
+    assert [name for _, name, *_ in steps].count("high") == 2
+    assert {len({lr for _, name, _, _, lr, _ in steps if name == e}) for e in ("high", "low")} != {1}

@@ -30,7 +30,7 @@ def grid(events: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
     """First and last loss on the fixed grid, by expert."""
     losses: dict[str, list[float]] = {}
     for event in events:
-        if event["event"] == "grid":
+        if event["event"] == "validation":
             losses.setdefault(event["expert"], []).append(event["loss"])
     return {name: (values[0], values[-1]) for name, values in losses.items()}
 
@@ -43,7 +43,7 @@ def test_a_run(run_file: RunFile, workshop: Path, variant: str) -> None:
         variant,
         "train.steps=60",
         "train.save_every=30",
-        "train.grid_clips=3",
+        "validation.clips=3",
         "train.batch_size=2",
         "optimizer.lr=0.01",
         "method.rank=16",

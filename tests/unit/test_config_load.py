@@ -14,6 +14,8 @@ from ruamel.yaml import YAML
 
 from onewan.config import RunConfig, changed_fields, dump_run, load_run, starter
 from onewan.config.migrate import migrate
+from onewan.config.objective import LogitNormalTimesteps, UniformTimesteps
+from onewan.config.optimizer import CosineSchedule
 from onewan.config.schema import SCHEMA_VERSION
 from onewan.errors import ConfigError
 from onewan.variants import NEGATIVE_PROMPT, VARIANTS, VariantName
@@ -562,6 +564,38 @@ def test_migrations_run_in_order_and_change_nothing_in_place() -> None:
         migrate({"schema_version": 4}, migrations=steps, current=3)
 
 
+def test_a_run_of_version_1_is_read(tmp_path: Path) -> None:
+    old = Path(__file__).with_name("test_config_version_1.yaml").read_text(encoding="utf-8")
+    config = load_run(write(tmp_path, old), ["train.schedule.end=0.1"])
+    assert (config.validation.every, config.validation.clips) == (50, 2)
+    assert config.train.schedule == CosineSchedule(end=0.1)
+    assert config.train.timesteps == UniformTimesteps(shift=5)
+    assert (config.method.kind, config.method.modules) == ("lora", ("self_attention", "ffn"))
+    assert (config.train.steps, config.output.dtype) == (300, "float32")
+    assert load_run(write(tmp_path, dump_run(config), "new.yaml")).train == config.train
+
+
+def test_version_1_had_mean_and_deviation_for_the_normal(tmp_path: Path) -> None:
+    text = (
+        "schema_version: 1\ntrain: {timesteps: {distribution: logit_normal, mean: 1.0, std: 2}}\n"
+    )
+    timesteps = load_run(write(tmp_path, text + T2V)).train.timesteps
+    assert timesteps == LogitNormalTimesteps(mean=1, std=2, shift=12)
+    bad = problems(write(tmp_path, T2V + "schema_version: 1\ntrain: {timesteps: 5}"))
+    assert bad == (
+        "train.timesteps: must be a section with fields, got 5; change it, or leave it out",
+    )
+    bad = problems(write(tmp_path, T2V + "schema_version: 1\ntrain: 5"))
+    assert [p.split(":")[0] for p in bad] == ["train"]
+
+
+def test_a_moved_field_is_told_where_it_went(tmp_path: Path) -> None:
+    found = only_problem(tmp_path, T2V + "train: {grid_every: 5}")
+    assert found == "train.grid_every: unknown field; it is validation.every now"
+    found = only_problem(tmp_path, T2V + "schema_version: 1", ("train.grid_clips=5",))
+    assert found == "train.grid_clips: unknown field; it is validation.clips now"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_dump_is_read_back_equal(tmp_path: Path, name: VariantName) -> None:
     config = load_run(write(tmp_path, starter(name)))
@@ -612,7 +646,7 @@ def test_a_starter_loads_and_says_what_is_right(tmp_path: Path, name: VariantNam
     config = load_run(write(tmp_path, text))
     assert text.startswith("# yaml-language-server: $schema=onewan.schema.json\n")
     assert "onewan schema > onewan.schema.json" in text
-    assert len(text.splitlines()) <= 50
+    assert len(text.splitlines()) <= 51
     assert max(map(len, text.splitlines())) <= 100
     assert config.model.path == facts.repository
     assert config.wan_config.max_frames == facts.frames
@@ -626,13 +660,22 @@ def test_a_starter_loads_and_says_what_is_right(tmp_path: Path, name: VariantNam
     assert ("experts:" in text) == (len(facts.experts) == 2)
     assert ("image:" in text) == (facts.condition != "text")
     assert bool(config.sample.prompts) == (name != "i2v-a14b")
+    assert f"schema_version: {SCHEMA_VERSION}\n" in text
 
 
 @pytest.mark.parametrize("name", ["i2v-a14b", "ti2v-5b"])
 def test_a_starter_s_commented_lines_are_right_too(tmp_path: Path, name: VariantName) -> None:
     (tmp_path / "first_frame.png").touch()
     lines = starter(name).splitlines()
-    marks = ("# every:", "# prompts:", "#   - prompt:", "#     image:", "# image:", "# resolution:")
+    marks = (
+        "# every:",
+        "# prompts:",
+        "#   - prompt:",
+        "#     image:",
+        "# image:",
+        "# resolution:",
+        "# validation:",
+    )
     live = [
         line.replace("# ", "", 1) if line.lstrip().startswith(marks) else line for line in lines
     ]
@@ -641,6 +684,7 @@ def test_a_starter_s_commented_lines_are_right_too(tmp_path: Path, name: Variant
     assert config.sample.prompts[0].image == tmp_path / "first_frame.png"
     assert config.sample.every == 500
     assert config.video_data.resolution == ("832x480",)
+    assert (config.validation.share, config.validation.every) == (0.1, 250)
 
 
 def test_example_of_a_dump_is_plain_yaml(tmp_path: Path) -> None:

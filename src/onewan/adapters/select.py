@@ -1,25 +1,74 @@
-"""Which linear layers a method trains: the user's words -> module names in a block."""
+"""What a method trains: the run file's groups and patterns -> names in a diffusers transformer.
+
+Adapters go on linear layers (`select_linears`), fine-tuning takes weights themselves
+(`select_weights`). A pattern is one of `fnmatch`'s, and matches a whole name or its end behind a
+dot: ``attn1.to_q`` is that layer in all blocks, ``blocks.[0-9].*`` is all of the first ten.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Literal
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from diffusers import WanTransformer3DModel
+from torch import nn
 
 from onewan.errors import ConfigError
 
-ModuleGroup = Literal["self_attention", "cross_attention", "ffn"]
+_BLOCKS = re.compile(r"blocks\.(\d+)\.")
 
-MODULES: dict[ModuleGroup, tuple[str, ...]] = {
-    "self_attention": ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"),
-    "cross_attention": ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
-    "ffn": ("ffn.net.0.proj", "ffn.net.2"),
+_GROUPS: dict[str, str] = {
+    "self_attention": r"blocks\.\d+\.attn1\.to_(q|k|v|out\.0)",
+    "cross_attention": r"blocks\.\d+\.attn2\.to_(q|k|v|out\.0)",
+    "attention": r"blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)",
+    "ffn": r"blocks\.\d+\.ffn\.net\.(0\.proj|2)",
+    "all_linears": r".*",
 }
-"""The ten linear layers of a transformer block, by diffusers' names."""
+"""Groups of linear layers: what their names match."""
+
+_NORMS = r"blocks\.\d+\.(attn[12]\.norm_[qk]|norm2)\.(weight|bias)"
 
 
-def select_modules(groups: Sequence[ModuleGroup]) -> tuple[str, ...]:
-    """Names of the linear layers in each block that `groups` mean, in the model's order."""
-    return tuple(name for group in MODULES if group in groups for name in MODULES[group])
+def select_linears(
+    transformer: WanTransformer3DModel,
+    modules: Sequence[str],
+    layers: Sequence[int] | None,
+    field: str = "method.modules",
+) -> tuple[str, ...]:
+    """Names of the linear layers that `modules`, groups and patterns, mean, in the model's order.
+
+    With `layers`, numbers of blocks, only those in these blocks. ConfigError, which names `field`,
+    for what selects nothing and for blocks that are not there.
+    """
+    names = _within(_linears(transformer), transformer, layers)
+    groups = {group: [n for n in names if re.fullmatch(r, n)] for group, r in _GROUPS.items()}
+    return _selected(names, modules, groups, field, layers)
+
+
+def select_weights(
+    transformer: WanTransformer3DModel,
+    modules: Sequence[str],
+    layers: Sequence[int] | None,
+    field: str = "method.modules",
+) -> tuple[str, ...]:
+    """Names of the weights that `modules` mean, in the model's order; else as `select_linears`.
+
+    A group of linear layers stands for their weights and biases.
+    """
+    names = _within([n for n, _ in transformer.named_parameters()], transformer, layers)
+    linears = set(_linears(transformer))
+    groups = {
+        group: [
+            n for n in names if (of := n.rpartition(".")[0]) in linears and re.fullmatch(r, of)
+        ]
+        for group, r in _GROUPS.items()
+    }
+    groups["all"] = names
+    groups["norms"] = [n for n in names if re.fullmatch(_NORMS, n)]
+    groups["biases"] = [n for n in names if n.endswith(".bias")]
+    return _selected(names, modules, groups, field, layers)
 
 
 def select_layers(asked: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
@@ -36,3 +85,57 @@ def select_layers(asked: Sequence[int] | None, num_layers: int) -> tuple[int, ..
             ],
         )
     return tuple(sorted(set(asked)))
+
+
+def block_of(name: str) -> int | None:
+    """The number of the block that a layer or weight is in; None outside the blocks."""
+    found = _BLOCKS.match(name)
+    return int(found[1]) if found else None
+
+
+def _linears(transformer: WanTransformer3DModel) -> list[str]:
+    return [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
+
+
+def _within(
+    names: list[str], transformer: WanTransformer3DModel, layers: Sequence[int] | None
+) -> list[str]:
+    """Those of `names` in the blocks `layers`; all for None."""
+    if layers is None:
+        return names
+    blocks = set(select_layers(layers, len(transformer.blocks)))
+    return [n for n in names if block_of(n) in blocks]
+
+
+def _selected(
+    names: list[str],
+    modules: Sequence[str],
+    groups: dict[str, list[str]],
+    field: str,
+    layers: Sequence[int] | None,
+) -> tuple[str, ...]:
+    chosen: set[str] = set()
+    problems: list[str] = []
+    for wish in modules:
+        found = groups.get(wish)
+        if found is None:
+            found = [n for n in names if fnmatchcase(n, wish) or fnmatchcase(n, f"*.{wish}")]
+        if not found:
+            problems.append(_nothing(wish, names, groups, field, layers))
+        chosen.update(found)
+    if problems:
+        raise ConfigError("run file", problems)
+    return tuple(n for n in names if n in chosen)
+
+
+def _nothing(
+    wish: str,
+    names: list[str],
+    groups: dict[str, list[str]],
+    field: str,
+    layers: Sequence[int] | None,
+) -> str:
+    """That `wish` selects nothing, and what there is instead."""
+    near = get_close_matches(wish, [*groups, *names], n=3, cutoff=0.5) or [*groups, names[0]]
+    where = "" if layers is None else " in the blocks of wan_config.transformer_layers_to_train"
+    return f"{field}: {wish!r} selects nothing{where}; there are, for example, {', '.join(near)}"

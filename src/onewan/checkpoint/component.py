@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,8 @@ class Component:
     """None if it has none, or if that can't be told."""
     tokenizer: Callable[[], Tensor] | None = None
     """SentencePiece's model as bytes, uint8, for ComfyUI's file of the text encoder."""
+    facts: Mapping[str, str | int | float] = field(default_factory=dict)
+    """What else a header should say as ``onewan.<name>``."""
 
     @property
     def quantised(self) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from diffusers import WanTransformer3DModel
 
 from onewan.checkpoint.component import Component, config_of, from_module
 from onewan.checkpoint.layouts import (
@@ -32,7 +33,7 @@ from onewan.formats.weights import recognise
 from onewan.model.skeleton import skeleton
 from onewan.model.sources import Placed
 from onewan.model.wan import WanModel
-from onewan.variants import ExpertName
+from onewan.variants import Expert, ExpertName, Variant
 
 FP8_REST = (torch.float16, torch.bfloat16)
 """What fp8_scaled files have beside fp8; ComfyUI was seen to read these."""
@@ -122,6 +123,34 @@ def save_model(
     )
     to: dict[Placed, ModelFormat] = dict.fromkeys(components, format)
     return write_model(held, destination, to, format, sources=[], dtype=dtype, force=force)
+
+
+def save_expert(
+    transformer: WanTransformer3DModel,
+    destination: Path,
+    format: ModelFormat,
+    *,
+    variant: Variant,
+    expert: Expert,
+    source: str,
+    dtype: torch.dtype | None = None,
+    facts: Mapping[str, str | int | float],
+) -> Written:
+    """Write one expert to `destination`: a file for ``single``, a folder for ``diffusers``.
+
+    Replaces what is there. `source` is what it was trained from; `facts` join the header of a file.
+    `dtype` and errors are as in `convert_model`.
+    """
+    component = from_module(transformer, "transformer", source, expert.name)
+    held = Model(
+        name=source,
+        components={expert.component: replace(component, variant=variant, facts=facts)},
+        arrangement={},
+        whole=False,
+        tokenizer={},
+    )
+    to: dict[Placed, ModelFormat] = {expert.component: format}
+    return write_model(held, Path(destination), to, format, sources=[], dtype=dtype, force=True)
 
 
 def write_model(  # noqa: PLR0913  (shared by converting, saving and merging)

@@ -9,10 +9,11 @@ True``) and ignores any other without a word. Never holds a training state
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,10 +31,12 @@ from onewan.formats.lora_files import (
     peft_adapter,
     read_adapter,
     spell_adapter,
+    stored,
 )
 from onewan.formats.spec import HASH, model_spec
 from onewan.formats.weights import expert_in_name
 from onewan.formats.write import write_safetensors
+from onewan.model.embedding import WanModelEmbedding
 from onewan.model.wan import WanModel
 from onewan.variants import Expert, ExpertName, Variant
 
@@ -93,30 +96,53 @@ class WanModelSaver:
 
     def save_embedding(
         self,
-        vectors: Tensor,
+        embedding: WanModelEmbedding,
         destination: Path,
         *,
-        placeholder: str,
-        uuid: str,
-        date: datetime,
-        facts: Mapping[str, str | int | float],
-        is_output_embedding: bool = False,
+        dtype: torch.dtype | None = None,
+        facts: Mapping[str, str | int | float] = MappingProxyType({}),
+        date: datetime | None = None,
         title: str | None = None,
     ) -> Path:
-        """Write the vectors [tokens, width] that `placeholder` stands for to `destination`
-        (.safetensors); `onewan.formats.embedding.read_embedding` reads them back.
+        """Write the vectors of `embedding` to `destination` (.safetensors), from where
+        `WanModelEmbedding.from_file` has them back: as `dtype`, or as they are, to the bit.
 
-        The header gets ModelSpec's fields and `facts` about the run as ``onewan.<name>``.
+        The header gets ModelSpec's fields and `facts` about the run as ``onewan.<name>``; `title`
+        is the placeholder and `date` now unless given. CheckpointError if a number is too large for
+        `dtype`.
         """
-        if vectors.ndim != 2:
-            raise ValueError(f"{placeholder}: is {list(vectors.shape)}, not [tokens, width]")
-        metadata = model_spec("wan_2_2-embedding", date, title or placeholder)
+        name = OUTPUT if embedding.is_output_embedding else INPUT
+        vectors = stored(f"{embedding.placeholder}: {name}", embedding.vectors, dtype)
+        date = date or datetime.now(timezone.utc)
+        metadata = model_spec("wan_2_2-embedding", date, title or embedding.placeholder)
         known = {"format_version": FORMAT_VERSION, "version": version("onewan")}
-        known |= {"placeholder": placeholder, "uuid": uuid}
+        known |= {"placeholder": embedding.placeholder, "uuid": embedding.uuid}
+        if embedding.initial_text is not None:
+            known["initial_text"] = embedding.initial_text
         metadata |= {f"onewan.{name}": str(value) for name, value in {**facts, **known}.items()}
-        name = OUTPUT if is_output_embedding else INPUT
-        write_safetensors(Path(destination), {name: vectors.detach().cpu()}, metadata)
+        write_safetensors(Path(destination), {name: vectors}, metadata)
         return Path(destination)
+
+    def save_embeddings(
+        self,
+        embeddings: Iterable[WanModelEmbedding],
+        folder: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        facts: Mapping[str, str | int | float] = MappingProxyType({}),
+        date: datetime | None = None,
+    ) -> list[Path]:
+        """Write each to its own file under its name in `folder`, as `save_embedding` does: ComfyUI
+        takes one from a file. ValueError if two have the same name."""
+        files = {embedding.name: embedding for embedding in (chosen := list(embeddings))}
+        if len(files) < len(chosen):
+            raise ValueError(f"the names {[e.name for e in chosen]} are not all different")
+        return [
+            self.save_embedding(
+                embedding, folder / f"{name}.safetensors", dtype=dtype, facts=facts, date=date
+            )
+            for name, embedding in files.items()
+        ]
 
 
 def convert_adapter(

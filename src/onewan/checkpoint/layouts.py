@@ -120,6 +120,7 @@ def _bytes(tensors: Mapping[str, Lazy]) -> int:
 def header(component: Component) -> dict[str, str]:
     """What a single file says of itself."""
     facts = {
+        **component.facts,
         "format_version": FORMAT_VERSION,
         "version": version("onewan"),
         "component": component.part,

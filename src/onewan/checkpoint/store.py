@@ -33,17 +33,19 @@ class FoundState:
 
 
 class StateStore:
-    """The states of one run; keeps the newest `keep`."""
+    """The states of one run; keeps the newest `keep`, and those whose step divides by `keep_every`
+    for ever."""
 
-    def __init__(self, layout: RunLayout, keep: int) -> None:
+    def __init__(self, layout: RunLayout, keep: int, keep_every: int | None = None) -> None:
         self._layout = layout
         self._keep = keep
+        self._keep_every = keep_every
 
-    def save(self, step: int, write: Callable[[Path], None]) -> Path:
+    def save(self, step: int, write: Callable[[Path], None], best: int | None = None) -> Path:
         """Let `write` fill a folder with the state after `step` steps, and make it durable.
 
-        Saving the same step again replaces the state. Older ones beyond `keep` are deleted, after
-        the new one is safe.
+        Saving the same step again replaces the state. Older ones that are not to be kept are
+        deleted, after the new one is safe; that of step `best` stays.
         """
         final = self._layout.state(step)
         temporary = final.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{final.name}")
@@ -61,7 +63,7 @@ class StateStore:
             shutil.rmtree(final)
         os.replace(temporary, final)
         sync(final.parent)
-        self._rotate()
+        self._rotate(best)
         return final
 
     def newest(self) -> FoundState | None:
@@ -82,9 +84,10 @@ class StateStore:
             )
         return None
 
-    def _rotate(self) -> None:
+    def _rotate(self, best: int | None) -> None:
         for step in self._layout.saved_steps()[: -self._keep]:
-            shutil.rmtree(self._layout.state(step))
+            if step != best and not (self._keep_every and step % self._keep_every == 0):
+                shutil.rmtree(self._layout.state(step))
         for unfinished in self._layout.states_dir.glob(f"{TEMPORARY_PREFIX}*"):
             shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -192,7 +192,14 @@ def _add_train(commands: _Commands) -> None:
         "if it had never stopped.",
     )
     _add_run_file(parser)
-    parser.add_argument("--resume", action="store_true", help="go on where the run was cut off")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="go on where the run was cut off")
+    start.add_argument(
+        "--again",
+        action="store_true",
+        help="with a run's folder: make the run again from its resolved settings, as a new run "
+        "beside it",
+    )
     parser.add_argument(
         "--allow-change",
         action="store_true",
@@ -202,7 +209,13 @@ def _add_train(commands: _Commands) -> None:
     def run(options: argparse.Namespace) -> int:
         from onewan.cli.commands import train
 
-        return train(options.run, options.overrides, options.resume, options.allow_change)
+        return train(
+            options.run,
+            options.overrides,
+            resume=options.resume,
+            again=options.again,
+            allow_change=options.allow_change,
+        )
 
     parser.set_defaults(command=run)
 

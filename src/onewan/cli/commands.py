@@ -19,8 +19,10 @@ from onewan.demo import run_demo
 from onewan.errors import ConfigError
 from onewan.formats.lora_files import read_adapter
 from onewan.model.load import WanModelLoader
+from onewan.runs.layout import unused
 from onewan.sample.generate import SampleRequest, WanModelSampler, requests_from
-from onewan.train.setup import DTYPES, WanModelSetup, pick_device
+from onewan.train.run import DTYPES
+from onewan.train.setup import WanModelSetup, pick_device
 from onewan.train.trainer import WanTrainer
 from onewan.variants import NEGATIVE_PROMPT, Variant, VariantName
 
@@ -65,7 +67,15 @@ def cache(run: Path, overrides: Sequence[str], strict: bool, verify: bool) -> in
     return 0
 
 
-def train(run: Path, overrides: Sequence[str], resume: bool, allow_change: bool) -> int:
+def train(
+    run: Path, overrides: Sequence[str], *, resume: bool, again: bool, allow_change: bool
+) -> int:
+    if again:
+        if not run.is_dir():
+            raise ConfigError(
+                str(run), ["is no folder; --again takes the folder of a run, such as runs/NAME"]
+            )
+        overrides = [f"output.name={unused(run.resolve()).name}", *overrides]
     config = load_run(run, overrides)
     progress = Progress()
     trainer = WanTrainer(

@@ -91,19 +91,30 @@ class Progress:
             note += f", {event['seconds']:.2f} s/step, {_duration(left)} left"
         self._advance("training", event["step"], self._steps, note)
 
-    def _on_grid(self, event: Mapping[str, Any]) -> None:
-        loss, first = event["loss"], event["first"]
-        change = "" if event["step"] == 0 else f" ({100 * (loss / first - 1):+.1f} % since step 0)"
-        self.line(
-            f"step {event['step']}: loss on the fixed grid, {event['expert']} expert: "
-            f"{loss:.4f}{change}"
+    def _on_validation(self, event: Mapping[str, Any]) -> None:
+        base, on = event["base"], "held-out clips" if event["held_out"] else "training clips"
+        losses = [("loss", event["loss"]), ("of the moving average", event["ema"])]
+        if event["step"] == 0 and base != event["loss"]:
+            losses.append(("of the base model", base))
+        shown = ", ".join(
+            f"{what} {loss:.4f}{_change(loss, base, event['step'])}"
+            for what, loss in losses
+            if loss is not None
         )
+        self.line(f"step {event['step']}: validation on {on}, {event['expert']} expert: {shown}")
+
+    def _on_best(self, event: Mapping[str, Any]) -> None:
+        self.line(f"step {event['step']}: the best validation loss so far, {event['loss']:.4f}")
+
+    def _on_note(self, event: Mapping[str, Any]) -> None:
+        self.line(f"note: {event['text']}")
 
     def _on_saved(self, event: Mapping[str, Any]) -> None:
         self.line(f"step {event['step']}: state saved in {event['state']}")
 
     def _on_exported(self, event: Mapping[str, Any]) -> None:
-        self.line(f"step {event['step']}: weights of the {event['expert']} expert: {event['file']}")
+        whose = "embeddings" if event["expert"] == "embeddings" else f"the {event['expert']} expert"
+        self.line(f"step {event['step']}: weights of {whose}: {event['file']}")
 
     def _on_sampling(self, event: Mapping[str, Any]) -> None:
         self._advance(f"sampling video {event['number']}", event["done"], event["total"])
@@ -126,6 +137,13 @@ class Progress:
     def _on_finished(self, event: Mapping[str, Any]) -> None:
         self.close()
         self.line(f"done: {event['step']} steps, all results are in {event['run']}")
+
+
+def _change(loss: float, base: float | None, step: int) -> str:
+    """By how much `loss` is off the base model's."""
+    if base is None or step == 0:
+        return ""
+    return f" ({100 * (loss / base - 1):+.1f} % against the base model)"
 
 
 def _duration(seconds: float) -> str:

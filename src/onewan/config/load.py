@@ -26,24 +26,30 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.representer import SafeRepresenter
 
+from onewan.config.filling import inert, resolved
 from onewan.config.migrate import migrate
-from onewan.config.rules import broken_rules, resolved
-from onewan.config.schema import COMPONENTS, RunConfig, Section
-from onewan.config.wording import (
+from onewan.config.places import (
     Node,
     Place,
     alternatives,
+    at,
     dotted,
     field_at,
     fields_at,
+    holds_path,
     is_list,
     is_mapping,
     is_tuple,
+    members_at,
     put,
-    report,
+    sections_of,
     show,
-    validated,
+    when_empty,
 )
+from onewan.config.rules import broken_rules
+from onewan.config.schema import COMPONENTS, RunConfig
+from onewan.config.section import Section
+from onewan.config.wording import report, validated
 from onewan.errors import ConfigError
 from onewan.variants import VARIANTS
 
@@ -65,9 +71,9 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     file = path / RESOLVED_NAME if path.is_dir() else path
     data: Node = migrate(_read(file, source), source=source)
     for name in RunConfig.model_fields:
-        if fields_at((name,)) and data.get(name) is None:
-            data = {**data, name: {}}  # `sample:` with every line under it commented out
-    data = _absolute(data, (), file.parent)
+        if data.get(name) is None and (empty := when_empty((name,))) is not None:
+            data = {**data, name: empty}  # `sample:` with every line under it commented out
+    data = _written_out(data, (), file.parent)
     if file is not path and is_mapping(data["output"]):
         here = Path(os.path.abspath(path))  # the folder may have been moved or renamed
         data["output"] = {**data["output"], "dir": str(here.parent), "name": here.name}
@@ -92,8 +98,8 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def dump_run(config: RunConfig) -> str:
     """The YAML text from which `load_run` reads an equal config, if `config` is a resolved one."""
     data = config.model_dump(mode="json")
-    if VARIANTS[config.model.variant].condition != "first_frame_clean":
-        del data["train"]["first_frame_probability"]  # may not be given for another variant
+    for place in inert(config):
+        del at(data, place[:-1])[place[-1]]
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = _Representer
     yaml.default_flow_style = False
@@ -118,8 +124,10 @@ def changed_fields(old: RunConfig, new: RunConfig) -> list[tuple[str, object, ob
 
 def _leaf_values(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
     if isinstance(node, Section):
-        for name in type(node).model_fields:
-            yield from _leaf_values(getattr(node, name), f"{prefix}.{name}" if prefix else name)
+        for name, field in type(node).model_fields.items():
+            value = getattr(node, name)
+            if value != () or not sections_of(field.annotation):  # a list of no sections: no leaf
+                yield from _leaf_values(value, f"{prefix}.{name}" if prefix else name)
     elif is_tuple(node) and any(isinstance(item, Section) for item in node):
         for index, item in enumerate(node):
             yield from _leaf_values(item, f"{prefix}.{index}")
@@ -211,7 +219,7 @@ def _overridden(data: Node, override: str, problems: dict[str, str]) -> Node:
         return data
     place = tuple(int(part) if part.isdecimal() else part for part in parts)
     try:
-        value = _absolute(_override_value(place, text), place, Path.cwd())
+        value = _written_out(_override_value(place, text), place, Path.cwd())
         return put(data, place, value)
     except ValueError as error:
         problems[dotted(place)] = str(error)
@@ -234,22 +242,27 @@ def _override_value(place: Place, text: str) -> Node:
         raise ValueError(f"can't read {text!r} as YAML ({error}); quote the value") from None
 
 
-# -------------------------------------------------------------------------------------------- paths
+# ------------------------------------------------------------------------------------ what is short
 
 
-def _absolute(node: Node, place: Place, base: Path) -> Node:
-    """A copy of `node`, which lies at `place`, with its paths made absolute from `base`.
+def _written_out(node: Node, place: Place, base: Path) -> Node:
+    """A copy of `node`, which lies at `place`, with its paths made absolute from `base`, its empty
+    sections there, and texts that stand for a whole section made one.
 
     Keys become text: YAML has numbers there too, and they are as unknown as any other wrong name.
     """
+    if node is None:
+        return when_empty(place)
+    union = members_at(place)
+    if union is not None and union.keyed.text:
+        node = union.keyed.complete(node)
     if is_mapping(node) and fields_at(place):
-        return {str(k): _absolute(value, (*place, str(k)), base) for k, value in node.items()}
+        return {str(k): _written_out(value, (*place, str(k)), base) for k, value in node.items()}
     if is_list(node) and not (place and isinstance(place[-1], int)):
-        return [_absolute(item, (*place, index), base) for index, item in enumerate(node)]
+        return [_written_out(item, (*place, index), base) for index, item in enumerate(node)]
     if not isinstance(node, str):
         return node
-    field = field_at(place)
-    if field is not None and Path in alternatives(field.annotation):
+    if holds_path(place):
         return _joined(base, node)
     if len(place) == 2 and place[0] == "model" and place[1] in ("path", *COMPONENTS):
         here = node.startswith((".", "/", "~")) or PureWindowsPath(node).drive

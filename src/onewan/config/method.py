@@ -12,6 +12,12 @@ from pydantic import Field
 
 from onewan.config.section import Decay, Int, Positive, Section
 
+ADAPTER_GROUPS = ("self_attention", "cross_attention", "attention", "ffn", "all_linears")
+"""Names that `method.modules` takes for groups of an expert's linear layers."""
+
+WEIGHT_GROUPS = ("all", *ADAPTER_GROUPS, "norms", "biases")
+"""Names that it takes for groups of an expert's weights, where the weights themselves train."""
+
 
 class PerModule(Section):
     modules: tuple[str, ...] = Field(min_length=1)
@@ -134,6 +140,9 @@ class EmbeddingSection(Section):
     lr: Positive | None = None
     """Learning rate; null is `optimizer.lr`."""
 
+
+RankedMethod: TypeAlias = LoraMethod | DoraMethod | LohaMethod | LokrMethod
+"""Adapters that have ranks."""
 
 AdapterMethod: TypeAlias = LoraMethod | DoraMethod | LohaMethod | LokrMethod | OftMethod
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from onewan.config.section import Float, Positive, Section, Share, keyed
+from onewan.config.section import Float, Keyed, Positive, Section, Share
 
 
 class _Timesteps(Section):
@@ -97,7 +97,7 @@ class LossSection(Section):
     delta: Positive = 1.0
     """Error beyond which the Huber losses grow straight."""
     weighting: Annotated[
-        Weighting, Field(discriminator="kind"), keyed("kind", "none", text=True)
+        Weighting, Field(discriminator="kind"), Keyed(key="kind", default="none", text=True)
     ] = NoWeighting()
     """How much each noise level counts."""
     unmasked_weight: Share = 0.1

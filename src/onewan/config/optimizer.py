@@ -11,6 +11,22 @@ from pydantic import Field
 
 from onewan.config.section import Decay, Float, Int, Positive, Section, Share
 
+OPTIMIZER_PACKAGES = (
+    "torch.optim",
+    "bitsandbytes.optim",
+    "torchao.optim",
+    "pytorch_optimizer",
+    "schedulefree",
+    "prodigyopt",
+    "prodigyplus",
+    "lion_pytorch",
+    "came_pytorch",
+    "adam_mini",
+    "transformers.optimization",
+)
+"""Where `optimizer.class_path` may lead. A closed list, so that a run file from a stranger runs no
+code but that of optimizers."""
+
 
 class AdamWOptimizer(Section):
     name: Literal["adamw"] = "adamw"
@@ -171,9 +187,12 @@ class CustomOptimizer(Section):
     onewan knows (the message names them)."""
     lr: Positive = 1e-4
     """Learning rate."""
-    arguments: dict[str, bool | Int | Float | str | tuple[Float, ...] | None] = {}
+    arguments: dict[str, bool | Int | Float | str | tuple[Float, ...] | None] = Field(default={})
     """Its other arguments by name."""
 
+
+AVERAGING_OPTIMIZERS = (AdamWScheduleFreeOptimizer, ProdigyPlusOptimizer)
+"""Those whose averaged weights take the place of a schedule."""
 
 Optimizer: TypeAlias = (
     AdamWOptimizer

@@ -1,24 +1,20 @@
-"""What a run file must keep to beyond its schema, and what its nulls stand for.
+"""What a run file must keep to beyond its schema: all rules that span sections or need facts.
 
-Hides every rule that spans sections or depends on the variant, and where the variant's own values
-go. Never parses, never changes a value that was given, never looks at anything on the disk but
-whether a prompt's image is there.
+Here are those of the model, the data and the samples; what trains and how has its own two modules.
+Never parses, never changes a value, never looks at anything on the disk but whether a file that was
+named is there.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import TypeAlias, TypeVar
 
-from onewan.config.schema import COMPONENTS, RunConfig, Section
-from onewan.config.wording import show
-from onewan.variants import NEGATIVE_PROMPT, VARIANTS, Variant
-
-Problem: TypeAlias = tuple[str, str]
-"""Dotted place, and what is wrong there."""
-
-_S = TypeVar("_S", bound=Section)
+from onewan.config.course_rules import course_rules
+from onewan.config.method_rules import method_rules
+from onewan.config.places import Problem, show
+from onewan.config.schema import COMPONENTS, RunConfig
+from onewan.variants import Variant
 
 
 def broken_rules(config: RunConfig, variant: Variant | None) -> Iterator[Problem]:
@@ -45,17 +41,16 @@ def broken_rules(config: RunConfig, variant: Variant | None) -> Iterator[Problem
             yield f"sample.prompts.{index}.image", f"there is no file {prompt.image}; correct it"
     if variant is not None:
         yield from _expert_rules(config, variant)
-        yield from _share_rules(config, variant)
         yield from _condition_rules(config, variant)
         yield from _size_rules(config, variant)
-    yield from _warmup_rules(config, variant)
+    yield from method_rules(config, variant)
+    yield from course_rules(config, variant)
 
 
 def _list_rules(config: RunConfig) -> Iterator[Problem]:
     layers = config.wan_config.transformer_layers_to_train
     lists: dict[str, tuple[object, ...]] = {
         "wan_config.transformer_layers_to_train": layers or (),
-        "method.modules": config.method.modules,
         "output.formats": config.output.formats,
     }
     for name, values in lists.items():
@@ -114,57 +109,6 @@ def _expert_rules(config: RunConfig, variant: Variant) -> Iterator[Problem]:
         )
 
 
-def _share_rules(config: RunConfig, variant: Variant) -> Iterator[Problem]:
-    choice, share = config.model.experts, config.train.high_share
-    experts = len(variant.experts)
-    if isinstance(share, str):
-        return
-    if experts == 1 or choice != "both":
-        alone = "has one expert" if experts == 1 else f"trains only its {choice} expert"
-        yield (
-            "train.high_share",
-            f"divides the steps between two experts, but {variant.name} {alone}, got {share}; "
-            "leave it out",
-        )
-    elif share in (0, 1):
-        idle, other = ("high", "low") if share == 0 else ("low", "high")
-        yield (
-            "train.high_share",
-            f"leaves the {idle} expert no steps, got {share:g}; leave it out, and set "
-            f"model.experts={other} to train the {other} expert alone",
-        )
-
-
-def _warmup_rules(config: RunConfig, variant: Variant | None) -> Iterator[Problem]:
-    """The warm-up counts each expert's own steps, so the expert with the fewest is the limit.
-
-    Without a variant, as with one expert, only the steps as a whole are known.
-    """
-    train = config.train
-    steps, warmup, share = train.steps, train.warmup_steps, train.high_share
-    both = variant is not None and len(variant.experts) == 2 and config.model.experts == "both"
-    if not both or share == "mass":
-        # The mass follows from the density of noise levels, which only training computes. So the
-        # whole is the limit here, and a warm-up that outlasts an expert's steps goes unseen.
-        if warmup >= steps:
-            yield (
-                "train.warmup_steps",
-                f"must be less than train.steps ({steps}), got {warmup}; lower it",
-            )
-        return
-    high = 0.5 if share == "equal" else share
-    # About this many: train.expert_block deals them out in whole blocks.
-    parts = {"high": max(1, round(steps * high)), "low": max(1, round(steps * (1 - high)))}
-    expert, fewest = min(parts.items(), key=lambda part: part[1])
-    if warmup >= fewest:
-        alone = " or train one expert alone (model.experts)" if warmup < steps else ""
-        yield (
-            "train.warmup_steps",
-            f"must be less than the {fewest} steps of the {expert} expert, its part of train.steps "
-            f"({steps}) by train.high_share ({share}), got {warmup}; lower it{alone}",
-        )
-
-
 def _condition_rules(config: RunConfig, variant: Variant) -> Iterator[Problem]:
     """What the variant's condition allows: images beside prompts, clean first frames."""
     for index, prompt in enumerate(config.sample.prompts):
@@ -177,13 +121,15 @@ def _condition_rules(config: RunConfig, variant: Variant) -> Iterator[Problem]:
                 f"{variant.name} takes no image, got {show(prompt.image)}; leave it out, or use "
                 "i2v-a14b or ti2v-5b",
             )
-    given = "first_frame_probability" in config.train.model_fields_set
-    if given and variant.condition != "first_frame_clean":
-        yield (
-            "train.first_frame_probability",
-            f"is for ti2v-5b alone and does nothing for {variant.name}, got "
-            f"{config.train.first_frame_probability:g}; leave it out",
-        )
+    for name in ("first_frame_probability", "first_frame_noise"):
+        value = getattr(config.train, name)
+        given = name in config.train.model_fields_set and value is not None
+        if given and variant.condition != "first_frame_clean":
+            yield (
+                f"train.{name}",
+                f"is for ti2v-5b alone and does nothing for {variant.name}, got {show(value)}; "
+                "leave it out",
+            )
 
 
 def _size_rules(config: RunConfig, variant: Variant) -> Iterator[Problem]:
@@ -244,46 +190,3 @@ def _wrong_size(size: str, multiple: int, largest: tuple[int, int]) -> str | Non
 
 def _nearest(side: int, multiple: int) -> int:
     return max(multiple, round(side / multiple) * multiple)
-
-
-# --------------------------------------------------------------------------------------- filling in
-
-
-def resolved(config: RunConfig) -> RunConfig:
-    """`config` with every null that stands for the variant's own value replaced by it."""
-    variant = VARIANTS[config.model.variant]
-    width, height = variant.sample_size
-    ratios = {
-        "spatial_compression_ratio": variant.spatial_compression,
-        "temporal_compression_ratio": variant.temporal_compression,
-    }
-    timesteps = _filled(config.train.timesteps, shift=variant.flow_shift)
-    return config.model_copy(
-        update={
-            "wan_config": config.wan_config.model_copy(update=ratios),
-            "video_data": _filled(
-                config.video_data,
-                target_fps=float(variant.fps),
-                resolution=(variant.training_area,),
-            ),
-            "method": _filled(config.method, alpha=float(config.method.rank)),
-            "train": config.train.model_copy(update={"timesteps": timesteps}),
-            "sample": _filled(
-                config.sample,
-                width=width,
-                height=height,
-                frames=variant.frames,
-                fps=float(variant.fps),
-                steps=variant.sampling_steps,
-                shift=variant.flow_shift,
-                guidance=tuple(expert.guidance_scale for expert in variant.experts),
-                negative_prompt=NEGATIVE_PROMPT,
-            ),
-        }
-    )
-
-
-def _filled(section: _S, **values: object) -> _S:
-    """A copy of `section` with `values` where it has None."""
-    missing = {name: v for name, v in values.items() if getattr(section, name) is None}
-    return section.model_copy(update=missing)

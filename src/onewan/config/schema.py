@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from onewan.config.method import EmbeddingSection, LoraMethod, Method
 from onewan.config.objective import LossSection, Timesteps, UniformTimesteps
 from onewan.config.optimizer import AdamWOptimizer, ConstantSchedule, Optimizer, Schedule
-from onewan.config.section import Float, Int, Positive, Section, Share, Size, keyed
+from onewan.config.section import Float, Int, Keyed, Positive, Section, Share, Size
 from onewan.variants import VariantName
 
 SCHEMA_VERSION = 2
@@ -215,7 +215,7 @@ class TrainSection(Section):
     """Seed of everything random. Each draw is keyed by it, its purpose and its place in the run,
     so a resumed run draws what an uncut one would have drawn."""
     schedule: Annotated[
-        Schedule, Field(discriminator="kind"), keyed("kind", "constant", text=True)
+        Schedule, Field(discriminator="kind"), Keyed(key="kind", default="constant", text=True)
     ] = ConstantSchedule()
     """Course of the learning rate between warm-up and warm-down: a name, or a mapping with kind and
     what that kind takes."""
@@ -249,7 +249,7 @@ class TrainSection(Section):
     timesteps: Annotated[
         Timesteps,
         Field(discriminator="distribution"),
-        keyed("distribution", "uniform", text=True),
+        Keyed(key="distribution", default="uniform", text=True),
     ] = UniformTimesteps()
     """How noise levels are drawn."""
     loss: LossSection = LossSection()
@@ -360,7 +360,9 @@ class RunConfig(Section):
     video_data: VideoDataSection = VideoDataSection()
     """The clips."""
     method: Annotated[
-        Method, Field(discriminator="kind", default_factory=LoraMethod), keyed("kind", "lora")
+        Method,
+        Field(discriminator="kind", default_factory=LoraMethod),
+        Keyed(key="kind", default="lora"),
     ]
     """What is trained."""
     embeddings: tuple[EmbeddingSection, ...] = ()
@@ -370,7 +372,7 @@ class RunConfig(Section):
     optimizer: Annotated[
         Optimizer,
         Field(discriminator="name", default_factory=AdamWOptimizer),
-        keyed("name", "adamw"),
+        Keyed(key="name", default="adamw"),
     ]
     """How the weights move."""
     train: TrainSection = TrainSection()

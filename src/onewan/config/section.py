@@ -1,10 +1,12 @@
-"""What all sections of the run file are made of: strict numbers, and a base without unknown keys."""
+"""What all sections of the run file are made of: strict numbers, no unknown keys, unions by key."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic_core.core_schema import CoreSchema, no_info_before_validator_function
 
 # Strict, since `true` would count as 1 otherwise, and a text as the number it spells.
 Int = Annotated[int, Field(strict=True)]
@@ -37,14 +39,23 @@ class Section(BaseModel):
         }
 
 
-def keyed(key: str, default: str, *, text: bool = False) -> BeforeValidator:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keyed:
     """Lets a union's `key` be left out for `default` and, with `text`, be all that is given."""
 
-    def complete(value: object) -> object:
-        if text and isinstance(value, str):
-            return {key: value}
-        if isinstance(value, dict) and key not in value:
-            return {key: default, **cast("dict[str, object]", value)}
+    key: str
+    default: str
+    text: bool = False
+
+    def complete(self, value: object) -> object:
+        """`value` with the key in it, if it is a mapping (or a text that may stand for one)."""
+        if self.text and isinstance(value, str):
+            return {self.key: value}
+        if isinstance(value, dict) and self.key not in value:
+            return {self.key: self.default, **cast("dict[str, object]", value)}
         return cast("object", value)
 
-    return BeforeValidator(complete)
+    def __get_pydantic_core_schema__(
+        self, source: object, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return no_info_before_validator_function(self.complete, handler(source))

@@ -7,10 +7,15 @@ schema does not know of. Never reads or writes a file: `onewan init` and `onewan
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from onewan.config.places import members_of, sections_of
 from onewan.config.schema import RunConfig
+from onewan.config.section import Section
 from onewan.variants import VARIANTS, VariantName
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
 
 _STARTER = """\
 # yaml-language-server: $schema=onewan.schema.json
@@ -18,7 +23,7 @@ _STARTER = """\
 #
 # A LoRA for {title}. Whatever is left out keeps its default.
 # See whether it fits with `onewan plan`, then start with `onewan train`.
-schema_version: 1
+schema_version: 2
 
 model:
   path: {repository}  # on the hub; or a folder, diffusers' or official
@@ -37,7 +42,7 @@ video_data:
   # resolution: ["832x480"]
 
 method:
-  kind: lora
+  kind: lora  # or dora, loha, lokr, oft; fine_tune; embedding
   rank: 32  # more holds more, and costs memory and disk
 
 optimizer:
@@ -46,6 +51,8 @@ optimizer:
 train:
   steps: 2000{steps}
   save_every: 500
+
+# validation: {{share: 0.1, every: 250}}  # holds a tenth of the clips out, to measure on
 
 sample:
   width: 832  # the official {size} takes longer
@@ -112,11 +119,42 @@ def starter(variant: VariantName) -> str:
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a run file, from which editors complete and forms are made."""
     schema = RunConfig.model_json_schema()
-    # Two liberties of reading that pydantic can't know of: a prompt may be a mere text, and a
-    # section may be left empty.
+    # Liberties of reading that pydantic can't know of: a prompt may be a mere text, a section may
+    # be left empty, and a union's key may be left out for one of its members, or be all there is.
+    for section in _all_sections(RunConfig):
+        here = schema if section is RunConfig else schema["$defs"][section.__name__]
+        for name, field in section.model_fields.items():
+            if name not in here.get("required", ()):
+                _permit(here["properties"][name], field, schema["$defs"])
     prompts = schema["$defs"]["SampleSection"]["properties"]["prompts"]
     prompts["items"] = {"anyOf": [prompts["items"], {"type": "string"}]}
-    for name, section in schema["properties"].items():
-        if "$ref" in section and name not in schema["required"]:
-            section["anyOf"] = [{"$ref": section.pop("$ref")}, {"type": "null"}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _permit(part: dict[str, Any], field: FieldInfo, sections: dict[str, dict[str, Any]]) -> None:
+    """Lets `part`, the schema of `field`, allow what reading allows."""
+    union = members_of(field)
+    if union is not None:
+        short: list[str] = []
+        for key, section in union.sections.items():
+            member = sections[section.__name__]
+            if not member.get("required"):
+                short.append(key)
+            if key != union.keyed.default:
+                # Else a mapping without the key would match several members, which is none.
+                member["required"] = [union.keyed.key, *member.get("required", ())]
+        part["oneOf"] += [{"enum": short}] if union.keyed.text else []
+        part["oneOf"].append({"type": "null"})
+    elif "$ref" in part:
+        part["anyOf"] = [{"$ref": part.pop("$ref")}, {"type": "null"}]
+    elif part.get("type") == "array" and sections_of(field.annotation):
+        part["type"] = ["array", "null"]
+
+
+def _all_sections(section: type[Section]) -> list[type[Section]]:
+    """`section` and all sections within it, each once."""
+    found = {section: None}
+    for field in section.model_fields.values():
+        for inner in sections_of(field.annotation):
+            found.update(dict.fromkeys(_all_sections(inner)))
+    return list(found)

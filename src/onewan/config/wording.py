@@ -1,141 +1,44 @@
 """What is wrong with the content of a run file, in words for the person who wrote it.
 
-Hides pydantic's errors (how they name a place, which of them belong together in a union, how they
-put it) and how the schema is walked to learn what is known at a place. All that pydantic can see is
-found in one go, by taking out what is wrong and trying again. Never reads or writes a file, never
-raises `ConfigError` (problems are collected for the caller), knows no rule of its own.
+Hides pydantic's errors: how they name a place, which of them belong together in a union, how they
+put it. All that pydantic can see is found in one go, by taking out what is wrong and trying again.
+Never reads or writes a file, never raises `ConfigError` (problems are collected for the caller),
+knows no rule of its own.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, Union, get_args, get_origin
+from collections.abc import Mapping, Sequence
+from types import NoneType
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from onewan.config.schema import RunConfig, Section
+from onewan.config.migrate import MOVED
+from onewan.config.places import (
+    Members,
+    Node,
+    Place,
+    at,
+    dotted,
+    field_at,
+    fields_at,
+    has,
+    leaves,
+    literals,
+    members_at,
+    members_of,
+    put,
+    show,
+)
+from onewan.config.schema import RunConfig
+from onewan.config.section import Section
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
-
-Node: TypeAlias = Any
-"""What the parser yields: a mapping, a list or a single value."""
-Place: TypeAlias = tuple[str | int, ...]
-"""Where something is in a run file: names of fields and indices into lists."""
-
-
-def is_mapping(node: object) -> TypeGuard[dict[str, Any]]:
-    return isinstance(node, dict)
-
-
-def is_list(node: object) -> TypeGuard[list[Any]]:
-    return isinstance(node, list)
-
-
-def is_tuple(node: object) -> TypeGuard[tuple[object, ...]]:
-    return isinstance(node, tuple)
-
-
-def put(node: Node, place: Place, value: Node) -> Node:
-    """A copy of `node` with `value` at `place`; mappings and lists missing on the way are made.
-
-    A copy, since YAML's aliases let one mapping lie in several places. ValueError where `place`
-    leads through something that has no such part.
-    """
-    if not place:
-        return value
-    part, rest = place[0], place[1:]
-    if isinstance(part, int):
-        items: Node = [] if node is None else node
-        if not is_list(items):
-            raise ValueError(f"has no item {part}, since here is {show(node)}; name a field")
-        if part > len(items):
-            raise ValueError(f"the list has {len(items)} items; the next one is {len(items)}")
-        item = items[part] if part < len(items) else None
-        return [*items[:part], put(item, rest, value), *items[part + 1 :]]
-    fields: Node = {} if node is None else node
-    if not is_mapping(fields):
-        raise ValueError(f"has no field '{part}', since here is {show(node)}; set that instead")
-    return {**fields, part: put(fields.get(part), rest, value)}
-
-
-def dotted(place: Place) -> str:
-    return ".".join(map(str, place))
-
-
-def show(value: object) -> str:
-    """`value` as a run file has it, cut to a length that fits a message."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if is_tuple(value):
-        value = list(value)
-    text = repr(str(value)) if isinstance(value, (str, Path)) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-# ----------------------------------------------------------------------- walking through the schema
-
-
-def leaves() -> list[str]:
-    """Dotted names of all fields that hold a value; `*` is any item of a list."""
-
-    def walk(section: type[Section], prefix: str) -> Iterator[str]:
-        for name, field in section.model_fields.items():
-            inner = _sections(field.annotation)
-            if not inner:
-                yield prefix + name
-            item = "*." if get_origin(field.annotation) is tuple else ""
-            for member in inner:
-                yield from walk(member, f"{prefix}{name}.{item}")
-
-    return list(dict.fromkeys(walk(RunConfig, "")))
-
-
-def fields_at(place: Place) -> dict[str, FieldInfo]:
-    """The fields known at `place`, of all members where it is a union; none if it is a value."""
-    here: list[type[Section]] = [RunConfig]
-    for part in place:
-        if isinstance(part, str):  # an index leads from a list to the same sections
-            found = [section.model_fields[part] for section in here if part in section.model_fields]
-            here = [section for field in found for section in _sections(field.annotation)]
-    return {name: field for section in here for name, field in section.model_fields.items()}
-
-
-def field_at(place: Place) -> FieldInfo | None:
-    return fields_at(place[:-1]).get(place[-1]) if place and isinstance(place[-1], str) else None
-
-
-def alternatives(annotation: Any) -> set[Any]:
-    """The members of a union, or the one type that it is."""
-    if get_origin(annotation) in (Union, UnionType):
-        return {a for member in get_args(annotation) for a in alternatives(member)}
-    return {annotation}
-
-
-def _sections(annotation: Any) -> list[type[Section]]:
-    """The sections that a field may hold: itself, the members of a union, the items of a list."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [section for part in get_args(annotation) for section in _sections(part)]
-
-
-def _literals(annotation: Any) -> list[object]:
-    """The values that a field's literal types allow, in lists and unions too."""
-    return [
-        value
-        for part in get_args(annotation)
-        for value in ([part] if not get_args(part) else _literals(part))
-    ]
-
-
-# ------------------------------------------------------------------- problems that pydantic can see
 
 _RULES: Mapping[str, str] = {
     "missing": "is required",
@@ -148,6 +51,8 @@ _RULES: Mapping[str, str] = {
     "path_type": "must be a path",
     "tuple_type": "must be a list",
     "model_type": "must be a section with fields",
+    "model_attributes_type": "must be a section with fields",
+    "union_tag_invalid": "must be {expected_tags}",
     "literal_error": "must be {expected}",
     "greater_than": "must be more than {gt:g}",
     "greater_than_equal": "must be at least {ge:g}",
@@ -165,7 +70,13 @@ _FORMS: Mapping[str, str] = {
     ),
 }
 """What the pattern of a field asks for."""
-_STAND_INS: Mapping[str, str] = {"model.variant": "t2v-a14b"}
+_STAND_INS: Mapping[str, Node] = {
+    "model.variant": "t2v-a14b",
+    "method.per_module.modules": ["all_linears"],
+    "optimizer.class_path": "torch.optim.AdamW",
+    "train.timesteps.weights": [1],
+    "train.loss.weighting.points": [[0, 1], [1, 1]],
+}
 """What takes the place of a wrong required value while the rest is looked at."""
 _NAMED_LAST = ("missing", "extra_forbidden")
 """Kinds of error whose location ends in a name that need not be in the data."""
@@ -202,16 +113,26 @@ def report(problems: dict[str, str], field: str, text: str) -> None:
 
 def _mended(data: Node, place: Place) -> Node:
     """A copy of `data` in which nothing is wrong at `place` any more, whatever it then says."""
-    last, field = place[-1], field_at(place)
-    if isinstance(last, int) and not fields_at(place):
+    last, field, union = place[-1], field_at(place, data), members_at(place[:-1], data)
+    if union is not None and last == union.keyed.key:
+        return put(data, place, _meant(union, at(data, place[:-1])))
+    if isinstance(last, int) and not fields_at(place, data):
         return _mended(data, place[:-1])  # a list of values goes as a whole
     if isinstance(last, int) or (field is not None and field.is_required()):
-        stand_in: Node = {} if fields_at(place) else _STAND_INS.get(dotted(place), "stand-in")
+        name = dotted(tuple(part for part in place if isinstance(part, str)))
+        stand_in: Node = {} if fields_at(place, data) else _STAND_INS.get(name, "stand-in")
         return put(data, place, stand_in)
-    around: Node = data
-    for part in place[:-1]:
-        around = around[part]
+    around = at(data, place[:-1])
     return put(data, place[:-1], {k: value for k, value in around.items() if k != last})
+
+
+def _meant(union: Members, node: dict[str, Node]) -> str:
+    """The member that whoever wrote `node` most likely wanted: the one spelled most alike, else
+    the one with the most of its fields."""
+    if near := difflib.get_close_matches(str(node[union.keyed.key]), union.sections, n=1):
+        return near[0]
+    known = {key: len(node.keys() & s.model_fields.keys()) for key, s in union.sections.items()}
+    return max([union.keyed.default, *known], key=lambda key: known[key])
 
 
 def _worded(errors: Sequence[ErrorDetails], data: Node) -> dict[Place, str]:
@@ -227,65 +148,90 @@ def _worded(errors: Sequence[ErrorDetails], data: Node) -> dict[Place, str]:
             field, _, text = group[0]["msg"].removeprefix("Value error, ").partition(": ")
             worded[tuple(field.split("."))] = text
         elif group[0]["type"] == "extra_forbidden":
-            worded[place] = _unknown(place)
+            worded[place] = _unknown(place, data)
         else:
-            worded[place] = _wrong_value(place, group)
+            worded[place] = _wrong_value(place, group, data)
     return worded
 
 
 def _place(error: ErrorDetails, data: Node) -> Place:
     """Where in `data` an error lies: its location without the names of a union's members."""
-    place: list[str | int] = []
+    place: Place = ()
+    node, union = data, None
     for part in error["loc"]:
-        if _has(data, part):
-            place.append(part)
-            data = data[part]
+        if union is not None:  # what follows is the member's key, which may be a field's name too
+            union = None
+        elif has(node, part):
+            place, node = (*place, part), node[part]
+            union = members_at(place, data)
+    if union is not None and error["type"] == "union_tag_invalid":
+        return (*place, union.keyed.key)
     last = error["loc"][-1] if error["loc"] else None
     # A value missing from a pair, such as a resolution, is the fault of the pair.
-    if error["type"] in _NAMED_LAST and isinstance(last, str) and place[-1:] != [last]:
-        place.append(last)
-    return tuple(place)
+    if error["type"] in _NAMED_LAST and isinstance(last, str) and place[-1:] != (last,):
+        place = (*place, last)
+    return place
 
 
-def _has(node: Node, part: str | int) -> bool:
-    if is_list(node):
-        return isinstance(part, int) and part < len(node)
-    return is_mapping(node) and part in node
-
-
-def _unknown(place: Place) -> str:
-    *section, name = place
-    known = list(fields_at(tuple(section)))
+def _unknown(place: Place, data: Node) -> str:
+    *around, name = place
+    section = tuple(around)
+    if moved := MOVED.get(dotted(place)):
+        return f"unknown field; it is {moved} now"
+    known, which, has_known = list(fields_at(section, data)), "", "known here:"
+    if (union := members_at(section, data)) is not None:
+        key, chosen = union.chosen(at(data, section)) or (union.keyed.default, union.default)
+        known = [field for field in chosen.model_fields if field != union.keyed.key]
+        # The key's place in the text: if that is wrong itself, this is no problem of its own.
+        which, has_known = f" of {dotted(section)}.{union.keyed.key} {key}", f"{key} has"
+        having = [other for other, s in union.sections.items() if name in s.model_fields]
+        if having:
+            some = ", ".join(having[:4]) + (", ..." if len(having) > 4 else "")
+            which = f"{which}, but one of {some}"
+            return f"unknown field{which}; {has_known} {', '.join(known) or 'no fields'}"
     if near := difflib.get_close_matches(str(name), known, n=1):
         return f"unknown field; did you mean '{near[0]}'?"
     elsewhere = [leaf for leaf in leaves() if leaf.rpartition(".")[2] == name]
     if elsewhere:
-        return f"unknown field; did you mean {' or '.join(elsewhere)}?"
-    return f"unknown field; known here: {', '.join(known)}"
+        highest = min(leaf.count(".") for leaf in elsewhere)
+        likely = [leaf for leaf in elsewhere if leaf.count(".") == highest]
+        return f"unknown field; did you mean {' or '.join(likely)}?"
+    return f"unknown field{which}; {has_known} {', '.join(known) or 'no fields'}"
 
 
-def _wrong_value(place: Place, group: Sequence[ErrorDetails]) -> str:
+def _wrong_value(place: Place, group: Sequence[ErrorDetails], data: Node) -> str:
     """Rule, value and remedy for what `group` says of the value at `place`."""
     kinds = [error["type"] for error in group]
-    value, field = group[0]["input"], field_at(place)
+    value, field = group[0]["input"], field_at(place, data)
+    if kinds == ["union_tag_invalid"]:
+        value = value[place[-1]]
     if kinds == ["missing"] and field is not None and field.is_required():
-        choices = [repr(choice) for choice in _literals(field.annotation)]
+        choices = [repr(choice) for choice in literals(field.annotation)]
         about = " ".join((field.description or "a value").split()).split(". ")[0].rstrip(".")
         return f"is required, got nothing; add it: {' or '.join(choices) or about}"
     rules = [_RULES.get(e["type"], e["msg"]).format(**e.get("ctx", {})) for e in group]
+    if kinds == ["union_tag_invalid"]:
+        rules = [" or ".join(rules[0].rsplit(", ", 1))]
     if kinds == ["missing"]:
         rules = ["has too few values"]
     if kinds == ["string_pattern_mismatch"]:
         rules = [_FORMS.get(dotted(place), rules[0])]
     more = [f"or {rule.removeprefix('must be ')}" for rule in dict.fromkeys(rules[1:])]
     said = "" if kinds == ["value_error"] else f", got {show(value)}"
-    return f"{', '.join([rules[0], *more])}{said}; {_remedy(field, kinds, value)}"
+    return f"{', '.join([rules[0], *more])}{said}; {_remedy(field, kinds, value, place)}"
 
 
-def _remedy(field: FieldInfo | None, kinds: Sequence[str], value: object) -> str:
+def _remedy(field: FieldInfo | None, kinds: Sequence[str], value: object, place: Place) -> str:
     """What to do about a wrong value."""
+    union = members_of(field) if field is not None else None
+    if union is not None and isinstance(value, str) and value in union.sections:
+        return f"write {{{union.keyed.key}: {value}}}"
+    if (union := members_at(place[:-1])) is not None and place[-1] == union.keyed.key:
+        if near := difflib.get_close_matches(str(value), union.sections, n=1):
+            return f"did you mean '{near[0]}'?"
+        return f"change it, or leave it out for {show(union.keyed.default)}"
     if "literal_error" in kinds and field is not None:
-        choices = [c for c in _literals(field.annotation) if isinstance(c, str)]
+        choices = [c for c in literals(field.annotation) if isinstance(c, str)]
         if near := difflib.get_close_matches(str(value), choices, n=1):
             return f"did you mean '{near[0]}'?"
     if kinds == ["string_type"] and not isinstance(value, (dict, list, NoneType)):

@@ -22,7 +22,7 @@ from torch import Tensor, uint8
 from onewan.errors import DataError
 from onewan.files import file_digest, replacing
 
-Kind = Literal["video", "text"]
+Kind = Literal["video", "text", "mask"]
 
 
 def key_of(**causes: object) -> str:

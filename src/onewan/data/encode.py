@@ -2,22 +2,26 @@
 
 `prepare` is the one way from a run file to a data set that trains. It indexes the sources, finds
 out what is not in the cache yet, encodes just that (captions first, then videos, so that the 11 GB
-text encoder and the VAE are never loaded together), and reports every clip that can't be used.
+text encoder and the VAE are never loaded together), reports every clip that can't be used, and
+holds out those to validate on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from onewan.config.schema import RunConfig
+from onewan.config.schema import RunConfig, VideoDataSection
 from onewan.data.cache import ContentDigests, EntryCache, Kind, key_of
-from onewan.data.index import Clip, Problem, Report, index_clips
+from onewan.data.held_out import split, without
+from onewan.data.index import Clip, Note, Problem, Report, index_clips
+from onewan.data.masks import MASK_VERSION, Mask, latent_mask, of_mask
 from onewan.data.sample import decode
 from onewan.errors import DataError
 from onewan.model.sources import Component, Placed, fingerprint
@@ -40,7 +44,11 @@ class EntrySource(Protocol):
     """Whether another thread may read ahead."""
 
     def video(self, clip: Clip) -> dict[str, Tensor]:
-        """``latents`` [C, F, h, w] and, for I2V-A14B, ``condition`` of the same shape; float32."""
+        """The parts of a clip's entry, float32.
+
+        ``latents`` [C, F, h, w]; for I2V-A14B, ``condition`` of the same shape; for a clip that has
+        a mask, ``mask`` [1, F, h, w] from 0 to 1.
+        """
         ...
 
     def text(self, caption: str) -> Tensor:
@@ -53,6 +61,8 @@ class Dataset:
     """Clips that can be trained on, and where their entries come from."""
 
     clips: tuple[Clip, ...]
+    held_out: tuple[Clip, ...]
+    """Clips to validate on, which never train; none unless the run file asks for them."""
     report: Report
     source: EntrySource
     digest: str
@@ -78,6 +88,7 @@ def prepare(
     load: LoadModel,
     *,
     extra_prompts: Sequence[str] = (),
+    live_text: bool = False,
     progress: Progress = silent,
     verify: bool = False,
 ) -> Dataset:
@@ -85,45 +96,118 @@ def prepare(
 
     `places` says where the VAE, the text encoder and the tokenizer are: their content keys the
     cache. `extra_prompts` are encoded as captions are, for sampling later without the text encoder.
+    With `live_text` no text is encoded at all, neither now nor by the data set's source.
     `verify` reads every entry that is there and encodes the damaged ones again. Clips that fail to
-    decode are dropped and join the report. DataError if no clip is left.
+    decode are dropped and join the report. DataError if no clip is left to train on, or none of
+    those that were named to validate on.
     """
     if not config.video_data.sources:
         raise DataError("video_data.sources: is empty; name at least one folder of clips")
     variant = VARIANTS[config.model.variant]
-    sizes = _filled(config.video_data.resolution)
-    report = index_clips(
-        config.video_data,
-        config.wan_config,
-        seed=config.train.seed,
-        target_fps=_filled(config.video_data.target_fps),
-        resolutions=sizes if isinstance(sizes, tuple) else (sizes,),
-        size_multiple=variant.size_multiple,
-        temporal_compression=variant.temporal_compression,
-    )
-    captions = sorted({c for clip in report.clips for c in clip.captions} | set(extra_prompts))
     # Content decides, not names: the digests also key the data set when nothing is cached.
     digests = ContentDigests(config.video_data.cache_dir / "digests.json")
-    content = {clip: digests.of(clip.path) for clip in report.clips}
+    report, content = _indexed(config, variant, digests)
     if config.video_data.cache:
         digests.save()
         source = _CachedEntries(config, variant, places, content)
-        problems, encoded = source.fill(report.clips, captions, load, progress, verify)
     else:
-        model = load(("vae", "text_encoder", "tokenizer")) if report.clips else None
-        source = _LiveEntries(model, variant)
-        problems, encoded = _undecodable(report.clips, progress), 0
-    bad = {problem.path for problem in problems}
-    usable = tuple(clip for clip in report.clips if clip.path not in bad)
-    report = replace(report, clips=usable, problems=(*report.problems, *problems))
-    if not usable:
-        raise DataError("\n".join(["no clip can be used", *report.lines()]))
+        source = _LiveEntries(variant, live_text=live_text)
+    texts = [] if live_text else _texts(config, report, extra_prompts)
+    made = source.fill((*report.clips, *report.held_out), texts, load, progress, verify)
+    report = _usable(config, report, made, content)
     digest = key_of(
-        clips=[
-            [clip.name, content[clip], _span(clip), clip.captions, clip.repeats] for clip in usable
-        ]
+        clips=[_causes(clip, content) for clip in report.clips],
+        held_out=[_causes(clip, content) for clip in report.held_out],
     )
-    return Dataset(clips=usable, report=report, source=source, digest=digest, encoded=encoded)
+    return Dataset(
+        clips=report.clips,
+        held_out=report.held_out,
+        report=report,
+        source=source,
+        digest=digest,
+        encoded=made.encoded,
+    )
+
+
+def _indexed(
+    config: RunConfig, variant: Variant, digests: ContentDigests
+) -> tuple[Report, dict[Path, str]]:
+    """What all sources hold, and the content's digest of each clip and mask by its path.
+
+    What is named both to train and to validate on is only held out.
+    """
+    sizes = _filled(config.video_data.resolution)
+
+    def index(video_data: VideoDataSection, field: str) -> Report:
+        return index_clips(
+            video_data,
+            config.wan_config,
+            seed=config.train.seed,
+            target_fps=_filled(config.video_data.target_fps),
+            resolutions=sizes if isinstance(sizes, tuple) else (sizes,),
+            size_multiple=variant.size_multiple,
+            temporal_compression=variant.temporal_compression,
+            field=field,
+        )
+
+    training = index(config.video_data, "video_data.sources")
+    held_out = Report(clips=(), problems=(), notes=())
+    if config.validation.sources:
+        apart = config.video_data.model_copy(update={"sources": config.validation.sources})
+        held_out = index(apart, "validation.sources")
+    every = (*training.clips, *held_out.clips)
+    paths = {clip.path for clip in every} | {clip.mask.path for clip in every if clip.mask}
+    content = {path: digests.of(path) for path in sorted(paths)}
+    clips, shared = without(training.clips, held_out.clips, content)
+    report = Report(
+        clips=tuple(clips),
+        held_out=held_out.clips,
+        # A file of both may be unusable in both; once is enough.
+        problems=tuple(dict.fromkeys((*training.problems, *held_out.problems, *shared))),
+        notes=tuple(dict.fromkeys((*training.notes, *held_out.notes))),
+    )
+    return report, content
+
+
+def _texts(config: RunConfig, report: Report, extra_prompts: Sequence[str]) -> list[str]:
+    """All texts that training, validation and sampling may ask for."""
+    captions = {caption for clip in report.clips for caption in clip.captions}
+    captions |= {clip.captions[0] for clip in report.held_out}
+    empty = {""} if config.train.caption_dropout else set[str]()
+    return sorted(captions | empty | set(extra_prompts))
+
+
+def _usable(config: RunConfig, report: Report, made: _Made, content: dict[Path, str]) -> Report:
+    """The report without the clips that failed, and with `validation.share` of them held out."""
+    bad = {problem.path for problem in made.problems}
+    clips = tuple(clip for clip in report.clips if clip.path not in bad)
+    held_out = tuple(clip for clip in report.held_out if clip.path not in bad)
+    notes = (*report.notes, *made.notes)
+    if config.validation.share:
+        clips, held_out = split(clips, config.validation.share, config.train.seed, content)
+        if not held_out:
+            text = "no clip is held out by validation.share: there are too few that show data"
+            notes = (*notes, Note(path=None, text=text))
+    report = replace(
+        report,
+        clips=clips,
+        held_out=held_out,
+        problems=(*report.problems, *made.problems),
+        notes=notes,
+    )
+    if not clips:
+        raise DataError("\n".join(["no clip can be used", *report.lines()]))
+    if config.validation.sources and not held_out:
+        raise DataError("\n".join(["no clip of validation.sources can be used", *report.lines()]))
+    return report
+
+
+def _causes(clip: Clip, content: Mapping[Path, str]) -> list[object]:
+    """All of a clip that training depends on."""
+    mask = [content[clip.mask.path], clip.mask.start] if clip.mask else None
+    target = "base" if clip.base_target else "data"
+    settings = [clip.repeats, clip.loss_weight, target]
+    return [clip.name, content[clip.path], _span(clip), clip.captions, settings, mask]
 
 
 def _filled(value: _T | None) -> _T:
@@ -136,20 +220,24 @@ def _span(clip: Clip) -> list[object]:
     return [clip.start, clip.fps, clip.frames, list(clip.size)]
 
 
-def _undecodable(clips: Sequence[Clip], progress: Progress) -> list[Problem]:
-    """Problems of the clips that do not decode, found before the first step and not at step 191."""
-    problems = []
-    for done, clip in enumerate(clips, start=1):
-        try:
-            decode(clip)
-        except DataError as error:
-            problems.append(Problem(path=clip.path, reason=_reason(error, clip)))
-        progress("checking clips", done, len(clips))
-    return problems
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Made:
+    """What came of filling in the missing entries."""
+
+    problems: tuple[Problem, ...]
+    notes: tuple[Note, ...]
+    encoded: int
 
 
-def _reason(error: DataError, clip: Clip) -> str:
-    return str(error).removeprefix(f"{clip.path}: ")
+def _problem(error: DataError, clip: Clip) -> Problem:
+    return Problem(path=clip.path, reason=str(error).removeprefix(f"{clip.path}: "))
+
+
+def _note_if_black(mask: Mask, values: Tensor) -> list[Note]:
+    if values.any():
+        return []
+    text = "a mask that is black all over: its clip counts by train.loss.unmasked_weight only"
+    return [Note(path=mask.path, text=text)]
 
 
 def encode_clip(model: WanModel, clip: Clip) -> dict[str, Tensor]:
@@ -163,17 +251,37 @@ def encode_clip(model: WanModel, clip: Clip) -> dict[str, Tensor]:
     return entry
 
 
+def encode_mask(clip: Clip, mask: Mask, variant: Variant) -> Tensor:
+    """Decode a clip's mask and bring it to the latents' places: [1, F, h, w], float32."""
+    try:
+        values = latent_mask(
+            mask,
+            fps=clip.fps,
+            frames=clip.frames,
+            size=clip.size,
+            spatial=variant.spatial_compression,
+            temporal=variant.temporal_compression,
+        )
+    except DataError as error:
+        raise of_mask(error, clip.path, mask.path) from error
+    return torch.from_numpy(values)
+
+
 class _LiveEntries:
     """Encodes at every call; nothing is written."""
 
     prefetch = False  # the VAE and the text encoder share the device with the training step
 
-    def __init__(self, model: WanModel | None, variant: Variant) -> None:
-        self._model = model
+    def __init__(self, variant: Variant, *, live_text: bool) -> None:
         self._variant = variant
+        self._live_text = live_text
+        self._model: WanModel | None = None
 
     def video(self, clip: Clip) -> dict[str, Tensor]:
-        return encode_clip(self._loaded(), clip)
+        entry = encode_clip(self._loaded(), clip)
+        if clip.mask:
+            entry["mask"] = encode_mask(clip, clip.mask, self._variant)
+        return entry
 
     def text(self, caption: str) -> Tensor:
         return self._loaded().encode_prompt(caption).cpu()
@@ -182,6 +290,32 @@ class _LiveEntries:
         if self._model is None:
             raise ValueError("there was nothing to encode, so no model was loaded")
         return self._model
+
+    def fill(
+        self,
+        clips: Sequence[Clip],
+        captions: Sequence[str],
+        load: LoadModel,
+        progress: Progress,
+        verify: bool,
+    ) -> _Made:
+        """Load what encodes. Clips and masks that do not decode are found here, before the first
+        step, and not at step 191."""
+        del captions, verify
+        if clips:
+            # With live text, whoever encodes it has a text encoder of their own.
+            text: tuple[Component, ...] = () if self._live_text else ("text_encoder", "tokenizer")
+            self._model = load(("vae", *text))
+        problems, notes = list[Problem](), list[Note]()
+        for done, clip in enumerate(clips, start=1):
+            try:
+                decode(clip)
+                if clip.mask:
+                    notes += _note_if_black(clip.mask, encode_mask(clip, clip.mask, self._variant))
+            except DataError as error:
+                problems.append(_problem(error, clip))
+            progress("checking clips", done, len(clips))
+        return _Made(problems=tuple(problems), notes=tuple(notes), encoded=0)
 
 
 class _CachedEntries:
@@ -194,33 +328,54 @@ class _CachedEntries:
         config: RunConfig,
         variant: Variant,
         places: Mapping[Placed, Path],
-        content: dict[Clip, str],
+        content: Mapping[Path, str],
     ) -> None:
         self._cache = EntryCache(config.video_data.cache_dir)
-        self._text_causes = {
-            "version": ENCODING_VERSION,
-            "text_encoder": fingerprint(places["text_encoder"]),
-            "tokenizer": fingerprint(places["tokenizer"]),
-            "dtype": config.model.dtype,
-        }
-        self._video_causes = {
-            "version": ENCODING_VERSION,
-            "vae": fingerprint(places["vae"]),
-            "first_frame_condition": variant.condition == "first_frame_channels",
-        }
+        self._variant = variant
+        self._places = places
+        self._dtype = config.model.dtype
         self._content = content
 
+    @cached_property
+    def _text_causes(self) -> dict[str, object]:
+        return {
+            "version": ENCODING_VERSION,
+            "text_encoder": fingerprint(self._places["text_encoder"]),
+            "tokenizer": fingerprint(self._places["tokenizer"]),
+            "dtype": self._dtype,
+        }
+
+    @cached_property
+    def _video_causes(self) -> dict[str, object]:
+        return {
+            "version": ENCODING_VERSION,
+            "vae": fingerprint(self._places["vae"]),
+            "first_frame_condition": self._variant.condition == "first_frame_channels",
+        }
+
     def video(self, clip: Clip) -> dict[str, Tensor]:
-        return self._cache.load("video", self._video_key(clip))
+        entry = self._cache.load("video", self._video_key(clip))
+        if clip.mask:
+            entry |= self._cache.load("mask", self._mask_key(clip, clip.mask))
+        return entry
 
     def text(self, caption: str) -> Tensor:
         return self._cache.load("text", self._text_key(caption))["text"]
 
     def _video_key(self, clip: Clip) -> str:
-        return key_of(content=self._content[clip], span=_span(clip), **self._video_causes)
+        return key_of(content=self._content[clip.path], span=_span(clip), **self._video_causes)
 
     def _text_key(self, caption: str) -> str:
         return key_of(caption=caption, **self._text_causes)
+
+    def _mask_key(self, clip: Clip, mask: Mask) -> str:
+        # A key of its own: another mask leaves the clip's latents valid, another VAE the mask.
+        return key_of(
+            version=MASK_VERSION,
+            content=self._content[mask.path],
+            span=[mask.start, clip.fps, clip.frames, list(clip.size)],
+            compression=[self._variant.spatial_compression, self._variant.temporal_compression],
+        )
 
     def fill(
         self,
@@ -229,22 +384,38 @@ class _CachedEntries:
         load: LoadModel,
         progress: Progress,
         verify: bool,
-    ) -> tuple[list[Problem], int]:
-        """Encode what is missing. Returns the clips that failed and the number of new entries."""
-        text_keys = {c: self._text_key(c) for c in captions}
-        video_keys = {c: self._video_key(c) for c in clips}
+    ) -> _Made:
+        """Encode what is missing; says which clips failed, and how much was encoded."""
         if verify:
-            self._discard_damaged("text", text_keys.values())
-            self._discard_damaged("video", video_keys.values())
-        missing_text = [c for c in captions if not self._cache.has("text", text_keys[c])]
-        if missing_text:
+            masked = [(clip, clip.mask) for clip in clips if clip.mask]
+            self._discard_damaged("text", map(self._text_key, captions))
+            self._discard_damaged("video", map(self._video_key, clips))
+            self._discard_damaged("mask", (self._mask_key(*pair) for pair in masked))
+        masks = self._fill_masks(clips, progress)  # first, since it takes seconds
+        texts = self._fill_texts(captions, load, progress)
+        problems, videos = self._fill_videos(clips, load, progress)
+        return _Made(
+            problems=(*masks.problems, *problems),
+            notes=masks.notes,
+            encoded=masks.encoded + texts + videos,
+        )
+
+    def _fill_texts(self, captions: Sequence[str], load: LoadModel, progress: Progress) -> int:
+        keys = {caption: self._text_key(caption) for caption in captions}
+        missing = [c for c in captions if not self._cache.has("text", keys[c])]
+        if missing:
             model = load(("text_encoder", "tokenizer"))
-            for done, caption in enumerate(missing_text, start=1):
+            for done, caption in enumerate(missing, start=1):
                 entry = {"text": model.encode_prompt(caption)}
-                self._cache.save("text", text_keys[caption], entry, about=caption)
-                progress("encoding captions", done, len(missing_text))
-            del model
-        missing = {k: c for c, k in video_keys.items() if not self._cache.has("video", k)}
+                self._cache.save("text", keys[caption], entry, about=caption)
+                progress("encoding captions", done, len(missing))
+        return len(missing)
+
+    def _fill_videos(
+        self, clips: Sequence[Clip], load: LoadModel, progress: Progress
+    ) -> tuple[list[Problem], int]:
+        keys = {self._video_key(clip): clip for clip in clips}
+        missing = {k: clip for k, clip in keys.items() if not self._cache.has("video", k)}
         problems: list[Problem] = []
         if missing:
             model = load(("vae",))
@@ -252,9 +423,27 @@ class _CachedEntries:
                 try:
                     self._cache.save("video", key, encode_clip(model, clip), about=clip.name)
                 except DataError as error:
-                    problems.append(Problem(path=clip.path, reason=_reason(error, clip)))
+                    problems.append(_problem(error, clip))
                 progress("encoding clips", done, len(missing))
-        return problems, len(missing_text) + len(missing) - len(problems)
+        return problems, len(missing) - len(problems)
+
+    def _fill_masks(self, clips: Sequence[Clip], progress: Progress) -> _Made:
+        masked = {self._mask_key(clip, clip.mask): (clip, clip.mask) for clip in clips if clip.mask}
+        total = sum(not self._cache.has("mask", key) for key in masked)
+        problems, notes, done = list[Problem](), list[Note](), 0
+        for key, (clip, mask) in masked.items():
+            if not self._cache.has("mask", key):
+                try:
+                    values = encode_mask(clip, mask, self._variant)
+                    self._cache.save("mask", key, {"mask": values}, about=mask.path.name)
+                except DataError as error:
+                    problems.append(_problem(error, clip))
+                done += 1
+                progress("encoding masks", done, total)
+            if self._cache.has("mask", key):
+                notes += _note_if_black(mask, self._cache.load("mask", key)["mask"])
+        encoded = total - len(problems)
+        return _Made(problems=tuple(problems), notes=tuple(notes), encoded=encoded)
 
     def _discard_damaged(self, kind: Kind, keys: Iterable[str]) -> None:
         for key in keys:

@@ -8,13 +8,14 @@ the report with its reason, and the rest are used.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor
 from pathlib import Path
 from typing import Literal
 
 from onewan.config.schema import SourceSection, VideoDataSection, WanTrainConfig
 from onewan.data.buckets import choose_size, frames_down
+from onewan.data.masks import Mask, is_mask, mask_for, masked_by
 from onewan.errors import DataError
 from onewan.media import (
     IMAGE_SUFFIXES,
@@ -52,6 +53,12 @@ class Clip:
     """(width, height) of the upright picture in the file, in square pixels."""
     repeats: int
     """How often it comes in one pass over the data."""
+    loss_weight: float = 1.0
+    """What its loss is multiplied with."""
+    base_target: bool = False
+    """Whether it teaches what the untrained model makes of it, and not what it shows."""
+    mask: Mask | None = None
+    """Which of its places count; None where all do."""
 
     def times(self) -> tuple[float, ...]:
         """When each frame is shown in the file's own clock, s."""
@@ -83,6 +90,8 @@ class Report:
     clips: tuple[Clip, ...]
     problems: tuple[Problem, ...]
     notes: tuple[Note, ...]
+    held_out: tuple[Clip, ...] = ()
+    """Clips to validate on, which do not train."""
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -96,6 +105,11 @@ class Report:
             number = sum((clip.size, clip.frames) == (size, frames) for clip in self.clips)
             shape = f"{size[0]}x{size[1]}, {_count(frames, 'frame')}"
             out.append(f"  {shape}: {_count(number, 'clip')}")
+        masked = sum(clip.mask is not None for clip in self.clips)
+        if masked:
+            out.append(f"  with a mask: {_count(masked, 'clip')}")
+        if self.held_out:
+            out.append(f"held out for validation: {_count(len(self.held_out), 'clip')}")
         if self.problems:
             out.append(f"{_count(len(self.problems), 'file')} can't be used:")
             out += [f"  {problem.path}: {problem.reason}" for problem in self.problems]
@@ -117,12 +131,13 @@ def index_clips(
     resolutions: Sequence[int | str],
     size_multiple: int,
     temporal_compression: int,
+    field: str = "video_data.sources",
 ) -> Report:
     """All clips of all sources, in an order that depends on names alone, and what is wrong.
 
     `seed` places the spans of the strategy "random"; a clip's place depends on the seed and its
-    name, not on what else the source holds. Raises `DataError` for a source that is not a folder.
-    That no clip is left is for the caller to judge.
+    name, not on what else the source holds. Raises `DataError` for a source that is not a folder;
+    `field` is where the run file names it. That no clip is left is for the caller to judge.
     """
     planner = _Planner(
         video_data=video_data,
@@ -147,12 +162,13 @@ def index_clips(
         )
     for source in video_data.sources:
         if not source.path.is_dir():
-            raise DataError(
-                f"{source.path}: is not a folder; correct video_data.sources in the run file"
-            )
-        for path in _media_files(source.path, problems, notes, video_data.supported_formats):
+            raise DataError(f"{source.path}: is not a folder; correct {field} in the run file")
+        media, masks = _media_files(
+            source.path, problems, notes, video_data.supported_formats, masks=video_data.masks
+        )
+        for path in media:
             try:
-                clip, clip_notes = planner.clip(path, source)
+                clip, clip_notes = planner.clip(path, source, masks.get(path.with_suffix(""), ()))
             except DataError as error:
                 problems.append(Problem(path=path, reason=str(error).removeprefix(f"{path}: ")))
                 continue
@@ -165,21 +181,34 @@ def index_clips(
 
 
 def _media_files(
-    folder: Path, problems: list[Problem], notes: list[Note], formats: Sequence[str]
-) -> Iterator[Path]:
-    """The usable kinds of media file below `folder`, by name; the others go into the lists."""
+    folder: Path,
+    problems: list[Problem],
+    notes: list[Note],
+    formats: Sequence[str],
+    *,
+    masks: bool,
+) -> tuple[list[Path], dict[Path, list[Path]]]:
+    """The usable kinds of media file below `folder`, by name, and the masks by `masked_by`.
+
+    What is left out goes into the lists; without `masks` that is every mask.
+    """
     videos = VIDEO_SUFFIXES | set(formats)
-    with_media: set[Path] = set()
+    media: list[Path] = []
+    found: list[Path] = []
     texts: list[Path] = []
+    named: set[Path] = set()
     for path in _walk(folder, problems, frozenset()):
         kind = extension(path)
         if kind == "txt":
             texts.append(path)
         if kind not in videos | IMAGE_SUFFIXES:
             continue
-        with_media.add(path.with_suffix(".txt"))
+        if is_mask(path):
+            found.append(path)
+            continue
+        named.add(path.with_suffix(""))
         if kind in IMAGE_SUFFIXES or kind in formats:
-            yield path
+            media.append(path)
         else:
             problems.append(
                 Problem(
@@ -191,8 +220,21 @@ def _media_files(
     notes += [
         Note(path=path, text="captions without a video or image of that name; not used")
         for path in texts
-        if path not in with_media
+        if path.with_suffix("") not in named
     ]
+    if not masks:
+        if found:
+            files = "mask file is" if len(found) == 1 else "mask files are"
+            text = f"{len(found)} {files} not used (video_data.masks is false): {folder}"
+            notes.append(Note(path=None, text=text))
+        return media, {}
+    by_name: dict[Path, list[Path]] = {}
+    for path in found:
+        by_name.setdefault(masked_by(path), []).append(path)
+        if masked_by(path) not in named:
+            text = "a mask without a video or image of that name; not used"
+            notes.append(Note(path=path, text=text))
+    return media, by_name
 
 
 def _walk(folder: Path, problems: list[Problem], above: frozenset[Path]) -> Iterator[Path]:
@@ -254,8 +296,13 @@ class _Planner:
     size_multiple: int
     temporal: int
 
-    def clip(self, path: Path, source: SourceSection) -> tuple[Clip, list[Note]]:
-        """The clip of `path` and what is worth knowing about it; `DataError` if unusable."""
+    def clip(
+        self, path: Path, source: SourceSection, masks: Sequence[Path]
+    ) -> tuple[Clip, list[Note]]:
+        """The clip of `path` and what is worth knowing about it; `DataError` if unusable.
+
+        `masks` are the files that could be its mask.
+        """
         captions = _captions(path)
         info = probe(path)
         self._check_size(info)
@@ -275,8 +322,11 @@ class _Planner:
             size=size,
             source_size=(width, height),
             repeats=source.repeats,
+            loss_weight=source.loss_weight,
+            base_target=source.target == "base",
         )
-        return clip, list(self._notes(clip))
+        mask = mask_for(info, clip.times(), masks, self.video_data.supported_formats)
+        return replace(clip, mask=mask), list(self._notes(clip))
 
     def _check_size(self, info: MediaInfo) -> None:
         # Either way up, as for the largest size: portrait is no smaller than landscape.

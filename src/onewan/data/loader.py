@@ -12,7 +12,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,10 +31,20 @@ class Batch:
 
     latents: Tensor
     """[B, C, F, h, w], normalised."""
-    text: Tensor
-    """[B, 512, dim], zero-padded, in the text encoder's dtype."""
+    text: Tensor | None
+    """[B, 512, dim], zero-padded, in the text encoder's dtype. None where the step encodes the
+    captions itself, because embeddings train."""
+    captions: tuple[str, ...]
+    """What `text` is of."""
     condition: Tensor | None
     """[B, 20, F, h, w]: mask and latents of the first frame (I2V-A14B)."""
+    mask: Tensor | None
+    """[B, 1, F, h, w] from 0 to 1: how much of each place counts. Ones for a clip without a mask,
+    None when none of the batch has one."""
+    loss_weight: Tensor
+    """[B]: what each clip's loss is multiplied with."""
+    base_target: Tensor | None
+    """[B] bool: which clips teach what the untrained model makes of them. None if none does."""
     names: tuple[str, ...]
     offset: int
     """Index of its first clip within the step's global batch, which keys its randomness."""
@@ -43,14 +53,17 @@ class Batch:
         return len(self.names)
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
             latents=self.latents.to(device, non_blocking=True),
-            text=self.text.to(device, non_blocking=True),
-            condition=None
-            if self.condition is None
-            else self.condition.to(device, non_blocking=True),
-            names=self.names,
-            offset=self.offset,
+            text=moved(self.text),
+            condition=moved(self.condition),
+            mask=moved(self.mask),
+            loss_weight=self.loss_weight.to(device, non_blocking=True),
+            base_target=moved(self.base_target),
         )
 
 
@@ -79,12 +92,17 @@ class WanDataLoader:
         batch_size: int,
         accumulation: int,
         seed: int,
+        caption_dropout: float = 0.0,
+        live_text: bool = False,
     ) -> None:
+        """`caption_dropout` is the share of samples that train with an empty caption. With
+        `live_text` batches have captions and no `text`."""
         self._source = source
         self._batch_size = batch_size
         self._accumulation = accumulation
         self._seed = seed
-        self._clips = tuple(clips)
+        self._caption_dropout = caption_dropout
+        self._live_text = live_text
         self._buckets: dict[tuple[int, tuple[int, int]], list[Clip]] = defaultdict(list)
         for clip in clips:
             self._buckets[clip.frames, clip.size] += [clip] * clip.repeats
@@ -122,10 +140,10 @@ class WanDataLoader:
             offset += len(clips)
         return Step(number=number, expert=expert, batches=tuple(batches))
 
-    def fixed(self, count: int) -> list[Batch]:
-        """`count` clips (or all, if fewer) spread over the data, one a batch, first captions."""
-        count = min(count, len(self._clips))
-        chosen = [self._clips[i * len(self._clips) // count] for i in range(count)]
+    def fixed(self, clips: Sequence[Clip], count: int) -> list[Batch]:
+        """`count` of `clips` (or all, if fewer), spread over them, one a batch; first captions."""
+        count = min(count, len(clips))
+        chosen = [clips[i * len(clips) // count] for i in range(count)]
         return [self._batch([clip], [clip.captions[0]], i) for i, clip in enumerate(chosen)]
 
     def _pass(self, expert: ExpertName, number: int) -> list[list[Clip]]:
@@ -144,6 +162,8 @@ class WanDataLoader:
         return self._order[1]
 
     def _caption(self, clip: Clip, expert: ExpertName, micro: int, place: int) -> str:
+        if self._random("caption dropout", expert, micro, place).random() < self._caption_dropout:
+            return ""
         return self._random("caption", expert, micro, place).choice(clip.captions)
 
     def _random(self, purpose: str, *counters: int | str) -> random.Random:
@@ -151,13 +171,24 @@ class WanDataLoader:
 
     def _batch(self, clips: Sequence[Clip], captions: Sequence[str], offset: int) -> Batch:
         entries = [self._source.video(clip) for clip in clips]
-        condition = None
+        latents = torch.stack([entry["latents"] for entry in entries])
+        condition, mask = None, None
         if "condition" in entries[0]:
             condition = first_frame_channels(torch.stack([e["condition"] for e in entries]))
+        if any("mask" in entry for entry in entries):
+            whole = torch.ones(1, *latents.shape[2:])
+            mask = torch.stack([entry.get("mask", whole) for entry in entries])
+        base = [clip.base_target for clip in clips]
         return Batch(
-            latents=torch.stack([e["latents"] for e in entries]),
-            text=pad_text([self._source.text(c) for c in captions]),
+            latents=latents,
+            text=None
+            if self._live_text
+            else pad_text([self._source.text(caption) for caption in captions]),
+            captions=tuple(captions),
             condition=condition,
+            mask=mask,
+            loss_weight=torch.tensor([clip.loss_weight for clip in clips]),
+            base_target=torch.tensor(base) if any(base) else None,
             names=tuple(clip.name for clip in clips),
             offset=offset,
         )

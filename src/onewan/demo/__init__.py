@@ -21,8 +21,8 @@ from onewan.demo.clips import write_clips
 from onewan.demo.tiny_model import write_tiny_model
 from onewan.errors import DataError
 from onewan.media import VIDEO_SUFFIXES, Fit, probe, read_frames
-from onewan.runs.layout import RunLayout
-from onewan.train.setup import run_folder
+from onewan.runs.layout import RunLayout, unused
+from onewan.train.run import run_folder
 from onewan.train.trainer import Listener, WanTrainer
 from onewan.variants import VARIANTS, VariantName
 
@@ -91,7 +91,7 @@ def run_demo(
         say(f"made a model with the architecture of {facts.title} and random weights: {model}")
         run_file.write_text(_run_file(variant), encoding="utf-8")
         say(f"made a run file: {run_file}")
-    layout = _free_run(run_file)
+    layout = RunLayout(unused(run_folder(load_run(run_file))))
     say(f"\n$ onewan train {_quoted(run_file)}")
     config = load_run(run_file, [f"output.name={layout.root.name}"])
     WanTrainer(config, run_file=run_file.read_text(encoding="utf-8"), listen=listen).fit()
@@ -128,16 +128,6 @@ def _pixels(files: list[Path]) -> Tensor:
         for f, start in zip(videos, starts, strict=True)
     ]
     return torch.from_numpy(np.stack(frames)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-
-
-def _free_run(run_file: Path) -> RunLayout:
-    """The run's folder, or the first of NAME-2, NAME-3, ... that holds no run yet."""
-    first = RunLayout(run_folder(load_run(run_file)))
-    layout, number = first, 1
-    while layout.root.exists():
-        number += 1
-        layout = RunLayout(first.root.with_name(f"{first.root.name}-{number}"))
-    return layout
 
 
 def _closing(layout: RunLayout, run_file: Path, variant: VariantName) -> list[str]:

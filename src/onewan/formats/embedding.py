@@ -2,8 +2,8 @@
 
 One tensor [tokens, width] under the name of the text encoder that it is for: ``umt5xxl`` for
 vectors that stand among UMT5's input embeddings, which ComfyUI takes by the file's name
-(``embedding:NAME``), and ``umt5xxl_out`` for vectors that take the place of its outputs, which no
-other program has. `onewan.checkpoint.export` writes them.
+(``embedding:NAME``), and ``umt5xxl_out`` for vectors that join its outputs, which no other program
+has. `onewan.checkpoint.export` writes them.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class EmbeddingFile:
     """A placeholder's vectors."""
 
     vectors: Tensor
-    """[tokens, width], in the precision of the file."""
+    """[tokens, width], floating point in the precision of the file, finite."""
     is_output_embedding: bool
-    """Whether they replace the text encoder's outputs instead of entering it."""
+    """Whether they join the text encoder's outputs instead of entering it."""
     placeholder: str | None
     """The word in a prompt that they stand for; None if the file does not say."""
     uuid: str | None
@@ -55,10 +55,15 @@ def read_embedding(path: Path, width: int | None = None) -> EmbeddingFile:
     vectors = file.read(names[0], stay=True)
     if vectors.ndim == 1:
         vectors = vectors[None]
-    if vectors.ndim != 2 or (width is not None and vectors.shape[1] != width):
+    if vectors.ndim != 2 or not len(vectors) or (width and vectors.shape[1] != width):
         raise CheckpointError(
             f"{path}: {names[0]} is {list(vectors.shape)}, expected [tokens, {width or 'width'}]; "
             "it is for another text encoder"
+        )
+    if not vectors.is_floating_point() or not vectors.float().isfinite().all():
+        raise CheckpointError(
+            f"{path}: {names[0]} ({vectors.dtype}) does not hold finite numbers; the file is "
+            "damaged, export it again"
         )
     return EmbeddingFile(
         vectors=vectors,

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
-from torch import Tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from onewan.errors import CheckpointError
+from onewan.errors import CheckpointError, ConfigError
 from onewan.model import text, vae
+from onewan.model.embedding import WanModelEmbedding, overlapping
 from onewan.variants import Expert, Variant
 
 
@@ -39,6 +41,10 @@ class WanModel:
     """Precision of the transformers' matrix products (see `onewan.model.precision`)."""
     notices: list[str] = field(default_factory=list)
     """What loading concluded or did that the user should know, a line each."""
+    embedding: WanModelEmbedding | None = None
+    """Vectors that a placeholder in prompts stands for."""
+    additional_embeddings: list[WanModelEmbedding] = field(default_factory=list)
+    """Those of further placeholders."""
 
     @property
     def frame_count(self) -> int:
@@ -60,15 +66,51 @@ class WanModel:
             raise CheckpointError(f"{self.source}: the {expert.name} expert was not loaded")
         return transformer
 
+    @property
+    def transformer_lora(self) -> dict[str, nn.Parameter] | None:
+        """Weights of the adapters in the transformers, of any kind; None without adapters."""
+        found: dict[str, nn.Parameter] = {}
+        for component in ("transformer", "transformer_2"):
+            transformer: nn.Module | None = getattr(self, component)
+            for name, module in [] if transformer is None else transformer.named_modules():
+                if isinstance(module, BaseTunerLayer):
+                    found |= {
+                        f"{component}.{name}.{leaf}": parameter
+                        for leaf, parameter in module.named_parameters()
+                        if not leaf.startswith("base_layer.")
+                    }
+        return found or None
+
+    def all_embeddings(self) -> list[WanModelEmbedding]:
+        """All whose placeholders prompts may contain."""
+        first = [] if self.embedding is None else [self.embedding]
+        return [*first, *self.additional_embeddings]
+
+    def add_embedding(self, embedding: WanModelEmbedding) -> None:
+        """One more; ConfigError if its placeholder can't be told from those that are here."""
+        if problems := overlapping([*self.all_embeddings(), embedding]):
+            raise ConfigError("embedding", problems)
+        if self.embedding is None:
+            self.embedding = embedding
+        else:
+            self.additional_embeddings.append(embedding)
+
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """[B, 512, dim] embeddings, zero past each prompt's length, in the encoder's dtype."""
+        """[B, 512, dim] embeddings, zero past each prompt's length, in the encoder's dtype.
+
+        Differentiable by the vectors of placeholders in them (`onewan.model.text`).
+        """
         return text.pad_text([self.encode_prompt(p) for p in prompts])
 
     def encode_prompt(self, prompt: str) -> Tensor:
         """[length, dim]: the valid tokens of one prompt, unpadded."""
+        return text.encode_prompt(*self.prompt_encoder(), prompt, self.all_embeddings())
+
+    def prompt_encoder(self) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
+        """The tokenizer and the text encoder; CheckpointError if they were not loaded."""
         if self.tokenizer is None or self.text_encoder is None:
             raise CheckpointError(f"{self.source}: the text encoder was not loaded")
-        return text.encode_prompt(self.tokenizer, self.text_encoder, prompt)
+        return self.tokenizer, self.text_encoder
 
     def encode_video(self, pixels_BCFHW: Tensor) -> Tensor:
         """Normalised latents [B, C, F', h, w], float32, of pixels in [-1, 1]."""

@@ -98,3 +98,12 @@ class RunLayout:
             return []
         names = (f.name for f in self.states_dir.iterdir() if f.is_dir())
         return sorted(int(name) for name in names if re.fullmatch(STEP_NAME, name))
+
+
+def unused(root: Path) -> Path:
+    """`root`, or the first of NAME-2, NAME-3, ... that is not there yet."""
+    free, number = root, 1
+    while free.exists():
+        number += 1
+        free = root.with_name(f"{root.name}-{number}")
+    return free

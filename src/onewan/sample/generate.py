@@ -105,7 +105,7 @@ class WanModelSampler:
         """The video as uint8 RGB [F, H, W, 3].
 
         `text` gives a prompt's embedding, [length, dim] without padding, for models without a text
-        encoder. `on_step` is called after each denoising step with the number done and of all; what
+        encoder; without it the model encodes the prompts, in which its placeholders count. `on_step` is called after each denoising step with the number done and of all; what
         it raises ends the sampling. In any case the model is afterwards as it was: on its devices,
         in its modes. ConfigError for a request that the variant can't fulfil, CheckpointError when
         a part of the model was not loaded, DataError for an image that can't be read.
@@ -127,7 +127,8 @@ class WanModelSampler:
             embed = model.encode_prompt if text is None else text
             guided = max(request.guidance) > 1
             prompts = [request.prompt, *([request.negative_prompt] if guided else [])]
-            text_1LD = [pad_text([embed(prompt)]).to(device) for prompt in prompts]
+            with torch.no_grad():  # placeholders may train
+                text_1LD = [pad_text([embed(prompt)]).to(device) for prompt in prompts]
             if image is not None:
                 stage.enter(model.vae)
             latents = self._denoise(request, experts, stage, text_1LD, image, on_step)

@@ -1,72 +1,38 @@
 """The flow-matching objective: draw t, make the noised sample and its target, compare. Pure.
 
 x_t = (1 - t) z + t e with t in [0, 1], the target is e - z, and the transformer is told 1000 t
-(``wan/utils/fm_solvers_unipc.py:317-323``). t is drawn from a density over u, shifted by
-t = s u / (1 + (s - 1) u) and truncated exactly to the range of the expert, after the shift: by the
-inverse of the distribution function, without rejection and without squeezing the range. The
-boundary lies in t, not in u; three public trainers compared the wrong one and had to mend it.
+(``wan/utils/fm_solvers_unipc.py:317-323``). How t is spread is in `onewan.train.density`.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import NormalDist
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onewan.data.loader import Batch
+from onewan.config.objective import CurveWeighting, LossSection, NoWeighting, Weighting
+from onewan.config.schema import TrainSection
+from onewan.data.loader import Batch, Step
+from onewan.errors import ConfigError
 from onewan.seeds import derive_seed
-from onewan.variants import Expert
+from onewan.train.density import (
+    Array,
+    TimestepDensity,
+    density_of,
+    official_tokens,
+    shift_factor,
+)
+from onewan.variants import Expert, Variant
 
-_NORMAL = NormalDist()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TimestepDensity:
-    """The distribution of noise levels before truncation: a density over u, then the shift."""
-
-    distribution: Literal["uniform", "logit_normal"]
-    shift: float
-    mean: float = 0.0
-    std: float = 1.0
-
-    def cdf(self, t: float) -> float:
-        """Probability of a noise level below `t`."""
-        if t <= 0 or t >= 1:
-            return float(t >= 1)
-        u = t / (self.shift - (self.shift - 1) * t)
-        if self.distribution == "uniform":
-            return u
-        return _NORMAL.cdf((float(np.log(u / (1 - u))) - self.mean) / self.std)
-
-    def quantile(self, p: float) -> float:
-        """The noise level below which the probability is `p`; the inverse of `cdf`."""
-        if p <= 0 or p >= 1:
-            return float(p >= 1)
-        u = p
-        if self.distribution == "logit_normal":
-            u = 1 / (1 + float(np.exp(-(self.mean + self.std * _NORMAL.inv_cdf(p)))))
-        return self.shift * u / (1 + (self.shift - 1) * u)
-
-    def mass(self, expert: Expert) -> float:
-        """Probability of the noise levels that `expert` serves."""
-        return self.cdf(expert.t_max) - self.cdf(expert.t_min)
-
-    def truncated_quantile(self, p: float, expert: Expert) -> float:
-        """As `quantile`, of the distribution cut to `expert`'s range; `p` in [0, 1).
-
-        Representable in float32 inside the range: below the boundary for the low expert.
-        """
-        low, high = self.cdf(expert.t_min), self.cdf(expert.t_max)
-        t = self.quantile(low + p * (high - low))
-        below = 1.0 if expert.t_max >= 1 else float(np.nextafter(np.float32(expert.t_max), 0))
-        return min(max(t, expert.t_min), below)
+_QUADRATURE = 4096
+"""Equally probable parts of an expert's range over which weights are averaged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,100 +48,328 @@ class Noised:
     target: Tensor
     """[B, C, F, h, w]: noise minus clean latents."""
     clean_first_frame: Tensor | None
-    """[B] bool, TI2V-5B only: samples whose first latent frame is given clean, and not counted.
-    None if there is none."""
+    """[B] bool, TI2V-5B only: samples whose first latent frame is given (clean, or nearly), and not
+    counted. None if there is none."""
+    weight: Tensor
+    """[B] float32: what each sample's loss is multiplied with, by its noise level and its clip."""
+    weighted: bool
+    """Whether one of `weight` is not 1, known without asking the device."""
+    counts: Tensor | None
+    """[B, 1, F, h, w] float32: how much each place counts against the others of its sample: its
+    mask, and nothing for a first frame that is given. None where all count alike."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """How batches of one run are noised."""
+    """How batches of one run are noised and what counts in them.
+
+    Each draw is keyed by the run's seed, its purpose, the step, and the sample's place in the
+    step's global batch: however the step is cut into batches, a sample gets the same numbers.
+    They are made on the CPU, so that a run gives the same ones on every device.
+    """
 
     density: TimestepDensity
     seed: int
+    official_tokens: int | None = None
+    """Tokens at which `density` has the shift that is meant; None is at any number of them."""
+    stratified: bool = False
+    """Draw each of a step's n levels from another one of n equally probable parts."""
+    weighting: Weighting = field(default_factory=NoWeighting)
+    """What the noise levels count."""
+    unmasked_weight: float = 0.0
+    """What places outside of a mask count, against 1 within."""
+    noise_offset: float = 0.0
+    """Strength of noise that is one number for each channel, part of the noise and the target."""
+    input_perturbation: float = 0.0
+    """Strength of noise that is in the noisy sample but not in the target."""
     first_frame_probability: float = 0.0
-    """Share of samples (of more than one latent frame) whose first frame is given clean."""
+    """Share of samples (of more than one latent frame) whose first frame is given."""
+    first_frame_noise: tuple[float, float] | None = None
+    """Mean and standard deviation of the logarithm of the noise level in a given first frame, at
+    most 1; its timestep stays 0. None gives it clean, as the official code does
+    (``wan/textimage2video.py:550-598``)."""
 
-    def noise(self, batch: Batch, step: int, expert: Expert) -> Noised:
-        """Noise `batch` for step `step`. Each draw is keyed by step and place in the global batch.
-
-        Random numbers are made on the CPU, so that a run gives the same ones on every device.
-        """
-        places = [batch.offset + i for i in range(len(batch))]
-        levels = tuple(
-            self.density.truncated_quantile(self._uniform("t", step, place), expert)
-            for place in places
+    def noise(self, batch: Batch, step: Step, expert: Expert) -> Noised:
+        """Noise `batch`, one of `step`'s, which may lie on a device by now."""
+        places = range(batch.offset, batch.offset + len(batch))
+        latents_BCFHW = batch.latents
+        density = self._density(latents_BCFHW)
+        shares = np.array([self._share(step, place) for place in places])
+        levels = density.truncated_quantiles(shares, expert)
+        shape = latents_BCFHW.shape[1:]
+        noise_BCFHW = self._normal("noise", step, places, shape)
+        if self.noise_offset:
+            each = (shape[0], 1, 1, 1)
+            noise_BCFHW += self.noise_offset * self._normal("noise offset", step, places, each)
+        seen_BCFHW = noise_BCFHW
+        if self.input_perturbation:
+            more = self._normal("input perturbation", step, places, shape)
+            seen_BCFHW = noise_BCFHW + self.input_perturbation * more
+        given_B = self._given(batch, step, places)
+        # From the step and not the batch, whose weights would have to come back from the device.
+        of_clips = [w for b in step.batches for w in b.loss_weight.tolist()]
+        of_levels = level_weights(self.weighting, density, expert, levels).tolist()
+        sample = noised(
+            latents_BCFHW,
+            noise_BCFHW,
+            levels.tolist(),
+            seen_BCFHW=seen_BCFHW,
+            weights=[w * of_clips[p] for w, p in zip(of_levels, places, strict=True)],
+            counts_BFHW=self._counts(batch, given_B),
         )
-        clean = None
-        if self.first_frame_probability > 0 and batch.latents.shape[2] > 1:
-            given = [
-                self._uniform("first frame", step, place) < self.first_frame_probability
-                for place in places
-            ]
-            clean = torch.tensor(given) if any(given) else None
-        noise = torch.stack(
+        return sample if given_B is None else self._with_first_frame(sample, batch, step, given_B)
+
+    def fixed(self, batch: Batch, share: float, expert: Expert, seed: int) -> Noised:
+        """Noise `batch` for a measurement: every sample at the level below which `share` of
+        `expert`'s levels lie, with noise of `seed` and the sample's place. Levels, clips and masks
+        count as in training; nothing else is done to the samples."""
+        density = self._density(batch.latents)
+        levels = density.truncated_quantiles(np.full(len(batch), share), expert)
+        noise_BCFHW = torch.stack(
             [
-                seeded_noise(batch.latents.shape[1:], derive_seed(self.seed, "noise", step, place))
-                for place in places
+                seeded_noise(batch.latents.shape[1:], derive_seed(seed, "fixed noise", place))
+                for place in range(batch.offset, batch.offset + len(batch))
             ]
         )
-        return noised(batch.latents, noise, levels, clean)
+        of_levels = level_weights(self.weighting, density, expert, levels).tolist()
+        of_clips = batch.loss_weight.tolist()
+        return noised(
+            batch.latents,
+            noise_BCFHW,
+            levels.tolist(),
+            weights=[w * c for w, c in zip(of_levels, of_clips, strict=True)],
+            counts_BFHW=self._counts(batch, None),
+        )
 
-    def _uniform(self, purpose: str, step: int, place: int) -> float:
-        return random.Random(derive_seed(self.seed, purpose, step, place)).random()
+    @staticmethod
+    def levels(count: int) -> tuple[float, ...]:
+        """Midpoints of `count` equally probable parts of a range, for `fixed`."""
+        return tuple((i + 0.5) / count for i in range(count))
+
+    def _density(self, latents_BCFHW: Tensor) -> TimestepDensity:
+        if self.official_tokens is None:
+            return self.density
+        return self.density.scaled(shift_factor(latents_BCFHW.shape, self.official_tokens))
+
+    def _share(self, step: Step, place: int) -> float:
+        """The probability, in [0, 1], at which the level of a sample lies in its distribution."""
+        drawn = self._random("t", step, place).random()
+        if not self.stratified:
+            return drawn
+        parts = list(range(step.size))
+        self._random("strata", step).shuffle(parts)
+        return (parts[place] + drawn) / step.size
+
+    def _given(self, batch: Batch, step: Step, places: Sequence[int]) -> Tensor | None:
+        """[B] bool: whose first frame is given; None if no one's."""
+        if self.first_frame_probability == 0 or batch.latents.shape[2] == 1:
+            return None
+        draws = [self._random("first frame", step, place).random() for place in places]
+        given = [draw < self.first_frame_probability for draw in draws]
+        return torch.tensor(given) if any(given) else None
+
+    def _with_first_frame(
+        self, sample: Noised, batch: Batch, step: Step, given_B: Tensor
+    ) -> Noised:
+        """`sample` with the first frames of `batch`, or nearly those, where `given_B`."""
+        frame_BCHW = batch.latents[:, :, 0]
+        if self.first_frame_noise is not None:
+            places = range(batch.offset, batch.offset + len(batch))
+            mean, std = self.first_frame_noise
+            logs = [self._random("first frame level", step, p).gauss(mean, std) for p in places]
+            s = torch.tensor([math.exp(min(log, 0.0)) for log in logs]).view(-1, 1, 1, 1)
+            noise = self._normal("first frame noise", step, places, frame_BCHW.shape[1:])
+            s, noise = _moved(s, frame_BCHW.device), _moved(noise, frame_BCHW.device)
+            frame_BCHW = (1 - s) * frame_BCHW + s * noise
+        given_B = _moved(given_B, frame_BCHW.device)
+        given = given_B.view(-1, 1, 1, 1)
+        sample.x[:, :, 0] = torch.where(given, frame_BCHW, sample.x[:, :, 0])
+        return replace(sample, clean_first_frame=given_B)
+
+    def _counts(self, batch: Batch, given_B: Tensor | None) -> Tensor | None:
+        """[B, 1, F, h, w] as in `Noised`."""
+        if batch.mask is None and given_B is None:
+            return None
+        if batch.mask is None:
+            counts = torch.ones_like(batch.latents[:, :1])
+        else:
+            counts = self.unmasked_weight + (1 - self.unmasked_weight) * batch.mask
+        if given_B is not None:
+            counts[:, :, 0] *= ~_moved(given_B, counts.device).view(-1, 1, 1, 1)
+        return counts
+
+    def _normal(
+        self, purpose: str, step: Step, places: Sequence[int], shape: Sequence[int]
+    ) -> Tensor:
+        """[B, *shape] standard normal numbers."""
+        seeds = [derive_seed(self.seed, purpose, step.number, place) for place in places]
+        return torch.stack([seeded_noise(shape, seed) for seed in seeds])
+
+    def _random(self, purpose: str, step: Step, *counters: int) -> random.Random:
+        return random.Random(derive_seed(self.seed, purpose, step.number, *counters))
 
 
-def seeded_noise(shape: torch.Size, seed: int) -> Tensor:
+def objective_of(train: TrainSection, variant: Variant, experts: Sequence[Expert]) -> Objective:
+    """The objective that the run file's `train` means for `variant`.
+
+    ConfigError if one of `experts`, those that train, would get no noise levels, or none that
+    count.
+    """
+    density = density_of(train.timesteps, variant.flow_shift)
+    density.require(experts)
+    for expert in experts:
+        level_weights(train.loss.weighting, density, expert, np.empty(0))
+    gives_frames = variant.condition == "first_frame_clean"
+    return Objective(
+        density=density,
+        seed=train.seed,
+        official_tokens=official_tokens(variant) if train.timesteps.shift_by_tokens else None,
+        stratified=train.timesteps.stratified,
+        weighting=train.loss.weighting,
+        unmasked_weight=train.loss.unmasked_weight,
+        noise_offset=train.noise_offset,
+        input_perturbation=train.input_perturbation,
+        first_frame_probability=train.first_frame_probability if gives_frames else 0.0,
+        first_frame_noise=train.first_frame_noise if gives_frames else None,
+    )
+
+
+def seeded_noise(shape: Sequence[int], seed: int) -> Tensor:
     """Standard normal float32 numbers on the CPU."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 
 def noised(
     latents_BCFHW: Tensor,
     noise_BCFHW: Tensor,
     levels: Sequence[float],
-    clean_first_frame_B: Tensor | None = None,
+    *,
+    seen_BCFHW: Tensor | None = None,
+    weights: Sequence[float] | None = None,
+    counts_BFHW: Tensor | None = None,
 ) -> Noised:
-    """Mix latents and noise at the samples' `levels`, on the latents' device; form the target."""
+    """Mix latents and noise at the samples' `levels`, on the latents' device; form the target.
+
+    `seen_BCFHW` is what is mixed in where that is not the noise; `weights` and `counts_BFHW`
+    ([B, 1, F, h, w]) as in `Noised`.
+    """
     device = latents_BCFHW.device
-    noise_BCFHW = noise_BCFHW.to(device, non_blocking=True)
-    t_B = torch.tensor(levels, dtype=torch.float32).to(device, non_blocking=True)
+    seen_BCFHW = _moved(noise_BCFHW if seen_BCFHW is None else seen_BCFHW, device)
+    weights = [1.0] * len(levels) if weights is None else weights
+    t_B = _moved(torch.tensor(levels, dtype=torch.float32), device)
     t = t_B.view(-1, 1, 1, 1, 1)
-    x = (1 - t) * latents_BCFHW + t * noise_BCFHW
-    if clean_first_frame_B is not None:
-        clean_first_frame_B = clean_first_frame_B.to(device, non_blocking=True)
-        given = clean_first_frame_B.view(-1, 1, 1, 1)
-        x[:, :, 0] = torch.where(given, latents_BCFHW[:, :, 0], x[:, :, 0])
     return Noised(
-        x=x,
+        x=(1 - t) * latents_BCFHW + t * seen_BCFHW,
         t=t_B,
         levels=tuple(levels),
-        target=noise_BCFHW - latents_BCFHW,
-        clean_first_frame=clean_first_frame_B,
+        target=_moved(noise_BCFHW, device) - latents_BCFHW,
+        clean_first_frame=None,
+        weight=_moved(torch.tensor(weights, dtype=torch.float32), device),
+        weighted=any(w != 1 for w in weights),
+        counts=counts_BFHW,
     )
 
 
+def with_target(noised: Noised, velocity_BCFHW: Tensor, batch: Batch) -> Noised:
+    """`noised` with the target `velocity_BCFHW`, the untrained model's, for those samples of
+    `batch` that are to teach that."""
+    if batch.base_target is None:
+        return noised
+    chosen = batch.base_target.view(-1, 1, 1, 1, 1)
+    return replace(noised, target=torch.where(chosen, velocity_BCFHW.float(), noised.target))
+
+
+def level_weights(
+    weighting: Weighting, density: TimestepDensity, expert: Expert, levels: Array
+) -> Array:
+    """What losses at noise `levels` of `expert` are multiplied with; their mean over `density`, cut
+    to the expert's range, is 1. ConfigError if they are all 0 there.
+
+    min_snr: the clean sample is x - t v, so a squared error of the velocity v is t^2 times as large
+    in the clean sample. Min-SNR weighs the latter by min(SNR, gamma) (Hang et al., arXiv
+    2303.09556), and here SNR = ((1-t)/t)^2. In terms of v that is min((1-t)^2, gamma t^2).
+    """
+    if isinstance(weighting, NoWeighting):
+        return np.ones_like(levels)
+    mean = _mean_weight(weighting, density, expert)  # pyright: ignore[reportArgumentType]  (frozen)
+    return _raw_weights(weighting, levels) / mean
+
+
+@lru_cache(maxsize=256)  # one for each expert and, if the shift goes by tokens, number of tokens
+def _mean_weight(weighting: Weighting, density: TimestepDensity, expert: Expert) -> float:
+    parts = (np.arange(_QUADRATURE) + 0.5) / _QUADRATURE
+    mean = float(_raw_weights(weighting, density.truncated_quantiles(parts, expert)).mean())
+    if mean == 0:
+        raise ConfigError(
+            "run file",
+            [
+                f"train.loss.weighting: is 0 at all noise levels that the {expert.name} expert "
+                f"draws ({expert.t_min:g} to {expert.t_max:g}); give it weight there, or leave "
+                "that expert out by model.experts"
+            ],
+        )
+    return mean
+
+
+def _raw_weights(weighting: Weighting, t: Array) -> Array:
+    """Before they are scaled."""
+    if isinstance(weighting, NoWeighting):
+        return np.ones_like(t)
+    if isinstance(weighting, CurveWeighting):
+        levels, weights = zip(*weighting.points, strict=True)
+        return np.interp(t, levels, weights)
+    return np.minimum((1 - t) ** 2, weighting.gamma * t**2)
+
+
 def velocity_loss(
-    prediction_BCFHW: Tensor, noised: Noised, temporal_consistency_weight: float = 1.0
+    prediction_BCFHW: Tensor,
+    noised: Noised,
+    choice: LossSection,
+    temporal_consistency_weight: float = 1.0,
 ) -> Tensor:
-    """Mean squared error of the predicted velocity over all samples, a float32 scalar.
+    """How far the predicted velocity is from the target, a float32 scalar.
+
+    It is the mean over the samples of `noised.weight` times the sample's loss, and that is the mean
+    over all channels and places of rho(error), each place as much as `noised.counts` says. A sample
+    in which nothing counts has a loss of 0.
 
     `temporal_consistency_weight` w splits each sample's error over its latent frames into the mean
-    over frames and the deviations from it; the squares of the two add up to the mean squared error,
-    and w multiplies the second. At w = 1, all frames counted, this is ``F.mse_loss`` to the bit.
-    A frame that was given clean counts in neither part; each sample weighs the same.
+    over frames (which count) and the deviations from it, and multiplies the deviations with the
+    square root of w. The squares of the two parts add up to the squared error; so, for `mse`, w
+    multiplies the second one's mean square. With w = 1, `mse`, and everything counting alike, this
+    is ``F.mse_loss`` to the bit.
     """
-    clean = noised.clean_first_frame
-    if temporal_consistency_weight == 1 and clean is None:
-        return F.mse_loss(prediction_BCFHW.float(), noised.target)
-    error = prediction_BCFHW.float() - noised.target
-    counts = torch.ones_like(error[:, :1, :, :1, :1])
-    if clean is not None:
-        counts[:, 0, 0, 0, 0] -= clean.to(counts.dtype)
-    num_frames = counts.sum(dim=2, keepdim=True)
-    if temporal_consistency_weight == 1:
-        per_place = (error.square() * counts).sum(dim=2, keepdim=True) / num_frames
-        return per_place.mean()
-    mean = (error * counts).sum(dim=2, keepdim=True) / num_frames
-    deviation = (error - mean) * counts
-    spread = deviation.square().sum(dim=2, keepdim=True) / num_frames
-    return (mean.square() + temporal_consistency_weight * spread).mean()
+    w, counts = temporal_consistency_weight, noised.counts
+    prediction_BCFHW = prediction_BCFHW.float()
+    if w == 1 and choice.kind == "mse" and counts is None and not noised.weighted:
+        return F.mse_loss(prediction_BCFHW, noised.target)
+    error = prediction_BCFHW - noised.target
+    if counts is None:
+        counts = torch.ones_like(error[:, :1])
+    if w != 1:
+        mean = (error * counts).sum(dim=2, keepdim=True) / _or_one(counts.sum(dim=2, keepdim=True))
+        error = mean + math.sqrt(w) * (error - mean)
+    places = (1, 2, 3, 4)
+    total = (_rho(error, choice) * counts).sum(dim=places)
+    per_sample = total / (_or_one(counts.sum(dim=places)) * error.shape[1])
+    return (noised.weight * per_sample).mean()
+
+
+def _rho(error: Tensor, choice: LossSection) -> Tensor:
+    """The loss of each error: its square, or for the Huber losses that of small ones."""
+    if choice.kind == "mse":
+        return error.square()
+    if choice.kind == "huber":
+        return 2 * F.huber_loss(error, torch.zeros_like(error), "none", choice.delta)
+    # 2 delta^2 (sqrt(1 + (e/delta)^2) - 1), without the difference that would lose small errors.
+    square = error.square()
+    return 2 * square / (1 + (1 + square / choice.delta**2).sqrt())
+
+
+def _or_one(counted: Tensor) -> Tensor:
+    """A divisor that is not 0; what it divides is 0 where nothing was counted."""
+    return torch.where(counted > 0, counted, torch.ones_like(counted))
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, non_blocking=True)

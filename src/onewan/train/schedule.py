@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from onewan.train.objective import TimestepDensity
+from onewan.config.optimizer import (
+    ConstantSchedule,
+    CosineRestartsSchedule,
+    CosineSchedule,
+    LinearSchedule,
+    PolynomialSchedule,
+    RexSchedule,
+    Schedule,
+)
+from onewan.train.density import TimestepDensity
 from onewan.variants import Expert, ExpertName
 
 
@@ -25,25 +34,36 @@ class ExpertSchedule:
     """One or two; with two, `share` is the first one's."""
     share: Fraction = Fraction(1)
     block: int = 1
+    budgets: tuple[int, int] | None = None
+    """Steps of the first and of the second, if they are to come out exactly; their sum is the
+    run's. An expert whose budget is spent gives the rest of its blocks to the other."""
 
     def steps_before(self, step: int, expert: ExpertName) -> int:
         """How many of the steps 0 .. `step`-1 are `expert`'s."""
         if len(self.experts) == 1:
             return step
-        blocks, rest = divmod(step, self.block)
-        first = math.ceil(blocks * self.share) * self.block
-        if self._is_first(blocks):
-            first += rest
+        first = self._first_before(step)
         return first if expert == self.experts[0] else step - first
 
     def turn(self, step: int) -> tuple[ExpertName, int]:
         """The expert of `step`, and how many steps it had before."""
-        first = len(self.experts) == 1 or self._is_first(step // self.block)
-        expert = self.experts[0 if first else 1]
+        first = self.experts[0]
+        rises = self.steps_before(step + 1, first) > self.steps_before(step, first)
+        expert = first if rises else self.experts[1]
         return expert, self.steps_before(step, expert)
 
-    def _is_first(self, block: int) -> bool:
-        return math.ceil((block + 1) * self.share) > math.ceil(block * self.share)
+    def _first_before(self, step: int) -> int:
+        """How many of the steps 0 .. `step`-1 are the first expert's."""
+        blocks, rest = divmod(step, self.block)
+        whole = math.ceil(blocks * self.share)
+        dealt = whole * self.block
+        if math.ceil((blocks + 1) * self.share) > whole:
+            dealt += rest
+        if self.budgets is None:
+            return dealt
+        # Both bounds rise by at most one a step, so the count still does.
+        budget, other = self.budgets
+        return min(max(dealt, step - other), budget)
 
 
 def expert_schedule(
@@ -51,11 +71,19 @@ def expert_schedule(
     share: Literal["equal", "mass"] | float,
     block: int,
     density: TimestepDensity,
+    budgets: tuple[int, int] | None = None,
 ) -> ExpertSchedule:
-    """The schedule that the run file's `train.high_share` and `train.expert_block` mean."""
+    """The schedule that the run file's `train.high_share` and `train.expert_block` mean.
+
+    `budgets`, where `per_expert` gives steps for both experts in this order, decide the share too.
+    """
     names: tuple[ExpertName, ...] = tuple(e.name for e in experts)
     if len(experts) == 1:
         return ExpertSchedule(experts=names)
+    if budgets is not None:
+        return ExpertSchedule(
+            experts=names, share=Fraction(budgets[0], sum(budgets)), block=block, budgets=budgets
+        )
     named = {"equal": 0.5, "mass": density.mass(experts[0])}
     value = named[share] if isinstance(share, str) else share
     return ExpertSchedule(
@@ -63,19 +91,44 @@ def expert_schedule(
     )
 
 
-def lr_factor(
-    kind: Literal["constant", "linear", "cosine"], step: int, total: int, warmup: int
-) -> float:
+def lr_factor(schedule: Schedule, step: int, total: int, warmup: int, warmdown: int) -> float:
     """What the learning rate is multiplied with at an expert's own step `step` (from 0) of `total`.
 
-    Rises linearly over `warmup` steps, the first of which is not 0; then stays, or falls towards 0,
-    which it would reach one step after the last.
+    It rises in a straight line over `warmup` steps, the first of which is not 0. Then it takes the
+    course of `schedule`, which reaches its end one step after the last that is its own. Over the
+    last `warmdown` steps it falls from there in a straight line to 0, which it would reach one step
+    after the last. Between the ramps the courses are those of diffusers and transformers.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    if kind == "constant":
+    fall = total - warmdown
+    factor = _course(schedule, min(step, fall) - warmup, max(1, fall - warmup))
+    return factor if step < fall else factor * (total - step) / max(1, warmdown)
+
+
+def _course(schedule: Schedule, done: int, span: int) -> float:
+    """The factor after `done` steps of a course over `span` of them."""
+    if isinstance(schedule, ConstantSchedule):
         return 1.0
-    progress = (step - warmup) / max(1, total - warmup)
-    if kind == "linear":
-        return 1 - progress
+    return schedule.end + (1 - schedule.end) * _fallen(schedule, done, span)
+
+
+def _fallen(schedule: Schedule, done: int, span: int) -> float:
+    """From 1 at the start of a course to 0 at its end."""
+    left = 1 - done / span
+    match schedule:
+        case CosineSchedule():
+            return _half_cosine(done / span)
+        case CosineRestartsSchedule():
+            # In whole numbers, so that a cycle ends on its step and not on one beside it.
+            return _half_cosine(schedule.cycles * done % span / span) if done < span else 0.0
+        case RexSchedule():  # Chen et al., arXiv 2107.04197
+            return left / (1 / 2 + left / 2)
+        case PolynomialSchedule():
+            return left**schedule.power
+        case LinearSchedule() | ConstantSchedule():
+            return left
+
+
+def _half_cosine(progress: float) -> float:
     return (1 + math.cos(math.pi * progress)) / 2

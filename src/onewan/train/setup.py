@@ -3,62 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-from onewan.adapters.lora import LoraSpec, adapter_parameters, attach_lora
-from onewan.adapters.select import select_layers, select_modules
-from onewan.config.schema import RunConfig
+from onewan.adapters.lora import adapter_spec, attach_adapter, spec_and_weights_from
+from onewan.adapters.select import select_weights
+from onewan.adapters.weights import train_weights
+from onewan.checkpoint.export import expert_of
+from onewan.config.method import (
+    AdapterMethod,
+    DoraMethod,
+    EmbeddingMethod,
+    EmbeddingSection,
+    FineTuneMethod,
+    LoraMethod,
+)
+from onewan.config.schema import ExpertSettings, RunConfig
 from onewan.data.encode import Dataset, Progress, prepare, silent
 from onewan.data.loader import WanDataLoader
 from onewan.errors import ConfigError
+from onewan.formats.lora_files import AdapterFile, read_adapter
 from onewan.model.attention import attend_within_frames
+from onewan.model.embedding import WanModelEmbedding
 from onewan.model.load import WanModelLoader
 from onewan.model.sources import ENCODERS, Component, Placed, locate
+from onewan.model.text import checkpoint_encoder
 from onewan.model.wan import WanModel
 from onewan.sample.generate import SampleRequest, requests_from
-from onewan.train.objective import Objective, TimestepDensity
-from onewan.train.optim import build_optimizer
+from onewan.train.density import TimestepDensity, density_of
+from onewan.train.ema import Ema
+from onewan.train.methods import AdapterTraining, EmbeddingTraining, ExpertMethod, WeightTraining
+from onewan.train.objective import Objective
+from onewan.train.optim import resumes_exactly
+from onewan.train.run import DTYPES, Run
 from onewan.train.schedule import ExpertSchedule, expert_schedule
-from onewan.train.state import TrainedExpert, TrainState
-from onewan.variants import VARIANTS, ExpertName
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(kw_only=True)
-class Run:
-    """One run, built: what the trainer works with."""
-
-    config: RunConfig
-    device: torch.device
-    model: WanModel
-    dataset: Dataset
-    loader: WanDataLoader
-    objective: Objective
-    schedule: ExpertSchedule
-    lora: LoraSpec
-    state: TrainState
-    samples: list[SampleRequest]
-    warnings: list[str]
-    """What the user should know before the first step."""
-    active: ExpertName | None = None
-    """The expert that is on the device."""
-
-    def activate(self, name: ExpertName) -> TrainedExpert:
-        """The expert `name`, on the device, ready to train; others may be sent to the host."""
-        chosen = self.state.experts[name]
-        if self.active != name:  # going through all weights costs milliseconds in every step
-            if self.config.memory.offload_inactive_expert:
-                for other, trained in self.state.experts.items():
-                    if other != name:
-                        trained.to(torch.device("cpu"))
-            chosen.to(self.device)
-            self.active = name
-        return chosen
+from onewan.train.state import PartName, TrainedExpert, TrainedPart, TrainState
+from onewan.train.update import Updater
+from onewan.variants import VARIANTS, Expert, ExpertName
 
 
 class WanModelSetup:
@@ -67,6 +49,7 @@ class WanModelSetup:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._variant = VARIANTS[config.model.variant]
+        self._experts = self._variant.selected(config.model.experts)
         self._device = pick_device(config.model.device)
         self._dtype = DTYPES[config.model.dtype]
         self._vae: AutoencoderKLWan | None = None
@@ -88,6 +71,7 @@ class WanModelSetup:
             sources.places,
             self._load,
             extra_prompts=sorted(texts),
+            live_text=bool(self._config.embeddings),
             progress=progress,
             verify=verify,
         )
@@ -97,44 +81,13 @@ class WanModelSetup:
         one another, and what training does not need is let go in between."""
         config = self._config
         samples = requests_from(config)
+        starts = self._starts()
         dataset = self.dataset(samples, progress)
         model = self._model(needs_sampling=bool(samples))
-        lora = self._lora_spec(model)
-        experts = self._variant.selected(config.model.experts)
-        density = TimestepDensity(
-            distribution=config.train.timesteps.distribution,
-            shift=config.train.timesteps.shift or self._variant.flow_shift,
-            mean=config.train.timesteps.mean,
-            std=config.train.timesteps.std,
-        )
-        schedule = expert_schedule(
-            experts, config.train.high_share, config.train.expert_block, density
-        )
-        warnings = [
-            *self._notices,
-            *(
-                f"the {name} expert gets none of the {config.train.steps} steps; see "
-                f"train.expert_block ({config.train.expert_block}) and train.high_share"
-                for name in schedule.experts
-                if not schedule.steps_before(config.train.steps, name)
-            ),
-        ]
-        trained = {}
-        for expert in experts:
-            transformer = model.expert(expert)
-            attach_lora(transformer, lora, config.train.seed, expert.name)
-            if config.memory.gradient_checkpointing:
-                transformer.enable_gradient_checkpointing()
-            if not config.wan_config.use_temporal_attention:
-                attend_within_frames(transformer)
-            parameters = list(adapter_parameters(transformer).values())
-            trained[expert.name] = TrainedExpert(
-                expert=expert,
-                transformer=transformer,
-                parameters=parameters,
-                optimizer=build_optimizer(parameters, config.optimizer),
-            )
-        clean_share = config.train.first_frame_probability
+        density = density_of(config.train.timesteps, self._variant.flow_shift)
+        schedule = self._schedule(density)
+        embeddings = self._embeddings(model, dataset)
+        trained = {e.name: self._trained(model, e, starts.get(e.name)) for e in self._experts}
         return Run(
             config=config,
             device=self._device,
@@ -146,20 +99,201 @@ class WanModelSetup:
                 batch_size=config.train.batch_size,
                 accumulation=config.train.accumulation,
                 seed=config.train.seed,
+                caption_dropout=config.train.caption_dropout,
+                live_text=bool(config.embeddings),
             ),
-            objective=Objective(
-                density=density,
-                seed=config.train.seed,
-                first_frame_probability=clean_share
-                if self._variant.condition == "first_frame_clean"
-                else 0.0,
-            ),
+            objective=self._objective(density),
             schedule=schedule,
-            lora=lora,
-            state=TrainState(experts=trained),
+            state=TrainState(experts=trained, embeddings=embeddings),
             samples=samples,
-            warnings=warnings,
+            dropout=isinstance(config.method, LoraMethod | DoraMethod) and config.method.dropout > 0,
+            warnings=[*self._notices, *self._warnings(schedule)],
         )
+
+    def _warnings(self, schedule: ExpertSchedule) -> list[str]:
+        config = self._config
+        warnings = [
+            f"the {name} expert gets none of the {config.train.steps} steps; see "
+            f"train.expert_block ({config.train.expert_block}) and train.high_share"
+            for name in schedule.experts
+            if not schedule.steps_before(config.train.steps, name)
+        ]
+        if reason := resumes_exactly(config.optimizer):
+            warnings.append(
+                f"a resumed run will not be the uncut one to the bit: {config.optimizer.name} {reason}"
+            )
+        return warnings
+
+    def _objective(self, density: TimestepDensity) -> Objective:
+        train = self._config.train
+        given = self._variant.condition == "first_frame_clean"
+        return Objective(
+            variant=self._variant,
+            density=density,
+            seed=train.seed,
+            train=train,
+            first_frame_probability=train.first_frame_probability if given else 0.0,
+        )
+
+    def _schedule(self, density: TimestepDensity) -> ExpertSchedule:
+        config = self._config
+        high, low = config.per_expert.high.steps, config.per_expert.low.steps
+        budgets, share = None, config.train.high_share
+        if high is not None and low is not None:
+            budgets, share = (high, low), high / (high + low)
+        return expert_schedule(
+            self._experts, share, config.train.expert_block, density, budgets=budgets
+        )
+
+    # ---------------------------------------------------------------------------- what trains
+
+    def _starts(self) -> dict[ExpertName, AdapterFile]:
+        """The adapters to go on from, by expert; ConfigError if they are of the wrong ones."""
+        method = self._config.method
+        if not isinstance(method, AdapterMethod):
+            return {}
+        starts: dict[ExpertName, AdapterFile] = {}
+        problems = []
+        for path in method.start_from:
+            file = read_adapter(path)
+            name = expert_of(path, file.metadata, self._variant, file.expert).name
+            if name in starts:
+                problems.append(f"method.start_from: two files are for the {name} expert; keep one")
+            if name not in {e.name for e in self._experts}:
+                problems.append(
+                    f"method.start_from: {path} is for the {name} expert, which does not train; "
+                    "leave it out, or change model.experts"
+                )
+            starts[name] = file
+        if problems:
+            raise ConfigError("run file", problems)
+        return starts
+
+    def _trained(
+        self, model: WanModel, expert: Expert, start: AdapterFile | None
+    ) -> TrainedExpert:
+        config = self._config
+        transformer = model.expert(expert)
+        transformer.requires_grad_(False)
+        method = self._method(transformer, expert, start)
+        if config.memory.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        if not config.wan_config.use_temporal_attention:
+            attend_within_frames(transformer)
+        part = None
+        if method is not None:
+            lr = self._own(expert).lr or config.optimizer.lr
+            part = self._part(expert.name, method, lr)
+        return TrainedExpert(expert=expert, transformer=transformer, method=method, part=part)
+
+    def _own(self, expert: Expert) -> ExpertSettings:
+        """What the run file says of one of two experts."""
+        settings = self._config.per_expert
+        return settings.high if expert.name == "high" else settings.low
+
+    def _method(
+        self, transformer: WanTransformer3DModel, expert: Expert, start: AdapterFile | None
+    ) -> ExpertMethod | None:
+        config, method = self._config, self._config.method
+        layers = config.wan_config.transformer_layers_to_train
+        if isinstance(method, EmbeddingMethod):
+            return None
+        if isinstance(method, FineTuneMethod):
+            names = select_weights(transformer, method.modules, layers)
+            return WeightTraining(
+                transformer,
+                train_weights(transformer, names, method.weights),
+                precision=method.weights,
+                fused=method.fused_step,
+                variant=self._variant,
+                expert=expert,
+                source=config.model.source_of(expert.component),
+            )
+        own, initial = self._own(expert), None
+        if start is not None:
+            spec, initial = spec_and_weights_from(start, method, transformer)
+        else:
+            spec = adapter_spec(method, transformer, layers, rank=own.rank, alpha=own.alpha)
+        attach_adapter(transformer, spec, config.train.seed, expert.name, initial)
+        return AdapterTraining(
+            transformer,
+            spec,
+            lora_plus_ratio=method.lora_plus_ratio
+            if isinstance(method, LoraMethod | DoraMethod)
+            else 1.0,
+            starts_as_base=start is None,
+        )
+
+    def _part(self, name: PartName, what: ExpertMethod | EmbeddingTraining, lr: float) -> TrainedPart:
+        config = self._config
+        ema = config.train.ema
+        return TrainedPart(
+            name=name,
+            weights=what,
+            updater=Updater(
+                what.groups(lr),
+                config.optimizer,
+                rounding=what.rounding,
+                fused=what.fused,
+                seed=config.train.seed,
+                name=name,
+            ),
+            ema=None if ema is None else Ema(what.parameters, ema.decay, ema.device),
+        )
+
+    def _embeddings(self, model: WanModel, dataset: Dataset) -> TrainedPart | None:
+        """Put the run file's placeholders into `model`; the part that trains them, if any."""
+        config = self._config
+        if not config.embeddings:
+            return None
+        assert model.text_encoder is not None
+        model.text_encoder.requires_grad_(False)
+        model.text_encoder.to(self._device)  # pyright: ignore[reportArgumentType]
+        made = [self._embedding(section, model) for section in config.embeddings]
+        model.embedding, model.additional_embeddings = made[0], made[1:]
+        chosen = [
+            (embedding, section.lr or config.optimizer.lr)
+            for embedding, section in zip(made, config.embeddings, strict=True)
+            if section.train
+        ]
+        self._check_captions([embedding for embedding, _ in chosen], dataset)
+        if not chosen:
+            return None
+        if config.memory.gradient_checkpointing:
+            checkpoint_encoder(model.text_encoder)
+        return self._part("embeddings", EmbeddingTraining(chosen), config.optimizer.lr)
+
+    def _embedding(self, section: EmbeddingSection, model: WanModel) -> WanModelEmbedding:
+        name, placeholder = section.name, section.placeholder
+        if section.start_from is not None:
+            made = WanModelEmbedding.from_file(section.start_from, placeholder=placeholder, name=name)
+        else:
+            made = WanModelEmbedding.initial(
+                model,
+                placeholder=placeholder,
+                name=name,
+                initial_text=section.initial_text,
+                token_count=section.token_count,
+                is_output_embedding=section.is_output_embedding,
+                seed=self._config.train.seed,
+            )
+        made.to(self._device)
+        made.vectors.requires_grad_(section.train)
+        return made
+
+    def _check_captions(self, trained: list[WanModelEmbedding], dataset: Dataset) -> None:
+        """ConfigError for placeholders that no caption has, which would never train."""
+        captions = {caption for clip in dataset.clips for caption in clip.captions}
+        absent = [e for e in trained if not any(e.placeholder in c for c in captions)]
+        if absent:
+            raise ConfigError(
+                "run file",
+                [
+                    f"embeddings: no caption contains {e.placeholder!r}, so it would not train; "
+                    "write it into the captions of the clips that show it"
+                    for e in absent
+                ],
+            )
 
     def _load(self, components: Collection[Component]) -> WanModel:
         """Parts of the run's model for encoding, on the device."""
@@ -182,9 +316,12 @@ class WanModelSetup:
         return model
 
     def _model(self, *, needs_sampling: bool) -> WanModel:
-        """The transformers that train, and with `needs_sampling` all that sampling needs, in host
-        memory; the trainer moves to the device what is at work."""
+        """The transformers that train, the text encoder if placeholders train through it, and with
+        `needs_sampling` all that sampling needs, in host memory; the trainer moves to the device
+        what is at work."""
         wanted: set[Component] = set(self._transformers(needs_sampling))
+        if self._config.embeddings:
+            wanted |= {"text_encoder", "tokenizer"}
         if needs_sampling:
             wanted |= {"scheduler"} if self._vae is not None else {"scheduler", "vae"}
         model = self._loaded(torch.device("cpu"), wanted)
@@ -200,19 +337,6 @@ class WanModelSetup:
         choice = "both" if needs_sampling else self._config.model.experts
         return {expert.component for expert in self._variant.selected(choice)}
 
-    def _lora_spec(self, model: WanModel) -> LoraSpec:
-        method = self._config.method
-        first = model.expert(self._variant.selected(self._config.model.experts)[0])
-        return LoraSpec(
-            rank=method.rank,
-            alpha=method.alpha or method.rank,
-            dropout=method.dropout,
-            modules=select_modules(method.modules),
-            layers=select_layers(
-                self._config.wan_config.transformer_layers_to_train, first.config["num_layers"]
-            ),
-        )
-
 
 def pick_device(wish: str) -> torch.device:
     """The device that `model.device` means; ConfigError if PyTorch does not have it."""
@@ -227,10 +351,3 @@ def pick_device(wish: str) -> torch.device:
             "run file", [f"model.device: {wish!r} can't be used here ({reason}); try auto or cpu"]
         ) from error
     return device
-
-
-def run_folder(config: RunConfig) -> Path:
-    """The folder of a resolved run file's run."""
-    if config.output.name is None:
-        raise ValueError("the run file has not been resolved; read it with onewan.config.load_run")
-    return config.output.dir / config.output.name

@@ -1,7 +1,9 @@
 """`TrainState`: all that changes while a run trains, and how it is saved and read back.
 
-Adapters, optimizers and the step number are the whole of it: everything else (order of the data,
-noise, turns of the experts, learning rate) is a function of the step and the run file.
+Weights that train, their optimizers and averages, and a few numbers are the whole of it. Everything
+else is a function of the step and the run file: order of the data, noise, turns of the experts,
+learning rate. A state is one between two optimizer steps, so no accumulation is ever under way in
+it; and it knows nothing of devices or processes, whose number may differ when it is read.
 """
 
 from __future__ import annotations
@@ -9,41 +11,122 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from onewan.adapters.lora import adapter_weights, load_adapter_weights
 from onewan.errors import CheckpointError
+from onewan.train.ema import Ema
+from onewan.train.methods import ExpertMethod
+from onewan.train.update import Updater
 from onewan.variants import Expert, ExpertName
 
 _FACTS = "state.json"
 _PACKAGES = ("onewan", "torch", "diffusers", "transformers", "peft")
 
+PartName = Literal["high", "low", "embeddings"]
+WeightsKind = Literal["trained", "ema"]
+
+
+class Weights(Protocol):
+    """Where the weights of a part are read from and written to."""
+
+    def read(self) -> dict[str, Tensor]:
+        """All that training changed, by name, on the CPU."""
+        ...
+
+    def write(self, weights: Mapping[str, Tensor], source: str) -> None:
+        """The reverse of `read`, bit for bit. `source` names the file for the CheckpointError that
+        missing, surplus or misshapen weights raise."""
+        ...
+
+
+@dataclass(kw_only=True)
+class TrainedPart:
+    """Weights that train together under one optimizer: those of an expert, or the embeddings."""
+
+    name: PartName
+    weights: Weights
+    updater: Updater
+    ema: Ema | None = None
+
+    def as_(self, kind: WeightsKind) -> AbstractContextManager[None]:
+        """The weights as they are to be used: trained (by a schedule-free optimizer, averaged), or
+        the moving average. Afterwards they are, to the bit, what training goes on with."""
+        if kind == "ema":
+            assert self.ema is not None
+            return self.ema.applied()
+        return self.updater.evaluating()
+
+    def to(self, device: torch.device) -> None:
+        """Move what goes with the weights; the numbers stay the same."""
+        self.updater.to(device)
+        if self.ema is not None:
+            self.ema.to(device)
+
+    def save(self, folder: Path) -> None:
+        save_file(self.weights.read(), folder / f"{self.name}.safetensors")
+        torch.save(self.updater.state_dict(), folder / f"{self.name}_optimizer.pt")
+        if self.ema is not None:
+            torch.save(self.ema.state_dict(), folder / f"{self.name}_ema.pt")
+
+    def load(self, folder: Path, *, allow_change: bool) -> Iterator[str]:
+        """Take over what `save` wrote. Yields what had to start anew, where that is allowed."""
+        weights, ema = folder / f"{self.name}.safetensors", folder / f"{self.name}_ema.pt"
+        try:
+            self.weights.write(load_file(weights), str(weights))
+        except (OSError, SafetensorError) as error:
+            raise self._unfit(weights, error) from error
+        if self.ema is not None:
+            if ema.is_file() or not allow_change:
+                self._load_into(self.ema, ema)
+            else:
+                yield f"{self.name}: the moving average starts from the weights as they are"
+                self.ema.restart()
+        optimizer = folder / f"{self.name}_optimizer.pt"
+        try:
+            self._load_into(self.updater, optimizer)
+        except CheckpointError as error:
+            if not allow_change:
+                raise
+            yield f"{self.name}: the optimizer starts anew ({error})"
+
+    def _load_into(self, target: Updater | Ema, file: Path) -> None:
+        try:
+            target.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
+        except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+            raise self._unfit(file, error) from error
+
+    def _unfit(self, file: Path, error: Exception) -> CheckpointError:
+        return CheckpointError(f"{file}: does not fit what this run trains ({error})")
+
 
 @dataclass(kw_only=True)
 class TrainedExpert:
-    """An expert with an adapter, and the optimizer of that adapter."""
+    """An expert that has steps in the run."""
 
     expert: Expert
     transformer: WanTransformer3DModel
-    parameters: list[nn.Parameter]
-    """Those of the adapter. Kept, since finding them among all modules takes a while."""
-    optimizer: torch.optim.Optimizer
+    method: ExpertMethod | None = None
+    part: TrainedPart | None = None
+    """Both None if nothing of the expert itself trains, but embeddings through it."""
 
     def to(self, device: torch.device) -> None:
-        """Move weights and optimizer state; the numbers stay the same."""
         self.transformer.to(device)  # pyright: ignore[reportArgumentType]  (diffusers hides self)
-        for state in self.optimizer.state.values():
-            for name, value in state.items():
-                if isinstance(value, Tensor):
-                    state[name] = value.to(device)
+        if self.part is not None:
+            self.part.to(device)
+
+    def base(self) -> AbstractContextManager[None]:
+        """The expert as it was before training, for as long as the block lasts."""
+        return nullcontext() if self.method is None else self.method.base()
 
 
 @dataclass(kw_only=True)
@@ -51,39 +134,53 @@ class TrainState:
     """The state of a run after `step` optimizer steps."""
 
     experts: dict[ExpertName, TrainedExpert]
+    embeddings: TrainedPart | None = None
     step: int = 0
-    first_grid: dict[str, float] = field(default_factory=dict)
-    """Each expert's loss on the fixed grid before the first step, to compare later ones with."""
+    base_loss: dict[str, float] = field(default_factory=dict)
+    """Each expert's validation loss of the base model, to compare later ones with."""
+    validated: int | None = None
+    """The step of the last validation, and"""
+    best: dict[str, float] | None = None
+    """``step`` and ``loss`` of the one with the lowest loss."""
+
+    @property
+    def parts(self) -> list[TrainedPart]:
+        """All that trains: the experts' parts, then the embeddings."""
+        found = [*(trained.part for trained in self.experts.values()), self.embeddings]
+        return [part for part in found if part is not None]
+
+    def parts_of(self, name: ExpertName) -> list[TrainedPart]:
+        """What moves in a step of expert `name`."""
+        found = (self.experts[name].part, self.embeddings)
+        return [part for part in found if part is not None]
 
     def save(self, folder: Path, facts: dict[str, Any]) -> None:
         """Write the state into `folder`; `facts` (run file, data set) are kept beside it."""
-        for name, trained in self.experts.items():
-            save_file(adapter_weights(trained.transformer), folder / f"{name}.safetensors")
-            torch.save(trained.optimizer.state_dict(), folder / f"{name}_optimizer.pt")
+        for part in self.parts:
+            part.save(folder)
         about = {
             "step": self.step,
-            "first_grid": self.first_grid,
+            "base_loss": self.base_loss,
+            "validated": self.validated,
+            "best": self.best,
             "versions": versions(),
             **facts,
         }
         (folder / _FACTS).write_text(json.dumps(about, indent=2), encoding="utf-8")
 
-    def load(self, folder: Path) -> None:
-        """Take over the state in `folder`. CheckpointError names what does not fit."""
+    def load(self, folder: Path, *, allow_change: bool = False) -> list[str]:
+        """Take over the state in `folder`. CheckpointError names what does not fit.
+
+        With `allow_change` an optimizer or average that does not fit starts anew; returns a line
+        for each that did.
+        """
         about = read_facts(folder)
-        for name, trained in self.experts.items():
-            weights, optimizer = folder / f"{name}.safetensors", folder / f"{name}_optimizer.pt"
-            try:
-                load_adapter_weights(trained.transformer, load_file(weights), str(weights))
-                trained.optimizer.load_state_dict(
-                    torch.load(optimizer, weights_only=True, map_location="cpu")
-                )
-            except (OSError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
-                raise CheckpointError(
-                    f"{folder}: the {name} expert's state does not fit this run ({error})"
-                ) from error
+        anew = [line for part in self.parts for line in part.load(folder, allow_change=allow_change)]
         self.step = about["step"]
-        self.first_grid = about["first_grid"]
+        self.base_loss = about["base_loss"]
+        self.validated = about["validated"]
+        self.best = about["best"]
+        return anew
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -11,15 +11,12 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from onewan.adapters.lora import adapter_weights
-from onewan.checkpoint.export import WanModelSaver
 from onewan.checkpoint.store import StateStore
 from onewan.config.load import changed_fields, dump_run
 from onewan.config.migrate import migrate
@@ -27,15 +24,16 @@ from onewan.config.schema import RunConfig
 from onewan.data.loader import Step
 from onewan.errors import CheckpointError, Interrupted
 from onewan.files import replacing
-from onewan.formats.lora import LoraFormat, WanShape
 from onewan.runs.control import Request, StopSignals, clear, pending
 from onewan.runs.events import EventLog
 from onewan.runs.layout import RunLayout
 from onewan.sample.generate import WanModelSampler
-from onewan.train.setup import DTYPES, Run, WanModelSetup, run_folder
-from onewan.train.state import read_facts, versions
-from onewan.train.step import StepMetrics, grid_loss, train_step
-from onewan.variants import ExpertName
+from onewan.train.export import ExportedFile, export, exported_files
+from onewan.train.run import Run, run_folder
+from onewan.train.setup import WanModelSetup
+from onewan.train.state import WeightsKind, read_facts, versions
+from onewan.train.step import StepMetrics, train_step
+from onewan.train.validation import validation_loss
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +55,12 @@ _FREE_TO_CHANGE = (
     "video_data.cache",
     "video_data.cache_dir",
     "train.save_every",
-    "train.keep_states",
-    "train.grid_every",
+    "train.save_minutes",
+    "train.keep",
+    "validation",
 )
+_GRID = ("validation.clips", "validation.levels")
+"""Settings after whose change a validation loss can't be compared with earlier ones."""
 
 
 class WanTrainer:
@@ -84,11 +85,14 @@ class WanTrainer:
         self._resume = resume
         self._allow_change = allow_change
         self._layout = RunLayout(run_folder(config))
-        self._store = StateStore(self._layout, config.train.keep_states)
+        self._store = StateStore(
+            self._layout, config.train.keep_states, config.train.keep_every
+        )
         self._signals = StopSignals()
         self._events: EventLog | None = None
         self._board: Any = None
         self._saved_step = 0
+        self._saved_at = time.monotonic()
         self._levels: dict[str, list[float]] = {}
 
     def fit(self) -> None:
@@ -149,16 +153,16 @@ class WanTrainer:
     def _before_first_step(self, run: Run) -> None:
         self._stop_if_asked(run)
         if run.state.step == 0:
-            if not run.state.first_grid:
-                run.state.first_grid = self._measure_grid(run)
+            if run.state.validated is None:
+                self._validate(run)
             if self._config.sample.at_start:
                 self._sample(run)
             return
         # The run may have been cut off between saving this step and what comes after it.
-        if self._save_due(run) and not all(p.exists() for _, _, p in self._weight_files(run)):
+        if self._validation_due(run) and run.state.validated != run.state.step:
+            self._validate(run)
+        if self._save_due(run) and not all(f.path.exists() for f in self._files(run)):
             self._export(run)
-        if run.state.step == self._config.train.steps:
-            self._measure_grid(run)
         if self._sample_due(run):
             self._sample(run)
 
@@ -175,18 +179,27 @@ class WanTrainer:
             t=metrics.t,
             seconds=seconds,
         )
-        if self._save_due(run) or self._asked("save"):
+        best = self._validation_due(run) and self._validate(run)
+        asked = self._asked("save")
+        if best or asked or self._save_due(run):
             self._save(run)
             self._export(run)
-        every = self._config.train.grid_every
-        if done == self._config.train.steps or (every and done % every == 0):
-            self._measure_grid(run)
+        elif self._minutes_are_over():
+            self._save(run)
         if self._sample_due(run) or self._asked("sample"):
             self._sample(run)
 
     def _save_due(self, run: Run) -> bool:
         done = run.state.step
         return done == self._config.train.steps or done % self._config.train.save_every == 0
+
+    def _minutes_are_over(self) -> bool:
+        minutes = self._config.train.save_minutes
+        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+
+    def _validation_due(self, run: Run) -> bool:
+        every, done = self._config.validation.every, run.state.step
+        return done == self._config.train.steps or bool(every and done % every == 0)
 
     def _sample_due(self, run: Run) -> bool:
         every, done = self._config.sample.every, run.state.step
@@ -199,16 +212,43 @@ class WanTrainer:
         clear(self._layout, request)
         return True
 
-    def _measure_grid(self, run: Run) -> dict[str, float]:
-        """Each expert's loss on the fixed grid; nothing if the run file turned it off."""
-        if not self._config.train.grid_clips:
-            return {}
-        losses: dict[str, float] = {}
-        for name in run.state.experts:
-            losses[name] = grid_loss(run, name, partial(self._stop_if_asked, run))
-            first = run.state.first_grid.get(name, losses[name])
-            self._tell("grid", step=run.state.step, expert=name, loss=losses[name], first=first)
-        return losses
+    def _validate(self, run: Run) -> bool:
+        """Each expert's loss on the fixed clips, of all kinds of weights that it has; whether it is
+        the best so far, and its state to be kept for that."""
+        state, step = run.state, run.state.step
+        if not self._config.validation.clips:
+            return False
+        measured: list[float] = []
+        for name, trained in state.experts.items():
+            measure = partial(validation_loss, run, name, between=partial(self._stop_if_asked, run))
+            losses = {kind: measure(kind) for kind in self._kinds(run)}
+            if name not in state.base_loss and step == 0:
+                as_base = trained.method is None or trained.method.starts_as_base
+                state.base_loss[name] = losses["trained"] if as_base else measure(None)
+            measured.append(losses["trained"])
+            self._tell(
+                "validation",
+                step=step,
+                expert=name,
+                loss=losses["trained"],
+                ema=losses.get("ema"),
+                base=state.base_loss.get(name),
+                held_out=bool(run.dataset.held_out),
+            )
+        state.validated = step
+        loss = sum(measured) / len(measured)
+        if step == 0 or not self._config.train.keep_best:
+            return False
+        if state.best is not None and loss >= state.best["loss"]:
+            return False
+        state.best = {"step": step, "loss": loss}
+        self._tell("best", step=step, loss=loss)
+        return True
+
+    @staticmethod
+    def _kinds(run: Run) -> tuple[WeightsKind, ...]:
+        averaged = any(part.ema is not None for part in run.state.parts)
+        return ("trained", "ema") if averaged else ("trained",)
 
     def _restore(self, run: Run) -> None:
         found = self._store.newest() if self._resume else None
@@ -217,9 +257,13 @@ class WanTrainer:
         for damage in found.damaged:
             self._warn(f"passed over a damaged state: {damage}")
         facts = read_facts(found.folder)
-        self._check_changes(run, facts)
+        changed = self._check_changes(run, facts)
+        for line in run.state.load(found.folder, allow_change=self._allow_change):
+            self._warn(line)
         self._write_run_files()
-        run.state.load(found.folder)
+        if changed & set(_GRID):
+            run.state.base_loss, run.state.best = {}, None
+            self._warn("validation losses are measured anew and can't be compared with earlier ones")
         self._saved_step = found.step
         self._tell("resumed", step=found.step, state=str(found.folder))
         if facts["versions"] != versions():
@@ -228,26 +272,32 @@ class WanTrainer:
                 "the same bits are not promised across versions"
             )
 
-    def _check_changes(self, run: Run, facts: dict[str, Any]) -> None:
-        """Refuse to go on with what would not be the same run, unless the user allows it."""
+    def _check_changes(self, run: Run, facts: dict[str, Any]) -> set[str]:
+        """List what changed since the state was saved, and refuse what would not be the same run,
+        unless the user allows it. Returns the names of the changed settings."""
         then = RunConfig.model_validate(migrate(facts["config"]))
-        steps_matter = self._config.train.schedule != "constant"
-        changes = [
-            f"{name}: was {old!r}, is {new!r}"
-            for name, old, new in changed_fields(then, self._config)
-            if not name.startswith(_FREE_TO_CHANGE) and (steps_matter or name != "train.steps")
-        ]
+        fields = changed_fields(then, self._config)
+        steps_matter = (
+            self._config.train.schedule.kind != "constant" or self._config.train.warmdown_steps
+        )
+        exact: list[str] = []
+        others: list[str] = []
+        for name, old, new in fields:
+            free = name.startswith(_FREE_TO_CHANGE) or (name == "train.steps" and not steps_matter)
+            (exact if free else others).append(f"{name}: was {old!r}, is {new!r}")
         if facts["dataset"] != run.dataset.digest:
-            changes.append("the data set: clips, captions or spans differ from those of the run")
-        if not changes:
-            return
-        listed = "\n  ".join(changes)
-        if not self._allow_change:
+            others.append("the data set: clips, captions or spans differ from those of the run")
+        if others and not self._allow_change:
+            listed = "\n  ".join(others)
             raise CheckpointError(
                 f"{self._layout.root}: resuming with changes would not be the same run; undo them, "
                 f"start another run, or allow them with --allow-change\n  {listed}"
             )
-        self._warn(f"resuming with changes, as allowed:\n  {listed}")
+        if others:
+            self._warn("resuming with changes, as allowed:\n  " + "\n  ".join(others))
+        if exact:
+            self._note("resuming with changes that leave the numbers alone:\n  " + "\n  ".join(exact))
+        return {name for name, _, _ in fields}
 
     def _save(self, run: Run) -> None:
         if run.state.step == self._saved_step:
@@ -256,56 +306,23 @@ class WanTrainer:
             "config": self._config.model_dump(mode="json"),
             "dataset": run.dataset.digest,
         }
-        folder = self._store.save(run.state.step, lambda f: run.state.save(f, facts))
-        self._saved_step = run.state.step
+        best = None if run.state.best is None else int(run.state.best["step"])
+        folder = self._store.save(run.state.step, lambda f: run.state.save(f, facts), best)
+        self._saved_step, self._saved_at = run.state.step, time.monotonic()
         self._tell("saved", step=run.state.step, state=str(folder))
         self._record_levels(run)
 
-    def _weight_files(self, run: Run) -> list[tuple[ExpertName, LoraFormat, Path]]:
-        """The files that the weights of this step go to: one for each expert and format."""
-        formats, step = self._config.output.formats, run.state.step
-        return [
-            (name, fmt, self._layout.weights(step, trained.expert.file_suffix, named))
-            for name, trained in run.state.experts.items()
-            for fmt in formats
-            for named in [fmt if len(formats) > 1 else None]
-        ]
+    def _files(self, run: Run) -> list[ExportedFile]:
+        return list(exported_files(run, self._layout))
 
     def _export(self, run: Run) -> None:
-        """Write each trained expert's adapter in each format that the run file names."""
-        for name, fmt, path in self._weight_files(run):
-            transformer = run.state.experts[name].transformer
-            notices = WanModelSaver().save_lora(
-                adapter_weights(transformer),
-                path,
-                format=fmt,
-                dtype=DTYPES[self._config.output.dtype],
-                peft_config=run.lora.peft_config().to_dict(),
-                facts=self._facts(run, name),
-                date=datetime.now(timezone.utc),
-                title=f"{self._config.output.name} ({run.model.variant.title} LoRA)",
-                resolution=max(clip.size for clip in run.dataset.clips),
-                shape=WanShape.of_config(transformer.config),
+        """Write what training made, in each format that the run file names."""
+        for file in self._files(run):
+            for notice in export(run, file):
+                self._warn(f"{file.path.name}: {notice}")
+            self._tell(
+                "exported", step=run.state.step, expert=file.part.name, file=str(file.path)
             )
-            for notice in notices:
-                self._warn(f"{path.name}: {notice}")
-            self._tell("exported", step=run.state.step, expert=name, file=str(path))
-
-    def _facts(self, run: Run, name: ExpertName) -> dict[str, str | int | float]:
-        """What a user may later want to know of an exported file."""
-        trained = run.state.experts[name]
-        return {
-            "variant": run.model.variant.name,
-            "expert": name,
-            "base_model": _shareable(self._config.model.source_of(trained.expert.component)),
-            "run": str(self._config.output.name),
-            "steps": run.state.step,
-            "expert_steps": run.schedule.steps_before(run.state.step, name),
-            "clips": len(run.dataset.clips),
-            "dataset_digest": run.dataset.digest,
-            "seed": self._config.train.seed,
-            "lr": self._config.optimizer.lr,
-        }
 
     def _sample(self, run: Run) -> None:
         """Make the sample videos of this step that are not there yet.
@@ -322,7 +339,8 @@ class WanTrainer:
                 sampler.sample_to(
                     path,
                     request,
-                    text=run.dataset.source.text,
+                    # Placeholders' embeddings change as they train, so nothing is kept of them.
+                    text=None if self._config.embeddings else run.dataset.source.text,
                     on_step=partial(self._sampling, run, number),
                 )
             except Interrupted:
@@ -347,6 +365,10 @@ class WanTrainer:
             self._save(run)
             raise Interrupted
 
+    def _note(self, text: str) -> None:
+        log.info(text)
+        self._tell("note", text=text)
+
     def _warn(self, text: str) -> None:
         log.warning(text)
         self._tell("warning", text=text)
@@ -362,8 +384,10 @@ class WanTrainer:
         if event == "step":
             for name in ("loss", "grad_norm", "lr"):
                 self._board.add_scalar(f"{name}/{expert}", fields[name], step)
-        elif event == "grid":
-            self._board.add_scalar(f"grid_loss/{expert}", fields["loss"], step)
+        elif event == "validation":
+            for name in ("loss", "ema", "base"):
+                if fields[name] is not None:
+                    self._board.add_scalar(f"validation_{name}/{expert}", fields[name], step)
 
     def _record_levels(self, run: Run) -> None:
         """A histogram of the noise levels that each expert trained on since the last one."""
@@ -381,11 +405,6 @@ class WanTrainer:
         for path, text in texts.items():
             with replacing(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
-
-
-def _shareable(model: str) -> str:
-    """The name of a base model for files that are passed on: of a local folder, its name alone."""
-    return Path(model).name if Path(model).exists() else model
 
 
 def _tensorboard(layout: RunLayout, step: int) -> Any:

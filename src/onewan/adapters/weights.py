@@ -1,0 +1,83 @@
+"""Fine-tuning: which of a transformer's own weights train, and in which precision they are kept.
+
+Weights that train may be float32 beside frozen ones in bfloat16: under `compute_context` autocast
+casts the operands of matrix products, and the norms and tables compute in float32 as it is, which
+is what the official code does with its float32 weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from onewan.errors import CheckpointError, ConfigError
+from onewan.model.packed import PackedLinear
+
+Precision = Literal["stochastic", "kahan", "float32"]
+
+
+def train_weights(
+    transformer: WanTransformer3DModel, names: Sequence[str], precision: Precision
+) -> dict[str, nn.Parameter]:
+    """Let the weights `names` of `transformer` train, and no other; returned in that order.
+
+    "float32" replaces them in place by float32 copies; else they stay as they are stored, for an
+    optimizer that rounds with care. ConfigError for weights that are kept quantised.
+    """
+    packed = [n for n in names if _is_packed(transformer, n)]
+    if packed:
+        some = ", ".join(packed[:3])
+        raise ConfigError(
+            "run file",
+            [
+                f"model.quantised: is keep, but {len(packed)} of the weights to train are "
+                f"quantised, such as {some}; set it to expand, or leave them out of method.modules"
+            ],
+        )
+    transformer.requires_grad_(False)
+    parameters: dict[str, nn.Parameter] = {}
+    for name in names:
+        owner, _, which = name.rpartition(".")
+        module = transformer.get_submodule(owner)
+        parameter = module.get_parameter(which)
+        if precision == "float32" and parameter.dtype != torch.float32:
+            parameter = nn.Parameter(parameter.detach().float())
+            module.register_parameter(which, parameter)
+        parameters[name] = parameter.requires_grad_(True)
+    return parameters
+
+
+def weights_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Copies on the CPU, in the precision of each."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
+
+
+@torch.no_grad()
+def load_weights(
+    parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor], source: str
+) -> None:
+    """Overwrite `parameters` with `weights`, to the bit. `source` names the file for the
+    CheckpointError that missing, surplus or misshapen weights, or other precisions, raise."""
+    wrong = sorted(set(parameters) ^ set(weights))
+    wrong += [
+        name
+        for name, parameter in parameters.items()
+        if name in weights
+        and (parameter.shape, parameter.dtype) != (weights[name].shape, weights[name].dtype)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{source}: does not fit the weights that this run trains ({len(wrong)} differ, such "
+            f"as {', '.join(wrong[:3])}); were modules, layers or precision changed?"
+        )
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])
+
+
+def _is_packed(transformer: WanTransformer3DModel, name: str) -> bool:
+    owner, _, which = name.rpartition(".")
+    return which == "weight" and isinstance(transformer.get_submodule(owner), PackedLinear)

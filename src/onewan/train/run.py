@@ -1,0 +1,86 @@
+"""`Run`: one run, built. What the trainer, the step and the validation work with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from onewan.config.schema import RunConfig
+from onewan.data.encode import Dataset
+from onewan.data.loader import Batch, WanDataLoader
+from onewan.model.wan import WanModel
+from onewan.sample.generate import SampleRequest
+from onewan.train.objective import Objective
+from onewan.train.schedule import ExpertSchedule, lr_factor
+from onewan.train.state import PartName, TrainedExpert, TrainState
+from onewan.variants import ExpertName
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One run, built by `onewan.train.setup.WanModelSetup`."""
+
+    config: RunConfig
+    device: torch.device
+    model: WanModel
+    dataset: Dataset
+    loader: WanDataLoader
+    objective: Objective
+    schedule: ExpertSchedule
+    state: TrainState
+    samples: list[SampleRequest]
+    dropout: bool
+    """Whether a forward pass in training draws from torch's global generator."""
+    warnings: list[str]
+    """What the user should know before the first step."""
+    active: ExpertName | None = None
+    """The expert that is on the device."""
+
+    def activate(self, name: ExpertName) -> TrainedExpert:
+        """The expert `name`, on the device, ready to train. The others, and their optimizers'
+        state, may be sent to the host."""
+        chosen = self.state.experts[name]
+        if self.active != name:  # going through all weights costs milliseconds in every step
+            if self.config.memory.offload_inactive_expert:
+                for other, trained in self.state.experts.items():
+                    if other != name:
+                        trained.to(torch.device("cpu"))
+            chosen.to(self.device)
+            self.active = name
+        return chosen
+
+    def text(self, batch: Batch) -> Tensor:
+        """[B, 512, dim] embeddings of the batch's captions: as they were encoded beforehand, or,
+        where placeholders train, through the text encoder now."""
+        if batch.text is not None:
+            return batch.text
+        return self.model.encode_text(batch.captions)
+
+    def lr_factor(self, part: PartName, step: int) -> float:
+        """What the learning rates of `part` are multiplied with at `step`.
+
+        An expert's schedule runs over its own steps, that of embeddings over all.
+        """
+        train, schedule = self.config.train, self.schedule
+        done, total = step, train.steps
+        if part != "embeddings":
+            done = schedule.steps_before(step, part)
+            total = schedule.steps_before(train.steps, part)
+        return lr_factor(train.schedule, done, total, train.warmup_steps, train.warmdown_steps)
+
+    def validation_batches(self) -> list[Batch]:
+        """The clips that losses are compared on, one a batch: held-out ones if there are any."""
+        clips = self.dataset.held_out or self.dataset.clips
+        return self.loader.fixed(clips, self.config.validation.clips)
+
+
+def run_folder(config: RunConfig) -> Path:
+    """The folder of a resolved run file's run."""
+    if config.output.name is None:
+        raise ValueError("the run file has not been resolved; read it with onewan.config.load_run")
+    return config.output.dir / config.output.name

@@ -1,0 +1,252 @@
+"""The gradients of our step against plain float32 autograd on the same batch, for each method.
+
+The reference has no PEFT, no checkpointing, no accumulation and no code of the objective: the base
+transformer as diffusers has it, called with weights that are formulas of what trains, one batch,
+and the loss written out. Ours goes through the run: checkpointing, one clip at a time, masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import RunFile
+from PIL import Image
+from test_methods import METHODS, PLACEHOLDER
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from onewan.config.schema import RunConfig
+from onewan.data.loader import Batch, Step
+from onewan.formats.lora_files import peft_adapter
+from onewan.media import VIDEO_SUFFIXES
+from onewan.model.experts import token_timesteps
+from onewan.model.load import WanModelLoader
+from onewan.train.methods import AdapterTraining, EmbeddingTraining
+from onewan.train.run import Run
+from onewan.train.setup import WanModelSetup
+from onewan.train.step import backward
+from onewan.variants import VARIANTS
+
+VARIANT_CASES = [(m, v) for m in METHODS for v in VARIANTS]
+
+
+@pytest.fixture(scope="module")
+def masked_clips(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The named clips, half of each masked out."""
+    folder = tmp_path_factory.mktemp("masked")
+    for file in (workshop / "named clips").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+        if file.suffix[1:] in VIDEO_SUFFIXES:
+            ramp = np.tile(np.linspace(0, 255, 128, dtype=np.uint8), (128, 1))
+            Image.fromarray(ramp).save(folder / f"{file.stem}.mask.png")
+    return folder
+
+
+@pytest.mark.parametrize(("method", "variant"), VARIANT_CASES)
+def test_gradients(run_file: RunFile, masked_clips: Path, method: str, variant: str) -> None:
+    config = run_file(
+        variant,
+        *(s for s in METHODS[method] if "bfloat16" not in s and "max_grad_norm" not in s),
+        *(["method={kind: fine_tune}"] if method == "fine_tune" else []),
+        f"video_data.sources=[{{path: {masked_clips}, loss_weight: 2.5}}]",
+        "video_data.masks=true",
+        "train.accumulation=3",
+        "train.loss.unmasked_weight=0.2",
+    )
+    run = WanModelSetup(config).build()
+    stir(run)
+    step = one_by_one(run)
+    trained = run.activate("high")
+    losses, _ = backward(run, step, trained)
+    ours = {
+        name: parameter.grad
+        for part in run.state.parts_of("high")
+        for name, parameter in part.weights.parameters.items()
+    }
+    loss, theirs = reference(run, config, step)
+    assert float(sum(losses)) == pytest.approx(float(loss), rel=1e-5)
+    assert ours.keys() == theirs.keys() and ours
+    scale = max(float(g.norm()) for g in theirs.values())
+    for name, gradient in theirs.items():
+        assert ours[name] is not None, name
+        # Gradients that are nothing but rounding (of a weight that has no effect) count as zero.
+        assert float((ours[name] - gradient).norm()) < 1e-5 * max(
+            float(gradient.norm()), 1e-2 * scale
+        ), name
+
+
+def stir(run: Run) -> None:
+    """Move what trains off its start, where half of the gradients of a LoRA are zero."""
+    generator = torch.Generator().manual_seed(5)
+    for part in run.state.parts:
+        if isinstance(part.weights, EmbeddingTraining):
+            continue
+        for parameter in part.weights.parameters.values():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.02 * noise.to(parameter.dtype)
+
+
+def one_by_one(run: Run) -> Step:
+    """Three clips of one shape, a batch each."""
+    batches = run.loader.fixed(run.dataset.clips, 99)
+    shape = max((b.latents.shape for b in batches), key=lambda s: s[2])
+    chosen = [b for b in batches if b.latents.shape == shape][:3]
+    assert len(chosen) == 3 and any(b.mask is not None for b in chosen)
+    return Step(
+        number=3,
+        expert="high",
+        batches=tuple(moved(batch, offset) for offset, batch in enumerate(chosen)),
+    )
+
+
+def moved(batch: Batch, offset: int) -> Batch:
+    return Batch(
+        **{
+            name: getattr(batch, name)
+            for name in Batch.__dataclass_fields__
+            if name != "offset"
+        },
+        offset=offset,
+    )
+
+
+def reference(run: Run, config: RunConfig, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients by name, the plain way."""
+    base = WanModelLoader().load(config.model.path)
+    transformer = base.transformer.eval()
+    leaves, weights, text = formulas(run, transformer, base)
+    samples = [run.objective.noise(batch, step, run.state.experts["high"].expert) for batch in step.batches]
+    x, t, target = (torch.cat([getattr(s, name) for s in samples]) for name in ("x", "t", "target"))
+    clean = torch.zeros(len(samples), dtype=torch.bool)
+    for place, sample in enumerate(samples):
+        if sample.clean_first_frame is not None:
+            clean[place] = sample.clean_first_frame[0]
+    timestep = token_timesteps(t, clean, x) if clean.any() else t * 1000
+    hidden = x
+    if step.batches[0].condition is not None:
+        hidden = torch.cat([x, torch.cat([b.condition for b in step.batches])], dim=1)
+    captions = [b.captions[0] for b in step.batches]
+    (prediction,) = functional_call(
+        transformer, weights, (hidden, timestep, text(captions)), {"return_dict": False}
+    )
+    total = torch.zeros(())
+    for place, batch in enumerate(step.batches):
+        error = (prediction[place] - target[place]) ** 2
+        counts = torch.ones_like(error[:1]) if batch.mask is None else batch.mask[0]
+        counts = counts + 0.2 * (1 - counts)
+        if clean[place]:
+            counts = counts.clone()
+            counts[:, 0] = 0
+        per_place = (error * counts).sum() / (counts.sum() * len(error))
+        total = total + 2.5 * per_place / len(step.batches)
+    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return total.detach(), {
+        name: torch.zeros_like(leaf) if g is None else g
+        for (name, leaf), g in zip(leaves.items(), gradients, strict=True)
+    }
+
+
+def formulas(
+    run: Run, transformer: nn.Module, base: object
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Callable[[list[str]], Tensor]]:
+    """What trains, as leaves; the transformer's weights as formulas of them; and the text."""
+    plain = dict(transformer.named_parameters())
+    trained = run.state.experts["high"].method
+    if trained is None:
+        return embedding_formulas(run, base)
+
+    def text(captions: list[str]) -> Tensor:
+        return base.encode_text(captions)
+
+    leaves = {
+        name: p.detach().clone().requires_grad_(True) for name, p in trained.parameters.items()
+    }
+    if not isinstance(trained, AdapterTraining):
+        return leaves, {**plain, **leaves}, text
+    settings = next(iter(run.model.transformer.peft_config.values())).to_dict()
+    weights = dict(plain)
+    named = {name.replace(".default", ""): leaf for name, leaf in leaves.items()}
+    for module, adapter in peft_adapter(named, settings).items():
+        weight = plain[f"{module}.weight"]
+        weights[f"{module}.weight"] = weight + adapter.difference(weight)
+    return leaves, weights, text
+
+
+def embedding_formulas(
+    run: Run, base: object
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Callable[[list[str]], Tensor]]:
+    """The placeholder's vectors put into the table's rows by hand, and the encoder called plainly."""
+    (learned,) = run.model.all_embeddings()
+    leaf = learned.vectors.detach().clone().requires_grad_(True)
+    table = base.text_encoder.get_input_embeddings().weight
+
+    def one(caption: str) -> Tensor:
+        rows: list[Tensor] = []
+        for number, piece in enumerate(caption.split(learned.placeholder)):
+            if number:
+                rows.append(leaf)
+            if piece.strip():
+                ids = base.tokenizer(piece, add_special_tokens=False).input_ids
+                rows.append(table[torch.tensor(ids)])
+        rows.append(table[base.tokenizer.eos_token_id][None])
+        inputs = torch.cat(rows)[None]
+        encoded = base.text_encoder.eval()(inputs_embeds=inputs).last_hidden_state[0]
+        return torch.cat([encoded, encoded.new_zeros(512 - len(encoded), encoded.shape[1])])
+
+    return (
+        {learned.name: leaf},
+        {},
+        lambda captions: torch.stack([one(caption) for caption in captions]),
+    )
+
+
+def test_k_micro_batches_are_one_large_batch(run_file: RunFile) -> None:
+    """Stratified noise levels, perturbed noise and dropped frames too: keyed by place, not batch."""
+    config = run_file(
+        "ti2v-5b",
+        "train.timesteps={distribution: logit_normal, stratified: true}",
+        "train.noise_offset=0.1",
+        "train.input_perturbation=0.1",
+        "train.first_frame_probability=0.5",
+        "train.first_frame_noise=[-3.5, 0.5]",
+        PLACEHOLDER.replace("<shape>", "square"),
+    )
+    found = []
+    for sizes in ((1, 1, 1), (3,), (2, 1)):
+        run = WanModelSetup(config).build()
+        stir(run)
+        step = one_by_one(run) if sizes == (1, 1, 1) else joined(one_by_one(run), sizes)
+        losses, levels = backward(run, step, run.activate("high"))
+        gradients = torch.cat(
+            [p.grad.flatten() for part in run.state.parts for p in part.weights.parameters.values()]
+        )
+        found.append((float(sum(losses)), levels, gradients))
+    for loss, levels, gradients in found[1:]:
+        assert levels == found[0][1]
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        assert float((gradients - found[0][2]).norm() / found[0][2].norm()) < 1e-5
+
+
+def joined(step: Step, sizes: tuple[int, ...]) -> Step:
+    batches, start = [], 0
+    for size in sizes:
+        part = step.batches[start : start + size]
+        batches.append(
+            Batch(
+                latents=torch.cat([b.latents for b in part]),
+                text=None,
+                condition=None,
+                mask=None,
+                loss_weight=torch.cat([b.loss_weight for b in part]),
+                base_target=None,
+                captions=tuple(c for b in part for c in b.captions),
+                names=tuple(n for b in part for n in b.names),
+                offset=start,
+            )
+        )
+        start += size
+    return Step(number=step.number, expert=step.expert, batches=tuple(batches))

@@ -1,0 +1,208 @@
+"""Every method on every variant, one expert and both: trains, is killed and goes on, leaves files.
+
+Each case is one run that is never cut, and one in a process of its own that is killed (SIGKILL) at
+a random moment and resumed. The two must end in the same bits.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import RunFile
+from safetensors.torch import load_file
+from test_resume import layout_of, outcome
+
+from onewan.adapters.lora import apply_lora
+from onewan.checkpoint.store import StateStore
+from onewan.config.load import load_run
+from onewan.config.schema import RunConfig
+from onewan.data.loader import Batch
+from onewan.formats.lora_files import read_adapter
+from onewan.media import probe
+from onewan.model.embedding import WanModelEmbedding
+from onewan.model.experts import predict_velocity
+from onewan.model.load import WanModelLoader
+from onewan.model.wan import WanModel
+from onewan.runs.events import read_events
+from onewan.train.setup import WanModelSetup
+from onewan.train.trainer import WanTrainer
+from onewan.variants import VARIANTS
+
+STEPS = 16
+PLACEHOLDER = "embeddings=[{placeholder: <shape>, initial_text: a square}]"
+METHODS: Mapping[str, list[str]] = {
+    "lora": ["method={kind: lora, rank: 8}", "optimizer.lr=0.01"],
+    "dora": ["method={kind: dora, rank: 8}", "optimizer.lr=0.01"],
+    "loha": ["method={kind: loha, rank: 4}", "optimizer.lr=0.02"],
+    "lokr": ["method={kind: lokr, rank: 4}", "optimizer.lr=0.02"],
+    "oft": ["method={kind: oft, block_size: 16}", "optimizer.lr=0.01"],
+    "fine_tune": [
+        "method={kind: fine_tune, weights: stochastic, fused_step: true}",
+        "model.dtype=bfloat16",
+        "train.max_grad_norm=null",
+        "optimizer.lr=0.001",
+    ],
+    "embedding": ["method={kind: embedding}", PLACEHOLDER, "optimizer.lr=0.05"],
+}
+EXPERTS = {"t2v-a14b": ("both", "low"), "i2v-a14b": ("both", "high"), "ti2v-5b": ("both",)}
+CASES = [(m, v, e) for m in METHODS for v in EXPERTS for e in EXPERTS[v]]
+
+
+def settings(method: str, variant: str, experts: str, workshop: Path) -> list[str]:
+    side = 128 if variant == "ti2v-5b" else 64
+    image = f", image: {workshop / 'clips' / 'still_square.png'}" if variant == "i2v-a14b" else ""
+    prompt = "a <shape> turns" if method == "embedding" else "a red square"
+    source = "named clips" if method == "embedding" else "clips"
+    return [
+        *METHODS[method],
+        f"model.experts={experts}",
+        f"video_data.sources=[{{path: {workshop / source}}}]",
+        "wan_config.max_frames=5",
+        f"train.steps={STEPS}",
+        "train.save_every=3",
+        "train.expert_block=1",
+        "validation.clips=2",
+        f"sample.prompts=[{{prompt: {prompt}{image}}}]",
+        *(f"sample.{k}={v}" for k, v in {"width": side, "height": side, "frames": 5}.items()),
+        "sample.steps=1",
+    ]
+
+
+@pytest.mark.parametrize(("method", "variant", "experts"), CASES)
+def test_a_method(
+    run_file: RunFile, workshop: Path, tmp_path: Path, method: str, variant: str, experts: str
+) -> None:
+    chosen = settings(method, variant, experts, workshop)
+    whole = run_file(variant, *chosen, name="whole")
+    WanTrainer(whole).fit()
+    falls(whole)
+    reloads(whole, method)
+    layout = layout_of(whole)
+    assert probe(layout.samples(STEPS) / "0.mp4").width == whole.sample.width
+    if sys.platform == "win32":
+        return  # no SIGKILL, no forkserver
+    run_file(variant, *chosen, name="cut")
+    overrides = [f"output.dir={tmp_path / 'runs'}", *chosen]
+    cut = killed_and_resumed(tmp_path / "cut.yaml", overrides, f"{method} {variant} {experts}")
+    tensors, steps = outcome(whole)
+    again, steps_again = outcome(cut)
+    assert dict(enumerate(steps)) == {e[0] - 1: e for e in steps_again}  # told twice where redone
+    assert tensors.keys() == again.keys() and tensors
+    assert [name for name in tensors if not torch.equal(tensors[name], again[name])] == []
+
+
+def falls(config: RunConfig) -> None:
+    """The loss on the fixed clips is below that of the base model, for each expert."""
+    events = [e for e in read_events(layout_of(config).events) if e["event"] == "validation"]
+    experts = VARIANTS[config.model.variant].selected(config.model.experts)
+    last = {e["expert"]: e for e in events if e["step"] == STEPS}
+    assert last.keys() == {expert.name for expert in experts}
+    for name, event in last.items():
+        assert event["loss"] < event["base"], name
+        first = next(e for e in events if e["expert"] == name and e["step"] == 0)
+        assert first["loss"] == event["base"]
+
+
+def reloads(config: RunConfig, method: str) -> None:
+    """What was exported, on a fresh model, gives the output of the run's own model."""
+    run = WanModelSetup(config).build()
+    layout = layout_of(config)
+    run.state.load(layout.state(STEPS))
+    fresh = WanModelLoader().load(config.model.path, dtype=run.model.dtype)
+    batch = run.validation_batches()[0]
+    for name, trained in run.state.experts.items():
+        path = layout.weights(STEPS, trained.expert.file_suffix)
+        if method == "fine_tune":
+            fresh = WanModelLoader().load(
+                {"path": config.model.path, trained.expert.component: str(path)},
+                config.model.variant,
+                run.model.dtype,
+            )
+        elif method != "embedding":
+            apply_lora(fresh.expert(trained.expert), read_adapter(path).modules, name)
+        else:
+            fresh.embedding = WanModelEmbedding.from_file(layout.weights(STEPS, "_shape"))
+            assert torch.equal(fresh.embedding.vectors, run.model.embedding.vectors)
+        ours, theirs = (
+            output(model, trained.expert.name, batch, config) for model in (run.model, fresh)
+        )
+        untrained = WanModelLoader().load(config.model.path, dtype=run.model.dtype)
+        base = output(untrained, trained.expert.name, batch, config)
+        assert float((ours - theirs).norm() / ours.norm()) < 1e-5, name
+        assert float((ours - base).norm() / ours.norm()) > 1e-4, name
+
+
+def output(model: WanModel, name: str, batch: Batch, config: RunConfig) -> torch.Tensor:
+    transformer = model.expert(model.variant.expert(name)).eval()
+    with torch.no_grad():
+        return predict_velocity(
+            transformer,
+            batch.latents,
+            torch.tensor([0.9]),
+            model.encode_text(batch.captions),
+            condition_BCFHW=batch.condition,
+            dtype=model.dtype,
+        )
+
+
+# --------------------------------------------------------------------------------- being killed
+
+
+def killed_and_resumed(run_yaml: Path, overrides: list[str], case: str) -> RunConfig:
+    """Train in another process, kill it at a random moment, check what is left, and go on."""
+    config = load_run(run_yaml, overrides)
+    layout = layout_of(config)
+    chance = random.Random(case)  # another moment for each case, the same one each time
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["onewan.train.trainer"])
+    process = context.Process(target=train_slowly, args=(run_yaml, overrides))
+    process.start()
+    until = chance.randrange(1, STEPS - 1)
+    while not any(
+        e["event"] == "step" and e["step"] >= until for e in told(layout.events)
+    ):
+        assert process.is_alive(), "the run ended before it was killed"
+        time.sleep(0.002)
+    time.sleep(chance.uniform(0, 0.05))
+    process.kill()
+    process.join()
+    assert process.exitcode == -9
+    events = told(layout.events)
+    saved = max((e["step"] for e in events if e["event"] == "saved"), default=0)
+    found = StateStore(layout, keep=2).newest()
+    # Told after it was safe: so what was told is there, and no state is damaged.
+    assert (found.step if found else 0) >= saved
+    assert found is None or found.damaged == ()
+    events_of_resume: list[Mapping[str, Any]] = []
+    WanTrainer(config, listen=events_of_resume.append, resume=True).fit()
+    resumed = [e["step"] for e in events_of_resume if e["event"] == "resumed"]
+    assert resumed == ([found.step] if found else [])
+    return config
+
+
+def train_slowly(run_yaml: Path, overrides: list[str]) -> None:
+    """A run that takes long enough to be killed between any two steps."""
+    WanTrainer(load_run(run_yaml, overrides), listen=lambda _event: time.sleep(0.01)).fit()
+
+
+def told(events: Path) -> list[dict[str, Any]]:
+    return list(read_events(events)) if events.exists() else []
+
+
+def test_the_kills_are_enough() -> None:
+    assert len(CASES) >= 30
+
+
+def test_a_state_holds_what_trains(run_file: RunFile) -> None:
+    config = run_file("ti2v-5b", "train.steps=1", "method={kind: fine_tune, modules: [norms]}")
+    WanTrainer(config).fit()
+    names = load_file(layout_of(config).state(1) / "high.safetensors").keys()
+    assert names and all("norm" in name for name in names)

@@ -1,0 +1,170 @@
+"""Validation: the same number for the same weights, and another after one step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import RunFile
+from test_resume import layout_of
+
+from onewan.runs.events import read_events
+from onewan.train.run import Run
+from onewan.train.setup import WanModelSetup
+from onewan.train.step import train_step
+from onewan.train.trainer import WanTrainer
+from onewan.train.validation import validation_loss
+
+
+def measure(run: Run, kind: Any = "trained") -> list[float]:
+    return [validation_loss(run, name, kind, lambda: None) for name in run.state.experts]
+
+
+@pytest.mark.parametrize("variant", ["t2v-a14b", "i2v-a14b", "ti2v-5b"])
+def test_the_same_weights_give_the_same_bits(run_file: RunFile, variant: str) -> None:
+    config = run_file(
+        variant,
+        "validation={share: 0.4, clips: 2, levels: 3}",
+        "train.ema={decay: 0.5}",
+        "train.noise_offset=0.1",
+        "train.caption_dropout=0.5",
+        "method={kind: lora, rank: 4, dropout: 0.5}",
+        "train.loss.kind=pseudo_huber",
+    )
+    run = WanModelSetup(config).build()
+    base = measure(run, None)
+    first = measure(run)
+    assert first == base == measure(run)
+    assert first == measure(WanModelSetup(config).build())  # in another run too
+    for number, name in enumerate(run.state.experts):
+        train_step(run, run.loader.step(number, name, 0))
+    trained = measure(run)
+    assert all(a != b for a, b in zip(trained, first, strict=True))
+    assert trained == measure(run)
+    assert measure(run, None) == base  # with the adapters off the base model is there, to the bit
+    train_step(run, run.loader.step(2, "high", 1))
+    averaged = measure(run, "ema")
+    assert averaged[0] not in (measure(run)[0], trained[0], base[0])
+    assert averaged == measure(run, "ema")
+
+
+def test_held_out_clips_never_train(run_file: RunFile) -> None:
+    config = run_file("t2v-a14b", "validation={share: 0.4, clips: 9, every: 2}", "train.steps=4")
+    run = WanModelSetup(config).build()
+    held_out = {clip.name for clip in run.dataset.held_out}
+    assert held_out == {name for batch in run.validation_batches() for name in batch.names}
+    steps = list(run.loader.steps(0, 50, run.schedule.turn))
+    assert held_out.isdisjoint(name for s in steps for b in s.batches for name in b.names)
+    WanTrainer(config).fit()
+    events = [e for e in read_events(layout_of(config).events) if e["event"] == "validation"]
+    assert [(e["step"], e["expert"]) for e in events] == [
+        (step, expert) for step in (0, 2, 4) for expert in ("high", "low")
+    ]
+    assert all(e["held_out"] for e in events)
+
+
+def test_validation_leaves_training_alone(run_file: RunFile) -> None:
+    """Also for an optimizer whose weights are not those that it trains with."""
+    outcomes = []
+    for every in (0, 1):
+        config = run_file(
+            "t2v-a14b",
+            "optimizer={name: adamw_schedule_free, lr: 0.01}",
+            f"validation={{clips: 1, every: {every}}}",
+            "train.steps=4",
+            name=f"every-{every}",
+        )
+        WanTrainer(config).fit()
+        steps = [e for e in read_events(layout_of(config).events) if e["event"] == "step"]
+        outcomes.append([(e["loss"], e["grad_norm"]) for e in steps])
+    assert outcomes[0] == outcomes[1]
+
+
+def test_base_targets_keep_the_base(run_file: RunFile, workshop: Path) -> None:
+    """Clips whose target is the base model's own prediction: no gradient at the start, and a pull
+    back to the base afterwards."""
+    config = run_file(
+        "t2v-a14b", f"video_data.sources=[{{path: {workshop / 'clips'}, target: base}}]"
+    )
+    run = WanModelSetup(config).build()
+    metrics = train_step(run, run.loader.step(0, "high", 0))
+    assert metrics.loss == 0 and metrics.grad_norm == 0
+    for parameter in run.state.experts["high"].part.weights.parameters.values():
+        parameter.data += 0.05
+    assert train_step(run, run.loader.step(1, "high", 1)).loss > 0
+
+
+def test_a_run_from_another_runs_adapter(run_file: RunFile) -> None:
+    first = run_file("t2v-a14b", "validation.clips=2", "train.steps=8", "optimizer.lr=0.01")
+    WanTrainer(first).fit()
+    layout = layout_of(first)
+    files = [layout.weights(8, suffix) for suffix in ("_high_noise", "_low_noise")]
+    on = run_file(
+        "t2v-a14b",
+        f"method={{kind: lora, start_from: [{files[1]}, {files[0]}]}}",
+        "validation.clips=2",
+        "train.steps=2",
+        name="on",
+    )
+    WanTrainer(on).fit()
+    ended, began = (
+        {
+            e["expert"]: e
+            for e in read_events(layout_of(config).events)
+            if e["event"] == "validation" and e["step"] == step
+        }
+        for config, step in ((first, 8), (on, 0))
+    )
+    for expert in ("high", "low"):
+        assert began[expert]["loss"] == pytest.approx(ended[expert]["loss"], rel=1e-6)
+        assert began[expert]["base"] == ended[expert]["base"]
+
+
+def test_the_best_state_is_kept(run_file: RunFile) -> None:
+    config = run_file(
+        "t2v-a14b",
+        "model.experts=high",
+        "optimizer.lr=0.3",  # too much, so that the loss rises after a while
+        "validation={clips: 2, every: 1}",
+        "train={steps: 9, save_every: 3, keep_states: 1, keep_every: 6, keep_best: true}",
+    )
+    events: list[Mapping[str, Any]] = []
+    WanTrainer(config, listen=events.append).fit()
+    losses = {e["step"]: e["loss"] for e in events if e["event"] == "validation" and e["step"]}
+    best = min(losses, key=lambda step: losses[step])
+    assert [e["step"] for e in events if e["event"] == "best"][-1] == best
+    assert layout_of(config).saved_steps() == sorted({best, 6, 9})
+    # A resumed run knows it.
+    longer = run_file(
+        "t2v-a14b",
+        "model.experts=high",
+        "optimizer.lr=0.3",
+        "validation={clips: 2, every: 1}",
+        "train={steps: 10, save_every: 3, keep_states: 1, keep_every: 6, keep_best: true}",
+    )
+    run = WanModelSetup(longer).build()
+    run.state.load(layout_of(config).state(9))
+    assert run.state.best == {"step": best, "loss": losses[best]}
+
+
+def test_schedule_free_weights_are_exported_as_validated(run_file: RunFile) -> None:
+    config = run_file(
+        "ti2v-5b", "optimizer={name: adamw_schedule_free, lr: 0.01}", "train.ema={}"
+    )
+    WanTrainer(config).fit()
+    layout = layout_of(config)
+    assert sorted(p.name for p in layout.weights_dir.iterdir()) == [
+        "000006.safetensors",
+        "000006_ema.safetensors",
+    ]
+    run = WanModelSetup(config).build()
+    run.state.load(layout.state(6))
+    raw = run.state.experts["high"].method.read()
+    with run.state.experts["high"].part.as_("trained"):
+        used = run.state.experts["high"].method.read()
+    assert any(not torch.equal(raw[name], used[name]) for name in raw)
+    again = run.state.experts["high"].method.read()
+    assert all(torch.equal(raw[name], again[name]) for name in raw)

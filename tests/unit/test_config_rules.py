@@ -1,0 +1,399 @@
+"""Rules of a run file about what trains and how: one case for each, and what they let pass."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from onewan.config import load_run
+from onewan.config.method import (
+    EmbeddingMethod,
+    FineTuneMethod,
+    LohaMethod,
+    LoraMethod,
+    PerModule,
+)
+from onewan.config.schema import RunConfig
+from onewan.errors import ConfigError
+
+T2V = "model: {path: org/model, variant: t2v-a14b}\n"
+HIGH = "model: {path: org/model, variant: t2v-a14b, experts: high}\n"
+TI2V = "model: {path: org/model, variant: ti2v-5b}\n"
+FLOAT32 = "model: {path: org/model, variant: t2v-a14b, dtype: float32}\n"
+FOX = "embeddings: [{placeholder: <fox>}]\n"
+
+
+def load(folder: Path, text: str) -> RunConfig:
+    """The config of `text`, beside which a.safetensors, b.safetensors and c.safetensors lie."""
+    for name in "abc":
+        (folder / f"{name}.safetensors").touch()
+    file = folder / "fox.yaml"
+    file.write_text(text if text.startswith("model") else T2V + text, encoding="utf-8")
+    return load_run(file)
+
+
+BROKEN = [
+    # Layers.
+    (
+        "method: {modules: [atention]}",
+        r"method.modules: must name groups, or layers by a pattern with one of \* \? \[ \., got "
+        r"'atention'; did you mean 'attention'\?",
+    ),
+    ("method: {modules: [norms]}", "method.modules: .* got 'norms'; adapters have self_attention"),
+    ("method: {modules: [xyz]}", "method.modules: .*; the groups are self_attention, cross_att"),
+    (
+        "method: {kind: fine_tune, modules: [norm]}",
+        r"method.modules: .*; did you mean 'norms'\?",
+    ),
+    ("method: {modules: [ffn, ffn]}", "method.modules: has ffn twice"),
+    (
+        "method: {per_module: [{modules: [fnn], rank: 2}]}",
+        r"method.per_module.0.modules: .* got 'fnn'; did you mean 'ffn'\?",
+    ),
+    ("method: {per_module: [{modules: [ffn]}]}", "method.per_module.0: gives neither rank nor"),
+    ("method: {kind: lokr, factor: 0}", "method.factor: must be at least 1, or -1, got 0"),
+    # Files to start from.
+    (
+        "method: {start_from: [no.safetensors]}",
+        r"method.start_from.0: there is no file /.*/no.safetensors; correct it",
+    ),
+    ("method: {start_from: [a.safetensors, a.safetensors]}", "method.start_from: has /.* twice"),
+    (
+        "method: {start_from: [a.safetensors, b.safetensors, c.safetensors]}",
+        r"method.start_from: .* got 3 for 2 experts \(high, low\); leave out the others",
+    ),
+    (
+        HIGH + "method: {start_from: [a.safetensors, b.safetensors]}",
+        r"method.start_from: .* got 2 for 1 expert \(high\)",
+    ),
+    (
+        TI2V + "method: {start_from: [a.safetensors, b.safetensors]}",
+        "method.start_from: .* got 2 for 1 expert; leave",
+    ),
+    (
+        "method: {start_from: [a.safetensors], rank: 32}",
+        "method.rank: is the file's own under method.start_from, got 32; leave it out",
+    ),
+    ("method: {start_from: [a.safetensors], alpha: 1}", "method.alpha: is the file's own"),
+    (
+        "method: {start_from: [a.safetensors], per_module: [{modules: [ffn], rank: 1}]}",
+        "method.per_module: is the file's own",
+    ),
+    (
+        "method: {start_from: [a.safetensors]}\nper_expert: {low: {rank: 4}}",
+        "per_expert.low.rank: is the file's own",
+    ),
+    (
+        "method: {start_from: [a.safetensors]}\nper_expert: {high: {alpha: 4}}",
+        "per_expert.high.alpha: is the file's own",
+    ),
+    ("method: {start_from: [a.safetensors], init: pissa}", "method.init: is for adapters that"),
+    # The base model as a teacher.
+    (
+        "method: {init: pissa}\nvideo_data: {sources: [{path: a}, {path: b, target: base}]}",
+        "video_data.sources.1.target: needs weights as they were, and method.init pissa",
+    ),
+    (
+        "method: {kind: fine_tune}\nvideo_data: {sources: [{path: b, target: base}]}",
+        "video_data.sources.0.target: needs an adapter .* and method.kind is fine_tune, got 'base'",
+    ),
+    (
+        FOX + "method: {kind: embedding}\nvideo_data: {sources: [{path: b, target: base}]}",
+        "video_data.sources.0.target: needs an adapter .* and method.kind is embedding, got 'base'",
+    ),
+    (
+        "method: {kind: fine_tune}\nvalidation: {sources: [{path: b, target: base}]}",
+        "validation.sources.0.target: needs an adapter",
+    ),
+    # Fine-tuning.
+    (
+        "method: {kind: fine_tune, fused_step: true}\n"
+        "train: {accumulation: 2, max_grad_norm: null}",
+        "train.accumulation: must be 1 for method.fused_step, got 2; raise train.batch_size",
+    ),
+    (
+        "method: {kind: fine_tune, fused_step: true}",
+        "train.max_grad_norm: must be null for method.fused_step, .* got 1; set it to null",
+    ),
+    (
+        "method: {kind: fine_tune, fused_step: true}\ntrain: {max_grad_norm: null}\n"
+        "optimizer: {name: adamw_cpu_offload}",
+        "optimizer.name: 'adamw_cpu_offload' moves all gradients together",
+    ),
+    (
+        FLOAT32 + "method: {kind: fine_tune, weights: kahan}",
+        "method.weights: has no effect where model.dtype is float32, got 'kahan'; leave out either",
+    ),
+    (FLOAT32 + "method: {kind: fine_tune, weights: stochastic}", "method.weights: has no effect"),
+    (
+        "method: {kind: fine_tune}\noutput: {formats: [comfyui, kohya]}",
+        "output.formats: kohya is a form of adapters, and method.kind is fine_tune",
+    ),
+    # Embeddings.
+    ("method: {kind: embedding}", "embeddings: must have one to train .* got none; add one"),
+    (
+        "method: {kind: embedding}\n"
+        "embeddings: [{placeholder: <a>, start_from: a.safetensors, train: false}]",
+        "embeddings: must have one to train .* none of them trains; add one",
+    ),
+    (
+        "embeddings: [{placeholder: <a>}, {placeholder: <a>}]",
+        "embeddings.1.placeholder: is there twice, got '<a>'; choose another",
+    ),
+    (
+        "embeddings: [{placeholder: fox}, {placeholder: foxes}]",
+        "embeddings.1.placeholder: must not contain another .* got 'foxes' beside 'fox'",
+    ),
+    (
+        "embeddings: [{placeholder: foxes}, {placeholder: fox}]",
+        "embeddings.1.placeholder: must not contain another .* got 'fox' beside 'foxes'",
+    ),
+    (
+        "embeddings: [{placeholder: <fox>}, {placeholder: '[Fox]'}]",
+        "embeddings.1.name: is there twice, got 'Fox'; give another",
+    ),
+    ("embeddings: [{placeholder: 狐}]", "embeddings.0.name: is required for the placeholder '狐'"),
+    (
+        "embeddings: [{placeholder: <a>, train: false}]",
+        "embeddings.0.start_from: is required where embeddings.0.train is false, got nothing",
+    ),
+    (
+        "embeddings: [{placeholder: <a>, start_from: a.safetensors, train: false, lr: 1}]",
+        "embeddings.0.lr: has no effect where embeddings.0.train is false, got 1",
+    ),
+    ("embeddings: [{placeholder: <a>, initial_text: ' '}]", "embeddings.0.initial_text: must have"),
+    (
+        "embeddings: [{placeholder: <a>, start_from: no.safetensors}]",
+        "embeddings.0.start_from: there is no file /.*/no.safetensors",
+    ),
+    (
+        "embeddings: [{placeholder: <a>, start_from: a.safetensors, token_count: 2}]",
+        "embeddings.0.token_count: is the file's own under embeddings.0.start_from, got 2",
+    ),
+    (
+        "embeddings: [{placeholder: <a>, start_from: a.safetensors, initial_text: fox}]",
+        "embeddings.0.initial_text: is the file's own",
+    ),
+    # Single experts.
+    (TI2V + "per_expert: {low: {lr: 1}}", "per_expert.low.lr: ti2v-5b has one expert, got 1.0"),
+    (
+        HIGH + "per_expert: {low: {lr: 1}}",
+        r"per_expert.low.lr: only the high expert trains \(model.experts\), got 1.0; leave it out",
+    ),
+    (
+        HIGH + "per_expert: {high: {steps: 5}}",
+        "per_expert.high.steps: the high expert has all steps, got 5; use train.steps",
+    ),
+    (
+        "per_expert: {high: {steps: 5}}",
+        "per_expert.low.steps: is required where per_expert.high.steps is given, got nothing",
+    ),
+    (
+        "per_expert: {low: {steps: 5}}",
+        "per_expert.high.steps: is required where per_expert.low.steps is given, got nothing",
+    ),
+    (
+        "per_expert: {high: {steps: 5}, low: {steps: 6}}\ntrain: {steps: 12}",
+        "train.steps: must be 11, the sum of per_expert.high.steps and per_expert.low.steps, got",
+    ),
+    (
+        "per_expert: {high: {steps: 5}, low: {steps: 6}}\ntrain: {high_share: equal}",
+        "train.high_share: per_expert.high.steps and per_expert.low.steps divide the steps",
+    ),
+    (
+        "method: {kind: oft}\nper_expert: {high: {rank: 5}}",
+        "per_expert.high.rank: has no effect, since method.kind oft has no ranks, got 5",
+    ),
+    ("method: {kind: fine_tune}\nper_expert: {low: {alpha: 5}}", "per_expert.low.alpha: has no"),
+    (
+        FOX + "method: {kind: embedding}\nper_expert: {low: {lr: 5}}",
+        "per_expert.low.lr: has no effect, since method.kind embedding trains no expert, got 5.0",
+    ),
+    # Steps.
+    (
+        TI2V + "train: {steps: 10, warmup_steps: 4, warmdown_steps: 6}",
+        r"train.warmdown_steps: with train.warmup_steps \(4\), must be less than train.steps "
+        r"\(10\), got 6; lower it$",
+    ),
+    (
+        "train: {steps: 10, warmdown_steps: 5}",
+        "train.warmdown_steps: must be less than the 5 steps of the high expert, its part",
+    ),
+    (
+        "per_expert: {high: {steps: 50}, low: {steps: 6}}\ntrain: {warmup_steps: 6}",
+        r"train.warmup_steps: must be less than the 6 steps of the low expert "
+        r"\(per_expert.low.steps\), got 6",
+    ),
+    # Optimizers.
+    (
+        "optimizer: {name: adamw_schedule_free}\ntrain: {schedule: cosine}",
+        "train.schedule.kind: must be constant, since optimizer.name adamw_schedule_free averages",
+    ),
+    (
+        "optimizer: {name: prodigy_plus_schedule_free}\ntrain: {warmdown_steps: 5}",
+        "train.warmdown_steps: must be 0, since optimizer.name prodigy_plus_schedule_free averages",
+    ),
+    ("optimizer: {name: sgd, nesterov: true}", "optimizer.nesterov: looks ahead by a momentum"),
+    (
+        "optimizer: {name: custom, class_path: os.path.join}",
+        "optimizer.class_path: must be in one of torch.optim, .* got 'os.path.join'; other code",
+    ),
+    (
+        "optimizer: {name: custom, class_path: torch.optimal.SGD}",
+        "optimizer.class_path: must be in one of",
+    ),
+    (
+        "optimizer: {name: custom, class_path: torch.optim.SGD, arguments: {lr: 1}}",
+        "optimizer.arguments.lr: has its own field, got 1; use optimizer.lr",
+    ),
+    # Noise levels.
+    (
+        "train: {timesteps: {distribution: table, weights: [0, 0]}}",
+        "train.timesteps.weights: must have a weight above 0, got",
+    ),
+    (  # the high expert serves t >= 0.875, which is u >= 0.368 before the shift of 12
+        "train: {timesteps: {distribution: table, weights: [1, 1, 1, 0, 0, 0, 0, 0, 0, 0]}}",
+        "train.timesteps.weights: must have a weight above 0 for the high expert, .* shift of 12",
+    ),
+    (
+        "train: {timesteps: {distribution: table, weights: [0, 0, 0, 0, 1, 1, 1, 1, 1, 1]}}",
+        "train.timesteps.weights: must have a weight above 0 for the low expert",
+    ),
+    (
+        "train: {loss: {weighting: {kind: curve, points: [[0.5, 1], [0.5, 2]]}}}",
+        r"train.loss.weighting.points: noise levels must rise, got \[0.5, 0.5\]",
+    ),
+    (
+        "train: {loss: {weighting: {kind: curve, points: [[0, 0], [1, 0]]}}}",
+        r"train.loss.weighting.points: must have a weight above 0, got \[\[0.0, 0.0\], \[1",
+    ),
+    (
+        "train: {loss: {weighting: {kind: curve, points: [[0, 1], [0.8, 0], [1, 0]]}}}",
+        "train.loss.weighting.points: must have a weight above 0 for the high expert, which",
+    ),
+    ("train: {first_frame_noise: [-3, 1]}", "train.first_frame_noise: is for ti2v-5b alone"),
+    (
+        TI2V + "train: {first_frame_noise: [-3, 1], first_frame_probability: 0}",
+        "train.first_frame_noise: has no effect where train.first_frame_probability is 0",
+    ),
+    # Measurements.
+    (
+        "validation: {sources: [{path: a}], share: 0.1}",
+        "validation.share: holds clips of the training out, .* got 0.1; leave out either",
+    ),
+    ("validation: {every: 5, clips: 0}", "validation.every: is 5, but validation.clips is 0"),
+    ("train: {keep_best: true}", "train.keep_best: .* validation.every is 0; give validation.ev"),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), BROKEN)
+def test_a_broken_rule_gives_one_line_with_a_remedy(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    assert len(caught.value.problems) == 1, caught.value.problems
+    found = caught.value.problems[0]
+    assert re.match(said, found), found
+    assert "; " in found
+    assert "\n" not in found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "method: {modules: [attention, all_linears, 'blocks.*.ffn.net.0', 'blocks.[01].attn?.*']}",
+        "method: {kind: fine_tune, modules: [all, norms, biases, attention, proj_out.bias]}",
+        "method: {init: pissa, rank_stabilised: true}",
+        "method: {start_from: [a.safetensors, b.safetensors]}",
+        "method: {kind: lokr, factor: 1}",
+        "video_data: {sources: [{path: a, target: base}]}",
+        "method: {kind: fine_tune}\nper_expert: {high: {lr: 1}}",
+        "method: {kind: fine_tune, weights: float32}",
+        "method: {kind: fine_tune}\noutput: {formats: [comfyui, diffusers]}",
+        FOX + "method: {kind: embedding}\noutput: {formats: [kohya]}",
+        FOX + "method: {kind: embedding}\nper_expert: {high: {steps: 5}, low: {steps: 6}}",
+        "embeddings: [{placeholder: 狐, name: fox}, {placeholder: <cat>}]",
+        "per_expert: {high: {steps: 5}, low: {steps: 6}}\ntrain: {steps: 11, warmup_steps: 4}",
+        HIGH + "per_expert: {high: {lr: 1, rank: 2}}",
+        "train: {steps: 10, warmup_steps: 2, warmdown_steps: 2}",
+        "optimizer: {name: adamw_schedule_free, warmup_steps: 5}",
+        "optimizer: {name: sgd, nesterov: true, momentum: 0.9}",
+        "optimizer: {name: custom, class_path: pytorch_optimizer.StableAdamW}",
+        "train: {timesteps: {distribution: table, weights: [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]}}",
+        HIGH + "train: {timesteps: {distribution: table, weights: [0, 1]}}",
+        "train: {timesteps: {distribution: table, weights: [1, 1, 0, 0, 0], shift: 50}}",
+        "train: {timesteps: {distribution: table, weights: [0, 0, 0, 1], shift_by_tokens: true}}",
+        "train: {loss: {weighting: {kind: curve, points: [[0.1, 0], [0.9, 1]]}}}",
+        "train: {loss: {weighting: {kind: curve, points: [[0.8, 0], [0.9, 1]]}}}",
+        TI2V + "train: {first_frame_noise: [-3, 1], first_frame_probability: 0.1}",
+        "validation: {every: 5}\ntrain: {keep_best: true}",
+        "validation: {clips: 0}",
+    ],
+)
+def test_what_keeps_to_the_rules_is_read(tmp_path: Path, text: str) -> None:
+    load(tmp_path, text)
+
+
+def test_all_broken_rules_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(
+            tmp_path,
+            "method: {kind: fine_tune, modules: [foo], fused_step: true}\n"
+            "train: {accumulation: 2, keep_best: true}\n"
+            "optimizer: {name: adamw_cpu_offload}\n"
+            "embeddings: [{placeholder: a}, {placeholder: ab, train: false}]\n"
+            "validation: {every: 5, clips: 0}\n",
+        )
+    assert [p.split(": ")[0] for p in caught.value.problems] == [
+        "method.modules",
+        "train.accumulation",
+        "train.max_grad_norm",
+        "optimizer.name",
+        "embeddings.1.start_from",
+        "embeddings.1.placeholder",
+        "validation.every",
+        "train.keep_best",
+    ]
+
+
+# --------------------------------------------------------------------------------------- filling in
+
+
+def test_alphas_are_filled_in(tmp_path: Path) -> None:
+    layers = "per_module: [{modules: [ffn], rank: 4}, {modules: [attention], alpha: 3}]"
+    text = f"method: {{rank: 8, {layers}}}\nper_expert: {{low: {{rank: 6}}, high: {{alpha: 1}}}}"
+    config = load(tmp_path, text)
+    assert config.method == LoraMethod(
+        rank=8,
+        alpha=8,
+        per_module=(
+            PerModule(modules=("ffn",), rank=4, alpha=4),
+            PerModule(modules=("attention",), alpha=3),
+        ),
+    )
+    assert (config.per_expert.low.alpha, config.per_expert.high.alpha) == (6, 1)
+    loha = load(tmp_path, f"method: {{kind: loha, alpha: 2, {layers}}}").method
+    assert isinstance(loha, LohaMethod)
+    assert [layer.alpha for layer in loha.per_module] == [2, 3]
+    started = load(tmp_path, "method: {start_from: [a.safetensors]}").method
+    assert isinstance(started, LoraMethod)
+    assert started.alpha is None  # the file's own
+
+
+def test_names_steps_and_precisions_are_filled_in(tmp_path: Path) -> None:
+    text = (
+        "method: {kind: embedding}\n"
+        "embeddings: [{placeholder: <my-fox>}, {placeholder: b, name: c}]\n"
+        "per_expert: {high: {steps: 5}, low: {steps: 6}}"
+    )
+    config = load(tmp_path, text)
+    assert config.method == EmbeddingMethod()
+    assert [e.name for e in config.embeddings] == ["my-fox", "c"]
+    assert config.train.steps == 11
+    tuned = load(tmp_path, FLOAT32 + "method: {kind: fine_tune}").method
+    assert isinstance(tuned, FineTuneMethod)
+    assert tuned.weights == "float32"
+    kept = load(tmp_path, "method: {kind: fine_tune}").method
+    assert isinstance(kept, FineTuneMethod)
+    assert kept.weights == "stochastic"
