@@ -105,11 +105,7 @@ def one_by_one(run: Run) -> Step:
 
 def moved(batch: Batch, offset: int) -> Batch:
     return Batch(
-        **{
-            name: getattr(batch, name)
-            for name in Batch.__dataclass_fields__
-            if name != "offset"
-        },
+        **{name: getattr(batch, name) for name in Batch.__dataclass_fields__ if name != "offset"},
         offset=offset,
     )
 
@@ -119,7 +115,9 @@ def reference(run: Run, config: RunConfig, step: Step) -> tuple[Tensor, dict[str
     base = WanModelLoader().load(config.model.path)
     transformer = base.transformer.eval()
     leaves, weights, text = formulas(run, transformer, base)
-    samples = [run.objective.noise(batch, step, run.state.experts["high"].expert) for batch in step.batches]
+    samples = [
+        run.objective.noise(batch, step, run.state.experts["high"].expert) for batch in step.batches
+    ]
     x, t, target = (torch.cat([getattr(s, name) for s in samples]) for name in ("x", "t", "target"))
     clean = torch.zeros(len(samples), dtype=torch.bool)
     for place, sample in enumerate(samples):

@@ -166,9 +166,7 @@ def killed_and_resumed(run_yaml: Path, overrides: list[str], case: str) -> RunCo
     process = context.Process(target=train_slowly, args=(run_yaml, overrides))
     process.start()
     until = chance.randrange(1, STEPS - 1)
-    while not any(
-        e["event"] == "step" and e["step"] >= until for e in told(layout.events)
-    ):
+    while not any(e["event"] == "step" and e["step"] >= until for e in told(layout.events)):
         assert process.is_alive(), "the run ended before it was killed"
         time.sleep(0.002)
     time.sleep(chance.uniform(0, 0.05))

@@ -269,7 +269,9 @@ def test_every_optimizer_resumes_exactly(run_file: RunFile, optimizer: str) -> N
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "cosine_with_restarts", "rex", "polynomial"])
+@pytest.mark.parametrize(
+    "schedule", ["linear", "cosine", "cosine_with_restarts", "rex", "polynomial"]
+)
 def test_every_schedule_resumes_exactly(run_file: RunFile, schedule: str) -> None:
     chosen = [
         "t2v-a14b",
@@ -285,4 +287,6 @@ def test_every_schedule_resumes_exactly(run_file: RunFile, schedule: str) -> Non
     assert outcome(whole)[1] == outcome(cut)[1]
     steps = outcome(whole)[1]
     assert [name for _, name, *_ in steps].count("high") == 2
-    assert {len({lr for _, name, _, _, lr, _ in steps if name == e}) for e in ("high", "low")} != {1}
+    assert {len({lr for _, name, _, _, lr, _ in steps if name == e}) for e in ("high", "low")} != {
+        1
+    }

@@ -151,9 +151,7 @@ def test_the_best_state_is_kept(run_file: RunFile) -> None:
 
 
 def test_schedule_free_weights_are_exported_as_validated(run_file: RunFile) -> None:
-    config = run_file(
-        "ti2v-5b", "optimizer={name: adamw_schedule_free, lr: 0.01}", "train.ema={}"
-    )
+    config = run_file("ti2v-5b", "optimizer={name: adamw_schedule_free, lr: 0.01}", "train.ema={}")
     WanTrainer(config).fit()
     layout = layout_of(config)
     assert sorted(p.name for p in layout.weights_dir.iterdir()) == [

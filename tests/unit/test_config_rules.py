@@ -37,9 +37,9 @@ def load(folder: Path, text: str) -> RunConfig:
 BROKEN = [
     # Layers.
     (
-        "method: {modules: [atention]}",
+        "method: {modules: [attentions]}",
         r"method.modules: must name groups, or layers by a pattern with one of \* \? \[ \., got "
-        r"'atention'; did you mean 'attention'\?",
+        r"'attentions'; did you mean 'attention'\?",
     ),
     ("method: {modules: [norms]}", "method.modules: .* got 'norms'; adapters have self_attention"),
     ("method: {modules: [xyz]}", "method.modules: .*; the groups are self_attention, cross_att"),

@@ -60,9 +60,7 @@ def select_weights(
     names = _within([n for n, _ in transformer.named_parameters()], transformer, layers)
     linears = set(_linears(transformer))
     groups = {
-        group: [
-            n for n in names if (of := n.rpartition(".")[0]) in linears and re.fullmatch(r, of)
-        ]
+        group: [n for n in names if (of := n.rpartition(".")[0]) in linears and re.fullmatch(r, of)]
         for group, r in _GROUPS.items()
     }
     groups["all"] = names

@@ -47,7 +47,8 @@ def train_weights(
         if precision == "float32" and parameter.dtype != torch.float32:
             parameter = nn.Parameter(parameter.detach().float())
             module.register_parameter(which, parameter)
-        parameters[name] = parameter.requires_grad_(True)
+        parameter.requires_grad_(True)
+        parameters[name] = parameter
     return parameters
 
 

@@ -134,7 +134,8 @@ class WanModelSaver:
     ) -> list[Path]:
         """Write each to its own file under its name in `folder`, as `save_embedding` does: ComfyUI
         takes one from a file. ValueError if two have the same name."""
-        files = {embedding.name: embedding for embedding in (chosen := list(embeddings))}
+        chosen = list(embeddings)
+        files = {embedding.name: embedding for embedding in chosen}
         if len(files) < len(chosen):
             raise ValueError(f"the names {[e.name for e in chosen]} are not all different")
         return [

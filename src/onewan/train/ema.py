@@ -77,6 +77,10 @@ class Ema:
                 )
             average.copy_(state[name])
 
+    def restart(self) -> None:
+        """Start from the weights as they are now."""
+        self._averages = {name: self._copy(p) for name, p in self._parameters.items()}
+
     def to(self, device: torch.device) -> None:
         """Move what lies beside the weights; averages in host memory stay there."""
         if not self._on_host:

@@ -1,86 +1,98 @@
-"""What a run writes for other programs: a file for each expert, format and kind of weights."""
+"""What a run writes for other programs: a file for each part, format and kind of weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from onewan.checkpoint.export import WanModelSaver
 from onewan.formats.lora import LoraFormat
+from onewan.model.embedding import WanModelEmbedding
 from onewan.runs.layout import RunLayout
-from onewan.train.methods import EmbeddingTraining, ExportFacts
+from onewan.train.methods import EmbeddingTraining, ExpertMethod, ExportFacts
 from onewan.train.run import DTYPES, Run
-from onewan.train.state import TrainedPart, WeightsKind
+from onewan.train.state import PartName, TrainedExpert, TrainedPart, WeightsKind
 
 _SUFFIX: dict[WeightsKind, str] = {"trained": "", "ema": "_ema"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportedFile:
-    """One file, or folder, that a step's weights go to."""
+    """One file, or folder, that the weights of a step go to."""
 
     path: Path
-    part: TrainedPart
-    kind: WeightsKind
-    format: LoraFormat | None
-    """None for embeddings, which have one."""
-    embedding: int | None = None
-    """Which of the embeddings."""
+    part: PartName
+    write: Callable[[], list[str]]
+    """Writes it; returns what the user should know of it."""
 
 
 def exported_files(run: Run, layout: RunLayout) -> Iterator[ExportedFile]:
     """All that the weights of the present step are written to."""
-    formats, step = run.config.output.formats, run.state.step
-    for part in run.state.parts:
-        kinds: tuple[WeightsKind, ...] = ("trained",) if part.ema is None else ("trained", "ema")
-        for kind in kinds:
-            if isinstance(part.weights, EmbeddingTraining):
-                for number, embedding in enumerate(part.weights.embeddings):
-                    name = f"_{embedding.name}{_SUFFIX[kind]}"
-                    path = layout.weights(step, name)
-                    yield ExportedFile(
-                        path=path, part=part, kind=kind, format=None, embedding=number
-                    )
-                continue
-            trained = run.state.experts[part.name]
-            for fmt in formats:
-                named = fmt if len(formats) > 1 else None
-                suffix = trained.expert.file_suffix + _SUFFIX[kind]
-                path = layout.weights(step, suffix, named, trained.method.extension(fmt))
-                yield ExportedFile(path=path, part=part, kind=kind, format=fmt)
+    for trained in run.state.experts.values():
+        if trained.part is not None and trained.method is not None:
+            for kind in _kinds(trained.part):
+                yield from _of_expert(run, layout, trained, trained.part, trained.method, kind)
+    part = run.state.embeddings
+    if part is not None and isinstance(part.weights, EmbeddingTraining):
+        for kind in _kinds(part):
+            for embedding in part.weights.embeddings:
+                path = layout.weights(run.state.step, f"_{embedding.name}{_SUFFIX[kind]}")
+                write = partial(_write_embedding, run, part, kind, embedding, path)
+                yield ExportedFile(path=path, part=part.name, write=write)
 
 
-def export(run: Run, file: ExportedFile) -> list[str]:
-    """Write `file` from the run's weights; returns what the user should know of it."""
-    dtype = run.config.output.dtype
-    stored = None if dtype is None else DTYPES[dtype]
-    with file.part.as_(file.kind):
-        if file.embedding is not None:
-            embedding = file.part.weights.embeddings[file.embedding]
-            WanModelSaver().save_embedding(
-                embedding,
-                file.path,
-                dtype=stored,
-                facts=_facts(run, file),
-                date=datetime.now(timezone.utc),
-            )
-            return []
-        method = run.state.experts[file.part.name].method
-        title = f"{run.config.output.name} ({run.model.variant.title} {method.what})"
+def _kinds(part: TrainedPart) -> tuple[WeightsKind, ...]:
+    return ("trained",) if part.ema is None else ("trained", "ema")
+
+
+def _of_expert(
+    run: Run,
+    layout: RunLayout,
+    trained: TrainedExpert,
+    part: TrainedPart,
+    method: ExpertMethod,
+    kind: WeightsKind,
+) -> Iterator[ExportedFile]:
+    formats, suffix = run.config.output.formats, trained.expert.file_suffix + _SUFFIX[kind]
+
+    def write(path: Path, format: LoraFormat) -> list[str]:
         about = ExportFacts(
-            facts=_facts(run, file),
-            title=title,
+            facts=_facts(run, part, kind),
+            title=f"{run.config.output.name} ({run.model.variant.title} {method.what})",
             resolution=max(clip.size for clip in run.dataset.clips),
-            dtype=stored,
+            dtype=_dtype(run),
         )
-        return method.export(file.path, file.format, about)
+        with part.as_(kind):
+            return method.export(path, format, about)
+
+    for fmt in formats:
+        named = fmt if len(formats) > 1 else None
+        path = layout.weights(run.state.step, suffix, named, method.extension(fmt))
+        yield ExportedFile(path=path, part=part.name, write=partial(write, path, fmt))
 
 
-def _facts(run: Run, file: ExportedFile) -> dict[str, str | int | float]:
+def _write_embedding(
+    run: Run, part: TrainedPart, kind: WeightsKind, embedding: WanModelEmbedding, path: Path
+) -> list[str]:
+    with part.as_(kind):
+        WanModelSaver().save_embedding(
+            embedding, path, dtype=_dtype(run), facts=_facts(run, part, kind)
+        )
+    return []
+
+
+def _dtype(run: Run) -> torch.dtype | None:
+    dtype = run.config.output.dtype
+    return None if dtype is None else DTYPES[dtype]
+
+
+def _facts(run: Run, part: TrainedPart, kind: WeightsKind) -> dict[str, str | int | float]:
     """What a user may later want to know of an exported file."""
-    config, step, part = run.config, run.state.step, file.part
+    config, step = run.config, run.state.step
     facts: dict[str, str | int | float] = {
         "variant": run.model.variant.name,
         "run": str(config.output.name),
@@ -88,15 +100,14 @@ def _facts(run: Run, file: ExportedFile) -> dict[str, str | int | float]:
         "clips": len(run.dataset.clips),
         "dataset_digest": run.dataset.digest,
         "seed": config.train.seed,
-        "lr": part.updater.base_lr,
+        "lr": part.lr,
     }
     if part.name != "embeddings":
         expert = run.state.experts[part.name].expert
         facts["expert"] = part.name
         facts["base_model"] = _shareable(config.model.source_of(expert.component))
-        facts["expert_steps"] = run.schedule.steps_before(step, part.name)
-    if file.kind == "ema":
-        assert config.train.ema is not None
+        facts["expert_steps"] = run.steps_before(part.name, step)
+    if kind == "ema" and config.train.ema is not None:
         facts["ema_decay"] = config.train.ema.decay
     return facts
 

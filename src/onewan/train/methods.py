@@ -18,14 +18,15 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from onewan.adapters.lora import (
-    AdapterSpec,
     adapter_parameters,
     adapter_weights,
+    base_weight,
     exported,
     is_lora_b,
     load_adapter_weights,
     switched_off,
 )
+from onewan.adapters.spec import AdapterSpec
 from onewan.adapters.weights import load_weights, weights_of
 from onewan.checkpoint.convert import save_expert
 from onewan.checkpoint.export import WanModelSaver
@@ -172,7 +173,7 @@ class WeightTraining:
     ) -> None:
         self._transformer = transformer
         self.parameters = parameters
-        self.rounding = "none" if precision == "float32" else precision
+        self.rounding: Rounding = "none" if precision == "float32" else precision
         self.fused = fused
         self._variant = variant
         self._expert = expert

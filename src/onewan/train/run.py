@@ -66,12 +66,18 @@ class Run:
 
         An expert's schedule runs over its own steps, that of embeddings over all.
         """
-        train, schedule = self.config.train, self.schedule
-        done, total = step, train.steps
-        if part != "embeddings":
-            done = schedule.steps_before(step, part)
-            total = schedule.steps_before(train.steps, part)
-        return lr_factor(train.schedule, done, total, train.warmup_steps, train.warmdown_steps)
+        train = self.config.train
+        return lr_factor(
+            train.schedule,
+            self.steps_before(part, step),
+            self.steps_before(part, train.steps),
+            train.warmup_steps,
+            train.warmdown_steps,
+        )
+
+    def steps_before(self, part: PartName, step: int) -> int:
+        """In how many of the steps 0 .. `step`-1 `part` trains."""
+        return step if part == "embeddings" else self.schedule.steps_before(step, part)
 
     def validation_batches(self) -> list[Batch]:
         """The clips that losses are compared on, one a batch: held-out ones if there are any."""

@@ -7,8 +7,9 @@ from collections.abc import Collection
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-from onewan.adapters.lora import adapter_spec, attach_adapter, spec_and_weights_from
+from onewan.adapters.lora import attach_adapter
 from onewan.adapters.select import select_weights
+from onewan.adapters.spec import adapter_spec, spec_and_weights_from
 from onewan.adapters.weights import train_weights
 from onewan.checkpoint.export import expert_of
 from onewan.config.method import (
@@ -28,13 +29,13 @@ from onewan.model.attention import attend_within_frames
 from onewan.model.embedding import WanModelEmbedding
 from onewan.model.load import WanModelLoader
 from onewan.model.sources import ENCODERS, Component, Placed, locate
-from onewan.model.text import checkpoint_encoder
+from onewan.model.text import checkpoint_encoder, mentions
 from onewan.model.wan import WanModel
 from onewan.sample.generate import SampleRequest, requests_from
-from onewan.train.density import TimestepDensity, density_of
+from onewan.train.density import TimestepDensity
 from onewan.train.ema import Ema
 from onewan.train.methods import AdapterTraining, EmbeddingTraining, ExpertMethod, WeightTraining
-from onewan.train.objective import Objective
+from onewan.train.objective import objective_of
 from onewan.train.optim import resumes_exactly
 from onewan.train.run import DTYPES, Run
 from onewan.train.schedule import ExpertSchedule, expert_schedule
@@ -84,10 +85,12 @@ class WanModelSetup:
         starts = self._starts()
         dataset = self.dataset(samples, progress)
         model = self._model(needs_sampling=bool(samples))
-        density = density_of(config.train.timesteps, self._variant.flow_shift)
-        schedule = self._schedule(density)
+        objective = objective_of(config.train, self._variant, self._experts)
+        schedule = self._schedule(objective.density)
         embeddings = self._embeddings(model, dataset)
-        trained = {e.name: self._trained(model, e, starts.get(e.name)) for e in self._experts}
+        trained = {}
+        for expert in self._experts:
+            trained[expert.name] = self._trained(model, expert, starts.get(expert.name))
         return Run(
             config=config,
             device=self._device,
@@ -102,11 +105,12 @@ class WanModelSetup:
                 caption_dropout=config.train.caption_dropout,
                 live_text=bool(config.embeddings),
             ),
-            objective=self._objective(density),
+            objective=objective,
             schedule=schedule,
             state=TrainState(experts=trained, embeddings=embeddings),
             samples=samples,
-            dropout=isinstance(config.method, LoraMethod | DoraMethod) and config.method.dropout > 0,
+            dropout=isinstance(config.method, LoraMethod | DoraMethod)
+            and config.method.dropout > 0,
             warnings=[*self._notices, *self._warnings(schedule)],
         )
 
@@ -119,21 +123,8 @@ class WanModelSetup:
             if not schedule.steps_before(config.train.steps, name)
         ]
         if reason := resumes_exactly(config.optimizer):
-            warnings.append(
-                f"a resumed run will not be the uncut one to the bit: {config.optimizer.name} {reason}"
-            )
+            warnings.append(f"a resumed run may not be the uncut one to the bit: {reason}")
         return warnings
-
-    def _objective(self, density: TimestepDensity) -> Objective:
-        train = self._config.train
-        given = self._variant.condition == "first_frame_clean"
-        return Objective(
-            variant=self._variant,
-            density=density,
-            seed=train.seed,
-            train=train,
-            first_frame_probability=train.first_frame_probability if given else 0.0,
-        )
 
     def _schedule(self, density: TimestepDensity) -> ExpertSchedule:
         config = self._config
@@ -169,9 +160,7 @@ class WanModelSetup:
             raise ConfigError("run file", problems)
         return starts
 
-    def _trained(
-        self, model: WanModel, expert: Expert, start: AdapterFile | None
-    ) -> TrainedExpert:
+    def _trained(self, model: WanModel, expert: Expert, start: AdapterFile | None) -> TrainedExpert:
         config = self._config
         transformer = model.expert(expert)
         transformer.requires_grad_(False)
@@ -189,7 +178,7 @@ class WanModelSetup:
     def _own(self, expert: Expert) -> ExpertSettings:
         """What the run file says of one of two experts."""
         settings = self._config.per_expert
-        return settings.high if expert.name == "high" else settings.low
+        return settings.low if expert.name == "low" else settings.high
 
     def _method(
         self, transformer: WanTransformer3DModel, expert: Expert, start: AdapterFile | None
@@ -224,12 +213,15 @@ class WanModelSetup:
             starts_as_base=start is None,
         )
 
-    def _part(self, name: PartName, what: ExpertMethod | EmbeddingTraining, lr: float) -> TrainedPart:
+    def _part(
+        self, name: PartName, what: ExpertMethod | EmbeddingTraining, lr: float
+    ) -> TrainedPart:
         config = self._config
         ema = config.train.ema
         return TrainedPart(
             name=name,
             weights=what,
+            lr=lr,
             updater=Updater(
                 what.groups(lr),
                 config.optimizer,
@@ -250,7 +242,8 @@ class WanModelSetup:
         model.text_encoder.requires_grad_(False)
         model.text_encoder.to(self._device)  # pyright: ignore[reportArgumentType]
         made = [self._embedding(section, model) for section in config.embeddings]
-        model.embedding, model.additional_embeddings = made[0], made[1:]
+        for embedding in made:
+            model.add_embedding(embedding)
         chosen = [
             (embedding, section.lr or config.optimizer.lr)
             for embedding, section in zip(made, config.embeddings, strict=True)
@@ -266,7 +259,9 @@ class WanModelSetup:
     def _embedding(self, section: EmbeddingSection, model: WanModel) -> WanModelEmbedding:
         name, placeholder = section.name, section.placeholder
         if section.start_from is not None:
-            made = WanModelEmbedding.from_file(section.start_from, placeholder=placeholder, name=name)
+            made = WanModelEmbedding.from_file(
+                section.start_from, placeholder=placeholder, name=name
+            )
         else:
             made = WanModelEmbedding.initial(
                 model,
@@ -284,7 +279,7 @@ class WanModelSetup:
     def _check_captions(self, trained: list[WanModelEmbedding], dataset: Dataset) -> None:
         """ConfigError for placeholders that no caption has, which would never train."""
         captions = {caption for clip in dataset.clips for caption in clip.captions}
-        absent = [e for e in trained if not any(e.placeholder in c for c in captions)]
+        absent = [e for e in trained if not any(mentions(c, e.placeholder) for c in captions)]
         if absent:
             raise ConfigError(
                 "run file",

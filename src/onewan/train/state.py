@@ -32,7 +32,7 @@ from onewan.variants import Expert, ExpertName
 _FACTS = "state.json"
 _PACKAGES = ("onewan", "torch", "diffusers", "transformers", "peft")
 
-PartName = Literal["high", "low", "embeddings"]
+PartName = ExpertName | Literal["embeddings"]
 WeightsKind = Literal["trained", "ema"]
 
 
@@ -56,6 +56,8 @@ class TrainedPart:
     name: PartName
     weights: Weights
     updater: Updater
+    lr: float
+    """The full learning rate of most of them."""
     ema: Ema | None = None
 
     def as_(self, kind: WeightsKind) -> AbstractContextManager[None]:
@@ -175,7 +177,9 @@ class TrainState:
         for each that did.
         """
         about = read_facts(folder)
-        anew = [line for part in self.parts for line in part.load(folder, allow_change=allow_change)]
+        anew = [
+            line for part in self.parts for line in part.load(folder, allow_change=allow_change)
+        ]
         self.step = about["step"]
         self.base_loss = about["base_loss"]
         self.validated = about["validated"]

@@ -49,7 +49,7 @@ def train_step(run: Run, step: Step) -> StepMetrics:
     for part in parts:
         part.updater.step()
         if part.ema is not None:
-            part.ema.update()
+            part.ema.update(run.steps_before(part.name, step.number))
     return StepMetrics(loss=sum(values), grad_norm=norm, lr=parts[0].updater.lr, t=levels)
 
 

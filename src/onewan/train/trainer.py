@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from onewan.runs.control import Request, StopSignals, clear, pending
 from onewan.runs.events import EventLog
 from onewan.runs.layout import RunLayout
 from onewan.sample.generate import WanModelSampler
-from onewan.train.export import ExportedFile, export, exported_files
+from onewan.train.export import ExportedFile, exported_files
 from onewan.train.run import Run, run_folder
 from onewan.train.setup import WanModelSetup
 from onewan.train.state import WeightsKind, read_facts, versions
@@ -85,9 +84,7 @@ class WanTrainer:
         self._resume = resume
         self._allow_change = allow_change
         self._layout = RunLayout(run_folder(config))
-        self._store = StateStore(
-            self._layout, config.train.keep_states, config.train.keep_every
-        )
+        self._store = StateStore(self._layout, config.train.keep_states, config.train.keep_every)
         self._signals = StopSignals()
         self._events: EventLog | None = None
         self._board: Any = None
@@ -263,7 +260,9 @@ class WanTrainer:
         self._write_run_files()
         if changed & set(_GRID):
             run.state.base_loss, run.state.best = {}, None
-            self._warn("validation losses are measured anew and can't be compared with earlier ones")
+            self._warn(
+                "validation losses are measured anew and can't be compared with earlier ones"
+            )
         self._saved_step = found.step
         self._tell("resumed", step=found.step, state=str(found.folder))
         if facts["versions"] != versions():
@@ -296,7 +295,9 @@ class WanTrainer:
         if others:
             self._warn("resuming with changes, as allowed:\n  " + "\n  ".join(others))
         if exact:
-            self._note("resuming with changes that leave the numbers alone:\n  " + "\n  ".join(exact))
+            self._note(
+                "resuming with changes that leave the numbers alone:\n  " + "\n  ".join(exact)
+            )
         return {name for name, _, _ in fields}
 
     def _save(self, run: Run) -> None:
@@ -318,11 +319,9 @@ class WanTrainer:
     def _export(self, run: Run) -> None:
         """Write what training made, in each format that the run file names."""
         for file in self._files(run):
-            for notice in export(run, file):
+            for notice in file.write():
                 self._warn(f"{file.path.name}: {notice}")
-            self._tell(
-                "exported", step=run.state.step, expert=file.part.name, file=str(file.path)
-            )
+            self._tell("exported", step=run.state.step, expert=file.part, file=str(file.path))
 
     def _sample(self, run: Run) -> None:
         """Make the sample videos of this step that are not there yet.

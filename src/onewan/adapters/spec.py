@@ -1,0 +1,416 @@
+"""The shape of an adapter: everything but its weights, from a run file or from another adapter."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import Literal, cast
+
+from diffusers import WanTransformer3DModel
+from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig
+from torch import Tensor, nn
+
+from onewan.adapters.layers import triangles_of
+from onewan.adapters.select import block_of, select_linears
+from onewan.config.method import (
+    AdapterMethod,
+    DoraMethod,
+    LohaMethod,
+    LokrMethod,
+    LoraMethod,
+    OftMethod,
+)
+from onewan.errors import CheckpointError, ConfigError
+from onewan.formats.adapter import ModuleAdapter
+from onewan.formats.lora_files import AdapterFile
+
+TrainedKind = Literal["lora", "dora", "loha", "lokr", "oft"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSpec:
+    """The shape of an adapter on one transformer."""
+
+    kind: TrainedKind
+    modules: tuple[str, ...]
+    """Linear layers by diffusers' names (``blocks.0.attn1.to_q``), in the model's order."""
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """By module; OFT has none."""
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    """By module; OFT has none."""
+    dropout: float = 0.0
+    rank_stabilised: bool = False
+    """Whether the product counts alpha/sqrt(rank) times instead of alpha/rank."""
+    pissa: bool = False
+    """Whether LoRA starts from the principal part of the weight."""
+    factor: int = -1
+    """LoKr: PEFT's ``decompose_factor``."""
+    decompose_both: bool = False
+    """LoKr: whether the small matrix is a product too."""
+    block_size: int = 0
+    """OFT: inputs that turn together."""
+
+    def scale(self, module: str) -> float:
+        """What the product counts."""
+        rank = self.ranks[module]
+        return self.alphas[module] / (sqrt(rank) if self.rank_stabilised else rank)
+
+    def peft_config(self) -> PeftConfig:
+        """PEFT's settings. Those of DoRA and PiSSA say plain LoRA: `onewan.adapters.lora` adds what
+        is theirs, since PEFT would do it in the precision of the base."""
+        modules = "|".join(re.escape(m) for m in self.modules)
+        if self.kind == "oft":
+            # Cayley's transform itself and not the first terms of its series.
+            return OFTConfig(
+                r=0,
+                oft_block_size=self.block_size,
+                use_cayley_neumann=False,
+                target_modules=modules,
+            )
+        rank = _commonest(self.ranks.values())
+        alpha = _whole(_commonest(self.alphas.values()))
+        ranks = {_exactly(m): r for m, r in self.ranks.items() if r != rank}
+        alphas = {_exactly(m): _whole(a) for m, a in self.alphas.items() if a != alpha}
+        if self.kind == "loha":
+            return LoHaConfig(
+                r=rank,
+                alpha=alpha,
+                rank_pattern=ranks,
+                alpha_pattern=alphas,
+                target_modules=modules,
+            )
+        if self.kind == "lokr":
+            return LoKrConfig(
+                r=rank,
+                alpha=alpha,
+                decompose_factor=self.factor,
+                decompose_both=self.decompose_both,
+                rank_pattern=ranks,
+                alpha_pattern=alphas,
+                target_modules=modules,
+            )
+        return LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=self.dropout,
+            use_rslora=self.rank_stabilised,
+            rank_pattern=ranks,
+            alpha_pattern=alphas,
+            target_modules=modules,
+            bias="none",
+        )
+
+
+def adapter_spec(
+    method: AdapterMethod,
+    transformer: WanTransformer3DModel,
+    layers: Sequence[int] | None,
+    *,
+    rank: int | None = None,
+    alpha: float | None = None,
+) -> AdapterSpec:
+    """The adapter that `method` asks for on `transformer`, in the blocks `layers` or, for None,
+    wherever `method.modules` says.
+
+    `rank` and `alpha` are the expert's own, and take the place of the method's; an expert with a
+    rank of its own but no alpha has that rank for its alpha. ConfigError where layers, blocks,
+    ranks or block sizes do not fit the model.
+    """
+    modules = select_linears(transformer, method.modules, layers)
+    if isinstance(method, OftMethod):
+        _check_blocks(transformer, modules, method.block_size)
+        return AdapterSpec(kind="oft", modules=modules, block_size=method.block_size)
+    if alpha is None:
+        alpha = method.alpha if rank is None else float(rank)
+    default = rank or method.rank
+    ranks = dict.fromkeys(modules, default)
+    alphas = dict.fromkeys(modules, float(default) if alpha is None else alpha)
+    for number, entry in enumerate(method.per_module):
+        where = f"method.per_module.{number}.modules"
+        named = select_linears(transformer, entry.modules, layers, where)
+        chosen = [m for m in named if m in ranks]
+        if not chosen:
+            raise ConfigError(
+                "run file",
+                [
+                    f"{where}: names no layer that trains, such as {named[0]}; add it to "
+                    "method.modules, or leave the entry out"
+                ],
+            )
+        for module in chosen:
+            ranks[module] = entry.rank or ranks[module]
+            own = float(ranks[module]) if alpha is None else alpha
+            alphas[module] = own if entry.alpha is None else entry.alpha
+    spec = _of_kind(method, modules, ranks, alphas)
+    if spec.pissa:
+        _check_ranks(transformer, ranks)
+    return spec
+
+
+def spec_and_weights_from(
+    file: AdapterFile,
+    method: AdapterMethod,
+    transformer: WanTransformer3DModel,
+    layers: Sequence[int] | None = None,
+) -> tuple[AdapterSpec, dict[str, Tensor]]:
+    """The adapter in `file` to go on from: its shape, and its weights in float32 by PEFT's names.
+
+    ConfigError if the file is of another kind than `method`, if the run file asks for what the file
+    decides, or if the file has layers outside the blocks `layers`. CheckpointError if the file
+    can't be trained on or does not fit the model.
+    """
+    _check_wishes(file, method, layers)
+    problems = [
+        problem
+        for module, adapter in file.modules.items()
+        if (problem := _unfit(adapter, _linear(transformer, module))) is not None
+        and (problem := f"{module} {problem}")
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{file.path}: can't be gone on from in {len(problems)} of {len(file.modules)} "
+            f"modules: {'; '.join(problems[:3])}"
+        )
+    order = [n for n, _ in transformer.named_modules() if n in file.modules]
+    adapters = {module: file.modules[module] for module in order}
+    weights = {
+        _peft_name(module, part): tensor
+        for module, adapter in adapters.items()
+        for part, tensor in _trainable(adapter, _inputs(transformer, module)).items()
+    }
+    modules = tuple(order)
+    if isinstance(method, OftMethod):
+        sizes = {a.tensors["rotation"].shape[-1] for a in adapters.values()}
+        if len(sizes) > 1:
+            raise CheckpointError(
+                f"{file.path}: has OFT blocks of {_listed(sizes)} inputs, and an adapter that "
+                "trains has one size; merge it into the base model and train a new one"
+            )
+        return AdapterSpec(kind="oft", modules=modules, block_size=sizes.pop()), weights
+    # A LoKr of two whole matrices has no rank and counts once.
+    ranks = {module: adapter.rank or 1 for module, adapter in adapters.items()}
+    alphas = {module: adapter.scale * ranks[module] for module, adapter in adapters.items()}
+    return _of_kind(method, modules, ranks, alphas), weights
+
+
+# ------------------------------------------------------------------------------------ from the run
+
+
+def _of_kind(
+    method: LoraMethod | DoraMethod | LohaMethod | LokrMethod,
+    modules: tuple[str, ...],
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+) -> AdapterSpec:
+    if isinstance(method, LoraMethod):
+        return AdapterSpec(
+            kind="lora",
+            modules=modules,
+            ranks=ranks,
+            alphas=alphas,
+            dropout=method.dropout,
+            rank_stabilised=method.rank_stabilised,
+            pissa=method.init == "pissa",
+        )
+    if isinstance(method, LokrMethod):
+        return AdapterSpec(
+            kind="lokr",
+            modules=modules,
+            ranks=ranks,
+            alphas=alphas,
+            factor=method.factor,
+            decompose_both=method.decompose_both,
+        )
+    dropout = method.dropout if isinstance(method, DoraMethod) else 0.0
+    return AdapterSpec(
+        kind=method.kind, modules=modules, ranks=ranks, alphas=alphas, dropout=dropout
+    )
+
+
+def _check_blocks(transformer: WanTransformer3DModel, modules: Iterable[str], size: int) -> None:
+    """ConfigError for layers whose inputs are no whole number of OFT blocks of `size`."""
+    widths = {module: _inputs(transformer, module) for module in modules}
+    wrong = {width: module for module, width in reversed(widths.items()) if width % size}
+    if wrong:
+        raise ConfigError(
+            "run file",
+            [
+                f"method.block_size: {size} does not divide the {width} inputs of {module}; give a "
+                "divisor, or leave the layer out of method.modules"
+                for width, module in wrong.items()
+            ],
+        )
+
+
+def _check_ranks(transformer: WanTransformer3DModel, ranks: Mapping[str, int]) -> None:
+    """ConfigError for layers that have not as many principal parts as PiSSA asks for."""
+    sides: dict[str, int] = {}
+    for module in ranks:
+        linear = _linear(transformer, module)
+        assert linear is not None
+        sides[module] = min(linear.in_features, linear.out_features)
+    wrong = {(rank, sides[m]): m for m, rank in list(ranks.items())[::-1] if rank > sides[m]}
+    if wrong:
+        raise ConfigError(
+            "run file",
+            [
+                f"method.rank: {rank} is more than {module} has, which is {side}, and PiSSA starts "
+                "from that many parts of the weight; give at most that, or set method.init to zero"
+                for (rank, side), module in wrong.items()
+            ],
+        )
+
+
+# ---------------------------------------------------------------------------------- from a file
+
+
+def _check_wishes(file: AdapterFile, method: AdapterMethod, layers: Sequence[int] | None) -> None:
+    """ConfigError for what the run file says against `file`."""
+    problems: list[str] = []
+    kinds = {adapter.kind for adapter in file.modules.values()}
+    if len(kinds) == 1 and (kind := next(iter(kinds))) != method.kind and kind != "difference":
+        problems.append(
+            f"method.kind: is {method.kind}, but {file.path} holds {kind}; set it to {kind}, or "
+            "leave method.start_from out"
+        )
+    decided: list[str] = []
+    if isinstance(method, LoraMethod):
+        decided += ["rank_stabilised"] if method.rank_stabilised else []
+        decided += ["init"] if method.init != "zero" else []
+    if isinstance(method, LokrMethod):
+        decided += ["factor"] if method.factor != -1 else []
+        decided += ["decompose_both"] if method.decompose_both else []
+    problems += [
+        f"method.{name}: is decided by the file of method.start_from; leave it out"
+        for name in decided
+    ]
+    if layers is not None:
+        blocks = {block_of(module) for module in file.modules}
+        if outside := [b for b in blocks if b is None or b not in layers]:
+            where = _listed([b for b in outside if b is not None]) or "outside the blocks"
+            problems.append(
+                f"wan_config.transformer_layers_to_train: is {list(layers)}, but {file.path} has "
+                f"layers elsewhere too (blocks: {where}); set it to null"
+            )
+    if problems:
+        raise ConfigError("run file", problems)
+
+
+_PARTS: dict[str, frozenset[str]] = {
+    "lora": frozenset({"lora_A", "lora_B"}),
+    "dora": frozenset({"lora_A", "lora_B", "magnitude"}),
+    "loha": frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),
+    "lokr": frozenset(f"lokr_w{n}{factor}" for n in (1, 2) for factor in ("", "_a", "_b")),
+    "oft": frozenset({"rotation"}),
+}
+"""What PEFT can train of each kind."""
+
+
+def _unfit(adapter: ModuleAdapter, linear: nn.Linear | None) -> str | None:
+    """Why training can't go on from `adapter` on the layer `linear`, in words; None if it can."""
+    if linear is None:
+        return "is no linear layer of this model"
+    if "oft_blocks" in adapter.tensors:
+        return (
+            "is OFT of LyCORIS, which turns outputs, where the OFT that trains here turns inputs; "
+            "merge it into the base model and train a new one"
+        )
+    surplus = adapter.tensors.keys() - _PARTS.get(adapter.kind, frozenset())
+    if surplus:
+        return (
+            f"has {' and '.join(sorted(surplus))}, which can't train; merge the file into the base "
+            "model and train a new adapter"
+        )
+    return _misshapen(adapter, linear)
+
+
+def _misshapen(adapter: ModuleAdapter, linear: nn.Linear) -> str | None:
+    shapes = {part: tuple(tensor.shape) for part, tensor in adapter.tensors.items()}
+    want = (linear.out_features, linear.in_features)
+    if adapter.kind in ("lora", "dora"):
+        got = (shapes["lora_B"][0], shapes["lora_A"][1])
+        magnitude = shapes.get("magnitude", (want[0],))
+        if magnitude not in ((want[0],), (want[0], 1)):
+            return f"has a magnitude {list(magnitude)}, and one for each output can train alone"
+    elif adapter.kind == "loha":
+        got = (shapes["hada_w1_a"][0], shapes["hada_w1_b"][1])
+        if got != (shapes["hada_w2_a"][0], shapes["hada_w2_b"][1]):
+            return "has two products of different shapes"
+    elif adapter.kind == "lokr":
+        sides = [_factor_shape(shapes, name) for name in ("lokr_w1", "lokr_w2")]
+        got = (sides[0][0] * sides[1][0], sides[0][1] * sides[1][1])
+    else:
+        blocks, size, _ = shapes["rotation"]
+        if want[1] % size == 0 and blocks in (1, want[1] // size):
+            try:
+                triangles_of(adapter.tensors["rotation"].float())
+            except ValueError as error:
+                return f"{error}, as Cayley's transform has it; merge the file into the base model"
+            return None
+        got = (want[0], blocks * size)
+    if got != want:
+        return (
+            f"is for a layer of {got[1]} inputs and {got[0]} outputs, not {want[1]} and {want[0]}"
+        )
+    return None
+
+
+def _factor_shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
+    return shapes.get(name) or (shapes[f"{name}_a"][0], shapes[f"{name}_b"][1])
+
+
+def _trainable(adapter: ModuleAdapter, inputs: int) -> dict[str, Tensor]:
+    """The tensors as PEFT has them, float32; `adapter` has been found fit."""
+    parts = {part: tensor.float() for part, tensor in adapter.tensors.items()}
+    if "magnitude" in parts:
+        parts["magnitude"] = parts["magnitude"].reshape(-1)
+    if "rotation" in parts:
+        triangles = triangles_of(parts.pop("rotation"))
+        blocks = inputs // adapter.tensors["rotation"].shape[-1]
+        parts["oft_R"] = triangles.expand(blocks, -1).contiguous()
+    return parts
+
+
+def _peft_name(module: str, part: str) -> str:
+    spelled = {"magnitude": "lora_magnitude_vector"}.get(part, part)
+    return (
+        f"{module}.{spelled}.weight"
+        if spelled.startswith(("lora_", "oft_"))
+        else (f"{module}.{spelled}")
+    )
+
+
+# ------------------------------------------------------------------------------------------ values
+
+
+def _linear(transformer: WanTransformer3DModel, module: str) -> nn.Linear | None:
+    try:
+        found = transformer.get_submodule(module)
+    except AttributeError:
+        return None
+    return found if isinstance(found, nn.Linear) else None
+
+
+def _inputs(transformer: WanTransformer3DModel, module: str) -> int:
+    return cast("nn.Linear", transformer.get_submodule(module)).in_features
+
+
+def _commonest(numbers: Iterable[float]) -> int:
+    return cast("int", Counter(numbers).most_common(1)[0][0])
+
+
+def _whole(alpha: float) -> int:
+    """PEFT declares an int and only divides by the rank; a whole number stays one in files."""
+    return int(alpha) if float(alpha).is_integer() else cast("int", alpha)
+
+
+def _exactly(module: str) -> str:
+    """PEFT's expression for this module and no other that ends alike."""
+    return "^" + re.escape(module)
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(numbers)))
