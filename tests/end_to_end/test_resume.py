@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,20 @@ def train_with_cuts(config: RunConfig, cuts: Mapping[int, str]) -> None:
             trainer.fit()
 
 
+def leaves(node: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors and numbers in nested containers, as tensors by their places."""
+    if isinstance(node, torch.Tensor):
+        yield name, node
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            yield from leaves(value, f"{name}:{key}")
+    elif isinstance(node, (list, tuple)):
+        for number, value in enumerate(node):
+            yield from leaves(value, f"{name}:{number}")
+    elif isinstance(node, (int, float)):
+        yield name, torch.tensor(node)
+
+
 def outcome(config: RunConfig) -> tuple[dict[str, Any], list[tuple[Any, ...]]]:
     """All tensors of the last state (weights, optimizers) and of the exports; all step events."""
     layout = layout_of(config)
@@ -61,10 +75,7 @@ def outcome(config: RunConfig) -> tuple[dict[str, Any], list[tuple[Any, ...]]]:
     for path in [*state.glob("*.safetensors"), *layout.weights_dir.glob("*.safetensors")]:
         tensors |= {f"{path.name}:{k}": v for k, v in load_file(path).items()}
     for path in state.glob("*.pt"):
-        optimizer = torch.load(path, weights_only=True)
-        for number, values in optimizer["state"].items():
-            tensors |= {f"{path.name}:{number}:{k}": v for k, v in values.items()}
-        tensors[f"{path.name}:groups"] = torch.tensor([g["lr"] for g in optimizer["param_groups"]])
+        tensors |= dict(leaves(torch.load(path, weights_only=True), path.name))
     steps = [
         (e["step"], e["expert"], e["loss"], e["grad_norm"], e["lr"], tuple(e["t"]))
         for e in read_events(layout.events)
@@ -173,7 +184,7 @@ def test_what_follows_a_saved_state_is_made_up_for(run_file: RunFile) -> None:
     assert [e["event"] for e in events].count("exported") == len(files) == 2
     for path in files:
         assert all(torch.equal(v, expected[path.name][k]) for k, v in load_file(path).items())
-    assert {e["expert"] for e in events if e["event"] == "validation"} == {"high", "low"}
+    assert not [e for e in events if e["event"] == "validation"]  # the state knows of it
 
 
 def test_a_stop_while_sampling_is_made_up_for(run_file: RunFile) -> None:
@@ -209,7 +220,7 @@ def test_changes_are_listed_on_resume(run_file: RunFile) -> None:
     ):
         assert line in note
     other = run_file("t2v-a14b", "train.steps=4", "optimizer={name: sgd, lr: 0.1}")
-    with pytest.raises(CheckpointError, match="optimizer.name: was 'adamw', is 'sgd'"):
+    with pytest.raises(CheckpointError, match=r"optimizer\.name: was 'adamw', is 'sgd'"):
         WanTrainer(other, resume=True).fit()
     events.clear()
     WanTrainer(other, listen=events.append, resume=True, allow_change=True).fit()
@@ -264,7 +275,7 @@ def test_every_optimizer_resumes_exactly(run_file: RunFile, optimizer: str) -> N
     WanTrainer(whole).fit()
     train_with_cuts(cut, {2: "request"})
     assert outcome(whole)[1] == outcome(cut)[1]
-    states = [layout_of(config).state(4) / "high.safetensors" for config in (whole, cut)]
+    states = [layout_of(config).state(4) / "single.safetensors" for config in (whole, cut)]
     ours, theirs = (load_file(path) for path in states)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -278,15 +289,15 @@ def test_every_schedule_resumes_exactly(run_file: RunFile, schedule: str) -> Non
         f"train.schedule={schedule}",
         "train.warmup_steps=1",
         "train.warmdown_steps=1",
-        "per_expert={high: {steps: 2, lr: 0.01, rank: 2}, low: {steps: 4, rank: 6}}",
-        "train.steps=6",
+        "per_expert={high: {steps: 3, lr: 0.01, rank: 2}, low: {steps: 5, rank: 6}}",
+        "train.steps=8",
     ]
     whole, cut = run_file(*chosen, name="whole"), run_file(*chosen, name="cut")
     WanTrainer(whole).fit()
     train_with_cuts(cut, {1: "request", 4: "request"})
     assert outcome(whole)[1] == outcome(cut)[1]
     steps = outcome(whole)[1]
-    assert [name for _, name, *_ in steps].count("high") == 2
+    assert [name for _, name, *_ in steps].count("high") == 3
     assert {len({lr for _, name, _, _, lr, _ in steps if name == e}) for e in ("high", "low")} != {
         1
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_resume import layout_of
 
-from onewan.data.loader import Batch, Step
+from onewan.data.loader import Step
 from onewan.errors import TrainingError
 from onewan.media import probe
 from onewan.model.experts import predict_velocity
@@ -86,7 +87,7 @@ def test_exported_files_give_the_training_models_output(
     run.state.load(layout.state(6))
     kind = WanImageToVideoPipeline if variant == "i2v-a14b" else WanPipeline
     pipeline = kind.from_pretrained(workshop / variant)
-    batch = run.loader.fixed(2)[1]
+    batch = run.loader.fixed(run.dataset.clips, 2)[1]
     for name, trained in run.state.experts.items():
         path = layout.weights(6, trained.expert.file_suffix)
         second = trained.expert.component == "transformer_2"
@@ -126,17 +127,18 @@ def test_accumulation_equals_one_large_batch(run_file: RunFile) -> None:
     results = []
     for sizes in ((3,), (2, 1), (1, 1, 1)):
         run = WanModelSetup(config).build()
-        for parameter in run.state.experts["high"].parameters:
+        for parameter in run.state.experts["high"].method.parameters.values():
             torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(1))
-        clips = [b for b in run.loader.fixed(9) if b.latents.shape[2] == 2][:3]
+        clips = [b for b in run.loader.fixed(run.dataset.clips, 9) if b.latents.shape[2] == 2][:3]
         batches, start = [], 0
         for size in sizes:
             part = clips[start : start + size]
             batches.append(
-                Batch(
+                replace(
+                    part[0],
                     latents=torch.cat([b.latents for b in part]),
                     text=torch.cat([b.text for b in part]),
-                    condition=None,
+                    loss_weight=torch.cat([b.loss_weight for b in part]),
                     names=tuple(b.names[0] for b in part),
                     offset=start,
                 )
@@ -154,7 +156,7 @@ def test_temporal_attention_off_trains_within_frames(run_file: RunFile) -> None:
     config = run_file("t2v-a14b", "wan_config.use_temporal_attention=false")
     run = WanModelSetup(config).build()
     transformer = run.activate("high").transformer.train()
-    batch = run.loader.fixed(1)[0]
+    batch = run.loader.fixed(run.dataset.clips, 1)[0]
     changed = batch.latents.clone()
     changed[:, :, 1] += 1
     t = torch.tensor([0.9])

@@ -1,98 +1,86 @@
-"""The objective: exact truncation, the mixing formula, the loss and its temporal split."""
+"""The objective: what is drawn, mixed and asked for, and how errors count."""
 
 from __future__ import annotations
 
 import math
-import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from scipy.integrate import quad
+from scipy.stats import kstest, norm
 
-from onewan.data.loader import Batch
-from onewan.train.objective import Noised, Objective, TimestepDensity, noised, velocity_loss
+from onewan.config.objective import (
+    CurveWeighting,
+    LogitNormalTimesteps,
+    LossSection,
+    MinSnrWeighting,
+    NoWeighting,
+    TableTimesteps,
+    Timesteps,
+    UniformTimesteps,
+    Weighting,
+)
+from onewan.config.schema import TrainSection
+from onewan.data.loader import Batch, Step
+from onewan.errors import ConfigError
+from onewan.train.density import density_of
+from onewan.train.objective import (
+    Noised,
+    Objective,
+    level_weights,
+    noised,
+    objective_of,
+    with_target,
+)
 from onewan.variants import VARIANTS
 
 T2V, I2V, TI2V = VARIANTS["t2v-a14b"], VARIANTS["i2v-a14b"], VARIANTS["ti2v-5b"]
+SINGLE = TI2V.experts[0]
+UNIFORM = density_of(UniformTimesteps(), 5.0)
 
 
-def density(
-    distribution: str, shift: float, mean: float = 0.0, std: float = 1.0
-) -> TimestepDensity:
-    return TimestepDensity(distribution=distribution, shift=shift, mean=mean, std=std)  # pyright: ignore
-
-
-@pytest.mark.parametrize(
-    ("distribution", "shift", "high_t2v", "high_i2v"),
-    [  # percent of noise levels above 0.875 and 0.9; the closed forms, tabulated independently
-        ("uniform", 1, 12.50, 10.00),
-        ("uniform", 5, 41.67, 35.71),
-        ("uniform", 12, 63.16, 57.14),
-        ("logit_normal", 1, 2.58, 1.40),
-        ("logit_normal", 3, 19.84, 13.60),
-        ("logit_normal", 12, 70.51, 61.32),
-    ],
-)
-def test_mass_of_the_high_expert(
-    distribution: str, shift: float, high_t2v: float, high_i2v: float
-) -> None:
-    d = density(distribution, shift)
-    for variant, percent in ((T2V, high_t2v), (I2V, high_i2v)):
-        high, low = variant.experts
-        assert 100 * d.mass(high) == pytest.approx(percent, abs=0.005)
-        assert d.mass(high) + d.mass(low) == pytest.approx(1)
-
-
-@pytest.mark.parametrize("variant", [T2V, I2V, TI2V])
-@pytest.mark.parametrize(("distribution", "shift"), [("uniform", 12), ("logit_normal", 3)])
-def test_draws_follow_the_truncated_density(variant, distribution: str, shift: float) -> None:
-    """Kolmogorov-Smirnov against rejection sampling's definition, 20,000 draws, p > 0.001."""
-    d = density(distribution, shift, mean=0.3, std=1.2)
-    rng = random.Random(1)
-    for expert in variant.experts:
-        n = 20_000
-        draws = sorted(d.truncated_quantile(rng.random(), expert) for _ in range(n))
-        assert expert.t_min <= draws[0] and draws[-1] <= expert.t_max
-        low, mass = d.cdf(expert.t_min), d.mass(expert)
-        distance = max(
-            abs((d.cdf(t) - low) / mass - (i + k) / n) for i, t in enumerate(draws) for k in (0, 1)
-        )
-        assert distance < 1.95 / math.sqrt(n)
-
-
-def test_cdf_is_that_of_shifted_draws() -> None:
-    """The distribution function against a plain simulation: draw, shift, count."""
-    generator = torch.Generator().manual_seed(0)
-    for name, shift in (("uniform", 5.0), ("logit_normal", 12.0)):
-        if name == "uniform":
-            u = torch.rand(200_000, generator=generator, dtype=torch.float64)
-        else:
-            u = torch.randn(200_000, generator=generator, dtype=torch.float64).sigmoid()
-        t = shift * u / (1 + (shift - 1) * u)
-        for level in (0.2, 0.5, 0.875, 0.95):
-            share = float((t < level).double().mean())
-            assert density(name, shift).cdf(level) == pytest.approx(share, abs=0.005)
-
-
-def test_the_boundary_belongs_to_the_high_expert() -> None:
-    for variant in (T2V, I2V):
-        high, low = variant.experts
-        d = density("uniform", 1)
-        assert d.truncated_quantile(0.0, high) == variant.boundary
-        below = torch.tensor(d.truncated_quantile(1 - 1e-16, low), dtype=torch.float32)
-        assert float(below) < variant.boundary
-
-
-def batch(count: int = 2, frames: int = 3, offset: int = 0) -> Batch:
+def batch(count: int = 2, frames: int = 3, size: tuple[int, int] = (4, 6)) -> Batch:
     generator = torch.Generator().manual_seed(frames)
     return Batch(
-        latents=torch.randn(count, 4, frames, 4, 6, generator=generator),
+        latents=torch.randn(count, 4, frames, *size, generator=generator),
         text=torch.zeros(count, 512, 8),
+        captions=("",) * count,
         condition=None,
+        mask=None,
+        loss_weight=torch.ones(count),
+        base_target=None,
         names=tuple(f"clip{i}" for i in range(count)),
-        offset=offset,
+        offset=0,
     )
+
+
+def step_of(*batches: Batch, number: int = 7) -> Step:
+    return Step(number=number, expert="single", batches=batches)
+
+
+def split(whole: Batch) -> list[Batch]:
+    """`whole` as batches of one."""
+    return [
+        replace(
+            whole,
+            latents=whole.latents[i : i + 1],
+            mask=None if whole.mask is None else whole.mask[i : i + 1],
+            loss_weight=whole.loss_weight[i : i + 1],
+            names=(whole.names[i],),
+            offset=i,
+        )
+        for i in range(len(whole))
+    ]
+
+
+def draw(objective: Objective, whole: Batch | None = None, number: int = 7) -> Noised:
+    whole = batch() if whole is None else whole
+    return objective.noise(whole, step_of(whole, number=number), SINGLE)
+
+
+# ------------------------------------------------------------------------------- noising
 
 
 def test_noising_and_target() -> None:
@@ -102,97 +90,330 @@ def test_noising_and_target() -> None:
     torch.testing.assert_close(out.x[0], 0.75 * latents[0] + 0.25 * noise[0])
     assert torch.equal(out.x[1], noise[1])
     torch.testing.assert_close(out.x - t.view(-1, 1, 1, 1, 1) * out.target, latents)
+    assert torch.equal(out.weight, torch.ones(2)) and not out.weighted and out.counts is None
 
 
-def test_randomness_is_counted_by_place_in_the_global_batch() -> None:
-    """Two micro-batches of one and one batch of two draw the same noise and levels."""
-    objective = Objective(density=density("uniform", 5), seed=3)
-    expert = TI2V.experts[0]
-    whole = batch(2)
-    together = objective.noise(whole, 7, expert)
-    for i in range(2):
-        part = Batch(
-            latents=whole.latents[i : i + 1],
-            text=whole.text[i : i + 1],
-            condition=None,
-            names=("x",),
-            offset=i,
-        )
-        alone = objective.noise(part, 7, expert)
-        assert torch.equal(alone.x[0], together.x[i])
-        assert torch.equal(alone.t[0], together.t[i])
-    other = objective.noise(whole, 8, expert)
-    assert not torch.equal(other.t, together.t)
+EVERYTHING = Objective(
+    density=UNIFORM,
+    seed=3,
+    official_tokens=100,
+    stratified=True,
+    weighting=MinSnrWeighting(),
+    unmasked_weight=0.1,
+    noise_offset=0.3,
+    input_perturbation=0.2,
+    first_frame_probability=0.5,
+    first_frame_noise=(-1.0, 0.5),
+)
+
+
+@pytest.mark.parametrize("objective", [Objective(density=UNIFORM, seed=3), EVERYTHING])
+def test_randomness_is_counted_by_place_in_the_global_batch(objective: Objective) -> None:
+    """Four micro-batches of one and one batch of four draw the same numbers for each sample."""
+    whole = replace(batch(4), loss_weight=torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    whole = replace(whole, mask=torch.rand(4, 1, 3, 4, 6).round())
+    together = draw(objective, whole)
+    parts = split(whole)
+    step = step_of(*parts)
+    seen_given = []
+    for i, part in enumerate(parts):
+        alone = objective.noise(part, step, SINGLE)
+        for name in ("x", "t", "target", "weight", "counts"):
+            assert torch.equal(getattr(alone, name)[0], getattr(together, name)[i]), name
+        assert alone.levels == together.levels[i : i + 1]
+        seen_given.append(alone.clean_first_frame is not None)
+    if objective is EVERYTHING:
+        assert together.clean_first_frame is not None and set(seen_given) == {True, False}
+        assert together.clean_first_frame.tolist() == seen_given
+    other = draw(objective, whole, number=8)
+    assert not set(other.levels) & set(together.levels)
     assert not torch.equal(other.target, together.target)
 
 
+def test_two_samples_of_a_batch_differ_in_all_they_draw() -> None:
+    whole = batch(2)
+    whole.latents[1] = whole.latents[0]
+    always = replace(EVERYTHING, first_frame_probability=1.0, official_tokens=None)
+    sample = draw(always, whole)
+    assert sample.levels[0] != sample.levels[1]
+    for tensor in (sample.target, sample.x[:, :, 0]):
+        assert not torch.equal(tensor[0], tensor[1])
+
+
+def test_levels_are_the_tensor_s_numbers() -> None:
+    sample = draw(Objective(density=UNIFORM, seed=0), batch(50))
+    assert sample.levels == tuple(sample.t.tolist())
+
+
+def drawn_levels(objective: Objective, size: int, steps: int, expert) -> np.ndarray:
+    """[steps, size]"""
+    whole = batch(size, 1, (2, 2))
+    return np.array(
+        [objective.noise(whole, step_of(whole, number=n), expert).levels for n in range(steps)]
+    )
+
+
+def test_stratified_draws_take_each_part_once_and_keep_the_density() -> None:
+    high = I2V.experts[0]
+    density = density_of(LogitNormalTimesteps(mean=0.5), 5.0)
+    plain, even = (
+        drawn_levels(Objective(density=density, seed=1, stratified=s), 5, 1000, high)
+        for s in (False, True)
+    )
+    low, mass = density.cdf(high.t_min), density.mass(high)
+    shares = np.vectorize(lambda t: (density.cdf(t) - low) / mass)
+    assert (np.sort((shares(even) * 5).astype(int)) == np.arange(5)).all()
+    assert not (np.sort((shares(plain) * 5).astype(int)) == np.arange(5)).all()
+    for levels in (plain, even):
+        assert kstest(shares(levels).ravel(), "uniform").pvalue > 1e-3
+    for place in range(5):  # no place of the batch has a part of its own
+        assert kstest(shares(even)[:, place], "uniform").pvalue > 1e-3
+
+
+def test_shift_by_tokens() -> None:
+    """6 tokens for each latent frame; the same place in the distribution, of another shift."""
+    plain = Objective(density=UNIFORM, seed=1)
+    scaled = replace(plain, official_tokens=75)
+    for frames in (1, 2):
+        levels = [draw(o, batch(2, frames)).levels for o in (plain, scaled)]
+        other = UNIFORM.scaled(math.sqrt(6 * frames / 75))
+        for before, after in zip(*levels, strict=True):
+            assert after == pytest.approx(other.quantile(UNIFORM.cdf(before)), abs=1e-6)
+            assert after < before
+
+
+def test_noise_offset_is_one_number_for_each_channel_of_noise_and_target() -> None:
+    plain, offset = (Objective(density=UNIFORM, seed=1, noise_offset=o) for o in (0.0, 0.5))
+    whole = batch(64, 2)
+    a, b = draw(plain, whole), draw(offset, whole)
+    added = b.target - a.target
+    torch.testing.assert_close(added, added[:, :, :1, :1, :1].expand_as(added))
+    torch.testing.assert_close(b.x - a.x, b.t.view(-1, 1, 1, 1, 1) * added)
+    numbers = added[:, :, 0, 0, 0] / 0.5
+    assert kstest(numbers.flatten().numpy(), "norm").pvalue > 1e-3
+    assert len(numbers.flatten().unique()) == 64 * 4
+
+
+def test_input_perturbation_is_in_the_sample_and_not_in_the_target() -> None:
+    plain, moved = (Objective(density=UNIFORM, seed=1, input_perturbation=g) for g in (0.0, 0.1))
+    a, b = draw(plain, batch(8)), draw(moved, batch(8))
+    assert torch.equal(a.target, b.target)
+    added = (b.x - a.x) / (0.1 * b.t.view(-1, 1, 1, 1, 1))
+    assert kstest(added.flatten().numpy(), "norm").pvalue > 1e-3
+    noise = a.target + batch(8).latents
+    assert abs(float((added * noise).mean())) < 0.1  # a noise of its own
+
+
 def test_clean_first_frame() -> None:
-    expert = TI2V.experts[0]
-    always = Objective(density=density("uniform", 5), seed=3, first_frame_probability=1.0)
-    sample = always.noise(batch(), 0, expert)
+    always = Objective(density=UNIFORM, seed=3, first_frame_probability=1.0)
+    sample = draw(always)
     assert sample.clean_first_frame is not None and bool(sample.clean_first_frame.all())
     assert torch.equal(sample.x[:, :, 0], batch().latents[:, :, 0])
-    assert not torch.equal(sample.x[:, :, 1], batch().latents[:, :, 1])
-    assert always.noise(batch(frames=1), 0, expert).clean_first_frame is None
-    some = Objective(density=density("uniform", 5), seed=3, first_frame_probability=0.2)
-    given = [some.noise(batch(), step, expert).clean_first_frame for step in range(500)]
+    assert sample.counts is not None and sample.counts.shape == (2, 1, 3, 4, 6)
+    assert not sample.counts[:, :, 0].any() and bool((sample.counts[:, :, 1:] == 1).all())
+    never = draw(replace(always, first_frame_probability=0.0))
+    assert torch.equal(never.x[:, :, 1:], sample.x[:, :, 1:])
+    assert torch.equal(never.target, sample.target)
+    assert draw(always, batch(frames=1)).clean_first_frame is None
+    some = replace(always, first_frame_probability=0.2)
+    given = [draw(some, number=n).clean_first_frame for n in range(500)]
     share = sum(int(g.sum()) for g in given if g is not None) / 1000
     assert share == pytest.approx(0.2, abs=0.04)
     assert any(g is None for g in given)  # where no sample is given its frame, none says so
 
 
-def pair(frames: int = 3, clean: list[bool] | None = None) -> tuple[Tensor, Noised]:
-    generator = torch.Generator().manual_seed(frames)
-    prediction = torch.randn(2, 4, frames, 4, 6, generator=generator, requires_grad=True)
-    target = torch.randn(2, 4, frames, 4, 6, generator=generator)
-    mask = None if clean is None else torch.tensor(clean)
-    return prediction, Noised(
-        x=target, t=torch.zeros(2), levels=(0.0, 0.0), target=target, clean_first_frame=mask
+def test_noise_in_a_given_first_frame() -> None:
+    """Its level is log-normal, at most 1; the noise is not the one of the sample."""
+    latents = torch.zeros(2000, 4, 2, 8, 8)
+    whole = replace(batch(2000, 2), latents=latents)
+    objective = Objective(
+        density=UNIFORM, seed=3, first_frame_probability=1.0, first_frame_noise=(-1.0, 0.8)
     )
+    sample = draw(objective, whole)
+    first = sample.x[:, :, 0]
+    level = first.square().mean(dim=(1, 2, 3)).sqrt()  # about, by 256 numbers
+    assert kstest(level.log()[level < 0.8].numpy(), _cut_normal).pvalue > 1e-3
+    assert float(level.max()) < 1.2 and float((level > 0.85).float().mean()) > 0.08
+    assert abs(float((first / level.view(-1, 1, 1, 1) * sample.target[:, :, 0]).mean())) < 0.01
+    # Mixed, not added: what is left of the clean frame is the rest.
+    shown = draw(objective, replace(whole, latents=torch.full_like(latents, 3.0))).x[:, :, 0]
+    rest = (shown - first).mean(dim=(1, 2, 3)) / 3
+    torch.testing.assert_close(rest.clamp(min=0), (1 - level).clamp(min=0), atol=0.2, rtol=0)
+    exact = replace(objective, first_frame_noise=(-1.0, 0.0))
+    frames = [draw(exact, replace(whole, latents=z)).x[:, :, 0] for z in (latents, latents + 1)]
+    torch.testing.assert_close(
+        frames[1] - frames[0], torch.full_like(frames[0], 1 - math.exp(-1)), atol=1e-5, rtol=0
+    )
+    # A great mean is a frame of pure noise, and no overflow.
+    noise = draw(replace(objective, first_frame_noise=(2000.0, 0.0)), whole).x[:, :, 0]
+    assert kstest(noise[:20].flatten().numpy(), "norm").pvalue > 1e-3
 
 
-def test_weight_one_is_the_plain_loss_to_the_bit() -> None:
-    prediction, sample = pair()
-    plain = prediction.detach().clone().requires_grad_()
-    loss, expected = velocity_loss(prediction, sample), F.mse_loss(plain, sample.target)
-    loss.backward()
-    expected.backward()
-    assert torch.equal(loss, expected)
-    assert torch.equal(prediction.grad, plain.grad)  # pyright: ignore
+def _cut_normal(x: np.ndarray) -> np.ndarray:
+    return norm.cdf(x, -1.0, 0.8) / norm.cdf(math.log(0.8), -1.0, 0.8)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.5, 3.0])
-@pytest.mark.parametrize("clean", [None, [True, False]])
-def test_temporal_split_follows_its_definition(weight: float, clean: list[bool] | None) -> None:
-    """Loss and gradient against the definition, written sample by sample in float64."""
-    prediction, sample = pair(clean=clean)
-    reference = prediction.detach().double().requires_grad_()
-    losses = []
-    for b in range(2):
-        start = 1 if clean and clean[b] else 0
-        error = (reference[b] - sample.target[b].double())[:, start:]
-        mean = error.mean(dim=1, keepdim=True)
-        losses.append(mean.square().mean() + weight * (error - mean).square().mean())
-    expected = torch.stack(losses).mean()
-    expected.backward()
-    loss = velocity_loss(prediction, sample, weight)
-    loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    torch.testing.assert_close(prediction.grad.double(), reference.grad, rtol=1e-5, atol=1e-9)  # pyright: ignore
+def test_masks_count_by_place() -> None:
+    mask = torch.rand(2, 1, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    masked = replace(batch(), mask=mask)
+    objective = Objective(density=UNIFORM, seed=3, unmasked_weight=0.25)
+    sample = draw(objective, masked)
+    torch.testing.assert_close(sample.counts, mask + (1 - mask) * 0.25)
+    given = draw(replace(objective, first_frame_probability=1.0), masked)
+    assert given.counts is not None and sample.counts is not None
+    assert not given.counts[:, :, 0].any()
+    assert torch.equal(given.counts[:, :, 1:], sample.counts[:, :, 1:])
+    assert torch.equal(masked.mask, mask)  # pyright: ignore  (the batch's own is left alone)
 
 
-def test_split_adds_up_to_the_plain_loss() -> None:
-    prediction, sample = pair()
-    both = velocity_loss(prediction, sample, 2.0) - velocity_loss(prediction, sample, 1.0)
-    mean_only = velocity_loss(prediction, sample, 0.0)
-    torch.testing.assert_close(mean_only + both, velocity_loss(prediction, sample))
+def test_weight_is_that_of_the_level_times_that_of_the_clip() -> None:
+    weighting = CurveWeighting(points=((0.0, 0.0), (1.0, 1.0)))
+    objective = Objective(density=density_of(UniformTimesteps(), 1.0), seed=3, weighting=weighting)
+    sample = draw(objective, replace(batch(), loss_weight=torch.tensor([1.0, 3.0])))
+    torch.testing.assert_close(sample.weight, 2 * sample.t * torch.tensor([1.0, 3.0]))
+    assert sample.weight.dtype == torch.float32 and sample.weighted
+    assert not draw(replace(objective, weighting=NoWeighting())).weighted
 
 
-def test_a_clean_frame_does_not_count() -> None:
-    prediction, sample = pair(clean=[True, False])
-    with torch.no_grad():
-        before = velocity_loss(prediction, sample)
-        prediction[0, :, 0] += 100
-        assert torch.equal(velocity_loss(prediction, sample), before)
-        prediction[1, :, 0] += 100
-        assert velocity_loss(prediction, sample) > before
+def test_fixed_noise_is_the_same_each_time_and_without_extras() -> None:
+    objective = replace(EVERYTHING, first_frame_probability=1.0)
+    whole = replace(batch(3), mask=torch.ones(3, 1, 3, 4, 6))
+    plain = replace(whole, mask=None)
+    a, b = (objective.fixed(whole, 0.25, SINGLE, 5) for _ in range(2))
+    assert torch.equal(a.x, b.x) and torch.equal(a.target, b.target)
+    assert a.counts is not None and a.counts.min() == 1
+    bare = Objective(density=objective.density, seed=99, official_tokens=100)
+    reference = bare.fixed(plain, 0.25, SINGLE, 5)
+    assert torch.equal(reference.x, a.x) and reference.counts is None
+    assert not reference.weighted
+    assert a.clean_first_frame is None
+    density = UNIFORM.scaled(math.sqrt(18 / 100))
+    assert a.levels == (density.truncated_quantile(0.25, SINGLE),) * 3
+    t = a.t.view(-1, 1, 1, 1, 1)
+    torch.testing.assert_close(a.x, whole.latents + t * a.target)
+    for i, part in enumerate(split(whole)):
+        assert torch.equal(objective.fixed(part, 0.25, SINGLE, 5).x[0], a.x[i])
+    assert not torch.equal(objective.fixed(whole, 0.25, SINGLE, 6).target, a.target)
+    noise = a.target + whole.latents
+    assert not torch.allclose(noise[0], noise[1], atol=0.1)
+    # Weighted as in training.
+    weights = level_weights(MinSnrWeighting(), density, SINGLE, np.array(a.levels))
+    torch.testing.assert_close(a.weight, torch.tensor(weights, dtype=torch.float32))
+    heavy = objective.fixed(replace(whole, loss_weight=torch.full((3,), 2.5)), 0.25, SINGLE, 5)
+    torch.testing.assert_close(heavy.weight, 2.5 * a.weight)
+
+
+def test_levels_of_validation_are_midpoints() -> None:
+    assert Objective.levels(4) == (0.125, 0.375, 0.625, 0.875)
+    assert Objective.levels(1) == (0.5,)
+
+
+def test_target_of_the_untrained_model() -> None:
+    sample = draw(Objective(density=UNIFORM, seed=1))
+    velocity = torch.randn_like(sample.target)
+    taught = with_target(
+        sample, velocity, replace(batch(), base_target=torch.tensor([False, True]))
+    )
+    assert torch.equal(taught.target[0], sample.target[0])
+    assert torch.equal(taught.target[1], velocity[1])
+    assert with_target(sample, velocity, batch()) is sample
+
+
+def test_objective_of_the_run_file() -> None:
+    train = TrainSection.model_validate(
+        {
+            "seed": 9,
+            "timesteps": {"distribution": "mode", "shift_by_tokens": True, "stratified": True},
+            "loss": {"weighting": "min_snr", "unmasked_weight": 0.3},
+            "noise_offset": 0.1,
+            "input_perturbation": 0.2,
+            "first_frame_probability": 0.4,
+            "first_frame_noise": [-3.5, 0.5],
+        }
+    )
+    assert objective_of(train, TI2V, TI2V.experts) == Objective(
+        density=density_of(train.timesteps, 5.0),
+        seed=9,
+        official_tokens=27280,
+        stratified=True,
+        weighting=MinSnrWeighting(),
+        unmasked_weight=0.3,
+        noise_offset=0.1,
+        input_perturbation=0.2,
+        first_frame_probability=0.4,
+        first_frame_noise=(-3.5, 0.5),
+    )
+    plain = objective_of(TrainSection(), T2V, T2V.experts)
+    assert (plain.density.shift, plain.official_tokens) == (12.0, None)
+    assert (plain.first_frame_probability, plain.first_frame_noise) == (0.0, None)
+
+
+def test_objective_that_an_expert_gets_nothing_of_is_refused() -> None:
+    high, low = T2V.experts
+    none = TrainSection(timesteps=TableTimesteps(weights=(1.0, 0.0), shift=1.0))
+    with pytest.raises(ConfigError, match=r"train\.timesteps.*high expert"):
+        objective_of(none, T2V, [high, low])
+    objective_of(none, T2V, [low])
+    curve = CurveWeighting(points=((0.0, 1.0), (0.5, 0.0)))
+    unweighted = TrainSection(loss=LossSection(weighting=curve))
+    with pytest.raises(ConfigError, match=r"train\.loss\.weighting.*high expert"):
+        objective_of(unweighted, T2V, [high, low])
+    objective_of(unweighted, T2V, [low])
+
+
+# ------------------------------------------------------------------------ weights of levels
+
+CURVE = CurveWeighting(points=((0.1, 2.0), (0.6, 0.5), (0.95, 4.0)))
+
+
+def curve(t: float) -> float:
+    if t <= 0.1:
+        return 2.0
+    if t >= 0.95:
+        return 4.0
+    return 2.0 - 1.5 * (t - 0.1) / 0.5 if t <= 0.6 else 0.5 + 3.5 * (t - 0.6) / 0.35
+
+
+@pytest.mark.parametrize(
+    ("weighting", "definition"),
+    [
+        (MinSnrWeighting(), lambda t: t**2 * min(((1 - t) / t) ** 2, 5)),
+        (MinSnrWeighting(gamma=0.5), lambda t: t**2 * min(((1 - t) / t) ** 2, 0.5)),
+        (CURVE, curve),
+    ],
+)
+@pytest.mark.parametrize("timesteps", [UniformTimesteps(), LogitNormalTimesteps(std=0.8)])
+def test_weights_have_their_shape_and_a_mean_of_one(
+    weighting: Weighting, definition, timesteps: Timesteps
+) -> None:
+    """The mean by an integral over the density of t, which is the slope of its cdf."""
+    density = density_of(timesteps, 3.0)
+    for expert in (*T2V.experts, SINGLE):
+        levels = np.linspace(expert.t_min, expert.t_max, 9)[1:-1]
+        weights = level_weights(weighting, density, expert, levels)
+        expected = np.array([definition(t) for t in levels])
+        np.testing.assert_allclose(weights / weights[3], expected / expected[3], rtol=1e-12)
+
+        def pdf(t: float) -> float:
+            return (density.cdf(t + 1e-6) - density.cdf(t - 1e-6)) / 2e-6
+
+        mean, _ = quad(
+            lambda t: definition(t) * pdf(t),
+            expert.t_min + 2e-6,
+            expert.t_max - 2e-6,
+            points=(0.3, 0.5, 0.6, 0.95),
+            limit=200,
+        )
+        scale = float(weights[3] / expected[3])
+        assert scale * mean / density.mass(expert) == pytest.approx(1, rel=1e-3)
+
+
+def test_min_snr_is_the_weight_of_the_clean_sample() -> None:
+    """min(SNR, gamma) times the error of x - t v is the weight times the error of v."""
+    z, e, error, t = 0.7, -0.4, 0.05, 0.3
+    x, v = (1 - t) * z + t * e, e - z
+    of_clean = min(((1 - t) / t) ** 2, 2.0) * ((x - t * (v + error)) - z) ** 2
+    density = density_of(UniformTimesteps(), 1.0)
+    levels = np.array([t, 0.6])
+    a, b = level_weights(MinSnrWeighting(gamma=2.0), density, SINGLE, levels)
+    assert of_clean / ((1 - 0.6) ** 2 * error**2) == pytest.approx(a / b)

@@ -5,12 +5,34 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
+import torch
+from diffusers import optimization as diffusers_schedules
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import get_wsd_schedule
 
-from onewan.train.objective import TimestepDensity
+from onewan.config.objective import UniformTimesteps
+from onewan.config.optimizer import (
+    ConstantSchedule,
+    CosineRestartsSchedule,
+    CosineSchedule,
+    LinearSchedule,
+    PolynomialSchedule,
+    RexSchedule,
+    Schedule,
+)
+from onewan.train.density import density_of
 from onewan.train.schedule import ExpertSchedule, expert_schedule, lr_factor
 from onewan.variants import VARIANTS
+
+SCHEDULES: list[Schedule] = [
+    ConstantSchedule(),
+    LinearSchedule(),
+    CosineSchedule(),
+    CosineRestartsSchedule(),
+    RexSchedule(),
+    PolynomialSchedule(),
+]
 
 
 @given(
@@ -24,9 +46,47 @@ def test_counts_are_those_of_the_turns(share: Fraction, block: int, steps: int) 
     for step in range(steps):
         expert, before = schedule.turn(step)
         assert before == counts[expert] == schedule.steps_before(step, expert)
+        assert schedule.turn(step - step % block)[0] == expert  # all of a block
         counts[expert] += 1
-    # Never more than one block away from the exact share.
-    assert abs(counts["high"] - share * steps) <= block
+        # Exact over each block, but for the rounding up to a whole one.
+        if (step + 1) % block == 0:
+            blocks = (step + 1) // block
+            assert counts["high"] == -(-blocks * share // 1) * block
+
+
+@given(
+    high=st.integers(1, 200),
+    low=st.integers(1, 200),
+    block=st.integers(1, 60),
+)
+def test_budgets_come_out_exactly(high: int, low: int, block: int) -> None:
+    experts = VARIANTS["t2v-a14b"].experts
+    density = density_of(UniformTimesteps(), 12.0)
+    schedule = expert_schedule(experts, "equal", block, density, (high, low))
+    free = ExpertSchedule(experts=("high", "low"), share=Fraction(high, high + low), block=block)
+    counts = {"high": 0, "low": 0}
+    for step in range(high + low):
+        expert, before = schedule.turn(step)
+        assert before == counts[expert] == schedule.steps_before(step, expert)
+        if counts["high"] < high and counts["low"] < low:
+            assert schedule.turn(step) == free.turn(step)  # until one budget is spent
+        counts[expert] += 1
+    assert counts == {"high": high, "low": low}
+    for name in ("high", "low"):
+        assert schedule.steps_before(high + low, name) == counts[name]
+
+
+@given(
+    share=st.fractions(min_value=0, max_value=1, max_denominator=20),
+    budgets=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    block=st.integers(1, 20),
+)
+def test_budgets_hold_under_any_share(
+    share: Fraction, budgets: tuple[int, int], block: int
+) -> None:
+    schedule = ExpertSchedule(experts=("high", "low"), share=share, block=block, budgets=budgets)
+    turns = [schedule.turn(step)[0] for step in range(sum(budgets))]
+    assert (turns.count("high"), turns.count("low")) == budgets
 
 
 def test_equal_share_alternates_in_blocks_and_starts_high() -> None:
@@ -37,7 +97,7 @@ def test_equal_share_alternates_in_blocks_and_starts_high() -> None:
 
 def test_share_from_the_run_file() -> None:
     variant = VARIANTS["t2v-a14b"]
-    density = TimestepDensity(distribution="uniform", shift=12.0)
+    density = density_of(UniformTimesteps(), 12.0)
     mass = expert_schedule(variant.experts, "mass", 1, density)
     assert float(mass.share) == pytest.approx(0.6316, abs=1e-4)
     assert expert_schedule(variant.experts, "equal", 1, density).share == Fraction(1, 2)
@@ -46,11 +106,91 @@ def test_share_from_the_run_file() -> None:
     assert {alone.turn(step) for step in range(3)} == {("low", 0), ("low", 1), ("low", 2)}
 
 
-def test_learning_rate() -> None:
-    assert [lr_factor("constant", s, 10, 3) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert [lr_factor("linear", s, 4, 0) for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
-    assert lr_factor("cosine", 5, 10, 0) == pytest.approx(0.5)
-    assert lr_factor("cosine", 0, 10, 0) == 1.0
-    assert all(
-        lr_factor(k, s, 7, 2) > 0 for k in ("constant", "linear", "cosine") for s in range(7)
+def factors(schedule: Schedule, total: int, warmup: int = 0, warmdown: int = 0) -> list[float]:
+    return [lr_factor(schedule, step, total, warmup, warmdown) for step in range(total)]
+
+
+def test_warm_up_does_not_start_at_zero() -> None:
+    for schedule in SCHEDULES:
+        assert factors(schedule, 10, warmup=3)[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors(LinearSchedule(), 4) == [1.0, 0.75, 0.5, 0.25]
+    assert factors(LinearSchedule(end=0.5), 4) == [1.0, 0.875, 0.75, 0.625]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.kind)
+def test_courses_stay_above_zero_and_end_where_they_say(schedule: Schedule) -> None:
+    assert all(0 < f <= 1 for f in factors(schedule, 97, warmup=5))
+    assert lr_factor(schedule, 0, 10, 0, 0) == 1
+    assert lr_factor(schedule, 10, 10, 0, 0) == float(schedule.kind == "constant")
+    if not isinstance(schedule, ConstantSchedule):
+        raised = schedule.model_copy(update={"end": 0.2})
+        for plain, above in zip(factors(schedule, 30), factors(raised, 30), strict=True):
+            assert above == pytest.approx(0.2 + 0.8 * plain)
+        assert lr_factor(raised, 30, 30, 0, 0) == pytest.approx(0.2)
+
+
+def test_warm_down_falls_to_zero_from_where_the_course_ends() -> None:
+    assert factors(ConstantSchedule(), 10, 2, 4)[2:] == [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    cosine = factors(CosineSchedule(end=0.4), 10, 2, 4)
+    assert cosine[2] == 1
+    assert cosine[4] == pytest.approx(0.7)  # half of the four steps between the ramps
+    assert cosine[6:] == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert lr_factor(ConstantSchedule(), 10, 10, 2, 4) == 0
+
+
+def reference(build, total: int) -> list[float]:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = build(optimizer)
+    rates = []
+    for _ in range(total):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+def test_the_courses_of_diffusers() -> None:
+    """After warm-up, whose first step diffusers wastes at a rate of 0."""
+    warmup, total = 6, 66
+    library = {
+        LinearSchedule(): lambda o: diffusers_schedules.get_linear_schedule_with_warmup(
+            o, warmup, total
+        ),
+        CosineSchedule(): lambda o: diffusers_schedules.get_cosine_schedule_with_warmup(
+            o, warmup, total
+        ),
+        CosineRestartsSchedule(cycles=4): lambda o: (
+            diffusers_schedules.get_cosine_with_hard_restarts_schedule_with_warmup(
+                o, warmup, total, num_cycles=4
+            )
+        ),
+        PolynomialSchedule(power=3.0, end=0.1): lambda o: (
+            diffusers_schedules.get_polynomial_decay_schedule_with_warmup(
+                o, warmup, total, lr_end=0.1, power=3.0
+            )
+        ),
+    }
+    for schedule, build in library.items():
+        ours, theirs = factors(schedule, total, warmup), reference(build, total)
+        assert ours[warmup:] == pytest.approx(theirs[warmup:]), schedule.kind
+
+
+def test_the_warm_down_of_transformers() -> None:
+    theirs = reference(
+        lambda o: get_wsd_schedule(
+            o, num_warmup_steps=5, num_stable_steps=15, num_decay_steps=10, decay_type="linear"
+        ),
+        30,
     )
+    assert factors(ConstantSchedule(), 30, 5, 10)[5:] == pytest.approx(theirs[5:])
+
+
+def test_rex() -> None:
+    """The paper's table: (1 - p) / (1/2 + (1 - p)/2)."""
+    assert factors(RexSchedule(), 4) == pytest.approx([1, 0.75 / 0.875, 0.5 / 0.75, 0.25 / 0.625])
+
+
+def test_restarts_come_on_their_step() -> None:
+    """49 cycles of 7 steps: in floating point one of them would be missed by a rounding."""
+    rates = factors(CosineRestartsSchedule(cycles=49), 343)
+    assert [step for step, rate in enumerate(rates) if rate == 1] == list(range(0, 343, 7))

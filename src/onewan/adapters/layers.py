@@ -61,11 +61,12 @@ class DoraVariant(DoraLinearVariant):
         if base.bias is not None:
             plain = plain - base.bias.to(plain.dtype)
         low = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
+        added = low * module.scaling[active_adapter]
         magnitude = module.lora_magnitude_vector[active_adapter].weight
         factor = magnitude / row_lengths(module, active_adapter)
-        scaled = factor * module.scaling[active_adapter]
-        # The first factor is 0 as long as nothing has been learned, in any precision.
-        return result + (factor - 1).to(plain.dtype) * plain + scaled.to(low.dtype) * low
+        # One product, so that autograd keeps one activation of the outputs' width; its factor is 0
+        # as long as nothing has been learned, in any precision.
+        return result + added + (factor - 1).to(plain.dtype) * (plain + added)
 
 
 class PissaVariant(LoraVariant):

@@ -1,8 +1,8 @@
 """Fine-tuning: which of a transformer's own weights train, and in which precision they are kept.
 
 Weights that train may be float32 beside frozen ones in bfloat16: under `compute_context` autocast
-casts the operands of matrix products, and the norms and tables compute in float32 as it is, which
-is what the official code does with its float32 weights.
+casts the operands of matrix products, and the norms and tables compute in float32, which is what
+the official code does with its float32 weights.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
@@ -18,6 +19,14 @@ from onewan.errors import CheckpointError, ConfigError
 from onewan.model.packed import PackedLinear
 
 Precision = Literal["stochastic", "kahan", "float32"]
+
+
+class _Float32RMSNorm(nn.RMSNorm):
+    """The same numbers that PyTorch gives for a float32 weight and a bfloat16 input, but in its
+    fused kernel, which takes one type for both, and without its warning."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps)
 
 
 def train_weights(
@@ -47,6 +56,8 @@ def train_weights(
         if precision == "float32" and parameter.dtype != torch.float32:
             parameter = nn.Parameter(parameter.detach().float())
             module.register_parameter(which, parameter)
+            if isinstance(module, nn.RMSNorm):
+                module.__class__ = _Float32RMSNorm
         parameter.requires_grad_(True)
         parameters[name] = parameter
     return parameters

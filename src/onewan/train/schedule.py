@@ -103,7 +103,7 @@ def lr_factor(schedule: Schedule, step: int, total: int, warmup: int, warmdown: 
         return (step + 1) / (warmup + 1)
     fall = total - warmdown
     factor = _course(schedule, min(step, fall) - warmup, max(1, fall - warmup))
-    return factor if step < fall else factor * (total - step) / max(1, warmdown)
+    return factor if step < fall or not warmdown else factor * (total - step) / warmdown
 
 
 def _course(schedule: Schedule, done: int, span: int) -> float:

@@ -221,6 +221,7 @@ class WanModelSetup:
         return TrainedPart(
             name=name,
             weights=what,
+            optimizer=config.optimizer.name,
             lr=lr,
             updater=Updater(
                 what.groups(lr),

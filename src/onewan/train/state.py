@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import pickle
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -56,8 +56,10 @@ class TrainedPart:
     name: PartName
     weights: Weights
     updater: Updater
+    optimizer: str
+    """Its name, by which a state's is known."""
     lr: float
-    """The full learning rate of most of them."""
+    """The full learning rate of most of the weights."""
     ema: Ema | None = None
 
     def as_(self, kind: WeightsKind) -> AbstractContextManager[None]:
@@ -76,7 +78,8 @@ class TrainedPart:
 
     def save(self, folder: Path) -> None:
         save_file(self.weights.read(), folder / f"{self.name}.safetensors")
-        torch.save(self.updater.state_dict(), folder / f"{self.name}_optimizer.pt")
+        kept = {"optimizer": self.optimizer, "weights": self.updater.state_dict()}
+        torch.save(kept, folder / f"{self.name}_optimizer.pt")
         if self.ema is not None:
             torch.save(self.ema.state_dict(), folder / f"{self.name}_ema.pt")
 
@@ -86,29 +89,33 @@ class TrainedPart:
         try:
             self.weights.write(load_file(weights), str(weights))
         except (OSError, SafetensorError) as error:
-            raise self._unfit(weights, error) from error
+            raise CheckpointError(f"{weights}: can't be read ({error})") from error
         if self.ema is not None:
             if ema.is_file() or not allow_change:
-                self._load_into(self.ema, ema)
+                with self._fitting(ema):
+                    self.ema.load_state_dict(_read(ema))
             else:
                 yield f"{self.name}: the moving average starts from the weights as they are"
                 self.ema.restart()
         optimizer = folder / f"{self.name}_optimizer.pt"
         try:
-            self._load_into(self.updater, optimizer)
+            with self._fitting(optimizer):
+                kept = _read(optimizer)
+                if kept["optimizer"] != self.optimizer:
+                    raise ValueError(f"is of {kept['optimizer']} and not of {self.optimizer}")
+                self.updater.load_state_dict(kept["weights"])
         except CheckpointError as error:
             if not allow_change:
                 raise
             yield f"{self.name}: the optimizer starts anew ({error})"
 
-    def _load_into(self, target: Updater | Ema, file: Path) -> None:
+    @contextmanager
+    def _fitting(self, file: Path) -> Iterator[None]:
+        """What is wrong with a state's `file`, as a CheckpointError."""
         try:
-            target.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
+            yield
         except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
-            raise self._unfit(file, error) from error
-
-    def _unfit(self, file: Path, error: Exception) -> CheckpointError:
-        return CheckpointError(f"{file}: does not fit what this run trains ({error})")
+            raise CheckpointError(f"{file}: does not fit what this run trains ({error})") from error
 
 
 @dataclass(kw_only=True)
@@ -185,6 +192,10 @@ class TrainState:
         self.validated = about["validated"]
         self.best = about["best"]
         return anew
+
+
+def _read(file: Path) -> Any:
+    return torch.load(file, weights_only=True, map_location="cpu")
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

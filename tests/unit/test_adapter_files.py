@@ -1,0 +1,290 @@
+"""The shapes of adapters, from the run file or another adapter, and their way through files."""
+
+from __future__ import annotations
+
+import copy
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapted import (
+    METHODS,
+    MIXED,
+    attached,
+    gradients,
+    output,
+    relative,
+    tiny_transformer,
+    trained,
+)
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from onewan.adapters.lora import (
+    adapter_weights,
+    apply_lora,
+    attach_adapter,
+    base_weight,
+    exported,
+)
+from onewan.adapters.spec import AdapterSpec, adapter_spec, spec_and_weights_from
+from onewan.checkpoint.component import from_module
+from onewan.checkpoint.export import WanModelSaver
+from onewan.config.method import (
+    DoraMethod,
+    LokrMethod,
+    LoraMethod,
+    OftMethod,
+    PerModule,
+)
+from onewan.errors import CheckpointError, ConfigError
+from onewan.formats.adapter import ModuleAdapter
+from onewan.formats.lora import AdapterLayout, WanShape
+from onewan.formats.lora_files import AdapterFile, peft_adapter, read_adapter
+
+DATE = datetime(2026, 11, 23, tzinfo=timezone.utc)
+KINDS = pytest.mark.parametrize("kind", METHODS)
+
+
+@pytest.fixture(scope="module")
+def base() -> WanTransformer3DModel:
+    return tiny_transformer()
+
+
+# ------------------------------------------------------------------------------------------- spec
+
+
+def test_ranks_and_alphas_of_modules_and_experts(base):
+    method = LoraMethod(rank=4, alpha=2.0, per_module=MIXED)
+    spec = adapter_spec(method, base, [1])
+    assert {m.split(".")[1] for m in spec.modules} == {"1"}
+    assert spec.ranks["blocks.1.attn1.to_q"] == 4 and spec.alphas["blocks.1.attn1.to_q"] == 2.0
+    assert spec.ranks["blocks.1.ffn.net.2"] == 2 and spec.alphas["blocks.1.ffn.net.2"] == 3.0
+    assert spec.ranks["blocks.1.attn2.to_k"] == 6 and spec.alphas["blocks.1.attn2.to_k"] == 2.0
+    own = adapter_spec(method, base, None, rank=8)
+    assert own.ranks["blocks.0.attn1.to_q"] == 8 and own.alphas["blocks.0.attn1.to_q"] == 8.0
+    own = adapter_spec(method, base, None, rank=8, alpha=1.0)
+    assert own.ranks["blocks.0.ffn.net.2"] == 2 and own.alphas["blocks.0.attn1.to_q"] == 1.0
+    free = adapter_spec(LoraMethod(rank=4, per_module=MIXED), base, None)
+    assert free.alphas["blocks.0.attn1.to_q"] == 4.0 and free.alphas["blocks.0.attn2.to_k"] == 6.0
+    model, _ = attached(base, method)
+    shapes = {n: w.shape[0] for n, w in adapter_weights(model).items() if "lora_A" in n}
+    assert shapes["blocks.0.attn2.to_k.lora_A.weight"] == 6
+    assert shapes["blocks.1.ffn.net.2.lora_A.weight"] == 2
+    last = (PerModule(modules=("ffn",), rank=2), PerModule(modules=("blocks.*",), rank=3))
+    assert set(adapter_spec(LoraMethod(per_module=last), base, None).ranks.values()) == {3}
+
+
+def test_what_does_not_fit_the_model_is_named(base):
+    with pytest.raises(ConfigError, match=r"per_module\.0\.modules: names no layer that trains"):
+        entry = PerModule(modules=("attn2.to_k",), rank=2)
+        adapter_spec(LoraMethod(modules=("ffn",), per_module=(entry,)), base, None)
+    with pytest.raises(ConfigError, match=r"block_size: 24 does not divide the 32 inputs of bloc"):
+        adapter_spec(OftMethod(block_size=24), base, None)
+    with pytest.raises(ConfigError, match=r"rank: 33 is more than blocks\.0\.attn1\.to_q has, wh"):
+        adapter_spec(LoraMethod(rank=33, init="pissa"), base, None)
+    assert adapter_spec(LoraMethod(rank=33), base, None).ranks
+
+
+# ----------------------------------------------------------------------------- out and in by files
+
+
+def export(model: WanTransformer3DModel, spec: AdapterSpec, path: Path, format: Any) -> list[str]:
+    weights, settings = exported(model, spec)
+
+    def base(name: str) -> Tensor:
+        layer, _, which = name.rpartition(".")
+        return base_weight(model, layer, which)
+
+    return WanModelSaver().save_lora(
+        weights,
+        path,
+        format=format,
+        dtype=torch.float32,
+        peft_config=settings,
+        facts={"expert": "high"},
+        date=DATE,
+        shape=WanShape.of_config(model.config),
+        base=base,
+    )
+
+
+@KINDS
+@pytest.mark.parametrize("format", ["comfyui", "diffusers", "kohya"])
+def test_an_export_is_the_trained_model(base, tmp_path, kind, format):
+    model, spec = trained(base, METHODS[kind])
+    path = tmp_path / "x.safetensors"
+    if format == "diffusers" and spec.kind in ("loha", "lokr", "oft"):
+        with pytest.raises(CheckpointError, match="diffusers reads in no spelling"):
+            export(model, spec, path, format)
+        return
+    export(model, spec, path, format)
+    fresh = copy.deepcopy(base)
+    apply_lora(fresh, read_adapter(path).modules, "file")
+    effect = output(model) - output(base)
+    assert (output(fresh) - output(model)).norm() < 1e-5 * effect.norm()
+
+
+@KINDS
+def test_a_saved_model_has_the_adapter_merged_in(base, kind):
+    model, _ = trained(base, METHODS[kind])
+    weights = from_module(model, "transformer", "memory").weights
+    merged = copy.deepcopy(base)
+    merged.load_state_dict({name: weight.read() for name, weight in weights.items()})
+    effect = output(model) - output(base)
+    assert (output(merged) - output(model)).norm() < 1e-5 * effect.norm()
+
+
+def test_pissa_leaves_as_a_lora_of_twice_the_rank(base, tmp_path):
+    model, spec = trained(base, METHODS["rs_pissa"])
+    export(model, spec, tmp_path / "x.safetensors", "comfyui")
+    file = read_adapter(tmp_path / "x.safetensors")
+    assert {m: a.rank for m, a in file.modules.items()} == {m: 2 * r for m, r in spec.ranks.items()}
+    for module, adapter in file.modules.items():
+        assert adapter.scale == pytest.approx(spec.scale(module))
+
+
+START = {
+    "lora": "comfyui",
+    "mixed": "kohya",
+    "rslora": "diffusers",
+    "pissa": "diffusers",
+    "dora": "diffusers",
+    "loha": "kohya",
+    "lokr": "comfyui",
+    "lokr_both": "comfyui",
+    "lokr_whole": "comfyui",
+}
+
+
+@pytest.mark.parametrize("kind", START)
+def test_training_goes_on_from_a_file(base, tmp_path, kind):
+    model, spec = trained(base, METHODS[kind])
+    path = tmp_path / "x.safetensors"
+    export(model, spec, path, START[kind])
+    plain = type(METHODS[kind])()
+    again, weights = spec_and_weights_from(read_adapter(path), plain, base)
+    other = copy.deepcopy(base)
+    attach_adapter(other, again, 7, "low", weights)
+    effect = output(model) - output(base)
+    assert (output(other) - output(model)).norm() < 1e-5 * effect.norm()
+    assert again.modules == spec.modules and not again.pissa
+    if kind != "pissa":
+        assert all(
+            torch.equal(w, adapter_weights(model)[n])
+            for n, w in adapter_weights(other).items()
+            if kind != "lokr_whole"
+        )
+    gradients(other)  # each parameter gets one
+    export(other, again, tmp_path / "y.safetensors", START[kind])
+    last = copy.deepcopy(base)
+    apply_lora(last, read_adapter(tmp_path / "y.safetensors").modules, "file")
+    assert (output(last) - output(model)).norm() < 1e-5 * effect.norm()
+
+
+def file_of(modules: dict[str, ModuleAdapter]) -> AdapterFile:
+    layout = AdapterLayout(
+        prefix="diffusion_model.",
+        names="official",
+        trainer=None,
+        experts=(),
+        modules={},
+        kinds={},
+        ranks={},
+        unknown=(),
+        faults=(),
+    )
+    return AdapterFile(
+        path=Path("start.safetensors"), layout=layout, modules=modules, expert=None, metadata={}
+    )
+
+
+def test_training_goes_on_from_peft_oft(base):
+    model, spec = trained(base, METHODS["oft"])
+    file = file_of(peft_adapter(*exported(model, spec)))
+    again, weights = spec_and_weights_from(file, OftMethod(), base)
+    assert again.block_size == 16
+    assert all(relative(weights[n], w) < 1e-4 for n, w in adapter_weights(model).items())
+    shared = ModuleAdapter(kind="oft", tensors={"rotation": torch.eye(8)[None]})
+    again, weights = spec_and_weights_from(
+        file_of({"blocks.0.attn1.to_q": shared}), OftMethod(), base
+    )
+    assert weights["blocks.0.attn1.to_q.oft_R.weight"].shape == (4, 28)
+
+
+Q = "blocks.0.attn1.to_q"
+
+
+def lora(**more: Tensor) -> ModuleAdapter:
+    return ModuleAdapter(
+        kind="lora", tensors={"lora_A": torch.ones(2, 32), "lora_B": torch.ones(32, 2), **more}
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "adapter", "words"),
+    [
+        (LoraMethod(), lora(diff_b=torch.ones(32)), "to_q has diff_b, which can't train"),
+        (
+            LoraMethod(),
+            ModuleAdapter(kind="difference", tensors={"diff": torch.ones(32, 32)}),
+            "has diff",
+        ),
+        (
+            LoraMethod(),
+            ModuleAdapter(
+                kind="lora", tensors={"lora_A": torch.ones(2, 48), "lora_B": torch.ones(32, 2)}
+            ),
+            "for a layer of 48 inputs and 32 outputs, not 32 and 32",
+        ),
+        (
+            OftMethod(),
+            ModuleAdapter(kind="oft", tensors={"oft_blocks": torch.zeros(4, 8, 8)}),
+            "OFT of LyCORIS, which turns outputs",
+        ),
+        (
+            OftMethod(),
+            ModuleAdapter(kind="oft", tensors={"rotation": torch.full((4, 8, 8), 0.5)}),
+            "is no rotation",
+        ),
+        (
+            DoraMethod(),
+            ModuleAdapter(
+                kind="dora",
+                tensors={**lora().tensors, "magnitude": torch.ones(1, 32)},
+            ),
+            r"has a magnitude \[1, 32\]",
+        ),
+        (
+            LokrMethod(),
+            ModuleAdapter(
+                kind="lokr", tensors={"lokr_w1": torch.ones(4, 4), "lokr_w2": torch.ones(4, 8)}
+            ),
+            "for a layer of 32 inputs and 16 outputs",
+        ),
+    ],
+)
+def test_files_that_cannot_train_are_refused(base, method, adapter, words):
+    with pytest.raises(CheckpointError, match=rf"start\.safetensors: .*{words}"):
+        spec_and_weights_from(file_of({Q: adapter}), method, base)
+
+
+def test_files_of_other_models_and_wishes_are_refused(base):
+    with pytest.raises(CheckpointError, match=r"blocks\.9\.attn1\.to_q is no linear layer of this"):
+        spec_and_weights_from(file_of({"blocks.9.attn1.to_q": lora()}), LoraMethod(), base)
+    with pytest.raises(
+        ConfigError, match=r"method\.kind: is dora, but start\.safetensors holds lo"
+    ):
+        spec_and_weights_from(file_of({Q: lora()}), DoraMethod(), base)
+    method = LoraMethod(rank_stabilised=True, init="pissa")
+    with pytest.raises(ConfigError) as error:
+        spec_and_weights_from(file_of({Q: lora()}), method, base, [1])
+    assert [p.split(":")[0] for p in error.value.problems] == [
+        "method.rank_stabilised",
+        "method.init",
+        "wan_config.transformer_layers_to_train",
+    ]
+    spec, _ = spec_and_weights_from(file_of({Q: lora()}), LoraMethod(), base, [0])
+    assert spec.modules == (Q,) and spec.scale(Q) == 1.0

@@ -1,0 +1,353 @@
+"""Adapters of every kind: what they add, its gradients, their precision, and where they go.
+
+The reference is `ModuleAdapter.difference`, which is checked against PEFT elsewhere: the base model
+with what it says added to its weights, differentiated by plain autograd.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from adapted import (
+    METHODS,
+    attached,
+    gradients,
+    halved,
+    inputs,
+    output,
+    quantised,
+    relative,
+    shift,
+    tiny_transformer,
+    trained,
+)
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from onewan.adapters.lora import (
+    adapter_parameters,
+    adapter_weights,
+    base_weight,
+    is_lora_b,
+    load_adapter_weights,
+    switched_off,
+)
+from onewan.adapters.spec import AdapterSpec
+from onewan.config.method import (
+    DoraMethod,
+    LoraMethod,
+    OftMethod,
+)
+from onewan.errors import CheckpointError
+from onewan.formats.lora_files import peft_adapter
+from onewan.model.experts import predict_velocity
+from onewan.model.packed import PackedLinear
+
+KINDS = pytest.mark.parametrize("kind", METHODS)
+
+
+@pytest.fixture(scope="module")
+def base() -> WanTransformer3DModel:
+    return tiny_transformer()
+
+
+@pytest.fixture(scope="module")
+def half(base: WanTransformer3DModel) -> WanTransformer3DModel:
+    return halved(base)
+
+
+# --------------------------------------------------------------------------------------- at first
+
+
+@KINDS
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_new_adapter_changes_nothing_and_trains_alone(base, half, kind, precision):
+    """To the bit, on all linear layers, in both precisions."""
+    chosen, dtype = (base, torch.float32) if precision == "float32" else (half, torch.bfloat16)
+    method = METHODS[kind].model_copy(update={"modules": ("all_linears",)})
+    if isinstance(method, OftMethod):
+        method = method.model_copy(update={"block_size": 8})
+    model, _ = attached(chosen, method)
+    assert torch.equal(output(model, dtype), output(chosen, dtype))
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable.keys() == adapter_parameters(model).keys()
+    assert {p.dtype for p in trainable.values()} == {torch.float32}
+
+
+@KINDS
+def test_initial_weights_follow_seed_expert_layer_and_part(base, kind):
+    first = adapter_weights(attached(base, METHODS[kind])[0])
+    again = adapter_weights(attached(base, METHODS[kind])[0])
+    assert first.keys() == again.keys()
+    assert all(torch.equal(again[n], first[n]) for n in first)
+    drawn = {n: w for n, w in first.items() if w.any() and "magnitude" not in n}
+    if kind == "oft":
+        assert not drawn
+        return
+    seeds = adapter_weights(attached(base, METHODS[kind], seed=2)[0])
+    names = adapter_weights(attached(base, METHODS[kind], name="low")[0])
+    if "pissa" in kind:  # the weight decides, whatever the seed
+        name = "blocks.0.attn1.to_q.lora_{}.weight"
+        product = [w[name.format("B")] @ w[name.format("A")] for w in (first, seeds, names)]
+        assert relative(product[1], product[0]) < 1e-4 and relative(product[2], product[0]) < 1e-4
+        return
+    matrices = [
+        tuple(w.flatten().tolist())
+        for s in (first, seeds, names)
+        for n, w in s.items()
+        if n in drawn
+    ]
+    assert len(set(matrices)) == 3 * len(drawn) >= 60
+
+
+def test_weights_are_drawn_as_peft_draws_them(base):
+    """Kaiming uniform, a = sqrt 5: uniform within 1 / sqrt(fan in)."""
+    for kind, part, fan in (
+        ("lora", "lora_A.weight", 32),
+        ("loha", "hada_w1_a", 4),
+        ("lokr", "lokr_w2_b", 8),
+    ):
+        weights = adapter_weights(attached(base, METHODS[kind])[0])
+        drawn = weights[f"blocks.0.attn1.to_q.{part}"]
+        assert drawn.shape[1] == fan
+        bound = fan**-0.5
+        assert 0.7 * bound < drawn.abs().max() <= bound
+    zero = {"lora": "lora_B.weight", "loha": "hada_w2_b", "lokr": "lokr_w1", "oft": "oft_R.weight"}
+    for kind, part in zero.items():
+        weights = adapter_weights(attached(base, METHODS[kind])[0])
+        assert not any(w.any() for n, w in weights.items() if n.endswith(part))
+
+
+def test_pissa_starts_from_the_principal_part(base):
+    model, spec = attached(base, METHODS["rs_pissa"])
+    weights = adapter_weights(model)
+    for module in spec.modules:
+        weight = base.get_submodule(module).weight.double()
+        u, s, v = torch.linalg.svd(weight, full_matrices=False)
+        rank = spec.ranks[module]
+        best = u[:, :rank] * s[:rank] @ v[:rank]
+        a, b = (weights[f"{module}.lora_{which}.weight"] for which in "AB")
+        assert relative(spec.scale(module) * (b @ a), best) < 1e-4
+        torch.testing.assert_close(a.norm(), b.norm())
+        assert torch.equal(a, weights[f"{module}.pissa_A"])
+        assert torch.equal(b, weights[f"{module}.pissa_B"])
+
+
+def test_pissa_finds_the_principal_part_of_wide_weights():
+    """Where subspace iteration is no longer exact: 16 columns to spare of 300."""
+    from onewan.adapters.lora import _principal_part
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(400, 300, generator=generator)
+    u, s, v = _principal_part(weight, 8, seed=3)
+    want = torch.linalg.svdvals(weight.double())[:8]
+    torch.testing.assert_close(s.double(), want, rtol=0.02, atol=0)
+    assert relative(u.T @ u, torch.eye(8)) < 1e-5 and relative(v @ v.T, torch.eye(8)) < 1e-5
+    assert all(map(torch.equal, _principal_part(weight, 8, seed=3), (u, s, v)))
+
+
+# --------------------------------------------------------------------------------------- numerics
+
+
+def reference(
+    base: WanTransformer3DModel, spec: AdapterSpec, weights: Mapping[str, Tensor], settings: Any
+) -> dict[str, Tensor]:
+    """Weights of the base model with what the adapter adds, by plain autograd."""
+    merged: dict[str, Tensor] = {}
+    for module, adapter in peft_adapter(weights, settings).items():
+        weight = base.get_submodule(module).weight.detach()
+        if spec.kind == "dora":  # the length is a constant to the gradient, by definition
+            product = adapter.tensors["lora_B"] @ adapter.tensors["lora_A"]
+            whole = weight + adapter.scale * product
+            factor = adapter.tensors["magnitude"] / whole.norm(dim=1).detach()
+            merged[f"{module}.weight"] = factor[:, None] * whole
+        else:
+            difference = adapter.difference(weight)
+            assert difference is not None
+            merged[f"{module}.weight"] = weight + difference
+    return merged
+
+
+@KINDS
+def test_output_and_gradients_are_those_of_the_merged_weights(base, kind):
+    model, spec = trained(base, METHODS[kind])
+    weights = {n: w.requires_grad_() for n, w in adapter_weights(model).items()}
+    settings = spec.peft_config().to_dict()
+    leaves = dict(weights)
+    if spec.pissa:
+        weights = {n: w for n, w in leaves.items() if "pissa" not in n}
+        start = {
+            n: leaves[n.replace("lora_", "pissa_").removesuffix(".weight")].detach()
+            for n in weights
+        }
+        now = reference(base, spec, weights, settings)
+        before = reference(base, spec, start, settings)
+        own = base.state_dict()
+        merged = {n: own[n] + now[n] - before[n] for n in now}
+    else:
+        merged = reference(base, spec, weights, settings)
+    x, t, text = inputs()
+    want = functional_call(base, merged, (x, t * 1000, text), {"return_dict": False})[0]
+    assert relative(output(model), want) < 1e-5
+    assert relative(want, output(base)) > 1e-2
+    target = torch.randn(2, 16, 2, 4, 4, generator=torch.Generator().manual_seed(6))
+    nn.functional.mse_loss(want, target).backward()
+    got = gradients(model)
+    assert got.keys() == weights.keys()
+    whole = torch.cat([got[n].flatten() for n in weights])
+    assert relative(whole, torch.cat([w.grad.flatten() for w in weights.values()])) < 1e-5
+    for name, weight in weights.items():
+        assert relative(got[name], weight.grad) < 1e-4, name
+
+
+@KINDS
+def test_checkpointing_changes_no_gradient(base, kind):
+    model, _ = trained(base, METHODS[kind])
+    plain = gradients(model)
+    model.enable_gradient_checkpointing()
+    model.train()
+    again = gradients(model)
+    assert all(torch.equal(again[name], plain[name]) for name in plain)
+
+
+@KINDS
+def test_bfloat16_computes_the_same_to_its_precision(half, kind):
+    """The same adapter on the same numbers: bfloat16's error, not more than LoRA's."""
+    rounded = copy.deepcopy(half).to(torch.float32)
+    exact, _ = trained(rounded, METHODS[kind])
+    coarse, _ = attached(half, METHODS[kind])
+    load_adapter_weights(coarse, adapter_weights(exact), "memory")
+    assert relative(output(coarse, torch.bfloat16), output(exact)) < 0.01
+    want, got = gradients(exact), gradients(coarse, torch.bfloat16)
+    assert {g.dtype for g in got.values()} == {torch.float32}
+    whole = torch.cat([g.flatten() for g in got.values()])
+    assert relative(whole, torch.cat([g.flatten() for g in want.values()])) < 0.03
+
+
+@KINDS
+def test_layers_give_what_their_base_layers_give(half, kind):
+    """No activation is upcast, whatever comes in."""
+    model, spec = trained(half, METHODS[kind])
+    for module in spec.modules:
+        layer = model.get_submodule(module)
+        width = half.get_submodule(module).in_features
+        for dtype in (torch.float32, torch.bfloat16):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                assert layer(torch.randn(3, width, dtype=dtype)).dtype == torch.bfloat16
+
+
+def kept(model: WanTransformer3DModel) -> int:
+    """Bytes of activations that autograd keeps, each storage once."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.shape[:2] == (2, 8) or tensor.shape[:1] == (16,):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = predict_velocity(model, *inputs(), dtype=torch.bfloat16)
+    del result
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("kind", ["pissa", "dora", "loha", "lokr", "oft"])
+def test_autograd_keeps_little_more_than_for_lora(half, kind):
+    lora = kept(attached(half, METHODS["lora"])[0])
+    assert kept(attached(half, METHODS[kind])[0]) < 1.5 * lora
+
+
+@pytest.mark.parametrize("how", ["fp8", "gguf"])
+@KINDS
+def test_a_quantised_base_is_the_model_of_its_numbers(base, kind, how):
+    small = quantised(base, how)
+    whole = copy.deepcopy(base)
+    for name, layer in small.named_modules():
+        if isinstance(layer, PackedLinear):
+            whole.get_submodule(name).weight.data = layer.expanded_weight()
+    ours, theirs = attached(small, METHODS[kind])[0], attached(whole, METHODS[kind])[0]
+    assert torch.equal(output(ours), output(small))
+    shift(ours)
+    shift(theirs)
+    assert relative(output(ours), output(theirs)) < 1e-6
+    got, want = gradients(ours), gradients(theirs)
+    assert all(relative(got[name], want[name]) < 1e-5 for name in want)
+
+
+def test_dropout_drops_inputs_of_the_adapter_alone(base):
+    for method in (
+        LoraMethod(rank=4, dropout=0.5),
+        LoraMethod(rank=4, dropout=0.5, init="pissa"),
+        DoraMethod(rank=4, dropout=0.5),
+    ):
+        model, _ = trained(base, method)
+        calm = output(model)
+        model.train()
+        torch.manual_seed(0)
+        first, second = output(model), output(model)
+        assert not torch.equal(first, second) and not torch.equal(first, calm)
+        with switched_off(model):
+            assert torch.equal(output(model), output(base))
+
+
+# ------------------------------------------------------------------------------------ on and off
+
+
+@KINDS
+def test_switched_off_is_the_base_model(base, kind):
+    model, _ = trained(base, METHODS[kind])
+    grads = gradients(model)
+    on = output(model)
+    parameters = adapter_parameters(model)
+    with switched_off(model):
+        assert torch.equal(output(model), output(base))
+        assert all(p.requires_grad for p in parameters.values())
+        with switched_off(model):
+            pass
+        assert torch.equal(output(model), output(base))
+    assert torch.equal(output(model), on)
+    assert all(torch.equal(p.grad, grads[n.replace(".default", "")]) for n, p in parameters.items())
+
+
+@KINDS
+def test_weights_go_out_and_back(base, kind):
+    model, _ = trained(base, METHODS[kind])
+    other, _ = attached(base, METHODS[kind], seed=9)
+    weights = adapter_weights(model)
+    before = {n: w.clone() for n, w in weights.items()}
+    load_adapter_weights(other, weights, "file")
+    assert torch.equal(output(other), output(model))
+    shift(model)
+    assert all(torch.equal(weights[n], before[n]) for n in weights)  # copies
+    missing = {n: w for n, w in weights.items() if n != next(iter(weights))}
+    wider = {n: torch.cat([w, w]) for n, w in weights.items()}
+    for wrong in (missing, wider, {**weights, "blocks.0.x": torch.zeros(1)}):
+        with pytest.raises(CheckpointError, match="file: does not fit the adapter of this run"):
+            load_adapter_weights(other, wrong, "file")
+
+
+def test_only_loras_b_is_b(base):
+    for kind in METHODS:
+        names = adapter_parameters(attached(base, METHODS[kind])[0])
+        found = sum(map(is_lora_b, names))
+        assert found == (20 if METHODS[kind].kind in ("lora", "dora") else 0)
+
+
+def test_base_weights_are_those_under_the_adapter(base):
+    model, _ = trained(base, METHODS["pissa"])
+    assert torch.equal(
+        base_weight(model, "blocks.0.attn1.to_q", "weight"), base.blocks[0].attn1.to_q.weight
+    )
+    assert torch.equal(
+        base_weight(model, "blocks.0.attn1.to_q", "bias"), base.blocks[0].attn1.to_q.bias
+    )
+    assert torch.equal(base_weight(model, "proj_out", "weight"), base.proj_out.weight)
+    small = quantised(base, "gguf")
+    layer = small.get_submodule("blocks.0.ffn.net.2")
+    assert isinstance(layer, PackedLinear)
+    assert torch.equal(base_weight(small, "blocks.0.ffn.net.2", "weight"), layer.expanded_weight())
