@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 import gguf
 import numpy as np
@@ -150,17 +149,3 @@ def gradients(
         assert parameter.grad is not None, name
         grads[name.replace(".default", "")] = parameter.grad.clone()
     return grads
-
-
-def lora_spec(
-    rank: int, alpha: float, modules: Sequence[str], layers: Sequence[int], dropout: float = 0.0
-) -> AdapterSpec:
-    """A LoRA of one rank on `modules` (``attn1.to_q``) of the blocks `layers`."""
-    names = tuple(f"blocks.{n}.{m}" for n in layers for m in modules)
-    return AdapterSpec(
-        kind="lora",
-        modules=names,
-        ranks=dict.fromkeys(names, rank),
-        alphas=dict.fromkeys(names, alpha),
-        dropout=dropout,
-    )

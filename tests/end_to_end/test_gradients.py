@@ -196,7 +196,7 @@ def embedding_formulas(
             if number:
                 rows.append(leaf)
             if piece.strip():
-                ids = base.tokenizer(piece, add_special_tokens=False).input_ids
+                ids = base.tokenizer(piece.strip(), add_special_tokens=False).input_ids
                 rows.append(table[torch.tensor(ids)])
         rows.append(table[base.tokenizer.eos_token_id][None])
         inputs = torch.cat(rows)[None]

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import RunFile
 from safetensors.torch import load_file
+from slow_run import train_slowly
 from test_resume import layout_of, outcome
 
 from onewan.adapters.lora import apply_lora
@@ -182,11 +183,6 @@ def killed_and_resumed(run_yaml: Path, overrides: list[str], case: str) -> RunCo
     resumed = [e["step"] for e in events_of_resume if e["event"] == "resumed"]
     assert resumed == ([found.step] if found else [])
     return config
-
-
-def train_slowly(run_yaml: Path, overrides: list[str]) -> None:
-    """A run that takes long enough to be killed between any two steps."""
-    WanTrainer(load_run(run_yaml, overrides), listen=lambda _event: time.sleep(0.01)).fit()
 
 
 def told(events: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from onewan.checkpoint.export import WanModelSaver
 from onewan.checkpoint.inspect import Report, inspect
@@ -19,6 +20,7 @@ from onewan.errors import CheckpointError
 from onewan.formats.embedding import read_embedding
 from onewan.formats.names import to_official, transformer_names
 from onewan.formats.weights import recognise
+from onewan.model.embedding import WanModelEmbedding
 
 
 def official(folder: Path) -> dict[str, torch.Tensor]:
@@ -217,10 +219,10 @@ def test_kohya_files_for_diffusers_are_complete(tmp_path):
 def test_embeddings(tmp_path):
     vectors = torch.randn(3, 64)
     path = WanModelSaver().save_embedding(
-        vectors,
+        WanModelEmbedding(
+            placeholder="<face>", name="face", uuid="1234", vectors=nn.Parameter(vectors)
+        ),
         tmp_path / "face.safetensors",
-        placeholder="<face>",
-        uuid="1234",
         date=datetime(2026, 1, 2, tzinfo=timezone.utc),
         facts={"steps": 20},
     )
@@ -236,13 +238,14 @@ def test_embeddings(tmp_path):
         read_embedding(path, width=4096)
     file = read_embedding(
         WanModelSaver().save_embedding(
-            vectors,
+            WanModelEmbedding(
+                placeholder="<out>",
+                name="out",
+                uuid="5678",
+                vectors=nn.Parameter(vectors),
+                is_output_embedding=True,
+            ),
             tmp_path / "out.safetensors",
-            placeholder="<out>",
-            uuid="5678",
-            date=datetime(2026, 1, 2, tzinfo=timezone.utc),
-            facts={},
-            is_output_embedding=True,
         )
     )
     assert file.is_output_embedding and torch.equal(file.vectors, vectors)

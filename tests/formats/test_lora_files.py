@@ -16,48 +16,45 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
+from lora_specs import lora_spec
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from onewan.adapters.lora import (
-    LoraSpec,
     adapter_parameters,
     adapter_weights,
-    attach_lora,
+    attach_adapter,
     load_adapter_weights,
 )
-from onewan.adapters.select import MODULES, select_modules
+from onewan.adapters.spec import AdapterSpec
 from onewan.checkpoint.export import WanModelSaver, expert_of
 from onewan.errors import CheckpointError
-from onewan.formats.lora import WanShape
+from onewan.formats.lora import LINEARS, WanShape
 from onewan.formats.lora_files import AdapterFile, read_adapter
 from onewan.formats.names import to_diffusers, to_official
 from onewan.model.load import WanModelLoader
 from onewan.variants import VARIANTS, Expert
 
-ALL = select_modules(tuple(MODULES))
-WHOLE = LoraSpec(rank=4, alpha=6.5, dropout=0.3, modules=ALL, layers=(0, 1, 2))
-PART = LoraSpec(rank=3, alpha=1.0, dropout=0.0, modules=("attn1.to_q", "ffn.net.2"), layers=(1,))
-CROSS = LoraSpec(
-    rank=8, alpha=2.0, dropout=0.0, modules=select_modules(["cross_attention"]), layers=(0, 2)
-)
+WHOLE = lora_spec(rank=4, alpha=6.5, dropout=0.3, modules=LINEARS, layers=(0, 1, 2))
+PART = lora_spec(rank=3, alpha=1.0, dropout=0.0, modules=("attn1.to_q", "ffn.net.2"), layers=(1,))
+CROSS = lora_spec(rank=8, alpha=2.0, dropout=0.0, modules=["attn2"], layers=(0, 2))
 DATE = datetime(2026, 11, 23, 17, 49, tzinfo=timezone.utc)
 HIGH, LOW = VARIANTS["t2v-a14b"].experts
 
 
-def trained(folder: Path, expert: Expert, spec: LoraSpec) -> WanTransformer3DModel:
+def trained(folder: Path, expert: Expert, spec: AdapterSpec) -> WanTransformer3DModel:
     """An expert with an adapter whose weights are as far from zero as after a long training."""
     model = WanModelLoader().load(folder, components=[expert.component])
     transformer = getattr(model, expert.component)
-    attach_lora(transformer, spec, seed=1, name=expert.name)
+    attach_adapter(transformer, spec, seed=1, name=expert.name)
     generator = torch.Generator().manual_seed(2)
     for parameter in adapter_parameters(transformer).values():
         parameter.data.normal_(0, 0.2, generator=generator)
     return transformer.eval()
 
 
-def export(transformer: WanTransformer3DModel, spec: LoraSpec, path: Path, **changes) -> Path:
+def export(transformer: WanTransformer3DModel, spec: AdapterSpec, path: Path, **changes) -> Path:
     arguments = {
         "format": "comfyui",
         "dtype": torch.float32,
@@ -147,7 +144,7 @@ def test_comfyui_file_means_weight_plus_alpha_over_rank_up_down(tiny_model, tmp_
         target = module.removeprefix("diffusion_model.") + ".weight"
         assert file[key].dtype == torch.float32 and file[key].shape == ()
         merged[target] = merged[target] + file[key] / len(down) * (up @ down)
-    assert len(file) == 3 * len(ALL) * 3
+    assert len(file) == 3 * len(LINEARS) * 3
     plain.load_state_dict({to_diffusers(name): weight for name, weight in merged.items()})
     assert_same_effect(velocity(plain), velocity(transformer), base)
 
@@ -249,7 +246,7 @@ def test_model_spec_resources(name, architecture):
 
 def test_bfloat16_is_the_nearest(tiny_model, tmp_path):
     transformer = trained(tiny_model("t2v-a14b"), LOW, PART)
-    spec = replace(PART, alpha=0.1)
+    spec = replace(PART, alphas=dict.fromkeys(PART.modules, 0.1))
     lora = read_adapter(export(transformer, spec, tmp_path / "x.safetensors", dtype=torch.bfloat16))
     alphas = {adapter.alpha for adapter in lora.modules.values()}
     assert alphas == {torch.tensor(0.1).item()}  # float32 whatever the weights
@@ -322,9 +319,8 @@ def test_what_was_saved_is_read_back(tiny_model, tmp_path, spec, format):
     assert lora.layout.trainer == "onewan"
     assert weights_of(lora).keys() == weights.keys()
     assert all(torch.equal(weights_of(lora)[name], weights[name]) for name in weights)
-    modules = {f"blocks.{n}.{m}" for n in spec.layers for m in spec.modules}
-    assert {m: a.rank for m, a in lora.modules.items()} == dict.fromkeys(modules, spec.rank)
-    assert {m: a.alpha for m, a in lora.modules.items()} == dict.fromkeys(modules, spec.alpha)
+    assert {m: a.rank for m, a in lora.modules.items()} == spec.ranks
+    assert {m: a.alpha for m, a in lora.modules.items()} == spec.alphas
 
     fresh = trained(folder, LOW, spec)
     for parameter in adapter_parameters(fresh).values():

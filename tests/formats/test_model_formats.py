@@ -16,18 +16,17 @@ import torch
 from diffusers import WanTransformer3DModel
 from gguf import GGMLQuantizationType
 from huggingface_hub.errors import LocalEntryNotFoundError
+from lora_specs import lora_spec
 from rewritten import FOLDERS, Quantised, as_gguf, fp8, shards, single
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from onewan.adapters.lora import (
-    LoraSpec,
     adapter_parameters,
     adapter_weights,
     apply_lora,
-    attach_lora,
+    attach_adapter,
 )
-from onewan.adapters.select import select_modules
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.names import t5_to_transformers, to_diffusers
@@ -316,15 +315,13 @@ def test_tokenizer_from_the_sentencepiece_model(t2v: Path, tmp_path: Path) -> No
 
 # ----------------------------------------------------------------------------------- packed at work
 
-SPEC = LoraSpec(
-    rank=4, alpha=4, dropout=0, modules=select_modules(("self_attention", "ffn")), layers=(0, 1)
-)
+SPEC = lora_spec(rank=4, alpha=4, dropout=0, modules=["attn1", "ffn"], layers=(0, 1))
 
 
 def _gradients(
     model: WanTransformer3DModel, expected: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    attach_lora(model, SPEC, 0, "high")
+    attach_adapter(model, SPEC, 0, "high")
     for number, parameter in enumerate(adapter_parameters(model).values()):
         generator = torch.Generator().manual_seed(number)
         parameter.data.normal_(std=0.05, generator=generator)

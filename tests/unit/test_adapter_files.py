@@ -81,7 +81,7 @@ def test_what_does_not_fit_the_model_is_named(base):
     with pytest.raises(ConfigError, match=r"per_module\.0\.modules: names no layer that trains"):
         entry = PerModule(modules=("attn2.to_k",), rank=2)
         adapter_spec(LoraMethod(modules=("ffn",), per_module=(entry,)), base, None)
-    with pytest.raises(ConfigError, match=r"block_size: 24 does not divide the 32 inputs of bloc"):
+    with pytest.raises(ConfigError, match=r"block_size: 24 does not divide the 32 inputs of"):
         adapter_spec(OftMethod(block_size=24), base, None)
     with pytest.raises(ConfigError, match=r"rank: 33 is more than blocks\.0\.attn1\.to_q has, wh"):
         adapter_spec(LoraMethod(rank=33, init="pissa"), base, None)

@@ -262,6 +262,33 @@ def test_autograd_keeps_little_more_than_for_lora(half, kind):
     assert kept(attached(half, METHODS[kind])[0]) < 1.5 * lora
 
 
+@KINDS
+def test_adapters_see_activations_as_they_are(half, kind):
+    model, spec = trained(half, METHODS[kind])
+    seen = []
+    for module in spec.modules:
+        layer = model.get_submodule(module)
+        assert not layer.cast_input_dtype_enabled
+        if METHODS[kind].kind in ("lora", "dora"):
+            layer.lora_A["default"].register_forward_pre_hook(
+                lambda _module, args: seen.append(args[0].dtype)
+            )
+    output(model, torch.bfloat16)
+    if METHODS[kind].kind in ("lora", "dora"):  # float32 out of norms, bfloat16 out of products
+        assert seen.count(torch.bfloat16) >= 6 and len(seen) == len(spec.modules)
+
+
+def test_oft_turns_inputs_in_their_own_precision(half):
+    """Autocast would round the float32 residual stream's share before it is added."""
+    model, _ = trained(half, METHODS["oft"])
+    layer = model.blocks[0].attn1.to_q
+    x = torch.randn(5, 32)
+    exact = layer._moved(x, "default")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer._moved(x, "default"), exact)
+        assert layer._moved(x.bfloat16(), "default").dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("how", ["fp8", "gguf"])
 @KINDS
 def test_a_quantised_base_is_the_model_of_its_numbers(base, kind, how):

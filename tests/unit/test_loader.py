@@ -124,7 +124,7 @@ def test_reading_ahead_changes_nothing() -> None:
 
 
 def test_fixed_batches() -> None:
-    names = [b.names for b in loader().fixed(4)]
+    names = [b.names for b in loader().fixed(CLIPS, 4)]
     assert names == [("0",), ("2",), ("4",), ("6",)]
-    assert len(loader().fixed(99)) == 9 and loader().fixed(0) == []
-    assert all(float(b.text[0, 0, 0]) < 100 for b in loader().fixed(9))  # first captions
+    assert len(loader().fixed(CLIPS, 99)) == 9 and loader().fixed(CLIPS, 0) == []
+    assert all(float(b.text[0, 0, 0]) < 100 for b in loader().fixed(CLIPS, 9))  # first captions

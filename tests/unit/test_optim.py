@@ -6,6 +6,8 @@ import importlib
 import sys
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from onewan.config.optimizer import (
     CustomOptimizer,
     LionOptimizer,
     MuonOptimizer,
+    Optimizer,
     ProdigyOptimizer,
     ProdigyPlusOptimizer,
     SgdOptimizer,
@@ -308,3 +311,9 @@ def test_building_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     for choice in (ProdigyOptimizer(weight_decay=0.1), ProdigyPlusOptimizer()):
         build_optimizer([{"params": _weights(), "lr": 1.0}], choice)
     assert capsys.readouterr().out == ""
+
+
+def test_the_page_about_optimizers_has_them_all() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    for section in get_args(Optimizer):
+        assert f"| `{section.model_fields['name'].default}` |" in page

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
+from lora_specs import lora_spec
 from PIL import Image
 
-from onewan.adapters.lora import LoraSpec, adapter_parameters, attach_lora
+from onewan.adapters.lora import adapter_parameters, attach_adapter
 from onewan.config.load import load_run
 from onewan.demo.tiny_model import write_tiny_model
 from onewan.errors import CheckpointError, ConfigError, Interrupted
@@ -216,12 +217,12 @@ def test_text_may_come_from_elsewhere(folder, model):
 def training(folder, request) -> WanModel:
     """A model in the middle of LoRA training, with dropout and checkpointing on."""
     model = WanModelLoader().load(folder("t2v-a14b"), dtype=request.param)
-    spec = LoraSpec(
+    spec = lora_spec(
         rank=2, alpha=4.0, dropout=0.5, modules=("attn1.to_q", "ffn.net.2"), layers=(0,)
     )
     generator = torch.Generator().manual_seed(4)
     for transformer in (model.transformer, model.transformer_2):
-        attach_lora(transformer, spec, seed=0, name="x")
+        attach_adapter(transformer, spec, seed=0, name="x")
         for parameter in adapter_parameters(transformer).values():
             parameter.data.normal_(0, 0.2, generator=generator)
         transformer.enable_gradient_checkpointing()
@@ -277,11 +278,11 @@ def test_adapters_show_and_everything_is_as_before(training, model):
 def test_bfloat16_is_near_float32(folder, training):
     """The solver and the latents stay float32; only the transformers round."""
     exact = WanModelLoader().load(folder("t2v-a14b"))
-    spec = LoraSpec(
+    spec = lora_spec(
         rank=2, alpha=4.0, dropout=0.5, modules=("attn1.to_q", "ffn.net.2"), layers=(0,)
     )
     for name in ("transformer", "transformer_2"):
-        attach_lora(getattr(exact, name), spec, seed=0, name="x")
+        attach_adapter(getattr(exact, name), spec, seed=0, name="x")
         theirs = adapter_parameters(getattr(training, name))
         for key, parameter in adapter_parameters(getattr(exact, name)).items():
             parameter.data.copy_(theirs[key].data)

@@ -1,11 +1,10 @@
 """How adapted layers compute: PEFT's layers, with float32 masters at the cost of bfloat16 ones.
 
-PEFT lets a layer with a float32 adapter upcast its input and keep the copy for the backward pass
-(412 instead of 271 kB per token and block at 14B), or hand out what autocast had made bfloat16 as
-float32 again; its DoRA measures weights in the precision of the activations, which changes the
-model by 0.4 % before the first step; and it takes a quantised weight's bytes for its numbers. Here
-each layer gives what its base layer gives, in that precision; what is made of weights alone is made
-in float32; and a base weight is read through `base_numbers`.
+PEFT upcasts the input of a layer that has a float32 adapter, or hands out what autocast had made
+bfloat16 as float32 again; its DoRA measures weights in the precision of the activations, which
+changes a bfloat16 model before the first step; and it takes a quantised weight's bytes for its
+numbers. Here each layer gives what its base layer gives, in that precision; what is made of weights
+alone is made in float32; and a base weight is read through `base_numbers`.
 """
 
 from __future__ import annotations

@@ -205,8 +205,6 @@ class Updater:
         for member in self._members:
             if member.on_host:
                 continue
-            if member.stands_in:
-                member.subject.data = _nothing(member.parameter.shape, device)
             if member.rest is not None:
                 member.rest = member.rest.to(device)
             state = member.state
