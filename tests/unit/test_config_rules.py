@@ -92,8 +92,8 @@ BROKEN = [
     ("method: {start_from: [a.safetensors], init: pissa}", "method.init: is for adapters that"),
     # The base model as a teacher.
     (
-        "method: {init: pissa}\nvideo_data: {sources: [{path: a}, {path: b, target: base}]}",
-        "video_data.sources.1.target: needs weights as they were, and method.init pissa",
+        "method: {kind: loha}\noutput: {formats: [comfyui, diffusers]}",
+        "output.formats: diffusers reads loha in no spelling, got ['comfyui', 'diffusers']",
     ),
     (
         "method: {kind: fine_tune}\nvideo_data: {sources: [{path: b, target: base}]}",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import io
+import logging
 import math
 import os
 import sys
@@ -78,7 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_convert(commands)
     _add_merge(commands)
+    _quiet_imports()
     return parser
+
+
+def _quiet_imports() -> None:
+    """PEFT imports these where they are installed, and they tell of kernels that are not used."""
+    for package in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(package).setLevel(logging.ERROR)
 
 
 _Commands = argparse._SubParsersAction  # pyright: ignore[reportPrivateUsage]

@@ -18,8 +18,10 @@ from onewan.config.method import (
     EmbeddingMethod,
     EmbeddingSection,
     FineTuneMethod,
+    LohaMethod,
     LokrMethod,
     LoraMethod,
+    OftMethod,
     RankedMethod,
 )
 from onewan.config.optimizer import (
@@ -47,6 +49,14 @@ def method_rules(config: RunConfig, variant: Variant | None) -> Iterator[Problem
         yield "method.factor", f"must be at least 1, or -1, got {method.factor}; change it"
     if isinstance(method, FineTuneMethod):
         yield from _fine_tune_rules(config, method)
+    if isinstance(method, LohaMethod | LokrMethod | OftMethod) and "diffusers" in (
+        config.output.formats
+    ):
+        yield (
+            "output.formats",
+            f"diffusers reads {method.kind} in no spelling, got {show(config.output.formats)}; "
+            "use comfyui or kohya",
+        )
     yield from _base_target_rules(config)
     yield from _embedding_rules(config)
     yield from _optimizer_rules(config)
@@ -177,9 +187,6 @@ def _base_target_rules(config: RunConfig) -> Iterator[Problem]:
     if not isinstance(method, AdapterMethod):
         why = f"needs an adapter that can be switched off, and method.kind is {method.kind}"
         remedy = "use data, or an adapter such as lora"
-    elif isinstance(method, LoraMethod) and method.init == "pissa":
-        why = "needs weights as they were, and method.init pissa moves a part into the adapter"
-        remedy = "use data, or leave out method.init"
     else:
         return
     for section in ("video_data", "validation"):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from torch import Tensor, nn
+from torch import nn
 
 from onewan.errors import ConfigError
 from onewan.formats.embedding import read_embedding

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
@@ -150,9 +150,7 @@ def _parts(
     for number, piece in enumerate(pieces):
         if number % 2:
             embedding = known[piece]
-            part = _Part(
-                vectors=embedding.vectors[:room], is_output=embedding.is_output_embedding
-            )
+            part = _Part(vectors=embedding.vectors[:room], is_output=embedding.is_output_embedding)
         else:
             # The tokenizer puts a space in front by itself, and makes a token of one at the end.
             part = _Part(ids=token_ids(tokenizer, piece.strip())[:room])
@@ -166,6 +164,7 @@ def _encode_parts(text_encoder: UMT5EncoderModel, parts: Sequence[_Part]) -> Ten
     """[length, dim] in the encoder's dtype."""
     width = text_encoder.config.d_model
     table = text_encoder.encoder.get_input_embeddings()
+    assert isinstance(table, nn.Embedding)
     inputs: list[Tensor] = []
     for part in parts:
         if part.vectors is None:

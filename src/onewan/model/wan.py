@@ -73,7 +73,7 @@ class WanModel:
         for component in ("transformer", "transformer_2"):
             transformer: nn.Module | None = getattr(self, component)
             for name, module in [] if transformer is None else transformer.named_modules():
-                if isinstance(module, BaseTunerLayer):
+                if isinstance(module, BaseTunerLayer) and isinstance(module, nn.Module):
                     found |= {
                         f"{component}.{name}.{leaf}": parameter
                         for leaf, parameter in module.named_parameters()

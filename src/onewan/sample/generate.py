@@ -105,8 +105,9 @@ class WanModelSampler:
         """The video as uint8 RGB [F, H, W, 3].
 
         `text` gives a prompt's embedding, [length, dim] without padding, for models without a text
-        encoder; without it the model encodes the prompts, in which its placeholders count. `on_step` is called after each denoising step with the number done and of all; what
-        it raises ends the sampling. In any case the model is afterwards as it was: on its devices,
+        encoder; without it the model encodes the prompts, in which its placeholders count.
+        `on_step` is called after each denoising step with the number done and of all; what it
+        raises ends the sampling. In any case the model is afterwards as it was: on its devices,
         in its modes. ConfigError for a request that the variant can't fulfil, CheckpointError when
         a part of the model was not loaded, DataError for an image that can't be read.
         """

@@ -200,7 +200,7 @@ class WanModelSetup:
             )
         own, initial = self._own(expert), None
         if start is not None:
-            spec, initial = spec_and_weights_from(start, method, transformer)
+            spec, initial = spec_and_weights_from(start, method, transformer, layers)
         else:
             spec = adapter_spec(method, transformer, layers, rank=own.rank, alpha=own.alpha)
         attach_adapter(transformer, spec, config.train.seed, expert.name, initial)

@@ -1,0 +1,179 @@
+"""What is particular to fine-tuning (memory of gradients) and to embeddings (what they leave)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import RunFile
+from safetensors.torch import load_file
+from test_resume import layout_of, leaves
+from torch import nn
+
+from onewan.errors import ConfigError
+from onewan.model.embedding import WanModelEmbedding
+from onewan.model.load import WanModelLoader
+from onewan.sample.generate import WanModelSampler, requests_from
+from onewan.train.setup import WanModelSetup
+from onewan.train.step import train_step
+from onewan.train.trainer import WanTrainer
+
+
+@pytest.mark.parametrize("weights", ["stochastic", "kahan", "float32"])
+def test_a_fused_step_holds_the_gradients_of_one_block(run_file: RunFile, weights: str) -> None:
+    """Whenever a weight's gradient is computed, those that are still there lie in its own block."""
+    config = run_file(
+        "t2v-a14b",
+        f"method={{kind: fine_tune, weights: {weights}, fused_step: true}}",
+        "model.dtype=bfloat16",
+        "train.max_grad_norm=null",
+    )
+    run = WanModelSetup(config).build()
+    parameters = run.state.experts["high"].method.parameters
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    held: list[set[str]] = []
+
+    def watch(name: str) -> Callable[[torch.Tensor], None]:
+        def hook(_gradient: torch.Tensor) -> None:
+            alive = [n for n, p in parameters.items() if p.grad is not None]
+            held.append({block_of(n) for n in [name, *alive]})
+
+        return hook
+
+    for name, parameter in parameters.items():
+        parameter.register_hook(watch(name))
+    metrics = train_step(run, run.loader.step(0, "high", 0))
+    assert len(held) >= len(parameters) - 5 and max(map(len, held)) == 1
+    assert all(p.grad is None for p in parameters.values()) and metrics.grad_norm > 0
+    moved = [n for n, p in parameters.items() if not torch.equal(p, before[n])]
+    assert len(moved) > 0.9 * len(parameters)
+
+
+def block_of(name: str) -> str:
+    found = re.match(r"blocks\.\d+", name)
+    return found[0] if found else name
+
+
+def test_only_one_experts_optimizer_is_on_the_device(run_file: RunFile) -> None:
+    """On a machine with one device, what is asked to move is what can be seen."""
+    run = WanModelSetup(run_file("t2v-a14b", "optimizer.lr=0.001")).build()
+    moves: list[tuple[str, str]] = []
+    for name, trained in run.state.experts.items():
+        part, plain = trained.part, trained.part.updater.to
+
+        def to(device: torch.device, name: str = name, plain: Callable = plain) -> None:
+            moves.append((name, device.type))
+            plain(device)
+
+        part.updater.to = to
+    run.device = torch.device("cpu", 0)
+    run.activate("high")
+    assert moves[0][0] == "low" and moves[-1][0] == "high"
+    moves.clear()
+    run.activate("high")
+    assert moves == []
+    run.activate("low")
+    assert [name for name, _ in moves] == ["high", "low"]
+
+
+@pytest.mark.parametrize("modules", [["norms"], ["biases"], ["attn1.to_q.weight"]])
+def test_only_the_chosen_weights_change(run_file: RunFile, workshop: Path, modules: list) -> None:
+    config = run_file(
+        "ti2v-5b",
+        f"method={{kind: fine_tune, modules: {modules}}}",
+        "wan_config.transformer_layers_to_train=[1]",
+        "train.steps=3",
+        "output.formats=[comfyui, diffusers]",
+    )
+    WanTrainer(config).fit()
+    folder = layout_of(config).weights_dir
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "000003_comfyui.safetensors",
+        "000003_diffusers",
+    ]
+    base = WanModelLoader().load(workshop / "ti2v-5b", components=["transformer"]).transformer
+    for path in folder.iterdir():
+        source = {"transformer": str(path)}
+        ours = WanModelLoader().load(source, "ti2v-5b", components=["transformer"]).transformer
+        changed = {
+            name
+            for (name, a), b in zip(base.named_parameters(), ours.parameters(), strict=True)
+            if not torch.equal(a, b)
+        }
+        assert changed and all(name.startswith("blocks.1.") for name in changed)
+        words = {"norms": "norm", "biases": ".bias"}
+        assert all(words.get(modules[0], modules[0]) in name for name in changed)
+
+
+@pytest.mark.parametrize("is_output", [False, True])
+def test_an_embedding_beside_a_lora(run_file: RunFile, workshop: Path, is_output: bool) -> None:
+    """Both train, both are exported, and the text encoder stays what it was."""
+    section = (
+        "{placeholder: <shape>, initial_text: square, token_count: 2, lr: 0.1, "
+        f"is_output_embedding: {str(is_output).lower()}}}"
+    )
+    config = run_file(
+        "t2v-a14b",
+        f"video_data.sources=[{{path: {workshop / 'named clips'}}}]",
+        f"embeddings=[{section}]",
+        "sample.prompts=[a <shape> turns]",
+        *("sample.width=64", "sample.height=64", "sample.frames=5", "sample.steps=2"),
+        "sample.at_start=true",
+        "train.steps=8",
+        "wan_config.use_temporal_attention=false",
+        "wan_config.temporal_consistency_weight=2.0",
+    )
+    WanTrainer(config).fit()
+    layout = layout_of(config)
+    assert sorted(p.name for p in layout.weights_dir.iterdir()) == [
+        "000008_high_noise.safetensors",
+        "000008_low_noise.safetensors",
+        "000008_shape.safetensors",
+    ]
+    learned = WanModelEmbedding.from_file(layout.weights(8, "_shape"))
+    state = load_file(layout.state(8) / "embeddings.safetensors")
+    assert torch.equal(state["shape"], learned.vectors) and learned.vectors.shape[0] == 2
+    fresh = WanModelLoader().load(workshop / "t2v-a14b")
+    plain = fresh.encode_text(["a square turns", "nothing of it"])
+    started = WanModelEmbedding.initial(
+        fresh,
+        placeholder="<shape>",
+        initial_text="square",
+        token_count=2,
+        is_output_embedding=is_output,
+        seed=config.train.seed,
+    )
+    assert started.uuid == learned.uuid and not torch.equal(started.vectors, learned.vectors)
+    (request,) = requests_from(config)
+    videos = []
+    for embedding in (started, learned):
+        fresh.embedding, fresh.additional_embeddings = embedding, []
+        assert torch.equal(fresh.encode_text(["a square turns", "nothing of it"]), plain)
+        videos.append(WanModelSampler(fresh).sample(request))
+    assert not np.array_equal(*videos)
+    table = fresh.text_encoder.get_input_embeddings().weight
+    assert torch.equal(
+        table, WanModelLoader().load(workshop / "t2v-a14b").text_encoder.shared.weight
+    )
+    assert (layout.samples(0) / "0.mp4").is_file() and (layout.samples(8) / "0.mp4").is_file()
+
+
+def test_a_placeholder_that_no_caption_has(run_file: RunFile) -> None:
+    config = run_file(
+        "ti2v-5b", "method={kind: embedding}", "embeddings=[{placeholder: <nowhere>}]"
+    )
+    with pytest.raises(ConfigError, match="no caption contains '<nowhere>'"):
+        WanTrainer(config).fit()
+
+
+def test_states_are_on_the_cpu_and_know_no_device(run_file: RunFile) -> None:
+    config = run_file("ti2v-5b", "train.steps=1", "train.ema={}")
+    WanTrainer(config).fit()
+    for path in layout_of(config).state(1).glob("*.pt"):
+        tensors = [t for _, t in leaves(torch.load(path, weights_only=True), "")]
+        assert tensors and all(t.device.type == "cpu" for t in tensors)
+        assert not any(isinstance(t, nn.Parameter) for t in tensors)
