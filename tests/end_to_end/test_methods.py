@@ -180,6 +180,7 @@ def killed_and_resumed(run_yaml: Path, overrides: list[str], case: str) -> RunCo
     assert found is None or found.damaged == ()
     events_of_resume: list[Mapping[str, Any]] = []
     WanTrainer(config, listen=events_of_resume.append, resume=True).fit()
+    assert not [p for p in layout.weights_dir.iterdir() if p.name.startswith(".")]
     resumed = [e["step"] for e in events_of_resume if e["event"] == "resumed"]
     assert resumed == ([found.step] if found else [])
     return config

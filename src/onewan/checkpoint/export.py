@@ -119,7 +119,7 @@ class WanModelSaver:
         known |= {"placeholder": embedding.placeholder, "uuid": embedding.uuid}
         if embedding.initial_text is not None:
             known["initial_text"] = embedding.initial_text
-        metadata |= {f"onewan.{name}": str(value) for name, value in {**facts, **known}.items()}
+        metadata |= {f"onewan.{key}": str(value) for key, value in {**facts, **known}.items()}
         write_safetensors(Path(destination), {name: vectors}, metadata)
         return Path(destination)
 

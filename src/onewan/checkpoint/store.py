@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onewan.errors import CheckpointError
-from onewan.files import TEMPORARY_PREFIX, file_digest, sync
+from onewan.files import TEMPORARY_PREFIX, file_digest, remove_unfinished, sync
 from onewan.runs.layout import RunLayout
 
 MANIFEST = "manifest.json"
@@ -88,8 +88,7 @@ class StateStore:
         for step in self._layout.saved_steps()[: -self._keep]:
             if step != best and not (self._keep_every and step % self._keep_every == 0):
                 shutil.rmtree(self._layout.state(step))
-        for unfinished in self._layout.states_dir.glob(f"{TEMPORARY_PREFIX}*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
+        remove_unfinished(self._layout.states_dir)
 
 
 def _damage(folder: Path) -> str | None:

@@ -229,7 +229,11 @@ def _add_train(commands: _Commands) -> None:
 
 
 def _add_sample(commands: _Commands) -> None:
-    parser = _add(commands, "sample", "make a video with a model, with or without trained LoRAs")
+    parser = _add(
+        commands,
+        "sample",
+        "make a video with a model, with or without trained LoRAs and embeddings",
+    )
     parser.add_argument("model", metavar="MODEL", help="a model's folder, or its name on the hub")
     parser.add_argument("--prompt", required=True, help="what to show")
     parser.add_argument("--out", type=Path, required=True, help="FILE.mp4 or FILE.webm")
@@ -242,6 +246,15 @@ def _add_sample(commands: _Commands) -> None:
         action="extend",
         default=[],
         help="LoRA files, one for each expert",
+    )
+    parser.add_argument(
+        "--embedding",
+        metavar="FILE",
+        type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        help="files of trained embeddings, whose placeholders the prompt may contain",
     )
     parser.add_argument("--negative-prompt", help="what to avoid (default: the official one)")
     parser.add_argument("--frames", type=int, help="4n+1 (default: the model's own number)")

@@ -18,7 +18,10 @@ from onewan.config.load import load_run
 from onewan.demo import run_demo
 from onewan.errors import ConfigError
 from onewan.formats.lora_files import read_adapter
+from onewan.model.embedding import WanModelEmbedding
 from onewan.model.load import WanModelLoader
+from onewan.model.text import mentions
+from onewan.model.wan import WanModel
 from onewan.runs.layout import unused
 from onewan.sample.generate import SampleRequest, WanModelSampler, requests_from
 from onewan.train.run import DTYPES
@@ -104,6 +107,8 @@ def sample(options: argparse.Namespace) -> int:
         apply_lora(model.expert(expert), lora.modules, name)
         print(f"{path}: applied to the {expert.name} expert")
     request = _request(options, model.variant)
+    for path in options.embedding:
+        print(_add_embedding(model, path, request))
     progress = Progress()
     try:
         WanModelSampler(model, device).sample_to(
@@ -120,6 +125,19 @@ def sample(options: argparse.Namespace) -> int:
         f"{request.fps:g} fps"
     )
     return 0
+
+
+def _add_embedding(model: WanModel, path: Path, request: SampleRequest) -> str:
+    """Put the embedding in `path` into `model`; returns what to say of it."""
+    _, text_encoder = model.prompt_encoder()
+    embedding = WanModelEmbedding.from_file(path, width=text_encoder.config.d_model)
+    model.add_embedding(embedding)
+    placeholder, count = embedding.placeholder, len(embedding.vectors)
+    line = f"{path}: {placeholder} stands for {count} vector{'s' if count > 1 else ''}"
+    prompts = (request.prompt, request.negative_prompt)
+    if not any(mentions(prompt, placeholder) for prompt in prompts):
+        line += f"; the prompt has no {placeholder}, so it changes nothing"
+    return line
 
 
 def _request(options: argparse.Namespace, variant: Variant) -> SampleRequest:
