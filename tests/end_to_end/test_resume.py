@@ -20,8 +20,12 @@ from onewan.errors import CheckpointError, Interrupted
 from onewan.runs.control import request
 from onewan.runs.events import read_events
 from onewan.runs.layout import RunLayout
-from onewan.train.run import run_folder
+from onewan.train import trainer
+from onewan.train.run import Run, run_folder
 from onewan.train.trainer import WanTrainer
+from onewan.train.validation import validation_loss
+
+SMALL_SAMPLE = {"prompts": "[a]", "frames": 5, "width": 64, "height": 64, "steps": 2}
 
 
 def layout_of(config: RunConfig) -> RunLayout:
@@ -45,12 +49,12 @@ def train_with_cuts(config: RunConfig, cuts: Mapping[int, str]) -> None:
             send(left.pop(event["step"]), config)()
 
     for number in range(len(cuts) + 1):
-        trainer = WanTrainer(config, listen=listen, resume=number > 0)
+        run = WanTrainer(config, listen=listen, resume=number > 0)
         if left:
             with pytest.raises(Interrupted):
-                trainer.fit()
+                run.fit()
         else:
-            trainer.fit()
+            run.fit()
 
 
 def leaves(node: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -104,6 +108,50 @@ def test_cut_and_resumed_equals_uncut(run_file: RunFile, variant: str, settings:
     again, steps_again = outcome(cut)
     assert steps == steps_again and len(steps) == 6
     assert tensors.keys() == again.keys() and len(tensors) > 20
+    assert [name for name in tensors if not torch.equal(tensors[name], again[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "within"),
+    [
+        (["optimizer={name: adamw_schedule_free, lr: 0.01}"], "trained"),
+        (["train.ema={}", "optimizer.lr=0.01"], "ema"),
+        (["optimizer={name: adamw_schedule_free, lr: 0.01}", "sample.every=2"], "sampling"),
+    ],
+)
+def test_a_stop_while_other_weights_are_in_place(
+    run_file: RunFile, monkeypatch: pytest.MonkeyPatch, settings: list[str], within: str
+) -> None:
+    """Validation and samples use averages in place of the weights that train; a stop meanwhile
+    keeps those that train."""
+    chosen = ["ti2v-5b", "validation={clips: 1, every: 2}", "train.steps=4", *settings]
+    if within == "sampling":
+        chosen += [f"sample.{k}={v}" for k, v in SMALL_SAMPLE.items()]
+    whole, cut = run_file(*chosen, name="whole"), run_file(*chosen, name="cut")
+    WanTrainer(whole).fit()
+
+    def listen(event: Mapping[str, Any]) -> None:
+        if within == event["event"] == "sampling":
+            request(layout_of(cut), "stop")
+
+    def validated(run: Run, name: Any, kind: Any, between: Callable[[], None]) -> float:
+        def stop() -> None:
+            if kind == within and run.state.step == 2:
+                request(layout_of(cut), "stop")
+            between()
+
+        return validation_loss(run, name, kind, stop)
+
+    monkeypatch.setattr(trainer, "validation_loss", validated)
+    with pytest.raises(Interrupted):
+        WanTrainer(cut, listen=listen).fit()
+    monkeypatch.undo()
+    assert layout_of(cut).saved_steps()[-1] == 2
+    WanTrainer(cut, resume=True).fit()
+    tensors, steps = outcome(whole)
+    again, steps_again = outcome(cut)
+    assert steps == steps_again
+    assert tensors.keys() == again.keys()
     assert [name for name in tensors if not torch.equal(tensors[name], again[name])] == []
 
 
@@ -295,8 +343,10 @@ def test_every_schedule_resumes_exactly(run_file: RunFile, schedule: str) -> Non
     whole, cut = run_file(*chosen, name="whole"), run_file(*chosen, name="cut")
     WanTrainer(whole).fit()
     train_with_cuts(cut, {1: "request", 4: "request"})
-    assert outcome(whole)[1] == outcome(cut)[1]
-    steps = outcome(whole)[1]
+    expected, steps = outcome(whole)
+    again, steps_again = outcome(cut)
+    assert steps == steps_again
+    assert all(torch.equal(expected[name], again[name]) for name in expected)
     assert [name for _, name, *_ in steps].count("high") == 3
     assert {len({lr for _, name, _, _, lr, _ in steps if name == e}) for e in ("high", "low")} != {
         1

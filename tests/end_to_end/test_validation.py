@@ -9,14 +9,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import RunFile
-from test_resume import layout_of
+from safetensors.torch import load_file
+from test_resume import SMALL_SAMPLE, layout_of
 
+from onewan.adapters.lora import adapter_weights
 from onewan.runs.events import read_events
+from onewan.sample.generate import WanModelSampler
 from onewan.train.run import Run
 from onewan.train.setup import WanModelSetup
 from onewan.train.step import train_step
 from onewan.train.trainer import WanTrainer
 from onewan.train.validation import validation_loss
+from onewan.variants import VARIANTS
 
 
 def measure(run: Run, kind: Any = "trained") -> list[float]:
@@ -166,3 +170,29 @@ def test_schedule_free_weights_are_exported_as_validated(run_file: RunFile) -> N
     assert any(not torch.equal(raw[name], used[name]) for name in raw)
     again = run.state.experts["single"].method.read()
     assert all(torch.equal(raw[name], again[name]) for name in raw)
+
+
+def test_schedule_free_weights_are_sampled_as_exported(
+    run_file: RunFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_file(
+        "ti2v-5b",
+        "optimizer={name: adamw_schedule_free, lr: 0.01}",
+        "output.formats=[diffusers]",
+        *(f"sample.{k}={v}" for k, v in SMALL_SAMPLE.items()),
+    )
+    used: list[dict[str, torch.Tensor]] = []
+    sample_to = WanModelSampler.sample_to
+
+    def watched(sampler: WanModelSampler, *args: Any, **kwargs: Any) -> None:
+        transformer = sampler.model.expert(VARIANTS["ti2v-5b"].experts[0])
+        used.append(adapter_weights(transformer))
+        sample_to(sampler, *args, **kwargs)
+
+    monkeypatch.setattr(WanModelSampler, "sample_to", watched)
+    WanTrainer(config).fit()
+    layout = layout_of(config)
+    assert layout.samples(6).joinpath("0.mp4").is_file()
+    exported = load_file(layout.weights(6, ""))
+    for name, tensor in used[-1].items():
+        assert torch.equal(exported[f"transformer.{name}"], tensor), name

@@ -139,17 +139,23 @@ class WanTrainer:
         self._restore(run)
         if config.logging.tensorboard:
             self._board = _tensorboard(self._layout, run.state.step)
-        self._before_first_step(run)
-        for step in run.loader.steps(run.state.step, config.train.steps, run.schedule.turn):
-            begin = time.perf_counter()
-            metrics = train_step(run, step)
-            run.state.step += 1
-            self._after_step(run, step, metrics, time.perf_counter() - begin)
-            self._stop_if_asked(run)
+        try:
+            self._before_first_step(run)
+            for step in run.loader.steps(run.state.step, config.train.steps, run.schedule.turn):
+                begin = time.perf_counter()
+                metrics = train_step(run, step)
+                run.state.step += 1
+                self._after_step(run, step, metrics, time.perf_counter() - begin)
+                self._stop_if_asked()
+        except Interrupted:
+            # Here and not where it was noticed: validation and samples may have had other weights
+            # (averages, the base model's) in place of those that train.
+            self._save(run)
+            raise
         self._tell("finished", step=run.state.step, run=str(self._layout.root))
 
     def _before_first_step(self, run: Run) -> None:
-        self._stop_if_asked(run)
+        self._stop_if_asked()
         if run.state.step == 0:
             if run.state.validated is None:
                 self._validate(run)
@@ -157,9 +163,10 @@ class WanTrainer:
                 self._sample(run)
             return
         # The run may have been cut off between saving this step and what comes after it.
-        if self._validation_due(run) and run.state.validated != run.state.step:
-            self._validate(run)
-        if self._save_due(run) and not all(f.path.exists() for f in self._files(run)):
+        unmeasured = self._validation_due(run) and run.state.validated != run.state.step
+        best = unmeasured and self._validate(run)
+        missing = not all(file.path.exists() for file in self._files(run))
+        if missing and (best or self._save_due(run)):
             self._export(run)
         if self._sample_due(run):
             self._sample(run)
@@ -218,7 +225,7 @@ class WanTrainer:
             return False
         measured: list[float] = []
         for name, trained in state.experts.items():
-            measure = partial(validation_loss, run, name, between=partial(self._stop_if_asked, run))
+            measure = partial(validation_loss, run, name, between=self._stop_if_asked)
             losses = {kind: measure(kind) for kind in self._kinds(run)}
             if name not in state.base_loss and step == 0:
                 as_base = trained.method is None or trained.method.starts_as_base
@@ -336,13 +343,16 @@ class WanTrainer:
             if path.exists():
                 continue
             try:
-                sampler.sample_to(
-                    path,
-                    request,
-                    # Placeholders' embeddings change as they train, so nothing is kept of them.
-                    text=None if self._config.embeddings else run.dataset.source.text,
-                    on_step=partial(self._sampling, run, number),
-                )
+                with ExitStack() as weights:
+                    for part in run.state.parts:
+                        weights.enter_context(part.as_("trained"))
+                    sampler.sample_to(
+                        path,
+                        request,
+                        # Placeholders' embeddings change as they train, so nothing is kept of them.
+                        text=None if self._config.embeddings else run.dataset.source.text,
+                        on_step=partial(self._sampling, number),
+                    )
             except Interrupted:
                 raise
             except Exception as error:  # hours of training must not end here
@@ -351,18 +361,17 @@ class WanTrainer:
                 continue
             self._tell("sampled", step=run.state.step, file=str(path), prompt=request.prompt)
 
-    def _sampling(self, run: Run, number: int, done: int, total: int) -> None:
+    def _sampling(self, number: int, done: int, total: int) -> None:
         self._listen({"event": "sampling", "number": number, "done": done, "total": total})
-        self._stop_if_asked(run)
+        self._stop_if_asked()
 
     def _encoding(self, what: str, done: int, total: int) -> None:
         self._tell("encoding", what=what, done=done, total=total)
         if self._signals.requested or pending(self._layout, "stop"):
             raise Interrupted
 
-    def _stop_if_asked(self, run: Run) -> None:
+    def _stop_if_asked(self) -> None:
         if self._signals.requested or self._asked("stop"):
-            self._save(run)
             raise Interrupted
 
     def _note(self, text: str) -> None:
