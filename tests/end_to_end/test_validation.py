@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from test_resume import SMALL_SAMPLE, layout_of
 
 from onewan.adapters.lora import adapter_weights
+from onewan.errors import ConfigError
 from onewan.runs.events import read_events
 from onewan.sample.generate import WanModelSampler
 from onewan.train.run import Run
@@ -125,6 +127,33 @@ def test_a_run_from_another_runs_adapter(run_file: RunFile) -> None:
     for expert in ("high", "low"):
         assert began[expert]["loss"] == pytest.approx(ended[expert]["loss"], rel=1e-6)
         assert began[expert]["base"] == ended[expert]["base"]
+
+
+def test_one_expert_from_a_file_and_one_anew(run_file: RunFile) -> None:
+    first = run_file("t2v-a14b", "train.steps=2", "method.rank=3")
+    WanTrainer(first).fit()
+    layout = layout_of(first)
+    low = layout.weights(2, "_low_noise")
+    mixed = run_file("t2v-a14b", f"method={{kind: lora, rank: 2, start_from: [{low}]}}", name="m")
+    experts = WanModelSetup(mixed).build().state.experts
+    ranks = {
+        name: {len(t) for key, t in trained.method.read().items() if "lora_A" in key}
+        for name, trained in experts.items()
+    }
+    assert ranks == {"high": {2}, "low": {3}}
+    assert experts["high"].method.starts_as_base and not experts["low"].method.starts_as_base
+    copy = low.with_name("copy.safetensors")
+    copy.write_bytes(low.read_bytes())
+    for settings, complaint in (
+        (["per_expert.low.rank=4"], f"per_expert.low.rank: is the file's own, {low}, got 4"),
+        (["model.experts=high"], f"{low} is for the low expert, which does not train"),
+        ([f"method.start_from=[{low}, {copy}]"], "two files are for the low expert"),
+    ):
+        wrong = run_file(
+            "t2v-a14b", f"method={{kind: lora, start_from: [{low}]}}", *settings, name="wrong"
+        )
+        with pytest.raises(ConfigError, match=re.escape(complaint)):
+            WanModelSetup(wrong).build()
 
 
 def test_the_best_state_is_kept(run_file: RunFile) -> None:

@@ -73,20 +73,28 @@ BROKEN = [
         "method.start_from: .* got 2 for 1 expert; leave",
     ),
     (
-        "method: {start_from: [a.safetensors], rank: 32}",
+        HIGH + "method: {start_from: [a.safetensors], rank: 32}",
         "method.rank: is the file's own under method.start_from, got 32; leave it out",
     ),
-    ("method: {start_from: [a.safetensors], alpha: 1}", "method.alpha: is the file's own"),
+    (HIGH + "method: {start_from: [a.safetensors], alpha: 1}", "method.alpha: is the file's own"),
     (
-        "method: {start_from: [a.safetensors], per_module: [{modules: [ffn], rank: 1}]}",
+        HIGH + "method: {start_from: [a.safetensors], modules: [ffn]}",
+        r"method.modules: is the file's own under method.start_from, got \['ffn'\]; leave",
+    ),
+    (
+        TI2V + "method: {kind: oft, start_from: [a.safetensors], block_size: 4}",
+        "method.block_size: is the file's own",
+    ),
+    (
+        TI2V + "method: {start_from: [a.safetensors], per_module: [{modules: [ffn], rank: 1}]}",
         "method.per_module: is the file's own",
     ),
     (
-        "method: {start_from: [a.safetensors]}\nper_expert: {low: {rank: 4}}",
+        "method: {start_from: [a.safetensors, b.safetensors]}\nper_expert: {low: {rank: 4}}",
         "per_expert.low.rank: is the file's own",
     ),
     (
-        "method: {start_from: [a.safetensors]}\nper_expert: {high: {alpha: 4}}",
+        HIGH + "method: {start_from: [a.safetensors]}\nper_expert: {high: {alpha: 4}}",
         "per_expert.high.alpha: is the file's own",
     ),
     ("method: {start_from: [a.safetensors], init: pissa}", "method.init: is for adapters that"),
@@ -306,6 +314,7 @@ def test_a_broken_rule_gives_one_line_with_a_remedy(tmp_path: Path, text: str, s
         "method: {kind: fine_tune, modules: [all, norms, biases, attention, proj_out.bias]}",
         "method: {init: pissa, rank_stabilised: true}",
         "method: {start_from: [a.safetensors, b.safetensors]}",
+        "method: {start_from: [a.safetensors], rank: 4}\nper_expert: {low: {alpha: 2}}",
         "method: {kind: lokr, factor: 1}",
         "video_data: {sources: [{path: a, target: base}]}",
         "method: {kind: fine_tune}\nper_expert: {high: {lr: 1}}",

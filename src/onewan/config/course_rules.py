@@ -13,7 +13,7 @@ from itertools import pairwise
 from onewan.config.filling import divided_steps
 from onewan.config.method_rules import trained
 from onewan.config.objective import CurveWeighting, TableTimesteps
-from onewan.config.optimizer import AdamWScheduleFreeOptimizer, ProdigyPlusOptimizer
+from onewan.config.optimizer import AVERAGING_OPTIMIZERS
 from onewan.config.places import Problem, show
 from onewan.config.schema import RunConfig
 from onewan.variants import Expert, Variant
@@ -118,7 +118,7 @@ def _fewest_steps(config: RunConfig, variant: Variant | None) -> tuple[int, str]
 def _averaging_rules(config: RunConfig) -> Iterator[Problem]:
     """Averaged weights take the place of a falling learning rate; both together are worse."""
     optimizer, train = config.optimizer, config.train
-    if not isinstance(optimizer, (AdamWScheduleFreeOptimizer, ProdigyPlusOptimizer)):
+    if not isinstance(optimizer, AVERAGING_OPTIMIZERS):
         return
     why = f"optimizer.name {optimizer.name} averages weights instead"
     if train.schedule.kind != "constant":

@@ -24,6 +24,9 @@ from onewan.variants import NEGATIVE_PROMPT, VARIANTS
 
 _S = TypeVar("_S", bound=Section)
 
+FILES_DECIDE = ("modules", "rank", "alpha", "per_module", "block_size")
+"""Fields of an adapter method that files of `method.start_from` decide for their experts."""
+
 
 def resolved(config: RunConfig) -> RunConfig:
     """`config` with every null that stands for another value replaced by it."""
@@ -80,11 +83,13 @@ def exported_name(embedding: EmbeddingSection) -> str:
 
 def inert(config: RunConfig) -> Iterator[Place]:
     """Places of values that mean nothing in this run, and that its file may not give."""
-    if VARIANTS[config.model.variant].condition != "first_frame_clean":
+    variant, method = VARIANTS[config.model.variant], config.method
+    if variant.condition != "first_frame_clean":
         yield "train", "first_frame_probability"
-    if isinstance(config.method, AdapterMethod) and config.method.start_from:
-        for name in ("rank", "alpha", "per_module"):
-            if name in type(config.method).model_fields:
+    experts = variant.selected(config.model.experts)
+    if isinstance(method, AdapterMethod) and len(method.start_from) == len(experts):
+        for name in FILES_DECIDE:
+            if name in type(method).model_fields:
                 yield "method", name
     for index, embedding in enumerate(config.embeddings):
         if embedding.start_from is not None:

@@ -39,8 +39,8 @@ class _Modules(Section):
 
 class _Adapter(_Modules):
     start_from: tuple[Path, ...] = ()
-    """Adapter files to go on from, one for each expert, in any format that is read. Layers, ranks
-    and alphas are then the files' own."""
+    """Adapter files to go on from, in any format that is read: one for an expert, which is then
+    given its layers, ranks and alphas by the file."""
 
 
 class _RankedAdapter(_Adapter):

@@ -10,7 +10,7 @@ import difflib
 import os
 from collections.abc import Iterator, Sequence
 
-from onewan.config.filling import divided_steps, exported_name
+from onewan.config.filling import FILES_DECIDE, divided_steps, exported_name
 from onewan.config.method import (
     ADAPTER_GROUPS,
     WEIGHT_GROUPS,
@@ -125,23 +125,21 @@ def _start_rules(
             f"must have at most one file for each expert that trains, got {len(files)} for "
             f"{number}{names}; leave out the others",
         )
-    given = {f"method.{name}": getattr(method, name) for name in _RANKS & method.model_fields_set}
-    for name, settings in _experts(config):
-        given[f"per_expert.{name}.rank"] = settings.rank
-        given[f"per_expert.{name}.alpha"] = settings.alpha
-    for place, value in given.items():
-        if value not in (None, ()):
-            yield place, f"is the file's own under {field}, got {show(value)}; leave it out"
+    if len(files) >= len(experts):  # else one begins anew, and has what the run file says
+        names = [name for name in FILES_DECIDE if name in method.model_fields_set]
+        given = {f"method.{name}": getattr(method, name) for name in names}
+        for name, settings in _experts(config):
+            given[f"per_expert.{name}.rank"] = settings.rank
+            given[f"per_expert.{name}.alpha"] = settings.alpha
+        for place, value in given.items():
+            if value not in (None, ()):
+                yield place, f"is the file's own under {field}, got {show(value)}; leave it out"
     if isinstance(method, LoraMethod) and method.init == "pissa":
         yield (
             "method.init",
             f"is for adapters that begin, and {field} goes on from one, got 'pissa'; leave out "
             "either",
         )
-
-
-_RANKS = {"rank", "alpha", "per_module"}
-"""Fields of adapters that a file to start from decides."""
 
 
 def _fine_tune_rules(config: RunConfig, method: FineTuneMethod) -> Iterator[Problem]:
@@ -183,19 +181,16 @@ def _fine_tune_rules(config: RunConfig, method: FineTuneMethod) -> Iterator[Prob
 
 def _base_target_rules(config: RunConfig) -> Iterator[Problem]:
     """The untrained model must be at hand while the method trains."""
-    method = config.method
-    if not isinstance(method, AdapterMethod):
-        why = f"needs an adapter that can be switched off, and method.kind is {method.kind}"
-        remedy = "use data, or an adapter such as lora"
-    else:
+    if isinstance(config.method, AdapterMethod):
         return
     for section in ("video_data", "validation"):
-        sources = (
-            config.validation.sources if section == "validation" else config.video_data.sources
-        )
-        for index, source in enumerate(sources):
+        for index, source in enumerate(getattr(config, section).sources):
             if source.target == "base":
-                yield f"{section}.sources.{index}.target", f"{why}, got 'base'; {remedy}"
+                yield (
+                    f"{section}.sources.{index}.target",
+                    f"needs an adapter that can be switched off, and method.kind is "
+                    f"{config.method.kind}, got 'base'; use data, or an adapter such as lora",
+                )
 
 
 def _optimizer_rules(config: RunConfig) -> Iterator[Problem]:

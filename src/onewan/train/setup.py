@@ -155,6 +155,12 @@ class WanModelSetup:
                     f"method.start_from: {path} is for the {name} expert, which does not train; "
                     "leave it out, or change model.experts"
                 )
+            own = self._own(name)
+            problems += [
+                f"per_expert.{name}.{field}: is the file's own, {path}, got {value:g}; leave it out"
+                for field, value in (("rank", own.rank), ("alpha", own.alpha))
+                if value is not None
+            ]
             starts[name] = file
         if problems:
             raise ConfigError("run file", problems)
@@ -171,14 +177,14 @@ class WanModelSetup:
             attend_within_frames(transformer)
         part = None
         if method is not None:
-            lr = self._own(expert).lr or config.optimizer.lr
+            lr = self._own(expert.name).lr or config.optimizer.lr
             part = self._part(expert.name, method, lr)
         return TrainedExpert(expert=expert, transformer=transformer, method=method, part=part)
 
-    def _own(self, expert: Expert) -> ExpertSettings:
+    def _own(self, expert: ExpertName) -> ExpertSettings:
         """What the run file says of one of two experts."""
         settings = self._config.per_expert
-        return settings.low if expert.name == "low" else settings.high
+        return settings.low if expert == "low" else settings.high
 
     def _method(
         self, transformer: WanTransformer3DModel, expert: Expert, start: AdapterFile | None
@@ -198,7 +204,7 @@ class WanModelSetup:
                 expert=expert,
                 source=config.model.source_of(expert.component),
             )
-        own, initial = self._own(expert), None
+        own, initial = self._own(expert.name), None
         if start is not None:
             spec, initial = spec_and_weights_from(start, method, transformer, layers)
         else:
