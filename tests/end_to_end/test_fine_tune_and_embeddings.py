@@ -17,6 +17,7 @@ from torch import nn
 from onewan.errors import ConfigError
 from onewan.model.embedding import WanModelEmbedding
 from onewan.model.load import WanModelLoader
+from onewan.runs.events import read_events
 from onewan.sample.generate import WanModelSampler, requests_from
 from onewan.train.setup import WanModelSetup
 from onewan.train.step import train_step
@@ -168,6 +169,25 @@ def test_a_placeholder_that_no_caption_has(run_file: RunFile) -> None:
     )
     with pytest.raises(ConfigError, match="no caption contains '<nowhere>'"):
         WanTrainer(config).fit()
+
+
+def test_clips_without_the_placeholder_teach_it_nothing(run_file: RunFile, workshop: Path) -> None:
+    config = run_file(
+        "ti2v-5b",
+        "method={kind: embedding}",
+        "embeddings=[{placeholder: <shape>, initial_text: a}]",
+        "video_data.sources="
+        f"[{{path: {workshop / 'named clips'}}}, {{path: {workshop / 'clips'}}}]",
+        "optimizer={name: adafactor, lr: 0.01}",
+        "train.steps=10",
+        "train.ema={}",
+    )
+    WanTrainer(config).fit()
+    events = list(read_events(layout_of(config).events))
+    norms = [e["grad_norm"] for e in events if e["event"] == "step"]
+    assert len(norms) == 10 and any(norms) and not all(norms)
+    (warning,) = [e["text"] for e in events if e["event"] == "warning"]
+    assert "clips have no caption with a placeholder that trains" in warning
 
 
 def test_states_are_on_the_cpu_and_know_no_device(run_file: RunFile) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -111,10 +111,10 @@ class WanModelSetup:
             samples=samples,
             dropout=isinstance(config.method, LoraMethod | DoraMethod)
             and config.method.dropout > 0,
-            warnings=[*self._notices, *self._warnings(schedule)],
+            warnings=[*self._notices, *self._warnings(schedule, dataset)],
         )
 
-    def _warnings(self, schedule: ExpertSchedule) -> list[str]:
+    def _warnings(self, schedule: ExpertSchedule, dataset: Dataset) -> list[str]:
         config = self._config
         warnings = [
             f"the {name} expert gets none of the {config.train.steps} steps; see "
@@ -122,6 +122,15 @@ class WanModelSetup:
             for name in schedule.experts
             if not schedule.steps_before(config.train.steps, name)
         ]
+        if isinstance(config.method, EmbeddingMethod):
+            trained = [e.placeholder for e in config.embeddings if e.train]
+            idle = [c for c in dataset.clips if not _mentioned(trained, c.captions)]
+            if idle:
+                names = [clip.name for clip in idle[:3]] + ["..."] * (len(idle) > 3)
+                warnings.append(
+                    f"{len(idle)} of {len(dataset.clips)} clips have no caption with a placeholder "
+                    f"that trains, so they teach nothing ({', '.join(names)})"
+                )
         if reason := resumes_exactly(config.optimizer):
             warnings.append(f"a resumed run may not be the uncut one to the bit: {reason}")
         return warnings
@@ -286,7 +295,7 @@ class WanModelSetup:
     def _check_captions(self, trained: list[WanModelEmbedding], dataset: Dataset) -> None:
         """ConfigError for placeholders that no caption has, which would never train."""
         captions = {caption for clip in dataset.clips for caption in clip.captions}
-        absent = [e for e in trained if not any(mentions(c, e.placeholder) for c in captions)]
+        absent = [e for e in trained if not _mentioned([e.placeholder], captions)]
         if absent:
             raise ConfigError(
                 "run file",
@@ -338,6 +347,11 @@ class WanModelSetup:
         """The experts that train, or all of them if videos are sampled."""
         choice = "both" if needs_sampling else self._config.model.experts
         return {expert.component for expert in self._variant.selected(choice)}
+
+
+def _mentioned(placeholders: Iterable[str], captions: Iterable[str]) -> bool:
+    """Whether one of the captions contains one of the placeholders."""
+    return any(mentions(caption, p) for caption in captions for p in placeholders)
 
 
 def pick_device(wish: str) -> torch.device:

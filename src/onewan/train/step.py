@@ -42,7 +42,8 @@ def train_step(run: Run, step: Step) -> StepMetrics:
         part.updater.begin(step.number, run.lr_factor(part.name, step.number))
     losses, levels = backward(run, step, trained)
     limit = run.config.train.max_grad_norm
-    norms = [part.updater.norm(limit) for part in parts]
+    # A part without gradients has its norm of 0 on the CPU.
+    norms = [part.updater.norm(limit).to(run.device) for part in parts]
     # The only wait for the device in a step, and before the weights change.
     *values, norm = torch.stack([*losses, torch.stack(norms).norm()]).tolist()
     check_finite(step, values, norm)
@@ -80,7 +81,8 @@ def backward(
         weighted = loss * (len(batch) / step.size)
         if fused:  # the last chance before weights move
             check_finite(step, [weighted.item()], 0.0)
-        weighted.backward()
+        if weighted.requires_grad:  # not where placeholders train alone and no caption has one
+            weighted.backward()
         losses.append(weighted.detach())
         levels += sample.levels
     return losses, tuple(levels)

@@ -91,6 +91,7 @@ class WanTrainer:
         self._saved_step = 0
         self._saved_at = time.monotonic()
         self._levels: dict[str, list[float]] = {}
+        self._noticed: set[str] = set()
 
     def fit(self) -> None:
         """Train to the last step, or until the user asks to stop (Interrupted, after saving).
@@ -328,7 +329,9 @@ class WanTrainer:
         """Write what training made, in each format that the run file names."""
         for file in self._files(run):
             for notice in file.write():
-                self._warn(f"{file.path.name}: {notice}")
+                if notice not in self._noticed:  # it is the same for the files of later steps
+                    self._noticed.add(notice)
+                    self._warn(f"{file.path.name}: {notice}")
             self._tell("exported", step=run.state.step, expert=file.part, file=str(file.path))
 
     def _sample(self, run: Run) -> None:
