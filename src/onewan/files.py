@@ -42,6 +42,16 @@ def remove_unfinished(folder: Path) -> None:
             left.unlink(missing_ok=True)
 
 
+def remove(path: Path) -> None:
+    """Delete a file or a folder, so that nobody ever finds half a folder under its name."""
+    if not path.is_dir():
+        path.unlink()
+        return
+    doomed = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
+    os.replace(path, doomed)
+    shutil.rmtree(doomed)
+
+
 def sync(path: Path) -> None:
     """Force a file's content, or a folder's entries, to the disk."""
     if path.is_dir() and os.name == "nt":

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import RunFile
+from safetensors import safe_open
 from safetensors.torch import load_file
 from test_resume import layout_of, leaves
 from torch import nn
@@ -137,6 +138,8 @@ def test_an_embedding_beside_a_lora(run_file: RunFile, workshop: Path, is_output
     ]
     learned = WanModelEmbedding.from_file(layout.weights(8, "_shape"))
     state = load_file(layout.state(8) / "embeddings.safetensors")
+    with safe_open(layout.weights(8, "_shape"), "pt") as file:
+        assert file.metadata()["onewan.lr"] == "0.1"
     assert torch.equal(state["shape"], learned.vectors) and learned.vectors.shape[0] == 2
     fresh = WanModelLoader().load(workshop / "t2v-a14b")
     plain = fresh.encode_text(["a square turns", "nothing of it"])

@@ -162,6 +162,7 @@ LEAVES = [
     "output.name",
     "output.formats",
     "output.dtype",
+    "output.keep",
     "memory.gradient_checkpointing",
     "memory.offload_inactive_expert",
     "logging.tensorboard",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onewan.errors import CheckpointError
-from onewan.files import TEMPORARY_PREFIX, file_digest, remove_unfinished, sync
+from onewan.files import TEMPORARY_PREFIX, file_digest, remove, remove_unfinished, sync
 from onewan.runs.layout import RunLayout
 
 MANIFEST = "manifest.json"
@@ -48,7 +48,7 @@ class StateStore:
         deleted, after the new one is safe; that of step `best` stays.
         """
         final = self._layout.state(step)
-        temporary = final.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{final.name}")
+        temporary = final.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-new-{final.name}")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write(temporary)
@@ -60,7 +60,7 @@ class StateStore:
         sync(temporary / MANIFEST)
         sync(temporary)
         if final.exists():
-            shutil.rmtree(final)
+            remove(final)
         os.replace(temporary, final)
         sync(final.parent)
         self._rotate(best)
@@ -87,7 +87,7 @@ class StateStore:
     def _rotate(self, best: int | None) -> None:
         for step in self._layout.saved_steps()[: -self._keep]:
             if step != best and not (self._keep_every and step % self._keep_every == 0):
-                shutil.rmtree(self._layout.state(step))
+                remove(self._layout.state(step))
         remove_unfinished(self._layout.states_dir)
 
 

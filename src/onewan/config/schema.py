@@ -333,6 +333,9 @@ class OutputSection(Section):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision of exported files; null is what was trained, to the bit (adapters and embeddings
     are float32)."""
+    keep: Int | None = Field(default=None, ge=1)
+    """How many of the newest exports stay, beside the best one; null is all. A fine-tuned expert of
+    A14B is 28 GB each time."""
 
 
 class MemorySection(Section):

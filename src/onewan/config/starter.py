@@ -22,7 +22,7 @@ _STARTER = """\
 # (completion and checks in your editor, after: onewan schema > onewan.schema.json)
 #
 # A LoRA for {title}. Whatever is left out keeps its default.
-# See whether it fits with `onewan plan`, then start with `onewan train`.
+# Encode the clips with `onewan cache`, then start with `onewan train`.
 schema_version: 2
 
 model:

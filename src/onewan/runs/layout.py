@@ -80,6 +80,14 @@ class RunLayout:
         """
         return self.weights_dir / f"{step_name(step)}{suffix}{f'_{fmt}' if fmt else ''}{ext}"
 
+    def exported(self) -> dict[int, list[Path]]:
+        """What lies in `weights_dir`, by the steps after which it was exported, in rising order."""
+        found: dict[int, list[Path]] = {}
+        for path in sorted(self.weights_dir.glob("*")):
+            if match := re.match(rf"({STEP_NAME.pattern})(?:[_.]|$)", path.name):
+                found.setdefault(int(match[1]), []).append(path)
+        return dict(sorted(found.items()))
+
     def samples(self, step: int) -> Path:
         """The folder of the videos made after `step` steps."""
         return self.samples_dir / step_name(step)

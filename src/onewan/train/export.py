@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,8 @@ def exported_files(run: Run, layout: RunLayout) -> Iterator[ExportedFile]:
         for kind in _kinds(part):
             for embedding in part.weights.embeddings:
                 path = layout.weights(run.state.step, f"_{embedding.name}{_SUFFIX[kind]}")
-                write = partial(_write_embedding, run, part, kind, embedding, path)
+                facts = _facts(run, part, kind, part.weights.lr[embedding.name])
+                write = partial(_write_embedding, run, part, kind, embedding, path, facts)
                 yield ExportedFile(path=path, part=part.name, write=write)
 
 
@@ -61,7 +62,7 @@ def _of_expert(
 
     def write(path: Path, format: LoraFormat) -> list[str]:
         about = ExportFacts(
-            facts=_facts(run, part, kind),
+            facts=_facts(run, part, kind, part.lr),
             title=f"{run.config.output.name} ({run.model.variant.title} {method.what})",
             resolution=max(clip.size for clip in run.dataset.clips),
             dtype=_dtype(run),
@@ -76,12 +77,15 @@ def _of_expert(
 
 
 def _write_embedding(
-    run: Run, part: TrainedPart, kind: WeightsKind, embedding: WanModelEmbedding, path: Path
+    run: Run,
+    part: TrainedPart,
+    kind: WeightsKind,
+    embedding: WanModelEmbedding,
+    path: Path,
+    facts: Mapping[str, str | int | float],
 ) -> list[str]:
     with part.as_(kind):
-        WanModelSaver().save_embedding(
-            embedding, path, dtype=_dtype(run), facts=_facts(run, part, kind)
-        )
+        WanModelSaver().save_embedding(embedding, path, dtype=_dtype(run), facts=facts)
     return []
 
 
@@ -90,7 +94,9 @@ def _dtype(run: Run) -> torch.dtype | None:
     return None if dtype is None else DTYPES[dtype]
 
 
-def _facts(run: Run, part: TrainedPart, kind: WeightsKind) -> dict[str, str | int | float]:
+def _facts(
+    run: Run, part: TrainedPart, kind: WeightsKind, lr: float
+) -> dict[str, str | int | float]:
     """What a user may later want to know of an exported file."""
     config, step = run.config, run.state.step
     facts: dict[str, str | int | float] = {
@@ -100,7 +106,7 @@ def _facts(run: Run, part: TrainedPart, kind: WeightsKind) -> dict[str, str | in
         "clips": len(run.dataset.clips),
         "dataset_digest": run.dataset.digest,
         "seed": config.train.seed,
-        "lr": part.lr,
+        "lr": lr,
     }
     if part.name != "embeddings":
         expert = run.state.experts[part.name].expert

@@ -219,14 +219,14 @@ class EmbeddingTraining:
     fused = False
 
     def __init__(self, chosen: Sequence[tuple[WanModelEmbedding, float]]) -> None:
-        self._lr = {embedding.name: lr for embedding, lr in chosen}
+        self.lr = {embedding.name: lr for embedding, lr in chosen}
         self.embeddings = [embedding for embedding, _ in chosen]
         self.parameters = {e.name: e.vectors for e in self.embeddings}
 
     def groups(self, lr: float) -> list[ParameterGroup]:
         del lr  # each has its own
         return [
-            ParameterGroup(names=(name,), parameters=(vectors,), lr=self._lr[name])
+            ParameterGroup(names=(name,), parameters=(vectors,), lr=self.lr[name])
             for name, vectors in self.parameters.items()
         ]
 

@@ -153,6 +153,10 @@ class TrainState:
     """``step`` and ``loss`` of the one with the lowest loss."""
 
     @property
+    def best_step(self) -> int | None:
+        return None if self.best is None else int(self.best["step"])
+
+    @property
     def parts(self) -> list[TrainedPart]:
         """All that trains: the experts' parts, then the embeddings."""
         found = [*(trained.part for trained in self.experts.values()), self.embeddings]

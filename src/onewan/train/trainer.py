@@ -22,7 +22,7 @@ from onewan.config.migrate import migrate
 from onewan.config.schema import RunConfig
 from onewan.data.loader import Step
 from onewan.errors import CheckpointError, Interrupted
-from onewan.files import remove_unfinished, replacing
+from onewan.files import remove, remove_unfinished, replacing
 from onewan.runs.control import Request, StopSignals, clear, pending
 from onewan.runs.events import EventLog
 from onewan.runs.layout import RunLayout
@@ -316,8 +316,9 @@ class WanTrainer:
             "config": self._config.model_dump(mode="json"),
             "dataset": run.dataset.digest,
         }
-        best = None if run.state.best is None else int(run.state.best["step"])
-        folder = self._store.save(run.state.step, lambda f: run.state.save(f, facts), best)
+        folder = self._store.save(
+            run.state.step, lambda f: run.state.save(f, facts), run.state.best_step
+        )
         self._saved_step, self._saved_at = run.state.step, time.monotonic()
         self._tell("saved", step=run.state.step, state=str(folder))
         self._record_levels(run)
@@ -333,6 +334,11 @@ class WanTrainer:
                     self._noticed.add(notice)
                     self._warn(f"{file.path.name}: {notice}")
             self._tell("exported", step=run.state.step, expert=file.part, file=str(file.path))
+        exported = self._layout.exported()
+        for step in list(exported)[: -(self._config.output.keep or len(exported))]:
+            if step != run.state.best_step:
+                for path in exported[step]:
+                    remove(path)
 
     def _sample(self, run: Run) -> None:
         """Make the sample videos of this step that are not there yet.
