@@ -115,7 +115,7 @@ def test_cut_and_resumed_equals_uncut(run_file: RunFile, variant: str, settings:
     ("settings", "within"),
     [
         (["optimizer={name: adamw_schedule_free, lr: 0.01}"], "trained"),
-        (["train.ema={}", "optimizer.lr=0.01"], "ema"),
+        (["train.ema={}", "optimizer.lr=0.01", "train.keep_best=true"], "ema"),
         (["optimizer={name: adamw_schedule_free, lr: 0.01}", "sample.every=2"], "sampling"),
     ],
 )
