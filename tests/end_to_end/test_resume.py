@@ -155,6 +155,24 @@ def test_a_stop_while_other_weights_are_in_place(
     assert [name for name in tensors if not torch.equal(tensors[name], again[name])] == []
 
 
+@pytest.mark.parametrize(
+    ("change", "allow"),
+    [("validation.levels=2", False), ("validation.share=0.3", True), ("train.save_every=9", False)],
+)
+def test_a_base_loss_is_compared_only_with_its_like(
+    run_file: RunFile, change: str, allow: bool
+) -> None:
+    chosen = ["ti2v-5b", "validation={clips: 2, every: 2}"]
+    first = run_file(*chosen, "train.steps=2", "train.keep_best=true")
+    WanTrainer(first).fit()
+    longer = run_file(*chosen, "train.steps=4", "train.keep_best=true", change)
+    WanTrainer(longer, resume=True, allow_change=allow).fit()
+    events = [e for e in read_events(layout_of(longer).events) if e["event"] == "validation"]
+    before, after = events[0]["base"], events[-1]["base"]
+    assert before is not None
+    assert after == (before if change.startswith("train") else None)
+
+
 def test_a_stop_while_encoding_loses_nothing(run_file: RunFile, tmp_path: Path) -> None:
     config = run_file("t2v-a14b", f"video_data.cache_dir={tmp_path / 'own cache'}", "train.steps=1")
     seen: list[Mapping[str, Any]] = []

@@ -58,8 +58,6 @@ _FREE_TO_CHANGE = (
     "train.keep",
     "validation",
 )
-_GRID = ("validation.clips", "validation.levels")
-"""Settings after whose change a validation loss can't be compared with earlier ones."""
 
 
 class WanTrainer:
@@ -263,11 +261,11 @@ class WanTrainer:
         for damage in found.damaged:
             self._warn(f"passed over a damaged state: {damage}")
         facts = read_facts(found.folder)
-        changed = self._check_changes(run, facts)
+        comparable = self._check_changes(run, facts)
         for line in run.state.load(found.folder, allow_change=self._allow_change):
             self._warn(line)
         self._write_run_files()
-        if changed & set(_GRID):
+        if not comparable:
             run.state.base_loss, run.state.best = {}, None
             self._warn(
                 "validation losses are measured anew and can't be compared with earlier ones"
@@ -280,9 +278,9 @@ class WanTrainer:
                 "the same bits are not promised across versions"
             )
 
-    def _check_changes(self, run: Run, facts: dict[str, Any]) -> set[str]:
+    def _check_changes(self, run: Run, facts: dict[str, Any]) -> bool:
         """List what changed since the state was saved, and refuse what would not be the same run,
-        unless the user allows it. Returns the names of the changed settings."""
+        unless the user allows it. Returns whether validation losses still mean the same."""
         then = RunConfig.model_validate(migrate(facts["config"]))
         fields = changed_fields(then, self._config)
         steps_matter = (
@@ -307,7 +305,8 @@ class WanTrainer:
             self._note(
                 "resuming with changes that leave the numbers alone:\n  " + "\n  ".join(exact)
             )
-        return {name for name, _, _ in fields}
+        measured_alike = not any(n in ("validation.clips", "validation.levels") for n, *_ in fields)
+        return measured_alike and not others
 
     def _save(self, run: Run) -> None:
         if run.state.step == self._saved_step:
