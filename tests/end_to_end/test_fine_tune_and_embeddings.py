@@ -174,6 +174,15 @@ def test_a_placeholder_that_no_caption_has(run_file: RunFile) -> None:
         WanTrainer(config).fit()
 
 
+def test_what_is_to_know_of_exported_files_is_told_once(run_file: RunFile) -> None:
+    settings = ["method={kind: fine_tune, modules: [norms]}", "train={steps: 2, save_every: 1}"]
+    config = run_file("t2v-a14b", *settings)
+    WanTrainer(config).fit()
+    warnings = [e for e in read_events(layout_of(config).events) if e["event"] == "warning"]
+    assert sum("ComfyUI takes all Wan models to have 128" in e["text"] for e in warnings) == 1
+    assert len(list(layout_of(config).weights_dir.iterdir())) == 4
+
+
 def test_clips_without_the_placeholder_teach_it_nothing(run_file: RunFile, workshop: Path) -> None:
     config = run_file(
         "ti2v-5b",

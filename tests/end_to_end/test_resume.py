@@ -173,6 +173,37 @@ def test_a_base_loss_is_compared_only_with_its_like(
     assert after == (before if change.startswith("train") else None)
 
 
+@pytest.mark.parametrize(
+    ("settings", "free"),
+    [([], True), (["train.schedule=cosine"], False), (["train.warmdown_steps=1"], False)],
+)
+def test_more_steps_are_another_run_where_rates_go_by_them(
+    run_file: RunFile, settings: list[str], free: bool
+) -> None:
+    WanTrainer(run_file("ti2v-5b", "train.steps=2", *settings)).fit()
+    longer = WanTrainer(run_file("ti2v-5b", "train.steps=3", *settings), resume=True)
+    if free:
+        longer.fit()
+    else:
+        with pytest.raises(CheckpointError, match=r"train\.steps: was 2, is 3"):
+            longer.fit()
+
+
+def test_resuming_under_other_versions_is_told(
+    run_file: RunFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    WanTrainer(run_file("ti2v-5b", "train.steps=1")).fit()
+    config = run_file("ti2v-5b", "train.steps=2")
+    left = layout_of(config).weights_dir / ".tmp-1-000001.safetensors"
+    left.touch()  # of a writer that was killed
+    events: list[Mapping[str, Any]] = []
+    monkeypatch.setattr(trainer, "versions", lambda: {"torch": "9.9"})
+    WanTrainer(config, listen=events.append, resume=True).fit()
+    (warning,) = [e["text"] for e in events if e["event"] == "warning"]
+    assert "and this is {'torch': '9.9'}; the same bits are not promised" in warning
+    assert not left.exists()
+
+
 def test_a_stop_while_encoding_loses_nothing(run_file: RunFile, tmp_path: Path) -> None:
     config = run_file("t2v-a14b", f"video_data.cache_dir={tmp_path / 'own cache'}", "train.steps=1")
     seen: list[Mapping[str, Any]] = []

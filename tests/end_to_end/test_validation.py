@@ -17,6 +17,7 @@ from onewan.adapters.lora import adapter_weights
 from onewan.errors import ConfigError
 from onewan.runs.events import read_events
 from onewan.sample.generate import WanModelSampler
+from onewan.train.objective import Objective
 from onewan.train.run import Run
 from onewan.train.setup import WanModelSetup
 from onewan.train.step import train_step
@@ -127,6 +128,38 @@ def test_a_run_from_another_runs_adapter(run_file: RunFile) -> None:
     for expert in ("high", "low"):
         assert began[expert]["loss"] == pytest.approx(ended[expert]["loss"], rel=1e-6)
         assert began[expert]["base"] == ended[expert]["base"]
+
+
+def test_every_clip_and_level_has_noise_of_its_own(
+    run_file: RunFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = WanModelSetup(run_file("ti2v-5b", "validation={clips: 2, levels: 3}")).build()
+    seeds: list[int] = []
+    fixed = Objective.fixed
+
+    def watched(objective: Objective, batch: Any, share: float, expert: Any, seed: int) -> Any:
+        seeds.append(seed)
+        return fixed(objective, batch, share, expert, seed)
+
+    monkeypatch.setattr(Objective, "fixed", watched)
+    measure(run)
+    assert len(seeds) == 6 == len(set(seeds))
+
+
+def test_the_average_of_embeddings_is_validated_too(run_file: RunFile, workshop: Path) -> None:
+    config = run_file(
+        "ti2v-5b",
+        f"video_data.sources=[{{path: {workshop / 'named clips'}}}]",
+        "embeddings=[{placeholder: <shape>, initial_text: a}]",
+        "train.ema={}",
+        "validation.clips=1",
+    )
+    run = WanModelSetup(config).build()
+    before = measure(run, "ema")
+    ema = run.state.embeddings.ema
+    ema.load_state_dict({name: average + 1 for name, average in ema.state_dict().items()})
+    assert measure(run, "ema") != before
+    assert measure(run, "trained") == before
 
 
 def test_one_expert_from_a_file_and_one_anew(run_file: RunFile) -> None:
