@@ -219,7 +219,12 @@ def test_the_best_state_is_kept(run_file: RunFile) -> None:
 
 
 def test_schedule_free_weights_are_exported_as_validated(run_file: RunFile) -> None:
-    config = run_file("ti2v-5b", "optimizer={name: adamw_schedule_free, lr: 0.01}", "train.ema={}")
+    config = run_file(
+        "ti2v-5b",
+        "optimizer={name: adamw_schedule_free, lr: 0.01}",
+        "train.ema={}",
+        "output.formats=[diffusers]",
+    )
     WanTrainer(config).fit()
     layout = layout_of(config)
     assert sorted(p.name for p in layout.weights_dir.iterdir()) == [
@@ -234,6 +239,12 @@ def test_schedule_free_weights_are_exported_as_validated(run_file: RunFile) -> N
     assert any(not torch.equal(raw[name], used[name]) for name in raw)
     again = run.state.experts["single"].method.read()
     assert all(torch.equal(raw[name], again[name]) for name in raw)
+    averaged = torch.load(layout.state(6) / "single_ema.pt", weights_only=True)
+    for suffix, weights in (("", used), ("_ema", averaged)):
+        exported = load_file(layout.weights(6, suffix))
+        for name, tensor in weights.items():
+            plain = name.replace(".default", "")
+            assert torch.equal(exported[f"transformer.{plain}"], tensor), (suffix, name)
 
 
 def test_schedule_free_weights_are_sampled_as_exported(
