@@ -15,6 +15,7 @@ from test_resume import SMALL_SAMPLE, layout_of
 
 from onewan.adapters.lora import adapter_weights
 from onewan.errors import ConfigError
+from onewan.model.embedding import WanModelEmbedding
 from onewan.runs.events import read_events
 from onewan.sample.generate import WanModelSampler
 from onewan.train.objective import Objective
@@ -160,6 +161,12 @@ def test_the_average_of_embeddings_is_validated_too(run_file: RunFile, workshop:
     ema.load_state_dict({name: average + 1 for name, average in ema.state_dict().items()})
     assert measure(run, "ema") != before
     assert measure(run, "trained") == before
+    WanTrainer(config).fit()
+    layout = layout_of(config)
+    averages = torch.load(layout.state(6) / "embeddings_ema.pt", weights_only=True)
+    for suffix, vectors in (("_shape_ema", averages), ("_shape", None)):
+        exported = WanModelEmbedding.from_file(layout.weights(6, suffix)).vectors
+        assert torch.equal(exported, averages["shape"]) == (vectors is averages)
 
 
 def test_one_expert_from_a_file_and_one_anew(run_file: RunFile) -> None:
