@@ -9,7 +9,7 @@ experts wrong, hence one table.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal
 
@@ -134,6 +134,14 @@ class Variant:
                 return expert
         have = ", ".join(e.name for e in self.experts)
         raise KeyError(f"{self.name} has no expert {name!r}, only: {have}")
+
+    def with_boundary(self, boundary: float | None) -> Variant:
+        """The same with another boundary between its experts; with None, or one expert, itself."""
+        if boundary is None or self.boundary is None:
+            return self
+        high, low = self.experts
+        experts = replace(high, t_min=boundary), replace(low, t_max=boundary)
+        return replace(self, boundary=boundary, experts=experts)
 
     def selected(self, choice: Literal["both", "high", "low"]) -> tuple[Expert, ...]:
         """The experts that a run trains: all of them for "both", else the one named."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_resume import layout_of
 
 from onewan.data.loader import Step
-from onewan.errors import TrainingError
+from onewan.errors import CheckpointError, TrainingError
 from onewan.media import probe
 from onewan.model.experts import predict_velocity
 from onewan.runs.control import request
@@ -231,3 +232,28 @@ def test_requests_while_running(run_file: RunFile) -> None:
     assert [e["step"] for e in events if e["event"] == "sampled"] == [2]
     assert any("sampling 'a red square' failed" in e.get("text", "") for e in events)
     assert events[-1]["event"] == "finished"
+
+
+def test_another_boundary_holds_in_training_and_samples(
+    run_file: RunFile, workshop: Path, tmp_path: Path
+) -> None:
+    """For a base model whose index says so, and that is refused without."""
+    folder = tmp_path / "model"
+    shutil.copytree(workshop / "t2v-a14b", folder)
+    index = folder / "model_index.json"
+    text = json.loads(index.read_text(encoding="utf-8"))
+    index.write_text(json.dumps({**text, "boundary_ratio": 0.5}), encoding="utf-8")
+    settings = [f"model.path={folder}", "train.steps=40", "train.expert_block=1"]
+    settings += ["train.timesteps={distribution: uniform, shift: 1}", "sample.prompts=[a]"]
+    settings += [f"sample.{k}={v}" for k, v in {"width": 64, "height": 64, "frames": 5}.items()]
+    with pytest.raises(CheckpointError, match=r"set model\.boundary to 0\.5"):
+        WanTrainer(run_file("t2v-a14b", *settings)).fit()
+    config = run_file("t2v-a14b", *settings, "model.boundary=0.5", "sample.steps=2", name="b")
+    WanTrainer(config).fit()
+    levels = {"high": list[float](), "low": list[float]()}
+    for event in read_events(layout_of(config).events):
+        if event["event"] == "step":
+            levels[event["expert"]] += event["t"]
+    assert 0.5 <= min(levels["high"]) < 0.8 and max(levels["high"]) > 0.8
+    assert 0.2 < max(levels["low"]) < 0.5
+    assert (layout_of(config).samples(40) / "0.mp4").is_file()

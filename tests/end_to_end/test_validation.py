@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import RunFile
+from safetensors import safe_open
 from safetensors.torch import load_file
 from test_resume import SMALL_SAMPLE, layout_of
 
@@ -174,6 +175,9 @@ def test_one_expert_from_a_file_and_one_anew(run_file: RunFile) -> None:
     WanTrainer(first).fit()
     layout = layout_of(first)
     low = layout.weights(2, "_low_noise")
+    with safe_open(low, "pt") as file:  # both steps were the other expert's
+        metadata = file.metadata()
+    assert (metadata["onewan.steps"], metadata["onewan.expert_steps"]) == ("2", "0")
     mixed = run_file("t2v-a14b", f"method={{kind: lora, rank: 2, start_from: [{low}]}}", name="m")
     experts = WanModelSetup(mixed).build().state.experts
     ranks = {

@@ -54,6 +54,7 @@ BROKEN = [
     ),
     ("method: {per_module: [{modules: [ffn]}]}", "method.per_module.0: gives neither rank nor"),
     ("method: {kind: lokr, factor: 0}", "method.factor: must be at least 1, or -1, got 0"),
+    (TI2V.replace("}", ", boundary: 0.5}"), "model.boundary: ti2v-5b has one expert, got 0.5"),
     # Files to start from.
     (
         "method: {start_from: [no.safetensors]}",

@@ -16,6 +16,7 @@ LEAVES = [
     "model.check_names",
     "model.quantised",
     "model.experts",
+    "model.boundary",
     "model.dtype",
     "model.device",
     "wan_config.max_frames",

@@ -26,6 +26,15 @@ from onewan.variants import (
     variant_of,
 )
 
+
+def test_another_boundary_divides_the_levels_anew() -> None:
+    other = VARIANTS["t2v-a14b"].with_boundary(0.5)
+    assert [(e.t_min, e.t_max) for e in other.experts] == [(0.5, 1.0), (0.0, 0.5)]
+    assert other.boundary == 0.5
+    assert other.with_boundary(None) is other
+    assert VARIANTS["ti2v-5b"].with_boundary(0.5) is VARIANTS["ti2v-5b"]
+
+
 OFFICIAL: dict[str, dict[str, Any]] = {
     "t2v-a14b": {
         "dim": 5120,

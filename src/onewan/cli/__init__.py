@@ -267,6 +267,9 @@ def _add_sample(commands: _Commands) -> None:
         "--guidance", type=float, nargs="+", metavar="G", help="one number, or HIGH LOW"
     )
     parser.add_argument("--shift", type=float, help="of the noise schedule (default: official)")
+    parser.add_argument(
+        "--boundary", type=float, help="noise level between the experts (default: the model's own)"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
 

@@ -97,7 +97,9 @@ def train(
 
 def sample(options: argparse.Namespace) -> int:
     device = pick_device(options.device)
-    model = WanModelLoader().load(options.model, dtype=DTYPES[options.dtype])
+    model = WanModelLoader().load(
+        options.model, dtype=DTYPES[options.dtype], boundary=options.boundary
+    )
     for notice in model.notices:
         print(notice)
     for path in options.lora:

@@ -20,7 +20,7 @@ from onewan.config.method import (
 from onewan.config.places import Place
 from onewan.config.schema import ExpertSettings, PerExpertSection, RunConfig
 from onewan.config.section import Section
-from onewan.variants import NEGATIVE_PROMPT, VARIANTS
+from onewan.variants import NEGATIVE_PROMPT
 
 _S = TypeVar("_S", bound=Section)
 
@@ -30,7 +30,7 @@ FILES_DECIDE = ("modules", "rank", "alpha", "per_module", "block_size")
 
 def resolved(config: RunConfig) -> RunConfig:
     """`config` with every null that stands for another value replaced by it."""
-    variant = VARIANTS[config.model.variant]
+    variant = config.model.facts()
     width, height = variant.sample_size
     ratios = {
         "spatial_compression_ratio": variant.spatial_compression,
@@ -83,7 +83,7 @@ def exported_name(embedding: EmbeddingSection) -> str:
 
 def inert(config: RunConfig) -> Iterator[Place]:
     """Places of values that mean nothing in this run, and that its file may not give."""
-    variant, method = VARIANTS[config.model.variant], config.method
+    variant, method = config.model.facts(), config.method
     if variant.condition != "first_frame_clean":
         yield "train", "first_frame_probability"
     experts = variant.selected(config.model.experts)

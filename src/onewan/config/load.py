@@ -51,7 +51,6 @@ from onewan.config.schema import COMPONENTS, RunConfig
 from onewan.config.section import Section
 from onewan.config.wording import report, validated
 from onewan.errors import ConfigError
-from onewan.variants import VARIANTS
 
 if TYPE_CHECKING:
     from ruamel.yaml.error import StreamMark
@@ -87,7 +86,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     config = validated(data, problems)
     if config is not None:
         guessed = problems.keys() & {"model", "model.variant"}
-        variant = None if guessed else VARIANTS[config.model.variant]
+        variant = None if guessed else config.model.facts()
         for field, text in broken_rules(config, variant):
             report(problems, field, text)
     if config is None or problems:

@@ -99,6 +99,11 @@ def _expert_rules(config: RunConfig, variant: Variant) -> Iterator[Problem]:
             "model.experts",
             f"{variant.name} has one expert, got {choice!r}; leave it out",
         )
+    if experts == 1 and config.model.boundary is not None:
+        yield (
+            "model.boundary",
+            f"{variant.name} has one expert, got {config.model.boundary:g}; leave it out",
+        )
     if guidance is not None and len(guidance) != experts:
         form = "[high, low]" if experts == 2 else "[scale]"
         yield (

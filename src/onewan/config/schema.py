@@ -17,7 +17,7 @@ from onewan.config.method import EmbeddingSection, LoraMethod, Method
 from onewan.config.objective import LossSection, Timesteps, UniformTimesteps
 from onewan.config.optimizer import AdamWOptimizer, ConstantSchedule, Optimizer, Schedule
 from onewan.config.section import Float, Int, Keyed, Positive, Section, Share, Size
-from onewan.variants import VariantName
+from onewan.variants import VARIANTS, Variant, VariantName
 
 SCHEMA_VERSION = 2
 
@@ -54,12 +54,20 @@ class ModelSection(Section):
     experts: Literal["both", "high", "low"] = "both"
     """Which experts train. T2V-A14B and I2V-A14B have two: `high` serves the noisy start of
     sampling (layout and motion), `low` the rest (detail). TI2V-5B has one: leave `both`."""
+    boundary: Annotated[Float, Field(gt=0, lt=1)] | None = None
+    """Noise level from which on the high-noise expert serves, in training and samples; null is the
+    variant's own (0.875 for T2V-A14B, 0.9 for I2V-A14B). For base models that were trained with
+    another one."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the frozen weights and of matrix products. Adapters, the residual stream, the
     time embedding and the loss are float32 in either case."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?|mps|xpu(:[0-9]+)?)$")
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`, `xpu`, `xpu:1`. ROCm builds
     of PyTorch say cuda."""
+
+    def facts(self) -> Variant:
+        """The variant, with the boundary that was given."""
+        return VARIANTS[self.variant].with_boundary(self.boundary)
 
     def sources(self) -> dict[str, str]:
         """What was given, ``path`` and components, as `WanModelLoader` takes it."""

@@ -72,6 +72,7 @@ class WanModelLoader:
         *,
         quantised: Quantised = "keep",
         check_names: bool = True,
+        boundary: float | None = None,
     ) -> WanModel:
         """The model at `source`: a folder or hub repository in the diffusers or the official
         layout, the file of one component, or a mapping from components to any of these.
@@ -81,11 +82,14 @@ class WanModelLoader:
         islands, the text encoder gets `dtype`, and the VAE is always float32, as in the official
         code. `device` is where they all go. Linear layers that a file holds in fp8 or GGUF are kept
         so and expanded at each use (`quantised` "keep"), or expanded now. `check_names` refuses a
-        low-noise file as the high-noise expert and the reverse, going by their names.
+        low-noise file as the high-noise expert and the reverse, going by their names. `boundary` is
+        the noise level between the experts, if it is not the variant's own.
         CheckpointError names the file and what is wrong with it.
         """
         sources = locate(source, components)
         facts, pieces = _examined(sources, variant, components, check_names)
+        facts = facts.with_boundary(boundary)
+        _refuse(_boundary_problems(sources, facts))
         wanted = _wanted(sources, facts, pieces, components)
         model = WanModel(
             variant=facts, source=sources.name, dtype=dtype, notices=list(sources.notices)
@@ -189,7 +193,6 @@ def _examined(
     )
     variant = _variant(sources, asked, pieces)
     _refuse(_mismatches(variant, asked, pieces))
-    _refuse(_boundary_problems(sources, variant))
     if check_names and len(variant.experts) == 2:
         _refuse(_name_problems(pieces))
     return variant, pieces
@@ -259,7 +262,10 @@ def _boundary_problems(sources: Sources, variant: Variant) -> Iterable[str]:
         return
     ratio = read_json(index).get("boundary_ratio")
     if ratio is not None and ratio != variant.boundary:
-        yield f"{index}: boundary_ratio is {ratio}, and {variant.name} has {variant.boundary}"
+        yield (
+            f"{index}: boundary_ratio is {ratio}, and {variant.boundary} is what {variant.name} is "
+            f"to have; if the model was trained so, set model.boundary to {ratio}"
+        )
 
 
 def _name_problems(pieces: Mapping[Placed, _Piece]) -> Iterable[str]:

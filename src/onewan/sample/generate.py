@@ -30,7 +30,7 @@ from onewan.model.precision import compute_context
 from onewan.model.text import pad_text
 from onewan.model.vae import LOCK
 from onewan.model.wan import WanModel
-from onewan.variants import NUM_TRAIN_TIMESTEPS, VARIANTS, Variant
+from onewan.variants import NUM_TRAIN_TIMESTEPS, Variant
 
 _T = TypeVar("_T")
 
@@ -84,7 +84,7 @@ def requests_from(config: RunConfig) -> list[SampleRequest]:
         for entry in sample.prompts
     ]
     for request in requests:
-        _check(request, VARIANTS[config.model.variant])
+        _check(request, config.model.facts())
     return requests
 
 

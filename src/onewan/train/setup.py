@@ -41,7 +41,7 @@ from onewan.train.run import DTYPES, Run
 from onewan.train.schedule import ExpertSchedule, expert_schedule
 from onewan.train.state import PartName, TrainedExpert, TrainedPart, TrainState
 from onewan.train.update import Updater
-from onewan.variants import VARIANTS, Expert, ExpertName
+from onewan.variants import Expert, ExpertName
 
 
 class WanModelSetup:
@@ -49,7 +49,7 @@ class WanModelSetup:
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
-        self._variant = VARIANTS[config.model.variant]
+        self._variant = config.model.facts()
         self._experts = self._variant.selected(config.model.experts)
         self._device = pick_device(config.model.device)
         self._dtype = DTYPES[config.model.dtype]
@@ -322,6 +322,7 @@ class WanModelSetup:
             components,
             quantised=chosen.quantised,
             check_names=chosen.check_names,
+            boundary=chosen.boundary,
         )
         self._notices |= dict.fromkeys(model.notices)
         return model
