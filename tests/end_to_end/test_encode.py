@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import RunFile
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from onewan.config.schema import RunConfig
-from onewan.data.encode import Dataset, silent
+from onewan.data.encode import Dataset, _CachedEntries, silent
+from onewan.data.index import Clip
+from onewan.data.masks import Mask, latent_mask
 from onewan.data.sample import decode
 from onewan.errors import DataError
+from onewan.media import write_video
+from onewan.model.sources import Component
 from onewan.train.setup import WanModelSetup
+from onewan.variants import VARIANTS
 
 
 def prepared(config: RunConfig, *, verify: bool = False) -> tuple[Dataset, list[tuple[str, int]]]:
@@ -127,3 +136,283 @@ def test_no_clips(run_file: RunFile, own: Path) -> None:
     (own / "nothing").mkdir()
     with pytest.raises(DataError, match="no clip can be used"):
         prepared(run_file("t2v-a14b", f"video_data.sources=[{{path: {own / 'nothing'}}}]"))
+
+
+# --- Masks ---------------------------------------------------------------------------------------
+
+
+def draw_mask(path: Path, level: int = 255) -> None:
+    """The left half in `level`, the rest black."""
+    picture = np.zeros((256, 320), np.uint8)
+    picture[:, :160] = level
+    Image.fromarray(picture).save(path)
+
+
+def masks_on(own: Path) -> list[str]:
+    return [*settings(own), "video_data.masks=true"]
+
+
+def named(data: Dataset, name: str) -> Clip:
+    return next(clip for clip in data.clips if clip.name == name)
+
+
+def test_a_mask_has_an_entry_of_its_own(run_file: RunFile, own: Path) -> None:
+    config = run_file("t2v-a14b", *masks_on(own))
+    before, _ = prepared(config)
+    draw_mask(own / "clips" / "red_square.mask.png")
+    data, totals = prepared(config)
+    assert totals == [("encoding masks", 1)] and data.digest != before.digest
+    clip = named(data, "red_square.mp4")
+    entry = data.source.video(clip)
+    assert entry.keys() == {"latents", "mask"} and clip.mask
+    assert entry["mask"].shape == (1, *entry["latents"].shape[1:])
+    assert entry["mask"].dtype == torch.float32
+    expected = latent_mask(
+        clip.mask, fps=clip.fps, frames=clip.frames, size=clip.size, spatial=8, temporal=4
+    )
+    assert np.array_equal(entry["mask"].numpy(), expected)
+    assert entry["mask"][..., 0].eq(1).all() and entry["mask"][..., -1].eq(0).all()
+    assert data.source.video(named(data, "blue_circle.webm")).keys() == {"latents"}
+
+    draw_mask(own / "clips" / "red_square.mask.png", level=128)
+    changed, totals = prepared(config)
+    assert totals == [("encoding masks", 1)] and changed.digest != data.digest  # no video again
+    now = changed.source.video(named(changed, "red_square.mp4"))
+    assert torch.equal(now["latents"], entry["latents"])
+    assert now["mask"][..., 0].eq(np.float32(128 / 255)).all()
+
+    live, _ = prepared(run_file("t2v-a14b", *masks_on(own), "video_data.cache=false"))
+    alive = live.source.video(named(live, "red_square.mp4"))
+    assert alive.keys() == now.keys() and all(torch.equal(alive[k], now[k]) for k in now)
+    assert live.digest == changed.digest
+
+    off, totals = prepared(run_file("t2v-a14b", *settings(own)))
+    assert totals == [] and off.digest == before.digest
+    assert off.source.video(named(off, "red_square.mp4")).keys() == {"latents"}
+
+    for entry_file in (own / "cache" / "mask").rglob("*.safetensors"):
+        tensors = {k: v + 1 for k, v in load_file(entry_file).items()}
+        entry_file.unlink()
+        save_file(tensors, entry_file)
+    mended, totals = prepared(config, verify=True)
+    assert totals == [("encoding masks", 1)]
+    assert torch.equal(mended.source.video(named(mended, "red_square.mp4"))["mask"], now["mask"])
+
+
+def test_masks_that_tell_no_places_apart(run_file: RunFile, own: Path) -> None:
+    Image.new("L", (320, 256), 0).save(own / "clips" / "red_square.mask.png")
+    Image.new("L", (320, 256), 255).save(own / "clips" / "blue_circle.mask.png")
+    draw_mask(own / "clips" / "green_triangle.mask.png", level=1)
+    for cache in ("true", "true", "false"):
+        data, _ = prepared(run_file("t2v-a14b", *masks_on(own), f"video_data.cache={cache}"))
+        notes = {n.path.name: n.text for n in data.report.notes if n.path and "mask" in n.path.name}
+        assert notes.keys() == {"red_square.mask.png", "blue_circle.mask.png"}
+        assert "black all over" in notes["red_square.mask.png"]
+        assert "white (or transparent) all over" in notes["blue_circle.mask.png"]
+
+
+def damaged(path: Path) -> None:
+    """A video that is damaged in its middle, where nothing looks that only reads headers."""
+    noise = np.random.default_rng(3).integers(0, 256, (32, 64, 80, 3), np.uint8)
+    write_video(path, noise, 16)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 500] = bytes(500)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("cache", ["true", "false"])
+def test_damaged_files_and_their_copies(run_file: RunFile, own: Path, cache: str) -> None:
+    """Each is reported by its own name, and none is left to fail in a step."""
+    folder = own / "clips"
+    for name in ("red_square.mask.avi", "bad.avi"):
+        damaged(folder / name)
+    (folder / "bad.txt").write_text("bad")
+    for old, new in (("red_square", "red_copy"), ("bad", "worse")):
+        for file in sorted(folder.glob(f"{old}.*")):
+            shutil.copy(file, folder / file.name.replace(old, new))
+    source = f"{{path: {folder.as_posix()}}}"
+    config = run_file(
+        "t2v-a14b",
+        *masks_on(own),
+        f"video_data.sources=[{source}, {source}]",
+        f"video_data.cache={cache}",
+        "video_data.min_resolution=[64,64]",
+    )
+    for _ in range(2):
+        data = WanModelSetup(config).dataset([], silent)
+        reasons = {p.path.name: p.reason for p in data.report.problems}
+        assert len(data.report.problems) == 4  # each once, though in two sources
+        assert reasons.keys() == {"red_square.mp4", "red_copy.mp4", "bad.avi", "worse.avi"}
+        assert reasons["red_square.mp4"].startswith("its mask red_square.mask.avi is damaged near")
+        assert reasons["red_copy.mp4"].startswith("its mask red_copy.mask.avi is damaged near")
+        assert reasons["worse.avi"].startswith("is damaged near")
+        assert len(data.clips) == 2 * 4
+        for clip in data.clips:
+            data.source.video(clip)
+
+
+# --- Texts ---------------------------------------------------------------------------------------
+
+
+def test_the_empty_caption_is_there_for_dropout(run_file: RunFile, own: Path) -> None:
+    data, totals = prepared(run_file("t2v-a14b", *settings(own)))
+    assert ("encoding captions", 6) in totals
+    with pytest.raises(DataError, match="unreadable"):
+        data.source.text("")
+    config = run_file("t2v-a14b", *settings(own), "train.caption_dropout=0.1")
+    data, totals = prepared(config)
+    assert totals == [("encoding captions", 1)]
+    model = WanModelSetup(config)._load(("text_encoder", "tokenizer"))
+    assert torch.equal(data.source.text(""), model.encode_prompt("").cpu())
+
+
+@pytest.mark.parametrize("cache", ["true", "false"])
+def test_live_text_encodes_none(
+    run_file: RunFile, own: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Component] = []
+    load = WanModelSetup._load
+
+    def watched(setup: WanModelSetup, components: Collection[Component]):
+        loaded.extend(components)
+        return load(setup, components)
+
+    monkeypatch.setattr(WanModelSetup, "_load", watched)
+    for caption in (own / "clips").glob("*.txt"):
+        caption.write_text("a <fox>")
+    config = run_file(
+        "t2v-a14b",
+        *settings(own),
+        f"video_data.cache={cache}",
+        "train.caption_dropout=0.1",
+        "embeddings=[{placeholder: <fox>}]",
+    )
+    data, _ = prepared(config)
+    assert loaded == ["vae"] and not (own / "cache" / "text").exists()
+    assert data.source.video(data.clips[0])["latents"].ndim == 4
+
+
+# --- Held out ------------------------------------------------------------------------------------
+
+
+def test_sources_to_validate_on(run_file: RunFile, own: Path) -> None:
+    (own / "val").mkdir()
+    for name in ("red_square.mp4", "still_square.png"):
+        shutil.copy(own / "clips" / name, own / "val" / f"val_{name}")
+        (own / "val" / f"val_{name}").with_suffix(".txt").write_text(f"first {name}\nsecond")
+    value = f"validation.sources=[{{path: {(own / 'val').as_posix()}}}]"
+    plain, _ = prepared(run_file("t2v-a14b", *settings(own)))
+    data, totals = prepared(run_file("t2v-a14b", *settings(own), value))
+    # The same content as before; of the new captions those that are measured.
+    assert totals == [("encoding captions", 2)] and data.digest != plain.digest
+    assert {clip.name for clip in data.held_out} == {"val_red_square.mp4", "val_still_square.png"}
+    assert len(data.clips) == 3
+    for clip in data.held_out:
+        assert data.source.video(clip).keys() == {"latents"}
+        assert data.source.text(clip.captions[0]).ndim == 2
+    reasons = {p.path: p.reason for p in data.report.problems}
+    assert reasons.keys() == {own / "clips" / n for n in ("red_square.mp4", "still_square.png")}
+    assert "is in validation.sources too (as val_red_square.mp4)" in str(data.report)
+    assert "held out for validation: 2 clips" in str(data.report)
+
+    everything = f"validation.sources=[{{path: {(own / 'clips').as_posix()}}}]"
+    (own / "clips" / "lonely.mp4").touch()
+    with pytest.raises(DataError, match="no clip can be used") as caught:
+        prepared(run_file("t2v-a14b", *settings(own), everything))
+    assert str(caught.value).count("is in validation.sources too") == 5
+    assert str(caught.value).count("lonely.mp4: has no caption") == 1  # in both, but told once
+    (own / "empty").mkdir()
+    for folder, complaint in (
+        ("empty", r"no clip of validation\.sources can be used"),
+        ("nowhere", r"nowhere: is not a folder; correct validation\.sources"),
+    ):
+        config = run_file(
+            "t2v-a14b", *settings(own), f"validation.sources=[{{path: {own / folder}}}]"
+        )
+        with pytest.raises(DataError, match=complaint):
+            prepared(config)
+
+
+def test_a_share_to_validate_on(run_file: RunFile, own: Path) -> None:
+    config = run_file("t2v-a14b", *settings(own), "validation.share=0.4")
+    data, _ = prepared(config)
+    assert (len(data.clips), len(data.held_out)) == (3, 2)
+    assert not {c.path for c in data.clips} & {c.path for c in data.held_out}
+    (own / "clips" / data.held_out[0].name).rename(
+        (own / "clips" / "zzz").with_suffix(data.held_out[0].path.suffix)
+    )
+    data.held_out[0].path.with_suffix(".txt").rename(own / "clips" / "zzz.txt")
+    again, totals = prepared(config)
+    assert totals == [] and {c.path.stem for c in again.held_out} == {
+        "zzz",
+        data.held_out[1].path.stem,
+    }
+    base = f"video_data.sources=[{{path: {(own / 'clips').as_posix()}, target: base}}]"
+    data, _ = prepared(run_file("t2v-a14b", *settings(own), base, "validation.share=0.4"))
+    assert (len(data.clips), data.held_out) == (5, ())
+    assert "no clip is held out by validation.share" in str(data.report)
+
+
+def test_what_a_source_says_decides_the_data_set(run_file: RunFile, own: Path) -> None:
+    """A resumed run notices by the digest; entries don't depend on it."""
+    digests = set()
+    for more in ("", ", loss_weight: 2", ", target: base", ", repeats: 2"):
+        source = f"video_data.sources=[{{path: {(own / 'clips').as_posix()}{more}}}]"
+        data, totals = prepared(run_file("t2v-a14b", *settings(own), source))
+        assert bool(totals) == (not digests)
+        digests.add(data.digest)
+    assert len(digests) == 4
+
+
+# --- Keys ----------------------------------------------------------------------------------------
+
+
+def test_keys_do_not_change_by_accident(run_file: RunFile, tmp_path: Path) -> None:
+    """Whoever has 100 GB of entries would have to make them all again."""
+    places = {}
+    for name in ("vae", "text_encoder", "tokenizer"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(f"the {name}")
+        places[name] = tmp_path / name
+    clip = Clip(
+        path=tmp_path / "a.mp4",
+        name="a.mp4",
+        captions=("a test",),
+        kind="video",
+        start=0.4375,
+        fps=16.0,
+        frames=17,
+        size=(832, 480),
+        source_size=(1920, 1080),
+        repeats=1,
+    )
+    mask = Mask(path=tmp_path / "a.mask.png", start=0.0)
+    content = {clip.path: "0" * 40, mask.path: "1" * 40}
+
+    def keys(variant: str) -> tuple[_CachedEntries, str]:
+        entries = _CachedEntries(run_file(variant), VARIANTS[variant], places, content)
+        return entries, entries._video_key(clip)
+
+    t2v, t2v_key = keys("t2v-a14b")
+    assert t2v_key == keys("ti2v-5b")[1] == "60506f9c2cfd7c51c29c85accd6837745a48ab10"
+    assert keys("i2v-a14b")[1] == "d8724b882a48845b13c3eb1102a5718d067795d8"
+    assert t2v._text_key("a test") == "14f793cd60c25a0af866b253fedb0fca77e0dba2"
+    mask_key = t2v._mask_key(clip, mask)
+    assert mask_key == "ce9f20de4cdfa1d84b182c47aca606ef9f56a319"
+    # What training makes of a clip is no cause of its entry.
+    for same in (
+        {"mask": mask},
+        {"loss_weight": 2.0},
+        {"base_target": True},
+        {"repeats": 3},
+        {"captions": ("another",)},
+        {"name": "b.mp4"},
+    ):
+        assert t2v._video_key(replace(clip, **same)) == t2v_key
+    for other in ({"start": 0.5}, {"fps": 24.0}, {"frames": 13}, {"size": (480, 832)}):
+        assert t2v._video_key(replace(clip, **other)) != t2v_key
+        if "start" not in other:  # its mask has a start of its own
+            assert t2v._mask_key(replace(clip, **other), mask) != mask_key
+    assert t2v._mask_key(clip, replace(mask, start=0.5)) != mask_key
+    assert keys("ti2v-5b")[0]._mask_key(clip, mask) != mask_key  # other latents, other places

@@ -22,6 +22,7 @@ from onewan.runs.events import read_events
 from onewan.runs.layout import RunLayout
 from onewan.train import trainer
 from onewan.train.run import Run, run_folder
+from onewan.train.setup import WanModelSetup
 from onewan.train.trainer import WanTrainer
 from onewan.train.validation import validation_loss
 
@@ -187,6 +188,26 @@ def test_more_steps_are_another_run_where_rates_go_by_them(
     else:
         with pytest.raises(CheckpointError, match=r"train\.steps: was 2, is 3"):
             longer.fit()
+
+
+def test_what_a_state_lacks_starts_anew_only_if_that_is_allowed(run_file: RunFile) -> None:
+    WanTrainer(run_file("ti2v-5b", "train.steps=2", "optimizer.lr=0.01")).fit()
+    config = run_file("ti2v-5b", "optimizer.name=sgd", "train.ema={}", name="other")
+    folder = layout_of(config).root.with_name("run") / "state" / "000002"
+    run = WanModelSetup(config).build()
+    with pytest.raises(CheckpointError, match="single_ema"):
+        run.state.load(folder)
+    average, optimizer = run.state.load(folder, allow_change=True)
+    assert average == "single: the moving average starts from the weights as they are"
+    assert optimizer.startswith("single: the optimizer starts anew") and "adamw" in optimizer
+    weights = run.state.experts["single"].method.read()
+    averages = run.state.experts["single"].part.ema.tensors()
+    for name, tensor in averages.items():
+        assert torch.equal(tensor, weights[name.replace(".default", "")])
+    for part in run.state.parts:
+        part.ema = None
+    with pytest.raises(CheckpointError, match=r"is of adamw and not of sgd"):
+        run.state.load(folder)
 
 
 def test_resuming_under_other_versions_is_told(

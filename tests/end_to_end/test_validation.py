@@ -170,6 +170,15 @@ def test_the_average_of_embeddings_is_validated_too(run_file: RunFile, workshop:
         assert torch.equal(exported, averages["shape"]) == (vectors is averages)
 
 
+def test_clips_of_the_base_are_no_measure(run_file: RunFile, workshop: Path) -> None:
+    named, plain = workshop / "named clips", workshop / "clips"
+    sources = f"video_data.sources=[{{path: {named}, target: base}}, {{path: {plain}}}]"
+    run = WanModelSetup(run_file("ti2v-5b", sources, "validation.clips=100")).build()
+    batches = run.validation_batches()
+    assert 0 < len(batches) < len(run.dataset.clips)
+    assert all(batch.base_target is None for batch in batches)
+
+
 def test_one_expert_from_a_file_and_one_anew(run_file: RunFile) -> None:
     first = run_file("t2v-a14b", "train.steps=2", "method.rank=3")
     WanTrainer(first).fit()
@@ -178,6 +187,7 @@ def test_one_expert_from_a_file_and_one_anew(run_file: RunFile) -> None:
     with safe_open(low, "pt") as file:  # both steps were the other expert's
         metadata = file.metadata()
     assert (metadata["onewan.steps"], metadata["onewan.expert_steps"]) == ("2", "0")
+    assert metadata["onewan.base_model"] == "t2v-a14b"  # and not where it lies
     mixed = run_file("t2v-a14b", f"method={{kind: lora, rank: 2, start_from: [{low}]}}", name="m")
     experts = WanModelSetup(mixed).build().state.experts
     ranks = {

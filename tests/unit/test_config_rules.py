@@ -113,8 +113,8 @@ BROKEN = [
         "video_data.sources.0.target: needs an adapter .* and method.kind is embedding, got 'base'",
     ),
     (
-        "method: {kind: fine_tune}\nvalidation: {sources: [{path: b, target: base}]}",
-        "validation.sources.0.target: needs an adapter",
+        "validation: {sources: [{path: b, target: base}]}",
+        "validation.sources.0.target: what is measured is how well clips are learned, got 'base'",
     ),
     # Fine-tuning.
     (

@@ -111,6 +111,28 @@ def test_repeats(tmp_path: Path) -> None:
     assert (only(report).repeats, only(report).size) == (3, (64, 48))
 
 
+def test_what_a_source_says_of_its_clips(tmp_path: Path) -> None:
+    video(tmp_path / "own" / "a.mp4", frames=5)
+    video(tmp_path / "base" / "b.mp4", frames=5)
+    sources = (
+        SourceSection(path=tmp_path / "own", loss_weight=2.5),
+        SourceSection(path=tmp_path / "base", target="base"),
+    )
+    report = index_clips(
+        VideoDataSection(sources=sources, min_resolution=(32, 32)),
+        WanTrainConfig(max_frames=5),
+        seed=0,
+        target_fps=16,
+        resolutions=("64x48",),
+        size_multiple=16,
+        temporal_compression=4,
+    )
+    assert [(clip.name, clip.loss_weight, clip.base_target) for clip in report.clips] == [
+        ("a.mp4", 2.5, False),
+        ("b.mp4", 1.0, True),
+    ]
+
+
 def test_image_is_a_clip_of_one_frame(tmp_path: Path) -> None:
     Image.new("RGB", (200, 100), "red").save(tmp_path / "a.PNG")
     (tmp_path / "a.txt").write_text("red")
@@ -155,7 +177,25 @@ def test_a_span_lies_within_its_file(tmp_path: Path, strategy: str) -> None:
 def test_uniform_is_the_middle(tmp_path: Path) -> None:
     path = video(tmp_path / "a.mp4", frames=40)
     clip, info = only(index(tmp_path)), probe(path)
-    assert clip.start - info.start == pytest.approx(info.last - clip.times()[-1])
+    # 23 frames of the file are not in the clip: 11 before it and 12 behind it.
+    assert (clip.start - info.start) * 16 == pytest.approx(11)
+    assert (info.last - clip.times()[-1]) * 16 == pytest.approx(12)
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "random", "keyframe"])
+@pytest.mark.parametrize("kind", ["mp4", "webm"])
+@pytest.mark.parametrize("fps", [24, 30])
+def test_at_the_files_own_rate_each_frame_comes_once(
+    tmp_path: Path, fps: float, kind: str, strategy: str
+) -> None:
+    """Also where as many frames are left over as put the middle between two of them."""
+    for frames in (18, 24, 29):
+        video(tmp_path / f"{frames}.{kind}", frames=frames, fps=fps)
+    report = index(tmp_path, fps=fps, frame_sample_strategy=strategy)
+    assert len(report.clips) == 3
+    for clip in report.clips:
+        levels = decode(clip).frames.mean(axis=(1, 2, 3))
+        assert np.round(np.diff(levels) / 4).tolist() == [1] * 16, clip.name
 
 
 def test_random_is_fixed_by_seed_and_name(tmp_path: Path) -> None:

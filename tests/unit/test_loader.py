@@ -1,8 +1,11 @@
-"""Batches: every clip once a pass, buckets apart, each expert on its own count, no memory."""
+"""Batches: every clip once a pass, buckets apart, each expert on its own count, no memory; and
+what each clip's source, mask and captions say of it."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,9 @@ import torch
 from torch import Tensor
 
 from onewan.data.index import Clip
-from onewan.data.loader import WanDataLoader
+from onewan.data.loader import Batch, WanDataLoader
+from onewan.data.masks import Mask
+from onewan.variants import ExpertName
 
 
 class Numbers:
@@ -19,10 +24,18 @@ class Numbers:
     prefetch = False
 
     def video(self, clip: Clip) -> dict[str, Tensor]:
-        return {"latents": torch.full((4, (clip.frames - 1) // 4 + 1, 2, 2), float(clip.name))}
+        frames = (clip.frames - 1) // 4 + 1
+        entry = {"latents": torch.full((4, frames, 2, 2), float(clip.name))}
+        if clip.mask:
+            entry["mask"] = torch.full((1, frames, 2, 2), float(clip.name) / 16)
+        return entry
 
     def text(self, caption: str) -> Tensor:
-        return torch.full((3, 8), float(caption))
+        return torch.full((3, 8), float(caption or EMPTY))
+
+
+EMPTY = -1.0
+"""What stands for the text of an empty caption."""
 
 
 class InBackground(Numbers):
@@ -128,3 +141,139 @@ def test_fixed_batches() -> None:
     assert names == [("0",), ("2",), ("4",), ("6",)]
     assert len(loader().fixed(CLIPS, 99)) == 9 and loader().fixed(CLIPS, 0) == []
     assert all(float(b.text[0, 0, 0]) < 100 for b in loader().fixed(CLIPS, 9))  # first captions
+
+
+def test_fixed_batches_are_the_same_each_time() -> None:
+    """Of any clips, in the order given, whatever was drawn before and whatever else trains."""
+    held_out = [clip(n, frames=9) for n in (20, 3, 11, 7, 15)]
+    data = WanDataLoader(
+        CLIPS, Numbers(), batch_size=2, accumulation=1, seed=7, caption_dropout=1.0
+    )
+    first = data.fixed(held_out, 3)
+    data.step(4, "high", 4)
+    again, elsewhere = data.fixed(held_out, 3), loader(batch_size=1).fixed(held_out, 3)
+    for batches in (first, again, elsewhere):
+        assert [(b.names, b.captions, b.offset) for b in batches] == [
+            (("20",), ("20",), 0),
+            (("3",), ("3",), 1),
+            (("7",), ("7",), 2),
+        ]
+        assert all(torch.equal(a.latents, b.latents) for a, b in zip(first, batches, strict=True))
+    assert data.fixed([], 3) == []
+
+
+# --- What is said of clips ------------------------------------------------------------------------
+
+
+def of(clips: Sequence[Clip], **settings: bool | float) -> Batch:
+    """All of `clips` in one batch, sorted by name; checks that `to` keeps everything."""
+    data = WanDataLoader(
+        clips, Numbers(), batch_size=len(clips), accumulation=1, seed=7, **settings
+    )
+    batch = data.step(0, "high", 0).batches[0]
+    assert len(batch) == len(clips)
+    moved = batch.to(torch.device("cpu"))
+    for field in Batch.__slots__:
+        a, b = getattr(batch, field), getattr(moved, field)
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+    assert batch.to(torch.device("meta")).loss_weight.is_meta
+    return batch
+
+
+def masked(number: int) -> Clip:
+    return replace(clip(number), mask=Mask(path=Path("mask.png"), start=0.0))
+
+
+def test_masked_and_unmasked_clips_in_a_batch() -> None:
+    batch = of([clip(1), masked(2), clip(3), masked(4)])
+    assert batch.mask is not None and batch.mask.dtype == torch.float32
+    assert batch.mask.shape == (4, 1, 2, 2, 2)
+    expected = {"1": 1.0, "2": 2 / 16, "3": 1.0, "4": 4 / 16}
+    for name, mask in zip(batch.names, batch.mask, strict=True):
+        assert (mask == expected[name]).all(), name
+    assert batch.to(torch.device("meta")).mask.is_meta
+    assert of([clip(1), clip(3)]).mask is None
+
+
+def test_weights_and_targets_reach_the_batch() -> None:
+    clips = [replace(clip(n), loss_weight=n / 2, base_target=n % 2 == 0) for n in range(1, 6)]
+    batch = of(clips)
+    assert batch.loss_weight.dtype == torch.float32
+    assert batch.base_target is not None and batch.base_target.dtype == torch.bool
+    assert batch.loss_weight.tolist() == [int(name) / 2 for name in batch.names]
+    assert batch.base_target.tolist() == [int(name) % 2 == 0 for name in batch.names]
+    assert batch.to(torch.device("meta")).base_target.is_meta
+    plain = of([clip(1), clip(2)])
+    assert plain.base_target is None and plain.loss_weight.tolist() == [1, 1]
+
+
+# --- Captions -------------------------------------------------------------------------------------
+
+
+def drawn(
+    dropout: float,
+    *,
+    expert: ExpertName = "high",
+    seed: int = 7,
+    passes: int = 1,
+    clips: Sequence[Clip] = tuple(clip(n) for n in range(50)),
+    batch_size: int = 5,
+) -> list[str]:
+    """The captions of so many passes over `clips`, in the order in which they train."""
+    data = WanDataLoader(
+        clips,
+        Numbers(),
+        batch_size=batch_size,
+        accumulation=1,
+        seed=seed,
+        caption_dropout=dropout,
+    )
+    out = []
+    for n in range(passes * len(clips) // batch_size):
+        for batch in data.step(n, expert, n).batches:
+            out += batch.captions
+            assert batch.text is not None
+            values = [float(text[0, 0]) for text in batch.text]
+            assert values == [float(caption or EMPTY) for caption in batch.captions]
+    return out
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_the_share_of_dropped_captions(share: float) -> None:
+    captions = drawn(share, passes=60)  # 3000 draws
+    dropped = captions.count("") / len(captions)
+    assert dropped == pytest.approx(share, abs=4 * (share * (1 - share) / 3000) ** 0.5)
+    assert drawn(0.0, passes=4).count("") == 0
+    assert drawn(1.0, passes=4).count("") == 200
+
+
+def test_dropped_captions_are_a_function_of_the_seed_and_the_place() -> None:
+    one = drawn(0.5)
+    assert one == drawn(0.5)
+    empty = [caption == "" for caption in one]
+    assert empty != [caption == "" for caption in drawn(0.5, seed=8)]
+    assert empty != [caption == "" for caption in drawn(0.5, expert="low")]
+    assert empty[:25] != empty[25:]
+    # Clips of one batch are drawn each for itself.
+    assert any(0 < sum(empty[i : i + 5]) < 5 for i in range(0, 50, 5))
+    # Whoever keeps a caption gets the one that it gets without dropout.
+    kept = [(a, b) for a, b in zip(one, drawn(0.0), strict=True) if a]
+    assert kept and all(a == b for a, b in kept)
+
+
+def test_captions_that_are_kept_come_equally_often() -> None:
+    """Dropping one and choosing one are draws of their own."""
+    clips = [replace(clip(n), captions=("1", "2", "3")) for n in range(50)]
+    captions = [caption for caption in drawn(0.5, passes=60, clips=clips) if caption]
+    for each in ("1", "2", "3"):
+        assert captions.count(each) / len(captions) == pytest.approx(1 / 3, abs=0.06)
+
+
+def test_live_text() -> None:
+    """Whoever trains embeddings encodes the captions: the batch has them, and no text."""
+    clips = [clip(n) for n in range(6)]
+    batch = of(clips, live_text=True, caption_dropout=0.5)
+    assert batch.text is None
+    usual = of(clips, caption_dropout=0.5)
+    assert usual.text is not None and usual.captions == batch.captions
+    assert "" in batch.captions and any(batch.captions)

@@ -180,17 +180,20 @@ def _fine_tune_rules(config: RunConfig, method: FineTuneMethod) -> Iterator[Prob
 
 
 def _base_target_rules(config: RunConfig) -> Iterator[Problem]:
-    """The untrained model must be at hand while the method trains."""
-    if isinstance(config.method, AdapterMethod):
-        return
-    for section in ("video_data", "validation"):
-        for index, source in enumerate(getattr(config, section).sources):
-            if source.target == "base":
-                yield (
-                    f"{section}.sources.{index}.target",
-                    f"needs an adapter that can be switched off, and method.kind is "
-                    f"{config.method.kind}, got 'base'; use data, or an adapter such as lora",
-                )
+    """The untrained model must be at hand while the method trains; and it is no measure."""
+    for index, source in enumerate(config.video_data.sources):
+        if source.target == "base" and not isinstance(config.method, AdapterMethod):
+            yield (
+                f"video_data.sources.{index}.target",
+                f"needs an adapter that can be switched off, and method.kind is "
+                f"{config.method.kind}, got 'base'; use data, or an adapter such as lora",
+            )
+    for index, source in enumerate(config.validation.sources):
+        if source.target == "base":
+            yield (
+                f"validation.sources.{index}.target",
+                "what is measured is how well clips are learned, got 'base'; leave it out",
+            )
 
 
 def _optimizer_rules(config: RunConfig) -> Iterator[Problem]:

@@ -137,7 +137,7 @@ class VideoDataSection(Section):
     masks: bool = False
     """Use the masks that lie beside clips: NAME.mask.png for all frames of NAME.mp4, or a video
     NAME.mask.mp4 of the same times. White counts in the loss, black as `train.loss.unmasked_weight`
-    says; a clip without a mask counts everywhere."""
+    says, and what is transparent counts as white; a clip without a mask counts everywhere."""
     cache: bool = True
     """Encode each clip and caption once and keep the result on disk. false: encode anew at every
     step, with the VAE and the text encoder staying in memory."""
@@ -202,8 +202,9 @@ class ValidationSection(Section):
     sources: tuple[SourceSection, ...] = ()
     """Clips held out of training, to validate on."""
     share: Annotated[Float, Field(ge=0, lt=1)] = 0.0
-    """Share of the training clips to hold out instead, chosen by their content and the seed. With
-    neither, the loss is measured on clips that train."""
+    """Share of the training clips (that show data) to hold out instead, chosen by their content and
+    the seed. One is always left to train. With neither, the loss is measured on clips that
+    train."""
     every: Int = Field(default=0, ge=0)
     """Steps between measurements; 0 measures before the first and after the last step only."""
     clips: Int = Field(default=4, ge=0)

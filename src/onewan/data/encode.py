@@ -1,9 +1,9 @@
-"""Clips and captions -> entries: latents, the condition, text embeddings; through the cache or not.
+"""Clips and captions -> entries: latents, the condition, masks, text; through the cache or not.
 
 `prepare` is the one way from a run file to a data set that trains. It indexes the sources, finds
-out what is not in the cache yet, encodes just that (captions first, then videos, so that the 11 GB
-text encoder and the VAE are never loaded together), reports every clip that can't be used, and
-holds out those to validate on.
+out what is not in the cache yet, encodes just that (captions before videos, so that the 11 GB text
+encoder and the VAE are never loaded together), reports every clip that can't be used, and holds out
+those to validate on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from onewan.data.sample import decode
 from onewan.errors import DataError
 from onewan.model.sources import Component, Placed, fingerprint
 from onewan.model.wan import WanModel
-from onewan.variants import VARIANTS, Variant
+from onewan.variants import Variant
 
 _T = TypeVar("_T")
 
@@ -103,7 +103,7 @@ def prepare(
     """
     if not config.video_data.sources:
         raise DataError("video_data.sources: is empty; name at least one folder of clips")
-    variant = VARIANTS[config.model.variant]
+    variant = config.model.facts()
     # Content decides, not names: the digests also key the data set when nothing is cached.
     digests = ContentDigests(config.video_data.cache_dir / "digests.json")
     report, content = _indexed(config, variant, digests)
@@ -162,9 +162,8 @@ def _indexed(
     report = Report(
         clips=tuple(clips),
         held_out=held_out.clips,
-        # A file of both may be unusable in both; once is enough.
-        problems=tuple(dict.fromkeys((*training.problems, *held_out.problems, *shared))),
-        notes=tuple(dict.fromkeys((*training.notes, *held_out.notes))),
+        problems=(*training.problems, *held_out.problems, *shared),
+        notes=(*training.notes, *held_out.notes),
     )
     return report, content
 
@@ -192,8 +191,9 @@ def _usable(config: RunConfig, report: Report, made: _Made, content: dict[Path, 
         report,
         clips=clips,
         held_out=held_out,
-        problems=(*report.problems, *made.problems),
-        notes=notes,
+        # A file of two sources is told in both; once is enough.
+        problems=tuple(dict.fromkeys((*report.problems, *made.problems))),
+        notes=tuple(dict.fromkeys(notes)),
     )
     if not clips:
         raise DataError("\n".join(["no clip can be used", *report.lines()]))
@@ -233,10 +233,17 @@ def _problem(error: DataError, clip: Clip) -> Problem:
     return Problem(path=clip.path, reason=str(error).removeprefix(f"{clip.path}: "))
 
 
-def _note_if_black(mask: Mask, values: Tensor) -> list[Note]:
-    if values.any():
+def _note_if_plain(mask: Mask, values: Tensor) -> list[Note]:
+    """A note on a mask that does not tell one place from another."""
+    if not values.any():
+        text = (
+            "a mask that is black all over: its clip trains as without it, or not at all where "
+            "train.loss.unmasked_weight is 0"
+        )
+    elif bool((values == 1).all()):
+        text = "a mask that is white (or transparent) all over: its clip trains as without it"
+    else:
         return []
-    text = "a mask that is black all over: its clip counts by train.loss.unmasked_weight only"
     return [Note(path=mask.path, text=text)]
 
 
@@ -311,7 +318,8 @@ class _LiveEntries:
             try:
                 decode(clip)
                 if clip.mask:
-                    notes += _note_if_black(clip.mask, encode_mask(clip, clip.mask, self._variant))
+                    values = encode_mask(clip, clip.mask, self._variant)
+                    notes += _note_if_plain(clip.mask, values)
             except DataError as error:
                 problems.append(_problem(error, clip))
             progress("checking clips", done, len(clips))
@@ -414,36 +422,48 @@ class _CachedEntries:
     def _fill_videos(
         self, clips: Sequence[Clip], load: LoadModel, progress: Progress
     ) -> tuple[list[Problem], int]:
-        keys = {self._video_key(clip): clip for clip in clips}
-        missing = {k: clip for k, clip in keys.items() if not self._cache.has("video", k)}
-        problems: list[Problem] = []
-        if missing:
-            model = load(("vae",))
-            for done, (key, clip) in enumerate(missing.items(), start=1):
-                try:
-                    self._cache.save("video", key, encode_clip(model, clip), about=clip.name)
-                except DataError as error:
-                    problems.append(_problem(error, clip))
-                progress("encoding clips", done, len(missing))
-        return problems, len(missing) - len(problems)
+        keyed = [(self._video_key(clip), clip) for clip in clips]
+        if all(self._cache.has("video", key) for key, _ in keyed):
+            return [], 0
+        model = load(("vae",))
+        return self._fill_entries("video", keyed, lambda clip: encode_clip(model, clip), progress)
 
     def _fill_masks(self, clips: Sequence[Clip], progress: Progress) -> _Made:
-        masked = {self._mask_key(clip, clip.mask): (clip, clip.mask) for clip in clips if clip.mask}
-        total = sum(not self._cache.has("mask", key) for key in masked)
-        problems, notes, done = list[Problem](), list[Note](), 0
-        for key, (clip, mask) in masked.items():
-            if not self._cache.has("mask", key):
-                try:
-                    values = encode_mask(clip, mask, self._variant)
-                    self._cache.save("mask", key, {"mask": values}, about=mask.path.name)
-                except DataError as error:
-                    problems.append(_problem(error, clip))
-                done += 1
-                progress("encoding masks", done, total)
+        def encode(clip: Clip) -> dict[str, Tensor]:
+            assert clip.mask
+            return {"mask": encode_mask(clip, clip.mask, self._variant)}
+
+        masks = [(self._mask_key(clip, clip.mask), clip, clip.mask) for clip in clips if clip.mask]
+        keyed = [(key, clip) for key, clip, _ in masks]
+        problems, encoded = self._fill_entries("mask", keyed, encode, progress)
+        notes = list[Note]()
+        for key, _, mask in masks:
             if self._cache.has("mask", key):
-                notes += _note_if_black(mask, self._cache.load("mask", key)["mask"])
-        encoded = total - len(problems)
+                notes += _note_if_plain(mask, self._cache.load("mask", key)["mask"])
         return _Made(problems=tuple(problems), notes=tuple(notes), encoded=encoded)
+
+    def _fill_entries(
+        self,
+        kind: Kind,
+        keyed: Sequence[tuple[str, Clip]],
+        encode: Callable[[Clip], dict[str, Tensor]],
+        progress: Progress,
+    ) -> tuple[list[Problem], int]:
+        """Encode the missing entries of clips; says which clips failed, and how many were made."""
+        missing = {key for key, _ in keyed if not self._cache.has(kind, key)}
+        what = {"video": "encoding clips", "mask": "encoding masks"}[kind]
+        problems, tried = list[Problem](), set[str]()
+        for key, clip in keyed:
+            if self._cache.has(kind, key):
+                continue
+            tried.add(key)
+            try:
+                self._cache.save(kind, key, encode(clip), about=clip.name)
+            except DataError as error:
+                # A copy of a damaged file comes here too, so that it is not used either.
+                problems.append(_problem(error, clip))
+            progress(what, len(tried), len(missing))
+        return problems, sum(self._cache.has(kind, key) for key in missing)
 
     def _discard_damaged(self, kind: Kind, keys: Iterable[str]) -> None:
         for key in keys:

@@ -201,10 +201,10 @@ def _media_files(
         kind = extension(path)
         if kind == "txt":
             texts.append(path)
-        if kind not in videos | IMAGE_SUFFIXES:
-            continue
-        if is_mask(path):
+        if is_mask(path):  # of any kind: that one can't be read must not go unnoticed
             found.append(path)
+            continue
+        if kind not in videos | IMAGE_SUFFIXES:
             continue
         named.add(path.with_suffix(""))
         if kind in IMAGE_SUFFIXES or kind in formats:
@@ -349,13 +349,17 @@ class _Planner:
         strategy = self.wan.frame_sample_strategy
         if info.kind == "image" or not slack:
             return info.start
-        if strategy == "uniform":
-            return info.start + slack / 2
+        if strategy == "keyframe":
+            key = keyframe_near(info.path, (info.start + info.last) / 2)
+            # Too near the end for all frames: as late as they fit.
+            return min(max(key, info.start), info.start + slack)
+        part = 0.5
         if strategy == "random":
-            return info.start + slack * derive_seed(self.seed, "span", name) / 2**63
-        key = keyframe_near(info.path, (info.start + info.last) / 2)
-        # Too near the end for all frames: as late as they fit.
-        return min(max(key, info.start), info.start + slack)
+            part = derive_seed(self.seed, "span", name) / 2**63
+        # On a frame of the file. Midway between two, the last bit of each time would decide which
+        # of them is nearest, so that frames would come twice and others not at all.
+        whole = floor(slack * part / info.frame_interval + 1e-6)
+        return info.start + whole * info.frame_interval
 
     def _notes(self, clip: Clip) -> Iterator[Note]:
         width, height = clip.source_size

@@ -27,7 +27,7 @@ from onewan.variants import ExpertName
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Clips of one bucket, ready to be noised. All tensors float32 but for the text."""
+    """Clips of one bucket, ready to be noised. Tensors are float32 where nothing else is said."""
 
     latents: Tensor
     """[B, C, F, h, w], normalised."""

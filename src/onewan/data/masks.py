@@ -1,9 +1,9 @@
 """Masks: which file beside a clip is its mask, and what it says about each place of the latents.
 
 A mask is a picture or a video NAME.mask.ext beside NAME.ext. White counts in the loss, black does
-not. It goes through the crop and the scaling of its clip, and is then averaged over the pixels and
-frames that one place of the latents stands for. Hides the pairing by name and the arithmetic;
-knows nothing of the cache and never of torch's devices.
+not, and what is transparent shows white. It goes through the crop and the scaling of its clip, and
+is then averaged over the pixels and frames that one place of the latents stands for. Hides the
+pairing by name and the arithmetic; knows nothing of the cache and nothing of torch.
 """
 
 from __future__ import annotations
@@ -15,17 +15,27 @@ from pathlib import Path
 import numpy as np
 
 from onewan.errors import DataError
-from onewan.media import IMAGE_SUFFIXES, Fit, MediaInfo, extension, probe, read_frames
+from onewan.media import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    Fit,
+    MediaInfo,
+    extension,
+    probe,
+    read_frames,
+)
 
 MASK_VERSION = 1
 """Raised when the numbers of `latent_mask` change: masks in the cache then don't count."""
 
 _MARK = ".mask"
 
+_PICTURES = sorted(IMAGE_SUFFIXES)
+
 # A mask drawn over an export of the clip is off by a pixel or so in its sides, never by more.
 _ASPECT_TOLERANCE = 0.01
 
-# Containers round times, WebM to 1 ms: first and last frames of clip and mask, 2 ms at most; s.
+# WebM rounds times to 1 ms, so two spans, each between two frames, differ by up to 2 ms; in s.
 _ROUNDING = 0.0025
 
 # Luma of BT.601 in thousandths, as Pillow turns colours grey. Whole numbers, so that a sum has no
@@ -49,8 +59,8 @@ class Mask:
 
 
 def is_mask(path: Path) -> bool:
-    """Whether the file's name says that it is a mask: NAME.mask.ext."""
-    return path.stem.lower().endswith(_MARK)
+    """Whether the file's name says that it is a mask: NAME.mask.ext, where txt is a caption."""
+    return path.stem.lower().endswith(_MARK) and extension(path) != "txt"
 
 
 def masked_by(path: Path) -> Path:
@@ -72,6 +82,11 @@ def mask_for(
     if len(files) > 1:
         raise DataError(f"{clip.path}: has {len(files)} masks ({names}); keep one")
     path, kind = files[0], extension(files[0])
+    if kind not in VIDEO_SUFFIXES | IMAGE_SUFFIXES | set(formats):
+        raise DataError(
+            f"{clip.path}: its mask {path.name} is neither a picture ({', '.join(_PICTURES)}) nor "
+            "a video; save it as one of them"
+        )
     if kind not in IMAGE_SUFFIXES and kind not in formats:
         raise DataError(
             f"{clip.path}: {kind} of its mask {path.name} is not among "
@@ -81,11 +96,12 @@ def mask_for(
         info = probe(path)
     except DataError as error:
         raise of_mask(error, clip.path, path) from error
-    have, wanted = _aspect(info), _aspect(clip)
-    if abs(have / wanted - 1) > _ASPECT_TOLERANCE:
+    if abs(_aspect(info) / _aspect(clip) - 1) > _ASPECT_TOLERANCE:
+        # As shown: a picture of a clip's stored pixels is off where those are not square.
+        have, wanted = ("{}x{}".format(*each.shown_size) for each in (info, clip))
         raise DataError(
-            f"{clip.path}: its mask {path.name} has another shape ({info.width}x{info.height}, the "
-            f"clip {clip.width}x{clip.height}); make it of the clip's size, or of the same shape"
+            f"{clip.path}: its mask {path.name} has another shape (shown {have}, the clip "
+            f"{wanted}); make it {wanted}, or of the same shape"
         )
     if info.kind == "image":
         return Mask(path=path, start=0.0)

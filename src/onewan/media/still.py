@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from onewan.errors import DataError
 from onewan.media.kinds import AGAIN, MAX_PIXELS, reason
@@ -60,6 +60,8 @@ def open_image(path: Path) -> Iterator[Image.Image]:
             yield image
     except Image.DecompressionBombError as error:
         raise DataError(f"{path}: claims more pixels than any picture has; {AGAIN}") from error
+    except UnidentifiedImageError as error:  # its text is the path alone
+        raise DataError(f"{path}: is not an image that can be read; {AGAIN}") from error
     # Pillow's readers report damage as any of these.
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise DataError(

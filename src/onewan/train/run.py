@@ -80,8 +80,10 @@ class Run:
         return step if part == "embeddings" else self.schedule.steps_before(step, part)
 
     def validation_batches(self) -> list[Batch]:
-        """The clips that losses are compared on, one a batch: held-out ones if there are any."""
-        clips = self.dataset.held_out or self.dataset.clips
+        """The clips that losses are compared on, one a batch: held-out ones if there are any. Clips
+        that teach what the base model makes are no measure of what is learned."""
+        shown = tuple(clip for clip in self.dataset.clips if not clip.base_target)
+        clips = self.dataset.held_out or shown or self.dataset.clips
         return self.loader.fixed(clips, self.config.validation.clips)
 
 

@@ -1,0 +1,140 @@
+"""Clips held out of training: chosen by content and seed, copies together, never all of them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from onewan.data.held_out import split, without
+from onewan.data.index import Clip
+
+
+def clip(name: str, **changes: object) -> Clip:
+    plain = Clip(
+        path=Path(name),
+        name=name,
+        captions=("a test",),
+        kind="video",
+        start=0.0,
+        fps=16.0,
+        frames=5,
+        size=(64, 64),
+        source_size=(64, 64),
+        repeats=1,
+    )
+    return replace(plain, **changes)
+
+
+CLIPS = tuple(clip(f"{n:02}") for n in range(20))
+CONTENT = {each.path: f"digest of {each.name}" for each in CLIPS}
+
+
+def held(clips=CLIPS, share: float = 0.25, seed: int = 7, content=CONTENT) -> set[str]:
+    """The content that is held out; checks that the rest trains, in the order given."""
+    training, held_out = split(clips, share, seed, content)
+    out = {content[each.path] for each in held_out}
+    assert len(out) == len(held_out)
+    assert training == tuple(each for each in clips if content[each.path] not in out)
+    assert held_out == tuple(each for each in clips if each in held_out)
+    return out
+
+
+def test_the_share_is_rounded_and_at_least_one() -> None:
+    for share, number in ((0.25, 5), (0.07, 1), (0.12, 2), (0.13, 3), (0.001, 1), (0.999, 19)):
+        assert len(held(share=share)) == number
+    assert split(CLIPS, 0, 7, CONTENT) == (CLIPS, ())
+
+
+def test_the_choice_is_by_seed() -> None:
+    assert held(seed=1) == held(seed=1)
+    assert len({frozenset(held(seed=seed)) for seed in range(10)}) == 10
+    every = [held(seed=seed) for seed in range(200)]
+    for digest in CONTENT.values():  # no content is favoured: 50 of 200 are expected
+        assert 28 < sum(digest in each for each in every) < 76
+
+
+def test_the_choice_of_this_seed_stays() -> None:
+    """A resumed run must find the same clips held out, by a later version too."""
+    assert held(seed=7) == {f"digest of {n}" for n in ("00", "01", "07", "11", "15")}
+
+
+def test_names_and_order_do_not_matter() -> None:
+    shuffled = random.Random(3).sample(CLIPS, len(CLIPS))
+    assert held(shuffled) == held()
+    renamed = [
+        replace(each, path=Path(f"x/{i}"), name=f"x/{i}") for i, each in enumerate(CLIPS[::-1])
+    ]
+    content = {new.path: CONTENT[old.path] for new, old in zip(renamed, CLIPS[::-1], strict=True)}
+    assert held(renamed, content=content) == held()
+
+
+@pytest.mark.parametrize("share", [0.05, 0.25, 0.5])
+def test_a_file_that_comes_or_goes_moves_one_other_at_most(share: float) -> None:
+    before = held(share=share)
+    for extra in range(30):
+        new = clip(f"new {extra}")
+        content = CONTENT | {new.path: f"new {extra}"}
+        after = held((*CLIPS, new), share=share, content=content)
+        assert len((before ^ after) - {content[new.path]}) <= 1
+    for gone in CLIPS:
+        after = held([each for each in CLIPS if each != gone], share=share)
+        assert len((before ^ after) - {CONTENT[gone.path]}) <= 1
+
+
+def test_copies_go_together() -> None:
+    copies = [clip(f"copy of {each.name}", captions=("another",)) for each in CLIPS]
+    content = CONTENT | {
+        copy.path: CONTENT[each.path] for copy, each in zip(copies, CLIPS, strict=True)
+    }
+    # The copies count as the files that they are of, and the first of each is measured.
+    assert held((*CLIPS, *copies), content=content) == held()
+    _, held_out = split((*CLIPS, *copies), 0.25, 7, content)
+    assert set(held_out) <= set(CLIPS)
+    _, held_out = split((*copies, *CLIPS), 0.25, 7, content)
+    assert set(held_out) <= set(copies)
+    # The same file in two sources: equal clips.
+    training, held_out = split((*CLIPS, *CLIPS), 0.25, 7, CONTENT)
+    assert (len(training), len(held_out)) == (30, 5) and set(training).isdisjoint(held_out)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.999])
+def test_never_all_are_held_out(share: float) -> None:
+    assert split(CLIPS[:1], share, 7, CONTENT) == (CLIPS[:1], ())
+    assert split((), share, 7, CONTENT) == ((), ())
+    assert split(CLIPS[:1] * 3, share, 7, CONTENT) == (CLIPS[:1] * 3, ())
+    assert len(held(CLIPS[:2], share=share)) == 1
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.999])
+def test_clips_that_teach_the_base_are_not_chosen(share: float) -> None:
+    base = tuple(clip(f"base {n}", base_target=True) for n in range(40))
+    content = CONTENT | {each.path: each.name for each in base}
+    # Nor do they count: the same are held out as without them.
+    assert held((*base, *CLIPS), share=share, content=content) == held(share=share)
+    assert split((*base, *CLIPS[:1]), share, 7, content) == ((*base, *CLIPS[:1]), ())
+    assert split(base, share, 7, content) == (base, ())
+
+
+def test_a_held_out_clip_does_not_teach_the_base_either() -> None:
+    base = tuple(replace(each, name=f"base {each.name}", base_target=True) for each in CLIPS)
+    training, held_out = split((*base, *CLIPS), 0.25, 7, CONTENT)
+    assert held_out and not {c.path for c in training} & {c.path for c in held_out}
+    assert not any(each.base_target for each in held_out)
+
+
+def test_sources_that_overlap() -> None:
+    copy, other = clip("val/copy"), clip("val/other")
+    content = CONTENT | {copy.path: CONTENT[CLIPS[3].path], other.path: "other"}
+    left, problems = without((*CLIPS, CLIPS[3]), (other, copy), content)
+    assert left == [each for each in CLIPS if each != CLIPS[3]]
+    (problem,) = problems  # once, though the file is in two sources
+    assert problem.path == CLIPS[3].path
+    assert problem.reason == (
+        "is in validation.sources too (as val/copy), so it is held out and does not train; take "
+        "it out of one of them"
+    )
+    assert without(CLIPS, (other,), content) == (list(CLIPS), [])
+    assert without(CLIPS, (), content) == (list(CLIPS), [])
