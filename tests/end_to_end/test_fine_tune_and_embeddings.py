@@ -21,7 +21,7 @@ from onewan.model.load import WanModelLoader
 from onewan.runs.events import read_events
 from onewan.sample.generate import WanModelSampler, requests_from
 from onewan.train.setup import WanModelSetup
-from onewan.train.step import train_step
+from onewan.train.step import predict, train_step
 from onewan.train.trainer import WanTrainer
 
 
@@ -172,6 +172,30 @@ def test_a_placeholder_that_no_caption_has(run_file: RunFile) -> None:
     )
     with pytest.raises(ConfigError, match="no caption contains '<nowhere>'"):
         WanTrainer(config).fit()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_gradient_checkpointing_as_asked(run_file: RunFile, workshop: Path, wanted: bool) -> None:
+    """What one step keeps for its backward pass is less with it, in both models."""
+    config = run_file(
+        "ti2v-5b",
+        "method={kind: embedding}",
+        "embeddings=[{placeholder: <shape>, initial_text: a}]",
+        f"video_data.sources=[{{path: {workshop / 'named clips'}}}]",
+        f"memory.gradient_checkpointing={str(wanted).lower()}",
+    )
+    run = WanModelSetup(config).build()
+    batch = run.loader.fixed(run.dataset.clips, 1)[0]
+    trained = run.activate("single")
+    trained.transformer.train()
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(1) or t, lambda t: t):
+        text = run.text(batch)
+        of_text = len(kept)
+        step = run.loader.step(0, "single", 0)
+        predict(run, trained, batch, run.objective.noise(batch, step, trained.expert), text)
+    of_video = len(kept) - of_text
+    assert (of_text < 30) == wanted and (of_video < 45) == wanted, (of_text, of_video)
 
 
 def test_what_is_to_know_of_exported_files_is_told_once(run_file: RunFile) -> None:

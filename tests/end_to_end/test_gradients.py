@@ -19,6 +19,8 @@ from test_methods import METHODS, PLACEHOLDER
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from onewan.adapters.select import block_of
+from onewan.config.objective import LossSection
 from onewan.config.schema import RunConfig
 from onewan.data.loader import Batch, Step
 from onewan.formats.lora_files import peft_adapter
@@ -27,9 +29,10 @@ from onewan.model.experts import token_timesteps
 from onewan.model.load import WanModelLoader
 from onewan.model.wan import WanModel
 from onewan.train.methods import AdapterTraining, EmbeddingTraining
+from onewan.train.objective import velocity_loss
 from onewan.train.run import Run
 from onewan.train.setup import WanModelSetup
-from onewan.train.step import backward
+from onewan.train.step import backward, compare, predict
 from onewan.variants import VARIANTS, ExpertName
 
 VARIANT_CASES = [(m, v) for m in METHODS for v in VARIANTS]
@@ -78,6 +81,40 @@ def test_gradients(run_file: RunFile, masked_clips: Path, method: str, variant: 
         # A gradient in which nearly all cancels is float32's own rounding, in both of them.
         bound = 1e-4 * float(gradient.norm()) + 1e-6 * float(plain.norm())
         assert float((ours[name] - gradient).norm()) < bound, name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_wan_settings_hold_for_each_method(
+    run_file: RunFile, workshop: Path, method: str
+) -> None:
+    config = run_file(
+        "ti2v-5b",
+        *METHODS[method],
+        f"video_data.sources=[{{path: {workshop / 'named clips'}}}]",
+        "wan_config.use_temporal_attention=false",
+        "wan_config.transformer_layers_to_train=[1]",
+        "wan_config.temporal_consistency_weight=3.0",
+    )
+    run = WanModelSetup(config).build()
+    trained = run.activate("single")
+    if trained.method is None:
+        assert method == "embedding"
+    else:
+        assert {block_of(name) for name in trained.method.parameters} == {1}
+    stir(run)
+    trained.transformer.train()
+    step = one_by_one(run)
+    batch = step.batches[0]
+    sample = run.objective.noise(batch, step, trained.expert)
+    with torch.no_grad():
+        text = run.text(batch)
+        before = predict(run, trained, batch, sample, text)
+        loss, plain = compare(run, sample, before), velocity_loss(before, sample, LossSection(), 1)
+        sample.x[:, :, 1] += 1
+        change = (predict(run, trained, batch, sample, text) - before).abs()
+    moved = change.amax(dim=(0, 1, 3, 4))
+    assert moved[1] > 1e-3 and moved[0] < 1e-2 * moved[1]
+    assert loss != plain
 
 
 def stir(run: Run) -> None:

@@ -257,3 +257,30 @@ def test_another_boundary_holds_in_training_and_samples(
     assert 0.5 <= min(levels["high"]) < 0.8 and max(levels["high"]) > 0.8
     assert 0.2 < max(levels["low"]) < 0.5
     assert (layout_of(config).samples(40) / "0.mp4").is_file()
+
+
+def test_lora_plus_moves_b_faster(run_file: RunFile) -> None:
+    """At first A has no gradient, since B is zero."""
+    moved = []
+    for ratio in (1, 16):
+        config = run_file(
+            "ti2v-5b",
+            f"method={{kind: lora, rank: 2, lora_plus_ratio: {ratio}}}",
+            "optimizer={name: sgd, lr: 0.01}",
+            name=f"ratio-{ratio}",
+        )
+        run = WanModelSetup(config).build()
+        train_step(run, run.loader.step(0, "single", 0))
+        weights = run.state.experts["single"].method.read()
+        moved.append(torch.cat([t.flatten() for n, t in weights.items() if "lora_B" in n]))
+    assert moved[0].abs().max() > 0
+    torch.testing.assert_close(moved[1], 16 * moved[0], rtol=1e-5, atol=0)
+
+
+def test_exported_in_another_precision(run_file: RunFile) -> None:
+    config = run_file("ti2v-5b", "train.steps=1", "output.dtype=bfloat16")
+    WanTrainer(config).fit()
+    state = load_file(layout_of(config).state(1) / "single.safetensors")
+    exported = load_file(layout_of(config).weights(1))
+    assert {t.dtype for n, t in exported.items() if "lora" in n} == {torch.bfloat16}
+    assert {t.dtype for t in state.values()} == {torch.float32}
