@@ -284,3 +284,31 @@ def test_exported_in_another_precision(run_file: RunFile) -> None:
     exported = load_file(layout_of(config).weights(1))
     assert {t.dtype for n, t in exported.items() if "lora" in n} == {torch.bfloat16}
     assert {t.dtype for t in state.values()} == {torch.float32}
+
+
+def test_averages_and_rates_go_by_each_parts_own_steps(run_file: RunFile, workshop: Path) -> None:
+    config = run_file(
+        "t2v-a14b",
+        f"video_data.sources=[{{path: {workshop / 'named clips'}}}]",
+        "embeddings=[{placeholder: <shape>, initial_text: a}]",
+        "train={steps: 6, expert_block: 1, schedule: linear, ema: {decay: 0.9}}",
+        "optimizer.lr=0.01",
+    )
+    run = WanModelSetup(config).build()
+    parts = {part.name: part for part in run.state.parts}
+    expected = {name: part.ema.tensors() for name, part in parts.items()}
+    steps = dict.fromkeys(parts, 0)
+    for number in range(6):
+        name, before = run.schedule.turn(number)
+        metrics = train_step(run, run.loader.step(number, name, before))
+        assert metrics.lr == pytest.approx(0.01 * (1 - before / 3))
+        assert run.lr_factor("embeddings", number) == pytest.approx(1 - number / 6)
+        for moved in (name, "embeddings"):
+            decay = min(0.9, (1 + steps[moved]) / (10 + steps[moved]))
+            now = parts[moved].weights.parameters
+            for key, average in expected[moved].items():
+                average.lerp_(now[key].detach(), 1 - decay)
+            steps[moved] += 1
+    for name, averages in expected.items():
+        for key, average in parts[name].ema.tensors().items():
+            torch.testing.assert_close(average, averages[key], rtol=1e-5, atol=1e-7)
