@@ -82,7 +82,7 @@ def test_validation_leaves_training_alone(run_file: RunFile) -> None:
         config = run_file(
             "t2v-a14b",
             "optimizer={name: adamw_schedule_free, lr: 0.01}",
-            f"validation={{clips: 1, every: {every}}}",
+            f"validation={{clips: {every}, every: {every}}}",
             "method.dropout=0.3",
             "train.steps=4",
             name=f"every-{every}",
