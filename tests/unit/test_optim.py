@@ -172,6 +172,12 @@ def test_muon_moves_matrices_and_adamw_the_rest() -> None:
     assert len(made.state) == 3
 
 
+def test_muon_takes_no_embeddings() -> None:
+    weights = _weights()[:1]
+    groups = [{"params": weights, "lr": 0.02, "embeddings": True}]
+    assert [g["muon"] for g in build_optimizer(groups, MuonOptimizer()).param_groups] == [False]
+
+
 def test_muon_is_one_optimizer_to_torch() -> None:
     """Its state goes through torch's own state_dict, and rates are set in its groups."""
     weights, copies = _weights(), _weights()
@@ -280,6 +286,7 @@ def test_custom() -> None:
         ("torch.optim.AdamX", {}, r"'AdamX' is not an optimizer of torch.optim; it has ASGD, "),
         ("torch.optim.lr_scheduler.LRScheduler", {}, "is not an optimizer of torch.optim.lr_sch"),
         ("torch.optim.LBFGS", {}, r"torch.optim.LBFGS computes the loss itself"),
+        ("torchao.optim.CPUOffloadOptimizer", {}, "take optimizer.name: adamw_cpu_offload"),
         ("torch.optim.NAdam", {"betas": (2.0, 0.9)}, r"does not take them \(Invalid beta"),
         ("torch.optim.NAdam", {"beta": 2.0}, r"does not take them .*'beta'.*signature is \(params"),
         ("torch.optim.NAdam", {"lr": 2.0}, r"arguments.lr: can't be given here; .*optimizer.lr"),
@@ -299,6 +306,10 @@ def test_what_is_known_of_each() -> None:
     assert not averages_itself(CustomOptimizer(class_path="torch.optim.NAdam"))
     assert "learning rate from all weights" in (needs_all_weights(ProdigyOptimizer()) or "")
     assert needs_all_weights(CustomOptimizer(class_path="prodigyopt.Prodigy"))
+    for family in ("Prodigy", "DAdaptAdam"):
+        path = f"pytorch_optimizer.{family}"
+        assert needs_all_weights(CustomOptimizer(class_path=path)), path
+    assert needs_all_weights(CustomOptimizer(class_path="pytorch_optimizer.StableAdamW")) is None
     assert needs_all_weights(AdamWOffloadOptimizer())
     assert needs_all_weights(AdamWScheduleFreeOptimizer()) is None
     assert resumes_exactly(AdamWOptimizer()) is None

@@ -317,6 +317,32 @@ def test_kahan_follows_float32() -> None:
         torch.testing.assert_close(parameter.detach().float(), wanted, rtol=2**-8, atol=2e-5)
 
 
+@pytest.mark.parametrize("lr", [1e-4, 1e-5])
+def test_kahan_against_float64(lr: float) -> None:
+    """AdamW over 300 steps: bfloat16 with Kahan's rest stays within its 16 bits of float64, where
+    bfloat16 alone does not even get away from its start."""
+    start = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).mul(0.05).bfloat16()
+
+    def trained(dtype: torch.dtype, rounding: Rounding) -> Tensor:
+        weight = nn.Parameter(start.to(dtype, copy=True))
+        group = ParameterGroup(names=("w",), parameters=(weight,), lr=lr)
+        updater = Updater([group], AdamWOptimizer(lr=lr), rounding=rounding)
+        generator = torch.Generator().manual_seed(1)
+        slope = torch.randn(64, 64, generator=generator)
+        for step in range(300):
+            updater.begin(step, 1.0)
+            gradient = slope + torch.randn(64, 64, generator=generator)
+            weight.grad = gradient.bfloat16().to(dtype)
+            updater.step()
+        rest = updater.state_dict()["w"]["rest"]
+        return weight.detach().double() + (0 if rest is None else rest.double())
+
+    exact = trained(torch.float64, "none")
+    moved = (exact - start.double()).abs().mean()
+    assert (trained(torch.bfloat16, "kahan") - exact).abs().mean() < 1e-2 * moved
+    assert (trained(torch.bfloat16, "none") - exact).abs().mean() > 0.3 * moved
+
+
 def test_rounding_leaves_float32_weights_to_simply_move() -> None:
     net, plain = Net(), Net()
     net.second.to(torch.bfloat16)
@@ -454,6 +480,75 @@ def test_moves_to_a_device(name: str, rounding: Rounding) -> None:
         for key, value in member.state.items():
             if isinstance(value, Tensor):
                 assert value.is_meta is not (name == "low_bit_8" and key == "step")
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
+def test_a_stand_in_takes_gradients_only_while_it_has_numbers(rounding: Rounding) -> None:
+    """Between steps it may lie on another device than its weight, and torch takes no gradient of
+    another device. Another shape stands for that here: torch does not take that either."""
+    net = Net(torch.bfloat16)
+    updater = _updater(net, AdamWOptimizer(), rounding=rounding)
+    for member in updater._members:
+        member.subject.data = torch.zeros(1)
+    before = _bits(net)
+    _train(net, updater, range(1))
+    assert not _equal(before, _bits(net))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+@pytest.mark.parametrize("rounding", ["none", "stochastic", "kahan"])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ALONE)
+def test_trains_on_a_gpu_what_was_built_on_the_cpu(
+    name: str, fused: bool, rounding: Rounding
+) -> None:
+    """And goes on there to the bit after a stay in host memory."""
+    dtype = torch.float32 if rounding == "none" else torch.bfloat16
+    nets = Net(dtype), Net(dtype)
+    updaters = [_updater(net, CHOICES[name], fused=fused, rounding=rounding) for net in nets]
+    for step in range(4):
+        for net, updater in zip(nets, updaters, strict=True):
+            for device in ("cpu", "cuda") if net is nets[0] else ("cuda",):
+                net.to(device)
+                updater.to(torch.device(device))
+            updater.begin(step, 1.0)
+            x = torch.randn(16, 64, generator=torch.Generator().manual_seed(step))
+            net(x.to("cuda", dtype)).float().square().mean().backward()
+            updater.norm(None)
+            updater.step()
+    assert _equal(_bits(nets[0]), _bits(nets[1]))
+    with updaters[0].evaluating(), updaters[1].evaluating():
+        assert _equal(_bits(nets[0]), _bits(nets[1]))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_muon_leaves_embeddings_to_adamw(fused: bool) -> None:
+    moved = []
+    for choice, name in (
+        (MuonOptimizer(lr=1e-2), "embeddings"),
+        (AdamWOptimizer(lr=1e-2), "embeddings"),
+        (MuonOptimizer(lr=1e-2), "high"),
+    ):
+        torch.manual_seed(1)
+        vectors = nn.Parameter(torch.randn(4, 32))
+        group = ParameterGroup(names=("fox",), parameters=(vectors,), lr=1e-2)
+        updater = Updater([group], choice, fused=fused, name=name)
+        for step in range(3):
+            updater.begin(step, 1.0)
+            vectors.pow(4).sum().backward()
+            updater.step()
+        moved.append(vectors.detach())
+    assert torch.equal(moved[0], moved[1])
+    assert not torch.equal(moved[0], moved[2])
+
+
+def test_prodigy_plus_finds_one_rate_for_groups_that_keep_theirs() -> None:
+    net = Net()
+    updater = _updater(net, ProdigyPlusOptimizer(d0=1e-3))
+    _train(net, updater, range(40))
+    first, second = updater._groups.values()
+    assert first["d"] == second["d"] > 1e-3
+    assert second["lr"] == 2 * first["lr"]
 
 
 def test_settings_of_a_resumed_run_are_its_own() -> None:

@@ -121,7 +121,7 @@ class LionOptimizer(Section):
 
 class MuonOptimizer(Section):
     name: Literal["muon"] = "muon"
-    """Muon (PyTorch's) on matrices; AdamW of the same learning rate on everything else."""
+    """Muon (PyTorch's) on layers' matrices; AdamW of the same learning rate on all else."""
     lr: Positive = 1e-3
     """Learning rate."""
     momentum: Decay = 0.95

@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class Ema:
@@ -37,15 +36,11 @@ class Ema:
         The old average counts min(decay, (1 + count) / (10 + count)), so that it does not hold on
         to the first values for long.
         """
-        if not self._parameters:
-            return
         decay = min(self._decay, (1 + count) / (10 + count))
-        averages = list(self._averages.values())
-        current = [
-            parameter.detach().to(average)
-            for parameter, average in zip(self._parameters.values(), averages, strict=True)
-        ]
-        get_ema_multi_avg_fn(decay)(averages, current, count)
+        # One by one: copies of all weights at once would be a whole model in float32.
+        for name, parameter in self._parameters.items():
+            average = self._averages[name]
+            average.lerp_(parameter.detach().to(average), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

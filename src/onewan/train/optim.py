@@ -41,15 +41,18 @@ Groups: TypeAlias = list[dict[str, Any]]
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon on matrices and AdamW on everything else, as one optimizer.
 
-    Each group may have both; it is divided in two, which keep its rate and other entries.
+    Each group may have both; it is divided in two, which keep its rate and other entries. A group
+    with a true `embeddings` is AdamW's: Muon is for the matrices of layers
+    (kellerjordan.github.io/posts/muon).
     """
 
     def __init__(self, groups: Groups, choice: MuonOptimizer) -> None:
         parts: Groups = []
         for group in groups:
             rest = {key: value for key, value in group.items() if key != "params"}
+            layers = not group.get("embeddings", False)
             for muon in (True, False):
-                chosen = [p for p in group["params"] if (p.ndim == 2) is muon]
+                chosen = [p for p in group["params"] if (layers and p.ndim == 2) is muon]
                 if chosen:
                     parts.append({**rest, "params": chosen, "muon": muon})
         super().__init__(parts, {})
@@ -93,8 +96,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
 def build_optimizer(groups: Groups, choice: Optimizer) -> torch.optim.Optimizer:
     """The optimizer that the run file's `optimizer` section names, over `groups`.
 
-    A group has `params` and its absolute `lr`; further entries stay in it untouched. ConfigError if
-    a package is missing, or if the optimizer can't be used with these groups or on this machine.
+    A group has `params` and its absolute `lr`; further entries stay in it untouched. One of them,
+    `embeddings`, says whether its matrices are embeddings and not a layer's. ConfigError if a
+    package is missing, or if the optimizer can't be used with these groups or on this machine.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         optimizer: Any = _BUILDERS[choice.name]([dict(group) for group in groups], choice)
@@ -118,7 +122,7 @@ def needs_all_weights(choice: Optimizer) -> str | None:
     It has to for a step within the backward pass and for rounding that is not its own.
     """
     own = choice.class_path if isinstance(choice, CustomOptimizer) else choice.name
-    if own.split(".")[0] in {"prodigy", "prodigy_plus_schedule_free", "prodigyopt", "prodigyplus"}:
+    if any(family in own.lower() for family in ("prodigy", "dadapt")):
         return "it finds one learning rate from all weights together"
     if choice.name == "adamw_cpu_offload":
         return "it takes gradients to the CPU in its own way"
@@ -308,6 +312,8 @@ def _custom_class(choice: CustomOptimizer) -> type[torch.optim.Optimizer]:
         known = ", ".join(OPTIMIZER_PACKAGES)
         raise wrong(f"{path!r} is in none of the packages that may be used; take one of {known}")
     module, _, name = path.rpartition(".")
+    if name == "CPUOffloadOptimizer":
+        raise wrong(f"{path} is another optimizer's shell; take optimizer.name: adamw_cpu_offload")
     try:
         found = vars(importlib.import_module(module))
     except ImportError as error:

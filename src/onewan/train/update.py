@@ -113,7 +113,7 @@ class Updater:
                 for own, parameter in zip(group.names, group.parameters, strict=True)
             ]
         else:
-            self._whole, self._members = _together(groups, choice)
+            self._whole, self._members = _together(groups, choice, name)
         self._groups = {id(m.group): m.group for m in self._members}
         self._built = {key: _changing(group) for key, group in self._groups.items()}
         self._step: int | None = None
@@ -265,8 +265,7 @@ class Updater:
         """A weight with an optimizer of its own."""
         low = self._rounding != "none" and _is_low(parameter)
         subject = nn.Parameter(_nothing(parameter.shape, parameter.device)) if low else parameter
-        group = {"params": [subject], "lr": lr, _BASE_LR: lr}
-        optimizer = build_optimizer([group], self._choice)
+        optimizer = build_optimizer([_group([subject], lr, self._name)], self._choice)
         return _Member(
             name=name,
             parameter=parameter,
@@ -313,8 +312,8 @@ class Updater:
             with _filled(members):
                 schedule_free: Any = optimizer  # `eval` and `train` are not torch's
                 schedule_free.eval()
-                averages = [
-                    (m.parameter, m.subject.detach().to(m.parameter.dtype, copy=True))
+                averages = [  # in host memory: a second set of weights may not fit on the device
+                    (m.parameter, m.subject.detach().to("cpu", m.parameter.dtype, copy=True))
                     for m in members
                 ]
                 schedule_free.train()  # needs the numbers too, so it can't wait for the end
@@ -352,8 +351,10 @@ class Updater:
         if not member.stands_in or gradient is None:
             member.optimizer.step()
             return
-        member.subject.grad = gradient.float()
         with _filled([member]):
+            # Only now: where the weight was when the stand-in was last empty may be another device,
+            # and torch takes no gradient of another device.
+            member.subject.grad = gradient.float()
             member.optimizer.step()
             moved = member.subject.detach()
             if member.rest is not None:
@@ -369,12 +370,10 @@ class Updater:
 
 
 def _together(
-    groups: Sequence[ParameterGroup], choice: Optimizer
+    groups: Sequence[ParameterGroup], choice: Optimizer, part: str
 ) -> tuple[torch.optim.Optimizer, list[_Member]]:
     """One optimizer over all weights, and where it keeps what."""
-    optimizer = build_optimizer(
-        [{"params": list(g.parameters), "lr": g.lr, _BASE_LR: g.lr} for g in groups], choice
-    )
+    optimizer = build_optimizer([_group(g.parameters, g.lr, part) for g in groups], choice)
     copies: Mapping[Tensor, Tensor] = {}
     holders = [optimizer]
     if choice.name == "adamw_cpu_offload":
@@ -403,6 +402,12 @@ def _together(
                 )
             )
     return optimizer, members
+
+
+def _group(parameters: Sequence[nn.Parameter], lr: float, part: str) -> dict[str, Any]:
+    """A group for `build_optimizer`, of weights of the part of that name."""
+    own = {"embeddings": True} if part == "embeddings" else {}
+    return {"params": list(parameters), "lr": lr, _BASE_LR: lr, **own}
 
 
 def _check(
