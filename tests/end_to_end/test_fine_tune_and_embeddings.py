@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_resume import layout_of, leaves
 from torch import nn
 
-from onewan.errors import ConfigError
+from onewan.errors import ConfigError, TrainingError
 from onewan.model.embedding import WanModelEmbedding
 from onewan.model.load import WanModelLoader
 from onewan.runs.events import read_events
@@ -53,6 +53,21 @@ def test_a_fused_step_holds_the_gradients_of_one_block(run_file: RunFile, weight
     assert all(p.grad is None for p in parameters.values()) and metrics.grad_norm > 0
     moved = [n for n, p in parameters.items() if not torch.equal(p, before[n])]
     assert len(moved) > 0.9 * len(parameters)
+
+
+def test_a_fused_step_moves_no_weight_by_a_loss_that_is_no_number(run_file: RunFile) -> None:
+    """Its gradients are known only after they were used, so the loss is looked at before."""
+    config = run_file(
+        "ti2v-5b", "method={kind: fine_tune, fused_step: true}", "train.max_grad_norm=null"
+    )
+    run = WanModelSetup(config).build()
+    weights = run.state.experts["single"].method.read()
+    step = run.loader.step(0, "single", 0)
+    step.batches[0].latents[0, 0, 0, 0, 0] = float("nan")
+    with pytest.raises(TrainingError, match="the loss is not finite with"):
+        train_step(run, step)
+    after = run.state.experts["single"].method.read()
+    assert all(torch.equal(weights[name], after[name]) for name in weights)
 
 
 def block_of(name: str) -> str:
