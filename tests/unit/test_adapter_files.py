@@ -264,6 +264,11 @@ def lora(**more: Tensor) -> ModuleAdapter:
             ),
             "for a layer of 32 inputs and 16 outputs",
         ),
+        (
+            LoraMethod(),
+            ModuleAdapter(kind="lora", tensors=lora().tensors, alpha=0.0),
+            "counts zero times",
+        ),
     ],
 )
 def test_files_that_cannot_train_are_refused(base, method, adapter, words):

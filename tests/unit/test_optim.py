@@ -146,6 +146,33 @@ def test_adamw_low_bit(bits: str) -> None:
         torch.compiler.set_stance("default")
 
 
+@pytest.mark.parametrize(
+    ("bits", "kind"), [("8", "OptimState8bit"), ("4", "OptimState4bit"), ("fp8", "OptimStateFp8")]
+)
+def test_low_bit_states_have_the_bits_that_were_asked_for(bits: str, kind: str) -> None:
+    weight = nn.Parameter(torch.zeros(64, 64))  # smaller ones stay in float32
+    choice = AdamWLowBitOptimizer(bits=bits)  # pyright: ignore
+    made = build_optimizer([{"params": [weight], "lr": 0.02}], choice)
+    torch.compiler.set_stance("force_eager")
+    try:
+        _stepped(made, [weight])
+    finally:
+        torch.compiler.set_stance("default")
+    assert type(made.state[weight]["exp_avg"]).__name__ == kind
+
+
+@pytest.mark.parametrize("value", [False, True])
+def test_switches_arrive(value: bool) -> None:
+    """Those that a few steps of small weights do not show."""
+    groups = [{"params": _weights(), "lr": 1.0}]
+    prodigy = ProdigyOptimizer(safeguard_warmup=value, bias_correction=value)
+    group = build_optimizer(groups, prodigy).param_groups[0]
+    assert group["safeguard_warmup"] is group["use_bias_correction"] is value
+    adafactor = build_optimizer(groups, AdafactorOptimizer(scale_parameter=value))
+    assert adafactor.param_groups[0]["scale_parameter"] is value
+    assert vars(build_optimizer(groups, AdamW8bitOptimizer(paged=value)))["is_paged"] is value
+
+
 def test_muon_moves_matrices_and_adamw_the_rest() -> None:
     ours, theirs = _weights(), _weights()
     choice = MuonOptimizer(momentum=0.8, nesterov=False, ns_steps=3, weight_decay=0.1)

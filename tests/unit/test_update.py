@@ -229,6 +229,15 @@ def test_rates_follow_the_factor_and_the_group() -> None:
         torch.testing.assert_close(parameter.detach(), before[name] - rate * gradients[name])
 
 
+def test_rates_in_tensors_follow_the_factor() -> None:
+    updater = _updater(Net(), AdamWLowBitOptimizer(lr=0.5))
+    for factor in (0.1, 0.3):
+        updater.begin(0, factor)
+        rates = [group["lr"] for group in updater._groups.values()]
+        assert all(isinstance(rate, Tensor) for rate in rates)
+        assert [float(rate) for rate in rates] == pytest.approx([0.5 * factor, factor])
+
+
 def test_prodigy_shows_the_rate_that_it_found() -> None:
     net = Net()
     updater = _updater(net, ProdigyOptimizer(d0=1e-3))

@@ -324,6 +324,8 @@ def _unfit(adapter: ModuleAdapter, linear: nn.Linear | None) -> str | None:
             f"has {' and '.join(sorted(surplus))}, which can't train; merge the file into the base "
             "model and train a new adapter"
         )
+    if adapter.kind != "oft" and adapter.scale == 0:
+        return "counts zero times (its alpha is 0), so it would never train; leave the file out"
     return _misshapen(adapter, linear)
 
 
