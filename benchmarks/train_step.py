@@ -91,7 +91,7 @@ def our_loop(run: Run, log: EventLog) -> Callable[[], None]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=41, help="timed steps of each loop")
     parser.add_argument("--width", type=int, default=512, help="of the transformer")
     parser.add_argument("--layers", type=int, default=8)
@@ -113,11 +113,13 @@ def main() -> int:
         )
         run = WanModelSetup(load_run(folder / "run.yaml")).build()
         assert len(run.dataset.clips) == 1
-        batch = run.loader.fixed(1)[0].to(run.device)
+        batch = run.loader.fixed(run.dataset.clips, 1)[0].to(run.device)
         dtype = DTYPES[options.dtype]
+        assert batch.text is not None, "no embedding trains, so the cache holds the text"
         bare_model = WanTransformer3DModel.from_pretrained(
             folder / "model" / "transformer", torch_dtype=dtype
-        ).to(run.device)
+        )
+        bare_model.to(device=run.device)  # pyright: ignore[reportCallIssue]
         with EventLog(folder / "events.jsonl") as log:
             loops = {
                 "bare": bare_loop(bare_model, batch.latents, batch.text, dtype),
