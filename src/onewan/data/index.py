@@ -139,7 +139,7 @@ def index_clips(
     name, not on what else the source holds. Raises `DataError` for a source that is not a folder;
     `field` is where the run file names it. That no clip is left is for the caller to judge.
     """
-    planner = _Planner(
+    planner = ClipPlanner(
         video_data=video_data,
         wan=wan,
         seed=seed,
@@ -285,7 +285,7 @@ def _captions(path: Path) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Planner:
+class ClipPlanner:
     """The settings that turn one media file into one clip."""
 
     video_data: VideoDataSection
@@ -299,11 +299,16 @@ class _Planner:
     def clip(
         self, path: Path, source: SourceSection, masks: Sequence[Path]
     ) -> tuple[Clip, list[Note]]:
+        """The clip of `path` with the captions beside it; `DataError` if unusable."""
+        return self.captioned(path, source, _captions(path), masks)
+
+    def captioned(
+        self, path: Path, source: SourceSection, captions: tuple[str, ...], masks: Sequence[Path]
+    ) -> tuple[Clip, list[Note]]:
         """The clip of `path` and what is worth knowing about it; `DataError` if unusable.
 
         `masks` are the files that could be its mask.
         """
-        captions = _captions(path)
         info = probe(path)
         self._check_size(info)
         name = path.relative_to(source.path).as_posix()

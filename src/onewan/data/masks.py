@@ -8,7 +8,7 @@ pairing by name and the arithmetic; knows nothing of the cache and nothing of to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,14 +132,12 @@ def latent_mask(
     pixel frames 4k-3 to 4k. Raises DataError, which names the mask, if it is damaged.
     """
     width, height = size
-    taken = 1 if mask.still else frames
-    times = [mask.start + k / fps for k in range(taken)]
-    pixels = read_frames(mask.path, times, Fit(width, height))
+    pictures = list(_light(mask, fps, frames, Fit(width, height)))
     h, w = height // spatial, width // spatial
     # Whole numbers until the last division: the mean of white is white.
-    light = np.empty((taken, h, w), np.int64)
-    for place, picture in zip(light, pixels, strict=True):
-        places = (picture @ _LUMA).reshape(h, spatial, w, spatial)
+    light = np.empty((len(pictures), h, w), np.int64)
+    for place, picture in zip(light, pictures, strict=True):
+        places = picture.reshape(h, spatial, w, spatial)
         places.sum(axis=(1, 3), dtype=np.int64, out=place)
     white = _WHITE * spatial**2
     first = light[:1] / white
@@ -149,6 +147,23 @@ def latent_mask(
     else:
         rest = light[1:].reshape(count, temporal, h, w).sum(axis=1) / (white * temporal)
     return np.concatenate([first, rest])[None].astype(np.float32)
+
+
+def pixel_mask(mask: Mask, *, fps: float, frames: int, fit: Fit) -> np.ndarray:
+    """How much each pixel of a clip's frames counts: float32 [1, frames, H, W] from 0 to 1.
+
+    For those who turn and shift masks with their clips before they become latent. DataError as
+    `latent_mask` has it.
+    """
+    pictures = [picture.astype(np.float32) / _WHITE for picture in _light(mask, fps, frames, fit)]
+    return np.stack(pictures * (frames // len(pictures)))[None]
+
+
+def _light(mask: Mask, fps: float, frames: int, fit: Fit) -> Iterator[np.ndarray]:
+    """Luma in thousandths, [H, W], of each frame of a mask; of the one of a still."""
+    times = [mask.start + k / fps for k in range(1 if mask.still else frames)]
+    for picture in read_frames(mask.path, times, fit):
+        yield picture @ _LUMA
 
 
 def _aspect(info: MediaInfo) -> float:

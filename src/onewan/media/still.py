@@ -20,10 +20,14 @@ from onewan.media.kinds import AGAIN, MAX_PIXELS, reason
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A target size: the picture is scaled to cover it, then cropped to it around the centre."""
+    """A target size: the picture is scaled to cover it, then cropped to it."""
 
     width: int
     height: int
+    across: float = 0.5
+    """Where the cut lies from left (0) to right (1); 0.5 is around the centre."""
+    down: float = 0.5
+    """The same from top to bottom."""
 
 
 def read_image(path: str | Path, fit: Fit | None = None) -> np.ndarray:
@@ -35,13 +39,14 @@ def read_image(path: str | Path, fit: Fit | None = None) -> np.ndarray:
 
 
 def fit_image(image: Image.Image | np.ndarray, fit: Fit, pixel_aspect: float = 1.0) -> np.ndarray:
-    """`image` (uint8 RGB) scaled to cover `fit` and cropped around the centre: [H, W, 3]."""
+    """`image` (uint8 RGB) scaled to cover `fit` and cropped to it: [H, W, 3]."""
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     shown_width = image.width * pixel_aspect
     scale = max(fit.width / shown_width, fit.height / image.height)
     width, height = fit.width / (scale * pixel_aspect), fit.height / scale
-    left, top = max(0.0, (image.width - width) / 2), max(0.0, (image.height - height) / 2)
+    left = max(0.0, (image.width - width) * fit.across)
+    top = max(0.0, (image.height - height) * fit.down)
     box = (left, top, min(image.width, left + width), min(image.height, top + height))
     if box == (0, 0, fit.width, fit.height):
         return np.array(image)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -88,12 +88,24 @@ def requests_from(config: RunConfig) -> list[SampleRequest]:
     return requests
 
 
+class Stage(Protocol):
+    """A device on which parts of a model come and go."""
+
+    device: torch.device
+
+    def enter(self, part: nn.Module) -> None:
+        """Bring `part` to the device; others may have to leave."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class WanModelSampler:
     """Makes videos with `model`, on `device`; None is the accelerator where a part of it lies."""
 
     model: WanModel
     device: torch.device | str | None = None
+    stage: Callable[[Sequence[nn.Module], torch.device], AbstractContextManager[Stage]] | None = None
+    """Brings the parts to the device, for programs that have ways of their own to do that."""
 
     def sample(
         self,
@@ -122,7 +134,7 @@ class WanModelSampler:
             image = Image.fromarray(read_image(request.image, fit))
         parts = [p for p in (model.text_encoder, *experts, model.vae) if p is not None]
         device = _indexed(self.device or _accelerator(parts))
-        with _Stage(parts, device) as stage:
+        with (self.stage or _Stage)(parts, device) as stage:
             if text is None and model.text_encoder is not None:
                 stage.enter(model.text_encoder)
             embed = model.encode_prompt if text is None else text
@@ -154,7 +166,7 @@ class WanModelSampler:
         self,
         request: SampleRequest,
         experts: list[WanTransformer3DModel],
-        stage: _Stage,
+        stage: Stage,
         text_1LD: list[Tensor],
         image: Image.Image | None,
         on_step: Callable[[int, int], None] | None,
@@ -257,7 +269,7 @@ class _Served(nn.Module):
     dtype = torch.float32
 
     def __init__(
-        self, transformer: WanTransformer3DModel, stage: _Stage, dtype: torch.dtype
+        self, transformer: WanTransformer3DModel, stage: Stage, dtype: torch.dtype
     ) -> None:
         super().__init__()
         self.transformer = transformer

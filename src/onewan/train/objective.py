@@ -106,15 +106,16 @@ class Objective:
             more = self._normal("input perturbation", step, places, shape)
             seen_BCFHW = noise_BCFHW + self.input_perturbation * more
         given_B = self._given(batch, step, places)
-        # From the step and not the batch, whose weights would have to come back from the device.
-        of_clips = [w for b in step.batches for w in b.loss_weight.tolist()]
+        # From the step's batch and not this one, whose weights would have to come back from the
+        # device.
+        (of_clips,) = (b.loss_weight.tolist() for b in step.batches if b.offset == batch.offset)
         of_levels = level_weights(self.weighting, density, expert, levels).tolist()
         sample = noised(
             latents_BCFHW,
             noise_BCFHW,
             levels.tolist(),
             seen_BCFHW=seen_BCFHW,
-            weights=[w * of_clips[p] for w, p in zip(of_levels, places, strict=True)],
+            weights=[w * c for w, c in zip(of_levels, of_clips, strict=True)],
             counts_BFHW=self._counts(batch, given_B),
         )
         return sample if given_B is None else self._with_first_frame(sample, batch, step, given_B)
