@@ -1,0 +1,156 @@
+"""Files of OneTrainer's concepts -> clips -> pixels, the way `onewan` reads them.
+
+OneTrainer's own video loader knows no frame rate, loses the first frame and freezes the last one of
+short clips; here frames are 1/fps apart in the file's own clock, their number is 4n+1, and a file
+that can't be read is left out with its reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onewan.config.schema import SourceSection
+from onewan.data.encode import ENCODING_VERSION
+from onewan.data.index import Clip, ClipPlanner, Note
+from onewan.data.masks import MASK_VERSION, is_mask, masked_by, pixel_mask
+from onewan.media import IMAGE_SUFFIXES, Fit, extension, read_frames
+from onewan.model.wan import WanModel
+from onewan.onetrainer import settings
+from onewan.variants import Variant
+
+MASK_LABEL = "-masklabel"
+"""What OneTrainer puts behind the name of a clip's mask; NAME.mask.ext, as onewan has it, counts
+too."""
+
+VIDEO_FORMATS = ("mp4", "avi", "mov", "webm", "mkv", "gif", "m4v", "mpeg", "mpg", "wmv", "flv", "ts")
+
+
+@dataclass(frozen=True, slots=True)
+class Planner:
+    """What a config says of how files become clips, for the concepts of one data set."""
+
+    config: Any
+    variant: Variant
+
+    def clip(self, path: str, concept: Mapping[str, Any]) -> tuple[Clip, list[Note]]:
+        """The clip of the file `path` of `concept`; DataError if it can't be used."""
+        image = concept["image"]
+        override = image["enable_resolution_override"]
+        planner = ClipPlanner(
+            video_data=settings.video_data(self.config, VIDEO_FORMATS),
+            wan=settings.wan_config(self.config),
+            seed=settings.SEED,
+            fps=self.config.wan_target_fps or self.variant.fps,
+            resolutions=settings.resolutions_of(
+                image["resolution_override"] if override else self.config.resolution,
+                self.config.aspect_ratio_bucketing,
+                self.variant.size_multiple,
+            ),
+            size_multiple=self.variant.size_multiple,
+            temporal=self.variant.temporal_compression,
+        )
+        file = Path(path)
+        masks = masks_of(file) if self.config.masked_training else []
+        source = SourceSection(path=file.parent)
+        return planner.captioned(file, source, ("",), masks)
+
+
+def belongs_to_another(path: str) -> bool:
+    """Whether the file is the mask of a clip, and no clip."""
+    return is_mask(Path(path)) or Path(path).stem.endswith(MASK_LABEL)
+
+
+def masks_of(path: Path) -> list[Path]:
+    """The files beside a clip that could be its mask."""
+    beside = sorted(path.parent.glob("*"))
+    return [
+        file
+        for file in beside
+        if file.suffix.lower() != ".txt"
+        and (
+            (is_mask(file) and masked_by(file).name == path.stem)
+            or file.stem == f"{path.stem}{MASK_LABEL}"
+        )
+    ]
+
+
+def cut(clip: Clip, draw: random.Random | None) -> Fit:
+    """Where a clip is cropped: around its centre, or anywhere that `draw` says."""
+    across, down = (0.5, 0.5) if draw is None else (draw.random(), draw.random())
+    return Fit(*clip.size, across=across, down=down)
+
+
+def pixels_of(clip: Clip, fit: Fit) -> Tensor:
+    """[3, F, H, W] float32 from 0 to 1; DataError for a damaged file."""
+    frames = read_frames(clip.path, clip.times(), fit)
+    return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 255
+
+
+def mask_of(clip: Clip, fit: Fit) -> Tensor:
+    """[1, F, H, W] float32 from 0 to 1: how much each pixel counts; ones without a mask."""
+    if clip.mask is None:
+        return torch.ones(1, clip.frames, fit.height, fit.width)
+    values: np.ndarray = pixel_mask(clip.mask, fps=clip.fps, frames=clip.frames, fit=fit)
+    return torch.from_numpy(values)
+
+
+def latent_mask_of(mask_CFHW: Tensor, variant: Variant) -> Tensor:
+    """[1, F', h, w]: the mean over the pixels and frames that one place of the latents stands for
+    (`onewan.data.masks.latent_mask`)."""
+    spatial, temporal = variant.spatial_compression, variant.temporal_compression
+    small = torch.nn.functional.avg_pool2d(mask_CFHW.float(), spatial)
+    first, rest = small[:, :1], small[:, 1:]
+    if rest.shape[1]:
+        rest = rest.unflatten(1, (-1, temporal)).mean(dim=2)
+    return torch.cat([first, rest], dim=1)
+
+
+def encoded(model: WanModel, pixels_CFHW: Tensor) -> dict[str, Tensor]:
+    """``latent_image`` and, for I2V-A14B, ``latent_condition``: [C, F', h, w], float32, on the CPU.
+
+    The same numbers as `onewan.data.encode.encode_clip` has for the same frames.
+    """
+    assert model.vae is not None
+    # Rounded to the 256 values of the file: what colour changes leave between them was never there.
+    pixels = (pixels_CFHW * 255).round().clamp(0, 255).to(model.vae.device)[None] / 127.5 - 1
+    found = {"latent_image": model.encode_video(pixels)[0].cpu()}
+    if model.variant.condition == "first_frame_channels":
+        found["latent_condition"] = model.encode_first_frame_condition(pixels)[0].cpu()
+    return found
+
+
+def digest(kind: str, concepts: Iterable[Mapping[str, Any]], causes: Sequence[object]) -> str:
+    """Of all that decides a cache: `causes`, and the files of the concepts with their sizes and
+    times. `kind` "text" looks at the captions' contents too, "image" at media and masks only.
+
+    OneTrainer keys its cache by the concept's settings alone, and finds entries by their place in
+    the list of files: with this in the folder's name another file, size or model can't meet it.
+    """
+    digest = hashlib.sha256(json.dumps([ENCODING_VERSION, MASK_VERSION, *map(str, causes)]).encode())
+    for concept in concepts:
+        folder = Path(concept["path"])
+        if not concept["enabled"] or not folder.is_dir():
+            continue
+        named = concept["text"].get("prompt_path") or ""
+        extra = [Path(named)] if kind == "text" and named and Path(named).is_file() else []
+        for file in [*sorted(folder.rglob("*")), *extra]:
+            if not file.is_file() or (kind == "image" and extension(file) == "txt"):
+                continue
+            stat = file.stat()
+            line = f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
+            digest.update(line.encode(errors="surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
+def is_image(path: str) -> bool:
+    return extension(Path(path)) in IMAGE_SUFFIXES

@@ -1,0 +1,149 @@
+"""One training step of OneTrainer in onewan's terms: whose turn, which noise, what counts.
+
+OneTrainer counts micro-batches (`global_step`); onewan counts optimizer steps and places in their
+global batch, which key every draw. So a step here gives the same numbers as the same step of
+`onewan train`, whatever it is cut into, and the expert depends on neither the rank nor anything
+that would have to be remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onewan.config.objective import LossSection
+from onewan.data.loader import Batch, Step
+from onewan.model.experts import first_frame_channels
+from onewan.onetrainer import settings
+from onewan.seeds import derive_seed
+from onewan.train.objective import Noised, Objective, objective_of, velocity_loss
+from onewan.train.schedule import ExpertSchedule, expert_schedule
+from onewan.variants import Expert, ExpertName, Variant
+
+_PURPOSE = "validation"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """What a OneTrainer config means for the steps of one variant."""
+
+    variant: Variant
+    objective: Objective
+    schedule: ExpertSchedule
+    losses: tuple[tuple[float, LossSection], ...]
+    """What is added up: strengths and kinds of loss."""
+    temporal_weight: float
+    prior_weight: float
+    """What the untrained model's prediction counts outside of masks."""
+    levels: int
+    """Noise levels of each expert at which a clip is validated."""
+    accumulation: int
+    """Micro-batches in an optimizer step."""
+
+    def expert(self, global_step: int) -> Expert:
+        """Whose turn it is; the same for all micro-batches of an optimizer step."""
+        return self.variant.expert(self.schedule.turn(global_step // self.accumulation)[0])
+
+    def noise(
+        self, batch: Batch, global_step: int, *, rank: int = 0, ranks: int = 1
+    ) -> Noised:
+        """`batch` at the noise levels that this place of the course draws."""
+        size = len(batch)
+        micro = global_step % self.accumulation
+        placed = replace(batch, offset=(micro * ranks + rank) * size)
+        step = _Whole(
+            number=global_step // self.accumulation,
+            expert=self.expert(global_step).name,
+            batches=(placed,),
+            clips=size * ranks * self.accumulation,
+        )
+        return self.objective.noise(placed, step, self.expert(global_step))
+
+    def validation(self, batch: Batch) -> list[tuple[Expert, Noised]]:
+        """`batch` at fixed levels, with fixed noise, for every expert of the course."""
+        seed = derive_seed(self.objective.seed, _PURPOSE)
+        return [
+            (self.variant.expert(name), self.objective.fixed(batch, share, self.variant.expert(name), seed))
+            for name in self.schedule.experts
+            for share in Objective.levels(self.levels)
+        ]
+
+    def dropout_seed(self, global_step: int, rank: int = 0) -> int:
+        """Of the global generator while a micro-batch is predicted."""
+        return derive_seed(self.objective.seed, "dropout", global_step, rank)
+
+    def loss(
+        self, sample: Noised, predicted_BCFHW: Tensor, prior_BCFHW: Tensor | None = None
+    ) -> Tensor:
+        """A float32 scalar; with `prior_BCFHW` the untrained model's prediction counts where a mask
+        leaves the sample out."""
+        total = self._sum(sample, predicted_BCFHW)
+        if prior_BCFHW is not None and self.prior_weight and sample.counts is not None:
+            outside = replace(sample, target=prior_BCFHW.float(), counts=1 - sample.counts)
+            total = total + self.prior_weight * self._sum(outside, predicted_BCFHW)
+        return total
+
+    def _sum(self, sample: Noised, predicted_BCFHW: Tensor) -> Tensor:
+        parts = [
+            strength * velocity_loss(predicted_BCFHW, sample, section, self.temporal_weight)
+            for strength, section in self.losses
+        ]
+        return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Whole(Step):
+    """A step of which one micro-batch is known; the others come one by one."""
+
+    clips: int
+
+    @property
+    def size(self) -> int:
+        return self.clips
+
+
+def course_of(config: Any, variant: Variant, trained: Sequence[Expert]) -> Course:
+    """The course that `config`, a OneTrainer config, means where the experts `trained` train.
+
+    ConfigError for settings that can't be followed, or that leave an expert without noise levels.
+    """
+    settings.check(config, variant)
+    train = settings.train_section(config)
+    objective = objective_of(train, variant, trained)
+    return Course(
+        variant=variant,
+        objective=objective,
+        schedule=expert_schedule(trained, train.high_share, train.expert_block, objective.density),
+        losses=settings.losses_of(config),
+        temporal_weight=config.wan_temporal_consistency_weight,
+        prior_weight=config.masked_prior_preservation_weight,
+        levels=config.wan_validation_levels,
+        accumulation=config.gradient_accumulation_steps,
+    )
+
+
+def batch_of(
+    items: Mapping[str, Any], text_BLD: Tensor | None, captions: Sequence[str]
+) -> Batch:
+    """A batch as OneTrainer's data loader gives it, as onewan's."""
+    condition = items.get("latent_condition")
+    mask = items.get("latent_mask")
+    return Batch(
+        latents=items["latent_image"].float(),
+        text=text_BLD,
+        captions=tuple(captions),
+        condition=None if condition is None else first_frame_channels(condition.float()),
+        mask=None if mask is None else mask.float(),
+        loss_weight=items["loss_weight"].float(),
+        base_target=None,
+        names=tuple(items["image_path"]),
+        offset=0,
+    )
+
+
+def names_of(experts: Sequence[Expert]) -> tuple[ExpertName, ...]:
+    return tuple(expert.name for expert in experts)

@@ -1,0 +1,117 @@
+"""Models for OneTrainer: by onewan's loader, each part in the type that was asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onewan.errors import CheckpointError
+from onewan.files import replacing
+from onewan.model.load import WanModelLoader
+from onewan.model.sources import Component
+from onewan.model.wan import WanModel
+
+BASE_FILE = "onewan.json"
+"""In a backup of a fine-tuning: where the parts that did not train came from."""
+
+META_FILE = "meta.json"
+"""What OneTrainer puts into every backup."""
+
+SENSITIVE = ("linear_1", "linear_2", "time_proj", "proj_out")
+"""Linear layers outside the blocks, by the last part of their name: they compute in float32 and are
+not quantised (`onewan.model.precision`)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What is to be loaded, from where, and in which precision."""
+
+    base: str
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    """By part; they count over the base."""
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    """By part, of what is not quantised."""
+    boundary: float | None = None
+    leave_out: Collection[str] = ()
+
+
+def sources_of(wish: Wish) -> dict[str, str]:
+    """The places of the parts. A backup names those that did not train with it."""
+    meta, told = Path(wish.base) / META_FILE, Path(wish.base) / BASE_FILE
+    if not (wish.base and meta.is_file()):
+        return {"path": wish.base, **{k: v for k, v in wish.overrides.items() if v}}
+    if not told.is_file():
+        raise CheckpointError(
+            f"{wish.base}: is a backup without {BASE_FILE}, so not one of a fine-tuning of Wan "
+            "2.2; give the base model, and the backup's LoRA as the LoRA"
+        )
+    sources = {str(k): str(v) for k, v in json.loads(told.read_text("utf-8"))["sources"].items()}
+    for part in ("transformer", "transformer_2"):
+        if (Path(wish.base) / part).is_dir():
+            sources[part] = str(Path(wish.base) / part)
+    return sources
+
+
+def write_base(folder: Path, sources: Mapping[str, str]) -> None:
+    """Note in the backup `folder` where the other parts are."""
+    content = json.dumps({"sources": dict(sources)}, indent=2) + "\n"
+    with replacing(folder / BASE_FILE) as path:
+        path.write_text(content, encoding="utf-8")
+
+
+def load(wish: Wish) -> WanModel:
+    """The model, on the CPU. CheckpointError names the file and what is wrong with it."""
+    sources = sources_of(wish)
+    loader = WanModelLoader()
+
+    def part(components: Collection[Component], dtype: torch.dtype, variant: Any) -> WanModel:
+        try:
+            return loader.load(
+                sources, variant, dtype, "cpu", components, quantised="expand", boundary=wish.boundary
+            )
+        except CheckpointError as error:
+            raise CheckpointError(_in_onetrainers_words(str(error))) from error
+
+    default = torch.float32
+    model = part(("transformer", "scheduler"), wish.dtypes.get("transformer", default), None)
+    variant = model.variant.name
+    if len(model.variant.experts) > 1 and "transformer_2" not in wish.leave_out:
+        second = part(("transformer_2",), wish.dtypes.get("transformer_2", default), variant)
+        model.transformer_2 = second.transformer_2
+        model.notices += second.notices
+    encoder = part(
+        ("vae", "text_encoder", "tokenizer"), wish.dtypes.get("text_encoder", default), variant
+    )
+    model.vae, model.text_encoder = encoder.vae, encoder.text_encoder
+    model.tokenizer = encoder.tokenizer
+    model.notices += encoder.notices
+    return model
+
+
+def _in_onetrainers_words(message: str) -> str:
+    for ours, theirs in (
+        ("set model.boundary to", "set the Wan boundary (wan_boundary) to"),
+        ("model.transformer_2", "transformer_2.model_name"),
+        ("model.transformer", "transformer.model_name"),
+        ("model.vae", "vae.model_name"),
+    ):
+        message = message.replace(ours, theirs)
+    return message
+
+
+def reload(model: WanModel, sources: Mapping[str, str], parts: Collection[Any]) -> WanModel:
+    """`parts` of a model that was loaded from `sources` once more, in bfloat16, not quantised."""
+    return WanModelLoader().load(
+        dict(sources),
+        model.variant.name,
+        torch.bfloat16,
+        "cpu",
+        parts,
+        quantised="expand",
+        boundary=model.variant.boundary,
+    )

@@ -1,0 +1,171 @@
+"""What goes into OneTrainer's data pipeline instead of its own video modules."""
+
+import threading
+from random import Random
+
+from modules.model.WanModel import WanModel
+from modules.util.config.TrainConfig import TrainConfig
+
+from mgds.PipelineModule import PipelineModule
+from mgds.pipelineModuleTypes.RandomAccessPipelineModule import RandomAccessPipelineModule
+
+import torch
+
+from onewan.errors import DataError
+from onewan.model.text import pad_text
+from onewan.onetrainer import clips
+
+_TOKENIZER = threading.Lock()
+
+
+class PlanClips(PipelineModule, RandomAccessPipelineModule):
+    """The files that can be trained on, and the clip of each; says which can't be, and why."""
+
+    def __init__(self, config: TrainConfig, model: WanModel):
+        super().__init__()
+        self._planner = clips.Planner(config, model.wan.variant)
+        self._items: list[dict] = []
+
+    def length(self) -> int:
+        return len(self._items)
+
+    def get_inputs(self) -> list[str]:
+        return ["image_path", "concept"]
+
+    def get_outputs(self) -> list[str]:
+        return ["image_path", "concept", "clip"]
+
+    def start(self, variation: int):
+        self._items, told = [], []
+        for index in range(self._get_previous_length("image_path")):
+            path = self._get_previous_item(variation, "image_path", index)
+            concept = self._get_previous_item(variation, "concept", index)
+            if clips.belongs_to_another(path):
+                continue
+            try:
+                clip, notes = self._planner.clip(path, concept)
+            except DataError as error:
+                told.append(f"{error}")
+                continue
+            told += [f"{path}: {note.text}" for note in notes]
+            self._items.append({"image_path": path, "concept": concept, "clip": clip})
+        for line in told:
+            print(f"Wan 2.2: {line}")
+
+    def get_item(self, variation: int, index: int, requested_name: str | None = None) -> dict:
+        return self._items[index]
+
+
+class LoadClip(PipelineModule, RandomAccessPipelineModule):
+    """A clip's frames, cropped, and its mask: [C, F, H, W], float32 from 0 to 1."""
+
+    def __init__(self, config: TrainConfig):
+        super().__init__()
+        self._masked = config.masked_training
+
+    def length(self) -> int:
+        return self._get_previous_length("clip")
+
+    def get_inputs(self) -> list[str]:
+        return ["clip"]
+
+    def get_outputs(self) -> list[str]:
+        mask = ["mask"] if self._masked else []
+        return ["image", "original_resolution", "crop_resolution", "crop_offset", *mask]
+
+    def get_item(self, variation: int, index: int, requested_name: str | None = None) -> dict:
+        clip = self._get_previous_item(variation, "clip", index)
+        jitter = self._get_previous_item(variation, "concept.image.enable_crop_jitter", index)
+        draw: Random | None = self._get_rand(variation, index) if jitter else None
+        fit = clips.cut(clip, draw)
+        width, height = clip.size
+        item = {
+            "image": clips.pixels_of(clip, fit),
+            "original_resolution": (clip.frames, clip.source_size[1], clip.source_size[0]),
+            "crop_resolution": (clip.frames, height, width),
+            "crop_offset": (fit.down, fit.across),
+        }
+        if self._masked:
+            item["mask"] = clips.mask_of(clip, fit)
+        return item
+
+
+class EncodeClip(PipelineModule, RandomAccessPipelineModule):
+    """Latents, the condition of I2V, and the mask at the latents' places."""
+
+    def __init__(self, config: TrainConfig, model: WanModel):
+        super().__init__()
+        self._model = model.wan
+        self._names = latent_names(config, model)
+
+    def length(self) -> int:
+        return self._get_previous_length("image")
+
+    def get_inputs(self) -> list[str]:
+        return ["image"]
+
+    def get_outputs(self) -> list[str]:
+        return self._names
+
+    def get_item(self, variation: int, index: int, requested_name: str | None = None) -> dict:
+        item = clips.encoded(self._model, self._get_previous_item(variation, "image", index))
+        if "latent_mask" in self._names:
+            mask = self._get_previous_item(variation, "mask", index)
+            item["latent_mask"] = clips.latent_mask_of(mask, self._model.variant)
+        return item
+
+
+def latent_names(config: TrainConfig, model: WanModel) -> list[str]:
+    """What an encoded clip consists of."""
+    condition = model.wan.variant.condition == "first_frame_channels"
+    return [
+        "latent_image",
+        *(["latent_condition"] if condition else []),
+        *(["latent_mask"] if config.masked_training else []),
+    ]
+
+
+class EncodeText(PipelineModule, RandomAccessPipelineModule):
+    """The valid tokens of a caption, and of the empty one; cached so, without their zeros."""
+
+    def __init__(self, model: WanModel):
+        super().__init__()
+        self._model = model.wan
+
+    def length(self) -> int:
+        return self._get_previous_length("prompt")
+
+    def get_inputs(self) -> list[str]:
+        return ["prompt"]
+
+    def get_outputs(self) -> list[str]:
+        return ["text", "text_empty"]
+
+    def get_item(self, variation: int, index: int, requested_name: str | None = None) -> dict:
+        prompt = self._get_previous_item(variation, "prompt", index)
+        with _TOKENIZER, torch.no_grad():
+            return {
+                "text": self._model.encode_prompt(prompt).cpu(),
+                "text_empty": self._model.encode_prompt("").cpu(),
+            }
+
+
+class PadText(PipelineModule, RandomAccessPipelineModule):
+    """What the transformer gets: zeros behind the valid tokens, cached or not."""
+
+    def length(self) -> int:
+        return self._get_previous_length("text")
+
+    def get_inputs(self) -> list[str]:
+        return ["text", "text_empty"]
+
+    def get_outputs(self) -> list[str]:
+        return ["text_encoder_hidden_state", "text_encoder_empty_state"]
+
+    def get_item(self, variation: int, index: int, requested_name: str | None = None) -> dict:
+        text = self._get_previous_item(variation, "text", index)
+        empty = self._get_previous_item(variation, "text_empty", index)
+        return {
+            "text_encoder_hidden_state": pad_text([text])[0],
+            "text_encoder_empty_state": pad_text([empty])[0],
+        }

@@ -1,0 +1,52 @@
+"""Wan 2.2 as OneTrainer holds a model: its parts by name, over onewan's `WanModel`."""
+
+from modules.model.BaseModel import BaseModel
+from modules.util.enum.ModelType import ModelType
+
+from onewan.model import wan as engine
+from onewan.model.embedding import WanModelEmbedding
+
+__all__ = ["WanModel", "WanModelEmbedding"]
+
+EXPERTS = ("transformer", "transformer_2")
+
+
+class WanModel(BaseModel):
+    """The parts are those of `wan`, the engine's model; one that was not loaded is None."""
+
+    def __init__(self, model_type: ModelType):
+        super().__init__(model_type=model_type)
+        self.ema = None
+        self.wan: engine.WanModel | None = None
+        self.wan_sources: dict[str, str] = {}
+        self.transformer = None
+        self.transformer_2 = None
+        self.text_encoder = None
+        self.vae = None
+        self.transformer_lora = None
+        self.transformer_2_lora = None
+        self.lora_state_dict = None
+        for part in (*EXPERTS, "text_encoder", "vae"):
+            setattr(self, f"{part}_offload_conductor", None)
+
+    def take(self, wan: engine.WanModel, sources: dict[str, str]) -> None:
+        """Hold the parts of `wan`, which were loaded from `sources`."""
+        self.wan, self.wan_sources = wan, sources
+        self.transformer, self.transformer_2 = wan.transformer, wan.transformer_2
+        self.text_encoder, self.vae = wan.text_encoder, wan.vae
+
+    def expert_parts(self) -> list[str]:
+        """The transformers that were loaded."""
+        return [part for part in EXPERTS if getattr(self, part) is not None]
+
+    @property
+    def embedding(self) -> WanModelEmbedding | None:
+        return None if self.wan is None else self.wan.embedding
+
+    @property
+    def additional_embeddings(self) -> list[WanModelEmbedding]:
+        return [] if self.wan is None else self.wan.additional_embeddings
+
+    def all_embeddings(self) -> list[WanModelEmbedding]:
+        """All whose placeholders prompts may contain."""
+        return [] if self.wan is None else self.wan.all_embeddings()

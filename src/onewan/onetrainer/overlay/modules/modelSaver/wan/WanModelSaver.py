@@ -1,0 +1,72 @@
+"""Full weights: a whole folder in diffusers' layout, a file for each expert, or a backup."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from modules.model.WanModel import WanModel
+from modules.util.enum.ModelFormat import ModelFormat
+
+import torch
+
+from onewan.checkpoint.export import WanModelSaver as Saver
+from onewan.onetrainer import files, loading
+
+
+class WanModelSaver:
+    def save(
+        self,
+        model: WanModel,
+        output_model_format: ModelFormat,
+        output_model_destination: str,
+        dtype: torch.dtype | None,
+    ):
+        destination = Path(output_model_destination)
+        match output_model_format:
+            case ModelFormat.DIFFUSERS:
+                whole = _plain(model)
+                Saver().save(whole, destination, "diffusers", dtype, force=True)
+            case ModelFormat.ORIGINAL_TRANSFORMER:
+                wan = _plain(model, model.expert_parts())
+                files.save_experts(wan, destination, dtype, model.expert_parts())
+            case ModelFormat.INTERNAL:
+                self._save_backup(model, destination)
+            case _:
+                raise NotImplementedError(
+                    f"Wan 2.2 can't be saved as {output_model_format}; choose DIFFUSERS or "
+                    "ORIGINAL_TRANSFORMER"
+                )
+
+    def _save_backup(self, model: WanModel, destination: Path):
+        """The experts that train; the others are where they were, which is noted."""
+        config = model.train_config
+        trained = [p for p in model.expert_parts() if getattr(config, p).train]
+        held = [p for p in trained if not _quantised(getattr(model, p))]
+        wan = replace(
+            model.wan,
+            tokenizer=None,
+            text_encoder=None,
+            vae=None,
+            transformer=model.transformer if "transformer" in held else None,
+            transformer_2=model.transformer_2 if "transformer_2" in held else None,
+        )
+        if held:
+            Saver().save(wan, destination, "diffusers", None, force=True)
+        loading.write_base(destination, model.wan_sources)
+
+
+def _quantised(module: torch.nn.Module | None) -> bool:
+    """Whether OneTrainer has put layers of its own into `module`."""
+    return module is not None and any(
+        type(layer).__module__.startswith("modules.module.quantized") for layer in module.modules()
+    )
+
+
+def _plain(model: WanModel, parts: list[str] | None = None):
+    """The engine's model, with quantised parts read again from their files."""
+    if parts is None:
+        parts = [*model.expert_parts(), "text_encoder"]
+    again = [part for part in parts if _quantised(getattr(model, part))]
+    if not again:
+        return model.wan
+    fresh = loading.reload(model.wan, model.wan_sources, again)
+    return replace(model.wan, **{part: getattr(fresh, part) for part in again})

@@ -1,0 +1,300 @@
+"""What all methods share: preparing the parts, one step over onewan's objective, its loss."""
+
+from dataclasses import replace
+from random import Random
+
+import modules.util.multi_gpu_util as multi
+from modules.model.WanModel import EXPERTS, WanModel
+from modules.modelSetup.BaseModelSetup import BaseModelSetup
+from modules.modelSetup.mixin.ModelSetupEmbeddingMixin import ModelSetupEmbeddingMixin
+from modules.modelSetup.mixin.ModelSetupText2ImageMixin import ModelSetupText2ImageMixin
+from modules.util.checkpointing_util import enable_checkpointing
+from modules.util.config.TrainConfig import TrainConfig
+from modules.util.NamedParameterGroup import NamedParameterGroup, NamedParameterGroupCollection
+from modules.util.TrainProgress import TrainProgress
+
+import torch
+from torch import Tensor
+
+from onewan.model.attention import attend_within_frames
+from onewan.model.experts import predict_velocity
+from onewan.onetrainer import course, files, settings
+from onewan.seeds import derive_seed
+from onewan.train.objective import Noised
+
+from transformers.models.umt5.modeling_umt5 import UMT5Block
+
+
+class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin, ModelSetupEmbeddingMixin):
+    LAYER_PRESETS = {
+        "attn-mlp": ["attn1", "attn2", "ffn"],
+        "attn-only": ["attn1", "attn2"],
+        "blocks": ["blocks"],
+        "full": [],
+    }
+
+    # ------------------------------------------------------------------------------- preparation
+
+    def setup_optimizations(self, model: WanModel, config: TrainConfig):
+        super().setup_optimizations(model, config)
+        self.course = self._course(model, config)
+        if config.text_encoder.train and str(config.training_method) != "EMBEDDING":
+            print("Wan 2.2: the text encoder itself is not trained; text_encoder.train is off")
+            config.text_encoder.train = False
+        if str(config.optimizer.optimizer).startswith("MUON") and not config.optimizer.muon_hidden_layers:
+            config.optimizer.muon_hidden_layers = "blocks"
+        for part in model.expert_parts():
+            self._setup_model_part(
+                model, config, part, getattr(config, part), _checkpointed, disable_fp16_autocast=True
+            )
+            transformer = getattr(model, part)
+            self._set_attention_backend(transformer, config.attention_mechanism, mask=False)
+            if not config.wan_use_temporal_attention:
+                attend_within_frames(transformer)
+        self._setup_model_part(
+            model, config, "text_encoder", config.text_encoder, _checkpointed_encoder
+        )
+        self._setup_model_part(model, config, "vae", config.vae)
+        model.wan.dtype = self._dtype(model, config)
+
+    def _course(self, model: WanModel, config: TrainConfig) -> course.Course:
+        variant = model.wan.variant
+        loaded = [e for e in variant.experts if getattr(model, e.component) is not None]
+        trained = [e for e in loaded if getattr(config, e.component).train]
+        if str(config.training_method) == "EMBEDDING":
+            trained = trained or loaded
+        if not trained:
+            raise ValueError(
+                "Wan 2.2: neither transformer is trained; turn on Train for one of them"
+            )
+        return course.course_of(config, variant, trained)
+
+    def _dtype(self, model: WanModel, config: TrainConfig) -> torch.dtype:
+        """Of the matrix products: the train data type, and never float32 over smaller weights."""
+        part = model.expert_parts()[0]
+        wanted = getattr(model, f"{part}_train_dtype").torch_dtype()
+        small = any(getattr(config, p).weight_dtype.torch_dtype() != torch.float32 for p in model.expert_parts())
+        if wanted == torch.float32 and small:
+            return config.fallback_train_dtype.torch_dtype() or torch.bfloat16
+        return wanted
+
+    def _live_text(self, config: TrainConfig) -> bool:
+        """Whether captions are encoded in each step, because embeddings train."""
+        return config.train_any_embedding() or config.train_any_output_embedding()
+
+    def _bring(self, model: WanModel, config: TrainConfig, *parts: str):
+        """Put onto the device what a step with the transformers `parts` needs."""
+        wanted = list(parts)
+        if self._live_text(config) or not config.latent_caching:
+            wanted.append("text_encoder")
+        if not config.latent_caching:
+            wanted.append("vae")
+        model.materialize_only(*wanted)
+
+    def setup_train_device(self, model: WanModel, config: TrainConfig):
+        part = self.course.expert(model.train_progress.global_step).component
+        self._bring(model, config, part)
+        for name in model.expert_parts():
+            getattr(model, name).train()
+        model.text_encoder.eval()
+        model.vae.eval()
+
+    def prepare_text_caching(self, model: WanModel, config: TrainConfig):
+        model.materialize_only("text_encoder")
+        model.eval()
+
+    # --------------------------------------------------------------------------------- embeddings
+
+    def _setup_embeddings(self, model: WanModel, config: TrainConfig):
+        model.wan.embedding, model.wan.additional_embeddings = None, []
+        for wanted in config.all_embedding_configs():
+            held = model.embedding_state_dicts.get(wanted.uuid)
+            if held is None:
+                embedding = replace(
+                    type(self)._initial(model, wanted), uuid=wanted.uuid
+                )
+            else:
+                embedding = files.embedding_of(wanted.uuid, held, wanted.placeholder)
+            embedding.to(self.train_device)
+            if wanted.uuid == config.embedding.uuid and str(config.training_method) == "EMBEDDING":
+                model.wan.embedding = embedding
+            else:
+                model.wan.additional_embeddings.append(embedding)
+        self._norms = {e.uuid: _norm(e.vectors) for e in model.all_embeddings()}
+
+    @staticmethod
+    def _initial(model: WanModel, wanted):
+        from onewan.model.embedding import WanModelEmbedding
+
+        return WanModelEmbedding.initial(
+            model.wan,
+            placeholder=wanted.placeholder,
+            initial_text=wanted.initial_embedding_text,
+            token_count=wanted.token_count,
+            is_output_embedding=wanted.is_output_embedding,
+        )
+
+    def _add_embedding_groups(
+        self, model: WanModel, config: TrainConfig, groups: NamedParameterGroupCollection
+    ):
+        for embedding in self._trained_embeddings(model, config):
+            groups.add_group(
+                NamedParameterGroup(
+                    unique_name=f"embeddings/{embedding.uuid}",
+                    display_name=f"embeddings/{embedding.placeholder}",
+                    parameters=[embedding.vectors],
+                    learning_rate=config.embedding_learning_rate,
+                )
+            )
+
+    def _trained_embeddings(self, model: WanModel, config: TrainConfig) -> list:
+        trained = {e.uuid for e in config.additional_embeddings if e.train}
+        if str(config.training_method) == "EMBEDDING":
+            trained.add(config.embedding.uuid)
+        return [e for e in model.all_embeddings() if e.uuid in trained]
+
+    def _embeddings_require_grad(self, model: WanModel, config: TrainConfig):
+        trained = self._trained_embeddings(model, config)
+        for embedding in model.all_embeddings():
+            of_own = next(
+                (c for c in config.all_embedding_configs() if c.uuid == embedding.uuid), None
+            )
+            elapsed = of_own is not None and self.stop_embedding_training_elapsed(
+                of_own, model.train_progress
+            )
+            embedding.vectors.requires_grad_(embedding in trained and not elapsed)
+
+    def _keep_norms(self, model: WanModel, config: TrainConfig):
+        if not config.preserve_embedding_norm:
+            return
+        with torch.no_grad():
+            for embedding in model.all_embeddings():
+                if embedding.vectors.requires_grad:
+                    embedding.vectors.mul_(self._norms[embedding.uuid] / _norm(embedding.vectors))
+
+    # -------------------------------------------------------------------------------------- a step
+
+    def predict(
+        self,
+        model: WanModel,
+        batch: dict,
+        config: TrainConfig,
+        train_progress: TrainProgress,
+        *,
+        deterministic: bool = False,
+    ) -> dict:
+        step = train_progress.global_step
+        clips = self._clips(model, batch, config, None if deterministic else step)
+        if deterministic:
+            return self._validate(model, config, clips)
+        expert = self.course.expert(step)
+        self._bring(model, config, expert.component)
+        ranks = multi.world_size() if config.multi_gpu else 1
+        rank = multi.rank() if config.multi_gpu else 0
+        sample = self.course.noise(clips, step, rank=rank, ranks=ranks)
+        if config.dropout_probability:
+            # So that a resumed run drops out what an uncut one would have.
+            torch.manual_seed(self.course.dropout_seed(step, rank))
+        predicted = self._velocity(model, expert.component, clips, sample)
+        return {
+            "loss_type": "target",
+            "timestep": _timestep(sample),
+            "predicted": predicted,
+            "target": sample.target,
+            "samples": [sample],
+        }
+
+    def _clips(self, model: WanModel, batch: dict, config: TrainConfig, step: int | None):
+        captions = list(batch["prompt"])
+        dropped = _dropped(config.text_encoder.dropout_probability, step, len(captions))
+        if self._live_text(config):
+            if not config.latent_caching or step is None:
+                model.materialize("text_encoder")
+            self._bring(model, config, self.course.expert(step or 0).component)
+            captions = ["" if drop else text for text, drop in zip(captions, dropped, strict=True)]
+            text = model.wan.encode_text(captions)
+        else:
+            text = batch["text_encoder_hidden_state"]
+            for place, drop in enumerate(dropped):
+                if drop:
+                    text[place] = batch["text_encoder_empty_state"][place]
+        return course.batch_of(batch, text, captions)
+
+    def _velocity(self, model: WanModel, part: str, clips, sample: Noised) -> Tensor:
+        return predict_velocity(
+            getattr(model, part),
+            sample.x,
+            sample.t,
+            clips.text,
+            condition_BCFHW=clips.condition,
+            clean_first_frame_B=sample.clean_first_frame,
+            dtype=model.wan.dtype,
+        )
+
+    def _validate(self, model: WanModel, config: TrainConfig, clips) -> dict:
+        """The clip at several noise levels of every expert that trains, without dropout."""
+        samples, predicted = [], []
+        for expert, sample in self.course.validation(clips):
+            self._bring(model, config, expert.component)
+            transformer = getattr(model, expert.component)
+            transformer.eval()
+            samples.append(sample)
+            predicted.append(self._velocity(model, expert.component, clips, sample))
+            transformer.train()
+        return {
+            "loss_type": "target",
+            "timestep": torch.cat([_timestep(sample) for sample in samples]),
+            "predicted": torch.cat(predicted),
+            "target": torch.cat([sample.target for sample in samples]),
+            "samples": samples,
+        }
+
+    def calculate_loss(
+        self, model: WanModel, batch: dict, data: dict, config: TrainConfig
+    ) -> Tensor:
+        samples = data["samples"]
+        size = len(data["predicted"]) // len(samples)
+        losses = []
+        for number, sample in enumerate(samples):
+            part = slice(number * size, (number + 1) * size)
+            prior = data.get("prior_target")
+            losses.append(
+                self.course.loss(
+                    # The trainer has put the untrained model's predictions into the targets of
+                    # prior concepts.
+                    replace(sample, target=data["target"][part].float()),
+                    data["predicted"][part],
+                    None if prior is None else prior[part],
+                )
+            )
+        scale = config.loss_scaler.get_scale(config.batch_size, config.gradient_accumulation_steps)
+        return torch.stack(losses).mean() * scale
+
+
+def _checkpointed(module, config, part):
+    lists = [(module.blocks, ["hidden_states"])]
+    return enable_checkpointing(module, config, part, config.compile, lists)
+
+
+def _checkpointed_encoder(module, config, part):
+    return enable_checkpointing(module, config, part, config.compile, [(UMT5Block, [])])
+
+
+def _timestep(sample: Noised) -> Tensor:
+    return (sample.t * 1000).long().clamp(max=999)
+
+
+def _dropped(probability: float, step: int | None, count: int) -> list[bool]:
+    """Whose caption is left out; nobody's in validation."""
+    if step is None or not probability:
+        return [False] * count
+    draw = Random(derive_seed(settings.SEED, "caption dropout", step, multi.rank()))
+    return [draw.random() < probability for _ in range(count)]
+
+
+def _norm(vectors: Tensor) -> Tensor:
+    """The spread that OneTrainer keeps: the mean over the tokens of their standard deviation."""
+    return vectors.detach().std(dim=1).mean()
+
+
+__all__ = ["EXPERTS", "BaseWanSetup"]
