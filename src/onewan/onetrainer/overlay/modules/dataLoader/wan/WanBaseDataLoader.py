@@ -6,7 +6,15 @@ import os
 
 from modules.dataLoader.BaseDataLoader import BaseDataLoader
 from modules.dataLoader.mixin.DataLoaderText2ImageMixin import DataLoaderText2ImageMixin
-from modules.dataLoader.wan.modules import EncodeClip, EncodeText, LoadClip, PadText, PlanClips, latent_names
+from modules.dataLoader.wan.modules import (
+    EncodeClip,
+    EncodeText,
+    LoadClip,
+    PadText,
+    PlanClips,
+    latent_names,
+    text_names,
+)
 from modules.model.WanModel import WanModel
 from modules.modelSetup.wan.BaseWanSetup import BaseWanSetup
 from modules.util import factory
@@ -82,13 +90,13 @@ class WanBaseDataLoader(BaseDataLoader, DataLoaderText2ImageMixin):
         return out
 
     def _preparation_modules(self, config: TrainConfig, model: WanModel):
-        text = [] if self._live(config) else [EncodeText(model)]
+        text = [EncodeText(config, model)] if text_names(config) else []
         return [EncodeClip(config, model), *text]
 
     def _cache_modules(self, config: TrainConfig, model: WanModel, model_setup: BaseWanSetup):
         image = [*latent_names(config, model), "original_resolution", "crop_offset"]
         aggregate = ["crop_resolution", "image_path"]
-        text = [] if self._live(config) else ["text", "text_empty"]
+        text = text_names(config)
         modules = self._cache_modules_from_names(
             model,
             model_setup,
@@ -103,7 +111,7 @@ class WanBaseDataLoader(BaseDataLoader, DataLoaderText2ImageMixin):
             for module in modules:
                 if hasattr(module, "cache_dir"):
                     module.cache_dir = os.path.join(module.cache_dir, self._key(config, module))
-        return [*modules, *([PadText()] if text else [])]
+        return [*modules, *([PadText(config)] if text else [])]
 
     def _key(self, config: TrainConfig, module) -> str:
         """Below image/ or text/, which OneTrainer clears when it is asked to."""
@@ -115,11 +123,8 @@ class WanBaseDataLoader(BaseDataLoader, DataLoaderText2ImageMixin):
             names = sorted(n for n in config.types if n.startswith("wan_") or n in _IMAGE_CAUSES)
             causes += [f"{name}={getattr(config, name)}" for name in names]
         else:
-            causes += [str(config.text_encoder.weight_dtype), str(config.train_dtype)]
+            causes += [*text_names(config), str(config.text_encoder.weight_dtype), str(config.train_dtype)]
         return "wan-" + clips.digest(kind, _concepts(config), causes)
-
-    def _live(self, config: TrainConfig) -> bool:
-        return config.train_any_embedding() or config.train_any_output_embedding()
 
     def _output_modules(self, config: TrainConfig, model: WanModel, model_setup: BaseWanSetup):
         names = [
@@ -130,8 +135,7 @@ class WanBaseDataLoader(BaseDataLoader, DataLoaderText2ImageMixin):
             "crop_resolution",
             "crop_offset",
         ]
-        if not self._live(config):
-            names += ["text_encoder_hidden_state", "text_encoder_empty_state"]
+        names += [f"{name}_padded" for name in text_names(config)]
         return self._output_modules_from_out_names(
             model,
             model_setup,

@@ -126,11 +126,13 @@ def latent_names(config: TrainConfig, model: WanModel) -> list[str]:
 
 
 class EncodeText(PipelineModule, RandomAccessPipelineModule):
-    """The valid tokens of a caption, and of the empty one; cached so, without their zeros."""
+    """The valid tokens of a caption, cached so, without their zeros; and those of the empty one,
+    where captions are dropped."""
 
-    def __init__(self, model: WanModel):
+    def __init__(self, config: TrainConfig, model: WanModel):
         super().__init__()
         self._model = model.wan
+        self._names = text_names(config)
 
     def length(self) -> int:
         return self._get_previous_length("prompt")
@@ -139,33 +141,39 @@ class EncodeText(PipelineModule, RandomAccessPipelineModule):
         return ["prompt"]
 
     def get_outputs(self) -> list[str]:
-        return ["text", "text_empty"]
+        return self._names
 
     def get_item(self, variation: int, index: int, requested_name: str | None = None) -> dict:
-        prompt = self._get_previous_item(variation, "prompt", index)
+        prompts = {"text": self._get_previous_item(variation, "prompt", index), "text_empty": ""}
         with _TOKENIZER, torch.no_grad():
-            return {
-                "text": self._model.encode_prompt(prompt).cpu(),
-                "text_empty": self._model.encode_prompt("").cpu(),
-            }
+            return {name: self._model.encode_prompt(prompts[name]).cpu() for name in self._names}
+
+
+def text_names(config: TrainConfig) -> list[str]:
+    """What an encoded caption consists of; nothing where it is encoded in each step."""
+    if config.train_any_embedding() or config.train_any_output_embedding():
+        return []
+    return ["text", *(["text_empty"] if config.text_encoder.dropout_probability else [])]
 
 
 class PadText(PipelineModule, RandomAccessPipelineModule):
     """What the transformer gets: zeros behind the valid tokens, cached or not."""
 
+    def __init__(self, config: TrainConfig):
+        super().__init__()
+        self._names = text_names(config)
+
     def length(self) -> int:
         return self._get_previous_length("text")
 
     def get_inputs(self) -> list[str]:
-        return ["text", "text_empty"]
+        return self._names
 
     def get_outputs(self) -> list[str]:
-        return ["text_encoder_hidden_state", "text_encoder_empty_state"]
+        return [f"{name}_padded" for name in self._names]
 
     def get_item(self, variation: int, index: int, requested_name: str | None = None) -> dict:
-        text = self._get_previous_item(variation, "text", index)
-        empty = self._get_previous_item(variation, "text_empty", index)
         return {
-            "text_encoder_hidden_state": pad_text([text])[0],
-            "text_encoder_empty_state": pad_text([empty])[0],
+            f"{name}_padded": pad_text([self._get_previous_item(variation, name, index)])[0]
+            for name in self._names
         }

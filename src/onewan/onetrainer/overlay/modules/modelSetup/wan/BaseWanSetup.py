@@ -214,10 +214,10 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin, ModelSetupEmbeddin
             captions = ["" if drop else text for text, drop in zip(captions, dropped, strict=True)]
             text = model.wan.encode_text(captions)
         else:
-            text = batch["text_encoder_hidden_state"]
+            text = batch["text_padded"]
             for place, drop in enumerate(dropped):
                 if drop:
-                    text[place] = batch["text_encoder_empty_state"][place]
+                    text[place] = batch["text_empty_padded"][place]
         return course.batch_of(batch, text, captions)
 
     def _velocity(self, model: WanModel, part: str, clips, sample: Noised) -> Tensor:

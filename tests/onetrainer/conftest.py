@@ -1,0 +1,61 @@
+"""A real OneTrainer for the tests that need one: `make test ONETRAINER=PATH`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lab import Lab, python_of
+from onewan.demo.tiny_model import write_tiny_model
+from onewan.variants import VariantName
+
+
+@pytest.fixture(scope="session")
+def real_checkout() -> Path:
+    """The checkout that was named; never to be changed."""
+    named = os.environ.get("ONETRAINER")
+    if not named:
+        pytest.skip("needs a OneTrainer checkout: make test ONETRAINER=PATH")
+    return Path(named).resolve()
+
+
+@pytest.fixture(scope="session")
+def lab(real_checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """A copy of the checkout with the add-on in it."""
+    copy = tmp_path_factory.mktemp("onetrainer") / "OneTrainer"
+    subprocess.run(["git", "clone", "-q", str(real_checkout), str(copy)], check=True)
+    overlay = Path(__file__).parents[2] / "src" / "onewan" / "onetrainer" / "overlay"
+    shutil.copytree(overlay, copy, dirs_exist_ok=True)
+    return Lab(copy, python_of(real_checkout))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory):
+    """Tiny models, one of each variant that is asked for."""
+    made: dict[VariantName, Path] = {}
+
+    def of(variant: VariantName) -> Path:
+        if variant not in made:
+            folder = tmp_path_factory.mktemp("models") / variant
+            write_tiny_model(folder, variant)
+            made[variant] = folder
+        return made[variant]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two real clips and a picture."""
+    good = Path(__file__).parents[3] / "shared" / "clips" / "good"
+    if not good.is_dir():
+        pytest.skip("needs ../shared/clips")
+    folder = tmp_path_factory.mktemp("clips")
+    for name in ("rabbit_stretches.mp4", "rabbit_crawls_out.mp4", "rabbit_portrait.png"):
+        shutil.copy(good / name, folder)
+        shutil.copy((good / name).with_suffix(".txt"), folder)
+    return folder

@@ -1,0 +1,67 @@
+"""Runs OneTrainer's `scripts/train.py`, and tells of each loss that is computed, as a JSON line.
+
+Works from the root of a checkout and changes nothing of it: the setup that it makes is watched.
+With DRIVER_DUMP the first batch and what was made of it are written there.
+"""
+
+import json
+import os
+import runpy
+import sys
+
+sys.path[:0] = [os.path.join(os.getcwd(), "scripts"), os.getcwd()]
+
+import torch
+
+torch.manual_seed(int(os.environ["DRIVER_SEED"]))
+
+from modules.util import create
+
+real = create.create_model_setup
+dump = os.environ.get("DRIVER_DUMP")
+
+
+def watched(*args, **kwargs):
+    setup = real(*args, **kwargs)
+    predict, loss = setup.predict, setup.calculate_loss
+    seen = {}
+
+    def predict_told(model, batch, config, train_progress, *, deterministic=False):
+        out = predict(model, batch, config, train_progress, deterministic=deterministic)
+        step = train_progress.global_step
+        seen.update(
+            step=step,
+            validation=deterministic,
+            t=[float(t) for sample in out.get("samples", []) for t in sample.levels],
+            shape=list(out["predicted"].shape),
+            names=[os.path.basename(path) for path in batch.get("image_path", [])],
+        )
+        if dump and step == 0 and not os.path.exists(dump):
+            sample = out["samples"][0]
+            torch.save(
+                {
+                    "batch": {k: v for k, v in batch.items() if torch.is_tensor(v)},
+                    "path": list(batch["image_path"]),
+                    "prompt": list(batch["prompt"]),
+                    "t": sample.t,
+                    "x": sample.x,
+                    "target": sample.target,
+                    "predicted": out["predicted"].detach(),
+                },
+                dump,
+            )
+        return out
+
+    def loss_told(model, batch, data, config):
+        out = loss(model, batch, data, config)
+        with open(os.environ["DRIVER_OUT"], "a") as file:
+            file.write(json.dumps({**seen, "loss": out.item()}) + "\n")
+        return out
+
+    setup.predict, setup.calculate_loss = predict_told, loss_told
+    return setup
+
+
+create.create_model_setup = watched
+sys.argv[0] = "scripts/train.py"
+runpy.run_path("scripts/train.py", run_name="__main__")
