@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_convert(commands)
     _add_merge(commands)
+    _add_onetrainer(commands)
     _quiet_imports()
     return parser
 
@@ -444,5 +445,36 @@ With a whole model each LoRA goes to its expert, told by its header or its name.
             force=options.force,
             check_names=not options.any_expert,
         )
+
+    parser.set_defaults(command=run)
+
+
+def _add_onetrainer(commands: _Commands) -> None:
+    parser = _add(
+        commands,
+        "onetrainer",
+        "add Wan 2.2 to a OneTrainer checkout",
+        """Lays new files into the checkout and changes none of its own.
+
+  check      whether this OneTrainer has all that the add-on needs
+  install    lay the add-on in, or bring it up to date
+  status     what is installed, and whether it still fits, as after a git pull
+  uninstall  take out what was laid in
+
+check and status exit with 1 if something is not as it should be, uninstall if a changed file was
+left. OneTrainer's own environment needs onewan too: its python -m pip install onewan
+
+  onewan onetrainer install ~/OneTrainer""",
+    )
+    parser.add_argument("action", choices=("check", "install", "status", "uninstall"))
+    parser.add_argument("path", metavar="PATH", type=Path, help="OneTrainer's folder")
+    parser.add_argument(
+        "--force", action="store_true", help="also overwrite or remove files that were changed"
+    )
+
+    def run(options: argparse.Namespace) -> int:
+        from onewan.cli.onetrainer import run as act
+
+        return act(options.action, options.path, force=options.force)
 
     parser.set_defaults(command=run)

@@ -242,7 +242,11 @@ def _extend_sample_config(owners: dict[str, Any], wan: Any) -> None:
         return defaults
 
     def fields() -> list[tuple[str, Any, type, bool]]:
-        return [("wan_fps", None, float, True), ("wan_low_cfg_scale", None, float, True)]
+        return [
+            ("wan_fps", None, float, True),
+            ("wan_low_cfg_scale", None, float, True),
+            ("wan_format", "mp4", str, False),
+        ]
 
     _wrap(module, "_get_model_defaults", model_defaults)
     _add_fields(module.SampleConfig, fields)
@@ -547,6 +551,8 @@ def _extend_sample_frame(owners: dict[str, Any], wan: Any) -> None:
                 c.entry(bottom, 7, 3, state, "wan_fps")
                 c.label(bottom, 8, 0, "low-noise cfg scale:", tooltip="Guidance of the low-noise expert. Empty is the same as cfg scale, which is then of both")
                 c.entry(bottom, 8, 1, state, "wan_low_cfg_scale")
+                c.label(bottom, 8, 2, "video format:", tooltip="mp4 is H.264 and plays everywhere, webm is VP9")
+                c.options(bottom, 8, 3, ["mp4", "webm"], state, "wan_format")
             return result
 
         return build_content

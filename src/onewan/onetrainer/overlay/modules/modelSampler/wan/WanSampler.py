@@ -62,6 +62,6 @@ class WanSampler(BaseModelSampler):
             self.save_sampler_output(output, destination, image_format, video_format, audio_format)
         else:
             output = ModelSamplerOutput(FileType.VIDEO, torch.from_numpy(frames))
-            suffix = "webm" if str(video_format) == "WEBM" else "mp4"
+            suffix = "webm" if sample_config.wan_format.lower() == "webm" else "mp4"
             write_video(f"{destination}.{suffix}", frames, request.fps)
         on_sample(output)
