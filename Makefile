@@ -29,9 +29,11 @@ demo: $(READY)
 	@echo "== demo: makes a tiny model and clips in ./demo, trains a LoRA, samples a video"
 	$(BIN)/onewan demo --dir demo
 
+# With ONETRAINER=PATH a copy of that OneTrainer checkout trains too (and with ONETRAINER_PYTHON=
+# its interpreter, if that is not PATH/venv); docs/onetrainer.md says how.
 test: $(READY)
 	@echo "== tests"
-	$(BIN)/python -m pytest --numprocesses auto
+	ONETRAINER="$(ONETRAINER)" $(BIN)/python -m pytest --numprocesses auto
 
 lint: $(READY)
 	@echo "== ruff, codespell, types, import contracts"

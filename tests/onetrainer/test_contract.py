@@ -1,0 +1,203 @@
+"""The add-on against the contract, which stands for the checkout where none is at hand."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import onewan.onetrainer
+from fake import write_checkout
+from onewan.cli import main
+from onewan.onetrainer.contract import RELIED_ON, check, contract, take
+from onewan.onetrainer.install import overlay
+
+OVERLAY = Path(onewan.onetrainer.__file__).parent / "overlay"
+SOURCES = sorted(OVERLAY.rglob("*.py"))
+KNOWN = contract()["modules"]
+
+
+def _ours(module: str) -> bool:
+    return (OVERLAY / (module.replace(".", "/") + ".py")).is_file()
+
+
+def _imports(tree: ast.AST):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                yield node.module, alias.name
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, None
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(OVERLAY).as_posix())
+def test_all_that_the_overlay_imports_is_in_the_contract(path):
+    unknown = []
+    for module, name in _imports(ast.parse(path.read_text(encoding="utf-8"))):
+        if not module.startswith("modules.") or _ours(module):
+            continue
+        facts = KNOWN.get(module)
+        if facts is None or (name is not None and name not in facts):
+            unknown.append(f"{module}: {name}")
+    assert not unknown
+
+
+def _classes(module_facts: dict[str, dict]) -> dict[str, dict[str, list]]:
+    """Methods with their parameters, by the class's name."""
+    found: dict[str, dict[str, list]] = {}
+    for facts in module_facts.values():
+        for name, fact in facts.items():
+            owner, dot, method = name.partition(".")
+            if dot and fact["kind"] == "function":
+                found.setdefault(owner, {})[method] = fact["parameters"]
+    return found
+
+
+OVERRIDABLE = _classes(KNOWN)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(OVERLAY).as_posix())
+def test_overridden_methods_take_what_onetrainer_gives_them(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef)]:
+        bases = [ast.unparse(base) for base in node.bases]
+        for method in [m for m in node.body if isinstance(m, ast.FunctionDef)]:
+            # The first base that has it is the one through which OneTrainer calls it.
+            held = [OVERRIDABLE[b][method.name] for b in bases if method.name in OVERRIDABLE.get(b, {})]
+            if not held or method.name == "__init__":
+                continue
+            given = [a.arg for a in (*method.args.args, *method.args.kwonlyargs)]
+            wanted = [p["name"] for p in held[0]]
+            assert given[: len(wanted)] == wanted, f"{node.name}.{method.name}"
+            free = len(method.args.args) - len(method.args.defaults)
+            assert all(place >= free for place in range(len(wanted), len(method.args.args))), (
+                f"{node.name}.{method.name} wants more than it gets"
+            )
+
+
+def test_calls_of_factories_and_helpers_fit_the_signatures():
+    """Every call by keyword of a function that the contract knows names its parameters."""
+    functions = {
+        name: fact["parameters"]
+        for facts in KNOWN.values()
+        for name, fact in facts.items()
+        if fact["kind"] == "function" and "." not in name
+    }
+    checked = 0
+    for path in SOURCES:
+        imported = {n for m, n in _imports(ast.parse(path.read_text("utf-8"))) if m in KNOWN}
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+                continue
+            known = functions.get(node.func.id)
+            if known is None or node.func.id not in imported:
+                continue
+            checked += 1
+            names = {p["name"] for p in known}
+            assert {k.arg for k in node.keywords if k.arg} <= names, ast.unparse(node)
+            assert len(node.args) + len(node.keywords) <= len(known), ast.unparse(node)
+    assert checked >= 9
+
+
+def test_the_contract_is_what_the_list_asks_for():
+    flat = {f"{m}:{n}" for m, names in RELIED_ON.items() for n in names}
+    held = {f"{m}:{n}" for m, facts in KNOWN.items() for n in facts}
+    tables = {n for n in flat if n.endswith(("_member_names_", "_member_map_", "_value2member_map_"))}
+    assert flat - tables <= held
+
+
+def test_a_real_checkout_fits(real_checkout):
+    assert not check(real_checkout).problems
+    if contract()["commit"].startswith(_head(real_checkout)):
+        assert take(real_checkout) == KNOWN
+
+
+def _head(checkout: Path) -> str:
+    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_a_checkout_like_it_fits(tmp_path):
+    write_checkout(tmp_path)
+    assert check(tmp_path).problems == ()
+
+
+NAMES = [
+    (module, name)
+    for module, facts in KNOWN.items()
+    for name in facts
+    if "." in name or facts[name]["kind"] != "class"
+]
+
+
+def test_every_name_that_is_gone_is_told(tmp_path):
+    """Each in turn, under another name."""
+    write_checkout(tmp_path)
+    for module, name in NAMES:
+        path = tmp_path / (module.replace(".", "/") + ".py")
+        before = path.read_text("utf-8")
+        write_checkout(tmp_path, only=module, rename=name)
+        problems = check(tmp_path).problems
+        assert [p.name for p in problems] == [name], (module, name)
+        path.write_text(before, "utf-8")
+
+
+def test_changed_signatures_are_told(tmp_path):
+    write_checkout(tmp_path)
+    path = tmp_path / "modules/util/checkpointing_util.py"
+    for new, said in (
+        ("def enable_checkpointing(model, config, part, compile): pass", "takes no lists"),
+        (
+            "def enable_checkpointing(model, config, part, compile, lists, more, supports_offloading=True): pass",
+            "wants more too",
+        ),
+        (
+            "def enable_checkpointing(config, model, part, compile, lists, supports_offloading=True): pass",
+            "another order",
+        ),
+        ("enable_checkpointing = 3", "is a value and was a function"),
+    ):
+        path.write_text(new, "utf-8")
+        (problem,) = check(tmp_path).problems
+        assert said in str(problem) and "enable_checkpointing" in str(problem)
+    path.write_text(
+        "def enable_checkpointing(model, config, part, compile, lists, supports_offloading=True, new=1): pass",
+        "utf-8",
+    )
+    assert not check(tmp_path).problems
+    path.write_text("def (", "utf-8")
+    assert "no Python" in str(check(tmp_path).problems[0])
+
+
+def test_a_check_needs_no_torch(tmp_path):
+    write_checkout(tmp_path)
+    code = (
+        "import sys; from onewan.cli import main; "
+        f"code = main(['onetrainer', 'check', {str(tmp_path)!r}]); "
+        "assert code == 0; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_check_names_what_is_renamed(tmp_path, capsys):
+    write_checkout(tmp_path)
+    write_checkout(
+        tmp_path, only="modules.util.config.TrainConfig", rename="TrainConfig.model_names"
+    )
+    assert main(["onetrainer", "check", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "TrainConfig.model_names: is not there; there is TrainConfig.model_names_renamed" in said
+    assert contract()["commit"][:8] in said
+
+
+def test_presets_are_json_with_known_keys():
+    for name, data in overlay().items():
+        if name.startswith("training_presets/"):
+            preset = json.loads(data)
+            assert preset["model_type"] == "WAN_2_2", name
+            assert name.rpartition("/")[2].startswith("#")

@@ -1,0 +1,212 @@
+"""Laying the add-on in and taking it out, on a stand-in, and on a real checkout where there is one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fake import write_checkout
+from onewan.cli import main
+from onewan.onetrainer.install import MANIFEST, InstallError, install, overlay, status, uninstall
+
+
+def git(root: Path, *args: str) -> str:
+    command = ["git", "-C", str(root), "-c", "user.name=t", "-c", "user.email=t@t", *args]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    root = tmp_path / "OneTrainer"
+    root.mkdir()
+    write_checkout(root)
+    (root / "training_presets").mkdir()
+    (root / "training_presets" / "#other.json").write_text("{}", "utf-8")
+    git(root, "init", "-q")
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "as it is")
+    return root
+
+
+def tree(root: Path) -> dict[str, str]:
+    return {
+        p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in root.rglob("*")
+        if p.is_file() and ".git" not in p.relative_to(root).parts
+    }
+
+
+def folders(root: Path) -> set[str]:
+    return {
+        p.relative_to(root).as_posix()
+        for p in root.rglob("*")
+        if p.is_dir() and ".git" not in p.relative_to(root).parts
+    }
+
+
+def test_in_twice_and_out_leaves_nothing(checkout: Path, capsys):
+    before, dirs = tree(checkout), folders(checkout)
+    assert main(["onetrainer", "install", str(checkout)]) == 0
+    once = tree(checkout)
+    assert set(once) - set(before) == {*overlay(), MANIFEST}
+    assert all(line.startswith("??") for line in git(checkout, "status", "--porcelain").splitlines())
+    assert main(["onetrainer", "status", str(checkout)]) == 0
+    assert main(["onetrainer", "install", str(checkout)]) == 0
+    assert tree(checkout) == once
+    # What Python leaves behind of our files goes too; of others it stays.
+    cache = checkout / "modules/modelSampler/__pycache__"
+    cache.mkdir()
+    (cache / "WanSampler.cpython-311.pyc").write_bytes(b"x")
+    (cache / "Other.cpython-311.pyc").write_bytes(b"x")
+    assert main(["onetrainer", "uninstall", str(checkout)]) == 0
+    assert sorted(p.name for p in cache.iterdir()) == ["Other.cpython-311.pyc"]
+    (cache / "Other.cpython-311.pyc").unlink()
+    cache.rmdir()
+    assert git(checkout, "status", "--porcelain") == ""
+    assert tree(checkout) == before and folders(checkout) == dirs
+    assert main(["onetrainer", "uninstall", str(checkout)]) == 1
+    assert main(["onetrainer", "status", str(checkout)]) == 1
+
+
+def test_a_real_checkout(real_checkout: Path, tmp_path: Path):
+    copy = tmp_path / "OneTrainer"
+    subprocess.run(["git", "clone", "-q", str(real_checkout), str(copy)], check=True)
+    before = tree(copy)
+    install(copy)
+    assert all(line.startswith("??") for line in git(copy, "status", "--porcelain").splitlines())
+    assert status(copy).complete and status(copy).current
+    uninstall(copy)
+    assert git(copy, "status", "--porcelain", "--ignored") == "" and tree(copy) == before
+
+
+def test_a_checkout_that_lacks_something_is_refused_untouched(checkout: Path):
+    write_checkout(
+        checkout, only="modules.util.enum.ModelType", rename="ModelType.is_video_model"
+    )
+    before = tree(checkout)
+    with pytest.raises(InstallError, match=r"ModelType\.is_video_model: is not there"):
+        install(checkout)
+    assert tree(checkout) == before
+
+
+def test_no_checkout_is_told(tmp_path: Path, capsys):
+    assert main(["onetrainer", "install", str(tmp_path)]) == 1
+    assert "is no OneTrainer checkout" in capsys.readouterr().err
+
+
+def test_files_of_others_are_not_overwritten(checkout: Path):
+    path = checkout / "modules/model/WanModel.py"
+    path.write_text("theirs", "utf-8")
+    before = tree(checkout)
+    with pytest.raises(InstallError, match="modules/model/WanModel.py"):
+        install(checkout)
+    assert tree(checkout) == before
+
+
+def test_changed_files_are_kept_unless_forced(checkout: Path, capsys):
+    install(checkout)
+    path = checkout / "modules/modelSetup/wan/BaseWanSetup.py"
+    path.write_text("mine", "utf-8")
+    found = status(checkout)
+    assert found.changed == ("modules/modelSetup/wan/BaseWanSetup.py",)
+    assert install(checkout).kept == found.changed and path.read_text("utf-8") == "mine"
+    assert main(["onetrainer", "uninstall", str(checkout)]) == 1
+    assert "left alone" in capsys.readouterr().out and path.exists()
+    install_again = install  # the file is of someone else now
+    with pytest.raises(InstallError, match="BaseWanSetup"):
+        install_again(checkout)
+    path.unlink()
+    install(checkout)
+    path.write_text("mine", "utf-8")
+    uninstall(checkout, force=True)
+    assert git(checkout, "status", "--porcelain") == ""
+
+
+def test_a_newer_version_takes_the_old_ones_place(checkout: Path):
+    files = overlay()
+    old = dict(files)
+    old["modules/model/WanModel.py"] = b"# old\n"
+    old["modules/model/WanGone.py"] = b"# gone since\n"
+    install(checkout, laid=old)
+    assert not status(checkout).current
+    outcome = install(checkout)
+    assert outcome.written == ("modules/model/WanModel.py",)
+    assert outcome.removed == ("modules/model/WanGone.py",)
+    assert status(checkout).current
+    uninstall(checkout)
+    assert git(checkout, "status", "--porcelain") == ""
+
+
+def test_an_installation_that_was_cut_off_is_finished_or_taken_out(checkout: Path, monkeypatch):
+    import onewan.onetrainer.install as module
+
+    real, count = module.replacing, iter(range(100))
+
+    def cut(path):
+        if next(count) == 5:
+            raise KeyboardInterrupt
+        return real(path)
+
+    monkeypatch.setattr(module, "replacing", cut)
+    with pytest.raises(KeyboardInterrupt):
+        install(checkout)
+    monkeypatch.setattr(module, "replacing", real)
+    found = status(checkout)
+    assert found.installed and not found.complete and found.missing
+    uninstall(checkout)
+    assert git(checkout, "status", "--porcelain") == ""
+    count = iter(range(100))
+    monkeypatch.setattr(module, "replacing", cut)
+    with pytest.raises(KeyboardInterrupt):
+        install(checkout)
+    monkeypatch.setattr(module, "replacing", real)
+    install(checkout)
+    assert status(checkout).complete and not status(checkout).missing
+
+
+@pytest.mark.parametrize("name", ["../victim.txt", "/tmp/victim.txt", "C:\\x", "link/victim.txt"])
+def test_a_manifest_that_was_tampered_with_deletes_nothing(checkout: Path, tmp_path: Path, name: str):
+    victim = tmp_path / "victim.txt"
+    victim.write_text("mine", "utf-8")
+    (checkout / "link").symlink_to(tmp_path)
+    install(checkout)
+    manifest = json.loads((checkout / MANIFEST).read_text("utf-8"))
+    manifest["files"][name] = hashlib.sha256(b"mine").hexdigest()
+    (checkout / MANIFEST).write_text(json.dumps(manifest), "utf-8")
+    with pytest.raises(InstallError, match="not in the checkout"):
+        uninstall(checkout)
+    assert victim.exists()
+
+
+def test_a_damaged_manifest_is_one_line(checkout: Path, capsys):
+    install(checkout)
+    (checkout / MANIFEST).write_text("{", "utf-8")
+    assert main(["onetrainer", "uninstall", str(checkout)]) == 1
+    assert MANIFEST in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="needs a user whom permissions bind")
+def test_a_folder_that_can_not_be_written(checkout: Path):
+    os.chmod(checkout / "modules", 0o500)
+    try:
+        with pytest.raises(InstallError):
+            install(checkout)
+    finally:
+        os.chmod(checkout / "modules", 0o700)
+
+
+def test_the_environment_without_onewan_is_told(checkout: Path, capsys):
+    packages = checkout / "venv" / "lib" / "python3.11" / "site-packages"
+    packages.mkdir(parents=True)
+    (checkout / "venv" / "bin").mkdir()
+    (checkout / "venv" / "bin" / "python").write_text("", "utf-8")
+    assert main(["onetrainer", "install", str(checkout)]) == 0
+    assert "-m pip install onewan" in capsys.readouterr().out
+    (packages / "onewan-0.1.0.dist-info").mkdir()
+    assert main(["onetrainer", "install", str(checkout)]) == 0
+    assert "-m pip install onewan" not in capsys.readouterr().out
