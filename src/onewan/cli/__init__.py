@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_merge(commands)
     _add_onetrainer(commands)
+    _add_import_config(commands)
     _quiet_imports()
     return parser
 
@@ -476,5 +477,46 @@ left. OneTrainer's own environment needs onewan too: its python -m pip install o
         from onewan.cli.onetrainer import run as act
 
         return act(options.action, options.path, force=options.force)
+
+    parser.set_defaults(command=run)
+
+
+def _add_import_config(commands: _Commands) -> None:
+    parser = _add(
+        commands,
+        "import-config",
+        "turn a OneTrainer config into a run file",
+        """Writes the run file to stdout (or --output), and an account of every key to stderr: what was
+carried, and what was not and why. `onewan train CONFIG.json` does it by itself.
+
+  onewan import-config ~/OneTrainer/workspace/config.json > run.yaml""",
+    )
+    parser.add_argument("config", metavar="CONFIG.json", type=Path)
+    parser.add_argument(
+        "--variant",
+        choices=tuple(VARIANTS),
+        help="which Wan 2.2 it is, where the base model does not tell",
+    )
+    parser.add_argument(
+        "--root", metavar="PATH", type=Path, help="OneTrainer's folder, to which paths are relative"
+    )
+    parser.add_argument("--output", "-o", metavar="RUN.yaml", type=Path)
+    parser.add_argument(
+        "--account",
+        choices=("short", "full", "json"),
+        default="short",
+        help="what to say of the keys: those that were given (short), all, or all as JSON",
+    )
+
+    def run(options: argparse.Namespace) -> int:
+        from onewan.cli.importing import import_config
+
+        return import_config(
+            options.config,
+            variant=options.variant,
+            root=options.root,
+            output=options.output,
+            account=options.account,
+        )
 
     parser.set_defaults(command=run)

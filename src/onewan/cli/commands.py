@@ -13,6 +13,7 @@ import transformers
 
 from onewan.adapters.lora import apply_lora
 from onewan.checkpoint.export import expert_of
+from onewan.cli.importing import run_file_of
 from onewan.cli.progress import Progress
 from onewan.config.load import load_run
 from onewan.demo import run_demo
@@ -44,7 +45,7 @@ def demo(folder: Path, variant: VariantName) -> int:
 
 
 def cache(run: Path, overrides: Sequence[str], strict: bool, verify: bool) -> int:
-    config = load_run(run, overrides)
+    config = load_run(run_file_of(run), overrides)
     if not config.video_data.cache:
         raise ConfigError(
             str(run), ["video_data.cache: is false, so there is nothing to do; set it to true"]
@@ -79,6 +80,7 @@ def train(
                 str(run), ["is no folder; --again takes the folder of a run, such as runs/NAME"]
             )
         overrides = [f"output.name={unused(run.resolve()).name}", *overrides]
+    run = run_file_of(run)
     config = load_run(run, overrides)
     progress = Progress()
     trainer = WanTrainer(

@@ -23,16 +23,10 @@ from onewan.config.schema import SourceSection
 from onewan.data.encode import ENCODING_VERSION
 from onewan.data.index import Clip, ClipPlanner, Note
 from onewan.data.masks import MASK_VERSION, is_mask, masked_by, pixel_mask
-from onewan.media import IMAGE_SUFFIXES, Fit, extension, read_frames
+from onewan.media import Fit, extension, read_frames
 from onewan.model.wan import WanModel
 from onewan.onetrainer import settings
 from onewan.variants import Variant
-
-MASK_LABEL = "-masklabel"
-"""What OneTrainer puts behind the name of a clip's mask; NAME.mask.ext, as onewan has it, counts
-too."""
-
-VIDEO_FORMATS = ("mp4", "avi", "mov", "webm", "mkv", "gif", "m4v", "mpeg", "mpg", "wmv", "flv", "ts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +41,7 @@ class Planner:
         image = concept["image"]
         override = image["enable_resolution_override"]
         planner = ClipPlanner(
-            video_data=settings.video_data(self.config, VIDEO_FORMATS),
+            video_data=settings.video_data(self.config),
             wan=settings.wan_config(self.config),
             seed=settings.SEED,
             fps=self.config.wan_target_fps or self.variant.fps,
@@ -65,11 +59,6 @@ class Planner:
         return planner.captioned(file, source, ("",), masks)
 
 
-def belongs_to_another(path: str) -> bool:
-    """Whether the file is the mask of a clip, and no clip."""
-    return is_mask(Path(path)) or Path(path).stem.endswith(MASK_LABEL)
-
-
 def masks_of(path: Path) -> list[Path]:
     """The files beside a clip that could be its mask."""
     beside = sorted(path.parent.glob("*"))
@@ -79,7 +68,7 @@ def masks_of(path: Path) -> list[Path]:
         if file.suffix.lower() != ".txt"
         and (
             (is_mask(file) and masked_by(file).name == path.stem)
-            or file.stem == f"{path.stem}{MASK_LABEL}"
+            or file.stem == f"{path.stem}{settings.MASK_LABEL}"
         )
     ]
 
@@ -151,6 +140,3 @@ def digest(kind: str, concepts: Iterable[Mapping[str, Any]], causes: Sequence[ob
             digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
 
-
-def is_image(path: str) -> bool:
-    return extension(Path(path)) in IMAGE_SUFFIXES

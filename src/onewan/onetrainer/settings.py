@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from onewan.config.objective import (
@@ -25,12 +26,20 @@ from onewan.config.objective import (
     Weighting,
 )
 from onewan.config.schema import TrainSection, VideoDataSection, WanTrainConfig
+from onewan.data.masks import is_mask
 from onewan.errors import ConfigError
 from onewan.train.density import density_of
 from onewan.variants import Variant
 
 SEED = 42
 """OneTrainer has no seed in its config; this is onewan's default."""
+
+MASK_LABEL = "-masklabel"
+"""What OneTrainer puts behind the name of a clip's mask; NAME.mask.ext, as onewan has it, counts
+too."""
+
+VIDEO_FORMATS = ("mp4", "avi", "mov", "webm", "mkv", "gif", "m4v", "mpeg", "mpg", "wmv", "flv", "ts")
+"""Extensions of files that may be clips; OneTrainer names some of them."""
 
 _BINS = 1000
 """Parts of a density that has no formula here; OneTrainer draws from as many timesteps."""
@@ -245,13 +254,18 @@ def wan_config(config: Any) -> WanTrainConfig:
     )
 
 
-def video_data(config: Any, formats: Sequence[str]) -> VideoDataSection:
+def video_data(config: Any) -> VideoDataSection:
     """The run file's `video_data` but for its sources. OneTrainer has no limits of size."""
     return VideoDataSection(
-        supported_formats=tuple(formats),
+        supported_formats=VIDEO_FORMATS,
         target_fps=config.wan_target_fps,
         max_duration=config.wan_max_duration,
         min_resolution=(1, 1),
         max_resolution=(16384, 16384),
         masks=config.masked_training,
     )
+
+
+def belongs_to_another(path: str) -> bool:
+    """Whether the file is the mask of a clip, and no clip."""
+    return is_mask(Path(path)) or Path(path).stem.endswith(MASK_LABEL)

@@ -13,7 +13,7 @@ import torch
 
 from onewan.errors import DataError
 from onewan.model.text import pad_text
-from onewan.onetrainer import clips
+from onewan.onetrainer import clips, settings
 
 _TOKENIZER = threading.Lock()
 
@@ -40,7 +40,7 @@ class PlanClips(PipelineModule, RandomAccessPipelineModule):
         for index in range(self._get_previous_length("image_path")):
             path = self._get_previous_item(variation, "image_path", index)
             concept = self._get_previous_item(variation, "concept", index)
-            if clips.belongs_to_another(path):
+            if settings.belongs_to_another(path):
                 continue
             try:
                 clip, notes = self._planner.clip(path, concept)

@@ -1,0 +1,361 @@
+"""OneTrainer's configs as run files: every key accounted for, and the same meaning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onewan.cli import main
+from onewan.config.load import load_run
+from onewan.config.schema import RunConfig
+from onewan.demo.clips import write_clips
+from onewan.errors import ConfigError
+from onewan.onetrainer.importing import Imported, _defaults, _flat, import_config, looks_like_onetrainer
+from onewan.onetrainer.install import overlay
+from onewan.onetrainer.versions import brought_up_to_date
+
+T2V = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for number in range(6):
+        (folder / f"{number}.mp4").write_bytes(b"")
+        (folder / f"{number}.txt").write_text("a fox", "utf-8")
+    (folder / "0-masklabel.png").write_bytes(b"")
+    return folder
+
+
+def config_of(clips: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "__version": 11,
+        "model_type": "WAN_2_2",
+        "training_method": "LORA",
+        "base_model_name": T2V,
+        "train_dtype": "BFLOAT_16",
+        "output_model_format": "COMFY_LORA",
+        "concepts": [{"path": str(clips), "name": "fox"}],
+        "samples": [],
+        "epochs": 10,
+        "learning_rate_warmup_steps": 0,
+        **changes,
+    }
+
+
+def imported(tmp_path: Path, config: dict[str, Any], name: str = "config.json", **how: Any):
+    path = tmp_path / name
+    path.write_text(json.dumps(config), "utf-8")
+    return import_config(path, **how)
+
+
+def run_of(tmp_path: Path, found: Imported) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(found.document), "utf-8")
+    return load_run(path)
+
+
+def test_every_key_of_onetrainer_is_accounted_for_once(tmp_path, clips):
+    """All that OneTrainer knows, given with its defaults."""
+    train = {**_defaults()["train"], **config_of(clips)}
+    train["concepts"] = [{**_defaults()["concept"], "path": str(clips)}]
+    train["samples"] = [{**_defaults()["sample"], "prompt": "a fox"}]
+    train["additional_embeddings"] = [{**_defaults()["embedding"], "placeholder": "<fox>"}]
+    found = imported(tmp_path, train)
+    keys = [entry.key for entry in found.entries]
+    assert len(keys) == len(set(keys))
+    expected = {k for k, _ in _flat(train) if not k.startswith(("cloud", "secrets"))}
+    assert expected <= set(keys)
+    assert not [entry for entry in found.entries if entry.outcome == "unknown"]
+    assert all(entry.note for entry in found.entries)
+    assert not [e for e in found.entries if e.note == "onewan has no such setting"]
+
+
+CARRIED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"epochs": 3, "batch_size": 2}, {"train.steps": 9, "train.batch_size": 2}),
+    ({"gradient_accumulation_steps": 2, "epochs": 4}, {"train.steps": 12, "train.accumulation": 2}),
+    ({"learning_rate": 2e-4}, {"optimizer.lr": 2e-4}),
+    (
+        {"learning_rate": 2e-4, "transformer_2": {"learning_rate": 1e-4}},
+        {"optimizer.lr": 2e-4, "per_expert.low.lr": 1e-4},
+    ),
+    ({"learning_rate": 1e-4, "learning_rate_scaler": "BATCH", "batch_size": 4, "epochs": 4}, {"optimizer.lr": 2e-4}),
+    ({"transformer_2": {"train": False}}, {"model.experts": "high"}),
+    ({"transformer": {"train": False}}, {"model.experts": "low"}),
+    ({"lora_rank": 8, "lora_alpha": 4.0}, {"method.rank": 8, "method.alpha": 4.0}),
+    ({"lora_decompose": True}, {"method.kind": "dora"}),
+    ({"peft_type": "LOHA"}, {"method.kind": "loha"}),
+    ({"peft_type": "LOKR", "lokr_dim": 5, "lokr_decompose_factor": 4}, {"method.kind": "lokr", "method.rank": 5, "method.factor": 4}),
+    ({"peft_type": "OFT_2", "oft_block_size": 16}, {"method.kind": "oft", "method.block_size": 16}),
+    ({"wan_low_lora_rank": 4}, {"per_expert.low.rank": 4}),
+    ({"layer_filter": "attn1,ffn"}, {"method.modules": ("self_attention", "ffn")}),
+    ({"layer_filter": "blocks"}, {"method.modules": ("blocks.*",)}),
+    ({"training_method": "FINE_TUNE"}, {"method.kind": "fine_tune", "method.modules": ("all",)}),
+    ({"training_method": "FINE_TUNE", "transformer": {"weight_dtype": "BFLOAT_16"}}, {"method.weights": "stochastic"}),
+    ({"frames": "81"}, {"wan_config.max_frames": 81}),
+    ({"wan_layers": "0-2, 5"}, {"wan_config.transformer_layers_to_train": (0, 1, 2, 5)}),
+    ({"wan_high_share": "0.25", "wan_expert_block": 7}, {"train.high_share": 0.25, "train.expert_block": 7}),
+    ({"resolution": "512"}, {"video_data.resolution": 512 * 512}),
+    ({"resolution": "512,832x480"}, {"video_data.resolution": (512 * 512, "832x480")}),
+    ({"resolution": "512", "aspect_ratio_bucketing": False}, {"video_data.resolution": "512x512"}),
+    ({"timestep_distribution": "LOGIT_NORMAL", "noising_bias": 0.5, "noising_weight": 0.2, "timestep_shift": 3.0},
+     {"train.timesteps.distribution": "logit_normal", "train.timesteps.mean": 0.5, "train.timesteps.std": 1.2, "train.timesteps.shift": 3.0}),
+    ({"dynamic_timestep_shifting": True}, {"train.timesteps.shift_by_tokens": True}),
+    ({"loss_weight_fn": "MIN_SNR_GAMMA", "loss_weight_strength": 3.0}, {"train.loss.weighting.kind": "min_snr", "train.loss.weighting.gamma": 3.0}),
+    ({"mse_strength": 0.0, "huber_strength": 1.0, "huber_delta": 0.5}, {"train.loss.kind": "huber", "train.loss.delta": 0.5}),
+    ({"ema": "GPU", "ema_decay": 0.99}, {"train.ema.decay": 0.99, "train.ema.device": "device"}),
+    ({"clip_grad_norm": None}, {"train.max_grad_norm": None}),
+    ({"learning_rate_scheduler": "COSINE", "learning_rate_min_factor": 0.1}, {"train.schedule.kind": "cosine", "train.schedule.end": 0.1}),
+    ({"learning_rate_warmup_steps": 10}, {"train.warmup_steps": 5}),
+    ({"learning_rate_warmup_steps": 0.2}, {"train.warmup_steps": 6}),
+    ({"optimizer": {"optimizer": "PRODIGY", "d_coef": 0.5}, "learning_rate": 1.0}, {"optimizer.name": "prodigy", "optimizer.d_coef": 0.5}),
+    ({"optimizer": {"optimizer": "ADAMW", "beta1": 0.8, "beta2": 0.9, "weight_decay": 0.1}}, {"optimizer.betas": (0.8, 0.9), "optimizer.weight_decay": 0.1}),
+    ({"masked_training": True, "unmasked_weight": 0.3}, {"video_data.masks": True, "train.loss.unmasked_weight": 0.3}),
+    ({"latent_caching": False}, {"video_data.cache": False}),
+    ({"text_encoder": {"dropout_probability": 0.1}}, {"train.caption_dropout": 0.1}),
+    ({"transformer": {"gradient_checkpointing": False}}, {"memory.gradient_checkpointing": False}),
+    ({"backup_after": 2, "backup_after_unit": "EPOCH"}, {"train.save_every": 12}),
+    ({"backup_after": 5, "backup_after_unit": "MINUTE"}, {"train.save_minutes": 5.0}),
+    ({"save_every": 7, "save_every_unit": "STEP"}, {"train.save_every": 7}),
+    ({"output_model_format": "KOHYA_LORA", "output_dtype": "BFLOAT_16"}, {"output.formats": ("kohya",), "output.dtype": "bfloat16"}),
+    ({"output_model_destination": "models/fox.safetensors"}, {"output.name": "fox"}),
+    ({"wan_boundary": 0.8}, {"model.boundary": 0.8}),
+    ({"train_dtype": "FLOAT_32"}, {"model.dtype": "float32"}),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), CARRIED, ids=[str(c)[:60] for c, _ in CARRIED])
+def test_carried(tmp_path, clips, changes, expected):
+    config = run_of(tmp_path, imported(tmp_path, config_of(clips, **changes)))
+    for place, value in expected.items():
+        node: Any = config
+        for part in place.split("."):
+            node = getattr(node, part)
+        assert node == value, place
+
+
+def test_concepts_and_samples(tmp_path, clips):
+    concepts = [
+        {"path": str(clips), "balancing": 3.0, "loss_weight": 0.5},
+        {"path": str(clips), "type": "PRIOR_PREDICTION", "balancing": 12, "balancing_strategy": "SAMPLES"},
+        {"path": str(clips), "type": "VALIDATION"},
+        {"path": str(clips), "enabled": False},
+    ]
+    samples = [
+        {"prompt": "a fox", "frames": 80, "width": 500, "height": 300, "cfg_scale": 4.0, "wan_low_cfg_scale": 3.0, "seed": 7},
+        {"prompt": "off", "enabled": False},
+    ]
+    found = imported(
+        tmp_path,
+        config_of(clips, concepts=concepts, samples=samples, validation=True, validate_after=1),
+    )
+    run = run_of(tmp_path, found)
+    first, second = run.video_data.sources
+    assert (first.repeats, first.loss_weight, first.target) == (3, 0.5, "data")
+    assert (second.repeats, second.target) == (2, "base")
+    assert [s.path for s in run.validation.sources] == [clips]
+    assert run.train.steps == 10 * (18 + 12)
+    assert run.validation.every == 30
+    (prompt,) = run.sample.prompts
+    assert (prompt.prompt, prompt.seed) == ("a fox", 7)
+    assert (run.sample.frames, run.sample.width, run.sample.height) == (81, 496, 304)
+    assert run.sample.guidance == (4.0, 3.0)
+
+
+def test_embeddings(tmp_path, clips):
+    embedding = {"uuid": "x", "placeholder": "<fox>", "token_count": 3, "initial_embedding_text": "fox"}
+    config = config_of(
+        clips, training_method="EMBEDDING", embedding=embedding, embedding_learning_rate=1e-3
+    )
+    run = run_of(tmp_path, imported(tmp_path, config))
+    (section,) = run.embeddings
+    assert (section.placeholder, section.token_count, section.initial_text) == ("<fox>", 3, "fox")
+    assert section.lr == 1e-3 and run.method.kind == "embedding"
+
+
+def test_files_that_the_config_names_are_read_from_onetrainers_folder(tmp_path, clips):
+    root = tmp_path / "OneTrainer"
+    (root / "modules/util/enum").mkdir(parents=True)
+    (root / "modules/util/enum/ModelType.py").write_text("", "utf-8")
+    (root / "training_concepts").mkdir()
+    (root / "training_concepts/concepts.json").write_text(json.dumps([{"path": str(clips)}]), "utf-8")
+    (root / "workspace").mkdir()
+    config = config_of(clips)
+    del config["concepts"]
+    found = imported(root / "workspace", config)
+    assert found.document["video_data"]["sources"] == [{"path": str(clips)}]
+    assert found.document["output"]["dir"] == str(root / "workspace/run")
+    with pytest.raises(ConfigError, match="concept_file_name: is 'nowhere.json'"):
+        imported(root / "workspace", {**config, "concept_file_name": "nowhere.json"})
+
+
+def test_all_that_is_wrong_is_told_at_once(tmp_path, clips):
+    config = config_of(clips, frames="x", resolution="big", peft_type="NEW", train_dtype="INT_8")
+    with pytest.raises(ConfigError) as error:
+        imported(tmp_path, config)
+    said = str(error.value)
+    for name in ("frames", "resolution", "peft_type: is NEW", "train_dtype: is INT_8"):
+        assert name in said
+    with pytest.raises(ConfigError, match="--variant"):
+        imported(tmp_path, config_of(clips, base_model_name="mine"))
+    with pytest.raises(ConfigError, match="update onewan"):
+        imported(tmp_path, config_of(clips, __version=12))
+    (tmp_path / "bad.json").write_text("{", "utf-8")
+    with pytest.raises(ConfigError, match="no JSON"):
+        import_config(tmp_path / "bad.json")
+
+
+def test_what_can_not_be_carried_is_told(tmp_path, clips):
+    concept = {"path": str(clips), "image": {"enable_random_flip": True}, "balancing": 1.5}
+    found = imported(
+        tmp_path,
+        config_of(
+            clips,
+            concepts=[concept],
+            optimizer={"optimizer": "TIGER"},
+            learning_rate_scheduler="CUSTOM",
+            no_such_key=1,
+            sample_after=3,
+            sample_after_unit="MINUTE",
+        ),
+    )
+    said = "\n".join(found.notices)
+    for text in ("enable_random_flip", "TIGER", "CUSTOM", "1.5", "sample.every"):
+        assert text in said
+    assert [e.key for e in found.entries if e.outcome == "unknown"] == ["no_such_key"]
+
+
+def test_secrets_are_never_carried_nor_told(tmp_path, clips, capsys):
+    config = config_of(clips, cloud={"huggingface_token": "hf_SECRET"}, secrets={"huggingface_token": "hf_SECRET", "cloud": {"api_key": "k_SECRET"}})
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config), "utf-8")
+    for account in ("short", "full", "json"):
+        assert main(["import-config", str(path), "--account", account]) == 0
+        said = capsys.readouterr()
+        assert "SECRET" not in said.out + said.err
+        assert "secrets" in said.err
+
+
+OLD: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {
+    0: ({"optimizer": "ADAMW", "optimizer_beta1": 0.8}, {"optimizer": {"optimizer": "ADAMW", "beta1": 0.8}}),
+    1: ({"train_prior": True, "prior_learning_rate": 1e-4, "train_unet_epochs": 4},
+        {"prior": {"train": True, "learning_rate": 1e-4}, "unet": {"stop_training_after": 4, "stop_training_after_unit": "EPOCH"}}),
+    2: ({"min_snr_gamma": 5.0}, {"loss_weight_fn": "MIN_SNR_GAMMA", "loss_weight_strength": 5.0}),
+    3: ({"noising_weight": 2.0, "noising_bias": 0.7}, {"timestep_distribution": "SIGMOID", "noising_weight": 2.0, "noising_bias": pytest.approx(0.2)}),
+    4: ({"gradient_checkpointing": False, "transformer": {}}, {"transformer": {"gradient_checkpointing": False}}),
+    5: ({"save_after": 3, "save_after_unit": "EPOCH"}, {"save_every": 3, "save_every_unit": "EPOCH"}),
+    6: ({"lora_layer_preset": None}, {"layer_filter_preset": "full"}),
+    7: ({"lora_layers": "attn", "lora_layers_regex": True}, {"layer_filter": "attn", "layer_filter_regex": True}),
+    8: ({"model_type": "FLUX_DEV_1", "prior": {"train": True}}, {"transformer": {"train": True}}),
+    9: ({"weight_dtype": "FLOAT_8", "transformer": {"weight_dtype": "NONE"}}, {"transformer": {"weight_dtype": "FLOAT_8"}}),
+    10: ({"gradient_checkpointing": "CPU_OFFLOADED", "layer_offload_fraction": 0.4, "transformer": {}, "output_model_format": "SAFETENSORS", "training_method": "LORA"},
+         {"transformer": {"gradient_checkpointing": True, "activation_offloading": True, "offload_fraction": 0.4}, "output_model_format": "LEGACY_LORA"}),
+}
+
+
+def _within(expected: Any, found: Any) -> bool:
+    if isinstance(expected, dict):
+        return all(k in found and _within(v, found[k]) for k, v in expected.items())
+    return expected == found
+
+
+@pytest.mark.parametrize("version", OLD)
+def test_each_older_version_comes_up_to_date(version):
+    old, expected = OLD[version]
+    found = brought_up_to_date({**old, "__version": version})
+    assert found["__version"] == 11
+    assert _within(expected, found)
+
+
+def test_a_version_is_not_migrated_by_steps_before_it():
+    assert brought_up_to_date({"__version": 4, "noising_weight": 2.0})["noising_weight"] == 2.0
+    assert brought_up_to_date({"__version": 11, "gradient_checkpointing": "ON"}) == {
+        "__version": 11,
+        "gradient_checkpointing": "ON",
+    }
+
+
+def test_a_config_of_version_0_is_imported(tmp_path, clips):
+    old = {
+        "model_type": "WAN_2_2",
+        "base_model_name": T2V,
+        "training_method": "LORA",
+        "optimizer": "ADAMW",
+        "optimizer_weight_decay": 0.2,
+        "gradient_checkpointing": False,
+        "weight_dtype": "BFLOAT_16",
+        "train_dtype": "BFLOAT_16",
+        "concepts": [{"path": str(clips)}],
+        "samples": [],
+        "prior": {},
+        "learning_rate_warmup_steps": 0,
+    }
+    run = run_of(tmp_path, imported(tmp_path, old))
+    assert run.optimizer.weight_decay == 0.2
+    assert not run.memory.gradient_checkpointing
+
+
+@pytest.mark.parametrize("name", [n for n in overlay() if n.startswith("training_presets/")])
+def test_our_presets(tmp_path, name):
+    path = tmp_path / name.rpartition("/")[2]
+    path.write_bytes(overlay()[name])
+    found = import_config(path)
+    assert not [e for e in found.entries if e.outcome == "unknown"]
+    assert found.document["model"]["variant"] in name.lower().replace(" ", "-")
+    found.document["video_data"]["sources"] = [{"path": "clips"}]
+    run_of(tmp_path, found)
+
+
+def test_presets_of_other_models(real_checkout, tmp_path):
+    presets = sorted((real_checkout / "training_presets").rglob("#*.json"))
+    assert len(presets) > 40
+    for preset in presets:
+        found = import_config(preset, variant="t2v-a14b")
+        assert not [e for e in found.entries if e.outcome == "unknown"], preset
+        found.document["video_data"]["sources"] = [{"path": "clips"}]
+        run_of(tmp_path, found)
+
+
+def test_only_configs_of_onetrainer_are_taken_for_one(tmp_path, clips):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(config_of(clips)), "utf-8")
+    assert looks_like_onetrainer(path)
+    path.write_text(json.dumps({"model": {"variant": "t2v-a14b"}}), "utf-8")
+    assert not looks_like_onetrainer(path)
+    path.write_text("[", "utf-8")
+    assert not looks_like_onetrainer(path)
+
+
+def test_a_config_trains_as_it_is(tmp_path, tiny, capsys):
+    """`onewan train CONFIG.json` on a tiny model and the demo's clips."""
+    folder = tmp_path / "clips"
+    write_clips(folder)
+    config = config_of(
+        folder,
+        base_model_name=str(tiny("t2v-a14b")),
+        train_dtype="FLOAT_32",
+        train_device="cpu",
+        workspace_dir=str(tmp_path / "ws"),
+        cache_dir=str(tmp_path / "cache"),
+        output_model_destination="out.safetensors",
+        resolution="64",
+        frames="5",
+        epochs=1,
+        lora_rank=2,
+        timestep_shift=5.0,
+        concepts=[{"path": str(folder)}],
+    )
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config), "utf-8")
+    assert main(["train", str(path)]) == 0
+    said = capsys.readouterr().err
+    assert "was imported as" in said
+    files = sorted(p.name for p in (tmp_path / "ws" / "out").rglob("*.safetensors") if "_noise" in p.name)
+    assert len(files) == 2
+    (tmp_path / "config.onewan.yaml").write_text("mine", "utf-8")
+    assert main(["train", str(path)]) == 1
+    assert "was not made from it" in capsys.readouterr().err
