@@ -99,9 +99,9 @@ CARRIED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"frames": "81"}, {"wan_config.max_frames": 81}),
     ({"wan_layers": "0-2, 5"}, {"wan_config.transformer_layers_to_train": (0, 1, 2, 5)}),
     ({"wan_high_share": "0.25", "wan_expert_block": 7}, {"train.high_share": 0.25, "train.expert_block": 7}),
-    ({"resolution": "512"}, {"video_data.resolution": 512 * 512}),
+    ({"resolution": "512"}, {"video_data.resolution": (512 * 512,)}),
     ({"resolution": "512,832x480"}, {"video_data.resolution": (512 * 512, "832x480")}),
-    ({"resolution": "512", "aspect_ratio_bucketing": False}, {"video_data.resolution": "512x512"}),
+    ({"resolution": "512", "aspect_ratio_bucketing": False}, {"video_data.resolution": ("512x512",)}),
     ({"timestep_distribution": "LOGIT_NORMAL", "noising_bias": 0.5, "noising_weight": 0.2, "timestep_shift": 3.0},
      {"train.timesteps.distribution": "logit_normal", "train.timesteps.mean": 0.5, "train.timesteps.std": 1.2, "train.timesteps.shift": 3.0}),
     ({"dynamic_timestep_shifting": True}, {"train.timesteps.shift_by_tokens": True}),
@@ -314,7 +314,12 @@ def test_presets_of_other_models(real_checkout, tmp_path):
     presets = sorted((real_checkout / "training_presets").rglob("#*.json"))
     assert len(presets) > 40
     for preset in presets:
-        found = import_config(preset, variant="t2v-a14b")
+        try:
+            found = import_config(preset, variant="t2v-a14b")
+        except ConfigError as error:
+            assert "leaves the high expert no noise level" in str(error), preset
+            assert json.loads(preset.read_text("utf-8"))["max_noising_strength"] < 0.875
+            continue
         assert not [e for e in found.entries if e.outcome == "unknown"], preset
         found.document["video_data"]["sources"] = [{"path": "clips"}]
         run_of(tmp_path, found)

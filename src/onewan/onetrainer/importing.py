@@ -25,6 +25,7 @@ from onewan.errors import ConfigError, OnewanError
 from onewan.media import IMAGE_SUFFIXES, extension
 from onewan.onetrainer import settings
 from onewan.onetrainer.versions import LATEST, brought_up_to_date
+from onewan.train.density import density_of
 from onewan.variants import VARIANTS, Variant, VariantName
 
 Outcome = Literal["carried", "defaulted", "not applicable", "unknown"]
@@ -137,6 +138,10 @@ _NOT_HERE: tuple[tuple[str, str], ...] = (
     (r"(unmasked_probability|normalize_masked_area_loss|masked_prior_preservation_weight|custom_conditioning_image)", "has no counterpart; the loss is always normalised over what counts"),
     (r"(layer_filter_preset|lora_weight_dtype|embedding_weight_dtype|bundle_additional_embeddings|preserve_embedding_norm|lora_decompose_\w+|oft_block_share|oft_scaled|lokr_\w+)", "has no counterpart"),
     (r"ema_update_step_interval", "the average is taken at each step"),
+    (r"ema_decay", "of an average that is off"),
+    (r"embedding\..*", "of the training method EMBEDDING"),
+    (r"oft_block_size", "of the adapter OFT_2"),
+    (r"scheduler_params", "of a custom schedule"),
     (r"concepts\.\d+\.(name|seed|concept_stats.*|image_variations|text_variations)", "clips are named by their files, and draws keyed by train.seed"),
     (r"concepts\.\d+\.image\..*", "has no counterpart; clips are cropped around their centre"),
     (r"concepts\.\d+\.text\..*", "has no counterpart; captions are taken as they are"),
@@ -146,6 +151,9 @@ _NOT_HERE: tuple[tuple[str, str], ...] = (
 )
 
 _LISTS = ("concepts", "samples", "additional_embeddings")
+
+_SHARED = ("frames:", "resolution:", "wan_", "min_noising_strength:")
+"""Faults of settings that mean the same there and here."""
 
 _FORMER = ("weight_dtype", "gradient_checkpointing", "layer_offload_fraction", "embeddings")
 """Keys that presets still carry though no version has them any more."""
@@ -254,6 +262,7 @@ class _Importer:
         self.samples = self._listed("samples", "sample_definition_file_name", "sample")
         self._finite()
         self._model()
+        self._faults()
         self._data()
         self._method()
         self._optimizer()
@@ -313,6 +322,8 @@ class _Importer:
             else:
                 found = _json(file)
             self.taken[file_key] = f"read: {file}"
+        else:
+            self.taken[file_key] = f"not read, since the config has {inline} itself"
         if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
             self.problems.append(f"{inline}: is no list of objects")
             found = []
@@ -324,6 +335,23 @@ class _Importer:
     def _resolved(self, value: Any) -> Path:
         path = Path(str(value).replace("\\", "/") if not Path(str(value)).exists() else str(value))
         return path if path.is_absolute() else (self.root / path)
+
+    def _faults(self) -> None:
+        """What can be followed neither there nor here, in the add-on's words."""
+        told = list(settings.faults(_namespace(self.config), self.variant))
+        self.problems += [fault for fault in told if fault.startswith(_SHARED)]
+        if not self.problems:
+            train = settings.train_section(_namespace(self.config))
+            density = density_of(train.timesteps, self.variant.flow_shift)
+            for expert in self.variant.selected(self.out["model"].get("experts", "both")):
+                if not density.mass(expert):
+                    self.problems.append(
+                        f"max_noising_strength: is {self.config['max_noising_strength']}, "
+                        f"min_noising_strength {self.config['min_noising_strength']} and timestep_shift "
+                        f"{self.config['timestep_shift']}, which leaves the {expert.name} expert no noise "
+                        f"level ({expert.t_min:g} to {expert.t_max:g}); change them, or turn off the "
+                        "training of that transformer"
+                    )
 
     def _finite(self) -> None:
         for key, value in _flat(self.given):
@@ -414,15 +442,13 @@ class _Importer:
         self.put("video_data.max_resolution", [16384, 16384])
         self.put("video_data.supported_formats", list(settings.VIDEO_FORMATS))
         self.taken |= {k: "video_data.resolution" for k in ("resolution", "aspect_ratio_bucketing")}
-        try:
+        if not any(problem.startswith("resolution:") for problem in self.problems):
             sizes = settings.resolutions_of(
                 self.config["resolution"],
                 self.config["aspect_ratio_bucketing"],
                 self.variant.size_multiple,
             )
             self.put("video_data.resolution", list(sizes) if len(sizes) > 1 else sizes[0])
-        except ValueError as error:
-            self.problems.append(f"resolution: {error}")
         training, held = [], []
         self.clips = 0
         for number, concept in enumerate(self.concepts):
@@ -732,7 +758,8 @@ class _Importer:
         try:
             section: Section = make()
         except (ValueError, OnewanError) as error:
-            self.problems.append(f"{name}: {' '.join(str(error).split())}")
+            if not self.problems:  # else it is what was told already, in better words
+                self.problems.append(f"{name}: {' '.join(str(error).split())}")
             return
         differing = section.model_dump(mode="json", exclude_defaults=True)
         differing |= {key: getattr(section, key) for key in keep}

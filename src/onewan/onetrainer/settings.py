@@ -47,13 +47,14 @@ _BINS = 1000
 
 def check(config: Any, variant: Variant) -> None:
     """ConfigError with every setting that can't be followed for Wan 2.2."""
-    if problems := list(_problems(config, variant)):
+    if problems := list(faults(config, variant)):
         raise ConfigError("OneTrainer's settings for Wan 2.2", problems)
 
 
-def _problems(config: Any, variant: Variant) -> Iterator[str]:
-    for name in ("mae_strength", "log_cosh_strength", "vb_loss_strength"):
-        if name != "vb_loss_strength" and getattr(config, name):
+def faults(config: Any, variant: Variant) -> Iterator[str]:
+    """Each begins with the key."""
+    for name in ("mae_strength", "log_cosh_strength"):
+        if getattr(config, name):
             yield f"{name}: is {getattr(config, name)}; use mse_strength or huber_strength, and set it to 0"
     if not (config.mse_strength or config.huber_strength):
         yield "mse_strength: is 0, and so is huber_strength; nothing would be learned, give one of them"

@@ -15,4 +15,6 @@ class WanEmbeddingLoader:
             inside = os.path.join(directory or "", "embeddings", f"{name.uuid}.safetensors")
             backup = os.path.exists(os.path.join(directory or "", "meta.json"))
             path = inside if backup and os.path.exists(inside) else name.model_name
-            model.embedding_state_dicts[name.uuid] = read_embedding(Path(path)) if path else None
+            # The convert tool gives one name for all that it may be.
+            given = bool(path) and path != model_names.lora
+            model.embedding_state_dicts[name.uuid] = read_embedding(Path(path)) if given else None

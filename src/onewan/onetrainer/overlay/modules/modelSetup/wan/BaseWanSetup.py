@@ -6,7 +6,6 @@ from random import Random
 import modules.util.multi_gpu_util as multi
 from modules.model.WanModel import EXPERTS, WanModel
 from modules.modelSetup.BaseModelSetup import BaseModelSetup
-from modules.modelSetup.mixin.ModelSetupEmbeddingMixin import ModelSetupEmbeddingMixin
 from modules.modelSetup.mixin.ModelSetupText2ImageMixin import ModelSetupText2ImageMixin
 from modules.util.checkpointing_util import enable_checkpointing
 from modules.util.config.TrainConfig import TrainConfig
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from onewan.model.attention import attend_within_frames
+from onewan.model.embedding import WanModelEmbedding
 from onewan.model.experts import predict_velocity
 from onewan.onetrainer import course, files, settings
 from onewan.seeds import derive_seed
@@ -25,7 +25,7 @@ from onewan.train.objective import Noised
 from transformers.models.umt5.modeling_umt5 import UMT5Block
 
 
-class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin, ModelSetupEmbeddingMixin):
+class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
     LAYER_PRESETS = {
         "attn-mlp": ["attn1", "attn2", "ffn"],
         "attn-only": ["attn1", "attn2"],
@@ -110,9 +110,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin, ModelSetupEmbeddin
         for wanted in config.all_embedding_configs():
             held = model.embedding_state_dicts.get(wanted.uuid)
             if held is None:
-                embedding = replace(
-                    type(self)._initial(model, wanted), uuid=wanted.uuid
-                )
+                embedding = replace(self._initial(model, wanted), uuid=wanted.uuid)
             else:
                 embedding = files.embedding_of(wanted.uuid, held, wanted.placeholder)
             embedding.to(self.train_device)
@@ -124,8 +122,6 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin, ModelSetupEmbeddin
 
     @staticmethod
     def _initial(model: WanModel, wanted):
-        from onewan.model.embedding import WanModelEmbedding
-
         return WanModelEmbedding.initial(
             model.wan,
             placeholder=wanted.placeholder,
