@@ -11,6 +11,7 @@ import pytest
 
 from lab import Lab, python_of
 from onewan.demo.tiny_model import write_tiny_model
+from onewan.onetrainer.install import install
 from onewan.variants import VariantName
 
 
@@ -28,8 +29,7 @@ def lab(real_checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """A copy of the checkout with the add-on in it."""
     copy = tmp_path_factory.mktemp("onetrainer") / "OneTrainer"
     subprocess.run(["git", "clone", "-q", str(real_checkout), str(copy)], check=True)
-    overlay = Path(__file__).parents[2] / "src" / "onewan" / "onetrainer" / "overlay"
-    shutil.copytree(overlay, copy, dirs_exist_ok=True)
+    install(copy)
     return Lab(copy, python_of(real_checkout))
 
 

@@ -36,6 +36,10 @@ def watched(*args, **kwargs):
             shape=list(out["predicted"].shape),
             names=[os.path.basename(path) for path in batch.get("image_path", [])],
         )
+        if folder := os.environ.get("DRIVER_LATENTS"):
+            for place, path in enumerate(batch["image_path"]):
+                name = os.path.basename(path) + ".pt"
+                torch.save(batch["latent_image"][place].clone(), os.path.join(folder, name))
         if dump and step == 0 and not os.path.exists(dump):
             sample = out["samples"][0]
             torch.save(

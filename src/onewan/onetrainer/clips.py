@@ -23,6 +23,8 @@ from onewan.config.schema import SourceSection
 from onewan.data.encode import ENCODING_VERSION
 from onewan.data.index import Clip, ClipPlanner, Note
 from onewan.data.masks import MASK_VERSION, is_mask, masked_by, pixel_mask
+from onewan.errors import DataError
+from onewan.files import replacing
 from onewan.media import Fit, extension, read_frames
 from onewan.model.wan import WanModel
 from onewan.onetrainer import settings
@@ -140,3 +142,37 @@ def digest(kind: str, concepts: Iterable[Mapping[str, Any]], causes: Sequence[ob
             digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
 
+
+class ReadBefore:
+    """Which clips were decoded whole before, so that each is checked once and not at every start.
+
+    Kept in a file; a clip counts by its file's path, size and time, and the span taken of it.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        try:
+            self._known: dict[str, str | None] = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self._known = {}
+
+    def check(self, clip: Clip) -> None:
+        """DataError if the clip, or its mask, does not decode."""
+        stat = clip.path.stat()
+        span = (clip.start, clip.fps, clip.frames, clip.size, clip.mask and str(clip.mask.path))
+        key = repr((str(clip.path), stat.st_size, stat.st_mtime_ns, ENCODING_VERSION, span))
+        if key not in self._known:
+            fit = cut(clip, None)
+            try:
+                read_frames(clip.path, clip.times(), fit)
+                mask_of(clip, fit)
+            except DataError as error:
+                self._known[key] = str(error)
+            else:
+                self._known[key] = None
+        if (reason := self._known[key]) is not None:
+            raise DataError(reason)
+
+    def save(self) -> None:
+        with replacing(self._file) as path:
+            path.write_text(json.dumps(self._known), encoding="utf-8")

@@ -215,6 +215,7 @@ _USED: dict[str, tuple[str, ...]] = {
     "modules.dataLoader.mixin.DataLoaderText2ImageMixin": tuple(
         f"DataLoaderText2ImageMixin.{name}"
         for name in (
+            "_enumerate_input_modules",
             "_load_input_modules",
             "_mask_augmentation_modules",
             "_aspect_bucketing_in",

@@ -26,7 +26,7 @@ from modules.util.TrainProgress import TrainProgress
 from mgds.pipelineModules.MapData import MapData
 
 from onewan.model.sources import fingerprint, locate
-from onewan.onetrainer import clips
+from onewan.onetrainer import clips, settings
 
 _TEXTS = ("LoadMultipleTexts", "GetFilename", "SelectInput", "SelectRandomText")
 _COLOURS = ("RandomBrightness", "RandomContrast", "RandomSaturation", "RandomHue")
@@ -56,6 +56,14 @@ class WanBaseDataLoader(BaseDataLoader, DataLoaderText2ImageMixin):
             vae_frame_dim=True,
             supports_inpainting=False,
         )
+
+    def _enumerate_input_modules(self, config: TrainConfig, allow_videos: bool = False) -> list:
+        modules = super()._enumerate_input_modules(config, allow_videos)
+        for module in modules:
+            if type(module).__name__ == "CollectPaths":
+                own = [f".{kind}" for kind in settings.VIDEO_FORMATS]
+                module.extensions = sorted({*module.extensions, *own})
+        return modules
 
     def _load_input_modules(self, config, train_dtype, vae_frame_dim=False) -> list:
         stock = super()._load_input_modules(config, train_dtype, vae_frame_dim)

@@ -1,6 +1,7 @@
 """What goes into OneTrainer's data pipeline instead of its own video modules."""
 
 import threading
+from pathlib import Path
 from random import Random
 
 from modules.model.WanModel import WanModel
@@ -24,6 +25,7 @@ class PlanClips(PipelineModule, RandomAccessPipelineModule):
     def __init__(self, config: TrainConfig, model: WanModel):
         super().__init__()
         self._planner = clips.Planner(config, model.wan.variant)
+        self._read = clips.ReadBefore(Path(config.cache_dir) / "image" / "wan-read.json")
         self._items: list[dict] = []
 
     def length(self) -> int:
@@ -44,13 +46,18 @@ class PlanClips(PipelineModule, RandomAccessPipelineModule):
                 continue
             try:
                 clip, notes = self._planner.clip(path, concept)
+                # Here, where it can be left out, and not in the middle of caching.
+                self._read.check(clip)
             except DataError as error:
-                told.append(f"{error}")
+                told.append(f"left out: {error}")
                 continue
             told += [f"{path}: {note.text}" for note in notes]
             self._items.append({"image_path": path, "concept": concept, "clip": clip})
+        self._read.save()
         for line in told:
             print(f"Wan 2.2: {line}")
+        if not self._items and self._get_previous_length("image_path"):
+            raise DataError("Wan 2.2: no clip of the concepts can be used; the lines above say why")
 
     def get_item(self, variation: int, index: int, requested_name: str | None = None) -> dict:
         return self._items[index]
