@@ -12,10 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, os.getcwd())
 
-from modules.util import create  # noqa: E402, F401  (lets the add-on in)
-from modules.util.config.ConceptConfig import ConceptConfig  # noqa: E402
-from modules.util.config.SampleConfig import SampleConfig  # noqa: E402
-from modules.util.config.TrainConfig import TrainConfig, TrainEmbeddingConfig  # noqa: E402
+from modules.util import create  # noqa: F401  (lets the add-on in)
+from modules.util.config.ConceptConfig import ConceptConfig
+from modules.util.config.SampleConfig import SampleConfig
+from modules.util.config.TrainConfig import TrainConfig, TrainEmbeddingConfig
 
 OUT = Path(__file__).parents[1] / "src" / "onewan" / "onetrainer" / "defaults.json"
 RANDOM = {"uuid": "", "seed": 0}

@@ -8,8 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from lab import Lab, python_of
+
 from onewan.demo.tiny_model import write_tiny_model
 from onewan.onetrainer.install import install
 from onewan.variants import VariantName

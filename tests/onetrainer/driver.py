@@ -40,7 +40,8 @@ def watched(*args, **kwargs):
             for place, path in enumerate(batch["image_path"]):
                 name = os.path.basename(path) + ".pt"
                 torch.save(batch["latent_image"][place].clone(), os.path.join(folder, name))
-        if dump and step == 0 and not os.path.exists(dump):
+        wanted = int(os.environ.get("DRIVER_DUMP_STEP", "0"))
+        if dump and step == wanted and not os.path.exists(dump):
             sample = out["samples"][0]
             torch.save(
                 {

@@ -1,4 +1,4 @@
-"""A real OneTrainer on tiny models: configs, runs by its own `scripts/train.py`, and their results."""
+"""A real OneTrainer on tiny models: configs, runs by its `scripts/train.py`, and their results."""
 
 from __future__ import annotations
 

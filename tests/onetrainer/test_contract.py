@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake import write_checkout
 
 import onewan.onetrainer
-from fake import write_checkout
 from onewan.cli import main
 from onewan.onetrainer.contract import RELIED_ON, check, contract, take
 from onewan.onetrainer.install import overlay
@@ -68,7 +68,9 @@ def test_overridden_methods_take_what_onetrainer_gives_them(path):
         bases = [ast.unparse(base) for base in node.bases]
         for method in [m for m in node.body if isinstance(m, ast.FunctionDef)]:
             # The first base that has it is the one through which OneTrainer calls it.
-            held = [OVERRIDABLE[b][method.name] for b in bases if method.name in OVERRIDABLE.get(b, {})]
+            held = [
+                OVERRIDABLE[b][method.name] for b in bases if method.name in OVERRIDABLE.get(b, {})
+            ]
             if not held or method.name == "__init__":
                 continue
             given = [a.arg for a in (*method.args.args, *method.args.kwonlyargs)]
@@ -107,7 +109,9 @@ def test_calls_of_factories_and_helpers_fit_the_signatures():
 def test_the_contract_is_what_the_list_asks_for():
     flat = {f"{m}:{n}" for m, names in RELIED_ON.items() for n in names}
     held = {f"{m}:{n}" for m, facts in KNOWN.items() for n in facts}
-    tables = {n for n in flat if n.endswith(("_member_names_", "_member_map_", "_value2member_map_"))}
+    tables = {
+        n for n in flat if n.endswith(("_member_names_", "_member_map_", "_value2member_map_"))
+    }
     assert flat - tables <= held
 
 
@@ -153,11 +157,13 @@ def test_changed_signatures_are_told(tmp_path):
     for new, said in (
         ("def enable_checkpointing(model, config, part, compile): pass", "takes no lists"),
         (
-            "def enable_checkpointing(model, config, part, compile, lists, more, supports_offloading=True): pass",
+            "def enable_checkpointing(model, config, part, compile, lists, more, "
+            "supports_offloading=True): pass",
             "wants more too",
         ),
         (
-            "def enable_checkpointing(config, model, part, compile, lists, supports_offloading=True): pass",
+            "def enable_checkpointing(config, model, part, compile, lists, "
+            "supports_offloading=True): pass",
             "another order",
         ),
         ("enable_checkpointing = 3", "is a value and was a function"),
@@ -166,7 +172,8 @@ def test_changed_signatures_are_told(tmp_path):
         (problem,) = check(tmp_path).problems
         assert said in str(problem) and "enable_checkpointing" in str(problem)
     path.write_text(
-        "def enable_checkpointing(model, config, part, compile, lists, supports_offloading=True, new=1): pass",
+        "def enable_checkpointing(model, config, part, compile, lists, supports_offloading=True, "
+        "new=1): pass",
         "utf-8",
     )
     assert not check(tmp_path).problems

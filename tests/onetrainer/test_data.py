@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-
 from lab import Lab, concept_of, config_of
+
 from onewan.data.encode import encode_clip
 from onewan.demo.clips import write_clips
 from onewan.model.load import WanModelLoader
-from onewan.onetrainer.clips import Planner, digest, latent_mask_of, mask_of, cut
+from onewan.onetrainer.clips import Planner, cut, digest, latent_mask_of, mask_of
 from onewan.onetrainer.importing import _defaults, _merged
 from onewan.variants import VARIANTS
 
@@ -96,7 +96,7 @@ def test_a_changed_file_or_setting_meets_another_cache(tmp_path: Path):
     assert digest("image", [off], ["a"]) == digest("image", [], ["a"])
 
 
-def test_masks_over_time_become_latent_ones(tmp_path: Path):
+def test_masks_over_time_become_latent_ones():
     """One latent frame stands for the first frame, and for four of the others each."""
     mask = torch.zeros(1, 9, 32, 32)
     mask[:, 1:5] = 1

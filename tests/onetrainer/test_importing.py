@@ -13,7 +13,13 @@ from onewan.config.load import load_run
 from onewan.config.schema import RunConfig
 from onewan.demo.clips import write_clips
 from onewan.errors import ConfigError
-from onewan.onetrainer.importing import Imported, _defaults, _flat, import_config, looks_like_onetrainer
+from onewan.onetrainer.importing import (
+    Imported,
+    _defaults,
+    _flat,
+    import_config,
+    looks_like_onetrainer,
+)
 from onewan.onetrainer.install import overlay
 from onewan.onetrainer.versions import brought_up_to_date
 
@@ -83,45 +89,93 @@ CARRIED: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"learning_rate": 2e-4, "transformer_2": {"learning_rate": 1e-4}},
         {"optimizer.lr": 2e-4, "per_expert.low.lr": 1e-4},
     ),
-    ({"learning_rate": 1e-4, "learning_rate_scaler": "BATCH", "batch_size": 4, "epochs": 4}, {"optimizer.lr": 2e-4}),
+    (
+        {"learning_rate": 1e-4, "learning_rate_scaler": "BATCH", "batch_size": 4, "epochs": 4},
+        {"optimizer.lr": 2e-4},
+    ),
     ({"transformer_2": {"train": False}}, {"model.experts": "high"}),
     ({"transformer": {"train": False}}, {"model.experts": "low"}),
     ({"lora_rank": 8, "lora_alpha": 4.0}, {"method.rank": 8, "method.alpha": 4.0}),
     ({"lora_decompose": True}, {"method.kind": "dora"}),
     ({"peft_type": "LOHA"}, {"method.kind": "loha"}),
-    ({"peft_type": "LOKR", "lokr_dim": 5, "lokr_decompose_factor": 4}, {"method.kind": "lokr", "method.rank": 5, "method.factor": 4}),
+    (
+        {"peft_type": "LOKR", "lokr_dim": 5, "lokr_decompose_factor": 4},
+        {"method.kind": "lokr", "method.rank": 5, "method.factor": 4},
+    ),
     ({"peft_type": "OFT_2", "oft_block_size": 16}, {"method.kind": "oft", "method.block_size": 16}),
     ({"wan_low_lora_rank": 4}, {"per_expert.low.rank": 4}),
     ({"layer_filter": "attn1,ffn"}, {"method.modules": ("self_attention", "ffn")}),
     ({"layer_filter": "blocks"}, {"method.modules": ("blocks.*",)}),
     ({"training_method": "FINE_TUNE"}, {"method.kind": "fine_tune", "method.modules": ("all",)}),
-    ({"training_method": "FINE_TUNE", "transformer": {"weight_dtype": "BFLOAT_16"}}, {"method.weights": "stochastic"}),
+    (
+        {"training_method": "FINE_TUNE", "transformer": {"weight_dtype": "BFLOAT_16"}},
+        {"method.weights": "stochastic"},
+    ),
     ({"frames": "81"}, {"wan_config.max_frames": 81}),
     ({"wan_layers": "0-2, 5"}, {"wan_config.transformer_layers_to_train": (0, 1, 2, 5)}),
-    ({"wan_high_share": "0.25", "wan_expert_block": 7}, {"train.high_share": 0.25, "train.expert_block": 7}),
+    (
+        {"wan_high_share": "0.25", "wan_expert_block": 7},
+        {"train.high_share": 0.25, "train.expert_block": 7},
+    ),
     ({"resolution": "512"}, {"video_data.resolution": (512 * 512,)}),
     ({"resolution": "512,832x480"}, {"video_data.resolution": (512 * 512, "832x480")}),
-    ({"resolution": "512", "aspect_ratio_bucketing": False}, {"video_data.resolution": ("512x512",)}),
-    ({"timestep_distribution": "LOGIT_NORMAL", "noising_bias": 0.5, "noising_weight": 0.2, "timestep_shift": 3.0},
-     {"train.timesteps.distribution": "logit_normal", "train.timesteps.mean": 0.5, "train.timesteps.std": 1.2, "train.timesteps.shift": 3.0}),
+    (
+        {"resolution": "512", "aspect_ratio_bucketing": False},
+        {"video_data.resolution": ("512x512",)},
+    ),
+    (
+        {
+            "timestep_distribution": "LOGIT_NORMAL",
+            "noising_bias": 0.5,
+            "noising_weight": 0.2,
+            "timestep_shift": 3.0,
+        },
+        {
+            "train.timesteps.distribution": "logit_normal",
+            "train.timesteps.mean": 0.5,
+            "train.timesteps.std": 1.2,
+            "train.timesteps.shift": 3.0,
+        },
+    ),
     ({"dynamic_timestep_shifting": True}, {"train.timesteps.shift_by_tokens": True}),
-    ({"loss_weight_fn": "MIN_SNR_GAMMA", "loss_weight_strength": 3.0}, {"train.loss.weighting.kind": "min_snr", "train.loss.weighting.gamma": 3.0}),
-    ({"mse_strength": 0.0, "huber_strength": 1.0, "huber_delta": 0.5}, {"train.loss.kind": "huber", "train.loss.delta": 0.5}),
+    (
+        {"loss_weight_fn": "MIN_SNR_GAMMA", "loss_weight_strength": 3.0},
+        {"train.loss.weighting.kind": "min_snr", "train.loss.weighting.gamma": 3.0},
+    ),
+    (
+        {"mse_strength": 0.0, "huber_strength": 1.0, "huber_delta": 0.5},
+        {"train.loss.kind": "huber", "train.loss.delta": 0.5},
+    ),
     ({"ema": "GPU", "ema_decay": 0.99}, {"train.ema.decay": 0.99, "train.ema.device": "device"}),
     ({"clip_grad_norm": None}, {"train.max_grad_norm": None}),
-    ({"learning_rate_scheduler": "COSINE", "learning_rate_min_factor": 0.1}, {"train.schedule.kind": "cosine", "train.schedule.end": 0.1}),
+    (
+        {"learning_rate_scheduler": "COSINE", "learning_rate_min_factor": 0.1},
+        {"train.schedule.kind": "cosine", "train.schedule.end": 0.1},
+    ),
     ({"learning_rate_warmup_steps": 10}, {"train.warmup_steps": 5}),
     ({"learning_rate_warmup_steps": 0.2}, {"train.warmup_steps": 6}),
-    ({"optimizer": {"optimizer": "PRODIGY", "d_coef": 0.5}, "learning_rate": 1.0}, {"optimizer.name": "prodigy", "optimizer.d_coef": 0.5}),
-    ({"optimizer": {"optimizer": "ADAMW", "beta1": 0.8, "beta2": 0.9, "weight_decay": 0.1}}, {"optimizer.betas": (0.8, 0.9), "optimizer.weight_decay": 0.1}),
-    ({"masked_training": True, "unmasked_weight": 0.3}, {"video_data.masks": True, "train.loss.unmasked_weight": 0.3}),
+    (
+        {"optimizer": {"optimizer": "PRODIGY", "d_coef": 0.5}, "learning_rate": 1.0},
+        {"optimizer.name": "prodigy", "optimizer.d_coef": 0.5},
+    ),
+    (
+        {"optimizer": {"optimizer": "ADAMW", "beta1": 0.8, "beta2": 0.9, "weight_decay": 0.1}},
+        {"optimizer.betas": (0.8, 0.9), "optimizer.weight_decay": 0.1},
+    ),
+    (
+        {"masked_training": True, "unmasked_weight": 0.3},
+        {"video_data.masks": True, "train.loss.unmasked_weight": 0.3},
+    ),
     ({"latent_caching": False}, {"video_data.cache": False}),
     ({"text_encoder": {"dropout_probability": 0.1}}, {"train.caption_dropout": 0.1}),
     ({"transformer": {"gradient_checkpointing": False}}, {"memory.gradient_checkpointing": False}),
     ({"backup_after": 2, "backup_after_unit": "EPOCH"}, {"train.save_every": 12}),
     ({"backup_after": 5, "backup_after_unit": "MINUTE"}, {"train.save_minutes": 5.0}),
     ({"save_every": 7, "save_every_unit": "STEP"}, {"train.save_every": 7}),
-    ({"output_model_format": "KOHYA_LORA", "output_dtype": "BFLOAT_16"}, {"output.formats": ("kohya",), "output.dtype": "bfloat16"}),
+    (
+        {"output_model_format": "KOHYA_LORA", "output_dtype": "BFLOAT_16"},
+        {"output.formats": ("kohya",), "output.dtype": "bfloat16"},
+    ),
     ({"output_model_destination": "models/fox.safetensors"}, {"output.name": "fox"}),
     ({"wan_boundary": 0.8}, {"model.boundary": 0.8}),
     ({"train_dtype": "FLOAT_32"}, {"model.dtype": "float32"}),
@@ -141,12 +195,25 @@ def test_carried(tmp_path, clips, changes, expected):
 def test_concepts_and_samples(tmp_path, clips):
     concepts = [
         {"path": str(clips), "balancing": 3.0, "loss_weight": 0.5},
-        {"path": str(clips), "type": "PRIOR_PREDICTION", "balancing": 12, "balancing_strategy": "SAMPLES"},
+        {
+            "path": str(clips),
+            "type": "PRIOR_PREDICTION",
+            "balancing": 12,
+            "balancing_strategy": "SAMPLES",
+        },
         {"path": str(clips), "type": "VALIDATION"},
         {"path": str(clips), "enabled": False},
     ]
     samples = [
-        {"prompt": "a fox", "frames": 80, "width": 500, "height": 300, "cfg_scale": 4.0, "wan_low_cfg_scale": 3.0, "seed": 7},
+        {
+            "prompt": "a fox",
+            "frames": 80,
+            "width": 500,
+            "height": 300,
+            "cfg_scale": 4.0,
+            "wan_low_cfg_scale": 3.0,
+            "seed": 7,
+        },
         {"prompt": "off", "enabled": False},
     ]
     found = imported(
@@ -167,7 +234,12 @@ def test_concepts_and_samples(tmp_path, clips):
 
 
 def test_embeddings(tmp_path, clips):
-    embedding = {"uuid": "x", "placeholder": "<fox>", "token_count": 3, "initial_embedding_text": "fox"}
+    embedding = {
+        "uuid": "x",
+        "placeholder": "<fox>",
+        "token_count": 3,
+        "initial_embedding_text": "fox",
+    }
     config = config_of(
         clips, training_method="EMBEDDING", embedding=embedding, embedding_learning_rate=1e-3
     )
@@ -182,14 +254,16 @@ def test_files_that_the_config_names_are_read_from_onetrainers_folder(tmp_path, 
     (root / "modules/util/enum").mkdir(parents=True)
     (root / "modules/util/enum/ModelType.py").write_text("", "utf-8")
     (root / "training_concepts").mkdir()
-    (root / "training_concepts/concepts.json").write_text(json.dumps([{"path": str(clips)}]), "utf-8")
+    (root / "training_concepts/concepts.json").write_text(
+        json.dumps([{"path": str(clips)}]), "utf-8"
+    )
     (root / "workspace").mkdir()
     config = config_of(clips)
     del config["concepts"]
     found = imported(root / "workspace", config)
     assert found.document["video_data"]["sources"] == [{"path": str(clips)}]
     assert found.document["output"]["dir"] == str(root / "workspace/run")
-    with pytest.raises(ConfigError, match="concept_file_name: is 'nowhere.json'"):
+    with pytest.raises(ConfigError, match=r"concept_file_name: is 'nowhere\.json'"):
         imported(root / "workspace", {**config, "concept_file_name": "nowhere.json"})
 
 
@@ -230,7 +304,11 @@ def test_what_can_not_be_carried_is_told(tmp_path, clips):
 
 
 def test_secrets_are_never_carried_nor_told(tmp_path, clips, capsys):
-    config = config_of(clips, cloud={"huggingface_token": "hf_SECRET"}, secrets={"huggingface_token": "hf_SECRET", "cloud": {"api_key": "k_SECRET"}})
+    config = config_of(
+        clips,
+        cloud={"huggingface_token": "hf_SECRET"},
+        secrets={"huggingface_token": "hf_SECRET", "cloud": {"api_key": "k_SECRET"}},
+    )
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config), "utf-8")
     for account in ("short", "full", "json"):
@@ -241,19 +319,61 @@ def test_secrets_are_never_carried_nor_told(tmp_path, clips, capsys):
 
 
 OLD: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {
-    0: ({"optimizer": "ADAMW", "optimizer_beta1": 0.8}, {"optimizer": {"optimizer": "ADAMW", "beta1": 0.8}}),
-    1: ({"train_prior": True, "prior_learning_rate": 1e-4, "train_unet_epochs": 4},
-        {"prior": {"train": True, "learning_rate": 1e-4}, "unet": {"stop_training_after": 4, "stop_training_after_unit": "EPOCH"}}),
+    0: (
+        {"optimizer": "ADAMW", "optimizer_beta1": 0.8},
+        {"optimizer": {"optimizer": "ADAMW", "beta1": 0.8}},
+    ),
+    1: (
+        {"train_prior": True, "prior_learning_rate": 1e-4, "train_unet_epochs": 4},
+        {
+            "prior": {"train": True, "learning_rate": 1e-4},
+            "unet": {"stop_training_after": 4, "stop_training_after_unit": "EPOCH"},
+        },
+    ),
     2: ({"min_snr_gamma": 5.0}, {"loss_weight_fn": "MIN_SNR_GAMMA", "loss_weight_strength": 5.0}),
-    3: ({"noising_weight": 2.0, "noising_bias": 0.7}, {"timestep_distribution": "SIGMOID", "noising_weight": 2.0, "noising_bias": pytest.approx(0.2)}),
-    4: ({"gradient_checkpointing": False, "transformer": {}}, {"transformer": {"gradient_checkpointing": False}}),
-    5: ({"save_after": 3, "save_after_unit": "EPOCH"}, {"save_every": 3, "save_every_unit": "EPOCH"}),
+    3: (
+        {"noising_weight": 2.0, "noising_bias": 0.7},
+        {
+            "timestep_distribution": "SIGMOID",
+            "noising_weight": 2.0,
+            "noising_bias": pytest.approx(0.2),
+        },
+    ),
+    4: (
+        {"gradient_checkpointing": False, "transformer": {}},
+        {"transformer": {"gradient_checkpointing": False}},
+    ),
+    5: (
+        {"save_after": 3, "save_after_unit": "EPOCH"},
+        {"save_every": 3, "save_every_unit": "EPOCH"},
+    ),
     6: ({"lora_layer_preset": None}, {"layer_filter_preset": "full"}),
-    7: ({"lora_layers": "attn", "lora_layers_regex": True}, {"layer_filter": "attn", "layer_filter_regex": True}),
+    7: (
+        {"lora_layers": "attn", "lora_layers_regex": True},
+        {"layer_filter": "attn", "layer_filter_regex": True},
+    ),
     8: ({"model_type": "FLUX_DEV_1", "prior": {"train": True}}, {"transformer": {"train": True}}),
-    9: ({"weight_dtype": "FLOAT_8", "transformer": {"weight_dtype": "NONE"}}, {"transformer": {"weight_dtype": "FLOAT_8"}}),
-    10: ({"gradient_checkpointing": "CPU_OFFLOADED", "layer_offload_fraction": 0.4, "transformer": {}, "output_model_format": "SAFETENSORS", "training_method": "LORA"},
-         {"transformer": {"gradient_checkpointing": True, "activation_offloading": True, "offload_fraction": 0.4}, "output_model_format": "LEGACY_LORA"}),
+    9: (
+        {"weight_dtype": "FLOAT_8", "transformer": {"weight_dtype": "NONE"}},
+        {"transformer": {"weight_dtype": "FLOAT_8"}},
+    ),
+    10: (
+        {
+            "gradient_checkpointing": "CPU_OFFLOADED",
+            "layer_offload_fraction": 0.4,
+            "transformer": {},
+            "output_model_format": "SAFETENSORS",
+            "training_method": "LORA",
+        },
+        {
+            "transformer": {
+                "gradient_checkpointing": True,
+                "activation_offloading": True,
+                "offload_fraction": 0.4,
+            },
+            "output_model_format": "LEGACY_LORA",
+        },
+    ),
 }
 
 
@@ -359,7 +479,9 @@ def test_a_config_trains_as_it_is(tmp_path, tiny, capsys):
     assert main(["train", str(path)]) == 0
     said = capsys.readouterr().err
     assert "was imported as" in said
-    files = sorted(p.name for p in (tmp_path / "ws" / "out").rglob("*.safetensors") if "_noise" in p.name)
+    files = sorted(
+        p.name for p in (tmp_path / "ws" / "out").rglob("*.safetensors") if "_noise" in p.name
+    )
     assert len(files) == 2
     (tmp_path / "config.onewan.yaml").write_text("mine", "utf-8")
     assert main(["train", str(path)]) == 1

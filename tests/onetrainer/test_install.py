@@ -1,4 +1,4 @@
-"""Laying the add-on in and taking it out, on a stand-in, and on a real checkout where there is one."""
+"""Laying the add-on in and taking it out, on a stand-in, and on a real checkout if there is one."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from fake import write_checkout
+
 from onewan.cli import main
 from onewan.onetrainer.install import MANIFEST, InstallError, install, overlay, status, uninstall
 
@@ -49,12 +49,14 @@ def folders(root: Path) -> set[str]:
     }
 
 
-def test_in_twice_and_out_leaves_nothing(checkout: Path, capsys):
+def test_in_twice_and_out_leaves_nothing(checkout: Path):
     before, dirs = tree(checkout), folders(checkout)
     assert main(["onetrainer", "install", str(checkout)]) == 0
     once = tree(checkout)
     assert set(once) - set(before) == {*overlay(), MANIFEST}
-    assert all(line.startswith("??") for line in git(checkout, "status", "--porcelain").splitlines())
+    assert all(
+        line.startswith("??") for line in git(checkout, "status", "--porcelain").splitlines()
+    )
     assert main(["onetrainer", "status", str(checkout)]) == 0
     assert main(["onetrainer", "install", str(checkout)]) == 0
     assert tree(checkout) == once
@@ -85,9 +87,7 @@ def test_a_real_checkout(real_checkout: Path, tmp_path: Path):
 
 
 def test_a_checkout_that_lacks_something_is_refused_untouched(checkout: Path):
-    write_checkout(
-        checkout, only="modules.util.enum.ModelType", rename="ModelType.is_video_model"
-    )
+    write_checkout(checkout, only="modules.util.enum.ModelType", rename="ModelType.is_video_model")
     before = tree(checkout)
     with pytest.raises(InstallError, match=r"ModelType\.is_video_model: is not there"):
         install(checkout)
@@ -103,7 +103,7 @@ def test_files_of_others_are_not_overwritten(checkout: Path):
     path = checkout / "modules/model/WanModel.py"
     path.write_text("theirs", "utf-8")
     before = tree(checkout)
-    with pytest.raises(InstallError, match="modules/model/WanModel.py"):
+    with pytest.raises(InstallError, match=r"modules/model/WanModel\.py"):
         install(checkout)
     assert tree(checkout) == before
 
@@ -170,7 +170,9 @@ def test_an_installation_that_was_cut_off_is_finished_or_taken_out(checkout: Pat
 
 
 @pytest.mark.parametrize("name", ["../victim.txt", "/tmp/victim.txt", "C:\\x", "link/victim.txt"])
-def test_a_manifest_that_was_tampered_with_deletes_nothing(checkout: Path, tmp_path: Path, name: str):
+def test_a_manifest_that_was_tampered_with_deletes_nothing(
+    checkout: Path, tmp_path: Path, name: str
+):
     victim = tmp_path / "victim.txt"
     victim.write_text("mine", "utf-8")
     (checkout / "link").symlink_to(tmp_path)
@@ -190,7 +192,9 @@ def test_a_damaged_manifest_is_one_line(checkout: Path, capsys):
     assert MANIFEST in capsys.readouterr().err
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="needs a user whom permissions bind")
+@pytest.mark.skipif(
+    os.name == "nt" or os.geteuid() == 0, reason="needs a user whom permissions bind"
+)
 def test_a_folder_that_can_not_be_written(checkout: Path):
     os.chmod(checkout / "modules", 0o500)
     try:

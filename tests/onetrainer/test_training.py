@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
+from lab import Lab, concept_of, config_of, sample_of
 from safetensors.torch import load_file, save_file
 
-from lab import Lab, concept_of, config_of, sample_of
+from onewan.adapters.lora import apply_lora
 from onewan.config.schema import TrainSection
 from onewan.data.encode import encode_clip
 from onewan.data.index import Clip
 from onewan.data.loader import Batch, Step
+from onewan.formats.lora_files import read_adapter
 from onewan.media import probe, read_frames
 from onewan.model.experts import first_frame_channels, predict_velocity
 from onewan.model.load import WanModelLoader
@@ -59,7 +61,9 @@ def method_config(method: str, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("method", ["LORA", "FINE_TUNE", "EMBEDDING"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_method_trains_samples_and_resumes_exactly(lab: Lab, tiny, clips, tmp_path, variant, method):
+def test_every_method_trains_samples_and_resumes_exactly(
+    lab: Lab, tiny, clips, tmp_path, variant, method
+):
     """Caches, trains both experts, validates, samples, backs up and saves; the second half of a
     run that was cut equals that of an uncut one."""
     validation = concept_of(clips, name="held", type="VALIDATION")
@@ -223,7 +227,9 @@ def test_every_lora_format_loads_in_diffusers_and_means_the_same(
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
         after = dict(transformer.named_parameters())
-        modules = {k.rpartition(".lora_down")[0] for k in raw if k.startswith(f"{part}.") and "down" in k}
+        modules = {
+            k.rpartition(".lora_down")[0] for k in raw if k.startswith(f"{part}.") and "down" in k
+        }
         assert modules
         for module in modules:
             name = module.removeprefix(f"{part}.") + ".weight"
@@ -232,7 +238,7 @@ def test_every_lora_format_loads_in_diffusers_and_means_the_same(
             assert torch.allclose(after[name] - before[name], scale * up @ down, atol=1e-6), name
 
 
-def test_a_file_of_each_format_is_gone_on_from(lab: Lab, tiny, clips, tmp_path, backup):
+def test_a_file_of_each_format_is_gone_on_from(lab: Lab, tiny, tmp_path, backup):
     """What the convert tool wrote for others comes back as the same numbers."""
     raw = load_file(backup / "lora" / "lora.safetensors")
     for format in LORA_FORMATS:
@@ -277,7 +283,9 @@ def test_fine_tuned_models_load_in_diffusers(lab: Lab, tiny, clips, tmp_path, va
         if format == "DIFFUSERS":
             saved = WanTransformer3DModel.from_pretrained(destination, subfolder=part)
         else:
-            suffix = "" if len(parts) == 1 else {"transformer": "_high_noise"}.get(part, "_low_noise")
+            suffix = (
+                "" if len(parts) == 1 else {"transformer": "_high_noise"}.get(part, "_low_noise")
+            )
             saved = WanTransformer3DModel.from_single_file(
                 str(destination.with_name(f"model{suffix}.safetensors")),
                 config=str(tiny(variant)),
@@ -299,6 +307,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     "offloaded": {"both": {"offload_fraction": 0.5, "activation_offloading": True}},
     "masked": {"masked_training": True},
     "prior": {"concepts": "prior"},
+    "one expert stops": {"high": {"stop_training_after": 1, "stop_training_after_unit": "EPOCH"}},
+    "no placeholder": {
+        "training_method": "EMBEDDING",
+        "embedding": {"uuid": "x", "placeholder": "<never>", "initial_embedding_text": "animal"},
+        "embedding_learning_rate": 1e-3,
+        "output_model_format": "SAFETENSORS",
+    },
     "one expert": {"low": {"train": False}},
     "captions dropped": {"text": {"dropout_probability": 0.5}},
     "blocks": {"wan_layers": "0"},
@@ -326,6 +341,7 @@ def test_options(lab: Lab, tiny, clips, tmp_path, name):
     for key in ("transformer", "transformer_2"):
         config[key] |= changes.get("both", {})
     config["transformer_2"] |= changes.pop("low", {})
+    config["transformer"] |= changes.pop("high", {})
     config["text_encoder"] |= changes.pop("text", {})
     changes.pop("both", None)
     if changes.get("concepts") == "prior":
@@ -359,6 +375,8 @@ def test_options(lab: Lab, tiny, clips, tmp_path, name):
     assert all(np.isfinite(done.losses))
     if name == "prior":  # what it should predict is what an untrained model predicts
         assert done.losses[0] == pytest.approx(0, abs=1e-6)
+    if name == "one expert stops":  # the other has all steps of the second epoch
+        assert [s["t"][0] >= 0.875 for s in done.steps] == [True, False, True] + [False] * 3
     if name == "one expert":
         assert [p.name for p in done.outputs()] == ["lora_high_noise.safetensors"]
     if name == "own low rank":
@@ -368,7 +386,9 @@ def test_options(lab: Lab, tiny, clips, tmp_path, name):
         }
         assert list(ranks.values()) == [2, 4]
     if name == "uncached":
-        cached = lab.train(tmp_path / "cached", config_of(tmp_path / "cached", tiny("t2v-a14b"), clips))
+        cached = lab.train(
+            tmp_path / "cached", config_of(tmp_path / "cached", tiny("t2v-a14b"), clips)
+        )
         # OneTrainer deals the clips in another order where nothing is cached.
         assert done.steps[0]["names"] == cached.steps[0]["names"]
         assert done.losses[0] == pytest.approx(cached.losses[0], rel=1e-6)
@@ -382,3 +402,94 @@ def test_wrong_settings_are_told_all_at_once(lab: Lab, tiny, clips, tmp_path):
     assert done.code != 0
     for name in ("frames: is 'many'", "mae_strength: is 1.0", "wan_layers: is 'x'"):
         assert name in done.log
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"lora_alpha": 4.0},
+    "dora": {"lora_decompose": True},
+    "loha": {"peft_type": "LOHA"},
+    "lokr": {"peft_type": "LOKR", "lokr_dim": 2},
+    "oft": {"peft_type": "OFT_2", "oft_block_size": 8},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_mean_outside_what_they_mean_in_onetrainer(
+    lab: Lab, tiny, clips, tmp_path, kind, monkeypatch
+):
+    """A prediction of OneTrainer's, again by onewan with the file that was exported."""
+    dump = tmp_path / "seen.pt"
+    monkeypatch.setenv("DRIVER_DUMP", str(dump))
+    monkeypatch.setenv("DRIVER_DUMP_STEP", "4")
+    model = tiny("t2v-a14b")
+    config = config_of(tmp_path, model, clips, learning_rate=1e-2, **KINDS[kind])
+    # The last two steps change nothing, so that what is saved is what step 4 was predicted with.
+    config |= {"epochs": 2, "transformer_2": {**config["transformer_2"], "train": False}}
+    config |= {"transformer": {**config["transformer"], "stop_training_after": 1}}
+    config["transformer"]["stop_training_after_unit"] = "EPOCH"
+    done = lab.train(tmp_path, config)
+    assert done.code == 0 and "Traceback" not in done.log, done.log[-4000:]
+    seen = torch.load(dump, weights_only=True)
+    (file,) = done.outputs()
+    held = WanModelLoader().load(model, "t2v-a14b")
+    (expert,) = [e for e in held.variant.experts if e.name == "high"]
+    transformer = held.expert(expert)
+
+    def predicted():
+        with torch.no_grad():
+            return predict_velocity(transformer, seen["x"], seen["t"], seen["batch"]["text_padded"])
+
+    before = predicted()
+    apply_lora(transformer, read_adapter(file).modules, "exported")
+    after = predicted()
+    moved = (seen["predicted"] - before).norm()
+    assert moved > 1e-3 * before.norm()
+    assert (after - seen["predicted"]).norm() < 1e-3 * moved
+
+
+def test_backups_are_exported_by_onewan(lab: Lab, tiny, clips, tmp_path, backup, capsys):
+    from onewan.cli import main
+
+    raw = load_file(backup / "lora" / "lora.safetensors")
+    for format in ("comfyui", "diffusers", "kohya"):
+        out = tmp_path / format / "fox.safetensors"
+        assert main(["onetrainer", "export", str(backup), str(out), "--to", format]) == 0
+        for part, noise in (("transformer", "high"), ("transformer_2", "low")):
+            file = read_adapter(out.with_name(f"fox_{noise}_noise.safetensors"))
+            for module, adapter in file.modules.items():
+                name = f"{part}.{module}"
+                down, up = raw[f"{name}.lora_down.weight"], raw[f"{name}.lora_up.weight"]
+                expected = float(raw[f"{name}.alpha"]) / len(down) * up @ down
+                assert torch.allclose(adapter.difference(), expected, atol=1e-7)
+    tuned = lab.train(
+        tmp_path / "tuned",
+        config_of(
+            tmp_path / "tuned",
+            tiny("ti2v-5b"),
+            clips,
+            epochs=1,
+            **method_config("FINE_TUNE", tmp_path),
+        ),
+    )
+    out = tmp_path / "tuned.safetensors"
+    assert main(["onetrainer", "export", str(tuned.backups()[-1]), str(out), "--to", "single"]) == 0
+    theirs = WanTransformer3DModel.from_pretrained(tuned.backups()[-1], subfolder="transformer")
+    ours = WanTransformer3DModel.from_single_file(
+        str(out), config=str(tiny("ti2v-5b")), subfolder="transformer"
+    )
+    assert all(torch.equal(ours.state_dict()[k], v) for k, v in theirs.state_dict().items())
+    taught = lab.train(
+        tmp_path / "taught",
+        config_of(
+            tmp_path / "taught",
+            tiny("ti2v-5b"),
+            clips,
+            epochs=1,
+            **method_config("EMBEDDING", tmp_path),
+        ),
+    )
+    out = tmp_path / "word.safetensors"
+    assert main(["onetrainer", "export", str(taught.backups()[-1]), str(out)]) == 0
+    assert load_file(out)["umt5xxl"].shape[0] == 2
+    assert main(["onetrainer", "export", str(tmp_path), str(out)]) == 1
+    assert "is no backup" in capsys.readouterr().err

@@ -8,7 +8,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from lab import Lab, config_of
 
 TINY = Path(__file__).with_name("tiny_hunyuan.py")
@@ -57,15 +56,13 @@ def test_where_onewan_is_missing_other_models_still_train(lab: Lab, hunyuan, cli
     folder.mkdir()
     file = folder / "config.json"
     file.write_text(json.dumps(config(folder, hunyuan, clips)), "utf-8")
-    done = lab.run(
-        "scripts/train.py", "--config-path", str(file), PYTHONPATH=str(blocked.parent)
-    )
+    done = lab.run("scripts/train.py", "--config-path", str(file), PYTHONPATH=str(blocked.parent))
     lines = [line for line in done.stderr.splitlines() if "Wan 2.2 is not available" in line]
     assert len(lines) == 1 and "pip install onewan" in lines[0]
     assert (folder / "out" / "lora.safetensors").is_file()
 
 
-def test_where_something_was_renamed_other_models_still_train(lab: Lab, real_checkout, hunyuan, clips, tmp_path):
+def test_where_something_was_renamed_other_models_still_train(lab: Lab, hunyuan, clips, tmp_path):
     copy = tmp_path / "OneTrainer"
     shutil.copytree(lab.checkout, copy, symlinks=True)
     path = copy / "modules/ui/TopBarController.py"

@@ -3,8 +3,8 @@
     python windows.py qt|tk OUT [again]
 
 Works from the root of a checkout, by OneTrainer's own interpreter, without a display for Qt and
-under Xvfb for Tk. OUT/facts.json says what was there; with `again` nothing is set, and what the last
-session left is told. The tests and the pictures of docs/onetrainer.md come from here.
+under Xvfb for Tk. OUT/facts.json says what was there; with `again` nothing is set, and what the
+last session left is told. The tests and the pictures of docs/onetrainer.md come from here.
 """
 
 import json
@@ -23,7 +23,7 @@ TABS = ("model", "training", "sampling", "LoRA")
 
 VALUES = {
     "model": {
-        "Override Low-Noise Transformer": "low.safetensors",
+        "Override Low-Noise Transformer": os.path.abspath(f"{OUT}/low.safetensors"),
         "Low-Noise Transformer Data Type": "float8 (W8)",
     },
     "training": {
@@ -62,6 +62,7 @@ class Qt:
     def update(self):
         for _ in range(5):
             self.app.processEvents()
+            time.sleep(0.02)
 
     @property
     def config(self):
@@ -94,7 +95,9 @@ class Qt:
     def _beside(self, label):
         from PySide6.QtWidgets import QLabel
 
-        (found,) = [w for w in self.page.findChildren(QLabel) if w.text() == label and w.isVisible()]
+        (found,) = [
+            w for w in self.page.findChildren(QLabel) if w.text() == label and w.isVisible()
+        ]
         layout = found.parentWidget().layout()
         row, column, _, _ = layout.getItemPosition(layout.indexOf(found))
         return layout.itemAtPosition(row, column + 1).widget()
@@ -182,7 +185,9 @@ class Tk:
         import customtkinter as ctk
 
         found = self._all(inside or self.window)
-        return next(w for w in found if isinstance(w, ctk.CTkOptionMenu) and text in w.cget("values"))
+        return next(
+            w for w in found if isinstance(w, ctk.CTkOptionMenu) and text in w.cget("values")
+        )
 
     def items(self, text):
         return self._menu(text).cget("values")
@@ -199,13 +204,19 @@ class Tk:
     def labels(self):
         import customtkinter as ctk
 
-        return [w.cget("text") for w in self._all(self.page) if isinstance(w, ctk.CTkLabel) and w.cget("text")]
+        return [
+            w.cget("text")
+            for w in self._all(self.page)
+            if isinstance(w, ctk.CTkLabel) and w.cget("text")
+        ]
 
     def set(self, label, value):
         import customtkinter as ctk
 
         (found,) = [
-            w for w in self._all(self.page) if isinstance(w, ctk.CTkLabel) and w.cget("text") == label
+            w
+            for w in self._all(self.page)
+            if isinstance(w, ctk.CTkLabel) and w.cget("text") == label
         ]
         place = found.grid_info()
         beside = found.master.grid_slaves(row=place["row"], column=int(place["column"]) + 1)[0]
@@ -227,7 +238,7 @@ class Tk:
         self.update()
         subprocess.run(["import", "-window", "root", f"{OUT}/{KIT}_{name}.png"], check=True)
 
-    def sample_frame(self, model_type):
+    def sample_frame(self, _model_type):
         return []
 
     def convert_types(self):
@@ -256,6 +267,7 @@ def main():
         kit.choose("Hunyuan Video", "Wan 2.2")
         facts["methods"] = kit.items("LoRA")
         kit.choose("LoRA", "LoRA")
+        open(f"{OUT}/low.safetensors", "w").close()  # the window asks whether it is there
         for tab in TABS:
             kit.open(tab)
             facts[f"labels of {tab}"] = kit.labels()

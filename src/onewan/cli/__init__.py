@@ -461,19 +461,35 @@ def _add_onetrainer(commands: _Commands) -> None:
   install    lay the add-on in, or bring it up to date
   status     what is installed, and whether it still fits, as after a git pull
   uninstall  take out what was laid in
+  export     write the weights of a backup of a Wan 2.2 run, a file for each expert
 
 check and status exit with 1 if something is not as it should be, uninstall if a changed file was
 left. OneTrainer's own environment needs onewan too: its python -m pip install onewan
 
-  onewan onetrainer install ~/OneTrainer""",
+  onewan onetrainer install ~/OneTrainer
+  onewan onetrainer export ~/OneTrainer/workspace/run/backup/2026-... fox.safetensors""",
     )
-    parser.add_argument("action", choices=("check", "install", "status", "uninstall"))
-    parser.add_argument("path", metavar="PATH", type=Path, help="OneTrainer's folder")
+    parser.add_argument("action", choices=("check", "install", "status", "uninstall", "export"))
+    parser.add_argument("path", metavar="PATH", type=Path, help="OneTrainer's folder, or a backup")
+    parser.add_argument(
+        "destination", metavar="OUT", type=Path, nargs="?", help="export: the file to write"
+    )
+    parser.add_argument(
+        "--to",
+        choices=("comfyui", "diffusers", "kohya", "single"),
+        help="export: the format (default: comfyui for LoRAs, single for experts)",
+    )
     parser.add_argument(
         "--force", action="store_true", help="also overwrite or remove files that were changed"
     )
 
     def run(options: argparse.Namespace) -> int:
+        if options.action == "export":
+            from onewan.cli.onetrainer import export
+
+            return export(options.path, options.destination, options.to, force=options.force)
+        if options.destination is not None or options.to is not None:
+            parser.error(f"{options.action} takes the one path of a checkout, and no --to")
         from onewan.cli.onetrainer import run as act
 
         return act(options.action, options.path, force=options.force)
@@ -486,8 +502,8 @@ def _add_import_config(commands: _Commands) -> None:
         commands,
         "import-config",
         "turn a OneTrainer config into a run file",
-        """Writes the run file to stdout (or --output), and an account of every key to stderr: what was
-carried, and what was not and why. `onewan train CONFIG.json` does it by itself.
+        """Writes the run file to stdout (or --output), and an account of every key to stderr: what
+was carried, and what was not and why. `onewan train CONFIG.json` does it by itself.
 
   onewan import-config ~/OneTrainer/workspace/config.json > run.yaml""",
     )

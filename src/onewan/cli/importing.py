@@ -54,7 +54,8 @@ def run_file_of(path: Path) -> Path:
     beside = path.with_name(f"{path.stem}.onewan.yaml")
     if beside.exists() and not beside.read_text(encoding="utf-8").startswith(_MARK):
         raise ConfigError(
-            str(path), [f"its run file would be {beside.name}, which is there and was not made from it"]
+            str(path),
+            [f"its run file would be {beside.name}, which is there and was not made from it"],
         )
     with replacing(beside) as made:
         made.write_text(_yaml(imported, path), encoding="utf-8")

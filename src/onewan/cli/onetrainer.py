@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from onewan.errors import ConfigError
 from onewan.onetrainer.contract import Checked, contract
 from onewan.onetrainer.install import (
     MANIFEST,
@@ -17,9 +18,9 @@ from onewan.onetrainer.install import (
 
 
 def run(action: str, path: Path, *, force: bool) -> int:
-    return {"check": _check, "install": _install, "status": _status, "uninstall": _uninstall}[action](
-        path, force
-    )
+    return {"check": _check, "install": _install, "status": _status, "uninstall": _uninstall}[
+        action
+    ](path, force)
 
 
 def _check(path: Path, force: bool) -> int:
@@ -38,7 +39,8 @@ def _tell_check(path: Path, found: Checked) -> None:
         for problem in found.problems:
             print(f"  {problem}")
         print(
-            f"supported are commit {known['commit'][:8]} ({known['date']}) and those around it that "
+            f"supported are commit {known['commit'][:8]} ({known['date']}) and those around it "
+            f"that "
             "have these names; go back to that commit, or update onewan"
         )
     else:
@@ -91,3 +93,13 @@ def _status(path: Path, force: bool) -> int:
     _tell_check(path, found.checked)
     fine = found.complete and found.current and not (found.changed or found.missing)
     return 0 if fine and not found.checked.problems else 1
+
+
+def export(backup: Path, destination: Path | None, to: str | None, *, force: bool) -> int:
+    from onewan.onetrainer.backups import export_backup
+
+    if destination is None:
+        raise ConfigError("onetrainer export", ["OUT: is missing; give the file to write"])
+    for path in export_backup(backup, destination, to, force=force):
+        print(path)
+    return 0

@@ -175,7 +175,9 @@ def _add_member(owners: dict[str, Any], model_type: Any) -> Any:
         "supported_full_model_formats": [formats.DIFFUSERS, formats.ORIGINAL_TRANSFORMER],
     }
     for name, answer in answers.items():
-        _wrap(model_type, name, lambda old, a=answer: lambda self: a if self is member else old(self))
+        _wrap(
+            model_type, name, lambda old, a=answer: lambda self: a if self is member else old(self)
+        )
     return member
 
 
@@ -361,14 +363,20 @@ def _extend_model_tab(owners: dict[str, Any], wan: Any) -> None:
         return build_content
 
     def with_second(old: Any) -> Any:
-        def create(self: Any, frame: Any, row: int, controller: Any, ui_state: Any, **has: Any) -> int:
+        def create(
+            self: Any, frame: Any, row: int, controller: Any, ui_state: Any, **has: Any
+        ) -> int:
             if controller.train_config.model_type is not wan:
                 return old(self, frame, row, controller, ui_state, **has)
             # The second expert's rows are the first's again, under its own name.
             nothing = {key: False for key in has if key.startswith("has_")}
             first = {**has, "has_text_encoder": False, "has_vae": False}
-            row = _transformer_rows(self, frame, row, ui_state, "transformer", "High-Noise Transformer", first)
-            row = _transformer_rows(self, frame, row, ui_state, "transformer_2", "Low-Noise Transformer", first)
+            row = _transformer_rows(
+                self, frame, row, ui_state, "transformer", "High-Noise Transformer", first
+            )
+            row = _transformer_rows(
+                self, frame, row, ui_state, "transformer_2", "Low-Noise Transformer", first
+            )
             rest = {**has, **nothing, "has_text_encoder": True, "has_vae": True}
             return old(self, frame, row, controller, ui_state, **rest)
 
@@ -384,12 +392,17 @@ def _transformer_rows(
     """Where an expert comes from, and its data type."""
     components = view.components
     components.label(
-        frame, row, 0, f"Override {title}",
+        frame,
+        row,
+        0,
+        f"Override {title}",
         tooltip=f"A file, folder or Hugging Face repository for the {title.lower()} instead of the "
         "base model's: safetensors, GGUF, fp8, or a folder in the diffusers or official layout",
     )
     components.path_entry(frame, row, 1, ui_state, f"{part}.model_name", mode="file")
-    components.label(frame, row, 3, f"{title} Data Type", tooltip=f"The {title.lower()}'s weight data type")
+    components.label(
+        frame, row, 3, f"{title} Data Type", tooltip=f"The {title.lower()}'s weight data type"
+    )
     options = view._BaseModelTabView__create_dtype_options(
         include_a8=True, include_compressed=has.get("include_compressed", False)
     )
@@ -401,7 +414,9 @@ def _extend_training_tab(owners: dict[str, Any], wan: Any) -> None:
     view = owners["modules.ui.BaseTrainingTabView"].BaseTrainingTabView
 
     def with_wan(old: Any) -> Any:
-        def build(self: Any, left: Any, middle: Any, right: Any, controller: Any, state: Any) -> Any:
+        def build(
+            self: Any, left: Any, middle: Any, right: Any, controller: Any, state: Any
+        ) -> Any:
             if controller.config.model_type is not wan:
                 return old(self, left, middle, right, controller, state)
 
@@ -409,9 +424,7 @@ def _extend_training_tab(owners: dict[str, Any], wan: Any) -> None:
                 getattr(self, f"_BaseTrainingTabView__create_{kind}_frame")(*args, **kwargs)
 
             frame("base", left, 0, controller, state)
-            frame(
-                "text_encoder", left, 1, state, supports_clip_skip=False, supports_training=False
-            )
+            frame("text_encoder", left, 1, state, supports_clip_skip=False, supports_training=False)
             frame("embedding", left, 2, state)
             frame("base2", middle, 0, controller, state, video_training_enabled=True)
 
@@ -441,14 +454,16 @@ _ROWS: tuple[tuple[str, str, str, tuple[str, ...] | None], ...] = (
     (
         "wan_high_share",
         "High-Noise Share",
-        "Share of the steps that the high-noise expert gets when both train: equal (one half), mass "
+        "Share of the steps that the high-noise expert gets when both train: equal (one half), "
+        "mass "
         "(the share of noise levels above the boundary), or a number between 0 and 1",
         None,
     ),
     (
         "wan_expert_block",
         "Steps per Expert",
-        "Steps for which one expert trains before the other may. More moves weights between RAM and "
+        "Steps for which one expert trains before the other may. More moves weights between RAM "
+        "and "
         "VRAM less often",
         None,
     ),
@@ -461,7 +476,8 @@ _ROWS: tuple[tuple[str, str, str, tuple[str, ...] | None], ...] = (
     (
         "wan_target_fps",
         "Frames per Second",
-        "Rate at which frames are taken from clips. Empty is the model's own: 16, or 24 for TI2V-5B",
+        "Rate at which frames are taken from clips. Empty is the model's own: 16, or 24 for "
+        "TI2V-5B",
         None,
     ),
     (
@@ -542,16 +558,47 @@ def _extend_sample_frame(owners: dict[str, Any], wan: Any) -> None:
             wanted = args[1] if len(args) > 1 else kwargs.get("include_settings", True)
             if controller.model_type is wan and wanted:
                 c = self.components
-                c.label(bottom, 7, 0, "start image:", tooltip="The first frame. I2V-A14B needs one, TI2V-5B can take one")
-                c.path_entry(
-                    bottom, 7, 1, state, "base_image_path",
-                    mode="file", allow_model_files=False, allow_image_files=True,
+                c.label(
+                    bottom,
+                    7,
+                    0,
+                    "start image:",
+                    tooltip="The first frame. I2V-A14B needs one, TI2V-5B can take one",
                 )
-                c.label(bottom, 7, 2, "fps:", tooltip="Of the written video. Empty is the model's own: 16, or 24 for TI2V-5B")
+                c.path_entry(
+                    bottom,
+                    7,
+                    1,
+                    state,
+                    "base_image_path",
+                    mode="file",
+                    allow_model_files=False,
+                    allow_image_files=True,
+                )
+                c.label(
+                    bottom,
+                    7,
+                    2,
+                    "fps:",
+                    tooltip="Of the written video. Empty is the model's own: 16, or 24 for TI2V-5B",
+                )
                 c.entry(bottom, 7, 3, state, "wan_fps")
-                c.label(bottom, 8, 0, "low-noise cfg scale:", tooltip="Guidance of the low-noise expert. Empty is the same as cfg scale, which is then of both")
+                c.label(
+                    bottom,
+                    8,
+                    0,
+                    "low-noise cfg scale:",
+                    tooltip="Guidance of the low-noise expert. Empty is the same as cfg scale, "
+                    "which is then of both",
+                )
                 c.entry(bottom, 8, 1, state, "wan_low_cfg_scale")
-                c.label(bottom, 8, 2, "video format:", tooltip="mp4 is H.264 and plays everywhere, webm is VP9")
+                c.label(
+                    bottom,
+                    8,
+                    2,
+                    "video format:",
+                    tooltip="mp4 is H.264 and plays everywhere, webm is VP9",
+                )
                 c.options(bottom, 8, 3, ["mp4", "webm"], state, "wan_format")
             return result
 

@@ -127,7 +127,9 @@ def digest(kind: str, concepts: Iterable[Mapping[str, Any]], causes: Sequence[ob
     OneTrainer keys its cache by the concept's settings alone, and finds entries by their place in
     the list of files: with this in the folder's name another file, size or model can't meet it.
     """
-    digest = hashlib.sha256(json.dumps([ENCODING_VERSION, MASK_VERSION, *map(str, causes)]).encode())
+    digest = hashlib.sha256(
+        json.dumps([ENCODING_VERSION, MASK_VERSION, *map(str, causes)]).encode()
+    )
     for concept in concepts:
         folder = Path(concept["path"])
         if not concept["enabled"] or not folder.is_dir():

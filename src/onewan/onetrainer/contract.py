@@ -348,7 +348,11 @@ def _differs(fact: Mapping[str, Any], have: Mapping[str, Any]) -> str | None:
     if gone:
         return f"takes no {', '.join(gone)} any more; it takes {', '.join(names)}"
     known = {p["name"] for p in old}
-    more = [p["name"] for p in new if p["name"] not in known and p["kind"] == "plain" and not p["default"]]
+    more = [
+        p["name"]
+        for p in new
+        if p["name"] not in known and p["kind"] == "plain" and not p["default"]
+    ]
     if more:
         return f"wants {', '.join(more)} too"
     order = [p["name"] for p in old if p["kind"] == "plain"]

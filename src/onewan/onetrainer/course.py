@@ -8,7 +8,7 @@ that would have to be remembered.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from onewan.onetrainer import settings
 from onewan.seeds import derive_seed
 from onewan.train.objective import Noised, Objective, objective_of, velocity_loss
 from onewan.train.schedule import ExpertSchedule, expert_schedule
-from onewan.variants import Expert, ExpertName, Variant
+from onewan.variants import Expert, Variant
 
 _PURPOSE = "validation"
 
@@ -44,31 +44,39 @@ class Course:
     accumulation: int
     """Micro-batches in an optimizer step."""
 
-    def expert(self, global_step: int) -> Expert:
-        """Whose turn it is; the same for all micro-batches of an optimizer step."""
-        return self.variant.expert(self.schedule.turn(global_step // self.accumulation)[0])
+    def expert(self, global_step: int, stopped: Collection[str] = ()) -> Expert:
+        """Whose turn it is; the same for all micro-batches of an optimizer step.
+
+        Steps of an expert whose component is among the `stopped`, because its training has ended,
+        are the other's, if that one trains on.
+        """
+        turn = self.variant.expert(self.schedule.turn(global_step // self.accumulation)[0])
+        others = [self.variant.expert(name) for name in self.schedule.experts if name != turn.name]
+        going = [expert for expert in others if expert.component not in stopped]
+        return going[0] if turn.component in stopped and going else turn
 
     def noise(
-        self, batch: Batch, global_step: int, *, rank: int = 0, ranks: int = 1
+        self, batch: Batch, global_step: int, expert: Expert, *, rank: int = 0, ranks: int = 1
     ) -> Noised:
-        """`batch` at the noise levels that this place of the course draws."""
+        """`batch` at the noise levels of `expert` that this place of the course draws."""
         size = len(batch)
         micro = global_step % self.accumulation
         placed = replace(batch, offset=(micro * ranks + rank) * size)
         step = _Whole(
             number=global_step // self.accumulation,
-            expert=self.expert(global_step).name,
+            expert=expert.name,
             batches=(placed,),
             clips=size * ranks * self.accumulation,
         )
-        return self.objective.noise(placed, step, self.expert(global_step))
+        return self.objective.noise(placed, step, expert)
 
     def validation(self, batch: Batch) -> list[tuple[Expert, Noised]]:
         """`batch` at fixed levels, with fixed noise, for every expert of the course."""
         seed = derive_seed(self.objective.seed, _PURPOSE)
+        experts = [self.variant.expert(name) for name in self.schedule.experts]
         return [
-            (self.variant.expert(name), self.objective.fixed(batch, share, self.variant.expert(name), seed))
-            for name in self.schedule.experts
+            (expert, self.objective.fixed(batch, share, expert, seed))
+            for expert in experts
             for share in Objective.levels(self.levels)
         ]
 
@@ -126,9 +134,7 @@ def course_of(config: Any, variant: Variant, trained: Sequence[Expert]) -> Cours
     )
 
 
-def batch_of(
-    items: Mapping[str, Any], text_BLD: Tensor | None, captions: Sequence[str]
-) -> Batch:
+def batch_of(items: Mapping[str, Any], text_BLD: Tensor | None, captions: Sequence[str]) -> Batch:
     """A batch as OneTrainer's data loader gives it, as onewan's."""
     condition = items.get("latent_condition")
     mask = items.get("latent_mask")
@@ -143,7 +149,3 @@ def batch_of(
         names=tuple(items["image_path"]),
         offset=0,
     )
-
-
-def names_of(experts: Sequence[Expert]) -> tuple[ExpertName, ...]:
-    return tuple(expert.name for expert in experts)

@@ -82,13 +82,20 @@ def save_adapters(
     written: list[Path] = []
     for part, found in sorted(parts.items()):
         expert = EXPERTS[part] if two else None
-        path = _named(Path(destination), expert)
+        path = named(Path(destination), expert)
         _save_adapter(found, path, format, expert, metadata, dtype, _base(model, part))
         written.append(path)
     return written
 
 
-def _named(path: Path, expert: ExpertName | None) -> Path:
+def places_of(weights: Mapping[str, Tensor], destination: Path) -> list[Path]:
+    """Where `save_adapters` would write, for a model that was not loaded."""
+    parts = {key.partition(".")[0] for key in weights} & EXPERTS.keys()
+    return [named(Path(destination), EXPERTS[p] if len(parts) > 1 else None) for p in sorted(parts)]
+
+
+def named(path: Path, expert: ExpertName | None) -> Path:
+    """The file of one expert among those called `path`."""
     suffix = "" if expert is None else f"_{expert}_noise"
     return path.with_name(f"{path.stem}{suffix}{path.suffix}")
 
@@ -152,28 +159,32 @@ def _adapter_files(
     path: Path, variant: Variant | None
 ) -> list[tuple[AdapterFile, ExpertName | None]]:
     if not path.is_file():
-        both: list[tuple[Path, ExpertName]] = [(_named(path, "high"), "high"), (_named(path, "low"), "low")]
+        both: list[tuple[Path, ExpertName]] = [
+            (named(path, "high"), "high"),
+            (named(path, "low"), "low"),
+        ]
         there = [(file, expert) for file, expert in both if file.is_file()]
         if not there:
             raise CheckpointError(
                 f"{path}: there is no such file, nor {both[0][0].name} or {both[1][0].name}"
             )
         return [(read_adapter(file), expert) for file, expert in there]
+    found: list[tuple[AdapterFile, ExpertName | None]] = []
     try:
         file = read_adapter(path)
     except CheckpointError:
-        both_of = [(read_adapter(path, name), name) for name in ("high", "low")]
-        return [(file, name) for file, name in both_of if file.modules]
+        names: tuple[ExpertName, ExpertName] = ("high", "low")
+        found += [(read_adapter(path, name), name) for name in names]
+        return [(file, name) for file, name in found if file.modules]
     if variant is not None and len(variant.experts) == 1:
         return [(file, None)]
     said: Any = file.metadata.get("onewan.expert")
     expert: ExpertName = file.expert or said or expert_in_name(path) or "high"
     other: ExpertName = "low" if expert == "high" else "high"
-    named = expert_in_name(path)
     beside = path.with_name(path.name.replace(f"{expert}_noise", f"{other}_noise"))
-    if named and beside != path and beside.is_file():
-        return [(file, expert), (read_adapter(beside), other)]
-    return [(file, expert)]
+    if expert_in_name(path) and beside != path and beside.is_file():
+        found.append((read_adapter(beside), other))
+    return [(file, expert), *found]
 
 
 def _onetrainer(adapter: ModuleAdapter) -> dict[str, Tensor]:
@@ -196,7 +207,9 @@ def alone(model: WanModel, part: str) -> WanModel:
     """`model` with the one transformer `part` and nothing else."""
     others: dict[str, Any] = dict.fromkeys(("transformer", "transformer_2"))
     others[part] = getattr(model, part)
-    return replace(model, tokenizer=None, text_encoder=None, vae=None, noise_scheduler=None, **others)
+    return replace(
+        model, tokenizer=None, text_encoder=None, vae=None, noise_scheduler=None, **others
+    )
 
 
 def save_experts(
@@ -206,7 +219,7 @@ def save_experts(
     written: list[Path] = []
     for part in parts:
         expert = _expert(model.variant, part)
-        path = _named(Path(destination), expert.name if len(model.variant.experts) > 1 else None)
+        path = named(Path(destination), expert.name if len(model.variant.experts) > 1 else None)
         path.parent.mkdir(parents=True, exist_ok=True)
         WanModelSaver().save(alone(model, part), path, "single", dtype, force=True)
         written.append(path)

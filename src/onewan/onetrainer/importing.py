@@ -23,7 +23,7 @@ from onewan.config.schema import TrainSection, WanTrainConfig
 from onewan.config.section import Section
 from onewan.errors import ConfigError, OnewanError
 from onewan.media import IMAGE_SUFFIXES, extension
-from onewan.onetrainer import settings
+from onewan.onetrainer import keys, settings
 from onewan.onetrainer.versions import LATEST, brought_up_to_date
 from onewan.train.density import density_of
 from onewan.variants import VARIANTS, Variant, VariantName
@@ -64,8 +64,10 @@ def looks_like_onetrainer(path: Path) -> bool:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError:
         return False
-    return isinstance(data, dict) and "model" not in data and bool(
-        {"training_method", "base_model_name", "model_type", "__version"} & data.keys()
+    return (
+        isinstance(data, dict)
+        and "model" not in data
+        and bool({"training_method", "base_model_name", "model_type", "__version"} & data.keys())
     )
 
 
@@ -110,133 +112,6 @@ def _root_of(path: Path) -> Path:
 def _defaults() -> dict[str, Any]:
     text = files("onewan.onetrainer").joinpath("defaults.json").read_text(encoding="utf-8")
     return json.loads(text)
-
-
-# --------------------------------------------------------------------------------- what is not taken
-
-_OTHER_MODELS = "a part of other models"
-_INTERFACE = "of OneTrainer's own program"
-_NOT_HERE: tuple[tuple[str, str], ...] = (
-    (r"(unet|prior|unconditional_transformer|text_encoder_[234]|effnet_encoder|decoder\w*)\..*", _OTHER_MODELS),
-    (r"text_encoder_[234]?_?(layer_skip|sequence_length)", "Wan always takes 512 tokens of the last layer"),
-    (r".*__version", "the version of a form"),
-    (r"cloud(\..*)?", "cloud runs, with their secrets, are not carried"),
-    (r"secrets(\..*)?", "secrets are not carried"),
-    (r"(tensorboard_\w+|debug_\w+|huggingface_cache_dir|offline_mode|include_train_config|prevent_overwrites|samples_to_tensorboard)", _INTERFACE),
-    (r"(multi_gpu|device_indexes|gradient_reduce_precision|fused_gradient_reduce|async_gradient_reduce\w*)", "onewan trains on one device so far"),
-    (r"(model_type|training_method|peft_type)", "told by model.variant and method"),
-    (r"quantization\..*", "quantisation is that of the files; onewan keeps fp8 and GGUF packed"),
-    (r"(async_offloading|compile|temp_device|fallback_train_dtype|enable_autocast_cache|attention_mechanism)", "onewan decides that by itself"),
-    (r"(force_circular_padding|rescale_noise_scheduler_to_zero_terminal_snr|force_v_prediction|force_epsilon_prediction|vb_loss_strength|generalized_offset_noise)", "of other models' objectives"),
-    (r"text_encoder\.(train|learning_rate|weight_dtype|stop_training_after\w*|attention_mask|guidance_scale|gradient_checkpointing|offload_fraction|activation_offloading|train_embedding|include|model_name)", "the text encoder itself does not train, and has the precision of the model"),
-    (r"(transformer|transformer_2|vae)\.(weight_dtype|attention_mask|guidance_scale|train_embedding|dropout_probability|offload_fraction|activation_offloading|include|train|learning_rate|gradient_checkpointing|stop_training_after\w*)", "has no counterpart for this part"),
-    (r"(clear_cache_before_training|only_cache|dataloader_threads)", "the cache is keyed by content; `onewan cache` fills it"),
-    (r"optimizer_defaults(\..*)?", "settings of optimizers that are not chosen"),
-    (r"(sample_image_format|sample_audio_format|sample_video_format|sample_skip_first|save_skip_first|save_filename_prefix|rolling_backup|backup_before_save|non_ema_sampling|continue_last_backup)", "runs are kept and gone on with in onewan's own way (docs/training.md)"),
-    (r"(learning_rate_scaler|loss_scaler)", "onewan's loss is the mean over a step's clips, which needs no scaling"),
-    (r"custom_learning_rate_scheduler", "schedules are those of train.schedule"),
-    (r"(unmasked_probability|normalize_masked_area_loss|masked_prior_preservation_weight|custom_conditioning_image)", "has no counterpart; the loss is always normalised over what counts"),
-    (r"(layer_filter_preset|lora_weight_dtype|embedding_weight_dtype|bundle_additional_embeddings|preserve_embedding_norm|lora_decompose_\w+|oft_block_share|oft_scaled|lokr_\w+)", "has no counterpart"),
-    (r"ema_update_step_interval", "the average is taken at each step"),
-    (r"ema_decay", "of an average that is off"),
-    (r"embedding\..*", "of the training method EMBEDDING"),
-    (r"oft_block_size", "of the adapter OFT_2"),
-    (r"scheduler_params", "of a custom schedule"),
-    (r"concepts\.\d+\.(name|seed|concept_stats.*|image_variations|text_variations)", "clips are named by their files, and draws keyed by train.seed"),
-    (r"concepts\.\d+\.image\..*", "has no counterpart; clips are cropped around their centre"),
-    (r"concepts\.\d+\.text\..*", "has no counterpart; captions are taken as they are"),
-    (r"samples\.\d+\.(noise_scheduler|length|text_encoder_\w+|transformer_attention_mask|force_last_timestep|sample_inpainting|mask_image_path)", "of other models"),
-    (r"(embedding|additional_embeddings\.\d+)\.(uuid|stop_training_after\w*)", "has no counterpart"),
-    (r"optimizer\..*", "has no counterpart in this optimizer"),
-)
-
-_LISTS = ("concepts", "samples", "additional_embeddings")
-
-_SHARED = ("frames:", "resolution:", "wan_", "min_noising_strength:")
-"""Faults of settings that mean the same there and here."""
-
-_FORMER = ("weight_dtype", "gradient_checkpointing", "layer_offload_fraction", "embeddings")
-"""Keys that presets still carry though no version has them any more."""
-
-_OPTIMIZERS: dict[str, tuple[str, dict[str, str]]] = {
-    "ADAMW": ("adamw", {"eps": "eps", "weight_decay": "weight_decay"}),
-    "ADAMW_8BIT": ("adamw_8bit", {"eps": "eps", "weight_decay": "weight_decay", "is_paged": "paged"}),
-    "SCHEDULE_FREE_ADAMW": ("adamw_schedule_free", {"eps": "eps", "weight_decay": "weight_decay"}),
-    "ADAFACTOR": (
-        "adafactor",
-        {
-            "decay_rate": "decay_rate",
-            "clip_threshold": "clip_threshold",
-            "scale_parameter": "scale_parameter",
-            "weight_decay": "weight_decay",
-        },
-    ),
-    "PRODIGY": (
-        "prodigy",
-        {
-            "eps": "eps",
-            "weight_decay": "weight_decay",
-            "d0": "d0",
-            "d_coef": "d_coef",
-            "safeguard_warmup": "safeguard_warmup",
-            "use_bias_correction": "bias_correction",
-        },
-    ),
-    "PRODIGY_PLUS_SCHEDULE_FREE": (
-        "prodigy_plus_schedule_free",
-        {"weight_decay": "weight_decay", "d0": "d0", "d_coef": "d_coef", "factored": "factored"},
-    ),
-    "LION": ("lion", {"weight_decay": "weight_decay"}),
-    "MUON": (
-        "muon",
-        {"momentum": "momentum", "nesterov": "nesterov", "ns_steps": "ns_steps", "weight_decay": "weight_decay"},
-    ),
-    "CAME": ("came", {"weight_decay": "weight_decay", "clip_threshold": "clip_threshold"}),
-    "SGD": ("sgd", {"momentum": "momentum", "nesterov": "nesterov", "weight_decay": "weight_decay"}),
-}
-"""onewan's name, and where OneTrainer's settings go."""
-
-_NEAREST = {
-    "ADAM": "ADAMW",
-    "ADAM_8BIT": "ADAMW_8BIT",
-    "ADAMW_ADV": "ADAMW",
-    "LION_8BIT": "LION",
-    "LION_ADV": "LION",
-    "SGD_8BIT": "SGD",
-    "PRODIGY_ADV": "PRODIGY",
-    "CAME_8BIT": "CAME",
-    "MUON_ADV": "MUON",
-    "ADAMUON_ADV": "MUON",
-}
-
-_BETAS = {"adamw": 2, "adamw_8bit": 2, "adamw_schedule_free": 2, "prodigy": 2, "lion": 2, "prodigy_plus_schedule_free": 2, "came": 3}
-
-_SCHEDULES = {
-    "CONSTANT": "constant",
-    "LINEAR": "linear",
-    "COSINE": "cosine",
-    "COSINE_WITH_RESTARTS": "cosine_with_restarts",
-    "COSINE_WITH_HARD_RESTARTS": "cosine_with_restarts",
-    "REX": "rex",
-}
-
-_LAYERS = {"attn1": "self_attention", "attn2": "cross_attention", "attn": "attention", "ffn": "ffn", "ff.net": "ffn"}
-
-_FORMATS = {
-    "DIFFUSERS_LORA": "diffusers",
-    "DIFFUSERS": "diffusers",
-    "KOHYA_LORA": "kohya",
-    "COMFY_LORA": "comfyui",
-    "ORIGINAL_LORA": "comfyui",
-    "LEGACY_LORA": "comfyui",
-    "ORIGINAL_TRANSFORMER": "comfyui",
-    "ORIGINAL_SINGLE_FILE": "comfyui",
-    "COMFY_TRANSFORMER": "comfyui",
-    "LEGACY_SAFETENSORS": "comfyui",
-    "SAFETENSORS": "comfyui",
-}
-
-_DTYPES = {"FLOAT_32": "float32", "BFLOAT_16": "bfloat16", "FLOAT_16": "float16"}
 
 
 # -------------------------------------------------------------------------------------- the importer
@@ -313,7 +188,8 @@ class _Importer:
             if not file.is_file():
                 if self.given.get(file_key) not in (None, default):
                     self.problems.append(
-                        f"{file_key}: is {named!r}, and {file} is not there; copy it there, or give "
+                        f"{file_key}: is {named!r}, and {file} is not there; copy it there, or "
+                        f"give "
                         "OneTrainer's folder by --root"
                     )
                 else:
@@ -339,7 +215,7 @@ class _Importer:
     def _faults(self) -> None:
         """What can be followed neither there nor here, in the add-on's words."""
         told = list(settings.faults(_namespace(self.config), self.variant))
-        self.problems += [fault for fault in told if fault.startswith(_SHARED)]
+        self.problems += [fault for fault in told if fault.startswith(keys.SHARED)]
         if not self.problems:
             train = settings.train_section(_namespace(self.config))
             density = density_of(train.timesteps, self.variant.flow_shift)
@@ -347,9 +223,12 @@ class _Importer:
                 if not density.mass(expert):
                     self.problems.append(
                         f"max_noising_strength: is {self.config['max_noising_strength']}, "
-                        f"min_noising_strength {self.config['min_noising_strength']} and timestep_shift "
-                        f"{self.config['timestep_shift']}, which leaves the {expert.name} expert no noise "
-                        f"level ({expert.t_min:g} to {expert.t_max:g}); change them, or turn off the "
+                        f"min_noising_strength {self.config['min_noising_strength']} and "
+                        f"timestep_shift "
+                        f"{self.config['timestep_shift']}, which leaves the {expert.name} expert "
+                        f"no noise "
+                        f"level ({expert.t_min:g} to {expert.t_max:g}); change them, or turn off "
+                        f"the "
                         "training of that transformer"
                     )
 
@@ -370,11 +249,16 @@ class _Importer:
         if not is_wan and self.config["model_type"]:
             base = self.variant.repository
             self.notices.append(
-                f"model_type: is {self.config['model_type']}; the run file trains {self.variant.title} "
+                f"model_type: is {self.config['model_type']}; the run file trains "
+                f"{self.variant.title} "
                 f"from {base}"
             )
         self.put("model.path", str(local) if is_wan and local.exists() else base)
-        for part, place in (("transformer", "transformer"), ("transformer_2", "transformer_2"), ("vae", "vae")):
+        for part, place in (
+            ("transformer", "transformer"),
+            ("transformer_2", "transformer_2"),
+            ("vae", "vae"),
+        ):
             override = self.get(f"{part}.model_name", f"model.{place}")
             if override and is_wan:
                 there = self._resolved(override)
@@ -396,7 +280,9 @@ class _Importer:
         elif dtype not in ("BFLOAT_16", "FLOAT_16"):
             self.problems.append(f"train_dtype: is {dtype}; FLOAT_32 and BFLOAT_16 can be carried")
         elif dtype == "FLOAT_16" and "train_dtype" in self.given:
-            self.notices.append("train_dtype: is FLOAT_16, in which Wan overflows; bfloat16 is used")
+            self.notices.append(
+                "train_dtype: is FLOAT_16, in which Wan overflows; bfloat16 is used"
+            )
         device = str(self.get("train_device", "model.device"))
         if "train_device" in self.given and device != "cuda":
             self.put("model.device", device)
@@ -415,7 +301,8 @@ class _Importer:
         raise ConfigError(
             str(self.path),
             [
-                f"base_model_name: is {base!r}, which does not tell the variant of Wan 2.2; give it "
+                f"base_model_name: is {base!r}, which does not tell the variant of Wan 2.2; give "
+                f"it "
                 f"by --variant {', '.join(VARIANTS)}"
             ],
         )
@@ -432,23 +319,33 @@ class _Importer:
             "wan_use_temporal_attention": "wan_config.use_temporal_attention",
         }
         self.taken |= wan
-        self._section("wan_config", lambda: settings.wan_config(namespace), WanTrainConfig, keep=("max_frames",))
+        self._section(
+            "wan_config",
+            lambda: settings.wan_config(namespace),
+            WanTrainConfig,
+            keep=("max_frames",),
+        )
         self.carry("wan_target_fps", "video_data.target_fps")
         self.carry("wan_max_duration", "video_data.max_duration", 10.0)
         self.carry("masked_training", "video_data.masks", False)
         self.carry("latent_caching", "video_data.cache", True)
-        self.put("video_data.cache_dir", str(self._resolved(self.get("cache_dir", "video_data.cache_dir"))))
+        self.put(
+            "video_data.cache_dir",
+            str(self._resolved(self.get("cache_dir", "video_data.cache_dir"))),
+        )
         self.put("video_data.min_resolution", [1, 1])
         self.put("video_data.max_resolution", [16384, 16384])
-        self.put("video_data.supported_formats", list(settings.VIDEO_FORMATS))
-        self.taken |= {k: "video_data.resolution" for k in ("resolution", "aspect_ratio_bucketing")}
+        self.put("video_data.supported_formats", list(settings.VIDEOkeys.FORMATS))
+        self.taken |= dict.fromkeys(
+            ("resolution", "aspect_ratio_bucketing"), "video_data.resolution"
+        )
         if not any(problem.startswith("resolution:") for problem in self.problems):
             sizes = settings.resolutions_of(
                 self.config["resolution"],
                 self.config["aspect_ratio_bucketing"],
                 self.variant.size_multiple,
             )
-            self.put("video_data.resolution", list(sizes) if len(sizes) > 1 else sizes[0])
+            self.put("video_data.resolution", list(sizes))
         training, held = [], []
         self.clips = 0
         for number, concept in enumerate(self.concepts):
@@ -524,7 +421,9 @@ class _Importer:
         elif method == "LORA":
             self._adapter()
         else:
-            self.problems.append(f"training_method: is {method}; LORA, FINE_TUNE and EMBEDDING can be carried")
+            self.problems.append(
+                f"training_method: is {method}; LORA, FINE_TUNE and EMBEDDING can be carried"
+            )
         if method == "EMBEDDING":
             self._embedding("embedding", self.config["embedding"])
         for number, extra in enumerate(self.config.get("additional_embeddings") or []):
@@ -564,14 +463,15 @@ class _Importer:
         text = str(self.get("layer_filter", "method.modules"))
         if self.get("layer_filter_regex", "method.modules") and text.strip():
             self.notices.append(
-                f"layer_filter: {text!r} is a regular expression; onewan takes groups and patterns, "
+                f"layer_filter: {text!r} is a regular expression; onewan takes groups and "
+                f"patterns, "
                 "so all layers are trained; set method.modules"
             )
             text = ""
         chosen: list[str] = []
         for part in text.split(","):
             name = part.strip()
-            chosen.append(special.get(name) or _LAYERS.get(name) or f"*{name}*")
+            chosen.append(special.get(name) or keys.LAYERS.get(name) or f"*{name}*")
         self.put("method.modules", chosen)
 
     def _embedding(self, key: str, config: dict[str, Any]) -> None:
@@ -601,30 +501,34 @@ class _Importer:
 
     def _optimizer(self) -> None:
         chosen = str(self.get("optimizer.optimizer", "optimizer.name"))
-        if chosen not in _OPTIMIZERS:
-            nearest = _NEAREST.get(chosen, "ADAMW")
+        if chosen not in keys.OPTIMIZERS:
+            nearest = keys.NEAREST.get(chosen, "ADAMW")
             self.notices.append(
                 f"optimizer.optimizer: is {chosen}, which onewan does not have; "
-                f"{_OPTIMIZERS[nearest][0]} is the nearest and is used"
+                f"{keys.OPTIMIZERS[nearest][0]} is the nearest and is used"
             )
             chosen = nearest
-        name, fields = _OPTIMIZERS[chosen]
+        name, fields = keys.OPTIMIZERS[chosen]
         self.put("optimizer.name", name)
         held = self.config["optimizer"]
         for theirs, ours in fields.items():
             value = self.get(f"optimizer.{theirs}", f"optimizer.{ours}")
             if value is not None:
                 self.put(f"optimizer.{ours}", value)
-        if name in _BETAS:
-            keys = [f"beta{i + 1}" for i in range(_BETAS[name])]
+        if name in keys.BETAS:
+            keys = [f"beta{i + 1}" for i in range(keys.BETAS[name])]
             if all(held.get(key) is not None for key in keys):
-                self.put("optimizer.betas", [self.get(f"optimizer.{k}", "optimizer.betas") for k in keys])
+                self.put(
+                    "optimizer.betas", [self.get(f"optimizer.{k}", "optimizer.betas") for k in keys]
+                )
         base = self.get("learning_rate", "optimizer.lr")
         high = self.get("transformer.learning_rate", "optimizer.lr")
         low = self.get("transformer_2.learning_rate", "per_expert.low.lr")
         scale = self._rate_scale()
         self.put("optimizer.lr", float(base if high is None else high) * scale)
-        if len(self.variant.experts) > 1 and (base if low is None else low) != (base if high is None else high):
+        if len(self.variant.experts) > 1 and (base if low is None else low) != (
+            base if high is None else high
+        ):
             self.put("per_expert.low.lr", float(base if low is None else low) * scale)
 
     def _rate_scale(self) -> float:
@@ -660,7 +564,9 @@ class _Importer:
             self.put("train.ema.decay", self.get("ema_decay", "train.ema.decay"))
             if config["ema"] == "GPU":
                 self.put("train.ema.device", "device")
-        checkpointing = self.get("transformer.gradient_checkpointing", "memory.gradient_checkpointing")
+        checkpointing = self.get(
+            "transformer.gradient_checkpointing", "memory.gradient_checkpointing"
+        )
         self.taken["transformer_2.gradient_checkpointing"] = "memory.gradient_checkpointing"
         if not checkpointing:
             self.put("memory.gradient_checkpointing", False)
@@ -674,9 +580,12 @@ class _Importer:
 
     def _schedule(self, total: int | None) -> None:
         chosen = self.get("learning_rate_scheduler", "train.schedule")
-        kind = _SCHEDULES.get(str(chosen))
+        kind = keys.SCHEDULES.get(str(chosen))
         if kind is None:
-            self.notices.append(f"learning_rate_scheduler: is {chosen}, which onewan does not have; constant is used")
+            self.notices.append(
+                f"learning_rate_scheduler: is {chosen}, which onewan does not have; constant is "
+                f"used"
+            )
             kind = "constant"
         schedule: dict[str, Any] = {"kind": kind}
         end = float(self.get("learning_rate_min_factor", "train.schedule.end"))
@@ -690,11 +599,16 @@ class _Importer:
         warmup = float(self.get("learning_rate_warmup_steps", "train.warmup_steps"))
         experts = 2 if len(self.variant.experts) > 1 and "experts" not in self.out["model"] else 1
         # Of the run there, of each expert here; and a share of it, if it is at most 1.
-        steps = warmup * (total or 0) if 0 < warmup <= 1 else warmup / self.config["gradient_accumulation_steps"]
+        steps = (
+            warmup * (total or 0)
+            if 0 < warmup <= 1
+            else warmup / self.config["gradient_accumulation_steps"]
+        )
         own = round(steps / experts)
         if total is not None and own * experts >= total:
             self.notices.append(
-                f"learning_rate_warmup_steps: {warmup:g} are not fewer than the {total} steps of the "
+                f"learning_rate_warmup_steps: {warmup:g} are not fewer than the {total} steps of "
+                f"the "
                 "run; there is no warm-up"
             )
             own = 0
@@ -741,7 +655,8 @@ class _Importer:
                 self.put("train.loss.delta", config["huber_delta"])
         elif used != ["mse"]:
             self.notices.append(
-                f"losses: {', '.join(f'{k}_strength {strengths[k]:g}' for k in used) or 'none'}; onewan "
+                f"losses: {', '.join(f'{k}_strength {strengths[k]:g}' for k in used) or 'none'}; "
+                f"onewan "
                 "takes one kind, mse or huber, and mse is used"
             )
 
@@ -804,7 +719,8 @@ class _Importer:
             chosen = sorted(values, key=str)[0]
             if len(values) > 1:
                 self.notices.append(
-                    f"samples: {key} differs between them ({', '.join(map(str, sorted(values, key=str)))}); "
+                    f"samples: {key} differs between them "
+                    f"({', '.join(map(str, sorted(values, key=str)))}); "
                     f"a run file has one for all, {chosen}"
                 )
             self.put(f"sample.{key}", list(chosen) if isinstance(chosen, tuple) else chosen)
@@ -818,7 +734,10 @@ class _Importer:
             name: max(1, round(self.get(f"{here}.{name}", f"sample.{name}") / multiple)) * multiple
             for name in ("width", "height")
         }
-        frames = max(0, round((self.get(f"{here}.frames", "sample.frames") - 1) / temporal)) * temporal + 1
+        frames = (
+            max(0, round((self.get(f"{here}.frames", "sample.frames") - 1) / temporal)) * temporal
+            + 1
+        )
         high = max(1.0, float(self.get(f"{here}.cfg_scale", "sample.guidance")))
         low = self.get(f"{here}.wan_low_cfg_scale", "sample.guidance")
         scales = (high, high if low is None else max(1.0, float(low)))
@@ -850,7 +769,9 @@ class _Importer:
             case clock:
                 minutes = float(value) * {"SECOND": 1 / 60, "MINUTE": 1, "HOUR": 60}[clock]
                 if place != "train.save_every" and key in self.given:
-                    self.notices.append(f"{key}: {value:g} {clock.lower()}s; onewan counts steps, set {place}")
+                    self.notices.append(
+                        f"{key}: {value:g} {clock.lower()}s; onewan counts steps, set {place}"
+                    )
                 return minutes
 
     def _output(self) -> None:
@@ -861,12 +782,12 @@ class _Importer:
         if name:
             self.put("output.name", name)
         chosen = self.get("output_model_format", "output.formats")
-        form = _FORMATS.get(str(chosen))
+        form = keys.FORMATS.get(str(chosen))
         if form is None:
             self.notices.append(f"output_model_format: is {chosen}; comfyui is used")
             form = "comfyui"
         self.put("output.formats", [form])
-        dtype = _DTYPES.get(str(self.get("output_dtype", "output.dtype")))
+        dtype = keys.DTYPES.get(str(self.get("output_dtype", "output.dtype")))
         if dtype is not None and "output_dtype" in self.given:
             self.put("output.dtype", dtype)
         saved = self._every("save_every", "train.save_every")
@@ -882,14 +803,18 @@ class _Importer:
         for key in sorted({*given, *known}):
             if key.split(".")[0] in SECRET:
                 if key in given:
-                    yield Entry(key, None, "not applicable", "secrets and cloud settings are not carried")
+                    yield Entry(
+                        key, None, "not applicable", "secrets and cloud settings are not carried"
+                    )
                 continue
             value = known.get(key, given.get(key))
             is_given = key in given
             if key in self.taken:
                 yield Entry(key, value, "carried" if is_given else "defaulted", self.taken[key])
-            elif key in _FORMER:
-                yield Entry(key, value, "not applicable", "of older versions; OneTrainer itself ignores it")
+            elif key in keys.FORMER:
+                yield Entry(
+                    key, value, "not applicable", "of older versions; OneTrainer itself ignores it"
+                )
             elif not self._is_known(key):
                 yield Entry(key, value, "unknown", "no key of OneTrainer up to version 11")
             else:
@@ -902,7 +827,7 @@ class _Importer:
             "samples": _defaults()["sample"],
             "additional_embeddings": _defaults()["embedding"],
         }.get(parts[0], _defaults()["train"])
-        if key in _LISTS:
+        if key in keys.LISTS:
             return True
         if parts[0] in ("concepts", "samples", "additional_embeddings") and len(parts) > 1:
             parts = parts[2:]
@@ -916,7 +841,7 @@ class _Importer:
 
 
 def _why(key: str) -> str:
-    for pattern, reason in _NOT_HERE:
+    for pattern, reason in keys.NOT_HERE:
         if re.fullmatch(pattern, key):
             return reason
     return "onewan has no such setting"
@@ -949,7 +874,11 @@ def _merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
 def _namespace(config: Mapping[str, Any]) -> SimpleNamespace:
     """A config by attributes, as `settings` reads it."""
     return SimpleNamespace(
-        **{k: _namespace(v) if isinstance(v, dict) and k.isidentifier() else v for k, v in config.items() if k.isidentifier()}
+        **{
+            k: _namespace(v) if isinstance(v, dict) and k.isidentifier() else v
+            for k, v in config.items()
+            if k.isidentifier()
+        }
     )
 
 
@@ -968,9 +897,10 @@ def _clips_in(folder: Path, below: bool) -> int | None:
     if not folder.is_dir():
         return None
     found = folder.rglob("*") if below else folder.glob("*")
-    kinds = {*settings.VIDEO_FORMATS, *IMAGE_SUFFIXES}
+    kinds = {*settings.VIDEOkeys.FORMATS, *IMAGE_SUFFIXES}
     return sum(
-        p.is_file() and extension(p) in kinds and not settings.belongs_to_another(str(p)) for p in found
+        p.is_file() and extension(p) in kinds and not settings.belongs_to_another(str(p))
+        for p in found
     )
 
 

@@ -93,7 +93,9 @@ def install(root: Path, *, force: bool = False, laid: Mapping[str, bytes] | None
     in_the_way = [
         name
         for name in wanted
-        if (root / name).exists() and name not in known and _digest(root / name) != _sha(wanted[name])
+        if (root / name).exists()
+        and name not in known
+        and _digest(root / name) != _sha(wanted[name])
     ]
     if in_the_way:
         raise InstallError(
@@ -117,7 +119,12 @@ def install(root: Path, *, force: bool = False, laid: Mapping[str, bytes] | None
     )
     written = [n for n in wanted if n not in kept and _digest(root / n) != _sha(wanted[n])]
     stale = [n for n in known if n not in wanted]
-    if not (written or stale) and before is not None and before.complete and before.version == manifest.version:
+    if (
+        not (written or stale)
+        and before is not None
+        and before.complete
+        and before.version == manifest.version
+    ):
         return Outcome(kept=tuple(kept))
     try:
         _write(root, manifest)
@@ -192,7 +199,10 @@ def has_onewan(root: Path) -> bool | None:
     python = python_in(root)
     if python is None:
         return None
-    packages = [*python.parents[1].glob("lib*/python*/site-packages"), python.parents[1] / "Lib" / "site-packages"]
+    packages = [
+        *python.parents[1].glob("lib*/python*/site-packages"),
+        python.parents[1] / "Lib" / "site-packages",
+    ]
     return any(next(iter(p.glob("onewan-*")), None) or (p / "onewan").is_dir() for p in packages)
 
 
@@ -249,8 +259,16 @@ def _read(root: Path) -> _Manifest | None:
     for name in (*manifest.files, *manifest.folders):
         pure = PurePosixPath(name)
         inside = (root / name).parent.resolve()
-        if pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name or not inside.is_relative_to(root):
-            raise InstallError(f"{path}: names {name!r}, which is not in the checkout; it was tampered with")
+        if (
+            pure.is_absolute()
+            or ".." in pure.parts
+            or "\\" in name
+            or ":" in name
+            or not inside.is_relative_to(root)
+        ):
+            raise InstallError(
+                f"{path}: names {name!r}, which is not in the checkout; it was tampered with"
+            )
     return manifest
 
 
@@ -287,4 +305,4 @@ def _remove_folder(folder: Path) -> None:
 
 
 def _unwritable(root: Path, error: OSError) -> str:
-    return f"{error.filename or root}: {error.strerror}; nothing else was changed, mend that and try again"
+    return f"{error.filename or root}: {error.strerror}; mend that, and run the same command again"

@@ -72,7 +72,13 @@ def load(wish: Wish) -> WanModel:
     def part(components: Collection[Component], dtype: torch.dtype, variant: Any) -> WanModel:
         try:
             return loader.load(
-                sources, variant, dtype, "cpu", components, quantised="expand", boundary=wish.boundary
+                sources,
+                variant,
+                dtype,
+                "cpu",
+                components,
+                quantised="expand",
+                boundary=wish.boundary,
             )
         except CheckpointError as error:
             raise CheckpointError(_in_onetrainers_words(str(error))) from error

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from itertools import pairwise
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,20 @@ MASK_LABEL = "-masklabel"
 """What OneTrainer puts behind the name of a clip's mask; NAME.mask.ext, as onewan has it, counts
 too."""
 
-VIDEO_FORMATS = ("mp4", "avi", "mov", "webm", "mkv", "gif", "m4v", "mpeg", "mpg", "wmv", "flv", "ts")
+VIDEO_FORMATS = (
+    "mp4",
+    "avi",
+    "mov",
+    "webm",
+    "mkv",
+    "gif",
+    "m4v",
+    "mpeg",
+    "mpg",
+    "wmv",
+    "flv",
+    "ts",
+)
 """Extensions of files that may be clips; OneTrainer names some of them."""
 
 _BINS = 1000
@@ -52,14 +66,19 @@ def check(config: Any, variant: Variant) -> None:
 
 
 def faults(config: Any, variant: Variant) -> Iterator[str]:
-    """Each begins with the key."""
+    """What is wrong with `config`, each beginning with its key."""
     for name in ("mae_strength", "log_cosh_strength"):
         if getattr(config, name):
-            yield f"{name}: is {getattr(config, name)}; use mse_strength or huber_strength, and set it to 0"
+            yield (
+                f"{name}: is {getattr(config, name)}; use mse_strength or huber_strength, and set "
+                "it to 0"
+            )
     if not (config.mse_strength or config.huber_strength):
-        yield "mse_strength: is 0, and so is huber_strength; nothing would be learned, give one of them"
+        yield "mse_strength: is 0, as is huber_strength, so nothing would be learned; give one"
     if str(config.loss_weight_fn) not in ("CONSTANT", "SIGMA", "MIN_SNR_GAMMA"):
-        yield f"loss_weight_fn: is {config.loss_weight_fn}; choose CONSTANT, SIGMA or MIN_SNR_GAMMA"
+        yield (
+            f"loss_weight_fn: is {config.loss_weight_fn}; choose CONSTANT, SIGMA or MIN_SNR_GAMMA"
+        )
     if config.custom_conditioning_image:
         yield (
             "custom_conditioning_image: is on; the start image of I2V is each clip's own first "
@@ -72,28 +91,39 @@ def faults(config: Any, variant: Variant) -> Iterator[str]:
                 f"{part}.weight_dtype: is {dtype}; choose FLOAT_8, INT_W8A8 or BFLOAT_16 (a GGUF "
                 "file can be the model; its weights are expanded and then brought to that type)"
             )
-    try:
-        frames_of(config)
-    except ValueError:
-        yield f"frames: is {config.frames!r}; give one number, such as 81"
+    low, high = config.min_noising_strength, config.max_noising_strength
+    if not 0 <= low < high <= 1:
+        yield (
+            f"min_noising_strength: is {low}, max_noising_strength {high}; they are to rise "
+            "between 0 and 1"
+        )
+    yield from _wrong_words(config, variant)
+
+
+def _wrong_words(config: Any, variant: Variant) -> Iterator[str]:
+    """Of the settings that are written as text."""
+    readers: dict[str, tuple[Callable[[], object], str]] = {
+        "frames": (lambda: frames_of(config), "give one number, such as 81"),
+        "wan_layers": (lambda: layers_of(config), "give numbers and ranges, such as 0-9, 12"),
+        "wan_high_share": (
+            lambda: high_share_of(config),
+            "give equal, mass or a number from 0 to 1",
+        ),
+    }
+    for name, (read, remedy) in readers.items():
+        try:
+            read()
+        except ValueError:
+            yield f"{name}: is {getattr(config, name)!r}; {remedy}"
     try:
         resolutions_of(config.resolution, config.aspect_ratio_bucketing, variant.size_multiple)
     except ValueError as error:
         yield f"resolution: {error}"
-    try:
-        layers_of(config)
-    except ValueError:
-        yield f"wan_layers: is {config.wan_layers!r}; give numbers and ranges, such as 0-9, 12"
-    if config.wan_frame_strategy not in ("uniform", "random", "keyframe"):
-        yield f"wan_frame_strategy: is {config.wan_frame_strategy!r}; choose uniform, random or keyframe"
-    try:
-        high_share_of(config)
-    except ValueError:
-        yield f"wan_high_share: is {config.wan_high_share!r}; give equal, mass or a number from 0 to 1"
-    if not 0 <= config.min_noising_strength < config.max_noising_strength <= 1:
+    strategies = ("uniform", "random", "keyframe")
+    if config.wan_frame_strategy not in strategies:
         yield (
-            f"min_noising_strength: is {config.min_noising_strength}, max_noising_strength "
-            f"{config.max_noising_strength}; they are to rise between 0 and 1"
+            f"wan_frame_strategy: is {config.wan_frame_strategy!r}; choose one of "
+            f"{', '.join(strategies)}"
         )
     boundary = config.wan_boundary
     if boundary is not None and not 0 < boundary < 1:
@@ -178,7 +208,7 @@ def _squeezed(chosen: Timesteps, low: float, high: float, common: dict[str, Any]
     base = density_of(chosen, 1.0).base
     edges = [min(1.0, max(0.0, (i / _BINS - low) / (high - low))) for i in range(_BINS + 1)]
     below = [base.cdf(u) for u in edges]
-    weights = tuple(max(0.0, b - a) for a, b in zip(below, below[1:], strict=False))
+    weights = tuple(max(0.0, b - a) for a, b in pairwise(below))
     return TableTimesteps(weights=weights, **common)
 
 

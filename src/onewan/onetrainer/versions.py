@@ -1,4 +1,4 @@
-"""Configs of older OneTrainers -> the form of version 11, step by step as OneTrainer itself does it.
+"""Configs of older OneTrainers -> the form of version 11, step by step as OneTrainer does it.
 
 Each step takes a config of its version to the next; a file that says no version is of version 0.
 Steps that only concern other models' parts are carried out too, so that no key turns up unknown.
@@ -94,7 +94,10 @@ def _name_distribution(config: Config) -> Config:
 
 def _word_checkpointing(config: Config) -> Config:
     """4: gradient checkpointing was on or off."""
-    return {**config, "gradient_checkpointing": "ON" if config.get("gradient_checkpointing", True) else "OFF"}
+    return {
+        **config,
+        "gradient_checkpointing": "ON" if config.get("gradient_checkpointing", True) else "OFF",
+    }
 
 
 def _renamed(*pairs: tuple[str, str]) -> Callable[[Config], Config]:

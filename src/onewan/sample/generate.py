@@ -104,7 +104,9 @@ class WanModelSampler:
 
     model: WanModel
     device: torch.device | str | None = None
-    stage: Callable[[Sequence[nn.Module], torch.device], AbstractContextManager[Stage]] | None = None
+    stage: Callable[[Sequence[nn.Module], torch.device], AbstractContextManager[Stage]] | None = (
+        None
+    )
     """Brings the parts to the device, for programs that have ways of their own to do that."""
 
     def sample(

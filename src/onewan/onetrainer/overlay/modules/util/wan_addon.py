@@ -12,7 +12,7 @@ _closed = False
 
 def join(gate: str, target: str) -> None:
     """Import `target`, which registers itself, and show its names in the module `gate`."""
-    global _closed  # noqa: PLW0603  (once for all gates)
+    global _closed
     if _closed:
         return
     try:

@@ -75,7 +75,8 @@ class WanBaseDataLoader(BaseDataLoader, DataLoaderText2ImageMixin):
             for name in ("enable_random_circular_mask_shrink", "enable_random_mask_rotate_crop"):
                 if config.masked_training and concept["image"][name]:
                     raise ValueError(
-                        f"Wan 2.2: concept {concept['name'] or concept['path']}: image.{name} is for "
+                        f"Wan 2.2: concept {concept['name'] or concept['path']}: image.{name} is "
+                        f"for "
                         "single images; turn it off"
                     )
         return []
@@ -131,7 +132,11 @@ class WanBaseDataLoader(BaseDataLoader, DataLoaderText2ImageMixin):
             names = sorted(n for n in config.types if n.startswith("wan_") or n in _IMAGE_CAUSES)
             causes += [f"{name}={getattr(config, name)}" for name in names]
         else:
-            causes += [*text_names(config), str(config.text_encoder.weight_dtype), str(config.train_dtype)]
+            causes += [
+                *text_names(config),
+                str(config.text_encoder.weight_dtype),
+                str(config.train_dtype),
+            ]
         return "wan-" + clips.digest(kind, _concepts(config), causes)
 
     def _output_modules(self, config: TrainConfig, model: WanModel, model_setup: BaseWanSetup):

@@ -51,9 +51,7 @@ class WanSampler(BaseModelSampler):
             id(getattr(self.model, part)): part
             for part in ("text_encoder", "vae", *self.model.expert_parts())
         }
-        stage = functools.partial(
-            sampling.Stage, names=names, bring=self.model.materialize_only
-        )
+        stage = functools.partial(sampling.Stage, names=names, bring=self.model.materialize_only)
         sampler = WanModelSampler(wan, self.train_device, stage)
         frames = sampler.sample(request, on_step=on_update_progress)
         os.makedirs(Path(destination).parent, exist_ok=True)

@@ -21,6 +21,7 @@ from onewan.model.experts import predict_velocity
 from onewan.onetrainer import course, files, settings
 from onewan.seeds import derive_seed
 from onewan.train.objective import Noised
+from onewan.variants import Expert
 
 from transformers.models.umt5.modeling_umt5 import UMT5Block
 
@@ -41,11 +42,19 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
         if config.text_encoder.train and str(config.training_method) != "EMBEDDING":
             print("Wan 2.2: the text encoder itself is not trained; text_encoder.train is off")
             config.text_encoder.train = False
-        if str(config.optimizer.optimizer).startswith("MUON") and not config.optimizer.muon_hidden_layers:
+        if (
+            str(config.optimizer.optimizer).startswith("MUON")
+            and not config.optimizer.muon_hidden_layers
+        ):
             config.optimizer.muon_hidden_layers = "blocks"
         for part in model.expert_parts():
             self._setup_model_part(
-                model, config, part, getattr(config, part), _checkpointed, disable_fp16_autocast=True
+                model,
+                config,
+                part,
+                getattr(config, part),
+                _checkpointed,
+                disable_fp16_autocast=True,
             )
             transformer = getattr(model, part)
             self._set_attention_backend(transformer, config.attention_mechanism, mask=False)
@@ -73,7 +82,10 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
         """Of the matrix products: the train data type, and never float32 over smaller weights."""
         part = model.expert_parts()[0]
         wanted = getattr(model, f"{part}_train_dtype").torch_dtype()
-        small = any(getattr(config, p).weight_dtype.torch_dtype() != torch.float32 for p in model.expert_parts())
+        small = any(
+            getattr(config, p).weight_dtype.torch_dtype() != torch.float32
+            for p in model.expert_parts()
+        )
         if wanted == torch.float32 and small:
             return config.fallback_train_dtype.torch_dtype() or torch.bfloat16
         return wanted
@@ -81,6 +93,15 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
     def _live_text(self, config: TrainConfig) -> bool:
         """Whether captions are encoded in each step, because embeddings train."""
         return config.train_any_embedding() or config.train_any_output_embedding()
+
+    def _expert(self, model: WanModel, step: int) -> Expert:
+        """Whose turn it is, of those whose training has not been stopped."""
+        stopped = {part for part in model.expert_parts() if self._has_stopped(model, part)}
+        return self.course.expert(step, stopped)
+
+    def _has_stopped(self, model: WanModel, part: str) -> bool:
+        """Whether the expert trains no more; what trains beside it makes no difference."""
+        return False
 
     def _bring(self, model: WanModel, config: TrainConfig, *parts: str):
         """Put onto the device what a step with the transformers `parts` needs."""
@@ -92,8 +113,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
         model.materialize_only(*wanted)
 
     def setup_train_device(self, model: WanModel, config: TrainConfig):
-        part = self.course.expert(model.train_progress.global_step).component
-        self._bring(model, config, part)
+        self._bring(model, config, self._expert(model, model.train_progress.global_step).component)
         for name in model.expert_parts():
             getattr(model, name).train()
         model.text_encoder.eval()
@@ -183,11 +203,11 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
         clips = self._clips(model, batch, config, None if deterministic else step)
         if deterministic:
             return self._validate(model, config, clips)
-        expert = self.course.expert(step)
+        expert = self._expert(model, step)
         self._bring(model, config, expert.component)
         ranks = multi.world_size() if config.multi_gpu else 1
         rank = multi.rank() if config.multi_gpu else 0
-        sample = self.course.noise(clips, step, rank=rank, ranks=ranks)
+        sample = self.course.noise(clips, step, expert, rank=rank, ranks=ranks)
         if config.dropout_probability:
             # So that a resumed run drops out what an uncut one would have.
             torch.manual_seed(self.course.dropout_seed(step, rank))
@@ -204,9 +224,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
         captions = list(batch["prompt"])
         dropped = _dropped(config.text_encoder.dropout_probability, step, len(captions))
         if self._live_text(config):
-            if not config.latent_caching or step is None:
-                model.materialize("text_encoder")
-            self._bring(model, config, self.course.expert(step or 0).component)
+            model.materialize("text_encoder")
             captions = ["" if drop else text for text, drop in zip(captions, dropped, strict=True)]
             text = model.wan.encode_text(captions)
         else:
@@ -264,7 +282,12 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
                 )
             )
         scale = config.loss_scaler.get_scale(config.batch_size, config.gradient_accumulation_steps)
-        return torch.stack(losses).mean() * scale
+        loss = torch.stack(losses).mean() * scale
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            # All that trains has stopped, or no caption names an embedding: nothing is learned in
+            # this step, and OneTrainer's backward pass must not fail over it.
+            loss.requires_grad_()
+        return loss
 
 
 def _checkpointed(module, config, part):

@@ -46,6 +46,11 @@ class WanFineTuneSetup(BaseWanSetup):
                 part, getattr(model, part), getattr(config, part), model.train_progress
             )
 
+    def _has_stopped(self, model: WanModel, part: str) -> bool:
+        if model.parameters is None:
+            return False  # not set up yet
+        return not any(p.requires_grad for p in getattr(model, part).parameters())
+
     def after_optimizer_step(
         self, model: WanModel, config: TrainConfig, train_progress: TrainProgress
     ):

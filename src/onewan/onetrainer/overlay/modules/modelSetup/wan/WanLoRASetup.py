@@ -86,6 +86,12 @@ class WanLoRASetup(BaseWanSetup):
                 model.train_progress,
             )
 
+    def _has_stopped(self, model: WanModel, part: str) -> bool:
+        if model.parameters is None:
+            return False  # not set up yet
+        adapter = getattr(model, f"{part}_lora")
+        return adapter is not None and not any(p.requires_grad for p in adapter.parameters())
+
     def after_optimizer_step(
         self, model: WanModel, config: TrainConfig, train_progress: TrainProgress
     ):

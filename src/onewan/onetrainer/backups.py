@@ -1,0 +1,85 @@
+"""Weights out of OneTrainer's backups of Wan 2.2 runs, without OneTrainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from onewan.checkpoint.convert import convert_model
+from onewan.checkpoint.export import WanModelSaver
+from onewan.errors import CheckpointError
+from onewan.model.embedding import WanModelEmbedding
+from onewan.onetrainer import files
+from onewan.onetrainer.loading import META_FILE
+
+_ADAPTERS = {"comfyui": "COMFY_LORA", "diffusers": "DIFFUSERS_LORA", "kohya": "KOHYA_LORA"}
+
+
+def export_backup(
+    backup: Path, destination: Path, to: str | None = None, *, force: bool = False
+) -> list[Path]:
+    """Write what trained to files like `destination` (.safetensors); says which.
+
+    Adapters are written as `to` (comfyui unless given); fine-tuned experts each to a file of their
+    own, and embeddings as ComfyUI reads them. CheckpointError if the folder is no backup of a Wan
+    2.2 run, for files that are there (without `force`), and where `to` is not for what it holds.
+    """
+    if not (backup / META_FILE).is_file():
+        raise CheckpointError(
+            f"{backup}: is no backup (there is no {META_FILE}); give a folder below "
+            "workspace/.../backup"
+        )
+    adapter = backup / "lora" / "lora.safetensors"
+    experts = [part for part in files.EXPERTS if (backup / part).is_dir()]
+    embeddings = sorted((backup / "embeddings").glob("*.safetensors"))
+    if not (adapter.is_file() or experts or embeddings):
+        raise CheckpointError(f"{backup}: holds no adapter, expert or embedding of Wan 2.2")
+    written: list[Path] = []
+    if adapter.is_file():
+        written += _adapters(adapter, destination, to, force)
+    elif experts:
+        written += _experts(backup, experts, destination, to, force)
+    for number, file in enumerate(embeddings):
+        alone = not written and len(embeddings) == 1
+        path = (
+            destination
+            if alone
+            else destination.with_name(f"{destination.stem}_{number}.safetensors")
+        )
+        _free(path, force)
+        embedding = WanModelEmbedding.from_file(file)
+        written.append(WanModelSaver().save_embedding(embedding, path))
+    return written
+
+
+def _adapters(adapter: Path, destination: Path, to: str | None, force: bool) -> list[Path]:
+    if (format := _ADAPTERS.get(to or "comfyui")) is None:
+        raise CheckpointError(
+            f"--to {to}: is for experts, and the backup holds a LoRA; choose {', '.join(_ADAPTERS)}"
+        )
+    weights = load_file(adapter)
+    for path in files.places_of(weights, destination):
+        _free(path, force)
+    return files.save_adapters(weights, destination, format, variant=None, metadata={}, dtype=None)
+
+
+def _experts(
+    backup: Path, parts: list[str], destination: Path, to: str | None, force: bool
+) -> list[Path]:
+    if to not in (None, "single"):
+        raise CheckpointError(
+            f"--to {to}: is for LoRAs, and the backup holds experts; they are written as single "
+            f"files, which `onewan convert` turns into others"
+        )
+    written: list[Path] = []
+    for part in parts:
+        path = destination if len(parts) == 1 else files.named(destination, files.EXPERTS[part])
+        convert_model(backup / part, path, "single", force=force)
+        written.append(path)
+    return written
+
+
+def _free(path: Path, force: bool) -> None:
+    if path.exists() and not force:
+        raise CheckpointError(f"{path}: is there already; give another name, or --force")
