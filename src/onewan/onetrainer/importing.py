@@ -114,7 +114,7 @@ def _defaults() -> dict[str, Any]:
     return json.loads(text)
 
 
-# -------------------------------------------------------------------------------------- the importer
+# ------------------------------------------------------------------------------------ the importer
 
 
 @dataclass
@@ -335,7 +335,7 @@ class _Importer:
         )
         self.put("video_data.min_resolution", [1, 1])
         self.put("video_data.max_resolution", [16384, 16384])
-        self.put("video_data.supported_formats", list(settings.VIDEOkeys.FORMATS))
+        self.put("video_data.supported_formats", list(settings.VIDEO_FORMATS))
         self.taken |= dict.fromkeys(
             ("resolution", "aspect_ratio_bucketing"), "video_data.resolution"
         )
@@ -516,10 +516,11 @@ class _Importer:
             if value is not None:
                 self.put(f"optimizer.{ours}", value)
         if name in keys.BETAS:
-            keys = [f"beta{i + 1}" for i in range(keys.BETAS[name])]
-            if all(held.get(key) is not None for key in keys):
+            betas = [f"beta{i + 1}" for i in range(keys.BETAS[name])]
+            if all(held.get(beta) is not None for beta in betas):
                 self.put(
-                    "optimizer.betas", [self.get(f"optimizer.{k}", "optimizer.betas") for k in keys]
+                    "optimizer.betas",
+                    [self.get(f"optimizer.{beta}", "optimizer.betas") for beta in betas],
                 )
         base = self.get("learning_rate", "optimizer.lr")
         high = self.get("transformer.learning_rate", "optimizer.lr")
@@ -897,7 +898,7 @@ def _clips_in(folder: Path, below: bool) -> int | None:
     if not folder.is_dir():
         return None
     found = folder.rglob("*") if below else folder.glob("*")
-    kinds = {*settings.VIDEOkeys.FORMATS, *IMAGE_SUFFIXES}
+    kinds = {*settings.VIDEO_FORMATS, *IMAGE_SUFFIXES}
     return sum(
         p.is_file() and extension(p) in kinds and not settings.belongs_to_another(str(p))
         for p in found

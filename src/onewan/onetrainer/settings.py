@@ -111,9 +111,7 @@ def _wrong_words(config: Any, variant: Variant) -> Iterator[str]:
         ),
     }
     for name, (read, remedy) in readers.items():
-        try:
-            read()
-        except ValueError:
+        if not _is_readable(read):
             yield f"{name}: is {getattr(config, name)!r}; {remedy}"
     try:
         resolutions_of(config.resolution, config.aspect_ratio_bucketing, variant.size_multiple)
@@ -128,6 +126,14 @@ def _wrong_words(config: Any, variant: Variant) -> Iterator[str]:
     boundary = config.wan_boundary
     if boundary is not None and not 0 < boundary < 1:
         yield f"wan_boundary: is {boundary}; give a noise level between 0 and 1, or nothing"
+
+
+def _is_readable(read: Callable[[], object]) -> bool:
+    try:
+        read()
+    except ValueError:
+        return False
+    return True
 
 
 def train_section(config: Any) -> TrainSection:
