@@ -174,7 +174,8 @@ def _adapter_files(
         file = read_adapter(path)
     except CheckpointError:
         names: tuple[ExpertName, ExpertName] = ("high", "low")
-        found += [(read_adapter(path, name), name) for name in names]
+        for name in names:
+            found.append((read_adapter(path, name), name))
         return [(file, name) for file, name in found if file.modules]
     if variant is not None and len(variant.experts) == 1:
         return [(file, None)]
