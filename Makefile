@@ -10,7 +10,7 @@ else
 endif
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint screenshots clean
 
 setup: $(READY)
 
@@ -42,6 +42,11 @@ lint: $(READY)
 	$(BIN)/codespell src tests benchmarks docs README.md CONTRIBUTING.md CHANGELOG.md
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
+
+# The pictures of docs/onetrainer.md, from a copy of the checkout ONETRAINER=PATH.
+screenshots: $(READY)
+	@echo "== screenshots of OneTrainer's window into docs/images"
+	$(BIN)/python scripts/take_onetrainer_screenshots.py "$(ONETRAINER)" docs/images
 
 clean:
 	rm -rf $(VENV) demo

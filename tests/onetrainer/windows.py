@@ -284,8 +284,11 @@ def main():
         kit.choose("LoRA", "LoRA")
         kit.save()
     else:
-        kit.open("training")
-        facts["labels of training"] = kit.labels()
+        for tab in TABS:
+            kit.open(tab)
+            facts[f"labels of {tab}"] = kit.labels()
+            kit.shot(tab)
+        kit.sample_frame(kit.config.model_type)
     facts["config"] = kit.config.to_dict()
     with open(f"{OUT}/facts.json", "w") as file:
         json.dump(facts, file, indent=1, default=str)

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -155,28 +155,16 @@ def load_adapters(path: Path, variant: Variant | None) -> dict[str, Tensor]:
     return found
 
 
-def _adapter_files(
-    path: Path, variant: Variant | None
-) -> list[tuple[AdapterFile, ExpertName | None]]:
+_Found: TypeAlias = tuple[AdapterFile, "ExpertName | None"]
+
+
+def _adapter_files(path: Path, variant: Variant | None) -> list[_Found]:
     if not path.is_file():
-        both: list[tuple[Path, ExpertName]] = [
-            (named(path, "high"), "high"),
-            (named(path, "low"), "low"),
-        ]
-        there = [(file, expert) for file, expert in both if file.is_file()]
-        if not there:
-            raise CheckpointError(
-                f"{path}: there is no such file, nor {both[0][0].name} or {both[1][0].name}"
-            )
-        return [(read_adapter(file), expert) for file, expert in there]
-    found: list[tuple[AdapterFile, ExpertName | None]] = []
+        return _pair(path)
     try:
         file = read_adapter(path)
     except CheckpointError:
-        names: tuple[ExpertName, ExpertName] = ("high", "low")
-        for name in names:
-            found.append((read_adapter(path, name), name))
-        return [(file, name) for file, name in found if file.modules]
+        return [_one_of(path, "high"), _one_of(path, "low")]
     if variant is not None and len(variant.experts) == 1:
         return [(file, None)]
     said: Any = file.metadata.get("onewan.expert")
@@ -184,8 +172,25 @@ def _adapter_files(
     other: ExpertName = "low" if expert == "high" else "high"
     beside = path.with_name(path.name.replace(f"{expert}_noise", f"{other}_noise"))
     if expert_in_name(path) and beside != path and beside.is_file():
-        found.append((read_adapter(beside), other))
-    return [(file, expert), *found]
+        return [(file, expert), (read_adapter(beside), other)]
+    return [(file, expert)]
+
+
+def _pair(path: Path) -> list[_Found]:
+    """The files of which `path` is the name without the expert."""
+    found: list[_Found] = []
+    high, low = named(path, "high"), named(path, "low")
+    if high.is_file():
+        found.append((read_adapter(high), "high"))
+    if low.is_file():
+        found.append((read_adapter(low), "low"))
+    if not found:
+        raise CheckpointError(f"{path}: there is no such file, nor {high.name} or {low.name}")
+    return found
+
+
+def _one_of(path: Path, expert: ExpertName) -> _Found:
+    return read_adapter(path, expert), expert
 
 
 def _onetrainer(adapter: ModuleAdapter) -> dict[str, Tensor]:

@@ -1,0 +1,50 @@
+"""Take the pictures of docs/onetrainer.md: make screenshots ONETRAINER=PATH.
+
+Works on a copy of the checkout, by its own interpreter (or ONETRAINER_PYTHON), without a display.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from onewan.onetrainer.install import install, python_in
+
+HERE = Path(__file__).parents[1]
+WINDOWS = HERE / "tests" / "onetrainer" / "windows.py"
+PRESET = "training_presets/Wan 2.2/#wan 2.2 T2V A14B LoRA.json"
+COLOURS = 64
+
+
+def main() -> int:
+    if len(sys.argv) != 3 or not sys.argv[1]:
+        print("give the checkout: make screenshots ONETRAINER=PATH", file=sys.stderr)
+        return 2
+    checkout, out = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve()
+    python = os.environ.get("ONETRAINER_PYTHON") or python_in(checkout) or sys.executable
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        copy, shots = Path(folder) / "OneTrainer", Path(folder) / "shots"
+        subprocess.run(["git", "clone", "-q", str(checkout), str(copy)], check=True)
+        install(copy)
+        session = {"__version": 11, **json.loads((copy / PRESET).read_text(encoding="utf-8"))}
+        last = copy / "training_presets" / "#.json"
+        last.write_text(json.dumps(session), encoding="utf-8")
+        command = [str(python), str(WINDOWS), "qt", str(shots), "again"]
+        quiet = {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        subprocess.run(command, cwd=copy, env={**os.environ, **quiet}, check=True)
+        for shot in sorted(shots.glob("*.png")):
+            picture = Image.open(shot).convert("RGB").quantize(COLOURS)
+            picture.save(out / f"onetrainer_{shot.stem.removeprefix('qt_').lower()}.png")
+            print(out / f"onetrainer_{shot.stem.removeprefix('qt_').lower()}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
