@@ -20,6 +20,8 @@ HERE = Path(__file__).parents[1]
 WINDOWS = HERE / "tests" / "onetrainer" / "windows.py"
 PRESET = "training_presets/Wan 2.2/#wan 2.2 T2V A14B LoRA.json"
 COLOURS = 64
+HUB = "/home/you/.cache/huggingface"
+"""Shown in the window; whose machine it is does not matter."""
 
 
 def main() -> int:
@@ -37,7 +39,7 @@ def main() -> int:
         last = copy / "training_presets" / "#.json"
         last.write_text(json.dumps(session), encoding="utf-8")
         command = [str(python), str(WINDOWS), "qt", str(shots), "again"]
-        quiet = {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        quiet = {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HOME": HUB}
         subprocess.run(command, cwd=copy, env={**os.environ, **quiet}, check=True)
         for shot in sorted(shots.glob("*.png")):
             picture = Image.open(shot).convert("RGB").quantize(COLOURS)

@@ -87,7 +87,8 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
             for p in model.expert_parts()
         )
         if wanted == torch.float32 and small:
-            return config.fallback_train_dtype.torch_dtype() or torch.bfloat16
+            other = config.fallback_train_dtype.torch_dtype()
+            return torch.bfloat16 if other in (None, torch.float32) else other
         return wanted
 
     def _live_text(self, config: TrainConfig) -> bool:

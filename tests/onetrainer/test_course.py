@@ -1,0 +1,176 @@
+"""Steps as OneTrainer counts them draw what onewan's own steps draw; without OneTrainer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from onewan.data.loader import Batch, Step
+from onewan.errors import ConfigError
+from onewan.onetrainer.course import batch_of, course_of
+from onewan.onetrainer.importing import _defaults, _merged, _namespace
+from onewan.onetrainer.sampling import request_of
+from onewan.onetrainer.settings import timesteps_of
+from onewan.train.density import density_of
+from onewan.train.objective import velocity_loss
+from onewan.variants import VARIANTS
+
+T2V = VARIANTS["t2v-a14b"]
+
+
+def config_of(**changes: Any) -> SimpleNamespace:
+    return _namespace(_merged(_defaults()["train"], changes))
+
+
+def clips(count: int, seed: int = 0) -> Batch:
+    latents = torch.randn(count, 16, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
+    items = {
+        "latent_image": latents,
+        "loss_weight": torch.full((count,), 0.5),
+        "image_path": [f"{i}.mp4" for i in range(count)],
+    }
+    return batch_of(items, torch.zeros(count, 512, 8), [""] * count)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_micro_batches_draw_what_a_whole_step_draws(ranks: int):
+    """Two micro-batches of two clips on each rank are one step of onewan's."""
+    course = course_of(
+        config_of(gradient_accumulation_steps=2, wan_expert_block=1, timestep_shift=5.0),
+        T2V,
+        T2V.experts,
+    )
+    parts = [clips(2, seed) for seed in range(2 * ranks)]
+    placed = tuple(replace(part, offset=2 * i) for i, part in enumerate(parts))
+    for number in (0, 1):
+        expert = course.expert(2 * number)
+        step = Step(number=number, expert=expert.name, batches=placed)
+        for micro in (0, 1):
+            assert course.expert(2 * number + micro) is expert
+            for rank in range(ranks):
+                place = micro * ranks + rank
+                own = course.noise(parts[place], 2 * number + micro, expert, rank=rank, ranks=ranks)
+                whole = course.objective.noise(placed[place], step, expert)
+                assert own.levels == whole.levels
+                assert torch.equal(own.x, whole.x) and torch.equal(own.target, whole.target)
+                assert torch.equal(own.weight, whole.weight)
+    assert course.expert(0).name == "high" and course.expert(2).name == "low"
+
+
+def test_an_expert_that_has_stopped_leaves_its_steps_to_the_other():
+    course = course_of(config_of(wan_expert_block=1), T2V, T2V.experts)
+    assert [course.expert(s).name for s in range(4)] == ["high", "low", "high", "low"]
+    assert {course.expert(s, {"transformer"}).name for s in range(4)} == {"low"}
+    both = {"transformer", "transformer_2"}
+    assert [course.expert(s, both).name for s in range(2)] == ["high", "low"]
+
+
+def test_validation_has_levels_of_every_expert_and_is_the_same_twice():
+    course = course_of(config_of(wan_validation_levels=3), T2V, T2V.experts)
+    first, again = course.validation(clips(1)), course.validation(clips(1))
+    assert [expert.name for expert, _ in first] == ["high"] * 3 + ["low"] * 3
+    for (expert, one), (_, two) in zip(first, again, strict=True):
+        assert torch.equal(one.x, two.x)
+        assert expert.t_min <= one.levels[0] <= expert.t_max
+    assert len({one.levels for _, one in first}) == 6
+
+
+def test_losses_add_up_and_the_prior_counts_outside_of_the_mask():
+    plain = course_of(config_of(), T2V, T2V.experts)
+    batch = clips(1)
+    sample = plain.noise(batch, 0, T2V.experts[0])
+    predicted = torch.randn(sample.x.shape, generator=torch.Generator().manual_seed(3))
+    error = (predicted - sample.target).double()
+    assert plain.loss(sample, predicted).item() == pytest.approx(
+        0.5 * error.square().mean().item(), rel=1e-6
+    )
+    mixed = course_of(config_of(mse_strength=0.25, huber_strength=2.0), T2V, T2V.experts)
+    huber = torch.nn.functional.huber_loss(predicted.double(), sample.target.double())
+    expected = 0.5 * (0.25 * error.square().mean() + 2.0 * huber)
+    assert mixed.loss(sample, predicted).item() == pytest.approx(expected.item(), rel=1e-6)
+
+    masked = replace(batch, mask=torch.zeros(1, 1, 2, 4, 4))
+    assert masked.mask is not None
+    masked.mask[..., :2] = 1
+    course = course_of(
+        config_of(unmasked_weight=0.0, masked_prior_preservation_weight=0.5), T2V, T2V.experts
+    )
+    sample = course.noise(masked, 0, T2V.experts[0])
+    prior = torch.zeros_like(sample.target)
+
+    def part(of: Tensor, cut: slice) -> float:
+        return of[..., cut].double().square().mean().item()
+
+    expected_loss = 0.5 * (
+        part(predicted - sample.target, slice(0, 2)) + 0.5 * part(predicted - prior, slice(2, 4))
+    )
+    assert course.loss(sample, predicted, prior).item() == pytest.approx(expected_loss, rel=1e-6)
+    assert velocity_loss(predicted, sample, course.losses[0][1]) > 0
+
+
+DENSITIES: list[tuple[dict[str, Any], list[tuple[float, float]]]] = [
+    # What OneTrainer's own formulas give: (timestep, share below it).
+    ({}, [(0.5, 0.5)]),
+    ({"timestep_shift": 5.0}, [(0.875, 0.5833)]),
+    ({"timestep_distribution": "LOGIT_NORMAL"}, [(0.5, 0.5), (0.7310586, 0.8413)]),
+    ({"timestep_distribution": "LOGIT_NORMAL", "noising_bias": 1.0}, [(0.7310586, 0.5)]),
+    ({"timestep_distribution": "BETA", "noising_weight": 2.0, "noising_bias": 1.0}, [(0.5, 0.25)]),
+    (
+        {"timestep_distribution": "SIGMOID", "noising_weight": 0.0},
+        [(0.5, 0.5), (0.9, 0.9)],
+    ),
+    ({"timestep_distribution": "INVERTED_PARABOLA", "noising_weight": 8.0}, [(0.5, 0.5)]),
+    ({"timestep_distribution": "COS_MAP"}, [(0.5, 0.5)]),
+    (
+        {"min_noising_strength": 0.2, "max_noising_strength": 0.6},
+        [(0.2, 0.0), (0.4, 0.5), (0.6, 1.0)],
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "shares"), DENSITIES)
+def test_distributions_are_onetrainers(changes, shares):
+    density = density_of(timesteps_of(config_of(**changes)), 1.0)
+    for level, share in shares:
+        assert density.cdf(level) == pytest.approx(share, abs=2e-4)
+
+
+def test_a_heavy_tail_is_onetrainers():
+    """Its formula maps an even u to 1 - u - s (cos^2(pi/2 u) - 1 + u)."""
+    import math
+
+    scale = 0.8
+    density = density_of(
+        timesteps_of(config_of(timestep_distribution="HEAVY_TAIL", noising_weight=scale)), 1.0
+    )
+    for u in (0.1, 0.3, 0.7):
+        level = 1 - u - scale * (math.cos(math.pi / 2 * u) ** 2 - 1 + u)
+        assert density.cdf(level) == pytest.approx(1 - u, abs=1e-6)
+
+
+def test_wrong_settings_are_told_together():
+    config = config_of(
+        frames="x", log_cosh_strength=1.0, min_noising_strength=0.9, max_noising_strength=0.1
+    )
+    with pytest.raises(ConfigError) as error:
+        course_of(config, T2V, T2V.experts)
+    for name in ("frames", "log_cosh_strength", "min_noising_strength"):
+        assert name in str(error.value)
+
+
+def test_requests_are_rounded_to_what_the_vae_takes():
+    sample = _merged(
+        _defaults()["sample"], {"prompt": "a", "frames": 80, "width": 500, "height": 300}
+    )
+    request = request_of(SimpleNamespace(**sample), T2V)
+    assert (request.frames, request.width, request.height) == (81, 496, 304)
+    assert request.guidance == (7.0, 7.0) and request.fps == 16 and request.shift == 12
+    sample |= {"wan_low_cfg_scale": 3.0, "wan_fps": 12.0, "cfg_scale": 0.5, "frames": 1}
+    request = request_of(SimpleNamespace(**sample), T2V)
+    assert request.guidance == (1.0, 3.0) and request.fps == 12 and request.frames == 1
+    assert request_of(SimpleNamespace(**sample), VARIANTS["ti2v-5b"]).guidance == (1.0,)
