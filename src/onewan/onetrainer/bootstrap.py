@@ -12,7 +12,6 @@ the module that is importing us.
 
 from __future__ import annotations
 
-import copy
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -57,7 +56,6 @@ TOUCHED: dict[str, tuple[str, ...]] = {
     "modules.util.config.SampleConfig": ("_get_model_defaults", "SampleConfig.default_values"),
     "modules.ui.TopBarController": ("TopBarController.get_model_types",),
     "modules.ui.BaseModelTabView": (
-        "BaseModelTabView.build_content",
         "BaseModelTabView._BaseModelTabView__create_base_components",
         "BaseModelTabView._BaseModelTabView__create_dtype_options",
     ),
@@ -353,41 +351,28 @@ def _extend_model_tab(owners: dict[str, Any], wan: Any) -> None:
     view = owners["modules.ui.BaseModelTabView"].BaseModelTabView
     name = "_BaseModelTabView__create_base_components"
 
-    def with_override(old: Any) -> Any:
-        def build_content(self: Any, frame: Any, controller: Any, ui_state: Any) -> Any:
-            if controller.train_config.model_type is wan:
-                controller = copy.copy(controller)
-                controller.supports_override_transformer = lambda: True
-            return old(self, frame, controller, ui_state)
-
-        return build_content
-
     def with_second(old: Any) -> Any:
         def create(
             self: Any, frame: Any, row: int, controller: Any, ui_state: Any, **has: Any
         ) -> int:
             if controller.train_config.model_type is not wan:
                 return old(self, frame, row, controller, ui_state, **has)
-            # The second expert's rows are the first's again, under its own name.
-            nothing = {key: False for key in has if key.startswith("has_")}
-            first = {**has, "has_text_encoder": False, "has_vae": False}
-            row = _transformer_rows(
-                self, frame, row, ui_state, "transformer", "High-Noise Transformer", first
-            )
-            row = _transformer_rows(
-                self, frame, row, ui_state, "transformer_2", "Low-Noise Transformer", first
-            )
-            rest = {**has, **nothing, "has_text_encoder": True, "has_vae": True}
-            return old(self, frame, row, controller, ui_state, **rest)
+            compressed = has.get("include_compressed", False)
+            for part, title in (
+                ("transformer", "High-Noise Transformer"),
+                ("transformer_2", "Low-Noise Transformer"),
+            ):
+                row = _transformer_rows(self, frame, row, ui_state, part, title, compressed)
+            # All but the transformer is the stock view's.
+            return old(self, frame, row, controller, ui_state, **{**has, "has_transformer": False})
 
         return create
 
-    _wrap(view, "build_content", with_override)
     _wrap(view, name, with_second)
 
 
 def _transformer_rows(
-    view: Any, frame: Any, row: int, ui_state: Any, part: str, title: str, has: dict[str, Any]
+    view: Any, frame: Any, row: int, ui_state: Any, part: str, title: str, compressed: bool
 ) -> int:
     """Where an expert comes from, and its data type."""
     components = view.components
@@ -404,7 +389,7 @@ def _transformer_rows(
         frame, row, 3, f"{title} Data Type", tooltip=f"The {title.lower()}'s weight data type"
     )
     options = view._BaseModelTabView__create_dtype_options(
-        include_a8=True, include_compressed=has.get("include_compressed", False)
+        include_a8=True, include_compressed=compressed
     )
     components.options_kv(frame, row, 4, options, ui_state, f"{part}.weight_dtype")
     return row + 1

@@ -129,8 +129,7 @@ class WanBaseDataLoader(BaseDataLoader, DataLoaderText2ImageMixin):
         parts = ("vae",) if kind == "image" else ("text_encoder", "tokenizer")
         causes = [wan.variant.name, *(fingerprint(sources.places[part]) for part in parts)]
         if kind == "image":
-            names = sorted(n for n in config.types if n.startswith("wan_") or n in _IMAGE_CAUSES)
-            causes += [f"{name}={getattr(config, name)}" for name in names]
+            causes += [f"{name}={getattr(config, name)}" for name in _IMAGE_CAUSES]
         else:
             causes += [
                 *text_names(config),
@@ -163,7 +162,15 @@ class WanBaseDataLoader(BaseDataLoader, DataLoaderText2ImageMixin):
         return []
 
 
-_IMAGE_CAUSES = ("resolution", "frames", "aspect_ratio_bucketing", "masked_training")
+_IMAGE_CAUSES = (
+    "resolution",
+    "frames",
+    "aspect_ratio_bucketing",
+    "masked_training",
+    "wan_frame_strategy",
+    "wan_target_fps",
+    "wan_max_duration",
+)
 """Settings that decide latents; OneTrainer's own key has those of the concept."""
 
 

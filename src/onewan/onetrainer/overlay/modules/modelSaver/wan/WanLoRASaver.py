@@ -1,6 +1,5 @@
 """Adapters: a file for each expert, in each of OneTrainer's formats; backups as they are."""
 
-import copy
 from pathlib import Path
 
 from modules.model.WanModel import EXPERTS, WanModel
@@ -49,5 +48,5 @@ class WanLoRASaver(LoRASaverMixin):
         if model.train_config is not None and model.train_config.bundle_additional_embeddings:
             # No program reads embeddings out of an adapter's file for Wan; they lie beside it.
             WanEmbeddingSaver().save_multiple(
-                model, ModelFormat.SAFETENSORS, output_model_destination, copy.copy(dtype)
+                model, ModelFormat.SAFETENSORS, output_model_destination, dtype
             )
