@@ -170,6 +170,7 @@ def test_requests_are_rounded_to_what_the_vae_takes():
     request = request_of(SimpleNamespace(**sample), T2V)
     assert (request.frames, request.width, request.height) == (81, 496, 304)
     assert request.guidance == (7.0, 7.0) and request.fps == 16 and request.shift == 12
+    assert request_of(SimpleNamespace(**{**sample, "frames": 83}), T2V).frames == 81
     sample |= {"wan_low_cfg_scale": 3.0, "wan_fps": 12.0, "cfg_scale": 0.5, "frames": 1}
     request = request_of(SimpleNamespace(**sample), T2V)
     assert request.guidance == (1.0, 3.0) and request.fps == 12 and request.frames == 1

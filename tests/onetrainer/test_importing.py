@@ -391,6 +391,15 @@ def test_each_older_version_comes_up_to_date(version):
     assert _within(expected, found)
 
 
+def test_only_offloaded_configs_offloaded_activations():
+    old = {"__version": 10, "gradient_checkpointing": "ON", "transformer": {}}
+    assert brought_up_to_date(old)["transformer"] == {
+        "gradient_checkpointing": True,
+        "activation_offloading": False,
+        "offload_fraction": 0.0,
+    }
+
+
 def test_a_version_is_not_migrated_by_steps_before_it():
     assert brought_up_to_date({"__version": 4, "noising_weight": 2.0})["noising_weight"] == 2.0
     assert brought_up_to_date({"__version": 11, "gradient_checkpointing": "ON"}) == {
