@@ -6,13 +6,15 @@ import hashlib
 import json
 import os
 import subprocess
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import pytest
 from fake import write_checkout
 
 from onewan.cli import main
 from onewan.onetrainer.install import MANIFEST, InstallError, install, overlay, status, uninstall
+
+linked = pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
 
 
 def git(root: Path, *args: str) -> str:
@@ -109,6 +111,7 @@ def test_files_of_others_are_not_overwritten(checkout: Path):
 
 
 def test_changed_files_are_kept_unless_forced(checkout: Path, capsys):
+    before = set(tree(checkout))
     install(checkout)
     path = checkout / "modules/modelSetup/wan/BaseWanSetup.py"
     path.write_text("mine", "utf-8")
@@ -117,14 +120,27 @@ def test_changed_files_are_kept_unless_forced(checkout: Path, capsys):
     assert install(checkout).kept == found.changed and path.read_text("utf-8") == "mine"
     assert main(["onetrainer", "uninstall", str(checkout)]) == 1
     assert "left alone" in capsys.readouterr().out and path.exists()
-    install_again = install  # the file is of someone else now
-    with pytest.raises(InstallError, match="BaseWanSetup"):
-        install_again(checkout)
-    path.unlink()
-    install(checkout)
+    # The manifest stays for it, and so does what --force means.
+    assert set(tree(checkout)) - before == {MANIFEST, *found.changed}
+    again = status(checkout)
+    assert again.installed and not again.complete and again.changed == found.changed
+    assert install(checkout).kept == found.changed and path.read_text("utf-8") == "mine"
+    assert install(checkout, force=True).written == found.changed and status(checkout).current
     path.write_text("mine", "utf-8")
+    assert uninstall(checkout).kept == found.changed
     uninstall(checkout, force=True)
     assert git(checkout, "status", "--porcelain") == ""
+
+
+def test_a_changed_file_that_was_deleted_is_no_longer_waited_for(checkout: Path):
+    dirs = folders(checkout)
+    install(checkout)
+    path = checkout / "modules/modelSetup/wan/BaseWanSetup.py"
+    path.write_text("mine", "utf-8")
+    uninstall(checkout)
+    path.unlink()
+    assert uninstall(checkout).kept == ()
+    assert git(checkout, "status", "--porcelain") == "" and folders(checkout) == dirs
 
 
 def test_a_newer_version_takes_the_old_ones_place(checkout: Path):
@@ -169,7 +185,127 @@ def test_an_installation_that_was_cut_off_is_finished_or_taken_out(checkout: Pat
     assert status(checkout).complete and not status(checkout).missing
 
 
-@pytest.mark.parametrize("name", ["../victim.txt", "/tmp/victim.txt", "C:\\x", "link/victim.txt"])
+def test_an_update_that_was_cut_off_knows_the_old_files(checkout: Path, monkeypatch):
+    """They are nobody's changes, and neither kept nor told."""
+    import onewan.onetrainer.install as module
+
+    old = {name: b"# version 1\n" + data for name, data in overlay().items()}
+    install(checkout, laid=old)
+    real, count = module.replacing, iter(range(100))
+
+    def cut(path):
+        if next(count) == 5:
+            raise KeyboardInterrupt
+        return real(path)
+
+    for middle in ({n: b"# version 2\n" + d for n, d in overlay().items()}, overlay()):
+        count = iter(range(100))
+        monkeypatch.setattr(module, "replacing", cut)
+        with pytest.raises(KeyboardInterrupt):
+            install(checkout, laid=middle)
+        monkeypatch.setattr(module, "replacing", real)
+        found = status(checkout)
+        assert not found.complete and not found.changed and not found.missing
+    outcome = install(checkout)
+    assert not outcome.kept and status(checkout).current and status(checkout).complete
+    assert "replaced" not in json.loads((checkout / MANIFEST).read_text("utf-8"))
+    install(checkout, laid=old)
+    monkeypatch.setattr(module, "replacing", cut)
+    count = iter(range(100))
+    with pytest.raises(KeyboardInterrupt):
+        install(checkout)
+    monkeypatch.setattr(module, "replacing", real)
+    assert not uninstall(checkout).kept
+    assert git(checkout, "status", "--porcelain") == ""
+
+
+def test_a_killed_process_leaves_no_temporary_files_behind(checkout: Path):
+    dirs = folders(checkout)
+    install(checkout)
+    for name in (MANIFEST, "modules/model/WanModel.py", "modules/modelSetup/wan/BaseWanSetup.py"):
+        path = checkout / name
+        path.with_name(f".tmp-4711-{path.name}").write_text("half", "utf-8")
+    path = checkout / "modules/model/WanModel.py"
+    path.unlink()
+    install(checkout)
+    assert not list(path.parent.glob(".tmp-*"))
+    uninstall(checkout)
+    assert git(checkout, "status", "--porcelain") == "" and folders(checkout) == dirs
+
+
+def test_a_changed_file_that_the_new_version_lacks_is_left_and_told(checkout: Path):
+    laid = {**overlay(), "modules/model/WanGone.py": b"# gone since\n"}
+    install(checkout, laid=laid)
+    path = checkout / "modules/model/WanGone.py"
+    path.write_text("mine", "utf-8")
+    assert install(checkout).kept == ("modules/model/WanGone.py",)
+    assert path.read_text("utf-8") == "mine" and status(checkout).current
+    assert install(checkout).kept == ()
+    path.unlink()
+    install(checkout, laid=laid)
+    path.write_text("mine", "utf-8")
+    assert install(checkout, force=True).removed == ("modules/model/WanGone.py",)
+    assert not path.exists()
+
+
+@linked
+def test_links_lead_nowhere_outside(checkout: Path, tmp_path: Path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (checkout / "modules" / "modelSetup" / "wan").symlink_to(elsewhere)
+    with pytest.raises(InstallError, match="lead out of the checkout"):
+        install(checkout)
+    assert not list(elsewhere.iterdir()) and not (checkout / MANIFEST).exists()
+    (checkout / "modules" / "modelSetup" / "wan").unlink()
+    path = checkout / "modules/model/WanModel.py"
+    path.symlink_to(elsewhere / "nothing.py")
+    with pytest.raises(InstallError, match="WanModel"):
+        install(checkout)
+    path.unlink()
+    install(checkout)
+    (elsewhere / "WanModel.py").write_bytes(path.read_bytes())
+    path.unlink()
+    path.symlink_to(elsewhere / "WanModel.py")
+    assert status(checkout).changed == ("modules/model/WanModel.py",)
+    assert uninstall(checkout).kept == ("modules/model/WanModel.py",)
+    cache = checkout / "modules/model/__pycache__"
+    cache.symlink_to(elsewhere)
+    (elsewhere / "WanModel.cpython-311.pyc").write_bytes(b"x")
+    uninstall(checkout, force=True)
+    assert not path.is_symlink() and len(list(elsewhere.iterdir())) == 2
+
+
+def test_what_can_not_be_written_is_one_line_and_can_be_gone_on_with(
+    checkout: Path, monkeypatch, capsys
+):
+    import onewan.onetrainer.install as module
+
+    real = module.replacing
+
+    def denied(path):
+        if path.name == "WanModel.py":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(module, "replacing", denied)
+    assert main(["onetrainer", "install", str(checkout)]) == 1
+    said = capsys.readouterr().err
+    assert "WanModel.py: Permission denied" in said and said.count("\n") == 1
+    monkeypatch.setattr(module, "replacing", real)
+    assert main(["onetrainer", "install", str(checkout)]) == 0 and status(checkout).complete
+
+
+def test_names_in_the_manifest_have_forward_slashes(checkout: Path):
+    install(checkout)
+    manifest = json.loads((checkout / MANIFEST).read_text("utf-8"))
+    for name in (*manifest["files"], *manifest["folders"]):
+        assert "\\" not in name and not PureWindowsPath(name).drive
+        assert PureWindowsPath(name).as_posix() == name
+
+
+@pytest.mark.parametrize(
+    "name", ["../victim.txt", "/tmp/victim.txt", "C:\\x", "link/victim.txt", ".git/HEAD", ""]
+)
 def test_a_manifest_that_was_tampered_with_deletes_nothing(
     checkout: Path, tmp_path: Path, name: str
 ):

@@ -8,6 +8,7 @@ out.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from onewan.errors import OnewanError
-from onewan.files import replacing
+from onewan.files import TEMPORARY_PREFIX, replacing
 from onewan.onetrainer.contract import Checked, check
 
 MANIFEST = "onewan-addon.json"
@@ -63,6 +64,12 @@ class _Manifest:
     """sha256 by path, with forward slashes."""
     folders: list[str] = field(default_factory=list)
     """Those that the installation made."""
+    replaced: dict[str, list[str]] = field(default_factory=dict)
+    """While not complete: what earlier versions of the files were, which may still lie there."""
+
+    def ours(self, name: str, digest: str | None) -> bool:
+        """Whether `digest` is that of a file as onewan laid it in."""
+        return digest in (self.files.get(name), *self.replaced.get(name, ()))
 
 
 def overlay() -> dict[str, bytes]:
@@ -88,81 +95,84 @@ def install(root: Path, *, force: bool = False, laid: Mapping[str, bytes] | None
             "\n".join([f"{root}: this OneTrainer is not supported:", *(f"  {p}" for p in problems)])
         )
     wanted = dict(overlay() if laid is None else laid)
-    before = _read(root)
-    known = {} if before is None else before.files
-    in_the_way = [
-        name
-        for name in wanted
-        if (root / name).exists()
-        and name not in known
-        and _digest(root / name) != _sha(wanted[name])
-    ]
-    if in_the_way:
-        raise InstallError(
-            f"{root}: has files of other origin where the add-on's would lie: "
-            f"{', '.join(in_the_way)}; move them away"
+    before = _read(root) or _Manifest(version="", complete=False, files={})
+    shas = {name: _sha(data) for name, data in wanted.items()}
+    there = {name: _digest(root / name) for name in {**before.files, **wanted}}
+    _refuse_what_is_in_the_way(root, shas, there, before)
+    kept = (
+        ()
+        if force
+        else tuple(
+            name
+            for name, digest in there.items()
+            if digest not in (None, shas.get(name)) and not before.ours(name, digest)
         )
-    kept = [
-        name
-        for name in wanted
-        if (root / name).exists()
-        and name in known
-        and _digest(root / name) not in (known[name], _sha(wanted[name]))
-        and not force
-    ]
-    folders = [] if before is None else before.folders
-    manifest = _Manifest(
-        version=version("onewan"),
-        complete=False,
-        files={**known, **{name: _sha(data) for name, data in wanted.items()}},
-        folders=sorted({*folders, *_new_folders(root, wanted)}),
     )
-    written = [n for n in wanted if n not in kept and _digest(root / n) != _sha(wanted[n])]
-    stale = [n for n in known if n not in wanted]
-    if (
-        not (written or stale)
-        and before is not None
-        and before.complete
-        and before.version == manifest.version
-    ):
-        return Outcome(kept=tuple(kept))
+    written = tuple(n for n in wanted if n not in kept and there[n] != shas[n])
+    stale = tuple(n for n in before.files if n not in wanted and n not in kept)
+    # Of a changed file that is no longer part of the add-on nothing is known from here on.
+    dropped = {n for n in before.files if n not in wanted}
+    now = version("onewan")
+    if before.complete and before.version == now and not (written or dropped):
+        return Outcome(kept=kept)
+    manifest = _Manifest(
+        version=now,
+        complete=False,
+        files={**before.files, **shas},
+        folders=sorted({*before.folders, *_new_folders(root, wanted)}),
+        replaced={
+            name: sorted({*before.replaced.get(name, ()), sha})
+            for name, sha in before.files.items()
+            if sha != shas.get(name, sha) or name in before.replaced
+        },
+    )
     try:
         _write(root, manifest)
         for name in written:
+            _remove_unfinished(root / name)
             with replacing(root / name) as path:
                 path.write_bytes(wanted[name])
-        removed = [name for name in stale if _remove(root, name, known[name])]
-        manifest.files = {name: manifest.files[name] for name in wanted}
-        manifest.complete = True
+        for name in stale:
+            _remove(root, name)
+        manifest.files, manifest.replaced, manifest.complete = shas, {}, True
         _write(root, manifest)
     except OSError as error:
         raise InstallError(_unwritable(root, error)) from error
-    return Outcome(tuple(written), tuple(removed), tuple(kept))
+    return Outcome(written, tuple(n for n in stale if there[n] is not None), kept)
 
 
 def uninstall(root: Path, *, force: bool = False) -> Outcome:
     """Take out what was laid in: files that are as they were (with `force` all), folders that were
-    made for them, and what Python compiled of them."""
+    made for them, and what Python compiled of them.
+
+    The manifest goes last; it stays, with what was kept alone, where a changed file was kept.
+    """
     root = _checkout(root)
     manifest = _read(root)
     if manifest is None:
         raise InstallError(f"{root}: the add-on is not installed there ({MANIFEST} is missing)")
-    kept: list[str] = []
-    removed: list[str] = []
+    there = {name: _digest(root / name) for name in manifest.files}
+    changed = {n for n, d in there.items() if d is not None and not manifest.ours(n, d)}
+    kept = () if force else tuple(n for n in manifest.files if n in changed)
     try:
-        for name, digest in manifest.files.items():
-            if not (root / name).exists():
-                continue
-            if _remove(root, name, None if force else digest):
-                removed.append(name)
-            else:
-                kept.append(name)
+        for name in manifest.files:
+            _remove_unfinished(root / name)
+            if name not in kept:
+                _remove(root, name)
         for folder in sorted(manifest.folders, reverse=True):
             _remove_folder(root / folder)
-        (root / MANIFEST).unlink()
+        if kept:
+            manifest.complete = False
+            manifest.files = {name: manifest.files[name] for name in kept}
+            manifest.folders = [f for f in manifest.folders if (root / f).is_dir()]
+            _write(root, manifest)
+        else:
+            _remove_unfinished(root / MANIFEST)
+            (root / MANIFEST).unlink()
     except OSError as error:
         raise InstallError(_unwritable(root, error)) from error
-    return Outcome(removed=tuple(removed), kept=tuple(kept))
+    removed = (n for n, d in there.items() if d is not None and n not in kept)
+    return Outcome(removed=tuple(removed), kept=kept)
 
 
 def status(root: Path) -> Status:
@@ -178,7 +188,7 @@ def status(root: Path) -> Status:
         installed=True,
         complete=manifest.complete,
         version=manifest.version,
-        changed=tuple(n for n, d in present.items() if d is not None and d != manifest.files[n]),
+        changed=tuple(n for n, d in present.items() if d is not None and not manifest.ours(n, d)),
         missing=tuple(n for n, d in present.items() if d is None),
         current=manifest.files == wanted,
         checked=checked,
@@ -224,12 +234,32 @@ def _sha(data: bytes) -> str:
 
 
 def _digest(path: Path) -> str | None:
+    """sha256 of a file, None if there is none; a link is nothing that was laid in, whatever it
+    leads to."""
+    if path.is_symlink():
+        return "a symbolic link"
     try:
         return _sha(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise InstallError(f"{path}: can't be read ({error.strerror})") from error
+
+
+def _refuse_what_is_in_the_way(
+    root: Path, shas: Mapping[str, str], there: Mapping[str, str | None], before: _Manifest
+) -> None:
+    if outside := [n for n in shas if not (root / n).parent.resolve().is_relative_to(root)]:
+        raise InstallError(
+            f"{root}: links lead out of the checkout where the add-on's files would lie: "
+            f"{', '.join(outside)}; put folders in the links' place"
+        )
+    others = [n for n, s in shas.items() if n not in before.files and there[n] not in (None, s)]
+    if others:
+        raise InstallError(
+            f"{root}: has files of other origin where the add-on's would lie: "
+            f"{', '.join(others)}; move them away"
+        )
 
 
 def _new_folders(root: Path, wanted: Mapping[str, bytes]) -> Iterator[str]:
@@ -249,9 +279,12 @@ def _read(root: Path) -> _Manifest | None:
             complete=bool(data["complete"]),
             files={str(k): str(v) for k, v in data["files"].items()},
             folders=[str(f) for f in data["folders"]],
+            replaced={str(k): [str(d) for d in v] for k, v in data.get("replaced", {}).items()},
         )
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise InstallError(f"{path}: can't be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InstallError(
             f"{path}: is damaged ({type(error).__name__}: {error}); delete it, and install again"
@@ -261,6 +294,7 @@ def _read(root: Path) -> _Manifest | None:
         inside = (root / name).parent.resolve()
         if (
             pure.is_absolute()
+            or pure.parts[:1] == (".git",)
             or ".." in pure.parts
             or "\\" in name
             or ":" in name
@@ -280,22 +314,28 @@ def _write(root: Path, manifest: _Manifest) -> None:
         "files": dict(sorted(manifest.files.items())),
         "folders": manifest.folders,
     }
+    if manifest.replaced:
+        content["replaced"] = manifest.replaced
+    _remove_unfinished(root / MANIFEST)
     with replacing(root / MANIFEST) as path:
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _remove(root: Path, name: str, digest: str | None) -> bool:
-    """Delete a file, and what Python compiled of it; not if it has another `digest`."""
+def _remove(root: Path, name: str) -> None:
+    """Delete a file, and what Python compiled of it."""
     path = root / name
-    if digest is not None and _digest(path) not in (None, digest):
-        return False
     path.unlink(missing_ok=True)
-    if path.suffix == ".py":
-        cache = path.parent / "__pycache__"
-        for compiled in cache.glob(f"{path.stem}.*.pyc"):
+    cache = path.parent / "__pycache__"
+    if path.suffix == ".py" and not cache.is_symlink():
+        for compiled in cache.glob(f"{glob.escape(path.stem)}.*.pyc"):
             compiled.unlink()
         _remove_folder(cache)
-    return True
+
+
+def _remove_unfinished(path: Path) -> None:
+    """Delete what an installation that was killed left beside `path` under a temporary name."""
+    for left in path.parent.glob(f"{TEMPORARY_PREFIX}*-{glob.escape(path.name)}"):
+        left.unlink()
 
 
 def _remove_folder(folder: Path) -> None:
@@ -305,4 +345,7 @@ def _remove_folder(folder: Path) -> None:
 
 
 def _unwritable(root: Path, error: OSError) -> str:
-    return f"{error.filename or root}: {error.strerror}; mend that, and run the same command again"
+    return (
+        f"{error.filename or root}: {error.strerror}; mend that and give the same command again, "
+        "which goes on from here"
+    )
