@@ -29,8 +29,8 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 
-from onewan.formats.names import to_official
-from onewan.formats.spec import model_spec
+from onewan.formats.key_maps import to_official
+from onewan.formats.modelspec import model_spec
 from onewan.formats.write import Lazy, write_safetensors
 from onewan.variants import VARIANTS
 

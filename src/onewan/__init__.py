@@ -12,11 +12,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onewan.checkpoint.export import WanModelSaver
+    from onewan.checkpoint.saver import WanModelSaver
     from onewan.config.load import load_run
     from onewan.config.schema import RunConfig, WanTrainConfig
+    from onewan.data.decode import VideoSample
     from onewan.data.loader import WanDataLoader
-    from onewan.data.sample import VideoSample
     from onewan.model.embedding import WanModelEmbedding
     from onewan.model.load import WanModelLoader
     from onewan.model.wan import WanModel
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "ModelType": "onewan.variants",
     "RunConfig": "onewan.config.schema",
-    "VideoSample": "onewan.data.sample",
+    "VideoSample": "onewan.data.decode",
     "WanDataLoader": "onewan.data.loader",
     "WanModel": "onewan.model.wan",
     "WanModelEmbedding": "onewan.model.embedding",
     "WanModelLoader": "onewan.model.load",
     "WanModelSampler": "onewan.sample.generate",
-    "WanModelSaver": "onewan.checkpoint.export",
+    "WanModelSaver": "onewan.checkpoint.saver",
     "WanModelSetup": "onewan.train.setup",
     "WanTrainConfig": "onewan.config.schema",
     "WanTrainer": "onewan.train.trainer",

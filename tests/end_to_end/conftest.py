@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.runs import RunFile
 
 from onewan.config.load import load_run
 from onewan.config.schema import RunConfig
 from onewan.demo.clips import write_clips
 from onewan.demo.tiny_model import write_tiny_model
-
-RunFile = Callable[..., RunConfig]
 
 
 @pytest.fixture(scope="session")

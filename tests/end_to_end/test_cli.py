@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import RunFile
+from support.runs import RunFile
 
 from onewan.cli import main, parse
 from onewan.config.load import dump_run

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import RunFile
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.runs import RunFile
 
 from onewan.config.schema import RunConfig
-from onewan.data.encode import Dataset, _CachedEntries, silent
+from onewan.data.decode import decode
+from onewan.data.encode import Dataset, _CachedLatents, silent
 from onewan.data.index import Clip
 from onewan.data.masks import Mask, latent_mask
-from onewan.data.sample import decode
 from onewan.errors import DataError
 from onewan.media import write_video
 from onewan.model.sources import Component
@@ -390,8 +390,8 @@ def test_keys_do_not_change_by_accident(run_file: RunFile, tmp_path: Path) -> No
     mask = Mask(path=tmp_path / "a.mask.png", start=0.0)
     content = {clip.path: "0" * 40, mask.path: "1" * 40}
 
-    def keys(variant: str) -> tuple[_CachedEntries, str]:
-        entries = _CachedEntries(run_file(variant), VARIANTS[variant], places, content)
+    def keys(variant: str) -> tuple[_CachedLatents, str]:
+        entries = _CachedLatents(run_file(variant), VARIANTS[variant], places, content)
         return entries, entries._video_key(clip)
 
     t2v, t2v_key = keys("t2v-a14b")
@@ -404,7 +404,7 @@ def test_keys_do_not_change_by_accident(run_file: RunFile, tmp_path: Path) -> No
     for same in (
         {"mask": mask},
         {"loss_weight": 2.0},
-        {"base_target": True},
+        {"is_prior": True},
         {"repeats": 3},
         {"captions": ("another",)},
         {"name": "b.mp4"},

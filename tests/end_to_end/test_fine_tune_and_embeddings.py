@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import RunFile
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_resume import layout_of, leaves
+from support.runs import RunFile, layout_of, leaves
 from torch import nn
 
 from onewan.errors import ConfigError, TrainingError

@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import RunFile
 from PIL import Image
-from test_methods import METHODS, PLACEHOLDER
+from support.runs import METHODS, PLACEHOLDER, RunFile
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -25,14 +24,14 @@ from onewan.config.schema import RunConfig
 from onewan.data.loader import Batch, Step
 from onewan.formats.lora_files import peft_adapter
 from onewan.media import VIDEO_SUFFIXES, probe
-from onewan.model.experts import token_timesteps
+from onewan.model.forward import token_timesteps
 from onewan.model.load import WanModelLoader
 from onewan.model.wan import WanModel
-from onewan.train.methods import AdapterTraining, EmbeddingTraining
 from onewan.train.objective import velocity_loss
 from onewan.train.run import Run
 from onewan.train.setup import WanModelSetup
 from onewan.train.step import backward, compare, predict
+from onewan.train.trainables import AdapterTraining, EmbeddingTraining
 from onewan.variants import VARIANTS, ExpertName
 
 VARIANT_CASES = [(m, v) for m in METHODS for v in VARIANTS]
@@ -285,7 +284,7 @@ def joined(step: Step, sizes: tuple[int, ...]) -> Step:
                 condition=None,
                 mask=None,
                 loss_weight=torch.cat([b.loss_weight for b in part]),
-                base_target=None,
+                is_prior=None,
                 captions=tuple(c for b in part for c in b.captions),
                 names=tuple(n for b in part for n in b.names),
                 offset=start,

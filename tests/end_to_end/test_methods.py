@@ -16,10 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RunFile
 from safetensors.torch import load_file
-from slow_run import train_slowly
-from test_resume import layout_of, outcome
+from support.runs import METHODS, RunFile, layout_of, outcome
+from support.slow_run import train_slowly
 
 from onewan.adapters.lora import apply_lora
 from onewan.checkpoint.store import StateStore
@@ -29,7 +28,7 @@ from onewan.data.loader import Batch
 from onewan.formats.lora_files import read_adapter
 from onewan.media import probe
 from onewan.model.embedding import WanModelEmbedding
-from onewan.model.experts import predict_velocity
+from onewan.model.forward import predict_velocity
 from onewan.model.load import WanModelLoader
 from onewan.model.wan import WanModel
 from onewan.runs.events import read_events
@@ -38,21 +37,6 @@ from onewan.train.trainer import WanTrainer
 from onewan.variants import VARIANTS
 
 STEPS = 16
-PLACEHOLDER = "embeddings=[{placeholder: <shape>, initial_text: a square}]"
-METHODS: Mapping[str, list[str]] = {
-    "lora": ["method={kind: lora, rank: 8}", "optimizer.lr=0.01"],
-    "dora": ["method={kind: dora, rank: 8}", "optimizer.lr=0.01"],
-    "loha": ["method={kind: loha, rank: 4}", "optimizer.lr=0.02"],
-    "lokr": ["method={kind: lokr, rank: 4}", "optimizer.lr=0.02"],
-    "oft": ["method={kind: oft, block_size: 16}", "optimizer.lr=0.01"],
-    "fine_tune": [
-        "method={kind: fine_tune, weights: stochastic, fused_step: true}",
-        "model.dtype=bfloat16",
-        "train.max_grad_norm=null",
-        "optimizer.lr=0.001",
-    ],
-    "embedding": ["method={kind: embedding}", PLACEHOLDER, "optimizer.lr=0.05"],
-}
 EXPERTS = {"t2v-a14b": ("both", "low"), "i2v-a14b": ("both", "high"), "ti2v-5b": ("both",)}
 CASES = [(m, v, e) for m in METHODS for v in EXPERTS for e in EXPERTS[v]]
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RunFile
 from gguf import GGMLQuantizationType
-from rewritten import as_gguf, fp8, shards, single, spiece, text_encoder
 from safetensors.torch import load_file
+from support.rewritten import as_gguf, fp8, shards, single, spiece, text_encoder
+from support.runs import RunFile
 
 from onewan.config.load import dump_run, load_run
 from onewan.errors import CheckpointError
-from onewan.model.packed import PackedLinear
+from onewan.model.quantized_linear import QuantizedLinear
 from onewan.train.setup import WanModelSetup
 from onewan.train.trainer import WanTrainer
 
@@ -70,7 +70,7 @@ def test_a_lora_trains_on_quantised_files(
     )
     run = WanModelSetup(config).build()
     for trained in run.state.experts.values():
-        packed = [m for m in trained.transformer.modules() if isinstance(m, PackedLinear)]
+        packed = [m for m in trained.transformer.modules() if isinstance(m, QuantizedLinear)]
         assert len(packed) == (20 if quantised == "keep" else 0)
 
 

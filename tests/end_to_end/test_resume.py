@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import RunFile
 from safetensors.torch import load_file
+from support.runs import SMALL_SAMPLE, RunFile, layout_of, outcome
 
 from onewan.cli import main
 from onewan.config.load import load_run
@@ -19,18 +19,11 @@ from onewan.config.schema import RunConfig
 from onewan.errors import CheckpointError, Interrupted
 from onewan.runs.control import request
 from onewan.runs.events import read_events
-from onewan.runs.layout import RunLayout
 from onewan.train import trainer
-from onewan.train.run import Run, run_folder
+from onewan.train.run import Run
 from onewan.train.setup import WanModelSetup
 from onewan.train.trainer import WanTrainer
 from onewan.train.validation import validation_loss
-
-SMALL_SAMPLE = {"prompts": "[a]", "frames": 5, "width": 64, "height": 64, "steps": 2}
-
-
-def layout_of(config: RunConfig) -> RunLayout:
-    return RunLayout(run_folder(config))
 
 
 def send(what: str, config: RunConfig) -> Callable[[], None]:
@@ -56,37 +49,6 @@ def train_with_cuts(config: RunConfig, cuts: Mapping[int, str]) -> None:
                 run.fit()
         else:
             run.fit()
-
-
-def leaves(node: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors and numbers in nested containers, as tensors by their places."""
-    if isinstance(node, torch.Tensor):
-        yield name, node
-    elif isinstance(node, dict):
-        for key, value in node.items():
-            yield from leaves(value, f"{name}:{key}")
-    elif isinstance(node, (list, tuple)):
-        for number, value in enumerate(node):
-            yield from leaves(value, f"{name}:{number}")
-    elif isinstance(node, (int, float)):
-        yield name, torch.tensor(node)
-
-
-def outcome(config: RunConfig) -> tuple[dict[str, Any], list[tuple[Any, ...]]]:
-    """All tensors of the last state (weights, optimizers) and of the exports; all step events."""
-    layout = layout_of(config)
-    state = layout.state(layout.saved_steps()[-1])
-    tensors: dict[str, Any] = {}
-    for path in [*state.glob("*.safetensors"), *layout.weights_dir.glob("*.safetensors")]:
-        tensors |= {f"{path.name}:{k}": v for k, v in load_file(path).items()}
-    for path in state.glob("*.pt"):
-        tensors |= dict(leaves(torch.load(path, weights_only=True), path.name))
-    steps = [
-        (e["step"], e["expert"], e["loss"], e["grad_norm"], e["lr"], tuple(e["t"]))
-        for e in read_events(layout.events)
-        if e["event"] == "step"
-    ]
-    return tensors, steps
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RunFile
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_resume import layout_of
+from support.runs import RunFile, layout_of
 
 from onewan.data.loader import Step
 from onewan.errors import CheckpointError, TrainingError
 from onewan.media import probe
-from onewan.model.experts import predict_velocity
+from onewan.model.forward import predict_velocity
 from onewan.runs.control import request
 from onewan.runs.events import read_events
 from onewan.train.setup import WanModelSetup

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RunFile
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_resume import SMALL_SAMPLE, layout_of
+from support.runs import SMALL_SAMPLE, RunFile, layout_of
 
 from onewan.adapters.lora import adapter_weights
 from onewan.errors import ConfigError
@@ -177,7 +176,7 @@ def test_clips_of_the_base_are_no_measure(run_file: RunFile, workshop: Path) -> 
     run = WanModelSetup(run_file("ti2v-5b", sources, "validation.clips=100")).build()
     batches = run.validation_batches()
     assert 0 < len(batches) < len(run.dataset.clips)
-    assert all(batch.base_target is None for batch in batches)
+    assert all(batch.is_prior is None for batch in batches)
 
 
 def test_one_expert_from_a_file_and_one_anew(run_file: RunFile) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from onewan.cli import main
-from onewan.formats.names import to_official
+from onewan.formats.key_maps import to_official
 
 
 class _Runs:

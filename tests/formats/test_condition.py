@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers import WanImageToVideoPipeline
 
-from onewan.model.experts import first_frame_channels
+from onewan.model.forward import first_frame_channels
 from onewan.model.load import WanModelLoader
 
 

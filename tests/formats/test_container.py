@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from onewan.errors import CheckpointError
+from onewan.formats.backends import TensorInfo
 from onewan.formats.container import open_tensors
-from onewan.formats.parts import TensorInfo
 from onewan.formats.weights import recognise
 from onewan.formats.write import Lazy, write_safetensors
 

@@ -21,17 +21,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
-from onewan.checkpoint import publish as publishing
+from onewan.checkpoint import atomic_write as publishing
 from onewan.checkpoint.convert import convert_model
-from onewan.checkpoint.export import WanModelSaver
 from onewan.checkpoint.model_files import read_model
+from onewan.checkpoint.saver import WanModelSaver
 from onewan.errors import CheckpointError
 from onewan.formats.container import open_tensors
 from onewan.formats.weights import recognise
 from onewan.formats.write import Lazy, bytes_of
 from onewan.formats.write_pth import write_pth
 from onewan.model.load import WanModelLoader
-from onewan.model.skeleton import skeleton
+from onewan.model.meta_init import skeleton
 from onewan.variants import VARIANTS
 
 GOLDEN = {"t2v-a14b": "t2v-A14B", "i2v-a14b": "i2v-A14B", "ti2v-5b": "ti2v-5B"}

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from onewan.checkpoint.export import WanModelSaver
 from onewan.checkpoint.inspect import Report, inspect
+from onewan.checkpoint.saver import WanModelSaver
 from onewan.cli import main
 from onewan.errors import CheckpointError
 from onewan.formats.embedding import read_embedding
-from onewan.formats.names import to_official, transformer_names
+from onewan.formats.key_maps import to_official, transformer_names
 from onewan.formats.weights import recognise
 from onewan.model.embedding import WanModelEmbedding
 

@@ -16,23 +16,23 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
-from lora_specs import lora_spec
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.lora_specs import lora_spec
 
+from onewan.adapters.adapter_config import AdapterConfig
 from onewan.adapters.lora import (
     adapter_parameters,
     adapter_weights,
     attach_adapter,
     load_adapter_weights,
 )
-from onewan.adapters.spec import AdapterSpec
-from onewan.checkpoint.export import WanModelSaver, expert_of
+from onewan.checkpoint.saver import WanModelSaver, expert_of
 from onewan.errors import CheckpointError
+from onewan.formats.key_maps import to_diffusers, to_official
 from onewan.formats.lora import LINEARS, WanShape
 from onewan.formats.lora_files import AdapterFile, read_adapter
-from onewan.formats.names import to_diffusers, to_official
 from onewan.model.load import WanModelLoader
 from onewan.variants import VARIANTS, Expert
 
@@ -43,7 +43,7 @@ DATE = datetime(2026, 11, 23, 17, 49, tzinfo=timezone.utc)
 HIGH, LOW = VARIANTS["t2v-a14b"].experts
 
 
-def trained(folder: Path, expert: Expert, spec: AdapterSpec) -> WanTransformer3DModel:
+def trained(folder: Path, expert: Expert, spec: AdapterConfig) -> WanTransformer3DModel:
     """An expert with an adapter whose weights are as far from zero as after a long training."""
     model = WanModelLoader().load(folder, components=[expert.component])
     transformer = getattr(model, expert.component)
@@ -54,7 +54,7 @@ def trained(folder: Path, expert: Expert, spec: AdapterSpec) -> WanTransformer3D
     return transformer.eval()
 
 
-def export(transformer: WanTransformer3DModel, spec: AdapterSpec, path: Path, **changes) -> Path:
+def export(transformer: WanTransformer3DModel, spec: AdapterConfig, path: Path, **changes) -> Path:
     arguments = {
         "format": "comfyui",
         "dtype": torch.float32,

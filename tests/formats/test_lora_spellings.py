@@ -25,16 +25,16 @@ from peft import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.lora_key_lists import LAYERS, TRAINERS, WIDTH, Written
 from torch import Tensor
-from trainers import LAYERS, TRAINERS, WIDTH, Written
 
 from onewan.adapters.lora import apply_lora
-from onewan.checkpoint.export import WanModelSaver, convert_adapter, expert_of
+from onewan.checkpoint.saver import WanModelSaver, convert_adapter, expert_of
 from onewan.errors import CheckpointError
 from onewan.formats.container import open_tensors
+from onewan.formats.key_maps import to_official
 from onewan.formats.lora import LINEARS, WanShape, layout_of
 from onewan.formats.lora_files import read_adapter
-from onewan.formats.names import to_official
 from onewan.variants import VARIANTS
 
 DATE = datetime(2026, 11, 23, tzinfo=timezone.utc)

@@ -11,14 +11,14 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-import rewritten
 import torch
 from diffusers import WanTransformer3DModel
 from gguf import GGMLQuantizationType
 from huggingface_hub.errors import LocalEntryNotFoundError
-from lora_specs import lora_spec
-from rewritten import FOLDERS, Quantised, as_gguf, fp8, shards, single
 from safetensors.torch import load_file
+from support import rewritten
+from support.lora_specs import lora_spec
+from support.rewritten import FOLDERS, Quantised, as_gguf, fp8, shards, single
 from torch import Tensor, nn
 
 from onewan.adapters.lora import (
@@ -29,11 +29,11 @@ from onewan.adapters.lora import (
 )
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
-from onewan.formats.names import t5_to_transformers, to_diffusers
+from onewan.formats.key_maps import t5_to_transformers, to_diffusers
 from onewan.formats.weights import recognise
-from onewan.model.experts import predict_velocity
+from onewan.model.forward import predict_velocity
 from onewan.model.load import WanModelLoader
-from onewan.model.packed import PackedLinear, _gguf_decoders, expanded
+from onewan.model.quantized_linear import QuantizedLinear, _gguf_decoders, expanded
 from onewan.model.text import pad_text
 from onewan.model.wan import WanModel
 
@@ -87,8 +87,8 @@ def with_numbers(path: Path, numbers: Mapping[str, Tensor]) -> WanTransformer3DM
     return model
 
 
-def packed_layers(module: nn.Module) -> dict[str, PackedLinear]:
-    return {n: m for n, m in module.named_modules() if isinstance(m, PackedLinear)}
+def packed_layers(module: nn.Module) -> dict[str, QuantizedLinear]:
+    return {n: m for n, m in module.named_modules() if isinstance(m, QuantizedLinear)}
 
 
 def quantise(form: str, weights: Mapping[str, Tensor], folder: Path, prefix: str = "") -> Quantised:

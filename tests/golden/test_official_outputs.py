@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from onewan.model.experts import predict_velocity, token_timesteps
+from onewan.model.forward import predict_velocity, token_timesteps
 from onewan.model.load import WanModelLoader
 from onewan.model.text import pad_text
 from onewan.model.wan import WanModel

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from onewan.arithmetic.timestep_density import density_of
 from onewan.data.loader import Batch, Step
 from onewan.errors import ConfigError
 from onewan.onetrainer.course import batch_of, course_of
 from onewan.onetrainer.importing import _defaults, _merged, _namespace
 from onewan.onetrainer.sampling import request_of
 from onewan.onetrainer.settings import timesteps_of
-from onewan.train.density import density_of
 from onewan.train.objective import velocity_loss
 from onewan.variants import VARIANTS
 

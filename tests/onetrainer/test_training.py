@@ -21,7 +21,7 @@ from onewan.data.index import Clip
 from onewan.data.loader import Batch, Step
 from onewan.formats.lora_files import read_adapter
 from onewan.media import probe, read_frames
-from onewan.model.experts import first_frame_channels, predict_velocity
+from onewan.model.forward import first_frame_channels, predict_velocity
 from onewan.model.load import WanModelLoader
 from onewan.model.text import pad_text
 from onewan.train.objective import objective_of, velocity_loss
@@ -164,7 +164,7 @@ def test_the_first_loss_is_onewans_own(lab: Lab, tiny, clips, tmp_path, variant,
         condition=None if condition is None else first_frame_channels(condition[None]),
         mask=None,
         loss_weight=torch.ones(1),
-        base_target=None,
+        is_prior=None,
         names=(path.name,),
         offset=0,
     )

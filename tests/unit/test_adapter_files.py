@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapted import (
+from diffusers import WanTransformer3DModel
+from support.adapted import (
     METHODS,
     MIXED,
     attached,
@@ -19,9 +20,13 @@ from adapted import (
     tiny_transformer,
     trained,
 )
-from diffusers import WanTransformer3DModel
 from torch import Tensor
 
+from onewan.adapters.adapter_config import (
+    AdapterConfig,
+    adapter_config_for,
+    adapter_config_from_file,
+)
 from onewan.adapters.lora import (
     adapter_weights,
     apply_lora,
@@ -29,9 +34,8 @@ from onewan.adapters.lora import (
     base_weight,
     exported,
 )
-from onewan.adapters.spec import AdapterSpec, adapter_spec, spec_and_weights_from
 from onewan.checkpoint.component import from_module
-from onewan.checkpoint.export import WanModelSaver
+from onewan.checkpoint.saver import WanModelSaver
 from onewan.config.method import (
     DoraMethod,
     LokrMethod,
@@ -58,40 +62,40 @@ def base() -> WanTransformer3DModel:
 
 def test_ranks_and_alphas_of_modules_and_experts(base):
     method = LoraMethod(rank=4, alpha=2.0, per_module=MIXED)
-    spec = adapter_spec(method, base, [1])
+    spec = adapter_config_for(method, base, [1])
     assert {m.split(".")[1] for m in spec.modules} == {"1"}
     assert spec.ranks["blocks.1.attn1.to_q"] == 4 and spec.alphas["blocks.1.attn1.to_q"] == 2.0
     assert spec.ranks["blocks.1.ffn.net.2"] == 2 and spec.alphas["blocks.1.ffn.net.2"] == 3.0
     assert spec.ranks["blocks.1.attn2.to_k"] == 6 and spec.alphas["blocks.1.attn2.to_k"] == 2.0
-    own = adapter_spec(method, base, None, rank=8)
+    own = adapter_config_for(method, base, None, rank=8)
     assert own.ranks["blocks.0.attn1.to_q"] == 8 and own.alphas["blocks.0.attn1.to_q"] == 8.0
-    own = adapter_spec(method, base, None, rank=8, alpha=1.0)
+    own = adapter_config_for(method, base, None, rank=8, alpha=1.0)
     assert own.ranks["blocks.0.ffn.net.2"] == 2 and own.alphas["blocks.0.attn1.to_q"] == 1.0
-    free = adapter_spec(LoraMethod(rank=4, per_module=MIXED), base, None)
+    free = adapter_config_for(LoraMethod(rank=4, per_module=MIXED), base, None)
     assert free.alphas["blocks.0.attn1.to_q"] == 4.0 and free.alphas["blocks.0.attn2.to_k"] == 6.0
     model, _ = attached(base, method)
     shapes = {n: w.shape[0] for n, w in adapter_weights(model).items() if "lora_A" in n}
     assert shapes["blocks.0.attn2.to_k.lora_A.weight"] == 6
     assert shapes["blocks.1.ffn.net.2.lora_A.weight"] == 2
     last = (PerModule(modules=("ffn",), rank=2), PerModule(modules=("blocks.*",), rank=3))
-    assert set(adapter_spec(LoraMethod(per_module=last), base, None).ranks.values()) == {3}
+    assert set(adapter_config_for(LoraMethod(per_module=last), base, None).ranks.values()) == {3}
 
 
 def test_what_does_not_fit_the_model_is_named(base):
     with pytest.raises(ConfigError, match=r"per_module\.0\.modules: names no layer that trains"):
         entry = PerModule(modules=("attn2.to_k",), rank=2)
-        adapter_spec(LoraMethod(modules=("ffn",), per_module=(entry,)), base, None)
+        adapter_config_for(LoraMethod(modules=("ffn",), per_module=(entry,)), base, None)
     with pytest.raises(ConfigError, match=r"block_size: 24 does not divide the 32 inputs of"):
-        adapter_spec(OftMethod(block_size=24), base, None)
+        adapter_config_for(OftMethod(block_size=24), base, None)
     with pytest.raises(ConfigError, match=r"rank: 33 is more than blocks\.0\.attn1\.to_q has, wh"):
-        adapter_spec(LoraMethod(rank=33, init="pissa"), base, None)
-    assert adapter_spec(LoraMethod(rank=33), base, None).ranks
+        adapter_config_for(LoraMethod(rank=33, init="pissa"), base, None)
+    assert adapter_config_for(LoraMethod(rank=33), base, None).ranks
 
 
 # ----------------------------------------------------------------------------- out and in by files
 
 
-def export(model: WanTransformer3DModel, spec: AdapterSpec, path: Path, format: Any) -> list[str]:
+def export(model: WanTransformer3DModel, spec: AdapterConfig, path: Path, format: Any) -> list[str]:
     weights, settings = exported(model, spec)
 
     def base(name: str) -> Tensor:
@@ -165,7 +169,7 @@ def test_training_goes_on_from_a_file(base, tmp_path, kind):
     path = tmp_path / "x.safetensors"
     export(model, spec, path, START[kind])
     plain = type(METHODS[kind])()
-    again, weights = spec_and_weights_from(read_adapter(path), plain, base)
+    again, weights = adapter_config_from_file(read_adapter(path), plain, base)
     other = copy.deepcopy(base)
     attach_adapter(other, again, 7, "low", weights)
     effect = output(model) - output(base)
@@ -204,11 +208,11 @@ def file_of(modules: dict[str, ModuleAdapter]) -> AdapterFile:
 def test_training_goes_on_from_peft_oft(base):
     model, spec = trained(base, METHODS["oft"])
     file = file_of(peft_adapter(*exported(model, spec)))
-    again, weights = spec_and_weights_from(file, OftMethod(), base)
+    again, weights = adapter_config_from_file(file, OftMethod(), base)
     assert again.block_size == 16
     assert all(relative(weights[n], w) < 1e-4 for n, w in adapter_weights(model).items())
     shared = ModuleAdapter(kind="oft", tensors={"rotation": torch.eye(8)[None]})
-    again, weights = spec_and_weights_from(
+    again, weights = adapter_config_from_file(
         file_of({"blocks.0.attn1.to_q": shared}), OftMethod(), base
     )
     assert weights["blocks.0.attn1.to_q.oft_R.weight"].shape == (4, 28)
@@ -273,23 +277,23 @@ def lora(**more: Tensor) -> ModuleAdapter:
 )
 def test_files_that_cannot_train_are_refused(base, method, adapter, words):
     with pytest.raises(CheckpointError, match=rf"start\.safetensors: .*{words}"):
-        spec_and_weights_from(file_of({Q: adapter}), method, base)
+        adapter_config_from_file(file_of({Q: adapter}), method, base)
 
 
 def test_files_of_other_models_and_wishes_are_refused(base):
     with pytest.raises(CheckpointError, match=r"blocks\.9\.attn1\.to_q is no linear layer of this"):
-        spec_and_weights_from(file_of({"blocks.9.attn1.to_q": lora()}), LoraMethod(), base)
+        adapter_config_from_file(file_of({"blocks.9.attn1.to_q": lora()}), LoraMethod(), base)
     with pytest.raises(
         ConfigError, match=r"method\.kind: is dora, but start\.safetensors holds lo"
     ):
-        spec_and_weights_from(file_of({Q: lora()}), DoraMethod(), base)
+        adapter_config_from_file(file_of({Q: lora()}), DoraMethod(), base)
     method = LoraMethod(rank_stabilised=True, init="pissa")
     with pytest.raises(ConfigError) as error:
-        spec_and_weights_from(file_of({Q: lora()}), method, base, [1])
+        adapter_config_from_file(file_of({Q: lora()}), method, base, [1])
     assert [p.split(":")[0] for p in error.value.problems] == [
         "method.rank_stabilised",
         "method.init",
         "wan_config.transformer_layers_to_train",
     ]
-    spec, _ = spec_and_weights_from(file_of({Q: lora()}), LoraMethod(), base, [0])
+    spec, _ = adapter_config_from_file(file_of({Q: lora()}), LoraMethod(), base, [0])
     assert spec.modules == (Q,) and spec.scale(Q) == 1.0

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapted import (
+from diffusers import WanTransformer3DModel
+from support.adapted import (
     METHODS,
     attached,
     gradients,
@@ -25,19 +26,18 @@ from adapted import (
     tiny_transformer,
     trained,
 )
-from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from onewan.adapters.adapter_config import AdapterConfig
 from onewan.adapters.lora import (
     adapter_parameters,
     adapter_weights,
+    adapters_disabled,
     base_weight,
     is_lora_b,
     load_adapter_weights,
-    switched_off,
 )
-from onewan.adapters.spec import AdapterSpec
 from onewan.config.method import (
     DoraMethod,
     LoraMethod,
@@ -45,8 +45,8 @@ from onewan.config.method import (
 )
 from onewan.errors import CheckpointError
 from onewan.formats.lora_files import peft_adapter
-from onewan.model.experts import predict_velocity
-from onewan.model.packed import PackedLinear
+from onewan.model.forward import predict_velocity
+from onewan.model.quantized_linear import QuantizedLinear
 
 KINDS = pytest.mark.parametrize("kind", METHODS)
 
@@ -155,7 +155,7 @@ def test_pissa_finds_the_principal_part_of_wide_weights():
 
 
 def reference(
-    base: WanTransformer3DModel, spec: AdapterSpec, weights: Mapping[str, Tensor], settings: Any
+    base: WanTransformer3DModel, spec: AdapterConfig, weights: Mapping[str, Tensor], settings: Any
 ) -> dict[str, Tensor]:
     """Weights of the base model with what the adapter adds, by plain autograd."""
     merged: dict[str, Tensor] = {}
@@ -295,7 +295,7 @@ def test_a_quantised_base_is_the_model_of_its_numbers(base, kind, how):
     small = quantised(base, how)
     whole = copy.deepcopy(base)
     for name, layer in small.named_modules():
-        if isinstance(layer, PackedLinear):
+        if isinstance(layer, QuantizedLinear):
             whole.get_submodule(name).weight.data = layer.expanded_weight()
     ours, theirs = attached(small, METHODS[kind])[0], attached(whole, METHODS[kind])[0]
     assert torch.equal(output(ours), output(small))
@@ -318,7 +318,7 @@ def test_dropout_drops_inputs_of_the_adapter_alone(base):
         torch.manual_seed(0)
         first, second = output(model), output(model)
         assert not torch.equal(first, second) and not torch.equal(first, calm)
-        with switched_off(model):
+        with adapters_disabled(model):
             assert torch.equal(output(model), output(base))
 
 
@@ -331,10 +331,10 @@ def test_switched_off_is_the_base_model(base, kind):
     grads = gradients(model)
     on = output(model)
     parameters = adapter_parameters(model)
-    with switched_off(model):
+    with adapters_disabled(model):
         assert torch.equal(output(model), output(base))
         assert all(p.requires_grad for p in parameters.values())
-        with switched_off(model):
+        with adapters_disabled(model):
             pass
         assert torch.equal(output(model), output(base))
     assert torch.equal(output(model), on)
@@ -376,5 +376,5 @@ def test_base_weights_are_those_under_the_adapter(base):
     assert torch.equal(base_weight(model, "proj_out", "weight"), base.proj_out.weight)
     small = quantised(base, "gguf")
     layer = small.get_submodule("blocks.0.ffn.net.2")
-    assert isinstance(layer, PackedLinear)
+    assert isinstance(layer, QuantizedLinear)
     assert torch.equal(base_weight(small, "blocks.0.ffn.net.2", "weight"), layer.expanded_weight())

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onewan.data.buckets import choose_size, frames_down, sizes_for
+from onewan.arithmetic.buckets import choose_size, floor_to_4n_plus_1, sizes_for
 
 sides = st.integers(64, 4096)
 multiples = st.sampled_from([16, 32])
@@ -17,15 +17,15 @@ areas = st.integers(64 * 64, 1280 * 720)
 
 @given(st.integers(1, 10_000), st.integers(1, 8))
 def test_frames_down_is_the_largest_that_fits(n: int, temporal: int) -> None:
-    frames = frames_down(n, temporal)
+    frames = floor_to_4n_plus_1(n, temporal)
     assert frames <= n < frames + temporal
     assert frames % temporal == 1 % temporal
 
 
 def test_frames_down_of_the_documented_default() -> None:
-    assert [frames_down(n) for n in (1, 4, 5, 16, 81, 83)] == [1, 1, 5, 13, 81, 81]
+    assert [floor_to_4n_plus_1(n) for n in (1, 4, 5, 16, 81, 83)] == [1, 1, 5, 13, 81, 81]
     with pytest.raises(ValueError, match="at least one"):
-        frames_down(0)
+        floor_to_4n_plus_1(0)
 
 
 @given(sides, sides, areas, multiples, st.tuples(st.integers(256, 1536), st.integers(256, 1536)))

@@ -10,6 +10,7 @@ import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from scipy.stats import beta, kstest, norm
 
+from onewan.arithmetic.timestep_density import density_of, official_token_count, shift_factor
 from onewan.config.objective import (
     BetaTimesteps,
     LogitNormalTimesteps,
@@ -19,7 +20,6 @@ from onewan.config.objective import (
     UniformTimesteps,
 )
 from onewan.errors import ConfigError
-from onewan.train.density import density_of, official_tokens, shift_factor
 from onewan.variants import VARIANTS
 
 T2V, I2V, TI2V = VARIANTS["t2v-a14b"], VARIANTS["i2v-a14b"], VARIANTS["ti2v-5b"]
@@ -160,8 +160,8 @@ def test_shift_official_or_given_or_scaled() -> None:
 
 
 def test_tokens() -> None:
-    assert official_tokens(T2V) == 21 * 45 * 80
-    assert official_tokens(TI2V) == 31 * 22 * 40
+    assert official_token_count(T2V) == 21 * 45 * 80
+    assert official_token_count(TI2V) == 31 * 22 * 40
     assert shift_factor((16, 21, 90, 160), 75600) == 1
     assert shift_factor((2, 16, 21, 90, 160), 75600) == 1
     assert shift_factor((16, 1, 90, 160), 75600) == pytest.approx(21**-0.5)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from placeholders import FOX, INK, end, ids, learned, rows
+from support.placeholders import FOX, INK, end, ids, learned, rows
 from torch import Tensor, nn
 from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from placeholders import FOX, INK, ids, learned, rows
 from safetensors.torch import save_file
+from support.placeholders import FOX, INK, ids, learned, rows
 from torch import nn
 from transformers import UMT5EncoderModel
 
 import onewan
-from onewan.checkpoint.export import WanModelSaver
+from onewan.checkpoint.saver import WanModelSaver
 from onewan.cli import main
 from onewan.demo.tiny_model import write_tiny_model
 from onewan.errors import CheckpointError, ConfigError

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from onewan.data.held_out import split, without
 from onewan.data.index import Clip
+from onewan.data.validation_split import split, without
 
 
 def clip(name: str, **changes: object) -> Clip:
@@ -110,7 +110,7 @@ def test_never_all_are_held_out(share: float) -> None:
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.999])
 def test_clips_that_teach_the_base_are_not_chosen(share: float) -> None:
-    base = tuple(clip(f"base {n}", base_target=True) for n in range(40))
+    base = tuple(clip(f"base {n}", is_prior=True) for n in range(40))
     content = CONTENT | {each.path: each.name for each in base}
     # Nor do they count: the same are held out as without them.
     assert held((*base, *CLIPS), share=share, content=content) == held(share=share)
@@ -119,10 +119,10 @@ def test_clips_that_teach_the_base_are_not_chosen(share: float) -> None:
 
 
 def test_a_held_out_clip_does_not_teach_the_base_either() -> None:
-    base = tuple(replace(each, name=f"base {each.name}", base_target=True) for each in CLIPS)
+    base = tuple(replace(each, name=f"base {each.name}", is_prior=True) for each in CLIPS)
     training, held_out = split((*base, *CLIPS), 0.25, 7, CONTENT)
     assert held_out and not {c.path for c in training} & {c.path for c in held_out}
-    assert not any(each.base_target for each in held_out)
+    assert not any(each.is_prior for each in held_out)
 
 
 def test_sources_that_overlap() -> None:

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from onewan.config.schema import SourceSection, VideoDataSection, WanTrainConfig
+from onewan.data.decode import decode
 from onewan.data.index import Clip, Report, index_clips
-from onewan.data.sample import decode
 from onewan.errors import DataError
 from onewan.media import probe, read_frames, write_video
 
@@ -127,7 +127,7 @@ def test_what_a_source_says_of_its_clips(tmp_path: Path) -> None:
         size_multiple=16,
         temporal_compression=4,
     )
-    assert [(clip.name, clip.loss_weight, clip.base_target) for clip in report.clips] == [
+    assert [(clip.name, clip.loss_weight, clip.is_prior) for clip in report.clips] == [
         ("a.mp4", 2.5, False),
         ("b.mp4", 1.0, True),
     ]

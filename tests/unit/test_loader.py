@@ -196,15 +196,15 @@ def test_masked_and_unmasked_clips_in_a_batch() -> None:
 
 
 def test_weights_and_targets_reach_the_batch() -> None:
-    clips = [replace(clip(n), loss_weight=n / 2, base_target=n % 2 == 0) for n in range(1, 6)]
+    clips = [replace(clip(n), loss_weight=n / 2, is_prior=n % 2 == 0) for n in range(1, 6)]
     batch = of(clips)
     assert batch.loss_weight.dtype == torch.float32
-    assert batch.base_target is not None and batch.base_target.dtype == torch.bool
+    assert batch.is_prior is not None and batch.is_prior.dtype == torch.bool
     assert batch.loss_weight.tolist() == [int(name) / 2 for name in batch.names]
-    assert batch.base_target.tolist() == [int(name) % 2 == 0 for name in batch.names]
-    assert batch.to(torch.device("meta")).base_target.is_meta
+    assert batch.is_prior.tolist() == [int(name) % 2 == 0 for name in batch.names]
+    assert batch.to(torch.device("meta")).is_prior.is_meta
     plain = of([clip(1), clip(2)])
-    assert plain.base_target is None and plain.loss_weight.tolist() == [1, 1]
+    assert plain.is_prior is None and plain.loss_weight.tolist() == [1, 1]
 
 
 # --- Captions -------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def test_captions_that_are_kept_come_equally_often() -> None:
 def test_live_text() -> None:
     """Whoever trains embeddings encodes the captions: the batch has them, and no text."""
     clips = [clip(n) for n in range(6)]
-    batch = of(clips, live_text=True, caption_dropout=0.5)
+    batch = of(clips, encode_text_online=True, caption_dropout=0.5)
     assert batch.text is None
     usual = of(clips, caption_dropout=0.5)
     assert usual.text is not None and usual.captions == batch.captions

@@ -9,6 +9,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
+from onewan.adapters.adapter_config import AdapterConfig
 from onewan.adapters.lora import (
     adapter_parameters,
     adapter_weights,
@@ -17,10 +18,9 @@ from onewan.adapters.lora import (
     exported,
 )
 from onewan.adapters.select import select_linears
-from onewan.adapters.spec import AdapterSpec
 from onewan.errors import CheckpointError
 from onewan.formats.lora_files import peft_adapter
-from onewan.model.experts import predict_velocity
+from onewan.model.forward import predict_velocity
 from onewan.model.precision import keep_float32_islands
 
 
@@ -45,7 +45,7 @@ def test_finished_adapters_add_up(base: WanTransformer3DModel) -> None:
     """Applied, with its own alpha; a second one, of other ranks, comes on top."""
     model = copy.deepcopy(base)
     modules = select_linears(model, ["self_attention", "ffn"], [0, 2])
-    spec = AdapterSpec(
+    spec = AdapterConfig(
         kind="lora",
         modules=modules,
         ranks=dict.fromkeys(modules, 4),

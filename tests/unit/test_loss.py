@@ -10,18 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onewan.config.objective import LossSection
-from onewan.train.objective import Noised, velocity_loss
+from onewan.train.objective import NoisedBatch, velocity_loss
 
 MSE = LossSection()
 
 
 def pair(
     frames: int = 3, counts: Tensor | None = None, weight: tuple[float, float] = (1.0, 1.0)
-) -> tuple[Tensor, Noised]:
+) -> tuple[Tensor, NoisedBatch]:
     generator = torch.Generator().manual_seed(frames)
     prediction = torch.randn(2, 4, frames, 4, 6, generator=generator, requires_grad=True)
     target = torch.randn(2, 4, frames, 4, 6, generator=generator)
-    return prediction, Noised(
+    return prediction, NoisedBatch(
         x=target,
         t=torch.zeros(2),
         levels=(0.0, 0.0),
@@ -53,7 +53,9 @@ def test_weight_one_is_the_plain_loss_to_the_bit() -> None:
     assert torch.equal(velocity_loss(half, sample, MSE), F.mse_loss(half.float(), sample.target))
 
 
-def definition(prediction: Tensor, sample: Noised, rho, w: float, counts: Tensor | None) -> Tensor:
+def definition(
+    prediction: Tensor, sample: NoisedBatch, rho, w: float, counts: Tensor | None
+) -> Tensor:
     """In float64, place by place as the words have it; for mse by the split of the squares."""
     losses = []
     for b in range(2):

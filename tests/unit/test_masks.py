@@ -10,9 +10,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from onewan.config.schema import SourceSection, VideoDataSection, WanTrainConfig
+from onewan.data.decode import decode
 from onewan.data.index import Clip, Report, index_clips
 from onewan.data.masks import Mask, latent_mask
-from onewan.data.sample import decode
 from onewan.errors import DataError
 from onewan.media import write_video
 

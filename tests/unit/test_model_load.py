@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from onewan.demo.tiny_model import write_tiny_model
 from onewan.errors import CheckpointError
-from onewan.formats.names import to_diffusers, to_official
+from onewan.formats.key_maps import to_diffusers, to_official
 from onewan.model.load import WanModelLoader
 from onewan.model.sources import fingerprint
 

@@ -11,6 +11,7 @@ import torch
 from scipy.integrate import quad
 from scipy.stats import kstest, norm
 
+from onewan.arithmetic.timestep_density import density_of
 from onewan.config.objective import (
     CurveWeighting,
     LogitNormalTimesteps,
@@ -25,14 +26,13 @@ from onewan.config.objective import (
 from onewan.config.schema import TrainSection
 from onewan.data.loader import Batch, Step
 from onewan.errors import ConfigError
-from onewan.train.density import density_of
 from onewan.train.objective import (
-    Noised,
+    NoisedBatch,
     Objective,
-    level_weights,
     noised,
     objective_of,
-    with_target,
+    timestep_weights,
+    with_base_target,
 )
 from onewan.variants import VARIANTS
 
@@ -50,7 +50,7 @@ def batch(count: int = 2, frames: int = 3, size: tuple[int, int] = (4, 6)) -> Ba
         condition=None,
         mask=None,
         loss_weight=torch.ones(count),
-        base_target=None,
+        is_prior=None,
         names=tuple(f"clip{i}" for i in range(count)),
         offset=0,
     )
@@ -75,7 +75,7 @@ def split(whole: Batch) -> list[Batch]:
     ]
 
 
-def draw(objective: Objective, whole: Batch | None = None, number: int = 7) -> Noised:
+def draw(objective: Objective, whole: Batch | None = None, number: int = 7) -> NoisedBatch:
     whole = batch() if whole is None else whole
     return objective.noise(whole, step_of(whole, number=number), SINGLE)
 
@@ -96,7 +96,7 @@ def test_noising_and_target() -> None:
 EVERYTHING = Objective(
     density=UNIFORM,
     seed=3,
-    official_tokens=100,
+    official_token_count=100,
     stratified=True,
     weighting=MinSnrWeighting(),
     unmasked_weight=0.1,
@@ -133,7 +133,7 @@ def test_randomness_is_counted_by_place_in_the_global_batch(objective: Objective
 def test_two_samples_of_a_batch_differ_in_all_they_draw() -> None:
     whole = batch(2)
     whole.latents[1] = whole.latents[0]
-    always = replace(EVERYTHING, first_frame_probability=1.0, official_tokens=None)
+    always = replace(EVERYTHING, first_frame_probability=1.0, official_token_count=None)
     sample = draw(always, whole)
     assert sample.levels[0] != sample.levels[1]
     for tensor in (sample.target, sample.x[:, :, 0]):
@@ -173,7 +173,7 @@ def test_stratified_draws_take_each_part_once_and_keep_the_density() -> None:
 def test_shift_by_tokens() -> None:
     """6 tokens for each latent frame; the same place in the distribution, of another shift."""
     plain = Objective(density=UNIFORM, seed=1)
-    scaled = replace(plain, official_tokens=75)
+    scaled = replace(plain, official_token_count=75)
     for frames in (1, 2):
         levels = [draw(o, batch(2, frames)).levels for o in (plain, scaled)]
         other = UNIFORM.scaled(math.sqrt(6 * frames / 75))
@@ -282,7 +282,7 @@ def test_fixed_noise_is_the_same_each_time_and_without_extras() -> None:
     a, b = (objective.fixed(whole, 0.25, SINGLE, 5) for _ in range(2))
     assert torch.equal(a.x, b.x) and torch.equal(a.target, b.target)
     assert a.counts is not None and a.counts.min() == 1
-    bare = Objective(density=objective.density, seed=99, official_tokens=100)
+    bare = Objective(density=objective.density, seed=99, official_token_count=100)
     reference = bare.fixed(plain, 0.25, SINGLE, 5)
     assert torch.equal(reference.x, a.x) and reference.counts is None
     assert not reference.weighted
@@ -297,7 +297,7 @@ def test_fixed_noise_is_the_same_each_time_and_without_extras() -> None:
     noise = a.target + whole.latents
     assert not torch.allclose(noise[0], noise[1], atol=0.1)
     # Weighted as in training.
-    weights = level_weights(MinSnrWeighting(), density, SINGLE, np.array(a.levels))
+    weights = timestep_weights(MinSnrWeighting(), density, SINGLE, np.array(a.levels))
     torch.testing.assert_close(a.weight, torch.tensor(weights, dtype=torch.float32))
     heavy = objective.fixed(replace(whole, loss_weight=torch.full((3,), 2.5)), 0.25, SINGLE, 5)
     torch.testing.assert_close(heavy.weight, 2.5 * a.weight)
@@ -311,12 +311,12 @@ def test_levels_of_validation_are_midpoints() -> None:
 def test_target_of_the_untrained_model() -> None:
     sample = draw(Objective(density=UNIFORM, seed=1))
     velocity = torch.randn_like(sample.target)
-    taught = with_target(
-        sample, velocity, replace(batch(), base_target=torch.tensor([False, True]))
+    taught = with_base_target(
+        sample, velocity, replace(batch(), is_prior=torch.tensor([False, True]))
     )
     assert torch.equal(taught.target[0], sample.target[0])
     assert torch.equal(taught.target[1], velocity[1])
-    assert with_target(sample, velocity, batch()) is sample
+    assert with_base_target(sample, velocity, batch()) is sample
 
 
 def test_objective_of_the_run_file() -> None:
@@ -334,7 +334,7 @@ def test_objective_of_the_run_file() -> None:
     assert objective_of(train, TI2V, TI2V.experts) == Objective(
         density=density_of(train.timesteps, 5.0),
         seed=9,
-        official_tokens=27280,
+        official_token_count=27280,
         stratified=True,
         weighting=MinSnrWeighting(),
         unmasked_weight=0.3,
@@ -344,7 +344,7 @@ def test_objective_of_the_run_file() -> None:
         first_frame_noise=(-3.5, 0.5),
     )
     plain = objective_of(TrainSection(), T2V, T2V.experts)
-    assert (plain.density.shift, plain.official_tokens) == (12.0, None)
+    assert (plain.density.shift, plain.official_token_count) == (12.0, None)
     assert (plain.first_frame_probability, plain.first_frame_noise) == (0.0, None)
 
 
@@ -390,7 +390,7 @@ def test_weights_have_their_shape_and_a_mean_of_one(
     density = density_of(timesteps, 3.0)
     for expert in (*T2V.experts, SINGLE):
         levels = np.linspace(expert.t_min, expert.t_max, 9)[1:-1]
-        weights = level_weights(weighting, density, expert, levels)
+        weights = timestep_weights(weighting, density, expert, levels)
         expected = np.array([definition(t) for t in levels])
         np.testing.assert_allclose(weights / weights[3], expected / expected[3], rtol=1e-12)
 
@@ -415,5 +415,5 @@ def test_min_snr_is_the_weight_of_the_clean_sample() -> None:
     of_clean = min(((1 - t) / t) ** 2, 2.0) * ((x - t * (v + error)) - z) ** 2
     density = density_of(UniformTimesteps(), 1.0)
     levels = np.array([t, 0.6])
-    a, b = level_weights(MinSnrWeighting(gamma=2.0), density, SINGLE, levels)
+    a, b = timestep_weights(MinSnrWeighting(gamma=2.0), density, SINGLE, levels)
     assert of_clean / ((1 - 0.6) ** 2 * error**2) == pytest.approx(a / b)

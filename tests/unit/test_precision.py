@@ -9,7 +9,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from onewan.model.experts import predict_velocity
+from onewan.model.forward import predict_velocity
 from onewan.model.precision import keep_float32_islands
 
 

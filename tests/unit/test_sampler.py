@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
-from lora_specs import lora_spec
 from PIL import Image
+from support.lora_specs import lora_spec
 
 from onewan.adapters.lora import adapter_parameters, attach_adapter
 from onewan.config.load import load_run
 from onewan.demo.tiny_model import write_tiny_model
 from onewan.errors import CheckpointError, ConfigError, Interrupted
 from onewan.media import Fit, probe, read_image
-from onewan.model.experts import predict_velocity
+from onewan.model.forward import predict_velocity
 from onewan.model.load import WanModelLoader, official_scheduler
 from onewan.model.wan import WanModel
 from onewan.sample.generate import SampleRequest, WanModelSampler, requests_from

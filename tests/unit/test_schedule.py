@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import get_wsd_schedule
 
+from onewan.arithmetic.expert_schedule import ExpertSchedule, expert_schedule, lr_factor
+from onewan.arithmetic.timestep_density import density_of
 from onewan.config.objective import UniformTimesteps
 from onewan.config.optimizer import (
     ConstantSchedule,
@@ -21,8 +23,6 @@ from onewan.config.optimizer import (
     RexSchedule,
     Schedule,
 )
-from onewan.train.density import density_of
-from onewan.train.schedule import ExpertSchedule, expert_schedule, lr_factor
 from onewan.variants import VARIANTS
 
 SCHEDULES: list[Schedule] = [

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from onewan.adapters.select import select_weights
 from onewan.adapters.weights import load_weights, train_weights, weights_of
 from onewan.errors import CheckpointError, ConfigError
-from onewan.model.experts import predict_velocity
-from onewan.model.packed import PackedLinear
+from onewan.model.forward import predict_velocity
 from onewan.model.precision import keep_float32_islands
+from onewan.model.quantized_linear import QuantizedLinear
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_a_small_step_is_seen_by_float32_weights_alone(half):
 def test_quantised_weights_are_refused_by_name(half):
     model = copy.deepcopy(half)
     layer = model.get_submodule("blocks.0.ffn.net.2")
-    layer.__class__ = PackedLinear
+    layer.__class__ = QuantizedLinear
     names = select_weights(model, ["ffn"], None)
     with pytest.raises(
         ConfigError, match=r"model\.quantised: is keep, but 1 of .*0\.ffn\.net\.2\.w"

@@ -24,14 +24,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from onewan.formats.lora import block_size
-from onewan.model.packed import PackedLinear
+from onewan.model.quantized_linear import QuantizedLinear
 
 
 def base_numbers(layer: BaseTunerLayer) -> Tensor:
     """float32 [out, in]: the weight under an adapter, expanded if it is quantised."""
     base = layer.get_base_layer()
     assert isinstance(base, nn.Linear)
-    return (base.expanded_weight() if isinstance(base, PackedLinear) else base.weight).float()
+    return (base.expanded_weight() if isinstance(base, QuantizedLinear) else base.weight).float()
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from onewan.adapters.adapter_config import AdapterConfig
 from onewan.adapters.layers import (
     DoraVariant,
     LohaLinear,
@@ -44,10 +45,9 @@ from onewan.adapters.layers import (
     base_numbers,
     row_lengths,
 )
-from onewan.adapters.spec import AdapterSpec
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
-from onewan.model.packed import PackedLinear
+from onewan.model.quantized_linear import QuantizedLinear
 from onewan.seeds import derive_seed
 
 _ADAPTER = "default"
@@ -58,7 +58,7 @@ _FROZEN = ("pissa_A", "pissa_B")
 
 def attach_adapter(
     transformer: WanTransformer3DModel,
-    spec: AdapterSpec,
+    spec: AdapterConfig,
     seed: int,
     name: str,
     initial: Mapping[str, Tensor] | None = None,
@@ -67,7 +67,7 @@ def attach_adapter(
 
     It changes nothing yet: parts are zero, or drawn as PEFT draws them (Kaiming uniform, a =
     sqrt 5) from counted randomness keyed by `seed`, `name` (the expert's), the layer and the part.
-    Or it has the weights `initial`, by PEFT's names, as `spec_and_weights_from` gives them.
+    Or it has the weights `initial`, by PEFT's names, as `adapter_config_from_file` gives them.
     """
     transformer.add_adapter(spec.peft_config(), adapter_name=_ADAPTER)
     layers = _adapted(transformer)
@@ -98,7 +98,7 @@ def _adapted(transformer: WanTransformer3DModel) -> dict[str, Any]:
 
 
 def _make_right(
-    layer: Any, spec: AdapterSpec, module: str, initial: Mapping[str, Tensor] | None
+    layer: Any, spec: AdapterConfig, module: str, initial: Mapping[str, Tensor] | None
 ) -> None:
     """Let `layer`, fresh from PEFT, compute as `onewan.adapters.layers` says, with parameters of
     the right shapes. Their values are still to come."""
@@ -147,7 +147,7 @@ def _drawn(part: str, shape: torch.Size, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def _start_from_principal_part(layer: Any, spec: AdapterSpec, module: str, seed: int) -> None:
+def _start_from_principal_part(layer: Any, spec: AdapterConfig, module: str, seed: int) -> None:
     """A and B of the layer, and what they started as: s B A is the part of the weight with the
     largest singular values (PiSSA, arXiv 2404.02948)."""
     rank, scale = spec.ranks[module], spec.scale(module)
@@ -217,7 +217,7 @@ def load_adapter_weights(
 
 
 def exported(
-    transformer: WanTransformer3DModel, spec: AdapterSpec
+    transformer: WanTransformer3DModel, spec: AdapterConfig
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The adapter as other programs know it: weights by PEFT's names, and PEFT's settings.
 
@@ -250,13 +250,13 @@ def base_weight(transformer: WanTransformer3DModel, layer: str, which: str) -> T
         if which == "weight":
             return base_numbers(found).detach().cpu()
         found = found.get_base_layer()
-    if isinstance(found, PackedLinear) and which == "weight":
+    if isinstance(found, QuantizedLinear) and which == "weight":
         return found.expanded_weight().detach().cpu()
     return found.get_parameter(which).detach().cpu()
 
 
 @contextmanager
-def switched_off(transformer: WanTransformer3DModel) -> Iterator[None]:
+def adapters_disabled(transformer: WanTransformer3DModel) -> Iterator[None]:
     """The model without its adapters, for as long as the block lasts. What trains, and gradients
     that have been gathered, stay as they are."""
     layers = list(_adapted(transformer).values())
@@ -357,7 +357,7 @@ def _merge(
         owner: Any = getattr(transformer.get_submodule(parent), last)
         if isinstance(owner, LoraLayer):
             owner = owner.get_base_layer()
-        if isinstance(owner, PackedLinear):
+        if isinstance(owner, QuantizedLinear):
             raise CheckpointError(
                 f"{name}: changes the weights of {module} themselves, which this model keeps "
                 "quantised; load it with its weights expanded (model.quantised: expand)"

@@ -16,7 +16,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from onewan.errors import CheckpointError, ConfigError
-from onewan.model.packed import PackedLinear
+from onewan.model.quantized_linear import QuantizedLinear
 
 Precision = Literal["stochastic", "kahan", "float32"]
 
@@ -92,4 +92,4 @@ def load_weights(
 
 def _is_packed(transformer: WanTransformer3DModel, name: str) -> bool:
     owner, _, which = name.rpartition(".")
-    return which == "weight" and isinstance(transformer.get_submodule(owner), PackedLinear)
+    return which == "weight" and isinstance(transformer.get_submodule(owner), QuantizedLinear)

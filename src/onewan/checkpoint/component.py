@@ -23,8 +23,8 @@ from onewan.errors import CheckpointError
 from onewan.formats.configs import Part
 from onewan.formats.weights import Weights, expert_told
 from onewan.formats.write import DTYPE_NAMES, Lazy
-from onewan.model.packed import PackedLinear
-from onewan.model.skeleton import skeleton, tied
+from onewan.model.meta_init import skeleton, tied
+from onewan.model.quantized_linear import QuantizedLinear
 from onewan.variants import ExpertName, Variant, variant_of
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -195,7 +195,7 @@ def _weights_of(module: nn.Module) -> Iterator[tuple[str, Weight]]:
 
 def _held(holder: nn.Module, which: str, parameter: Tensor) -> Weight:
     """Weight or bias (`which`) of layer `holder`."""
-    if not isinstance(holder, PackedLinear) or which != "weight":
+    if not isinstance(holder, QuantizedLinear) or which != "weight":
         return Weight(
             shape=tuple(parameter.shape),
             dtype=parameter.dtype,
@@ -223,7 +223,7 @@ def _merged(layer: Any, which: str) -> Callable[[], Tensor]:
     def merged() -> Tensor:
         base = layer.get_base_layer()
         assert isinstance(base, nn.Linear)
-        packed = isinstance(base, PackedLinear)
+        packed = isinstance(base, QuantizedLinear)
         weight = base.expanded_weight() if packed else base.weight
         linear = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None)
         linear.weight.data = weight.detach().cpu().float().clone()

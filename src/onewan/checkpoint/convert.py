@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from diffusers import WanTransformer3DModel
 
+from onewan.checkpoint.atomic_write import Report, check_destination, publish
 from onewan.checkpoint.component import Component, config_of, from_module
 from onewan.checkpoint.layouts import (
     SHARD_BYTES,
@@ -26,11 +27,10 @@ from onewan.checkpoint.layouts import (
     place_in_model,
 )
 from onewan.checkpoint.model_files import Model, read_model, saved_tokenizer
-from onewan.checkpoint.publish import Report, check_destination, publish
 from onewan.errors import CheckpointError
 from onewan.formats.configs import HEAD_DIM
 from onewan.formats.weights import recognise
-from onewan.model.skeleton import skeleton
+from onewan.model.meta_init import skeleton
 from onewan.model.sources import Placed
 from onewan.model.wan import WanModel
 from onewan.variants import Expert, ExpertName, Variant

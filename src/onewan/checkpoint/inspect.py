@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from onewan.checkpoint.readers import Reader, readers_of_adapter, readers_of_weights
+from onewan.checkpoint.compatibility import Reader, readers_of_adapter, readers_of_weights
 from onewan.errors import CheckpointError
 from onewan.formats.container import TensorFile, open_tensors
 from onewan.formats.embedding import looks_like_embedding
+from onewan.formats.key_maps import transformer_names
 from onewan.formats.lora import AdapterLayout, WanShape, layout_of
-from onewan.formats.names import transformer_names
 from onewan.formats.weights import (
     Weights,
     expert_told,

@@ -35,9 +35,9 @@ from torch import Tensor
 
 from onewan.checkpoint.component import Component, Weight, name_of
 from onewan.errors import CheckpointError
-from onewan.formats import names
+from onewan.formats import key_maps
 from onewan.formats.configs import CONFIG, Part
-from onewan.formats.spec import model_spec
+from onewan.formats.modelspec import model_spec
 from onewan.formats.weights import TOKENIZER
 from onewan.formats.write import Lazy, write_safetensors
 from onewan.formats.write_pth import write_pth
@@ -150,8 +150,10 @@ def _spelled(component: Component, to: ModelFormat, tensors: Mapping[str, Lazy])
 
     def official(name: str) -> str:
         if part == "vae":
-            return names.vae_to_official(name, by_stage=by_stage)
-        return names.to_official(name) if part == "transformer" else names.t5_to_official(name)
+            return key_maps.vae_to_official(name, by_stage=by_stage)
+        return (
+            key_maps.to_official(name) if part == "transformer" else key_maps.t5_to_official(name)
+        )
 
     spelled: dict[str, Lazy] = {}
     for name, tensor in tensors.items():

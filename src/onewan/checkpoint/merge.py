@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from onewan.checkpoint.atomic_write import Report
 from onewan.checkpoint.component import Component, Weight
 from onewan.checkpoint.convert import Written, write_model
-from onewan.checkpoint.export import expert_of
 from onewan.checkpoint.layouts import ModelFormat
 from onewan.checkpoint.model_files import Model, read_model
-from onewan.checkpoint.publish import Report
+from onewan.checkpoint.saver import expert_of
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.container import open_tensors

@@ -143,7 +143,7 @@ def _add_init(commands: _Commands) -> None:
     parser.add_argument("--variant", choices=_VARIANTS, required=True, help="which model to train")
 
     def run(options: argparse.Namespace) -> int:
-        from onewan.config.starter import starter
+        from onewan.config.template import starter
 
         print(starter(options.variant), end="")
         return 0
@@ -162,7 +162,7 @@ def _add_schema(commands: _Commands) -> None:
     def run(_options: argparse.Namespace) -> int:
         import json
 
-        from onewan.config.starter import json_schema
+        from onewan.config.template import json_schema
 
         print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
         return 0

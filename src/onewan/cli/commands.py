@@ -12,7 +12,7 @@ import diffusers
 import transformers
 
 from onewan.adapters.lora import apply_lora
-from onewan.checkpoint.export import expert_of
+from onewan.checkpoint.saver import expert_of
 from onewan.cli.importing import run_file_of
 from onewan.cli.progress import Progress
 from onewan.config.load import load_run
@@ -26,7 +26,7 @@ from onewan.model.wan import WanModel
 from onewan.runs.layout import unused
 from onewan.sample.generate import SampleRequest, WanModelSampler, requests_from
 from onewan.train.run import DTYPES
-from onewan.train.setup import WanModelSetup, pick_device
+from onewan.train.setup import WanModelSetup, resolve_device
 from onewan.train.trainer import WanTrainer
 from onewan.variants import NEGATIVE_PROMPT, Variant, VariantName
 
@@ -98,7 +98,7 @@ def train(
 
 
 def sample(options: argparse.Namespace) -> int:
-    device = pick_device(options.device)
+    device = resolve_device(options.device)
     model = WanModelLoader().load(
         options.model, dtype=DTYPES[options.dtype], boundary=options.boundary
     )

@@ -8,12 +8,12 @@ from typing import cast, get_args
 
 import torch
 
+from onewan.checkpoint.atomic_write import Report, check_destination
 from onewan.checkpoint.convert import Written, convert_model
-from onewan.checkpoint.export import convert_adapter
 from onewan.checkpoint.layouts import ModelFormat
 from onewan.checkpoint.merge import base_weights, merge
 from onewan.checkpoint.model_files import holds_adapter
-from onewan.checkpoint.publish import Report, check_destination
+from onewan.checkpoint.saver import convert_adapter
 from onewan.cli.progress import Progress
 from onewan.errors import CheckpointError
 from onewan.formats.lora import LoraFormat

@@ -2,9 +2,9 @@
 `migrate`), what is said about a bad one (`wording`), and what to start from (`starter`)."""
 
 from onewan.config.load import changed_fields, dump_run, load_run
-from onewan.config.places import leaves
 from onewan.config.schema import RunConfig
-from onewan.config.starter import json_schema, starter
+from onewan.config.schema_paths import leaves
+from onewan.config.template import json_schema, starter
 
 __all__ = [
     "RunConfig",

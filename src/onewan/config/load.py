@@ -26,9 +26,12 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.representer import SafeRepresenter
 
-from onewan.config.filling import inert, resolved
+from onewan.config.messages import report, validated
 from onewan.config.migrate import migrate
-from onewan.config.places import (
+from onewan.config.resolve import inert, resolved
+from onewan.config.rules import rule_violations
+from onewan.config.schema import COMPONENTS, RunConfig
+from onewan.config.schema_paths import (
     Node,
     Place,
     alternatives,
@@ -46,10 +49,7 @@ from onewan.config.places import (
     show,
     when_empty,
 )
-from onewan.config.rules import broken_rules
-from onewan.config.schema import COMPONENTS, RunConfig
 from onewan.config.section import Section
-from onewan.config.wording import report, validated
 from onewan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     if config is not None:
         guessed = problems.keys() & {"model", "model.variant"}
         variant = None if guessed else config.model.facts()
-        for field, text in broken_rules(config, variant):
+        for field, text in rule_violations(config, variant):
             report(problems, field, text)
     if config is None or problems:
         raise ConfigError(source, [f"{field}: {text}" for field, text in problems.items()])

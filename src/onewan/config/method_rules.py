@@ -10,7 +10,6 @@ import difflib
 import os
 from collections.abc import Iterator, Sequence
 
-from onewan.config.filling import FILES_DECIDE, divided_steps, exported_name
 from onewan.config.method import (
     ADAPTER_GROUPS,
     WEIGHT_GROUPS,
@@ -30,8 +29,9 @@ from onewan.config.optimizer import (
     CustomOptimizer,
     SgdOptimizer,
 )
-from onewan.config.places import Problem, show
+from onewan.config.resolve import FILES_DECIDE, divided_steps, exported_name
 from onewan.config.schema import ExpertSettings, RunConfig
+from onewan.config.schema_paths import Problem, show
 from onewan.variants import Variant
 
 

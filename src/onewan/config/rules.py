@@ -10,14 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from onewan.config.course_rules import course_rules
 from onewan.config.method_rules import method_rules
-from onewan.config.places import Problem, show
 from onewan.config.schema import COMPONENTS, RunConfig
+from onewan.config.schema_paths import Problem, show
+from onewan.config.train_rules import train_rules
 from onewan.variants import Variant
 
 
-def broken_rules(config: RunConfig, variant: Variant | None) -> Iterator[Problem]:
+def rule_violations(config: RunConfig, variant: Variant | None) -> Iterator[Problem]:
     """Every rule that spans sections or needs facts; those that need facts only with `variant`."""
     yield from _list_rules(config)
     yield from _model_rules(config, variant)
@@ -44,7 +44,7 @@ def broken_rules(config: RunConfig, variant: Variant | None) -> Iterator[Problem
         yield from _condition_rules(config, variant)
         yield from _size_rules(config, variant)
     yield from method_rules(config, variant)
-    yield from course_rules(config, variant)
+    yield from train_rules(config, variant)
 
 
 def _list_rules(config: RunConfig) -> Iterator[Problem]:

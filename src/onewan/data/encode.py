@@ -19,10 +19,10 @@ from torch import Tensor
 
 from onewan.config.schema import RunConfig, VideoDataSection
 from onewan.data.cache import ContentDigests, EntryCache, Kind, key_of
-from onewan.data.held_out import split, without
+from onewan.data.decode import decode
 from onewan.data.index import Clip, Note, Problem, Report, index_clips
 from onewan.data.masks import MASK_VERSION, Mask, latent_mask, of_mask
-from onewan.data.sample import decode
+from onewan.data.validation_split import split, without
 from onewan.errors import DataError
 from onewan.model.sources import Component, Placed, fingerprint
 from onewan.model.wan import WanModel
@@ -37,7 +37,7 @@ LoadModel = Callable[[Collection[Component]], WanModel]
 """Loads the given components of the run's model, on the device of the run."""
 
 
-class EntrySource(Protocol):
+class LatentSource(Protocol):
     """Where a data loader gets the parts of an entry from."""
 
     prefetch: bool
@@ -64,7 +64,7 @@ class Dataset:
     held_out: tuple[Clip, ...]
     """Clips to validate on, which never train; none unless the run file asks for them."""
     report: Report
-    source: EntrySource
+    source: LatentSource
     digest: str
     """Of all that decides the entries and their order: equal data sets have equal digests."""
     encoded: int
@@ -88,7 +88,7 @@ def prepare(
     load: LoadModel,
     *,
     extra_prompts: Sequence[str] = (),
-    live_text: bool = False,
+    encode_text_online: bool = False,
     progress: Progress = silent,
     verify: bool = False,
 ) -> Dataset:
@@ -96,7 +96,7 @@ def prepare(
 
     `places` says where the VAE, the text encoder and the tokenizer are: their content keys the
     cache. `extra_prompts` are encoded as captions are, for sampling later without the text encoder.
-    With `live_text` no text is encoded at all, neither now nor by the data set's source.
+    With `encode_text_online` no text is encoded at all, neither now nor by the data set's source.
     `verify` reads every entry that is there and encodes the damaged ones again. Clips that fail to
     decode are dropped and join the report. DataError if no clip is left to train on, or none of
     those that were named to validate on.
@@ -109,10 +109,10 @@ def prepare(
     report, content = _indexed(config, variant, digests)
     if config.video_data.cache:
         digests.save()
-        source = _CachedEntries(config, variant, places, content)
+        source = _CachedLatents(config, variant, places, content)
     else:
-        source = _LiveEntries(variant, live_text=live_text)
-    texts = [] if live_text else _texts(config, report, extra_prompts)
+        source = _OnlineEncoder(variant, encode_text_online=encode_text_online)
+    texts = [] if encode_text_online else _texts(config, report, extra_prompts)
     made = source.fill((*report.clips, *report.held_out), texts, load, progress, verify)
     report = _usable(config, report, made, content)
     digest = key_of(
@@ -205,7 +205,7 @@ def _usable(config: RunConfig, report: Report, made: _Made, content: dict[Path, 
 def _causes(clip: Clip, content: Mapping[Path, str]) -> list[object]:
     """All of a clip that training depends on."""
     mask = [content[clip.mask.path], clip.mask.start] if clip.mask else None
-    target = "base" if clip.base_target else "data"
+    target = "base" if clip.is_prior else "data"
     settings = [clip.repeats, clip.loss_weight, target]
     return [clip.name, content[clip.path], _span(clip), clip.captions, settings, mask]
 
@@ -274,14 +274,14 @@ def encode_mask(clip: Clip, mask: Mask, variant: Variant) -> Tensor:
     return torch.from_numpy(values)
 
 
-class _LiveEntries:
+class _OnlineEncoder:
     """Encodes at every call; nothing is written."""
 
     prefetch = False  # the VAE and the text encoder share the device with the training step
 
-    def __init__(self, variant: Variant, *, live_text: bool) -> None:
+    def __init__(self, variant: Variant, *, encode_text_online: bool) -> None:
         self._variant = variant
-        self._live_text = live_text
+        self._live_text = encode_text_online
         self._model: WanModel | None = None
 
     def video(self, clip: Clip) -> dict[str, Tensor]:
@@ -326,7 +326,7 @@ class _LiveEntries:
         return _Made(problems=tuple(problems), notes=tuple(notes), encoded=0)
 
 
-class _CachedEntries:
+class _CachedLatents:
     """Reads entries from the cache; `fill` makes those that are missing."""
 
     prefetch = True

@@ -13,8 +13,8 @@ from math import floor
 from pathlib import Path
 from typing import Literal
 
+from onewan.arithmetic.buckets import choose_size, floor_to_4n_plus_1
 from onewan.config.schema import SourceSection, VideoDataSection, WanTrainConfig
-from onewan.data.buckets import choose_size, frames_down
 from onewan.data.masks import Mask, is_mask, mask_for, masked_by
 from onewan.errors import DataError
 from onewan.media import (
@@ -55,7 +55,7 @@ class Clip:
     """How often it comes in one pass over the data."""
     loss_weight: float = 1.0
     """What its loss is multiplied with."""
-    base_target: bool = False
+    is_prior: bool = False
     """Whether it teaches what the untrained model makes of it, and not what it shows."""
     mask: Mask | None = None
     """Which of its places count; None where all do."""
@@ -151,7 +151,7 @@ def index_clips(
     clips: list[Clip] = []
     problems: list[Problem] = []
     notes: list[Note] = []
-    whole = frames_down(wan.max_frames, temporal_compression)
+    whole = floor_to_4n_plus_1(wan.max_frames, temporal_compression)
     if whole != wan.max_frames:
         notes.append(
             Note(
@@ -328,7 +328,7 @@ class ClipPlanner:
             source_size=(width, height),
             repeats=source.repeats,
             loss_weight=source.loss_weight,
-            base_target=source.target == "base",
+            is_prior=source.target == "base",
         )
         mask = mask_for(info, clip.times(), masks, self.video_data.supported_formats)
         return replace(clip, mask=mask), list(self._notes(clip))
@@ -346,7 +346,7 @@ class ClipPlanner:
     def _frames(self, info: MediaInfo) -> int:
         longest = floor(self.video_data.max_duration * self.fps + 1e-6)
         wanted = min(self.wan.max_frames, max(1, longest), info.frames_at(self.fps))
-        return frames_down(wanted, self.temporal)
+        return floor_to_4n_plus_1(wanted, self.temporal)
 
     def _start(self, info: MediaInfo, name: str, frames: int) -> float:
         """Time of the first frame by `wan_config.frame_sample_strategy`, s."""
@@ -373,7 +373,7 @@ class ClipPlanner:
                 path=clip.path,
                 text=f"scaled up from {width}x{height} to {clip.size[0]}x{clip.size[1]}",
             )
-        most = frames_down(self.wan.max_frames, self.temporal)
+        most = floor_to_4n_plus_1(self.wan.max_frames, self.temporal)
         if clip.kind == "video" and clip.frames < most:
             yield Note(
                 path=clip.path,

@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from onewan.data.encode import EntrySource
+from onewan.data.encode import LatentSource
 from onewan.data.index import Clip
-from onewan.model.experts import first_frame_channels
+from onewan.model.forward import first_frame_channels
 from onewan.model.text import pad_text
 from onewan.seeds import derive_seed
 from onewan.variants import ExpertName
@@ -43,7 +43,7 @@ class Batch:
     None when none of the batch has one."""
     loss_weight: Tensor
     """[B]: what each clip's loss is multiplied with."""
-    base_target: Tensor | None
+    is_prior: Tensor | None
     """[B] bool: which clips teach what the untrained model makes of them. None if none does."""
     names: tuple[str, ...]
     offset: int
@@ -63,7 +63,7 @@ class Batch:
             condition=moved(self.condition),
             mask=moved(self.mask),
             loss_weight=self.loss_weight.to(device, non_blocking=True),
-            base_target=moved(self.base_target),
+            is_prior=moved(self.is_prior),
         )
 
 
@@ -87,22 +87,22 @@ class WanDataLoader:
     def __init__(
         self,
         clips: Sequence[Clip],
-        source: EntrySource,
+        source: LatentSource,
         *,
         batch_size: int,
         accumulation: int,
         seed: int,
         caption_dropout: float = 0.0,
-        live_text: bool = False,
+        encode_text_online: bool = False,
     ) -> None:
         """`caption_dropout` is the share of samples that train with an empty caption. With
-        `live_text` batches have captions and no `text`."""
+        `encode_text_online` batches have captions and no `text`."""
         self._source = source
         self._batch_size = batch_size
         self._accumulation = accumulation
         self._seed = seed
         self._caption_dropout = caption_dropout
-        self._live_text = live_text
+        self._live_text = encode_text_online
         self._buckets: dict[tuple[int, tuple[int, int]], list[Clip]] = defaultdict(list)
         for clip in clips:
             self._buckets[clip.frames, clip.size] += [clip] * clip.repeats
@@ -178,7 +178,7 @@ class WanDataLoader:
         if any("mask" in entry for entry in entries):
             whole = torch.ones(1, *latents.shape[2:])
             mask = torch.stack([entry.get("mask", whole) for entry in entries])
-        base = [clip.base_target for clip in clips]
+        base = [clip.is_prior for clip in clips]
         return Batch(
             latents=latents,
             text=None
@@ -188,7 +188,7 @@ class WanDataLoader:
             condition=condition,
             mask=mask,
             loss_weight=torch.tensor([clip.loss_weight for clip in clips]),
-            base_target=torch.tensor(base) if any(base) else None,
+            is_prior=torch.tensor(base) if any(base) else None,
             names=tuple(clip.name for clip in clips),
             offset=offset,
         )

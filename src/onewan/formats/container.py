@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import SafetensorError
 
 from onewan.errors import CheckpointError
-from onewan.formats.parts import GgufFile, Part, PickleFile, SafetensorsFile, TensorInfo, first_line
+from onewan.formats.backends import (
+    GgufFile,
+    Part,
+    PickleFile,
+    SafetensorsFile,
+    TensorInfo,
+    first_line,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

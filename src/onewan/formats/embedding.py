@@ -3,7 +3,7 @@
 One tensor [tokens, width] under the name of the text encoder that it is for: ``umt5xxl`` for
 vectors that stand among UMT5's input embeddings, which ComfyUI takes by the file's name
 (``embedding:NAME``), and ``umt5xxl_out`` for vectors that join its outputs, which no other program
-has. `onewan.checkpoint.export` writes them.
+has. `onewan.checkpoint.saver` writes them.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from onewan.formats.names import to_diffusers, to_official
-from onewan.formats.parts import TensorInfo
+from onewan.formats.backends import TensorInfo
+from onewan.formats.key_maps import to_diffusers, to_official
 from onewan.variants import VARIANTS, ExpertName
 
 AdapterKind = Literal["lora", "dora", "loha", "lokr", "oft", "difference"]

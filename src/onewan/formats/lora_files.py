@@ -133,7 +133,7 @@ def peft_adapter(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SpelledAdapter:
+class FormattedAdapter:
     """What goes into a file."""
 
     tensors: dict[str, Tensor | Lazy]
@@ -143,14 +143,14 @@ class SpelledAdapter:
     """What the user should know of it."""
 
 
-def spell_adapter(
+def to_format(
     modules: Mapping[str, ModuleAdapter],
     format: LoraFormat,
     *,
     dtype: torch.dtype | None = None,
     base: BaseWeights | None = None,
     shape: WanShape | None = None,
-) -> SpelledAdapter:
+) -> FormattedAdapter:
     """`modules` in the spelling of `format`, each tensor as `dtype` or, for None, as it is.
 
     `base` gives the weights that plain differences are made from. `shape` says which layers a
@@ -179,7 +179,7 @@ def spell_adapter(
     if format == "kohya" and all(a.kind == "lora" for a in modules.values()):
         tensors |= _filling(modules, dtype, shape or _shape(modules, base))
     metadata = {PEFT_SETTINGS: _peft_settings(modules)} if format == "diffusers" else {}
-    return SpelledAdapter(tensors=tensors, metadata=metadata, notices=notices)
+    return FormattedAdapter(tensors=tensors, metadata=metadata, notices=notices)
 
 
 def stored(name: str, weight: Tensor, dtype: torch.dtype | None) -> Tensor:

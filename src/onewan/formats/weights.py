@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from onewan.errors import CheckpointError
-from onewan.formats import names
+from onewan.formats import key_maps
+from onewan.formats.backends import TensorInfo
 from onewan.formats.configs import Part, configuration
 from onewan.formats.container import TensorFile, open_tensors
-from onewan.formats.parts import TensorInfo
 from onewan.variants import (
     VARIANTS,
     Variant,
@@ -157,19 +157,19 @@ _Translate = Callable[[str], str]
 
 
 def _diffusers_transformer(name: str) -> str:
-    names.to_official(name)  # KeyError if it is none of ours
+    key_maps.to_official(name)  # KeyError if it is none of ours
     return name
 
 
 def _diffusers_vae(name: str) -> str:
-    names.vae_to_official(name, by_stage="sampler." in name)
+    key_maps.vae_to_official(name, by_stage="sampler." in name)
     return name
 
 
 def _transformers_t5(name: str) -> str:
     if name == "encoder.embed_tokens.weight":  # the tied embedding is stored under either name
         return "shared.weight"
-    names.t5_to_official(name)
+    key_maps.t5_to_official(name)
     return name
 
 
@@ -177,7 +177,7 @@ _TRANSLATIONS: tuple[tuple[Part, Naming, _Translate, tuple[str, ...]], ...] = (
     (
         "transformer",
         "official",
-        names.to_diffusers,
+        key_maps.to_diffusers,
         ("", "model.diffusion_model.", "diffusion_model."),
     ),
     (
@@ -186,9 +186,9 @@ _TRANSLATIONS: tuple[tuple[Part, Naming, _Translate, tuple[str, ...]], ...] = (
         _diffusers_transformer,
         ("", "model.diffusion_model.", "diffusion_model.", "transformer."),
     ),
-    ("vae", "official", names.vae_to_diffusers, ("", "vae.", "first_stage_model.")),
+    ("vae", "official", key_maps.vae_to_diffusers, ("", "vae.", "first_stage_model.")),
     ("vae", "diffusers", _diffusers_vae, ("", "vae.")),
-    ("text_encoder", "official", names.t5_to_transformers, ("",)),
+    ("text_encoder", "official", key_maps.t5_to_transformers, ("",)),
     (
         "text_encoder",
         "transformers",

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from onewan.errors import CheckpointError
 from onewan.files import replacing, sync
-from onewan.formats.parts import first_line
-from onewan.formats.spec import HASH
+from onewan.formats.backends import first_line
+from onewan.formats.modelspec import HASH
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",

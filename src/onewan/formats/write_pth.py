@@ -22,8 +22,8 @@ import torch
 
 from onewan.errors import CheckpointError
 from onewan.files import replacing
+from onewan.formats.backends import first_line
 from onewan.formats.container import open_tensors
-from onewan.formats.parts import first_line
 from onewan.formats.write import Lazy, bytes_of, planned_tensor
 
 _STORAGES = {

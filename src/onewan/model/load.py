@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from onewan.errors import CheckpointError
 from onewan.formats.configs import read_json
 from onewan.formats.weights import Weights, expert_in_name, recognise
-from onewan.model.packed import PackedLinear, can_stay_packed
+from onewan.model.meta_init import skeleton
 from onewan.model.precision import keep_float32_islands
-from onewan.model.skeleton import skeleton
+from onewan.model.quantized_linear import QuantizedLinear, can_stay_quantized
 from onewan.model.sources import (
     ENCODERS,
     Component,
@@ -333,9 +333,9 @@ def _filled(
         wanted = torch.float32 if islands.intersection(name.split(".")) else dtype
         in_a_block = isinstance(owner, nn.Linear) and name.startswith(_BLOCKS)
         if keep and in_a_block and entry.packing != "plain" and wanted == dtype:
-            if can_stay_packed(entry):
+            if can_stay_quantized(entry):
                 parent, _, last = path.rpartition(".")
-                packed = PackedLinear(weights, name, owner.bias, device)
+                packed = QuantizedLinear(weights, name, owner.bias, device)
                 setattr(module.get_submodule(parent), last, packed)
                 continue
             expanded[entry.info.dtype] += 1

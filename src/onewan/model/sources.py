@@ -27,7 +27,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from onewan.errors import CheckpointError
-from onewan.formats.parts import first_line
+from onewan.formats.backends import first_line
 from onewan.formats.weights import Weights, expert_told, recognise
 from onewan.variants import Variant
 

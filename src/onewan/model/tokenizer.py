@@ -11,7 +11,7 @@ from tokenizers.models import Unigram
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from onewan.errors import CheckpointError
-from onewan.formats.parts import first_line
+from onewan.formats.backends import first_line
 from onewan.formats.weights import recognise
 from onewan.variants import TEXT_LENGTH
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from onewan.checkpoint.convert import convert_model
-from onewan.checkpoint.export import WanModelSaver
+from onewan.checkpoint.saver import WanModelSaver
 from onewan.errors import CheckpointError
 from onewan.model.embedding import WanModelEmbedding
 from onewan.onetrainer import files

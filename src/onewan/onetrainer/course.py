@@ -17,11 +17,11 @@ from torch import Tensor
 
 from onewan.config.objective import LossSection
 from onewan.data.loader import Batch, Step
-from onewan.model.experts import first_frame_channels
+from onewan.model.forward import first_frame_channels
 from onewan.onetrainer import settings
 from onewan.seeds import derive_seed
-from onewan.train.objective import Noised, Objective, objective_of, velocity_loss
-from onewan.train.schedule import ExpertSchedule, expert_schedule
+from onewan.train.objective import NoisedBatch, Objective, objective_of, velocity_loss
+from onewan.arithmetic.expert_schedule import ExpertSchedule, expert_schedule
 from onewan.variants import Expert, Variant
 
 _PURPOSE = "validation"
@@ -57,7 +57,7 @@ class Course:
 
     def noise(
         self, batch: Batch, global_step: int, expert: Expert, *, rank: int = 0, ranks: int = 1
-    ) -> Noised:
+    ) -> NoisedBatch:
         """`batch` at the noise levels of `expert` that this place of the course draws."""
         size = len(batch)
         micro = global_step % self.accumulation
@@ -70,7 +70,7 @@ class Course:
         )
         return self.objective.noise(placed, step, expert)
 
-    def validation(self, batch: Batch) -> list[tuple[Expert, Noised]]:
+    def validation(self, batch: Batch) -> list[tuple[Expert, NoisedBatch]]:
         """`batch` at fixed levels, with fixed noise, for every expert of the course."""
         seed = derive_seed(self.objective.seed, _PURPOSE)
         experts = [self.variant.expert(name) for name in self.schedule.experts]
@@ -85,7 +85,7 @@ class Course:
         return derive_seed(self.objective.seed, "dropout", global_step, rank)
 
     def loss(
-        self, sample: Noised, predicted_BCFHW: Tensor, prior_BCFHW: Tensor | None = None
+        self, sample: NoisedBatch, predicted_BCFHW: Tensor, prior_BCFHW: Tensor | None = None
     ) -> Tensor:
         """A float32 scalar; with `prior_BCFHW` the untrained model's prediction counts where a mask
         leaves the sample out."""
@@ -95,7 +95,7 @@ class Course:
             total = total + self.prior_weight * self._sum(outside, predicted_BCFHW)
         return total
 
-    def _sum(self, sample: Noised, predicted_BCFHW: Tensor) -> Tensor:
+    def _sum(self, sample: NoisedBatch, predicted_BCFHW: Tensor) -> Tensor:
         parts = [
             strength * velocity_loss(predicted_BCFHW, sample, section, self.temporal_weight)
             for strength, section in self.losses
@@ -145,7 +145,7 @@ def batch_of(items: Mapping[str, Any], text_BLD: Tensor | None, captions: Sequen
         condition=None if condition is None else first_frame_channels(condition.float()),
         mask=None if mask is None else mask.float(),
         loss_weight=items["loss_weight"].float(),
-        base_target=None,
+        is_prior=None,
         names=tuple(items["image_path"]),
         offset=0,
     )

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from onewan.checkpoint.export import WanModelSaver, convert_adapter
+from onewan.checkpoint.saver import WanModelSaver, convert_adapter
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.container import open_tensors

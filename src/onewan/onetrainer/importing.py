@@ -25,7 +25,7 @@ from onewan.errors import ConfigError, OnewanError
 from onewan.media import IMAGE_SUFFIXES, extension
 from onewan.onetrainer import keys, settings
 from onewan.onetrainer.versions import LATEST, brought_up_to_date
-from onewan.train.density import density_of
+from onewan.arithmetic.timestep_density import density_of
 from onewan.variants import VARIANTS, Variant, VariantName
 
 Outcome = Literal["carried", "defaulted", "not applicable", "unknown"]

@@ -29,7 +29,7 @@ from onewan.config.objective import (
 from onewan.config.schema import TrainSection, VideoDataSection, WanTrainConfig
 from onewan.data.masks import is_mask
 from onewan.errors import ConfigError
-from onewan.train.density import density_of
+from onewan.arithmetic.timestep_density import density_of
 from onewan.variants import Variant
 
 SEED = 42

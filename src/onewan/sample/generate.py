@@ -178,7 +178,7 @@ class WanModelSampler:
         `text_1LD` is the prompt's embedding and, with guidance, the negative prompt's.
         """
         variant = self.model.variant
-        served = [_Served(expert, stage, self.model.dtype) for expert in experts]
+        served = [_Float32Transformer(expert, stage, self.model.dtype) for expert in experts]
         parts: dict[str, Any] = {
             "tokenizer": None,
             "text_encoder": None,
@@ -260,7 +260,7 @@ class _Stage:
             part.to(home)
 
 
-class _Served(nn.Module):
+class _Float32Transformer(nn.Module):
     """A transformer as a pipeline sees it: float32 outside, `dtype` in its matrix products inside.
 
     Autocast spans the transformer alone: around the whole pipeline it would take in the VAE, which

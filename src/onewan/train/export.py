@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from onewan.checkpoint.export import WanModelSaver
+from onewan.checkpoint.saver import WanModelSaver
 from onewan.formats.lora import LoraFormat
 from onewan.model.embedding import WanModelEmbedding
 from onewan.runs.layout import RunLayout
-from onewan.train.methods import EmbeddingTraining, ExpertMethod, ExportFacts
 from onewan.train.run import DTYPES, Run
 from onewan.train.state import PartName, TrainedExpert, TrainedPart, WeightsKind
+from onewan.train.trainables import EmbeddingTraining, ExpertMethod, ExportFacts
 
 _SUFFIX: dict[WeightsKind, str] = {"trained": "", "ema": "_ema"}
 

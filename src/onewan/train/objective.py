@@ -1,7 +1,8 @@
 """The flow-matching objective: draw t, make the noised sample and its target, compare. Pure.
 
 x_t = (1 - t) z + t e with t in [0, 1], the target is e - z, and the transformer is told 1000 t
-(``wan/utils/fm_solvers_unipc.py:317-323``). How t is spread is in `onewan.train.density`.
+(``wan/utils/fm_solvers_unipc.py:317-323``). The density of t is in
+`onewan.arithmetic.timestep_density`.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onewan.arithmetic.timestep_density import (
+    Array,
+    TimestepDensity,
+    density_of,
+    official_token_count,
+    shift_factor,
+)
 from onewan.config.objective import CurveWeighting, LossSection, NoWeighting, Weighting
 from onewan.config.schema import TrainSection
 from onewan.data.loader import Batch, Step
 from onewan.errors import ConfigError
 from onewan.seeds import derive_seed
-from onewan.train.density import (
-    Array,
-    TimestepDensity,
-    density_of,
-    official_tokens,
-    shift_factor,
-)
 from onewan.variants import Expert, Variant
 
 _QUADRATURE = 4096
@@ -36,7 +37,7 @@ _QUADRATURE = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Noised:
+class NoisedBatch:
     """A batch at its noise levels, with what the transformer should say."""
 
     x: Tensor
@@ -70,7 +71,7 @@ class Objective:
 
     density: TimestepDensity
     seed: int
-    official_tokens: int | None = None
+    official_token_count: int | None = None
     """Tokens at which `density` has the shift that is meant; None is at any number of them."""
     stratified: bool = False
     """Draw each of a step's n levels from another one of n equally probable parts."""
@@ -89,7 +90,7 @@ class Objective:
     most 1; its timestep stays 0. None gives it clean, as the official code does
     (``wan/textimage2video.py:550-598``)."""
 
-    def noise(self, batch: Batch, step: Step, expert: Expert) -> Noised:
+    def noise(self, batch: Batch, step: Step, expert: Expert) -> NoisedBatch:
         """Noise `batch`, one of `step`'s, which may lie on a device by now."""
         places = range(batch.offset, batch.offset + len(batch))
         latents_BCFHW = batch.latents
@@ -109,7 +110,7 @@ class Objective:
         # From the step's batch and not this one, whose weights would have to come back from the
         # device.
         (of_clips,) = (b.loss_weight.tolist() for b in step.batches if b.offset == batch.offset)
-        of_levels = level_weights(self.weighting, density, expert, levels).tolist()
+        of_levels = timestep_weights(self.weighting, density, expert, levels).tolist()
         sample = noised(
             latents_BCFHW,
             noise_BCFHW,
@@ -120,7 +121,7 @@ class Objective:
         )
         return sample if given_B is None else self._with_first_frame(sample, batch, step, given_B)
 
-    def fixed(self, batch: Batch, share: float, expert: Expert, seed: int) -> Noised:
+    def fixed(self, batch: Batch, share: float, expert: Expert, seed: int) -> NoisedBatch:
         """Noise `batch` for a measurement: every sample at the level below which `share` of
         `expert`'s levels lie, with noise of `seed` and the sample's place. Levels, clips and masks
         count as in training; nothing else is done to the samples."""
@@ -132,7 +133,7 @@ class Objective:
                 for place in range(batch.offset, batch.offset + len(batch))
             ]
         )
-        of_levels = level_weights(self.weighting, density, expert, levels).tolist()
+        of_levels = timestep_weights(self.weighting, density, expert, levels).tolist()
         of_clips = batch.loss_weight.tolist()
         return noised(
             batch.latents,
@@ -148,9 +149,9 @@ class Objective:
         return tuple((i + 0.5) / count for i in range(count))
 
     def _density(self, latents_BCFHW: Tensor) -> TimestepDensity:
-        if self.official_tokens is None:
+        if self.official_token_count is None:
             return self.density
-        return self.density.scaled(shift_factor(latents_BCFHW.shape, self.official_tokens))
+        return self.density.scaled(shift_factor(latents_BCFHW.shape, self.official_token_count))
 
     def _share(self, step: Step, place: int) -> float:
         """The probability, in [0, 1], at which the level of a sample lies in its distribution."""
@@ -170,8 +171,8 @@ class Objective:
         return torch.tensor(given) if any(given) else None
 
     def _with_first_frame(
-        self, sample: Noised, batch: Batch, step: Step, given_B: Tensor
-    ) -> Noised:
+        self, sample: NoisedBatch, batch: Batch, step: Step, given_B: Tensor
+    ) -> NoisedBatch:
         """`sample` with the first frames of `batch`, or nearly those, where `given_B`."""
         frame_BCHW = batch.latents[:, :, 0]
         if self.first_frame_noise is not None:
@@ -188,7 +189,7 @@ class Objective:
         return replace(sample, clean_first_frame=given_B)
 
     def _counts(self, batch: Batch, given_B: Tensor | None) -> Tensor | None:
-        """[B, 1, F, h, w] as in `Noised`."""
+        """[B, 1, F, h, w] as in `NoisedBatch`."""
         if batch.mask is None and given_B is None:
             return None
         if batch.mask is None:
@@ -219,12 +220,14 @@ def objective_of(train: TrainSection, variant: Variant, experts: Sequence[Expert
     density = density_of(train.timesteps, variant.flow_shift)
     density.require(experts)
     for expert in experts:
-        level_weights(train.loss.weighting, density, expert, np.empty(0))
+        timestep_weights(train.loss.weighting, density, expert, np.empty(0))
     gives_frames = variant.condition == "first_frame_clean"
     return Objective(
         density=density,
         seed=train.seed,
-        official_tokens=official_tokens(variant) if train.timesteps.shift_by_tokens else None,
+        official_token_count=official_token_count(variant)
+        if train.timesteps.shift_by_tokens
+        else None,
         stratified=train.timesteps.stratified,
         weighting=train.loss.weighting,
         unmasked_weight=train.loss.unmasked_weight,
@@ -248,18 +251,18 @@ def noised(
     seen_BCFHW: Tensor | None = None,
     weights: Sequence[float] | None = None,
     counts_BFHW: Tensor | None = None,
-) -> Noised:
+) -> NoisedBatch:
     """Mix latents and noise at the samples' `levels`, on the latents' device; form the target.
 
     `seen_BCFHW` is what is mixed in where that is not the noise; `weights` and `counts_BFHW`
-    ([B, 1, F, h, w]) as in `Noised`.
+    ([B, 1, F, h, w]) as in `NoisedBatch`.
     """
     device = latents_BCFHW.device
     seen_BCFHW = _moved(noise_BCFHW if seen_BCFHW is None else seen_BCFHW, device)
     weights = [1.0] * len(levels) if weights is None else weights
     t_B = _moved(torch.tensor(levels, dtype=torch.float32), device)
     t = t_B.view(-1, 1, 1, 1, 1)
-    return Noised(
+    return NoisedBatch(
         x=(1 - t) * latents_BCFHW + t * seen_BCFHW,
         t=t_B,
         levels=tuple(levels),
@@ -271,16 +274,16 @@ def noised(
     )
 
 
-def with_target(noised: Noised, velocity_BCFHW: Tensor, batch: Batch) -> Noised:
+def with_base_target(noised: NoisedBatch, velocity_BCFHW: Tensor, batch: Batch) -> NoisedBatch:
     """`noised` with the target `velocity_BCFHW`, the untrained model's, for those samples of
     `batch` that are to teach that."""
-    if batch.base_target is None:
+    if batch.is_prior is None:
         return noised
-    chosen = batch.base_target.view(-1, 1, 1, 1, 1)
+    chosen = batch.is_prior.view(-1, 1, 1, 1, 1)
     return replace(noised, target=torch.where(chosen, velocity_BCFHW.float(), noised.target))
 
 
-def level_weights(
+def timestep_weights(
     weighting: Weighting, density: TimestepDensity, expert: Expert, levels: Array
 ) -> Array:
     """What losses at noise `levels` of `expert` are multiplied with; their mean over `density`, cut
@@ -324,7 +327,7 @@ def _raw_weights(weighting: Weighting, t: Array) -> Array:
 
 def velocity_loss(
     prediction_BCFHW: Tensor,
-    noised: Noised,
+    noised: NoisedBatch,
     choice: LossSection,
     temporal_consistency_weight: float = 1.0,
 ) -> Tensor:

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from onewan.arithmetic.expert_schedule import ExpertSchedule, lr_factor
 from onewan.config.schema import RunConfig
 from onewan.data.encode import Dataset
 from onewan.data.loader import Batch, WanDataLoader
 from onewan.model.wan import WanModel
 from onewan.sample.generate import SampleRequest
 from onewan.train.objective import Objective
-from onewan.train.schedule import ExpertSchedule, lr_factor
 from onewan.train.state import PartName, TrainedExpert, TrainState
 from onewan.variants import ExpertName
 
@@ -82,7 +82,7 @@ class Run:
     def validation_batches(self) -> list[Batch]:
         """The clips that losses are compared on, one a batch: held-out ones if there are any. Clips
         that teach what the base model makes are no measure of what is learned."""
-        shown = tuple(clip for clip in self.dataset.clips if not clip.base_target)
+        shown = tuple(clip for clip in self.dataset.clips if not clip.is_prior)
         clips = self.dataset.held_out or shown or self.dataset.clips
         return self.loader.fixed(clips, self.config.validation.clips)
 

@@ -7,11 +7,13 @@ from collections.abc import Collection, Iterable
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
+from onewan.adapters.adapter_config import adapter_config_for, adapter_config_from_file
 from onewan.adapters.lora import attach_adapter
 from onewan.adapters.select import select_weights
-from onewan.adapters.spec import adapter_spec, spec_and_weights_from
 from onewan.adapters.weights import train_weights
-from onewan.checkpoint.export import expert_of
+from onewan.arithmetic.expert_schedule import ExpertSchedule, expert_schedule
+from onewan.arithmetic.timestep_density import TimestepDensity
+from onewan.checkpoint.saver import expert_of
 from onewan.config.method import (
     AdapterMethod,
     DoraMethod,
@@ -32,14 +34,12 @@ from onewan.model.sources import ENCODERS, Component, Placed, locate
 from onewan.model.text import checkpoint_encoder, mentions
 from onewan.model.wan import WanModel
 from onewan.sample.generate import SampleRequest, requests_from
-from onewan.train.density import TimestepDensity
 from onewan.train.ema import Ema
-from onewan.train.methods import AdapterTraining, EmbeddingTraining, ExpertMethod, WeightTraining
 from onewan.train.objective import objective_of
 from onewan.train.optim import resumes_exactly
 from onewan.train.run import DTYPES, Run
-from onewan.train.schedule import ExpertSchedule, expert_schedule
 from onewan.train.state import PartName, TrainedExpert, TrainedPart, TrainState
+from onewan.train.trainables import AdapterTraining, EmbeddingTraining, ExpertMethod, FullFineTune
 from onewan.train.update import Updater
 from onewan.variants import Expert, ExpertName
 
@@ -51,7 +51,7 @@ class WanModelSetup:
         self._config = config
         self._variant = config.model.facts()
         self._experts = self._variant.selected(config.model.experts)
-        self._device = pick_device(config.model.device)
+        self._device = resolve_device(config.model.device)
         self._dtype = DTYPES[config.model.dtype]
         self._vae: AutoencoderKLWan | None = None
         self._notices: dict[str, None] = {}  # in order, each once
@@ -72,7 +72,7 @@ class WanModelSetup:
             sources.places,
             self._load,
             extra_prompts=sorted(texts),
-            live_text=bool(self._config.embeddings),
+            encode_text_online=bool(self._config.embeddings),
             progress=progress,
             verify=verify,
         )
@@ -103,7 +103,7 @@ class WanModelSetup:
                 accumulation=config.train.accumulation,
                 seed=config.train.seed,
                 caption_dropout=config.train.caption_dropout,
-                live_text=bool(config.embeddings),
+                encode_text_online=bool(config.embeddings),
             ),
             objective=objective,
             schedule=schedule,
@@ -204,7 +204,7 @@ class WanModelSetup:
             return None
         if isinstance(method, FineTuneMethod):
             names = select_weights(transformer, method.modules, layers)
-            return WeightTraining(
+            return FullFineTune(
                 transformer,
                 train_weights(transformer, names, method.weights),
                 precision=method.weights,
@@ -215,9 +215,9 @@ class WanModelSetup:
             )
         own, initial = self._own(expert.name), None
         if start is not None:
-            spec, initial = spec_and_weights_from(start, method, transformer, layers)
+            spec, initial = adapter_config_from_file(start, method, transformer, layers)
         else:
-            spec = adapter_spec(method, transformer, layers, rank=own.rank, alpha=own.alpha)
+            spec = adapter_config_for(method, transformer, layers, rank=own.rank, alpha=own.alpha)
         attach_adapter(transformer, spec, config.train.seed, expert.name, initial)
         return AdapterTraining(
             transformer,
@@ -355,7 +355,7 @@ def _mentioned(placeholders: Iterable[str], captions: Iterable[str]) -> bool:
     return any(mentions(caption, p) for caption in captions for p in placeholders)
 
 
-def pick_device(wish: str) -> torch.device:
+def resolve_device(wish: str) -> torch.device:
     """The device that `model.device` means; ConfigError if PyTorch does not have it."""
     if wish == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

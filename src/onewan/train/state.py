@@ -25,7 +25,7 @@ from torch import Tensor
 
 from onewan.errors import CheckpointError
 from onewan.train.ema import Ema
-from onewan.train.methods import ExpertMethod
+from onewan.train.trainables import ExpertMethod
 from onewan.train.update import Updater
 from onewan.variants import Expert, ExpertName
 

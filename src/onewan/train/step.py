@@ -10,9 +10,9 @@ from torch import Tensor
 
 from onewan.data.loader import Batch, Step
 from onewan.errors import TrainingError
-from onewan.model.experts import predict_velocity
+from onewan.model.forward import predict_velocity
 from onewan.seeds import derive_seed
-from onewan.train.objective import Noised, velocity_loss, with_target
+from onewan.train.objective import NoisedBatch, velocity_loss, with_base_target
 from onewan.train.run import DTYPES, Run
 from onewan.train.state import TrainedExpert
 
@@ -70,9 +70,9 @@ def backward(
         batch = cpu_batch.to(run.device)
         sample = run.objective.noise(batch, step, trained.expert)
         text = run.text(batch)
-        if batch.base_target is not None:
+        if batch.is_prior is not None:
             with trained.base(), torch.no_grad():
-                sample = with_target(sample, predict(run, trained, batch, sample, text), batch)
+                sample = with_base_target(sample, predict(run, trained, batch, sample, text), batch)
         if run.dropout:
             seed = derive_seed(run.config.train.seed, "dropout", step.number, batch.offset)
             torch.manual_seed(seed)
@@ -89,7 +89,7 @@ def backward(
 
 
 def predict(
-    run: Run, trained: TrainedExpert, batch: Batch, sample: Noised, text_BLD: Tensor
+    run: Run, trained: TrainedExpert, batch: Batch, sample: NoisedBatch, text_BLD: Tensor
 ) -> Tensor:
     """The expert's velocity for `sample`, [B, C, F, h, w], float32."""
     return predict_velocity(
@@ -103,7 +103,7 @@ def predict(
     )
 
 
-def compare(run: Run, sample: Noised, prediction_BCFHW: Tensor) -> Tensor:
+def compare(run: Run, sample: NoisedBatch, prediction_BCFHW: Tensor) -> Tensor:
     """The loss as the run file has it, a float32 scalar: the mean over the samples."""
     weight = run.config.wan_config.temporal_consistency_weight
     return velocity_loss(prediction_BCFHW, sample, run.config.train.loss, weight)

@@ -9,7 +9,7 @@ from modules.util.enum.ModelFormat import ModelFormat
 
 import torch
 
-from onewan.checkpoint.export import WanModelSaver
+from onewan.checkpoint.saver import WanModelSaver
 from onewan.formats.embedding import EmbeddingFile
 from onewan.model.embedding import WanModelEmbedding
 from onewan.onetrainer import files

@@ -8,7 +8,7 @@ from modules.util.enum.ModelFormat import ModelFormat
 
 import torch
 
-from onewan.checkpoint.export import WanModelSaver as Saver
+from onewan.checkpoint.saver import WanModelSaver as Saver
 from onewan.onetrainer import files, loading
 
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from onewan.model.attention import attend_within_frames
 from onewan.model.embedding import WanModelEmbedding
-from onewan.model.experts import predict_velocity
+from onewan.model.forward import predict_velocity
 from onewan.onetrainer import course, files, settings
 from onewan.seeds import derive_seed
-from onewan.train.objective import Noised
+from onewan.train.objective import NoisedBatch
 from onewan.variants import Expert
 
 from transformers.models.umt5.modeling_umt5 import UMT5Block
@@ -235,7 +235,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
                     text[place] = batch["text_empty_padded"][place]
         return course.batch_of(batch, text, captions)
 
-    def _velocity(self, model: WanModel, part: str, clips, sample: Noised) -> Tensor:
+    def _velocity(self, model: WanModel, part: str, clips, sample: NoisedBatch) -> Tensor:
         return predict_velocity(
             getattr(model, part),
             sample.x,
@@ -300,7 +300,7 @@ def _checkpointed_encoder(module, config, part):
     return enable_checkpointing(module, config, part, config.compile, [(UMT5Block, [])])
 
 
-def _timestep(sample: Noised) -> Tensor:
+def _timestep(sample: NoisedBatch) -> Tensor:
     return (sample.t * 1000).long().clamp(max=999)
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from onewan.config.places import members_of, sections_of
 from onewan.config.schema import RunConfig
+from onewan.config.schema_paths import members_of, sections_of
 from onewan.config.section import Section
 from onewan.variants import VARIANTS, VariantName
 

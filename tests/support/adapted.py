@@ -11,11 +11,11 @@ from diffusers import WanTransformer3DModel
 from gguf import GGMLQuantizationType
 from torch import Tensor, nn
 
+from onewan.adapters.adapter_config import AdapterConfig, adapter_config_for
 from onewan.adapters.lora import (
     adapter_parameters,
     attach_adapter,
 )
-from onewan.adapters.spec import AdapterSpec, adapter_spec
 from onewan.config.method import (
     AdapterMethod,
     DoraMethod,
@@ -25,9 +25,9 @@ from onewan.config.method import (
     OftMethod,
     PerModule,
 )
-from onewan.model.experts import predict_velocity
-from onewan.model.packed import PackedLinear
+from onewan.model.forward import predict_velocity
 from onewan.model.precision import keep_float32_islands
+from onewan.model.quantized_linear import QuantizedLinear
 
 MIXED = (PerModule(modules=("ffn",), rank=2, alpha=3.0), PerModule(modules=("attn2.to_k",), rank=6))
 METHODS: dict[str, AdapterMethod] = {
@@ -69,9 +69,9 @@ def halved(base: WanTransformer3DModel) -> WanTransformer3DModel:
     return model
 
 
-def packed(weight: Tensor, bias: Tensor, how: str) -> PackedLinear:
+def packed(weight: Tensor, bias: Tensor, how: str) -> QuantizedLinear:
     """A layer whose weight stays quantised, without a file around it."""
-    layer = PackedLinear.__new__(PackedLinear)
+    layer = QuantizedLinear.__new__(QuantizedLinear)
     nn.Module.__init__(layer)
     layer.out_features, layer.in_features = weight.shape
     if how == "fp8":
@@ -108,9 +108,9 @@ def output(model: WanTransformer3DModel, dtype: torch.dtype = torch.float32) -> 
 
 def attached(
     base: WanTransformer3DModel, method: AdapterMethod, *, seed: int = 1, name: str = "high"
-) -> tuple[WanTransformer3DModel, AdapterSpec]:
+) -> tuple[WanTransformer3DModel, AdapterConfig]:
     model = copy.deepcopy(base)
-    spec = adapter_spec(method, model, None)
+    spec = adapter_config_for(method, model, None)
     attach_adapter(model, spec, seed, name)
     return model, spec
 
@@ -124,7 +124,7 @@ def shift(model: WanTransformer3DModel, std: float = 0.1) -> None:
 
 def trained(
     base: WanTransformer3DModel, method: AdapterMethod
-) -> tuple[WanTransformer3DModel, AdapterSpec]:
+) -> tuple[WanTransformer3DModel, AdapterConfig]:
     model, spec = attached(base, method)
     shift(model, 0.3 if spec.kind == "loha" else 0.1)  # a product of four counts for little
     return model, spec

@@ -10,7 +10,7 @@ from pathlib import Path
 from onewan.checkpoint.layouts import Output
 from onewan.errors import CheckpointError
 from onewan.files import TEMPORARY_PREFIX, sync
-from onewan.formats.parts import first_line
+from onewan.formats.backends import first_line
 
 Report = Callable[[int, int], None]
 """Hears (bytes written, bytes in all)."""

@@ -31,7 +31,7 @@ TrainedKind = Literal["lora", "dora", "loha", "lokr", "oft"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterSpec:
+class AdapterConfig:
     """The shape of an adapter on one transformer."""
 
     kind: TrainedKind
@@ -104,14 +104,14 @@ class AdapterSpec:
         )
 
 
-def adapter_spec(
+def adapter_config_for(
     method: AdapterMethod,
     transformer: WanTransformer3DModel,
     layers: Sequence[int] | None,
     *,
     rank: int | None = None,
     alpha: float | None = None,
-) -> AdapterSpec:
+) -> AdapterConfig:
     """The adapter that `method` asks for on `transformer`, in the blocks `layers` or, for None,
     wherever `method.modules` says.
 
@@ -122,7 +122,7 @@ def adapter_spec(
     modules = select_linears(transformer, method.modules, layers)
     if isinstance(method, OftMethod):
         _check_blocks(transformer, modules, method.block_size)
-        return AdapterSpec(kind="oft", modules=modules, block_size=method.block_size)
+        return AdapterConfig(kind="oft", modules=modules, block_size=method.block_size)
     if alpha is None:
         alpha = method.alpha if rank is None else float(rank)
     default = rank or method.rank
@@ -150,12 +150,12 @@ def adapter_spec(
     return spec
 
 
-def spec_and_weights_from(
+def adapter_config_from_file(
     file: AdapterFile,
     method: AdapterMethod,
     transformer: WanTransformer3DModel,
     layers: Sequence[int] | None = None,
-) -> tuple[AdapterSpec, dict[str, Tensor]]:
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """The adapter in `file` to go on from: its shape, and its weights in float32 by PEFT's names.
 
     ConfigError if the file is of another kind than `method`, if the run file asks for what the file
@@ -189,7 +189,7 @@ def spec_and_weights_from(
                 f"{file.path}: has OFT blocks of {_listed(sizes)} inputs, and an adapter that "
                 "trains has one size; merge it into the base model and train a new one"
             )
-        return AdapterSpec(kind="oft", modules=modules, block_size=sizes.pop()), weights
+        return AdapterConfig(kind="oft", modules=modules, block_size=sizes.pop()), weights
     # A LoKr of two whole matrices has no rank and counts once.
     ranks = {module: adapter.rank or 1 for module, adapter in adapters.items()}
     alphas = {module: adapter.scale * ranks[module] for module, adapter in adapters.items()}
@@ -204,9 +204,9 @@ def _of_kind(
     modules: tuple[str, ...],
     ranks: Mapping[str, int],
     alphas: Mapping[str, float],
-) -> AdapterSpec:
+) -> AdapterConfig:
     if isinstance(method, LoraMethod):
-        return AdapterSpec(
+        return AdapterConfig(
             kind="lora",
             modules=modules,
             ranks=ranks,
@@ -216,7 +216,7 @@ def _of_kind(
             pissa=method.init == "pissa",
         )
     if isinstance(method, LokrMethod):
-        return AdapterSpec(
+        return AdapterConfig(
             kind="lokr",
             modules=modules,
             ranks=ranks,
@@ -225,7 +225,7 @@ def _of_kind(
             decompose_both=method.decompose_both,
         )
     dropout = method.dropout if isinstance(method, DoraMethod) else 0.0
-    return AdapterSpec(
+    return AdapterConfig(
         kind=method.kind, modules=modules, ranks=ranks, alphas=alphas, dropout=dropout
     )
 

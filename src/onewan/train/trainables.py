@@ -17,19 +17,19 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
+from onewan.adapters.adapter_config import AdapterConfig
 from onewan.adapters.lora import (
     adapter_parameters,
     adapter_weights,
+    adapters_disabled,
     base_weight,
     exported,
     is_lora_b,
     load_adapter_weights,
-    switched_off,
 )
-from onewan.adapters.spec import AdapterSpec
 from onewan.adapters.weights import load_weights, weights_of
 from onewan.checkpoint.convert import save_expert
-from onewan.checkpoint.export import WanModelSaver
+from onewan.checkpoint.saver import WanModelSaver
 from onewan.formats.lora import LoraFormat, WanShape
 from onewan.model.embedding import WanModelEmbedding
 from onewan.train.update import ParameterGroup, Rounding
@@ -96,7 +96,7 @@ class AdapterTraining:
     def __init__(
         self,
         transformer: WanTransformer3DModel,
-        spec: AdapterSpec,
+        spec: AdapterConfig,
         *,
         lora_plus_ratio: float = 1.0,
         starts_as_base: bool = True,
@@ -126,7 +126,7 @@ class AdapterTraining:
         load_adapter_weights(self._transformer, weights, source)
 
     def base(self) -> AbstractContextManager[None]:
-        return switched_off(self._transformer)
+        return adapters_disabled(self._transformer)
 
     def extension(self, format: LoraFormat) -> str:
         del format
@@ -154,7 +154,7 @@ class AdapterTraining:
         )
 
 
-class WeightTraining:
+class FullFineTune:
     """The chosen `parameters` of `transformer` itself."""
 
     starts_as_base = True

@@ -20,7 +20,7 @@ _AREA_EXCESS = 1.05
 _SAME_SHAPE = 0.05
 
 
-def frames_down(n: int, temporal: int = 4) -> int:
+def floor_to_4n_plus_1(n: int, temporal: int = 4) -> int:
     """The largest number of frames ``temporal * k + 1 <= n`` that the VAE takes; `n` at least 1."""
     if n < 1:
         raise ValueError(f"a clip has at least one frame, not {n}")

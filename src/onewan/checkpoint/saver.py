@@ -30,10 +30,10 @@ from onewan.formats.lora_files import (
     BaseWeights,
     peft_adapter,
     read_adapter,
-    spell_adapter,
     stored,
+    to_format,
 )
-from onewan.formats.spec import HASH, model_spec
+from onewan.formats.modelspec import HASH, model_spec
 from onewan.formats.weights import expert_in_name
 from onewan.formats.write import write_safetensors
 from onewan.model.embedding import WanModelEmbedding
@@ -75,7 +75,7 @@ class WanModelSaver:
         from what it should hold; nothing is left under `destination` then but what was there.
         """
         modules = peft_adapter(weights, peft_config)
-        spelled = spell_adapter(modules, format, dtype=dtype, base=base, shape=shape)
+        spelled = to_format(modules, format, dtype=dtype, base=base, shape=shape)
         metadata = model_spec("wan_2_2-lora", date, title, resolution)
         metadata |= {f"onewan.{name}": str(value) for name, value in facts.items()}
         metadata |= _about(modules, format) | spelled.metadata
@@ -166,7 +166,7 @@ def convert_adapter(
     """
     adapter = read_adapter(source, expert)
     try:
-        spelled = spell_adapter(adapter.modules, to, dtype=dtype, base=base)
+        spelled = to_format(adapter.modules, to, dtype=dtype, base=base)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     kept = {

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from onewan.errors import CheckpointError
-from onewan.formats.parts import first_line
+from onewan.formats.backends import first_line
 from onewan.formats.weights import Weights
 
 

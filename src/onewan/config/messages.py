@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from onewan.config.migrate import MOVED
-from onewan.config.places import (
+from onewan.config.schema import RunConfig
+from onewan.config.schema_paths import (
     Members,
     Node,
     Place,
@@ -33,7 +34,6 @@ from onewan.config.places import (
     put,
     show,
 )
-from onewan.config.schema import RunConfig
 from onewan.config.section import Section
 
 if TYPE_CHECKING:

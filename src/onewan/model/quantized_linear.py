@@ -30,7 +30,7 @@ def _gguf_decoders() -> dict[str, Any]:
     return {kind.name: function for kind, function in dequantize_functions.items()}
 
 
-def can_stay_packed(entry: StoredWeight) -> bool:
+def can_stay_quantized(entry: StoredWeight) -> bool:
     """Whether a matrix that is stored so can be expanded on every device."""
     return entry.packing == "fp8" or (
         entry.packing == "gguf" and entry.info.dtype in _gguf_decoders()
@@ -46,7 +46,7 @@ def expanded(stored: Tensor, scale: Tensor | None, dtype: str, shape: tuple[int,
     return _gguf_decoders()[dtype](blocks, block, size, dtype=torch.float32).reshape(shape)
 
 
-class PackedLinear(nn.Linear):
+class QuantizedLinear(nn.Linear):
     """`nn.Linear` with a packed weight. `weight` is int8 [out, bytes of a row] and never trains.
 
     int8 and not what the bytes are: PEFT would create adapters in a floating type of 8 bits, and
@@ -59,8 +59,8 @@ class PackedLinear(nn.Linear):
     def __init__(
         self, weights: Weights, name: str, bias: nn.Parameter | None, device: torch.device
     ) -> None:
-        """For weight `name` of `weights`, which `can_stay_packed`. On the CPU the bytes stay in the
-        file's mapping."""
+        """For weight `name` of `weights`, which `can_stay_quantized`. On the CPU the bytes
+        stay in the file's mapping."""
         nn.Module.__init__(self)  # that of nn.Linear would allocate the expanded weight
         entry = weights.entries[name]
         self.out_features, self.in_features = entry.info.shape
@@ -88,7 +88,7 @@ class PackedLinear(nn.Linear):
         bias = None if self.bias is None else self.bias.to(dtype)
         return _Product.apply(input.to(dtype), self.weight, self.scale, bias, self)  # pyright: ignore[reportReturnType]
 
-    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         # `.to(bfloat16)` on a whole model would round the scale, and with it every weight.
         exact = self.scale
         super()._apply(fn, recurse)
@@ -113,7 +113,7 @@ class _Product(torch.autograd.Function):
         weight: Tensor,
         scale: Tensor | None,
         bias: Tensor | None,
-        layer: PackedLinear,
+        layer: QuantizedLinear,
     ) -> Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.form = (layer.dtype_in_file, (layer.out_features, layer.in_features))

@@ -208,7 +208,7 @@ def _base_of(choice: Timesteps) -> Base:
             return Table(choice.weights)
 
 
-def official_tokens(variant: Variant) -> int:
+def official_token_count(variant: Variant) -> int:
     """Tokens of an official sample of `variant`: its latents in patches of one frame and 2x2."""
     width, height = (side // variant.size_multiple for side in variant.sample_size)
     return ((variant.frames - 1) // variant.temporal_compression + 1) * width * height

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+from onewan.arithmetic.timestep_density import TimestepDensity
 from onewan.config.optimizer import (
     ConstantSchedule,
     CosineRestartsSchedule,
@@ -17,7 +18,6 @@ from onewan.config.optimizer import (
     RexSchedule,
     Schedule,
 )
-from onewan.train.density import TimestepDensity
 from onewan.variants import Expert, ExpertName
 
 

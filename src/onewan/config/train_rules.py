@@ -10,16 +10,16 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from onewan.config.filling import divided_steps
 from onewan.config.method_rules import trained
 from onewan.config.objective import CurveWeighting, TableTimesteps
 from onewan.config.optimizer import AVERAGING_OPTIMIZERS
-from onewan.config.places import Problem, show
+from onewan.config.resolve import divided_steps
 from onewan.config.schema import RunConfig
+from onewan.config.schema_paths import Problem, show
 from onewan.variants import Expert, Variant
 
 
-def course_rules(config: RunConfig, variant: Variant | None) -> Iterator[Problem]:
+def train_rules(config: RunConfig, variant: Variant | None) -> Iterator[Problem]:
     """Rules of how training goes; those that need facts only with `variant`."""
     if variant is not None:
         yield from _share_rules(config, variant)

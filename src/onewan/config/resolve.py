@@ -17,8 +17,8 @@ from onewan.config.method import (
     Method,
     RankedMethod,
 )
-from onewan.config.places import Place
 from onewan.config.schema import ExpertSettings, PerExpertSection, RunConfig
+from onewan.config.schema_paths import Place
 from onewan.config.section import Section
 from onewan.variants import NEGATIVE_PROMPT
 

@@ -44,7 +44,7 @@ def split(
     """
     eligible: dict[str, Clip] = {}
     for clip in clips:
-        if not clip.base_target:
+        if not clip.is_prior:
             eligible.setdefault(content[clip.path], clip)
     if not share or len(eligible) < 2:
         return tuple(clips), ()

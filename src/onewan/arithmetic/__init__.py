@@ -1,0 +1,1 @@
+"""Arithmetic without torch: timestep densities, expert and learning-rate schedules, buckets."""

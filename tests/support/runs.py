@@ -1,0 +1,69 @@
+"""Settings of small runs, and how the results of two runs are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from onewan.config.schema import RunConfig
+from onewan.runs.events import read_events
+from onewan.runs.layout import RunLayout
+from onewan.train.run import run_folder
+
+RunFile = Callable[..., RunConfig]
+"""The `run_file` fixture: `run_file("t2v-a14b", "train.steps=3", ...)` is a resolved run."""
+
+SMALL_SAMPLE = {"prompts": "[a]", "frames": 5, "width": 64, "height": 64, "steps": 2}
+PLACEHOLDER = "embeddings=[{placeholder: <shape>, initial_text: a square}]"
+METHODS: Mapping[str, list[str]] = {
+    "lora": ["method={kind: lora, rank: 8}", "optimizer.lr=0.01"],
+    "dora": ["method={kind: dora, rank: 8}", "optimizer.lr=0.01"],
+    "loha": ["method={kind: loha, rank: 4}", "optimizer.lr=0.02"],
+    "lokr": ["method={kind: lokr, rank: 4}", "optimizer.lr=0.02"],
+    "oft": ["method={kind: oft, block_size: 16}", "optimizer.lr=0.01"],
+    "fine_tune": [
+        "method={kind: fine_tune, weights: stochastic, fused_step: true}",
+        "model.dtype=bfloat16",
+        "train.max_grad_norm=null",
+        "optimizer.lr=0.001",
+    ],
+    "embedding": ["method={kind: embedding}", PLACEHOLDER, "optimizer.lr=0.05"],
+}
+
+
+def layout_of(config: RunConfig) -> RunLayout:
+    return RunLayout(run_folder(config))
+
+
+def leaves(node: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors and numbers in nested containers, as tensors by their places."""
+    if isinstance(node, torch.Tensor):
+        yield name, node
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            yield from leaves(value, f"{name}:{key}")
+    elif isinstance(node, (list, tuple)):
+        for number, value in enumerate(node):
+            yield from leaves(value, f"{name}:{number}")
+    elif isinstance(node, (int, float)):
+        yield name, torch.tensor(node)
+
+
+def outcome(config: RunConfig) -> tuple[dict[str, Any], list[tuple[Any, ...]]]:
+    """All tensors of the last state (weights, optimizers) and of the exports; all step events."""
+    layout = layout_of(config)
+    state = layout.state(layout.saved_steps()[-1])
+    tensors: dict[str, Any] = {}
+    for path in [*state.glob("*.safetensors"), *layout.weights_dir.glob("*.safetensors")]:
+        tensors |= {f"{path.name}:{k}": v for k, v in load_file(path).items()}
+    for path in state.glob("*.pt"):
+        tensors |= dict(leaves(torch.load(path, weights_only=True), path.name))
+    steps = [
+        (e["step"], e["expert"], e["loss"], e["grad_norm"], e["lr"], tuple(e["t"]))
+        for e in read_events(layout.events)
+        if e["event"] == "step"
+    ]
+    return tensors, steps
