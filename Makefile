@@ -15,13 +15,13 @@ READY := $(VENV)/.ready
 setup: $(READY)
 
 # The tested torch comes first: a CPU build of exactly this version, so that nothing else pulls
-# gigabytes of CUDA. To use your own CUDA or ROCm torch, see "Installing" in README.md.
+# gigabytes of CUDA. pip prints errors only. To use your own CUDA or ROCm torch, see "Installing" in README.md.
 $(READY): pyproject.toml constraints.txt
 	@echo "== setting up $(VENV) with $$($(PYTHON) --version)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install -qq --upgrade pip
+	$(BIN)/python -m pip install -qq torch==2.13.0
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable ".[dev]"
 	@echo "== $(VENV) is ready"
 	@touch $(READY)
 
