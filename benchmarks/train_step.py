@@ -32,9 +32,10 @@ from torch import Tensor
 from onewan.config.load import load_run
 from onewan.demo.clips import write_clips
 from onewan.demo.tiny_model import write_tiny_model
+from onewan.dtypes import torch_dtype
 from onewan.model.precision import compute_context
 from onewan.runs.events import EventLog
-from onewan.train.run import DTYPES, Run
+from onewan.train.run import Run
 from onewan.train.setup import WanModelSetup
 from onewan.train.step import train_step
 
@@ -114,7 +115,7 @@ def main() -> int:
         run = WanModelSetup(load_run(folder / "run.yaml")).build()
         assert len(run.dataset.clips) == 1
         batch = run.loader.fixed(run.dataset.clips, 1)[0].to(run.device)
-        dtype = DTYPES[options.dtype]
+        dtype = torch_dtype(options.dtype)
         assert batch.text is not None, "no embedding trains, so the cache holds the text"
         bare_model = WanTransformer3DModel.from_pretrained(
             folder / "model" / "transformer", torch_dtype=dtype

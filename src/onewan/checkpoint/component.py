@@ -19,15 +19,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
+from onewan.dtypes import dtype_name, from_safetensors_name
 from onewan.errors import CheckpointError
 from onewan.formats.configs import Part
 from onewan.formats.weights import Weights, expert_told
-from onewan.formats.write import DTYPE_NAMES, Lazy
+from onewan.formats.write import Lazy
 from onewan.model.meta_init import skeleton, tied
 from onewan.model.quantized_linear import QuantizedLinear
 from onewan.variants import ExpertName, Variant, variant_of
-
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +86,7 @@ def rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if narrower and not torch.isfinite(result).all() and torch.isfinite(tensor).all():
         largest = tensor.abs().max().item()
         raise CheckpointError(
-            f"{name}: holds {largest:.3g}, too large for {str(dtype).removeprefix('torch.')}; "
+            f"{name}: holds {largest:.3g}, too large for {dtype_name(dtype)}; "
             "choose --dtype bfloat16"
         )
     return result
@@ -128,7 +127,7 @@ def _weight(weights: Weights, name: str) -> Weight:
     if entry.packing == "plain":
         return Weight(
             shape=entry.info.shape,
-            dtype=_DTYPES[entry.info.dtype],
+            dtype=from_safetensors_name(entry.info.dtype),
             read=lambda: weights.read(name),
         )
     scale = entry.scale

@@ -27,6 +27,7 @@ from onewan.checkpoint.layouts import (
     place_in_model,
 )
 from onewan.checkpoint.model_files import Model, read_model, saved_tokenizer
+from onewan.dtypes import dtype_name
 from onewan.errors import CheckpointError
 from onewan.formats.configs import HEAD_DIM
 from onewan.formats.weights import recognise
@@ -206,7 +207,7 @@ def _dtype(
         return None if model.whole else dtype
     if to == "fp8_scaled" and dtype not in (None, *FP8_REST):
         raise CheckpointError(
-            f"--dtype {str(dtype).removeprefix('torch.')}: is not for --to fp8_scaled, where it is "
+            f"--dtype {dtype_name(dtype)}: is not for --to fp8_scaled, where it is "
             "the type of what is not fp8; choose bfloat16 or float16"
         )
     return dtype

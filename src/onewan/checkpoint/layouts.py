@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from onewan.checkpoint.component import Component, Weight, name_of
+from onewan.dtypes import dtype_name
 from onewan.errors import CheckpointError
 from onewan.formats import key_maps
 from onewan.formats.configs import CONFIG, Part
@@ -280,7 +281,7 @@ def _content(place: str, content: bytes) -> Output:
 def _config(component: Component, dtype: torch.dtype | None) -> dict[str, Any]:
     config = dict(component.config)
     if component.part == "text_encoder":  # transformers loads in the type that is said here
-        config["dtype"] = str(dtype or component.dtype).removeprefix("torch.")
+        config["dtype"] = dtype_name(dtype or component.dtype)
     return config
 
 

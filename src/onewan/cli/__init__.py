@@ -16,7 +16,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
+from onewan.dtypes import WeightDtype
 from onewan.errors import CheckpointError, Interrupted, OnewanError
 from onewan.variants import VARIANTS
 
@@ -311,11 +313,8 @@ def _add_inspect(commands: _Commands) -> None:
     parser.set_defaults(command=run)
 
 
-_DTYPES = ("float32", "bfloat16", "float16")
-
-
 def _add_output(parser: argparse.ArgumentParser, dtype_help: str) -> None:
-    parser.add_argument("--dtype", choices=_DTYPES, help=dtype_help)
+    parser.add_argument("--dtype", choices=get_args(WeightDtype), help=dtype_help)
     parser.add_argument("--force", action="store_true", help="replace what is at DST")
 
 

@@ -17,6 +17,7 @@ from onewan.cli.importing import run_file_of
 from onewan.cli.progress import Progress
 from onewan.config.load import load_run
 from onewan.demo import run_demo
+from onewan.dtypes import torch_dtype
 from onewan.errors import ConfigError
 from onewan.formats.lora_files import read_adapter
 from onewan.model.embedding import WanModelEmbedding
@@ -25,7 +26,6 @@ from onewan.model.text import mentions
 from onewan.model.wan import WanModel
 from onewan.runs.layout import unused
 from onewan.sample.generate import SampleRequest, WanModelSampler, requests_from
-from onewan.train.run import DTYPES
 from onewan.train.setup import WanModelSetup, resolve_device
 from onewan.train.trainer import WanTrainer
 from onewan.variants import NEGATIVE_PROMPT, Variant, VariantName
@@ -100,7 +100,7 @@ def train(
 def sample(options: argparse.Namespace) -> int:
     device = resolve_device(options.device)
     model = WanModelLoader().load(
-        options.model, dtype=DTYPES[options.dtype], boundary=options.boundary
+        options.model, dtype=torch_dtype(options.dtype), boundary=options.boundary
     )
     for notice in model.notices:
         print(notice)

@@ -15,6 +15,7 @@ from onewan.checkpoint.merge import base_weights, merge
 from onewan.checkpoint.model_files import holds_adapter
 from onewan.checkpoint.saver import convert_adapter
 from onewan.cli.progress import Progress
+from onewan.dtypes import torch_dtype
 from onewan.errors import CheckpointError
 from onewan.formats.lora import LoraFormat
 from onewan.variants import ExpertName
@@ -33,7 +34,7 @@ def convert(
     base: Path | None,
     expert: ExpertName | None,
 ) -> int:
-    kept = None if dtype is None else _dtype(dtype)
+    kept = None if dtype is None else torch_dtype(dtype)
     if holds_adapter(source):
         return _convert_adapter(
             source, destination, to, dtype=kept, force=force, base=base, expert=expert
@@ -63,7 +64,7 @@ def merge_loras(
     force: bool,
     check_names: bool,
 ) -> int:
-    kept = None if dtype is None else _dtype(dtype)
+    kept = None if dtype is None else torch_dtype(dtype)
     return _shown(
         lambda report: merge(
             base,
@@ -103,10 +104,6 @@ def _convert_adapter(
     )
     _print(Written(files=(destination,), notices=tuple(notices)))
     return 0
-
-
-def _dtype(name: str) -> torch.dtype:
-    return getattr(torch, name)
 
 
 def _shown(run: Callable[[Report], Written]) -> int:

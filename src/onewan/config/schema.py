@@ -17,6 +17,7 @@ from onewan.config.method import EmbeddingSection, LoraMethod, Method
 from onewan.config.objective import LossSection, Timesteps, UniformTimesteps
 from onewan.config.optimizer import AdamWOptimizer, ConstantSchedule, Optimizer, Schedule
 from onewan.config.section import Float, Int, Keyed, Positive, Section, Share, Size
+from onewan.dtypes import WeightDtype
 from onewan.variants import VARIANTS, Variant, VariantName
 
 SCHEMA_VERSION = 2
@@ -339,7 +340,7 @@ class OutputSection(Section):
     and DiffSynth-Studio alike; `diffusers` by diffusers alone; `kohya`, as musubi-tuner writes it,
     by ComfyUI, diffusers and musubi-tuner. Fine-tuned experts: `comfyui` is one file, `diffusers` a
     folder."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: WeightDtype | None = None
     """Precision of exported files; null is what was trained, to the bit (adapters and embeddings
     are float32)."""
     keep: Int | None = Field(default=None, ge=1)

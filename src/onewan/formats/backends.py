@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from onewan.dtypes import BYTES_PER_ELEMENT, FP8, dtype_name, safetensors_name
 from onewan.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -26,11 +27,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1}
-BYTES |= {f"{sign}{bits}": bits // 8 for sign in "IU" for bits in (8, 16, 32, 64)}
-"""Bytes of one element by safetensors' name of its type."""
+_NUMPY = BYTES_PER_ELEMENT.keys() - {"BF16", *FP8}
+"""Types that numpy has, too."""
 
-_NUMPY = BYTES.keys() - {"BF16", "F8_E4M3", "F8_E5M2"}
 _GGUF_SHAPE = "comfy.gguf.orig_shape."
 """Key under which ComfyUI-GGUF keeps the shape of a tensor that GGUF can't hold (five axes)."""
 
@@ -54,7 +53,7 @@ class TensorInfo:
     @property
     def quantised(self) -> bool:
         """Whether this is one of GGUF's packed types, whose bytes are not numbers."""
-        return self.dtype not in BYTES
+        return self.dtype not in BYTES_PER_ELEMENT
 
 
 def first_line(error: BaseException) -> str:
@@ -165,9 +164,18 @@ class PickleFile(Part):
         self._touched = 0
         tensors = self._load()
         self.tensors = {
-            name: TensorInfo(tuple(tensor.shape), _safetensors_dtype(tensor))
+            name: TensorInfo(tuple(tensor.shape), self._dtype(name, tensor))
             for name, tensor in tensors.items()
         }
+
+    def _dtype(self, name: str, tensor: Tensor) -> str:
+        try:
+            return safetensors_name(tensor.dtype)
+        except KeyError:
+            raise CheckpointError(
+                f"{self.path}: {name} has the type {dtype_name(tensor.dtype)}, which weights of "
+                "models do not have; give another file"
+            ) from None
 
     def read(self, name: str, stay: bool) -> Tensor:
         tensors = self._load()
@@ -231,16 +239,6 @@ class PickleFile(Part):
                 return torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
             with self.path.open("rb") as file:
                 return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def _safetensors_dtype(tensor: Tensor) -> str:
-    name = str(tensor.dtype).removeprefix("torch.")
-    short = {"bfloat16": "BF16", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3"}
-    if name in short:
-        return short[name]
-    if name == "float8_e5m2":
-        return "F8_E5M2"
-    return re.sub(r"^(u?)(?:int|float)", lambda m: "U" if m[1] else name[0].upper(), name)
 
 
 class GgufFile(Part):

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from onewan.dtypes import FP8
 from onewan.errors import CheckpointError
 from onewan.formats import key_maps
 from onewan.formats.backends import TensorInfo
@@ -54,7 +55,6 @@ TOKENIZER = "spiece_model"
 _SCALES = (".scale_weight", ".weight_scale")
 _QUANT_NOTES = (".scale_input", ".input_scale", ".comfy_quant")
 _MARKER = "scaled_fp8"
-_FP8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class StoredWeight:
     def packing(self) -> Packing:
         if self.info.quantised:
             return "gguf"
-        return "fp8" if self.info.dtype in _FP8 else "plain"
+        return "fp8" if self.info.dtype in FP8 else "plain"
 
 
 @dataclass(frozen=True, kw_only=True)

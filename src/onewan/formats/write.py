@@ -20,26 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from onewan.dtypes import safetensors_name
 from onewan.errors import CheckpointError
 from onewan.files import replacing, sync
 from onewan.formats.backends import first_line
 from onewan.formats.modelspec import HASH
-
-DTYPE_NAMES: Mapping[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""safetensors' names of PyTorch's types."""
 
 _PLACEHOLDER = "0x" + "0" * 64
 
@@ -115,7 +100,7 @@ def _write(
     for name, tensor in tensors.items():
         start, end = end, end + tensor.bytes
         header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
+            "dtype": safetensors_name(tensor.dtype),
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }

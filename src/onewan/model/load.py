@@ -23,6 +23,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor, nn
 
+from onewan.dtypes import from_safetensors_name
 from onewan.errors import CheckpointError
 from onewan.formats.configs import read_json
 from onewan.formats.weights import Weights, expert_in_name, recognise
@@ -55,8 +56,6 @@ _SLOTS: Mapping[Placed, str] = {
 
 _BLOCKS = ("blocks.", "encoder.block.")
 """Where linear layers may stay quantised; those outside are few and compute in float32."""
-
-_STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class WanModelLoader:
@@ -340,7 +339,11 @@ def _filled(
                 continue
             expanded[entry.info.dtype] += 1
         # What is converted or moved is copied, and its mapping let go at once.
-        stay = device.type == "cpu" and _STORED.get(entry.info.dtype) == wanted
+        stay = (
+            device.type == "cpu"
+            and entry.packing == "plain"
+            and from_safetensors_name(entry.info.dtype) == wanted
+        )
         _assign(owner, leaf, weights.read(name, wanted, stay=stay).to(device))
     if weights.part == "text_encoder":
         embedding: Any = module

@@ -17,9 +17,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from onewan.dtypes import FP8, from_safetensors_name
 from onewan.formats.weights import StoredWeight, Weights, scaled
-
-_FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
 @cache
@@ -39,8 +38,8 @@ def can_stay_quantized(entry: StoredWeight) -> bool:
 
 def expanded(stored: Tensor, scale: Tensor | None, dtype: str, shape: tuple[int, int]) -> Tensor:
     """float32 `shape`: the numbers that `stored`, bytes of the file's type `dtype`, stand for."""
-    if dtype in _FP8:
-        return scaled(stored.view(_FP8[dtype]), scale, "the scale")
+    if dtype in FP8:
+        return scaled(stored.view(from_safetensors_name(dtype)), scale, "the scale")
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[dtype]]
     blocks = stored.view(torch.uint8).reshape(-1, size)
     return _gguf_decoders()[dtype](blocks, block, size, dtype=torch.float32).reshape(shape)

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from onewan.checkpoint.saver import WanModelSaver
+from onewan.dtypes import torch_dtype
 from onewan.formats.lora import LoraFormat
 from onewan.model.embedding import WanModelEmbedding
 from onewan.runs.layout import RunLayout
-from onewan.train.run import DTYPES, Run
+from onewan.train.run import Run
 from onewan.train.state import PartName, TrainedExpert, TrainedPart, WeightsKind
 from onewan.train.trainables import EmbeddingTraining, ExpertMethod, ExportFacts
 
@@ -91,7 +92,7 @@ def _write_embedding(
 
 def _dtype(run: Run) -> torch.dtype | None:
     dtype = run.config.output.dtype
-    return None if dtype is None else DTYPES[dtype]
+    return None if dtype is None else torch_dtype(dtype)
 
 
 def _facts(

@@ -18,8 +18,6 @@ from onewan.train.objective import Objective
 from onewan.train.state import PartName, TrainedExpert, TrainState
 from onewan.variants import ExpertName
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @dataclass(kw_only=True)
 class Run:

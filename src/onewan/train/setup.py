@@ -25,6 +25,7 @@ from onewan.config.method import (
 from onewan.config.schema import ExpertSettings, RunConfig
 from onewan.data.encode import Dataset, Progress, prepare, silent
 from onewan.data.loader import WanDataLoader
+from onewan.dtypes import torch_dtype
 from onewan.errors import ConfigError
 from onewan.formats.lora_files import AdapterFile, read_adapter
 from onewan.model.attention import attend_within_frames
@@ -37,7 +38,7 @@ from onewan.sample.generate import SampleRequest, requests_from
 from onewan.train.ema import Ema
 from onewan.train.objective import objective_of
 from onewan.train.optim import resumes_exactly
-from onewan.train.run import DTYPES, Run
+from onewan.train.run import Run
 from onewan.train.state import PartName, TrainedExpert, TrainedPart, TrainState
 from onewan.train.trainables import AdapterTraining, EmbeddingTraining, ExpertMethod, FullFineTune
 from onewan.train.update import Updater
@@ -52,7 +53,7 @@ class WanModelSetup:
         self._variant = config.model.facts()
         self._experts = self._variant.selected(config.model.experts)
         self._device = resolve_device(config.model.device)
-        self._dtype = DTYPES[config.model.dtype]
+        self._dtype = torch_dtype(config.model.dtype)
         self._vae: AutoencoderKLWan | None = None
         self._notices: dict[str, None] = {}  # in order, each once
 

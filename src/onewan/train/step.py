@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from onewan.data.loader import Batch, Step
+from onewan.dtypes import torch_dtype
 from onewan.errors import TrainingError
 from onewan.model.forward import predict_velocity
 from onewan.seeds import derive_seed
 from onewan.train.objective import NoisedBatch, velocity_loss, with_base_target
-from onewan.train.run import DTYPES, Run
+from onewan.train.run import Run
 from onewan.train.state import TrainedExpert
 
 
@@ -99,7 +100,7 @@ def predict(
         text_BLD,
         condition_BCFHW=batch.condition,
         clean_first_frame_B=sample.clean_first_frame,
-        dtype=DTYPES[run.config.model.dtype],
+        dtype=torch_dtype(run.config.model.dtype),
     )
 
 
