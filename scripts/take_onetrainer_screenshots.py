@@ -17,7 +17,7 @@ from PIL import Image
 from onewan.onetrainer.install import install, python_in
 
 HERE = Path(__file__).parents[1]
-WINDOWS = HERE / "tests" / "onetrainer" / "windows.py"
+WINDOWS = HERE / "tests" / "support" / "onetrainer_windows.py"
 PRESET = "training_presets/Wan 2.2/#wan 2.2 T2V A14B LoRA.json"
 COLOURS = 64
 HUB = "/home/you/.cache/huggingface"

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from lab import Lab, python_of
+from support.onetrainer_runs import Lab, python_of
 
 from onewan.demo.tiny_model import write_tiny_model
 from onewan.onetrainer.install import install

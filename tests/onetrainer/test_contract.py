@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake import write_checkout
+from support.onetrainer_stub import write_checkout
 
 import onewan.onetrainer
 from onewan.cli import main
-from onewan.onetrainer.contract import RELIED_ON, check, contract, take
+from onewan.onetrainer.contract import REQUIRED_NAMES, check, contract, take
 from onewan.onetrainer.install import overlay
 
 OVERLAY = Path(onewan.onetrainer.__file__).parent / "overlay"
@@ -107,7 +107,7 @@ def test_calls_of_factories_and_helpers_fit_the_signatures():
 
 
 def test_the_contract_is_what_the_list_asks_for():
-    flat = {f"{m}:{n}" for m, names in RELIED_ON.items() for n in names}
+    flat = {f"{m}:{n}" for m, names in REQUIRED_NAMES.items() for n in names}
     held = {f"{m}:{n}" for m, facts in KNOWN.items() for n in facts}
     tables = {
         n for n in flat if n.endswith(("_member_names_", "_member_map_", "_value2member_map_"))

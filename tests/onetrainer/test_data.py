@@ -9,12 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from lab import Lab, concept_of, config_of
+from support.onetrainer_runs import Lab, concept_of, config_of
 
 from onewan.data.encode import encode_clip
 from onewan.demo.clips import write_clips
 from onewan.model.load import WanModelLoader
-from onewan.onetrainer.clips import Planner, cut, digest, latent_mask_of, mask_of
+from onewan.onetrainer.clip_adapter import (
+    ConceptPlanner,
+    cache_digest,
+    crop_of,
+    latent_mask_of,
+    mask_of,
+)
 from onewan.onetrainer.importing import _defaults, _merged
 from onewan.variants import VARIANTS
 
@@ -60,11 +66,11 @@ def test_latents_are_onewans_own(lab: Lab, tiny, everything, tmp_path, monkeypat
     assert len(read) == 16
 
     model = WanModelLoader().load(tiny("t2v-a14b"), "t2v-a14b")
-    planner = Planner(namespace(config), VARIANTS["t2v-a14b"])
+    planner = ConceptPlanner(namespace(config), VARIANTS["t2v-a14b"])
     concept = _merged(_defaults()["concept"], concept_of(everything))
     lengths = set()
     for name, found in read.items():
-        clip, _ = planner.clip(str(everything / name), concept)
+        clip, _ = planner.plan(str(everything / name), concept)
         lengths.add(clip.frames)
         assert torch.equal(encode_clip(model, clip)["latents"], found), name
     assert {1, 9} <= lengths  # pictures and the clip of one frame, beside whole clips
@@ -80,7 +86,7 @@ def test_a_changed_file_or_setting_meets_another_cache(tmp_path: Path):
     concept = _merged(_defaults()["concept"], concept_of(folder))
 
     def keys(*causes: str) -> tuple[str, str]:
-        return digest("image", [concept], causes), digest("text", [concept], causes)
+        return cache_digest("image", [concept], causes), cache_digest("text", [concept], causes)
 
     first = keys("a")
     assert keys("a") == first
@@ -93,7 +99,7 @@ def test_a_changed_file_or_setting_meets_another_cache(tmp_path: Path):
     clip.write_bytes(clip.read_bytes() + b" ")
     assert keys("a")[0] != first[0]
     off = {**concept, "enabled": False}
-    assert digest("image", [off], ["a"]) == digest("image", [], ["a"])
+    assert cache_digest("image", [off], ["a"]) == cache_digest("image", [], ["a"])
 
 
 def test_masks_over_time_become_latent_ones():
@@ -115,15 +121,15 @@ def test_both_names_of_masks_are_found(tmp_path: Path):
     folder = tmp_path / "clips"
     write_clips(folder)
     config = namespace({"masked_training": True, "resolution": "64", "frames": "5", "train": {}})
-    planner = Planner(config, VARIANTS["t2v-a14b"])
+    planner = ConceptPlanner(config, VARIANTS["t2v-a14b"])
     concept = _merged(_defaults()["concept"], {"path": str(folder)})
     first, second = sorted(p for p in folder.iterdir() if p.suffix in (".mp4", ".webm"))[:2]
     for clip, suffix in ((first, "-masklabel.png"), (second, ".mask.png")):
-        found, _ = planner.clip(str(clip), concept)
+        found, _ = planner.plan(str(clip), concept)
         assert found.mask is None
-        assert (mask_of(found, cut(found, None)) == 1).all()
+        assert (mask_of(found, crop_of(found, None)) == 1).all()
         width, height = found.source_size
         Image.new("L", (width, height), 0).save(clip.with_name(clip.stem + suffix))
-        found, _ = planner.clip(str(clip), concept)
+        found, _ = planner.plan(str(clip), concept)
         assert found.mask is not None
-        assert (mask_of(found, cut(found, None)) == 0).all()
+        assert (mask_of(found, crop_of(found, None)) == 0).all()

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path, PureWindowsPath
 
 import pytest
-from fake import write_checkout
+from support.onetrainer_stub import write_checkout
 
 from onewan.cli import main
 from onewan.onetrainer.install import MANIFEST, InstallError, install, overlay, status, uninstall

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
-from lab import Lab, concept_of, config_of, sample_of
 from safetensors.torch import load_file, save_file
+from support.onetrainer_runs import Lab, concept_of, config_of, sample_of
 
 from onewan.adapters.lora import apply_lora
 from onewan.config.schema import TrainSection

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import QUIET, Lab
 from PIL import Image
+from support.onetrainer_runs import QUIET, Lab
 
-WINDOWS = Path(__file__).with_name("windows.py")
+WINDOWS = Path(__file__).parents[1] / "support" / "onetrainer_windows.py"
 
 EXPECTED: dict[str, Any] = {
     "model_type": "WAN_2_2",

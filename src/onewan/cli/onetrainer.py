@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from onewan.errors import ConfigError
-from onewan.onetrainer.contract import Checked, contract
+from onewan.onetrainer.contract import CheckResult, contract
 from onewan.onetrainer.install import (
     MANIFEST,
     Outcome,
@@ -31,7 +31,7 @@ def _check(path: Path, force: bool) -> int:
     return 1 if found.problems else 0
 
 
-def _tell_check(path: Path, found: Checked) -> None:
+def _tell_check(path: Path, found: CheckResult) -> None:
     known = contract()
     print(f"{path}: looked for {found.names} names in {found.files} files of OneTrainer")
     if found.problems:

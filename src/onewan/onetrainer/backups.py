@@ -10,8 +10,8 @@ from onewan.checkpoint.convert import convert_model
 from onewan.checkpoint.saver import WanModelSaver
 from onewan.errors import CheckpointError
 from onewan.model.embedding import WanModelEmbedding
-from onewan.onetrainer import files
-from onewan.onetrainer.loading import META_FILE
+from onewan.onetrainer import weight_files
+from onewan.onetrainer.model_loading import META_FILE
 
 _ADAPTERS = {"comfyui": "COMFY_LORA", "diffusers": "DIFFUSERS_LORA", "kohya": "KOHYA_LORA"}
 
@@ -31,7 +31,7 @@ def export_backup(
             "workspace/.../backup"
         )
     adapter = backup / "lora" / "lora.safetensors"
-    experts = [part for part in files.EXPERTS if (backup / part).is_dir()]
+    experts = [part for part in weight_files.EXPERTS if (backup / part).is_dir()]
     embeddings = sorted((backup / "embeddings").glob("*.safetensors"))
     if not (adapter.is_file() or experts or embeddings):
         raise CheckpointError(f"{backup}: holds no adapter, expert or embedding of Wan 2.2")
@@ -59,9 +59,11 @@ def _adapters(adapter: Path, destination: Path, to: str | None, force: bool) -> 
             f"--to {to}: is for experts, and the backup holds a LoRA; choose {', '.join(_ADAPTERS)}"
         )
     weights = load_file(adapter)
-    for path in files.places_of(weights, destination):
+    for path in weight_files.adapter_paths(weights, destination):
         _free(path, force)
-    return files.save_adapters(weights, destination, format, variant=None, metadata={}, dtype=None)
+    return weight_files.save_adapters(
+        weights, destination, format, variant=None, metadata={}, dtype=None
+    )
 
 
 def _experts(
@@ -74,7 +76,11 @@ def _experts(
         )
     written: list[Path] = []
     for part in parts:
-        path = destination if len(parts) == 1 else files.named(destination, files.EXPERTS[part])
+        path = (
+            destination
+            if len(parts) == 1
+            else weight_files.named(destination, weight_files.EXPERTS[part])
+        )
         convert_model(backup / part, path, "single", force=force)
         written.append(path)
     return written

@@ -1,9 +1,9 @@
 """What the add-on stands on in OneTrainer, and whether a checkout has it.
 
 `contract.json` holds names and signatures as they were at the commit that the add-on was made for;
-``scripts/take_onetrainer_contract.py`` takes it from a checkout, by the list `RELIED_ON`. Both read
-source files and import nothing, so a checkout can be checked without its environment, and without
-torch.
+``scripts/take_onetrainer_contract.py`` takes it from a checkout, by the list `REQUIRED_NAMES`.
+Both read source files and import nothing, so a checkout can be checked without its environment,
+and without torch.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ _USED: dict[str, tuple[str, ...]] = {
 }
 
 
-def _relied_on() -> dict[str, tuple[str, ...]]:
+def _required_names() -> dict[str, tuple[str, ...]]:
     merged: dict[str, list[str]] = {}
     for table in (TOUCHED, _USED):
         for module, names in table.items():
@@ -259,7 +259,7 @@ def _relied_on() -> dict[str, tuple[str, ...]]:
     return {module: tuple(dict.fromkeys(names)) for module, names in sorted(merged.items())}
 
 
-RELIED_ON = _relied_on()
+REQUIRED_NAMES = _required_names()
 """Functions, classes, and what is in them, by module: all that the overlay patches, overrides,
 calls or reads. Names of enum tables that Python itself makes are not looked for."""
 
@@ -267,7 +267,7 @@ _OF_PYTHON = ("_member_names_", "_member_map_", "_value2member_map_")
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class Mismatch:
     """Something that a checkout lacks."""
 
     file: str
@@ -280,10 +280,10 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class CheckResult:
     """What came of a check."""
 
-    problems: tuple[Problem, ...]
+    problems: tuple[Mismatch, ...]
     names: int
     """How many names were looked for."""
     files: int
@@ -296,44 +296,44 @@ def contract() -> dict[str, Any]:
     return json.loads(text)
 
 
-def check(root: Path) -> Checked:
+def check(root: Path) -> CheckResult:
     """Whether the checkout at `root` has all that the add-on relies on."""
     known: dict[str, dict[str, Any]] = contract()["modules"]
     found = [problem for name, facts in known.items() for problem in _missing(root, name, facts)]
-    return Checked(tuple(found), sum(map(len, known.values())), len(known))
+    return CheckResult(tuple(found), sum(map(len, known.values())), len(known))
 
 
 def take(root: Path) -> dict[str, dict[str, Any]]:
-    """The facts of `RELIED_ON` in the checkout at `root`; KeyError for one that is not there."""
+    """The facts of `REQUIRED_NAMES` in the checkout at `root`; KeyError for a missing name."""
     taken: dict[str, dict[str, Any]] = {}
-    for module, names in RELIED_ON.items():
+    for module, names in REQUIRED_NAMES.items():
         have = _facts(root / _file(module))
         wanted = [n for n in names if n.rpartition(".")[2] not in _OF_PYTHON]
         owners = {n.partition(".")[0] for n in wanted}
-        taken[module] = {n: have[_plain(n)] for n in sorted({*wanted, *owners})}
+        taken[module] = {n: have[source_name(n)] for n in sorted({*wanted, *owners})}
     return taken
 
 
-def _missing(root: Path, module: str, facts: Mapping[str, Any]) -> Iterator[Problem]:
+def _missing(root: Path, module: str, facts: Mapping[str, Any]) -> Iterator[Mismatch]:
     file = _file(module)
     path = root / file
     try:
         have = _facts(path)
     except OSError:
         for name in facts:
-            yield Problem(file, name, "the file is not there")
+            yield Mismatch(file, name, "the file is not there")
         return
     except SyntaxError as error:
-        yield Problem(file, module, f"is no Python that can be read (line {error.lineno})")
+        yield Mismatch(file, module, f"is no Python that can be read (line {error.lineno})")
         return
     for name, fact in facts.items():
-        plain = _plain(name)
+        plain = source_name(name)
         if plain not in have:
             near = difflib.get_close_matches(plain, have, n=1, cutoff=0.75)
             hint = f"; there is {near[0]}" if near else ""
-            yield Problem(file, name, f"is not there{hint}")
+            yield Mismatch(file, name, f"is not there{hint}")
         elif text := _differs(fact, have[plain]):
-            yield Problem(file, name, text)
+            yield Mismatch(file, name, text)
 
 
 def _differs(fact: Mapping[str, Any], have: Mapping[str, Any]) -> str | None:
@@ -368,7 +368,7 @@ def _file(module: str) -> str:
     return module.replace(".", "/") + ".py"
 
 
-def _plain(name: str) -> str:
+def source_name(name: str) -> str:
     """``View._View__make`` as the source has it, ``View.__make``."""
     owner, dot, member = name.partition(".")
     return f"{owner}{dot}{member.removeprefix(f'_{owner}')}" if f"_{owner}__" in member else name
@@ -430,4 +430,4 @@ def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[dict[str, 
     return found
 
 
-__all__ = ["KNOWN_COMMIT", "RELIED_ON", "Checked", "Problem", "check", "contract", "take"]
+__all__ = ["KNOWN_COMMIT", "REQUIRED_NAMES", "CheckResult", "Mismatch", "check", "contract", "take"]

@@ -23,7 +23,7 @@ from onewan.config.schema import TrainSection, WanTrainConfig
 from onewan.config.section import Section
 from onewan.errors import ConfigError, OnewanError
 from onewan.media import IMAGE_SUFFIXES, extension
-from onewan.onetrainer import keys, settings
+from onewan.onetrainer import key_table, settings
 from onewan.onetrainer.versions import LATEST, brought_up_to_date
 from onewan.arithmetic.timestep_density import density_of
 from onewan.variants import VARIANTS, Variant, VariantName
@@ -214,8 +214,8 @@ class _Importer:
 
     def _faults(self) -> None:
         """What can be followed neither there nor here, in the add-on's words."""
-        told = list(settings.faults(_namespace(self.config), self.variant))
-        self.problems += [fault for fault in told if fault.startswith(keys.SHARED)]
+        told = list(settings.setting_errors(_namespace(self.config), self.variant))
+        self.problems += [fault for fault in told if fault.startswith(key_table.SHARED)]
         if not self.problems:
             train = settings.train_section(_namespace(self.config))
             density = density_of(train.timesteps, self.variant.flow_shift)
@@ -471,7 +471,7 @@ class _Importer:
         chosen: list[str] = []
         for part in text.split(","):
             name = part.strip()
-            chosen.append(special.get(name) or keys.LAYERS.get(name) or f"*{name}*")
+            chosen.append(special.get(name) or key_table.LAYERS.get(name) or f"*{name}*")
         self.put("method.modules", chosen)
 
     def _embedding(self, key: str, config: dict[str, Any]) -> None:
@@ -501,22 +501,22 @@ class _Importer:
 
     def _optimizer(self) -> None:
         chosen = str(self.get("optimizer.optimizer", "optimizer.name"))
-        if chosen not in keys.OPTIMIZERS:
-            nearest = keys.NEAREST.get(chosen, "ADAMW")
+        if chosen not in key_table.OPTIMIZERS:
+            nearest = key_table.NEAREST.get(chosen, "ADAMW")
             self.notices.append(
                 f"optimizer.optimizer: is {chosen}, which onewan does not have; "
-                f"{keys.OPTIMIZERS[nearest][0]} is the nearest and is used"
+                f"{key_table.OPTIMIZERS[nearest][0]} is the nearest and is used"
             )
             chosen = nearest
-        name, fields = keys.OPTIMIZERS[chosen]
+        name, fields = key_table.OPTIMIZERS[chosen]
         self.put("optimizer.name", name)
         held = self.config["optimizer"]
         for theirs, ours in fields.items():
             value = self.get(f"optimizer.{theirs}", f"optimizer.{ours}")
             if value is not None:
                 self.put(f"optimizer.{ours}", value)
-        if name in keys.BETAS:
-            betas = [f"beta{i + 1}" for i in range(keys.BETAS[name])]
+        if name in key_table.BETAS:
+            betas = [f"beta{i + 1}" for i in range(key_table.BETAS[name])]
             if all(held.get(beta) is not None for beta in betas):
                 self.put(
                     "optimizer.betas",
@@ -581,7 +581,7 @@ class _Importer:
 
     def _schedule(self, total: int | None) -> None:
         chosen = self.get("learning_rate_scheduler", "train.schedule")
-        kind = keys.SCHEDULES.get(str(chosen))
+        kind = key_table.SCHEDULES.get(str(chosen))
         if kind is None:
             self.notices.append(
                 f"learning_rate_scheduler: is {chosen}, which onewan does not have; constant is "
@@ -783,12 +783,12 @@ class _Importer:
         if name:
             self.put("output.name", name)
         chosen = self.get("output_model_format", "output.formats")
-        form = keys.FORMATS.get(str(chosen))
+        form = key_table.FORMATS.get(str(chosen))
         if form is None:
             self.notices.append(f"output_model_format: is {chosen}; comfyui is used")
             form = "comfyui"
         self.put("output.formats", [form])
-        dtype = keys.DTYPES.get(str(self.get("output_dtype", "output.dtype")))
+        dtype = key_table.DTYPES.get(str(self.get("output_dtype", "output.dtype")))
         if dtype is not None and "output_dtype" in self.given:
             self.put("output.dtype", dtype)
         saved = self._every("save_every", "train.save_every")
@@ -812,7 +812,7 @@ class _Importer:
             is_given = key in given
             if key in self.taken:
                 yield Entry(key, value, "carried" if is_given else "defaulted", self.taken[key])
-            elif key in keys.FORMER:
+            elif key in key_table.FORMER:
                 yield Entry(
                     key, value, "not applicable", "of older versions; OneTrainer itself ignores it"
                 )
@@ -828,7 +828,7 @@ class _Importer:
             "samples": _defaults()["sample"],
             "additional_embeddings": _defaults()["embedding"],
         }.get(parts[0], _defaults()["train"])
-        if key in keys.LISTS:
+        if key in key_table.LISTS:
             return True
         if parts[0] in ("concepts", "samples", "additional_embeddings") and len(parts) > 1:
             parts = parts[2:]
@@ -842,7 +842,7 @@ class _Importer:
 
 
 def _why(key: str) -> str:
-    for pattern, reason in keys.NOT_HERE:
+    for pattern, reason in key_table.NOT_HERE:
         if re.fullmatch(pattern, key):
             return reason
     return "onewan has no such setting"
@@ -900,8 +900,7 @@ def _clips_in(folder: Path, below: bool) -> int | None:
     found = folder.rglob("*") if below else folder.glob("*")
     kinds = {*settings.VIDEO_FORMATS, *IMAGE_SUFFIXES}
     return sum(
-        p.is_file() and extension(p) in kinds and not settings.belongs_to_another(str(p))
-        for p in found
+        p.is_file() and extension(p) in kinds and not settings.is_mask_file(str(p)) for p in found
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from onewan.errors import OnewanError
 from onewan.files import TEMPORARY_PREFIX, replacing
-from onewan.onetrainer.contract import Checked, check
+from onewan.onetrainer.contract import CheckResult, check
 
 MANIFEST = "onewan-addon.json"
 """Name of the manifest, in the checkout's root."""
@@ -43,7 +43,7 @@ class Status:
     missing: tuple[str, ...] = ()
     current: bool = False
     """Whether the files are those of this version of onewan."""
-    checked: Checked | None = None
+    checked: CheckResult | None = None
 
 
 @dataclass(frozen=True, slots=True)

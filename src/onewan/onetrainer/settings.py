@@ -61,11 +61,11 @@ _BINS = 1000
 
 def check(config: Any, variant: Variant) -> None:
     """ConfigError with every setting that can't be followed for Wan 2.2."""
-    if problems := list(faults(config, variant)):
+    if problems := list(setting_errors(config, variant)):
         raise ConfigError("OneTrainer's settings for Wan 2.2", problems)
 
 
-def faults(config: Any, variant: Variant) -> Iterator[str]:
+def setting_errors(config: Any, variant: Variant) -> Iterator[str]:
     """What is wrong with `config`, each beginning with its key."""
     for name in ("mae_strength", "log_cosh_strength"):
         if getattr(config, name):
@@ -303,6 +303,6 @@ def video_data(config: Any) -> VideoDataSection:
     )
 
 
-def belongs_to_another(path: str) -> bool:
+def is_mask_file(path: str) -> bool:
     """Whether the file is the mask of a clip, and no clip."""
     return is_mask(Path(path)) or Path(path).stem.endswith(MASK_LABEL)

@@ -26,7 +26,7 @@ from modules.util.TrainProgress import TrainProgress
 from mgds.pipelineModules.MapData import MapData
 
 from onewan.model.sources import fingerprint, locate
-from onewan.onetrainer import clips, settings
+from onewan.onetrainer import clip_adapter, settings
 
 _TEXTS = ("LoadMultipleTexts", "GetFilename", "SelectInput", "SelectRandomText")
 _COLOURS = ("RandomBrightness", "RandomContrast", "RandomSaturation", "RandomHue")
@@ -136,7 +136,7 @@ class WanBaseDataLoader(BaseDataLoader, DataLoaderText2ImageMixin):
                 str(config.text_encoder.weight_dtype),
                 str(config.train_dtype),
             ]
-        return "wan-" + clips.digest(kind, _concepts(config), causes)
+        return "wan-" + clip_adapter.cache_digest(kind, _concepts(config), causes)
 
     def _output_modules(self, config: TrainConfig, model: WanModel, model_setup: BaseWanSetup):
         names = [

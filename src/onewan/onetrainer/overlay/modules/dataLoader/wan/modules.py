@@ -14,7 +14,7 @@ import torch
 
 from onewan.errors import DataError
 from onewan.model.text import pad_text
-from onewan.onetrainer import clips, settings
+from onewan.onetrainer import clip_adapter, settings
 
 _TOKENIZER = threading.Lock()
 
@@ -24,8 +24,10 @@ class PlanClips(PipelineModule, RandomAccessPipelineModule):
 
     def __init__(self, config: TrainConfig, model: WanModel):
         super().__init__()
-        self._planner = clips.Planner(config, model.wan.variant)
-        self._read = clips.ReadBefore(Path(config.cache_dir) / "image" / "wan-read.json")
+        self._planner = clip_adapter.ConceptPlanner(config, model.wan.variant)
+        self._decode_checks = clip_adapter.DecodeCheckCache(
+            Path(config.cache_dir) / "image" / "wan-read.json"
+        )
         self._items: list[dict] = []
 
     def length(self) -> int:
@@ -42,18 +44,18 @@ class PlanClips(PipelineModule, RandomAccessPipelineModule):
         for index in range(self._get_previous_length("image_path")):
             path = self._get_previous_item(variation, "image_path", index)
             concept = self._get_previous_item(variation, "concept", index)
-            if settings.belongs_to_another(path):
+            if settings.is_mask_file(path):
                 continue
             try:
-                clip, notes = self._planner.clip(path, concept)
+                clip, notes = self._planner.plan(path, concept)
                 # Here, where it can be left out, and not in the middle of caching.
-                self._read.check(clip)
+                self._decode_checks.check(clip)
             except DataError as error:
                 told.append(f"left out: {error}")
                 continue
             told += [f"{path}: {note.text}" for note in notes]
             self._items.append({"image_path": path, "concept": concept, "clip": clip})
-        self._read.save()
+        self._decode_checks.save()
         for line in told:
             print(f"Wan 2.2: {line}")
         if not self._items and self._get_previous_length("image_path"):
@@ -84,16 +86,16 @@ class LoadClip(PipelineModule, RandomAccessPipelineModule):
         clip = self._get_previous_item(variation, "clip", index)
         jitter = self._get_previous_item(variation, "concept.image.enable_crop_jitter", index)
         draw: Random | None = self._get_rand(variation, index) if jitter else None
-        fit = clips.cut(clip, draw)
+        fit = clip_adapter.crop_of(clip, draw)
         width, height = clip.size
         item = {
-            "image": clips.pixels_of(clip, fit),
+            "image": clip_adapter.read_pixels(clip, fit),
             "original_resolution": (clip.frames, clip.source_size[1], clip.source_size[0]),
             "crop_resolution": (clip.frames, height, width),
             "crop_offset": (fit.down, fit.across),
         }
         if self._masked:
-            item["mask"] = clips.mask_of(clip, fit)
+            item["mask"] = clip_adapter.mask_of(clip, fit)
         return item
 
 
@@ -115,10 +117,12 @@ class EncodeClip(PipelineModule, RandomAccessPipelineModule):
         return self._names
 
     def get_item(self, variation: int, index: int, requested_name: str | None = None) -> dict:
-        item = clips.encoded(self._model, self._get_previous_item(variation, "image", index))
+        item = clip_adapter.encode_pixels(
+            self._model, self._get_previous_item(variation, "image", index)
+        )
         if "latent_mask" in self._names:
             mask = self._get_previous_item(variation, "mask", index)
-            item["latent_mask"] = clips.latent_mask_of(mask, self._model.variant)
+            item["latent_mask"] = clip_adapter.latent_mask_of(mask, self._model.variant)
         return item
 
 

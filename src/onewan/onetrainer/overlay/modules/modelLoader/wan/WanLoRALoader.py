@@ -6,7 +6,7 @@ from pathlib import Path
 from modules.model.WanModel import WanModel
 from modules.util.ModelNames import ModelNames
 
-from onewan.onetrainer import files
+from onewan.onetrainer import weight_files
 
 from safetensors.torch import load_file
 
@@ -21,4 +21,4 @@ class WanLoRALoader:
             model.lora_state_dict = load_file(backup) if os.path.exists(backup) else None
             return
         variant = None if model.wan is None else model.wan.variant
-        model.lora_state_dict = files.load_adapters(Path(name), variant)
+        model.lora_state_dict = weight_files.load_adapters(Path(name), variant)

@@ -10,7 +10,7 @@ from modules.util.quantization_util import replace_linear_with_quantized_layers
 
 import torch
 
-from onewan.onetrainer import loading
+from onewan.onetrainer import model_loading
 
 
 class WanModelLoader:
@@ -28,7 +28,7 @@ class WanModelLoader:
             "transformer_2": getattr(weight_dtypes, "transformer_2", weight_dtypes.transformer),
             "text_encoder": weight_dtypes.text_encoder,
         }
-        wish = loading.Wish(
+        request = model_loading.LoadRequest(
             base=model_names.base_model,
             overrides={
                 "transformer": model_names.transformer_model,
@@ -39,17 +39,20 @@ class WanModelLoader:
                 part: _plain(dtype, weight_dtypes.train_dtype) for part, dtype in dtypes.items()
             },
             boundary=getattr(model_names, "wan_boundary", None),
-            leave_out=() if getattr(model_names, "include_transformer_2", True) else EXPERTS[1:],
+            excluded=() if getattr(model_names, "include_transformer_2", True) else EXPERTS[1:],
         )
-        wan = loading.load(wish)
+        wan = model_loading.load(request)
         for notice in wan.notices:
             print(notice)
         model.model_type = model_type
-        model.take(wan, loading.sources_of(wish))
+        model.take(wan, model_loading.component_sources(request))
         for part, dtype in dtypes.items():
             module = getattr(model, part)
             if module is not None and dtype.is_quantized():
-                keep = [*loading.SENSITIVE, *(getattr(module, "_keep_in_fp32_modules", None) or ())]
+                keep = [
+                    *model_loading.FLOAT32_LINEARS,
+                    *(getattr(module, "_keep_in_fp32_modules", None) or ()),
+                ]
                 layers = quantization if part in EXPERTS else None
                 replace_linear_with_quantized_layers(
                     module, dtype, keep, layers, copy_parameters=True

@@ -12,7 +12,7 @@ import torch
 from onewan.checkpoint.saver import WanModelSaver
 from onewan.formats.embedding import EmbeddingFile
 from onewan.model.embedding import WanModelEmbedding
-from onewan.onetrainer import files
+from onewan.onetrainer import weight_files
 
 
 class WanEmbeddingSaver:
@@ -54,7 +54,7 @@ class WanEmbeddingSaver:
 
     def _all(self, model: WanModel) -> dict[str, WanModelEmbedding]:
         read = {
-            uuid: files.embedding_of(uuid, file)
+            uuid: weight_files.embedding_of(uuid, file)
             for uuid, file in model.embedding_state_dicts.items()
             if isinstance(file, EmbeddingFile)
         }

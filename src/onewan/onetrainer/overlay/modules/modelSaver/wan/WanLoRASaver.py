@@ -10,7 +10,7 @@ from modules.util.enum.ModelFormat import ModelFormat
 import torch
 from torch import Tensor
 
-from onewan.onetrainer import files
+from onewan.onetrainer import weight_files
 
 
 class WanLoRASaver(LoRASaverMixin):
@@ -36,7 +36,7 @@ class WanLoRASaver(LoRASaverMixin):
         if output_model_format not in model.model_type.supported_lora_formats():
             raise NotImplementedError(f"Unsupported LoRA output format: {output_model_format}")
         state_dict = self._get_state_dict(model)
-        files.save_adapters(
+        weight_files.save_adapters(
             state_dict,
             Path(output_model_destination),
             str(output_model_format),

@@ -9,7 +9,7 @@ from modules.util.enum.ModelFormat import ModelFormat
 import torch
 
 from onewan.checkpoint.saver import WanModelSaver as Saver
-from onewan.onetrainer import files, loading
+from onewan.onetrainer import model_loading, weight_files
 
 
 class WanModelSaver:
@@ -27,7 +27,7 @@ class WanModelSaver:
                 Saver().save(whole, destination, "diffusers", dtype, force=True)
             case ModelFormat.ORIGINAL_TRANSFORMER:
                 wan = _plain(model, model.expert_parts())
-                files.save_experts(wan, destination, dtype, model.expert_parts())
+                weight_files.save_experts(wan, destination, dtype, model.expert_parts())
             case ModelFormat.INTERNAL:
                 self._save_backup(model, destination)
             case _:
@@ -51,7 +51,7 @@ class WanModelSaver:
         )
         if held:
             Saver().save(wan, destination, "diffusers", None, force=True)
-        loading.write_base(destination, model.wan_sources)
+        model_loading.write_sources(destination, model.wan_sources)
 
 
 def _quantised(module: torch.nn.Module | None) -> bool:
@@ -68,5 +68,5 @@ def _plain(model: WanModel, parts: list[str] | None = None):
     again = [part for part in parts if _quantised(getattr(model, part))]
     if not again:
         return model.wan
-    fresh = loading.reload(model.wan, model.wan_sources, again)
+    fresh = model_loading.reload_components(model.wan, model.wan_sources, again)
     return replace(model.wan, **{part: getattr(fresh, part) for part in again})

@@ -18,7 +18,7 @@ from torch import Tensor
 from onewan.model.attention import attend_within_frames
 from onewan.model.embedding import WanModelEmbedding
 from onewan.model.forward import predict_velocity
-from onewan.onetrainer import course, files, settings
+from onewan.onetrainer import settings, step_adapter, weight_files
 from onewan.seeds import derive_seed
 from onewan.train.objective import NoisedBatch
 from onewan.variants import Expert
@@ -38,7 +38,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
 
     def setup_optimizations(self, model: WanModel, config: TrainConfig):
         super().setup_optimizations(model, config)
-        self.course = self._course(model, config)
+        self.step_adapter = self._make_step_adapter(model, config)
         if config.text_encoder.train and str(config.training_method) != "EMBEDDING":
             print("Wan 2.2: the text encoder itself is not trained; text_encoder.train is off")
             config.text_encoder.train = False
@@ -66,7 +66,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
         self._setup_model_part(model, config, "vae", config.vae)
         model.wan.dtype = self._dtype(model, config)
 
-    def _course(self, model: WanModel, config: TrainConfig) -> course.Course:
+    def _make_step_adapter(self, model: WanModel, config: TrainConfig) -> step_adapter.StepAdapter:
         variant = model.wan.variant
         loaded = [e for e in variant.experts if getattr(model, e.component) is not None]
         trained = [e for e in loaded if getattr(config, e.component).train]
@@ -76,7 +76,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
             raise ValueError(
                 "Wan 2.2: neither transformer is trained; turn on Train for one of them"
             )
-        return course.course_of(config, variant, trained)
+        return step_adapter.step_adapter_of(config, variant, trained)
 
     def _dtype(self, model: WanModel, config: TrainConfig) -> torch.dtype:
         """Of the matrix products: the train data type, and never float32 over smaller weights."""
@@ -98,7 +98,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
     def _expert(self, model: WanModel, step: int) -> Expert:
         """Whose turn it is, of those whose training has not been stopped."""
         stopped = {part for part in model.expert_parts() if self._has_stopped(model, part)}
-        return self.course.expert(step, stopped)
+        return self.step_adapter.expert_at(step, stopped)
 
     def _has_stopped(self, model: WanModel, part: str) -> bool:
         """Whether the expert trains no more; what trains beside it makes no difference."""
@@ -133,7 +133,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
             if held is None:
                 embedding = replace(self._initial(model, wanted), uuid=wanted.uuid)
             else:
-                embedding = files.embedding_of(wanted.uuid, held, wanted.placeholder)
+                embedding = weight_files.embedding_of(wanted.uuid, held, wanted.placeholder)
             embedding.to(self.train_device)
             if wanted.uuid == config.embedding.uuid and str(config.training_method) == "EMBEDDING":
                 model.wan.embedding = embedding
@@ -208,10 +208,10 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
         self._bring(model, config, expert.component)
         ranks = multi.world_size() if config.multi_gpu else 1
         rank = multi.rank() if config.multi_gpu else 0
-        sample = self.course.noise(clips, step, expert, rank=rank, ranks=ranks)
+        sample = self.step_adapter.add_noise(clips, step, expert, rank=rank, ranks=ranks)
         if config.dropout_probability:
             # So that a resumed run drops out what an uncut one would have.
-            torch.manual_seed(self.course.dropout_seed(step, rank))
+            torch.manual_seed(self.step_adapter.dropout_seed(step, rank))
         predicted = self._velocity(model, expert.component, clips, sample)
         return {
             "loss_type": "target",
@@ -233,7 +233,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
             for place, drop in enumerate(dropped):
                 if drop:
                     text[place] = batch["text_empty_padded"][place]
-        return course.batch_of(batch, text, captions)
+        return step_adapter.batch_of(batch, text, captions)
 
     def _velocity(self, model: WanModel, part: str, clips, sample: NoisedBatch) -> Tensor:
         return predict_velocity(
@@ -249,7 +249,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
     def _validate(self, model: WanModel, config: TrainConfig, clips) -> dict:
         """The clip at several noise levels of every expert that trains, without dropout."""
         samples, predicted = [], []
-        for expert, sample in self.course.validation(clips):
+        for expert, sample in self.step_adapter.validation_batches(clips):
             self._bring(model, config, expert.component)
             transformer = getattr(model, expert.component)
             transformer.eval()
@@ -274,7 +274,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
             part = slice(number * size, (number + 1) * size)
             prior = data.get("prior_target")
             losses.append(
-                self.course.loss(
+                self.step_adapter.loss(
                     # The trainer has put the untrained model's predictions into the targets of
                     # prior concepts.
                     replace(sample, target=data["target"][part].float()),

@@ -13,10 +13,10 @@ from torch import Tensor
 from onewan.arithmetic.timestep_density import density_of
 from onewan.data.loader import Batch, Step
 from onewan.errors import ConfigError
-from onewan.onetrainer.course import batch_of, course_of
 from onewan.onetrainer.importing import _defaults, _merged, _namespace
 from onewan.onetrainer.sampling import request_of
 from onewan.onetrainer.settings import timesteps_of
+from onewan.onetrainer.step_adapter import batch_of, step_adapter_of
 from onewan.train.objective import velocity_loss
 from onewan.variants import VARIANTS
 
@@ -40,7 +40,7 @@ def clips(count: int, seed: int = 0) -> Batch:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_micro_batches_draw_what_a_whole_step_draws(ranks: int):
     """Two micro-batches of two clips on each rank are one step of onewan's."""
-    course = course_of(
+    adapter = step_adapter_of(
         config_of(gradient_accumulation_steps=2, wan_expert_block=1, timestep_shift=5.0),
         T2V,
         T2V.experts,
@@ -48,31 +48,33 @@ def test_micro_batches_draw_what_a_whole_step_draws(ranks: int):
     parts = [clips(2, seed) for seed in range(2 * ranks)]
     placed = tuple(replace(part, offset=2 * i) for i, part in enumerate(parts))
     for number in (0, 1):
-        expert = course.expert(2 * number)
+        expert = adapter.expert_at(2 * number)
         step = Step(number=number, expert=expert.name, batches=placed)
         for micro in (0, 1):
-            assert course.expert(2 * number + micro) is expert
+            assert adapter.expert_at(2 * number + micro) is expert
             for rank in range(ranks):
                 place = micro * ranks + rank
-                own = course.noise(parts[place], 2 * number + micro, expert, rank=rank, ranks=ranks)
-                whole = course.objective.noise(placed[place], step, expert)
+                own = adapter.add_noise(
+                    parts[place], 2 * number + micro, expert, rank=rank, ranks=ranks
+                )
+                whole = adapter.objective.noise(placed[place], step, expert)
                 assert own.levels == whole.levels
                 assert torch.equal(own.x, whole.x) and torch.equal(own.target, whole.target)
                 assert torch.equal(own.weight, whole.weight)
-    assert course.expert(0).name == "high" and course.expert(2).name == "low"
+    assert adapter.expert_at(0).name == "high" and adapter.expert_at(2).name == "low"
 
 
 def test_an_expert_that_has_stopped_leaves_its_steps_to_the_other():
-    course = course_of(config_of(wan_expert_block=1), T2V, T2V.experts)
-    assert [course.expert(s).name for s in range(4)] == ["high", "low", "high", "low"]
-    assert {course.expert(s, {"transformer"}).name for s in range(4)} == {"low"}
+    adapter = step_adapter_of(config_of(wan_expert_block=1), T2V, T2V.experts)
+    assert [adapter.expert_at(s).name for s in range(4)] == ["high", "low", "high", "low"]
+    assert {adapter.expert_at(s, {"transformer"}).name for s in range(4)} == {"low"}
     both = {"transformer", "transformer_2"}
-    assert [course.expert(s, both).name for s in range(2)] == ["high", "low"]
+    assert [adapter.expert_at(s, both).name for s in range(2)] == ["high", "low"]
 
 
 def test_validation_has_levels_of_every_expert_and_is_the_same_twice():
-    course = course_of(config_of(wan_validation_levels=3), T2V, T2V.experts)
-    first, again = course.validation(clips(1)), course.validation(clips(1))
+    adapter = step_adapter_of(config_of(wan_validation_levels=3), T2V, T2V.experts)
+    first, again = adapter.validation_batches(clips(1)), adapter.validation_batches(clips(1))
     assert [expert.name for expert, _ in first] == ["high"] * 3 + ["low"] * 3
     for (expert, one), (_, two) in zip(first, again, strict=True):
         assert torch.equal(one.x, two.x)
@@ -81,15 +83,15 @@ def test_validation_has_levels_of_every_expert_and_is_the_same_twice():
 
 
 def test_losses_add_up_and_the_prior_counts_outside_of_the_mask():
-    plain = course_of(config_of(), T2V, T2V.experts)
+    plain = step_adapter_of(config_of(), T2V, T2V.experts)
     batch = clips(1)
-    sample = plain.noise(batch, 0, T2V.experts[0])
+    sample = plain.add_noise(batch, 0, T2V.experts[0])
     predicted = torch.randn(sample.x.shape, generator=torch.Generator().manual_seed(3))
     error = (predicted - sample.target).double()
     assert plain.loss(sample, predicted).item() == pytest.approx(
         0.5 * error.square().mean().item(), rel=1e-6
     )
-    mixed = course_of(config_of(mse_strength=0.25, huber_strength=2.0), T2V, T2V.experts)
+    mixed = step_adapter_of(config_of(mse_strength=0.25, huber_strength=2.0), T2V, T2V.experts)
     huber = torch.nn.functional.huber_loss(predicted.double(), sample.target.double())
     expected = 0.5 * (0.25 * error.square().mean() + 2.0 * huber)
     assert mixed.loss(sample, predicted).item() == pytest.approx(expected.item(), rel=1e-6)
@@ -97,10 +99,10 @@ def test_losses_add_up_and_the_prior_counts_outside_of_the_mask():
     masked = replace(batch, mask=torch.zeros(1, 1, 2, 4, 4))
     assert masked.mask is not None
     masked.mask[..., :2] = 1
-    course = course_of(
+    adapter = step_adapter_of(
         config_of(unmasked_weight=0.0, masked_prior_preservation_weight=0.5), T2V, T2V.experts
     )
-    sample = course.noise(masked, 0, T2V.experts[0])
+    sample = adapter.add_noise(masked, 0, T2V.experts[0])
     prior = torch.zeros_like(sample.target)
 
     def part(of: Tensor, cut: slice) -> float:
@@ -109,8 +111,8 @@ def test_losses_add_up_and_the_prior_counts_outside_of_the_mask():
     expected_loss = 0.5 * (
         part(predicted - sample.target, slice(0, 2)) + 0.5 * part(predicted - prior, slice(2, 4))
     )
-    assert course.loss(sample, predicted, prior).item() == pytest.approx(expected_loss, rel=1e-6)
-    assert velocity_loss(predicted, sample, course.losses[0][1]) > 0
+    assert adapter.loss(sample, predicted, prior).item() == pytest.approx(expected_loss, rel=1e-6)
+    assert velocity_loss(predicted, sample, adapter.losses[0][1]) > 0
 
 
 DENSITIES: list[tuple[dict[str, Any], list[tuple[float, float]]]] = [
@@ -158,7 +160,7 @@ def test_wrong_settings_are_told_together():
         frames="x", log_cosh_strength=1.0, min_noising_strength=0.9, max_noising_strength=0.1
     )
     with pytest.raises(ConfigError) as error:
-        course_of(config, T2V, T2V.experts)
+        step_adapter_of(config, T2V, T2V.experts)
     for name in ("frames", "log_cosh_strength", "min_noising_strength"):
         assert name in str(error.value)
 

@@ -1,6 +1,6 @@
 """Opens OneTrainer's window, chooses Wan 2.2, sets values in its widgets, and takes screenshots.
 
-    python windows.py qt|tk OUT [again]
+    python onetrainer_windows.py qt|tk OUT [again]
 
 Works from the root of a checkout, by OneTrainer's own interpreter, without a display for Qt and
 under Xvfb for Tk. OUT/facts.json says what was there; with `again` nothing is set, and what the

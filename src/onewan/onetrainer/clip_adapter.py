@@ -32,13 +32,13 @@ from onewan.variants import Variant
 
 
 @dataclass(frozen=True, slots=True)
-class Planner:
+class ConceptPlanner:
     """What a config says of how files become clips, for the concepts of one data set."""
 
     config: Any
     variant: Variant
 
-    def clip(self, path: str, concept: Mapping[str, Any]) -> tuple[Clip, list[Note]]:
+    def plan(self, path: str, concept: Mapping[str, Any]) -> tuple[Clip, list[Note]]:
         """The clip of the file `path` of `concept`; DataError if it can't be used."""
         image = concept["image"]
         override = image["enable_resolution_override"]
@@ -56,12 +56,12 @@ class Planner:
             temporal=self.variant.temporal_compression,
         )
         file = Path(path)
-        masks = masks_of(file) if self.config.masked_training else []
+        masks = mask_candidates(file) if self.config.masked_training else []
         source = SourceSection(path=file.parent)
         return planner.captioned(file, source, ("",), masks)
 
 
-def masks_of(path: Path) -> list[Path]:
+def mask_candidates(path: Path) -> list[Path]:
     """The files beside a clip that could be its mask."""
     beside = sorted(path.parent.glob("*"))
     return [
@@ -75,13 +75,13 @@ def masks_of(path: Path) -> list[Path]:
     ]
 
 
-def cut(clip: Clip, draw: random.Random | None) -> Fit:
+def crop_of(clip: Clip, draw: random.Random | None) -> Fit:
     """Where a clip is cropped: around its centre, or anywhere that `draw` says."""
     across, down = (0.5, 0.5) if draw is None else (draw.random(), draw.random())
     return Fit(*clip.size, across=across, down=down)
 
 
-def pixels_of(clip: Clip, fit: Fit) -> Tensor:
+def read_pixels(clip: Clip, fit: Fit) -> Tensor:
     """[3, F, H, W] float32 from 0 to 1; DataError for a damaged file."""
     frames = read_frames(clip.path, clip.times(), fit)
     return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 255
@@ -106,7 +106,7 @@ def latent_mask_of(mask_CFHW: Tensor, variant: Variant) -> Tensor:
     return torch.cat([first, rest], dim=1)
 
 
-def encoded(model: WanModel, pixels_CFHW: Tensor) -> dict[str, Tensor]:
+def encode_pixels(model: WanModel, pixels_CFHW: Tensor) -> dict[str, Tensor]:
     """``latent_image`` and, for I2V-A14B, ``latent_condition``: [C, F', h, w], float32, on the CPU.
 
     The same numbers as `onewan.data.encode.encode_clip` has for the same frames.
@@ -120,7 +120,7 @@ def encoded(model: WanModel, pixels_CFHW: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def digest(kind: str, concepts: Iterable[Mapping[str, Any]], causes: Sequence[object]) -> str:
+def cache_digest(kind: str, concepts: Iterable[Mapping[str, Any]], causes: Sequence[object]) -> str:
     """Of all that decides a cache: `causes`, and the files of the concepts with their sizes and
     times. `kind` "text" looks at the captions' contents too, "image" at media and masks only.
 
@@ -145,7 +145,7 @@ def digest(kind: str, concepts: Iterable[Mapping[str, Any]], causes: Sequence[ob
     return digest.hexdigest()[:16]
 
 
-class ReadBefore:
+class DecodeCheckCache:
     """Which clips were decoded whole before, so that each is checked once and not at every start.
 
     Kept in a file; a clip counts by its file's path, size and time, and the span taken of it.
@@ -164,7 +164,7 @@ class ReadBefore:
         span = (clip.start, clip.fps, clip.frames, clip.size, clip.mask and str(clip.mask.path))
         key = repr((str(clip.path), stat.st_size, stat.st_mtime_ns, ENCODING_VERSION, span))
         if key not in self._known:
-            fit = cut(clip, None)
+            fit = crop_of(clip, None)
             try:
                 read_frames(clip.path, clip.times(), fit)
                 mask_of(clip, fit)

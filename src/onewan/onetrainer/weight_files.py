@@ -88,7 +88,7 @@ def save_adapters(
     return written
 
 
-def places_of(weights: Mapping[str, Tensor], destination: Path) -> list[Path]:
+def adapter_paths(weights: Mapping[str, Tensor], destination: Path) -> list[Path]:
     """Where `save_adapters` would write, for a model that was not loaded."""
     parts = {key.partition(".")[0] for key in weights} & EXPERTS.keys()
     return [named(Path(destination), EXPERTS[p] if len(parts) > 1 else None) for p in sorted(parts)]

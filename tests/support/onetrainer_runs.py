@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-DRIVER = Path(__file__).with_name("driver.py")
+DRIVER = Path(__file__).with_name("onetrainer_recording_run.py")
 
 QUIET = {
     "OMP_NUM_THREADS": "1",

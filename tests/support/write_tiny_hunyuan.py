@@ -1,4 +1,4 @@
-"""Write a tiny random HunyuanVideo in diffusers' layout: python tiny_hunyuan.py FOLDER
+"""Write a tiny random HunyuanVideo in diffusers' layout: python write_tiny_hunyuan.py FOLDER
 
 Run by OneTrainer's own interpreter, whose transformers names CLIP's weights in its way.
 """

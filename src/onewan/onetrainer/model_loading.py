@@ -16,19 +16,19 @@ from onewan.model.load import WanModelLoader
 from onewan.model.sources import Component
 from onewan.model.wan import WanModel
 
-BASE_FILE = "onewan.json"
+SOURCES_FILE = "onewan.json"
 """In a backup of a fine-tuning: where the parts that did not train came from."""
 
 META_FILE = "meta.json"
 """What OneTrainer puts into every backup."""
 
-SENSITIVE = ("linear_1", "linear_2", "time_proj", "proj_out")
+FLOAT32_LINEARS = ("linear_1", "linear_2", "time_proj", "proj_out")
 """Linear layers outside the blocks, by the last part of their name: they compute in float32 and are
 not quantised (`onewan.model.precision`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+class LoadRequest:
     """What is to be loaded, from where, and in which precision."""
 
     base: str
@@ -37,36 +37,36 @@ class Wish:
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     """By part, of what is not quantised."""
     boundary: float | None = None
-    leave_out: Collection[str] = ()
+    excluded: Collection[str] = ()
 
 
-def sources_of(wish: Wish) -> dict[str, str]:
+def component_sources(request: LoadRequest) -> dict[str, str]:
     """The places of the parts. A backup names those that did not train with it."""
-    meta, told = Path(wish.base) / META_FILE, Path(wish.base) / BASE_FILE
-    if not (wish.base and meta.is_file()):
-        return {"path": wish.base, **{k: v for k, v in wish.overrides.items() if v}}
+    meta, told = Path(request.base) / META_FILE, Path(request.base) / SOURCES_FILE
+    if not (request.base and meta.is_file()):
+        return {"path": request.base, **{k: v for k, v in request.overrides.items() if v}}
     if not told.is_file():
         raise CheckpointError(
-            f"{wish.base}: is a backup without {BASE_FILE}, so not one of a fine-tuning of Wan "
-            "2.2; give the base model, and the backup's LoRA as the LoRA"
+            f"{request.base}: has no {SOURCES_FILE}, so it is not a backup of a Wan 2.2 fine-tuning "
+            "run; select the base model here, and the backup as the LoRA"
         )
     sources = {str(k): str(v) for k, v in json.loads(told.read_text("utf-8"))["sources"].items()}
     for part in ("transformer", "transformer_2"):
-        if (Path(wish.base) / part).is_dir():
-            sources[part] = str(Path(wish.base) / part)
+        if (Path(request.base) / part).is_dir():
+            sources[part] = str(Path(request.base) / part)
     return sources
 
 
-def write_base(folder: Path, sources: Mapping[str, str]) -> None:
+def write_sources(folder: Path, sources: Mapping[str, str]) -> None:
     """Note in the backup `folder` where the other parts are."""
     content = json.dumps({"sources": dict(sources)}, indent=2) + "\n"
-    with replacing(folder / BASE_FILE) as path:
+    with replacing(folder / SOURCES_FILE) as path:
         path.write_text(content, encoding="utf-8")
 
 
-def load(wish: Wish) -> WanModel:
+def load(request: LoadRequest) -> WanModel:
     """The model, on the CPU. CheckpointError names the file and what is wrong with it."""
-    sources = sources_of(wish)
+    sources = component_sources(request)
     loader = WanModelLoader()
 
     def part(components: Collection[Component], dtype: torch.dtype, variant: Any) -> WanModel:
@@ -78,20 +78,20 @@ def load(wish: Wish) -> WanModel:
                 "cpu",
                 components,
                 quantised="expand",
-                boundary=wish.boundary,
+                boundary=request.boundary,
             )
         except CheckpointError as error:
             raise CheckpointError(_in_onetrainers_words(str(error))) from error
 
     default = torch.float32
-    model = part(("transformer", "scheduler"), wish.dtypes.get("transformer", default), None)
+    model = part(("transformer", "scheduler"), request.dtypes.get("transformer", default), None)
     variant = model.variant.name
-    if len(model.variant.experts) > 1 and "transformer_2" not in wish.leave_out:
-        second = part(("transformer_2",), wish.dtypes.get("transformer_2", default), variant)
+    if len(model.variant.experts) > 1 and "transformer_2" not in request.excluded:
+        second = part(("transformer_2",), request.dtypes.get("transformer_2", default), variant)
         model.transformer_2 = second.transformer_2
         model.notices += second.notices
     encoder = part(
-        ("vae", "text_encoder", "tokenizer"), wish.dtypes.get("text_encoder", default), variant
+        ("vae", "text_encoder", "tokenizer"), request.dtypes.get("text_encoder", default), variant
     )
     model.vae, model.text_encoder = encoder.vae, encoder.text_encoder
     model.tokenizer = encoder.tokenizer
@@ -110,7 +110,9 @@ def _in_onetrainers_words(message: str) -> str:
     return message
 
 
-def reload(model: WanModel, sources: Mapping[str, str], parts: Collection[Any]) -> WanModel:
+def reload_components(
+    model: WanModel, sources: Mapping[str, str], parts: Collection[Any]
+) -> WanModel:
     """`parts` of a model that was loaded from `sources` once more, in bfloat16, not quantised."""
     return WanModelLoader().load(
         dict(sources),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from onewan.onetrainer.contract import _plain, contract
+from onewan.onetrainer.contract import contract, source_name
 
 
 def write_checkout(root: Path, *, only: str | None = None, rename: str | None = None) -> None:
@@ -21,7 +21,7 @@ def _source(facts: dict[str, dict[str, Any]], rename: str | None) -> str:
     members: dict[str, list[str]] = {}
     top: list[str] = []
     for name, fact in facts.items():
-        plain = _plain(name)
+        plain = source_name(name)
         if name == rename:
             plain += "_renamed"
         owner, dot, member = plain.partition(".")

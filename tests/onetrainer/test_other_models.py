@@ -8,9 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from lab import Lab, config_of
+from support.onetrainer_runs import Lab, config_of
 
-TINY = Path(__file__).with_name("tiny_hunyuan.py")
+TINY = Path(__file__).parents[1] / "support" / "write_tiny_hunyuan.py"
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ _PURPOSE = "validation"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Course:
+class StepAdapter:
     """What a OneTrainer config means for the steps of one variant."""
 
     variant: Variant
@@ -44,7 +44,7 @@ class Course:
     accumulation: int
     """Micro-batches in an optimizer step."""
 
-    def expert(self, global_step: int, stopped: Collection[str] = ()) -> Expert:
+    def expert_at(self, global_step: int, stopped: Collection[str] = ()) -> Expert:
         """Whose turn it is; the same for all micro-batches of an optimizer step.
 
         Steps of an expert whose component is among the `stopped`, because its training has ended,
@@ -55,14 +55,14 @@ class Course:
         going = [expert for expert in others if expert.component not in stopped]
         return going[0] if turn.component in stopped and going else turn
 
-    def noise(
+    def add_noise(
         self, batch: Batch, global_step: int, expert: Expert, *, rank: int = 0, ranks: int = 1
     ) -> NoisedBatch:
-        """`batch` at the noise levels of `expert` that this place of the course draws."""
+        """`batch` at the noise levels of `expert` drawn for this step."""
         size = len(batch)
         micro = global_step % self.accumulation
         placed = replace(batch, offset=(micro * ranks + rank) * size)
-        step = _Whole(
+        step = _GlobalStep(
             number=global_step // self.accumulation,
             expert=expert.name,
             batches=(placed,),
@@ -70,8 +70,8 @@ class Course:
         )
         return self.objective.noise(placed, step, expert)
 
-    def validation(self, batch: Batch) -> list[tuple[Expert, NoisedBatch]]:
-        """`batch` at fixed levels, with fixed noise, for every expert of the course."""
+    def validation_batches(self, batch: Batch) -> list[tuple[Expert, NoisedBatch]]:
+        """`batch` at fixed levels, with fixed noise, for every trained expert."""
         seed = derive_seed(self.objective.seed, _PURPOSE)
         experts = [self.variant.expert(name) for name in self.schedule.experts]
         return [
@@ -104,7 +104,7 @@ class Course:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Whole(Step):
+class _GlobalStep(Step):
     """A step of which one micro-batch is known; the others come one by one."""
 
     clips: int
@@ -114,15 +114,15 @@ class _Whole(Step):
         return self.clips
 
 
-def course_of(config: Any, variant: Variant, trained: Sequence[Expert]) -> Course:
-    """The course that `config`, a OneTrainer config, means where the experts `trained` train.
+def step_adapter_of(config: Any, variant: Variant, trained: Sequence[Expert]) -> StepAdapter:
+    """The adapter for `config`, a OneTrainer config, that trains the experts `trained`.
 
     ConfigError for settings that can't be followed, or that leave an expert without noise levels.
     """
     settings.check(config, variant)
     train = settings.train_section(config)
     objective = objective_of(train, variant, trained)
-    return Course(
+    return StepAdapter(
         variant=variant,
         objective=objective,
         schedule=expert_schedule(trained, train.high_share, train.expert_block, objective.density),
