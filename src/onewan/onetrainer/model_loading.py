@@ -47,8 +47,8 @@ def component_sources(request: LoadRequest) -> dict[str, str]:
         return {"path": request.base, **{k: v for k, v in request.overrides.items() if v}}
     if not told.is_file():
         raise CheckpointError(
-            f"{request.base}: has no {SOURCES_FILE}, so it is not a backup of a Wan 2.2 fine-tuning "
-            "run; select the base model here, and the backup as the LoRA"
+            f"{request.base}: has no {SOURCES_FILE}, so it is no backup of a Wan 2.2 fine-tuning; "
+            "select the base model here, and the backup as the LoRA"
         )
     sources = {str(k): str(v) for k, v in json.loads(told.read_text("utf-8"))["sources"].items()}
     for part in ("transformer", "transformer_2"):
