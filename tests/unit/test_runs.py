@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from onewan.errors import OnewanError
-from onewan.runs.control import StopSignals, clear, pending, request
+from onewan.runs.control import StopSignals, clear, pending, request, take
 from onewan.runs.events import EventLog, follow, read_events
 from onewan.runs.layout import RunLayout
 
@@ -205,9 +205,10 @@ def test_follow_yields_all_that_was_written_before_the_stop(tmp_path: Path) -> N
 # --------------------------------------------------------------------------------------- control
 
 
-def test_requests_are_heard_once(tmp_path: Path) -> None:
+def test_a_request_is_pending_until_it_is_taken(tmp_path: Path) -> None:
     run = RunLayout(tmp_path / "fox")
     run.create()
+    run.resolved.touch()
     assert not pending(run, "save")
     request(run, "save")
     request(run, "save")
@@ -216,13 +217,22 @@ def test_requests_are_heard_once(tmp_path: Path) -> None:
     clear(run, "save")
     clear(run, "save")
     assert not pending(run, "save")
+    request(run, "save")
+    assert take(run, "save")
+    assert not take(run, "save")
 
 
-def test_a_request_to_no_run_is_an_error_and_makes_no_folder(tmp_path: Path) -> None:
+def test_a_request_to_a_folder_that_is_not_a_run_is_refused_and_creates_nothing(
+    tmp_path: Path,
+) -> None:
     run = RunLayout(tmp_path / "fix")
-    with pytest.raises(OnewanError, match="fix: there is no such run"):
+    with pytest.raises(OnewanError, match="fix: does not exist; give a run's folder"):
         request(run, "stop")
     assert not run.root.exists()
+    run.root.mkdir()
+    with pytest.raises(OnewanError, match="fix: is not the folder of a run"):
+        request(run, "stop")
+    assert list(run.root.iterdir()) == []
 
 
 def _send(number: signal.Signals) -> None:
@@ -236,7 +246,6 @@ def test_the_first_signal_asks_and_handlers_come_back(number: signal.Signals) ->
         assert not stop.requested
         _send(number)
         assert stop.requested
-        assert stop.name == number.name
     assert signal.getsignal(number) is before
 
 
@@ -245,7 +254,7 @@ def test_a_second_interrupt_is_at_once() -> None:
     with pytest.raises(KeyboardInterrupt), StopSignals() as stop:
         _send(signal.SIGTERM)
         _send(signal.SIGINT)  # the first of its kind
-        assert stop.name == "SIGTERM"
+        assert stop.requested
         _send(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
 

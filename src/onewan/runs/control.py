@@ -1,6 +1,6 @@
-"""Asking a running trainer for something: by a file in the run folder, or by a signal.
+"""Requests to a running trainer: by a file in the run folder, or by a signal.
 
-Hides how requests travel. Never acts on one: the trainer looks between two steps and decides.
+Hides how requests travel. Never acts on one: the trainer polls between two steps and decides.
 """
 
 from __future__ import annotations
@@ -14,38 +14,51 @@ from onewan.errors import OnewanError
 from onewan.runs.layout import RunLayout
 
 Request = Literal["stop", "save", "sample"]
-"""End the run with its state saved; save now and go on; make the sample videos now and go on."""
+"""stop: end the run with its state saved. save: save the state and export the weights now.
+sample: generate the sample videos now."""
+
+REQUESTS: tuple[Request, ...] = ("stop", "save", "sample")
 
 
 def request(layout: RunLayout, name: Request) -> None:
-    """Asks the run for `name`; asking again before it is heard changes nothing."""
-    try:
-        layout.control_dir.mkdir(exist_ok=True)
-    except FileNotFoundError:
-        raise OnewanError(f"{layout.root}: there is no such run; name a run's folder") from None
+    """Request `name` from the run's trainer; idempotent until the trainer picks it up.
+
+    OnewanError if there is no run folder at `layout.root`.
+    """
+    if not layout.resolved.is_file():
+        what = "is not the folder of a run" if layout.root.is_dir() else "does not exist"
+        raise OnewanError(f"{layout.root}: {what}; give a run's folder, such as runs/NAME")
+    layout.control_dir.mkdir(exist_ok=True)
     (layout.control_dir / name).touch()
 
 
 def pending(layout: RunLayout, name: Request) -> bool:
-    """Whether `name` has been asked for and not cleared since."""
+    """Whether `name` was requested and not cleared since."""
     return (layout.control_dir / name).exists()
 
 
 def clear(layout: RunLayout, name: Request) -> None:
-    """Takes the request back. Clear before acting, so that one made meanwhile is not lost."""
+    """Remove the request. Clear before acting on it, so that one made meanwhile is not lost."""
     (layout.control_dir / name).unlink(missing_ok=True)
 
 
-class StopSignals:
-    """While entered, the first Ctrl-C or SIGTERM only sets `requested`; a second Ctrl-C interrupts.
+def take(layout: RunLayout, name: Request) -> bool:
+    """Whether `name` was requested; removes the request."""
+    requested = pending(layout, name)
+    if requested:
+        clear(layout, name)
+    return requested
 
-    Python lets the main thread alone set handlers, so in another thread this does nothing.
+
+class StopSignals:
+    """Context manager: the first Ctrl-C or SIGTERM only sets `requested`; a second Ctrl-C raises
+    KeyboardInterrupt.
+
+    Only the main thread may install signal handlers, so in another thread this does nothing.
     """
 
     def __init__(self) -> None:
         self.requested: bool = False
-        self.name: str | None = None
-        """The signal that came first: SIGINT or SIGTERM."""
         self._interrupts = 0
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -62,7 +75,7 @@ class StopSignals:
         trace: TracebackType | None,
     ) -> None:
         for number, handler in self._previous.items():
-            # None is a handler that was not set from Python, and can't be set again from here.
+            # None stands for a handler installed outside of Python, which can't be restored here.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
 
@@ -73,4 +86,3 @@ class StopSignals:
             if self._interrupts > 1:
                 raise KeyboardInterrupt
         self.requested = True
-        self.name = self.name or signal.Signals(number).name

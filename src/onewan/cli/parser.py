@@ -1,0 +1,132 @@
+"""The options of all commands; imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from onewan.cli.arguments import VARIANT_NAMES, Commands, add_command
+from onewan.cli.onetrainer_parsers import add_import_config, add_onetrainer
+from onewan.cli.run_parsers import add_cache, add_requests, add_sample, add_train
+from onewan.cli.weights_parsers import add_convert, add_inspect, add_merge
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of one call, with the function to run as ``command``.
+
+    Exits with status 2 and the usage if the arguments are wrong.
+    """
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse stops collecting KEY=VALUE at the first option after the run file, and returns the
+    # later ones separately (`train run.yaml --resume train.steps=300`).
+    if rest and "overrides" in options and not any(word.startswith("-") for word in rest):
+        options.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="onewan",
+        description="Trains the Wan 2.2 video models.",
+        epilog="New here? `onewan demo --dir demo` shows everything on a tiny model, in minutes.",
+    )
+    parser.add_argument("--version", action=_PrintVersion, help="print the version and exit")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in (
+        _add_demo,
+        _add_init,
+        _add_schema,
+        add_cache,
+        add_train,
+        add_requests,
+        add_sample,
+        add_inspect,
+        add_convert,
+        add_merge,
+        add_onetrainer,
+        add_import_config,
+    ):
+        add(commands)
+    return parser
+
+
+class _PrintVersion(argparse.Action):
+    """Looks the version up only when asked: importlib.metadata is the slowest import here."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import importlib.metadata
+
+        print(f"onewan {importlib.metadata.version('onewan')}")
+        parser.exit()
+
+
+def _add_demo(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "demo",
+        "show everything on a tiny model: make clips, train a LoRA, sample a video",
+        "Needs no GPU and no\ndownload; takes a minute or two.",
+    )
+    parser.add_argument(
+        "--dir", type=Path, default=Path("demo"), help="folder for all files (default: demo)"
+    )
+    parser.add_argument(
+        "--variant",
+        choices=VARIANT_NAMES,
+        default="t2v-a14b",
+        help="which model (default: %(default)s)",
+    )
+
+    def run(options: argparse.Namespace) -> int:
+        from onewan.cli.commands import demo
+
+        return demo(options.dir, options.variant)
+
+    parser.set_defaults(command=run)
+
+
+def _add_init(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "init",
+        "print a short commented run file to start from",
+        "\n\n  onewan init --variant t2v-a14b > run.yaml",
+    )
+    parser.add_argument(
+        "--variant", choices=VARIANT_NAMES, required=True, help="which model to train"
+    )
+
+    def run(options: argparse.Namespace) -> int:
+        from onewan.config.template import starter
+
+        print(starter(options.variant), end="")
+        return 0
+
+    parser.set_defaults(command=run)
+
+
+def _add_schema(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "schema",
+        "print the JSON schema of the run file, for editors that complete and check it",
+        "\n\n  onewan schema > onewan.schema.json",
+    )
+
+    def run(_options: argparse.Namespace) -> int:
+        import json
+
+        from onewan.config.template import json_schema
+
+        print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+        return 0
+
+    parser.set_defaults(command=run)

@@ -1,0 +1,145 @@
+"""The options of the commands around a run: cache, train, requests to it, sample."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from onewan.cli.arguments import Commands, add_command, add_run_file
+
+
+def add_cache(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "cache",
+        "check the clips and encode them once, before training",
+        "Reports every file that\ncan't be used. `onewan train` encodes whatever is still missing.",
+    )
+    add_run_file(parser)
+    parser.add_argument(
+        "--strict", action="store_true", help="exit with status 1 if any file can't be used"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read all cache entries and re-encode damaged ones"
+    )
+
+    def run(options: argparse.Namespace) -> int:
+        from onewan.cli.commands import cache
+
+        return cache(options.run, options.overrides, strict=options.strict, verify=options.verify)
+
+    parser.set_defaults(command=run)
+
+
+def add_train(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "train",
+        "train as a run file describes",
+        "Ctrl-C saves the state and stops; --resume continues\nfrom there, with the same results "
+        "as an uninterrupted run.",
+    )
+    add_run_file(parser)
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument(
+        "--resume", action="store_true", help="continue from the last saved state of the run"
+    )
+    start.add_argument(
+        "--again",
+        action="store_true",
+        help="with the folder of a run: repeat it from the start with the same settings, as a new "
+        "run beside it",
+    )
+    parser.add_argument(
+        "--allow-change",
+        action="store_true",
+        help="with --resume: continue although settings or clips have changed",
+    )
+
+    def run(options: argparse.Namespace) -> int:
+        from onewan.cli.commands import train
+
+        return train(
+            options.run,
+            options.overrides,
+            resume=options.resume,
+            again=options.again,
+            allow_change=options.allow_change,
+        )
+
+    parser.set_defaults(command=run)
+
+
+def add_requests(commands: Commands) -> None:
+    """The commands that ask a running trainer for something."""
+    for name, summary in (
+        ("stop", "stop a running training run, with its state saved"),
+        ("save", "save the state and the weights of a running training run now"),
+        ("sample-now", "generate the sample videos of a running training run now"),
+    ):
+        parser = add_command(commands, name, summary, "Takes effect after\nthe current step.")
+        parser.add_argument("run", metavar="RUN", type=Path, help="the folder of the run")
+
+        def run(options: argparse.Namespace, name: str = name) -> int:
+            from onewan.cli.requests import send_request
+
+            return send_request(options.run, name)
+
+        parser.set_defaults(command=run)
+
+
+def add_sample(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "sample",
+        "generate a video with a model, with or without trained LoRAs and embeddings",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder of a model, or its Hugging Face repository"
+    )
+    parser.add_argument("--prompt", required=True, help="what the video shows")
+    parser.add_argument("--out", type=Path, required=True, help="FILE.mp4 or FILE.webm")
+    parser.add_argument("--image", type=Path, help="the first frame (I2V-A14B, TI2V-5B)")
+    for option, text in (
+        ("--lora", "LoRA files, one for each expert"),
+        ("--embedding", "embedding files; the prompt contains their placeholders"),
+    ):
+        parser.add_argument(
+            option, metavar="FILE", type=Path, nargs="+", action="extend", default=[], help=text
+        )
+    parser.add_argument(
+        "--negative-prompt", help="what the video must not show (default: the official one)"
+    )
+    parser.add_argument("--frames", type=int, help="4n+1 (default: the model's own number)")
+    parser.add_argument("--width", type=int, help="pixels (default: the model's own)")
+    parser.add_argument("--height", type=int, help="pixels (default: the model's own)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the model's own)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    parser.add_argument("--fps", type=float, help="frame rate of the file (default: the model's)")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        nargs="+",
+        metavar="G",
+        help="guidance scale: one number, or HIGH LOW (default: the model's own)",
+    )
+    parser.add_argument("--shift", type=float, help="timestep shift (default: the official one)")
+    parser.add_argument(
+        "--boundary",
+        type=float,
+        help="timestep t at which the low-noise expert takes over (default: the model's own)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="precision of the transformers (default: %(default)s)",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+
+    def run(options: argparse.Namespace) -> int:
+        from onewan.cli.commands import sample
+
+        return sample(options)
+
+    parser.set_defaults(command=run)

@@ -1,0 +1,182 @@
+"""The options of the commands on weight files: inspect, convert, merge."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import get_args
+
+from onewan.cli.arguments import Commands, add_command
+from onewan.dtypes import WeightDtype
+from onewan.errors import CheckpointError
+
+_CONVERT_DETAILS = """SRC is the folder of a model
+(diffusers, official, or single files), one of its components in any file format (safetensors,
+shards, .pth, GGUF, fp8), or a LoRA of any trainer. SRC is not changed.
+
+--to, for models:
+  diffusers   a folder that WanPipeline.from_pretrained loads
+  official    the layout of the Wan-AI repositories: high_noise_model/, Wan2.1_VAE.pth, ...
+  single      .safetensors with official names, as ComfyUI reads them
+  fp8_scaled  the same with the large layers in 8 bits: half the size of bfloat16
+--to, for LoRAs:
+  comfyui     also read by diffusers, musubi-tuner and DiffSynth-Studio
+  diffusers   keys as diffusers itself writes them
+  kohya       as musubi-tuner and kohya's programs write them
+
+  onewan convert wan2.2_t2v_high_noise_14B_fp16.safetensors high/ --to diffusers
+  onewan convert Wan2.2-T2V-A14B wan22_fp8 --to fp8_scaled
+  onewan convert style.safetensors style_kohya.safetensors --to kohya"""
+
+_MERGE_DETAILS = """DST has the same layout as BASE.
+
+  onewan merge wan2.2_t2v_low_noise_14B_fp16.safetensors style_low.safetensors:0.8 \\
+      merged_low.safetensors
+  onewan merge Wan2.2-T2V-A14B style_high_noise.safetensors style_low_noise.safetensors merged
+
+With a whole model, the header or the name of each LoRA decides which expert it is merged into."""
+
+
+def add_inspect(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "inspect",
+        "identify a weight file, and list the programs that read it",
+        "Reads\nonly headers, so it takes a moment whatever the size. Recognizes models in every "
+        "layout and\nLoRAs of every trainer, and says so of anything else.",
+    )
+    parser.add_argument("path", metavar="PATH", type=Path, help="a file or a folder")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+    def run(options: argparse.Namespace) -> int:
+        import json
+
+        from onewan.checkpoint.inspect import inspect
+
+        report = inspect(options.path)
+        if options.json:
+            print(json.dumps(report.as_json(), indent=2, ensure_ascii=False))
+        elif report.kind == "unreadable":
+            raise CheckpointError(f"{report.path}: {report.what}")
+        else:
+            print("\n".join(report.lines()))
+        return 1 if report.kind == "unreadable" else 0
+
+    parser.set_defaults(command=run)
+
+
+def add_convert(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "convert",
+        "write a model or a LoRA in the format of another program",
+        _CONVERT_DETAILS,
+    )
+    parser.add_argument("source", metavar="SRC", type=Path, help="a file or a folder")
+    parser.add_argument(
+        "destination",
+        metavar="DST",
+        type=Path,
+        help="a folder for a whole model; for one component a folder (diffusers, official "
+        "transformer), a .pth (official VAE or text encoder) or a .safetensors file",
+    )
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=("diffusers", "official", "single", "fp8_scaled", "comfyui", "kohya"),
+        help="see above",
+    )
+    _add_output(
+        parser,
+        "dtype of the weights (default: unchanged, and bfloat16 for quantized weights); with "
+        "fp8_scaled, the dtype of the weights that are not fp8",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        type=Path,
+        help="the base model of a LoRA; required to convert DoRA and OFT to comfyui",
+    )
+    parser.add_argument(
+        "--expert",
+        choices=("high", "low"),
+        help="which LoRA to convert if SRC holds those of both experts",
+    )
+
+    def run(options: argparse.Namespace) -> int:
+        from onewan.cli.convert import convert
+
+        return convert(
+            options.source,
+            options.destination,
+            options.to,
+            dtype=options.dtype,
+            force=options.force,
+            base=options.base,
+            expert=options.expert,
+        )
+
+    parser.set_defaults(command=run)
+
+
+def add_merge(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "merge",
+        "write a model with LoRAs merged into its weights",
+        _MERGE_DETAILS,
+    )
+    parser.add_argument(
+        "base", metavar="BASE", type=Path, help="a transformer, or a whole model's folder"
+    )
+    parser.add_argument(
+        "loras",
+        metavar="LORA[:WEIGHT]",
+        type=_lora,
+        nargs="+",
+        help="a LoRA, DoRA, LoHa, LoKr or OFT file and its weight (default: 1)",
+    )
+    parser.add_argument("destination", metavar="DST", type=Path, help="a new file or folder")
+    _add_output(parser, "dtype of the weights (default: the same as in BASE)")
+    parser.add_argument(
+        "--any-expert",
+        action="store_true",
+        help="merge even if headers or names say that LORA and BASE belong to different experts",
+    )
+
+    def run(options: argparse.Namespace) -> int:
+        from onewan.cli.convert import merge_loras
+
+        return merge_loras(
+            options.base,
+            options.loras,
+            options.destination,
+            dtype=options.dtype,
+            force=options.force,
+            check_names=not options.any_expert,
+        )
+
+    parser.set_defaults(command=run)
+
+
+def _add_output(parser: argparse.ArgumentParser, dtype_help: str) -> None:
+    parser.add_argument("--dtype", choices=get_args(WeightDtype), help=dtype_help)
+    parser.add_argument("--force", action="store_true", help="overwrite DST if it exists")
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    """(path, weight) of ``LORA[:WEIGHT]``; the weight is 1 if none is given."""
+    path, colon, number = text.rpartition(":")
+    drive = len(path) == 1 and path.isalpha()  # C:\style.safetensors
+    if not colon or drive or "/" in number or "\\" in number or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text}: the weight {number!r} is not a number; write LORA:0.8, for example"
+        ) from None
+    if not math.isfinite(weight):
+        raise argparse.ArgumentTypeError(f"{text}: the weight is not finite; give a number")
+    return Path(path), weight
