@@ -114,7 +114,7 @@ def main() -> int:
         )
         run = WanModelSetup(load_run(folder / "run.yaml")).build()
         assert len(run.dataset.clips) == 1
-        batch = run.loader.fixed(run.dataset.clips, 1)[0].to(run.device)
+        batch = run.loader.validation_batches(run.dataset.clips, 1)[0].to(run.device)
         dtype = torch_dtype(options.dtype)
         assert batch.text is not None, "no embedding trains, so the cache holds the text"
         bare_model = WanTransformer3DModel.from_pretrained(

@@ -199,7 +199,7 @@ def test_gradient_checkpointing_as_asked(run_file: RunFile, workshop: Path, want
         f"memory.gradient_checkpointing={str(wanted).lower()}",
     )
     run = WanModelSetup(config).build()
-    batch = run.loader.fixed(run.dataset.clips, 1)[0]
+    batch = run.loader.validation_batches(run.dataset.clips, 1)[0]
     trained = run.activate("single")
     trained.transformer.train()
     kept: list[int] = []

@@ -8,6 +8,7 @@ and the loss written out. Ours goes through the run: checkpointing, one clip at 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch.func import functional_call
 from onewan.adapters.select import block_of
 from onewan.config.objective import LossSection
 from onewan.config.schema import RunConfig
-from onewan.data.loader import Batch, Step
+from onewan.data.loader import Batch, StepBatches
 from onewan.formats.lora_files import peft_adapter
 from onewan.media import VIDEO_SUFFIXES, probe
 from onewan.model.forward import token_timesteps
@@ -127,27 +128,21 @@ def stir(run: Run) -> None:
             parameter.data += 0.02 * noise.to(parameter.dtype)
 
 
-def one_by_one(run: Run) -> Step:
+def one_by_one(run: Run) -> StepBatches:
     """Three clips of one shape, a batch each."""
-    batches = run.loader.fixed(run.dataset.clips, 99)
+    batches = run.loader.validation_batches(run.dataset.clips, 99)
     shape = max((b.latents.shape for b in batches), key=lambda s: s[2])
     chosen = [b for b in batches if b.latents.shape == shape][:3]
     assert len(chosen) == 3
-    return Step(
+    return StepBatches(
         number=3,
         expert=next(iter(run.state.experts)),
-        batches=tuple(moved(batch, offset) for offset, batch in enumerate(chosen)),
+        batches=tuple(replace(batch, first_sample_index=i) for i, batch in enumerate(chosen)),
+        global_size=3,
     )
 
 
-def moved(batch: Batch, offset: int) -> Batch:
-    return Batch(
-        **{name: getattr(batch, name) for name in Batch.__dataclass_fields__ if name != "offset"},
-        offset=offset,
-    )
-
-
-def reference(run: Run, config: RunConfig, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+def reference(run: Run, config: RunConfig, step: StepBatches) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients by name, the plain way."""
     base = WanModelLoader().load(config.model.path)
     transformer = base.transformer.eval()
@@ -273,7 +268,7 @@ def test_k_micro_batches_are_one_large_batch(run_file: RunFile) -> None:
         assert float((gradients - found[0][2]).norm() / found[0][2].norm()) < 1e-5
 
 
-def joined(step: Step, sizes: tuple[int, ...]) -> Step:
+def joined(step: StepBatches, sizes: tuple[int, ...]) -> StepBatches:
     batches, start = [], 0
     for size in sizes:
         part = step.batches[start : start + size]
@@ -283,12 +278,12 @@ def joined(step: Step, sizes: tuple[int, ...]) -> Step:
                 text=None,
                 condition=None,
                 mask=None,
-                loss_weight=torch.cat([b.loss_weight for b in part]),
+                loss_weights=tuple(w for b in part for w in b.loss_weights),
                 is_prior=None,
                 captions=tuple(c for b in part for c in b.captions),
                 names=tuple(n for b in part for n in b.names),
-                offset=start,
+                first_sample_index=start,
             )
         )
         start += size
-    return Step(number=step.number, expert=step.expert, batches=tuple(batches))
+    return replace(step, batches=tuple(batches))

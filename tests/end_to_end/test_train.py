@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.runs import RunFile, layout_of
 
-from onewan.data.loader import Step
+from onewan.data.loader import StepBatches
 from onewan.errors import CheckpointError, TrainingError
 from onewan.media import probe
 from onewan.model.forward import predict_velocity
@@ -87,7 +87,7 @@ def test_exported_files_give_the_training_models_output(
     run.state.load(layout.state(6))
     kind = WanImageToVideoPipeline if variant == "i2v-a14b" else WanPipeline
     pipeline = kind.from_pretrained(workshop / variant)
-    batch = run.loader.fixed(run.dataset.clips, 2)[1]
+    batch = run.loader.validation_batches(run.dataset.clips, 2)[1]
     for name, trained in run.state.experts.items():
         path = layout.weights(6, trained.expert.file_suffix)
         second = trained.expert.component == "transformer_2"
@@ -129,7 +129,8 @@ def test_accumulation_equals_one_large_batch(run_file: RunFile) -> None:
         run = WanModelSetup(config).build()
         for parameter in run.state.experts["high"].method.parameters.values():
             torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(1))
-        clips = [b for b in run.loader.fixed(run.dataset.clips, 9) if b.latents.shape[2] == 2][:3]
+        every = run.loader.validation_batches(run.dataset.clips, 9)
+        clips = [b for b in every if b.latents.shape[2] == 2][:3]
         batches, start = [], 0
         for size in sizes:
             part = clips[start : start + size]
@@ -138,13 +139,18 @@ def test_accumulation_equals_one_large_batch(run_file: RunFile) -> None:
                     part[0],
                     latents=torch.cat([b.latents for b in part]),
                     text=torch.cat([b.text for b in part]),
-                    loss_weight=torch.cat([b.loss_weight for b in part]),
+                    loss_weights=tuple(w for b in part for w in b.loss_weights),
                     names=tuple(b.names[0] for b in part),
-                    offset=start,
+                    first_sample_index=start,
                 )
             )
             start += size
-        results.append(train_step(run, Step(number=0, expert="high", batches=tuple(batches))))
+        results.append(
+            train_step(
+                run,
+                StepBatches(number=0, expert="high", batches=tuple(batches), global_size=3),
+            )
+        )
     for other in results[1:]:
         assert other.t == results[0].t
         assert other.loss == pytest.approx(results[0].loss, rel=1e-5)
@@ -156,7 +162,7 @@ def test_temporal_attention_off_trains_within_frames(run_file: RunFile) -> None:
     config = run_file("t2v-a14b", "wan_config.use_temporal_attention=false")
     run = WanModelSetup(config).build()
     transformer = run.activate("high").transformer.train()
-    batch = run.loader.fixed(run.dataset.clips, 1)[0]
+    batch = run.loader.validation_batches(run.dataset.clips, 1)[0]
     changed = batch.latents.clone()
     changed[:, :, 1] += 1
     t = torch.tensor([0.9])

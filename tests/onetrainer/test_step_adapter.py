@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from onewan.arithmetic.timestep_density import density_of
-from onewan.data.loader import Batch, Step
+from onewan.data.loader import Batch, StepBatches
 from onewan.errors import ConfigError
 from onewan.onetrainer.importing import _defaults, _merged, _namespace
 from onewan.onetrainer.sampling import request_of
@@ -46,10 +46,10 @@ def test_micro_batches_draw_what_a_whole_step_draws(ranks: int):
         T2V.experts,
     )
     parts = [clips(2, seed) for seed in range(2 * ranks)]
-    placed = tuple(replace(part, offset=2 * i) for i, part in enumerate(parts))
+    placed = tuple(replace(part, first_sample_index=2 * i) for i, part in enumerate(parts))
     for number in (0, 1):
         expert = adapter.expert_at(2 * number)
-        step = Step(number=number, expert=expert.name, batches=placed)
+        step = StepBatches(number=number, expert=expert.name, batches=placed, global_size=4 * ranks)
         for micro in (0, 1):
             assert adapter.expert_at(2 * number + micro) is expert
             for rank in range(ranks):

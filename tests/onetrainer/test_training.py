@@ -18,7 +18,7 @@ from onewan.adapters.lora import apply_lora
 from onewan.config.schema import TrainSection
 from onewan.data.encode import encode_clip
 from onewan.data.index import Clip
-from onewan.data.loader import Batch, Step
+from onewan.data.loader import Batch, StepBatches
 from onewan.formats.lora_files import read_adapter
 from onewan.media import probe, read_frames
 from onewan.model.forward import first_frame_channels, predict_velocity
@@ -163,14 +163,14 @@ def test_the_first_loss_is_onewans_own(lab: Lab, tiny, clips, tmp_path, variant,
         captions=tuple(seen["prompt"]),
         condition=None if condition is None else first_frame_channels(condition[None]),
         mask=None,
-        loss_weight=torch.ones(1),
+        loss_weights=(1.0,),
         is_prior=None,
         names=(path.name,),
-        offset=0,
+        first_sample_index=0,
     )
     train = TrainSection.model_validate({"timesteps": {"distribution": "uniform", "shift": 5.0}})
     expert = model.variant.experts[0]
-    step = Step(number=0, expert=expert.name, batches=(batch,))
+    step = StepBatches(number=0, expert=expert.name, batches=(batch,), global_size=1)
     sample = objective_of(train, model.variant, model.variant.experts).noise(batch, step, expert)
     assert torch.equal(sample.t, seen["t"]) and torch.equal(sample.target, seen["target"])
     with torch.no_grad():

@@ -80,8 +80,8 @@ def test_each_pass_sees_every_clip(accumulation: int) -> None:
     assert seen == {**{str(n): 1 for n in range(8)}, "8": 3}
     assert sorted(len(b) for b in batches) == [1, 2, 2, 2, 2, 2]
     for step in steps:
-        places = [b.offset + i for b in step.batches for i in range(len(b))]
-        assert places == list(range(step.size))
+        indices = [index for b in step.batches for index in b.sample_indices]
+        assert indices == list(range(step.global_size))
 
 
 def test_batches_hold_one_bucket_and_matching_parts() -> None:
@@ -137,10 +137,15 @@ def test_reading_ahead_changes_nothing() -> None:
 
 
 def test_fixed_batches() -> None:
-    names = [b.names for b in loader().fixed(CLIPS, 4)]
+    names = [b.names for b in loader().validation_batches(CLIPS, 4)]
     assert names == [("0",), ("2",), ("4",), ("6",)]
-    assert len(loader().fixed(CLIPS, 99)) == 9 and loader().fixed(CLIPS, 0) == []
-    assert all(float(b.text[0, 0, 0]) < 100 for b in loader().fixed(CLIPS, 9))  # first captions
+    assert (
+        len(loader().validation_batches(CLIPS, 99)) == 9
+        and loader().validation_batches(CLIPS, 0) == []
+    )
+    assert all(
+        float(b.text[0, 0, 0]) < 100 for b in loader().validation_batches(CLIPS, 9)
+    )  # first captions
 
 
 def test_fixed_batches_are_the_same_each_time() -> None:
@@ -149,17 +154,20 @@ def test_fixed_batches_are_the_same_each_time() -> None:
     data = WanDataLoader(
         CLIPS, Numbers(), batch_size=2, accumulation=1, seed=7, caption_dropout=1.0
     )
-    first = data.fixed(held_out, 3)
+    first = data.validation_batches(held_out, 3)
     data.step(4, "high", 4)
-    again, elsewhere = data.fixed(held_out, 3), loader(batch_size=1).fixed(held_out, 3)
+    again, elsewhere = (
+        data.validation_batches(held_out, 3),
+        loader(batch_size=1).validation_batches(held_out, 3),
+    )
     for batches in (first, again, elsewhere):
-        assert [(b.names, b.captions, b.offset) for b in batches] == [
+        assert [(b.names, b.captions, b.first_sample_index) for b in batches] == [
             (("20",), ("20",), 0),
             (("3",), ("3",), 1),
             (("7",), ("7",), 2),
         ]
         assert all(torch.equal(a.latents, b.latents) for a, b in zip(first, batches, strict=True))
-    assert data.fixed([], 3) == []
+    assert data.validation_batches([], 3) == []
 
 
 # --- What is said of clips ------------------------------------------------------------------------
@@ -176,7 +184,7 @@ def of(clips: Sequence[Clip], **settings: bool | float) -> Batch:
     for field in Batch.__slots__:
         a, b = getattr(batch, field), getattr(moved, field)
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
-    assert batch.to(torch.device("meta")).loss_weight.is_meta
+    assert batch.to(torch.device("meta")).latents.is_meta
     return batch
 
 
@@ -198,13 +206,12 @@ def test_masked_and_unmasked_clips_in_a_batch() -> None:
 def test_weights_and_targets_reach_the_batch() -> None:
     clips = [replace(clip(n), loss_weight=n / 2, is_prior=n % 2 == 0) for n in range(1, 6)]
     batch = of(clips)
-    assert batch.loss_weight.dtype == torch.float32
     assert batch.is_prior is not None and batch.is_prior.dtype == torch.bool
-    assert batch.loss_weight.tolist() == [int(name) / 2 for name in batch.names]
+    assert batch.loss_weights == tuple(int(name) / 2 for name in batch.names)
     assert batch.is_prior.tolist() == [int(name) % 2 == 0 for name in batch.names]
     assert batch.to(torch.device("meta")).is_prior.is_meta
     plain = of([clip(1), clip(2)])
-    assert plain.is_prior is None and plain.loss_weight.tolist() == [1, 1]
+    assert plain.is_prior is None and plain.loss_weights == (1, 1)
 
 
 # --- Captions -------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from onewan.config.objective import (
     Weighting,
 )
 from onewan.config.schema import TrainSection
-from onewan.data.loader import Batch, Step
+from onewan.data.loader import Batch, StepBatches
 from onewan.errors import ConfigError
 from onewan.train.objective import (
     NoisedBatch,
@@ -49,15 +49,20 @@ def batch(count: int = 2, frames: int = 3, size: tuple[int, int] = (4, 6)) -> Ba
         captions=("",) * count,
         condition=None,
         mask=None,
-        loss_weight=torch.ones(count),
+        loss_weights=(1.0,) * count,
         is_prior=None,
         names=tuple(f"clip{i}" for i in range(count)),
-        offset=0,
+        first_sample_index=0,
     )
 
 
-def step_of(*batches: Batch, number: int = 7) -> Step:
-    return Step(number=number, expert="single", batches=batches)
+def step_of(*batches: Batch, number: int = 7) -> StepBatches:
+    return StepBatches(
+        number=number,
+        expert="single",
+        batches=batches,
+        global_size=sum(len(batch) for batch in batches),
+    )
 
 
 def split(whole: Batch) -> list[Batch]:
@@ -67,9 +72,9 @@ def split(whole: Batch) -> list[Batch]:
             whole,
             latents=whole.latents[i : i + 1],
             mask=None if whole.mask is None else whole.mask[i : i + 1],
-            loss_weight=whole.loss_weight[i : i + 1],
+            loss_weights=whole.loss_weights[i : i + 1],
             names=(whole.names[i],),
-            offset=i,
+            first_sample_index=i,
         )
         for i in range(len(whole))
     ]
@@ -110,7 +115,7 @@ EVERYTHING = Objective(
 @pytest.mark.parametrize("objective", [Objective(density=UNIFORM, seed=3), EVERYTHING])
 def test_randomness_is_counted_by_place_in_the_global_batch(objective: Objective) -> None:
     """Four micro-batches of one and one batch of four draw the same numbers for each sample."""
-    whole = replace(batch(4), loss_weight=torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    whole = replace(batch(4), loss_weights=(1.0, 2.0, 3.0, 4.0))
     whole = replace(whole, mask=torch.rand(4, 1, 3, 4, 6).round())
     together = draw(objective, whole)
     parts = split(whole)
@@ -269,7 +274,7 @@ def test_masks_count_by_place() -> None:
 def test_weight_is_that_of_the_level_times_that_of_the_clip() -> None:
     weighting = CurveWeighting(points=((0.0, 0.0), (1.0, 1.0)))
     objective = Objective(density=density_of(UniformTimesteps(), 1.0), seed=3, weighting=weighting)
-    sample = draw(objective, replace(batch(), loss_weight=torch.tensor([1.0, 3.0])))
+    sample = draw(objective, replace(batch(), loss_weights=(1.0, 3.0)))
     torch.testing.assert_close(sample.weight, 2 * sample.t * torch.tensor([1.0, 3.0]))
     assert sample.weight.dtype == torch.float32 and sample.weighted
     assert not draw(replace(objective, weighting=NoWeighting())).weighted
@@ -299,7 +304,7 @@ def test_fixed_noise_is_the_same_each_time_and_without_extras() -> None:
     # Weighted as in training.
     weights = timestep_weights(MinSnrWeighting(), density, SINGLE, np.array(a.levels))
     torch.testing.assert_close(a.weight, torch.tensor(weights, dtype=torch.float32))
-    heavy = objective.fixed(replace(whole, loss_weight=torch.full((3,), 2.5)), 0.25, SINGLE, 5)
+    heavy = objective.fixed(replace(whole, loss_weights=(2.5,) * 3), 0.25, SINGLE, 5)
     torch.testing.assert_close(heavy.weight, 2.5 * a.weight)
 
 

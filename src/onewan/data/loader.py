@@ -1,9 +1,9 @@
-"""`WanDataLoader`: entries -> batches, in an order that is computed and never remembered.
+"""`WanDataLoader`: encoded clips -> batches, in an order that is computed and never stored.
 
-Each expert goes through all clips on its own: its n-th micro-batch is a function of (seed, expert,
-n). So there is no cursor to save, a resumed run goes on exactly where it was, and alternating
-experts can't leave one of them with half the clips. Clips of one bucket (frames, size) share a
-batch; what is left over at the end of a pass makes a smaller one, so each pass sees every clip.
+Each expert iterates over all clips on its own: its n-th micro-batch is a function of (seed, expert,
+n). So a checkpoint needs no data position, a resumed run continues with the very next batch, and
+alternating experts can't leave one of them with half of the clips. A batch holds clips of one
+bucket (frames, size); the last batch of a bucket may be smaller, so each epoch has every clip.
 """
 
 from __future__ import annotations
@@ -27,32 +27,42 @@ from onewan.variants import ExpertName
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Clips of one bucket, ready to be noised. Tensors are float32 where nothing else is said."""
+    """Clips of one bucket, before noise is added. Tensors are float32 unless stated otherwise."""
 
     latents: Tensor
-    """[B, C, F, h, w], normalised."""
+    """[B, C, F, h, w], normalized."""
     text: Tensor | None
-    """[B, 512, dim], zero-padded, in the text encoder's dtype. None where the step encodes the
-    captions itself, because embeddings train."""
+    """[B, 512, dim], zero-padded, in the text encoder's dtype. None if the training step encodes
+    the captions itself, because embeddings are trained."""
     captions: tuple[str, ...]
-    """What `text` is of."""
+    """The captions that `text` encodes."""
     condition: Tensor | None
-    """[B, 20, F, h, w]: mask and latents of the first frame (I2V-A14B)."""
+    """[B, 20, F, h, w]: mask and latents of the conditioning frame (I2V-A14B)."""
     mask: Tensor | None
-    """[B, 1, F, h, w] from 0 to 1: how much of each place counts. Ones for a clip without a mask,
-    None when none of the batch has one."""
-    loss_weight: Tensor
-    """[B]: what each clip's loss is multiplied with."""
+    """[B, 1, F, h, w]: the loss mask, from 0 to 1 per latent cell. Ones for a clip without a mask,
+    None if no clip of the batch has one."""
+    loss_weights: tuple[float, ...]
+    """B factors of the clips' losses, float32 values. On the host, where they are combined with the
+    weights of the timesteps without waiting for the device."""
     is_prior: Tensor | None
-    """[B] bool: which clips teach what the untrained model makes of them. None if none does."""
+    """[B] bool: the clips whose target is the base model's prediction. None if there are none."""
     names: tuple[str, ...]
-    offset: int
-    """Index of its first clip within the step's global batch, which keys its randomness."""
+    first_sample_index: int
+    """Index of the first clip within the step's global batch; see `sample_indices`."""
 
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def sample_indices(self) -> range:
+        """Indices of the clips within the step's global batch, which key their random draws: a clip
+        gets the same noise in any division of the global batch into micro-batches and ranks."""
+        return range(self.first_sample_index, self.first_sample_index + len(self))
+
     def to(self, device: torch.device) -> Batch:
+        """This batch with its tensors on `device`."""
+
+        # Without non_blocking, CUDA waits for all queued work at each of these small copies.
         def moved(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=True)
 
@@ -62,27 +72,29 @@ class Batch:
             text=moved(self.text),
             condition=moved(self.condition),
             mask=moved(self.mask),
-            loss_weight=self.loss_weight.to(device, non_blocking=True),
             is_prior=moved(self.is_prior),
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """What one optimizer step trains on."""
+class StepBatches:
+    """The data of one optimizer step: this rank's part of the global batch.
+
+    The global batch is what all micro-batches of all ranks hold together. A single process is rank
+    0 of 1, and its `batches` are the global batch.
+    """
 
     number: int
-    """Counted from 0 over the whole run; with a clip's index in the step it keys randomness."""
+    """The optimizer step, counted from 0 over the whole run; it keys random draws."""
     expert: ExpertName
     batches: tuple[Batch, ...]
-
-    @property
-    def size(self) -> int:
-        return sum(len(b) for b in self.batches)
+    """This rank's micro-batches, or those of them that are at hand."""
+    global_size: int
+    """Number of clips in the global batch, over which the loss is a mean."""
 
 
 class WanDataLoader:
-    """Batches of `clips` from `source`."""
+    """Batches of `clips`, whose encoded tensors come from `source`."""
 
     def __init__(
         self,
@@ -95,60 +107,68 @@ class WanDataLoader:
         caption_dropout: float = 0.0,
         encode_text_online: bool = False,
     ) -> None:
-        """`caption_dropout` is the share of samples that train with an empty caption. With
-        `encode_text_online` batches have captions and no `text`."""
+        """`accumulation` is the number of micro-batches of a step, `caption_dropout` the fraction
+        of samples whose caption is replaced by an empty one. With `encode_text_online` batches have
+        captions and no `text`."""
         self._source = source
         self._batch_size = batch_size
         self._accumulation = accumulation
         self._seed = seed
         self._caption_dropout = caption_dropout
-        self._live_text = encode_text_online
+        self._encode_text_online = encode_text_online
         self._buckets: dict[tuple[int, tuple[int, int]], list[Clip]] = defaultdict(list)
         for clip in clips:
             self._buckets[clip.frames, clip.size] += [clip] * clip.repeats
-        self._per_pass = sum(-(-len(b) // batch_size) for b in self._buckets.values())
-        self._order: tuple[tuple[str, int], list[list[Clip]]] | None = None
+        self._batches_per_epoch = sum(-(-len(b) // batch_size) for b in self._buckets.values())
+        # The order of the last epoch asked for: consecutive steps are nearly always of the same.
+        self._last_epoch: tuple[tuple[ExpertName, int], list[list[Clip]]] | None = None
 
     def steps(
-        self, start: int, stop: int, turn: Callable[[int], tuple[ExpertName, int]]
-    ) -> Iterator[Step]:
-        """Steps `start` to `stop`-1. `turn(step)` tells the expert and how many it had before.
+        self, start: int, stop: int, expert_at: Callable[[int], tuple[ExpertName, int]]
+    ) -> Iterator[StepBatches]:
+        """Data of the steps `start` to `stop`-1. `expert_at(step)` gives the expert and the number
+        of steps that it has had before.
 
-        While one step trains, the next is read in the background if the source allows it.
+        While one step is trained, the next one is read in the background if the source permits it.
         """
         if not self._source.prefetch:
-            yield from (self.step(n, *turn(n)) for n in range(start, stop))
+            yield from (self.step(n, *expert_at(n)) for n in range(start, stop))
             return
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="onewan-data") as pool:
-            ahead = pool.submit(self.step, start, *turn(start)) if start < stop else None
+            prefetched = pool.submit(self.step, start, *expert_at(start)) if start < stop else None
             for number in range(start, stop):
-                assert ahead is not None
-                step = ahead.result()
+                assert prefetched is not None
+                step = prefetched.result()
                 if number + 1 < stop:
-                    ahead = pool.submit(self.step, number + 1, *turn(number + 1))
+                    prefetched = pool.submit(self.step, number + 1, *expert_at(number + 1))
                 yield step
 
-    def step(self, number: int, expert: ExpertName, before: int) -> Step:
-        """The step `number` of the run, which is step `before` (from 0) of `expert`."""
-        batches, offset = [], 0
-        for micro in range(before * self._accumulation, (before + 1) * self._accumulation):
-            clips = self._pass(expert, micro // self._per_pass)[micro % self._per_pass]
+    def step(self, number: int, expert: ExpertName, expert_step: int) -> StepBatches:
+        """Data of step `number` of the run, which is step `expert_step` (from 0) of `expert`."""
+        batches, sample_index = [], 0
+        first = expert_step * self._accumulation
+        for micro_batch in range(first, first + self._accumulation):
+            epoch, index = divmod(micro_batch, self._batches_per_epoch)
+            clips = self._epoch(expert, epoch)[index]
             captions = [
-                self._caption(clip, expert, micro, place) for place, clip in enumerate(clips)
+                self._draw_caption(clip, expert, micro_batch, i) for i, clip in enumerate(clips)
             ]
-            batches.append(self._batch(clips, captions, offset))
-            offset += len(clips)
-        return Step(number=number, expert=expert, batches=tuple(batches))
+            batches.append(self._load_batch(clips, captions, sample_index))
+            sample_index += len(clips)
+        return StepBatches(
+            number=number, expert=expert, batches=tuple(batches), global_size=sample_index
+        )
 
-    def fixed(self, clips: Sequence[Clip], count: int) -> list[Batch]:
-        """`count` of `clips` (or all, if fewer), spread over them, one a batch; first captions."""
+    def validation_batches(self, clips: Sequence[Clip], count: int) -> list[Batch]:
+        """`count` of `clips` (all if there are fewer), at equal distances in the sequence; a batch
+        for each, with its first caption."""
         count = min(count, len(clips))
         chosen = [clips[i * len(clips) // count] for i in range(count)]
-        return [self._batch([clip], [clip.captions[0]], i) for i, clip in enumerate(chosen)]
+        return [self._load_batch([clip], [clip.captions[0]], i) for i, clip in enumerate(chosen)]
 
-    def _pass(self, expert: ExpertName, number: int) -> list[list[Clip]]:
-        """All batches of one pass over the clips, shuffled within and among buckets."""
-        if self._order is None or self._order[0] != (expert, number):
+    def _epoch(self, expert: ExpertName, number: int) -> list[list[Clip]]:
+        """The clips of all batches of one epoch, shuffled within and among buckets."""
+        if self._last_epoch is None or self._last_epoch[0] != (expert, number):
             batches = []
             for bucket, members in self._buckets.items():
                 shuffled = list(members)
@@ -158,37 +178,42 @@ class WanDataLoader:
                     for i in range(0, len(shuffled), self._batch_size)
                 ]
             self._random("batches", expert, number).shuffle(batches)
-            self._order = ((expert, number), batches)
-        return self._order[1]
+            self._last_epoch = ((expert, number), batches)
+        return self._last_epoch[1]
 
-    def _caption(self, clip: Clip, expert: ExpertName, micro: int, place: int) -> str:
-        if self._random("caption dropout", expert, micro, place).random() < self._caption_dropout:
+    def _draw_caption(self, clip: Clip, expert: ExpertName, micro_batch: int, index: int) -> str:
+        # Two draws, so that a clip which keeps its caption has the one that it has without dropout.
+        dropout = self._random("caption dropout", expert, micro_batch, index)
+        if dropout.random() < self._caption_dropout:
             return ""
-        return self._random("caption", expert, micro, place).choice(clip.captions)
+        return self._random("caption", expert, micro_batch, index).choice(clip.captions)
 
     def _random(self, purpose: str, *counters: int | str) -> random.Random:
         return random.Random(derive_seed(self._seed, purpose, *counters))
 
-    def _batch(self, clips: Sequence[Clip], captions: Sequence[str], offset: int) -> Batch:
+    def _load_batch(
+        self, clips: Sequence[Clip], captions: Sequence[str], first_sample_index: int
+    ) -> Batch:
         entries = [self._source.video(clip) for clip in clips]
         latents = torch.stack([entry["latents"] for entry in entries])
-        condition, mask = None, None
+        condition, mask, text = None, None, None
         if "condition" in entries[0]:
             condition = first_frame_channels(torch.stack([e["condition"] for e in entries]))
         if any("mask" in entry for entry in entries):
-            whole = torch.ones(1, *latents.shape[2:])
-            mask = torch.stack([entry.get("mask", whole) for entry in entries])
-        base = [clip.is_prior for clip in clips]
+            all_ones = torch.ones(1, *latents.shape[2:])
+            mask = torch.stack([entry.get("mask", all_ones) for entry in entries])
+        if not self._encode_text_online:
+            text = pad_text([self._source.text(caption) for caption in captions])
+        is_prior = [clip.is_prior for clip in clips]
         return Batch(
             latents=latents,
-            text=None
-            if self._live_text
-            else pad_text([self._source.text(caption) for caption in captions]),
+            text=text,
             captions=tuple(captions),
             condition=condition,
             mask=mask,
-            loss_weight=torch.tensor([clip.loss_weight for clip in clips]),
-            is_prior=torch.tensor(base) if any(base) else None,
+            # By way of a tensor, since losses are multiplied with float32 values.
+            loss_weights=tuple(torch.tensor([clip.loss_weight for clip in clips]).tolist()),
+            is_prior=torch.tensor(is_prior) if any(is_prior) else None,
             names=tuple(clip.name for clip in clips),
-            offset=offset,
+            first_sample_index=first_sample_index,
         )

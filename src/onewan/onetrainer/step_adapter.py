@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from onewan.config.objective import LossSection
-from onewan.data.loader import Batch, Step
+from onewan.data.loader import Batch, StepBatches
 from onewan.model.forward import first_frame_channels
 from onewan.onetrainer import settings
 from onewan.seeds import derive_seed
@@ -61,12 +61,12 @@ class StepAdapter:
         """`batch` at the noise levels of `expert` drawn for this step."""
         size = len(batch)
         micro = global_step % self.accumulation
-        placed = replace(batch, offset=(micro * ranks + rank) * size)
-        step = _GlobalStep(
+        placed = replace(batch, first_sample_index=(micro * ranks + rank) * size)
+        step = StepBatches(
             number=global_step // self.accumulation,
             expert=expert.name,
             batches=(placed,),
-            clips=size * ranks * self.accumulation,
+            global_size=size * ranks * self.accumulation,
         )
         return self.objective.noise(placed, step, expert)
 
@@ -103,17 +103,6 @@ class StepAdapter:
         return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _GlobalStep(Step):
-    """A step of which one micro-batch is known; the others come one by one."""
-
-    clips: int
-
-    @property
-    def size(self) -> int:
-        return self.clips
-
-
 def step_adapter_of(config: Any, variant: Variant, trained: Sequence[Expert]) -> StepAdapter:
     """The adapter for `config`, a OneTrainer config, that trains the experts `trained`.
 
@@ -144,8 +133,8 @@ def batch_of(items: Mapping[str, Any], text_BLD: Tensor | None, captions: Sequen
         captions=tuple(captions),
         condition=None if condition is None else first_frame_channels(condition.float()),
         mask=None if mask is None else mask.float(),
-        loss_weight=items["loss_weight"].float(),
+        loss_weights=tuple(items["loss_weight"].float().tolist()),
         is_prior=None,
         names=tuple(items["image_path"]),
-        offset=0,
+        first_sample_index=0,
     )

@@ -27,7 +27,7 @@ from onewan.arithmetic.timestep_density import (
 )
 from onewan.config.objective import CurveWeighting, LossSection, NoWeighting, Weighting
 from onewan.config.schema import TrainSection
-from onewan.data.loader import Batch, Step
+from onewan.data.loader import Batch, StepBatches
 from onewan.errors import ConfigError
 from onewan.seeds import derive_seed
 from onewan.variants import Expert, Variant
@@ -90,9 +90,9 @@ class Objective:
     most 1; its timestep stays 0. None gives it clean, as the official code does
     (``wan/textimage2video.py:550-598``)."""
 
-    def noise(self, batch: Batch, step: Step, expert: Expert) -> NoisedBatch:
+    def noise(self, batch: Batch, step: StepBatches, expert: Expert) -> NoisedBatch:
         """Noise `batch`, one of `step`'s, which may lie on a device by now."""
-        places = range(batch.offset, batch.offset + len(batch))
+        places = batch.sample_indices
         latents_BCFHW = batch.latents
         density = self._density(latents_BCFHW)
         shares = np.array([self._share(step, place) for place in places])
@@ -107,16 +107,13 @@ class Objective:
             more = self._normal("input perturbation", step, places, shape)
             seen_BCFHW = noise_BCFHW + self.input_perturbation * more
         given_B = self._given(batch, step, places)
-        # From the step's batch and not this one, whose weights would have to come back from the
-        # device.
-        (of_clips,) = (b.loss_weight.tolist() for b in step.batches if b.offset == batch.offset)
         of_levels = timestep_weights(self.weighting, density, expert, levels).tolist()
         sample = noised(
             latents_BCFHW,
             noise_BCFHW,
             levels.tolist(),
             seen_BCFHW=seen_BCFHW,
-            weights=[w * c for w, c in zip(of_levels, of_clips, strict=True)],
+            weights=[w * c for w, c in zip(of_levels, batch.loss_weights, strict=True)],
             counts_BFHW=self._counts(batch, given_B),
         )
         return sample if given_B is None else self._with_first_frame(sample, batch, step, given_B)
@@ -130,16 +127,15 @@ class Objective:
         noise_BCFHW = torch.stack(
             [
                 seeded_noise(batch.latents.shape[1:], derive_seed(seed, "fixed noise", place))
-                for place in range(batch.offset, batch.offset + len(batch))
+                for place in batch.sample_indices
             ]
         )
         of_levels = timestep_weights(self.weighting, density, expert, levels).tolist()
-        of_clips = batch.loss_weight.tolist()
         return noised(
             batch.latents,
             noise_BCFHW,
             levels.tolist(),
-            weights=[w * c for w, c in zip(of_levels, of_clips, strict=True)],
+            weights=[w * c for w, c in zip(of_levels, batch.loss_weights, strict=True)],
             counts_BFHW=self._counts(batch, None),
         )
 
@@ -153,16 +149,16 @@ class Objective:
             return self.density
         return self.density.scaled(shift_factor(latents_BCFHW.shape, self.official_token_count))
 
-    def _share(self, step: Step, place: int) -> float:
+    def _share(self, step: StepBatches, place: int) -> float:
         """The probability, in [0, 1], at which the level of a sample lies in its distribution."""
         drawn = self._random("t", step, place).random()
         if not self.stratified:
             return drawn
-        parts = list(range(step.size))
+        parts = list(range(step.global_size))
         self._random("strata", step).shuffle(parts)
-        return (parts[place] + drawn) / step.size
+        return (parts[place] + drawn) / step.global_size
 
-    def _given(self, batch: Batch, step: Step, places: Sequence[int]) -> Tensor | None:
+    def _given(self, batch: Batch, step: StepBatches, places: Sequence[int]) -> Tensor | None:
         """[B] bool: whose first frame is given; None if no one's."""
         if self.first_frame_probability == 0 or batch.latents.shape[2] == 1:
             return None
@@ -171,12 +167,12 @@ class Objective:
         return torch.tensor(given) if any(given) else None
 
     def _with_first_frame(
-        self, sample: NoisedBatch, batch: Batch, step: Step, given_B: Tensor
+        self, sample: NoisedBatch, batch: Batch, step: StepBatches, given_B: Tensor
     ) -> NoisedBatch:
         """`sample` with the first frames of `batch`, or nearly those, where `given_B`."""
         frame_BCHW = batch.latents[:, :, 0]
         if self.first_frame_noise is not None:
-            places = range(batch.offset, batch.offset + len(batch))
+            places = batch.sample_indices
             mean, std = self.first_frame_noise
             logs = [self._random("first frame level", step, p).gauss(mean, std) for p in places]
             s = torch.tensor([math.exp(min(log, 0.0)) for log in logs]).view(-1, 1, 1, 1)
@@ -201,13 +197,13 @@ class Objective:
         return counts
 
     def _normal(
-        self, purpose: str, step: Step, places: Sequence[int], shape: Sequence[int]
+        self, purpose: str, step: StepBatches, places: Sequence[int], shape: Sequence[int]
     ) -> Tensor:
         """[B, *shape] standard normal numbers."""
         seeds = [derive_seed(self.seed, purpose, step.number, place) for place in places]
         return torch.stack([seeded_noise(shape, seed) for seed in seeds])
 
-    def _random(self, purpose: str, step: Step, *counters: int) -> random.Random:
+    def _random(self, purpose: str, step: StepBatches, *counters: int) -> random.Random:
         return random.Random(derive_seed(self.seed, purpose, step.number, *counters))
 
 

@@ -82,7 +82,7 @@ class Run:
         that teach what the base model makes are no measure of what is learned."""
         shown = tuple(clip for clip in self.dataset.clips if not clip.is_prior)
         clips = self.dataset.held_out or shown or self.dataset.clips
-        return self.loader.fixed(clips, self.config.validation.clips)
+        return self.loader.validation_batches(clips, self.config.validation.clips)
 
 
 def run_folder(config: RunConfig) -> Path:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from onewan.data.loader import Batch, Step
+from onewan.data.loader import Batch, StepBatches
 from onewan.dtypes import torch_dtype
 from onewan.errors import TrainingError
 from onewan.model.forward import predict_velocity
@@ -31,7 +31,7 @@ class StepMetrics:
     """Noise level of each clip."""
 
 
-def train_step(run: Run, step: Step) -> StepMetrics:
+def train_step(run: Run, step: StepBatches) -> StepMetrics:
     """Forward and backward of each batch of `step`, then one update of what trains in it.
 
     TrainingError if the loss or the gradient is not finite. The weights are unchanged then, but
@@ -56,7 +56,7 @@ def train_step(run: Run, step: Step) -> StepMetrics:
 
 
 def backward(
-    run: Run, step: Step, trained: TrainedExpert
+    run: Run, step: StepBatches, trained: TrainedExpert
 ) -> tuple[list[Tensor], tuple[float, ...]]:
     """Add the gradients of all batches of `step` to the parameters.
 
@@ -75,11 +75,11 @@ def backward(
             with trained.base(), torch.no_grad():
                 sample = with_base_target(sample, predict(run, trained, batch, sample, text), batch)
         if run.dropout:
-            seed = derive_seed(run.config.train.seed, "dropout", step.number, batch.offset)
-            torch.manual_seed(seed)
+            counters = (step.number, batch.first_sample_index)
+            torch.manual_seed(derive_seed(run.config.train.seed, "dropout", *counters))
         loss = compare(run, sample, predict(run, trained, batch, sample, text))
         # Each clip weighs the same, also where a bucket's last batch is smaller.
-        weighted = loss * (len(batch) / step.size)
+        weighted = loss * (len(batch) / step.global_size)
         if fused:  # the last chance before weights move
             check_finite(step, [weighted.item()], 0.0)
         if weighted.requires_grad:  # not where placeholders train alone and no caption has one
@@ -110,7 +110,7 @@ def compare(run: Run, sample: NoisedBatch, prediction_BCFHW: Tensor) -> Tensor:
     return velocity_loss(prediction_BCFHW, sample, run.config.train.loss, weight)
 
 
-def check_finite(step: Step, losses: list[float], norm: float) -> None:
+def check_finite(step: StepBatches, losses: list[float], norm: float) -> None:
     """TrainingError, naming the clips, if a number is not finite."""
     if all(map(math.isfinite, [*losses, norm])):
         return

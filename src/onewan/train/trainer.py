@@ -20,7 +20,7 @@ from onewan.checkpoint.store import StateStore
 from onewan.config.load import changed_fields, dump_run
 from onewan.config.migrate import migrate
 from onewan.config.schema import RunConfig
-from onewan.data.loader import Step
+from onewan.data.loader import StepBatches
 from onewan.errors import CheckpointError, Interrupted
 from onewan.files import remove, remove_unfinished, replacing
 from onewan.runs.control import Request, StopSignals, clear, pending
@@ -170,7 +170,9 @@ class WanTrainer:
         if self._sample_due(run):
             self._sample(run)
 
-    def _after_step(self, run: Run, step: Step, metrics: StepMetrics, seconds: float) -> None:
+    def _after_step(
+        self, run: Run, step: StepBatches, metrics: StepMetrics, seconds: float
+    ) -> None:
         done = run.state.step
         self._levels.setdefault(step.expert, []).extend(metrics.t)
         self._tell(
