@@ -79,13 +79,13 @@ def test_only_one_experts_optimizer_is_on_the_device(run_file: RunFile) -> None:
     run = WanModelSetup(run_file("t2v-a14b", "optimizer.lr=0.001")).build()
     moves: list[tuple[str, str]] = []
     for name, trained in run.state.experts.items():
-        part, plain = trained.part, trained.part.updater.to
+        trainable, plain = trained.trainable, trained.trainable.optimizer.to
 
         def to(device: torch.device, name: str = name, plain: Callable = plain) -> None:
             moves.append((name, device.type))
             plain(device)
 
-        part.updater.to = to
+        trainable.optimizer.to = to
     run.device = torch.device("cpu", 0)
     run.activate("high")
     assert moves[0][0] == "low" and moves[-1][0] == "high"

@@ -69,8 +69,8 @@ def test_gradients(run_file: RunFile, masked_clips: Path, method: str, variant: 
     losses, _ = backward(run, step, run.activate(step.expert))
     ours = {
         name: parameter.grad
-        for part in run.state.parts_of(step.expert)
-        for name, parameter in part.weights.parameters.items()
+        for trainable in run.state.trainables_of(step.expert)
+        for name, parameter in trainable.weights.parameters.items()
     }
     loss, theirs = reference(run, config, step)
     assert float(sum(losses)) == pytest.approx(float(loss), rel=1e-5)
@@ -120,10 +120,10 @@ def test_the_wan_settings_hold_for_each_method(
 def stir(run: Run) -> None:
     """Move what trains off its start, where half of the gradients of a LoRA are zero."""
     generator = torch.Generator().manual_seed(5)
-    for part in run.state.parts:
-        if isinstance(part.weights, EmbeddingTraining):
+    for trainable in run.state.trainables:
+        if isinstance(trainable.weights, EmbeddingTraining):
             continue
-        for parameter in part.weights.parameters.values():
+        for parameter in trainable.weights.parameters.values():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.data += 0.02 * noise.to(parameter.dtype)
 
@@ -259,7 +259,11 @@ def test_k_micro_batches_are_one_large_batch(run_file: RunFile) -> None:
         step = one_by_one(run) if sizes == (1, 1, 1) else joined(one_by_one(run), sizes)
         losses, levels = backward(run, step, run.activate(step.expert))
         gradients = torch.cat(
-            [p.grad.flatten() for part in run.state.parts for p in part.weights.parameters.values()]
+            [
+                p.grad.flatten()
+                for trainable in run.state.trainables
+                for p in trainable.weights.parameters.values()
+            ]
         )
         found.append((float(sum(losses)), levels, gradients))
     for loss, levels, gradients in found[1:]:

@@ -163,11 +163,11 @@ def test_what_a_state_lacks_starts_anew_only_if_that_is_allowed(run_file: RunFil
     assert average == "single: the moving average starts from the weights as they are"
     assert optimizer.startswith("single: the optimizer starts anew") and "adamw" in optimizer
     weights = run.state.experts["single"].method.read()
-    averages = run.state.experts["single"].part.ema.tensors()
+    averages = run.state.experts["single"].trainable.ema.tensors()
     for name, tensor in averages.items():
         assert torch.equal(tensor, weights[name.replace(".default", "")])
-    for part in run.state.parts:
-        part.ema = None
+    for trainable in run.state.trainables:
+        trainable.ema = None
     with pytest.raises(CheckpointError, match=r"is of adamw and not of sgd"):
         run.state.load(folder)
 

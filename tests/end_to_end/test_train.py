@@ -300,9 +300,9 @@ def test_averages_and_rates_go_by_each_parts_own_steps(run_file: RunFile, worksh
         "optimizer.lr=0.01",
     )
     run = WanModelSetup(config).build()
-    parts = {part.name: part for part in run.state.parts}
-    expected = {name: part.ema.tensors() for name, part in parts.items()}
-    steps = dict.fromkeys(parts, 0)
+    trainables = {trainable.name: trainable for trainable in run.state.trainables}
+    expected = {name: trainable.ema.tensors() for name, trainable in trainables.items()}
+    steps = dict.fromkeys(trainables, 0)
     for number in range(6):
         name, before = run.schedule.turn(number)
         metrics = train_step(run, run.loader.step(number, name, before))
@@ -310,10 +310,10 @@ def test_averages_and_rates_go_by_each_parts_own_steps(run_file: RunFile, worksh
         assert run.lr_factor("embeddings", number) == pytest.approx(1 - number / 6)
         for moved in (name, "embeddings"):
             decay = min(0.9, (1 + steps[moved]) / (10 + steps[moved]))
-            now = parts[moved].weights.parameters
+            now = trainables[moved].weights.parameters
             for key, average in expected[moved].items():
                 average.lerp_(now[key].detach(), 1 - decay)
             steps[moved] += 1
     for name, averages in expected.items():
-        for key, average in parts[name].ema.tensors().items():
+        for key, average in trainables[name].ema.tensors().items():
             torch.testing.assert_close(average, averages[key], rtol=1e-5, atol=1e-7)

@@ -101,7 +101,7 @@ def test_base_targets_keep_the_base(run_file: RunFile, workshop: Path) -> None:
     run = WanModelSetup(config).build()
     metrics = train_step(run, run.loader.step(0, "high", 0))
     assert metrics.loss == 0 and metrics.grad_norm == 0
-    for parameter in run.state.experts["high"].part.weights.parameters.values():
+    for parameter in run.state.experts["high"].trainable.weights.parameters.values():
         parameter.data += 0.05
     assert train_step(run, run.loader.step(1, "high", 1)).loss > 0
 
@@ -255,7 +255,7 @@ def test_schedule_free_weights_are_exported_as_validated(run_file: RunFile) -> N
     run = WanModelSetup(config).build()
     run.state.load(layout.state(6))
     raw = run.state.experts["single"].method.read()
-    with run.state.experts["single"].part.as_("trained"):
+    with run.state.experts["single"].trainable.using("trained"):
         used = run.state.experts["single"].method.read()
     assert any(not torch.equal(raw[name], used[name]) for name in raw)
     again = run.state.experts["single"].method.read()

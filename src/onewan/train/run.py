@@ -15,7 +15,7 @@ from onewan.data.loader import Batch, WanDataLoader
 from onewan.model.wan import WanModel
 from onewan.sample.generate import SampleRequest
 from onewan.train.objective import Objective
-from onewan.train.state import PartName, TrainedExpert, TrainState
+from onewan.train.state import TrainableName, TrainedExpert, TrainState
 from onewan.variants import ExpertName
 
 
@@ -59,23 +59,23 @@ class Run:
             return batch.text
         return self.model.encode_text(batch.captions)
 
-    def lr_factor(self, part: PartName, step: int) -> float:
-        """What the learning rates of `part` are multiplied with at `step`.
+    def lr_factor(self, trainable: TrainableName, step: int) -> float:
+        """What the learning rates of `trainable` are multiplied with at `step`.
 
         An expert's schedule runs over its own steps, that of embeddings over all.
         """
         train = self.config.train
         return lr_factor(
             train.schedule,
-            self.steps_before(part, step),
-            self.steps_before(part, train.steps),
+            self.steps_before(trainable, step),
+            self.steps_before(trainable, train.steps),
             train.warmup_steps,
             train.warmdown_steps,
         )
 
-    def steps_before(self, part: PartName, step: int) -> int:
-        """In how many of the steps 0 .. `step`-1 `part` trains."""
-        return step if part == "embeddings" else self.schedule.steps_before(step, part)
+    def steps_before(self, trainable: TrainableName, step: int) -> int:
+        """In how many of the steps 0 .. `step`-1 `trainable` trains."""
+        return step if trainable == "embeddings" else self.schedule.steps_before(step, trainable)
 
     def validation_batches(self) -> list[Batch]:
         """The clips that losses are compared on, one a batch: held-out ones if there are any. Clips

@@ -39,7 +39,7 @@ from onewan.train.ema import Ema
 from onewan.train.objective import objective_of
 from onewan.train.optim import resumes_exactly
 from onewan.train.run import Run
-from onewan.train.state import PartName, TrainedExpert, TrainedPart, TrainState
+from onewan.train.state import Trainable, TrainableName, TrainedExpert, TrainState
 from onewan.train.trainables import AdapterTraining, EmbeddingTraining, ExpertMethod, FullFineTune
 from onewan.train.update import Updater
 from onewan.variants import Expert, ExpertName
@@ -185,11 +185,13 @@ class WanModelSetup:
             transformer.enable_gradient_checkpointing()
         if not config.wan_config.use_temporal_attention:
             attend_within_frames(transformer)
-        part = None
+        trainable = None
         if method is not None:
             lr = self._own(expert.name).lr or config.optimizer.lr
-            part = self._part(expert.name, method, lr)
-        return TrainedExpert(expert=expert, transformer=transformer, method=method, part=part)
+            trainable = self._trainable(expert.name, method, lr)
+        return TrainedExpert(
+            expert=expert, transformer=transformer, method=method, trainable=trainable
+        )
 
     def _own(self, expert: ExpertName) -> ExpertSettings:
         """What the run file says of one of two experts."""
@@ -229,17 +231,17 @@ class WanModelSetup:
             starts_as_base=start is None,
         )
 
-    def _part(
-        self, name: PartName, what: ExpertMethod | EmbeddingTraining, lr: float
-    ) -> TrainedPart:
+    def _trainable(
+        self, name: TrainableName, what: ExpertMethod | EmbeddingTraining, lr: float
+    ) -> Trainable:
         config = self._config
         ema = config.train.ema
-        return TrainedPart(
+        return Trainable(
             name=name,
             weights=what,
-            optimizer=config.optimizer.name,
+            optimizer_name=config.optimizer.name,
             lr=lr,
-            updater=Updater(
+            optimizer=Updater(
                 what.groups(lr),
                 config.optimizer,
                 rounding=what.rounding,
@@ -250,8 +252,8 @@ class WanModelSetup:
             ema=None if ema is None else Ema(what.parameters, ema.decay, ema.device),
         )
 
-    def _embeddings(self, model: WanModel, dataset: Dataset) -> TrainedPart | None:
-        """Put the run file's placeholders into `model`; the part that trains them, if any."""
+    def _embeddings(self, model: WanModel, dataset: Dataset) -> Trainable | None:
+        """Put the run file's placeholders into `model`. The `Trainable` of those that train."""
         config = self._config
         if not config.embeddings:
             return None
@@ -271,7 +273,7 @@ class WanModelSetup:
             return None
         if config.memory.gradient_checkpointing:
             checkpoint_encoder(model.text_encoder)
-        return self._part("embeddings", EmbeddingTraining(chosen), config.optimizer.lr)
+        return self._trainable("embeddings", EmbeddingTraining(chosen), config.optimizer.lr)
 
     def _embedding(self, section: EmbeddingSection, model: WanModel) -> WanModelEmbedding:
         name, placeholder = section.name, section.placeholder

@@ -32,12 +32,12 @@ from onewan.variants import Expert, ExpertName
 _FACTS = "state.json"
 _PACKAGES = ("onewan", "torch", "diffusers", "transformers", "peft")
 
-PartName = ExpertName | Literal["embeddings"]
-WeightsKind = Literal["trained", "ema"]
+TrainableName = ExpertName | Literal["embeddings"]
+WeightSet = Literal["trained", "ema"]
 
 
-class Weights(Protocol):
-    """Where the weights of a part are read from and written to."""
+class TrainableWeights(Protocol):
+    """Where the weights of a trainable are read from and written to."""
 
     def read(self) -> dict[str, Tensor]:
         """All that training changed, by name, on the CPU."""
@@ -50,35 +50,35 @@ class Weights(Protocol):
 
 
 @dataclass(kw_only=True)
-class TrainedPart:
+class Trainable:
     """Weights that train together under one optimizer: those of an expert, or the embeddings."""
 
-    name: PartName
-    weights: Weights
-    updater: Updater
-    optimizer: str
+    name: TrainableName
+    weights: TrainableWeights
+    optimizer: Updater
+    optimizer_name: str
     """Its name, by which a state's is known."""
     lr: float
     """The full learning rate of most of the weights."""
     ema: Ema | None = None
 
-    def as_(self, kind: WeightsKind) -> AbstractContextManager[None]:
+    def using(self, kind: WeightSet) -> AbstractContextManager[None]:
         """The weights as they are to be used: trained (by a schedule-free optimizer, averaged), or
         the moving average. Afterwards they are, to the bit, what training goes on with."""
         if kind == "ema":
             assert self.ema is not None
             return self.ema.applied()
-        return self.updater.evaluating()
+        return self.optimizer.evaluating()
 
     def to(self, device: torch.device) -> None:
         """Move what goes with the weights; the numbers stay the same."""
-        self.updater.to(device)
+        self.optimizer.to(device)
         if self.ema is not None:
             self.ema.to(device)
 
     def save(self, folder: Path) -> None:
         save_file(self.weights.read(), folder / f"{self.name}.safetensors")
-        kept = {"optimizer": self.optimizer, "weights": self.updater.state_dict()}
+        kept = {"optimizer": self.optimizer_name, "weights": self.optimizer.state_dict()}
         torch.save(kept, folder / f"{self.name}_optimizer.pt")
         if self.ema is not None:
             torch.save(self.ema.state_dict(), folder / f"{self.name}_ema.pt")
@@ -101,9 +101,9 @@ class TrainedPart:
         try:
             with self._fitting(optimizer):
                 kept = _read(optimizer)
-                if kept["optimizer"] != self.optimizer:
-                    raise ValueError(f"is of {kept['optimizer']} and not of {self.optimizer}")
-                self.updater.load_state_dict(kept["weights"])
+                if kept["optimizer"] != self.optimizer_name:
+                    raise ValueError(f"is of {kept['optimizer']} and not of {self.optimizer_name}")
+                self.optimizer.load_state_dict(kept["weights"])
         except CheckpointError as error:
             if not allow_change:
                 raise
@@ -125,13 +125,13 @@ class TrainedExpert:
     expert: Expert
     transformer: WanTransformer3DModel
     method: ExpertMethod | None = None
-    part: TrainedPart | None = None
+    trainable: Trainable | None = None
     """Both None if nothing of the expert itself trains, but embeddings through it."""
 
     def to(self, device: torch.device) -> None:
         self.transformer.to(device)  # pyright: ignore[reportArgumentType]  (diffusers hides self)
-        if self.part is not None:
-            self.part.to(device)
+        if self.trainable is not None:
+            self.trainable.to(device)
 
     def base(self) -> AbstractContextManager[None]:
         """The expert as it was before training, for as long as the block lasts."""
@@ -143,7 +143,7 @@ class TrainState:
     """The state of a run after `step` optimizer steps."""
 
     experts: dict[ExpertName, TrainedExpert]
-    embeddings: TrainedPart | None = None
+    embeddings: Trainable | None = None
     step: int = 0
     base_loss: dict[str, float] = field(default_factory=dict)
     """Each expert's validation loss of the base model, to compare later ones with."""
@@ -157,20 +157,20 @@ class TrainState:
         return None if self.best is None else int(self.best["step"])
 
     @property
-    def parts(self) -> list[TrainedPart]:
-        """All that trains: the experts' parts, then the embeddings."""
-        found = [*(trained.part for trained in self.experts.values()), self.embeddings]
-        return [part for part in found if part is not None]
+    def trainables(self) -> list[Trainable]:
+        """All that trains: the experts' trainables, then the embeddings."""
+        found = [*(trained.trainable for trained in self.experts.values()), self.embeddings]
+        return [trainable for trainable in found if trainable is not None]
 
-    def parts_of(self, name: ExpertName) -> list[TrainedPart]:
+    def trainables_of(self, name: ExpertName) -> list[Trainable]:
         """What moves in a step of expert `name`."""
-        found = (self.experts[name].part, self.embeddings)
-        return [part for part in found if part is not None]
+        found = (self.experts[name].trainable, self.embeddings)
+        return [trainable for trainable in found if trainable is not None]
 
     def save(self, folder: Path, facts: dict[str, Any]) -> None:
         """Write the state into `folder`; `facts` (run file, data set) are kept beside it."""
-        for part in self.parts:
-            part.save(folder)
+        for trainable in self.trainables:
+            trainable.save(folder)
         about = {
             "step": self.step,
             "base_loss": self.base_loss,
@@ -189,7 +189,9 @@ class TrainState:
         """
         about = read_facts(folder)
         anew = [
-            line for part in self.parts for line in part.load(folder, allow_change=allow_change)
+            line
+            for trainable in self.trainables
+            for line in trainable.load(folder, allow_change=allow_change)
         ]
         self.step = about["step"]
         self.base_loss = about["base_loss"]

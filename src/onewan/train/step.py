@@ -38,21 +38,21 @@ def train_step(run: Run, step: StepBatches) -> StepMetrics:
     for those of a fused step, whose gradients are known only after they were used.
     """
     trained = run.activate(step.expert)
-    parts = run.state.parts_of(step.expert)
-    for part in parts:
-        part.updater.begin(step.number, run.lr_factor(part.name, step.number))
+    trainables = run.state.trainables_of(step.expert)
+    for trainable in trainables:
+        trainable.optimizer.begin(step.number, run.lr_factor(trainable.name, step.number))
     losses, levels = backward(run, step, trained)
     limit = run.config.train.max_grad_norm
-    # A part without gradients has its norm of 0 on the CPU.
-    norms = [part.updater.norm(limit).to(run.device) for part in parts]
+    # Without any gradient the norm is a 0 on the CPU.
+    norms = [trainable.optimizer.norm(limit).to(run.device) for trainable in trainables]
     # The only wait for the device in a step, and before the weights change.
     *values, norm = torch.stack([*losses, torch.stack(norms).norm()]).tolist()
     check_finite(step, values, norm)
-    for part in parts:
-        part.updater.step()
-        if part.ema is not None:
-            part.ema.update(run.steps_before(part.name, step.number))
-    return StepMetrics(loss=sum(values), grad_norm=norm, lr=parts[0].updater.lr, t=levels)
+    for trainable in trainables:
+        trainable.optimizer.step()
+        if trainable.ema is not None:
+            trainable.ema.update(run.steps_before(trainable.name, step.number))
+    return StepMetrics(loss=sum(values), grad_norm=norm, lr=trainables[0].optimizer.lr, t=levels)
 
 
 def backward(

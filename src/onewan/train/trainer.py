@@ -30,7 +30,7 @@ from onewan.sample.generate import WanModelSampler
 from onewan.train.export import ExportedFile, exported_files
 from onewan.train.run import Run, run_folder
 from onewan.train.setup import WanModelSetup
-from onewan.train.state import WeightsKind, read_facts, versions
+from onewan.train.state import WeightSet, read_facts, versions
 from onewan.train.step import StepMetrics, train_step
 from onewan.train.validation import validation_loss
 
@@ -252,8 +252,8 @@ class WanTrainer:
         return True
 
     @staticmethod
-    def _kinds(run: Run) -> tuple[WeightsKind, ...]:
-        averaged = any(part.ema is not None for part in run.state.parts)
+    def _kinds(run: Run) -> tuple[WeightSet, ...]:
+        averaged = any(trainable.ema is not None for trainable in run.state.trainables)
         return ("trained", "ema") if averaged else ("trained",)
 
     def _restore(self, run: Run) -> None:
@@ -334,7 +334,7 @@ class WanTrainer:
                 if notice not in self._noticed:  # it is the same for the files of later steps
                     self._noticed.add(notice)
                     self._warn(f"{file.path.name}: {notice}")
-            self._tell("exported", step=run.state.step, expert=file.part, file=str(file.path))
+            self._tell("exported", step=run.state.step, expert=file.trainable, file=str(file.path))
         exported = self._layout.exported()
         for step in list(exported)[: -(self._config.output.keep or len(exported))]:
             if step != run.state.best_step:
@@ -354,8 +354,8 @@ class WanTrainer:
                 continue
             try:
                 with ExitStack() as weights:
-                    for part in run.state.parts:
-                        weights.enter_context(part.as_("trained"))
+                    for trainable in run.state.trainables:
+                        weights.enter_context(trainable.using("trained"))
                     sampler.sample_to(
                         path,
                         request,

@@ -16,13 +16,13 @@ from torch import Tensor
 from onewan.data.loader import Batch
 from onewan.seeds import derive_seed
 from onewan.train.run import Run
-from onewan.train.state import TrainedExpert, WeightsKind
+from onewan.train.state import TrainedExpert, WeightSet
 from onewan.train.step import compare, predict
 from onewan.variants import ExpertName
 
 
 def validation_loss(
-    run: Run, name: ExpertName, kind: WeightsKind | None, between: Callable[[], None]
+    run: Run, name: ExpertName, kind: WeightSet | None, between: Callable[[], None]
 ) -> float:
     """`name`'s mean loss with its weights of `kind`, or those of the base model for None.
 
@@ -41,11 +41,11 @@ def validation_loss(
 
 
 def _weights(
-    run: Run, trained: TrainedExpert, kind: WeightsKind | None
+    run: Run, trained: TrainedExpert, kind: WeightSet | None
 ) -> list[AbstractContextManager[None]]:
     if kind is None:
         return [trained.base()]
-    return [part.as_(kind) for part in run.state.parts_of(trained.expert.name)]
+    return [trainable.using(kind) for trainable in run.state.trainables_of(trained.expert.name)]
 
 
 def _losses(run: Run, trained: TrainedExpert, number: int, batch: Batch) -> list[Tensor]:
