@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.interrupted import leave_interrupted
 from support.runs import SMALL_SAMPLE, RunFile, layout_of, outcome
 
 from onewan.cli import main
@@ -177,8 +178,7 @@ def test_resuming_under_other_versions_is_told(
 ) -> None:
     WanTrainer(run_file("ti2v-5b", "train.steps=1")).fit()
     config = run_file("ti2v-5b", "train.steps=2")
-    left = layout_of(config).weights_dir / ".tmp-1-000001.safetensors"
-    left.touch()  # of a writer that was killed
+    (left,) = leave_interrupted(layout_of(config).weights_dir / "000001.safetensors")
     events: list[Mapping[str, Any]] = []
     monkeypatch.setattr(trainer, "versions", lambda: {"torch": "9.9"})
     WanTrainer(config, listen=events.append, resume=True).fit()

@@ -506,9 +506,10 @@ def test_a_killed_conversion_leaves_nothing_under_the_final_name(t2v, tmp_path):
     assert process.stdout.readline().strip() == "half"
     process.kill()
     process.wait()
-    assert not (tmp_path / "d").exists()
+    assert not (tmp_path / "d").exists() and list(tmp_path.glob(".tmp-*"))
     convert_model(t2v, tmp_path / "d", "diffusers")
     assert (tmp_path / "d/model_index.json").exists()
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 def test_progress_ends_at_the_total(t2v, tmp_path):

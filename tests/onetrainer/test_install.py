@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path, PureWindowsPath
 
 import pytest
+from support.interrupted import leave_interrupted
 from support.onetrainer_stub import write_checkout
 
 from onewan.cli import main
@@ -222,9 +223,11 @@ def test_an_update_that_was_cut_off_knows_the_old_files(checkout: Path, monkeypa
 def test_a_killed_process_leaves_no_temporary_files_behind(checkout: Path):
     dirs = folders(checkout)
     install(checkout)
-    for name in (MANIFEST, "modules/model/WanModel.py", "modules/modelSetup/wan/BaseWanSetup.py"):
-        path = checkout / name
-        path.with_name(f".tmp-4711-{path.name}").write_text("half", "utf-8")
+    leave_interrupted(
+        checkout / MANIFEST,
+        checkout / "modules/model/WanModel.py",
+        checkout / "modules/modelSetup/wan/BaseWanSetup.py",
+    )
     path = checkout / "modules/model/WanModel.py"
     path.unlink()
     install(checkout)

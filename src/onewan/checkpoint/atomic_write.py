@@ -9,7 +9,7 @@ from pathlib import Path
 
 from onewan.checkpoint.layouts import Output
 from onewan.errors import CheckpointError
-from onewan.files import TEMPORARY_PREFIX, sync
+from onewan.files import remove_abandoned, sync, temporary_beside
 from onewan.formats.backends import first_line
 
 Report = Callable[[int, int], None]
@@ -75,9 +75,8 @@ def publish(
     user stops it, what was there before stays and nothing else does.
     """
     total = sum(output.bytes for output in outputs)
+    remove_abandoned(destination.parent, destination.name)  # an interrupted try can be 57 GB
     _check_space(destination, total)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    staging = destination.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{destination.name}")
     done = 0
 
     def on_bytes(count: int) -> None:
@@ -87,23 +86,20 @@ def publish(
             report(done, total)
 
     try:
-        for output in outputs:
-            place = staging / output.place if output.place else staging
-            place.parent.mkdir(parents=True, exist_ok=True)
-            output.write(place, on_bytes)
-        verify(staging)
-        for folder in [staging, *staging.rglob("*")] if staging.is_dir() else []:
-            sync(folder)
-        _replace(staging, destination)
+        with temporary_beside(destination) as staging:
+            for output in outputs:
+                place = staging / output.place if output.place else staging
+                place.parent.mkdir(parents=True, exist_ok=True)
+                output.write(place, on_bytes)
+            verify(staging)
+            for folder in [staging, *staging.rglob("*")] if staging.is_dir() else []:
+                sync(folder)
+            _replace(staging, destination)
     except OSError as error:
-        _remove(staging)
         raise CheckpointError(
             f"{destination}: can't be written ({first_line(error)}); "
             "check the folder and the free space"
         ) from error
-    except BaseException:
-        _remove(staging)
-        raise
     return [destination / o.place if o.place else destination for o in outputs]
 
 
@@ -118,24 +114,17 @@ def _check_space(destination: Path, needed: int) -> None:
 
 
 def _replace(staging: Path, destination: Path) -> None:
-    """Give `staging` its name. A folder that was there is put aside first, and back if need be."""
-    aside = None
-    if destination.is_dir():
-        aside = destination.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-old-{destination.name}")
-        os.rename(destination, aside)
-    try:
+    """Give `staging` its final name. A folder that has it now is moved aside first (no system
+    replaces a folder that is not empty), and back if the renaming fails."""
+    if not destination.is_dir():
         os.replace(staging, destination)
-    except BaseException:
-        if aside is not None:
-            os.rename(aside, destination)
-        raise
-    sync(destination.parent)
-    if aside is not None:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+        sync(destination.parent)
+        return
+    with temporary_beside(destination) as old:
+        os.rename(destination, old)
+        try:
+            os.replace(staging, destination)
+        except BaseException:
+            os.rename(old, destination)
+            raise
+        sync(destination.parent)

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from onewan.errors import CheckpointError
-from onewan.files import TEMPORARY_PREFIX, file_digest, remove, remove_unfinished, sync
+from onewan.files import file_digest, remove, remove_abandoned, sync, temporary_beside
 from onewan.runs.layout import RunLayout
 
 MANIFEST = "manifest.json"
@@ -48,20 +47,13 @@ class StateStore:
         deleted, after the new one is safe; that of step `best` stays.
         """
         final = self._layout.state(step)
-        temporary = final.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-new-{final.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write(temporary)
-        files = sorted(p for p in temporary.iterdir() if p.is_file())
-        manifest = {p.name: {"bytes": p.stat().st_size, "blake2b": file_digest(p)} for p in files}
-        for path in files:
-            sync(path)
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-        sync(temporary / MANIFEST)
-        sync(temporary)
-        if final.exists():
-            remove(final)
-        os.replace(temporary, final)
+        with temporary_beside(final) as temporary:
+            temporary.mkdir()
+            write(temporary)
+            _write_manifest(temporary)
+            if final.exists():
+                remove(final)
+            os.replace(temporary, final)
         sync(final.parent)
         self._rotate(best)
         return final
@@ -88,7 +80,18 @@ class StateStore:
         for step in self._layout.saved_steps()[: -self._keep]:
             if step != best and not (self._keep_every and step % self._keep_every == 0):
                 remove(self._layout.state(step))
-        remove_unfinished(self._layout.states_dir)
+        remove_abandoned(self._layout.states_dir)
+
+
+def _write_manifest(folder: Path) -> None:
+    """List the files in `folder`, after all of them have reached the disk."""
+    files = sorted(p for p in folder.iterdir() if p.is_file())
+    manifest = {p.name: {"bytes": p.stat().st_size, "blake2b": file_digest(p)} for p in files}
+    for path in files:
+        sync(path)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
 def _damage(folder: Path) -> str | None:

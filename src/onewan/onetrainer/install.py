@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from onewan.errors import OnewanError
-from onewan.files import TEMPORARY_PREFIX, replacing
+from onewan.files import remove_abandoned, replacing
 from onewan.onetrainer.contract import CheckResult, check
 
 MANIFEST = "onewan-addon.json"
@@ -129,7 +129,7 @@ def install(root: Path, *, force: bool = False, laid: Mapping[str, bytes] | None
     try:
         _write(root, manifest)
         for name in written:
-            _remove_unfinished(root / name)
+            remove_abandoned((root / name).parent, (root / name).name)
             with replacing(root / name) as path:
                 path.write_bytes(wanted[name])
         for name in stale:
@@ -156,7 +156,7 @@ def uninstall(root: Path, *, force: bool = False) -> Outcome:
     kept = () if force else tuple(n for n in manifest.files if n in changed)
     try:
         for name in manifest.files:
-            _remove_unfinished(root / name)
+            remove_abandoned((root / name).parent, (root / name).name)
             if name not in kept:
                 _remove(root, name)
         for folder in sorted(manifest.folders, reverse=True):
@@ -167,7 +167,7 @@ def uninstall(root: Path, *, force: bool = False) -> Outcome:
             manifest.folders = [f for f in manifest.folders if (root / f).is_dir()]
             _write(root, manifest)
         else:
-            _remove_unfinished(root / MANIFEST)
+            remove_abandoned((root / MANIFEST).parent, (root / MANIFEST).name)
             (root / MANIFEST).unlink()
     except OSError as error:
         raise InstallError(_unwritable(root, error)) from error
@@ -316,7 +316,7 @@ def _write(root: Path, manifest: _Manifest) -> None:
     }
     if manifest.replaced:
         content["replaced"] = manifest.replaced
-    _remove_unfinished(root / MANIFEST)
+    remove_abandoned((root / MANIFEST).parent, (root / MANIFEST).name)
     with replacing(root / MANIFEST) as path:
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -330,12 +330,6 @@ def _remove(root: Path, name: str) -> None:
         for compiled in cache.glob(f"{glob.escape(path.stem)}.*.pyc"):
             compiled.unlink()
         _remove_folder(cache)
-
-
-def _remove_unfinished(path: Path) -> None:
-    """Delete what an installation that was killed left beside `path` under a temporary name."""
-    for left in path.parent.glob(f"{TEMPORARY_PREFIX}*-{glob.escape(path.name)}"):
-        left.unlink()
 
 
 def _remove_folder(folder: Path) -> None:

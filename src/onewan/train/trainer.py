@@ -22,7 +22,7 @@ from onewan.config.migrate import migrate
 from onewan.config.schema import RunConfig
 from onewan.data.loader import StepBatches
 from onewan.errors import CheckpointError, Interrupted
-from onewan.files import remove, remove_unfinished, replacing
+from onewan.files import remove, remove_abandoned, replacing
 from onewan.runs.control import Request, StopSignals, clear, pending
 from onewan.runs.events import EventLog
 from onewan.runs.layout import RunLayout
@@ -104,7 +104,7 @@ class WanTrainer:
         self._layout.create()
         if not self._layout.saved_steps():
             self._write_run_files()
-        remove_unfinished(self._layout.weights_dir)
+        remove_abandoned(self._layout.weights_dir)
         with ExitStack() as session:
             self._events = session.enter_context(EventLog(self._layout.events))
             session.callback(_log_to(self._layout))
