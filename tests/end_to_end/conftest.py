@@ -9,7 +9,7 @@ import pytest
 from support.runs import RunFile
 
 from onewan.config.load import load_run
-from onewan.config.schema import RunConfig
+from onewan.config.schema import ResolvedRun
 from onewan.demo.clips import write_clips
 from onewan.demo.tiny_model import write_tiny_model
 
@@ -31,7 +31,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_file(workshop: Path, tmp_path: Path) -> RunFile:
     """Builds a resolved run, `run_file("t2v-a14b", "train.steps=3", ...)`, in the test's folder."""
 
-    def build(variant: str, *overrides: str, name: str = "run") -> RunConfig:
+    def build(variant: str, *overrides: str, name: str = "run") -> ResolvedRun:
         side = 128 if variant == "ti2v-5b" else 64
         path = tmp_path / f"{name}.yaml"
         path.write_text(

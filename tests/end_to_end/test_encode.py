@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.runs import RunFile
 
-from onewan.config.schema import RunConfig
+from onewan.config.schema import ResolvedRun
 from onewan.data.decode import decode
 from onewan.data.encode import Dataset, _CachedLatents, silent
 from onewan.data.index import Clip
@@ -26,7 +26,7 @@ from onewan.train.setup import WanModelSetup
 from onewan.variants import VARIANTS
 
 
-def prepared(config: RunConfig, *, verify: bool = False) -> tuple[Dataset, list[tuple[str, int]]]:
+def prepared(config: ResolvedRun, *, verify: bool = False) -> tuple[Dataset, list[tuple[str, int]]]:
     """The data set, and how many captions and clips were encoded for it."""
     totals: dict[str, int] = {}
     data = WanModelSetup(config).dataset(

@@ -21,7 +21,7 @@ from torch.func import functional_call
 
 from onewan.adapters.select import block_of
 from onewan.config.objective import LossSection
-from onewan.config.schema import RunConfig
+from onewan.config.schema import ResolvedRun
 from onewan.data.loader import Batch, StepBatches
 from onewan.formats.lora_files import peft_adapter
 from onewan.media import VIDEO_SUFFIXES, probe
@@ -142,7 +142,7 @@ def one_by_one(run: Run) -> StepBatches:
     )
 
 
-def reference(run: Run, config: RunConfig, step: StepBatches) -> tuple[Tensor, dict[str, Tensor]]:
+def reference(run: Run, config: ResolvedRun, step: StepBatches) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients by name, the plain way."""
     base = WanModelLoader().load(config.model.path)
     transformer = base.transformer.eval()

@@ -23,7 +23,7 @@ from support.slow_run import train_slowly
 from onewan.adapters.lora import apply_lora
 from onewan.checkpoint.store import StateStore
 from onewan.config.load import load_run
-from onewan.config.schema import RunConfig
+from onewan.config.schema import ResolvedRun
 from onewan.data.loader import Batch
 from onewan.formats.lora_files import read_adapter
 from onewan.media import probe
@@ -84,7 +84,7 @@ def test_a_method(
     assert [name for name in tensors if not torch.equal(tensors[name], again[name])] == []
 
 
-def falls(config: RunConfig) -> None:
+def falls(config: ResolvedRun) -> None:
     """The loss on the fixed clips is below that of the base model, for each expert."""
     events = [e for e in read_events(layout_of(config).events) if e["event"] == "validation"]
     experts = VARIANTS[config.model.variant].selected(config.model.experts)
@@ -96,7 +96,7 @@ def falls(config: RunConfig) -> None:
         assert first["loss"] == event["base"]
 
 
-def reloads(config: RunConfig, method: str) -> None:
+def reloads(config: ResolvedRun, method: str) -> None:
     """What was exported, on a fresh model, gives the output of the run's own model."""
     run = WanModelSetup(config).build()
     layout = layout_of(config)
@@ -139,7 +139,7 @@ def output(model: WanModel, name: str, batch: Batch) -> torch.Tensor:
 # --------------------------------------------------------------------------------- being killed
 
 
-def killed_and_resumed(run_yaml: Path, overrides: list[str], case: str) -> RunConfig:
+def killed_and_resumed(run_yaml: Path, overrides: list[str], case: str) -> ResolvedRun:
     """Train in another process, kill it at a random moment, check what is left, and go on."""
     config = load_run(run_yaml, overrides)
     layout = layout_of(config)

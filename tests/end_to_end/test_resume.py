@@ -16,7 +16,7 @@ from support.runs import SMALL_SAMPLE, RunFile, layout_of, outcome
 
 from onewan.cli import main
 from onewan.config.load import load_run
-from onewan.config.schema import RunConfig
+from onewan.config.schema import ResolvedRun
 from onewan.errors import CheckpointError, Interrupted
 from onewan.runs.control import request
 from onewan.runs.events import read_events
@@ -27,7 +27,7 @@ from onewan.train.trainer import WanTrainer
 from onewan.train.validation import validation_loss
 
 
-def send(what: str, config: RunConfig) -> Callable[[], None]:
+def send(what: str, config: ResolvedRun) -> Callable[[], None]:
     """What cuts the run: a real signal to this process, or a request in the run folder."""
     if what == "request":
         return lambda: request(layout_of(config), "stop")
@@ -35,7 +35,7 @@ def send(what: str, config: RunConfig) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
 
-def train_with_cuts(config: RunConfig, cuts: Mapping[int, str]) -> None:
+def train_with_cuts(config: ResolvedRun, cuts: Mapping[int, str]) -> None:
     """Train to the end, stopping after each step in `cuts` and resuming."""
     left = dict(cuts)
 

@@ -10,7 +10,7 @@ import pytest
 
 from onewan.cli import main
 from onewan.config.load import load_run
-from onewan.config.schema import RunConfig
+from onewan.config.schema import ResolvedRun
 from onewan.demo.clips import write_clips
 from onewan.errors import ConfigError
 from onewan.onetrainer.importing import (
@@ -59,7 +59,7 @@ def imported(tmp_path: Path, config: dict[str, Any], name: str = "config.json", 
     return import_config(path, **how)
 
 
-def run_of(tmp_path: Path, found: Imported) -> RunConfig:
+def run_of(tmp_path: Path, found: Imported) -> ResolvedRun:
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(found.document), "utf-8")
     return load_run(path)

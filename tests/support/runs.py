@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from onewan.config.schema import RunConfig
+from onewan.config.schema import ResolvedRun
 from onewan.runs.events import read_events
 from onewan.runs.layout import RunLayout
 from onewan.train.run import run_folder
 
-RunFile = Callable[..., RunConfig]
+RunFile = Callable[..., ResolvedRun]
 """The `run_file` fixture: `run_file("t2v-a14b", "train.steps=3", ...)` is a resolved run."""
 
 SMALL_SAMPLE = {"prompts": "[a]", "frames": 5, "width": 64, "height": 64, "steps": 2}
@@ -34,7 +34,7 @@ METHODS: Mapping[str, list[str]] = {
 }
 
 
-def layout_of(config: RunConfig) -> RunLayout:
+def layout_of(config: ResolvedRun) -> RunLayout:
     return RunLayout(run_folder(config))
 
 
@@ -52,7 +52,7 @@ def leaves(node: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, torch.tensor(node)
 
 
-def outcome(config: RunConfig) -> tuple[dict[str, Any], list[tuple[Any, ...]]]:
+def outcome(config: ResolvedRun) -> tuple[dict[str, Any], list[tuple[Any, ...]]]:
     """All tensors of the last state (weights, optimizers) and of the exports; all step events."""
     layout = layout_of(config)
     state = layout.state(layout.saved_steps()[-1])

@@ -28,9 +28,9 @@ from ruamel.yaml.representer import SafeRepresenter
 
 from onewan.config.messages import report, validated
 from onewan.config.migrate import migrate
-from onewan.config.resolve import inert, resolved
+from onewan.config.resolve import inert, resolve
 from onewan.config.rules import rule_violations
-from onewan.config.schema import COMPONENTS, RunConfig
+from onewan.config.schema import COMPONENTS, ResolvedRun, RunConfig
 from onewan.config.schema_paths import (
     Node,
     Place,
@@ -59,7 +59,7 @@ RESOLVED_NAME = "resolved.yaml"
 """What `dump_run` gave for a run, in the run's folder; a folder that has it is a run's folder."""
 
 
-def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run(path: Path, overrides: Sequence[str] = ()) -> ResolvedRun:
     """The resolved config of a run file, or of a run folder, with `overrides` applied.
 
     An override is ``path.to.field=value`` with the value in YAML. Relative paths in the file are
@@ -91,11 +91,11 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             report(problems, field, text)
     if config is None or problems:
         raise ConfigError(source, [f"{field}: {text}" for field, text in problems.items()])
-    return _located(resolved(config), Path(os.path.abspath(file.parent)))
+    return resolve(config, Path(os.path.abspath(file.parent)))
 
 
-def dump_run(config: RunConfig) -> str:
-    """The YAML text from which `load_run` reads an equal config, if `config` is a resolved one."""
+def dump_run(config: ResolvedRun) -> str:
+    """The YAML text from which `load_run` reads an equal config."""
     data = config.model_dump(mode="json")
     for place in inert(config):
         del at(data, place[:-1])[place[-1]]
@@ -110,7 +110,7 @@ def dump_run(config: RunConfig) -> str:
     return text.getvalue()
 
 
-def changed_fields(old: RunConfig, new: RunConfig) -> list[tuple[str, object, object]]:
+def changed_fields(old: ResolvedRun, new: ResolvedRun) -> list[tuple[str, object, object]]:
     """(dotted name, old value, new value) of each leaf that differs; a missing item is None."""
     before, after = dict(_leaf_values(old)), dict(_leaf_values(new))
     names = dict.fromkeys([*before, *after])
@@ -268,21 +268,6 @@ def _written_out(node: Node, place: Place, base: Path) -> Node:
         # Anything else is the name of a hub repository, unless something lies there.
         return _joined(base, node) if here or os.path.exists(base / node) else node
     return node
-
-
-def _located(config: RunConfig, folder: Path) -> RunConfig:
-    """A copy of `config` in which the two defaults that are relative are in `folder`.
-
-    What the file or an override says is absolute already.
-    """
-    cache_dir = Path(_joined(folder, config.video_data.cache_dir))
-    runs = Path(_joined(folder, config.output.dir))
-    return config.model_copy(
-        update={
-            "video_data": config.video_data.model_copy(update={"cache_dir": cache_dir}),
-            "output": config.output.model_copy(update={"dir": runs}),
-        }
-    )
 
 
 def _joined(base: Path, path: str | Path) -> str:

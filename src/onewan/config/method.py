@@ -6,11 +6,11 @@ Each kind has only the fields that mean something to it. Nothing here imports to
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from onewan.config.section import Decay, Int, Positive, Section
+from onewan.config.section import Decay, Int, Keyed, Positive, Section
 
 ADAPTER_GROUPS = ("self_attention", "cross_attention", "attention", "ffn", "all_linears")
 """Names that `method.modules` takes for groups of an expert's linear layers."""
@@ -119,12 +119,9 @@ class EmbeddingMethod(Section):
     """Nothing but the placeholders of `embeddings` (textual inversion)."""
 
 
-class EmbeddingSection(Section):
+class EmbeddingFields(Section):
     placeholder: str = Field(pattern=r"^\S+$")
     """The word in captions and prompts that the vectors stand for, such as <fox>."""
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]+$")
-    """Name of the exported file, and in ComfyUI's prompts (embedding:NAME); null is the placeholder
-    without its signs."""
     token_count: Int | None = Field(default=None, ge=1, le=64)
     """How many vectors; null is the number of tokens of `initial_text`."""
     initial_text: str = "*"
@@ -141,11 +138,29 @@ class EmbeddingSection(Section):
     """Learning rate; null is `optimizer.lr`."""
 
 
+class EmbeddingSection(EmbeddingFields):
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]+$")
+    """Name of the exported file, and in ComfyUI's prompts (embedding:NAME); null is the placeholder
+    without its signs."""
+
+
+class ResolvedEmbedding(EmbeddingFields):
+    name: str
+
+
 RankedMethod: TypeAlias = LoraMethod | DoraMethod | LohaMethod | LokrMethod
 """Adapters that have ranks."""
 
 AdapterMethod: TypeAlias = LoraMethod | DoraMethod | LohaMethod | LokrMethod | OftMethod
 
-Method: TypeAlias = (
-    LoraMethod | DoraMethod | LohaMethod | LokrMethod | OftMethod | FineTuneMethod | EmbeddingMethod
-)
+Method: TypeAlias = Annotated[
+    LoraMethod
+    | DoraMethod
+    | LohaMethod
+    | LokrMethod
+    | OftMethod
+    | FineTuneMethod
+    | EmbeddingMethod,
+    Field(discriminator="kind"),
+    Keyed(key="kind", default="lora"),
+]

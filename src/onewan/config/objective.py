@@ -62,9 +62,11 @@ class TableTimesteps(_Timesteps):
     """Weights of equally wide parts of 0 to 1, from little noise to much."""
 
 
-Timesteps: TypeAlias = (
-    UniformTimesteps | LogitNormalTimesteps | ModeTimesteps | BetaTimesteps | TableTimesteps
-)
+Timesteps: TypeAlias = Annotated[
+    UniformTimesteps | LogitNormalTimesteps | ModeTimesteps | BetaTimesteps | TableTimesteps,
+    Field(discriminator="distribution"),
+    Keyed(key="distribution", default="uniform", text=True),
+]
 
 
 class NoWeighting(Section):
@@ -87,7 +89,11 @@ class CurveWeighting(Section):
     """[noise level, weight], the levels rising."""
 
 
-Weighting: TypeAlias = NoWeighting | MinSnrWeighting | CurveWeighting
+Weighting: TypeAlias = Annotated[
+    NoWeighting | MinSnrWeighting | CurveWeighting,
+    Field(discriminator="kind"),
+    Keyed(key="kind", default="none", text=True),
+]
 
 
 class LossSection(Section):
@@ -96,9 +102,7 @@ class LossSection(Section):
     `pseudo_huber`: the same, smoothly. All equal the square for small errors."""
     delta: Positive = 1.0
     """Error beyond which the Huber losses grow straight."""
-    weighting: Annotated[
-        Weighting, Field(discriminator="kind"), Keyed(key="kind", default="none", text=True)
-    ] = NoWeighting()
+    weighting: Weighting = NoWeighting()
     """How much each noise level counts."""
     unmasked_weight: Share = 0.1
     """How much places that a mask leaves out count against those within."""

@@ -5,11 +5,11 @@ Each has only the fields that mean something to it. Nothing here imports torch.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from onewan.config.section import Decay, Float, Int, Positive, Section, Share
+from onewan.config.section import Decay, Float, Int, Keyed, Positive, Section, Share
 
 OPTIMIZER_PACKAGES = (
     "torch.optim",
@@ -194,7 +194,7 @@ class CustomOptimizer(Section):
 AVERAGING_OPTIMIZERS = (AdamWScheduleFreeOptimizer, ProdigyPlusOptimizer)
 """Those whose averaged weights take the place of a schedule."""
 
-Optimizer: TypeAlias = (
+Optimizer: TypeAlias = Annotated[
     AdamWOptimizer
     | AdamW8bitOptimizer
     | AdamWScheduleFreeOptimizer
@@ -208,8 +208,10 @@ Optimizer: TypeAlias = (
     | SgdOptimizer
     | AdamWLowBitOptimizer
     | AdamWOffloadOptimizer
-    | CustomOptimizer
-)
+    | CustomOptimizer,
+    Field(discriminator="name"),
+    Keyed(key="name", default="adamw"),
+]
 
 
 class ConstantSchedule(Section):
@@ -256,11 +258,13 @@ class PolynomialSchedule(Section):
     """Where it ends, as a share of the full rate."""
 
 
-Schedule: TypeAlias = (
+Schedule: TypeAlias = Annotated[
     ConstantSchedule
     | LinearSchedule
     | CosineSchedule
     | CosineRestartsSchedule
     | RexSchedule
-    | PolynomialSchedule
-)
+    | PolynomialSchedule,
+    Field(discriminator="kind"),
+    Keyed(key="kind", default="constant", text=True),
+]

@@ -1,13 +1,14 @@
-"""What the nulls of a run file stand for, and which of its values then mean nothing.
+"""Run file -> `ResolvedRun`: fills null fields with the defaults that follow from the variant or
+from other fields, and lists the fields that have no effect.
 
-Hides where the variant's own values go. Never changes a value that was given, never raises: it is
-for a config that keeps to all rules.
+Never changes a value that was given and never raises: it expects a config that breaks no rule.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TypeVar
 
 from onewan.config.method import (
@@ -15,62 +16,81 @@ from onewan.config.method import (
     EmbeddingSection,
     FineTuneMethod,
     Method,
+    PerModule,
     RankedMethod,
+    ResolvedEmbedding,
 )
-from onewan.config.schema import ExpertSettings, PerExpertSection, RunConfig
+from onewan.config.schema import (
+    ExpertSettings,
+    PerExpertSection,
+    ResolvedOutput,
+    ResolvedRun,
+    ResolvedSample,
+    ResolvedVideoData,
+    RunConfig,
+)
 from onewan.config.schema_paths import Place
 from onewan.config.section import Section
 from onewan.variants import NEGATIVE_PROMPT
 
 _S = TypeVar("_S", bound=Section)
 
+
 FILES_DECIDE = ("modules", "rank", "alpha", "per_module", "block_size")
 """Fields of an adapter method that files of `method.start_from` decide for their experts."""
 
 
-def resolved(config: RunConfig) -> RunConfig:
-    """`config` with every null that stands for another value replaced by it."""
-    variant = config.model.facts()
+def resolve(config: RunConfig, folder: Path) -> ResolvedRun:
+    """`config` with every null that stands for a default replaced by that default.
+
+    `folder` is the run file's: the two defaults that are relative paths, those of
+    `video_data.cache_dir` and `output.dir`, become absolute in it.
+    """
+    variant, video, output = config.model.facts(), config.video_data, config.output
     width, height = variant.sample_size
     ratios = {
         "spatial_compression_ratio": variant.spatial_compression,
         "temporal_compression_ratio": variant.temporal_compression,
     }
-    train: dict[str, object] = {
-        "timesteps": _filled(config.train.timesteps, shift=variant.flow_shift)
-    }
+    train = config.train
+    shift = train.timesteps.shift or variant.flow_shift
+    updates: dict[str, object] = {"timesteps": train.timesteps.model_copy(update={"shift": shift})}
     if (steps := divided_steps(config)) is not None:
-        train["steps"] = sum(steps)
-    return config.model_copy(
-        update={
-            "wan_config": config.wan_config.model_copy(update=ratios),
-            "video_data": _filled(
-                config.video_data,
-                target_fps=float(variant.fps),
-                resolution=(variant.training_area,),
-            ),
-            "method": _method(config),
-            "embeddings": tuple(_filled(e, name=exported_name(e)) for e in config.embeddings),
-            "per_expert": PerExpertSection(
-                high=_settings(config.per_expert.high), low=_settings(config.per_expert.low)
-            ),
-            "train": config.train.model_copy(update=train),
-            "sample": _filled(
-                config.sample,
-                width=width,
-                height=height,
-                frames=variant.frames,
-                fps=float(variant.fps),
-                steps=variant.sampling_steps,
-                shift=variant.flow_shift,
-                guidance=tuple(expert.guidance_scale for expert in variant.experts),
-                negative_prompt=NEGATIVE_PROMPT,
-            ),
-        }
-    )
+        updates["steps"] = sum(steps)
+    sections = {
+        "wan_config": config.wan_config.model_copy(update=ratios),
+        "video_data": _filled(
+            ResolvedVideoData,
+            video.model_copy(update={"cache_dir": folder / video.cache_dir}),
+            target_fps=float(variant.fps),
+            resolution=(variant.training_area,),
+        ),
+        "method": _method(config),
+        "embeddings": tuple(
+            _filled(ResolvedEmbedding, e, name=exported_name(e)) for e in config.embeddings
+        ),
+        "per_expert": PerExpertSection(
+            high=_settings(config.per_expert.high), low=_settings(config.per_expert.low)
+        ),
+        "train": train.model_copy(update=updates),
+        "sample": _filled(
+            ResolvedSample,
+            config.sample,
+            width=width,
+            height=height,
+            frames=variant.frames,
+            fps=float(variant.fps),
+            steps=variant.sampling_steps,
+            shift=variant.flow_shift,
+            guidance=tuple(expert.guidance_scale for expert in variant.experts),
+            negative_prompt=NEGATIVE_PROMPT,
+        ),
+        "output": _filled(ResolvedOutput, output.model_copy(update={"dir": folder / output.dir})),
+    }
+    return ResolvedRun.model_validate({**dict(config), **sections})
 
 
-def divided_steps(config: RunConfig) -> tuple[int, int] | None:
+def divided_steps(config: RunConfig | ResolvedRun) -> tuple[int, int] | None:
     """Steps of the high and the low expert, if the run file gives both; else None."""
     high, low = config.per_expert.high.steps, config.per_expert.low.steps
     return None if high is None or low is None else (high, low)
@@ -81,7 +101,7 @@ def exported_name(embedding: EmbeddingSection) -> str:
     return embedding.name or re.sub(r"[^A-Za-z0-9_-]", "", embedding.placeholder)
 
 
-def inert(config: RunConfig) -> Iterator[Place]:
+def inert(config: RunConfig | ResolvedRun) -> Iterator[Place]:
     """Places of values that mean nothing in this run, and that its file may not give."""
     variant, method = config.model.facts(), config.method
     if variant.condition != "first_frame_clean":
@@ -103,7 +123,7 @@ def _method(config: RunConfig) -> Method:
     method = config.method
     if isinstance(method, RankedMethod) and not method.start_from:
         layers = tuple(
-            _filled(layer, alpha=method.alpha or (layer.rank and float(layer.rank)))
+            _filled(PerModule, layer, alpha=method.alpha or (layer.rank and float(layer.rank)))
             for layer in method.per_module
         )
         update = {"alpha": method.alpha or float(method.rank), "per_module": layers}
@@ -114,10 +134,10 @@ def _method(config: RunConfig) -> Method:
 
 
 def _settings(expert: ExpertSettings) -> ExpertSettings:
-    return _filled(expert, alpha=expert.rank and float(expert.rank))
+    return _filled(ExpertSettings, expert, alpha=expert.rank and float(expert.rank))
 
 
-def _filled(section: _S, **values: object) -> _S:
-    """A copy of `section` with `values` where it has None."""
-    missing = {name: v for name, v in values.items() if getattr(section, name) is None}
-    return section.model_copy(update=missing)
+def _filled(into: type[_S], section: Section, **defaults: object) -> _S:
+    """`section` as one of type `into`, with `defaults` where it has None."""
+    given = {name: value for name, value in section if value is not None}
+    return into.model_validate({**defaults, **given})

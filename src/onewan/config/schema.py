@@ -13,10 +13,10 @@ from typing import Annotated, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from onewan.config.method import EmbeddingSection, LoraMethod, Method
+from onewan.config.method import EmbeddingSection, LoraMethod, Method, ResolvedEmbedding
 from onewan.config.objective import LossSection, Timesteps, UniformTimesteps
 from onewan.config.optimizer import AdamWOptimizer, ConstantSchedule, Optimizer, Schedule
-from onewan.config.section import Float, Int, Keyed, Positive, Section, Share, Size
+from onewan.config.section import Float, Int, Positive, Section, Share, Size
 from onewan.dtypes import WeightDtype
 from onewan.variants import VARIANTS, Variant, VariantName
 
@@ -117,24 +117,18 @@ class SourceSection(Section):
     (prior preservation), to keep what it knows; needs an adapter, which can be switched off."""
 
 
-class VideoDataSection(Section):
+class VideoDataFields(Section):
     sources: tuple[SourceSection, ...] = ()
     """Where the clips are."""
     supported_formats: tuple[str, ...] = ("mp4", "avi", "mov", "webm")
     """Extensions of video files to use; other video files are reported. Images (png, jpg, jpeg,
     webp) are always used, as clips of one frame."""
-    target_fps: Positive | None = None
-    """Frames per second of the training clips; null is the variant's own rate (16, or 24 for
-    TI2V-5B), at which the model plays what it makes."""
     max_duration: Positive = 10.0
     """Longest training clip in seconds. Longer files are used, but no clip spans more than this."""
     min_resolution: Size = (256, 256)
     """Width and height; smaller files are reported and left out."""
     max_resolution: Size = (1024, 1024)
     """Width and height of the largest training size. Larger files are scaled down and used."""
-    resolution: Int | str | tuple[Int | str, ...] | None = None
-    """Training sizes, one or several: an area in pixels (399360: each clip keeps its own shape
-    at about that area) or an exact size ("832x480", width x height). null: the area of 480p."""
     masks: bool = False
     """Use the masks that lie beside clips: NAME.mask.png for all frames of NAME.mp4, or a video
     NAME.mask.mp4 of the same times. White counts in the loss, black as `train.loss.unmasked_weight`
@@ -150,6 +144,15 @@ class VideoDataSection(Section):
     def _lower(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(v.lower().lstrip(".") for v in value)
 
+
+class VideoDataSection(VideoDataFields):
+    target_fps: Positive | None = None
+    """Frames per second of the training clips; null is the variant's own rate (16, or 24 for
+    TI2V-5B), at which the model plays what it makes."""
+    resolution: Int | str | tuple[Int | str, ...] | None = None
+    """Training sizes, one or several: an area in pixels (399360: each clip keeps its own shape
+    at about that area) or an exact size ("832x480", width x height). null: the area of 480p."""
+
     @field_validator("resolution")
     @classmethod
     def _sizes(
@@ -159,6 +162,11 @@ class VideoDataSection(Section):
             return None
         several = value if isinstance(value, tuple) else (value,)
         return tuple(_area_or_size(v) for v in several)
+
+
+class ResolvedVideoData(VideoDataFields):
+    target_fps: float
+    resolution: tuple[int | str, ...]
 
 
 def _area_or_size(value: int | str) -> int | str:
@@ -224,9 +232,7 @@ class TrainSection(Section):
     seed: Int = Field(default=42, ge=0)
     """Seed of everything random. Each draw is keyed by it, its purpose and its place in the run,
     so a resumed run draws what an uncut one would have drawn."""
-    schedule: Annotated[
-        Schedule, Field(discriminator="kind"), Keyed(key="kind", default="constant", text=True)
-    ] = ConstantSchedule()
+    schedule: Schedule = ConstantSchedule()
     """Course of the learning rate between warm-up and warm-down: a name, or a mapping with kind and
     what that kind takes."""
     warmup_steps: Int = Field(default=0, ge=0)
@@ -256,11 +262,7 @@ class TrainSection(Section):
     learn very dark and very bright."""
     input_perturbation: Float = Field(default=0.0, ge=0)
     """Strength of noise added to the noisy sample but not to its target."""
-    timesteps: Annotated[
-        Timesteps,
-        Field(discriminator="distribution"),
-        Keyed(key="distribution", default="uniform", text=True),
-    ] = UniformTimesteps()
+    timesteps: Timesteps = UniformTimesteps()
     """How noise levels are drawn."""
     loss: LossSection = LossSection()
     """How errors count."""
@@ -291,13 +293,28 @@ class PromptSection(Section):
     """Seed of the noise; null takes `sample.seed`."""
 
 
-class SampleSection(Section):
+class SampleFields(Section):
     prompts: tuple[PromptSection, ...] = ()
     """Videos to make along the way: a text, or a mapping with prompt, image, seed, ..."""
     every: Int = Field(default=0, ge=0)
     """Steps between sample videos; 0 makes them after the last step only."""
     at_start: bool = False
     """Also make them before the first step, to see the base model."""
+    seed: Int = 0
+    """Seed of the noise."""
+    format: Literal["mp4", "webm"] = "mp4"
+    """mp4: H.264, plays everywhere. webm: VP9."""
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _texts(cls, value: object) -> object:
+        if isinstance(value, (list, tuple)):
+            items = cast("list[object] | tuple[object, ...]", value)
+            return [{"prompt": v} if isinstance(v, str) else v for v in items]
+        return value
+
+
+class SampleSection(SampleFields):
     width: Int | None = Field(default=None, ge=16)
     """Pixels; null is the variant's official size. A multiple of 16, or 32 for TI2V-5B."""
     height: Int | None = Field(default=None, ge=16)
@@ -314,25 +331,22 @@ class SampleSection(Section):
     """Guidance scale of each expert, [high, low], or [one] for TI2V-5B; null is the official."""
     negative_prompt: str | None = None
     """What to avoid in all videos; null is the official negative prompt, "" is nothing."""
-    seed: Int = 0
-    """Seed of the noise."""
-    format: Literal["mp4", "webm"] = "mp4"
-    """mp4: H.264, plays everywhere. webm: VP9."""
-
-    @field_validator("prompts", mode="before")
-    @classmethod
-    def _texts(cls, value: object) -> object:
-        if isinstance(value, (list, tuple)):
-            items = cast("list[object] | tuple[object, ...]", value)
-            return [{"prompt": v} if isinstance(v, str) else v for v in items]
-        return value
 
 
-class OutputSection(Section):
+class ResolvedSample(SampleFields):
+    width: int
+    height: int
+    frames: int
+    fps: float
+    steps: int
+    shift: float
+    guidance: tuple[float, ...]
+    negative_prompt: str
+
+
+class OutputFields(Section):
     dir: Path = Path("runs")
     """The folder that holds the runs."""
-    name: str | None = Field(default=None, pattern=r"^[^/\\:*?\"<>|.][^/\\:*?\"<>|]*$")
-    """The run's name, and its folder's; null is the name of the run file."""
     formats: tuple[Literal["comfyui", "diffusers", "kohya"], ...] = Field(
         default=("comfyui",), min_length=1
     )
@@ -346,6 +360,15 @@ class OutputSection(Section):
     keep: Int | None = Field(default=None, ge=1)
     """How many of the newest exports stay, beside the best one; null is all. A fine-tuned expert of
     A14B is 28 GB each time."""
+
+
+class OutputSection(OutputFields):
+    name: str | None = Field(default=None, pattern=r"^[^/\\:*?\"<>|.][^/\\:*?\"<>|]*$")
+    """The run's name, and its folder's; null is the name of the run file."""
+
+
+class ResolvedOutput(OutputFields):
+    name: str
 
 
 class MemorySection(Section):
@@ -372,21 +395,13 @@ class RunConfig(Section):
     """How video becomes training samples for Wan."""
     video_data: VideoDataSection = VideoDataSection()
     """The clips."""
-    method: Annotated[
-        Method,
-        Field(discriminator="kind", default_factory=LoraMethod),
-        Keyed(key="kind", default="lora"),
-    ]
+    method: Method = LoraMethod()
     """What is trained."""
     embeddings: tuple[EmbeddingSection, ...] = ()
     """Placeholders in captions and prompts, and their vectors, which train beside any method."""
     per_expert: PerExpertSection = PerExpertSection()
     """What differs between the two experts."""
-    optimizer: Annotated[
-        Optimizer,
-        Field(discriminator="name", default_factory=AdamWOptimizer),
-        Keyed(key="name", default="adamw"),
-    ]
+    optimizer: Optimizer = AdamWOptimizer()
     """How the weights move."""
     train: TrainSection = TrainSection()
     """The course of training."""
@@ -409,3 +424,25 @@ class RunConfig(Section):
                 "give a prompt, or set sample.every to 0"
             )
         return self
+
+
+class ResolvedRun(Section):
+    """A run file with every default filled in and all paths absolute; `load_run` returns it.
+
+    Sections in which something may be null in the file have a type of their own here.
+    """
+
+    schema_version: int
+    model: ModelSection
+    wan_config: WanTrainConfig
+    video_data: ResolvedVideoData
+    method: Method
+    embeddings: tuple[ResolvedEmbedding, ...]
+    per_expert: PerExpertSection
+    optimizer: Optimizer
+    train: TrainSection
+    validation: ValidationSection
+    sample: ResolvedSample
+    output: ResolvedOutput
+    memory: MemorySection
+    logging: LoggingSection

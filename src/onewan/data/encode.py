@@ -12,12 +12,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from onewan.config.schema import RunConfig, VideoDataSection
+from onewan.config.schema import ResolvedRun, VideoDataFields
 from onewan.data.cache import ContentDigests, EntryCache, Kind, key_of
 from onewan.data.decode import decode
 from onewan.data.index import Clip, Note, Problem, Report, index_clips
@@ -27,8 +27,6 @@ from onewan.errors import DataError
 from onewan.model.sources import Component, Placed, fingerprint
 from onewan.model.wan import WanModel
 from onewan.variants import Variant
-
-_T = TypeVar("_T")
 
 ENCODING_VERSION = 1
 """Raised when decoding, resizing or encoding changes its numbers: old entries then don't count."""
@@ -83,7 +81,7 @@ def silent(what: str, done: int, total: int) -> None:
 
 
 def prepare(
-    config: RunConfig,
+    config: ResolvedRun,
     places: Mapping[Placed, Path],
     load: LoadModel,
     *,
@@ -130,20 +128,20 @@ def prepare(
 
 
 def _indexed(
-    config: RunConfig, variant: Variant, digests: ContentDigests
+    config: ResolvedRun, variant: Variant, digests: ContentDigests
 ) -> tuple[Report, dict[Path, str]]:
     """What all sources hold, and the content's digest of each clip and mask by its path.
 
     What is named both to train and to validate on is only held out.
     """
-    sizes = _filled(config.video_data.resolution)
+    sizes = config.video_data.resolution
 
-    def index(video_data: VideoDataSection, field: str) -> Report:
+    def index(video_data: VideoDataFields, field: str) -> Report:
         return index_clips(
             video_data,
             config.wan_config,
             seed=config.train.seed,
-            target_fps=_filled(config.video_data.target_fps),
+            target_fps=config.video_data.target_fps,
             resolutions=sizes if isinstance(sizes, tuple) else (sizes,),
             size_multiple=variant.size_multiple,
             temporal_compression=variant.temporal_compression,
@@ -168,7 +166,7 @@ def _indexed(
     return report, content
 
 
-def _texts(config: RunConfig, report: Report, extra_prompts: Sequence[str]) -> list[str]:
+def _texts(config: ResolvedRun, report: Report, extra_prompts: Sequence[str]) -> list[str]:
     """All texts that training, validation and sampling may ask for."""
     captions = {caption for clip in report.clips for caption in clip.captions}
     captions |= {clip.captions[0] for clip in report.held_out}
@@ -176,7 +174,7 @@ def _texts(config: RunConfig, report: Report, extra_prompts: Sequence[str]) -> l
     return sorted(captions | empty | set(extra_prompts))
 
 
-def _usable(config: RunConfig, report: Report, made: _Made, content: dict[Path, str]) -> Report:
+def _usable(config: ResolvedRun, report: Report, made: _Made, content: dict[Path, str]) -> Report:
     """The report without the clips that failed, and with `validation.share` of them held out."""
     bad = {problem.path for problem in made.problems}
     clips = tuple(clip for clip in report.clips if clip.path not in bad)
@@ -208,12 +206,6 @@ def _causes(clip: Clip, content: Mapping[Path, str]) -> list[object]:
     target = "base" if clip.is_prior else "data"
     settings = [clip.repeats, clip.loss_weight, target]
     return [clip.name, content[clip.path], _span(clip), clip.captions, settings, mask]
-
-
-def _filled(value: _T | None) -> _T:
-    if value is None:
-        raise ValueError("the run file has not been resolved; read it with onewan.config.load_run")
-    return value
 
 
 def _span(clip: Clip) -> list[object]:
@@ -333,7 +325,7 @@ class _CachedLatents:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: ResolvedRun,
         variant: Variant,
         places: Mapping[Placed, Path],
         content: Mapping[Path, str],

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from onewan.arithmetic.buckets import choose_size, floor_to_4n_plus_1
-from onewan.config.schema import SourceSection, VideoDataSection, WanTrainConfig
+from onewan.config.schema import SourceSection, VideoDataFields, WanTrainConfig
 from onewan.data.masks import Mask, is_mask, mask_for, masked_by
 from onewan.errors import DataError
 from onewan.media import (
@@ -123,7 +123,7 @@ class Report:
 
 
 def index_clips(
-    video_data: VideoDataSection,
+    video_data: VideoDataFields,
     wan: WanTrainConfig,
     *,
     seed: int,
@@ -288,7 +288,7 @@ def _captions(path: Path) -> tuple[str, ...]:
 class ClipPlanner:
     """The settings that turn one media file into one clip."""
 
-    video_data: VideoDataSection
+    video_data: VideoDataFields
     wan: WanTrainConfig
     seed: int
     fps: float

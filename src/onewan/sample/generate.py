@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DMode
 from PIL import Image
 from torch import Tensor, nn
 
-from onewan.config.schema import RunConfig
+from onewan.config.schema import ResolvedRun
 from onewan.errors import CheckpointError, ConfigError
 from onewan.media import Fit, read_image, write_video
 from onewan.model.load import official_scheduler
@@ -31,8 +31,6 @@ from onewan.model.text import pad_text
 from onewan.model.vae import LOCK
 from onewan.model.wan import WanModel
 from onewan.variants import NUM_TRAIN_TIMESTEPS, Variant
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +57,8 @@ class SampleRequest:
     """Of the written file."""
 
 
-def requests_from(config: RunConfig) -> list[SampleRequest]:
-    """What `sample.prompts` of a resolved run file (`onewan.config.load.load_run`) asks for.
+def requests_from(config: ResolvedRun) -> list[SampleRequest]:
+    """The sample videos that `sample.prompts` of a run file requests.
 
     ConfigError for a request that the variant can't fulfil, before anything is loaded.
     """
@@ -68,18 +66,18 @@ def requests_from(config: RunConfig) -> list[SampleRequest]:
     requests = [
         SampleRequest(
             prompt=entry.prompt,
-            negative_prompt=_given(
-                sample.negative_prompt if entry.negative_prompt is None else entry.negative_prompt
-            ),
+            negative_prompt=sample.negative_prompt
+            if entry.negative_prompt is None
+            else entry.negative_prompt,
             image=entry.image,
-            width=_given(sample.width),
-            height=_given(sample.height),
-            frames=_given(sample.frames),
-            steps=_given(sample.steps),
-            guidance=_given(sample.guidance),
-            shift=_given(sample.shift),
+            width=sample.width,
+            height=sample.height,
+            frames=sample.frames,
+            steps=sample.steps,
+            guidance=sample.guidance,
+            shift=sample.shift,
             seed=sample.seed if entry.seed is None else entry.seed,
-            fps=_given(sample.fps),
+            fps=sample.fps,
         )
         for entry in sample.prompts
     ]
@@ -322,12 +320,6 @@ def _problems(request: SampleRequest, variant: Variant) -> Iterator[str]:
         yield f"image: is missing; {variant.name} starts from one"
     if variant.condition == "text" and request.image is not None:
         yield f"image: is {request.image}; {variant.name} takes none, use i2v-a14b or ti2v-5b"
-
-
-def _given(value: _T | None) -> _T:
-    if value is None:
-        raise ValueError("the config is not resolved; take one from onewan.config.load.load_run")
-    return value
 
 
 def _device_of(part: nn.Module) -> torch.device:

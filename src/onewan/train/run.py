@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from onewan.arithmetic.expert_schedule import ExpertSchedule, lr_factor
-from onewan.config.schema import RunConfig
+from onewan.config.schema import ResolvedRun
 from onewan.data.encode import Dataset
 from onewan.data.loader import Batch, WanDataLoader
 from onewan.model.wan import WanModel
@@ -23,7 +23,7 @@ from onewan.variants import ExpertName
 class Run:
     """One run, built by `onewan.train.setup.WanModelSetup`."""
 
-    config: RunConfig
+    config: ResolvedRun
     device: torch.device
     model: WanModel
     dataset: Dataset
@@ -85,8 +85,6 @@ class Run:
         return self.loader.validation_batches(clips, self.config.validation.clips)
 
 
-def run_folder(config: RunConfig) -> Path:
-    """The folder of a resolved run file's run."""
-    if config.output.name is None:
-        raise ValueError("the run file has not been resolved; read it with onewan.config.load_run")
+def run_folder(config: ResolvedRun) -> Path:
+    """The folder of the run."""
     return config.output.dir / config.output.name

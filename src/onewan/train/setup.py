@@ -18,11 +18,11 @@ from onewan.config.method import (
     AdapterMethod,
     DoraMethod,
     EmbeddingMethod,
-    EmbeddingSection,
     FineTuneMethod,
     LoraMethod,
+    ResolvedEmbedding,
 )
-from onewan.config.schema import ExpertSettings, RunConfig
+from onewan.config.schema import ExpertSettings, ResolvedRun
 from onewan.data.encode import Dataset, Progress, prepare, silent
 from onewan.data.loader import WanDataLoader
 from onewan.dtypes import torch_dtype
@@ -48,7 +48,7 @@ from onewan.variants import Expert, ExpertName
 class WanModelSetup:
     """Builds the run of one resolved run file."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: ResolvedRun) -> None:
         self._config = config
         self._variant = config.model.facts()
         self._experts = self._variant.selected(config.model.experts)
@@ -275,7 +275,7 @@ class WanModelSetup:
             checkpoint_encoder(model.text_encoder)
         return self._trainable("embeddings", EmbeddingTraining(chosen), config.optimizer.lr)
 
-    def _embedding(self, section: EmbeddingSection, model: WanModel) -> WanModelEmbedding:
+    def _embedding(self, section: ResolvedEmbedding, model: WanModel) -> WanModelEmbedding:
         name, placeholder = section.name, section.placeholder
         if section.start_from is not None:
             made = WanModelEmbedding.from_file(

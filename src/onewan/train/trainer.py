@@ -19,7 +19,7 @@ import torch
 from onewan.checkpoint.store import StateStore
 from onewan.config.load import changed_fields, dump_run
 from onewan.config.migrate import migrate
-from onewan.config.schema import RunConfig
+from onewan.config.schema import ResolvedRun
 from onewan.data.loader import StepBatches
 from onewan.errors import CheckpointError, Interrupted
 from onewan.files import remove, remove_abandoned, replacing
@@ -65,7 +65,7 @@ class WanTrainer:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: ResolvedRun,
         *,
         run_file: str | None = None,
         listen: Listener = _ignore,
@@ -283,7 +283,7 @@ class WanTrainer:
     def _check_changes(self, run: Run, facts: dict[str, Any]) -> bool:
         """List what changed since the state was saved, and refuse what would not be the same run,
         unless the user allows it. Returns whether validation losses still mean the same."""
-        then = RunConfig.model_validate(migrate(facts["config"]))
+        then = ResolvedRun.model_validate(migrate(facts["config"]))
         fields = changed_fields(then, self._config)
         steps_matter = (
             self._config.train.schedule.kind != "constant" or self._config.train.warmdown_steps
