@@ -1,9 +1,9 @@
-"""The facts of each Wan 2.2 variant, in one frozen table. No torch, no choices, no arithmetic.
+"""The facts of each Wan 2.2 variant, in one frozen table without torch.
 
 Sources: the official repository (Wan-Video/Wan2.2 at 42bf4cf, ``wan/configs``) and the
-configurations that diffusers' converter writes. A test compares every number with them. The peers
-that kept these facts in flags, user interfaces or subclasses got the boundary and the order of the
-experts wrong, hence one table.
+configurations that diffusers' converter writes. A test compares every number with them. Trainers
+that spread these facts over flags, user interfaces or subclasses got the boundary and the order of
+the experts wrong, hence one table.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ NEGATIVE_PROMPT = (
     "低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"  # noqa: RUF001
     "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
 )
-"""The official negative prompt (``wan/configs/shared_config.py``), where the user gives none."""
+"""The official negative prompt (``wan/configs/shared_config.py``), used if the user gives none."""
 
 TEXT_LENGTH = 512
-"""Text tokens the transformer attends to. Shorter prompts are filled up with zero vectors."""
+"""Text tokens that the transformer attends to. Shorter prompts are padded with zero vectors."""
 
 NUM_TRAIN_TIMESTEPS = 1000
-"""The transformer's timestep is this times the noise level t in [0, 1]."""
+"""The transformer's timestep input is this times the noise level t in [0, 1]."""
+
+PATCH_SIZE = (1, 2, 2)
+"""Latent cells (frames, rows, columns) that one token of every Wan transformer covers."""
 
 # fmt: off
 TI2V_5B_LATENTS_MEAN = (
@@ -46,16 +49,18 @@ TI2V_5B_LATENTS_STD = (
     0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
 )
 # fmt: on
-"""Mean and deviation of the 48 latent channels of the Wan 2.2 VAE (``wan/modules/vae2_2.py``), by
-which latents are normalised. Those of the 2.1 VAE are diffusers' defaults."""
+"""Mean and standard deviation of the 48 latent channels of the Wan 2.2 VAE
+(``wan/modules/vae2_2.py``), by which latents are normalized. Those of the Wan 2.1 VAE, which the
+A14B variants use, are diffusers' defaults."""
 
 VariantName = Literal["t2v-a14b", "i2v-a14b", "ti2v-5b"]
 ExpertName = Literal["high", "low", "single"]
-Condition = Literal["text", "first_frame_channels", "first_frame_clean"]
+ConditionName = Literal["text", "first_frame_channels", "first_frame_clean"]
+PipelineName = Literal["WanPipeline", "WanImageToVideoPipeline"]
 
 
 class ModelType(Enum):
-    """Kinds of model that onewan trains, in the form in which OneTrainer asks for them."""
+    """The model types that onewan trains, with the methods of OneTrainer's enum of this name."""
 
     WAN_2_2 = "WAN_2_2"
 
@@ -71,7 +76,7 @@ class ModelType(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expert:
-    """One transformer of a variant and the noise levels that it serves."""
+    """One transformer of a variant and the range of noise levels that it serves."""
 
     name: ExpertName
     component: Literal["transformer", "transformer_2"]
@@ -79,11 +84,11 @@ class Expert:
     t_min: float
     """Lowest noise level it serves (inclusive), in [0, 1], after shift."""
     t_max: float
-    """Highest noise level it serves (exclusive, but for 1.0), in [0, 1], after shift."""
+    """Highest noise level it serves (exclusive, except for 1.0), in [0, 1], after shift."""
     guidance_scale: float
     """The official guidance scale while this expert serves."""
     file_suffix: str
-    """What a weights file of this expert carries behind its name, as users of ComfyUI expect."""
+    """Suffix of the names of this expert's weight files, as users of ComfyUI expect it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,16 +99,26 @@ class Variant:
     title: str
     repository: str
     """The official diffusers repository on the hub."""
-    condition: Condition
-    """What the transformer is given beside the text.
+    condition: ConditionName
+    """Which row of `onewan.model.conditioning` builds the transformer's inputs besides the text.
 
-    ``first_frame_channels``: 4 mask and 16 latent channels behind the noisy ones (I2V-A14B).
-    ``first_frame_clean``: optionally the first latent frame itself, clean, at timestep 0 (5B).
+    ``first_frame_channels``: mask and image latents behind the noisy channels (I2V-A14B).
+    ``first_frame_clean``: the first latent frame itself may be clean, at timestep 0 (TI2V-5B).
     """
+    takes_image: bool
+    """Whether a sampled video may start from an image."""
+    needs_image: bool
+    """Whether it must."""
+    has_clean_first_frame: bool
+    """Whether the first latent frame may be the conditioning frame, whose tokens get timestep 0
+    (``expand_timesteps`` in diffusers)."""
+    pipeline: PipelineName
+    """The diffusers pipeline that the official repository names in its model_index.json."""
     experts: tuple[Expert, ...]
     boundary: float | None
-    """Noise level at and above which the high expert serves; None with one expert."""
+    """Noise level at and above which the high-noise expert serves; None with one expert."""
     in_channels: int
+    """Input channels of the transformer: the latents', then those of the condition."""
     latent_channels: int
     num_layers: int
     num_attention_heads: int
@@ -121,12 +136,17 @@ class Variant:
     sample_size: tuple[int, int]
     """(width, height) of an official sample."""
     training_area: int
-    """Pixels of the default training size, the 480p class."""
+    """Pixels (width times height) of the default training size, the 480p class."""
+
+    @property
+    def condition_channels(self) -> int:
+        """Input channels behind the noisy latents: 20 for I2V-A14B, otherwise 0."""
+        return self.in_channels - self.latent_channels
 
     @property
     def size_multiple(self) -> int:
-        """Sides of a video are multiples of this: the VAE's compression times the patch of 2."""
-        return self.spatial_compression * 2
+        """Sides of a video are multiples of this: the VAE's compression times the patch size."""
+        return self.spatial_compression * PATCH_SIZE[-1]
 
     def expert(self, name: ExpertName) -> Expert:
         for expert in self.experts:
@@ -136,7 +156,7 @@ class Variant:
         raise KeyError(f"{self.name} has no expert {name!r}, only: {have}")
 
     def with_boundary(self, boundary: float | None) -> Variant:
-        """The same with another boundary between its experts; with None, or one expert, itself."""
+        """A copy with another boundary between its experts; itself with None or one expert."""
         if boundary is None or self.boundary is None:
             return self
         high, low = self.experts
@@ -144,11 +164,13 @@ class Variant:
         return replace(self, boundary=boundary, experts=experts)
 
     def selected(self, choice: Literal["both", "high", "low"]) -> tuple[Expert, ...]:
-        """The experts that a run trains: all of them for "both", else the one named."""
+        """The experts that `model.experts` chooses: all for "both", otherwise the named one."""
         return self.experts if choice == "both" else (self.expert(choice),)
 
 
-def _pair(boundary: float, guidance_high: float, guidance_low: float) -> tuple[Expert, Expert]:
+def _two_experts(
+    boundary: float, guidance_high: float, guidance_low: float
+) -> tuple[Expert, Expert]:
     # Official tuples are (low, high); diffusers' `transformer` is the high-noise expert
     # (scripts/convert_wan_to_diffusers.py:1171-1173).
     return (
@@ -177,7 +199,11 @@ VARIANTS: Mapping[VariantName, Variant] = {
         title="Wan 2.2 T2V-A14B",
         repository="Wan-AI/Wan2.2-T2V-A14B-Diffusers",
         condition="text",
-        experts=_pair(0.875, guidance_high=4.0, guidance_low=3.0),
+        takes_image=False,
+        needs_image=False,
+        has_clean_first_frame=False,
+        pipeline="WanPipeline",
+        experts=_two_experts(0.875, guidance_high=4.0, guidance_low=3.0),
         boundary=0.875,
         in_channels=16,
         latent_channels=16,
@@ -199,7 +225,11 @@ VARIANTS: Mapping[VariantName, Variant] = {
         title="Wan 2.2 I2V-A14B",
         repository="Wan-AI/Wan2.2-I2V-A14B-Diffusers",
         condition="first_frame_channels",
-        experts=_pair(0.9, guidance_high=3.5, guidance_low=3.5),
+        takes_image=True,
+        needs_image=True,
+        has_clean_first_frame=False,
+        pipeline="WanImageToVideoPipeline",
+        experts=_two_experts(0.9, guidance_high=3.5, guidance_low=3.5),
         boundary=0.9,
         in_channels=36,
         latent_channels=16,
@@ -221,6 +251,10 @@ VARIANTS: Mapping[VariantName, Variant] = {
         title="Wan 2.2 TI2V-5B",
         repository="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
         condition="first_frame_clean",
+        takes_image=True,
+        needs_image=False,
+        has_clean_first_frame=True,
+        pipeline="WanPipeline",
         experts=(
             Expert(
                 name="single",
@@ -253,9 +287,10 @@ VARIANTS: Mapping[VariantName, Variant] = {
 def variant_of(transformer_config: Mapping[str, object], where: str) -> Variant:
     """The variant that a diffusers transformer configuration belongs to.
 
-    Told by the channels alone, so that small test models count as what they are. `where` names the
-    file for the error. A Wan 2.1 T2V transformer has the channels of T2V-A14B; the loader tells
-    them apart by the missing second expert.
+    `where` names the file in the CheckpointError. Decided by `in_channels` alone, so that small
+    test models are recognized. That does not tell apart variants that share their channels: a Wan
+    2.1 T2V transformer has those of T2V-A14B, and the loader recognizes it by the missing second
+    expert. A variant that shares all of this with another one has to be named by the user.
     """
     if transformer_config.get("image_dim") is not None:
         raise CheckpointError(
@@ -267,4 +302,6 @@ def variant_of(transformer_config: Mapping[str, object], where: str) -> Variant:
         if variant.in_channels == channels:
             return variant
     known = ", ".join(f"{v.in_channels} ({v.name})" for v in VARIANTS.values())
-    raise CheckpointError(f"{where}: in_channels is {channels}, and Wan 2.2 has {known}")
+    raise CheckpointError(
+        f"{where}: in_channels is {channels}, but Wan 2.2 has {known}; give a Wan 2.2 model"
+    )

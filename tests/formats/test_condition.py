@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from diffusers import WanImageToVideoPipeline
 
-from onewan.model.forward import first_frame_channels
 from onewan.model.load import WanModelLoader
 
 
@@ -19,7 +18,7 @@ def test_i2v_condition_is_what_diffusers_builds(tiny_model):
     folder = tiny_model("i2v-a14b")
     model = WanModelLoader().load(folder, components=["vae"])
     clip = _clip(9, 32, 48)
-    ours = first_frame_channels(model.encode_first_frame_condition(clip))
+    ours = model.conditioning.channels(model.encode_condition(clip))
 
     pipeline = WanImageToVideoPipeline.from_pretrained(folder)
     _, theirs = pipeline.prepare_latents(

@@ -154,10 +154,10 @@ def test_every_layout_is_read_as_the_same_model(rounds, official):
 def test_diffusers_loads_it_and_computes_the_golden_outputs(rounds, official, variant, tmp_path):
     folder = tmp_path / "float32"
     convert_model(rounds / "single", folder, "diffusers", dtype=torch.float32)
-    image = variant.condition == "first_frame_channels"
+    image = variant.needs_image
     pipeline = (WanImageToVideoPipeline if image else WanPipeline).from_pretrained(folder)
     assert pipeline.config.boundary_ratio == variant.boundary
-    assert pipeline.config.expand_timesteps == (variant.condition == "first_frame_clean")
+    assert pipeline.config.expand_timesteps == variant.has_clean_first_frame
     assert pipeline.scheduler.config.flow_shift == variant.flow_shift
     assert pipeline.scheduler.config.use_flow_sigmas
     expected = load_file(official / "expected.safetensors")

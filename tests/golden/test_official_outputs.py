@@ -32,7 +32,9 @@ def golden(request: pytest.FixtureRequest, shared: Path) -> tuple[WanModel, dict
 
 
 @pytest.mark.parametrize("t", [12.5, 500, 950])
-def test_transformer(golden: tuple[WanModel, dict[str, Tensor]], t: float) -> None:
+def test_transformer_gives_the_official_velocity(
+    golden: tuple[WanModel, dict[str, Tensor]], t: float
+) -> None:
     model, expected = golden
     text = pad_text([expected["text.embedding.0"]])
     condition = expected.get("dit.condition")  # I2V alone
@@ -48,11 +50,12 @@ def test_transformer(golden: tuple[WanModel, dict[str, Tensor]], t: float) -> No
         assert relative(out, expected[f"dit.{official[expert.name]}.t{t}"]) < 2e-6
 
 
-def test_clean_first_frame(golden: tuple[WanModel, dict[str, Tensor]]) -> None:
+@pytest.mark.parametrize("golden", ["ti2v-5b"], indirect=True)
+def test_a_clean_first_frame_at_timestep_0_gives_the_official_velocity(
+    golden: tuple[WanModel, dict[str, Tensor]],
+) -> None:
     model, expected = golden
-    if model.variant.condition != "first_frame_clean":
-        assert "dit.transformer.first_frame_clean" not in expected
-        return
+    assert model.variant.has_clean_first_frame
     latent, t, clean = expected["dit.latent"], torch.tensor([0.7]), torch.tensor([True])
     torch.testing.assert_close(
         token_timesteps(t, clean, latent), expected["dit.transformer.first_frame_clean.timesteps"]
@@ -64,7 +67,9 @@ def test_clean_first_frame(golden: tuple[WanModel, dict[str, Tensor]]) -> None:
     assert relative(out, expected["dit.transformer.first_frame_clean"]) < 2e-6
 
 
-def test_text(golden: tuple[WanModel, dict[str, Tensor]]) -> None:
+def test_text_embeddings_are_the_official_ones_padded_with_zeros(
+    golden: tuple[WanModel, dict[str, Tensor]],
+) -> None:
     model, expected = golden
     assert model.tokenizer is not None
     padded = model.encode_text(PROMPTS)
@@ -77,7 +82,9 @@ def test_text(golden: tuple[WanModel, dict[str, Tensor]]) -> None:
         assert padded[i, len(official) :].count_nonzero() == 0
 
 
-def test_vae(golden: tuple[WanModel, dict[str, Tensor]]) -> None:
+def test_vae_encodes_and_decodes_as_the_official_one(
+    golden: tuple[WanModel, dict[str, Tensor]],
+) -> None:
     model, expected = golden
     assert model.vae is not None
     shape = (1, -1, 1, 1, 1)

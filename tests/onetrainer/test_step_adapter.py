@@ -13,6 +13,7 @@ from torch import Tensor
 from onewan.arithmetic.timestep_density import density_of
 from onewan.data.loader import Batch, StepBatches
 from onewan.errors import ConfigError
+from onewan.model.conditioning import conditioning_of
 from onewan.onetrainer.importing import _defaults, _merged, _namespace
 from onewan.onetrainer.sampling import request_of
 from onewan.onetrainer.settings import timesteps_of
@@ -34,7 +35,8 @@ def clips(count: int, seed: int = 0) -> Batch:
         "loss_weight": torch.full((count,), 0.5),
         "image_path": [f"{i}.mp4" for i in range(count)],
     }
-    return batch_of(items, torch.zeros(count, 512, 8), [""] * count)
+    text = torch.zeros(count, 512, 8)
+    return batch_of(items, text, [""] * count, conditioning_of(T2V))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -21,7 +21,7 @@ from onewan.data.index import Clip
 from onewan.data.loader import Batch, StepBatches
 from onewan.formats.lora_files import read_adapter
 from onewan.media import probe, read_frames
-from onewan.model.forward import first_frame_channels, predict_velocity
+from onewan.model.forward import predict_velocity
 from onewan.model.load import WanModelLoader
 from onewan.model.text import pad_text
 from onewan.train.objective import objective_of, velocity_loss
@@ -156,12 +156,12 @@ def test_the_first_loss_is_onewans_own(lab: Lab, tiny, clips, tmp_path, variant,
     assert torch.equal(entry["latents"], seen["batch"]["latent_image"][0])
     text = pad_text([model.encode_prompt(seen["prompt"][0])])
     assert torch.allclose(text, seen["batch"]["text_padded"], atol=1e-6)
-    condition = entry.get("condition")
+    condition = {name: entry[name][None] for name in model.conditioning.tensor_names}
     batch = Batch(
         latents=entry["latents"][None],
         text=text,
         captions=tuple(seen["prompt"]),
-        condition=None if condition is None else first_frame_channels(condition[None]),
+        condition=model.conditioning.channels(condition),
         mask=None,
         loss_weights=(1.0,),
         is_prior=None,

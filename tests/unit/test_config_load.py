@@ -658,7 +658,7 @@ def test_a_starter_loads_and_says_what_is_right(tmp_path: Path, name: VariantNam
     assert f"multiples of {facts.size_multiple}" in text
     assert f"{facts.frames / facts.fps:.1f} s" in text
     assert ("experts:" in text) == (len(facts.experts) == 2)
-    assert ("image:" in text) == (facts.condition != "text")
+    assert ("image:" in text) == facts.takes_image
     assert bool(config.sample.prompts) == (name != "i2v-a14b")
     assert f"schema_version: {SCHEMA_VERSION}\n" in text
 

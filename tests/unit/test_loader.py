@@ -15,7 +15,8 @@ from torch import Tensor
 from onewan.data.index import Clip
 from onewan.data.loader import Batch, WanDataLoader
 from onewan.data.masks import Mask
-from onewan.variants import ExpertName
+from onewan.model.conditioning import conditioning_of
+from onewan.variants import VARIANTS, ExpertName
 
 
 class Numbers:
@@ -62,11 +63,19 @@ CLIPS = (
 )
 
 
+TEXT_ONLY = conditioning_of(VARIANTS["t2v-a14b"])
+
+
 def loader(
     batch_size: int = 2, accumulation: int = 1, source: Numbers | None = None
 ) -> WanDataLoader:
     return WanDataLoader(
-        CLIPS, source or Numbers(), batch_size=batch_size, accumulation=accumulation, seed=7
+        CLIPS,
+        source or Numbers(),
+        TEXT_ONLY,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        seed=7,
     )
 
 
@@ -152,7 +161,7 @@ def test_fixed_batches_are_the_same_each_time() -> None:
     """Of any clips, in the order given, whatever was drawn before and whatever else trains."""
     held_out = [clip(n, frames=9) for n in (20, 3, 11, 7, 15)]
     data = WanDataLoader(
-        CLIPS, Numbers(), batch_size=2, accumulation=1, seed=7, caption_dropout=1.0
+        CLIPS, Numbers(), TEXT_ONLY, batch_size=2, accumulation=1, seed=7, caption_dropout=1.0
     )
     first = data.validation_batches(held_out, 3)
     data.step(4, "high", 4)
@@ -176,7 +185,7 @@ def test_fixed_batches_are_the_same_each_time() -> None:
 def of(clips: Sequence[Clip], **settings: bool | float) -> Batch:
     """All of `clips` in one batch, sorted by name; checks that `to` keeps everything."""
     data = WanDataLoader(
-        clips, Numbers(), batch_size=len(clips), accumulation=1, seed=7, **settings
+        clips, Numbers(), TEXT_ONLY, batch_size=len(clips), accumulation=1, seed=7, **settings
     )
     batch = data.step(0, "high", 0).batches[0]
     assert len(batch) == len(clips)
@@ -230,6 +239,7 @@ def drawn(
     data = WanDataLoader(
         clips,
         Numbers(),
+        TEXT_ONLY,
         batch_size=batch_size,
         accumulation=1,
         seed=seed,

@@ -377,7 +377,7 @@ def around(
 def _model_index(
     variant: Variant, placed: Collection[Placed], tokenizer: Collection[str]
 ) -> dict[str, Any]:
-    image = variant.condition == "first_frame_channels"
+    image = variant.pipeline == "WanImageToVideoPipeline"
     transformer = ["diffusers", "WanTransformer3DModel"]
     # The first reads tokenizer.json as it is, the second makes one of a SentencePiece model.
     kind = "PreTrainedTokenizerFast" if "tokenizer.json" in tokenizer else "T5TokenizerFast"
@@ -388,10 +388,10 @@ def _model_index(
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
     index: dict[str, Any] = {
-        "_class_name": "WanImageToVideoPipeline" if image else "WanPipeline",
+        "_class_name": variant.pipeline,
         "_diffusers_version": version("diffusers"),
         "boundary_ratio": variant.boundary,
-        "expand_timesteps": variant.condition == "first_frame_clean",
+        "expand_timesteps": variant.has_clean_first_frame,
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "tokenizer": ["transformers", kind] if tokenizer else [None, None],
     }

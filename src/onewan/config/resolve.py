@@ -104,7 +104,7 @@ def exported_name(embedding: EmbeddingSection) -> str:
 def inert(config: RunConfig | ResolvedRun) -> Iterator[Place]:
     """Places of values that mean nothing in this run, and that its file may not give."""
     variant, method = config.model.facts(), config.method
-    if variant.condition != "first_frame_clean":
+    if not variant.has_clean_first_frame:
         yield "train", "first_frame_probability"
     experts = variant.selected(config.model.experts)
     if isinstance(method, AdapterMethod) and len(method.start_from) == len(experts):

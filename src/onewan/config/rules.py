@@ -118,9 +118,9 @@ def _condition_rules(config: RunConfig, variant: Variant) -> Iterator[Problem]:
     """What the variant's condition allows: images beside prompts, clean first frames."""
     for index, prompt in enumerate(config.sample.prompts):
         field = f"sample.prompts.{index}.image"
-        if variant.condition == "first_frame_channels" and prompt.image is None:
+        if variant.needs_image and prompt.image is None:
             yield field, f"{variant.name} starts from an image, got nothing; give a picture's file"
-        if variant.condition == "text" and prompt.image is not None:
+        if not variant.takes_image and prompt.image is not None:
             yield (
                 field,
                 f"{variant.name} takes no image, got {show(prompt.image)}; leave it out, or use "
@@ -129,7 +129,7 @@ def _condition_rules(config: RunConfig, variant: Variant) -> Iterator[Problem]:
     for name in ("first_frame_probability", "first_frame_noise"):
         value = getattr(config.train, name)
         given = name in config.train.model_fields_set and value is not None
-        if given and variant.condition != "first_frame_clean":
+        if given and not variant.has_clean_first_frame:
             yield (
                 f"train.{name}",
                 f"is for ti2v-5b alone and does nothing for {variant.name}, got {show(value)}; "

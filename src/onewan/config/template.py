@@ -88,17 +88,20 @@ def starter(variant: VariantName) -> str:
     facts = VARIANTS[variant]
     two = len(facts.experts) == 2
     samples = _SAMPLES.format(image="      # image: first_frame.png  # starts the video from it")
-    if facts.condition == "text":
+    if not facts.takes_image:
         samples = _SAMPLES.format(image="").rstrip()
-    elif facts.condition == "first_frame_channels":
+    elif facts.needs_image:
         # Commented out, since a file that names a picture nobody has would not load.
         live = _SAMPLES.format(image="      image: first_frame.png")
         samples = "\n".join(
             ["  # Sample videos start from a picture; put one beside this file, then uncomment."]
             + [f"  #{line[1:]}" for line in live.splitlines()]
         )
-    i2v = facts.condition == "first_frame_channels"
-    first_frame = "\n      # a clip's own first frame is the picture it starts from" if i2v else ""
+    first_frame = (
+        "\n      # a clip's own first frame is the picture it starts from"
+        if facts.needs_image
+        else ""
+    )
     return _STARTER.format(
         title=facts.title,
         repository=facts.repository,

@@ -244,10 +244,8 @@ def encode_clip(model: WanModel, clip: Clip) -> dict[str, Tensor]:
     frames = torch.from_numpy(decode(clip).frames)
     device = model.vae.device if model.vae is not None else "cpu"
     pixels = frames.to(device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-    entry = {"latents": model.encode_video(pixels)[0].cpu()}
-    if model.variant.condition == "first_frame_channels":
-        entry["condition"] = model.encode_first_frame_condition(pixels)[0].cpu()
-    return entry
+    entry = {"latents": model.encode_video(pixels), **model.encode_condition(pixels)}
+    return {name: tensor[0].cpu() for name, tensor in entry.items()}
 
 
 def encode_mask(clip: Clip, mask: Mask, variant: Variant) -> Tensor:
@@ -350,7 +348,7 @@ class _CachedLatents:
         return {
             "version": ENCODING_VERSION,
             "vae": fingerprint(self._places["vae"]),
-            "first_frame_condition": self._variant.condition == "first_frame_channels",
+            "first_frame_condition": self._variant.condition_channels > 0,
         }
 
     def video(self, clip: Clip) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from onewan.data.encode import LatentSource
 from onewan.data.index import Clip
-from onewan.model.forward import first_frame_channels
+from onewan.model.conditioning import Conditioning
 from onewan.model.text import pad_text
 from onewan.seeds import derive_seed
 from onewan.variants import ExpertName
@@ -37,7 +37,7 @@ class Batch:
     captions: tuple[str, ...]
     """The captions that `text` encodes."""
     condition: Tensor | None
-    """[B, 20, F, h, w]: mask and latents of the conditioning frame (I2V-A14B)."""
+    """[B, K, F, h, w]: further input channels (`Conditioning.channels`), None if there are none."""
     mask: Tensor | None
     """[B, 1, F, h, w]: the loss mask, from 0 to 1 per latent cell. Ones for a clip without a mask,
     None if no clip of the batch has one."""
@@ -100,6 +100,7 @@ class WanDataLoader:
         self,
         clips: Sequence[Clip],
         source: LatentSource,
+        conditioning: Conditioning,
         *,
         batch_size: int,
         accumulation: int,
@@ -111,6 +112,7 @@ class WanDataLoader:
         of samples whose caption is replaced by an empty one. With `encode_text_online` batches have
         captions and no `text`."""
         self._source = source
+        self._conditioning = conditioning
         self._batch_size = batch_size
         self._accumulation = accumulation
         self._seed = seed
@@ -196,9 +198,11 @@ class WanDataLoader:
     ) -> Batch:
         entries = [self._source.video(clip) for clip in clips]
         latents = torch.stack([entry["latents"] for entry in entries])
-        condition, mask, text = None, None, None
-        if "condition" in entries[0]:
-            condition = first_frame_channels(torch.stack([e["condition"] for e in entries]))
+        mask, text = None, None
+        condition = {
+            name: torch.stack([entry[name] for entry in entries])
+            for name in self._conditioning.tensor_names
+        }
         if any("mask" in entry for entry in entries):
             all_ones = torch.ones(1, *latents.shape[2:])
             mask = torch.stack([entry.get("mask", all_ones) for entry in entries])
@@ -209,7 +213,7 @@ class WanDataLoader:
             latents=latents,
             text=text,
             captions=tuple(captions),
-            condition=condition,
+            condition=self._conditioning.channels(condition),
             mask=mask,
             # By way of a tensor, since losses are multiplied with float32 values.
             loss_weights=tuple(torch.tensor([clip.loss_weight for clip in clips]).tolist()),

@@ -102,7 +102,7 @@ def run_demo(
 def _run_file(variant: VariantName) -> str:
     facts = VARIANTS[variant]
     prompt = f"    - prompt: {_PROMPT}"
-    if facts.condition == "first_frame_channels":
+    if facts.needs_image:
         prompt += "\n      image: clips/still_square.png   # the video's first frame"
     side = 6 * facts.size_multiple
     return _RUN_FILE.format(
@@ -137,7 +137,7 @@ def _closing(layout: RunLayout, run_file: Path, variant: VariantName) -> list[st
     side = 6 * facts.size_multiple
     image = (
         f" --image {_quoted(run_file.parent / 'clips' / 'still_square.png')}"
-        if facts.condition == "first_frame_channels"
+        if facts.needs_image
         else ""
     )
     return [

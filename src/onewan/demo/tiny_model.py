@@ -138,12 +138,12 @@ def _write_tokenizer(folder: Path) -> int:
 
 
 def _index(facts: Variant) -> dict[str, object]:
-    image = facts.condition == "first_frame_channels"
+    image = facts.pipeline == "WanImageToVideoPipeline"
     index: dict[str, object] = {
-        "_class_name": "WanImageToVideoPipeline" if image else "WanPipeline",
+        "_class_name": facts.pipeline,
         "_diffusers_version": "0.42.1",
         "boundary_ratio": facts.boundary,
-        "expand_timesteps": facts.condition == "first_frame_clean",
+        "expand_timesteps": facts.has_clean_first_frame,
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"],

@@ -1,15 +1,7 @@
-"""One forward contract for the three ways in which Wan 2.2 is conditioned.
+"""The one forward pass that training, validation and the OneTrainer add-on use.
 
-=======================  =======================================================================
-condition                 what the transformer gets
-=======================  =======================================================================
-text                      the noisy latents and one timestep per sample
-first_frame_channels      the noisy latents, 4 mask channels and the condition's 16 latent channels
-first_frame_clean         latents whose first frame may be clean; its tokens get timestep 0
-=======================  =======================================================================
-
-Everything enters and leaves in float32; t is the noise level in [0, 1] and becomes 1000 t here and
-only here, in float32 (in bfloat16 873 would become 872).
+All tensors enter and leave in float32. The noise level t in [0, 1] becomes the transformer's
+timestep input 1000 t here and only here, in float32 (bfloat16 would round 873 to 872).
 """
 
 from __future__ import annotations
@@ -19,29 +11,21 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from onewan.model.precision import compute_context
-from onewan.variants import NUM_TRAIN_TIMESTEPS
+from onewan.variants import NUM_TRAIN_TIMESTEPS, PATCH_SIZE
 
 
-def first_frame_channels(condition_BCFHW: Tensor, temporal_compression: int = 4) -> Tensor:
-    """[B, 4 + C, F, H, W]: the mask of I2V-A14B in front of the condition's latents.
+def token_timesteps(t_B: Tensor, clean_B: Tensor, latents_BCFHW: Tensor) -> Tensor:
+    """[B, N] timesteps of the tokens, ordered by frame, row and column.
 
-    The official mask marks pixel frames and folds each four of them into the channels of a latent
-    frame, the first frame repeated four times (``wan/image2video.py:289-302``). With only the first
-    frame given that is ones in the first latent frame and zeros elsewhere.
+    They are 1000 t, but 0 in the first frame of samples whose first frame is clean (`clean_B`,
+    [B] bool), as in ``wan/textimage2video.py:550-598``.
     """
-    batch, _, frames, height, width = condition_BCFHW.shape
-    mask = condition_BCFHW.new_zeros(batch, temporal_compression, frames, height, width)
-    mask[:, :, 0] = 1
-    return torch.cat([mask, condition_BCFHW], dim=1)
-
-
-def token_timesteps(t_B: Tensor, clean_B: Tensor, latents_BCFHW: Tensor, patch: int = 2) -> Tensor:
-    """[B, N] timesteps, tokens by frame, row, column: 0 in the first frame where `clean_B`."""
     _, _, frames, height, width = latents_BCFHW.shape
-    per_frame = (height // patch) * (width // patch)
-    timesteps = (t_B * NUM_TRAIN_TIMESTEPS)[:, None].repeat(1, frames * per_frame)
-    timesteps[:, :per_frame] *= ~clean_B[:, None]
-    return timesteps
+    _, rows, columns = PATCH_SIZE
+    per_frame = (height // rows) * (width // columns)
+    timesteps_BN = (t_B * NUM_TRAIN_TIMESTEPS)[:, None].repeat(1, frames * per_frame)
+    timesteps_BN[:, :per_frame] *= ~clean_B[:, None]
+    return timesteps_BN
 
 
 def predict_velocity(
@@ -56,21 +40,24 @@ def predict_velocity(
 ) -> Tensor:
     """The transformer's prediction of (noise - clean latents), [B, C, F, H, W], float32.
 
-    `x_BCFHW` are noisy latents, `t_B` noise levels in [0, 1], `text_BLD` embeddings padded to 512.
-    `condition_BCFHW` is what `first_frame_channels` makes (I2V-A14B). `clean_first_frame_B` says
-    for which samples the first frame of `x_BCFHW` is clean (TI2V-5B). `dtype` is that of the matrix
-    products. Sides of the latents must be even: diffusers would crop odd ones without a word.
+    `x_BCFHW`: noisy latents. `t_B`: noise levels in [0, 1]. `text_BLD`: embeddings padded to 512
+    tokens. `condition_BCFHW`: further input channels (`Conditioning.channels`).
+    `clean_first_frame_B`: [B] bool, the samples whose first latent frame is clean (TI2V-5B).
+    `dtype`: precision of the matrix products. ValueError for latents whose sides do not divide
+    into patches, which diffusers would crop silently.
     """
     height, width = x_BCFHW.shape[-2:]
-    if height % 2 or width % 2:
-        raise ValueError(f"latents of {width}x{height} do not divide into patches of 2x2")
+    _, rows, columns = PATCH_SIZE
+    if height % rows or width % columns:
+        raise ValueError(f"latents of {width}x{height} do not divide into {columns}x{rows} patches")
     timestep = t_B.float() * NUM_TRAIN_TIMESTEPS
-    # One timestep per token costs about 100 kB per token and block and gives the same to 6e-7.
     if clean_first_frame_B is not None:
+        # Only where a frame is clean: a timestep for each token costs about 100 kB per token and
+        # block, and with equal timesteps the result differs by 6e-7.
         timestep = token_timesteps(t_B.float(), clean_first_frame_B, x_BCFHW)
-    hidden = x_BCFHW
+    hidden_BCFHW = x_BCFHW
     if condition_BCFHW is not None:
-        hidden = torch.cat([x_BCFHW, condition_BCFHW], dim=1)
+        hidden_BCFHW = torch.cat([x_BCFHW, condition_BCFHW], dim=1)
     with compute_context(dtype, x_BCFHW.device):
-        prediction = transformer(hidden, timestep, text_BLD, return_dict=False)[0]
+        prediction = transformer(hidden_BCFHW, timestep, text_BLD, return_dict=False)[0]
     return prediction.float()

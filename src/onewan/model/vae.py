@@ -43,18 +43,6 @@ def encode_video(vae: AutoencoderKLWan, pixels_BCFHW: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode_first_frame_condition(vae: AutoencoderKLWan, pixels_BCFHW: Tensor) -> Tensor:
-    """Latents of the clip's first frame followed by zeros (mid grey) for all its other frames.
-
-    The condition of I2V-A14B (``wan/image2video.py:316-323``). The latents of the zero frames are
-    not zero, so the whole length has to be encoded.
-    """
-    condition = torch.zeros_like(pixels_BCFHW)
-    condition[:, :, 0] = pixels_BCFHW[:, :, 0]
-    return encode_video(vae, condition)
-
-
-@torch.no_grad()
 def decode_video(vae: AutoencoderKLWan, latents_BCFHW: Tensor) -> Tensor:
     """Float32 pixels [B, 3, F, H, W] in [-1, 1]; the inverse of `encode_video`."""
     mean, std = _statistics(vae, vae.device)

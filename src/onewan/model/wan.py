@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from onewan.errors import CheckpointError, ConfigError
 from onewan.model import text, vae
+from onewan.model.conditioning import Conditioning, conditioning_of
 from onewan.model.embedding import WanModelEmbedding, overlapping
 from onewan.variants import Expert, Variant
 
@@ -58,6 +59,11 @@ class WanModel:
     @property
     def spatial_compression(self) -> int:
         return self.variant.spatial_compression
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """How the transformer is conditioned besides the text."""
+        return conditioning_of(self.variant)
 
     def expert(self, expert: Expert) -> WanTransformer3DModel:
         """The transformer of `expert`; CheckpointError if it was not loaded."""
@@ -116,9 +122,9 @@ class WanModel:
         """Normalised latents [B, C, F', h, w], float32, of pixels in [-1, 1]."""
         return vae.encode_video(self._vae(), pixels_BCFHW)
 
-    def encode_first_frame_condition(self, pixels_BCFHW: Tensor) -> Tensor:
-        """The condition latents of I2V-A14B for clips whose first frame is given."""
-        return vae.encode_first_frame_condition(self._vae(), pixels_BCFHW)
+    def encode_condition(self, pixels_BCFHW: Tensor) -> dict[str, Tensor]:
+        """The variant's condition tensors of clips by name (`onewan.model.conditioning`)."""
+        return self.conditioning.encode(self._vae(), pixels_BCFHW)
 
     def decode_video(self, latents_BCFHW: Tensor) -> Tensor:
         """Pixels in [-1, 1], [B, 3, F, H, W], float32; the inverse of `encode_video`."""

@@ -114,10 +114,8 @@ def encode_pixels(model: WanModel, pixels_CFHW: Tensor) -> dict[str, Tensor]:
     assert model.vae is not None
     # Rounded to the 256 values of the file: what colour changes leave between them was never there.
     pixels = (pixels_CFHW * 255).round().clamp(0, 255).to(model.vae.device)[None] / 127.5 - 1
-    found = {"latent_image": model.encode_video(pixels)[0].cpu()}
-    if model.variant.condition == "first_frame_channels":
-        found["latent_condition"] = model.encode_first_frame_condition(pixels)[0].cpu()
-    return found
+    found = {"image": model.encode_video(pixels), **model.encode_condition(pixels)}
+    return {f"latent_{name}": tensor[0].cpu() for name, tensor in found.items()}
 
 
 def cache_digest(kind: str, concepts: Iterable[Mapping[str, Any]], causes: Sequence[object]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from onewan.config.objective import LossSection
 from onewan.data.loader import Batch, StepBatches
-from onewan.model.forward import first_frame_channels
+from onewan.model.conditioning import Conditioning
 from onewan.onetrainer import settings
 from onewan.seeds import derive_seed
 from onewan.train.objective import NoisedBatch, Objective, objective_of, velocity_loss
@@ -123,15 +123,20 @@ def step_adapter_of(config: Any, variant: Variant, trained: Sequence[Expert]) ->
     )
 
 
-def batch_of(items: Mapping[str, Any], text_BLD: Tensor | None, captions: Sequence[str]) -> Batch:
+def batch_of(
+    items: Mapping[str, Any],
+    text_BLD: Tensor | None,
+    captions: Sequence[str],
+    conditioning: Conditioning,
+) -> Batch:
     """A batch as OneTrainer's data loader gives it, as onewan's."""
-    condition = items.get("latent_condition")
+    condition = {name: items[f"latent_{name}"].float() for name in conditioning.tensor_names}
     mask = items.get("latent_mask")
     return Batch(
         latents=items["latent_image"].float(),
         text=text_BLD,
         captions=tuple(captions),
-        condition=None if condition is None else first_frame_channels(condition.float()),
+        condition=conditioning.channels(condition),
         mask=None if mask is None else mask.float(),
         loss_weights=tuple(items["loss_weight"].float().tolist()),
         is_prior=None,

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from PIL import Image
 from torch import Tensor, nn
 
@@ -28,7 +28,6 @@ from onewan.media import Fit, read_image, write_video
 from onewan.model.load import official_scheduler
 from onewan.model.precision import compute_context
 from onewan.model.text import pad_text
-from onewan.model.vae import LOCK
 from onewan.model.wan import WanModel
 from onewan.variants import NUM_TRAIN_TIMESTEPS, Variant
 
@@ -185,9 +184,10 @@ class WanModelSampler:
             "transformer": served[0],
             "transformer_2": served[1] if len(served) > 1 else None,
             "boundary_ratio": variant.boundary,
-            "expand_timesteps": variant.condition == "first_frame_clean",
+            **self.model.conditioning.pipeline_options(),
         }
-        pipeline = WanPipeline(**parts) if image is None else _ImageToVideo(**parts)
+        kind = self.model.conditioning.sampling_pipeline(with_image=image is not None)
+        pipeline = kind(**parts)
         pipeline.set_progress_bar_config(disable=True)
 
         def after_step(pipeline: Any, step: int, _timestep: Tensor, _tensors: object) -> dict:
@@ -288,14 +288,6 @@ class _Float32Transformer(nn.Module):
         return (prediction.float(),)
 
 
-class _ImageToVideo(WanImageToVideoPipeline):
-    """diffusers' pipeline, whose own use of the VAE takes the lock; `onewan.model.vae` says why."""
-
-    def prepare_latents(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        with LOCK:
-            return super().prepare_latents(*args, **kwargs)
-
-
 def _check(request: SampleRequest, variant: Variant) -> None:
     """ConfigError with all that `variant` can't do. diffusers would round sizes and frames."""
     if problems := list(_problems(request, variant)):
@@ -316,9 +308,9 @@ def _problems(request: SampleRequest, variant: Variant) -> Iterator[str]:
             f"guidance: is {list(request.guidance)}; give {experts} for {variant.name}, "
             "each at least 1 (1 is no guidance)"
         )
-    if variant.condition == "first_frame_channels" and request.image is None:
+    if variant.needs_image and request.image is None:
         yield f"image: is missing; {variant.name} starts from one"
-    if variant.condition == "text" and request.image is not None:
+    if not variant.takes_image and request.image is not None:
         yield f"image: is {request.image}; {variant.name} takes none, use i2v-a14b or ti2v-5b"
 
 

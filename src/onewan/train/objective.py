@@ -214,10 +214,10 @@ def objective_of(train: TrainSection, variant: Variant, experts: Sequence[Expert
     count.
     """
     density = density_of(train.timesteps, variant.flow_shift)
+    given_frames = variant.has_clean_first_frame
     density.require(experts)
     for expert in experts:
         timestep_weights(train.loss.weighting, density, expert, np.empty(0))
-    gives_frames = variant.condition == "first_frame_clean"
     return Objective(
         density=density,
         seed=train.seed,
@@ -229,8 +229,10 @@ def objective_of(train: TrainSection, variant: Variant, experts: Sequence[Expert
         unmasked_weight=train.loss.unmasked_weight,
         noise_offset=train.noise_offset,
         input_perturbation=train.input_perturbation,
-        first_frame_probability=train.first_frame_probability if gives_frames else 0.0,
-        first_frame_noise=train.first_frame_noise if gives_frames else None,
+        first_frame_probability=train.first_frame_probability
+        if variant.has_clean_first_frame
+        else 0.0,
+        first_frame_noise=train.first_frame_noise if given_frames else None,
     )
 
 

@@ -29,6 +29,7 @@ from onewan.dtypes import torch_dtype
 from onewan.errors import ConfigError
 from onewan.formats.lora_files import AdapterFile, read_adapter
 from onewan.model.attention import attend_within_frames
+from onewan.model.conditioning import conditioning_of
 from onewan.model.embedding import WanModelEmbedding
 from onewan.model.load import WanModelLoader
 from onewan.model.sources import ENCODERS, Component, Placed, locate
@@ -100,6 +101,7 @@ class WanModelSetup:
             loader=WanDataLoader(
                 dataset.clips,
                 dataset.source,
+                conditioning_of(self._variant),
                 batch_size=config.train.batch_size,
                 accumulation=config.train.accumulation,
                 seed=config.train.seed,

@@ -128,10 +128,9 @@ class EncodeClip(PipelineModule, RandomAccessPipelineModule):
 
 def latent_names(config: TrainConfig, model: WanModel) -> list[str]:
     """What an encoded clip consists of."""
-    condition = model.wan.variant.condition == "first_frame_channels"
     return [
         "latent_image",
-        *(["latent_condition"] if condition else []),
+        *(f"latent_{name}" for name in model.wan.conditioning.tensor_names),
         *(["latent_mask"] if config.masked_training else []),
     ]
 

@@ -233,7 +233,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
             for place, drop in enumerate(dropped):
                 if drop:
                     text[place] = batch["text_empty_padded"][place]
-        return step_adapter.batch_of(batch, text, captions)
+        return step_adapter.batch_of(batch, text, captions, model.wan.conditioning)
 
     def _velocity(self, model: WanModel, part: str, clips, sample: NoisedBatch) -> Tensor:
         return predict_velocity(
