@@ -50,6 +50,14 @@ def test_transformer_gives_the_official_velocity(
         assert relative(out, expected[f"dit.{official[expert.name]}.t{t}"]) < 2e-6
 
 
+def test_only_variants_with_a_clean_first_frame_have_official_outputs_of_one(
+    golden: tuple[WanModel, dict[str, Tensor]],
+) -> None:
+    model, expected = golden
+    has_outputs = "dit.transformer.first_frame_clean" in expected
+    assert has_outputs == model.variant.has_clean_first_frame
+
+
 @pytest.mark.parametrize("golden", ["ti2v-5b"], indirect=True)
 def test_a_clean_first_frame_at_timestep_0_gives_the_official_velocity(
     golden: tuple[WanModel, dict[str, Tensor]],
