@@ -23,7 +23,7 @@ from onewan.adapters.select import block_of
 from onewan.config.objective import LossSection
 from onewan.config.schema import ResolvedRun
 from onewan.data.loader import Batch, StepBatches
-from onewan.formats.lora_files import peft_adapter
+from onewan.formats.lora_files import parse_adapter
 from onewan.media import VIDEO_SUFFIXES, probe
 from onewan.model.forward import token_timesteps
 from onewan.model.load import WanModelLoader
@@ -201,7 +201,7 @@ def formulas(
     settings = next(iter(run.model.transformer.peft_config.values())).to_dict()
     weights = dict(plain)
     named = {name.replace(".default", ""): leaf for name, leaf in leaves.items()}
-    for module, adapter in peft_adapter(named, settings).items():
+    for module, adapter in parse_adapter(named, settings, source="leaves").items():
         weight = plain[f"{module}.weight"]
         changed = weight + adapter.difference(weight)
         if "magnitude" in adapter.tensors:

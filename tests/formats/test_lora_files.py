@@ -23,12 +23,13 @@ from support.lora_specs import lora_spec
 
 from onewan.adapters.adapter_config import AdapterConfig
 from onewan.adapters.lora import (
+    adapter_of,
     adapter_parameters,
     adapter_weights,
     attach_adapter,
     load_adapter_weights,
 )
-from onewan.checkpoint.saver import WanModelSaver, expert_of
+from onewan.checkpoint.saver import AdapterHeader, WanModelSaver, expert_of
 from onewan.errors import CheckpointError
 from onewan.formats.key_maps import to_diffusers, to_official
 from onewan.formats.lora import LINEARS, WanShape
@@ -55,16 +56,21 @@ def trained(folder: Path, expert: Expert, spec: AdapterConfig) -> WanTransformer
 
 
 def export(transformer: WanTransformer3DModel, spec: AdapterConfig, path: Path, **changes) -> Path:
-    arguments = {
-        "format": "comfyui",
-        "dtype": torch.float32,
-        "peft_config": spec.peft_config().to_dict(),
-        "shape": WanShape.of_config(transformer.config),
-        "facts": {"variant": "t2v-a14b", "expert": "low", "steps": 500},
-        "date": DATE,
-    }
-    weights = changes.pop("weights", None) or adapter_weights(transformer)
-    assert WanModelSaver().save_lora(weights, path, **{**arguments, **changes}) == []
+    header = AdapterHeader(
+        facts={"variant": "t2v-a14b", "expert": "low", "steps": 500},
+        date=DATE,
+        title=changes.get("title"),
+        resolution=changes.get("resolution"),
+    )
+    notices = WanModelSaver().save_adapter(
+        changes.get("modules") or adapter_of(transformer, spec),
+        path,
+        changes.get("format", "comfyui"),
+        header,
+        dtype=changes.get("dtype"),
+        shape=WanShape.of_config(transformer.config),
+    )
+    assert notices == []
     return path
 
 
@@ -259,23 +265,25 @@ def test_bfloat16_is_the_nearest(tiny_model, tmp_path):
 
 def test_a_weight_beyond_float16_is_refused(tiny_model, tmp_path):
     transformer = trained(tiny_model("t2v-a14b"), LOW, PART)
-    weights = adapter_weights(transformer)
-    weights["blocks.1.ffn.net.2.lora_B.weight"][3, 1] = 70000.0
+    modules = adapter_of(transformer, PART)
+    modules["blocks.1.ffn.net.2"].tensors["lora_B"][3, 1] = 70000.0
     path = tmp_path / "x.safetensors"
     with pytest.raises(CheckpointError, match=r"ffn\.net\.2.*7e\+04.*bfloat16"):
-        export(transformer, PART, path, weights=weights, dtype=torch.float16)
+        export(transformer, PART, path, modules=modules, dtype=torch.float16)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_views_of_one_storage_are_exported(tiny_model, tmp_path):
     transformer = trained(tiny_model("t2v-a14b"), LOW, PART)
-    weights = adapter_weights(transformer)
-    first, second = (n for n in weights if n.endswith("attn1.to_q.lora_A.weight") or "to_q" in n)
+    modules = adapter_of(transformer, PART)
+    name = "blocks.1.attn1.to_q"
     shared = torch.arange(3 * 64, dtype=torch.float32)
-    weights[first], weights[second] = shared.view(3, 64), shared.view(3, 64).T
-    path = export(transformer, PART, tmp_path / "x.safetensors", weights=weights)
+    views = {"lora_A": shared.view(3, 64), "lora_B": shared.view(3, 64).T}
+    modules[name] = replace(modules[name], tensors=views)
+    path = export(transformer, PART, tmp_path / "x.safetensors", modules=modules)
     found = weights_of(read_adapter(path))
-    assert torch.equal(found[second], found[first].T)
+    assert torch.equal(found[f"{name}.lora_A.weight"], shared.view(3, 64))
+    assert torch.equal(found[f"{name}.lora_B.weight"], found[f"{name}.lora_A.weight"].T)
 
 
 @pytest.mark.parametrize("place", ["header", "tensors"])

@@ -29,15 +29,15 @@ from support.lora_key_lists import LAYERS, TRAINERS, WIDTH, Written
 from torch import Tensor
 
 from onewan.adapters.lora import apply_lora
-from onewan.checkpoint.saver import WanModelSaver, convert_adapter, expert_of
+from onewan.checkpoint.saver import AdapterHeader, WanModelSaver, convert_adapter, expert_of
 from onewan.errors import CheckpointError
 from onewan.formats.container import open_tensors
 from onewan.formats.key_maps import to_official
 from onewan.formats.lora import LINEARS, WanShape, layout_of
-from onewan.formats.lora_files import read_adapter
+from onewan.formats.lora_files import parse_adapter, read_adapter
 from onewan.variants import VARIANTS
 
-DATE = datetime(2026, 11, 23, tzinfo=timezone.utc)
+HEADER = AdapterHeader(date=datetime(2026, 11, 23, tzinfo=timezone.utc))
 MODULE_OF = {
     f"blocks.{n}.{official}": f"blocks.{n}.{diffusers}"
     for n in range(3)
@@ -399,18 +399,12 @@ def trained(base):
 def test_exported_kinds_add_what_peft_merges(tmp_path, trained, weight, kind, format):
     state, settings, deltas = trained(kind)
     path = tmp_path / "x.safetensors"
-    arguments = {
-        "format": format,
-        "dtype": torch.float32,
-        "peft_config": settings,
-        "facts": {},
-        "date": DATE,
-        "shape": WanShape(width=64, ffn_width=256, num_layers=3),
-    }
+    modules = parse_adapter(state, settings, source="PEFT")
+    shape = WanShape(width=64, ffn_width=256, num_layers=3)
     if kind not in NATIVE:
         with pytest.raises(CheckpointError, match="give --base"):
-            WanModelSaver().save_lora(state, path, **arguments)
-    notices = WanModelSaver().save_lora(state, path, **arguments, base=weight)
+            WanModelSaver().save_adapter(modules, path, format, HEADER, shape=shape)
+    notices = WanModelSaver().save_adapter(modules, path, format, HEADER, shape=shape, base=weight)
     assert bool(notices) == (kind not in ("lora", "lora-patterns", "rslora"))
     assert any("plain differences" in notice for notice in notices) == (kind not in NATIVE)
     file, adapter = load_file(path), read_adapter(path)
@@ -451,15 +445,8 @@ def test_sampling_takes_any_kind(tmp_path, trained, base, weight, kind):
 def test_diffusers_merges_what_peft_merges(tmp_path, trained, folder, weight, kind):
     state, settings, deltas = trained(kind)
     path = tmp_path / "x.safetensors"
-    WanModelSaver().save_lora(
-        state,
-        path,
-        format="diffusers",
-        dtype=torch.float32,
-        peft_config=settings,
-        facts={},
-        date=DATE,
-    )
+    modules = parse_adapter(state, settings, source="PEFT")
+    WanModelSaver().save_adapter(modules, path, "diffusers", HEADER)
     pipeline = WanPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None, vae=None)
     pipeline.load_lora_weights(tmp_path, weight_name=path.name)
     pipeline.fuse_lora()
@@ -482,11 +469,11 @@ def test_biases_of_peft_are_scaled(tmp_path, folder, base):
         if parameter.requires_grad:
             parameter.data.normal_(0, 0.2, generator=generator)
     state = get_peft_model_state_dict(model)
-    arguments = {"dtype": torch.float32, "peft_config": config.to_dict(), "facts": {}, "date": DATE}
+    modules = parse_adapter(state, config.to_dict(), source="PEFT")
     path = tmp_path / "x.safetensors"
-    WanModelSaver().save_lora(state, path, format="comfyui", **arguments)
+    WanModelSaver().save_adapter(modules, path, "comfyui", HEADER)
     with pytest.raises(CheckpointError, match="changes a bias too"):
-        WanModelSaver().save_lora(state, path, format="diffusers", **arguments)
+        WanModelSaver().save_adapter(modules, path, "diffusers", HEADER)
     merged = model.merge_and_unload().state_dict()
     pipeline = WanPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None, vae=None)
     pipeline.load_lora_weights(tmp_path, weight_name=path.name)
@@ -507,15 +494,8 @@ def test_biases_of_peft_are_scaled(tmp_path, folder, base):
 def test_diffusers_takes_no_other_kind(tmp_path, trained, kind):
     state, settings, _ = trained(kind)
     with pytest.raises(CheckpointError, match=r"which diffusers reads in no spelling.*comfyui"):
-        WanModelSaver().save_lora(
-            state,
-            tmp_path / "x.safetensors",
-            format="diffusers",
-            dtype=torch.float32,
-            peft_config=settings,
-            facts={},
-            date=DATE,
-        )
+        modules = parse_adapter(state, settings, source="PEFT")
+        WanModelSaver().save_adapter(modules, tmp_path / "x.safetensors", "diffusers", HEADER)
     assert list(tmp_path.iterdir()) == []
 
 

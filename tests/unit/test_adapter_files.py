@@ -28,14 +28,14 @@ from onewan.adapters.adapter_config import (
     adapter_config_from_file,
 )
 from onewan.adapters.lora import (
+    adapter_of,
     adapter_weights,
     apply_lora,
     attach_adapter,
     base_weight,
-    exported,
 )
 from onewan.checkpoint.component import from_module
-from onewan.checkpoint.saver import WanModelSaver
+from onewan.checkpoint.saver import AdapterHeader, WanModelSaver
 from onewan.config.method import (
     DoraMethod,
     LokrMethod,
@@ -46,7 +46,7 @@ from onewan.config.method import (
 from onewan.errors import CheckpointError, ConfigError
 from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.lora import AdapterLayout, WanShape
-from onewan.formats.lora_files import AdapterFile, peft_adapter, read_adapter
+from onewan.formats.lora_files import AdapterFile, parse_adapter, read_adapter
 
 DATE = datetime(2026, 11, 23, tzinfo=timezone.utc)
 KINDS = pytest.mark.parametrize("kind", METHODS)
@@ -96,23 +96,35 @@ def test_what_does_not_fit_the_model_is_named(base):
 
 
 def export(model: WanTransformer3DModel, spec: AdapterConfig, path: Path, format: Any) -> list[str]:
-    weights, settings = exported(model, spec)
-
     def base(name: str) -> Tensor:
         layer, _, which = name.rpartition(".")
         return base_weight(model, layer, which)
 
-    return WanModelSaver().save_lora(
-        weights,
+    return WanModelSaver().save_adapter(
+        adapter_of(model, spec),
         path,
-        format=format,
-        dtype=torch.float32,
-        peft_config=settings,
-        facts={"expert": "high"},
-        date=DATE,
+        format,
+        AdapterHeader(facts={"expert": "high"}, date=DATE),
         shape=WanShape.of_config(model.config),
         base=base,
     )
+
+
+@KINDS
+def test_the_adapter_in_memory_is_what_pefts_settings_say(base, kind):
+    """By module, against PEFT's own configuration with its regular expressions."""
+    model, config = trained(base, METHODS[kind])
+    if config.pissa:
+        return  # exported as another LoRA; see below
+    settings = config.peft_config().to_dict()
+    want = parse_adapter(adapter_weights(model), settings, source="PEFT")
+    got = adapter_of(model, config)
+    assert list(got) == list(want) == list(config.modules)
+    for module, adapter in got.items():
+        assert (adapter.kind, adapter.alpha) == (want[module].kind, want[module].alpha)
+        assert list(adapter.tensors) == list(want[module].tensors)
+        for name, tensor in adapter.tensors.items():
+            assert torch.equal(tensor, want[module].tensors[name])
 
 
 @KINDS
@@ -207,7 +219,7 @@ def file_of(modules: dict[str, ModuleAdapter]) -> AdapterFile:
 
 def test_training_goes_on_from_peft_oft(base):
     model, spec = trained(base, METHODS["oft"])
-    file = file_of(peft_adapter(*exported(model, spec)))
+    file = file_of(adapter_of(model, spec))
     again, weights = adapter_config_from_file(file, OftMethod(), base)
     assert again.block_size == 16
     assert all(relative(weights[n], w) < 1e-4 for n, w in adapter_weights(model).items())

@@ -44,7 +44,7 @@ from onewan.config.method import (
     OftMethod,
 )
 from onewan.errors import CheckpointError
-from onewan.formats.lora_files import peft_adapter
+from onewan.formats.lora_files import parse_adapter
 from onewan.model.forward import predict_velocity
 from onewan.model.quantized_linear import QuantizedLinear
 
@@ -159,7 +159,7 @@ def reference(
 ) -> dict[str, Tensor]:
     """Weights of the base model with what the adapter adds, by plain autograd."""
     merged: dict[str, Tensor] = {}
-    for module, adapter in peft_adapter(weights, settings).items():
+    for module, adapter in parse_adapter(weights, settings, source="PEFT").items():
         weight = base.get_submodule(module).weight.detach()
         if spec.kind == "dora":  # the length is a constant to the gradient, by definition
             product = adapter.tensors["lora_B"] @ adapter.tensors["lora_A"]

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from onewan.adapters.adapter_config import AdapterConfig
 from onewan.adapters.lora import (
+    adapter_of,
     adapter_parameters,
     adapter_weights,
     apply_lora,
     attach_adapter,
-    exported,
 )
 from onewan.adapters.select import select_linears
 from onewan.errors import CheckpointError
-from onewan.formats.lora_files import peft_adapter
+from onewan.formats.lora_files import parse_adapter
 from onewan.model.forward import predict_velocity
 from onewan.model.precision import keep_float32_islands
 
@@ -55,7 +55,7 @@ def test_finished_adapters_add_up(base: WanTransformer3DModel) -> None:
     for number, parameter in enumerate(adapter_parameters(model).values()):
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
     applied = copy.deepcopy(base)
-    apply_lora(applied, peft_adapter(*exported(model, spec)), "one")
+    apply_lora(applied, adapter_of(model, spec), "one")
     torch.testing.assert_close(output(applied), output(model))
     second = {
         "blocks.1.attn2.to_k.lora_A.weight": torch.randn(2, 32),
@@ -64,7 +64,9 @@ def test_finished_adapters_add_up(base: WanTransformer3DModel) -> None:
         "blocks.0.attn1.to_q.lora_B.weight": torch.randn(32, 3),
     }
     alphas = {"blocks.1.attn2.to_k": 4.0, "blocks.0.attn1.to_q": 3.0}
-    apply_lora(applied, peft_adapter(second, {"alpha": 1.0, "alpha_pattern": alphas}), "two")
+    apply_lora(
+        applied, parse_adapter(second, {"alpha": 1.0, "alpha_pattern": alphas}, source="two"), "two"
+    )
     merged = copy.deepcopy(base)
     for weights, scale in ((adapter_weights(model), 2.0), (second, None)):
         for key in [k for k in weights if "lora_A" in k]:
@@ -81,10 +83,10 @@ def test_an_adapter_of_another_model_is_refused(base: WanTransformer3DModel) -> 
         "blocks.7.attn1.to_q.lora_B.weight": torch.ones(32, 2),
     }
     with pytest.raises(CheckpointError, match=r"has no layer blocks\.7\.attn1\.to_q"):
-        apply_lora(copy.deepcopy(base), peft_adapter(deep, {}), "file")
+        apply_lora(copy.deepcopy(base), parse_adapter(deep, source="file"), "file")
     wide = {
         "blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 48),
         "blocks.0.attn1.to_q.lora_B.weight": torch.ones(48, 2),
     }
     with pytest.raises(CheckpointError, match="file: does not fit the model"):
-        apply_lora(copy.deepcopy(base), peft_adapter(wide, {}), "file")
+        apply_lora(copy.deepcopy(base), parse_adapter(wide, source="file"), "file")

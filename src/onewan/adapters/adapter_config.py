@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
@@ -26,6 +25,7 @@ from onewan.config.method import (
 from onewan.errors import CheckpointError, ConfigError
 from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.lora_files import AdapterFile
+from onewan.formats.peft import PeftSettings, as_peft_alpha, default_and_patterns
 
 TrainedKind = Literal["lora", "dora", "loha", "lokr", "oft"]
 
@@ -58,6 +58,16 @@ class AdapterConfig:
         rank = self.ranks[module]
         return self.alphas[module] / (sqrt(rank) if self.rank_stabilised else rank)
 
+    def peft_settings(self, module: str) -> PeftSettings:
+        """PEFT's settings for one module, from which `from_peft` makes a `ModuleAdapter`."""
+        if self.kind == "oft":
+            return PeftSettings(neumann_terms=None)
+        return PeftSettings(
+            alpha=float(self.alphas[module]),
+            rank=self.ranks[module],
+            rank_stabilized=self.rank_stabilised,
+        )
+
     def peft_config(self) -> PeftConfig:
         """PEFT's settings. Those of DoRA and PiSSA say plain LoRA: `onewan.adapters.lora` adds what
         is theirs, since PEFT would do it in the precision of the base."""
@@ -70,10 +80,10 @@ class AdapterConfig:
                 use_cayley_neumann=False,
                 target_modules=modules,
             )
-        rank = _commonest(self.ranks.values())
-        alpha = _whole(_commonest(self.alphas.values()))
-        ranks = {_exactly(m): r for m, r in self.ranks.items() if r != rank}
-        alphas = {_exactly(m): _whole(a) for m, a in self.alphas.items() if a != alpha}
+        rank, ranks = default_and_patterns(self.ranks)
+        common_alpha, others = default_and_patterns(self.alphas)
+        alpha = as_peft_alpha(common_alpha)
+        alphas = {pattern: as_peft_alpha(other) for pattern, other in others.items()}
         if self.kind == "loha":
             return LoHaConfig(
                 r=rank,
@@ -398,20 +408,6 @@ def _linear(transformer: WanTransformer3DModel, module: str) -> nn.Linear | None
 
 def _inputs(transformer: WanTransformer3DModel, module: str) -> int:
     return cast("nn.Linear", transformer.get_submodule(module)).in_features
-
-
-def _commonest(numbers: Iterable[float]) -> int:
-    return cast("int", Counter(numbers).most_common(1)[0][0])
-
-
-def _whole(alpha: float) -> int:
-    """PEFT declares an int and only divides by the rank; a whole number stays one in files."""
-    return int(alpha) if float(alpha).is_integer() else cast("int", alpha)
-
-
-def _exactly(module: str) -> str:
-    """PEFT's expression for this module and no other that ends alike."""
-    return "^" + re.escape(module)
 
 
 def _listed(numbers: Iterable[int]) -> str:

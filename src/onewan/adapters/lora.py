@@ -24,7 +24,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,6 +46,7 @@ from onewan.adapters.layers import (
 )
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
+from onewan.formats.peft import from_peft
 from onewan.model.quantized_linear import QuantizedLinear
 from onewan.seeds import derive_seed
 
@@ -54,6 +54,8 @@ _ADAPTER = "default"
 _ZERO_AT_FIRST = ("lora_B", "hada_w2_b", "lokr_w1", "lokr_w1_a", "oft_R")
 """Parts that PEFT sets to zero, so that a new adapter changes nothing."""
 _FROZEN = ("pissa_A", "pissa_B")
+_PART_NAMES = {"lora_magnitude_vector": "magnitude"}
+"""`ModuleAdapter`'s names of parts, where PEFT's are others."""
 
 
 def attach_adapter(
@@ -216,30 +218,35 @@ def load_adapter_weights(
         tensor.copy_(weights[name])
 
 
-def exported(
-    transformer: WanTransformer3DModel, spec: AdapterConfig
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The adapter as other programs know it: weights by PEFT's names, and PEFT's settings.
+def adapter_of(
+    transformer: WanTransformer3DModel, config: AdapterConfig
+) -> dict[str, ModuleAdapter]:
+    """The adapter that trains on `transformer`, by module, as copies on the CPU: the form that
+    `apply_lora` and the writers of files take.
 
     PiSSA becomes a plain LoRA of twice the rank: s (B A - B0 A0) is s [B, -B0] [A; A0].
     """
     weights = adapter_weights(transformer)
-    if not spec.pissa:
-        return weights, spec.peft_config().to_dict()
-    plain: dict[str, Tensor] = {}
-    for module in spec.modules:
-        a, b = (weights[f"{module}.lora_{which}.weight"] for which in "AB")
-        a0, b0 = (weights[f"{module}.pissa_{which}"] for which in "AB")
-        plain[f"{module}.lora_A.weight"] = torch.cat([a, a0])
-        plain[f"{module}.lora_B.weight"] = torch.cat([b, -b0], dim=1)
-    twice = replace(
-        spec,
-        ranks={module: 2 * rank for module, rank in spec.ranks.items()},
-        alphas={module: spec.scale(module) * 2 * rank for module, rank in spec.ranks.items()},
-        rank_stabilised=False,
-        pissa=False,
+    if config.pissa:
+        return {module: _as_plain_lora(weights, config, module) for module in config.modules}
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in weights.items():
+        module, part = _place(name)
+        tensors.setdefault(module, {})[_PART_NAMES.get(part, part)] = tensor
+    return {m: from_peft(parts, config.peft_settings(m)) for m, parts in tensors.items()}
+
+
+def _as_plain_lora(
+    weights: Mapping[str, Tensor], config: AdapterConfig, module: str
+) -> ModuleAdapter:
+    """A PiSSA's product less what it started as, as a LoRA of twice the rank."""
+    a, b = (weights[f"{module}.lora_{which}.weight"] for which in "AB")
+    a0, b0 = (weights[f"{module}.pissa_{which}"] for which in "AB")
+    return ModuleAdapter(
+        kind="lora",
+        tensors={"lora_A": torch.cat([a, a0]), "lora_B": torch.cat([b, -b0], dim=1)},
+        alpha=config.scale(module) * 2 * config.ranks[module],
     )
-    return plain, twice.peft_config().to_dict()
 
 
 def base_weight(transformer: WanTransformer3DModel, layer: str, which: str) -> Tensor:

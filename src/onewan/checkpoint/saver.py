@@ -10,25 +10,24 @@ True``) and ignores any other without a word. Never holds a training state
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from onewan.checkpoint.convert import Written, save_model
 from onewan.checkpoint.layouts import FORMAT_VERSION, ModelFormat
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.embedding import INPUT, OUTPUT
-from onewan.formats.lora import LoraFormat, WanShape
+from onewan.formats.lora import KeyFormat, LoraFormat, WanShape
 from onewan.formats.lora_files import (
     PEFT_SETTINGS,
     BaseWeights,
-    peft_adapter,
+    FormattedAdapter,
     read_adapter,
     stored,
     to_format,
@@ -40,47 +39,62 @@ from onewan.model.embedding import WanModelEmbedding
 from onewan.model.wan import WanModel
 from onewan.variants import Expert, ExpertName, Variant
 
+_NOT_KEPT = ("format", HASH, PEFT_SETTINGS, "onewan.rank", "onewan.alpha")
+"""Entries of a header that hold for the file that they stand in alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterHeader:
+    """What the header of an adapter file says besides the tensors."""
+
+    facts: Mapping[str, str | int | float] = field(default_factory=dict)
+    """About the run, written as ``onewan.<name>``: ``variant``, ``steps``, ...; `expert_of` reads
+    ``expert``."""
+    title: str | None = None
+    """ModelSpec's title."""
+    resolution: tuple[int, int] | None = None
+    """Width and height in pixels, for ModelSpec."""
+    date: datetime | None = None
+    """None is now."""
+    kept: Mapping[str, str] = field(default_factory=dict)
+    """Entries of a former header to keep; all other fields take precedence."""
+
+    def metadata(self, modules: Mapping[str, ModuleAdapter], format: KeyFormat) -> dict[str, str]:
+        """The header's entries for an adapter of `modules` in `format`."""
+        kept = {name: value for name, value in self.kept.items() if name not in _NOT_KEPT}
+        date = self.date or datetime.now(timezone.utc)
+        title = self.title or self.kept.get("modelspec.title")
+        facts = {f"onewan.{name}": str(value) for name, value in self.facts.items()}
+        spec = model_spec("wan_2_2-lora", date, title, self.resolution)
+        return kept | spec | facts | _about(modules, format)
+
 
 class WanModelSaver:
     """Writes what was trained to files for other programs; holds no state."""
 
-    def save_lora(  # noqa: PLR0913  (facts about one file, each named at the call)
+    def save_adapter(
         self,
-        weights: Mapping[str, Tensor],
+        modules: Mapping[str, ModuleAdapter],
         destination: Path,
+        format: KeyFormat,
+        header: AdapterHeader,
         *,
-        format: LoraFormat,
-        dtype: torch.dtype,
-        peft_config: Mapping[str, Any],
-        facts: Mapping[str, str | int | float],
-        date: datetime,
-        title: str | None = None,
-        resolution: tuple[int, int] | None = None,
-        shape: WanShape | None = None,
+        dtype: torch.dtype | None = None,
         base: BaseWeights | None = None,
+        shape: WanShape | None = None,
     ) -> list[str]:
-        """Write the adapter of one expert to `destination` (.safetensors).
+        """Write the adapter of one expert, by module, to `destination` (.safetensors).
 
-        `weights` have PEFT's names without the adapter's: ``blocks.0.attn1.to_q.lora_A.weight``
-        [rank, in] and ``.lora_B.weight`` [out, rank]. They are stored as `dtype`, alpha as float32.
-        `peft_config` (``LoraConfig.to_dict()``, or that of PEFT's other kinds) says what they mean.
-        Kinds that a program can only read as differences need `base`, and a complete file for
-        kohya's programs the transformer's `shape`, unless it is an official one.
+        Tensors are stored as `dtype` or, for None, as they are; alpha as float32. Kinds that a
+        program can only read as weight differences need the `base` model's weights. kohya's
+        complete files need the transformer's `shape`, unless it is an official one.
 
-        The header gets ModelSpec's fields (`title`, `date`, `resolution` as (width, height), ...)
-        and `facts` about the run as ``onewan.<name>``, among which `expert_of` looks for `expert`.
-
-        Returns what the user should know of the file. CheckpointError if a weight does not fit
-        `dtype`, the format can't hold this kind of adapter, or the file can't be written or differs
-        from what it should hold; nothing is left under `destination` then but what was there.
+        Returns notices for the user. CheckpointError if a weight does not fit `dtype`, the format
+        can't hold this kind of adapter, or the file can't be written or reads back different; what
+        was under `destination` before then stays.
         """
-        modules = peft_adapter(weights, peft_config)
-        spelled = to_format(modules, format, dtype=dtype, base=base, shape=shape)
-        metadata = model_spec("wan_2_2-lora", date, title, resolution)
-        metadata |= {f"onewan.{name}": str(value) for name, value in facts.items()}
-        metadata |= _about(modules, format) | spelled.metadata
-        write_safetensors(Path(destination), spelled.tensors, metadata)
-        return spelled.notices
+        formatted = to_format(modules, format, dtype=dtype, base=base, shape=shape)
+        return _write(formatted, destination, header.metadata(modules, format))
 
     def save(
         self,
@@ -162,28 +176,27 @@ def convert_adapter(
     What the header said is kept, with ModelSpec's date and hash made anew.
 
     Returns what the user should know of the file. CheckpointError as `read_adapter` and
-    `WanModelSaver.save_lora` raise it.
+    `WanModelSaver.save_adapter` raise it.
     """
     adapter = read_adapter(source, expert)
+    facts = {} if adapter.expert is None else {"expert": adapter.expert}
+    header = AdapterHeader(kept=adapter.metadata, facts=facts)
     try:
-        spelled = to_format(adapter.modules, to, dtype=dtype, base=base)
+        formatted = to_format(adapter.modules, to, dtype=dtype, base=base)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    kept = {
-        name: value
-        for name, value in adapter.metadata.items()
-        if name not in ("format", HASH, PEFT_SETTINGS, "onewan.rank", "onewan.alpha")
-    }
-    title = adapter.metadata.get("modelspec.title")
-    metadata = kept | model_spec("wan_2_2-lora", datetime.now(timezone.utc), title)
-    if adapter.expert is not None:
-        metadata["onewan.expert"] = adapter.expert
-    metadata |= _about(adapter.modules, to) | spelled.metadata
-    write_safetensors(Path(destination), spelled.tensors, metadata)
-    return spelled.notices
+    return _write(formatted, destination, header.metadata(adapter.modules, to))
 
 
-def _about(modules: Mapping[str, ModuleAdapter], format: LoraFormat) -> dict[str, str]:
+def _write(
+    formatted: FormattedAdapter, destination: Path, metadata: Mapping[str, str]
+) -> list[str]:
+    header = {**metadata, **formatted.metadata}
+    write_safetensors(Path(destination), formatted.tensors, header)
+    return formatted.notices
+
+
+def _about(modules: Mapping[str, ModuleAdapter], format: KeyFormat) -> dict[str, str]:
     """What the header says of the file itself."""
     about = {
         "format_version": str(FORMAT_VERSION),

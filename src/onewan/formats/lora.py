@@ -35,6 +35,9 @@ from onewan.variants import VARIANTS, ExpertName
 
 AdapterKind = Literal["lora", "dora", "loha", "lokr", "oft", "difference"]
 LoraFormat = Literal["comfyui", "diffusers", "kohya"]
+"""The formats that a user can ask for."""
+KeyFormat = LoraFormat | Literal["official"]
+"""And ComfyUI's keys without their prefix, ``blocks.0.self_attn.q.lora_A.weight``."""
 
 LINEARS = (
     *(f"{attn}.{name}" for attn in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v")),
@@ -243,12 +246,14 @@ def kind_of(parts: Mapping[str, object]) -> AdapterKind:
     return "difference"
 
 
-def spelled(module: str, format: LoraFormat) -> str:
-    """How the keys of diffusers' `module` begin in `format`, without the dot behind."""
+def module_key(module: str, format: KeyFormat) -> str:
+    """The key of diffusers' `module` in `format`: what stands before ``.lora_A.weight``."""
     if format == "diffusers":
         return f"transformer.{module}"
     official = to_official(module)
-    return f"lora_unet_{_flat(official)}" if format == "kohya" else f"diffusion_model.{official}"
+    if format == "kohya":
+        return f"lora_unet_{_flat(official)}"
+    return official if format == "official" else f"diffusion_model.{official}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

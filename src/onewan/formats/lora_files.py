@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -31,24 +30,25 @@ import torch
 from torch import Tensor
 
 from onewan.errors import CheckpointError
-from onewan.formats.adapter import ModuleAdapter, from_peft
+from onewan.formats.adapter import ModuleAdapter
+from onewan.formats.backends import TensorInfo
 from onewan.formats.container import TensorFile, open_tensors
 from onewan.formats.lora import (
     AdapterKind,
     AdapterLayout,
-    LoraFormat,
+    KeyFormat,
     WanShape,
     layout_of,
-    spelled,
-    split_key,
+    module_key,
 )
-from onewan.formats.write import Lazy
+from onewan.formats.peft import PeftSettings, as_peft_alpha, default_and_patterns, from_peft
+from onewan.formats.write import DTYPE_NAMES, Lazy
 from onewan.variants import ExpertName
 
 PEFT_SETTINGS = "lora_adapter_metadata"
 """Key of the header under which diffusers keeps PEFT's settings."""
 
-_TITLES: dict[AdapterKind, str] = {
+KIND_TITLES: dict[AdapterKind, str] = {
     "lora": "LoRA",
     "dora": "DoRA",
     "loha": "LoHa",
@@ -83,30 +83,18 @@ def read_adapter(path: Path, expert: ExpertName | None = None) -> AdapterFile:
     multiply, alphas without weights.
     """
     file = open_tensors(Path(path))
-    layout = _checked(file, layout_of(file.tensors, file.metadata, expert))
+    layout = _checked(file.path, file.tensors, layout_of(file.tensors, file.metadata, expert))
     if len(layout.experts) > 1 and expert is None:
         raise CheckpointError(
             f"{path}: holds the LoRAs of both experts; take one at a time (--expert high, then "
             "--expert low)"
         )
-    settings = _settings(file)
-    modules: dict[str, ModuleAdapter] = {}
-    for module, keys in layout.modules.items():
-        parts = {part: file.read(key) for part, key in keys.items()}
-        alpha = parts.pop("alpha", None)
-        if "oft_R" in parts or (alpha is None and settings):
-            try:
-                modules[module] = from_peft(module, parts, settings)
-            except (ValueError, TypeError, KeyError, re.error) as error:
-                raise _damaged_settings(file, error) from error
-        else:
-            modules[module] = ModuleAdapter(
-                kind=layout.kinds[module],
-                tensors=parts,
-                alpha=None if alpha is None else float(alpha),
-            )
+    try:
+        modules = _modules(layout, file.read, _settings(file))
+    except _SettingsError as error:
+        raise _damaged_settings(file, error) from error
     if layout.prefix == "lora_unet_":
-        modules = {m: a for m, a in modules.items() if not _is_filling(a)} or modules
+        modules = {m: a for m, a in modules.items() if not _is_zero_padding(a)} or modules
     named = layout.experts[0] if len(layout.experts) == 1 else None
     return AdapterFile(
         path=Path(path),
@@ -117,19 +105,24 @@ def read_adapter(path: Path, expert: ExpertName | None = None) -> AdapterFile:
     )
 
 
-def peft_adapter(
-    weights: Mapping[str, Tensor], settings: Mapping[str, Any]
+def parse_adapter(
+    tensors: Mapping[str, Tensor], peft_settings: Mapping[str, Any] | None = None, *, source: str
 ) -> dict[str, ModuleAdapter]:
-    """An adapter as PEFT has it in memory: `weights` by its names without the adapter's
-    (``get_peft_model_state_dict``), `settings` from its configuration's ``to_dict()``."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in weights.items():
-        place = split_key(key)
-        if place is None:
-            raise ValueError(f"{key}: is not the name of an adapter's weight")
-        module, part = place
-        parts.setdefault(module.removeprefix("base_model.model."), {})[part] = tensor
-    return {module: from_peft(module, found, settings) for module, found in parts.items()}
+    """The adapter in a state dict in memory, with keys of any trainer's format, by module.
+
+    `peft_settings` is ``to_dict()`` of PEFT's configuration, for a state dict of
+    ``get_peft_model_state_dict``; without it, and without alphas among the tensors, alpha is the
+    rank. The tensors are not copied. CheckpointError, which names `source`, as `read_adapter`.
+    """
+    infos = {
+        key: TensorInfo(tuple(tensor.shape), DTYPE_NAMES[tensor.dtype])
+        for key, tensor in tensors.items()
+    }
+    layout = _checked(source, infos, layout_of(infos, {}))
+    try:
+        return _modules(layout, tensors.__getitem__, peft_settings or {})
+    except _SettingsError as error:
+        raise CheckpointError(f"{source}: PEFT's settings do not fit it ({error})") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +138,7 @@ class FormattedAdapter:
 
 def to_format(
     modules: Mapping[str, ModuleAdapter],
-    format: LoraFormat,
+    format: KeyFormat,
     *,
     dtype: torch.dtype | None = None,
     base: BaseWeights | None = None,
@@ -161,7 +154,7 @@ def to_format(
     foreign = {m: a for m, a in modules.items() if format != "diffusers" and _is_foreign(a)}
     tensors: dict[str, Tensor | Lazy] = {}
     for module, adapter in modules.items():
-        start = spelled(module, format)
+        start = module_key(module, format)
         native = replace(adapter, tensors={}) if module in foreign else adapter
         if module in foreign:
             tensors[f"{start}.diff"] = _difference(module, adapter, dtype, base)
@@ -177,7 +170,7 @@ def to_format(
             tensors[f"{start}.alpha"] = torch.tensor(alpha)
     notices = _notices(modules, foreign, tensors, format)
     if format == "kohya" and all(a.kind == "lora" for a in modules.values()):
-        tensors |= _filling(modules, dtype, shape or _shape(modules, base))
+        tensors |= _zero_padding(modules, dtype, shape or _shape(modules, base))
     metadata = {PEFT_SETTINGS: _peft_settings(modules)} if format == "diffusers" else {}
     return FormattedAdapter(tensors=tensors, metadata=metadata, notices=notices)
 
@@ -196,26 +189,53 @@ def stored(name: str, weight: Tensor, dtype: torch.dtype | None) -> Tensor:
 # ----------------------------------------------------------------------------------------- reading
 
 
-def _checked(file: TensorFile, layout: AdapterLayout | None) -> AdapterLayout:
+class _SettingsError(ValueError):
+    """PEFT's settings make no sense."""
+
+
+def _modules(
+    layout: AdapterLayout, read: Callable[[str], Tensor], settings: Mapping[str, Any]
+) -> dict[str, ModuleAdapter]:
+    """The adapter whose tensors `read` returns by key, under PEFT's `settings`, if it has any."""
+    modules: dict[str, ModuleAdapter] = {}
+    for module, keys in layout.modules.items():
+        parts = {part: read(key) for part, key in keys.items()}
+        alpha = parts.pop("alpha", None)
+        kind = layout.kinds[module]
+        if "oft_R" in parts or (alpha is None and settings):
+            try:
+                modules[module] = from_peft(parts, PeftSettings.of_module(module, kind, settings))
+            except (ValueError, TypeError, KeyError, re.error) as error:
+                raise _SettingsError(repr(error)) from error
+        else:
+            modules[module] = ModuleAdapter(
+                kind=kind, tensors=parts, alpha=None if alpha is None else float(alpha)
+            )
+    return modules
+
+
+def _checked(
+    source: Path | str, tensors: Mapping[str, TensorInfo], layout: AdapterLayout | None
+) -> AdapterLayout:
     """`layout` if it is of a whole adapter for Wan 2.2; CheckpointError says why not."""
-    path, total = file.path, len(file.tensors)
+    total = len(tensors)
     remedy = (
         "give a LoRA for Wan 2.2, with keys such as diffusion_model.blocks.N.self_attn.q."
         "lora_A.weight or transformer.blocks.N.attn1.to_q.lora_A.weight"
     )
     if layout is None:
-        some = ", ".join(sorted(file.tensors)[:3])
+        some = ", ".join(sorted(tensors)[:3])
         holds = f"{total} tensors, none of a LoRA, such as {some}" if total else "no tensors"
-        raise CheckpointError(f"{path}: holds {holds}; {remedy}")
+        raise CheckpointError(f"{source}: holds {holds}; {remedy}")
     if layout.unknown:
         whose = f", but of {layout.stranger}" if layout.stranger else ""
         raise CheckpointError(
-            f"{path}: {len(layout.unknown)} of {total} keys are not of a Wan 2.2 LoRA{whose}, "
+            f"{source}: {len(layout.unknown)} of {total} keys are not of a Wan 2.2 LoRA{whose}, "
             f"such as {', '.join(layout.unknown[:3])}; {remedy}"
         )
     if layout.faults:
         raise CheckpointError(
-            f"{path}: {len(layout.faults)} of {len(layout.modules)} modules are damaged: "
+            f"{source}: {len(layout.faults)} of {len(layout.modules)} modules are damaged: "
             f"{'; '.join(layout.faults[:3])}; get the file again"
         )
     return layout
@@ -245,7 +265,7 @@ def _damaged_settings(file: TensorFile, error: Exception) -> CheckpointError:
     return CheckpointError(f"{file.path}: {where} is damaged ({error!r}); get the file again")
 
 
-def _is_filling(adapter: ModuleAdapter) -> bool:
+def _is_zero_padding(adapter: ModuleAdapter) -> bool:
     """Whether it is of zeros alone, as in complete files for what was not trained."""
     return (
         adapter.kind == "lora"
@@ -269,10 +289,10 @@ def _is_foreign(adapter: ModuleAdapter) -> bool:
     return by_output or "rotation" in adapter.tensors
 
 
-def _refuse(modules: Mapping[str, ModuleAdapter], format: LoraFormat) -> None:
+def _refuse(modules: Mapping[str, ModuleAdapter], format: KeyFormat) -> None:
     """CheckpointError if `format` can't hold one of `modules`."""
     for module, adapter in modules.items():
-        title = _TITLES[adapter.kind]
+        title = KIND_TITLES[adapter.kind]
         if format == "kohya" and module.rpartition(".")[2] == "scale_shift_table":
             raise CheckpointError(
                 f"{module}: is no layer but a table, which kohya's spelling can't name; write "
@@ -299,7 +319,7 @@ def _refuse(modules: Mapping[str, ModuleAdapter], format: LoraFormat) -> None:
         )
 
 
-def _key(part: str, format: LoraFormat) -> str:
+def _key(part: str, format: KeyFormat) -> str:
     """The ending of a part's key."""
     named = {"magnitude": "lora_magnitude_vector" if format == "diffusers" else "dora_scale"}
     for ours, kohya in (("lora_A", "lora_down"), ("lora_B", "lora_up")):
@@ -307,7 +327,7 @@ def _key(part: str, format: LoraFormat) -> str:
     return named.get(part, part)
 
 
-def _written_alpha(adapter: ModuleAdapter, format: LoraFormat) -> float | None:
+def _written_alpha(adapter: ModuleAdapter, format: KeyFormat) -> float | None:
     """The alpha that a file needs; kohya's readers insist on one where there is a rank."""
     if not adapter.tensors or adapter.kind == "difference":
         return None
@@ -322,7 +342,7 @@ def _difference(
     """What the adapter adds to its weight, made when it is written."""
     if base is None:
         raise CheckpointError(
-            f"{module}: is {_TITLES[adapter.kind]}, which ComfyUI reads as a plain difference "
+            f"{module}: is {KIND_TITLES[adapter.kind]}, which ComfyUI reads as a plain difference "
             "only, and that depends on the weights that it was trained on; give --base"
         )
     name = f"{module}.weight"
@@ -340,7 +360,7 @@ def _notices(
     modules: Mapping[str, ModuleAdapter],
     foreign: Mapping[str, ModuleAdapter],
     tensors: Mapping[str, Tensor | Lazy],
-    format: LoraFormat,
+    format: KeyFormat,
 ) -> list[str]:
     """What the user should know of the file."""
     if format == "diffusers":
@@ -352,7 +372,7 @@ def _notices(
             for key, tensor in tensors.items()
             if key.endswith(".diff")
         )
-        titles = " and ".join(sorted({_TITLES[a.kind] for a in foreign.values()}))
+        titles = " and ".join(sorted({KIND_TITLES[a.kind] for a in foreign.values()}))
         notices.append(
             f"{titles} as PEFT has it ({len(foreign)} modules) has no spelling in ComfyUI: written "
             f"as plain differences, {size / 1e9:.3g} GB; they hold for this base model alone"
@@ -361,7 +381,7 @@ def _notices(
     if others:
         notices.append(
             f"ComfyUI reads this file; diffusers does not read "
-            f"{', '.join(_TITLES[kind] for kind in sorted(others))} in it"
+            f"{', '.join(KIND_TITLES[kind] for kind in sorted(others))} in it"
         )
     if outside := [m for m in modules if not m.startswith("blocks.")]:
         notices.append(f"diffusers may refuse this file for {', '.join(sorted(outside)[:3])}")
@@ -400,7 +420,7 @@ def _size(adapter: ModuleAdapter) -> tuple[int, int]:
     return adapter.tensors["lora_B"].shape[0], adapter.tensors["lora_A"].shape[1]
 
 
-def _filling(
+def _zero_padding(
     modules: Mapping[str, ModuleAdapter], dtype: torch.dtype | None, shape: WanShape | None
 ) -> dict[str, Tensor]:
     """Zeros of rank 1 for the linear layers without an adapter."""
@@ -410,7 +430,7 @@ def _filling(
     tensors: dict[str, Tensor] = {}
     for module, (out, into) in shape.linears().items():
         if module not in modules:
-            start = spelled(module, "kohya")
+            start = module_key(module, "kohya")
             tensors[f"{start}.lora_down.weight"] = torch.zeros(1, into, dtype=kept)
             tensors[f"{start}.lora_up.weight"] = torch.zeros(out, 1, dtype=kept)
             tensors[f"{start}.alpha"] = torch.tensor(1.0)
@@ -430,29 +450,16 @@ def _peft_settings(modules: Mapping[str, ModuleAdapter]) -> str:
         module: float(ranks[module] if adapter.alpha is None else adapter.alpha)
         for module, adapter in modules.items()
     }
-    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    rank, rank_pattern = default_and_patterns(ranks)
+    alpha, alpha_pattern = default_and_patterns(alphas)
     settings = {
-        "r": int(rank),
-        "lora_alpha": _number(alpha),
-        "rank_pattern": {_whole(m): r for m, r in ranks.items() if r != rank},
-        "alpha_pattern": {_whole(m): _number(a) for m, a in alphas.items() if a != alpha},
+        "r": rank,
+        "lora_alpha": as_peft_alpha(alpha),
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": {m: as_peft_alpha(a) for m, a in alpha_pattern.items()},
         "target_modules": sorted(modules),
         "use_dora": any(adapter.kind == "dora" for adapter in modules.values()),
         "lora_bias": False,
     }
     named = {f"transformer.{name}": value for name, value in settings.items()}
     return json.dumps(named, indent=2, sort_keys=True)
-
-
-def _whole(module: str) -> str:
-    """PEFT's expression for this module and no other that ends alike."""
-    return "^" + re.escape(module)
-
-
-def _commonest(numbers: Iterable[float]) -> float:
-    return Counter(numbers).most_common(1)[0][0]
-
-
-def _number(value: float) -> int | float:
-    """Whole numbers as such: PEFT declares alpha an int."""
-    return int(value) if float(value).is_integer() else value

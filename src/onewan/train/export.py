@@ -1,4 +1,8 @@
-"""What a run writes for other programs: a file for each trainable, format and kind of weights."""
+"""Exports the weights of a run for other programs: one file for each trainable and format.
+
+The exporter knows formats, names and headers; the trainables (`onewan.train.trainables`) know
+their tensors only. With a moving average, each file has a twin with the averaged weights.
+"""
 
 from __future__ import annotations
 
@@ -8,84 +12,139 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
 
-from onewan.checkpoint.saver import WanModelSaver
+from onewan.adapters.lora import base_weight
+from onewan.checkpoint.convert import save_expert
+from onewan.checkpoint.saver import AdapterHeader, WanModelSaver
 from onewan.dtypes import torch_dtype
-from onewan.formats.lora import LoraFormat
+from onewan.formats.lora import LoraFormat, WanShape
+from onewan.formats.lora_files import KIND_TITLES
 from onewan.model.embedding import WanModelEmbedding
 from onewan.runs.layout import RunLayout
 from onewan.train.run import Run
 from onewan.train.state import Trainable, TrainableName, TrainedExpert, WeightSet
-from onewan.train.trainables import EmbeddingTraining, ExpertMethod, ExportFacts
+from onewan.train.trainables import AdapterTraining, EmbeddingTraining, ExpertMethod, FullFineTune
 
 _SUFFIX: dict[WeightSet, str] = {"trained": "", "ema": "_ema"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportedFile:
-    """One file, or folder, that the weights of a step go to."""
+    """One file, or folder, that the weights of a step are written to."""
 
     path: Path
     trainable: TrainableName
     write: Callable[[], list[str]]
-    """Writes it; returns what the user should know of it."""
+    """Writes it; returns notices for the user."""
 
 
 def exported_files(run: Run, layout: RunLayout) -> Iterator[ExportedFile]:
-    """All that the weights of the present step are written to."""
+    """All files for the weights of the present step; none is written yet."""
     for trained in run.state.experts.values():
         if trained.trainable is not None and trained.method is not None:
-            for kind in _kinds(trained.trainable):
-                yield from _of_expert(run, layout, trained, trained.trainable, trained.method, kind)
+            for weight_set in _weight_sets(trained.trainable):
+                yield from _files_of_expert(run, layout, trained, trained.trainable, weight_set)
     trainable = run.state.embeddings
     if trainable is not None and isinstance(trainable.weights, EmbeddingTraining):
-        for kind in _kinds(trainable):
+        for weight_set in _weight_sets(trainable):
             for embedding in trainable.weights.embeddings:
-                path = layout.weights(run.state.step, f"_{embedding.name}{_SUFFIX[kind]}")
-                facts = _facts(run, trainable, kind, trainable.weights.lr[embedding.name])
-                write = partial(_write_embedding, run, trainable, kind, embedding, path, facts)
+                path = layout.weights(run.state.step, f"_{embedding.name}{_SUFFIX[weight_set]}")
+                facts = _facts(run, trainable, weight_set, trainable.weights.lr[embedding.name])
+                write = partial(
+                    _write_embedding, run, trainable, weight_set, embedding, path, facts
+                )
                 yield ExportedFile(path=path, trainable=trainable.name, write=write)
 
 
-def _kinds(trainable: Trainable) -> tuple[WeightSet, ...]:
+def _weight_sets(trainable: Trainable) -> tuple[WeightSet, ...]:
     return ("trained",) if trainable.ema is None else ("trained", "ema")
 
 
-def _of_expert(
-    run: Run,
-    layout: RunLayout,
-    trained: TrainedExpert,
-    trainable: Trainable,
-    method: ExpertMethod,
-    kind: WeightSet,
+def _files_of_expert(
+    run: Run, layout: RunLayout, trained: TrainedExpert, trainable: Trainable, weight_set: WeightSet
 ) -> Iterator[ExportedFile]:
-    formats, suffix = run.config.output.formats, trained.expert.file_suffix + _SUFFIX[kind]
+    formats, suffix = run.config.output.formats, trained.expert.file_suffix + _SUFFIX[weight_set]
 
     def write(path: Path, format: LoraFormat) -> list[str]:
-        about = ExportFacts(
-            facts=_facts(run, trainable, kind, trainable.lr),
-            title=f"{run.config.output.name} ({run.model.variant.title} {method.what})",
-            resolution=max(clip.size for clip in run.dataset.clips),
-            dtype=_dtype(run),
-        )
-        with trainable.using(kind):
-            return method.export(path, format, about)
+        facts = _facts(run, trainable, weight_set, trainable.lr)
+        with trainable.using(weight_set):
+            if isinstance(trained.method, AdapterTraining):
+                return _write_adapter(run, trained, trained.method, path, format, facts)
+            return _write_expert(run, trained, path, format, facts)
 
     for fmt in formats:
         named = fmt if len(formats) > 1 else None
-        path = layout.weights(run.state.step, suffix, named, method.extension(fmt))
+        path = layout.weights(run.state.step, suffix, named, _extension(trained.method, fmt))
         yield ExportedFile(path=path, trainable=trainable.name, write=partial(write, path, fmt))
+
+
+def _extension(method: ExpertMethod | None, format: LoraFormat) -> str:
+    """The ending of an exported name; "" for a folder, diffusers' layout of a whole model."""
+    folder = isinstance(method, FullFineTune) and format != "comfyui"
+    return "" if folder else ".safetensors"
+
+
+def _write_adapter(
+    run: Run,
+    trained: TrainedExpert,
+    method: AdapterTraining,
+    path: Path,
+    format: LoraFormat,
+    facts: Mapping[str, str | int | float],
+) -> list[str]:
+    config, title = run.config, KIND_TITLES[method.config.kind]
+    header = AdapterHeader(
+        facts=facts,
+        title=f"{config.output.name} ({run.model.variant.title} {title})",
+        resolution=max(clip.size for clip in run.dataset.clips),
+    )
+    return WanModelSaver().save_adapter(
+        method.adapter(),
+        path,
+        format,
+        header,
+        dtype=_dtype(run) or torch.float32,
+        base=partial(_base_tensor, trained.transformer),
+        shape=WanShape.of_config(trained.transformer.config),
+    )
+
+
+def _base_tensor(transformer: WanTransformer3DModel, name: str) -> Tensor:
+    layer, _, which = name.rpartition(".")
+    return base_weight(transformer, layer, which)
+
+
+def _write_expert(
+    run: Run,
+    trained: TrainedExpert,
+    path: Path,
+    format: LoraFormat,
+    facts: Mapping[str, str | int | float],
+) -> list[str]:
+    written = save_expert(
+        trained.transformer,
+        path,
+        "single" if format == "comfyui" else "diffusers",
+        dtype=_dtype(run),
+        variant=run.model.variant,
+        expert=trained.expert,
+        source=run.config.model.source_of(trained.expert.component),
+        facts=facts,
+    )
+    return list(written.notices)
 
 
 def _write_embedding(
     run: Run,
     trainable: Trainable,
-    kind: WeightSet,
+    weight_set: WeightSet,
     embedding: WanModelEmbedding,
     path: Path,
     facts: Mapping[str, str | int | float],
 ) -> list[str]:
-    with trainable.using(kind):
+    with trainable.using(weight_set):
         WanModelSaver().save_embedding(embedding, path, dtype=_dtype(run), facts=facts)
     return []
 
@@ -96,9 +155,9 @@ def _dtype(run: Run) -> torch.dtype | None:
 
 
 def _facts(
-    run: Run, trainable: Trainable, kind: WeightSet, lr: float
+    run: Run, trainable: Trainable, weight_set: WeightSet, lr: float
 ) -> dict[str, str | int | float]:
-    """What a user may later want to know of an exported file."""
+    """Facts about the run for the header of an exported file, to be looked up later."""
     config, step = run.config, run.state.step
     facts: dict[str, str | int | float] = {
         "variant": run.model.variant.name,
@@ -114,11 +173,11 @@ def _facts(
         facts["expert"] = trainable.name
         facts["base_model"] = _shareable(config.model.source_of(expert.component))
         facts["expert_steps"] = run.steps_before(trainable.name, step)
-    if kind == "ema" and config.train.ema is not None:
+    if weight_set == "ema" and config.train.ema is not None:
         facts["ema_decay"] = config.train.ema.decay
     return facts
 
 
 def _shareable(model: str) -> str:
-    """The name of a base model for files that are passed on: of a local folder, its name alone."""
+    """The name of a base model, without the path of a local folder: exported files are shared."""
     return Path(model).name if Path(model).exists() else model

@@ -210,13 +210,9 @@ class WanModelSetup:
         if isinstance(method, FineTuneMethod):
             names = select_weights(transformer, method.modules, layers)
             return FullFineTune(
-                transformer,
                 train_weights(transformer, names, method.weights),
                 precision=method.weights,
                 fused=method.fused_step,
-                variant=self._variant,
-                expert=expert,
-                source=config.model.source_of(expert.component),
             )
         own, initial = self._own(expert.name), None
         if start is not None:

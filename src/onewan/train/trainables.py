@@ -1,94 +1,69 @@
-"""What is trained of one expert, and what becomes of it: a value for each method.
+"""The trainable parameters of an expert, or of the embeddings: one class for each method.
 
-The trainer, the step and the state know `ExpertMethod` alone. Adapters train beside frozen weights
-and leave as LoRA files; fine-tuning trains the weights themselves, which leave as a model's.
+The training step, the state and the trainer use `ExpertMethod` alone; `onewan.train.export` writes
+the result to files. An adapter trains beside frozen weights, a full fine-tune trains the weights
+themselves, embeddings are trained through the text encoder by all experts together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Literal, Protocol
 
-import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from onewan.adapters.adapter_config import AdapterConfig
 from onewan.adapters.lora import (
+    adapter_of,
     adapter_parameters,
     adapter_weights,
     adapters_disabled,
-    base_weight,
-    exported,
     is_lora_b,
     load_adapter_weights,
 )
 from onewan.adapters.weights import load_weights, weights_of
-from onewan.checkpoint.convert import save_expert
-from onewan.checkpoint.saver import WanModelSaver
-from onewan.formats.lora import LoraFormat, WanShape
+from onewan.formats.adapter import ModuleAdapter
 from onewan.model.embedding import WanModelEmbedding
 from onewan.train.update import ParameterGroup, Rounding
-from onewan.variants import Expert, Variant
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportFacts:
-    """What goes into the header of an exported file."""
-
-    facts: Mapping[str, str | int | float]
-    """About the run: ``variant``, ``expert``, ``steps``, ..."""
-    title: str
-    resolution: tuple[int, int]
-    """Width and height of the largest training size."""
-    dtype: torch.dtype | None
-    """Precision to store; None is that of the weights."""
 
 
 class ExpertMethod(Protocol):
-    """What is trained of one expert."""
+    """The trainable parameters of one expert."""
 
     rounding: Rounding
-    """How the optimizer's float32 results become weights."""
+    """How the optimizer's float32 results are rounded to the precision of the weights."""
     fused: bool
-    """Whether each weight moves as soon as its gradient is there."""
+    """Whether each weight is updated in the backward pass, as soon as its gradient is there."""
     starts_as_base: bool
-    """Whether the model is the untrained one before the first step."""
-    what: str
-    """What an exported file holds, for its title: ``LoRA``, ..."""
+    """Whether the model equals the base model before the first step."""
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
-        """What trains, by names that stay the same; empty if nothing does."""
+        """The trainable parameters, by names that stay the same in every run."""
         ...
 
     def groups(self, lr: float) -> list[ParameterGroup]:
-        """The parameters by learning rate, `lr` being that of most."""
+        """The parameters by learning rate; `lr` is the default one."""
         ...
 
-    def read(self) -> dict[str, Tensor]: ...
+    def read(self) -> dict[str, Tensor]:
+        """Copies of the trained weights on the CPU, in the precision of each."""
+        ...
 
-    def write(self, weights: Mapping[str, Tensor], source: str) -> None: ...
+    def write(self, weights: Mapping[str, Tensor], source: str) -> None:
+        """Overwrite the trained weights by those of `read`. `source` names the file for the
+        CheckpointError that missing, unexpected or misshapen weights raise."""
+        ...
 
     def base(self) -> AbstractContextManager[None]:
-        """The expert as it was before training, for as long as the block lasts."""
-        ...
-
-    def extension(self, format: LoraFormat) -> str:
-        """How the name of what `export` writes ends; "" is a folder."""
-        ...
-
-    def export(self, path: Path, format: LoraFormat, about: ExportFacts) -> list[str]:
-        """Write the weights to `path`; returns what the user should know of the file."""
+        """A context in which the expert computes as the base model."""
         ...
 
 
 class AdapterTraining:
-    """An adapter beside the frozen weights of `transformer`, which has it already."""
+    """The adapter that `attach_adapter` has put on `transformer`, beside its frozen weights."""
 
     rounding: Rounding = "none"
     fused = False
@@ -96,26 +71,25 @@ class AdapterTraining:
     def __init__(
         self,
         transformer: WanTransformer3DModel,
-        spec: AdapterConfig,
+        config: AdapterConfig,
         *,
         lora_plus_ratio: float = 1.0,
         starts_as_base: bool = True,
     ) -> None:
-        self._transformer = transformer
-        self._spec = spec
-        self._ratio = lora_plus_ratio
+        self.config = config
         self.starts_as_base = starts_as_base
-        self.what = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT"}[
-            spec.kind
-        ]
         self.parameters = adapter_parameters(transformer)
+        self._transformer = transformer
+        self._lora_plus_ratio = lora_plus_ratio
 
     def groups(self, lr: float) -> list[ParameterGroup]:
-        fast = {n: p for n, p in self.parameters.items() if self._ratio != 1 and is_lora_b(n)}
+        """All at `lr`, but B of a LoRA at `lora_plus_ratio` times it (LoRA+, arXiv 2402.12354)."""
+        ratio = self._lora_plus_ratio
+        fast = {n: p for n, p in self.parameters.items() if ratio != 1 and is_lora_b(n)}
         rest = {n: p for n, p in self.parameters.items() if n not in fast}
         return [
             ParameterGroup(names=tuple(chosen), parameters=tuple(chosen.values()), lr=rate)
-            for chosen, rate in ((rest, lr), (fast, lr * self._ratio))
+            for chosen, rate in ((rest, lr), (fast, lr * ratio))
             if chosen
         ]
 
@@ -128,63 +102,30 @@ class AdapterTraining:
     def base(self) -> AbstractContextManager[None]:
         return adapters_disabled(self._transformer)
 
-    def extension(self, format: LoraFormat) -> str:
-        del format
-        return ".safetensors"
-
-    def export(self, path: Path, format: LoraFormat, about: ExportFacts) -> list[str]:
-        weights, settings = exported(self._transformer, self._spec)
-
-        def base(name: str) -> Tensor:
-            layer, _, which = name.rpartition(".")
-            return base_weight(self._transformer, layer, which)
-
-        return WanModelSaver().save_lora(
-            weights,
-            path,
-            format=format,
-            dtype=about.dtype or torch.float32,
-            peft_config=settings,
-            facts=about.facts,
-            date=datetime.now(timezone.utc),
-            title=about.title,
-            resolution=about.resolution,
-            shape=WanShape.of_config(self._transformer.config),
-            base=base,
-        )
+    def adapter(self) -> dict[str, ModuleAdapter]:
+        """The adapter in its present state, by module, as copies on the CPU."""
+        return adapter_of(self._transformer, self.config)
 
 
 class FullFineTune:
-    """The chosen `parameters` of `transformer` itself."""
+    """`parameters` of the transformer itself, as `train_weights` has prepared them."""
 
     starts_as_base = True
-    what = "fine-tuned"
 
     def __init__(
         self,
-        transformer: WanTransformer3DModel,
         parameters: Mapping[str, nn.Parameter],
         *,
         precision: Literal["stochastic", "kahan", "float32"],
         fused: bool,
-        variant: Variant,
-        expert: Expert,
-        source: str,
     ) -> None:
-        self._transformer = transformer
         self.parameters = parameters
         self.rounding: Rounding = "none" if precision == "float32" else precision
         self.fused = fused
-        self._variant = variant
-        self._expert = expert
-        self._source = source
 
     def groups(self, lr: float) -> list[ParameterGroup]:
-        return [
-            ParameterGroup(
-                names=tuple(self.parameters), parameters=tuple(self.parameters.values()), lr=lr
-            )
-        ]
+        names, parameters = tuple(self.parameters), tuple(self.parameters.values())
+        return [ParameterGroup(names=names, parameters=parameters, lr=lr)]
 
     def read(self) -> dict[str, Tensor]:
         return weights_of(self.parameters)
@@ -193,27 +134,12 @@ class FullFineTune:
         load_weights(self.parameters, weights, source)
 
     def base(self) -> AbstractContextManager[None]:
-        raise AssertionError("the untrained weights are not kept; the run file's rules forbid it")
-
-    def extension(self, format: LoraFormat) -> str:
-        return ".safetensors" if format == "comfyui" else ""
-
-    def export(self, path: Path, format: LoraFormat, about: ExportFacts) -> list[str]:
-        written = save_expert(
-            self._transformer,
-            path,
-            "single" if format == "comfyui" else "diffusers",
-            dtype=about.dtype,
-            variant=self._variant,
-            expert=self._expert,
-            source=self._source,
-            facts=about.facts,
-        )
-        return list(written.notices)
+        # A second copy of the weights would cost as much memory as the model.
+        raise AssertionError("the base weights are not kept; the rules of the run file forbid this")
 
 
 class EmbeddingTraining:
-    """Placeholders' vectors, each at its own learning rate."""
+    """The vectors of placeholders, each with its own learning rate."""
 
     rounding: Rounding = "none"
     fused = False
