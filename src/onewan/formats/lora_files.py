@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onewan.dtypes import safetensors_name
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.backends import TensorInfo
@@ -42,7 +43,7 @@ from onewan.formats.lora import (
     module_key,
 )
 from onewan.formats.peft import PeftSettings, as_peft_alpha, default_and_patterns, from_peft
-from onewan.formats.write import DTYPE_NAMES, Lazy
+from onewan.formats.write import Lazy
 from onewan.variants import ExpertName
 
 PEFT_SETTINGS = "lora_adapter_metadata"
@@ -115,7 +116,7 @@ def parse_adapter(
     rank. The tensors are not copied. CheckpointError, which names `source`, as `read_adapter`.
     """
     infos = {
-        key: TensorInfo(tuple(tensor.shape), DTYPE_NAMES[tensor.dtype])
+        key: TensorInfo(tuple(tensor.shape), safetensors_name(tensor.dtype))
         for key, tensor in tensors.items()
     }
     layout = _checked(source, infos, layout_of(infos, {}))
