@@ -62,7 +62,7 @@ def test_the_same_weights_give_the_same_bits(run_file: RunFile, variant: str) ->
 def test_held_out_clips_never_train(run_file: RunFile) -> None:
     config = run_file("t2v-a14b", "validation={share: 0.4, clips: 9, every: 2}", "train.steps=4")
     run = WanModelSetup(config).build()
-    held_out = {clip.name for clip in run.dataset.held_out}
+    held_out = {clip.name for clip in run.dataset.validation_clips}
     assert held_out == {name for batch in run.validation_batches() for name in batch.names}
     steps = list(run.loader.steps(0, 50, run.schedule.turn))
     assert held_out.isdisjoint(name for s in steps for b in s.batches for name in b.names)

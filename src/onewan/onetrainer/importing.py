@@ -333,8 +333,8 @@ class _Importer:
             "video_data.cache_dir",
             str(self._resolved(self.get("cache_dir", "video_data.cache_dir"))),
         )
-        self.put("video_data.min_resolution", [1, 1])
-        self.put("video_data.max_resolution", [16384, 16384])
+        self.put("video_data.min_resolution", list(settings.MIN_RESOLUTION))
+        self.put("video_data.max_resolution", list(settings.MAX_RESOLUTION))
         self.put("video_data.supported_formats", list(settings.VIDEO_FORMATS))
         self.taken |= dict.fromkeys(
             ("resolution", "aspect_ratio_bucketing"), "video_data.resolution"

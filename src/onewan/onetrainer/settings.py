@@ -26,7 +26,7 @@ from onewan.config.objective import (
     UniformTimesteps,
     Weighting,
 )
-from onewan.config.schema import TrainSection, VideoDataSection, WanTrainConfig
+from onewan.config.schema import TrainSection, WanTrainConfig
 from onewan.data.masks import is_mask
 from onewan.errors import ConfigError
 from onewan.arithmetic.timestep_density import density_of
@@ -54,6 +54,9 @@ VIDEO_FORMATS = (
     "ts",
 )
 """Extensions of files that may be clips; OneTrainer names some of them."""
+
+MIN_RESOLUTION, MAX_RESOLUTION = (1, 1), (16384, 16384)
+"""OneTrainer has no limits for the size of files and of training samples."""
 
 _BINS = 1000
 """Parts of a density that has no formula here; OneTrainer draws from as many timesteps."""
@@ -288,18 +291,6 @@ def wan_config(config: Any) -> WanTrainConfig:
         temporal_consistency_weight=config.wan_temporal_consistency_weight,
         transformer_layers_to_train=layers_of(config),
         use_temporal_attention=config.wan_use_temporal_attention,
-    )
-
-
-def video_data(config: Any) -> VideoDataSection:
-    """The run file's `video_data` but for its sources. OneTrainer has no limits of size."""
-    return VideoDataSection(
-        supported_formats=VIDEO_FORMATS,
-        target_fps=config.wan_target_fps,
-        max_duration=config.wan_max_duration,
-        min_resolution=(1, 1),
-        max_resolution=(16384, 16384),
-        masks=config.masked_training,
     )
 
 

@@ -23,7 +23,8 @@ from onewan.config.method import (
     ResolvedEmbedding,
 )
 from onewan.config.schema import ExpertSettings, ResolvedRun
-from onewan.data.encode import Dataset, Progress, prepare, silent
+from onewan.data.dataset import Dataset, prepare
+from onewan.data.encode import ProgressCallback, no_progress
 from onewan.data.loader import WanDataLoader
 from onewan.dtypes import torch_dtype
 from onewan.errors import ConfigError
@@ -59,7 +60,7 @@ class WanModelSetup:
         self._notices: dict[str, None] = {}  # in order, each once
 
     def dataset(
-        self, samples: list[SampleRequest], progress: Progress, *, verify: bool = False
+        self, samples: list[SampleRequest], progress: ProgressCallback, *, verify: bool = False
     ) -> Dataset:
         """The data set, with everything encoded that was not yet (all that `onewan cache` does)."""
         texts = {t for s in samples for t in (s.prompt, s.negative_prompt)}
@@ -79,7 +80,7 @@ class WanModelSetup:
             verify=verify,
         )
 
-    def build(self, progress: Progress = silent) -> Run:
+    def build(self, progress: ProgressCallback = no_progress) -> Run:
         """Encode, load, attach: the run before its first step. Stages that need much memory follow
         one another, and what training does not need is let go in between."""
         config = self._config

@@ -239,7 +239,7 @@ class WanTrainer:
                 loss=losses["trained"],
                 ema=losses.get("ema"),
                 base=state.base_loss.get(name),
-                held_out=bool(run.dataset.held_out),
+                held_out=bool(run.dataset.validation_clips),
             )
         state.validated = step
         loss = sum(measured) / len(measured)
