@@ -299,11 +299,11 @@ def test_files_of_other_models_and_wishes_are_refused(base):
         ConfigError, match=r"method\.kind: is dora, but start\.safetensors holds lo"
     ):
         adapter_config_from_file(file_of({Q: lora()}), DoraMethod(), base)
-    method = LoraMethod(rank_stabilised=True, init="pissa")
+    method = LoraMethod(use_rslora=True, init="pissa")
     with pytest.raises(ConfigError) as error:
         adapter_config_from_file(file_of({Q: lora()}), method, base, [1])
     assert [p.split(":")[0] for p in error.value.problems] == [
-        "method.rank_stabilised",
+        "method.use_rslora",
         "method.init",
         "wan_config.transformer_layers_to_train",
     ]

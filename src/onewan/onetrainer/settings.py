@@ -110,7 +110,7 @@ def _wrong_words(config: Any, variant: Variant) -> Iterator[str]:
         "wan_layers": (lambda: layers_of(config), "give numbers and ranges, such as 0-9, 12"),
         "wan_high_share": (
             lambda: high_share_of(config),
-            "give equal, mass or a number from 0 to 1",
+            "give equal, density or a number from 0 to 1",
         ),
     }
     for name, (read, remedy) in readers.items():
@@ -150,8 +150,8 @@ def train_section(config: Any) -> TrainSection:
             weighting=_weighting(config),
             unmasked_weight=config.unmasked_weight,
         ),
-        high_share=high_share_of(config),
-        expert_block=config.wan_expert_block,
+        high_expert_share=high_share_of(config),
+        switch_expert_every=config.wan_expert_block,
         first_frame_probability=config.wan_first_frame_probability,
         noise_offset=config.offset_noise_weight,
         input_perturbation=config.perturbation_noise_weight,
@@ -232,9 +232,9 @@ def _weighting(config: Any) -> Weighting:
 
 
 def high_share_of(config: Any) -> Any:
-    """`train.high_share`; ValueError if it is none."""
+    """`train.high_expert_share`; ValueError if it is none."""
     text = str(config.wan_high_share).strip().lower()
-    if text in ("equal", "mass"):
+    if text in ("equal", "density"):
         return text
     share = float(text)
     if not 0 <= share <= 1:

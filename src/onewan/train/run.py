@@ -70,7 +70,7 @@ class Run:
             self.steps_before(trainable, step),
             self.steps_before(trainable, train.steps),
             train.warmup_steps,
-            train.warmdown_steps,
+            train.cooldown_steps,
         )
 
     def steps_before(self, trainable: TrainableName, step: int) -> int:

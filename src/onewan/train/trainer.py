@@ -18,7 +18,6 @@ import torch
 
 from onewan.checkpoint.store import StateStore
 from onewan.config.load import changed_fields, dump_run
-from onewan.config.migrate import migrate
 from onewan.config.schema import ResolvedRun
 from onewan.data.loader import StepBatches
 from onewan.errors import CheckpointError, Interrupted
@@ -54,7 +53,7 @@ _FREE_TO_CHANGE = (
     "video_data.cache",
     "video_data.cache_dir",
     "train.save_every",
-    "train.save_minutes",
+    "train.save_every_minutes",
     "train.keep",
     "validation",
 )
@@ -82,7 +81,7 @@ class WanTrainer:
         self._resume = resume
         self._allow_change = allow_change
         self._layout = RunLayout(run_folder(config))
-        self._store = StateStore(self._layout, config.train.keep_states, config.train.keep_every)
+        self._store = StateStore(self._layout, config.train.keep_last, config.train.keep_every)
         self._signals = StopSignals()
         self._events: EventLog | None = None
         self._board: Any = None
@@ -200,7 +199,7 @@ class WanTrainer:
         return done == self._config.train.steps or done % self._config.train.save_every == 0
 
     def _minutes_are_over(self) -> bool:
-        minutes = self._config.train.save_minutes
+        minutes = self._config.train.save_every_minutes
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
     def _validation_due(self, run: Run) -> bool:
@@ -283,10 +282,10 @@ class WanTrainer:
     def _check_changes(self, run: Run, facts: dict[str, Any]) -> bool:
         """List what changed since the state was saved, and refuse what would not be the same run,
         unless the user allows it. Returns whether validation losses still mean the same."""
-        then = ResolvedRun.model_validate(migrate(facts["config"]))
+        then = ResolvedRun.model_validate(facts["config"])
         fields = changed_fields(then, self._config)
         steps_matter = (
-            self._config.train.schedule.kind != "constant" or self._config.train.warmdown_steps
+            self._config.train.schedule.kind != "constant" or self._config.train.cooldown_steps
         )
         exact: list[str] = []
         others: list[str] = []
@@ -307,7 +306,8 @@ class WanTrainer:
             self._note(
                 "resuming with changes that leave the numbers alone:\n  " + "\n  ".join(exact)
             )
-        measured_alike = not any(n in ("validation.clips", "validation.levels") for n, *_ in fields)
+        measured_by = ("validation.clips", "validation.timesteps")
+        measured_alike = not any(name in measured_by for name, *_ in fields)
         return measured_alike and not others
 
     def _save(self, run: Run) -> None:
@@ -336,7 +336,7 @@ class WanTrainer:
                     self._warn(f"{file.path.name}: {notice}")
             self._tell("exported", step=run.state.step, expert=file.trainable, file=str(file.path))
         exported = self._layout.exported()
-        for step in list(exported)[: -(self._config.output.keep or len(exported))]:
+        for step in list(exported)[: -(self._config.output.keep_last or len(exported))]:
             if step != run.state.best_step:
                 for path in exported[step]:
                     remove(path)

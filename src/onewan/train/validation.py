@@ -51,7 +51,7 @@ def _weights(
 def _losses(run: Run, trained: TrainedExpert, number: int, batch: Batch) -> list[Tensor]:
     text = run.text(batch)
     losses = []
-    for place, level in enumerate(run.objective.levels(run.config.validation.levels)):
+    for place, level in enumerate(run.objective.levels(run.config.validation.timesteps)):
         seed = derive_seed(run.config.train.seed, "grid noise", number, place)
         sample = run.objective.fixed(batch, level, trained.expert, seed)
         losses.append(compare(run, sample, predict(run, trained, batch, sample, text)))
