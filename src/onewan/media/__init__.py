@@ -1,21 +1,26 @@
-"""Files <-> frames: look at a media file, read frames at given times, write a video.
+"""Files <-> frames: inspect a media file, read frames at given times, write a video.
 
-Hides PyAV and Pillow: containers, seeking, codecs, broken timestamps, colours, rotation, damage.
-Everything that leaves is numpy, upright RGB uint8 [H, W, 3], and every fault of a file is one
-`DataError` that names it. Time is the video stream's own clock in seconds, as the file has it, so a
-first frame needn't be at 0.
+Hides PyAV and Pillow: containers, seeking, codecs, broken timestamps, colors, rotation, damage.
+All pixels are numpy arrays, upright RGB uint8 [H, W, 3], and every fault of a file is one
+`DataError` that names it. Times are in the video stream's own clock in seconds, as in the file, so
+the first frame need not be at 0.
 
-Colours: pixels become RGB by the matrix (BT.601, 709, 2020) and range that the stream is tagged
-with, at any bit depth; PyAV hands both tags to FFmpeg's swscale. A stream without tags counts as
-BT.601, limited range, which is FFmpeg's rule and so that of nearly every other reader. Transfer
-functions are left alone: HDR footage is not tone-mapped.
+Colors: pixels are converted to RGB by the matrix (BT.601, 709, 2020) and range that the stream is
+tagged with, at any bit depth; PyAV passes both tags to FFmpeg's swscale. A stream without tags is
+read as BT.601, limited range, which is FFmpeg's rule and so that of nearly every other reader.
+Transfer functions are not applied: HDR footage is not tone-mapped.
 
-Never imports torch, never holds more full-size frames than one, and never decodes what lies behind
-the last frame asked for.
+Never imports torch, never holds more than two full-size frames, and never decodes beyond the last
+frame asked for.
+
+`kinds` has the file extensions, `probe` inspects files, `read` selects frames by time;
+`video_stream` opens, seeks and tells the time, `video_frames` decodes and converts to RGB; `still`
+reads and fits images, `write` writes videos.
 """
 
 from onewan.media.kinds import IMAGE_SUFFIXES, VIDEO_SUFFIXES, extension
-from onewan.media.read import MediaInfo, keyframe_near, probe, read_frames
+from onewan.media.probe import MediaInfo, keyframe_near, probe
+from onewan.media.read import read_frames
 from onewan.media.still import Fit, fit_image, read_image
 from onewan.media.write import write_video
 

@@ -1,4 +1,4 @@
-"""Kinds of media file by their names, and what reading, writing and stills have in common."""
+"""File extensions of media, and the limits, conversion flags and messages of this package."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ VIDEO_SUFFIXES = frozenset({
     "qt", "rm", "rmvb", "ts", "vob", "webm", "wmv", "y4m",
 })
 # fmt: on
-"""Extensions that say "video", read here or not; so that an unsupported one can be reported."""
+"""Extensions of videos, whether supported or not, so that an unsupported one can be reported."""
 
 # 134 million pixels, a 16k x 8k frame: more than any footage has, and 400 MB as RGB. A header that
-# claims more is a mistake or an attack, and nothing is allocated for it.
+# claims more is damaged or malicious, and nothing is allocated for it.
 MAX_PIXELS = 2**27
 
 # swscale's default rounds down and repeats chroma: measured on a 1080p frame, 1.1 levels too dark
-# on average. These flags bring the mean error to 0.004, for 2 ms a frame of 720p. PyAV passes
-# numbers on; it has names for the last three only since version 18, which needs Python 3.11.
+# on average. These flags reduce the mean error to 0.004, for 2 ms per frame of 720p. Numbers, since
+# PyAV has names for the last three only from version 18 on, which needs Python 3.11.
 SWS_BILINEAR = 0x2
 SWS_FULL_CHR_H_INT = 0x2000
 SWS_FULL_CHR_H_INP = 0x4000
 SWS_ACCURATE_RND = 0x40000
 SWS_ACCURATE = SWS_BILINEAR | SWS_ACCURATE_RND | SWS_FULL_CHR_H_INT
 
-AGAIN = "copy or download it again, or take it out"
-"""What to do with a file that is damaged."""
+DAMAGE_REMEDY = "copy or download it again, or take it out"
+"""What the user can do about a damaged file, as the end of a message."""
 
 
 def extension(path: Path) -> str:
@@ -40,7 +40,7 @@ def extension(path: Path) -> str:
     return path.suffix.lower().removeprefix(".")
 
 
-def reason(error: Exception) -> str:
-    """The error in one line, without the path or the number that FFmpeg puts into it."""
+def error_reason(error: Exception) -> str:
+    """The error in one line, without the path and the error number that FFmpeg adds."""
     text = error.strerror if isinstance(error, OSError | FFmpegError) else None
     return (text or str(error)).splitlines()[0]

@@ -1,6 +1,6 @@
-"""Still images: reading them upright, and fitting a picture to a size.
+"""Still images: reading them upright, and scaling and cropping to a size.
 
-Hides Pillow, EXIF, transparency, and files that claim to be larger than any picture.
+Hides Pillow, EXIF, transparency, and files whose header claims an impossible size.
 """
 
 from __future__ import annotations
@@ -15,31 +15,37 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from onewan.errors import DataError
-from onewan.media.kinds import AGAIN, MAX_PIXELS, reason
+from onewan.media.kinds import DAMAGE_REMEDY, MAX_PIXELS, error_reason
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A target size: the picture is scaled to cover it, then cropped to it."""
+    """A target size in pixels: the image is scaled to cover it, then cropped to it."""
 
     width: int
     height: int
     across: float = 0.5
-    """Where the cut lies from left (0) to right (1); 0.5 is around the centre."""
+    """Horizontal position of the crop, from left (0) to right (1); 0.5 is the center."""
     down: float = 0.5
-    """The same from top to bottom."""
+    """Vertical position of the crop, from top (0) to bottom (1)."""
 
 
 def read_image(path: str | Path, fit: Fit | None = None) -> np.ndarray:
-    """A still image as uint8 [H, W, 3]: upright by EXIF, transparency over white, first frame."""
+    """A still image as RGB uint8 [H, W, 3]: upright by EXIF, transparency over white, first frame.
+
+    Raises `DataError` if it can't be read.
+    """
     path = Path(path)
     with open_image(path) as image:
-        picture = flat(ImageOps.exif_transpose(image))
-    return np.array(picture) if fit is None else fit_image(picture, fit)
+        upright = flatten_alpha(ImageOps.exif_transpose(image))
+    return np.array(upright) if fit is None else fit_image(upright, fit)
 
 
 def fit_image(image: Image.Image | np.ndarray, fit: Fit, pixel_aspect: float = 1.0) -> np.ndarray:
-    """`image` (uint8 RGB) scaled to cover `fit` and cropped to it: [H, W, 3]."""
+    """`image` (RGB uint8 [H, W, 3]) scaled to cover `fit` and cropped to it, as an array.
+
+    `pixel_aspect` is the width of its pixels over their height; those of the result are square.
+    """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     shown_width = image.width * pixel_aspect
@@ -50,40 +56,42 @@ def fit_image(image: Image.Image | np.ndarray, fit: Fit, pixel_aspect: float = 1
     box = (left, top, min(image.width, left + width), min(image.height, top + height))
     if box == (0, 0, fit.width, fit.height):
         return np.array(image)
-    # One step for crop and scale, so the crop is exact to a fraction of a pixel. Pillow widens the
-    # filter by the reduction (no aliasing, unlike OpenCV or torch without antialias); Lanczos keeps
-    # the most detail of its filters, and the VAE should see the footage's detail, not a blur.
+    # Crop and scale in one step, so that the crop is exact to a fraction of a pixel. Pillow widens
+    # the filter when it scales down (no aliasing, unlike OpenCV or torch without antialias); of its
+    # filters, Lanczos keeps the most detail, which the VAE should see.
     return np.array(image.resize((fit.width, fit.height), Image.Resampling.LANCZOS, box=box))
 
 
 @contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
-    """The image, not yet decoded; Pillow's errors inside become `DataError`."""
+    """The opened image, not yet decoded; Pillow's errors inside become `DataError`."""
     try:
         with Image.open(path) as image:
             _check_pixels(path, *image.size)
             yield image
     except Image.DecompressionBombError as error:
-        raise DataError(f"{path}: claims more pixels than any picture has; {AGAIN}") from error
-    except UnidentifiedImageError as error:  # its text is the path alone
-        raise DataError(f"{path}: is not an image that can be read; {AGAIN}") from error
-    # Pillow's readers report damage as any of these.
+        raise DataError(
+            f"{path}: claims more pixels than any image has; {DAMAGE_REMEDY}"
+        ) from error
+    except UnidentifiedImageError as error:  # its message is only the path
+        raise DataError(f"{path}: is not an image that can be read; {DAMAGE_REMEDY}") from error
+    # Pillow's decoders report damage by any of these exceptions.
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise DataError(
-            f"{path}: is not an image that can be read ({reason(error)}); {AGAIN}"
+            f"{path}: is not an image that can be read ({error_reason(error)}); {DAMAGE_REMEDY}"
         ) from error
 
 
 def _check_pixels(path: Path, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise DataError(
-            f"{path}: claims {width}x{height} pixels, more than any picture has; {AGAIN}"
+            f"{path}: claims {width}x{height} pixels, more than any image has; {DAMAGE_REMEDY}"
         )
 
 
-def flat(image: Image.Image) -> Image.Image:
-    """`image` as RGB, what is transparent shown over white."""
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips it to white
+def flatten_alpha(image: Image.Image) -> Image.Image:
+    """`image` as RGB, transparent parts over white."""
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion clips to white
         return Image.fromarray((np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")

@@ -1,6 +1,6 @@
 """Writing videos: frames -> mp4, mov, webm, avi.
 
-Hides codecs, their settings, and colour tags. Never leaves half a file under its name.
+Hides codecs, their settings, and color tags. Never leaves an incomplete file under its name.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from av.video.stream import VideoStream
 
 from onewan.errors import DataError
 from onewan.files import replacing
-from onewan.media.kinds import SWS_ACCURATE, SWS_FULL_CHR_H_INP, extension, reason
+from onewan.media.kinds import SWS_ACCURATE, SWS_FULL_CHR_H_INP, error_reason, extension
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Encoding:
-    """How a kind of video file is written."""
+    """Settings of one container format."""
 
     codec: str
     options: Mapping[str, str]
@@ -35,8 +35,8 @@ class _Encoding:
 
 _H264 = _Encoding(
     codec="libx264",
-    options={"crf": "17"},  # just below what the eye can tell from the original
-    container={"movflags": "+faststart"},  # index first: a browser can start before it has all
+    options={"crf": "17"},  # visually lossless
+    container={"movflags": "+faststart"},  # index first, so that browsers can start early
     matrix=Colorspace.ITU709,
 )
 _ENCODINGS: Mapping[str, _Encoding] = {
@@ -44,12 +44,12 @@ _ENCODINGS: Mapping[str, _Encoding] = {
     "mov": _H264,
     "webm": _Encoding(
         codec="libvpx-vp9",
-        # Constrained by quality alone; cpu-used 4 halves the time for a few percent of size.
+        # b=0: by quality alone, no bit rate; cpu-used 4 halves the time for a few percent of size.
         options={"crf": "24", "b": "0", "row-mt": "1", "deadline": "good", "cpu-used": "4"},
         container={},
         matrix=Colorspace.ITU709,
     ),
-    # MPEG-4 Part 2 in AVI has no place for colour tags, so readers assume BT.601.
+    # MPEG-4 Part 2 in AVI has no color tags, so readers assume BT.601.
     "avi": _Encoding(
         codec="mpeg4",
         options={"qmin": "2", "qmax": "2"},
@@ -62,8 +62,9 @@ _ENCODINGS: Mapping[str, _Encoding] = {
 def write_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
     """Write uint8 RGB `frames` [F, H, W, 3] as .mp4 or .mov (H.264), .webm (VP9) or .avi (MPEG-4).
 
-    All are yuv420p; all but AVI are tagged BT.709. The file appears under its name only when whole.
-    Sides must be even (4:2:0 colour has no half pixels).
+    All are yuv420p; all but AVI are tagged BT.709. The file appears under its name only when it is
+    complete. Raises `DataError` if it can't be written or a side is odd (4:2:0 has one chroma
+    sample for two pixels), ValueError if `frames` is not such an array.
     """
     path = Path(path)
     if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not len(frames):
@@ -89,7 +90,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
             _encode(container, frames, Fraction(fps).limit_denominator(100_000), encoding)
     except (FFmpegError, OSError) as error:
         raise DataError(
-            f"{path}: can't be written ({reason(error)}); check the folder and the free space"
+            f"{path}: can't be written ({error_reason(error)}); check the folder and the free space"
         ) from error
 
 

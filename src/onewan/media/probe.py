@@ -1,0 +1,186 @@
+"""What a media file contains, without decoding more than one frame."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import floor, inf
+from pathlib import Path
+from typing import Literal
+
+import av
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.video.stream import VideoStream
+from PIL import ImageOps
+
+from onewan.errors import DataError
+from onewan.media.kinds import DAMAGE_REMEDY, IMAGE_SUFFIXES, extension
+from onewan.media.still import open_image
+from onewan.media.video_frames import Orientation, decode_frames
+from onewan.media.video_stream import (
+    end_time,
+    frame_interval,
+    open_video,
+    open_video_at,
+    packet_time,
+    pixel_aspect,
+    seconds,
+    ticks,
+)
+
+# The search for the last frame begins this much before the end that the header gives; in s. More
+# than codecs reorder, so that the last packets in the file include the last frame shown.
+_END_WINDOW = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaInfo:
+    """What a media file contains, by its header, its first frame and its last packets."""
+
+    path: Path
+    kind: Literal["video", "image"]
+    width: int
+    """Stored pixels of the upright picture, after rotation metadata or EXIF."""
+    height: int
+    pixel_aspect: float
+    """Width of an upright pixel over its height; 1.0 for nearly all, 1.09 for PAL DVD or CIF."""
+    start: float
+    """Presentation time of the first frame, s."""
+    last: float
+    """Presentation time of the last frame, s."""
+    frame_interval: float
+    """Mean time between frames by the header, s; 0 for an image."""
+    rotation: int
+    """Degrees counterclockwise by which the stored picture is rotated to be upright: 0 to 359."""
+    codec: str
+
+    @property
+    def shown_size(self) -> tuple[int, int]:
+        """(width, height) of the upright picture in square pixels, as a player shows it."""
+        return max(1, round(self.width * self.pixel_aspect)), self.height
+
+    def frames_at(self, fps: float) -> int:
+        """For how many of the times start, start + 1/fps, ... the file has a frame.
+
+        The last of them lies at most half a source frame behind the last frame.
+        """
+        if self.kind == "image":
+            return 1
+        # 1e-6 against float rounding, if a time falls on the very end.
+        return floor((self.last + self.frame_interval / 2 - self.start) * fps + 1e-6) + 1
+
+
+def probe(path: str | Path) -> MediaInfo:
+    """What `path` contains; decodes one frame. Time and memory do not grow with the file's length.
+
+    Raises `DataError` if the file can't be used. Damage behind the first frame is not always found
+    here; `read_frames` reports it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: is not a file; check the path")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: is empty (0 bytes); {DAMAGE_REMEDY}")
+    return _probe_image(path) if extension(path) in IMAGE_SUFFIXES else _probe_video(path)
+
+
+def keyframe_near(path: str | Path, time: float) -> float:
+    """Presentation time (s) of the key frame nearest to `time`; reads only the packets around it.
+
+    0 for an image. Raises `DataError` if the file can't be read or has no key frame.
+    """
+    path = Path(path)
+    if extension(path) in IMAGE_SUFFIXES:
+        return 0.0
+    best = inf
+    with open_video_at(path, time, threads=1) as (_, packets):
+        for packet in packets:
+            now = packet_time(packet)
+            if packet.is_keyframe and abs(now - time) < abs(best - time):
+                best = now
+            # Packets come in decoding order, up to a second off the presentation order.
+            if now > time + abs(best - time) + 1.0:
+                break
+    if best == inf:
+        raise DataError(f"{path}: has no key frame; {DAMAGE_REMEDY}")
+    return best
+
+
+def _probe_image(path: Path) -> MediaInfo:
+    with open_image(path) as image:
+        codec = image.format or "unknown"
+        upright = ImageOps.exif_transpose(image)  # decodes, so a truncated file is found here
+    return MediaInfo(
+        path=path,
+        kind="image",
+        width=upright.width,
+        height=upright.height,
+        pixel_aspect=1.0,
+        start=0.0,
+        last=0.0,
+        frame_interval=0.0,
+        rotation=0,
+        codec=codec.lower(),
+    )
+
+
+def _probe_video(path: Path) -> MediaInfo:
+    with open_video(path, threads=1) as (container, stream):
+        start, frame = next(decode_frames(path, stream, container.demux(stream)), (0.0, None))
+        if frame is None:
+            raise DataError(f"{path}: no frame of it can be decoded; {DAMAGE_REMEDY}")
+        width, height, aspect = frame.width, frame.height, pixel_aspect(stream)
+        if Orientation.of(frame).transpose:
+            width, height, aspect = height, width, 1 / aspect
+        last = _last_time(path, container, stream)
+        interval, codec = frame_interval(stream), stream.codec.name
+    if last is None:  # seeking does not work, so read all packets
+        with open_video(path, threads=1) as (container, stream):
+            last = max(_shown_times(container.demux(stream)), default=start)
+    return MediaInfo(
+        path=path,
+        kind="video",
+        width=width,
+        height=height,
+        pixel_aspect=aspect,
+        start=start,
+        last=max(start, last),
+        frame_interval=interval,
+        rotation=round(frame.rotation) % 360,
+        codec=codec,
+    )
+
+
+def _last_time(path: Path, container: InputContainer, stream: VideoStream) -> float | None:
+    """Presentation time of the last frame, by its packet, s; None if seeking does not find it."""
+    end, begin = end_time(container, stream), seconds(stream, stream.start_time) or 0.0
+    back = _END_WINDOW
+    # Further back each time, until a whole video shorter than `back` has been searched.
+    while end is not None and end - back / 4 > begin:
+        try:
+            # Any frame, since nothing is decoded: a file of one long GOP takes no longer.
+            container.seek(ticks(stream, end - back), stream=stream, any_frame=True)
+            last = max(_shown_times(container.demux(stream)), default=None)
+        except FFmpegError:
+            return None
+        if last is not None:
+            # Other headers only estimate the duration; those of MOV and MP4 list all frames.
+            exact = container.format.name.startswith("mov")
+            if exact and back > _END_WINDOW and last < end - _END_WINDOW:
+                raise DataError(
+                    f"{path}: is truncated, its header promises {end - begin:.1f} s and its data "
+                    f"end after {last - begin:.1f} s; {DAMAGE_REMEDY}"
+                )
+            return last
+        back *= 4
+    return None
+
+
+def _shown_times(packets: Iterable[av.Packet]) -> Iterator[float]:
+    """Presentation times of the packets whose frames are shown, s.
+
+    Not shown are packets outside the edit list, incomplete ones at a cut, and PyAV's empty one at
+    the end.
+    """
+    return (packet_time(p) for p in packets if p.size and not p.is_discard and not p.is_corrupt)
