@@ -39,11 +39,11 @@ from onewan.model.wan import WanModel
 from onewan.sample.generate import SampleRequest, requests_from
 from onewan.train.ema import Ema
 from onewan.train.objective import objective_of
-from onewan.train.optim import resumes_exactly
+from onewan.train.optimizers.builders import inexact_resume_reason
+from onewan.train.optimizers.trainable_optimizer import build_trainable_optimizer
 from onewan.train.run import Run
 from onewan.train.state import Trainable, TrainableName, TrainedExpert, TrainState
 from onewan.train.trainables import AdapterTraining, EmbeddingTraining, ExpertMethod, FullFineTune
-from onewan.train.update import Updater
 from onewan.variants import Expert, ExpertName
 
 
@@ -136,7 +136,7 @@ class WanModelSetup:
                     f"{len(idle)} of {len(dataset.clips)} clips have no caption with a placeholder "
                     f"that trains, so they teach nothing ({', '.join(names)})"
                 )
-        if reason := resumes_exactly(config.optimizer):
+        if reason := inexact_resume_reason(config.optimizer):
             warnings.append(f"a resumed run may not be the uncut one to the bit: {reason}")
         return warnings
 
@@ -241,7 +241,7 @@ class WanModelSetup:
             weights=what,
             optimizer_name=config.optimizer.name,
             lr=lr,
-            optimizer=Updater(
+            optimizer=build_trainable_optimizer(
                 what.groups(lr),
                 config.optimizer,
                 rounding=what.rounding,

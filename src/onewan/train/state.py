@@ -25,8 +25,8 @@ from torch import Tensor
 
 from onewan.errors import CheckpointError
 from onewan.train.ema import Ema
+from onewan.train.optimizers.trainable_optimizer import TrainableOptimizer
 from onewan.train.trainables import ExpertMethod
-from onewan.train.update import Updater
 from onewan.variants import Expert, ExpertName
 
 _FACTS = "state.json"
@@ -55,7 +55,7 @@ class Trainable:
 
     name: TrainableName
     weights: TrainableWeights
-    optimizer: Updater
+    optimizer: TrainableOptimizer
     optimizer_name: str
     """Its name, by which a state's is known."""
     lr: float

@@ -39,17 +39,19 @@ def train_step(run: Run, step: StepBatches) -> StepMetrics:
     """
     trained = run.activate(step.expert)
     trainables = run.state.trainables_of(step.expert)
-    for trainable in trainables:
-        trainable.optimizer.begin(step.number, run.lr_factor(trainable.name, step.number))
+    updates = [
+        trainable.optimizer.begin_step(step.number, run.lr_factor(trainable.name, step.number))
+        for trainable in trainables
+    ]
     losses, levels = backward(run, step, trained)
-    limit = run.config.train.max_grad_norm
+    max_norm = run.config.train.max_grad_norm
     # Without any gradient the norm is a 0 on the CPU.
-    norms = [trainable.optimizer.norm(limit).to(run.device) for trainable in trainables]
+    norms = [update.clip_grad_norm(max_norm).to(run.device) for update in updates]
     # The only wait for the device in a step, and before the weights change.
     *values, norm = torch.stack([*losses, torch.stack(norms).norm()]).tolist()
     check_finite(step, values, norm)
-    for trainable in trainables:
-        trainable.optimizer.step()
+    for trainable, update in zip(trainables, updates, strict=True):
+        update.apply()
         if trainable.ema is not None:
             trainable.ema.update(run.steps_before(trainable.name, step.number))
     return StepMetrics(loss=sum(values), grad_norm=norm, lr=trainables[0].optimizer.lr, t=levels)

@@ -26,7 +26,8 @@ from onewan.adapters.lora import (
 from onewan.adapters.weights import load_weights, weights_of
 from onewan.formats.adapter import ModuleAdapter
 from onewan.model.embedding import WanModelEmbedding
-from onewan.train.update import ParameterGroup, Rounding
+from onewan.train.optimizers.parameters import ParameterGroup
+from onewan.train.rounding import Rounding
 
 
 class ExpertMethod(Protocol):

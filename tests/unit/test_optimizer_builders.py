@@ -1,4 +1,4 @@
-"""Optimizers by name: each is what its section says, and what is missing is named."""
+"""Optimizers by name: each has the arguments of its section, and a missing package is named."""
 
 from __future__ import annotations
 
@@ -31,88 +31,93 @@ from onewan.config.optimizer import (
     SgdOptimizer,
 )
 from onewan.errors import ConfigError
-from onewan.train.optim import averages_itself, build_optimizer, needs_all_weights, resumes_exactly
+from onewan.train.optimizers.builders import (
+    build_optimizer,
+    inexact_resume_reason,
+    is_schedule_free,
+    joint_only_reason,
+)
 
 
-def _weights() -> list[nn.Parameter]:
+def some_weights() -> list[nn.Parameter]:
     torch.manual_seed(3)
     return [nn.Parameter(torch.randn(*shape)) for shape in ((8, 6), (6,), (1, 6, 8))]
 
 
-def _stepped(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter]) -> list[Tensor]:
+def trained(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter]) -> list[Tensor]:
     for step in range(3):
-        for place, weight in enumerate(weights):
-            generator = torch.Generator().manual_seed(10 * step + place)
+        for index, weight in enumerate(weights):
+            generator = torch.Generator().manual_seed(10 * step + index)
             weight.grad = torch.randn(weight.shape, generator=generator)
         optimizer.step()
     return [weight.detach() for weight in weights]
 
 
-def _same(
+def check_same(
     choice: object, reference: Callable[..., torch.optim.Optimizer], **arguments: object
 ) -> None:
-    """The optimizer that `choice` names moves weights as the reference does, to the bit."""
-    ours, theirs = _weights(), _weights()
+    """The optimizer that `choice` names gives the bits of the reference."""
+    ours, theirs = some_weights(), some_weights()
     made = build_optimizer([{"params": ours, "lr": 0.02}], choice)  # pyright: ignore
     other = reference(theirs, lr=0.02, **arguments)  # pyright: ignore
-    for one, two in zip(_stepped(made, ours), _stepped(other, theirs), strict=True):
+    for one, two in zip(trained(made, ours), trained(other, theirs), strict=True):
         assert torch.equal(one, two)
 
 
-def test_adamw() -> None:
+def test_adamw_is_pytorchs() -> None:
     choice = AdamWOptimizer(betas=(0.8, 0.9), eps=1e-3, weight_decay=0.2)
     arguments = {"betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.2, "fused": True}
-    _same(choice, torch.optim.AdamW, **arguments)
+    check_same(choice, torch.optim.AdamW, **arguments)
 
 
-def test_sgd() -> None:
+def test_sgd_is_pytorchs() -> None:
     choice = SgdOptimizer(momentum=0.8, nesterov=True, weight_decay=0.1)
-    _same(choice, torch.optim.SGD, momentum=0.8, nesterov=True, weight_decay=0.1)
+    check_same(choice, torch.optim.SGD, momentum=0.8, nesterov=True, weight_decay=0.1)
 
 
-def test_lion() -> None:
+def test_lion_is_the_librarys() -> None:
     from lion_pytorch import Lion
 
     choice = LionOptimizer(betas=(0.8, 0.7), weight_decay=0.1)
-    _same(choice, Lion, betas=(0.8, 0.7), weight_decay=0.1)
+    check_same(choice, Lion, betas=(0.8, 0.7), weight_decay=0.1)
 
 
-def test_came() -> None:
+def test_came_is_the_librarys() -> None:
     from came_pytorch import CAME
 
     choice = CameOptimizer(betas=(0.8, 0.9, 0.99), clip_threshold=0.5, weight_decay=0.1)
-    _same(choice, CAME, betas=(0.8, 0.9, 0.99), clip_threshold=0.5, weight_decay=0.1)
+    check_same(choice, CAME, betas=(0.8, 0.9, 0.99), clip_threshold=0.5, weight_decay=0.1)
 
 
-def test_adafactor_takes_the_rate_of_the_run_file() -> None:
+def test_adafactor_uses_the_learning_rate_of_the_run_file() -> None:
     from transformers.optimization import Adafactor
 
     choice = AdafactorOptimizer(decay_rate=-0.5, clip_threshold=0.5, weight_decay=0.1)
     arguments = {"decay_rate": -0.5, "clip_threshold": 0.5, "weight_decay": 0.1}
-    _same(choice, Adafactor, scale_parameter=False, relative_step=False, **arguments)
+    check_same(choice, Adafactor, scale_parameter=False, relative_step=False, **arguments)
 
 
-def test_prodigy() -> None:
+def test_prodigy_is_the_librarys() -> None:
     from prodigyopt import Prodigy
 
     choice = ProdigyOptimizer(
         betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1, d0=1e-3, d_coef=0.5, safeguard_warmup=False
     )
     arguments = {"eps": 1e-6, "weight_decay": 0.1, "d0": 1e-3, "d_coef": 0.5}
-    _same(choice, Prodigy, betas=(0.8, 0.9), use_bias_correction=True, **arguments)
+    check_same(choice, Prodigy, betas=(0.8, 0.9), use_bias_correction=True, **arguments)
 
 
-def test_prodigy_plus() -> None:
+def test_prodigy_plus_is_the_librarys() -> None:
     from prodigyplus import ProdigyPlusScheduleFree
 
     choice = ProdigyPlusOptimizer(
         betas=(0.8, 0.9), weight_decay=0.1, d0=1e-3, d_coef=0.5, factored=False
     )
     arguments = {"weight_decay": 0.1, "d0": 1e-3, "d_coef": 0.5, "factored": False}
-    _same(choice, ProdigyPlusScheduleFree, betas=(0.8, 0.9), split_groups=False, **arguments)
+    check_same(choice, ProdigyPlusScheduleFree, betas=(0.8, 0.9), split_groups=False, **arguments)
 
 
-def test_schedule_free() -> None:
+def test_schedule_free_adamw_is_the_librarys() -> None:
     from schedulefree import AdamWScheduleFree
 
     def started(*given: object, **named: object) -> torch.optim.Optimizer:
@@ -124,24 +129,24 @@ def test_schedule_free() -> None:
         betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1, warmup_steps=2
     )
     arguments = {"betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1, "warmup_steps": 2}
-    _same(choice, started, **arguments)
+    check_same(choice, started, **arguments)
 
 
-def test_adamw_8bit() -> None:
+def test_adamw_8bit_is_the_librarys() -> None:
     from bitsandbytes.optim import AdamW8bit
 
     choice = AdamW8bitOptimizer(betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
-    _same(choice, AdamW8bit, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
+    check_same(choice, AdamW8bit, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
 
 
 @pytest.mark.parametrize("bits", ["8", "4", "fp8"])
-def test_adamw_low_bit(bits: str) -> None:
+def test_adamw_low_bit_is_the_librarys(bits: str) -> None:
     library = importlib.import_module("torchao.optim")
     kind = {"8": library.AdamW8bit, "4": library.AdamW4bit, "fp8": library.AdamWFp8}[bits]
     choice = AdamWLowBitOptimizer(bits=bits, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)  # pyright: ignore
     torch.compiler.set_stance("force_eager")  # the same function, without half a minute of g++
     try:
-        _same(choice, kind, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
+        check_same(choice, kind, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
     finally:
         torch.compiler.set_stance("default")
 
@@ -149,22 +154,22 @@ def test_adamw_low_bit(bits: str) -> None:
 @pytest.mark.parametrize(
     ("bits", "kind"), [("8", "OptimState8bit"), ("4", "OptimState4bit"), ("fp8", "OptimStateFp8")]
 )
-def test_low_bit_states_have_the_bits_that_were_asked_for(bits: str, kind: str) -> None:
+def test_low_bit_states_have_the_requested_bits(bits: str, kind: str) -> None:
     weight = nn.Parameter(torch.zeros(64, 64))  # smaller ones stay in float32
     choice = AdamWLowBitOptimizer(bits=bits)  # pyright: ignore
     made = build_optimizer([{"params": [weight], "lr": 0.02}], choice)
     torch.compiler.set_stance("force_eager")
     try:
-        _stepped(made, [weight])
+        trained(made, [weight])
     finally:
         torch.compiler.set_stance("default")
     assert type(made.state[weight]["exp_avg"]).__name__ == kind
 
 
 @pytest.mark.parametrize("value", [False, True])
-def test_switches_arrive(value: bool) -> None:
-    """Those that a few steps of small weights do not show."""
-    groups = [{"params": _weights(), "lr": 1.0}]
+def test_switches_reach_the_library(value: bool) -> None:
+    """Those that make no difference in a few steps of small weights."""
+    groups = [{"params": some_weights(), "lr": 1.0}]
     prodigy = ProdigyOptimizer(safeguard_warmup=value, bias_correction=value)
     group = build_optimizer(groups, prodigy).param_groups[0]
     assert group["safeguard_warmup"] is group["use_bias_correction"] is value
@@ -173,8 +178,8 @@ def test_switches_arrive(value: bool) -> None:
     assert vars(build_optimizer(groups, AdamW8bitOptimizer(paged=value)))["is_paged"] is value
 
 
-def test_muon_moves_matrices_and_adamw_the_rest() -> None:
-    ours, theirs = _weights(), _weights()
+def test_muon_updates_matrices_and_adamw_all_other_weights() -> None:
+    ours, theirs = some_weights(), some_weights()
     choice = MuonOptimizer(momentum=0.8, nesterov=False, ns_steps=3, weight_decay=0.1)
     made = build_optimizer([{"params": ours, "lr": 0.02}], choice)
     muon = torch.optim.Muon(
@@ -187,29 +192,29 @@ def test_muon_moves_matrices_and_adamw_the_rest() -> None:
         adjust_lr_fn="match_rms_adamw",
     )
     adamw = torch.optim.AdamW(theirs[1:], lr=0.02, weight_decay=0.1, fused=True)
-    _stepped(muon, theirs[:1])
-    for step in range(3):  # the same gradients as in _stepped, by the place among all weights
-        for place, weight in enumerate(theirs[1:], start=1):
-            generator = torch.Generator().manual_seed(10 * step + place)
+    trained(muon, theirs[:1])
+    for step in range(3):  # the same gradients as in trained, by the index among all weights
+        for index, weight in enumerate(theirs[1:], start=1):
+            generator = torch.Generator().manual_seed(10 * step + index)
             weight.grad = torch.randn(weight.shape, generator=generator)
         adamw.step()
-    for one, two in zip(_stepped(made, ours), theirs, strict=True):
+    for one, two in zip(trained(made, ours), theirs, strict=True):
         assert torch.equal(one, two.detach())
     assert build_optimizer([{"params": ours, "lr": 1}], MuonOptimizer(match_adamw=False))
     assert len(made.state) == 3
 
 
-def test_muon_takes_no_embeddings() -> None:
-    weights = _weights()[:1]
+def test_muon_leaves_embeddings_to_adamw() -> None:
+    weights = some_weights()[:1]
     groups = [{"params": weights, "lr": 0.02, "embeddings": True}]
     assert [g["muon"] for g in build_optimizer(groups, MuonOptimizer()).param_groups] == [False]
 
 
-def test_muon_is_one_optimizer_to_torch() -> None:
-    """Its state goes through torch's own state_dict, and rates are set in its groups."""
-    weights, copies = _weights(), _weights()
+def test_the_combination_with_muon_is_one_optimizer_to_pytorch() -> None:
+    """Its state passes through PyTorch's state_dict, and rates set in its groups apply."""
+    weights, copies = some_weights(), some_weights()
     made = build_optimizer([{"params": weights, "lr": 0.02}], MuonOptimizer())
-    _stepped(made, weights)
+    trained(made, weights)
     other = build_optimizer([{"params": copies, "lr": 0.5}], MuonOptimizer())
     other.load_state_dict(deepcopy(made.state_dict()))
     with torch.no_grad():
@@ -217,55 +222,55 @@ def test_muon_is_one_optimizer_to_torch() -> None:
             copy.copy_(weight)
     for group in [*made.param_groups, *other.param_groups]:
         group["lr"] = 0.01
-    for one, two in zip(_stepped(made, weights), _stepped(other, copies), strict=True):
+    for one, two in zip(trained(made, weights), trained(other, copies), strict=True):
         assert torch.equal(one, two)
 
 
-def test_muon_scales_as_it_is_told() -> None:
-    ours, theirs = _weights(), _weights()
+def test_muon_without_match_adamw_has_its_original_scale() -> None:
+    ours, theirs = some_weights(), some_weights()
     made = build_optimizer([{"params": ours[:1], "lr": 0.02}], MuonOptimizer(match_adamw=False))
     other = torch.optim.Muon(theirs[:1], lr=0.02, weight_decay=0.01)
-    assert torch.equal(_stepped(made, ours[:1])[0], _stepped(other, theirs[:1])[0])
+    assert torch.equal(trained(made, ours[:1])[0], trained(other, theirs[:1])[0])
 
 
-def test_adam_mini_keeps_one_square_per_row() -> None:
+def test_adam_mini_keeps_one_second_moment_per_row() -> None:
     """Against its definition: Adam with the mean square of each row in place of each square."""
-    weights = _weights()
+    weights = some_weights()
     choice = AdamMiniOptimizer(betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
     made = build_optimizer([{"params": weights, "lr": 0.02}], choice)
     expected = [w.detach().double().clone() for w in weights]
     means = [torch.zeros_like(w) for w in expected]
     squares = [torch.zeros_like(w) for w in expected]
     for step in range(3):
-        for place, weight in enumerate(expected):
-            generator = torch.Generator().manual_seed(10 * step + place)
+        for index, weight in enumerate(expected):
+            generator = torch.Generator().manual_seed(10 * step + index)
             gradient = torch.randn(weight.shape, generator=generator).double()
             square = gradient.square()
             if weight.ndim == 2:
                 square = square.mean(dim=1, keepdim=True).expand_as(gradient)
-            means[place].mul_(0.8).add_(gradient, alpha=0.2)
-            squares[place].mul_(0.9).add_(square, alpha=0.1)
-            root = (squares[place] / (1 - 0.9 ** (step + 1))).sqrt() + 1e-6
-            weight.mul_(1 - 0.02 * 0.1).sub_(0.02 * means[place] / (1 - 0.8 ** (step + 1)) / root)
-    for one, two in zip(_stepped(made, weights), expected, strict=True):
+            means[index].mul_(0.8).add_(gradient, alpha=0.2)
+            squares[index].mul_(0.9).add_(square, alpha=0.1)
+            root = (squares[index] / (1 - 0.9 ** (step + 1))).sqrt() + 1e-6
+            weight.mul_(1 - 0.02 * 0.1).sub_(0.02 * means[index] / (1 - 0.8 ** (step + 1)) / root)
+    for one, two in zip(trained(made, weights), expected, strict=True):
         torch.testing.assert_close(one.double(), two, rtol=1e-5, atol=1e-6)
     assert made.state[weights[0]]["vmean"].numel() == 8
 
 
-def test_groups_keep_their_own_rates() -> None:
+def test_groups_keep_their_own_learning_rates() -> None:
     for choice in (AdamWOptimizer(), MuonOptimizer(), AdamMiniOptimizer(), LionOptimizer()):
-        weights = _weights()
+        weights = some_weights()
         groups = [{"params": weights[:1], "lr": 0.1}, {"params": weights[1:], "lr": 0.0}]
         before = [w.detach().clone() for w in weights]
-        after = _stepped(build_optimizer(groups, choice), weights)
+        after = trained(build_optimizer(groups, choice), weights)
         assert not torch.equal(after[0], before[0])
         assert all(torch.equal(a, b) for a, b in zip(after[1:], before[1:], strict=True))
 
 
-def test_prodigy_refuses_several_rates() -> None:
-    weights = _weights()
+def test_prodigy_refuses_several_learning_rates() -> None:
+    weights = some_weights()
     groups = [{"params": weights[:1], "lr": 1.0}, {"params": weights[1:], "lr": 16.0}]
-    with pytest.raises(ConfigError, match=r"one learning rate for all weights.* gives 1, 16; "):
+    with pytest.raises(ConfigError, match=r"one learning rate for all weights.* has 1, 16; "):
         build_optimizer(groups, ProdigyOptimizer())
 
 
@@ -287,7 +292,7 @@ def test_a_missing_package_says_how_to_install_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)  # what Python sets for "not there"
     with pytest.raises(ConfigError) as caught:
-        build_optimizer([{"params": _weights(), "lr": 1.0}], choice)  # pyright: ignore
+        build_optimizer([{"params": some_weights(), "lr": 1.0}], choice)  # pyright: ignore
     name = choice.name  # pyright: ignore
     assert f"optimizer.name: {name!r} needs the package {package} (" in str(caught.value)
     assert f"install it with `pip install {package}`" in str(caught.value)
@@ -295,63 +300,69 @@ def test_a_missing_package_says_how_to_install_it(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_offload_needs_a_gpu() -> None:
-    with pytest.raises(ConfigError, match="PyTorch finds no GPU here; take adamw"):
-        build_optimizer([{"params": _weights(), "lr": 1.0}], AdamWOffloadOptimizer())
+    with pytest.raises(ConfigError, match="PyTorch finds no GPU here; choose adamw"):
+        build_optimizer([{"params": some_weights(), "lr": 1.0}], AdamWOffloadOptimizer())
 
 
-def test_custom() -> None:
+def test_a_custom_class_is_used_with_its_arguments() -> None:
     choice = CustomOptimizer(class_path="torch.optim.NAdam", arguments={"betas": (0.8, 0.9)})
-    _same(choice, torch.optim.NAdam, betas=(0.8, 0.9))
+    check_same(choice, torch.optim.NAdam, betas=(0.8, 0.9))
 
 
 @pytest.mark.parametrize(
     ("path", "arguments", "message"),
     [
         ("os.system.Thing", {}, r"class_path: 'os.system.Thing' is in none of .* torch\.optim"),
-        ("torch.optimizers.AdamW", {}, "is in none of the packages"),
+        ("torch.optimizers.AdamW", {}, "is in none of the allowed packages"),
         ("torch.optim.nothing.AdamW", {}, r"'torch.optim.nothing' can't be imported"),
         ("torch.optim.AdamX", {}, r"'AdamX' is not an optimizer of torch.optim; it has ASGD, "),
         ("torch.optim.lr_scheduler.LRScheduler", {}, "is not an optimizer of torch.optim.lr_sch"),
         ("torch.optim.LBFGS", {}, r"torch.optim.LBFGS computes the loss itself"),
-        ("torchao.optim.CPUOffloadOptimizer", {}, "take optimizer.name: adamw_cpu_offload"),
-        ("torch.optim.NAdam", {"betas": (2.0, 0.9)}, r"does not take them \(Invalid beta"),
-        ("torch.optim.NAdam", {"beta": 2.0}, r"does not take them .*'beta'.*signature is \(params"),
-        ("torch.optim.NAdam", {"lr": 2.0}, r"arguments.lr: can't be given here; .*optimizer.lr"),
+        ("torchao.optim.CPUOffloadOptimizer", {}, "use optimizer.name: adamw_cpu_offload"),
+        ("torch.optim.NAdam", {"betas": (2.0, 0.9)}, r"does not accept them \(Invalid beta"),
+        (
+            "torch.optim.NAdam",
+            {"beta": 2.0},
+            r"not accept them .*'beta'.*signature is \(params",
+        ),
+        ("torch.optim.NAdam", {"lr": 2.0}, r"arguments.lr: can't be set here; .*optimizer.lr"),
     ],
 )
-def test_custom_names_what_is_wrong(path: str, arguments: dict[str, object], message: str) -> None:
+def test_a_wrong_custom_class_or_argument_is_named(
+    path: str, arguments: dict[str, object], message: str
+) -> None:
     choice = CustomOptimizer(class_path=path, arguments=arguments)  # pyright: ignore
     with pytest.raises(ConfigError, match=message):
-        build_optimizer([{"params": _weights(), "lr": 0.1}], choice)
+        build_optimizer([{"params": some_weights(), "lr": 0.1}], choice)
 
 
-def test_what_is_known_of_each() -> None:
-    assert averages_itself(AdamWScheduleFreeOptimizer())
-    assert averages_itself(ProdigyPlusOptimizer())
-    assert averages_itself(CustomOptimizer(class_path="schedulefree.RAdamScheduleFree"))
-    assert not averages_itself(AdamWOptimizer())
-    assert not averages_itself(CustomOptimizer(class_path="torch.optim.NAdam"))
-    assert "learning rate from all weights" in (needs_all_weights(ProdigyOptimizer()) or "")
-    assert needs_all_weights(CustomOptimizer(class_path="prodigyopt.Prodigy"))
+def test_traits_of_optimizers() -> None:
+    assert is_schedule_free(AdamWScheduleFreeOptimizer())
+    assert is_schedule_free(ProdigyPlusOptimizer())
+    assert is_schedule_free(CustomOptimizer(class_path="schedulefree.RAdamScheduleFree"))
+    assert not is_schedule_free(AdamWOptimizer())
+    assert not is_schedule_free(CustomOptimizer(class_path="torch.optim.NAdam"))
+    assert "learning rate from all weights" in (joint_only_reason(ProdigyOptimizer()) or "")
+    assert joint_only_reason(CustomOptimizer(class_path="prodigyopt.Prodigy"))
     for family in ("Prodigy", "DAdaptAdam"):
         path = f"pytorch_optimizer.{family}"
-        assert needs_all_weights(CustomOptimizer(class_path=path)), path
-    assert needs_all_weights(CustomOptimizer(class_path="pytorch_optimizer.StableAdamW")) is None
-    assert needs_all_weights(AdamWOffloadOptimizer())
-    assert needs_all_weights(AdamWScheduleFreeOptimizer()) is None
-    assert resumes_exactly(AdamWOptimizer()) is None
+        assert joint_only_reason(CustomOptimizer(class_path=path)), path
+    assert joint_only_reason(CustomOptimizer(class_path="pytorch_optimizer.StableAdamW")) is None
+    assert joint_only_reason(AdamWOffloadOptimizer())
+    assert joint_only_reason(AdamWScheduleFreeOptimizer()) is None
+    assert inexact_resume_reason(AdamWOptimizer()) is None
     assert "torch.optim.NAdam" in (
-        resumes_exactly(CustomOptimizer(class_path="torch.optim.NAdam")) or ""
+        inexact_resume_reason(CustomOptimizer(class_path="torch.optim.NAdam")) or ""
     )
 
 
 def test_building_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     for choice in (ProdigyOptimizer(weight_decay=0.1), ProdigyPlusOptimizer()):
-        build_optimizer([{"params": _weights(), "lr": 1.0}], choice)
+        build_optimizer([{"params": some_weights(), "lr": 1.0}], choice)
     assert capsys.readouterr().out == ""
 
 
-def test_the_page_about_optimizers_has_them_all() -> None:
+def test_the_documentation_lists_all_optimizers() -> None:
     page = (Path(__file__).parents[2] / "docs" / "optimizers.md").read_text(encoding="utf-8")
     for section in get_args(get_args(Optimizer)[0]):
         assert f"| `{section.model_fields['name'].default}` |" in page

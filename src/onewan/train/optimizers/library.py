@@ -1,0 +1,181 @@
+"""`LibraryOptimizer`: what differs between the optimizer libraries, behind one interface.
+
+This module alone knows private names and habits of PyTorch, bitsandbytes, torchao, schedulefree and
+Prodigy, beside `onewan.train.optimizers.builders`, which knows their arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from onewan.config.optimizer import AdamW8bitOptimizer, AdamWOffloadOptimizer, Optimizer
+from onewan.train.optimizers.builders import Groups, build_optimizer, is_schedule_free
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bookkeeping:
+    """Where an optimizer keeps what belongs to one parameter."""
+
+    tensor: Tensor
+    """The tensor that the optimizer updates: the parameter, or a copy of it in host memory."""
+    holder: torch.optim.Optimizer
+    """The optimizer whose `state` has an entry for `tensor`."""
+    group: dict[str, Any]
+    """The parameter group that `tensor` is in."""
+
+
+class LibraryOptimizer:
+    """An optimizer that keeps to PyTorch's conventions; subclasses are for those that do not."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, schedule_free: bool) -> None:
+        self.optimizer = optimizer
+        self.schedule_free = schedule_free
+        """Whether the weights to validate and export are an average, other than those trained."""
+
+    def bookkeeping(self, parameters: Sequence[nn.Parameter]) -> list[Bookkeeping]:
+        """Where the optimizer keeps the state and the group of each of `parameters`."""
+        host_copies = self._host_copies()
+        found = {
+            id(tensor): Bookkeeping(tensor=tensor, holder=holder, group=group)
+            for holder in self._holders()
+            for group in holder.param_groups
+            for tensor in group["params"]
+        }
+        return [found[id(host_copies.get(p, p))] for p in parameters]
+
+    def state_entry_on(
+        self, device: torch.device, group: dict[str, Any], key: str, value: Any, *, copy: bool
+    ) -> Any:
+        """Entry `key` of a parameter's state on `device`, unless it belongs in host memory.
+
+        With `copy` the result shares no memory with `value`.
+        """
+        if hasattr(value, "is_paged"):
+            return value  # bitsandbytes moves these to and from the GPU itself
+        if key == "step" and not (group.get("fused") or group.get("capturable")):
+            # PyTorch keeps the step count on the CPU then, to read it without waiting for the GPU.
+            device = torch.device("cpu")
+        return on_device(value, device, copy=copy)
+
+    def refresh_host_copies(self) -> None:
+        """Copy the parameters into their copies in host memory; most optimizers have none."""
+
+    def clip_on_host(self) -> None:
+        """Copy clipped gradients to host memory, if the optimizer has taken them there before."""
+
+    def averages(self, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+        """A schedule-free optimizer's averages of `tensors`, in host memory and in `dtypes`.
+
+        `tensors` are left within rounding of their values, not bit-exact: the libraries interpolate
+        in place and back. The copies are in host memory because a second set of weights may not
+        fit on the device.
+        """
+        optimizer: Any = self.optimizer  # `eval` and `train` are not in torch's base class
+        optimizer.eval()
+        found = [
+            tensor.detach().to("cpu", dtype, copy=True)
+            for tensor, dtype in zip(tensors, dtypes, strict=True)
+        ]
+        optimizer.train()
+        return found
+
+    def _holders(self) -> list[torch.optim.Optimizer]:
+        """The optimizers that have parameter groups and state."""
+        return [self.optimizer]
+
+    def _host_copies(self) -> dict[Tensor, Tensor]:
+        """Copies in host memory, by parameter, that the optimizer updates in its place."""
+        return {}
+
+
+class _PagedOptimizer(LibraryOptimizer):
+    """bitsandbytes' optimizers with `is_paged`: the GPU driver moves their state as needed."""
+
+    def state_entry_on(
+        self, device: torch.device, group: dict[str, Any], key: str, value: Any, *, copy: bool
+    ) -> Any:
+        is_loaded_moment = key in {"state1", "state2"} and not hasattr(value, "is_paged")
+        if device.type != "cuda" or not is_loaded_moment:
+            return super().state_entry_on(device, group, key, value, copy=copy)
+        optimizer: Any = self.optimizer
+        # The library reads shape and device alone, so the argument needs no memory of that size.
+        like = torch.zeros((), device=device).expand(value.shape)
+        return optimizer.get_state_buffer(like, dtype=value.dtype).copy_(value)
+
+
+class _OffloadedOptimizer(LibraryOptimizer):
+    """torchao's CPUOffloadOptimizer: an AdamW on the CPU for each large weight, and one on the GPU
+    for all small weights. Its hooks copy gradients to host memory in the backward pass."""
+
+    def refresh_host_copies(self) -> None:
+        for parameter, host_copy in self._host_copies().items():
+            host_copy.data.copy_(parameter.data)
+
+    def clip_on_host(self) -> None:
+        for parameter, host_copy in self._host_copies().items():
+            if parameter.grad is not None:
+                torch.cuda.synchronize(parameter.device)  # the hooks' copies may be under way
+                assert host_copy.grad is not None
+                host_copy.grad.copy_(parameter.grad)
+
+    def _holders(self) -> list[torch.optim.Optimizer]:
+        optimizer: Any = self.optimizer
+        found = (*optimizer.optim_dict.values(), optimizer.d_opt)
+        return [holder for holder in found if holder is not None]
+
+    def _host_copies(self) -> dict[Tensor, Tensor]:
+        optimizer: Any = self.optimizer
+        return optimizer.param_d2h_map
+
+
+def library_optimizer(groups: Groups, choice: Optimizer) -> LibraryOptimizer:
+    """What `build_optimizer` returns, behind this module's interface; raises what that raises."""
+    wrapper = LibraryOptimizer
+    if isinstance(choice, AdamW8bitOptimizer) and choice.paged:
+        wrapper = _PagedOptimizer
+    elif isinstance(choice, AdamWOffloadOptimizer):
+        wrapper = _OffloadedOptimizer
+    return wrapper(build_optimizer(groups, choice), schedule_free=is_schedule_free(choice))
+
+
+def set_lr(group: dict[str, Any], lr: float) -> None:
+    """Set the learning rate of a parameter group."""
+    if isinstance(group["lr"], Tensor):
+        # torchao compiles its step; a rate in a tensor can change without compiling it again.
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
+
+
+def estimated_lr(group: dict[str, Any]) -> float:
+    """The learning rate that Prodigy or D-Adaptation has estimated; 1 for other optimizers.
+
+    The optimizer multiplies its own `lr` with it.
+    """
+    return group.get("d", 1.0)
+
+
+def on_device(value: Any, device: torch.device | None, *, copy: bool) -> Any:
+    """`value` with all tensors in it on `device` (None: where each is), at any depth.
+
+    Dtypes stay as they are, where PyTorch's `Optimizer.load_state_dict` would cast floating-point
+    state to the dtype of the weight, and so round the float32 state of bfloat16 weights.
+    """
+    if isinstance(value, Tensor):
+        if is_traceable_wrapper_subclass(value):
+            # torchao's quantized state can't be cloned as a whole; its inner tensors can.
+            inner, context = value.__tensor_flatten__()
+            tensors = {name: on_device(getattr(value, name), device, copy=copy) for name in inner}
+            return type(value).__tensor_unflatten__(tensors, context, value.size(), value.stride())
+        return value.detach().to(value.device if device is None else device, copy=copy)
+    if isinstance(value, dict):
+        return {key: on_device(entry, device, copy=copy) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(on_device(entry, device, copy=copy) for entry in value)
+    return value

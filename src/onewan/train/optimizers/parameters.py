@@ -1,0 +1,216 @@
+"""The parameters of a trainable with what their optimizers keep for them.
+
+A state is saved by the parameters' names: what the optimizer keeps for the parameter, and the
+entries of its group that have changed since it was built. So the settings of a resumed run are
+those of its run file, and a state can be loaded with or without the fused step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onewan.train.optimizers.library import (
+    LibraryOptimizer,
+    estimated_lr,
+    on_device,
+    set_lr,
+)
+
+_BASE_LR = "base_lr"
+"""Entry of a parameter group: its learning rate before the schedule's factor."""
+_NOT_SAVED = frozenset({"params", "lr", _BASE_LR})
+"""Entries of a parameter group that follow from the run file and the step."""
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterGroup:
+    """Parameters that share a learning rate."""
+
+    names: tuple[str, ...]
+    """One for each parameter, different from all others of the same optimizer. States use them."""
+    parameters: tuple[nn.Parameter, ...]
+    lr: float
+    """The full learning rate; each step multiplies it by the schedule's factor."""
+
+
+def library_group(parameters: Sequence[nn.Parameter], lr: float, trainable: str) -> dict[str, Any]:
+    """A parameter group as torch's optimizers take it, for the trainable of that name."""
+    own = {"embeddings": True} if trainable == "embeddings" else {}
+    return {"params": list(parameters), "lr": lr, _BASE_LR: lr, **own}
+
+
+@dataclass(slots=True, kw_only=True)
+class ManagedParameter:
+    """One parameter and the optimizer that updates it."""
+
+    name: str
+    parameter: nn.Parameter
+    optimized: Tensor
+    """What the optimizer updates: the parameter itself, a copy of it in host memory, or a float32
+    stand-in that has values only during the update."""
+    library: LibraryOptimizer
+    holder: torch.optim.Optimizer
+    """The optimizer whose `state` has an entry for `optimized`."""
+    group: dict[str, Any]
+    """The parameter group of `optimized`."""
+    residual: Tensor | None = None
+    """What rounding took off the weight (Kahan summation), in the weight's dtype."""
+    is_stand_in: bool = False
+    """Whether `optimized` is a float32 stand-in."""
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether `optimized` is a copy that stays in host memory."""
+        return self.optimized is not self.parameter and not self.is_stand_in
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the optimizer keeps for the parameter; empty before the first step."""
+        return self.holder.state.get(self.optimized, {})
+
+    def put_state(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Replace what the optimizer keeps for the parameter by copies of `state`."""
+        if not state:
+            self.holder.state.pop(self.optimized, None)
+            return
+        self.holder.state[self.optimized] = {
+            key: self.library.state_entry_on(device, self.group, key, value, copy=True)
+            for key, value in state.items()
+        }
+
+
+class ManagedParameters:
+    """All parameters of one trainable: their learning rates, their norm, and their state."""
+
+    def __init__(self, managed: Sequence[ManagedParameter]) -> None:
+        self._managed = list(managed)
+        self._groups = {id(m.group): m.group for m in self._managed}
+        self._initial = {key: _hyperparameters(group) for key, group in self._groups.items()}
+        """The groups as they were built, to know what has changed since."""
+        self._lr_factor = 1.0
+
+    def __iter__(self) -> Iterator[ManagedParameter]:
+        return iter(self._managed)
+
+    @property
+    def lr(self) -> float:
+        """The first group's learning rate at this step, times an optimizer's own estimate of it."""
+        group = self._managed[0].group
+        return group[_BASE_LR] * self._lr_factor * estimated_lr(group)
+
+    def set_lr_factor(self, factor: float) -> None:
+        """Set the learning rate of each group to its full rate times `factor`."""
+        self._lr_factor = factor
+        for group in self._groups.values():
+            set_lr(group, group[_BASE_LR] * factor)
+
+    @torch.no_grad()
+    def clip_grad_norm(self, max_norm: float | None) -> Tensor:
+        """Scale the gradients so that the norm of all together is at most `max_norm`.
+
+        Returns the norm before, 0-d float32. None for `max_norm` leaves the gradients as they are.
+        """
+        gradients = [m.parameter.grad for m in self._managed if m.parameter.grad is not None]
+        norm = nn.utils.get_total_norm([norm_of(gradient) for gradient in gradients])
+        if max_norm is not None:
+            nn.utils.clip_grads_with_norm_([m.parameter for m in self._managed], max_norm, norm)
+        return norm
+
+    def drop_gradients(self) -> None:
+        for managed in self._managed:
+            managed.parameter.grad = None
+
+    @contextmanager
+    def restored_afterwards(self) -> Iterator[None]:
+        """Put the parameters back, bit-exact, after the block; their copies are in host memory."""
+        kept = [m.parameter.detach().to("cpu", copy=True) for m in self._managed]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for managed, values in zip(self._managed, kept, strict=True):
+                    managed.parameter.copy_(values)
+
+    def to(self, device: torch.device) -> None:
+        """Move the optimizer's state and the residuals, not the parameters, to `device`."""
+        for managed in self._managed:
+            if managed.is_on_host:
+                continue
+            if managed.residual is not None:
+                managed.residual = managed.residual.to(device)
+            state = managed.state
+            for key, value in state.items():
+                state[key] = managed.library.state_entry_on(
+                    device, managed.group, key, value, copy=False
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies in host memory, in plain containers that `torch.load(weights_only=True)` reads."""
+        return {
+            managed.name: {
+                "shape": list(managed.parameter.shape),
+                "state": on_device(managed.state, _CPU, copy=True),
+                "group": on_device(self._changed_hyperparameters(managed.group), _CPU, copy=True),
+                "rest": on_device(managed.residual, _CPU, copy=True),
+            }
+            for managed in self._managed
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue from `saved`, bit-exact; call it after the parameters themselves are loaded.
+
+        ValueError if it is the state of other parameters. A residual (Kahan summation) that `saved`
+        does not have starts at 0; one that this run has no use for is dropped.
+        """
+        own = {managed.name: managed for managed in self._managed}
+        _check_fit(saved, own)
+        for key, group in self._groups.items():
+            for entry in group.keys() - _NOT_SAVED - self._initial[key].keys():
+                del group[entry]
+            group.update(on_device(self._initial[key], None, copy=True))
+        for name, managed in own.items():
+            entry = saved[name]
+            device = _CPU if managed.is_on_host else managed.parameter.device
+            managed.group.update(on_device(entry["group"], device, copy=True))
+            managed.put_state(entry["state"], device)
+            if managed.residual is not None and entry["rest"] is not None:
+                managed.residual.copy_(entry["rest"])
+
+    def _changed_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Entries of `group` that are not what they were when it was built, such as counters."""
+        initial = self._initial[id(group)]
+        return {
+            key: value
+            for key, value in group.items()
+            if key not in _NOT_SAVED
+            and (key not in initial or isinstance(value, Tensor) or value != initial[key])
+        }
+
+
+def norm_of(gradient: Tensor) -> Tensor:
+    """The 2-norm, 0-d float32; accumulated in float32, since bfloat16 would lose most digits."""
+    return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+
+
+def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in group.items() if key not in _NOT_SAVED}
+    return on_device(kept, None, copy=True)
+
+
+def _check_fit(saved: Mapping[str, Any], own: Mapping[str, ManagedParameter]) -> None:
+    """ValueError if `saved` is not a state of the parameters `own`."""
+    if saved.keys() != own.keys():
+        odd = sorted(saved.keys() ^ own.keys())
+        side = "the state" if odd[0] in saved else "this run"
+        raise ValueError(f"the state is of other weights: {odd[0]} is only in {side}")
+    for name, managed in own.items():
+        shape = tuple(managed.parameter.shape)
+        if tuple(saved[name]["shape"]) != shape:
+            raise ValueError(f"{name}: the state is of shape {saved[name]['shape']}, not {shape}")
