@@ -34,7 +34,8 @@ from onewan.demo.clips import write_clips
 from onewan.demo.tiny_model import write_tiny_model
 from onewan.dtypes import torch_dtype
 from onewan.model.precision import compute_context
-from onewan.runs.events import EventLog
+from onewan.runs.event_file import EventFile
+from onewan.runs.events import StepDone
 from onewan.train.run import Run
 from onewan.train.setup import WanModelSetup
 from onewan.train.step import train_step
@@ -79,14 +80,25 @@ def bare_loop(
     return step
 
 
-def our_loop(run: Run, log: EventLog) -> Callable[[], None]:
+def our_loop(run: Run, file: EventFile) -> Callable[[], None]:
     """A step of a run, as the trainer takes it."""
     steps = run.loader.steps(0, run.config.train.steps, run.schedule.turn)
 
     def step() -> None:
+        begin = time.perf_counter()
         chosen = next(steps)
         metrics = train_step(run, chosen)
-        log.write("step", step=chosen.number, expert=chosen.expert, loss=metrics.loss)
+        file.write(
+            StepDone(
+                step=chosen.number,
+                expert=chosen.expert,
+                loss=metrics.loss,
+                grad_norm=metrics.grad_norm,
+                lr=metrics.lr,
+                t=metrics.t,
+                seconds=time.perf_counter() - begin,
+            )
+        )
 
     return step
 
@@ -121,10 +133,10 @@ def main() -> int:
             folder / "model" / "transformer", torch_dtype=dtype
         )
         bare_model.to(device=run.device)  # pyright: ignore[reportCallIssue]
-        with EventLog(folder / "events.jsonl") as log:
+        with EventFile(folder / "events.jsonl") as file:
             loops = {
                 "bare": bare_loop(bare_model, batch.latents, batch.text, dtype),
-                "onewan": our_loop(run, log),
+                "onewan": our_loop(run, file),
             }
             times = measure(loops, options.steps, run.device)
     medians = {loop: statistics.median(values) for loop, values in times.items()}

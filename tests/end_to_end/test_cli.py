@@ -16,7 +16,7 @@ from support.runs import RunFile
 from onewan.cli import main, parse
 from onewan.config.load import dump_run
 from onewan.media import probe
-from onewan.runs.events import read_events
+from onewan.runs.event_file import read_events
 
 
 def onewan(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ from diffusers import WanPipeline
 
 import onewan
 from onewan.cli import main, parse
-from onewan.runs.events import read_events
+from onewan.runs.event_file import read_events
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -17,7 +17,7 @@ from torch import nn
 from onewan.errors import ConfigError, TrainingError
 from onewan.model.embedding import WanModelEmbedding
 from onewan.model.load import WanModelLoader
-from onewan.runs.events import read_events
+from onewan.runs.event_file import read_events
 from onewan.sample.generate import WanModelSampler, requests_from
 from onewan.train.setup import WanModelSetup
 from onewan.train.step import predict, train_step

@@ -10,14 +10,13 @@ import multiprocessing
 import random
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.runs import METHODS, RunFile, layout_of, outcome
+from support.runs import METHODS, RunFile, layout_of, outcome, recorder
 from support.slow_run import train_slowly
 
 from onewan.adapters.lora import apply_lora
@@ -31,7 +30,7 @@ from onewan.model.embedding import WanModelEmbedding
 from onewan.model.forward import predict_velocity
 from onewan.model.load import WanModelLoader
 from onewan.model.wan import WanModel
-from onewan.runs.events import read_events
+from onewan.runs.event_file import read_events
 from onewan.train.setup import WanModelSetup
 from onewan.train.trainer import WanTrainer
 from onewan.variants import VARIANTS
@@ -53,7 +52,7 @@ def settings(method: str, variant: str, experts: str, workshop: Path) -> list[st
         "wan_config.max_frames=5",
         f"train.steps={STEPS}",
         "train.save_every=3",
-        "train.switch_expert_every=1",
+        "train.expert_block=1",
         "validation.clips=2",
         f"sample.prompts=[{{prompt: {prompt}{image}}}]",
         *(f"sample.{k}={v}" for k, v in {"width": side, "height": side, "frames": 5}.items()),
@@ -162,8 +161,8 @@ def killed_and_resumed(run_yaml: Path, overrides: list[str], case: str) -> Resol
     # Told after it was safe: so what was told is there, and no state is damaged.
     assert (found.step if found else 0) >= saved
     assert found is None or found.damaged == ()
-    events_of_resume: list[Mapping[str, Any]] = []
-    WanTrainer(config, listen=events_of_resume.append, resume=True).fit()
+    events_of_resume: list[dict[str, Any]] = []
+    WanTrainer(config, listen=recorder(events_of_resume), resume=True).fit()
     assert not [p for p in layout.weights_dir.iterdir() if p.name.startswith(".")]
     resumed = [e["step"] for e in events_of_resume if e["event"] == "resumed"]
     assert resumed == ([found.step] if found else [])

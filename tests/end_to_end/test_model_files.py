@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file
 from support.rewritten import as_gguf, fp8, shards, single, spiece, text_encoder
-from support.runs import RunFile
+from support.runs import RunFile, recorder
 
 from onewan.config.load import dump_run, load_run
 from onewan.errors import CheckpointError
@@ -34,16 +35,16 @@ def files(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     }
 
 
-@pytest.mark.parametrize("quantized", ["keep", "dequantize"])
+@pytest.mark.parametrize("quantised", ["keep", "expand"])
 def test_a_lora_trains_on_quantised_files(
-    run_file: RunFile, files: dict[str, Path], tmp_path: Path, quantized: str
+    run_file: RunFile, files: dict[str, Path], tmp_path: Path, quantised: str
 ) -> None:
     components = [f"model.{name}={path}" for name, path in files.items()]
     config = run_file(
         "t2v-a14b",
         *components,
         "model.path=null",
-        f"model.quantized={quantized}",
+        f"model.quantised={quantised}",
         f"video_data.cache_dir={tmp_path / 'cache'}",
         "train.steps=4",
         "sample.prompts=[a dog]",
@@ -55,7 +56,7 @@ def test_a_lora_trains_on_quantised_files(
     (tmp_path / "again.yaml").write_text(dump_run(config), encoding="utf-8")
     assert load_run(tmp_path / "again.yaml") == config
     events: list[dict[str, object]] = []
-    WanTrainer(config, listen=lambda event: events.append(dict(event))).fit()
+    WanTrainer(config, listen=recorder(events)).fit()
     losses = [e["loss"] for e in events if e["event"] == "step"]
     assert {e["expert"] for e in events if e["event"] == "step"} == {"high", "low"}
     assert len(losses) == 4 and all(isinstance(loss, float) and loss > 0 for loss in losses)
@@ -71,7 +72,7 @@ def test_a_lora_trains_on_quantised_files(
     run = WanModelSetup(config).build()
     for trained in run.state.experts.values():
         packed = [m for m in trained.transformer.modules() if isinstance(m, QuantizedLinear)]
-        assert len(packed) == (20 if quantized == "keep" else 0)
+        assert len(packed) == (20 if quantised == "keep" else 0)
 
 
 def test_what_loading_concludes_is_told(
@@ -88,27 +89,27 @@ def test_what_loading_concludes_is_told(
     ]
     with pytest.raises(CheckpointError, match="by its name is the high-noise expert"):
         WanTrainer(run_file("t2v-a14b", *given)).fit()
-    told: list[str] = []
-    config = run_file("t2v-a14b", *given, "model.check_file_names=false", name="overruled")
-    WanTrainer(config, listen=lambda e: told.append(str(e.get("text")))).fit()
-    assert len([text for text in told if "20 weights of type TQ2_0 were expanded" in text]) == 1
+    events: list[dict[str, object]] = []
+    config = run_file("t2v-a14b", *given, "model.check_names=false", name="overruled")
+    WanTrainer(config, listen=recorder(events)).fit()
+    texts = [str(event.get("text")) for event in events]
+    assert len([text for text in texts if "20 weights of type TQ2_0 were expanded" in text]) == 1
 
 
 def test_kept_and_expanded_train_alike(
     run_file: RunFile, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    def train(quantized: str) -> list[float]:
+    def train(quantised: str) -> list[float]:
         config = run_file(
             "t2v-a14b",
             *[f"model.{name}={path}" for name, path in files.items()],
-            f"model.quantized={quantized}",
+            f"model.quantised={quantised}",
             f"video_data.cache_dir={tmp_path / 'cache'}",
-            f"output.name={quantized}",
+            f"output.name={quantised}",
             "train.steps=2",
         )
-        losses: list[float] = []
-        listen = lambda e: losses.append(e["loss"]) if e["event"] == "step" else None  # noqa: E731
-        WanTrainer(config, listen=listen).fit()
-        return losses
+        events: list[dict[str, Any]] = []
+        WanTrainer(config, listen=recorder(events)).fit()
+        return [event["loss"] for event in events if event["event"] == "step"]
 
-    assert train("keep") == pytest.approx(train("dequantize"), rel=1e-5)
+    assert train("keep") == pytest.approx(train("expand"), rel=1e-5)

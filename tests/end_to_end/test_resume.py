@@ -12,15 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.interrupted import leave_interrupted
-from support.runs import SMALL_SAMPLE, RunFile, layout_of, outcome
+from support.runs import SMALL_SAMPLE, RunFile, layout_of, outcome, recorder
 
 from onewan.cli import main
 from onewan.config.load import load_run
 from onewan.config.schema import ResolvedRun
 from onewan.errors import CheckpointError, Interrupted
 from onewan.runs.control import request
-from onewan.runs.events import read_events
-from onewan.train import trainer
+from onewan.runs.event_file import read_events
+from onewan.runs.events import Encoding, Event, Sampling, StepDone
+from onewan.train import trainer, validation
 from onewan.train.run import Run
 from onewan.train.setup import WanModelSetup
 from onewan.train.trainer import WanTrainer
@@ -39,9 +40,9 @@ def train_with_cuts(config: ResolvedRun, cuts: Mapping[int, str]) -> None:
     """Train to the end, stopping after each step in `cuts` and resuming."""
     left = dict(cuts)
 
-    def listen(event: Mapping[str, Any]) -> None:
-        if event["event"] == "step" and event["step"] in left:
-            send(left.pop(event["step"]), config)()
+    def listen(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step in left:
+            send(left.pop(event.step), config)()
 
     for number in range(len(cuts) + 1):
         run = WanTrainer(config, listen=listen, resume=number > 0)
@@ -57,7 +58,7 @@ def train_with_cuts(config: ResolvedRun, cuts: Mapping[int, str]) -> None:
     [
         ("t2v-a14b", ["train.accumulation=2", "train.schedule=cosine", "train.warmup_steps=1"]),
         ("t2v-a14b", ["model.experts=high", "train.batch_size=2", "method.dropout=0.2"]),
-        ("t2v-a14b", ["model.dtype=bfloat16", "train.high_expert_share=mass"]),
+        ("t2v-a14b", ["model.dtype=bfloat16", "train.high_share=mass"]),
         ("i2v-a14b", ["train.accumulation=2", "video_data.cache=false"]),
         ("ti2v-5b", ["train.accumulation=2", "train.first_frame_probability=0.5"]),
         ("ti2v-5b", ["video_data.cache=false", "memory.gradient_checkpointing=false"]),
@@ -94,8 +95,8 @@ def test_a_stop_while_other_weights_are_in_place(
     whole, cut = run_file(*chosen, name="whole"), run_file(*chosen, name="cut")
     WanTrainer(whole).fit()
 
-    def listen(event: Mapping[str, Any]) -> None:
-        if within == event["event"] == "sampling":
+    def listen(event: Event) -> None:
+        if within == "sampling" and isinstance(event, Sampling):
             request(layout_of(cut), "stop")
 
     def validated(run: Run, name: Any, kind: Any, between: Callable[[], None]) -> float:
@@ -106,7 +107,7 @@ def test_a_stop_while_other_weights_are_in_place(
 
         return validation_loss(run, name, kind, stop)
 
-    monkeypatch.setattr(trainer, "validation_loss", validated)
+    monkeypatch.setattr(validation, "validation_loss", validated)
     with pytest.raises(Interrupted):
         WanTrainer(cut, listen=listen).fit()
     monkeypatch.undo()
@@ -121,11 +122,7 @@ def test_a_stop_while_other_weights_are_in_place(
 
 @pytest.mark.parametrize(
     ("change", "allow"),
-    [
-        ("validation.timesteps=2", False),
-        ("validation.share=0.3", True),
-        ("train.save_every=9", False),
-    ],
+    [("validation.levels=2", False), ("validation.share=0.3", True), ("train.save_every=9", False)],
 )
 def test_a_base_loss_is_compared_only_with_its_like(
     run_file: RunFile, change: str, allow: bool
@@ -143,7 +140,7 @@ def test_a_base_loss_is_compared_only_with_its_like(
 
 @pytest.mark.parametrize(
     ("settings", "free"),
-    [([], True), (["train.schedule=cosine"], False), (["train.cooldown_steps=1"], False)],
+    [([], True), (["train.schedule=cosine"], False), (["train.warmdown_steps=1"], False)],
 )
 def test_more_steps_are_another_run_where_rates_go_by_them(
     run_file: RunFile, settings: list[str], free: bool
@@ -183,34 +180,34 @@ def test_resuming_under_other_versions_is_told(
     WanTrainer(run_file("ti2v-5b", "train.steps=1")).fit()
     config = run_file("ti2v-5b", "train.steps=2")
     (left,) = leave_interrupted(layout_of(config).weights_dir / "000001.safetensors")
-    events: list[Mapping[str, Any]] = []
+    events: list[dict[str, Any]] = []
     monkeypatch.setattr(trainer, "versions", lambda: {"torch": "9.9"})
-    WanTrainer(config, listen=events.append, resume=True).fit()
+    WanTrainer(config, listen=recorder(events), resume=True).fit()
     (warning,) = [e["text"] for e in events if e["event"] == "warning"]
-    assert "and this is {'torch': '9.9'}; the same bits are not promised" in warning
+    assert "and this is {'torch': '9.9'}; bit-exact results are not promised" in warning
     assert not left.exists()
 
 
 def test_a_stop_while_encoding_loses_nothing(run_file: RunFile, tmp_path: Path) -> None:
     config = run_file("t2v-a14b", f"video_data.cache_dir={tmp_path / 'own cache'}", "train.steps=1")
-    seen: list[Mapping[str, Any]] = []
+    seen: list[dict[str, Any]] = []
 
-    def listen(event: Mapping[str, Any]) -> None:
-        seen.append(event)
-        if event["event"] == "encoding" and event["what"] == "encoding clips":
+    def listen(event: Event) -> None:
+        recorder(seen)(event)
+        if isinstance(event, Encoding) and event.what == "encoding clips":
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted):
         WanTrainer(config, listen=listen).fit()
     total = seen[-2]["total"]
     seen.clear()
-    WanTrainer(config, listen=seen.append, resume=True).fit()
+    WanTrainer(config, listen=recorder(seen), resume=True).fit()
     clips = [e for e in seen if e.get("what") == "encoding clips"]
     assert len(clips) == total - 1
 
 
 def test_a_damaged_state_falls_back_to_the_one_before(run_file: RunFile) -> None:
-    config = run_file("t2v-a14b", "train.save_every=2", "train.keep_last=3")
+    config = run_file("t2v-a14b", "train.save_every=2", "train.keep_states=3")
     WanTrainer(config).fit()
     expected, steps = outcome(config)
     newest = layout_of(config).state(6)
@@ -218,8 +215,8 @@ def test_a_damaged_state_falls_back_to_the_one_before(run_file: RunFile) -> None
     content = damaged.read_bytes()
     damaged.unlink()  # the tensors read above still look into the old file
     damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    events: list[Mapping[str, Any]] = []
-    WanTrainer(config, listen=events.append, resume=True).fit()
+    events: list[dict[str, Any]] = []
+    WanTrainer(config, listen=recorder(events), resume=True).fit()
     warning = next(e["text"] for e in events if e["event"] == "warning")
     assert str(newest) in warning and "high.safetensors" in warning
     assert next(e for e in events if e["event"] == "resumed")["step"] == 4
@@ -229,7 +226,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(run_file: RunFile) -> None
 
 
 def test_states_are_rotated(run_file: RunFile) -> None:
-    config = run_file("ti2v-5b", "train.save_every=1", "train.keep_last=2")
+    config = run_file("ti2v-5b", "train.save_every=1", "train.keep_states=2")
     WanTrainer(config).fit()
     assert layout_of(config).saved_steps() == [5, 6]
     assert len(list(layout_of(config).weights_dir.iterdir())) == 6
@@ -247,8 +244,8 @@ def test_resume_refuses_another_run(run_file: RunFile) -> None:
     assert "train.steps" not in str(refusal.value)  # more steps change none of the earlier ones
     layout = layout_of(changed)
     assert "0.005" in layout.resolved.read_text(encoding="utf-8")  # a refusal changes nothing
-    events: list[Mapping[str, Any]] = []
-    WanTrainer(changed, listen=events.append, resume=True, allow_change=True).fit()
+    events: list[dict[str, Any]] = []
+    WanTrainer(changed, listen=recorder(events), resume=True, allow_change=True).fit()
     assert any(e["event"] == "warning" and "optimizer.lr" in e["text"] for e in events)
     assert events[-1]["event"] == "finished" and events[-1]["step"] == 3
     assert "0.005" not in layout.resolved.read_text(encoding="utf-8")
@@ -263,8 +260,8 @@ def test_what_follows_a_saved_state_is_made_up_for(run_file: RunFile) -> None:
     expected = {p.name: load_file(p) for p in files}
     for path in files:
         path.unlink()
-    events: list[Mapping[str, Any]] = []
-    WanTrainer(config, listen=events.append, resume=True).fit()
+    events: list[dict[str, Any]] = []
+    WanTrainer(config, listen=recorder(events), resume=True).fit()
     assert [e["event"] for e in events].count("exported") == len(files) == 2
     for path in files:
         assert all(torch.equal(v, expected[path.name][k]) for k, v in load_file(path).items())
@@ -277,29 +274,29 @@ def test_a_stop_while_sampling_is_made_up_for(run_file: RunFile) -> None:
         "ti2v-5b", "train.steps=2", "sample.prompts=[one, two]", *size, "sample.steps=2"
     )
 
-    def listen(event: Mapping[str, Any]) -> None:
-        if event["event"] == "sampling" and event["number"] == 1:
+    def listen(event: Event) -> None:
+        if isinstance(event, Sampling) and event.number == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted):
         WanTrainer(config, listen=listen).fit()
     folder = layout_of(config).samples(2)
     assert [p.name for p in folder.iterdir()] == ["0.mp4"]
-    events: list[Mapping[str, Any]] = []
-    WanTrainer(config, listen=events.append, resume=True).fit()
+    events: list[dict[str, Any]] = []
+    WanTrainer(config, listen=recorder(events), resume=True).fit()
     assert sorted(p.name for p in folder.iterdir()) == ["0.mp4", "1.mp4"]
     assert [e["prompt"] for e in events if e["event"] == "sampled"] == ["two"]
 
 
 def test_changes_are_listed_on_resume(run_file: RunFile) -> None:
     WanTrainer(run_file("t2v-a14b", "train.steps=2")).fit()
-    harmless = run_file("t2v-a14b", "train.steps=3", "train.keep_last=5", "output.dtype=bfloat16")
-    events: list[Mapping[str, Any]] = []
-    WanTrainer(harmless, listen=events.append, resume=True).fit()
+    harmless = run_file("t2v-a14b", "train.steps=3", "train.keep_states=5", "output.dtype=bfloat16")
+    events: list[dict[str, Any]] = []
+    WanTrainer(harmless, listen=recorder(events), resume=True).fit()
     (note,) = [e["text"] for e in events if e["event"] == "note"]
     for line in (
         "train.steps: was 2, is 3",
-        "train.keep_last: was 2, is 5",
+        "train.keep_states: was 2, is 5",
         "output.dtype: was None, is 'bfloat16'",
     ):
         assert line in note
@@ -307,16 +304,16 @@ def test_changes_are_listed_on_resume(run_file: RunFile) -> None:
     with pytest.raises(CheckpointError, match=r"optimizer\.name: was 'adamw', is 'sgd'"):
         WanTrainer(other, resume=True).fit()
     events.clear()
-    WanTrainer(other, listen=events.append, resume=True, allow_change=True).fit()
+    WanTrainer(other, listen=recorder(events), resume=True, allow_change=True).fit()
     warnings = [e["text"] for e in events if e["event"] == "warning"]
     assert any("high: the optimizer starts anew" in text for text in warnings)
     assert events[-1]["event"] == "finished"
 
 
 def test_saved_on_a_timer(run_file: RunFile) -> None:
-    config = run_file("ti2v-5b", "train.save_every_minutes=1e-6", "train.steps=3")
-    events: list[Mapping[str, Any]] = []
-    WanTrainer(config, listen=events.append).fit()
+    config = run_file("ti2v-5b", "train.save_minutes=1e-6", "train.steps=3")
+    events: list[dict[str, Any]] = []
+    WanTrainer(config, listen=recorder(events)).fit()
     assert [e["step"] for e in events if e["event"] == "saved"] == [1, 2, 3]
     assert [e["step"] for e in events if e["event"] == "exported"] == [3]
 
@@ -372,7 +369,7 @@ def test_every_schedule_resumes_exactly(run_file: RunFile, schedule: str) -> Non
         "t2v-a14b",
         f"train.schedule={schedule}",
         "train.warmup_steps=1",
-        "train.cooldown_steps=1",
+        "train.warmdown_steps=1",
         "per_expert={high: {steps: 3, lr: 0.01, rank: 2}, low: {steps: 5, rank: 6}}",
         "train.steps=8",
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,16 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.runs import RunFile, layout_of
+from support.runs import SMALL_SAMPLE, RunFile, layout_of, recorder
 
 from onewan.data.loader import StepBatches
 from onewan.errors import CheckpointError, TrainingError
+from onewan.files import remove
 from onewan.media import probe
 from onewan.model.forward import predict_velocity
 from onewan.runs.control import request
-from onewan.runs.events import read_events
+from onewan.runs.event_file import read_events
+from onewan.runs.events import Event, StepDone
 from onewan.train.setup import WanModelSetup
 from onewan.train.step import train_step
 from onewan.train.trainer import WanTrainer
@@ -188,12 +189,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(run_file: RunFile, tmp_path: Pa
     config = run_file(
         "t2v-a14b", f"video_data.cache_dir={tmp_path / 'cache'}", "train.save_every=1"
     )
-    events: list[Mapping[str, Any]] = []
+    events: list[dict[str, Any]] = []
     spoilt: list[str] = []
 
-    def listen(event: Mapping[str, Any]) -> None:
-        events.append(event)
-        if event["event"] == "step" and event["step"] == 2:
+    def listen(event: Event) -> None:
+        recorder(events)(event)
+        if isinstance(event, StepDone) and event.step == 2:
             for path in (tmp_path / "cache" / "video").rglob("*.safetensors"):
                 tensors = load_file(path)
                 save_file({k: v * float("nan") for k, v in tensors.items()}, path)
@@ -221,14 +222,14 @@ def test_requests_while_running(run_file: RunFile) -> None:
         "sample.prompts=[a red square]",
         *("sample.width=64", "sample.height=64", "sample.frames=5", "sample.steps=1"),
     )
-    events: list[Mapping[str, Any]] = []
+    events: list[dict[str, Any]] = []
 
-    def listen(event: Mapping[str, Any]) -> None:
-        events.append(event)
-        if event["event"] == "step" and event["step"] == 2:
+    def listen(event: Event) -> None:
+        recorder(events)(event)
+        if isinstance(event, StepDone) and event.step == 2:
             request(layout_of(config), "save")
             request(layout_of(config), "sample")
-        if event["event"] == "step" and event["step"] == 3:
+        if isinstance(event, StepDone) and event.step == 3:
             # A file where the folder of the last sample should be: sampling has to fail.
             layout_of(config).samples(4).write_text("in the way", encoding="utf-8")
 
@@ -237,6 +238,87 @@ def test_requests_while_running(run_file: RunFile) -> None:
     assert [e["step"] for e in events if e["event"] == "sampled"] == [2]
     assert any("sampling 'a red square' failed" in e.get("text", "") for e in events)
     assert events[-1]["event"] == "finished"
+
+
+def test_one_set_of_videos_answers_a_request_at_a_step_where_sampling_is_due(
+    run_file: RunFile,
+) -> None:
+    config = run_file(
+        "ti2v-5b",
+        "train.steps=4",
+        "sample.every=2",
+        *(f"sample.{k}={v}" for k, v in SMALL_SAMPLE.items()),
+    )
+    events: list[dict[str, Any]] = []
+
+    def listen(event: Event) -> None:
+        recorder(events)(event)
+        if isinstance(event, StepDone) and event.step == 2:
+            request(layout_of(config), "sample")
+
+    WanTrainer(config, listen=listen).fit()
+    assert [e["step"] for e in events if e["event"] == "sampled"] == [2, 4]
+    steps = {e["step"] for e in read_events(layout_of(config).events) if e["event"] == "sampling"}
+    assert steps == {2, 4}
+
+
+def test_a_request_for_samples_without_prompts_is_reported(run_file: RunFile) -> None:
+    config = run_file("ti2v-5b", "train.steps=2")
+    events: list[dict[str, Any]] = []
+
+    def listen(event: Event) -> None:
+        recorder(events)(event)
+        if isinstance(event, StepDone) and event.step == 1:
+            request(layout_of(config), "sample")
+
+    WanTrainer(config, listen=listen).fit()
+    (warning,) = [e["text"] for e in events if e["event"] == "warning"]
+    assert "sample.prompts is empty" in warning
+
+
+def test_requests_to_an_earlier_process_are_not_acted_on(run_file: RunFile) -> None:
+    config = run_file("ti2v-5b", "train.steps=2")
+    WanTrainer(config).fit()
+    request(layout_of(config), "stop")
+    request(layout_of(config), "save")
+    events: list[dict[str, Any]] = []
+    longer = run_file("ti2v-5b", "train.steps=4")
+    WanTrainer(longer, listen=recorder(events), resume=True).fit()
+    assert [e["step"] for e in events if e["event"] == "saved"] == [4]
+
+
+@pytest.mark.parametrize("deleted", ["tensorboard", "events.jsonl"])
+def test_training_continues_when_a_log_is_deleted(run_file: RunFile, deleted: str) -> None:
+    config = run_file("ti2v-5b", "train.steps=4", "logging.tensorboard=true")
+    layout = layout_of(config)
+    events: list[dict[str, Any]] = []
+
+    def listen(event: Event) -> None:
+        recorder(events)(event)
+        if isinstance(event, StepDone) and event.step == 2:
+            remove(layout.root / deleted)
+
+    WanTrainer(config, listen=listen).fit()
+    warnings = [e["text"] for e in events if e["event"] == "warning"]
+    assert warnings and all(deleted.partition(".")[0] in text.lower() for text in warnings)
+    assert [e["step"] for e in events if e["event"] == "step"] == [1, 2, 3, 4]
+    assert events[-1]["event"] == "finished"
+    *_, last = read_events(layout.events)
+    assert last["event"] == "finished"
+
+
+def test_training_continues_when_the_listener_fails(run_file: RunFile) -> None:
+    config = run_file("ti2v-5b", "train.steps=3")
+
+    def listen(event: Event) -> None:
+        if isinstance(event, StepDone):
+            raise BrokenPipeError("nobody reads this any more")
+
+    WanTrainer(config, listen=listen).fit()
+    events = list(read_events(layout_of(config).events))
+    assert [e["step"] for e in events if e["event"] == "step"] == [1, 2, 3]
+    (warning,) = [e["text"] for e in events if e["event"] == "warning"]
+    assert "nobody reads this" in warning
 
 
 def test_another_boundary_holds_in_training_and_samples(
@@ -248,7 +330,7 @@ def test_another_boundary_holds_in_training_and_samples(
     index = folder / "model_index.json"
     text = json.loads(index.read_text(encoding="utf-8"))
     index.write_text(json.dumps({**text, "boundary_ratio": 0.5}), encoding="utf-8")
-    settings = [f"model.path={folder}", "train.steps=40", "train.switch_expert_every=1"]
+    settings = [f"model.path={folder}", "train.steps=40", "train.expert_block=1"]
     settings += ["train.timesteps={distribution: uniform, shift: 1}", "sample.prompts=[a]"]
     settings += [f"sample.{k}={v}" for k, v in {"width": 64, "height": 64, "frames": 5}.items()]
     with pytest.raises(CheckpointError, match=r"set model\.boundary to 0\.5"):
@@ -296,7 +378,7 @@ def test_averages_and_rates_go_by_each_parts_own_steps(run_file: RunFile, worksh
         "t2v-a14b",
         f"video_data.sources=[{{path: {workshop / 'named clips'}}}]",
         "embeddings=[{placeholder: <shape>, initial_text: a}]",
-        "train={steps: 6, switch_expert_every: 1, schedule: linear, ema: {decay: 0.9}}",
+        "train={steps: 6, expert_block: 1, schedule: linear, ema: {decay: 0.9}}",
         "optimizer.lr=0.01",
     )
     run = WanModelSetup(config).build()

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from onewan.config.schema import ResolvedRun
-from onewan.runs.events import read_events
+from onewan.runs.event_file import read_events
 from onewan.runs.layout import RunLayout
+from onewan.runs.log import Listener
 from onewan.train.run import run_folder
 
 RunFile = Callable[..., ResolvedRun]
@@ -32,6 +33,11 @@ METHODS: Mapping[str, list[str]] = {
     ],
     "embedding": ["method={kind: embedding}", PLACEHOLDER, "optimizer.lr=0.05"],
 }
+
+
+def recorder(events: list[dict[str, Any]]) -> Listener:
+    """A listener that appends each event to `events`, with the names of its line in the file."""
+    return lambda event: events.append({"event": event.kind, **event.fields()})
 
 
 def layout_of(config: ResolvedRun) -> RunLayout:

@@ -210,7 +210,7 @@ def file_of(modules: dict[str, ModuleAdapter]) -> AdapterFile:
         kinds={},
         ranks={},
         unknown=(),
-        module_errors=(),
+        faults=(),
     )
     return AdapterFile(
         path=Path("start.safetensors"), layout=layout, modules=modules, expert=None, metadata={}
@@ -299,11 +299,11 @@ def test_files_of_other_models_and_wishes_are_refused(base):
         ConfigError, match=r"method\.kind: is dora, but start\.safetensors holds lo"
     ):
         adapter_config_from_file(file_of({Q: lora()}), DoraMethod(), base)
-    method = LoraMethod(use_rslora=True, init="pissa")
+    method = LoraMethod(rank_stabilised=True, init="pissa")
     with pytest.raises(ConfigError) as error:
         adapter_config_from_file(file_of({Q: lora()}), method, base, [1])
     assert [p.split(":")[0] for p in error.value.problems] == [
-        "method.use_rslora",
+        "method.rank_stabilised",
         "method.init",
         "wan_config.transformer_layers_to_train",
     ]

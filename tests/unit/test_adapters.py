@@ -20,7 +20,7 @@ from support.adapted import (
     halved,
     inputs,
     output,
-    quantized,
+    quantised,
     relative,
     shift,
     tiny_transformer,
@@ -292,7 +292,7 @@ def test_oft_turns_inputs_in_their_own_precision(half):
 @pytest.mark.parametrize("how", ["fp8", "gguf"])
 @KINDS
 def test_a_quantised_base_is_the_model_of_its_numbers(base, kind, how):
-    small = quantized(base, how)
+    small = quantised(base, how)
     whole = copy.deepcopy(base)
     for name, layer in small.named_modules():
         if isinstance(layer, QuantizedLinear):
@@ -374,7 +374,7 @@ def test_base_weights_are_those_under_the_adapter(base):
         base_weight(model, "blocks.0.attn1.to_q", "bias"), base.blocks[0].attn1.to_q.bias
     )
     assert torch.equal(base_weight(model, "proj_out", "weight"), base.proj_out.weight)
-    small = quantized(base, "gguf")
+    small = quantised(base, "gguf")
     layer = small.get_submodule("blocks.0.ffn.net.2")
     assert isinstance(layer, QuantizedLinear)
     assert torch.equal(base_weight(small, "blocks.0.ffn.net.2", "weight"), layer.expanded_weight())

@@ -42,7 +42,7 @@ class AdapterConfig:
     alphas: Mapping[str, float] = field(default_factory=dict)
     """By module; OFT has none."""
     dropout: float = 0.0
-    use_rslora: bool = False
+    rank_stabilised: bool = False
     """Whether the product counts alpha/sqrt(rank) times instead of alpha/rank."""
     pissa: bool = False
     """Whether LoRA starts from the principal part of the weight."""
@@ -56,7 +56,7 @@ class AdapterConfig:
     def scale(self, module: str) -> float:
         """What the product counts."""
         rank = self.ranks[module]
-        return self.alphas[module] / (sqrt(rank) if self.use_rslora else rank)
+        return self.alphas[module] / (sqrt(rank) if self.rank_stabilised else rank)
 
     def peft_settings(self, module: str) -> PeftSettings:
         """PEFT's settings for one module, from which `from_peft` makes a `ModuleAdapter`."""
@@ -65,7 +65,7 @@ class AdapterConfig:
         return PeftSettings(
             alpha=float(self.alphas[module]),
             rank=self.ranks[module],
-            rank_stabilized=self.use_rslora,
+            rank_stabilized=self.rank_stabilised,
         )
 
     def peft_config(self) -> PeftConfig:
@@ -106,7 +106,7 @@ class AdapterConfig:
             r=rank,
             lora_alpha=alpha,
             lora_dropout=self.dropout,
-            use_rslora=self.use_rslora,
+            use_rslora=self.rank_stabilised,
             rank_pattern=ranks,
             alpha_pattern=alphas,
             target_modules=modules,
@@ -222,7 +222,7 @@ def _of_kind(
             ranks=ranks,
             alphas=alphas,
             dropout=method.dropout,
-            use_rslora=method.use_rslora,
+            rank_stabilised=method.rank_stabilised,
             pissa=method.init == "pissa",
         )
     if isinstance(method, LokrMethod):
@@ -284,17 +284,17 @@ def _check_wishes(file: AdapterFile, method: AdapterMethod, layers: Sequence[int
     if len(kinds) == 1 and (kind := next(iter(kinds))) != method.kind and kind != "difference":
         problems.append(
             f"method.kind: is {method.kind}, but {file.path} holds {kind}; set it to {kind}, or "
-            "leave method.init_from out"
+            "leave method.start_from out"
         )
     decided: list[str] = []
     if isinstance(method, LoraMethod):
-        decided += ["use_rslora"] if method.use_rslora else []
+        decided += ["rank_stabilised"] if method.rank_stabilised else []
         decided += ["init"] if method.init != "zero" else []
     if isinstance(method, LokrMethod):
         decided += ["factor"] if method.factor != -1 else []
         decided += ["decompose_both"] if method.decompose_both else []
     problems += [
-        f"method.{name}: is decided by the file of method.init_from; leave it out"
+        f"method.{name}: is decided by the file of method.start_from; leave it out"
         for name in decided
     ]
     if layers is not None:

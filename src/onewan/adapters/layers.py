@@ -2,7 +2,7 @@
 
 PEFT upcasts the input of a layer that has a float32 adapter, or hands out what autocast had made
 bfloat16 as float32 again; its DoRA measures weights in the precision of the activations, which
-changes a bfloat16 model before the first step; and it takes a quantized weight's bytes for its
+changes a bfloat16 model before the first step; and it takes a quantised weight's bytes for its
 numbers. Here each layer gives what its base layer gives, in that precision; what is made of weights
 alone is made in float32; and a base weight is read through `base_numbers`.
 """
@@ -28,7 +28,7 @@ from onewan.model.quantized_linear import QuantizedLinear
 
 
 def base_numbers(layer: BaseTunerLayer) -> Tensor:
-    """float32 [out, in]: the weight under an adapter, expanded if it is quantized."""
+    """float32 [out, in]: the weight under an adapter, expanded if it is quantised."""
     base = layer.get_base_layer()
     assert isinstance(base, nn.Linear)
     return (base.expanded_weight() if isinstance(base, QuantizedLinear) else base.weight).float()
@@ -72,7 +72,7 @@ class PissaVariant(LoraVariant):
     """PiSSA: W + s (B A - B0 A0), where A0 and B0 are what A and B started as.
 
     The base weight stays whole, rather than being relieved of s B0 A0 and rounded anew. So the
-    model without the adapter is the base model, the base may be quantized, nothing changes before
+    model without the adapter is the base model, the base may be quantised, nothing changes before
     the first step, and a resumed run has the very same weights.
     """
 

@@ -1,7 +1,7 @@
 """Adapters on a diffusers transformer, through PEFT: new ones to train, finished ones to use.
 
 What is added to PEFT: float32 master weights whatever the base is stored in, at the activation
-memory of a bfloat16 adapter, and the right numbers on quantized bases (`onewan.adapters.layers`);
+memory of a bfloat16 adapter, and the right numbers on quantised bases (`onewan.adapters.layers`);
 and initial weights that depend on the seed and the layer's name alone, not on the device, the order
 of layers or what was drawn before.
 
@@ -116,7 +116,7 @@ def _make_right(
         layer.lora_variant[_ADAPTER] = PissaVariant()
     elif spec.kind == "loha":
         layer.__class__ = LohaLinear
-        # PEFT takes the shape from the weight, which is one of bytes if it is quantized.
+        # PEFT takes the shape from the weight, which is one of bytes if it is quantised.
         shape = (layer.out_features, layer.in_features)
         layer.create_adapter_parameters(_ADAPTER, spec.ranks[module], shape)
     elif spec.kind == "lokr":
@@ -251,7 +251,7 @@ def _as_plain_lora(
 
 def base_weight(transformer: WanTransformer3DModel, layer: str, which: str) -> Tensor:
     """Weight or bias (`which`) of a layer without what adapters add, on the CPU: float32 [out, in]
-    for the weight of an adapted or quantized layer, else as it is stored."""
+    for the weight of an adapted or quantised layer, else as it is stored."""
     found = transformer.get_submodule(layer)
     if isinstance(found, BaseTunerLayer):
         if which == "weight":
@@ -367,7 +367,7 @@ def _merge(
         if isinstance(owner, QuantizedLinear):
             raise CheckpointError(
                 f"{name}: changes the weights of {module} themselves, which this model keeps "
-                "quantized; load it with model.quantized: dequantize"
+                "quantised; load it with its weights expanded (model.quantised: expand)"
             )
         weight: Tensor = getattr(owner, "weight", owner)  # a table is a parameter itself
         added = adapter.difference(weight.cpu())

@@ -35,7 +35,7 @@ def train_weights(
     """Let the weights `names` of `transformer` train, and no other; returned in that order.
 
     "float32" replaces them in place by float32 copies; else they stay as they are stored, for an
-    optimizer that rounds with care. ConfigError for weights that are kept quantized.
+    optimizer that rounds with care. ConfigError for weights that are kept quantised.
     """
     packed = [n for n in names if _is_packed(transformer, n)]
     if packed:
@@ -43,9 +43,8 @@ def train_weights(
         raise ConfigError(
             "run file",
             [
-                f"model.quantized: is keep, but {len(packed)} of the weights to train are "
-                f"quantized, such as {some}; set it to dequantize, or leave them out of "
-                "method.modules"
+                f"model.quantised: is keep, but {len(packed)} of the weights to train are "
+                f"quantised, such as {some}; set it to expand, or leave them out of method.modules"
             ],
         )
     transformer.requires_grad_(False)

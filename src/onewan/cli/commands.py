@@ -1,10 +1,11 @@
-"""What the commands do; imported when one runs, since it brings torch with it."""
+"""What the commands around a run do; imported only when one of them runs, since it needs torch."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ from onewan.model.embedding import WanModelEmbedding
 from onewan.model.load import WanModelLoader
 from onewan.model.text import mentions
 from onewan.model.wan import WanModel
-from onewan.runs.layout import unused
+from onewan.runs.layout import displayed
 from onewan.sample.generate import SampleRequest, WanModelSampler, requests_from
+from onewan.train.run import with_unused_name
 from onewan.train.setup import WanModelSetup, resolve_device
 from onewan.train.trainer import WanTrainer
 from onewan.variants import NEGATIVE_PROMPT, Variant, VariantName
 
-# Their bars about loading would run into ours.
+# Their progress bars for loading would interleave with ours.
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
@@ -44,29 +46,28 @@ def demo(folder: Path, variant: VariantName) -> int:
     return 0
 
 
-def cache(run: Path, overrides: Sequence[str], strict: bool, verify: bool) -> int:
+def cache(run: Path, overrides: Sequence[str], *, strict: bool, verify: bool) -> int:
     config = load_run(run_file_of(run), overrides)
     if not config.video_data.cache:
         raise ConfigError(
-            str(run), ["video_data.cache: is false, so there is nothing to do; set it to true"]
+            str(run), ["video_data.cache: is false, so nothing is cached; set it to true"]
         )
     progress = Progress()
     try:
         data = WanModelSetup(config).dataset(
             requests_from(config),
-            lambda what, done, total: progress.listen(
-                {"event": "encoding", "what": what, "done": done, "total": total}
-            ),
+            lambda what, done, total: progress.advance(what, done, total, unit="item"),
             verify=verify,
         )
     finally:
         progress.close()
     for line in data.report.lines():
         progress.line(line)
-    progress.line(f"cache {config.video_data.cache_dir}: {data.encoded} entries encoded now")
+    folder = displayed(config.video_data.cache_dir)
+    progress.line(f"cache {folder}: {data.encoded} entries encoded now")
     if strict and data.report.problems:
         count = len(data.report.problems)
-        print(f"onewan: {count} files can't be used, and --strict was asked for", file=sys.stderr)
+        print(f"onewan: {count} files can't be used (an error with --strict)", file=sys.stderr)
         return 1
     return 0
 
@@ -74,14 +75,14 @@ def cache(run: Path, overrides: Sequence[str], strict: bool, verify: bool) -> in
 def train(
     run: Path, overrides: Sequence[str], *, resume: bool, again: bool, allow_change: bool
 ) -> int:
-    if again:
-        if not run.is_dir():
-            raise ConfigError(
-                str(run), ["is no folder; --again takes the folder of a run, such as runs/NAME"]
-            )
-        overrides = [f"output.name={unused(run.resolve()).name}", *overrides]
+    if again and not run.is_dir():
+        raise ConfigError(
+            str(run), ["is not a folder; --again takes the folder of a run, such as runs/NAME"]
+        )
     run = run_file_of(run)
     config = load_run(run, overrides)
+    if again:
+        config = with_unused_name(config)
     progress = Progress()
     trainer = WanTrainer(
         config,
@@ -118,9 +119,7 @@ def sample(options: argparse.Namespace) -> int:
         WanModelSampler(model, device).sample_to(
             options.out,
             request,
-            on_step=lambda done, total: progress.listen(
-                {"event": "sampling", "number": 0, "done": done, "total": total}
-            ),
+            on_step=partial(progress.advance, "sampling"),
         )
     finally:
         progress.close()
@@ -132,36 +131,36 @@ def sample(options: argparse.Namespace) -> int:
 
 
 def _add_embedding(model: WanModel, path: Path, request: SampleRequest) -> str:
-    """Put the embedding in `path` into `model`; returns what to say of it."""
+    """Add the embedding in `path` to `model`; returns a line about it for the user."""
     _, text_encoder = model.prompt_encoder()
     embedding = WanModelEmbedding.from_file(path, width=text_encoder.config.d_model)
     model.add_embedding(embedding)
     placeholder, count = embedding.placeholder, len(embedding.vectors)
-    line = f"{path}: {placeholder} stands for {count} vector{'s' if count > 1 else ''}"
+    line = f"{path}: {placeholder} is replaced by {count} vector{'s' if count > 1 else ''}"
     prompts = (request.prompt, request.negative_prompt)
     if not any(mentions(prompt, placeholder) for prompt in prompts):
-        line += f"; the prompt has no {placeholder}, so it changes nothing"
+        line += f"; no prompt contains {placeholder}, so the embedding has no effect"
     return line
 
 
 def _request(options: argparse.Namespace, variant: Variant) -> SampleRequest:
-    """What the options ask for; what they leave open is the variant's official value."""
+    """The request of the options, with the variant's official values as defaults."""
 
-    def given(value: object, official: object) -> Any:
+    def either(value: object, official: object) -> Any:
         return official if value is None else value
 
     return SampleRequest(
         prompt=options.prompt,
-        negative_prompt=given(options.negative_prompt, NEGATIVE_PROMPT),
+        negative_prompt=either(options.negative_prompt, NEGATIVE_PROMPT),
         image=options.image,
-        width=given(options.width, variant.sample_size[0]),
-        height=given(options.height, variant.sample_size[1]),
-        frames=given(options.frames, variant.frames),
-        steps=given(options.steps, variant.sampling_steps),
+        width=either(options.width, variant.sample_size[0]),
+        height=either(options.height, variant.sample_size[1]),
+        frames=either(options.frames, variant.frames),
+        steps=either(options.steps, variant.sampling_steps),
         guidance=tuple(
-            given(options.guidance, [expert.guidance_scale for expert in variant.experts])
+            either(options.guidance, [expert.guidance_scale for expert in variant.experts])
         ),
-        shift=given(options.shift, variant.flow_shift),
+        shift=either(options.shift, variant.flow_shift),
         seed=options.seed,
-        fps=given(options.fps, variant.fps),
+        fps=either(options.fps, variant.fps),
     )

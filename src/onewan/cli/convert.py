@@ -62,7 +62,7 @@ def merge_loras(
     *,
     dtype: str | None,
     force: bool,
-    check_file_names: bool,
+    check_names: bool,
 ) -> int:
     kept = None if dtype is None else torch_dtype(dtype)
     return _shown(
@@ -72,7 +72,7 @@ def merge_loras(
             destination,
             dtype=kept,
             force=force,
-            check_file_names=check_file_names,
+            check_names=check_names,
             report=report,
         )
     )
@@ -110,9 +110,7 @@ def _shown(run: Callable[[Report], Written]) -> int:
     """Run with a bar, and say what was written."""
     progress = Progress()
     try:
-        written = run(
-            lambda done, total: progress.listen({"event": "writing", "done": done, "total": total})
-        )
+        written = run(progress.advance_bytes)
     finally:
         progress.close()
     _print(written)

@@ -1,146 +1,182 @@
-"""What a user sees of a run: a bar on a terminal, plain lines elsewhere."""
+"""The progress display of a run: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
 
-_PLAIN_SECONDS = 5.0
+from onewan.runs import events
+from onewan.runs.layout import displayed
+
+_PLAIN_SECONDS = 15.0
 """Without a terminal, a line of progress at most this often."""
+
+_LOSS_SMOOTHING = 0.9
+"""Share of the running mean that a new loss leaves: about the last ten steps are averaged."""
 
 
 class Progress:
-    """Turns a run's events into a bar and lines. Give its `listen` to the trainer."""
+    """Shows a run's events. Give its `listen` to the trainer."""
 
     def __init__(self, *, terminal: bool | None = None) -> None:
         self._terminal = sys.stderr.isatty() if terminal is None else terminal
-        self._bar: Any = None  # tqdm's own types say that a bar may count nothing
-        self._what = ""
+        self._bar: Any = None  # tqdm's own types say that `total` may be None
+        self._activity = ""
         self._steps = 0
         self._losses: dict[str, float] = {}
-        self._last_line = 0.0
+        self._exported: list[events.Exported] = []
+        self._last_line = time.monotonic()
+        self._handlers: dict[type[events.Event], Callable[[Any], None]] = {
+            events.Started: self._on_started,
+            events.Encoding: self._on_encoding,
+            events.DataReady: self._on_data_ready,
+            events.Resumed: self._on_resumed,
+            events.StepDone: self._on_step_done,
+            events.Validated: self._on_validated,
+            events.BestSoFar: self._on_best_so_far,
+            events.Note: self._on_note,
+            events.Warned: self._on_warned,
+            events.Saved: self._on_saved,
+            events.Exported: self._exported.append,
+            events.Sampling: self._on_sampling,
+            events.Sampled: self._on_sampled,
+            events.Stopped: self._on_stopped,
+            events.Finished: self._on_finished,
+        }
 
-    def listen(self, event: Mapping[str, Any]) -> None:
-        """Show one event; kinds that have nothing to show are passed over."""
-        show = getattr(self, f"_on_{event['event']}", None)
-        if show is not None:
-            show(event)
+    def listen(self, event: events.Event) -> None:
+        """Show one event; kinds that have nothing to show are ignored."""
+        if not isinstance(event, events.Exported):
+            self._show_exported()
+        if handler := self._handlers.get(type(event)):
+            handler(event)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._close_bar()
+        self._show_exported()
 
     def line(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
+        self._last_line = time.monotonic()
 
-    def _advance(
-        self, what: str, done: int, total: int, note: str = "", *, unit: str = "step"
+    def advance(
+        self, activity: str, done: int, total: int, note: str = "", *, unit: str = "step"
     ) -> None:
-        if self._terminal:
-            if self._bar is None or self._what != what:
-                self.close()
-                self._bar = tqdm(
-                    total=total, desc=what, unit=unit, initial=max(0, done - 1), leave=False
-                )
-                self._what = what
-            self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update(done - self._bar.n)
+        """Show that `done` of `total` units of an activity are done."""
+        if not self._terminal:
+            # Activities of a few seconds get one line, at their end.
+            if done == total or time.monotonic() - self._last_line >= _PLAIN_SECONDS:
+                self.line(f"{activity} {done}/{total} {note}".rstrip())
             return
-        now = time.monotonic()
-        if done == total or self._what != what or now - self._last_line >= _PLAIN_SECONDS:
-            self._what, self._last_line = what, now
-            self.line(f"{what} {done}/{total} {note}".rstrip())
+        if self._bar is None or self._activity != activity:
+            self._close_bar()
+            self._bar = tqdm(
+                total=total, desc=activity, unit=unit, initial=max(0, done - 1), leave=False
+            )
+            self._activity = activity
+        self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(done - self._bar.n)
 
-    def _on_started(self, event: Mapping[str, Any]) -> None:
-        self._steps = event["steps"]
-        self.line(f"run {event['run']}")
-
-    def _on_encoding(self, event: Mapping[str, Any]) -> None:
-        self._advance(event["what"], event["done"], event["total"])
-
-    def _on_writing(self, event: Mapping[str, Any]) -> None:
-        done, total = event["done"], event["total"]
+    def advance_bytes(self, done: int, total: int) -> None:
+        """Show that `done` of `total` bytes are written."""
         megabytes = -(-total // 1_000_000)
         so_far = megabytes if done == total else min(done // 1_000_000, megabytes - 1)
-        self._advance("writing", so_far, megabytes, "" if self._terminal else "MB", unit="MB")
+        self.advance("writing", so_far, megabytes, "" if self._terminal else "MB", unit="MB")
 
-    def _on_data(self, event: Mapping[str, Any]) -> None:
-        self.close()
-        for line in event["report"]:
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    # ---------------------------------------------------------------------------------- one event
+
+    def _on_started(self, event: events.Started) -> None:
+        self._steps = event.steps
+        self.line(f"run {displayed(event.run)}")
+
+    def _on_encoding(self, event: events.Encoding) -> None:
+        self.advance(event.what, event.done, event.total, unit="item")
+
+    def _on_data_ready(self, event: events.DataReady) -> None:
+        self._close_bar()
+        for line in event.report:
             self.line(line)
 
-    def _on_resumed(self, event: Mapping[str, Any]) -> None:
-        self.line(f"resumed after step {event['step']}")
+    def _on_resumed(self, event: events.Resumed) -> None:
+        self.line(f"resumed after step {event.step}")
 
-    def _on_step(self, event: Mapping[str, Any]) -> None:
-        expert, loss = event["expert"], event["loss"]
-        # A single loss says little: t and noise differ from step to step. Show a running mean.
-        mean = self._losses.setdefault(expert, loss)
-        self._losses[expert] = 0.9 * mean + 0.1 * loss
+    def _on_step_done(self, event: events.StepDone) -> None:
+        # A single loss means little, since t and noise differ from step to step: show the mean.
+        mean = self._losses.setdefault(event.expert, event.loss)
+        self._losses[event.expert] = mean + (1 - _LOSS_SMOOTHING) * (event.loss - mean)
         losses = ", ".join(f"{name} {value:.4f}" for name, value in self._losses.items())
-        left = (self._steps - event["step"]) * event["seconds"]
-        note = f"{expert} expert, loss {losses}"
+        remaining = (self._steps - event.step) * event.seconds
+        note = f"{event.expert} expert, loss {losses}"
         if not self._terminal:
-            note += f", {event['seconds']:.2f} s/step, {_duration(left)} left"
-        self._advance("training", event["step"], self._steps, note)
+            note += f", {event.seconds:.2f} s/step, {_duration(remaining)} left"
+        self.advance("training", event.step, self._steps, note)
 
-    def _on_validation(self, event: Mapping[str, Any]) -> None:
-        base, on = event["base"], "held-out clips" if event["held_out"] else "training clips"
-        losses = [("loss", event["loss"]), ("of the moving average", event["ema"])]
-        if event["step"] == 0 and base != event["loss"]:
-            losses.append(("of the base model", base))
+    def _on_validated(self, event: events.Validated) -> None:
+        clips = "held-out clips" if event.held_out else "training clips"
+        losses = [("loss", event.loss), ("of the moving average", event.ema)]
+        if event.step == 0 and event.base != event.loss:
+            losses.append(("of the base model", event.base))
         shown = ", ".join(
-            f"{what} {loss:.4f}{_change(loss, base, event['step'])}"
-            for what, loss in losses
+            f"{label} {loss:.4f}{_change(loss, event.base, event.step)}"
+            for label, loss in losses
             if loss is not None
         )
-        self.line(f"step {event['step']}: validation on {on}, {event['expert']} expert: {shown}")
+        self.line(f"step {event.step}: validation on {clips}, {event.expert} expert: {shown}")
 
-    def _on_best(self, event: Mapping[str, Any]) -> None:
-        self.line(f"step {event['step']}: the best validation loss so far, {event['loss']:.4f}")
+    def _on_best_so_far(self, event: events.BestSoFar) -> None:
+        self.line(f"step {event.step}: best validation loss so far, {event.loss:.4f}")
 
-    def _on_note(self, event: Mapping[str, Any]) -> None:
-        self.line(f"note: {event['text']}")
+    def _on_note(self, event: events.Note) -> None:
+        self.line(f"note: {event.text}")
 
-    def _on_saved(self, event: Mapping[str, Any]) -> None:
-        self.line(f"step {event['step']}: state saved in {event['state']}")
+    def _on_warned(self, event: events.Warned) -> None:
+        self.line(f"warning: {event.text}")
 
-    def _on_exported(self, event: Mapping[str, Any]) -> None:
-        whose = "embeddings" if event["expert"] == "embeddings" else f"the {event['expert']} expert"
-        self.line(f"step {event['step']}: weights of {whose}: {event['file']}")
+    def _on_saved(self, event: events.Saved) -> None:
+        self.line(f"step {event.step}: state saved: {displayed(event.state)}")
 
-    def _on_sampling(self, event: Mapping[str, Any]) -> None:
-        self._advance(f"sampling video {event['number']}", event["done"], event["total"])
+    def _show_exported(self) -> None:
+        """One line for all files of a step: experts times formats would be many."""
+        if not self._exported:
+            return
+        paths = [str(displayed(event.file)) for event in self._exported]
+        step = self._exported[0].step
+        self._exported.clear()
+        # By characters, not by folders: the names begin with the step.
+        start = os.path.commonprefix(paths)  # noqa: RUF071
+        shown = paths[0] if len(paths) == 1 else f"{start}* ({len(paths)} files)"
+        self.line(f"step {step}: weights exported: {shown}")
 
-    def _on_sampled(self, event: Mapping[str, Any]) -> None:
-        self.line(f"step {event['step']}: sample video: {event['file']}")
+    def _on_sampling(self, event: events.Sampling) -> None:
+        self.advance(f"sampling video {event.number}", event.done, event.total)
 
-    def _on_warning(self, event: Mapping[str, Any]) -> None:
-        self.line(f"warning: {event['text']}")
+    def _on_sampled(self, event: events.Sampled) -> None:
+        self.line(f"step {event.step}: sample video: {displayed(event.file)}")
 
-    def _on_stopped(self, event: Mapping[str, Any]) -> None:
-        self.close()
-        step = event["step"]
-        kept = f"the state of step {step} is saved" if step else "what was encoded is kept"
-        self.line(f"stopped; {kept}, and --resume goes on from there")
+    def _on_stopped(self, event: events.Stopped) -> None:
+        self._close_bar()
+        kept = f"the state of step {event.step} is saved" if event.step else "encoded data is kept"
+        self.line(f"stopped; {kept}; continue with --resume")
 
-    def _on_failed(self, _event: Mapping[str, Any]) -> None:
-        self.close()
-
-    def _on_finished(self, event: Mapping[str, Any]) -> None:
-        self.close()
-        self.line(f"done: {event['step']} steps, all results are in {event['run']}")
+    def _on_finished(self, event: events.Finished) -> None:
+        self._close_bar()
+        self.line(f"done: {event.step} steps; all results are in {displayed(event.run)}")
 
 
 def _change(loss: float, base: float | None, step: int) -> str:
-    """By how much `loss` is off the base model's."""
+    """Relative difference from the loss of the base model, as a text in parentheses."""
     if base is None or step == 0:
         return ""
     return f" ({100 * (loss / base - 1):+.1f} % against the base model)"

@@ -1,7 +1,7 @@
 """The demonstration: a tiny model, a few clips and a run file, and a real run on them.
 
-Nothing in it is special: the run file is an ordinary one, and the run is the trainer's own. Only
-the model is small and random, so that it takes a minute without a GPU.
+Nothing in it is special: it is an ordinary run file, trained by the ordinary trainer. Only the
+model is tiny, with random weights, so that the run takes a minute without a GPU.
 """
 
 from __future__ import annotations
@@ -21,32 +21,34 @@ from onewan.demo.clips import write_clips
 from onewan.demo.tiny_model import write_tiny_model
 from onewan.errors import DataError
 from onewan.media import VIDEO_SUFFIXES, Fit, probe, read_frames
-from onewan.runs.layout import RunLayout, unused
-from onewan.train.run import run_folder
-from onewan.train.trainer import Listener, WanTrainer
+from onewan.runs.layout import RunLayout, displayed
+from onewan.runs.log import Listener
+from onewan.train.run import run_folder, with_unused_name
+from onewan.train.trainer import WanTrainer
 from onewan.variants import VARIANTS, VariantName
 
 _RUN_FILE = """\
 # The demonstration's run file. `onewan init --variant {variant}` prints one for real training.
+# "real:" says what a real run has in that line.
 model:
-  path: model              # a tiny {title} with random weights; really: {repository}
+  path: model              # a tiny {title} with random weights; real: {repository}
   variant: {variant}
-  dtype: float32           # really: bfloat16
+  dtype: float32           # real: bfloat16
 
 wan_config:
-  max_frames: 17           # 4n+1 frames; really: {frames}
+  max_frames: 17           # 4n+1 frames; real: {frames}
 
 video_data:
   sources:
-    - path: clips          # each video has its caption beside it, in NAME.txt
-  resolution: {area}         # training area in pixels; really: leave it out for 480p
+    - path: clips          # the caption of each video is in NAME.txt beside it
+  resolution: {area}         # training area in pixels; real: omitted, for 480p
 
 method:
   kind: lora
   rank: 32
 
 optimizer:
-  lr: 1.0e-2               # a random model needs much; really: 1e-4
+  lr: 1.0e-2               # high, for random weights; real: 1e-4
 
 train:
   steps: {steps}
@@ -60,7 +62,7 @@ sample:
   width: {side}
   height: {side}
   frames: 17
-  steps: 8                 # really: leave these four out for the official values
+  steps: 8                 # real: these four omitted, for the official values
 
 output:
   dir: runs
@@ -72,30 +74,30 @@ _PROMPT = "a red square moves slowly across a dark background"
 def run_demo(
     folder: Path, variant: VariantName, listen: Listener, say: Callable[[str], None]
 ) -> None:
-    """Make model, clips and run file in `folder` where they are not there yet, and train.
+    """Make a model, clips and a run file in `folder`, unless they exist, and train.
 
-    `listen` is told the run's events, `say` prints a line. Running it again in the same folder
-    trains again, as another run.
+    `listen` is called with the run's events, `say` with each line to print. In the same folder, the
+    next call trains again, as another run. DataError if `folder` has the demonstration of another
+    variant.
     """
     facts = VARIANTS[variant]
     clips, model, run_file = folder / "clips", folder / "model", folder / "run.yaml"
     if run_file.is_file() and f"variant: {variant}" not in run_file.read_text(encoding="utf-8"):
         raise DataError(
-            f"{run_file}: demonstrates another variant; choose another --dir for {variant}"
+            f"{run_file}: is the demonstration of another variant; give another --dir for {variant}"
         )
-    say(f"onewan demo: a tiny {facts.title} is trained on clips of moving shapes, in {folder}")
+    say(f"onewan demo: trains a tiny {facts.title} on clips of moving shapes")
     if not run_file.is_file():
         files = write_clips(clips)
-        say(f"made {len(files)} captioned clips: {', '.join(f.name for f in files)}")
+        say(f"{clips}: {len(files)} captioned clips ({', '.join(f.name for f in files)})")
         write_tiny_model(model, variant, pixels_BCFHW=_pixels(files))
-        say(f"made a model with the architecture of {facts.title} and random weights: {model}")
+        say(f"{model}: the architecture of {facts.title}, a tiny width, random weights")
         run_file.write_text(_run_file(variant), encoding="utf-8")
-        say(f"made a run file: {run_file}")
-    layout = RunLayout(unused(run_folder(load_run(run_file))))
+        say(f"{run_file}: the run file")
     say(f"\n$ onewan train {_quoted(run_file)}")
-    config = load_run(run_file, [f"output.name={layout.root.name}"])
+    config = with_unused_name(load_run(run_file))
     WanTrainer(config, run_file=run_file.read_text(encoding="utf-8"), listen=listen).fit()
-    for line in _closing(layout, run_file, variant):
+    for line in _closing_lines(RunLayout(displayed(run_folder(config))), run_file, variant):
         say(line)
 
 
@@ -119,7 +121,7 @@ def _run_file(variant: VariantName) -> str:
 
 
 def _pixels(files: list[Path]) -> Tensor:
-    """Five frames of each video, [B, 3, 5, H, W] in [-1, 1], to measure the VAE's scale on."""
+    """Five frames of each video, [B, 3, 5, H, W] in [-1, 1], for the scale of the VAE's latents."""
     videos = [f for f in files if f.suffix[1:] in VIDEO_SUFFIXES]
     fit = Fit(width=128, height=128)
     starts = [probe(f).start for f in videos]
@@ -130,11 +132,11 @@ def _pixels(files: list[Path]) -> Tensor:
     return torch.from_numpy(np.stack(frames)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
-def _closing(layout: RunLayout, run_file: Path, variant: VariantName) -> list[str]:
+def _closing_lines(layout: RunLayout, run_file: Path, variant: VariantName) -> list[str]:
     facts = VARIANTS[variant]
     loras = sorted(layout.weights_dir.glob("*_comfyui.safetensors"))[-len(facts.experts) :]
     model = _quoted(run_file.parent / "model")
-    side = 6 * facts.size_multiple
+    side, steps = 6 * facts.size_multiple, 100 * len(facts.experts) + 100
     image = (
         f" --image {_quoted(run_file.parent / 'clips' / 'still_square.png')}"
         if facts.needs_image
@@ -142,40 +144,38 @@ def _closing(layout: RunLayout, run_file: Path, variant: VariantName) -> list[st
     )
     return [
         "",
-        f"What this made, in {layout.root}:",
-        *(f"  LoRA for ComfyUI: {path.relative_to(layout.root)}" for path in loras),
-        "  the same for diffusers beside it (..._diffusers.safetensors)",
+        f"Results in {layout.root}:",
+        *(f"  {path.relative_to(layout.root)}   a LoRA for ComfyUI" for path in loras),
+        "  weights/..._diffusers.safetensors   the same LoRAs for diffusers",
         *(
-            f"  sample video: {path.relative_to(layout.root)} (a random model makes noise)"
+            f"  {path.relative_to(layout.root)}   a sample video (noise, as the weights are random)"
             for path in sorted(layout.samples_dir.rglob("*.mp4"))
         ),
-        "  every step and number: events.jsonl",
-        f"  curves: tensorboard --logdir {_quoted(layout.root)}",
+        "  events.jsonl   loss, learning rate and time of every step",
+        f"  tensorboard/   curves: tensorboard --logdir {_quoted(layout.root)}",
         "",
         *_where_the_command_is(),
         "Next, on this tiny model:",
-        f"  onewan train {_quoted(layout.root)} --resume train.steps=300    # goes on",
+        f"  onewan train {_quoted(layout.root)} --resume train.steps={steps}    # 100 more steps",
         f"  onewan sample {model} --prompt 'a blue circle' --out video.mp4 --dtype float32 \\",
         f"      --width {side} --height {side} --frames 17 --steps 8{image} \\",
         f"      --lora {' '.join(map(_quoted, loras))}",
-        "Next, with real weights and clips (README.md says what GPU that takes):",
-        f"  onewan init --variant {variant} > run.yaml    # then set video_data.sources in it",
+        "Next, with real weights and clips (README.md lists the GPU memory this needs):",
+        f"  onewan init --variant {variant} > run.yaml    # then edit video_data.sources in it",
         "  onewan cache run.yaml",
         "  onewan train run.yaml",
     ]
 
 
 def _where_the_command_is() -> list[str]:
-    """How to call `onewan` by its name, where it is not on the path (as after `make demo`)."""
+    """How to put the command `onewan` on the path, where it isn't (as after `make demo`)."""
     if shutil.which("onewan"):
         return []
-    scripts = Path(sys.executable).parent
-    here = Path.cwd()
-    scripts = scripts.relative_to(here) if scripts.is_relative_to(here) else scripts
+    scripts = displayed(Path(sys.executable).parent)
     activate = f"{scripts}\\activate" if os.name == "nt" else f". {scripts}/activate"
-    return [f"The command onewan is in {scripts}; this puts it on your path:", f"  {activate}", ""]
+    return [f"The command onewan is in {scripts}; to put it on your path:", f"  {activate}", ""]
 
 
 def _quoted(path: Path) -> str:
-    """`path` as one word of a command, in the shells of Linux and of Windows."""
+    """`path` as one argument of a command, for the shells of Linux and Windows."""
     return f'"{path}"' if " " in str(path) else str(path)

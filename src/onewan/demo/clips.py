@@ -20,7 +20,7 @@ class _Scene:
     file: str
     fps: float
     shape: str
-    colour: tuple[int, int, int]
+    color: tuple[int, int, int]
     ground: tuple[int, int, int]
     captions: tuple[str, ...]
 
@@ -30,7 +30,7 @@ _SCENES = (
         file="red_square.mp4",
         fps=30,
         shape="square",
-        colour=(214, 48, 49),
+        color=(214, 48, 49),
         ground=(24, 28, 40),
         captions=("a red square moves slowly across a dark background",),
     ),
@@ -38,7 +38,7 @@ _SCENES = (
         file="blue_circle.webm",
         fps=24,
         shape="circle",
-        colour=(9, 132, 227),
+        color=(9, 132, 227),
         ground=(245, 240, 225),
         captions=(
             "a small blue circle bounces up and down, the camera is still",
@@ -49,7 +49,7 @@ _SCENES = (
         file="green_triangle.mov",
         fps=25,
         shape="triangle",
-        colour=(0, 184, 148),
+        color=(0, 184, 148),
         ground=(60, 20, 60),
         captions=("a green triangle turns around its centre while the light fades",),
     ),
@@ -57,7 +57,7 @@ _SCENES = (
         file="yellow_circle.avi",
         fps=16,
         shape="circle",
-        colour=(253, 203, 110),
+        color=(253, 203, 110),
         ground=(20, 60, 90),
         captions=("a yellow circle crosses a blue field",),
     ),
@@ -65,7 +65,7 @@ _SCENES = (
         file="still_square.png",
         fps=1,
         shape="square",
-        colour=(250, 250, 250),
+        color=(250, 250, 250),
         ground=(120, 60, 40),
         captions=("a white square on a brown ground",),
     ),
@@ -90,7 +90,7 @@ def write_clips(folder: Path) -> list[Path]:
 
 
 def _draw(scene: _Scene, phase: float) -> np.ndarray:
-    """One frame [H, W, 3] of a scene, at `phase` of its two seconds in [0, 1)."""
+    """Frame [H, W, 3], uint8 RGB, of a scene at `phase` in [0, 1) of its duration."""
     width, height = SIZE
     fade = 1 - 0.5 * phase if scene.shape == "triangle" else 1.0
     ground = tuple(round(c * fade) for c in scene.ground)
@@ -99,11 +99,11 @@ def _draw(scene: _Scene, phase: float) -> np.ndarray:
     x, y, r = width * (0.2 + 0.6 * phase), height / 2, height / 5
     if scene.shape == "circle":
         y = height * (0.75 - 0.5 * abs(math.sin(2 * math.pi * phase)))
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=scene.colour)
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=scene.color)
     else:
         corners, turn = (4, math.pi / 4) if scene.shape == "square" else (3, 2 * math.pi * phase)
         if scene.shape == "triangle":
             x = width / 2
         angles = [turn + 2 * math.pi * k / corners for k in range(corners)]
-        draw.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for a in angles], scene.colour)
+        draw.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for a in angles], scene.color)
     return np.asarray(image)

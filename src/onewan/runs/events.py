@@ -1,127 +1,246 @@
-"""What happened in a run, as one JSON object a line: the trainer appends, anyone may follow.
+"""What can happen in a run: one frozen dataclass for each kind of event.
 
-Hides the form of the file and what a crash can do to it: each line is valid JSON and pure ASCII,
-and a line that was cut short is skipped by readers and never glued to the next. Never interprets
-an event.
+An event is one JSON object on a line of ``events.jsonl``: ``event`` (the kind), ``time`` (UTC, ISO
+8601), and the fields of its class. Kinds and fields only grow within a `SCHEMA_VERSION`, which
+`Started` carries, so readers ignore those that they don't know. Nothing here does anything:
+`onewan.runs.log` delivers events, `onewan.runs.event_file` writes and reads them.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime, timezone
-from numbers import Integral, Real
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import TracebackType
-from typing import Any, cast
+from typing import Any, ClassVar
+
+SCHEMA_VERSION = 1
+"""Raised when a field is removed or changes its meaning."""
+
+HEARTBEAT_SECONDS = 30.0
+"""A trainer that is alive writes a line at least this often."""
 
 
-class EventLog:
-    """Appends events to a file. Threads may share one; each event is on disk when `write` returns.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Base class of all events."""
 
-    On disk means handed to the operating system: it survives the end of this process, though not
-    of the machine.
+    kind: ClassVar[str]
+    """Value of ``event`` in the file."""
+
+    def fields(self) -> dict[str, Any]:
+        """Name and value of each field, in the order of declaration."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgressEvent(Event):
+    """`done` of `total` items of one activity; frequent, so the event file has only some of them.
+
+    There is always one for the first and one for the last item.
     """
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
-        self._file = path.open("a+b")
-        if self._file.seek(0, os.SEEK_END):
-            self._file.seek(-1, os.SEEK_END)
-            if self._file.read(1) != b"\n":
-                self._file.write(b"\n")
-                self._file.flush()
+    done: int
+    total: int
 
-    def write(self, event: str, /, **fields: object) -> None:
-        """Appends `event` with the time of now and `fields`."""
-        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        line: dict[str, Any] = {"event": event, "time": now.replace("+00:00", "Z")}
-        if twice := line.keys() & fields.keys():
-            raise TypeError(f"event {event!r}: field {min(twice)!r} is given by the log itself")
-        line.update((name, _plain(value, name)) for name, value in fields.items())
-        text = json.dumps(line, allow_nan=False) + "\n"
-        with self._lock:
-            self._file.write(text.encode("ascii"))
-            self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> EventLog:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+    @property
+    def activity(self) -> str:
+        """Separates the first item of one activity from the last one of another."""
+        return self.kind
 
 
-def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """The events in the file so far, but not a last line that is still being written."""
-    return iter(_read_from(path, 0)[0])
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started(Event):
+    """First event of a process that trains: of a new run, or of one that is resumed."""
+
+    kind: ClassVar[str] = "started"
+    run: Path
+    """The run's folder."""
+    steps: int
+    """Step at which the run ends."""
+    schema_version: int = SCHEMA_VERSION
+    pid: int = field(default_factory=os.getpid)
+    hostname: str = field(default_factory=socket.gethostname)
+    heartbeat_seconds: float = HEARTBEAT_SECONDS
+    """If the last line is much older, and does not say that the run ended, the process is dead."""
 
 
-def follow(path: Path, stop: threading.Event, *, poll: float = 0.5) -> Iterator[dict[str, Any]]:
-    """The events in the file, then each new one, until `stop` is set; waits for the file itself.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat(Event):
+    """Written only to the file, when there was no other event for `HEARTBEAT_SECONDS`."""
 
-    Looks every `poll` seconds. What was written before `stop` was set is still yielded. A file that
-    has become shorter is a new one (`train --again`) and is read from its start.
-    """
-    position = 0
-    while True:
-        stopping = stop.is_set()  # asked before reading, so that nothing written by then is lost
-        events, position = _read_from(path, position)
-        yield from events
-        if stopping:
-            return
-        stop.wait(poll)
+    kind: ClassVar[str] = "heartbeat"
+    pid: int = field(default_factory=os.getpid)
+    hostname: str = field(default_factory=socket.gethostname)
 
 
-def _read_from(path: Path, position: int) -> tuple[list[dict[str, Any]], int]:
-    """The events in the whole lines behind `position`, and the position behind these lines."""
-    try:
-        with path.open("rb") as file:
-            if file.seek(0, os.SEEK_END) < position:
-                position = 0
-            file.seek(position)
-            lines, _, _ = file.read().rpartition(b"\n")
-    except FileNotFoundError:
-        return [], 0
-    if not lines:
-        return [], position
-    events = (_parsed(line) for line in lines.split(b"\n"))
-    return [event for event in events if event is not None], position + len(lines) + 1
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoding(ProgressEvent):
+    """Clips, masks or captions are checked or encoded before the first step."""
+
+    kind: ClassVar[str] = "encoding"
+    what: str
+    """The activity, such as "encoding clips"."""
+
+    @property
+    def activity(self) -> str:
+        return self.what
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """The event in a line; None if it is empty or was cut short by a crash."""
-    try:
-        event: Any = json.loads(line)
-    except ValueError:
-        return None
-    return cast("dict[str, Any]", event) if isinstance(event, dict) else None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataReady(Event):
+    """Every clip that can be used is encoded."""
+
+    kind: ClassVar[str] = "data"
+    clips: int
+    """Clips to train on."""
+    encoded: int
+    """Cache entries that had to be encoded."""
+    report: Sequence[str]
+    """Lines about the clips, and about files that can't be used."""
 
 
-def _plain(value: object, name: str) -> Any:
-    """`value` in the types of JSON. Numbers that are not finite become null: JSON has none."""
-    if value is None or isinstance(value, (str, bool)):
-        return value
-    if isinstance(value, Integral):
-        return int(value)
-    if isinstance(value, Real):  # NumPy's numbers are among these
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, Mapping):
-        fields = cast("Mapping[object, object]", value)
-        return {str(key): _plain(item, f"{name}.{key}") for key, item in fields.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, name) for item in cast("Sequence[object]", value)]
-    raise TypeError(f"event field {name!r}: {type(value).__name__} has no form in JSON")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed(Event):
+    """A saved state was loaded."""
+
+    kind: ClassVar[str] = "resumed"
+    step: int
+    state: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note(Event):
+    """Something worth knowing that needs no action."""
+
+    kind: ClassVar[str] = "note"
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Warned(Event):
+    """Something that may make the run differ from what the user wants; the run continues."""
+
+    kind: ClassVar[str] = "warning"
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDone(Event):
+    """One optimizer step of one expert."""
+
+    kind: ClassVar[str] = "step"
+    step: int
+    """Steps done so far, this one included."""
+    expert: str
+    loss: float
+    """Mean over the clips of the step."""
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+    t: Sequence[float]
+    """Timestep of each clip, in [0, 1]."""
+    seconds: float
+    memory_allocated: int | None = None
+    """Bytes of device memory in use after the step; null where the device does not count them."""
+    memory_peak: int | None = None
+    """Most bytes in use at any time since the process started."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validated(Event):
+    """An expert's loss on the validation clips."""
+
+    kind: ClassVar[str] = "validation"
+    step: int
+    expert: str
+    loss: float
+    ema: float | None
+    """Loss of the moving average of the weights."""
+    base: float | None
+    """Loss of the base model, measured at step 0."""
+    held_out: bool
+    """Whether the clips are held out from training."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BestSoFar(Event):
+    """The mean validation loss of all experts is the lowest of the run so far."""
+
+    kind: ClassVar[str] = "best"
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved(Event):
+    """A training state is complete on disk."""
+
+    kind: ClassVar[str] = "saved"
+    step: int
+    state: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported(Event):
+    """A file of trained weights for other programs is complete on disk."""
+
+    kind: ClassVar[str] = "exported"
+    step: int
+    expert: str
+    """Name of the expert, or "embeddings"."""
+    file: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling(ProgressEvent):
+    """Denoising steps of sample video `number`."""
+
+    kind: ClassVar[str] = "sampling"
+    step: int
+    number: int
+
+    @property
+    def activity(self) -> str:
+        return f"sampling {self.number}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled(Event):
+    """A sample video is complete on disk."""
+
+    kind: ClassVar[str] = "sampled"
+    step: int
+    file: Path
+    prompt: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stopped(Event):
+    """The run was stopped on request; its state is saved."""
+
+    kind: ClassVar[str] = "stopped"
+    step: int
+    """Step of the saved state; 0 if the run was stopped before its first step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed(Event):
+    """The run ended with an error; states saved before are kept."""
+
+    kind: ClassVar[str] = "failed"
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished(Event):
+    """All steps are done."""
+
+    kind: ClassVar[str] = "finished"
+    step: int
+    run: Path
+
+
+ENDS = (Stopped.kind, Failed.kind, Finished.kind)
+"""Kinds of the last event of a process that ended by itself."""

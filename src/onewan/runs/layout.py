@@ -1,7 +1,6 @@
-"""Names in a run folder, all of them in one place.
+"""The names of all files and folders in a run folder.
 
-Hides how a run folder is laid out. Never reads or writes what lies in it; `create` makes the
-folders, and that is all.
+Hides the layout of a run folder. Never reads or writes a file in it; `create` makes the folders.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from pathlib import Path
 from onewan.config.load import RESOLVED_NAME
 
 STEP_DIGITS = 6
-"""Steps in names are filled up to this width, so that they sort; longer ones just get longer."""
+"""Steps in names are zero-padded to this width, so that they sort; longer ones are not cut."""
 
 STEP_NAME = re.compile(rf"[0-9]{{{STEP_DIGITS}}}|[1-9][0-9]{{{STEP_DIGITS},}}")
 
@@ -30,12 +29,12 @@ class RunLayout:
 
     @property
     def run_file(self) -> Path:
-        """The run file as it was given."""
+        """The run file as the user wrote it."""
         return self.root / "run.yaml"
 
     @property
     def resolved(self) -> Path:
-        """The config as the run uses it, with nothing left open."""
+        """The config that the run uses, with all defaults filled in."""
         return self.root / RESOLVED_NAME
 
     @property
@@ -64,7 +63,7 @@ class RunLayout:
 
     @property
     def control_dir(self) -> Path:
-        """Where requests to the running trainer lie; see `onewan.runs.control`."""
+        """Requests to the running trainer; see `onewan.runs.control`."""
         return self.root / "control"
 
     def state(self, step: int) -> Path:
@@ -81,7 +80,7 @@ class RunLayout:
         return self.weights_dir / f"{step_name(step)}{suffix}{f'_{fmt}' if fmt else ''}{ext}"
 
     def exported(self) -> dict[int, list[Path]]:
-        """What lies in `weights_dir`, by the steps after which it was exported, in rising order."""
+        """The files in `weights_dir` by the step that they were exported after, in rising order."""
         found: dict[int, list[Path]] = {}
         for path in sorted(self.weights_dir.glob("*")):
             if match := re.match(rf"({STEP_NAME.pattern})(?:[_.]|$)", path.name):
@@ -93,14 +92,14 @@ class RunLayout:
         return self.samples_dir / step_name(step)
 
     def create(self) -> None:
-        """Makes the run's folders, where they are not there yet."""
+        """Create the run's folders; existing ones are kept."""
         for folder in (self.states_dir, self.weights_dir, self.samples_dir, self.control_dir):
             folder.mkdir(parents=True, exist_ok=True)
 
     def saved_steps(self) -> list[int]:
-        """Steps with a finished training state, in rising order.
+        """Steps with a complete training state, in rising order.
 
-        A state gets its name by a rename when it is complete, so any other name is unfinished.
+        A state is renamed to its final name when it is complete; any other name is unfinished.
         """
         if not self.states_dir.is_dir():
             return []
@@ -108,8 +107,14 @@ class RunLayout:
         return sorted(int(name) for name in names if re.fullmatch(STEP_NAME, name))
 
 
+def displayed(path: Path) -> Path:
+    """`path` as a user would type it: relative to the current folder if it lies in it."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 def unused(root: Path) -> Path:
-    """`root`, or the first of NAME-2, NAME-3, ... that is not there yet."""
+    """`root`, or the first of NAME-2, NAME-3, ... that does not exist."""
     free, number = root, 1
     while free.exists():
         number += 1

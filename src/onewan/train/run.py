@@ -10,9 +10,10 @@ from torch import Tensor
 
 from onewan.arithmetic.expert_schedule import ExpertSchedule, lr_factor
 from onewan.config.schema import ResolvedRun
-from onewan.data.dataset import Dataset
+from onewan.data.encode import Dataset
 from onewan.data.loader import Batch, WanDataLoader
 from onewan.model.wan import WanModel
+from onewan.runs.layout import unused
 from onewan.sample.generate import SampleRequest
 from onewan.train.objective import Objective
 from onewan.train.state import TrainableName, TrainedExpert, TrainState
@@ -70,7 +71,7 @@ class Run:
             self.steps_before(trainable, step),
             self.steps_before(trainable, train.steps),
             train.warmup_steps,
-            train.cooldown_steps,
+            train.warmdown_steps,
         )
 
     def steps_before(self, trainable: TrainableName, step: int) -> int:
@@ -81,10 +82,17 @@ class Run:
         """The clips that losses are compared on, one a batch: held-out ones if there are any. Clips
         that teach what the base model makes are no measure of what is learned."""
         shown = tuple(clip for clip in self.dataset.clips if not clip.is_prior)
-        clips = self.dataset.validation_clips or shown or self.dataset.clips
+        clips = self.dataset.held_out or shown or self.dataset.clips
         return self.loader.validation_batches(clips, self.config.validation.clips)
 
 
 def run_folder(config: ResolvedRun) -> Path:
     """The folder of the run."""
     return config.output.dir / config.output.name
+
+
+def with_unused_name(config: ResolvedRun) -> ResolvedRun:
+    """The same run as a new one: under its own name, or under the first of NAME-2, NAME-3, ... that
+    is not used yet."""
+    name = unused(run_folder(config)).name
+    return config.model_copy(update={"output": config.output.model_copy(update={"name": name})})

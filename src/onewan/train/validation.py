@@ -1,14 +1,15 @@
-"""The loss on fixed clips, fixed noise and fixed noise levels: the same for the same weights.
+"""The loss on fixed clips, fixed noise and fixed timesteps: equal weights give equal bits.
 
 Comparable over the whole run, between runs on the same clips, and with the base model. It is the
-run's own objective (loss, masks, weighting) without what varies: no dropout, no given first frame,
-no offset, the first caption of each clip.
+run's own objective (loss, masks, weighting) without what varies: no dropout, no conditioning frame,
+no noise offset, the first caption of each clip.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,38 +22,71 @@ from onewan.train.step import compare, predict
 from onewan.variants import ExpertName
 
 
-def validation_loss(
-    run: Run, name: ExpertName, kind: WeightSet | None, between: Callable[[], None]
-) -> float:
-    """`name`'s mean loss with its weights of `kind`, or those of the base model for None.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertLosses:
+    """An expert's mean validation loss with each set of its weights."""
 
-    `between` is called after each clip, and may raise; the weights are back in any case.
+    trained: float
+    ema: float | None
+    """None without a moving average."""
+    base: float | None
+    """Of the base model; None unless it was to be measured."""
+
+
+def expert_losses(
+    run: Run, name: ExpertName, *, with_base: bool, between: Callable[[], None]
+) -> ExpertLosses:
+    """Measure `name`'s losses, with `with_base` also that of the base model.
+
+    `between` is called after each clip, and may raise to stop.
+    """
+    trained_loss = validation_loss(run, name, "trained", between)
+    averaged = any(trainable.ema is not None for trainable in run.state.trainables)
+    ema = validation_loss(run, name, "ema", between) if averaged else None
+    base = None
+    if with_base:
+        method = run.state.experts[name].method
+        starts_as_base = run.state.step == 0 and (method is None or method.starts_as_base)
+        base = trained_loss if starts_as_base else validation_loss(run, name, None, between)
+    return ExpertLosses(trained=trained_loss, ema=ema, base=base)
+
+
+def validation_loss(
+    run: Run, name: ExpertName, weight_set: WeightSet | None, between: Callable[[], None]
+) -> float:
+    """`name`'s mean loss with one set of its weights, or with those of the base model for None.
+
+    `between` is called after each clip, and may raise; the weights are restored in any case.
     """
     trained = run.activate(name)
     trained.transformer.eval()
     with ExitStack() as weights, torch.no_grad():
-        for context in _weights(run, trained, kind):
+        for context in _contexts(run, trained, weight_set):
             weights.enter_context(context)
         losses = []
         for number, cpu_batch in enumerate(run.validation_batches()):
-            losses += _losses(run, trained, number, cpu_batch.to(run.device))
+            losses += _clip_losses(run, trained, number, cpu_batch.to(run.device))
             between()
         return torch.stack(losses).mean().item()
 
 
-def _weights(
-    run: Run, trained: TrainedExpert, kind: WeightSet | None
+def _contexts(
+    run: Run, trained: TrainedExpert, weight_set: WeightSet | None
 ) -> list[AbstractContextManager[None]]:
-    if kind is None:
+    """Context managers that put the set of weights in place."""
+    if weight_set is None:
         return [trained.base()]
-    return [trainable.using(kind) for trainable in run.state.trainables_of(trained.expert.name)]
+    trainables = run.state.trainables_of(trained.expert.name)
+    return [trainable.using(weight_set) for trainable in trainables]
 
 
-def _losses(run: Run, trained: TrainedExpert, number: int, batch: Batch) -> list[Tensor]:
+def _clip_losses(run: Run, trained: TrainedExpert, number: int, batch: Batch) -> list[Tensor]:
+    """The loss of clip `number` at each validation timestep, float32 scalars."""
     text = run.text(batch)
     losses = []
-    for place, level in enumerate(run.objective.levels(run.config.validation.timesteps)):
-        seed = derive_seed(run.config.train.seed, "grid noise", number, place)
+    for index, level in enumerate(run.objective.levels(run.config.validation.levels)):
+        # The purpose "grid noise" is part of the seed: another text would be other noise.
+        seed = derive_seed(run.config.train.seed, "grid noise", number, index)
         sample = run.objective.fixed(batch, level, trained.expert, seed)
         losses.append(compare(run, sample, predict(run, trained, batch, sample, text)))
     return losses

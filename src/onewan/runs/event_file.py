@@ -1,0 +1,225 @@
+"""``events.jsonl``: events as one JSON object a line; the trainer appends, anyone may follow.
+
+Hides the file's format and what a crash can do to it: each line is valid JSON and pure ASCII, and
+a truncated line is skipped by readers and never joined to the next one. Never interprets an event.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from io import FileIO
+from numbers import Integral, Real
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+from onewan.runs.events import HEARTBEAT_SECONDS, Event, Heartbeat
+
+
+class EventFile:
+    """Appends events to a file. Thread-safe; an event is on disk when `write` returns.
+
+    On disk means handed to the operating system: it survives the end of this process, though not
+    a crash of the machine. After an OSError the file is closed, and the next `write` opens it again
+    (and creates it if it was deleted).
+    """
+
+    def __init__(self, path: Path) -> None:
+        """OSError if the file can't be opened for appending."""
+        self._path = path
+        self._lock = threading.Lock()
+        self._last_write = time.monotonic()
+        self._file: FileIO | None = _open(path)
+
+    def write(self, event: Event) -> None:
+        """Append `event` with the current time. OSError if that fails, or if the file was deleted
+        or replaced since it was opened."""
+        line = _line(event)
+        with self._lock:
+            if self._file is None:
+                self._file = _open(self._path)
+            elif not self._is_in_place(self._file):
+                self._close()
+                raise FileNotFoundError("it was deleted or replaced while the run used it")
+            self._append(self._file, line)
+
+    def write_heartbeat(self, seconds: float) -> None:
+        """Append a heartbeat if nothing was written for `seconds`.
+
+        Errors are left to the next `write`, whose caller can report them.
+        """
+        with self._lock, contextlib.suppress(OSError):
+            idle = time.monotonic() - self._last_write
+            if self._file is not None and idle >= seconds and self._is_in_place(self._file):
+                self._append(self._file, _line(Heartbeat()))
+
+    def close(self) -> None:
+        with self._lock:
+            self._close()
+
+    def __enter__(self) -> EventFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _append(self, file: FileIO, line: bytes) -> None:
+        # Unbuffered, so that a line that failed is not written again by a later flush.
+        try:
+            written = file.write(line)
+        except OSError:
+            self._close()
+            raise
+        if written != len(line):
+            self._close()
+            raise OSError(f"only {written} of {len(line)} bytes were written")
+        self._last_write = time.monotonic()
+
+    def _is_in_place(self, file: FileIO) -> bool:
+        """Whether the path still names the open file: writing to a deleted file raises no error."""
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(self._path))
+        except FileNotFoundError:
+            return False
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class HeartbeatThread:
+    """Context manager: while entered, a thread writes a heartbeat to `file` whenever nothing else
+    was written for `seconds`, so that a slow run can be told from a dead one."""
+
+    def __init__(self, file: EventFile, seconds: float = HEARTBEAT_SECONDS) -> None:
+        self._file = file
+        self._seconds = seconds
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def _run(self) -> None:
+        # Woken more often than it writes, so that the silence stays close to the limit.
+        while not self._stop.wait(self._seconds / 5):
+            self._file.write_heartbeat(self._seconds)
+
+    def __enter__(self) -> HeartbeatThread:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """The events in the file so far, without a last line that is still being written."""
+    return iter(_read_from(path, 0)[0])
+
+
+def last_event(path: Path) -> dict[str, Any] | None:
+    """The newest event in the file; None if there is none. Reads only the end of the file."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return None
+    span = 1 << 16  # longer than any line but that of a data report; then the whole file is read
+    for start in (max(0, size - span), 0):
+        events, _ = _read_from(path, start)
+        if events:
+            return events[-1]
+    return None
+
+
+def follow(path: Path, stop: threading.Event, *, poll: float = 0.5) -> Iterator[dict[str, Any]]:
+    """The events in the file, then each new one, until `stop` is set; waits for the file itself.
+
+    Looks for new ones every `poll` seconds. All events written before `stop` was set are yielded. A
+    file that has become shorter is a new one and is read from its start.
+    """
+    position = 0
+    while True:
+        stopping = stop.is_set()  # checked before reading: nothing written by then is missed
+        events, position = _read_from(path, position)
+        yield from events
+        if stopping:
+            return
+        stop.wait(poll)
+
+
+def _open(path: Path) -> FileIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = FileIO(path, "a+")
+    # A line that a crash truncated is ended, so that the next one does not become part of it.
+    if file.seek(0, os.SEEK_END):
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+    return file
+
+
+def _line(event: Event) -> bytes:
+    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    line: dict[str, Any] = {"event": event.kind, "time": now.replace("+00:00", "Z")}
+    line.update((name, _json_value(value, name)) for name, value in event.fields().items())
+    return (json.dumps(line, allow_nan=False) + "\n").encode("ascii")
+
+
+def _read_from(path: Path, position: int) -> tuple[list[dict[str, Any]], int]:
+    """The events in the whole lines after `position`, and the position after these lines."""
+    try:
+        with path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) < position:
+                position = 0
+            file.seek(position)
+            lines, _, _ = file.read().rpartition(b"\n")
+    except FileNotFoundError:
+        return [], 0
+    if not lines:
+        return [], position
+    events = (_parsed(line) for line in lines.split(b"\n"))
+    return [event for event in events if event is not None], position + len(lines) + 1
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """The event in a line; None if the line is empty or was truncated by a crash."""
+    try:
+        event: Any = json.loads(line)
+    except ValueError:
+        return None
+    return cast("dict[str, Any]", event) if isinstance(event, dict) else None
+
+
+def _json_value(value: object, name: str) -> Any:
+    """`value` in the types of JSON; numbers that are not finite become null, which JSON has."""
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):  # NumPy's numbers are among these
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        items = cast("Mapping[object, object]", value)
+        return {str(key): _json_value(item, f"{name}.{key}") for key, item in items.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_value(item, name) for item in cast("Sequence[object]", value)]
+    raise TypeError(f"event field {name!r}: {type(value).__name__} can't be written as JSON")

@@ -1,0 +1,178 @@
+"""`RunLog`: delivers each event of a run to all sinks; and the run's ``log.txt``.
+
+A sink is the event file, the TensorBoard curves, or a listener such as the progress display. A run
+of hours must not end because one of them fails: a sink that raises is reported once and dropped.
+The event file alone is never given up, since other programs follow the run through it: the failure
+is reported at the other sinks and in ``log.txt``, writing is tried again with each event, and when
+it works again the number of missing events is reported.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from onewan.runs.event_file import EventFile
+from onewan.runs.events import Event, Note, ProgressEvent, Warned
+
+log = logging.getLogger(__name__)
+
+Listener = Callable[[Event], None]
+
+PROGRESS_SECONDS = 5.0
+"""In the event file, progress of one activity has a line at most this often."""
+
+
+class Sink(Protocol):
+    """One destination of a run's events."""
+
+    label: str
+    """Names the sink in warnings."""
+    required: bool
+    """Whether writing is tried again after a failure, instead of dropping the sink."""
+
+    def write(self, event: Event, /) -> None:
+        """Take in one event; an exception is a failure of the sink."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class RunLog:
+    """Delivers events, in order, to the sinks that have not failed."""
+
+    def __init__(self, *sinks: Sink) -> None:
+        self._sinks = list(sinks)
+        self._missing: dict[Sink, int] = {}
+        """Required sinks that fail at present, with the number of events that they missed."""
+        self._warned: set[str] = set()
+
+    def add(self, sink: Sink) -> None:
+        """Also deliver later events to `sink`."""
+        self._sinks.append(sink)
+
+    def emit(self, event: Event) -> None:
+        # Warned afterwards, so that every sink has the event and its warnings in the same order.
+        for warning in [self._deliver(event, sink) for sink in tuple(self._sinks)]:
+            if warning is not None:
+                self.warn(warning)
+
+    def note(self, text: str) -> None:
+        log.info(text)
+        self.emit(Note(text=text))
+
+    def warn(self, text: str) -> None:
+        log.warning(text)
+        self.emit(Warned(text=text))
+
+    def warn_once(self, text: str, *, prefix: str = "") -> None:
+        """Warn with `prefix` and `text`, unless `text` was the subject of a warning before."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self.warn(prefix + text)
+
+    def close(self) -> None:
+        """Close all sinks; a failure is only logged, since there may be no sink left for it."""
+        while self._sinks:
+            _close(self._sinks.pop())
+
+    def _deliver(self, event: Event, sink: Sink) -> str | None:
+        """Write `event` to `sink`; returns a warning if the sink begins to fail or recovers."""
+        try:
+            sink.write(event)
+        except Exception as error:  # noqa: BLE001  (whatever it is, training must continue)
+            return self._failed(sink, str(error) or type(error).__name__)
+        if not (missing := self._missing.pop(sink, 0)):
+            return None
+        events = "1 event is" if missing == 1 else f"{missing} events are"
+        return f"{sink.label}: can be written again; {events} missing in it"
+
+    def _failed(self, sink: Sink, reason: str) -> str | None:
+        if sink in self._missing:
+            self._missing[sink] += 1
+            return None
+        if sink.required:
+            self._missing[sink] = 1
+            return f"{sink.label}: can't be written ({reason}); tried again with each event"
+        self._sinks.remove(sink)
+        _close(sink)
+        return f"{sink.label}: failed ({reason}); it is off for the rest of this run"
+
+
+def _close(sink: Sink) -> None:
+    try:
+        sink.close()
+    except Exception:  # what could not be written before can't be flushed now
+        log.warning("closing %s failed", sink.label, exc_info=True)
+
+
+class FileSink:
+    """The event file, with only some of the frequent progress events."""
+
+    required = True
+
+    def __init__(self, file: EventFile, label: str = "events.jsonl") -> None:
+        self.label = label
+        self._file = file
+        self._throttle = ProgressThrottle()
+
+    def write(self, event: Event) -> None:
+        if not isinstance(event, ProgressEvent) or self._throttle.lets_pass(event):
+            self._file.write(event)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class ListenerSink:
+    """A function that is called with each event."""
+
+    label = "the progress display"
+    required = False
+
+    def __init__(self, listener: Listener) -> None:
+        self.write = listener
+
+    def close(self) -> None:
+        """The listener belongs to the caller."""
+
+
+class ProgressThrottle:
+    """Lets through the first and the last event of an activity, and one every few seconds."""
+
+    def __init__(
+        self, seconds: float = PROGRESS_SECONDS, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._seconds = seconds
+        self._clock = clock
+        self._activity = ""
+        self._last = 0.0
+
+    def lets_pass(self, event: ProgressEvent) -> bool:
+        now = self._clock()
+        first, last = event.activity != self._activity, event.done >= event.total
+        if not (first or last or now - self._last >= self._seconds):
+            return False
+        # After its last event an activity may begin again, as that of the next sampling does.
+        self._activity, self._last = "" if last else event.activity, now
+        return True
+
+
+@contextmanager
+def text_log(path: Path) -> Generator[None]:
+    """Append onewan's log messages to the file `path` for as long as the block lasts."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("onewan")
+    logger.addHandler(handler)
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

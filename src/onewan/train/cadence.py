@@ -1,0 +1,94 @@
+"""`Cadence`: when a run validates, saves, exports and samples. Pure: no files, no clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from onewan.config.schema import ResolvedRun
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Due:
+    """What is due at a step, in the order in which it is done."""
+
+    validate: bool
+    save: bool
+    """Save the training state."""
+    export: bool
+    """Write the trained weights for other programs."""
+    sample: bool
+    """Generate the sample videos."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cadence:
+    """The settings that decide it. Intervals of 0 stand for the last step only."""
+
+    steps: int
+    """The last step, at which everything is due."""
+    save_every: int
+    save_minutes: float | None
+    """The state is also saved when this time has passed since it was last saved."""
+    validates: bool
+    """Whether there are validation clips."""
+    validate_every: int
+    samples: bool
+    """Whether there are prompts."""
+    sample_every: int
+    sample_at_start: bool
+
+    @classmethod
+    def of(cls, config: ResolvedRun) -> Cadence:
+        return cls(
+            steps=config.train.steps,
+            save_every=config.train.save_every,
+            save_minutes=config.train.save_minutes,
+            validates=config.validation.clips > 0,
+            validate_every=config.validation.every,
+            samples=bool(config.sample.prompts),
+            sample_every=config.sample.every,
+            sample_at_start=config.sample.at_start,
+        )
+
+    def at(self, step: int) -> Due:
+        """What the number of done steps alone makes due."""
+        if step == 0:
+            return Due(
+                validate=self.validates,
+                save=False,
+                export=False,
+                sample=self.samples and self.sample_at_start,
+            )
+        save = self._divides(self.save_every, step)
+        return Due(
+            validate=self.validates and self._divides(self.validate_every, step),
+            save=save,
+            export=save,
+            sample=self.samples and self._divides(self.sample_every, step),
+        )
+
+    def after(
+        self,
+        step: int,
+        *,
+        seconds_since_save: float,
+        save_requested: bool = False,
+        sample_requested: bool = False,
+    ) -> Due:
+        """What is due after `step` steps, with the time and the user's requests considered.
+
+        One set of videos answers both a request and an interval that ends at the same step.
+        """
+        due = self.at(step)
+        save = due.save or save_requested
+        limit = self.save_minutes
+        timed = limit is not None and seconds_since_save >= 60 * limit
+        return Due(
+            validate=due.validate,
+            save=save or timed,
+            export=save,  # a timed save only protects against losing work
+            sample=due.sample or (self.samples and sample_requested),
+        )
+
+    def _divides(self, every: int, step: int) -> bool:
+        return step == self.steps or (every > 0 and step % every == 0)

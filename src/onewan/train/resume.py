@@ -1,0 +1,77 @@
+"""What changed in a run since its state was saved, and whether it may then be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any, cast
+
+from onewan.config.load import changed_fields
+from onewan.config.migrate import migrate
+from onewan.config.schema import ResolvedRun
+
+_SAFE_TO_CHANGE = (
+    "sample",
+    "output",
+    "logging",
+    "memory",
+    "model.device",
+    "video_data.sources",
+    "video_data.cache",
+    "video_data.cache_dir",
+    "train.save_every",
+    "train.save_minutes",
+    "train.keep",
+    "validation",
+)
+"""Beginnings of fields that decide what a run writes, and where, but no number that it computes.
+
+``video_data.sources`` is among them because the data set is compared by content.
+"""
+_VALIDATION_FIELDS = ("validation.clips", "validation.levels")
+"""Fields that change what a validation loss is measured on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """Differences between a saved state's run and the present one, a line for each."""
+
+    affecting_results: list[str]
+    harmless: list[str]
+    losses_comparable: bool
+    """Whether validation losses are measured in the same way as before."""
+
+
+def changes_since(facts: Mapping[str, Any], config: ResolvedRun, dataset_digest: str) -> Changes:
+    """Compare the run file and the data set noted in a state's `facts` with the present ones."""
+    saved_config = ResolvedRun.model_validate(migrate(facts["config"]))
+    fields = changed_fields(saved_config, config)
+    # With a constant learning rate and no decay at the end, more steps leave the earlier ones as
+    # they were.
+    steps_matter = config.train.schedule.kind != "constant" or bool(config.train.warmdown_steps)
+    affecting_results: list[str] = []
+    harmless: list[str] = []
+    for name, old, new in fields:
+        safe = name.startswith(_SAFE_TO_CHANGE) or (name == "train.steps" and not steps_matter)
+        line = f"{name}: was {_shown(old)}, is {_shown(new)}"
+        (harmless if safe else affecting_results).append(line)
+    if facts["dataset"] != dataset_digest:
+        affecting_results.append(
+            "the data set: clips, captions or spans differ from those of the run"
+        )
+    measured_alike = not any(name in _VALIDATION_FIELDS for name, *_ in fields)
+    return Changes(
+        affecting_results=affecting_results,
+        harmless=harmless,
+        losses_comparable=measured_alike and not affecting_results,
+    )
+
+
+def _shown(value: object) -> str:
+    """`value` without Python's names of types: a path as text, a tuple as a list."""
+    if isinstance(value, PurePath):
+        return repr(str(value))
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(_shown(item) for item in cast('tuple[object, ...]', value))}]"
+    return repr(value)

@@ -1,0 +1,383 @@
+"""Events: their form in the file, their delivery to sinks, and sinks that fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import logging
+import math
+import os
+import shutil
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from onewan.runs import events
+from onewan.runs.event_file import EventFile, HeartbeatThread, follow, last_event, read_events
+from onewan.runs.events import Encoding, Event, Note, ProgressEvent, Saved, StepDone, Warned
+from onewan.runs.log import FileSink, ListenerSink, ProgressThrottle, RunLog, text_log
+from onewan.train.tensorboard import TensorBoardSink
+
+POLL = 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Odd(Event):
+    """An event of the tests, with any value."""
+
+    kind: ClassVar[str] = "odd"
+    value: object = None
+
+
+def step(number: int, loss: float = 0.5) -> StepDone:
+    return StepDone(
+        step=number, expert="high", loss=loss, grad_norm=1.0, lr=1e-4, t=(0.9,), seconds=0.1
+    )
+
+
+def kinds(path: Path) -> list[str]:
+    return [event["event"] for event in read_events(path)]
+
+
+# ------------------------------------------------------------------------------------- event file
+
+
+def test_an_event_is_one_line_with_its_name_and_time_first(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "events.jsonl"
+    with EventFile(path) as file:
+        file.write(Saved(step=1, state=tmp_path))
+        assert len(path.read_text().splitlines()) == 1  # before the file is closed
+    event = json.loads(path.read_text())
+    assert list(event) == ["event", "time", "step", "state"]
+    assert event["event"] == "saved"
+    stamp = event["time"]
+    assert stamp.endswith("Z")
+    assert len(stamp) == len("2026-08-24T12:00:00.000Z")
+
+
+def test_every_line_is_valid_json(tmp_path: Path) -> None:
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    path = tmp_path / "events.jsonl"
+    with EventFile(path) as file:
+        value = {
+            "loss": math.nan,
+            "norms": (1.5, math.inf, [-math.inf]),
+            "file": tmp_path / "\N{SNOWMAN}\n\udcff",
+            "nested": {"a": {1: None}},
+            "flag": True,
+        }
+        file.write(Odd(value=value))
+    (line,) = path.read_bytes().splitlines()
+    event = json.loads(line, parse_constant=no_constant)["value"]
+    assert event["loss"] is None
+    assert event["norms"] == [1.5, None, [None]]
+    assert event["file"] == str(tmp_path / "\N{SNOWMAN}\n\udcff")
+    assert event["nested"] == {"a": {"1": None}}
+    assert event["flag"] is True
+
+
+def test_numpy_numbers_are_numbers(tmp_path: Path) -> None:
+    np = pytest.importorskip("numpy")
+    path = tmp_path / "events.jsonl"
+    with EventFile(path) as file:
+        file.write(Odd(value=[np.int64(3), np.float32(0.5), np.float32("nan")]))
+    (event,) = read_events(path)
+    assert event["value"] == [3, 0.5, None]
+
+
+def test_a_value_without_a_json_form_is_refused_and_leaves_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with EventFile(path) as file, pytest.raises(TypeError, match="'value': object can't be"):
+        file.write(Odd(value=object()))
+    assert path.read_bytes() == b""
+
+
+def test_every_event_has_its_own_kind_and_no_field_that_the_file_adds() -> None:
+    concrete = [
+        item
+        for item in vars(events).values()
+        if isinstance(item, type) and issubclass(item, Event) and item not in (Event, ProgressEvent)
+    ]
+    assert len(concrete) > 15
+    assert len({cls.kind for cls in concrete}) == len(concrete)
+    for cls in concrete:
+        assert {field.name for field in dataclasses.fields(cls)}.isdisjoint({"event", "time"})
+
+
+def test_step_events_have_the_promised_fields(tmp_path: Path) -> None:
+    with EventFile(tmp_path / "events.jsonl") as file:
+        file.write(step(3))
+    (event,) = read_events(tmp_path / "events.jsonl")
+    assert {"event", "time", "step", "expert", "loss", "lr", "seconds"} <= event.keys()
+    assert event["memory_allocated"] is None and event["memory_peak"] is None
+
+
+def test_started_identifies_the_process_and_the_schema(tmp_path: Path) -> None:
+    with EventFile(tmp_path / "events.jsonl") as file:
+        file.write(events.Started(run=tmp_path, steps=7))
+    (event,) = read_events(tmp_path / "events.jsonl")
+    assert (event["pid"], event["hostname"]) == (os.getpid(), socket.gethostname())
+    assert event["schema_version"] == events.SCHEMA_VERSION
+    assert event["heartbeat_seconds"] == events.HEARTBEAT_SECONDS
+
+
+def test_a_line_truncated_by_a_crash_is_not_joined_to_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b'{"event": "start"}\n{"event": "st')
+    assert [e["event"] for e in read_events(path)] == ["start"]
+    for event in (Note(text="a"), Warned(text="b")):
+        with EventFile(path) as file:
+            file.write(event)
+    assert [e["event"] for e in read_events(path)] == ["start", "note", "warning"]
+    assert len(path.read_bytes().splitlines()) == 4  # one newline was added, not two
+
+
+def test_an_unfinished_last_line_is_left_for_later(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    assert list(read_events(path)) == []
+    path.write_bytes(b'{"event": "a"}\n{"event": "b"}')
+    assert [e["event"] for e in read_events(path)] == ["a"]
+
+
+def test_threads_do_not_mix_their_lines(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with EventFile(path) as file:
+
+        def write(worker: int) -> None:
+            for number in range(200):
+                file.write(Odd(value=[worker, number, "x" * 500]))
+
+        threads = [threading.Thread(target=write, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    found = list(read_events(path))
+    assert len(path.read_bytes().splitlines()) == len(found) == 800
+    for worker in range(4):
+        assert [e["value"][1] for e in found if e["value"][0] == worker] == list(range(200))
+
+
+def _collect(path: Path, stop: threading.Event) -> tuple[threading.Thread, list[str]]:
+    seen: list[str] = []
+
+    def read() -> None:
+        for event in follow(path, stop, poll=POLL):
+            seen.append(event["event"])  # noqa: PERF401  (seen as they come)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    return thread, seen
+
+
+def _wait_for(seen: list[str], names: list[str]) -> None:
+    deadline = time.monotonic() + 10
+    while seen != names and time.monotonic() < deadline:
+        time.sleep(POLL)
+    assert seen == names
+
+
+def test_follow_waits_for_the_file_and_yields_events_as_they_come(tmp_path: Path) -> None:
+    path, stop = tmp_path / "events.jsonl", threading.Event()
+    thread, seen = _collect(path, stop)
+    try:
+        with path.open("ab", buffering=0) as file:
+            file.write(b'{"event": "a"}\n{"event":')
+            _wait_for(seen, ["a"])
+            file.write(b' "b"}\n')
+            _wait_for(seen, ["a", "b"])
+        path.write_bytes(b'{"event": "again"}\n')  # shorter: a new run
+        _wait_for(seen, ["a", "b", "again"])
+    finally:
+        stop.set()
+        thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_follow_yields_everything_written_before_the_stop(tmp_path: Path) -> None:
+    path, stop = tmp_path / "events.jsonl", threading.Event()
+    with EventFile(path) as file:
+        for number in range(3):
+            file.write(step(number))
+    stop.set()
+    assert len(list(follow(path, stop, poll=POLL))) == 3
+
+
+def test_the_last_event_is_found_from_the_end_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    assert last_event(path) is None
+    with EventFile(path) as file:
+        for number in range(1000):
+            file.write(step(number))
+    with path.open("ab") as raw:
+        raw.write(b'{"event": "trunc')
+    found = last_event(path)
+    assert found is not None and found["step"] == 999
+    with EventFile(path) as file:
+        file.write(Odd(value="x" * 200_000))  # longer than what is read at first
+    found = last_event(path)
+    assert found is not None and found["event"] == "odd"
+
+
+def test_heartbeats_are_written_only_in_silence(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with EventFile(path) as file, HeartbeatThread(file, seconds=0.3):
+        for number in range(20):
+            file.write(step(number))
+            time.sleep(0.02)
+        busy = kinds(path).count("heartbeat")
+        deadline = time.monotonic() + 10
+        while kinds(path).count("heartbeat") < busy + 2 and time.monotonic() < deadline:
+            time.sleep(POLL)
+    found = [event for event in read_events(path) if event["event"] == "heartbeat"]
+    assert busy <= 1 and len(found) >= busy + 2  # one, if the machine paused the loop above
+    assert (found[-1]["pid"], found[-1]["hostname"]) == (os.getpid(), socket.gethostname())
+
+
+# ------------------------------------------------------------------------------------------- sinks
+
+
+def test_a_listener_that_raises_is_reported_once_and_dropped(tmp_path: Path) -> None:
+    heard: list[Event] = []
+    calls: list[Event] = []
+
+    def broken(event: Event) -> None:
+        calls.append(event)
+        raise RuntimeError("no terminal")
+
+    file = EventFile(tmp_path / "events.jsonl")
+    log = RunLog(ListenerSink(broken), FileSink(file), ListenerSink(heard.append))
+    for number in range(3):
+        log.emit(step(number))
+    log.close()
+    assert len(calls) == 1
+    warnings = [event.text for event in heard if isinstance(event, Warned)]
+    assert len(warnings) == 1 and "no terminal" in warnings[0]
+    assert [event.step for event in heard if isinstance(event, StepDone)] == [0, 1, 2]
+    assert kinds(tmp_path / "events.jsonl") == ["step", "warning", "step", "step"]
+
+
+def written(folder: Path) -> int:
+    """Bytes of TensorBoard's files beyond their first record."""
+    return sum(max(0, path.stat().st_size - 100) for path in folder.iterdir())
+
+
+def test_a_deleted_tensorboard_folder_is_reported_once_and_training_continues(
+    tmp_path: Path,
+) -> None:
+    heard: list[Event] = []
+    log = RunLog(TensorBoardSink(tmp_path / "tensorboard", 0), ListenerSink(heard.append))
+    log.emit(step(0))
+    deadline = time.monotonic() + 10
+    while not written(tmp_path / "tensorboard") and time.monotonic() < deadline:
+        time.sleep(POLL)  # TensorBoard writes in a thread
+    shutil.rmtree(tmp_path / "tensorboard")
+    for number in range(1, 100):
+        log.emit(step(number))
+    log.close()
+    warnings = [event.text for event in heard if isinstance(event, Warned)]
+    assert len(warnings) == 1 and warnings[0].startswith("TensorBoard: failed")
+    assert [event.step for event in heard if isinstance(event, StepDone)] == list(range(100))
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_a_tensorboard_folder_that_can_not_be_made_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("a file in its place", encoding="utf-8")
+    heard: list[Event] = []
+    log = RunLog(TensorBoardSink(tmp_path / "tensorboard", 0), ListenerSink(heard.append))
+    log.emit(step(1))
+    log.emit(step(2))
+    log.close()
+    assert [event.kind for event in heard] == ["step", "warning", "step"]
+
+
+def test_a_deleted_event_file_is_reported_and_started_again(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    heard: list[Event] = []
+    log = RunLog(FileSink(EventFile(folder / "events.jsonl")), ListenerSink(heard.append))
+    log.emit(step(1))
+    shutil.rmtree(folder)
+    log.emit(step(2))
+    log.emit(step(3))
+    log.close()
+    first, second = (event.text for event in heard if isinstance(event, Warned))
+    assert "deleted or replaced" in first and "1 event is missing" in second
+    assert [e.step for e in heard if isinstance(e, StepDone)] == [1, 2, 3]
+    assert kinds(folder / "events.jsonl") == ["warning", "warning", "step"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_reported_once_and_events_are_written_again_when_there_is_room(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "events.jsonl"
+    path.symlink_to("/dev/full")
+    heard: list[Event] = []
+    log = RunLog(FileSink(EventFile(path)), ListenerSink(heard.append))
+    for number in range(3):
+        log.emit(step(number))
+    (full,) = (event.text for event in heard if isinstance(event, Warned))
+    assert os.strerror(errno.ENOSPC) in full
+    path.unlink()  # there is room again
+    log.emit(step(3))
+    log.close()
+    assert kinds(path) == ["step", "warning"]
+    last = heard[-1]
+    # Three steps, and the warning about the first of them.
+    assert isinstance(last, Warned) and "4 events are missing" in last.text
+
+
+def test_a_failing_sink_is_also_reported_in_the_text_log(tmp_path: Path) -> None:
+    def broken(event: Event) -> None:
+        raise RuntimeError(f"no terminal for {event.kind}")
+
+    with text_log(tmp_path / "log.txt"):
+        RunLog(ListenerSink(broken)).emit(step(1))
+    assert "no terminal for step" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert not logging.getLogger("onewan").handlers
+
+
+def test_a_warning_is_given_once_for_the_files_of_many_steps() -> None:
+    heard: list[Event] = []
+    log = RunLog(ListenerSink(heard.append))
+    for number in (100, 200):
+        log.warn_once("2 weights are not expressible", prefix=f"{number}.safetensors: ")
+    assert [e.text for e in heard if isinstance(e, Warned)] == [
+        "100.safetensors: 2 weights are not expressible"
+    ]
+
+
+def test_ten_thousand_clips_are_few_lines_in_the_file_and_all_reach_the_listener(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "events.jsonl"
+    heard: list[Event] = []
+    log = RunLog(FileSink(EventFile(path)), ListenerSink(heard.append))
+    for done in range(1, 10_001):
+        log.emit(Encoding(what="encoding clips", done=done, total=10_000))
+    log.close()
+    assert len(heard) == 10_000
+    found = list(read_events(path))
+    assert 2 <= len(found) < 100
+    assert (found[0]["done"], found[-1]["done"]) == (1, 10_000)
+
+
+def test_throttled_progress_has_the_first_the_last_and_one_every_few_seconds() -> None:
+    now = 0.0
+    throttle = ProgressThrottle(seconds=5, clock=lambda: now)
+    passed: list[tuple[str, int]] = []
+    for activity in ("captions", "clips"):
+        for done in range(1, 13):
+            now += 2
+            if throttle.lets_pass(Encoding(what=activity, done=done, total=12)):
+                passed.append((activity, done))
+    expected = [1, 4, 7, 10, 12]
+    assert passed == [(what, done) for what in ("captions", "clips") for done in expected]
