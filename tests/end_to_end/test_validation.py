@@ -198,7 +198,10 @@ def test_one_expert_from_a_file_and_one_anew(run_file: RunFile) -> None:
     copy = low.with_name("copy.safetensors")
     copy.write_bytes(low.read_bytes())
     for settings, complaint in (
-        (["per_expert.low.rank=4"], f"per_expert.low.rank: is the file's own, {low}, got 4"),
+        (
+            ["per_expert.low.rank=4"],
+            "per_expert.low.rank: is the file's own under method.start_from, got 4",
+        ),
         (["model.experts=high"], f"{low} is for the low expert, which does not train"),
         ([f"method.start_from=[{low}, {copy}]"], "two files are for the low expert"),
     ):

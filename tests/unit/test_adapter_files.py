@@ -82,12 +82,16 @@ def test_ranks_and_alphas_of_modules_and_experts(base):
 
 
 def test_what_does_not_fit_the_model_is_named(base):
-    with pytest.raises(ConfigError, match=r"per_module\.0\.modules: names no layer that trains"):
+    with pytest.raises(
+        ConfigError, match=r"per_module\.0\.modules: names no layer that has an adapter"
+    ):
         entry = PerModule(modules=("attn2.to_k",), rank=2)
         adapter_config_for(LoraMethod(modules=("ffn",), per_module=(entry,)), base, None)
     with pytest.raises(ConfigError, match=r"block_size: 24 does not divide the 32 inputs of"):
         adapter_config_for(OftMethod(block_size=24), base, None)
-    with pytest.raises(ConfigError, match=r"rank: 33 is more than blocks\.0\.attn1\.to_q has, wh"):
+    with pytest.raises(
+        ConfigError, match=r"rank: is 33, but blocks\.0\.attn1\.to_q has only 32 sin"
+    ):
         adapter_config_for(LoraMethod(rank=33, init="pissa"), base, None)
     assert adapter_config_for(LoraMethod(rank=33), base, None).ranks
 
@@ -242,7 +246,7 @@ def lora(**more: Tensor) -> ModuleAdapter:
 @pytest.mark.parametrize(
     ("method", "adapter", "words"),
     [
-        (LoraMethod(), lora(diff_b=torch.ones(32)), "to_q has diff_b, which can't train"),
+        (LoraMethod(), lora(diff_b=torch.ones(32)), "to_q has diff_b, which can't be trained"),
         (
             LoraMethod(),
             ModuleAdapter(kind="difference", tensors={"diff": torch.ones(32, 32)}),
@@ -258,12 +262,12 @@ def lora(**more: Tensor) -> ModuleAdapter:
         (
             OftMethod(),
             ModuleAdapter(kind="oft", tensors={"oft_blocks": torch.zeros(4, 8, 8)}),
-            "OFT of LyCORIS, which turns outputs",
+            "OFT of LyCORIS, which rotates outputs",
         ),
         (
             OftMethod(),
             ModuleAdapter(kind="oft", tensors={"rotation": torch.full((4, 8, 8), 0.5)}),
-            "is no rotation",
+            "is not a rotation",
         ),
         (
             DoraMethod(),
@@ -283,7 +287,7 @@ def lora(**more: Tensor) -> ModuleAdapter:
         (
             LoraMethod(),
             ModuleAdapter(kind="lora", tensors=lora().tensors, alpha=0.0),
-            "counts zero times",
+            "has an alpha of 0",
         ),
     ],
 )
@@ -293,18 +297,15 @@ def test_files_that_cannot_train_are_refused(base, method, adapter, words):
 
 
 def test_files_of_other_models_and_wishes_are_refused(base):
-    with pytest.raises(CheckpointError, match=r"blocks\.9\.attn1\.to_q is no linear layer of this"):
+    with pytest.raises(CheckpointError, match=r"blocks\.9\.attn1\.to_q is not a linear layer of t"):
         adapter_config_from_file(file_of({"blocks.9.attn1.to_q": lora()}), LoraMethod(), base)
     with pytest.raises(
         ConfigError, match=r"method\.kind: is dora, but start\.safetensors holds lo"
     ):
         adapter_config_from_file(file_of({Q: lora()}), DoraMethod(), base)
-    method = LoraMethod(rank_stabilised=True, init="pissa")
     with pytest.raises(ConfigError) as error:
-        adapter_config_from_file(file_of({Q: lora()}), method, base, [1])
+        adapter_config_from_file(file_of({Q: lora()}), LoraMethod(), base, [1])
     assert [p.split(":")[0] for p in error.value.problems] == [
-        "method.rank_stabilised",
-        "method.init",
         "wan_config.transformer_layers_to_train",
     ]
     spec, _ = adapter_config_from_file(file_of({Q: lora()}), LoraMethod(), base, [0])

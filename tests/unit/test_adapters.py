@@ -37,6 +37,7 @@ from onewan.adapters.lora import (
     base_weight,
     is_lora_b,
     load_adapter_weights,
+    top_singular_vectors,
 )
 from onewan.config.method import (
     DoraMethod,
@@ -140,15 +141,13 @@ def test_pissa_starts_from_the_principal_part(base):
 
 def test_pissa_finds_the_principal_part_of_wide_weights():
     """Where subspace iteration is no longer exact: 16 columns to spare of 300."""
-    from onewan.adapters.lora import _principal_part
-
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(400, 300, generator=generator)
-    u, s, v = _principal_part(weight, 8, seed=3)
+    u, s, v = top_singular_vectors(weight, 8, seed=3)
     want = torch.linalg.svdvals(weight.double())[:8]
     torch.testing.assert_close(s.double(), want, rtol=0.02, atol=0)
     assert relative(u.T @ u, torch.eye(8)) < 1e-5 and relative(v @ v.T, torch.eye(8)) < 1e-5
-    assert all(map(torch.equal, _principal_part(weight, 8, seed=3), (u, s, v)))
+    assert all(map(torch.equal, top_singular_vectors(weight, 8, seed=3), (u, s, v)))
 
 
 # --------------------------------------------------------------------------------------- numerics
@@ -278,15 +277,15 @@ def test_adapters_see_activations_as_they_are(half, kind):
         assert seen.count(torch.bfloat16) >= 6 and len(seen) == len(spec.modules)
 
 
-def test_oft_turns_inputs_in_their_own_precision(half):
+def test_oft_rotates_inputs_in_the_precision_that_they_come_in(half):
     """Autocast would round the float32 residual stream's share before it is added."""
     model, _ = trained(half, METHODS["oft"])
     layer = model.blocks[0].attn1.to_q
     x = torch.randn(5, 32)
-    exact = layer._moved(x, "default")
+    exact = layer.rotation_offset(x, "default")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(layer._moved(x, "default"), exact)
-        assert layer._moved(x.bfloat16(), "default").dtype == torch.bfloat16
+        assert torch.equal(layer.rotation_offset(x, "default"), exact)
+        assert layer.rotation_offset(x.bfloat16(), "default").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("how", ["fp8", "gguf"])

@@ -99,6 +99,15 @@ BROKEN = [
         "per_expert.high.alpha: is the file's own",
     ),
     ("method: {start_from: [a.safetensors], init: pissa}", "method.init: is for adapters that"),
+    (
+        "method: {start_from: [a.safetensors], rank_stabilised: true}",
+        "method.rank_stabilised: is decided by the files of method.start_from, got true; leave it",
+    ),
+    ("method: {kind: lokr, start_from: [a.safetensors], factor: 4}", "method.factor: is decided"),
+    (
+        "method: {kind: lokr, start_from: [a.safetensors], decompose_both: true}",
+        "method.decompose_both: is decided by the files of method.start_from, got true; leave it",
+    ),
     # The base model as a teacher.
     (
         "method: {kind: loha}\noutput: {formats: [comfyui, diffusers]}",

@@ -1,1 +1,1 @@
-"""What is trained beside the frozen weights: which layers, and the adapters on them."""
+"""Which layers or weights of a transformer train, and the adapters on them."""

@@ -1,10 +1,13 @@
-"""The shape of an adapter: everything but its weights, from a run file or from another adapter."""
+"""`AdapterConfig`: kind, modules, ranks and alphas of an adapter, from a run file or a LoRA file.
+
+It holds everything about an adapter except its weights. `onewan.adapters.lora` puts it on a model.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import Literal, cast
 
@@ -32,7 +35,7 @@ TrainedKind = Literal["lora", "dora", "loha", "lokr", "oft"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterConfig:
-    """The shape of an adapter on one transformer."""
+    """Kind, modules, ranks and alphas of the adapter on one transformer."""
 
     kind: TrainedKind
     modules: tuple[str, ...]
@@ -42,21 +45,21 @@ class AdapterConfig:
     alphas: Mapping[str, float] = field(default_factory=dict)
     """By module; OFT has none."""
     dropout: float = 0.0
-    rank_stabilised: bool = False
-    """Whether the product counts alpha/sqrt(rank) times instead of alpha/rank."""
+    rank_stabilized: bool = False
+    """rsLoRA (arXiv 2312.03732): the scale is alpha / sqrt(rank) instead of alpha / rank."""
     pissa: bool = False
-    """Whether LoRA starts from the principal part of the weight."""
+    """Whether a LoRA is initialized from the largest singular vectors of the weight."""
     factor: int = -1
     """LoKr: PEFT's ``decompose_factor``."""
     decompose_both: bool = False
-    """LoKr: whether the small matrix is a product too."""
+    """LoKr: whether the small matrix is a low-rank product too."""
     block_size: int = 0
-    """OFT: inputs that turn together."""
+    """OFT: number of inputs that are rotated together."""
 
     def scale(self, module: str) -> float:
-        """What the product counts."""
+        """Multiplier of the low-rank product."""
         rank = self.ranks[module]
-        return self.alphas[module] / (sqrt(rank) if self.rank_stabilised else rank)
+        return self.alphas[module] / (sqrt(rank) if self.rank_stabilized else rank)
 
     def peft_settings(self, module: str) -> PeftSettings:
         """PEFT's settings for one module, from which `from_peft` makes a `ModuleAdapter`."""
@@ -65,15 +68,19 @@ class AdapterConfig:
         return PeftSettings(
             alpha=float(self.alphas[module]),
             rank=self.ranks[module],
-            rank_stabilized=self.rank_stabilised,
+            rank_stabilized=self.rank_stabilized,
         )
 
     def peft_config(self) -> PeftConfig:
-        """PEFT's settings. Those of DoRA and PiSSA say plain LoRA: `onewan.adapters.lora` adds what
-        is theirs, since PEFT would do it in the precision of the base."""
+        """The configuration with which PEFT attaches the adapter.
+
+        DoRA and PiSSA are attached as plain LoRA: `onewan.adapters.lora` adds the rest, since PEFT
+        would compute it in the precision of the base weights.
+        """
         modules = "|".join(re.escape(m) for m in self.modules)
         if self.kind == "oft":
-            # Cayley's transform itself and not the first terms of its series.
+            # The exact Cayley transform: PEFT's default, a short Neumann series, is no rotation any
+            # more where the generator is large.
             return OFTConfig(
                 r=0,
                 oft_block_size=self.block_size,
@@ -106,7 +113,7 @@ class AdapterConfig:
             r=rank,
             lora_alpha=alpha,
             lora_dropout=self.dropout,
-            use_rslora=self.rank_stabilised,
+            use_rslora=self.rank_stabilized,
             rank_pattern=ranks,
             alpha_pattern=alphas,
             target_modules=modules,
@@ -122,31 +129,31 @@ def adapter_config_for(
     rank: int | None = None,
     alpha: float | None = None,
 ) -> AdapterConfig:
-    """The adapter that `method` asks for on `transformer`, in the blocks `layers` or, for None,
-    wherever `method.modules` says.
+    """The adapter that `method` describes, on the modules that it names within the blocks `layers`
+    (None: in all blocks, and outside them).
 
-    `rank` and `alpha` are the expert's own, and take the place of the method's; an expert with a
-    rank of its own but no alpha has that rank for its alpha. ConfigError where layers, blocks,
-    ranks or block sizes do not fit the model.
+    `rank` and `alpha` are settings of one expert and replace the method's; with a rank but no alpha
+    the expert's alpha is that rank. ConfigError where modules, blocks, ranks or block sizes do not
+    fit the model.
     """
     modules = select_linears(transformer, method.modules, layers)
     if isinstance(method, OftMethod):
-        _check_blocks(transformer, modules, method.block_size)
+        _check_block_size(transformer, modules, method.block_size)
         return AdapterConfig(kind="oft", modules=modules, block_size=method.block_size)
     if alpha is None:
         alpha = method.alpha if rank is None else float(rank)
     default = rank or method.rank
     ranks = dict.fromkeys(modules, default)
     alphas = dict.fromkeys(modules, float(default) if alpha is None else alpha)
-    for number, entry in enumerate(method.per_module):
-        where = f"method.per_module.{number}.modules"
-        named = select_linears(transformer, entry.modules, layers, where)
-        chosen = [m for m in named if m in ranks]
+    for index, entry in enumerate(method.per_module):
+        field = f"method.per_module.{index}.modules"
+        named = select_linears(transformer, entry.modules, layers, field)
+        chosen = [module for module in named if module in ranks]
         if not chosen:
             raise ConfigError(
                 "run file",
                 [
-                    f"{where}: names no layer that trains, such as {named[0]}; add it to "
+                    f"{field}: names no layer that has an adapter, such as {named[0]}; add it to "
                     "method.modules, or leave the entry out"
                 ],
             )
@@ -154,10 +161,10 @@ def adapter_config_for(
             ranks[module] = entry.rank or ranks[module]
             own = float(ranks[module]) if alpha is None else alpha
             alphas[module] = own if entry.alpha is None else entry.alpha
-    spec = _of_kind(method, modules, ranks, alphas)
-    if spec.pissa:
-        _check_ranks(transformer, ranks)
-    return spec
+    config = _ranked_config(method, modules, ranks, alphas)
+    if config.pissa:
+        _check_pissa_ranks(transformer, ranks)
+    return config
 
 
 def adapter_config_from_file(
@@ -166,32 +173,31 @@ def adapter_config_from_file(
     transformer: WanTransformer3DModel,
     layers: Sequence[int] | None = None,
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """The adapter in `file` to go on from: its shape, and its weights in float32 by PEFT's names.
+    """The config of the adapter in `file`, and its weights to initialize from, float32 under PEFT's
+    names.
 
-    ConfigError if the file is of another kind than `method`, if the run file asks for what the file
-    decides, or if the file has layers outside the blocks `layers`. CheckpointError if the file
-    can't be trained on or does not fit the model.
+    ConfigError if the file is of another kind than `method`, or has modules outside the blocks
+    `layers`. CheckpointError if the file's adapter can't be trained or does not fit the model.
     """
-    _check_wishes(file, method, layers)
+    _check_against_run_file(file, method, layers)
     problems = [
-        problem
+        f"{module} {problem}"
         for module, adapter in file.modules.items()
-        if (problem := _unfit(adapter, _linear(transformer, module))) is not None
-        and (problem := f"{module} {problem}")
+        if (problem := _why_untrainable(adapter, _linear(transformer, module))) is not None
     ]
     if problems:
         raise CheckpointError(
-            f"{file.path}: can't be gone on from in {len(problems)} of {len(file.modules)} "
+            f"{file.path}: training can't start from {len(problems)} of its {len(file.modules)} "
             f"modules: {'; '.join(problems[:3])}"
         )
-    order = [n for n, _ in transformer.named_modules() if n in file.modules]
-    adapters = {module: file.modules[module] for module in order}
+    # The model's order: it decides the order of parameters in the optimizer.
+    modules = tuple(n for n, _ in transformer.named_modules() if n in file.modules)
+    adapters = {module: file.modules[module] for module in modules}
     weights = {
         _peft_name(module, part): tensor
         for module, adapter in adapters.items()
-        for part, tensor in _trainable(adapter, _inputs(transformer, module)).items()
+        for part, tensor in _peft_tensors(adapter, _in_features(transformer, module)).items()
     }
-    modules = tuple(order)
     if isinstance(method, OftMethod):
         sizes = {a.tensors["rotation"].shape[-1] for a in adapters.values()}
         if len(sizes) > 1:
@@ -200,16 +206,18 @@ def adapter_config_from_file(
                 "trains has one size; merge it into the base model and train a new one"
             )
         return AdapterConfig(kind="oft", modules=modules, block_size=sizes.pop()), weights
-    # A LoKr of two whole matrices has no rank and counts once.
+    # A LoKr of two full factors has no rank, and its scale is 1.
     ranks = {module: adapter.rank or 1 for module, adapter in adapters.items()}
     alphas = {module: adapter.scale * ranks[module] for module, adapter in adapters.items()}
-    return _of_kind(method, modules, ranks, alphas), weights
+    config = _ranked_config(method, modules, ranks, alphas)
+    # The alphas are made from the file's scales, rsLoRA's sqrt(rank) included.
+    return replace(config, rank_stabilized=False, pissa=False), weights
 
 
 # ------------------------------------------------------------------------------------ from the run
 
 
-def _of_kind(
+def _ranked_config(
     method: LoraMethod | DoraMethod | LohaMethod | LokrMethod,
     modules: tuple[str, ...],
     ranks: Mapping[str, int],
@@ -222,7 +230,7 @@ def _of_kind(
             ranks=ranks,
             alphas=alphas,
             dropout=method.dropout,
-            rank_stabilised=method.rank_stabilised,
+            rank_stabilized=method.rank_stabilised,
             pissa=method.init == "pissa",
         )
     if isinstance(method, LokrMethod):
@@ -240,9 +248,12 @@ def _of_kind(
     )
 
 
-def _check_blocks(transformer: WanTransformer3DModel, modules: Iterable[str], size: int) -> None:
-    """ConfigError for layers whose inputs are no whole number of OFT blocks of `size`."""
-    widths = {module: _inputs(transformer, module) for module in modules}
+def _check_block_size(
+    transformer: WanTransformer3DModel, modules: Iterable[str], size: int
+) -> None:
+    """ConfigError for layers whose number of inputs is not a multiple of the OFT block `size`."""
+    widths = {module: _in_features(transformer, module) for module in modules}
+    # Reversed, so that the message names the first layer of each width.
     wrong = {width: module for module, width in reversed(widths.items()) if width % size}
     if wrong:
         raise ConfigError(
@@ -255,8 +266,8 @@ def _check_blocks(transformer: WanTransformer3DModel, modules: Iterable[str], si
         )
 
 
-def _check_ranks(transformer: WanTransformer3DModel, ranks: Mapping[str, int]) -> None:
-    """ConfigError for layers that have not as many principal parts as PiSSA asks for."""
+def _check_pissa_ranks(transformer: WanTransformer3DModel, ranks: Mapping[str, int]) -> None:
+    """ConfigError for layers with fewer singular values than the rank that PiSSA needs."""
     sides: dict[str, int] = {}
     for module in ranks:
         linear = _linear(transformer, module)
@@ -267,8 +278,8 @@ def _check_ranks(transformer: WanTransformer3DModel, ranks: Mapping[str, int]) -
         raise ConfigError(
             "run file",
             [
-                f"method.rank: {rank} is more than {module} has, which is {side}, and PiSSA starts "
-                "from that many parts of the weight; give at most that, or set method.init to zero"
+                f"method.rank: is {rank}, but {module} has only {side} singular values, and PiSSA "
+                "initializes from one for each rank; give at most that, or set method.init to zero"
                 for (rank, side), module in wrong.items()
             ],
         )
@@ -277,8 +288,11 @@ def _check_ranks(transformer: WanTransformer3DModel, ranks: Mapping[str, int]) -
 # ---------------------------------------------------------------------------------- from a file
 
 
-def _check_wishes(file: AdapterFile, method: AdapterMethod, layers: Sequence[int] | None) -> None:
-    """ConfigError for what the run file says against `file`."""
+def _check_against_run_file(
+    file: AdapterFile, method: AdapterMethod, layers: Sequence[int] | None
+) -> None:
+    """ConfigError where the run file contradicts the content of `file`. What can be said without
+    opening the file is a rule of `onewan.config.method_rules`."""
     problems: list[str] = []
     kinds = {adapter.kind for adapter in file.modules.values()}
     if len(kinds) == 1 and (kind := next(iter(kinds))) != method.kind and kind != "difference":
@@ -286,17 +300,6 @@ def _check_wishes(file: AdapterFile, method: AdapterMethod, layers: Sequence[int
             f"method.kind: is {method.kind}, but {file.path} holds {kind}; set it to {kind}, or "
             "leave method.start_from out"
         )
-    decided: list[str] = []
-    if isinstance(method, LoraMethod):
-        decided += ["rank_stabilised"] if method.rank_stabilised else []
-        decided += ["init"] if method.init != "zero" else []
-    if isinstance(method, LokrMethod):
-        decided += ["factor"] if method.factor != -1 else []
-        decided += ["decompose_both"] if method.decompose_both else []
-    problems += [
-        f"method.{name}: is decided by the file of method.start_from; leave it out"
-        for name in decided
-    ]
     if layers is not None:
         blocks = {block_of(module) for module in file.modules}
         if outside := [b for b in blocks if b is None or b not in layers]:
@@ -309,48 +312,49 @@ def _check_wishes(file: AdapterFile, method: AdapterMethod, layers: Sequence[int
         raise ConfigError("run file", problems)
 
 
-_PARTS: dict[str, frozenset[str]] = {
+_TRAINABLE_PARTS: dict[str, frozenset[str]] = {
     "lora": frozenset({"lora_A", "lora_B"}),
     "dora": frozenset({"lora_A", "lora_B", "magnitude"}),
     "loha": frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),
     "lokr": frozenset(f"lokr_w{n}{factor}" for n in (1, 2) for factor in ("", "_a", "_b")),
     "oft": frozenset({"rotation"}),
 }
-"""What PEFT can train of each kind."""
+"""Tensors of each kind that PEFT has trainable parameters for."""
 
 
-def _unfit(adapter: ModuleAdapter, linear: nn.Linear | None) -> str | None:
-    """Why training can't go on from `adapter` on the layer `linear`, in words; None if it can."""
+def _why_untrainable(adapter: ModuleAdapter, linear: nn.Linear | None) -> str | None:
+    """Why training can't start from `adapter` on the layer `linear`; None if it can."""
     if linear is None:
-        return "is no linear layer of this model"
+        return "is not a linear layer of this model"
     if "oft_blocks" in adapter.tensors:
         return (
-            "is OFT of LyCORIS, which turns outputs, where the OFT that trains here turns inputs; "
-            "merge it into the base model and train a new one"
+            "is OFT of LyCORIS, which rotates outputs, and onewan trains OFT of inputs; merge it "
+            "into the base model and train a new one"
         )
-    surplus = adapter.tensors.keys() - _PARTS.get(adapter.kind, frozenset())
-    if surplus:
+    unexpected = adapter.tensors.keys() - _TRAINABLE_PARTS.get(adapter.kind, frozenset())
+    if unexpected:
         return (
-            f"has {' and '.join(sorted(surplus))}, which can't train; merge the file into the base "
-            "model and train a new adapter"
+            f"has {' and '.join(sorted(unexpected))}, which can't be trained; merge the file into "
+            "the base model and train a new adapter"
         )
     if adapter.kind != "oft" and adapter.scale == 0:
-        return "counts zero times (its alpha is 0), so it would never train; leave the file out"
-    return _misshapen(adapter, linear)
+        return "has an alpha of 0, so it would get no gradient; leave the file out"
+    return _shape_error(adapter, linear)
 
 
-def _misshapen(adapter: ModuleAdapter, linear: nn.Linear) -> str | None:
+def _shape_error(adapter: ModuleAdapter, linear: nn.Linear) -> str | None:
+    """Why the shapes of `adapter` do not fit the layer; None if they do."""
     shapes = {part: tuple(tensor.shape) for part, tensor in adapter.tensors.items()}
     want = (linear.out_features, linear.in_features)
     if adapter.kind in ("lora", "dora"):
         got = (shapes["lora_B"][0], shapes["lora_A"][1])
         magnitude = shapes.get("magnitude", (want[0],))
         if magnitude not in ((want[0],), (want[0], 1)):
-            return f"has a magnitude {list(magnitude)}, and one for each output can train alone"
+            return f"has a magnitude {list(magnitude)}, and only one per output can be trained"
     elif adapter.kind == "loha":
         got = (shapes["hada_w1_a"][0], shapes["hada_w1_b"][1])
         if got != (shapes["hada_w2_a"][0], shapes["hada_w2_b"][1]):
-            return "has two products of different shapes"
+            return "has two low-rank products of different shapes"
     elif adapter.kind == "lokr":
         sides = [_factor_shape(shapes, name) for name in ("lokr_w1", "lokr_w2")]
         got = (sides[0][0] * sides[1][0], sides[0][1] * sides[1][1])
@@ -371,31 +375,29 @@ def _misshapen(adapter: ModuleAdapter, linear: nn.Linear) -> str | None:
 
 
 def _factor_shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
+    """The shape of a LoKr's factor, which is a full matrix or a low-rank product."""
     return shapes.get(name) or (shapes[f"{name}_a"][0], shapes[f"{name}_b"][1])
 
 
-def _trainable(adapter: ModuleAdapter, inputs: int) -> dict[str, Tensor]:
-    """The tensors as PEFT has them, float32; `adapter` has been found fit."""
+def _peft_tensors(adapter: ModuleAdapter, in_features: int) -> dict[str, Tensor]:
+    """The tensors as PEFT's parameters have them, float32, of an adapter that can be trained."""
     parts = {part: tensor.float() for part, tensor in adapter.tensors.items()}
     if "magnitude" in parts:
         parts["magnitude"] = parts["magnitude"].reshape(-1)
     if "rotation" in parts:
         triangles = triangles_of(parts.pop("rotation"))
-        blocks = inputs // adapter.tensors["rotation"].shape[-1]
+        blocks = in_features // adapter.tensors["rotation"].shape[-1]
         parts["oft_R"] = triangles.expand(blocks, -1).contiguous()
     return parts
 
 
 def _peft_name(module: str, part: str) -> str:
-    spelled = {"magnitude": "lora_magnitude_vector"}.get(part, part)
-    return (
-        f"{module}.{spelled}.weight"
-        if spelled.startswith(("lora_", "oft_"))
-        else (f"{module}.{spelled}")
-    )
+    """PEFT's parameter name, without the adapter's own name in it."""
+    name = "lora_magnitude_vector" if part == "magnitude" else part
+    return f"{module}.{name}{'.weight' if name.startswith(('lora_', 'oft_')) else ''}"
 
 
-# ------------------------------------------------------------------------------------------ values
+# --------------------------------------------------------------------------------- small pieces
 
 
 def _linear(transformer: WanTransformer3DModel, module: str) -> nn.Linear | None:
@@ -406,7 +408,7 @@ def _linear(transformer: WanTransformer3DModel, module: str) -> nn.Linear | None
     return found if isinstance(found, nn.Linear) else None
 
 
-def _inputs(transformer: WanTransformer3DModel, module: str) -> int:
+def _in_features(transformer: WanTransformer3DModel, module: str) -> int:
     return cast("nn.Linear", transformer.get_submodule(module)).in_features
 
 

@@ -1,10 +1,10 @@
-"""How adapted layers compute: PEFT's layers, with float32 masters at the cost of bfloat16 ones.
+"""Forward passes of adapted layers: PEFT's classes with float32 adapters beside bfloat16 weights.
 
-PEFT upcasts the input of a layer that has a float32 adapter, or hands out what autocast had made
-bfloat16 as float32 again; its DoRA measures weights in the precision of the activations, which
-changes a bfloat16 model before the first step; and it takes a quantised weight's bytes for its
-numbers. Here each layer gives what its base layer gives, in that precision; what is made of weights
-alone is made in float32; and a base weight is read through `base_numbers`.
+PEFT upcasts the input of a layer that has a float32 adapter, or returns what autocast made bfloat16
+as float32 again; its DoRA computes the weight norm in the precision of the activations, which
+changes a bfloat16 model before the first step; and it takes the bytes of a quantized weight for its
+values. Here each layer returns the precision of its base layer, everything that depends on weights
+alone is computed in float32, and base weights are read through `base_weight_float32`.
 """
 
 from __future__ import annotations
@@ -27,24 +27,25 @@ from onewan.formats.lora import block_size
 from onewan.model.quantized_linear import QuantizedLinear
 
 
-def base_numbers(layer: BaseTunerLayer) -> Tensor:
-    """float32 [out, in]: the weight under an adapter, expanded if it is quantised."""
+def base_weight_float32(layer: BaseTunerLayer) -> Tensor:
+    """float32 [out, in]: the weight under an adapter, expanded if it is quantized."""
     base = layer.get_base_layer()
     assert isinstance(base, nn.Linear)
     return (base.expanded_weight() if isinstance(base, QuantizedLinear) else base.weight).float()
 
 
 @torch.no_grad()
-def row_lengths(layer: LoraLayer, adapter: str) -> Tensor:
-    """float32 [out]: |W + s B A|, over inputs. A constant to autograd (DoRA, section 4.3)."""
+def row_norms(layer: LoraLayer, adapter: str) -> Tensor:
+    """float32 [out]: |W + s B A|, the norm over inputs. A constant to autograd, as in section 4.3
+    of DoRA (arXiv 2402.09353)."""
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     assert isinstance(a, Tensor) and isinstance(b, Tensor)
     with torch.autocast(a.device.type, enabled=False):
-        return (base_numbers(layer) + layer.scaling[adapter] * (b @ a)).norm(dim=1)
+        return (base_weight_float32(layer) + layer.scaling[adapter] * (b @ a)).norm(dim=1)
 
 
 class DoraVariant(DoraLinearVariant):
-    """DoRA: x (W + s B A)^T m / |W + s B A| + bias."""
+    """DoRA: x (W + s B A)^T m / |W + s B A| + bias, where |.| is the norm of each row."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -53,27 +54,30 @@ class DoraVariant(DoraLinearVariant):
         del kwargs
         base = module.get_base_layer()
         dropout = module.lora_dropout[active_adapter]
-        plain = result
+        without_bias = result
         if module.training and not isinstance(dropout, nn.Identity):
             x = dropout(x)
-            plain = base(x)
+            # PEFT computed `result` from the inputs before dropout.
+            without_bias = base(x)
         if base.bias is not None:
-            plain = plain - base.bias.to(plain.dtype)
+            without_bias = without_bias - base.bias.to(without_bias.dtype)
         low = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
         added = low * module.scaling[active_adapter]
         magnitude = module.lora_magnitude_vector[active_adapter].weight
-        factor = magnitude / row_lengths(module, active_adapter)
-        # One product, so that autograd keeps one activation of the outputs' width; its factor is 0
-        # as long as nothing has been learned, in any precision.
-        return result + added + (factor - 1).to(plain.dtype) * (plain + added)
+        factor = magnitude / row_norms(module, active_adapter)
+        # As a single product autograd keeps one activation of the outputs' width instead of two.
+        # Before the first step `factor` - 1 is exactly 0, so the output is the base layer's in any
+        # precision.
+        return result + added + (factor - 1).to(without_bias.dtype) * (without_bias + added)
 
 
 class PissaVariant(LoraVariant):
-    """PiSSA: W + s (B A - B0 A0), where A0 and B0 are what A and B started as.
+    """PiSSA (arXiv 2404.02948): W + s (B A - B0 A0), where A0 and B0 are the initial A and B.
 
-    The base weight stays whole, rather than being relieved of s B0 A0 and rounded anew. So the
-    model without the adapter is the base model, the base may be quantised, nothing changes before
-    the first step, and a resumed run has the very same weights.
+    The paper subtracts s B0 A0 from the base weight once and rounds the rest anew. Here the base
+    weight stays as it is and the forward pass subtracts: the model without the adapter is the base
+    model, the base may be quantized, nothing changes before the first step, and a resumed run has
+    exactly the same weights.
     """
 
     @staticmethod
@@ -82,15 +86,13 @@ class PissaVariant(LoraVariant):
     ) -> Tensor:
         del kwargs
         dropped = module.lora_dropout[active_adapter](x)
-        now = module.lora_B[active_adapter](module.lora_A[active_adapter](dropped))
-        start = F.linear(F.linear(x, module.pissa_A), module.pissa_B)
-        return result + (now - start) * module.scaling[active_adapter]
+        current = module.lora_B[active_adapter](module.lora_A[active_adapter](dropped))
+        initial = F.linear(F.linear(x, module.pissa_A), module.pissa_B)
+        return result + (current - initial) * module.scaling[active_adapter]
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        start = module.pissa_B @ module.pissa_A * module.scaling[active_adapter]
-        added = module.get_delta_weight(active_adapter) - start
-        return orig_weight + added.to(orig_weight.dtype)
+        return orig_weight + _pissa_difference(module, active_adapter).to(orig_weight.dtype)
 
     @staticmethod
     def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
@@ -98,13 +100,17 @@ class PissaVariant(LoraVariant):
 
     @staticmethod
     def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        start = module.pissa_B @ module.pissa_A * module.scaling[active_adapter]
-        added = module.get_delta_weight(active_adapter) - start
-        return orig_weight - added.to(orig_weight.dtype)
+        return orig_weight - _pissa_difference(module, active_adapter).to(orig_weight.dtype)
 
 
-def _beside(layer: Any, x: Tensor) -> Tensor:
-    """What `layer`, a LoHa or LoKr, gives: its base layer's output and that of what is added."""
+def _pissa_difference(module: Any, adapter: str) -> Tensor:
+    """float32 [out, in]: s (B A - B0 A0)."""
+    initial = module.pissa_B @ module.pissa_A * module.scaling[adapter]
+    return module.get_delta_weight(adapter) - initial
+
+
+def _forward_with_difference(layer: Any, x: Tensor) -> Tensor:
+    """The output of a LoHa or LoKr layer: the base layer's, and that of the weight difference."""
     result = layer.base_layer(x)
     if layer.disable_adapters or layer.merged:
         return result
@@ -122,14 +128,14 @@ class LohaLinear(PeftLoha):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         del args, kwargs
-        return _beside(self, x)
+        return _forward_with_difference(self, x)
 
     def get_delta_weight(self, adapter_name: str, *, apply_rank_dropout: bool = False) -> Tensor:
         del apply_rank_dropout
         names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
         factors = [getattr(self, name)[adapter_name] for name in names]
         scale = torch.tensor(self.scaling[adapter_name])
-        # PEFT's function of autograd keeps the factors alone, and no product of them.
+        # PEFT's autograd function saves only the factors for the backward pass, no whole product.
         return make_weight(factors[0], factors[1], factors[2], factors[3], scale)
 
 
@@ -138,7 +144,7 @@ class LokrLinear(PeftLokr):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         del args, kwargs
-        return _beside(self, x)
+        return _forward_with_difference(self, x)
 
     def get_delta_weight(self, adapter_name: str, *, apply_rank_dropout: bool = False) -> Tensor:
         del apply_rank_dropout
@@ -153,31 +159,33 @@ class LokrLinear(PeftLokr):
 
 
 class OftLinear(PeftOft):
-    """(x R) W^T + bias, where R turns blocks of inputs."""
+    """(x R) W^T + bias, where R rotates blocks of inputs."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         del args, kwargs
         if not (self.disable_adapters or self.merged):
             for adapter in self.active_adapters:
                 if adapter in self.oft_R:
-                    x = x + self._moved(x, adapter)
+                    x = x + self.rotation_offset(x, adapter)
         return self.base_layer(x)
 
-    def _moved(self, x: Tensor, adapter: str) -> Tensor:
-        """x (R - 1), in the precision of `x`: what is small keeps its digits in bfloat16 too."""
+    def rotation_offset(self, x: Tensor, adapter: str) -> Tensor:
+        """x (R - 1), in the precision of `x`. Near the start R is 1 + a small matrix, whose digits
+        bfloat16 would lose beside the 1."""
         triangles = self.oft_R[adapter].weight
         assert isinstance(triangles, Tensor)
         with torch.autocast(x.device.type, enabled=False):
-            turn = turn_of(triangles).to(x.dtype)
-            blocks = x.unflatten(-1, (turn.shape[0], turn.shape[1]))
-            return torch.einsum("...nk,nkj->...nj", blocks, turn).flatten(-2)
+            offset = cayley_minus_identity(triangles).to(x.dtype)
+            blocks = x.unflatten(-1, (offset.shape[0], offset.shape[1]))
+            return torch.einsum("...nk,nkj->...nj", blocks, offset).flatten(-2)
 
 
-def turn_of(triangles: Tensor) -> Tensor:
-    """float32 [n, size, size]: R - 1 from the numbers above Q's diagonal, [n, size (size-1) / 2].
+def cayley_minus_identity(triangles: Tensor) -> Tensor:
+    """float32 [n, size, size]: R - 1 from the values above the diagonal of Q,
+    [n, size (size - 1) / 2].
 
-    R = (1 - Q) (1 + Q)^-1, Cayley's transform, so R - 1 = -2 Q (1 + Q)^-1. PEFT's default, a few
-    terms of the series, is no rotation any more where Q is large.
+    R = (1 - Q)(1 + Q)^-1, Cayley's transform (OFT, arXiv 2306.07280), so R - 1 = -2 Q (1 + Q)^-1.
+    PEFT's default, a few terms of the Neumann series, is no rotation any more where Q is large.
     """
     size = block_size(triangles.shape[1])
     assert size is not None
@@ -185,25 +193,29 @@ def turn_of(triangles: Tensor) -> Tensor:
     upper = triangles.new_zeros(len(triangles), size, size)
     upper[:, rows, columns] = triangles
     q = upper - upper.transpose(1, 2)
-    one = torch.eye(size, device=q.device, dtype=q.dtype)
-    return torch.linalg.solve(one + q, -2 * q, left=False)
+    identity = torch.eye(size, device=q.device, dtype=q.dtype)
+    return torch.linalg.solve(identity + q, -2 * q, left=False)
 
 
 def triangles_of(rotation: Tensor) -> Tensor:
-    """The inverse of `turn_of`: [n, size (size-1)/2] from rotations R [n, size, size], float32.
+    """The inverse of `cayley_minus_identity`: float32 [n, size (size - 1) / 2] from rotations R
+    [n, size, size].
 
-    ValueError if they are not rotations, or have eigenvalues of -1, which Cayley's have not.
+    ValueError if a matrix is not a rotation, or has an eigenvalue of -1, which Cayley's transform
+    does not reach.
     """
     size = rotation.shape[-1]
     r = rotation.double()
-    one = torch.eye(size, dtype=r.dtype)
+    identity = torch.eye(size, dtype=r.dtype)
     try:
-        q = torch.linalg.solve(one + r, one - r)
+        q = torch.linalg.solve(identity + r, identity - r)
     except RuntimeError as error:
-        raise ValueError("turns by half a circle") from error
+        raise ValueError("rotates by half a turn") from error
     q = (q - q.transpose(1, 2)) / 2
-    back = torch.linalg.solve(one + q, one - q, left=False)
+    back = torch.linalg.solve(identity + q, identity - q, left=False)
+    # 1e-3 is far above what float32 rounds off, and far below the error of a short Neumann series
+    # with a generator that matters. `not <` also catches NaN.
     if not (back - r).abs().max() < 1e-3:
-        raise ValueError("is no rotation")
+        raise ValueError("is not a rotation")
     rows, columns = torch.triu_indices(size, size, 1)
     return q[:, rows, columns].float()

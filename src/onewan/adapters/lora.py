@@ -1,18 +1,18 @@
-"""Adapters on a diffusers transformer, through PEFT: new ones to train, finished ones to use.
+"""Adapters on a diffusers transformer, through PEFT: a new one to train, finished ones to apply.
 
-What is added to PEFT: float32 master weights whatever the base is stored in, at the activation
-memory of a bfloat16 adapter, and the right numbers on quantised bases (`onewan.adapters.layers`);
-and initial weights that depend on the seed and the layer's name alone, not on the device, the order
-of layers or what was drawn before.
+Added to PEFT are float32 master weights for any precision of the base, at the activation memory of
+a bfloat16 adapter, and correct results on quantized bases (`onewan.adapters.layers`); and initial
+weights that depend only on the seed and the layer's name, not on the device, the order of layers or
+earlier random draws.
 
-Weights of a new adapter go by PEFT's names without the adapter's own:
+The weights of a new adapter have PEFT's names without the adapter's own:
 
 ==========  ========================================================================================
 kind        names and shapes
 ==========  ========================================================================================
 lora, dora  ``blocks.0.attn1.to_q.lora_A.weight`` [rank, in], ``.lora_B.weight`` [out, rank]
 dora        ``.lora_magnitude_vector.weight`` [out]
-pissa       ``.pissa_A`` and ``.pissa_B``, frozen: what lora_A and lora_B were at first
+pissa       ``.pissa_A`` and ``.pissa_B``, frozen: the initial lora_A and lora_B
 loha        ``.hada_w1_a`` [out, rank], ``.hada_w1_b`` [rank, in], and the same for w2
 lokr        ``.lokr_w1`` and ``.lokr_w2``, or ``_a`` and ``_b`` for each
 oft         ``.oft_R.weight`` [in / size, size (size - 1) / 2]
@@ -41,8 +41,8 @@ from onewan.adapters.layers import (
     LokrLinear,
     OftLinear,
     PissaVariant,
-    base_numbers,
-    row_lengths,
+    base_weight_float32,
+    row_norms,
 )
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
@@ -51,8 +51,8 @@ from onewan.model.quantized_linear import QuantizedLinear
 from onewan.seeds import derive_seed
 
 _ADAPTER = "default"
-_ZERO_AT_FIRST = ("lora_B", "hada_w2_b", "lokr_w1", "lokr_w1_a", "oft_R")
-"""Parts that PEFT sets to zero, so that a new adapter changes nothing."""
+_INITIALLY_ZERO = ("lora_B", "hada_w2_b", "lokr_w1", "lokr_w1_a", "oft_R")
+"""Parts that PEFT initializes to zero, so that a new adapter does not change the model."""
 _FROZEN = ("pissa_A", "pissa_B")
 _PART_NAMES = {"lora_magnitude_vector": "magnitude"}
 """`ModuleAdapter`'s names of parts, where PEFT's are others."""
@@ -60,70 +60,70 @@ _PART_NAMES = {"lora_magnitude_vector": "magnitude"}
 
 def attach_adapter(
     transformer: WanTransformer3DModel,
-    spec: AdapterConfig,
+    config: AdapterConfig,
     seed: int,
     name: str,
     initial: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Give `transformer` a new adapter, ready to train; all else of it is frozen.
+    """Attach a new adapter to `transformer`, ready to train; all other parameters are frozen.
 
-    It changes nothing yet: parts are zero, or drawn as PEFT draws them (Kaiming uniform, a =
-    sqrt 5) from counted randomness keyed by `seed`, `name` (the expert's), the layer and the part.
-    Or it has the weights `initial`, by PEFT's names, as `adapter_config_from_file` gives them.
+    The model's output does not change: parts are zero, or initialized as in PEFT (Kaiming uniform,
+    a = sqrt 5) by generators seeded from `seed`, `name` (the expert's), the layer and the part. Or
+    the adapter gets the weights `initial`, by PEFT's names, as `adapter_config_from_file` returns.
     """
-    transformer.add_adapter(spec.peft_config(), adapter_name=_ADAPTER)
+    transformer.add_adapter(config.peft_config(), adapter_name=_ADAPTER)
     layers = _adapted(transformer)
-    assert layers.keys() == set(spec.modules), layers.keys() ^ set(spec.modules)
+    assert layers.keys() == set(config.modules), layers.keys() ^ set(config.modules)
     for module, layer in layers.items():
-        _make_right(layer, spec, module, initial)
+        _patch_peft_layer(layer, config, module, initial)
     for full, parameter in adapter_parameters(transformer).items():
-        module, part = _place(full)
+        module, part = _module_and_part(full)
         if initial is not None:
-            tensor = initial[_plain(full)]
+            tensor = initial[_without_adapter_name(full)]
         elif part == "lora_magnitude_vector":
-            continue  # a length of the base weight, below
+            continue  # the norms of the base weight, below
         else:
-            tensor = _drawn(part, parameter.shape, derive_seed(seed, "adapter", name, module, part))
+            part_seed = derive_seed(seed, "adapter", name, module, part)
+            tensor = _initial_values(part, parameter.shape, part_seed)
         parameter.data = tensor.to(parameter.device, torch.float32, copy=True)
     for module, layer in layers.items():
-        if spec.pissa:
-            _start_from_principal_part(
-                layer, spec, module, derive_seed(seed, "pissa", name, module)
-            )
-        if spec.kind == "dora" and initial is None:
-            layer.lora_magnitude_vector[_ADAPTER].weight.data = row_lengths(layer, _ADAPTER)
+        if config.pissa:
+            pissa_seed = derive_seed(seed, "pissa", name, module)
+            _initialize_pissa(layer, config, module, pissa_seed)
+        if config.kind == "dora" and initial is None:
+            layer.lora_magnitude_vector[_ADAPTER].weight.data = row_norms(layer, _ADAPTER)
 
 
 def _adapted(transformer: WanTransformer3DModel) -> dict[str, Any]:
-    """PEFT's layers by the names of those that they stand in for."""
+    """PEFT's layers by the names of the layers that they wrap."""
     return {n: m for n, m in transformer.named_modules() if isinstance(m, BaseTunerLayer)}
 
 
-def _make_right(
-    layer: Any, spec: AdapterConfig, module: str, initial: Mapping[str, Tensor] | None
+def _patch_peft_layer(
+    layer: Any, config: AdapterConfig, module: str, initial: Mapping[str, Tensor] | None
 ) -> None:
-    """Let `layer`, fresh from PEFT, compute as `onewan.adapters.layers` says, with parameters of
-    the right shapes. Their values are still to come."""
+    """Let `layer`, just attached by PEFT, compute as in `onewan.adapters.layers`, with parameters
+    of the right shapes on the device of the base weight. Their values are set by the caller."""
     # Autocast does the casting; a float32 adapter must not make PEFT upcast activations.
     layer.cast_input_dtype_enabled = False
-    if spec.kind == "dora":
+    if config.kind == "dora":
         magnitude = DoraLinearLayer(fan_in_fan_out=False)
         device = layer.lora_A[_ADAPTER].weight.device
         magnitude.weight = nn.Parameter(torch.empty(layer.out_features, device=device))
         layer.lora_magnitude_vector[_ADAPTER] = magnitude
         layer.lora_variant[_ADAPTER] = DoraVariant()
-    elif spec.kind == "lora" and spec.pissa:
+    elif config.kind == "lora" and config.pissa:
         layer.lora_variant[_ADAPTER] = PissaVariant()
-    elif spec.kind == "loha":
+    elif config.kind == "loha":
         layer.__class__ = LohaLinear
-        # PEFT takes the shape from the weight, which is one of bytes if it is quantised.
+        # PEFT takes the shape from the weight, which for a quantized one is that of its bytes.
         shape = (layer.out_features, layer.in_features)
-        layer.create_adapter_parameters(_ADAPTER, spec.ranks[module], shape)
-    elif spec.kind == "lokr":
+        layer.create_adapter_parameters(_ADAPTER, config.ranks[module], shape)
+    elif config.kind == "lokr":
         layer.__class__ = LokrLinear
         if initial is not None:
             _reshape_lokr(layer, module, initial)
-    elif spec.kind == "oft":
+    elif config.kind == "oft":
         layer.__class__ = OftLinear
     device = layer.get_base_layer().weight.device
     for part in layer.adapter_layer_names:
@@ -131,7 +131,8 @@ def _make_right(
 
 
 def _reshape_lokr(layer: Any, module: str, initial: Mapping[str, Tensor]) -> None:
-    """Factors as `initial` has them: other programs divide sides in other ways."""
+    """Replace the factors by ones of the shapes in `initial`: other programs factorize the sides of
+    a weight differently."""
     for part in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"):
         factors = getattr(layer, part)
         if _ADAPTER in factors:
@@ -140,45 +141,53 @@ def _reshape_lokr(layer: Any, module: str, initial: Mapping[str, Tensor]) -> Non
             factors[_ADAPTER] = nn.Parameter(torch.empty_like(tensor, dtype=torch.float32))
 
 
-def _drawn(part: str, shape: torch.Size, seed: int) -> Tensor:
-    if part in _ZERO_AT_FIRST:
+def _initial_values(part: str, shape: torch.Size, seed: int) -> Tensor:
+    """float32 on the CPU: drawn there, so that each device starts from the same values."""
+    if part in _INITIALLY_ZERO:
         return torch.zeros(shape)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.empty(shape, dtype=torch.float32, device="cpu")
-    return nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+    values = torch.empty(shape, dtype=torch.float32, device="cpu")
+    return nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
 
 
 @torch.no_grad()
-def _start_from_principal_part(layer: Any, spec: AdapterConfig, module: str, seed: int) -> None:
-    """A and B of the layer, and what they started as: s B A is the part of the weight with the
-    largest singular values (PiSSA, arXiv 2404.02948)."""
-    rank, scale = spec.ranks[module], spec.scale(module)
-    left, values, right = _principal_part(base_numbers(layer), rank, seed)
+def _initialize_pissa(layer: Any, config: AdapterConfig, module: str, seed: int) -> None:
+    """Set A and B of the layer so that s B A is the best approximation of the weight with their
+    rank, sqrt(S) going to each side (PiSSA, arXiv 2404.02948, section 3); keep them as buffers."""
+    rank, scale = config.ranks[module], config.scale(module)
+    left, values, right = top_singular_vectors(base_weight_float32(layer), rank, seed)
     root = (values / scale).sqrt()
     for name, start in (("A", root[:, None] * right), ("B", left * root)):
         weight = getattr(layer, f"lora_{name}")[_ADAPTER].weight
         weight.data = start.to(weight.device).contiguous()
+        # Not persistent: the state of a run stores them with the adapter's weights.
         layer.register_buffer(f"pissa_{name}", weight.data.clone(), persistent=False)
 
 
-def _principal_part(weight: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """float32 U [out, rank], S [rank], V^T [rank, in] of the largest singular values.
+def top_singular_vectors(weight: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """float32 U [out, rank], S [rank], V^T [rank, in] of the `rank` largest singular values.
 
-    Subspace iteration from a random start (Halko et al., arXiv 0909.4061): seconds for a layer of
-    14B, where all singular values take a minute. Exact where the layer is not much wider than
-    the rank.
+    Randomized subspace iteration (Halko et al., arXiv 0909.4061, algorithm 4.4): seconds for a
+    layer of a 14B model, where a full SVD takes a minute. Exact where the weight is not much wider
+    than the rank.
     """
+    # 16 more columns than needed: Halko et al. advise 5 to 10 for fast decaying singular values
+    # (section 4.2), and those of trained weights decay slowly. For the same reason 16 iterations
+    # instead of the usual 2: each shrinks the error by the square of a ratio of singular values
+    # that is close to 1. Together they are right to 2 % even on a matrix of noise (tested).
     columns = min(rank + 16, *weight.shape)
     generator = torch.Generator().manual_seed(seed)
     basis = torch.randn(weight.shape[1], columns, generator=generator).to(weight.device)
     for _ in range(16):
+        # Orthonormalized on both sides: powers of the matrix alone would lose the small directions
+        # to rounding.
         basis = torch.linalg.qr(weight.T @ torch.linalg.qr(weight @ basis).Q).Q
     left, values, right = torch.linalg.svd(weight @ basis, full_matrices=False)
     return left[:, :rank], values[:rank], (right @ basis.T)[:rank]
 
 
 def adapter_parameters(transformer: WanTransformer3DModel) -> dict[str, nn.Parameter]:
-    """The parameters of the adapter that trains, by their names in the transformer, in a fixed
+    """The trainable parameters of the adapter, by their names in the transformer, in the model's
     order."""
     layers = _adapted(transformer)
     return {
@@ -190,14 +199,16 @@ def adapter_parameters(transformer: WanTransformer3DModel) -> dict[str, nn.Param
 
 
 def is_lora_b(name: str) -> bool:
-    """Whether a parameter of `adapter_parameters` is a LoRA's B, for which LoRA+ has a rate."""
+    """Whether a parameter of `adapter_parameters` is B of a LoRA, which has its own learning rate
+    in LoRA+ (arXiv 2402.12354)."""
     return ".lora_B." in name
 
 
 def adapter_weights(transformer: WanTransformer3DModel) -> dict[str, Tensor]:
-    """The adapter's weights, float32, copied to the CPU, by PEFT's names (see above). PiSSA's
-    frozen ones are among them, as an adapter without them is another."""
-    return {name: t.detach().to("cpu", copy=True) for name, t in _tensors(transformer).items()}
+    """The adapter's weights, float32, copied to the CPU, by PEFT's names (see above). They include
+    PiSSA's frozen initial values, without which the trained ones mean nothing."""
+    tensors = _adapter_tensors(transformer)
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
@@ -205,8 +216,8 @@ def load_adapter_weights(
     transformer: WanTransformer3DModel, weights: Mapping[str, Tensor], source: str
 ) -> None:
     """Overwrite the attached adapter's weights. `source` names the file for the CheckpointError
-    that missing, surplus or misshapen weights raise."""
-    present = _tensors(transformer)
+    that missing, unexpected or misshapen weights raise."""
+    present = _adapter_tensors(transformer)
     wrong = sorted(set(present) ^ set(weights))
     wrong += [n for n in present if n in weights and present[n].shape != weights[n].shape]
     if wrong:
@@ -231,7 +242,7 @@ def adapter_of(
         return {module: _as_plain_lora(weights, config, module) for module in config.modules}
     tensors: dict[str, dict[str, Tensor]] = {}
     for name, tensor in weights.items():
-        module, part = _place(name)
+        module, part = _module_and_part(name)
         tensors.setdefault(module, {})[_PART_NAMES.get(part, part)] = tensor
     return {m: from_peft(parts, config.peft_settings(m)) for m, parts in tensors.items()}
 
@@ -239,7 +250,7 @@ def adapter_of(
 def _as_plain_lora(
     weights: Mapping[str, Tensor], config: AdapterConfig, module: str
 ) -> ModuleAdapter:
-    """A PiSSA's product less what it started as, as a LoRA of twice the rank."""
+    """The product of a PiSSA minus its initial product, as a plain LoRA of twice the rank."""
     a, b = (weights[f"{module}.lora_{which}.weight"] for which in "AB")
     a0, b0 = (weights[f"{module}.pissa_{which}"] for which in "AB")
     return ModuleAdapter(
@@ -250,12 +261,12 @@ def _as_plain_lora(
 
 
 def base_weight(transformer: WanTransformer3DModel, layer: str, which: str) -> Tensor:
-    """Weight or bias (`which`) of a layer without what adapters add, on the CPU: float32 [out, in]
-    for the weight of an adapted or quantised layer, else as it is stored."""
+    """Weight or bias (`which`) of a layer without its adapters, on the CPU: float32 [out, in] for
+    the weight of an adapted or quantized layer, otherwise in the stored precision."""
     found = transformer.get_submodule(layer)
     if isinstance(found, BaseTunerLayer):
         if which == "weight":
-            return base_numbers(found).detach().cpu()
+            return base_weight_float32(found).detach().cpu()
         found = found.get_base_layer()
     if isinstance(found, QuantizedLinear) and which == "weight":
         return found.expanded_weight().detach().cpu()
@@ -264,11 +275,11 @@ def base_weight(transformer: WanTransformer3DModel, layer: str, which: str) -> T
 
 @contextmanager
 def adapters_disabled(transformer: WanTransformer3DModel) -> Iterator[None]:
-    """The model without its adapters, for as long as the block lasts. What trains, and gradients
-    that have been gathered, stay as they are."""
+    """A context in which the model computes without its adapters. Trainable parameters and their
+    accumulated gradients are not touched."""
     layers = list(_adapted(transformer).values())
     before = [layer._disable_adapters for layer in layers]
-    # PEFT's own switch would freeze the parameters, and thaw all of them afterwards.
+    # PEFT's own switch, `enable_adapters`, also changes `requires_grad` of the parameters.
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -278,22 +289,23 @@ def adapters_disabled(transformer: WanTransformer3DModel) -> Iterator[None]:
             layer._disable_adapters = was
 
 
-def _tensors(transformer: WanTransformer3DModel) -> dict[str, Tensor]:
-    """What makes up the adapter, trained and frozen, by PEFT's names."""
-    found: dict[str, Tensor] = {_plain(n): p for n, p in adapter_parameters(transformer).items()}
+def _adapter_tensors(transformer: WanTransformer3DModel) -> dict[str, Tensor]:
+    """All tensors of the adapter, trained and frozen, by PEFT's names."""
+    parameters = adapter_parameters(transformer)
+    found: dict[str, Tensor] = {_without_adapter_name(n): p for n, p in parameters.items()}
     for module, layer in _adapted(transformer).items():
         found |= {f"{module}.{n}": t for n, t in layer.named_buffers() if n in _FROZEN}
     return found
 
 
-def _plain(name: str) -> str:
-    """A parameter's name without the adapter's."""
+def _without_adapter_name(name: str) -> str:
+    """A parameter's name, without PEFT's name of the adapter in it."""
     return name.replace(f".{_ADAPTER}", "")
 
 
-def _place(name: str) -> tuple[str, str]:
-    """(module, part) of a parameter's name."""
-    module, _, part = _plain(name).removesuffix(".weight").rpartition(".")
+def _module_and_part(name: str) -> tuple[str, str]:
+    """(module, part) of a parameter's name, such as (``blocks.0.attn1.to_q``, ``lora_A``)."""
+    module, _, part = _without_adapter_name(name).removesuffix(".weight").rpartition(".")
     return module, part
 
 
@@ -303,11 +315,12 @@ def _place(name: str) -> tuple[str, str]:
 def apply_lora(
     transformer: WanTransformer3DModel, modules: Mapping[str, ModuleAdapter], name: str
 ) -> None:
-    """Add a finished adapter, of any kind, to `transformer`, beside those it may have already.
+    """Apply a finished adapter of any kind to `transformer`, on top of those applied before.
 
-    Plain LoRAs stay beside the weights, in float32; ranks and alphas may differ from module to
-    module. What other kinds and differences add goes into the weights and biases themselves.
-    `name` tells the adapters of one transformer apart.
+    Plain LoRAs are attached beside the weights, in float32; ranks and alphas may differ from module
+    to module. The differences of all other kinds are merged into the weights and biases.
+    `name` distinguishes the adapters of one transformer, and stands in the CheckpointError for an
+    adapter that does not fit the model.
     """
     linears = {n for n, m in transformer.named_modules() if isinstance(m, nn.Linear | LoraLayer)}
     plain = {
@@ -317,7 +330,7 @@ def apply_lora(
     }
     if absent := sorted(plain.keys() - linears):
         raise CheckpointError(
-            f"{name}: the model has no layer {', '.join(absent[:3])}; the LoRA is of another model"
+            f"{name}: the model has no layer {', '.join(absent[:3])}; the LoRA is for another model"
         )
     for module in modules.keys() - plain.keys():
         _merge(transformer, module, modules[module], name)
@@ -328,7 +341,7 @@ def apply_lora(
 def _attach(
     transformer: WanTransformer3DModel, modules: Mapping[str, ModuleAdapter], name: str
 ) -> None:
-    """Add plain LoRAs on linear layers through PEFT."""
+    """Attach plain LoRAs to linear layers through PEFT."""
     ranks = {module: int(adapter.rank or 0) for module, adapter in modules.items()}
     alphas = {module: adapter.scale * ranks[module] for module, adapter in modules.items()}
     weights = {
@@ -345,7 +358,7 @@ def _attach(
     try:
         transformer.add_adapter(config, adapter_name=name)
         result = set_peft_model_state_dict(transformer, weights, adapter_name=name)
-    except RuntimeError as error:  # torch's word for a wrong shape
+    except RuntimeError as error:  # which torch raises for a wrong shape
         raise CheckpointError(f"{name}: does not fit the model ({error})") from error
     assert not result.unexpected_keys, result.unexpected_keys
     transformer.set_adapter(list(transformer.peft_config))
@@ -358,7 +371,7 @@ def _attach(
 def _merge(
     transformer: WanTransformer3DModel, module: str, adapter: ModuleAdapter, name: str
 ) -> None:
-    """Add what `adapter` adds to the weight and bias of a layer, computed in float32."""
+    """Add the difference of `adapter` to the weight and bias of a layer, computed in float32."""
     parent, _, last = module.rpartition(".")
     try:
         owner: Any = getattr(transformer.get_submodule(parent), last)
@@ -367,9 +380,9 @@ def _merge(
         if isinstance(owner, QuantizedLinear):
             raise CheckpointError(
                 f"{name}: changes the weights of {module} themselves, which this model keeps "
-                "quantised; load it with its weights expanded (model.quantised: expand)"
+                "quantized; load it with its weights expanded (model.quantised: expand)"
             )
-        weight: Tensor = getattr(owner, "weight", owner)  # a table is a parameter itself
+        weight: Tensor = getattr(owner, "weight", owner)  # scale_shift_table is a parameter itself
         added = adapter.difference(weight.cpu())
         if added is not None:
             weight += added.to(weight.device)
@@ -377,7 +390,7 @@ def _merge(
             owner.bias += bias.to(owner.bias.device)
     except AttributeError:
         raise CheckpointError(
-            f"{name}: the model has no layer {module}; the LoRA is of another model"
+            f"{name}: the model has no layer {module}; the LoRA is for another model"
         ) from None
-    except (RuntimeError, TypeError) as error:  # torch's word for a wrong shape, None for a bias
+    except (RuntimeError, TypeError) as error:  # for a wrong shape; for a bias that is None
         raise CheckpointError(f"{name}: does not fit the model at {module} ({error})") from error

@@ -1,8 +1,8 @@
-"""What a method trains: the run file's groups and patterns -> names in a diffusers transformer.
+"""Selects layers and weights of a diffusers transformer by the run file's groups and patterns.
 
-Adapters go on linear layers (`select_linears`), fine-tuning takes weights themselves
-(`select_weights`). A pattern is one of `fnmatch`'s, and matches a whole name or its end behind a
-dot: ``attn1.to_q`` is that layer in all blocks, ``blocks.[0-9].*`` is all of the first ten.
+Adapters go on linear layers (`select_linears`), fine-tuning takes weights (`select_weights`). A
+pattern has the syntax of `fnmatch`, and matches a whole name or its end after a dot: ``attn1.to_q``
+is that layer in all blocks, ``blocks.[0-9].*`` is everything in the first ten.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _GROUPS: dict[str, str] = {
     "ffn": r"blocks\.\d+\.ffn\.net\.(0\.proj|2)",
     "all_linears": r".*",
 }
-"""Groups of linear layers: what their names match."""
+"""Groups of linear layers, by the regular expression that their full names match."""
 
 _NORMS = r"blocks\.\d+\.(attn[12]\.norm_[qk]|norm2)\.(weight|bias)"
 
@@ -37,10 +37,11 @@ def select_linears(
     layers: Sequence[int] | None,
     field: str = "method.modules",
 ) -> tuple[str, ...]:
-    """Names of the linear layers that `modules`, groups and patterns, mean, in the model's order.
+    """Names of the linear layers that the groups and patterns `modules` select, in the model's
+    order.
 
-    With `layers`, numbers of blocks, only those in these blocks. ConfigError, which names `field`,
-    for what selects nothing and for blocks that are not there.
+    With `layers`, indices of blocks, only those in these blocks. ConfigError, which names `field`,
+    for groups and patterns that select nothing and for blocks that do not exist.
     """
     names = _within(_linears(transformer), transformer, layers)
     groups = {group: [n for n in names if re.fullmatch(r, n)] for group, r in _GROUPS.items()}
@@ -53,12 +54,12 @@ def select_weights(
     layers: Sequence[int] | None,
     field: str = "method.modules",
 ) -> tuple[str, ...]:
-    """Names of the weights that `modules` mean, in the model's order; else as `select_linears`.
-
-    A group of linear layers stands for their weights and biases.
+    """Names of the weights that `modules` select, in the model's order; otherwise as
+    `select_linears`. A group of linear layers stands for their weights and biases.
     """
     names = _within([n for n, _ in transformer.named_parameters()], transformer, layers)
     linears = set(_linears(transformer))
+    # The layer a weight belongs to, `of`, decides whether it is in a group.
     groups = {
         group: [n for n in names if (of := n.rpartition(".")[0]) in linears and re.fullmatch(r, of)]
         for group, r in _GROUPS.items()
@@ -69,11 +70,11 @@ def select_weights(
     return _selected(names, modules, groups, field, layers)
 
 
-def select_layers(asked: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
-    """Numbers of the blocks to train; None is all. ConfigError for a block that is not there."""
-    if asked is None:
+def select_layers(layers: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
+    """Indices of the blocks to train; None is all. ConfigError for a block that does not exist."""
+    if layers is None:
         return tuple(range(num_layers))
-    if outside := [n for n in asked if n >= num_layers]:
+    if outside := [n for n in layers if n >= num_layers]:
         raise ConfigError(
             "run file",
             [
@@ -82,11 +83,11 @@ def select_layers(asked: Sequence[int] | None, num_layers: int) -> tuple[int, ..
                 for n in outside
             ],
         )
-    return tuple(sorted(set(asked)))
+    return tuple(sorted(set(layers)))
 
 
 def block_of(name: str) -> int | None:
-    """The number of the block that a layer or weight is in; None outside the blocks."""
+    """The index of the block that a layer or weight is in; None outside the blocks."""
     found = _BLOCKS.match(name)
     return int(found[1]) if found else None
 
@@ -114,26 +115,26 @@ def _selected(
 ) -> tuple[str, ...]:
     chosen: set[str] = set()
     problems: list[str] = []
-    for wish in modules:
-        found = groups.get(wish)
+    for entry in modules:
+        found = groups.get(entry)
         if found is None:
-            found = [n for n in names if fnmatchcase(n, wish) or fnmatchcase(n, f"*.{wish}")]
+            found = [n for n in names if fnmatchcase(n, entry) or fnmatchcase(n, f"*.{entry}")]
         if not found:
-            problems.append(_nothing(wish, names, groups, field, layers))
+            problems.append(_selects_nothing(entry, names, groups, field, layers))
         chosen.update(found)
     if problems:
         raise ConfigError("run file", problems)
     return tuple(n for n in names if n in chosen)
 
 
-def _nothing(
-    wish: str,
+def _selects_nothing(
+    entry: str,
     names: list[str],
     groups: dict[str, list[str]],
     field: str,
     layers: Sequence[int] | None,
 ) -> str:
-    """That `wish` selects nothing, and what there is instead."""
-    near = get_close_matches(wish, [*groups, *names], n=3, cutoff=0.5) or [*groups, names[0]]
+    """The message for a group or pattern that selects nothing, with similar names."""
+    near = get_close_matches(entry, [*groups, *names], n=3, cutoff=0.5) or [*groups, names[0]]
     where = "" if layers is None else " in the blocks of wan_config.transformer_layers_to_train"
-    return f"{field}: {wish!r} selects nothing{where}; there are, for example, {', '.join(near)}"
+    return f"{field}: {entry!r} selects nothing{where}; there are, for example, {', '.join(near)}"

@@ -1,8 +1,8 @@
-"""Fine-tuning: which of a transformer's own weights train, and in which precision they are kept.
+"""Fine-tuning: makes weights of a transformer trainable, in the precision that they are kept in.
 
-Weights that train may be float32 beside frozen ones in bfloat16: under `compute_context` autocast
-casts the operands of matrix products, and the norms and tables compute in float32, which is what
-the official code does with its float32 weights.
+Trainable weights may be float32 beside frozen ones in bfloat16: under `compute_context` autocast
+casts the operands of matrix products, and norms and modulation tables compute in float32, as the
+official code does with its float32 weights.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Precision = Literal["stochastic", "kahan", "float32"]
 
 
 class _Float32RMSNorm(nn.RMSNorm):
-    """The same numbers that PyTorch gives for a float32 weight and a bfloat16 input, but in its
-    fused kernel, which takes one type for both, and without its warning."""
+    """RMSNorm with a float32 weight on bfloat16 inputs: the values of PyTorch's own, whose fused
+    kernel takes one type for both, and warns otherwise."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps)
@@ -32,19 +32,20 @@ class _Float32RMSNorm(nn.RMSNorm):
 def train_weights(
     transformer: WanTransformer3DModel, names: Sequence[str], precision: Precision
 ) -> dict[str, nn.Parameter]:
-    """Let the weights `names` of `transformer` train, and no other; returned in that order.
+    """Make the weights `names` of `transformer` trainable, and no others; returned in that order.
 
-    "float32" replaces them in place by float32 copies; else they stay as they are stored, for an
-    optimizer that rounds with care. ConfigError for weights that are kept quantised.
+    "float32" replaces them in place by float32 copies. The other precisions leave them as they are
+    stored: the optimizer step rounds its results so that small updates survive. ConfigError for
+    weights that are kept quantized.
     """
-    packed = [n for n in names if _is_packed(transformer, n)]
-    if packed:
-        some = ", ".join(packed[:3])
+    quantized = [n for n in names if _is_quantized(transformer, n)]
+    if quantized:
+        some = ", ".join(quantized[:3])
         raise ConfigError(
             "run file",
             [
-                f"model.quantised: is keep, but {len(packed)} of the weights to train are "
-                f"quantised, such as {some}; set it to expand, or leave them out of method.modules"
+                f"model.quantised: is keep, but {len(quantized)} of the weights to train are "
+                f"quantized, such as {some}; set it to expand, or leave them out of method.modules"
             ],
         )
     transformer.requires_grad_(False)
@@ -72,8 +73,8 @@ def weights_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 def load_weights(
     parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor], source: str
 ) -> None:
-    """Overwrite `parameters` with `weights`, to the bit. `source` names the file for the
-    CheckpointError that missing, surplus or misshapen weights, or other precisions, raise."""
+    """Overwrite `parameters` with the values of `weights`, bit for bit. `source` names the file for
+    the CheckpointError that missing, unexpected or misshapen weights or other dtypes raise."""
     wrong = sorted(set(parameters) ^ set(weights))
     wrong += [
         name
@@ -90,6 +91,6 @@ def load_weights(
         parameter.copy_(weights[name])
 
 
-def _is_packed(transformer: WanTransformer3DModel, name: str) -> bool:
+def _is_quantized(transformer: WanTransformer3DModel, name: str) -> bool:
     owner, _, which = name.rpartition(".")
     return which == "weight" and isinstance(transformer.get_submodule(owner), QuantizedLinear)

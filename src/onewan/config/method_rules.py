@@ -128,18 +128,39 @@ def _start_rules(
     if len(files) >= len(experts):  # else one begins anew, and has what the run file says
         names = [name for name in FILES_DECIDE if name in method.model_fields_set]
         given = {f"method.{name}": getattr(method, name) for name in names}
-        for name, settings in _experts(config):
-            given[f"per_expert.{name}.rank"] = settings.rank
-            given[f"per_expert.{name}.alpha"] = settings.alpha
         for place, value in given.items():
             if value not in (None, ()):
                 yield place, f"is the file's own under {field}, got {show(value)}; leave it out"
+        for name, settings in _experts(config):
+            yield from started_expert_rules(name, settings)
+    yield from _initial_shape_rules(method)
     if isinstance(method, LoraMethod) and method.init == "pissa":
         yield (
             "method.init",
             f"is for adapters that begin, and {field} goes on from one, got 'pissa'; leave out "
             "either",
         )
+
+
+def _initial_shape_rules(method: AdapterMethod) -> Iterator[Problem]:
+    """Fields that shape a new adapter and that no file takes, even if it is for one expert only."""
+    for name in ("rank_stabilised", "factor", "decompose_both"):
+        known = type(method).model_fields.get(name)
+        if known is not None and (value := getattr(method, name)) != known.default:
+            yield (
+                f"method.{name}",
+                f"is decided by the files of method.start_from, got {show(value)}; leave it out",
+            )
+
+
+def started_expert_rules(expert: str, settings: ExpertSettings) -> Iterator[Problem]:
+    """Settings of an expert whose adapter starts from a file, that the file decides."""
+    for name, value in (("rank", settings.rank), ("alpha", settings.alpha)):
+        if value is not None:
+            yield (
+                f"per_expert.{expert}.{name}",
+                f"is the file's own under method.start_from, got {show(value)}; leave it out",
+            )
 
 
 def _fine_tune_rules(config: RunConfig, method: FineTuneMethod) -> Iterator[Problem]:

@@ -22,6 +22,7 @@ from onewan.config.method import (
     LoraMethod,
     ResolvedEmbedding,
 )
+from onewan.config.method_rules import started_expert_rules
 from onewan.config.schema import ExpertSettings, ResolvedRun
 from onewan.data.encode import Dataset, Progress, prepare, silent
 from onewan.data.loader import WanDataLoader
@@ -167,11 +168,9 @@ class WanModelSetup:
                     f"method.start_from: {path} is for the {name} expert, which does not train; "
                     "leave it out, or change model.experts"
                 )
-            own = self._own(name)
             problems += [
-                f"per_expert.{name}.{field}: is the file's own, {path}, got {value:g}; leave it out"
-                for field, value in (("rank", own.rank), ("alpha", own.alpha))
-                if value is not None
+                f"{field}: {problem}"
+                for field, problem in started_expert_rules(name, self._own(name))
             ]
             starts[name] = file
         if problems:
