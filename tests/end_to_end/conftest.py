@@ -44,7 +44,7 @@ video_data:
   cache_dir: {(workshop / "cache").as_posix()}
 method: {{kind: lora, rank: 4, alpha: 2}}
 optimizer: {{lr: 0.005}}
-train: {{steps: 6, save_every: 100, expert_block: 2}}
+train: {{steps: 6, save_every: 100, switch_expert_every: 2}}
 validation: {{clips: 0}}
 logging: {{tensorboard: false}}
 """,

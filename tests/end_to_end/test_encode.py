@@ -12,12 +12,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.clips import clip as make_clip
 from support.runs import RunFile
 
 from onewan.config.schema import ResolvedRun
+from onewan.data.cache import EntryCache
+from onewan.data.cached_latents import CachedLatents
+from onewan.data.clip import Clip
+from onewan.data.dataset import Dataset
 from onewan.data.decode import decode
-from onewan.data.encode import Dataset, _CachedLatents, silent
-from onewan.data.index import Clip
+from onewan.data.encode import no_progress
 from onewan.data.masks import Mask, latent_mask
 from onewan.errors import DataError
 from onewan.media import write_video
@@ -124,7 +128,7 @@ def test_clips_that_fail_to_decode_are_reported(run_file: RunFile, own: Path, cl
         shutil.copy(file, own / "clips" / file.name)
     for cache in ("true", "false"):
         config = run_file("t2v-a14b", *settings(own), f"video_data.cache={cache}")
-        data = WanModelSetup(config).dataset([], silent)
+        data = WanModelSetup(config).dataset([], no_progress)
         assert len(data.clips) == 5
         named = {problem.path.name for problem in data.report.problems}
         assert named == {f.name for f in (clips / "bad").iterdir() if f.suffix != ".txt"}
@@ -205,7 +209,9 @@ def test_masks_that_tell_no_places_apart(run_file: RunFile, own: Path) -> None:
     draw_mask(own / "clips" / "green_triangle.mask.png", level=1)
     for cache in ("true", "true", "false"):
         data, _ = prepared(run_file("t2v-a14b", *masks_on(own), f"video_data.cache={cache}"))
-        notes = {n.path.name: n.text for n in data.report.notes if n.path and "mask" in n.path.name}
+        notes = {
+            n.path.name: n.text for n in data.report.warnings if n.path and "mask" in n.path.name
+        }
         assert notes.keys() == {"red_square.mask.png", "blue_circle.mask.png"}
         assert "black all over" in notes["red_square.mask.png"]
         assert "white (or transparent) all over" in notes["blue_circle.mask.png"]
@@ -240,7 +246,7 @@ def test_damaged_files_and_their_copies(run_file: RunFile, own: Path, cache: str
         "video_data.min_resolution=[64,64]",
     )
     for _ in range(2):
-        data = WanModelSetup(config).dataset([], silent)
+        data = WanModelSetup(config).dataset([], no_progress)
         reasons = {p.path.name: p.reason for p in data.report.problems}
         assert len(data.report.problems) == 4  # each once, though in two sources
         assert reasons.keys() == {"red_square.mp4", "red_copy.mp4", "bad.avi", "worse.avi"}
@@ -306,9 +312,12 @@ def test_sources_to_validate_on(run_file: RunFile, own: Path) -> None:
     data, totals = prepared(run_file("t2v-a14b", *settings(own), value))
     # The same content as before; of the new captions those that are measured.
     assert totals == [("encoding captions", 2)] and data.digest != plain.digest
-    assert {clip.name for clip in data.held_out} == {"val_red_square.mp4", "val_still_square.png"}
+    assert {clip.name for clip in data.validation_clips} == {
+        "val_red_square.mp4",
+        "val_still_square.png",
+    }
     assert len(data.clips) == 3
-    for clip in data.held_out:
+    for clip in data.validation_clips:
         assert data.source.video(clip).keys() == {"latents"}
         assert data.source.text(clip.captions[0]).ndim == 2
     reasons = {p.path: p.reason for p in data.report.problems}
@@ -337,21 +346,21 @@ def test_sources_to_validate_on(run_file: RunFile, own: Path) -> None:
 def test_a_share_to_validate_on(run_file: RunFile, own: Path) -> None:
     config = run_file("t2v-a14b", *settings(own), "validation.share=0.4")
     data, _ = prepared(config)
-    assert (len(data.clips), len(data.held_out)) == (3, 2)
-    assert not {c.path for c in data.clips} & {c.path for c in data.held_out}
-    (own / "clips" / data.held_out[0].name).rename(
-        (own / "clips" / "zzz").with_suffix(data.held_out[0].path.suffix)
+    assert (len(data.clips), len(data.validation_clips)) == (3, 2)
+    assert not {c.path for c in data.clips} & {c.path for c in data.validation_clips}
+    (own / "clips" / data.validation_clips[0].name).rename(
+        (own / "clips" / "zzz").with_suffix(data.validation_clips[0].path.suffix)
     )
-    data.held_out[0].path.with_suffix(".txt").rename(own / "clips" / "zzz.txt")
+    data.validation_clips[0].path.with_suffix(".txt").rename(own / "clips" / "zzz.txt")
     again, totals = prepared(config)
-    assert totals == [] and {c.path.stem for c in again.held_out} == {
+    assert totals == [] and {c.path.stem for c in again.validation_clips} == {
         "zzz",
-        data.held_out[1].path.stem,
+        data.validation_clips[1].path.stem,
     }
     base = f"video_data.sources=[{{path: {(own / 'clips').as_posix()}, target: base}}]"
     data, _ = prepared(run_file("t2v-a14b", *settings(own), base, "validation.share=0.4"))
-    assert (len(data.clips), data.held_out) == (5, ())
-    assert "no clip is held out by validation.share" in str(data.report)
+    assert (len(data.clips), data.validation_clips) == (5, ())
+    assert "validation.share holds out no clip" in str(data.report)
 
 
 def test_what_a_source_says_decides_the_data_set(run_file: RunFile, own: Path) -> None:
@@ -368,37 +377,27 @@ def test_what_a_source_says_decides_the_data_set(run_file: RunFile, own: Path) -
 # --- Keys ----------------------------------------------------------------------------------------
 
 
-def test_keys_do_not_change_by_accident(run_file: RunFile, tmp_path: Path) -> None:
-    """Whoever has 100 GB of entries would have to make them all again."""
-    places = {}
+def test_cache_keys_do_not_change_by_accident(tmp_path: Path) -> None:
+    """Otherwise users with 100 GB of entries would have to encode them all again."""
+    paths = {}
     for name in ("vae", "text_encoder", "tokenizer"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(f"the {name}")
-        places[name] = tmp_path / name
-    clip = Clip(
-        path=tmp_path / "a.mp4",
-        name="a.mp4",
-        captions=("a test",),
-        kind="video",
-        start=0.4375,
-        fps=16.0,
-        frames=17,
-        size=(832, 480),
-        source_size=(1920, 1080),
-        repeats=1,
-    )
+        paths[name] = tmp_path / name
+    clip = make_clip("a.mp4", start=0.4375, frames=17, size=(832, 480), source_size=(1920, 1080))
     mask = Mask(path=tmp_path / "a.mask.png", start=0.0)
     content = {clip.path: "0" * 40, mask.path: "1" * 40}
 
-    def keys(variant: str) -> tuple[_CachedLatents, str]:
-        entries = _CachedLatents(run_file(variant), VARIANTS[variant], places, content)
-        return entries, entries._video_key(clip)
+    def keys(variant: str) -> tuple[CachedLatents, str]:
+        cache = EntryCache(tmp_path / "cache")
+        entries = CachedLatents(cache, VARIANTS[variant], paths, "float32", content)
+        return entries, entries.video_key(clip)
 
     t2v, t2v_key = keys("t2v-a14b")
     assert t2v_key == keys("ti2v-5b")[1] == "60506f9c2cfd7c51c29c85accd6837745a48ab10"
     assert keys("i2v-a14b")[1] == "d8724b882a48845b13c3eb1102a5718d067795d8"
-    assert t2v._text_key("a test") == "14f793cd60c25a0af866b253fedb0fca77e0dba2"
-    mask_key = t2v._mask_key(clip, mask)
+    assert t2v.text_key("a test") == "14f793cd60c25a0af866b253fedb0fca77e0dba2"
+    mask_key = t2v.mask_key(clip, mask)
     assert mask_key == "ce9f20de4cdfa1d84b182c47aca606ef9f56a319"
     # What training makes of a clip is no cause of its entry.
     for same in (
@@ -409,10 +408,10 @@ def test_keys_do_not_change_by_accident(run_file: RunFile, tmp_path: Path) -> No
         {"captions": ("another",)},
         {"name": "b.mp4"},
     ):
-        assert t2v._video_key(replace(clip, **same)) == t2v_key
+        assert t2v.video_key(replace(clip, **same)) == t2v_key
     for other in ({"start": 0.5}, {"fps": 24.0}, {"frames": 13}, {"size": (480, 832)}):
-        assert t2v._video_key(replace(clip, **other)) != t2v_key
+        assert t2v.video_key(replace(clip, **other)) != t2v_key
         if "start" not in other:  # its mask has a start of its own
-            assert t2v._mask_key(replace(clip, **other), mask) != mask_key
-    assert t2v._mask_key(clip, replace(mask, start=0.5)) != mask_key
-    assert keys("ti2v-5b")[0]._mask_key(clip, mask) != mask_key  # other latents, other places
+            assert t2v.mask_key(replace(clip, **other), mask) != mask_key
+    assert t2v.mask_key(clip, replace(mask, start=0.5)) != mask_key
+    assert keys("ti2v-5b")[0].mask_key(clip, mask) != mask_key  # other latents, other places

@@ -52,7 +52,7 @@ def settings(method: str, variant: str, experts: str, workshop: Path) -> list[st
         "wan_config.max_frames=5",
         f"train.steps={STEPS}",
         "train.save_every=3",
-        "train.expert_block=1",
+        "train.switch_expert_every=1",
         "validation.clips=2",
         f"sample.prompts=[{{prompt: {prompt}{image}}}]",
         *(f"sample.{k}={v}" for k, v in {"width": side, "height": side, "frames": 5}.items()),

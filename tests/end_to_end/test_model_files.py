@@ -35,16 +35,16 @@ def files(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     }
 
 
-@pytest.mark.parametrize("quantised", ["keep", "expand"])
+@pytest.mark.parametrize("quantized", ["keep", "dequantize"])
 def test_a_lora_trains_on_quantised_files(
-    run_file: RunFile, files: dict[str, Path], tmp_path: Path, quantised: str
+    run_file: RunFile, files: dict[str, Path], tmp_path: Path, quantized: str
 ) -> None:
     components = [f"model.{name}={path}" for name, path in files.items()]
     config = run_file(
         "t2v-a14b",
         *components,
         "model.path=null",
-        f"model.quantised={quantised}",
+        f"model.quantized={quantized}",
         f"video_data.cache_dir={tmp_path / 'cache'}",
         "train.steps=4",
         "sample.prompts=[a dog]",
@@ -72,7 +72,7 @@ def test_a_lora_trains_on_quantised_files(
     run = WanModelSetup(config).build()
     for trained in run.state.experts.values():
         packed = [m for m in trained.transformer.modules() if isinstance(m, QuantizedLinear)]
-        assert len(packed) == (20 if quantised == "keep" else 0)
+        assert len(packed) == (20 if quantized == "keep" else 0)
 
 
 def test_what_loading_concludes_is_told(
@@ -90,7 +90,7 @@ def test_what_loading_concludes_is_told(
     with pytest.raises(CheckpointError, match="by its name is the high-noise expert"):
         WanTrainer(run_file("t2v-a14b", *given)).fit()
     events: list[dict[str, object]] = []
-    config = run_file("t2v-a14b", *given, "model.check_names=false", name="overruled")
+    config = run_file("t2v-a14b", *given, "model.check_file_names=false", name="overruled")
     WanTrainer(config, listen=recorder(events)).fit()
     texts = [str(event.get("text")) for event in events]
     assert len([text for text in texts if "20 weights of type TQ2_0 were expanded" in text]) == 1
@@ -99,17 +99,17 @@ def test_what_loading_concludes_is_told(
 def test_kept_and_expanded_train_alike(
     run_file: RunFile, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    def train(quantised: str) -> list[float]:
+    def train(quantized: str) -> list[float]:
         config = run_file(
             "t2v-a14b",
             *[f"model.{name}={path}" for name, path in files.items()],
-            f"model.quantised={quantised}",
+            f"model.quantized={quantized}",
             f"video_data.cache_dir={tmp_path / 'cache'}",
-            f"output.name={quantised}",
+            f"output.name={quantized}",
             "train.steps=2",
         )
         events: list[dict[str, Any]] = []
         WanTrainer(config, listen=recorder(events)).fit()
         return [event["loss"] for event in events if event["event"] == "step"]
 
-    assert train("keep") == pytest.approx(train("expand"), rel=1e-5)
+    assert train("keep") == pytest.approx(train("dequantize"), rel=1e-5)

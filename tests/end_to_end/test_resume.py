@@ -58,7 +58,7 @@ def train_with_cuts(config: ResolvedRun, cuts: Mapping[int, str]) -> None:
     [
         ("t2v-a14b", ["train.accumulation=2", "train.schedule=cosine", "train.warmup_steps=1"]),
         ("t2v-a14b", ["model.experts=high", "train.batch_size=2", "method.dropout=0.2"]),
-        ("t2v-a14b", ["model.dtype=bfloat16", "train.high_share=mass"]),
+        ("t2v-a14b", ["model.dtype=bfloat16", "train.high_expert_share=mass"]),
         ("i2v-a14b", ["train.accumulation=2", "video_data.cache=false"]),
         ("ti2v-5b", ["train.accumulation=2", "train.first_frame_probability=0.5"]),
         ("ti2v-5b", ["video_data.cache=false", "memory.gradient_checkpointing=false"]),
@@ -122,7 +122,11 @@ def test_a_stop_while_other_weights_are_in_place(
 
 @pytest.mark.parametrize(
     ("change", "allow"),
-    [("validation.levels=2", False), ("validation.share=0.3", True), ("train.save_every=9", False)],
+    [
+        ("validation.timesteps=2", False),
+        ("validation.share=0.3", True),
+        ("train.save_every=9", False),
+    ],
 )
 def test_a_base_loss_is_compared_only_with_its_like(
     run_file: RunFile, change: str, allow: bool
@@ -140,7 +144,7 @@ def test_a_base_loss_is_compared_only_with_its_like(
 
 @pytest.mark.parametrize(
     ("settings", "free"),
-    [([], True), (["train.schedule=cosine"], False), (["train.warmdown_steps=1"], False)],
+    [([], True), (["train.schedule=cosine"], False), (["train.cooldown_steps=1"], False)],
 )
 def test_more_steps_are_another_run_where_rates_go_by_them(
     run_file: RunFile, settings: list[str], free: bool
@@ -207,7 +211,7 @@ def test_a_stop_while_encoding_loses_nothing(run_file: RunFile, tmp_path: Path) 
 
 
 def test_a_damaged_state_falls_back_to_the_one_before(run_file: RunFile) -> None:
-    config = run_file("t2v-a14b", "train.save_every=2", "train.keep_states=3")
+    config = run_file("t2v-a14b", "train.save_every=2", "train.keep_last=3")
     WanTrainer(config).fit()
     expected, steps = outcome(config)
     newest = layout_of(config).state(6)
@@ -226,7 +230,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(run_file: RunFile) -> None
 
 
 def test_states_are_rotated(run_file: RunFile) -> None:
-    config = run_file("ti2v-5b", "train.save_every=1", "train.keep_states=2")
+    config = run_file("ti2v-5b", "train.save_every=1", "train.keep_last=2")
     WanTrainer(config).fit()
     assert layout_of(config).saved_steps() == [5, 6]
     assert len(list(layout_of(config).weights_dir.iterdir())) == 6
@@ -290,13 +294,13 @@ def test_a_stop_while_sampling_is_made_up_for(run_file: RunFile) -> None:
 
 def test_changes_are_listed_on_resume(run_file: RunFile) -> None:
     WanTrainer(run_file("t2v-a14b", "train.steps=2")).fit()
-    harmless = run_file("t2v-a14b", "train.steps=3", "train.keep_states=5", "output.dtype=bfloat16")
+    harmless = run_file("t2v-a14b", "train.steps=3", "train.keep_last=5", "output.dtype=bfloat16")
     events: list[dict[str, Any]] = []
     WanTrainer(harmless, listen=recorder(events), resume=True).fit()
     (note,) = [e["text"] for e in events if e["event"] == "note"]
     for line in (
         "train.steps: was 2, is 3",
-        "train.keep_states: was 2, is 5",
+        "train.keep_last: was 2, is 5",
         "output.dtype: was None, is 'bfloat16'",
     ):
         assert line in note
@@ -311,7 +315,7 @@ def test_changes_are_listed_on_resume(run_file: RunFile) -> None:
 
 
 def test_saved_on_a_timer(run_file: RunFile) -> None:
-    config = run_file("ti2v-5b", "train.save_minutes=1e-6", "train.steps=3")
+    config = run_file("ti2v-5b", "train.save_every_minutes=1e-6", "train.steps=3")
     events: list[dict[str, Any]] = []
     WanTrainer(config, listen=recorder(events)).fit()
     assert [e["step"] for e in events if e["event"] == "saved"] == [1, 2, 3]
@@ -369,7 +373,7 @@ def test_every_schedule_resumes_exactly(run_file: RunFile, schedule: str) -> Non
         "t2v-a14b",
         f"train.schedule={schedule}",
         "train.warmup_steps=1",
-        "train.warmdown_steps=1",
+        "train.cooldown_steps=1",
         "per_expert={high: {steps: 3, lr: 0.01, rank: 2}, low: {steps: 5, rank: 6}}",
         "train.steps=8",
     ]

@@ -330,7 +330,7 @@ def test_another_boundary_holds_in_training_and_samples(
     index = folder / "model_index.json"
     text = json.loads(index.read_text(encoding="utf-8"))
     index.write_text(json.dumps({**text, "boundary_ratio": 0.5}), encoding="utf-8")
-    settings = [f"model.path={folder}", "train.steps=40", "train.expert_block=1"]
+    settings = [f"model.path={folder}", "train.steps=40", "train.switch_expert_every=1"]
     settings += ["train.timesteps={distribution: uniform, shift: 1}", "sample.prompts=[a]"]
     settings += [f"sample.{k}={v}" for k, v in {"width": 64, "height": 64, "frames": 5}.items()]
     with pytest.raises(CheckpointError, match=r"set model\.boundary to 0\.5"):
@@ -378,7 +378,7 @@ def test_averages_and_rates_go_by_each_parts_own_steps(run_file: RunFile, worksh
         "t2v-a14b",
         f"video_data.sources=[{{path: {workshop / 'named clips'}}}]",
         "embeddings=[{placeholder: <shape>, initial_text: a}]",
-        "train={steps: 6, expert_block: 1, schedule: linear, ema: {decay: 0.9}}",
+        "train={steps: 6, switch_expert_every: 1, schedule: linear, ema: {decay: 0.9}}",
         "optimizer.lr=0.01",
     )
     run = WanModelSetup(config).build()

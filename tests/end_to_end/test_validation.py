@@ -34,7 +34,7 @@ def measure(run: Run, kind: Any = "trained") -> list[float]:
 def test_the_same_weights_give_the_same_bits(run_file: RunFile, variant: str) -> None:
     config = run_file(
         variant,
-        "validation={share: 0.4, clips: 2, levels: 3}",
+        "validation={share: 0.4, clips: 2, timesteps: 3}",
         "train.ema={decay: 0.5}",
         "train.noise_offset=0.1",
         "train.caption_dropout=0.5",
@@ -61,7 +61,7 @@ def test_the_same_weights_give_the_same_bits(run_file: RunFile, variant: str) ->
 def test_held_out_clips_never_train(run_file: RunFile) -> None:
     config = run_file("t2v-a14b", "validation={share: 0.4, clips: 9, every: 2}", "train.steps=4")
     run = WanModelSetup(config).build()
-    held_out = {clip.name for clip in run.dataset.held_out}
+    held_out = {clip.name for clip in run.dataset.validation_clips}
     assert held_out == {name for batch in run.validation_batches() for name in batch.names}
     steps = list(run.loader.steps(0, 50, run.schedule.turn))
     assert held_out.isdisjoint(name for s in steps for b in s.batches for name in b.names)
@@ -112,7 +112,7 @@ def test_a_run_from_another_runs_adapter(run_file: RunFile) -> None:
     files = [layout.weights(8, suffix) for suffix in ("_high_noise", "_low_noise")]
     on = run_file(
         "t2v-a14b",
-        f"method={{kind: lora, start_from: [{files[1]}, {files[0]}]}}",
+        f"method={{kind: lora, init_from: [{files[1]}, {files[0]}]}}",
         "validation.clips=2",
         "train.steps=2",
         name="on",
@@ -134,7 +134,7 @@ def test_a_run_from_another_runs_adapter(run_file: RunFile) -> None:
 def test_every_clip_and_level_has_noise_of_its_own(
     run_file: RunFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = WanModelSetup(run_file("ti2v-5b", "validation={clips: 2, levels: 3}")).build()
+    run = WanModelSetup(run_file("ti2v-5b", "validation={clips: 2, timesteps: 3}")).build()
     seeds: list[int] = []
     fixed = Objective.fixed
 
@@ -187,7 +187,7 @@ def test_one_expert_from_a_file_and_one_anew(run_file: RunFile) -> None:
         metadata = file.metadata()
     assert (metadata["onewan.steps"], metadata["onewan.expert_steps"]) == ("2", "0")
     assert metadata["onewan.base_model"] == "t2v-a14b"  # and not where it lies
-    mixed = run_file("t2v-a14b", f"method={{kind: lora, rank: 2, start_from: [{low}]}}", name="m")
+    mixed = run_file("t2v-a14b", f"method={{kind: lora, rank: 2, init_from: [{low}]}}", name="m")
     experts = WanModelSetup(mixed).build().state.experts
     ranks = {
         name: {len(t) for key, t in trained.method.read().items() if "lora_A" in key}
@@ -200,13 +200,13 @@ def test_one_expert_from_a_file_and_one_anew(run_file: RunFile) -> None:
     for settings, complaint in (
         (
             ["per_expert.low.rank=4"],
-            "per_expert.low.rank: is the file's own under method.start_from, got 4",
+            "per_expert.low.rank: is the file's own under method.init_from, got 4",
         ),
         (["model.experts=high"], f"{low} is for the low expert, which does not train"),
-        ([f"method.start_from=[{low}, {copy}]"], "two files are for the low expert"),
+        ([f"method.init_from=[{low}, {copy}]"], "two files are for the low expert"),
     ):
         wrong = run_file(
-            "t2v-a14b", f"method={{kind: lora, start_from: [{low}]}}", *settings, name="wrong"
+            "t2v-a14b", f"method={{kind: lora, init_from: [{low}]}}", *settings, name="wrong"
         )
         with pytest.raises(ConfigError, match=re.escape(complaint)):
             WanModelSetup(wrong).build()
@@ -218,8 +218,8 @@ def test_the_best_state_is_kept(run_file: RunFile) -> None:
         "model.experts=high",
         "optimizer={name: sgd, lr: 300}",  # too much, so that the loss goes up and down
         "validation={clips: 2, every: 1}",
-        "train={steps: 6, save_every: 3, keep_states: 1, keep_every: 3, keep_best: true}",
-        "output.keep=1",
+        "train={steps: 6, save_every: 3, keep_last: 1, keep_every: 3, keep_best: true}",
+        "output.keep_last=1",
     )
     events: list[dict[str, Any]] = []
     WanTrainer(config, listen=recorder(events)).fit()
@@ -234,7 +234,7 @@ def test_the_best_state_is_kept(run_file: RunFile) -> None:
         "model.experts=high",
         "optimizer={name: sgd, lr: 300}",
         "validation={clips: 2, every: 1}",
-        "train={steps: 7, save_every: 3, keep_states: 1, keep_every: 3, keep_best: true}",
+        "train={steps: 7, save_every: 3, keep_last: 1, keep_every: 3, keep_best: true}",
     )
     run = WanModelSetup(longer).build()
     run.state.load(layout_of(config).state(6))

@@ -157,7 +157,7 @@ def test_a_name_that_contradicts_its_place(tmp_path, capsys, run, official, writ
     write(official, path)
     error = complaint(capsys, "train", run, f"model.transformer={path}")
     assert "model.transformer (high noise), and by its name is the low-noise expert" in error
-    assert "model.check_names" in error
+    assert "model.check_file_names" in error
 
 
 def test_a_lora_of_another_model(tmp_path, capsys, workshop, official, write):

@@ -110,7 +110,7 @@ def test_gguf(tmp_path):
         "half": TensorInfo((4, 64), "BF16"),
         "flat": TensorInfo((2, 2, 1, 8, 8), "F32"),
     }
-    assert [n for n, i in file.tensors.items() if i.quantised] == ["packed"]
+    assert [n for n, i in file.tensors.items() if i.quantized] == ["packed"]
     assert file.read("packed").shape == (4, 64 // 32 * 34)
     values = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     assert torch.equal(file.read("flat"), values.reshape(2, 2, 1, 8, 8))
@@ -320,9 +320,9 @@ def _survives(path: Path) -> None:
     size = path.stat().st_size
     try:
         file = open_tensors(path)
-        assert all(i.quantised or i.elements <= size for i in file.tensors.values())
+        assert all(i.quantized or i.elements <= size for i in file.tensors.values())
         for name, info in file.tensors.items():
-            assert info.quantised or tuple(file.read(name).shape) == info.shape
+            assert info.quantized or tuple(file.read(name).shape) == info.shape
         recognise(file)
     except CheckpointError as error:
         message = str(error)

@@ -254,11 +254,11 @@ def test_fp8_scaled_is_the_nearest_and_spelled_as_comfyui_reads_it(t2v, tmp_path
     assert file["scaled_fp8"].shape == (0,) and file["scaled_fp8"].dtype == torch.float8_e4m3fn
     weights = recognise(path)
     skeleton(weights)
-    quantised = [n for n, entry in weights.entries.items() if entry.packing == "fp8"]
-    assert len(quantised) == (20 if source.part == "transformer" else 14)
+    quantized = [n for n, entry in weights.entries.items() if entry.packing == "fp8"]
+    assert len(quantized) == (20 if source.part == "transformer" else 14)
     for name, entry in weights.entries.items():
         want, got = source.read(name).float(), weights.read(name).float()
-        if name not in quantised:
+        if name not in quantized:
             assert file[entry.key].dtype == torch.bfloat16
             assert torch.equal(got, want.bfloat16().float())
             continue

@@ -147,7 +147,7 @@ def test_quantisations_that_are_not_known_are_named(tmp_path):
     note = torch.frombuffer(bytearray(b'{"format": "nvfp4"}'), dtype=torch.uint8)
     extra = {f"{SCALED}.weight_scale": ONE, f"{SCALED}.comfy_quant": note}
     save_file(wide(FP8 | extra), path)
-    with pytest.raises(CheckpointError, match="quantised as nvfp4, which is not known here"):
+    with pytest.raises(CheckpointError, match="quantized as nvfp4, which is not known here"):
         recognise(path)
     save_file(wide({f"{SCALED}.weight": torch.zeros(128, 128, dtype=torch.int8)}), path)
     with pytest.raises(CheckpointError, match="is stored as I8, a quantisation that is not known"):

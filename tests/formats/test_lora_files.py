@@ -323,7 +323,7 @@ def test_what_was_saved_is_read_back(tiny_model, tmp_path, spec, format):
     transformer = trained(folder, LOW, spec)
     lora = read_adapter(export(transformer, spec, tmp_path / "x.safetensors", format=format))
     weights = adapter_weights(transformer)
-    assert lora.layout.spelling == format
+    assert lora.layout.key_format == format
     assert lora.layout.trainer == "onewan"
     assert weights_of(lora).keys() == weights.keys()
     assert all(torch.equal(weights_of(lora)[name], weights[name]) for name in weights)

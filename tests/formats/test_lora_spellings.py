@@ -82,7 +82,7 @@ def test_files_of_other_trainers_mean_what_they_meant(tmp_path, trainer):
         got = adapter.modules[module].difference()
         assert got is not None and got.dtype == torch.float32
         close(got, want, 1e-6)
-    assert adapter.layout.spelling == written.spelling
+    assert adapter.layout.key_format == written.key_format
     assert adapter.layout.trainer == written.trainer
     assert adapter.expert == written.expert
     assert adapter.metadata == written.metadata
@@ -227,7 +227,7 @@ def test_round_trip_is_the_same_bits_and_diffusers_loads_each_stage(
         paths[:3], paths[1:], ("kohya", "diffusers", "comfyui"), strict=True
     ):
         assert convert_adapter(source, target, to, base=weight) == []
-        assert read_adapter(target).layout.spelling == to
+        assert read_adapter(target).layout.key_format == to
         with safe_open(target, "pt") as file:
             assert file.metadata()["ss_note"] == "kept"
             assert "onewan.rank" not in file.metadata()  # they differ

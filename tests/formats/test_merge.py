@@ -104,7 +104,7 @@ def test_fp8_stays_fp8_and_untouched_layers_keep_their_bits(high, tmp_path):
     convert_model(high, tmp_path / "f.safetensors", "fp8_scaled")
     path = lora(tmp_path / "1.safetensors", 1)
     written = merge(tmp_path / "f.safetensors", [(path, 1.0)], tmp_path / "m.safetensors")
-    assert any("quantised to fp8 anew" in notice for notice in written.notices)
+    assert any("quantized to fp8 anew" in notice for notice in written.notices)
     before, after = load_file(tmp_path / "f.safetensors"), load_file(tmp_path / "m.safetensors")
     assert before.keys() == after.keys()
     base, extra = recognise(tmp_path / "f.safetensors"), added(path)
@@ -250,5 +250,5 @@ def test_a_lora_of_the_other_expert_is_refused_unless_insisted(t2v, tmp_path):
     with pytest.raises(CheckpointError, match=r"high-noise expert, and .* is the low-noise one"):
         merge(low, [(path, 1.0)], tmp_path / "low")
     assert not (tmp_path / "low").exists()
-    merge(low, [(path, 1.0)], tmp_path / "low", check_names=False)
+    merge(low, [(path, 1.0)], tmp_path / "low", check_file_names=False)
     assert (tmp_path / "low" / "config.json").is_file()

@@ -18,7 +18,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from support import rewritten
 from support.lora_specs import lora_spec
-from support.rewritten import FOLDERS, Quantised, as_gguf, fp8, shards, single
+from support.rewritten import FOLDERS, Quantized, as_gguf, fp8, shards, single
 from torch import Tensor, nn
 
 from onewan.adapters.lora import (
@@ -82,7 +82,7 @@ def run(
 
 def with_numbers(path: Path, numbers: Mapping[str, Tensor]) -> WanTransformer3DModel:
     """The model at `path`, its weights replaced by `numbers` (official names)."""
-    model = load(path, quantised="expand")
+    model = load(path, quantized="dequantize")
     model.load_state_dict({to_diffusers(n): t for n, t in numbers.items()}, strict=True)
     return model
 
@@ -91,14 +91,14 @@ def packed_layers(module: nn.Module) -> dict[str, QuantizedLinear]:
     return {n: m for n, m in module.named_modules() if isinstance(m, QuantizedLinear)}
 
 
-def quantise(form: str, weights: Mapping[str, Tensor], folder: Path, prefix: str = "") -> Quantised:
+def quantise(form: str, weights: Mapping[str, Tensor], folder: Path, prefix: str = "") -> Quantized:
     kind, _, how = form.partition(" ")
     if kind == "gguf":
         return as_gguf(weights, folder / "wan.gguf", flat_patches=how == "flat")
     return fp8(weights, folder / "wan.safetensors", how, prefix)
 
 
-# ------------------------------------------------------------------------------------ not quantised
+# ------------------------------------------------------------------------------------ not quantized
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -163,7 +163,7 @@ def test_as_diffusers(
     assert high.keys() == {k for k in high if to_diffusers(k) in theirs.state_dict()}
 
 
-# ---------------------------------------------------------------------------------------- quantised
+# ---------------------------------------------------------------------------------------- quantized
 
 
 @pytest.mark.parametrize("form", QUANTISED)
@@ -173,7 +173,7 @@ def test_quantised_files(
     """What is computed is what the file's numbers give; what those lost is the format's loss."""
     written = quantise(form, high, tmp_path)
     reference = run(with_numbers(written.path, written.numbers), expected)
-    kept, unpacked = load(written.path), load(written.path, quantised="expand")
+    kept, unpacked = load(written.path), load(written.path, quantized="dequantize")
     layers = packed_layers(kept)
     assert layers.keys() == {to_diffusers(n).removesuffix(".weight") for n in written.bounds}
     assert len(layers) == 20 and not packed_layers(unpacked)
@@ -222,7 +222,7 @@ def test_scales_of_rows_and_blocks(tmp_path: Path, high: dict[str, Tensor], scal
 
 
 def _random_rows(kind: GGMLQuantizationType) -> np.ndarray:
-    """8 rows of 512 weights: quantised if gguf can, else bytes of which each is a valid weight."""
+    """8 rows of 512 weights: quantized if gguf can, else bytes of which each is a valid weight."""
     random = np.random.default_rng(0)
     block, size = gguf.GGML_QUANT_SIZES[kind]
     try:
@@ -351,7 +351,7 @@ def test_lora_trains_as_on_the_expanded_model(
     checkpointing: bool,
 ) -> None:
     file = quantise(form, high, tmp_path).path
-    kept, unpacked = load(file, dtype=dtype), load(file, dtype=dtype, quantised="expand")
+    kept, unpacked = load(file, dtype=dtype), load(file, dtype=dtype, quantized="dequantize")
     if checkpointing:
         kept.enable_gradient_checkpointing()
     ours, theirs = _gradients(kept, expected, dtype), _gradients(unpacked, expected, dtype)
@@ -451,9 +451,9 @@ def test_what_a_lora_adds_to_the_weights_themselves_needs_them_expanded(
     file = quantise("fp8 old", high, tmp_path).path
     factors = {name: torch.full((16, 16), 0.1) for name in ("lokr_w1", "lokr_w2")}
     lokr = {"blocks.0.attn1.to_q": ModuleAdapter(kind="lokr", tensors=factors)}
-    with pytest.raises(CheckpointError, match=r"keeps quantised; load it .*expand"):
+    with pytest.raises(CheckpointError, match=r"keeps quantized; load it .*dequantize"):
         apply_lora(load(file), lokr, "a.safetensors")
-    model = load(file, quantised="expand")
+    model = load(file, quantized="dequantize")
     before = model.blocks[0].attn1.to_q.weight.clone()
     apply_lora(model, lokr, "a.safetensors")
     torch.testing.assert_close(model.blocks[0].attn1.to_q.weight.data, before.data + 0.01)
@@ -629,7 +629,7 @@ def wrong(t2v: Path, high: dict[str, Tensor], tmp_path_factory: pytest.TempPathF
         (
             "transformer=low",
             "{t2v}/low_noise_model: was given as model.transformer (high noise), and by its name "
-            "is the low-noise expert; swap them, or set model.check_names to false if the name",
+            "is the low-noise expert; swap them, or set model.check_file_names to false if the ",
         ),
         ("transformer=low transformer_2=high", "is wrong; {t2v}/low_noise_model: was given as"),
         ("colour=high", "model: has no colour; known are path, transformer, transformer_2, vae"),
@@ -683,7 +683,7 @@ def test_lacking_and_twisted_experts(t2v: Path, tmp_path: Path) -> None:
     assert loader.load(half, components=("transformer", "vae")).transformer is not None
     # Names can be overruled.
     twisted = {"transformer": low, "transformer_2": high}
-    assert loader.load(twisted, check_names=False).transformer is not None
+    assert loader.load(twisted, check_file_names=False).transformer is not None
     same = {"transformer": high, "transformer_2": high}
     with pytest.raises(CheckpointError, match=r"by its name is the high-noise"):
         loader.load(same)

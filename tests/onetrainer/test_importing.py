@@ -115,7 +115,7 @@ CARRIED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"wan_layers": "0-2, 5"}, {"wan_config.transformer_layers_to_train": (0, 1, 2, 5)}),
     (
         {"wan_high_share": "0.25", "wan_expert_block": 7},
-        {"train.high_share": 0.25, "train.expert_block": 7},
+        {"train.high_expert_share": 0.25, "train.switch_expert_every": 7},
     ),
     ({"resolution": "512"}, {"video_data.resolution": (512 * 512,)}),
     ({"resolution": "512,832x480"}, {"video_data.resolution": (512 * 512, "832x480")}),
@@ -146,11 +146,11 @@ CARRIED: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"mse_strength": 0.0, "huber_strength": 1.0, "huber_delta": 0.5},
         {"train.loss.kind": "huber", "train.loss.delta": 0.5},
     ),
-    ({"ema": "GPU", "ema_decay": 0.99}, {"train.ema.decay": 0.99, "train.ema.device": "device"}),
+    ({"ema": "GPU", "ema_decay": 0.99}, {"train.ema.decay": 0.99, "train.ema.offload": False}),
     ({"clip_grad_norm": None}, {"train.max_grad_norm": None}),
     (
         {"learning_rate_scheduler": "COSINE", "learning_rate_min_factor": 0.1},
-        {"train.schedule.kind": "cosine", "train.schedule.end": 0.1},
+        {"train.schedule.kind": "cosine", "train.schedule.end_factor": 0.1},
     ),
     ({"learning_rate_warmup_steps": 10}, {"train.warmup_steps": 5}),
     ({"learning_rate_warmup_steps": 0.2}, {"train.warmup_steps": 6}),
@@ -170,7 +170,7 @@ CARRIED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"text_encoder": {"dropout_probability": 0.1}}, {"train.caption_dropout": 0.1}),
     ({"transformer": {"gradient_checkpointing": False}}, {"memory.gradient_checkpointing": False}),
     ({"backup_after": 2, "backup_after_unit": "EPOCH"}, {"train.save_every": 12}),
-    ({"backup_after": 5, "backup_after_unit": "MINUTE"}, {"train.save_minutes": 5.0}),
+    ({"backup_after": 5, "backup_after_unit": "MINUTE"}, {"train.save_every_minutes": 5.0}),
     ({"save_every": 7, "save_every_unit": "STEP"}, {"train.save_every": 7}),
     (
         {"output_model_format": "KOHYA_LORA", "output_dtype": "BFLOAT_16"},

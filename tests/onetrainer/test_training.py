@@ -16,8 +16,8 @@ from support.onetrainer_runs import Lab, concept_of, config_of, sample_of
 
 from onewan.adapters.lora import apply_lora
 from onewan.config.schema import TrainSection
+from onewan.data.clip import Clip
 from onewan.data.encode import encode_clip
-from onewan.data.index import Clip
 from onewan.data.loader import Batch, StepBatches
 from onewan.formats.lora_files import read_adapter
 from onewan.media import probe, read_frames

@@ -32,9 +32,9 @@ from onewan.model.quantized_linear import QuantizedLinear
 MIXED = (PerModule(modules=("ffn",), rank=2, alpha=3.0), PerModule(modules=("attn2.to_k",), rank=6))
 METHODS: dict[str, AdapterMethod] = {
     "lora": LoraMethod(rank=4, alpha=2.0),
-    "rslora": LoraMethod(rank=4, alpha=2.0, rank_stabilised=True, per_module=MIXED),
+    "rslora": LoraMethod(rank=4, alpha=2.0, use_rslora=True, per_module=MIXED),
     "pissa": LoraMethod(rank=4, alpha=2.0, init="pissa"),
-    "rs_pissa": LoraMethod(rank=4, alpha=2.0, init="pissa", rank_stabilised=True, per_module=MIXED),
+    "rs_pissa": LoraMethod(rank=4, alpha=2.0, init="pissa", use_rslora=True, per_module=MIXED),
     "mixed": LoraMethod(rank=4, alpha=2.0, per_module=MIXED),
     "dora": DoraMethod(rank=4, alpha=2.0),
     "loha": LohaMethod(rank=4, alpha=2.0, per_module=MIXED),
@@ -70,7 +70,7 @@ def halved(base: WanTransformer3DModel) -> WanTransformer3DModel:
 
 
 def packed(weight: Tensor, bias: Tensor, how: str) -> QuantizedLinear:
-    """A layer whose weight stays quantised, without a file around it."""
+    """A layer whose weight stays quantized, without a file around it."""
     layer = QuantizedLinear.__new__(QuantizedLinear)
     nn.Module.__init__(layer)
     layer.out_features, layer.in_features = weight.shape
@@ -87,7 +87,7 @@ def packed(weight: Tensor, bias: Tensor, how: str) -> QuantizedLinear:
     return layer
 
 
-def quantised(base: WanTransformer3DModel, how: str) -> WanTransformer3DModel:
+def quantized(base: WanTransformer3DModel, how: str) -> WanTransformer3DModel:
     model = copy.deepcopy(base)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and name.startswith("blocks."):

@@ -38,7 +38,7 @@ class Written:
     metadata: dict[str, str] = field(default_factory=dict)
     deltas: dict[str, Tensor] = field(default_factory=dict)
     """What is added to the weights, by diffusers' names of modules."""
-    spelling: str = "comfyui"
+    key_format: str = "comfyui"
     trainer: str | None = None
     expert: str | None = None
 
@@ -59,7 +59,7 @@ def _delta(down: Tensor, up: Tensor, scale: float) -> Tensor:
 
 def musubi() -> Written:
     """Every module with its alpha, dots as underscores."""
-    file = Written(spelling="kohya", trainer="musubi-tuner")
+    file = Written(key_format="kohya", trainer="musubi-tuner")
     file.metadata = {"ss_network_module": "networks.lora_wan", "ss_network_alpha": "1.0"}
     for official, diffusers, down, up in _pairs(range(3)):
         start = "lora_unet_" + official.replace(".", "_")
@@ -93,7 +93,7 @@ def diffusion_pipe() -> Written:
 
 def diffsynth() -> Written:
     """Official names without a prefix, PEFT's name of the adapter inside."""
-    file = Written(spelling="no prefix, official names", trainer="DiffSynth-Studio")
+    file = Written(key_format="no prefix, official names", trainer="DiffSynth-Studio")
     for official, diffusers, down, up in _pairs(range(3)):
         file.tensors[f"{official}.lora_A.default.weight"] = down
         file.tensors[f"{official}.lora_B.default.weight"] = up
@@ -102,7 +102,7 @@ def diffsynth() -> Written:
 
 
 def diffsynth_whole_pipeline() -> Written:
-    file = Written(spelling="pipe.dit2., official names", trainer=None, expert="low")
+    file = Written(key_format="pipe.dit2., official names", trainer=None, expert="low")
     for official, diffusers, down, up in _pairs(range(1)):
         file.tensors[f"pipe.dit2.{official}.lora_A.default.weight"] = down
         file.tensors[f"pipe.dit2.{official}.lora_B.default.weight"] = up
@@ -112,7 +112,7 @@ def diffsynth_whole_pipeline() -> Written:
 
 def simpletuner_diffusers() -> Written:
     """diffusers' names, attention alone, alpha in the header."""
-    file = Written(spelling="diffusers")
+    file = Written(key_format="diffusers")
     for _, diffusers, down, up in _pairs(range(3), slice(0, 8)):
         start = f"transformer.{diffusers}"
         file.tensors |= {f"{start}.lora_A.weight": down, f"{start}.lora_B.weight": up}
@@ -126,7 +126,7 @@ def simpletuner_diffusers() -> Written:
 
 def simpletuner_lycoris() -> Written:
     """LoKr under diffusers' names with underscores; alpha of full factors does not count."""
-    file = Written(spelling="lycoris_, diffusers names", trainer="LyCORIS")
+    file = Written(key_format="lycoris_, diffusers names", trainer="LyCORIS")
     generator = torch.Generator().manual_seed(12)
     for n in range(2):
         for _, diffusers, out, into in LAYERS:
@@ -143,7 +143,7 @@ def simpletuner_lycoris() -> Written:
 
 
 def peft() -> Written:
-    file = Written(spelling="base_model.model., diffusers names", trainer="PEFT")
+    file = Written(key_format="base_model.model., diffusers names", trainer="PEFT")
     for _, diffusers, down, up in _pairs(range(2), slice(4, 6)):
         start = f"base_model.model.{diffusers}"
         file.tensors |= {f"{start}.lora_A.weight": down, f"{start}.lora_B.weight": up}
@@ -153,7 +153,7 @@ def peft() -> Written:
 
 def onetrainer() -> Written:
     """Older files: diffusers' names with underscores."""
-    file = Written(spelling="lora_transformer_2_, diffusers names", trainer="OneTrainer")
+    file = Written(key_format="lora_transformer_2_, diffusers names", trainer="OneTrainer")
     file.metadata, file.expert = {"ot_branch": "master"}, "low"
     for _, diffusers, down, up in _pairs(range(2)):
         start = "lora_transformer_2_" + diffusers.replace(".", "_")
@@ -165,7 +165,7 @@ def onetrainer() -> Written:
 
 
 def low_expert_of_diffusers() -> Written:
-    file = Written(spelling="transformer_2., diffusers names", expert="low")
+    file = Written(key_format="transformer_2., diffusers names", expert="low")
     for _, diffusers, down, up in _pairs(range(1)):
         start = f"transformer_2.{diffusers}"
         file.tensors |= {f"{start}.lora_A.weight": down, f"{start}.lora_B.weight": up}
@@ -175,7 +175,7 @@ def low_expert_of_diffusers() -> Written:
 
 def checkpoint_prefix() -> Written:
     """Prefix of ComfyUI's whole checkpoints, layers beside the blocks, names of ``lora.up``."""
-    file = Written(spelling="model.diffusion_model., official names")
+    file = Written(key_format="model.diffusion_model., official names")
     for official, diffusers, down, up in _pairs(range(1)):
         start = f"model.diffusion_model.{official}"
         file.tensors |= {f"{start}.lora.down.weight": down, f"{start}.lora.up.weight": up}

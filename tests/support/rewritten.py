@@ -1,6 +1,6 @@
 """The golden weights in the forms that other programs give them.
 
-Written with safetensors' and gguf's own writers, and quantised by formulas of this file alone, so
+Written with safetensors' and gguf's own writers, and quantized by formulas of this file alone, so
 that neither onewan's writer nor its reader is taken for granted. Names of the text encoder are
 spelled out for the same reason.
 """
@@ -51,7 +51,7 @@ def in_blocks(weights: Mapping[str, Tensor]) -> Iterator[str]:
             yield name
 
 
-class Quantised:
+class Quantized:
     """What was written, what it stands for, and how far that may be from the original."""
 
     def __init__(self, path: Path) -> None:
@@ -59,12 +59,12 @@ class Quantised:
         self.numbers: dict[str, Tensor] = {}
         """float32, by the names in the file."""
         self.bounds: dict[str, Tensor] = {}
-        """Largest |error| that the format allows each element of a quantised weight."""
+        """Largest |error| that the format allows each element of a quantized weight."""
 
 
-def fp8(weights: Mapping[str, Tensor], path: Path, spelling: str, prefix: str = "") -> Quantised:
+def fp8(weights: Mapping[str, Tensor], path: Path, spelling: str, prefix: str = "") -> Quantized:
     """`spelling`: old, old_one (scale of shape [1]), new, new_header, or plain (a mere cast)."""
-    result = Quantised(path)
+    result = Quantized(path)
     stored: dict[str, Tensor] = {}
     layers: dict[str, object] = {}
     chosen = set(in_blocks(weights))
@@ -106,9 +106,9 @@ def as_gguf(
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.Q8_0,
     *,
     flat_patches: bool = False,
-) -> Quantised:
+) -> Quantized:
     """`flat_patches`: the patch embedding in two axes, its shape beside it, as ComfyUI-GGUF may."""
-    result = Quantised(path)
+    result = Quantized(path)
     writer = gguf.GGUFWriter(str(path), "wan")
     chosen = set(in_blocks(weights))
     for name, tensor in weights.items():

@@ -214,7 +214,7 @@ def file_of(modules: dict[str, ModuleAdapter]) -> AdapterFile:
         kinds={},
         ranks={},
         unknown=(),
-        faults=(),
+        module_errors=(),
     )
     return AdapterFile(
         path=Path("start.safetensors"), layout=layout, modules=modules, expert=None, metadata={}

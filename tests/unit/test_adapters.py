@@ -20,7 +20,7 @@ from support.adapted import (
     halved,
     inputs,
     output,
-    quantised,
+    quantized,
     relative,
     shift,
     tiny_transformer,
@@ -291,7 +291,7 @@ def test_oft_rotates_inputs_in_the_precision_that_they_come_in(half):
 @pytest.mark.parametrize("how", ["fp8", "gguf"])
 @KINDS
 def test_a_quantised_base_is_the_model_of_its_numbers(base, kind, how):
-    small = quantised(base, how)
+    small = quantized(base, how)
     whole = copy.deepcopy(base)
     for name, layer in small.named_modules():
         if isinstance(layer, QuantizedLinear):
@@ -373,7 +373,7 @@ def test_base_weights_are_those_under_the_adapter(base):
         base_weight(model, "blocks.0.attn1.to_q", "bias"), base.blocks[0].attn1.to_q.bias
     )
     assert torch.equal(base_weight(model, "proj_out", "weight"), base.proj_out.weight)
-    small = quantised(base, "gguf")
+    small = quantized(base, "gguf")
     layer = small.get_submodule("blocks.0.ffn.net.2")
     assert isinstance(layer, QuantizedLinear)
     assert torch.equal(base_weight(small, "blocks.0.ffn.net.2", "weight"), layer.expanded_weight())

@@ -13,13 +13,11 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from onewan.config import RunConfig, changed_fields, dump_run, load_run, starter
-from onewan.config.migrate import migrate
-from onewan.config.objective import LogitNormalTimesteps, UniformTimesteps
-from onewan.config.optimizer import CosineSchedule
 from onewan.config.schema import SCHEMA_VERSION
 from onewan.errors import ConfigError
 from onewan.variants import NEGATIVE_PROMPT, VARIANTS, VariantName
 
+SHARE = "train.high_expert_share"
 T2V = "model: {path: org/model, variant: t2v-a14b}\n"
 I2V = "model: {path: org/model, variant: i2v-a14b}\n"
 TI2V = "model: {path: org/model, variant: ti2v-5b}\n"
@@ -99,7 +97,7 @@ def test_yaml_is_read_by_the_rules_of_1_2(tmp_path: Path) -> None:
 
 
 def test_whole_numbers_may_be_written_as_floats_and_floats_as_whole_numbers(tmp_path: Path) -> None:
-    text = T2V + "train: {steps: 2e3, max_grad_norm: 2, high_share: 0.5}\nsample: {fps: 8}\n"
+    text = T2V + "train: {steps: 2e3, max_grad_norm: 2, high_expert_share: 0.5}\nsample: {fps: 8}\n"
     config = load_run(write(tmp_path, text), ["train.save_every=1e2", "optimizer.lr=1"])
     assert (config.train.steps, config.train.save_every) == (2000, 100)
     assert isinstance(config.train.steps, int)
@@ -185,7 +183,7 @@ def test_components_are_paths_as_the_whole_model_is(tmp_path: Path) -> None:
         "tokenizer": "google/umt5-xxl",
     }
     assert config.model.source_of("transformer_2") == str(tmp_path / "low.gguf")
-    assert (config.model.quantised, config.model.check_names) == ("keep", True)
+    assert (config.model.quantized, config.model.check_file_names) == ("keep", True)
     assert load_run(write(tmp_path, dump_run(config), "again.yaml")).model == config.model
     mixed = load_run(write(tmp_path, "model: {path: org/a, vae: org/b, variant: t2v-a14b}"))
     assert mixed.model.sources() == {"path": "org/a", "vae": "org/b"}
@@ -206,7 +204,7 @@ def test_components_are_paths_as_the_whole_model_is(tmp_path: Path) -> None:
             "path: a/b, transformer_2: a/c, variant: ti2v-5b",
             "model.transformer_2: ti2v-5b has one transformer, got 'a/c'; leave it out",
         ),
-        (f"{COMPONENTS}, variant: t2v-a14b, quantised: no", "model.quantised: "),
+        (f"{COMPONENTS}, variant: t2v-a14b, quantized: no", "model.quantized: "),
     ],
 )
 def test_a_model_is_whole(tmp_path: Path, model: str, said: str) -> None:
@@ -322,7 +320,7 @@ sample: {prompts: [a fox], every: 5, frames: 80, guidance: [1]}
         "optimizer.lr: must be a number, got 'fast'; change it, or leave it out for 0.0001",
         "train.stesp: unknown field; did you mean 'steps'?",
         "train.warmup_steps: must be less than the 5 steps of the high expert, its part of "
-        "train.steps (10) by train.high_share (equal), got 10; lower it",
+        "train.steps (10) by train.high_expert_share (equal), got 10; lower it",
         "sample.frames: must be 4n+1, got 80; the nearest are 77 and 81",
         "sample.guidance: must have one number for each expert of t2v-a14b, [high, low], got "
         "[1.0]; give 2, or leave it out for the official [4.0, 3.0]",
@@ -333,11 +331,20 @@ sample: {prompts: [a fox], every: 5, frames: 80, guidance: [1]}
     ("text", "said"),
     [
         ("train: {steps: 1.5}", "train.steps: must be a whole number, got 1.5; change it"),
-        ("train: {high_share: often}", "train.high_share: must be 'equal' or 'mass', or a number"),
-        ("train: {high_share: 1.5}", "train.high_share: must be 'equal' or 'mass', or at most 1"),
+        (
+            "train: {high_expert_share: often}",
+            "train.high_expert_share: must be 'equal' or 'density', or a number",
+        ),
+        (
+            "train: {high_expert_share: 1.5}",
+            "train.high_expert_share: must be 'equal' or 'density', or at most 1",
+        ),
         ("train: {steps: true}", "train.steps: must be a whole number, got true; change it"),
         ("train: {steps: '5'}", "train.steps: must be a whole number, got '5'; change it"),
-        ("train: {high_share: true}", "train.high_share: must be 'equal' or 'mass', or a number, "),
+        (
+            "train: {high_expert_share: true}",
+            "train.high_expert_share: must be 'equal' or 'density', or a number, ",
+        ),
         ("wan_config: {transformer_layers_to_train: [true]}", "wan_config.transformer_layers_to_"),
         ("video_data: {resolution: true}", "video_data.resolution: must be a whole number, or"),
         ("train: {max_grad_norm: .inf}", "train.max_grad_norm: must be a finite number, got inf"),
@@ -397,10 +404,13 @@ def test_one_problem_gives_one_line(tmp_path: Path, text: str, said: str) -> Non
             TI2V.replace("}", ", experts: high}"),
             "model.experts: ti2v-5b has one expert, got 'high'; leave it out",
         ),
-        (TI2V + "train: {high_share: 0.4}", "train.high_share: divides the steps between two"),
         (
-            I2V.replace("}", ", experts: low}") + "train: {high_share: 0.4}",
-            "train.high_share: divides the steps between two experts, but i2v-a14b trains only",
+            TI2V + "train: {high_expert_share: 0.4}",
+            "train.high_expert_share: divides the steps between two",
+        ),
+        (
+            I2V.replace("}", ", experts: low}") + "train: {high_expert_share: 0.4}",
+            f"{SHARE}: divides the steps between two experts, but i2v-a14b trains only",
         ),
         (TI2V + "video_data: {resolution: 848x480}", "video_data.resolution: sides must be multi"),
         (TI2V + "sample: {height: 720}", "sample.height: must be a multiple of 32 for ti2v-5b"),
@@ -434,9 +444,9 @@ def test_unknown_devices_are_refused(tmp_path: Path, device: str) -> None:
     ("text", "expert", "fewest"),
     [
         (T2V + "train: {steps: 10, ", "high", 5),
-        (T2V + "train: {steps: 10, high_share: 0.3, ", "high", 3),
-        (T2V + "train: {steps: 10, high_share: 0.9, ", "low", 1),
-        (T2V + "train: {steps: 10, high_share: mass, ", None, 10),
+        (T2V + "train: {steps: 10, high_expert_share: 0.3, ", "high", 3),
+        (T2V + "train: {steps: 10, high_expert_share: 0.9, ", "low", 1),
+        (T2V + "train: {steps: 10, high_expert_share: density, ", None, 10),
         (T2V.replace("}", ", experts: low}") + "train: {steps: 10, ", None, 10),
         (TI2V + "train: {steps: 10, ", None, 10),
         (TI2V + "train: {steps: 1, ", None, 1),
@@ -461,9 +471,9 @@ def test_a_warm_up_that_one_expert_could_have_is_told_so(tmp_path: Path) -> None
 @pytest.mark.parametrize(("share", "idle", "other"), [("0", "high", "low"), ("1.0", "low", "high")])
 def test_no_expert_trains_for_no_steps(tmp_path: Path, share: str, idle: str, other: str) -> None:
     # A warm-up longer than no steps follows from the share, and is not a second problem.
-    found = only_problem(tmp_path, T2V + f"train: {{high_share: {share}, warmup_steps: 2}}")
+    found = only_problem(tmp_path, T2V + f"train: {{high_expert_share: {share}, warmup_steps: 2}}")
     assert found == (
-        f"train.high_share: leaves the {idle} expert no steps, got {float(share):g}; leave it out, "
+        f"{SHARE}: leaves the {idle} expert no steps, got {float(share):g}; leave it out, "
         f"and set model.experts={other} to train the {other} expert alone"
     )
 
@@ -550,50 +560,7 @@ def test_the_message_has_the_file_and_a_line_per_problem(tmp_path: Path) -> None
     assert len(rest) == 2
 
 
-# ------------------------------------------------------------------------------- migrate and back
-
-
-def test_migrations_run_in_order_and_change_nothing_in_place() -> None:
-    old = {"schema_version": 1, "a": 1}
-    steps = {1: lambda d: {"b": d["a"]}, 2: lambda d: {"c": d["b"]}}
-    assert migrate(old, migrations=steps, current=3) == {"c": 1, "schema_version": 3}
-    assert migrate({"a": 1}, migrations=steps, current=3) == {"a": 1}  # without a number: current
-    assert migrate({"schema_version": 3, "c": 1}, migrations=steps, current=3)["c"] == 1
-    assert old == {"schema_version": 1, "a": 1}
-    with pytest.raises(ConfigError, match="is 4, but this onewan knows versions up to 3"):
-        migrate({"schema_version": 4}, migrations=steps, current=3)
-
-
-def test_a_run_of_version_1_is_read(tmp_path: Path) -> None:
-    old = Path(__file__).with_name("test_config_version_1.yaml").read_text(encoding="utf-8")
-    config = load_run(write(tmp_path, old), ["train.schedule.end=0.1"])
-    assert (config.validation.every, config.validation.clips) == (50, 2)
-    assert config.train.schedule == CosineSchedule(end=0.1)
-    assert config.train.timesteps == UniformTimesteps(shift=5)
-    assert (config.method.kind, config.method.modules) == ("lora", ("self_attention", "ffn"))
-    assert (config.train.steps, config.output.dtype) == (300, "float32")
-    assert load_run(write(tmp_path, dump_run(config), "new.yaml")).train == config.train
-
-
-def test_version_1_had_mean_and_deviation_for_the_normal(tmp_path: Path) -> None:
-    text = (
-        "schema_version: 1\ntrain: {timesteps: {distribution: logit_normal, mean: 1.0, std: 2}}\n"
-    )
-    timesteps = load_run(write(tmp_path, text + T2V)).train.timesteps
-    assert timesteps == LogitNormalTimesteps(mean=1, std=2, shift=12)
-    bad = problems(write(tmp_path, T2V + "schema_version: 1\ntrain: {timesteps: 5}"))
-    assert bad == (
-        "train.timesteps: must be a section with fields, got 5; change it, or leave it out",
-    )
-    bad = problems(write(tmp_path, T2V + "schema_version: 1\ntrain: 5"))
-    assert [p.split(":")[0] for p in bad] == ["train"]
-
-
-def test_a_moved_field_is_told_where_it_went(tmp_path: Path) -> None:
-    found = only_problem(tmp_path, T2V + "train: {grid_every: 5}")
-    assert found == "train.grid_every: unknown field; it is validation.every now"
-    found = only_problem(tmp_path, T2V + "schema_version: 1", ("train.grid_clips=5",))
-    assert found == "train.grid_clips: unknown field; it is validation.clips now"
+# ------------------------------------------------------------------------------- writing
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -57,56 +57,56 @@ BROKEN = [
     (TI2V.replace("}", ", boundary: 0.5}"), "model.boundary: ti2v-5b has one expert, got 0.5"),
     # Files to start from.
     (
-        "method: {start_from: [no.safetensors]}",
-        r"method.start_from.0: there is no file /.*/no.safetensors; correct it",
+        "method: {init_from: [no.safetensors]}",
+        r"method.init_from.0: there is no file /.*/no.safetensors; correct it",
     ),
-    ("method: {start_from: [a.safetensors, a.safetensors]}", "method.start_from: has /.* twice"),
+    ("method: {init_from: [a.safetensors, a.safetensors]}", "method.init_from: has /.* twice"),
     (
-        "method: {start_from: [a.safetensors, b.safetensors, c.safetensors]}",
-        r"method.start_from: .* got 3 for 2 experts \(high, low\); leave out the others",
-    ),
-    (
-        HIGH + "method: {start_from: [a.safetensors, b.safetensors]}",
-        r"method.start_from: .* got 2 for 1 expert \(high\)",
+        "method: {init_from: [a.safetensors, b.safetensors, c.safetensors]}",
+        r"method.init_from: .* got 3 for 2 experts \(high, low\); leave out the others",
     ),
     (
-        TI2V + "method: {start_from: [a.safetensors, b.safetensors]}",
-        "method.start_from: .* got 2 for 1 expert; leave",
+        HIGH + "method: {init_from: [a.safetensors, b.safetensors]}",
+        r"method.init_from: .* got 2 for 1 expert \(high\)",
     ),
     (
-        HIGH + "method: {start_from: [a.safetensors], rank: 32}",
-        "method.rank: is the file's own under method.start_from, got 32; leave it out",
-    ),
-    (HIGH + "method: {start_from: [a.safetensors], alpha: 1}", "method.alpha: is the file's own"),
-    (
-        HIGH + "method: {start_from: [a.safetensors], modules: [ffn]}",
-        r"method.modules: is the file's own under method.start_from, got \['ffn'\]; leave",
+        TI2V + "method: {init_from: [a.safetensors, b.safetensors]}",
+        "method.init_from: .* got 2 for 1 expert; leave",
     ),
     (
-        TI2V + "method: {kind: oft, start_from: [a.safetensors], block_size: 4}",
+        HIGH + "method: {init_from: [a.safetensors], rank: 32}",
+        "method.rank: is the file's own under method.init_from, got 32; leave it out",
+    ),
+    (HIGH + "method: {init_from: [a.safetensors], alpha: 1}", "method.alpha: is the file's own"),
+    (
+        HIGH + "method: {init_from: [a.safetensors], modules: [ffn]}",
+        r"method.modules: is the file's own under method.init_from, got \['ffn'\]; leave",
+    ),
+    (
+        TI2V + "method: {kind: oft, init_from: [a.safetensors], block_size: 4}",
         "method.block_size: is the file's own",
     ),
     (
-        TI2V + "method: {start_from: [a.safetensors], per_module: [{modules: [ffn], rank: 1}]}",
+        TI2V + "method: {init_from: [a.safetensors], per_module: [{modules: [ffn], rank: 1}]}",
         "method.per_module: is the file's own",
     ),
     (
-        "method: {start_from: [a.safetensors, b.safetensors]}\nper_expert: {low: {rank: 4}}",
+        "method: {init_from: [a.safetensors, b.safetensors]}\nper_expert: {low: {rank: 4}}",
         "per_expert.low.rank: is the file's own",
     ),
     (
-        HIGH + "method: {start_from: [a.safetensors]}\nper_expert: {high: {alpha: 4}}",
+        HIGH + "method: {init_from: [a.safetensors]}\nper_expert: {high: {alpha: 4}}",
         "per_expert.high.alpha: is the file's own",
     ),
-    ("method: {start_from: [a.safetensors], init: pissa}", "method.init: is for adapters that"),
+    ("method: {init_from: [a.safetensors], init: pissa}", "method.init: is for adapters that"),
     (
-        "method: {start_from: [a.safetensors], rank_stabilised: true}",
-        "method.rank_stabilised: is decided by the files of method.start_from, got true; leave it",
+        "method: {init_from: [a.safetensors], use_rslora: true}",
+        "method.use_rslora: is decided by the files of method.init_from, got true; leave it",
     ),
-    ("method: {kind: lokr, start_from: [a.safetensors], factor: 4}", "method.factor: is decided"),
+    ("method: {kind: lokr, init_from: [a.safetensors], factor: 4}", "method.factor: is decided"),
     (
-        "method: {kind: lokr, start_from: [a.safetensors], decompose_both: true}",
-        "method.decompose_both: is decided by the files of method.start_from, got true; leave it",
+        "method: {kind: lokr, init_from: [a.safetensors], decompose_both: true}",
+        "method.decompose_both: is decided by the files of method.init_from, got true; leave it",
     ),
     # The base model as a teacher.
     (
@@ -153,7 +153,7 @@ BROKEN = [
     ("method: {kind: embedding}", "embeddings: must have one to train .* got none; add one"),
     (
         "method: {kind: embedding}\n"
-        "embeddings: [{placeholder: <a>, start_from: a.safetensors, train: false}]",
+        "embeddings: [{placeholder: <a>, init_from: a.safetensors, train: false}]",
         "embeddings: must have one to train .* none of them trains; add one",
     ),
     (
@@ -175,23 +175,23 @@ BROKEN = [
     ("embeddings: [{placeholder: 狐}]", "embeddings.0.name: is required for the placeholder '狐'"),
     (
         "embeddings: [{placeholder: <a>, train: false}]",
-        "embeddings.0.start_from: is required where embeddings.0.train is false, got nothing",
+        "embeddings.0.init_from: is required where embeddings.0.train is false, got nothing",
     ),
     (
-        "embeddings: [{placeholder: <a>, start_from: a.safetensors, train: false, lr: 1}]",
+        "embeddings: [{placeholder: <a>, init_from: a.safetensors, train: false, lr: 1}]",
         "embeddings.0.lr: has no effect where embeddings.0.train is false, got 1",
     ),
     ("embeddings: [{placeholder: <a>, initial_text: ' '}]", "embeddings.0.initial_text: must have"),
     (
-        "embeddings: [{placeholder: <a>, start_from: no.safetensors}]",
-        "embeddings.0.start_from: there is no file /.*/no.safetensors",
+        "embeddings: [{placeholder: <a>, init_from: no.safetensors}]",
+        "embeddings.0.init_from: there is no file /.*/no.safetensors",
     ),
     (
-        "embeddings: [{placeholder: <a>, start_from: a.safetensors, token_count: 2}]",
-        "embeddings.0.token_count: is the file's own under embeddings.0.start_from, got 2",
+        "embeddings: [{placeholder: <a>, init_from: a.safetensors, token_count: 2}]",
+        "embeddings.0.token_count: is the file's own under embeddings.0.init_from, got 2",
     ),
     (
-        "embeddings: [{placeholder: <a>, start_from: a.safetensors, initial_text: fox}]",
+        "embeddings: [{placeholder: <a>, init_from: a.safetensors, initial_text: fox}]",
         "embeddings.0.initial_text: is the file's own",
     ),
     # Single experts.
@@ -217,8 +217,8 @@ BROKEN = [
         "train.steps: must be 11, the sum of per_expert.high.steps and per_expert.low.steps, got",
     ),
     (
-        "per_expert: {high: {steps: 5}, low: {steps: 6}}\ntrain: {high_share: equal}",
-        "train.high_share: per_expert.high.steps and per_expert.low.steps divide the steps",
+        "per_expert: {high: {steps: 5}, low: {steps: 6}}\ntrain: {high_expert_share: equal}",
+        "train.high_expert_share: per_expert.high.steps and per_expert.low.steps divide the steps",
     ),
     (
         "method: {kind: oft}\nper_expert: {high: {rank: 5}}",
@@ -231,13 +231,13 @@ BROKEN = [
     ),
     # Steps.
     (
-        TI2V + "train: {steps: 10, warmup_steps: 4, warmdown_steps: 6}",
-        r"train.warmdown_steps: with train.warmup_steps \(4\), must be less than train.steps "
+        TI2V + "train: {steps: 10, warmup_steps: 4, cooldown_steps: 6}",
+        r"train.cooldown_steps: with train.warmup_steps \(4\), must be less than train.steps "
         r"\(10\), got 6; lower it$",
     ),
     (
-        "train: {steps: 10, warmdown_steps: 5}",
-        "train.warmdown_steps: must be less than the 5 steps of the high expert, its part",
+        "train: {steps: 10, cooldown_steps: 5}",
+        "train.cooldown_steps: must be less than the 5 steps of the high expert, its part",
     ),
     (
         "per_expert: {high: {steps: 50}, low: {steps: 6}}\ntrain: {warmup_steps: 6}",
@@ -250,8 +250,8 @@ BROKEN = [
         "train.schedule.kind: must be constant, since optimizer.name adamw_schedule_free averages",
     ),
     (
-        "optimizer: {name: prodigy_plus_schedule_free}\ntrain: {warmdown_steps: 5}",
-        "train.warmdown_steps: must be 0, since optimizer.name prodigy_plus_schedule_free averages",
+        "optimizer: {name: prodigy_plus_schedule_free}\ntrain: {cooldown_steps: 5}",
+        "train.cooldown_steps: must be 0, since optimizer.name prodigy_plus_schedule_free averages",
     ),
     ("optimizer: {name: sgd, nesterov: true}", "optimizer.nesterov: looks ahead by a momentum"),
     (
@@ -322,9 +322,9 @@ def test_a_broken_rule_gives_one_line_with_a_remedy(tmp_path: Path, text: str, s
     [
         "method: {modules: [attention, all_linears, 'blocks.*.ffn.net.0', 'blocks.[01].attn?.*']}",
         "method: {kind: fine_tune, modules: [all, norms, biases, attention, proj_out.bias]}",
-        "method: {init: pissa, rank_stabilised: true}",
-        "method: {start_from: [a.safetensors, b.safetensors]}",
-        "method: {start_from: [a.safetensors], rank: 4}\nper_expert: {low: {alpha: 2}}",
+        "method: {init: pissa, use_rslora: true}",
+        "method: {init_from: [a.safetensors, b.safetensors]}",
+        "method: {init_from: [a.safetensors], rank: 4}\nper_expert: {low: {alpha: 2}}",
         "method: {kind: lokr, factor: 1}",
         "video_data: {sources: [{path: a, target: base}]}",
         "method: {kind: fine_tune}\nper_expert: {high: {lr: 1}}",
@@ -335,7 +335,7 @@ def test_a_broken_rule_gives_one_line_with_a_remedy(tmp_path: Path, text: str, s
         "embeddings: [{placeholder: 狐, name: fox}, {placeholder: <cat>}]",
         "per_expert: {high: {steps: 5}, low: {steps: 6}}\ntrain: {steps: 11, warmup_steps: 4}",
         HIGH + "per_expert: {high: {lr: 1, rank: 2}}",
-        "train: {steps: 10, warmup_steps: 2, warmdown_steps: 2}",
+        "train: {steps: 10, warmup_steps: 2, cooldown_steps: 2}",
         "optimizer: {name: adamw_schedule_free, warmup_steps: 5}",
         "optimizer: {name: sgd, nesterov: true, momentum: 0.9}",
         "optimizer: {name: custom, class_path: pytorch_optimizer.StableAdamW}",
@@ -369,7 +369,7 @@ def test_all_broken_rules_are_told_at_once(tmp_path: Path) -> None:
         "train.accumulation",
         "train.max_grad_norm",
         "optimizer.name",
-        "embeddings.1.start_from",
+        "embeddings.1.init_from",
         "embeddings.1.placeholder",
         "validation.every",
         "train.keep_best",
@@ -395,7 +395,7 @@ def test_alphas_are_filled_in(tmp_path: Path) -> None:
     loha = load(tmp_path, f"method: {{kind: loha, alpha: 2, {layers}}}").method
     assert isinstance(loha, LohaMethod)
     assert [layer.alpha for layer in loha.per_module] == [2, 3]
-    started = load(tmp_path, "method: {start_from: [a.safetensors]}").method
+    started = load(tmp_path, "method: {init_from: [a.safetensors]}").method
     assert isinstance(started, LoraMethod)
     assert started.alpha is None  # the file's own
 

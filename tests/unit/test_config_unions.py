@@ -53,7 +53,7 @@ def test_a_mere_name_is_a_section_where_names_say_it_all(tmp_path: Path) -> None
     assert config.train.schedule == CosineSchedule()
     assert config.train.timesteps == BetaTimesteps(shift=12)
     assert config.train.loss.weighting == MinSnrWeighting()
-    assert config.train.ema == EmaSection(decay=0.999, device="host")
+    assert config.train.ema == EmaSection(decay=0.999, offload=True)
 
 
 def test_empty_sections_and_lists_are_their_defaults_at_any_depth(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_overrides_choose_kinds(tmp_path: Path) -> None:
             "optimizer.name=lion",
             "optimizer.lr=1e-5",
             "train.schedule.kind=rex",
-            "train.schedule.end=0.5",
+            "train.schedule.end_factor=0.5",
             "train.loss.weighting=min_snr",
             "train.loss.weighting.gamma=3",
             "train.ema.decay=0.9",
@@ -89,7 +89,7 @@ def test_overrides_choose_kinds(tmp_path: Path) -> None:
         ],
     )
     assert config.optimizer == LionOptimizer(lr=1e-5)
-    assert config.train.schedule == RexSchedule(end=0.5)
+    assert config.train.schedule == RexSchedule(end_factor=0.5)
     assert config.train.loss.weighting == MinSnrWeighting(gamma=3)
     assert config.train.ema == EmaSection(decay=0.9)
     assert config.method == FineTuneMethod(modules=("norms",))
@@ -119,14 +119,14 @@ def test_paths_of_members_and_lists_are_relative_to_the_file(tmp_path: Path) -> 
     config = load_run(
         write(
             tmp_path,
-            T2V + "method: {start_from: [high.safetensors]}\n"
-            "embeddings: [{placeholder: <fox>, start_from: fox.safetensors}]\n"
+            T2V + "method: {init_from: [high.safetensors]}\n"
+            "embeddings: [{placeholder: <fox>, init_from: fox.safetensors}]\n"
             "validation: {sources: [{path: held}]}\n",
         )
     )
     assert isinstance(config.method, LoraMethod)
-    assert config.method.start_from == (tmp_path / "high.safetensors",)
-    assert config.embeddings[0].start_from == tmp_path / "fox.safetensors"
+    assert config.method.init_from == (tmp_path / "high.safetensors",)
+    assert config.embeddings[0].init_from == tmp_path / "fox.safetensors"
     assert config.validation.sources[0].path == tmp_path / "held"
 
 
@@ -179,7 +179,7 @@ def test_paths_of_members_and_lists_are_relative_to_the_file(tmp_path: Path) -> 
         (
             "method: {kind: oft, rank: 3}",
             "method.rank: unknown field of method.kind oft, but one of lora, dora, loha, lokr; oft "
-            "has modules, start_from, block_size",
+            "has modules, init_from, block_size",
         ),
         (
             "optimizer: {name: lion, eps: 1}",
@@ -239,7 +239,7 @@ def test_a_wrong_kind_hides_no_other_problem_and_makes_none(tmp_path: Path) -> N
     text = """
 method: {kind: tuning, weights: khan, fused_step: true}
 optimizer: {name: custm, arguments: 5}
-train: {schedule: {kind: rexx, end: 2}, steps: 0, max_grad_norm: null}
+train: {schedule: {kind: rexx, end_factor: 2}, steps: 0, max_grad_norm: null}
 """
     found = problems(tmp_path, text)
     assert [p.split(": ")[0] for p in found] == [
@@ -250,7 +250,7 @@ train: {schedule: {kind: rexx, end: 2}, steps: 0, max_grad_norm: null}
         "method.weights",  # the kind with these fields was meant
         "optimizer.class_path",
         "optimizer.arguments",
-        "train.schedule.end",
+        "train.schedule.end_factor",
     ]
     assert found[4] == (
         "method.weights: must be 'stochastic', 'kahan' or 'float32', got 'khan'; did you mean "
@@ -278,15 +278,15 @@ def test_the_shallowest_place_of_a_lost_field_is_meant(tmp_path: Path) -> None:
         "method: {kind: dora, rank: 4, per_module: [{modules: [ffn], rank: 2}]}",
         "method: {kind: lora, rank: 4, alpha: 2, per_module: [{modules: [ffn], rank: 2}]}",
         "method: {kind: lokr, factor: 4}\nper_expert: {high: {steps: 5, rank: 3}, low: {steps: 7}}",
-        "method: {kind: oft, start_from: [a.safetensors]}",
-        "method: {kind: lora, start_from: [a.safetensors]}",
+        "method: {kind: oft, init_from: [a.safetensors]}",
+        "method: {kind: lora, init_from: [a.safetensors]}",
         "model: {path: a, variant: t2v-a14b, dtype: float32}\nmethod: {kind: fine_tune}",
         "method: {kind: fine_tune, fused_step: true}\ntrain: {max_grad_norm: null}",
-        "method: {kind: embedding}\nembeddings: [{placeholder: <a>, start_from: a.safetensors}]",
+        "method: {kind: embedding}\nembeddings: [{placeholder: <a>, init_from: a.safetensors}]",
         "embeddings: [{placeholder: <a>}, {placeholder: <b>, token_count: 2, lr: 1}]",
         "optimizer: {name: came, betas: [0.1, 0.2, 0.3]}\ntrain: {schedule: polynomial, ema: {}}",
         "optimizer: {name: custom, class_path: torch.optim.SGD, arguments: {a: [1, 2], b: x}}",
-        "train: {timesteps: {distribution: table, weights: [1, 2]}, save_minutes: 5}",
+        "train: {timesteps: {distribution: table, weights: [1, 2]}, save_every_minutes: 5}",
         "train: {loss: {kind: huber, weighting: {kind: curve, points: [[0, 1], [1, 2]]}}}",
         "model: {path: a, variant: ti2v-5b}\ntrain: {first_frame_noise: [-3.5, 0.5]}",
         "validation: {share: 0.1, every: 5}\ntrain: {keep_best: true}",
@@ -315,7 +315,7 @@ def test_changes_of_kind_are_listed_by_leaf(tmp_path: Path) -> None:
     assert changed["optimizer.lr"] == (1e-4, 1e-2)
     assert changed["optimizer.momentum"] == (None, 0)
     assert changed["train.schedule.kind"] == ("constant", "linear")
-    assert changed["train.schedule.end"] == (None, 0)
+    assert changed["train.schedule.end_factor"] == (None, 0)
     assert changed["train.ema.decay"] == (None, 0.9)
     assert changed["embeddings.0.placeholder"] == (None, "<fox>")
     assert "embeddings" not in changed

@@ -7,26 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.clips import clip
 
-from onewan.data.index import Clip
-from onewan.data.validation_split import split, without
-
-
-def clip(name: str, **changes: object) -> Clip:
-    plain = Clip(
-        path=Path(name),
-        name=name,
-        captions=("a test",),
-        kind="video",
-        start=0.0,
-        fps=16.0,
-        frames=5,
-        size=(64, 64),
-        source_size=(64, 64),
-        repeats=1,
-    )
-    return replace(plain, **changes)
-
+from onewan.data.validation_split import exclude_validation_clips, split_validation_clips
 
 CLIPS = tuple(clip(f"{n:02}") for n in range(20))
 CONTENT = {each.path: f"digest of {each.name}" for each in CLIPS}
@@ -34,7 +17,7 @@ CONTENT = {each.path: f"digest of {each.name}" for each in CLIPS}
 
 def held(clips=CLIPS, share: float = 0.25, seed: int = 7, content=CONTENT) -> set[str]:
     """The content that is held out; checks that the rest trains, in the order given."""
-    training, held_out = split(clips, share, seed, content)
+    training, held_out = split_validation_clips(clips, share, seed, content)
     out = {content[each.path] for each in held_out}
     assert len(out) == len(held_out)
     assert training == tuple(each for each in clips if content[each.path] not in out)
@@ -45,7 +28,7 @@ def held(clips=CLIPS, share: float = 0.25, seed: int = 7, content=CONTENT) -> se
 def test_the_share_is_rounded_and_at_least_one() -> None:
     for share, number in ((0.25, 5), (0.07, 1), (0.12, 2), (0.13, 3), (0.001, 1), (0.999, 19)):
         assert len(held(share=share)) == number
-    assert split(CLIPS, 0, 7, CONTENT) == (CLIPS, ())
+    assert split_validation_clips(CLIPS, 0, 7, CONTENT) == (CLIPS, ())
 
 
 def test_the_choice_is_by_seed() -> None:
@@ -91,20 +74,20 @@ def test_copies_go_together() -> None:
     }
     # The copies count as the files that they are of, and the first of each is measured.
     assert held((*CLIPS, *copies), content=content) == held()
-    _, held_out = split((*CLIPS, *copies), 0.25, 7, content)
+    _, held_out = split_validation_clips((*CLIPS, *copies), 0.25, 7, content)
     assert set(held_out) <= set(CLIPS)
-    _, held_out = split((*copies, *CLIPS), 0.25, 7, content)
+    _, held_out = split_validation_clips((*copies, *CLIPS), 0.25, 7, content)
     assert set(held_out) <= set(copies)
     # The same file in two sources: equal clips.
-    training, held_out = split((*CLIPS, *CLIPS), 0.25, 7, CONTENT)
+    training, held_out = split_validation_clips((*CLIPS, *CLIPS), 0.25, 7, CONTENT)
     assert (len(training), len(held_out)) == (30, 5) and set(training).isdisjoint(held_out)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.999])
 def test_never_all_are_held_out(share: float) -> None:
-    assert split(CLIPS[:1], share, 7, CONTENT) == (CLIPS[:1], ())
-    assert split((), share, 7, CONTENT) == ((), ())
-    assert split(CLIPS[:1] * 3, share, 7, CONTENT) == (CLIPS[:1] * 3, ())
+    assert split_validation_clips(CLIPS[:1], share, 7, CONTENT) == (CLIPS[:1], ())
+    assert split_validation_clips((), share, 7, CONTENT) == ((), ())
+    assert split_validation_clips(CLIPS[:1] * 3, share, 7, CONTENT) == (CLIPS[:1] * 3, ())
     assert len(held(CLIPS[:2], share=share)) == 1
 
 
@@ -114,13 +97,16 @@ def test_clips_that_teach_the_base_are_not_chosen(share: float) -> None:
     content = CONTENT | {each.path: each.name for each in base}
     # Nor do they count: the same are held out as without them.
     assert held((*base, *CLIPS), share=share, content=content) == held(share=share)
-    assert split((*base, *CLIPS[:1]), share, 7, content) == ((*base, *CLIPS[:1]), ())
-    assert split(base, share, 7, content) == (base, ())
+    assert split_validation_clips((*base, *CLIPS[:1]), share, 7, content) == (
+        (*base, *CLIPS[:1]),
+        (),
+    )
+    assert split_validation_clips(base, share, 7, content) == (base, ())
 
 
 def test_a_held_out_clip_does_not_teach_the_base_either() -> None:
     base = tuple(replace(each, name=f"base {each.name}", is_prior=True) for each in CLIPS)
-    training, held_out = split((*base, *CLIPS), 0.25, 7, CONTENT)
+    training, held_out = split_validation_clips((*base, *CLIPS), 0.25, 7, CONTENT)
     assert held_out and not {c.path for c in training} & {c.path for c in held_out}
     assert not any(each.is_prior for each in held_out)
 
@@ -128,13 +114,13 @@ def test_a_held_out_clip_does_not_teach_the_base_either() -> None:
 def test_sources_that_overlap() -> None:
     copy, other = clip("val/copy"), clip("val/other")
     content = CONTENT | {copy.path: CONTENT[CLIPS[3].path], other.path: "other"}
-    left, problems = without((*CLIPS, CLIPS[3]), (other, copy), content)
+    left, problems = exclude_validation_clips((*CLIPS, CLIPS[3]), (other, copy), content)
     assert left == [each for each in CLIPS if each != CLIPS[3]]
     (problem,) = problems  # once, though the file is in two sources
     assert problem.path == CLIPS[3].path
     assert problem.reason == (
-        "is in validation.sources too (as val/copy), so it is held out and does not train; take "
-        "it out of one of them"
+        "is in validation.sources too (as val/copy), so it is held out of training; take it out "
+        "of one of them"
     )
-    assert without(CLIPS, (other,), content) == (list(CLIPS), [])
-    assert without(CLIPS, (), content) == (list(CLIPS), [])
+    assert exclude_validation_clips(CLIPS, (other,), content) == (list(CLIPS), [])
+    assert exclude_validation_clips(CLIPS, (), content) == (list(CLIPS), [])

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.clips import planner
 
-from onewan.config.schema import SourceSection, VideoDataSection, WanTrainConfig
+from onewan.data.clip import Clip, ClipFolder
 from onewan.data.decode import decode
-from onewan.data.index import Clip, Report, index_clips
+from onewan.data.index import index_clips
+from onewan.data.report import DatasetReport
 from onewan.errors import DataError
 from onewan.media import probe, read_frames, write_video
 
@@ -31,25 +33,13 @@ def video(path: Path, frames: int = 32, caption: str | None = "a test", fps: flo
     return path
 
 
-def index(*folders: Path, seed: int = 7, fps: float = 16, **settings: object) -> Report:
-    """`index_clips` with settings of either section by name."""
-    data = {"min_resolution": (32, 32)}
-    data |= {k: v for k, v in settings.items() if k in VideoDataSection.model_fields}
-    wan = {"max_frames": 17}
-    wan |= {k: v for k, v in settings.items() if k in WanTrainConfig.model_fields}
-    sources = [SourceSection(path=folder) for folder in folders]
-    return index_clips(
-        VideoDataSection(sources=tuple(sources), **data),
-        WanTrainConfig(**wan),
-        seed=seed,
-        target_fps=fps,
-        resolutions=(64 * 64,),
-        size_multiple=16,
-        temporal_compression=4,
-    )
+def index(*folders: Path | ClipFolder, **settings: object) -> DatasetReport:
+    """`index_clips` with settings of the planner by name."""
+    named = [f if isinstance(f, ClipFolder) else ClipFolder(path=f) for f in folders]
+    return index_clips(named, planner(**settings), use_masks=False)
 
 
-def only(report: Report) -> Clip:
+def only(report: DatasetReport) -> Clip:
     assert not report.problems
     (clip,) = report.clips
     return clip
@@ -97,35 +87,17 @@ def test_two_sources_with_the_same_files(tmp_path: Path) -> None:
 
 def test_repeats(tmp_path: Path) -> None:
     video(tmp_path / "a.mp4")
-    report = index_clips(
-        VideoDataSection(
-            sources=(SourceSection(path=tmp_path, repeats=3),), min_resolution=(32, 32)
-        ),
-        WanTrainConfig(max_frames=5),
-        seed=0,
-        target_fps=16,
-        resolutions=("64x48",),
-        size_multiple=16,
-        temporal_compression=4,
-    )
+    folder = ClipFolder(path=tmp_path, repeats=3)
+    report = index(folder, max_frames=5, resolutions=("64x48",))
     assert (only(report).repeats, only(report).size) == (3, (64, 48))
 
 
 def test_what_a_source_says_of_its_clips(tmp_path: Path) -> None:
     video(tmp_path / "own" / "a.mp4", frames=5)
     video(tmp_path / "base" / "b.mp4", frames=5)
-    sources = (
-        SourceSection(path=tmp_path / "own", loss_weight=2.5),
-        SourceSection(path=tmp_path / "base", target="base"),
-    )
-    report = index_clips(
-        VideoDataSection(sources=sources, min_resolution=(32, 32)),
-        WanTrainConfig(max_frames=5),
-        seed=0,
-        target_fps=16,
-        resolutions=("64x48",),
-        size_multiple=16,
-        temporal_compression=4,
+    report = index(
+        ClipFolder(path=tmp_path / "own", loss_weight=2.5),
+        ClipFolder(path=tmp_path / "base", is_prior=True),
     )
     assert [(clip.name, clip.loss_weight, clip.is_prior) for clip in report.clips] == [
         ("a.mp4", 2.5, False),
@@ -168,7 +140,7 @@ def test_frames(tmp_path: Path, in_file: int, settings: dict[str, float], frames
 def test_a_span_lies_within_its_file(tmp_path: Path, strategy: str) -> None:
     for frames in (1, 5, 17, 18, 40):
         video(tmp_path / f"{frames}.mp4", frames=frames)
-    for clip in index(tmp_path, frame_sample_strategy=strategy).clips:
+    for clip in index(tmp_path, frame_strategy=strategy).clips:
         info = probe(clip.path)
         assert info.start <= clip.times()[0]
         assert clip.times()[-1] <= info.last + 1e-6
@@ -191,7 +163,7 @@ def test_at_the_files_own_rate_each_frame_comes_once(
     """Also where as many frames are left over as put the middle between two of them."""
     for frames in (18, 24, 29):
         video(tmp_path / f"{frames}.{kind}", frames=frames, fps=fps)
-    report = index(tmp_path, fps=fps, frame_sample_strategy=strategy)
+    report = index(tmp_path, fps=fps, frame_strategy=strategy)
     assert len(report.clips) == 3
     for clip in report.clips:
         levels = decode(clip).frames.mean(axis=(1, 2, 3))
@@ -203,7 +175,7 @@ def test_random_is_fixed_by_seed_and_name(tmp_path: Path) -> None:
         video(tmp_path / name, frames=60)
 
     def starts(seed: int) -> list[float]:
-        report = index(tmp_path, frame_sample_strategy="random", seed=seed)
+        report = index(tmp_path, frame_strategy="random", seed=seed)
         return [clip.start for clip in report.clips]
 
     assert starts(1) == starts(1) != starts(2)
@@ -213,13 +185,13 @@ def test_random_is_fixed_by_seed_and_name(tmp_path: Path) -> None:
 
 
 def index_of(path: Path, seed: int) -> float:
-    report = index(path.parent, frame_sample_strategy="random", seed=seed)
+    report = index(path.parent, frame_strategy="random", seed=seed)
     return next(clip.start for clip in report.clips if clip.path == path)
 
 
 def test_keyframe_is_the_one_nearest_to_the_middle(clips: Path) -> None:
     folder = clips / "odd"
-    report = index(folder, frame_sample_strategy="keyframe")
+    report = index(folder, frame_strategy="keyframe")
     clip = next(c for c in report.clips if c.name == "long_gop_with_cuts.mp4")
     assert clip.start == pytest.approx(5.48)  # of 0, 1.2, 3.04, 5.48, 7.48, 9.68; middle 4.98
 
@@ -227,7 +199,7 @@ def test_keyframe_is_the_one_nearest_to_the_middle(clips: Path) -> None:
 # --- What can't be used --------------------------------------------------------------------------
 
 
-def reasons(report: Report) -> dict[str, str]:
+def reasons(report: DatasetReport) -> dict[str, str]:
     return {problem.path.name: problem.reason for problem in report.problems}
 
 
@@ -256,13 +228,13 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
     assert "is 16x200, smaller than video_data.min_resolution (32x32)" in found["narrow.png"]
     assert "write one into uncaptioned.txt" in found["uncaptioned.mp4"]
     assert all("; " in reason and str(tmp_path) not in reason for reason in found.values())
-    assert [note.path for note in report.notes] == [tmp_path / "lonely.txt"]
+    assert [warning.path for warning in report.warnings] == [tmp_path / "lonely.txt"]
 
     text = "\n".join(report.lines())
     assert "1 clip (1 video, 0 images)" in text
     assert "5 files can't be used:" in text
     assert all(f"{problem.path}: {problem.reason}" in text for problem in report.problems)
-    assert "lonely.txt: captions without a video or image" in text
+    assert "lonely.txt: caption file without a video or image" in text
 
 
 @pytest.mark.parametrize(
@@ -282,7 +254,7 @@ def test_captions(tmp_path: Path, content: bytes, captions: tuple[str, ...]) -> 
 def test_supported_formats_extends_what_is_used(tmp_path: Path) -> None:
     video(tmp_path / "a.mp4").rename(tmp_path / "a.m4v")
     assert "add m4v" in index(tmp_path).problems[0].reason
-    assert only(index(tmp_path, supported_formats=("m4v",))).name == "a.m4v"
+    assert only(index(tmp_path, video_formats=("m4v",))).name == "a.m4v"
 
 
 def test_portrait_is_no_smaller_than_landscape(tmp_path: Path) -> None:
@@ -324,15 +296,7 @@ def test_a_folder_that_can_not_be_read(tmp_path: Path) -> None:
 def test_notes(tmp_path: Path) -> None:
     for name in "abcde":
         video(tmp_path / f"{name}.mp4", frames=5)
-    report = index_clips(
-        VideoDataSection(sources=(SourceSection(path=tmp_path),), min_resolution=(32, 32)),
-        WanTrainConfig(max_frames=16),
-        seed=0,
-        target_fps=16,
-        resolutions=(480 * 832,),
-        size_multiple=16,
-        temporal_compression=4,
-    )
+    report = index(tmp_path, max_frames=16, resolutions=(480 * 832,))
     lines = report.lines()
     assert sum("max_frames is 16; 13 are used" in line for line in lines) == 1
     scaled = [line for line in lines if "scaled up from 96x64" in line]

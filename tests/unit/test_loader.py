@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from onewan.data.index import Clip
+from onewan.data.clip import Clip
 from onewan.data.loader import Batch, WanDataLoader
 from onewan.data.masks import Mask
 from onewan.model.conditioning import conditioning_of

@@ -8,11 +8,13 @@ import av
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from support.clips import planner
 
-from onewan.config.schema import SourceSection, VideoDataSection, WanTrainConfig
+from onewan.data.clip import Clip, ClipFolder
 from onewan.data.decode import decode
-from onewan.data.index import Clip, Report, index_clips
+from onewan.data.index import index_clips
 from onewan.data.masks import Mask, latent_mask
+from onewan.data.report import DatasetReport
 from onewan.errors import DataError
 from onewan.media import write_video
 
@@ -46,22 +48,12 @@ def write_clip(path: Path, pixels: np.ndarray | None = None, fps: float = 16) ->
     return path
 
 
-def index(folder: Path, *, masks: bool = True, formats: tuple[str, ...] | None = None) -> Report:
-    data = {} if formats is None else {"supported_formats": formats}
-    return index_clips(
-        VideoDataSection(
-            sources=(SourceSection(path=folder),), min_resolution=(32, 32), masks=masks, **data
-        ),
-        WanTrainConfig(max_frames=17),
-        seed=7,
-        target_fps=16,
-        resolutions=(f"{TRAIN[0]}x{TRAIN[1]}",),
-        size_multiple=16,
-        temporal_compression=4,
-    )
+def index(folder: Path, *, use_masks: bool = True, **settings: object) -> DatasetReport:
+    sized = planner(resolutions=(f"{TRAIN[0]}x{TRAIN[1]}",), **settings)
+    return index_clips([ClipFolder(path=folder)], sized, use_masks=use_masks)
 
 
-def only(report: Report) -> Clip:
+def only(report: DatasetReport) -> Clip:
     assert not report.problems
     (clip,) = report.clips
     return clip
@@ -210,7 +202,7 @@ def test_a_mask_is_found_by_name(tmp_path: Path, clip: str, mask: str) -> None:
     else:
         Image.new("L", SIZE).save(tmp_path / mask)
     report = index(tmp_path)
-    assert not report.problems and not report.notes
+    assert not report.problems and not report.warnings
     found = {each.name: each.mask and each.mask.path for each in report.clips}
     assert found == {clip: tmp_path / mask, "b.mp4": None}
     assert "  with a mask: 1 clip" in report.lines()
@@ -232,25 +224,25 @@ def test_masks_without_a_clip(tmp_path: Path) -> None:
     (tmp_path / "b.mask.txt").write_text("a caption")
     report = index(tmp_path)
     assert [clip.mask for clip in report.clips] == [None, None]
-    told = {(str(note.path.relative_to(tmp_path)), note.text) for note in report.notes if note.path}
-    lonely = "a mask without a video or image of that name; not used"
+    told = {(str(w.path.relative_to(tmp_path)), w.text) for w in report.warnings if w.path}
+    lonely = "mask without a video or image of its name; unused"
     assert told == {
         ("b.mask.png", lonely),
         (str(Path("sub/a.mask.png")), lonely),
-        ("b.mask.txt", "captions without a video or image of that name; not used"),
+        ("b.mask.txt", "caption file without a video or image of its name; unused"),
     }
 
 
 def test_masks_that_are_switched_off(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.mp4")
     Image.new("L", SIZE).save(tmp_path / "a.mask.png")
-    report = index(tmp_path, masks=False)
+    report = index(tmp_path, use_masks=False)
     assert only(report).mask is None
-    assert [(note.path, note.text) for note in report.notes] == [
+    assert [(warning.path, warning.text) for warning in report.warnings] == [
         (None, f"1 mask file is not used (video_data.masks is false): {tmp_path}")
     ]
     (tmp_path / "b.mask.mp4").write_bytes(b"")
-    report = index(tmp_path, masks=False)
+    report = index(tmp_path, use_masks=False)
     assert [clip.name for clip in report.clips] == ["a.mp4"] and not report.problems
     assert "2 mask files are not used (video_data.masks is false)" in str(report)
 
@@ -287,11 +279,11 @@ def _bytes(content: bytes):
         (
             ["a.mask.png"],
             _picture((64, 112)),
-            "its mask a.mask.png has another shape (shown 64x112, the clip 112x64); make it "
-            "112x64, or of the same shape",
+            "its mask a.mask.png has another aspect ratio (shown 64x112, the clip 112x64); make it "
+            "112x64, or of the same aspect ratio",
         ),
-        (["a.mask.png"], _picture((112, 66)), "its mask a.mask.png has another shape"),
-        (["a.mask.mp4"], _video(32, (64, 64)), "its mask a.mask.mp4 has another shape"),
+        (["a.mask.png"], _picture((112, 66)), "its mask a.mask.png has another aspect ratio"),
+        (["a.mask.mp4"], _video(32, (64, 64)), "its mask a.mask.mp4 has another aspect ratio"),
         (
             ["a.mask.mp4", "a.mask.png"],
             _bytes(b""),
@@ -306,7 +298,7 @@ def _bytes(content: bytes):
         (
             ["a.mask.tif"],
             _bytes(b"any"),
-            "its mask a.mask.tif is neither a picture (jpeg, jpg, png, webp) nor a video; save it "
+            "its mask a.mask.tif is neither an image (jpeg, jpg, png, webp) nor a video; save it "
             "as one of them",
         ),
         (
@@ -355,7 +347,7 @@ def test_a_format_that_is_added(tmp_path: Path) -> None:
     write_video(tmp_path / "x.mp4", flat(32, 255), 16)
     (tmp_path / "x.mp4").rename(tmp_path / "a.mask.m4v")
     assert index(tmp_path).problems
-    assert (values(only(index(tmp_path, formats=("mp4", "m4v")))) == 1).all()
+    assert (values(only(index(tmp_path, video_formats=("mp4", "m4v")))) == 1).all()
 
 
 def test_a_mask_is_drawn_over_what_a_player_shows(tmp_path: Path, clips: Path) -> None:

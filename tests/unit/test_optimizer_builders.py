@@ -364,5 +364,5 @@ def test_building_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_documentation_lists_all_optimizers() -> None:
     page = (Path(__file__).parents[2] / "docs" / "optimizers.md").read_text(encoding="utf-8")
-    for section in get_args(Optimizer):
+    for section in get_args(get_args(Optimizer)[0]):
         assert f"| `{section.model_fields['name'].default}` |" in page

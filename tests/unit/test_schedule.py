@@ -98,7 +98,7 @@ def test_equal_share_alternates_in_blocks_and_starts_high() -> None:
 def test_share_from_the_run_file() -> None:
     variant = VARIANTS["t2v-a14b"]
     density = density_of(UniformTimesteps(), 12.0)
-    mass = expert_schedule(variant.experts, "mass", 1, density)
+    mass = expert_schedule(variant.experts, "density", 1, density)
     assert float(mass.share) == pytest.approx(0.6316, abs=1e-4)
     assert expert_schedule(variant.experts, "equal", 1, density).share == Fraction(1, 2)
     assert expert_schedule(variant.experts, 0.3, 1, density).share == Fraction(3, 10)
@@ -106,15 +106,15 @@ def test_share_from_the_run_file() -> None:
     assert {alone.turn(step) for step in range(3)} == {("low", 0), ("low", 1), ("low", 2)}
 
 
-def factors(schedule: Schedule, total: int, warmup: int = 0, warmdown: int = 0) -> list[float]:
-    return [lr_factor(schedule, step, total, warmup, warmdown) for step in range(total)]
+def factors(schedule: Schedule, total: int, warmup: int = 0, cooldown: int = 0) -> list[float]:
+    return [lr_factor(schedule, step, total, warmup, cooldown) for step in range(total)]
 
 
 def test_warm_up_does_not_start_at_zero() -> None:
     for schedule in SCHEDULES:
         assert factors(schedule, 10, warmup=3)[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors(LinearSchedule(), 4) == [1.0, 0.75, 0.5, 0.25]
-    assert factors(LinearSchedule(end=0.5), 4) == [1.0, 0.875, 0.75, 0.625]
+    assert factors(LinearSchedule(end_factor=0.5), 4) == [1.0, 0.875, 0.75, 0.625]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.kind)
@@ -123,7 +123,7 @@ def test_courses_stay_above_zero_and_end_where_they_say(schedule: Schedule) -> N
     assert lr_factor(schedule, 0, 10, 0, 0) == 1
     assert lr_factor(schedule, 10, 10, 0, 0) == float(schedule.kind == "constant")
     if not isinstance(schedule, ConstantSchedule):
-        raised = schedule.model_copy(update={"end": 0.2})
+        raised = schedule.model_copy(update={"end_factor": 0.2})
         for plain, above in zip(factors(schedule, 30), factors(raised, 30), strict=True):
             assert above == pytest.approx(0.2 + 0.8 * plain)
         assert lr_factor(raised, 30, 30, 0, 0) == pytest.approx(0.2)
@@ -131,7 +131,7 @@ def test_courses_stay_above_zero_and_end_where_they_say(schedule: Schedule) -> N
 
 def test_warm_down_falls_to_zero_from_where_the_course_ends() -> None:
     assert factors(ConstantSchedule(), 10, 2, 4)[2:] == [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
-    cosine = factors(CosineSchedule(end=0.4), 10, 2, 4)
+    cosine = factors(CosineSchedule(end_factor=0.4), 10, 2, 4)
     assert cosine[2] == 1
     assert cosine[4] == pytest.approx(0.7)  # half of the four steps between the ramps
     assert cosine[6:] == pytest.approx([0.4, 0.3, 0.2, 0.1])
@@ -164,7 +164,7 @@ def test_the_courses_of_diffusers() -> None:
                 o, warmup, total, num_cycles=4
             )
         ),
-        PolynomialSchedule(power=3.0, end=0.1): lambda o: (
+        PolynomialSchedule(power=3.0, end_factor=0.1): lambda o: (
             diffusers_schedules.get_polynomial_decay_schedule_with_warmup(
                 o, warmup, total, lr_end=0.1, power=3.0
             )

@@ -118,7 +118,7 @@ def test_quantised_weights_are_refused_by_name(half):
     layer.__class__ = QuantizedLinear
     names = select_weights(model, ["ffn"], None)
     with pytest.raises(
-        ConfigError, match=r"model\.quantised: is keep, but 1 of .*0\.ffn\.net\.2\.w"
+        ConfigError, match=r"model\.quantized: is keep, but 1 of .*0\.ffn\.net\.2\.w"
     ):
         train_weights(model, names, "float32")
     assert train_weights(model, select_weights(model, ["biases"], None), "float32")

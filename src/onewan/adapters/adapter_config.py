@@ -45,7 +45,7 @@ class AdapterConfig:
     alphas: Mapping[str, float] = field(default_factory=dict)
     """By module; OFT has none."""
     dropout: float = 0.0
-    rank_stabilized: bool = False
+    use_rslora: bool = False
     """rsLoRA (arXiv 2312.03732): the scale is alpha / sqrt(rank) instead of alpha / rank."""
     pissa: bool = False
     """Whether a LoRA is initialized from the largest singular vectors of the weight."""
@@ -59,7 +59,7 @@ class AdapterConfig:
     def scale(self, module: str) -> float:
         """Multiplier of the low-rank product."""
         rank = self.ranks[module]
-        return self.alphas[module] / (sqrt(rank) if self.rank_stabilized else rank)
+        return self.alphas[module] / (sqrt(rank) if self.use_rslora else rank)
 
     def peft_settings(self, module: str) -> PeftSettings:
         """PEFT's settings for one module, from which `from_peft` makes a `ModuleAdapter`."""
@@ -68,7 +68,7 @@ class AdapterConfig:
         return PeftSettings(
             alpha=float(self.alphas[module]),
             rank=self.ranks[module],
-            rank_stabilized=self.rank_stabilized,
+            rank_stabilized=self.use_rslora,
         )
 
     def peft_config(self) -> PeftConfig:
@@ -113,7 +113,7 @@ class AdapterConfig:
             r=rank,
             lora_alpha=alpha,
             lora_dropout=self.dropout,
-            use_rslora=self.rank_stabilized,
+            use_rslora=self.use_rslora,
             rank_pattern=ranks,
             alpha_pattern=alphas,
             target_modules=modules,
@@ -211,7 +211,7 @@ def adapter_config_from_file(
     alphas = {module: adapter.scale * ranks[module] for module, adapter in adapters.items()}
     config = _ranked_config(method, modules, ranks, alphas)
     # The alphas are made from the file's scales, rsLoRA's sqrt(rank) included.
-    return replace(config, rank_stabilized=False, pissa=False), weights
+    return replace(config, use_rslora=False, pissa=False), weights
 
 
 # ------------------------------------------------------------------------------------ from the run
@@ -230,7 +230,7 @@ def _ranked_config(
             ranks=ranks,
             alphas=alphas,
             dropout=method.dropout,
-            rank_stabilized=method.rank_stabilised,
+            use_rslora=method.use_rslora,
             pissa=method.init == "pissa",
         )
     if isinstance(method, LokrMethod):
@@ -298,7 +298,7 @@ def _check_against_run_file(
     if len(kinds) == 1 and (kind := next(iter(kinds))) != method.kind and kind != "difference":
         problems.append(
             f"method.kind: is {method.kind}, but {file.path} holds {kind}; set it to {kind}, or "
-            "leave method.start_from out"
+            "leave method.init_from out"
         )
     if layers is not None:
         blocks = {block_of(module) for module in file.modules}

@@ -380,7 +380,7 @@ def _merge(
         if isinstance(owner, QuantizedLinear):
             raise CheckpointError(
                 f"{name}: changes the weights of {module} themselves, which this model keeps "
-                "quantized; load it with its weights expanded (model.quantised: expand)"
+                "quantized; load it with its weights expanded (model.quantized: dequantize)"
             )
         weight: Tensor = getattr(owner, "weight", owner)  # scale_shift_table is a parameter itself
         added = adapter.difference(weight.cpu())

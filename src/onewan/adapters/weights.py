@@ -44,8 +44,9 @@ def train_weights(
         raise ConfigError(
             "run file",
             [
-                f"model.quantised: is keep, but {len(quantized)} of the weights to train are "
-                f"quantized, such as {some}; set it to expand, or leave them out of method.modules"
+                f"model.quantized: is keep, but {len(quantized)} of the weights to train are "
+                f"quantized, such as {some}; set it to dequantize, or leave them out of "
+                "method.modules"
             ],
         )
     transformer.requires_grad_(False)

@@ -68,12 +68,12 @@ class ExpertSchedule:
 
 def expert_schedule(
     experts: Sequence[Expert],
-    share: Literal["equal", "mass"] | float,
+    share: Literal["equal", "density"] | float,
     block: int,
     density: TimestepDensity,
     budgets: tuple[int, int] | None = None,
 ) -> ExpertSchedule:
-    """The schedule that the run file's `train.high_share` and `train.expert_block` mean.
+    """The expert schedule by `train.high_expert_share` and `train.switch_expert_every`.
 
     `budgets`, where `per_expert` gives steps for both experts in this order, decide the share too.
     """
@@ -84,33 +84,33 @@ def expert_schedule(
         return ExpertSchedule(
             experts=names, share=Fraction(budgets[0], sum(budgets)), block=block, budgets=budgets
         )
-    named = {"equal": 0.5, "mass": density.mass(experts[0])}
+    named = {"equal": 0.5, "density": density.mass(experts[0])}
     value = named[share] if isinstance(share, str) else share
     return ExpertSchedule(
         experts=names, share=Fraction(value).limit_denominator(10_000), block=block
     )
 
 
-def lr_factor(schedule: Schedule, step: int, total: int, warmup: int, warmdown: int) -> float:
+def lr_factor(schedule: Schedule, step: int, total: int, warmup: int, cooldown: int) -> float:
     """What the learning rate is multiplied with at an expert's own step `step` (from 0) of `total`.
 
     It rises in a straight line over `warmup` steps, the first of which is not 0. Then it takes the
     course of `schedule`, which reaches its end one step after the last that is its own. Over the
-    last `warmdown` steps it falls from there in a straight line to 0, which it would reach one step
+    last `cooldown` steps it falls from there in a straight line to 0, which it would reach one step
     after the last. Between the ramps the courses are those of diffusers and transformers.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    fall = total - warmdown
+    fall = total - cooldown
     factor = _course(schedule, min(step, fall) - warmup, max(1, fall - warmup))
-    return factor if step < fall or not warmdown else factor * (total - step) / warmdown
+    return factor if step < fall or not cooldown else factor * (total - step) / cooldown
 
 
 def _course(schedule: Schedule, done: int, span: int) -> float:
     """The factor after `done` steps of a course over `span` of them."""
     if isinstance(schedule, ConstantSchedule):
         return 1.0
-    return schedule.end + (1 - schedule.end) * _fallen(schedule, done, span)
+    return schedule.end_factor + (1 - schedule.end_factor) * _fallen(schedule, done, span)
 
 
 def _fallen(schedule: Schedule, done: int, span: int) -> float:

@@ -128,13 +128,13 @@ def readers_of_adapter(layout: AdapterLayout, shape: WanShape | None) -> tuple[R
 def _adapter_readers(layout: AdapterLayout, shape: WanShape | None) -> Iterator[Reader]:
     kinds = set(layout.kinds.values())
     plain = kinds == {"lora"}
-    spelling = layout.spelling
+    key_format = layout.key_format
     alphas = all("alpha" in parts for parts in layout.modules.values())
     blocks = {int(m.split(".")[1]) for m in layout.modules if m.startswith("blocks.")}
     # Of a model that is not known, the last block in the file may be its last.
     layers = shape.num_layers if shape else max(blocks, default=-1) + 1
     whole = alphas and len(layout.modules) >= layers * len(LINEARS) > 0
-    if spelling == "comfyui":
+    if key_format == "comfyui":
         odd = kinds & {"dora"} or any("oft_R" in parts for parts in layout.modules.values())
         yield _verdict("ComfyUI", "has no spelling for DoRA and OFT of PEFT" if odd else None)
         yield _verdict("diffusers", None if plain else "reads nothing but LoRA for Wan")
@@ -142,14 +142,14 @@ def _adapter_readers(layout: AdapterLayout, shape: WanShape | None) -> Iterator[
         even = len(set(layout.ranks.values())) <= 1
         against = None if plain and even else "wants one rank for all modules"
         yield _verdict("DiffSynth-Studio", against if plain else "reads nothing but LoRA")
-    elif spelling == "kohya":
+    elif key_format == "kohya":
         yield _verdict("ComfyUI", None if kinds <= {"lora", "loha", "lokr"} else "not this kind")
         missing = "wants every module of every block with its alpha; convert to kohya or comfyui"
         yield _verdict("diffusers", None if plain and whole else missing)
         yield _verdict("musubi-tuner", None if plain and alphas else "wants an alpha everywhere")
         yield Reader("DiffSynth-Studio", False, "does not know lora_unet_")
     else:
-        only = spelling == "diffusers" and kinds <= {"lora", "dora"}
+        only = key_format == "diffusers" and kinds <= {"lora", "dora"}
         other = "does not know these names; convert to comfyui"
         yield Reader("ComfyUI", False, other)
         yield Reader("diffusers", only, "" if only else other)

@@ -32,7 +32,7 @@ from onewan.variants import ExpertName, Variant, variant_of
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weight:
     """One weight. `read` gives its numbers on the CPU: in `dtype`, or as float32 where `dtype` is
-    None, since the source has them quantised."""
+    None, since the source has them quantized."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
@@ -66,7 +66,7 @@ class Component:
     """What else a header should say as ``onewan.<name>``."""
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         return any(weight.dtype is None for weight in self.weights.values())
 
     @property

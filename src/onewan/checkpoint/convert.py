@@ -63,7 +63,7 @@ def convert_model(
 
     A whole model becomes a folder; a component a file or a folder, as the layout has it
     (`onewan.checkpoint.layouts`). Weights keep their type unless `dtype` asks for another; those
-    that are quantised become bfloat16 then, and for ``fp8_scaled`` it is the type of all that is
+    that are quantized become bfloat16 then, and for ``fp8_scaled`` it is the type of all that is
     not fp8 (bfloat16 if None). The VAE of a whole model keeps its type in any case.
 
     CheckpointError if `source` is not whole, if something is at `destination` and not `force`, if
@@ -246,9 +246,9 @@ def _notices(
     component: Component, to: ModelFormat, dtype: torch.dtype | None, whole: bool
 ) -> list[str]:
     found: list[str] = []
-    if component.quantised and to != "fp8_scaled" and dtype is None:
+    if component.quantized and to != "fp8_scaled" and dtype is None:
         found.append(
-            f"{component.source}: its quantised weights are written as bfloat16; --dtype chooses "
+            f"{component.source}: its quantized weights are written as bfloat16; --dtype chooses "
             "another type"
         )
     if to not in ("single", "fp8_scaled"):

@@ -208,7 +208,8 @@ def _one(path: Path) -> Report:
         found = layout_of(file.tensors, file.metadata)
         if found is not None and found.modules:
             return _adapter(path, file, found, common)
-        what = f"a LoRA of {found.stranger if found and found.stranger else 'another model'}"
+        architecture = found.other_architecture if found else None
+        what = f"a LoRA of {architecture or 'another model'}"
         return Report(kind="other", what=f"{what}, not of Wan 2.2", **common)
     if looks_like_embedding(file):
         tokens = max((i.shape[0] for i in file.tensors.values() if len(i.shape) == 2), default=1)
@@ -285,9 +286,9 @@ def _adapter(
     elif expert is not None and expert != "single":
         what += f", for the {expert}-noise expert (by its {told_by})"
     blocks = sorted({int(m.split(".")[1]) for m in found.modules if m.startswith("blocks.")})
-    problems = list(found.faults)
+    problems = list(found.module_errors)
     if found.unknown:
-        of_what = f" of {found.stranger}" if found.stranger else ""
+        of_what = f" of {found.other_architecture}" if found.other_architecture else ""
         names = ", ".join(found.unknown[:3])
         problems.append(
             f"has {len(found.unknown)} keys{of_what} that do not belong, such as {names}"
@@ -298,7 +299,7 @@ def _adapter(
         variant=variant.name if variant else None,
         expert=expert,
         expert_told_by=told_by,
-        names=found.spelling,
+        names=found.key_format,
         prefix=found.prefix,
         adapter={
             "kinds": dict(kinds),

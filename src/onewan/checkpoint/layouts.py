@@ -85,7 +85,7 @@ def outputs(
 ) -> list[Output]:
     """The files of `component` in layout `to`; `place` is that of its file or folder.
 
-    `dtype` None leaves each weight as it is (bfloat16 where the source has it quantised).
+    `dtype` None leaves each weight as it is (bfloat16 where the source has it quantized).
     """
     if to == "fp8_scaled" and component.part != "vae":
         tensors = _spelled(component, to, _fp8(component, dtype or torch.bfloat16))

@@ -1,7 +1,7 @@
 """LoRAs and their kin merged into a model: W + the sum of what each adds, times its weight.
 
 Computed in float32 from the base model's numbers and rounded once, to the type that is written.
-Everything that the adapters do not touch stays as it is, to the bit, quantised weights included.
+Everything that the adapters do not touch stays as it is, to the bit, quantized weights included.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def merge(
     *,
     dtype: torch.dtype | None = None,
     force: bool = False,
-    check_names: bool = True,
+    check_file_names: bool = True,
     report: Report = lambda _done, _total: None,
 ) -> Written:
     """Write `base`, a model's folder or one transformer, with `loras` (path, weight) merged in.
@@ -50,12 +50,13 @@ def merge(
     Each LoRA goes to its expert, told by its keys, its header or its name. `destination` gets the
     layout of `base`; of a single file, with official names and no prefix. `dtype` is as in
     `convert_model`. CheckpointError as there, if a LoRA has a layer that the base has not, and with
-    `check_names` if headers or names say that a LoRA and a single base are of different experts.
+    `check_file_names` if headers or names say that a LoRA and a single base are of different
+    experts.
     """
     model = read_model(Path(base))
     added: dict[Placed, dict[str, list[_Added]]] = {}
     for path, weight in loras:
-        for placed, file in _adapters(Path(path), model, check_names).items():
+        for placed, file in _adapters(Path(path), model, check_file_names).items():
             _check(file, model.components[placed])
             for module, adapter in file.modules.items():
                 added.setdefault(placed, {}).setdefault(module, []).append(_Added(adapter, weight))
@@ -75,7 +76,7 @@ def merge(
         report=report,
     )
     notices = [
-        f"{components[placed].source}: the merged weights were quantised to fp8 anew"
+        f"{components[placed].source}: the merged weights were quantized to fp8 anew"
         for placed in added
         if arrangement[placed] == "fp8_scaled"
     ]
@@ -110,7 +111,7 @@ def _named(lora: Path) -> ExpertName | None:
     return layout.experts[0] if layout is not None and len(layout.experts) == 1 else None
 
 
-def _adapters(path: Path, model: Model, check_names: bool) -> dict[Placed, AdapterFile]:
+def _adapters(path: Path, model: Model, check_file_names: bool) -> dict[Placed, AdapterFile]:
     """What is in `path`, by the component of `model` that it is for."""
     file = open_tensors(path)
     layout = layout_of(file.tensors, file.metadata)
@@ -124,10 +125,12 @@ def _adapters(path: Path, model: Model, check_names: bool) -> dict[Placed, Adapt
             "says which it is; name it ..._high_noise or ..._low_noise"
         )
     adapter = read_adapter(path, alone if len(experts) > 1 else None)
-    return {_slot(model, path, adapter.expert, check_names): adapter}
+    return {_slot(model, path, adapter.expert, check_file_names): adapter}
 
 
-def _slot(model: Model, lora: Path, named: ExpertName | None, check_names: bool = True) -> Placed:
+def _slot(
+    model: Model, lora: Path, named: ExpertName | None, check_file_names: bool = True
+) -> Placed:
     """The component of `model` that `lora` is for."""
     transformers: list[Placed] = [p for p in model.components if p.startswith("transformer")]
     if not transformers:
@@ -136,7 +139,7 @@ def _slot(model: Model, lora: Path, named: ExpertName | None, check_names: bool 
     if not model.whole:
         told = expert_told(lora, metadata)
         of_lora, of_base = named or (told and told[0]), model.components[transformers[0]].expert
-        if check_names and {of_lora, of_base} == {"high", "low"}:
+        if check_file_names and {of_lora, of_base} == {"high", "low"}:
             raise CheckpointError(
                 f"{lora}: is for the {of_lora}-noise expert, and {model.name} is the "
                 f"{of_base}-noise one, by header or name; give the other, or add --any-expert"

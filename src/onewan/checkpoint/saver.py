@@ -9,7 +9,7 @@ True``) and ignores any other without a word. Never holds a training state
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -136,28 +136,6 @@ class WanModelSaver:
         metadata |= {f"onewan.{key}": str(value) for key, value in {**facts, **known}.items()}
         write_safetensors(Path(destination), {name: vectors}, metadata)
         return Path(destination)
-
-    def save_embeddings(
-        self,
-        embeddings: Iterable[WanModelEmbedding],
-        folder: Path,
-        *,
-        dtype: torch.dtype | None = None,
-        facts: Mapping[str, str | int | float] = MappingProxyType({}),
-        date: datetime | None = None,
-    ) -> list[Path]:
-        """Write each to its own file under its name in `folder`, as `save_embedding` does: ComfyUI
-        takes one from a file. ValueError if two have the same name."""
-        chosen = list(embeddings)
-        files = {embedding.name: embedding for embedding in chosen}
-        if len(files) < len(chosen):
-            raise ValueError(f"the names {[e.name for e in chosen]} are not all different")
-        return [
-            self.save_embedding(
-                embedding, folder / f"{name}.safetensors", dtype=dtype, facts=facts, date=date
-            )
-            for name, embedding in files.items()
-        ]
 
 
 def convert_adapter(

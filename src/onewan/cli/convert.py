@@ -62,7 +62,7 @@ def merge_loras(
     *,
     dtype: str | None,
     force: bool,
-    check_names: bool,
+    check_file_names: bool,
 ) -> int:
     kept = None if dtype is None else torch_dtype(dtype)
     return _shown(
@@ -72,7 +72,7 @@ def merge_loras(
             destination,
             dtype=kept,
             force=force,
-            check_names=check_names,
+            check_file_names=check_file_names,
             report=report,
         )
     )

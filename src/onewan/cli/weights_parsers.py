@@ -154,7 +154,7 @@ def add_merge(commands: Commands) -> None:
             options.destination,
             dtype=options.dtype,
             force=options.force,
-            check_names=not options.any_expert,
+            check_file_names=not options.any_expert,
         )
 
     parser.set_defaults(command=run)

@@ -27,10 +27,9 @@ from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.representer import SafeRepresenter
 
 from onewan.config.messages import report, validated
-from onewan.config.migrate import migrate
 from onewan.config.resolve import inert, resolve
 from onewan.config.rules import rule_violations
-from onewan.config.schema import COMPONENTS, ResolvedRun, RunConfig
+from onewan.config.schema import COMPONENTS, SCHEMA_VERSION, ResolvedRun, RunConfig
 from onewan.config.schema_paths import (
     Node,
     Place,
@@ -68,7 +67,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> ResolvedRun:
     path = Path(path)
     source = str(path)
     file = path / RESOLVED_NAME if path.is_dir() else path
-    data: Node = migrate(_read(file, source), source=source)
+    data: Node = _read(file, source)
     for name in RunConfig.model_fields:
         if data.get(name) is None and (empty := when_empty((name,))) is not None:
             data = {**data, name: empty}  # `sample:` with every line under it commented out
@@ -158,6 +157,14 @@ def _read(file: Path, source: str) -> dict[str, Any]:
         raise ConfigError(source, ["is empty; `onewan init` writes one to start from"])
     if not is_mapping(data):
         problem = f"must hold fields such as `model:` at its top, got {show(data)}"
+        raise ConfigError(source, [problem])
+    version = data.get("schema_version")
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        # Before anything else: what else is wrong would only follow from it.
+        problem = (
+            f"schema_version: is {version}, but this onewan knows versions up to {SCHEMA_VERSION}; "
+            "update onewan, or write a new file with `onewan init`"
+        )
         raise ConfigError(source, [problem])
     return data
 

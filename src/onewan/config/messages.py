@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from onewan.config.migrate import MOVED
 from onewan.config.schema import RunConfig
 from onewan.config.schema_paths import (
     Members,
@@ -176,8 +175,6 @@ def _place(error: ErrorDetails, data: Node) -> Place:
 def _unknown(place: Place, data: Node) -> str:
     *around, name = place
     section = tuple(around)
-    if moved := MOVED.get(dotted(place)):
-        return f"unknown field; it is {moved} now"
     known, which, has_known = list(fields_at(section, data)), "", "known here:"
     if (union := members_at(section, data)) is not None:
         key, chosen = union.chosen(at(data, section)) or (union.keyed.default, union.default)

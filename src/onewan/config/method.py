@@ -38,7 +38,7 @@ class _Modules(Section):
 
 
 class _Adapter(_Modules):
-    start_from: tuple[Path, ...] = ()
+    init_from: tuple[Path, ...] = ()
     """Adapter files to go on from, in any format that is read: one for an expert, which is then
     given its layers, ranks and alphas by the file."""
 
@@ -57,7 +57,7 @@ class LoraMethod(_RankedAdapter):
     """What is trained: a low-rank adapter (LoRA) beside the frozen weights."""
     dropout: Decay = 0.0
     """Probability with which an input of the adapter is dropped while training."""
-    rank_stabilised: bool = False
+    use_rslora: bool = False
     """rsLoRA: count alpha/sqrt(rank) times instead of alpha/rank."""
     init: Literal["zero", "pissa"] = "zero"
     """`zero`: B is zero, so nothing changes at first. `pissa`: start from the principal part of
@@ -130,10 +130,10 @@ class EmbeddingFields(Section):
     """false: the vectors enter the text encoder in place of the placeholder's tokens. true: they
     join what comes out of it, at the placeholder's place; the text encoder never trains then, and
     no other word is influenced."""
-    start_from: Path | None = None
+    init_from: Path | None = None
     """An embedding file to go on from, instead of `initial_text`."""
     train: bool = True
-    """false: use the vectors of `start_from` as they are."""
+    """false: use the vectors of `init_from` as they are."""
     lr: Positive | None = None
     """Learning rate; null is `optimizer.lr`."""
 

@@ -107,7 +107,7 @@ def _rank_rules(method: RankedMethod) -> Iterator[Problem]:
 def _start_rules(
     config: RunConfig, method: AdapterMethod, variant: Variant | None
 ) -> Iterator[Problem]:
-    files, field = method.start_from, "method.start_from"
+    files, field = method.init_from, "method.init_from"
     if not files:
         return
     for index, file in enumerate(files):
@@ -144,12 +144,12 @@ def _start_rules(
 
 def _initial_shape_rules(method: AdapterMethod) -> Iterator[Problem]:
     """Fields that shape a new adapter and that no file takes, even if it is for one expert only."""
-    for name in ("rank_stabilised", "factor", "decompose_both"):
+    for name in ("use_rslora", "factor", "decompose_both"):
         known = type(method).model_fields.get(name)
         if known is not None and (value := getattr(method, name)) != known.default:
             yield (
                 f"method.{name}",
-                f"is decided by the files of method.start_from, got {show(value)}; leave it out",
+                f"is decided by the files of method.init_from, got {show(value)}; leave it out",
             )
 
 
@@ -159,7 +159,7 @@ def started_expert_rules(expert: str, settings: ExpertSettings) -> Iterator[Prob
         if value is not None:
             yield (
                 f"per_expert.{expert}.{name}",
-                f"is the file's own under method.start_from, got {show(value)}; leave it out",
+                f"is the file's own under method.init_from, got {show(value)}; leave it out",
             )
 
 
@@ -282,24 +282,24 @@ def _nested(one: str, other: str) -> bool:
 
 def _vector_rules(field: str, embedding: EmbeddingSection) -> Iterator[Problem]:
     """Where the vectors of one embedding come from, and whether they move."""
-    start, given = embedding.start_from, embedding.model_fields_set
+    start, given = embedding.init_from, embedding.model_fields_set
     if start is None:
         if not embedding.train:
             yield (
-                f"{field}.start_from",
+                f"{field}.init_from",
                 f"is required where {field}.train is false, got nothing; give its file",
             )
         if not embedding.initial_text.strip():
             yield f"{field}.initial_text", "must have a word to start from, got none; give one"
     else:
         if not os.path.isfile(start):
-            yield f"{field}.start_from", f"there is no file {start}; correct it"
+            yield f"{field}.init_from", f"there is no file {start}; correct it"
         for name in ("token_count", "initial_text"):
             value = getattr(embedding, name)
             if name in given and value is not None:
                 yield (
                     f"{field}.{name}",
-                    f"is the file's own under {field}.start_from, got {show(value)}; leave it out",
+                    f"is the file's own under {field}.init_from, got {show(value)}; leave it out",
                 )
     if not embedding.train and embedding.lr is not None:
         yield (
@@ -362,7 +362,7 @@ def _step_rules(config: RunConfig) -> Iterator[Problem]:
                 yield (
                     f"per_expert.{expert}.steps",
                     f"is required where per_expert.{other}.steps is given, got nothing; give it, "
-                    "or divide train.steps by train.high_share",
+                    "or divide train.steps by train.high_expert_share",
                 )
         return
     of_both = "per_expert.high.steps and per_expert.low.steps"
@@ -371,6 +371,9 @@ def _step_rules(config: RunConfig) -> Iterator[Problem]:
             "train.steps",
             f"must be {sum(steps)}, the sum of {of_both}, got {config.train.steps}; leave it out",
         )
-    if "high_share" in config.train.model_fields_set:
-        share = config.train.high_share
-        yield "train.high_share", f"{of_both} divide the steps, got {show(share)}; leave it out"
+    if "high_expert_share" in config.train.model_fields_set:
+        share = config.train.high_expert_share
+        yield (
+            "train.high_expert_share",
+            f"{of_both} divide the steps, got {show(share)}; leave it out",
+        )

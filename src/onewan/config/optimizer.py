@@ -216,20 +216,20 @@ Optimizer: TypeAlias = Annotated[
 
 class ConstantSchedule(Section):
     kind: Literal["constant"] = "constant"
-    """Course of the learning rate between warm-up and warm-down: it stays."""
+    """Course of the learning rate between warm-up and cooldown: it stays."""
 
 
 class LinearSchedule(Section):
     kind: Literal["linear"] = "linear"
     """It falls in a straight line."""
-    end: Share = 0.0
+    end_factor: Share = 0.0
     """Where it ends, as a share of the full rate."""
 
 
 class CosineSchedule(Section):
     kind: Literal["cosine"] = "cosine"
     """It falls along half a cosine."""
-    end: Share = 0.0
+    end_factor: Share = 0.0
     """Where it ends, as a share of the full rate."""
 
 
@@ -238,14 +238,14 @@ class CosineRestartsSchedule(Section):
     """Several half cosines, each from the full rate."""
     cycles: Int = Field(default=3, ge=1)
     """How many."""
-    end: Share = 0.0
+    end_factor: Share = 0.0
     """Where each ends, as a share of the full rate."""
 
 
 class RexSchedule(Section):
     kind: Literal["rex"] = "rex"
     """Reflected exponential: stays high for long, then falls fast."""
-    end: Share = 0.0
+    end_factor: Share = 0.0
     """Where it ends, as a share of the full rate."""
 
 
@@ -254,7 +254,7 @@ class PolynomialSchedule(Section):
     """It falls as a power of the steps left."""
     power: Positive = 2.0
     """1 is linear; more falls faster at first."""
-    end: Share = 0.0
+    end_factor: Share = 0.0
     """Where it ends, as a share of the full rate."""
 
 

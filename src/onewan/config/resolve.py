@@ -37,7 +37,7 @@ _S = TypeVar("_S", bound=Section)
 
 
 FILES_DECIDE = ("modules", "rank", "alpha", "per_module", "block_size")
-"""Fields of an adapter method that files of `method.start_from` decide for their experts."""
+"""Fields of an adapter method that files of `method.init_from` decide for their experts."""
 
 
 def resolve(config: RunConfig, folder: Path) -> ResolvedRun:
@@ -107,21 +107,21 @@ def inert(config: RunConfig | ResolvedRun) -> Iterator[Place]:
     if not variant.has_clean_first_frame:
         yield "train", "first_frame_probability"
     experts = variant.selected(config.model.experts)
-    if isinstance(method, AdapterMethod) and len(method.start_from) == len(experts):
+    if isinstance(method, AdapterMethod) and len(method.init_from) == len(experts):
         for name in FILES_DECIDE:
             if name in type(method).model_fields:
                 yield "method", name
     for index, embedding in enumerate(config.embeddings):
-        if embedding.start_from is not None:
+        if embedding.init_from is not None:
             yield "embeddings", index, "initial_text"
     if divided_steps(config) is not None:
-        yield "train", "high_share"
+        yield "train", "high_expert_share"
 
 
 def _method(config: RunConfig) -> Method:
     """The method with its alphas, and weights in the precision that they are kept in."""
     method = config.method
-    if isinstance(method, RankedMethod) and not method.start_from:
+    if isinstance(method, RankedMethod) and not method.init_from:
         layers = tuple(
             _filled(PerModule, layer, alpha=method.alpha or (layer.rank and float(layer.rank)))
             for layer in method.per_module

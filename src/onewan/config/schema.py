@@ -20,7 +20,7 @@ from onewan.config.section import Float, Int, Positive, Section, Share, Size
 from onewan.dtypes import WeightDtype
 from onewan.variants import VARIANTS, Variant, VariantName
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 1
 
 COMPONENTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer")
 """Fields of the model section that give one component."""
@@ -45,13 +45,13 @@ class ModelSection(Section):
     encoder carry it and need none."""
     variant: VariantName
     """Which Wan 2.2 model it is; checked against the weights."""
-    check_names: bool = True
+    check_file_names: bool = True
     """Refuse a file as the high-noise expert if its name says low noise, and the reverse; the
     weights themselves do not tell."""
-    quantised: Literal["keep", "expand"] = "keep"
-    """Weights that a file holds in fp8 or GGUF: `keep` leaves those of the linear layers as they
-    are in memory and expands each at its use; `expand` does it once, for speed, at the memory of a
-    model that is not quantised. The numbers are the same."""
+    quantized: Literal["keep", "dequantize"] = "keep"
+    """How to hold weights that a file has in fp8 or GGUF. `keep`: linear layers stay quantized in
+    memory and are dequantized at each use. `dequantize`: all are dequantized once when loading,
+    which is faster and needs the memory of an unquantized model. The results are the same."""
     experts: Literal["both", "high", "low"] = "both"
     """Which experts train. T2V-A14B and I2V-A14B have two: `high` serves the noisy start of
     sampling (layout and motion), `low` the rest (detail). TI2V-5B has one: leave `both`."""
@@ -183,8 +183,8 @@ def _area_or_size(value: int | str) -> int | str:
 class EmaSection(Section):
     decay: Annotated[Float, Field(gt=0, lt=1)] = 0.999
     """Share of the old average in the new one, at each step of an expert; less in the first."""
-    device: Literal["host", "device"] = "host"
-    """Where the averages lie: in host memory, or beside the weights."""
+    offload: bool = True
+    """Keep the averages in CPU memory; false: on the device, beside the weights."""
 
 
 class ExpertSettings(Section):
@@ -218,7 +218,7 @@ class ValidationSection(Section):
     """Steps between measurements; 0 measures before the first and after the last step only."""
     clips: Int = Field(default=4, ge=0)
     """Clips to measure on; 0 turns it off."""
-    levels: Int = Field(default=4, ge=1)
+    timesteps: Int = Field(default=4, ge=1)
     """Noise levels for each clip, equally probable parts of each expert's range."""
 
 
@@ -233,20 +233,20 @@ class TrainSection(Section):
     """Seed of everything random. Each draw is keyed by it, its purpose and its place in the run,
     so a resumed run draws what an uncut one would have drawn."""
     schedule: Schedule = ConstantSchedule()
-    """Course of the learning rate between warm-up and warm-down: a name, or a mapping with kind and
+    """Course of the learning rate between warm-up and cooldown: a name, or a mapping with kind and
     what that kind takes."""
     warmup_steps: Int = Field(default=0, ge=0)
     """Optimizer steps of each expert over which its learning rate rises from 0; with
-    `warmdown_steps`, fewer than it gets of `steps`."""
-    warmdown_steps: Int = Field(default=0, ge=0)
+    `cooldown_steps`, fewer than it gets of `steps`."""
+    cooldown_steps: Int = Field(default=0, ge=0)
     """Last optimizer steps of each expert, over which its learning rate falls to 0."""
     max_grad_norm: Positive | None = 1.0
     """Gradients are scaled down to this norm; null leaves them."""
-    high_share: Literal["equal", "mass"] | Annotated[Float, Field(ge=0, le=1)] = "equal"
+    high_expert_share: Literal["equal", "density"] | Annotated[Float, Field(ge=0, le=1)] = "equal"
     """Share of the steps that the high-noise expert gets when both train: `equal` is one half;
-    `mass` is the share of noise levels above the boundary under `timesteps`; or a number between
+    `density` is the share of noise levels above the boundary under `timesteps`; or a number between
     0 and 1."""
-    expert_block: Int = Field(default=10, ge=1)
+    switch_expert_every: Int = Field(default=10, ge=1)
     """Steps for which one expert trains before the other may. Longer blocks move weights between
     host and GPU less often."""
     caption_dropout: Share = 0.0
@@ -271,9 +271,9 @@ class TrainSection(Section):
     keeps none, {} one with the defaults."""
     save_every: Int = Field(default=500, ge=1)
     """Steps between saved training states and exported weights. The last step is always saved."""
-    save_minutes: Positive | None = None
+    save_every_minutes: Positive | None = None
     """Also save the training state when this many minutes have passed since the last one."""
-    keep_states: Int = Field(default=2, ge=1)
+    keep_last: Int = Field(default=2, ge=1)
     """How many of the newest training states to keep; older ones are deleted. Exported weights
     stay."""
     keep_every: Int | None = Field(default=None, ge=1)
@@ -357,7 +357,7 @@ class OutputFields(Section):
     dtype: WeightDtype | None = None
     """Precision of exported files; null is what was trained, to the bit (adapters and embeddings
     are float32)."""
-    keep: Int | None = Field(default=None, ge=1)
+    keep_last: Int | None = Field(default=None, ge=1)
     """How many of the newest exports stay, beside the best one; null is all. A fine-tuned expert of
     A14B is 28 GB each time."""
 
@@ -388,7 +388,7 @@ class RunConfig(Section):
     """A whole run file."""
 
     schema_version: Int = Field(default=SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION)
-    """Version of this file's form; older ones are brought up to date when read."""
+    """Version of the run file's format; a newer one than this onewan knows is refused."""
     model: ModelSection
     """The base model."""
     wan_config: WanTrainConfig = WanTrainConfig()

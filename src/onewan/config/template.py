@@ -23,7 +23,7 @@ _STARTER = """\
 #
 # A LoRA for {title}. Whatever is left out keeps its default.
 # Encode the clips with `onewan cache`, then start with `onewan train`.
-schema_version: 2
+schema_version: 1
 
 model:
   path: {repository}  # on the hub; or a folder, diffusers' or official

@@ -41,43 +41,43 @@ def train_rules(config: RunConfig, variant: Variant | None) -> Iterator[Problem]
 
 
 def _share_rules(config: RunConfig, variant: Variant) -> Iterator[Problem]:
-    choice, share = config.model.experts, config.train.high_share
+    choice, share = config.model.experts, config.train.high_expert_share
     experts = len(variant.experts)
     if isinstance(share, str):
         return
     if experts == 1 or choice != "both":
         alone = "has one expert" if experts == 1 else f"trains only its {choice} expert"
         yield (
-            "train.high_share",
+            "train.high_expert_share",
             f"divides the steps between two experts, but {variant.name} {alone}, got {share}; "
             "leave it out",
         )
     elif share in (0, 1):
         idle, other = ("high", "low") if share == 0 else ("low", "high")
         yield (
-            "train.high_share",
+            "train.high_expert_share",
             f"leaves the {idle} expert no steps, got {share:g}; leave it out, and set "
             f"model.experts={other} to train the {other} expert alone",
         )
 
 
 def _warmup_rules(config: RunConfig, variant: Variant | None) -> Iterator[Problem]:
-    """Warm-up and warm-down count each expert's own steps, so the one with the fewest is the limit.
+    """Warm-up and cooldown count each expert's own steps, so the one with the fewest is the limit.
 
     Without a variant, as with one expert, only the steps as a whole are known.
     """
     train = config.train
-    warmup, warmdown = train.warmup_steps, train.warmdown_steps
+    warmup, cooldown = train.warmup_steps, train.cooldown_steps
     fewest, whose = _fewest_steps(config, variant)
-    if warmup + warmdown < fewest:
+    if warmup + cooldown < fewest:
         return
     alone = ""
     if whose != "train.steps":
         alone = (
-            " or train one expert alone (model.experts)" if warmup + warmdown < train.steps else ""
+            " or train one expert alone (model.experts)" if warmup + cooldown < train.steps else ""
         )
     limit = f"{whose} ({fewest})" if whose == "train.steps" else whose
-    if not warmdown:
+    if not cooldown:
         yield (
             "train.warmup_steps",
             f"must be less than {limit}, got {warmup}; lower it{alone}",
@@ -85,25 +85,25 @@ def _warmup_rules(config: RunConfig, variant: Variant | None) -> Iterator[Proble
     else:
         beside = f"with train.warmup_steps ({warmup}), " if warmup else ""
         yield (
-            "train.warmdown_steps",
-            f"{beside}must be less than {limit}, got {warmdown}; lower it{alone}",
+            "train.cooldown_steps",
+            f"{beside}must be less than {limit}, got {cooldown}; lower it{alone}",
         )
 
 
 def _fewest_steps(config: RunConfig, variant: Variant | None) -> tuple[int, str]:
     """Steps of the expert that has the fewest, and what they are; of the whole run if unknown."""
-    train, share, steps = config.train, config.train.high_share, divided_steps(config)
+    train, share, steps = config.train, config.train.high_expert_share, divided_steps(config)
     if variant is None or len(trained(config, variant)) != 2:
         return train.steps, "train.steps"
     if steps is not None:
         fewest, expert = min(zip(steps, ("high", "low"), strict=True))
         return fewest, f"the {fewest} steps of the {expert} expert (per_expert.{expert}.steps)"
-    if share == "mass":
+    if share == "density":
         # The mass follows from the density of noise levels, which only training computes. So the
         # whole is the limit here, and a warm-up that outlasts an expert's steps goes unseen.
         return train.steps, "train.steps"
     high = 0.5 if share == "equal" else share
-    # About this many: train.expert_block deals them out in whole blocks.
+    # About this many: train.switch_expert_every deals them out in whole blocks.
     parts = {
         "high": max(1, round(train.steps * high)),
         "low": max(1, round(train.steps * (1 - high))),
@@ -111,7 +111,7 @@ def _fewest_steps(config: RunConfig, variant: Variant | None) -> tuple[int, str]
     expert, fewest = min(parts.items(), key=lambda part: part[1])
     return fewest, (
         f"the {fewest} steps of the {expert} expert, its part of train.steps ({train.steps}) by "
-        f"train.high_share ({share})"
+        f"train.high_expert_share ({share})"
     )
 
 
@@ -126,10 +126,10 @@ def _averaging_rules(config: RunConfig) -> Iterator[Problem]:
             "train.schedule.kind",
             f"must be constant, since {why}, got {show(train.schedule.kind)}; leave it out",
         )
-    if train.warmdown_steps:
+    if train.cooldown_steps:
         yield (
-            "train.warmdown_steps",
-            f"must be 0, since {why}, got {train.warmdown_steps}; leave it out",
+            "train.cooldown_steps",
+            f"must be 0, since {why}, got {train.cooldown_steps}; leave it out",
         )
 
 

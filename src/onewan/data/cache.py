@@ -1,10 +1,11 @@
-"""What has been encoded stays encoded: one safetensors file per entry, under a key of its causes.
+"""The cache on disk: one safetensors file per encoded clip, mask or caption, named by its inputs.
 
-A key is a hash of everything that an entry's numbers depend on (content of the file, span, frame
-rate, size, encoder, version of the encoding code) and of nothing else, such as the file's name. So
-an entry is either right or not found: moving a clip costs nothing, changing a caption re-encodes
-that caption, changing the size re-encodes the videos. Files appear whole (see `onewan.files`), so a
-run that is cut off goes on where it was.
+The key of an entry is a hash of everything that its values depend on (content of the file, span,
+frame rate, size, encoder, version of the encoding code) and of nothing else, such as the file's
+name. So an entry is either right or absent: moving a clip costs nothing, changing a caption encodes
+that caption again, changing the size encodes the videos again. Files appear complete or not at all
+(see `onewan.files`), so an interrupted run continues where it stopped, and several processes, also
+on several machines with a shared folder, can fill one cache.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -22,35 +23,43 @@ from torch import Tensor, uint8
 from onewan.errors import DataError
 from onewan.files import file_digest, replacing
 
-Kind = Literal["video", "text", "mask"]
+EntryKind = Literal["video", "text", "mask"]
 
 
-def key_of(**causes: object) -> str:
-    """A key for an entry: a hash of its causes, which must be plain values."""
-    text = json.dumps(causes, sort_keys=True, ensure_ascii=False, allow_nan=False)
+def entry_key(**inputs: object) -> str:
+    """The key of an entry: a hash of its inputs, which must be JSON values."""
+    text = json.dumps(inputs, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
 
 
 class EntryCache:
-    """A folder of entries. Several runs, and several processes, can share one."""
+    """A folder of entries, which several processes can share."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def path(self, kind: Kind, key: str) -> Path:
+    def path(self, kind: EntryKind, key: str) -> Path:
+        # 256 subfolders per kind, since file systems and file browsers are slow with 100,000 files
+        # in one folder.
         return self.folder / kind / key[:2] / f"{key}.safetensors"
 
-    def has(self, kind: Kind, key: str) -> bool:
+    def has(self, kind: EntryKind, key: str) -> bool:
         return self.path(kind, key).is_file()
 
-    def save(self, kind: Kind, key: str, tensors: Mapping[str, Tensor], about: str) -> None:
-        """Store an entry. `about` is for people who look into the file: the clip or the caption."""
+    def save(
+        self, kind: EntryKind, key: str, tensors: Mapping[str, Tensor], description: str
+    ) -> None:
+        """Store an entry; an existing one is replaced.
+
+        `description` (the name of the clip, the caption) is for people who look into the file.
+        """
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        metadata = {"format": "pt", "about": about, "digest": _digest(tensors)}
+        metadata = {"format": "pt", "about": description, "digest": _tensors_digest(tensors)}
         with replacing(self.path(kind, key)) as temporary:
             save_file(tensors, temporary, metadata=metadata)
 
-    def load(self, kind: Kind, key: str) -> dict[str, Tensor]:
+    def load(self, kind: EntryKind, key: str) -> dict[str, Tensor]:
+        """The tensors of an entry, in host memory. Raises DataError if it can't be read."""
         path = self.path(kind, key)
         try:
             return load_file(path)
@@ -59,8 +68,8 @@ class EntryCache:
                 f"{path}: this cache entry is unreadable ({error}); delete it"
             ) from error
 
-    def problem(self, kind: Kind, key: str) -> str | None:
-        """What is wrong with an entry, read in full and held against its digest; or None."""
+    def problem(self, kind: EntryKind, key: str) -> str | None:
+        """What is wrong with an entry, or None; reads all of it and compares the digest."""
         path = self.path(kind, key)
         try:
             tensors = load_file(path)
@@ -68,17 +77,17 @@ class EntryCache:
                 expected = (file.metadata() or {}).get("digest")
         except (OSError, SafetensorError) as error:
             return f"{path}: unreadable ({error})"
-        if _digest(tensors) != expected:
+        if _tensors_digest(tensors) != expected:
             return f"{path}: its content does not match the digest in its header"
         if not all(bool(t.isfinite().all()) for t in tensors.values()):
-            return f"{path}: holds numbers that are not finite"
+            return f"{path}: contains values that are not finite"
         return None
 
-    def discard(self, kind: Kind, key: str) -> None:
+    def discard(self, kind: EntryKind, key: str) -> None:
         self.path(kind, key).unlink(missing_ok=True)
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=20)
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -88,35 +97,52 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 class ContentDigests:
-    """Digests of media files' content, remembered by path, size and time of change.
+    """Digests of media files' content, remembered by path, size and modification time.
 
-    Without the memory every start would read the whole data set. The memory is a convenience: if
-    its file is missing or damaged, the digests are computed again.
+    Otherwise each start would read the whole data set. The file has one JSON array per line: path,
+    size, modification time in ns, digest; of several lines for a path, the last is valid. Processes
+    only append, so none overwrites what another one has found. A damaged line, such as the last one
+    after a crash, only means that one digest is computed again.
     """
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._known: dict[str, list[object]] = {}
-        self._changed = False
+        self._known: dict[str, tuple[int, int, str]] = {}
+        self._new_lines: list[str] = []
         try:
-            known = json.loads(file.read_text(encoding="utf-8"))
-            self._known = known if isinstance(known, dict) else {}
-        except (OSError, ValueError):
-            self._known = {}
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            lines = []
+        for path, size, modified, digest in filter(None, map(_digest_record, lines)):
+            self._known[path] = (size, modified, digest)
 
     def of(self, path: Path) -> str:
+        """The digest of a file's content, see `onewan.files.file_digest`."""
         stat = path.stat()
-        name, stamp = str(path), [stat.st_size, stat.st_mtime_ns]
-        remembered = self._known.get(name)
-        if isinstance(remembered, list) and remembered[:2] == stamp and len(remembered) == 3:
-            return str(remembered[2])
-        digest = file_digest(path)
-        self._known[name] = [*stamp, digest]
-        self._changed = True
+        size, modified, digest = self._known.get(str(path), (-1, -1, ""))
+        if (size, modified) != (stat.st_size, stat.st_mtime_ns):
+            digest = file_digest(path)
+            self._known[str(path)] = (stat.st_size, stat.st_mtime_ns, digest)
+            self._new_lines.append(json.dumps([str(path), stat.st_size, stat.st_mtime_ns, digest]))
         return digest
 
     def save(self) -> None:
-        if self._changed:
-            with replacing(self._file) as temporary:
-                temporary.write_text(json.dumps(self._known, indent=0), encoding="utf-8")
-            self._changed = False
+        """Append the digests that were computed since the file was read."""
+        if not self._new_lines:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        # The first newline ends a line that a process did not complete, because it was killed.
+        content = "".join(f"\n{line}" for line in self._new_lines) + "\n"
+        # Unbuffered: one write in append mode, which is not interleaved with those of others.
+        with self._file.open("ab", buffering=0) as file:
+            file.write(content.encode())
+        self._new_lines.clear()
+
+
+def _digest_record(line: str) -> tuple[str, int, int, str] | None:
+    """One line of the file of `ContentDigests`; None if it is empty or damaged."""
+    try:
+        path, size, modified, digest = cast("tuple[str, int, int, str]", json.loads(line))
+        return str(path), int(size), int(modified), str(digest)
+    except (ValueError, TypeError):
+        return None

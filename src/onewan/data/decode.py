@@ -1,7 +1,4 @@
-"""One decoded clip: what goes from the media files to the VAE and the text encoder.
-
-Hides nothing but the call of `onewan.media`; never resamples time and never keeps a file open.
-"""
+"""Clip -> `VideoSample`: the pixels that the VAE encodes, and a caption; wraps `onewan.media`."""
 
 from __future__ import annotations
 
@@ -9,30 +6,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onewan.data.index import Clip
+from onewan.data.clip import Clip
 from onewan.media import Fit, read_frames
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class VideoSample:
-    """A clip's pixels and one of its captions."""
+    """A decoded clip."""
 
     frames: np.ndarray
     """uint8 RGB [F, H, W, 3]."""
     prompt: str
+    """One of the clip's captions."""
     frame_count: int
     """F, 4n+1."""
     fps: float
     resolution: tuple[int, int]
     """(width, height)."""
     duration: float
-    """Seconds that the frames last when played: F / fps."""
+    """How long the frames last when played, F / fps, s."""
 
 
 def decode(clip: Clip, caption_index: int = 0) -> VideoSample:
-    """The frames of `clip` at its size, with one of its captions.
+    """The frames of `clip` at its training size, with one of its captions.
 
-    Raises `DataError` when the file is damaged within the clip.
+    Raises DataError if the file is damaged within the clip.
     """
     width, height = clip.size
     return VideoSample(

@@ -1,9 +1,9 @@
-"""Masks: which file beside a clip is its mask, and what it says about each place of the latents.
+"""Loss masks: which file beside a clip is its mask, and its values per latent cell or pixel.
 
-A mask is a picture or a video NAME.mask.ext beside NAME.ext. White counts in the loss, black does
-not, and what is transparent shows white. It goes through the crop and the scaling of its clip, and
-is then averaged over the pixels and frames that one place of the latents stands for. Hides the
-pairing by name and the arithmetic; knows nothing of the cache and nothing of torch.
+A mask is an image or a video NAME.mask.ext beside NAME.ext. White is 1 in the loss mask, black is
+0, and transparent pixels are white. It is cropped and scaled like its clip, and then averaged over
+the pixels and frames that one latent cell encodes. Hides the pairing by name and the arithmetic;
+uses neither the cache nor torch.
 """
 
 from __future__ import annotations
@@ -26,21 +26,19 @@ from onewan.media import (
 )
 
 MASK_VERSION = 1
-"""Raised when the numbers of `latent_mask` change: masks in the cache then don't count."""
+"""Incremented when the values of `latent_mask` change, so that cached masks are made again."""
 
-_MARK = ".mask"
+_MASK_MARK = ".mask"
 
-_PICTURES = sorted(IMAGE_SUFFIXES)
-
-# A mask drawn over an export of the clip is off by a pixel or so in its sides, never by more.
+# A mask drawn over an export of the clip differs by about a pixel per side; another crop by more.
 _ASPECT_TOLERANCE = 0.01
 
 # WebM rounds times to 1 ms, so two spans, each between two frames, differ by up to 2 ms; in s.
-_ROUNDING = 0.0025
+_TIME_ROUNDING = 0.0025
 
-# Luma of BT.601 in thousandths, as Pillow turns colours grey. Whole numbers, so that a sum has no
-# order and white is exactly 1.
-_LUMA = np.array([299, 587, 114], np.int32)
+# Luma of BT.601 in thousandths, as in Pillow's conversion to grayscale. Integers, so that the sum
+# does not depend on the order of its terms and white is exactly 1.
+_LUMA_WEIGHTS = np.array([299, 587, 114], np.int32)
 _WHITE = 255 * 1000
 
 
@@ -50,31 +48,31 @@ class Mask:
 
     path: Path
     start: float
-    """Time in the mask's own clock that goes with the clip's first frame, s; 0 for a picture."""
+    """Time in the mask file's own clock at the clip's first frame, s; 0 for an image."""
 
     @property
-    def still(self) -> bool:
-        """Whether one picture stands for all frames."""
+    def is_image(self) -> bool:
+        """Whether one image is the mask of all frames."""
         return extension(self.path) in IMAGE_SUFFIXES
 
 
 def is_mask(path: Path) -> bool:
-    """Whether the file's name says that it is a mask: NAME.mask.ext, where txt is a caption."""
-    return path.stem.lower().endswith(_MARK) and extension(path) != "txt"
+    """Whether the file is named as a mask: NAME.mask.ext, unless ext is txt (a caption file)."""
+    return path.stem.lower().endswith(_MASK_MARK) and extension(path) != "txt"
 
 
-def masked_by(path: Path) -> Path:
-    """The clips of a mask, as a path without extension: NAME of NAME.mask.ext."""
-    return path.with_name(path.stem[: -len(_MARK)])
+def clip_stem(mask_path: Path) -> Path:
+    """Path without extension of the clips that the mask belongs to: NAME for NAME.mask.ext."""
+    return mask_path.with_name(mask_path.stem[: -len(_MASK_MARK)])
 
 
-def mask_for(
-    clip: MediaInfo, times: Sequence[float], files: Sequence[Path], formats: Sequence[str]
+def find_mask(
+    clip: MediaInfo, times: Sequence[float], files: Sequence[Path], video_formats: Sequence[str]
 ) -> Mask | None:
-    """The mask of a clip that is taken at `times` (s); `files` are those that could be it.
+    """The mask of a clip with frames at `times` (s); `files` are the candidates by their name.
 
-    Reads headers only. DataError, which names the clip, if its mask can't be used: to train
-    without it would teach what it hides.
+    Reads headers only. Raises DataError, which names the clip, if its mask can't be used: training
+    the clip without its mask would teach what the mask hides.
     """
     if not files:
         return None
@@ -82,89 +80,88 @@ def mask_for(
     if len(files) > 1:
         raise DataError(f"{clip.path}: has {len(files)} masks ({names}); keep one")
     path, kind = files[0], extension(files[0])
-    if kind not in VIDEO_SUFFIXES | IMAGE_SUFFIXES | set(formats):
+    if kind not in VIDEO_SUFFIXES | IMAGE_SUFFIXES | set(video_formats):
         raise DataError(
-            f"{clip.path}: its mask {path.name} is neither a picture ({', '.join(_PICTURES)}) nor "
-            "a video; save it as one of them"
+            f"{clip.path}: its mask {path.name} is neither an image "
+            f"({', '.join(sorted(IMAGE_SUFFIXES))}) nor a video; save it as one of them"
         )
-    if kind not in IMAGE_SUFFIXES and kind not in formats:
+    if kind not in IMAGE_SUFFIXES and kind not in video_formats:
         raise DataError(
             f"{clip.path}: {kind} of its mask {path.name} is not among "
-            f"video_data.supported_formats ({', '.join(formats)}); add {kind} there to use it"
+            f"video_data.supported_formats ({', '.join(video_formats)}); add {kind} there to use it"
         )
     try:
         info = probe(path)
     except DataError as error:
-        raise of_mask(error, clip.path, path) from error
-    if abs(_aspect(info) / _aspect(clip) - 1) > _ASPECT_TOLERANCE:
-        # As shown: a picture of a clip's stored pixels is off where those are not square.
-        have, wanted = ("{}x{}".format(*each.shown_size) for each in (info, clip))
+        raise as_mask_error(error, clip.path, path) from error
+    if abs(_aspect_ratio(info) / _aspect_ratio(clip) - 1) > _ASPECT_TOLERANCE:
+        # Sizes as shown: where pixels are not square, a mask of the stored size does not fit.
+        mask_size, clip_size = ("{}x{}".format(*each.shown_size) for each in (info, clip))
         raise DataError(
-            f"{clip.path}: its mask {path.name} has another shape (shown {have}, the clip "
-            f"{wanted}); make it {wanted}, or of the same shape"
+            f"{clip.path}: its mask {path.name} has another aspect ratio (shown {mask_size}, the "
+            f"clip {clip_size}); make it {clip_size}, or of the same aspect ratio"
         )
     if info.kind == "image":
         return Mask(path=path, start=0.0)
-    # By the time since each file's first frame: containers start their clocks differently.
+    # Relative to each file's first frame, since containers start their clocks at different times.
     start = times[0] - clip.start + info.start
-    needed = start + (times[-1] - times[0])
-    if needed > info.last + info.frame_interval / 2 + _ROUNDING:
+    end = start + (times[-1] - times[0])
+    if end > info.last + info.frame_interval / 2 + _TIME_ROUNDING:
         raise DataError(
             f"{clip.path}: its mask {path.name} is too short (its last frame is at "
-            f"{info.last - info.start:.2f} s, the clip's at {needed - info.start:.2f} s); make it "
+            f"{info.last - info.start:.2f} s, the clip's at {end - info.start:.2f} s); make it "
             "as long as the clip"
         )
     return Mask(path=path, start=start)
 
 
-def of_mask(error: DataError, clip: Path, mask: Path) -> DataError:
-    """An error that names a mask, as one that names its clip."""
+def as_mask_error(error: DataError, clip: Path, mask: Path) -> DataError:
+    """`error`, whose message begins with the path of a mask, as an error that names the clip."""
     return DataError(f"{clip}: its mask {mask.name} {str(error).removeprefix(f'{mask}: ')}")
 
 
 def latent_mask(
     mask: Mask, *, fps: float, frames: int, size: tuple[int, int], spatial: int, temporal: int
 ) -> np.ndarray:
-    """How much each place of a clip's latents counts: float32 [1, F, h, w] from 0 to 1.
+    """The loss mask per latent cell of a clip: float32 [1, F, h, w] from 0 to 1.
 
-    `frames` (4n+1) at `fps` and `size` (width, height) are the clip's; `spatial` and `temporal` the
-    compression of the VAE. Latent frame 0 stands for pixel frame 0, and latent frame k for the
-    pixel frames 4k-3 to 4k. Raises DataError, which names the mask, if it is damaged.
+    `frames` (4n+1) at `fps` and `size` (width, height) are the clip's; `spatial` and `temporal` are
+    the compression factors of the VAE. Latent frame 0 encodes pixel frame 0, and latent frame k the
+    pixel frames 4k-3 to 4k. Raises DataError, which names the mask, if the file is damaged.
     """
     width, height = size
-    pictures = list(_light(mask, fps, frames, Fit(width, height)))
+    luma_frames = list(_luma_frames(mask, fps, frames, Fit(width, height)))
     h, w = height // spatial, width // spatial
-    # Whole numbers until the last division: the mean of white is white.
-    light = np.empty((len(pictures), h, w), np.int64)
-    for place, picture in zip(light, pictures, strict=True):
-        places = picture.reshape(h, spatial, w, spatial)
-        places.sum(axis=(1, 3), dtype=np.int64, out=place)
+    # Integers until the last division, so that the mean of white pixels is exactly 1.
+    cell_sums = np.empty((len(luma_frames), h, w), np.int64)
+    for sums, luma in zip(cell_sums, luma_frames, strict=True):
+        luma.reshape(h, spatial, w, spatial).sum(axis=(1, 3), dtype=np.int64, out=sums)
     white = _WHITE * spatial**2
-    first = light[:1] / white
+    first = cell_sums[:1] / white
     count = (frames - 1) // temporal
-    if mask.still:
+    if mask.is_image:
         rest = np.repeat(first, count, axis=0)
     else:
-        rest = light[1:].reshape(count, temporal, h, w).sum(axis=1) / (white * temporal)
+        rest = cell_sums[1:].reshape(count, temporal, h, w).sum(axis=1) / (white * temporal)
     return np.concatenate([first, rest])[None].astype(np.float32)
 
 
 def pixel_mask(mask: Mask, *, fps: float, frames: int, fit: Fit) -> np.ndarray:
-    """How much each pixel of a clip's frames counts: float32 [1, frames, H, W] from 0 to 1.
+    """The loss mask per pixel of a clip: float32 [1, frames, H, W] from 0 to 1.
 
-    For those who turn and shift masks with their clips before they become latent. DataError as
-    `latent_mask` has it.
+    For trainers that augment masks together with their clips before encoding. Raises DataError,
+    which names the mask, if the file is damaged.
     """
-    pictures = [picture.astype(np.float32) / _WHITE for picture in _light(mask, fps, frames, fit)]
-    return np.stack(pictures * (frames // len(pictures)))[None]
+    values = [luma.astype(np.float32) / _WHITE for luma in _luma_frames(mask, fps, frames, fit)]
+    return np.stack(values * (frames // len(values)))[None]
 
 
-def _light(mask: Mask, fps: float, frames: int, fit: Fit) -> Iterator[np.ndarray]:
-    """Luma in thousandths, [H, W], of each frame of a mask; of the one of a still."""
-    times = [mask.start + k / fps for k in range(1 if mask.still else frames)]
-    for picture in read_frames(mask.path, times, fit):
-        yield picture @ _LUMA
+def _luma_frames(mask: Mask, fps: float, frames: int, fit: Fit) -> Iterator[np.ndarray]:
+    """Luma in thousandths, int32 [H, W], of each frame of a mask video, or of its one image."""
+    times = [mask.start + k / fps for k in range(1 if mask.is_image else frames)]
+    for rgb in read_frames(mask.path, times, fit):
+        yield rgb @ _LUMA_WEIGHTS
 
 
-def _aspect(info: MediaInfo) -> float:
+def _aspect_ratio(info: MediaInfo) -> float:
     return info.width * info.pixel_aspect / info.height

@@ -1,55 +1,57 @@
-"""Which clips are held out of training, to validate on: by content, not by names or order."""
+"""Which clips are held out of training to validate on: by content, not by name or order."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from onewan.data.index import Clip, Problem
+from onewan.data.clip import Clip
+from onewan.data.report import ClipProblem
 from onewan.seeds import derive_seed
 
 
-def without(
-    clips: Sequence[Clip], held_out: Sequence[Clip], content: Mapping[Path, str]
-) -> tuple[list[Clip], list[Problem]]:
-    """The `clips` whose content is not held out, and one problem for each file that is in both.
+def exclude_validation_clips(
+    clips: Sequence[Clip], validation_clips: Sequence[Clip], digests: Mapping[Path, str]
+) -> tuple[list[Clip], list[ClipProblem]]:
+    """The `clips` whose content is not validated on, and a problem for each file that is in both.
 
-    `content` are digests by path. A copy under another name is held out as well: a loss on what has
-    been trained on says nothing.
+    `digests` are those of the files' content by path. A copy under another name is excluded too,
+    since the loss on a clip that was trained on says nothing about other clips.
     """
-    names = {content[clip.path]: clip.name for clip in held_out}
-    left = [clip for clip in clips if content[clip.path] not in names]
-    in_both = dict.fromkeys(clip.path for clip in clips if content[clip.path] in names)
-    return left, [
-        Problem(
+    names = {digests[clip.path]: clip.name for clip in validation_clips}
+    remaining = [clip for clip in clips if digests[clip.path] not in names]
+    in_both = dict.fromkeys(clip.path for clip in clips if digests[clip.path] in names)
+    return remaining, [
+        ClipProblem(
             path=path,
-            reason=f"is in validation.sources too (as {names[content[path]]}), so it is held out "
-            "and does not train; take it out of one of them",
+            reason=f"is in validation.sources too (as {names[digests[path]]}), so it is held out "
+            "of training; take it out of one of them",
         )
         for path in in_both
     ]
 
 
-def split(
-    clips: Sequence[Clip], share: float, seed: int, content: Mapping[Path, str]
+def split_validation_clips(
+    clips: Sequence[Clip], fraction: float, seed: int, digests: Mapping[Path, str]
 ) -> tuple[tuple[Clip, ...], tuple[Clip, ...]]:
-    """(clips that train, clips that are held out): `share` of the files, rounded, at least one.
+    """(training clips, validation clips): `fraction` of the files, rounded, at least one.
 
-    `content` are digests by path. Each file has a rank, a hash of the seed and its content, and
-    those of the lowest ranks are held out. So the choice does not depend on names and order, and a
-    file that comes or goes moves at most one other file between the two. Files of equal content go
-    together, and the first of them is measured. Clips that teach what the base model makes
-    (``target: base``) are not chosen: what they show is not what is learned. One file that shows
-    what is learned is left to train on, so with fewer than two of them none is held out.
+    `digests` are those of the files' content by path. Files are ranked by a hash of the seed and
+    their content, and those of the lowest ranks are held out. So the choice does not depend on
+    names and order, and adding or removing a file moves at most one other file between the two.
+    Files of equal content stay together, and the first of them is validated on. Prior-preservation
+    clips (``target: base``) are not chosen, since validation measures how well the data are
+    learned. One file that shows data always remains for training, so with fewer than two of them
+    none is held out.
     """
     eligible: dict[str, Clip] = {}
     for clip in clips:
         if not clip.is_prior:
-            eligible.setdefault(content[clip.path], clip)
-    if not share or len(eligible) < 2:
+            eligible.setdefault(digests[clip.path], clip)
+    if not fraction or len(eligible) < 2:
         return tuple(clips), ()
-    number = min(max(1, int(share * len(eligible) + 0.5)), len(eligible) - 1)
+    number = min(max(1, int(fraction * len(eligible) + 0.5)), len(eligible) - 1)
     ranked = sorted(eligible, key=lambda digest: (derive_seed(seed, "held_out", digest), digest))
     chosen = set(ranked[:number])
-    training = tuple(clip for clip in clips if content[clip.path] not in chosen)
+    training = tuple(clip for clip in clips if digests[clip.path] not in chosen)
     return training, tuple(clip for digest, clip in eligible.items() if digest in chosen)

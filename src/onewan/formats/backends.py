@@ -42,7 +42,7 @@ class TensorInfo:
     """What a header says about one tensor."""
 
     shape: tuple[int, ...]
-    """In PyTorch's order, and of the values: a quantised GGUF tensor has that of its weights."""
+    """In PyTorch's order, and of the values: a quantized GGUF tensor has that of its weights."""
     dtype: str
     """safetensors' name (``BF16``, ``F8_E4M3``, ...) or GGUF's (``Q8_0``, ``Q4_K``, ...)."""
 
@@ -51,7 +51,7 @@ class TensorInfo:
         return prod(self.shape)
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         """Whether this is one of GGUF's packed types, whose bytes are not numbers."""
         return self.dtype not in BYTES_PER_ELEMENT
 
@@ -283,7 +283,7 @@ class GgufFile(Part):
             data = np.memmap(self.path, dtype=dtype, mode="c", offset=offset, shape=shape)
         tensor = torch.from_numpy(data)
         info = self.tensors[name]
-        if info.quantised:
+        if info.quantized:
             return tensor
         if info.dtype == "BF16":  # numpy has none, so the reader gives bytes
             tensor = tensor.view(torch.bfloat16)

@@ -76,7 +76,7 @@ class TensorFile:
     def read(self, name: str, *, stay: bool = False) -> Tensor:
         """The tensor as the file stores it, on the CPU, mapped from the file where that can be.
 
-        A quantised GGUF tensor comes as its bytes: uint8 [rows, bytes of a row]. What is written to
+        A quantized GGUF tensor comes as its bytes: uint8 [rows, bytes of a row]. What is written to
         a tensor never reaches the file. Tensors that `stay` (the weights of a model in use) share
         one mapping of their file; others have one each, which goes with them. KeyError for a name
         that is not there.

@@ -124,7 +124,7 @@ out before."""
 _CONVOLUTIONS = ("hada_t1", "hada_t2", "lokr_t2", "lora_mid.weight")
 """Endings of adapters on convolutions, which Wan's blocks do not have."""
 
-_STRANGERS = (
+_OTHER_ARCHITECTURES = (
     (r"[kv]_img\b|[kv]_img\.|img_emb|add_[kv]_proj|image_embedder", "Wan 2.1 I2V (CLIP branch)"),
     (r"vace_", "Wan VACE"),
     (r"(double|single)_(transformer_)?blocks", "Flux or HunyuanVideo"),
@@ -159,11 +159,11 @@ class AdapterLayout:
     """By module, where the kind has one."""
     unknown: tuple[str, ...]
     """Keys that are no adapter of Wan 2.2, in alphabetical order."""
-    faults: tuple[str, ...]
+    module_errors: tuple[str, ...]
     """What is wrong with modules, one line each."""
 
     @property
-    def spelling(self) -> str:
+    def key_format(self) -> str:
         """The spelling in words: the format's name where it is one that onewan writes."""
         written: dict[tuple[str, str], LoraFormat] = {
             ("diffusion_model.", "official"): "comfyui",
@@ -174,9 +174,9 @@ class AdapterLayout:
         return known or f"{self.prefix or 'no prefix'}, {self.names} names"
 
     @property
-    def stranger(self) -> str | None:
+    def other_architecture(self) -> str | None:
         """The model whose names the unknown keys have, in words."""
-        for pattern, model in _STRANGERS:
+        for pattern, model in _OTHER_ARCHITECTURES:
             if any(re.search(pattern, key) for key in self.unknown):
                 return model
         return None
@@ -206,17 +206,17 @@ def layout_of(
         experts = ()
     elsewhere = {key for p in pair if p.expert != best.expert for key in places[p]}
     modules: dict[str, dict[str, str]] = {}
-    faults: list[str] = []
+    module_errors: list[str] = []
     for key, (module, part) in places[best].items():
         if part in modules.setdefault(module, {}):
-            faults.append(f"{module} has {part} twice")
+            module_errors.append(f"{module} has {part} twice")
         modules[module][part] = key
     kinds: dict[str, AdapterKind] = {}
     ranks: dict[str, int] = {}
     for module, parts in modules.items():
         found = {part: tensors[key] for part, key in parts.items()}
         if fault := _fault(found):
-            faults.append(f"{module} {fault}")
+            module_errors.append(f"{module} {fault}")
             continue
         kinds[module] = kind_of(found)
         if rank := _rank(found):
@@ -231,7 +231,7 @@ def layout_of(
         kinds=kinds,
         ranks=ranks,
         unknown=tuple(sorted(tensors.keys() - places[best].keys() - elsewhere)),
-        faults=tuple(faults),
+        module_errors=tuple(module_errors),
     )
 
 

@@ -229,15 +229,15 @@ def _checked(
         holds = f"{total} tensors, none of a LoRA, such as {some}" if total else "no tensors"
         raise CheckpointError(f"{source}: holds {holds}; {remedy}")
     if layout.unknown:
-        whose = f", but of {layout.stranger}" if layout.stranger else ""
+        whose = f", but of {layout.other_architecture}" if layout.other_architecture else ""
         raise CheckpointError(
             f"{source}: {len(layout.unknown)} of {total} keys are not of a Wan 2.2 LoRA{whose}, "
             f"such as {', '.join(layout.unknown[:3])}; {remedy}"
         )
-    if layout.faults:
+    if layout.module_errors:
         raise CheckpointError(
-            f"{source}: {len(layout.faults)} of {len(layout.modules)} modules are damaged: "
-            f"{'; '.join(layout.faults[:3])}; get the file again"
+            f"{source}: {len(layout.module_errors)} of {len(layout.modules)} modules are damaged: "
+            f"{'; '.join(layout.module_errors[:3])}; get the file again"
         )
     return layout
 

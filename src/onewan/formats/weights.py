@@ -68,7 +68,7 @@ class StoredWeight:
 
     @property
     def packing(self) -> Packing:
-        if self.info.quantised:
+        if self.info.quantized:
             return "gguf"
         return "fp8" if self.info.dtype in FP8 else "plain"
 
@@ -109,7 +109,7 @@ class Weights:
 
     def read(self, name: str, dtype: torch.dtype | None = None, *, stay: bool = False) -> Tensor:
         """The numbers of weight `name`, on the CPU: in `dtype`, else as stored, or as float32 where
-        the file has them quantised. Mapped from the file where nothing has to be computed; say then
+        the file has them quantized. Mapped from the file where nothing has to be computed; say then
         whether they `stay` (see `TensorFile.read`)."""
         entry = self.entries[name]
         tensor = self.file.read(entry.key, stay=stay)
@@ -322,7 +322,7 @@ def _check_quantisation(file: TensorFile, entries: Mapping[str, StoredWeight]) -
     formats = {str(v) for v in _formats_said(file)}
     if unknown := sorted(formats - {"float8_e4m3fn", "float8_e5m2"}):
         raise CheckpointError(
-            f"{file.path}: its weights are quantised as {', '.join(unknown)}, which is not known "
+            f"{file.path}: its weights are quantized as {', '.join(unknown)}, which is not known "
             "here; float8_e4m3fn and float8_e5m2 are"
         )
 

@@ -43,8 +43,8 @@ from onewan.model.tokenizer import load_tokenizer
 from onewan.model.wan import WanModel
 from onewan.variants import NUM_TRAIN_TIMESTEPS, VARIANTS, Variant, VariantName, variant_of
 
-Quantised = Literal["keep", "expand"]
-"""What becomes of linear layers that a file holds quantised: they stay so, or are expanded."""
+Quantized = Literal["keep", "dequantize"]
+"""What becomes of linear layers that a file holds quantized: they stay so, or are expanded."""
 
 _SLOTS: Mapping[Placed, str] = {
     "transformer": "transformer",
@@ -55,7 +55,7 @@ _SLOTS: Mapping[Placed, str] = {
 """What kind of weights belongs under each name."""
 
 _BLOCKS = ("blocks.", "encoder.block.")
-"""Where linear layers may stay quantised; those outside are few and compute in float32."""
+"""Where linear layers may stay quantized; those outside are few and compute in float32."""
 
 
 class WanModelLoader:
@@ -69,8 +69,8 @@ class WanModelLoader:
         device: torch.device | str = "cpu",
         components: Collection[Component] | None = None,
         *,
-        quantised: Quantised = "keep",
-        check_names: bool = True,
+        quantized: Quantized = "keep",
+        check_file_names: bool = True,
         boundary: float | None = None,
     ) -> WanModel:
         """The model at `source`: a folder or hub repository in the diffusers or the official
@@ -80,13 +80,13 @@ class WanModelLoader:
         all of a whole model, or what was given). The transformers get `dtype` but for their float32
         islands, the text encoder gets `dtype`, and the VAE is always float32, as in the official
         code. `device` is where they all go. Linear layers that a file holds in fp8 or GGUF are kept
-        so and expanded at each use (`quantised` "keep"), or expanded now. `check_names` refuses a
-        low-noise file as the high-noise expert and the reverse, going by their names. `boundary` is
-        the noise level between the experts, if it is not the variant's own.
+        so and expanded at each use (`quantized` "keep"), or expanded now. `check_file_names`
+        refuses a low-noise file as the high-noise expert and the reverse, by their names.
+        `boundary` is the noise level between the experts, if it is not the variant's own.
         CheckpointError names the file and what is wrong with it.
         """
         sources = locate(source, components)
-        facts, pieces = _examined(sources, variant, components, check_names)
+        facts, pieces = _examined(sources, variant, components, check_file_names)
         facts = facts.with_boundary(boundary)
         _refuse(_boundary_problems(sources, facts))
         wanted = _wanted(sources, facts, pieces, components)
@@ -100,7 +100,7 @@ class WanModelLoader:
             if weights is None:
                 continue
             place = torch.float32 if component == "vae" else dtype, torch.device(device)
-            module, notices = _filled(weights, *place, keep=quantised == "keep")
+            module, notices = _filled(weights, *place, keep=quantized == "keep")
             setattr(model, component, module)
             model.notices += notices
         if "scheduler" in wanted:
@@ -169,7 +169,7 @@ def _examined(
     sources: Sources,
     asked: VariantName | None,
     components: Collection[Component] | None,
-    check_names: bool,
+    check_file_names: bool,
 ) -> tuple[Variant, Mapping[Placed, _Piece]]:
     """The variant, and what lies where, after checking that all of it fits together."""
     pieces: dict[Placed, _Piece] = {}
@@ -192,7 +192,7 @@ def _examined(
     )
     variant = _variant(sources, asked, pieces)
     _refuse(_mismatches(variant, asked, pieces))
-    if check_names and len(variant.experts) == 2:
+    if check_file_names and len(variant.experts) == 2:
         _refuse(_name_problems(pieces))
     return variant, pieces
 
@@ -269,7 +269,7 @@ def _boundary_problems(sources: Sources, variant: Variant) -> Iterable[str]:
 
 def _name_problems(pieces: Mapping[Placed, _Piece]) -> Iterable[str]:
     """Experts whose names say that they are the other one; one file for both."""
-    override = "swap them, or set model.check_names to false if the name is wrong"
+    override = "swap them, or set model.check_file_names to false if the name is wrong"
     places = Counter[Path]()
     slots: tuple[tuple[Placed, str], ...] = (("transformer", "high"), ("transformer_2", "low"))
     for component, noise in slots:
@@ -288,7 +288,7 @@ def _name_problems(pieces: Mapping[Placed, _Piece]) -> Iterable[str]:
         if count > 1:
             yield (
                 f"{place}: was given for both experts; give each its own, or set "
-                "model.check_names to false"
+                "model.check_file_names to false"
             )
 
 
@@ -321,7 +321,7 @@ def _filled(
 ) -> tuple[nn.Module, list[str]]:
     """The module of `weights` with all of them in place, frozen, in evaluation mode; and notices.
 
-    With `keep` the quantised linear layers of its blocks stay as they are.
+    With `keep` the quantized linear layers of its blocks stay as they are.
     """
     module = skeleton(weights)
     islands = _float32_islands(module, weights.part, dtype)

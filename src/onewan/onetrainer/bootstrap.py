@@ -440,7 +440,7 @@ _ROWS: tuple[tuple[str, str, str, tuple[str, ...] | None], ...] = (
         "wan_high_share",
         "High-Noise Share",
         "Share of the steps that the high-noise expert gets when both train: equal (one half), "
-        "mass "
+        "density "
         "(the share of noise levels above the boundary), or a number between 0 and 1",
         None,
     ),

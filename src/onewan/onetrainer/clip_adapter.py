@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onewan.config.schema import SourceSection
+from onewan.data.clip import Clip, ClipFolder, ClipPlanner
 from onewan.data.encode import ENCODING_VERSION
-from onewan.data.index import Clip, ClipPlanner, Note
-from onewan.data.masks import MASK_VERSION, is_mask, masked_by, pixel_mask
+from onewan.data.masks import MASK_VERSION, clip_stem, is_mask, pixel_mask
 from onewan.errors import DataError
 from onewan.files import replacing
 from onewan.media import Fit, extension, read_frames
@@ -38,27 +37,32 @@ class ConceptPlanner:
     config: Any
     variant: Variant
 
-    def plan(self, path: str, concept: Mapping[str, Any]) -> tuple[Clip, list[Note]]:
-        """The clip of the file `path` of `concept`; DataError if it can't be used."""
+    def plan(self, path: str, concept: Mapping[str, Any]) -> tuple[Clip, list[str]]:
+        """The clip of the file `path` of `concept`, and warnings about it; DataError if it can't be
+        used."""
         image = concept["image"]
         override = image["enable_resolution_override"]
         planner = ClipPlanner(
-            video_data=settings.video_data(self.config),
-            wan=settings.wan_config(self.config),
             seed=settings.SEED,
-            fps=self.config.wan_target_fps or self.variant.fps,
+            fps=float(self.config.wan_target_fps or self.variant.fps),
+            max_frames=settings.frames_of(self.config),
+            max_duration=self.config.wan_max_duration,
+            frame_strategy=self.config.wan_frame_strategy,
+            min_resolution=settings.MIN_RESOLUTION,
+            max_resolution=settings.MAX_RESOLUTION,
+            video_formats=settings.VIDEO_FORMATS,
             resolutions=settings.resolutions_of(
                 image["resolution_override"] if override else self.config.resolution,
                 self.config.aspect_ratio_bucketing,
                 self.variant.size_multiple,
             ),
             size_multiple=self.variant.size_multiple,
-            temporal=self.variant.temporal_compression,
+            temporal_compression=self.variant.temporal_compression,
         )
         file = Path(path)
         masks = mask_candidates(file) if self.config.masked_training else []
-        source = SourceSection(path=file.parent)
-        return planner.captioned(file, source, ("",), masks)
+        clip = planner.plan(file, ClipFolder(path=file.parent), ("",), masks)
+        return clip, planner.warnings(clip)
 
 
 def mask_candidates(path: Path) -> list[Path]:
@@ -69,7 +73,7 @@ def mask_candidates(path: Path) -> list[Path]:
         for file in beside
         if file.suffix.lower() != ".txt"
         and (
-            (is_mask(file) and masked_by(file).name == path.stem)
+            (is_mask(file) and clip_stem(file).name == path.stem)
             or file.stem == f"{path.stem}{settings.MASK_LABEL}"
         )
     ]

@@ -333,8 +333,8 @@ class _Importer:
             "video_data.cache_dir",
             str(self._resolved(self.get("cache_dir", "video_data.cache_dir"))),
         )
-        self.put("video_data.min_resolution", [1, 1])
-        self.put("video_data.max_resolution", [16384, 16384])
+        self.put("video_data.min_resolution", list(settings.MIN_RESOLUTION))
+        self.put("video_data.max_resolution", list(settings.MAX_RESOLUTION))
         self.put("video_data.supported_formats", list(settings.VIDEO_FORMATS))
         self.taken |= dict.fromkeys(
             ("resolution", "aspect_ratio_bucketing"), "video_data.resolution"
@@ -451,9 +451,9 @@ class _Importer:
         if kind in ("lora", "dora"):
             self.carry("dropout_probability", "method.dropout", 0.0)
         self._modules({"": "all_linears", "blocks": "blocks.*"})
-        start = self.get("lora_model_name", "method.start_from")
+        start = self.get("lora_model_name", "method.init_from")
         if start:
-            self.put("method.start_from", [str(self._resolved(start))])
+            self.put("method.init_from", [str(self._resolved(start))])
         if len(self.variant.experts) > 1 and kind != "oft":
             self.carry("wan_low_lora_rank", "per_expert.low.rank")
             self.carry("wan_low_lora_alpha", "per_expert.low.alpha")
@@ -485,9 +485,9 @@ class _Importer:
             value = self.get(f"{key}.{theirs}", f"embeddings, {ours}")
             if value is not None and value != default:
                 section[ours] = value
-        name = self.get(f"{key}.model_name", "embeddings, start_from")
+        name = self.get(f"{key}.model_name", "embeddings, init_from")
         if name:
-            section["start_from"] = str(self._resolved(name))
+            section["init_from"] = str(self._resolved(name))
             section.pop("initial_text", None)
             section.pop("token_count", None)
         if not self.get(f"{key}.train", "embeddings, train") and key != "embedding":
@@ -564,7 +564,7 @@ class _Importer:
         if self.get("ema", "train.ema") != "OFF":
             self.put("train.ema.decay", self.get("ema_decay", "train.ema.decay"))
             if config["ema"] == "GPU":
-                self.put("train.ema.device", "device")
+                self.put("train.ema.offload", False)
         checkpointing = self.get(
             "transformer.gradient_checkpointing", "memory.gradient_checkpointing"
         )
@@ -574,10 +574,10 @@ class _Importer:
         self.carry("tensorboard", "logging.tensorboard", True)
         saved = self._every("backup_after", "train.save_every")
         if isinstance(saved, float):
-            self.put("train.save_minutes", saved)
+            self.put("train.save_every_minutes", saved)
         elif saved:
             self.put("train.save_every", saved)
-        self.carry("rolling_backup_count", "train.keep_states", 2)
+        self.carry("rolling_backup_count", "train.keep_last", 2)
 
     def _schedule(self, total: int | None) -> None:
         chosen = self.get("learning_rate_scheduler", "train.schedule")
@@ -589,9 +589,9 @@ class _Importer:
             )
             kind = "constant"
         schedule: dict[str, Any] = {"kind": kind}
-        end = float(self.get("learning_rate_min_factor", "train.schedule.end"))
+        end = float(self.get("learning_rate_min_factor", "train.schedule.end_factor"))
         if end and kind != "constant":
-            schedule["end"] = end
+            schedule["end_factor"] = end
         cycles = float(self.get("learning_rate_cycles", "train.schedule.cycles"))
         if kind == "cosine_with_restarts":
             schedule["cycles"] = max(1, round(cycles))
@@ -629,8 +629,8 @@ class _Importer:
             "loss_weight_fn": "train.loss.weighting",
             "loss_weight_strength": "train.loss.weighting",
             "unmasked_weight": "train.loss.unmasked_weight",
-            "wan_high_share": "train.high_share",
-            "wan_expert_block": "train.expert_block",
+            "wan_high_share": "train.high_expert_share",
+            "wan_expert_block": "train.switch_expert_every",
             "wan_first_frame_probability": "train.first_frame_probability",
             "offset_noise_weight": "train.noise_offset",
             "perturbation_noise_weight": "train.input_perturbation",
@@ -688,7 +688,7 @@ class _Importer:
     def _validation(self) -> None:
         wanted = self.get("validation", "validation")
         every = self._every("validate_after", "validation.every")
-        self.carry("wan_validation_levels", "validation.levels", 4)
+        self.carry("wan_validation_levels", "validation.timesteps", 4)
         if not wanted:
             self.put("validation.clips", 0)
             return

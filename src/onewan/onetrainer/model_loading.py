@@ -24,7 +24,7 @@ META_FILE = "meta.json"
 
 FLOAT32_LINEARS = ("linear_1", "linear_2", "time_proj", "proj_out")
 """Linear layers outside the blocks, by the last part of their name: they compute in float32 and are
-not quantised (`onewan.model.precision`)."""
+not quantized (`onewan.model.precision`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class LoadRequest:
     overrides: Mapping[str, str] = field(default_factory=dict)
     """By part; they count over the base."""
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
-    """By part, of what is not quantised."""
+    """By part, of what is not quantized."""
     boundary: float | None = None
     excluded: Collection[str] = ()
 
@@ -77,7 +77,7 @@ def load(request: LoadRequest) -> WanModel:
                 dtype,
                 "cpu",
                 components,
-                quantised="expand",
+                quantized="dequantize",
                 boundary=request.boundary,
             )
         except CheckpointError as error:
@@ -113,13 +113,13 @@ def _in_onetrainers_words(message: str) -> str:
 def reload_components(
     model: WanModel, sources: Mapping[str, str], parts: Collection[Any]
 ) -> WanModel:
-    """`parts` of a model that was loaded from `sources` once more, in bfloat16, not quantised."""
+    """`parts` of a model that was loaded from `sources` once more, in bfloat16, not quantized."""
     return WanModelLoader().load(
         dict(sources),
         model.variant.name,
         torch.bfloat16,
         "cpu",
         parts,
-        quantised="expand",
+        quantized="dequantize",
         boundary=model.variant.boundary,
     )

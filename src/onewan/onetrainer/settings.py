@@ -26,7 +26,7 @@ from onewan.config.objective import (
     UniformTimesteps,
     Weighting,
 )
-from onewan.config.schema import TrainSection, VideoDataSection, WanTrainConfig
+from onewan.config.schema import TrainSection, WanTrainConfig
 from onewan.data.masks import is_mask
 from onewan.errors import ConfigError
 from onewan.arithmetic.timestep_density import density_of
@@ -54,6 +54,9 @@ VIDEO_FORMATS = (
     "ts",
 )
 """Extensions of files that may be clips; OneTrainer names some of them."""
+
+MIN_RESOLUTION, MAX_RESOLUTION = (1, 1), (16384, 16384)
+"""OneTrainer has no limits for the size of files and of training samples."""
 
 _BINS = 1000
 """Parts of a density that has no formula here; OneTrainer draws from as many timesteps."""
@@ -107,7 +110,7 @@ def _wrong_words(config: Any, variant: Variant) -> Iterator[str]:
         "wan_layers": (lambda: layers_of(config), "give numbers and ranges, such as 0-9, 12"),
         "wan_high_share": (
             lambda: high_share_of(config),
-            "give equal, mass or a number from 0 to 1",
+            "give equal, density or a number from 0 to 1",
         ),
     }
     for name, (read, remedy) in readers.items():
@@ -147,8 +150,8 @@ def train_section(config: Any) -> TrainSection:
             weighting=_weighting(config),
             unmasked_weight=config.unmasked_weight,
         ),
-        high_share=high_share_of(config),
-        expert_block=config.wan_expert_block,
+        high_expert_share=high_share_of(config),
+        switch_expert_every=config.wan_expert_block,
         first_frame_probability=config.wan_first_frame_probability,
         noise_offset=config.offset_noise_weight,
         input_perturbation=config.perturbation_noise_weight,
@@ -229,9 +232,9 @@ def _weighting(config: Any) -> Weighting:
 
 
 def high_share_of(config: Any) -> Any:
-    """`train.high_share`; ValueError if it is none."""
+    """`train.high_expert_share`; ValueError if it is none."""
     text = str(config.wan_high_share).strip().lower()
-    if text in ("equal", "mass"):
+    if text in ("equal", "density"):
         return text
     share = float(text)
     if not 0 <= share <= 1:
@@ -288,18 +291,6 @@ def wan_config(config: Any) -> WanTrainConfig:
         temporal_consistency_weight=config.wan_temporal_consistency_weight,
         transformer_layers_to_train=layers_of(config),
         use_temporal_attention=config.wan_use_temporal_attention,
-    )
-
-
-def video_data(config: Any) -> VideoDataSection:
-    """The run file's `video_data` but for its sources. OneTrainer has no limits of size."""
-    return VideoDataSection(
-        supported_formats=VIDEO_FORMATS,
-        target_fps=config.wan_target_fps,
-        max_duration=config.wan_max_duration,
-        min_resolution=(1, 1),
-        max_resolution=(16384, 16384),
-        masks=config.masked_training,
     )
 
 

@@ -114,7 +114,9 @@ def step_adapter_of(config: Any, variant: Variant, trained: Sequence[Expert]) ->
     return StepAdapter(
         variant=variant,
         objective=objective,
-        schedule=expert_schedule(trained, train.high_share, train.expert_block, objective.density),
+        schedule=expert_schedule(
+            trained, train.high_expert_share, train.switch_expert_every, objective.density
+        ),
         losses=settings.losses_of(config),
         temporal_weight=config.wan_temporal_consistency_weight,
         prior_weight=config.masked_prior_preservation_weight,

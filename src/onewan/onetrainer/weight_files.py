@@ -132,7 +132,7 @@ def _base(model: WanModel | None, part: str) -> Any:
         tensor = transformer.get_parameter(name)
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise CheckpointError(
-                f"{name}: is quantised, and this format needs it as it was; choose another format, "
+                f"{name}: is quantized, and this format needs it as it was; choose another format, "
                 "or a weight data type of 16 bit"
             )
         return tensor.detach().cpu()

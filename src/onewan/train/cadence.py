@@ -42,7 +42,7 @@ class Cadence:
         return cls(
             steps=config.train.steps,
             save_every=config.train.save_every,
-            save_minutes=config.train.save_minutes,
+            save_minutes=config.train.save_every_minutes,
             validates=config.validation.clips > 0,
             validate_every=config.validation.every,
             samples=bool(config.sample.prompts),

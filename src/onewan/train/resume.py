@@ -8,7 +8,6 @@ from pathlib import PurePath
 from typing import Any, cast
 
 from onewan.config.load import changed_fields
-from onewan.config.migrate import migrate
 from onewan.config.schema import ResolvedRun
 
 _SAFE_TO_CHANGE = (
@@ -21,7 +20,7 @@ _SAFE_TO_CHANGE = (
     "video_data.cache",
     "video_data.cache_dir",
     "train.save_every",
-    "train.save_minutes",
+    "train.save_every_minutes",
     "train.keep",
     "validation",
 )
@@ -29,7 +28,7 @@ _SAFE_TO_CHANGE = (
 
 ``video_data.sources`` is among them because the data set is compared by content.
 """
-_VALIDATION_FIELDS = ("validation.clips", "validation.levels")
+_VALIDATION_FIELDS = ("validation.clips", "validation.timesteps")
 """Fields that change what a validation loss is measured on."""
 
 
@@ -45,11 +44,11 @@ class Changes:
 
 def changes_since(facts: Mapping[str, Any], config: ResolvedRun, dataset_digest: str) -> Changes:
     """Compare the run file and the data set noted in a state's `facts` with the present ones."""
-    saved_config = ResolvedRun.model_validate(migrate(facts["config"]))
+    saved_config = ResolvedRun.model_validate(facts["config"])
     fields = changed_fields(saved_config, config)
     # With a constant learning rate and no decay at the end, more steps leave the earlier ones as
     # they were.
-    steps_matter = config.train.schedule.kind != "constant" or bool(config.train.warmdown_steps)
+    steps_matter = config.train.schedule.kind != "constant" or bool(config.train.cooldown_steps)
     affecting_results: list[str] = []
     harmless: list[str] = []
     for name, old, new in fields:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from onewan.arithmetic.expert_schedule import ExpertSchedule, lr_factor
 from onewan.config.schema import ResolvedRun
-from onewan.data.encode import Dataset
+from onewan.data.dataset import Dataset
 from onewan.data.loader import Batch, WanDataLoader
 from onewan.model.wan import WanModel
 from onewan.runs.layout import unused
@@ -71,7 +71,7 @@ class Run:
             self.steps_before(trainable, step),
             self.steps_before(trainable, train.steps),
             train.warmup_steps,
-            train.warmdown_steps,
+            train.cooldown_steps,
         )
 
     def steps_before(self, trainable: TrainableName, step: int) -> int:
@@ -82,7 +82,7 @@ class Run:
         """The clips that losses are compared on, one a batch: held-out ones if there are any. Clips
         that teach what the base model makes are no measure of what is learned."""
         shown = tuple(clip for clip in self.dataset.clips if not clip.is_prior)
-        clips = self.dataset.held_out or shown or self.dataset.clips
+        clips = self.dataset.validation_clips or shown or self.dataset.clips
         return self.loader.validation_batches(clips, self.config.validation.clips)
 
 

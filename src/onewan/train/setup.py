@@ -24,7 +24,8 @@ from onewan.config.method import (
 )
 from onewan.config.method_rules import started_expert_rules
 from onewan.config.schema import ExpertSettings, ResolvedRun
-from onewan.data.encode import Dataset, Progress, prepare, silent
+from onewan.data.dataset import Dataset, prepare
+from onewan.data.encode import ProgressCallback, no_progress
 from onewan.data.loader import WanDataLoader
 from onewan.dtypes import torch_dtype
 from onewan.errors import ConfigError
@@ -60,7 +61,7 @@ class WanModelSetup:
         self._notices: dict[str, None] = {}  # in order, each once
 
     def dataset(
-        self, samples: list[SampleRequest], progress: Progress, *, verify: bool = False
+        self, samples: list[SampleRequest], progress: ProgressCallback, *, verify: bool = False
     ) -> Dataset:
         """The data set, with everything encoded that was not yet (all that `onewan cache` does)."""
         texts = {t for s in samples for t in (s.prompt, s.negative_prompt)}
@@ -80,7 +81,7 @@ class WanModelSetup:
             verify=verify,
         )
 
-    def build(self, progress: Progress = silent) -> Run:
+    def build(self, progress: ProgressCallback = no_progress) -> Run:
         """Encode, load, attach: the run before its first step. Stages that need much memory follow
         one another, and what training does not need is let go in between."""
         config = self._config
@@ -122,7 +123,8 @@ class WanModelSetup:
         config = self._config
         warnings = [
             f"the {name} expert gets none of the {config.train.steps} steps; see "
-            f"train.expert_block ({config.train.expert_block}) and train.high_share"
+            f"train.switch_expert_every ({config.train.switch_expert_every}) and "
+            "train.high_expert_share"
             for name in schedule.experts
             if not schedule.steps_before(config.train.steps, name)
         ]
@@ -142,11 +144,11 @@ class WanModelSetup:
     def _schedule(self, density: TimestepDensity) -> ExpertSchedule:
         config = self._config
         high, low = config.per_expert.high.steps, config.per_expert.low.steps
-        budgets, share = None, config.train.high_share
+        budgets, share = None, config.train.high_expert_share
         if high is not None and low is not None:
             budgets, share = (high, low), high / (high + low)
         return expert_schedule(
-            self._experts, share, config.train.expert_block, density, budgets=budgets
+            self._experts, share, config.train.switch_expert_every, density, budgets=budgets
         )
 
     # ---------------------------------------------------------------------------- what trains
@@ -158,14 +160,14 @@ class WanModelSetup:
             return {}
         starts: dict[ExpertName, AdapterFile] = {}
         problems = []
-        for path in method.start_from:
+        for path in method.init_from:
             file = read_adapter(path)
             name = expert_of(path, file.metadata, self._variant, file.expert).name
             if name in starts:
-                problems.append(f"method.start_from: two files are for the {name} expert; keep one")
+                problems.append(f"method.init_from: two files are for the {name} expert; keep one")
             if name not in {e.name for e in self._experts}:
                 problems.append(
-                    f"method.start_from: {path} is for the {name} expert, which does not train; "
+                    f"method.init_from: {path} is for the {name} expert, which does not train; "
                     "leave it out, or change model.experts"
                 )
             problems += [
@@ -246,7 +248,9 @@ class WanModelSetup:
                 seed=config.train.seed,
                 name=name,
             ),
-            ema=None if ema is None else Ema(what.parameters, ema.decay, ema.device),
+            ema=None
+            if ema is None
+            else Ema(what.parameters, ema.decay, "host" if ema.offload else "device"),
         )
 
     def _embeddings(self, model: WanModel, dataset: Dataset) -> Trainable | None:
@@ -274,9 +278,9 @@ class WanModelSetup:
 
     def _embedding(self, section: ResolvedEmbedding, model: WanModel) -> WanModelEmbedding:
         name, placeholder = section.name, section.placeholder
-        if section.start_from is not None:
+        if section.init_from is not None:
             made = WanModelEmbedding.from_file(
-                section.start_from, placeholder=placeholder, name=name
+                section.init_from, placeholder=placeholder, name=name
             )
         else:
             made = WanModelEmbedding.initial(
@@ -320,8 +324,8 @@ class WanModelSetup:
             self._dtype,
             device,
             components,
-            quantised=chosen.quantised,
-            check_names=chosen.check_names,
+            quantized=chosen.quantized,
+            check_file_names=chosen.check_file_names,
             boundary=chosen.boundary,
         )
         self._notices |= dict.fromkeys(model.notices)

@@ -61,7 +61,7 @@ class WanTrainer:
         self._resume = resume
         self._allow_change = allow_change
         self._layout = RunLayout(run_folder(config))
-        self._store = StateStore(self._layout, config.train.keep_states, config.train.keep_every)
+        self._store = StateStore(self._layout, config.train.keep_last, config.train.keep_every)
         self._cadence = Cadence.of(config)
         self._stop_signals = StopSignals()
         self._log = RunLog(*([] if listen is None else [ListenerSink(listen)]))
@@ -215,7 +215,7 @@ class WanTrainer:
                     loss=measured.trained,
                     ema=measured.ema,
                     base=state.base_loss.get(name),
-                    held_out=bool(run.dataset.held_out),
+                    held_out=bool(run.dataset.validation_clips),
                 )
             )
         state.validated = state.step
@@ -313,7 +313,7 @@ class WanTrainer:
                 events.Exported(step=run.state.step, expert=file.trainable, file=file.path)
             )
         exported = self._layout.exported()
-        for step in list(exported)[: -(self._config.output.keep or len(exported))]:
+        for step in list(exported)[: -(self._config.output.keep_last or len(exported))]:
             if step != run.state.best_step:
                 for path in exported[step]:
                     remove(path)

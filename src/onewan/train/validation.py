@@ -84,7 +84,7 @@ def _clip_losses(run: Run, trained: TrainedExpert, number: int, batch: Batch) ->
     """The loss of clip `number` at each validation timestep, float32 scalars."""
     text = run.text(batch)
     losses = []
-    for index, level in enumerate(run.objective.levels(run.config.validation.levels)):
+    for index, level in enumerate(run.objective.levels(run.config.validation.timesteps)):
         # The purpose "grid noise" is part of the seed: another text would be other noise.
         seed = derive_seed(run.config.train.seed, "grid noise", number, index)
         sample = run.objective.fixed(batch, level, trained.expert, seed)

@@ -47,13 +47,13 @@ class PlanClips(PipelineModule, RandomAccessPipelineModule):
             if settings.is_mask_file(path):
                 continue
             try:
-                clip, notes = self._planner.plan(path, concept)
+                clip, warnings = self._planner.plan(path, concept)
                 # Here, where it can be left out, and not in the middle of caching.
                 self._decode_checks.check(clip)
             except DataError as error:
                 told.append(f"left out: {error}")
                 continue
-            told += [f"{path}: {note.text}" for note in notes]
+            told += [f"{path}: {warning}" for warning in warnings]
             self._items.append({"image_path": path, "concept": concept, "clip": clip})
         self._decode_checks.save()
         for line in told:

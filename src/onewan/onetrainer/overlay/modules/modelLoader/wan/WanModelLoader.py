@@ -60,6 +60,6 @@ class WanModelLoader:
 
 
 def _plain(dtype: DataType, train_dtype: DataType) -> torch.dtype:
-    """Of what is not quantised."""
+    """Of what is not quantized."""
     found = (train_dtype if dtype.is_quantized() else dtype).torch_dtype()
     return found or torch.bfloat16

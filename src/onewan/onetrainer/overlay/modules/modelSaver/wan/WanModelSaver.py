@@ -62,7 +62,7 @@ def _quantised(module: torch.nn.Module | None) -> bool:
 
 
 def _plain(model: WanModel, parts: list[str] | None = None):
-    """The engine's model, with quantised parts read again from their files."""
+    """The engine's model, with quantized parts read again from their files."""
     if parts is None:
         parts = [*model.expert_parts(), "text_encoder"]
     again = [part for part in parts if _quantised(getattr(model, part))]

@@ -1,0 +1,218 @@
+"""The source that reads encoded clips, masks and captions from the cache, and fills the cache.
+
+Only this module knows which inputs the key of an entry depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from onewan.data.cache import EntryCache, EntryKind, entry_key
+from onewan.data.clip import Clip
+from onewan.data.encode import (
+    ENCODING_VERSION,
+    FillResult,
+    LoadModel,
+    ProgressCallback,
+    encode_clip,
+    encode_mask,
+    uniform_mask_warnings,
+)
+from onewan.data.masks import MASK_VERSION, Mask
+from onewan.data.report import ClipProblem, ClipWarning
+from onewan.errors import DataError
+from onewan.model.sources import Placed, fingerprint
+from onewan.variants import Variant
+
+
+class CachedLatents:
+    """A `LatentSource` that reads the cache; `fill` makes the missing entries."""
+
+    prefetch = True
+
+    def __init__(
+        self,
+        cache: EntryCache,
+        variant: Variant,
+        component_paths: Mapping[Placed, Path],
+        text_dtype: str,
+        digests: Mapping[Path, str],
+    ) -> None:
+        """`component_paths` are the files of the encoders, `text_dtype` the precision of the text
+        encoder, and `digests` the digests of all clips' and masks' content by path."""
+        self._cache = cache
+        self._variant = variant
+        self._component_paths = component_paths
+        self._text_dtype = text_dtype
+        self._digests = digests
+        self._damaged = set[tuple[EntryKind, str]]()
+
+    def video(self, clip: Clip) -> dict[str, Tensor]:
+        entry = self._cache.load("video", self.video_key(clip))
+        if clip.mask:
+            entry |= self._cache.load("mask", self.mask_key(clip, clip.mask))
+        return entry
+
+    def text(self, caption: str) -> Tensor:
+        return self._cache.load("text", self.text_key(caption))["text"]
+
+    # --- Keys: everything that the values of an entry depend on, and nothing else -----------------
+
+    def video_key(self, clip: Clip) -> str:
+        return entry_key(content=self._digests[clip.path], span=_span(clip), **self._video_inputs)
+
+    def mask_key(self, clip: Clip, mask: Mask) -> str:
+        # An entry of its own: the clip's latents stay valid when the mask changes, and the mask
+        # stays valid when the VAE changes.
+        return entry_key(
+            version=MASK_VERSION,
+            content=self._digests[mask.path],
+            span=[mask.start, *_span(clip)[1:]],
+            compression=[self._variant.spatial_compression, self._variant.temporal_compression],
+        )
+
+    def text_key(self, caption: str) -> str:
+        return entry_key(caption=caption, **self._text_inputs)
+
+    @cached_property
+    def _video_inputs(self) -> dict[str, object]:
+        # Not the run's dtype: the VAE always encodes in float32.
+        return {
+            "version": ENCODING_VERSION,
+            "vae": fingerprint(self._component_paths["vae"]),
+            "first_frame_condition": self._variant.condition_channels > 0,
+        }
+
+    @cached_property
+    def _text_inputs(self) -> dict[str, object]:
+        return {
+            "version": ENCODING_VERSION,
+            "text_encoder": fingerprint(self._component_paths["text_encoder"]),
+            "tokenizer": fingerprint(self._component_paths["tokenizer"]),
+            "dtype": self._text_dtype,
+        }
+
+    # --- Filling ----------------------------------------------------------------------------------
+
+    def fill(
+        self,
+        clips: Sequence[Clip],
+        captions: Sequence[str],
+        load_model: LoadModel,
+        progress: ProgressCallback,
+        *,
+        verify: bool = False,
+    ) -> FillResult:
+        """Encode what the cache does not contain; the result lists clips that can't be decoded.
+
+        `verify` reads all entries that exist, and encodes the damaged ones again. Several processes
+        may fill one cache at the same time; what another one has finished is not encoded again.
+        """
+        video_keys = [(self.video_key(clip), clip) for clip in clips]
+        masked = [(self.mask_key(clip, clip.mask), clip, clip.mask) for clip in clips if clip.mask]
+        text_keys = [(self.text_key(caption), caption) for caption in captions]
+        if verify:
+            self._find_damaged("video", (key for key, _ in video_keys))
+            self._find_damaged("mask", (key for key, _, _ in masked))
+            self._find_damaged("text", (key for key, _ in text_keys))
+        masks = self._fill_masks(masked, progress)  # first: takes seconds and needs no model
+        # Captions before videos: the 11 GB text encoder and the VAE are never loaded together.
+        texts = self._fill_texts(text_keys, load_model, progress)
+        videos = self._fill_videos(video_keys, load_model, progress)
+        return FillResult(
+            problems=(*masks.problems, *videos.problems),
+            warnings=masks.warnings,
+            encoded=masks.encoded + texts + videos.encoded,
+        )
+
+    def _fill_masks(
+        self, masked: Sequence[tuple[str, Clip, Mask]], progress: ProgressCallback
+    ) -> FillResult:
+        def encode(clip: Clip) -> dict[str, Tensor]:
+            assert clip.mask
+            return {"mask": encode_mask(clip, clip.mask, self._variant)}
+
+        keyed = [(key, clip) for key, clip, _ in masked]
+        result = self._encode_clips("mask", keyed, encode, progress)
+        warnings = list[ClipWarning]()
+        for key, _, mask in masked:
+            if self._cache.has("mask", key):
+                warnings += uniform_mask_warnings(mask, self._cache.load("mask", key)["mask"])
+        return replace(result, warnings=tuple(warnings))
+
+    def _fill_texts(
+        self, keyed: Sequence[tuple[str, str]], load_model: LoadModel, progress: ProgressCallback
+    ) -> int:
+        """Returns the number of captions that were encoded."""
+        missing = [(key, caption) for key, caption in keyed if self._is_missing("text", key)]
+        if not missing:
+            return 0
+        model, encoded = load_model(("text_encoder", "tokenizer")), 0
+        for done, (key, caption) in enumerate(missing, start=1):
+            if self._is_missing("text", key):
+                self._save("text", key, {"text": model.encode_prompt(caption)}, caption)
+                encoded += 1
+            progress("encoding captions", done, len(missing))
+        return encoded
+
+    def _fill_videos(
+        self, keyed: Sequence[tuple[str, Clip]], load_model: LoadModel, progress: ProgressCallback
+    ) -> FillResult:
+        if not any(self._is_missing("video", key) for key, _ in keyed):
+            return FillResult(problems=(), warnings=(), encoded=0)
+        model = load_model(("vae",))
+        return self._encode_clips("video", keyed, partial(encode_clip, model), progress)
+
+    def _encode_clips(
+        self,
+        kind: Literal["video", "mask"],
+        keyed: Sequence[tuple[str, Clip]],
+        encode: Callable[[Clip], dict[str, Tensor]],
+        progress: ProgressCallback,
+    ) -> FillResult:
+        activity = {"video": "encoding clips", "mask": "encoding masks"}[kind]
+        missing = [(key, clip) for key, clip in keyed if self._is_missing(kind, key)]
+        total = len({key for key, _ in missing})
+        problems, finished, encoded = list[ClipProblem](), set[str](), 0
+        for key, clip in missing:
+            # False for a copy of a clip above, and if another process has encoded it meanwhile.
+            if self._is_missing(kind, key):
+                try:
+                    self._save(kind, key, encode(clip), clip.name)
+                    encoded += 1
+                except DataError as error:
+                    # Copies of a damaged file fail one by one, each reported under its own name.
+                    self._cache.discard(kind, key)
+                    problems.append(ClipProblem.from_error(clip.path, error))
+            finished.add(key)
+            progress(activity, len(finished), total)
+        return FillResult(problems=tuple(problems), warnings=(), encoded=encoded)
+
+    def _is_missing(self, kind: EntryKind, key: str) -> bool:
+        return (kind, key) in self._damaged or not self._cache.has(kind, key)
+
+    def _save(
+        self, kind: EntryKind, key: str, tensors: Mapping[str, Tensor], description: str
+    ) -> None:
+        self._cache.save(kind, key, tensors, description)
+        self._damaged.discard((kind, key))
+
+    def _find_damaged(self, kind: EntryKind, keys: Iterable[str]) -> None:
+        # Damaged entries are replaced later, not deleted now: another process, which verifies the
+        # same cache, may have replaced them in the meantime.
+        self._damaged |= {
+            (kind, key)
+            for key in keys
+            if self._cache.has(kind, key) and self._cache.problem(kind, key)
+        }
+
+
+def _span(clip: Clip) -> list[object]:
+    """What decides the pixels of a clip, given the content of its file."""
+    return [clip.start, clip.fps, clip.frames, list(clip.size)]

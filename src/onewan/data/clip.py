@@ -1,0 +1,176 @@
+"""`Clip`, a span of a media file to train on, and `ClipPlanner`, which chooses the span.
+
+The planner takes plain values, so that a run file, another trainer or a test can supply them. It
+reads a file's header, first frame and end, never the frames in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import floor
+from pathlib import Path
+from typing import Literal
+
+from onewan.arithmetic.buckets import Size, choose_size, floor_to_4n_plus_1
+from onewan.data.masks import Mask, find_mask
+from onewan.errors import DataError
+from onewan.media import MediaInfo, keyframe_near, probe
+from onewan.seeds import derive_seed
+
+_ROUNDING = 1e-6
+"""Added before a product of floats is rounded down: 0.29 s * 100 fps is 28.999999999999996."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clip:
+    """A span of a video file, or an image, with its captions."""
+
+    path: Path
+    name: str
+    """The path relative to its folder, with forward slashes: the same on every machine."""
+    captions: tuple[str, ...]
+    """At least one; each training sample draws one of them."""
+    kind: Literal["video", "image"]
+    start: float
+    """Time of the first frame in the file's own clock, s."""
+    fps: float
+    """Frames per second at which the frames are taken."""
+    frames: int
+    """Number of frames, 4n+1; 1 for an image."""
+    size: tuple[int, int]
+    """(width, height) of the training sample, pixels."""
+    source_size: tuple[int, int]
+    """(width, height) of the upright picture in the file, in square pixels."""
+    repeats: int
+    """How many times an epoch contains the clip."""
+    loss_weight: float = 1.0
+    """Factor of the clip's loss."""
+    is_prior: bool = False
+    """Whether its target is the base model's prediction (prior preservation), not the data."""
+    mask: Mask | None = None
+    """Its loss mask; None if all of the clip is trained on."""
+
+    def times(self) -> tuple[float, ...]:
+        """Presentation time of each frame in the file's own clock, s."""
+        return tuple(self.start + k / self.fps for k in range(self.frames))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipFolder:
+    """A folder of clips, and how its clips are trained on; see the fields of `Clip`."""
+
+    path: Path
+    repeats: int = 1
+    loss_weight: float = 1.0
+    is_prior: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipPlanner:
+    """Turns a media file into a clip: chooses its span, number of frames and training size."""
+
+    seed: int
+    """Seed of the spans that the strategy "random" chooses."""
+    fps: float
+    """Frames per second of the clips."""
+    max_frames: int
+    """Largest number of frames of a clip; rounded down to 4n+1."""
+    max_duration: float
+    """Longest clip, s."""
+    frame_strategy: Literal["uniform", "random", "keyframe"]
+    """Which frames of a longer file are taken: those in the middle, at a random position, or from
+    the key frame nearest to the middle on."""
+    resolutions: tuple[int | str, ...]
+    """Training sizes: areas in pixels (399360) or exact sizes ("832x480")."""
+    min_resolution: Size
+    """(width, height), in either orientation; smaller files are refused."""
+    max_resolution: Size
+    """(width, height), in either orientation, that a training size given as an area may have."""
+    video_formats: tuple[str, ...]
+    """Extensions of the video files to use, lower case, without the dot."""
+    size_multiple: int
+    """Both sides of a training size are multiples of it, pixels."""
+    temporal_compression: int
+    """Frames per latent frame after the first."""
+
+    @property
+    def longest_clip(self) -> int:
+        """`max_frames` rounded down to the 4n+1 that the VAE encodes."""
+        return floor_to_4n_plus_1(self.max_frames, self.temporal_compression)
+
+    def plan(
+        self, path: Path, folder: ClipFolder, captions: tuple[str, ...], masks: Sequence[Path]
+    ) -> Clip:
+        """The clip of the file `path` in `folder`; `masks` are the files that could be its mask.
+
+        Raises DataError, which names the file, if it can't be used.
+        """
+        info = probe(path)
+        self._check_size(info)
+        name = path.relative_to(folder.path).as_posix()
+        frames = self._frame_count(info)
+        width, height = info.shown_size
+        clip = Clip(
+            path=path,
+            name=name,
+            captions=captions,
+            kind=info.kind,
+            start=self._start_time(info, name, frames),
+            fps=self.fps,
+            frames=frames,
+            size=choose_size(
+                width, height, self.resolutions, self.size_multiple, self.max_resolution
+            ),
+            source_size=(width, height),
+            repeats=folder.repeats,
+            loss_weight=folder.loss_weight,
+            is_prior=folder.is_prior,
+        )
+        return replace(clip, mask=find_mask(info, clip.times(), masks, self.video_formats))
+
+    def warnings(self, clip: Clip) -> list[str]:
+        """What the user should know about a planned clip: that it is scaled up, or short."""
+        texts = list[str]()
+        width, height = clip.source_size
+        if clip.size[0] > width or clip.size[1] > height:
+            texts.append(f"scaled up from {width}x{height} to {clip.size[0]}x{clip.size[1]}")
+        if clip.kind == "video" and clip.frames < self.longest_clip:
+            texts.append(
+                f"{clip.frames} frame{'s' if clip.frames > 1 else ''} at {clip.fps:g} fps instead "
+                f"of {self.longest_clip}: the file is short, or video_data.max_duration is"
+            )
+        return texts
+
+    def _check_size(self, info: MediaInfo) -> None:
+        # In either orientation, as for the largest size: portrait is no smaller than landscape.
+        shorter, longer = sorted((info.width, info.height))
+        limit = self.min_resolution
+        if shorter < min(limit) or longer < max(limit):
+            raise DataError(
+                f"{info.path}: is {info.width}x{info.height}, smaller than "
+                f"video_data.min_resolution ({limit[0]}x{limit[1]}); lower that, or take it out"
+            )
+
+    def _frame_count(self, info: MediaInfo) -> int:
+        by_duration = max(1, floor(self.max_duration * self.fps + _ROUNDING))
+        available = min(self.max_frames, by_duration, info.frames_at(self.fps))
+        return floor_to_4n_plus_1(available, self.temporal_compression)
+
+    def _start_time(self, info: MediaInfo, name: str, frames: int) -> float:
+        """Time of the first frame by `frame_strategy`, s."""
+        slack = max(0.0, info.last - info.start - (frames - 1) / self.fps)
+        if info.kind == "image" or not slack:
+            return info.start
+        if self.frame_strategy == "keyframe":
+            key = keyframe_near(info.path, (info.start + info.last) / 2)
+            # Too near the end for all frames: the latest start at which they fit.
+            return min(max(key, info.start), info.start + slack)
+        position = 0.5
+        if self.frame_strategy == "random":
+            # By the name, so that other files that come or go do not move the clip's span.
+            position = derive_seed(self.seed, "span", name) / 2**63
+        # On a frame of the file. Midway between two frames, the last bit of each time would decide
+        # which of them is nearest, so that some frames would come twice and others not at all.
+        whole_frames = floor(slack * position / info.frame_interval + _ROUNDING)
+        return info.start + whole_frames * info.frame_interval

@@ -1,0 +1,211 @@
+"""`prepare`: from a run file to the data set that is trained and validated on.
+
+Finds the clips, encodes those that the cache does not contain, reports every clip that can't be
+used, and splits off the validation clips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from onewan.config.schema import ResolvedRun, SourceSection
+from onewan.data.cache import ContentDigests, EntryCache, entry_key
+from onewan.data.cached_latents import CachedLatents
+from onewan.data.clip import Clip, ClipFolder, ClipPlanner
+from onewan.data.encode import (
+    FillResult,
+    LatentSource,
+    LoadModel,
+    OnlineEncoder,
+    ProgressCallback,
+    no_progress,
+)
+from onewan.data.index import index_clips
+from onewan.data.report import ClipWarning, DatasetReport
+from onewan.data.validation_split import exclude_validation_clips, split_validation_clips
+from onewan.errors import DataError
+from onewan.model.sources import Placed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset:
+    """The clips of a run, and where their encoded tensors come from."""
+
+    clips: tuple[Clip, ...]
+    """Training clips."""
+    validation_clips: tuple[Clip, ...]
+    """Clips that are held out of training; none unless the run file asks for them."""
+    report: DatasetReport
+    source: LatentSource
+    digest: str
+    """Of everything that the training samples and their order depend on."""
+    encoded: int
+    """Number of cache entries that had to be encoded."""
+
+
+def prepare(
+    config: ResolvedRun,
+    component_paths: Mapping[Placed, Path],
+    load_model: LoadModel,
+    *,
+    extra_prompts: Sequence[str] = (),
+    encode_text_online: bool = False,
+    progress: ProgressCallback = no_progress,
+    verify: bool = False,
+) -> Dataset:
+    """The data set of a resolved run file, with all missing cache entries encoded.
+
+    `component_paths` are the files of the VAE, the text encoder and the tokenizer, whose content
+    keys the cache. `extra_prompts` are encoded like captions, for sampling later without the text
+    encoder. With `encode_text_online` no text is encoded, neither here nor by the source. `verify`
+    reads all entries that exist and encodes the damaged ones again. Clips that can't be decoded are
+    left out and reported. Raises DataError if no training clip is left, or if the run file names
+    validation sources and none of their clips is left.
+    """
+    if not config.video_data.sources:
+        raise DataError("video_data.sources: is empty; name at least one folder of clips")
+    variant = config.model.facts()
+    known_digests = ContentDigests(config.video_data.cache_dir / "digests.jsonl")
+    report, digests = _index(config, known_digests)
+    clips = (*report.clips, *report.validation_clips)
+    if config.video_data.cache:
+        known_digests.save()
+        source = CachedLatents(
+            EntryCache(config.video_data.cache_dir),
+            variant,
+            component_paths,
+            config.model.dtype,
+            digests,
+        )
+        texts = [] if encode_text_online else _texts(config, report, extra_prompts)
+        result = source.fill(clips, texts, load_model, progress, verify=verify)
+    else:
+        source = OnlineEncoder(variant, load_model, encode_text_online=encode_text_online)
+        result = source.prepare(clips, progress)
+    report = _final_report(config, report, result, digests)
+    return Dataset(
+        clips=report.clips,
+        validation_clips=report.validation_clips,
+        report=report,
+        source=source,
+        digest=_dataset_digest(report, digests),
+        encoded=result.encoded,
+    )
+
+
+def _index(
+    config: ResolvedRun, known_digests: ContentDigests
+) -> tuple[DatasetReport, dict[Path, str]]:
+    """The clips of all sources, and the digest of each clip's and mask's content by path.
+
+    A file among both the training and the validation sources is only validated on.
+    """
+    planner = _clip_planner(config)
+    use_masks = config.video_data.masks
+    training = index_clips(_folders(config.video_data.sources), planner, use_masks=use_masks)
+    validation = DatasetReport(clips=(), problems=(), warnings=())
+    if config.validation.sources:
+        validation = index_clips(
+            _folders(config.validation.sources),
+            planner,
+            use_masks=use_masks,
+            key_path="validation.sources",
+        )
+    clips = (*training.clips, *validation.clips)
+    paths = {clip.path for clip in clips} | {clip.mask.path for clip in clips if clip.mask}
+    digests = {path: known_digests.of(path) for path in sorted(paths)}
+    remaining, in_both = exclude_validation_clips(training.clips, validation.clips, digests)
+    report = DatasetReport(
+        clips=tuple(remaining),
+        validation_clips=validation.clips,
+        problems=(*training.problems, *validation.problems, *in_both),
+        warnings=(*training.warnings, *validation.warnings),
+    )
+    return report, digests
+
+
+def _clip_planner(config: ResolvedRun) -> ClipPlanner:
+    variant, video_data, wan_config = config.model.facts(), config.video_data, config.wan_config
+    return ClipPlanner(
+        seed=config.train.seed,
+        fps=video_data.target_fps,
+        max_frames=wan_config.max_frames,
+        max_duration=video_data.max_duration,
+        frame_strategy=wan_config.frame_sample_strategy,
+        resolutions=video_data.resolution,
+        min_resolution=video_data.min_resolution,
+        max_resolution=video_data.max_resolution,
+        video_formats=video_data.supported_formats,
+        size_multiple=variant.size_multiple,
+        temporal_compression=variant.temporal_compression,
+    )
+
+
+def _folders(sources: Sequence[SourceSection]) -> list[ClipFolder]:
+    return [
+        ClipFolder(
+            path=source.path,
+            repeats=source.repeats,
+            loss_weight=source.loss_weight,
+            is_prior=source.target == "base",
+        )
+        for source in sources
+    ]
+
+
+def _texts(config: ResolvedRun, report: DatasetReport, extra_prompts: Sequence[str]) -> list[str]:
+    """All texts that training, validation and sampling need."""
+    captions = {caption for clip in report.clips for caption in clip.captions}
+    captions |= {clip.captions[0] for clip in report.validation_clips}
+    empty = {""} if config.train.caption_dropout else set[str]()
+    return sorted(captions | empty | set(extra_prompts))
+
+
+def _final_report(
+    config: ResolvedRun, report: DatasetReport, result: FillResult, digests: Mapping[Path, str]
+) -> DatasetReport:
+    """The report without the clips that failed, with `validation.share` of the others held out."""
+    failed = {problem.path for problem in result.problems}
+    clips = tuple(clip for clip in report.clips if clip.path not in failed)
+    validation_clips = tuple(clip for clip in report.validation_clips if clip.path not in failed)
+    warnings = (*report.warnings, *result.warnings)
+    if config.validation.share:
+        clips, validation_clips = split_validation_clips(
+            clips, config.validation.share, config.train.seed, digests
+        )
+        if not validation_clips:
+            text = "validation.share holds out no clip: fewer than two files show data"
+            warnings = (*warnings, ClipWarning(path=None, text=text))
+    report = replace(
+        report,
+        clips=clips,
+        validation_clips=validation_clips,
+        # A file that is in two sources has the same problem twice.
+        problems=tuple(dict.fromkeys((*report.problems, *result.problems))),
+        warnings=tuple(dict.fromkeys(warnings)),
+    )
+    if not clips:
+        raise DataError("\n".join(["no clip can be used", *report.lines()]))
+    if config.validation.sources and not validation_clips:
+        raise DataError("\n".join(["no clip of validation.sources can be used", *report.lines()]))
+    return report
+
+
+def _dataset_digest(report: DatasetReport, digests: Mapping[Path, str]) -> str:
+    """A digest of all that training and validation depend on.
+
+    Checkpoints and exported files contain it, so its inputs must not change without need.
+    """
+
+    def inputs(clip: Clip) -> list[object]:
+        mask = [digests[clip.mask.path], clip.mask.start] if clip.mask else None
+        settings = [clip.repeats, clip.loss_weight, "base" if clip.is_prior else "data"]
+        span = [clip.start, clip.fps, clip.frames, list(clip.size)]
+        return [clip.name, digests[clip.path], span, clip.captions, settings, mask]
+
+    return entry_key(
+        clips=[inputs(clip) for clip in report.clips],
+        held_out=[inputs(clip) for clip in report.validation_clips],
+    )

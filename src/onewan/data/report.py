@@ -1,0 +1,91 @@
+"""The report on a data set: its clips, the files that can't be used, and warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from onewan.data.clip import Clip
+from onewan.errors import DataError
+
+_FILES_NAMED = 3
+"""File names shown in a warning that concerns many files; the rest are counted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipProblem:
+    """A file that can't be used."""
+
+    path: Path
+    reason: str
+    """What is wrong and what to do, without the path."""
+
+    @staticmethod
+    def from_error(path: Path, error: DataError) -> ClipProblem:
+        """The problem that `error`, whose message may begin with `path`, describes."""
+        return ClipProblem(path=path, reason=str(error).removeprefix(f"{path}: "))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipWarning:
+    """Something the user should know about a file that is used nevertheless."""
+
+    path: Path | None
+    """None if the warning concerns the whole data set."""
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetReport:
+    """The usable clips, the unusable files and the warnings of a data set."""
+
+    clips: tuple[Clip, ...]
+    """Training clips."""
+    problems: tuple[ClipProblem, ...]
+    warnings: tuple[ClipWarning, ...]
+    validation_clips: tuple[Clip, ...] = ()
+    """Clips that are held out of training, to validate on."""
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def lines(self) -> list[str]:
+        """The report as text: counts, each unusable file, and the warnings grouped by text."""
+        videos = sum(clip.kind == "video" for clip in self.clips)
+        kinds = f"{count(videos, 'video')}, {count(len(self.clips) - videos, 'image')}"
+        lines = [f"{count(len(self.clips), 'clip')} ({kinds})"]
+        for size, frames in sorted({(clip.size, clip.frames) for clip in self.clips}):
+            number = sum((clip.size, clip.frames) == (size, frames) for clip in self.clips)
+            shape = f"{size[0]}x{size[1]}, {count(frames, 'frame')}"
+            lines.append(f"  {shape}: {count(number, 'clip')}")
+        masked = sum(clip.mask is not None for clip in self.clips)
+        if masked:
+            lines.append(f"  with a mask: {count(masked, 'clip')}")
+        if self.validation_clips:
+            lines.append(f"held out for validation: {count(len(self.validation_clips), 'clip')}")
+        if self.problems:
+            lines.append(f"{count(len(self.problems), 'file')} can't be used:")
+            lines += [f"  {problem.path}: {problem.reason}" for problem in self.problems]
+        if self.warnings:
+            lines.append("Warnings:")
+            paths_by_text: dict[str, list[Path]] = {}
+            for warning in self.warnings:
+                paths = paths_by_text.setdefault(warning.text, [])
+                paths += [warning.path] if warning.path else []
+            lines += [f"  {_name_prefix(paths)}{text}" for text, paths in paths_by_text.items()]
+        return lines
+
+
+def count(number: int, noun: str) -> str:
+    """`number` and the noun in singular or plural: "1 clip", "2 clips"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _name_prefix(paths: Sequence[Path]) -> str:
+    """The names of the first few of `paths`, to begin a line with; empty if there are none."""
+    if not paths:
+        return ""
+    more = len(paths) - _FILES_NAMED
+    names = ", ".join(path.name for path in paths[:_FILES_NAMED])
+    return f"{names} and {count(more, 'other')}: " if more > 0 else f"{names}: "
