@@ -1,4 +1,4 @@
-"""From a folder to entries: encoded once, and again only where something it depends on changed."""
+"""From folders to encoded clips: each entry is encoded once, and again only if an input changes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from onewan.variants import VARIANTS
 
 
 def prepared(config: ResolvedRun, *, verify: bool = False) -> tuple[Dataset, list[tuple[str, int]]]:
-    """The data set, and how many captions and clips were encoded for it."""
+    """The data set, and the number of items of each activity that its progress reported."""
     totals: dict[str, int] = {}
     data = WanModelSetup(config).dataset(
         [], lambda what, _done, total: totals.__setitem__(what, total), verify=verify
@@ -42,7 +42,7 @@ def prepared(config: ResolvedRun, *, verify: bool = False) -> tuple[Dataset, lis
 
 @pytest.fixture
 def own(workshop: Path, tmp_path: Path) -> Path:
-    """Clips of the test's own, to change."""
+    """A folder with a copy of the clips, which the test may change."""
     shutil.copytree(workshop / "clips", tmp_path / "clips")
     return tmp_path
 
@@ -74,9 +74,9 @@ def test_only_what_changed_is_encoded(run_file: RunFile, own: Path) -> None:
 
     shorter = run_file("t2v-a14b", *settings(own), "wan_config.max_frames=5")
     assert prepared(shorter)[1] == [("encoding clips", 3)]  # not the image: one frame either way
-    assert prepared(config)[1] == []  # and the longer ones are still there
+    assert prepared(config)[1] == []  # the longer ones are still in the cache
 
-    # I2V needs the condition beside the latents, so its entries are others.
+    # I2V needs the condition besides the latents, so it has entries of its own.
     image = run_file("i2v-a14b", *settings(own))
     data, totals = prepared(image)
     assert ("encoding clips", 4) in totals  # five clips, two of which have the same content
@@ -91,22 +91,39 @@ def test_damaged_entries_are_found_and_encoded_again(run_file: RunFile, own: Pat
     tensors = {k: v + 1 for k, v in load_file(entry).items()}
     entry.unlink()
     save_file(tensors, entry)
-    sorted((own / "cache" / "text").rglob("*.safetensors"))[0].write_bytes(b"cut off")
-    assert prepared(config)[1] == []  # a quick start does not read the entries
+    sorted((own / "cache" / "text").rglob("*.safetensors"))[0].write_bytes(b"truncated")
+    assert prepared(config)[1] == []  # without verify, entries are not read
     data, totals = prepared(config, verify=True)
     assert totals == [("encoding captions", 1), ("encoding clips", 1)]
     assert torch.equal(data.source.video(data.clips[0])["latents"], before)
 
 
-def test_cached_and_live_entries_are_the_same(run_file: RunFile, own: Path) -> None:
+def test_entries_that_another_process_encodes_meanwhile_are_not_encoded_again(
+    run_file: RunFile, own: Path
+) -> None:
+    complete, _ = prepared(run_file("t2v-a14b", *settings(own)))
+    (own / "cache").rename(own / "complete")
+    reported = list[tuple[str, int, int]]()
+
+    def progress(activity: str, done: int, total: int) -> None:
+        reported.append((activity, done, total))
+        if len(reported) == 1:  # the other process finishes after our first caption
+            shutil.copytree(own / "complete", own / "cache", dirs_exist_ok=True)
+
+    data = WanModelSetup(run_file("t2v-a14b", *settings(own))).dataset([], progress)
+    assert data.encoded == 1 and data.digest == complete.digest
+    assert reported == [("encoding captions", n, 6) for n in range(1, 7)]
+
+
+def test_online_encoding_gives_the_same_tensors_as_the_cache(run_file: RunFile, own: Path) -> None:
     cached, _ = prepared(run_file("i2v-a14b", *settings(own)))
-    live, totals = prepared(run_file("i2v-a14b", *settings(own), "video_data.cache=false"))
+    online, totals = prepared(run_file("i2v-a14b", *settings(own), "video_data.cache=false"))
     assert totals == [("checking clips", 5)]
     for clip in cached.clips:
-        a, b = cached.source.video(clip), live.source.video(clip)
+        a, b = cached.source.video(clip), online.source.video(clip)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
         caption = clip.captions[0]
-        assert torch.equal(cached.source.text(caption), live.source.text(caption))
+        assert torch.equal(cached.source.text(caption), online.source.text(caption))
 
 
 def test_entries_are_what_the_model_encodes(run_file: RunFile, own: Path) -> None:
@@ -134,7 +151,7 @@ def test_clips_that_fail_to_decode_are_reported(run_file: RunFile, own: Path, cl
         assert named == {f.name for f in (clips / "bad").iterdir() if f.suffix != ".txt"}
 
 
-def test_no_clips(run_file: RunFile, own: Path) -> None:
+def test_a_data_set_without_clips_is_an_error(run_file: RunFile, own: Path) -> None:
     with pytest.raises(DataError, match=r"video_data\.sources: is empty"):
         prepared(run_file("t2v-a14b", "video_data.sources=[]"))
     (own / "nothing").mkdir()
@@ -146,7 +163,7 @@ def test_no_clips(run_file: RunFile, own: Path) -> None:
 
 
 def draw_mask(path: Path, level: int = 255) -> None:
-    """The left half in `level`, the rest black."""
+    """The left half in `level`, the other half black."""
     picture = np.zeros((256, 320), np.uint8)
     picture[:, :160] = level
     Image.fromarray(picture).save(path)
@@ -160,7 +177,7 @@ def named(data: Dataset, name: str) -> Clip:
     return next(clip for clip in data.clips if clip.name == name)
 
 
-def test_a_mask_has_an_entry_of_its_own(run_file: RunFile, own: Path) -> None:
+def test_a_mask_has_a_cache_entry_of_its_own(run_file: RunFile, own: Path) -> None:
     config = run_file("t2v-a14b", *masks_on(own))
     before, _ = prepared(config)
     draw_mask(own / "clips" / "red_square.mask.png")
@@ -185,10 +202,12 @@ def test_a_mask_has_an_entry_of_its_own(run_file: RunFile, own: Path) -> None:
     assert torch.equal(now["latents"], entry["latents"])
     assert now["mask"][..., 0].eq(np.float32(128 / 255)).all()
 
-    live, _ = prepared(run_file("t2v-a14b", *masks_on(own), "video_data.cache=false"))
-    alive = live.source.video(named(live, "red_square.mp4"))
-    assert alive.keys() == now.keys() and all(torch.equal(alive[k], now[k]) for k in now)
-    assert live.digest == changed.digest
+    online, _ = prepared(run_file("t2v-a14b", *masks_on(own), "video_data.cache=false"))
+    online_entry = online.source.video(named(online, "red_square.mp4"))
+    assert online_entry.keys() == now.keys() and all(
+        torch.equal(online_entry[k], now[k]) for k in now
+    )
+    assert online.digest == changed.digest
 
     off, totals = prepared(run_file("t2v-a14b", *settings(own)))
     assert totals == [] and off.digest == before.digest
@@ -198,12 +217,14 @@ def test_a_mask_has_an_entry_of_its_own(run_file: RunFile, own: Path) -> None:
         tensors = {k: v + 1 for k, v in load_file(entry_file).items()}
         entry_file.unlink()
         save_file(tensors, entry_file)
-    mended, totals = prepared(config, verify=True)
+    repaired, totals = prepared(config, verify=True)
     assert totals == [("encoding masks", 1)]
-    assert torch.equal(mended.source.video(named(mended, "red_square.mp4"))["mask"], now["mask"])
+    assert torch.equal(
+        repaired.source.video(named(repaired, "red_square.mp4"))["mask"], now["mask"]
+    )
 
 
-def test_masks_that_tell_no_places_apart(run_file: RunFile, own: Path) -> None:
+def test_masks_of_one_value_are_warned_about(run_file: RunFile, own: Path) -> None:
     Image.new("L", (320, 256), 0).save(own / "clips" / "red_square.mask.png")
     Image.new("L", (320, 256), 255).save(own / "clips" / "blue_circle.mask.png")
     draw_mask(own / "clips" / "green_triangle.mask.png", level=1)
@@ -218,7 +239,7 @@ def test_masks_that_tell_no_places_apart(run_file: RunFile, own: Path) -> None:
 
 
 def damaged(path: Path) -> None:
-    """A video that is damaged in its middle, where nothing looks that only reads headers."""
+    """A video that is damaged in the middle, which reading its headers does not find."""
     noise = np.random.default_rng(3).integers(0, 256, (32, 64, 80, 3), np.uint8)
     write_video(path, noise, 16)
     content = bytearray(path.read_bytes())
@@ -228,8 +249,10 @@ def damaged(path: Path) -> None:
 
 
 @pytest.mark.parametrize("cache", ["true", "false"])
-def test_damaged_files_and_their_copies(run_file: RunFile, own: Path, cache: str) -> None:
-    """Each is reported by its own name, and none is left to fail in a step."""
+def test_damaged_files_and_their_copies_are_each_reported_by_name(
+    run_file: RunFile, own: Path, cache: str
+) -> None:
+    """So that none of them fails later, in a training step."""
     folder = own / "clips"
     for name in ("red_square.mask.avi", "bad.avi"):
         damaged(folder / name)
@@ -258,10 +281,10 @@ def test_damaged_files_and_their_copies(run_file: RunFile, own: Path, cache: str
             data.source.video(clip)
 
 
-# --- Texts ---------------------------------------------------------------------------------------
+# --- Captions ------------------------------------------------------------------------------------
 
 
-def test_the_empty_caption_is_there_for_dropout(run_file: RunFile, own: Path) -> None:
+def test_caption_dropout_encodes_the_empty_caption(run_file: RunFile, own: Path) -> None:
     data, totals = prepared(run_file("t2v-a14b", *settings(own)))
     assert ("encoding captions", 6) in totals
     with pytest.raises(DataError, match="unreadable"):
@@ -274,7 +297,7 @@ def test_the_empty_caption_is_there_for_dropout(run_file: RunFile, own: Path) ->
 
 
 @pytest.mark.parametrize("cache", ["true", "false"])
-def test_live_text_encodes_none(
+def test_no_caption_is_encoded_if_the_training_step_encodes_them(
     run_file: RunFile, own: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[Component] = []
@@ -299,10 +322,10 @@ def test_live_text_encodes_none(
     assert data.source.video(data.clips[0])["latents"].ndim == 4
 
 
-# --- Held out ------------------------------------------------------------------------------------
+# --- Validation split ----------------------------------------------------------------------------
 
 
-def test_sources_to_validate_on(run_file: RunFile, own: Path) -> None:
+def test_clips_of_validation_sources_are_held_out_of_training(run_file: RunFile, own: Path) -> None:
     (own / "val").mkdir()
     for name in ("red_square.mp4", "still_square.png"):
         shutil.copy(own / "clips" / name, own / "val" / f"val_{name}")
@@ -310,7 +333,7 @@ def test_sources_to_validate_on(run_file: RunFile, own: Path) -> None:
     value = f"validation.sources=[{{path: {(own / 'val').as_posix()}}}]"
     plain, _ = prepared(run_file("t2v-a14b", *settings(own)))
     data, totals = prepared(run_file("t2v-a14b", *settings(own), value))
-    # The same content as before; of the new captions those that are measured.
+    # The clips have the same content as before; of new captions, the first of each is needed.
     assert totals == [("encoding captions", 2)] and data.digest != plain.digest
     assert {clip.name for clip in data.validation_clips} == {
         "val_red_square.mp4",
@@ -330,7 +353,9 @@ def test_sources_to_validate_on(run_file: RunFile, own: Path) -> None:
     with pytest.raises(DataError, match="no clip can be used") as caught:
         prepared(run_file("t2v-a14b", *settings(own), everything))
     assert str(caught.value).count("is in validation.sources too") == 5
-    assert str(caught.value).count("lonely.mp4: has no caption") == 1  # in both, but told once
+    assert (
+        str(caught.value).count("lonely.mp4: has no caption") == 1
+    )  # in both sources, but reported once
     (own / "empty").mkdir()
     for folder, complaint in (
         ("empty", r"no clip of validation\.sources can be used"),
@@ -343,7 +368,7 @@ def test_sources_to_validate_on(run_file: RunFile, own: Path) -> None:
             prepared(config)
 
 
-def test_a_share_to_validate_on(run_file: RunFile, own: Path) -> None:
+def test_validation_share_holds_out_files_by_content(run_file: RunFile, own: Path) -> None:
     config = run_file("t2v-a14b", *settings(own), "validation.share=0.4")
     data, _ = prepared(config)
     assert (len(data.clips), len(data.validation_clips)) == (3, 2)
@@ -363,8 +388,10 @@ def test_a_share_to_validate_on(run_file: RunFile, own: Path) -> None:
     assert "validation.share holds out no clip" in str(data.report)
 
 
-def test_what_a_source_says_decides_the_data_set(run_file: RunFile, own: Path) -> None:
-    """A resumed run notices by the digest; entries don't depend on it."""
+def test_settings_of_a_source_change_the_data_set_digest_but_no_entry(
+    run_file: RunFile, own: Path
+) -> None:
+    """A resumed run notices the change by the digest."""
     digests = set()
     for more in ("", ", loss_weight: 2", ", target: base", ", repeats: 2"):
         source = f"video_data.sources=[{{path: {(own / 'clips').as_posix()}{more}}}]"
@@ -374,7 +401,7 @@ def test_what_a_source_says_decides_the_data_set(run_file: RunFile, own: Path) -
     assert len(digests) == 4
 
 
-# --- Keys ----------------------------------------------------------------------------------------
+# --- Cache keys ----------------------------------------------------------------------------------
 
 
 def test_cache_keys_do_not_change_by_accident(tmp_path: Path) -> None:
@@ -399,7 +426,7 @@ def test_cache_keys_do_not_change_by_accident(tmp_path: Path) -> None:
     assert t2v.text_key("a test") == "14f793cd60c25a0af866b253fedb0fca77e0dba2"
     mask_key = t2v.mask_key(clip, mask)
     assert mask_key == "ce9f20de4cdfa1d84b182c47aca606ef9f56a319"
-    # What training makes of a clip is no cause of its entry.
+    # The key of a clip does not depend on how it is trained on.
     for same in (
         {"mask": mask},
         {"loss_weight": 2.0},
@@ -411,7 +438,7 @@ def test_cache_keys_do_not_change_by_accident(tmp_path: Path) -> None:
         assert t2v.video_key(replace(clip, **same)) == t2v_key
     for other in ({"start": 0.5}, {"fps": 24.0}, {"frames": 13}, {"size": (480, 832)}):
         assert t2v.video_key(replace(clip, **other)) != t2v_key
-        if "start" not in other:  # its mask has a start of its own
+        if "start" not in other:  # a mask has its own start
             assert t2v.mask_key(replace(clip, **other), mask) != mask_key
     assert t2v.mask_key(clip, replace(mask, start=0.5)) != mask_key
-    assert keys("ti2v-5b")[0].mask_key(clip, mask) != mask_key  # other latents, other places
+    assert keys("ti2v-5b")[0].mask_key(clip, mask) != mask_key  # latent cells of another size

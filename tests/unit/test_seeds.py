@@ -1,4 +1,4 @@
-"""Draws are named, so equal names give equal seeds and nothing else does."""
+"""Seeds are derived from the names of draws: equal names give equal seeds, others other seeds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from onewan.seeds import derive_seed
 
 
-def test_seeds_never_change() -> None:
-    # A run that is resumed under a later version has to draw what it would have drawn.
+def test_seeds_stay_the_same_in_every_version() -> None:
+    # A run that is resumed with a later version has to draw what it would have drawn.
     assert derive_seed(42, "noise", 0, 0) == 8205565564997430678
     assert derive_seed(42, "order", 7) == 7220238296148075143
     assert derive_seed(0, "t") == 1781863655702469288
@@ -22,14 +22,14 @@ def test_seeds_of_different_draws_differ() -> None:
     assert len({derive_seed(*name) for name in names}) == len(names)
 
 
-def test_counters_do_not_run_together() -> None:
+def test_counters_with_the_same_digits_are_told_apart() -> None:
     assert derive_seed(1, "t", 1, 11) != derive_seed(1, "t", 11, 1)
     assert derive_seed(1, "t", 11) != derive_seed(11, "t", 1)
     assert derive_seed(1, "t", 1, 1) != derive_seed(1, "t", 11)
 
 
 @given(st.integers(min_value=0), st.text(), st.lists(st.integers() | st.text(), max_size=4))
-def test_seed_fits_a_torch_generator(
+def test_a_seed_fits_a_torch_generator_and_is_reproducible(
     run_seed: int, purpose: str, counters: list[int | str]
 ) -> None:
     seed = derive_seed(run_seed, purpose, *counters)

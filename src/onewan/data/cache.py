@@ -72,8 +72,9 @@ class EntryCache:
         """What is wrong with an entry, or None; reads all of it and compares the digest."""
         path = self.path(kind, key)
         try:
-            tensors = load_file(path)
+            # Opened once, since another process may replace the file at any time.
             with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 expected = (file.metadata() or {}).get("digest")
         except (OSError, SafetensorError) as error:
             return f"{path}: unreadable ({error})"
