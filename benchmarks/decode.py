@@ -1,9 +1,9 @@
-"""How long 17 frames at 16 fps from the middle of a video take, against a bare PyAV loop.
+"""Time to read 17 frames at 16 fps from the middle of a video, compared with a bare PyAV loop.
 
-Makes clips of several lengths and key frame distances once, reads the same span with
-`onewan.media.read_frames` and with the shortest right loop over PyAV, in turns, and prints the
-medians. Exits with 1 when reading takes more than 1.2 times the bare loop, or when memory grows
-with the clip. Each length runs in a process of its own, so that its peak memory is its own.
+Makes clips of several lengths and key frame intervals, reads the same span alternately with
+`onewan.media.read_frames` and with the shortest correct loop over PyAV, and prints the medians.
+Exits with 1 if reading takes more than 1.2 times as long as the bare loop, or if memory grows with
+the length of the clip. Each clip is measured in its own process, which gives its peak memory.
 
     python benchmarks/decode.py [--folder DIR] [--json FILE] [--repeats 15]
 """
@@ -29,12 +29,12 @@ from onewan.media import probe, read_frames
 
 FRAMES, FPS, SOURCE_FPS, SIZE = 17, 16, 24, (1280, 720)
 LIMIT = 1.2
-# RSS of a process varies by this much from run to run with the decoder's buffers.
+# The resident memory of a process varies by this much from run to run, with the decoder's buffers.
 MEMORY_SLACK_MIB = 32
 
 
 def make_clip(path: Path, seconds: int, gop: int) -> None:
-    """Moving texture, grain and a drifting window: costs the decoder about what footage costs."""
+    """A moving texture with grain, which takes a decoder about as long as real footage."""
     width, height = SIZE
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 255, (height // 8 + 1, width // 4 + 1), np.uint8)
@@ -60,7 +60,7 @@ def make_clip(path: Path, seconds: int, gop: int) -> None:
 
 
 def bare(path: Path, times: list[float]) -> np.ndarray:
-    """The shortest right loop: seek, decode the span, choose by timestamp, turn into RGB."""
+    """The shortest correct loop: seek, decode the span, select by timestamp, convert to RGB."""
     chosen: list[np.ndarray] = []
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -81,9 +81,9 @@ def bare(path: Path, times: list[float]) -> np.ndarray:
 
 
 def peak_mib() -> float | None:
-    """Peak resident memory of this process in MiB; None where the system does not tell."""
+    """Peak resident memory of this process in MiB; None if the system does not report it."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux, where getrusage would count the peak of the parent, too
+    if status.exists():  # Linux, where getrusage includes the peak of the parent process
         lines = status.read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
     try:
@@ -95,7 +95,7 @@ def peak_mib() -> float | None:
 
 
 def measure(path: Path, repeats: int) -> dict[str, object]:
-    """Medians of both readers in turns, and the growth of peak memory in reading once."""
+    """Median times of both readers, alternating, and the growth of peak memory by one reading."""
     info = probe(path)
     middle = (info.start + info.last) / 2
     times = [middle + k / FPS for k in range(FRAMES)]
@@ -117,8 +117,8 @@ def measure(path: Path, repeats: int) -> dict[str, object]:
         begin = time.perf_counter()
         probe(path)
         probes.append(time.perf_counter() - begin)
-    # The median of the ratios, not the ratio of the medians: what else the machine does in the
-    # meantime slows both readings of a pair.
+    # The median of the ratios, not the ratio of the medians: other work on the machine slows down
+    # both readings of a pair.
     ratios = [
         ours / theirs for ours, theirs in zip(seconds["onewan"], seconds["bare"], strict=True)
     ]
@@ -135,7 +135,11 @@ def measure(path: Path, repeats: int) -> dict[str, object]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Decoding speed and memory of onewan.media")
-    parser.add_argument("--folder", type=Path, help="where the clips are made and kept")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where the clips are made and kept (default: a temporary folder)",
+    )
     parser.add_argument("--json", type=Path, help="write the results here as well")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--seconds", type=int, nargs="+", default=[10, 60, 180])
@@ -169,7 +173,7 @@ def main() -> int:
 
 
 def report(results: list[dict[str, object]], destination: Path | None) -> int:
-    """Prints the verdict, writes the JSON if asked, and returns the exit status."""
+    """Prints the verdict and writes the JSON file, if any; returns the exit status."""
     worst = max(float(str(r["ratio"])) for r in results)
     memory = [float(str(r["memory_mib"])) for r in results if r["memory_mib"] is not None]
     growth = max(memory) - min(memory) if memory else 0.0

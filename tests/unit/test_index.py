@@ -1,4 +1,4 @@
-"""Folders become clips, and everything that can't be used is in the report with its reason."""
+"""Folders become clips, and every file that can't be used is reported with its reason."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZE = (96, 64)
 
 
 def video(path: Path, frames: int = 32, caption: str | None = "a test", fps: float = 16) -> Path:
-    """A clip whose frames get brighter, four levels a frame."""
+    """A clip whose frames get brighter by four levels per frame."""
     path.parent.mkdir(parents=True, exist_ok=True)
     levels = (np.arange(frames) * 4 % 256).astype(np.uint8)
     width, height = SIZE
@@ -34,7 +34,7 @@ def video(path: Path, frames: int = 32, caption: str | None = "a test", fps: flo
 
 
 def index(*folders: Path | ClipFolder, **settings: object) -> DatasetReport:
-    """`index_clips` with settings of the planner by name."""
+    """`index_clips`, with `settings` of the planner."""
     named = [f if isinstance(f, ClipFolder) else ClipFolder(path=f) for f in folders]
     return index_clips(named, planner(**settings), use_masks=False)
 
@@ -48,7 +48,7 @@ def only(report: DatasetReport) -> Clip:
 # --- Clips ---------------------------------------------------------------------------------------
 
 
-def test_one_clip(tmp_path: Path) -> None:
+def test_a_captioned_video_becomes_a_clip(tmp_path: Path) -> None:
     path = video(tmp_path / "a.mp4", caption="one\n\n  two \r\nthree")
     clip = only(index(tmp_path))
     assert (clip.path, clip.name, clip.kind) == (path, "a.mp4", "video")
@@ -58,7 +58,7 @@ def test_one_clip(tmp_path: Path) -> None:
     assert clip.times() == pytest.approx([clip.start + k / 16 for k in range(17)])
 
 
-def test_a_clip_decodes_to_its_sample(tmp_path: Path) -> None:
+def test_a_clip_decodes_to_a_video_sample_of_its_span(tmp_path: Path) -> None:
     video(tmp_path / "a.mp4", caption="one\ntwo")
     clip = only(index(tmp_path))
     sample = decode(clip, caption_index=1)
@@ -78,21 +78,21 @@ def test_order_depends_on_names_alone(tmp_path: Path) -> None:
     assert names == ["a.mp4", "c.mp4", "sub/b.mp4", "sub/deep/d.mp4"]
 
 
-def test_two_sources_with_the_same_files(tmp_path: Path) -> None:
+def test_two_folders_with_the_same_files_give_equal_clips(tmp_path: Path) -> None:
     video(tmp_path / "a.mp4")
     report = index(tmp_path, tmp_path)
     assert len(report.clips) == 2
     assert report.clips[0] == report.clips[1]
 
 
-def test_repeats(tmp_path: Path) -> None:
+def test_a_folder_sets_the_repeats_of_its_clips(tmp_path: Path) -> None:
     video(tmp_path / "a.mp4")
     folder = ClipFolder(path=tmp_path, repeats=3)
     report = index(folder, max_frames=5, resolutions=("64x48",))
     assert (only(report).repeats, only(report).size) == (3, (64, 48))
 
 
-def test_what_a_source_says_of_its_clips(tmp_path: Path) -> None:
+def test_a_folder_sets_the_loss_weight_and_target_of_its_clips(tmp_path: Path) -> None:
     video(tmp_path / "own" / "a.mp4", frames=5)
     video(tmp_path / "base" / "b.mp4", frames=5)
     report = index(
@@ -105,7 +105,7 @@ def test_what_a_source_says_of_its_clips(tmp_path: Path) -> None:
     ]
 
 
-def test_image_is_a_clip_of_one_frame(tmp_path: Path) -> None:
+def test_an_image_is_a_clip_of_one_frame(tmp_path: Path) -> None:
     Image.new("RGB", (200, 100), "red").save(tmp_path / "a.PNG")
     (tmp_path / "a.txt").write_text("red")
     clip = only(index(tmp_path))
@@ -131,7 +131,9 @@ def test_image_is_a_clip_of_one_frame(tmp_path: Path) -> None:
         (32, {"fps": 8}, 13),
     ],
 )
-def test_frames(tmp_path: Path, in_file: int, settings: dict[str, float], frames: int) -> None:
+def test_the_number_of_frames_is_4n_plus_1_within_all_limits(
+    tmp_path: Path, in_file: int, settings: dict[str, float], frames: int
+) -> None:
     video(tmp_path / "a.mp4", frames=in_file)
     assert only(index(tmp_path, **settings)).frames == frames
 
@@ -146,7 +148,7 @@ def test_a_span_lies_within_its_file(tmp_path: Path, strategy: str) -> None:
         assert clip.times()[-1] <= info.last + 1e-6
 
 
-def test_uniform_is_the_middle(tmp_path: Path) -> None:
+def test_uniform_takes_the_middle_of_the_file(tmp_path: Path) -> None:
     path = video(tmp_path / "a.mp4", frames=40)
     clip, info = only(index(tmp_path)), probe(path)
     # 23 frames of the file are not in the clip: 11 before it and 12 behind it.
@@ -157,10 +159,10 @@ def test_uniform_is_the_middle(tmp_path: Path) -> None:
 @pytest.mark.parametrize("strategy", ["uniform", "random", "keyframe"])
 @pytest.mark.parametrize("kind", ["mp4", "webm"])
 @pytest.mark.parametrize("fps", [24, 30])
-def test_at_the_files_own_rate_each_frame_comes_once(
+def test_at_the_files_own_rate_each_frame_is_taken_once(
     tmp_path: Path, fps: float, kind: str, strategy: str
 ) -> None:
-    """Also where as many frames are left over as put the middle between two of them."""
+    """Also if the exact middle of the file lies between two frames."""
     for frames in (18, 24, 29):
         video(tmp_path / f"{frames}.{kind}", frames=frames, fps=fps)
     report = index(tmp_path, fps=fps, frame_strategy=strategy)
@@ -170,7 +172,7 @@ def test_at_the_files_own_rate_each_frame_comes_once(
         assert np.round(np.diff(levels) / 4).tolist() == [1] * 16, clip.name
 
 
-def test_random_is_fixed_by_seed_and_name(tmp_path: Path) -> None:
+def test_a_random_span_depends_on_seed_and_name_only(tmp_path: Path) -> None:
     for name in ("a.mp4", "b.mp4"):
         video(tmp_path / name, frames=60)
 
@@ -180,7 +182,7 @@ def test_random_is_fixed_by_seed_and_name(tmp_path: Path) -> None:
 
     assert starts(1) == starts(1) != starts(2)
     assert starts(1)[0] != starts(1)[1]
-    video(tmp_path / "0.mp4", frames=60)  # another file in front moves nothing
+    video(tmp_path / "0.mp4", frames=60)  # an earlier file changes nothing
     assert starts(1)[1] == pytest.approx(index_of(tmp_path / "a.mp4", seed=1))
 
 
@@ -189,21 +191,21 @@ def index_of(path: Path, seed: int) -> float:
     return next(clip.start for clip in report.clips if clip.path == path)
 
 
-def test_keyframe_is_the_one_nearest_to_the_middle(clips: Path) -> None:
+def test_keyframe_starts_at_the_key_frame_nearest_to_the_middle(clips: Path) -> None:
     folder = clips / "odd"
     report = index(folder, frame_strategy="keyframe")
     clip = next(c for c in report.clips if c.name == "long_gop_with_cuts.mp4")
     assert clip.start == pytest.approx(5.48)  # of 0, 1.2, 3.04, 5.48, 7.48, 9.68; middle 4.98
 
 
-# --- What can't be used --------------------------------------------------------------------------
+# --- Files that can't be used --------------------------------------------------------------------
 
 
 def reasons(report: DatasetReport) -> dict[str, str]:
     return {problem.path.name: problem.reason for problem in report.problems}
 
 
-def test_all_problems_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     video(tmp_path / "good.mp4")
     video(tmp_path / "uncaptioned.mp4", caption=None)
     video(tmp_path / "latin.mp4", caption=None).with_suffix(".txt").write_bytes(b"caf\xe9")
@@ -246,18 +248,20 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         ("é 日本\n".encode(), ("é 日本",)),
     ],
 )
-def test_captions(tmp_path: Path, content: bytes, captions: tuple[str, ...]) -> None:
+def test_each_line_of_the_caption_file_is_a_caption(
+    tmp_path: Path, content: bytes, captions: tuple[str, ...]
+) -> None:
     video(tmp_path / "a.mp4").with_suffix(".txt").write_bytes(content)
     assert only(index(tmp_path)).captions == captions
 
 
-def test_supported_formats_extends_what_is_used(tmp_path: Path) -> None:
+def test_a_video_format_that_is_added_is_used(tmp_path: Path) -> None:
     video(tmp_path / "a.mp4").rename(tmp_path / "a.m4v")
     assert "add m4v" in index(tmp_path).problems[0].reason
     assert only(index(tmp_path, video_formats=("m4v",))).name == "a.m4v"
 
 
-def test_portrait_is_no_smaller_than_landscape(tmp_path: Path) -> None:
+def test_min_resolution_holds_in_either_orientation(tmp_path: Path) -> None:
     video(tmp_path / "a.mp4")
     for least in ((96, 64), (64, 96)):
         only(index(tmp_path, min_resolution=least))
@@ -265,35 +269,35 @@ def test_portrait_is_no_smaller_than_landscape(tmp_path: Path) -> None:
         assert "min_resolution" in index(tmp_path, min_resolution=least).problems[0].reason
 
 
-def test_missing_source(tmp_path: Path) -> None:
+def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere: is not a folder; correct video_data\.sources"):
         index(tmp_path / "nowhere")
 
 
-def test_empty_source(tmp_path: Path) -> None:
+def test_an_empty_folder_gives_an_empty_report(tmp_path: Path) -> None:
     report = index(tmp_path)
     assert (report.clips, report.problems) == ((), ())
     assert report.lines() == ["0 clips (0 videos, 0 images)"]
 
 
-def test_a_link_back_up_does_not_loop(tmp_path: Path) -> None:
+def test_a_link_to_a_parent_folder_is_not_followed(tmp_path: Path) -> None:
     video(tmp_path / "sub" / "a.mp4", frames=5)
     try:
         (tmp_path / "sub" / "up").symlink_to(tmp_path, target_is_directory=True)
     except OSError:
-        pytest.skip("this system makes no links")
+        pytest.skip("this system has no symbolic links")
     assert only(index(tmp_path)).name == "sub/a.mp4"
 
 
-def test_a_folder_that_can_not_be_read(tmp_path: Path) -> None:
+def test_a_folder_that_can_not_be_read_is_reported(tmp_path: Path) -> None:
     if sys.platform == "win32" or os.geteuid() == 0:
-        pytest.skip("needs a user whom permissions bind")
+        pytest.skip("needs a user without administrator rights")
     video(tmp_path / "a.mp4")
     (tmp_path / "locked").mkdir(mode=0)
     assert "can't be read" in reasons(index(tmp_path))["locked"]
 
 
-def test_notes(tmp_path: Path) -> None:
+def test_warnings_about_many_files_are_one_line(tmp_path: Path) -> None:
     for name in "abcde":
         video(tmp_path / f"{name}.mp4", frames=5)
     report = index(tmp_path, max_frames=16, resolutions=(480 * 832,))
@@ -306,7 +310,7 @@ def test_notes(tmp_path: Path) -> None:
     assert str(report) == "\n".join(lines)
 
 
-def test_shared_clips(clips: Path) -> None:
+def test_the_good_bad_and_odd_clips_are_told_apart(clips: Path) -> None:
     report = index(clips / "good", clips / "bad", clips / "odd")
     assert len(reasons(report)) == 7 + 2
     assert {"animated.gif", "variable_frame_rate.mkv", "corrupt_middle.mp4"} <= set(reasons(report))

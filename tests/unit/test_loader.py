@@ -1,5 +1,5 @@
-"""Batches: every clip once a pass, buckets apart, each expert on its own count, no memory; and
-what each clip's source, mask and captions say of it."""
+"""Batches: every clip once per epoch, one bucket per batch, an order that is computed and not
+stored; and the masks, weights and captions of their clips."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.clips import clip as make_clip
 from torch import Tensor
 
 from onewan.data.clip import Clip
@@ -19,8 +20,8 @@ from onewan.model.conditioning import conditioning_of
 from onewan.variants import VARIANTS, ExpertName
 
 
-class Numbers:
-    """Entries that tell where they come from."""
+class NumberedSource:
+    """A `LatentSource` whose tensors contain the number that is the clip's name or caption."""
 
     prefetch = False
 
@@ -36,26 +37,16 @@ class Numbers:
 
 
 EMPTY = -1.0
-"""What stands for the text of an empty caption."""
+"""The number in the text of an empty caption."""
 
 
-class InBackground(Numbers):
+class PrefetchedSource(NumberedSource):
     prefetch = True
 
 
 def clip(number: int, frames: int = 5, repeats: int = 1) -> Clip:
-    return Clip(
-        path=Path(str(number)),
-        name=str(number),
-        captions=(str(number), str(100 + number)),
-        kind="video",
-        start=0.0,
-        fps=16.0,
-        frames=frames,
-        size=(64, 64),
-        source_size=(64, 64),
-        repeats=repeats,
-    )
+    captions = (str(number), str(100 + number))
+    return make_clip(str(number), captions=captions, frames=frames, repeats=repeats)
 
 
 CLIPS = (
@@ -67,11 +58,11 @@ TEXT_ONLY = conditioning_of(VARIANTS["t2v-a14b"])
 
 
 def loader(
-    batch_size: int = 2, accumulation: int = 1, source: Numbers | None = None
+    batch_size: int = 2, accumulation: int = 1, source: NumberedSource | None = None
 ) -> WanDataLoader:
     return WanDataLoader(
         CLIPS,
-        source or Numbers(),
+        source or NumberedSource(),
         TEXT_ONLY,
         batch_size=batch_size,
         accumulation=accumulation,
@@ -80,9 +71,11 @@ def loader(
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_each_pass_sees_every_clip(accumulation: int) -> None:
+def test_each_epoch_has_every_clip_and_the_samples_of_a_step_are_numbered(
+    accumulation: int,
+) -> None:
     data = loader(accumulation=accumulation)
-    # 8 clips of 5 frames (one of them three times) and 3 of 9: 4 and 2 batches a pass.
+    # 8 clips of 5 frames (one of them three times) and 3 of 9: 4 and 2 batches per epoch.
     steps = [data.step(n, "high", n) for n in range(6)]
     batches = [b for step in steps for b in step.batches][:6]
     seen = Counter(name for b in batches for name in b.names)
@@ -93,7 +86,7 @@ def test_each_pass_sees_every_clip(accumulation: int) -> None:
         assert indices == list(range(step.global_size))
 
 
-def test_batches_hold_one_bucket_and_matching_parts() -> None:
+def test_a_batch_has_clips_of_one_bucket_and_their_own_captions() -> None:
     data = loader()
     for n in range(12):
         (batch,) = data.step(n, "low", n).batches
@@ -105,47 +98,47 @@ def test_batches_hold_one_bucket_and_matching_parts() -> None:
             assert batch.text[i, 3:].count_nonzero() == 0
 
 
-def test_order_is_a_function_of_seed_expert_and_count() -> None:
+def test_the_order_is_a_function_of_seed_expert_and_step() -> None:
     forward = [loader().step(n, "high", n).batches[0].names for n in range(20)]
     backward = [loader().step(n, "high", n).batches[0].names for n in reversed(range(20))]
     assert forward == backward[::-1]
-    one = loader()  # going back and forth between passes changes nothing
+    one = loader()  # going back and forth between epochs changes nothing
     assert [one.step(n, "high", n).batches[0].names for n in (13, 2, 19)] == [
         forward[n] for n in (13, 2, 19)
     ]
     assert forward[:6] != forward[6:12]
     low = [loader().step(n, "low", n).batches[0].names for n in range(20)]
     assert low != forward
-    # The expert's own count decides, not the step of the run.
+    # The order depends on the number of the expert's step, not on that of the run's.
     assert loader().step(99, "high", 4).batches[0].names == forward[4]
 
 
-def test_all_captions_come() -> None:
+def test_every_caption_is_drawn() -> None:
     data = loader()
-    heard = {
+    seen = {
         float(batch.text[i, 0, 0])
         for n in range(60)
         for batch in data.step(n, "high", n).batches
         for i in range(len(batch))
     }
-    assert heard == {float(n) for n in range(9)} | {100.0 + n for n in range(9)}
+    assert seen == {float(n) for n in range(9)} | {100.0 + n for n in range(9)}
 
 
-def test_reading_ahead_changes_nothing() -> None:
-    def turn(step: int):
+def test_prefetching_changes_nothing() -> None:
+    def expert_at(step: int):
         return ("high", step // 2) if step % 2 == 0 else ("low", step // 2)
 
-    plain = list(loader().steps(3, 11, turn))
-    ahead = list(loader(source=InBackground()).steps(3, 11, turn))
+    plain = list(loader().steps(3, 11, expert_at))
+    ahead = list(loader(source=PrefetchedSource()).steps(3, 11, expert_at))
     assert [s.number for s in ahead] == list(range(3, 11)) == [s.number for s in plain]
     for a, b in zip(plain, ahead, strict=True):
         assert a.expert == b.expert
         assert [x.names for x in a.batches] == [x.names for x in b.batches]
         assert all(torch.equal(x.text, y.text) for x, y in zip(a.batches, b.batches, strict=True))
-    assert list(loader(source=InBackground()).steps(5, 5, turn)) == []
+    assert list(loader(source=PrefetchedSource()).steps(5, 5, expert_at)) == []
 
 
-def test_fixed_batches() -> None:
+def test_validation_batches_are_spread_over_the_clips_with_first_captions() -> None:
     names = [b.names for b in loader().validation_batches(CLIPS, 4)]
     assert names == [("0",), ("2",), ("4",), ("6",)]
     assert (
@@ -157,11 +150,17 @@ def test_fixed_batches() -> None:
     )  # first captions
 
 
-def test_fixed_batches_are_the_same_each_time() -> None:
-    """Of any clips, in the order given, whatever was drawn before and whatever else trains."""
+def test_validation_batches_are_the_same_each_time() -> None:
+    """For any clips, in the order given, whatever was drawn before and whatever is trained on."""
     held_out = [clip(n, frames=9) for n in (20, 3, 11, 7, 15)]
     data = WanDataLoader(
-        CLIPS, Numbers(), TEXT_ONLY, batch_size=2, accumulation=1, seed=7, caption_dropout=1.0
+        CLIPS,
+        NumberedSource(),
+        TEXT_ONLY,
+        batch_size=2,
+        accumulation=1,
+        seed=7,
+        caption_dropout=1.0,
     )
     first = data.validation_batches(held_out, 3)
     data.step(4, "high", 4)
@@ -179,13 +178,19 @@ def test_fixed_batches_are_the_same_each_time() -> None:
     assert data.validation_batches([], 3) == []
 
 
-# --- What is said of clips ------------------------------------------------------------------------
+# --- Masks, weights and targets ------------------------------------------------------------------
 
 
-def of(clips: Sequence[Clip], **settings: bool | float) -> Batch:
-    """All of `clips` in one batch, sorted by name; checks that `to` keeps everything."""
+def batch_of(clips: Sequence[Clip], **settings: bool | float) -> Batch:
+    """All of `clips` in one batch; checks that `Batch.to` keeps everything."""
     data = WanDataLoader(
-        clips, Numbers(), TEXT_ONLY, batch_size=len(clips), accumulation=1, seed=7, **settings
+        clips,
+        NumberedSource(),
+        TEXT_ONLY,
+        batch_size=len(clips),
+        accumulation=1,
+        seed=7,
+        **settings,
     )
     batch = data.step(0, "high", 0).batches[0]
     assert len(batch) == len(clips)
@@ -201,29 +206,29 @@ def masked(number: int) -> Clip:
     return replace(clip(number), mask=Mask(path=Path("mask.png"), start=0.0))
 
 
-def test_masked_and_unmasked_clips_in_a_batch() -> None:
-    batch = of([clip(1), masked(2), clip(3), masked(4)])
+def test_clips_without_a_mask_get_ones_beside_masked_clips() -> None:
+    batch = batch_of([clip(1), masked(2), clip(3), masked(4)])
     assert batch.mask is not None and batch.mask.dtype == torch.float32
     assert batch.mask.shape == (4, 1, 2, 2, 2)
     expected = {"1": 1.0, "2": 2 / 16, "3": 1.0, "4": 4 / 16}
     for name, mask in zip(batch.names, batch.mask, strict=True):
         assert (mask == expected[name]).all(), name
     assert batch.to(torch.device("meta")).mask.is_meta
-    assert of([clip(1), clip(3)]).mask is None
+    assert batch_of([clip(1), clip(3)]).mask is None
 
 
 def test_weights_and_targets_reach_the_batch() -> None:
     clips = [replace(clip(n), loss_weight=n / 2, is_prior=n % 2 == 0) for n in range(1, 6)]
-    batch = of(clips)
+    batch = batch_of(clips)
     assert batch.is_prior is not None and batch.is_prior.dtype == torch.bool
     assert batch.loss_weights == tuple(int(name) / 2 for name in batch.names)
     assert batch.is_prior.tolist() == [int(name) % 2 == 0 for name in batch.names]
     assert batch.to(torch.device("meta")).is_prior.is_meta
-    plain = of([clip(1), clip(2)])
+    plain = batch_of([clip(1), clip(2)])
     assert plain.is_prior is None and plain.loss_weights == (1, 1)
 
 
-# --- Captions -------------------------------------------------------------------------------------
+# --- Captions ------------------------------------------------------------------------------------
 
 
 def drawn(
@@ -231,14 +236,14 @@ def drawn(
     *,
     expert: ExpertName = "high",
     seed: int = 7,
-    passes: int = 1,
+    epochs: int = 1,
     clips: Sequence[Clip] = tuple(clip(n) for n in range(50)),
     batch_size: int = 5,
 ) -> list[str]:
-    """The captions of so many passes over `clips`, in the order in which they train."""
+    """The captions of `epochs` epochs of `clips`, in the order of training."""
     data = WanDataLoader(
         clips,
-        Numbers(),
+        NumberedSource(),
         TEXT_ONLY,
         batch_size=batch_size,
         accumulation=1,
@@ -246,7 +251,7 @@ def drawn(
         caption_dropout=dropout,
     )
     out = []
-    for n in range(passes * len(clips) // batch_size):
+    for n in range(epochs * len(clips) // batch_size):
         for batch in data.step(n, expert, n).batches:
             out += batch.captions
             assert batch.text is not None
@@ -256,41 +261,41 @@ def drawn(
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
-def test_the_share_of_dropped_captions(share: float) -> None:
-    captions = drawn(share, passes=60)  # 3000 draws
+def test_caption_dropout_drops_the_given_fraction(share: float) -> None:
+    captions = drawn(share, epochs=60)  # 3000 draws
     dropped = captions.count("") / len(captions)
     assert dropped == pytest.approx(share, abs=4 * (share * (1 - share) / 3000) ** 0.5)
-    assert drawn(0.0, passes=4).count("") == 0
-    assert drawn(1.0, passes=4).count("") == 200
+    assert drawn(0.0, epochs=4).count("") == 0
+    assert drawn(1.0, epochs=4).count("") == 200
 
 
-def test_dropped_captions_are_a_function_of_the_seed_and_the_place() -> None:
+def test_dropped_captions_are_a_function_of_seed_expert_and_sample() -> None:
     one = drawn(0.5)
     assert one == drawn(0.5)
     empty = [caption == "" for caption in one]
     assert empty != [caption == "" for caption in drawn(0.5, seed=8)]
     assert empty != [caption == "" for caption in drawn(0.5, expert="low")]
     assert empty[:25] != empty[25:]
-    # Clips of one batch are drawn each for itself.
+    # The clips of one batch are drawn independently.
     assert any(0 < sum(empty[i : i + 5]) < 5 for i in range(0, 50, 5))
-    # Whoever keeps a caption gets the one that it gets without dropout.
+    # A clip that keeps its caption has the same one as without dropout.
     kept = [(a, b) for a, b in zip(one, drawn(0.0), strict=True) if a]
     assert kept and all(a == b for a, b in kept)
 
 
-def test_captions_that_are_kept_come_equally_often() -> None:
-    """Dropping one and choosing one are draws of their own."""
+def test_captions_that_are_kept_are_drawn_equally_often() -> None:
+    """Since dropout and the choice are two draws."""
     clips = [replace(clip(n), captions=("1", "2", "3")) for n in range(50)]
-    captions = [caption for caption in drawn(0.5, passes=60, clips=clips) if caption]
+    captions = [caption for caption in drawn(0.5, epochs=60, clips=clips) if caption]
     for each in ("1", "2", "3"):
         assert captions.count(each) / len(captions) == pytest.approx(1 / 3, abs=0.06)
 
 
-def test_live_text() -> None:
-    """Whoever trains embeddings encodes the captions: the batch has them, and no text."""
+def test_batches_have_no_text_if_the_training_step_encodes_it() -> None:
+    """Where embeddings are trained: the batch has the captions and no text."""
     clips = [clip(n) for n in range(6)]
-    batch = of(clips, encode_text_online=True, caption_dropout=0.5)
+    batch = batch_of(clips, encode_text_online=True, caption_dropout=0.5)
     assert batch.text is None
-    usual = of(clips, caption_dropout=0.5)
+    usual = batch_of(clips, caption_dropout=0.5)
     assert usual.text is not None and usual.captions == batch.captions
     assert "" in batch.captions and any(batch.captions)

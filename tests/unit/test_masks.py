@@ -1,4 +1,4 @@
-"""Masks: each goes where its clip goes, white is 1, black 0, and one that can't be used is told."""
+"""Loss masks: cropped and scaled like their clips, white is 1, black 0, unusable ones reported."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from onewan.media import write_video
 
 SIZE = (112, 64)
 TRAIN = (48, 64)
-"""Of another shape than `SIZE`, so that clips are cropped."""
+"""Another aspect ratio than that of `SIZE`, so that clips are cropped."""
 
 
 def moving(frames: int, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """A grey disc that crosses a dark picture and gets brighter: uint8 [F, H, W, 3]."""
+    """A disc that moves across a dark background and gets brighter: uint8 [F, H, W, 3]."""
     out = []
     for k in range(frames):
         image = Image.new("RGB", size, (10, 40, 5))
@@ -36,7 +36,7 @@ def moving(frames: int, size: tuple[int, int] = SIZE) -> np.ndarray:
 
 
 def flat(frames: int, levels: int | np.ndarray, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """Frames of one level each."""
+    """Frames of a single gray level each."""
     levels = np.broadcast_to(np.asarray(levels, np.uint8), frames)
     pixels = np.broadcast_to(levels[:, None, None, None], (frames, size[1], size[0], 3))
     return np.ascontiguousarray(pixels)
@@ -66,15 +66,15 @@ def values(clip: Clip) -> np.ndarray:
     )
 
 
-def folded(frames: np.ndarray) -> np.ndarray:
-    """[1, F, h, w] of pixels uint8 [4n+1, H, W, 3], in float64, place by place."""
-    grey = frames.astype(np.float64) @ [0.299, 0.587, 0.114] / 255
-    count, height, width = grey.shape
+def averaged_per_cell(frames: np.ndarray) -> np.ndarray:
+    """[1, F, h, w] of pixels uint8 [4n+1, H, W, 3], in float64, latent cell by latent cell."""
+    gray = frames.astype(np.float64) @ [0.299, 0.587, 0.114] / 255
+    count, height, width = gray.shape
     groups = [[0], *([4 * k - 3, 4 * k - 2, 4 * k - 1, 4 * k] for k in range(1, count // 4 + 1))]
     return np.array(
         [
             [
-                [grey[group, y : y + 8, x : x + 8].mean() for x in range(0, width, 8)]
+                [gray[group, y : y + 8, x : x + 8].mean() for x in range(0, width, 8)]
                 for y in range(0, height, 8)
             ]
             for group in groups
@@ -82,9 +82,9 @@ def folded(frames: np.ndarray) -> np.ndarray:
     )[None]
 
 
-def later(path: Path, seconds: float) -> Path:
-    """The same file with its clock begun that much later."""
-    out = path.with_name(f"later{path.suffix}")
+def delay(path: Path, seconds: float) -> Path:
+    """Rewrites the file so that its timestamps are `seconds` delay."""
+    out = path.with_name(f"delay{path.suffix}")
     with av.open(str(path)) as source, av.open(str(out), "w") as target:
         stream = source.streams.video[0]
         copy = target.add_stream_from_template(stream)
@@ -98,12 +98,14 @@ def later(path: Path, seconds: float) -> Path:
     return out.replace(path)
 
 
-# --- Numbers -------------------------------------------------------------------------------------
+# --- Values --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [SIZE, (64, 112), (80, 106)])
-def test_a_mask_gets_what_its_clip_gets(tmp_path: Path, shape: tuple[int, int]) -> None:
-    """The same file as clip and as mask: crop, scaling, span and order of frames agree."""
+def test_a_mask_is_transformed_exactly_like_its_clip(
+    tmp_path: Path, shape: tuple[int, int]
+) -> None:
+    """With one file as clip and mask: crop, scaling, span and order of frames agree."""
     path = write_clip(tmp_path / "a.mp4", moving(40, shape))
     (tmp_path / "a.mask.mp4").write_bytes(path.read_bytes())
     clip = only(index(tmp_path))
@@ -111,24 +113,28 @@ def test_a_mask_gets_what_its_clip_gets(tmp_path: Path, shape: tuple[int, int]) 
     got = values(clip)
     assert got.dtype == np.float32 and got.shape == (1, 5, 8, 6)
     assert len(np.unique(got)) > 50
-    np.testing.assert_allclose(got, folded(decode(clip).frames), rtol=0, atol=1e-7)
+    np.testing.assert_allclose(got, averaged_per_cell(decode(clip).frames), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("clip_later", [0.0, 1.5])
 @pytest.mark.parametrize("mask_later", [0.0, 0.75])
-def test_clocks_that_begin_elsewhere(tmp_path: Path, clip_later: float, mask_later: float) -> None:
+def test_clip_and_mask_may_begin_at_different_times(
+    tmp_path: Path, clip_later: float, mask_later: float
+) -> None:
     path = write_clip(tmp_path / "a.webm", moving(40))
     mask = tmp_path / "a.mask.webm"
     mask.write_bytes(path.read_bytes())
     for file, seconds in ((path, clip_later), (mask, mask_later)):
         if seconds:
-            later(file, seconds)
+            delay(file, seconds)
     clip = only(index(tmp_path))
     assert clip.mask and clip.start - clip.mask.start == pytest.approx(clip_later - mask_later)
-    np.testing.assert_allclose(values(clip), folded(decode(clip).frames), rtol=0, atol=1e-7)
+    np.testing.assert_allclose(
+        values(clip), averaged_per_cell(decode(clip).frames), rtol=0, atol=1e-7
+    )
 
 
-def test_a_picture_stands_for_all_frames(tmp_path: Path) -> None:
+def test_one_image_is_the_mask_of_all_frames(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.mp4")
     picture = np.random.default_rng(3).integers(0, 256, (TRAIN[1], TRAIN[0], 3), np.uint8)
     mask = Mask(path=tmp_path / "a.mask.png", start=0.0)
@@ -137,10 +143,10 @@ def test_a_picture_stands_for_all_frames(tmp_path: Path) -> None:
         got = latent_mask(mask, fps=16, frames=frames, size=TRAIN, spatial=8, temporal=4)
         assert got.shape == (1, (frames + 3) // 4, 8, 6)
         same = np.broadcast_to(picture, (frames, *picture.shape))
-        np.testing.assert_allclose(got, folded(same), rtol=0, atol=1e-7)
+        np.testing.assert_allclose(got, averaged_per_cell(same), rtol=0, atol=1e-7)
 
 
-def test_the_compression_of_the_vae(tmp_path: Path) -> None:
+def test_latent_cells_follow_the_compression_of_the_vae(tmp_path: Path) -> None:
     picture = np.zeros((64, 64, 3), np.uint8)
     picture[:16, 32:48] = 255
     mask = Mask(path=tmp_path / "a.mask.png", start=0.0)
@@ -152,10 +158,10 @@ def test_the_compression_of_the_vae(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "webp", "mp4", "mov", "webm", "avi"])
 @pytest.mark.parametrize(("level", "value"), [(255, 1.0), (0, 0.0)])
-def test_white_is_one_and_black_is_zero(
+def test_white_is_one_and_black_is_zero_in_every_format(
     tmp_path: Path, kind: str, level: int, value: float
 ) -> None:
-    """Exactly, through each codec, crop and scaling."""
+    """Exactly, after each codec, cropping and scaling."""
     write_clip(tmp_path / "a.mp4")
     mask = tmp_path / f"a.mask.{kind}"
     if kind in ("png", "jpg", "webp"):
@@ -165,15 +171,15 @@ def test_white_is_one_and_black_is_zero(
     assert (values(only(index(tmp_path))) == value).all()
 
 
-def test_transparent_counts_as_white(tmp_path: Path) -> None:
+def test_transparent_pixels_are_white(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.mp4")
     Image.new("RGBA", SIZE, (0, 0, 0, 0)).save(tmp_path / "a.mask.png")
     assert (values(only(index(tmp_path))) == 1).all()
 
 
 @pytest.mark.parametrize(("fps", "frames"), [(8, 9), (16, 17), (32, 33)])
-def test_a_mask_of_another_frame_rate(tmp_path: Path, fps: int, frames: int) -> None:
-    """White from half a second on: pixel frame 8 of the clip, whatever the mask's own rate."""
+def test_a_mask_video_may_have_another_frame_rate(tmp_path: Path, fps: int, frames: int) -> None:
+    """White from half a second on, which is pixel frame 8 of the clip at any rate of the mask."""
     write_clip(tmp_path / "a.mp4", moving(17))
     levels = np.where(np.arange(frames) / fps >= 0.5, 255, 0)
     write_video(tmp_path / "a.mask.mp4", flat(frames, levels), fps)
@@ -208,14 +214,14 @@ def test_a_mask_is_found_by_name(tmp_path: Path, clip: str, mask: str) -> None:
     assert "  with a mask: 1 clip" in report.lines()
 
 
-def test_a_picture_has_a_mask_too(tmp_path: Path) -> None:
+def test_an_image_can_have_a_mask(tmp_path: Path) -> None:
     Image.new("RGB", SIZE, "red").save(tmp_path / "a.jpg")
     (tmp_path / "a.txt").write_text("red")
     Image.new("L", SIZE, 255).save(tmp_path / "a.mask.png")
     assert values(only(index(tmp_path))).shape == (1, 1, 8, 6)
 
 
-def test_masks_without_a_clip(tmp_path: Path) -> None:
+def test_masks_without_a_clip_are_warned_about(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.mp4")
     write_clip(tmp_path / "sub.mp4")
     (tmp_path / "sub").mkdir()
@@ -233,7 +239,7 @@ def test_masks_without_a_clip(tmp_path: Path) -> None:
     }
 
 
-def test_masks_that_are_switched_off(tmp_path: Path) -> None:
+def test_masks_are_counted_if_they_are_switched_off(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.mp4")
     Image.new("L", SIZE).save(tmp_path / "a.mask.png")
     report = index(tmp_path, use_masks=False)
@@ -247,7 +253,7 @@ def test_masks_that_are_switched_off(tmp_path: Path) -> None:
     assert "2 mask files are not used (video_data.masks is false)" in str(report)
 
 
-# --- What can't be used --------------------------------------------------------------------------
+# --- Masks that can't be used --------------------------------------------------------------------
 
 
 def _video(frames: int, size: tuple[int, int] = SIZE, fps: float = 16):
@@ -315,7 +321,7 @@ def _bytes(content: bytes):
     ],
 )
 def test_a_clip_whose_mask_is_wrong_is_left_out(tmp_path: Path, names, write, reason: str) -> None:
-    """To train it without its mask would teach what the mask hides."""
+    """Training it without its mask would teach what the mask hides."""
     path = write_clip(tmp_path / "a.mp4")  # its 17 frames begin with frame 7, at 0.44 s
     write_clip(tmp_path / "b.mp4")
     for name in names:
@@ -332,17 +338,17 @@ def test_a_clip_whose_mask_is_wrong_is_left_out(tmp_path: Path, names, write, re
     [
         ("a.mask.mp4", _video(24)),  # as long as needed
         ("a.mask.webm", _video(24)),  # whose times are rounded
-        ("a.mask.mp4", _video(12, fps=8)),  # its last frame stands for half an interval more
+        ("a.mask.mp4", _video(12, fps=8)),  # its last frame is shown for half an interval more
         ("a.mask.png", _picture((223, 128))),  # off by a pixel
     ],
 )
-def test_masks_that_are_just_right(tmp_path: Path, name: str, write) -> None:
+def test_masks_at_the_limits_are_accepted(tmp_path: Path, name: str, write) -> None:
     write_clip(tmp_path / "a.mp4")
     write(tmp_path / name)
     assert (values(only(index(tmp_path))) == 1).all()
 
 
-def test_a_format_that_is_added(tmp_path: Path) -> None:
+def test_a_mask_of_an_added_video_format_is_used(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.mp4")
     write_video(tmp_path / "x.mp4", flat(32, 255), 16)
     (tmp_path / "x.mp4").rename(tmp_path / "a.mask.m4v")
@@ -350,7 +356,7 @@ def test_a_format_that_is_added(tmp_path: Path) -> None:
     assert (values(only(index(tmp_path, video_formats=("mp4", "m4v")))) == 1).all()
 
 
-def test_a_mask_is_drawn_over_what_a_player_shows(tmp_path: Path, clips: Path) -> None:
+def test_a_mask_has_the_aspect_ratio_that_a_player_shows(tmp_path: Path, clips: Path) -> None:
     """The pixels of this clip are not square: stored as 176x144, shown as 193x144."""
     (tmp_path / "a.webm").write_bytes((clips / "good" / "man_in_car.webm").read_bytes())
     (tmp_path / "a.txt").write_text("a man")
@@ -361,7 +367,7 @@ def test_a_mask_is_drawn_over_what_a_player_shows(tmp_path: Path, clips: Path) -
     assert (values(only(index(tmp_path))) == 1).all()
 
 
-def test_damage_within_a_mask_names_it(tmp_path: Path) -> None:
+def test_damage_within_a_mask_is_an_error_that_names_the_mask(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.mp4")
     noise = np.random.default_rng(3).integers(0, 256, (32, SIZE[1], SIZE[0], 3), np.uint8)
     write_video(tmp_path / "a.mask.avi", noise, 16)

@@ -1,4 +1,4 @@
-"""onewan.media against independent full decodes, on real clips and on tiny generated ones."""
+"""onewan.media compared with independent full decodes, on real clips and on tiny generated ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CLOSED_GOP = {"x264-params": "keyint=40:bframes=3"}
 
 
 def numbered(number: int) -> np.ndarray:
-    """A picture that says its number in ten black or white squares, over a moving texture."""
+    """A picture that shows its number in ten black or white squares, over a moving texture."""
     texture = np.random.default_rng(0).integers(0, 255, (8, 20, 3), np.uint8)
     pixels = np.roll(texture.repeat(8, 0).repeat(8, 1), number * 3, axis=1)
     for bit in range(10):
@@ -41,7 +41,7 @@ def number_of(pixels: np.ndarray) -> int:
 
 
 class Pipe(io.RawIOBase):
-    """A file that can't seek, so that a muxer leaves out its index."""
+    """A file without seeking, for which a muxer writes no index."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
@@ -157,7 +157,7 @@ def test_frames_are_the_nearest_of_a_full_decode(tmp_path: Path, name: str) -> N
         assert [number_of(f) for f in read_frames(path, wanted)] == expected
 
 
-def test_h264_in_avi_is_in_order(tmp_path: Path) -> None:
+def test_frames_of_h264_in_avi_are_in_order(tmp_path: Path) -> None:
     # FFmpeg itself gives these frames timestamps that are out of order, so no full decode to trust.
     path = make(tmp_path / "b.avi", steady(160), options=CLOSED_GOP, tick=Fraction(1, 25))
     start = probe(path).start
@@ -172,13 +172,15 @@ def test_a_tie_goes_to_the_earlier_frame(tmp_path: Path) -> None:
     assert [number_of(f) for f in read_frames(path, [0.25, 0.26, 0.75, 0.76])] == [0, 1, 1, 2]
 
 
-def test_times_outside_the_file_give_its_ends(tmp_path: Path) -> None:
+def test_times_outside_the_file_give_its_first_or_last_frame(tmp_path: Path) -> None:
     path = make(tmp_path / "a.mp4", steady(10))
     assert [number_of(f) for f in read_frames(path, [-1.0, 0.0, 0.36, 9.0])] == [0, 0, 9, 9]
 
 
 @pytest.mark.parametrize("times", [[], [1.0, 0.5]])
-def test_times_must_ascend(tmp_path: Path, times: list[float]) -> None:
+def test_times_that_are_empty_or_not_ascending_are_an_error(
+    tmp_path: Path, times: list[float]
+) -> None:
     with pytest.raises(ValueError, match="ascending"):
         read_frames(tmp_path / "a.mp4", times)
 
@@ -209,7 +211,7 @@ def test_a_span_of_a_long_clip_equals_a_full_decode(clips: Path) -> None:
         assert [identify(f, frames, t) for f, t in zip(found, wanted, strict=True)] == expected
 
 
-def test_frames_at_counts_the_instants_that_have_a_frame(clips: Path) -> None:
+def test_frames_at_counts_the_times_that_have_a_frame(clips: Path) -> None:
     for path in good_and_odd(clips):
         times = [time for time, _ in every_frame(path)]
         info = probe(path)
@@ -222,11 +224,11 @@ def test_frames_at_counts_the_instants_that_have_a_frame(clips: Path) -> None:
             ):
                 have += 1
             count = info.frames_at(fps)
-            # Never an instant without a frame, and none is wasted but for the rounding at the end.
+            # Never a time without a frame, and none left unused except for rounding at the end.
             assert have - 1 <= count <= have, f"{path.name} at {fps} fps"
 
 
-def test_keyframe_near(tmp_path: Path) -> None:
+def test_keyframe_near_finds_the_nearest_key_frame(tmp_path: Path) -> None:
     fixed = {"x264-params": "keyint=25:min-keyint=25:scenecut=0"}
     path = make(tmp_path / "a.mp4", steady(150), options=fixed)
     assert [keyframe_near(path, t) for t in (0.0, 0.4, 0.6, 2.9, 3.0, 99.0)] == pytest.approx(
@@ -234,7 +236,7 @@ def test_keyframe_near(tmp_path: Path) -> None:
     )
 
 
-# --- Every kind of file --------------------------------------------------------------------------
+# --- All kinds of files --------------------------------------------------------------------------
 
 
 def test_all_good_and_odd_clips_are_read_to_their_end(clips: Path) -> None:
@@ -259,7 +261,7 @@ def test_all_good_and_odd_clips_are_read_to_their_end(clips: Path) -> None:
         ("truncated_no_index.mp4", r"index \(moov\) is missing: it is truncated"),
     ],
 )
-def test_bad_clips_are_named_with_their_reason(
+def test_bad_clips_give_an_error_with_path_and_reason(
     clips: Path, capfd: pytest.CaptureFixture[str], name: str, reason: str
 ) -> None:
     path = clips / "bad" / name
@@ -272,14 +274,14 @@ def test_bad_clips_are_named_with_their_reason(
     if name != "empty.mp4":
         with pytest.raises(DataError, match=f"^{path}: "):
             read_frames(path, [0.0, 0.5])
-    assert capfd.readouterr() == ("", ""), "FFmpeg is not heard"
+    assert capfd.readouterr() == ("", ""), "FFmpeg prints nothing"
 
 
 def test_no_bad_clip_is_missing_from_the_test_above(clips: Path) -> None:
     assert len([p for p in (clips / "bad").iterdir() if p.suffix != ".txt"]) == 7
 
 
-def test_missing_file_and_folder(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder_are_errors(tmp_path: Path) -> None:
     for path in (tmp_path / "no.mp4", tmp_path / "no.png", tmp_path):
         with pytest.raises(DataError, match="is not a file"):
             probe(path)
@@ -287,7 +289,7 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         read_frames(tmp_path / "no.mp4", [0.0])
 
 
-def test_damage_counts_where_it_is_decoded_only(tmp_path: Path) -> None:
+def test_damage_is_an_error_only_where_it_is_decoded(tmp_path: Path) -> None:
     fixed = {"x264-params": "keyint=25:min-keyint=25:scenecut=0:bframes=2"}
     path = make(tmp_path / "a.mp4", steady(150), options=fixed)
     with av.open(str(path)) as container:
@@ -311,14 +313,14 @@ def test_damage_counts_where_it_is_decoded_only(tmp_path: Path) -> None:
             read_frames(path, [k / 25 for k in span])
 
 
-def test_damage_is_seldom_handed_on(tmp_path: Path) -> None:
-    """Decoders paint over much of the damage they meet, unless told not to.
+def test_damaged_pictures_are_rarely_returned(tmp_path: Path) -> None:
+    """Decoders conceal most damage, unless they are configured not to.
 
-    Not all can be found: flipped bits may spell another valid picture.
+    Some damage can't be detected: flipped bits may encode another valid picture.
     """
     sound = tmp_path / "sound.mp4"
-    # In a process of its own: x264 writes other bytes the second time, and the same places would
-    # hit other things.
+    # In its own process: x264 writes other bytes the second time, so that the same positions would
+    # damage other things.
     code = f"from test_media import *; make(Path({str(sound)!r}), steady(100), options=CLOSED_GOP)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
     clean = read_frames(sound, steady(100))
@@ -340,12 +342,12 @@ def test_damage_is_seldom_handed_on(tmp_path: Path) -> None:
                 continue
             difference = np.abs(frames.astype(np.int16) - clean[start : start + 10])
             missed += difference.mean(axis=(1, 2, 3)).max() > 2
-    # 112 and 4 here; 65 and 40 where decoders may paint over damage.
+    # 112 and 4 here; 65 and 40 with decoders that conceal damage.
     assert found > 90
     assert missed < found / 8
 
 
-def test_a_cut_off_file_is_reported(tmp_path: Path) -> None:
+def test_a_truncated_file_is_reported(tmp_path: Path) -> None:
     whole = tmp_path / "whole.mp4"
     write_video(whole, np.stack([numbered(k) for k in range(200)]), 25)
     cut = tmp_path / "cut.mp4"
@@ -354,7 +356,7 @@ def test_a_cut_off_file_is_reported(tmp_path: Path) -> None:
         probe(cut)
 
 
-def test_a_recording_that_starts_in_mid_stream(tmp_path: Path) -> None:
+def test_a_recording_that_starts_between_key_frames_can_be_read(tmp_path: Path) -> None:
     path = make(tmp_path / "a.ts", steady(160), options=CLOSED_GOP)
     data = path.read_bytes()
     path.write_bytes(data[len(data) // 188 // 3 * 188 :])
@@ -365,7 +367,9 @@ def test_a_recording_that_starts_in_mid_stream(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["12:30 at noon.mp4", "é 日本.mp4", "100%d.mp4", "UPPER.MP4"])
-def test_any_name_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_any_file_name_can_be_read_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     if sys.platform == "win32" and ":" in name:
         pytest.skip("Windows has no such names")
     monkeypatch.chdir(tmp_path)
@@ -374,10 +378,10 @@ def test_any_name_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name:
         assert [number_of(f) for f in read_frames(path, [0.0, 0.25])] == [0, 4]
 
 
-# --- Upright, square, in the right colours -------------------------------------------------------
+# --- Orientation, pixel aspect, colors -----------------------------------------------------------
 
 
-def test_rotated_clip_is_upright(clips: Path) -> None:
+def test_a_rotated_clip_is_read_upright(clips: Path) -> None:
     path = clips / "odd" / "rotated_90.mp4"
     info = probe(path)
     assert (info.width, info.height, info.rotation) == (144, 176, 90)
@@ -399,7 +403,7 @@ def test_rotated_clip_is_upright(clips: Path) -> None:
         ((0, 1, 1, 0), lambda a: a.swapaxes(0, 1)),
     ],
 )
-def test_display_matrix(
+def test_every_display_matrix_is_applied(
     tmp_path: Path, matrix: tuple[int, ...], expected: Callable[[np.ndarray], np.ndarray]
 ) -> None:
     path = tmp_path / "a.mp4"
@@ -419,9 +423,11 @@ def test_display_matrix(
 @pytest.mark.parametrize("matrix", [Colorspace.ITU601, Colorspace.ITU709])
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv420p10le", "yuv444p"])
-def test_tagged_colours(tmp_path: Path, matrix: Colorspace, full: bool, pixel_format: str) -> None:
-    colours = [(200, 40, 90), (30, 180, 60), (20, 60, 210), (128, 128, 128)]
-    pixels = np.repeat(np.array([colours], np.uint8).repeat(32, 0), 16, axis=1)
+def test_tagged_matrix_and_range_are_applied(
+    tmp_path: Path, matrix: Colorspace, full: bool, pixel_format: str
+) -> None:
+    colors = [(200, 40, 90), (30, 180, 60), (20, 60, 210), (128, 128, 128)]
+    pixels = np.repeat(np.array([colors], np.uint8).repeat(32, 0), 16, axis=1)
     value = ColorRange.JPEG if full else ColorRange.MPEG
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w") as container:
@@ -436,18 +442,18 @@ def test_tagged_colours(tmp_path: Path, matrix: Colorspace, full: bool, pixel_fo
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     found = read_frames(path, [0.0])[0]
-    for number, colour in enumerate(colours):
+    for number, color in enumerate(colors):
         middle = found[8:24, number * 16 + 4 : number * 16 + 12].reshape(-1, 3).mean(0)
-        assert np.abs(middle - colour).max() < 3.5, (colour, middle)
+        assert np.abs(middle - color).max() < 3.5, (color, middle)
 
 
-def test_no_bias_in_colours(tmp_path: Path) -> None:
+def test_colors_are_not_biased(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     write_video(path, np.full((1, 64, 64, 3), 100, np.uint8), 16)
     assert read_frames(path, [0.0]).mean() == pytest.approx(100, abs=0.51)
 
 
-def test_fit_covers_and_crops_the_centre() -> None:
+def test_fit_covers_the_size_and_crops_around_the_center() -> None:
     pixels = np.zeros((100, 200, 3), np.uint8)
     pixels[:, 50:150] = 255  # exactly what a square crop keeps
     fitted = fit_image(pixels, Fit(40, 40))
@@ -464,7 +470,7 @@ def test_fit_does_not_alias() -> None:
     assert np.abs(fit_image(stripes, Fit(100, 12)).astype(int) - 128).max() < 12
 
 
-def test_fit_evens_out_pixels_that_are_not_square() -> None:
+def test_fit_makes_pixels_square() -> None:
     # Stored 100x100, shown 200x100: a 2:1 target keeps all of it, a square one its middle half.
     pixels = np.zeros((100, 100, 3), np.uint8)
     pixels[:, 25:75] = 255
@@ -472,7 +478,7 @@ def test_fit_evens_out_pixels_that_are_not_square() -> None:
     assert fit_image(pixels, Fit(50, 50), pixel_aspect=2.0)[:, 2:-2].min() > 250
 
 
-def test_frames_are_fitted(clips: Path) -> None:
+def test_read_frames_fits_upright_square_pixels(clips: Path) -> None:
     path = clips / "odd" / "rotated_90.mp4"
     info = probe(path)
     assert info.shown_size == (132, 176)  # 128:117 pixels, turned
@@ -485,7 +491,7 @@ def test_frames_are_fitted(clips: Path) -> None:
 # --- Images --------------------------------------------------------------------------------------
 
 
-def test_image_is_a_clip_of_one_frame(clips: Path) -> None:
+def test_an_image_is_read_for_every_time(clips: Path) -> None:
     path = clips / "good" / "rabbit_portrait.png"
     info = probe(path)
     assert (info.kind, info.width, info.height, info.frames_at(16)) == ("image", 960, 540, 1)
@@ -494,7 +500,7 @@ def test_image_is_a_clip_of_one_frame(clips: Path) -> None:
     assert keyframe_near(path, 3.0) == 0.0
 
 
-def test_image_turned_by_exif(tmp_path: Path) -> None:
+def test_an_image_is_rotated_by_its_exif(tmp_path: Path) -> None:
     image = Image.fromarray(numbered(9))
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned clockwise by 90 degrees
@@ -504,7 +510,7 @@ def test_image_turned_by_exif(tmp_path: Path) -> None:
     assert np.array_equal(read_image(tmp_path / "a.png"), np.rot90(numbered(9), -1))
 
 
-def test_transparency_is_white(tmp_path: Path) -> None:
+def test_transparent_pixels_are_white(tmp_path: Path) -> None:
     image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     image.putpixel((0, 0), (255, 0, 0, 255))
     for name in ("a.png", "a.webp"):
@@ -514,21 +520,21 @@ def test_transparency_is_white(tmp_path: Path) -> None:
         assert pixels[4, 4].tolist() == [255, 255, 255]
 
 
-def test_sixteen_bit_grey_is_scaled(tmp_path: Path) -> None:
+def test_sixteen_bit_gray_is_scaled(tmp_path: Path) -> None:
     grey = np.full((8, 8), 32896, np.uint16)
     Image.fromarray(grey).save(tmp_path / "a.png")
     assert (read_image(tmp_path / "a.png") == 128).all()
 
 
-def test_animated_image_is_its_first_frame(tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime")]
+def test_an_animated_image_is_read_as_its_first_frame(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "lime")]
     path = tmp_path / "a.webp"
     frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
     assert probe(path).kind == "image"
     assert read_frames(path, [0.0, 5.0])[:, 0, 0].tolist() == [[255, 0, 0]] * 2
 
 
-def test_truncated_image_is_reported(tmp_path: Path, clips: Path) -> None:
+def test_a_truncated_image_is_reported(tmp_path: Path, clips: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes((clips / "good" / "rabbit_portrait.png").read_bytes()[:50_000])
     for read in (probe, read_image):
@@ -540,7 +546,7 @@ def test_truncated_image_is_reported(tmp_path: Path, clips: Path) -> None:
 
 
 def blocks(frames: int) -> np.ndarray:
-    """Smooth coloured frames, whose colours survive 4:2:0."""
+    """Smooth colored frames, whose colors survive 4:2:0."""
     out = np.empty((frames, 64, 96, 3), np.uint8)
     for number, frame in enumerate(out):
         frame[:, :48] = (200 - number, 40, 90)
@@ -550,7 +556,7 @@ def blocks(frames: int) -> np.ndarray:
 
 @pytest.mark.parametrize("suffix", ["mp4", "mov", "webm", "avi"])
 @pytest.mark.parametrize("fps", [16, 24, 12.5, 30000 / 1001])
-def test_written_video_comes_back(tmp_path: Path, suffix: str, fps: float) -> None:
+def test_a_written_video_reads_back_the_same(tmp_path: Path, suffix: str, fps: float) -> None:
     path = tmp_path / f"a.{suffix}"
     written = blocks(17)
     write_video(path, written, fps)
@@ -571,13 +577,13 @@ def test_written_video_comes_back(tmp_path: Path, suffix: str, fps: float) -> No
             assert container.streams.video[0].average_rate == Fraction(fps).limit_denominator(1001)
 
 
-def test_index_of_an_mp4_comes_first(tmp_path: Path) -> None:
+def test_the_index_of_an_mp4_comes_first(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", blocks(5), 16)
     data = (tmp_path / "a.mp4").read_bytes()
     assert 0 < data.index(b"moov") < data.index(b"mdat")
 
 
-def test_what_can_not_be_written(tmp_path: Path) -> None:
+def test_videos_that_can_not_be_written_are_errors(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path, frames, reason in (
         (tmp_path / "a.mp4", np.zeros((1, 64, 63, 3), np.uint8), "63x64, a side is odd"),
@@ -591,7 +597,7 @@ def test_what_can_not_be_written(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     path.mkdir()
     with pytest.raises(DataError, match="can't be written"):
@@ -602,19 +608,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 # --- The module ----------------------------------------------------------------------------------
 
 
-def test_no_torch() -> None:
+def test_media_does_not_import_torch() -> None:
     check = "import sys, onewan.media; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 
-def test_suffixes_do_not_overlap() -> None:
+def test_image_and_video_suffixes_do_not_overlap() -> None:
     assert not media.VIDEO_SUFFIXES & media.IMAGE_SUFFIXES
     assert {"mp4", "avi", "mov", "webm", "mkv", "gif", "m4v", "wmv", "flv", "ts"} <= (
         media.VIDEO_SUFFIXES
     )
 
 
-def test_a_file_can_be_replaced_after_reading(tmp_path: Path) -> None:
+def test_files_are_closed_after_reading(tmp_path: Path) -> None:
     """All files are closed, also after an error (Windows refuses to delete open ones)."""
     path = make(tmp_path / "a.mp4", steady(30))
     probe(path)

@@ -1,4 +1,4 @@
-"""Clips held out of training: chosen by content and seed, copies together, never all of them."""
+"""Validation clips are chosen by content and seed, copies together, and never all clips."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONTENT = {each.path: f"digest of {each.name}" for each in CLIPS}
 
 
 def held(clips=CLIPS, share: float = 0.25, seed: int = 7, content=CONTENT) -> set[str]:
-    """The content that is held out; checks that the rest trains, in the order given."""
+    """The content that is held out; checks that the other clips remain, in the order given."""
     training, held_out = split_validation_clips(clips, share, seed, content)
     out = {content[each.path] for each in held_out}
     assert len(out) == len(held_out)
@@ -31,16 +31,16 @@ def test_the_share_is_rounded_and_at_least_one() -> None:
     assert split_validation_clips(CLIPS, 0, 7, CONTENT) == (CLIPS, ())
 
 
-def test_the_choice_is_by_seed() -> None:
+def test_the_choice_depends_on_the_seed_and_prefers_no_clip() -> None:
     assert held(seed=1) == held(seed=1)
     assert len({frozenset(held(seed=seed)) for seed in range(10)}) == 10
     every = [held(seed=seed) for seed in range(200)]
-    for digest in CONTENT.values():  # no content is favoured: 50 of 200 are expected
+    for digest in CONTENT.values():  # none is preferred: 50 of 200 are expected
         assert 28 < sum(digest in each for each in every) < 76
 
 
-def test_the_choice_of_this_seed_stays() -> None:
-    """A resumed run must find the same clips held out, by a later version too."""
+def test_the_choice_for_a_seed_never_changes() -> None:
+    """A resumed run must hold out the same clips, with a later version too."""
     assert held(seed=7) == {f"digest of {n}" for n in ("00", "01", "07", "11", "15")}
 
 
@@ -55,7 +55,7 @@ def test_names_and_order_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize("share", [0.05, 0.25, 0.5])
-def test_a_file_that_comes_or_goes_moves_one_other_at_most(share: float) -> None:
+def test_adding_or_removing_a_file_moves_at_most_one_other(share: float) -> None:
     before = held(share=share)
     for extra in range(30):
         new = clip(f"new {extra}")
@@ -67,12 +67,12 @@ def test_a_file_that_comes_or_goes_moves_one_other_at_most(share: float) -> None
         assert len((before ^ after) - {CONTENT[gone.path]}) <= 1
 
 
-def test_copies_go_together() -> None:
+def test_copies_stay_together() -> None:
     copies = [clip(f"copy of {each.name}", captions=("another",)) for each in CLIPS]
     content = CONTENT | {
         copy.path: CONTENT[each.path] for copy, each in zip(copies, CLIPS, strict=True)
     }
-    # The copies count as the files that they are of, and the first of each is measured.
+    # Copies do not change the choice, and the first clip of each content is validated on.
     assert held((*CLIPS, *copies), content=content) == held()
     _, held_out = split_validation_clips((*CLIPS, *copies), 0.25, 7, content)
     assert set(held_out) <= set(CLIPS)
@@ -84,7 +84,7 @@ def test_copies_go_together() -> None:
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.999])
-def test_never_all_are_held_out(share: float) -> None:
+def test_one_file_always_remains_for_training(share: float) -> None:
     assert split_validation_clips(CLIPS[:1], share, 7, CONTENT) == (CLIPS[:1], ())
     assert split_validation_clips((), share, 7, CONTENT) == ((), ())
     assert split_validation_clips(CLIPS[:1] * 3, share, 7, CONTENT) == (CLIPS[:1] * 3, ())
@@ -92,10 +92,10 @@ def test_never_all_are_held_out(share: float) -> None:
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.999])
-def test_clips_that_teach_the_base_are_not_chosen(share: float) -> None:
+def test_prior_preservation_clips_are_not_chosen(share: float) -> None:
     base = tuple(clip(f"base {n}", is_prior=True) for n in range(40))
     content = CONTENT | {each.path: each.name for each in base}
-    # Nor do they count: the same are held out as without them.
+    # The same clips are held out as without them.
     assert held((*base, *CLIPS), share=share, content=content) == held(share=share)
     assert split_validation_clips((*base, *CLIPS[:1]), share, 7, content) == (
         (*base, *CLIPS[:1]),
@@ -104,19 +104,19 @@ def test_clips_that_teach_the_base_are_not_chosen(share: float) -> None:
     assert split_validation_clips(base, share, 7, content) == (base, ())
 
 
-def test_a_held_out_clip_does_not_teach_the_base_either() -> None:
+def test_a_held_out_clip_is_no_prior_preservation_clip_either() -> None:
     base = tuple(replace(each, name=f"base {each.name}", is_prior=True) for each in CLIPS)
     training, held_out = split_validation_clips((*base, *CLIPS), 0.25, 7, CONTENT)
     assert held_out and not {c.path for c in training} & {c.path for c in held_out}
     assert not any(each.is_prior for each in held_out)
 
 
-def test_sources_that_overlap() -> None:
+def test_a_file_of_both_sources_is_excluded_from_training_and_reported() -> None:
     copy, other = clip("val/copy"), clip("val/other")
     content = CONTENT | {copy.path: CONTENT[CLIPS[3].path], other.path: "other"}
     left, problems = exclude_validation_clips((*CLIPS, CLIPS[3]), (other, copy), content)
     assert left == [each for each in CLIPS if each != CLIPS[3]]
-    (problem,) = problems  # once, though the file is in two sources
+    (problem,) = problems  # one problem, though the file is in two sources
     assert problem.path == CLIPS[3].path
     assert problem.reason == (
         "is in validation.sources too (as val/copy), so it is held out of training; take it out "
