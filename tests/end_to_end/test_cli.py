@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from support.runs import RunFile
 from onewan.cli import main, parse
 from onewan.config.load import dump_run
 from onewan.media import probe
-from onewan.runs.event_file import read_events
+from onewan.runs.event_file import EventFile, read_events
+from onewan.runs.events import Finished, Started
+from onewan.runs.layout import RunLayout
 
 
 def onewan(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -30,8 +33,8 @@ def onewan(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Comple
     )
 
 
-def test_help_brings_no_torch_with_it() -> None:
-    """Which is why it answers at once."""
+def test_help_imports_nothing_heavy() -> None:
+    """So it answers at once."""
     code = (
         "import sys, onewan.cli\n"
         "try: onewan.cli.main(['--help'])\n"
@@ -43,22 +46,29 @@ def test_help_brings_no_torch_with_it() -> None:
     assert all(command in out.stdout for command in ("demo", "init", "cache", "train", "sample"))
 
 
-@pytest.mark.parametrize("command", ["demo", "init", "schema", "cache", "train", "sample"])
-def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "command",
+    ["demo", "init", "schema", "cache", "train", "sample", "stop", "save", "sample-now"],
+)
+def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
     assert end.value.code == 0
     assert f"usage: onewan {command}" in capsys.readouterr().out
 
 
-def test_init_and_schema(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_init_prints_a_run_file_and_schema_its_json_schema(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["init", "--variant", "t2v-a14b"]) == 0
     (tmp_path / "run.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
     assert main(["schema"]) == 0
     assert "wan_config" in json.loads(capsys.readouterr().out)["properties"]
 
 
-def test_wrong_usage_and_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_exits_with_2_and_wrong_input_with_1_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as end:
         main(["train"])
     assert end.value.code == 2
@@ -90,7 +100,9 @@ def saved_run(run_file: RunFile, tmp_path: Path) -> Path:
     return path
 
 
-def test_sigterm_saves_and_resume_goes_on(saved_run: Path, tmp_path: Path) -> None:
+def test_a_terminated_run_is_saved_and_resumes_at_the_next_step(
+    saved_run: Path, tmp_path: Path
+) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "onewan.cli", "train", str(saved_run)],
         stdout=subprocess.PIPE,
@@ -117,7 +129,9 @@ def test_sigterm_saves_and_resume_goes_on(saved_run: Path, tmp_path: Path) -> No
     assert steps == list(range(1, stopped + 3))
 
 
-def test_cache_and_strict(saved_run: Path, workshop: Path, tmp_path: Path, capsys) -> None:
+def test_cache_encodes_once_and_strict_fails_on_unusable_files(
+    saved_run: Path, workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "mixed"
     folder.mkdir()
     for file in (workshop / "clips").glob("red_square.*"):
@@ -136,7 +150,51 @@ def test_cache_and_strict(saved_run: Path, workshop: Path, tmp_path: Path, capsy
     assert "no clip can be used" in capsys.readouterr().err
 
 
-def test_sample_with_loras(saved_run: Path, workshop: Path, tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize(("command", "file"), [("stop", "stop"), ("sample-now", "sample")])
+def test_a_request_is_passed_to_a_running_trainer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, file: str
+) -> None:
+    layout = RunLayout(tmp_path / "fox")
+    layout.create()
+    layout.resolved.touch()
+    with EventFile(layout.events) as events:
+        events.write(Started(run=layout.root, steps=9))
+    assert main([command, str(layout.root)]) == 0
+    assert "after the current step" in (out := capsys.readouterr().out)
+    assert "no sign of life" not in out
+    assert [path.name for path in layout.control_dir.iterdir()] == [file]
+
+
+def test_a_request_to_a_silent_trainer_says_for_how_long_it_was_silent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout = RunLayout(tmp_path / "fox")
+    layout.create()
+    layout.resolved.touch()
+    hour_ago = datetime.now(timezone.utc) - timedelta(minutes=60)
+    layout.events.write_text(f'{{"event": "step", "time": "{hour_ago.isoformat()}"}}\n')
+    assert main(["save", str(layout.root)]) == 0
+    assert "no sign of life for 60 minutes" in capsys.readouterr().out
+
+
+def test_a_request_to_a_finished_run_or_to_another_folder_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout = RunLayout(tmp_path / "fox")
+    layout.create()
+    layout.resolved.touch()
+    with EventFile(layout.events) as events:
+        events.write(Finished(run=layout.root, step=9))
+    assert main(["stop", str(layout.root)]) == 1
+    assert "fox: is not running (last event: finished" in capsys.readouterr().err
+    assert main(["stop", str(tmp_path)]) == 1
+    assert "is not the folder of a run" in capsys.readouterr().err
+    assert list(layout.control_dir.iterdir()) == []
+
+
+def test_sample_applies_loras_and_refuses_wrong_files(
+    saved_run: Path, workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", str(saved_run), "train.steps=4", "optimizer.lr=0.1"]) == 0
     size = [
         "--width",

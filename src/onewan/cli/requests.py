@@ -1,16 +1,39 @@
-"""What `onewan stop`, `save` and `sample-now` do; torch-free, so that they answer at once."""
+"""What `onewan stop`, `save` and `sample-now` do; without torch, so that they answer at once."""
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
 from pathlib import Path
 
+from onewan.errors import OnewanError
 from onewan.runs.control import Request, request
+from onewan.runs.event_file import last_event
+from onewan.runs.events import ENDS, HEARTBEAT_SECONDS
 from onewan.runs.layout import RunLayout
 
 _REQUESTS: dict[str, Request] = {"stop": "stop", "save": "save", "sample-now": "sample"}
 
+_SILENT_SECONDS = 3 * HEARTBEAT_SECONDS
+"""A trainer that wrote nothing for so long is probably dead."""
+
 
 def send_request(run: Path, command: str) -> int:
-    request(RunLayout(run), _REQUESTS[command])
-    print(f"{run}: requested; the trainer acts on it after the current step")
+    """Request `command` from the trainer of the run in folder `run`.
+
+    OnewanError if `run` is not the folder of a run, or its trainer has ended.
+    """
+    layout = RunLayout(run)
+    event = last_event(layout.events)
+    if event is not None and event["event"] in ENDS:
+        raise OnewanError(
+            f"{run}: is not running (last event: {event['event']}, {event['time']}); "
+            f"continue it with: onewan train {run} --resume"
+        )
+    request(layout, _REQUESTS[command])
+    print(f"{run}: {command} requested; the trainer acts on it after the current step")
+    if event is not None:
+        written = datetime.fromisoformat(event["time"].replace("Z", "+00:00"))
+        silent = (datetime.now(timezone.utc) - written).total_seconds()
+        if silent > _SILENT_SECONDS:
+            print(f"note: it has shown no sign of life for {silent / 60:.0f} minutes")
     return 0
