@@ -16,7 +16,9 @@ from onewan.runs.event_file import read_events
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_lowers_the_loss_and_its_results_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "a demo"  # a space in the path, as on many a desktop
     assert main(["demo", "--dir", str(folder)]) == 0
     out = capsys.readouterr().out
@@ -54,7 +56,7 @@ def test_files_that_the_readme_links_exist() -> None:
     assert links and all((ROOT / link).is_file() for link in links)
 
 
-def test_public_names() -> None:
+def test_public_names_are_importable() -> None:
     for name in onewan.__all__:
         assert getattr(onewan, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'WanWhatever'"):

@@ -1,4 +1,4 @@
-"""A run that is cut anywhere and resumed is the run that was never cut, bit for bit."""
+"""A run that is interrupted at any step and resumed equals an uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from onewan.train.validation import validation_loss
 
 
 def send(what: str, config: ResolvedRun) -> Callable[[], None]:
-    """What cuts the run: a real signal to this process, or a request in the run folder."""
+    """What interrupts the run: a real signal to this process, or a request in the run folder."""
     if what == "request":
         return lambda: request(layout_of(config), "stop")
     number = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}[what]
     return lambda: os.kill(os.getpid(), number)
 
 
-def train_with_cuts(config: ResolvedRun, cuts: Mapping[int, str]) -> None:
-    """Train to the end, stopping after each step in `cuts` and resuming."""
-    left = dict(cuts)
+def train_with_interruptions(config: ResolvedRun, interruptions: Mapping[int, str]) -> None:
+    """Train to the end, stopping after each step in `interruptions` and resuming."""
+    remaining = dict(interruptions)
 
     def listen(event: Event) -> None:
-        if isinstance(event, StepDone) and event.step in left:
-            send(left.pop(event.step), config)()
+        if isinstance(event, StepDone) and event.step in remaining:
+            send(remaining.pop(event.step), config)()
 
-    for number in range(len(cuts) + 1):
+    for number in range(len(interruptions) + 1):
         run = WanTrainer(config, listen=listen, resume=number > 0)
-        if left:
+        if remaining:
             with pytest.raises(Interrupted):
                 run.fit()
         else:
@@ -58,19 +58,21 @@ def train_with_cuts(config: ResolvedRun, cuts: Mapping[int, str]) -> None:
     [
         ("t2v-a14b", ["train.accumulation=2", "train.schedule=cosine", "train.warmup_steps=1"]),
         ("t2v-a14b", ["model.experts=high", "train.batch_size=2", "method.dropout=0.2"]),
-        ("t2v-a14b", ["model.dtype=bfloat16", "train.high_expert_share=mass"]),
+        ("t2v-a14b", ["model.dtype=bfloat16", "train.high_expert_share=density"]),
         ("i2v-a14b", ["train.accumulation=2", "video_data.cache=false"]),
         ("ti2v-5b", ["train.accumulation=2", "train.first_frame_probability=0.5"]),
         ("ti2v-5b", ["video_data.cache=false", "memory.gradient_checkpointing=false"]),
     ],
 )
-def test_cut_and_resumed_equals_uncut(run_file: RunFile, variant: str, settings: list[str]) -> None:
-    whole = run_file(variant, *settings, name="whole")
-    cut = run_file(variant, *settings, name="cut")
-    WanTrainer(whole).fit()
-    train_with_cuts(cut, {1: "SIGINT", 3: "request", 4: "SIGTERM"})
-    tensors, steps = outcome(whole)
-    again, steps_again = outcome(cut)
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
+    run_file: RunFile, variant: str, settings: list[str]
+) -> None:
+    uninterrupted = run_file(variant, *settings, name="uninterrupted")
+    interrupted = run_file(variant, *settings, name="interrupted")
+    WanTrainer(uninterrupted).fit()
+    train_with_interruptions(interrupted, {1: "SIGINT", 3: "request", 4: "SIGTERM"})
+    tensors, steps = outcome(uninterrupted)
+    again, steps_again = outcome(interrupted)
     assert steps == steps_again and len(steps) == 6
     assert tensors.keys() == again.keys() and len(tensors) > 20
     assert [name for name in tensors if not torch.equal(tensors[name], again[name])] == []
@@ -84,7 +86,7 @@ def test_cut_and_resumed_equals_uncut(run_file: RunFile, variant: str, settings:
         (["optimizer={name: adamw_schedule_free, lr: 0.01}", "sample.every=2"], "sampling"),
     ],
 )
-def test_a_stop_while_other_weights_are_in_place(
+def test_a_stop_while_averages_are_in_place_saves_the_trained_weights(
     run_file: RunFile, monkeypatch: pytest.MonkeyPatch, settings: list[str], within: str
 ) -> None:
     """Validation and samples use averages in place of the weights that train; a stop meanwhile
@@ -92,29 +94,32 @@ def test_a_stop_while_other_weights_are_in_place(
     chosen = ["ti2v-5b", "validation={clips: 1, every: 2}", "train.steps=4", *settings]
     if within == "sampling":
         chosen += [f"sample.{k}={v}" for k, v in SMALL_SAMPLE.items()]
-    whole, cut = run_file(*chosen, name="whole"), run_file(*chosen, name="cut")
-    WanTrainer(whole).fit()
+    uninterrupted, interrupted = (
+        run_file(*chosen, name="uninterrupted"),
+        run_file(*chosen, name="interrupted"),
+    )
+    WanTrainer(uninterrupted).fit()
 
     def listen(event: Event) -> None:
         if within == "sampling" and isinstance(event, Sampling):
-            request(layout_of(cut), "stop")
+            request(layout_of(interrupted), "stop")
 
     def validated(run: Run, name: Any, kind: Any, between: Callable[[], None]) -> float:
         def stop() -> None:
             if kind == within and run.state.step == 2:
-                request(layout_of(cut), "stop")
+                request(layout_of(interrupted), "stop")
             between()
 
         return validation_loss(run, name, kind, stop)
 
     monkeypatch.setattr(validation, "validation_loss", validated)
     with pytest.raises(Interrupted):
-        WanTrainer(cut, listen=listen).fit()
+        WanTrainer(interrupted, listen=listen).fit()
     monkeypatch.undo()
-    assert layout_of(cut).saved_steps()[-1] == 2
-    WanTrainer(cut, resume=True).fit()
-    tensors, steps = outcome(whole)
-    again, steps_again = outcome(cut)
+    assert layout_of(interrupted).saved_steps()[-1] == 2
+    WanTrainer(interrupted, resume=True).fit()
+    tensors, steps = outcome(uninterrupted)
+    again, steps_again = outcome(interrupted)
     assert steps == steps_again
     assert tensors.keys() == again.keys()
     assert [name for name in tensors if not torch.equal(tensors[name], again[name])] == []
@@ -128,7 +133,7 @@ def test_a_stop_while_other_weights_are_in_place(
         ("train.save_every=9", False),
     ],
 )
-def test_a_base_loss_is_compared_only_with_its_like(
+def test_base_losses_are_kept_only_if_validation_is_unchanged(
     run_file: RunFile, change: str, allow: bool
 ) -> None:
     chosen = ["ti2v-5b", "validation={clips: 2, every: 2}"]
@@ -146,7 +151,7 @@ def test_a_base_loss_is_compared_only_with_its_like(
     ("settings", "free"),
     [([], True), (["train.schedule=cosine"], False), (["train.cooldown_steps=1"], False)],
 )
-def test_more_steps_are_another_run_where_rates_go_by_them(
+def test_more_steps_are_refused_where_the_learning_rate_depends_on_them(
     run_file: RunFile, settings: list[str], free: bool
 ) -> None:
     WanTrainer(run_file("ti2v-5b", "train.steps=2", *settings)).fit()
@@ -158,7 +163,7 @@ def test_more_steps_are_another_run_where_rates_go_by_them(
             longer.fit()
 
 
-def test_what_a_state_lacks_starts_anew_only_if_that_is_allowed(run_file: RunFile) -> None:
+def test_missing_parts_of_a_state_are_reinitialized_only_if_allowed(run_file: RunFile) -> None:
     WanTrainer(run_file("ti2v-5b", "train.steps=2", "optimizer.lr=0.01")).fit()
     config = run_file("ti2v-5b", "optimizer.name=sgd", "train.ema={}", name="other")
     folder = layout_of(config).root.with_name("run") / "state" / "000002"
@@ -178,18 +183,18 @@ def test_what_a_state_lacks_starts_anew_only_if_that_is_allowed(run_file: RunFil
         run.state.load(folder)
 
 
-def test_resuming_under_other_versions_is_told(
+def test_resuming_with_other_package_versions_gives_a_warning(
     run_file: RunFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     WanTrainer(run_file("ti2v-5b", "train.steps=1")).fit()
     config = run_file("ti2v-5b", "train.steps=2")
-    (left,) = leave_interrupted(layout_of(config).weights_dir / "000001.safetensors")
+    (remaining,) = leave_interrupted(layout_of(config).weights_dir / "000001.safetensors")
     events: list[dict[str, Any]] = []
     monkeypatch.setattr(trainer, "versions", lambda: {"torch": "9.9"})
     WanTrainer(config, listen=recorder(events), resume=True).fit()
     (warning,) = [e["text"] for e in events if e["event"] == "warning"]
     assert "and this is {'torch': '9.9'}; bit-exact results are not promised" in warning
-    assert not left.exists()
+    assert not remaining.exists()
 
 
 def test_a_stop_while_encoding_loses_nothing(run_file: RunFile, tmp_path: Path) -> None:
@@ -229,14 +234,14 @@ def test_a_damaged_state_falls_back_to_the_one_before(run_file: RunFile) -> None
     assert all_steps[-2:] == steps[-2:]
 
 
-def test_states_are_rotated(run_file: RunFile) -> None:
+def test_old_states_are_deleted_and_exports_are_kept(run_file: RunFile) -> None:
     config = run_file("ti2v-5b", "train.save_every=1", "train.keep_last=2")
     WanTrainer(config).fit()
     assert layout_of(config).saved_steps() == [5, 6]
     assert len(list(layout_of(config).weights_dir.iterdir())) == 6
 
 
-def test_resume_refuses_another_run(run_file: RunFile) -> None:
+def test_resume_refuses_changes_that_affect_results(run_file: RunFile) -> None:
     WanTrainer(run_file("t2v-a14b", "train.steps=2"), run_file="# as given\n").fit()
     with pytest.raises(CheckpointError, match="already holds a run"):
         WanTrainer(run_file("t2v-a14b", "train.steps=2")).fit()
@@ -256,7 +261,7 @@ def test_resume_refuses_another_run(run_file: RunFile) -> None:
     assert layout.run_file.read_text(encoding="utf-8") == "# as given\n"
 
 
-def test_what_follows_a_saved_state_is_made_up_for(run_file: RunFile) -> None:
+def test_an_export_that_was_interrupted_is_done_on_resume(run_file: RunFile) -> None:
     """A run that was killed between saving its last state and exporting it still exports it."""
     config = run_file("t2v-a14b", "train.steps=2", "validation.clips=1")
     WanTrainer(config).fit()
@@ -272,7 +277,7 @@ def test_what_follows_a_saved_state_is_made_up_for(run_file: RunFile) -> None:
     assert not [e for e in events if e["event"] == "validation"]  # the state knows of it
 
 
-def test_a_stop_while_sampling_is_made_up_for(run_file: RunFile) -> None:
+def test_sampling_that_was_stopped_is_completed_on_resume(run_file: RunFile) -> None:
     size = [f"sample.{k}={v}" for k, v in {"width": 64, "height": 64, "frames": 5}.items()]
     config = run_file(
         "ti2v-5b", "train.steps=2", "sample.prompts=[one, two]", *size, "sample.steps=2"
@@ -314,7 +319,7 @@ def test_changes_are_listed_on_resume(run_file: RunFile) -> None:
     assert events[-1]["event"] == "finished"
 
 
-def test_saved_on_a_timer(run_file: RunFile) -> None:
+def test_save_every_minutes_saves_without_exporting(run_file: RunFile) -> None:
     config = run_file("ti2v-5b", "train.save_every_minutes=1e-6", "train.steps=3")
     events: list[dict[str, Any]] = []
     WanTrainer(config, listen=recorder(events)).fit()
@@ -322,7 +327,7 @@ def test_saved_on_a_timer(run_file: RunFile) -> None:
     assert [e["step"] for e in events if e["event"] == "exported"] == [3]
 
 
-def test_again_makes_the_same_run_beside_it(
+def test_again_repeats_the_run_beside_it(
     run_file: RunFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = run_file("ti2v-5b", "train.steps=2", "method.rank=3")
@@ -356,11 +361,16 @@ def test_again_makes_the_same_run_beside_it(
 )
 def test_every_optimizer_resumes_exactly(run_file: RunFile, optimizer: str) -> None:
     chosen = ["ti2v-5b", f"optimizer={{name: {optimizer}}}", "train.ema={}", "train.steps=4"]
-    whole, cut = run_file(*chosen, name="whole"), run_file(*chosen, name="cut")
-    WanTrainer(whole).fit()
-    train_with_cuts(cut, {2: "request"})
-    assert outcome(whole)[1] == outcome(cut)[1]
-    states = [layout_of(config).state(4) / "single.safetensors" for config in (whole, cut)]
+    uninterrupted, interrupted = (
+        run_file(*chosen, name="uninterrupted"),
+        run_file(*chosen, name="interrupted"),
+    )
+    WanTrainer(uninterrupted).fit()
+    train_with_interruptions(interrupted, {2: "request"})
+    assert outcome(uninterrupted)[1] == outcome(interrupted)[1]
+    states = [
+        layout_of(config).state(4) / "single.safetensors" for config in (uninterrupted, interrupted)
+    ]
     ours, theirs = (load_file(path) for path in states)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -377,11 +387,14 @@ def test_every_schedule_resumes_exactly(run_file: RunFile, schedule: str) -> Non
         "per_expert={high: {steps: 3, lr: 0.01, rank: 2}, low: {steps: 5, rank: 6}}",
         "train.steps=8",
     ]
-    whole, cut = run_file(*chosen, name="whole"), run_file(*chosen, name="cut")
-    WanTrainer(whole).fit()
-    train_with_cuts(cut, {1: "request", 4: "request"})
-    expected, steps = outcome(whole)
-    again, steps_again = outcome(cut)
+    uninterrupted, interrupted = (
+        run_file(*chosen, name="uninterrupted"),
+        run_file(*chosen, name="interrupted"),
+    )
+    WanTrainer(uninterrupted).fit()
+    train_with_interruptions(interrupted, {1: "request", 4: "request"})
+    expected, steps = outcome(uninterrupted)
+    again, steps_again = outcome(interrupted)
     assert steps == steps_again
     assert all(torch.equal(expected[name], again[name]) for name in expected)
     assert [name for _, name, *_ in steps].count("high") == 3

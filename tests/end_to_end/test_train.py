@@ -38,7 +38,9 @@ def grid(events: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
 
 
 @pytest.mark.parametrize("variant", ["t2v-a14b", "i2v-a14b", "ti2v-5b"])
-def test_a_run(run_file: RunFile, workshop: Path, variant: str) -> None:
+def test_a_run_lowers_the_loss_and_fills_its_folder(
+    run_file: RunFile, workshop: Path, variant: str
+) -> None:
     side = 128 if variant == "ti2v-5b" else 64
     image = f", image: {workshop / 'clips' / 'still_square.png'}" if variant == "i2v-a14b" else ""
     config = run_file(
@@ -178,7 +180,7 @@ def test_temporal_attention_off_trains_within_frames(run_file: RunFile) -> None:
         assert (a - b).abs().amax(dim=(0, 1, 3, 4)).min() > 1e-5
 
 
-def test_layers_to_train(run_file: RunFile) -> None:
+def test_only_the_chosen_layers_are_trained(run_file: RunFile) -> None:
     config = run_file("t2v-a14b", "wan_config.transformer_layers_to_train=[1]", "train.steps=2")
     WanTrainer(config).fit()
     names = load_file(layout_of(config).weights(2, "_high_noise"))
@@ -214,7 +216,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(run_file: RunFile, tmp_path: Pa
     )
 
 
-def test_requests_while_running(run_file: RunFile) -> None:
+def test_save_and_sample_requests_are_acted_on_and_a_failed_sample_is_survived(
+    run_file: RunFile,
+) -> None:
     """Save now and sample now, asked for through the run folder; a failing sample ends nothing."""
     config = run_file(
         "t2v-a14b",
@@ -346,7 +350,7 @@ def test_another_boundary_holds_in_training_and_samples(
     assert (layout_of(config).samples(40) / "0.mp4").is_file()
 
 
-def test_lora_plus_moves_b_faster(run_file: RunFile) -> None:
+def test_lora_plus_trains_b_at_a_multiple_of_the_learning_rate(run_file: RunFile) -> None:
     """At first A has no gradient, since B is zero."""
     moved = []
     for ratio in (1, 16):
@@ -364,7 +368,7 @@ def test_lora_plus_moves_b_faster(run_file: RunFile) -> None:
     torch.testing.assert_close(moved[1], 16 * moved[0], rtol=1e-5, atol=0)
 
 
-def test_exported_in_another_precision(run_file: RunFile) -> None:
+def test_output_dtype_changes_the_exported_files_alone(run_file: RunFile) -> None:
     config = run_file("ti2v-5b", "train.steps=1", "output.dtype=bfloat16")
     WanTrainer(config).fit()
     state = load_file(layout_of(config).state(1) / "single.safetensors")
@@ -373,7 +377,9 @@ def test_exported_in_another_precision(run_file: RunFile) -> None:
     assert {t.dtype for t in state.values()} == {torch.float32}
 
 
-def test_averages_and_rates_go_by_each_parts_own_steps(run_file: RunFile, workshop: Path) -> None:
+def test_averages_and_learning_rates_follow_each_trainables_own_steps(
+    run_file: RunFile, workshop: Path
+) -> None:
     config = run_file(
         "t2v-a14b",
         f"video_data.sources=[{{path: {workshop / 'named clips'}}}]",

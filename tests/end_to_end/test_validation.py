@@ -31,7 +31,7 @@ def measure(run: Run, kind: Any = "trained") -> list[float]:
 
 
 @pytest.mark.parametrize("variant", ["t2v-a14b", "i2v-a14b", "ti2v-5b"])
-def test_the_same_weights_give_the_same_bits(run_file: RunFile, variant: str) -> None:
+def test_equal_weights_give_bit_exact_losses(run_file: RunFile, variant: str) -> None:
     config = run_file(
         variant,
         "validation={share: 0.4, clips: 2, timesteps: 3}",
@@ -73,7 +73,7 @@ def test_held_out_clips_never_train(run_file: RunFile) -> None:
     assert all(e["held_out"] for e in events)
 
 
-def test_validation_leaves_training_alone(run_file: RunFile) -> None:
+def test_validation_does_not_change_training(run_file: RunFile) -> None:
     """Also for an optimizer whose weights are not those that it trains with."""
     outcomes = []
     for every in (0, 1):
@@ -91,7 +91,9 @@ def test_validation_leaves_training_alone(run_file: RunFile) -> None:
     assert outcomes[0] == outcomes[1]
 
 
-def test_base_targets_keep_the_base(run_file: RunFile, workshop: Path) -> None:
+def test_clips_with_the_base_as_target_pull_back_to_the_base(
+    run_file: RunFile, workshop: Path
+) -> None:
     """Clips whose target is the base model's own prediction: no gradient at the start, and a pull
     back to the base afterwards."""
     config = run_file(
@@ -105,7 +107,7 @@ def test_base_targets_keep_the_base(run_file: RunFile, workshop: Path) -> None:
     assert train_step(run, run.loader.step(1, "high", 1)).loss > 0
 
 
-def test_a_run_from_another_runs_adapter(run_file: RunFile) -> None:
+def test_a_run_initialized_from_an_adapter_starts_at_its_loss(run_file: RunFile) -> None:
     first = run_file("t2v-a14b", "validation.clips=2", "train.steps=8", "optimizer.lr=0.01")
     WanTrainer(first).fit()
     layout = layout_of(first)
@@ -131,7 +133,7 @@ def test_a_run_from_another_runs_adapter(run_file: RunFile) -> None:
         assert began[expert]["base"] == ended[expert]["base"]
 
 
-def test_every_clip_and_level_has_noise_of_its_own(
+def test_every_clip_and_timestep_has_its_own_noise(
     run_file: RunFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = WanModelSetup(run_file("ti2v-5b", "validation={clips: 2, timesteps: 3}")).build()
@@ -169,7 +171,9 @@ def test_the_average_of_embeddings_is_validated_too(run_file: RunFile, workshop:
         assert torch.equal(exported, averages["shape"]) == (vectors is averages)
 
 
-def test_clips_of_the_base_are_no_measure(run_file: RunFile, workshop: Path) -> None:
+def test_clips_with_the_base_as_target_are_not_validated_on(
+    run_file: RunFile, workshop: Path
+) -> None:
     named, plain = workshop / "named clips", workshop / "clips"
     sources = f"video_data.sources=[{{path: {named}, target: base}}, {{path: {plain}}}]"
     run = WanModelSetup(run_file("ti2v-5b", sources, "validation.clips=100")).build()
@@ -178,7 +182,7 @@ def test_clips_of_the_base_are_no_measure(run_file: RunFile, workshop: Path) -> 
     assert all(batch.is_prior is None for batch in batches)
 
 
-def test_one_expert_from_a_file_and_one_anew(run_file: RunFile) -> None:
+def test_one_expert_can_be_initialized_from_a_file_and_the_other_anew(run_file: RunFile) -> None:
     first = run_file("t2v-a14b", "train.steps=2", "method.rank=3")
     WanTrainer(first).fit()
     layout = layout_of(first)

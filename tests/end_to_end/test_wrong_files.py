@@ -55,8 +55,8 @@ def run(workshop: Path, tmp_path: Path) -> Path:
     return path
 
 
-def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What the command complains about: one line and status 1, no traceback."""
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The error message of a command: one line and status 1, no traceback."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 1
     error = capsys.readouterr().err.strip()
@@ -67,16 +67,16 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 Write = Callable[[dict[str, Tensor], Path], None]
 
 
-def cut_off(tensors: dict[str, Tensor], path: Path, write: Write) -> None:
+def truncated(tensors: dict[str, Tensor], path: Path, write: Write) -> None:
     write(tensors, path)
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def absurd(_tensors: dict[str, Tensor], path: Path, _write: Write) -> None:
+def huge_header(_tensors: dict[str, Tensor], path: Path, _write: Write) -> None:
     path.write_bytes(struct.pack("<Q", 2**62) + b'{"a":1}')
 
 
-def evil(_tensors: dict[str, Tensor], path: Path, _write: Write) -> None:
+def pickle_with_code(_tensors: dict[str, Tensor], path: Path, _write: Write) -> None:
     path.write_bytes(pickle.dumps({"a": _Runs(path.with_name("proof"))}, protocol=2))
 
 
@@ -94,48 +94,53 @@ def clip_branch(tensors: dict[str, Tensor], path: Path, write: Write) -> None:
     write(tensors | more, path)
 
 
-def missing(tensors: dict[str, Tensor], path: Path, write: Write) -> None:
+def missing_keys(tensors: dict[str, Tensor], path: Path, write: Write) -> None:
     left_out = ("blocks.0.self_attn.q.weight", "blocks.1.ffn.0.bias")
     write({n: t for n, t in tensors.items() if n not in left_out}, path)
 
 
-def surplus(tensors: dict[str, Tensor], path: Path, write: Write) -> None:
+def unexpected_key(tensors: dict[str, Tensor], path: Path, write: Write) -> None:
     write(tensors | {"blocks.0.extra.weight": torch.zeros(1)}, path)
 
 
-def misshapen(tensors: dict[str, Tensor], path: Path, write: Write) -> None:
+def wrong_shape(tensors: dict[str, Tensor], path: Path, write: Write) -> None:
     write(tensors | {"blocks.0.self_attn.q.weight": torch.zeros(3, 5)}, path)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("write_wrong_file", "expected"),
     [
-        (cut_off, "is not a whole safetensors file: has "),
-        (absurd, "should begin with a header of 4611686018427387904 bytes, and has 15 bytes"),
-        (evil, "is a pickle that holds more than tensors"),
+        (truncated, "is not a whole safetensors file: has "),
+        (huge_header, "should begin with a header of 4611686018427387904 bytes, and has 15 bytes"),
+        (pickle_with_code, "is a pickle that holds more than tensors"),
         (empty, "is empty (0 bytes)"),
         (folder, "holds no weights (*.safetensors, *.gguf, *.pth)"),
         (clip_branch, "is a Wan 2.1 image-to-video transformer, which has a CLIP branch"),
-        (missing, "2 weights missing (blocks.0.attn1.to_q.weight, blocks.1.ffn.net.0.proj.bias)"),
-        (surplus, "1 weights surplus (blocks.0.extra.weight)"),
-        (misshapen, "blocks.0.attn1.to_q.weight is [3, 5], expected [32, 32]"),
+        (
+            missing_keys,
+            "2 weights missing (blocks.0.attn1.to_q.weight, blocks.1.ffn.net.0.proj.bias)",
+        ),
+        (unexpected_key, "1 weights surplus (blocks.0.extra.weight)"),
+        (wrong_shape, "blocks.0.attn1.to_q.weight is [3, 5], expected [32, 32]"),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "convert"])
-def test_wrong_files(tmp_path, capsys, run, official, write, spoil, said, command):
+def test_a_wrong_transformer_file_is_refused_with_the_reason(
+    tmp_path, capsys, run, official, write, write_wrong_file, expected, command
+):
     path = tmp_path / "wan_high_noise.safetensors"
-    spoil(official, path, write)
+    write_wrong_file(official, path, write)
     if command == "train":
-        error = complaint(capsys, "train", run, f"model.transformer={path}")
+        error = error_of(capsys, "train", run, f"model.transformer={path}")
     else:
-        error = complaint(capsys, "convert", path, tmp_path / "out", "--to", "diffusers")
+        error = error_of(capsys, "convert", path, tmp_path / "out", "--to", "diffusers")
         assert not (tmp_path / "out").exists()
-    assert said in error and path.name in error
+    assert expected in error and path.name in error
     assert not (tmp_path / "proof").exists()
 
 
 @pytest.mark.parametrize(
-    ("component", "given", "said"),
+    ("component", "given", "expected"),
     [
         (
             "transformer",
@@ -146,21 +151,21 @@ def test_wrong_files(tmp_path, capsys, run, official, write, spoil, said, comman
         ("vae", "t2v-a14b/text_encoder", "was given as model.vae, and holds a text encoder"),
     ],
 )
-def test_components_of_other_models(capsys, run, workshop, component, given, said):
+def test_a_component_of_another_model_is_refused(capsys, run, workshop, component, given, expected):
     path = workshop / given
-    error = complaint(capsys, "train", run, f"model.{component}={path}")
-    assert said in error and str(path) in error
+    error = error_of(capsys, "train", run, f"model.{component}={path}")
+    assert expected in error and str(path) in error
 
 
-def test_a_name_that_contradicts_its_place(tmp_path, capsys, run, official, write):
+def test_a_file_name_of_the_other_expert_is_refused(tmp_path, capsys, run, official, write):
     path = tmp_path / "wan_low_noise.safetensors"
     write(official, path)
-    error = complaint(capsys, "train", run, f"model.transformer={path}")
+    error = error_of(capsys, "train", run, f"model.transformer={path}")
     assert "model.transformer (high noise), and by its name is the low-noise expert" in error
     assert "model.check_file_names" in error
 
 
-def test_a_lora_of_another_model(tmp_path, capsys, workshop, official, write):
+def test_a_lora_of_another_model_is_refused(tmp_path, capsys, workshop, official, write):
     lora, base = tmp_path / "flux.safetensors", tmp_path / "high_noise.safetensors"
     name = "lora_unet_double_blocks_0_img_attn_qkv"
     save_file(
@@ -176,6 +181,6 @@ def test_a_lora_of_another_model(tmp_path, capsys, workshop, official, write):
         ("convert", lora, tmp_path / "out.safetensors", "--to", "comfyui"),
         ("sample", workshop / "t2v-a14b", "--prompt", "x", "--lora", lora, "--out", "o.mp4"),
     ):
-        error = complaint(capsys, *arguments)
+        error = error_of(capsys, *arguments)
         assert "flux.safetensors" in error and "Flux" in error
     assert not (tmp_path / "out.safetensors").exists()
