@@ -1,4 +1,4 @@
-"""Take the keys and defaults of OneTrainer's configs, as data, for `onewan import-config`.
+"""Record the keys and defaults of OneTrainer's configs, which the tests of the import compare with.
 
     cd CHECKOUT; PYTHON_OF_ONETRAINER .../take_onetrainer_defaults.py
 
@@ -17,7 +17,7 @@ from modules.util.config.ConceptConfig import ConceptConfig
 from modules.util.config.SampleConfig import SampleConfig
 from modules.util.config.TrainConfig import TrainConfig, TrainEmbeddingConfig
 
-OUT = Path(__file__).parents[1] / "src" / "onewan" / "onetrainer" / "defaults.json"
+OUT = Path(__file__).parents[1] / "tests" / "onetrainer" / "onetrainer_defaults.json"
 RANDOM = {"uuid": "", "seed": 0}
 
 

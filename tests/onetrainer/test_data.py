@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.onetrainer_configs import with_defaults
 from support.onetrainer_runs import Lab, concept_of, config_of
 
 from onewan.data.encode import encode_clip
@@ -21,7 +22,6 @@ from onewan.onetrainer.clip_adapter import (
     latent_mask_of,
     mask_of,
 )
-from onewan.onetrainer.importing import _defaults, _merged
 from onewan.variants import VARIANTS
 
 SHARED = Path(__file__).parents[3] / "shared" / "clips"
@@ -67,7 +67,7 @@ def test_latents_are_onewans_own(lab: Lab, tiny, everything, tmp_path, monkeypat
 
     model = WanModelLoader().load(tiny("t2v-a14b"), "t2v-a14b")
     planner = ConceptPlanner(namespace(config), VARIANTS["t2v-a14b"])
-    concept = _merged(_defaults()["concept"], concept_of(everything))
+    concept = with_defaults("concept", concept_of(everything))
     lengths = set()
     for name, found in read.items():
         clip, _ = planner.plan(str(everything / name), concept)
@@ -77,13 +77,13 @@ def test_latents_are_onewans_own(lab: Lab, tiny, everything, tmp_path, monkeypat
 
 
 def namespace(config: dict[str, Any]) -> SimpleNamespace:
-    return SimpleNamespace(**_merged(_defaults()["train"], config))
+    return SimpleNamespace(**with_defaults("train", config))
 
 
 def test_a_changed_file_or_setting_meets_another_cache(tmp_path: Path):
     folder = tmp_path / "clips"
     write_clips(folder)
-    concept = _merged(_defaults()["concept"], concept_of(folder))
+    concept = with_defaults("concept", concept_of(folder))
 
     def keys(*causes: str) -> tuple[str, str]:
         return cache_digest("image", [concept], causes), cache_digest("text", [concept], causes)
@@ -122,7 +122,7 @@ def test_both_names_of_masks_are_found(tmp_path: Path):
     write_clips(folder)
     config = namespace({"masked_training": True, "resolution": "64", "frames": "5", "train": {}})
     planner = ConceptPlanner(config, VARIANTS["t2v-a14b"])
-    concept = _merged(_defaults()["concept"], {"path": str(folder)})
+    concept = with_defaults("concept", {"path": str(folder)})
     first, second = sorted(p for p in folder.iterdir() if p.suffix in (".mp4", ".webm"))[:2]
     for clip, suffix in ((first, "-masklabel.png"), (second, ".mask.png")):
         found, _ = planner.plan(str(clip), concept)

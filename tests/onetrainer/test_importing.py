@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.onetrainer_configs import DEFAULTS
 
 from onewan.cli import main
 from onewan.config.load import load_run
@@ -14,14 +15,16 @@ from onewan.config.schema import ResolvedRun
 from onewan.demo.clips import write_clips
 from onewan.errors import ConfigError
 from onewan.onetrainer.importing import (
+    ROWS,
     Imported,
-    _defaults,
-    _flat,
+    data,
     import_config,
     looks_like_onetrainer,
+    method,
+    output,
 )
+from onewan.onetrainer.importing.table import flatten, value_at
 from onewan.onetrainer.install import overlay
-from onewan.onetrainer.versions import brought_up_to_date
 
 T2V = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
 
@@ -67,18 +70,31 @@ def run_of(tmp_path: Path, found: Imported) -> ResolvedRun:
 
 def test_every_key_of_onetrainer_is_accounted_for_once(tmp_path, clips):
     """All that OneTrainer knows, given with its defaults."""
-    train = {**_defaults()["train"], **config_of(clips)}
-    train["concepts"] = [{**_defaults()["concept"], "path": str(clips)}]
-    train["samples"] = [{**_defaults()["sample"], "prompt": "a fox"}]
-    train["additional_embeddings"] = [{**_defaults()["embedding"], "placeholder": "<fox>"}]
+    train = {**DEFAULTS["train"], **config_of(clips)}
+    train["concepts"] = [{**DEFAULTS["concept"], "path": str(clips)}]
+    train["samples"] = [{**DEFAULTS["sample"], "prompt": "a fox"}]
+    train["additional_embeddings"] = [{**DEFAULTS["embedding"], "placeholder": "<fox>"}]
     found = imported(tmp_path, train)
     keys = [entry.key for entry in found.entries]
     assert len(keys) == len(set(keys))
-    expected = {k for k, _ in _flat(train) if not k.startswith(("cloud", "secrets"))}
+    expected = {k for k, _ in flatten(train) if not k.startswith(("cloud", "secrets"))}
     assert expected <= set(keys)
     assert not [entry for entry in found.entries if entry.outcome == "unknown"]
     assert all(entry.note for entry in found.entries)
-    assert not [e for e in found.entries if e.note == "onewan has no such setting"]
+
+
+def test_the_tables_have_onetrainers_own_defaults():
+    """A key that a config leaves out means there what it means here."""
+    tables = {
+        "train": ROWS,
+        "concept": data.CONCEPT_ROWS,
+        "sample": (*output.PROMPT_ROWS, *output.SAMPLING_ROWS),
+        "embedding": method.EMBEDDING_ROWS,
+    }
+    for kind, rows in tables.items():
+        for row in rows:
+            if row.key != "model_type":  # a config without one is refused
+                assert value_at(DEFAULTS[kind], row.key) == row.default, row.key
 
 
 CARRIED: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -276,10 +292,8 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path, clips):
         assert name in said
     with pytest.raises(ConfigError, match="--variant"):
         imported(tmp_path, config_of(clips, base_model_name="mine"))
-    with pytest.raises(ConfigError, match="update onewan"):
-        imported(tmp_path, config_of(clips, __version=12))
     (tmp_path / "bad.json").write_text("{", "utf-8")
-    with pytest.raises(ConfigError, match="no JSON"):
+    with pytest.raises(ConfigError, match="is not valid JSON"):
         import_config(tmp_path / "bad.json")
 
 
@@ -318,114 +332,46 @@ def test_secrets_are_never_carried_nor_told(tmp_path, clips, capsys):
         assert "secrets" in said.err
 
 
-OLD: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {
-    0: (
-        {"optimizer": "ADAMW", "optimizer_beta1": 0.8},
-        {"optimizer": {"optimizer": "ADAMW", "beta1": 0.8}},
-    ),
-    1: (
-        {"train_prior": True, "prior_learning_rate": 1e-4, "train_unet_epochs": 4},
-        {
-            "prior": {"train": True, "learning_rate": 1e-4},
-            "unet": {"stop_training_after": 4, "stop_training_after_unit": "EPOCH"},
-        },
-    ),
-    2: ({"min_snr_gamma": 5.0}, {"loss_weight_fn": "MIN_SNR_GAMMA", "loss_weight_strength": 5.0}),
-    3: (
-        {"noising_weight": 2.0, "noising_bias": 0.7},
-        {
-            "timestep_distribution": "SIGMOID",
-            "noising_weight": 2.0,
-            "noising_bias": pytest.approx(0.2),
-        },
-    ),
-    4: (
-        {"gradient_checkpointing": False, "transformer": {}},
-        {"transformer": {"gradient_checkpointing": False}},
-    ),
-    5: (
-        {"save_after": 3, "save_after_unit": "EPOCH"},
-        {"save_every": 3, "save_every_unit": "EPOCH"},
-    ),
-    6: ({"lora_layer_preset": None}, {"layer_filter_preset": "full"}),
-    7: (
-        {"lora_layers": "attn", "lora_layers_regex": True},
-        {"layer_filter": "attn", "layer_filter_regex": True},
-    ),
-    8: ({"model_type": "FLUX_DEV_1", "prior": {"train": True}}, {"transformer": {"train": True}}),
-    9: (
-        {"weight_dtype": "FLOAT_8", "transformer": {"weight_dtype": "NONE"}},
-        {"transformer": {"weight_dtype": "FLOAT_8"}},
-    ),
-    10: (
-        {
-            "gradient_checkpointing": "CPU_OFFLOADED",
-            "layer_offload_fraction": 0.4,
-            "transformer": {},
-            "output_model_format": "SAFETENSORS",
-            "training_method": "LORA",
-        },
-        {
-            "transformer": {
-                "gradient_checkpointing": True,
-                "activation_offloading": True,
-                "offload_fraction": 0.4,
-            },
-            "output_model_format": "LEGACY_LORA",
-        },
-    ),
-}
+@pytest.mark.parametrize("version", [None, 0, 10])
+def test_older_versions_are_sent_back_to_onetrainer(tmp_path, clips, version):
+    config = config_of(clips, __version=version)
+    if version is None:
+        del config["__version"]
+    with pytest.raises(
+        ConfigError, match=r"__version: is .*; open and save it in OneTrainer first"
+    ):
+        imported(tmp_path, config)
 
 
-def _within(expected: Any, found: Any) -> bool:
-    if isinstance(expected, dict):
-        return all(k in found and _within(v, found[k]) for k, v in expected.items())
-    return expected == found
+def test_newer_versions_need_a_newer_onewan(tmp_path, clips):
+    with pytest.raises(ConfigError, match=r"__version: is 12, .*; update onewan"):
+        imported(tmp_path, config_of(clips, __version=12))
 
 
-@pytest.mark.parametrize("version", OLD)
-def test_each_older_version_comes_up_to_date(version):
-    old, expected = OLD[version]
-    found = brought_up_to_date({**old, "__version": version})
-    assert found["__version"] == 11
-    assert _within(expected, found)
+@pytest.mark.parametrize("model_type", [None, "FLUX_DEV_1", "STABLE_DIFFUSION_15"])
+def test_other_model_types_are_refused_in_one_line(tmp_path, clips, model_type):
+    config = config_of(clips, model_type=model_type)
+    with pytest.raises(ConfigError) as error:
+        imported(tmp_path, config, variant="t2v-a14b")
+    assert "only configs of WAN_2_2 and HUNYUAN_VIDEO are imported" in str(error.value)
+    assert len(str(error.value).splitlines()) == 2
 
 
-def test_only_offloaded_configs_offloaded_activations():
-    old = {"__version": 10, "gradient_checkpointing": "ON", "transformer": {}}
-    assert brought_up_to_date(old)["transformer"] == {
-        "gradient_checkpointing": True,
-        "activation_offloading": False,
-        "offload_fraction": 0.0,
-    }
-
-
-def test_a_version_is_not_migrated_by_steps_before_it():
-    assert brought_up_to_date({"__version": 4, "noising_weight": 2.0})["noising_weight"] == 2.0
-    assert brought_up_to_date({"__version": 11, "gradient_checkpointing": "ON"}) == {
-        "__version": 11,
-        "gradient_checkpointing": "ON",
-    }
-
-
-def test_a_config_of_version_0_is_imported(tmp_path, clips):
-    old = {
-        "model_type": "WAN_2_2",
-        "base_model_name": T2V,
-        "training_method": "LORA",
-        "optimizer": "ADAMW",
-        "optimizer_weight_decay": 0.2,
-        "gradient_checkpointing": False,
-        "weight_dtype": "BFLOAT_16",
-        "train_dtype": "BFLOAT_16",
-        "concepts": [{"path": str(clips)}],
-        "samples": [],
-        "prior": {},
-        "learning_rate_warmup_steps": 0,
-    }
-    run = run_of(tmp_path, imported(tmp_path, old))
-    assert run.optimizer.weight_decay == 0.2
-    assert not run.memory.gradient_checkpointing
+def test_a_hunyuan_video_config_trains_wan_from_its_official_model(tmp_path, clips):
+    config = config_of(
+        clips,
+        model_type="HUNYUAN_VIDEO",
+        base_model_name="hunyuanvideo-community/HunyuanVideo",
+        transformer={"model_name": "hunyuan.safetensors"},
+    )
+    with pytest.raises(ConfigError, match="--variant"):
+        imported(tmp_path, config)
+    found = imported(tmp_path, config, variant="t2v-a14b")
+    run = run_of(tmp_path, found)
+    assert run.model.path == T2V and run.model.transformer is None
+    assert any("is HUNYUAN_VIDEO; the run file trains" in notice for notice in found.notices)
+    (entry,) = [e for e in found.entries if e.key == "transformer.model_name"]
+    assert (entry.outcome, entry.note) == ("not applicable", "a file of another model")
 
 
 @pytest.mark.parametrize("name", [n for n in overlay() if n.startswith("training_presets/")])
@@ -439,16 +385,15 @@ def test_our_presets(tmp_path, name):
     run_of(tmp_path, found)
 
 
-def test_presets_of_other_models(real_checkout, tmp_path):
+def test_presets_of_hunyuan_video_are_imported_and_others_refused(real_checkout, tmp_path):
     presets = sorted((real_checkout / "training_presets").rglob("#*.json"))
     assert len(presets) > 40
     for preset in presets:
-        try:
-            found = import_config(preset, variant="t2v-a14b")
-        except ConfigError as error:
-            assert "leaves the high expert no noise level" in str(error), preset
-            assert json.loads(preset.read_text("utf-8"))["max_noising_strength"] < 0.875
+        if json.loads(preset.read_text("utf-8")).get("model_type") != "HUNYUAN_VIDEO":
+            with pytest.raises(ConfigError, match="only configs of WAN_2_2 and HUNYUAN_VIDEO"):
+                import_config(preset, variant="t2v-a14b")
             continue
+        found = import_config(preset, variant="t2v-a14b")
         assert not [e for e in found.entries if e.outcome == "unknown"], preset
         found.document["video_data"]["sources"] = [{"path": "clips"}]
         run_of(tmp_path, found)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.onetrainer_configs import train_config, with_defaults
 from torch import Tensor
 
 from onewan.arithmetic.timestep_density import density_of
 from onewan.data.loader import Batch, StepBatches
 from onewan.errors import ConfigError
 from onewan.model.conditioning import conditioning_of
-from onewan.onetrainer.importing import _defaults, _merged, _namespace
 from onewan.onetrainer.sampling import request_of
 from onewan.onetrainer.settings import timesteps_of
 from onewan.onetrainer.step_adapter import batch_of, step_adapter_of
@@ -22,10 +22,6 @@ from onewan.train.objective import velocity_loss
 from onewan.variants import VARIANTS
 
 T2V = VARIANTS["t2v-a14b"]
-
-
-def config_of(**changes: Any) -> SimpleNamespace:
-    return _namespace(_merged(_defaults()["train"], changes))
 
 
 def clips(count: int, seed: int = 0) -> Batch:
@@ -43,7 +39,7 @@ def clips(count: int, seed: int = 0) -> Batch:
 def test_micro_batches_draw_what_a_whole_step_draws(ranks: int):
     """Two micro-batches of two clips on each rank are one step of onewan's."""
     adapter = step_adapter_of(
-        config_of(gradient_accumulation_steps=2, wan_expert_block=1, timestep_shift=5.0),
+        train_config(gradient_accumulation_steps=2, wan_expert_block=1, timestep_shift=5.0),
         T2V,
         T2V.experts,
     )
@@ -67,7 +63,7 @@ def test_micro_batches_draw_what_a_whole_step_draws(ranks: int):
 
 
 def test_an_expert_that_has_stopped_leaves_its_steps_to_the_other():
-    adapter = step_adapter_of(config_of(wan_expert_block=1), T2V, T2V.experts)
+    adapter = step_adapter_of(train_config(wan_expert_block=1), T2V, T2V.experts)
     assert [adapter.expert_at(s).name for s in range(4)] == ["high", "low", "high", "low"]
     assert {adapter.expert_at(s, {"transformer"}).name for s in range(4)} == {"low"}
     both = {"transformer", "transformer_2"}
@@ -75,7 +71,7 @@ def test_an_expert_that_has_stopped_leaves_its_steps_to_the_other():
 
 
 def test_validation_has_levels_of_every_expert_and_is_the_same_twice():
-    adapter = step_adapter_of(config_of(wan_validation_levels=3), T2V, T2V.experts)
+    adapter = step_adapter_of(train_config(wan_validation_levels=3), T2V, T2V.experts)
     first, again = adapter.validation_batches(clips(1)), adapter.validation_batches(clips(1))
     assert [expert.name for expert, _ in first] == ["high"] * 3 + ["low"] * 3
     for (expert, one), (_, two) in zip(first, again, strict=True):
@@ -85,7 +81,7 @@ def test_validation_has_levels_of_every_expert_and_is_the_same_twice():
 
 
 def test_losses_add_up_and_the_prior_counts_outside_of_the_mask():
-    plain = step_adapter_of(config_of(), T2V, T2V.experts)
+    plain = step_adapter_of(train_config(), T2V, T2V.experts)
     batch = clips(1)
     sample = plain.add_noise(batch, 0, T2V.experts[0])
     predicted = torch.randn(sample.x.shape, generator=torch.Generator().manual_seed(3))
@@ -93,7 +89,7 @@ def test_losses_add_up_and_the_prior_counts_outside_of_the_mask():
     assert plain.loss(sample, predicted).item() == pytest.approx(
         0.5 * error.square().mean().item(), rel=1e-6
     )
-    mixed = step_adapter_of(config_of(mse_strength=0.25, huber_strength=2.0), T2V, T2V.experts)
+    mixed = step_adapter_of(train_config(mse_strength=0.25, huber_strength=2.0), T2V, T2V.experts)
     huber = torch.nn.functional.huber_loss(predicted.double(), sample.target.double())
     expected = 0.5 * (0.25 * error.square().mean() + 2.0 * huber)
     assert mixed.loss(sample, predicted).item() == pytest.approx(expected.item(), rel=1e-6)
@@ -102,7 +98,7 @@ def test_losses_add_up_and_the_prior_counts_outside_of_the_mask():
     assert masked.mask is not None
     masked.mask[..., :2] = 1
     adapter = step_adapter_of(
-        config_of(unmasked_weight=0.0, masked_prior_preservation_weight=0.5), T2V, T2V.experts
+        train_config(unmasked_weight=0.0, masked_prior_preservation_weight=0.5), T2V, T2V.experts
     )
     sample = adapter.add_noise(masked, 0, T2V.experts[0])
     prior = torch.zeros_like(sample.target)
@@ -139,7 +135,7 @@ DENSITIES: list[tuple[dict[str, Any], list[tuple[float, float]]]] = [
 
 @pytest.mark.parametrize(("changes", "shares"), DENSITIES)
 def test_distributions_are_onetrainers(changes, shares):
-    density = density_of(timesteps_of(config_of(**changes)), 1.0)
+    density = density_of(timesteps_of(train_config(**changes)), 1.0)
     for level, share in shares:
         assert density.cdf(level) == pytest.approx(share, abs=2e-4)
 
@@ -150,7 +146,7 @@ def test_a_heavy_tail_is_onetrainers():
 
     scale = 0.8
     density = density_of(
-        timesteps_of(config_of(timestep_distribution="HEAVY_TAIL", noising_weight=scale)), 1.0
+        timesteps_of(train_config(timestep_distribution="HEAVY_TAIL", noising_weight=scale)), 1.0
     )
     for u in (0.1, 0.3, 0.7):
         level = 1 - u - scale * (math.cos(math.pi / 2 * u) ** 2 - 1 + u)
@@ -158,7 +154,7 @@ def test_a_heavy_tail_is_onetrainers():
 
 
 def test_wrong_settings_are_told_together():
-    config = config_of(
+    config = train_config(
         frames="x", log_cosh_strength=1.0, min_noising_strength=0.9, max_noising_strength=0.1
     )
     with pytest.raises(ConfigError) as error:
@@ -168,9 +164,7 @@ def test_wrong_settings_are_told_together():
 
 
 def test_requests_are_rounded_to_what_the_vae_takes():
-    sample = _merged(
-        _defaults()["sample"], {"prompt": "a", "frames": 80, "width": 500, "height": 300}
-    )
+    sample = with_defaults("sample", {"prompt": "a", "frames": 80, "width": 500, "height": 300})
     request = request_of(SimpleNamespace(**sample), T2V)
     assert (request.frames, request.width, request.height) == (81, 496, 304)
     assert request.guidance == (7.0, 7.0) and request.fps == 16 and request.shift == 12

@@ -10,29 +10,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from onewan.onetrainer import settings
 from onewan.sample.generate import SampleRequest
 from onewan.variants import Variant
 
 
 def request_of(sample: Any, variant: Variant) -> SampleRequest:
-    """What `sample` asks of `variant`; sizes and frames are rounded to what the VAE takes."""
-    multiple, temporal = variant.size_multiple, variant.temporal_compression
-    width, height = (
-        max(1, round(side / multiple)) * multiple for side in (sample.width, sample.height)
-    )
-    high = max(1.0, float(sample.cfg_scale))
+    """The request for `sample`, with sizes and frame count rounded to what the VAE accepts."""
     low = getattr(sample, "wan_low_cfg_scale", None)
-    guidance = (high, high if low is None else max(1.0, float(low)))
     image = (sample.base_image_path or "").strip()
     return SampleRequest(
         prompt=sample.prompt,
         negative_prompt=sample.negative_prompt or "",
         image=Path(image) if image else None,
-        width=width,
-        height=height,
-        frames=max(0, round((sample.frames - 1) / temporal)) * temporal + 1,
+        width=settings.rounded_size(sample.width, variant),
+        height=settings.rounded_size(sample.height, variant),
+        frames=settings.rounded_frames(sample.frames, variant),
         steps=sample.diffusion_steps,
-        guidance=guidance[: len(variant.experts)],
+        guidance=settings.guidance_of(sample.cfg_scale, low, variant),
         shift=variant.flow_shift,
         seed=random.getrandbits(30) if sample.random_seed else sample.seed,
         fps=getattr(sample, "wan_fps", None) or variant.fps,

@@ -11,7 +11,7 @@ import re
 from itertools import pairwise
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from onewan.config.objective import (
     BetaTimesteps,
@@ -29,7 +29,7 @@ from onewan.config.objective import (
 from onewan.config.schema import TrainSection, WanTrainConfig
 from onewan.data.masks import is_mask
 from onewan.errors import ConfigError
-from onewan.arithmetic.timestep_density import density_of
+from onewan.arithmetic.timestep_density import TimestepDensity, density_of
 from onewan.variants import Variant
 
 SEED = 42
@@ -62,81 +62,60 @@ _BINS = 1000
 """Parts of a density that has no formula here; OneTrainer draws from as many timesteps."""
 
 
+class SettingError(ValueError):
+    """A setting that can't be used; the message lacks the key, ``is 'x'; give one number``."""
+
+
 def check(config: Any, variant: Variant) -> None:
-    """ConfigError with every setting that can't be followed for Wan 2.2."""
-    if problems := list(setting_errors(config, variant)):
+    """ConfigError with every setting that can't be used for Wan 2.2."""
+    if problems := [f"{key}: {text}" for key, text in setting_errors(config, variant)]:
         raise ConfigError("OneTrainer's settings for Wan 2.2", problems)
 
 
-def setting_errors(config: Any, variant: Variant) -> Iterator[str]:
-    """What is wrong with `config`, each beginning with its key."""
+def setting_errors(config: Any, variant: Variant) -> Iterator[tuple[str, str]]:
+    """(key, problem) of everything in `config` that can't be used."""
     for name in ("mae_strength", "log_cosh_strength"):
-        if getattr(config, name):
-            yield (
-                f"{name}: is {getattr(config, name)}; use mse_strength or huber_strength, and set "
-                "it to 0"
-            )
+        if strength := getattr(config, name):
+            yield name, f"is {strength}; use mse_strength or huber_strength, and set it to 0"
     if not (config.mse_strength or config.huber_strength):
-        yield "mse_strength: is 0, as is huber_strength, so nothing would be learned; give one"
-    if str(config.loss_weight_fn) not in ("CONSTANT", "SIGMA", "MIN_SNR_GAMMA"):
-        yield (
-            f"loss_weight_fn: is {config.loss_weight_fn}; choose CONSTANT, SIGMA or MIN_SNR_GAMMA"
-        )
+        yield "mse_strength", "is 0, and so is huber_strength; set one of them"
+    if (weighting := str(config.loss_weight_fn)) not in _WEIGHTINGS:
+        yield "loss_weight_fn", f"is {weighting}; choose {', '.join(_WEIGHTINGS)}"
     if config.custom_conditioning_image:
         yield (
-            "custom_conditioning_image: is on; the start image of I2V is each clip's own first "
-            "frame, so turn it off"
+            "custom_conditioning_image",
+            "is on; the start image of I2V is each clip's own first frame, so turn it off",
         )
     for part in ("transformer", "transformer_2", "text_encoder"):
         dtype = str(getattr(config, part).weight_dtype)
         if dtype.startswith("GGUF"):
             yield (
-                f"{part}.weight_dtype: is {dtype}; choose FLOAT_8, INT_W8A8 or BFLOAT_16 (a GGUF "
-                "file can be the model; its weights are expanded and then brought to that type)"
+                f"{part}.weight_dtype",
+                f"is {dtype}; choose FLOAT_8, INT_W8A8 or BFLOAT_16 (a GGUF file can be the model: "
+                "its weights are expanded and then converted to that type)",
             )
-    low, high = config.min_noising_strength, config.max_noising_strength
-    if not 0 <= low < high <= 1:
-        yield (
-            f"min_noising_strength: is {low}, max_noising_strength {high}; they are to rise "
-            "between 0 and 1"
-        )
-    yield from _wrong_words(config, variant)
-
-
-def _wrong_words(config: Any, variant: Variant) -> Iterator[str]:
-    """Of the settings that are written as text."""
-    readers: dict[str, tuple[Callable[[], object], str]] = {
-        "frames": (lambda: frames_of(config), "give one number, such as 81"),
-        "wan_layers": (lambda: layers_of(config), "give numbers and ranges, such as 0-9, 12"),
-        "wan_high_share": (
-            lambda: high_share_of(config),
-            "give equal, density or a number from 0 to 1",
+    readers: dict[str, Callable[[], object]] = {
+        "min_noising_strength": lambda: check_noising_strengths(config),
+        "frames": lambda: frames_of(config),
+        "wan_layers": lambda: layers_of(config),
+        "wan_high_share": lambda: high_share_of(config),
+        "resolution": lambda: resolutions_of(
+            config.resolution, config.aspect_ratio_bucketing, variant.size_multiple
         ),
+        "wan_frame_strategy": lambda: frame_strategy_of(config),
+        "wan_boundary": lambda: boundary_of(config),
     }
-    for name, (read, remedy) in readers.items():
-        if not _is_readable(read):
-            yield f"{name}: is {getattr(config, name)!r}; {remedy}"
-    try:
-        resolutions_of(config.resolution, config.aspect_ratio_bucketing, variant.size_multiple)
-    except ValueError as error:
-        yield f"resolution: {error}"
-    strategies = ("uniform", "random", "keyframe")
-    if config.wan_frame_strategy not in strategies:
-        yield (
-            f"wan_frame_strategy: is {config.wan_frame_strategy!r}; choose one of "
-            f"{', '.join(strategies)}"
-        )
-    boundary = config.wan_boundary
-    if boundary is not None and not 0 < boundary < 1:
-        yield f"wan_boundary: is {boundary}; give a noise level between 0 and 1, or nothing"
+    for name, read in readers.items():
+        if (text := _error_of(read)) is not None:
+            yield name, text
 
 
-def _is_readable(read: Callable[[], object]) -> bool:
+def _error_of(read: Callable[[], object]) -> str | None:
     try:
         read()
-    except ValueError:
-        return False
-    return True
+    except SettingError as error:
+        return str(error)
+    return None
 
 
 def train_section(config: Any) -> TrainSection:
@@ -147,7 +126,7 @@ def train_section(config: Any) -> TrainSection:
         accumulation=config.gradient_accumulation_steps,
         timesteps=timesteps_of(config),
         loss=LossSection(
-            weighting=_weighting(config),
+            weighting=weighting_of(config),
             unmasked_weight=config.unmasked_weight,
         ),
         high_expert_share=high_share_of(config),
@@ -213,6 +192,11 @@ def _discrete(name: str, weight: float, bias: float) -> Iterator[float]:
                 )
 
 
+def density_of_timesteps(timesteps: Timesteps, variant: Variant) -> TimestepDensity:
+    """The density after the shift."""
+    return density_of(timesteps, variant.flow_shift)
+
+
 def _squeezed(chosen: Timesteps, low: float, high: float, common: dict[str, Any]) -> Timesteps:
     base = density_of(chosen, 1.0).base
     edges = [min(1.0, max(0.0, (i / _BINS - low) / (high - low))) for i in range(_BINS + 1)]
@@ -221,7 +205,11 @@ def _squeezed(chosen: Timesteps, low: float, high: float, common: dict[str, Any]
     return TableTimesteps(weights=weights, **common)
 
 
-def _weighting(config: Any) -> Weighting:
+_WEIGHTINGS = ("CONSTANT", "SIGMA", "MIN_SNR_GAMMA")
+
+
+def weighting_of(config: Any) -> Weighting:
+    """The loss weight by timestep."""
     match str(config.loss_weight_fn):
         case "SIGMA":
             return CurveWeighting(points=((0.0, 0.0), (1.0, 1.0)))
@@ -231,63 +219,98 @@ def _weighting(config: Any) -> Weighting:
             return NoWeighting()
 
 
-def high_share_of(config: Any) -> Any:
-    """`train.high_expert_share`; ValueError if it is none."""
+def check_noising_strengths(config: Any) -> None:
+    low, high = config.min_noising_strength, config.max_noising_strength
+    if not 0 <= low < high <= 1:
+        raise SettingError(
+            f"is {low}, and max_noising_strength is {high}; both lie between 0 and 1, and the "
+            "minimum is below the maximum"
+        )
+
+
+def high_share_of(config: Any) -> float | Literal["equal", "density"]:
+    """`train.high_expert_share`; SettingError for anything else."""
     text = str(config.wan_high_share).strip().lower()
     if text in ("equal", "density"):
         return text
-    share = float(text)
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
     if not 0 <= share <= 1:
-        raise ValueError(text)
+        raise SettingError(
+            f"is {config.wan_high_share!r}; give equal, density or a number from 0 to 1"
+        )
     return share
 
 
 def frames_of(config: Any) -> int:
-    """Most frames of a clip; ValueError if that is no number from 1."""
-    frames = int(str(config.frames).strip())
-    if frames < 1:
-        raise ValueError(frames)
-    return frames
+    """The maximum frames of a clip; SettingError for anything but a number from 1."""
+    text = str(config.frames).strip()
+    if not (text.isdecimal() and int(text) >= 1):
+        raise SettingError(f"is {config.frames!r}; give one number, such as 81")
+    return int(text)
 
 
 def layers_of(config: Any) -> tuple[int, ...] | None:
-    """The transformer blocks that train, from "0-9, 12"; None is all."""
+    """The transformer blocks to train, from "0-9, 12"; None for all; SettingError."""
     text = config.wan_layers.strip()
     if not text:
         return None
-    chosen: set[int] = set()
+    blocks: set[int] = set()
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        chosen |= set(range(int(first), int(last if dash else first) + 1))
-    if not chosen:
-        raise ValueError(text)
-    return tuple(sorted(chosen))
+        found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if found is None or int(found[2] or found[1]) < int(found[1]):
+            raise SettingError(
+                f"is {config.wan_layers!r}; give numbers and ranges, such as 0-9, 12"
+            )
+        blocks |= set(range(int(found[1]), int(found[2] or found[1]) + 1))
+    return tuple(sorted(blocks))
+
+
+FrameStrategy = Literal["uniform", "random", "keyframe"]
+
+
+def frame_strategy_of(config: Any) -> FrameStrategy:
+    """`wan_config.frame_sample_strategy`; SettingError for anything else."""
+    chosen = config.wan_frame_strategy
+    if chosen not in get_args(FrameStrategy):
+        raise SettingError(f"is {chosen!r}; choose one of {', '.join(get_args(FrameStrategy))}")
+    return chosen
+
+
+def boundary_of(config: Any) -> float | None:
+    """The timestep between the experts, None for the variant's own; SettingError."""
+    boundary = config.wan_boundary
+    if boundary is not None and not 0 < boundary < 1:
+        raise SettingError(f"is {boundary}; give a timestep between 0 and 1, or leave it empty")
+    return boundary
 
 
 def resolutions_of(text: str, bucketing: bool, multiple: int) -> tuple[int | str, ...]:
-    """Training sizes: of "512" the area of 512x512, which every shape of clip gets, or without
-    buckets that square; "832x480" is that size. ValueError says what is wrong."""
-    found: list[int | str] = []
+    """Training sizes: "512" is the area of 512x512 in each clip's own shape, or without buckets
+    that square; "832x480" is that size. SettingError."""
+    sizes: list[int | str] = []
     for part in re.split(r"[,;]", str(text)):
         size = re.fullmatch(r"\s*(\d+)\s*(?:[xX]\s*(\d+)\s*)?", part)
         if size is None:
-            raise ValueError(f"is {text!r}; give numbers such as 512, or sizes such as 832x480")
+            raise SettingError(f"is {text!r}; give numbers such as 512, or sizes such as 832x480")
         width, height = int(size[1]), int(size[2] or size[1])
         if min(width, height) < multiple:
-            raise ValueError(f"is {text!r}; sides are at least {multiple}")
+            raise SettingError(f"is {text!r}; sides are at least {multiple}")
         if size[2] or not bucketing:
             width, height = (max(1, round(side / multiple)) * multiple for side in (width, height))
-            found.append(f"{width}x{height}")
+            sizes.append(f"{width}x{height}")
         else:
-            found.append(width * height)
-    return tuple(found)
+            sizes.append(width * height)
+    return tuple(sizes)
 
 
 def wan_config(config: Any) -> WanTrainConfig:
     """The run file's `wan_config`."""
     return WanTrainConfig(
         max_frames=frames_of(config),
-        frame_sample_strategy=config.wan_frame_strategy,
+        frame_sample_strategy=frame_strategy_of(config),
         temporal_consistency_weight=config.wan_temporal_consistency_weight,
         transformer_layers_to_train=layers_of(config),
         use_temporal_attention=config.wan_use_temporal_attention,
@@ -297,3 +320,24 @@ def wan_config(config: Any) -> WanTrainConfig:
 def is_mask_file(path: str) -> bool:
     """Whether the file is the mask of a clip, and no clip."""
     return is_mask(Path(path)) or Path(path).stem.endswith(MASK_LABEL)
+
+
+# ------------------------------------------------------------------------------------------ samples
+
+
+def rounded_size(pixels: float, variant: Variant) -> int:
+    """Width or height: the nearest multiple that the VAE and the patches divide."""
+    return max(1, round(pixels / variant.size_multiple)) * variant.size_multiple
+
+
+def rounded_frames(frames: float, variant: Variant) -> int:
+    """The nearest 4n+1."""
+    temporal = variant.temporal_compression
+    return max(0, round((frames - 1) / temporal)) * temporal + 1
+
+
+def guidance_of(high: float, low: float | None, variant: Variant) -> tuple[float, ...]:
+    """A scale for each expert; OneTrainer's scales below 1 mean no guidance, which is 1."""
+    high = max(1.0, float(high))
+    scales = (high, high if low is None else max(1.0, float(low)))
+    return scales[: len(variant.experts)]
