@@ -492,4 +492,4 @@ def test_backups_are_exported_by_onewan(lab: Lab, tiny, clips, tmp_path, backup,
     assert main(["onetrainer", "export", str(taught.backups()[-1]), str(out)]) == 0
     assert load_file(out)["umt5xxl"].shape[0] == 2
     assert main(["onetrainer", "export", str(tmp_path), str(out)]) == 1
-    assert "is no backup" in capsys.readouterr().err
+    assert "is not a backup" in capsys.readouterr().err

@@ -39,9 +39,8 @@ def _tell_check(path: Path, found: CheckResult) -> None:
         for problem in found.problems:
             print(f"  {problem}")
         print(
-            f"supported are commit {known['commit'][:8]} ({known['date']}) and those around it "
-            f"that "
-            "have these names; go back to that commit, or update onewan"
+            f"supported are commit {known['commit'][:8]} ({known['date']}) and later ones with the "
+            "same names; go back to that commit, or update onewan"
         )
     else:
         print(f"all are there; made for commit {known['commit'][:8]} ({known['date']})")
@@ -100,6 +99,6 @@ def export(backup: Path, destination: Path | None, to: str | None, *, force: boo
 
     if destination is None:
         raise ConfigError("onetrainer export", ["OUT: is missing; give the file to write"])
-    for path in export_backup(backup, destination, to, force=force):
+    for path in export_backup(backup, destination, to, force=force, report=print):
         print(path)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -17,52 +18,68 @@ _ADAPTERS = {"comfyui": "COMFY_LORA", "diffusers": "DIFFUSERS_LORA", "kohya": "K
 
 
 def export_backup(
-    backup: Path, destination: Path, to: str | None = None, *, force: bool = False
+    backup: Path,
+    destination: Path,
+    to: str | None = None,
+    *,
+    force: bool = False,
+    report: Callable[[str], None],
 ) -> list[Path]:
-    """Write what trained to files like `destination` (.safetensors); says which.
+    """Write the trained weights to files named after `destination` (.safetensors); returns them.
 
-    Adapters are written as `to` (comfyui unless given); fine-tuned experts each to a file of their
-    own, and embeddings as ComfyUI reads them. CheckpointError if the folder is no backup of a Wan
-    2.2 run, for files that are there (without `force`), and where `to` is not for what it holds.
+    Adapters are written in the format `to` (comfyui unless given), fine-tuned experts each to a
+    file of its own, and embeddings as ComfyUI reads them. `report` gets a line for what the user
+    should know of a file. CheckpointError if the folder is not a backup of a Wan 2.2 run, if a file
+    exists (without `force`), and if `to` is not a format for the backup's weights.
     """
     if not (backup / META_FILE).is_file():
         raise CheckpointError(
-            f"{backup}: is no backup (there is no {META_FILE}); give a folder below "
+            f"{backup}: is not a backup (it has no {META_FILE}); give a folder in "
             "workspace/.../backup"
         )
     adapter = backup / "lora" / "lora.safetensors"
     experts = [part for part in weight_files.EXPERTS if (backup / part).is_dir()]
     embeddings = sorted((backup / "embeddings").glob("*.safetensors"))
     if not (adapter.is_file() or experts or embeddings):
-        raise CheckpointError(f"{backup}: holds no adapter, expert or embedding of Wan 2.2")
+        raise CheckpointError(
+            f"{backup}: holds no adapter, expert or embedding of Wan 2.2; give "
+            "the backup of another run"
+        )
     written: list[Path] = []
     if adapter.is_file():
-        written += _adapters(adapter, destination, to, force)
+        written += _adapters(adapter, destination, to, force, report)
     elif experts:
         written += _experts(backup, experts, destination, to, force)
     for number, file in enumerate(embeddings):
-        alone = not written and len(embeddings) == 1
+        only_file = not written and len(embeddings) == 1
         path = (
             destination
-            if alone
+            if only_file
             else destination.with_name(f"{destination.stem}_{number}.safetensors")
         )
-        _free(path, force)
+        _require_free(path, force)
         embedding = WanModelEmbedding.from_file(file)
         written.append(WanModelSaver().save_embedding(embedding, path))
     return written
 
 
-def _adapters(adapter: Path, destination: Path, to: str | None, force: bool) -> list[Path]:
+def _adapters(
+    adapter: Path,
+    destination: Path,
+    to: str | None,
+    force: bool,
+    report: Callable[[str], None],
+) -> list[Path]:
     if (format := _ADAPTERS.get(to or "comfyui")) is None:
         raise CheckpointError(
-            f"--to {to}: is for experts, and the backup holds a LoRA; choose {', '.join(_ADAPTERS)}"
+            f"--to {to}: is a format for experts, and the backup holds a LoRA; choose "
+            f"{', '.join(_ADAPTERS)}"
         )
     weights = load_file(adapter)
     for path in weight_files.adapter_paths(weights, destination):
-        _free(path, force)
+        _require_free(path, force)
     return weight_files.save_adapters(
-        weights, destination, format, variant=None, metadata={}, dtype=None
+        weights, destination, format, variant=None, metadata={}, dtype=None, report=report
     )
 
 
@@ -71,21 +88,21 @@ def _experts(
 ) -> list[Path]:
     if to not in (None, "single"):
         raise CheckpointError(
-            f"--to {to}: is for LoRAs, and the backup holds experts; they are written as single "
-            f"files, which `onewan convert` turns into others"
+            f"--to {to}: is a format for LoRAs, and the backup holds experts; omit --to, which "
+            "writes single files that `onewan convert` turns into others"
         )
     written: list[Path] = []
     for part in parts:
         path = (
             destination
             if len(parts) == 1
-            else weight_files.named(destination, weight_files.EXPERTS[part])
+            else weight_files.expert_path(destination, weight_files.EXPERTS[part])
         )
         convert_model(backup / part, path, "single", force=force)
         written.append(path)
     return written
 
 
-def _free(path: Path, force: bool) -> None:
+def _require_free(path: Path, force: bool) -> None:
     if path.exists() and not force:
-        raise CheckpointError(f"{path}: is there already; give another name, or --force")
+        raise CheckpointError(f"{path}: exists; give another name, or --force")

@@ -8,8 +8,7 @@ ComfyUI, diffusers and musubi-tuner read them.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,13 +16,18 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from onewan.checkpoint.saver import WanModelSaver, convert_adapter
+from onewan.checkpoint.saver import AdapterHeader, WanModelSaver
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
-from onewan.formats.container import open_tensors
 from onewan.formats.embedding import EmbeddingFile
 from onewan.formats.lora import LoraFormat
-from onewan.formats.lora_files import AdapterFile, read_adapter
+from onewan.formats.lora_files import (
+    AdapterFile,
+    BaseWeights,
+    parse_adapter,
+    read_adapter,
+    to_format,
+)
 from onewan.formats.weights import expert_in_name
 from onewan.formats.write import write_safetensors
 from onewan.model.embedding import WanModelEmbedding
@@ -61,79 +65,76 @@ def save_adapters(
     variant: Variant | None,
     metadata: Mapping[str, str],
     dtype: torch.dtype | None,
+    report: Callable[[str], None],
     model: WanModel | None = None,
 ) -> list[Path]:
     """Write OneTrainer's adapter `weights` in `format` (``KOHYA_LORA``), a file for each expert.
 
-    `metadata` goes into the headers. `variant` None is of a model that was not loaded: a single
-    expert's file then has the name as it was given. CheckpointError where `format` can't hold this
-    kind of adapter.
+    `metadata` goes into the headers, and `report` gets a line for what the user should know of a
+    file. `variant` is None if the model was not loaded: a single expert's file is then
+    `destination` itself. CheckpointError where `format` can't hold this kind of adapter.
     """
-    parts: dict[str, dict[str, Tensor]] = {}
+    components: dict[str, dict[str, Tensor]] = {}
     for key, tensor in weights.items():
-        part, _, rest = key.partition(".")
-        if part not in EXPERTS:
+        component, _, _ = key.partition(".")
+        if component not in EXPERTS:
             raise CheckpointError(
-                f"{destination}: {key} is the weight of neither transformer; only the experts' "
-                "adapters go into these formats"
+                f"{destination}: {key} belongs to neither transformer; only the experts' adapters "
+                "can be written in these formats"
             )
-        parts.setdefault(part, {})[rest] = tensor.detach().cpu().contiguous()
-    two = len(parts) > 1 if variant is None else len(variant.experts) > 1
+        # OneTrainer's key without the expert, which each file states in its header.
+        name = f"transformer.{key.partition('.')[2]}"
+        components.setdefault(component, {})[name] = tensor.detach().cpu().contiguous()
+    two = len(components) > 1 if variant is None else len(variant.experts) > 1
     written: list[Path] = []
-    for part, found in sorted(parts.items()):
-        expert = EXPERTS[part] if two else None
-        path = named(Path(destination), expert)
-        _save_adapter(found, path, format, expert, metadata, dtype, _base(model, part))
+    for component, tensors in sorted(components.items()):
+        expert = EXPERTS[component] if two else None
+        path = expert_path(Path(destination), expert)
+        modules = parse_adapter(tensors, source=str(path))
+        key_format = _FORMATS[format]
+        formatted = to_format(modules, key_format, dtype=dtype, base=_base(model, component))
+        header = AdapterHeader(kept=metadata, facts={"expert": expert} if expert else {})
+        names = {name: name for name in formatted.tensors}
+        if format == "ORIGINAL_LORA":
+            names = {name: name.removeprefix(_COMFY_PREFIX) for name in names}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_safetensors(
+            path,
+            {new: formatted.tensors[old] for old, new in names.items()},
+            {**header.metadata(modules, key_format), **formatted.metadata},
+        )
+        for notice in formatted.notices:
+            report(f"{path.name}: {notice}")
         written.append(path)
     return written
 
 
 def adapter_paths(weights: Mapping[str, Tensor], destination: Path) -> list[Path]:
-    """Where `save_adapters` would write, for a model that was not loaded."""
-    parts = {key.partition(".")[0] for key in weights} & EXPERTS.keys()
-    return [named(Path(destination), EXPERTS[p] if len(parts) > 1 else None) for p in sorted(parts)]
+    """The files that `save_adapters` would write for a model that was not loaded."""
+    found = {key.partition(".")[0] for key in weights} & EXPERTS.keys()
+    return [
+        expert_path(Path(destination), EXPERTS[component] if len(found) > 1 else None)
+        for component in sorted(found)
+    ]
 
 
-def named(path: Path, expert: ExpertName | None) -> Path:
-    """The file of one expert among those called `path`."""
+def expert_path(path: Path, expert: ExpertName | None) -> Path:
+    """The file of one expert, named after `path`; `path` itself for a model with one expert."""
     suffix = "" if expert is None else f"_{expert}_noise"
     return path.with_name(f"{path.stem}{suffix}{path.suffix}")
 
 
-def _save_adapter(
-    weights: Mapping[str, Tensor],
-    path: Path,
-    format: str,
-    expert: ExpertName | None,
-    metadata: Mapping[str, str],
-    dtype: torch.dtype | None,
-    base: Any,
-) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder) / "adapter.safetensors"
-        header = dict(metadata) | ({"onewan.expert": expert} if expert else {})
-        write_safetensors(raw, {f"transformer.{k}": v for k, v in weights.items()}, header)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for notice in convert_adapter(raw, path, _FORMATS[format], dtype=dtype, base=base):
-            print(f"{path.name}: {notice}")
-        if format == "ORIGINAL_LORA":
-            file = open_tensors(path)
-            names = {name: name.removeprefix(_COMFY_PREFIX) for name in file.tensors}
-            tensors = {new: file.read(old) for old, new in names.items()}
-            write_safetensors(path, tensors, dict(file.metadata))
-
-
-def _base(model: WanModel | None, part: str) -> Any:
-    """The base model's weights by name, for kinds that become differences."""
-    transformer: nn.Module | None = getattr(model, part, None)
+def _base(model: WanModel | None, component: str) -> BaseWeights | None:
+    """The base model's weights by name, for adapters that are written as weight differences."""
+    transformer: nn.Module | None = getattr(model, component, None)
 
     def weight(name: str) -> Tensor:
         assert transformer is not None
         tensor = transformer.get_parameter(name)
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise CheckpointError(
-                f"{name}: is quantized, and this format needs it as it was; choose another format, "
-                "or a weight data type of 16 bit"
+                f"{name}: is quantized, and this format needs the original weight; choose another "
+                "format, or a weight data type of 16 bit"
             )
         return tensor.detach().cpu()
 
@@ -179,7 +180,7 @@ def _adapter_files(path: Path, variant: Variant | None) -> list[_Found]:
 def _pair(path: Path) -> list[_Found]:
     """The files of which `path` is the name without the expert."""
     found: list[_Found] = []
-    high, low = named(path, "high"), named(path, "low")
+    high, low = expert_path(path, "high"), expert_path(path, "low")
     if high.is_file():
         found.append((read_adapter(high), "high"))
     if low.is_file():
@@ -209,7 +210,7 @@ def _onetrainer(adapter: ModuleAdapter) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------- full weights
 
 
-def alone(model: WanModel, part: str) -> WanModel:
+def with_only_transformer(model: WanModel, part: str) -> WanModel:
     """`model` with the one transformer `part` and nothing else."""
     others: dict[str, Any] = dict.fromkeys(("transformer", "transformer_2"))
     others[part] = getattr(model, part)
@@ -225,9 +226,11 @@ def save_experts(
     written: list[Path] = []
     for part in parts:
         expert = _expert(model.variant, part)
-        path = named(Path(destination), expert.name if len(model.variant.experts) > 1 else None)
+        path = expert_path(
+            Path(destination), expert.name if len(model.variant.experts) > 1 else None
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
-        WanModelSaver().save(alone(model, part), path, "single", dtype, force=True)
+        WanModelSaver().save(with_only_transformer(model, part), path, "single", dtype, force=True)
         written.append(path)
     return written
 

@@ -43,6 +43,7 @@ class WanLoRASaver(LoRASaverMixin):
             variant=None if model.wan is None else model.wan.variant,
             metadata=self._create_safetensors_header(model, state_dict),
             dtype=dtype,
+            report=print,
             model=model.wan,
         )
         if model.train_config is not None and model.train_config.bundle_additional_embeddings:
