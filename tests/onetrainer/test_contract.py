@@ -13,8 +13,9 @@ from support.onetrainer_stub import write_checkout
 
 import onewan.onetrainer
 from onewan.cli import main
-from onewan.onetrainer.contract import REQUIRED_NAMES, check, contract, take
+from onewan.onetrainer.contract import check, contract, record
 from onewan.onetrainer.install import overlay
+from onewan.onetrainer.patches import PATCHES
 
 OVERLAY = Path(onewan.onetrainer.__file__).parent / "overlay"
 SOURCES = sorted(OVERLAY.rglob("*.py"))
@@ -106,27 +107,28 @@ def test_calls_of_factories_and_helpers_fit_the_signatures():
     assert checked >= 9
 
 
-def test_the_contract_is_what_the_list_asks_for():
-    flat = {f"{m}:{n}" for m, names in REQUIRED_NAMES.items() for n in names}
-    held = {f"{m}:{n}" for m, facts in KNOWN.items() for n in facts}
-    tables = {
-        n for n in flat if n.endswith(("_member_names_", "_member_map_", "_value2member_map_"))
-    }
-    assert flat - tables <= held
+@pytest.mark.parametrize("patch", PATCHES)
+def test_every_name_that_a_patch_uses_is_in_the_contract(patch):
+    made_by_python = ("_member_names_", "_member_map_", "_value2member_map_")
+    for module, names in patch.names().items():
+        assert {n for n in names if not n.endswith(made_by_python)} <= KNOWN[module].keys()
 
 
-def test_a_real_checkout_fits(real_checkout):
+def test_a_real_checkout_has_everything_in_the_contract(real_checkout):
     assert not check(real_checkout).problems
-    if contract()["commit"].startswith(_head(real_checkout)):
-        assert take(real_checkout) == KNOWN
 
 
-def _head(checkout: Path) -> str:
-    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+def test_the_contract_is_what_its_commit_has(real_checkout, tmp_path):
+    """Whatever commit is checked out: the recorded one is read from the history."""
+    command = ["git", "-C", str(real_checkout), "archive", contract()["commit"], "modules"]
+    archive = subprocess.run(command, capture_output=True, check=False)
+    if archive.returncode:
+        pytest.skip(f"the checkout's history does not have {contract()['commit']}")
+    subprocess.run(["tar", "-x", "-C", str(tmp_path)], input=archive.stdout, check=True)
+    assert record(tmp_path, KNOWN) == KNOWN
 
 
-def test_a_checkout_like_it_fits(tmp_path):
+def test_a_checkout_with_the_same_names_passes(tmp_path):
     write_checkout(tmp_path)
     assert check(tmp_path).problems == ()
 
@@ -139,8 +141,8 @@ NAMES = [
 ]
 
 
-def test_every_name_that_is_gone_is_told(tmp_path):
-    """Each in turn, under another name."""
+def test_every_missing_name_is_reported(tmp_path):
+    """Each in turn is renamed."""
     write_checkout(tmp_path)
     for module, name in NAMES:
         path = tmp_path / (module.replace(".", "/") + ".py")
@@ -151,15 +153,15 @@ def test_every_name_that_is_gone_is_told(tmp_path):
         path.write_text(before, "utf-8")
 
 
-def test_changed_signatures_are_told(tmp_path):
+def test_changed_signatures_are_reported(tmp_path):
     write_checkout(tmp_path)
     path = tmp_path / "modules/util/checkpointing_util.py"
     for new, said in (
-        ("def enable_checkpointing(model, config, part, compile): pass", "takes no lists"),
+        ("def enable_checkpointing(model, config, part, compile): pass", "no longer takes lists"),
         (
             "def enable_checkpointing(model, config, part, compile, lists, more, "
             "supports_offloading=True): pass",
-            "wants more too",
+            "also requires more",
         ),
         (
             "def enable_checkpointing(config, model, part, compile, lists, "
@@ -178,7 +180,7 @@ def test_changed_signatures_are_told(tmp_path):
     )
     assert not check(tmp_path).problems
     path.write_text("def (", "utf-8")
-    assert "no Python" in str(check(tmp_path).problems[0])
+    assert "not valid Python" in str(check(tmp_path).problems[0])
 
 
 def test_a_check_needs_no_torch(tmp_path):
@@ -191,7 +193,7 @@ def test_a_check_needs_no_torch(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_check_names_what_is_renamed(tmp_path, capsys):
+def test_the_command_suggests_the_new_name_of_a_renamed_function(tmp_path, capsys):
     write_checkout(tmp_path)
     write_checkout(
         tmp_path, only="modules.util.config.TrainConfig", rename="TrainConfig.model_names"

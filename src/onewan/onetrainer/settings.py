@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from itertools import pairwise
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from onewan.arithmetic.timestep_density import TimestepDensity, density_of
 from onewan.config.objective import (
     BetaTimesteps,
     CurveWeighting,
@@ -29,7 +30,6 @@ from onewan.config.objective import (
 from onewan.config.schema import TrainSection, WanTrainConfig
 from onewan.data.masks import is_mask
 from onewan.errors import ConfigError
-from onewan.arithmetic.timestep_density import TimestepDensity, density_of
 from onewan.variants import Variant
 
 SEED = 42

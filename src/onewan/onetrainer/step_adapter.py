@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onewan.arithmetic.expert_schedule import ExpertSchedule, expert_schedule
 from onewan.config.objective import LossSection
 from onewan.data.loader import Batch, StepBatches
 from onewan.model.conditioning import Conditioning
 from onewan.onetrainer import settings
 from onewan.seeds import derive_seed
 from onewan.train.objective import NoisedBatch, Objective, objective_of, velocity_loss
-from onewan.arithmetic.expert_schedule import ExpertSchedule, expert_schedule
 from onewan.variants import Expert, Variant
 
 _PURPOSE = "validation"

@@ -1,0 +1,100 @@
+"""The add-on's fields in OneTrainer's configs; a config saves and shows what its tables name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any, ClassVar
+
+from onewan.onetrainer.patches.patch import Patch, is_wan
+
+_TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
+
+
+@lru_cache(maxsize=1)
+def added_fields() -> Mapping[str, list[dict[str, Any]]]:
+    """The fields of ``train`` and ``sample``: name, type, default (null: may be empty), and the
+    label, tooltip and choices of the widget."""
+    file = files("onewan.onetrainer.patches").joinpath("fields.json")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _add_fields(config: Any, kind: str) -> Any:
+    for field in added_fields()[kind]:
+        nullable = field["default"] is None
+        _add_field(config, field["name"], field["default"], _TYPES[field["type"]], nullable)
+    return config
+
+
+def _add_field(config: Any, name: str, default: Any, kind: type, nullable: bool) -> None:
+    setattr(config, name, default)
+    config.types[name] = kind
+    config.nullables[name] = nullable
+    config.default_values[name] = default
+
+
+class TrainConfigFields(Patch):
+    """`transformer_2`, and the settings of Wan."""
+
+    module = "modules.util.config.TrainConfig"
+    uses: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        module: (
+            "TrainConfig.default_values",
+            "TrainConfig.weight_dtypes",
+            "TrainConfig.model_names",
+            "TrainModelPartConfig.default_values",
+        )
+    }
+
+    def apply(self) -> None:
+        config_class = self._module.TrainConfig
+        self._wrap(config_class, "default_values", self._default_values)
+        self._wrap(config_class, "model_names", self._model_names)
+        self._wrap(config_class, "weight_dtypes", self._weight_dtypes)
+
+    def _default_values(self, former: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        config = former(*args, **kwargs)
+        part = self._module.TrainModelPartConfig
+        second = part.default_values()
+        second.stop_training_after = 0  # as OneTrainer's first transformer has it
+        _add_field(config, "transformer_2", second, part, False)
+        return _add_fields(config, "train")
+
+    def _model_names(self, former: Callable[..., Any], config: Any) -> Any:
+        names = former(config)
+        names.transformer_2_model = config.transformer_2.model_name
+        names.include_transformer_2 = config.transformer_2.include
+        names.wan_boundary = config.wan_boundary
+        return names
+
+    def _weight_dtypes(self, former: Callable[..., Any], config: Any) -> Any:
+        dtypes = former(config)
+        dtypes.transformer_2 = config.transformer_2.weight_dtype
+        return dtypes
+
+
+class SampleConfigFields(Patch):
+    """Wan's sizes, and a frame rate, a second guidance scale and a format."""
+
+    module = "modules.util.config.SampleConfig"
+    uses: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        module: ("_get_model_defaults", "SampleConfig.default_values")
+    }
+
+    def apply(self) -> None:
+        self._wrap(self._module, "_get_model_defaults", self._model_defaults)
+        self._wrap(self._module.SampleConfig, "default_values", self._default_values)
+
+    def _model_defaults(self, former: Callable[..., Any], model_type: Any) -> Any:
+        if not is_wan(model_type):
+            return former(model_type)
+        size = {"width": 832, "height": 480, "diffusion_steps": 40, "cfg_scale": 5.0}
+        return {**former(None), **size}
+
+    def _default_values(self, former: Callable[..., Any], model_type: Any = None) -> Any:
+        config = _add_fields(former(model_type), "sample")
+        if is_wan(model_type):
+            config.frames = 81
+        return config

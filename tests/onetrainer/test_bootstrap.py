@@ -1,0 +1,132 @@
+"""The patches of a running OneTrainer, on modules with its names and no code."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import sys
+from enum import Enum
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from support.onetrainer_stub import write_checkout
+
+from onewan.onetrainer.bootstrap import UnsupportedError, extend
+from onewan.onetrainer.patches import PATCHES
+from onewan.onetrainer.patches.configs import added_fields
+from onewan.onetrainer.patches.views import SampleFrame
+
+_ENUM = """
+from enum import Enum
+class ModelType(Enum):
+    HUNYUAN_VIDEO = "HUNYUAN_VIDEO"
+    def is_flow_matching(self): return False
+    def is_video_model(self): return False
+    def supported_training_methods(self): return ()
+    def supported_lora_formats(self): return []
+    def supported_full_model_formats(self): return []
+_MODEL_PARTS = {ModelType.HUNYUAN_VIDEO: ("transformer", "vae")}
+"""
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The modules of a stand-in for OneTrainer, importable; forgotten afterwards."""
+    write_checkout(tmp_path)
+    (tmp_path / "modules/util/enum/ModelType.py").write_text(_ENUM, "utf-8")
+    top_bar = tmp_path / "modules/ui/TopBarController.py"
+    top_bar.write_text(
+        "class TopBarController:\n    def get_model_types(self): return [('Other', 1)]\n", "utf-8"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] == "modules":
+            del sys.modules[name]
+
+
+def contents(load: Any) -> dict[str, Any]:
+    """Everything that the patches may change, by name."""
+    found: dict[str, Any] = {}
+    for patch in PATCHES:
+        for name in patch.names():
+            module: ModuleType = load(name)
+            for key, value in vars(module).items():
+                found[f"{name}:{key}"] = dict(value) if isinstance(value, dict) else value
+                if isinstance(value, type) and not key.startswith("__"):
+                    for member, inner in vars(value).items():
+                        copy = list(inner) if isinstance(inner, list) else inner
+                        copy = dict(inner) if isinstance(inner, dict) else copy
+                        found[f"{name}:{key}.{member}"] = copy
+    return found
+
+
+def test_the_member_behaves_like_one_of_the_enum(modules):
+    wan = extend()
+    model_type = modules("modules.util.enum.ModelType").ModelType
+    assert isinstance(wan, Enum) and wan is model_type["WAN_2_2"] is model_type("WAN_2_2")
+    assert list(model_type)[-1] is wan and pickle.loads(pickle.dumps(wan)) is wan
+    assert wan.is_wan() and wan.is_video_model() and wan.is_flow_matching()
+    other = model_type["HUNYUAN_VIDEO"]
+    assert not (other.is_wan() or other.is_video_model() or other.supported_training_methods())
+    assert modules("modules.util.enum.ModelType")._MODEL_PARTS[wan][:2] == (
+        "transformer",
+        "transformer_2",
+    )
+
+
+def test_extending_twice_changes_nothing_more(modules):
+    first = extend()
+    once = contents(modules)
+    assert extend() is first
+    assert contents(modules) == once
+
+
+def test_configs_get_the_added_fields_with_their_types(modules):
+    config_module = modules("modules.util.config.TrainConfig")
+
+    class Config:
+        def __init__(self) -> None:
+            self.types: dict[str, Any] = {}
+            self.nullables: dict[str, Any] = {}
+            self.default_values: dict[str, Any] = {}
+
+    config_module.TrainConfig.default_values = staticmethod(Config)
+    config_module.TrainModelPartConfig.default_values = staticmethod(SimpleNamespace)
+    extend()
+    config = config_module.TrainConfig.default_values()
+    names = [field["name"] for field in added_fields()["train"]]
+    assert set(config.types) == {"transformer_2", *names}
+    assert config.wan_expert_block == 10 and config.types["wan_expert_block"] is int
+    assert config.wan_boundary is None and config.nullables["wan_boundary"]
+    assert not config.nullables["wan_layers"]
+    assert config.transformer_2.stop_training_after == 0
+
+
+def test_the_list_of_model_types_ends_with_wan(modules):
+    wan = extend()
+    controller = modules("modules.ui.TopBarController").TopBarController()
+    assert controller.get_model_types() == [("Other", 1), ("Wan 2.2", wan)]
+
+
+def test_a_missing_name_is_reported_before_anything_is_changed(modules):
+    del modules("modules.ui.BaseTrainingTabView").BaseTrainingTabView.build
+    before = contents(modules)
+    with pytest.raises(UnsupportedError, match=r"has no BaseTrainingTabView\.build\. .*23df3832"):
+        extend()
+    assert contents(modules) == before
+
+
+def test_a_patch_that_fails_leaves_onetrainer_unpatched(modules, monkeypatch):
+    before = contents(modules)
+
+    # The last patch fails, after all others have been applied.
+    monkeypatch.setattr(SampleFrame, "target", "BaseSampleFrameView.renamed")
+    monkeypatch.setattr(SampleFrame, "missing", lambda _: [])
+    with pytest.raises(KeyError, match="renamed"):
+        extend()
+    assert contents(modules) == before
+    assert "WAN_2_2" not in modules("modules.util.enum.ModelType").ModelType.__members__
