@@ -39,11 +39,13 @@ def everything(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("caching", [True, False])
-def test_latents_are_onewans_own(lab: Lab, tiny, everything, tmp_path, monkeypatch, caching):
-    """Of every clip, decoded and encoded by two threads; bad files are named and left out."""
+def test_latents_equal_those_of_onewan_and_bad_files_are_skipped(
+    lab: Lab, tiny, everything, tmp_path, monkeypatch, caching
+):
+    """Every clip, decoded and encoded by two threads; bad files are named."""
     latents = tmp_path / "latents"
     latents.mkdir()
-    monkeypatch.setenv("DRIVER_LATENTS", str(latents))
+    monkeypatch.setenv("RECORDER_LATENTS", str(latents))
     config = config_of(
         tmp_path,
         tiny("t2v-a14b"),
@@ -60,7 +62,7 @@ def test_latents_are_onewans_own(lab: Lab, tiny, everything, tmp_path, monkeypat
     media = [p for p in everything.iterdir() if p.suffix != ".txt"]
     bad = {p.name for p in (SHARED / "bad").iterdir() if p.suffix != ".txt"}
     for name in bad:
-        assert f"left out: {everything / name}" in done.log, name
+        assert f"skipped: {everything / name}" in done.log, name
     read = {p.name.removesuffix(".pt"): torch.load(p, weights_only=True) for p in latents.iterdir()}
     assert read.keys() == {p.name for p in media} - bad
     assert len(read) == 16
@@ -80,13 +82,13 @@ def namespace(config: dict[str, Any]) -> SimpleNamespace:
     return SimpleNamespace(**with_defaults("train", config))
 
 
-def test_a_changed_file_or_setting_meets_another_cache(tmp_path: Path):
+def test_a_changed_file_or_setting_uses_another_cache(tmp_path: Path):
     folder = tmp_path / "clips"
     write_clips(folder)
     concept = with_defaults("concept", concept_of(folder))
 
-    def keys(*causes: str) -> tuple[str, str]:
-        return cache_digest("image", [concept], causes), cache_digest("text", [concept], causes)
+    def keys(*inputs: str) -> tuple[str, str]:
+        return cache_digest("image", [concept], inputs), cache_digest("text", [concept], inputs)
 
     first = keys("a")
     assert keys("a") == first
@@ -102,7 +104,7 @@ def test_a_changed_file_or_setting_meets_another_cache(tmp_path: Path):
     assert cache_digest("image", [off], ["a"]) == cache_digest("image", [], ["a"])
 
 
-def test_masks_over_time_become_latent_ones():
+def test_a_mask_over_time_is_averaged_for_each_latent_frame():
     """One latent frame stands for the first frame, and for four of the others each."""
     mask = torch.zeros(1, 9, 32, 32)
     mask[:, 1:5] = 1
@@ -115,7 +117,7 @@ def test_masks_over_time_become_latent_ones():
     assert (latent_mask_of(torch.ones(1, 1, 32, 32), VARIANTS["t2v-a14b"]) == 1).all()
 
 
-def test_both_names_of_masks_are_found(tmp_path: Path):
+def test_masks_are_found_under_both_names(tmp_path: Path):
     from PIL import Image
 
     folder = tmp_path / "clips"

@@ -199,7 +199,7 @@ CARRIED: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("changes", "expected"), CARRIED, ids=[str(c)[:60] for c, _ in CARRIED])
-def test_carried(tmp_path, clips, changes, expected):
+def test_a_setting_becomes_the_field_with_the_same_meaning(tmp_path, clips, changes, expected):
     config = run_of(tmp_path, imported(tmp_path, config_of(clips, **changes)))
     for place, value in expected.items():
         node: Any = config
@@ -208,7 +208,7 @@ def test_carried(tmp_path, clips, changes, expected):
         assert node == value, place
 
 
-def test_concepts_and_samples(tmp_path, clips):
+def test_concepts_become_sources_and_samples_become_prompts(tmp_path, clips):
     concepts = [
         {"path": str(clips), "balancing": 3.0, "loss_weight": 0.5},
         {
@@ -249,7 +249,7 @@ def test_concepts_and_samples(tmp_path, clips):
     assert run.sample.guidance == (4.0, 3.0)
 
 
-def test_embeddings(tmp_path, clips):
+def test_the_embedding_of_the_method_becomes_a_section(tmp_path, clips):
     embedding = {
         "uuid": "x",
         "placeholder": "<fox>",
@@ -265,7 +265,7 @@ def test_embeddings(tmp_path, clips):
     assert section.lr == 1e-3 and run.method.kind == "embedding"
 
 
-def test_files_that_the_config_names_are_read_from_onetrainers_folder(tmp_path, clips):
+def test_files_named_by_the_config_are_read_relative_to_the_checkout(tmp_path, clips):
     root = tmp_path / "OneTrainer"
     (root / "modules/util/enum").mkdir(parents=True)
     (root / "modules/util/enum/ModelType.py").write_text("", "utf-8")
@@ -283,7 +283,7 @@ def test_files_that_the_config_names_are_read_from_onetrainers_folder(tmp_path, 
         imported(root / "workspace", {**config, "concept_file_name": "nowhere.json"})
 
 
-def test_all_that_is_wrong_is_told_at_once(tmp_path, clips):
+def test_all_problems_are_reported_at_once(tmp_path, clips):
     config = config_of(clips, frames="x", resolution="big", peft_type="NEW", train_dtype="INT_8")
     with pytest.raises(ConfigError) as error:
         imported(tmp_path, config)
@@ -297,7 +297,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path, clips):
         import_config(tmp_path / "bad.json")
 
 
-def test_what_can_not_be_carried_is_told(tmp_path, clips):
+def test_settings_without_a_counterpart_are_reported(tmp_path, clips):
     concept = {"path": str(clips), "image": {"enable_random_flip": True}, "balancing": 1.5}
     found = imported(
         tmp_path,
@@ -317,7 +317,7 @@ def test_what_can_not_be_carried_is_told(tmp_path, clips):
     assert [e.key for e in found.entries if e.outcome == "unknown"] == ["no_such_key"]
 
 
-def test_secrets_are_never_carried_nor_told(tmp_path, clips, capsys):
+def test_secrets_are_neither_imported_nor_shown(tmp_path, clips, capsys):
     config = config_of(
         clips,
         cloud={"huggingface_token": "hf_SECRET"},
@@ -375,7 +375,7 @@ def test_a_hunyuan_video_config_trains_wan_from_its_official_model(tmp_path, cli
 
 
 @pytest.mark.parametrize("name", [n for n in overlay() if n.startswith("training_presets/")])
-def test_our_presets(tmp_path, name):
+def test_the_addons_presets_are_imported_without_unknown_keys(tmp_path, name):
     path = tmp_path / name.rpartition("/")[2]
     path.write_bytes(overlay()[name])
     found = import_config(path)
@@ -399,7 +399,7 @@ def test_presets_of_hunyuan_video_are_imported_and_others_refused(real_checkout,
         run_of(tmp_path, found)
 
 
-def test_only_configs_of_onetrainer_are_taken_for_one(tmp_path, clips):
+def test_run_files_and_broken_files_are_not_taken_for_onetrainer_configs(tmp_path, clips):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(config_of(clips)), "utf-8")
     assert looks_like_onetrainer(path)
@@ -409,7 +409,7 @@ def test_only_configs_of_onetrainer_are_taken_for_one(tmp_path, clips):
     assert not looks_like_onetrainer(path)
 
 
-def test_a_config_trains_as_it_is(tmp_path, tiny, capsys):
+def test_the_train_command_accepts_a_onetrainer_config(tmp_path, tiny, capsys):
     """`onewan train CONFIG.json` on a tiny model and the demo's clips."""
     folder = tmp_path / "clips"
     write_clips(folder)

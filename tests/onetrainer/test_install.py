@@ -1,4 +1,4 @@
-"""Laying the add-on in and taking it out, on a stand-in, and on a real checkout if there is one."""
+"""Installing and uninstalling the add-on, in a stand-in and in a real checkout if there is one."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def folders(root: Path) -> set[str]:
     }
 
 
-def test_in_twice_and_out_leaves_nothing(checkout: Path):
+def test_installing_twice_and_uninstalling_leaves_the_checkout_as_it_was(checkout: Path):
     before, dirs = tree(checkout), folders(checkout)
     assert main(["onetrainer", "install", str(checkout)]) == 0
     once = tree(checkout)
@@ -78,7 +78,7 @@ def test_in_twice_and_out_leaves_nothing(checkout: Path):
     assert main(["onetrainer", "status", str(checkout)]) == 1
 
 
-def test_a_real_checkout(real_checkout: Path, tmp_path: Path):
+def test_a_real_checkout_is_as_before_after_uninstalling(real_checkout: Path, tmp_path: Path):
     copy = tmp_path / "OneTrainer"
     subprocess.run(["git", "clone", "-q", str(real_checkout), str(copy)], check=True)
     before = tree(copy)
@@ -89,7 +89,7 @@ def test_a_real_checkout(real_checkout: Path, tmp_path: Path):
     assert git(copy, "status", "--porcelain", "--ignored") == "" and tree(copy) == before
 
 
-def test_a_checkout_that_lacks_something_is_refused_untouched(checkout: Path):
+def test_a_checkout_without_a_needed_name_is_refused_untouched(checkout: Path):
     write_checkout(checkout, only="modules.util.enum.ModelType", rename="ModelType.is_video_model")
     before = tree(checkout)
     with pytest.raises(InstallError, match=r"ModelType\.is_video_model: is not there"):
@@ -97,12 +97,12 @@ def test_a_checkout_that_lacks_something_is_refused_untouched(checkout: Path):
     assert tree(checkout) == before
 
 
-def test_no_checkout_is_told(tmp_path: Path, capsys):
+def test_a_folder_that_is_not_a_checkout_is_refused(tmp_path: Path, capsys):
     assert main(["onetrainer", "install", str(tmp_path)]) == 1
-    assert "is no OneTrainer checkout" in capsys.readouterr().err
+    assert "is not a OneTrainer checkout" in capsys.readouterr().err
 
 
-def test_files_of_others_are_not_overwritten(checkout: Path):
+def test_other_files_at_the_addons_paths_are_not_overwritten(checkout: Path):
     path = checkout / "modules/model/WanModel.py"
     path.write_text("theirs", "utf-8")
     before = tree(checkout)
@@ -120,7 +120,7 @@ def test_changed_files_are_kept_unless_forced(checkout: Path, capsys):
     assert found.changed == ("modules/modelSetup/wan/BaseWanSetup.py",)
     assert install(checkout).kept == found.changed and path.read_text("utf-8") == "mine"
     assert main(["onetrainer", "uninstall", str(checkout)]) == 1
-    assert "left alone" in capsys.readouterr().out and path.exists()
+    assert "kept, because it was changed" in capsys.readouterr().out and path.exists()
     # The manifest stays for it, and so does what --force means.
     assert set(tree(checkout)) - before == {MANIFEST, *found.changed}
     again = status(checkout)
@@ -133,7 +133,7 @@ def test_changed_files_are_kept_unless_forced(checkout: Path, capsys):
     assert git(checkout, "status", "--porcelain") == ""
 
 
-def test_a_changed_file_that_was_deleted_is_no_longer_waited_for(checkout: Path):
+def test_uninstalling_completes_after_a_changed_file_is_deleted(checkout: Path):
     dirs = folders(checkout)
     install(checkout)
     path = checkout / "modules/modelSetup/wan/BaseWanSetup.py"
@@ -144,12 +144,12 @@ def test_a_changed_file_that_was_deleted_is_no_longer_waited_for(checkout: Path)
     assert git(checkout, "status", "--porcelain") == "" and folders(checkout) == dirs
 
 
-def test_a_newer_version_takes_the_old_ones_place(checkout: Path):
+def test_a_newer_version_replaces_the_old_one(checkout: Path):
     files = overlay()
     old = dict(files)
     old["modules/model/WanModel.py"] = b"# old\n"
     old["modules/model/WanGone.py"] = b"# gone since\n"
-    install(checkout, laid=old)
+    install(checkout, contents=old)
     assert not status(checkout).current
     outcome = install(checkout)
     assert outcome.written == ("modules/model/WanModel.py",)
@@ -159,7 +159,7 @@ def test_a_newer_version_takes_the_old_ones_place(checkout: Path):
     assert git(checkout, "status", "--porcelain") == ""
 
 
-def test_an_installation_that_was_cut_off_is_finished_or_taken_out(checkout: Path, monkeypatch):
+def test_an_interrupted_installation_can_be_completed_or_removed(checkout: Path, monkeypatch):
     import onewan.onetrainer.install as module
 
     real, count = module.replacing, iter(range(100))
@@ -186,12 +186,12 @@ def test_an_installation_that_was_cut_off_is_finished_or_taken_out(checkout: Pat
     assert status(checkout).complete and not status(checkout).missing
 
 
-def test_an_update_that_was_cut_off_knows_the_old_files(checkout: Path, monkeypatch):
-    """They are nobody's changes, and neither kept nor told."""
+def test_an_interrupted_update_recognizes_the_old_files(checkout: Path, monkeypatch):
+    """They are not reported as changed and not kept."""
     import onewan.onetrainer.install as module
 
     old = {name: b"# version 1\n" + data for name, data in overlay().items()}
-    install(checkout, laid=old)
+    install(checkout, contents=old)
     real, count = module.replacing, iter(range(100))
 
     def cut(path):
@@ -203,14 +203,14 @@ def test_an_update_that_was_cut_off_knows_the_old_files(checkout: Path, monkeypa
         count = iter(range(100))
         monkeypatch.setattr(module, "replacing", cut)
         with pytest.raises(KeyboardInterrupt):
-            install(checkout, laid=middle)
+            install(checkout, contents=middle)
         monkeypatch.setattr(module, "replacing", real)
         found = status(checkout)
         assert not found.complete and not found.changed and not found.missing
     outcome = install(checkout)
     assert not outcome.kept and status(checkout).current and status(checkout).complete
     assert "replaced" not in json.loads((checkout / MANIFEST).read_text("utf-8"))
-    install(checkout, laid=old)
+    install(checkout, contents=old)
     monkeypatch.setattr(module, "replacing", cut)
     count = iter(range(100))
     with pytest.raises(KeyboardInterrupt):
@@ -236,23 +236,23 @@ def test_a_killed_process_leaves_no_temporary_files_behind(checkout: Path):
     assert git(checkout, "status", "--porcelain") == "" and folders(checkout) == dirs
 
 
-def test_a_changed_file_that_the_new_version_lacks_is_left_and_told(checkout: Path):
+def test_a_changed_file_that_the_new_version_does_not_have_is_kept_and_reported(checkout: Path):
     laid = {**overlay(), "modules/model/WanGone.py": b"# gone since\n"}
-    install(checkout, laid=laid)
+    install(checkout, contents=laid)
     path = checkout / "modules/model/WanGone.py"
     path.write_text("mine", "utf-8")
     assert install(checkout).kept == ("modules/model/WanGone.py",)
     assert path.read_text("utf-8") == "mine" and status(checkout).current
     assert install(checkout).kept == ()
     path.unlink()
-    install(checkout, laid=laid)
+    install(checkout, contents=laid)
     path.write_text("mine", "utf-8")
     assert install(checkout, force=True).removed == ("modules/model/WanGone.py",)
     assert not path.exists()
 
 
 @linked
-def test_links_lead_nowhere_outside(checkout: Path, tmp_path: Path):
+def test_symbolic_links_out_of_the_checkout_are_not_followed(checkout: Path, tmp_path: Path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (checkout / "modules" / "modelSetup" / "wan").symlink_to(elsewhere)
@@ -278,7 +278,7 @@ def test_links_lead_nowhere_outside(checkout: Path, tmp_path: Path):
     assert not path.is_symlink() and len(list(elsewhere.iterdir())) == 2
 
 
-def test_what_can_not_be_written_is_one_line_and_can_be_gone_on_with(
+def test_a_write_error_is_one_line_and_the_installation_can_be_repeated(
     checkout: Path, monkeypatch, capsys
 ):
     import onewan.onetrainer.install as module
@@ -309,7 +309,7 @@ def test_names_in_the_manifest_have_forward_slashes(checkout: Path):
 @pytest.mark.parametrize(
     "name", ["../victim.txt", "/tmp/victim.txt", "C:\\x", "link/victim.txt", ".git/HEAD", ""]
 )
-def test_a_manifest_that_was_tampered_with_deletes_nothing(
+def test_a_manifest_with_paths_outside_the_checkout_deletes_nothing(
     checkout: Path, tmp_path: Path, name: str
 ):
     victim = tmp_path / "victim.txt"
@@ -324,7 +324,7 @@ def test_a_manifest_that_was_tampered_with_deletes_nothing(
     assert victim.exists()
 
 
-def test_a_damaged_manifest_is_one_line(checkout: Path, capsys):
+def test_a_damaged_manifest_is_reported_in_one_line(checkout: Path, capsys):
     install(checkout)
     (checkout / MANIFEST).write_text("{", "utf-8")
     assert main(["onetrainer", "uninstall", str(checkout)]) == 1
@@ -334,7 +334,7 @@ def test_a_damaged_manifest_is_one_line(checkout: Path, capsys):
 @pytest.mark.skipif(
     os.name == "nt" or os.geteuid() == 0, reason="needs a user whom permissions bind"
 )
-def test_a_folder_that_can_not_be_written(checkout: Path):
+def test_a_folder_without_write_permission_is_an_install_error(checkout: Path):
     os.chmod(checkout / "modules", 0o500)
     try:
         with pytest.raises(InstallError):
@@ -343,7 +343,7 @@ def test_a_folder_that_can_not_be_written(checkout: Path):
         os.chmod(checkout / "modules", 0o700)
 
 
-def test_the_environment_without_onewan_is_told(checkout: Path, capsys):
+def test_an_environment_without_onewan_is_reported(checkout: Path, capsys):
     packages = checkout / "venv" / "lib" / "python3.11" / "site-packages"
     packages.mkdir(parents=True)
     (checkout / "venv" / "bin").mkdir()

@@ -46,7 +46,7 @@ def test_hunyuan_video_trains_the_same(lab: Lab, real_checkout, hunyuan, clips, 
     assert len(with_it.losses) == 6 and with_it.losses == without.losses
 
 
-def test_where_onewan_is_missing_other_models_still_train(lab: Lab, hunyuan, clips, tmp_path):
+def test_without_onewan_other_models_still_train(lab: Lab, hunyuan, clips, tmp_path):
     """The add-on says in one line that it is off, and what to do."""
     folder = tmp_path / "off"
     blocked = tmp_path / "blocked" / "onewan"
@@ -62,7 +62,9 @@ def test_where_onewan_is_missing_other_models_still_train(lab: Lab, hunyuan, cli
     assert (folder / "out" / "lora.safetensors").is_file()
 
 
-def test_where_something_was_renamed_other_models_still_train(lab: Lab, hunyuan, clips, tmp_path):
+def test_after_a_renaming_in_onetrainer_other_models_still_train(
+    lab: Lab, hunyuan, clips, tmp_path
+):
     copy = tmp_path / "OneTrainer"
     shutil.copytree(lab.checkout, copy, symlinks=True)
     path = copy / "modules/ui/TopBarController.py"

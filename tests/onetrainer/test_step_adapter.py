@@ -1,4 +1,4 @@
-"""Steps as OneTrainer counts them draw what onewan's own steps draw; without OneTrainer."""
+"""OneTrainer's micro-batches draw the same noise as onewan's own steps; without OneTrainer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def clips(count: int, seed: int = 0) -> Batch:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_micro_batches_draw_what_a_whole_step_draws(ranks: int):
+def test_micro_batches_draw_the_same_noise_as_the_whole_step(ranks: int):
     """Two micro-batches of two clips on each rank are one step of onewan's."""
     adapter = step_adapter_of(
         train_config(gradient_accumulation_steps=2, wan_expert_block=1, timestep_shift=5.0),
@@ -62,7 +62,7 @@ def test_micro_batches_draw_what_a_whole_step_draws(ranks: int):
     assert adapter.expert_at(0).name == "high" and adapter.expert_at(2).name == "low"
 
 
-def test_an_expert_that_has_stopped_leaves_its_steps_to_the_other():
+def test_the_steps_of_a_stopped_expert_go_to_the_other():
     adapter = step_adapter_of(train_config(wan_expert_block=1), T2V, T2V.experts)
     assert [adapter.expert_at(s).name for s in range(4)] == ["high", "low", "high", "low"]
     assert {adapter.expert_at(s, {"transformer"}).name for s in range(4)} == {"low"}
@@ -70,7 +70,7 @@ def test_an_expert_that_has_stopped_leaves_its_steps_to_the_other():
     assert [adapter.expert_at(s, both).name for s in range(2)] == ["high", "low"]
 
 
-def test_validation_has_levels_of_every_expert_and_is_the_same_twice():
+def test_validation_covers_every_expert_and_is_repeatable():
     adapter = step_adapter_of(train_config(wan_validation_levels=3), T2V, T2V.experts)
     first, again = adapter.validation_batches(clips(1)), adapter.validation_batches(clips(1))
     assert [expert.name for expert, _ in first] == ["high"] * 3 + ["low"] * 3
@@ -80,7 +80,7 @@ def test_validation_has_levels_of_every_expert_and_is_the_same_twice():
     assert len({one.levels for _, one in first}) == 6
 
 
-def test_losses_add_up_and_the_prior_counts_outside_of_the_mask():
+def test_losses_are_added_and_the_prior_is_the_target_outside_the_mask():
     plain = step_adapter_of(train_config(), T2V, T2V.experts)
     batch = clips(1)
     sample = plain.add_noise(batch, 0, T2V.experts[0])
@@ -134,13 +134,13 @@ DENSITIES: list[tuple[dict[str, Any], list[tuple[float, float]]]] = [
 
 
 @pytest.mark.parametrize(("changes", "shares"), DENSITIES)
-def test_distributions_are_onetrainers(changes, shares):
+def test_timestep_distributions_follow_onetrainers_formulas(changes, shares):
     density = density_of(timesteps_of(train_config(**changes)), 1.0)
     for level, share in shares:
         assert density.cdf(level) == pytest.approx(share, abs=2e-4)
 
 
-def test_a_heavy_tail_is_onetrainers():
+def test_the_heavy_tail_distribution_follows_onetrainers_formula():
     """Its formula maps an even u to 1 - u - s (cos^2(pi/2 u) - 1 + u)."""
     import math
 
@@ -153,7 +153,7 @@ def test_a_heavy_tail_is_onetrainers():
         assert density.cdf(level) == pytest.approx(1 - u, abs=1e-6)
 
 
-def test_wrong_settings_are_told_together():
+def test_unusable_settings_are_reported_together():
     config = train_config(
         frames="x", log_cosh_strength=1.0, min_noising_strength=0.9, max_noising_strength=0.1
     )
@@ -163,7 +163,7 @@ def test_wrong_settings_are_told_together():
         assert name in str(error.value)
 
 
-def test_requests_are_rounded_to_what_the_vae_takes():
+def test_sample_sizes_are_rounded_to_what_the_vae_accepts():
     sample = with_defaults("sample", {"prompt": "a", "frames": 80, "width": 500, "height": 300})
     request = request_of(SimpleNamespace(**sample), T2V)
     assert (request.frames, request.width, request.height) == (81, 496, 304)

@@ -64,8 +64,8 @@ def method_config(method: str, folder: Path) -> dict[str, Any]:
 def test_every_method_trains_samples_and_resumes_exactly(
     lab: Lab, tiny, clips, tmp_path, variant, method
 ):
-    """Caches, trains both experts, validates, samples, backs up and saves; the second half of a
-    run that was cut equals that of an uncut one."""
+    """Caches, trains both experts, validates, samples, backs up and saves; the second half of an
+    interrupted run equals that of an uninterrupted one."""
     validation = concept_of(clips, name="held", type="VALIDATION")
 
     def config(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -118,10 +118,10 @@ def test_every_method_trains_samples_and_resumes_exactly(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_first_loss_is_onewans_own(lab: Lab, tiny, clips, tmp_path, variant, monkeypatch):
+def test_the_first_loss_equals_onewans_own(lab: Lab, tiny, clips, tmp_path, variant, monkeypatch):
     """The same clip, decoded, encoded, noised and compared by onewan alone."""
     dump = tmp_path / "first.pt"
-    monkeypatch.setenv("DRIVER_DUMP", str(dump))
+    monkeypatch.setenv("RECORDER_DUMP", str(dump))
     config = config_of(
         tmp_path, tiny(variant), clips, epochs=1, samples=[sample_for(variant, clips)]
     )
@@ -196,7 +196,7 @@ def backup(lab: Lab, tiny, clips, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("format", LORA_FORMATS)
-def test_every_lora_format_loads_in_diffusers_and_means_the_same(
+def test_every_lora_format_loads_in_diffusers_with_the_same_weights(
     lab: Lab, tiny, tmp_path, backup, format
 ):
     """By OneTrainer's convert tool, from a backup; each expert's file, applied by diffusers."""
@@ -238,7 +238,7 @@ def test_every_lora_format_loads_in_diffusers_and_means_the_same(
             assert torch.allclose(after[name] - before[name], scale * up @ down, atol=1e-6), name
 
 
-def test_a_file_of_each_format_is_gone_on_from(lab: Lab, tiny, tmp_path, backup):
+def test_a_file_of_each_format_can_be_loaded_again_unchanged(lab: Lab, tiny, tmp_path, backup):
     """What the convert tool wrote for others comes back as the same numbers."""
     raw = load_file(backup / "lora" / "lora.safetensors")
     for format in LORA_FORMATS:
@@ -334,8 +334,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_options(lab: Lab, tiny, clips, tmp_path, name):
-    """Each trains to the end, samples and saves, and nothing is told as an error."""
+def test_every_option_trains_samples_and_saves(lab: Lab, tiny, clips, tmp_path, name):
+    """Each trains to the end, samples and saves, without a traceback."""
     changes = dict(CHANGES[name])
     config = config_of(tmp_path, tiny("t2v-a14b"), clips)
     for key in ("transformer", "transformer_2"):
@@ -394,7 +394,7 @@ def test_options(lab: Lab, tiny, clips, tmp_path, name):
         assert done.losses[0] == pytest.approx(cached.losses[0], rel=1e-6)
 
 
-def test_wrong_settings_are_told_all_at_once(lab: Lab, tiny, clips, tmp_path):
+def test_unusable_settings_are_reported_all_at_once(lab: Lab, tiny, clips, tmp_path):
     config = config_of(
         tmp_path, tiny("t2v-a14b"), clips, frames="many", mae_strength=1.0, wan_layers="x"
     )
@@ -414,13 +414,13 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapters_mean_outside_what_they_mean_in_onetrainer(
+def test_exported_adapters_predict_what_onetrainer_predicted(
     lab: Lab, tiny, clips, tmp_path, kind, monkeypatch
 ):
     """A prediction of OneTrainer's, again by onewan with the file that was exported."""
     dump = tmp_path / "seen.pt"
-    monkeypatch.setenv("DRIVER_DUMP", str(dump))
-    monkeypatch.setenv("DRIVER_DUMP_STEP", "4")
+    monkeypatch.setenv("RECORDER_DUMP", str(dump))
+    monkeypatch.setenv("RECORDER_DUMP_STEP", "4")
     model = tiny("t2v-a14b")
     config = config_of(tmp_path, model, clips, learning_rate=1e-2, **KINDS[kind])
     # The last two steps change nothing, so that what is saved is what step 4 was predicted with.
@@ -447,7 +447,9 @@ def test_adapters_mean_outside_what_they_mean_in_onetrainer(
     assert (after - seen["predicted"]).norm() < 1e-3 * moved
 
 
-def test_backups_are_exported_by_onewan(lab: Lab, tiny, clips, tmp_path, backup, capsys):
+def test_the_export_command_writes_the_weights_of_a_backup(
+    lab: Lab, tiny, clips, tmp_path, backup, capsys
+):
     from onewan.cli import main
 
     raw = load_file(backup / "lora" / "lora.safetensors")

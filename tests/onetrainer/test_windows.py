@@ -62,7 +62,7 @@ def opened(lab: Lab, kit: str, out: Path, *more: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kit", ["qt", "tk"])
-def test_a_window(lab: Lab, tmp_path: Path, kit: str):
+def test_wan_can_be_configured_in_the_window_and_is_saved(lab: Lab, tmp_path: Path, kit: str):
     if kit == "tk" and not (shutil.which("xvfb-run") and shutil.which("import")):
         pytest.skip("needs xvfb-run and ImageMagick's import")
     (lab.checkout / "training_presets" / "#.json").unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Runs OneTrainer's `scripts/train.py`, and tells of each loss that is computed, as a JSON line.
+"""Runs OneTrainer's `scripts/train.py`, and records each computed loss as a JSON line.
 
-Works from the root of a checkout and changes nothing of it: the setup that it makes is watched.
-With DRIVER_DUMP the first batch and what was made of it are written there.
+Works from the root of a checkout without changing it: the setup that it creates is observed. With
+RECORDER_DUMP, the first batch, its noise and its prediction are written there.
 """
 
 import json
@@ -13,20 +13,20 @@ sys.path[:0] = [os.path.join(os.getcwd(), "scripts"), os.getcwd()]
 
 import torch
 
-torch.manual_seed(int(os.environ["DRIVER_SEED"]))
+torch.manual_seed(int(os.environ["RECORDER_SEED"]))
 
 from modules.util import create
 
 real = create.create_model_setup
-dump = os.environ.get("DRIVER_DUMP")
+dump = os.environ.get("RECORDER_DUMP")
 
 
-def watched(*args, **kwargs):
+def observed(*args, **kwargs):
     setup = real(*args, **kwargs)
     predict, loss = setup.predict, setup.calculate_loss
     seen = {}
 
-    def predict_told(model, batch, config, train_progress, *, deterministic=False):
+    def recording_predict(model, batch, config, train_progress, *, deterministic=False):
         out = predict(model, batch, config, train_progress, deterministic=deterministic)
         step = train_progress.global_step
         seen.update(
@@ -36,11 +36,11 @@ def watched(*args, **kwargs):
             shape=list(out["predicted"].shape),
             names=[os.path.basename(path) for path in batch.get("image_path", [])],
         )
-        if folder := os.environ.get("DRIVER_LATENTS"):
+        if folder := os.environ.get("RECORDER_LATENTS"):
             for place, path in enumerate(batch["image_path"]):
                 name = os.path.basename(path) + ".pt"
                 torch.save(batch["latent_image"][place].clone(), os.path.join(folder, name))
-        wanted = int(os.environ.get("DRIVER_DUMP_STEP", "0"))
+        wanted = int(os.environ.get("RECORDER_DUMP_STEP", "0"))
         if dump and step == wanted and not os.path.exists(dump):
             sample = out["samples"][0]
             torch.save(
@@ -57,16 +57,16 @@ def watched(*args, **kwargs):
             )
         return out
 
-    def loss_told(model, batch, data, config):
+    def recording_loss(model, batch, data, config):
         out = loss(model, batch, data, config)
-        with open(os.environ["DRIVER_OUT"], "a") as file:
+        with open(os.environ["RECORDER_OUT"], "a") as file:
             file.write(json.dumps({**seen, "loss": out.item()}) + "\n")
         return out
 
-    setup.predict, setup.calculate_loss = predict_told, loss_told
+    setup.predict, setup.calculate_loss = recording_predict, recording_loss
     return setup
 
 
-create.create_model_setup = watched
+create.create_model_setup = observed
 sys.argv[0] = "scripts/train.py"
 runpy.run_path("scripts/train.py", run_name="__main__")

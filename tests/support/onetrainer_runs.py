@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-DRIVER = Path(__file__).with_name("onetrainer_recording_run.py")
+RECORDER = Path(__file__).with_name("onetrainer_recording_run.py")
 
 QUIET = {
     "OMP_NUM_THREADS": "1",
@@ -33,7 +33,7 @@ def python_of(checkout: Path) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a run."""
+    """The result of a run."""
 
     folder: Path
     code: int
@@ -76,18 +76,18 @@ class Lab:
         return done
 
     def train(self, folder: Path, config: dict[str, Any], *, seed: int = 1) -> Result:
-        """Run `scripts/train.py` on `config`, watched by the driver."""
+        """Run `scripts/train.py` on `config`, observed by the recorder."""
         folder.mkdir(parents=True, exist_ok=True)
         file, out = folder / "config.json", folder / "steps.jsonl"
         file.write_text(json.dumps(config, indent=1), encoding="utf-8")
         out.unlink(missing_ok=True)
         done = self.run(
-            str(DRIVER),
+            str(RECORDER),
             "--config-path",
             str(file),
             check=False,
-            DRIVER_OUT=str(out),
-            DRIVER_SEED=str(seed),
+            RECORDER_OUT=str(out),
+            RECORDER_SEED=str(seed),
         )
         log = done.stdout + done.stderr
         (folder / "log.txt").write_text(log, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What `onewan import-config` does, and how `train` and `cache` take a OneTrainer config."""
+"""The command `onewan import-config`, and OneTrainer configs given to `train` and `cache`."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def import_config(
 
 
 def run_file_of(path: Path) -> Path:
-    """`path`, or, for a config of OneTrainer, the run file that is made of it and lies beside it.
+    """`path` itself, or for a OneTrainer config the run file that is made from it, beside it.
 
-    ConfigError if a file of that name is there that was not made so.
+    ConfigError if another file has that name already.
     """
     if not importing.looks_like_onetrainer(path):
         return path
@@ -55,13 +55,16 @@ def run_file_of(path: Path) -> Path:
     if beside.exists() and not beside.read_text(encoding="utf-8").startswith(_MARK):
         raise ConfigError(
             str(path),
-            [f"its run file would be {beside.name}, which is there and was not made from it"],
+            [
+                f"its run file would be {beside.name}, which exists and was not made from it; "
+                "move that file away"
+            ],
         )
     with replacing(beside) as made:
         made.write_text(_yaml(imported, path), encoding="utf-8")
     for line in _account(imported, "short"):
         print(line, file=sys.stderr)
-    load_run(beside)  # what is wrong with it is told by its own name
+    load_run(beside)  # errors name the run file, where the user can correct them
     print(f"{path} was imported as {beside}", file=sys.stderr)
     return beside
 
@@ -74,7 +77,7 @@ def _yaml(imported: Imported, config: Path) -> str:
     yaml.width = 1_000_000
     text = io.StringIO()
     yaml.dump(imported.document, text)
-    notices = [f"# Look at this: {' '.join(notice.split())}" for notice in imported.notices]
+    notices = [f"# Check: {' '.join(notice.split())}" for notice in imported.notices]
     return "\n".join([f"{_MARK} {config.name}.", *notices, text.getvalue()])
 
 
@@ -95,7 +98,7 @@ def _account(imported: Imported, how: str) -> Iterator[str]:
         for entry in found:
             yield f"  {entry.key} = {_shown(entry.value)}: {entry.note}"
     for notice in imported.notices:
-        yield f"look at this: {notice}"
+        yield f"check: {notice}"
     counts = Counter(entry.outcome for entry in imported.entries)
     yield f"{len(imported.entries)} keys: " + ", ".join(f"{n} {what}" for what, n in counts.items())
 

@@ -1,8 +1,8 @@
 """Files of OneTrainer's concepts -> clips -> pixels, the way `onewan` reads them.
 
-OneTrainer's own video loader knows no frame rate, loses the first frame and freezes the last one of
-short clips; here frames are 1/fps apart in the file's own clock, their number is 4n+1, and a file
-that can't be read is left out with its reason.
+OneTrainer's own video loader ignores the frame rate, drops the first frame and repeats the last one
+of short clips; here frames are 1/fps apart by their timestamps, their number is 4n+1, and a file
+that can't be read is skipped with a reason.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from onewan.variants import Variant
 
 @dataclass(frozen=True, slots=True)
 class ConceptPlanner:
-    """What a config says of how files become clips, for the concepts of one data set."""
+    """Plans the clips of a config's concepts."""
 
     config: Any
     variant: Variant
@@ -80,7 +80,7 @@ def mask_candidates(path: Path) -> list[Path]:
 
 
 def crop_of(clip: Clip, draw: random.Random | None) -> Fit:
-    """Where a clip is cropped: around its centre, or anywhere that `draw` says."""
+    """How a clip is cropped: around its center, or at a random position from `draw`."""
     across, down = (0.5, 0.5) if draw is None else (draw.random(), draw.random())
     return Fit(*clip.size, across=across, down=down)
 
@@ -92,7 +92,7 @@ def read_pixels(clip: Clip, fit: Fit) -> Tensor:
 
 
 def mask_of(clip: Clip, fit: Fit) -> Tensor:
-    """[1, F, H, W] float32 from 0 to 1: how much each pixel counts; ones without a mask."""
+    """[1, F, H, W] float32 from 0 to 1: the loss mask; ones for a clip without one."""
     if clip.mask is None:
         return torch.ones(1, clip.frames, fit.height, fit.width)
     values: np.ndarray = pixel_mask(clip.mask, fps=clip.fps, frames=clip.frames, fit=fit)
@@ -100,7 +100,7 @@ def mask_of(clip: Clip, fit: Fit) -> Tensor:
 
 
 def latent_mask_of(mask_CFHW: Tensor, variant: Variant) -> Tensor:
-    """[1, F', h, w]: the mean over the pixels and frames that one place of the latents stands for
+    """[1, F', h, w]: the mean over the pixels and frames of each latent position
     (`onewan.data.masks.latent_mask`)."""
     spatial, temporal = variant.spatial_compression, variant.temporal_compression
     small = torch.nn.functional.avg_pool2d(mask_CFHW.float(), spatial)
@@ -113,24 +113,25 @@ def latent_mask_of(mask_CFHW: Tensor, variant: Variant) -> Tensor:
 def encode_pixels(model: WanModel, pixels_CFHW: Tensor) -> dict[str, Tensor]:
     """``latent_image`` and, for I2V-A14B, ``latent_condition``: [C, F', h, w], float32, on the CPU.
 
-    The same numbers as `onewan.data.encode.encode_clip` has for the same frames.
+    Equal to what `onewan.data.encode.encode_clip` returns for the same frames.
     """
     assert model.vae is not None
-    # Rounded to the 256 values of the file: what colour changes leave between them was never there.
+    # Rounded to the file's 256 values, as onewan's own pixels are; color changes leave others.
     pixels = (pixels_CFHW * 255).round().clamp(0, 255).to(model.vae.device)[None] / 127.5 - 1
     found = {"image": model.encode_video(pixels), **model.encode_condition(pixels)}
     return {f"latent_{name}": tensor[0].cpu() for name, tensor in found.items()}
 
 
-def cache_digest(kind: str, concepts: Iterable[Mapping[str, Any]], causes: Sequence[object]) -> str:
-    """Of all that decides a cache: `causes`, and the files of the concepts with their sizes and
-    times. `kind` "text" looks at the captions' contents too, "image" at media and masks only.
+def cache_digest(kind: str, concepts: Iterable[Mapping[str, Any]], inputs: Sequence[object]) -> str:
+    """A digest of everything that determines the cache: `inputs`, and the concepts' files with
+    their sizes and times. `kind` "text" includes caption files, "image" media and masks only.
 
-    OneTrainer keys its cache by the concept's settings alone, and finds entries by their place in
-    the list of files: with this in the folder's name another file, size or model can't meet it.
+    OneTrainer keys its cache by the concept's settings alone, and finds entries by their index in
+    the list of files. With the digest in the folder's name, a cache of other files, of another size
+    or of another model is never used.
     """
     digest = hashlib.sha256(
-        json.dumps([ENCODING_VERSION, MASK_VERSION, *map(str, causes)]).encode()
+        json.dumps([ENCODING_VERSION, MASK_VERSION, *map(str, inputs)]).encode()
     )
     for concept in concepts:
         folder = Path(concept["path"])
@@ -148,9 +149,9 @@ def cache_digest(kind: str, concepts: Iterable[Mapping[str, Any]], causes: Seque
 
 
 class DecodeCheckCache:
-    """Which clips were decoded whole before, so that each is checked once and not at every start.
+    """Results of decoding clips completely, so that each is checked once and not at every start.
 
-    Kept in a file; a clip counts by its file's path, size and time, and the span taken of it.
+    Stored in a file; the key is the clip's path, size and time, and the span that is taken of it.
     """
 
     def __init__(self, file: Path) -> None:

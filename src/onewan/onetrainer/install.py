@@ -1,9 +1,8 @@
-"""Laying the add-on into a OneTrainer checkout, and taking it out again.
+"""Installing the add-on in a OneTrainer checkout, and uninstalling it.
 
-Files only: none of the checkout's own is changed, so `git pull` goes on working, and what was laid
-in is known by a manifest with the digest of each file. The manifest is written before the first
-file and once more after the last, so that an installation that was cut off can be finished or taken
-out.
+Files are only added: none of the checkout's own is changed, so `git pull` still works. A manifest
+has the digest of each installed file. It is written before the first file and again after the last,
+so that an interrupted installation can be completed or removed.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ MANIFEST = "onewan-addon.json"
 
 
 class InstallError(OnewanError):
-    """The add-on can't be laid into this folder, or taken out of it."""
+    """The add-on can't be installed in this folder, or removed from it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """What is in a checkout of the add-on."""
+    """The state of the add-on in a checkout."""
 
     installed: bool
     complete: bool = False
     version: str | None = None
     changed: tuple[str, ...] = ()
-    """Files that are not as they were laid in."""
+    """Files that differ from the installed ones."""
     missing: tuple[str, ...] = ()
     current: bool = False
     """Whether the files are those of this version of onewan."""
@@ -47,13 +46,13 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What was done."""
+class InstallOutcome:
+    """What an installation or its removal did."""
 
     written: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
-    """Files that were changed by someone else and left alone."""
+    """Files that were changed by someone else, and therefore kept."""
 
 
 @dataclass(slots=True)
@@ -63,17 +62,17 @@ class _Manifest:
     files: dict[str, str]
     """sha256 by path, with forward slashes."""
     folders: list[str] = field(default_factory=list)
-    """Those that the installation made."""
+    """Folders that the installation created."""
     replaced: dict[str, list[str]] = field(default_factory=dict)
-    """While not complete: what earlier versions of the files were, which may still lie there."""
+    """While not complete: digests of earlier versions of the files, which may still be there."""
 
     def ours(self, name: str, digest: str | None) -> bool:
-        """Whether `digest` is that of a file as onewan laid it in."""
+        """Whether `digest` is that of a file as onewan installed it."""
         return digest in (self.files.get(name), *self.replaced.get(name, ()))
 
 
 def overlay() -> dict[str, bytes]:
-    """The files of the add-on, by their paths in a checkout, with forward slashes."""
+    """The add-on's files, by their path in a checkout, with forward slashes."""
     with as_file(files("onewan.onetrainer").joinpath("overlay")) as folder:
         return {
             path.relative_to(folder).as_posix(): path.read_bytes()
@@ -82,19 +81,21 @@ def overlay() -> dict[str, bytes]:
         }
 
 
-def install(root: Path, *, force: bool = False, laid: Mapping[str, bytes] | None = None) -> Outcome:
-    """Lay the add-on into the checkout `root`; again, or over another version, it is brought up to
-    date.
+def install(
+    root: Path, *, force: bool = False, contents: Mapping[str, bytes] | None = None
+) -> InstallOutcome:
+    """Install the add-on in the checkout `root`, or update an installation to this version.
 
-    InstallError, before anything is written, for a checkout that lacks something, and for files in
-    the way; with `force` files that were laid in and changed since are laid in anew.
+    `contents` replaces the files of this version. With `force`, installed files that were changed
+    since are overwritten. InstallError, before anything is written, for a checkout without a name
+    that the add-on needs, and for other files in the places of the add-on's.
     """
     root = _checkout(root)
     if problems := check(root).problems:
         raise InstallError(
             "\n".join([f"{root}: this OneTrainer is not supported:", *(f"  {p}" for p in problems)])
         )
-    wanted = dict(overlay() if laid is None else laid)
+    wanted = dict(overlay() if contents is None else contents)
     before = _read(root) or _Manifest(version="", complete=False, files={})
     shas = {name: _sha(data) for name, data in wanted.items()}
     there = {name: _digest(root / name) for name in {**before.files, **wanted}}
@@ -110,11 +111,11 @@ def install(root: Path, *, force: bool = False, laid: Mapping[str, bytes] | None
     )
     written = tuple(n for n in wanted if n not in kept and there[n] != shas[n])
     stale = tuple(n for n in before.files if n not in wanted and n not in kept)
-    # Of a changed file that is no longer part of the add-on nothing is known from here on.
+    # A changed file that is no longer part of the add-on becomes the user's own.
     dropped = {n for n in before.files if n not in wanted}
     now = version("onewan")
     if before.complete and before.version == now and not (written or dropped):
-        return Outcome(kept=kept)
+        return InstallOutcome(kept=kept)
     manifest = _Manifest(
         version=now,
         complete=False,
@@ -138,19 +139,19 @@ def install(root: Path, *, force: bool = False, laid: Mapping[str, bytes] | None
         _write(root, manifest)
     except OSError as error:
         raise InstallError(_unwritable(root, error)) from error
-    return Outcome(written, tuple(n for n in stale if there[n] is not None), kept)
+    return InstallOutcome(written, tuple(n for n in stale if there[n] is not None), kept)
 
 
-def uninstall(root: Path, *, force: bool = False) -> Outcome:
-    """Take out what was laid in: files that are as they were (with `force` all), folders that were
-    made for them, and what Python compiled of them.
+def uninstall(root: Path, *, force: bool = False) -> InstallOutcome:
+    """Remove the installed files that are unchanged (with `force`, all), the folders that were
+    created for them, and their compiled Python files.
 
-    The manifest goes last; it stays, with what was kept alone, where a changed file was kept.
+    The manifest is removed last. If a changed file is kept, it stays and lists the kept files.
     """
     root = _checkout(root)
     manifest = _read(root)
     if manifest is None:
-        raise InstallError(f"{root}: the add-on is not installed there ({MANIFEST} is missing)")
+        raise InstallError(f"{root}: the add-on is not installed ({MANIFEST} does not exist)")
     there = {name: _digest(root / name) for name in manifest.files}
     changed = {n for n, d in there.items() if d is not None and not manifest.ours(n, d)}
     kept = () if force else tuple(n for n in manifest.files if n in changed)
@@ -172,11 +173,11 @@ def uninstall(root: Path, *, force: bool = False) -> Outcome:
     except OSError as error:
         raise InstallError(_unwritable(root, error)) from error
     removed = (n for n, d in there.items() if d is not None and n not in kept)
-    return Outcome(removed=tuple(removed), kept=kept)
+    return InstallOutcome(removed=tuple(removed), kept=kept)
 
 
 def status(root: Path) -> Status:
-    """What is there, and whether it still fits the checkout, as after a `git pull`."""
+    """What is installed, and whether the checkout still has every name that the add-on needs."""
     root = _checkout(root)
     checked = check(root)
     manifest = _read(root)
@@ -223,8 +224,8 @@ def _checkout(root: Path) -> Path:
     root = Path(root)
     if not (root / "modules" / "util" / "enum" / "ModelType.py").is_file():
         raise InstallError(
-            f"{root}: is no OneTrainer checkout (there is no modules/util/enum/ModelType.py); give "
-            "the folder that holds its scripts/ and modules/"
+            f"{root}: is not a OneTrainer checkout (no modules/util/enum/ModelType.py); give "
+            "the folder with its scripts/ and modules/"
         )
     return root.resolve()
 
@@ -234,8 +235,8 @@ def _sha(data: bytes) -> str:
 
 
 def _digest(path: Path) -> str | None:
-    """sha256 of a file, None if there is none; a link is nothing that was laid in, whatever it
-    leads to."""
+    """sha256 of a file, None if it does not exist. A symbolic link is never an installed file,
+    whatever its target."""
     if path.is_symlink():
         return "a symbolic link"
     try:
@@ -251,14 +252,13 @@ def _refuse_what_is_in_the_way(
 ) -> None:
     if outside := [n for n in shas if not (root / n).parent.resolve().is_relative_to(root)]:
         raise InstallError(
-            f"{root}: links lead out of the checkout where the add-on's files would lie: "
-            f"{', '.join(outside)}; put folders in the links' place"
+            f"{root}: symbolic links lead out of the checkout at the add-on's paths: "
+            f"{', '.join(outside)}; replace the links by folders"
         )
     others = [n for n, s in shas.items() if n not in before.files and there[n] not in (None, s)]
     if others:
         raise InstallError(
-            f"{root}: has files of other origin where the add-on's would lie: "
-            f"{', '.join(others)}; move them away"
+            f"{root}: has other files at the add-on's paths: {', '.join(others)}; move them away"
         )
 
 
@@ -270,7 +270,7 @@ def _new_folders(root: Path, wanted: Mapping[str, bytes]) -> Iterator[str]:
 
 
 def _read(root: Path) -> _Manifest | None:
-    """The manifest; InstallError for one that names anything outside of the checkout."""
+    """The manifest, None if there is none; InstallError if it names a path outside the checkout."""
     path = root / MANIFEST
     try:
         data: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -287,7 +287,7 @@ def _read(root: Path) -> _Manifest | None:
         raise InstallError(f"{path}: can't be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InstallError(
-            f"{path}: is damaged ({type(error).__name__}: {error}); delete it, and install again"
+            f"{path}: is damaged ({type(error).__name__}: {error}); delete it and install again"
         ) from error
     for name in (*manifest.files, *manifest.folders):
         pure = PurePosixPath(name)
@@ -301,14 +301,15 @@ def _read(root: Path) -> _Manifest | None:
             or not inside.is_relative_to(root)
         ):
             raise InstallError(
-                f"{path}: names {name!r}, which is not in the checkout; it was tampered with"
+                f"{path}: names {name!r}, which is not in the checkout; delete "
+                "the manifest and install again"
             )
     return manifest
 
 
 def _write(root: Path, manifest: _Manifest) -> None:
     content = {
-        "about": "The onewan add-on for Wan 2.2; `onewan onetrainer uninstall` takes it out.",
+        "about": "The onewan add-on for Wan 2.2; `onewan onetrainer uninstall` removes it.",
         "version": manifest.version,
         "complete": manifest.complete,
         "files": dict(sorted(manifest.files.items())),
@@ -322,7 +323,7 @@ def _write(root: Path, manifest: _Manifest) -> None:
 
 
 def _remove(root: Path, name: str) -> None:
-    """Delete a file, and what Python compiled of it."""
+    """Delete a file and its compiled Python files."""
     path = root / name
     path.unlink(missing_ok=True)
     cache = path.parent / "__pycache__"
@@ -333,13 +334,13 @@ def _remove(root: Path, name: str) -> None:
 
 
 def _remove_folder(folder: Path) -> None:
-    """Delete a folder that is empty; others are left."""
+    """Delete a folder if it is empty."""
     if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
         os.rmdir(folder)
 
 
 def _unwritable(root: Path, error: OSError) -> str:
     return (
-        f"{error.filename or root}: {error.strerror}; mend that and give the same command again, "
-        "which goes on from here"
+        f"{error.filename or root}: {error.strerror}; correct this and repeat the command, "
+        "which then continues"
     )

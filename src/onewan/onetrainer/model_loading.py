@@ -1,4 +1,4 @@
-"""Models for OneTrainer: by onewan's loader, each part in the type that was asked for."""
+"""Models for OneTrainer, by onewan's loader, each component in the requested data type."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from onewan.model.sources import Component
 from onewan.model.wan import WanModel
 
 SOURCES_FILE = "onewan.json"
-"""In a backup of a fine-tuning: where the parts that did not train came from."""
+"""Name of the file in a fine-tuning's backup that says where untrained components came from."""
 
 META_FILE = "meta.json"
-"""What OneTrainer puts into every backup."""
+"""A file that OneTrainer writes into every backup."""
 
 FLOAT32_LINEARS = ("linear_1", "linear_2", "time_proj", "proj_out")
-"""Linear layers outside the blocks, by the last part of their name: they compute in float32 and are
-not quantized (`onewan.model.precision`)."""
+"""Linear layers outside the transformer blocks, by the last part of their name. They
+compute in float32 and are not quantized (`onewan.model.precision`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRequest:
-    """What is to be loaded, from where, and in which precision."""
+    """The model to load: its sources and data types."""
 
     base: str
     overrides: Mapping[str, str] = field(default_factory=dict)
-    """By part; they count over the base."""
+    """By component; they replace the base model's."""
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
-    """By part, of what is not quantized."""
+    """By component, of weights that are not quantized."""
     boundary: float | None = None
     excluded: Collection[str] = ()
 
 
 def component_sources(request: LoadRequest) -> dict[str, str]:
-    """The places of the parts. A backup names those that did not train with it."""
+    """The source of each component. A backup says where the untrained ones came from."""
     meta, told = Path(request.base) / META_FILE, Path(request.base) / SOURCES_FILE
     if not (request.base and meta.is_file()):
         return {"path": request.base, **{k: v for k, v in request.overrides.items() if v}}
@@ -58,7 +58,7 @@ def component_sources(request: LoadRequest) -> dict[str, str]:
 
 
 def write_sources(folder: Path, sources: Mapping[str, str]) -> None:
-    """Note in the backup `folder` where the other parts are."""
+    """Write into the backup `folder` where the untrained components are."""
     content = json.dumps({"sources": dict(sources)}, indent=2) + "\n"
     with replacing(folder / SOURCES_FILE) as path:
         path.write_text(content, encoding="utf-8")
@@ -81,7 +81,7 @@ def load(request: LoadRequest) -> WanModel:
                 boundary=request.boundary,
             )
         except CheckpointError as error:
-            raise CheckpointError(_in_onetrainers_words(str(error))) from error
+            raise CheckpointError(_with_onetrainers_names(str(error))) from error
 
     default = torch.float32
     model = part(("transformer", "scheduler"), request.dtypes.get("transformer", default), None)
@@ -99,7 +99,7 @@ def load(request: LoadRequest) -> WanModel:
     return model
 
 
-def _in_onetrainers_words(message: str) -> str:
+def _with_onetrainers_names(message: str) -> str:
     for ours, theirs in (
         ("set model.boundary to", "set the Wan boundary (wan_boundary) to"),
         ("model.transformer_2", "transformer_2.model_name"),
@@ -113,7 +113,7 @@ def _in_onetrainers_words(message: str) -> str:
 def reload_components(
     model: WanModel, sources: Mapping[str, str], parts: Collection[Any]
 ) -> WanModel:
-    """`parts` of a model that was loaded from `sources` once more, in bfloat16, not quantized."""
+    """Load `parts` of a model from its `sources` again, in bfloat16, not quantized."""
     return WanModelLoader().load(
         dict(sources),
         model.variant.name,

@@ -1,7 +1,7 @@
-"""OneTrainer's settings -> onewan's: what a `TrainConfig` means for the objective and the clips.
+"""OneTrainer's settings -> onewan's: a `TrainConfig`'s objective and clips, a sample's sizes.
 
-Reads attributes and the names of enum members only, so it needs nothing of OneTrainer. What has no
-meaning for Wan 2.2 is refused, all of it at once, before anything is loaded.
+Only attributes and the names of enum members are read, so nothing of OneTrainer is imported.
+Settings that Wan 2.2 does not support are refused, all at once, before anything is loaded.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ SEED = 42
 """OneTrainer has no seed in its config; this is onewan's default."""
 
 MASK_LABEL = "-masklabel"
-"""What OneTrainer puts behind the name of a clip's mask; NAME.mask.ext, as onewan has it, counts
-too."""
+"""OneTrainer's suffix of a clip's mask; onewan's own, NAME.mask.ext, is accepted too."""
 
 VIDEO_FORMATS = (
     "mp4",
@@ -53,13 +52,13 @@ VIDEO_FORMATS = (
     "flv",
     "ts",
 )
-"""Extensions of files that may be clips; OneTrainer names some of them."""
+"""Extensions of video files; OneTrainer itself takes some of them."""
 
 MIN_RESOLUTION, MAX_RESOLUTION = (1, 1), (16384, 16384)
 """OneTrainer has no limits for the size of files and of training samples."""
 
 _BINS = 1000
-"""Parts of a density that has no formula here; OneTrainer draws from as many timesteps."""
+"""Steps of a density without a formula; OneTrainer draws from as many timesteps."""
 
 
 class SettingError(ValueError):
@@ -119,7 +118,7 @@ def _error_of(read: Callable[[], object]) -> str | None:
 
 
 def train_section(config: Any) -> TrainSection:
-    """The parts of a run file's `train` that the objective and the schedule read."""
+    """The fields of a run file's `train` that the objective and the expert schedule read."""
     return TrainSection(
         seed=SEED,
         batch_size=config.batch_size,
@@ -138,7 +137,7 @@ def train_section(config: Any) -> TrainSection:
 
 
 def losses_of(config: Any) -> tuple[tuple[float, LossSection], ...]:
-    """What is added up: strengths and kinds. OneTrainer's Huber loss is half of onewan's, which
+    """(weight, loss) of all losses to add up. OneTrainer's Huber loss is half of onewan's, which
     equals the square for small errors."""
     found = ((config.mse_strength, LossSection(kind="mse")),)
     if config.huber_strength:
@@ -148,11 +147,11 @@ def losses_of(config: Any) -> tuple[tuple[float, LossSection], ...]:
 
 
 def timesteps_of(config: Any) -> Timesteps:
-    """The density of noise levels before the shift, and the shift.
+    """The density of timesteps before the shift, and the shift.
 
-    OneTrainer shifts after it has squeezed the density between the least and the largest strength;
-    so is it here. Its discrete distributions become tables. A dynamic shift is the variant's
-    official one, scaled by the tokens of each clip.
+    As in OneTrainer, the density is first rescaled to the range between the minimum and maximum
+    noising strength, and then shifted. Its discrete distributions become tables. A dynamic shift is
+    the variant's official one, scaled by the tokens of each clip.
     """
     dynamic = bool(config.dynamic_timestep_shifting)
     common: dict[str, Any] = {
@@ -172,7 +171,7 @@ def timesteps_of(config: Any) -> Timesteps:
         case name:
             chosen = TableTimesteps(weights=tuple(_discrete(name, weight, bias)), **common)
     low, high = config.min_noising_strength, config.max_noising_strength
-    return chosen if (low, high) == (0, 1) else _squeezed(chosen, low, high, common)
+    return chosen if (low, high) == (0, 1) else _rescaled(chosen, low, high, common)
 
 
 def _discrete(name: str, weight: float, bias: float) -> Iterator[float]:
@@ -188,7 +187,7 @@ def _discrete(name: str, weight: float, bias: float) -> Iterator[float]:
             case _:
                 raise ConfigError(
                     "OneTrainer's settings for Wan 2.2",
-                    [f"timestep_distribution: {name} is not known; choose UNIFORM or LOGIT_NORMAL"],
+                    [f"timestep_distribution: is {name}; choose UNIFORM or LOGIT_NORMAL"],
                 )
 
 
@@ -197,7 +196,7 @@ def density_of_timesteps(timesteps: Timesteps, variant: Variant) -> TimestepDens
     return density_of(timesteps, variant.flow_shift)
 
 
-def _squeezed(chosen: Timesteps, low: float, high: float, common: dict[str, Any]) -> Timesteps:
+def _rescaled(chosen: Timesteps, low: float, high: float, common: dict[str, Any]) -> Timesteps:
     base = density_of(chosen, 1.0).base
     edges = [min(1.0, max(0.0, (i / _BINS - low) / (high - low))) for i in range(_BINS + 1)]
     below = [base.cdf(u) for u in edges]
@@ -307,7 +306,7 @@ def resolutions_of(text: str, bucketing: bool, multiple: int) -> tuple[int | str
 
 
 def wan_config(config: Any) -> WanTrainConfig:
-    """The run file's `wan_config`."""
+    """`wan_config` of a run file."""
     return WanTrainConfig(
         max_frames=frames_of(config),
         frame_sample_strategy=frame_strategy_of(config),
@@ -318,7 +317,7 @@ def wan_config(config: Any) -> WanTrainConfig:
 
 
 def is_mask_file(path: str) -> bool:
-    """Whether the file is the mask of a clip, and no clip."""
+    """Whether the file is a clip's mask rather than a clip."""
     return is_mask(Path(path)) or Path(path).stem.endswith(MASK_LABEL)
 
 

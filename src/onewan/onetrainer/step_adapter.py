@@ -1,9 +1,9 @@
-"""One training step of OneTrainer in onewan's terms: whose turn, which noise, what counts.
+"""One training step of OneTrainer in onewan's terms: the expert, the noise and the loss.
 
-OneTrainer counts micro-batches (`global_step`); onewan counts optimizer steps and places in their
-global batch, which key every draw. So a step here gives the same numbers as the same step of
-`onewan train`, whatever it is cut into, and the expert depends on neither the rank nor anything
-that would have to be remembered.
+OneTrainer counts micro-batches (`global_step`); onewan counts optimizer steps, and every draw is
+seeded by the step and the sample's index in its global batch. So a step here draws the same noise
+as the same step of `onewan train`, however it is divided into micro-batches and ranks. The expert
+is a function of the step alone: no rank chooses another one, and nothing has to be stored.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ _PURPOSE = "validation"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepAdapter:
-    """What a OneTrainer config means for the steps of one variant."""
+    """A OneTrainer config's noise, expert schedule and loss, for one variant."""
 
     variant: Variant
     objective: Objective
     schedule: ExpertSchedule
     losses: tuple[tuple[float, LossSection], ...]
-    """What is added up: strengths and kinds of loss."""
+    """The losses to add up, each with its weight."""
     temporal_weight: float
     prior_weight: float
-    """What the untrained model's prediction counts outside of masks."""
+    """Loss weight of the base model's own prediction outside the mask."""
     levels: int
-    """Noise levels of each expert at which a clip is validated."""
+    """Timesteps of each expert at which a clip is validated."""
     accumulation: int
     """Micro-batches in an optimizer step."""
 
     def expert_at(self, global_step: int, stopped: Collection[str] = ()) -> Expert:
-        """Whose turn it is; the same for all micro-batches of an optimizer step.
+        """The expert that trains; the same for all micro-batches of an optimizer step.
 
-        Steps of an expert whose component is among the `stopped`, because its training has ended,
-        are the other's, if that one trains on.
+        The steps of an expert whose component is in `stopped`, because its training has ended, go
+        to the other expert if that one still trains.
         """
         turn = self.variant.expert(self.schedule.turn(global_step // self.accumulation)[0])
         others = [self.variant.expert(name) for name in self.schedule.experts if name != turn.name]
@@ -58,7 +58,7 @@ class StepAdapter:
     def add_noise(
         self, batch: Batch, global_step: int, expert: Expert, *, rank: int = 0, ranks: int = 1
     ) -> NoisedBatch:
-        """`batch` at the noise levels of `expert` drawn for this step."""
+        """`batch` with noise at timesteps of `expert`, both drawn for this step."""
         size = len(batch)
         micro = global_step % self.accumulation
         placed = replace(batch, first_sample_index=(micro * ranks + rank) * size)
@@ -71,7 +71,7 @@ class StepAdapter:
         return self.objective.noise(placed, step, expert)
 
     def validation_batches(self, batch: Batch) -> list[tuple[Expert, NoisedBatch]]:
-        """`batch` at fixed levels, with fixed noise, for every trained expert."""
+        """`batch` with fixed noise at fixed timesteps of every trained expert."""
         seed = derive_seed(self.objective.seed, _PURPOSE)
         experts = [self.variant.expert(name) for name in self.schedule.experts]
         return [
@@ -81,14 +81,14 @@ class StepAdapter:
         ]
 
     def dropout_seed(self, global_step: int, rank: int = 0) -> int:
-        """Of the global generator while a micro-batch is predicted."""
+        """For the global generator during a micro-batch's forward pass."""
         return derive_seed(self.objective.seed, "dropout", global_step, rank)
 
     def loss(
         self, sample: NoisedBatch, predicted_BCFHW: Tensor, prior_BCFHW: Tensor | None = None
     ) -> Tensor:
-        """A float32 scalar; with `prior_BCFHW` the untrained model's prediction counts where a mask
-        leaves the sample out."""
+        """A float32 scalar. With `prior_BCFHW`, the base model's prediction, the loss outside the
+        mask is the distance from that."""
         total = self._sum(sample, predicted_BCFHW)
         if prior_BCFHW is not None and self.prior_weight and sample.counts is not None:
             outside = replace(sample, target=prior_BCFHW.float(), counts=1 - sample.counts)
@@ -106,7 +106,7 @@ class StepAdapter:
 def step_adapter_of(config: Any, variant: Variant, trained: Sequence[Expert]) -> StepAdapter:
     """The adapter for `config`, a OneTrainer config, that trains the experts `trained`.
 
-    ConfigError for settings that can't be followed, or that leave an expert without noise levels.
+    ConfigError for settings that can't be used, or that leave an expert without timesteps.
     """
     settings.check(config, variant)
     train = settings.train_section(config)
@@ -131,7 +131,7 @@ def batch_of(
     captions: Sequence[str],
     conditioning: Conditioning,
 ) -> Batch:
-    """A batch as OneTrainer's data loader gives it, as onewan's."""
+    """A batch of OneTrainer's data loader as onewan's `Batch`."""
     condition = {name: items[f"latent_{name}"].float() for name in conditioning.tensor_names}
     mask = items.get("latent_mask")
     return Batch(

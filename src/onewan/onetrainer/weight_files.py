@@ -1,8 +1,8 @@
 """Adapters, experts and embeddings between OneTrainer's names and the files of other programs.
 
-OneTrainer's own name for an adapter's weight is ``<part>.<module>.<tensor>``, such as
-``transformer_2.blocks.0.attn1.to_q.lora_down.weight``. Its savers know one denoiser; here each
-expert gets a file of its own, ``NAME_high_noise`` and ``NAME_low_noise``, by onewan's writers, as
+OneTrainer's key of an adapter's weight is ``<component>.<module>.<tensor>``, such as
+``transformer_2.blocks.0.attn1.to_q.lora_down.weight``. Its savers support one transformer; here
+onewan's writers give each expert a file of its own, ``NAME_high_noise`` and ``NAME_low_noise``, as
 ComfyUI, diffusers and musubi-tuner read them.
 """
 
@@ -42,7 +42,7 @@ _FORMATS: dict[str, LoraFormat] = {
     "COMFY_LORA": "comfyui",
     "ORIGINAL_LORA": "comfyui",
 }
-"""OneTrainer's names of formats; ORIGINAL is ComfyUI's without its prefix."""
+"""OneTrainer's name of each format; ORIGINAL is ComfyUI's without its prefix."""
 
 _COMFY_PREFIX = "diffusion_model."
 
@@ -51,7 +51,7 @@ _ONETRAINER: dict[str, str] = {
     "lora_B": "lora_up.weight",
     "magnitude": "dora_scale",
 }
-"""onewan's names of an adapter's tensors that OneTrainer calls otherwise."""
+"""OneTrainer's name of each tensor of an adapter, where it differs from onewan's."""
 
 
 # ----------------------------------------------------------------------------------------- adapters
@@ -142,11 +142,11 @@ def _base(model: WanModel | None, component: str) -> BaseWeights | None:
 
 
 def load_adapters(path: Path, variant: Variant | None) -> dict[str, Tensor]:
-    """The adapters in `path`, of any trainer, under OneTrainer's names.
+    """The adapters in `path`, of any trainer, with OneTrainer's keys.
 
-    `path` is one expert's file, whose other is found beside it by its name (``..._low_noise``), a
-    file that holds both, or the name that both have in common. `variant` None is of a model that
-    was not loaded.
+    `path` is one expert's file (the other's is found beside it by its name, ``..._low_noise``), a
+    file with both experts, or the common part of both names. `variant` is None if the model was
+    not loaded.
     """
     found: dict[str, Tensor] = {}
     for file, expert in _adapter_files(Path(path), variant):
@@ -178,7 +178,7 @@ def _adapter_files(path: Path, variant: Variant | None) -> list[_Found]:
 
 
 def _pair(path: Path) -> list[_Found]:
-    """The files of which `path` is the name without the expert."""
+    """The files whose names are `path` with the expert added."""
     found: list[_Found] = []
     high, low = expert_path(path, "high"), expert_path(path, "low")
     if high.is_file():
@@ -186,7 +186,9 @@ def _pair(path: Path) -> list[_Found]:
     if low.is_file():
         found.append((read_adapter(low), "low"))
     if not found:
-        raise CheckpointError(f"{path}: there is no such file, nor {high.name} or {low.name}")
+        raise CheckpointError(
+            f"{path}: does not exist, nor {high.name} or {low.name}; give an adapter's file"
+        )
     return found
 
 
@@ -222,7 +224,7 @@ def with_only_transformer(model: WanModel, part: str) -> WanModel:
 def save_experts(
     model: WanModel, destination: Path, dtype: torch.dtype | None, parts: list[str]
 ) -> list[Path]:
-    """Write each of the transformers `parts` to a file of its own, as ComfyUI reads it."""
+    """Write each of the transformers `parts` to a file of its own, in ComfyUI's format."""
     written: list[Path] = []
     for part in parts:
         expert = _expert(model.variant, part)
@@ -245,7 +247,7 @@ def _expert(variant: Variant, part: str) -> Expert:
 def embedding_of(
     uuid: str, file: EmbeddingFile, placeholder: str | None = None
 ) -> WanModelEmbedding:
-    """What `file` holds, under OneTrainer's `uuid`, with the placeholder of its config if given."""
+    """The embedding in `file`, with OneTrainer's `uuid` and, if given, its config's placeholder."""
     name = placeholder or file.placeholder or "<embedding>"
     return WanModelEmbedding(
         placeholder=name,

@@ -1,4 +1,4 @@
-"""Wan 2.2 as OneTrainer holds a model: its parts by name, over onewan's `WanModel`."""
+"""Wan 2.2 as OneTrainer's kind of model: components by name, on top of onewan's `WanModel`."""
 
 from modules.model.BaseModel import BaseModel
 from modules.util.enum.ModelType import ModelType
@@ -12,7 +12,7 @@ EXPERTS = ("transformer", "transformer_2")
 
 
 class WanModel(BaseModel):
-    """The parts are those of `wan`, the engine's model; one that was not loaded is None."""
+    """The components are those of `wan`, onewan's model; one that was not loaded is None."""
 
     def __init__(self, model_type: ModelType):
         super().__init__(model_type=model_type)
@@ -30,7 +30,7 @@ class WanModel(BaseModel):
             setattr(self, f"{part}_offload_conductor", None)
 
     def take(self, wan: engine.WanModel, sources: dict[str, str]) -> None:
-        """Hold the parts of `wan`, which were loaded from `sources`."""
+        """Use the components of `wan`, which were loaded from `sources`."""
         self.wan, self.wan_sources = wan, sources
         self.transformer, self.transformer_2 = wan.transformer, wan.transformer_2
         self.text_encoder, self.vae = wan.text_encoder, wan.vae
@@ -48,5 +48,5 @@ class WanModel(BaseModel):
         return [] if self.wan is None else self.wan.additional_embeddings
 
     def all_embeddings(self) -> list[WanModelEmbedding]:
-        """All whose placeholders prompts may contain."""
+        """All embeddings whose placeholders prompts may contain."""
         return [] if self.wan is None else self.wan.all_embeddings()

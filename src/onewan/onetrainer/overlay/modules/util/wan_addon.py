@@ -1,25 +1,25 @@
-"""The gate through which Wan 2.2 comes into OneTrainer; laid in by `onewan onetrainer install`.
+"""Loads the Wan 2.2 add-on, which `onewan onetrainer install` put here.
 
-OneTrainer imports every file in its registries' folders at each start. What raises there stops it
-for all models; so the files there only call `join`, which says in one line what is wrong.
+OneTrainer imports every file in the folders of its registries at each start, and an exception there
+stops it for all models. So those files only call `join`, which prints one line if something fails.
 """
 
 import importlib
 import sys
 
-_closed = False
+_disabled = False
 
 
 def join(gate: str, target: str) -> None:
-    """Import `target`, which registers itself, and show its names in the module `gate`."""
-    global _closed
-    if _closed:
+    """Import `target`, which registers itself, and copy its names into the module `gate`."""
+    global _disabled
+    if _disabled:
         return
     try:
         importlib.import_module("onewan.onetrainer.bootstrap").extend()
         found = importlib.import_module(target)
     except Exception as error:  # noqa: BLE001  (whatever it is, the other models must go on)
-        _closed = True
+        _disabled = True
         hint = ""
         if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("onewan"):
             hint = f" (install it: {sys.executable} -m pip install onewan)"

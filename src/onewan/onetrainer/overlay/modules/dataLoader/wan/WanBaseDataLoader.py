@@ -1,4 +1,4 @@
-"""OneTrainer's data pipeline with onewan's clips in it; registers itself."""
+"""OneTrainer's data pipeline with onewan's clips; registers itself."""
 
 import copy
 import json
@@ -29,7 +29,7 @@ from onewan.model.sources import fingerprint, locate
 from onewan.onetrainer import clip_adapter, settings
 
 _TEXTS = ("LoadMultipleTexts", "GetFilename", "SelectInput", "SelectRandomText")
-_COLOURS = ("RandomBrightness", "RandomContrast", "RandomSaturation", "RandomHue")
+_COLORS = ("RandomBrightness", "RandomContrast", "RandomSaturation", "RandomHue")
 
 
 @factory.register(BaseDataLoader, ModelType.WAN_2_2)
@@ -76,24 +76,23 @@ class WanBaseDataLoader(BaseDataLoader, DataLoaderText2ImageMixin):
                 if config.masked_training and concept["image"][name]:
                     raise ValueError(
                         f"Wan 2.2: concept {concept['name'] or concept['path']}: image.{name} is "
-                        f"for "
-                        "single images; turn it off"
+                        "for single images; turn it off"
                     )
         return []
 
     def _aspect_bucketing_in(self, config, aspect_bucketing_quantization, frame_dim_enabled=False):
-        return []  # a clip comes in the size of its bucket
+        return []  # a clip is loaded in its bucket's size
 
     def _crop_modules(self, config: TrainConfig):
         return []
 
     def _augmentation_modules(self, config: TrainConfig):
-        """Colours are changed frame by frame: the stock modules take the third axis from the end
-        for the colours."""
+        """Colors are changed frame by frame: the stock modules expect them on the third axis from
+        the end."""
         out = []
         for module in super()._augmentation_modules(config):
-            if type(module).__name__ in _COLOURS:
-                out += [_turned(), module, _turned()]
+            if type(module).__name__ in _COLORS:
+                out += [_swap_color_and_frames(), module, _swap_color_and_frames()]
             else:
                 out.append(module)
         return out
@@ -123,20 +122,20 @@ class WanBaseDataLoader(BaseDataLoader, DataLoaderText2ImageMixin):
         return [*modules, *([PadText(config)] if text else [])]
 
     def _key(self, config: TrainConfig, module) -> str:
-        """Below image/ or text/, which OneTrainer clears when it is asked to."""
+        """Name of a folder in image/ or text/, which OneTrainer clears on request."""
         kind = os.path.basename(module.cache_dir)
         wan, sources = self._model.wan, locate(self._model.wan_sources)
         parts = ("vae",) if kind == "image" else ("text_encoder", "tokenizer")
-        causes = [wan.variant.name, *(fingerprint(sources.places[part]) for part in parts)]
+        inputs = [wan.variant.name, *(fingerprint(sources.places[part]) for part in parts)]
         if kind == "image":
-            causes += [f"{name}={getattr(config, name)}" for name in _IMAGE_CAUSES]
+            inputs += [f"{name}={getattr(config, name)}" for name in _IMAGE_INPUTS]
         else:
-            causes += [
+            inputs += [
                 *text_names(config),
                 str(config.text_encoder.weight_dtype),
                 str(config.train_dtype),
             ]
-        return "wan-" + clip_adapter.cache_digest(kind, _concepts(config), causes)
+        return "wan-" + clip_adapter.cache_digest(kind, _concepts(config), inputs)
 
     def _output_modules(self, config: TrainConfig, model: WanModel, model_setup: BaseWanSetup):
         names = [
@@ -162,7 +161,7 @@ class WanBaseDataLoader(BaseDataLoader, DataLoaderText2ImageMixin):
         return []
 
 
-_IMAGE_CAUSES = (
+_IMAGE_INPUTS = (
     "resolution",
     "frames",
     "aspect_ratio_bucketing",
@@ -171,10 +170,10 @@ _IMAGE_CAUSES = (
     "wan_target_fps",
     "wan_max_duration",
 )
-"""Settings that decide latents; OneTrainer's own key has those of the concept."""
+"""Settings that determine latents; those of the concept are in OneTrainer's own key."""
 
 
-def _turned() -> MapData:
+def _swap_color_and_frames() -> MapData:
     return MapData(in_name="image", out_name="image", map_fn=lambda video: video.transpose(0, 1))
 
 

@@ -1,4 +1,4 @@
-"""What goes into OneTrainer's data pipeline instead of its own video modules."""
+"""Modules of OneTrainer's data pipeline that replace its own video modules."""
 
 import threading
 from pathlib import Path
@@ -19,8 +19,24 @@ from onewan.onetrainer import clip_adapter, settings
 _TOKENIZER = threading.Lock()
 
 
+class _EachItem(PipelineModule, RandomAccessPipelineModule):
+    """A module that turns each item into one; subclasses name what they read and make."""
+
+    inputs: list[str]
+    outputs: list[str]
+
+    def length(self) -> int:
+        return self._get_previous_length(self.inputs[0])
+
+    def get_inputs(self) -> list[str]:
+        return self.inputs
+
+    def get_outputs(self) -> list[str]:
+        return self.outputs
+
+
 class PlanClips(PipelineModule, RandomAccessPipelineModule):
-    """The files that can be trained on, and the clip of each; says which can't be, and why."""
+    """The usable files with the clip of each; prints which files are skipped, and why."""
 
     def __init__(self, config: TrainConfig, model: WanModel):
         super().__init__()
@@ -40,7 +56,7 @@ class PlanClips(PipelineModule, RandomAccessPipelineModule):
         return ["image_path", "concept", "clip"]
 
     def start(self, variation: int):
-        self._items, told = [], []
+        self._items, report = [], []
         for index in range(self._get_previous_length("image_path")):
             path = self._get_previous_item(variation, "image_path", index)
             concept = self._get_previous_item(variation, "concept", index)
@@ -48,15 +64,15 @@ class PlanClips(PipelineModule, RandomAccessPipelineModule):
                 continue
             try:
                 clip, warnings = self._planner.plan(path, concept)
-                # Here, where it can be left out, and not in the middle of caching.
+                # Checked now, while it can be skipped, and not in the middle of caching.
                 self._decode_checks.check(clip)
             except DataError as error:
-                told.append(f"left out: {error}")
+                report.append(f"skipped: {error}")
                 continue
-            told += [f"{path}: {warning}" for warning in warnings]
+            report += [f"{path}: {warning}" for warning in warnings]
             self._items.append({"image_path": path, "concept": concept, "clip": clip})
         self._decode_checks.save()
-        for line in told:
+        for line in report:
             print(f"Wan 2.2: {line}")
         if not self._items and self._get_previous_length("image_path"):
             raise DataError("Wan 2.2: no clip of the concepts can be used; the lines above say why")
@@ -65,22 +81,16 @@ class PlanClips(PipelineModule, RandomAccessPipelineModule):
         return self._items[index]
 
 
-class LoadClip(PipelineModule, RandomAccessPipelineModule):
+class LoadClip(_EachItem):
     """A clip's frames, cropped, and its mask: [C, F, H, W], float32 from 0 to 1."""
+
+    inputs = ["clip"]
 
     def __init__(self, config: TrainConfig):
         super().__init__()
         self._masked = config.masked_training
-
-    def length(self) -> int:
-        return self._get_previous_length("clip")
-
-    def get_inputs(self) -> list[str]:
-        return ["clip"]
-
-    def get_outputs(self) -> list[str]:
         mask = ["mask"] if self._masked else []
-        return ["image", "original_resolution", "crop_resolution", "crop_offset", *mask]
+        self.outputs = ["image", "original_resolution", "crop_resolution", "crop_offset", *mask]
 
     def get_item(self, variation: int, index: int, requested_name: str | None = None) -> dict:
         clip = self._get_previous_item(variation, "clip", index)
@@ -99,35 +109,28 @@ class LoadClip(PipelineModule, RandomAccessPipelineModule):
         return item
 
 
-class EncodeClip(PipelineModule, RandomAccessPipelineModule):
-    """Latents, the condition of I2V, and the mask at the latents' places."""
+class EncodeClip(_EachItem):
+    """Latents, the conditioning of I2V, and the mask at the resolution of the latents."""
+
+    inputs = ["image"]
 
     def __init__(self, config: TrainConfig, model: WanModel):
         super().__init__()
         self._model = model.wan
-        self._names = latent_names(config, model)
-
-    def length(self) -> int:
-        return self._get_previous_length("image")
-
-    def get_inputs(self) -> list[str]:
-        return ["image"]
-
-    def get_outputs(self) -> list[str]:
-        return self._names
+        self.outputs = latent_names(config, model)
 
     def get_item(self, variation: int, index: int, requested_name: str | None = None) -> dict:
         item = clip_adapter.encode_pixels(
             self._model, self._get_previous_item(variation, "image", index)
         )
-        if "latent_mask" in self._names:
+        if "latent_mask" in self.outputs:
             mask = self._get_previous_item(variation, "mask", index)
             item["latent_mask"] = clip_adapter.latent_mask_of(mask, self._model.variant)
         return item
 
 
 def latent_names(config: TrainConfig, model: WanModel) -> list[str]:
-    """What an encoded clip consists of."""
+    """Names of an encoded clip's tensors."""
     return [
         "latent_image",
         *(f"latent_{name}" for name in model.wan.conditioning.tensor_names),
@@ -135,55 +138,40 @@ def latent_names(config: TrainConfig, model: WanModel) -> list[str]:
     ]
 
 
-class EncodeText(PipelineModule, RandomAccessPipelineModule):
-    """The valid tokens of a caption, cached so, without their zeros; and those of the empty one,
-    where captions are dropped."""
+class EncodeText(_EachItem):
+    """The embeddings of a caption's tokens, without padding, as they are cached; and of the empty
+    caption, where captions are dropped."""
+
+    inputs = ["prompt"]
 
     def __init__(self, config: TrainConfig, model: WanModel):
         super().__init__()
         self._model = model.wan
-        self._names = text_names(config)
-
-    def length(self) -> int:
-        return self._get_previous_length("prompt")
-
-    def get_inputs(self) -> list[str]:
-        return ["prompt"]
-
-    def get_outputs(self) -> list[str]:
-        return self._names
+        self.outputs = text_names(config)
 
     def get_item(self, variation: int, index: int, requested_name: str | None = None) -> dict:
         prompts = {"text": self._get_previous_item(variation, "prompt", index), "text_empty": ""}
         with _TOKENIZER, torch.no_grad():
-            return {name: self._model.encode_prompt(prompts[name]).cpu() for name in self._names}
+            return {name: self._model.encode_prompt(prompts[name]).cpu() for name in self.outputs}
 
 
 def text_names(config: TrainConfig) -> list[str]:
-    """What an encoded caption consists of; nothing where it is encoded in each step."""
+    """Names of an encoded caption's tensors; none if captions are encoded in each step."""
     if config.train_any_embedding() or config.train_any_output_embedding():
         return []
     return ["text", *(["text_empty"] if config.text_encoder.dropout_probability else [])]
 
 
-class PadText(PipelineModule, RandomAccessPipelineModule):
-    """What the transformer gets: zeros behind the valid tokens, cached or not."""
+class PadText(_EachItem):
+    """The transformer's text input: zeros behind the valid tokens, cached or not."""
 
     def __init__(self, config: TrainConfig):
         super().__init__()
-        self._names = text_names(config)
-
-    def length(self) -> int:
-        return self._get_previous_length("text")
-
-    def get_inputs(self) -> list[str]:
-        return self._names
-
-    def get_outputs(self) -> list[str]:
-        return [f"{name}_padded" for name in self._names]
+        self.inputs = text_names(config)
+        self.outputs = [f"{name}_padded" for name in self.inputs]
 
     def get_item(self, variation: int, index: int, requested_name: str | None = None) -> dict:
         return {
             f"{name}_padded": pad_text([self._get_previous_item(variation, name, index)])[0]
-            for name in self._names
+            for name in self.inputs
         }

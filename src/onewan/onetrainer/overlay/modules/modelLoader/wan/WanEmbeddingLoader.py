@@ -1,4 +1,4 @@
-"""Embeddings to go on from: what a backup holds, or the file that the config names."""
+"""Initial embeddings: from a backup, or from the file that the config names."""
 
 import os
 from pathlib import Path
@@ -15,6 +15,6 @@ class WanEmbeddingLoader:
             inside = os.path.join(directory or "", "embeddings", f"{name.uuid}.safetensors")
             backup = os.path.exists(os.path.join(directory or "", "meta.json"))
             path = inside if backup and os.path.exists(inside) else name.model_name
-            # The convert tool gives one name for all that it may be.
+            # The convert tool passes one name as the model, the LoRA and the embedding.
             given = bool(path) and path != model_names.lora
             model.embedding_state_dicts[name.uuid] = read_embedding(Path(path)) if given else None

@@ -1,4 +1,4 @@
-"""Adapters to go on from: OneTrainer's backups as they are, other files by onewan's reader."""
+"""Initial adapters: OneTrainer's backups unchanged, other files by onewan's reader."""
 
 import os
 from pathlib import Path

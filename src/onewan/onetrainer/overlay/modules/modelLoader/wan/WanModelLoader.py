@@ -1,4 +1,4 @@
-"""The base model, by onewan's loader: any layout, any variant, told from the files."""
+"""The base model, by onewan's loader: any layout; the variant is determined from the files."""
 
 from modules.model.WanModel import EXPERTS, WanModel
 from modules.util.config.TrainConfig import QuantizationConfig
@@ -22,7 +22,7 @@ class WanModelLoader:
         weight_dtypes: ModelWeightDtypes,
         quantization: QuantizationConfig,
     ):
-        # The convert and sample scripts make these by hand, without the fields of the add-on.
+        # The convert and sample scripts create these without the add-on's fields.
         dtypes = {
             "transformer": weight_dtypes.transformer,
             "transformer_2": getattr(weight_dtypes, "transformer_2", weight_dtypes.transformer),
@@ -60,6 +60,6 @@ class WanModelLoader:
 
 
 def _plain(dtype: DataType, train_dtype: DataType) -> torch.dtype:
-    """Of what is not quantized."""
+    """Data type of weights that are not quantized."""
     found = (train_dtype if dtype.is_quantized() else dtype).torch_dtype()
     return found or torch.bfloat16

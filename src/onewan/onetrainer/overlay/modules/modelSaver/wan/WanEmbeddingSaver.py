@@ -23,7 +23,7 @@ class WanEmbeddingSaver:
         output_model_destination: str,
         dtype: torch.dtype | None,
     ):
-        """The embedding that is trained, or in the convert tool the one that was loaded."""
+        """The trained embedding, or in the convert tool the loaded one."""
         found = self._all(model)
         uuid = next(iter(found)) if model.embedding is None else model.embedding.uuid
         self._write(found[uuid], uuid, output_model_format, output_model_destination, dtype)

@@ -1,4 +1,4 @@
-"""Adapters: a file for each expert, in each of OneTrainer's formats; backups as they are."""
+"""Adapters: a file for each expert in OneTrainer's formats; backups unchanged."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from onewan.onetrainer import weight_files
 
 class WanLoRASaver(LoRASaverMixin):
     def _get_state_dict(self, model: WanModel) -> dict[str, Tensor]:
-        # In the convert tool there are no wrappers, only what was loaded.
+        # The convert tool creates no wrappers; it has only the loaded state dict.
         state_dict = dict(model.lora_state_dict or {})
         for part in EXPERTS:
             adapter = getattr(model, f"{part}_lora")
@@ -47,7 +47,7 @@ class WanLoRASaver(LoRASaverMixin):
             model=model.wan,
         )
         if model.train_config is not None and model.train_config.bundle_additional_embeddings:
-            # No program reads embeddings out of an adapter's file for Wan; they lie beside it.
+            # No program reads embeddings from a Wan adapter's file, so they get files beside it.
             WanEmbeddingSaver().save_multiple(
                 model, ModelFormat.SAFETENSORS, output_model_destination, dtype
             )

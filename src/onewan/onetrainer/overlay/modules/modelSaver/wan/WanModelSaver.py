@@ -37,7 +37,7 @@ class WanModelSaver:
                 )
 
     def _save_backup(self, model: WanModel, destination: Path):
-        """The experts that train; the others are where they were, which is noted."""
+        """The trained experts, and the sources of the other components."""
         config = model.train_config
         trained = [p for p in model.expert_parts() if getattr(config, p).train]
         held = [p for p in trained if not _quantised(getattr(model, p))]
@@ -55,14 +55,14 @@ class WanModelSaver:
 
 
 def _quantised(module: torch.nn.Module | None) -> bool:
-    """Whether OneTrainer has put layers of its own into `module`."""
+    """Whether OneTrainer has replaced layers of `module` by quantized ones."""
     return module is not None and any(
         type(layer).__module__.startswith("modules.module.quantized") for layer in module.modules()
     )
 
 
 def _plain(model: WanModel, parts: list[str] | None = None):
-    """The engine's model, with quantized parts read again from their files."""
+    """onewan's model, with quantized components loaded again from their files."""
     if parts is None:
         parts = [*model.expert_parts(), "text_encoder"]
     again = [part for part in parts if _quantised(getattr(model, part))]

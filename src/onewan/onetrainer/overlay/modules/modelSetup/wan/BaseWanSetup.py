@@ -1,4 +1,4 @@
-"""What all methods share: preparing the parts, one step over onewan's objective, its loss."""
+"""Shared by all training methods: preparing the components, one training step, and its loss."""
 
 from dataclasses import replace
 from random import Random
@@ -10,6 +10,7 @@ from modules.modelSetup.mixin.ModelSetupText2ImageMixin import ModelSetupText2Im
 from modules.util.checkpointing_util import enable_checkpointing
 from modules.util.config.TrainConfig import TrainConfig
 from modules.util.NamedParameterGroup import NamedParameterGroup, NamedParameterGroupCollection
+from modules.util.optimizer_util import init_model_parameters
 from modules.util.TrainProgress import TrainProgress
 
 import torch
@@ -40,7 +41,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
         super().setup_optimizations(model, config)
         self.step_adapter = self._make_step_adapter(model, config)
         if config.text_encoder.train and str(config.training_method) != "EMBEDDING":
-            print("Wan 2.2: the text encoder itself is not trained; text_encoder.train is off")
+            print("Wan 2.2: the text encoder can't be trained; text_encoder.train is turned off")
             config.text_encoder.train = False
         if (
             str(config.optimizer.optimizer).startswith("MUON")
@@ -79,7 +80,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
         return step_adapter.step_adapter_of(config, variant, trained)
 
     def _dtype(self, model: WanModel, config: TrainConfig) -> torch.dtype:
-        """Of the matrix products: the train data type, and never float32 over smaller weights."""
+        """Data type of matrix products: the train data type, not float32 for smaller weights."""
         part = model.expert_parts()[0]
         wanted = getattr(model, f"{part}_train_dtype").torch_dtype()
         small = any(
@@ -91,27 +92,43 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
             return torch.bfloat16 if other in (None, torch.float32) else other
         return wanted
 
-    def _live_text(self, config: TrainConfig) -> bool:
-        """Whether captions are encoded in each step, because embeddings train."""
+    def _encodes_text_online(self, config: TrainConfig) -> bool:
+        """Whether captions are encoded in each step, because embeddings are trained."""
         return config.train_any_embedding() or config.train_any_output_embedding()
 
     def _expert(self, model: WanModel, step: int) -> Expert:
-        """Whose turn it is, of those whose training has not been stopped."""
+        """The expert that trains in this step, among those whose training has not been stopped."""
         stopped = {part for part in model.expert_parts() if self._has_stopped(model, part)}
         return self.step_adapter.expert_at(step, stopped)
 
     def _has_stopped(self, model: WanModel, part: str) -> bool:
-        """Whether the expert trains no more; what trains beside it makes no difference."""
+        """Whether the training of this expert has ended, whatever else still trains."""
         return False
 
     def _bring(self, model: WanModel, config: TrainConfig, *parts: str):
-        """Put onto the device what a step with the transformers `parts` needs."""
+        """Move to the device what a step with the transformers `parts` needs, and nothing else."""
         wanted = list(parts)
-        if self._live_text(config) or not config.latent_caching:
+        if self._encodes_text_online(config) or not config.latent_caching:
             wanted.append("text_encoder")
         if not config.latent_caching:
             wanted.append("vae")
         model.materialize_only(*wanted)
+
+    def setup_model(self, model: WanModel, config: TrainConfig):
+        self._setup_embeddings(model, config)
+        groups = self.create_parameters(model, config)
+        self._require_grad(model, config)
+        init_model_parameters(model, groups, self.train_device)
+
+    def _require_grad(self, model: WanModel, config: TrainConfig):
+        """Let gradients reach what trains at this point of the run, and nothing else."""
+        raise NotImplementedError
+
+    def after_optimizer_step(
+        self, model: WanModel, config: TrainConfig, train_progress: TrainProgress
+    ):
+        self._keep_norms(model, config)
+        self._require_grad(model, config)  # the training of a component may have ended
 
     def setup_train_device(self, model: WanModel, config: TrainConfig):
         self._bring(model, config, self._expert(model, model.train_progress.global_step).component)
@@ -210,7 +227,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
         rank = multi.rank() if config.multi_gpu else 0
         sample = self.step_adapter.add_noise(clips, step, expert, rank=rank, ranks=ranks)
         if config.dropout_probability:
-            # So that a resumed run drops out what an uncut one would have.
+            # A resumed run drops out the same activations as an uninterrupted one.
             torch.manual_seed(self.step_adapter.dropout_seed(step, rank))
         predicted = self._velocity(model, expert.component, clips, sample)
         return {
@@ -224,7 +241,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
     def _clips(self, model: WanModel, batch: dict, config: TrainConfig, step: int | None):
         captions = list(batch["prompt"])
         dropped = _dropped(config.text_encoder.dropout_probability, step, len(captions))
-        if self._live_text(config):
+        if self._encodes_text_online(config):
             model.materialize("text_encoder")
             captions = ["" if drop else text for text, drop in zip(captions, dropped, strict=True)]
             text = model.wan.encode_text(captions)
@@ -247,7 +264,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
         )
 
     def _validate(self, model: WanModel, config: TrainConfig, clips) -> dict:
-        """The clip at several noise levels of every expert that trains, without dropout."""
+        """The clip at several timesteps of every trained expert, without dropout."""
         samples, predicted = [], []
         for expert, sample in self.step_adapter.validation_batches(clips):
             self._bring(model, config, expert.component)
@@ -275,8 +292,8 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
             prior = data.get("prior_target")
             losses.append(
                 self.step_adapter.loss(
-                    # The trainer has put the untrained model's predictions into the targets of
-                    # prior concepts.
+                    # For prior concepts, the trainer has replaced the targets by the base model's
+                    # predictions.
                     replace(sample, target=data["target"][part].float()),
                     data["predicted"][part],
                     None if prior is None else prior[part],
@@ -285,8 +302,8 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
         scale = config.loss_scaler.get_scale(config.batch_size, config.gradient_accumulation_steps)
         loss = torch.stack(losses).mean() * scale
         if torch.is_grad_enabled() and not loss.requires_grad:
-            # All that trains has stopped, or no caption names an embedding: nothing is learned in
-            # this step, and OneTrainer's backward pass must not fail over it.
+            # Training of everything has been stopped, or no caption has a trained placeholder.
+            # OneTrainer's backward pass must not fail in such a step.
             loss.requires_grad_()
         return loss
 
@@ -305,7 +322,7 @@ def _timestep(sample: NoisedBatch) -> Tensor:
 
 
 def _dropped(probability: float, step: int | None, count: int) -> list[bool]:
-    """Whose caption is left out; nobody's in validation."""
+    """Which captions are dropped; none in validation (`step` is None)."""
     if step is None or not probability:
         return [False] * count
     draw = Random(derive_seed(settings.SEED, "caption dropout", step, multi.rank()))
@@ -313,7 +330,7 @@ def _dropped(probability: float, step: int | None, count: int) -> list[bool]:
 
 
 def _norm(vectors: Tensor) -> Tensor:
-    """The spread that OneTrainer keeps: the mean over the tokens of their standard deviation."""
+    """OneTrainer's norm of an embedding: the mean over the tokens of their standard deviation."""
     return vectors.detach().std(dim=1).mean()
 
 

@@ -9,8 +9,6 @@ from modules.util.config.TrainConfig import TrainConfig
 from modules.util.enum.ModelType import ModelType
 from modules.util.enum.TrainingMethod import TrainingMethod
 from modules.util.NamedParameterGroup import NamedParameterGroupCollection
-from modules.util.optimizer_util import init_model_parameters
-from modules.util.TrainProgress import TrainProgress
 
 
 @factory.register(BaseModelSetup, ModelType.WAN_2_2, TrainingMethod.FINE_TUNE)
@@ -31,12 +29,6 @@ class WanFineTuneSetup(BaseWanSetup):
             )
         return groups
 
-    def setup_model(self, model: WanModel, config: TrainConfig):
-        self._setup_embeddings(model, config)
-        groups = self.create_parameters(model, config)
-        self._require_grad(model, config)
-        init_model_parameters(model, groups, self.train_device)
-
     def _require_grad(self, model: WanModel, config: TrainConfig):
         self._embeddings_require_grad(model, config)
         model.text_encoder.requires_grad_(False)
@@ -50,9 +42,3 @@ class WanFineTuneSetup(BaseWanSetup):
         if model.parameters is None:
             return False  # not set up yet
         return not any(p.requires_grad for p in getattr(model, part).parameters())
-
-    def after_optimizer_step(
-        self, model: WanModel, config: TrainConfig, train_progress: TrainProgress
-    ):
-        self._keep_norms(model, config)
-        self._require_grad(model, config)

@@ -13,9 +13,7 @@ from modules.util.config.TrainConfig import TrainConfig
 from modules.util.enum.ModelType import ModelType
 from modules.util.enum.TrainingMethod import TrainingMethod
 from modules.util.NamedParameterGroup import NamedParameterGroupCollection
-from modules.util.optimizer_util import init_model_parameters
 from modules.util.torch_util import state_dict_has_prefix
-from modules.util.TrainProgress import TrainProgress
 
 import torch
 
@@ -52,10 +50,7 @@ class WanLoRASetup(BaseWanSetup):
             adapter.hook_to_module()
             setattr(model, f"{part}_lora", adapter)
         model.lora_state_dict = None
-        self._setup_embeddings(model, config)
-        groups = self.create_parameters(model, config)
-        self._require_grad(model, config)
-        init_model_parameters(model, groups, self.train_device)
+        super().setup_model(model, config)
 
     def _adapter(self, model: WanModel, config: TrainConfig, part: str) -> LoRAModuleWrapper:
         transformer = getattr(model, part)
@@ -69,7 +64,7 @@ class WanLoRASetup(BaseWanSetup):
             config.lora_rank = config.wan_low_lora_rank
         if part == "transformer_2" and config.wan_low_lora_alpha:
             config.lora_alpha = config.wan_low_lora_alpha
-        # OneTrainer draws first weights from a generator that nobody seeds; two runs would differ.
+        # OneTrainer draws initial weights from an unseeded generator, so two runs would differ.
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(settings.SEED, "onetrainer adapter", part))
             return LoRAModuleWrapper(transformer, part, config, filters)
@@ -91,9 +86,3 @@ class WanLoRASetup(BaseWanSetup):
             return False  # not set up yet
         adapter = getattr(model, f"{part}_lora")
         return adapter is not None and not any(p.requires_grad for p in adapter.parameters())
-
-    def after_optimizer_step(
-        self, model: WanModel, config: TrainConfig, train_progress: TrainProgress
-    ):
-        self._keep_norms(model, config)
-        self._require_grad(model, config)

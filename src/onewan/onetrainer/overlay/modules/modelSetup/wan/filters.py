@@ -1,4 +1,4 @@
-"""Which layers train: OneTrainer's layer filter within the blocks that were chosen."""
+"""Which layers are trained: OneTrainer's layer filter within the selected blocks."""
 
 from modules.util.config.TrainConfig import TrainConfig
 from modules.util.ModuleFilter import ModuleFilter
@@ -10,7 +10,7 @@ from onewan.onetrainer import settings
 
 
 class _InBlocks:
-    """A filter's answer, for the layers of some blocks only."""
+    """A layer filter that matches in some blocks only."""
 
     def __init__(self, inner: ModuleFilter, blocks: tuple[int, ...]):
         self._inner = inner
@@ -24,14 +24,14 @@ class _InBlocks:
 
 
 def filters_of(config: TrainConfig) -> list:
-    """Of weights, for fine-tuning."""
+    """Filters of weights, for fine-tuning."""
     filters = ModuleFilter.create(config)
     blocks = settings.layers_of(config)
     return filters if blocks is None else [_InBlocks(f, blocks) for f in filters]
 
 
 def names_of(config: TrainConfig, transformer: torch.nn.Module) -> list[str] | None:
-    """The linear layers that get an adapter, where blocks were chosen; None is by the filter."""
+    """The linear layers that get an adapter; None if no blocks are selected."""
     if settings.layers_of(config) is None:
         return None
     filters = filters_of(config)
