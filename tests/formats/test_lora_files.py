@@ -401,7 +401,7 @@ GOOD = {f"{Q}.lora_A.weight": torch.ones(4, 8), f"{Q}.lora_B.weight": torch.ones
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({}, "holds no tensors"),
+        ({}, "has no tensors"),
         ({"blocks.0.attn1.to_q.weight": torch.ones(8, 8)}, "1 tensors, none of a LoRA, such as"),
         (
             {"lora_unet_down_blocks_0_attn.lora_down.weight": torch.ones(4, 8)},
@@ -424,15 +424,15 @@ GOOD = {f"{Q}.lora_A.weight": torch.ones(4, 8), f"{Q}.lora_B.weight": torch.ones
             r"magnitude \[4, 1\], which fits neither 8",
         ),
         ({f"{Q}.lokr_t2": torch.ones(4, 8)}, r"1 of 1 keys .*lokr_t2"),
-        ({f"{Q}.lokr_w1": torch.ones(4, 8)}, "lacks lokr_w2"),
-        ({f"{Q}.hada_w1_a": torch.ones(4, 8)}, "lacks hada_w1_b"),
+        ({f"{Q}.lokr_w1": torch.ones(4, 8)}, "has no lokr_w2"),
+        ({f"{Q}.hada_w1_a": torch.ones(4, 8)}, "has no hada_w1_b"),
         ({f"{Q}.oft_blocks": torch.ones(2, 4, 3)}, r"oft_blocks \[2, 4, 3\], not \[blocks"),
         ({f"{Q}.oft_R.weight": torch.ones(2, 5)}, r"oft_R \[2, 5\], not"),
         ({k.replace(".self_attn.q", ""): v for k, v in GOOD.items()}, "2 of 2 keys"),
         ({k.replace("blocks.0", "blocks.x"): v for k, v in GOOD.items()}, "2 of 2 keys"),
         ({f"{Q}.alpha": torch.tensor(4.0)}, r"to_q has alpha without weights"),
-        ({f"{Q}.lora_A.weight": torch.ones(4, 8)}, "lacks lora_B"),
-        ({f"{Q}.lora_B.weight": torch.ones(8, 4)}, "lacks lora_A"),
+        ({f"{Q}.lora_A.weight": torch.ones(4, 8)}, "has no lora_B"),
+        ({f"{Q}.lora_B.weight": torch.ones(8, 4)}, "has no lora_A"),
         ({**GOOD, f"{Q}.lora_B.weight": torch.ones(8, 5)}, r"\[4, 8\] and lora_B \[8, 5\]"),
         ({**GOOD, f"{Q}.lora_B.weight": torch.ones(8, 4, 1)}, r"lora_B \[8, 4, 1\]"),
         ({**GOOD, f"{Q}.lora_B.weight": torch.ones(8, 4, dtype=torch.int8)}, "lora_B as I8"),

@@ -285,7 +285,7 @@ def test_kohya_is_complete_for_what_is_known_of_the_model(tmp_path, weight):
         f"{start}.lora_B.weight": torch.ones(64, 2),
     }
     save_file(tiny, path)
-    with pytest.raises(CheckpointError, match=r"width 64, which is none of Wan 2\.2.*give --base"):
+    with pytest.raises(CheckpointError, match=r"width 64, which no Wan 2\.2.*give --base"):
         convert_adapter(path, out, "kohya")
     convert_adapter(path, out, "kohya", base=weight)
     assert len(open_tensors(out).tensors) == 3 * 10 * 3
@@ -493,7 +493,7 @@ def test_biases_of_peft_are_scaled(tmp_path, folder, base):
 @pytest.mark.parametrize("kind", ["loha", "lokr", "oft"])
 def test_diffusers_takes_no_other_kind(tmp_path, trained, kind):
     state, settings, _ = trained(kind)
-    with pytest.raises(CheckpointError, match=r"which diffusers reads in no spelling.*comfyui"):
+    with pytest.raises(CheckpointError, match=r"which diffusers reads in no key format.*comfyui"):
         modules = parse_adapter(state, settings, source="PEFT")
         WanModelSaver().save_adapter(modules, tmp_path / "x.safetensors", "diffusers", HEADER)
     assert list(tmp_path.iterdir()) == []

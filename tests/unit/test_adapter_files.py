@@ -137,7 +137,7 @@ def test_an_export_is_the_trained_model(base, tmp_path, kind, format):
     model, spec = trained(base, METHODS[kind])
     path = tmp_path / "x.safetensors"
     if format == "diffusers" and spec.kind in ("loha", "lokr", "oft"):
-        with pytest.raises(CheckpointError, match="diffusers reads in no spelling"):
+        with pytest.raises(CheckpointError, match="diffusers reads in no key format"):
             export(model, spec, path, format)
         return
     export(model, spec, path, format)

@@ -1,10 +1,10 @@
-"""What was trained, out to files for other programs, and other trainers' adapters into them.
+"""Writes adapters, embeddings and models for other programs, and converts adapter files.
 
-`onewan.formats` knows the spellings; here a file gets its header: ModelSpec's fields, the facts of
-the run as ``onewan.<name>``, and what its former header said. One file holds one expert; diffusers
-finds the low-noise expert's under the same prefix ``transformer.`` (``load_into_transformer_2=
-True``) and ignores any other without a word. Never holds a training state
-(`onewan.checkpoint.store` does), never touches a model.
+`onewan.formats` knows keys and tensors; this module adds the header: ModelSpec's fields, facts
+about the run as ``onewan.<name>``, and entries of a former header. One file holds one expert. Both
+experts' files have the prefix ``transformer.`` in diffusers' format, since diffusers silently
+ignores any other (``load_into_transformer_2=True`` selects the expert). Training states are written
+by `onewan.checkpoint.store`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from onewan.model.wan import WanModel
 from onewan.variants import Expert, ExpertName, Variant
 
 _NOT_KEPT = ("format", HASH, PEFT_SETTINGS, "onewan.rank", "onewan.alpha")
-"""Entries of a header that hold for the file that they stand in alone."""
+"""Entries of a header that are valid for one file only, and are made anew for another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,7 @@ class AdapterHeader:
 
 
 class WanModelSaver:
-    """Writes what was trained to files for other programs; holds no state."""
+    """Writes adapters, embeddings and models to files for other programs; has no state."""
 
     def save_adapter(
         self,
@@ -118,11 +118,11 @@ class WanModelSaver:
         date: datetime | None = None,
         title: str | None = None,
     ) -> Path:
-        """Write the vectors of `embedding` to `destination` (.safetensors), from where
-        `WanModelEmbedding.from_file` has them back: as `dtype`, or as they are, to the bit.
+        """Write the vectors of `embedding` to `destination` (.safetensors), for ComfyUI and
+        `WanModelEmbedding.from_file`: as `dtype`, or for None bit for bit as they are.
 
         The header gets ModelSpec's fields and `facts` about the run as ``onewan.<name>``; `title`
-        is the placeholder and `date` now unless given. CheckpointError if a number is too large for
+        is the placeholder and `date` now unless given. CheckpointError if a value is too large for
         `dtype`.
         """
         name = OUTPUT if embedding.is_output_embedding else INPUT
@@ -147,13 +147,13 @@ def convert_adapter(
     base: BaseWeights | None = None,
     expert: ExpertName | None = None,
 ) -> list[str]:
-    """Write the adapter in `source`, of any trainer, to `destination` in the spelling of `to`.
+    """Write the adapter in `source`, of any trainer, to `destination` in the key format `to`.
 
-    Tensors keep their precision unless `dtype` asks for another. `base` gives the base model's
-    weights for kinds that `to` holds only as differences; `expert` picks one of two in one file.
-    What the header said is kept, with ModelSpec's date and hash made anew.
+    Tensors keep their precision unless `dtype` is given. `base` gives the base model's weights for
+    kinds that `to` can hold only as differences; `expert` selects one of two in one file. Entries
+    of the header are kept, with a new ModelSpec date and hash.
 
-    Returns what the user should know of the file. CheckpointError as `read_adapter` and
+    Returns notices for the user. CheckpointError as `read_adapter` and
     `WanModelSaver.save_adapter` raise it.
     """
     adapter = read_adapter(source, expert)
@@ -175,7 +175,7 @@ def _write(
 
 
 def _about(modules: Mapping[str, ModuleAdapter], format: KeyFormat) -> dict[str, str]:
-    """What the header says of the file itself."""
+    """Entries of the header that describe the file itself; `onewan inspect` shows them."""
     about = {
         "format_version": str(FORMAT_VERSION),
         "version": version("onewan"),
@@ -198,18 +198,19 @@ def expert_of(
 ) -> Expert:
     """The expert of `variant` that the weights file `path` with header `metadata` is for.
 
-    Told by `named`, what the keys in the file say, or by ``onewan.expert``, else by the file's
-    name: ``..._high_noise``, ``...-HighNoise``, or ``high`` as a word of its own; the same for low.
-    A variant with one expert needs none of it.
+    Inferred from `named` (the expert that the keys in the file name), from ``onewan.expert`` in the
+    header, or from the file's name: ``..._high_noise``, ``...-HighNoise``, or ``high`` as a word;
+    the same for low. For a variant with one expert none of them is needed. CheckpointError if
+    nothing names an expert, or one that the variant does not have.
     """
-    said = named or metadata.get("onewan.expert")
+    requested = named or metadata.get("onewan.expert")
     for expert in variant.experts:
-        if said == expert.name:
+        if requested == expert.name:
             return expert
     names = " and ".join(e.name for e in variant.experts)
-    if said is not None:
+    if requested is not None:
         raise CheckpointError(
-            f"{path}: was made for the {said} expert, and {variant.name} has {names}; "
+            f"{path}: was made for the {requested} expert, and {variant.name} has {names}; "
             "give a file of the same variant"
         )
     if len(variant.experts) == 1:

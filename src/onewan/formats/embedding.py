@@ -1,9 +1,9 @@
-"""Files of learned prompt vectors (textual inversion), in the spelling that ComfyUI reads.
+"""Reads files of learned prompt vectors (textual inversion), with the keys that ComfyUI reads.
 
-One tensor [tokens, width] under the name of the text encoder that it is for: ``umt5xxl`` for
-vectors that stand among UMT5's input embeddings, which ComfyUI takes by the file's name
-(``embedding:NAME``), and ``umt5xxl_out`` for vectors that join its outputs, which no other program
-has. `onewan.checkpoint.saver` writes them.
+One tensor [tokens, width] under the name of its text encoder: ``umt5xxl`` for vectors among UMT5's
+input embeddings, which ComfyUI's prompts name by the file (``embedding:NAME``), and ``umt5xxl_out``
+for vectors that are added to its outputs, which no other program supports.
+`onewan.checkpoint.saver` writes them.
 """
 
 from __future__ import annotations
@@ -20,33 +20,39 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INPUT, OUTPUT = "umt5xxl", "umt5xxl_out"
-_FOREIGN_NAMES = ("emb_params", "*", "t5", "t5_out")
+_NAMES_OF_OTHER_TRAINERS = ("emb_params", "*", "t5", "t5_out")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddingFile:
-    """A placeholder's vectors."""
+    """The vectors of one placeholder, from a file."""
 
     vectors: Tensor
-    """[tokens, width], floating point in the precision of the file, finite."""
+    """[tokens, width], finite, in the floating-point type of the file."""
     is_output_embedding: bool
-    """Whether they join the text encoder's outputs instead of entering it."""
+    """Whether they are added to the text encoder's outputs instead of its input embeddings."""
     placeholder: str | None
-    """The word in a prompt that they stand for; None if the file does not say."""
+    """The word in a prompt that they stand for; None if the header does not name one."""
     uuid: str | None
+    """OneTrainer's identifier; None if the header has none."""
     metadata: Mapping[str, str]
 
 
 def looks_like_embedding(file: TensorFile) -> bool:
-    """Whether the file holds vectors for prompts and nothing else."""
-    return 0 < len(file.tensors) <= 2 and file.tensors.keys() <= {INPUT, OUTPUT, *_FOREIGN_NAMES}
+    """Whether the file holds prompt vectors and nothing else."""
+    return 0 < len(file.tensors) <= 2 and file.tensors.keys() <= {
+        INPUT,
+        OUTPUT,
+        *_NAMES_OF_OTHER_TRAINERS,
+    }
 
 
 def read_embedding(path: Path, width: int | None = None) -> EmbeddingFile:
-    """The vectors in `path`; CheckpointError if it holds none, or none of `width`."""
+    """The vectors in `path`. CheckpointError if it does not hold exactly one set of them, if they
+    are not of `width`, the text encoder's, or not finite floating-point values."""
     file = open_tensors(path)
     known = [name for name in (INPUT, OUTPUT) if name in file.tensors]
-    names = known or [name for name in file.tensors if name in _FOREIGN_NAMES]
+    names = known or [name for name in file.tensors if name in _NAMES_OF_OTHER_TRAINERS]
     if len(names) != 1:
         found = ", ".join(sorted(file.tensors)[:3]) or "nothing"
         raise CheckpointError(
@@ -62,8 +68,8 @@ def read_embedding(path: Path, width: int | None = None) -> EmbeddingFile:
         )
     if not vectors.is_floating_point() or not vectors.float().isfinite().all():
         raise CheckpointError(
-            f"{path}: {names[0]} ({vectors.dtype}) does not hold finite numbers; the file is "
-            "damaged, export it again"
+            f"{path}: {names[0]} ({vectors.dtype}) holds values that are not finite floating-point "
+            "numbers; the file is damaged, export it again"
         )
     return EmbeddingFile(
         vectors=vectors,

@@ -1,8 +1,8 @@
-"""Names in adapter files: which LoRA (or kin) is this, who wrote it, and what is where.
+"""Keys in adapter files: kind (LoRA, DoRA, LoHa, LoKr, OFT), key format, trainer, modules, ranks.
 
-Works on a header, names and shapes, alone: nothing is read and torch is not imported, so that
-looking at a file costs nothing. One table of prefixes, one of endings and the two worlds' names of
-modules cover what is written for Wan:
+Works on the header alone, names and shapes: no tensor is read and torch is not imported, so that
+inspecting a file is fast. One table of prefixes, one of endings, and the official and diffusers'
+names of modules cover every file that trainers write for Wan:
 
 ==================================  ======================================  ======================
 prefix                              module                                  written by
@@ -17,8 +17,8 @@ prefix                              module                                  writ
 none                                official, dotted                        DiffSynth-Studio
 ==================================  ======================================  ======================
 
-Sources: the key lists in the programs' documentation and files that they wrote; which of them other
-programs read was measured (ComfyUI, diffusers, musubi-tuner, DiffSynth-Studio).
+Sources: the key lists in the programs' documentation and files that they wrote. Which program reads
+which keys was measured (ComfyUI, diffusers, musubi-tuner, DiffSynth-Studio).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LINEARS = (
     "ffn.net.0.proj",
     "ffn.net.2",
 )
-"""The ten linear layers of a block, by diffusers' names: what LoRAs are trained on."""
+"""The ten linear layers of a block, by diffusers' names: the usual layers for a LoRA."""
 
 _NORMS = ("attn1.norm_q", "attn1.norm_k", "attn2.norm_q", "attn2.norm_k", "norm2")
 _OUTSIDE_BLOCKS = (
@@ -53,8 +53,8 @@ _OUTSIDE_BLOCKS = (
     "proj_out",
     "condition_embedder.time_proj",
     *(
-        f"condition_embedder.{what}_embedder.linear_{n}"
-        for what in ("time", "text")
+        f"condition_embedder.{embedded}_embedder.linear_{n}"
+        for embedded in ("time", "text")
         for n in (1, 2)
     ),
 )
@@ -65,22 +65,23 @@ def _flat(name: str) -> str:
 
 
 _FLAT_IN_BLOCK = {
-    _flat(spelled): name
+    _flat(variant): name
     for name in (*LINEARS, *_NORMS)
-    for spelled in (name, to_official(f"blocks.0.{name}").removeprefix("blocks.0."))
+    for variant in (name, to_official(f"blocks.0.{name}").removeprefix("blocks.0."))
 }
 _FLAT_OUTSIDE = {
-    _flat(spelled): name for name in _OUTSIDE_BLOCKS for spelled in (name, to_official(name))
+    _flat(variant): name for name in _OUTSIDE_BLOCKS for variant in (name, to_official(name))
 }
-"""Diffusers' names by both worlds' names with underscores."""
+"""Diffusers' names of modules, by diffusers' and official names with underscores for dots."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Prefix:
     text: str
     flat: bool = False
+    """Whether dots are written as underscores."""
     expert: ExpertName | None = None
-    """The expert that the prefix names beside another of its family."""
+    """The expert that the prefix stands for in a file that holds both."""
 
 
 _PREFIXES = (
@@ -118,8 +119,8 @@ _ENDINGS: dict[str, str] = {
     "diff_b": "diff_b",
     "b_norm": "diff_b",
 }
-"""Our name of a part by the ending of its key. PEFT's name of the adapter, ``.default``, is left
-out before."""
+"""`ModuleAdapter`'s name of a tensor by the ending of its key. PEFT's name of the adapter,
+``.default``, is removed before."""
 
 _CONVOLUTIONS = ("hada_t1", "hada_t2", "lokr_t2", "lora_mid.weight")
 """Endings of adapters on convolutions, which Wan's blocks do not have."""
@@ -134,37 +135,37 @@ _OTHER_ARCHITECTURES = (
     ),
     (r"transformer_blocks|joint_blocks", "another video or image transformer"),
 )
-"""What names of other models look like."""
+"""Patterns in the keys of other models' adapters."""
 
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterLayout:
-    """What the names and shapes in a header say about the adapter."""
+    """What follows from the names and shapes in a header about the adapter."""
 
     prefix: str
-    """What the keys begin with."""
+    """The prefix of the keys."""
     names: Literal["official", "diffusers"]
-    """Whose names of modules the keys have."""
+    """Whether the keys contain official or diffusers' names of modules."""
     trainer: str | None
-    """The program that wrote it, where that can be told."""
+    """The program that wrote the file, where it can be inferred."""
     experts: tuple[ExpertName, ...]
     """The experts that the keys name: none, one, or both in one file."""
     modules: dict[str, dict[str, str]]
     """Keys by module (``blocks.0.attn1.to_q``) and part (``lora_A``)."""
     kinds: dict[str, AdapterKind]
-    """By module; what is damaged is left out."""
+    """By module; damaged modules are left out."""
     ranks: dict[str, int]
     """By module, where the kind has one."""
     unknown: tuple[str, ...]
-    """Keys that are no adapter of Wan 2.2, in alphabetical order."""
+    """Keys that belong to no adapter for Wan 2.2, in alphabetical order."""
     module_errors: tuple[str, ...]
-    """What is wrong with modules, one line each."""
+    """One line for each damaged module: what is wrong with its tensors."""
 
     @property
     def key_format(self) -> str:
-        """The spelling in words: the format's name where it is one that onewan writes."""
+        """The key format: the name of one that onewan writes, otherwise prefix and names."""
         written: dict[tuple[str, str], LoraFormat] = {
             ("diffusion_model.", "official"): "comfyui",
             ("transformer.", "diffusers"): "diffusers",
@@ -175,7 +176,7 @@ class AdapterLayout:
 
     @property
     def other_architecture(self) -> str | None:
-        """The model whose names the unknown keys have, in words."""
+        """The model that the unknown keys belong to, in words."""
         for pattern, model in _OTHER_ARCHITECTURES:
             if any(re.search(pattern, key) for key in self.unknown):
                 return model
@@ -187,27 +188,28 @@ def layout_of(
     metadata: Mapping[str, str],
     expert: ExpertName | None = None,
 ) -> AdapterLayout | None:
-    """How the adapter in a header is laid out; None if not one key is of an adapter.
+    """The layout of the adapter in a header; None if no key belongs to an adapter.
 
-    Where a file holds both experts' adapters, `expert` says whose to look at.
+    Where a file holds the adapters of both experts, `expert` selects one.
     """
     endings = {key: ending for key in tensors if (ending := split_key(key)) is not None}
     if not endings:
         return None
-    places = {p: _under(p, endings) for p in _PREFIXES}
-    best = max(_PREFIXES, key=lambda p: len(places[p]))
-    pair = [p for p in _PREFIXES if p.expert and places[p]] if best.expert else []
+    under = {p: _modules_under(p, endings) for p in _PREFIXES}
+    # Prefixes overlap ("" matches everything): the one that explains most keys is the right one.
+    best = max(_PREFIXES, key=lambda p: len(under[p]))
+    pair = [p for p in _PREFIXES if p.expert and under[p]] if best.expert else []
     experts: tuple[ExpertName, ...] = tuple(
         name for name in ("high", "low") if name in {p.expert for p in pair}
     )
     if len(experts) == 2:
         best = next((p for p in pair if p.expert == expert), best)
-    elif experts == ("high",):  # by which everyone means the one transformer that there is
+    elif experts == ("high",):  # `transformer.` alone is also the only transformer of the 5B
         experts = ()
-    elsewhere = {key for p in pair if p.expert != best.expert for key in places[p]}
+    elsewhere = {key for p in pair if p.expert != best.expert for key in under[p]}
     modules: dict[str, dict[str, str]] = {}
     module_errors: list[str] = []
-    for key, (module, part) in places[best].items():
+    for key, (module, part) in under[best].items():
         if part in modules.setdefault(module, {}):
             module_errors.append(f"{module} has {part} twice")
         modules[module][part] = key
@@ -215,13 +217,13 @@ def layout_of(
     ranks: dict[str, int] = {}
     for module, parts in modules.items():
         found = {part: tensors[key] for part, key in parts.items()}
-        if fault := _fault(found):
-            module_errors.append(f"{module} {fault}")
+        if error := _shape_error(found):
+            module_errors.append(f"{module} {error}")
             continue
         kinds[module] = kind_of(found)
         if rank := _rank(found):
             ranks[module] = rank
-    official = any(_is_official(key, best) for key in places[best])
+    official = any(_is_official(key, best) for key in under[best])
     return AdapterLayout(
         prefix=best.text,
         names="official" if official else "diffusers",
@@ -230,13 +232,13 @@ def layout_of(
         modules=modules,
         kinds=kinds,
         ranks=ranks,
-        unknown=tuple(sorted(tensors.keys() - places[best].keys() - elsewhere)),
+        unknown=tuple(sorted(tensors.keys() - under[best].keys() - elsewhere)),
         module_errors=tuple(module_errors),
     )
 
 
 def kind_of(parts: Mapping[str, object]) -> AdapterKind:
-    """The kind of adapter that has these parts."""
+    """The kind of adapter that consists of these tensors."""
     if "lora_A" in parts:
         return "dora" if "magnitude" in parts else "lora"
     families: dict[str, AdapterKind] = {"hada_": "loha", "lokr_": "lokr", "oft_": "oft"}
@@ -258,7 +260,7 @@ def module_key(module: str, format: KeyFormat) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WanShape:
-    """What a complete list of a transformer's linear layers follows from."""
+    """The sizes of a transformer that determine its linear layers."""
 
     width: int
     ffn_width: int
@@ -275,7 +277,7 @@ class WanShape:
 
     @staticmethod
     def of_width(width: int) -> WanShape | None:
-        """The shape of the Wan 2.2 transformer of this width; None if there is no such."""
+        """The shape of the Wan 2.2 transformer of this width; None if there is none."""
         for variant in VARIANTS.values():
             if variant.num_attention_heads * variant.attention_head_dim == width:
                 return WanShape(
@@ -298,32 +300,35 @@ class WanShape:
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """(what stands before, part) of a key; None if it ends as no part of an adapter does."""
+    """(prefix and module, tensor) of a key; None if its ending is none of an adapter's."""
     steps = [step for step in key.split(".") if step != "default"]
-    for count in (3, 2, 1):
-        part = _ENDINGS.get(".".join(steps[-count:])) if len(steps) > count else None
+    for length in (3, 2, 1):
+        part = _ENDINGS.get(".".join(steps[-length:])) if len(steps) > length else None
         if part is not None:
-            return ".".join(steps[:-count]), part
+            return ".".join(steps[:-length]), part
     if any(key.endswith("." + ending) for ending in _CONVOLUTIONS):
         return ".".join(steps[:-1]), "convolution"
     return None
 
 
-def _under(prefix: _Prefix, endings: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
-    """(module, part) of the keys that are Wan's under `prefix`."""
-    placed: dict[str, tuple[str, str]] = {}
+def _modules_under(
+    prefix: _Prefix, endings: Mapping[str, tuple[str, str]]
+) -> dict[str, tuple[str, str]]:
+    """(module, tensor) of the keys that name a module of Wan after `prefix`."""
+    found: dict[str, tuple[str, str]] = {}
     for key, (before, part) in endings.items():
         if not before.startswith(prefix.text) or part == "convolution":
             continue
         name = before.removeprefix(prefix.text)
         module = _from_flat(name) if prefix.flat else _from_dotted(name)
         if module is not None:
-            placed[key] = (module, part)
-    return placed
+            found[key] = (module, part)
+    return found
 
 
 def _from_dotted(name: str) -> str | None:
-    """Diffusers' name of a module under either world's name; None if Wan 2.2 has no such."""
+    """Diffusers' name of a module from its official or diffusers' name; None if Wan 2.2 has no
+    such module."""
     if name.endswith((".weight", ".bias")) or (
         name.startswith("blocks.") and not re.match(r"blocks\.\d+\.", name)
     ):
@@ -356,7 +361,7 @@ def _is_official(key: str, prefix: _Prefix) -> bool:
 def _trainer(
     tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], prefix: _Prefix
 ) -> str | None:
-    """Who wrote the file, by what only they write."""
+    """The program that wrote the file, detected by metadata and keys that only it writes."""
     if "onewan.version" in metadata:
         return "onewan"
     if any(name.startswith("ot_") for name in metadata):
@@ -376,8 +381,8 @@ def _trainer(
 # ------------------------------------------------------------------------------------------ shapes
 
 
-def _fault(parts: Mapping[str, TensorInfo]) -> str | None:
-    """What is wrong with the tensors of one module, in words; None if nothing is."""
+def _shape_error(parts: Mapping[str, TensorInfo]) -> str | None:
+    """What is wrong with the names, types and shapes of one module's tensors; None if nothing."""
     families = {
         re.split(r"[_.]", part)[0] for part in parts if part not in ("alpha", "magnitude", "diff_b")
     }
@@ -393,42 +398,42 @@ def _fault(parts: Mapping[str, TensorInfo]) -> str | None:
     shapes = {part: info.shape for part, info in parts.items()}
     kind = kind_of(parts)
     if kind in ("lora", "dora") or "lora_B" in parts or "lora_B.bias" in parts:
-        fault = _product_fault(shapes, "lora_B", "lora_A")
+        error = _product_error(shapes, "lora_B", "lora_A")
     elif kind == "loha":
-        fault = _product_fault(shapes, "hada_w1_a", "hada_w1_b")
-        fault = fault or _product_fault(shapes, "hada_w2_a", "hada_w2_b")
+        error = _product_error(shapes, "hada_w1_a", "hada_w1_b")
+        error = error or _product_error(shapes, "hada_w2_a", "hada_w2_b")
     elif kind == "lokr":
-        fault = _lokr_fault(shapes)
+        error = _lokr_error(shapes)
     elif kind == "oft":
-        fault = _oft_fault(shapes)
+        error = _oft_error(shapes)
     else:
-        fault = None
-    return fault or _magnitude_fault(shapes)
+        error = None
+    return error or _magnitude_error(shapes)
 
 
-def _product_fault(shapes: Mapping[str, tuple[int, ...]], left: str, right: str) -> str | None:
-    """Why [out, r] @ [r, in] is none."""
+def _product_error(shapes: Mapping[str, tuple[int, ...]], left: str, right: str) -> str | None:
+    """Why `left` @ `right` is not a product [out, r] @ [r, in]; None if it is."""
     if missing := [part for part in (right, left) if part not in shapes]:
-        return f"lacks {' and '.join(missing)}"
+        return f"has no {' and '.join(missing)}"
     a, b = shapes[left], shapes[right]
     if len(a) != 2 or len(b) != 2 or a[1] != b[0] or 0 in (*a, *b):
         return f"has {right} {list(b)} and {left} {list(a)}, not [r, in] and [out, r]"
     return None
 
 
-def _lokr_fault(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+def _lokr_error(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     for factor in ("lokr_w1", "lokr_w2"):
         if factor not in shapes:
             if f"{factor}_a" not in shapes and f"{factor}_b" not in shapes:
-                return f"lacks {factor}"
-            if fault := _product_fault(shapes, f"{factor}_a", f"{factor}_b"):
-                return fault
+                return f"has no {factor}"
+            if error := _product_error(shapes, f"{factor}_a", f"{factor}_b"):
+                return error
         elif len(shapes[factor]) != 2 or 0 in shapes[factor]:
             return f"has {factor} {list(shapes[factor])}, not a matrix"
     return None
 
 
-def _oft_fault(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+def _oft_error(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     if "oft_blocks" in shapes:
         blocks = shapes["oft_blocks"]
         if len(blocks) != 3 or blocks[1] != blocks[2]:
@@ -441,16 +446,21 @@ def _oft_fault(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 
 
 def block_size(elements: int) -> int | None:
-    """The size of a square matrix with this many numbers above its diagonal."""
+    """The size of a square matrix with this many elements above its diagonal; None if there is no
+    such size."""
+    # elements = size (size - 1) / 2, solved for size.
     size = round((1 + (1 + 8 * elements) ** 0.5) / 2)
     return size if elements and size * (size - 1) // 2 == elements else None
 
 
-def _magnitude_fault(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Why the magnitude is not one number for each output, [out] or [out, 1], or input, [1, in]."""
+def _magnitude_error(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Why the magnitude is not one value per output, [out] or [out, 1], or per input, [1, in]."""
     magnitude = shapes.get("magnitude")
-    if magnitude is None or "lora_A" not in shapes:
-        return None if magnitude is None or len(magnitude) in (1, 2) else "has a strange magnitude"
+    if magnitude is None:
+        return None
+    if "lora_A" not in shapes:
+        axes = len(magnitude)
+        return None if axes in (1, 2) else f"has a magnitude of {axes} axes, not 1 or 2"
     out, into = shapes["lora_B"][0], shapes["lora_A"][1]
     if magnitude in ((out,), (out, 1), (1, into)):
         return None

@@ -1,4 +1,4 @@
-"""Adapters out of files and into them, in the spelling that each program reads.
+"""Reads adapters from files of any trainer, and converts them to the key format of each program.
 
 =========  ===========================================  ===========================================
 format     keys of a LoRA                               what else it can hold
@@ -8,12 +8,13 @@ kohya      ``lora_unet_<official_>.lora_down.weight``    the same
 diffusers  ``transformer.<diffusers>.lora_A.weight``     DoRA
 =========  ===========================================  ===========================================
 
-The first two keep alpha in a tensor, the last in the header, as PEFT's settings. A kohya file is
-complete, since diffusers takes no other: what was not trained has zeros of rank 1, which the reader
-drops again. So a LoRA goes through all three and comes back as the same bits.
+The first two store alpha as a tensor, the last in the header, as PEFT's settings. A kohya file is
+complete, since diffusers accepts no other: layers without an adapter get zeros of rank 1, which the
+reader drops. So a LoRA can be converted through all three formats without changing a bit.
 
-DoRA that scales outputs (PEFT's) and OFT that turns inputs (PEFT's) have no spelling in ComfyUI:
-they go out as plain differences, for which the base model's weights are needed.
+ComfyUI has no keys for PEFT's DoRA, which scales outputs, and PEFT's OFT, which rotates inputs:
+they are written as plain differences, which needs the base model's weights. ``official`` is comfyui
+without the prefix.
 """
 
 from __future__ import annotations
@@ -64,24 +65,24 @@ BaseWeights = Callable[[str], Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterFile:
-    """An adapter as a file holds it, under one set of names whatever its spelling."""
+    """An adapter from a file, by the same names for every key format."""
 
     path: Path
     layout: AdapterLayout
     modules: dict[str, ModuleAdapter]
     """By diffusers' names (``blocks.0.attn1.to_q``)."""
     expert: ExpertName | None
-    """The expert that the keys name, or that was asked for; None if neither."""
+    """The expert that the keys name, or that was requested; None if neither."""
     metadata: dict[str, str]
-    """The header as it is."""
+    """The header's metadata, unchanged."""
 
 
 def read_adapter(path: Path, expert: ExpertName | None = None) -> AdapterFile:
-    """The adapter in `path`, of any trainer; `expert` picks one where a file holds both.
+    """The adapter in `path`, of any trainer; `expert` selects one where a file holds both.
 
-    Where a file does not say alpha, it is the rank, as in ComfyUI and diffusers. CheckpointError
-    names what is wrong: no whole file, another model's adapter, half a pair, shapes that do not
-    multiply, alphas without weights.
+    A missing alpha is the rank, as in ComfyUI and diffusers. CheckpointError for an incomplete
+    file, another model's adapter, missing tensors, shapes that do not multiply, and alphas without
+    weights.
     """
     file = open_tensors(Path(path))
     layout = _checked(file.path, file.tensors, layout_of(file.tensors, file.metadata, expert))
@@ -128,13 +129,13 @@ def parse_adapter(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FormattedAdapter:
-    """What goes into a file."""
+    """An adapter in one key format, ready to be written."""
 
     tensors: dict[str, Tensor | Lazy]
     metadata: dict[str, str]
-    """Of the format's own: PEFT's settings for diffusers."""
+    """Required by the format: PEFT's settings for diffusers."""
     notices: list[str]
-    """What the user should know of it."""
+    """For the user."""
 
 
 def to_format(
@@ -145,19 +146,22 @@ def to_format(
     base: BaseWeights | None = None,
     shape: WanShape | None = None,
 ) -> FormattedAdapter:
-    """`modules` in the spelling of `format`, each tensor as `dtype` or, for None, as it is.
+    """`modules` with the keys of `format`, each tensor as `dtype` or, for None, as it is.
 
-    `base` gives the weights that plain differences are made from. `shape` says which layers a
-    complete kohya file has; without it, what the variants and `base` tell. CheckpointError if the
-    format can't hold an adapter, or a value does not fit `dtype`.
+    `base` gives the weights from which plain differences are computed. `shape` determines the
+    layers of a complete kohya file; without it they are inferred from the variants and `base`.
+    CheckpointError if the format can't hold an adapter, or a value does not fit `dtype`.
     """
-    _refuse(modules, format)
-    foreign = {m: a for m, a in modules.items() if format != "diffusers" and _is_foreign(a)}
+    _check_expressible(modules, format)
+    # Modules that the format can hold only as a plain difference.
+    as_difference = {
+        m: a for m, a in modules.items() if format != "diffusers" and _is_not_expressible(a)
+    }
     tensors: dict[str, Tensor | Lazy] = {}
     for module, adapter in modules.items():
         start = module_key(module, format)
-        native = replace(adapter, tensors={}) if module in foreign else adapter
-        if module in foreign:
+        native = replace(adapter, tensors={}) if module in as_difference else adapter
+        if module in as_difference:
             tensors[f"{start}.diff"] = _difference(module, adapter, dtype, base)
         for part, tensor in native.tensors.items():
             tensors[f"{start}.{_key(part, format)}"] = stored(f"{module}.{part}", tensor, dtype)
@@ -169,7 +173,7 @@ def to_format(
         alpha = _written_alpha(native, format)
         if format != "diffusers" and alpha is not None:
             tensors[f"{start}.alpha"] = torch.tensor(alpha)
-    notices = _notices(modules, foreign, tensors, format)
+    notices = _notices(modules, as_difference, tensors, format)
     if format == "kohya" and all(a.kind == "lora" for a in modules.values()):
         tensors |= _zero_padding(modules, dtype, shape or _shape(modules, base))
     metadata = {PEFT_SETTINGS: _peft_settings(modules)} if format == "diffusers" else {}
@@ -177,7 +181,8 @@ def to_format(
 
 
 def stored(name: str, weight: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A copy of `weight` as a file holds it; CheckpointError if `dtype` can't hold its values."""
+    """A contiguous copy of `weight` on the CPU as `dtype`, for a file; CheckpointError if a value
+    overflows `dtype`."""
     kept = weight.detach().to("cpu", dtype or weight.dtype, copy=True).contiguous()
     if not torch.isfinite(kept.float()).all() and torch.isfinite(weight.float()).all():
         largest = weight.abs().max().item()
@@ -218,7 +223,7 @@ def _modules(
 def _checked(
     source: Path | str, tensors: Mapping[str, TensorInfo], layout: AdapterLayout | None
 ) -> AdapterLayout:
-    """`layout` if it is of a whole adapter for Wan 2.2; CheckpointError says why not."""
+    """`layout` if it is that of a complete adapter for Wan 2.2; otherwise CheckpointError."""
     total = len(tensors)
     remedy = (
         "give a LoRA for Wan 2.2, with keys such as diffusion_model.blocks.N.self_attn.q."
@@ -227,7 +232,7 @@ def _checked(
     if layout is None:
         some = ", ".join(sorted(tensors)[:3])
         holds = f"{total} tensors, none of a LoRA, such as {some}" if total else "no tensors"
-        raise CheckpointError(f"{source}: holds {holds}; {remedy}")
+        raise CheckpointError(f"{source}: has {holds}; {remedy}")
     if layout.unknown:
         whose = f", but of {layout.other_architecture}" if layout.other_architecture else ""
         raise CheckpointError(
@@ -243,7 +248,8 @@ def _checked(
 
 
 def _settings(file: TensorFile) -> dict[str, Any]:
-    """PEFT's settings: from the header, or from the file that PEFT writes beside its own."""
+    """PEFT's settings, from the header or from the file that PEFT writes beside the weights; empty
+    if there are none."""
     text = file.metadata.get(PEFT_SETTINGS)
     beside = file.files[0].with_name("adapter_config.json")
     try:
@@ -267,7 +273,7 @@ def _damaged_settings(file: TensorFile, error: Exception) -> CheckpointError:
 
 
 def _is_zero_padding(adapter: ModuleAdapter) -> bool:
-    """Whether it is of zeros alone, as in complete files for what was not trained."""
+    """Whether it only fills up a complete kohya file: zeros of rank 1."""
     return (
         adapter.kind == "lora"
         and adapter.rank == 1
@@ -279,24 +285,24 @@ def _is_zero_padding(adapter: ModuleAdapter) -> bool:
 
 
 def _by_input(adapter: ModuleAdapter) -> bool:
-    """Whether its magnitude is one for each input, [1, in]."""
+    """Whether its magnitude has one value per input, [1, in]."""
     magnitude = adapter.tensors.get("magnitude")
     return magnitude is not None and magnitude.ndim == 2 and magnitude.shape[0] == 1
 
 
-def _is_foreign(adapter: ModuleAdapter) -> bool:
-    """Whether ComfyUI has no spelling for it."""
+def _is_not_expressible(adapter: ModuleAdapter) -> bool:
+    """Whether ComfyUI has no keys for it."""
     by_output = "magnitude" in adapter.tensors and not _by_input(adapter)
     return by_output or "rotation" in adapter.tensors
 
 
-def _refuse(modules: Mapping[str, ModuleAdapter], format: KeyFormat) -> None:
+def _check_expressible(modules: Mapping[str, ModuleAdapter], format: KeyFormat) -> None:
     """CheckpointError if `format` can't hold one of `modules`."""
     for module, adapter in modules.items():
         title = KIND_TITLES[adapter.kind]
         if format == "kohya" and module.rpartition(".")[2] == "scale_shift_table":
             raise CheckpointError(
-                f"{module}: is no layer but a table, which kohya's spelling can't name; write "
+                f"{module}: is a table, not a layer, and kohya's keys name layers only; write "
                 "it as comfyui"
             )
         if format != "diffusers":
@@ -304,7 +310,7 @@ def _refuse(modules: Mapping[str, ModuleAdapter], format: KeyFormat) -> None:
         if adapter.kind not in ("lora", "dora") or _by_input(adapter):
             how = " by inputs" if adapter.kind == "dora" else ""
             raise CheckpointError(
-                f"{module}: is {title}{how}, which diffusers reads in no spelling; write it as "
+                f"{module}: is {title}{how}, which diffusers reads in no key format; write it as "
                 "comfyui or kohya, or merge it into the base model"
             )
         if adapter.bias_difference() is not None:
@@ -315,21 +321,21 @@ def _refuse(modules: Mapping[str, ModuleAdapter], format: KeyFormat) -> None:
     kinds = {adapter.kind for adapter in modules.values()}
     if format == "diffusers" and len(kinds) > 1:
         raise CheckpointError(
-            "the adapter is LoRA in some modules and DoRA in others, which diffusers' settings "
-            "can't say; write it as comfyui"
+            "the adapter is LoRA in some modules and DoRA in others, and diffusers' settings have "
+            "one kind for all; write it as comfyui"
         )
 
 
 def _key(part: str, format: KeyFormat) -> str:
-    """The ending of a part's key."""
-    named = {"magnitude": "lora_magnitude_vector" if format == "diffusers" else "dora_scale"}
+    """The ending of a tensor's key."""
+    endings = {"magnitude": "lora_magnitude_vector" if format == "diffusers" else "dora_scale"}
     for ours, kohya in (("lora_A", "lora_down"), ("lora_B", "lora_up")):
-        named[ours] = f"{kohya if format == 'kohya' else ours}.weight"
-    return named.get(part, part)
+        endings[ours] = f"{kohya if format == 'kohya' else ours}.weight"
+    return endings.get(part, part)
 
 
 def _written_alpha(adapter: ModuleAdapter, format: KeyFormat) -> float | None:
-    """The alpha that a file needs; kohya's readers insist on one where there is a rank."""
+    """The alpha to write, None for none. kohya's readers require one where there is a rank."""
     if not adapter.tensors or adapter.kind == "difference":
         return None
     if adapter.alpha is None and format == "kohya" and adapter.rank is not None:
@@ -340,7 +346,7 @@ def _written_alpha(adapter: ModuleAdapter, format: KeyFormat) -> float | None:
 def _difference(
     module: str, adapter: ModuleAdapter, dtype: torch.dtype | None, base: BaseWeights | None
 ) -> Lazy:
-    """What the adapter adds to its weight, made when it is written."""
+    """The difference that the adapter makes to its weight, computed when it is written."""
     if base is None:
         raise CheckpointError(
             f"{module}: is {KIND_TITLES[adapter.kind]}, which ComfyUI reads as a plain difference "
@@ -359,24 +365,24 @@ def _difference(
 
 def _notices(
     modules: Mapping[str, ModuleAdapter],
-    foreign: Mapping[str, ModuleAdapter],
+    as_difference: Mapping[str, ModuleAdapter],
     tensors: Mapping[str, Tensor | Lazy],
     format: KeyFormat,
 ) -> list[str]:
-    """What the user should know of the file."""
+    """Notices for the user about the file and the programs that read it."""
     if format == "diffusers":
         return []
     notices: list[str] = []
-    if foreign:
+    if as_difference:
         size = sum(
             prod(tensor.shape) * tensor.dtype.itemsize
             for key, tensor in tensors.items()
             if key.endswith(".diff")
         )
-        titles = " and ".join(sorted({KIND_TITLES[a.kind] for a in foreign.values()}))
+        titles = " and ".join(sorted({KIND_TITLES[a.kind] for a in as_difference.values()}))
         notices.append(
-            f"{titles} as PEFT has it ({len(foreign)} modules) has no spelling in ComfyUI: written "
-            f"as plain differences, {size / 1e9:.3g} GB; they hold for this base model alone"
+            f"ComfyUI has no keys for PEFT's {titles} ({len(as_difference)} modules): written as "
+            f"plain differences, {size / 1e9:.3g} GB, which are valid for this base model only"
         )
     others: set[AdapterKind] = {a.kind for a in modules.values() if a.kind != "lora"}
     if others:
@@ -390,7 +396,8 @@ def _notices(
 
 
 def _shape(modules: Mapping[str, ModuleAdapter], base: BaseWeights | None) -> WanShape | None:
-    """The transformer that `modules` are of; None if they are in no block."""
+    """The shape of the transformer that a LoRA of `modules` belongs to; None if none of them is in
+    a block."""
     sizes = {m: _size(a) for m, a in modules.items() if m.startswith("blocks.")}
     if not sizes:
         return None
@@ -410,8 +417,9 @@ def _shape(modules: Mapping[str, ModuleAdapter], base: BaseWeights | None) -> Wa
         ffn = base("blocks.0.ffn.net.0.proj.weight").shape[0]
     if not ffn:
         raise CheckpointError(
-            f"the adapter was trained on a transformer of width {width}, which is none of Wan 2.2, "
-            "and does not tell its FFN's, which kohya's complete files need; give --base"
+            f"the adapter was trained on a transformer of width {width}, which no Wan 2.2 model "
+            "has, and kohya's complete files need the width of its FFN, on which it has no layer; "
+            "give --base"
         )
     return WanShape(width=width, ffn_width=ffn, num_layers=blocks)
 
@@ -424,7 +432,8 @@ def _size(adapter: ModuleAdapter) -> tuple[int, int]:
 def _zero_padding(
     modules: Mapping[str, ModuleAdapter], dtype: torch.dtype | None, shape: WanShape | None
 ) -> dict[str, Tensor]:
-    """Zeros of rank 1 for the linear layers without an adapter."""
+    """Zeros of rank 1 for the linear layers without an adapter: diffusers' converter for kohya
+    files looks up every layer of every block."""
     if shape is None:
         return {}
     kept = dtype or next(iter(modules.values())).tensors["lora_A"].dtype
@@ -439,12 +448,12 @@ def _zero_padding(
 
 
 def _peft_settings(modules: Mapping[str, ModuleAdapter]) -> str:
-    """PEFT's settings as diffusers' ``save_lora_weights`` packs them into the header.
+    """PEFT's settings as diffusers' ``save_lora_weights`` writes them into the header.
 
-    Only what diffusers itself derives from a file without a header (``utils/peft_utils.py``). The
-    rest of PEFT's settings stays out: an older PEFT refuses keys it does not know (each release
-    adds some), and ``lora_dropout`` would drop inputs at inference, since diffusers leaves the new
-    layers in training mode.
+    Only those that diffusers itself derives for a file without a header (``utils/peft_utils.py``).
+    The others stay out: an older PEFT refuses keys it does not know (each release adds some), and
+    ``lora_dropout`` would drop inputs at inference, since diffusers leaves the new layers in
+    training mode.
     """
     ranks = {module: int(adapter.rank or 0) for module, adapter in modules.items()}
     alphas = {

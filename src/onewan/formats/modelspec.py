@@ -1,4 +1,4 @@
-"""ModelSpec 1.0.0 metadata (github.com/Stability-AI/ModelSpec) of the files that onewan writes."""
+"""ModelSpec 1.0.0 metadata (github.com/Stability-AI/ModelSpec) for the files that onewan writes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Literal
 SpecName = Literal["wan_2_2", "wan_2_2-lora", "wan_2_2-embedding"]
 
 HASH = "modelspec.hash_sha256"
-"""Field of the sha256 over all bytes behind the header, as ``0x`` and 64 digits; the writer
-(`onewan.formats.write`) fills it in."""
+"""Field for the SHA-256 of all bytes after the header, ``0x`` and 64 hexadecimal digits; the writer
+(`onewan.formats.write`) sets it."""
 
 
 def model_spec(
@@ -20,7 +20,7 @@ def model_spec(
     title: str | None = None,
     resolution: tuple[int, int] | None = None,
 ) -> dict[str, str]:
-    """The fields ``modelspec.*`` but for the hash. `resolution` is (width, height) in pixels."""
+    """The fields ``modelspec.*`` except the hash. `resolution` is (width, height) in pixels."""
     resource = files("onewan") / "resources" / "sd_model_spec" / f"{name}.json"
     spec: dict[str, str] = json.loads(resource.read_text(encoding="utf-8"))
     spec["modelspec.date"] = date.isoformat(timespec="seconds")
