@@ -171,15 +171,15 @@ def test_missing_parts_of_a_state_are_reinitialized_only_if_allowed(run_file: Ru
     with pytest.raises(CheckpointError, match="single_ema"):
         run.state.load(folder)
     average, optimizer = run.state.load(folder, allow_change=True)
-    assert average == "single: the moving average starts from the weights as they are"
-    assert optimizer.startswith("single: the optimizer starts anew") and "adamw" in optimizer
+    assert average == ("single: the state has no moving average; it starts at the weights")
+    assert optimizer.startswith("single: the optimizer is reset") and "adamw" in optimizer
     weights = run.state.experts["single"].method.read()
-    averages = run.state.experts["single"].trainable.ema.tensors()
+    averages = run.state.experts["single"].trainable.ema.state_dict()
     for name, tensor in averages.items():
         assert torch.equal(tensor, weights[name.replace(".default", "")])
     for trainable in run.state.trainables:
         trainable.ema = None
-    with pytest.raises(CheckpointError, match=r"is of adamw and not of sgd"):
+    with pytest.raises(CheckpointError, match="is of optimizer adamw, and this run's is sgd"):
         run.state.load(folder)
 
 
@@ -315,7 +315,7 @@ def test_changes_are_listed_on_resume(run_file: RunFile) -> None:
     events.clear()
     WanTrainer(other, listen=recorder(events), resume=True, allow_change=True).fit()
     warnings = [e["text"] for e in events if e["event"] == "warning"]
-    assert any("high: the optimizer starts anew" in text for text in warnings)
+    assert any("high: the optimizer is reset" in text for text in warnings)
     assert events[-1]["event"] == "finished"
 
 

@@ -389,7 +389,7 @@ def test_averages_and_learning_rates_follow_each_trainables_own_steps(
     )
     run = WanModelSetup(config).build()
     trainables = {trainable.name: trainable for trainable in run.state.trainables}
-    expected = {name: trainable.ema.tensors() for name, trainable in trainables.items()}
+    expected = {name: trainable.ema.state_dict() for name, trainable in trainables.items()}
     steps = dict.fromkeys(trainables, 0)
     for number in range(6):
         name, before = run.schedule.turn(number)
@@ -403,5 +403,5 @@ def test_averages_and_learning_rates_follow_each_trainables_own_steps(
                 average.lerp_(now[key].detach(), 1 - decay)
             steps[moved] += 1
     for name, averages in expected.items():
-        for key, average in trainables[name].ema.tensors().items():
+        for key, average in trainables[name].ema.state_dict().items():
             torch.testing.assert_close(average, averages[key], rtol=1e-5, atol=1e-7)

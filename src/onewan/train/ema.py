@@ -1,91 +1,91 @@
-"""Moving averages of the weights that train (EMA), in float32."""
+"""Exponential moving average (EMA) of the trained weights, in float32."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 
 class Ema:
-    """The moving average of each of `parameters`; starts as their present values.
+    """The moving average of each of `parameters`; it starts at their present values.
 
-    `device` says where the averages lie: "host" in host memory, or "device" beside the weights.
+    With `offload` the averages stay in host memory, else they are on the device of the parameters.
     """
 
     def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        decay: float,
-        device: Literal["host", "device"],
+        self, parameters: Mapping[str, nn.Parameter], decay: float, *, offload: bool
     ) -> None:
         self._parameters = dict(parameters)
         self._decay = decay
-        self._on_host = device == "host"
-        self._averages = {
-            name: self._copy(parameter) for name, parameter in self._parameters.items()
+        self._offload = offload
+        self.averages: dict[str, Tensor] = {}
+        """By the names of the parameters, float32, where they are kept."""
+        self.reset()
+
+    def reset(self) -> None:
+        """Start at the present values of the parameters."""
+        self.averages = {
+            name: parameter.detach().to(
+                "cpu" if self._offload else parameter.device, torch.float32, copy=True
+            )
+            for name, parameter in self._parameters.items()
         }
 
     @torch.no_grad()
-    def update(self, count: int) -> None:
-        """Take the present weights in, after `count` earlier updates.
+    def update(self, num_updates: int) -> None:
+        """average = d * average + (1 - d) * weight, after `num_updates` earlier updates.
 
-        The old average counts min(decay, (1 + count) / (10 + count)), so that it does not hold on
-        to the first values for long.
+        d is the smaller of `decay` and (1 + n) / (10 + n), a warm-up without which the initial
+        values would dominate the first 1 / (1 - decay) updates.
         """
-        decay = min(self._decay, (1 + count) / (10 + count))
-        # One by one: copies of all weights at once would be a whole model in float32.
+        decay = min(self._decay, (1 + num_updates) / (10 + num_updates))
+        # One weight at a time: float32 copies of all weights at once would be a whole model.
         for name, parameter in self._parameters.items():
-            average = self._averages[name]
+            average = self.averages[name]
             average.lerp_(parameter.detach().to(average), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The averages in place of the weights, which come back afterwards to the bit."""
+        """Put the averages into the parameters for the length of the block.
+
+        Afterwards the parameters are back, bit-exact; their copies are in host memory.
+        """
         kept = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
         try:
-            self._write(self._averages)
+            self._copy_into_parameters(self.averages)
             yield
         finally:
-            self._write(kept)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Copies of the averages by the names of their weights, float32 in host memory."""
-        return {name: average.to("cpu", copy=True) for name, average in self._averages.items()}
+            self._copy_into_parameters(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that `load_state_dict` needs; the number of updates is the caller's to keep."""
-        return self.tensors()
+        """Copies of the averages by the names of their weights, float32 in host memory.
+
+        The number of updates is not part of it; the caller passes it to `update`.
+        """
+        return {name: average.to("cpu", copy=True) for name, average in self.averages.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over averages; ValueError if they are not those of these weights."""
-        if state.keys() != self._averages.keys():
-            odd = sorted(state.keys() ^ self._averages.keys())
-            raise ValueError(f"averages of other weights: {odd[0]} is only on one side")
-        for name, average in self._averages.items():
+        """Continue from `state`; ValueError if its names or shapes are not those of the weights."""
+        if state.keys() != self.averages.keys():
+            odd = sorted(state.keys() ^ self.averages.keys())
+            side = "the state" if odd[0] in state else "this run"
+            raise ValueError(f"the averages are of other weights: {odd[0]} is only in {side}")
+        for name, average in self.averages.items():
             if state[name].shape != average.shape:
                 raise ValueError(
                     f"{name}: has the shape {tuple(state[name].shape)}, not {tuple(average.shape)}"
                 )
             average.copy_(state[name])
 
-    def restart(self) -> None:
-        """Start from the weights as they are now."""
-        self._averages = {name: self._copy(p) for name, p in self._parameters.items()}
-
     def to(self, device: torch.device) -> None:
-        """Move what lies beside the weights; averages in host memory stay there."""
-        if not self._on_host:
-            self._averages = {name: a.to(device) for name, a in self._averages.items()}
-
-    def _copy(self, parameter: nn.Parameter) -> Tensor:
-        device = torch.device("cpu") if self._on_host else parameter.device
-        return parameter.detach().to(device, torch.float32, copy=True)
+        """Move the averages to `device`, unless they are offloaded."""
+        if not self._offload:
+            self.averages = {name: a.to(device) for name, a in self.averages.items()}
 
     @torch.no_grad()
-    def _write(self, values: Mapping[str, Tensor]) -> None:
+    def _copy_into_parameters(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self._parameters.items():
             parameter.copy_(values[name])

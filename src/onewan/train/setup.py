@@ -248,9 +248,7 @@ class WanModelSetup:
                 seed=config.train.seed,
                 name=name,
             ),
-            ema=None
-            if ema is None
-            else Ema(what.parameters, ema.decay, "host" if ema.offload else "device"),
+            ema=None if ema is None else Ema(what.parameters, ema.decay, offload=ema.offload),
         )
 
     def _embeddings(self, model: WanModel, dataset: Dataset) -> Trainable | None:

@@ -1,9 +1,9 @@
-"""`TrainState`: all that changes while a run trains, and how it is saved and read back.
+"""`TrainState`: everything that changes while a run trains, and how it is saved and loaded.
 
-Weights that train, their optimizers and averages, and a few numbers are the whole of it. Everything
-else is a function of the step and the run file: order of the data, noise, turns of the experts,
-learning rate. A state is one between two optimizer steps, so no accumulation is ever under way in
-it; and it knows nothing of devices or processes, whose number may differ when it is read.
+That is the trained weights, their optimizers and averages, and a few values. Everything else is a
+function of the step and the run file: the order of the data, the noise, which expert a step trains,
+the learning rate. A state is saved between two optimizer steps, so gradient accumulation is never
+under way in it. It does not depend on devices or processes, which may be others when it is loaded.
 """
 
 from __future__ import annotations
@@ -29,23 +29,25 @@ from onewan.train.optimizers.trainable_optimizer import TrainableOptimizer
 from onewan.train.trainables import ExpertMethod
 from onewan.variants import Expert, ExpertName
 
-_FACTS = "state.json"
+_FACTS_FILE = "state.json"
 _PACKAGES = ("onewan", "torch", "diffusers", "transformers", "peft")
 
 TrainableName = ExpertName | Literal["embeddings"]
 WeightSet = Literal["trained", "ema"]
+"""Which weights to validate or export: the trained ones, or their moving average. The trained ones
+of a schedule-free optimizer are its own average."""
 
 
 class TrainableWeights(Protocol):
     """Where the weights of a trainable are read from and written to."""
 
     def read(self) -> dict[str, Tensor]:
-        """All that training changed, by name, on the CPU."""
+        """Copies of all tensors that training changes, by name, on the CPU."""
         ...
 
     def write(self, weights: Mapping[str, Tensor], source: str) -> None:
-        """The reverse of `read`, bit for bit. `source` names the file for the CheckpointError that
-        missing, surplus or misshapen weights raise."""
+        """The reverse of `read`, bit-exact. CheckpointError, which names the file as `source`, for
+        missing or unexpected keys and for other shapes or dtypes."""
         ...
 
 
@@ -57,34 +59,41 @@ class Trainable:
     weights: TrainableWeights
     optimizer: TrainableOptimizer
     optimizer_name: str
-    """Its name, by which a state's is known."""
+    """`optimizer.name` of the run file; a state of another optimizer is recognized by it."""
     lr: float
-    """The full learning rate of most of the weights."""
+    """The full learning rate of most of the weights; LoRA+ and embeddings have others."""
     ema: Ema | None = None
 
-    def using(self, kind: WeightSet) -> AbstractContextManager[None]:
-        """The weights as they are to be used: trained (by a schedule-free optimizer, averaged), or
-        the moving average. Afterwards they are, to the bit, what training goes on with."""
-        if kind == "ema":
+    def using(self, weight_set: WeightSet) -> AbstractContextManager[None]:
+        """Have the model compute with `weight_set` for the length of the block.
+
+        Afterwards the weights are those that training continues with, bit-exact.
+        """
+        if weight_set == "ema":
             assert self.ema is not None
             return self.ema.applied()
         return self.optimizer.evaluating()
 
     def to(self, device: torch.device) -> None:
-        """Move what goes with the weights; the numbers stay the same."""
+        """Move what belongs to the weights, but not the weights; values stay the same."""
         self.optimizer.to(device)
         if self.ema is not None:
             self.ema.to(device)
 
     def save(self, folder: Path) -> None:
+        """Write weights, optimizer and average into `folder`, a file for each."""
         save_file(self.weights.read(), folder / f"{self.name}.safetensors")
-        kept = {"optimizer": self.optimizer_name, "weights": self.optimizer.state_dict()}
-        torch.save(kept, folder / f"{self.name}_optimizer.pt")
+        saved = {"optimizer": self.optimizer_name, "weights": self.optimizer.state_dict()}
+        torch.save(saved, folder / f"{self.name}_optimizer.pt")
         if self.ema is not None:
             torch.save(self.ema.state_dict(), folder / f"{self.name}_ema.pt")
 
     def load(self, folder: Path, *, allow_change: bool) -> Iterator[str]:
-        """Take over what `save` wrote. Yields what had to start anew, where that is allowed."""
+        """Continue from what `save` wrote; CheckpointError if it does not fit this run.
+
+        With `allow_change` an optimizer or average that does not fit is reset, and a line about
+        each is yielded.
+        """
         weights, ema = folder / f"{self.name}.safetensors", folder / f"{self.name}_ema.pt"
         try:
             self.weights.write(load_file(weights), str(weights))
@@ -92,49 +101,45 @@ class Trainable:
             raise CheckpointError(f"{weights}: can't be read ({error})") from error
         if self.ema is not None:
             if ema.is_file() or not allow_change:
-                with self._fitting(ema):
+                with _load_errors(ema):
                     self.ema.load_state_dict(_read(ema))
             else:
-                yield f"{self.name}: the moving average starts from the weights as they are"
-                self.ema.restart()
+                yield f"{self.name}: the state has no moving average; it starts at the weights"
+                self.ema.reset()
         optimizer = folder / f"{self.name}_optimizer.pt"
         try:
-            with self._fitting(optimizer):
-                kept = _read(optimizer)
-                if kept["optimizer"] != self.optimizer_name:
-                    raise ValueError(f"is of {kept['optimizer']} and not of {self.optimizer_name}")
-                self.optimizer.load_state_dict(kept["weights"])
+            with _load_errors(optimizer):
+                saved = _read(optimizer)
+                if saved["optimizer"] != self.optimizer_name:
+                    raise ValueError(
+                        f"the state is of optimizer {saved['optimizer']}, and this run's is "
+                        f"{self.optimizer_name}"
+                    )
+                self.optimizer.load_state_dict(saved["weights"])
         except CheckpointError as error:
             if not allow_change:
                 raise
-            yield f"{self.name}: the optimizer starts anew ({error})"
-
-    @contextmanager
-    def _fitting(self, file: Path) -> Iterator[None]:
-        """What is wrong with a state's `file`, as a CheckpointError."""
-        try:
-            yield
-        except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{file}: does not fit what this run trains ({error})") from error
+            yield f"{self.name}: the optimizer is reset ({error})"
 
 
 @dataclass(kw_only=True)
 class TrainedExpert:
-    """An expert that has steps in the run."""
+    """An expert that the run trains."""
 
     expert: Expert
     transformer: WanTransformer3DModel
     method: ExpertMethod | None = None
     trainable: Trainable | None = None
-    """Both None if nothing of the expert itself trains, but embeddings through it."""
+    """Both are None if only embeddings are trained: their gradients pass through the expert."""
 
     def to(self, device: torch.device) -> None:
+        """Move the transformer, and its optimizer's state and average."""
         self.transformer.to(device)  # pyright: ignore[reportArgumentType]  (diffusers hides self)
         if self.trainable is not None:
             self.trainable.to(device)
 
     def base(self) -> AbstractContextManager[None]:
-        """The expert as it was before training, for as long as the block lasts."""
+        """Have the transformer compute as before training for the length of the block."""
         return nullcontext() if self.method is None else self.method.base()
 
 
@@ -146,11 +151,11 @@ class TrainState:
     embeddings: Trainable | None = None
     step: int = 0
     base_loss: dict[str, float] = field(default_factory=dict)
-    """Each expert's validation loss of the base model, to compare later ones with."""
+    """The base model's validation loss by expert, to compare later losses with."""
     validated: int | None = None
-    """The step of the last validation, and"""
+    """The step of the last validation."""
     best: dict[str, float] | None = None
-    """``step`` and ``loss`` of the one with the lowest loss."""
+    """``step`` and ``loss`` of the validation with the lowest loss."""
 
     @property
     def best_step(self) -> int | None:
@@ -158,20 +163,20 @@ class TrainState:
 
     @property
     def trainables(self) -> list[Trainable]:
-        """All that trains: the experts' trainables, then the embeddings."""
+        """The experts' trainables, then that of the embeddings."""
         found = [*(trained.trainable for trained in self.experts.values()), self.embeddings]
         return [trainable for trainable in found if trainable is not None]
 
     def trainables_of(self, name: ExpertName) -> list[Trainable]:
-        """What moves in a step of expert `name`."""
+        """The trainables that a step of expert `name` updates."""
         found = (self.experts[name].trainable, self.embeddings)
         return [trainable for trainable in found if trainable is not None]
 
     def save(self, folder: Path, facts: dict[str, Any]) -> None:
-        """Write the state into `folder`; `facts` (run file, data set) are kept beside it."""
+        """Write the state into `folder`, and `facts` (run file, data set) into its JSON file."""
         for trainable in self.trainables:
             trainable.save(folder)
-        about = {
+        content = {
             "step": self.step,
             "base_loss": self.base_loss,
             "validated": self.validated,
@@ -179,36 +184,46 @@ class TrainState:
             "versions": versions(),
             **facts,
         }
-        (folder / _FACTS).write_text(json.dumps(about, indent=2), encoding="utf-8")
+        (folder / _FACTS_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
     def load(self, folder: Path, *, allow_change: bool = False) -> list[str]:
-        """Take over the state in `folder`. CheckpointError names what does not fit.
+        """Continue from the state in `folder`; CheckpointError if it does not fit this run.
 
-        With `allow_change` an optimizer or average that does not fit starts anew; returns a line
-        for each that did.
+        With `allow_change` an optimizer or average that does not fit is reset; returns a line about
+        each.
         """
-        about = read_facts(folder)
-        anew = [
+        content = read_facts(folder)
+        resets = [
             line
             for trainable in self.trainables
             for line in trainable.load(folder, allow_change=allow_change)
         ]
-        self.step = about["step"]
-        self.base_loss = about["base_loss"]
-        self.validated = about["validated"]
-        self.best = about["best"]
-        return anew
+        self.step = content["step"]
+        self.base_loss = content["base_loss"]
+        self.validated = content["validated"]
+        self.best = content["best"]
+        return resets
+
+
+@contextmanager
+def _load_errors(file: Path) -> Iterator[None]:
+    """Turn what loading a state's `file` raises into a CheckpointError that names it."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{file}: does not fit what this run trains ({error})") from error
 
 
 def _read(file: Path) -> Any:
+    # weights_only: a state may come from elsewhere, and a pickle can run code.
     return torch.load(file, weights_only=True, map_location="cpu")
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What was noted beside a state: step, versions, run file, digest of the data set."""
-    return json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+    """A state's JSON file: step, losses, package versions, run file, digest of the data set."""
+    return json.loads((folder / _FACTS_FILE).read_text(encoding="utf-8"))
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages on which the numbers of a run depend."""
+    """Versions of the packages that the results of a run depend on."""
     return {package: importlib.metadata.version(package) for package in _PACKAGES}
