@@ -309,7 +309,7 @@ def test_tokenizer_from_the_sentencepiece_model(t2v: Path, tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match=r"no usable tokenizer .*give model\.tokenizer"):
         loader.load({"path": t2v, "tokenizer": without}, components=("tokenizer",))
     bare = single(rewritten.text_encoder(t2v), tmp_path / "umt5.safetensors")
-    with pytest.raises(CheckpointError, match=r"carries no tokenizer; give model\.tokenizer"):
+    with pytest.raises(CheckpointError, match=r"contains no tokenizer; set model\.tokenizer"):
         loader.load({"text_encoder": bare}, "t2v-a14b", components=("text_encoder", "tokenizer"))
 
 

@@ -1,49 +1,27 @@
-"""Placeholders' vectors in prompts, and in training through the text encoder."""
+"""Learned vectors in prompts, and their gradients through the text encoder."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from support.placeholders import FOX, INK, end, ids, learned, rows
+from support import placeholders
+from support.placeholders import BOTH, FOX, INK, end, ids, learned, rows
 from torch import Tensor, nn
 from transformers.models.umt5.modeling_umt5 import UMT5LayerNorm
 
-from onewan.demo.tiny_model import write_tiny_model
 from onewan.errors import CheckpointError
 from onewan.model.embedding import WanModelEmbedding
-from onewan.model.load import WanModelLoader
 from onewan.model.text import checkpoint_encoder, mentions, pad_text
 from onewan.model.wan import WanModel
 
-BOTH = pytest.mark.parametrize("is_output", [False, True], ids=["input", "output"])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    return write_tiny_model(folder, "ti2v-5b", width=32, layers=1)
-
-
-@pytest.fixture
-def load(folder) -> Callable[..., WanModel]:
-    def load(dtype: torch.dtype = torch.float32) -> WanModel:
-        return WanModelLoader().load(folder, dtype=dtype, components=["text_encoder", "tokenizer"])
-
-    return load
-
-
-@pytest.fixture
-def model(load) -> WanModel:
-    """Without placeholders; each test adds its own."""
-    return load()
+# Fixtures are found by pytest as attributes of the module.
+model_folder, load, model = placeholders.model_folder, placeholders.load, placeholders.model
 
 
 def encoded(model: WanModel, inputs_LD: Tensor) -> Tensor:
-    """What the encoder makes of input vectors, by itself: no mask, no checkpointing."""
+    """The encoder's outputs for input vectors, called directly: no mask, no checkpointing."""
     _, encoder = model.prompt_encoder()
     return encoder(inputs_embeds=inputs_LD[None]).last_hidden_state[0]
 
@@ -51,8 +29,8 @@ def encoded(model: WanModel, inputs_LD: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------- in prompts
 
 
-def test_table_rows_in_their_own_place_change_no_bit(model):
-    """So nothing but the vectors' numbers tells a placeholder from a word."""
+def test_vectors_equal_to_the_table_rows_of_a_word_give_the_bits_of_the_word(model):
+    """So a placeholder differs from a word by the values of its vectors alone."""
     plain = model.encode_prompt("a red square moves slowly")
     red = ids(model, "red square")
     table = rows(model, red).clone()
@@ -65,7 +43,7 @@ def test_table_rows_in_their_own_place_change_no_bit(model):
     assert torch.equal(model.encode_prompt("a &lt;fox&gt; moves slowly"), plain)
 
 
-def test_input_vectors_take_the_place_of_the_placeholder(model):
+def test_input_vectors_replace_the_placeholder(model):
     fox = learned(count=3)
     model.add_embedding(fox)
     with torch.no_grad():
@@ -75,7 +53,7 @@ def test_input_vectors_take_the_place_of_the_placeholder(model):
     assert torch.equal(got, want)
 
 
-def test_output_vectors_leave_every_other_output_untouched(model):
+def test_output_vectors_change_no_other_output(model):
     plain = model.encode_prompt("the quick jumps")
     fox = learned(count=3, is_output=True)
     model.add_embedding(fox)
@@ -88,7 +66,7 @@ def test_output_vectors_leave_every_other_output_untouched(model):
         assert torch.equal(torch.cat([got[:before], got[before + 3 :]]), plain)
 
 
-def test_other_prompts_keep_their_bits(load):
+def test_prompts_without_a_placeholder_keep_their_bits(load):
     model, untouched = load(), load()
     _, encoder = model.prompt_encoder()
     weights = {name: weight.clone() for name, weight in encoder.state_dict().items()}
@@ -105,7 +83,7 @@ def test_other_prompts_keep_their_bits(load):
 
 
 @pytest.mark.parametrize("kinds", [(False, False), (False, True), (True, False), (True, True)])
-def test_two_placeholders_in_one_prompt(model, kinds):
+def test_two_placeholders_in_one_prompt_are_both_replaced(model, kinds):
     fox, ink = learned(is_output=kinds[0]), learned(INK, 1, is_output=kinds[1], seed=1)
     for embedding in (fox, ink):
         model.add_embedding(embedding)
@@ -132,8 +110,8 @@ def test_two_placeholders_in_one_prompt(model, kinds):
     assert len(got) == len(rest) == 0
 
 
-def test_punctuation_is_tokenised_by_itself(model):
-    """As ComfyUI does it, where vectors that were trained here shall mean the same."""
+def test_punctuation_beside_a_placeholder_is_tokenized_separately(model):
+    """As in ComfyUI, so that vectors trained here have the same meaning there."""
     fox = learned()
     model.add_embedding(fox)
     with torch.no_grad():
@@ -162,7 +140,7 @@ def test_punctuation_is_tokenised_by_itself(model):
         ("sks", "", False),
     ],
 )
-def test_where_a_placeholder_counts(model, placeholder, prompt, found):
+def test_a_placeholder_is_found_as_a_whole_word(model, placeholder, prompt, found):
     assert mentions(prompt, placeholder) is found
     plain = model.encode_prompt(prompt)
     embedding = learned(placeholder, 5, is_output=True)
@@ -174,7 +152,7 @@ def test_where_a_placeholder_counts(model, placeholder, prompt, found):
         assert torch.equal(got, plain)
 
 
-def test_the_longer_of_two_that_begin_alike(model):
+def test_the_longer_of_two_placeholders_with_the_same_start_is_found(model):
     fox, foxes = learned("fox!"), learned("fox!!", 4)
     model.embedding, model.additional_embeddings = fox, [foxes]
     with torch.no_grad():
@@ -184,7 +162,7 @@ def test_the_longer_of_two_that_begin_alike(model):
 
 @BOTH
 @pytest.mark.parametrize("words", [505, 509, 510, 511, 600])
-def test_longest_prompts_end_with_the_end_token(model, is_output, words):
+def test_prompts_are_truncated_to_512_tokens_and_end_with_the_end_token(model, is_output, words):
     one = ids(model, "a")
     assert len(one) == 1 and len(ids(model, "a a")) == 2
     fox = learned(count=4, is_output=is_output)
@@ -204,7 +182,7 @@ def test_longest_prompts_end_with_the_end_token(model, is_output, words):
     assert torch.equal(late, want)
 
 
-def test_padding(model):
+def test_prompts_are_padded_with_zeros_to_512(model):
     model.add_embedding(learned())
     text = model.encode_text(["a <fox>", "", "a red square"])
     assert text.shape == (3, 512, 64) and text.requires_grad
@@ -220,7 +198,7 @@ def test_vectors_of_another_encoder_are_refused(model):
         model.embedding = WanModelEmbedding(
             placeholder=FOX, name="fox", uuid="1", vectors=wide, is_output_embedding=is_output
         )
-        with pytest.raises(CheckpointError, match="have 4096 numbers and the text encoder's 64"):
+        with pytest.raises(CheckpointError, match="have 4096 values and the text encoder's 64"):
             model.encode_prompt("a <fox>")
 
 
@@ -233,7 +211,7 @@ def loss_of(model: WanModel, prompts: list[str]) -> Tensor:
     return (text.float() * weights).square().mean() * 1000
 
 
-def normalised(norm: UMT5LayerNorm, hidden: Tensor) -> Tensor:
+def normalized(norm: UMT5LayerNorm, hidden: Tensor) -> Tensor:
     scale = (hidden.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
     return norm.weight * (hidden * scale)
 
@@ -248,11 +226,11 @@ def test_gradient_equals_finite_differences(model, is_output, monkeypatch):
     assert fox.vectors.grad is not None
     exact = fox.vectors.grad.double()
     model.prompt_encoder()[1].double()
-    # transformers computes a part of it in float32 whatever the rest is: too coarse here.
-    monkeypatch.setattr(UMT5LayerNorm, "forward", normalised)
+    # transformers computes this norm in float32 whatever the dtype, which is too coarse here.
+    monkeypatch.setattr(UMT5LayerNorm, "forward", normalized)
     values = fox.vectors.detach().double()
     direction = torch.randn(2, 64, generator=torch.Generator().manual_seed(9)).double()
-    # float64 behind the class's back, which holds float32: differences need the digits.
+    # The class accepts float32 only; finite differences need float64, so set the data directly.
     ends = []
     for step in (1e-5, -1e-5):
         fox.vectors.data = values + step * direction
@@ -266,7 +244,7 @@ def test_gradient_equals_finite_differences(model, is_output, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_equals_plain_autograd(load, dtype):
-    """Through the model, padded and checkpointed, against the encoder by itself."""
+    """Through the model, padded and checkpointed, against the encoder called directly."""
     model = load(dtype)
     _, encoder = model.prompt_encoder()
     plain = copy.deepcopy(encoder)
@@ -283,8 +261,8 @@ def test_gradient_equals_plain_autograd(load, dtype):
     before, after = ids(model, "the"), [*ids(model, "jumps"), *end(model)]
     inputs = torch.cat([plain.shared.weight[before], own.to(dtype), plain.shared.weight[after]])
     outputs = plain(inputs_embeds=inputs[None]).last_hidden_state[0]
-    place = len(before) + 2
-    want = torch.cat([outputs[:place], out.to(dtype), outputs[place:]])
+    position = len(before) + 2
+    want = torch.cat([outputs[:position], out.to(dtype), outputs[position:]])
     assert torch.equal(text[0, : len(want)], want)
     (want.float() * weights[: len(want)]).square().sum().backward()
     for embedding, reference in ((fox, own), (ink, out)):
@@ -294,7 +272,7 @@ def test_gradient_equals_plain_autograd(load, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_checkpointing_keeps_every_bit_and_draws_nothing(load, dtype):
+def test_checkpointing_changes_no_bit_and_draws_no_random_number(load, dtype):
     kept: list[Tensor] = []
     saved: list[int] = []
     for checkpointed in (False, True):
@@ -303,7 +281,7 @@ def test_checkpointing_keeps_every_bit_and_draws_nothing(load, dtype):
         encoder.requires_grad_(True)
         if checkpointed:
             checkpoint_encoder(encoder)
-            checkpoint_encoder(encoder)  # once more is no more
+            checkpoint_encoder(encoder)  # a second call changes nothing
         else:
             encoder.requires_grad_(False)
         assert not any(parameter.requires_grad for parameter in encoder.parameters())
@@ -339,7 +317,7 @@ def test_checkpointing_keeps_every_bit_and_draws_nothing(load, dtype):
     assert saved[1] < saved[0] / 4
 
 
-def test_checkpointed_encoder_can_be_copied(model):
+def test_a_copy_of_a_checkpointed_encoder_uses_its_own_weights(model):
     _, encoder = model.prompt_encoder()
     checkpoint_encoder(encoder)
     twin = copy.deepcopy(encoder)
@@ -349,7 +327,7 @@ def test_checkpointed_encoder_can_be_copied(model):
         assert not torch.equal(twin(tokens).last_hidden_state, encoder(tokens).last_hidden_state)
 
 
-def test_gradients_only_where_they_are_asked_for(model):
+def test_gradients_are_recorded_only_for_vectors_that_require_them(model):
     fox, ink = learned(), learned(INK, is_output=True)
     for embedding in (fox, ink):
         model.add_embedding(embedding)
@@ -365,12 +343,11 @@ def test_gradients_only_where_they_are_asked_for(model):
     assert model.encode_text(["<fox> <ink>"]).requires_grad
     ink.vectors.requires_grad_(False)
     assert not model.encode_text(["<fox> <ink>"]).requires_grad
-    assert graph_inputs == [False, False], "the encoder kept a graph that nobody needs"
+    assert graph_inputs == [False, False], "the encoder recorded a graph that no vector needs"
 
 
 @BOTH
-def test_vectors_learn(model, is_output):
-    """Towards what the model makes of a word."""
+def test_training_moves_vectors_towards_the_embedding_of_a_word(model, is_output):
     target = model.encode_prompt("a small blue circle")
     model.add_embedding(
         WanModelEmbedding.initial(

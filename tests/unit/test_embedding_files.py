@@ -1,4 +1,4 @@
-"""Placeholders' vectors: what they start as, their files, and the videos they change."""
+"""Learned vectors: their initial values, their files, and the samples they change."""
 
 from __future__ import annotations
 
@@ -13,42 +13,24 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
-from support.placeholders import FOX, INK, ids, learned, rows
+from support import placeholders
+from support.placeholders import BOTH, FOX, INK, ids, learned, rows
 from torch import nn
 from transformers import UMT5EncoderModel
 
 import onewan
 from onewan.checkpoint.saver import WanModelSaver
 from onewan.cli import main
-from onewan.demo.tiny_model import write_tiny_model
 from onewan.errors import CheckpointError, ConfigError
 from onewan.model.embedding import WanModelEmbedding
 from onewan.model.load import WanModelLoader
 from onewan.model.wan import WanModel
 from onewan.sample.generate import SampleRequest, WanModelSampler
 
-BOTH = pytest.mark.parametrize("is_output", [False, True], ids=["input", "output"])
+# Fixtures are found by pytest as attributes of the module.
+model_folder, load, model = placeholders.model_folder, placeholders.load, placeholders.model
+
 DATE = datetime(2026, 1, 2, tzinfo=timezone.utc)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    return write_tiny_model(folder, "ti2v-5b", width=32, layers=1)
-
-
-@pytest.fixture
-def load(folder) -> Callable[..., WanModel]:
-    def load(dtype: torch.dtype = torch.float32) -> WanModel:
-        return WanModelLoader().load(folder, dtype=dtype, components=["text_encoder", "tokenizer"])
-
-    return load
-
-
-@pytest.fixture
-def model(load) -> WanModel:
-    """Without placeholders; each test adds its own."""
-    return load()
 
 
 # ------------------------------------------------------------------------------ from text and files
@@ -73,10 +55,10 @@ def test_initial_input_vectors_are_rows_of_the_table(model):
     assert torch.equal(shorter.vectors, rows(model, tokens[:1]))
     with torch.no_grad():
         fox.vectors.add_(1)
-    assert not torch.equal(fox.vectors, rows(model, tokens)), "it shares the table's memory"
+    assert not torch.equal(fox.vectors, rows(model, tokens)), "shares memory with the table"
 
 
-def test_initial_output_vectors_are_what_the_encoder_makes_of_the_text(model):
+def test_initial_output_vectors_are_the_encoders_outputs_for_the_text(model):
     fox = WanModelEmbedding.initial(
         model, placeholder=FOX, initial_text="red square", is_output_embedding=True
     )
@@ -93,7 +75,7 @@ def test_initial_vectors_of_a_bfloat16_encoder_are_float32(load):
         assert model.encode_prompt("a <fox>").dtype == torch.bfloat16
 
 
-def test_a_resumed_run_keeps_the_uuid(model):
+def test_the_uuid_depends_on_the_seed_and_the_placeholder_alone(model):
     def uuid(**given) -> str:
         return WanModelEmbedding.initial(model, **given).uuid
 
@@ -102,12 +84,12 @@ def test_a_resumed_run_keeps_the_uuid(model):
 
 
 @pytest.mark.parametrize("text", ["", "  "])
-def test_initial_text_without_tokens(model, text):
+def test_an_initial_text_without_tokens_is_refused(model, text):
     with pytest.raises(ConfigError, match=r"initial_text: .* has no tokens"):
         WanModelEmbedding.initial(model, placeholder=FOX, initial_text=text, token_count=2)
 
 
-def test_placeholders_that_no_prompt_can_contain():
+def test_placeholders_that_no_prompt_can_contain_are_refused():
     for wrong, why in (
         ("&amp;", "would be '&' in a cleaned prompt"),
         ("a b", "has a space"),
@@ -126,7 +108,7 @@ def test_placeholders_that_no_prompt_can_contain():
         )
 
 
-def test_placeholders_that_cannot_be_told_apart(model):
+def test_ambiguous_placeholders_are_refused(model):
     model.add_embedding(learned("<fox>"))
     model.add_embedding(learned("ink"))
     for placeholder, why in (("<fox>", "is given twice"), ("<ink>", "'ink' is part of '<ink>'")):
@@ -160,7 +142,7 @@ def test_export_and_reload_change_no_bit(model, tmp_path, is_output):
     assert twice.read_bytes() == again.read_bytes()
 
 
-def test_what_a_run_may_ask_of_a_file(tmp_path):
+def test_a_placeholder_and_a_name_override_those_of_the_file(tmp_path):
     path = WanModelSaver().save_embedding(learned(), tmp_path / "a.safetensors")
     other = WanModelEmbedding.from_file(path, placeholder="<ocelot>", name="cat")
     assert (other.placeholder, other.name, other.uuid) == ("<ocelot>", "cat", "uuid of <fox>")
@@ -169,7 +151,7 @@ def test_what_a_run_may_ask_of_a_file(tmp_path):
         WanModelEmbedding.from_file(path, width=4096)
 
 
-def test_files_of_others_are_called_by_their_name(tmp_path):
+def test_a_file_without_metadata_is_called_by_its_file_name(tmp_path):
     values = torch.randn(1, 64).half()
     save_file({"t5": values}, tmp_path / "ocelot.safetensors")
     embedding = WanModelEmbedding.from_file(tmp_path / "ocelot.safetensors")
@@ -178,7 +160,7 @@ def test_files_of_others_are_called_by_their_name(tmp_path):
     again = WanModelEmbedding.from_file(tmp_path / "ocelot.safetensors")
     assert embedding.uuid == again.uuid
     save_file({"t5": values}, tmp_path / "my ocelot.safetensors")
-    with pytest.raises(ConfigError, match=r"my ocelot.*has a space.*gives its own name"):
+    with pytest.raises(ConfigError, match=r"my ocelot.*a space.*names no placeholder, so its own"):
         WanModelEmbedding.from_file(tmp_path / "my ocelot.safetensors")
 
 
@@ -187,13 +169,13 @@ def test_files_of_others_are_called_by_their_name(tmp_path):
     [torch.zeros(0, 64), torch.zeros(2, 64, dtype=torch.int32), torch.full((2, 64), torch.nan)],
     ids=["none", "integers", "nan"],
 )
-def test_damaged_files(tmp_path, values):
+def test_damaged_files_are_refused_by_name(tmp_path, values):
     save_file({"umt5xxl": values}, tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match=r"a\.safetensors"):
         WanModelEmbedding.from_file(tmp_path / "a.safetensors")
 
 
-def test_several_at_once_and_in_less_precision(tmp_path):
+def test_several_are_saved_at_once_in_lower_precision(tmp_path):
     made, half = [learned(), learned(INK, is_output=True, seed=1)], torch.float16
     paths = [
         WanModelSaver().save_embedding(e, tmp_path / "new" / f"{e.name}.safetensors", dtype=half)
@@ -210,7 +192,7 @@ def test_several_at_once_and_in_less_precision(tmp_path):
         WanModelSaver().save_embedding(made[0], tmp_path / "a.safetensors", dtype=torch.float16)
 
 
-def test_the_header(tmp_path):
+def test_the_header_has_the_facts_of_the_run(tmp_path):
     path = WanModelSaver().save_embedding(
         learned(),
         tmp_path / "a.safetensors",
@@ -228,7 +210,7 @@ def test_the_header(tmp_path):
     assert (facts["onewan.steps"], facts["onewan.run"]) == ("5", "x")
 
 
-def test_moving_keeps_the_parameter():
+def test_moving_keeps_the_parameter_object():
     fox = learned()
     parameter = fox.vectors
     assert fox.to("cpu") is fox and fox.vectors is parameter
@@ -238,11 +220,11 @@ def test_moving_keeps_the_parameter():
 
 
 @pytest.fixture(scope="module")
-def whole(folder) -> Callable[[], WanModel]:
-    return cache(lambda: WanModelLoader().load(folder))
+def whole(model_folder) -> Callable[[], WanModel]:
+    return cache(lambda: WanModelLoader().load(model_folder))
 
 
-def wanted(prompt: str, negative: str = "blue circle") -> SampleRequest:
+def request_for(prompt: str, negative: str = "blue circle") -> SampleRequest:
     return SampleRequest(
         prompt=prompt,
         negative_prompt=negative,
@@ -259,20 +241,20 @@ def wanted(prompt: str, negative: str = "blue circle") -> SampleRequest:
 
 
 @BOTH
-def test_vectors_change_the_sample_and_nothing_else(whole, is_output):
+def test_vectors_change_samples_of_prompts_with_the_placeholder_only(whole, is_output):
     model = whole()
     fox = learned(is_output=is_output)
-    before = WanModelSampler(model).sample(wanted("a red square"))
+    before = WanModelSampler(model).sample(request_for("a red square"))
     model.embedding = fox
     try:
         sampler = WanModelSampler(model)
-        assert np.array_equal(sampler.sample(wanted("a red square")), before)
-        first = sampler.sample(wanted("a <fox> square"))
+        assert np.array_equal(sampler.sample(request_for("a red square")), before)
+        first = sampler.sample(request_for("a <fox> square"))
         with torch.no_grad():
             fox.vectors.mul_(-3)
-        second = sampler.sample(wanted("a <fox> square"))
-        negative = sampler.sample(wanted("a red square", "<fox>"))
-        assert np.array_equal(sampler.sample(wanted("a red square")), before)
+        second = sampler.sample(request_for("a <fox> square"))
+        negative = sampler.sample(request_for("a red square", "<fox>"))
+        assert np.array_equal(sampler.sample(request_for("a red square")), before)
     finally:
         model.embedding = None
     videos = [before, first, second, negative]
@@ -294,56 +276,57 @@ def test_no_gradient_is_recorded_while_sampling(whole, monkeypatch):
 
     monkeypatch.setattr(UMT5EncoderModel, "forward", watched)
     try:
-        WanModelSampler(model).sample(wanted("a <fox> square", "<fox>"))
+        WanModelSampler(model).sample(request_for("a <fox> square", "<fox>"))
         assert torch.is_grad_enabled() and recorded == [False, False]
     finally:
         model.embedding = None
 
 
-def sample_command(folder: Path, out: Path, prompt: str, *more: str | Path) -> int:
+def sample_command(model_folder: Path, out: Path, prompt: str, *more: str | Path) -> int:
     small = ["--width", "64", "--height", "32", "--frames", "5", "--steps", "1", "--fps", "8"]
-    arguments = [folder, "--prompt", prompt, "--out", out, "--device", "cpu", *small, *more]
+    arguments = [model_folder, "--prompt", prompt, "--out", out, "--device", "cpu", *small, *more]
     return main(["sample", *map(str, arguments)])
 
 
-def test_command(folder, tmp_path, capsys):
+def test_the_sample_command_reports_embeddings_without_effect(model_folder, tmp_path, capsys):
     saver = WanModelSaver()
     fox = saver.save_embedding(learned(), tmp_path / "a.safetensors")
     ink = saver.save_embedding(learned(INK, 1, is_output=True), tmp_path / "b.safetensors")
     out = tmp_path / "out.mp4"
-    assert sample_command(folder, out, "a <ink> dog", "--embedding", fox, ink) == 0
+    assert sample_command(model_folder, out, "a <ink> dog", "--embedding", fox, ink) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"{ink}: <ink> stands for 1 vector" in lines
     assert (
         f"{fox}: <fox> stands for 2 vectors; the prompt has no <fox>, so it changes nothing"
     ) in lines
     with_ink = out.read_bytes()
-    assert sample_command(folder, out, "a <ink> dog", "--embedding", ink) == 0
+    assert sample_command(model_folder, out, "a <ink> dog", "--embedding", ink) == 0
     assert out.read_bytes() == with_ink
-    assert sample_command(folder, out, "a <ink> dog") == 0
+    assert sample_command(model_folder, out, "a <ink> dog") == 0
     assert out.read_bytes() != with_ink
 
 
-def test_command_refuses_what_does_not_fit(folder, tmp_path, capsys):
+def test_the_sample_command_refuses_embeddings_that_do_not_fit(model_folder, tmp_path, capsys):
     path = tmp_path / "wide.safetensors"
     save_file({"umt5xxl": torch.zeros(2, 4096)}, path)
-    assert sample_command(folder, tmp_path / "out.mp4", "a wide dog", "--embedding", path) == 1
+    out = tmp_path / "out.mp4"
+    assert sample_command(model_folder, out, "a wide dog", "--embedding", path) == 1
     assert "for another text encoder" in capsys.readouterr().err
     path = WanModelSaver().save_embedding(learned(), path)
-    assert sample_command(folder, tmp_path / "out.mp4", "<fox>", "--embedding", path, path) == 1
+    assert sample_command(model_folder, out, "<fox>", "--embedding", path, path) == 1
     assert "'<fox>' is given twice" in capsys.readouterr().err
-    assert not (tmp_path / "out.mp4").exists()
+    assert not out.exists()
 
 
-# ------------------------------------------------------------------------------------- public face
+# -------------------------------------------------------------------------------------- public API
 
 
-def test_public_name():
+def test_the_class_is_public():
     assert onewan.WanModelEmbedding is WanModelEmbedding
 
 
-def test_a_model_shows_its_adapters(folder):
-    model = WanModelLoader().load(folder, components=["transformer"])
+def test_transformer_lora_lists_the_adapter_weights(model_folder):
+    model = WanModelLoader().load(model_folder, components=["transformer"])
     assert model.transformer_lora is None
     model.transformer.add_adapter(LoraConfig(r=2, target_modules=["attn1.to_q"]))
     shown = model.transformer_lora

@@ -102,7 +102,7 @@ def spoil(what: str, folder: Path) -> str:
         return "not readable JSON"
     assert what == "no tokenizer"
     shutil.rmtree(folder / "tokenizer")
-    return "carries no tokenizer; give model.tokenizer"
+    return "contains no tokenizer; set model.tokenizer"
 
 
 @pytest.mark.parametrize(

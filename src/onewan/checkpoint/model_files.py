@@ -18,7 +18,7 @@ from onewan.errors import CheckpointError
 from onewan.formats.container import open_tensors
 from onewan.formats.weights import Weights, looks_like_adapter, recognise
 from onewan.model.sources import Placed, layout
-from onewan.model.tokenizer import tokenizer_of
+from onewan.model.tokenizer import tokenizer_from_sentencepiece
 from onewan.variants import ExpertName, Variant
 
 SPIECE = "spiece.model"
@@ -153,7 +153,7 @@ def _tokenizer(folder: Path, encoder: Component | None) -> dict[str, bytes]:
     if encoder is None or encoder.tokenizer is None:
         return {}
     spiece = encoder.tokenizer().numpy().tobytes()
-    made = saved_tokenizer(tokenizer_of(spiece, encoder.source))
+    made = saved_tokenizer(tokenizer_from_sentencepiece(spiece, encoder.source))
     return {**made, SPIECE: spiece}
 
 

@@ -1,8 +1,8 @@
-"""`WanModelEmbedding`: vectors that a word in prompts stands for (textual inversion).
+"""`WanModelEmbedding`: learned vectors that replace a placeholder in prompts (textual inversion).
 
-Input embeddings stand among the rows of UMT5's table that the text encoder reads; output embeddings
-join what comes out of it. `onewan.model.text` puts them in their places. The vectors are float32
-whatever the encoder computes in, and rounded to its precision at each use.
+Input embeddings enter the text encoder among the rows of UMT5's embedding table; output embeddings
+are inserted among the encoder's outputs. `onewan.model.text` does both. The vectors are float32
+whatever the encoder's dtype, and cast to it at each use.
 """
 
 from __future__ import annotations
@@ -11,20 +11,24 @@ import re
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import nn
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from onewan.errors import ConfigError
 from onewan.formats.embedding import read_embedding
 from onewan.model.text import encode_prompt, token_ids
 
-if TYPE_CHECKING:
-    from onewan.model.wan import WanModel
+_UUID_NAMESPACE = uuid.UUID("6cf1a7a5-3f4f-5d57-9a3e-2a4fbb0f3c41")
 
-_NAMESPACE = uuid.UUID("6cf1a7a5-3f4f-5d57-9a3e-2a4fbb0f3c41")
+
+class HasPromptEncoder(Protocol):
+    """What initial vectors are computed with: a `WanModel` whose text encoder was loaded."""
+
+    def prompt_encoder(self) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -32,20 +36,20 @@ class WanModelEmbedding:
     """A placeholder's vectors. ConfigError if no prompt can contain the placeholder."""
 
     placeholder: str
-    """The word in prompts that the vectors stand for, such as <fox>."""
+    """The word in prompts that the vectors replace, such as <fox>."""
     name: str
-    """Of its file, and so what ComfyUI's prompts call it."""
+    """The name of its file, by which prompts in ComfyUI refer to it."""
     uuid: str
-    """Tells it from every other; stays when it is exported, read and trained on."""
+    """Identifies it; stays the same when it is exported, loaded and trained further."""
     vectors: nn.Parameter
     """[tokens, width], float32."""
     is_output_embedding: bool = False
-    """Whether the vectors join the text encoder's outputs, and don't enter it."""
+    """Whether the vectors are inserted among the text encoder's outputs, not its inputs."""
     initial_text: str | None = None
-    """What the vectors started as, if that is known."""
+    """The text whose vectors they were initialized with, if that is known."""
 
     def __post_init__(self) -> None:
-        if problem := _placeholder_problem(self.placeholder):
+        if problem := _placeholder_error(self.placeholder):
             raise ConfigError("embedding", [problem])
         if self.vectors.ndim != 2 or not len(self.vectors):
             shape = list(self.vectors.shape)
@@ -56,7 +60,7 @@ class WanModelEmbedding:
     @classmethod
     def initial(
         cls,
-        model: WanModel,
+        model: HasPromptEncoder,
         *,
         placeholder: str,
         name: str | None = None,
@@ -65,13 +69,13 @@ class WanModelEmbedding:
         is_output_embedding: bool = False,
         seed: int = 0,
     ) -> WanModelEmbedding:
-        """Vectors that mean `initial_text` to `model`; they train.
+        """Vectors with the meaning of `initial_text`, with gradients required.
 
-        They are the rows of its tokens in the text encoder's table, or the encoder's outputs at
-        these tokens: `token_count` of them, cut off or repeated from the first (None: as many as
-        there are tokens). The uuid depends on `seed`, the run's, and `placeholder` alone, so that a
-        resumed run keeps it. ConfigError if the text has no tokens; CheckpointError if the text
-        encoder was not loaded.
+        They are the rows of its tokens in the text encoder's embedding table, or, for an output
+        embedding, the encoder's outputs at these tokens. `token_count` truncates them or repeats
+        them from the first (None: as many as there are tokens). The uuid depends on `seed` (the
+        run's) and `placeholder` only, so a resumed run has the same one. ConfigError if the text
+        has no tokens; CheckpointError if the text encoder was not loaded.
         """
         tokenizer, text_encoder = model.prompt_encoder()
         text = prompt_clean(initial_text)
@@ -80,13 +84,13 @@ class WanModelEmbedding:
             raise ConfigError(
                 "embedding",
                 [
-                    f"initial_text: {initial_text!r} has no tokens; give a word for what "
-                    f"{placeholder!r} will mean"
+                    f"initial_text: {initial_text!r} has no tokens; set it to a word whose meaning "
+                    f"is close to that of {placeholder!r}"
                 ],
             )
         with torch.no_grad():
             if is_output_embedding:
-                # Without the end token's, which the prompt has already.
+                # Without the output at the end token, which every prompt has once anyway.
                 rows = encode_prompt(tokenizer, text_encoder, text)[:-1]
             else:
                 table = text_encoder.encoder.get_input_embeddings()
@@ -95,7 +99,7 @@ class WanModelEmbedding:
             vectors = rows.float().cpu()[chosen]
         return cls(
             placeholder=placeholder,
-            name=name or _name(placeholder),
+            name=name or _file_name(placeholder),
             uuid=_uuid(seed, placeholder),
             vectors=nn.Parameter(vectors),
             is_output_embedding=is_output_embedding,
@@ -111,22 +115,22 @@ class WanModelEmbedding:
         name: str | None = None,
         width: int | None = None,
     ) -> WanModelEmbedding:
-        """The vectors in `path`, as they are; they don't train until they are asked to.
+        """The vectors in `path`, without gradients required.
 
-        They stand for `placeholder`, or else for what the file says, or else for its name. `width`
-        is that of the text encoder. CheckpointError if the file holds no vectors of that width,
+        The placeholder is `placeholder`, else the one in the file's metadata, else the file's name.
+        `width` is the text encoder's. CheckpointError if the file holds no vectors of that width,
         ConfigError if no prompt can contain the placeholder.
         """
         file = read_embedding(path, width)
         placeholder = placeholder or file.placeholder
-        by_name = placeholder is None
+        is_file_name = placeholder is None
         placeholder = placeholder or Path(path).stem
-        if problem := _placeholder_problem(placeholder):
-            remedy = "; a file that names no placeholder gives its own name" if by_name else ""
-            raise ConfigError(str(path), [problem + remedy])
+        if problem := _placeholder_error(placeholder):
+            source = "; the file names no placeholder, so its own name is used"
+            raise ConfigError(str(path), [problem + source * is_file_name])
         return cls(
             placeholder=placeholder,
-            name=name or _name(placeholder),
+            name=name or _file_name(placeholder),
             uuid=file.uuid or _uuid(0, placeholder),
             vectors=nn.Parameter(file.vectors.float().clone(), requires_grad=False),
             is_output_embedding=file.is_output_embedding,
@@ -134,26 +138,28 @@ class WanModelEmbedding:
         )
 
     def to(self, device: torch.device | str) -> WanModelEmbedding:
-        """Itself, with its vectors, the same parameter as before, on `device`."""
+        """Move the vectors to `device` and return itself; the parameter is the same object, which
+        an optimizer may hold."""
         self.vectors.data = self.vectors.data.to(device)
         return self
 
 
-def overlapping(embeddings: list[WanModelEmbedding]) -> list[str]:
-    """What is wrong with `embeddings` in one prompt: placeholders that are alike, or part of one
-    another."""
+def ambiguous_placeholders(embeddings: list[WanModelEmbedding]) -> list[str]:
+    """Error messages about placeholders that are equal, or of which one contains another."""
     problems: list[str] = []
-    for number, embedding in enumerate(embeddings):
-        for other in embeddings[:number]:
-            one, two = sorted((embedding.placeholder, other.placeholder), key=len)
-            if one in two:
-                what = "is given twice" if one == two else f"is part of {two!r}"
-                problems.append(f"placeholder: {one!r} {what}; give each its own")
+    for index, embedding in enumerate(embeddings):
+        for other in embeddings[:index]:
+            short, long = sorted((embedding.placeholder, other.placeholder), key=len)
+            if short in long:
+                what = "is given twice" if short == long else f"is part of {long!r}"
+                problems.append(
+                    f"placeholder: {short!r} {what}; choose placeholders that differ clearly"
+                )
     return problems
 
 
-def _placeholder_problem(placeholder: str) -> str | None:
-    """Why prompts can't contain `placeholder`, if they can't."""
+def _placeholder_error(placeholder: str) -> str | None:
+    """An error message if no cleaned prompt can contain `placeholder`, else None."""
     around = f"a {placeholder} b"
     cleaned = prompt_clean(around)
     if not placeholder.split() or cleaned.split() != ["a", placeholder, "b"]:
@@ -163,9 +169,9 @@ def _placeholder_problem(placeholder: str) -> str | None:
     return None
 
 
-def _name(placeholder: str) -> str:
+def _file_name(placeholder: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "", placeholder) or "embedding"
 
 
 def _uuid(seed: int, placeholder: str) -> str:
-    return str(uuid.uuid5(_NAMESPACE, f"{seed} {placeholder}"))
+    return str(uuid.uuid5(_UUID_NAMESPACE, f"{seed} {placeholder}"))

@@ -1,4 +1,17 @@
-"""UMT5's tokenizer: from a folder, or from the SentencePiece model in a text encoder's file."""
+"""UMT5's tokenizer: from a folder, or from the SentencePiece model in a text encoder's file.
+
+A folder with ``tokenizer.json`` or ``tokenizer_config.json`` is loaded by transformers. For a bare
+SentencePiece model, which ComfyUI's text encoder files contain, `tokenizer_from_sentencepiece`
+builds the tokenizer with the tokenizers library, although transformers has `T5Tokenizer`, because:
+
+- `T5Tokenizer.from_pretrained` needs a folder, and adds 100 sentinel tokens (``<extra_id_0>`` ...)
+  by default, which changes the token ids of prompts that contain such a word;
+- given a vocabulary, it has to be parsed from the SentencePiece model all the same; the
+  normalization rules are then a private argument (`_spm_precompiled_charsmap`), and the id of
+  ``<unk>`` is fixed to 2 whatever the model says.
+
+A test compares the token ids with those of the official ``tokenizer.json``.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +28,18 @@ from onewan.formats.backends import first_line
 from onewan.formats.weights import recognise
 from onewan.variants import TEXT_LENGTH
 
-_REMEDY = "give model.tokenizer: the folder google/umt5-xxl of an official model, or that hub name"
+_REMEDY = "set model.tokenizer to the folder google/umt5-xxl of an official model, or that hub id"
 
 
 def load_tokenizer(place: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in folder `place`, or the one that the weights at `place` carry.
+    """The tokenizer in the folder `place`, or the one inside the weights file `place`.
 
     CheckpointError if there is none.
     """
-    kept_apart = place.is_dir() and any(
+    has_own_files = place.is_dir() and any(
         (place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
     )
-    if kept_apart:
+    if has_own_files:
         try:
             return AutoTokenizer.from_pretrained(place, local_files_only=True)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -35,49 +48,51 @@ def load_tokenizer(place: Path) -> PreTrainedTokenizerBase:
             ) from error
     spiece = place / "spiece.model" if place.is_dir() else place
     if spiece.name.endswith(".model") and spiece.is_file():
-        return tokenizer_of(spiece.read_bytes(), str(spiece))
+        return tokenizer_from_sentencepiece(spiece.read_bytes(), str(spiece))
     try:
         weights = recognise(place)
     except CheckpointError as error:
         raise CheckpointError(f"{place}: no usable tokenizer ({error}); {_REMEDY}") from error
     if weights.tokenizer is None:
-        raise CheckpointError(f"{place}: carries no tokenizer; {_REMEDY}")
+        raise CheckpointError(f"{place}: contains no tokenizer; {_REMEDY}")
     model = weights.file.read(weights.tokenizer)
-    return tokenizer_of(model.numpy().tobytes(), f"{place}: {weights.tokenizer}")
+    return tokenizer_from_sentencepiece(model.numpy().tobytes(), f"{place}: {weights.tokenizer}")
 
 
-def tokenizer_of(spiece: bytes, where: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a SentencePiece model, as transformers makes UMT5's.
+def tokenizer_from_sentencepiece(spiece: bytes, where: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a serialized SentencePiece model, with the token ids of UMT5's own.
 
-    Bytes of unknown characters become ``<unk>``, although the model could spell them out: so does
-    the tokenizer.json that the model was trained and is used with.
+    Unknown characters become ``<unk>``, although the vocabulary has byte tokens to represent them:
+    the official ``tokenizer.json`` has no byte fallback either. CheckpointError, which names the
+    source as `where`, if it is not UMT5's.
     """
     proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     try:
         proto.ParseFromString(spiece)
     except DecodeError as error:
-        raise CheckpointError(f"{where}: is no SentencePiece model; {_REMEDY}") from error
+        raise CheckpointError(f"{where}: is not a SentencePiece model; {_REMEDY}") from error
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     names = {name for name, _ in pieces}
-    unknown = proto.trainer_spec.unk_id
-    if not {"<pad>", "</s>"} <= names or not 0 <= unknown < len(pieces):
+    unk_id = proto.trainer_spec.unk_id
+    if not {"<pad>", "</s>"} <= names or not 0 <= unk_id < len(pieces):
         raise CheckpointError(f"{where}: is not the SentencePiece model of UMT5; {_REMEDY}")
-    tokenizer = Tokenizer(Unigram(pieces, unk_id=unknown, byte_fallback=False))
+    tokenizer = Tokenizer(Unigram(pieces, unk_id=unk_id, byte_fallback=False))
     if charsmap := proto.normalizer_spec.precompiled_charsmap:
         tokenizer.normalizer = normalizers.Precompiled(charsmap)
+    # A word begins with "▁" (U+2581), also the first of a text; several spaces are one.
     space = {"replacement": "▁", "prepend_scheme": "always", "split": True}
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**space)]
     )
     tokenizer.decoder = decoders.Metaspace(**space)
-    end = next(number for number, (name, _) in enumerate(pieces) if name == "</s>")
+    eos_id = next(index for index, (name, _) in enumerate(pieces) if name == "</s>")
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", end)]
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", eos_id)]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="</s>",
         pad_token="<pad>",
-        unk_token=pieces[unknown][0],
+        unk_token=pieces[unk_id][0],
         model_max_length=TEXT_LENGTH,
     )

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from onewan.errors import CheckpointError, ConfigError
 from onewan.model import text, vae
 from onewan.model.conditioning import Conditioning, conditioning_of
-from onewan.model.embedding import WanModelEmbedding, overlapping
+from onewan.model.embedding import WanModelEmbedding, ambiguous_placeholders
 from onewan.variants import Expert, Variant
 
 
@@ -94,7 +94,7 @@ class WanModel:
 
     def add_embedding(self, embedding: WanModelEmbedding) -> None:
         """One more; ConfigError if its placeholder can't be told from those that are here."""
-        if problems := overlapping([*self.all_embeddings(), embedding]):
+        if problems := ambiguous_placeholders([*self.all_embeddings(), embedding]):
             raise ConfigError("embedding", problems)
         if self.embedding is None:
             self.embedding = embedding
