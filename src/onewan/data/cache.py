@@ -28,6 +28,7 @@ EntryKind = Literal["video", "text", "mask"]
 
 def entry_key(**inputs: object) -> str:
     """The key of an entry: a hash of its inputs, which must be JSON values."""
+    # Changing these options changes every key.
     text = json.dumps(inputs, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
 
@@ -93,6 +94,7 @@ def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        # As bytes, since NumPy has no bfloat16.
         digest.update(tensor.flatten().view(uint8).numpy().data)
     return digest.hexdigest()
 

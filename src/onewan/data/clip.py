@@ -168,9 +168,9 @@ class ClipPlanner:
             return min(max(key, info.start), info.start + slack)
         position = 0.5
         if self.frame_strategy == "random":
-            # By the name, so that other files that come or go do not move the clip's span.
+            # By the name, so that adding or removing other files does not move the clip's span.
             position = derive_seed(self.seed, "span", name) / 2**63
         # On a frame of the file. Midway between two frames, the last bit of each time would decide
-        # which of them is nearest, so that some frames would come twice and others not at all.
+        # which of them is nearest, so that some frames would be taken twice and others not at all.
         whole_frames = floor(slack * position / info.frame_interval + _ROUNDING)
         return info.start + whole_frames * info.frame_interval

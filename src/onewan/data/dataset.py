@@ -67,11 +67,12 @@ def prepare(
     if not config.video_data.sources:
         raise DataError("video_data.sources: is empty; name at least one folder of clips")
     variant = config.model.facts()
+    # Needed without a cache too: the split and the data set's digest depend on content, not names.
     known_digests = ContentDigests(config.video_data.cache_dir / "digests.jsonl")
     report, digests = _index(config, known_digests)
     clips = (*report.clips, *report.validation_clips)
     if config.video_data.cache:
-        known_digests.save()
+        known_digests.save()  # now, so that interrupted encoding does not repeat the reading
         source = CachedLatents(
             EntryCache(config.video_data.cache_dir),
             variant,

@@ -76,6 +76,7 @@ def encode_clip(model: WanModel, clip: Clip) -> dict[str, Tensor]:
     Raises DataError if the file is damaged within the clip.
     """
     frames = torch.from_numpy(decode(clip).frames)
+    # To the device as uint8, a quarter of the bytes of float32; then to the VAE's range, [-1, 1].
     device = model.vae.device if model.vae is not None else "cpu"
     pixels = frames.to(device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     entry = {"latents": model.encode_video(pixels), **model.encode_condition(pixels)}

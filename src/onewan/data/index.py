@@ -156,7 +156,7 @@ def _walk(folder: Path, problems: list[ClipProblem], parents: frozenset[Path]) -
         problems.append(ClipProblem(path=folder, reason=reason))
         return
     for entry in entries:
-        if entry.name.startswith("."):
+        if entry.name.startswith("."):  # also the temporary files of `onewan.files`
             continue
         if entry.is_dir():
             yield from _walk(entry, problems, parents | {resolved})

@@ -121,6 +121,7 @@ class WanDataLoader:
         self._buckets: dict[tuple[int, tuple[int, int]], list[Clip]] = defaultdict(list)
         for clip in clips:
             self._buckets[clip.frames, clip.size] += [clip] * clip.repeats
+        # Rounded up for each bucket, since its last batch may be smaller.
         self._batches_per_epoch = sum(-(-len(b) // batch_size) for b in self._buckets.values())
         # The order of the last epoch asked for: consecutive steps are nearly always of the same.
         self._last_epoch: tuple[tuple[ExpertName, int], list[list[Clip]]] | None = None
@@ -136,6 +137,7 @@ class WanDataLoader:
         if not self._source.prefetch:
             yield from (self.step(n, *expert_at(n)) for n in range(start, stop))
             return
+        # One thread, one step ahead: reading from the cache is much faster than a training step.
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="onewan-data") as pool:
             prefetched = pool.submit(self.step, start, *expert_at(start)) if start < stop else None
             for number in range(start, stop):
@@ -165,6 +167,7 @@ class WanDataLoader:
         """`count` of `clips` (all if there are fewer), at equal distances in the sequence; a batch
         for each, with its first caption."""
         count = min(count, len(clips))
+        # Neighbors in the sequence are often alike: clips of one folder, cuts of one film.
         chosen = [clips[i * len(clips) // count] for i in range(count)]
         return [self._load_batch([clip], [clip.captions[0]], i) for i, clip in enumerate(chosen)]
 
@@ -173,6 +176,7 @@ class WanDataLoader:
         if self._last_epoch is None or self._last_epoch[0] != (expert, number):
             batches = []
             for bucket, members in self._buckets.items():
+                # By the bucket too, so that a new clip leaves the order within other buckets.
                 shuffled = list(members)
                 self._random("order", expert, number, str(bucket)).shuffle(shuffled)
                 batches += [

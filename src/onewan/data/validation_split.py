@@ -50,7 +50,9 @@ def split_validation_clips(
             eligible.setdefault(digests[clip.path], clip)
     if not fraction or len(eligible) < 2:
         return tuple(clips), ()
+    # Halves are rounded up; `round` would round them to the even neighbor.
     number = min(max(1, int(fraction * len(eligible) + 0.5)), len(eligible) - 1)
+    # "held_out" is part of the name of the draw: another one would change every existing split.
     ranked = sorted(eligible, key=lambda digest: (derive_seed(seed, "held_out", digest), digest))
     chosen = set(ranked[:number])
     training = tuple(clip for clip in clips if digests[clip.path] not in chosen)

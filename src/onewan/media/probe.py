@@ -99,7 +99,7 @@ def keyframe_near(path: str | Path, time: float) -> float:
             now = packet_time(packet)
             if packet.is_keyframe and abs(now - time) < abs(best - time):
                 best = now
-            # Packets come in decoding order, up to a second off the presentation order.
+            # Packets are in decoding order, up to a second off the presentation order.
             if now > time + abs(best - time) + 1.0:
                 break
     if best == inf:
@@ -156,7 +156,7 @@ def _last_time(path: Path, container: InputContainer, stream: VideoStream) -> fl
     """Presentation time of the last frame, by its packet, s; None if seeking does not find it."""
     end, begin = end_time(container, stream), seconds(stream, stream.start_time) or 0.0
     back = _END_WINDOW
-    # Further back each time, until a whole video shorter than `back` has been searched.
+    # Seeks further and further back, until the video has been searched from its beginning.
     while end is not None and end - back / 4 > begin:
         try:
             # Any frame, since nothing is decoded: a file of one long GOP takes no longer.

@@ -45,7 +45,7 @@ def open_video(path: Path, *, threads: int) -> Iterator[tuple[InputContainer, Vi
             if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
                 kinds = ", ".join(sorted({s.type for s in container.streams})) or "no"
                 raise DataError(
-                    f"{path}: has no video, only {kinds} streams; take it out, or give the video"
+                    f"{path}: has no video, only {kinds} streams; remove it, or add the video"
                 )
             # By default decoders conceal damage and continue; with "explode" they raise an error.
             stream.codec_context.options = {
