@@ -1,4 +1,4 @@
-"""What a user can get wrong, one class per kind.
+"""Errors that the user can fix, one class per kind.
 
 Each message follows one pattern: ``<field or file>: <what is wrong, with the value>; <remedy>``.
 The command line prints it as it is, without a traceback, and exits with status 1; anything that is
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 
 class OnewanError(Exception):
-    """Base of all errors that the user, not the program, can mend."""
+    """Base class of all errors that the user, not the programmer, can fix."""
 
 
 class ConfigError(OnewanError):
-    """The run file or an override is wrong. Holds every problem found, not only the first."""
+    """The run file or an override is wrong. Has every problem found, not only the first."""
 
     def __init__(self, source: str, problems: Sequence[str]) -> None:
         self.source = source
@@ -29,12 +29,12 @@ class DataError(OnewanError):
 
 
 class CheckpointError(OnewanError):
-    """A model, an adapter or a training state can't be read, or does not fit what is asked."""
+    """A model, an adapter or a training state can't be read, or does not match the request."""
 
 
 class TrainingError(OnewanError):
-    """Training can't go on, for example because the loss is no longer finite."""
+    """Training can't continue, for example because the loss is no longer finite."""
 
 
-class Interrupted(Exception):  # noqa: N818  (not a fault: the user asked the run to stop)
+class Interrupted(Exception):  # noqa: N818  (not an error: the user asked the run to stop)
     """The user asked the run to stop; whatever had to be saved has been saved."""

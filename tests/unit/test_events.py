@@ -25,6 +25,11 @@ from onewan.runs.log import FileSink, ListenerSink, ProgressThrottle, RunLog, te
 from onewan.train.tensorboard import TensorBoardSink
 
 POLL = 0.01
+EVENT_CLASSES = [
+    item
+    for item in vars(events).values()
+    if isinstance(item, type) and issubclass(item, Event) and item not in (Event, ProgressEvent)
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,14 +106,9 @@ def test_a_value_without_a_json_form_is_refused_and_leaves_no_line(tmp_path: Pat
 
 
 def test_every_event_has_its_own_kind_and_no_field_that_the_file_adds() -> None:
-    concrete = [
-        item
-        for item in vars(events).values()
-        if isinstance(item, type) and issubclass(item, Event) and item not in (Event, ProgressEvent)
-    ]
-    assert len(concrete) > 15
-    assert len({cls.kind for cls in concrete}) == len(concrete)
-    for cls in concrete:
+    assert len(EVENT_CLASSES) > 15
+    assert len({cls.kind for cls in EVENT_CLASSES}) == len(EVENT_CLASSES)
+    for cls in EVENT_CLASSES:
         assert {field.name for field in dataclasses.fields(cls)}.isdisjoint({"event", "time"})
 
 
@@ -381,3 +381,16 @@ def test_throttled_progress_has_the_first_the_last_and_one_every_few_seconds() -
                 passed.append((activity, done))
     expected = [1, 4, 7, 10, 12]
     assert passed == [(what, done) for what in ("captions", "clips") for done in expected]
+
+
+def test_the_documentation_lists_every_event_with_its_fields() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "run-folder.md").read_text("utf-8")
+    rows = [row.split("|") for row in text.splitlines() if row.startswith("| `")]
+    documented = {
+        kind.strip(" `"): {name.strip() for name in row[2].split(",")}
+        for row in rows
+        for kind in row[1].split(",")
+    }
+    assert documented == {
+        cls.kind: {field.name for field in dataclasses.fields(cls)} for cls in EVENT_CLASSES
+    }
