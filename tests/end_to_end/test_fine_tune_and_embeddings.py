@@ -1,4 +1,4 @@
-"""What is particular to fine-tuning (memory of gradients) and to embeddings (what they leave)."""
+"""Full fine-tuning (memory of gradients, selected weights) and embeddings (side effects)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from onewan.train.trainer import WanTrainer
 
 @pytest.mark.parametrize("weights", ["stochastic", "kahan", "float32"])
 def test_a_fused_step_holds_the_gradients_of_one_block(run_file: RunFile, weights: str) -> None:
-    """Whenever a weight's gradient is computed, those that are still there lie in its own block."""
+    """Whenever a weight's gradient is computed, the gradients in memory belong to its own block."""
     config = run_file(
         "t2v-a14b",
         f"method={{kind: fine_tune, weights: {weights}, fused_step: true}}",
@@ -54,8 +54,8 @@ def test_a_fused_step_holds_the_gradients_of_one_block(run_file: RunFile, weight
     assert len(moved) > 0.9 * len(parameters)
 
 
-def test_a_fused_step_moves_no_weight_by_a_loss_that_is_no_number(run_file: RunFile) -> None:
-    """Its gradients are known only after they were used, so the loss is looked at before."""
+def test_a_fused_step_updates_no_weight_if_the_loss_is_not_finite(run_file: RunFile) -> None:
+    """Its gradients are known only after they were used, so the loss is checked before."""
     config = run_file(
         "ti2v-5b", "method={kind: fine_tune, fused_step: true}", "train.max_grad_norm=null"
     )
@@ -97,7 +97,7 @@ def test_only_one_experts_optimizer_is_on_the_device(run_file: RunFile) -> None:
 
 
 @pytest.mark.parametrize("modules", [["norms"], ["biases"], ["attn1.to_q.weight"]])
-def test_only_the_chosen_weights_change(run_file: RunFile, workshop: Path, modules: list) -> None:
+def test_only_the_selected_weights_change(run_file: RunFile, workshop: Path, modules: list) -> None:
     config = run_file(
         "ti2v-5b",
         f"method={{kind: fine_tune, modules: {modules}}}",
@@ -126,8 +126,10 @@ def test_only_the_chosen_weights_change(run_file: RunFile, workshop: Path, modul
 
 
 @pytest.mark.parametrize("is_output", [False, True])
-def test_an_embedding_beside_a_lora(run_file: RunFile, workshop: Path, is_output: bool) -> None:
-    """Both train, both are exported, and the text encoder stays what it was."""
+def test_an_embedding_and_a_lora_train_together(
+    run_file: RunFile, workshop: Path, is_output: bool
+) -> None:
+    """Both are trained and exported, and the text encoder is unchanged."""
     section = (
         "{placeholder: <shape>, initial_text: square, token_count: 2, lr: 0.1, "
         f"is_output_embedding: {str(is_output).lower()}}}"
@@ -180,7 +182,7 @@ def test_an_embedding_beside_a_lora(run_file: RunFile, workshop: Path, is_output
     assert (layout.samples(0) / "0.mp4").is_file() and (layout.samples(8) / "0.mp4").is_file()
 
 
-def test_a_placeholder_that_no_caption_has(run_file: RunFile) -> None:
+def test_a_placeholder_in_no_caption_is_refused(run_file: RunFile) -> None:
     config = run_file(
         "ti2v-5b", "method={kind: embedding}", "embeddings=[{placeholder: <nowhere>}]"
     )
@@ -189,8 +191,10 @@ def test_a_placeholder_that_no_caption_has(run_file: RunFile) -> None:
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_gradient_checkpointing_as_asked(run_file: RunFile, workshop: Path, wanted: bool) -> None:
-    """What one step keeps for its backward pass is less with it, in both models."""
+def test_gradient_checkpointing_saves_memory_in_both_models(
+    run_file: RunFile, workshop: Path, wanted: bool
+) -> None:
+    """The transformer and the text encoder keep fewer tensors for the backward pass with it."""
     config = run_file(
         "ti2v-5b",
         "method={kind: embedding}",
@@ -212,7 +216,7 @@ def test_gradient_checkpointing_as_asked(run_file: RunFile, workshop: Path, want
     assert (of_text < 30) == wanted and (of_video < 45) == wanted, (of_text, of_video)
 
 
-def test_what_is_to_know_of_exported_files_is_told_once(run_file: RunFile) -> None:
+def test_a_notice_about_exported_files_is_reported_once(run_file: RunFile) -> None:
     settings = ["method={kind: fine_tune, modules: [norms]}", "train={steps: 2, save_every: 1}"]
     config = run_file("t2v-a14b", *settings)
     WanTrainer(config).fit()
@@ -221,7 +225,7 @@ def test_what_is_to_know_of_exported_files_is_told_once(run_file: RunFile) -> No
     assert len(list(layout_of(config).weights_dir.iterdir())) == 4
 
 
-def test_clips_without_the_placeholder_teach_it_nothing(run_file: RunFile, workshop: Path) -> None:
+def test_clips_without_the_placeholder_give_no_gradient(run_file: RunFile, workshop: Path) -> None:
     config = run_file(
         "ti2v-5b",
         "method={kind: embedding}",
@@ -240,7 +244,7 @@ def test_clips_without_the_placeholder_teach_it_nothing(run_file: RunFile, works
     assert "clips have no caption with a placeholder that trains" in warning
 
 
-def test_states_are_on_the_cpu_and_know_no_device(run_file: RunFile) -> None:
+def test_states_are_saved_on_the_cpu_as_plain_tensors(run_file: RunFile) -> None:
     config = run_file("ti2v-5b", "train.steps=1", "train.ema={}")
     WanTrainer(config).fit()
     for path in layout_of(config).state(1).glob("*.pt"):

@@ -1,8 +1,8 @@
 """The gradients of our step against plain float32 autograd on the same batch, for each method.
 
 The reference has no PEFT, no checkpointing, no accumulation and no code of the objective: the base
-transformer as diffusers has it, called with weights that are formulas of what trains, one batch,
-and the loss written out. Ours goes through the run: checkpointing, one clip at a time, masks.
+transformer of diffusers, called with weights that are formulas of the trained parameters, on one
+batch, and the loss written out. Ours is the run's: checkpointing, one clip at a time, masks.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def masked_clips(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.mark.parametrize(("method", "variant"), VARIANT_CASES)
-def test_gradients(run_file: RunFile, masked_clips: Path, method: str, variant: str) -> None:
+def test_gradients_equal_those_of_plain_autograd(
+    run_file: RunFile, masked_clips: Path, method: str, variant: str
+) -> None:
     config = run_file(
         variant,
         *(s for s in METHODS[method] if "bfloat16" not in s and "max_grad_norm" not in s),
@@ -63,7 +65,7 @@ def test_gradients(run_file: RunFile, masked_clips: Path, method: str, variant: 
         "train.loss.unmasked_weight=0.2",
     )
     run = WanModelSetup(config).build()
-    stir(run)
+    perturb(run)
     step = one_by_one(run)
     assert any(b.mask is not None for b in step.batches)
     losses, _ = backward(run, step, run.activate(step.expert))
@@ -78,13 +80,13 @@ def test_gradients(run_file: RunFile, masked_clips: Path, method: str, variant: 
     together, plain = (torch.cat([g[n].flatten() for n in theirs]) for g in (ours, theirs))
     assert float((together - plain).norm() / plain.norm()) < 1e-5
     for name, gradient in theirs.items():
-        # A gradient in which nearly all cancels is float32's own rounding, in both of them.
+        # Where terms nearly cancel, both gradients are mostly float32 rounding error.
         bound = 1e-4 * float(gradient.norm()) + 1e-6 * float(plain.norm())
         assert float((ours[name] - gradient).norm()) < bound, name
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_wan_settings_hold_for_each_method(
+def test_the_wan_settings_apply_to_each_method(
     run_file: RunFile, workshop: Path, method: str
 ) -> None:
     config = run_file(
@@ -101,7 +103,7 @@ def test_the_wan_settings_hold_for_each_method(
         assert method == "embedding"
     else:
         assert {block_of(name) for name in trained.method.parameters} == {1}
-    stir(run)
+    perturb(run)
     trained.transformer.train()
     step = one_by_one(run)
     batch = step.batches[0]
@@ -117,8 +119,8 @@ def test_the_wan_settings_hold_for_each_method(
     assert loss != plain
 
 
-def stir(run: Run) -> None:
-    """Move what trains off its start, where half of the gradients of a LoRA are zero."""
+def perturb(run: Run) -> None:
+    """Change the trained parameters, since at its start half of a LoRA's gradients are zero."""
     generator = torch.Generator().manual_seed(5)
     for trainable in run.state.trainables:
         if isinstance(trainable.weights, EmbeddingTraining):
@@ -143,7 +145,7 @@ def one_by_one(run: Run) -> StepBatches:
 
 
 def reference(run: Run, config: ResolvedRun, step: StepBatches) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients by name, the plain way."""
+    """Loss and gradients by name, computed by plain autograd."""
     base = WanModelLoader().load(config.model.path)
     transformer = base.transformer.eval()
     leaves, weights, text = formulas(run, step.expert, transformer, base)
@@ -153,9 +155,9 @@ def reference(run: Run, config: ResolvedRun, step: StepBatches) -> tuple[Tensor,
     ]
     x, t, target = (torch.cat([getattr(s, name) for s in samples]) for name in ("x", "t", "target"))
     clean = torch.zeros(len(samples), dtype=torch.bool)
-    for place, sample in enumerate(samples):
+    for index, sample in enumerate(samples):
         if sample.clean_first_frame is not None:
-            clean[place] = sample.clean_first_frame[0]
+            clean[index] = sample.clean_first_frame[0]
     timestep = token_timesteps(t, clean, x) if clean.any() else t * 1000
     hidden = x
     if step.batches[0].condition is not None:
@@ -165,15 +167,15 @@ def reference(run: Run, config: ResolvedRun, step: StepBatches) -> tuple[Tensor,
         transformer, weights, (hidden, timestep, text(captions)), {"return_dict": False}
     )
     total = torch.zeros(())
-    for place, batch in enumerate(step.batches):
-        error = (prediction[place] - target[place]) ** 2
+    for index, batch in enumerate(step.batches):
+        error = (prediction[index] - target[index]) ** 2
         counts = torch.ones_like(error[:1]) if batch.mask is None else batch.mask[0]
         counts = counts + 0.2 * (1 - counts)
-        if clean[place]:
+        if clean[index]:
             counts = counts.clone()
             counts[:, 0] = 0
-        per_place = (error * counts).sum() / (counts.sum() * len(error))
-        total = total + 2.5 * per_place / len(step.batches)
+        weighted_error = (error * counts).sum() / (counts.sum() * len(error))
+        total = total + 2.5 * weighted_error / len(step.batches)
     gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return total.detach(), {
         name: torch.zeros_like(leaf) if g is None else g
@@ -184,7 +186,7 @@ def reference(run: Run, config: ResolvedRun, step: StepBatches) -> tuple[Tensor,
 def formulas(
     run: Run, expert: ExpertName, transformer: nn.Module, base: WanModel
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Callable[[list[str]], Tensor]]:
-    """What trains, as leaves; the transformer's weights as formulas of them; and the text."""
+    """The trained parameters as leaves; the transformer's weights as formulas of them; the text."""
     plain = dict(transformer.named_parameters())
     trained = run.state.experts[expert].method
     if trained is None:
@@ -216,7 +218,7 @@ def formulas(
 def embedding_formulas(
     run: Run, base: WanModel
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Callable[[list[str]], Tensor]]:
-    """The placeholder's vectors put among the table's rows by hand, the encoder called plainly."""
+    """The placeholder's vectors inserted among the table's rows, the encoder called directly."""
     (learned,) = run.model.all_embeddings()
     leaf = learned.vectors.detach().clone().requires_grad_(True)
     table = base.text_encoder.get_input_embeddings().weight
@@ -241,8 +243,9 @@ def embedding_formulas(
     )
 
 
-def test_k_micro_batches_are_one_large_batch(run_file: RunFile) -> None:
-    """Stratified levels, perturbed noise and given frames too: keyed by place, not by batch."""
+def test_micro_batches_give_the_gradients_of_one_large_batch(run_file: RunFile) -> None:
+    """With stratified timesteps, perturbed noise and conditioning frames too: draws depend on the
+    sample's index in the step, not on its micro-batch."""
     config = run_file(
         "ti2v-5b",
         "train.timesteps={distribution: logit_normal, stratified: true}",
@@ -255,7 +258,7 @@ def test_k_micro_batches_are_one_large_batch(run_file: RunFile) -> None:
     found = []
     for sizes in ((1, 1, 1), (3,), (2, 1)):
         run = WanModelSetup(config).build()
-        stir(run)
+        perturb(run)
         step = one_by_one(run) if sizes == (1, 1, 1) else joined(one_by_one(run), sizes)
         losses, levels = backward(run, step, run.activate(step.expert))
         gradients = torch.cat(

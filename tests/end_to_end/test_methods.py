@@ -1,7 +1,7 @@
-"""Every method on every variant, one expert and both: trains, is killed and goes on, leaves files.
+"""Every method on every variant, with one expert and with both: training, resuming, exported files.
 
-Each case is one run that is never cut, and one in a process of its own that is killed (SIGKILL) at
-a random moment and resumed. The two must end in the same bits.
+Each case is one uninterrupted run, and one in another process that is killed (SIGKILL) at a random
+moment and resumed. The two must end with the same bits.
 """
 
 from __future__ import annotations
@@ -61,30 +61,32 @@ def settings(method: str, variant: str, experts: str, workshop: Path) -> list[st
 
 
 @pytest.mark.parametrize(("method", "variant", "experts"), CASES)
-def test_a_method(
+def test_a_method_trains_exports_and_resumes_bit_exact(
     run_file: RunFile, workshop: Path, tmp_path: Path, method: str, variant: str, experts: str
 ) -> None:
     chosen = settings(method, variant, experts, workshop)
-    whole = run_file(variant, *chosen, name="whole")
-    WanTrainer(whole).fit()
-    falls(whole)
-    reloads(whole, method)
-    layout = layout_of(whole)
-    assert probe(layout.samples(STEPS) / "0.mp4").width == whole.sample.width
+    uninterrupted = run_file(variant, *chosen, name="whole")
+    WanTrainer(uninterrupted).fit()
+    check_validation_loss_fell(uninterrupted)
+    check_exports(uninterrupted, method)
+    layout = layout_of(uninterrupted)
+    assert probe(layout.samples(STEPS) / "0.mp4").width == uninterrupted.sample.width
     if sys.platform == "win32":
         return  # no SIGKILL, no forkserver
     run_file(variant, *chosen, name="cut")
     overrides = [f"output.dir={tmp_path / 'runs'}", *chosen]
-    cut = killed_and_resumed(tmp_path / "cut.yaml", overrides, f"{method} {variant} {experts}")
-    tensors, steps = outcome(whole)
-    again, steps_again = outcome(cut)
-    assert dict(enumerate(steps)) == {e[0] - 1: e for e in steps_again}  # told twice where redone
+    resumed = killed_and_resumed(tmp_path / "cut.yaml", overrides, f"{method} {variant} {experts}")
+    tensors, steps = outcome(uninterrupted)
+    again, steps_again = outcome(resumed)
+    assert dict(enumerate(steps)) == {
+        e[0] - 1: e for e in steps_again
+    }  # steps that were repeated are in it twice
     assert tensors.keys() == again.keys() and tensors
     assert [name for name in tensors if not torch.equal(tensors[name], again[name])] == []
 
 
-def falls(config: ResolvedRun) -> None:
-    """The loss on the fixed clips is below that of the base model, for each expert."""
+def check_validation_loss_fell(config: ResolvedRun) -> None:
+    """The validation loss of each expert is below that of the base model."""
     events = [e for e in read_events(layout_of(config).events) if e["event"] == "validation"]
     experts = VARIANTS[config.model.variant].selected(config.model.experts)
     last = {e["expert"]: e for e in events if e["step"] == STEPS}
@@ -95,8 +97,8 @@ def falls(config: ResolvedRun) -> None:
         assert first["loss"] == event["base"]
 
 
-def reloads(config: ResolvedRun, method: str) -> None:
-    """What was exported, on a fresh model, gives the output of the run's own model."""
+def check_exports(config: ResolvedRun, method: str) -> None:
+    """The exported weights, in a newly loaded model, give the output of the run's own model."""
     run = WanModelSetup(config).build()
     layout = layout_of(config)
     run.state.load(layout.state(STEPS))
@@ -115,14 +117,16 @@ def reloads(config: ResolvedRun, method: str) -> None:
         else:
             fresh.embedding = WanModelEmbedding.from_file(layout.weights(STEPS, "_shape"))
             assert torch.equal(fresh.embedding.vectors, run.model.embedding.vectors)
-        ours, theirs = (output(model, trained.expert.name, batch) for model in (run.model, fresh))
+        ours, theirs = (
+            predicted_velocity(model, trained.expert.name, batch) for model in (run.model, fresh)
+        )
         untrained = WanModelLoader().load(config.model.path, dtype=run.model.dtype)
-        base = output(untrained, trained.expert.name, batch)
+        base = predicted_velocity(untrained, trained.expert.name, batch)
         assert float((ours - theirs).norm() / ours.norm()) < 1e-5, name
         assert float((ours - base).norm() / ours.norm()) > 1e-4, name
 
 
-def output(model: WanModel, name: str, batch: Batch) -> torch.Tensor:
+def predicted_velocity(model: WanModel, name: str, batch: Batch) -> torch.Tensor:
     transformer = model.expert(model.variant.expert(name)).eval()
     with torch.no_grad():
         return predict_velocity(
@@ -139,26 +143,28 @@ def output(model: WanModel, name: str, batch: Batch) -> torch.Tensor:
 
 
 def killed_and_resumed(run_yaml: Path, overrides: list[str], case: str) -> ResolvedRun:
-    """Train in another process, kill it at a random moment, check what is left, and go on."""
+    """Train in another process, kill it at a random moment, check its folder, and resume."""
     config = load_run(run_yaml, overrides)
     layout = layout_of(config)
-    chance = random.Random(case)  # another moment for each case, the same one each time
+    chance = random.Random(case)  # a moment that differs between cases and not between test runs
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["onewan.train.trainer"])
     process = context.Process(target=train_slowly, args=(run_yaml, overrides))
     process.start()
     until = chance.randrange(1, STEPS - 1)
-    while not any(e["event"] == "step" and e["step"] >= until for e in told(layout.events)):
+    while not any(
+        e["event"] == "step" and e["step"] >= until for e in events_so_far(layout.events)
+    ):
         assert process.is_alive(), "the run ended before it was killed"
         time.sleep(0.002)
     time.sleep(chance.uniform(0, 0.05))
     process.kill()
     process.join()
     assert process.exitcode == -9
-    events = told(layout.events)
+    events = events_so_far(layout.events)
     saved = max((e["step"] for e in events if e["event"] == "saved"), default=0)
     found = StateStore(layout, keep=2).newest()
-    # Told after it was safe: so what was told is there, and no state is damaged.
+    # A state is reported after it is complete: so it exists, and no state is damaged.
     assert (found.step if found else 0) >= saved
     assert found is None or found.damaged == ()
     events_of_resume: list[dict[str, Any]] = []
@@ -169,15 +175,15 @@ def killed_and_resumed(run_yaml: Path, overrides: list[str], case: str) -> Resol
     return config
 
 
-def told(events: Path) -> list[dict[str, Any]]:
+def events_so_far(events: Path) -> list[dict[str, Any]]:
     return list(read_events(events)) if events.exists() else []
 
 
-def test_the_kills_are_enough() -> None:
+def test_at_least_30_runs_are_killed() -> None:
     assert len(CASES) >= 30
 
 
-def test_a_state_holds_what_trains(run_file: RunFile) -> None:
+def test_a_state_holds_the_trained_weights_only(run_file: RunFile) -> None:
     config = run_file("ti2v-5b", "train.steps=1", "method={kind: fine_tune, modules: [norms]}")
     WanTrainer(config).fit()
     names = load_file(layout_of(config).state(1) / "single.safetensors").keys()

@@ -1,4 +1,4 @@
-"""Fine-tuning: which weights train, in which precision, and that mixed precisions compute right."""
+"""Full fine-tuning: selected weights, their precision, and results in mixed precision."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from onewan.model.quantized_linear import QuantizedLinear
 
 @pytest.fixture(scope="module")
 def half() -> WanTransformer3DModel:
-    """As it is loaded in bfloat16: float32 in diffusers' islands."""
+    """As it is loaded in bfloat16: float32 in the modules that diffusers keeps in float32."""
     torch.manual_seed(0)
     model = WanTransformer3DModel(
         num_attention_heads=2, attention_head_dim=16, text_dim=16, ffn_dim=64, num_layers=2
@@ -35,7 +35,7 @@ def half() -> WanTransformer3DModel:
 
 
 def step(model: WanTransformer3DModel, dtype: torch.dtype) -> Tensor:
-    """The prediction, with gradients of its loss left on what trains."""
+    """The prediction; a backward pass leaves gradients on the trained weights."""
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(2, 16, 2, 4, 4, generator=generator)
     text = torch.randn(2, 512, 16, generator=generator)
@@ -55,7 +55,7 @@ def gradient(parameters: dict[str, nn.Parameter]) -> Tensor:
 
 
 @pytest.mark.parametrize("precision", ["stochastic", "kahan", "float32"])
-def test_what_is_chosen_trains_and_nothing_else(half, precision):
+def test_only_the_selected_weights_are_trained_in_the_given_precision(half, precision):
     model = copy.deepcopy(half)
     names = select_weights(model, ["norms", "cross_attention"], [1])
     stored = {n: p.dtype for n, p in model.named_parameters()}
@@ -70,10 +70,10 @@ def test_what_is_chosen_trains_and_nothing_else(half, precision):
     assert all(torch.equal(p, half.get_parameter(n).float()) for n, p in parameters.items())
 
 
-@pytest.mark.filterwarnings("error:Mismatch dtype")  # PyTorch's word for a slow, large norm
+@pytest.mark.filterwarnings("error:Mismatch dtype")  # PyTorch's warning about a slow, large norm
 @pytest.mark.parametrize("modules", ["all", "norms", "biases", "ffn", "attention"])
-def test_mixed_precisions_compute_the_same_to_bfloat16(half, modules):
-    """Against the very same numbers in float32 everywhere, autocast off."""
+def test_mixed_precision_results_are_within_bfloat16_of_float32(half, modules):
+    """Against the same weights in float32 everywhere, without autocast."""
     exact = copy.deepcopy(half).float()
     wanted = train_weights(exact, select_weights(exact, [modules], None), "float32")
     want = step(exact, torch.float32)
@@ -100,8 +100,8 @@ def test_checkpointing_changes_no_gradient(half):
         assert torch.equal(gradient(parameters), plain)
 
 
-def test_a_small_step_is_seen_by_float32_weights_alone(half):
-    """What float32 is for: an update of less than half a bfloat16 step stays in the weight."""
+def test_a_small_update_is_kept_by_float32_weights_only(half):
+    """An update of less than half a bfloat16 unit is lost in bfloat16 and kept in float32."""
     for precision, kept in (("stochastic", False), ("float32", True)):
         model = copy.deepcopy(half)
         name = "blocks.0.ffn.net.2.weight"
@@ -112,7 +112,7 @@ def test_a_small_step_is_seen_by_float32_weights_alone(half):
         assert torch.equal(weight, before) != kept
 
 
-def test_quantised_weights_are_refused_by_name(half):
+def test_quantized_weights_are_refused_by_name(half):
     model = copy.deepcopy(half)
     layer = model.get_submodule("blocks.0.ffn.net.2")
     layer.__class__ = QuantizedLinear
@@ -124,7 +124,7 @@ def test_quantised_weights_are_refused_by_name(half):
     assert train_weights(model, select_weights(model, ["biases"], None), "float32")
 
 
-def test_weights_go_out_and_back_to_the_bit(half):
+def test_weights_are_read_and_loaded_bit_exact(half):
     model, other = copy.deepcopy(half), copy.deepcopy(half)
     names = select_weights(model, ["self_attention", "norms"], None)
     parameters = train_weights(model, names, "stochastic")
