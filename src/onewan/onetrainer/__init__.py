@@ -1,8 +1,8 @@
-"""Wan 2.2 in OneTrainer: files that are laid into a checkout, and what they stand on.
+"""Wan 2.2 in OneTrainer: files that are added to a checkout, and the OneTrainer API they depend on.
 
-`install` lays `overlay/` into a checkout and takes it out again; `contract` knows what of
-OneTrainer the overlay uses, and checks a checkout for it. At run time the laid-in files call
-`bootstrap`, which makes OneTrainer know the model type, and the other modules here, which put its
-configs, batches and files into onewan's terms. `importing` goes the other way: a OneTrainer config
-becomes a run file. Nothing here imports OneTrainer but `bootstrap.extend`, when it is called.
+`install` adds the files of `overlay/` to a checkout and removes them again; `contract` checks a
+checkout for every name that they use. At run time they call `bootstrap`, which applies `patches` so
+that OneTrainer knows the model type, and the other modules here, which convert its configs, batches
+and files to onewan's. `importing` converts a OneTrainer config to a run file. Only the overlay, and
+`patches` when they are applied, import OneTrainer.
 """

@@ -143,6 +143,7 @@ def cache_digest(kind: str, concepts: Iterable[Mapping[str, Any]], inputs: Seque
             if not file.is_file() or (kind == "image" and extension(file) == "txt"):
                 continue
             stat = file.stat()
+            # Contents are not read: folders of videos are large, and editing changes the time.
             line = f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
             digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]

@@ -85,6 +85,7 @@ def _missing(root: Path, module: str, facts: Mapping[str, Any]) -> Iterator[Mism
     for name, fact in facts.items():
         plain = source_name(name)
         if plain not in have:
+            # Renaming is the most frequent cause, so the nearest name is a useful hint.
             near = difflib.get_close_matches(plain, have, n=1, cutoff=0.75)
             hint = f"; there is {near[0]}" if near else ""
             yield Mismatch(file, name, f"is not there{hint}")
@@ -103,6 +104,7 @@ def _differs(fact: Mapping[str, Any], have: Mapping[str, Any]) -> str | None:
     gone = [p["name"] for p in old if p["name"] not in names]
     if gone:
         return f"no longer takes {', '.join(gone)}; it takes {', '.join(names)}"
+    # New parameters with a default do not break the add-on's calls or overrides.
     known = {p["name"] for p in old}
     more = [
         p["name"]

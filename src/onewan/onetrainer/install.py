@@ -116,6 +116,7 @@ def install(
     now = version("onewan")
     if before.complete and before.version == now and not (written or dropped):
         return InstallOutcome(kept=kept)
+    # Written before any file, so that an interrupted installation is recognized.
     manifest = _Manifest(
         version=now,
         complete=False,

@@ -42,15 +42,17 @@ class LoadRequest:
 
 def component_sources(request: LoadRequest) -> dict[str, str]:
     """The source of each component. A backup says where the untrained ones came from."""
-    meta, told = Path(request.base) / META_FILE, Path(request.base) / SOURCES_FILE
+    meta, recorded = Path(request.base) / META_FILE, Path(request.base) / SOURCES_FILE
     if not (request.base and meta.is_file()):
         return {"path": request.base, **{k: v for k, v in request.overrides.items() if v}}
-    if not told.is_file():
+    if not recorded.is_file():
         raise CheckpointError(
             f"{request.base}: has no {SOURCES_FILE}, so it is no backup of a Wan 2.2 fine-tuning; "
             "select the base model here, and the backup as the LoRA"
         )
-    sources = {str(k): str(v) for k, v in json.loads(told.read_text("utf-8"))["sources"].items()}
+    sources = {
+        str(k): str(v) for k, v in json.loads(recorded.read_text("utf-8"))["sources"].items()
+    }
     for part in ("transformer", "transformer_2"):
         if (Path(request.base) / part).is_dir():
             sources[part] = str(Path(request.base) / part)
@@ -83,6 +85,7 @@ def load(request: LoadRequest) -> WanModel:
         except CheckpointError as error:
             raise CheckpointError(_with_onetrainers_names(str(error))) from error
 
+    # Each component has a data type of its own, which the loader takes once for each call.
     default = torch.float32
     model = part(("transformer", "scheduler"), request.dtypes.get("transformer", default), None)
     variant = model.variant.name

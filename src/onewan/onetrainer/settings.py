@@ -27,7 +27,7 @@ from onewan.config.objective import (
     UniformTimesteps,
     Weighting,
 )
-from onewan.config.schema import TrainSection, WanTrainConfig
+from onewan.config.schema import TrainSection
 from onewan.data.masks import is_mask
 from onewan.errors import ConfigError
 from onewan.variants import Variant
@@ -62,7 +62,7 @@ _BINS = 1000
 
 
 class SettingError(ValueError):
-    """A setting that can't be used; the message lacks the key, ``is 'x'; give one number``."""
+    """A setting that can't be used; the message has no key: ``is 'x'; give one number``."""
 
 
 def check(config: Any, variant: Variant) -> None:
@@ -163,6 +163,7 @@ def timesteps_of(config: Any) -> Timesteps:
         case "UNIFORM":
             chosen: Timesteps = UniformTimesteps(**common)
         case "LOGIT_NORMAL":
+            # OneTrainer's weight is added to a standard deviation of 1.
             chosen = LogitNormalTimesteps(mean=bias, std=max(1e-4, weight + 1), **common)
         case "HEAVY_TAIL":
             chosen = ModeTimesteps(scale=min(1.75, max(-1.0, weight)), **common)
@@ -211,6 +212,7 @@ def weighting_of(config: Any) -> Weighting:
     """The loss weight by timestep."""
     match str(config.loss_weight_fn):
         case "SIGMA":
+            # OneTrainer weights by sigma, which is t.
             return CurveWeighting(points=((0.0, 0.0), (1.0, 1.0)))
         case "MIN_SNR_GAMMA":
             return MinSnrWeighting(gamma=config.loss_weight_strength)
@@ -303,17 +305,6 @@ def resolutions_of(text: str, bucketing: bool, multiple: int) -> tuple[int | str
         else:
             sizes.append(width * height)
     return tuple(sizes)
-
-
-def wan_config(config: Any) -> WanTrainConfig:
-    """`wan_config` of a run file."""
-    return WanTrainConfig(
-        max_frames=frames_of(config),
-        frame_sample_strategy=frame_strategy_of(config),
-        temporal_consistency_weight=config.wan_temporal_consistency_weight,
-        transformer_layers_to_train=layers_of(config),
-        use_temporal_attention=config.wan_use_temporal_attention,
-    )
 
 
 def is_mask_file(path: str) -> bool:

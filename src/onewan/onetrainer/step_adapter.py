@@ -61,6 +61,7 @@ class StepAdapter:
         """`batch` with noise at timesteps of `expert`, both drawn for this step."""
         size = len(batch)
         micro = global_step % self.accumulation
+        # OneTrainer's ranks run the same micro-batch side by side, so their samples are adjacent.
         placed = replace(batch, first_sample_index=(micro * ranks + rank) * size)
         step = StepBatches(
             number=global_step // self.accumulation,

@@ -95,7 +95,7 @@ def save_adapters(
         formatted = to_format(modules, key_format, dtype=dtype, base=_base(model, component))
         header = AdapterHeader(kept=metadata, facts={"expert": expert} if expert else {})
         names = {name: name for name in formatted.tensors}
-        if format == "ORIGINAL_LORA":
+        if format == "ORIGINAL_LORA":  # not one of onewan's formats: bare official names
             names = {name: name.removeprefix(_COMFY_PREFIX) for name in names}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(

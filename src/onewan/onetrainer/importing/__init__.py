@@ -125,6 +125,7 @@ def _document(context: Context) -> dict[str, Any]:
     listed = context.given.get("additional_embeddings")
     additional = checked_objects(context, "additional_embeddings", listed)
     sources = data.sources(concepts, context)
+    # The schedule needs the number of steps, which needs the clips of all concepts.
     training = [source for source in sources if not source.is_validation]
     context = replace(context, clips=sum(source.clips for source in training))
 
@@ -139,6 +140,7 @@ def _document(context: Context) -> dict[str, Any]:
         set_path(document, "validation.sources", held_out)
     if embeddings := method.embeddings(additional, context):
         document["embeddings"] = embeddings
+    # An interval without prompts would be refused by the run file's rules.
     every = document.pop("sample", {}).get("every")
     document["sample"] = output.samples(sampled, context)
     if every and document["sample"]["prompts"]:
@@ -165,7 +167,7 @@ def _without_row(given: Mapping[str, Any], context: Context) -> Iterator[Entry]:
 
 @lru_cache(maxsize=1)
 def _no_counterpart() -> list[tuple[str, str]]:
-    """(regular expression for keys, reason), the first that matches counts."""
+    """(regular expression for keys, reason); the first that matches is used."""
     file = files("onewan.onetrainer.importing").joinpath("no_counterpart.json")
     return json.loads(file.read_text(encoding="utf-8"))
 

@@ -100,6 +100,7 @@ def _path(value: Any, item: Context) -> str:
     if count is None:
         item.notice("path", f"{folder} does not exist, so its clips are not counted")
     elif _count_clips(folder, True) != count:
+        # onewan always reads subfolders.
         item.notice(
             "include_subdirectories",
             f"is off, and {folder} has clips in subfolders, which onewan reads too; move them away",
@@ -115,7 +116,7 @@ def _repeats(value: Any, item: Context) -> Any:
     balancing, strategy = float(value), item["balancing_strategy"]
     exact = balancing
     if strategy == "SAMPLES":
-        # A number of clips per epoch, not of repeats.
+        # The concept's clips per epoch, instead of repeats of each.
         folder = item.resolve(item["path"])
         clips = _count_clips(folder, bool(item["include_subdirectories"]))
         exact = balancing / clips if clips else 1.0
@@ -144,7 +145,7 @@ def _report_what_is_not_imported(item: Context) -> None:
     """A notice for each augmentation that is on, and for captions from elsewhere."""
     image, text = item.given.get("image") or {}, item.given.get("text") or {}
     for switch, value in {**image, **text}.items():
-        # Cropping off centre changes little; it is not worth a notice.
+        # Cropping off center is on by default and changes little, so it gets no notice.
         if switch.startswith("enable_") and value is True and switch != "enable_crop_jitter":
             item.notices.append(f"{item.prefix[:-1]}: {switch} is on, which onewan does not do")
     if (source := text.get("prompt_source", "sample")) != "sample":

@@ -72,6 +72,7 @@ def _modules(value: Any, context: Context) -> list[str]:
             "are trained; set method.modules",
         )
         text = ""
+    # An empty filter selects every weight; adapters exist for linear layers only.
     special = {"": "all"}
     if context["training_method"] == "LORA":
         special = {"": "all_linears", "blocks": "blocks.*"}
@@ -144,6 +145,7 @@ def embeddings(additional: list[dict[str, Any]], context: Context) -> list[dict[
         for prefix, item in items
     ]
     if sections:
+        # OneTrainer has one learning rate for all embeddings.
         rate = convert((EMBEDDING_RATE,), context)
         sections = [{**section, **rate} for section in sections]
     return sections

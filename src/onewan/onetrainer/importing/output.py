@@ -44,6 +44,7 @@ def _interval(key: str, field: str) -> Converter:
 
 
 def _name(value: Any, _: Context) -> Any:
+    # The run file accepts names that are valid file names on every system.
     name = re.sub(r'[/\\:*?"<>|]', "_", PurePath(str(value)).stem).lstrip(".")
     return name or OMIT
 

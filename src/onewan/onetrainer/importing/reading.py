@@ -96,6 +96,7 @@ def variant_for(
         return VARIANTS[requested]
     base = str(context["base_model_name"])
     if config["model_type"] == "WAN_2_2":
+        # Local folders are usually named after the repository: Wan2.2-T2V-A14B.
         plain = re.sub(r"[^a-z0-9]", "", base.lower())
         for name, variant in VARIANTS.items():
             if name.replace("-", "") in plain:

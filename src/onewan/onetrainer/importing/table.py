@@ -114,6 +114,7 @@ class Context:
     def resolve(self, value: Any) -> Path:
         """A path of the config; backslashes of a config from Windows become slashes."""
         text = str(value)
+        # A file on Linux may have a backslash in its name, so an existing path is kept.
         path = Path(text if Path(text).exists() else text.replace("\\", "/"))
         return path if path.is_absolute() else self.root / path
 
@@ -135,7 +136,7 @@ def convert(rows: Iterable[Row], context: Context, *, within: str = "") -> dict[
     `within` names the list whose items the rows describe, for the account.
     """
     document: dict[str, Any] = {}
-    for row in rows:
+    for row in rows:  # a problem does not stop the others: all are reported at once
         value = context[row.key]
         applies = row.when is None or row.when.holds(context)
         _record(row, value, context, applies, within)

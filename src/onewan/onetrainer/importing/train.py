@@ -63,7 +63,7 @@ def _warmup(value: Any, context: Context) -> Any:
     count = 2 if context.has_two_experts and experts(context) == "both" else 1
     is_share = 0 < warmup <= 1
     exact = warmup * (total or 0) if is_share else warmup / context["gradient_accumulation_steps"]
-    own = round(exact / count)
+    own = round(exact / count)  # each expert warms up over its own steps
     if total is not None and own * count >= total:
         context.notice(
             "learning_rate_warmup_steps",
@@ -74,6 +74,7 @@ def _warmup(value: Any, context: Context) -> Any:
 
 
 def _max_grad_norm(value: Any, _: Context) -> Any:
+    # Both null and 0 turn clipping off in OneTrainer.
     return OMIT if value == 1.0 else value or None
 
 

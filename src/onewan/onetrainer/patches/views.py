@@ -92,6 +92,7 @@ class ModelTab(Patch):
         **has: Any,
     ) -> int:
         if is_wan(controller.train_config.model_type):
+            # The stock view has a row for one transformer; Wan has two.
             compressed = has.get("include_compressed", False)
             for component, title in _EXPERTS:
                 _expert_row(view, frame, row, state, component, title, compressed)

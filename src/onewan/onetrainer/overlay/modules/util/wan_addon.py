@@ -18,7 +18,7 @@ def join(gate: str, target: str) -> None:
     try:
         importlib.import_module("onewan.onetrainer.bootstrap").extend()
         found = importlib.import_module(target)
-    except Exception as error:  # noqa: BLE001  (whatever it is, the other models must go on)
+    except Exception as error:  # noqa: BLE001  (the other models must still train)
         _disabled = True
         hint = ""
         if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("onewan"):

@@ -43,6 +43,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
         if config.text_encoder.train and str(config.training_method) != "EMBEDDING":
             print("Wan 2.2: the text encoder can't be trained; text_encoder.train is turned off")
             config.text_encoder.train = False
+        # OneTrainer has no default for the layers that Muon optimizes in an unknown model.
         if (
             str(config.optimizer.optimizer).startswith("MUON")
             and not config.optimizer.muon_hidden_layers
@@ -112,6 +113,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
             wanted.append("text_encoder")
         if not config.latent_caching:
             wanted.append("vae")
+        # Moves the other expert off the device, since both rarely fit.
         model.materialize_only(*wanted)
 
     def setup_model(self, model: WanModel, config: TrainConfig):
