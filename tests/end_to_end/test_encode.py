@@ -129,7 +129,7 @@ def test_online_encoding_gives_the_same_tensors_as_the_cache(run_file: RunFile, 
 def test_entries_are_what_the_model_encodes(run_file: RunFile, own: Path) -> None:
     config = run_file("ti2v-5b", *settings(own))
     data, _ = prepared(config)
-    model = WanModelSetup(config)._load(("vae",))
+    model = WanModelSetup(config).load_encoders(("vae",))
     clip = next(c for c in data.clips if c.kind == "video")
     pixels = torch.from_numpy(decode(clip).frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     latents = data.source.video(clip)["latents"]
@@ -292,7 +292,7 @@ def test_caption_dropout_encodes_the_empty_caption(run_file: RunFile, own: Path)
     config = run_file("t2v-a14b", *settings(own), "train.caption_dropout=0.1")
     data, totals = prepared(config)
     assert totals == [("encoding captions", 1)]
-    model = WanModelSetup(config)._load(("text_encoder", "tokenizer"))
+    model = WanModelSetup(config).load_encoders(("text_encoder", "tokenizer"))
     assert torch.equal(data.source.text(""), model.encode_prompt("").cpu())
 
 
@@ -301,13 +301,13 @@ def test_no_caption_is_encoded_if_the_training_step_encodes_them(
     run_file: RunFile, own: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[Component] = []
-    load = WanModelSetup._load
+    load = WanModelSetup.load_encoders
 
     def watched(setup: WanModelSetup, components: Collection[Component]):
         loaded.extend(components)
         return load(setup, components)
 
-    monkeypatch.setattr(WanModelSetup, "_load", watched)
+    monkeypatch.setattr(WanModelSetup, "load_encoders", watched)
     for caption in (own / "clips").glob("*.txt"):
         caption.write_text("a <fox>")
     config = run_file(

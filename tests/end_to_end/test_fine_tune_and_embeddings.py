@@ -18,7 +18,8 @@ from onewan.errors import ConfigError, TrainingError
 from onewan.model.embedding import WanModelEmbedding
 from onewan.model.load import WanModelLoader
 from onewan.runs.event_file import read_events
-from onewan.sample.generate import WanModelSampler, requests_from
+from onewan.sample.generate import WanModelSampler
+from onewan.train.run import sample_requests
 from onewan.train.setup import WanModelSetup
 from onewan.train.step import predict, train_step
 from onewan.train.trainer import WanTrainer
@@ -72,28 +73,6 @@ def test_a_fused_step_updates_no_weight_if_the_loss_is_not_finite(run_file: RunF
 def block_of(name: str) -> str:
     found = re.match(r"blocks\.\d+", name)
     return found[0] if found else name
-
-
-def test_only_one_experts_optimizer_is_on_the_device(run_file: RunFile) -> None:
-    """On a machine with one device, what is asked to move is what can be seen."""
-    run = WanModelSetup(run_file("t2v-a14b", "optimizer.lr=0.001")).build()
-    moves: list[tuple[str, str]] = []
-    for name, trained in run.state.experts.items():
-        trainable, plain = trained.trainable, trained.trainable.optimizer.to
-
-        def to(device: torch.device, name: str = name, plain: Callable = plain) -> None:
-            moves.append((name, device.type))
-            plain(device)
-
-        trainable.optimizer.to = to
-    run.device = torch.device("cpu", 0)
-    run.activate("high")
-    assert moves[0][0] == "low" and moves[-1][0] == "high"
-    moves.clear()
-    run.activate("high")
-    assert moves == []
-    run.activate("low")
-    assert [name for name, _ in moves] == ["high", "low"]
 
 
 @pytest.mark.parametrize("modules", [["norms"], ["biases"], ["attn1.to_q.weight"]])
@@ -168,7 +147,7 @@ def test_an_embedding_and_a_lora_train_together(
         seed=config.train.seed,
     )
     assert started.uuid == learned.uuid and not torch.equal(started.vectors, learned.vectors)
-    (request,) = requests_from(config)
+    (request,) = sample_requests(config)
     videos = []
     for embedding in (started, learned):
         fresh.embedding, fresh.additional_embeddings = embedding, []
@@ -204,7 +183,7 @@ def test_gradient_checkpointing_saves_memory_in_both_models(
     )
     run = WanModelSetup(config).build()
     batch = run.loader.validation_batches(run.dataset.clips, 1)[0]
-    trained = run.activate("single")
+    trained = run.bring_expert("single")
     trained.transformer.train()
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(1) or t, lambda t: t):
@@ -241,7 +220,7 @@ def test_clips_without_the_placeholder_give_no_gradient(run_file: RunFile, works
     norms = [e["grad_norm"] for e in events if e["event"] == "step"]
     assert len(norms) == 10 and any(norms) and not all(norms)
     (warning,) = [e["text"] for e in events if e["event"] == "warning"]
-    assert "clips have no caption with a placeholder that trains" in warning
+    assert "clips have no caption with a trained placeholder" in warning
 
 
 def test_states_are_saved_on_the_cpu_as_plain_tensors(run_file: RunFile) -> None:

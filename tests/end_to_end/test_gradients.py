@@ -68,7 +68,7 @@ def test_gradients_equal_those_of_plain_autograd(
     perturb(run)
     step = one_by_one(run)
     assert any(b.mask is not None for b in step.batches)
-    losses, _ = backward(run, step, run.activate(step.expert))
+    losses, _ = backward(run, step, run.bring_expert(step.expert))
     ours = {
         name: parameter.grad
         for trainable in run.state.trainables_of(step.expert)
@@ -98,7 +98,7 @@ def test_the_wan_settings_apply_to_each_method(
         "wan_config.temporal_consistency_weight=3.0",
     )
     run = WanModelSetup(config).build()
-    trained = run.activate("single")
+    trained = run.bring_expert("single")
     if trained.method is None:
         assert method == "embedding"
     else:
@@ -260,7 +260,7 @@ def test_micro_batches_give_the_gradients_of_one_large_batch(run_file: RunFile) 
         run = WanModelSetup(config).build()
         perturb(run)
         step = one_by_one(run) if sizes == (1, 1, 1) else joined(one_by_one(run), sizes)
-        losses, levels = backward(run, step, run.activate(step.expert))
+        losses, levels = backward(run, step, run.bring_expert(step.expert))
         gradients = torch.cat(
             [
                 p.grad.flatten()

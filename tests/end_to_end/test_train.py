@@ -62,7 +62,7 @@ def test_a_run_lowers_the_loss_and_fills_its_folder(
     events = list(read_events(layout.events))
     for name, (first, last) in grid(events).items():
         assert last < 0.9 * first, name
-    suffixes = [e.file_suffix for e in WanModelSetup(config)._variant.experts]
+    suffixes = [e.file_suffix for e in config.model.facts().experts]
     assert sorted(p.name for p in layout.weights_dir.iterdir()) == sorted(
         f"{step}{suffix}_{fmt}.safetensors"
         for step in ("000030", "000060")
@@ -164,7 +164,7 @@ def test_temporal_attention_off_trains_within_frames(run_file: RunFile) -> None:
     """Without it, a change of one latent frame moves the prediction of that frame alone."""
     config = run_file("t2v-a14b", "wan_config.use_temporal_attention=false")
     run = WanModelSetup(config).build()
-    transformer = run.activate("high").transformer.train()
+    transformer = run.bring_expert("high").transformer.train()
     batch = run.loader.validation_batches(run.dataset.clips, 1)[0]
     changed = batch.latents.clone()
     changed[:, :, 1] += 1

@@ -206,7 +206,7 @@ def test_one_expert_can_be_initialized_from_a_file_and_the_other_anew(run_file: 
             ["per_expert.low.rank=4"],
             "per_expert.low.rank: is the file's own under method.init_from, got 4",
         ),
-        (["model.experts=high"], f"{low} is for the low expert, which does not train"),
+        (["model.experts=high"], f"{low} is for the low expert, which is not trained"),
         ([f"method.init_from=[{low}, {copy}]"], "two files are for the low expert"),
     ):
         wrong = run_file(

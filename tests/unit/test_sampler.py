@@ -22,7 +22,8 @@ from onewan.media import Fit, probe, read_image
 from onewan.model.forward import predict_velocity
 from onewan.model.load import WanModelLoader, official_scheduler
 from onewan.model.wan import WanModel
-from onewan.sample.generate import SampleRequest, WanModelSampler, requests_from
+from onewan.sample.generate import SampleRequest, WanModelSampler
+from onewan.train.run import sample_requests
 from onewan.variants import NEGATIVE_PROMPT, VARIANTS, VariantName
 
 PROMPT = "a red square moves slowly across a dark background"
@@ -343,7 +344,7 @@ sample:
 """,
         encoding="utf-8",
     )
-    first, second = requests_from(load_run(tmp_path / "run.yaml"))
+    first, second = sample_requests(load_run(tmp_path / "run.yaml"))
     assert first == SampleRequest(
         prompt="a text",
         negative_prompt=NEGATIVE_PROMPT,

@@ -26,8 +26,8 @@ from onewan.model.load import WanModelLoader
 from onewan.model.text import mentions
 from onewan.model.wan import WanModel
 from onewan.runs.layout import displayed
-from onewan.sample.generate import SampleRequest, WanModelSampler, requests_from
-from onewan.train.run import with_unused_name
+from onewan.sample.generate import SampleRequest, WanModelSampler
+from onewan.train.run import sample_requests, with_unused_name
 from onewan.train.setup import WanModelSetup, resolve_device
 from onewan.train.trainer import WanTrainer
 from onewan.variants import NEGATIVE_PROMPT, Variant, VariantName
@@ -55,7 +55,7 @@ def cache(run: Path, overrides: Sequence[str], *, strict: bool, verify: bool) ->
     progress = Progress()
     try:
         data = WanModelSetup(config).dataset(
-            requests_from(config),
+            sample_requests(config),
             lambda what, done, total: progress.advance(what, done, total, unit="item"),
             verify=verify,
         )

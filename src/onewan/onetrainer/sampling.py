@@ -1,14 +1,10 @@
-"""OneTrainer's `SampleConfig` -> a request, and its way of moving parts -> the sampler's stage."""
+"""OneTrainer's `SampleConfig` -> a request for the sampler."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import nn
 
 from onewan.onetrainer import settings
 from onewan.sample.generate import SampleRequest
@@ -32,39 +28,3 @@ def request_of(sample: Any, variant: Variant) -> SampleRequest:
         seed=random.getrandbits(30) if sample.random_seed else sample.seed,
         fps=getattr(sample, "wan_fps", None) or variant.fps,
     )
-
-
-class Stage:
-    """The sampler's stage where a program brings parts by name and keeps no list of where they
-    were. Puts every module back into its own mode on the way out."""
-
-    def __init__(
-        self,
-        parts: Sequence[nn.Module],
-        device: torch.device,
-        names: Mapping[int, str],
-        bring: Callable[[str], None],
-    ) -> None:
-        """`names` has the parts' names by ``id``; `bring` makes one of them the only one there."""
-        self.device = device
-        self._parts = parts
-        self._names = names
-        self._bring = bring
-        self._there: nn.Module | None = None
-        self._modes = {module: module.training for part in parts for module in part.modules()}
-
-    def __enter__(self) -> Stage:
-        for part in self._parts:
-            part.eval()
-        return self
-
-    def enter(self, part: nn.Module) -> None:
-        if part is not self._there:
-            self._bring(self._names[id(part)])
-            self._there = part
-
-    def __exit__(self, *_: object) -> None:
-        for part in self._parts:
-            part.train(self._modes[part])
-        for module, training in self._modes.items():
-            module.training = training

@@ -11,10 +11,10 @@ Never loads or saves a model, never trains, never draws from the global generato
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +22,9 @@ from diffusers import WanTransformer3DModel
 from PIL import Image
 from torch import Tensor, nn
 
-from onewan.config.schema import ResolvedRun
 from onewan.errors import CheckpointError, ConfigError
 from onewan.media import Fit, read_image, write_video
+from onewan.memory.residency import DeviceResidency, Residency, device_in_use
 from onewan.model.load import official_scheduler
 from onewan.model.precision import compute_context
 from onewan.model.text import pad_text
@@ -56,55 +56,16 @@ class SampleRequest:
     """Of the written file."""
 
 
-def requests_from(config: ResolvedRun) -> list[SampleRequest]:
-    """The sample videos that `sample.prompts` of a run file requests.
-
-    ConfigError for a request that the variant can't fulfil, before anything is loaded.
-    """
-    sample = config.sample
-    requests = [
-        SampleRequest(
-            prompt=entry.prompt,
-            negative_prompt=sample.negative_prompt
-            if entry.negative_prompt is None
-            else entry.negative_prompt,
-            image=entry.image,
-            width=sample.width,
-            height=sample.height,
-            frames=sample.frames,
-            steps=sample.steps,
-            guidance=sample.guidance,
-            shift=sample.shift,
-            seed=sample.seed if entry.seed is None else entry.seed,
-            fps=sample.fps,
-        )
-        for entry in sample.prompts
-    ]
-    for request in requests:
-        _check(request, config.model.facts())
-    return requests
-
-
-class Stage(Protocol):
-    """A device on which parts of a model come and go."""
-
-    device: torch.device
-
-    def enter(self, part: nn.Module) -> None:
-        """Bring `part` to the device; others may have to leave."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class WanModelSampler:
-    """Makes videos with `model`, on `device`; None is the accelerator where a part of it lies."""
+    """Makes videos with `model`."""
 
     model: WanModel
     device: torch.device | str | None = None
-    stage: Callable[[Sequence[nn.Module], torch.device], AbstractContextManager[Stage]] | None = (
-        None
-    )
-    """Brings the parts to the device, for programs that have ways of their own to do that."""
+    """Where the model runs; None: on the accelerator where some of its weights lie already."""
+    residency: Residency | None = None
+    """What brings the model's modules to the device, instead of `device`: a training run's, or
+    that of another program."""
 
     def sample(
         self,
@@ -123,7 +84,7 @@ class WanModelSampler:
         a part of the model was not loaded, DataError for an image that can't be read.
         """
         model = self.model
-        _check(request, model.variant)
+        check_request(request, model.variant)
         experts = [model.expert(expert) for expert in model.variant.experts]
         if model.vae is None:
             raise CheckpointError(f"{model.source}: the VAE was not loaded")
@@ -131,20 +92,24 @@ class WanModelSampler:
         if request.image is not None:
             fit = Fit(width=request.width, height=request.height)
             image = Image.fromarray(read_image(request.image, fit))
-        parts = [p for p in (model.text_encoder, *experts, model.vae) if p is not None]
-        device = _indexed(self.device or _accelerator(parts))
-        with (self.stage or _Stage)(parts, device) as stage:
+        modules = [m for m in (model.text_encoder, *experts, model.vae) if m is not None]
+        residency = self.residency or DeviceResidency(self.device or device_in_use(modules))
+        with _evaluation_mode(modules), residency.taking_turns(modules) as bring:
             if text is None and model.text_encoder is not None:
-                stage.enter(model.text_encoder)
+                bring(model.text_encoder)
             embed = model.encode_prompt if text is None else text
             guided = max(request.guidance) > 1
             prompts = [request.prompt, *([request.negative_prompt] if guided else [])]
-            with torch.no_grad():  # placeholders may train
-                text_1LD = [pad_text([embed(prompt)]).to(device) for prompt in prompts]
+            with torch.no_grad():  # the vectors of placeholders may require gradients
+                text_1LD = [pad_text([embed(prompt)]).to(residency.device) for prompt in prompts]
             if image is not None:
-                stage.enter(model.vae)
-            latents = self._denoise(request, experts, stage, text_1LD, image, on_step)
-            stage.enter(model.vae)
+                bring(model.vae)
+            transformers = [
+                _Float32Transformer(expert, bring, residency.device, model.dtype)
+                for expert in experts
+            ]
+            latents = self._denoise(request, transformers, text_1LD, image, on_step)
+            bring(model.vae)
             pixels_BCFHW = model.decode_video(latents)
         pixels_CFHW = pixels_BCFHW[0].div_(2).add_(0.5).clamp_(0, 1).mul_(255).round_()
         return pixels_CFHW.to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
@@ -164,8 +129,7 @@ class WanModelSampler:
     def _denoise(
         self,
         request: SampleRequest,
-        experts: list[WanTransformer3DModel],
-        stage: Stage,
+        transformers: list[_Float32Transformer],
         text_1LD: list[Tensor],
         image: Image.Image | None,
         on_step: Callable[[int, int], None] | None,
@@ -175,19 +139,18 @@ class WanModelSampler:
         `text_1LD` is the prompt's embedding and, with guidance, the negative prompt's.
         """
         variant = self.model.variant
-        served = [_Float32Transformer(expert, stage, self.model.dtype) for expert in experts]
-        parts: dict[str, Any] = {
+        components: dict[str, Any] = {
             "tokenizer": None,
             "text_encoder": None,
             "vae": self.model.vae,
             "scheduler": official_scheduler(variant, request.shift),
-            "transformer": served[0],
-            "transformer_2": served[1] if len(served) > 1 else None,
+            "transformer": transformers[0],
+            "transformer_2": transformers[1] if len(transformers) > 1 else None,
             "boundary_ratio": variant.boundary,
             **self.model.conditioning.pipeline_options(),
         }
         kind = self.model.conditioning.sampling_pipeline(with_image=image is not None)
-        pipeline = kind(**parts)
+        pipeline = kind(**components)
         pipeline.set_progress_bar_config(disable=True)
 
         def after_step(pipeline: Any, step: int, _timestep: Tensor, _tensors: object) -> dict:
@@ -211,7 +174,7 @@ class WanModelSampler:
             num_frames=request.frames,
             num_inference_steps=request.steps,
             guidance_scale=request.guidance[0],
-            guidance_scale_2=request.guidance[1] if len(served) > 1 else None,
+            guidance_scale_2=request.guidance[1] if len(transformers) > 1 else None,
             generator=torch.Generator("cpu").manual_seed(request.seed),
             output_type="latent",
             return_dict=False,
@@ -221,41 +184,22 @@ class WanModelSampler:
         return latents
 
 
-class _Stage:
-    """The device, on which parts of the model come and go.
+@contextmanager
+def _evaluation_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """`modules` in evaluation mode, so that nothing is dropped out; then each submodule in its own.
 
-    A part that is needed and lies elsewhere changes places with those that are there, so that no
-    more than the largest has to fit; what lies there together from the first never moves. On the
-    way out every part returns to its place and its own mode; until then all are in evaluation mode,
-    so that nothing is dropped out.
+    A frozen block may be in evaluation mode within a model that trains, hence every submodule.
     """
-
-    def __init__(self, parts: Sequence[nn.Module], device: torch.device) -> None:
-        self.device = device
-        self._homes = {part: _device_of(part) for part in parts}
-        self._modes = {module: module.training for part in parts for module in part.modules()}
-
-    def __enter__(self) -> _Stage:
-        for part in self._homes:
-            part.eval()
-        return self
-
-    def enter(self, part: nn.Module) -> None:
-        """Bring `part` to the device."""
-        away = _device_of(part)
-        if away == self.device:
-            return
-        for other in self._homes:
-            if other is not part and _device_of(other) == self.device:
-                other.to(away)
-        part.to(self.device)
-
-    def __exit__(self, *_: object) -> None:
-        for module, training in self._modes.items():
+    modes = {module: module.training for root in modules for module in root.modules()}
+    try:
+        for root in modules:
+            root.eval()
+        yield
+    finally:
+        for root in modules:
+            root.train(modes[root])  # for modules that do more in it than set the flag
+        for module, training in modes.items():
             module.training = training
-        # First those that leave the device, to make room for those that return to it.
-        for part, home in sorted(self._homes.items(), key=lambda item: item[1] == self.device):
-            part.to(home)
 
 
 class _Float32Transformer(nn.Module):
@@ -269,26 +213,30 @@ class _Float32Transformer(nn.Module):
     dtype = torch.float32
 
     def __init__(
-        self, transformer: WanTransformer3DModel, stage: Stage, dtype: torch.dtype
+        self,
+        transformer: WanTransformer3DModel,
+        bring: Callable[[nn.Module], None],
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.transformer = transformer
-        self.device = stage.device
+        self.device = device
         self.config = transformer.config
-        self._stage = stage
+        self._bring = bring
         self._compute_dtype = dtype
 
     def cache_context(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         return self.transformer.cache_context(*args, **kwargs)
 
     def forward(self, **inputs: Any) -> tuple[Tensor]:
-        self._stage.enter(self.transformer)
+        self._bring(self.transformer)
         with compute_context(self._compute_dtype, self.device):
             (prediction,) = self.transformer(**inputs)
         return (prediction.float(),)
 
 
-def _check(request: SampleRequest, variant: Variant) -> None:
+def check_request(request: SampleRequest, variant: Variant) -> None:
     """ConfigError with all that `variant` can't do. diffusers would round sizes and frames."""
     if problems := list(_problems(request, variant)):
         raise ConfigError(f"sample {request.prompt!r}", problems)
@@ -312,18 +260,3 @@ def _problems(request: SampleRequest, variant: Variant) -> Iterator[str]:
         yield f"image: is missing; {variant.name} starts from one"
     if not variant.takes_image and request.image is not None:
         yield f"image: is {request.image}; {variant.name} takes none, use i2v-a14b or ti2v-5b"
-
-
-def _device_of(part: nn.Module) -> torch.device:
-    return next(part.parameters()).device
-
-
-def _accelerator(parts: Sequence[nn.Module]) -> torch.device:
-    """The first device of `parts` that is not the CPU, if there is one."""
-    devices = [_device_of(part) for part in parts]
-    return next((device for device in devices if device.type != "cpu"), devices[0])
-
-
-def _indexed(device: torch.device | str) -> torch.device:
-    """`device` as tensors on it name it: cuda is cuda:0, and the two don't compare equal."""
-    return torch.empty(0, device=device).device

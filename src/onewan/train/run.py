@@ -12,9 +12,10 @@ from onewan.arithmetic.expert_schedule import ExpertSchedule, lr_factor
 from onewan.config.schema import ResolvedRun
 from onewan.data.dataset import Dataset
 from onewan.data.loader import Batch, WanDataLoader
+from onewan.memory.residency import DeviceResidency
 from onewan.model.wan import WanModel
 from onewan.runs.layout import unused
-from onewan.sample.generate import SampleRequest
+from onewan.sample.generate import SampleRequest, check_request
 from onewan.train.objective import Objective
 from onewan.train.state import TrainableName, TrainedExpert, TrainState
 from onewan.variants import ExpertName
@@ -25,8 +26,9 @@ class Run:
     """One run, built by `onewan.train.setup.WanModelSetup`."""
 
     config: ResolvedRun
-    device: torch.device
     model: WanModel
+    residency: DeviceResidency
+    """Owner of what is on the device; it moves optimizer state and averages with their expert."""
     dataset: Dataset
     loader: WanDataLoader
     objective: Objective
@@ -37,21 +39,18 @@ class Run:
     """Whether a forward pass in training draws from torch's global generator."""
     warnings: list[str]
     """What the user should know before the first step."""
-    active: ExpertName | None = None
-    """The expert that is on the device."""
 
-    def activate(self, name: ExpertName) -> TrainedExpert:
-        """The expert `name`, on the device, ready to train. The others, and their optimizers'
-        state, may be sent to the host."""
-        chosen = self.state.experts[name]
-        if self.active != name:  # going through all weights costs milliseconds in every step
-            if self.config.memory.offload_inactive_expert:
-                for other, trained in self.state.experts.items():
-                    if other != name:
-                        trained.to(torch.device("cpu"))
-            chosen.to(self.device)
-            self.active = name
-        return chosen
+    @property
+    def device(self) -> torch.device:
+        """Where the run computes."""
+        return self.residency.device
+
+    def bring_expert(self, name: ExpertName) -> TrainedExpert:
+        """The expert `name`, ready on the device with its optimizer state and averages. The other
+        expert leaves the device if `memory.offload_inactive_expert` is set."""
+        expert = self.state.experts[name]
+        self.residency.bring(expert.transformer)
+        return expert
 
     def text(self, batch: Batch) -> Tensor:
         """[B, 512, dim] embeddings of the batch's captions: as they were encoded beforehand, or,
@@ -84,6 +83,35 @@ class Run:
         shown = tuple(clip for clip in self.dataset.clips if not clip.is_prior)
         clips = self.dataset.validation_clips or shown or self.dataset.clips
         return self.loader.validation_batches(clips, self.config.validation.clips)
+
+
+def sample_requests(config: ResolvedRun) -> list[SampleRequest]:
+    """The sample videos that the run file's `sample.prompts` ask for.
+
+    ConfigError for a request that the variant can't fulfill, before anything is loaded.
+    """
+    sample = config.sample
+    requests = [
+        SampleRequest(
+            prompt=entry.prompt,
+            negative_prompt=sample.negative_prompt
+            if entry.negative_prompt is None
+            else entry.negative_prompt,
+            image=entry.image,
+            width=sample.width,
+            height=sample.height,
+            frames=sample.frames,
+            steps=sample.steps,
+            guidance=sample.guidance,
+            shift=sample.shift,
+            seed=sample.seed if entry.seed is None else entry.seed,
+            fps=sample.fps,
+        )
+        for entry in sample.prompts
+    ]
+    for request in requests:
+        check_request(request, config.model.facts())
+    return requests
 
 
 def run_folder(config: ResolvedRun) -> Path:

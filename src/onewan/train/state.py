@@ -132,12 +132,6 @@ class TrainedExpert:
     trainable: Trainable | None = None
     """Both are None if only embeddings are trained: their gradients pass through the expert."""
 
-    def to(self, device: torch.device) -> None:
-        """Move the transformer, and its optimizer's state and average."""
-        self.transformer.to(device)  # pyright: ignore[reportArgumentType]  (diffusers hides self)
-        if self.trainable is not None:
-            self.trainable.to(device)
-
     def base(self) -> AbstractContextManager[None]:
         """Have the transformer compute as before training for the length of the block."""
         return nullcontext() if self.method is None else self.method.base()

@@ -37,7 +37,7 @@ def train_step(run: Run, step: StepBatches) -> StepMetrics:
     TrainingError if the loss or the gradient is not finite. The weights are unchanged then, but
     for those of a fused step, whose gradients are known only after they were used.
     """
-    trained = run.activate(step.expert)
+    trained = run.bring_expert(step.expert)
     trainables = run.state.trainables_of(step.expert)
     updates = [
         trainable.optimizer.begin_step(step.number, run.lr_factor(trainable.name, step.number))

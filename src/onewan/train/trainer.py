@@ -321,7 +321,7 @@ class WanTrainer:
     def _sample(self, run: Run) -> None:
         """Generate the sample videos of this step that do not exist yet."""
         folder = self._layout.samples(run.state.step)
-        sampler = WanModelSampler(run.model, run.device)
+        sampler = WanModelSampler(run.model, residency=run.residency)
         for number, request in enumerate(run.samples):
             path = folder / f"{number}.{self._config.sample.format}"
             if path.exists():

@@ -58,7 +58,7 @@ def validation_loss(
 
     `between` is called after each clip, and may raise; the weights are restored in any case.
     """
-    trained = run.activate(name)
+    trained = run.bring_expert(name)
     trained.transformer.eval()
     with ExitStack() as weights, torch.no_grad():
         for context in _contexts(run, trained, weight_set):

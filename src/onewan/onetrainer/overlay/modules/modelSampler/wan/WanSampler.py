@@ -1,6 +1,5 @@
 """Samples by onewan's sampler; registers itself."""
 
-import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 from onewan.media import write_video
 from onewan.onetrainer import sampling
+from onewan.onetrainer.residency import ConductorResidency
 from onewan.sample.generate import WanModelSampler
 
 from PIL import Image
@@ -47,12 +47,8 @@ class WanSampler(BaseModelSampler):
     ):
         wan = self.model.wan
         request = sampling.request_of(sample_config, wan.variant)
-        names = {
-            id(getattr(self.model, part)): part
-            for part in ("text_encoder", "vae", *self.model.expert_parts())
-        }
-        stage = functools.partial(sampling.Stage, names=names, bring=self.model.materialize_only)
-        sampler = WanModelSampler(wan, self.train_device, stage)
+        residency = ConductorResidency(self.model, self.train_device)
+        sampler = WanModelSampler(wan, residency=residency)
         frames = sampler.sample(request, on_step=on_update_progress)
         os.makedirs(Path(destination).parent, exist_ok=True)
         if len(frames) == 1:

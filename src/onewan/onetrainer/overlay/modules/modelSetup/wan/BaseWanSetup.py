@@ -20,6 +20,7 @@ from onewan.model.attention import attend_within_frames
 from onewan.model.embedding import WanModelEmbedding
 from onewan.model.forward import predict_velocity
 from onewan.onetrainer import settings, step_adapter, weight_files
+from onewan.onetrainer.residency import ConductorResidency
 from onewan.seeds import derive_seed
 from onewan.train.objective import NoisedBatch
 from onewan.variants import Expert
@@ -114,7 +115,8 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
         if not config.latent_caching:
             wanted.append("vae")
         # Moves the other expert off the device, since both rarely fit.
-        model.materialize_only(*wanted)
+        residency = ConductorResidency(model, self.train_device)
+        residency.bring(*(getattr(model, part) for part in wanted))
 
     def setup_model(self, model: WanModel, config: TrainConfig):
         self._setup_embeddings(model, config)

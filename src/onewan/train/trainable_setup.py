@@ -1,0 +1,230 @@
+"""Attaches what a run trains to its model: adapters, weights or placeholders, with optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from diffusers import WanTransformer3DModel
+
+from onewan.adapters.adapter_config import adapter_config_for, adapter_config_from_file
+from onewan.adapters.lora import attach_adapter
+from onewan.adapters.select import select_weights
+from onewan.adapters.weights import train_weights
+from onewan.checkpoint.saver import expert_of
+from onewan.config.method import (
+    AdapterMethod,
+    DoraMethod,
+    EmbeddingMethod,
+    FineTuneMethod,
+    LoraMethod,
+    ResolvedEmbedding,
+)
+from onewan.config.method_rules import started_expert_rules
+from onewan.config.schema import ExpertSettings, ResolvedRun
+from onewan.data.index import Clip
+from onewan.errors import ConfigError
+from onewan.formats.lora_files import AdapterFile, read_adapter
+from onewan.memory.residency import DeviceResidency
+from onewan.model.attention import attend_within_frames
+from onewan.model.embedding import WanModelEmbedding
+from onewan.model.text import checkpoint_encoder, mentions
+from onewan.model.wan import WanModel
+from onewan.train.ema import Ema
+from onewan.train.optimizers.trainable_optimizer import build_trainable_optimizer
+from onewan.train.state import Trainable, TrainableName, TrainedExpert
+from onewan.train.trainables import AdapterTraining, EmbeddingTraining, ExpertMethod, FullFineTune
+from onewan.variants import Expert, ExpertName
+
+
+def initial_adapters(config: ResolvedRun) -> dict[ExpertName, AdapterFile]:
+    """The adapter files that `method.init_from` initializes experts from, by expert.
+
+    ConfigError, naming every problem, if they are not one per trained expert at most.
+    """
+    method, variant = config.method, config.model.facts()
+    if not isinstance(method, AdapterMethod):
+        return {}
+    trained = {expert.name for expert in variant.selected(config.model.experts)}
+    found: dict[ExpertName, AdapterFile] = {}
+    problems = []
+    for path in method.init_from:
+        file = read_adapter(path)
+        name = expert_of(path, file.metadata, variant, file.expert).name
+        if name in found:
+            problems.append(f"method.init_from: two files are for the {name} expert; keep one")
+        if name not in trained:
+            problems.append(
+                f"method.init_from: {path} is for the {name} expert, which is not trained; "
+                "remove it, or change model.experts"
+            )
+        problems += [
+            f"{field}: {problem}"
+            for field, problem in started_expert_rules(name, _expert_settings(config, name))
+        ]
+        found[name] = file
+    if problems:
+        raise ConfigError("run file", problems)
+    return found
+
+
+def attach_expert(
+    config: ResolvedRun,
+    model: WanModel,
+    expert: Expert,
+    initial: AdapterFile | None,
+    residency: DeviceResidency,
+) -> TrainedExpert:
+    """Make `expert` of `model` trainable by the run's method, and tell `residency` of it.
+
+    `initial` is the adapter file to start from. With the method "embedding" the transformer itself
+    gets nothing to train; placeholders are trained through it.
+    """
+    transformer = model.expert(expert)
+    transformer.requires_grad_(False)
+    method = _attach_method(config, transformer, expert, initial)
+    if config.memory.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if not config.wan_config.use_temporal_attention:
+        attend_within_frames(transformer)
+    trainable = None
+    if method is not None:
+        lr = _expert_settings(config, expert.name).lr or config.optimizer.lr
+        trainable = _trainable(config, expert.name, method, lr)
+    residency.manage(
+        transformer,
+        *([] if trainable is None else [trainable]),
+        alternating=config.memory.offload_inactive_expert,
+    )
+    return TrainedExpert(expert=expert, transformer=transformer, method=method, trainable=trainable)
+
+
+def attach_embeddings(
+    config: ResolvedRun, model: WanModel, clips: Iterable[Clip], residency: DeviceResidency
+) -> Trainable | None:
+    """Put the run file's placeholders into `model`, and its text encoder on the device for good.
+
+    Returns the `Trainable` of those placeholders that are trained. ConfigError for one that no
+    caption of `clips` contains.
+    """
+    if not config.embeddings:
+        return None
+    assert model.text_encoder is not None
+    model.text_encoder.requires_grad_(False)
+    residency.bring(model.text_encoder)
+    made = [_embedding(section, model, config.train.seed) for section in config.embeddings]
+    for embedding in made:
+        embedding.to(residency.device)
+        model.add_embedding(embedding)
+    trained = [
+        (embedding, section.lr or config.optimizer.lr)
+        for embedding, section in zip(made, config.embeddings, strict=True)
+        if section.train
+    ]
+    _check_captions([embedding.placeholder for embedding, _ in trained], clips)
+    if not trained:
+        return None
+    if config.memory.gradient_checkpointing:
+        checkpoint_encoder(model.text_encoder)
+    return _trainable(config, "embeddings", EmbeddingTraining(trained), config.optimizer.lr)
+
+
+def mentions_any(placeholders: Iterable[str], captions: Iterable[str]) -> bool:
+    """Whether one of `captions` contains one of `placeholders`."""
+    return any(mentions(caption, p) for caption in captions for p in placeholders)
+
+
+def _attach_method(
+    config: ResolvedRun,
+    transformer: WanTransformer3DModel,
+    expert: Expert,
+    initial: AdapterFile | None,
+) -> ExpertMethod | None:
+    method, layers = config.method, config.wan_config.transformer_layers_to_train
+    if isinstance(method, EmbeddingMethod):
+        return None
+    if isinstance(method, FineTuneMethod):
+        names = select_weights(transformer, method.modules, layers)
+        return FullFineTune(
+            train_weights(transformer, names, method.weights),
+            precision=method.weights,
+            fused=method.fused_step,
+        )
+    weights = None
+    if initial is not None:
+        adapter, weights = adapter_config_from_file(initial, method, transformer, layers)
+    else:
+        settings = _expert_settings(config, expert.name)
+        adapter = adapter_config_for(
+            method, transformer, layers, rank=settings.rank, alpha=settings.alpha
+        )
+    attach_adapter(transformer, adapter, config.train.seed, expert.name, weights)
+    has_two_rates = isinstance(method, LoraMethod | DoraMethod)
+    return AdapterTraining(
+        transformer,
+        adapter,
+        lora_plus_ratio=method.lora_plus_ratio if has_two_rates else 1.0,
+        starts_as_base=initial is None,
+    )
+
+
+def _trainable(
+    config: ResolvedRun, name: TrainableName, weights: ExpertMethod | EmbeddingTraining, lr: float
+) -> Trainable:
+    """`weights` with their optimizer and, if the run file asks for it, their moving average."""
+    ema = config.train.ema
+    return Trainable(
+        name=name,
+        weights=weights,
+        optimizer_name=config.optimizer.name,
+        lr=lr,
+        optimizer=build_trainable_optimizer(
+            weights.groups(lr),
+            config.optimizer,
+            rounding=weights.rounding,
+            fused=weights.fused,
+            seed=config.train.seed,
+            name=name,
+        ),
+        ema=None if ema is None else Ema(weights.parameters, ema.decay, offload=ema.offload),
+    )
+
+
+def _embedding(section: ResolvedEmbedding, model: WanModel, seed: int) -> WanModelEmbedding:
+    name, placeholder = section.name, section.placeholder
+    if section.init_from is not None:
+        embedding = WanModelEmbedding.from_file(
+            section.init_from, placeholder=placeholder, name=name
+        )
+    else:
+        embedding = WanModelEmbedding.initial(
+            model,
+            placeholder=placeholder,
+            name=name,
+            initial_text=section.initial_text,
+            token_count=section.token_count,
+            is_output_embedding=section.is_output_embedding,
+            seed=seed,
+        )
+    embedding.vectors.requires_grad_(section.train)
+    return embedding
+
+
+def _check_captions(placeholders: Iterable[str], clips: Iterable[Clip]) -> None:
+    """ConfigError for trained placeholders that no caption contains."""
+    captions = {caption for clip in clips for caption in clip.captions}
+    absent = [p for p in placeholders if not mentions_any([p], captions)]
+    if absent:
+        raise ConfigError(
+            "run file",
+            [
+                f"embeddings: no caption contains {placeholder!r}, so it would not train; "
+                "write it into the captions of the clips that show it"
+                for placeholder in absent
+            ],
+        )
+
+
+def _expert_settings(config: ResolvedRun, expert: ExpertName) -> ExpertSettings:
+    """The run file's `per_expert` settings of `expert`."""
+    # A single expert has none of its own, and the rules keep `per_expert` empty for it.
+    return config.per_expert.low if expert == "low" else config.per_expert.high

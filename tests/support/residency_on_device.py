@@ -1,0 +1,247 @@
+"""Moves modules between host memory and a simulated accelerator, and prints what was seen as JSON.
+
+A program of its own for `unit/test_residency.py`: importing `simulated_gpu` adds a device to
+PyTorch that other tests must not see.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simulated_gpu  # pyright: ignore[reportMissingImports]
+import torch
+from torch import nn
+
+from onewan.config.load import load_run
+from onewan.demo.clips import write_clips
+from onewan.demo.tiny_model import write_tiny_model
+from onewan.memory.residency import DeviceResidency
+from onewan.model.load import WanModelLoader
+from onewan.sample.generate import SampleRequest, WanModelSampler
+from onewan.train.setup import WanModelSetup
+from onewan.train.step import train_step
+
+SIM: Any = torch.get_device_module("sim")
+KIB = 1024
+
+
+def module(kib: int) -> nn.Linear:
+    """A module of so many KiB, all numbers different."""
+    torch.manual_seed(kib)
+    return nn.Linear(256, kib, bias=False)
+
+
+def place(module: nn.Module) -> str:
+    (found,) = {p.device.type for p in module.parameters()}
+    return found
+
+
+class Moments:
+    """Optimizer state as large as its weights."""
+
+    def __init__(self, weights: nn.Module) -> None:
+        self.state = [torch.zeros_like(p) for p in weights.parameters()]
+
+    def to(self, device: torch.device) -> None:
+        self.state = [tensor.to(device) for tensor in self.state]
+
+    def place(self) -> str:
+        return self.state[0].device.type
+
+
+def training() -> dict[str, Any]:
+    SIM.reset_peak_memory_stats()
+    start = SIM.memory_allocated()
+    experts = [module(64), module(64)]
+    ids, values = [id(e.weight) for e in experts], [e.weight.detach().clone() for e in experts]
+    moments = [Moments(expert) for expert in experts]
+    residency = DeviceResidency("sim")
+    for expert, state in zip(experts, moments, strict=True):
+        residency.manage(expert, state, alternating=True)
+    places, optimizer_places = [], []
+    for expert in (experts[0], experts[1], experts[0]):
+        residency.bring(expert)
+        places.append([place(e) for e in experts])
+        optimizer_places.append([state.place() for state in moments])
+    with simulated_gpu.trace() as trace:
+        residency.bring(experts[0])
+    peak = SIM.max_memory_allocated() - start
+    for expert in experts:
+        residency.release(expert)
+    return {
+        "peak": peak,
+        "one expert": 2 * 64 * KIB,
+        "places": places,
+        "optimizer places": optimizer_places,
+        "transfers of a second bring": len([e for e in trace.events if "_device" in e[0]]),
+        "weights are the same": all(
+            torch.equal(e.weight, v) for e, v in zip(experts, values, strict=True)
+        ),
+        "parameters are the same objects": ids == [id(e.weight) for e in experts],
+    }
+
+
+def sampling() -> dict[str, Any]:
+    SIM.reset_peak_memory_stats()
+    start = SIM.memory_allocated()
+    modules = [module(64), module(48), module(16)]
+    modules[1].to("sim")
+    before = [place(m) for m in modules]
+    with DeviceResidency("sim").taking_turns(modules) as bring:
+        for chosen in (2, 0, 1, 0, 2):
+            bring(modules[chosen])
+            assert place(modules[chosen]) == "sim"
+    return {
+        "peak": SIM.max_memory_allocated() - start,
+        "largest module": 64 * KIB,
+        "places before": before,
+        "places after": [place(m) for m in modules],
+    }
+
+
+def out_of_memory() -> dict[str, Any]:
+    """The second module has two weights, of which only the first fits."""
+    modules = [module(64), nn.Sequential(module(48), module(96)), module(16)]
+    modules[0].to("sim")
+    values = [p.detach().cpu().clone() for m in modules for p in m.parameters()]
+    before = [place(m) for m in modules]
+    simulated_gpu.set_capacity(SIM.memory_allocated() + 32 * KIB)
+    error = ""
+    try:
+        with DeviceResidency("sim").taking_turns(modules) as bring:
+            bring(modules[1])
+    except torch.OutOfMemoryError as raised:
+        error = type(raised).__name__
+    finally:
+        simulated_gpu.set_capacity(1 << 40)
+    after = [p.detach().cpu() for m in modules for p in m.parameters()]
+    return {
+        "error": error,
+        "places before": before,
+        "places after": [place(m) for m in modules],
+        "weights are the same": all(torch.equal(a, b) for a, b in zip(values, after, strict=True)),
+    }
+
+
+def sampler(folder: Path) -> dict[str, Any]:
+    path = write_tiny_model(folder / "model", "t2v-a14b", width=64, layers=2)
+    request = SampleRequest(
+        prompt="a red square",
+        negative_prompt="",
+        image=None,
+        width=64,
+        height=32,
+        frames=5,
+        steps=4,
+        guidance=(4.0, 2.0),
+        shift=6.0,
+        seed=11,
+        fps=8.0,
+    )
+    on_cpu = WanModelSampler(WanModelLoader().load(path)).sample(request)
+    model = WanModelLoader().load(path)
+    parts: list[Any] = [model.text_encoder, model.transformer, model.transformer_2, model.vae]
+    model.transformer_2.to("sim")
+    model.transformer.train()
+    model.transformer.blocks[0].eval()
+    before = [place(part) for part in parts]
+    modes = [m.training for part in parts for m in part.modules()]
+    residents: list[list[str]] = []
+
+    def look(*_: object) -> None:
+        residents.append([place(model.transformer), place(model.transformer_2)])
+
+    video = WanModelSampler(model).sample(request, on_step=look)
+    return {
+        "residents": sorted(map(list, {tuple(pair) for pair in residents})),
+        "places before": before,
+        "places after": [place(part) for part in parts],
+        "modes are the same": modes == [m.training for part in parts for m in part.modules()],
+        "mean difference to the CPU": float(np.abs(video.astype(int) - on_cpu.astype(int)).mean()),
+    }
+
+
+RUN = """
+model: {{path: {model}, variant: t2v-a14b, dtype: float32}}
+wan_config: {{max_frames: 5}}
+video_data: {{sources: [{{path: {clips}}}], resolution: 4096}}
+method: {{kind: lora, rank: 4}}
+train: {{steps: 4, switch_expert_every: 1, ema: {{decay: 0.9, offload: false}}}}
+sample: {{prompts: [a red square], width: 64, height: 64, frames: 5}}
+output: {{dir: {folder}, name: run}}
+"""
+
+
+def run(folder: Path) -> dict[str, Any]:
+    """A run of both experts: encoding, a step of each, and the moves that `bring_expert` asks."""
+    write_clips(folder / "clips")
+    paths = {name: (folder / name).as_posix() for name in ("model", "clips")}
+    file = folder / "run.yaml"
+    file.write_text(RUN.format(**paths, folder=folder.as_posix()), encoding="utf-8")
+    config = load_run(file)
+    # Past the reader, which knows the names of real accelerators only.
+    model = config.model.model_copy(update={"device": "sim"})
+    built = WanModelSetup(config.model_copy(update={"model": model})).build()
+    assert built.model.vae is not None
+    experts = built.state.experts
+    start = [place(e.transformer) for e in experts.values()] + [place(built.model.vae)]
+    for number, name in enumerate(("high", "low")):
+        train_step(built, built.loader.step(number, name, 0))
+    moves: list[tuple[str, str]] = []
+    for name, expert in experts.items():
+        assert expert.trainable is not None
+        plain = expert.trainable.to
+
+        def to(device: torch.device, name: str = name, plain: Any = plain) -> None:
+            moves.append((name, device.type))
+            plain(device)
+
+        expert.trainable.to = to
+    asked = []
+    for name in ("low", "high", "high", "low"):
+        moves.clear()
+        built.bring_expert(name)
+        asked.append(list(moves))
+    return {
+        "places before the first step": start,
+        "moves": asked,
+        "places": [place(expert.transformer) for expert in experts.values()],
+        "optimizer places": [optimizer_places(expert.trainable) for expert in experts.values()],
+    }
+
+
+def optimizer_places(trainable: Any) -> list[str]:
+    """Devices of the optimizer's state tensors; step counters stay in host memory with torch's."""
+    own = {id(parameter) for parameter in trainable.weights.parameters.values()}
+    optimizers = [o for o in gc.get_objects() if isinstance(o, torch.optim.Optimizer)]
+    tensors = [
+        value
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        if id(parameter) in own
+        for key, value in state.items()
+        if key != "step"
+    ]
+    assert tensors
+    return sorted({tensor.device.type for tensor in tensors})
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        found = {
+            "training": training(),
+            "sampling": sampling(),
+            "out of memory": out_of_memory(),
+            "sampler": sampler(Path(folder)),
+            "run": run(Path(folder)),
+        }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

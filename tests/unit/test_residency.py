@@ -1,0 +1,271 @@
+"""Who is on the device, in which order modules come and go, and what is restored afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from onewan.memory.residency import DeviceResidency, WholeModule, device_in_use
+
+
+class Recorded:
+    """A placement that writes down what it is asked, and can fail to enter."""
+
+    def __init__(self, name: str, log: list[str], *, is_ready: bool = False) -> None:
+        self.name = name
+        self.log = log
+        self.is_ready = is_ready
+        self.fails = False
+
+    def enter(self) -> None:
+        self.log.append(f"{self.name} enters")
+        if self.fails:
+            raise MemoryError(self.name)
+        self.is_ready = True
+
+    def leave(self) -> None:
+        self.log.append(f"{self.name} leaves")
+        self.is_ready = False
+
+
+class Companion:
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name = name
+        self.log = log
+
+    def to(self, device: torch.device) -> None:
+        self.log.append(f"{self.name} to {device.type}")
+
+
+class Scene:
+    """Two experts with optimizers, and a VAE, of which the first `ready` are on the device."""
+
+    def __init__(self, ready: str = "", *, alternating: bool = True) -> None:
+        self.log: list[str] = []
+        self.residency = DeviceResidency("meta")
+        self.high, self.low, self.vae = nn.Identity(), nn.Identity(), nn.Identity()
+        self.placements: dict[nn.Module, Recorded] = {}
+        for name in ("high", "low", "vae"):
+            placement = Recorded(name, self.log, is_ready=name in ready.split())
+            is_expert = name != "vae"
+            self.residency.manage(
+                getattr(self, name),
+                *([Companion(f"{name}'s optimizer", self.log)] if is_expert else []),
+                alternating=alternating and is_expert,
+                placement=placement,
+            )
+            self.placements[getattr(self, name)] = placement
+
+    def ready(self) -> set[str]:
+        return {p.name for p in self.placements.values() if p.is_ready}
+
+
+def test_an_expert_leaves_with_its_optimizer_before_the_other_enters() -> None:
+    scene = Scene("high vae")
+    scene.residency.bring(scene.low)
+    assert scene.log == [
+        "high leaves",
+        "high's optimizer to cpu",
+        "low enters",
+        "low's optimizer to meta",
+    ]
+    assert scene.ready() == {"low", "vae"}
+
+
+def test_a_module_that_is_ready_is_not_asked_again() -> None:
+    scene = Scene("high")
+    scene.residency.bring(scene.high)
+    assert scene.log == []
+
+
+def test_modules_brought_together_stay_together() -> None:
+    scene = Scene()
+    scene.residency.bring(scene.high, scene.low)
+    assert scene.ready() == {"high", "low"}
+    scene.residency.bring(scene.high)
+    assert scene.ready() == {"high", "low"}
+
+
+def test_experts_that_do_not_alternate_stay() -> None:
+    scene = Scene("high", alternating=False)
+    scene.residency.bring(scene.low)
+    assert scene.ready() == {"high", "low"}
+    assert scene.log == ["low enters", "low's optimizer to meta"]
+
+
+def test_taking_turns_keeps_one_on_the_device_and_leaves_companions_alone() -> None:
+    scene = Scene("high")
+    with scene.residency.taking_turns([scene.high, scene.low, scene.vae]) as bring:
+        for module in (scene.vae, scene.high, scene.low, scene.low):
+            bring(module)
+            assert scene.ready() == {scene.placements[module].name}
+        during = list(scene.log)
+    assert during == [
+        "high leaves",
+        "vae enters",
+        "vae leaves",
+        "high enters",
+        "high leaves",
+        "low enters",
+    ]
+    assert scene.ready() == {"high"}
+
+
+def test_modules_outside_of_the_turns_stay() -> None:
+    scene = Scene("high vae")
+    with scene.residency.taking_turns([scene.high, scene.low]) as bring:
+        bring(scene.low)
+        assert scene.ready() == {"low", "vae"}
+
+
+def test_modules_that_are_ready_together_stay_together() -> None:
+    scene = Scene("high low vae")
+    with scene.residency.taking_turns([scene.high, scene.low, scene.vae]) as bring:
+        for module in (scene.vae, scene.high, scene.low):
+            bring(module)
+    assert not any("enters" in line and "leaves" in line for line in scene.log)
+    assert scene.ready() == {"high", "low", "vae"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_everything_is_restored_after_an_exception(error) -> None:
+    """Those that leave go first, so that there is room for those that return."""
+    scene = Scene("low")
+    modules = [scene.low, scene.high, scene.vae]
+    with pytest.raises(error), scene.residency.taking_turns(modules) as bring:
+        bring(scene.high)
+        scene.log.clear()
+        raise error
+    assert scene.log == ["high leaves", "vae leaves", "low enters"]
+    assert scene.ready() == {"low"}
+
+
+def test_a_module_that_failed_to_enter_is_sent_back() -> None:
+    scene = Scene("low")
+    scene.placements[scene.high].fails = True
+    with (
+        pytest.raises(MemoryError),
+        scene.residency.taking_turns([scene.high, scene.low]) as bring,
+    ):
+        bring(scene.high)
+    assert scene.ready() == {"low"}
+    assert scene.log[-2:] == ["high leaves", "low enters"]
+
+
+def test_an_unmanaged_module_is_moved_whole() -> None:
+    residency = DeviceResidency("meta")
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    assert not residency.is_ready(module)
+    residency.bring(module)
+    assert residency.is_ready(module)
+    assert all(t.is_meta for t in (*module.parameters(), *module.buffers()))
+
+
+def test_a_module_with_one_weight_elsewhere_is_not_ready() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    assert not WholeModule(module, torch.device("meta")).is_ready
+    assert not WholeModule(module, torch.device("cpu")).is_ready
+
+
+def test_on_the_cpu_nothing_has_to_leave() -> None:
+    residency = DeviceResidency("cpu")
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    for module in (first, second):
+        residency.manage(module, alternating=True)
+    residency.bring(first)
+    residency.bring(second)
+    assert residency.is_ready(first) and residency.is_ready(second)
+    residency.release(first)
+    assert residency.is_ready(first)
+
+
+def test_the_device_in_use_is_the_first_that_is_not_host_memory() -> None:
+    on_host, elsewhere = nn.Linear(2, 2), nn.Linear(2, 2, device="meta")
+    assert device_in_use([on_host, elsewhere]).type == "meta"
+    assert device_in_use([on_host]) == torch.device("cpu")
+    assert device_in_use([nn.Identity()]) == torch.device("cpu")
+
+
+# ------------------------------------------------------------------ real moves between two memories
+
+
+@pytest.fixture(scope="module")
+def moves(shared: Path) -> dict[str, dict]:
+    """What `support/residency_on_device.py` reports from a simulated accelerator.
+
+    In a process of its own, since the simulation adds a device to PyTorch for good.
+    """
+    # Without links: another spelling of the path would compile the simulation anew, for minutes.
+    simulator = (shared / "tools" / "simulated_gpu").resolve()
+    if not (simulator / "simulated_gpu").is_dir():
+        pytest.skip("needs the simulated device, ../shared/tools/simulated_gpu")
+    script = Path(__file__).parents[1] / "support" / "residency_on_device.py"
+    path = os.pathsep.join([str(simulator), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_alternating_experts_never_meet_on_the_device(moves) -> None:
+    """The peak is one expert with its optimizer state, and where the other is, is host memory."""
+    found = moves["training"]
+    assert found["peak"] <= found["one expert"]
+    assert found["places"] == [["sim", "cpu"], ["cpu", "sim"], ["sim", "cpu"]]
+    assert found["optimizer places"] == [["sim", "cpu"], ["cpu", "sim"], ["sim", "cpu"]]
+    assert found["weights are the same"] and found["parameters are the same objects"]
+
+
+def test_a_ready_module_costs_no_transfer(moves) -> None:
+    assert moves["training"]["transfers of a second bring"] == 0
+
+
+def test_sampling_needs_no_more_room_than_the_largest_module(moves) -> None:
+    found = moves["sampling"]
+    assert found["peak"] <= found["largest module"]
+    assert found["places after"] == found["places before"]
+
+
+def test_sampling_out_of_memory_leaves_every_module_in_its_place(moves) -> None:
+    found = moves["out of memory"]
+    assert found["error"] == "OutOfMemoryError"
+    assert found["places after"] == found["places before"] == ["sim", "cpu", "cpu"]
+    assert found["weights are the same"]
+
+
+def test_a_sample_is_the_cpus_and_modules_return(moves) -> None:
+    """`WanModelSampler` with a tiny model whose low-noise expert lies on the device."""
+    found = moves["sampler"]
+    assert found["residents"] == [["cpu", "sim"], ["sim", "cpu"]]
+    assert found["places after"] == found["places before"]
+    assert found["modes are the same"]
+    assert found["mean difference to the CPU"] < 1
+
+
+def test_a_run_keeps_only_the_expert_of_the_step_on_the_device(moves) -> None:
+    """With its optimizer state and average; the VAE has left after encoding."""
+    found = moves["run"]
+    assert found["places before the first step"] == ["cpu", "cpu", "cpu"]
+    # The low-noise expert is there after its step, so it is not asked to move at first.
+    low_leaves, high_leaves = ("low", "cpu"), ("high", "cpu")
+    low_enters, high_enters = ("low", "sim"), ("high", "sim")
+    assert [[tuple(move) for move in asked] for asked in found["moves"]] == [
+        [],
+        [low_leaves, high_enters],
+        [],
+        [high_leaves, low_enters],
+    ]
+    assert found["places"] == ["cpu", "sim"]
+    assert found["optimizer places"] == [["cpu"], ["sim"]]
