@@ -22,6 +22,7 @@ from diffusers import WanTransformer3DModel
 from PIL import Image
 from torch import Tensor, nn
 
+from onewan.arithmetic.sample_request import image_error, request_errors
 from onewan.errors import CheckpointError, ConfigError
 from onewan.media import Fit, read_image, write_video
 from onewan.memory.residency import DeviceResidency, Residency, device_in_use
@@ -237,26 +238,19 @@ class _Float32Transformer(nn.Module):
 
 
 def check_request(request: SampleRequest, variant: Variant) -> None:
-    """ConfigError with all that `variant` can't do. diffusers would round sizes and frames."""
-    if problems := list(_problems(request, variant)):
-        raise ConfigError(f"sample {request.prompt!r}", problems)
-
-
-def _problems(request: SampleRequest, variant: Variant) -> Iterator[str]:
-    multiple, experts = variant.size_multiple, len(variant.experts)
-    for name, side in (("width", request.width), ("height", request.height)):
-        if side < multiple or side % multiple:
-            yield f"{name}: is {side}; {variant.name} takes multiples of {multiple}"
-    if request.frames < 1 or request.frames % variant.temporal_compression != 1:
-        yield f"frames: is {request.frames}; give 4n+1, such as {variant.frames}"
-    if request.steps < 1:
-        yield f"steps: is {request.steps}; give at least 1"
-    if len(request.guidance) != experts or min(request.guidance) < 1:
-        yield (
-            f"guidance: is {list(request.guidance)}; give {experts} for {variant.name}, "
-            "each at least 1 (1 is no guidance)"
+    """ConfigError with everything in `request` that `variant` can't do."""
+    errors = dict(
+        request_errors(
+            variant,
+            width=request.width,
+            height=request.height,
+            frames=request.frames,
+            steps=request.steps,
+            guidance=request.guidance,
         )
-    if variant.needs_image and request.image is None:
-        yield f"image: is missing; {variant.name} starts from one"
-    if not variant.takes_image and request.image is not None:
-        yield f"image: is {request.image}; {variant.name} takes none, use i2v-a14b or ti2v-5b"
+    )
+    if error := image_error(variant, request.image):
+        errors["image"] = error
+    if errors:
+        problems = [f"{field}: {error}" for field, error in errors.items()]
+        raise ConfigError(f"sample {request.prompt!r}", problems)
