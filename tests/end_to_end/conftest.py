@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from support.runs import RunFile
+from support.tiny_models import TinyModels
 
 from onewan.config.load import load_run
 from onewan.config.schema import ResolvedRun
 from onewan.demo.clips import write_clips
-from onewan.demo.tiny_model import write_tiny_model
+from onewan.variants import VARIANTS
 
 
 @pytest.fixture(scope="session")
@@ -22,8 +23,9 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "clips", folder / "named clips")
     for caption in (folder / "named clips").glob("*.txt"):
         caption.write_text("a <shape> on a dark background", encoding="utf-8")
-    for variant in ("t2v-a14b", "i2v-a14b", "ti2v-5b"):
-        write_tiny_model(folder / variant, variant, width=32, layers=2)
+    models = TinyModels(folder, width=32, layers=2)
+    for variant in VARIANTS:
+        models(variant)
     return folder
 
 

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-
-from onewan.demo.tiny_model import write_tiny_model
-from onewan.variants import VariantName
+from support.tiny_models import TinyModels
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[VariantName], Path]:
-    """The folder of a tiny model of the variant asked for."""
-
-    @cache
-    def folder(variant: VariantName) -> Path:
-        # Pixels to measure the latents' mean and deviation on, lest a wrong normalisation pass.
-        pixels = torch.rand(1, 3, 5, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        target = tmp_path_factory.mktemp(variant)
-        return write_tiny_model(target, variant, width=64, layers=3, pixels_BCFHW=pixels)
-
-    return folder
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    """Returns the folder of a tiny model of a variant."""
+    # The latents' mean and deviation are measured on these pixels: with the default of 0 and 1 a
+    # wrong normalization of latents would go unnoticed.
+    pixels = torch.rand(1, 3, 5, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    folder = tmp_path_factory.mktemp("models")
+    return TinyModels(folder, width=64, layers=3, pixels_BCFHW=pixels)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.lora_specs import lora_spec
+from support.adapters import lora_config
 
 from onewan.adapters.adapter_config import AdapterConfig
 from onewan.adapters.lora import (
@@ -37,9 +37,9 @@ from onewan.formats.lora_files import AdapterFile, read_adapter
 from onewan.model.load import WanModelLoader
 from onewan.variants import VARIANTS, Expert
 
-WHOLE = lora_spec(rank=4, alpha=6.5, dropout=0.3, modules=LINEARS, layers=(0, 1, 2))
-PART = lora_spec(rank=3, alpha=1.0, dropout=0.0, modules=("attn1.to_q", "ffn.net.2"), layers=(1,))
-CROSS = lora_spec(rank=8, alpha=2.0, dropout=0.0, modules=["attn2"], layers=(0, 2))
+WHOLE = lora_config(rank=4, alpha=6.5, dropout=0.3, modules=LINEARS, layers=(0, 1, 2))
+PART = lora_config(rank=3, alpha=1.0, dropout=0.0, modules=("attn1.to_q", "ffn.net.2"), layers=(1,))
+CROSS = lora_config(rank=8, alpha=2.0, dropout=0.0, modules=["attn2"], layers=(0, 2))
 DATE = datetime(2026, 11, 23, 17, 49, tzinfo=timezone.utc)
 HIGH, LOW = VARIANTS["t2v-a14b"].experts
 
@@ -126,7 +126,7 @@ def test_diffusers_loads_the_adapter_that_was_trained(tiny_model, tmp_path, expe
 
 
 @pytest.mark.parametrize("variant", ["i2v-a14b", "ti2v-5b"])
-def test_other_variants_load_alike(tiny_model, tmp_path, variant):
+def test_diffusers_loads_adapters_of_the_other_variants(tiny_model, tmp_path, variant):
     expert = VARIANTS[variant].experts[0]
     transformer = trained(tiny_model(variant), expert, WHOLE)
     path = export(transformer, WHOLE, tmp_path / "lora.safetensors")
@@ -234,7 +234,7 @@ def test_equal_weights_make_equal_files(tiny_model, tmp_path):
         ("wan_2_2-embedding", "WAN-2.2/embedding"),
     ],
 )
-def test_model_spec_resources(name, architecture):
+def test_model_spec_resources_have_all_constant_fields(name, architecture):
     import onewan
 
     folder = Path(onewan.__file__).parent / "resources" / "sd_model_spec"
@@ -250,7 +250,7 @@ def test_model_spec_resources(name, architecture):
 # ------------------------------------------------------------------------------- precision, writing
 
 
-def test_bfloat16_is_the_nearest(tiny_model, tmp_path):
+def test_bfloat16_export_rounds_to_nearest(tiny_model, tmp_path):
     transformer = trained(tiny_model("t2v-a14b"), LOW, PART)
     spec = replace(PART, alphas=dict.fromkeys(PART.modules, 0.1))
     lora = read_adapter(export(transformer, spec, tmp_path / "x.safetensors", dtype=torch.bfloat16))
@@ -337,7 +337,7 @@ def test_what_was_saved_is_read_back(tiny_model, tmp_path, spec, format):
     assert torch.equal(velocity(fresh), velocity(transformer))
 
 
-def test_down_up_and_no_alpha_are_read(tiny_model, tmp_path):
+def test_down_and_up_without_alpha_are_read_at_scale_1(tiny_model, tmp_path):
     transformer = trained(tiny_model("t2v-a14b"), LOW, PART)
     file = load_file(export(transformer, PART, tmp_path / "x.safetensors"))
     respelled = {
@@ -439,7 +439,7 @@ GOOD = {f"{Q}.lora_A.weight": torch.ones(4, 8), f"{Q}.lora_B.weight": torch.ones
         ({**GOOD, f"{Q}.alpha": torch.ones(2)}, r"alpha of shape \[2\]"),
     ],
 )
-def test_other_files_are_refused_by_name(tmp_path, tensors, message):
+def test_files_that_are_no_adapter_for_wan_are_refused_with_the_reason(tmp_path, tensors, message):
     path = tmp_path / "bad.safetensors"
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match=rf"bad\.safetensors: .*{message}"):
@@ -480,7 +480,7 @@ def test_a_missing_file_and_a_damaged_header_are_named(tmp_path):
         ("style", None),
     ],
 )
-def test_expert_by_name(name, expert):
+def test_the_expert_is_inferred_from_the_file_name(name, expert):
     variant, path = VARIANTS["t2v-a14b"], Path(f"{name}.safetensors")
     if expert is None:
         with pytest.raises(CheckpointError, match=r"name it \.\.\._high_noise"):
@@ -489,7 +489,7 @@ def test_expert_by_name(name, expert):
         assert expert_of(path, {}, variant) is variant.expert(expert)
 
 
-def test_expert_by_header():
+def test_the_expert_in_the_header_precedes_the_file_name():
     pair, single = VARIANTS["t2v-a14b"], VARIANTS["ti2v-5b"]
     path = Path("style_high_noise.safetensors")
     assert expert_of(path, {"onewan.expert": "low"}, pair) is LOW

@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from support import rewritten
-from support.lora_specs import lora_spec
+from support.adapters import lora_config
 from support.rewritten import FOLDERS, Quantized, as_gguf, fp8, shards, single
 from torch import Tensor, nn
 
@@ -315,7 +315,7 @@ def test_tokenizer_from_the_sentencepiece_model(t2v: Path, tmp_path: Path) -> No
 
 # ----------------------------------------------------------------------------------- packed at work
 
-SPEC = lora_spec(rank=4, alpha=4, dropout=0, modules=["attn1", "ffn"], layers=(0, 1))
+SPEC = lora_config(rank=4, alpha=4, dropout=0, modules=["attn1", "ffn"], layers=(0, 1))
 
 
 def _gradients(

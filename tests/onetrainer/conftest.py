@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 from support.onetrainer_runs import Lab, python_of
+from support.tiny_models import TinyModels
 
-from onewan.demo.tiny_model import write_tiny_model
 from onewan.onetrainer.install import install
-from onewan.variants import VariantName
 
 
 @pytest.fixture(scope="session")
@@ -34,18 +33,9 @@ def lab(real_checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory):
-    """Tiny models, one of each variant that is asked for."""
-    made: dict[VariantName, Path] = {}
-
-    def of(variant: VariantName) -> Path:
-        if variant not in made:
-            folder = tmp_path_factory.mktemp("models") / variant
-            write_tiny_model(folder, variant)
-            made[variant] = folder
-        return made[variant]
-
-    return of
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    """Returns the folder of a tiny model of a variant."""
+    return TinyModels(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")

@@ -13,19 +13,17 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from support.adapted import (
+from support.adapters import (
     METHODS,
     attached,
     gradients,
-    halved,
     inputs,
     output,
-    quantized,
+    perturb,
     relative,
-    shift,
-    tiny_transformer,
     trained,
 )
+from support.tiny_models import in_bfloat16, quantized, tiny_transformer
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -59,7 +57,7 @@ def base() -> WanTransformer3DModel:
 
 @pytest.fixture(scope="module")
 def half(base: WanTransformer3DModel) -> WanTransformer3DModel:
-    return halved(base)
+    return in_bfloat16(base)
 
 
 # --------------------------------------------------------------------------------------- at first
@@ -67,7 +65,7 @@ def half(base: WanTransformer3DModel) -> WanTransformer3DModel:
 
 @KINDS
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_new_adapter_changes_nothing_and_trains_alone(base, half, kind, precision):
+def test_a_new_adapter_changes_no_output_and_is_all_that_trains(base, half, kind, precision):
     """To the bit, on all linear layers, in both precisions."""
     chosen, dtype = (base, torch.float32) if precision == "float32" else (half, torch.bfloat16)
     method = METHODS[kind].model_copy(update={"modules": ("all_linears",)})
@@ -81,7 +79,7 @@ def test_a_new_adapter_changes_nothing_and_trains_alone(base, half, kind, precis
 
 
 @KINDS
-def test_initial_weights_follow_seed_expert_layer_and_part(base, kind):
+def test_initial_weights_depend_on_seed_expert_layer_and_part(base, kind):
     first = adapter_weights(attached(base, METHODS[kind])[0])
     again = adapter_weights(attached(base, METHODS[kind])[0])
     assert first.keys() == again.keys()
@@ -106,7 +104,7 @@ def test_initial_weights_follow_seed_expert_layer_and_part(base, kind):
     assert len(set(matrices)) == 3 * len(drawn) >= 60
 
 
-def test_weights_are_drawn_as_peft_draws_them(base):
+def test_initial_weights_have_pefts_distribution(base):
     """Kaiming uniform, a = sqrt 5: uniform within 1 / sqrt(fan in)."""
     for kind, part, fan in (
         ("lora", "lora_A.weight", 32),
@@ -124,22 +122,22 @@ def test_weights_are_drawn_as_peft_draws_them(base):
         assert not any(w.any() for n, w in weights.items() if n.endswith(part))
 
 
-def test_pissa_starts_from_the_principal_part(base):
-    model, spec = attached(base, METHODS["rs_pissa"])
+def test_pissa_is_initialized_from_the_largest_singular_vectors(base):
+    model, config = attached(base, METHODS["rs_pissa"])
     weights = adapter_weights(model)
-    for module in spec.modules:
+    for module in config.modules:
         weight = base.get_submodule(module).weight.double()
         u, s, v = torch.linalg.svd(weight, full_matrices=False)
-        rank = spec.ranks[module]
+        rank = config.ranks[module]
         best = u[:, :rank] * s[:rank] @ v[:rank]
         a, b = (weights[f"{module}.lora_{which}.weight"] for which in "AB")
-        assert relative(spec.scale(module) * (b @ a), best) < 1e-4
+        assert relative(config.scale(module) * (b @ a), best) < 1e-4
         torch.testing.assert_close(a.norm(), b.norm())
         assert torch.equal(a, weights[f"{module}.pissa_A"])
         assert torch.equal(b, weights[f"{module}.pissa_B"])
 
 
-def test_pissa_finds_the_principal_part_of_wide_weights():
+def test_top_singular_vectors_of_wide_weights_are_found():
     """Where subspace iteration is no longer exact: 16 columns to spare of 300."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(400, 300, generator=generator)
@@ -154,13 +152,13 @@ def test_pissa_finds_the_principal_part_of_wide_weights():
 
 
 def reference(
-    base: WanTransformer3DModel, spec: AdapterConfig, weights: Mapping[str, Tensor], settings: Any
+    base: WanTransformer3DModel, config: AdapterConfig, weights: Mapping[str, Tensor], settings: Any
 ) -> dict[str, Tensor]:
     """Weights of the base model with what the adapter adds, by plain autograd."""
     merged: dict[str, Tensor] = {}
     for module, adapter in parse_adapter(weights, settings, source="PEFT").items():
         weight = base.get_submodule(module).weight.detach()
-        if spec.kind == "dora":  # the length is a constant to the gradient, by definition
+        if config.kind == "dora":  # the length is a constant to the gradient, by definition
             product = adapter.tensors["lora_B"] @ adapter.tensors["lora_A"]
             whole = weight + adapter.scale * product
             factor = adapter.tensors["magnitude"] / whole.norm(dim=1).detach()
@@ -174,22 +172,22 @@ def reference(
 
 @KINDS
 def test_output_and_gradients_are_those_of_the_merged_weights(base, kind):
-    model, spec = trained(base, METHODS[kind])
+    model, config = trained(base, METHODS[kind])
     weights = {n: w.requires_grad_() for n, w in adapter_weights(model).items()}
-    settings = spec.peft_config().to_dict()
+    settings = config.peft_config().to_dict()
     leaves = dict(weights)
-    if spec.pissa:
+    if config.pissa:
         weights = {n: w for n, w in leaves.items() if "pissa" not in n}
         start = {
             n: leaves[n.replace("lora_", "pissa_").removesuffix(".weight")].detach()
             for n in weights
         }
-        now = reference(base, spec, weights, settings)
-        before = reference(base, spec, start, settings)
+        now = reference(base, config, weights, settings)
+        before = reference(base, config, start, settings)
         own = base.state_dict()
         merged = {n: own[n] + now[n] - before[n] for n in now}
     else:
-        merged = reference(base, spec, weights, settings)
+        merged = reference(base, config, weights, settings)
     x, t, text = inputs()
     want = functional_call(base, merged, (x, t * 1000, text), {"return_dict": False})[0]
     assert relative(output(model), want) < 1e-5
@@ -205,7 +203,7 @@ def test_output_and_gradients_are_those_of_the_merged_weights(base, kind):
 
 
 @KINDS
-def test_checkpointing_changes_no_gradient(base, kind):
+def test_gradient_checkpointing_changes_no_gradient(base, kind):
     model, _ = trained(base, METHODS[kind])
     plain = gradients(model)
     model.enable_gradient_checkpointing()
@@ -229,10 +227,10 @@ def test_bfloat16_computes_the_same_to_its_precision(half, kind):
 
 
 @KINDS
-def test_layers_give_what_their_base_layers_give(half, kind):
+def test_adapted_layers_return_the_precision_of_their_base_layers(half, kind):
     """No activation is upcast, whatever comes in."""
-    model, spec = trained(half, METHODS[kind])
-    for module in spec.modules:
+    model, config = trained(half, METHODS[kind])
+    for module in config.modules:
         layer = model.get_submodule(module)
         width = half.get_submodule(module).in_features
         for dtype in (torch.float32, torch.bfloat16):
@@ -256,16 +254,16 @@ def kept(model: WanTransformer3DModel) -> int:
 
 
 @pytest.mark.parametrize("kind", ["pissa", "dora", "loha", "lokr", "oft"])
-def test_autograd_keeps_little_more_than_for_lora(half, kind):
+def test_other_kinds_save_little_more_for_the_backward_pass_than_lora(half, kind):
     lora = kept(attached(half, METHODS["lora"])[0])
     assert kept(attached(half, METHODS[kind])[0]) < 1.5 * lora
 
 
 @KINDS
-def test_adapters_see_activations_as_they_are(half, kind):
-    model, spec = trained(half, METHODS[kind])
+def test_adapters_get_activations_in_their_precision(half, kind):
+    model, config = trained(half, METHODS[kind])
     seen = []
-    for module in spec.modules:
+    for module in config.modules:
         layer = model.get_submodule(module)
         assert not layer.cast_input_dtype_enabled
         if METHODS[kind].kind in ("lora", "dora"):
@@ -274,7 +272,7 @@ def test_adapters_see_activations_as_they_are(half, kind):
             )
     output(model, torch.bfloat16)
     if METHODS[kind].kind in ("lora", "dora"):  # float32 out of norms, bfloat16 out of products
-        assert seen.count(torch.bfloat16) >= 6 and len(seen) == len(spec.modules)
+        assert seen.count(torch.bfloat16) >= 6 and len(seen) == len(config.modules)
 
 
 def test_oft_rotates_inputs_in_the_precision_that_they_come_in(half):
@@ -290,7 +288,7 @@ def test_oft_rotates_inputs_in_the_precision_that_they_come_in(half):
 
 @pytest.mark.parametrize("how", ["fp8", "gguf"])
 @KINDS
-def test_a_quantised_base_is_the_model_of_its_numbers(base, kind, how):
+def test_a_quantized_base_computes_as_its_expanded_weights(base, kind, how):
     small = quantized(base, how)
     whole = copy.deepcopy(base)
     for name, layer in small.named_modules():
@@ -298,14 +296,14 @@ def test_a_quantised_base_is_the_model_of_its_numbers(base, kind, how):
             whole.get_submodule(name).weight.data = layer.expanded_weight()
     ours, theirs = attached(small, METHODS[kind])[0], attached(whole, METHODS[kind])[0]
     assert torch.equal(output(ours), output(small))
-    shift(ours)
-    shift(theirs)
+    perturb(ours)
+    perturb(theirs)
     assert relative(output(ours), output(theirs)) < 1e-6
     got, want = gradients(ours), gradients(theirs)
     assert all(relative(got[name], want[name]) < 1e-5 for name in want)
 
 
-def test_dropout_drops_inputs_of_the_adapter_alone(base):
+def test_dropout_applies_to_the_inputs_of_the_adapter_only(base):
     for method in (
         LoraMethod(rank=4, dropout=0.5),
         LoraMethod(rank=4, dropout=0.5, init="pissa"),
@@ -325,7 +323,7 @@ def test_dropout_drops_inputs_of_the_adapter_alone(base):
 
 
 @KINDS
-def test_switched_off_is_the_base_model(base, kind):
+def test_with_adapters_disabled_the_model_is_the_base_model(base, kind):
     model, _ = trained(base, METHODS[kind])
     grads = gradients(model)
     on = output(model)
@@ -341,14 +339,14 @@ def test_switched_off_is_the_base_model(base, kind):
 
 
 @KINDS
-def test_weights_go_out_and_back(base, kind):
+def test_adapter_weights_are_restored_and_wrong_ones_refused(base, kind):
     model, _ = trained(base, METHODS[kind])
     other, _ = attached(base, METHODS[kind], seed=9)
     weights = adapter_weights(model)
     before = {n: w.clone() for n, w in weights.items()}
     load_adapter_weights(other, weights, "file")
     assert torch.equal(output(other), output(model))
-    shift(model)
+    perturb(model)
     assert all(torch.equal(weights[n], before[n]) for n in weights)  # copies
     missing = {n: w for n, w in weights.items() if n != next(iter(weights))}
     wider = {n: torch.cat([w, w]) for n, w in weights.items()}
@@ -357,7 +355,7 @@ def test_weights_go_out_and_back(base, kind):
             load_adapter_weights(other, wrong, "file")
 
 
-def test_only_loras_b_is_b(base):
+def test_is_lora_b_holds_for_b_of_lora_and_dora_only(base):
     for kind in METHODS:
         names = adapter_parameters(attached(base, METHODS[kind])[0])
         found = sum(map(is_lora_b, names))

@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from torch import Tensor
+from support.adapters import output
+from support.tiny_models import tiny_transformer
 
 from onewan.adapters.adapter_config import AdapterConfig
 from onewan.adapters.lora import (
@@ -20,42 +21,28 @@ from onewan.adapters.lora import (
 from onewan.adapters.select import select_linears
 from onewan.errors import CheckpointError
 from onewan.formats.lora_files import parse_adapter
-from onewan.model.forward import predict_velocity
-from onewan.model.precision import keep_float32_islands
 
 
 @pytest.fixture(scope="module")
 def base() -> WanTransformer3DModel:
-    torch.manual_seed(0)
-    model = WanTransformer3DModel(
-        num_attention_heads=1, attention_head_dim=32, text_dim=16, ffn_dim=64, num_layers=3
-    )
-    keep_float32_islands(model)
-    return model.eval().requires_grad_(False)
+    return tiny_transformer(layers=3)
 
 
-def output(model: WanTransformer3DModel) -> Tensor:
-    generator = torch.Generator().manual_seed(5)
-    x, text = torch.randn(1, 16, 2, 4, 4, generator=generator), torch.zeros(1, 512, 16)
-    with torch.no_grad():
-        return predict_velocity(model, x, torch.tensor([0.5]), text)
-
-
-def test_finished_adapters_add_up(base: WanTransformer3DModel) -> None:
+def test_applied_adapters_add_up(base: WanTransformer3DModel) -> None:
     """Applied, with its own alpha; a second one, of other ranks, comes on top."""
     model = copy.deepcopy(base)
     modules = select_linears(model, ["self_attention", "ffn"], [0, 2])
-    spec = AdapterConfig(
+    config = AdapterConfig(
         kind="lora",
         modules=modules,
         ranks=dict.fromkeys(modules, 4),
         alphas=dict.fromkeys(modules, 8.0),
     )
-    attach_adapter(model, spec, 1, "high")
+    attach_adapter(model, config, 1, "high")
     for number, parameter in enumerate(adapter_parameters(model).values()):
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
     applied = copy.deepcopy(base)
-    apply_lora(applied, adapter_of(model, spec), "one")
+    apply_lora(applied, adapter_of(model, config), "one")
     torch.testing.assert_close(output(applied), output(model))
     second = {
         "blocks.1.attn2.to_k.lora_A.weight": torch.randn(2, 32),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
 from PIL import Image
-from support.lora_specs import lora_spec
+from support.adapters import lora_config
 
 from onewan.adapters.lora import adapter_parameters, attach_adapter
 from onewan.config.load import load_run
@@ -218,7 +218,7 @@ def test_text_may_come_from_elsewhere(folder, model):
 def training(folder, request) -> WanModel:
     """A model in the middle of LoRA training, with dropout and checkpointing on."""
     model = WanModelLoader().load(folder("t2v-a14b"), dtype=request.param)
-    spec = lora_spec(
+    spec = lora_config(
         rank=2, alpha=4.0, dropout=0.5, modules=("attn1.to_q", "ffn.net.2"), layers=(0,)
     )
     generator = torch.Generator().manual_seed(4)
@@ -279,7 +279,7 @@ def test_adapters_show_and_everything_is_as_before(training, model):
 def test_bfloat16_is_near_float32(folder, training):
     """The solver and the latents stay float32; only the transformers round."""
     exact = WanModelLoader().load(folder("t2v-a14b"))
-    spec = lora_spec(
+    spec = lora_config(
         rank=2, alpha=4.0, dropout=0.5, modules=("attn1.to_q", "ffn.net.2"), layers=(0,)
     )
     for name in ("transformer", "transformer_2"):

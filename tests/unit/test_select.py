@@ -35,7 +35,7 @@ def layers_of(names: tuple[str, ...]) -> set[str]:
         ("ffn", set(FFN)),
     ],
 )
-def test_groups_of_linear_layers(transformer, group, layers):
+def test_a_group_selects_its_linear_layers(transformer, group, layers):
     names = select_linears(transformer, [group], None)
     assert layers_of(names) == layers
     assert len(names) == 12 * len(layers)
@@ -43,7 +43,7 @@ def test_groups_of_linear_layers(transformer, group, layers):
     assert set(weights) == {f"{n}.{which}" for n in names for which in ("weight", "bias")}
 
 
-def test_all_linears_are_those_outside_the_blocks_too(transformer):
+def test_all_linears_includes_layers_outside_the_blocks(transformer):
     names = select_linears(transformer, ["all_linears"], None)
     assert names == tuple(n for n, m in transformer.named_modules() if isinstance(m, nn.Linear))
     assert "proj_out" in names and "condition_embedder.text_embedder.linear_1" in names
@@ -51,7 +51,7 @@ def test_all_linears_are_those_outside_the_blocks_too(transformer):
     assert len(inside) == 10 and all(n.startswith("blocks.3.") for n in inside)
 
 
-def test_groups_of_weights(transformer):
+def test_all_norms_and_biases_select_weights(transformer):
     every = tuple(n for n, _ in transformer.named_parameters())
     assert select_weights(transformer, ["all"], None) == every
     norms = select_weights(transformer, ["norms"], [0])
@@ -86,19 +86,19 @@ def test_patterns_match_a_name_or_its_end(transformer):
     assert select_weights(transformer, ["norm2.weight"], [7]) == ("blocks.7.norm2.weight",)
 
 
-def test_a_pattern_begins_behind_a_dot(transformer):
+def test_a_pattern_matches_from_a_dot_on(transformer):
     with pytest.raises(ConfigError):
         select_linears(transformer, ["ttn1.to_q"], None)
 
 
-def test_names_come_once_and_in_the_models_order(transformer):
+def test_names_are_unique_and_in_the_models_order(transformer):
     names = select_linears(transformer, ["ffn", "blocks.0.*", "self_attention"], [1, 0])
     order = [n for n, _ in transformer.named_modules()]
     assert [order.index(n) for n in names] == sorted({order.index(n) for n in names})
     assert {block_of(n) for n in names} == {0, 1}
 
 
-def test_what_selects_nothing_is_named_with_what_there_is(transformer):
+def test_a_selection_of_nothing_is_refused_with_similar_names(transformer):
     with pytest.raises(ConfigError) as error:
         select_linears(transformer, ["self_atention", "ffn", "blocks.99.*"], None)
     first, second = error.value.problems
@@ -115,7 +115,7 @@ def test_what_selects_nothing_is_named_with_what_there_is(transformer):
         select_linears(transformer, ["norms"], None)
 
 
-def test_layers_that_are_not_there(transformer) -> None:
+def test_blocks_that_do_not_exist_are_refused(transformer) -> None:
     assert select_layers(None, 3) == (0, 1, 2)
     assert select_layers([2, 0], 3) == (0, 2)
     with pytest.raises(ConfigError, match="has no block 3; the model's blocks are 0 to 2"):

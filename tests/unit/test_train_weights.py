@@ -87,7 +87,7 @@ def test_mixed_precision_results_are_within_bfloat16_of_float32(half, modules):
         assert relative(gradient(parameters), gradient(wanted)) < 1.1 * coarse
 
 
-def test_checkpointing_changes_no_gradient(half):
+def test_gradient_checkpointing_changes_no_gradient(half):
     for precision in ("stochastic", "float32"):
         model = copy.deepcopy(half)
         parameters = train_weights(model, select_weights(model, ["all"], None), precision)

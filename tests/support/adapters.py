@@ -1,14 +1,12 @@
-"""Tiny transformers with adapters of every kind on them, and what they compute."""
+"""Adapters of every kind on tiny transformers: settings, attaching, output and gradients."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
-import gguf
-import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
-from gguf import GGMLQuantizationType
 from torch import Tensor, nn
 
 from onewan.adapters.adapter_config import AdapterConfig, adapter_config_for
@@ -25,9 +23,8 @@ from onewan.config.method import (
     OftMethod,
     PerModule,
 )
+from onewan.formats.lora import LINEARS
 from onewan.model.forward import predict_velocity
-from onewan.model.precision import keep_float32_islands
-from onewan.model.quantized_linear import QuantizedLinear
 
 MIXED = (PerModule(modules=("ffn",), rank=2, alpha=3.0), PerModule(modules=("attn2.to_k",), rank=6))
 METHODS: dict[str, AdapterMethod] = {
@@ -45,56 +42,6 @@ METHODS: dict[str, AdapterMethod] = {
 }
 
 
-def tiny_transformer() -> WanTransformer3DModel:
-    """Of random weights, biases among them, in float32."""
-    torch.manual_seed(0)
-    model = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, text_dim=16, ffn_dim=64, num_layers=2
-    )
-    for name, parameter in model.named_parameters():  # diffusers leaves these at zero
-        if name.endswith(".bias"):
-            nn.init.normal_(parameter, std=0.1)
-    keep_float32_islands(model)
-    return model.eval().requires_grad_(False)
-
-
-def halved(base: WanTransformer3DModel) -> WanTransformer3DModel:
-    """`base` as it is loaded in bfloat16: float32 in diffusers' islands."""
-    model = copy.deepcopy(base)
-    keep = model._keep_in_fp32_modules
-    assert keep is not None
-    for name, parameter in model.named_parameters():
-        if not set(keep) & set(name.split(".")):
-            parameter.data = parameter.data.to(torch.bfloat16)
-    return model
-
-
-def packed(weight: Tensor, bias: Tensor, how: str) -> QuantizedLinear:
-    """A layer whose weight stays quantized, without a file around it."""
-    layer = QuantizedLinear.__new__(QuantizedLinear)
-    nn.Module.__init__(layer)
-    layer.out_features, layer.in_features = weight.shape
-    if how == "fp8":
-        layer.dtype_in_file = "F8_E4M3"
-        stored = weight.to(torch.float8_e4m3fn).view(torch.int8)
-    else:
-        layer.dtype_in_file = "Q8_0"
-        data = gguf.quants.quantize(weight.numpy(), GGMLQuantizationType.Q8_0)
-        stored = torch.from_numpy(np.asarray(data).view(np.int8))
-    layer.weight = nn.Parameter(stored, requires_grad=False)
-    layer.bias = nn.Parameter(bias, requires_grad=False)
-    layer.register_buffer("scale", None)
-    return layer
-
-
-def quantized(base: WanTransformer3DModel, how: str) -> WanTransformer3DModel:
-    model = copy.deepcopy(base)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and name.startswith("blocks."):
-            model.set_submodule(name, packed(layer.weight.data, layer.bias.data, how))
-    return model
-
-
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(2, 16, 2, 4, 4, generator=generator)
@@ -110,13 +57,13 @@ def attached(
     base: WanTransformer3DModel, method: AdapterMethod, *, seed: int = 1, name: str = "high"
 ) -> tuple[WanTransformer3DModel, AdapterConfig]:
     model = copy.deepcopy(base)
-    spec = adapter_config_for(method, model, None)
-    attach_adapter(model, spec, seed, name)
-    return model, spec
+    config = adapter_config_for(method, model, None)
+    attach_adapter(model, config, seed, name)
+    return model, config
 
 
-def shift(model: WanTransformer3DModel, std: float = 0.1) -> None:
-    """As far from the start as after a long training."""
+def perturb(model: WanTransformer3DModel, std: float = 0.1) -> None:
+    """Move the adapter as far from its initial values as a long training does."""
     for number, parameter in enumerate(adapter_parameters(model).values()):
         generator = torch.Generator().manual_seed(number)
         parameter.data += std * torch.randn(parameter.shape, generator=generator)
@@ -125,9 +72,25 @@ def shift(model: WanTransformer3DModel, std: float = 0.1) -> None:
 def trained(
     base: WanTransformer3DModel, method: AdapterMethod
 ) -> tuple[WanTransformer3DModel, AdapterConfig]:
-    model, spec = attached(base, method)
-    shift(model, 0.3 if spec.kind == "loha" else 0.1)  # a product of four counts for little
-    return model, spec
+    model, config = attached(base, method)
+    perturb(model, 0.3 if config.kind == "loha" else 0.1)  # a product of four small factors is tiny
+    return model, config
+
+
+def lora_config(
+    *, rank: int, alpha: float, layers: Sequence[int], modules: Sequence[str], dropout: float = 0.0
+) -> AdapterConfig:
+    """A plain LoRA of one rank. `modules` are layers within a block (``attn1.to_q``), or what the
+    names of several begin with (``attn1``)."""
+    inside = [name for name in LINEARS if name.startswith(tuple(modules))]
+    names = tuple(f"blocks.{layer}.{name}" for layer in layers for name in inside)
+    return AdapterConfig(
+        kind="lora",
+        modules=names,
+        ranks=dict.fromkeys(names, rank),
+        alphas=dict.fromkeys(names, float(alpha)),
+        dropout=dropout,
+    )
 
 
 def relative(got: Tensor, want: Tensor) -> float:

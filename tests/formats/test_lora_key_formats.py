@@ -72,7 +72,7 @@ def close(got: Tensor, want: Tensor, bound: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
-def test_files_of_other_trainers_mean_what_they_meant(tmp_path, trainer):
+def test_files_of_other_trainers_are_read_as_the_difference_that_they_define(tmp_path, trainer):
     written: Written = trainer()
     path = tmp_path / "x.safetensors"
     save_file(written.tensors, path, written.metadata)
@@ -88,7 +88,7 @@ def test_files_of_other_trainers_mean_what_they_meant(tmp_path, trainer):
     assert adapter.metadata == written.metadata
 
 
-def test_every_spelling_of_a_layer_is_known(tmp_path):
+def test_every_key_format_of_a_layer_is_recognized(tmp_path):
     """Each prefix with each world's names, for each of the ten layers."""
     down, up = torch.randn(2, 8), torch.randn(8, 2)
     for prefix in ("diffusion_model.", "transformer.", "lora_unet_", "lora_transformer_",
@@ -107,7 +107,7 @@ def test_every_spelling_of_a_layer_is_known(tmp_path):
             assert adapter.layout.experts == ()
 
 
-def test_layout_needs_no_tensors(tmp_path):
+def test_the_layout_is_found_without_reading_tensors(tmp_path):
     written = TRAINERS[0]()
     save_file(written.tensors, tmp_path / "x.safetensors")
     file = open_tensors(tmp_path / "x.safetensors")
@@ -121,7 +121,7 @@ def test_layout_needs_no_tensors(tmp_path):
     assert layout_of({"blocks.0.ffn.0.weight": file.tensors[next(iter(file.tensors))]}, {}) is None
 
 
-def test_norms_biases_and_tables(tmp_path, base, weight):
+def test_differences_of_norms_biases_and_tables_are_converted_or_refused(tmp_path, base, weight):
     """Differences as LyCORIS and distillations have them, beside a LoRA; merged by apply_lora."""
     generator = torch.Generator().manual_seed(1)
 
@@ -169,7 +169,7 @@ def test_norms_biases_and_tables(tmp_path, base, weight):
         convert_adapter(tmp_path / "x.safetensors", tmp_path / "z.safetensors", "diffusers")
 
 
-def test_both_experts_in_one_file(tmp_path):
+def test_a_file_with_both_experts_is_read_one_expert_at_a_time(tmp_path):
     down, high, low = torch.ones(2, 8), torch.ones(8, 2), torch.full((8, 2), 2.0)
     tensors = {}
     for prefix, up in (("transformer.", high), ("transformer_2.", low)):
@@ -216,7 +216,7 @@ def partial(dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_round_trip_is_the_same_bits_and_diffusers_loads_each_stage(
+def test_converting_through_all_formats_keeps_the_bits_and_diffusers_loads_each(
     tmp_path, folder, base, weight, dtype
 ):
     tensors, deltas = partial(dtype)
@@ -259,7 +259,7 @@ def test_round_trip_is_the_same_bits_and_diffusers_loads_each_stage(
                 assert torch.equal(fused[key], plain)
 
 
-def test_kohya_is_complete_for_what_is_known_of_the_model(tmp_path, weight):
+def test_kohya_files_have_every_layer_of_the_model(tmp_path, weight):
     start = "diffusion_model.blocks.2.self_attn.q"
     path, out = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
     for width, ffn, layers in ((5120, 13824, 40), (3072, 14336, 30)):
@@ -291,7 +291,7 @@ def test_kohya_is_complete_for_what_is_known_of_the_model(tmp_path, weight):
     assert len(open_tensors(out).tensors) == 3 * 10 * 3
 
 
-def test_precision_is_kept_unless_asked_for(tmp_path):
+def test_conversion_keeps_the_precision_unless_a_dtype_is_given(tmp_path):
     tensors, _ = partial(torch.bfloat16)
     path, out = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
     save_file(tensors, path)
@@ -423,7 +423,7 @@ def test_exported_kinds_add_what_peft_merges(tmp_path, trained, weight, kind, fo
 
 
 @pytest.mark.parametrize("kind", PEFT_KINDS)
-def test_sampling_takes_any_kind(tmp_path, trained, base, weight, kind):
+def test_any_kind_can_be_applied_for_sampling(tmp_path, trained, base, weight, kind):
     """A folder as PEFT saves it, with its settings beside the weights."""
     state, settings, deltas = trained(kind)
     save_file(state, tmp_path / "adapter_model.safetensors")
@@ -491,7 +491,7 @@ def test_biases_of_peft_are_scaled(tmp_path, folder, base):
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr", "oft"])
-def test_diffusers_takes_no_other_kind(tmp_path, trained, kind):
+def test_the_diffusers_format_refuses_kinds_other_than_lora_and_dora(tmp_path, trained, kind):
     state, settings, _ = trained(kind)
     with pytest.raises(CheckpointError, match=r"which diffusers reads in no key format.*comfyui"):
         modules = parse_adapter(state, settings, source="PEFT")
@@ -502,7 +502,7 @@ def test_diffusers_takes_no_other_kind(tmp_path, trained, kind):
 # ------------------------------------------------------------------------- LyCORIS' kinds, by hand
 
 
-def test_lycoris_oft_turns_outputs_and_alpha_bounds_it(tmp_path, weight):
+def test_lycoris_oft_rotates_outputs_and_alpha_bounds_it(tmp_path, weight):
     blocks = torch.randn(8, 8, 8, generator=torch.Generator().manual_seed(4)) * 0.1
     start, module = "diffusion_model.blocks.0.self_attn.q", "blocks.0.attn1.to_q"
     path, out = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
@@ -533,7 +533,7 @@ def test_lycoris_oft_turns_outputs_and_alpha_bounds_it(tmp_path, weight):
 
 
 @pytest.mark.parametrize("shape", [(64,), (64, 1), (1, 64)])
-def test_dora_by_outputs_and_by_inputs(tmp_path, weight, shape):
+def test_dora_magnitudes_by_output_and_by_input_are_read(tmp_path, weight, shape):
     generator = torch.Generator().manual_seed(5)
     start, module = "diffusion_model.blocks.0.self_attn.q", "blocks.0.attn1.to_q"
     tensors = {
@@ -569,7 +569,7 @@ def test_dora_by_outputs_and_by_inputs(tmp_path, weight, shape):
         assert f"transformer.{module}.lora_magnitude_vector" in load_file(out)
 
 
-def test_diffusers_can_not_hold_lora_and_dora_at_once(tmp_path):
+def test_the_diffusers_format_refuses_lora_beside_dora(tmp_path):
     tensors: dict[str, Tensor] = {}
     for n in (0, 1):
         start = f"diffusion_model.blocks.{n}.self_attn.q"
