@@ -78,9 +78,8 @@ def test_a_method_trains_exports_and_resumes_bit_exact(
     resumed = killed_and_resumed(tmp_path / "cut.yaml", overrides, f"{method} {variant} {experts}")
     tensors, steps = outcome(uninterrupted)
     again, steps_again = outcome(resumed)
-    assert dict(enumerate(steps)) == {
-        e[0] - 1: e for e in steps_again
-    }  # steps that were repeated are in it twice
+    # Steps that were repeated after the kill are in the events twice.
+    assert dict(enumerate(steps)) == {e[0] - 1: e for e in steps_again}
     assert tensors.keys() == again.keys() and tensors
     assert [name for name in tensors if not torch.equal(tensors[name], again[name])] == []
 

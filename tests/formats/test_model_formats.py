@@ -306,7 +306,7 @@ def test_tokenizer_from_the_sentencepiece_model(t2v: Path, tmp_path: Path) -> No
             long = {"max_length": 512, "truncation": True, "return_attention_mask": True}
             assert ours(text, **long).input_ids == theirs(text, **long).input_ids
     without = single({"shared.weight": torch.ones(2, 2)}, tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match=r"no usable tokenizer .*give model\.tokenizer"):
+    with pytest.raises(CheckpointError, match=r"no usable tokenizer .*set model\.tokenizer"):
         loader.load({"path": t2v, "tokenizer": without}, components=("tokenizer",))
     bare = single(rewritten.text_encoder(t2v), tmp_path / "umt5.safetensors")
     with pytest.raises(CheckpointError, match=r"contains no tokenizer; set model\.tokenizer"):
