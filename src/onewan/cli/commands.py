@@ -38,11 +38,8 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def demo(folder: Path, variant: VariantName) -> int:
-    progress = Progress()
-    try:
+    with Progress() as progress:
         run_demo(folder, variant, progress.listen, progress.line)
-    finally:
-        progress.close()
     return 0
 
 
@@ -52,15 +49,12 @@ def cache(run: Path, overrides: Sequence[str], *, strict: bool, verify: bool) ->
         raise ConfigError(
             str(run), ["video_data.cache: is false, so nothing is cached; set it to true"]
         )
-    progress = Progress()
-    try:
+    with Progress() as progress:
         data = WanModelSetup(config).dataset(
             sample_requests(config),
             lambda what, done, total: progress.advance(what, done, total, unit="item"),
             verify=verify,
         )
-    finally:
-        progress.close()
     for line in data.report.lines():
         progress.line(line)
     folder = displayed(config.video_data.cache_dir)
@@ -83,18 +77,14 @@ def train(
     config = load_run(run, overrides)
     if again:
         config = with_unused_name(config)
-    progress = Progress()
-    trainer = WanTrainer(
-        config,
-        run_file=run.read_text(encoding="utf-8-sig") if run.is_file() else None,
-        listen=progress.listen,
-        resume=resume,
-        allow_change=allow_change,
-    )
-    try:
-        trainer.fit()
-    finally:
-        progress.close()
+    with Progress() as progress:
+        WanTrainer(
+            config,
+            run_file=run.read_text(encoding="utf-8-sig") if run.is_file() else None,
+            listen=progress.listen,
+            resume=resume,
+            allow_change=allow_change,
+        ).fit()
     return 0
 
 
@@ -114,15 +104,12 @@ def sample(options: argparse.Namespace) -> int:
     request = _request(options, model.variant)
     for path in options.embedding:
         print(_add_embedding(model, path, request))
-    progress = Progress()
-    try:
+    with Progress() as progress:
         WanModelSampler(model, device).sample_to(
             options.out,
             request,
             on_step=partial(progress.advance, "sampling"),
         )
-    finally:
-        progress.close()
     print(
         f"{options.out}: {request.frames} frames, {request.width}x{request.height}, "
         f"{request.fps:g} fps"

@@ -108,11 +108,8 @@ def _convert_adapter(
 
 def _shown(run: Callable[[Report], Written]) -> int:
     """Run with a bar, and say what was written."""
-    progress = Progress()
-    try:
+    with Progress() as progress:
         written = run(progress.advance_bytes)
-    finally:
-        progress.close()
     _print(written)
     return 0
 

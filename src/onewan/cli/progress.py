@@ -21,7 +21,7 @@ _LOSS_SMOOTHING = 0.9
 
 
 class Progress:
-    """Shows a run's events. Give its `listen` to the trainer."""
+    """Shows a run's events; a context manager. Give its `listen` to the trainer."""
 
     def __init__(self, *, terminal: bool | None = None) -> None:
         self._terminal = sys.stderr.isatty() if terminal is None else terminal
@@ -48,6 +48,12 @@ class Progress:
             events.Stopped: self._on_stopped,
             events.Finished: self._on_finished,
         }
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def listen(self, event: events.Event) -> None:
         """Show one event; kinds that have nothing to show are ignored."""

@@ -2,7 +2,7 @@
 
 For the demonstration and the tests. It is a complete diffusers folder that `WanModelLoader` and
 ``WanPipeline.from_pretrained`` read. Only widths and depths are smaller than the real ones, and the
-tokenizer is trained on the spot. What it generates is noise.
+tokenizer is trained on a few sentences. The videos that it generates are noise.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def write_tiny_model(
 
     The transformers have `layers` blocks of `width` channels in heads of 32. A random VAE's latents
     have an arbitrary scale; if `pixels_BCFHW` ([-1, 1]) are given, its ``latents_mean`` and
-    ``latents_std`` are measured on them, so that normalised latents are about standard normal as
-    those of the real VAE are.
+    ``latents_std`` are measured on them, so that normalized latents are roughly standard normal,
+    as those of the real VAE are.
     """
     facts = VARIANTS[variant]
     with torch.random.fork_rng(devices=[]):

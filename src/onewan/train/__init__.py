@@ -1,0 +1,1 @@
+"""Training: optimizers, trainable weights, the training step, its state, and the loop around it."""
