@@ -22,6 +22,7 @@ from onewan.errors import ConfigError
 from onewan.formats.embedding import read_embedding
 from onewan.model.text import encode_prompt, token_ids
 
+# Any constant would do, but changing it would change the uuids of all placeholders.
 _UUID_NAMESPACE = uuid.UUID("6cf1a7a5-3f4f-5d57-9a3e-2a4fbb0f3c41")
 
 
@@ -95,6 +96,7 @@ class WanModelEmbedding:
             else:
                 table = text_encoder.encoder.get_input_embeddings()
                 rows = table(torch.tensor(ids, device=text_encoder.device))
+            # Rows are repeated from the first: more vectors than tokens need some initial value.
             chosen = torch.arange(len(rows) if token_count is None else token_count) % len(rows)
             vectors = rows.float().cpu()[chosen]
         return cls(
@@ -140,6 +142,7 @@ class WanModelEmbedding:
     def to(self, device: torch.device | str) -> WanModelEmbedding:
         """Move the vectors to `device` and return itself; the parameter is the same object, which
         an optimizer may hold."""
+        # `data`, since assigning a moved tensor would need a new parameter.
         self.vectors.data = self.vectors.data.to(device)
         return self
 
@@ -160,6 +163,7 @@ def ambiguous_placeholders(embeddings: list[WanModelEmbedding]) -> list[str]:
 
 def _placeholder_error(placeholder: str) -> str | None:
     """An error message if no cleaned prompt can contain `placeholder`, else None."""
+    # Between words, because cleaning removes spaces at the ends and may join characters.
     around = f"a {placeholder} b"
     cleaned = prompt_clean(around)
     if not placeholder.split() or cleaned.split() != ["a", placeholder, "b"]:

@@ -46,6 +46,7 @@ def load_tokenizer(place: Path) -> PreTrainedTokenizerBase:
             raise CheckpointError(
                 f"{place}: no usable tokenizer ({first_line(error)}); {_REMEDY}"
             ) from error
+    # A folder with the bare SentencePiece model only, or that file itself.
     spiece = place / "spiece.model" if place.is_dir() else place
     if spiece.name.endswith(".model") and spiece.is_file():
         return tokenizer_from_sentencepiece(spiece.read_bytes(), str(spiece))
@@ -76,6 +77,7 @@ def tokenizer_from_sentencepiece(spiece: bytes, where: str) -> PreTrainedTokeniz
     unk_id = proto.trainer_spec.unk_id
     if not {"<pad>", "</s>"} <= names or not 0 <= unk_id < len(pieces):
         raise CheckpointError(f"{where}: is not the SentencePiece model of UMT5; {_REMEDY}")
+    # The pipeline of UMT5's tokenizer.json: normalizer, pre-tokenizer, decoder, end token.
     tokenizer = Tokenizer(Unigram(pieces, unk_id=unk_id, byte_fallback=False))
     if charsmap := proto.normalizer_spec.precompiled_charsmap:
         tokenizer.normalizer = normalizers.Precompiled(charsmap)

@@ -45,6 +45,8 @@ class Ema:
         # One weight at a time: float32 copies of all weights at once would be a whole model.
         for name, parameter in self._parameters.items():
             average = self.averages[name]
+            # In float32 also for bfloat16 weights, which are too coarse for the small steps of an
+            # average.
             average.lerp_(parameter.detach().to(average), 1 - decay)
 
     @contextmanager

@@ -95,6 +95,7 @@ class Trainable:
         each is yielded.
         """
         weights, ema = folder / f"{self.name}.safetensors", folder / f"{self.name}_ema.pt"
+        # The weights come first: the optimizer's state and the average are of them.
         try:
             self.weights.write(load_file(weights), str(weights))
         except (OSError, SafetensorError) as error:
@@ -117,6 +118,7 @@ class Trainable:
                     )
                 self.optimizer.load_state_dict(saved["weights"])
         except CheckpointError as error:
+            # A reset changes the results, so the user has to permit it.
             if not allow_change:
                 raise
             yield f"{self.name}: the optimizer is reset ({error})"
@@ -178,6 +180,7 @@ class TrainState:
             "versions": versions(),
             **facts,
         }
+        # Not atomic by itself: `checkpoint.store` renames the folder when all files are complete.
         (folder / _FACTS_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
     def load(self, folder: Path, *, allow_change: bool = False) -> list[str]:

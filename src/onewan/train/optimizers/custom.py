@@ -41,6 +41,7 @@ def custom_class(choice: CustomOptimizer) -> type[torch.optim.Optimizer]:
             f"{path!r} is in none of the allowed packages; choose a class from {allowed}"
         )
     module, _, name = path.rpartition(".")
+    # It takes a class as argument, which a run file can't express.
     if name == "CPUOffloadOptimizer":
         raise _class_path_error(
             f"{path} wraps another optimizer; use optimizer.name: adamw_cpu_offload instead"
@@ -64,6 +65,7 @@ def custom_class(choice: CustomOptimizer) -> type[torch.optim.Optimizer]:
             f"{name!r} is not an optimizer of {module}; it has "
             f"{', '.join(others[:12]) or 'none'}{' and others' if len(others) > 12 else ''}"
         )
+    # An optimizer that needs a closure (LBFGS) evaluates the loss several times within one step.
     closure = inspect.signature(chosen.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise _class_path_error(

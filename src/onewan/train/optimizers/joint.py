@@ -66,6 +66,7 @@ class JointOptimizer:
             yield
             return
         with self.parameters.restored_afterwards():
+            # The optimizer's averages replace the weights; `restored_afterwards` brings them back.
             tensors = [m.parameter for m in self.parameters]
             with torch.no_grad():
                 averages = self._library.averages(tensors, [t.dtype for t in tensors])
@@ -101,6 +102,6 @@ class _JointStep:
     def apply(self) -> None:
         if self._is_applied:
             raise RuntimeError("this step has been applied; begin_step() gives the next one")
-        self._is_applied = True
+        self._is_applied = True  # before the update: one that failed halfway must not be repeated
         self._library.optimizer.step()
         self._parameters.drop_gradients()

@@ -91,6 +91,7 @@ class ManagedParameters:
 
     def __init__(self, managed: Sequence[ManagedParameter]) -> None:
         self._managed = list(managed)
+        # By identity: parameters share groups, and dictionaries can't be hashed.
         self._groups = {id(m.group): m.group for m in self._managed}
         self._initial = {key: _hyperparameters(group) for key, group in self._groups.items()}
         """The groups as they were built, to know what has changed since."""
@@ -102,6 +103,7 @@ class ManagedParameters:
     @property
     def lr(self) -> float:
         """The first group's learning rate at this step, times an optimizer's own estimate of it."""
+        # The first group is that of most weights: LoRA+ puts the others after it.
         group = self._managed[0].group
         return group[_BASE_LR] * self._lr_factor * estimated_lr(group)
 
@@ -118,6 +120,7 @@ class ManagedParameters:
         Returns the norm before, 0-d float32. None for `max_norm` leaves the gradients as they are.
         """
         gradients = [m.parameter.grad for m in self._managed if m.parameter.grad is not None]
+        # The norm of norms equals the norm of all elements, and each can be computed in float32.
         norm = nn.utils.get_total_norm([norm_of(gradient) for gradient in gradients])
         if max_norm is not None:
             nn.utils.clip_grads_with_norm_([m.parameter for m in self._managed], max_norm, norm)
@@ -170,7 +173,10 @@ class ManagedParameters:
         does not have starts at 0; one that this run has no use for is dropped.
         """
         own = {managed.name: managed for managed in self._managed}
+        # All checks come first, so that an error leaves the optimizer as it was.
         _check_fit(saved, own)
+        # Groups go back to what they were when built: a saved state has changed entries only, and
+        # counters of earlier steps must not remain.
         for key, group in self._groups.items():
             for entry in group.keys() - _NOT_SAVED - self._initial[key].keys():
                 del group[entry]
@@ -178,6 +184,7 @@ class ManagedParameters:
         for name, managed in own.items():
             entry = saved[name]
             device = _CPU if managed.is_on_host else managed.parameter.device
+            # Parameters of one group save the same entries, so writing them repeatedly is harmless.
             managed.group.update(on_device(entry["group"], device, copy=True))
             managed.put_state(entry["state"], device)
             if managed.residual is not None and entry["rest"] is not None:
@@ -190,6 +197,7 @@ class ManagedParameters:
             key: value
             for key, value in group.items()
             if key not in _NOT_SAVED
+            # Tensors are always saved: comparing them would wait for the device.
             and (key not in initial or isinstance(value, Tensor) or value != initial[key])
         }
 

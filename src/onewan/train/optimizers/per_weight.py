@@ -89,6 +89,7 @@ class PerWeightOptimizer:
             with _with_values(managed):
                 dtype = managed.parameter.dtype
                 (average,) = managed.library.averages([managed.optimized], [dtype])
+            # The optimizer has seen the stand-in only, so the weight itself is written here.
             managed.parameter.copy_(average)
 
     def to(self, device: torch.device) -> None:
@@ -138,6 +139,7 @@ class PerWeightOptimizer:
     def update(self, managed: ManagedParameter, step: int) -> None:
         """One step of one weight, by its gradient."""
         gradient = managed.parameter.grad
+        # Without a gradient the optimizer skips the weight but advances its group's counters.
         if not managed.is_stand_in or gradient is None:
             managed.library.optimizer.step()
             return

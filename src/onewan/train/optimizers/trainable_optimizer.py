@@ -111,6 +111,7 @@ def build_trainable_optimizer(
     names = [n for group in groups for n in group.names]
     if not weights or len(names) != len(weights) or len(set(names)) != len(names):
         raise ValueError("an optimizer needs weights, each with a name of its own")
+    # Without 16-bit weights there is nothing to round, and one optimizer over all is faster.
     if not any(map(is_half, weights)):
         rounding = "none"
     _check_support(choice, weights, rounding, fused)
