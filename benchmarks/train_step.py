@@ -82,7 +82,7 @@ def bare_loop(
 
 def our_loop(run: Run, file: EventFile) -> Callable[[], None]:
     """A step of a run, as the trainer takes it."""
-    steps = run.loader.steps(0, run.config.train.steps, run.schedule.turn)
+    steps = run.loader.steps(0, run.config.train.steps, run.schedule.expert_at)
 
     def step() -> None:
         begin = time.perf_counter()

@@ -392,7 +392,7 @@ def test_averages_and_learning_rates_follow_each_trainables_own_steps(
     expected = {name: trainable.ema.state_dict() for name, trainable in trainables.items()}
     steps = dict.fromkeys(trainables, 0)
     for number in range(6):
-        name, before = run.schedule.turn(number)
+        name, before = run.schedule.expert_at(number)
         metrics = train_step(run, run.loader.step(number, name, before))
         assert metrics.lr == pytest.approx(0.01 * (1 - before / 3))
         assert run.lr_factor("embeddings", number) == pytest.approx(1 - number / 6)

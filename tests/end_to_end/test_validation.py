@@ -63,7 +63,7 @@ def test_held_out_clips_never_train(run_file: RunFile) -> None:
     run = WanModelSetup(config).build()
     held_out = {clip.name for clip in run.dataset.validation_clips}
     assert held_out == {name for batch in run.validation_batches() for name in batch.names}
-    steps = list(run.loader.steps(0, 50, run.schedule.turn))
+    steps = list(run.loader.steps(0, 50, run.schedule.expert_at))
     assert held_out.isdisjoint(name for s in steps for b in s.batches for name in b.names)
     WanTrainer(config).fit()
     events = [e for e in read_events(layout_of(config).events) if e["event"] == "validation"]
@@ -204,7 +204,7 @@ def test_one_expert_can_be_initialized_from_a_file_and_the_other_anew(run_file: 
     for settings, complaint in (
         (
             ["per_expert.low.rank=4"],
-            "per_expert.low.rank: is the file's own under method.init_from, got 4",
+            "per_expert.low.rank: has no effect, since the files of method.init_from decide it",
         ),
         (["model.experts=high"], f"{low} is for the low expert, which is not trained"),
         ([f"method.init_from=[{low}, {copy}]"], "two files are for the low expert"),

@@ -11,7 +11,6 @@ import torch
 from support.onetrainer_configs import train_config, with_defaults
 from torch import Tensor
 
-from onewan.arithmetic.timestep_density import density_of
 from onewan.data.loader import Batch, StepBatches
 from onewan.errors import ConfigError
 from onewan.model.conditioning import conditioning_of
@@ -135,7 +134,7 @@ DENSITIES: list[tuple[dict[str, Any], list[tuple[float, float]]]] = [
 
 @pytest.mark.parametrize(("changes", "shares"), DENSITIES)
 def test_timestep_distributions_follow_onetrainers_formulas(changes, shares):
-    density = density_of(timesteps_of(train_config(**changes)), 1.0)
+    density = timesteps_of(train_config(**changes)).density(1.0)
     for level, share in shares:
         assert density.cdf(level) == pytest.approx(share, abs=2e-4)
 
@@ -145,9 +144,9 @@ def test_the_heavy_tail_distribution_follows_onetrainers_formula():
     import math
 
     scale = 0.8
-    density = density_of(
-        timesteps_of(train_config(timestep_distribution="HEAVY_TAIL", noising_weight=scale)), 1.0
-    )
+    density = timesteps_of(
+        train_config(timestep_distribution="HEAVY_TAIL", noising_weight=scale)
+    ).density(1.0)
     for u in (0.1, 0.3, 0.7):
         level = 1 - u - scale * (math.cos(math.pi / 2 * u) ** 2 - 1 + u)
         assert density.cdf(level) == pytest.approx(1 - u, abs=1e-6)

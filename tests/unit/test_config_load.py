@@ -18,6 +18,7 @@ from onewan.errors import ConfigError
 from onewan.variants import NEGATIVE_PROMPT, VARIANTS, VariantName
 
 SHARE = "train.high_expert_share"
+EACH_STEP = "train: {steps: 10, switch_expert_every: 1, "
 T2V = "model: {path: org/model, variant: t2v-a14b}\n"
 I2V = "model: {path: org/model, variant: i2v-a14b}\n"
 TI2V = "model: {path: org/model, variant: ti2v-5b}\n"
@@ -202,7 +203,7 @@ def test_components_are_paths_as_the_whole_model_is(tmp_path: Path) -> None:
         ("transformer: a/b, vae: a/b, variant: ti2v-5b", "model.text_encoder: is needed where"),
         (
             "path: a/b, transformer_2: a/c, variant: ti2v-5b",
-            "model.transformer_2: ti2v-5b has one transformer, got 'a/c'; leave it out",
+            "model.transformer_2: has no effect, since ti2v-5b has one transformer, got 'a/c'",
         ),
         (f"{COMPONENTS}, variant: t2v-a14b, quantized: no", "model.quantized: "),
     ],
@@ -282,7 +283,7 @@ def test_text_is_taken_as_it_stands(tmp_path: Path, text: str, value: str) -> No
         ("train.steps=[1", "train.steps: can't read '[1' as YAML"),
         ("video_data.sources.1.path=/a", "video_data.sources.1.path: the list has 0 items"),
         ("train.0=1", "train.0: has no item 0"),
-        ("model.path.x=1", "model.path.x: has no field 'x', since here is 'org/model'"),
+        ("model.path.x=1", "model.path.x: has no field 'x', got 'org/model'"),
     ],
 )
 def test_bad_overrides_are_named(tmp_path: Path, override: str, said: str) -> None:
@@ -297,30 +298,43 @@ def test_bad_overrides_and_a_bad_file_are_reported_together(tmp_path: Path) -> N
 # -------------------------------------------------------------------------------------- problems
 
 
-def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
+def test_all_invalid_fields_are_reported_at_once(tmp_path: Path) -> None:
     file = write(
         tmp_path,
         """
 model: {path: org/model, variant: t2v-a14b, experts: hihg}
 wan_config: {transformer_layers_to_train: [3, 3]}
-video_data: {resolution: [830x480], sources: [{path: a, repeat: 2}]}
+video_data: {sources: [{path: a, repeat: 2}]}
 method: {rank: -2}
 optimizer: {lr: fast}
-train: {stesp: 5, steps: 10, warmup_steps: 10}
-sample: {prompts: [a fox], every: 5, frames: 80, guidance: [1]}
+train: {stesp: 5, steps: 10}
 """,
     )
     assert set(problems(file)) == {
         "model.experts: must be 'both', 'high' or 'low', got 'hihg'; did you mean 'high'?",
         "wan_config.transformer_layers_to_train: has 3 twice, got [3, 3]; give each once",
-        "video_data.resolution: sides must be multiples of 16, got '830x480'; "
-        "the nearest is '832x480'",
         "video_data.sources.0.repeat: unknown field; did you mean 'repeats'?",
         "method.rank: must be at least 1, got -2; change it, or leave it out for 32",
         "optimizer.lr: must be a number, got 'fast'; change it, or leave it out for 0.0001",
         "train.stesp: unknown field; did you mean 'steps'?",
-        "train.warmup_steps: must be less than the 5 steps of the high expert, its part of "
-        "train.steps (10) by train.high_expert_share (equal), got 10; lower it",
+    }
+
+
+def test_all_broken_rules_are_reported_at_once(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        """
+model: {path: org/model, variant: t2v-a14b}
+video_data: {resolution: [830x480]}
+train: {steps: 10, warmup_steps: 10}
+sample: {prompts: [a fox], every: 5, frames: 80, guidance: [1]}
+""",
+    )
+    assert set(problems(file)) == {
+        "video_data.resolution: sides must be multiples of 16, got '830x480'; "
+        "the nearest is '832x480'",
+        "train.warmup_steps: must be less than the 10 steps of the high expert, got 10; lower it, "
+        "or give that expert more steps",
         "sample.frames: must be 4n+1, got 80; the nearest are 77 and 81",
         "sample.guidance: must have one number for each expert of t2v-a14b, [high, low], got "
         "[1.0]; give 2, or leave it out for the official [4.0, 3.0]",
@@ -383,7 +397,7 @@ sample: {prompts: [a fox], every: 5, frames: 80, guidance: [1]}
         ("sample: {width: 333}", "sample.width: must be a multiple of 16 for t2v-a14b, got 333"),
         (
             "train: {first_frame_probability: 0.2}",
-            "train.first_frame_probability: is for ti2v-5b alone",
+            "train.first_frame_probability: has no effect, since only ti2v-5b",
         ),
         (
             "sample: {prompts: [{prompt: a, image: no.png}]}",
@@ -406,11 +420,11 @@ def test_one_problem_gives_one_line(tmp_path: Path, text: str, said: str) -> Non
         ),
         (
             TI2V + "train: {high_expert_share: 0.4}",
-            "train.high_expert_share: divides the steps between two",
+            "train.high_expert_share: has no effect, since one expert trains, got 0.4",
         ),
         (
             I2V.replace("}", ", experts: low}") + "train: {high_expert_share: 0.4}",
-            f"{SHARE}: divides the steps between two experts, but i2v-a14b trains only",
+            f"{SHARE}: has no effect, since one expert trains, got 0.4; leave it out",
         ),
         (TI2V + "video_data: {resolution: 848x480}", "video_data.resolution: sides must be multi"),
         (TI2V + "sample: {height: 720}", "sample.height: must be a multiple of 32 for ti2v-5b"),
@@ -443,10 +457,11 @@ def test_unknown_devices_are_refused(tmp_path: Path, device: str) -> None:
 @pytest.mark.parametrize(
     ("text", "expert", "fewest"),
     [
-        (T2V + "train: {steps: 10, ", "high", 5),
-        (T2V + "train: {steps: 10, high_expert_share: 0.3, ", "high", 3),
-        (T2V + "train: {steps: 10, high_expert_share: 0.9, ", "low", 1),
-        (T2V + "train: {steps: 10, high_expert_share: density, ", None, 10),
+        (T2V + EACH_STEP, "high", 5),
+        (T2V + EACH_STEP + "high_expert_share: 0.3, ", "high", 3),
+        (T2V + EACH_STEP + "high_expert_share: 0.9, ", "low", 1),
+        (T2V + EACH_STEP + "high_expert_share: density, ", "low", 3),
+        (T2V + "train: {steps: 10, ", "high", 10),  # one period: the low expert has no steps
         (T2V.replace("}", ", experts: low}") + "train: {steps: 10, ", None, 10),
         (TI2V + "train: {steps: 10, ", None, 10),
         (TI2V + "train: {steps: 1, ", None, 1),
@@ -464,8 +479,8 @@ def test_a_warm_up_ends_before_each_expert_s_last_step(
 
 
 def test_a_warm_up_that_one_expert_could_have_is_told_so(tmp_path: Path) -> None:
-    found = only_problem(tmp_path, T2V + "train: {steps: 10, warmup_steps: 7}")
-    assert found.endswith("got 7; lower it or train one expert alone (model.experts)")
+    found = only_problem(tmp_path, T2V + EACH_STEP + "warmup_steps: 7}")
+    assert found.endswith("got 7; lower it, or give that expert more steps")
 
 
 @pytest.mark.parametrize(("share", "idle", "other"), [("0", "high", "low"), ("1.0", "low", "high")])
@@ -494,12 +509,14 @@ def test_sizes_fit_in_either_orientation(tmp_path: Path) -> None:
     ]
 
 
-def test_a_wrong_variant_hides_only_what_depends_on_it(tmp_path: Path) -> None:
+def test_rules_wait_for_valid_fields(tmp_path: Path) -> None:
     text = "model: {path: a, variant: t2v}\nsample: {width: 333, frames: 6, prompts: [a]}\n"
     found = problems(write(tmp_path, text))
-    assert [p.split(":")[0] for p in found] == ["model.variant", "sample.frames"]
+    assert [p.split(":")[0] for p in found] == ["model.variant"]
     found = problems(write(tmp_path, text.replace("{path: a, variant: t2v}", "5")))
-    assert [p.split(":")[0] for p in found] == ["model", "sample.frames"]
+    assert [p.split(":")[0] for p in found] == ["model"]
+    found = problems(write(tmp_path, text.replace("t2v", "t2v-a14b")))
+    assert [p.split(":")[0] for p in found] == ["sample.frames", "sample.width"]
 
 
 # ------------------------------------------------------------------------------------------ files

@@ -235,7 +235,7 @@ def test_one_problem_gives_one_line(tmp_path: Path, text: str, said: str) -> Non
     assert found[0].startswith(said), found[0]
 
 
-def test_a_wrong_kind_hides_no_other_problem_and_makes_none(tmp_path: Path) -> None:
+def test_a_wrong_kind_hides_only_its_own_section_and_makes_no_problem(tmp_path: Path) -> None:
     text = """
 method: {kind: tuning, weights: khan, fused_step: true}
 optimizer: {name: custm, arguments: 5}
@@ -247,12 +247,23 @@ train: {schedule: {kind: rexx, end_factor: 2}, steps: 0, max_grad_norm: null}
         "optimizer.name",
         "train.steps",
         "train.schedule.kind",
-        "method.weights",  # the kind with these fields was meant
+    ]
+    found = problems(
+        tmp_path,
+        """
+method: {kind: fine_tune, weights: khan, fused_step: true}
+optimizer: {name: custom, arguments: 5}
+train: {schedule: {kind: rex, end_factor: 2}, steps: 0, max_grad_norm: null}
+""",
+    )
+    assert [p.split(": ")[0] for p in found] == [
+        "method.weights",
         "optimizer.class_path",
         "optimizer.arguments",
+        "train.steps",
         "train.schedule.end_factor",
     ]
-    assert found[4] == (
+    assert found[0] == (
         "method.weights: must be 'stochastic', 'kahan' or 'float32', got 'khan'; did you mean "
         "'kahan'?"
     )

@@ -11,13 +11,12 @@ import torch
 from scipy.integrate import quad
 from scipy.stats import kstest, norm
 
-from onewan.arithmetic.timestep_density import density_of
+from onewan.arithmetic.timestep_weighting import Curve, MinSnr, timestep_weights
 from onewan.config.objective import (
     CurveWeighting,
     LogitNormalTimesteps,
     LossSection,
     MinSnrWeighting,
-    NoWeighting,
     TableTimesteps,
     Timesteps,
     UniformTimesteps,
@@ -31,14 +30,13 @@ from onewan.train.objective import (
     Objective,
     noised,
     objective_of,
-    timestep_weights,
     with_base_target,
 )
 from onewan.variants import VARIANTS
 
 T2V, I2V, TI2V = VARIANTS["t2v-a14b"], VARIANTS["i2v-a14b"], VARIANTS["ti2v-5b"]
 SINGLE = TI2V.experts[0]
-UNIFORM = density_of(UniformTimesteps(), 5.0)
+UNIFORM = UniformTimesteps().density(5.0)
 
 
 def batch(count: int = 2, frames: int = 3, size: tuple[int, int] = (4, 6)) -> Batch:
@@ -103,7 +101,7 @@ EVERYTHING = Objective(
     seed=3,
     official_token_count=100,
     stratified=True,
-    weighting=MinSnrWeighting(),
+    weighting=MinSnr(),
     unmasked_weight=0.1,
     noise_offset=0.3,
     input_perturbation=0.2,
@@ -160,7 +158,7 @@ def drawn_levels(objective: Objective, size: int, steps: int, expert) -> np.ndar
 
 def test_stratified_draws_take_each_part_once_and_keep_the_density() -> None:
     high = I2V.experts[0]
-    density = density_of(LogitNormalTimesteps(mean=0.5), 5.0)
+    density = LogitNormalTimesteps(mean=0.5).density(5.0)
     plain, even = (
         drawn_levels(Objective(density=density, seed=1, stratified=s), 5, 1000, high)
         for s in (False, True)
@@ -272,12 +270,12 @@ def test_masks_count_by_place() -> None:
 
 
 def test_weight_is_that_of_the_level_times_that_of_the_clip() -> None:
-    weighting = CurveWeighting(points=((0.0, 0.0), (1.0, 1.0)))
-    objective = Objective(density=density_of(UniformTimesteps(), 1.0), seed=3, weighting=weighting)
+    weighting = Curve(((0.0, 0.0), (1.0, 1.0)))
+    objective = Objective(density=UniformTimesteps().density(1.0), seed=3, weighting=weighting)
     sample = draw(objective, replace(batch(), loss_weights=(1.0, 3.0)))
     torch.testing.assert_close(sample.weight, 2 * sample.t * torch.tensor([1.0, 3.0]))
     assert sample.weight.dtype == torch.float32 and sample.weighted
-    assert not draw(replace(objective, weighting=NoWeighting())).weighted
+    assert not draw(replace(objective, weighting=None)).weighted
 
 
 def test_fixed_noise_is_the_same_each_time_and_without_extras() -> None:
@@ -302,7 +300,7 @@ def test_fixed_noise_is_the_same_each_time_and_without_extras() -> None:
     noise = a.target + whole.latents
     assert not torch.allclose(noise[0], noise[1], atol=0.1)
     # Weighted as in training.
-    weights = timestep_weights(MinSnrWeighting(), density, SINGLE, np.array(a.levels))
+    weights = timestep_weights(MinSnr(), density, SINGLE, np.array(a.levels))
     torch.testing.assert_close(a.weight, torch.tensor(weights, dtype=torch.float32))
     heavy = objective.fixed(replace(whole, loss_weights=(2.5,) * 3), 0.25, SINGLE, 5)
     torch.testing.assert_close(heavy.weight, 2.5 * a.weight)
@@ -337,11 +335,11 @@ def test_objective_of_the_run_file() -> None:
         }
     )
     assert objective_of(train, TI2V, TI2V.experts) == Objective(
-        density=density_of(train.timesteps, 5.0),
+        density=train.timesteps.density(5.0),
         seed=9,
         official_token_count=27280,
         stratified=True,
-        weighting=MinSnrWeighting(),
+        weighting=MinSnr(),
         unmasked_weight=0.3,
         noise_offset=0.1,
         input_perturbation=0.2,
@@ -392,10 +390,10 @@ def test_weights_have_their_shape_and_a_mean_of_one(
     weighting: Weighting, definition, timesteps: Timesteps
 ) -> None:
     """The mean by an integral over the density of t, which is the slope of its cdf."""
-    density = density_of(timesteps, 3.0)
+    density = timesteps.density(3.0)
     for expert in (*T2V.experts, SINGLE):
         levels = np.linspace(expert.t_min, expert.t_max, 9)[1:-1]
-        weights = timestep_weights(weighting, density, expert, levels)
+        weights = timestep_weights(weighting.function(), density, expert, levels)
         expected = np.array([definition(t) for t in levels])
         np.testing.assert_allclose(weights / weights[3], expected / expected[3], rtol=1e-12)
 
@@ -418,7 +416,7 @@ def test_min_snr_is_the_weight_of_the_clean_sample() -> None:
     z, e, error, t = 0.7, -0.4, 0.05, 0.3
     x, v = (1 - t) * z + t * e, e - z
     of_clean = min(((1 - t) / t) ** 2, 2.0) * ((x - t * (v + error)) - z) ** 2
-    density = density_of(UniformTimesteps(), 1.0)
+    density = UniformTimesteps().density(1.0)
     levels = np.array([t, 0.6])
-    a, b = timestep_weights(MinSnrWeighting(gamma=2.0), density, SINGLE, levels)
+    a, b = timestep_weights(MinSnr(2.0), density, SINGLE, levels)
     assert of_clean / ((1 - 0.6) ** 2 * error**2) == pytest.approx(a / b)

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import get_wsd_schedule
 
-from onewan.arithmetic.expert_schedule import ExpertSchedule, expert_schedule, lr_factor
-from onewan.arithmetic.timestep_density import density_of
+from onewan.arithmetic.expert_schedule import ExpertSchedule, expert_schedule
 from onewan.config.objective import UniformTimesteps
 from onewan.config.optimizer import (
     ConstantSchedule,
@@ -23,6 +22,7 @@ from onewan.config.optimizer import (
     RexSchedule,
     Schedule,
 )
+from onewan.config.schema import TrainSection
 from onewan.variants import VARIANTS
 
 SCHEDULES: list[Schedule] = [
@@ -37,39 +37,39 @@ SCHEDULES: list[Schedule] = [
 
 @given(
     share=st.fractions(min_value=0, max_value=1, max_denominator=50),
-    block=st.integers(1, 12),
+    period=st.integers(1, 12),
     steps=st.integers(1, 400),
 )
-def test_counts_are_those_of_the_turns(share: Fraction, block: int, steps: int) -> None:
-    schedule = ExpertSchedule(experts=("high", "low"), share=share, block=block)
+def test_counts_are_those_of_the_turns(share: Fraction, period: int, steps: int) -> None:
+    schedule = ExpertSchedule(experts=("high", "low"), share=share, period=period)
     counts = {"high": 0, "low": 0}
     for step in range(steps):
-        expert, before = schedule.turn(step)
+        expert, before = schedule.expert_at(step)
         assert before == counts[expert] == schedule.steps_before(step, expert)
-        assert schedule.turn(step - step % block)[0] == expert  # all of a block
+        assert schedule.expert_at(step - step % period)[0] == expert  # all of a block
         counts[expert] += 1
         # Exact over each block, but for the rounding up to a whole one.
-        if (step + 1) % block == 0:
-            blocks = (step + 1) // block
-            assert counts["high"] == -(-blocks * share // 1) * block
+        if (step + 1) % period == 0:
+            blocks = (step + 1) // period
+            assert counts["high"] == -(-blocks * share // 1) * period
 
 
 @given(
     high=st.integers(1, 200),
     low=st.integers(1, 200),
-    block=st.integers(1, 60),
+    period=st.integers(1, 60),
 )
-def test_budgets_come_out_exactly(high: int, low: int, block: int) -> None:
+def test_budgets_come_out_exactly(high: int, low: int, period: int) -> None:
     experts = VARIANTS["t2v-a14b"].experts
-    density = density_of(UniformTimesteps(), 12.0)
-    schedule = expert_schedule(experts, "equal", block, density, (high, low))
-    free = ExpertSchedule(experts=("high", "low"), share=Fraction(high, high + low), block=block)
+    density = UniformTimesteps().density(12.0)
+    schedule = expert_schedule(experts, "equal", period, density, (high, low))
+    free = ExpertSchedule(experts=("high", "low"), share=Fraction(high, high + low), period=period)
     counts = {"high": 0, "low": 0}
     for step in range(high + low):
-        expert, before = schedule.turn(step)
+        expert, before = schedule.expert_at(step)
         assert before == counts[expert] == schedule.steps_before(step, expert)
         if counts["high"] < high and counts["low"] < low:
-            assert schedule.turn(step) == free.turn(step)  # until one budget is spent
+            assert schedule.expert_at(step) == free.expert_at(step)  # until one budget is spent
         counts[expert] += 1
     assert counts == {"high": high, "low": low}
     for name in ("high", "low"):
@@ -78,36 +78,43 @@ def test_budgets_come_out_exactly(high: int, low: int, block: int) -> None:
 
 @given(
     share=st.fractions(min_value=0, max_value=1, max_denominator=20),
-    budgets=st.tuples(st.integers(1, 60), st.integers(1, 60)),
-    block=st.integers(1, 20),
+    step_counts=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    period=st.integers(1, 20),
 )
 def test_budgets_hold_under_any_share(
-    share: Fraction, budgets: tuple[int, int], block: int
+    share: Fraction, step_counts: tuple[int, int], period: int
 ) -> None:
-    schedule = ExpertSchedule(experts=("high", "low"), share=share, block=block, budgets=budgets)
-    turns = [schedule.turn(step)[0] for step in range(sum(budgets))]
-    assert (turns.count("high"), turns.count("low")) == budgets
+    schedule = ExpertSchedule(
+        experts=("high", "low"), share=share, period=period, step_counts=step_counts
+    )
+    turns = [schedule.expert_at(step)[0] for step in range(sum(step_counts))]
+    assert (turns.count("high"), turns.count("low")) == step_counts
 
 
 def test_equal_share_alternates_in_blocks_and_starts_high() -> None:
-    schedule = ExpertSchedule(experts=("high", "low"), share=Fraction(1, 2), block=3)
-    turns = [schedule.turn(step)[0] for step in range(12)]
+    schedule = ExpertSchedule(experts=("high", "low"), share=Fraction(1, 2), period=3)
+    turns = [schedule.expert_at(step)[0] for step in range(12)]
     assert turns == ["high"] * 3 + ["low"] * 3 + ["high"] * 3 + ["low"] * 3
 
 
 def test_share_from_the_run_file() -> None:
     variant = VARIANTS["t2v-a14b"]
-    density = density_of(UniformTimesteps(), 12.0)
+    density = UniformTimesteps().density(12.0)
     mass = expert_schedule(variant.experts, "density", 1, density)
     assert float(mass.share) == pytest.approx(0.6316, abs=1e-4)
     assert expert_schedule(variant.experts, "equal", 1, density).share == Fraction(1, 2)
     assert expert_schedule(variant.experts, 0.3, 1, density).share == Fraction(3, 10)
     alone = expert_schedule(variant.experts[1:], "equal", 1, density)
-    assert {alone.turn(step) for step in range(3)} == {("low", 0), ("low", 1), ("low", 2)}
+    assert {alone.expert_at(step) for step in range(3)} == {("low", 0), ("low", 1), ("low", 2)}
 
 
 def factors(schedule: Schedule, total: int, warmup: int = 0, cooldown: int = 0) -> list[float]:
     return [lr_factor(schedule, step, total, warmup, cooldown) for step in range(total)]
+
+
+def lr_factor(schedule: Schedule, step: int, total: int, warmup: int, cooldown: int) -> float:
+    train = TrainSection(schedule=schedule, warmup_steps=warmup, cooldown_steps=cooldown)
+    return train.lr_schedule().factor(step, total)
 
 
 def test_warm_up_does_not_start_at_zero() -> None:

@@ -1,4 +1,4 @@
-"""Whose turn it is, and at which learning rate: functions of the step alone. Pure."""
+"""The expert schedule: which expert a step trains, as a function of the step alone."""
 
 from __future__ import annotations
 
@@ -9,126 +9,74 @@ from fractions import Fraction
 from typing import Literal
 
 from onewan.arithmetic.timestep_density import TimestepDensity
-from onewan.config.optimizer import (
-    ConstantSchedule,
-    CosineRestartsSchedule,
-    CosineSchedule,
-    LinearSchedule,
-    PolynomialSchedule,
-    RexSchedule,
-    Schedule,
-)
 from onewan.variants import Expert, ExpertName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertSchedule:
-    """Deals steps to experts in blocks; a step belongs to one expert, with all its micro-batches.
+    """Assigns steps to experts in periods of `period` steps; a step trains one expert, with all its
+    micro-batches.
 
-    Block b is the first expert's if ceil((b+1) share) > ceil(b share): after any number of blocks
-    its count is the share exactly, but for the rounding up to a whole block, and the blocks are
-    spread evenly. Nothing is remembered, so a resumed run deals on as an uncut one would.
+    Period k belongs to the first expert if ceil((k+1) share) > ceil(k share): after any number of
+    periods the first expert has had its share exactly, rounded up to whole periods, and its periods
+    are spread evenly. There is no state, so a resumed run continues like an uninterrupted one.
     """
 
     experts: tuple[ExpertName, ...]
     """One or two; with two, `share` is the first one's."""
     share: Fraction = Fraction(1)
-    block: int = 1
-    budgets: tuple[int, int] | None = None
-    """Steps of the first and of the second, if they are to come out exactly; their sum is the
-    run's. An expert whose budget is spent gives the rest of its blocks to the other."""
+    period: int = 1
+    step_counts: tuple[int, int] | None = None
+    """Exact steps of the first and the second expert, which add up to those of the run. When one
+    expert has had its steps, the other one gets all that remain."""
 
     def steps_before(self, step: int, expert: ExpertName) -> int:
-        """How many of the steps 0 .. `step`-1 are `expert`'s."""
+        """How many of the steps 0 .. `step`-1 train `expert`."""
         if len(self.experts) == 1:
             return step
         first = self._first_before(step)
         return first if expert == self.experts[0] else step - first
 
-    def turn(self, step: int) -> tuple[ExpertName, int]:
-        """The expert of `step`, and how many steps it had before."""
+    def expert_at(self, step: int) -> tuple[ExpertName, int]:
+        """The expert that `step` trains, and how many steps have trained it before."""
         first = self.experts[0]
-        rises = self.steps_before(step + 1, first) > self.steps_before(step, first)
-        expert = first if rises else self.experts[1]
+        increases = self.steps_before(step + 1, first) > self.steps_before(step, first)
+        expert = first if increases else self.experts[1]
         return expert, self.steps_before(step, expert)
 
     def _first_before(self, step: int) -> int:
-        """How many of the steps 0 .. `step`-1 are the first expert's."""
-        blocks, rest = divmod(step, self.block)
-        whole = math.ceil(blocks * self.share)
-        dealt = whole * self.block
-        if math.ceil((blocks + 1) * self.share) > whole:
-            dealt += rest
-        if self.budgets is None:
-            return dealt
-        # Both bounds rise by at most one a step, so the count still does.
-        budget, other = self.budgets
-        return min(max(dealt, step - other), budget)
+        """How many of the steps 0 .. `step`-1 train the first expert."""
+        periods, rest = divmod(step, self.period)
+        whole = math.ceil(periods * self.share)
+        assigned = whole * self.period
+        if math.ceil((periods + 1) * self.share) > whole:
+            assigned += rest
+        if self.step_counts is None:
+            return assigned
+        # Both bounds increase by at most one per step, and so does the result.
+        first, second = self.step_counts
+        return min(max(assigned, step - second), first)
 
 
 def expert_schedule(
     experts: Sequence[Expert],
     share: Literal["equal", "density"] | float,
-    block: int,
+    period: int,
     density: TimestepDensity,
-    budgets: tuple[int, int] | None = None,
+    step_counts: tuple[int, int] | None = None,
 ) -> ExpertSchedule:
-    """The expert schedule by `train.high_expert_share` and `train.switch_expert_every`.
+    """The schedule by `train.high_expert_share` and `train.switch_expert_every` of a run file.
 
-    `budgets`, where `per_expert` gives steps for both experts in this order, decide the share too.
+    `step_counts`, the steps that `per_expert` gives for both experts, replace the share.
     """
     names: tuple[ExpertName, ...] = tuple(e.name for e in experts)
     if len(experts) == 1:
         return ExpertSchedule(experts=names)
-    if budgets is not None:
-        return ExpertSchedule(
-            experts=names, share=Fraction(budgets[0], sum(budgets)), block=block, budgets=budgets
-        )
-    named = {"equal": 0.5, "density": density.mass(experts[0])}
-    value = named[share] if isinstance(share, str) else share
-    return ExpertSchedule(
-        experts=names, share=Fraction(value).limit_denominator(10_000), block=block
-    )
-
-
-def lr_factor(schedule: Schedule, step: int, total: int, warmup: int, cooldown: int) -> float:
-    """What the learning rate is multiplied with at an expert's own step `step` (from 0) of `total`.
-
-    It rises in a straight line over `warmup` steps, the first of which is not 0. Then it takes the
-    course of `schedule`, which reaches its end one step after the last that is its own. Over the
-    last `cooldown` steps it falls from there in a straight line to 0, which it would reach one step
-    after the last. Between the ramps the courses are those of diffusers and transformers.
-    """
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    fall = total - cooldown
-    factor = _course(schedule, min(step, fall) - warmup, max(1, fall - warmup))
-    return factor if step < fall or not cooldown else factor * (total - step) / cooldown
-
-
-def _course(schedule: Schedule, done: int, span: int) -> float:
-    """The factor after `done` steps of a course over `span` of them."""
-    if isinstance(schedule, ConstantSchedule):
-        return 1.0
-    return schedule.end_factor + (1 - schedule.end_factor) * _fallen(schedule, done, span)
-
-
-def _fallen(schedule: Schedule, done: int, span: int) -> float:
-    """From 1 at the start of a course to 0 at its end."""
-    left = 1 - done / span
-    match schedule:
-        case CosineSchedule():
-            return _half_cosine(done / span)
-        case CosineRestartsSchedule():
-            # In whole numbers, so that a cycle ends on its step and not on one beside it.
-            return _half_cosine(schedule.cycles * done % span / span) if done < span else 0.0
-        case RexSchedule():  # Chen et al., arXiv 2107.04197
-            return left / (1 / 2 + left / 2)
-        case PolynomialSchedule():
-            return left**schedule.power
-        case LinearSchedule() | ConstantSchedule():
-            return left
-
-
-def _half_cosine(progress: float) -> float:
-    return (1 + math.cos(math.pi * progress)) / 2
+    if step_counts is not None:
+        fraction = Fraction(step_counts[0], sum(step_counts))
+    else:
+        named = {"equal": 0.5, "density": density.mass(experts[0])}
+        value = named[share] if isinstance(share, str) else share
+        # A small denominator keeps the arithmetic exact and the periods of a cycle few.
+        fraction = Fraction(value).limit_denominator(10_000)
+    return ExpertSchedule(experts=names, share=fraction, period=period, step_counts=step_counts)

@@ -1,9 +1,10 @@
-"""How noise levels are spread: a density over u, the shift, and the cut to an expert's range. Pure.
+"""The density of training timesteps: a distribution of u, a shift, truncation to experts' ranges.
 
-u in [0, 1] is drawn from one of five distributions and shifted to the noise level
-t = s u / (1 + (s - 1) u). An expert draws from the density of t cut exactly to its own range, by
-the inverse of the distribution function, without rejection and without squeezing the range. The
-boundary lies in t, not in u; three public trainers compared the wrong one and had to mend it.
+u in [0, 1] follows one of five distributions and is shifted to the timestep
+t = s u / (1 + (s - 1) u), which is the noise level: 0 is a clean sample, 1 is noise. An expert
+draws from the density of t truncated exactly to its range, by the inverse distribution function,
+without rejection and without rescaling the range. The boundary between the experts lies in t, not
+in u; three public trainers compared it with u and had to correct that.
 """
 
 from __future__ import annotations
@@ -15,42 +16,35 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
-from scipy.special import betainc, betaincinv, expit, logit, ndtr, ndtri
 
-from onewan.config.objective import (
-    BetaTimesteps,
-    LogitNormalTimesteps,
-    ModeTimesteps,
-    TableTimesteps,
-    Timesteps,
-    UniformTimesteps,
-)
 from onewan.errors import ConfigError
 from onewan.variants import Expert, Variant
 
 Array = NDArray[np.float64]
 
-_LEAST_MASS = 1e-9
-"""Share of the noise levels below which an expert counts as having none: differences of a
-distribution function in float64 are exact to 1e-16, so that cuts are right to 1e-7 above it."""
+# scipy is imported where it is used: it takes a third of a second, and reading a run file needs no
+# more than a uniform density as a rule.
+
+_MIN_MASS = 1e-9
+"""An expert's range with less probability than this has no timesteps to draw. A difference of two
+distribution functions in float64 is exact to 1e-16, so above it the truncation is exact to 1e-7."""
 
 
-class Base(Protocol):
+class BaseDistribution(Protocol):
     """A distribution of u on [0, 1]."""
 
     def cdf(self, u: float) -> float:
-        """Probability of less than `u`, which lies within (0, 1)."""
+        """Probability of a value below `u`; 0 < u < 1."""
         ...
 
     def quantile(self, p: Array) -> Array:
-        """Inverse of `cdf`; `p` within [0, 1]."""
+        """Inverse of `cdf`; 0 <= p <= 1."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
-    """All u alike."""
+    """The uniform distribution."""
 
     def cdf(self, u: float) -> float:
         return u
@@ -61,15 +55,19 @@ class Uniform:
 
 @dataclass(frozen=True, slots=True)
 class LogitNormal:
-    """The logistic function of a normal."""
+    """The logistic function of a normal variable."""
 
     mean: float = 0.0
     std: float = 1.0
 
     def cdf(self, u: float) -> float:
+        from scipy.special import logit, ndtr
+
         return float(ndtr((logit(u) - self.mean) / self.std))
 
     def quantile(self, p: Array) -> Array:
+        from scipy.special import expit, ndtri
+
         return expit(self.mean + self.std * ndtri(p))
 
 
@@ -84,6 +82,8 @@ class Mode:
     scale: float
 
     def cdf(self, u: float) -> float:
+        from scipy.optimize import brentq
+
         p = brentq(lambda p: self.quantile(p) - u, 0, 1, xtol=1e-15)
         return float(p)  # pyright: ignore[reportArgumentType]  (a tuple only by full_output)
 
@@ -99,79 +99,92 @@ class Beta:
     beta: float
 
     def cdf(self, u: float) -> float:
+        from scipy.special import betainc
+
         return float(betainc(self.alpha, self.beta, u))
 
     def quantile(self, p: Array) -> Array:
+        from scipy.special import betaincinv
+
         return betaincinv(self.alpha, self.beta, p)
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A density that is constant on each of equally wide parts of [0, 1]."""
+    """A density that is constant on each of equally wide bins of [0, 1]."""
 
     weights: tuple[float, ...]
     """Not negative, and not all 0."""
 
     def cdf(self, u: float) -> float:
-        below = self._cumulated()
+        below = self._cumulative()
         return float(np.interp(u, np.linspace(0, 1, len(below)), below))
 
     def quantile(self, p: Array) -> Array:
-        below = self._cumulated()
-        # The part that starts at or below p and ends above it, so one of weight 0 is never chosen.
+        below = self._cumulative()
+        # The bin that starts at or below p and ends above it, so a bin of weight 0 is never chosen.
         last = int(np.flatnonzero(self.weights)[-1])
-        part = np.minimum(np.searchsorted(below, p, side="right") - 1, last)
-        return (part + (p - below[part]) / (below[part + 1] - below[part])) / len(self.weights)
+        bin_ = np.minimum(np.searchsorted(below, p, side="right") - 1, last)
+        return (bin_ + (p - below[bin_]) / (below[bin_ + 1] - below[bin_])) / len(self.weights)
 
-    def _cumulated(self) -> Array:
+    def _cumulative(self) -> Array:
         sums = np.cumsum([0.0, *self.weights])
         return sums / sums[-1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimestepDensity:
-    """The distribution of noise levels before they are cut to an expert's range."""
+    """The distribution of timesteps before it is truncated to an expert's range."""
 
-    base: Base
+    base: BaseDistribution
     shift: float
 
     def cdf(self, t: float) -> float:
-        """Probability of a noise level below `t`."""
+        """Probability of a timestep below `t`."""
         if t <= 0 or t >= 1:
             return float(t >= 1)
         return self.base.cdf(t / (self.shift - (self.shift - 1) * t))
 
     def quantile(self, p: float) -> float:
-        """The noise level below which the probability is `p` in [0, 1]; the inverse of `cdf`."""
+        """The timestep below which the probability is `p` in [0, 1]; the inverse of `cdf`."""
         return float(self._quantiles(np.asarray(p, dtype=np.float64)))
 
     def mass(self, expert: Expert) -> float:
-        """Probability of the noise levels that `expert` serves."""
+        """Probability of the timesteps in `expert`'s range."""
         return self.cdf(expert.t_max) - self.cdf(expert.t_min)
 
     def truncated_quantile(self, p: float, expert: Expert) -> float:
-        """As `quantile`, of the distribution cut to `expert`'s range; `p` in [0, 1].
+        """As `quantile`, of the distribution truncated to `expert`'s range; `p` in [0, 1].
 
-        A float32 number inside the range: below the boundary for the low expert, and not below it
-        for the high one. ConfigError if the distribution has (next to) nothing in that range.
+        A float32 value inside the range: below the boundary for the low expert, at or above it for
+        the high expert. ConfigError if the distribution has (almost) no probability there.
         """
         return float(self.truncated_quantiles(np.asarray(p, dtype=np.float64), expert))
 
     def truncated_quantiles(self, p: Array, expert: Expert) -> Array:
         """`truncated_quantile` of each of `p`."""
+        self.require([expert])
         low, high = self.cdf(expert.t_min), self.cdf(expert.t_max)
-        if high - low < _LEAST_MASS:
-            raise ConfigError("run file", [self._nothing_for(expert)])
         t = self._quantiles(low + p * (high - low)).astype(np.float32)
         return np.clip(t, *_float32_range(expert)).astype(np.float64)
 
     def scaled(self, factor: float) -> TimestepDensity:
-        """The same with `factor` times the shift."""
+        """The same distribution with `factor` times the shift."""
         return replace(self, shift=self.shift * factor)
 
+    def problem(self, expert: Expert) -> str | None:
+        """Why `expert` can't draw timesteps, as a line of a `ConfigError`; None if it can."""
+        if self.mass(expert) >= _MIN_MASS:
+            return None
+        return (
+            f"train.timesteps: with shift {self.shift:g} the range of the {expert.name} "
+            f"expert has no timesteps, {expert.t_min:g} to {expert.t_max:g}; choose another "
+            "distribution or shift, or exclude that expert by model.experts"
+        )
+
     def require(self, experts: Sequence[Expert]) -> None:
-        """ConfigError that names each of `experts` whose range gets no noise levels."""
-        problems = [self._nothing_for(e) for e in experts if self.mass(e) < _LEAST_MASS]
+        """ConfigError that names each of `experts` whose range has no timesteps."""
+        problems = [text for expert in experts if (text := self.problem(expert))]
         if problems:
             raise ConfigError("run file", problems)
 
@@ -179,51 +192,25 @@ class TimestepDensity:
         u = self.base.quantile(p)
         return self.shift * u / (1 + (self.shift - 1) * u)
 
-    def _nothing_for(self, expert: Expert) -> str:
-        return (
-            f"train.timesteps: with shift {self.shift:g} there are no noise levels of "
-            f"{expert.t_min:g} to {expert.t_max:g}, which the {expert.name} expert serves; choose "
-            "another distribution or shift, or leave that expert out by model.experts"
-        )
-
-
-def density_of(choice: Timesteps, official_shift: float) -> TimestepDensity:
-    """The density that the run file's `train.timesteps` means; `official_shift` where it has no
-    shift of its own."""
-    shift = official_shift if choice.shift is None else choice.shift
-    return TimestepDensity(base=_base_of(choice), shift=shift)
-
-
-def _base_of(choice: Timesteps) -> Base:
-    match choice:
-        case UniformTimesteps():
-            return Uniform()
-        case LogitNormalTimesteps():
-            return LogitNormal(choice.mean, choice.std)
-        case ModeTimesteps():
-            return Mode(choice.scale)
-        case BetaTimesteps():
-            return Beta(choice.alpha, choice.beta)
-        case TableTimesteps():
-            return Table(choice.weights)
-
 
 def official_token_count(variant: Variant) -> int:
-    """Tokens of an official sample of `variant`: its latents in patches of one frame and 2x2."""
+    """Tokens of a sample of `variant`'s official size: patches of 1 frame by 2x2 latent pixels."""
     width, height = (side // variant.size_multiple for side in variant.sample_size)
     return ((variant.frames - 1) // variant.temporal_compression + 1) * width * height
 
 
 def shift_factor(latents_shape: Sequence[int], official: int) -> float:
-    """What the shift is multiplied with for latents [..., F, h, w] in the place of `official`
-    tokens: the square root of the ratio of tokens, as in Stable Diffusion 3 (arXiv 2403.03206,
-    section 5.3.2), by which the same shift hides the same share of the picture."""
+    """Factor of the shift for latents [..., F, h, w] instead of `official` tokens.
+
+    It is the square root of the ratio of token counts, as in Stable Diffusion 3 (arXiv 2403.03206,
+    section 5.3.2): with it, a timestep hides the same share of the picture at every size.
+    """
     frames, height, width = latents_shape[-3:]
     return math.sqrt(frames * (height // 2) * (width // 2) / official)
 
 
 def _float32_range(expert: Expert) -> tuple[np.float32, np.float32]:
-    """The lowest and the highest float32 numbers within `expert`'s range."""
+    """The lowest and the highest float32 values within `expert`'s range."""
     low, high = np.float32(expert.t_min), np.float32(expert.t_max)
     if float(low) < expert.t_min:
         low = np.nextafter(low, np.float32(1))

@@ -1,6 +1,6 @@
 """Run file and overrides -> `RunConfig`: the one way in, and the one way back to text.
 
-Hides the syntax of the file, how overrides find their place, what relative paths are relative to,
+Hides the syntax of the file, how overrides find their path, what relative paths are relative to,
 and how a text is written that every reader of YAML understands. All that is wrong is reported at
 once, as one `ConfigError` with a line per field. Never says what a field may hold (`schema`,
 `rules`) or how that is put (`wording`); never looks at clips or weights, never imports torch, never
@@ -27,28 +27,29 @@ from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.representer import SafeRepresenter
 
 from onewan.config.messages import report, validated
-from onewan.config.resolve import inert, resolve
+from onewan.config.resolve import resolve
 from onewan.config.rules import rule_violations
 from onewan.config.schema import COMPONENTS, SCHEMA_VERSION, ResolvedRun, RunConfig
 from onewan.config.schema_paths import (
+    KeyPath,
     Node,
-    Place,
     alternatives,
-    at,
     dotted,
     field_at,
     fields_at,
+    format_value,
+    get_path,
     holds_path,
     is_list,
     is_mapping,
     is_tuple,
     members_at,
-    put,
     sections_of,
-    show,
-    when_empty,
+    set_path,
+    value_if_null,
 )
 from onewan.config.section import Section
+from onewan.config.unused import unused_fields
 from onewan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> ResolvedRun:
     file = path / RESOLVED_NAME if path.is_dir() else path
     data: Node = _read(file, source)
     for name in RunConfig.model_fields:
-        if data.get(name) is None and (empty := when_empty((name,))) is not None:
+        if data.get(name) is None and (empty := value_if_null((name,))) is not None:
             data = {**data, name: empty}  # `sample:` with every line under it commented out
     data = _written_out(data, (), file.parent)
     if file is not path and is_mapping(data["output"]):
@@ -80,13 +81,11 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> ResolvedRun:
     for override in overrides:
         data = _overridden(data, override, problems)
     if is_mapping(data["output"]) and data["output"].get("name") is None:
-        data = put(data, ("output", "name"), file.stem)
+        data = set_path(data, ("output", "name"), file.stem)
 
     config = validated(data, problems)
-    if config is not None:
-        guessed = problems.keys() & {"model", "model.variant"}
-        variant = None if guessed else config.model.facts()
-        for field, text in rule_violations(config, variant):
+    if config is not None and not problems:
+        for field, text in rule_violations(config):
             report(problems, field, text)
     if config is None or problems:
         raise ConfigError(source, [f"{field}: {text}" for field, text in problems.items()])
@@ -96,8 +95,8 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> ResolvedRun:
 def dump_run(config: ResolvedRun) -> str:
     """The YAML text from which `load_run` reads an equal config."""
     data = config.model_dump(mode="json")
-    for place in inert(config):
-        del at(data, place[:-1])[place[-1]]
+    for *section, name in (path for path, _ in unused_fields(config)):
+        get_path(data, tuple(section)).pop(name, None)
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = _Representer
     yaml.default_flow_style = False
@@ -156,7 +155,7 @@ def _read(file: Path, source: str) -> dict[str, Any]:
     if data is None:
         raise ConfigError(source, ["is empty; `onewan init` writes one to start from"])
     if not is_mapping(data):
-        problem = f"must hold fields such as `model:` at its top, got {show(data)}"
+        problem = f"must hold fields such as `model:` at its top, got {format_value(data)}"
         raise ConfigError(source, [problem])
     version = data.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
@@ -223,22 +222,22 @@ def _overridden(data: Node, override: str, problems: dict[str, str]) -> Node:
             "is not path.to.field=value; write, for example, train.steps=2000"
         )
         return data
-    place = tuple(int(part) if part.isdecimal() else part for part in parts)
+    path = tuple(int(part) if part.isdecimal() else part for part in parts)
     try:
-        value = _written_out(_override_value(place, text), place, Path.cwd())
-        return put(data, place, value)
+        value = _written_out(_override_value(path, text), path, Path.cwd())
+        return set_path(data, path, value)
     except ValueError as error:
-        problems[dotted(place)] = str(error)
+        problems[dotted(path)] = str(error)
         return data
 
 
-def _override_value(place: Place, text: str) -> Node:
+def _override_value(path: KeyPath, text: str) -> Node:
     """The value of an override. A field of text takes the text as it stands, unless it is quoted.
 
     Read as YAML, a prompt would lose what follows a " #" and become a mapping at a ": ".
     """
     text = text.strip()
-    field = field_at(place)
+    field = field_at(path)
     plain = field is not None and alternatives(field.annotation) <= {str, Path, NoneType}
     if plain and text not in ("", "null") and not text.startswith(("'", '"')):
         return text
@@ -251,26 +250,26 @@ def _override_value(place: Place, text: str) -> Node:
 # ------------------------------------------------------------------------------------ what is short
 
 
-def _written_out(node: Node, place: Place, base: Path) -> Node:
-    """A copy of `node`, which lies at `place`, with its paths made absolute from `base`, its empty
+def _written_out(node: Node, path: KeyPath, base: Path) -> Node:
+    """A copy of `node`, which lies at `path`, with its paths made absolute from `base`, its empty
     sections there, and texts that stand for a whole section made one.
 
     Keys become text: YAML has numbers there too, and they are as unknown as any other wrong name.
     """
     if node is None:
-        return when_empty(place)
-    union = members_at(place)
+        return value_if_null(path)
+    union = members_at(path)
     if union is not None and union.keyed.text:
         node = union.keyed.complete(node)
-    if is_mapping(node) and fields_at(place):
-        return {str(k): _written_out(value, (*place, str(k)), base) for k, value in node.items()}
-    if is_list(node) and not (place and isinstance(place[-1], int)):
-        return [_written_out(item, (*place, index), base) for index, item in enumerate(node)]
+    if is_mapping(node) and fields_at(path):
+        return {str(k): _written_out(value, (*path, str(k)), base) for k, value in node.items()}
+    if is_list(node) and not (path and isinstance(path[-1], int)):
+        return [_written_out(item, (*path, index), base) for index, item in enumerate(node)]
     if not isinstance(node, str):
         return node
-    if holds_path(place):
+    if holds_path(path):
         return _joined(base, node)
-    if len(place) == 2 and place[0] == "model" and place[1] in ("path", *COMPONENTS):
+    if len(path) == 2 and path[0] == "model" and path[1] in ("path", *COMPONENTS):
         here = node.startswith((".", "/", "~")) or PureWindowsPath(node).drive
         # Anything else is the name of a hub repository, unless something lies there.
         return _joined(base, node) if here or os.path.exists(base / node) else node

@@ -5,12 +5,14 @@ Each kind has only the fields that mean something to it. Nothing here imports to
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from onewan.config.section import Decay, Int, Keyed, Positive, Section
+from onewan.config.section import Decay, Distinct, Int, Keyed, Positive, Section
 
 ADAPTER_GROUPS = ("self_attention", "cross_attention", "attention", "ffn", "all_linears")
 """Names that `method.modules` takes for groups of an expert's linear layers."""
@@ -19,26 +21,56 @@ WEIGHT_GROUPS = ("all", *ADAPTER_GROUPS, "norms", "biases")
 """Names that it takes for groups of an expert's weights, where the weights themselves train."""
 
 
+def _check_modules(value: tuple[str, ...], groups: Sequence[str]) -> tuple[str, ...]:
+    """`value`, or ValueError if an entry is neither a group nor a pattern: it selects nothing."""
+    for name in value:
+        if name in groups or any(sign in name for sign in "*?[."):
+            continue
+        near = difflib.get_close_matches(name, groups, n=1)
+        remedy = f"did you mean '{near[0]}'?" if near else f"the groups are {', '.join(groups)}"
+        if name in WEIGHT_GROUPS:
+            remedy = f"adapters have {', '.join(groups)}; for others use fine_tune"
+        raise ValueError(
+            f"must name groups, or layers by a pattern with one of * ? [ ., got '{name}'; {remedy}"
+        )
+    return value
+
+
+_AdapterModules = Annotated[
+    tuple[str, ...],
+    Field(min_length=1),
+    AfterValidator(lambda value: _check_modules(value, ADAPTER_GROUPS)),
+    Distinct,
+]
+_WeightModules = Annotated[
+    tuple[str, ...],
+    Field(min_length=1),
+    AfterValidator(lambda value: _check_modules(value, WEIGHT_GROUPS)),
+    Distinct,
+]
+
+
 class PerModule(Section):
-    modules: tuple[str, ...] = Field(min_length=1)
+    modules: _AdapterModules
     """Groups or patterns, as `method.modules` takes them."""
     rank: Int | None = Field(default=None, ge=1)
     """Rank of these layers; null is the method's."""
     alpha: Positive | None = None
     """Alpha of these layers; null is their rank, or the method's alpha if that is given."""
 
+    @model_validator(mode="after")
+    def _changes_something(self) -> PerModule:
+        if self.rank is None and self.alpha is None:
+            raise ValueError("gives neither rank nor alpha; give one, or remove the entry")
+        return self
 
-class _Modules(Section):
-    modules: tuple[str, ...] = Field(
-        default=("self_attention", "cross_attention", "ffn"), min_length=1
-    )
+
+class _Adapter(Section):
+    modules: _AdapterModules = ("self_attention", "cross_attention", "ffn")
     """Which layers train: groups (`self_attention`, `cross_attention`, `attention` for both, `ffn`,
     `all_linears` for those outside the blocks too) and patterns of diffusers' names
     (`blocks.*.attn1.to_[qkv]`)."""
-
-
-class _Adapter(_Modules):
-    init_from: tuple[Path, ...] = ()
+    init_from: Annotated[tuple[Path, ...], Distinct] = ()
     """Adapter files to go on from, in any format that is read: one for an expert, which is then
     given its layers, ranks and alphas by the file."""
 
@@ -86,6 +118,14 @@ class LokrMethod(_RankedAdapter):
     """The Kronecker product of a small matrix and a larger, low-rank one (LoKr)."""
     factor: Int = -1
     """Sides of the small matrix are at most this; -1 makes the two about as large as each other."""
+
+    @field_validator("factor")
+    @classmethod
+    def _is_factor(cls, value: int) -> int:
+        if value != -1 and value < 1:
+            raise ValueError(f"must be at least 1, or -1, got {value}")
+        return value
+
     decompose_both: bool = False
     """Make the small matrix low-rank too."""
 
@@ -97,10 +137,10 @@ class OftMethod(_Adapter):
     """Inputs that turn together; must divide the width of every layer it is on."""
 
 
-class FineTuneMethod(_Modules):
+class FineTuneMethod(Section):
     kind: Literal["fine_tune"] = "fine_tune"
     """The weights of the experts themselves."""
-    modules: tuple[str, ...] = Field(default=("all",), min_length=1)
+    modules: _WeightModules = ("all",)
     """Which weights train: `all`, groups (`self_attention`, `cross_attention`, `attention`, `ffn`,
     `all_linears`, `norms`, `biases`) and patterns of diffusers' names of weights
     (`blocks.*.attn1.*`)."""

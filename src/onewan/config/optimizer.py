@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from onewan.config.section import Decay, Float, Int, Keyed, Positive, Section, Share
 
@@ -189,6 +189,23 @@ class CustomOptimizer(Section):
     """Learning rate."""
     arguments: dict[str, bool | Int | Float | str | tuple[Float, ...] | None] = Field(default={})
     """Its other arguments by name."""
+
+    @field_validator("class_path")
+    @classmethod
+    def _is_in_known_package(cls, value: str) -> str:
+        if not value.startswith(tuple(f"{name}." for name in OPTIMIZER_PACKAGES)):
+            raise ValueError(
+                f"must be in one of {', '.join(OPTIMIZER_PACKAGES)}, got '{value}'; a run file "
+                "can't name other code"
+            )
+        return value
+
+    @field_validator("arguments")
+    @classmethod
+    def _has_no_lr(cls, value: dict[str, object]) -> dict[str, object]:
+        if "lr" in value:
+            raise ValueError(f"must not contain lr, got {value['lr']}; use optimizer.lr")
+        return value
 
 
 AVERAGING_OPTIMIZERS = (AdamWScheduleFreeOptimizer, ProdigyPlusOptimizer)

@@ -1,5 +1,5 @@
 """Run file -> `ResolvedRun`: fills null fields with the defaults that follow from the variant or
-from other fields, and lists the fields that have no effect.
+from other fields; what follows from several fields, such as the experts that train.
 
 Never changes a value that was given and never raises: it expects a config that breaks no rule.
 """
@@ -7,12 +7,11 @@ Never changes a value that was given and never raises: it expects a config that 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from onewan.arithmetic.expert_schedule import ExpertSchedule, expert_schedule
 from onewan.config.method import (
-    AdapterMethod,
     EmbeddingSection,
     FineTuneMethod,
     Method,
@@ -29,15 +28,10 @@ from onewan.config.schema import (
     ResolvedVideoData,
     RunConfig,
 )
-from onewan.config.schema_paths import Place
 from onewan.config.section import Section
-from onewan.variants import NEGATIVE_PROMPT
+from onewan.variants import NEGATIVE_PROMPT, Expert
 
 _S = TypeVar("_S", bound=Section)
-
-
-FILES_DECIDE = ("modules", "rank", "alpha", "per_module", "block_size")
-"""Fields of an adapter method that files of `method.init_from` decide for their experts."""
 
 
 def resolve(config: RunConfig, folder: Path) -> ResolvedRun:
@@ -54,9 +48,8 @@ def resolve(config: RunConfig, folder: Path) -> ResolvedRun:
     }
     train = config.train
     shift = train.timesteps.shift or variant.flow_shift
-    updates: dict[str, object] = {"timesteps": train.timesteps.model_copy(update={"shift": shift})}
-    if (steps := divided_steps(config)) is not None:
-        updates["steps"] = sum(steps)
+    timesteps = train.timesteps.model_copy(update={"shift": shift})
+    updates = {"timesteps": timesteps, "steps": total_steps(config)}
     sections = {
         "wan_config": config.wan_config.model_copy(update=ratios),
         "video_data": _filled(
@@ -90,7 +83,31 @@ def resolve(config: RunConfig, folder: Path) -> ResolvedRun:
     return ResolvedRun.model_validate({**dict(config), **sections})
 
 
-def divided_steps(config: RunConfig | ResolvedRun) -> tuple[int, int] | None:
+def expert_schedule_of(config: RunConfig | ResolvedRun) -> ExpertSchedule:
+    """Which expert each step of the run trains."""
+    variant, train = config.model.facts(), config.train
+    return expert_schedule(
+        trained_experts(config),
+        train.high_expert_share,
+        train.switch_expert_every,
+        train.timesteps.density(variant.flow_shift),
+        steps_per_expert(config),
+    )
+
+
+def trained_experts(config: RunConfig | ResolvedRun) -> tuple[Expert, ...]:
+    """The experts that train; of a variant with one expert that is always the one."""
+    variant = config.model.facts()
+    return variant.selected(config.model.experts if len(variant.experts) > 1 else "both")
+
+
+def total_steps(config: RunConfig | ResolvedRun) -> int:
+    """Optimizer steps of the run: those of both experts if they are given, else `train.steps`."""
+    counts = steps_per_expert(config)
+    return config.train.steps if counts is None else sum(counts)
+
+
+def steps_per_expert(config: RunConfig | ResolvedRun) -> tuple[int, int] | None:
     """Steps of the high and the low expert, if the run file gives both; else None."""
     high, low = config.per_expert.high.steps, config.per_expert.low.steps
     return None if high is None or low is None else (high, low)
@@ -99,23 +116,6 @@ def divided_steps(config: RunConfig | ResolvedRun) -> tuple[int, int] | None:
 def exported_name(embedding: EmbeddingSection) -> str:
     """The name that was given, or the placeholder without its signs: "" if nothing is left."""
     return embedding.name or re.sub(r"[^A-Za-z0-9_-]", "", embedding.placeholder)
-
-
-def inert(config: RunConfig | ResolvedRun) -> Iterator[Place]:
-    """Places of values that mean nothing in this run, and that its file may not give."""
-    variant, method = config.model.facts(), config.method
-    if not variant.has_clean_first_frame:
-        yield "train", "first_frame_probability"
-    experts = variant.selected(config.model.experts)
-    if isinstance(method, AdapterMethod) and len(method.init_from) == len(experts):
-        for name in FILES_DECIDE:
-            if name in type(method).model_fields:
-                yield "method", name
-    for index, embedding in enumerate(config.embeddings):
-        if embedding.init_from is not None:
-            yield "embeddings", index, "initial_text"
-    if divided_steps(config) is not None:
-        yield "train", "high_expert_share"
 
 
 def _method(config: RunConfig) -> Method:

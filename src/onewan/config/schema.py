@@ -11,12 +11,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
+from onewan.arithmetic.lr_schedule import LrSchedule
 from onewan.config.method import EmbeddingSection, LoraMethod, Method, ResolvedEmbedding
 from onewan.config.objective import LossSection, Timesteps, UniformTimesteps
 from onewan.config.optimizer import AdamWOptimizer, ConstantSchedule, Optimizer, Schedule
-from onewan.config.section import Float, Int, Positive, Section, Share, Size
+from onewan.config.section import Distinct, Float, Int, Positive, Section, Share, Size
 from onewan.dtypes import WeightDtype
 from onewan.variants import VARIANTS, Variant, VariantName
 
@@ -94,7 +95,9 @@ class WanTrainConfig(Section):
     temporal_consistency_weight: Float = Field(default=1.0, ge=0)
     """Weight of each frame's deviation from the clip's mean error. 1.0 is the plain loss, exactly;
     more punishes flicker and wrong motion, less favours appearance."""
-    transformer_layers_to_train: tuple[Annotated[Int, Field(ge=0)], ...] | None = None
+    transformer_layers_to_train: (
+        Annotated[tuple[Annotated[Int, Field(ge=0)], ...], Field(min_length=1), Distinct] | None
+    ) = None
     """Numbers of the transformer blocks to train, e.g. [0, 1, 2]; null is all."""
     use_temporal_attention: bool = True
     """false: each latent frame attends to itself alone (for style and character training)."""
@@ -281,6 +284,13 @@ class TrainSection(Section):
     keep_best: bool = False
     """Keep the state with the lowest validation loss too, and save it when it is measured."""
 
+    def lr_schedule(self) -> LrSchedule:
+        return LrSchedule(
+            **self.schedule.model_dump(),
+            warmup_steps=self.warmup_steps,
+            cooldown_steps=self.cooldown_steps,
+        )
+
 
 class PromptSection(Section):
     prompt: str
@@ -347,9 +357,9 @@ class ResolvedSample(SampleFields):
 class OutputFields(Section):
     dir: Path = Path("runs")
     """The folder that holds the runs."""
-    formats: tuple[Literal["comfyui", "diffusers", "kohya"], ...] = Field(
-        default=("comfyui",), min_length=1
-    )
+    formats: Annotated[
+        tuple[Literal["comfyui", "diffusers", "kohya"], ...], Field(min_length=1), Distinct
+    ] = ("comfyui",)
     """How exported files name things. LoRA: `comfyui` is read by ComfyUI, diffusers, musubi-tuner
     and DiffSynth-Studio alike; `diffusers` by diffusers alone; `kohya`, as musubi-tuner writes it,
     by ComfyUI, diffusers and musubi-tuner. Fine-tuned experts: `comfyui` is one file, `diffusers` a
@@ -415,15 +425,6 @@ class RunConfig(Section):
     """What is traded for memory."""
     logging: LoggingSection = LoggingSection()
     """What is recorded beside the run's own files."""
-
-    @model_validator(mode="after")
-    def _sample_interval_has_prompts(self) -> RunConfig:
-        if self.sample.every and not self.sample.prompts:
-            raise ValueError(
-                f"sample.every: is {self.sample.every}, but sample.prompts is empty; "
-                "give a prompt, or set sample.every to 0"
-            )
-        return self
 
 
 class ResolvedRun(Section):

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 Node: TypeAlias = Any
 """What the parser yields: a mapping, a list or a single value."""
-Place: TypeAlias = tuple[str | int, ...]
+KeyPath: TypeAlias = tuple[str | int, ...]
 """Where something is in a run file: names of fields and indices into lists."""
 Problem: TypeAlias = tuple[str, str]
-"""Dotted place, and what is wrong there."""
+"""Dotted path, and what is wrong there."""
 
 
 def is_mapping(node: object) -> TypeGuard[dict[str, Any]]:
@@ -40,11 +40,11 @@ def is_tuple(node: object) -> TypeGuard[tuple[object, ...]]:
     return isinstance(node, tuple)
 
 
-def dotted(place: Place) -> str:
-    return ".".join(map(str, place))
+def dotted(path: KeyPath) -> str:
+    return ".".join(map(str, path))
 
 
-def show(value: object) -> str:
+def format_value(value: object) -> str:
     """`value` as a run file has it, cut to a length that fits a message."""
     if value is None:
         return "nothing"
@@ -60,40 +60,40 @@ def _as_lists(value: object) -> object:
     return [_as_lists(item) for item in value] if is_tuple(value) else value
 
 
-def put(node: Node, place: Place, value: Node) -> Node:
-    """A copy of `node` with `value` at `place`; mappings and lists missing on the way are made.
+def set_path(node: Node, path: KeyPath, value: Node) -> Node:
+    """A copy of `node` with `value` at `path`; mappings and lists missing on the way are made.
 
-    A copy, since YAML's aliases let one mapping lie in several places. ValueError where `place`
+    A copy, since YAML's aliases let one mapping lie in several places. ValueError where `path`
     leads through something that has no such part.
     """
-    if not place:
+    if not path:
         return value
-    part, rest = place[0], place[1:]
+    part, rest = path[0], path[1:]
     if isinstance(part, int):
         items: Node = [] if node is None else node
         if not is_list(items):
-            raise ValueError(f"has no item {part}, since here is {show(node)}; name a field")
+            raise ValueError(f"has no item {part}, got {format_value(node)}; name a field")
         if part > len(items):
             raise ValueError(f"the list has {len(items)} items; the next one is {len(items)}")
         item = items[part] if part < len(items) else None
-        return [*items[:part], put(item, rest, value), *items[part + 1 :]]
+        return [*items[:part], set_path(item, rest, value), *items[part + 1 :]]
     fields: Node = {} if node is None else node
     if not is_mapping(fields):
-        raise ValueError(f"has no field '{part}', since here is {show(node)}; set that instead")
-    return {**fields, part: put(fields.get(part), rest, value)}
+        raise ValueError(f"has no field '{part}', got {format_value(node)}; set that instead")
+    return {**fields, part: set_path(fields.get(part), rest, value)}
 
 
-def has(node: Node, part: str | int) -> bool:
+def has_key(node: Node, part: str | int) -> bool:
     """Whether a mapping has this field or a list this item."""
     if is_list(node):
         return isinstance(part, int) and part < len(node)
     return is_mapping(node) and part in node
 
 
-def at(node: Node, place: Place) -> Node:
-    """What lies at `place` of `node`; None if nothing does."""
-    for part in place:
-        if not has(node, part):
+def get_path(node: Node, path: KeyPath) -> Node:
+    """What lies at `path` of `node`; None if nothing does."""
+    for part in path:
+        if not has_key(node, part):
             return None
         node = node[part]
     return node
@@ -135,20 +135,20 @@ def leaves() -> list[str]:
     return list(dict.fromkeys(walk(RunConfig, "")))
 
 
-def fields_at(place: Place, data: Node = None) -> dict[str, FieldInfo]:
-    """The fields known at `place`; none if it is a value.
+def fields_at(path: KeyPath, data: Node = None) -> dict[str, FieldInfo]:
+    """The fields known at `path`; none if it is a value.
 
     Where a union lies on the way, those of the member that `data` asks for, of all its members if
     there is no data or it asks for none of them.
     """
     here: list[type[Section]] = [RunConfig]
-    for length, part in enumerate(place, start=1):
+    for length, part in enumerate(path, start=1):
         if isinstance(part, int):  # leads from a list to the same sections
             continue
         found = [section.model_fields[part] for section in here if part in section.model_fields]
         here = [s for field in found for s in sections_of(field.annotation)]
         for members in filter(None, map(members_of, found)):
-            chosen = members.chosen(at(data, place[:length])) if data is not None else None
+            chosen = members.chosen(get_path(data, path[:length])) if data is not None else None
             if chosen:
                 here = [chosen[1]]
     known: dict[str, FieldInfo] = {}
@@ -158,15 +158,15 @@ def fields_at(place: Place, data: Node = None) -> dict[str, FieldInfo]:
     return known
 
 
-def field_at(place: Place, data: Node = None) -> FieldInfo | None:
-    if not place or not isinstance(place[-1], str):
+def field_at(path: KeyPath, data: Node = None) -> FieldInfo | None:
+    if not path or not isinstance(path[-1], str):
         return None
-    return fields_at(place[:-1], data).get(place[-1])
+    return fields_at(path[:-1], data).get(path[-1])
 
 
-def members_at(place: Place, data: Node = None) -> Members | None:
-    """The union at `place`, None if there is none."""
-    field = field_at(place, data)
+def members_at(path: KeyPath, data: Node = None) -> Members | None:
+    """The union at `path`, None if there is none."""
+    field = field_at(path, data)
     return members_of(field) if field is not None else None
 
 
@@ -190,18 +190,18 @@ def may_be_null(field: FieldInfo) -> bool:
     return NoneType in alternatives(field.annotation)
 
 
-def holds_path(place: Place) -> bool:
-    """Whether the value at `place` is a path, or one of a list of paths."""
-    field = field_at(place[:-1] if place and isinstance(place[-1], int) else place)
+def holds_path(path: KeyPath) -> bool:
+    """Whether the value at `path` is a path, or one of a list of paths."""
+    field = field_at(path[:-1] if path and isinstance(path[-1], int) else path)
     if field is None:
         return False
     kinds = alternatives(field.annotation)
     return any(kind is Path or Path in get_args(kind) for kind in kinds)
 
 
-def when_empty(place: Place) -> Node:
-    """What nothing at `place` means: a section with all its defaults, no sections, or nothing."""
-    field = field_at(place)
+def value_if_null(path: KeyPath) -> Node:
+    """What nothing at `path` means: a section with all its defaults, no sections, or nothing."""
+    field = field_at(path)
     if field is None or not sections_of(field.annotation) or may_be_null(field):
         return None
     return [] if get_origin(field.annotation) is tuple else {}

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, cast
+from typing import Annotated, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    model_validator,
+)
 from pydantic_core.core_schema import CoreSchema, no_info_before_validator_function
+
+_T = TypeVar("_T")
 
 # Strict, since `true` would count as 1 otherwise, and a text as the number it spells.
 Int = Annotated[int, Field(strict=True)]
@@ -15,6 +24,17 @@ Size = tuple[Annotated[Int, Field(ge=1)], Annotated[Int, Field(ge=1)]]
 Positive = Annotated[Float, Field(gt=0)]
 Share = Annotated[Float, Field(ge=0, le=1)]
 Decay = Annotated[Float, Field(ge=0, lt=1)]
+
+
+def _each_once(value: tuple[_T, ...]) -> tuple[_T, ...]:
+    twice = sorted({str(item) for item in value if value.count(item) > 1})
+    if twice:
+        raise ValueError(f"has {', '.join(twice)} twice, got {[*value]}; give each once")
+    return value
+
+
+Distinct = AfterValidator(_each_once)
+"""For the annotation of a tuple in which nothing may stand twice."""
 
 
 class Section(BaseModel):

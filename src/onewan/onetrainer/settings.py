@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from onewan.arithmetic.timestep_density import TimestepDensity, density_of
+from onewan.arithmetic.timestep_density import TimestepDensity
 from onewan.config.objective import (
     BetaTimesteps,
     CurveWeighting,
@@ -194,11 +194,11 @@ def _discrete(name: str, weight: float, bias: float) -> Iterator[float]:
 
 def density_of_timesteps(timesteps: Timesteps, variant: Variant) -> TimestepDensity:
     """The density after the shift."""
-    return density_of(timesteps, variant.flow_shift)
+    return timesteps.density(variant.flow_shift)
 
 
 def _rescaled(chosen: Timesteps, low: float, high: float, common: dict[str, Any]) -> Timesteps:
-    base = density_of(chosen, 1.0).base
+    base = chosen.base()
     edges = [min(1.0, max(0.0, (i / _BINS - low) / (high - low))) for i in range(_BINS + 1)]
     below = [base.cdf(u) for u in edges]
     weights = tuple(max(0.0, b - a) for a, b in pairwise(below))

@@ -50,7 +50,7 @@ class StepAdapter:
         The steps of an expert whose component is in `stopped`, because its training has ended, go
         to the other expert if that one still trains.
         """
-        turn = self.variant.expert(self.schedule.turn(global_step // self.accumulation)[0])
+        turn = self.variant.expert(self.schedule.expert_at(global_step // self.accumulation)[0])
         others = [self.variant.expert(name) for name in self.schedule.experts if name != turn.name]
         going = [expert for expert in others if expert.component not in stopped]
         return going[0] if turn.component in stopped and going else turn

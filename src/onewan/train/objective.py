@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,21 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onewan.arithmetic.timestep_density import (
-    Array,
     TimestepDensity,
-    density_of,
     official_token_count,
     shift_factor,
 )
-from onewan.config.objective import CurveWeighting, LossSection, NoWeighting, Weighting
+from onewan.arithmetic.timestep_weighting import TimestepWeighting, timestep_weights
+from onewan.config.objective import LossSection
 from onewan.config.schema import TrainSection
 from onewan.data.loader import Batch, StepBatches
-from onewan.errors import ConfigError
 from onewan.seeds import derive_seed
 from onewan.variants import Expert, Variant
-
-_QUADRATURE = 4096
-"""Equally probable parts of an expert's range over which weights are averaged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +69,7 @@ class Objective:
     """Tokens at which `density` has the shift that is meant; None is at any number of them."""
     stratified: bool = False
     """Draw each of a step's n levels from another one of n equally probable parts."""
-    weighting: Weighting = field(default_factory=NoWeighting)
+    weighting: TimestepWeighting | None = None
     """What the noise levels count."""
     unmasked_weight: float = 0.0
     """What places outside of a mask count, against 1 within."""
@@ -213,11 +207,13 @@ def objective_of(train: TrainSection, variant: Variant, experts: Sequence[Expert
     ConfigError if one of `experts`, those that train, would get no noise levels, or none that
     count.
     """
-    density = density_of(train.timesteps, variant.flow_shift)
+    density = train.timesteps.density(variant.flow_shift)
     given_frames = variant.has_clean_first_frame
-    density.require(experts)
-    for expert in experts:
-        timestep_weights(train.loss.weighting, density, expert, np.empty(0))
+    weighting = train.loss.weighting.function()
+    if not train.timesteps.shift_by_tokens:  # else each size of clip has a density of its own
+        density.require(experts)
+        for expert in experts:
+            timestep_weights(weighting, density, expert, np.empty(0))
     return Objective(
         density=density,
         seed=train.seed,
@@ -225,7 +221,7 @@ def objective_of(train: TrainSection, variant: Variant, experts: Sequence[Expert
         if train.timesteps.shift_by_tokens
         else None,
         stratified=train.timesteps.stratified,
-        weighting=train.loss.weighting,
+        weighting=weighting,
         unmasked_weight=train.loss.unmasked_weight,
         noise_offset=train.noise_offset,
         input_perturbation=train.input_perturbation,
@@ -279,48 +275,6 @@ def with_base_target(noised: NoisedBatch, velocity_BCFHW: Tensor, batch: Batch) 
         return noised
     chosen = batch.is_prior.view(-1, 1, 1, 1, 1)
     return replace(noised, target=torch.where(chosen, velocity_BCFHW.float(), noised.target))
-
-
-def timestep_weights(
-    weighting: Weighting, density: TimestepDensity, expert: Expert, levels: Array
-) -> Array:
-    """What losses at noise `levels` of `expert` are multiplied with; their mean over `density`, cut
-    to the expert's range, is 1. ConfigError if they are all 0 there.
-
-    min_snr: the clean sample is x - t v, so a squared error of the velocity v is t^2 times as large
-    in the clean sample. Min-SNR weighs the latter by min(SNR, gamma) (Hang et al., arXiv
-    2303.09556), and here SNR = ((1-t)/t)^2. In terms of v that is min((1-t)^2, gamma t^2).
-    """
-    if isinstance(weighting, NoWeighting):
-        return np.ones_like(levels)
-    mean = _mean_weight(weighting, density, expert)  # pyright: ignore[reportArgumentType]  (frozen)
-    return _raw_weights(weighting, levels) / mean
-
-
-@lru_cache(maxsize=256)  # one for each expert and, if the shift goes by tokens, number of tokens
-def _mean_weight(weighting: Weighting, density: TimestepDensity, expert: Expert) -> float:
-    parts = (np.arange(_QUADRATURE) + 0.5) / _QUADRATURE
-    mean = float(_raw_weights(weighting, density.truncated_quantiles(parts, expert)).mean())
-    if mean == 0:
-        raise ConfigError(
-            "run file",
-            [
-                f"train.loss.weighting: is 0 at all noise levels that the {expert.name} expert "
-                f"draws ({expert.t_min:g} to {expert.t_max:g}); give it weight there, or leave "
-                "that expert out by model.experts"
-            ],
-        )
-    return mean
-
-
-def _raw_weights(weighting: Weighting, t: Array) -> Array:
-    """Before they are scaled."""
-    if isinstance(weighting, NoWeighting):
-        return np.ones_like(t)
-    if isinstance(weighting, CurveWeighting):
-        levels, weights = zip(*weighting.points, strict=True)
-        return np.interp(t, levels, weights)
-    return np.minimum((1 - t) ** 2, weighting.gamma * t**2)
 
 
 def velocity_loss(

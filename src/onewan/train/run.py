@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from onewan.arithmetic.expert_schedule import ExpertSchedule, lr_factor
+from onewan.arithmetic.expert_schedule import ExpertSchedule
 from onewan.config.schema import ResolvedRun
 from onewan.data.dataset import Dataset
 from onewan.data.loader import Batch, WanDataLoader
@@ -65,12 +65,8 @@ class Run:
         An expert's schedule runs over its own steps, that of embeddings over all.
         """
         train = self.config.train
-        return lr_factor(
-            train.schedule,
-            self.steps_before(trainable, step),
-            self.steps_before(trainable, train.steps),
-            train.warmup_steps,
-            train.cooldown_steps,
+        return train.lr_schedule().factor(
+            self.steps_before(trainable, step), self.steps_before(trainable, train.steps)
         )
 
     def steps_before(self, trainable: TrainableName, step: int) -> int:

@@ -7,9 +7,9 @@ from collections.abc import Collection
 import torch
 from diffusers import AutoencoderKLWan
 
-from onewan.arithmetic.expert_schedule import ExpertSchedule, expert_schedule
+from onewan.arithmetic.expert_schedule import ExpertSchedule
 from onewan.config.method import DoraMethod, EmbeddingMethod, LoraMethod
-from onewan.config.resolve import divided_steps
+from onewan.config.resolve import expert_schedule_of
 from onewan.config.schema import ResolvedRun
 from onewan.data.dataset import Dataset, prepare
 from onewan.data.encode import ProgressCallback, no_progress
@@ -67,13 +67,7 @@ class WanModelSetup:
         model = self._load_for_training(vae if samples else None, needs_sampling=bool(samples))
         del vae
         objective = objective_of(config.train, self._variant, self._experts)
-        schedule = expert_schedule(
-            self._experts,
-            config.train.high_expert_share,
-            config.train.switch_expert_every,
-            objective.density,
-            budgets=divided_steps(config),
-        )
+        schedule = expert_schedule_of(config)
         embeddings = attach_embeddings(config, model, dataset.clips, self._residency)
         experts: dict[ExpertName, TrainedExpert] = {
             expert.name: attach_expert(

@@ -19,8 +19,8 @@ from onewan.config.method import (
     LoraMethod,
     ResolvedEmbedding,
 )
-from onewan.config.method_rules import started_expert_rules
 from onewan.config.schema import ExpertSettings, ResolvedRun
+from onewan.config.unused import file_decides
 from onewan.data.index import Clip
 from onewan.errors import ConfigError
 from onewan.formats.lora_files import AdapterFile, read_adapter
@@ -59,7 +59,7 @@ def initial_adapters(config: ResolvedRun) -> dict[ExpertName, AdapterFile]:
             )
         problems += [
             f"{field}: {problem}"
-            for field, problem in started_expert_rules(name, _expert_settings(config, name))
+            for field, problem in file_decides(name, _expert_settings(config, name))
         ]
         found[name] = file
     if problems:

@@ -121,7 +121,9 @@ class WanTrainer:
         try:
             self._catch_up(run)
             self._saved_at = time.monotonic()
-            for step in run.loader.steps(run.state.step, config.train.steps, run.schedule.turn):
+            for step in run.loader.steps(
+                run.state.step, config.train.steps, run.schedule.expert_at
+            ):
                 begin = time.perf_counter()
                 metrics = train_step(run, step)
                 run.state.step += 1

@@ -1,0 +1,117 @@
+"""The one table of settings without effect: which field, in which run, and why.
+
+A run file that sets such a field is refused, so that no setting is ignored silently; `dump_run`
+leaves the fields out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from onewan.config.method import AdapterMethod, EmbeddingMethod, FineTuneMethod, RankedMethod
+from onewan.config.resolve import steps_per_expert, trained_experts
+from onewan.config.schema import ExpertSettings, ResolvedRun, RunConfig
+from onewan.config.schema_paths import KeyPath, Problem, dotted, format_value, get_path
+
+Unused = tuple[KeyPath, str]
+"""The path of a field, and the reason that it has no effect."""
+
+_SHAPE = ("modules", "rank", "alpha", "per_module", "block_size")
+"""Fields of an adapter method that the files of `method.init_from` decide for their experts."""
+_NEW_SHAPE = ("use_rslora", "factor", "decompose_both")
+"""Fields that decide about new adapters only and contradict a file even if one expert has none."""
+_FROM_FILE = "the files of method.init_from decide it"
+
+
+def unused_fields(config: RunConfig | ResolvedRun) -> Iterator[Unused]:
+    """All fields without effect in this run, whether they are set or not."""
+    yield from _by_variant(config)
+    yield from _by_method(config)
+    yield from _by_embedding(config)
+    yield from _by_expert(config)
+
+
+def unused_field_problems(config: RunConfig) -> Iterator[Problem]:
+    """A line for each field that the run file sets without effect."""
+    given = config.model_dump(mode="json", exclude_unset=True)
+    for path, why in unused_fields(config):
+        value = get_path(given, path)
+        if value not in (None, []):
+            yield dotted(path), no_effect(why, value)
+
+
+def no_effect(why: str, value: object) -> str:
+    return f"has no effect, since {why}, got {format_value(value)}; leave it out"
+
+
+def file_decides(expert: str, settings: ExpertSettings) -> Iterator[Problem]:
+    """Lines for the settings of an expert that its file of `method.init_from` decides."""
+    for name in ("rank", "alpha"):
+        if (value := getattr(settings, name)) is not None:
+            yield f"per_expert.{expert}.{name}", no_effect(_FROM_FILE, value)
+
+
+def _by_variant(config: RunConfig | ResolvedRun) -> Iterator[Unused]:
+    variant, train = config.model.facts(), config.train
+    if not variant.has_clean_first_frame:
+        why = f"only ti2v-5b trains with a conditioning frame, and the model is {variant.name}"
+        yield ("train", "first_frame_probability"), why
+        yield ("train", "first_frame_noise"), why
+    elif train.first_frame_probability == 0:
+        yield ("train", "first_frame_noise"), "train.first_frame_probability is 0"
+    if len(variant.experts) == 1:
+        yield ("model", "boundary"), f"{variant.name} has one expert"
+        yield ("model", "transformer_2"), f"{variant.name} has one transformer"
+    if steps_per_expert(config) is not None and len(trained_experts(config)) == 2:
+        yield ("train", "high_expert_share"), "per_expert gives the steps of both experts"
+    elif len(trained_experts(config)) == 1 and not isinstance(train.high_expert_share, str):
+        yield ("train", "high_expert_share"), "one expert trains"
+
+
+def _by_method(config: RunConfig | ResolvedRun) -> Iterator[Unused]:
+    method, fields = config.method, type(config.method).model_fields
+    if isinstance(method, AdapterMethod) and method.init_from:
+        names = _NEW_SHAPE
+        if len(method.init_from) >= len(trained_experts(config)):  # else one adapter is new
+            names += _SHAPE
+        for name in names:
+            default = fields[name].default if name in fields else None
+            if name in fields and (name in _SHAPE or getattr(method, name) != default):
+                yield ("method", name), _FROM_FILE
+    if (
+        isinstance(method, FineTuneMethod)
+        and config.model.dtype == "float32"
+        and method.weights != "float32"
+    ):
+        yield ("method", "weights"), "model.dtype is float32"
+
+
+def _by_embedding(config: RunConfig | ResolvedRun) -> Iterator[Unused]:
+    for index, embedding in enumerate(config.embeddings):
+        field = f"embeddings.{index}"
+        if embedding.init_from is not None:
+            for name in ("token_count", "initial_text"):
+                yield ("embeddings", index, name), f"the file of {field}.init_from decides it"
+        if not embedding.train:
+            yield ("embeddings", index, "lr"), f"{field}.train is false"
+
+
+def _by_expert(config: RunConfig | ResolvedRun) -> Iterator[Unused]:
+    variant, method, kind = config.model.facts(), config.method, config.method.kind
+    trained = [expert.name for expert in trained_experts(config)]
+    from_files = isinstance(method, AdapterMethod) and len(method.init_from) >= len(trained)
+    for expert in ("high", "low"):
+        for name in ExpertSettings.model_fields:
+            path = ("per_expert", expert, name)
+            if len(variant.experts) == 1:
+                yield path, f"{variant.name} has one expert"
+            elif expert not in trained:
+                yield path, f"only the {trained[0]} expert trains (model.experts)"
+            elif name == "steps" and len(trained) == 1:
+                yield path, "one expert trains, and train.steps gives its steps"
+            elif name in ("rank", "alpha") and not isinstance(method, RankedMethod):
+                yield path, f"method.kind {kind} has no ranks"
+            elif name in ("rank", "alpha") and from_files:
+                yield path, _FROM_FILE
+            elif name == "lr" and isinstance(method, EmbeddingMethod):
+                yield path, f"method.kind {kind} trains no expert"
