@@ -297,9 +297,15 @@ def test_sampling_that_was_stopped_is_completed_on_resume(run_file: RunFile) -> 
     assert [e["prompt"] for e in events if e["event"] == "sampled"] == ["two"]
 
 
-def test_changes_are_listed_on_resume(run_file: RunFile) -> None:
+def test_changes_are_listed_on_resume(run_file: RunFile, tmp_path: Path) -> None:
     WanTrainer(run_file("t2v-a14b", "train.steps=2")).fit()
-    harmless = run_file("t2v-a14b", "train.steps=3", "train.keep_last=5", "output.dtype=bfloat16")
+    harmless = run_file(
+        "t2v-a14b",
+        "train.steps=3",
+        "train.keep_last=5",
+        "output.dtype=bfloat16",
+        f"video_data.cache_dir={tmp_path / 'elsewhere'}",
+    )
     events: list[dict[str, Any]] = []
     WanTrainer(harmless, listen=recorder(events), resume=True).fit()
     (note,) = [e["text"] for e in events if e["event"] == "note"]
@@ -307,8 +313,10 @@ def test_changes_are_listed_on_resume(run_file: RunFile) -> None:
         "train.steps: was 2, is 3",
         "train.keep_last: was 2, is 5",
         "output.dtype: was None, is 'bfloat16'",
+        f"is '{tmp_path / 'elsewhere'}'",
     ):
         assert line in note
+    assert "Path(" not in note
     other = run_file("t2v-a14b", "train.steps=4", "optimizer={name: sgd, lr: 0.1}")
     with pytest.raises(CheckpointError, match=r"optimizer\.name: was 'adamw', is 'sgd'"):
         WanTrainer(other, resume=True).fit()

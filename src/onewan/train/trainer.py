@@ -141,10 +141,10 @@ class WanTrainer:
     def _catch_up(self, run: Run) -> None:
         """Before the first step, do what is due at the present step and not done yet.
 
-        There are four situations: a new run; a run that was interrupted before its first step; one
-        that was interrupted between saving a state and validating it; and one interrupted between
-        saving a state and exporting or sampling it. One rule covers all of them, since the state,
-        the exported files and the videos each tell what is done.
+        A run can be in four situations: nothing was saved yet (a new run, or one that ended before
+        its first step); it was stopped during a validation, which saves the state; it was killed
+        after saving and before all weights were exported; it ended before all videos were complete.
+        One rule covers them, since the state, the files and the videos each tell what is done.
         """
         self._stop_if_requested()
         due = self._cadence.at(run.state.step)
