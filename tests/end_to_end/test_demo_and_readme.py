@@ -1,4 +1,4 @@
-"""What a newcomer does first: the demonstration, and the commands in README.md."""
+"""The first steps of a new user: the demonstration, and the commands in README.md."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_the_demo_lowers_the_loss_and_its_results_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    folder = Path("a demo")  # a space in the path, as on many a desktop
+    folder = Path("a demo")  # a path with a space, as many users have
     assert main(["demo", "--dir", str(folder)]) == 0
     out, err = capsys.readouterr()
     assert err == "" and len(out.splitlines()) <= 65  # `make demo` adds a few lines of its own
@@ -37,7 +37,7 @@ def test_the_demo_lowers_the_loss_and_its_results_work(
         file = run / "weights" / f"000200_{name}_noise_comfyui.safetensors"
         assert file.name in out
         pipeline.load_lora_weights(str(file), load_into_transformer_2=second)
-    # What it tells the reader to do next is said in commands that exist.
+    # The commands that it suggests next exist.
     for line in re.findall(r"^  (onewan .*?)(?:    #.*)?$", out.replace("\\\n", ""), re.MULTILINE):
         parse(shlex.split(line.partition(">")[0])[1:])
     assert main(["demo", "--dir", str(folder), "--variant", "ti2v-5b"]) == 1

@@ -192,7 +192,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run_file: RunFile, tmp_path: Pa
         "t2v-a14b", f"video_data.cache_dir={tmp_path / 'cache'}", "train.save_every=1"
     )
     events: list[dict[str, Any]] = []
-    spoilt: list[str] = []
+    corrupted: list[str] = []
 
     def listen(event: Event) -> None:
         recorder(events)(event)
@@ -200,13 +200,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(run_file: RunFile, tmp_path: Pa
             for path in (tmp_path / "cache" / "video").rglob("*.safetensors"):
                 tensors = load_file(path)
                 save_file({k: v * float("nan") for k, v in tensors.items()}, path)
-                spoilt.append(path.name)
+                corrupted.append(path.name)
 
     with pytest.raises(
         TrainingError, match=r"step \d \((high|low) expert\): the loss is not finite"
     ):
         WanTrainer(config, listen=listen).fit()
-    assert spoilt and events[-1]["event"] == "failed"
+    assert corrupted and events[-1]["event"] == "failed"
     last = [e["step"] for e in events if e["event"] == "step"][-1]
     assert layout_of(config).saved_steps()[-1] == last
     text = layout_of(config).events.read_text(encoding="utf-8").splitlines()[-1]
@@ -328,7 +328,7 @@ def test_training_continues_when_the_listener_fails(run_file: RunFile) -> None:
 def test_another_boundary_holds_in_training_and_samples(
     run_file: RunFile, workshop: Path, tmp_path: Path
 ) -> None:
-    """For a base model whose index says so, and that is refused without."""
+    """Of a base model with that boundary in its index, which is refused without the setting."""
     folder = tmp_path / "model"
     shutil.copytree(workshop / "t2v-a14b", folder)
     index = folder / "model_index.json"

@@ -51,7 +51,9 @@ def test_equal_weights_give_bit_exact_losses(run_file: RunFile, variant: str) ->
     trained = measure(run)
     assert all(a != b for a, b in zip(trained, first, strict=True))
     assert trained == measure(run)
-    assert measure(run, None) == base  # with the adapters off the base model is there, to the bit
+    assert (
+        measure(run, None) == base
+    )  # without its adapters the model is the base model, bit for bit
     train_step(run, run.loader.step(2, next(iter(run.state.experts)), 1))
     averaged = measure(run, "ema")
     assert averaged[0] not in (measure(run)[0], trained[0], base[0])
@@ -74,7 +76,7 @@ def test_held_out_clips_never_train(run_file: RunFile) -> None:
 
 
 def test_validation_does_not_change_training(run_file: RunFile) -> None:
-    """Also for an optimizer whose weights are not those that it trains with."""
+    """Also for an optimizer that validates other weights than it trains."""
     outcomes = []
     for every in (0, 1):
         config = run_file(
@@ -190,7 +192,7 @@ def test_one_expert_can_be_initialized_from_a_file_and_the_other_anew(run_file: 
     with safe_open(low, "pt") as file:  # both steps were the other expert's
         metadata = file.metadata()
     assert (metadata["onewan.steps"], metadata["onewan.expert_steps"]) == ("2", "0")
-    assert metadata["onewan.base_model"] == "t2v-a14b"  # and not where it lies
+    assert metadata["onewan.base_model"] == "t2v-a14b"  # and not its path
     mixed = run_file("t2v-a14b", f"method={{kind: lora, rank: 2, init_from: [{low}]}}", name="m")
     experts = WanModelSetup(mixed).build().state.experts
     ranks = {

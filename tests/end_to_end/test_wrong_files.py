@@ -16,8 +16,8 @@ from onewan.cli import main
 from onewan.formats.key_maps import to_official
 
 
-class _Runs:
-    """Unpickled, it would make a file."""
+class _CreatesFile:
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -28,7 +28,7 @@ class _Runs:
 
 @pytest.fixture
 def write(workshop: Path) -> Callable[[dict[str, Tensor], Path], None]:
-    """Writes an expert with its configuration, which shapes alone would not tell at this size."""
+    """Writes an expert with its config, which can't be inferred from shapes at this size."""
     config = (workshop / "t2v-a14b" / "transformer" / "config.json").read_text(encoding="utf-8")
     return lambda tensors, path: save_file(tensors, path, {"onewan.config": config})
 
@@ -77,7 +77,7 @@ def huge_header(_tensors: dict[str, Tensor], path: Path, _write: Write) -> None:
 
 
 def pickle_with_code(_tensors: dict[str, Tensor], path: Path, _write: Write) -> None:
-    path.write_bytes(pickle.dumps({"a": _Runs(path.with_name("proof"))}, protocol=2))
+    path.write_bytes(pickle.dumps({"a": _CreatesFile(path.with_name("proof"))}, protocol=2))
 
 
 def empty(_tensors: dict[str, Tensor], path: Path, _write: Write) -> None:

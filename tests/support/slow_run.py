@@ -1,4 +1,4 @@
-"""A run for another process, in a module that such a process can import by itself."""
+"""A run for a subprocess, in a module that the subprocess can import."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from onewan.train.trainer import WanTrainer
 
 
 def train_slowly(run_yaml: Path, overrides: list[str]) -> None:
-    """A run that takes long enough to be killed between any two steps."""
+    """Train so slowly that the process can be killed between any two steps."""
     WanTrainer(load_run(run_yaml, overrides), listen=lambda _event: time.sleep(0.01)).fit()

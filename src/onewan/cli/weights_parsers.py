@@ -44,7 +44,7 @@ def add_inspect(commands: Commands) -> None:
         "inspect",
         "identify a weight file, and list the programs that read it",
         "Reads\nonly headers, so it takes a moment whatever the size. Recognizes models in every "
-        "layout and\nLoRAs of every trainer, and says so of anything else.",
+        "layout and\nLoRAs of every trainer; anything else is reported as unknown.",
     )
     parser.add_argument("path", metavar="PATH", type=Path, help="a file or a folder")
     parser.add_argument("--json", action="store_true", help="print one JSON document")

@@ -29,7 +29,7 @@ from onewan.variants import VARIANTS, VariantName
 
 _RUN_FILE = """\
 # The demonstration's run file. `onewan init --variant {variant}` prints one for real training.
-# "real:" says what a real run has in that line.
+# After "real:" stands the value of a real run.
 model:
   path: model              # a tiny {title} with random weights; real: {repository}
   variant: {variant}

@@ -53,7 +53,7 @@ class EventFile:
     def write_heartbeat(self, seconds: float) -> None:
         """Append a heartbeat if nothing was written for `seconds`.
 
-        Errors are left to the next `write`, whose caller can report them.
+        Errors are ignored: the next `write` raises them again, and its caller can report them.
         """
         with self._lock, contextlib.suppress(OSError):
             idle = time.monotonic() - self._last_write
@@ -102,7 +102,7 @@ class EventFile:
 
 class HeartbeatThread:
     """Context manager: while entered, a thread writes a heartbeat to `file` whenever nothing else
-    was written for `seconds`, so that a slow run can be told from a dead one."""
+    was written for `seconds`, so that readers can distinguish a slow run from a dead one."""
 
     def __init__(self, file: EventFile, seconds: float = HEARTBEAT_SECONDS) -> None:
         self._file = file

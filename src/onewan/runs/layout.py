@@ -75,7 +75,7 @@ class RunLayout:
     ) -> Path:
         """The exported weights of one expert after `step` steps.
 
-        `suffix` is the expert's `file_suffix`; `fmt` is given where several formats are asked for.
+        `suffix` is the expert's `file_suffix`; `fmt` is set if the run exports several formats.
         """
         return self.weights_dir / f"{step_name(step)}{suffix}{f'_{fmt}' if fmt else ''}{ext}"
 
