@@ -31,7 +31,7 @@ from diffusers import WanTransformer3DModel
 
 from onewan.formats.key_maps import to_official
 from onewan.formats.modelspec import model_spec
-from onewan.formats.write import Lazy, write_safetensors
+from onewan.formats.write import LazyTensor, write_safetensors
 from onewan.variants import VARIANTS
 
 MEMORY_LIMIT = 1e9
@@ -77,7 +77,7 @@ def write_source(path: Path, gigabytes: float) -> tuple[int, int]:
         return numbers.bfloat16().repeat(-(-count // len(numbers)))[:count].reshape(shape)
 
     tensors = {
-        name: Lazy(shape, torch.bfloat16, lambda shape=shape: weight(shape))
+        name: LazyTensor(shape, torch.bfloat16, lambda shape=shape: weight(shape))
         for name, shape in architecture(blocks).items()
     }
     write_safetensors(path, tensors, model_spec("wan_2_2", datetime.now(timezone.utc)))

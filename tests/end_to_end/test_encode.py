@@ -25,7 +25,7 @@ from onewan.data.encode import no_progress
 from onewan.data.masks import Mask, latent_mask
 from onewan.errors import DataError
 from onewan.media import write_video
-from onewan.model.sources import Component
+from onewan.model.sources import PipelineComponent
 from onewan.train.setup import WanModelSetup
 from onewan.variants import VARIANTS
 
@@ -300,10 +300,10 @@ def test_caption_dropout_encodes_the_empty_caption(run_file: RunFile, own: Path)
 def test_no_caption_is_encoded_if_the_training_step_encodes_them(
     run_file: RunFile, own: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded: list[Component] = []
+    loaded: list[PipelineComponent] = []
     load = WanModelSetup.load_encoders
 
-    def watched(setup: WanModelSetup, components: Collection[Component]):
+    def watched(setup: WanModelSetup, components: Collection[PipelineComponent]):
         loaded.extend(components)
         return load(setup, components)
 

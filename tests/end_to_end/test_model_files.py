@@ -9,7 +9,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file
-from support.rewritten import as_gguf, fp8, shards, single, spiece, text_encoder
+from support.other_program_files import as_gguf, fp8, shards, single, spiece, text_encoder
 from support.runs import RunFile, recorder
 
 from onewan.config.load import dump_run, load_run
@@ -36,7 +36,7 @@ def files(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 
 @pytest.mark.parametrize("quantized", ["keep", "dequantize"])
-def test_a_lora_trains_on_quantised_files(
+def test_a_lora_trains_on_quantized_files(
     run_file: RunFile, files: dict[str, Path], tmp_path: Path, quantized: str
 ) -> None:
     components = [f"model.{name}={path}" for name, path in files.items()]

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from onewan.errors import CheckpointError
 from onewan.formats.backends import TensorInfo
 from onewan.formats.container import open_tensors
-from onewan.formats.weights import recognise
-from onewan.formats.write import Lazy, write_safetensors
+from onewan.formats.weights import open_component
+from onewan.formats.write import LazyTensor, write_safetensors
 
 TENSORS = {
     "patch_embedding.weight": torch.randn(8, 16, 1, 2, 2),
@@ -70,7 +70,7 @@ def test_safetensors(tmp_path):
     path = tmp_path / "any.bin"  # the extension decides nothing
     save_file(TENSORS, path, {"a": "b"})
     file = open_tensors(path)
-    assert (file.kind, file.metadata, file.files) == ("safetensors", {"a": "b"}, (path,))
+    assert (file.container, file.metadata, file.files) == ("safetensors", {"a": "b"}, (path,))
     assert file.tensors["fp8"] == TensorInfo((4, 4), "F8_E4M3")
     assert file.tensors["scalar"] == TensorInfo((), "F32")
     for name, tensor in TENSORS.items():
@@ -87,7 +87,7 @@ def test_pickle(tmp_path, zipped):
     tensors = {n: t for n, t in TENSORS.items() if zipped or n != "fp8"}  # older than fp8
     torch.save(tensors, path, _use_new_zipfile_serialization=zipped)
     file = open_tensors(path)
-    assert file.kind == "pickle"
+    assert file.container == "pickle"
     expected = {
         "patch_embedding.weight": ((8, 16, 1, 2, 2), "F32"),
         "blocks.0.self_attn.q.weight": ((8, 8), "BF16"),
@@ -104,13 +104,13 @@ def test_pickle(tmp_path, zipped):
 
 def test_gguf(tmp_path):
     file = open_tensors(write_gguf(tmp_path / "a.gguf"))
-    assert file.kind == "gguf" and file.metadata["general.name"] == "tiny"
+    assert file.container == "gguf" and file.metadata["general.name"] == "tiny"
     assert file.tensors == {
         "packed": TensorInfo((4, 64), "Q8_0"),
         "half": TensorInfo((4, 64), "BF16"),
         "flat": TensorInfo((2, 2, 1, 8, 8), "F32"),
     }
-    assert [n for n, i in file.tensors.items() if i.quantized] == ["packed"]
+    assert [n for n, i in file.tensors.items() if i.is_quantized] == ["packed"]
     assert file.read("packed").shape == (4, 64 // 32 * 34)
     values = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     assert torch.equal(file.read("flat"), values.reshape(2, 2, 1, 8, 8))
@@ -320,10 +320,10 @@ def _survives(path: Path) -> None:
     size = path.stat().st_size
     try:
         file = open_tensors(path)
-        assert all(i.quantized or i.elements <= size for i in file.tensors.values())
+        assert all(i.is_quantized or i.elements <= size for i in file.tensors.values())
         for name, info in file.tensors.items():
-            assert info.quantized or tuple(file.read(name).shape) == info.shape
-        recognise(file)
+            assert info.is_quantized or tuple(file.read(name).shape) == info.shape
+        open_component(file)
     except CheckpointError as error:
         message = str(error)
         assert "\n" not in message and path.name in message and len(message) < 1000
@@ -386,7 +386,7 @@ def test_one_tensor_at_a_time(tmp_path):
         made.append(weakref.ref(tensor))
         return tensor
 
-    tensors = {f"t{i}": Lazy((8,), torch.float32, make) for i in range(5)}
+    tensors = {f"t{i}": LazyTensor((8,), torch.float32, make) for i in range(5)}
     write_safetensors(tmp_path / "a.safetensors", tensors, {})
     assert len(made) == 5
 
@@ -399,7 +399,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):
-        write_safetensors(path, {"a": Lazy((8,), torch.float32, make)}, {})
+        write_safetensors(path, {"a": LazyTensor((8,), torch.float32, make)}, {})
     with pytest.raises(ValueError, match="not the planned"):
-        write_safetensors(path, {"a": Lazy((8,), torch.float32, lambda: torch.zeros(4))}, {})
+        write_safetensors(path, {"a": LazyTensor((8,), torch.float32, lambda: torch.zeros(4))}, {})
     assert path.read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 1

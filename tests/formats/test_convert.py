@@ -27,11 +27,11 @@ from onewan.checkpoint.model_files import read_model
 from onewan.checkpoint.saver import WanModelSaver
 from onewan.errors import CheckpointError
 from onewan.formats.container import open_tensors
-from onewan.formats.weights import recognise
-from onewan.formats.write import Lazy, bytes_of
+from onewan.formats.weights import open_component
+from onewan.formats.write import LazyTensor, bytes_of
 from onewan.formats.write_pth import write_pth
 from onewan.model.load import WanModelLoader
-from onewan.model.meta_init import skeleton
+from onewan.model.meta_init import module_on_meta
 from onewan.variants import VARIANTS
 
 GOLDEN = {"t2v-a14b": "t2v-A14B", "i2v-a14b": "i2v-A14B", "ti2v-5b": "ti2v-5B"}
@@ -182,19 +182,19 @@ def test_diffusers_loads_it_and_computes_the_golden_outputs(rounds, official, va
 
 def test_single_files_say_what_they_are(rounds, variant):
     for path in (rounds / "single").glob("*.safetensors"):
-        weights = recognise(path)
+        weights = open_component(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
         assert metadata["modelspec.architecture"] == "WAN-2.2"
         assert len(metadata["modelspec.hash_sha256"]) == 66
-        assert metadata["onewan.component"] == weights.part
+        assert metadata["onewan.component"] == weights.kind
         assert "/" not in metadata["onewan.source"]
-        if weights.part != "transformer":
+        if weights.kind != "transformer":
             continue
         assert metadata["onewan.variant"] == variant.name
         name = "high" if "high" in path.name else "low" if "low" in path.name else "single"
         assert metadata["onewan.expert"] == name
-        assert weights.prefix == "" and weights.naming == "official"
+        assert weights.prefix == "" and weights.key_format == "official"
     encoder = load_file(rounds / "single" / "umt5_xxl_fp32.safetensors")
     spiece = (rounds / "official/google/umt5-xxl/spiece.model").read_bytes()
     assert encoder["spiece_model"].numpy().tobytes() == spiece
@@ -213,7 +213,7 @@ def test_shards(high, tmp_path):
     index = json.loads((tmp_path / "d/diffusion_pytorch_model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(sizes)
     loaded = WanTransformer3DModel.from_pretrained(tmp_path / "d").state_dict()
-    plain = {name: recognise(high).read(name) for name in recognise(high).entries}
+    plain = {name: open_component(high).read(name) for name in open_component(high).entries}
     assert_same(
         {n: t for n, t in loaded.items() if n in plain}, {n: t.float() for n, t in plain.items()}
     )
@@ -224,8 +224,8 @@ def test_text_encoder_by_itself(t2v, tmp_path, to):
     source = t2v / "models_t5_umt5-xxl-enc-bf16.pth"
     target = {"diffusers": "t", "single": "t.safetensors", "official": "t.pth"}[to]
     written = convert_model(source, tmp_path / target, to)
-    want = recognise(source)
-    got = recognise(tmp_path / target)
+    want = open_component(source)
+    got = open_component(tmp_path / target)
     assert_same({n: got.read(n) for n in got.entries}, {n: want.read(n) for n in want.entries})
     assert any("spiece.model" in notice for notice in written.notices) == (to == "single")
     if to == "diffusers":
@@ -248,14 +248,14 @@ def bound_of_fp8(weight: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("place", ["high_noise_model", "models_t5_umt5-xxl-enc-bf16.pth"])
 def test_fp8_scaled_is_the_nearest_and_spelled_as_comfyui_reads_it(t2v, tmp_path, place):
-    source, path = recognise(t2v / place), tmp_path / "f.safetensors"
+    source, path = open_component(t2v / place), tmp_path / "f.safetensors"
     convert_model(t2v / place, path, "fp8_scaled")
     file = load_file(path)
     assert file["scaled_fp8"].shape == (0,) and file["scaled_fp8"].dtype == torch.float8_e4m3fn
-    weights = recognise(path)
-    skeleton(weights)
+    weights = open_component(path)
+    module_on_meta(weights)
     quantized = [n for n, entry in weights.entries.items() if entry.packing == "fp8"]
-    assert len(quantized) == (20 if source.part == "transformer" else 14)
+    assert len(quantized) == (20 if source.kind == "transformer" else 14)
     for name, entry in weights.entries.items():
         want, got = source.read(name).float(), weights.read(name).float()
         if name not in quantized:
@@ -293,12 +293,12 @@ def test_fp8_keeps_its_bits_and_takes_the_older_spelling(high, tmp_path):
         assert same_bits(again[name], tensor), name
 
 
-def test_quantised_weights_become_bfloat16_and_it_is_said(high, tmp_path):
+def test_quantized_weights_become_bfloat16_and_it_is_said(high, tmp_path):
     convert_model(high, tmp_path / "f.safetensors", "fp8_scaled", dtype=torch.float16)
-    packed = recognise(tmp_path / "f.safetensors")
+    packed = open_component(tmp_path / "f.safetensors")
     written = convert_model(tmp_path / "f.safetensors", tmp_path / "d", "diffusers")
     assert any("bfloat16" in notice for notice in written.notices)
-    plain = recognise(tmp_path / "d")
+    plain = open_component(tmp_path / "d")
     for name, entry in packed.entries.items():
         want = packed.read(name)
         want = want.to(torch.bfloat16) if entry.packing == "fp8" else want
@@ -308,7 +308,7 @@ def test_quantised_weights_become_bfloat16_and_it_is_said(high, tmp_path):
     convert_model(
         tmp_path / "f.safetensors", tmp_path / "x.safetensors", "single", dtype=torch.float32
     )
-    exact = recognise(tmp_path / "x.safetensors")
+    exact = open_component(tmp_path / "x.safetensors")
     assert all(torch.equal(exact.read(n), packed.read(n).float()) for n in packed.entries)
 
 
@@ -373,7 +373,7 @@ def test_float16_that_overflows_names_the_weight(high, tmp_path):
     save_file(file, tmp_path / "zero.safetensors")
     convert_model(tmp_path / "zero.safetensors", tmp_path / "f.safetensors", "fp8_scaled")
     assert load_file(tmp_path / "f.safetensors")["blocks.1.ffn.2.scale_weight"] == 1
-    assert not recognise(tmp_path / "f.safetensors").read("blocks.1.ffn.net.2.weight").any()
+    assert not open_component(tmp_path / "f.safetensors").read("blocks.1.ffn.net.2.weight").any()
 
 
 def test_what_a_layout_cannot_say_is_said(tiny_model, tmp_path):
@@ -383,12 +383,12 @@ def test_what_a_layout_cannot_say_is_said(tiny_model, tmp_path):
     written = convert_model(model / "vae", tmp_path / "v.safetensors", "single")
     assert written.notices == ()
     assert (
-        recognise(tmp_path / "v.safetensors").config["latents_mean"]
-        == (recognise(model / "vae").config["latents_mean"])
+        open_component(tmp_path / "v.safetensors").config["latents_mean"]
+        == (open_component(model / "vae").config["latents_mean"])
     )
     written = convert_model(model / "transformer", tmp_path / "t.safetensors", "single")
     assert any("heads of 32" in notice for notice in written.notices)
-    assert recognise(tmp_path / "t.safetensors").config["num_attention_heads"] == 2
+    assert open_component(tmp_path / "t.safetensors").config["num_attention_heads"] == 2
 
 
 # -------------------------------------------------------------------------------- what may go wrong
@@ -531,7 +531,7 @@ def test_pth_is_what_pytorch_reads(tmp_path):
         "deep": torch.randn(2, 1, 3, 4, 5).bfloat16(),
         "double": torch.randn(7).double(),
     }
-    lazy = {n: Lazy(tuple(t.shape), t.dtype, lambda t=t: t) for n, t in want.items()}
+    lazy = {n: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for n, t in want.items()}
     write_pth(tmp_path / "x.pth", lazy)
     for mapped in (True, False):
         assert_same(torch.load(tmp_path / "x.pth", weights_only=True, mmap=mapped), want)
@@ -548,7 +548,7 @@ def test_pth_of_more_than_four_gigabytes_has_a_long_header(tmp_path, monkeypatch
 
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)
     want = {"big": torch.randn(3000), "small": torch.randn(3)}
-    lazy = {n: Lazy(tuple(t.shape), t.dtype, lambda t=t: t) for n, t in want.items()}
+    lazy = {n: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for n, t in want.items()}
     write_pth(tmp_path / "x.pth", lazy)
     loaded = torch.load(tmp_path / "x.pth", weights_only=True, mmap=True)
     assert_same(loaded, want)
@@ -572,7 +572,7 @@ def test_a_disk_that_flips_a_bit_of_a_pth_is_found_out(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"x\.pth: reads back different.*name"):
         write_pth(
             tmp_path / "x.pth",
-            {"name": Lazy((1000,), torch.float32, lambda: torch.arange(1000.0))},
+            {"name": LazyTensor((1000,), torch.float32, lambda: torch.arange(1000.0))},
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -618,7 +618,7 @@ def test_save_merges_adapters_and_leaves_the_model_alone(tiny_model, tmp_path, k
     WanModelSaver().save(model, tmp_path / "t.safetensors", format="single")
     assert_same(dict(model.transformer.state_dict()), held)
 
-    weights = recognise(tmp_path / "t.safetensors")
+    weights = open_component(tmp_path / "t.safetensors")
     changed = 0
     for name in weights.entries:
         module = name.removesuffix(".weight")
@@ -634,7 +634,7 @@ def test_save_merges_adapters_and_leaves_the_model_alone(tiny_model, tmp_path, k
     assert changed == 9
 
 
-def test_save_of_a_quantised_model(high, tmp_path):
+def test_save_of_a_quantized_model(high, tmp_path):
     convert_model(high, tmp_path / "f.safetensors", "fp8_scaled")
     model = WanModelLoader().load({"transformer": tmp_path / "f.safetensors"}, dtype=torch.bfloat16)
     WanModelSaver().save(model, tmp_path / "again.safetensors", format="fp8_scaled")
@@ -643,5 +643,8 @@ def test_save_of_a_quantised_model(high, tmp_path):
     for name, tensor in first.items():
         assert same_bits(again[name], tensor), name
     WanModelSaver().save(model, tmp_path / "x.safetensors", format="single", dtype=torch.float32)
-    numbers, want = recognise(tmp_path / "x.safetensors"), recognise(tmp_path / "f.safetensors")
+    numbers, want = (
+        open_component(tmp_path / "x.safetensors"),
+        open_component(tmp_path / "f.safetensors"),
+    )
     assert all(torch.equal(numbers.read(n), want.read(n).float()) for n in want.entries)

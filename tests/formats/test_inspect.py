@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from onewan.checkpoint.inspect import Report, inspect
+from onewan.checkpoint.inspect import Inspection, inspect
 from onewan.checkpoint.saver import WanModelSaver
 from onewan.cli import main
 from onewan.errors import CheckpointError
 from onewan.formats.embedding import read_embedding
 from onewan.formats.key_maps import to_official, transformer_names
-from onewan.formats.weights import recognise
+from onewan.formats.weights import open_component
 from onewan.model.embedding import WanModelEmbedding
 
 
@@ -29,7 +29,7 @@ def official(folder: Path) -> dict[str, torch.Tensor]:
     return {to_official(name): tensor for name, tensor in load_file(file).items()}
 
 
-def readers(report: Report) -> dict[str, bool]:
+def readers(report: Inspection) -> dict[str, bool]:
     return {reader.program: reader.reads for reader in report.readers}
 
 
@@ -56,7 +56,7 @@ def test_a_whole_model_in_diffusers_layout(tiny_model):
     parts = {c.path.name: c for c in report.components}
     assert parts.keys() == {"transformer", "transformer_2", "vae", "text_encoder"}
     assert parts["transformer"].expert == "high" and parts["transformer_2"].expert == "low"
-    assert parts["transformer"].expert_told_by == "folder"
+    assert parts["transformer"].expert_source == "folder"
     assert all(readers(c)["diffusers"] for c in parts.values())
     assert not readers(parts["transformer"])["ComfyUI"] and not readers(parts["vae"])["ComfyUI"]
     config = json.loads((tiny_model("i2v-a14b") / "transformer" / "config.json").read_text())
@@ -91,7 +91,7 @@ def test_single_files(tmp_path, prefix, comfyui):
     save_file({prefix + n: t for n, t in wide().items()}, path, {"modelspec.title": "A title"})
     report = inspect(path)
     assert (report.kind, report.variant, report.expert) == ("transformer", "t2v-a14b", "low")
-    assert (report.expert_told_by, report.prefix, report.names) == ("name", prefix, "official")
+    assert (report.expert_source, report.prefix, report.names) == ("name", prefix, "official")
     assert readers(report)["ComfyUI"] is comfyui
     assert report.dtypes.keys() == {"F16", "F32"}
     text = "\n".join(report.lines())
@@ -105,7 +105,7 @@ def test_an_expert_that_nothing_tells(tmp_path):
     assert inspect(path).expert is None
     assert "neither its header nor its name says" in inspect(path).what
     save_file(wide(), path, {"onewan.expert": "high"})
-    assert inspect(path).expert == "high" and inspect(path).expert_told_by == "header"
+    assert inspect(path).expert == "high" and inspect(path).expert_source == "header"
 
 
 SCALED = "blocks.0.self_attn.q"
@@ -137,7 +137,7 @@ def test_fp8_scaled_as_comfyui_reads_it(tmp_path, extra, metadata, comfyui):
     path = tmp_path / "x_high_noise.safetensors"
     save_file(wide(FP8 | extra), path, metadata)
     report = inspect(path)
-    assert report.quantisation == "fp8_scaled" and not report.problems
+    assert report.quantization == "fp8_scaled" and not report.problems
     assert readers(report)["ComfyUI"] is comfyui
     assert not readers(report)["diffusers"]  # loads them without the scales: wrong weights
 
@@ -148,10 +148,10 @@ def test_quantisations_that_are_not_known_are_named(tmp_path):
     extra = {f"{SCALED}.weight_scale": ONE, f"{SCALED}.comfy_quant": note}
     save_file(wide(FP8 | extra), path)
     with pytest.raises(CheckpointError, match="quantized as nvfp4, which is not known here"):
-        recognise(path)
+        open_component(path)
     save_file(wide({f"{SCALED}.weight": torch.zeros(128, 128, dtype=torch.int8)}), path)
     with pytest.raises(CheckpointError, match="is stored as I8, a quantisation that is not known"):
-        recognise(path)
+        open_component(path)
 
 
 def test_missing_and_surplus_tensors(tmp_path):
@@ -159,9 +159,9 @@ def test_missing_and_surplus_tensors(tmp_path):
     tensors = wide({"more": torch.zeros(1)})
     del tensors["blocks.0.self_attn.k.weight"]
     save_file(tensors, path)
-    missing, surplus = inspect(path).problems
+    missing, unexpected = inspect(path).problems
     assert missing == "lacks 1 weights, such as blocks.0.attn1.to_k.weight"
-    assert surplus == "has 1 tensors that do not belong, such as more"
+    assert unexpected == "has 1 tensors that do not belong, such as more"
 
 
 def lora(

@@ -14,7 +14,7 @@ from onewan.checkpoint.merge import merge
 from onewan.checkpoint.model_files import read_model
 from onewan.errors import CheckpointError
 from onewan.formats.container import open_tensors
-from onewan.formats.weights import recognise
+from onewan.formats.weights import open_component
 
 LAYERS = ("blocks.0.self_attn.q", "blocks.1.cross_attn.o", "blocks.1.ffn.0")
 
@@ -51,8 +51,8 @@ def added(path: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def numbers(path: Path) -> dict[str, torch.Tensor]:
-    weights = recognise(path)
+def arrays(path: Path) -> dict[str, torch.Tensor]:
+    weights = open_component(path)
     return {name: weights.read(name) for name in weights.entries}
 
 
@@ -107,7 +107,7 @@ def test_fp8_stays_fp8_and_untouched_layers_keep_their_bits(high, tmp_path):
     assert any("quantized to fp8 anew" in notice for notice in written.notices)
     before, after = load_file(tmp_path / "f.safetensors"), load_file(tmp_path / "m.safetensors")
     assert before.keys() == after.keys()
-    base, extra = recognise(tmp_path / "f.safetensors"), added(path)
+    base, extra = open_component(tmp_path / "f.safetensors"), added(path)
     for name, entry in base.entries.items():
         layer = entry.key.removesuffix(".weight")
         if layer not in extra or not entry.key.endswith(".weight"):

@@ -16,9 +16,9 @@ from diffusers import WanTransformer3DModel
 from gguf import GGMLQuantizationType
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
-from support import rewritten
+from support import other_program_files
 from support.adapters import lora_config
-from support.rewritten import FOLDERS, Quantized, as_gguf, fp8, shards, single
+from support.other_program_files import FOLDERS, Quantized, as_gguf, fp8, shards, single
 from torch import Tensor, nn
 
 from onewan.adapters.lora import (
@@ -30,7 +30,7 @@ from onewan.adapters.lora import (
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.key_maps import t5_to_transformers, to_diffusers
-from onewan.formats.weights import recognise
+from onewan.formats.weights import open_component
 from onewan.model.forward import predict_velocity
 from onewan.model.load import WanModelLoader
 from onewan.model.quantized_linear import QuantizedLinear, _gguf_decoders, expanded
@@ -138,7 +138,7 @@ def test_vae_and_text_encoder_in_other_files(
         pixels = load_file(folder / "expected.safetensors")["vae.pixels"]
         assert torch.equal(model.encode_video(pixels), official.encode_video(pixels))
     t2v = shared / "golden" / "t2v-A14B"
-    file = single(rewritten.text_encoder(t2v), tmp_path / "umt5.safetensors")
+    file = single(other_program_files.text_encoder(t2v), tmp_path / "umt5.safetensors")
     sources = {"text_encoder": file, "tokenizer": t2v / "google" / "umt5-xxl"}
     model = WanModelLoader().load(sources, "t2v-a14b")
     for number, prompt in enumerate(PROMPTS):
@@ -167,7 +167,7 @@ def test_as_diffusers(
 
 
 @pytest.mark.parametrize("form", QUANTISED)
-def test_quantised_files(
+def test_quantized_files(
     tmp_path: Path, high: dict[str, Tensor], expected: dict[str, Tensor], form: str
 ) -> None:
     """What is computed is what the file's numbers give; what those lost is the format's loss."""
@@ -210,7 +210,7 @@ def test_scales_of_rows_and_blocks(tmp_path: Path, high: dict[str, Tensor], scal
     weights = {n: t for n, t in high.items() if n != name}
     numbers = high[name].float()
     grouped = numbers if scale == "row" else numbers.unflatten(1, (-1, 64))
-    scales = grouped.abs().amax(-1, keepdim=True) / rewritten.LARGEST
+    scales = grouped.abs().amax(-1, keepdim=True) / other_program_files.LARGEST
     packed = (grouped / scales).to(torch.float8_e4m3fn)
     weights[name] = packed.reshape(numbers.shape)
     weights["blocks.1.ffn.0.scale_weight"] = scales
@@ -261,9 +261,9 @@ def test_text_encoder_as_comfyui_has_it(
     t2v: Path, tmp_path: Path, expected: dict[str, Tensor], spelling: str, dtype: torch.dtype
 ) -> None:
     """fp8_scaled, names of transformers, the tokenizer inside."""
-    written = fp8(rewritten.text_encoder(t2v), tmp_path / "umt5.safetensors", spelling)
+    written = fp8(other_program_files.text_encoder(t2v), tmp_path / "umt5.safetensors", spelling)
     tensors = load_file(written.path)
-    single({**tensors, "spiece_model": rewritten.spiece(t2v)}, written.path)
+    single({**tensors, "spiece_model": other_program_files.spiece(t2v)}, written.path)
     sources = {"path": t2v, "text_encoder": written.path, "tokenizer": written.path}
     loader = WanModelLoader()
     for given in (sources, {"text_encoder": written.path}):
@@ -308,7 +308,7 @@ def test_tokenizer_from_the_sentencepiece_model(t2v: Path, tmp_path: Path) -> No
     without = single({"shared.weight": torch.ones(2, 2)}, tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match=r"no usable tokenizer .*set model\.tokenizer"):
         loader.load({"path": t2v, "tokenizer": without}, components=("tokenizer",))
-    bare = single(rewritten.text_encoder(t2v), tmp_path / "umt5.safetensors")
+    bare = single(other_program_files.text_encoder(t2v), tmp_path / "umt5.safetensors")
     with pytest.raises(CheckpointError, match=r"contains no tokenizer; set model\.tokenizer"):
         loader.load({"text_encoder": bare}, "t2v-a14b", components=("text_encoder", "tokenizer"))
 
@@ -500,7 +500,10 @@ def test_a_folder_of_single_files(
     single(high, folder / "b_HighNoise.safetensors")
     as_gguf(shards(t2v / "low_noise_model"), folder / "a_LowNoise_Q8_0.gguf")
     single(torch.load(t2v / "Wan2.1_VAE.pth", weights_only=True), folder / "c.safetensors")
-    text = {**rewritten.text_encoder(t2v), "spiece_model": rewritten.spiece(t2v)}
+    text = {
+        **other_program_files.text_encoder(t2v),
+        "spiece_model": other_program_files.spiece(t2v),
+    }
     single(text, folder / "d.safetensors")
     model = WanModelLoader().load(folder)
     assert model.transformer is not None and len(packed_layers(model.transformer_2)) == 20
@@ -702,8 +705,8 @@ def test_text_of_another_width(t2v: Path, tmp_path: Path) -> None:
 
 
 def test_the_t5_map_is_the_one_spelled_out(t2v: Path) -> None:
-    official = recognise(t2v / "models_t5_umt5-xxl-enc-bf16.pth")
-    renamed = rewritten.text_encoder(t2v)
+    official = open_component(t2v / "models_t5_umt5-xxl-enc-bf16.pth")
+    renamed = other_program_files.text_encoder(t2v)
     assert official.entries.keys() == renamed.keys()
     for name in torch.load(t2v / "models_t5_umt5-xxl-enc-bf16.pth", weights_only=True):
         assert t5_to_transformers(name) in renamed

@@ -12,7 +12,7 @@ from onewan.errors import CheckpointError
 from onewan.files import remove_abandoned, sync, temporary_beside
 from onewan.formats.backends import first_line
 
-Report = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """Hears (bytes written, bytes in all)."""
 
 _OF_MODELS = (
@@ -67,7 +67,7 @@ def publish(
     destination: Path,
     outputs: Sequence[Output],
     verify: Callable[[Path], None],
-    report: Report,
+    report: ProgressCallback,
 ) -> list[Path]:
     """Write `outputs` to `destination` by way of a temporary neighbour; returns the files' paths.
 

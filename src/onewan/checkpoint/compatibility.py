@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from onewan.formats.lora import LINEARS, AdapterLayout, WanShape
-from onewan.formats.weights import Weights
+from onewan.formats.weights import ComponentFile
 
 
 @dataclass(frozen=True, slots=True)
-class Reader:
+class ProgramSupport:
     """One program and this file."""
 
     program: str
@@ -24,39 +24,39 @@ class Reader:
     """What is in the way, or what it takes."""
 
 
-def readers_of_weights(weights: Weights) -> tuple[Reader, ...]:
+def programs_for_weights(weights: ComponentFile) -> tuple[ProgramSupport, ...]:
     """The programs that were tried with the weights of a model."""
     found = [_verdict("ComfyUI", _against_comfyui(weights)), _diffusers(weights)]
-    if weights.part == "transformer":
+    if weights.kind == "transformer":
         found.append(_verdict("musubi-tuner", _against_musubi(weights)))
     return (*found, _verdict("the official code", _against_official(weights)))
 
 
-def _verdict(program: str, obstacle: str | None) -> Reader:
-    return Reader(program, obstacle is None, obstacle or "")
+def _verdict(program: str, obstacle: str | None) -> ProgramSupport:
+    return ProgramSupport(program, obstacle is None, obstacle or "")
 
 
-def _single(weights: Weights) -> bool:
-    return len(weights.file.files) == 1 and weights.file.kind == "safetensors"
+def _single(weights: ComponentFile) -> bool:
+    return len(weights.file.files) == 1 and weights.file.container == "safetensors"
 
 
-def _against_comfyui(weights: Weights) -> str | None:
+def _against_comfyui(weights: ComponentFile) -> str | None:
     """What keeps ComfyUI from reading the file; None if nothing does."""
-    if weights.file.kind == "gguf":
+    if weights.file.container == "gguf":
         return "needs the nodes of ComfyUI-GGUF"
     if not _single(weights):
         return "wants one safetensors file"
-    wanted = "transformers" if weights.part == "text_encoder" else "official"
-    if weights.naming != wanted:
+    wanted = "transformers" if weights.kind == "text_encoder" else "official"
+    if weights.key_format != wanted:
         return f"wants the {wanted} names"
-    if weights.part == "transformer" and weights.prefix not in ("", "model.diffusion_model."):
+    if weights.kind == "transformer" and weights.prefix not in ("", "model.diffusion_model."):
         return f"does not know the prefix {weights.prefix}"
-    if weights.part != "transformer" and weights.prefix:
+    if weights.kind != "transformer" and weights.prefix:
         return f"wants the names without {weights.prefix}"
     return _against_comfyui_fp8(weights)
 
 
-def _against_comfyui_fp8(weights: Weights) -> str | None:
+def _against_comfyui_fp8(weights: ComponentFile) -> str | None:
     scales = [entry.scale for entry in weights.entries.values() if entry.scale]
     if not scales:
         return None
@@ -72,60 +72,66 @@ def _against_comfyui_fp8(weights: Weights) -> str | None:
     return "wants float8_e4m3fn with scale_weight" if types != {"F8_E4M3"} else None
 
 
-def _diffusers(weights: Weights) -> Reader:
+def _diffusers(weights: ComponentFile) -> ProgramSupport:
     program = "diffusers"
-    own = "transformers" if weights.part == "text_encoder" else "diffusers"
+    own = "transformers" if weights.kind == "text_encoder" else "diffusers"
     folder = weights.path.is_dir() and (weights.path / "config.json").is_file()
-    if folder and weights.naming == own and weights.quantisation == "none":
-        return Reader(program, True, "from_pretrained")
-    if weights.part == "text_encoder":
-        return Reader(program, False, "wants a folder with config.json and transformers' names")
-    if weights.quantisation.startswith("fp8"):
-        return Reader(program, False, "would drop the scales and give wrong weights")
-    if weights.path.is_dir() or weights.file.kind == "pickle":
-        return Reader(program, False, "wants its own folder, or one safetensors file")
-    if weights.part == "vae":
+    if folder and weights.key_format == own and weights.quantization == "none":
+        return ProgramSupport(program, True, "from_pretrained")
+    if weights.kind == "text_encoder":
+        return ProgramSupport(
+            program, False, "wants a folder with config.json and transformers' names"
+        )
+    if weights.quantization.startswith("fp8"):
+        return ProgramSupport(program, False, "would drop the scales and give wrong weights")
+    if weights.path.is_dir() or weights.file.container == "pickle":
+        return ProgramSupport(program, False, "wants its own folder, or one safetensors file")
+    if weights.kind == "vae":
         flat = not weights.config.get("is_residual")
-        return Reader(program, flat, "from_single_file" if flat else "can't map the Wan 2.2 VAE")
+        return ProgramSupport(
+            program, flat, "from_single_file" if flat else "can't map the Wan 2.2 VAE"
+        )
     if weights.prefix == "diffusion_model.":
-        return Reader(program, False, "does not know the prefix diffusion_model.")
-    if weights.file.kind == "gguf":
-        return Reader(
+        return ProgramSupport(program, False, "does not know the prefix diffusion_model.")
+    if weights.file.container == "gguf":
+        return ProgramSupport(
             program, True, "from_single_file with GGUFQuantizationConfig and config= of the model"
         )
-    known = weights.variant is not None and weights.variant.name == "t2v-a14b"
-    how = "from_single_file" + ("" if known else " with config= and subfolder= of the model")
-    return Reader(program, True, how)
+    is_default = weights.variant is not None and weights.variant.name == "t2v-a14b"
+    how = "from_single_file" + ("" if is_default else " with config= and subfolder= of the model")
+    return ProgramSupport(program, True, how)
 
 
-def _against_musubi(weights: Weights) -> str | None:
+def _against_musubi(weights: ComponentFile) -> str | None:
     if weights.variant is not None and weights.variant.name == "ti2v-5b":
         return "has no TI2V-5B"
-    if weights.quantisation != "none" and weights.quantisation != "fp8":
-        return f"does not read {weights.quantisation} as a base"
-    if weights.naming != "official" or not _single(weights):
+    if weights.quantization != "none" and weights.quantization != "fp8":
+        return f"does not read {weights.quantization} as a base"
+    if weights.key_format != "official" or not _single(weights):
         return "wants one safetensors file with official names"
     return None
 
 
-def _against_official(weights: Weights) -> str | None:
-    if weights.naming != "official" or weights.prefix or weights.quantisation != "none":
+def _against_official(weights: ComponentFile) -> str | None:
+    if weights.key_format != "official" or weights.prefix or weights.quantization != "none":
         return "wants its own layout; convert to official"
-    if weights.part == "transformer":
+    if weights.kind == "transformer":
         own = weights.path.is_dir() and (weights.path / "config.json").is_file()
         return None if own else "wants a folder with config.json"
-    return None if weights.file.kind == "pickle" else "wants a .pth file"
+    return None if weights.file.container == "pickle" else "wants a .pth file"
 
 
 # ----------------------------------------------------------------------------------------- adapters
 
 
-def readers_of_adapter(layout: AdapterLayout, shape: WanShape | None) -> tuple[Reader, ...]:
+def programs_for_adapter(
+    layout: AdapterLayout, shape: WanShape | None
+) -> tuple[ProgramSupport, ...]:
     """The programs that were tried with LoRAs. `shape` is that of the model, where it is known."""
-    return tuple(_adapter_readers(layout, shape))
+    return tuple(_adapter_programs(layout, shape))
 
 
-def _adapter_readers(layout: AdapterLayout, shape: WanShape | None) -> Iterator[Reader]:
+def _adapter_programs(layout: AdapterLayout, shape: WanShape | None) -> Iterator[ProgramSupport]:
     kinds = set(layout.kinds.values())
     plain = kinds == {"lora"}
     key_format = layout.key_format
@@ -147,12 +153,12 @@ def _adapter_readers(layout: AdapterLayout, shape: WanShape | None) -> Iterator[
         missing = "wants every module of every block with its alpha; convert to kohya or comfyui"
         yield _verdict("diffusers", None if plain and whole else missing)
         yield _verdict("musubi-tuner", None if plain and alphas else "wants an alpha everywhere")
-        yield Reader("DiffSynth-Studio", False, "does not know lora_unet_")
+        yield ProgramSupport("DiffSynth-Studio", False, "does not know lora_unet_")
     else:
         only = key_format == "diffusers" and kinds <= {"lora", "dora"}
         other = "does not know these names; convert to comfyui"
-        yield Reader("ComfyUI", False, other)
-        yield Reader("diffusers", only, "" if only else other)
-        yield Reader("musubi-tuner", False, other)
+        yield ProgramSupport("ComfyUI", False, other)
+        yield ProgramSupport("diffusers", only, "" if only else other)
+        yield ProgramSupport("musubi-tuner", False, other)
         bare = plain and layout.trainer == "DiffSynth-Studio"
-        yield Reader("DiffSynth-Studio", bare, "" if bare else other)
+        yield ProgramSupport("DiffSynth-Studio", bare, "" if bare else other)

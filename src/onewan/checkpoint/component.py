@@ -21,16 +21,16 @@ from transformers import UMT5EncoderModel
 
 from onewan.dtypes import dtype_name, from_safetensors_name
 from onewan.errors import CheckpointError
-from onewan.formats.configs import Part
-from onewan.formats.weights import Weights, expert_told
-from onewan.formats.write import Lazy
-from onewan.model.meta_init import skeleton, tied
+from onewan.formats.configs import ComponentKind
+from onewan.formats.weights import ComponentFile, detect_expert
+from onewan.formats.write import LazyTensor
+from onewan.model.meta_init import module_on_meta, tied
 from onewan.model.quantized_linear import QuantizedLinear
 from onewan.variants import ExpertName, Variant, variant_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Weight:
+class SourceWeight:
     """One weight. `read` gives its numbers on the CPU: in `dtype`, or as float32 where `dtype` is
     None, since the source has them quantized."""
 
@@ -40,20 +40,20 @@ class Weight:
     fp8: Callable[[], tuple[Tensor, Tensor]] | None = None
     """float8_e4m3fn [out, in] and its scale, float32 [], where the source has just these."""
 
-    def as_stored(self, name: str, dtype: torch.dtype | None) -> Lazy:
+    def as_stored(self, name: str, dtype: torch.dtype | None) -> LazyTensor:
         """The weight in `dtype`; in its own if None, as bfloat16 where it has none."""
         target = dtype or self.dtype or torch.bfloat16
-        return Lazy(self.shape, target, lambda: rounded(self.read(), target, name))
+        return LazyTensor(self.shape, target, lambda: rounded(self.read(), target, name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Component:
+class ComponentWeights:
     """The transformer, VAE or text encoder of a model, whole: every weight the class has."""
 
-    part: Part
+    kind: ComponentKind
     source: str
     """What messages call it."""
-    weights: Mapping[str, Weight]
+    weights: Mapping[str, SourceWeight]
     """By diffusers' (text encoder: transformers') names."""
     config: Mapping[str, Any]
     """What config.json of diffusers or transformers says, without paths."""
@@ -66,7 +66,7 @@ class Component:
     """What else a header should say as ``onewan.<name>``."""
 
     @property
-    def quantized(self) -> bool:
+    def is_quantized(self) -> bool:
         return any(weight.dtype is None for weight in self.weights.values())
 
     @property
@@ -95,13 +95,13 @@ def rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 # -------------------------------------------------------------------------------------- from files
 
 
-def from_file(weights: Weights) -> Component:
+def from_file(weights: ComponentFile) -> ComponentWeights:
     """What `weights` hold, checked against the class. CheckpointError lists what is missing,
-    surplus or misshapen."""
-    module = skeleton(weights)
+    unexpected or misshapen."""
+    module = module_on_meta(weights)
     key = weights.tokenizer
-    return Component(
-        part=weights.part,
+    return ComponentWeights(
+        kind=weights.kind,
         source=str(weights.path),
         weights={name: _weight(weights, name) for name in weights.entries},
         config=config_of(module),
@@ -111,21 +111,21 @@ def from_file(weights: Weights) -> Component:
     )
 
 
-def _expert(weights: Weights) -> ExpertName | None:
-    if weights.part != "transformer" or weights.variant is None:
+def _expert(weights: ComponentFile) -> ExpertName | None:
+    if weights.kind != "transformer" or weights.variant is None:
         return None
     if len(weights.variant.experts) == 1:
         return "single"
-    if told := expert_told(weights.path.absolute(), weights.file.metadata):
+    if told := detect_expert(weights.path.absolute(), weights.file.metadata):
         return told[0]
     by_folder: dict[str, ExpertName] = {"transformer": "high", "transformer_2": "low"}
     return by_folder.get(weights.path.absolute().name) if weights.path.is_dir() else None
 
 
-def _weight(weights: Weights, name: str) -> Weight:
+def _weight(weights: ComponentFile, name: str) -> SourceWeight:
     entry = weights.entries[name]
     if entry.packing == "plain":
-        return Weight(
+        return SourceWeight(
             shape=entry.info.shape,
             dtype=from_safetensors_name(entry.info.dtype),
             read=lambda: weights.read(name),
@@ -138,7 +138,7 @@ def _weight(weights: Weights, name: str) -> Weight:
         factor = torch.ones(()) if scale is None else weights.file.read(scale)
         return weights.file.read(entry.key), factor.float().reshape(())
 
-    return Weight(
+    return SourceWeight(
         shape=entry.info.shape,
         dtype=None,
         read=lambda: weights.read(name),
@@ -161,22 +161,22 @@ def config_of(module: nn.Module) -> dict[str, Any]:
 
 
 def from_module(
-    module: nn.Module, part: Part, source: str, expert: ExpertName | None = None
-) -> Component:
+    module: nn.Module, kind: ComponentKind, source: str, expert: ExpertName | None = None
+) -> ComponentWeights:
     """A module in memory. What adapters add is merged into the weights that are written; the module
     itself stays as it is."""
     config = config_of(module)
-    return Component(
-        part=part,
+    return ComponentWeights(
+        kind=kind,
         source=source,
         weights=dict(_weights_of(module)),
         config=config,
-        variant=variant_of(config, source) if part == "transformer" else None,
+        variant=variant_of(config, source) if kind == "transformer" else None,
         expert=expert,
     )
 
 
-def _weights_of(module: nn.Module) -> Iterator[tuple[str, Weight]]:
+def _weights_of(module: nn.Module) -> Iterator[tuple[str, SourceWeight]]:
     modules = dict(module.named_modules())
     adapted = [name for name, m in modules.items() if isinstance(m, BaseTunerLayer)]
     for name, parameter in module.named_parameters():
@@ -192,10 +192,10 @@ def _weights_of(module: nn.Module) -> Iterator[tuple[str, Weight]]:
             yield f"{owner}.{which}", replace(weight, read=_merged(layer, which), fp8=None)
 
 
-def _held(holder: nn.Module, which: str, parameter: Tensor) -> Weight:
+def _held(holder: nn.Module, which: str, parameter: Tensor) -> SourceWeight:
     """Weight or bias (`which`) of layer `holder`."""
     if not isinstance(holder, QuantizedLinear) or which != "weight":
-        return Weight(
+        return SourceWeight(
             shape=tuple(parameter.shape),
             dtype=parameter.dtype,
             read=lambda: parameter.detach().cpu(),
@@ -207,7 +207,7 @@ def _held(holder: nn.Module, which: str, parameter: Tensor) -> Weight:
         return parameter.detach().cpu().view(torch.float8_e4m3fn), factor
 
     one_scale = scale is None or scale.numel() == 1
-    return Weight(
+    return SourceWeight(
         shape=(holder.out_features, holder.in_features),
         dtype=None,
         read=lambda: holder.expanded_weight().detach().cpu(),

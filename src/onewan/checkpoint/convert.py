@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from diffusers import WanTransformer3DModel
 
-from onewan.checkpoint.atomic_write import Report, check_destination, publish
-from onewan.checkpoint.component import Component, config_of, from_module
+from onewan.checkpoint.atomic_write import ProgressCallback, check_destination, publish
+from onewan.checkpoint.component import ComponentWeights, config_of, from_module
 from onewan.checkpoint.layouts import (
     SHARD_BYTES,
     WEIGHTS,
@@ -30,9 +30,9 @@ from onewan.checkpoint.model_files import Model, read_model, saved_tokenizer
 from onewan.dtypes import dtype_name
 from onewan.errors import CheckpointError
 from onewan.formats.configs import HEAD_DIM
-from onewan.formats.weights import recognise
-from onewan.model.meta_init import skeleton
-from onewan.model.sources import Placed
+from onewan.formats.weights import open_component
+from onewan.model.meta_init import module_on_meta
+from onewan.model.sources import ComponentName
 from onewan.model.wan import WanModel
 from onewan.variants import Expert, ExpertName, Variant
 
@@ -41,7 +41,7 @@ FP8_REST = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
+class WriteResult:
     """What a conversion did."""
 
     files: tuple[Path, ...]
@@ -56,9 +56,9 @@ def convert_model(
     *,
     dtype: torch.dtype | None = None,
     force: bool = False,
-    report: Report = lambda _done, _total: None,
+    report: ProgressCallback = lambda _done, _total: None,
     shard_bytes: int = SHARD_BYTES,
-) -> Written:
+) -> WriteResult:
     """Write the model or component at `source` to `destination` in layout `to`.
 
     A whole model becomes a folder; a component a file or a folder, as the layout has it
@@ -70,7 +70,7 @@ def convert_model(
     the disk is too full, or a weight does not fit; nothing is changed on the disk then.
     """
     model = read_model(Path(source))
-    arrangement: dict[Placed, ModelFormat] = dict.fromkeys(model.components, to)
+    arrangement: dict[ComponentName, ModelFormat] = dict.fromkeys(model.components, to)
     return write_model(
         model,
         Path(destination),
@@ -91,7 +91,7 @@ def save_model(
     dtype: torch.dtype | None = None,
     *,
     force: bool = False,
-) -> Written:
+) -> WriteResult:
     """Write what `model` has loaded to `destination`: a folder, or, if that ends in .safetensors or
     .pth, the file of the only component.
 
@@ -100,7 +100,7 @@ def save_model(
     """
     destination = Path(destination)
     experts: dict[str, ExpertName] = {e.component: e.name for e in model.variant.experts}
-    components: dict[Placed, Component] = {}
+    components: dict[ComponentName, ComponentWeights] = {}
     for placed, part in WEIGHTS.items():
         module = getattr(model, placed)
         if module is None:
@@ -122,7 +122,7 @@ def save_model(
         whole=whole,
         tokenizer={} if model.tokenizer is None else saved_tokenizer(model.tokenizer),
     )
-    to: dict[Placed, ModelFormat] = dict.fromkeys(components, format)
+    to: dict[ComponentName, ModelFormat] = dict.fromkeys(components, format)
     return write_model(held, destination, to, format, sources=[], dtype=dtype, force=force)
 
 
@@ -136,7 +136,7 @@ def save_expert(
     source: str,
     dtype: torch.dtype | None = None,
     facts: Mapping[str, str | int | float],
-) -> Written:
+) -> WriteResult:
     """Write one expert to `destination`: a file for ``single``, a folder for ``diffusers``.
 
     Replaces what is there. `source` is what it was trained from; `facts` join the header of a file.
@@ -150,25 +150,25 @@ def save_expert(
         whole=False,
         tokenizer={},
     )
-    to: dict[Placed, ModelFormat] = {expert.component: format}
+    to: dict[ComponentName, ModelFormat] = {expert.component: format}
     return write_model(held, Path(destination), to, format, sources=[], dtype=dtype, force=True)
 
 
 def write_model(  # noqa: PLR0913  (shared by converting, saving and merging)
     model: Model,
     destination: Path,
-    arrangement: Mapping[Placed, ModelFormat],
+    arrangement: Mapping[ComponentName, ModelFormat],
     to: ModelFormat,
     *,
     sources: Sequence[Path],
     dtype: torch.dtype | None = None,
     force: bool = False,
-    report: Report = lambda _done, _total: None,
+    report: ProgressCallback = lambda _done, _total: None,
     shard_bytes: int = SHARD_BYTES,
-) -> Written:
+) -> WriteResult:
     """Write `model`, each component in the layout that `arrangement` says, what is around them as
     `to` has it. `sources` are files and folders that must not be written over."""
-    places: dict[Placed, str] = {}
+    places: dict[ComponentName, str] = {}
     notices: list[str] = []
     planned: list[Output] = []
     for placed, component in model.components.items():
@@ -193,13 +193,13 @@ def write_model(  # noqa: PLR0913  (shared by converting, saving and merging)
             notices.extend(_losses(written / place if place else written, component))
 
     files = publish(destination, planned, verify, report)
-    return Written(files=tuple(files), notices=tuple(dict.fromkeys(notices)))
+    return WriteResult(files=tuple(files), notices=tuple(dict.fromkeys(notices)))
 
 
 def _dtype(
-    model: Model, component: Component, to: ModelFormat, dtype: torch.dtype | None
+    model: Model, component: ComponentWeights, to: ModelFormat, dtype: torch.dtype | None
 ) -> torch.dtype | None:
-    if component.part == "vae":
+    if component.kind == "vae":
         if to == "fp8_scaled" and not model.whole:
             raise CheckpointError(
                 f"{component.source}: is a VAE, which is not stored as fp8_scaled; use --to single"
@@ -215,8 +215,8 @@ def _dtype(
 
 def _place(
     model: Model,
-    placed: Placed,
-    component: Component,
+    placed: ComponentName,
+    component: ComponentWeights,
     to: ModelFormat,
     dtype: torch.dtype | None,
 ) -> str:
@@ -226,7 +226,9 @@ def _place(
     return place_in_model(placed, component, model.variant, to, dtype or component.dtype)
 
 
-def _check_name(destination: Path, arrangement: Mapping[Placed, ModelFormat], folder: bool) -> None:
+def _check_name(
+    destination: Path, arrangement: Mapping[ComponentName, ModelFormat], folder: bool
+) -> None:
     """CheckpointError if the name does not say what will be under it."""
     suffix = destination.suffix
     if folder:
@@ -243,28 +245,28 @@ def _check_name(destination: Path, arrangement: Mapping[Placed, ModelFormat], fo
 
 
 def _notices(
-    component: Component, to: ModelFormat, dtype: torch.dtype | None, whole: bool
+    component: ComponentWeights, to: ModelFormat, dtype: torch.dtype | None, whole: bool
 ) -> list[str]:
     found: list[str] = []
-    if component.quantized and to != "fp8_scaled" and dtype is None:
+    if component.is_quantized and to != "fp8_scaled" and dtype is None:
         found.append(
             f"{component.source}: its quantized weights are written as bfloat16; --dtype chooses "
             "another type"
         )
     if to not in ("single", "fp8_scaled"):
-        if component.part == "text_encoder" and component.tokenizer is not None and not whole:
+        if component.kind == "text_encoder" and component.tokenizer is not None and not whole:
             found.append(
                 f"{component.source}: carries a tokenizer, which this layout has beside the text "
                 "encoder and not in it; convert the whole model folder to keep it"
             )
         return found
     heads = component.config.get("attention_head_dim", HEAD_DIM)
-    if component.part == "transformer" and heads != HEAD_DIM:
+    if component.kind == "transformer" and heads != HEAD_DIM:
         found.append(
             f"{component.source}: has heads of {heads} channels; ComfyUI takes all Wan models to "
             f"have {HEAD_DIM}, and will compute something else"
         )
-    if component.part == "text_encoder" and component.tokenizer is None:
+    if component.kind == "text_encoder" and component.tokenizer is None:
         found.append(
             f"{component.source}: comes without spiece.model, which ComfyUI needs in the file of "
             "the text encoder; convert the whole model folder to have it in"
@@ -272,12 +274,12 @@ def _notices(
     return found
 
 
-def _losses(written: Path, component: Component) -> list[str]:
+def _losses(written: Path, component: ComponentWeights) -> list[str]:
     """What a reader of the files at `written` can't know of the configuration, in words.
 
     CheckpointError if they are not the whole component.
     """
-    config = config_of(skeleton(recognise(written)))
+    config = config_of(module_on_meta(open_component(written)))
     ignored = ("architectures", "transformers_version")
     lost = [
         name

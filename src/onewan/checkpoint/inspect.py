@@ -13,20 +13,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from onewan.checkpoint.compatibility import Reader, readers_of_adapter, readers_of_weights
+from onewan.checkpoint.compatibility import (
+    ProgramSupport,
+    programs_for_adapter,
+    programs_for_weights,
+)
 from onewan.errors import CheckpointError
 from onewan.formats.container import TensorFile, open_tensors
 from onewan.formats.embedding import looks_like_embedding
 from onewan.formats.key_maps import transformer_names
 from onewan.formats.lora import AdapterLayout, WanShape, layout_of
 from onewan.formats.weights import (
-    Weights,
-    expert_told,
+    ComponentFile,
+    detect_expert,
+    foreign_model,
     looks_like_adapter,
-    recognise,
-    stranger,
+    open_component,
 )
-from onewan.model.sources import Placed, layout
+from onewan.model.sources import ComponentName, layout
 from onewan.variants import VARIANTS, ExpertName, Variant
 
 _CONTAINERS = {"safetensors": "safetensors", "gguf": "GGUF", "pickle": "PyTorch pickle"}
@@ -36,7 +40,7 @@ _LONG = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class Inspection:
     """What a file or folder is."""
 
     path: Path
@@ -47,7 +51,7 @@ class Report:
     """The same in words."""
     variant: str | None = None
     expert: ExpertName | None = None
-    expert_told_by: str | None = None
+    expert_source: str | None = None
     """``header``, ``keys``, ``folder`` or ``name``: how far it can be trusted."""
     container: str | None = None
     files: Mapping[str, int] = field(default_factory=dict[str, int])
@@ -56,17 +60,17 @@ class Report:
     """Whose names the tensors have: ``official``, ``diffusers`` or ``transformers``; a spelling of
     an adapter."""
     prefix: str = ""
-    quantisation: str | None = None
+    quantization: str | None = None
     dtypes: Mapping[str, int] = field(default_factory=dict[str, int])
     """Parameters by type."""
     parameters: int = 0
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
     adapter: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Of an adapter: kinds, ranks, alphas, modules, blocks, trainer."""
-    readers: tuple[Reader, ...] = ()
+    readers: tuple[ProgramSupport, ...] = ()
     problems: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
-    components: tuple[Report, ...] = ()
+    components: tuple[Inspection, ...] = ()
     """Of a whole model."""
 
     def as_json(self) -> dict[str, Any]:
@@ -77,13 +81,13 @@ class Report:
             "what": self.what,
             "variant": self.variant,
             "expert": self.expert,
-            "expert_told_by": self.expert_told_by,
+            "expert_source": self.expert_source,
             "container": self.container,
             "files": dict(self.files),
             "bytes": sum(self.files.values()),
             "names": self.names,
             "prefix": self.prefix,
-            "quantisation": self.quantisation,
+            "quantization": self.quantization,
             "dtypes": dict(self.dtypes),
             "parameters": self.parameters,
             "config": dict(self.config),
@@ -113,7 +117,7 @@ class Report:
             yield "names", f"{self.names}{prefix}"
         if self.parameters:
             types = ", ".join(f"{_count(n)} {dtype}" for dtype, n in self.dtypes.items())
-            stored = "" if self.quantisation in (None, "none") else f"; {self.quantisation}"
+            stored = "" if self.quantization in (None, "none") else f"; {self.quantization}"
             yield "parameters", f"{_count(self.parameters)} ({types}{stored})"
         if self.config:
             yield "built as", _architecture(self.kind, self.config)
@@ -135,7 +139,7 @@ class Report:
             yield "header", f"{name} = {_short(value)}"
 
 
-def inspect(path: Path) -> Report:
+def inspect(path: Path) -> Inspection:
     """What `path` is: a file, a folder with one component, or a folder with a whole model."""
     path = Path(path)
     try:
@@ -145,12 +149,12 @@ def inspect(path: Path) -> Report:
         return _one(path)
     except CheckpointError as error:
         text = str(error).removeprefix(f"{path}: ")
-        return Report(path=path, kind="unreadable", what=text)
+        return Inspection(path=path, kind="unreadable", what=text)
 
 
-def _model(folder: Path, places: Mapping[Placed, Path]) -> Report:
+def _model(folder: Path, places: Mapping[ComponentName, Path]) -> Inspection:
     """A whole model; the tokenizer has nothing to report."""
-    components: list[Report] = []
+    components: list[Inspection] = []
     for component, place in places.items():
         if component == "tokenizer":
             continue
@@ -177,7 +181,7 @@ def _model(folder: Path, places: Mapping[Placed, Path]) -> Report:
         own = "official layout"
     elif place.is_file():
         own = "single files"
-    return Report(
+    return Inspection(
         path=folder,
         kind="model",
         what=f"{variant.title if variant else 'a Wan model'}, {own}",
@@ -187,18 +191,18 @@ def _model(folder: Path, places: Mapping[Placed, Path]) -> Report:
     )
 
 
-def _in_place(report: Report, variant: Variant, component: Placed) -> Report:
+def _in_place(report: Inspection, variant: Variant, component: ComponentName) -> Inspection:
     """The report of an expert whose folder says which it is."""
     expert = next(e.name for e in variant.experts if e.component == component)
     what = f"transformer of {variant.title}, for the {expert}-noise expert"
-    return replace(report, expert=expert, expert_told_by="folder", what=what)
+    return replace(report, expert=expert, expert_source="folder", what=what)
 
 
-def _one(path: Path) -> Report:
+def _one(path: Path) -> Inspection:
     file = open_tensors(path)
     common: dict[str, Any] = {
         "path": path,
-        "container": file.kind,
+        "container": file.container,
         "files": {part.name: part.stat().st_size for part in file.files},
         "metadata": {n: v for n, v in file.metadata.items() if n != "format"},
         "dtypes": _dtypes(file),
@@ -210,30 +214,30 @@ def _one(path: Path) -> Report:
             return _adapter(path, file, found, common)
         architecture = found.other_architecture if found else None
         what = f"a LoRA of {architecture or 'another model'}"
-        return Report(kind="other", what=f"{what}, not of Wan 2.2", **common)
+        return Inspection(kind="other", what=f"{what}, not of Wan 2.2", **common)
     if looks_like_embedding(file):
         tokens = max((i.shape[0] for i in file.tensors.values() if len(i.shape) == 2), default=1)
-        reader = Reader("ComfyUI", "umt5xxl" in file.tensors, "embedding:NAME in a prompt")
-        return Report(
+        reader = ProgramSupport("ComfyUI", "umt5xxl" in file.tensors, "embedding:NAME in a prompt")
+        return Inspection(
             kind="embedding", what=f"embedding of {tokens} tokens", readers=(reader,), **common
         )
     try:
-        weights = recognise(file)
+        weights = open_component(file)
     except CheckpointError as error:
-        what = stranger(file)
+        what = foreign_model(file)
         said = str(error).removeprefix(f"{path}: ")
-        return Report(kind="other", what=f"{what}, not Wan 2.2" if what else said, **common)
+        return Inspection(kind="other", what=f"{what}, not Wan 2.2" if what else said, **common)
     return _weights(path, weights, common)
 
 
-def _weights(path: Path, weights: Weights, common: Mapping[str, Any]) -> Report:
+def _weights(path: Path, weights: ComponentFile, common: Mapping[str, Any]) -> Inspection:
     counted = [e.info for e in weights.entries.values()]
     dtypes: Counter[str] = Counter()
     for info in counted:
         dtypes[info.dtype] += info.elements
     expert, told_by = _expert(path, weights.variant, weights.file.metadata)
-    what = _TITLES[weights.part]
-    if weights.part == "vae":
+    what = _TITLES[weights.kind]
+    if weights.kind == "vae":
         version = "2.1" if weights.variant is None else "2.2"
         what = f"Wan {version} VAE, of {'the A14B models' if version == '2.1' else 'TI2V-5B'}"
     elif weights.variant is not None:
@@ -243,36 +247,36 @@ def _weights(path: Path, weights: Weights, common: Mapping[str, Any]) -> Report:
         elif len(weights.variant.experts) == 2:
             what += " (high or low expert: neither its header nor its name says)"
     problems = list(_incomplete(weights))
-    return Report(
-        kind=weights.part,
+    return Inspection(
+        kind=weights.kind,
         what=what,
         variant=weights.variant.name if weights.variant else None,
         expert=expert,
-        expert_told_by=told_by,
-        names=weights.naming,
+        expert_source=told_by,
+        names=weights.key_format,
         prefix=weights.prefix,
-        quantisation=weights.quantisation,
+        quantization=weights.quantization,
         config=weights.config,
-        readers=() if problems else readers_of_weights(weights),
+        readers=() if problems else programs_for_weights(weights),
         problems=tuple(problems),
         **{**common, "dtypes": dict(dtypes.most_common()), "parameters": sum(dtypes.values())},
     )
 
 
-def _incomplete(weights: Weights) -> Iterator[str]:
+def _incomplete(weights: ComponentFile) -> Iterator[str]:
     """What is missing or too many, as far as names tell (shapes are checked when it is loaded)."""
-    if weights.part == "transformer":
+    if weights.kind == "transformer":
         absent = sorted(transformer_names(weights.config["num_layers"]) - weights.entries.keys())
         if absent:
             yield f"lacks {len(absent)} weights, such as {', '.join(absent[:3])}"
-    if weights.surplus:
-        names = ", ".join(sorted(weights.surplus)[:3])
-        yield f"has {len(weights.surplus)} tensors that do not belong, such as {names}"
+    if weights.unexpected:
+        names = ", ".join(sorted(weights.unexpected)[:3])
+        yield f"has {len(weights.unexpected)} tensors that do not belong, such as {names}"
 
 
 def _adapter(
     path: Path, file: TensorFile, found: AdapterLayout, common: Mapping[str, Any]
-) -> Report:
+) -> Inspection:
     variant, shape = _trained_on(file, found)
     expert, told_by = _expert(path, variant, file.metadata)
     if len(found.experts) == 1:
@@ -293,12 +297,12 @@ def _adapter(
         problems.append(
             f"has {len(found.unknown)} keys{of_what} that do not belong, such as {names}"
         )
-    return Report(
+    return Inspection(
         kind="adapter",
         what=what,
         variant=variant.name if variant else None,
         expert=expert,
-        expert_told_by=told_by,
+        expert_source=told_by,
         names=found.key_format,
         prefix=found.prefix,
         adapter={
@@ -309,7 +313,7 @@ def _adapter(
             "blocks": _range(blocks),
             "trainer": found.trainer,
         },
-        readers=() if problems else readers_of_adapter(found, shape),
+        readers=() if problems else programs_for_adapter(found, shape),
         problems=tuple(problems),
         **common,
     )
@@ -342,7 +346,7 @@ def _by_width(shape: WanShape | None) -> str:
 def _alphas(file: TensorFile, found: AdapterLayout) -> str | None:
     keys = [parts["alpha"] for parts in found.modules.values() if "alpha" in parts]
     if keys:
-        values = [float(v.reshape(-1)[0]) for v in file.numbers(keys).values() if v.size]
+        values = [float(v.reshape(-1)[0]) for v in file.arrays(keys).values() if v.size]
         return _range(values)
     text = file.metadata.get("lora_adapter_metadata")
     try:
@@ -358,7 +362,7 @@ def _expert(
 ) -> tuple[ExpertName | None, str | None]:
     if variant is not None and len(variant.experts) == 1:
         return "single", None
-    return expert_told(path, metadata) or (None, None)
+    return detect_expert(path, metadata) or (None, None)
 
 
 # ---------------------------------------------------------------------------------------- in words

@@ -33,17 +33,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from onewan.checkpoint.component import Component, Weight, name_of
+from onewan.checkpoint.component import ComponentWeights, SourceWeight, name_of
 from onewan.dtypes import dtype_name
 from onewan.errors import CheckpointError
 from onewan.formats import key_maps
-from onewan.formats.configs import CONFIG, Part
+from onewan.formats.configs import CONFIG, ComponentKind
 from onewan.formats.modelspec import model_spec
 from onewan.formats.weights import TOKENIZER
-from onewan.formats.write import Lazy, write_safetensors
+from onewan.formats.write import LazyTensor, write_safetensors
 from onewan.formats.write_pth import write_pth
 from onewan.model.load import official_scheduler
-from onewan.model.sources import Placed
+from onewan.model.sources import ComponentName
 from onewan.variants import TEXT_LENGTH, Variant
 
 ModelFormat = Literal["diffusers", "official", "single", "fp8_scaled"]
@@ -76,7 +76,7 @@ class Output:
 
 
 def outputs(
-    component: Component,
+    component: ComponentWeights,
     to: ModelFormat,
     place: str,
     *,
@@ -87,14 +87,14 @@ def outputs(
 
     `dtype` None leaves each weight as it is (bfloat16 where the source has it quantized).
     """
-    if to == "fp8_scaled" and component.part != "vae":
-        tensors = _spelled(component, to, _fp8(component, dtype or torch.bfloat16))
+    if to == "fp8_scaled" and component.kind != "vae":
+        tensors = _renamed(component, to, _fp8(component, dtype or torch.bfloat16))
     else:
         stored = {n: w.as_stored(n, dtype) for n, w in component.weights.items()}
-        tensors = _spelled(component, to, stored)
+        tensors = _renamed(component, to, stored)
     if to == "diffusers":
         return _folder(component, place, tensors, _config(component, dtype), shard_bytes)
-    if to == "official" and component.part == "transformer":
+    if to == "official" and component.kind == "transformer":
         # Numbered and with an index even if there is one shard: that of TI2V-5B lies in the root,
         # among other files of weights.
         config = official_config(component)
@@ -104,7 +104,7 @@ def outputs(
     metadata = header(component)
     if component.tokenizer is not None:
         tokenizer = component.tokenizer()
-        tensors[TOKENIZER] = Lazy(tuple(tokenizer.shape), tokenizer.dtype, lambda: tokenizer)
+        tensors[TOKENIZER] = LazyTensor(tuple(tokenizer.shape), tokenizer.dtype, lambda: tokenizer)
     return [
         Output(
             place,
@@ -114,17 +114,17 @@ def outputs(
     ]
 
 
-def _bytes(tensors: Mapping[str, Lazy]) -> int:
+def _bytes(tensors: Mapping[str, LazyTensor]) -> int:
     return sum(tensor.bytes for tensor in tensors.values())
 
 
-def header(component: Component) -> dict[str, str]:
+def header(component: ComponentWeights) -> dict[str, str]:
     """What a single file says of itself."""
     facts = {
         **component.facts,
         "format_version": FORMAT_VERSION,
         "version": version("onewan"),
-        "component": component.part,
+        "component": component.kind,
         "source": name_of(component.source),
     }
     if component.variant is not None:
@@ -142,9 +142,11 @@ def header(component: Component) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------ tensors
 
 
-def _spelled(component: Component, to: ModelFormat, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+def _renamed(
+    component: ComponentWeights, to: ModelFormat, tensors: Mapping[str, LazyTensor]
+) -> dict[str, LazyTensor]:
     """`tensors` under the names of the layout; a scale goes with its weight."""
-    part = component.part
+    part = component.kind
     if to == "diffusers" or (part == "text_encoder" and to != "official"):
         return dict(tensors)
     by_stage = bool(component.config.get("is_residual"))
@@ -156,22 +158,24 @@ def _spelled(component: Component, to: ModelFormat, tensors: Mapping[str, Lazy])
             key_maps.to_official(name) if part == "transformer" else key_maps.t5_to_official(name)
         )
 
-    spelled: dict[str, Lazy] = {}
+    renamed: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
         if name == _MARK:
-            spelled[name] = tensor
+            renamed[name] = tensor
         elif name.endswith(".scale_weight"):
             module = official(f"{name.removesuffix('.scale_weight')}.weight")
-            spelled[f"{module.removesuffix('.weight')}.scale_weight"] = tensor
+            renamed[f"{module.removesuffix('.weight')}.scale_weight"] = tensor
         else:
-            spelled[official(name)] = tensor
-    return spelled
+            renamed[official(name)] = tensor
+    return renamed
 
 
-def _fp8(component: Component, dtype: torch.dtype) -> dict[str, Lazy]:
+def _fp8(component: ComponentWeights, dtype: torch.dtype) -> dict[str, LazyTensor]:
     """The weights with the linear layers of the blocks as fp8 and scale, the rest in `dtype`."""
-    tensors: dict[str, Lazy] = {
-        _MARK: Lazy((0,), torch.float8_e4m3fn, lambda: torch.empty(0, dtype=torch.float8_e4m3fn))
+    tensors: dict[str, LazyTensor] = {
+        _MARK: LazyTensor(
+            (0,), torch.float8_e4m3fn, lambda: torch.empty(0, dtype=torch.float8_e4m3fn)
+        )
     }
     for name, weight in component.weights.items():
         if not _LINEAR.fullmatch(name):
@@ -182,7 +186,7 @@ def _fp8(component: Component, dtype: torch.dtype) -> dict[str, Lazy]:
     return tensors
 
 
-def _fp8_pair(name: str, weight: Weight) -> tuple[Lazy, Lazy]:
+def _fp8_pair(name: str, weight: SourceWeight) -> tuple[LazyTensor, LazyTensor]:
     """(fp8 weight, its scale); as the source has them where it has just these."""
     scales: list[Tensor] = []  # each weight is read for its scale, and again to be written
 
@@ -196,7 +200,9 @@ def _fp8_pair(name: str, weight: Weight) -> tuple[Lazy, Lazy]:
             return weight.fp8()[0]
         return (weight.read().float() / scale()).to(torch.float8_e4m3fn)
 
-    return Lazy(weight.shape, torch.float8_e4m3fn, packed), Lazy((), torch.float32, scale)
+    return LazyTensor(weight.shape, torch.float8_e4m3fn, packed), LazyTensor(
+        (), torch.float32, scale
+    )
 
 
 def _scale(weight: Tensor, name: str) -> Tensor:
@@ -213,16 +219,16 @@ def _scale(weight: Tensor, name: str) -> Tensor:
 
 
 def _folder(
-    component: Component,
+    component: ComponentWeights,
     place: str,
-    tensors: Mapping[str, Lazy],
+    tensors: Mapping[str, LazyTensor],
     config: Mapping[str, Any],
     shard_bytes: int,
     numbered: bool = False,
 ) -> list[Output]:
     """config.json, the shards and their index; one shard has neither number nor index unless it is
     to be `numbered`."""
-    stem = "model" if component.part == "text_encoder" else "diffusion_pytorch_model"
+    stem = "model" if component.kind == "text_encoder" else "diffusion_pytorch_model"
     under = f"{place}/" if place else ""
     shards = _shards(tensors, shard_bytes)
     numbered = numbered or len(shards) > 1
@@ -233,7 +239,7 @@ def _folder(
     written = [_json(f"{under}config.json", config)]
     for file, shard in zip(files, shards, strict=True):
 
-        def write(path: Path, on_bytes: OnBytes, shard: dict[str, Lazy] = shard) -> None:
+        def write(path: Path, on_bytes: OnBytes, shard: dict[str, LazyTensor] = shard) -> None:
             write_safetensors(path, shard, {}, on_bytes)
 
         written.append(Output(f"{under}{file}", _bytes(shard), write))
@@ -247,9 +253,9 @@ def _folder(
     return written
 
 
-def _shards(tensors: Mapping[str, Lazy], shard_bytes: int) -> list[dict[str, Lazy]]:
+def _shards(tensors: Mapping[str, LazyTensor], shard_bytes: int) -> list[dict[str, LazyTensor]]:
     """`tensors` in their order, cut before a shard would get too large; one alone may be."""
-    shards: list[dict[str, Lazy]] = [{}]
+    shards: list[dict[str, LazyTensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
         if shards[-1] and size + tensor.bytes > shard_bytes:
@@ -278,14 +284,14 @@ def _content(place: str, content: bytes) -> Output:
     return Output(place, len(content), write)
 
 
-def _config(component: Component, dtype: torch.dtype | None) -> dict[str, Any]:
+def _config(component: ComponentWeights, dtype: torch.dtype | None) -> dict[str, Any]:
     config = dict(component.config)
-    if component.part == "text_encoder":  # transformers loads in the type that is said here
+    if component.kind == "text_encoder":  # transformers loads in the type that is said here
         config["dtype"] = dtype_name(dtype or component.dtype)
     return config
 
 
-def official_config(component: Component) -> dict[str, Any]:
+def official_config(component: ComponentWeights) -> dict[str, Any]:
     """config.json of an official transformer. ``text_dim`` and ``patch_size`` are there only where
     they are not those of every released model, as the official files have it."""
     config, variant = component.config, component.variant
@@ -313,7 +319,7 @@ def official_config(component: Component) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------ whole models
 
-WEIGHTS: Mapping[Placed, Part] = {
+WEIGHTS: Mapping[ComponentName, ComponentKind] = {
     "transformer": "transformer",
     "transformer_2": "transformer",
     "vae": "vae",
@@ -331,7 +337,11 @@ _SHORT = {
 
 
 def place_in_model(
-    placed: Placed, component: Component, variant: Variant, to: ModelFormat, dtype: torch.dtype
+    placed: ComponentName,
+    component: ComponentWeights,
+    variant: Variant,
+    to: ModelFormat,
+    dtype: torch.dtype,
 ) -> str:
     """Where a component of a whole model lies in the model's folder, as readers of the layout
     expect. `dtype` is what most of the component is stored in."""
@@ -346,9 +356,9 @@ def place_in_model(
             "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth",
         }[placed]
     short = _SHORT[dtype]
-    if component.part == "vae":
+    if component.kind == "vae":
         return "wan2.2_vae.safetensors" if single else "wan_2.1_vae.safetensors"
-    if component.part == "text_encoder":
+    if component.kind == "text_encoder":
         return f"umt5_xxl_{'fp8_e4m3fn_scaled' if to == 'fp8_scaled' else short}.safetensors"
     expert = next(e for e in variant.experts if e.component == placed)
     kind, size = _SIZES[variant.name]
@@ -359,7 +369,7 @@ def place_in_model(
 def around(
     to: ModelFormat,
     variant: Variant,
-    placed: Collection[Placed],
+    placed: Collection[ComponentName],
     tokenizer: Mapping[str, bytes],
 ) -> list[Output]:
     """What a whole model has besides weights: the pipeline's index, scheduler and tokenizer (its
@@ -375,7 +385,7 @@ def around(
 
 
 def _model_index(
-    variant: Variant, placed: Collection[Placed], tokenizer: Collection[str]
+    variant: Variant, placed: Collection[ComponentName], tokenizer: Collection[str]
 ) -> dict[str, Any]:
     image = variant.pipeline == "WanImageToVideoPipeline"
     transformer = ["diffusers", "WanTransformer3DModel"]

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from onewan.checkpoint.atomic_write import Report
-from onewan.checkpoint.component import Component, Weight
-from onewan.checkpoint.convert import Written, write_model
+from onewan.checkpoint.atomic_write import ProgressCallback
+from onewan.checkpoint.component import ComponentWeights, SourceWeight
+from onewan.checkpoint.convert import WriteResult, write_model
 from onewan.checkpoint.layouts import ModelFormat
 from onewan.checkpoint.model_files import Model, read_model
 from onewan.checkpoint.saver import expert_of
@@ -24,8 +24,8 @@ from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.container import open_tensors
 from onewan.formats.lora import layout_of
 from onewan.formats.lora_files import AdapterFile, BaseWeights, read_adapter
-from onewan.formats.weights import expert_told
-from onewan.model.sources import Placed
+from onewan.formats.weights import detect_expert
+from onewan.model.sources import ComponentName
 from onewan.variants import ExpertName
 
 
@@ -43,8 +43,8 @@ def merge(
     dtype: torch.dtype | None = None,
     force: bool = False,
     check_file_names: bool = True,
-    report: Report = lambda _done, _total: None,
-) -> Written:
+    report: ProgressCallback = lambda _done, _total: None,
+) -> WriteResult:
     """Write `base`, a model's folder or one transformer, with `loras` (path, weight) merged in.
 
     Each LoRA goes to its expert, told by its keys, its header or its name. `destination` gets the
@@ -54,7 +54,7 @@ def merge(
     experts.
     """
     model = read_model(Path(base))
-    added: dict[Placed, dict[str, list[_Added]]] = {}
+    added: dict[ComponentName, dict[str, list[_Added]]] = {}
     for path, weight in loras:
         for placed, file in _adapters(Path(path), model, check_file_names).items():
             _check(file, model.components[placed])
@@ -85,7 +85,7 @@ def merge(
         notices.append(
             f"{base}: no LoRA was given for {' and '.join(untouched)}, which stays as is"
         )
-    return Written(files=written.files, notices=(*written.notices, *notices))
+    return WriteResult(files=written.files, notices=(*written.notices, *notices))
 
 
 def base_weights(base: Path, lora: Path, expert: ExpertName | None) -> BaseWeights:
@@ -111,7 +111,7 @@ def _named(lora: Path) -> ExpertName | None:
     return layout.experts[0] if layout is not None and len(layout.experts) == 1 else None
 
 
-def _adapters(path: Path, model: Model, check_file_names: bool) -> dict[Placed, AdapterFile]:
+def _adapters(path: Path, model: Model, check_file_names: bool) -> dict[ComponentName, AdapterFile]:
     """What is in `path`, by the component of `model` that it is for."""
     file = open_tensors(path)
     layout = layout_of(file.tensors, file.metadata)
@@ -130,14 +130,14 @@ def _adapters(path: Path, model: Model, check_file_names: bool) -> dict[Placed, 
 
 def _slot(
     model: Model, lora: Path, named: ExpertName | None, check_file_names: bool = True
-) -> Placed:
+) -> ComponentName:
     """The component of `model` that `lora` is for."""
-    transformers: list[Placed] = [p for p in model.components if p.startswith("transformer")]
+    transformers: list[ComponentName] = [p for p in model.components if p.startswith("transformer")]
     if not transformers:
         raise CheckpointError(f"{model.name}: holds no transformer, and LoRAs are for one")
     metadata = open_tensors(lora).metadata
     if not model.whole:
-        told = expert_told(lora, metadata)
+        told = detect_expert(lora, metadata)
         of_lora, of_base = named or (told and told[0]), model.components[transformers[0]].expert
         if check_file_names and {of_lora, of_base} == {"high", "low"}:
             raise CheckpointError(
@@ -158,7 +158,7 @@ def _slot(
 # ------------------------------------------------------------------------------------------ weights
 
 
-def _check(file: AdapterFile, base: Component) -> None:
+def _check(file: AdapterFile, base: ComponentWeights) -> None:
     """CheckpointError if an adapter has no layer to go to, or does not fit it."""
     problems: list[str] = []
     for module, adapter in file.modules.items():
@@ -197,7 +197,7 @@ def _shape(adapter: ModuleAdapter, weight: tuple[int, ...]) -> tuple[int, ...]:
     return weight if difference is None else tuple(difference.shape)
 
 
-def _merged(component: Component, added: dict[str, list[_Added]]) -> Component:
+def _merged(component: ComponentWeights, added: dict[str, list[_Added]]) -> ComponentWeights:
     weights = dict(component.weights)
     for module, all_added in added.items():
         name = f"{module}.weight"
@@ -208,7 +208,7 @@ def _merged(component: Component, added: dict[str, list[_Added]]) -> Component:
     return replace(component, weights=weights)
 
 
-def _sum(base: Weight, added: Sequence[_Added], *, bias: bool = False) -> Weight:
+def _sum(base: SourceWeight, added: Sequence[_Added], *, bias: bool = False) -> SourceWeight:
     """`base` with everything that is `added`, made when it is read: float32."""
 
     def read() -> Tensor:
@@ -224,7 +224,7 @@ def _sum(base: Weight, added: Sequence[_Added], *, bias: bool = False) -> Weight
     return replace(base, read=read, fp8=None)
 
 
-def _arrangement(model: Model) -> tuple[dict[Placed, ModelFormat], ModelFormat]:
+def _arrangement(model: Model) -> tuple[dict[ComponentName, ModelFormat], ModelFormat]:
     """The layout of each component of the result, and of the whole."""
     arrangement = dict(model.arrangement)
     if not model.whole:
@@ -232,7 +232,7 @@ def _arrangement(model: Model) -> tuple[dict[Placed, ModelFormat], ModelFormat]:
     transformer = next((arrangement[p] for p in arrangement if p.startswith("transformer")), None)
     if transformer in ("diffusers", "official"):
         return dict.fromkeys(arrangement, transformer), transformer
-    singles: dict[Placed, ModelFormat] = {
+    singles: dict[ComponentName, ModelFormat] = {
         placed: "fp8_scaled" if form == "fp8_scaled" else "single"
         for placed, form in arrangement.items()
     }

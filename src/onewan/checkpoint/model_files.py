@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from onewan.checkpoint.component import Component, from_file
+from onewan.checkpoint.component import ComponentWeights, from_file
 from onewan.checkpoint.layouts import WEIGHTS, ModelFormat
 from onewan.errors import CheckpointError
 from onewan.formats.container import open_tensors
-from onewan.formats.weights import Weights, looks_like_adapter, recognise
-from onewan.model.sources import Placed, layout
+from onewan.formats.weights import ComponentFile, looks_like_adapter, open_component
+from onewan.model.sources import ComponentName, layout
 from onewan.model.tokenizer import tokenizer_from_sentencepiece
 from onewan.variants import ExpertName, Variant
 
@@ -30,8 +30,8 @@ class Model:
     """What a path, or a model in memory, holds."""
 
     name: str
-    components: Mapping[Placed, Component]
-    arrangement: Mapping[Placed, ModelFormat]
+    components: Mapping[ComponentName, ComponentWeights]
+    arrangement: Mapping[ComponentName, ModelFormat]
     """The layout that each component has now."""
     whole: bool
     """Whether it is a model's folder and not a component by itself."""
@@ -44,11 +44,11 @@ class Model:
         return next((c.variant for c in self.components.values() if c.variant), None)
 
     @property
-    def missing(self) -> list[Placed]:
+    def missing(self) -> list[ComponentName]:
         """The components that a whole model has and this has not."""
         variant = self.variant
         single = variant is not None and len(variant.experts) == 1
-        wanted: list[Placed] = [p for p in WEIGHTS if not (single and p == "transformer_2")]
+        wanted: list[ComponentName] = [p for p in WEIGHTS if not (single and p == "transformer_2")]
         return [placed for placed in wanted if placed not in self.components]
 
 
@@ -57,10 +57,14 @@ def read_model(path: Path) -> Model:
     wrong with it, or that its components do not belong together."""
     path = Path(path)
     found = layout(path)
-    weights: dict[Placed, Weights] = {p: recognise(found[p]) for p in WEIGHTS if p in found}
+    weights: dict[ComponentName, ComponentFile] = {
+        p: open_component(found[p]) for p in WEIGHTS if p in found
+    }
     if not weights:
         return _alone(path)
-    components: dict[Placed, Component] = {p: _component(p, held) for p, held in weights.items()}
+    components: dict[ComponentName, ComponentWeights] = {
+        p: _component(p, held) for p, held in weights.items()
+    }
     folder = found.get("tokenizer", path / "tokenizer")
     model = Model(
         name=str(path),
@@ -78,22 +82,22 @@ def holds_adapter(path: Path) -> bool:
     return path.is_file() and looks_like_adapter(open_tensors(path))
 
 
-def arrangement_of(weights: Weights) -> ModelFormat:
+def arrangement_of(weights: ComponentFile) -> ModelFormat:
     """The layout that a component has. One that nobody writes counts as a single file."""
     shards = weights.path.is_dir() or weights.path.suffix == ".json"
-    if weights.file.kind == "safetensors" and shards:
-        return "official" if weights.naming == "official" else "diffusers"
-    if weights.file.kind == "pickle" and weights.naming == "official":
-        return "single" if weights.part == "transformer" else "official"
-    return "fp8_scaled" if weights.quantisation.startswith("fp8") else "single"
+    if weights.file.container == "safetensors" and shards:
+        return "official" if weights.key_format == "official" else "diffusers"
+    if weights.file.container == "pickle" and weights.key_format == "official":
+        return "single" if weights.kind == "transformer" else "official"
+    return "fp8_scaled" if weights.quantization.startswith("fp8") else "single"
 
 
 def _alone(path: Path) -> Model:
-    weights = recognise(path)
+    weights = open_component(path)
     component = from_file(weights)
     placed = _placed(component)
-    components: dict[Placed, Component] = {placed: component}
-    arrangement: dict[Placed, ModelFormat] = {placed: arrangement_of(weights)}
+    components: dict[ComponentName, ComponentWeights] = {placed: component}
+    arrangement: dict[ComponentName, ModelFormat] = {placed: arrangement_of(weights)}
     return Model(
         name=str(path),
         components=components,
@@ -102,24 +106,24 @@ def _alone(path: Path) -> Model:
     )
 
 
-def _component(placed: Placed, weights: Weights) -> Component:
+def _component(placed: ComponentName, weights: ComponentFile) -> ComponentWeights:
     component = from_file(weights)
     expected = "transformer" if placed == "transformer_2" else placed
-    if component.part != expected:
+    if component.kind != expected:
         raise CheckpointError(
             f"{weights.path}: is where the {placed} belongs, and holds a "
-            f"{component.part.replace('_', ' ')}"
+            f"{component.kind.replace('_', ' ')}"
         )
-    if component.variant is None or component.part == "vae":
+    if component.variant is None or component.kind == "vae":
         return component
     experts: dict[str, ExpertName] = {e.component: e.name for e in component.variant.experts}
     return replace(component, expert=experts.get(placed))
 
 
-def _placed(component: Component) -> Placed:
-    if component.part == "transformer":
+def _placed(component: ComponentWeights) -> ComponentName:
+    if component.kind == "transformer":
         return "transformer_2" if component.expert == "low" else "transformer"
-    return component.part
+    return component.kind
 
 
 def _check(model: Model) -> None:
@@ -145,7 +149,7 @@ def _check(model: Model) -> None:
 # ---------------------------------------------------------------------------------------- tokenizer
 
 
-def _tokenizer(folder: Path, encoder: Component | None) -> dict[str, bytes]:
+def _tokenizer(folder: Path, encoder: ComponentWeights | None) -> dict[str, bytes]:
     """The tokenizer's files: those in `folder`, else made from what `encoder` carries."""
     if folder.is_dir():
         files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))

@@ -18,7 +18,7 @@ from types import MappingProxyType
 
 import torch
 
-from onewan.checkpoint.convert import Written, save_model
+from onewan.checkpoint.convert import WriteResult, save_model
 from onewan.checkpoint.layouts import FORMAT_VERSION, ModelFormat
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
@@ -104,7 +104,7 @@ class WanModelSaver:
         dtype: torch.dtype | None = None,
         *,
         force: bool = False,
-    ) -> Written:
+    ) -> WriteResult:
         """Write the full weights of what `model` has loaded, adapters merged in (`save_model`)."""
         return save_model(model, destination, format, dtype, force=force)
 

@@ -8,8 +8,8 @@ from typing import cast, get_args
 
 import torch
 
-from onewan.checkpoint.atomic_write import Report, check_destination
-from onewan.checkpoint.convert import Written, convert_model
+from onewan.checkpoint.atomic_write import ProgressCallback, check_destination
+from onewan.checkpoint.convert import WriteResult, convert_model
 from onewan.checkpoint.layouts import ModelFormat
 from onewan.checkpoint.merge import base_weights, merge
 from onewan.checkpoint.model_files import holds_adapter
@@ -102,11 +102,11 @@ def _convert_adapter(
     notices = convert_adapter(
         source, destination, cast(LoraFormat, to), dtype=dtype, base=weights, expert=expert
     )
-    _print(Written(files=(destination,), notices=tuple(notices)))
+    _print(WriteResult(files=(destination,), notices=tuple(notices)))
     return 0
 
 
-def _shown(run: Callable[[Report], Written]) -> int:
+def _shown(run: Callable[[ProgressCallback], WriteResult]) -> int:
     """Run with a bar, and say what was written."""
     with Progress() as progress:
         written = run(progress.advance_bytes)
@@ -114,7 +114,7 @@ def _shown(run: Callable[[Report], Written]) -> int:
     return 0
 
 
-def _print(written: Written) -> None:
+def _print(written: WriteResult) -> None:
     for notice in written.notices:
         print(f"note: {notice}")
     for file in written.files:

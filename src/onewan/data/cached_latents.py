@@ -27,7 +27,7 @@ from onewan.data.encode import (
 from onewan.data.masks import MASK_VERSION, Mask
 from onewan.data.report import ClipProblem, ClipWarning
 from onewan.errors import DataError
-from onewan.model.sources import Placed, fingerprint
+from onewan.model.sources import ComponentName, fingerprint
 from onewan.variants import Variant
 
 
@@ -40,7 +40,7 @@ class CachedLatents:
         self,
         cache: EntryCache,
         variant: Variant,
-        component_paths: Mapping[Placed, Path],
+        component_paths: Mapping[ComponentName, Path],
         text_dtype: str,
         digests: Mapping[Path, str],
     ) -> None:

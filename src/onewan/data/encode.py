@@ -14,7 +14,7 @@ from onewan.data.decode import decode
 from onewan.data.masks import Mask, as_mask_error, latent_mask
 from onewan.data.report import ClipProblem, ClipWarning
 from onewan.errors import DataError
-from onewan.model.sources import Component
+from onewan.model.sources import PipelineComponent
 from onewan.model.wan import WanModel
 from onewan.variants import Variant
 
@@ -22,7 +22,7 @@ ENCODING_VERSION = 1
 """Incremented when decoding, resizing or encoding gives other values, so that no cache entry of an
 older version is used."""
 
-LoadModel = Callable[[Collection[Component]], WanModel]
+LoadModel = Callable[[Collection[PipelineComponent]], WanModel]
 """Loads the given components of the run's model, on the device of the run."""
 
 
@@ -137,7 +137,7 @@ class OnlineEncoder:
         """Load the encoders, and decode all `clips` and masks once, so that damaged files are found
         now and not in the middle of training."""
         if clips:
-            text: tuple[Component, ...] = (
+            text: tuple[PipelineComponent, ...] = (
                 () if self._encode_text_online else ("text_encoder", "tokenizer")
             )
             self._model = self._load_model(("vae", *text))

@@ -51,7 +51,7 @@ class TensorInfo:
         return prod(self.shape)
 
     @property
-    def quantized(self) -> bool:
+    def is_quantized(self) -> bool:
         """Whether this is one of GGUF's packed types, whose bytes are not numbers."""
         return self.dtype not in BYTES_PER_ELEMENT
 
@@ -62,7 +62,7 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0][:200]
 
 
-class Part(ABC):
+class TensorFileReader(ABC):
     """One file of tensors; its header has been read."""
 
     path: Path
@@ -70,22 +70,22 @@ class Part(ABC):
     tensors: dict[str, TensorInfo]
 
     @abstractmethod
-    def read(self, name: str, stay: bool) -> Tensor:
+    def read(self, name: str, keep_mapped: bool) -> Tensor:
         """See `TensorFile.read`."""
         # A mapping counts as ours, page by page as it is touched, until its last tensor goes: to
         # pass through a file in little memory takes one for each tensor. To keep a model's thousand
         # weights takes one for all, since each is as long as the file (and numpy's hold it open).
 
-    def numbers(self, names: list[str]) -> dict[str, NDArray[Any]]:
+    def arrays(self, names: list[str]) -> dict[str, NDArray[Any]]:
         """See `TensorFile.numbers`."""
-        tensors = {name: self.read(name, stay=False) for name in names}
+        tensors = {name: self.read(name, keep_mapped=False) for name in names}
         return {
             name: (tensor.float() if tensor.is_floating_point() else tensor).numpy()
             for name, tensor in tensors.items()
         }
 
 
-class SafetensorsFile(Part):
+class SafetensorsFile(TensorFileReader):
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
         self._open: Any = None
@@ -94,25 +94,25 @@ class SafetensorsFile(Part):
                 self.metadata = dict(file.metadata() or {})
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 self.tensors = {
-                    name: TensorInfo(tuple(part.get_shape()), part.get_dtype())
-                    for name, part in slices.items()
+                    name: TensorInfo(tuple(reader.get_shape()), reader.get_dtype())
+                    for name, reader in slices.items()
                 }
         except (SafetensorError, OSError, ValueError, OverflowError) as error:
             raise CheckpointError(f"{path}: {_safetensors_fault(path, size, error)}") from error
 
-    def read(self, name: str, stay: bool) -> Tensor:
-        if not stay:
+    def read(self, name: str, keep_mapped: bool) -> Tensor:
+        if not keep_mapped:
             with safe_open(self.path, framework="pt") as file:
                 return file.get_tensor(name)
         if self._open is None:
             self._open = safe_open(self.path, framework="pt")
         return self._open.get_tensor(name)
 
-    def numbers(self, names: list[str]) -> dict[str, NDArray[Any]]:
+    def arrays(self, names: list[str]) -> dict[str, NDArray[Any]]:
         plain = [name for name in names if self.tensors[name].dtype in _NUMPY]
         with safe_open(self.path, framework="np") as file:
             found = {name: file.get_tensor(name) for name in plain}
-        return found | super().numbers([name for name in names if name not in found])
+        return found | super().arrays([name for name in names if name not in found])
 
 
 def _safetensors_fault(path: Path, size: int, error: BaseException) -> str:
@@ -152,7 +152,7 @@ def _safetensors_fault(path: Path, size: int, error: BaseException) -> str:
     return f"has a damaged header ({first_line(error)}); copy or download it again"
 
 
-class PickleFile(Part):
+class PickleFile(TensorFileReader):
     """PyTorch's own format (``.pth``, ``.pt``, ``.ckpt``): a dictionary of tensors."""
 
     def __init__(self, path: Path) -> None:
@@ -177,9 +177,9 @@ class PickleFile(Part):
                 "models do not have; give another file"
             ) from None
 
-    def read(self, name: str, stay: bool) -> Tensor:
+    def read(self, name: str, keep_mapped: bool) -> Tensor:
         tensors = self._load()
-        if stay:
+        if keep_mapped:
             self._whole = tensors
             return tensors[name]
         # Unpickling takes a while (0.03 s), so one mapping serves for a quarter of a gigabyte.
@@ -241,7 +241,7 @@ class PickleFile(Part):
                 return torch.load(file, map_location="cpu", weights_only=True)
 
 
-class GgufFile(Part):
+class GgufFile(TensorFileReader):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._bytes: Any = None
@@ -268,13 +268,13 @@ class GgufFile(Part):
             )
         return shape
 
-    def read(self, name: str, stay: bool) -> Tensor:
+    def read(self, name: str, keep_mapped: bool) -> Tensor:
         import numpy as np
         import torch
 
         offset, shape, dtype = self._places[name]
         # Copy on write: PyTorch takes no read-only arrays.
-        if stay:
+        if keep_mapped:
             if self._bytes is None:
                 self._bytes = np.memmap(self.path, dtype=np.uint8, mode="c")
             end = offset + prod(shape) * np.dtype(dtype).itemsize
@@ -283,7 +283,7 @@ class GgufFile(Part):
             data = np.memmap(self.path, dtype=dtype, mode="c", offset=offset, shape=shape)
         tensor = torch.from_numpy(data)
         info = self.tensors[name]
-        if info.quantized:
+        if info.is_quantized:
             return tensor
         if info.dtype == "BF16":  # numpy has none, so the reader gives bytes
             tensor = tensor.view(torch.bfloat16)
@@ -323,7 +323,7 @@ class GgufFile(Part):
 
 
 def _gguf_metadata(reader: GGUFReader) -> dict[str, str]:
-    """The key-value part of the header, as text; arrays as JSON."""
+    """The key-value reader of the header, as text; arrays as JSON."""
     metadata: dict[str, str] = {}
     for name, field in reader.fields.items():
         if name.startswith("GGUF."):

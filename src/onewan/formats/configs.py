@@ -17,7 +17,7 @@ from onewan.errors import CheckpointError
 from onewan.formats.container import TensorFile
 from onewan.variants import TI2V_5B_LATENTS_MEAN, TI2V_5B_LATENTS_STD
 
-Part = Literal["transformer", "vae", "text_encoder"]
+ComponentKind = Literal["transformer", "vae", "text_encoder"]
 
 CONFIG = "onewan.config"
 """Header field with the JSON of the diffusers or transformers configuration, in files that onewan
@@ -28,7 +28,7 @@ HEAD_DIM = 128
 
 
 def configuration(
-    file: TensorFile, part: Part, shapes: Mapping[str, tuple[int, ...]]
+    file: TensorFile, part: ComponentKind, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
     """Keyword arguments of the class of `part`: from a configuration if there is one, else from the
     shapes of its weights by diffusers' (text encoder: transformers') names. CheckpointError if

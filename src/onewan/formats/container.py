@@ -22,9 +22,9 @@ from safetensors import SafetensorError
 from onewan.errors import CheckpointError
 from onewan.formats.backends import (
     GgufFile,
-    Part,
     PickleFile,
     SafetensorsFile,
+    TensorFileReader,
     TensorInfo,
     first_line,
 )
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-Kind = Literal["safetensors", "gguf", "pickle"]
+ContainerFormat = Literal["safetensors", "gguf", "pickle"]
 
 _LFS = b"version https://git-lfs"
 
@@ -44,36 +44,36 @@ class TensorFile:
     Open it with `open_tensors`.
     """
 
-    def __init__(self, path: Path, kind: Kind, parts: list[Part]) -> None:
+    def __init__(self, path: Path, kind: ContainerFormat, readers: list[TensorFileReader]) -> None:
         self.path = path
-        self.kind: Kind = kind
-        self.files = tuple(part.path for part in parts)
+        self.container: ContainerFormat = kind
+        self.files = tuple(reader.path for reader in readers)
         """The files that hold the tensors, one or the shards."""
         self.metadata: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        self._homes: dict[str, Part] = {}
-        for part in parts:
-            self.metadata |= part.metadata
-            if twice := sorted(part.tensors.keys() & self.tensors.keys()):
+        self._homes: dict[str, TensorFileReader] = {}
+        for reader in readers:
+            self.metadata |= reader.metadata
+            if twice := sorted(reader.tensors.keys() & self.tensors.keys()):
                 raise CheckpointError(
-                    f"{path}: {part.path.name} and another shard both hold {twice[0]}; the folder "
-                    "mixes two checkpoints, download it again"
+                    f"{path}: {reader.path.name} and another shard both hold {twice[0]}; the "
+                    "folder mixes two checkpoints, download it again"
                 )
-            self.tensors |= part.tensors
-            self._homes |= dict.fromkeys(part.tensors, part)
+            self.tensors |= reader.tensors
+            self._homes |= dict.fromkeys(reader.tensors, reader)
 
-    def numbers(self, names: Iterable[str]) -> dict[str, NDArray[Any]]:
+    def arrays(self, names: Iterable[str]) -> dict[str, NDArray[Any]]:
         """Small tensors (alphas, notes) as arrays: one opening for all, and without torch if the
         file allows."""
         found: dict[str, NDArray[Any]] = {}
-        by_part: dict[Part, list[str]] = {}
+        by_reader: dict[TensorFileReader, list[str]] = {}
         for name in names:
-            by_part.setdefault(self._homes[name], []).append(name)
-        for part, inside in by_part.items():
-            found |= part.numbers(inside)
+            by_reader.setdefault(self._homes[name], []).append(name)
+        for reader, inside in by_reader.items():
+            found |= reader.arrays(inside)
         return found
 
-    def read(self, name: str, *, stay: bool = False) -> Tensor:
+    def read(self, name: str, *, keep_mapped: bool = False) -> Tensor:
         """The tensor as the file stores it, on the CPU, mapped from the file where that can be.
 
         A quantized GGUF tensor comes as its bytes: uint8 [rows, bytes of a row]. What is written to
@@ -81,12 +81,12 @@ class TensorFile:
         one mapping of their file; others have one each, which goes with them. KeyError for a name
         that is not there.
         """
-        part = self._homes[name]
+        reader = self._homes[name]
         try:
-            return part.read(name, stay)
+            return reader.read(name, keep_mapped)
         except (OSError, SafetensorError, RuntimeError, ValueError) as error:
             raise CheckpointError(
-                f"{part.path}: {name} can't be read ({first_line(error)}); copy or download the "
+                f"{reader.path}: {name} can't be read ({first_line(error)}); copy or download the "
                 "file again"
             ) from error
 
@@ -99,12 +99,12 @@ def open_tensors(path: Path) -> TensorFile:
             return _in_folder(path)
         if path.name.endswith(".json"):
             return _shards(path, path)
-        kind, part = _open(path)
+        kind, reader = _open(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such file; check the path") from None
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read ({first_line(error)})") from error
-    return TensorFile(path, kind, [part])
+    return TensorFile(path, kind, [reader])
 
 
 # ------------------------------------------------------------------------------------------ folders
@@ -123,8 +123,8 @@ def _in_folder(folder: Path) -> TensorFile:
         return _shards(folder, indices[0])
     files = sorted(p for s in ("safetensors", "gguf", "pth") for p in folder.glob(f"*.{s}"))
     if len(files) == 1:
-        kind, part = _open(files[0])
-        return TensorFile(folder, kind, [part])
+        kind, reader = _open(files[0])
+        return TensorFile(folder, kind, [reader])
     matches = [_SHARD.search(p.name) for p in files]
     totals = {int(m[2]) for m in matches if m}
     if files and all(matches) and len(totals) == 1:
@@ -154,18 +154,18 @@ def _shards(path: Path, index: Path) -> TensorFile:
         raise CheckpointError(
             f"{index}: is not an index of shards (no weight_map: {first_line(error)})"
         ) from error
-    parts: list[Part] = []
+    readers: list[TensorFileReader] = []
     for name in sorted(set(homes.values())):
         if Path(name).name != name or "\\" in name:
             raise CheckpointError(f"{index}: names the shard {name!r}, which is not in its folder")
         try:
-            parts.append(_open(index.parent / name)[1])
+            readers.append(_open(index.parent / name)[1])
         except FileNotFoundError:
             raise CheckpointError(
                 f"{index.parent / name}: is missing, and {index.name} lists it; the download is "
                 "incomplete"
             ) from None
-    file = TensorFile(path, "safetensors", parts)
+    file = TensorFile(path, "safetensors", readers)
     if absent := sorted(homes.keys() - file.tensors.keys()):
         raise CheckpointError(
             f"{index}: lists {len(absent)} tensors that no shard holds, such as "
@@ -182,7 +182,7 @@ def _names(paths: list[Path]) -> str:
 # ----------------------------------------------------------------------------------------- one file
 
 
-def _open(path: Path) -> tuple[Kind, Part]:
+def _open(path: Path) -> tuple[ContainerFormat, TensorFileReader]:
     """One file, by its first bytes."""
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -58,7 +58,7 @@ def read_embedding(path: Path, width: int | None = None) -> EmbeddingFile:
         raise CheckpointError(
             f"{path}: holds {found}, not the vectors of one embedding ({INPUT} or {OUTPUT})"
         )
-    vectors = file.read(names[0], stay=True)
+    vectors = file.read(names[0], keep_mapped=True)
     if vectors.ndim == 1:
         vectors = vectors[None]
     if vectors.ndim != 2 or not len(vectors) or (width and vectors.shape[1] != width):

@@ -44,7 +44,7 @@ from onewan.formats.lora import (
     module_key,
 )
 from onewan.formats.peft import PeftSettings, as_peft_alpha, default_and_patterns, from_peft
-from onewan.formats.write import Lazy
+from onewan.formats.write import LazyTensor
 from onewan.variants import ExpertName
 
 PEFT_SETTINGS = "lora_adapter_metadata"
@@ -131,7 +131,7 @@ def parse_adapter(
 class FormattedAdapter:
     """An adapter in one key format, ready to be written."""
 
-    tensors: dict[str, Tensor | Lazy]
+    tensors: dict[str, Tensor | LazyTensor]
     metadata: dict[str, str]
     """Required by the format: PEFT's settings for diffusers."""
     notices: list[str]
@@ -157,7 +157,7 @@ def to_format(
     as_difference = {
         m: a for m, a in modules.items() if format != "diffusers" and _is_not_expressible(a)
     }
-    tensors: dict[str, Tensor | Lazy] = {}
+    tensors: dict[str, Tensor | LazyTensor] = {}
     for module, adapter in modules.items():
         start = module_key(module, format)
         native = replace(adapter, tensors={}) if module in as_difference else adapter
@@ -345,7 +345,7 @@ def _written_alpha(adapter: ModuleAdapter, format: KeyFormat) -> float | None:
 
 def _difference(
     module: str, adapter: ModuleAdapter, dtype: torch.dtype | None, base: BaseWeights | None
-) -> Lazy:
+) -> LazyTensor:
     """The difference that the adapter makes to its weight, computed when it is written."""
     if base is None:
         raise CheckpointError(
@@ -360,13 +360,13 @@ def _difference(
         assert added is not None
         return stored(name, added, kept)
 
-    return Lazy(tuple(base(name).shape), kept, make)
+    return LazyTensor(tuple(base(name).shape), kept, make)
 
 
 def _notices(
     modules: Mapping[str, ModuleAdapter],
     as_difference: Mapping[str, ModuleAdapter],
-    tensors: Mapping[str, Tensor | Lazy],
+    tensors: Mapping[str, Tensor | LazyTensor],
     format: KeyFormat,
 ) -> list[str]:
     """Notices for the user about the file and the programs that read it."""

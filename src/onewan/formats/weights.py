@@ -1,9 +1,9 @@
 """What a file of weights is, and its weights under one set of names, however it stores them.
 
-`recognise` tells component, naming, prefix, variant and widths from names and shapes, reading
-headers alone and without torch; file names decide nothing. `Weights.read` hands out each weight as
-numbers: fp8 times its scale, GGUF expanded by the reference decoder. Those are the file's numbers,
-computed in float32 before anything is rounded to another type.
+`open_component` detects component, key format, prefix, variant and widths from names and shapes. It
+reads headers only, without torch, and ignores file names. `ComponentFile.read` returns the values
+of a weight: fp8 times its scale, GGUF expanded by the reference decoder, computed in float32 before
+anything is rounded to another type.
 
 =============  ===========================================  ======================================
 component      names it comes under                         prefixes
@@ -34,7 +34,7 @@ from onewan.dtypes import FP8
 from onewan.errors import CheckpointError
 from onewan.formats import key_maps
 from onewan.formats.backends import TensorInfo
-from onewan.formats.configs import Part, configuration
+from onewan.formats.configs import ComponentKind, configuration
 from onewan.formats.container import TensorFile, open_tensors
 from onewan.variants import (
     VARIANTS,
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Naming = Literal["official", "diffusers", "transformers"]
+KeyFormat = Literal["official", "diffusers", "transformers"]
 Packing = Literal["plain", "fp8", "gguf"]
 
 TOKENIZER = "spiece_model"
@@ -68,22 +68,22 @@ class StoredWeight:
 
     @property
     def packing(self) -> Packing:
-        if self.info.quantized:
+        if self.info.is_quantized:
             return "gguf"
         return "fp8" if self.info.dtype in FP8 else "plain"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weights:
-    """The weights of one component in one file or folder; made by `recognise`."""
+class ComponentFile:
+    """The weights of one component in one file or folder; made by `open_component`."""
 
     file: TensorFile
-    part: Part
-    naming: Naming
+    kind: ComponentKind
+    key_format: KeyFormat
     prefix: str
     entries: Mapping[str, StoredWeight]
     """By diffusers' (text encoder: transformers') names."""
-    surplus: tuple[str, ...]
+    unexpected: tuple[str, ...]
     """Keys of the file that belong to no Wan 2.2 component of this kind."""
     variant: Variant | None
     """Told from the channels. None for the text encoder, which all share, and for the VAE of the
@@ -98,7 +98,7 @@ class Weights:
         return self.file.path
 
     @property
-    def quantisation(self) -> str:
+    def quantization(self) -> str:
         """``none``, ``fp8_scaled``, ``fp8`` (a plain cast) or ``gguf``."""
         packings = {entry.packing for entry in self.entries.values()}
         if "gguf" in packings:
@@ -107,12 +107,14 @@ class Weights:
             return "none"
         return "fp8_scaled" if any(e.scale for e in self.entries.values()) else "fp8"
 
-    def read(self, name: str, dtype: torch.dtype | None = None, *, stay: bool = False) -> Tensor:
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, *, keep_mapped: bool = False
+    ) -> Tensor:
         """The numbers of weight `name`, on the CPU: in `dtype`, else as stored, or as float32 where
         the file has them quantized. Mapped from the file where nothing has to be computed; say then
         whether they `stay` (see `TensorFile.read`)."""
         entry = self.entries[name]
-        tensor = self.file.read(entry.key, stay=stay)
+        tensor = self.file.read(entry.key, keep_mapped=keep_mapped)
         if entry.packing == "gguf":
             tensor = _expanded(tensor, entry.info)
         elif entry.packing == "fp8":
@@ -173,7 +175,7 @@ def _transformers_t5(name: str) -> str:
     return name
 
 
-_TRANSLATIONS: tuple[tuple[Part, Naming, _Translate, tuple[str, ...]], ...] = (
+_TRANSLATIONS: tuple[tuple[ComponentKind, KeyFormat, _Translate, tuple[str, ...]], ...] = (
     (
         "transformer",
         "official",
@@ -197,7 +199,7 @@ _TRANSLATIONS: tuple[tuple[Part, Naming, _Translate, tuple[str, ...]], ...] = (
     ),
 )
 
-_RELATIVES = (
+_RELATED_MODELS = (
     (r"(^|\.)vace_blocks\.", "a Wan VACE transformer"),
     (r"(^|\.)(face_adapter|motion_encoder|pose_patch_embedding)\.", "a Wan Animate transformer"),
     (r"(^|\.)(casual_audio_encoder|audio_injector|cond_encoder)\.", "a Wan S2V transformer"),
@@ -210,7 +212,7 @@ _RELATIVES = (
 """Kin of Wan 2.2 that share most of its names, by what else they have. In order: Animate has the
 CLIP branch, too."""
 
-_STRANGERS = (
+_OTHER_ARCHITECTURES = (
     (r"(^|\.)double_blocks\.\d", "a Flux or HunyuanVideo model"),
     (r"(^|\.)(single_)?transformer_blocks\.\d", "a diffusers transformer of another model"),
     (r"(^|\.)joint_blocks\.\d", "a Stable Diffusion 3 model"),
@@ -234,15 +236,15 @@ def looks_like_adapter(file: TensorFile) -> bool:
     return any(_ADAPTER.search(name) for name in file.tensors)
 
 
-def stranger(file: TensorFile) -> str | None:
+def foreign_model(file: TensorFile) -> str | None:
     """What model's file this is if not Wan 2.2's, in words; None if that can't be told."""
-    for pattern, what in (*_RELATIVES, *_STRANGERS):
+    for pattern, what in (*_RELATED_MODELS, *_OTHER_ARCHITECTURES):
         if any(re.search(pattern, name) for name in file.tensors):
             return what
     return None
 
 
-def recognise(source: Path | TensorFile) -> Weights:
+def open_component(source: Path | TensorFile) -> ComponentFile:
     """What the file or folder `source` holds. CheckpointError if that is no component of Wan 2.2,
     saying what it is instead as far as it can be told."""
     file = source if isinstance(source, TensorFile) else open_tensors(source)
@@ -250,35 +252,37 @@ def recognise(source: Path | TensorFile) -> Weights:
         raise CheckpointError(
             f"{file.path}: is a LoRA or its kin, and the weights of a model are wanted"
         )
-    best: tuple[int, Part, Naming, str, dict[str, StoredWeight], list[str]] | None = None
-    for part, naming, translate, prefixes in _TRANSLATIONS:
+    best: tuple[int, ComponentKind, KeyFormat, str, dict[str, StoredWeight], list[str]] | None = (
+        None
+    )
+    for kind, key_format, translate, prefixes in _TRANSLATIONS:
         for prefix in prefixes:
-            entries, surplus = _translated(file, prefix, translate)
+            entries, unexpected = _translated(file, prefix, translate)
             if entries and (best is None or len(entries) > best[0]):
-                best = (len(entries), part, naming, prefix, entries, surplus)
+                best = (len(entries), kind, key_format, prefix, entries, unexpected)
     if best is None or best[0] < len(file.tensors) / 4:
-        what = stranger(file)
+        what = foreign_model(file)
         examples = ", ".join(sorted(file.tensors)[:3]) or "none at all"
         raise CheckpointError(
             f"{file.path}: {f'is {what}, not' if what else 'holds no weights of'} Wan 2.2"
             f" (its tensors: {examples}); give a Wan 2.2 transformer, VAE or text encoder"
         )
-    _, part, naming, prefix, entries, surplus = best
-    if surplus and part == "transformer" and (what := stranger(file)):
+    _, kind, key_format, prefix, entries, unexpected = best
+    if unexpected and kind == "transformer" and (what := foreign_model(file)):
         raise CheckpointError(f"{file.path}: is {what}; give a transformer of Wan 2.2")
-    _check_quantisation(file, entries)
+    _check_quantization(file, entries)
     shapes = {name: entry.info.shape for name, entry in entries.items()}
-    config = configuration(file, part, shapes)
-    return Weights(
+    config = configuration(file, kind, shapes)
+    return ComponentFile(
         file=file,
-        part=part,
-        naming=naming,
+        kind=kind,
+        key_format=key_format,
         prefix=prefix,
         entries=entries,
-        surplus=tuple(name for name in surplus if not name.endswith(TOKENIZER)),
-        variant=_variant(file, part, config),
+        unexpected=tuple(name for name in unexpected if not name.endswith(TOKENIZER)),
+        variant=_variant(file, kind, config),
         config=config,
-        tokenizer=next((name for name in surplus if name.endswith(TOKENIZER)), None),
+        tokenizer=next((name for name in unexpected if name.endswith(TOKENIZER)), None),
     )
 
 
@@ -287,7 +291,7 @@ def _translated(
 ) -> tuple[dict[str, StoredWeight], list[str]]:
     """Weights by our names, and the keys that are none, if the file is read this way."""
     entries: dict[str, StoredWeight] = {}
-    surplus: list[str] = []
+    unexpected: list[str] = []
     scales: dict[str, str] = {}
     for key, info in file.tensors.items():
         name = key.removeprefix(prefix)
@@ -301,14 +305,14 @@ def _translated(
                 raise KeyError(key)
             entries[translate(name)] = StoredWeight(key, info)
         except KeyError:
-            surplus.append(key)
+            unexpected.append(key)
     for name, entry in entries.items():
         if scale := scales.pop(entry.key, None):
             entries[name] = StoredWeight(entry.key, entry.info, scale)
-    return entries, [*surplus, *scales.values()]
+    return entries, [*unexpected, *scales.values()]
 
 
-def _check_quantisation(file: TensorFile, entries: Mapping[str, StoredWeight]) -> None:
+def _check_quantization(file: TensorFile, entries: Mapping[str, StoredWeight]) -> None:
     """CheckpointError if the file stores weights in a way that is not known here."""
     for entry in entries.values():
         if entry.packing == "plain" and (
@@ -336,7 +340,7 @@ def _formats_said(file: TensorFile) -> list[object]:
             said += [layer["format"] for layer in json.loads(text)["layers"].values()]
         notes = [name for name in file.tensors if name.endswith(".comfy_quant")]
         small = [n for n in notes if file.tensors[n].elements < 4096]
-        said += [json.loads(note.tobytes())["format"] for note in file.numbers(small).values()]
+        said += [json.loads(note.tobytes())["format"] for note in file.arrays(small).values()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{file.path}: its notes on quantisation are damaged ({error!r})"
@@ -347,10 +351,10 @@ def _formats_said(file: TensorFile) -> list[object]:
 # ------------------------------------------------------------------------------ variant and expert
 
 
-def _variant(file: TensorFile, part: Part, config: Mapping[str, Any]) -> Variant | None:
-    if part == "text_encoder":
+def _variant(file: TensorFile, kind: ComponentKind, config: Mapping[str, Any]) -> Variant | None:
+    if kind == "text_encoder":
         return None
-    if part == "vae":
+    if kind == "vae":
         channels = config.get("z_dim", 16)
         fitting = [v for v in VARIANTS.values() if v.latent_channels == channels]
         if not fitting:
@@ -377,7 +381,7 @@ def expert_in_name(path: Path) -> HighOrLow | None:
     return "high" if "high" in found else "low"
 
 
-def expert_told(
+def detect_expert(
     path: Path, metadata: Mapping[str, str]
 ) -> tuple[HighOrLow, Literal["header", "name"]] | None:
     """Which expert of a pair a file is for, and what says so: onewan's header, else the name."""

@@ -40,7 +40,7 @@ class _Written:
 
 
 @dataclass(frozen=True, slots=True)
-class Lazy:
+class LazyTensor:
     """A tensor that is made when its turn to be written comes."""
 
     shape: tuple[int, ...]
@@ -54,7 +54,7 @@ class Lazy:
 
 def write_safetensors(
     destination: Path,
-    tensors: Mapping[str, Tensor | Lazy],
+    tensors: Mapping[str, Tensor | LazyTensor],
     metadata: Mapping[str, str],
     on_bytes: Callable[[int], None] = lambda _count: None,
 ) -> None:
@@ -82,15 +82,15 @@ def write_safetensors(
         ) from error
 
 
-def _lazy(tensor: Tensor | Lazy) -> Lazy:
-    if isinstance(tensor, Lazy):
+def _lazy(tensor: Tensor | LazyTensor) -> LazyTensor:
+    if isinstance(tensor, LazyTensor):
         return tensor
-    return Lazy(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 def _write(
     path: Path,
-    tensors: Mapping[str, Lazy],
+    tensors: Mapping[str, LazyTensor],
     metadata: Mapping[str, str],
     on_bytes: Callable[[int], None],
 ) -> _Written:
@@ -135,7 +135,7 @@ def _header_text(header: Mapping[str, object]) -> bytes:
     return text + b" " * (-len(text) % 8)
 
 
-def planned_tensor(name: str, planned: Lazy) -> Tensor:
+def planned_tensor(name: str, planned: LazyTensor) -> Tensor:
     """The tensor, made; ValueError if it is not what was planned."""
     tensor = planned.make()
     if tuple(tensor.shape) != planned.shape or tensor.dtype != planned.dtype:
@@ -152,7 +152,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
 
 
-def _differences(path: Path, tensors: Mapping[str, Lazy], written: _Written) -> list[str]:
+def _differences(path: Path, tensors: Mapping[str, LazyTensor], written: _Written) -> list[str]:
     """In what the file differs from what was written, to the bit."""
     with safe_open(path, framework="pt") as file:
         found = set(file.keys())

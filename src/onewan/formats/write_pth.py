@@ -24,7 +24,7 @@ from onewan.errors import CheckpointError
 from onewan.files import replacing
 from onewan.formats.backends import first_line
 from onewan.formats.container import open_tensors
-from onewan.formats.write import Lazy, bytes_of, planned_tensor
+from onewan.formats.write import LazyTensor, bytes_of, planned_tensor
 
 _STORAGES = {
     torch.float64: torch.DoubleStorage,
@@ -40,7 +40,7 @@ _ALIGNMENT = 64
 
 def write_pth(
     destination: Path,
-    tensors: Mapping[str, Lazy],
+    tensors: Mapping[str, LazyTensor],
     on_bytes: Callable[[int], None] = lambda _count: None,
 ) -> None:
     """Write `tensors` as a dictionary by name to `destination`, whole or not at all.
@@ -63,7 +63,7 @@ def write_pth(
 
 
 def _write(
-    path: Path, tensors: Mapping[str, Lazy], on_bytes: Callable[[int], None]
+    path: Path, tensors: Mapping[str, LazyTensor], on_bytes: Callable[[int], None]
 ) -> dict[str, int]:
     """Write the file; returns a checksum of each tensor's bytes."""
     checksums: dict[str, int] = {}
@@ -94,12 +94,12 @@ def _add(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> No
 
 
 class _Storage:
-    def __init__(self, key: str, tensor: Lazy) -> None:
+    def __init__(self, key: str, tensor: LazyTensor) -> None:
         self.pickled = ("storage", _STORAGES[tensor.dtype], key, "cpu", prod(tensor.shape))
 
 
 class _Tensor:
-    def __init__(self, key: str, tensor: Lazy) -> None:
+    def __init__(self, key: str, tensor: LazyTensor) -> None:
         self.storage, self.shape = _Storage(key, tensor), tensor.shape
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -113,7 +113,7 @@ class _Pickler(pickle.Pickler):
         return obj.pickled if isinstance(obj, _Storage) else None
 
 
-def _index(tensors: Mapping[str, Lazy]) -> bytes:
+def _index(tensors: Mapping[str, LazyTensor]) -> bytes:
     buffer = io.BytesIO()
     entries = enumerate(tensors.items())
     _Pickler(buffer, protocol=2).dump({n: _Tensor(str(i), tensor) for i, (n, tensor) in entries})
@@ -121,7 +121,7 @@ def _index(tensors: Mapping[str, Lazy]) -> bytes:
 
 
 def _differences(
-    path: Path, tensors: Mapping[str, Lazy], checksums: Mapping[str, int]
+    path: Path, tensors: Mapping[str, LazyTensor], checksums: Mapping[str, int]
 ) -> list[str]:
     """The tensors that differ from what was written, to the bit."""
     file = open_tensors(path)

@@ -1,14 +1,13 @@
-"""`WanModelLoader`: files in any form -> `WanModel`.
+"""`WanModelLoader`: model files in any form -> `WanModel`.
 
-There is one way for all of them: `locate` says where each component lies, `recognise` what the file
-holds, `skeleton` builds the module without memory, and each tensor goes straight to its place. On
-the CPU weights that need no conversion stay mapped from the file (copy on write: training may write
-to them), so loading never holds a model twice.
+One way for all forms: `locate` says where each component lies, `open_component` what a file holds,
+`module_on_meta` builds the module without memory, and each tensor is loaded into its parameter. On
+the CPU, weights that need no conversion stay mapped from the file (copy on write, so that training
+may write to them), and loading never holds a model twice.
 
-What it takes care of, since each went wrong somewhere else: scales of fp8 weights count; the
-float32 islands stay float32; a missing or surplus weight is an error and not a random
-initialisation; the parts must belong to one another and to the variant that was asked for. It never
-runs code from a checkpoint.
+Scales of fp8 weights are applied; the float32 islands stay float32; a missing or unexpected key is
+an error and never a random initialization; the components must belong to one another and to the
+requested variant. No code from a checkpoint runs.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from torch import Tensor, nn
 from onewan.dtypes import from_safetensors_name
 from onewan.errors import CheckpointError
 from onewan.formats.configs import read_json
-from onewan.formats.weights import Weights, expert_in_name, recognise
-from onewan.model.meta_init import skeleton
+from onewan.formats.weights import ComponentFile, expert_in_name, open_component
+from onewan.model.meta_init import module_on_meta
 from onewan.model.precision import keep_float32_islands
 from onewan.model.quantized_linear import QuantizedLinear, can_stay_quantized
 from onewan.model.sources import (
     ENCODERS,
-    Component,
+    ComponentName,
     ModelSource,
-    Placed,
+    PipelineComponent,
     Sources,
     field_name,
     locate,
@@ -43,10 +42,10 @@ from onewan.model.tokenizer import load_tokenizer
 from onewan.model.wan import WanModel
 from onewan.variants import NUM_TRAIN_TIMESTEPS, VARIANTS, Variant, VariantName, variant_of
 
-Quantized = Literal["keep", "dequantize"]
+QuantizedLayers = Literal["keep", "dequantize"]
 """What becomes of linear layers that a file holds quantized: they stay so, or are expanded."""
 
-_SLOTS: Mapping[Placed, str] = {
+_SLOTS: Mapping[ComponentName, str] = {
     "transformer": "transformer",
     "transformer_2": "transformer",
     "vae": "vae",
@@ -55,7 +54,7 @@ _SLOTS: Mapping[Placed, str] = {
 """What kind of weights belongs under each name."""
 
 _BLOCKS = ("blocks.", "encoder.block.")
-"""Where linear layers may stay quantized; those outside are few and compute in float32."""
+"""Where linear layers may keep_mapped quantized; those outside are few and compute in float32."""
 
 
 class WanModelLoader:
@@ -67,9 +66,9 @@ class WanModelLoader:
         variant: VariantName | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        components: Collection[Component] | None = None,
+        components: Collection[PipelineComponent] | None = None,
         *,
-        quantized: Quantized = "keep",
+        quantized: QuantizedLayers = "keep",
         check_file_names: bool = True,
         boundary: float | None = None,
     ) -> WanModel:
@@ -80,9 +79,9 @@ class WanModelLoader:
         all of a whole model, or what was given). The transformers get `dtype` but for their float32
         islands, the text encoder gets `dtype`, and the VAE is always float32, as in the official
         code. `device` is where they all go. Linear layers that a file holds in fp8 or GGUF are kept
-        so and expanded at each use (`quantized` "keep"), or expanded now. `check_file_names`
-        refuses a low-noise file as the high-noise expert and the reverse, by their names.
-        `boundary` is the noise level between the experts, if it is not the variant's own.
+        so and expanded at each use (`quantized` "keep"), or expanded now. `check_file_names` refuses
+        a low-noise file as the high-noise expert and the reverse, by their names. `boundary` is
+        the noise level between the experts, if it is not the variant's own.
         CheckpointError names the file and what is wrong with it.
         """
         sources = locate(source, components)
@@ -94,7 +93,7 @@ class WanModelLoader:
             variant=facts, source=sources.name, dtype=dtype, notices=list(sources.notices)
         )
         if "tokenizer" in wanted:
-            model.tokenizer = load_tokenizer(sources.places["tokenizer"])
+            model.tokenizer = load_tokenizer(sources.paths["tokenizer"])
         for component in ("text_encoder", "vae", "transformer", "transformer_2"):
             weights = pieces[component].weights if component in wanted else None
             if weights is None:
@@ -129,24 +128,24 @@ class _Piece:
     """What is known of a component before a weight of it is read."""
 
     place: Path
-    part: str
+    kind: str
     config: Mapping[str, Any]
     variant: Variant | None
-    weights: Weights | None
+    weights: ComponentFile | None
     """None where only the configuration has been fetched."""
 
 
-def _piece(component: Placed, place: Path, needed: bool) -> _Piece | None:
+def _piece(component: ComponentName, place: Path, needed: bool) -> _Piece | None:
     """None for a component that is not `needed` and of which nothing can be said."""
     # Of a repository on the hub only the configuration was fetched, if that.
     fetched = not place.is_dir() or any(
         path for kind in ("safetensors", "gguf") for path in place.glob(f"*.{kind}")
     )
     if needed or fetched:
-        weights = recognise(place)
+        weights = open_component(place)
         return _Piece(
             place=place,
-            part=weights.part,
+            kind=weights.kind,
             config=weights.config,
             variant=weights.variant,
             weights=weights,
@@ -158,7 +157,7 @@ def _piece(component: Placed, place: Path, needed: bool) -> _Piece | None:
     config = {"in_channels": config.get("in_dim"), **config}  # as the official one calls it
     return _Piece(
         place=place,
-        part="transformer",
+        kind="transformer",
         config=config,
         variant=variant_of(config, str(file)),
         weights=None,
@@ -168,16 +167,16 @@ def _piece(component: Placed, place: Path, needed: bool) -> _Piece | None:
 def _examined(
     sources: Sources,
     asked: VariantName | None,
-    components: Collection[Component] | None,
+    components: Collection[PipelineComponent] | None,
     check_file_names: bool,
-) -> tuple[Variant, Mapping[Placed, _Piece]]:
+) -> tuple[Variant, Mapping[ComponentName, _Piece]]:
     """The variant, and what lies where, after checking that all of it fits together."""
-    pieces: dict[Placed, _Piece] = {}
+    pieces: dict[ComponentName, _Piece] = {}
     problems: list[str] = []
-    for component in _SLOTS.keys() & sources.places.keys():
+    for component in _SLOTS.keys() & sources.paths.keys():
         needed = components is None or component in components
         try:
-            piece = _piece(component, sources.places[component], needed)
+            piece = _piece(component, sources.paths[component], needed)
         except CheckpointError as error:
             problems.append(str(error))
         else:
@@ -186,9 +185,9 @@ def _examined(
     _refuse(problems)
     _refuse(
         f"{piece.place}: was given as {field_name(component)}, and holds a "
-        f"{piece.part.replace('_', ' ')}; give it as model.{piece.part}"
+        f"{piece.kind.replace('_', ' ')}; give it as model.{piece.kind}"
         for component, piece in pieces.items()
-        if piece.part != _SLOTS[component]
+        if piece.kind != _SLOTS[component]
     )
     variant = _variant(sources, asked, pieces)
     _refuse(_mismatches(variant, asked, pieces))
@@ -204,7 +203,7 @@ def _refuse(problems: Iterable[str]) -> None:
 
 
 def _variant(
-    sources: Sources, asked: VariantName | None, pieces: Mapping[Placed, _Piece]
+    sources: Sources, asked: VariantName | None, pieces: Mapping[ComponentName, _Piece]
 ) -> Variant:
     if asked is not None:
         return VARIANTS[asked]
@@ -218,10 +217,10 @@ def _variant(
 
 
 def _mismatches(
-    variant: Variant, asked: VariantName | None, pieces: Mapping[Placed, _Piece]
+    variant: Variant, asked: VariantName | None, pieces: Mapping[ComponentName, _Piece]
 ) -> Iterable[str]:
     """Components of another variant, or of another width, than the rest."""
-    experts: tuple[Placed, ...] = ("transformer", "transformer_2")
+    experts: tuple[ComponentName, ...] = ("transformer", "transformer_2")
     for component in experts:
         piece = pieces.get(component)
         if piece is None:
@@ -267,11 +266,14 @@ def _boundary_problems(sources: Sources, variant: Variant) -> Iterable[str]:
         )
 
 
-def _name_problems(pieces: Mapping[Placed, _Piece]) -> Iterable[str]:
+def _name_problems(pieces: Mapping[ComponentName, _Piece]) -> Iterable[str]:
     """Experts whose names say that they are the other one; one file for both."""
     override = "swap them, or set model.check_file_names to false if the name is wrong"
     places = Counter[Path]()
-    slots: tuple[tuple[Placed, str], ...] = (("transformer", "high"), ("transformer_2", "low"))
+    slots: tuple[tuple[ComponentName, str], ...] = (
+        ("transformer", "high"),
+        ("transformer_2", "low"),
+    )
     for component, noise in slots:
         piece = pieces.get(component)
         if piece is None:
@@ -295,19 +297,19 @@ def _name_problems(pieces: Mapping[Placed, _Piece]) -> Iterable[str]:
 def _wanted(
     sources: Sources,
     variant: Variant,
-    pieces: Mapping[Placed, _Piece],
-    components: Collection[Component] | None,
-) -> Collection[Component]:
+    pieces: Mapping[ComponentName, _Piece],
+    components: Collection[PipelineComponent] | None,
+) -> Collection[PipelineComponent]:
     """The components to load; CheckpointError for those that there are not."""
     if components is not None:
-        wanted: set[Component] = set(components)
+        wanted: set[PipelineComponent] = set(components)
     elif sources.whole is not None:
         wanted = {*(e.component for e in variant.experts), *ENCODERS, "scheduler"}
     else:
-        wanted = {*sources.places, "scheduler"}
+        wanted = {*sources.paths, "scheduler"}
         text = pieces["text_encoder"].weights if "text_encoder" in pieces else None
         if text is not None and text.tokenizer is None:
-            apart = sources.places["tokenizer"] != sources.places["text_encoder"]
+            apart = sources.paths["tokenizer"] != sources.paths["text_encoder"]
             wanted -= set() if apart else {"tokenizer"}
     sources.require(wanted, variant)
     return wanted
@@ -317,14 +319,14 @@ def _wanted(
 
 
 def _filled(
-    weights: Weights, dtype: torch.dtype, device: torch.device, *, keep: bool
+    weights: ComponentFile, dtype: torch.dtype, device: torch.device, *, keep: bool
 ) -> tuple[nn.Module, list[str]]:
     """The module of `weights` with all of them in place, frozen, in evaluation mode; and notices.
 
-    With `keep` the quantized linear layers of its blocks stay as they are.
+    With `keep` the quantized linear layers of its blocks keep_mapped as they are.
     """
-    module = skeleton(weights)
-    islands = _float32_islands(module, weights.part, dtype)
+    module = module_on_meta(weights)
+    islands = _float32_islands(module, weights.kind, dtype)
     expanded = Counter[str]()
     for name, entry in weights.entries.items():
         path, _, leaf = name.rpartition(".")
@@ -339,16 +341,16 @@ def _filled(
                 continue
             expanded[entry.info.dtype] += 1
         # What is converted or moved is copied, and its mapping let go at once.
-        stay = (
+        keep_mapped = (
             device.type == "cpu"
             and entry.packing == "plain"
             and from_safetensors_name(entry.info.dtype) == wanted
         )
-        _assign(owner, leaf, weights.read(name, wanted, stay=stay).to(device))
-    if weights.part == "text_encoder":
+        _assign(owner, leaf, weights.read(name, wanted, keep_mapped=keep_mapped).to(device))
+    if weights.kind == "text_encoder":
         embedding: Any = module
         embedding.encoder.embed_tokens.weight = embedding.shared.weight
-    if weights.part == "transformer":
+    if weights.kind == "transformer":
         transformer: Any = module
         keep_float32_islands(transformer)
     module.to(device)  # the buffers; and no dtype here, which would destroy the float32 islands
@@ -363,7 +365,7 @@ def _filled(
 
 
 def _float32_islands(module: Any, part: str, dtype: torch.dtype) -> set[str]:
-    """Components of the names of weights that stay float32 whatever `dtype` the others have.
+    """Components of the names of weights that keep_mapped float32 whatever `dtype` the others have.
 
     As the classes say it: diffusers keeps its islands in both halves, transformers in float16 only
     (UMT5's ``wo`` overflows there).

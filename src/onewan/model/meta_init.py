@@ -16,12 +16,12 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from onewan.errors import CheckpointError
 from onewan.formats.backends import first_line
-from onewan.formats.weights import Weights
+from onewan.formats.weights import ComponentFile
 
 
-def skeleton(weights: Weights) -> nn.Module:
+def module_on_meta(weights: ComponentFile) -> nn.Module:
     """The diffusers or transformers module for `weights`: parameters on the meta device, buffers
-    (rope tables) real. CheckpointError lists missing, surplus and misshapen weights, if any."""
+    (rope tables) real. CheckpointError lists missing, unexpected and misshapen weights, if any."""
     try:
         with init_empty_weights(include_buffers=False):
             module = _empty(weights)
@@ -38,11 +38,11 @@ def tied(name: str) -> bool:
     return name == "encoder.embed_tokens.weight"
 
 
-def _empty(weights: Weights) -> nn.Module:
+def _empty(weights: ComponentFile) -> nn.Module:
     config: dict[str, Any] = dict(weights.config)
-    if weights.part == "transformer":
+    if weights.kind == "transformer":
         module = WanTransformer3DModel.from_config(config)
-    elif weights.part == "vae":
+    elif weights.kind == "vae":
         module = AutoencoderKLWan.from_config(config)
     else:
         module = UMT5EncoderModel(UMT5Config(**config))
@@ -50,7 +50,7 @@ def _empty(weights: Weights) -> nn.Module:
     return module
 
 
-def _check(weights: Weights, module: nn.Module) -> None:
+def _check(weights: ComponentFile, module: nn.Module) -> None:
     shapes = {n: tuple(p.shape) for n, p in module.named_parameters() if not tied(n)}
     found = {n: entry.info.shape for n, entry in weights.entries.items()}
     wrong = [
@@ -60,11 +60,11 @@ def _check(weights: Weights, module: nn.Module) -> None:
     ]
     problems = [
         _listed("missing", shapes.keys() - found.keys(), ", "),
-        _listed("surplus", {*(found.keys() - shapes.keys()), *weights.surplus}, ", "),
+        _listed("surplus", {*(found.keys() - shapes.keys()), *weights.unexpected}, ", "),
         _listed("of the wrong shape", wrong, "; "),
     ]
     if any(problems):
-        kind = weights.part.replace("_", " ")
+        kind = weights.kind.replace("_", " ")
         raise CheckpointError(
             f"{weights.path}: is not a whole {kind} of Wan 2.2; "
             f"{'; '.join(p for p in problems if p)}"

@@ -1,9 +1,9 @@
 """Linear layers whose frozen weight stays in memory as the file has it: fp8 (with scales) or GGUF.
 
-Each use expands the weight to its numbers in float32, which are those of `Weights.read`, rounds
-them to the type that the product is computed in, and lets them go. The backward pass expands
-anew, so autograd keeps the packed bytes alone: 14 GB for an A14B expert in fp8 where bfloat16 takes
-29. A product therefore equals that of the expanded model, and LoRA adapters train on it unchanged.
+Each use expands the weight to float32 (the values of `ComponentFile.read`), rounds it to the type
+that the product is computed in, and frees it. The backward pass expands it again, so autograd keeps
+only the packed bytes: 14 GB for an A14B expert in fp8 where bfloat16 takes 29. A product therefore
+equals that of the expanded model, and LoRA adapters train on it unchanged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from onewan.dtypes import FP8, from_safetensors_name
-from onewan.formats.weights import StoredWeight, Weights, scaled
+from onewan.formats.weights import ComponentFile, StoredWeight, scaled
 
 
 @cache
@@ -56,7 +56,7 @@ class QuantizedLinear(nn.Linear):
     scale: Tensor | None
 
     def __init__(
-        self, weights: Weights, name: str, bias: nn.Parameter | None, device: torch.device
+        self, weights: ComponentFile, name: str, bias: nn.Parameter | None, device: torch.device
     ) -> None:
         """For weight `name` of `weights`, which `can_stay_quantized`. On the CPU the bytes
         stay in the file's mapping."""
@@ -64,7 +64,7 @@ class QuantizedLinear(nn.Linear):
         entry = weights.entries[name]
         self.out_features, self.in_features = entry.info.shape
         self.dtype_in_file = entry.info.dtype
-        stored = weights.file.read(entry.key, stay=device.type == "cpu").view(torch.int8)
+        stored = weights.file.read(entry.key, keep_mapped=device.type == "cpu").view(torch.int8)
         self.weight = nn.Parameter(stored.to(device), requires_grad=False)
         self.bias = bias
         scale = None if entry.scale is None else weights.file.read(entry.scale).float()

@@ -28,19 +28,19 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from onewan.errors import CheckpointError
 from onewan.formats.backends import first_line
-from onewan.formats.weights import Weights, expert_told, recognise
+from onewan.formats.weights import ComponentFile, detect_expert, open_component
 from onewan.variants import Variant
 
-Placed = Literal["transformer", "transformer_2", "vae", "text_encoder", "tokenizer"]
-Component: TypeAlias = Placed | Literal["scheduler"]
+ComponentName = Literal["transformer", "transformer_2", "vae", "text_encoder", "tokenizer"]
+PipelineComponent: TypeAlias = ComponentName | Literal["scheduler"]
 ModelSource: TypeAlias = str | Path | Mapping[str, str | Path]
 """A path or hub repository for everything; or one by component, under ``path`` for all others."""
 
-PLACED: tuple[Placed, ...] = get_args(Placed)
-ENCODERS: tuple[Placed, ...] = ("vae", "text_encoder", "tokenizer")
+COMPONENT_NAMES: tuple[ComponentName, ...] = get_args(ComponentName)
+ENCODERS: tuple[ComponentName, ...] = ("vae", "text_encoder", "tokenizer")
 """What turns clips and captions into entries."""
 
-_OFFICIAL: Mapping[Placed, tuple[str, ...]] = {
+_OFFICIAL: Mapping[ComponentName, tuple[str, ...]] = {
     "transformer": ("high_noise_model",),
     "transformer_2": ("low_noise_model",),
     "vae": ("Wan2.[12]_VAE.safetensors", "Wan2.[12]_VAE.pth"),
@@ -49,7 +49,7 @@ _OFFICIAL: Mapping[Placed, tuple[str, ...]] = {
 }
 _ROOT_SHARDS = "diffusion_pytorch_model*.safetensors*"
 
-_ON_THE_HUB: Mapping[Placed, tuple[str, ...]] = {
+_ON_THE_HUB: Mapping[ComponentName, tuple[str, ...]] = {
     "transformer": ("transformer/*", "high_noise_model/*", _ROOT_SHARDS),
     "transformer_2": ("transformer_2/*", "low_noise_model/*"),
     "vae": ("vae/*", *_OFFICIAL["vae"]),
@@ -65,7 +65,7 @@ class Sources:
 
     name: str
     """What was given, for messages and for the metadata of exported files."""
-    places: Mapping[Placed, Path]
+    paths: Mapping[ComponentName, Path]
     """Files and folders. A tokenizer that was not given has the place of the text encoder, whose
     file may carry it."""
     whole: Path | None = None
@@ -73,67 +73,67 @@ class Sources:
     notices: tuple[str, ...] = ()
     """What was concluded and should be known."""
 
-    def require(self, components: Collection[Component], variant: Variant) -> None:
+    def require(self, components: Collection[PipelineComponent], variant: Variant) -> None:
         """CheckpointError that names all of `components` that have no place."""
-        lacking: list[Placed] = [
-            c for c in PLACED if c in components and self.places.get(c) is None
+        lacking: list[ComponentName] = [
+            c for c in COMPONENT_NAMES if c in components and self.paths.get(c) is None
         ]
         if not lacking:
             return
         hint = ""
         if len(variant.experts) == 2 and "transformer_2" in lacking:
             alone = " (with transformer alone this is a Wan 2.1 model, or half of one)"
-            hint = (
-                f"; {variant.name} has two experts{alone if 'transformer' in self.places else ''}"
-            )
+            hint = f"; {variant.name} has two experts{alone if 'transformer' in self.paths else ''}"
         raise CheckpointError(
             f"{self.name}: has no {', '.join(lacking)}; give a path for "
             f"{' and '.join(map(field_name, lacking))}, or a whole model{hint}"
         )
 
 
-def field_name(component: Component) -> str:
+def field_name(component: PipelineComponent) -> str:
     """The field of the run file for a component, with what it means."""
     noise = {"transformer": " (high noise)", "transformer_2": " (low noise)"}
     return f"model.{component}{noise.get(component, '')}"
 
 
-def locate(source: ModelSource, components: Collection[Component] | None = None) -> Sources:
-    """The places of the components of `source`, after fetching what is needed of hub repositories.
+def locate(source: ModelSource, components: Collection[PipelineComponent] | None = None) -> Sources:
+    """The paths of the components of `source`, after fetching what is needed of hub repositories.
 
     `components` are needed (None: all); others have a place too if they lie on this machine.
     CheckpointError for a path that is not there, and for an expert that may be either.
     """
     given = dict(source) if isinstance(source, Mapping) else {"path": source}
-    if unknown := sorted(given.keys() - {"path", *PLACED}):
-        raise CheckpointError(f"model: has no {unknown[0]}; known are path, {', '.join(PLACED)}")
-    needed: set[str] = set(PLACED if components is None else components)
-    places: dict[Placed, Path] = {}
-    for component in PLACED:
+    if unknown := sorted(given.keys() - {"path", *COMPONENT_NAMES}):
+        raise CheckpointError(
+            f"model: has no {unknown[0]}; known are path, {', '.join(COMPONENT_NAMES)}"
+        )
+    needed: set[str] = set(COMPONENT_NAMES if components is None else components)
+    paths: dict[ComponentName, Path] = {}
+    for component in COMPONENT_NAMES:
         if component in given:
             value = given[component]
             if component in needed or Path(value).expanduser().exists():
-                places[component] = _of_component(value, component)
+                paths[component] = _of_component(value, component)
     whole, notices = None, ()
     if "path" in given:
-        rest: list[Placed] = [c for c in PLACED if c in needed - given.keys()]
+        rest: list[ComponentName] = [c for c in COMPONENT_NAMES if c in needed - given.keys()]
         path = _on_this_machine(given["path"], rest)
         found = layout(path)
         if found:
             whole = path
         else:
             found, notices = _alone(path)
-        places = {**{c: p for c, p in found.items() if c not in given}, **places}
-    if "text_encoder" in places:
-        places.setdefault("tokenizer", places["text_encoder"])
+        paths = {**{c: p for c, p in found.items() if c not in given}, **paths}
+    if "text_encoder" in paths:
+        paths.setdefault("tokenizer", paths["text_encoder"])
     name = given.get("path") or next(iter(given.values()), "")
-    return Sources(name=str(name), places=places, whole=whole, notices=notices)
+    return Sources(name=str(name), paths=paths, whole=whole, notices=notices)
 
 
-def layout(folder: Path) -> dict[Placed, Path]:
+def layout(folder: Path) -> dict[ComponentName, Path]:
     """The components in `folder` if that is a whole model, else none: in one of the two layouts, or
     as single files side by side, as ComfyUI's users have them."""
-    found: dict[Placed, Path] = {}
+    found: dict[ComponentName, Path] = {}
     if not folder.is_dir():
         return found
     for component, patterns in _OFFICIAL.items():
@@ -147,25 +147,25 @@ def layout(folder: Path) -> dict[Placed, Path]:
     return found if found.keys() - {"tokenizer"} else {**_singles(folder), **found}
 
 
-def _singles(folder: Path) -> dict[Placed, Path]:
+def _singles(folder: Path) -> dict[ComponentName, Path]:
     """The components of a folder with one file for each; none if it is of another kind."""
     files = sorted(p for s in ("safetensors", "gguf", "pth") for p in folder.glob(f"*.{s}"))
     shards = any(folder.glob("*.safetensors.index*.json")) or all("-of-" in p.name for p in files)
     if shards or len(files) < 2:
         return {}
-    places: dict[Placed, Path] = {}
+    paths: dict[ComponentName, Path] = {}
     for file in files:
-        component, _ = _slot(recognise(file))
-        if component in places:
+        component, _ = _slot(open_component(file))
+        if component in paths:
             raise CheckpointError(
-                f"{folder}: holds two files of the {component} ({places[component].name}, "
+                f"{folder}: holds two files of the {component} ({paths[component].name}, "
                 f"{file.name}); give the path of one"
             )
-        places[component] = file
-    return places
+        paths[component] = file
+    return paths
 
 
-def _of_component(value: str | Path, component: Placed) -> Path:
+def _of_component(value: str | Path, component: ComponentName) -> Path:
     """The place of a component that was given by itself."""
     path = _on_this_machine(value, [component])
     found = layout(path)
@@ -177,9 +177,9 @@ def _of_component(value: str | Path, component: Placed) -> Path:
     return found.get(component, path)
 
 
-def _alone(path: Path) -> tuple[dict[Placed, Path], tuple[str, ...]]:
+def _alone(path: Path) -> tuple[dict[ComponentName, Path], tuple[str, ...]]:
     """The one component at `path`, and what had to be concluded to tell which it is."""
-    component, told_by = _slot(recognise(path))
+    component, told_by = _slot(open_component(path))
     if told_by != "name":
         return {component: path}, ()
     other = "transformer_2" if component == "transformer" else "transformer"
@@ -190,13 +190,13 @@ def _alone(path: Path) -> tuple[dict[Placed, Path], tuple[str, ...]]:
     return {component: path}, (notice,)
 
 
-def _slot(weights: Weights) -> tuple[Placed, str]:
+def _slot(weights: ComponentFile) -> tuple[ComponentName, str]:
     """The component that `weights` are, and what told it: ``shapes``, ``header`` or ``name``."""
-    if weights.part != "transformer":
-        return weights.part, "shapes"
+    if weights.kind != "transformer":
+        return weights.kind, "shapes"
     if weights.variant is None or len(weights.variant.experts) == 1:
         return "transformer", "shapes"
-    told = expert_told(weights.path, weights.file.metadata)
+    told = detect_expert(weights.path, weights.file.metadata)
     if told is None:
         raise CheckpointError(
             f"{weights.path}: is one of the two experts of {weights.variant.name}, and its name "
@@ -206,7 +206,7 @@ def _slot(weights: Weights) -> tuple[Placed, str]:
     return weights.variant.expert(told[0]).component, told[1]
 
 
-def _on_this_machine(value: str | Path, components: Collection[Placed]) -> Path:
+def _on_this_machine(value: str | Path, components: Collection[ComponentName]) -> Path:
     """`value` itself, or the folder into which its files for `components` were fetched."""
     path = Path(value).expanduser()
     if path.exists():

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from onewan.errors import CheckpointError
 from onewan.formats.backends import first_line
-from onewan.formats.weights import recognise
+from onewan.formats.weights import open_component
 from onewan.variants import TEXT_LENGTH
 
 _REMEDY = "set model.tokenizer to the folder google/umt5-xxl of an official model, or that hub id"
@@ -51,7 +51,7 @@ def load_tokenizer(place: Path) -> PreTrainedTokenizerBase:
     if spiece.name.endswith(".model") and spiece.is_file():
         return tokenizer_from_sentencepiece(spiece.read_bytes(), str(spiece))
     try:
-        weights = recognise(place)
+        weights = open_component(place)
     except CheckpointError as error:
         raise CheckpointError(f"{place}: no usable tokenizer ({error}); {_REMEDY}") from error
     if weights.tokenizer is None:

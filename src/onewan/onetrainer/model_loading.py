@@ -13,7 +13,7 @@ import torch
 from onewan.errors import CheckpointError
 from onewan.files import replacing
 from onewan.model.load import WanModelLoader
-from onewan.model.sources import Component
+from onewan.model.sources import PipelineComponent
 from onewan.model.wan import WanModel
 
 SOURCES_FILE = "onewan.json"
@@ -71,7 +71,9 @@ def load(request: LoadRequest) -> WanModel:
     sources = component_sources(request)
     loader = WanModelLoader()
 
-    def part(components: Collection[Component], dtype: torch.dtype, variant: Any) -> WanModel:
+    def part(
+        components: Collection[PipelineComponent], dtype: torch.dtype, variant: Any
+    ) -> WanModel:
         try:
             return loader.load(
                 sources,

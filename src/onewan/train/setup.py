@@ -19,7 +19,7 @@ from onewan.errors import ConfigError
 from onewan.memory.residency import DeviceResidency
 from onewan.model.conditioning import conditioning_of
 from onewan.model.load import WanModelLoader
-from onewan.model.sources import ENCODERS, Component, Placed, locate
+from onewan.model.sources import ENCODERS, PipelineComponent, ComponentName, locate
 from onewan.model.wan import WanModel
 from onewan.sample.generate import SampleRequest
 from onewan.train.objective import objective_of
@@ -90,7 +90,7 @@ class WanModelSetup:
             warnings=[*self._notices, *self._warnings(schedule, dataset)],
         )
 
-    def load_encoders(self, components: Collection[Component]) -> WanModel:
+    def load_encoders(self, components: Collection[PipelineComponent]) -> WanModel:
         """The given components of the run's model for encoding, loaded onto the device."""
         return self._load(self._residency.device, components)
 
@@ -100,7 +100,7 @@ class WanModelSetup:
         """The data set, and the VAE if one was loaded for it: sampling can use it again."""
         vae: AutoencoderKLWan | None = None
 
-        def load(components: Collection[Component]) -> WanModel:
+        def load(components: Collection[PipelineComponent]) -> WanModel:
             nonlocal vae
             model = self.load_encoders(components)
             vae = model.vae or vae
@@ -114,7 +114,7 @@ class WanModelSetup:
         texts = {text for s in samples for text in (s.prompt, s.negative_prompt)}
         dataset = prepare(
             self._config,
-            sources.places,
+            sources.paths,
             load,
             extra_prompts=sorted(texts),
             encode_text_online=bool(self._config.embeddings),
@@ -130,7 +130,7 @@ class WanModelSetup:
         one that encoded the data set.
         """
         config = self._config
-        components: set[Component] = set(self._needed_transformers(needs_sampling=needs_sampling))
+        components: set[PipelineComponent] = set(self._needed_transformers(needs_sampling=needs_sampling))
         if config.embeddings:
             components |= {"text_encoder", "tokenizer"}
         if needs_sampling:
@@ -142,7 +142,7 @@ class WanModelSetup:
                 self._residency.release(vae)
         return model
 
-    def _load(self, device: torch.device, components: Collection[Component]) -> WanModel:
+    def _load(self, device: torch.device, components: Collection[PipelineComponent]) -> WanModel:
         section = self._config.model
         model = WanModelLoader().load(
             section.sources(),
@@ -157,7 +157,7 @@ class WanModelSetup:
         self._notices |= dict.fromkeys(model.notices)
         return model
 
-    def _needed_transformers(self, *, needs_sampling: bool) -> set[Placed]:
+    def _needed_transformers(self, *, needs_sampling: bool) -> set[ComponentName]:
         """The experts that are trained, or all of them if videos are sampled."""
         choice = "both" if needs_sampling else self._config.model.experts
         return {expert.component for expert in self._variant.selected(choice)}

@@ -126,7 +126,7 @@ class WanBaseDataLoader(BaseDataLoader, DataLoaderText2ImageMixin):
         kind = os.path.basename(module.cache_dir)
         wan, sources = self._model.wan, locate(self._model.wan_sources)
         parts = ("vae",) if kind == "image" else ("text_encoder", "tokenizer")
-        inputs = [wan.variant.name, *(fingerprint(sources.places[part]) for part in parts)]
+        inputs = [wan.variant.name, *(fingerprint(sources.paths[part]) for part in parts)]
         if kind == "image":
             inputs += [f"{name}={getattr(config, name)}" for name in _IMAGE_INPUTS]
         else:
