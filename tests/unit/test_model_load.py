@@ -84,7 +84,7 @@ def spoil(what: str, folder: Path) -> str:
         return "Wan 2.1 image-to-video"
     if what == "other channels":
         edit_json(folder / "transformer" / "config.json", in_channels=33)
-        return "in_channels is 33, and Wan 2.2 has 16"
+        return "in_channels is 33"
     if what == "mixed experts":
         edit_json(folder / "transformer_2" / "config.json", in_channels=36)
         return "transformer_2: is a transformer of i2v-a14b (36 input channels)"

@@ -78,10 +78,10 @@ class WanModelLoader:
         `variant` is checked against the weights if given. `components` limits what is loaded (None:
         all of a whole model, or what was given). The transformers get `dtype` but for their float32
         islands, the text encoder gets `dtype`, and the VAE is always float32, as in the official
-        code. `device` is where they all go. Linear layers that a file holds in fp8 or GGUF are kept
-        so and expanded at each use (`quantized` "keep"), or expanded now. `check_file_names` refuses
-        a low-noise file as the high-noise expert and the reverse, by their names. `boundary` is
-        the noise level between the experts, if it is not the variant's own.
+        code. All are placed on `device`. Linear layers that a file holds in fp8 or GGUF stay packed
+        and are expanded at each use (`quantized` "keep"), or are expanded once, now. With
+        `check_file_names` a file named low-noise is refused as the high-noise expert, and the
+        reverse. `boundary` is the noise level between the experts, if not the variant's own.
         CheckpointError names the file and what is wrong with it.
         """
         sources = locate(source, components)
