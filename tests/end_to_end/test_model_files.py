@@ -87,7 +87,7 @@ def test_what_loading_concludes_is_told(
         f"video_data.cache_dir={tmp_path / 'cache'}",
         "train.steps=1",
     ]
-    with pytest.raises(CheckpointError, match="by its name is the high-noise expert"):
+    with pytest.raises(CheckpointError, match="is named as the high-noise expert"):
         WanTrainer(run_file("t2v-a14b", *given)).fit()
     events: list[dict[str, object]] = []
     config = run_file("t2v-a14b", *given, "model.check_file_names=false", name="overruled")

@@ -145,10 +145,10 @@ def test_a_wrong_transformer_file_is_refused_with_the_reason(
         (
             "transformer",
             "i2v-a14b/transformer",
-            "is a transformer of i2v-a14b (36 input channels), and one of t2v-a14b (16) is wanted",
+            "is a transformer of i2v-a14b (36 input channels), but t2v-a14b has 16",
         ),
-        ("vae", "ti2v-5b/vae", "is a VAE with 48 latent channels, and t2v-a14b needs 16"),
-        ("vae", "t2v-a14b/text_encoder", "was given as model.vae, and holds a text encoder"),
+        ("vae", "ti2v-5b/vae", "is a VAE with 48 latent channels, but t2v-a14b needs 16"),
+        ("vae", "t2v-a14b/text_encoder", "is used as vae, but holds a text encoder"),
     ],
 )
 def test_a_component_of_another_model_is_refused(capsys, run, workshop, component, given, expected):
@@ -161,7 +161,7 @@ def test_a_file_name_of_the_other_expert_is_refused(tmp_path, capsys, run, offic
     path = tmp_path / "wan_low_noise.safetensors"
     write(official, path)
     error = error_of(capsys, "train", run, f"model.transformer={path}")
-    assert "model.transformer (high noise), and by its name is the low-noise expert" in error
+    assert "is used as transformer (high noise), but is named as the low-noise expert" in error
     assert "model.check_file_names" in error
 
 

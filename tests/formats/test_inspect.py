@@ -69,7 +69,7 @@ def test_an_incomplete_model(tiny_model, tmp_path):
     for name in ("transformer", "vae"):
         (tmp_path / name).symlink_to(tiny_model("t2v-a14b") / name)
     report = inspect(tmp_path)
-    assert report.problems == ("lacks text_encoder", "lacks tokenizer", "lacks transformer_2")
+    assert report.problems == ("has no transformer_2", "has no text_encoder", "has no tokenizer")
 
 
 def test_a_whole_model_in_official_layout(shared):

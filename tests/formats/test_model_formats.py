@@ -522,7 +522,7 @@ def test_an_expert_by_its_name(tmp_path: Path, high: dict[str, Tensor]) -> None:
     model = WanModelLoader().load(file)
     assert model.transformer is None and model.transformer_2 is not None
     (notice,) = model.notices
-    assert "taken for model.transformer_2 (low noise) by its name" in notice
+    assert "is used as model.transformer_2 (low noise) because of its name" in notice
     assert str(file) in notice
     nameless = single(high, tmp_path / "wan.safetensors")
     with pytest.raises(CheckpointError, match=r"give it as model\.transformer \(high noise\) or"):
@@ -569,7 +569,7 @@ def test_repositories_on_the_hub(
         fetched = {p.name for p in (tmp_path / "snapshots" / name).rglob("*.*") if p.is_file()}
         weights = {n for n in fetched if n.endswith(("safetensors", "pth"))}
         assert len(weights) == 1, weights  # no expert and no text encoder was downloaded
-        with pytest.raises(CheckpointError, match=r"one of i2v-a14b \(36\) is wanted|needs 16"):
+        with pytest.raises(CheckpointError, match=r"but i2v-a14b has 36|i2v-a14b needs 16"):
             loader.load(name, "i2v-a14b", components=("vae",))
         assert loader.load(name).transformer is not None
     given = {"path": official, "tokenizer": "google/x", "vae": "a/diffusers"}
@@ -607,15 +607,15 @@ def wrong(t2v: Path, high: dict[str, Tensor], tmp_path_factory: pytest.TempPathF
     [
         (
             "transformer=i2v",
-            "{i2v}/high_noise_model: is a transformer of i2v-a14b (36 input channels), and one of "
-            "t2v-a14b (16) is wanted; give another, or set model.variant to i2v-a14b",
+            "{i2v}/high_noise_model: is a transformer of i2v-a14b (36 input channels), but "
+            "t2v-a14b has 16; use one of t2v-a14b, or set model.variant to i2v-a14b",
         ),
         ("transformer=i2v transformer_2=i2v", "to i2v-a14b; {i2v}/low_noise_model: is a"),
         ("transformer_2=i2v", "{i2v}/low_noise_model: is a transformer of i2v-a14b"),
-        ("vae=ti2v", "{ti2v}/Wan2.2_VAE.pth: is a VAE with 48 latent channels, and t2v-a14b needs"),
-        ("path=ti2v vae=t2v", "{t2v}/Wan2.1_VAE.pth: is a VAE with 16 latent channels, and ti2v"),
+        ("vae=ti2v", "{ti2v}/Wan2.2_VAE.pth: is a VAE with 48 latent channels, but t2v-a14b needs"),
+        ("path=ti2v vae=t2v", "{t2v}/Wan2.1_VAE.pth: is a VAE with 16 latent channels, but ti2v"),
         ("path=ti2v transformer_2=less", "{less}: is a transformer of t2v-a14b"),
-        ("path=ti2v transformer_2=one", "{one}: was given as model.transformer_2 (low noise), "),
+        ("path=ti2v transformer_2=one", "{one}: is used as transformer_2 (low noise), "),
         ("transformer=clip", "{clip}: is a Wan 2.1 image-to-video transformer, which has a CLIP"),
         ("transformer=empty", "{empty}: is empty (0 bytes)"),
         ("transformer=half", "{half}: is not a whole safetensors file"),
@@ -624,21 +624,21 @@ def wrong(t2v: Path, high: dict[str, Tensor], tmp_path_factory: pytest.TempPathF
             "transformer=less",
             "{less}: is not a whole transformer of Wan 2.2; 1 weights missing (pro",
         ),
-        ("vae=high", "{t2v}/high_noise_model: was given as model.vae, and holds a transformer"),
+        ("vae=high", "{t2v}/high_noise_model: is used as vae, but holds a transformer"),
         (
             "text_encoder=vae",
-            "{t2v}/Wan2.1_VAE.pth: was given as model.text_encoder, and holds a v",
+            "{t2v}/Wan2.1_VAE.pth: is used as text_encoder, but holds a v",
         ),
         (
             "transformer=low",
-            "{t2v}/low_noise_model: was given as model.transformer (high noise), and by its name "
-            "is the low-noise expert; swap them, or set model.check_file_names to false if the ",
+            "{t2v}/low_noise_model: is used as transformer (high noise), but is named as the "
+            "low-noise expert; swap the two, or set model.check_file_names to false if the ",
         ),
-        ("transformer=low transformer_2=high", "is wrong; {t2v}/low_noise_model: was given as"),
+        ("transformer=low transformer_2=high", "is wrong; {t2v}/low_noise_model: is used as"),
         ("colour=high", "model: has no colour; known are path, transformer, transformer_2, vae"),
         ("vae=gone", "{gone}: there is no such file or folder"),
         ("path=google", "{t2v}/google: holds no weights"),
-        ("vae=no_vae", "{no_vae}: was given as model.vae, and holds only"),
+        ("vae=no_vae", "{no_vae}: is used as model.vae, but holds only"),
         ("transformer=empty vae=half", "(0 bytes); copy or download it again; {half}: is not"),
     ],
 )
@@ -688,7 +688,7 @@ def test_lacking_and_twisted_experts(t2v: Path, tmp_path: Path) -> None:
     twisted = {"transformer": low, "transformer_2": high}
     assert loader.load(twisted, check_file_names=False).transformer is not None
     same = {"transformer": high, "transformer_2": high}
-    with pytest.raises(CheckpointError, match=r"by its name is the high-noise"):
+    with pytest.raises(CheckpointError, match=r"is named as the high-noise"):
         loader.load(same)
 
 
@@ -700,7 +700,7 @@ def test_text_of_another_width(t2v: Path, tmp_path: Path) -> None:
         feed_forward_proj="gated-gelu",
     )  # fmt: skip
     UMT5EncoderModel(config).save_pretrained(tmp_path / "text")
-    with pytest.raises(CheckpointError, match=r"text encoder is 32 wide.*text of width 64"):
+    with pytest.raises(CheckpointError, match=r"text encoder of width 32.*text of width 64"):
         WanModelLoader().load({"path": t2v, "text_encoder": tmp_path / "text"})
 
 

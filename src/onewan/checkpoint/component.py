@@ -22,7 +22,8 @@ from transformers import UMT5EncoderModel
 from onewan.dtypes import dtype_name, from_safetensors_name
 from onewan.errors import CheckpointError
 from onewan.formats.configs import ComponentKind
-from onewan.formats.weights import ComponentFile, detect_expert
+from onewan.formats.model_folder import ComponentDescription
+from onewan.formats.weights import ComponentFile
 from onewan.formats.write import LazyTensor
 from onewan.model.meta_init import module_on_meta, tied
 from onewan.model.quantized_linear import QuantizedLinear
@@ -95,31 +96,22 @@ def rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 # -------------------------------------------------------------------------------------- from files
 
 
-def from_file(weights: ComponentFile) -> ComponentWeights:
-    """What `weights` hold, checked against the class. CheckpointError lists what is missing,
-    unexpected or misshapen."""
-    module = module_on_meta(weights)
-    key = weights.tokenizer
+def from_file(described: ComponentDescription) -> ComponentWeights:
+    """The weights of a component on disk, checked against its class. CheckpointError lists missing
+    and unexpected keys and wrong shapes."""
+    file = described.file
+    assert file is not None
+    module = module_on_meta(file)
+    key = file.tokenizer
     return ComponentWeights(
-        kind=weights.kind,
-        source=str(weights.path),
-        weights={name: _weight(weights, name) for name in weights.entries},
+        kind=file.kind,
+        source=str(file.path),
+        weights={name: _weight(file, name) for name in file.entries},
         config=config_of(module),
-        variant=weights.variant,
-        expert=_expert(weights),
-        tokenizer=None if key is None else lambda: weights.file.read(key),
+        variant=file.variant,
+        expert=described.expert,
+        tokenizer=None if key is None else lambda: file.file.read(key),
     )
-
-
-def _expert(weights: ComponentFile) -> ExpertName | None:
-    if weights.kind != "transformer" or weights.variant is None:
-        return None
-    if len(weights.variant.experts) == 1:
-        return "single"
-    if told := detect_expert(weights.path.absolute(), weights.file.metadata):
-        return told[0]
-    by_folder: dict[str, ExpertName] = {"transformer": "high", "transformer_2": "low"}
-    return by_folder.get(weights.path.absolute().name) if weights.path.is_dir() else None
 
 
 def _weight(weights: ComponentFile, name: str) -> SourceWeight:

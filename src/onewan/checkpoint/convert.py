@@ -19,7 +19,6 @@ from onewan.checkpoint.atomic_write import ProgressCallback, check_destination, 
 from onewan.checkpoint.component import ComponentWeights, config_of, from_module
 from onewan.checkpoint.layouts import (
     SHARD_BYTES,
-    WEIGHTS,
     ModelFormat,
     Output,
     around,
@@ -30,9 +29,9 @@ from onewan.checkpoint.model_files import Model, read_model, saved_tokenizer
 from onewan.dtypes import dtype_name
 from onewan.errors import CheckpointError
 from onewan.formats.configs import HEAD_DIM
+from onewan.formats.model_folder import KIND_OF, ComponentName
 from onewan.formats.weights import open_component
 from onewan.model.meta_init import module_on_meta
-from onewan.model.sources import ComponentName
 from onewan.model.wan import WanModel
 from onewan.variants import Expert, ExpertName, Variant
 
@@ -101,7 +100,7 @@ def save_model(
     destination = Path(destination)
     experts: dict[str, ExpertName] = {e.component: e.name for e in model.variant.experts}
     components: dict[ComponentName, ComponentWeights] = {}
-    for placed, part in WEIGHTS.items():
+    for placed, part in KIND_OF.items():
         module = getattr(model, placed)
         if module is None:
             continue

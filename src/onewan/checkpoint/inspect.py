@@ -6,6 +6,7 @@ report that says so. Nothing is loaded, so a file can be whole and its numbers n
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,17 @@ from onewan.formats.container import TensorFile, open_tensors
 from onewan.formats.embedding import looks_like_embedding
 from onewan.formats.key_maps import transformer_names
 from onewan.formats.lora import AdapterLayout, WanShape, layout_of
+from onewan.formats.model_folder import (
+    KIND_OF,
+    ComponentDescription,
+    ComponentName,
+    describe_component,
+    expert_of,
+    find_components,
+    infer_variant,
+    missing_components,
+    model_problems,
+)
 from onewan.formats.weights import (
     ComponentFile,
     detect_expert,
@@ -30,7 +42,6 @@ from onewan.formats.weights import (
     looks_like_adapter,
     open_component,
 )
-from onewan.model.sources import ComponentName, layout
 from onewan.variants import VARIANTS, ExpertName, Variant
 
 _CONTAINERS = {"safetensors": "safetensors", "gguf": "GGUF", "pickle": "PyTorch pickle"}
@@ -143,55 +154,58 @@ def inspect(path: Path) -> Inspection:
     """What `path` is: a file, a folder with one component, or a folder with a whole model."""
     path = Path(path)
     try:
-        places = layout(path)
-        if places and set(places.values()) != {path}:
-            return _model(path, places)
+        paths = find_components(path)
+        if paths and set(paths.values()) != {path}:
+            return _model(path, paths)
         return _one(path)
     except CheckpointError as error:
         text = str(error).removeprefix(f"{path}: ")
         return Inspection(path=path, kind="unreadable", what=text)
 
 
-def _model(folder: Path, places: Mapping[ComponentName, Path]) -> Inspection:
-    """A whole model; the tokenizer has nothing to report."""
-    components: list[Inspection] = []
-    for component, place in places.items():
-        if component == "tokenizer":
-            continue
-        report = inspect(place) if place != folder else _one(folder)
+def _model(folder: Path, paths: Mapping[ComponentName, Path]) -> Inspection:
+    """A whole model; of the tokenizer only its absence is reported."""
+    components: dict[ComponentName, Inspection] = {}
+    described: dict[ComponentName, ComponentDescription] = {}
+    for name in KIND_OF.keys() & paths.keys():
+        path = paths[name]
+        report = inspect(path) if path != folder else _one(folder)
+        with contextlib.suppress(CheckpointError):  # its own report says what is wrong
+            described[name] = describe_component(path)
         variant = VARIANTS.get(report.variant or "")  # type: ignore[call-overload]
         if report.kind == "transformer" and variant is not None and len(variant.experts) == 2:
-            report = _in_place(report, variant, component)
-        components.append(report)
-    variants = {r.variant for r in components if r.kind == "transformer"} - {None}
-    variant = VARIANTS[variants.pop()] if len(variants) == 1 else None  # type: ignore[index]
+            report = _as_expert(report, variant, name)
+        components[name] = report
+    reports = [components[name] for name in KIND_OF if name in components]
+    variant = infer_variant(described)
     problems = [
         f"{r.path.name}: {problem}"
-        for r in components
+        for r in reports
         for problem in (r.problems if r.kind != "unreadable" else (r.what,))
     ]
-    if variant is None:
-        problems.append("its transformers are of different variants, or there is none")
-    else:
-        needed = {e.component for e in variant.experts} | {"vae", "text_encoder", "tokenizer"}
-        problems += [f"lacks {name}" for name in sorted(needed - places.keys())]
-    place = places.get("transformer") or next(iter(places.values()))
-    own = "diffusers layout"
-    if place == folder or place.name in ("high_noise_model", "low_noise_model"):
-        own = "official layout"
-    elif place.is_file():
-        own = "single files"
+    problems += model_problems(str(folder), described)
+    if variant is not None:
+        encoder = described.get("text_encoder")
+        carried = encoder is not None and encoder.file is not None and encoder.file.tokenizer
+        found = {*paths, "tokenizer"} if carried else {*paths}
+        problems += [f"has no {name}" for name in missing_components(found, variant)]
+    path = paths.get("transformer") or next(iter(paths.values()))
+    layout = "diffusers layout"
+    if path == folder or path.name in ("high_noise_model", "low_noise_model"):
+        layout = "official layout"
+    elif path.is_file():
+        layout = "single files"
     return Inspection(
         path=folder,
         kind="model",
-        what=f"{variant.title if variant else 'a Wan model'}, {own}",
+        what=f"{variant.title if variant else 'a Wan model'}, {layout}",
         variant=variant.name if variant else None,
         problems=tuple(problems),
-        components=tuple(components),
+        components=tuple(reports),
     )
 
 
-def _in_place(report: Inspection, variant: Variant, component: ComponentName) -> Inspection:
+def _as_expert(report: Inspection, variant: Variant, component: ComponentName) -> Inspection:
     """The report of an expert whose folder says which it is."""
     expert = next(e.name for e in variant.experts if e.component == component)
     what = f"transformer of {variant.title}, for the {expert}-noise expert"
@@ -227,15 +241,15 @@ def _one(path: Path) -> Inspection:
         what = foreign_model(file)
         said = str(error).removeprefix(f"{path}: ")
         return Inspection(kind="other", what=f"{what}, not Wan 2.2" if what else said, **common)
-    return _weights(path, weights, common)
+    return _weights(weights, common)
 
 
-def _weights(path: Path, weights: ComponentFile, common: Mapping[str, Any]) -> Inspection:
+def _weights(weights: ComponentFile, common: Mapping[str, Any]) -> Inspection:
     counted = [e.info for e in weights.entries.values()]
     dtypes: Counter[str] = Counter()
     for info in counted:
         dtypes[info.dtype] += info.elements
-    expert, told_by = _expert(path, weights.variant, weights.file.metadata)
+    expert, source = expert_of(weights)
     what = _TITLES[weights.kind]
     if weights.kind == "vae":
         version = "2.1" if weights.variant is None else "2.2"
@@ -243,7 +257,7 @@ def _weights(path: Path, weights: ComponentFile, common: Mapping[str, Any]) -> I
     elif weights.variant is not None:
         what = f"{what} of {weights.variant.title}"
         if expert in ("high", "low"):
-            what += f", for the {expert}-noise expert (by its {told_by})"
+            what += f", for the {expert}-noise expert (by its {source})"
         elif len(weights.variant.experts) == 2:
             what += " (high or low expert: neither its header nor its name says)"
     problems = list(_incomplete(weights))
@@ -252,7 +266,7 @@ def _weights(path: Path, weights: ComponentFile, common: Mapping[str, Any]) -> I
         what=what,
         variant=weights.variant.name if weights.variant else None,
         expert=expert,
-        expert_source=told_by,
+        expert_source=source,
         names=weights.key_format,
         prefix=weights.prefix,
         quantization=weights.quantization,
@@ -278,9 +292,9 @@ def _adapter(
     path: Path, file: TensorFile, found: AdapterLayout, common: Mapping[str, Any]
 ) -> Inspection:
     variant, shape = _trained_on(file, found)
-    expert, told_by = _expert(path, variant, file.metadata)
+    expert, source = _expert(path, variant, file.metadata)
     if len(found.experts) == 1:
-        expert, told_by = found.experts[0], "keys"
+        expert, source = found.experts[0], "keys"
     kinds = Counter(_KINDS.get(kind, "difference") for kind in found.kinds.values())
     title = " and ".join(kinds) or "adapter"
     of = variant.title if variant else _by_width(shape)
@@ -288,7 +302,7 @@ def _adapter(
     if len(found.experts) == 2:
         what += ", both experts in one file"
     elif expert is not None and expert != "single":
-        what += f", for the {expert}-noise expert (by its {told_by})"
+        what += f", for the {expert}-noise expert (by its {source})"
     blocks = sorted({int(m.split(".")[1]) for m in found.modules if m.startswith("blocks.")})
     problems = list(found.module_errors)
     if found.unknown:
@@ -302,7 +316,7 @@ def _adapter(
         what=what,
         variant=variant.name if variant else None,
         expert=expert,
-        expert_source=told_by,
+        expert_source=source,
         names=found.key_format,
         prefix=found.prefix,
         adapter={

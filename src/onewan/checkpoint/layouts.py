@@ -37,13 +37,13 @@ from onewan.checkpoint.component import ComponentWeights, SourceWeight, name_of
 from onewan.dtypes import dtype_name
 from onewan.errors import CheckpointError
 from onewan.formats import key_maps
-from onewan.formats.configs import CONFIG, ComponentKind
+from onewan.formats.configs import CONFIG
+from onewan.formats.model_folder import ComponentName
 from onewan.formats.modelspec import model_spec
 from onewan.formats.weights import TOKENIZER
 from onewan.formats.write import LazyTensor, write_safetensors
 from onewan.formats.write_pth import write_pth
 from onewan.model.load import official_scheduler
-from onewan.model.sources import ComponentName
 from onewan.variants import TEXT_LENGTH, Variant
 
 ModelFormat = Literal["diffusers", "official", "single", "fp8_scaled"]
@@ -318,14 +318,6 @@ def official_config(component: ComponentWeights) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------ whole models
-
-WEIGHTS: Mapping[ComponentName, ComponentKind] = {
-    "transformer": "transformer",
-    "transformer_2": "transformer",
-    "vae": "vae",
-    "text_encoder": "text_encoder",
-}
-"""The components that have weights, and of what kind they are."""
 
 _SIZES = {"t2v-a14b": ("t2v", "14B"), "i2v-a14b": ("i2v", "14B"), "ti2v-5b": ("ti2v", "5B")}
 _SHORT = {

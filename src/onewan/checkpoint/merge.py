@@ -24,8 +24,8 @@ from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.container import open_tensors
 from onewan.formats.lora import layout_of
 from onewan.formats.lora_files import AdapterFile, BaseWeights, read_adapter
+from onewan.formats.model_folder import ComponentName
 from onewan.formats.weights import detect_expert
-from onewan.model.sources import ComponentName
 from onewan.variants import ExpertName
 
 

@@ -1,7 +1,4 @@
-"""A model, or a component of one, as it lies on disk: what is where, and how it is arranged.
-
-Whole models come in the three arrangements that `onewan.model.sources.layout` knows.
-"""
+"""A model, or a component of one, read from disk for conversion: its weights and its layout."""
 
 from __future__ import annotations
 
@@ -13,11 +10,21 @@ from pathlib import Path
 import torch
 
 from onewan.checkpoint.component import ComponentWeights, from_file
-from onewan.checkpoint.layouts import WEIGHTS, ModelFormat
-from onewan.errors import CheckpointError
+from onewan.checkpoint.layouts import ModelFormat
 from onewan.formats.container import open_tensors
-from onewan.formats.weights import ComponentFile, looks_like_adapter, open_component
-from onewan.model.sources import ComponentName, layout
+from onewan.formats.model_folder import (
+    ComponentDescription,
+    ComponentName,
+    describe_component,
+    describe_components,
+    find_components,
+    for_each,
+    infer_variant,
+    missing_components,
+    model_problems,
+    raise_problems,
+)
+from onewan.formats.weights import ComponentFile, looks_like_adapter
 from onewan.model.tokenizer import tokenizer_from_sentencepiece
 from onewan.variants import ExpertName, Variant
 
@@ -45,105 +52,64 @@ class Model:
 
     @property
     def missing(self) -> list[ComponentName]:
-        """The components that a whole model has and this has not."""
-        variant = self.variant
-        single = variant is not None and len(variant.experts) == 1
-        wanted: list[ComponentName] = [p for p in WEIGHTS if not (single and p == "transformer_2")]
-        return [placed for placed in wanted if placed not in self.components]
+        """The components with weights that a whole model has and this one does not."""
+        assert self.variant is not None
+        return missing_components({*self.components, "tokenizer"}, self.variant)
 
 
 def read_model(path: Path) -> Model:
-    """The model or component at `path`, its headers read and checked. CheckpointError says what is
-    wrong with it, or that its components do not belong together."""
+    """The model or component at `path`; only headers are read. CheckpointError says what is wrong
+    with it, or that its components do not belong together."""
     path = Path(path)
-    found = layout(path)
-    weights: dict[ComponentName, ComponentFile] = {
-        p: open_component(found[p]) for p in WEIGHTS if p in found
-    }
-    if not weights:
-        return _alone(path)
-    components: dict[ComponentName, ComponentWeights] = {
-        p: _component(p, held) for p, held in weights.items()
-    }
-    folder = found.get("tokenizer", path / "tokenizer")
+    paths = find_components(path)
+    described = describe_components(paths) or _describe_alone(path)
+    whole = bool(paths.keys() - {"tokenizer"})
+    if whole:
+        # The folder says which expert a file is, whatever the file is called.
+        raise_problems(model_problems(str(path), described, check_file_names=False))
+        variant = infer_variant(described)
+        assert variant is not None  # else it is a problem
+        experts: dict[str, ExpertName] = {e.component: e.name for e in variant.experts}
+        for name, component in described.items():
+            described[name] = replace(component, expert=experts.get(name))
+    components = for_each(lambda name: from_file(described[name]), described)
+    folder = paths.get("tokenizer", path / "tokenizer")
+    arrangement: dict[ComponentName, ModelFormat] = {}
+    for name, component in described.items():
+        assert component.file is not None  # all were needed
+        arrangement[name] = arrangement_of(component.file)
     model = Model(
         name=str(path),
         components=components,
-        arrangement={p: arrangement_of(w) for p, w in weights.items()},
-        whole=True,
-        tokenizer=_tokenizer(folder, components.get("text_encoder")),
+        arrangement=arrangement,
+        whole=whole,
+        tokenizer=_tokenizer(folder, components.get("text_encoder")) if whole else {},
     )
-    _check(model)
-    return _with_spiece(model)
+    return _with_spiece(model) if whole else model
+
+
+def _describe_alone(path: Path) -> dict[ComponentName, ComponentDescription]:
+    """A component by itself. An expert that may be either is converted under the first one's name,
+    since nothing in its file depends on which it is."""
+    described = describe_component(path)
+    if described.kind == "transformer":
+        return {"transformer_2" if described.expert == "low" else "transformer": described}
+    return {described.kind: described}
 
 
 def holds_adapter(path: Path) -> bool:
-    """Whether `path` is the file of a LoRA or its kin."""
+    """Whether `path` is an adapter file (LoRA, DoRA, LoHa, LoKr, OFT)."""
     return path.is_file() and looks_like_adapter(open_tensors(path))
 
 
 def arrangement_of(weights: ComponentFile) -> ModelFormat:
-    """The layout that a component has. One that nobody writes counts as a single file."""
+    """The layout of a component; ``single`` also for forms that onewan does not write."""
     shards = weights.path.is_dir() or weights.path.suffix == ".json"
     if weights.file.container == "safetensors" and shards:
         return "official" if weights.key_format == "official" else "diffusers"
     if weights.file.container == "pickle" and weights.key_format == "official":
         return "single" if weights.kind == "transformer" else "official"
     return "fp8_scaled" if weights.quantization.startswith("fp8") else "single"
-
-
-def _alone(path: Path) -> Model:
-    weights = open_component(path)
-    component = from_file(weights)
-    placed = _placed(component)
-    components: dict[ComponentName, ComponentWeights] = {placed: component}
-    arrangement: dict[ComponentName, ModelFormat] = {placed: arrangement_of(weights)}
-    return Model(
-        name=str(path),
-        components=components,
-        arrangement=arrangement,
-        whole=False,
-    )
-
-
-def _component(placed: ComponentName, weights: ComponentFile) -> ComponentWeights:
-    component = from_file(weights)
-    expected = "transformer" if placed == "transformer_2" else placed
-    if component.kind != expected:
-        raise CheckpointError(
-            f"{weights.path}: is where the {placed} belongs, and holds a "
-            f"{component.kind.replace('_', ' ')}"
-        )
-    if component.variant is None or component.kind == "vae":
-        return component
-    experts: dict[str, ExpertName] = {e.component: e.name for e in component.variant.experts}
-    return replace(component, expert=experts.get(placed))
-
-
-def _placed(component: ComponentWeights) -> ComponentName:
-    if component.kind == "transformer":
-        return "transformer_2" if component.expert == "low" else "transformer"
-    return component.kind
-
-
-def _check(model: Model) -> None:
-    """CheckpointError if the components are not of one model."""
-    variants = {p: c.variant.name for p, c in model.components.items() if c.variant}
-    if len(set(variants.values())) > 1:
-        listed = ", ".join(f"{placed} {name}" for placed, name in variants.items())
-        raise CheckpointError(f"{model.name}: mixes variants ({listed}); convert them one by one")
-    variant = model.variant
-    if variant is None:
-        raise CheckpointError(
-            f"{model.name}: has no transformer, which would tell the variant; convert its "
-            "components one by one"
-        )
-    vae = model.components.get("vae")
-    if vae is not None and vae.config["z_dim"] != variant.latent_channels:
-        raise CheckpointError(
-            f"{vae.source}: has {vae.config['z_dim']} latent channels, and {variant.name} has "
-            f"{variant.latent_channels}; it is the VAE of another model"
-        )
 
 
 # ---------------------------------------------------------------------------------------- tokenizer

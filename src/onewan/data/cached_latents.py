@@ -27,7 +27,8 @@ from onewan.data.encode import (
 from onewan.data.masks import MASK_VERSION, Mask
 from onewan.data.report import ClipProblem, ClipWarning
 from onewan.errors import DataError
-from onewan.model.sources import ComponentName, fingerprint
+from onewan.formats.model_folder import ComponentName
+from onewan.model.sources import fingerprint
 from onewan.variants import Variant
 
 

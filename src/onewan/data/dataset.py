@@ -26,7 +26,7 @@ from onewan.data.index import index_clips
 from onewan.data.report import ClipWarning, DatasetReport
 from onewan.data.validation_split import exclude_validation_clips, split_validation_clips
 from onewan.errors import DataError
-from onewan.model.sources import ComponentName
+from onewan.formats.model_folder import ComponentName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

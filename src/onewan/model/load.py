@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,38 +21,29 @@ from diffusers import UniPCMultistepScheduler
 from torch import Tensor, nn
 
 from onewan.dtypes import from_safetensors_name
-from onewan.errors import CheckpointError
 from onewan.formats.configs import read_json
-from onewan.formats.weights import ComponentFile, expert_in_name, open_component
+from onewan.formats.model_folder import (
+    ComponentDescription,
+    ComponentName,
+    describe_components,
+    infer_variant,
+    model_problems,
+    raise_problems,
+)
+from onewan.formats.weights import ComponentFile
 from onewan.model.meta_init import module_on_meta
 from onewan.model.precision import keep_float32_islands
 from onewan.model.quantized_linear import QuantizedLinear, can_stay_quantized
-from onewan.model.sources import (
-    ENCODERS,
-    ComponentName,
-    ModelSource,
-    PipelineComponent,
-    Sources,
-    field_name,
-    locate,
-)
+from onewan.model.sources import ENCODERS, ModelSource, PipelineComponent, Sources, locate
 from onewan.model.tokenizer import load_tokenizer
 from onewan.model.wan import WanModel
-from onewan.variants import NUM_TRAIN_TIMESTEPS, VARIANTS, Variant, VariantName, variant_of
+from onewan.variants import NUM_TRAIN_TIMESTEPS, VARIANTS, Variant, VariantName
 
 QuantizedLayers = Literal["keep", "dequantize"]
 """What becomes of linear layers that a file holds quantized: they stay so, or are expanded."""
 
-_SLOTS: Mapping[ComponentName, str] = {
-    "transformer": "transformer",
-    "transformer_2": "transformer",
-    "vae": "vae",
-    "text_encoder": "text_encoder",
-}
-"""What kind of weights belongs under each name."""
-
 _BLOCKS = ("blocks.", "encoder.block.")
-"""Where linear layers may keep_mapped quantized; those outside are few and compute in float32."""
+"""Where linear layers may stay quantized; those outside are few and compute in float32."""
 
 
 class WanModelLoader:
@@ -85,21 +74,21 @@ class WanModelLoader:
         CheckpointError names the file and what is wrong with it.
         """
         sources = locate(source, components)
-        facts, pieces = _examined(sources, variant, components, check_file_names)
+        facts, described = _describe(sources, variant, components, check_file_names)
         facts = facts.with_boundary(boundary)
-        _refuse(_boundary_problems(sources, facts))
-        wanted = _wanted(sources, facts, pieces, components)
+        raise_problems(_boundary_problems(sources, facts))
+        wanted = _components_to_load(sources, facts, described, components)
         model = WanModel(
             variant=facts, source=sources.name, dtype=dtype, notices=list(sources.notices)
         )
         if "tokenizer" in wanted:
             model.tokenizer = load_tokenizer(sources.paths["tokenizer"])
         for component in ("text_encoder", "vae", "transformer", "transformer_2"):
-            weights = pieces[component].weights if component in wanted else None
+            weights = described[component].file if component in wanted else None
             if weights is None:
                 continue
             place = torch.float32 if component == "vae" else dtype, torch.device(device)
-            module, notices = _filled(weights, *place, keep=quantized == "keep")
+            module, notices = _load_module(weights, *place, keep=quantized == "keep")
             setattr(model, component, module)
             model.notices += notices
         if "scheduler" in wanted:
@@ -120,138 +109,24 @@ def official_scheduler(variant: Variant, shift: float | None = None) -> UniPCMul
     )
 
 
-# ---------------------------------------------------------------------------- what belongs together
+# -------------------------------------------------------------------------------- what is there
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Piece:
-    """What is known of a component before a weight of it is read."""
-
-    place: Path
-    kind: str
-    config: Mapping[str, Any]
-    variant: Variant | None
-    weights: ComponentFile | None
-    """None where only the configuration has been fetched."""
-
-
-def _piece(component: ComponentName, place: Path, needed: bool) -> _Piece | None:
-    """None for a component that is not `needed` and of which nothing can be said."""
-    # Of a repository on the hub only the configuration was fetched, if that.
-    fetched = not place.is_dir() or any(
-        path for kind in ("safetensors", "gguf") for path in place.glob(f"*.{kind}")
-    )
-    if needed or fetched:
-        weights = open_component(place)
-        return _Piece(
-            place=place,
-            kind=weights.kind,
-            config=weights.config,
-            variant=weights.variant,
-            weights=weights,
-        )
-    file = place / "config.json"
-    if not file.is_file() or _SLOTS[component] != "transformer":
-        return None
-    config = read_json(file)
-    config = {"in_channels": config.get("in_dim"), **config}  # as the official one calls it
-    return _Piece(
-        place=place,
-        kind="transformer",
-        config=config,
-        variant=variant_of(config, str(file)),
-        weights=None,
-    )
-
-
-def _examined(
+def _describe(
     sources: Sources,
-    asked: VariantName | None,
+    requested: VariantName | None,
     components: Collection[PipelineComponent] | None,
     check_file_names: bool,
-) -> tuple[Variant, Mapping[ComponentName, _Piece]]:
-    """The variant, and what lies where, after checking that all of it fits together."""
-    pieces: dict[ComponentName, _Piece] = {}
-    problems: list[str] = []
-    for component in _SLOTS.keys() & sources.paths.keys():
-        needed = components is None or component in components
-        try:
-            piece = _piece(component, sources.paths[component], needed)
-        except CheckpointError as error:
-            problems.append(str(error))
-        else:
-            if piece is not None:
-                pieces[component] = piece
-    _refuse(problems)
-    _refuse(
-        f"{piece.place}: was given as {field_name(component)}, and holds a "
-        f"{piece.kind.replace('_', ' ')}; give it as model.{piece.kind}"
-        for component, piece in pieces.items()
-        if piece.kind != _SLOTS[component]
+) -> tuple[Variant, Mapping[ComponentName, ComponentDescription]]:
+    """The variant, and the components, after checking that they fit together."""
+    described = describe_components(sources.paths, components)
+    variant = None if requested is None else VARIANTS[requested]
+    raise_problems(
+        model_problems(sources.name, described, variant, check_file_names=check_file_names)
     )
-    variant = _variant(sources, asked, pieces)
-    _refuse(_mismatches(variant, asked, pieces))
-    if check_file_names and len(variant.experts) == 2:
-        _refuse(_name_problems(pieces))
-    return variant, pieces
-
-
-def _refuse(problems: Iterable[str]) -> None:
-    """CheckpointError with all of `problems`, if there are any."""
-    if found := sorted(set(problems)):
-        raise CheckpointError("; ".join(found))
-
-
-def _variant(
-    sources: Sources, asked: VariantName | None, pieces: Mapping[ComponentName, _Piece]
-) -> Variant:
-    if asked is not None:
-        return VARIANTS[asked]
-    for component in ("transformer", "transformer_2", "vae"):
-        if component in pieces and (variant := pieces[component].variant) is not None:
-            return variant
-    raise CheckpointError(
-        f"{sources.name}: without a transformer it can't be told which model this is; say the "
-        f"variant: {', '.join(VARIANTS)}"
-    )
-
-
-def _mismatches(
-    variant: Variant, asked: VariantName | None, pieces: Mapping[ComponentName, _Piece]
-) -> Iterable[str]:
-    """Components of another variant, or of another width, than the rest."""
-    experts: tuple[ComponentName, ...] = ("transformer", "transformer_2")
-    for component in experts:
-        piece = pieces.get(component)
-        if piece is None:
-            continue
-        found = piece.variant
-        if found is not None and found is not variant:
-            instead = f", or set model.variant to {found.name}" if asked else ""
-            yield (
-                f"{piece.place}: is a transformer of {found.name} ({found.in_channels} input "
-                f"channels), and one of {variant.name} ({variant.in_channels}) is wanted; give "
-                f"another{instead}"
-            )
-        elif component == "transformer_2" and len(variant.experts) == 1:
-            yield (
-                f"{piece.place}: was given as {field_name(component)}, and {variant.name} has one "
-                "transformer; leave it out"
-            )
-        text = pieces.get("text_encoder")
-        width = piece.config.get("text_dim")
-        if text is not None and width is not None and text.config.get("d_model") != width:
-            yield (
-                f"{text.place}: the text encoder is {text.config.get('d_model')} wide, and "
-                f"{piece.place} takes text of width {width}; they do not belong together"
-            )
-    vae = pieces.get("vae")
-    if vae is not None and vae.config.get("z_dim", 16) != variant.latent_channels:
-        yield (
-            f"{vae.place}: is a VAE with {vae.config.get('z_dim', 16)} latent channels, and "
-            f"{variant.name} needs {variant.latent_channels}; the A14B models use the Wan 2.1 VAE "
-            "(16), TI2V-5B the Wan 2.2 VAE (48)"
-        )
+    variant = variant or infer_variant(described)
+    assert variant is not None  # else it is a problem
+    return variant, described
 
 
 def _boundary_problems(sources: Sources, variant: Variant) -> Iterable[str]:
@@ -261,53 +136,25 @@ def _boundary_problems(sources: Sources, variant: Variant) -> Iterable[str]:
     ratio = read_json(index).get("boundary_ratio")
     if ratio is not None and ratio != variant.boundary:
         yield (
-            f"{index}: boundary_ratio is {ratio}, and {variant.boundary} is what {variant.name} is "
-            f"to have; if the model was trained so, set model.boundary to {ratio}"
+            f"{index}: boundary_ratio is {ratio}, but {variant.name} has {variant.boundary}; if "
+            f"the model was trained with {ratio}, set model.boundary to it"
         )
 
 
-def _name_problems(pieces: Mapping[ComponentName, _Piece]) -> Iterable[str]:
-    """Experts whose names say that they are the other one; one file for both."""
-    override = "swap them, or set model.check_file_names to false if the name is wrong"
-    places = Counter[Path]()
-    slots: tuple[tuple[ComponentName, str], ...] = (
-        ("transformer", "high"),
-        ("transformer_2", "low"),
-    )
-    for component, noise in slots:
-        piece = pieces.get(component)
-        if piece is None:
-            continue
-        places[piece.place] += 1
-        files = piece.weights.file.files if piece.weights else ()
-        said = {expert_in_name(path) for path in (piece.place, *files)} - {None, noise}
-        if said:
-            yield (
-                f"{piece.place}: was given as {field_name(component)}, and by its name is the "
-                f"{said.pop()}-noise expert; {override}"
-            )
-    for place, count in places.items():
-        if count > 1:
-            yield (
-                f"{place}: was given for both experts; give each its own, or set "
-                "model.check_file_names to false"
-            )
-
-
-def _wanted(
+def _components_to_load(
     sources: Sources,
     variant: Variant,
-    pieces: Mapping[ComponentName, _Piece],
+    described: Mapping[ComponentName, ComponentDescription],
     components: Collection[PipelineComponent] | None,
 ) -> Collection[PipelineComponent]:
-    """The components to load; CheckpointError for those that there are not."""
+    """The components to load; CheckpointError names those that are missing."""
     if components is not None:
         wanted: set[PipelineComponent] = set(components)
     elif sources.whole is not None:
         wanted = {*(e.component for e in variant.experts), *ENCODERS, "scheduler"}
     else:
         wanted = {*sources.paths, "scheduler"}
-        text = pieces["text_encoder"].weights if "text_encoder" in pieces else None
+        text = described["text_encoder"].file if "text_encoder" in described else None
         if text is not None and text.tokenizer is None:
             apart = sources.paths["tokenizer"] != sources.paths["text_encoder"]
             wanted -= set() if apart else {"tokenizer"}
@@ -318,7 +165,7 @@ def _wanted(
 # ------------------------------------------------------------------------------------------ loading
 
 
-def _filled(
+def _load_module(
     weights: ComponentFile, dtype: torch.dtype, device: torch.device, *, keep: bool
 ) -> tuple[nn.Module, list[str]]:
     """The module of `weights` with all of them in place, frozen, in evaluation mode; and notices.

@@ -19,7 +19,8 @@ from onewan.errors import ConfigError
 from onewan.memory.residency import DeviceResidency
 from onewan.model.conditioning import conditioning_of
 from onewan.model.load import WanModelLoader
-from onewan.model.sources import ENCODERS, PipelineComponent, ComponentName, locate
+from onewan.formats.model_folder import ComponentName
+from onewan.model.sources import ENCODERS, PipelineComponent, locate
 from onewan.model.wan import WanModel
 from onewan.sample.generate import SampleRequest
 from onewan.train.objective import objective_of
