@@ -16,10 +16,10 @@ from onewan.data.encode import ProgressCallback, no_progress
 from onewan.data.loader import WanDataLoader
 from onewan.dtypes import torch_dtype
 from onewan.errors import ConfigError
+from onewan.formats.model_folder import ComponentName
 from onewan.memory.residency import DeviceResidency
 from onewan.model.conditioning import conditioning_of
 from onewan.model.load import WanModelLoader
-from onewan.formats.model_folder import ComponentName
 from onewan.model.sources import ENCODERS, PipelineComponent, locate
 from onewan.model.wan import WanModel
 from onewan.sample.generate import SampleRequest
@@ -131,7 +131,9 @@ class WanModelSetup:
         one that encoded the data set.
         """
         config = self._config
-        components: set[PipelineComponent] = set(self._needed_transformers(needs_sampling=needs_sampling))
+        components: set[PipelineComponent] = set(
+            self._needed_transformers(needs_sampling=needs_sampling)
+        )
         if config.embeddings:
             components |= {"text_encoder", "tokenizer"}
         if needs_sampling:
