@@ -31,10 +31,11 @@ from torch import Tensor
 from onewan.adapters.lora import apply_lora
 from onewan.checkpoint.saver import AdapterHeader, WanModelSaver, convert_adapter, expert_of
 from onewan.errors import CheckpointError
+from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.container import open_tensors
 from onewan.formats.key_maps import to_official
 from onewan.formats.lora import LINEARS, WanShape, layout_of
-from onewan.formats.lora_files import parse_adapter, read_adapter
+from onewan.formats.lora_files import parse_adapter, read_adapter, to_format
 from onewan.variants import VARIANTS
 
 HEADER = AdapterHeader(date=datetime(2026, 11, 23, tzinfo=timezone.utc))
@@ -579,3 +580,30 @@ def test_the_diffusers_format_refuses_lora_beside_dora(tmp_path):
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="LoRA in some modules and DoRA in others"):
         convert_adapter(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "diffusers")
+
+
+def test_official_keys_are_comfyuis_without_their_prefix(tmp_path):
+    start = "lora_unet_blocks_1_self_attn_q"
+    tensors = {f"{start}.lora_{end}.weight": torch.ones(4, 4) for end in ("down", "up")}
+    modules = parse_adapter(tensors, source="memory")
+    keys: dict[str, set[str]] = {}
+    for format in ("comfyui", "official"):
+        path = tmp_path / f"{format}.safetensors"
+        WanModelSaver().save_adapter(modules, path, format, HEADER)
+        keys[format] = set(load_file(path))
+        assert read_adapter(path).modules.keys() == {"blocks.1.attn1.to_q"}
+    assert keys["official"] == {k.removeprefix("diffusion_model.") for k in keys["comfyui"]}
+    assert keys["official"] == {f"blocks.1.self_attn.q.lora_{which}.weight" for which in "AB"}
+
+
+def test_a_dora_that_becomes_a_difference_keeps_its_bias(weight):
+    """ComfyUI has no keys for the magnitude by output, but for the bias beside it."""
+    module = "blocks.0.attn1.to_q"
+    bias = torch.arange(64.0)
+    tensors = {"lora_A": torch.ones(2, 64), "lora_B": torch.ones(64, 2), "diff_b": bias}
+    tensors["magnitude"] = weight(f"{module}.weight").norm(dim=1)
+    dora = ModuleAdapter(kind="dora", tensors=tensors)
+    written = to_format({module: dora}, "comfyui", base=weight).tensors
+    key = "diffusion_model.blocks.0.self_attn.q"
+    assert written.keys() == {f"{key}.diff", f"{key}.diff_b"}
+    assert torch.equal(written[f"{key}.diff_b"], bias)

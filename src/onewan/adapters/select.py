@@ -102,6 +102,7 @@ def _within(
     """Those of `names` in the blocks `layers`; all for None."""
     if layers is None:
         return names
+    # Names outside the blocks have no index, and are left out.
     blocks = set(select_layers(layers, len(transformer.blocks)))
     return [n for n in names if block_of(n) in blocks]
 
@@ -114,7 +115,7 @@ def _selected(
     layers: Sequence[int] | None,
 ) -> tuple[str, ...]:
     chosen: set[str] = set()
-    problems: list[str] = []
+    problems: list[str] = []  # all of them, so that the user corrects the file once
     for entry in modules:
         found = groups.get(entry)
         if found is None:

@@ -58,6 +58,7 @@ def train_weights(
         if precision == "float32" and parameter.dtype != torch.float32:
             parameter = nn.Parameter(parameter.detach().float())
             module.register_parameter(which, parameter)
+            # Changing the class keeps the module's hooks, name and identity.
             if isinstance(module, nn.RMSNorm):
                 module.__class__ = _Float32RMSNorm
         parameter.requires_grad_(True)

@@ -64,6 +64,7 @@ class AdapterHeader:
         kept = {name: value for name, value in self.kept.items() if name not in _NOT_KEPT}
         date = self.date or datetime.now(timezone.utc)
         title = self.title or self.kept.get("modelspec.title")
+        # safetensors allows only strings in a header.
         facts = {f"onewan.{name}": str(value) for name, value in self.facts.items()}
         spec = model_spec("wan_2_2-lora", date, title, self.resolution)
         return kept | spec | facts | _about(modules, format)
@@ -129,6 +130,7 @@ class WanModelSaver:
         vectors = stored(f"{embedding.placeholder}: {name}", embedding.vectors, dtype)
         date = date or datetime.now(timezone.utc)
         metadata = model_spec("wan_2_2-embedding", date, title or embedding.placeholder)
+        # `known` comes last: facts of the caller can't replace what the loader relies on.
         known = {"format_version": FORMAT_VERSION, "version": version("onewan")}
         known |= {"placeholder": embedding.placeholder, "uuid": embedding.uuid}
         if embedding.initial_text is not None:
@@ -159,6 +161,7 @@ def convert_adapter(
     adapter = read_adapter(source, expert)
     facts = {} if adapter.expert is None else {"expert": adapter.expert}
     header = AdapterHeader(kept=adapter.metadata, facts=facts)
+    # `to_format` knows modules only; the file's name tells the user which of several is meant.
     try:
         formatted = to_format(adapter.modules, to, dtype=dtype, base=base)
     except CheckpointError as error:
@@ -182,6 +185,7 @@ def _about(modules: Mapping[str, ModuleAdapter], format: KeyFormat) -> dict[str,
         "format": format,
         "kind": " ".join(sorted({adapter.kind for adapter in modules.values()})),
     }
+    # One value for all modules, or none: a header can't show what differs by module.
     ranks = {adapter.rank for adapter in modules.values()}
     alphas = {adapter.alpha for adapter in modules.values()}
     for name, values in (("rank", ranks), ("alpha", alphas)):

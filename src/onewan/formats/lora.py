@@ -96,7 +96,7 @@ _PREFIXES = (
     _Prefix("pipe.dit2.", expert="low"),
     _Prefix("base_model.model."),
     _Prefix("lycoris_", flat=True),
-    _Prefix(""),
+    _Prefix(""),  # matches every key, so it is chosen only if no other prefix explains as many
 )
 
 _ENDINGS: dict[str, str] = {
@@ -137,6 +137,7 @@ _OTHER_ARCHITECTURES = (
 )
 """Patterns in the keys of other models' adapters."""
 
+# Integers would be another quantization, whose scales no adapter format defines.
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
@@ -196,7 +197,7 @@ def layout_of(
     if not endings:
         return None
     under = {p: _modules_under(p, endings) for p in _PREFIXES}
-    # Prefixes overlap ("" matches everything): the one that explains most keys is the right one.
+    # Prefixes overlap; `max` takes the first of several that explain equally many keys.
     best = max(_PREFIXES, key=lambda p: len(under[p]))
     pair = [p for p in _PREFIXES if p.expert and under[p]] if best.expert else []
     experts: tuple[ExpertName, ...] = tuple(
@@ -302,6 +303,7 @@ class WanShape:
 def split_key(key: str) -> tuple[str, str] | None:
     """(prefix and module, tensor) of a key; None if its ending is none of an adapter's."""
     steps = [step for step in key.split(".") if step != "default"]
+    # The longest ending first: ``lora.down.weight`` before ``weight`` alone.
     for length in (3, 2, 1):
         part = _ENDINGS.get(".".join(steps[-length:])) if len(steps) > length else None
         if part is not None:
@@ -329,6 +331,7 @@ def _modules_under(
 def _from_dotted(name: str) -> str | None:
     """Diffusers' name of a module from its official or diffusers' name; None if Wan 2.2 has no
     such module."""
+    # The key maps translate names of weights and of blocks' insides too; those are not modules.
     if name.endswith((".weight", ".bias")) or (
         name.startswith("blocks.") and not re.match(r"blocks\.\d+\.", name)
     ):
@@ -362,6 +365,7 @@ def _trainer(
     tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], prefix: _Prefix
 ) -> str | None:
     """The program that wrote the file, detected by metadata and keys that only it writes."""
+    # First, since onewan keeps the entries of other trainers when it converts a file.
     if "onewan.version" in metadata:
         return "onewan"
     if any(name.startswith("ot_") for name in metadata):

@@ -59,6 +59,9 @@ KIND_TITLES: dict[AdapterKind, str] = {
     "difference": "a plain difference",
 }
 
+_BIASES = ("lora_B.bias", "diff_b")
+"""Tensors that change a layer's bias, in the order that `ModuleAdapter` looks for them."""
+
 BaseWeights = Callable[[str], Tensor]
 """The base model's tensor by diffusers' name, such as ``blocks.0.attn1.to_q.weight``."""
 
@@ -96,6 +99,7 @@ def read_adapter(path: Path, expert: ExpertName | None = None) -> AdapterFile:
     except _SettingsError as error:
         raise _damaged_settings(file, error) from error
     if layout.prefix == "lora_unet_":
+        # `or modules`: a file of zeros only is a new adapter, not padding.
         modules = {m: a for m, a in modules.items() if not _is_zero_padding(a)} or modules
     named = layout.experts[0] if len(layout.experts) == 1 else None
     return AdapterFile(
@@ -160,20 +164,23 @@ def to_format(
     tensors: dict[str, Tensor | LazyTensor] = {}
     for module, adapter in modules.items():
         start = module_key(module, format)
-        native = replace(adapter, tensors={}) if module in as_difference else adapter
         if module in as_difference:
             tensors[f"{start}.diff"] = _difference(module, adapter, dtype, base)
-        for part, tensor in native.tensors.items():
-            tensors[f"{start}.{_key(part, format)}"] = stored(f"{module}.{part}", tensor, dtype)
-        bias = adapter.bias_difference() if "lora_B.bias" in native.tensors else None
+        else:
+            for part, tensor in adapter.tensors.items():
+                if part not in _BIASES:
+                    key = f"{start}.{_key(part, format)}"
+                    tensors[key] = stored(f"{module}.{part}", tensor, dtype)
+            alpha = _written_alpha(adapter, format)
+            if format != "diffusers" and alpha is not None:
+                tensors[f"{start}.alpha"] = torch.tensor(alpha)
+        # PEFT scales the bias of a LoRA; ``diff_b`` is added to the layer's bias without a scale.
+        bias = adapter.bias_difference()
         if bias is not None:
-            del tensors[f"{start}.{_key('lora_B.bias', format)}"]
-            kept = dtype or adapter.tensors["lora_B.bias"].dtype
-            tensors[f"{start}.diff_b"] = stored(f"{module}.diff_b", bias, kept)
-        alpha = _written_alpha(native, format)
-        if format != "diffusers" and alpha is not None:
-            tensors[f"{start}.alpha"] = torch.tensor(alpha)
+            own = next(adapter.tensors[part] for part in _BIASES if part in adapter.tensors)
+            tensors[f"{start}.diff_b"] = stored(f"{module}.diff_b", bias, dtype or own.dtype)
     notices = _notices(modules, as_difference, tensors, format)
+    # diffusers reads no other kind from a kohya file, so only a LoRA has to be complete.
     if format == "kohya" and all(a.kind == "lora" for a in modules.values()):
         tensors |= _zero_padding(modules, dtype, shape or _shape(modules, base))
     metadata = {PEFT_SETTINGS: _peft_settings(modules)} if format == "diffusers" else {}
@@ -208,6 +215,8 @@ def _modules(
         parts = {part: read(key) for part, key in keys.items()}
         alpha = parts.pop("alpha", None)
         kind = layout.kinds[module]
+        # An alpha among the tensors takes precedence over the settings. PEFT's OFT is always
+        # converted, since its rotation has another form than LyCORIS'.
         if "oft_R" in parts or (alpha is None and settings):
             try:
                 modules[module] = from_peft(parts, PeftSettings.of_module(module, kind, settings))
@@ -251,12 +260,15 @@ def _settings(file: TensorFile) -> dict[str, Any]:
     """PEFT's settings, from the header or from the file that PEFT writes beside the weights; empty
     if there are none."""
     text = file.metadata.get(PEFT_SETTINGS)
+    # PEFT names its two files like this. Another trainer's file may lie in the same folder by
+    # chance, so the settings are used for PEFT's own name of the weights only.
     beside = file.files[0].with_name("adapter_config.json")
     try:
         if text is None:
             if file.files[0].stem != "adapter_model" or not beside.is_file():
                 return {}
             text = beside.read_text(encoding="utf-8")
+        # diffusers puts the component before each name, PEFT does not.
         return {
             re.sub(r"^transformer(_2)?\.", "", name): value
             for name, value in json.loads(text).items()
@@ -355,6 +367,7 @@ def _difference(
     name = f"{module}.weight"
     kept = dtype or next(iter(adapter.tensors.values())).dtype
 
+    # Lazy, since the differences of a whole model are as large as the model.
     def make() -> Tensor:
         added = adapter.difference(base(name))
         assert added is not None
@@ -401,6 +414,7 @@ def _shape(modules: Mapping[str, ModuleAdapter], base: BaseWeights | None) -> Wa
     sizes = {m: _size(a) for m, a in modules.items() if m.startswith("blocks.")}
     if not sizes:
         return None
+    # At least: the last blocks may have no adapter. Official shapes below know better.
     blocks = 1 + max(int(module.split(".")[1]) for module in sizes)
     width, ffn = 0, 0
     for module, (out, into) in sizes.items():

@@ -20,31 +20,22 @@ from onewan.checkpoint.saver import AdapterHeader, WanModelSaver
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.embedding import EmbeddingFile
-from onewan.formats.lora import LoraFormat
-from onewan.formats.lora_files import (
-    AdapterFile,
-    BaseWeights,
-    parse_adapter,
-    read_adapter,
-    to_format,
-)
+from onewan.formats.lora import KeyFormat
+from onewan.formats.lora_files import AdapterFile, BaseWeights, parse_adapter, read_adapter
 from onewan.formats.weights import expert_in_name
-from onewan.formats.write import write_safetensors
 from onewan.model.embedding import WanModelEmbedding
 from onewan.model.wan import WanModel
 from onewan.variants import Expert, ExpertName, Variant
 
 EXPERTS: dict[str, ExpertName] = {"transformer": "high", "transformer_2": "low"}
 
-_FORMATS: dict[str, LoraFormat] = {
+_FORMATS: dict[str, KeyFormat] = {
     "DIFFUSERS_LORA": "diffusers",
     "KOHYA_LORA": "kohya",
     "COMFY_LORA": "comfyui",
-    "ORIGINAL_LORA": "comfyui",
+    "ORIGINAL_LORA": "official",
 }
-"""OneTrainer's name of each format; ORIGINAL is ComfyUI's without its prefix."""
-
-_COMFY_PREFIX = "diffusion_model."
+"""OneTrainer's name of each format."""
 
 _ONETRAINER: dict[str, str] = {
     "lora_A": "lora_down.weight",
@@ -91,19 +82,12 @@ def save_adapters(
         expert = EXPERTS[component] if two else None
         path = expert_path(Path(destination), expert)
         modules = parse_adapter(tensors, source=str(path))
-        key_format = _FORMATS[format]
-        formatted = to_format(modules, key_format, dtype=dtype, base=_base(model, component))
         header = AdapterHeader(kept=metadata, facts={"expert": expert} if expert else {})
-        names = {name: name for name in formatted.tensors}
-        if format == "ORIGINAL_LORA":  # not one of onewan's formats: bare official names
-            names = {name: name.removeprefix(_COMFY_PREFIX) for name in names}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_safetensors(
-            path,
-            {new: formatted.tensors[old] for old, new in names.items()},
-            {**header.metadata(modules, key_format), **formatted.metadata},
+        notices = WanModelSaver().save_adapter(
+            modules, path, _FORMATS[format], header, dtype=dtype, base=_base(model, component)
         )
-        for notice in formatted.notices:
+        for notice in notices:
             report(f"{path.name}: {notice}")
         written.append(path)
     return written

@@ -67,6 +67,7 @@ def _files_of_expert(
 ) -> Iterator[ExportedFile]:
     formats, suffix = run.config.output.formats, trained.expert.file_suffix + _SUFFIX[weight_set]
 
+    # Weights are read when the file is written, under the weight set that it is for.
     def write(path: Path, format: LoraFormat) -> list[str]:
         facts = _facts(run, trainable, weight_set, trainable.lr)
         with trainable.using(weight_set):
@@ -105,6 +106,7 @@ def _write_adapter(
         path,
         format,
         header,
+        # An adapter trains in float32 and is small: nothing is rounded unless it is requested.
         dtype=_dtype(run) or torch.float32,
         base=partial(_base_tensor, trained.transformer),
         shape=WanShape.of_config(trained.transformer.config),
