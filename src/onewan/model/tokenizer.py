@@ -31,33 +31,33 @@ from onewan.variants import TEXT_LENGTH
 _REMEDY = "set model.tokenizer to the folder google/umt5-xxl of an official model, or that hub id"
 
 
-def load_tokenizer(place: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in the folder `place`, or the one inside the weights file `place`.
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in the folder `path`, or the one inside the weights file `path`.
 
     CheckpointError if there is none.
     """
-    has_own_files = place.is_dir() and any(
-        (place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
+    has_own_files = path.is_dir() and any(
+        (path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
     )
     if has_own_files:
         try:
-            return AutoTokenizer.from_pretrained(place, local_files_only=True)
+            return AutoTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{place}: no usable tokenizer ({first_line(error)}); {_REMEDY}"
+                f"{path}: no usable tokenizer ({first_line(error)}); {_REMEDY}"
             ) from error
     # A folder with the bare SentencePiece model only, or that file itself.
-    spiece = place / "spiece.model" if place.is_dir() else place
+    spiece = path / "spiece.model" if path.is_dir() else path
     if spiece.name.endswith(".model") and spiece.is_file():
         return tokenizer_from_sentencepiece(spiece.read_bytes(), str(spiece))
     try:
-        weights = open_component(place)
+        weights = open_component(path)
     except CheckpointError as error:
-        raise CheckpointError(f"{place}: no usable tokenizer ({error}); {_REMEDY}") from error
+        raise CheckpointError(f"{path}: no usable tokenizer ({error}); {_REMEDY}") from error
     if weights.tokenizer is None:
-        raise CheckpointError(f"{place}: contains no tokenizer; {_REMEDY}")
+        raise CheckpointError(f"{path}: contains no tokenizer; {_REMEDY}")
     model = weights.file.read(weights.tokenizer)
-    return tokenizer_from_sentencepiece(model.numpy().tobytes(), f"{place}: {weights.tokenizer}")
+    return tokenizer_from_sentencepiece(model.numpy().tobytes(), f"{path}: {weights.tokenizer}")
 
 
 def tokenizer_from_sentencepiece(spiece: bytes, where: str) -> PreTrainedTokenizerBase:

@@ -72,9 +72,9 @@ class Ema:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from `state`; ValueError if its names or shapes are not those of the weights."""
         if state.keys() != self.averages.keys():
-            odd = sorted(state.keys() ^ self.averages.keys())
-            side = "the state" if odd[0] in state else "this run"
-            raise ValueError(f"the averages are of other weights: {odd[0]} is only in {side}")
+            unmatched = sorted(state.keys() ^ self.averages.keys())
+            side = "the state" if unmatched[0] in state else "this run"
+            raise ValueError(f"the averages are of other weights: {unmatched[0]} is only in {side}")
         for name, average in self.averages.items():
             if state[name].shape != average.shape:
                 raise ValueError(

@@ -220,9 +220,9 @@ def _adam_mini(groups: Groups, choice: AdamWOptimizer) -> torch.optim.Optimizer:
         verbose=False,
     )
     # The library makes one group for each parameter, without the entries of the given groups.
-    for made, (_, _, group) in zip(optimizer.param_groups, named, strict=True):
-        made.update({key: value for key, value in group.items() if key != "params"})
-        made["weight_decay"] = choice.weight_decay  # the library sets 0 for "bias"
+    for library_group, (_, _, group) in zip(optimizer.param_groups, named, strict=True):
+        library_group.update({key: value for key, value in group.items() if key != "params"})
+        library_group["weight_decay"] = choice.weight_decay  # the library sets 0 for "bias"
     return optimizer
 
 

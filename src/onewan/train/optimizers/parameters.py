@@ -215,9 +215,9 @@ def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
 def _check_fit(saved: Mapping[str, Any], own: Mapping[str, ManagedParameter]) -> None:
     """ValueError if `saved` is not a state of the parameters `own`."""
     if saved.keys() != own.keys():
-        odd = sorted(saved.keys() ^ own.keys())
-        side = "the state" if odd[0] in saved else "this run"
-        raise ValueError(f"the state is of other weights: {odd[0]} is only in {side}")
+        unmatched = sorted(saved.keys() ^ own.keys())
+        side = "the state" if unmatched[0] in saved else "this run"
+        raise ValueError(f"the state is of other weights: {unmatched[0]} is only in {side}")
     for name, managed in own.items():
         shape = tuple(managed.parameter.shape)
         if tuple(saved[name]["shape"]) != shape:
