@@ -1,10 +1,15 @@
-"""The run file: what it may hold (`schema`, `rules`), how it is read and written (`load`,
-`migrate`), what is said about a bad one (`wording`), and what to start from (`starter`)."""
+"""The run file.
 
+`schema`, `method`, `objective` and `optimizer` declare its fields; `load` reads and writes it;
+`rules`, `method_rules`, `train_rules` and `unused` check what spans fields; `resolve` fills in
+defaults; `messages` and `schema_paths` word errors; `template` and `json_schema` help to write one.
+"""
+
+from onewan.config.json_schema import json_schema
 from onewan.config.load import changed_fields, dump_run, load_run
 from onewan.config.schema import RunConfig
 from onewan.config.schema_paths import leaves
-from onewan.config.template import json_schema, starter
+from onewan.config.template import starter
 
 __all__ = [
     "RunConfig",

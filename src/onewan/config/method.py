@@ -1,6 +1,7 @@
-"""What a run trains: the `method` section, one class for each kind, and `embeddings`.
+"""Training methods and embeddings: one class for each `method.kind`, and the `embeddings` section.
 
-Each kind has only the fields that mean something to it. Nothing here imports torch.
+Each class has only the fields that its method takes. The fields' documentation is carried into the
+JSON schema.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from onewan.config.section import Decay, Distinct, Int, Keyed, Positive, Section
 
 ADAPTER_GROUPS = ("self_attention", "cross_attention", "attention", "ffn", "all_linears")
-"""Names that `method.modules` takes for groups of an expert's linear layers."""
+"""Names of groups of an expert's linear layers, for `method.modules` of adapters."""
 
 WEIGHT_GROUPS = ("all", *ADAPTER_GROUPS, "norms", "biases")
-"""Names that it takes for groups of an expert's weights, where the weights themselves train."""
+"""Names of groups of an expert's weights, for `method.modules` of full fine-tuning."""
 
 
 def _check_modules(value: tuple[str, ...], groups: Sequence[str]) -> tuple[str, ...]:
@@ -52,7 +53,7 @@ _WeightModules = Annotated[
 
 class PerModule(Section):
     modules: _AdapterModules
-    """Groups or patterns, as `method.modules` takes them."""
+    """Groups or patterns, as in `method.modules`."""
     rank: Int | None = Field(default=None, ge=1)
     """Rank of these layers; null is the method's."""
     alpha: Positive | None = None
@@ -67,57 +68,58 @@ class PerModule(Section):
 
 class _Adapter(Section):
     modules: _AdapterModules = ("self_attention", "cross_attention", "ffn")
-    """Which layers train: groups (`self_attention`, `cross_attention`, `attention` for both, `ffn`,
-    `all_linears` for those outside the blocks too) and patterns of diffusers' names
-    (`blocks.*.attn1.to_[qkv]`)."""
+    """Layers with an adapter: groups (`self_attention`, `cross_attention`, `attention` for both,
+    `ffn`, `all_linears`, which includes those outside the blocks) and patterns of diffusers' module
+    names (`blocks.*.attn1.to_[qkv]`)."""
     init_from: Annotated[tuple[Path, ...], Distinct] = ()
-    """Adapter files to go on from, in any format that is read: one for an expert, which is then
-    given its layers, ranks and alphas by the file."""
+    """Adapter files to initialize from, in any supported format, at most one for each expert.
+    Layers, rank and alpha of that expert then come from the file."""
 
 
 class _RankedAdapter(_Adapter):
     rank: Int = Field(default=32, ge=1)
-    """Rank of the adapter: more holds more, and costs memory and disk."""
+    """Rank of the adapter; a higher rank has more capacity, and needs more memory and disk."""
     alpha: Positive | None = None
-    """The adapter counts alpha/rank times; null is the rank itself, so once."""
+    """The adapter is scaled by alpha / rank; null: alpha is the rank (scale 1)."""
     per_module: tuple[PerModule, ...] = ()
-    """Other ranks and alphas for some of the layers; the last entry that names a layer holds."""
+    """Ranks and alphas for some of the layers; the last entry that matches a layer applies."""
 
 
 class LoraMethod(_RankedAdapter):
     kind: Literal["lora"] = "lora"
-    """What is trained: a low-rank adapter (LoRA) beside the frozen weights."""
+    """LoRA: a low-rank adapter beside the frozen weights."""
     dropout: Decay = 0.0
-    """Probability with which an input of the adapter is dropped while training."""
+    """Dropout probability of the adapter's inputs during training."""
     use_rslora: bool = False
-    """rsLoRA: count alpha/sqrt(rank) times instead of alpha/rank."""
+    """rsLoRA: scale by alpha / sqrt(rank) instead of alpha / rank."""
     init: Literal["zero", "pissa"] = "zero"
-    """`zero`: B is zero, so nothing changes at first. `pissa`: start from the principal part of
-    each weight, which the rest is then relieved of; learns faster. Exported as a plain LoRA of
-    twice the rank."""
+    """`zero`: B is zero. `pissa`: A and B are initialized from the top singular vectors of each
+    weight, which often converges faster; the initial product is subtracted in the forward pass, so
+    the base weights stay as they are. Neither changes the model before the first step. A PiSSA
+    adapter is exported as a plain LoRA of twice the rank."""
     lora_plus_ratio: Positive = 1.0
-    """LoRA+: the learning rate of B is this many times that of A (16 is usual)."""
+    """LoRA+: ratio of B's learning rate to A's (16 is common; 1 turns it off)."""
 
 
 class DoraMethod(_RankedAdapter):
     kind: Literal["dora"] = "dora"
-    """LoRA for the direction of each weight, and its length for itself (DoRA)."""
+    """DoRA: LoRA for the direction of each weight, and a trained magnitude."""
     dropout: Decay = 0.0
-    """Probability with which an input of the adapter is dropped while training."""
+    """Dropout probability of the adapter's inputs during training."""
     lora_plus_ratio: Positive = 1.0
-    """LoRA+: the learning rate of B is this many times that of A (16 is usual)."""
+    """LoRA+: ratio of B's learning rate to A's (16 is common; 1 turns it off)."""
 
 
 class LohaMethod(_RankedAdapter):
     kind: Literal["loha"] = "loha"
-    """The elementwise product of two low-rank matrices (LoHa)."""
+    """LoHa: the elementwise product of two low-rank matrices."""
 
 
 class LokrMethod(_RankedAdapter):
     kind: Literal["lokr"] = "lokr"
-    """The Kronecker product of a small matrix and a larger, low-rank one (LoKr)."""
+    """LoKr: the Kronecker product of a small matrix and a larger low-rank one."""
     factor: Int = -1
-    """Sides of the small matrix are at most this; -1 makes the two about as large as each other."""
+    """Largest side of the small matrix, at least 1; -1 makes both matrices about equally large."""
 
     @field_validator("factor")
     @classmethod
@@ -127,53 +129,53 @@ class LokrMethod(_RankedAdapter):
         return value
 
     decompose_both: bool = False
-    """Make the small matrix low-rank too."""
+    """Decompose the small matrix into low-rank factors too."""
 
 
 class OftMethod(_Adapter):
     kind: Literal["oft"] = "oft"
-    """A rotation of each layer's inputs in blocks, which keeps lengths and angles (OFT)."""
+    """OFT: an orthogonal, block-diagonal transformation of each layer's inputs."""
     block_size: Int = Field(default=32, ge=2)
-    """Inputs that turn together; must divide the width of every layer it is on."""
+    """OFT block size; must divide the input width of every adapted layer."""
 
 
 class FineTuneMethod(Section):
     kind: Literal["fine_tune"] = "fine_tune"
-    """The weights of the experts themselves."""
+    """Full fine-tuning of the experts' weights."""
     modules: _WeightModules = ("all",)
-    """Which weights train: `all`, groups (`self_attention`, `cross_attention`, `attention`, `ffn`,
-    `all_linears`, `norms`, `biases`) and patterns of diffusers' names of weights
-    (`blocks.*.attn1.*`)."""
+    """Weights to train: `all`, groups (`self_attention`, `cross_attention`, `attention`, `ffn`,
+    `all_linears`, `norms`, `biases`) and patterns of diffusers' parameter
+    names (`blocks.*.attn1.*`)."""
     weights: Literal["stochastic", "kahan", "float32"] = "stochastic"
-    """How small updates survive. `stochastic`: bfloat16 weights, rounded up or down at random so
-    that the mean is right (2 bytes per weight). `kahan`: bfloat16 weights and what was rounded off
-    (4 bytes). `float32`: the trained weights are float32 (4 bytes)."""
+    """How trained weights are stored, so that small updates are not lost. `stochastic`: bfloat16
+    with stochastic rounding (2 bytes per weight). `kahan`: bfloat16 and the rounding error in
+    bfloat16 (Kahan summation, 4 bytes). `float32`: float32 (4 bytes)."""
     fused_step: bool = False
-    """Update each weight as soon as its gradient is there, in the backward pass, so that gradients
-    never stand in memory together. Takes one forward pass per step (`train.accumulation` 1) and no
-    limit on the gradient of all weights (`train.max_grad_norm` null)."""
+    """Update each weight in the backward pass, as soon as its gradient is computed, so that all
+    gradients are never in memory at once. Needs `train.accumulation` 1 and `train.max_grad_norm`
+    null."""
 
 
 class EmbeddingMethod(Section):
     kind: Literal["embedding"] = "embedding"
-    """Nothing but the placeholders of `embeddings` (textual inversion)."""
+    """Textual inversion: only the `embeddings` are trained."""
 
 
 class EmbeddingFields(Section):
     placeholder: str = Field(pattern=r"^\S+$")
-    """The word in captions and prompts that the vectors stand for, such as <fox>."""
+    """Word in captions and prompts that the vectors replace, such as <fox>."""
     token_count: Int | None = Field(default=None, ge=1, le=64)
-    """How many vectors; null is the number of tokens of `initial_text`."""
+    """Number of vectors; null is the number of tokens of `initial_text`."""
     initial_text: str = "*"
-    """What the vectors start as: a word or a few for what the placeholder will mean."""
+    """Text whose embedding initializes the vectors: a few words for the concept."""
     is_output_embedding: bool = False
-    """false: the vectors enter the text encoder in place of the placeholder's tokens. true: they
-    join what comes out of it, at the placeholder's place; the text encoder never trains then, and
-    no other word is influenced."""
+    """false: the vectors replace the placeholder's token embeddings at the text encoder's input.
+    true: they are inserted into its output at the placeholder's position, which leaves the outputs
+    of all other words unchanged."""
     init_from: Path | None = None
-    """An embedding file to go on from, instead of `initial_text`."""
+    """Embedding file to initialize from, instead of `initial_text`."""
     train: bool = True
-    """false: use the vectors of `init_from` as they are."""
+    """false: use the vectors of `init_from` without training them."""
     lr: Positive | None = None
     """Learning rate; null is `optimizer.lr`."""
 
@@ -181,7 +183,7 @@ class EmbeddingFields(Section):
 class EmbeddingSection(EmbeddingFields):
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]+$")
     """Name of the exported file, and in ComfyUI's prompts (embedding:NAME); null is the placeholder
-    without its signs."""
+    without punctuation."""
 
 
 class ResolvedEmbedding(EmbeddingFields):

@@ -1,6 +1,7 @@
-"""What errors count at which noise levels: `train.timesteps` and `train.loss`.
+"""Timestep distributions and the loss: `train.timesteps` and `train.loss`.
 
-Nothing here imports torch.
+A timestep t is the noise level from 0 (clean) to 1 (noise). The fields' documentation is carried
+into the JSON schema.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from onewan.config.section import Float, Keyed, Positive, Section, Share
 
 class _Timesteps(Section, ABC):
     shift: Positive | None = None
-    """Shift s of the noise level u: t = s*u / (1 + (s-1)*u). null is the variant's official one
-    (12 for T2V-A14B, 5 for the others), under which training visits the levels of sampling."""
+    """Timestep shift s: t = s*u / (1 + (s-1)*u), where u has the distribution below. null is the
+    variant's official shift (12 for T2V-A14B, 5 for the others), which sampling uses too."""
     shift_by_tokens: bool = False
-    """Scale the shift with the square root of a clip's tokens over those of an official sample, so
-    that small and short clips get less noise."""
+    """Multiply the shift by the square root of the ratio of a clip's tokens to those of an official
+    sample, so that small and short clips get less noise."""
     stratified: bool = False
-    """Spread the noise levels of one step evenly over the density instead of drawing each for
-    itself: the same density, less variance."""
+    """Stratified sampling of the timesteps of one step, instead of independent draws: the same
+    density with less variance."""
 
     def density(self, official_shift: float) -> TimestepDensity:
         """The density of t; `official_shift` is the variant's, for a section without its own."""
@@ -46,8 +47,8 @@ class _Timesteps(Section, ABC):
 
 class UniformTimesteps(_Timesteps):
     distribution: Literal["uniform"] = "uniform"
-    """Density of the noise level before the shift. Each expert draws from it truncated exactly to
-    its own range after the shift."""
+    """Distribution of u, the timestep before the shift: uniform. After the shift, each expert draws
+    from the density truncated to its own range."""
 
     def base(self) -> Uniform:
         return Uniform()
@@ -55,11 +56,11 @@ class UniformTimesteps(_Timesteps):
 
 class LogitNormalTimesteps(_Timesteps):
     distribution: Literal["logit_normal"] = "logit_normal"
-    """The logistic function of a normal: most levels in the middle."""
+    """Logit-normal distribution, with most timesteps in the middle."""
     mean: Float = 0.0
-    """Mean of the normal; above 0 is more noise."""
+    """Mean of the logit; above 0 is more noise."""
     std: Positive = 1.0
-    """Standard deviation of the normal."""
+    """Standard deviation of the logit."""
 
     def base(self) -> LogitNormal:
         return LogitNormal(self.mean, self.std)
@@ -67,9 +68,9 @@ class LogitNormalTimesteps(_Timesteps):
 
 class ModeTimesteps(_Timesteps):
     distribution: Literal["mode"] = "mode"
-    """Stable Diffusion 3's density with a mode, heavy at both ends."""
+    """Mode sampling of Stable Diffusion 3, with heavy tails."""
     scale: Float = Field(default=1.29, ge=-1, le=1.75)
-    """Above 0 favours the middle, below 0 the ends; 0 is uniform."""
+    """From -1 to 1.75: above 0 favors the middle, below 0 both ends; 0 is uniform."""
 
     def base(self) -> Mode:
         return Mode(self.scale)
@@ -77,11 +78,11 @@ class ModeTimesteps(_Timesteps):
 
 class BetaTimesteps(_Timesteps):
     distribution: Literal["beta"] = "beta"
-    """The beta distribution."""
+    """Beta distribution."""
     alpha: Positive = 2.0
-    """More is more noise."""
+    """Larger values are more noise."""
     beta: Positive = 2.0
-    """More is less noise."""
+    """Larger values are less noise."""
 
     def base(self) -> Beta:
         return Beta(self.alpha, self.beta)
@@ -89,9 +90,9 @@ class BetaTimesteps(_Timesteps):
 
 class TableTimesteps(_Timesteps):
     distribution: Literal["table"] = "table"
-    """A density by weights."""
+    """Piecewise constant density."""
     weights: tuple[Annotated[Float, Field(ge=0)], ...] = Field(min_length=1)
-    """Weights of equally wide parts of 0 to 1, from little noise to much."""
+    """Weights of equally wide bins of [0, 1], from clean to noise."""
 
     @field_validator("weights")
     @classmethod
@@ -113,7 +114,7 @@ Timesteps: TypeAlias = Annotated[
 
 class NoWeighting(Section):
     kind: Literal["none"] = "none"
-    """Weight of a sample's loss by its noise level: all alike."""
+    """No weighting of the loss by timestep."""
 
     def function(self) -> None:
         return None
@@ -121,10 +122,10 @@ class NoWeighting(Section):
 
 class MinSnrWeighting(Section):
     kind: Literal["min_snr"] = "min_snr"
-    """Min-SNR of the clean sample, min((1-t)^2, gamma t^2), for the velocity; scaled to a mean of
-    1 over what the expert draws."""
+    """Min-SNR weighting, min((1-t)^2, gamma t^2) for velocity prediction; scaled to a mean of 1
+    over the timesteps of the expert."""
     gamma: Positive = 5.0
-    """Where the signal-to-noise ratio is cut."""
+    """Upper limit of the signal-to-noise ratio."""
 
     def function(self) -> TimestepWeighting:
         return MinSnr(self.gamma)
@@ -132,7 +133,7 @@ class MinSnrWeighting(Section):
 
 class CurveWeighting(Section):
     kind: Literal["curve"] = "curve"
-    """Straight lines between points; scaled to a mean of 1 over what the expert draws."""
+    """Linear interpolation between points; scaled to a mean of 1 over the expert's timesteps."""
     points: tuple[tuple[Share, Annotated[Float, Field(ge=0)]], ...] = Field(min_length=2)
     """[timestep, weight], the timesteps in ascending order from 0 (clean) to 1 (noise)."""
 
@@ -159,11 +160,11 @@ Weighting: TypeAlias = Annotated[
 
 class LossSection(Section):
     kind: Literal["mse", "huber", "pseudo_huber"] = "mse"
-    """`mse`: the square of each error. `huber`: the square up to `delta`, straight beyond.
-    `pseudo_huber`: the same, smoothly. All equal the square for small errors."""
+    """`mse`: mean squared error. `huber`: quadratic up to `delta`, linear beyond. `pseudo_huber`: a
+    smooth Huber loss. All equal the squared error for small errors."""
     delta: Positive = 1.0
-    """Error beyond which the Huber losses grow straight."""
+    """Error beyond which the Huber losses are linear."""
     weighting: Weighting = NoWeighting()
-    """How much each noise level counts."""
+    """Loss weight by timestep: a name, or a mapping with kind and its options."""
     unmasked_weight: Share = 0.1
-    """How much places that a mask leaves out count against those within."""
+    """Loss weight outside the mask, 0 to 1; inside it is 1."""

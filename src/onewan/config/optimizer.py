@@ -1,6 +1,8 @@
-"""How weights move: the `optimizer` section, one class for each, and courses of the learning rate.
+"""Optimizers and learning-rate schedules: one class for each `optimizer.name` and `schedule.kind`.
 
-Each has only the fields that mean something to it. Nothing here imports torch.
+Each class has only the fields that its optimizer takes. The fields' documentation is carried into
+the JSON schema. adamw, adamw_8bit, adafactor, prodigy, muon, lion and adamw_schedule_free are
+supported in every combination; the others are best effort.
 """
 
 from __future__ import annotations
@@ -24,171 +26,169 @@ OPTIMIZER_PACKAGES = (
     "adam_mini",
     "transformers.optimization",
 )
-"""Where `optimizer.class_path` may lead. A closed list, so that a run file from a stranger runs no
-code but that of optimizers."""
+"""Packages that `optimizer.class_path` may name: an allow-list, so that an untrusted run file can't
+import arbitrary code."""
+
+Lr = Annotated[Positive, Field(description="Learning rate.")]
+LrFactor = Annotated[
+    Positive,
+    Field(description="Factor of the estimated learning rate; leave it at 1."),
+]
+Betas = Annotated[
+    tuple[Decay, Decay],
+    Field(description="beta1 and beta2: decay rates of the gradient's first and second moment."),
+]
+Eps = Annotated[Positive, Field(description="Added to the denominator for numerical stability.")]
+WeightDecay = Annotated[Float, Field(ge=0, description="Decoupled weight decay.")]
+L2Penalty = Annotated[Float, Field(ge=0, description="Weight decay, as an L2 penalty.")]
+Momentum = Annotated[Decay, Field(description="Decay rate of the momentum.")]
+ClipThreshold = Annotated[
+    Positive, Field(description="Updates with a larger root mean square are scaled down to it.")
+]
+D0 = Annotated[Positive, Field(description="Initial estimate of the learning rate.")]
+DCoef = Annotated[
+    Positive,
+    Field(description="Factor of the estimate: 0.5 is more cautious, 2 more aggressive."),
+]
+EndFactor = Annotated[
+    Share, Field(description="Factor of the learning rate at the end of the decay.")
+]
 
 
 class AdamWOptimizer(Section):
     name: Literal["adamw"] = "adamw"
-    """AdamW, fused."""
-    lr: Positive = 1e-4
-    """Learning rate."""
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """Decay of the running means of the gradient and of its square."""
-    eps: Positive = 1e-8
-    """Added to the denominator."""
-    weight_decay: Float = Field(default=0.01, ge=0)
-    """Decoupled weight decay."""
+    """AdamW of PyTorch, with the fused kernel."""
+    lr: Lr = 1e-4
+    betas: Betas = (0.9, 0.999)
+    eps: Eps = 1e-8
+    weight_decay: WeightDecay = 0.01
 
 
 class AdamW8bitOptimizer(AdamWOptimizer):
     name: Literal["adamw_8bit"] = "adamw_8bit"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """AdamW of bitsandbytes, its state in 8 bits."""
+    """AdamW of bitsandbytes, with 8-bit optimizer state."""
     paged: bool = False
-    """Let the state move to host memory when the GPU's is short (CUDA)."""
+    """Page optimizer state out to CPU memory when GPU memory runs out (CUDA only)."""
 
 
 class AdamWScheduleFreeOptimizer(AdamWOptimizer):
     name: Literal["adamw_schedule_free"] = "adamw_schedule_free"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """AdamW whose averaged weights take the place of a schedule (package schedulefree)."""
+    """Schedule-free AdamW: averages weights instead of decaying the rate (package schedulefree)."""
     warmup_steps: Int = Field(default=0, ge=0)
-    """Its own warm-up, which its average knows of; use it instead of `train.warmup_steps`."""
+    """Warm-up steps of the optimizer, which its weight average accounts for; use it instead of
+    `train.warmup_steps`."""
 
 
 class AdafactorOptimizer(Section):
     name: Literal["adafactor"] = "adafactor"
-    """Adafactor: the square's running mean as a product of rows and columns."""
-    lr: Positive = 1e-4
-    """Learning rate."""
+    """Adafactor: AdamW with a factored second moment, which needs little memory."""
+    lr: Lr = 1e-4
     decay_rate: Float = Field(default=-0.8, lt=0)
-    """Exponent of the running mean's decay."""
-    clip_threshold: Positive = 1.0
-    """Root mean square of an update above which it is scaled down."""
+    """Exponent of the second moment's decay rate, 1 - step^decay_rate."""
+    clip_threshold: ClipThreshold = 1.0
     scale_parameter: bool = False
-    """Scale the learning rate by the weight's own size."""
-    weight_decay: Float = Field(default=0.0, ge=0)
-    """Weight decay."""
+    """Scale the learning rate by the root mean square of the weight."""
+    weight_decay: L2Penalty = 0.0
 
 
 class ProdigyOptimizer(Section):
     name: Literal["prodigy"] = "prodigy"
-    """Prodigy: AdamW that finds its own learning rate (package prodigyopt)."""
-    lr: Positive = 1.0
-    """Multiplies the rate that it finds; leave it at 1."""
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """Decay of the running means of the gradient and of its square."""
-    eps: Positive = 1e-8
-    """Added to the denominator."""
-    weight_decay: Float = Field(default=0.0, ge=0)
-    """Decoupled weight decay."""
-    d0: Positive = 1e-6
-    """The first guess of the learning rate."""
-    d_coef: Positive = 1.0
-    """Multiplies its guesses: 0.5 is more careful, 2 bolder."""
+    """Prodigy: AdamW that estimates its learning rate (package prodigyopt)."""
+    lr: LrFactor = 1.0
+    betas: Betas = (0.9, 0.999)
+    eps: Eps = 1e-8
+    weight_decay: WeightDecay = 0.0
+    d0: D0 = 1e-6
+    d_coef: DCoef = 1.0
     safeguard_warmup: bool = True
-    """Keep the guess from growing because of a warm-up."""
+    """Keep the estimate from growing during warm-up."""
     bias_correction: bool = True
-    """Adam's correction of its means at the start."""
+    """Adam's bias correction."""
 
 
 class ProdigyPlusOptimizer(Section):
     name: Literal["prodigy_plus_schedule_free"] = "prodigy_plus_schedule_free"
-    """Prodigy and schedule-free in one (package prodigy-plus-schedule-free)."""
-    lr: Positive = 1.0
-    """Multiplies the rate that it finds; leave it at 1."""
-    betas: tuple[Decay, Decay] = (0.9, 0.99)
-    """Decay of the running means of the gradient and of its square."""
-    weight_decay: Float = Field(default=0.0, ge=0)
-    """Decoupled weight decay."""
-    d0: Positive = 1e-6
-    """The first guess of the learning rate."""
-    d_coef: Positive = 1.0
-    """Multiplies its guesses: 0.5 is more careful, 2 bolder."""
+    """Prodigy with schedule-free averaging (package prodigy-plus-schedule-free). Best effort."""
+    lr: LrFactor = 1.0
+    betas: Betas = (0.9, 0.99)
+    weight_decay: WeightDecay = 0.0
+    d0: D0 = 1e-6
+    d_coef: DCoef = 1.0
     factored: bool = True
-    """Keep the square's running mean as rows and columns."""
+    """Factored second moment, which needs less memory."""
 
 
 class LionOptimizer(Section):
     name: Literal["lion"] = "lion"
-    """Lion: the sign of a momentum (package lion-pytorch)."""
-    lr: Positive = 2e-5
-    """Learning rate, about a fifth of AdamW's."""
+    """Lion: updates by the sign of the momentum (package lion-pytorch). Its learning rate is
+    about a fifth of AdamW's."""
+    lr: Lr = 2e-5
     betas: tuple[Decay, Decay] = (0.9, 0.99)
-    """Shares of the momentum in the update, and its decay."""
-    weight_decay: Float = Field(default=0.0, ge=0)
-    """Decoupled weight decay."""
+    """beta1: weight of the momentum in the update; beta2: decay rate of the momentum."""
+    weight_decay: WeightDecay = 0.0
 
 
 class MuonOptimizer(Section):
     name: Literal["muon"] = "muon"
-    """Muon (PyTorch's) on layers' matrices; AdamW of the same learning rate on all else."""
-    lr: Positive = 1e-3
-    """Learning rate."""
-    momentum: Decay = 0.95
-    """Decay of the momentum."""
+    """Muon of PyTorch for weight matrices, AdamW with the same learning rate for all else."""
+    lr: Lr = 1e-3
+    momentum: Momentum = 0.95
     nesterov: bool = True
-    """Look ahead by the momentum."""
+    """Nesterov momentum."""
     ns_steps: Int = Field(default=5, ge=1, le=99)
-    """Newton-Schulz iterations that make the update orthogonal."""
+    """Newton-Schulz iterations that orthogonalize the update."""
     match_adamw: bool = True
-    """Scale updates to the size of AdamW's, so that its learning rates hold; false leaves them."""
-    weight_decay: Float = Field(default=0.01, ge=0)
-    """Decoupled weight decay."""
+    """Scale updates to the root mean square of AdamW's, so that AdamW's learning rates apply."""
+    weight_decay: WeightDecay = 0.01
 
 
 class CameOptimizer(Section):
     name: Literal["came"] = "came"
-    """CAME: Adafactor guided by its confidence (package came-pytorch)."""
-    lr: Positive = 1e-4
-    """Learning rate."""
+    """CAME: Adafactor with confidence-guided updates (package came-pytorch). Best effort."""
+    lr: Lr = 1e-4
     betas: tuple[Decay, Decay, Decay] = (0.9, 0.999, 0.9999)
-    """Decay of the update, of the square's mean, and of the instability's."""
-    clip_threshold: Positive = 1.0
-    """Root mean square of an update above which it is scaled down."""
-    weight_decay: Float = Field(default=0.0, ge=0)
-    """Decoupled weight decay."""
+    """beta1, beta2, beta3: decay rates of the update, the second moment and the confidence."""
+    clip_threshold: ClipThreshold = 1.0
+    weight_decay: WeightDecay = 0.0
 
 
 class AdamMiniOptimizer(AdamWOptimizer):
     name: Literal["adam_mini"] = "adam_mini"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Adam-mini: one running square for each block of a weight (package adam-mini)."""
+    """Adam-mini: one second moment per block of a weight (package adam-mini). Best effort."""
 
 
 class SgdOptimizer(Section):
     name: Literal["sgd"] = "sgd"
-    """Stochastic gradient descent."""
-    lr: Positive = 1e-2
-    """Learning rate."""
-    momentum: Decay = 0.0
-    """Decay of the momentum."""
+    """Stochastic gradient descent. Best effort."""
+    lr: Lr = 1e-2
+    momentum: Momentum = 0.0
     nesterov: bool = False
-    """Look ahead by the momentum."""
-    weight_decay: Float = Field(default=0.0, ge=0)
-    """Weight decay."""
+    """Nesterov momentum."""
+    weight_decay: L2Penalty = 0.0
 
 
 class AdamWLowBitOptimizer(AdamWOptimizer):
     name: Literal["adamw_low_bit"] = "adamw_low_bit"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """AdamW of torchao, its state in few bits."""
+    """AdamW of torchao, with low-bit optimizer state. Best effort."""
     bits: Literal["8", "4", "fp8"] = "8"
-    """Bits of the state."""
+    """Precision of the optimizer state."""
 
 
 class AdamWOffloadOptimizer(AdamWOptimizer):
     name: Literal["adamw_cpu_offload"] = "adamw_cpu_offload"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """AdamW whose state and step are on the CPU (torchao's CPUOffloadOptimizer; needs a GPU)."""
+    """AdamW with its state and step on the CPU (torchao's CPUOffloadOptimizer; needs a GPU). Best
+    effort."""
 
 
 class CustomOptimizer(Section):
     name: Literal["custom"] = "custom"
-    """A class of another package."""
+    """An optimizer class of another package. Best effort."""
     class_path: str = Field(pattern=r"^[A-Za-z_][\w.]*\.[A-Za-z_]\w*$")
-    """Its import path, such as pytorch_optimizer.StableAdamW; only of packages of optimizers that
-    onewan knows (the message names them)."""
-    lr: Positive = 1e-4
-    """Learning rate."""
+    """Import path of the class, such as pytorch_optimizer.StableAdamW. Only packages of a fixed
+    list are allowed; the error message names them."""
+    lr: Lr = 1e-4
     arguments: dict[str, bool | Int | Float | str | tuple[Float, ...] | None] = Field(default={})
-    """Its other arguments by name."""
+    """Keyword arguments of the class, without lr."""
 
     @field_validator("class_path")
     @classmethod
@@ -209,7 +209,7 @@ class CustomOptimizer(Section):
 
 
 AVERAGING_OPTIMIZERS = (AdamWScheduleFreeOptimizer, ProdigyPlusOptimizer)
-"""Those whose averaged weights take the place of a schedule."""
+"""Optimizers that average weights instead of decaying the learning rate."""
 
 Optimizer: TypeAlias = Annotated[
     AdamWOptimizer
@@ -233,46 +233,41 @@ Optimizer: TypeAlias = Annotated[
 
 class ConstantSchedule(Section):
     kind: Literal["constant"] = "constant"
-    """Course of the learning rate between warm-up and cooldown: it stays."""
+    """Learning-rate schedule between warm-up and cooldown: constant."""
 
 
 class LinearSchedule(Section):
     kind: Literal["linear"] = "linear"
-    """It falls in a straight line."""
-    end_factor: Share = 0.0
-    """Where it ends, as a share of the full rate."""
+    """Linear decay."""
+    end_factor: EndFactor = 0.0
 
 
 class CosineSchedule(Section):
     kind: Literal["cosine"] = "cosine"
-    """It falls along half a cosine."""
-    end_factor: Share = 0.0
-    """Where it ends, as a share of the full rate."""
+    """Cosine decay."""
+    end_factor: EndFactor = 0.0
 
 
 class CosineRestartsSchedule(Section):
     kind: Literal["cosine_with_restarts"] = "cosine_with_restarts"
-    """Several half cosines, each from the full rate."""
+    """Cosine decay with hard restarts at the full learning rate."""
     cycles: Int = Field(default=3, ge=1)
-    """How many."""
-    end_factor: Share = 0.0
-    """Where each ends, as a share of the full rate."""
+    """Number of cosine cycles."""
+    end_factor: EndFactor = 0.0
 
 
 class RexSchedule(Section):
     kind: Literal["rex"] = "rex"
-    """Reflected exponential: stays high for long, then falls fast."""
-    end_factor: Share = 0.0
-    """Where it ends, as a share of the full rate."""
+    """REX (reflected exponential): stays high for long, then decays fast."""
+    end_factor: EndFactor = 0.0
 
 
 class PolynomialSchedule(Section):
     kind: Literal["polynomial"] = "polynomial"
-    """It falls as a power of the steps left."""
+    """Polynomial decay."""
     power: Positive = 2.0
-    """1 is linear; more falls faster at first."""
-    end_factor: Share = 0.0
-    """Where it ends, as a share of the full rate."""
+    """Exponent: 1 is linear; larger values decay faster at first."""
+    end_factor: EndFactor = 0.0
 
 
 Schedule: TypeAlias = Annotated[

@@ -1,9 +1,8 @@
-"""The run file: every choice a user can make, its default, its bounds, and what it means.
+"""The fields of the run file: types, defaults, bounds and documentation.
 
 The string under each field is its documentation; pydantic carries it into the JSON schema
-(`onewan schema`), from which editors complete and the reference page is made. A field that is null
-by default takes the variant's own value; `onewan.config.rules` fills it in, and has the rules that
-span sections or need facts about the variant. Nothing here imports torch.
+(`onewan schema`), which editors use for completion. `onewan.config.resolve` replaces null by the
+variant's value where a field says so; rules between fields are in `onewan.config.rules`.
 """
 
 from __future__ import annotations
@@ -24,123 +23,126 @@ from onewan.variants import VARIANTS, Variant, VariantName
 SCHEMA_VERSION = 1
 
 COMPONENTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer")
-"""Fields of the model section that give one component."""
+"""Fields of the model section that name one component each."""
 
 
 class ModelSection(Section):
     path: str | None = None
     """The base model: a folder in the diffusers or the official layout, or the name of a repository
-    on the Hugging Face hub such as Wan-AI/Wan2.2-T2V-A14B-Diffusers. Components that are given by
-    themselves, below, come from there; with all of them, leave this out."""
+    on the Hugging Face hub such as Wan-AI/Wan2.2-T2V-A14B-Diffusers. The fields below override
+    single components; if they name all components, leave this out."""
     transformer: str | None = None
-    """The high-noise expert, or the transformer of TI2V-5B: a file (safetensors of any program, in
-    fp8_scaled too, or GGUF), a folder, or a whole model or hub repository to take it from."""
+    """The high-noise expert, or the transformer of TI2V-5B: a file (safetensors in any known
+    key format, also fp8_scaled, or GGUF), a folder, or a whole model or hub repository."""
     transformer_2: str | None = None
-    """The low-noise expert of T2V-A14B and I2V-A14B; given as `transformer` is."""
+    """The low-noise expert of T2V-A14B and I2V-A14B; same forms as `transformer`."""
     vae: str | None = None
-    """The VAE (the 2.1 VAE for A14B, the 2.2 VAE for TI2V-5B); given as `transformer` is."""
+    """The VAE (the 2.1 VAE for A14B, the 2.2 VAE for TI2V-5B); same forms as `transformer`."""
     text_encoder: str | None = None
-    """The UMT5 text encoder; given as `transformer` is."""
+    """The UMT5 text encoder; same forms as `transformer`."""
     tokenizer: str | None = None
-    """The tokenizer: its folder, or the hub name google/umt5-xxl. ComfyUI's files of the text
-    encoder carry it and need none."""
+    """The tokenizer: its folder, or the hub name google/umt5-xxl. ComfyUI's text encoder files
+    contain it."""
     variant: VariantName
-    """Which Wan 2.2 model it is; checked against the weights."""
+    """The Wan 2.2 variant; checked against the weights."""
     check_file_names: bool = True
-    """Refuse a file as the high-noise expert if its name says low noise, and the reverse; the
-    weights themselves do not tell."""
+    """Refuse a file for the high-noise expert if its name says low noise, and the reverse. The
+    weights of the two can't be told apart."""
     quantized: Literal["keep", "dequantize"] = "keep"
     """How to hold weights that a file has in fp8 or GGUF. `keep`: linear layers stay quantized in
     memory and are dequantized at each use. `dequantize`: all are dequantized once when loading,
     which is faster and needs the memory of an unquantized model. The results are the same."""
     experts: Literal["both", "high", "low"] = "both"
-    """Which experts train. T2V-A14B and I2V-A14B have two: `high` serves the noisy start of
-    sampling (layout and motion), `low` the rest (detail). TI2V-5B has one: leave `both`."""
+    """Experts to train. T2V-A14B and I2V-A14B have two: `high` denoises the noisy first part of
+    sampling (layout and motion), `low` the rest (detail). TI2V-5B has one: keep `both`."""
     boundary: Annotated[Float, Field(gt=0, lt=1)] | None = None
-    """Noise level from which on the high-noise expert serves, in training and samples; null is the
-    variant's own (0.875 for T2V-A14B, 0.9 for I2V-A14B). For base models that were trained with
-    another one."""
+    """Timestep in (0, 1) at and above which the high-noise expert is used, in training and
+    sampling; null is the variant's own (0.875 for T2V-A14B, 0.9 for I2V-A14B). Change it only for
+    base models that were trained with another one."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the frozen weights and of matrix products. Adapters, the residual stream, the
-    time embedding and the loss are float32 in either case."""
+    time embedding and the loss are always float32."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?|mps|xpu(:[0-9]+)?)$")
-    """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`, `xpu`, `xpu:1`. ROCm builds
-    of PyTorch say cuda."""
+    """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`, `xpu` or `xpu:1`. With ROCm,
+    use cuda."""
 
     def facts(self) -> Variant:
         """The variant, with the boundary that was given."""
         return VARIANTS[self.variant].with_boundary(self.boundary)
 
     def sources(self) -> dict[str, str]:
-        """What was given, ``path`` and components, as `WanModelLoader` takes it."""
+        """The paths that are given, by ``path`` and component name, for `WanModelLoader`."""
         given = {name: getattr(self, name) for name in ("path", *COMPONENTS)}
         return {name: value for name, value in given.items() if value is not None}
 
     def source_of(self, component: Literal["transformer", "transformer_2"]) -> str:
-        """Where a transformer comes from, as it was given."""
+        """The path that a transformer is loaded from, as given."""
         given = self.sources()
         return given.get(component) or given.get("path") or ""
 
 
 class WanTrainConfig(Section):
-    """The `wan_config` section: how video becomes training samples for Wan."""
+    """The `wan_config` section: frames per clip, trained blocks and temporal behavior."""
 
     max_frames: Int = Field(default=16, ge=1)
-    """Most frames of one training clip, rounded down to 4n+1 (16 becomes 13), the only lengths
-    that the VAE takes. Shorter clips train with the frames they have."""
+    """Maximum frames of a training clip, rounded down to 4n+1 (16 becomes 13), the only lengths
+    that the VAE takes. Shorter clips are used with the frames they have."""
     frame_sample_strategy: Literal["uniform", "random", "keyframe"] = "uniform"
-    """Where in a longer file the frames are taken. `uniform`: from the middle; `random`: at a
-    random place, fixed by the seed; `keyframe`: from the key frame nearest to the middle. Frames
-    are always 1/target_fps apart; time is never stretched."""
+    """Position of the clip in a longer file. `uniform`: the middle; `random`: a random position,
+    determined by the seed; `keyframe`: from the key frame nearest to the middle. Frames are always
+    1/target_fps apart; the speed is never changed."""
     temporal_consistency_weight: Float = Field(default=1.0, ge=0)
-    """Weight of each frame's deviation from the clip's mean error. 1.0 is the plain loss, exactly;
-    more punishes flicker and wrong motion, less favours appearance."""
+    """Loss weight, at least 0, of each frame's deviation from the mean error over frames. 1.0 is
+    exactly the plain loss; larger values penalize flicker and wrong motion, smaller ones favor
+    appearance."""
     transformer_layers_to_train: (
         Annotated[tuple[Annotated[Int, Field(ge=0)], ...], Field(min_length=1), Distinct] | None
     ) = None
-    """Numbers of the transformer blocks to train, e.g. [0, 1, 2]; null is all."""
+    """Indices of the transformer blocks to train, e.g. [0, 1, 2]; null is all."""
     use_temporal_attention: bool = True
-    """false: each latent frame attends to itself alone (for style and character training)."""
+    """false: each latent frame attends only to itself during training (for styles and
+    characters)."""
     spatial_compression_ratio: Int = 8
-    """A fact of the variant's VAE (8, or 16 for TI2V-5B); if given, it must agree."""
+    """Spatial compression of the variant's VAE (8, or 16 for TI2V-5B); must match if given."""
     temporal_compression_ratio: Int = 4
-    """A fact of the variant's VAE (4); if given, it must agree."""
+    """Temporal compression of the variant's VAE (4); must match if given."""
 
 
 class SourceSection(Section):
     path: Path
-    """A folder. Each video or image NAME.ext in it (and in its subfolders) is a clip if NAME.txt
-    lies beside it; each line of NAME.txt is one caption, several are alternatives."""
+    """A folder. Each video or image NAME.ext in it or in a subfolder is a clip if NAME.txt exists
+    next to it; each line of NAME.txt is a caption, of which one is chosen at random per step."""
     repeats: Int = Field(default=1, ge=1)
-    """How often each of its clips comes in one pass over the data."""
+    """Number of times that each of its clips is used per epoch."""
     loss_weight: Positive = 1.0
-    """What the loss of each of its clips is multiplied with."""
+    """Loss weight of its clips."""
     target: Literal["data", "base"] = "data"
-    """What its clips teach. `data`: what they show. `base`: what the untrained model makes of them
-    (prior preservation), to keep what it knows; needs an adapter, which can be switched off."""
+    """Training target. `data`: the clips themselves. `base`: the base model's own prediction (prior
+    preservation), which keeps existing abilities; needs an adapter method."""
 
 
 class VideoDataFields(Section):
     sources: tuple[SourceSection, ...] = ()
-    """Where the clips are."""
+    """Folders with clips."""
     supported_formats: tuple[str, ...] = ("mp4", "avi", "mov", "webm")
-    """Extensions of video files to use; other video files are reported. Images (png, jpg, jpeg,
-    webp) are always used, as clips of one frame."""
+    """File extensions of videos to use; other videos are reported. Images (png, jpg, jpeg, webp)
+    are always used, as clips of one frame."""
     max_duration: Positive = 10.0
-    """Longest training clip in seconds. Longer files are used, but no clip spans more than this."""
+    """Maximum length of a training clip in seconds. Of a longer file, a part is used."""
     min_resolution: Size = (256, 256)
-    """Width and height; smaller files are reported and left out."""
+    """Width and height in pixels; smaller files are reported and excluded."""
     max_resolution: Size = (1024, 1024)
-    """Width and height of the largest training size. Larger files are scaled down and used."""
+    """Maximum width and height of the training size in pixels. Larger files are scaled down."""
     masks: bool = False
-    """Use the masks that lie beside clips: NAME.mask.png for all frames of NAME.mp4, or a video
-    NAME.mask.mp4 of the same times. White counts in the loss, black as `train.loss.unmasked_weight`
-    says, and what is transparent counts as white; a clip without a mask counts everywhere."""
+    """Use loss masks next to the clips: NAME.mask.png for all frames of NAME.mp4, or a video
+    NAME.mask.mp4 with the same timing. White has loss weight 1, black
+    `train.loss.unmasked_weight`; transparent pixels are white. Clips without a mask have weight 1
+    everywhere."""
     cache: bool = True
-    """Encode each clip and caption once and keep the result on disk. false: encode anew at every
-    step, with the VAE and the text encoder staying in memory."""
+    """Encode each clip and caption once and cache the result on disk. false: encode in every step,
+    which keeps the VAE and the text encoder in memory."""
     cache_dir: Path = Path("cache")
-    """Where the cache lies. Several runs can share one."""
+    """Folder of the cache. Several runs can share one."""
 
     @field_validator("supported_formats")
     @classmethod
@@ -151,9 +153,9 @@ class VideoDataFields(Section):
 class VideoDataSection(VideoDataFields):
     target_fps: Positive | None = None
     """Frames per second of the training clips; null is the variant's own rate (16, or 24 for
-    TI2V-5B), at which the model plays what it makes."""
+    TI2V-5B), the playback rate of its videos."""
     resolution: Int | str | tuple[Int | str, ...] | None = None
-    """Training sizes, one or several: an area in pixels (399360: each clip keeps its own shape
+    """Training sizes, one or several: an area in pixels (399360; each clip keeps its aspect ratio
     at about that area) or an exact size ("832x480", width x height). null: the area of 480p."""
 
     @field_validator("resolution")
@@ -185,20 +187,20 @@ def _area_or_size(value: int | str) -> int | str:
 
 class EmaSection(Section):
     decay: Annotated[Float, Field(gt=0, lt=1)] = 0.999
-    """Share of the old average in the new one, at each step of an expert; less in the first."""
+    """Decay rate of the average per step of an expert, in (0, 1); smaller in the first steps."""
     offload: bool = True
     """Keep the averages in CPU memory; false: on the device, beside the weights."""
 
 
 class ExpertSettings(Section):
     steps: Int | None = Field(default=None, ge=1)
-    """Optimizer steps of this expert; given for both, they are `train.steps` and its division."""
+    """Optimizer steps of this expert; set for both, they replace `train.steps` and its division."""
     lr: Positive | None = None
     """Learning rate; null is `optimizer.lr`."""
     rank: Int | None = Field(default=None, ge=1)
     """Rank of its adapter; null is `method.rank`."""
     alpha: Positive | None = None
-    """Alpha of its adapter; null is `method.alpha`, or its own rank if it has one."""
+    """Alpha of its adapter; null is `method.alpha`, or this rank if it is set."""
 
 
 class PerExpertSection(Section):
@@ -209,80 +211,80 @@ class PerExpertSection(Section):
 
 
 class ValidationSection(Section):
-    """Loss on fixed clips, fixed noise and fixed noise levels: the same for the same weights."""
+    """Loss on fixed clips with fixed noise and timesteps: deterministic for given weights."""
 
     sources: tuple[SourceSection, ...] = ()
-    """Clips held out of training, to validate on."""
+    """Validation clips, which are not trained on."""
     share: Annotated[Float, Field(ge=0, lt=1)] = 0.0
-    """Share of the training clips (that show data) to hold out instead, chosen by their content and
-    the seed. One is always left to train. With neither, the loss is measured on clips that
-    train."""
+    """Fraction of the training clips to hold out instead, in [0, 1), chosen by their content and
+    the seed. Without `sources` and `share`, the loss is measured on training clips."""
     every: Int = Field(default=0, ge=0)
-    """Steps between measurements; 0 measures before the first and after the last step only."""
+    """Steps between validations; 0 validates before the first and after the last step only."""
     clips: Int = Field(default=4, ge=0)
-    """Clips to measure on; 0 turns it off."""
+    """Number of clips to validate on; 0 turns validation off."""
     timesteps: Int = Field(default=4, ge=1)
-    """Noise levels for each clip, equally probable parts of each expert's range."""
+    """Timesteps per clip, at equally spaced quantiles of each expert's density."""
 
 
 class TrainSection(Section):
     steps: Int = Field(default=2000, ge=1)
-    """Optimizer steps, of all experts together."""
+    """Optimizer steps of the run, of both experts together."""
     batch_size: Int = Field(default=1, ge=1)
-    """Clips in one forward pass."""
+    """Clips per forward pass."""
     accumulation: Int = Field(default=1, ge=1)
-    """Forward passes per optimizer step."""
+    """Gradient accumulation: forward passes per optimizer step."""
     seed: Int = Field(default=42, ge=0)
-    """Seed of everything random. Each draw is keyed by it, its purpose and its place in the run,
-    so a resumed run draws what an uncut one would have drawn."""
+    """Seed of everything random. Each draw depends only on the seed, its purpose and its position
+    in the run, so a resumed run draws the same values as an uninterrupted one."""
     schedule: Schedule = ConstantSchedule()
-    """Course of the learning rate between warm-up and cooldown: a name, or a mapping with kind and
-    what that kind takes."""
+    """Learning-rate schedule between warm-up and cooldown: a name, or a mapping with kind and its
+    options."""
     warmup_steps: Int = Field(default=0, ge=0)
-    """Optimizer steps of each expert over which its learning rate rises from 0; with
-    `cooldown_steps`, fewer than it gets of `steps`."""
+    """Linear learning-rate warm-up, in optimizer steps of each expert; with `cooldown_steps`, fewer
+    than the expert has."""
     cooldown_steps: Int = Field(default=0, ge=0)
-    """Last optimizer steps of each expert, over which its learning rate falls to 0."""
+    """Linear decay of the learning rate to 0, over the last optimizer steps of each expert."""
     max_grad_norm: Positive | None = 1.0
-    """Gradients are scaled down to this norm; null leaves them."""
+    """Gradient clipping: maximum norm of the gradient; null turns it off."""
     high_expert_share: Literal["equal", "density"] | Annotated[Float, Field(ge=0, le=1)] = "equal"
-    """Share of the steps that the high-noise expert gets when both train: `equal` is one half;
-    `density` is the share of noise levels above the boundary under `timesteps`; or a number between
-    0 and 1."""
+    """Fraction of the steps that train the high-noise expert when both are trained: `equal` is one
+    half; `density` is the probability of its timesteps under `timesteps`; or a number between 0 and
+    1."""
     switch_expert_every: Int = Field(default=10, ge=1)
-    """Steps for which one expert trains before the other may. Longer blocks move weights between
-    host and GPU less often."""
+    """Steps for which one expert is trained before the run may switch to the other. Larger values
+    move weights between CPU and GPU less often."""
     caption_dropout: Share = 0.0
-    """Share of the samples that train with an empty caption, for guidance."""
+    """Probability of replacing a caption by the empty one, for classifier-free guidance."""
     first_frame_probability: Share = 0.2
-    """TI2V-5B only: share of samples whose first latent frame is given clean, which trains
-    image-to-video; that frame does not count in the loss."""
+    """TI2V-5B only: probability that a sample's first latent frame is the conditioning frame, which
+    trains image-to-video; that frame has no loss."""
     first_frame_noise: tuple[Float, Annotated[Float, Field(ge=0)]] | None = None
-    """TI2V-5B only: mean and standard deviation of the logarithm of the noise level in a given
-    first frame, such as [-3.5, 0.5] (about 0.03); null gives it clean, as sampling does."""
+    """TI2V-5B only: mean and standard deviation of the logarithm of the noise level in the
+    conditioning frame, such as [-3.5, 0.5] (about 0.03); null keeps it clean, as in sampling."""
     noise_offset: Float = Field(default=0.0, ge=0)
-    """Strength of noise that is the same for a whole channel, added to the noise; lets the model
-    learn very dark and very bright."""
+    """Offset noise: strength of noise that is constant over each channel, added to the noise; helps
+    with very dark and very bright videos."""
     input_perturbation: Float = Field(default=0.0, ge=0)
-    """Strength of noise added to the noisy sample but not to its target."""
+    """Strength of additional noise in the noisy sample that is not in the target."""
     timesteps: Timesteps = UniformTimesteps()
-    """How noise levels are drawn."""
+    """Distribution of the timesteps: a name, or a mapping with distribution and its options."""
     loss: LossSection = LossSection()
-    """How errors count."""
+    """Loss function and weights."""
     ema: EmaSection | None = None
-    """Keep an exponential moving average of what trains, validated and exported beside it; null
-    keeps none, {} one with the defaults."""
+    """Exponential moving average of the trained weights, which is validated and exported too; null
+    turns it off, {} uses the defaults."""
     save_every: Int = Field(default=500, ge=1)
-    """Steps between saved training states and exported weights. The last step is always saved."""
+    """Steps between checkpoints (training state and exported weights). The last step is always
+    saved."""
     save_every_minutes: Positive | None = None
-    """Also save the training state when this many minutes have passed since the last one."""
+    """Also save the training state when this many minutes have passed since the last save."""
     keep_last: Int = Field(default=2, ge=1)
-    """How many of the newest training states to keep; older ones are deleted. Exported weights
-    stay."""
+    """Number of newest training states to keep; older ones are deleted, exported weights are
+    not."""
     keep_every: Int | None = Field(default=None, ge=1)
-    """Keep the states of all steps that divide by this for ever."""
+    """Keep every training state whose step is a multiple of this permanently."""
     keep_best: bool = False
-    """Keep the state with the lowest validation loss too, and save it when it is measured."""
+    """Also save and keep the state with the lowest validation loss."""
 
     def lr_schedule(self) -> LrSchedule:
         return LrSchedule(
@@ -294,26 +296,27 @@ class TrainSection(Section):
 
 class PromptSection(Section):
     prompt: str
-    """What to show."""
+    """The prompt."""
     negative_prompt: str | None = None
-    """What to avoid; null takes `sample.negative_prompt`."""
+    """Negative prompt; null is `sample.negative_prompt`."""
     image: Path | None = None
-    """The first frame; I2V-A14B needs one, TI2V-5B can take one."""
+    """Image file for the first frame; required for I2V-A14B, optional for TI2V-5B."""
     seed: Int | None = None
-    """Seed of the noise; null takes `sample.seed`."""
+    """Seed of the noise; null is `sample.seed`."""
 
 
 class SampleFields(Section):
     prompts: tuple[PromptSection, ...] = ()
-    """Videos to make along the way: a text, or a mapping with prompt, image, seed, ..."""
+    """Prompts of sample videos: a text, or a mapping with prompt, image, seed and
+    negative_prompt."""
     every: Int = Field(default=0, ge=0)
-    """Steps between sample videos; 0 makes them after the last step only."""
+    """Steps between sample videos; 0 samples after the last step only."""
     at_start: bool = False
-    """Also make them before the first step, to see the base model."""
+    """Also sample before the first step, with the base model."""
     seed: Int = 0
     """Seed of the noise."""
     format: Literal["mp4", "webm"] = "mp4"
-    """mp4: H.264, plays everywhere. webm: VP9."""
+    """Format of the video files: mp4 (H.264) or webm (VP9)."""
 
     @field_validator("prompts", mode="before")
     @classmethod
@@ -326,21 +329,23 @@ class SampleFields(Section):
 
 class SampleSection(SampleFields):
     width: Int | None = Field(default=None, ge=16)
-    """Pixels; null is the variant's official size. A multiple of 16, or 32 for TI2V-5B."""
+    """Width in pixels, a multiple of 16, or 32 for TI2V-5B; null is the variant's official
+    width."""
     height: Int | None = Field(default=None, ge=16)
-    """Pixels; null is the variant's official size. A multiple of 16, or 32 for TI2V-5B."""
+    """Height in pixels, a multiple of 16, or 32 for TI2V-5B; null is the variant's official
+    height."""
     frames: Int | None = Field(default=None, ge=1)
-    """Frames, 4n+1; null is the variant's official number (81, or 121)."""
+    """Number of frames, 4n+1; null is the variant's official number (81, or 121)."""
     fps: Positive | None = None
     """Frames per second of the written file; null is the variant's own rate."""
     steps: Int | None = Field(default=None, ge=1)
     """Denoising steps; null is the variant's official number (40, or 50)."""
     shift: Positive | None = None
-    """Shift of the noise schedule; null is the variant's official one."""
+    """Timestep shift of the solver; null is the variant's official one."""
     guidance: tuple[Float, ...] | None = None
-    """Guidance scale of each expert, [high, low], or [one] for TI2V-5B; null is the official."""
+    """Guidance scale of each expert, [high, low], or [scale] for TI2V-5B; null is the official."""
     negative_prompt: str | None = None
-    """What to avoid in all videos; null is the official negative prompt, "" is nothing."""
+    """Negative prompt of all samples; null is the official one, "" is none."""
 
 
 class ResolvedSample(SampleFields):
@@ -360,21 +365,20 @@ class OutputFields(Section):
     formats: Annotated[
         tuple[Literal["comfyui", "diffusers", "kohya"], ...], Field(min_length=1), Distinct
     ] = ("comfyui",)
-    """How exported files name things. LoRA: `comfyui` is read by ComfyUI, diffusers, musubi-tuner
-    and DiffSynth-Studio alike; `diffusers` by diffusers alone; `kohya`, as musubi-tuner writes it,
-    by ComfyUI, diffusers and musubi-tuner. Fine-tuned experts: `comfyui` is one file, `diffusers` a
-    folder."""
+    """Key formats of exported files. LoRA: `comfyui` is read by ComfyUI, diffusers, musubi-tuner
+    and DiffSynth-Studio; `diffusers` by diffusers only; `kohya` (of musubi-tuner) by ComfyUI,
+    diffusers and musubi-tuner. Fine-tuned experts: `comfyui` is one file, `diffusers` a folder."""
     dtype: WeightDtype | None = None
-    """Precision of exported files; null is what was trained, to the bit (adapters and embeddings
-    are float32)."""
+    """Data type of exported files; null is that of the trained weights (float32 for adapters and
+    embeddings)."""
     keep_last: Int | None = Field(default=None, ge=1)
-    """How many of the newest exports stay, beside the best one; null is all. A fine-tuned expert of
-    A14B is 28 GB each time."""
+    """Number of newest exports to keep, besides the best one; null keeps all. Each export of a
+    fine-tuned A14B expert is 28 GB."""
 
 
 class OutputSection(OutputFields):
     name: str | None = Field(default=None, pattern=r"^[^/\\:*?\"<>|.][^/\\:*?\"<>|]*$")
-    """The run's name, and its folder's; null is the name of the run file."""
+    """Name of the run and of its folder; null is the name of the run file."""
 
 
 class ResolvedOutput(OutputFields):
@@ -383,15 +387,15 @@ class ResolvedOutput(OutputFields):
 
 class MemorySection(Section):
     gradient_checkpointing: bool = True
-    """Keep only each block's input for the backward pass and compute the rest again: a third more
-    compute for a tenth of the memory."""
+    """Gradient checkpointing per block: about a third more compute for a tenth of the activation
+    memory."""
     offload_inactive_expert: bool = True
-    """Keep the expert that is not training in host memory."""
+    """Keep the expert that is not being trained in CPU memory."""
 
 
 class LoggingSection(Section):
     tensorboard: bool = True
-    """Write curves for TensorBoard into the run's folder."""
+    """Write TensorBoard logs into the run's folder."""
 
 
 class RunConfig(Section):
@@ -402,29 +406,29 @@ class RunConfig(Section):
     model: ModelSection
     """The base model."""
     wan_config: WanTrainConfig = WanTrainConfig()
-    """How video becomes training samples for Wan."""
+    """Frames per clip, trained blocks and temporal behavior."""
     video_data: VideoDataSection = VideoDataSection()
-    """The clips."""
+    """Training clips."""
     method: Method = LoraMethod()
-    """What is trained."""
+    """Training method."""
     embeddings: tuple[EmbeddingSection, ...] = ()
-    """Placeholders in captions and prompts, and their vectors, which train beside any method."""
+    """Textual-inversion embeddings, which can be trained together with any method."""
     per_expert: PerExpertSection = PerExpertSection()
-    """What differs between the two experts."""
+    """Settings that differ between the two experts."""
     optimizer: Optimizer = AdamWOptimizer()
-    """How the weights move."""
+    """Optimizer."""
     train: TrainSection = TrainSection()
-    """The course of training."""
+    """Training loop."""
     validation: ValidationSection = ValidationSection()
-    """Loss on fixed clips, fixed noise and fixed noise levels."""
+    """Validation loss."""
     sample: SampleSection = SampleSection()
-    """Videos made along the way."""
+    """Sample videos during training."""
     output: OutputSection = OutputSection()
-    """Where results go and in which form."""
+    """Exported files."""
     memory: MemorySection = MemorySection()
-    """What is traded for memory."""
+    """Memory savings."""
     logging: LoggingSection = LoggingSection()
-    """What is recorded beside the run's own files."""
+    """Additional logs."""
 
 
 class ResolvedRun(Section):

@@ -1,21 +1,14 @@
-"""What a run file is started from: a short text to edit, and the JSON schema that editors read.
-
-Hides the wording of that text for each variant, and the liberties of reading that pydantic's own
-schema does not know of. Never reads or writes a file: `onewan init` and `onewan schema` print.
-"""
+"""The run file that `onewan init` prints: a short commented text with values to start from."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from onewan.config.schema import RunConfig
-from onewan.config.schema_paths import members_of, sections_of
-from onewan.config.section import Section
 from onewan.variants import VARIANTS, VariantName
 
 if TYPE_CHECKING:
-    from pydantic.fields import FieldInfo
+    pass
 
 _STARTER = """\
 # yaml-language-server: $schema=onewan.schema.json
@@ -117,47 +110,3 @@ def starter(variant: VariantName) -> str:
         size="x".join(map(str, facts.sample_size)),
         samples=samples,
     )
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON schema of a run file, from which editors complete and forms are made."""
-    schema = RunConfig.model_json_schema()
-    # Liberties of reading that pydantic can't know of: a prompt may be a mere text, a section may
-    # be left empty, and a union's key may be left out for one of its members, or be all there is.
-    for section in _all_sections(RunConfig):
-        here = schema if section is RunConfig else schema["$defs"][section.__name__]
-        for name, field in section.model_fields.items():
-            if name not in here.get("required", ()):
-                _permit(here["properties"][name], field, schema["$defs"])
-    prompts = schema["$defs"]["SampleSection"]["properties"]["prompts"]
-    prompts["items"] = {"anyOf": [prompts["items"], {"type": "string"}]}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-def _permit(part: dict[str, Any], field: FieldInfo, sections: dict[str, dict[str, Any]]) -> None:
-    """Lets `part`, the schema of `field`, allow what reading allows."""
-    union = members_of(field)
-    if union is not None:
-        short: list[str] = []
-        for key, section in union.sections.items():
-            member = sections[section.__name__]
-            if not member.get("required"):
-                short.append(key)
-            if key != union.keyed.default:
-                # Else a mapping without the key would match several members, which is none.
-                member["required"] = [union.keyed.key, *member.get("required", ())]
-        part["oneOf"] += [{"enum": short}] if union.keyed.text else []
-        part["oneOf"].append({"type": "null"})
-    elif "$ref" in part:
-        part["anyOf"] = [{"$ref": part.pop("$ref")}, {"type": "null"}]
-    elif part.get("type") == "array" and sections_of(field.annotation):
-        part["type"] = ["array", "null"]
-
-
-def _all_sections(section: type[Section]) -> list[type[Section]]:
-    """`section` and all sections within it, each once."""
-    found = {section: None}
-    for field in section.model_fields.values():
-        for inner in sections_of(field.annotation):
-            found.update(dict.fromkeys(_all_sections(inner)))
-    return list(found)
