@@ -9,7 +9,7 @@ from typing import Any
 
 from onewan.media import IMAGE_SUFFIXES, extension
 from onewan.onetrainer import settings
-from onewan.onetrainer.importing.table import OMIT, Context, Row, convert, copied, ignore_disabled
+from onewan.onetrainer.importing.table import OMIT, Context, Row, convert, copied, enabled_items
 
 
 def _resolution(_: Any, context: Context) -> list[int | str]:
@@ -75,31 +75,23 @@ class Source:
 def sources(concepts: list[dict[str, Any]], context: Context) -> list[Source]:
     """The enabled concepts."""
     found: list[Source] = []
-    for number, concept in enumerate(concepts):
-        item = replace(
-            context,
-            given=concept,
-            rows={r.key: r for r in CONCEPT_ROWS},
-            prefix=f"concepts.{number}.",
-        )
-        if not item["enabled"]:
-            ignore_disabled(item)
-            continue
+    for item in enabled_items(concepts, CONCEPT_ROWS, "concepts", context):
+        folder = item.resolve(item["path"])
+        clips = _count_clips(folder, bool(item["include_subdirectories"]))
+        item = replace(item, clips=clips)
         is_validation = item["type"] == "VALIDATION"
         within = "validation.sources" if is_validation else "video_data.sources"
         fields = convert(CONCEPT_ROWS, item, within=within)
         _report_what_is_not_imported(item)
-        clips = _count_clips(item.resolve(item["path"]), bool(item["include_subdirectories"])) or 0
         found.append(Source(fields, clips * fields.get("repeats", 1), is_validation))
     return found
 
 
 def _path(value: Any, item: Context) -> str:
     folder = item.resolve(value)
-    count = _count_clips(folder, bool(item["include_subdirectories"]))
-    if count is None:
+    if not folder.is_dir():
         item.notice("path", f"{folder} does not exist, so its clips are not counted")
-    elif _count_clips(folder, True) != count:
+    elif _count_clips(folder, True) != item.clips:
         # onewan always reads subfolders.
         item.notice(
             "include_subdirectories",
@@ -117,9 +109,7 @@ def _repeats(value: Any, item: Context) -> Any:
     exact = balancing
     if strategy == "SAMPLES":
         # The concept's clips per epoch, instead of repeats of each.
-        folder = item.resolve(item["path"])
-        clips = _count_clips(folder, bool(item["include_subdirectories"]))
-        exact = balancing / clips if clips else 1.0
+        exact = balancing / item.clips if item.clips else 1.0
     repeats = max(1, round(exact))
     if repeats != exact:
         item.notice(
@@ -155,10 +145,8 @@ def _report_what_is_not_imported(item: Context) -> None:
         )
 
 
-def _count_clips(folder: Path, recursive: bool) -> int | None:
-    """Media files that OneTrainer would take; None if there is no such folder."""
-    if not folder.is_dir():
-        return None
+def _count_clips(folder: Path, recursive: bool) -> int:
+    """Media files that OneTrainer would take; 0 if there is no such folder."""
     kinds = {*settings.VIDEO_FORMATS, *IMAGE_SUFFIXES}
     return sum(
         path.is_file() and extension(path) in kinds and not settings.is_mask_file(str(path))

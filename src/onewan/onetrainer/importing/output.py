@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
@@ -17,7 +16,7 @@ from onewan.onetrainer.importing.table import (
     Row,
     convert,
     copied,
-    ignore_disabled,
+    enabled_items,
 )
 
 _FORMATS = {
@@ -134,12 +133,7 @@ def samples(listed: list[dict[str, Any]], context: Context) -> dict[str, Any]:
     """The fields of `sample` but for its interval."""
     prompts: list[dict[str, Any]] = []
     common: dict[str, set[Any]] = {}
-    rows = {row.key: row for row in (*PROMPT_ROWS, *SAMPLING_ROWS)}
-    for number, sample in enumerate(listed):
-        item = replace(context, given=sample, rows=rows, prefix=f"samples.{number}.")
-        if not item["enabled"]:
-            ignore_disabled(item)
-            continue
+    for item in enabled_items(listed, (*PROMPT_ROWS, *SAMPLING_ROWS), "samples", context):
         prompts.append(convert(PROMPT_ROWS, item, within="sample.prompts"))
         for field, value in convert(SAMPLING_ROWS, item, within="sample").items():
             common.setdefault(field, set()).add(value)

@@ -6,7 +6,7 @@ A section of the import is a tuple of `Row`s. Nothing here knows a particular ke
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,7 +79,7 @@ class Context:
     prefix: str = ""
     """Of keys in reports, such as ``concepts.0.``."""
     clips: int = 0
-    """Clips of all training concepts, with their repeats; 0 if they could not be counted."""
+    """Of all training concepts, with their repeats; in an item, of that concept. 0 if unknown."""
     entries: dict[str, Entry] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)
@@ -165,11 +165,19 @@ def _record(row: Row, value: Any, context: Context, applies: bool, within: str) 
     context.entries[key] = Entry(key, value, outcome, note)
 
 
-def ignore_disabled(item: Context) -> None:
-    """Account for the keys of a concept or sample that is switched off."""
-    for key, value in flatten(item.given):
-        name = f"{item.prefix}{key}"
-        item.entries[name] = Entry(name, value, "not applicable", "this item is disabled")
+def enabled_items(
+    items: Iterable[dict[str, Any]], rows: Iterable[Row], name: str, context: Context
+) -> Iterator[Context]:
+    """A context for each item of the list `name` that is enabled; others are accounted for."""
+    by_key = {row.key: row for row in rows}
+    for number, given in enumerate(items):
+        item = replace(context, given=given, rows=by_key, prefix=f"{name}.{number}.")
+        if item["enabled"]:
+            yield item
+            continue
+        for key, value in flatten(given):
+            full = f"{item.prefix}{key}"
+            context.entries[full] = Entry(full, value, "not applicable", "this item is disabled")
 
 
 # ------------------------------------------------------------------------------- general converters

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any, ClassVar
 
-from onewan.onetrainer.patches.patch import Patch, is_wan
+from onewan.onetrainer.patches.patch import Former, Patch, is_wan
 
 _TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
 
@@ -54,7 +54,7 @@ class TrainConfigFields(Patch):
         self._wrap(config_class, "model_names", self._model_names)
         self._wrap(config_class, "weight_dtypes", self._weight_dtypes)
 
-    def _default_values(self, former: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _default_values(self, former: Former, *args: Any, **kwargs: Any) -> Any:
         config = former(*args, **kwargs)
         part = self._module.TrainModelPartConfig
         second = part.default_values()
@@ -62,14 +62,14 @@ class TrainConfigFields(Patch):
         _add_field(config, "transformer_2", second, part, False)
         return _add_fields(config, "train")
 
-    def _model_names(self, former: Callable[..., Any], config: Any) -> Any:
+    def _model_names(self, former: Former, config: Any) -> Any:
         names = former(config)
         names.transformer_2_model = config.transformer_2.model_name
         names.include_transformer_2 = config.transformer_2.include
         names.wan_boundary = config.wan_boundary
         return names
 
-    def _weight_dtypes(self, former: Callable[..., Any], config: Any) -> Any:
+    def _weight_dtypes(self, former: Former, config: Any) -> Any:
         dtypes = former(config)
         dtypes.transformer_2 = config.transformer_2.weight_dtype
         return dtypes
@@ -87,13 +87,13 @@ class SampleConfigFields(Patch):
         self._wrap(self._module, "_get_model_defaults", self._model_defaults)
         self._wrap(self._module.SampleConfig, "default_values", self._default_values)
 
-    def _model_defaults(self, former: Callable[..., Any], model_type: Any) -> Any:
+    def _model_defaults(self, former: Former, model_type: Any) -> Any:
         if not is_wan(model_type):
             return former(model_type)
         size = {"width": 832, "height": 480, "diffusion_steps": 40, "cfg_scale": 5.0}
         return {**former(None), **size}
 
-    def _default_values(self, former: Callable[..., Any], model_type: Any = None) -> Any:
+    def _default_values(self, former: Former, model_type: Any = None) -> Any:
         config = _add_fields(former(model_type), "sample")
         if is_wan(model_type):
             config.frames = 81

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 NAME = "WAN_2_2"
 TITLE = "Wan 2.2"
+
+Former: TypeAlias = Callable[..., Any]
+"""The function of OneTrainer that a patch replaces."""
 
 _ABSENT = object()
 
@@ -42,7 +45,7 @@ class Patch:
         owner, _, name = self.target.partition(".")
         self._wrap(getattr(self._module, owner), name, self.replacement)
 
-    def replacement(self, former: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def replacement(self, former: Former, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
     def roll_back(self) -> None:

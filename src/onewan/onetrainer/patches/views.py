@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from onewan.onetrainer.patches.configs import added_fields
-from onewan.onetrainer.patches.patch import TITLE, Patch, is_wan, wan_member
+from onewan.onetrainer.patches.patch import TITLE, Former, Patch, is_wan, wan_member
 
 _EXPERTS = (
     ("transformer", "High-Noise Transformer"),
@@ -51,7 +51,7 @@ class TopBar(Patch):
     module = "modules.ui.TopBarController"
     target = "TopBarController.get_model_types"
 
-    def replacement(self, former: Callable[..., Any], controller: Any) -> Any:
+    def replacement(self, former: Former, controller: Any) -> Any:
         return [*former(controller), (TITLE, wan_member())]
 
 
@@ -61,7 +61,7 @@ class ConvertTool(Patch):
     module = "modules.ui.BaseConvertModelUIView"
     target = "BaseConvertModelUIView.build_content"
 
-    def replacement(self, former: Callable[..., Any], view: Any, *args: Any, **kwargs: Any) -> Any:
+    def replacement(self, former: Former, view: Any, *args: Any, **kwargs: Any) -> Any:
         with _components_called(view, self._with_wan):
             return former(view, *args, **kwargs)
 
@@ -83,7 +83,7 @@ class ModelTab(Patch):
 
     def replacement(
         self,
-        former: Callable[..., Any],
+        former: Former,
         view: Any,
         frame: Any,
         row: int,
@@ -144,7 +144,7 @@ class TrainingTab(Patch):
 
     def replacement(
         self,
-        former: Callable[..., Any],
+        former: Former,
         view: Any,
         left: Any,
         middle: Any,
@@ -218,7 +218,7 @@ class SampleFrame(Patch):
 
     def replacement(
         self,
-        former: Callable[..., Any],
+        former: Former,
         view: Any,
         top: Any,
         bottom: Any,
