@@ -19,7 +19,7 @@ from onewan.onetrainer.install import install, python_in
 HERE = Path(__file__).parents[1]
 WINDOWS = HERE / "tests" / "support" / "onetrainer_windows.py"
 PRESET = "training_presets/Wan 2.2/#wan 2.2 T2V A14B LoRA.json"
-COLOURS = 64
+COLORS = 64
 HUB = "/home/you/.cache/huggingface"
 """Shown in the window; whose machine it is does not matter."""
 
@@ -42,7 +42,7 @@ def main() -> int:
         quiet = {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HOME": HUB}
         subprocess.run(command, cwd=copy, env={**os.environ, **quiet}, check=True)
         for shot in sorted(shots.glob("*.png")):
-            picture = Image.open(shot).convert("RGB").quantize(COLOURS)
+            picture = Image.open(shot).convert("RGB").quantize(COLORS)
             picture.save(out / f"onetrainer_{shot.stem.removeprefix('qt_').lower()}.png")
             print(out / f"onetrainer_{shot.stem.removeprefix('qt_').lower()}.png")
     return 0
