@@ -1,4 +1,4 @@
-"""Self-attention within each latent frame alone, for training style or character without motion."""
+"""Self-attention within each latent frame only, for training style or character without motion."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 
 class _FrameCount:
-    """How many latent frames the pass in progress has; the attention layers can't see it."""
+    """Number of latent frames of the current forward pass, which attention layers are not given."""
 
     value = 1
 
 
 class _WithinFrames:
-    """An attention processor that folds frames into the batch around the one it wraps."""
+    """An attention processor that folds frames into the batch around the one that it wraps."""
 
     def __init__(self, inner: Any, frames: _FrameCount) -> None:
         self._inner = inner
@@ -49,11 +49,11 @@ class _WithinFrames:
 
 
 def attend_within_frames(transformer: WanTransformer3DModel) -> None:
-    """Make each latent frame attend to itself alone in `transformer`'s self-attention, in training.
+    """Restrict `transformer`'s self-attention to tokens of the same latent frame, in training mode.
 
-    In evaluation mode attention stays whole, as it is where the result is used. Tokens
-    come frame by frame, so folding frames into the batch is exact and costs less than masking.
-    Cross-attention to the text is left as it is.
+    In evaluation mode attention spans all frames, as in the programs that use the result. Tokens
+    are ordered by frame, so folding frames into the batch is exact and costs less than a mask.
+    Cross-attention to the text is unchanged.
     """
     frames = _FrameCount()
     patch = transformer.config["patch_size"][0]

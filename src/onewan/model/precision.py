@@ -1,9 +1,9 @@
 """Official numerics from diffusers' transformer: a float32 residual stream at bfloat16 cost.
 
-The official code adds every sub-layer to a float32 residual stream and keeps the time embedding and
-the head in float32 (``wan/modules/model.py:246-256, 462-469``). diffusers casts the stream back to
-the storage dtype after each sub-layer, which makes the error against float32 about five times
-larger (0.017 against 0.003 relative over 40 random layers).
+The official code adds every sub-layer's output to a float32 residual stream and keeps the time
+embedding and the head in float32 (``wan/modules/model.py:246-256, 462-469``). diffusers casts the
+stream back to the storage dtype after each sub-layer, which makes the error against float32 about
+five times larger (0.017 against 0.003 relative over 40 random layers).
 
 No fork is needed. If the patch embedding hands out float32, each ``type_as`` in diffusers' blocks
 keeps float32, while autocast runs the matrix products in bfloat16. So the few modules outside the
@@ -35,10 +35,10 @@ class _Float32Conv3d(nn.Conv3d):
 
 
 def keep_float32_islands(transformer: WanTransformer3DModel) -> None:
-    """Let patch embedding, time path and head compute in float32. Weights and their names stay.
+    """Make patch embedding, time embedding and head compute in float32.
 
-    Only the class of those modules changes, as torch's parametrizations do it too: the modules keep
-    their parameters, hooks and place, so loading, saving and adapters notice nothing.
+    Only the class of those modules changes, as in torch's parametrizations: they keep their
+    parameters, names, dtypes and hooks, so loading, saving and adapters are not affected.
     """
     embedder = transformer.condition_embedder
     transformer.patch_embedding.__class__ = _Float32Conv3d
@@ -59,7 +59,7 @@ def _float32_text(_module: nn.Module, args: tuple[Tensor | None, ...]) -> tuple[
 
 
 def compute_context(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
-    """What the transformer's forward runs in: autocast for bfloat16, nothing for float32."""
+    """The context of the transformer's forward pass: autocast to `dtype`, or none for float32."""
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype=dtype)

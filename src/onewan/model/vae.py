@@ -1,10 +1,10 @@
-"""Pixels <-> normalised latents through diffusers' AutoencoderKLWan.
+"""Pixels <-> normalized latents through diffusers' AutoencoderKLWan.
 
-diffusers' VAE returns latents that are not normalised, and its pipelines call 1/std "latents_std";
-here z = (mean of the posterior - latents_mean) / latents_std, as the official code has it
+diffusers' VAE returns latents that are not normalized, and its pipelines call 1/std "latents_std".
+Here z = (mean of the posterior - latents_mean) / latents_std, as the official code has it
 (``wan/modules/vae2_1.py:535-542``; official inference never samples the posterior).
 
-The VAE keeps its causal feature cache on the instance, so two threads in one call give wrong
+The VAE keeps its causal feature cache on the instance, so two threads that use it at once get wrong
 latents (measured: 12 of 12 clips). Every call here holds one lock.
 """
 
@@ -29,13 +29,13 @@ def _statistics(vae: AutoencoderKLWan, device: torch.device) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def encode_video(vae: AutoencoderKLWan, pixels_BCFHW: Tensor) -> Tensor:
-    """Normalised float32 latents [B, C, (F-1)/4+1, H/s, W/s] of pixels [B, 3, F, H, W] in [-1, 1].
+    """Normalized float32 latents [B, C, (F-1)/4+1, H/s, W/s] of pixels [B, 3, F, H, W] in [-1, 1].
 
-    F must be 4n+1: the VAE drops surplus frames without a word, so anything else is refused.
+    ValueError unless F is 4n+1: the VAE would silently drop the frames beyond.
     """
     frames = pixels_BCFHW.shape[2]
     if frames % vae.config["scale_factor_temporal"] != 1:
-        raise ValueError(f"the VAE takes 4n+1 frames, and would drop some of these {frames}")
+        raise ValueError(f"the VAE takes 4n+1 frames and would drop some of these {frames}")
     with LOCK:
         posterior = vae.encode(pixels_BCFHW.to(vae.device, vae.dtype), return_dict=False)[0]
     mean, std = _statistics(vae, vae.device)

@@ -1,7 +1,7 @@
-"""`WanModel`: the plain diffusers and transformers objects of one Wan 2.2 model, under one roof.
+"""`WanModel`: container for the diffusers and transformers objects of one Wan 2.2 model.
 
-It adds no behaviour to them. What it knows is which object serves which purpose for its variant,
-and the conventions (padding, normalisation) that a caller would otherwise have to remember.
+It adds no behavior to them. It knows which object serves which purpose for its variant, and the
+conventions (padding, normalization) that callers would otherwise have to know.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class WanModel:
 
     variant: Variant
     source: str
-    """What it was loaded from, for messages and for the metadata of exported files."""
+    """Where it was loaded from, for messages and for the metadata of exported files."""
     tokenizer: PreTrainedTokenizerBase | None = None
     text_encoder: UMT5EncoderModel | None = None
     vae: AutoencoderKLWan | None = None
     transformer: WanTransformer3DModel | None = None
-    """The high-noise expert, or the only one of TI2V-5B."""
+    """The high-noise expert, or the single expert of TI2V-5B."""
     transformer_2: WanTransformer3DModel | None = None
     """The low-noise expert."""
     noise_scheduler: UniPCMultistepScheduler | None = None
@@ -41,11 +41,11 @@ class WanModel:
     dtype: torch.dtype = torch.float32
     """Precision of the transformers' matrix products (see `onewan.model.precision`)."""
     notices: list[str] = field(default_factory=list)
-    """What loading concluded or did that the user should know, a line each."""
+    """What the user should know about loading, a line each."""
     embedding: WanModelEmbedding | None = None
-    """Vectors that a placeholder in prompts stands for."""
+    """The trained vectors that a placeholder in prompts stands for."""
     additional_embeddings: list[WanModelEmbedding] = field(default_factory=list)
-    """Those of further placeholders."""
+    """The embeddings of further placeholders."""
 
     @property
     def frame_count(self) -> int:
@@ -74,7 +74,7 @@ class WanModel:
 
     @property
     def transformer_lora(self) -> dict[str, nn.Parameter] | None:
-        """Weights of the adapters in the transformers, of any kind; None without adapters."""
+        """Weights of the adapters in the transformers, of any kind; None if there are none."""
         found: dict[str, nn.Parameter] = {}
         for component in ("transformer", "transformer_2"):
             transformer: nn.Module | None = getattr(self, component)
@@ -88,12 +88,12 @@ class WanModel:
         return found or None
 
     def all_embeddings(self) -> list[WanModelEmbedding]:
-        """All whose placeholders prompts may contain."""
+        """The embeddings whose placeholders prompts may contain."""
         first = [] if self.embedding is None else [self.embedding]
         return [*first, *self.additional_embeddings]
 
     def add_embedding(self, embedding: WanModelEmbedding) -> None:
-        """One more; ConfigError if its placeholder can't be told from those that are here."""
+        """Add `embedding`; ConfigError if its placeholder overlaps with that of another one."""
         if problems := ambiguous_placeholders([*self.all_embeddings(), embedding]):
             raise ConfigError("embedding", problems)
         if self.embedding is None:
@@ -104,7 +104,7 @@ class WanModel:
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """[B, 512, dim] embeddings, zero past each prompt's length, in the encoder's dtype.
 
-        Differentiable by the vectors of placeholders in them (`onewan.model.text`).
+        Gradients reach the vectors of placeholders in the prompts (`onewan.model.text`).
         """
         return text.pad_text([self.encode_prompt(p) for p in prompts])
 
@@ -119,7 +119,7 @@ class WanModel:
         return self.tokenizer, self.text_encoder
 
     def encode_video(self, pixels_BCFHW: Tensor) -> Tensor:
-        """Normalised latents [B, C, F', h, w], float32, of pixels in [-1, 1]."""
+        """Normalized latents [B, C, F', h, w], float32, of pixels in [-1, 1], [B, 3, F, H, W]."""
         return vae.encode_video(self._vae(), pixels_BCFHW)
 
     def encode_condition(self, pixels_BCFHW: Tensor) -> dict[str, Tensor]:

@@ -1,11 +1,10 @@
-"""`WanModelSampler`: a model and a request -> frames, through diffusers' own Wan pipelines.
+"""`WanModelSampler`: makes a video of a model and a request, through diffusers' Wan pipelines.
 
 The pipelines get the model's own objects, so a video shows the adapters as they are being trained.
-Around them this module hides what a training run adds: where each part lies and that not all fit on
-the device at once; bfloat16 in the transformers and float32 everywhere else; guidance of its own
-for each expert; and that afterwards everything is as it was, even when the user interrupts.
-
-Never loads or saves a model, never trains, never draws from the global generators.
+Around the pipelines this module handles what a training run adds: modules that do not fit on the
+device together (`onewan.memory.residency`), bfloat16 in the transformers and float32 everywhere
+else, a guidance scale for each expert, and that afterwards every module is on its device and in its
+mode again, also when the user interrupts. It never draws from the global random generators.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ from onewan.variants import NUM_TRAIN_TIMESTEPS, Variant
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRequest:
-    """One video to make; nothing is left to a default."""
+    """One video to make, with every setting given."""
 
     prompt: str
     negative_prompt: str
     image: Path | None
-    """The first frame: required by I2V-A14B, possible with TI2V-5B, refused by T2V-A14B."""
+    """The first frame: required by I2V-A14B, optional for TI2V-5B, not possible with T2V-A14B."""
     width: int
     height: int
     frames: int
@@ -48,13 +47,13 @@ class SampleRequest:
     steps: int
     """Denoising steps."""
     guidance: tuple[float, ...]
-    """One scale per expert, the high-noise one first; 1 is no guidance, at half the cost."""
+    """Guidance scale of each expert, the high-noise one first; 1 is no guidance, at half the cost."""
     shift: float
     """Shift of the noise schedule."""
     seed: int
-    """Of the noise, which is drawn on the CPU and so the same on every device."""
+    """Seed of the noise, which is drawn on the CPU and so the same on every device."""
     fps: float
-    """Of the written file."""
+    """Frame rate of the written file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +76,12 @@ class WanModelSampler:
     ) -> np.ndarray:
         """The video as uint8 RGB [F, H, W, 3].
 
-        `text` gives a prompt's embedding, [length, dim] without padding, for models without a text
-        encoder; without it the model encodes the prompts, in which its placeholders count.
-        `on_step` is called after each denoising step with the number done and of all; what it
-        raises ends the sampling. In any case the model is afterwards as it was: on its devices,
-        in its modes. ConfigError for a request that the variant can't fulfil, CheckpointError when
-        a part of the model was not loaded, DataError for an image that can't be read.
+        `text` returns a prompt's embedding, [length, dim] without padding, for models without a
+        text encoder; if it is None the model encodes the prompts, with its placeholders. `on_step`
+        is called after each denoising step with the number of steps done and in total; an exception
+        from it ends sampling. In any case every module is afterwards on its device and in its mode.
+        ConfigError for a request that the variant can't fulfill, CheckpointError if a component of
+        the model was not loaded, DataError for an image that can't be read.
         """
         model = self.model
         check_request(request, model.variant)
@@ -123,7 +122,7 @@ class WanModelSampler:
         text: Callable[[str], Tensor] | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Path:
-        """Write `sample`'s video to `path`, .mp4 or .webm, whole or not at all. Returns `path`."""
+        """Write `sample`'s video atomically to `path`, .mp4 or .webm. Returns `path`."""
         write_video(path, self.sample(request, text=text, on_step=on_step), request.fps)
         return path
 
@@ -135,9 +134,9 @@ class WanModelSampler:
         image: Image.Image | None,
         on_step: Callable[[int, int], None] | None,
     ) -> Tensor:
-        """The clean, normalised latents [1, C, F', h, w], by diffusers' pipeline for the request.
+        """The denoised, normalized latents [1, C, F', h, w], by the pipeline for the request.
 
-        `text_1LD` is the prompt's embedding and, with guidance, the negative prompt's.
+        `text_1LD`: the embedding of the prompt and, with guidance, of the negative prompt.
         """
         variant = self.model.variant
         components: dict[str, Any] = {
@@ -158,8 +157,8 @@ class WanModelSampler:
             if on_step is not None:
                 on_step(step + 1, request.steps)
             if step + 1 < request.steps:
-                # The pipelines ask the high-noise expert's scale alone whether there is guidance.
-                # Setting it between steps is diffusers' documented way to change that.
+                # The pipelines decide by the high-noise expert's scale alone whether to use
+                # guidance. Setting it between steps is diffusers' documented way to change it.
                 t = float(pipeline.scheduler.timesteps[step + 1]) / NUM_TRAIN_TIMESTEPS
                 low = variant.boundary is not None and t < variant.boundary
                 pipeline._guidance_scale = request.guidance[1 if low else 0]
@@ -204,11 +203,11 @@ def _evaluation_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 class _Float32Transformer(nn.Module):
-    """A transformer as a pipeline sees it: float32 outside, `dtype` in its matrix products inside.
+    """A transformer with float32 inputs and outputs and `dtype` in its matrix products.
 
-    Autocast spans the transformer alone: around the whole pipeline it would take in the VAE, which
-    encodes the image there. And a pipeline that sees bfloat16 weights rounds the latents too, which
-    adds a tenth to the error (0.00128 against 0.00118, ten steps of a tiny model).
+    Autocast covers the transformer only: around the whole pipeline it would apply to the VAE, which
+    encodes the image there. And a pipeline whose transformer reports bfloat16 rounds the latents
+    too, which adds a tenth to the error (0.00128 against 0.00118, ten steps of a tiny model).
     """
 
     dtype = torch.float32

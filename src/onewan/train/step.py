@@ -1,4 +1,4 @@
-"""One optimizer step: what a run computes, not its bookkeeping."""
+"""One optimizer step: forward and backward of its batches, then the update."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class StepMetrics:
     """What one optimizer step measured."""
 
     loss: float
-    """Mean over the clips of the step."""
+    """Mean over the samples of the step."""
     grad_norm: float
-    """Before it was limited."""
+    """Norm of all gradients together, before clipping."""
     lr: float
     t: tuple[float, ...]
-    """Noise level of each clip."""
+    """Noise level of each sample, in [0, 1]."""
 
 
 def train_step(run: Run, step: StepBatches) -> StepMetrics:
-    """Forward and backward of each batch of `step`, then one update of what trains in it.
+    """Forward and backward of each batch of `step`, then one update of its trainables.
 
-    TrainingError if the loss or the gradient is not finite. The weights are unchanged then, but
-    for those of a fused step, whose gradients are known only after they were used.
+    TrainingError if the loss or the gradient norm is not finite. The weights are unchanged then,
+    except with a fused step, which uses gradients before all of them are known.
     """
     trained = run.bring_expert(step.expert)
     trainables = run.state.trainables_of(step.expert)
@@ -47,7 +47,8 @@ def train_step(run: Run, step: StepBatches) -> StepMetrics:
     max_norm = run.config.train.max_grad_norm
     # Without any gradient the norm is a 0 on the CPU.
     norms = [update.clip_grad_norm(max_norm).to(run.device) for update in updates]
-    # The only wait for the device in a step, and before the weights change.
+    # The only wait for the device in a step. It comes before the weights change, so that a step
+    # that is not finite leaves them intact.
     *values, norm = torch.stack([*losses, torch.stack(norms).norm()]).tolist()
     check_finite(step, values, norm)
     for trainable, update in zip(trainables, updates, strict=True):
@@ -60,11 +61,12 @@ def train_step(run: Run, step: StepBatches) -> StepMetrics:
 def backward(
     run: Run, step: StepBatches, trained: TrainedExpert
 ) -> tuple[list[Tensor], tuple[float, ...]]:
-    """Add the gradients of all batches of `step` to the parameters.
+    """Accumulate the gradients of all batches of `step` in the parameters.
 
-    Returns the share of each batch in the step's loss, and the noise level of each clip.
+    Returns each batch's contribution to the step's loss, as scalars on the device, and the noise
+    level of each sample.
     """
-    if not trained.transformer.training:
+    if not trained.transformer.training:  # setting it goes through all submodules
         trained.transformer.train()
     fused = trained.method is not None and trained.method.fused
     losses: list[Tensor] = []
@@ -78,13 +80,15 @@ def backward(
                 sample = with_base_target(sample, predict(run, trained, batch, sample, text), batch)
         if run.dropout:
             counters = (step.number, batch.first_sample_index)
+            # Seeded for each batch, so that a resumed run draws the same dropout.
             torch.manual_seed(derive_seed(run.config.train.seed, "dropout", *counters))
-        loss = compare(run, sample, predict(run, trained, batch, sample, text))
-        # Each clip weighs the same, also where a bucket's last batch is smaller.
+        loss = compute_loss(run, sample, predict(run, trained, batch, sample, text))
+        # Every sample has the same weight, although the last batch of a bucket may be smaller.
         weighted = loss * (len(batch) / step.global_size)
-        if fused:  # the last chance before weights move
+        if fused:  # the backward pass updates weights, so this is the last chance to refuse
             check_finite(step, [weighted.item()], 0.0)
-        if weighted.requires_grad:  # not where placeholders train alone and no caption has one
+        # Without a gradient if only placeholders are trained and no caption contains one.
+        if weighted.requires_grad:
             weighted.backward()
         losses.append(weighted.detach())
         levels += sample.levels
@@ -94,7 +98,7 @@ def backward(
 def predict(
     run: Run, trained: TrainedExpert, batch: Batch, sample: NoisedBatch, text_BLD: Tensor
 ) -> Tensor:
-    """The expert's velocity for `sample`, [B, C, F, h, w], float32."""
+    """The velocity that the expert predicts for `sample`, [B, C, F, h, w], float32."""
     return predict_velocity(
         trained.transformer,
         sample.x,
@@ -106,14 +110,14 @@ def predict(
     )
 
 
-def compare(run: Run, sample: NoisedBatch, prediction_BCFHW: Tensor) -> Tensor:
-    """The loss as the run file has it, a float32 scalar: the mean over the samples."""
+def compute_loss(run: Run, sample: NoisedBatch, prediction_BCFHW: Tensor) -> Tensor:
+    """The loss that the run file configures: the mean over the samples, a float32 scalar."""
     weight = run.config.wan_config.temporal_consistency_weight
     return velocity_loss(prediction_BCFHW, sample, run.config.train.loss, weight)
 
 
 def check_finite(step: StepBatches, losses: list[float], norm: float) -> None:
-    """TrainingError, naming the clips, if a number is not finite."""
+    """TrainingError, naming the clips, if a loss or the gradient norm is not finite."""
     if all(map(math.isfinite, [*losses, norm])):
         return
     bad = [b for b, loss in zip(step.batches, losses, strict=False) if not math.isfinite(loss)]

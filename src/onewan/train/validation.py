@@ -18,7 +18,7 @@ from onewan.data.loader import Batch
 from onewan.seeds import derive_seed
 from onewan.train.run import Run
 from onewan.train.state import TrainedExpert, WeightSet
-from onewan.train.step import compare, predict
+from onewan.train.step import compute_loss, predict
 from onewan.variants import ExpertName
 
 
@@ -88,5 +88,5 @@ def _clip_losses(run: Run, trained: TrainedExpert, number: int, batch: Batch) ->
         # The purpose "grid noise" is part of the seed: another text would be other noise.
         seed = derive_seed(run.config.train.seed, "grid noise", number, index)
         sample = run.objective.fixed(batch, level, trained.expert, seed)
-        losses.append(compare(run, sample, predict(run, trained, batch, sample, text)))
+        losses.append(compute_loss(run, sample, predict(run, trained, batch, sample, text)))
     return losses
