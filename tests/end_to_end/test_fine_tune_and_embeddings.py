@@ -190,7 +190,7 @@ def test_gradient_checkpointing_saves_memory_in_both_models(
         text = run.text(batch)
         of_text = len(kept)
         step = run.loader.step(0, "single", 0)
-        predict(run, trained, batch, run.objective.noise(batch, step, trained.expert), text)
+        predict(run, trained, batch, run.objective.add_noise(batch, step, trained.expert), text)
     of_video = len(kept) - of_text
     assert (of_text < 30) == wanted and (of_video < 45) == wanted, (of_text, of_video)
 

@@ -107,7 +107,7 @@ def test_the_wan_settings_apply_to_each_method(
     trained.transformer.train()
     step = one_by_one(run)
     batch = step.batches[0]
-    sample = run.objective.noise(batch, step, trained.expert)
+    sample = run.objective.add_noise(batch, step, trained.expert)
     with torch.no_grad():
         text = run.text(batch)
         before = predict(run, trained, batch, sample, text)
@@ -153,7 +153,7 @@ def reference(run: Run, config: ResolvedRun, step: StepBatches) -> tuple[Tensor,
     transformer = base.transformer.eval()
     leaves, weights, text = formulas(run, step.expert, transformer, base)
     samples = [
-        run.objective.noise(batch, step, run.state.experts[step.expert].expert)
+        run.objective.add_noise(batch, step, run.state.experts[step.expert].expert)
         for batch in step.batches
     ]
     x, t, target = (torch.cat([getattr(s, name) for s in samples]) for name in ("x", "t", "target"))

@@ -54,8 +54,8 @@ def test_micro_batches_draw_the_same_noise_as_the_whole_step(ranks: int):
                 own = adapter.add_noise(
                     parts[place], 2 * number + micro, expert, rank=rank, ranks=ranks
                 )
-                whole = adapter.objective.noise(placed[place], step, expert)
-                assert own.levels == whole.levels
+                whole = adapter.objective.add_noise(placed[place], step, expert)
+                assert own.t_host == whole.t_host
                 assert torch.equal(own.x, whole.x) and torch.equal(own.target, whole.target)
                 assert torch.equal(own.weight, whole.weight)
     assert adapter.expert_at(0).name == "high" and adapter.expert_at(2).name == "low"
@@ -75,8 +75,8 @@ def test_validation_covers_every_expert_and_is_repeatable():
     assert [expert.name for expert, _ in first] == ["high"] * 3 + ["low"] * 3
     for (expert, one), (_, two) in zip(first, again, strict=True):
         assert torch.equal(one.x, two.x)
-        assert expert.t_min <= one.levels[0] <= expert.t_max
-    assert len({one.levels for _, one in first}) == 6
+        assert expert.t_min <= one.t_host[0] <= expert.t_max
+    assert len({one.t_host for _, one in first}) == 6
 
 
 def test_losses_are_added_and_the_prior_is_the_target_outside_the_mask():

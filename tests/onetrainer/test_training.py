@@ -24,7 +24,8 @@ from onewan.media import probe, read_frames
 from onewan.model.forward import predict_velocity
 from onewan.model.load import WanModelLoader
 from onewan.model.text import pad_text
-from onewan.train.objective import objective_of, velocity_loss
+from onewan.train.objective import velocity_loss
+from onewan.train.run import objective_of
 
 VARIANTS = ("t2v-a14b", "i2v-a14b", "ti2v-5b")
 LORA_FORMATS = ("DIFFUSERS_LORA", "KOHYA_LORA", "ORIGINAL_LORA", "COMFY_LORA")
@@ -171,7 +172,8 @@ def test_the_first_loss_equals_onewans_own(lab: Lab, tiny, clips, tmp_path, vari
     train = TrainSection.model_validate({"timesteps": {"distribution": "uniform", "shift": 5.0}})
     expert = model.variant.experts[0]
     step = StepBatches(number=0, expert=expert.name, batches=(batch,), global_size=1)
-    sample = objective_of(train, model.variant, model.variant.experts).noise(batch, step, expert)
+    objective = objective_of(train, model.variant, model.variant.experts)
+    sample = objective.add_noise(batch, step, expert)
     assert torch.equal(sample.t, seen["t"]) and torch.equal(sample.target, seen["target"])
     with torch.no_grad():
         predicted = predict_velocity(

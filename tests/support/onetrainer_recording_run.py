@@ -32,7 +32,7 @@ def observed(*args, **kwargs):
         seen.update(
             step=step,
             validation=deterministic,
-            t=[float(t) for sample in out.get("samples", []) for t in sample.levels],
+            t=[float(t) for sample in out.get("samples", []) for t in sample.t_host],
             shape=list(out["predicted"].shape),
             names=[os.path.basename(path) for path in batch.get("image_path", [])],
         )

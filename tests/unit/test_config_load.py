@@ -516,7 +516,7 @@ def test_rules_wait_for_valid_fields(tmp_path: Path) -> None:
     found = problems(write(tmp_path, text.replace("{path: a, variant: t2v}", "5")))
     assert [p.split(":")[0] for p in found] == ["model"]
     found = problems(write(tmp_path, text.replace("t2v", "t2v-a14b")))
-    assert [p.split(":")[0] for p in found] == ["sample.frames", "sample.width"]
+    assert [p.split(":")[0] for p in found] == ["sample.width", "sample.frames"]
 
 
 # ------------------------------------------------------------------------------------------ files

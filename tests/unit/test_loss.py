@@ -24,12 +24,12 @@ def pair(
     return prediction, NoisedBatch(
         x=target,
         t=torch.zeros(2),
-        levels=(0.0, 0.0),
+        t_host=(0.0, 0.0),
         target=target,
         clean_first_frame=None,
         weight=torch.tensor(weight),
-        weighted=weight != (1.0, 1.0),
-        counts=counts,
+        has_weights=weight != (1.0, 1.0),
+        loss_mask=counts,
     )
 
 
@@ -91,7 +91,7 @@ def test_loss_and_gradient_follow_the_definition(
 ) -> None:
     prediction, sample = pair(counts=masks() if counted else None, weight=weight)
     reference = prediction.detach().double().requires_grad_()
-    expected = definition(reference, sample, rho, w, sample.counts)
+    expected = definition(reference, sample, rho, w, sample.loss_mask)
     expected.backward()
     loss = velocity_loss(prediction, sample, LossSection(kind=kind, delta=0.4), w)
     loss.backward()
@@ -148,7 +148,7 @@ def test_micro_batches_have_the_gradient_of_one_batch() -> None:
     """Each sample's loss by its own mask, so means over samples add up however they are cut."""
     prediction, sample = pair(counts=masks(), weight=(0.5, 2.0))
     velocity_loss(prediction, sample, MSE, 1.5).backward()
-    assert prediction.grad is not None and sample.counts is not None
+    assert prediction.grad is not None and sample.loss_mask is not None
     together = prediction.grad.clone()
     prediction.grad = None
     for i in range(2):
@@ -156,7 +156,7 @@ def test_micro_batches_have_the_gradient_of_one_batch() -> None:
             sample,
             target=sample.target[i : i + 1],
             weight=sample.weight[i : i + 1],
-            counts=sample.counts[i : i + 1],
+            loss_mask=sample.loss_mask[i : i + 1],
         )
         (velocity_loss(prediction[i : i + 1], part, MSE, 1.5) / 2).backward()
     torch.testing.assert_close(prediction.grad, together, rtol=1e-6, atol=1e-9)

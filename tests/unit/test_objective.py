@@ -28,10 +28,10 @@ from onewan.errors import ConfigError
 from onewan.train.objective import (
     NoisedBatch,
     Objective,
-    noised,
-    objective_of,
+    noised_batch,
     with_base_target,
 )
+from onewan.train.run import objective_of
 from onewan.variants import VARIANTS
 
 T2V, I2V, TI2V = VARIANTS["t2v-a14b"], VARIANTS["i2v-a14b"], VARIANTS["ti2v-5b"]
@@ -80,7 +80,7 @@ def split(whole: Batch) -> list[Batch]:
 
 def draw(objective: Objective, whole: Batch | None = None, number: int = 7) -> NoisedBatch:
     whole = batch() if whole is None else whole
-    return objective.noise(whole, step_of(whole, number=number), SINGLE)
+    return objective.add_noise(whole, step_of(whole, number=number), SINGLE)
 
 
 # ------------------------------------------------------------------------------- noising
@@ -89,11 +89,11 @@ def draw(objective: Objective, whole: Batch | None = None, number: int = 7) -> N
 def test_noising_and_target() -> None:
     latents, noise = torch.randn(2, 4, 3, 4, 6), torch.randn(2, 4, 3, 4, 6)
     t = torch.tensor([0.25, 1.0])
-    out = noised(latents, noise, t.tolist())
+    out = noised_batch(latents, noise, t.tolist())
     torch.testing.assert_close(out.x[0], 0.75 * latents[0] + 0.25 * noise[0])
     assert torch.equal(out.x[1], noise[1])
     torch.testing.assert_close(out.x - t.view(-1, 1, 1, 1, 1) * out.target, latents)
-    assert torch.equal(out.weight, torch.ones(2)) and not out.weighted and out.counts is None
+    assert torch.equal(out.weight, torch.ones(2)) and not out.has_weights and out.loss_mask is None
 
 
 EVERYTHING = Objective(
@@ -120,16 +120,16 @@ def test_randomness_is_counted_by_place_in_the_global_batch(objective: Objective
     step = step_of(*parts)
     seen_given = []
     for i, part in enumerate(parts):
-        alone = objective.noise(part, step, SINGLE)
-        for name in ("x", "t", "target", "weight", "counts"):
+        alone = objective.add_noise(part, step, SINGLE)
+        for name in ("x", "t", "target", "weight", "loss_mask"):
             assert torch.equal(getattr(alone, name)[0], getattr(together, name)[i]), name
-        assert alone.levels == together.levels[i : i + 1]
+        assert alone.t_host == together.t_host[i : i + 1]
         seen_given.append(alone.clean_first_frame is not None)
     if objective is EVERYTHING:
         assert together.clean_first_frame is not None and set(seen_given) == {True, False}
         assert together.clean_first_frame.tolist() == seen_given
     other = draw(objective, whole, number=8)
-    assert not set(other.levels) & set(together.levels)
+    assert not set(other.t_host) & set(together.t_host)
     assert not torch.equal(other.target, together.target)
 
 
@@ -138,21 +138,21 @@ def test_two_samples_of_a_batch_differ_in_all_they_draw() -> None:
     whole.latents[1] = whole.latents[0]
     always = replace(EVERYTHING, first_frame_probability=1.0, official_token_count=None)
     sample = draw(always, whole)
-    assert sample.levels[0] != sample.levels[1]
+    assert sample.t_host[0] != sample.t_host[1]
     for tensor in (sample.target, sample.x[:, :, 0]):
         assert not torch.equal(tensor[0], tensor[1])
 
 
 def test_levels_are_the_tensor_s_numbers() -> None:
     sample = draw(Objective(density=UNIFORM, seed=0), batch(50))
-    assert sample.levels == tuple(sample.t.tolist())
+    assert sample.t_host == tuple(sample.t.tolist())
 
 
 def drawn_levels(objective: Objective, size: int, steps: int, expert) -> np.ndarray:
     """[steps, size]"""
     whole = batch(size, 1, (2, 2))
     return np.array(
-        [objective.noise(whole, step_of(whole, number=n), expert).levels for n in range(steps)]
+        [objective.add_noise(whole, step_of(whole, number=n), expert).t_host for n in range(steps)]
     )
 
 
@@ -178,7 +178,7 @@ def test_shift_by_tokens() -> None:
     plain = Objective(density=UNIFORM, seed=1)
     scaled = replace(plain, official_token_count=75)
     for frames in (1, 2):
-        levels = [draw(o, batch(2, frames)).levels for o in (plain, scaled)]
+        levels = [draw(o, batch(2, frames)).t_host for o in (plain, scaled)]
         other = UNIFORM.scaled(math.sqrt(6 * frames / 75))
         for before, after in zip(*levels, strict=True):
             assert after == pytest.approx(other.quantile(UNIFORM.cdf(before)), abs=1e-6)
@@ -212,8 +212,8 @@ def test_clean_first_frame() -> None:
     sample = draw(always)
     assert sample.clean_first_frame is not None and bool(sample.clean_first_frame.all())
     assert torch.equal(sample.x[:, :, 0], batch().latents[:, :, 0])
-    assert sample.counts is not None and sample.counts.shape == (2, 1, 3, 4, 6)
-    assert not sample.counts[:, :, 0].any() and bool((sample.counts[:, :, 1:] == 1).all())
+    assert sample.loss_mask is not None and sample.loss_mask.shape == (2, 1, 3, 4, 6)
+    assert not sample.loss_mask[:, :, 0].any() and bool((sample.loss_mask[:, :, 1:] == 1).all())
     never = draw(replace(always, first_frame_probability=0.0))
     assert torch.equal(never.x[:, :, 1:], sample.x[:, :, 1:])
     assert torch.equal(never.target, sample.target)
@@ -261,11 +261,11 @@ def test_masks_count_by_place() -> None:
     masked = replace(batch(), mask=mask)
     objective = Objective(density=UNIFORM, seed=3, unmasked_weight=0.25)
     sample = draw(objective, masked)
-    torch.testing.assert_close(sample.counts, mask + (1 - mask) * 0.25)
+    torch.testing.assert_close(sample.loss_mask, mask + (1 - mask) * 0.25)
     given = draw(replace(objective, first_frame_probability=1.0), masked)
-    assert given.counts is not None and sample.counts is not None
-    assert not given.counts[:, :, 0].any()
-    assert torch.equal(given.counts[:, :, 1:], sample.counts[:, :, 1:])
+    assert given.loss_mask is not None and sample.loss_mask is not None
+    assert not given.loss_mask[:, :, 0].any()
+    assert torch.equal(given.loss_mask[:, :, 1:], sample.loss_mask[:, :, 1:])
     assert torch.equal(masked.mask, mask)  # pyright: ignore  (the batch's own is left alone)
 
 
@@ -274,41 +274,42 @@ def test_weight_is_that_of_the_level_times_that_of_the_clip() -> None:
     objective = Objective(density=UniformTimesteps().density(1.0), seed=3, weighting=weighting)
     sample = draw(objective, replace(batch(), loss_weights=(1.0, 3.0)))
     torch.testing.assert_close(sample.weight, 2 * sample.t * torch.tensor([1.0, 3.0]))
-    assert sample.weight.dtype == torch.float32 and sample.weighted
-    assert not draw(replace(objective, weighting=None)).weighted
+    assert sample.weight.dtype == torch.float32 and sample.has_weights
+    assert not draw(replace(objective, weighting=None)).has_weights
 
 
 def test_fixed_noise_is_the_same_each_time_and_without_extras() -> None:
     objective = replace(EVERYTHING, first_frame_probability=1.0)
     whole = replace(batch(3), mask=torch.ones(3, 1, 3, 4, 6))
     plain = replace(whole, mask=None)
-    a, b = (objective.fixed(whole, 0.25, SINGLE, 5) for _ in range(2))
+    a, b = (objective.add_noise_at_quantile(whole, 0.25, SINGLE, 5) for _ in range(2))
     assert torch.equal(a.x, b.x) and torch.equal(a.target, b.target)
-    assert a.counts is not None and a.counts.min() == 1
+    assert a.loss_mask is not None and a.loss_mask.min() == 1
     bare = Objective(density=objective.density, seed=99, official_token_count=100)
-    reference = bare.fixed(plain, 0.25, SINGLE, 5)
-    assert torch.equal(reference.x, a.x) and reference.counts is None
-    assert not reference.weighted
+    reference = bare.add_noise_at_quantile(plain, 0.25, SINGLE, 5)
+    assert torch.equal(reference.x, a.x) and reference.loss_mask is None
+    assert not reference.has_weights
     assert a.clean_first_frame is None
     density = UNIFORM.scaled(math.sqrt(18 / 100))
-    assert a.levels == (density.truncated_quantile(0.25, SINGLE),) * 3
+    assert a.t_host == (density.truncated_quantile(0.25, SINGLE),) * 3
     t = a.t.view(-1, 1, 1, 1, 1)
     torch.testing.assert_close(a.x, whole.latents + t * a.target)
     for i, part in enumerate(split(whole)):
-        assert torch.equal(objective.fixed(part, 0.25, SINGLE, 5).x[0], a.x[i])
-    assert not torch.equal(objective.fixed(whole, 0.25, SINGLE, 6).target, a.target)
+        assert torch.equal(objective.add_noise_at_quantile(part, 0.25, SINGLE, 5).x[0], a.x[i])
+    assert not torch.equal(objective.add_noise_at_quantile(whole, 0.25, SINGLE, 6).target, a.target)
     noise = a.target + whole.latents
     assert not torch.allclose(noise[0], noise[1], atol=0.1)
     # Weighted as in training.
-    weights = timestep_weights(MinSnr(), density, SINGLE, np.array(a.levels))
+    weights = timestep_weights(MinSnr(), density, SINGLE, np.array(a.t_host))
     torch.testing.assert_close(a.weight, torch.tensor(weights, dtype=torch.float32))
-    heavy = objective.fixed(replace(whole, loss_weights=(2.5,) * 3), 0.25, SINGLE, 5)
+    weighted = replace(whole, loss_weights=(2.5,) * 3)
+    heavy = objective.add_noise_at_quantile(weighted, 0.25, SINGLE, 5)
     torch.testing.assert_close(heavy.weight, 2.5 * a.weight)
 
 
 def test_levels_of_validation_are_midpoints() -> None:
-    assert Objective.levels(4) == (0.125, 0.375, 0.625, 0.875)
-    assert Objective.levels(1) == (0.5,)
+    assert Objective.midpoint_quantiles(4) == (0.125, 0.375, 0.625, 0.875)
+    assert Objective.midpoint_quantiles(1) == (0.5,)
 
 
 def test_target_of_the_untrained_model() -> None:

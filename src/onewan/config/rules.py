@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from onewan.arithmetic.buckets import floor_to_4n_plus_1
+from onewan.arithmetic.sample_request import image_error, request_errors
 from onewan.config.method_rules import method_rules
 from onewan.config.resolve import trained_experts
 from onewan.config.schema import COMPONENTS, RunConfig
@@ -92,41 +92,21 @@ def _sample_rules(config: RunConfig) -> Iterator[Problem]:
             "sample.every",
             f"is {sample.every}, but sample.prompts is empty; give a prompt, or set it to 0",
         )
-    whole = floor_to_4n_plus_1(sample.frames or 1, variant.temporal_compression)
-    if sample.frames and sample.frames != whole:
-        yield (
-            "sample.frames",
-            f"must be {variant.temporal_compression}n+1, got {sample.frames}; the nearest are "
-            f"{whole} and {whole + variant.temporal_compression}",
-        )
-    for name, side in (("width", sample.width), ("height", sample.height)):
-        if side is not None and side % variant.size_multiple:
-            yield (
-                f"sample.{name}",
-                f"must be a multiple of {variant.size_multiple} for {variant.name}, got {side}; "
-                f"the nearest is {_nearest(side, variant.size_multiple)}",
-            )
-    experts = len(variant.experts)
-    if sample.guidance is not None and len(sample.guidance) != experts:
-        form = "[high, low]" if experts == 2 else "[scale]"
-        yield (
-            "sample.guidance",
-            f"must have one number for each expert of {variant.name}, {form}, got "
-            f"{format_value(sample.guidance)}; give {experts}, or leave it out for the official "
-            f"{format_value([e.guidance_scale for e in variant.experts])}",
-        )
+    errors = request_errors(
+        variant,
+        width=sample.width,
+        height=sample.height,
+        frames=sample.frames,
+        steps=sample.steps,
+        guidance=sample.guidance,
+    )
+    yield from ((f"sample.{field}", message) for field, message in errors)
     for index, prompt in enumerate(sample.prompts):
         field = f"sample.prompts.{index}.image"
         if prompt.image is not None and not os.path.isfile(prompt.image):
             yield field, f"there is no file {prompt.image}; correct it"
-        if variant.needs_image and prompt.image is None:
-            yield field, f"{variant.name} starts from an image, got nothing; give an image file"
-        if not variant.takes_image and prompt.image is not None:
-            yield (
-                field,
-                f"{variant.name} takes no image, got {format_value(prompt.image)}; leave it out, "
-                "or use i2v-a14b or ti2v-5b",
-            )
+        if error := image_error(variant, prompt.image):
+            yield field, error
 
 
 def _wrong_area(area: int, multiple: int) -> str | None:

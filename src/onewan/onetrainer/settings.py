@@ -27,7 +27,6 @@ from onewan.config.objective import (
     UniformTimesteps,
     Weighting,
 )
-from onewan.config.schema import TrainSection
 from onewan.data.masks import is_mask
 from onewan.errors import ConfigError
 from onewan.variants import Variant
@@ -115,25 +114,6 @@ def _error_of(read: Callable[[], object]) -> str | None:
     except SettingError as error:
         return str(error)
     return None
-
-
-def train_section(config: Any) -> TrainSection:
-    """The fields of a run file's `train` that the objective and the expert schedule read."""
-    return TrainSection(
-        seed=SEED,
-        batch_size=config.batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        timesteps=timesteps_of(config),
-        loss=LossSection(
-            weighting=weighting_of(config),
-            unmasked_weight=config.unmasked_weight,
-        ),
-        high_expert_share=high_share_of(config),
-        switch_expert_every=config.wan_expert_block,
-        first_frame_probability=config.wan_first_frame_probability,
-        noise_offset=config.offset_noise_weight,
-        input_perturbation=config.perturbation_noise_weight,
-    )
 
 
 def losses_of(config: Any) -> tuple[tuple[float, LossSection], ...]:

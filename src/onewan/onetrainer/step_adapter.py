@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from onewan.arithmetic.expert_schedule import ExpertSchedule, expert_schedule
+from onewan.arithmetic.timestep_density import official_token_count
 from onewan.config.objective import LossSection
 from onewan.data.loader import Batch, StepBatches
 from onewan.model.conditioning import Conditioning
 from onewan.onetrainer import settings
 from onewan.seeds import derive_seed
-from onewan.train.objective import NoisedBatch, Objective, objective_of, velocity_loss
+from onewan.train.objective import NoisedBatch, Objective, velocity_loss
 from onewan.variants import Expert, Variant
 
 _PURPOSE = "validation"
@@ -69,16 +70,16 @@ class StepAdapter:
             batches=(placed,),
             global_size=size * ranks * self.accumulation,
         )
-        return self.objective.noise(placed, step, expert)
+        return self.objective.add_noise(placed, step, expert)
 
     def validation_batches(self, batch: Batch) -> list[tuple[Expert, NoisedBatch]]:
         """`batch` with fixed noise at fixed timesteps of every trained expert."""
         seed = derive_seed(self.objective.seed, _PURPOSE)
         experts = [self.variant.expert(name) for name in self.schedule.experts]
         return [
-            (expert, self.objective.fixed(batch, share, expert, seed))
+            (expert, self.objective.add_noise_at_quantile(batch, share, expert, seed))
             for expert in experts
-            for share in Objective.levels(self.levels)
+            for share in Objective.midpoint_quantiles(self.levels)
         ]
 
     def dropout_seed(self, global_step: int, rank: int = 0) -> int:
@@ -91,8 +92,8 @@ class StepAdapter:
         """A float32 scalar. With `prior_BCFHW`, the base model's prediction, the loss outside the
         mask is the distance from that."""
         total = self._sum(sample, predicted_BCFHW)
-        if prior_BCFHW is not None and self.prior_weight and sample.counts is not None:
-            outside = replace(sample, target=prior_BCFHW.float(), counts=1 - sample.counts)
+        if prior_BCFHW is not None and self.prior_weight and sample.loss_mask is not None:
+            outside = replace(sample, target=prior_BCFHW.float(), loss_mask=1 - sample.loss_mask)
             total = total + self.prior_weight * self._sum(outside, predicted_BCFHW)
         return total
 
@@ -110,13 +111,27 @@ def step_adapter_of(config: Any, variant: Variant, trained: Sequence[Expert]) ->
     ConfigError for settings that can't be used, or that leave an expert without timesteps.
     """
     settings.check(config, variant)
-    train = settings.train_section(config)
-    objective = objective_of(train, variant, trained)
+    timesteps = settings.timesteps_of(config)
+    by_tokens, first_frame = timesteps.shift_by_tokens, variant.has_clean_first_frame
+    objective = Objective(
+        density=timesteps.density(variant.flow_shift),
+        seed=settings.SEED,
+        official_token_count=official_token_count(variant) if by_tokens else None,
+        weighting=settings.weighting_of(config).function(),
+        unmasked_weight=config.unmasked_weight,
+        noise_offset=config.offset_noise_weight,
+        input_perturbation=config.perturbation_noise_weight,
+        first_frame_probability=config.wan_first_frame_probability if first_frame else 0.0,
+    )
+    objective.require_timesteps(trained)
     return StepAdapter(
         variant=variant,
         objective=objective,
         schedule=expert_schedule(
-            trained, train.high_expert_share, train.switch_expert_every, objective.density
+            trained,
+            settings.high_share_of(config),
+            config.wan_expert_block,
+            objective.density,
         ),
         losses=settings.losses_of(config),
         temporal_weight=config.wan_temporal_consistency_weight,

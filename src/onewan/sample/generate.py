@@ -47,7 +47,7 @@ class SampleRequest:
     steps: int
     """Denoising steps."""
     guidance: tuple[float, ...]
-    """Guidance scale of each expert, the high-noise one first; 1 is no guidance, at half the cost."""
+    """Scale of each expert, the high-noise one first; 1 is no guidance, at half the cost."""
     shift: float
     """Shift of the noise schedule."""
     seed: int

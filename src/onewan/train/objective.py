@@ -1,6 +1,7 @@
-"""The flow-matching objective: draw t, make the noised sample and its target, compare. Pure.
+"""The flow-matching objective: draw t, add noise, form the target, compute the loss.
 
-x_t = (1 - t) z + t e with t in [0, 1], the target is e - z, and the transformer is told 1000 t
+x_t = (1 - t) z + t e for clean latents z, noise e and the noise level t in [0, 1]. The target is
+the velocity e - z, and the transformer's timestep input is 1000 t
 (``wan/utils/fm_solvers_unipc.py:317-323``). The density of t is in
 `onewan.arithmetic.timestep_density`.
 """
@@ -11,131 +12,150 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onewan.arithmetic.timestep_density import (
-    TimestepDensity,
-    official_token_count,
-    shift_factor,
-)
+from onewan.arithmetic.timestep_density import Array, TimestepDensity, shift_factor
 from onewan.arithmetic.timestep_weighting import TimestepWeighting, timestep_weights
-from onewan.config.objective import LossSection
-from onewan.config.schema import TrainSection
 from onewan.data.loader import Batch, StepBatches
 from onewan.seeds import derive_seed
-from onewan.variants import Expert, Variant
+from onewan.variants import Expert
+
+
+class PointwiseLoss(Protocol):
+    """The loss of a single error; the run file's `train.loss` is one."""
+
+    @property
+    def kind(self) -> Literal["mse", "huber", "pseudo_huber"]: ...
+    @property
+    def delta(self) -> float:
+        """Error beyond which the Huber losses become linear."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoisedBatch:
-    """A batch at its noise levels, with what the transformer should say."""
+    """A batch with noise added, and the velocity target."""
 
     x: Tensor
     """[B, C, F, h, w] noisy latents."""
     t: Tensor
     """[B] noise levels in [0, 1]."""
-    levels: tuple[float, ...]
-    """The same numbers, known without asking the device."""
+    t_host: tuple[float, ...]
+    """The same values in host memory, so that logging them does not wait for the device."""
     target: Tensor
-    """[B, C, F, h, w]: noise minus clean latents."""
+    """[B, C, F, h, w] noise minus clean latents."""
     clean_first_frame: Tensor | None
-    """[B] bool, TI2V-5B only: samples whose first latent frame is given (clean, or nearly), and not
-    counted. None if there is none."""
+    """[B] bool, TI2V-5B only: samples whose first latent frame is the conditioning frame (clean, or
+    nearly), which the loss leaves out. None if there are none."""
     weight: Tensor
-    """[B] float32: what each sample's loss is multiplied with, by its noise level and its clip."""
-    weighted: bool
-    """Whether one of `weight` is not 1, known without asking the device."""
-    counts: Tensor | None
-    """[B, 1, F, h, w] float32: how much each place counts against the others of its sample: its
-    mask, and nothing for a first frame that is given. None where all count alike."""
+    """[B] float32 loss weights of the samples, by noise level and clip."""
+    has_weights: bool
+    """Whether any of `weight` is not 1, known without waiting for the device."""
+    loss_mask: Tensor | None
+    """[B, 1, F, h, w] float32 loss weight of each latent cell: the clip's mask, and 0 in a
+    conditioning frame. None if all cells have the same weight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """How batches of one run are noised and what counts in them.
+    """How noise is added to the batches of a run, and how their losses are weighted.
 
-    Each draw is keyed by the run's seed, its purpose, the step, and the sample's place in the
-    step's global batch: however the step is cut into batches, a sample gets the same numbers.
-    They are made on the CPU, so that a run gives the same ones on every device.
+    Each draw is seeded by the run's seed, its purpose, the step, and the sample's index in the
+    global batch: a sample gets the same values in any division into micro-batches. They are drawn
+    on the CPU, so that every device gives the same ones.
     """
 
     density: TimestepDensity
     seed: int
     official_token_count: int | None = None
-    """Tokens at which `density` has the shift that is meant; None is at any number of them."""
+    """Number of tokens at which the shift of `density` applies; it is scaled for clips of other
+    sizes. None: it applies to all sizes."""
     stratified: bool = False
-    """Draw each of a step's n levels from another one of n equally probable parts."""
+    """Draw the n noise levels of a step from n equally probable parts of the density, one each."""
     weighting: TimestepWeighting | None = None
-    """What the noise levels count."""
+    """Loss weight by noise level; None: 1 everywhere."""
     unmasked_weight: float = 0.0
-    """What places outside of a mask count, against 1 within."""
+    """Loss weight outside of a clip's mask; inside it is 1."""
     noise_offset: float = 0.0
-    """Strength of noise that is one number for each channel, part of the noise and the target."""
+    """Strength of noise that is constant in each channel, part of the noise and the target."""
     input_perturbation: float = 0.0
-    """Strength of noise that is in the noisy sample but not in the target."""
+    """Strength of noise that is in the noisy latents but not in the target."""
     first_frame_probability: float = 0.0
-    """Share of samples (of more than one latent frame) whose first frame is given."""
+    """Share of the samples (of more than one latent frame) that keep a conditioning frame."""
     first_frame_noise: tuple[float, float] | None = None
-    """Mean and standard deviation of the logarithm of the noise level in a given first frame, at
-    most 1; its timestep stays 0. None gives it clean, as the official code does
+    """Mean and standard deviation of the logarithm of the noise level in a conditioning frame, at
+    most 1; its timestep stays 0. None: no noise, as in the official code
     (``wan/textimage2video.py:550-598``)."""
 
-    def noise(self, batch: Batch, step: StepBatches, expert: Expert) -> NoisedBatch:
-        """Noise `batch`, one of `step`'s, which may lie on a device by now."""
-        places = batch.sample_indices
+    def require_timesteps(self, experts: Sequence[Expert]) -> None:
+        """ConfigError if one of `experts` would draw no noise levels, or only ones of weight 0."""
+        if self.official_token_count is None:  # otherwise each size of clip has its own density
+            self.density.require(experts)
+            for expert in experts:
+                timestep_weights(self.weighting, self.density, expert, np.empty(0))
+
+    def add_noise(self, batch: Batch, step: StepBatches, expert: Expert) -> NoisedBatch:
+        """Noise as `step` draws it for the samples of `batch`, on the device of its latents."""
+        indices = batch.sample_indices
         latents_BCFHW = batch.latents
         density = self._density(latents_BCFHW)
-        shares = np.array([self._share(step, place) for place in places])
-        levels = density.truncated_quantiles(shares, expert)
+        quantiles = np.array([self._sample_quantile(step, index) for index in indices])
+        levels = density.truncated_quantiles(quantiles, expert)
         shape = latents_BCFHW.shape[1:]
-        noise_BCFHW = self._normal("noise", step, places, shape)
+        noise_BCFHW = self._normal("noise", step, indices, shape)
         if self.noise_offset:
-            each = (shape[0], 1, 1, 1)
-            noise_BCFHW += self.noise_offset * self._normal("noise offset", step, places, each)
-        seen_BCFHW = noise_BCFHW
+            per_channel = (shape[0], 1, 1, 1)
+            offset = self._normal("noise offset", step, indices, per_channel)
+            noise_BCFHW += self.noise_offset * offset
+        input_noise_BCFHW = noise_BCFHW
         if self.input_perturbation:
-            more = self._normal("input perturbation", step, places, shape)
-            seen_BCFHW = noise_BCFHW + self.input_perturbation * more
-        given_B = self._given(batch, step, places)
-        of_levels = timestep_weights(self.weighting, density, expert, levels).tolist()
-        sample = noised(
+            perturbation = self._normal("input perturbation", step, indices, shape)
+            input_noise_BCFHW = noise_BCFHW + self.input_perturbation * perturbation
+        conditioned_B = self._draw_conditioned(batch, step)
+        sample = noised_batch(
             latents_BCFHW,
             noise_BCFHW,
             levels.tolist(),
-            seen_BCFHW=seen_BCFHW,
-            weights=[w * c for w, c in zip(of_levels, batch.loss_weights, strict=True)],
-            counts_BFHW=self._counts(batch, given_B),
+            input_noise_BCFHW=input_noise_BCFHW,
+            weights=self._weights(batch, density, expert, levels),
+            loss_mask_BFHW=self._loss_mask(batch, conditioned_B),
         )
-        return sample if given_B is None else self._with_first_frame(sample, batch, step, given_B)
+        if conditioned_B is None:
+            return sample
+        return self._with_conditioning_frame(sample, batch, step, conditioned_B)
 
-    def fixed(self, batch: Batch, share: float, expert: Expert, seed: int) -> NoisedBatch:
-        """Noise `batch` for a measurement: every sample at the level below which `share` of
-        `expert`'s levels lie, with noise of `seed` and the sample's place. Levels, clips and masks
-        count as in training; nothing else is done to the samples."""
+    def add_noise_at_quantile(
+        self, batch: Batch, quantile: float, expert: Expert, seed: int
+    ) -> NoisedBatch:
+        """Noise for validation: the same level for all samples, and noise of a fixed `seed`.
+
+        A share `quantile` of `expert`'s density lies below the level. Weights and masks are those
+        of training; offset, perturbation and conditioning frames are left out.
+        """
         density = self._density(batch.latents)
-        levels = density.truncated_quantiles(np.full(len(batch), share), expert)
+        levels = density.truncated_quantiles(np.full(len(batch), quantile), expert)
         noise_BCFHW = torch.stack(
             [
-                seeded_noise(batch.latents.shape[1:], derive_seed(seed, "fixed noise", place))
-                for place in batch.sample_indices
+                seeded_noise(batch.latents.shape[1:], derive_seed(seed, "fixed noise", index))
+                for index in batch.sample_indices
             ]
         )
-        of_levels = timestep_weights(self.weighting, density, expert, levels).tolist()
-        return noised(
+        return noised_batch(
             batch.latents,
             noise_BCFHW,
             levels.tolist(),
-            weights=[w * c for w, c in zip(of_levels, batch.loss_weights, strict=True)],
-            counts_BFHW=self._counts(batch, None),
+            weights=self._weights(batch, density, expert, levels),
+            loss_mask_BFHW=self._loss_mask(batch, None),
         )
 
     @staticmethod
-    def levels(count: int) -> tuple[float, ...]:
-        """Midpoints of `count` equally probable parts of a range, for `fixed`."""
+    def midpoint_quantiles(count: int) -> tuple[float, ...]:
+        """Midpoints of `count` equally probable parts of a density."""
         return tuple((i + 0.5) / count for i in range(count))
 
     def _density(self, latents_BCFHW: Tensor) -> TimestepDensity:
@@ -143,134 +163,111 @@ class Objective:
             return self.density
         return self.density.scaled(shift_factor(latents_BCFHW.shape, self.official_token_count))
 
-    def _share(self, step: StepBatches, place: int) -> float:
-        """The probability, in [0, 1], at which the level of a sample lies in its distribution."""
-        drawn = self._random("t", step, place).random()
+    def _weights(
+        self, batch: Batch, density: TimestepDensity, expert: Expert, levels: Array
+    ) -> list[float]:
+        """Loss weight of each sample: that of its noise level times that of its clip."""
+        by_level = timestep_weights(self.weighting, density, expert, levels).tolist()
+        return [a * b for a, b in zip(by_level, batch.loss_weights, strict=True)]
+
+    def _sample_quantile(self, step: StepBatches, index: int) -> float:
+        """The quantile of the density, in [0, 1], that sample `index` of the global batch gets."""
+        drawn = self._random("t", step, index).random()
         if not self.stratified:
             return drawn
+        # Every sample shuffles the same list in the same way, so that no two get the same part,
+        # whichever process or micro-batch they are in.
         parts = list(range(step.global_size))
         self._random("strata", step).shuffle(parts)
-        return (parts[place] + drawn) / step.global_size
+        return (parts[index] + drawn) / step.global_size
 
-    def _given(self, batch: Batch, step: StepBatches, places: Sequence[int]) -> Tensor | None:
-        """[B] bool: whose first frame is given; None if no one's."""
+    def _draw_conditioned(self, batch: Batch, step: StepBatches) -> Tensor | None:
+        """[B] bool: the samples that keep a conditioning frame; None if there are none."""
         if self.first_frame_probability == 0 or batch.latents.shape[2] == 1:
             return None
-        draws = [self._random("first frame", step, place).random() for place in places]
-        given = [draw < self.first_frame_probability for draw in draws]
-        return torch.tensor(given) if any(given) else None
+        draws = [self._random("first frame", step, i).random() for i in batch.sample_indices]
+        conditioned = [draw < self.first_frame_probability for draw in draws]
+        return torch.tensor(conditioned) if any(conditioned) else None
 
-    def _with_first_frame(
-        self, sample: NoisedBatch, batch: Batch, step: StepBatches, given_B: Tensor
+    def _with_conditioning_frame(
+        self, sample: NoisedBatch, batch: Batch, step: StepBatches, conditioned_B: Tensor
     ) -> NoisedBatch:
-        """`sample` with the first frames of `batch`, or nearly those, where `given_B`."""
+        """`sample` with the clean, or nearly clean, first latent frame where `conditioned_B`."""
         frame_BCHW = batch.latents[:, :, 0]
         if self.first_frame_noise is not None:
-            places = batch.sample_indices
+            indices = batch.sample_indices
             mean, std = self.first_frame_noise
-            logs = [self._random("first frame level", step, p).gauss(mean, std) for p in places]
+            logs = [self._random("first frame level", step, i).gauss(mean, std) for i in indices]
             s = torch.tensor([math.exp(min(log, 0.0)) for log in logs]).view(-1, 1, 1, 1)
-            noise = self._normal("first frame noise", step, places, frame_BCHW.shape[1:])
-            s, noise = _moved(s, frame_BCHW.device), _moved(noise, frame_BCHW.device)
+            noise = self._normal("first frame noise", step, indices, frame_BCHW.shape[1:])
+            s, noise = _to_device(s, frame_BCHW.device), _to_device(noise, frame_BCHW.device)
             frame_BCHW = (1 - s) * frame_BCHW + s * noise
-        given_B = _moved(given_B, frame_BCHW.device)
-        given = given_B.view(-1, 1, 1, 1)
-        sample.x[:, :, 0] = torch.where(given, frame_BCHW, sample.x[:, :, 0])
-        return replace(sample, clean_first_frame=given_B)
+        conditioned_B = _to_device(conditioned_B, frame_BCHW.device)
+        chosen = conditioned_B.view(-1, 1, 1, 1)
+        sample.x[:, :, 0] = torch.where(chosen, frame_BCHW, sample.x[:, :, 0])
+        return replace(sample, clean_first_frame=conditioned_B)
 
-    def _counts(self, batch: Batch, given_B: Tensor | None) -> Tensor | None:
+    def _loss_mask(self, batch: Batch, conditioned_B: Tensor | None) -> Tensor | None:
         """[B, 1, F, h, w] as in `NoisedBatch`."""
-        if batch.mask is None and given_B is None:
+        if batch.mask is None and conditioned_B is None:
             return None
         if batch.mask is None:
-            counts = torch.ones_like(batch.latents[:, :1])
+            mask = torch.ones_like(batch.latents[:, :1])
         else:
-            counts = self.unmasked_weight + (1 - self.unmasked_weight) * batch.mask
-        if given_B is not None:
-            counts[:, :, 0] *= ~_moved(given_B, counts.device).view(-1, 1, 1, 1)
-        return counts
+            mask = self.unmasked_weight + (1 - self.unmasked_weight) * batch.mask
+        if conditioned_B is not None:
+            mask[:, :, 0] *= ~_to_device(conditioned_B, mask.device).view(-1, 1, 1, 1)
+        return mask
 
     def _normal(
-        self, purpose: str, step: StepBatches, places: Sequence[int], shape: Sequence[int]
+        self, purpose: str, step: StepBatches, indices: Sequence[int], shape: Sequence[int]
     ) -> Tensor:
-        """[B, *shape] standard normal numbers."""
-        seeds = [derive_seed(self.seed, purpose, step.number, place) for place in places]
+        """[B, *shape] standard normal values, on the CPU."""
+        seeds = [derive_seed(self.seed, purpose, step.number, index) for index in indices]
         return torch.stack([seeded_noise(shape, seed) for seed in seeds])
 
     def _random(self, purpose: str, step: StepBatches, *counters: int) -> random.Random:
         return random.Random(derive_seed(self.seed, purpose, step.number, *counters))
 
 
-def objective_of(train: TrainSection, variant: Variant, experts: Sequence[Expert]) -> Objective:
-    """The objective that the run file's `train` means for `variant`.
-
-    ConfigError if one of `experts`, those that train, would get no noise levels, or none that
-    count.
-    """
-    density = train.timesteps.density(variant.flow_shift)
-    given_frames = variant.has_clean_first_frame
-    weighting = train.loss.weighting.function()
-    if not train.timesteps.shift_by_tokens:  # else each size of clip has a density of its own
-        density.require(experts)
-        for expert in experts:
-            timestep_weights(weighting, density, expert, np.empty(0))
-    return Objective(
-        density=density,
-        seed=train.seed,
-        official_token_count=official_token_count(variant)
-        if train.timesteps.shift_by_tokens
-        else None,
-        stratified=train.timesteps.stratified,
-        weighting=weighting,
-        unmasked_weight=train.loss.unmasked_weight,
-        noise_offset=train.noise_offset,
-        input_perturbation=train.input_perturbation,
-        first_frame_probability=train.first_frame_probability
-        if variant.has_clean_first_frame
-        else 0.0,
-        first_frame_noise=train.first_frame_noise if given_frames else None,
-    )
-
-
 def seeded_noise(shape: Sequence[int], seed: int) -> Tensor:
-    """Standard normal float32 numbers on the CPU."""
+    """Standard normal float32 values on the CPU."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 
-def noised(
+def noised_batch(
     latents_BCFHW: Tensor,
     noise_BCFHW: Tensor,
     levels: Sequence[float],
     *,
-    seen_BCFHW: Tensor | None = None,
+    input_noise_BCFHW: Tensor | None = None,
     weights: Sequence[float] | None = None,
-    counts_BFHW: Tensor | None = None,
+    loss_mask_BFHW: Tensor | None = None,
 ) -> NoisedBatch:
-    """Mix latents and noise at the samples' `levels`, on the latents' device; form the target.
+    """Mix latents and noise at the samples' noise levels, on the latents' device; form the target.
 
-    `seen_BCFHW` is what is mixed in where that is not the noise; `weights` and `counts_BFHW`
-    ([B, 1, F, h, w]) as in `NoisedBatch`.
+    `input_noise_BCFHW` is mixed in instead of the noise that the target has. `weights` and
+    `loss_mask_BFHW` ([B, 1, F, h, w]) are as in `NoisedBatch`.
     """
     device = latents_BCFHW.device
-    seen_BCFHW = _moved(noise_BCFHW if seen_BCFHW is None else seen_BCFHW, device)
+    mixed_in = _to_device(noise_BCFHW if input_noise_BCFHW is None else input_noise_BCFHW, device)
     weights = [1.0] * len(levels) if weights is None else weights
-    t_B = _moved(torch.tensor(levels, dtype=torch.float32), device)
+    t_B = _to_device(torch.tensor(levels, dtype=torch.float32), device)
     t = t_B.view(-1, 1, 1, 1, 1)
     return NoisedBatch(
-        x=(1 - t) * latents_BCFHW + t * seen_BCFHW,
+        x=(1 - t) * latents_BCFHW + t * mixed_in,
         t=t_B,
-        levels=tuple(levels),
-        target=_moved(noise_BCFHW, device) - latents_BCFHW,
+        t_host=tuple(levels),
+        target=_to_device(noise_BCFHW, device) - latents_BCFHW,
         clean_first_frame=None,
-        weight=_moved(torch.tensor(weights, dtype=torch.float32), device),
-        weighted=any(w != 1 for w in weights),
-        counts=counts_BFHW,
+        weight=_to_device(torch.tensor(weights, dtype=torch.float32), device),
+        has_weights=any(w != 1 for w in weights),
+        loss_mask=loss_mask_BFHW,
     )
 
 
 def with_base_target(noised: NoisedBatch, velocity_BCFHW: Tensor, batch: Batch) -> NoisedBatch:
-    """`noised` with the target `velocity_BCFHW`, the untrained model's, for those samples of
-    `batch` that are to teach that."""
+    """`noised` whose target is `velocity_BCFHW`, the base model's prediction, in prior samples."""
     if batch.is_prior is None:
         return noised
     chosen = batch.is_prior.view(-1, 1, 1, 1, 1)
@@ -280,52 +277,53 @@ def with_base_target(noised: NoisedBatch, velocity_BCFHW: Tensor, batch: Batch) 
 def velocity_loss(
     prediction_BCFHW: Tensor,
     noised: NoisedBatch,
-    choice: LossSection,
+    loss: PointwiseLoss,
     temporal_consistency_weight: float = 1.0,
 ) -> Tensor:
-    """How far the predicted velocity is from the target, a float32 scalar.
+    """The distance of the predicted velocity from the target, a float32 scalar.
 
-    It is the mean over the samples of `noised.weight` times the sample's loss, and that is the mean
-    over all channels and places of rho(error), each place as much as `noised.counts` says. A sample
-    in which nothing counts has a loss of 0.
+    It is the mean over the samples of `noised.weight` times the sample's loss, which is the mean
+    over channels and latent cells of the pointwise `loss`, weighted by `noised.loss_mask`. A sample
+    whose mask is 0 everywhere has a loss of 0.
 
     `temporal_consistency_weight` w splits each sample's error over its latent frames into the mean
-    over frames (which count) and the deviations from it, and multiplies the deviations with the
-    square root of w. The squares of the two parts add up to the squared error; so, for `mse`, w
-    multiplies the second one's mean square. With w = 1, `mse`, and everything counting alike, this
-    is ``F.mse_loss`` to the bit.
+    over frames (weighted by the mask) and the deviations from it, and multiplies the deviations by
+    the square root of w. The squares of the two parts add up to the squared error; so for `mse`, w
+    multiplies the mean square of the deviations. With w = 1, `mse` and no weights or mask, the
+    result is ``F.mse_loss``, bit-exact.
     """
-    w, counts = temporal_consistency_weight, noised.counts
+    w, mask = temporal_consistency_weight, noised.loss_mask
     prediction_BCFHW = prediction_BCFHW.float()
-    if w == 1 and choice.kind == "mse" and counts is None and not noised.weighted:
+    if w == 1 and loss.kind == "mse" and mask is None and not noised.has_weights:
         return F.mse_loss(prediction_BCFHW, noised.target)
     error = prediction_BCFHW - noised.target
-    if counts is None:
-        counts = torch.ones_like(error[:, :1])
+    if mask is None:
+        mask = torch.ones_like(error[:, :1])
     if w != 1:
-        mean = (error * counts).sum(dim=2, keepdim=True) / _or_one(counts.sum(dim=2, keepdim=True))
+        mean = (error * mask).sum(dim=2, keepdim=True) / _nonzero(mask.sum(dim=2, keepdim=True))
         error = mean + math.sqrt(w) * (error - mean)
-    places = (1, 2, 3, 4)
-    total = (_rho(error, choice) * counts).sum(dim=places)
-    per_sample = total / (_or_one(counts.sum(dim=places)) * error.shape[1])
+    cells = (1, 2, 3, 4)
+    total = (_pointwise_loss(error, loss) * mask).sum(dim=cells)
+    per_sample = total / (_nonzero(mask.sum(dim=cells)) * error.shape[1])
     return (noised.weight * per_sample).mean()
 
 
-def _rho(error: Tensor, choice: LossSection) -> Tensor:
-    """The loss of each error: its square, or for the Huber losses that of small ones."""
-    if choice.kind == "mse":
+def _pointwise_loss(error: Tensor, loss: PointwiseLoss) -> Tensor:
+    """The loss of each error: its square; the Huber losses equal it for small errors."""
+    if loss.kind == "mse":
         return error.square()
-    if choice.kind == "huber":
-        return 2 * F.huber_loss(error, torch.zeros_like(error), "none", choice.delta)
-    # 2 delta^2 (sqrt(1 + (e/delta)^2) - 1), without the difference that would lose small errors.
+    if loss.kind == "huber":
+        return 2 * F.huber_loss(error, torch.zeros_like(error), "none", loss.delta)
+    # 2 delta^2 (sqrt(1 + (e/delta)^2) - 1), without the difference, which loses small errors.
     square = error.square()
-    return 2 * square / (1 + (1 + square / choice.delta**2).sqrt())
+    return 2 * square / (1 + (1 + square / loss.delta**2).sqrt())
 
 
-def _or_one(counted: Tensor) -> Tensor:
-    """A divisor that is not 0; what it divides is 0 where nothing was counted."""
-    return torch.where(counted > 0, counted, torch.ones_like(counted))
+def _nonzero(total: Tensor) -> Tensor:
+    """`total` as a divisor: 1 where it is 0, since the dividend is 0 there."""
+    return torch.where(total > 0, total, torch.ones_like(total))
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    # Without non_blocking, CUDA waits for all queued work at each of these small copies.
     return tensor.to(device, non_blocking=True)

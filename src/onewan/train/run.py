@@ -1,7 +1,8 @@
-"""`Run`: one run, built. What the trainer, the step and the validation work with."""
+"""`Run`: a built run, as trainer, training step and validation share it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from onewan.arithmetic.expert_schedule import ExpertSchedule
-from onewan.config.schema import ResolvedRun
+from onewan.arithmetic.timestep_density import official_token_count
+from onewan.config.schema import ResolvedRun, TrainSection
 from onewan.data.dataset import Dataset
 from onewan.data.loader import Batch, WanDataLoader
 from onewan.memory.residency import DeviceResidency
@@ -18,7 +20,7 @@ from onewan.runs.layout import unused
 from onewan.sample.generate import SampleRequest, check_request
 from onewan.train.objective import Objective
 from onewan.train.state import TrainableName, TrainedExpert, TrainState
-from onewan.variants import ExpertName
+from onewan.variants import Expert, ExpertName, Variant
 
 
 @dataclass(kw_only=True)
@@ -108,6 +110,29 @@ def sample_requests(config: ResolvedRun) -> list[SampleRequest]:
     for request in requests:
         check_request(request, config.model.facts())
     return requests
+
+
+def objective_of(train: TrainSection, variant: Variant, experts: Sequence[Expert]) -> Objective:
+    """The objective that the run file's `train` configures for `variant`.
+
+    ConfigError if one of the trained `experts` would get no noise levels, or only ones of weight 0.
+    """
+    by_tokens = train.timesteps.shift_by_tokens
+    has_first_frame = variant.has_clean_first_frame
+    objective = Objective(
+        density=train.timesteps.density(variant.flow_shift),
+        seed=train.seed,
+        official_token_count=official_token_count(variant) if by_tokens else None,
+        stratified=train.timesteps.stratified,
+        weighting=train.loss.weighting.function(),
+        unmasked_weight=train.loss.unmasked_weight,
+        noise_offset=train.noise_offset,
+        input_perturbation=train.input_perturbation,
+        first_frame_probability=train.first_frame_probability if has_first_frame else 0.0,
+        first_frame_noise=train.first_frame_noise if has_first_frame else None,
+    )
+    objective.require_timesteps(experts)
+    return objective
 
 
 def run_folder(config: ResolvedRun) -> Path:

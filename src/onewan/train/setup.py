@@ -23,9 +23,8 @@ from onewan.model.load import WanModelLoader
 from onewan.model.sources import ENCODERS, PipelineComponent, locate
 from onewan.model.wan import WanModel
 from onewan.sample.generate import SampleRequest
-from onewan.train.objective import objective_of
 from onewan.train.optimizers.builders import inexact_resume_reason
-from onewan.train.run import Run, sample_requests
+from onewan.train.run import Run, objective_of, sample_requests
 from onewan.train.state import TrainedExpert, TrainState
 from onewan.train.trainable_setup import (
     attach_embeddings,

@@ -73,7 +73,7 @@ def backward(
     levels: list[float] = []
     for cpu_batch in step.batches:
         batch = cpu_batch.to(run.device)
-        sample = run.objective.noise(batch, step, trained.expert)
+        sample = run.objective.add_noise(batch, step, trained.expert)
         text = run.text(batch)
         if batch.is_prior is not None:
             with trained.base(), torch.no_grad():
@@ -91,7 +91,7 @@ def backward(
         if weighted.requires_grad:
             weighted.backward()
         losses.append(weighted.detach())
-        levels += sample.levels
+        levels += sample.t_host
     return losses, tuple(levels)
 
 

@@ -84,9 +84,10 @@ def _clip_losses(run: Run, trained: TrainedExpert, number: int, batch: Batch) ->
     """The loss of clip `number` at each validation timestep, float32 scalars."""
     text = run.text(batch)
     losses = []
-    for index, level in enumerate(run.objective.levels(run.config.validation.timesteps)):
+    quantiles = run.objective.midpoint_quantiles(run.config.validation.timesteps)
+    for index, quantile in enumerate(quantiles):
         # The purpose "grid noise" is part of the seed: another text would be other noise.
         seed = derive_seed(run.config.train.seed, "grid noise", number, index)
-        sample = run.objective.fixed(batch, level, trained.expert, seed)
+        sample = run.objective.add_noise_at_quantile(batch, quantile, trained.expert, seed)
         losses.append(compute_loss(run, sample, predict(run, trained, batch, sample, text)))
     return losses
