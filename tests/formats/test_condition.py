@@ -1,4 +1,4 @@
-"""What the transformer is given beside noise and text is what diffusers' pipelines give it."""
+"""The conditioning channels and the clean first frame are those of diffusers' pipelines."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""LoRA files: what other programs make of them, what their headers say, and what damage does.
+"""LoRA files: their effect in other programs, their headers, and the refusal of damaged ones.
 
-diffusers is the judge where it can be. For ComfyUI's spelling the definition is a second one: the
-official weight plus alpha/rank times up times down, by official names.
+The reference is diffusers where it reads the file. For ComfyUI's keys it is also the definition:
+the official weight plus alpha/rank times up times down, by official names.
 """
 
 from __future__ import annotations
@@ -44,18 +44,20 @@ DATE = datetime(2026, 11, 23, 17, 49, tzinfo=timezone.utc)
 HIGH, LOW = VARIANTS["t2v-a14b"].experts
 
 
-def trained(folder: Path, expert: Expert, spec: AdapterConfig) -> WanTransformer3DModel:
+def trained(folder: Path, expert: Expert, config: AdapterConfig) -> WanTransformer3DModel:
     """An expert with an adapter whose weights are as far from zero as after a long training."""
     model = WanModelLoader().load(folder, components=[expert.component])
     transformer = getattr(model, expert.component)
-    attach_adapter(transformer, spec, seed=1, name=expert.name)
+    attach_adapter(transformer, config, seed=1, name=expert.name)
     generator = torch.Generator().manual_seed(2)
     for parameter in adapter_parameters(transformer).values():
         parameter.data.normal_(0, 0.2, generator=generator)
     return transformer.eval()
 
 
-def export(transformer: WanTransformer3DModel, spec: AdapterConfig, path: Path, **changes) -> Path:
+def export(
+    transformer: WanTransformer3DModel, config: AdapterConfig, path: Path, **changes
+) -> Path:
     header = AdapterHeader(
         facts={"variant": "t2v-a14b", "expert": "low", "steps": 500},
         date=DATE,
@@ -63,7 +65,7 @@ def export(transformer: WanTransformer3DModel, spec: AdapterConfig, path: Path, 
         resolution=changes.get("resolution"),
     )
     notices = WanModelSaver().save_adapter(
-        changes.get("modules") or adapter_of(transformer, spec),
+        changes.get("modules") or adapter_of(transformer, config),
         path,
         changes.get("format", "comfyui"),
         header,
@@ -105,14 +107,14 @@ def assert_same_effect(got: torch.Tensor, want: torch.Tensor, base: torch.Tensor
 
 @pytest.mark.parametrize("format", ["comfyui", "diffusers", "kohya"])
 @pytest.mark.parametrize(
-    ("expert", "spec"),
+    ("expert", "config"),
     [(HIGH, WHOLE), (LOW, WHOLE), (HIGH, CROSS), (LOW, PART)],
     ids=["high-whole", "low-whole", "high-cross", "low-part"],
 )
-def test_diffusers_loads_the_adapter_that_was_trained(tiny_model, tmp_path, expert, spec, format):
+def test_diffusers_loads_the_adapter_that_was_trained(tiny_model, tmp_path, expert, config, format):
     folder = tiny_model("t2v-a14b")
-    transformer = trained(folder, expert, spec)
-    path = export(transformer, spec, tmp_path / "lora.safetensors", format=format)
+    transformer = trained(folder, expert, config)
+    path = export(transformer, config, tmp_path / "lora.safetensors", format=format)
 
     pipeline = experts_pipeline(folder)
     before = {e.name: velocity(getattr(pipeline, e.component)) for e in (HIGH, LOW)}
@@ -252,8 +254,10 @@ def test_model_spec_resources_have_all_constant_fields(name, architecture):
 
 def test_bfloat16_export_rounds_to_nearest(tiny_model, tmp_path):
     transformer = trained(tiny_model("t2v-a14b"), LOW, PART)
-    spec = replace(PART, alphas=dict.fromkeys(PART.modules, 0.1))
-    lora = read_adapter(export(transformer, spec, tmp_path / "x.safetensors", dtype=torch.bfloat16))
+    config = replace(PART, alphas=dict.fromkeys(PART.modules, 0.1))
+    lora = read_adapter(
+        export(transformer, config, tmp_path / "x.safetensors", dtype=torch.bfloat16)
+    )
     alphas = {adapter.alpha for adapter in lora.modules.values()}
     assert alphas == {torch.tensor(0.1).item()}  # float32 whatever the weights
     for name, weight in adapter_weights(transformer).items():
@@ -317,20 +321,20 @@ def test_a_folder_that_is_a_file_is_named(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["comfyui", "diffusers", "kohya"])
-@pytest.mark.parametrize("spec", [WHOLE, PART], ids=["whole", "part"])
-def test_what_was_saved_is_read_back(tiny_model, tmp_path, spec, format):
+@pytest.mark.parametrize("config", [WHOLE, PART], ids=["whole", "part"])
+def test_what_was_saved_is_read_back(tiny_model, tmp_path, config, format):
     folder = tiny_model("t2v-a14b")
-    transformer = trained(folder, LOW, spec)
-    lora = read_adapter(export(transformer, spec, tmp_path / "x.safetensors", format=format))
+    transformer = trained(folder, LOW, config)
+    lora = read_adapter(export(transformer, config, tmp_path / "x.safetensors", format=format))
     weights = adapter_weights(transformer)
     assert lora.layout.key_format == format
     assert lora.layout.trainer == "onewan"
     assert weights_of(lora).keys() == weights.keys()
     assert all(torch.equal(weights_of(lora)[name], weights[name]) for name in weights)
-    assert {m: a.rank for m, a in lora.modules.items()} == spec.ranks
-    assert {m: a.alpha for m, a in lora.modules.items()} == spec.alphas
+    assert {m: a.rank for m, a in lora.modules.items()} == config.ranks
+    assert {m: a.alpha for m, a in lora.modules.items()} == config.alphas
 
-    fresh = trained(folder, LOW, spec)
+    fresh = trained(folder, LOW, config)
     for parameter in adapter_parameters(fresh).values():
         parameter.data.zero_()
     load_adapter_weights(fresh, weights_of(lora), str(lora.path))

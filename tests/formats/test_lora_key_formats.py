@@ -1,7 +1,7 @@
-"""Adapters of every kind and trainer: read for what they mean, written as each program reads them.
+"""Adapters of every kind and trainer: read by their definition, written as each program reads them.
 
-Judges are diffusers' pipeline, PEFT's own merge, and the published definitions, written out here
-once more by the keys of the file (LyCORIS' conventions, which ComfyUI follows).
+The references are diffusers' pipeline, PEFT's own merge, and the published definitions, written out
+here once more by the keys of the file (LyCORIS' conventions, which ComfyUI follows).
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def test_a_file_with_both_experts_is_read_one_expert_at_a_time(tmp_path):
 
 
 def partial(dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A LoRA in ComfyUI's spelling on some layers, ranks and alphas all different, and by module
+    """A LoRA with ComfyUI's keys on some layers, ranks and alphas all different, and by module
     of diffusers what it adds."""
     generator = torch.Generator().manual_seed(21)
     tensors: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""The shapes of adapters, from the run file or another adapter, and their way through files."""
+"""Adapter configs from run files and adapter files, and adapters exported and read back."""
 
 from __future__ import annotations
 

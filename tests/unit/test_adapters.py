@@ -1,7 +1,7 @@
-"""Adapters of every kind: what they add, its gradients, their precision, and where they go.
+"""Adapters of every kind in training: output, gradients, precision, memory, saving and restoring.
 
-The reference is `ModuleAdapter.difference`, which is checked against PEFT elsewhere: the base model
-with what it says added to its weights, differentiated by plain autograd.
+The reference is the base model with `ModuleAdapter.difference` added to its weights, differentiated
+by plain autograd; that difference is tested against PEFT in tests/formats.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def half(base: WanTransformer3DModel) -> WanTransformer3DModel:
 @KINDS
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_new_adapter_changes_no_output_and_is_all_that_trains(base, half, kind, precision):
-    """To the bit, on all linear layers, in both precisions."""
+    """Bit for bit, on all linear layers, in both precisions."""
     chosen, dtype = (base, torch.float32) if precision == "float32" else (half, torch.bfloat16)
     method = METHODS[kind].model_copy(update={"modules": ("all_linears",)})
     if isinstance(method, OftMethod):

@@ -1,4 +1,4 @@
-"""Finished adapters, put on a model to use it: of any ranks, one on top of the other."""
+"""Finished adapters applied to a model: of any ranks, one on top of the other."""
 
 from __future__ import annotations
 
