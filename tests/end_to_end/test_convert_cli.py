@@ -37,7 +37,9 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
     return run
 
 
-def test_convert_and_merge(tmp_path: Path, workshop: Path, call: Call) -> None:
+def test_the_convert_and_merge_commands_write_what_the_library_does(
+    tmp_path: Path, workshop: Path, call: Call
+) -> None:
     """Models and LoRAs, and what is said of wrong wishes: one line each, no traceback."""
     tiny = workshop / "t2v-a14b"
     single = tmp_path / "high_noise.safetensors"
@@ -103,6 +105,6 @@ def test_convert_and_merge(tmp_path: Path, workshop: Path, call: Call) -> None:
         ("C:7", "C:7", 1.0),
     ],
 )
-def test_a_lora_and_its_weight(text: str, path: str, weight: float) -> None:
+def test_a_lora_argument_is_parsed_with_its_weight(text: str, path: str, weight: float) -> None:
     options = parse(["merge", "base", text, "dst"])
     assert options.loras == [(Path(path), weight)]

@@ -75,7 +75,7 @@ def test_a_lora_trains_on_quantized_files(
         assert len(packed) == (20 if quantized == "keep" else 0)
 
 
-def test_what_loading_concludes_is_told(
+def test_what_loading_infers_is_reported(
     run_file: RunFile, files: dict[str, Path], shared: Path, tmp_path: Path
 ) -> None:
     """Types of GGUF that can't stay as they are; names are checked unless the run file says no."""
@@ -96,7 +96,7 @@ def test_what_loading_concludes_is_told(
     assert len([text for text in texts if "20 weights of type TQ2_0 were expanded" in text]) == 1
 
 
-def test_kept_and_expanded_train_alike(
+def test_kept_and_expanded_weights_train_alike(
     run_file: RunFile, files: dict[str, Path], tmp_path: Path
 ) -> None:
     def train(quantized: str) -> list[float]:

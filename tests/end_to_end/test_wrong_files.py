@@ -118,9 +118,9 @@ def wrong_shape(tensors: dict[str, Tensor], path: Path, write: Write) -> None:
         (clip_branch, "is a Wan 2.1 image-to-video transformer, which has a CLIP branch"),
         (
             missing_keys,
-            "2 weights missing (blocks.0.attn1.to_q.weight, blocks.1.ffn.net.0.proj.bias)",
+            "2 missing keys (blocks.0.attn1.to_q.weight, blocks.1.ffn.net.0.proj.bias)",
         ),
-        (unexpected_key, "1 weights surplus (blocks.0.extra.weight)"),
+        (unexpected_key, "1 unexpected keys (blocks.0.extra.weight)"),
         (wrong_shape, "blocks.0.attn1.to_q.weight is [3, 5], expected [32, 32]"),
     ],
 )

@@ -66,7 +66,7 @@ def fault(path: Path) -> str:
     return message
 
 
-def test_safetensors(tmp_path):
+def test_a_safetensors_file_is_read(tmp_path):
     path = tmp_path / "any.bin"  # the extension decides nothing
     save_file(TENSORS, path, {"a": "b"})
     file = open_tensors(path)
@@ -82,7 +82,7 @@ def test_safetensors(tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_pickle(tmp_path, zipped):
+def test_a_pickle_is_read(tmp_path, zipped):
     path = tmp_path / "any.pth"
     tensors = {n: t for n, t in TENSORS.items() if zipped or n != "fp8"}  # older than fp8
     torch.save(tensors, path, _use_new_zipfile_serialization=zipped)
@@ -102,7 +102,7 @@ def test_pickle(tmp_path, zipped):
     assert torch.equal(file.read("bytes"), TENSORS["bytes"])
 
 
-def test_gguf(tmp_path):
+def test_a_gguf_file_is_read(tmp_path):
     file = open_tensors(write_gguf(tmp_path / "a.gguf"))
     assert file.container == "gguf" and file.metadata["general.name"] == "tiny"
     assert file.tensors == {
@@ -135,7 +135,7 @@ def write_index(folder: Path, homes: object) -> None:
 
 
 @pytest.mark.parametrize("indexed", [True, False])
-def test_shards(tmp_path, indexed):
+def test_shards_are_read_as_one_file(tmp_path, indexed):
     homes = write_shards(tmp_path)
     if indexed:
         write_index(tmp_path, homes)
@@ -144,7 +144,7 @@ def test_shards(tmp_path, indexed):
     assert torch.equal(file.read("scalar"), TENSORS["scalar"])
 
 
-def test_shards_that_do_not_belong_together(tmp_path):
+def test_shards_of_different_checkpoints_are_refused(tmp_path):
     homes = write_shards(tmp_path)
     last = sorted(homes.values())[-1]
 
@@ -164,7 +164,7 @@ def test_shards_that_do_not_belong_together(tmp_path):
     assert "lacks shard 7" in fault(tmp_path)
 
 
-def test_folders_without_one_checkpoint(tmp_path):
+def test_a_folder_without_exactly_one_checkpoint_is_refused(tmp_path):
     assert "holds no weights" in fault(tmp_path)
     save_file(TENSORS, tmp_path / "a.safetensors")
     assert open_tensors(tmp_path).tensors.keys() == TENSORS.keys()
@@ -197,7 +197,7 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path, zipped):
     assert not proof.exists()
 
 
-def test_wrong_content_is_named(tmp_path):
+def test_a_file_of_other_content_is_refused_by_what_it_holds(tmp_path):
     path = tmp_path / "x.safetensors"
     with pytest.raises(CheckpointError, match="there is no such file"):
         open_tensors(path)
@@ -231,7 +231,7 @@ def test_wrong_content_is_named(tmp_path):
     assert "is not a whole GGUF file" in fault(path)
 
 
-def test_a_gguf_header_that_counts_past_the_end(tmp_path):
+def test_a_gguf_header_that_points_past_the_end_is_refused(tmp_path):
     path = tmp_path / "x.gguf"
     counts = struct.pack("<IQQ", 3, 0, 1)  # version, tensors, key-value pairs
     key = struct.pack("<Q", 1) + b"a"
@@ -331,14 +331,14 @@ def _survives(path: Path) -> None:
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(content=mutated_safetensors())
-def test_mutated_safetensors_headers(content, tmp_path_factory):
+def test_mutated_safetensors_headers_never_crash_the_reader(content, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "mutated.safetensors"
     path.write_bytes(content)
     _survives(path)
 
 
 @pytest.mark.parametrize("kind", ["gguf", "pickle", "old pickle"])
-def test_mutated_bytes_of_other_kinds(tmp_path, kind):
+def test_mutated_bytes_of_other_containers_never_crash_the_reader(tmp_path, kind):
     path = tmp_path / "mutated"
     if kind == "gguf":
         write_gguf(path)
@@ -366,7 +366,7 @@ def test_mutated_bytes_of_other_kinds(tmp_path, kind):
 # ------------------------------------------------------------------------------------------ writing
 
 
-def test_what_is_written_is_read_back(tmp_path):
+def test_a_written_file_reads_back_equal(tmp_path):
     path = tmp_path / "deep" / "a.safetensors"
     heard: list[int] = []
     write_safetensors(path, TENSORS, {"title": "é"}, heard.append)
@@ -377,7 +377,7 @@ def test_what_is_written_is_read_back(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["a.safetensors"]
 
 
-def test_one_tensor_at_a_time(tmp_path):
+def test_writing_holds_one_tensor_at_a_time(tmp_path):
     made: list[weakref.ref[torch.Tensor]] = []
 
     def make() -> torch.Tensor:
@@ -391,7 +391,7 @@ def test_one_tensor_at_a_time(tmp_path):
     assert len(made) == 5
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"before")
 

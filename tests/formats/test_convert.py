@@ -94,7 +94,7 @@ def refuses(match: str, *arguments, **options) -> None:
 # -------------------------------------------------------------------------------------- round trips
 
 
-def test_round_trip_is_the_same_bits(rounds, official, variant):
+def test_a_round_trip_through_all_layouts_is_bit_exact(rounds, official, variant):
     places = ["high_noise_model", "low_noise_model", "Wan2.1_VAE.pth"]
     if len(variant.experts) == 1:
         places = [".", "Wan2.2_VAE.pth"]
@@ -201,7 +201,7 @@ def test_single_files_say_what_they_are(rounds, variant):
     assert "shared.weight" in encoder
 
 
-def test_shards(high, tmp_path):
+def test_large_components_are_divided_into_shards(high, tmp_path):
     convert_model(high, tmp_path / "d", "diffusers", shard_bytes=1_000_000)
     shards = sorted((tmp_path / "d").glob("*.safetensors"))
     assert [p.name[-20:] for p in shards] == [
@@ -220,7 +220,7 @@ def test_shards(high, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["diffusers", "single", "official"])
-def test_text_encoder_by_itself(t2v, tmp_path, to):
+def test_a_text_encoder_is_converted_by_itself(t2v, tmp_path, to):
     source = t2v / "models_t5_umt5-xxl-enc-bf16.pth"
     target = {"diffusers": "t", "single": "t.safetensors", "official": "t.pth"}[to]
     written = convert_model(source, tmp_path / target, to)
@@ -247,7 +247,7 @@ def bound_of_fp8(weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("place", ["high_noise_model", "models_t5_umt5-xxl-enc-bf16.pth"])
-def test_fp8_scaled_is_the_nearest_and_spelled_as_comfyui_reads_it(t2v, tmp_path, place):
+def test_fp8_scaled_is_the_nearest_value_with_the_keys_that_comfyui_reads(t2v, tmp_path, place):
     source, path = open_component(t2v / place), tmp_path / "f.safetensors"
     convert_model(t2v / place, path, "fp8_scaled")
     file = load_file(path)
@@ -270,7 +270,7 @@ def test_fp8_scaled_is_the_nearest_and_spelled_as_comfyui_reads_it(t2v, tmp_path
         assert (got - want).norm() / want.norm() > 0.01  # it is 8 bits, not something better
 
 
-def test_fp8_keeps_its_bits_and_takes_the_older_spelling(high, tmp_path):
+def test_fp8_keeps_its_bits_and_gets_the_older_keys(high, tmp_path):
     convert_model(high, tmp_path / "f.safetensors", "fp8_scaled")
     old = load_file(tmp_path / "f.safetensors")
     new = {}
@@ -293,7 +293,7 @@ def test_fp8_keeps_its_bits_and_takes_the_older_spelling(high, tmp_path):
         assert same_bits(again[name], tensor), name
 
 
-def test_quantized_weights_become_bfloat16_and_it_is_said(high, tmp_path):
+def test_quantized_weights_become_bfloat16_with_a_notice(high, tmp_path):
     convert_model(high, tmp_path / "f.safetensors", "fp8_scaled", dtype=torch.float16)
     packed = open_component(tmp_path / "f.safetensors")
     written = convert_model(tmp_path / "f.safetensors", tmp_path / "d", "diffusers")
@@ -376,7 +376,7 @@ def test_float16_that_overflows_names_the_weight(high, tmp_path):
     assert not open_component(tmp_path / "f.safetensors").read("blocks.1.ffn.net.2.weight").any()
 
 
-def test_what_a_layout_cannot_say_is_said(tiny_model, tmp_path):
+def test_settings_that_a_layout_cannot_store_are_reported(tiny_model, tmp_path):
     model = tiny_model("t2v-a14b")  # its VAE's latents have a mean of their own
     written = convert_model(model / "vae", tmp_path / "v.pth", "official")
     assert any("latents_mean, latents_std" in notice for notice in written.notices)
@@ -407,7 +407,9 @@ def test_what_a_layout_cannot_say_is_said(tiny_model, tmp_path):
         ("google/umt5-xxl", "x", "diffusers", None, "holds no weights"),
     ],
 )
-def test_wrong_wishes_are_one_line(t2v, tmp_path, source, target, to, dtype, match):
+def test_impossible_requests_are_refused_in_one_line(
+    t2v, tmp_path, source, target, to, dtype, match
+):
     refuses(match, t2v / source, tmp_path / target, to, dtype=dtype)
     assert list(tmp_path.iterdir()) == []
 
@@ -417,7 +419,7 @@ def test_an_incomplete_source_is_refused_before_anything_is_written(high, tmp_pa
     del file["blocks.1.self_attn.q.weight"]
     save_file(file, tmp_path / "part.safetensors")
     refuses(
-        r"1 weights missing \(blocks\.1\.attn1\.to_q",
+        r"1 missing keys \(blocks\.1\.attn1\.to_q",
         tmp_path / "part.safetensors",
         tmp_path / "d",
         "diffusers",
@@ -429,13 +431,18 @@ def test_mixed_models_are_refused(shared, tmp_path):
     shutil.copytree(shared / "golden/t2v-A14B", tmp_path / "m")
     shutil.rmtree(tmp_path / "m/low_noise_model")
     shutil.copytree(shared / "golden/i2v-A14B/low_noise_model", tmp_path / "m/low_noise_model")
-    refuses("mixes variants", tmp_path / "m", tmp_path / "d", "diffusers")
+    refuses(
+        "low_noise_model: is a transformer of i2v-a14b .*, but t2v-a14b has 16",
+        tmp_path / "m",
+        tmp_path / "d",
+        "diffusers",
+    )
     shutil.rmtree(tmp_path / "m/low_noise_model")
     written = convert_model(tmp_path / "m", tmp_path / "d", "diffusers")
     assert any("has no transformer_2" in notice for notice in written.notices)
 
 
-def test_nothing_is_replaced_unasked(t2v, high, tmp_path):
+def test_existing_files_are_replaced_only_by_force(t2v, high, tmp_path):
     before = high.read_bytes()
     refuses("is there already; add --force", t2v / "low_noise_model", high, "single")
     assert high.read_bytes() == before
@@ -462,7 +469,7 @@ def test_nothing_is_replaced_unasked(t2v, high, tmp_path):
     refuses("holds the source itself", high, tmp_path, "diffusers", force=True)
 
 
-def test_a_full_disk_is_told_beforehand(high, tmp_path, monkeypatch):
+def test_a_full_disk_is_refused_before_writing(high, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(publishing.shutil, "disk_usage", lambda _path: usage(9, 9, 1_000_000))
     refuses(r"needs 0\.00 GB, and 0\.00 GB are free", high, tmp_path / "new" / "d", "diffusers")
@@ -471,7 +478,7 @@ def test_a_full_disk_is_told_beforehand(high, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("target", ["old", "old.safetensors"])
-def test_a_stop_in_the_middle_leaves_what_was_there(t2v, high, tmp_path, fault, target):
+def test_an_interruption_leaves_the_old_file(t2v, high, tmp_path, fault, target):
     to = "single" if "." in target else "diffusers"
     convert_model(high, tmp_path / target, to)
     before = {name: (tmp_path / name).read_bytes() for name in files_in(tmp_path)}
@@ -634,7 +641,7 @@ def test_save_merges_adapters_and_leaves_the_model_alone(tiny_model, tmp_path, k
     assert changed == 9
 
 
-def test_save_of_a_quantized_model(high, tmp_path):
+def test_a_quantized_model_is_saved_without_loss(high, tmp_path):
     convert_model(high, tmp_path / "f.safetensors", "fp8_scaled")
     model = WanModelLoader().load({"transformer": tmp_path / "f.safetensors"}, dtype=torch.bfloat16)
     WanModelSaver().save(model, tmp_path / "again.safetensors", format="fp8_scaled")

@@ -49,7 +49,7 @@ def wide(changes: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tens
     return tensors | (changes or {})
 
 
-def test_a_whole_model_in_diffusers_layout(tiny_model):
+def test_a_whole_model_in_the_diffusers_layout_is_described(tiny_model):
     report = inspect(tiny_model("i2v-a14b"))
     assert (report.kind, report.variant, report.problems) == ("model", "i2v-a14b", ())
     assert report.what == "Wan 2.2 I2V-A14B, diffusers layout"
@@ -65,14 +65,14 @@ def test_a_whole_model_in_diffusers_layout(tiny_model):
     assert parts["transformer"].parameters == count
 
 
-def test_an_incomplete_model(tiny_model, tmp_path):
+def test_missing_components_of_a_model_are_listed(tiny_model, tmp_path):
     for name in ("transformer", "vae"):
         (tmp_path / name).symlink_to(tiny_model("t2v-a14b") / name)
     report = inspect(tmp_path)
     assert report.problems == ("has no transformer_2", "has no text_encoder", "has no tokenizer")
 
 
-def test_a_whole_model_in_official_layout(shared):
+def test_a_whole_model_in_the_official_layout_is_described(shared):
     report = inspect(shared / "golden" / "ti2v-5B")
     assert report.what == "Wan 2.2 TI2V-5B, official layout" and not report.problems
     parts = {c.kind: c for c in report.components}
@@ -86,7 +86,7 @@ def test_a_whole_model_in_official_layout(shared):
     ("prefix", "comfyui"),
     [("", True), ("model.diffusion_model.", True), ("diffusion_model.", False)],
 )
-def test_single_files(tmp_path, prefix, comfyui):
+def test_a_single_file_is_described_with_the_programs_that_read_it(tmp_path, prefix, comfyui):
     path = tmp_path / "wan2.2_t2v_low_noise_14B_fp16.safetensors"
     save_file({prefix + n: t for n, t in wide().items()}, path, {"modelspec.title": "A title"})
     report = inspect(path)
@@ -99,7 +99,7 @@ def test_single_files(tmp_path, prefix, comfyui):
     assert "modelspec.title = A title" in text
 
 
-def test_an_expert_that_nothing_tells(tmp_path):
+def test_an_expert_without_header_or_name_is_reported_as_either(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file(wide(), path)
     assert inspect(path).expert is None
@@ -133,7 +133,7 @@ ONE, MARKER = torch.ones(()), torch.zeros(0, dtype=torch.float8_e4m3fn)
         ),
     ],
 )
-def test_fp8_scaled_as_comfyui_reads_it(tmp_path, extra, metadata, comfyui):
+def test_fp8_scaled_is_judged_as_comfyui_reads_it(tmp_path, extra, metadata, comfyui):
     path = tmp_path / "x_high_noise.safetensors"
     save_file(wide(FP8 | extra), path, metadata)
     report = inspect(path)
@@ -142,7 +142,7 @@ def test_fp8_scaled_as_comfyui_reads_it(tmp_path, extra, metadata, comfyui):
     assert not readers(report)["diffusers"]  # loads them without the scales: wrong weights
 
 
-def test_quantisations_that_are_not_known_are_named(tmp_path):
+def test_an_unknown_quantization_is_named(tmp_path):
     path = tmp_path / "x.safetensors"
     note = torch.frombuffer(bytearray(b'{"format": "nvfp4"}'), dtype=torch.uint8)
     extra = {f"{SCALED}.weight_scale": ONE, f"{SCALED}.comfy_quant": note}
@@ -154,13 +154,13 @@ def test_quantisations_that_are_not_known_are_named(tmp_path):
         open_component(path)
 
 
-def test_missing_and_surplus_tensors(tmp_path):
+def test_missing_and_unexpected_keys_are_listed(tmp_path):
     path = tmp_path / "x.safetensors"
     tensors = wide({"more": torch.zeros(1)})
     del tensors["blocks.0.self_attn.k.weight"]
     save_file(tensors, path)
     missing, unexpected = inspect(path).problems
-    assert missing == "lacks 1 weights, such as blocks.0.attn1.to_k.weight"
+    assert missing == "has 1 missing keys, such as blocks.0.attn1.to_k.weight"
     assert unexpected == "has 1 tensors that do not belong, such as more"
 
 
@@ -180,7 +180,7 @@ def lora(
     return tensors
 
 
-def test_a_lora(tmp_path):
+def test_a_lora_is_described(tmp_path):
     path = tmp_path / "style-HighNoise.safetensors"
     save_file(lora("diffusion_model.", 2.0), path)
     report = inspect(path)
@@ -216,7 +216,7 @@ def test_kohya_files_for_diffusers_are_complete(tmp_path):
         assert readers(report)["diffusers"] is whole and readers(report)["ComfyUI"]
 
 
-def test_embeddings(tmp_path):
+def test_an_embedding_is_described(tmp_path):
     vectors = torch.randn(3, 64)
     path = WanModelSaver().save_embedding(
         WanModelEmbedding(
@@ -262,7 +262,7 @@ def test_embeddings(tmp_path):
         (["model.layers.0.self_attn.q_proj.weight"], "language model"),
     ],
 )
-def test_files_of_other_models(tmp_path, names, what):
+def test_a_file_of_another_model_is_named(tmp_path, names, what):
     path = tmp_path / "x.safetensors"
     save_file({name: torch.zeros(4, 4) for name in names}, path)
     report = inspect(path)
@@ -270,7 +270,7 @@ def test_files_of_other_models(tmp_path, names, what):
     assert main(["inspect", str(path)]) == 0
 
 
-def test_rubbish(tmp_path, capsys):
+def test_a_file_that_holds_no_weights_is_unreadable(tmp_path, capsys):
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"not weights at all, but long enough")
     assert main(["inspect", str(path)]) == 1
@@ -282,7 +282,7 @@ def test_rubbish(tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "absent")]) == 1
 
 
-def test_it_needs_no_torch(tmp_path):
+def test_inspecting_imports_no_torch(tmp_path):
     path = tmp_path / "x_high_noise.safetensors"
     save_file(wide(FP8 | {f"{SCALED}.weight_scale": ONE, f"{SCALED}.comfy_quant": NOTE}), path)
     code = (

@@ -67,7 +67,7 @@ def half_step(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16])
-def test_two_loras_with_weights(high, tmp_path, dtype):
+def test_two_loras_are_added_with_their_weights(high, tmp_path, dtype):
     one, two = lora(tmp_path / "1.safetensors", 1), lora(tmp_path / "2.safetensors", 2, LAYERS[1:])
     written = merge(high, [(one, 0.8), (two, -1.5)], tmp_path / "m.safetensors", dtype=dtype)
     assert written.files == (tmp_path / "m.safetensors",) and written.notices == ()
@@ -121,7 +121,7 @@ def test_fp8_stays_fp8_and_untouched_layers_keep_their_bits(high, tmp_path):
         assert ((got - want).abs() <= bound).all()
 
 
-def test_whole_model_gives_each_lora_to_its_expert(t2v, tmp_path):
+def test_each_lora_is_merged_into_its_expert_of_a_whole_model(t2v, tmp_path):
     one = lora(tmp_path / "style_high_noise.safetensors", 1)
     two = lora(tmp_path / "whatever.safetensors", 2, expert="low")
     for layout in ("official", "diffusers", "single"):
@@ -155,7 +155,7 @@ def test_whole_model_gives_each_lora_to_its_expert(t2v, tmp_path):
     assert any("transformer_2, which stays as is" in notice for notice in only.notices)
 
 
-def test_bias_and_plain_difference(high, tmp_path):
+def test_biases_and_plain_differences_are_merged(high, tmp_path):
     layer = "blocks.0.ffn.2"
     save_file(
         {
@@ -220,7 +220,7 @@ def test_a_lora_that_does_not_fit_is_refused(high, tmp_path, tensors, match):
     assert not (tmp_path / "m.safetensors").exists()
 
 
-def test_other_refusals(t2v, high, tmp_path):
+def test_loras_for_a_missing_or_unknown_expert_are_refused(t2v, high, tmp_path):
     path = lora(tmp_path / "style.safetensors", 1)
     with pytest.raises(CheckpointError, match="neither its header nor its name"):
         merge(t2v, [(path, 1.0)], tmp_path / "m")
@@ -244,7 +244,7 @@ def test_folders_of_one_expert_stay_folders(t2v, tmp_path):
     assert {n for n in want if not torch.equal(want[n], got[n])} == layers
 
 
-def test_a_lora_of_the_other_expert_is_refused_unless_insisted(t2v, tmp_path):
+def test_a_lora_of_the_other_expert_is_refused_unless_allowed(t2v, tmp_path):
     path = lora(tmp_path / "style_high_noise.safetensors", 1)
     low = t2v / "low_noise_model"
     with pytest.raises(CheckpointError, match=r"high-noise expert, and .* is the low-noise one"):

@@ -103,7 +103,7 @@ def quantise(form: str, weights: Mapping[str, Tensor], folder: Path, prefix: str
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_single_files(
+def test_single_files_load_as_the_official_model(
     tmp_path: Path, high: dict[str, Tensor], expected: dict[str, Tensor], prefix: str, dtype: str
 ) -> None:
     file = single(high, tmp_path / "wan.safetensors", prefix, getattr(torch, dtype))
@@ -112,7 +112,7 @@ def test_single_files(
 
 
 @pytest.mark.parametrize("variant", ["i2v-a14b", "ti2v-5b"])
-def test_single_files_of_other_variants(shared: Path, tmp_path: Path, variant: str) -> None:
+def test_single_files_of_other_variants_load(shared: Path, tmp_path: Path, variant: str) -> None:
     folder = shared / "golden" / FOLDERS[variant]
     expected = load_file(folder / "expected.safetensors")
     single_one = variant == "ti2v-5b"
@@ -124,7 +124,7 @@ def test_single_files_of_other_variants(shared: Path, tmp_path: Path, variant: s
     assert relative(run(model.transformer, expected), expected[f"dit.{part}.t500"]) < 2e-6
 
 
-def test_vae_and_text_encoder_in_other_files(
+def test_vae_and_text_encoder_load_from_other_files(
     shared: Path, tmp_path: Path, expected: dict[str, Tensor]
 ) -> None:
     """The VAEs and UMT5 as ComfyUI has them: .safetensors, and transformers' names."""
@@ -145,7 +145,7 @@ def test_vae_and_text_encoder_in_other_files(
         assert relative(model.encode_prompt(prompt), expected[f"text.embedding.{number}"]) < 2e-6
 
 
-def test_as_diffusers(
+def test_weights_are_those_that_diffusers_loads(
     t2v: Path, tmp_path: Path, high: dict[str, Tensor], expected: dict[str, Tensor]
 ) -> None:
     """Written by diffusers and transformers themselves."""
@@ -167,7 +167,7 @@ def test_as_diffusers(
 
 
 @pytest.mark.parametrize("form", QUANTISED)
-def test_quantized_files(
+def test_quantized_files_compute_within_the_bounds_of_their_format(
     tmp_path: Path, high: dict[str, Tensor], expected: dict[str, Tensor], form: str
 ) -> None:
     """What is computed is what the file's numbers give; what those lost is the format's loss."""
@@ -192,7 +192,7 @@ def test_quantized_files(
 
 @pytest.mark.parametrize("prefix", PREFIXES[1:])
 @pytest.mark.parametrize("spelling", FP8)
-def test_prefixes_of_fp8(
+def test_fp8_files_load_under_every_prefix(
     tmp_path: Path, high: dict[str, Tensor], expected: dict[str, Tensor], spelling: str, prefix: str
 ) -> None:
     bare, prefixed = tmp_path / "bare", tmp_path / "prefixed"
@@ -204,7 +204,9 @@ def test_prefixes_of_fp8(
 
 
 @pytest.mark.parametrize("scale", ["row", "block"])
-def test_scales_of_rows_and_blocks(tmp_path: Path, high: dict[str, Tensor], scale: str) -> None:
+def test_scales_of_rows_and_blocks_are_applied(
+    tmp_path: Path, high: dict[str, Tensor], scale: str
+) -> None:
     """musubi-tuner's: a scale for each row, or for each block of 64 in a row."""
     name = "blocks.1.ffn.0.weight"
     weights = {n: t for n, t in high.items() if n != name}
@@ -232,7 +234,7 @@ def _random_rows(kind: GGMLQuantizationType) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "all others"])
-def test_gguf_decoding_is_the_reference_s_to_the_bit(kind: str) -> None:
+def test_gguf_decoding_is_bit_exact_with_the_reference(kind: str) -> None:
     named = {"Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K"}
     kinds = _gguf_decoders().keys() - named - {"BF16"} if kind == "all others" else {kind}
     assert len(kinds) >= (7 if kind == "all others" else 1)
@@ -257,7 +259,7 @@ def test_gguf_types_without_a_decoder_are_expanded(tmp_path: Path, high: dict[st
 
 @pytest.mark.parametrize("spelling", ["old", "new"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_text_encoder_as_comfyui_has_it(
+def test_a_text_encoder_of_comfyui_loads(
     t2v: Path, tmp_path: Path, expected: dict[str, Tensor], spelling: str, dtype: torch.dtype
 ) -> None:
     """fp8_scaled, names of transformers, the tokenizer inside."""
@@ -286,7 +288,7 @@ def test_text_encoder_as_comfyui_has_it(
     assert embedding.encoder.embed_tokens.weight is embedding.shared.weight
 
 
-def test_tokenizer_from_the_sentencepiece_model(t2v: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_loads_from_the_sentencepiece_model(t2v: Path, tmp_path: Path) -> None:
     (tmp_path / "spiece.model").write_bytes((t2v / "google/umt5-xxl/spiece.model").read_bytes())
     loader = WanModelLoader()
     theirs = loader.load(t2v, components=("tokenizer",)).tokenizer
@@ -342,7 +344,7 @@ def _gradients(
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", ["fp8 old", "gguf"])
-def test_lora_trains_as_on_the_expanded_model(
+def test_a_lora_trains_as_on_the_expanded_model(
     tmp_path: Path,
     high: dict[str, Tensor],
     expected: dict[str, Tensor],
@@ -382,7 +384,9 @@ def test_autograd_keeps_the_packed_weight_alone(
     assert not [t.shape for t in big if t.data_ptr() not in own]
 
 
-def test_a_packed_layer_is_a_layer(tmp_path: Path, high: dict[str, Tensor]) -> None:
+def test_a_quantized_layer_moves_and_saves_like_any_layer(
+    tmp_path: Path, high: dict[str, Tensor]
+) -> None:
     """Bias gradients, autocast, a round trip of the state; a cast does not round the scales."""
     file = quantise("fp8 old", high, tmp_path).path
     layer = packed_layers(load(file))["blocks.0.ffn.net.0.proj"]
@@ -459,7 +463,7 @@ def test_what_a_lora_adds_to_the_weights_themselves_needs_them_expanded(
     torch.testing.assert_close(model.blocks[0].attn1.to_q.weight.data, before.data + 0.01)
 
 
-def test_components_from_here_and_there(
+def test_components_load_from_different_places(
     t2v: Path, tmp_path: Path, high: dict[str, Tensor], expected: dict[str, Tensor]
 ) -> None:
     """One expert in fp8, the other in GGUF, the VAE from a folder, the rest official."""
@@ -491,7 +495,7 @@ def test_components_from_here_and_there(
     assert relative(out, expected["dit.low_noise_model.t500"]) < 2e-6
 
 
-def test_a_folder_of_single_files(
+def test_a_folder_of_single_files_is_a_model(
     t2v: Path, tmp_path: Path, high: dict[str, Tensor], expected: dict[str, Tensor]
 ) -> None:
     """As ComfyUI's users have them; what each is follows from its content, but for high and low."""
@@ -517,7 +521,7 @@ def test_a_folder_of_single_files(
         WanModelLoader().load(folder)
 
 
-def test_an_expert_by_its_name(tmp_path: Path, high: dict[str, Tensor]) -> None:
+def test_an_expert_is_detected_by_its_file_name(tmp_path: Path, high: dict[str, Tensor]) -> None:
     file = single(high, tmp_path / "wan2.2_t2v_low_noise_14B.safetensors")
     model = WanModelLoader().load(file)
     assert model.transformer is None and model.transformer_2 is not None
@@ -547,7 +551,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, folder: Path, repositories: dict[s
 
 
 @pytest.mark.parametrize("variant", ["t2v-a14b", "ti2v-5b"])
-def test_repositories_on_the_hub(
+def test_hub_repositories_download_only_what_is_needed(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: Any
 ) -> None:
     official = shared / "golden" / FOLDERS[variant]
@@ -619,10 +623,10 @@ def wrong(t2v: Path, high: dict[str, Tensor], tmp_path_factory: pytest.TempPathF
         ("transformer=clip", "{clip}: is a Wan 2.1 image-to-video transformer, which has a CLIP"),
         ("transformer=empty", "{empty}: is empty (0 bytes)"),
         ("transformer=half", "{half}: is not a whole safetensors file"),
-        ("transformer=lora", "{lora}: is a LoRA or its kin"),
+        ("transformer=lora", "{lora}: is an adapter"),
         (
             "transformer=less",
-            "{less}: is not a whole transformer of Wan 2.2; 1 weights missing (pro",
+            "{less}: is not a whole transformer of Wan 2.2; 1 missing keys (pro",
         ),
         ("vae=high", "{t2v}/high_noise_model: is used as vae, but holds a transformer"),
         (
@@ -642,7 +646,9 @@ def wrong(t2v: Path, high: dict[str, Tensor], tmp_path_factory: pytest.TempPathF
         ("transformer=empty vae=half", "(0 bytes); copy or download it again; {half}: is not"),
     ],
 )
-def test_what_is_refused(t2v: Path, wrong: Path, given: str, said: str) -> None:
+def test_a_model_that_does_not_fit_is_refused(
+    t2v: Path, wrong: Path, given: str, said: str
+) -> None:
     golden = t2v.parent
     places = {
         "t2v": t2v,
@@ -669,7 +675,7 @@ def test_what_is_refused(t2v: Path, wrong: Path, given: str, said: str) -> None:
     assert said.format(**places) in message
 
 
-def test_lacking_and_twisted_experts(t2v: Path, tmp_path: Path) -> None:
+def test_missing_and_swapped_experts_are_refused(t2v: Path, tmp_path: Path) -> None:
     loader = WanModelLoader()
     high, low = t2v / "high_noise_model", t2v / "low_noise_model"
     both = ("transformer", "transformer_2", "vae")
@@ -692,7 +698,7 @@ def test_lacking_and_twisted_experts(t2v: Path, tmp_path: Path) -> None:
         loader.load(same)
 
 
-def test_text_of_another_width(t2v: Path, tmp_path: Path) -> None:
+def test_a_text_encoder_of_another_width_is_refused(t2v: Path, tmp_path: Path) -> None:
     from transformers import UMT5Config, UMT5EncoderModel
 
     config = UMT5Config(
@@ -704,7 +710,7 @@ def test_text_of_another_width(t2v: Path, tmp_path: Path) -> None:
         WanModelLoader().load({"path": t2v, "text_encoder": tmp_path / "text"})
 
 
-def test_the_t5_map_is_the_one_spelled_out(t2v: Path) -> None:
+def test_the_t5_key_map_is_the_one_written_out_for_tests(t2v: Path) -> None:
     official = open_component(t2v / "models_t5_umt5-xxl-enc-bf16.pth")
     renamed = other_program_files.text_encoder(t2v)
     assert official.entries.keys() == renamed.keys()

@@ -69,11 +69,11 @@ def spoil(what: str, folder: Path) -> str:
         tensors = load_file(weights)
         tensors.pop("blocks.1.ffn.net.2.bias")
         save_file({k: v.clone() for k, v in tensors.items()}, weights, metadata={"format": "pt"})
-        return "1 weights missing (blocks.1.ffn.net.2.bias)"
-    if what == "surplus weight":
+        return "1 missing keys (blocks.1.ffn.net.2.bias)"
+    if what == "unexpected weight":
         tensors = {k: v.clone() for k, v in load_file(weights).items()}
         save_file({**tensors, "more": torch.ones(2)}, weights, metadata={"format": "pt"})
-        return "1 weights surplus (more)"
+        return "1 unexpected keys (more)"
     if what == "cut off":
         content = weights.read_bytes()
         weights.unlink()
@@ -110,7 +110,7 @@ def spoil(what: str, folder: Path) -> str:
     [
         "missing expert",
         "missing weight",
-        "surplus weight",
+        "unexpected weight",
         "cut off",
         "clip branch",
         "other channels",
@@ -122,7 +122,7 @@ def spoil(what: str, folder: Path) -> str:
         "no tokenizer",
     ],
 )
-def test_wrong_models(folder: Path, what: str) -> None:
+def test_a_damaged_or_mixed_model_is_refused(folder: Path, what: str) -> None:
     expected = spoil(what, folder)
     with pytest.raises(CheckpointError) as refusal:
         WanModelLoader().load(folder)
@@ -130,7 +130,7 @@ def test_wrong_models(folder: Path, what: str) -> None:
     assert expected in message and str(folder) in message and "\n" not in message
 
 
-def test_wrong_variant_or_place(original: Path, tmp_path: Path) -> None:
+def test_a_wrong_variant_or_path_is_refused(original: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"transformer of t2v-a14b .* one of ti2v-5b.*set"):
         WanModelLoader().load(original, variant="ti2v-5b")
     with pytest.raises(CheckpointError, match="holds no weights"):
@@ -155,7 +155,7 @@ def test_fingerprint_follows_the_content(folder: Path) -> None:
     assert fingerprint(weights.rename(weights.with_name("renamed.safetensors"))) == of_file
 
 
-def test_the_encoders_tell_the_variant_where_they_can(original: Path) -> None:
+def test_the_variant_is_inferred_from_the_encoders_where_they_differ(original: Path) -> None:
     loader = WanModelLoader()
     sources = {"vae": original / "vae"}
     assert loader.load(sources, "i2v-a14b").variant.name == "i2v-a14b"
@@ -179,7 +179,7 @@ def test_float16_keeps_what_overflows_in_float32(original: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_numbers_and_types_are_those_of_diffusers(original: Path, dtype: torch.dtype) -> None:
+def test_values_and_dtypes_are_those_of_diffusers(original: Path, dtype: torch.dtype) -> None:
     ours = WanModelLoader().load(original, dtype=dtype, components=("transformer",)).transformer
     assert ours is not None
     theirs = type(ours).from_pretrained(original / "transformer", torch_dtype=dtype)
@@ -190,7 +190,7 @@ def test_the_numbers_and_types_are_those_of_diffusers(original: Path, dtype: tor
     assert not ours.training and ours.config["num_layers"] == 2
 
 
-def test_names_map_one_to_one(original: Path) -> None:
+def test_key_maps_are_one_to_one(original: Path) -> None:
     names = load_file(original / "transformer" / "diffusion_pytorch_model.safetensors").keys()
     official = {name: to_official(name) for name in names}
     assert len(set(official.values())) == len(names) > 50

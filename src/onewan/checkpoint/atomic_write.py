@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from onewan.checkpoint.layouts import Output
+from onewan.checkpoint.layouts import OutputFile
 from onewan.errors import CheckpointError
 from onewan.files import remove_abandoned, sync, temporary_beside
 from onewan.formats.backends import first_line
@@ -65,7 +65,7 @@ def _some(names: Sequence[str]) -> str:
 
 def publish(
     destination: Path,
-    outputs: Sequence[Output],
+    outputs: Sequence[OutputFile],
     verify: Callable[[Path], None],
     report: ProgressCallback,
 ) -> list[Path]:
@@ -88,7 +88,7 @@ def publish(
     try:
         with temporary_beside(destination) as staging:
             for output in outputs:
-                place = staging / output.place if output.place else staging
+                place = staging / output.path if output.path else staging
                 place.parent.mkdir(parents=True, exist_ok=True)
                 output.write(place, on_bytes)
             verify(staging)
@@ -100,7 +100,7 @@ def publish(
             f"{destination}: can't be written ({first_line(error)}); "
             "check the folder and the free space"
         ) from error
-    return [destination / o.place if o.place else destination for o in outputs]
+    return [destination / o.path if o.path else destination for o in outputs]
 
 
 def _check_space(destination: Path, needed: int) -> None:

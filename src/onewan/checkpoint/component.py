@@ -25,7 +25,7 @@ from onewan.formats.configs import ComponentKind
 from onewan.formats.model_folder import ComponentDescription
 from onewan.formats.weights import ComponentFile
 from onewan.formats.write import LazyTensor
-from onewan.model.meta_init import module_on_meta, tied
+from onewan.model.meta_init import is_tied, module_on_meta
 from onewan.model.quantized_linear import QuantizedLinear
 from onewan.variants import ExpertName, Variant, variant_of
 
@@ -106,7 +106,7 @@ def from_file(described: ComponentDescription) -> ComponentWeights:
     return ComponentWeights(
         kind=file.kind,
         source=str(file.path),
-        weights={name: _weight(file, name) for name in file.entries},
+        weights={name: _weight_in_file(file, name) for name in file.entries},
         config=config_of(module),
         variant=file.variant,
         expert=described.expert,
@@ -114,7 +114,7 @@ def from_file(described: ComponentDescription) -> ComponentWeights:
     )
 
 
-def _weight(weights: ComponentFile, name: str) -> SourceWeight:
+def _weight_in_file(weights: ComponentFile, name: str) -> SourceWeight:
     entry = weights.entries[name]
     if entry.packing == "plain":
         return SourceWeight(
@@ -172,19 +172,19 @@ def _weights_of(module: nn.Module) -> Iterator[tuple[str, SourceWeight]]:
     modules = dict(module.named_modules())
     adapted = [name for name, m in modules.items() if isinstance(m, BaseTunerLayer)]
     for name, parameter in module.named_parameters():
-        if tied(name):
+        if is_tied(name):
             continue
         owner = next((n for n in adapted if name.startswith(f"{n}.")), None)
         holder, _, which = name.rpartition(".")
-        weight = _held(modules[holder], which, parameter)
+        weight = _weight_in_memory(modules[holder], which, parameter)
         if owner is None:
             yield name, weight
         elif holder == f"{owner}.base_layer":
             layer: Any = modules[owner]
-            yield f"{owner}.{which}", replace(weight, read=_merged(layer, which), fp8=None)
+            yield f"{owner}.{which}", replace(weight, read=_read_merged(layer, which), fp8=None)
 
 
-def _held(holder: nn.Module, which: str, parameter: Tensor) -> SourceWeight:
+def _weight_in_memory(holder: nn.Module, which: str, parameter: Tensor) -> SourceWeight:
     """Weight or bias (`which`) of layer `holder`."""
     if not isinstance(holder, QuantizedLinear) or which != "weight":
         return SourceWeight(
@@ -207,7 +207,7 @@ def _held(holder: nn.Module, which: str, parameter: Tensor) -> SourceWeight:
     )
 
 
-def _merged(layer: Any, which: str) -> Callable[[], Tensor]:
+def _read_merged(layer: Any, which: str) -> Callable[[], Tensor]:
     """Weight or bias of `layer` with what its active adapters add, float32: merged by PEFT itself,
     whatever their kind."""
 

@@ -20,12 +20,12 @@ from onewan.checkpoint.component import ComponentWeights, config_of, from_module
 from onewan.checkpoint.layouts import (
     SHARD_BYTES,
     ModelFormat,
-    Output,
-    around,
-    outputs,
-    place_in_model,
+    OutputFile,
+    path_in_model,
+    plan_component,
+    plan_model_extras,
 )
-from onewan.checkpoint.model_files import Model, read_model, saved_tokenizer
+from onewan.checkpoint.model_files import ModelWeights, read_model, saved_tokenizer
 from onewan.dtypes import dtype_name
 from onewan.errors import CheckpointError
 from onewan.formats.configs import HEAD_DIM
@@ -114,7 +114,7 @@ def save_model(
             f"{destination}: is a file, and {len(components)} components are loaded "
             f"({', '.join(components)}); give a folder"
         )
-    held = Model(
+    held = ModelWeights(
         name=model.source,
         components=components,
         arrangement={},
@@ -142,7 +142,7 @@ def save_expert(
     `dtype` and errors are as in `convert_model`.
     """
     component = from_module(transformer, "transformer", source, expert.name)
-    held = Model(
+    held = ModelWeights(
         name=source,
         components={expert.component: replace(component, variant=variant, facts=facts)},
         arrangement={},
@@ -154,7 +154,7 @@ def save_expert(
 
 
 def write_model(  # noqa: PLR0913  (shared by converting, saving and merging)
-    model: Model,
+    model: ModelWeights,
     destination: Path,
     arrangement: Mapping[ComponentName, ModelFormat],
     to: ModelFormat,
@@ -165,38 +165,40 @@ def write_model(  # noqa: PLR0913  (shared by converting, saving and merging)
     report: ProgressCallback = lambda _done, _total: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> WriteResult:
-    """Write `model`, each component in the layout that `arrangement` says, what is around them as
-    `to` has it. `sources` are files and folders that must not be written over."""
+    """Write `model`, each component in the layout that `arrangement` says, and the files
+    of a whole model besides weights as `to` has them. `sources` are never overwritten."""
     places: dict[ComponentName, str] = {}
     notices: list[str] = []
-    planned: list[Output] = []
+    planned: list[OutputFile] = []
     for placed, component in model.components.items():
         form = arrangement[placed]
-        asked = _dtype(model, component, form, dtype)
-        places[placed] = _place(model, placed, component, form, asked)
-        planned += outputs(component, form, places[placed], dtype=asked, shard_bytes=shard_bytes)
+        asked = _output_dtype(model, component, form, dtype)
+        places[placed] = _output_path(model, placed, component, form, asked)
+        planned += plan_component(
+            component, form, places[placed], dtype=asked, shard_bytes=shard_bytes
+        )
         notices += _notices(component, form, asked, model.whole)
     variant = model.variant
     if model.whole:
         assert variant is not None
-        planned += around(to, variant, list(model.components), model.tokenizer)
+        planned += plan_model_extras(to, variant, list(model.components), model.tokenizer)
         if missing := model.missing:
             notices.append(f"{model.name}: has no {', '.join(missing)}, and neither has the result")
-    folder = any(output.place for output in planned)
-    _check_name(destination, arrangement, folder)
+    folder = any(output.path for output in planned)
+    _check_suffix(destination, arrangement, folder)
     check_destination(destination, sources, folder, force)
 
     def verify(written: Path) -> None:
         for placed, component in model.components.items():
             place = places[placed]
-            notices.extend(_losses(written / place if place else written, component))
+            notices.extend(_lost_settings(written / place if place else written, component))
 
     files = publish(destination, planned, verify, report)
     return WriteResult(files=tuple(files), notices=tuple(dict.fromkeys(notices)))
 
 
-def _dtype(
-    model: Model, component: ComponentWeights, to: ModelFormat, dtype: torch.dtype | None
+def _output_dtype(
+    model: ModelWeights, component: ComponentWeights, to: ModelFormat, dtype: torch.dtype | None
 ) -> torch.dtype | None:
     if component.kind == "vae":
         if to == "fp8_scaled" and not model.whole:
@@ -212,8 +214,8 @@ def _dtype(
     return dtype
 
 
-def _place(
-    model: Model,
+def _output_path(
+    model: ModelWeights,
     placed: ComponentName,
     component: ComponentWeights,
     to: ModelFormat,
@@ -222,10 +224,10 @@ def _place(
     if not model.whole:
         return ""
     assert model.variant is not None
-    return place_in_model(placed, component, model.variant, to, dtype or component.dtype)
+    return path_in_model(placed, component, model.variant, to, dtype or component.dtype)
 
 
-def _check_name(
+def _check_suffix(
     destination: Path, arrangement: Mapping[ComponentName, ModelFormat], folder: bool
 ) -> None:
     """CheckpointError if the name does not say what will be under it."""
@@ -273,7 +275,7 @@ def _notices(
     return found
 
 
-def _losses(written: Path, component: ComponentWeights) -> list[str]:
+def _lost_settings(written: Path, component: ComponentWeights) -> list[str]:
     """What a reader of the files at `written` can't know of the configuration, in words.
 
     CheckpointError if they are not the whole component.

@@ -282,10 +282,10 @@ def _incomplete(weights: ComponentFile) -> Iterator[str]:
     if weights.kind == "transformer":
         absent = sorted(transformer_names(weights.config["num_layers"]) - weights.entries.keys())
         if absent:
-            yield f"lacks {len(absent)} weights, such as {', '.join(absent[:3])}"
+            yield f"has {len(absent)} missing keys, such as {', '.join(absent[:3])}"
     if weights.unexpected:
         names = ", ".join(sorted(weights.unexpected)[:3])
-        yield f"has {len(weights.unexpected)} tensors that do not belong, such as {names}"
+        yield f"has {len(weights.unexpected)} unexpected keys, such as {names}"
 
 
 def _adapter(

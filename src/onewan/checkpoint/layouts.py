@@ -15,8 +15,8 @@ layout         a transformer                   a VAE                    a text e
 fp8_scaled is ComfyUI's older spelling, which its older and newer versions read: ``X.weight``,
 ``X.scale_weight`` (float32, one number) and an empty tensor ``scaled_fp8`` as the mark.
 
-`outputs` says what will be written before anything is: so sizes are known beforehand, and what
-can't be is refused in time.
+`plan_component` lists the files before anything is written, so that sizes are known beforehand and
+an impossible request is refused in time.
 """
 
 from __future__ import annotations
@@ -62,27 +62,27 @@ _LINEAR = re.compile(
 )
 """What fp8_scaled quantises: linear layers within blocks, the bulk of transformer and encoder."""
 
-OnBytes = Callable[[int], None]
+BytesCallback = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class OutputFile:
     """A file that will be written."""
 
-    place: str
+    path: str
     """Path under the destination, with slashes; empty if it is the destination itself."""
     bytes: int
-    write: Callable[[Path, OnBytes], None]
+    write: Callable[[Path, BytesCallback], None]
 
 
-def outputs(
+def plan_component(
     component: ComponentWeights,
     to: ModelFormat,
     place: str,
     *,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
-) -> list[Output]:
+) -> list[OutputFile]:
     """The files of `component` in layout `to`; `place` is that of its file or folder.
 
     `dtype` None leaves each weight as it is (bfloat16 where the source has it quantized).
@@ -100,13 +100,13 @@ def outputs(
         config = official_config(component)
         return _folder(component, place, tensors, config, shard_bytes, numbered=True)
     if to == "official":
-        return [Output(place, _bytes(tensors), lambda path, on: write_pth(path, tensors, on))]
+        return [OutputFile(place, _bytes(tensors), lambda path, on: write_pth(path, tensors, on))]
     metadata = header(component)
     if component.tokenizer is not None:
         tokenizer = component.tokenizer()
         tensors[TOKENIZER] = LazyTensor(tuple(tokenizer.shape), tokenizer.dtype, lambda: tokenizer)
     return [
-        Output(
+        OutputFile(
             place,
             _bytes(tensors),
             lambda path, on: write_safetensors(path, tensors, metadata, on),
@@ -225,7 +225,7 @@ def _folder(
     config: Mapping[str, Any],
     shard_bytes: int,
     numbered: bool = False,
-) -> list[Output]:
+) -> list[OutputFile]:
     """config.json, the shards and their index; one shard has neither number nor index unless it is
     to be `numbered`."""
     stem = "model" if component.kind == "text_encoder" else "diffusion_pytorch_model"
@@ -239,10 +239,12 @@ def _folder(
     written = [_json(f"{under}config.json", config)]
     for file, shard in zip(files, shards, strict=True):
 
-        def write(path: Path, on_bytes: OnBytes, shard: dict[str, LazyTensor] = shard) -> None:
+        def write(
+            path: Path, on_bytes: BytesCallback, shard: dict[str, LazyTensor] = shard
+        ) -> None:
             write_safetensors(path, shard, {}, on_bytes)
 
-        written.append(Output(f"{under}{file}", _bytes(shard), write))
+        written.append(OutputFile(f"{under}{file}", _bytes(shard), write))
     if numbered:
         homes = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         index = {
@@ -266,22 +268,22 @@ def _shards(tensors: Mapping[str, LazyTensor], shard_bytes: int) -> list[dict[st
     return shards
 
 
-def _json(place: str, data: Mapping[str, Any]) -> Output:
+def _json(place: str, data: Mapping[str, Any]) -> OutputFile:
     return _text(place, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
-def _text(place: str, text: str) -> Output:
+def _text(place: str, text: str) -> OutputFile:
     return _content(place, text.encode())
 
 
-def _content(place: str, content: bytes) -> Output:
+def _content(place: str, content: bytes) -> OutputFile:
     """A small file, whose content is known."""
 
-    def write(path: Path, on_bytes: OnBytes) -> None:
+    def write(path: Path, on_bytes: BytesCallback) -> None:
         path.write_bytes(content)
         on_bytes(len(content))
 
-    return Output(place, len(content), write)
+    return OutputFile(place, len(content), write)
 
 
 def _config(component: ComponentWeights, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -328,7 +330,7 @@ _SHORT = {
 }
 
 
-def place_in_model(
+def path_in_model(
     placed: ComponentName,
     component: ComponentWeights,
     variant: Variant,
@@ -358,15 +360,15 @@ def place_in_model(
     return f"wan2.2_{kind}{expert.file_suffix}_{size}_{stored}.safetensors"
 
 
-def around(
+def plan_model_extras(
     to: ModelFormat,
     variant: Variant,
     placed: Collection[ComponentName],
     tokenizer: Mapping[str, bytes],
-) -> list[Output]:
+) -> list[OutputFile]:
     """What a whole model has besides weights: the pipeline's index, scheduler and tokenizer (its
     files by name)."""
-    written: list[Output] = []
+    written: list[OutputFile] = []
     if to == "diffusers":
         scheduler = official_scheduler(variant)
         written.append(_text("scheduler/scheduler_config.json", scheduler.to_json_string()))

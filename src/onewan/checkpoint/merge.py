@@ -17,7 +17,7 @@ from onewan.checkpoint.atomic_write import ProgressCallback
 from onewan.checkpoint.component import ComponentWeights, SourceWeight
 from onewan.checkpoint.convert import WriteResult, write_model
 from onewan.checkpoint.layouts import ModelFormat
-from onewan.checkpoint.model_files import Model, read_model
+from onewan.checkpoint.model_files import ModelWeights, read_model
 from onewan.checkpoint.saver import expert_of
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
@@ -30,7 +30,7 @@ from onewan.variants import ExpertName
 
 
 @dataclass(frozen=True, slots=True)
-class _Added:
+class _WeightedAdapter:
     adapter: ModuleAdapter
     weight: float
 
@@ -54,14 +54,16 @@ def merge(
     experts.
     """
     model = read_model(Path(base))
-    added: dict[ComponentName, dict[str, list[_Added]]] = {}
+    added: dict[ComponentName, dict[str, list[_WeightedAdapter]]] = {}
     for path, weight in loras:
         for placed, file in _adapters(Path(path), model, check_file_names).items():
-            _check(file, model.components[placed])
+            _check_layers_fit(file, model.components[placed])
             for module, adapter in file.modules.items():
-                added.setdefault(placed, {}).setdefault(module, []).append(_Added(adapter, weight))
+                added.setdefault(placed, {}).setdefault(module, []).append(
+                    _WeightedAdapter(adapter, weight)
+                )
     components = {
-        placed: _merged(component, added[placed]) if placed in added else component
+        placed: _add_adapters(component, added[placed]) if placed in added else component
         for placed, component in model.components.items()
     }
     arrangement, to = _arrangement(model)
@@ -92,7 +94,7 @@ def base_weights(base: Path, lora: Path, expert: ExpertName | None) -> BaseWeigh
     """The weights of the model at `base` that the adapter `lora` was trained on; `expert` says
     which of two it is, where that is to be said."""
     model = read_model(base)
-    placed = _slot(model, lora, expert or _named(lora))
+    placed = _component_for(model, lora, expert or _expert_in_keys(lora))
     weights = model.components[placed].weights
     source = model.components[placed].source
 
@@ -104,20 +106,24 @@ def base_weights(base: Path, lora: Path, expert: ExpertName | None) -> BaseWeigh
     return read
 
 
-def _named(lora: Path) -> ExpertName | None:
+def _expert_in_keys(lora: Path) -> ExpertName | None:
     """The expert that the keys of `lora` name."""
     file = open_tensors(lora)
     layout = layout_of(file.tensors, file.metadata)
     return layout.experts[0] if layout is not None and len(layout.experts) == 1 else None
 
 
-def _adapters(path: Path, model: Model, check_file_names: bool) -> dict[ComponentName, AdapterFile]:
+def _adapters(
+    path: Path, model: ModelWeights, check_file_names: bool
+) -> dict[ComponentName, AdapterFile]:
     """What is in `path`, by the component of `model` that it is for."""
     file = open_tensors(path)
     layout = layout_of(file.tensors, file.metadata)
     experts = () if layout is None else layout.experts
     if len(experts) > 1 and model.whole:
-        return {_slot(model, path, expert): read_adapter(path, expert) for expert in experts}
+        return {
+            _component_for(model, path, expert): read_adapter(path, expert) for expert in experts
+        }
     alone = None if model.whole else next(iter(model.components.values())).expert
     if len(experts) > 1 and alone is None:
         raise CheckpointError(
@@ -125,11 +131,11 @@ def _adapters(path: Path, model: Model, check_file_names: bool) -> dict[Componen
             "says which it is; name it ..._high_noise or ..._low_noise"
         )
     adapter = read_adapter(path, alone if len(experts) > 1 else None)
-    return {_slot(model, path, adapter.expert, check_file_names): adapter}
+    return {_component_for(model, path, adapter.expert, check_file_names): adapter}
 
 
-def _slot(
-    model: Model, lora: Path, named: ExpertName | None, check_file_names: bool = True
+def _component_for(
+    model: ModelWeights, lora: Path, named: ExpertName | None, check_file_names: bool = True
 ) -> ComponentName:
     """The component of `model` that `lora` is for."""
     transformers: list[ComponentName] = [p for p in model.components if p.startswith("transformer")]
@@ -158,7 +164,7 @@ def _slot(
 # ------------------------------------------------------------------------------------------ weights
 
 
-def _check(file: AdapterFile, base: ComponentWeights) -> None:
+def _check_layers_fit(file: AdapterFile, base: ComponentWeights) -> None:
     """CheckpointError if an adapter has no layer to go to, or does not fit it."""
     problems: list[str] = []
     for module, adapter in file.modules.items():
@@ -166,7 +172,7 @@ def _check(file: AdapterFile, base: ComponentWeights) -> None:
         if weight is None:
             problems.append(f"no layer {module}")
             continue
-        shape = _shape(adapter, weight.shape)
+        shape = _shape_after_merge(adapter, weight.shape)
         bias = adapter.bias_difference()
         if shape != weight.shape:
             problems.append(f"{module} is {list(weight.shape)}, the LoRA's {list(shape)}")
@@ -182,7 +188,7 @@ def _check(file: AdapterFile, base: ComponentWeights) -> None:
         )
 
 
-def _shape(adapter: ModuleAdapter, weight: tuple[int, ...]) -> tuple[int, ...]:
+def _shape_after_merge(adapter: ModuleAdapter, weight: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of what `adapter` adds to a weight of shape `weight`, without computing it."""
     if adapter.kind == "oft":
         if "rotation" in adapter.tensors:
@@ -197,18 +203,22 @@ def _shape(adapter: ModuleAdapter, weight: tuple[int, ...]) -> tuple[int, ...]:
     return weight if difference is None else tuple(difference.shape)
 
 
-def _merged(component: ComponentWeights, added: dict[str, list[_Added]]) -> ComponentWeights:
+def _add_adapters(
+    component: ComponentWeights, added: dict[str, list[_WeightedAdapter]]
+) -> ComponentWeights:
     weights = dict(component.weights)
     for module, all_added in added.items():
         name = f"{module}.weight"
-        weights[name] = _sum(weights[name], all_added)
+        weights[name] = _sum_adapters(weights[name], all_added)
         if any(item.adapter.bias_difference() is not None for item in all_added):
             bias = f"{module}.bias"
-            weights[bias] = _sum(weights[bias], all_added, bias=True)
+            weights[bias] = _sum_adapters(weights[bias], all_added, bias=True)
     return replace(component, weights=weights)
 
 
-def _sum(base: SourceWeight, added: Sequence[_Added], *, bias: bool = False) -> SourceWeight:
+def _sum_adapters(
+    base: SourceWeight, added: Sequence[_WeightedAdapter], *, bias: bool = False
+) -> SourceWeight:
     """`base` with everything that is `added`, made when it is read: float32."""
 
     def read() -> Tensor:
@@ -224,7 +234,7 @@ def _sum(base: SourceWeight, added: Sequence[_Added], *, bias: bool = False) -> 
     return replace(base, read=read, fp8=None)
 
 
-def _arrangement(model: Model) -> tuple[dict[ComponentName, ModelFormat], ModelFormat]:
+def _arrangement(model: ModelWeights) -> tuple[dict[ComponentName, ModelFormat], ModelFormat]:
     """The layout of each component of the result, and of the whole."""
     arrangement = dict(model.arrangement)
     if not model.whole:

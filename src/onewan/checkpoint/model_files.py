@@ -33,7 +33,7 @@ SPIECE = "spiece.model"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
+class ModelWeights:
     """What a path, or a model in memory, holds."""
 
     name: str
@@ -57,7 +57,7 @@ class Model:
         return missing_components({*self.components, "tokenizer"}, self.variant)
 
 
-def read_model(path: Path) -> Model:
+def read_model(path: Path) -> ModelWeights:
     """The model or component at `path`; only headers are read. CheckpointError says what is wrong
     with it, or that its components do not belong together."""
     path = Path(path)
@@ -78,7 +78,7 @@ def read_model(path: Path) -> Model:
     for name, component in described.items():
         assert component.file is not None  # all were needed
         arrangement[name] = arrangement_of(component.file)
-    model = Model(
+    model = ModelWeights(
         name=str(path),
         components=components,
         arrangement=arrangement,
@@ -134,7 +134,7 @@ def saved_tokenizer(tokenizer: object) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
 
 
-def _with_spiece(model: Model) -> Model:
+def _with_spiece(model: ModelWeights) -> ModelWeights:
     """`model` with SentencePiece's model in the text encoder if the tokenizer's folder has it."""
     encoder, spiece = model.components.get("text_encoder"), model.tokenizer.get(SPIECE)
     if encoder is None or spiece is None or encoder.tokenizer is not None:

@@ -48,7 +48,7 @@ def convert(
         if value is not None:
             raise CheckpointError(f"{option}: is for LoRAs, and {source} holds a model; leave it")
     form = cast(ModelFormat, to)
-    return _shown(
+    return _run_with_progress(
         lambda report: convert_model(
             source, destination, form, dtype=kept, force=force, report=report
         )
@@ -65,7 +65,7 @@ def merge_loras(
     check_file_names: bool,
 ) -> int:
     kept = None if dtype is None else torch_dtype(dtype)
-    return _shown(
+    return _run_with_progress(
         lambda report: merge(
             base,
             loras,
@@ -106,7 +106,7 @@ def _convert_adapter(
     return 0
 
 
-def _shown(run: Callable[[ProgressCallback], WriteResult]) -> int:
+def _run_with_progress(run: Callable[[ProgressCallback], WriteResult]) -> int:
     """Run with a bar, and say what was written."""
     with Progress() as progress:
         written = run(progress.advance_bytes)

@@ -84,7 +84,7 @@ class ComponentFile:
     entries: Mapping[str, StoredWeight]
     """By diffusers' (text encoder: transformers') names."""
     unexpected: tuple[str, ...]
-    """Keys of the file that belong to no Wan 2.2 component of this kind."""
+    """Keys of the file that no Wan 2.2 component of this kind has."""
     variant: Variant | None
     """Told from the channels. None for the text encoder, which all share, and for the VAE of the
     A14B models, which two share."""
@@ -209,8 +209,8 @@ _RELATED_MODELS = (
         "a Wan 2.1 image-to-video transformer, which has a CLIP branch",
     ),
 )
-"""Kin of Wan 2.2 that share most of its names, by what else they have. In order: Animate has the
-CLIP branch, too."""
+"""Models related to Wan 2.2 that share most of its keys, by the keys they have besides. In
+order: Animate has the CLIP branch, too."""
 
 _OTHER_ARCHITECTURES = (
     (r"(^|\.)double_blocks\.\d", "a Flux or HunyuanVideo model"),
@@ -232,7 +232,7 @@ _ADAPTER = re.compile(
 
 
 def looks_like_adapter(file: TensorFile) -> bool:
-    """Whether the keys are those of a LoRA or its kin rather than of weights."""
+    """Whether the keys are those of an adapter (LoRA, DoRA, LoHa, LoKr, OFT), not of a model."""
     return any(_ADAPTER.search(name) for name in file.tensors)
 
 
@@ -250,7 +250,8 @@ def open_component(source: Path | TensorFile) -> ComponentFile:
     file = source if isinstance(source, TensorFile) else open_tensors(source)
     if looks_like_adapter(file):
         raise CheckpointError(
-            f"{file.path}: is a LoRA or its kin, and the weights of a model are wanted"
+            f"{file.path}: is an adapter (LoRA, DoRA, LoHa, LoKr or OFT), not the weights of "
+            "a model; give a transformer, VAE or text encoder"
         )
     best: tuple[int, ComponentKind, KeyFormat, str, dict[str, StoredWeight], list[str]] | None = (
         None

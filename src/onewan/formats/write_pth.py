@@ -1,9 +1,11 @@
-"""PyTorch's own file (``.pth``), written tensor by tensor: official VAEs and text encoders.
+"""Writes PyTorch's own file (``.pth``) tensor by tensor, for official VAEs and text encoders.
 
-``torch.save`` wants all tensors in memory at once, 11 GB for the text encoder. The file is a plain
-zip: a pickle that says which tensor is which piece of which storage, and each storage's bytes. Here
-the pickle is made from shapes, and the storages follow one by one. ``torch.load`` reads it, also
-with ``weights_only`` and mapped. Format: ``torch/serialization.py``, ``_save`` and ``_load``.
+Written by hand because ``torch.save`` needs all tensors in memory at once (11 GB for the text
+encoder in bfloat16, twice that when it is converted), and the official code reads these two
+components in no other form. The file is a plain zip: a pickle that says which tensor is which part
+of which storage, and the bytes of each storage. Here the pickle is made from shapes, and the
+storages follow one by one. ``torch.load`` reads the result, also with ``weights_only`` and mapped
+(tested). Format: ``torch/serialization.py``, ``_save`` and ``_load``.
 """
 
 from __future__ import annotations

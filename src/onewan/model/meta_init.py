@@ -1,7 +1,7 @@
-"""The module that weights belong in: built without memory, checked against every name and shape.
+"""Builds the module of a component without memory, and checks every key and shape against it.
 
-Loading and converting both start here, so that a file that lacks a weight, or has one too many, is
-refused before the first gigabyte is read, and never becomes a random initialisation.
+Loading and converting both start here, so that a file with missing or unexpected keys is refused
+before the first gigabyte is read, and never becomes a random initialization.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from onewan.formats.weights import ComponentFile
 
 def module_on_meta(weights: ComponentFile) -> nn.Module:
     """The diffusers or transformers module for `weights`: parameters on the meta device, buffers
-    (rope tables) real. CheckpointError lists missing, unexpected and misshapen weights, if any."""
+    (rope tables) real. CheckpointError lists missing and unexpected keys and wrong shapes."""
     try:
         with init_empty_weights(include_buffers=False):
-            module = _empty(weights)
+            module = _build(weights)
     except (TypeError, ValueError, ZeroDivisionError, RuntimeError, KeyError) as error:
         raise CheckpointError(
             f"{weights.path}: its configuration can't be built ({first_line(error)})"
         ) from error
-    _check(weights, module)
+    _check_keys_and_shapes(weights, module)
     return module
 
 
-def tied(name: str) -> bool:
+def is_tied(name: str) -> bool:
     """Whether a parameter is another name for the text encoder's embedding."""
     return name == "encoder.embed_tokens.weight"
 
 
-def _empty(weights: ComponentFile) -> nn.Module:
+def _build(weights: ComponentFile) -> nn.Module:
     config: dict[str, Any] = dict(weights.config)
     if weights.kind == "transformer":
         module = WanTransformer3DModel.from_config(config)
@@ -50,8 +50,8 @@ def _empty(weights: ComponentFile) -> nn.Module:
     return module
 
 
-def _check(weights: ComponentFile, module: nn.Module) -> None:
-    shapes = {n: tuple(p.shape) for n, p in module.named_parameters() if not tied(n)}
+def _check_keys_and_shapes(weights: ComponentFile, module: nn.Module) -> None:
+    shapes = {n: tuple(p.shape) for n, p in module.named_parameters() if not is_tied(n)}
     found = {n: entry.info.shape for n, entry in weights.entries.items()}
     wrong = [
         f"{name} is {list(found[name])}, expected {list(shapes[name])}"
@@ -59,9 +59,9 @@ def _check(weights: ComponentFile, module: nn.Module) -> None:
         if shapes[name] != found[name]
     ]
     problems = [
-        _listed("missing", shapes.keys() - found.keys(), ", "),
-        _listed("surplus", {*(found.keys() - shapes.keys()), *weights.unexpected}, ", "),
-        _listed("of the wrong shape", wrong, "; "),
+        _listed("missing keys", shapes.keys() - found.keys(), ", "),
+        _listed("unexpected keys", {*(found.keys() - shapes.keys()), *weights.unexpected}, ", "),
+        _listed("wrong shapes", wrong, "; "),
     ]
     if any(problems):
         kind = weights.kind.replace("_", " ")
@@ -75,4 +75,4 @@ def _listed(what: str, names: Collection[str], separator: str) -> str:
     if not names:
         return ""
     more = ", ..." if len(names) > 3 else ""
-    return f"{len(names)} weights {what} ({separator.join(sorted(names)[:3])}{more})"
+    return f"{len(names)} {what} ({separator.join(sorted(names)[:3])}{more})"
