@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from onewan.config import RunConfig, changed_fields, dump_run, load_run, starter
+from onewan.cli.starter import starter
+from onewan.config import RunConfig, changed_fields, dump_run, load_run
 from onewan.config.schema import SCHEMA_VERSION
 from onewan.errors import ConfigError
 from onewan.variants import NEGATIVE_PROMPT, VARIANTS, VariantName
@@ -535,7 +536,7 @@ def test_rules_wait_for_valid_fields(tmp_path: Path) -> None:
         ("a: 2026-13-01", "holds a value that can't be read: month must be in 1..12"),
         ("", "is empty"),
         ("# nothing\n", "is empty"),
-        ("- a", "must hold fields such as `model:` at its top, got ['a']"),
+        ("- a", "must have fields such as `model:` at the top level, got ['a']"),
         ("schema_version: 99\nnew: 1", "schema_version: is 99, but this onewan knows versions up"),
         (T2V + "schema_version: one", "schema_version: must be a whole number, got 'one'"),
     ],
@@ -552,7 +553,7 @@ def test_files_that_can_t_be_read(tmp_path: Path, text: str, said: str) -> None:
         ('{"a": 1, "a": 2}', "'a' is given twice"),
         ('{"a": 1,\n}', "line "),
         (" ", "is empty"),
-        ("[]", "must hold fields"),
+        ("[]", "must have fields"),
     ],
 )
 def test_json_that_can_t_be_read(tmp_path: Path, text: str, said: str) -> None:

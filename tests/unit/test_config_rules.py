@@ -313,7 +313,7 @@ BROKEN = [
     # Measurements.
     (
         "validation: {sources: [{path: a}], share: 0.1}",
-        "validation.share: holds clips of the training out, .* got 0.1; leave out either",
+        "validation.share: holds out training clips, .* got 0.1; remove one of them",
     ),
     ("validation: {every: 5, clips: 0}", "validation.every: is 5, but validation.clips is 0"),
     ("train: {keep_best: true}", "train.keep_best: .* validation.every is 0; give validation.ev"),

@@ -105,7 +105,7 @@ def _add_init(commands: Commands) -> None:
     )
 
     def run(options: argparse.Namespace) -> int:
-        from onewan.config.template import starter
+        from onewan.cli.starter import starter
 
         print(starter(options.variant), end="")
         return 0

@@ -2,14 +2,13 @@
 
 `schema`, `method`, `objective` and `optimizer` declare its fields; `load` reads and writes it;
 `rules`, `method_rules`, `train_rules` and `unused` check what spans fields; `resolve` fills in
-defaults; `messages` and `schema_paths` word errors; `template` and `json_schema` help to write one.
+defaults; `messages` and `schema_paths` word errors; `json_schema` exports the schema for editors.
 """
 
 from onewan.config.json_schema import json_schema
 from onewan.config.load import changed_fields, dump_run, load_run
 from onewan.config.schema import RunConfig
 from onewan.config.schema_paths import leaves
-from onewan.config.template import starter
 
 __all__ = [
     "RunConfig",
@@ -18,5 +17,4 @@ __all__ = [
     "json_schema",
     "leaves",
     "load_run",
-    "starter",
 ]

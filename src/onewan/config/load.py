@@ -1,10 +1,8 @@
-"""Run file and overrides -> `RunConfig`: the one way in, and the one way back to text.
+"""Reads a run file with overrides into a `ResolvedRun`, and writes one back as YAML.
 
-Hides the syntax of the file, how overrides find their path, what relative paths are relative to,
-and how a text is written that every reader of YAML understands. All that is wrong is reported at
-once, as one `ConfigError` with a line per field. Never says what a field may hold (`schema`,
-`rules`) or how that is put (`wording`); never looks at clips or weights, never imports torch, never
-writes a file.
+Hides the file syntax, how overrides are applied, and what relative paths are relative to. All
+problems are reported at once in one `ConfigError` with a line per field: first all invalid fields;
+once every field is valid, all broken rules.
 """
 
 # ruamel.yaml is typed in part only.
@@ -56,14 +54,14 @@ if TYPE_CHECKING:
     from ruamel.yaml.error import StreamMark
 
 RESOLVED_NAME = "resolved.yaml"
-"""What `dump_run` gave for a run, in the run's folder; a folder that has it is a run's folder."""
+"""File in a run folder with the text of `dump_run`; a folder that has it is a run folder."""
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> ResolvedRun:
     """The resolved config of a run file, or of a run folder, with `overrides` applied.
 
     An override is ``path.to.field=value`` with the value in YAML. Relative paths in the file are
-    relative to its folder, those in an override to the current one. Raises `ConfigError`.
+    relative to its folder, those in an override to the current folder. Raises `ConfigError`.
     """
     path = Path(path)
     source = str(path)
@@ -71,8 +69,8 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> ResolvedRun:
     data: Node = _read(file, source)
     for name in RunConfig.model_fields:
         if data.get(name) is None and (empty := value_if_null((name,))) is not None:
-            data = {**data, name: empty}  # `sample:` with every line under it commented out
-    data = _written_out(data, (), file.parent)
+            data = {**data, name: empty}  # such as `sample:` whose fields are all commented out
+    data = _expand_short_forms(data, (), file.parent)
     if file is not path and is_mapping(data["output"]):
         here = Path(os.path.abspath(path))  # the folder may have been moved or renamed
         data["output"] = {**data["output"], "dir": str(here.parent), "name": here.name}
@@ -155,11 +153,11 @@ def _read(file: Path, source: str) -> dict[str, Any]:
     if data is None:
         raise ConfigError(source, ["is empty; `onewan init` writes one to start from"])
     if not is_mapping(data):
-        problem = f"must hold fields such as `model:` at its top, got {format_value(data)}"
+        problem = f"must have fields such as `model:` at the top level, got {format_value(data)}"
         raise ConfigError(source, [problem])
     version = data.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
-        # Before anything else: what else is wrong would only follow from it.
+        # Reported alone, since most other errors would only follow from it.
         problem = (
             f"schema_version: is {version}, but this onewan knows versions up to {SCHEMA_VERSION}; "
             "update onewan, or write a new file with `onewan init`"
@@ -169,9 +167,9 @@ def _read(file: Path, source: str) -> dict[str, Any]:
 
 
 def _parse_yaml(text: str) -> Node:
-    """`text` read by YAML 1.2 rules; ValueError with line and column, in one line."""
+    """Parses YAML 1.2; ValueError with line and column, in one line."""
     try:
-        # pure: the C parser follows YAML 1.1, to which `off` is false and 1e-4 a text.
+        # pure=True, since the C parser follows YAML 1.1, where `off` is false and 1e-4 is a string.
         return YAML(typ="safe", pure=True).load(text)
     except MarkedYAMLError as error:
         mark = cast("StreamMark | None", error.problem_mark)
@@ -194,7 +192,7 @@ def _parse_yaml(text: str) -> Node:
 
 
 def _parse_json(text: str) -> Node:
-    """`text` read as JSON; ValueError with line and column, in one line."""
+    """Parses JSON; ValueError with line and column, in one line."""
 
     def mapping(pairs: list[tuple[str, Node]]) -> dict[str, Node]:
         for position, (key, _) in enumerate(pairs):
@@ -214,7 +212,7 @@ def _parse_json(text: str) -> Node:
 
 
 def _overridden(data: Node, override: str, problems: dict[str, str]) -> Node:
-    """`data` with one override applied; one that can't be is added to `problems`."""
+    """`data` with one override applied; if that fails, `problems` gets a line."""
     name, equals, text = override.partition("=")
     parts = name.strip().split(".")
     if not equals or not all(parts):
@@ -224,7 +222,7 @@ def _overridden(data: Node, override: str, problems: dict[str, str]) -> Node:
         return data
     path = tuple(int(part) if part.isdecimal() else part for part in parts)
     try:
-        value = _written_out(_override_value(path, text), path, Path.cwd())
+        value = _expand_short_forms(_override_value(path, text), path, Path.cwd())
         return set_path(data, path, value)
     except ValueError as error:
         problems[dotted(path)] = str(error)
@@ -232,9 +230,9 @@ def _overridden(data: Node, override: str, problems: dict[str, str]) -> Node:
 
 
 def _override_value(path: KeyPath, text: str) -> Node:
-    """The value of an override. A field of text takes the text as it stands, unless it is quoted.
+    """The parsed value of an override; a text field takes unquoted text literally.
 
-    Read as YAML, a prompt would lose what follows a " #" and become a mapping at a ": ".
+    As YAML, a prompt would lose everything after " #" and become a mapping at ": ".
     """
     text = text.strip()
     field = field_at(path)
@@ -247,14 +245,14 @@ def _override_value(path: KeyPath, text: str) -> Node:
         raise ValueError(f"can't read {text!r} as YAML ({error}); quote the value") from None
 
 
-# ------------------------------------------------------------------------------------ what is short
+# -------------------------------------------------------------------------------------- short forms
 
 
-def _written_out(node: Node, path: KeyPath, base: Path) -> Node:
-    """A copy of `node`, which lies at `path`, with its paths made absolute from `base`, its empty
-    sections there, and texts that stand for a whole section made one.
+def _expand_short_forms(node: Node, path: KeyPath, base: Path) -> Node:
+    """A copy of `node`, the value at `path`, with paths made absolute from `base`, null sections
+    replaced by empty ones, and texts that stand for a section replaced by it.
 
-    Keys become text: YAML has numbers there too, and they are as unknown as any other wrong name.
+    Keys become strings: YAML also allows numbers, which are unknown fields like any other.
     """
     if node is None:
         return value_if_null(path)
@@ -262,16 +260,18 @@ def _written_out(node: Node, path: KeyPath, base: Path) -> Node:
     if union is not None and union.keyed.text:
         node = union.keyed.complete(node)
     if is_mapping(node) and fields_at(path):
-        return {str(k): _written_out(value, (*path, str(k)), base) for k, value in node.items()}
+        return {
+            str(k): _expand_short_forms(value, (*path, str(k)), base) for k, value in node.items()
+        }
     if is_list(node) and not (path and isinstance(path[-1], int)):
-        return [_written_out(item, (*path, index), base) for index, item in enumerate(node)]
+        return [_expand_short_forms(item, (*path, index), base) for index, item in enumerate(node)]
     if not isinstance(node, str):
         return node
     if holds_path(path):
         return _joined(base, node)
     if len(path) == 2 and path[0] == "model" and path[1] in ("path", *COMPONENTS):
         here = node.startswith((".", "/", "~")) or PureWindowsPath(node).drive
-        # Anything else is the name of a hub repository, unless something lies there.
+        # Anything else names a hub repository, unless such a file or folder exists.
         return _joined(base, node) if here or os.path.exists(base / node) else node
     return node
 
@@ -284,11 +284,11 @@ def _joined(base: Path, path: str | Path) -> str:
 
 
 class _Representer(SafeRepresenter):
-    """Writes what readers of YAML 1.1 take for the same as readers of 1.2 do."""
+    """Writes scalars that readers of YAML 1.1 and of 1.2 understand alike."""
 
     def text(self, value: str) -> Any:
-        # Bare, 1.1 takes these for booleans; and the emitter would write line separators such as
-        # U+0085 unescaped, which are read back as spaces.
+        # Unquoted, YAML 1.1 reads these as booleans. Non-ASCII text is quoted, since the emitter
+        # writes line separators such as U+0085 unescaped, which are read back as spaces.
         boolean = value.lower() in ("y", "n", "yes", "no", "on", "off")
         style = '"' if boolean or not (value.isascii() and value.isprintable()) else None
         return self.represent_scalar("tag:yaml.org,2002:str", value, style=style)
@@ -296,7 +296,7 @@ class _Representer(SafeRepresenter):
     def number(self, value: float) -> Any:
         text = repr(value)
         if "e" in text and "." not in text:
-            text = text.replace("e", ".0e")  # 1e-08 is a text to 1.1
+            text = text.replace("e", ".0e")  # YAML 1.1 reads 1e-08 as a string
         return self.represent_scalar("tag:yaml.org,2002:float", text)
 
 

@@ -1,9 +1,7 @@
-"""What is wrong with the content of a run file, in words for the person who wrote it.
+"""Messages for invalid fields of a run file, made from pydantic's errors.
 
-Hides pydantic's errors: how they name a path, which of them belong together in a union, how they
-put it. All that pydantic can see is found in one go, by taking out what is wrong and trying again.
-Never reads or writes a file, never raises `ConfigError` (problems are collected for the caller),
-knows no rule of its own.
+Hides how pydantic names the location of an error and which errors belong together in a union. It
+has no rules of its own; problems are collected for the caller.
 """
 
 from __future__ import annotations
@@ -66,9 +64,9 @@ _FORMS: Mapping[str, str] = {
         'must be a plain name for a folder, without / \\ : * ? " < > | or a dot in front'
     ),
 }
-"""What the pattern of a field asks for."""
+"""Descriptions of the patterns of fields."""
 _NAMED_LAST = ("missing", "extra_forbidden")
-"""Kinds of error whose location ends in a name that need not be in the data."""
+"""Error types whose location ends in a key that is not in the data."""
 
 
 def validated(data: Node, problems: dict[str, str]) -> RunConfig | None:
@@ -82,7 +80,7 @@ def validated(data: Node, problems: dict[str, str]) -> RunConfig | None:
 
 
 def report(problems: dict[str, str], field: str, text: str) -> None:
-    """Adds a problem, unless it speaks of a field that is wrong already and so follows from it."""
+    """Adds a problem, unless it names a field that is reported already and so follows from that."""
 
     def related(one: str, other: str) -> bool:
         return one == other or one.startswith(other + ".") or other.startswith(one + ".")
@@ -93,14 +91,14 @@ def report(problems: dict[str, str], field: str, text: str) -> None:
 
 
 def _to_messages(errors: Sequence[ErrorDetails], data: Node) -> dict[KeyPath, str]:
-    """pydantic's errors in plain words, those of one union in one sentence."""
+    """Messages by key path; the errors of one union become one message."""
     grouped: dict[KeyPath, list[ErrorDetails]] = {}
     for error in errors:
         grouped.setdefault(_key_path(error, data), []).append(error)
     worded: dict[KeyPath, str] = {}
     for path, group in grouped.items():
         if any(other[: len(path)] == path for other in grouped if other != path):
-            continue  # a union's other members, where one of its members got further
+            continue  # errors of a union's other members, if one member matched further
         if not path:  # a validator of the whole file, whose message starts with the field
             field, _, text = group[0]["msg"].removeprefix("Value error, ").partition(": ")
             worded[tuple(field.split("."))] = text
@@ -112,11 +110,11 @@ def _to_messages(errors: Sequence[ErrorDetails], data: Node) -> dict[KeyPath, st
 
 
 def _key_path(error: ErrorDetails, data: Node) -> KeyPath:
-    """Where in `data` an error lies: its location without the names of a union's members."""
+    """The key path of an error in `data`: its location without the tags of union members."""
     path: KeyPath = ()
     node, union = data, None
     for part in error["loc"]:
-        if union is not None:  # what follows is the member's key, which may be a field's name too
+        if union is not None:  # the next part is the member's tag, which may equal a field's name
             union = None
         elif has_key(node, part):
             path, node = (*path, part), node[part]
@@ -124,7 +122,7 @@ def _key_path(error: ErrorDetails, data: Node) -> KeyPath:
     if union is not None and error["type"] == "union_tag_invalid":
         return (*path, union.keyed.key)
     last = error["loc"][-1] if error["loc"] else None
-    # A value missing from a pair, such as a resolution, is the fault of the pair.
+    # A value missing from a pair, such as a resolution, is reported for the pair.
     if error["type"] in _NAMED_LAST and isinstance(last, str) and path[-1:] != (last,):
         path = (*path, last)
     return path
@@ -137,7 +135,7 @@ def _unknown(path: KeyPath, data: Node) -> str:
     if (union := members_at(section, data)) is not None:
         key, chosen = union.chosen(get_path(data, section)) or (union.keyed.default, union.default)
         known = [field for field in chosen.model_fields if field != union.keyed.key]
-        # The key's path in the text: if that is wrong itself, this is no problem of its own.
+        # The text names the key's path, so `report` drops this if the key itself is wrong.
         which, has_known = f" of {dotted(section)}.{union.keyed.key} {key}", f"{key} has"
         having = [other for other, s in union.sections.items() if name in s.model_fields]
         if having:
@@ -155,7 +153,7 @@ def _unknown(path: KeyPath, data: Node) -> str:
 
 
 def _wrong_value(path: KeyPath, group: Sequence[ErrorDetails], data: Node) -> str:
-    """Rule, value and remedy for what `group` says of the value at `path`."""
+    """Rule, value and remedy for the errors `group` of the value at `path`."""
     kinds = [error["type"] for error in group]
     value, field = group[0]["input"], field_at(path, data)
     if kinds == ["union_tag_invalid"]:
@@ -179,7 +177,7 @@ def _wrong_value(path: KeyPath, group: Sequence[ErrorDetails], data: Node) -> st
 
 
 def _remedy(field: FieldInfo | None, kinds: Sequence[str], value: object, path: KeyPath) -> str:
-    """What to do about a wrong value."""
+    """The remedy for an invalid value."""
     union = members_of(field) if field is not None else None
     if union is not None and isinstance(value, str) and value in union.sections:
         return f"write {{{union.keyed.key}: {value}}}"

@@ -1,9 +1,8 @@
-"""Places in a run file and what the schema knows there.
+"""Key paths into a run file, and what the schema declares at a key path.
 
-Hides how annotations are taken apart: sections within lists, optional ones, and unions whose
-members are told apart by a key (`method.kind`). Where a union's member matters, the file's content
-is given along, and says by its key which one is meant. Never validates, never words a message
-beyond those of `put`.
+Hides how annotations are taken apart: sections in lists, optional sections, and unions that a key
+such as `method.kind` discriminates. Where a union's member matters, the data is passed along, and
+its key selects the member.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 Node: TypeAlias = Any
-"""What the parser yields: a mapping, a list or a single value."""
+"""Parsed YAML: a mapping, a list or a scalar."""
 KeyPath: TypeAlias = tuple[str | int, ...]
-"""Where something is in a run file: names of fields and indices into lists."""
+"""Field names and list indices that lead to a value of the run file."""
 Problem: TypeAlias = tuple[str, str]
-"""Dotted path, and what is wrong there."""
+"""Dotted key path and message."""
 
 
 def is_mapping(node: object) -> TypeGuard[dict[str, Any]]:
@@ -45,7 +44,7 @@ def dotted(path: KeyPath) -> str:
 
 
 def format_value(value: object) -> str:
-    """`value` as a run file has it, cut to a length that fits a message."""
+    """`value` as it is written in a run file, shortened to fit into a message."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):
@@ -84,14 +83,14 @@ def set_path(node: Node, path: KeyPath, value: Node) -> Node:
 
 
 def has_key(node: Node, part: str | int) -> bool:
-    """Whether a mapping has this field or a list this item."""
+    """Whether a mapping has this field, or a list this index."""
     if is_list(node):
         return isinstance(part, int) and part < len(node)
     return is_mapping(node) and part in node
 
 
 def get_path(node: Node, path: KeyPath) -> Node:
-    """What lies at `path` of `node`; None if nothing does."""
+    """The value at `path` of `node`, or None."""
     for part in path:
         if not has_key(node, part):
             return None
@@ -138,7 +137,7 @@ def leaves() -> list[str]:
 def fields_at(path: KeyPath, data: Node = None) -> dict[str, FieldInfo]:
     """The fields known at `path`; none if it is a value.
 
-    Where a union lies on the way, those of the member that `data` asks for, of all its members if
+    Where a union is on the way, those of the member that `data` asks for, of all its members if
     there is no data or it asks for none of them.
     """
     here: list[type[Section]] = [RunConfig]

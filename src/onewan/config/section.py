@@ -1,4 +1,4 @@
-"""What all sections of the run file are made of: strict numbers, no unknown keys, unions by key."""
+"""Base class and field types of all sections: strict numbers, no unknown keys, unions by key."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pydantic_core.core_schema import CoreSchema, no_info_before_validator_funct
 
 _T = TypeVar("_T")
 
-# Strict, since `true` would count as 1 otherwise, and a text as the number it spells.
+# Strict, since pydantic would otherwise read `true` as 1 and "5" as 5.
 Int = Annotated[int, Field(strict=True)]
 Float = Annotated[float, Field(strict=True)]
 Size = tuple[Annotated[Int, Field(ge=1)], Annotated[Int, Field(ge=1)]]
@@ -38,7 +38,7 @@ Distinct = AfterValidator(_each_once)
 
 
 class Section(BaseModel):
-    """Base of all sections: no unknown keys, no changes after reading, documentation in place."""
+    """Base class of all sections: unknown keys are errors, instances are immutable."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False

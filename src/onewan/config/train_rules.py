@@ -96,8 +96,8 @@ def _validation_rules(config: RunConfig) -> Iterator[Problem]:
     if validation.sources and validation.share:
         yield (
             "validation.share",
-            "holds clips of the training out, and validation.sources gives others, got "
-            f"{validation.share:g}; leave out either",
+            "holds out training clips, and validation.sources gives other clips, got "
+            f"{validation.share:g}; remove one of them",
         )
     if validation.every and not validation.clips:
         yield (
@@ -106,9 +106,9 @@ def _validation_rules(config: RunConfig) -> Iterator[Problem]:
             "leave it out",
         )
     if config.train.keep_best and not (validation.every and validation.clips):
-        lacking = "every" if not validation.every else "clips"
+        missing = "every" if not validation.every else "clips"
         yield (
             "train.keep_best",
-            f"goes by the validation loss, and validation.{lacking} is 0; give "
-            f"validation.{lacking}, or leave it out",
+            f"needs the validation loss, and validation.{missing} is 0; give "
+            f"validation.{missing}, or leave it out",
         )
