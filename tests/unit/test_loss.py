@@ -41,7 +41,7 @@ def masks(frames: int = 3) -> Tensor:
     return counts
 
 
-def test_weight_one_is_the_plain_loss_to_the_bit() -> None:
+def test_weight_one_is_bit_exact_with_the_plain_loss() -> None:
     prediction, sample = pair()
     plain = prediction.detach().clone().requires_grad_()
     loss, expected = velocity_loss(prediction, sample, MSE, 1.0), F.mse_loss(plain, sample.target)
@@ -102,7 +102,7 @@ def test_loss_and_gradient_follow_the_definition(
 
 
 @pytest.mark.parametrize("kind", ["huber", "pseudo_huber"])
-def test_huber_losses_are_the_square_of_small_errors_and_straight_beyond(kind) -> None:
+def test_huber_losses_are_the_square_of_small_errors_and_linear_beyond(kind) -> None:
     prediction, sample = pair()
     choice = LossSection(kind=kind, delta=0.5)
     for size, expected in ((1e-4, 1e-8), (1e4, 2 * 0.5 * 1e4)):
@@ -113,7 +113,7 @@ def test_huber_losses_are_the_square_of_small_errors_and_straight_beyond(kind) -
     assert tiny.item() == pytest.approx(1e-10, rel=1e-5)
 
 
-def test_split_adds_up_to_the_plain_loss() -> None:
+def test_mean_and_deviation_over_frames_add_up_to_the_plain_loss() -> None:
     prediction, sample = pair()
     both = velocity_loss(prediction, sample, MSE, 2.0) - velocity_loss(prediction, sample, MSE, 1.0)
     mean_only = velocity_loss(prediction, sample, MSE, 0.0)
@@ -121,7 +121,7 @@ def test_split_adds_up_to_the_plain_loss() -> None:
 
 
 @pytest.mark.parametrize("w", [1.0, 2.0])
-def test_what_does_not_count_does_not_matter(w: float) -> None:
+def test_errors_outside_the_loss_mask_do_not_change_the_loss(w: float) -> None:
     prediction, sample = pair(counts=masks())
     with torch.no_grad():
         before = velocity_loss(prediction, sample, MSE, w)
@@ -133,7 +133,7 @@ def test_what_does_not_count_does_not_matter(w: float) -> None:
 
 
 @pytest.mark.parametrize("w", [1.0, 2.0])
-def test_a_sample_in_which_nothing_counts_has_no_loss(w: float) -> None:
+def test_a_sample_whose_loss_mask_is_zero_has_no_loss(w: float) -> None:
     counts = torch.zeros(2, 1, 3, 4, 6)
     counts[1] = 1
     prediction, sample = pair(counts=counts)

@@ -86,7 +86,7 @@ def draw(objective: Objective, whole: Batch | None = None, number: int = 7) -> N
 # ------------------------------------------------------------------------------- noising
 
 
-def test_noising_and_target() -> None:
+def test_noisy_latents_and_target_follow_the_definition() -> None:
     latents, noise = torch.randn(2, 4, 3, 4, 6), torch.randn(2, 4, 3, 4, 6)
     t = torch.tensor([0.25, 1.0])
     out = noised_batch(latents, noise, t.tolist())
@@ -111,7 +111,7 @@ EVERYTHING = Objective(
 
 
 @pytest.mark.parametrize("objective", [Objective(density=UNIFORM, seed=3), EVERYTHING])
-def test_randomness_is_counted_by_place_in_the_global_batch(objective: Objective) -> None:
+def test_a_sample_draws_the_same_in_any_division_into_micro_batches(objective: Objective) -> None:
     """Four micro-batches of one and one batch of four draw the same numbers for each sample."""
     whole = replace(batch(4), loss_weights=(1.0, 2.0, 3.0, 4.0))
     whole = replace(whole, mask=torch.rand(4, 1, 3, 4, 6).round())
@@ -133,7 +133,7 @@ def test_randomness_is_counted_by_place_in_the_global_batch(objective: Objective
     assert not torch.equal(other.target, together.target)
 
 
-def test_two_samples_of_a_batch_differ_in_all_they_draw() -> None:
+def test_two_samples_of_a_batch_draw_different_values() -> None:
     whole = batch(2)
     whole.latents[1] = whole.latents[0]
     always = replace(EVERYTHING, first_frame_probability=1.0, official_token_count=None)
@@ -143,7 +143,7 @@ def test_two_samples_of_a_batch_differ_in_all_they_draw() -> None:
         assert not torch.equal(tensor[0], tensor[1])
 
 
-def test_levels_are_the_tensor_s_numbers() -> None:
+def test_noise_levels_on_the_host_are_those_of_the_tensor() -> None:
     sample = draw(Objective(density=UNIFORM, seed=0), batch(50))
     assert sample.t_host == tuple(sample.t.tolist())
 
@@ -173,7 +173,7 @@ def test_stratified_draws_take_each_part_once_and_keep_the_density() -> None:
         assert kstest(shares(even)[:, place], "uniform").pvalue > 1e-3
 
 
-def test_shift_by_tokens() -> None:
+def test_shift_by_tokens_gives_small_clips_less_noise() -> None:
     """6 tokens for each latent frame; the same place in the distribution, of another shift."""
     plain = Objective(density=UNIFORM, seed=1)
     scaled = replace(plain, official_token_count=75)
@@ -185,7 +185,7 @@ def test_shift_by_tokens() -> None:
             assert after < before
 
 
-def test_noise_offset_is_one_number_for_each_channel_of_noise_and_target() -> None:
+def test_noise_offset_is_one_value_for_each_channel_of_noise_and_target() -> None:
     plain, offset = (Objective(density=UNIFORM, seed=1, noise_offset=o) for o in (0.0, 0.5))
     whole = batch(64, 2)
     a, b = draw(plain, whole), draw(offset, whole)
@@ -197,7 +197,7 @@ def test_noise_offset_is_one_number_for_each_channel_of_noise_and_target() -> No
     assert len(numbers.flatten().unique()) == 64 * 4
 
 
-def test_input_perturbation_is_in_the_sample_and_not_in_the_target() -> None:
+def test_input_perturbation_is_in_the_noisy_latents_and_not_in_the_target() -> None:
     plain, moved = (Objective(density=UNIFORM, seed=1, input_perturbation=g) for g in (0.0, 0.1))
     a, b = draw(plain, batch(8)), draw(moved, batch(8))
     assert torch.equal(a.target, b.target)
@@ -207,7 +207,7 @@ def test_input_perturbation_is_in_the_sample_and_not_in_the_target() -> None:
     assert abs(float((added * noise).mean())) < 0.1  # a noise of its own
 
 
-def test_clean_first_frame() -> None:
+def test_a_conditioning_frame_is_clean_and_left_out_of_the_loss() -> None:
     always = Objective(density=UNIFORM, seed=3, first_frame_probability=1.0)
     sample = draw(always)
     assert sample.clean_first_frame is not None and bool(sample.clean_first_frame.all())
@@ -225,7 +225,7 @@ def test_clean_first_frame() -> None:
     assert any(g is None for g in given)  # where no sample is given its frame, none says so
 
 
-def test_noise_in_a_given_first_frame() -> None:
+def test_noise_in_a_conditioning_frame_follows_its_distribution() -> None:
     """Its level is log-normal, at most 1; the noise is not the one of the sample."""
     latents = torch.zeros(2000, 4, 2, 8, 8)
     whole = replace(batch(2000, 2), latents=latents)
@@ -256,7 +256,7 @@ def _cut_normal(x: np.ndarray) -> np.ndarray:
     return norm.cdf(x, -1.0, 0.8) / norm.cdf(math.log(0.8), -1.0, 0.8)
 
 
-def test_masks_count_by_place() -> None:
+def test_masks_weight_each_latent_cell() -> None:
     mask = torch.rand(2, 1, 3, 4, 6, generator=torch.Generator().manual_seed(0))
     masked = replace(batch(), mask=mask)
     objective = Objective(density=UNIFORM, seed=3, unmasked_weight=0.25)
@@ -269,7 +269,7 @@ def test_masks_count_by_place() -> None:
     assert torch.equal(masked.mask, mask)  # pyright: ignore  (the batch's own is left alone)
 
 
-def test_weight_is_that_of_the_level_times_that_of_the_clip() -> None:
+def test_sample_weight_is_that_of_its_noise_level_times_that_of_its_clip() -> None:
     weighting = Curve(((0.0, 0.0), (1.0, 1.0)))
     objective = Objective(density=UniformTimesteps().density(1.0), seed=3, weighting=weighting)
     sample = draw(objective, replace(batch(), loss_weights=(1.0, 3.0)))
@@ -278,7 +278,7 @@ def test_weight_is_that_of_the_level_times_that_of_the_clip() -> None:
     assert not draw(replace(objective, weighting=None)).has_weights
 
 
-def test_fixed_noise_is_the_same_each_time_and_without_extras() -> None:
+def test_validation_noise_is_the_same_each_time_and_without_extras() -> None:
     objective = replace(EVERYTHING, first_frame_probability=1.0)
     whole = replace(batch(3), mask=torch.ones(3, 1, 3, 4, 6))
     plain = replace(whole, mask=None)
@@ -307,12 +307,12 @@ def test_fixed_noise_is_the_same_each_time_and_without_extras() -> None:
     torch.testing.assert_close(heavy.weight, 2.5 * a.weight)
 
 
-def test_levels_of_validation_are_midpoints() -> None:
+def test_validation_quantiles_are_midpoints() -> None:
     assert Objective.midpoint_quantiles(4) == (0.125, 0.375, 0.625, 0.875)
     assert Objective.midpoint_quantiles(1) == (0.5,)
 
 
-def test_target_of_the_untrained_model() -> None:
+def test_prior_samples_get_the_base_models_prediction_as_target() -> None:
     sample = draw(Objective(density=UNIFORM, seed=1))
     velocity = torch.randn_like(sample.target)
     taught = with_base_target(
@@ -323,7 +323,7 @@ def test_target_of_the_untrained_model() -> None:
     assert with_base_target(sample, velocity, batch()) is sample
 
 
-def test_objective_of_the_run_file() -> None:
+def test_objective_has_the_values_of_the_run_file() -> None:
     train = TrainSection.model_validate(
         {
             "seed": 9,
@@ -352,7 +352,7 @@ def test_objective_of_the_run_file() -> None:
     assert (plain.first_frame_probability, plain.first_frame_noise) == (0.0, None)
 
 
-def test_objective_that_an_expert_gets_nothing_of_is_refused() -> None:
+def test_an_expert_without_noise_levels_or_weights_is_refused() -> None:
     high, low = T2V.experts
     none = TrainSection(timesteps=TableTimesteps(weights=(1.0, 0.0), shift=1.0))
     with pytest.raises(ConfigError, match=r"train\.timesteps.*high expert"):
@@ -387,7 +387,7 @@ def curve(t: float) -> float:
     ],
 )
 @pytest.mark.parametrize("timesteps", [UniformTimesteps(), LogitNormalTimesteps(std=0.8)])
-def test_weights_have_their_shape_and_a_mean_of_one(
+def test_timestep_weights_have_their_shape_and_a_mean_of_one(
     weighting: Weighting, definition, timesteps: Timesteps
 ) -> None:
     """The mean by an integral over the density of t, which is the slope of its cdf."""
@@ -412,7 +412,7 @@ def test_weights_have_their_shape_and_a_mean_of_one(
         assert scale * mean / density.mass(expert) == pytest.approx(1, rel=1e-3)
 
 
-def test_min_snr_is_the_weight_of_the_clean_sample() -> None:
+def test_min_snr_weights_the_error_of_the_clean_sample() -> None:
     """min(SNR, gamma) times the error of x - t v is the weight times the error of v."""
     z, e, error, t = 0.7, -0.4, 0.05, 0.3
     x, v = (1 - t) * z + t * e, e - z

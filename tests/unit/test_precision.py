@@ -55,7 +55,9 @@ def test_error_is_a_fraction_of_that_of_plain_bfloat16(reference: WanTransformer
     assert error_ours < error_plain / 2.5, (error_ours, error_plain)
 
 
-def test_the_stream_is_float32_and_products_are_bfloat16(reference: WanTransformer3DModel) -> None:
+def test_the_residual_stream_is_float32_and_matrix_products_are_bfloat16(
+    reference: WanTransformer3DModel,
+) -> None:
     model = stored_in_bfloat16(reference)
     keep_float32_islands(model)
     seen: dict[str, torch.dtype] = {}
@@ -84,7 +86,7 @@ def test_the_stream_is_float32_and_products_are_bfloat16(reference: WanTransform
     assert {n for n, dtype in seen.items() if dtype == torch.float32} == seen.keys() - products
 
 
-def test_float32_is_untouched(reference: WanTransformer3DModel) -> None:
+def test_a_float32_model_computes_as_before(reference: WanTransformer3DModel) -> None:
     """In float32 the islands compute what diffusers computes, to the bit."""
     x, t, text = inputs()
     ours = copy.deepcopy(reference)
@@ -94,7 +96,9 @@ def test_float32_is_untouched(reference: WanTransformer3DModel) -> None:
         assert torch.equal(predict_velocity(ours, x, t, text), plain)
 
 
-def test_sides_that_do_not_divide_are_refused(reference: WanTransformer3DModel) -> None:
+def test_latents_that_do_not_divide_into_patches_are_refused(
+    reference: WanTransformer3DModel,
+) -> None:
     x, t, text = inputs()
     with pytest.raises(ValueError, match="8x7 do not divide"):
         predict_velocity(reference, x[..., :7, :], t, text)

@@ -106,7 +106,7 @@ def assert_same_video(ours: np.ndarray, theirs: np.ndarray) -> None:
     ("variant", "with_image"),
     [("t2v-a14b", False), ("i2v-a14b", True), ("ti2v-5b", False), ("ti2v-5b", True)],
 )
-def test_equals_diffusers_pipeline(folder, model, picture, variant, with_image):
+def test_a_sample_equals_that_of_diffusers_pipeline(folder, model, picture, variant, with_image):
     wanted = request(variant, image=picture if with_image else None)
     ours = WanModelSampler(model(variant)).sample(wanted)
     assert ours.shape == (5, 32, 64, 3)
@@ -166,7 +166,7 @@ def _timesteps(wanted: SampleRequest) -> torch.Tensor:
     return scheduler.timesteps
 
 
-def test_guidance_scale_matters(model):
+def test_each_guidance_scale_changes_the_video(model):
     sampler = WanModelSampler(model("t2v-a14b"))
     videos = [
         sampler.sample(request("t2v-a14b", guidance=g))
@@ -176,7 +176,7 @@ def test_guidance_scale_matters(model):
         assert not np.array_equal(videos[i], videos[j])
 
 
-def test_the_seed_decides_and_nothing_else_random(model):
+def test_the_seed_decides_and_global_generators_are_not_used(model):
     sampler = WanModelSampler(model("ti2v-5b"))
     state = torch.get_rng_state()
     first = sampler.sample(request("ti2v-5b"))
@@ -197,7 +197,7 @@ def test_image_is_scaled_to_cover_and_cropped(model, tmp_path):
     assert np.array_equal(*videos)
 
 
-def test_text_may_come_from_elsewhere(folder, model):
+def test_cached_text_embeddings_replace_the_text_encoder(folder, model):
     """With cached embeddings, unpadded, the text encoder need not be loaded."""
     whole = model("t2v-a14b")
     cached = {p: whole.encode_prompt(p) for p in (PROMPT, "blue circle")}
@@ -254,7 +254,7 @@ def snapshot(model: WanModel) -> dict[str, object]:
     return state
 
 
-def test_adapters_show_and_everything_is_as_before(training, model):
+def test_adapters_show_in_the_video_and_the_model_is_left_as_it_was(training, model):
     before = snapshot(training)
     wanted = request("t2v-a14b")
     first = WanModelSampler(training).sample(wanted)
@@ -276,7 +276,7 @@ def test_adapters_show_and_everything_is_as_before(training, model):
 
 
 @pytest.mark.parametrize("training", [torch.bfloat16], indirect=True)
-def test_bfloat16_is_near_float32(folder, training):
+def test_a_bfloat16_sample_is_near_the_float32_one(folder, training):
     """The solver and the latents stay float32; only the transformers round."""
     exact = WanModelLoader().load(folder("t2v-a14b"))
     spec = lora_config(
@@ -294,7 +294,7 @@ def test_bfloat16_is_near_float32(folder, training):
 
 @pytest.mark.parametrize("training", [torch.float32], indirect=True)
 @pytest.mark.parametrize("stop_at", [1, 3])
-def test_interruption_leaves_nothing_behind(training, stop_at):
+def test_an_interrupted_sample_leaves_the_model_as_it_was(training, stop_at):
     seen: list[tuple[int, int]] = []
 
     def on_step(step: int, steps: int) -> None:
@@ -310,7 +310,7 @@ def test_interruption_leaves_nothing_behind(training, stop_at):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
-def test_parts_change_places_on_the_device(folder, model):
+def test_experts_take_turns_on_the_device(folder, model):
     on_gpu = WanModelLoader().load(folder("t2v-a14b"))
     on_gpu.transformer_2.to("cuda")
     resident: set[tuple[bool, bool]] = set()
@@ -330,7 +330,7 @@ def test_parts_change_places_on_the_device(folder, model):
 # ------------------------------------------------------------------------------- requests and files
 
 
-def test_requests_of_a_run_file(tmp_path):
+def test_a_run_file_gives_a_request_for_each_prompt(tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     (tmp_path / "run.yaml").write_text(
         """

@@ -27,7 +27,7 @@ from onewan.variants import (
 )
 
 
-def test_another_boundary_divides_the_levels_anew() -> None:
+def test_another_boundary_changes_the_experts_ranges() -> None:
     other = VARIANTS["t2v-a14b"].with_boundary(0.5)
     assert [(e.t_min, e.t_max) for e in other.experts] == [(0.5, 1.0), (0.0, 0.5)]
     assert other.boundary == 0.5
@@ -140,7 +140,7 @@ def test_shared_facts_are_the_official_ones() -> None:
     )
 
 
-def test_selected_experts() -> None:
+def test_model_experts_selects_both_or_one() -> None:
     variant = VARIANTS["i2v-a14b"]
     assert [e.name for e in variant.selected("both")] == ["high", "low"]
     assert [e.name for e in variant.selected("low")] == ["low"]
@@ -161,7 +161,7 @@ def test_model_type_answers_as_onetrainer_asks() -> None:
 
 
 @pytest.mark.parametrize("name", CHANNELS)
-def test_variant_is_told_by_its_channels(name: str) -> None:
+def test_variant_is_recognized_by_its_input_channels(name: str) -> None:
     config = {"in_channels": CHANNELS[name][0], "image_dim": None}
     assert variant_of(config, "config.json").name == name
 
@@ -174,12 +174,14 @@ def test_variant_is_told_by_its_channels(name: str) -> None:
         ({}, "config.json: in_channels is None"),
     ],
 )
-def test_other_transformers_are_named(config: dict[str, object], said: str) -> None:
+def test_other_transformers_are_refused_with_what_they_are(
+    config: dict[str, object], said: str
+) -> None:
     with pytest.raises(CheckpointError, match=said):
         variant_of(config, "config.json")
 
 
-def test_facts_and_choices_import_no_torch() -> None:
+def test_facts_and_configuration_import_no_torch() -> None:
     code = (
         "import sys, onewan, onewan.config.load, onewan.runs.control, onewan.runs.events\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'peft', 'numpy'} & set(sys.modules)\n"
@@ -189,7 +191,7 @@ def test_facts_and_choices_import_no_torch() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_latent_statistics_of_the_5b_vae():
+def test_latent_statistics_of_the_5b_vae_are_the_official_ones():
     """Some numbers of the official table (``wan/modules/vae2_2.py``) and the sums of all."""
     mean, std = TI2V_5B_LATENTS_MEAN, TI2V_5B_LATENTS_STD
     assert len(mean) == len(std) == VARIANTS["ti2v-5b"].latent_channels

@@ -25,7 +25,7 @@ from onewan.variants import Expert, ExpertName, Variant
 
 @dataclass(kw_only=True)
 class Run:
-    """One run, built by `onewan.train.setup.WanModelSetup`."""
+    """What `onewan.train.setup.WanModelSetup` builds from a run file."""
 
     config: ResolvedRun
     model: WanModel
@@ -38,13 +38,13 @@ class Run:
     state: TrainState
     samples: list[SampleRequest]
     dropout: bool
-    """Whether a forward pass in training draws from torch's global generator."""
+    """Whether a forward pass in training draws dropout from torch's global generator."""
     warnings: list[str]
     """What the user should know before the first step."""
 
     @property
     def device(self) -> torch.device:
-        """Where the run computes."""
+        """The device of forward and backward passes."""
         return self.residency.device
 
     def bring_expert(self, name: ExpertName) -> TrainedExpert:
@@ -55,16 +55,16 @@ class Run:
         return expert
 
     def text(self, batch: Batch) -> Tensor:
-        """[B, 512, dim] embeddings of the batch's captions: as they were encoded beforehand, or,
-        where placeholders train, through the text encoder now."""
+        """[B, 512, dim] embeddings of the batch's captions: from the cache, or, if placeholders are
+        trained, from the text encoder now, so that gradients reach their vectors."""
         if batch.text is not None:
             return batch.text
         return self.model.encode_text(batch.captions)
 
     def lr_factor(self, trainable: TrainableName, step: int) -> float:
-        """What the learning rates of `trainable` are multiplied with at `step`.
+        """The factor of `trainable`'s learning rates at `step` of the run.
 
-        An expert's schedule runs over its own steps, that of embeddings over all.
+        An expert's schedule runs over the steps that train it, that of embeddings over all steps.
         """
         train = self.config.train
         return train.lr_schedule().factor(
@@ -72,7 +72,7 @@ class Run:
         )
 
     def steps_before(self, trainable: TrainableName, step: int) -> int:
-        """In how many of the steps 0 .. `step`-1 `trainable` trains."""
+        """The number of the steps 0 .. `step`-1 that train `trainable`."""
         return step if trainable == "embeddings" else self.schedule.steps_before(step, trainable)
 
     def validation_batches(self) -> list[Batch]:
