@@ -440,7 +440,7 @@ def test_rules_of_other_variants(tmp_path: Path, text: str, said: str) -> None:
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1", "cuda:10", "mps", "xpu:0"])
-def test_devices(tmp_path: Path, device: str) -> None:
+def test_every_kind_of_device_is_accepted(tmp_path: Path, device: str) -> None:
     assert load_run(write(tmp_path, T2V), [f"model.device={device}"]).model.device == device
 
 
@@ -479,7 +479,7 @@ def test_a_warm_up_ends_before_each_expert_s_last_step(
     assert found.startswith(f"train.warmup_steps: must be less than {limit}")
 
 
-def test_a_warm_up_that_one_expert_could_have_is_told_so(tmp_path: Path) -> None:
+def test_a_warm_up_that_is_too_long_for_one_expert_names_the_remedy(tmp_path: Path) -> None:
     found = only_problem(tmp_path, T2V + EACH_STEP + "warmup_steps: 7}")
     assert found.endswith("got 7; lower it, or give that expert more steps")
 
@@ -561,7 +561,7 @@ def test_json_that_can_t_be_read(tmp_path: Path, text: str, said: str) -> None:
     assert found.startswith(said)
 
 
-def test_no_file_a_folder_and_no_text(tmp_path: Path) -> None:
+def test_a_missing_file_a_plain_folder_and_other_encodings_are_named(tmp_path: Path) -> None:
     assert problems(tmp_path / "no.yaml")[0].startswith("there is no such file")
     assert problems(tmp_path)[0].startswith("is a folder without resolved.yaml")
     latin = tmp_path / "latin.yaml"

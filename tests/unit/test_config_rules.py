@@ -364,11 +364,11 @@ def test_a_broken_rule_gives_one_line_with_a_remedy(tmp_path: Path, text: str, s
         "validation: {clips: 0}",
     ],
 )
-def test_what_keeps_to_the_rules_is_read(tmp_path: Path, text: str) -> None:
+def test_valid_combinations_are_accepted(tmp_path: Path, text: str) -> None:
     load(tmp_path, text)
 
 
-def test_all_broken_rules_are_told_at_once(tmp_path: Path) -> None:
+def test_all_broken_rules_are_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(
             tmp_path,
@@ -392,7 +392,7 @@ def test_all_broken_rules_are_told_at_once(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------- filling in
 
 
-def test_alphas_are_filled_in(tmp_path: Path) -> None:
+def test_null_alphas_become_the_ranks(tmp_path: Path) -> None:
     layers = "per_module: [{modules: [ffn], rank: 4}, {modules: [attention], alpha: 3}]"
     text = f"method: {{rank: 8, {layers}}}\nper_expert: {{low: {{rank: 6}}, high: {{alpha: 1}}}}"
     config = load(tmp_path, text)
@@ -413,7 +413,7 @@ def test_alphas_are_filled_in(tmp_path: Path) -> None:
     assert started.alpha is None  # the file's own
 
 
-def test_names_steps_and_precisions_are_filled_in(tmp_path: Path) -> None:
+def test_names_steps_and_weight_precision_are_resolved(tmp_path: Path) -> None:
     text = (
         "method: {kind: embedding}\n"
         "embeddings: [{placeholder: <my-fox>}, {placeholder: b, name: c}]\n"

@@ -170,17 +170,19 @@ LEAVES = [
 ]
 
 
-def test_the_leaves_are_these() -> None:
+def test_every_field_of_the_run_file_is_listed_here() -> None:
     assert leaves() == LEAVES
 
 
-def test_there_are_not_too_many() -> None:
-    # Peers have 400 to 950. In these three, a run sees the fields of one choice alone.
+def test_the_run_file_does_not_grow() -> None:
+    # Comparable trainers have 400 to 950 fields. Drop or merge one before raising a limit.
+    assert len(LEAVES) <= 162
+    # Of these three sections, a run sees the fields of one choice only.
     choices = ("method", "optimizer", "embeddings")
     assert len([leaf for leaf in LEAVES if leaf.split(".")[0] not in choices]) <= 120
 
 
-def test_every_field_is_explained_in_the_schema() -> None:
+def test_every_field_has_a_description_in_the_schema() -> None:
     schema = json_schema()
     sections = [schema, *schema["$defs"].values()]
     silent = [
@@ -192,7 +194,7 @@ def test_every_field_is_explained_in_the_schema() -> None:
     assert silent == []
 
 
-def test_the_schema_allows_what_reading_allows() -> None:
+def test_the_schema_accepts_the_short_forms_that_reading_accepts() -> None:
     schema = json_schema()
     prompts = schema["$defs"]["SampleSection"]["properties"]["prompts"]
     assert {"type": "string"} in prompts["items"]["anyOf"]  # a mere text is a prompt

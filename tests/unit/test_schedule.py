@@ -1,4 +1,4 @@
-"""Turns of the experts and the course of the learning rate."""
+"""The expert schedule and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SCHEDULES: list[Schedule] = [
     period=st.integers(1, 12),
     steps=st.integers(1, 400),
 )
-def test_counts_are_those_of_the_turns(share: Fraction, period: int, steps: int) -> None:
+def test_step_counts_agree_with_experts(share: Fraction, period: int, steps: int) -> None:
     schedule = ExpertSchedule(experts=("high", "low"), share=share, period=period)
     counts = {"high": 0, "low": 0}
     for step in range(steps):
@@ -59,7 +59,7 @@ def test_counts_are_those_of_the_turns(share: Fraction, period: int, steps: int)
     low=st.integers(1, 200),
     period=st.integers(1, 60),
 )
-def test_budgets_come_out_exactly(high: int, low: int, period: int) -> None:
+def test_given_step_counts_are_met_exactly(high: int, low: int, period: int) -> None:
     experts = VARIANTS["t2v-a14b"].experts
     density = UniformTimesteps().density(12.0)
     schedule = expert_schedule(experts, "equal", period, density, (high, low))
@@ -81,7 +81,7 @@ def test_budgets_come_out_exactly(high: int, low: int, period: int) -> None:
     step_counts=st.tuples(st.integers(1, 60), st.integers(1, 60)),
     period=st.integers(1, 20),
 )
-def test_budgets_hold_under_any_share(
+def test_step_counts_are_met_under_any_share(
     share: Fraction, step_counts: tuple[int, int], period: int
 ) -> None:
     schedule = ExpertSchedule(
@@ -97,7 +97,7 @@ def test_equal_share_alternates_in_blocks_and_starts_high() -> None:
     assert turns == ["high"] * 3 + ["low"] * 3 + ["high"] * 3 + ["low"] * 3
 
 
-def test_share_from_the_run_file() -> None:
+def test_the_share_of_the_run_file_becomes_a_fraction() -> None:
     variant = VARIANTS["t2v-a14b"]
     density = UniformTimesteps().density(12.0)
     mass = expert_schedule(variant.experts, "density", 1, density)
@@ -125,7 +125,7 @@ def test_warm_up_does_not_start_at_zero() -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.kind)
-def test_courses_stay_above_zero_and_end_where_they_say(schedule: Schedule) -> None:
+def test_decays_stay_above_zero_and_reach_their_end_factor(schedule: Schedule) -> None:
     assert all(0 < f <= 1 for f in factors(schedule, 97, warmup=5))
     assert lr_factor(schedule, 0, 10, 0, 0) == 1
     assert lr_factor(schedule, 10, 10, 0, 0) == float(schedule.kind == "constant")
@@ -136,7 +136,7 @@ def test_courses_stay_above_zero_and_end_where_they_say(schedule: Schedule) -> N
         assert lr_factor(raised, 30, 30, 0, 0) == pytest.approx(0.2)
 
 
-def test_warm_down_falls_to_zero_from_where_the_course_ends() -> None:
+def test_cooldown_falls_to_zero_from_the_end_of_the_decay() -> None:
     assert factors(ConstantSchedule(), 10, 2, 4)[2:] == [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
     cosine = factors(CosineSchedule(end_factor=0.4), 10, 2, 4)
     assert cosine[2] == 1
@@ -156,7 +156,7 @@ def reference(build, total: int) -> list[float]:
     return rates
 
 
-def test_the_courses_of_diffusers() -> None:
+def test_decays_match_those_of_diffusers() -> None:
     """After warm-up, whose first step diffusers wastes at a rate of 0."""
     warmup, total = 6, 66
     library = {
@@ -182,7 +182,7 @@ def test_the_courses_of_diffusers() -> None:
         assert ours[warmup:] == pytest.approx(theirs[warmup:]), schedule.kind
 
 
-def test_the_warm_down_of_transformers() -> None:
+def test_the_cooldown_matches_that_of_transformers() -> None:
     theirs = reference(
         lambda o: get_wsd_schedule(
             o, num_warmup_steps=5, num_stable_steps=15, num_decay_steps=10, decay_type="linear"
@@ -192,7 +192,7 @@ def test_the_warm_down_of_transformers() -> None:
     assert factors(ConstantSchedule(), 30, 5, 10)[5:] == pytest.approx(theirs[5:])
 
 
-def test_rex() -> None:
+def test_rex_follows_the_papers_formula() -> None:
     """The paper's table: (1 - p) / (1/2 + (1 - p)/2)."""
     assert factors(RexSchedule(), 4) == pytest.approx([1, 0.75 / 0.875, 0.5 / 0.75, 0.25 / 0.625])
 

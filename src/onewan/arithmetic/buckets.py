@@ -1,7 +1,6 @@
-"""Which frames and sizes a clip trains at. Pure arithmetic: no files, no torch, no randomness.
+"""Frames and size that a clip is trained at, which decide its bucket.
 
-Hides how a training size given as an area becomes sides that the model takes. Never crops or scales
-anything; it only says to what.
+Hides how a training size that is given as an area becomes a width and height that the model takes.
 """
 
 from __future__ import annotations
@@ -12,16 +11,16 @@ from math import log
 Size = tuple[int, int]
 """(width, height) in pixels."""
 
-# An area may be exceeded by this much, so that 480p (399360) allows 848x480 for 16:9.
+# An area may be exceeded by this factor, so that 480p (399360) allows 848x480 for 16:9.
 _AREA_EXCESS = 1.05
 
-# Shapes whose logarithms differ by less count as the same: rounding sides to multiples moves them
-# by about as much, and should not decide between two areas.
+# Aspect ratios whose logarithms differ by less are taken as equal: rounding the sides to multiples
+# changes them by about as much, and must not decide between two areas.
 _SAME_SHAPE = 0.05
 
 
 def floor_to_4n_plus_1(n: int, temporal: int = 4) -> int:
-    """The largest number of frames ``temporal * k + 1 <= n`` that the VAE takes; `n` at least 1."""
+    """The largest frame count temporal * k + 1 <= n, as the VAE takes it; ValueError if n < 1."""
     if n < 1:
         raise ValueError(f"a clip has at least one frame, not {n}")
     return (n - 1) // temporal * temporal + 1
@@ -32,10 +31,10 @@ def sizes_for(
 ) -> tuple[Size, ...]:
     """The sizes that one entry of `video_data.resolution` allows for a clip, best first.
 
-    An exact size ("832x480") is the only one of its own. For an area in pixels: sides are multiples
-    of `multiple`, the area is close to the one given and at most 1.05 times it (or the smallest
-    there is), and both sides lie within `max_resolution`, either way up. Best is what changes the
-    clip's shape (`aspect`, width over height) least; half as much counts what is lost in area.
+    An exact size ("832x480") allows only itself. For an area in pixels, the sides are multiples of
+    `multiple`, the area is at most 1.05 times the given one (or the smallest possible), and both
+    sides are within `max_resolution` in either orientation. The best size has the smallest change
+    of aspect ratio (`aspect`, width over height) plus half the loss of area, both as logarithms.
     """
     if isinstance(resolution, str):
         width, _, height = resolution.partition("x")
@@ -65,10 +64,10 @@ def choose_size(
     multiple: int,
     max_resolution: Size,
 ) -> Size:
-    """The training size for a clip of `width` x `height` (shown size, square pixels).
+    """The training size for a clip of `width` x `height` (display size, square pixels).
 
-    Among several entries: those that need no upscaling, then the nearest shape, then the largest;
-    where all need upscaling, the nearest shape and then the smallest, which needs the least.
+    Of several entries, those that need no upscaling are preferred, then the nearest aspect ratio,
+    then the largest size; if all need upscaling, the nearest aspect ratio, then the smallest size.
     """
     aspect = width / height
     best = [sizes_for(entry, aspect, multiple, max_resolution)[0] for entry in resolutions]
@@ -89,6 +88,6 @@ def _within(size: Size, limit: Size) -> bool:
 
 
 def _largest_area(aspect: float, limit: Size) -> float:
-    """Area of the largest picture of this shape within `limit`, either way up."""
+    """Area of the largest frame of this aspect ratio within `limit`, in either orientation."""
     ways = (limit, limit[::-1])
     return max(min(w, h * aspect) * min(h, w / aspect) for w, h in ways)
