@@ -231,6 +231,12 @@ def test_a_file_of_other_content_is_refused_by_what_it_holds(tmp_path):
     assert "is not a whole GGUF file" in fault(path)
 
 
+def test_a_pickle_with_a_type_that_weights_never_have_is_refused(tmp_path):
+    torch.save({"a": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"a\.pth: a has the type complex64"):
+        open_tensors(tmp_path / "a.pth")
+
+
 def test_a_gguf_header_that_points_past_the_end_is_refused(tmp_path):
     path = tmp_path / "x.gguf"
     counts = struct.pack("<IQQ", 3, 0, 1)  # version, tensors, key-value pairs

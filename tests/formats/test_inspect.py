@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from onewan.checkpoint.inspect import Inspection, inspect
+from onewan.checkpoint.model_files import read_model
 from onewan.checkpoint.saver import WanModelSaver
 from onewan.cli import main
 from onewan.errors import CheckpointError
@@ -21,6 +22,7 @@ from onewan.formats.embedding import read_embedding
 from onewan.formats.key_maps import to_official, transformer_names
 from onewan.formats.weights import open_component
 from onewan.model.embedding import WanModelEmbedding
+from onewan.model.load import WanModelLoader
 
 
 def official(folder: Path) -> dict[str, torch.Tensor]:
@@ -70,6 +72,18 @@ def test_missing_components_of_a_model_are_listed(tiny_model, tmp_path):
         (tmp_path / name).symlink_to(tiny_model("t2v-a14b") / name)
     report = inspect(tmp_path)
     assert report.problems == ("has no transformer_2", "has no text_encoder", "has no tokenizer")
+
+
+def test_components_that_do_not_fit_are_reported_as_the_loader_refuses_them(tiny_model, tmp_path):
+    for name in ("transformer", "transformer_2", "text_encoder", "tokenizer"):
+        (tmp_path / name).symlink_to(tiny_model("t2v-a14b") / name)
+    (tmp_path / "vae").symlink_to(tiny_model("ti2v-5b") / "vae")
+    (problem,) = inspect(tmp_path).problems
+    for judge in (WanModelLoader().load, read_model):
+        with pytest.raises(CheckpointError) as refusal:
+            judge(tmp_path)
+        assert str(refusal.value) == problem
+    assert problem.startswith(f"{tmp_path / 'vae'}: is a VAE with 48 latent channels, but t2v-a14b")
 
 
 def test_a_whole_model_in_the_official_layout_is_described(shared):
@@ -161,7 +175,7 @@ def test_missing_and_unexpected_keys_are_listed(tmp_path):
     save_file(tensors, path)
     missing, unexpected = inspect(path).problems
     assert missing == "has 1 missing keys, such as blocks.0.attn1.to_k.weight"
-    assert unexpected == "has 1 tensors that do not belong, such as more"
+    assert unexpected == "has 1 unexpected keys, such as more"
 
 
 def lora(
