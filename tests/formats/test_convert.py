@@ -456,7 +456,7 @@ def test_existing_files_are_replaced_only_by_force(t2v, high, tmp_path):
     convert_model(high, folder, "diffusers", force=True)
     assert files_in(folder) == ["config.json", "diffusion_pytorch_model.safetensors"]
     (folder / "thesis.doc").write_text("years of work")
-    refuses("thesis.doc, which is no part of a model", high, folder, "diffusers", force=True)
+    refuses("thesis.doc, which is not part of a model", high, folder, "diffusers", force=True)
     assert (folder / "thesis.doc").exists()
     refuses(
         "is a folder, and a file will be",

@@ -1,4 +1,4 @@
-"""Putting finished files in their place: all of them or none, and never over others unasked."""
+"""Atomic publication of output files: all of them or none; refuses to overwrite without force."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onewan.files import remove_abandoned, sync, temporary_beside
 from onewan.formats.backends import first_line
 
 ProgressCallback = Callable[[int, int], None]
-"""Hears (bytes written, bytes in all)."""
+"""Called with (bytes written, total bytes)."""
 
 _OF_MODELS = (
     *("transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler"),
@@ -53,8 +53,8 @@ def check_destination(
     # --force takes the whole folder away, and that must not be somebody's home.
     if strange := [n for n in there if n not in _OF_MODELS and not n.endswith(_OF_WEIGHTS)]:
         raise CheckpointError(
-            f"{destination}: holds {_some(strange)}, which is no part of a model and which --force "
-            "would delete; give another destination"
+            f"{destination}: holds {_some(strange)}, which is not part of a model and would be "
+            "deleted by --force; give another destination"
         )
 
 

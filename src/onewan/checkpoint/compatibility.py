@@ -1,8 +1,8 @@
-"""Which programs read a file: what was measured of them, as rules over names, shapes and types.
+"""Which programs read a file: measured behavior, as rules over keys, shapes and types.
 
 Measured in November 2026 with ComfyUI 0.33 and 0.3.64, diffusers 0.42.1, musubi-tuner 30c658c and
-DiffSynth-Studio fed7b18: each spelling was loaded, and counted as read if every tensor was used and
-the result was right. Only what musubi-tuner takes as a base model is as its documentation says.
+DiffSynth-Studio fed7b18: each key format was loaded, and is called readable if every tensor was
+used and the result was right. Which base models musubi-tuner reads is taken from its documentation.
 """
 
 from __future__ import annotations

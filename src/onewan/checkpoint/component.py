@@ -1,4 +1,4 @@
-"""One component of a model on its way into a file: its weights by name, each made when it is due.
+"""The weights of one component as lazy tensors, each read or computed when it is written.
 
 The weights come from files (`from_file`) or from a module in memory (`from_module`). Nothing is
 read or computed before a writer asks for it, so that a conversion takes the memory of one weight.

@@ -1,4 +1,4 @@
-"""LoRAs and their kin merged into a model: W + the sum of what each adds, times its weight.
+"""Merges adapters into a model: W + the weighted sum of the difference that each one makes.
 
 Computed in float32 from the base model's numbers and rounded once, to the type that is written.
 Everything that the adapters do not touch stays as it is, to the bit, quantized weights included.

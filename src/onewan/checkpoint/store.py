@@ -28,12 +28,12 @@ class FoundState:
     step: int
     folder: Path
     damaged: tuple[str, ...]
-    """What is wrong with the newer ones that were passed over."""
+    """Why newer states were skipped, one line each."""
 
 
 class StateStore:
     """The states of one run; keeps the newest `keep`, and those whose step divides by `keep_every`
-    for ever."""
+    permanently."""
 
     def __init__(self, layout: RunLayout, keep: int, keep_every: int | None = None) -> None:
         self._layout = layout

@@ -1,4 +1,4 @@
-"""What `onewan convert` and `onewan merge` do; imported when one runs, as `cli.commands` is."""
+"""The commands `onewan convert` and `onewan merge`, imported only when one of them runs."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def convert(
         )
     if to not in _MODELS:
         raise CheckpointError(
-            f"{source}: holds the weights of a model, and --to {to} is for LoRAs; for models there "
-            f"is --to {', '.join(_MODELS)}"
+            f"{source}: holds the weights of a model, but --to {to} is for LoRAs; for models use "
+            f"--to {', '.join(_MODELS)}"
         )
     for option, value in (("--base", base), ("--expert", expert)):
         if value is not None:

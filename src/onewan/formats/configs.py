@@ -1,4 +1,4 @@
-"""What a component is built with: the configuration that comes with its weights, or their shapes.
+"""The configuration of a component: read beside its weights, or inferred from their shapes.
 
 A configuration is in the header of files that onewan wrote, or in config.json beside the weights in
 the diffusers and the official layout. Single files of other programs have none; there the widths

@@ -2,11 +2,11 @@
 
 `open_tensors` reads headers alone, in milliseconds for 57 GB; `TensorFile.read` fetches one tensor,
 mapped from the file and let go with the tensor, so that going through a file of any size takes the
-memory of one tensor. The kind is told by the first bytes, not by the name.
+memory of one tensor. The container is detected by its first bytes, not by its name.
 
 Nothing here runs code from a file: pickles are read by PyTorch's ``weights_only`` unpickler, and
-names of shards may not lead out of their folder. Whatever is wrong is a `CheckpointError` with the
-file, what was found and what should be there. Says nothing about what the tensors mean.
+names of shards may not lead out of their folder. Every problem raises a `CheckpointError` with
+the file, what was found and what was expected. What the tensors mean is not known here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Names of weights in the two worlds: official, and diffusers' and transformers'.
+"""Maps between official and diffusers or transformers state-dict keys.
 
 Each map is a pure renaming, one to one: no tensor is reshaped, split or joined, and output parity
 is tested on official weights. ComfyUI, musubi-tuner, GGUF and most LoRA files use official names;

@@ -86,8 +86,8 @@ class ComponentFile:
     unexpected: tuple[str, ...]
     """Keys of the file that no Wan 2.2 component of this kind has."""
     variant: Variant | None
-    """Told from the channels. None for the text encoder, which all share, and for the VAE of the
-    A14B models, which two share."""
+    """Inferred from the channels. None for the text encoder, which all variants share, and for the
+    VAE of the A14B models, which two share."""
     config: Mapping[str, Any]
     """What the diffusers or transformers class is built with."""
     tokenizer: str | None = field(default=None)
@@ -237,7 +237,7 @@ def looks_like_adapter(file: TensorFile) -> bool:
 
 
 def foreign_model(file: TensorFile) -> str | None:
-    """What model's file this is if not Wan 2.2's, in words; None if that can't be told."""
+    """The other model whose file this is, in words; None if it is not known."""
     for pattern, what in (*_RELATED_MODELS, *_OTHER_ARCHITECTURES):
         if any(re.search(pattern, name) for name in file.tensors):
             return what
@@ -245,8 +245,8 @@ def foreign_model(file: TensorFile) -> str | None:
 
 
 def open_component(source: Path | TensorFile) -> ComponentFile:
-    """What the file or folder `source` holds. CheckpointError if that is no component of Wan 2.2,
-    saying what it is instead as far as it can be told."""
+    """The component in the file or folder `source`. CheckpointError if it is none of Wan 2.2, with
+    what it is instead where that is known."""
     file = source if isinstance(source, TensorFile) else open_tensors(source)
     if looks_like_adapter(file):
         raise CheckpointError(

@@ -1,9 +1,9 @@
-"""Safetensors files, written tensor by tensor, all or nothing, and read back before they count.
+"""Writes safetensors files tensor by tensor, and reads them back before they get their name.
 
 The library's own ``save_file`` wants all tensors in memory at once. Here the header is made from
 shapes, and each tensor is made, written and let go, so that a 57 GB expert passes through the
 memory of its largest tensor. The file appears under its name only after it was written, flushed to
-the disk, read back and found equal, to the bit; if anything fails, what was there before stays.
+the disk, read back and found bit-exact; if anything fails, the old file stays.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PLACEHOLDER = "0x" + "0" * 64
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """What a file holds if the disk did its work."""
+    """Expected content, for the read-back check."""
 
     metadata: dict[str, str]
     checksums: dict[str, int]
@@ -41,7 +41,7 @@ class _Written:
 
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
-    """A tensor that is made when its turn to be written comes."""
+    """A tensor that is computed when it is written."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
