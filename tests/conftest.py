@@ -28,3 +28,12 @@ def shared() -> Path:
 def clips(shared: Path) -> Path:
     """Real clips: good, odd and bad ones."""
     return shared / "clips"
+
+
+@pytest.fixture(scope="session")
+def real_checkout() -> Path:
+    """The OneTrainer checkout that ``ONETRAINER`` names; tests do not change it."""
+    named = os.environ.get("ONETRAINER")
+    if not named:
+        pytest.skip("needs a OneTrainer checkout: make test ONETRAINER=PATH")
+    return Path(named).resolve()

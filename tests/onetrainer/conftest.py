@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,15 +11,6 @@ from support.onetrainer_runs import Lab, python_of
 from support.tiny_models import TinyModels
 
 from onewan.onetrainer.install import install
-
-
-@pytest.fixture(scope="session")
-def real_checkout() -> Path:
-    """The checkout that was named; never to be changed."""
-    named = os.environ.get("ONETRAINER")
-    if not named:
-        pytest.skip("needs a OneTrainer checkout: make test ONETRAINER=PATH")
-    return Path(named).resolve()
 
 
 @pytest.fixture(scope="session")

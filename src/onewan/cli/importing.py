@@ -12,11 +12,11 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from onewan import importing
 from onewan.config.load import load_run
 from onewan.errors import ConfigError
 from onewan.files import replacing
-from onewan.onetrainer import importing
-from onewan.onetrainer.importing import Imported
+from onewan.importing import Imported
 from onewan.variants import VariantName
 
 _MARK = "# Made by onewan from the OneTrainer config"

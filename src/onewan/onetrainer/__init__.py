@@ -3,6 +3,5 @@
 `install` adds the files of `overlay/` to a checkout and removes them again; `contract` checks a
 checkout for every name that they use. At run time they call `bootstrap`, which applies `patches` so
 that OneTrainer knows the model type, and the other modules here, which convert its configs, batches
-and files to onewan's. `importing` converts a OneTrainer config to a run file. Only the overlay, and
-`patches` when they are applied, import OneTrainer.
+and files to onewan's. Only the overlay, and `patches` when they are applied, import OneTrainer.
 """

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from onewan.importing.table import OMIT, Context, Row, convert, copied, enabled_items
 from onewan.media import IMAGE_SUFFIXES, extension
 from onewan.onetrainer import settings
-from onewan.onetrainer.importing.table import OMIT, Context, Row, convert, copied, enabled_items
 
 
 def _resolution(_: Any, context: Context) -> list[int | str]:

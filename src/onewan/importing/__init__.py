@@ -1,4 +1,4 @@
-"""OneTrainer's config, concepts and samples -> a run file, with an account of every key.
+"""Run files from other trainers' configs, with an account of every key; today OneTrainer's.
 
 Only version 11 of the config is read, of Wan 2.2 and, with notices, of HunyuanVideo. A key is
 carried (to a field of the run file), left at its default, not applicable (with the reason), or
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from onewan.errors import ConfigError
-from onewan.onetrainer.importing import (
+from onewan.importing import (
     data,
     method,
     model,
@@ -28,7 +28,7 @@ from onewan.onetrainer.importing import (
     output,
     train,
 )
-from onewan.onetrainer.importing.reading import (
+from onewan.importing.reading import (
     CONCEPT_FILE,
     SAMPLE_FILE,
     VERSION,
@@ -39,7 +39,7 @@ from onewan.onetrainer.importing.reading import (
     unsupported,
     variant_for,
 )
-from onewan.onetrainer.importing.table import (
+from onewan.importing.table import (
     Context,
     Entry,
     Outcome,
@@ -168,7 +168,7 @@ def _without_row(given: Mapping[str, Any], context: Context) -> Iterator[Entry]:
 @lru_cache(maxsize=1)
 def _no_counterpart() -> list[tuple[str, str]]:
     """(regular expression for keys, reason); the first that matches is used."""
-    file = files("onewan.onetrainer.importing").joinpath("no_counterpart.json")
+    file = files("onewan.importing").joinpath("no_counterpart.json")
     return json.loads(file.read_text(encoding="utf-8"))
 
 

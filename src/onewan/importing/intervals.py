@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onewan.onetrainer.importing.table import Context
+from onewan.importing.table import Context
 from onewan.onetrainer.settings import SettingError
 
 _MINUTES = {"SECOND": 1 / 60, "MINUTE": 1.0, "HOUR": 60.0}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from onewan.config.section import Section
+from onewan.importing.intervals import minutes, steps
+from onewan.importing.model import experts
+from onewan.importing.table import OMIT, Condition, Context, Row, copied
 from onewan.onetrainer import settings
-from onewan.onetrainer.importing.intervals import minutes, steps
-from onewan.onetrainer.importing.model import experts
-from onewan.onetrainer.importing.table import OMIT, Condition, Context, Row, copied
 
 _SCHEDULES = {
     "CONSTANT": "constant",

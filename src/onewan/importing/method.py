@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from onewan.onetrainer.importing.table import OMIT, Condition, Context, Row, convert, copied
+from onewan.importing.table import OMIT, Condition, Context, Row, convert, copied
 from onewan.onetrainer.settings import SettingError
 
 _ADAPTERS = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr", "OFT_2": "oft"}

@@ -6,9 +6,8 @@ import re
 from pathlib import PurePath
 from typing import Any
 
-from onewan.onetrainer import settings
-from onewan.onetrainer.importing.intervals import report_time, steps
-from onewan.onetrainer.importing.table import (
+from onewan.importing.intervals import report_time, steps
+from onewan.importing.table import (
     OMIT,
     Condition,
     Context,
@@ -18,6 +17,7 @@ from onewan.onetrainer.importing.table import (
     copied,
     enabled_items,
 )
+from onewan.onetrainer import settings
 
 _FORMATS = {
     "DIFFUSERS_LORA": "diffusers",

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 from support.onetrainer_configs import DEFAULTS
+from support.tiny_models import TinyModels
 
 from onewan.cli import main
 from onewan.config.load import load_run
 from onewan.config.schema import ResolvedRun
 from onewan.demo.clips import write_clips
 from onewan.errors import ConfigError
-from onewan.onetrainer.importing import (
+from onewan.importing import (
     ROWS,
     Imported,
     data,
@@ -23,7 +24,7 @@ from onewan.onetrainer.importing import (
     method,
     output,
 )
-from onewan.onetrainer.importing.table import flatten, value_at
+from onewan.importing.table import flatten, value_at
 from onewan.onetrainer.install import overlay
 
 T2V = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
@@ -409,13 +410,13 @@ def test_run_files_and_broken_files_are_not_taken_for_onetrainer_configs(tmp_pat
     assert not looks_like_onetrainer(path)
 
 
-def test_the_train_command_accepts_a_onetrainer_config(tmp_path, tiny, capsys):
+def test_the_train_command_accepts_a_onetrainer_config(tmp_path, capsys):
     """`onewan train CONFIG.json` on a tiny model and the demo's clips."""
     folder = tmp_path / "clips"
     write_clips(folder)
     config = config_of(
         folder,
-        base_model_name=str(tiny("t2v-a14b")),
+        base_model_name=str(TinyModels(tmp_path / "models")("t2v-a14b")),
         train_dtype="FLOAT_32",
         train_device="cpu",
         workspace_dir=str(tmp_path / "ws"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onewan.errors import ConfigError, OnewanError
-from onewan.onetrainer.importing.table import Context, Entry, Outcome
+from onewan.importing.table import Context, Entry, Outcome
 from onewan.variants import VARIANTS, Variant, VariantName, variant_of
 
 VERSION = 11

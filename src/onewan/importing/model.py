@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from onewan.onetrainer.importing.table import OMIT, Condition, Context, Row, copied
+from onewan.importing.table import OMIT, Condition, Context, Row, copied
 from onewan.onetrainer.settings import SettingError
 
 _IS_WAN = Condition(lambda c: c.is_wan, "a file of another model")

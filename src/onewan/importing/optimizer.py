@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from onewan.onetrainer.importing.table import OMIT, Condition, Context, Row, copied
+from onewan.importing.table import OMIT, Condition, Context, Row, copied
 
 _OPTIMIZERS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "ADAMW": ("adamw", 2, ("eps", "weight_decay")),
