@@ -12,18 +12,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from onewan.errors import ConfigError
 from onewan.variants import Expert, Variant
 
-Array = NDArray[np.float64]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
-# scipy is imported where it is used: it takes a third of a second, and reading a run file needs no
-# more than a uniform density as a rule.
+Array: TypeAlias = "NDArray[np.float64]"
+
+# numpy and scipy are imported where they are used: together they take half a second, and reading
+# most run files needs neither.
 
 _MIN_MASS = 1e-9
 """An expert's range with less probability than this has no timesteps to draw. A difference of two
@@ -88,6 +89,8 @@ class Mode:
         return float(p)  # pyright: ignore[reportArgumentType]  (a tuple only by full_output)
 
     def quantile(self, p: Array) -> Array:
+        import numpy as np
+
         return p - self.scale * (np.cos(np.pi * (1 - p) / 2) ** 2 - p)
 
 
@@ -117,10 +120,14 @@ class Table:
     """Not negative, and not all 0."""
 
     def cdf(self, u: float) -> float:
+        import numpy as np
+
         below = self._cumulative()
         return float(np.interp(u, np.linspace(0, 1, len(below)), below))
 
     def quantile(self, p: Array) -> Array:
+        import numpy as np
+
         below = self._cumulative()
         # The bin that starts at or below p and ends above it, so a bin of weight 0 is never chosen.
         last = int(np.flatnonzero(self.weights)[-1])
@@ -128,6 +135,8 @@ class Table:
         return (bin_ + (p - below[bin_]) / (below[bin_ + 1] - below[bin_])) / len(self.weights)
 
     def _cumulative(self) -> Array:
+        import numpy as np
+
         sums = np.cumsum([0.0, *self.weights])
         return sums / sums[-1]
 
@@ -147,6 +156,8 @@ class TimestepDensity:
 
     def quantile(self, p: float) -> float:
         """The timestep below which the probability is `p` in [0, 1]; the inverse of `cdf`."""
+        import numpy as np
+
         return float(self._quantiles(np.asarray(p, dtype=np.float64)))
 
     def mass(self, expert: Expert) -> float:
@@ -159,10 +170,14 @@ class TimestepDensity:
         A float32 value inside the range: below the boundary for the low expert, at or above it for
         the high expert. ConfigError if the distribution has (almost) no probability there.
         """
+        import numpy as np
+
         return float(self.truncated_quantiles(np.asarray(p, dtype=np.float64), expert))
 
     def truncated_quantiles(self, p: Array, expert: Expert) -> Array:
         """`truncated_quantile` of each of `p`."""
+        import numpy as np
+
         self.require([expert])
         low, high = self.cdf(expert.t_min), self.cdf(expert.t_max)
         t = self._quantiles(low + p * (high - low)).astype(np.float32)
@@ -211,6 +226,8 @@ def shift_factor(latents_shape: Sequence[int], official: int) -> float:
 
 def _float32_range(expert: Expert) -> tuple[np.float32, np.float32]:
     """The lowest and the highest float32 values within `expert`'s range."""
+    import numpy as np
+
     low, high = np.float32(expert.t_min), np.float32(expert.t_max)
     if float(low) < expert.t_min:
         low = np.nextafter(low, np.float32(1))

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias
 
-import numpy as np
-
 from onewan.arithmetic.timestep_density import Array, TimestepDensity
 from onewan.errors import ConfigError
 from onewan.variants import Expert
@@ -28,6 +26,8 @@ class MinSnr:
     gamma: float = 5.0
 
     def __call__(self, t: Array) -> Array:
+        import numpy as np
+
         return np.minimum((1 - t) ** 2, self.gamma * t**2)
 
 
@@ -38,6 +38,8 @@ class Curve:
     points: tuple[tuple[float, float], ...]
 
     def __call__(self, t: Array) -> Array:
+        import numpy as np
+
         timesteps, weights = zip(*self.points, strict=True)
         return np.interp(t, timesteps, weights)
 
@@ -53,6 +55,8 @@ def timestep_weights(
     The mean over `density`, truncated to the expert's range, is 1. ConfigError if all weights are 0
     there.
     """
+    import numpy as np
+
     if weighting is None:
         return np.ones_like(t)
     if text := weighting_problem(weighting, density, expert):
@@ -75,5 +79,7 @@ def weighting_problem(
 
 @lru_cache(maxsize=256)  # one for each expert and, if the shift goes by tokens, number of tokens
 def _mean_weight(weighting: TimestepWeighting, density: TimestepDensity, expert: Expert) -> float:
+    import numpy as np
+
     parts = (np.arange(_QUADRATURE) + 0.5) / _QUADRATURE
     return float(weighting(density.truncated_quantiles(parts, expert)).mean())
