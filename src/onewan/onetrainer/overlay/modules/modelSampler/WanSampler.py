@@ -2,4 +2,4 @@
 
 from modules.util.wan_addon import join
 
-join(__name__, "modules.modelSampler.wan.WanSampler")
+join(__name__)

@@ -10,20 +10,18 @@ import sys
 _disabled = False
 
 
-def join(gate: str, target: str) -> None:
-    """Import `target`, which registers itself, and copy its names into the module `gate`."""
+def join(gate: str) -> None:
+    """Import the module in the folder `wan` beside the module `gate`; it registers its classes."""
     global _disabled
     if _disabled:
         return
+    folder, _, name = gate.rpartition(".")
     try:
         importlib.import_module("onewan.onetrainer.bootstrap").extend()
-        found = importlib.import_module(target)
+        importlib.import_module(f"{folder}.wan.{name}")
     except Exception as error:  # noqa: BLE001  (the other models must still train)
         _disabled = True
         hint = ""
         if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("onewan"):
             hint = f" (install it: {sys.executable} -m pip install onewan)"
         print(f"Wan 2.2 is not available: {type(error).__name__}: {error}{hint}", file=sys.stderr)
-        return
-    names = {k: v for k, v in vars(found).items() if not k.startswith("_")}
-    vars(sys.modules[gate]).update(names)

@@ -130,22 +130,12 @@ class WanBaseDataLoader(BaseDataLoader, DataLoaderText2ImageMixin):
         if kind == "image":
             inputs += [f"{name}={getattr(config, name)}" for name in _IMAGE_INPUTS]
         else:
-            inputs += [
-                *text_names(config),
-                str(config.text_encoder.weight_dtype),
-                str(config.train_dtype),
-            ]
+            inputs += [*text_names(config), config.text_encoder.weight_dtype, config.train_dtype]
         return "wan-" + clip_adapter.cache_digest(kind, _concepts(config), inputs)
 
     def _output_modules(self, config: TrainConfig, model: WanModel, model_setup: BaseWanSetup):
-        names = [
-            "image_path",
-            *latent_names(config, model),
-            "prompt",
-            "original_resolution",
-            "crop_resolution",
-            "crop_offset",
-        ]
+        names = ["image_path", *latent_names(config, model), "prompt"]
+        names += ["original_resolution", "crop_resolution", "crop_offset"]
         names += [f"{name}_padded" for name in text_names(config)]
         return self._output_modules_from_out_names(
             model,

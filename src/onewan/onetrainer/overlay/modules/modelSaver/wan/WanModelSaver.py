@@ -1,18 +1,30 @@
-"""Full weights: a whole folder in diffusers' layout, a file for each expert, or a backup."""
+"""Savers of full weights, adapters and embeddings, by onewan's writers; registers them."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
-from modules.model.WanModel import WanModel
+from modules.model.WanModel import EXPERTS, WanModel
+from modules.modelSaver.GenericEmbeddingModelSaver import make_embedding_model_saver
+from modules.modelSaver.GenericFineTuneModelSaver import make_fine_tune_model_saver
+from modules.modelSaver.GenericLoRAModelSaver import make_lora_model_saver
+from modules.modelSaver.mixin.LoRASaverMixin import LoRASaverMixin
+from modules.util import path_util
 from modules.util.enum.ModelFormat import ModelFormat
+from modules.util.enum.ModelType import ModelType
 
 import torch
+from torch import Tensor
 
 from onewan.checkpoint.saver import WanModelSaver as Saver
+from onewan.formats.embedding import EmbeddingFile
+from onewan.model.embedding import WanModelEmbedding
 from onewan.onetrainer import model_loading, weight_files
 
 
 class WanModelSaver:
+    """Full weights: a whole folder in diffusers' layout, a file for each expert, or a backup."""
+
     def save(
         self,
         model: WanModel,
@@ -70,3 +82,110 @@ def _plain(model: WanModel, parts: list[str] | None = None):
         return model.wan
     fresh = model_loading.reload_components(model.wan, model.wan_sources, again)
     return replace(model.wan, **{part: getattr(fresh, part) for part in again})
+
+
+class WanLoRASaver(LoRASaverMixin):
+    """Adapters: a file for each expert in OneTrainer's formats; backups unchanged."""
+
+    def _get_state_dict(self, model: WanModel) -> dict[str, Tensor]:
+        # The convert tool creates no wrappers; it has only the loaded state dict.
+        state_dict = dict(model.lora_state_dict or {})
+        for part in EXPERTS:
+            adapter = getattr(model, f"{part}_lora")
+            if adapter is not None:
+                state_dict |= adapter.state_dict()
+        return state_dict
+
+    def _save(
+        self,
+        model: WanModel,
+        output_model_format: ModelFormat,
+        output_model_destination: str,
+        dtype: torch.dtype | None,
+    ):
+        if output_model_format == ModelFormat.INTERNAL:
+            self._save_internal(model, output_model_destination)
+            return
+        if output_model_format not in model.model_type.supported_lora_formats():
+            raise NotImplementedError(f"Unsupported LoRA output format: {output_model_format}")
+        state_dict = self._get_state_dict(model)
+        weight_files.save_adapters(
+            state_dict,
+            Path(output_model_destination),
+            str(output_model_format),
+            variant=None if model.wan is None else model.wan.variant,
+            metadata=self._create_safetensors_header(model, state_dict),
+            dtype=dtype,
+            report=print,
+            model=model.wan,
+        )
+        if model.train_config is not None and model.train_config.bundle_additional_embeddings:
+            # No program reads embeddings from a Wan adapter's file, so they get files beside it.
+            WanEmbeddingSaver().save_multiple(
+                model, ModelFormat.SAFETENSORS, output_model_destination, dtype
+            )
+
+
+class WanEmbeddingSaver:
+    """Embeddings: a file for each, as ComfyUI reads it."""
+
+    def save_single(
+        self,
+        model: WanModel,
+        output_model_format: ModelFormat,
+        output_model_destination: str,
+        dtype: torch.dtype | None,
+    ):
+        """The trained embedding, or in the convert tool the loaded one."""
+        found = self._all(model)
+        uuid = next(iter(found)) if model.embedding is None else model.embedding.uuid
+        self._write(found[uuid], uuid, output_model_format, output_model_destination, dtype)
+
+    def save_multiple(
+        self,
+        model: WanModel,
+        output_model_format: ModelFormat,
+        output_model_destination: str,
+        dtype: torch.dtype | None,
+    ):
+        """All others."""
+        chosen = None if model.embedding is None else model.embedding.uuid
+        if model.wan is None or not model.all_embeddings():
+            return
+        for uuid, embedding in self._all(model).items():
+            if uuid == chosen:
+                continue
+            destination = output_model_destination
+            if output_model_format != ModelFormat.INTERNAL:
+                name = path_util.safe_filename(
+                    embedding.placeholder, allow_spaces=False, max_length=None
+                )
+                destination = os.path.join(
+                    f"{output_model_destination}_embeddings", f"{name or uuid}.safetensors"
+                )
+            self._write(embedding, uuid, output_model_format, destination, dtype)
+
+    def _all(self, model: WanModel) -> dict[str, WanModelEmbedding]:
+        read = {
+            uuid: weight_files.embedding_of(uuid, file)
+            for uuid, file in model.embedding_state_dicts.items()
+            if isinstance(file, EmbeddingFile)
+        }
+        return read | {embedding.uuid: embedding for embedding in model.all_embeddings()}
+
+    def _write(self, embedding, uuid, output_model_format, destination, dtype):
+        match output_model_format:
+            case ModelFormat.SAFETENSORS:
+                path = Path(destination)
+            case ModelFormat.INTERNAL:
+                path, dtype = Path(destination) / "embeddings" / f"{uuid}.safetensors", None
+            case _:
+                raise NotImplementedError(
+                    f"Embeddings can't be saved as {output_model_format}; choose SAFETENSORS"
+                )
+        Saver().save_embedding(embedding, path, dtype=dtype)
+
+
+make_fine_tune_model_saver(ModelType.WAN_2_2, WanModel, WanModelSaver, WanEmbeddingSaver)
+make_lora_model_saver(ModelType.WAN_2_2, WanModel, WanLoRASaver, WanEmbeddingSaver)
+make_embedding_model_saver(ModelType.WAN_2_2, WanModel, WanEmbeddingSaver)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from random import Random
 
 import modules.util.multi_gpu_util as multi
-from modules.model.WanModel import EXPERTS, WanModel
+from modules.model.WanModel import WanModel
 from modules.modelSetup.BaseModelSetup import BaseModelSetup
 from modules.modelSetup.mixin.ModelSetupText2ImageMixin import ModelSetupText2ImageMixin
 from modules.util.checkpointing_util import enable_checkpointing
@@ -51,13 +51,9 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
         ):
             config.optimizer.muon_hidden_layers = "blocks"
         for part in model.expert_parts():
+            own = getattr(config, part)
             self._setup_model_part(
-                model,
-                config,
-                part,
-                getattr(config, part),
-                _checkpointed,
-                disable_fp16_autocast=True,
+                model, config, part, own, _checkpointed, disable_fp16_autocast=True
             )
             transformer = getattr(model, part)
             self._set_attention_backend(transformer, config.attention_mechanism, mask=False)
@@ -67,7 +63,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
             model, config, "text_encoder", config.text_encoder, _checkpointed_encoder
         )
         self._setup_model_part(model, config, "vae", config.vae)
-        model.wan.dtype = self._dtype(model, config)
+        model.wan.dtype = _matmul_dtype(model, config)
 
     def _make_step_adapter(self, model: WanModel, config: TrainConfig) -> step_adapter.StepAdapter:
         variant = model.wan.variant
@@ -81,31 +77,27 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
             )
         return step_adapter.step_adapter_of(config, variant, trained)
 
-    def _dtype(self, model: WanModel, config: TrainConfig) -> torch.dtype:
-        """Data type of matrix products: the train data type, not float32 for smaller weights."""
-        part = model.expert_parts()[0]
-        wanted = getattr(model, f"{part}_train_dtype").torch_dtype()
-        small = any(
-            getattr(config, p).weight_dtype.torch_dtype() != torch.float32
-            for p in model.expert_parts()
-        )
-        if wanted == torch.float32 and small:
-            other = config.fallback_train_dtype.torch_dtype()
-            return torch.bfloat16 if other in (None, torch.float32) else other
-        return wanted
-
     def _encodes_text_online(self, config: TrainConfig) -> bool:
         """Whether captions are encoded in each step, because embeddings are trained."""
         return config.train_any_embedding() or config.train_any_output_embedding()
 
     def _expert(self, model: WanModel, step: int) -> Expert:
         """The expert that trains in this step, among those whose training has not been stopped."""
-        stopped = {part for part in model.expert_parts() if self._has_stopped(model, part)}
+        stopped = set()
+        if model.parameters is not None:  # otherwise it is not set up yet
+            for part in model.expert_parts():
+                _, module = self._trained_module(model, part)
+                if module is not None and not any(p.requires_grad for p in module.parameters()):
+                    stopped.add(part)
         return self.step_adapter.expert_at(step, stopped)
 
-    def _has_stopped(self, model: WanModel, part: str) -> bool:
-        """Whether the training of this expert has ended, whatever else still trains."""
-        return False
+    def _trained_module(self, model: WanModel, part: str) -> tuple[str, torch.nn.Module | None]:
+        """What the method trains of the transformer `part`, and its name; None if nothing."""
+        return part, None
+
+    def _weight_filters(self, config: TrainConfig) -> list | None:
+        """Filters of the names of the weights to train; None for all."""
+        return None
 
     def _bring(self, model: WanModel, config: TrainConfig, *parts: str):
         """Move to the device what a step with the transformers `parts` needs, and nothing else."""
@@ -124,9 +116,42 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
         self._require_grad(model, config)
         init_model_parameters(model, groups, self.train_device)
 
+    def create_parameters(
+        self, model: WanModel, config: TrainConfig
+    ) -> NamedParameterGroupCollection:
+        groups = NamedParameterGroupCollection()
+        for embedding in self._trained_embeddings(model, config):
+            group = NamedParameterGroup(
+                unique_name=f"embeddings/{embedding.uuid}",
+                display_name=f"embeddings/{embedding.placeholder}",
+                parameters=[embedding.vectors],
+                learning_rate=config.embedding_learning_rate,
+            )
+            groups.add_group(group)
+        filters = self._weight_filters(config)
+        for part in model.expert_parts():
+            name, module = self._trained_module(model, part)
+            if module is not None:
+                self._create_model_part_parameters(
+                    groups, name, module, getattr(config, part), filters, config.debug_mode
+                )
+        return groups
+
     def _require_grad(self, model: WanModel, config: TrainConfig):
         """Let gradients reach what trains at this point of the run, and nothing else."""
-        raise NotImplementedError
+        trained = self._trained_embeddings(model, config)
+        own_configs = {own.uuid: own for own in config.all_embedding_configs()}
+        for embedding in model.all_embeddings():
+            own = own_configs.get(embedding.uuid)
+            elapsed = own and self.stop_embedding_training_elapsed(own, model.train_progress)
+            embedding.vectors.requires_grad_(embedding in trained and not elapsed)
+        for part in ("text_encoder", "vae", *model.expert_parts()):
+            getattr(model, part).requires_grad_(False)
+        for part in model.expert_parts():
+            name, module = self._trained_module(model, part)
+            self._setup_model_part_requires_grad(
+                name, module, getattr(config, part), model.train_progress
+            )
 
     def after_optimizer_step(
         self, model: WanModel, config: TrainConfig, train_progress: TrainProgress
@@ -152,7 +177,14 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
         for wanted in config.all_embedding_configs():
             held = model.embedding_state_dicts.get(wanted.uuid)
             if held is None:
-                embedding = replace(self._initial(model, wanted), uuid=wanted.uuid)
+                initial = WanModelEmbedding.initial(
+                    model.wan,
+                    placeholder=wanted.placeholder,
+                    initial_text=wanted.initial_embedding_text,
+                    token_count=wanted.token_count,
+                    is_output_embedding=wanted.is_output_embedding,
+                )
+                embedding = replace(initial, uuid=wanted.uuid)
             else:
                 embedding = weight_files.embedding_of(wanted.uuid, held, wanted.placeholder)
             embedding.to(self.train_device)
@@ -162,45 +194,11 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
                 model.wan.additional_embeddings.append(embedding)
         self._norms = {e.uuid: _norm(e.vectors) for e in model.all_embeddings()}
 
-    @staticmethod
-    def _initial(model: WanModel, wanted):
-        return WanModelEmbedding.initial(
-            model.wan,
-            placeholder=wanted.placeholder,
-            initial_text=wanted.initial_embedding_text,
-            token_count=wanted.token_count,
-            is_output_embedding=wanted.is_output_embedding,
-        )
-
-    def _add_embedding_groups(
-        self, model: WanModel, config: TrainConfig, groups: NamedParameterGroupCollection
-    ):
-        for embedding in self._trained_embeddings(model, config):
-            groups.add_group(
-                NamedParameterGroup(
-                    unique_name=f"embeddings/{embedding.uuid}",
-                    display_name=f"embeddings/{embedding.placeholder}",
-                    parameters=[embedding.vectors],
-                    learning_rate=config.embedding_learning_rate,
-                )
-            )
-
     def _trained_embeddings(self, model: WanModel, config: TrainConfig) -> list:
         trained = {e.uuid for e in config.additional_embeddings if e.train}
         if str(config.training_method) == "EMBEDDING":
             trained.add(config.embedding.uuid)
         return [e for e in model.all_embeddings() if e.uuid in trained]
-
-    def _embeddings_require_grad(self, model: WanModel, config: TrainConfig):
-        trained = self._trained_embeddings(model, config)
-        for embedding in model.all_embeddings():
-            of_own = next(
-                (c for c in config.all_embedding_configs() if c.uuid == embedding.uuid), None
-            )
-            elapsed = of_own is not None and self.stop_embedding_training_elapsed(
-                of_own, model.train_progress
-            )
-            embedding.vectors.requires_grad_(embedding in trained and not elapsed)
 
     def _keep_norms(self, model: WanModel, config: TrainConfig):
         if not config.preserve_embedding_norm:
@@ -227,20 +225,12 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
             return self._validate(model, config, clips)
         expert = self._expert(model, step)
         self._bring(model, config, expert.component)
-        ranks = multi.world_size() if config.multi_gpu else 1
-        rank = multi.rank() if config.multi_gpu else 0
+        rank, ranks = (multi.rank(), multi.world_size()) if config.multi_gpu else (0, 1)
         sample = self.step_adapter.add_noise(clips, step, expert, rank=rank, ranks=ranks)
         if config.dropout_probability:
             # A resumed run drops out the same activations as an uninterrupted one.
             torch.manual_seed(self.step_adapter.dropout_seed(step, rank))
-        predicted = self._velocity(model, expert.component, clips, sample)
-        return {
-            "loss_type": "target",
-            "timestep": _timestep(sample),
-            "predicted": predicted,
-            "target": sample.target,
-            "samples": [sample],
-        }
+        return _prediction([sample], [self._velocity(model, expert.component, clips, sample)])
 
     def _clips(self, model: WanModel, batch: dict, config: TrainConfig, step: int | None):
         captions = list(batch["prompt"])
@@ -277,32 +267,22 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
             samples.append(sample)
             predicted.append(self._velocity(model, expert.component, clips, sample))
             transformer.train()
-        return {
-            "loss_type": "target",
-            "timestep": torch.cat([_timestep(sample) for sample in samples]),
-            "predicted": torch.cat(predicted),
-            "target": torch.cat([sample.target for sample in samples]),
-            "samples": samples,
-        }
+        return _prediction(samples, predicted)
 
     def calculate_loss(
         self, model: WanModel, batch: dict, data: dict, config: TrainConfig
     ) -> Tensor:
         samples = data["samples"]
         size = len(data["predicted"]) // len(samples)
+        prior = data.get("prior_target")
         losses = []
         for number, sample in enumerate(samples):
             part = slice(number * size, (number + 1) * size)
-            prior = data.get("prior_target")
-            losses.append(
-                self.step_adapter.loss(
-                    # For prior concepts, the trainer has replaced the targets by the base model's
-                    # predictions.
-                    replace(sample, target=data["target"][part].float()),
-                    data["predicted"][part],
-                    None if prior is None else prior[part],
-                )
-            )
+            # For prior concepts, the trainer has replaced the targets by the base model's
+            # predictions.
+            sample = replace(sample, target=data["target"][part].float())
+            outside = None if prior is None else prior[part]
+            losses.append(self.step_adapter.loss(sample, data["predicted"][part], outside))
         scale = config.loss_scaler.get_scale(config.batch_size, config.gradient_accumulation_steps)
         loss = torch.stack(losses).mean() * scale
         if torch.is_grad_enabled() and not loss.requires_grad:
@@ -321,8 +301,27 @@ def _checkpointed_encoder(module, config, part):
     return enable_checkpointing(module, config, part, config.compile, [(UMT5Block, [])])
 
 
-def _timestep(sample: NoisedBatch) -> Tensor:
-    return (sample.t * 1000).long().clamp(max=999)
+def _matmul_dtype(model: WanModel, config: TrainConfig) -> torch.dtype:
+    """Data type of matrix products: the train data type, not float32 for smaller weights."""
+    parts = model.expert_parts()
+    wanted = getattr(model, f"{parts[0]}_train_dtype").torch_dtype()
+    weights = {getattr(config, part).weight_dtype.torch_dtype() for part in parts}
+    if wanted != torch.float32 or weights == {torch.float32}:
+        return wanted
+    other = config.fallback_train_dtype.torch_dtype()
+    return torch.bfloat16 if other in (None, torch.float32) else other
+
+
+def _prediction(samples: list[NoisedBatch], predicted: list[Tensor]) -> dict:
+    """What OneTrainer's trainer takes from `predict`, and the samples for the loss."""
+    levels = torch.cat([sample.t for sample in samples])
+    return {
+        "loss_type": "target",
+        "timestep": (levels * 1000).long().clamp(max=999),
+        "predicted": torch.cat(predicted),
+        "target": torch.cat([sample.target for sample in samples]),
+        "samples": samples,
+    }
 
 
 def _dropped(probability: float, step: int | None, count: int) -> list[bool]:
@@ -336,6 +335,3 @@ def _dropped(probability: float, step: int | None, count: int) -> list[bool]:
 def _norm(vectors: Tensor) -> Tensor:
     """OneTrainer's norm of an embedding: the mean over the tokens of their standard deviation."""
     return vectors.detach().std(dim=1).mean()
-
-
-__all__ = ["EXPERTS", "BaseWanSetup"]

@@ -1,4 +1,4 @@
-"""Adapters on the experts, by OneTrainer's own modules; registers itself."""
+"""The setup of each training method; registers them."""
 
 import copy
 import re
@@ -6,35 +6,44 @@ import re
 from modules.model.WanModel import WanModel
 from modules.modelSetup.BaseModelSetup import BaseModelSetup
 from modules.modelSetup.wan.BaseWanSetup import BaseWanSetup
-from modules.modelSetup.wan.filters import names_of
 from modules.module.LoRAModule import LoRAModuleWrapper
 from modules.util import factory
 from modules.util.config.TrainConfig import TrainConfig
 from modules.util.enum.ModelType import ModelType
 from modules.util.enum.TrainingMethod import TrainingMethod
-from modules.util.NamedParameterGroup import NamedParameterGroupCollection
+from modules.util.ModuleFilter import ModuleFilter
 from modules.util.torch_util import state_dict_has_prefix
 
 import torch
+from torch import nn
 
+from onewan.adapters.select import block_of
 from onewan.onetrainer import settings
 from onewan.seeds import derive_seed
 
 
+@factory.register(BaseModelSetup, ModelType.WAN_2_2, TrainingMethod.EMBEDDING)
+class WanEmbeddingSetup(BaseWanSetup):
+    """Embeddings alone; the base class trains them beside the experts too."""
+
+
+@factory.register(BaseModelSetup, ModelType.WAN_2_2, TrainingMethod.FINE_TUNE)
+class WanFineTuneSetup(BaseWanSetup):
+    """The experts' own weights."""
+
+    def _trained_module(self, model: WanModel, part: str) -> tuple[str, nn.Module | None]:
+        return part, getattr(model, part)
+
+    def _weight_filters(self, config: TrainConfig) -> list:
+        return _filters(config)
+
+
 @factory.register(BaseModelSetup, ModelType.WAN_2_2, TrainingMethod.LORA)
 class WanLoRASetup(BaseWanSetup):
-    def create_parameters(
-        self, model: WanModel, config: TrainConfig
-    ) -> NamedParameterGroupCollection:
-        groups = NamedParameterGroupCollection()
-        self._add_embedding_groups(model, config, groups)
-        for part in model.expert_parts():
-            adapter = getattr(model, f"{part}_lora")
-            if adapter is not None:
-                self._create_model_part_parameters(
-                    groups, f"{part}_lora", adapter, getattr(config, part)
-                )
-        return groups
+    """Adapters on the experts, by OneTrainer's own modules."""
+
+    def _trained_module(self, model: WanModel, part: str) -> tuple[str, nn.Module | None]:
+        return f"{part}_lora", getattr(model, f"{part}_lora")
 
     def setup_model(self, model: WanModel, config: TrainConfig):
         loaded = model.lora_state_dict or {}
@@ -55,7 +64,7 @@ class WanLoRASetup(BaseWanSetup):
     def _adapter(self, model: WanModel, config: TrainConfig, part: str) -> LoRAModuleWrapper:
         transformer = getattr(model, part)
         filters = config.layer_filter.split(",")
-        names = names_of(config, transformer)
+        names = _adapted_layers(config, transformer)
         config = copy.copy(config)
         if names is not None:
             config.layer_filter_regex = True
@@ -69,20 +78,35 @@ class WanLoRASetup(BaseWanSetup):
             torch.manual_seed(derive_seed(settings.SEED, "onetrainer adapter", part))
             return LoRAModuleWrapper(transformer, part, config, filters)
 
-    def _require_grad(self, model: WanModel, config: TrainConfig):
-        self._embeddings_require_grad(model, config)
-        for part in ("text_encoder", "vae", *model.expert_parts()):
-            getattr(model, part).requires_grad_(False)
-        for part in model.expert_parts():
-            self._setup_model_part_requires_grad(
-                f"{part}_lora",
-                getattr(model, f"{part}_lora"),
-                getattr(config, part),
-                model.train_progress,
-            )
 
-    def _has_stopped(self, model: WanModel, part: str) -> bool:
-        if model.parameters is None:
-            return False  # not set up yet
-        adapter = getattr(model, f"{part}_lora")
-        return adapter is not None and not any(p.requires_grad for p in adapter.parameters())
+class _InBlocks:
+    """A layer filter that matches in some blocks only."""
+
+    def __init__(self, inner: ModuleFilter, blocks: tuple[int, ...]):
+        self._inner = inner
+        self._blocks = blocks
+
+    def matches(self, module_name: str) -> bool:
+        return block_of(module_name) in self._blocks and self._inner.matches(module_name)
+
+    def was_used(self) -> bool:
+        return self._inner.was_used()
+
+
+def _filters(config: TrainConfig) -> list:
+    """OneTrainer's layer filter, within the selected blocks."""
+    filters = ModuleFilter.create(config)
+    blocks = settings.layers_of(config)
+    return filters if blocks is None else [_InBlocks(f, blocks) for f in filters]
+
+
+def _adapted_layers(config: TrainConfig, transformer: nn.Module) -> list[str] | None:
+    """The linear layers that get an adapter; None if no blocks are selected."""
+    if settings.layers_of(config) is None:
+        return None
+    filters = _filters(config)
+    return [
+        name
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and any(f.matches(name) for f in filters)
+    ]

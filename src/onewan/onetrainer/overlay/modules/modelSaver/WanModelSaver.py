@@ -1,0 +1,5 @@
+"""Wan 2.2; see `modules.modelSaver.wan.WanModelSaver`."""
+
+from modules.util.wan_addon import join
+
+join(__name__)

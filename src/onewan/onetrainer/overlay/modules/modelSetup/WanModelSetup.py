@@ -1,0 +1,5 @@
+"""Wan 2.2; see `modules.modelSetup.wan.WanModelSetup`."""
+
+from modules.util.wan_addon import join
+
+join(__name__)
