@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from onewan.config.schema import RunConfig
-from onewan.config.schema_paths import members_of, sections_of
-from onewan.config.section import Section
+from onewan.config.section import Section, members_of, sections_of
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo

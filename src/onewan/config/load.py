@@ -5,56 +5,38 @@ problems are reported at once in one `ConfigError` with a line per field: first 
 once every field is valid, all broken rules.
 """
 
-# ruamel.yaml is typed in part only.
-# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
-
 from __future__ import annotations
 
-import io
-import json
 import os
-import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 from types import NoneType
-from typing import TYPE_CHECKING, Any, cast
-
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
-from ruamel.yaml.reader import ReaderError
-from ruamel.yaml.representer import SafeRepresenter
+from typing import Any, get_args
 
 from onewan.config.messages import report, validated
 from onewan.config.resolve import resolve
 from onewan.config.rules import rule_violations
-from onewan.config.schema import COMPONENTS, SCHEMA_VERSION, ResolvedRun, RunConfig
+from onewan.config.schema import COMPONENTS, SCHEMA_VERSION, ResolvedRun
 from onewan.config.schema_paths import (
     KeyPath,
     Node,
-    alternatives,
     dotted,
     field_at,
-    fields_at,
     format_value,
     get_path,
-    holds_path,
     is_list,
     is_mapping,
     is_tuple,
-    members_at,
-    sections_of,
-    set_path,
-    value_if_null,
 )
-from onewan.config.section import Section
+from onewan.config.section import Section, is_section, members_of, sections_of
 from onewan.config.unused import unused_fields
 from onewan.errors import ConfigError
-
-if TYPE_CHECKING:
-    from ruamel.yaml.error import StreamMark
+from onewan.yaml_json import parse_json, parse_yaml, to_yaml
 
 RESOLVED_NAME = "resolved.yaml"
 """File in a run folder with the text of `dump_run`; a folder that has it is a run folder."""
+_MODEL_SOURCES = [(name,) for name in ("path", *COMPONENTS)]
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> ResolvedRun:
@@ -66,20 +48,19 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> ResolvedRun:
     path = Path(path)
     source = str(path)
     file = path / RESOLVED_NAME if path.is_dir() else path
-    data: Node = _read(file, source)
-    for name in RunConfig.model_fields:
-        if data.get(name) is None and (empty := value_if_null((name,))) is not None:
-            data = {**data, name: empty}  # such as `sample:` whose fields are all commented out
-    data = _expand_short_forms(data, (), file.parent)
-    if file is not path and is_mapping(data["output"]):
-        here = Path(os.path.abspath(path))  # the folder may have been moved or renamed
-        data["output"] = {**data["output"], "dir": str(here.parent), "name": here.name}
-
+    data: Node = _absolute_paths(_read(file, source), (), file.parent)
+    if data.get("model") is None:
+        data["model"] = {}  # so that its required fields are named
     problems: dict[str, str] = {}
-    for override in overrides:
-        data = _overridden(data, override, problems)
-    if is_mapping(data["output"]) and data["output"].get("name") is None:
-        data = set_path(data, ("output", "name"), file.stem)
+    with suppress(ValueError):  # `output` is no section, which is reported below
+        if file is not path:
+            here = Path(os.path.abspath(path))  # the folder may have been moved or renamed
+            data = _with_value(data, ("output", "dir"), str(here.parent))
+            data = _with_value(data, ("output", "name"), here.name)
+        for override in overrides:
+            data = _overridden(data, override, problems)
+        if get_path(data, ("output", "name")) is None:
+            data = _with_value(data, ("output", "name"), file.stem)
 
     config = validated(data, problems)
     if config is not None and not problems:
@@ -95,15 +76,7 @@ def dump_run(config: ResolvedRun) -> str:
     data = config.model_dump(mode="json")
     for *section, name in (path for path, _ in unused_fields(config)):
         get_path(data, tuple(section)).pop(name, None)
-    yaml = YAML(typ="safe", pure=True)
-    yaml.Representer = _Representer
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
-    yaml.allow_unicode = True
-    yaml.width = 1_000_000  # a prompt stays on one line
-    text = io.StringIO()
-    yaml.dump(data, text)
-    return text.getvalue()
+    return to_yaml(data)
 
 
 def changed_fields(old: ResolvedRun, new: ResolvedRun) -> list[tuple[str, object, object]]:
@@ -137,7 +110,7 @@ def _read(file: Path, source: str) -> dict[str, Any]:
     """The top mapping of a YAML or JSON file."""
     try:
         text = file.read_bytes().decode("utf-8-sig")
-        data = _parse_json(text) if file.suffix.lower() == ".json" else _parse_yaml(text)
+        data = parse_json(text) if file.suffix.lower() == ".json" else parse_yaml(text)
     except FileNotFoundError:
         problem = "there is no such file; `onewan init` writes one to start from"
         if source != str(file):
@@ -166,48 +139,6 @@ def _read(file: Path, source: str) -> dict[str, Any]:
     return data
 
 
-def _parse_yaml(text: str) -> Node:
-    """Parses YAML 1.2; ValueError with line and column, in one line."""
-    try:
-        # pure=True, since the C parser follows YAML 1.1, where `off` is false and 1e-4 is a string.
-        return YAML(typ="safe", pure=True).load(text)
-    except MarkedYAMLError as error:
-        mark = cast("StreamMark | None", error.problem_mark)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        what = str(error.problem)
-        if what.startswith("but "):
-            what = f"{error.context}, {what}"
-        elif "'\\t'" in what:
-            what = "a tab; indent with spaces"
-        elif twice := re.match(r'found duplicate key "(.*)" with value', what, re.DOTALL):
-            what = f"'{twice[1]}' is given twice; keep one"
-        raise ValueError(f"{where}{what}") from None
-    except ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise ValueError(
-            f"line {line}: {text[error.position]!r} is not allowed; remove it"
-        ) from None
-    except ValueError as error:  # a date such as 2026-13-01
-        raise ValueError(f"holds a value that can't be read: {error}; put it in quotes") from None
-
-
-def _parse_json(text: str) -> Node:
-    """Parses JSON; ValueError with line and column, in one line."""
-
-    def mapping(pairs: list[tuple[str, Node]]) -> dict[str, Node]:
-        for position, (key, _) in enumerate(pairs):
-            if any(key == other for other, _ in pairs[:position]):
-                raise ValueError(f"'{key}' is given twice; keep one")
-        return dict(pairs)
-
-    if not text.strip():
-        return None
-    try:
-        return json.loads(text, object_pairs_hook=mapping)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
-
-
 # ---------------------------------------------------------------------------------------- overrides
 
 
@@ -222,8 +153,8 @@ def _overridden(data: Node, override: str, problems: dict[str, str]) -> Node:
         return data
     path = tuple(int(part) if part.isdecimal() else part for part in parts)
     try:
-        value = _expand_short_forms(_override_value(path, text), path, Path.cwd())
-        return set_path(data, path, value)
+        value = _absolute_paths(_override_value(path, text), path, Path.cwd())
+        return _with_value(data, path, value)
     except ValueError as error:
         problems[dotted(path)] = str(error)
         return data
@@ -236,69 +167,67 @@ def _override_value(path: KeyPath, text: str) -> Node:
     """
     text = text.strip()
     field = field_at(path)
-    plain = field is not None and alternatives(field.annotation) <= {str, Path, NoneType}
-    if plain and text not in ("", "null") and not text.startswith(("'", '"')):
+    kind = field.annotation if field is not None else None
+    literal = field is not None and set(get_args(kind) or (kind,)) <= {str, Path, NoneType}
+    if literal and text not in ("", "null") and not text.startswith(("'", '"')):
         return text
     try:
-        return _parse_yaml(text)
+        return parse_yaml(text)
     except ValueError as error:
         raise ValueError(f"can't read {text!r} as YAML ({error}); quote the value") from None
 
 
-# -------------------------------------------------------------------------------------- short forms
+def _with_value(node: Node, path: KeyPath, value: Node, at: KeyPath = ()) -> Node:
+    """A copy of `node`, which lies at `at`, with `value` at `path` within it; mappings and lists
+    that are missing on the way are made.
+
+    A copy, since YAML's aliases let one mapping lie in several places. ValueError where `path`
+    leads through something that has no such part.
+    """
+    if not path:
+        return value
+    part, rest, inner = path[0], path[1:], (*at, path[0])
+    field = field_at(at)
+    if node is None and field is not None and is_section(field):
+        node = {}
+    if isinstance(part, int):
+        items: Node = [] if node is None else node
+        if not is_list(items):
+            raise ValueError(f"has no item {part}, got {format_value(node)}; name a field")
+        if part > len(items):
+            raise ValueError(f"the list has {len(items)} items; the next one is {len(items)}")
+        item = items[part] if part < len(items) else None
+        return [*items[:part], _with_value(item, rest, value, inner), *items[part + 1 :]]
+    fields: Node = {} if node is None else node
+    if union := members_of(field):
+        fields = union.keyed.complete(fields)  # a name that stands for a section
+    if not is_mapping(fields):
+        raise ValueError(f"has no field '{part}', got {format_value(node)}; set that instead")
+    return {**fields, part: _with_value(fields.get(part), rest, value, inner)}
 
 
-def _expand_short_forms(node: Node, path: KeyPath, base: Path) -> Node:
-    """A copy of `node`, the value at `path`, with paths made absolute from `base`, null sections
-    replaced by empty ones, and texts that stand for a section replaced by it.
+# ------------------------------------------------------------------------------------ files' paths
+
+
+def _absolute_paths(node: Node, path: KeyPath, base: Path) -> Node:
+    """A copy of `node`, the value at `path`, with all paths in it made absolute from `base`.
 
     Keys become strings: YAML also allows numbers, which are unknown fields like any other.
     """
-    if node is None:
-        return value_if_null(path)
-    union = members_at(path)
-    if union is not None and union.keyed.text:
-        node = union.keyed.complete(node)
-    if is_mapping(node) and fields_at(path):
-        return {
-            str(k): _expand_short_forms(value, (*path, str(k)), base) for k, value in node.items()
-        }
+    field = field_at(path)
+    kind = field.annotation if field is not None else None
+    if is_mapping(node) and (not path or sections_of(kind)):
+        return {str(k): _absolute_paths(value, (*path, str(k)), base) for k, value in node.items()}
     if is_list(node) and not (path and isinstance(path[-1], int)):
-        return [_expand_short_forms(item, (*path, index), base) for index, item in enumerate(node)]
-    if not isinstance(node, str):
-        return node
-    if holds_path(path):
+        return [_absolute_paths(item, (*path, index), base) for index, item in enumerate(node)]
+    if isinstance(node, str) and Path in (kind, *get_args(kind)):
         return _joined(base, node)
-    if len(path) == 2 and path[0] == "model" and path[1] in ("path", *COMPONENTS):
+    if isinstance(node, str) and path[:1] == ("model",) and path[1:] in _MODEL_SOURCES:
         here = node.startswith((".", "/", "~")) or PureWindowsPath(node).drive
         # Anything else names a hub repository, unless such a file or folder exists.
         return _joined(base, node) if here or os.path.exists(base / node) else node
     return node
 
 
-def _joined(base: Path, path: str | Path) -> str:
+def _joined(base: Path, path: str) -> str:
     return os.path.abspath(base / os.path.expanduser(path))
-
-
-# ------------------------------------------------------------------------------------------ writing
-
-
-class _Representer(SafeRepresenter):
-    """Writes scalars that readers of YAML 1.1 and of 1.2 understand alike."""
-
-    def text(self, value: str) -> Any:
-        # Unquoted, YAML 1.1 reads these as booleans. Non-ASCII text is quoted, since the emitter
-        # writes line separators such as U+0085 unescaped, which are read back as spaces.
-        boolean = value.lower() in ("y", "n", "yes", "no", "on", "off")
-        style = '"' if boolean or not (value.isascii() and value.isprintable()) else None
-        return self.represent_scalar("tag:yaml.org,2002:str", value, style=style)
-
-    def number(self, value: float) -> Any:
-        text = repr(value)
-        if "e" in text and "." not in text:
-            text = text.replace("e", ".0e")  # YAML 1.1 reads 1e-08 as a string
-        return self.represent_scalar("tag:yaml.org,2002:float", text)
-
-
-_Representer.add_representer(str, _Representer.text)
-_Representer.add_representer(float, _Representer.number)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import NoneType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -19,17 +20,12 @@ from onewan.config.schema_paths import (
     KeyPath,
     Node,
     dotted,
-    field_at,
-    fields_at,
     format_value,
     get_path,
     has_key,
     leaves,
-    literals,
-    members_at,
-    members_of,
 )
-from onewan.config.section import Section
+from onewan.config.section import Members, Section, members_of, sections_of
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -65,16 +61,22 @@ _FORMS: Mapping[str, str] = {
     ),
 }
 """Descriptions of the patterns of fields."""
-_NAMED_LAST = ("missing", "extra_forbidden")
-"""Error types whose location ends in a key that is not in the data."""
 
 
-def validated(data: Node, problems: dict[str, str]) -> RunConfig | None:
+def validated(data: dict[str, Node], problems: dict[str, str]) -> RunConfig | None:
     """The config, or None with all that pydantic finds wrong added to `problems`."""
+    groups: dict[KeyPath, tuple[_Place, list[ErrorDetails]]] = {}
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        for path, text in _to_messages(error.errors(include_url=False), data).items():
+        for details in error.errors(include_url=False):
+            place = _place(details, data)
+            groups.setdefault(place.path, (place, []))[1].append(details)
+    for path, (place, errors) in groups.items():
+        # Where one type of a union matched further, the error within the value says more.
+        if not any(other[: len(path)] == path for other in groups if other != path):
+            unknown = errors[0]["type"] == "extra_forbidden"
+            text = _unknown(place) if unknown else _wrong_value(place, errors)
             report(problems, dotted(path), text)
     return None
 
@@ -90,60 +92,61 @@ def report(problems: dict[str, str], field: str, text: str) -> None:
         problems[field] = text
 
 
-def _to_messages(errors: Sequence[ErrorDetails], data: Node) -> dict[KeyPath, str]:
-    """Messages by key path; the errors of one union become one message."""
-    grouped: dict[KeyPath, list[ErrorDetails]] = {}
-    for error in errors:
-        grouped.setdefault(_key_path(error, data), []).append(error)
-    worded: dict[KeyPath, str] = {}
-    for path, group in grouped.items():
-        if any(other[: len(path)] == path for other in grouped if other != path):
-            continue  # errors of a union's other members, if one member matched further
-        if not path:  # a validator of the whole file, whose message starts with the field
-            field, _, text = group[0]["msg"].removeprefix("Value error, ").partition(": ")
-            worded[tuple(field.split("."))] = text
-        elif group[0]["type"] == "extra_forbidden":
-            worded[path] = _unknown(path, data)
-        else:
-            worded[path] = _wrong_value(path, group, data)
-    return worded
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where in the run file an error is."""
+
+    path: KeyPath
+    field: FieldInfo | None
+    """None at an item of a list, and where there is no such field."""
+    section: type[Section]
+    """The section around it."""
+    union: Members | None
+    """The union that the section belongs to, or whose key is wrong."""
+    kind: str
+    """The value of the union's key for the section."""
 
 
-def _key_path(error: ErrorDetails, data: Node) -> KeyPath:
-    """The key path of an error in `data`: its location without the tags of union members."""
+def _place(error: ErrorDetails, data: Node) -> _Place:
+    """The place of an error, whose location names the chosen members of unions too."""
     path: KeyPath = ()
-    node, union = data, None
+    place = _Place((), None, RunConfig, None, "")
+    section: type[Section] | None = RunConfig  # of which the next part is a field
+    union, kind, entered = None, "", None
     for part in error["loc"]:
-        if union is not None:  # the next part is the member's tag, which may equal a field's name
-            union = None
-        elif has_key(node, part):
-            path, node = (*path, part), node[part]
-            union = members_at(path, data)
-    if union is not None and error["type"] == "union_tag_invalid":
-        return (*path, union.keyed.key)
-    last = error["loc"][-1] if error["loc"] else None
-    # A value missing from a pair, such as a resolution, is reported for the pair.
-    if error["type"] in _NAMED_LAST and isinstance(last, str) and path[-1:] != (last,):
-        path = (*path, last)
-    return path
+        if entered is not None:  # the part is the value of this union's key
+            section, union, kind, entered = entered.sections[str(part)], entered, str(part), None
+        elif section is None or isinstance(part, int):
+            # An item, a key of a mapping, or (not in the data) a type in a union of scalars. A
+            # value missing from a pair, such as a resolution, is reported for the pair.
+            if has_key(get_path(data, path), part):
+                path, place = (*path, part), replace(place, field=None)
+        else:
+            path, field = (*path, part), section.model_fields.get(part)
+            place = _Place(path, field, section, union, kind)
+            inner = sections_of(field.annotation) if field is not None else []
+            entered = members_of(field)
+            section, union = (inner[0] if inner and not entered else None), None
+    if error["type"] == "union_tag_invalid" and entered is not None:
+        return replace(place, path=(*path, entered.keyed.key), field=None, union=entered)
+    return replace(place, path=path)
 
 
-def _unknown(path: KeyPath, data: Node) -> str:
-    *around, name = path
-    section = tuple(around)
-    known, which, has_known = list(fields_at(section, data)), "", "known here:"
-    if (union := members_at(section, data)) is not None:
-        key, chosen = union.chosen(get_path(data, section)) or (union.keyed.default, union.default)
-        known = [field for field in chosen.model_fields if field != union.keyed.key]
-        # The text names the key's path, so `report` drops this if the key itself is wrong.
-        which, has_known = f" of {dotted(section)}.{union.keyed.key} {key}", f"{key} has"
-        having = [other for other, s in union.sections.items() if name in s.model_fields]
+def _unknown(place: _Place) -> str:
+    """What is wrong with a field that the section does not have, and which one may be meant."""
+    *around, name = place.path
+    known, which, has_known = list(place.section.model_fields), "", "known here:"
+    if place.union is not None:
+        key = place.union.keyed.key
+        known.remove(key)
+        which, has_known = f" of {dotted((*around, key))} {place.kind}", f"{place.kind} has"
+        having = [kind for kind, s in place.union.sections.items() if name in s.model_fields]
         if having:
             some = ", ".join(having[:4]) + (", ..." if len(having) > 4 else "")
             which = f"{which}, but one of {some}"
             return f"unknown field{which}; {has_known} {', '.join(known) or 'no fields'}"
-    if near := difflib.get_close_matches(str(name), known, n=1):
-        return f"unknown field; did you mean '{near[0]}'?"
+    if near := _nearest(name, known):
+        return f"unknown field; {near}"
     elsewhere = [leaf for leaf in leaves() if leaf.rpartition(".")[2] == name]
     if elsewhere:
         highest = min(leaf.count(".") for leaf in elsewhere)
@@ -152,44 +155,41 @@ def _unknown(path: KeyPath, data: Node) -> str:
     return f"unknown field{which}; {has_known} {', '.join(known) or 'no fields'}"
 
 
-def _wrong_value(path: KeyPath, group: Sequence[ErrorDetails], data: Node) -> str:
-    """Rule, value and remedy for the errors `group` of the value at `path`."""
-    kinds = [error["type"] for error in group]
-    value, field = group[0]["input"], field_at(path, data)
-    if kinds == ["union_tag_invalid"]:
-        value = value[path[-1]]
-    if kinds == ["missing"] and field is not None and field.is_required():
-        choices = [repr(choice) for choice in literals(field.annotation)]
-        about = " ".join((field.description or "a value").split()).split(". ")[0].rstrip(".")
-        return f"is required, got nothing; add it: {' or '.join(choices) or about}"
-    rules = [_RULES.get(e["type"], e["msg"]).format(**e.get("ctx", {})) for e in group]
-    if kinds == ["union_tag_invalid"]:
-        rules = [" or ".join(rules[0].rsplit(", ", 1))]
-    if kinds == ["missing"]:
+def _wrong_value(place: _Place, errors: Sequence[ErrorDetails]) -> str:
+    """Rule, value and remedy for the errors of one value."""
+    types, value, field = [error["type"] for error in errors], errors[0]["input"], place.field
+    rules = [_RULES.get(e["type"], e["msg"]).format(**e.get("ctx", {})) for e in errors]
+    if types == ["union_tag_invalid"] and place.union is not None:
+        value, default = value[place.path[-1]], format_value(place.union.keyed.default)
+        rule = " or ".join(rules[0].rsplit(", ", 1))
+        remedy = _nearest(value, place.union.sections)
+        remedy = remedy or f"change it, or leave it out for {default}"
+        return f"{rule}, got {format_value(value)}; {remedy}"
+    if types == ["value_error"]:
+        # A validator's own text has the value, and where it knows a better remedy that too.
+        return rules[0] if "; " in rules[0] else f"{rules[0]}; {_remedy(field, types, value)}"
+    if types == ["missing"]:
+        if field is not None and field.is_required():
+            choices = [repr(choice) for choice in _literals(field.annotation)]
+            about = " ".join((field.description or "a value").split()).split(". ")[0].rstrip(".")
+            return f"is required, got nothing; add it: {' or '.join(choices) or about}"
         rules = ["has too few values"]
-    if kinds == ["string_pattern_mismatch"]:
-        rules = [_FORMS.get(dotted(path), rules[0])]
+    if types == ["string_pattern_mismatch"]:
+        rules = [_FORMS.get(dotted(place.path), rules[0])]
     more = [f"or {rule.removeprefix('must be ')}" for rule in dict.fromkeys(rules[1:])]
-    if kinds == ["value_error"] and "; " in rules[0]:
-        return rules[0]  # a validator that knows a better remedy
-    said = "" if kinds == ["value_error"] else f", got {format_value(value)}"
-    return f"{', '.join([rules[0], *more])}{said}; {_remedy(field, kinds, value, path)}"
+    said = f"{', '.join([rules[0], *more])}, got {format_value(value)}"
+    return f"{said}; {_remedy(field, types, value)}"
 
 
-def _remedy(field: FieldInfo | None, kinds: Sequence[str], value: object, path: KeyPath) -> str:
+def _remedy(field: FieldInfo | None, types: Sequence[str], value: Node) -> str:
     """The remedy for an invalid value."""
-    union = members_of(field) if field is not None else None
+    union = members_of(field)
     if union is not None and isinstance(value, str) and value in union.sections:
         return f"write {{{union.keyed.key}: {value}}}"
-    if (union := members_at(path[:-1])) is not None and path[-1] == union.keyed.key:
-        if near := difflib.get_close_matches(str(value), union.sections, n=1):
-            return f"did you mean '{near[0]}'?"
-        return f"change it, or leave it out for {format_value(union.keyed.default)}"
-    if "literal_error" in kinds and field is not None:
-        choices = [c for c in literals(field.annotation) if isinstance(c, str)]
-        if near := difflib.get_close_matches(str(value), choices, n=1):
-            return f"did you mean '{near[0]}'?"
-    if kinds == ["string_type"] and not isinstance(value, (dict, list, NoneType)):
+    choices = _literals(field.annotation) if field is not None else []
+    if "literal_error" in types and (near := _nearest(value, choices)):
+        return near
+    if types == ["string_type"] and not isinstance(value, (dict, list, NoneType)):
         return "put it in quotes"
     if field is None or field.is_required():
         return "change it"
@@ -197,3 +197,16 @@ def _remedy(field: FieldInfo | None, kinds: Sequence[str], value: object, path: 
     if default is None or isinstance(default, Section):
         return "change it, or leave it out"
     return f"change it, or leave it out for {format_value(default)}"
+
+
+def _nearest(value: object, choices: Iterable[object]) -> str | None:
+    texts = [choice for choice in choices if isinstance(choice, str)]
+    near = difflib.get_close_matches(str(value), texts, n=1)
+    return f"did you mean '{near[0]}'?" if near else None
+
+
+def _literals(annotation: Any) -> list[object]:
+    """The values that a field's literal types allow, in lists and unions too."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [value for part in get_args(annotation) for value in _literals(part)]

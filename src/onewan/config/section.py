@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, TypeVar, cast
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -14,6 +16,9 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core.core_schema import CoreSchema, no_info_before_validator_function
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
 
 _T = TypeVar("_T")
 
@@ -48,15 +53,34 @@ class Section(BaseModel):
     # number out of the JSON schema; nor of the fields, where a union's `kind` may have none.
     @model_validator(mode="before")
     @classmethod
-    def _whole(cls, data: object) -> object:
-        """2e3 is a float to YAML and a whole number to its writer, as 2.0 is to JSON's schema."""
+    def _normalized(cls, data: object) -> object:
+        """2e3 is a float to YAML and a whole number to its writer, as 2.0 is to JSON's schema; a
+        section whose fields are all commented out is null to YAML and stands for its default."""
         if not isinstance(data, dict):
             return data
-        fields = cast("dict[str, object]", data)
         return {
             name: int(value) if isinstance(value, float) and value.is_integer() else value
-            for name, value in fields.items()
+            for name, value in cast("dict[str, object]", data).items()
+            if value is not None or not _null_is_default(cls.model_fields.get(name))
         }
+
+
+def _null_is_default(field: FieldInfo | None) -> bool:
+    if field is None or field.is_required() or NoneType in get_args(field.annotation):
+        return False
+    return bool(sections_of(field.annotation))
+
+
+def sections_of(annotation: Any) -> list[type[Section]]:
+    """The sections that a field may hold: itself, the members of a union, the items of a list."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in sections_of(part)]
+
+
+def is_section(field: FieldInfo) -> bool:
+    """Whether a field holds one section, not a list of them."""
+    return bool(sections_of(field.annotation)) and get_origin(field.annotation) is not tuple
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,3 +103,22 @@ class Keyed:
         self, source: object, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
         return no_info_before_validator_function(self.complete, handler(source))
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """A union of sections: which section each value of its key stands for."""
+
+    keyed: Keyed
+    sections: Mapping[str, type[Section]]
+
+
+def members_of(field: FieldInfo | None) -> Members | None:
+    """The union that a field holds; None if it holds none."""
+    if field is None:
+        return None
+    sections = sections_of(field.annotation)
+    for keyed in field.metadata:
+        if isinstance(keyed, Keyed):
+            return Members(keyed, {s.model_fields[keyed.key].default: s for s in sections})
+    return None
