@@ -1,11 +1,12 @@
-"""Our training step against a bare loop: what does onewan add to the arithmetic?
+"""Overhead of a training step of onewan, compared with a bare PyTorch loop.
 
 Both train the same LoRA with PEFT and AdamW on the same diffusers transformer architecture and the
-same batch, in one process, step by step in turns. The bare loop does nothing else: mix, forward,
-backward, step. Ours does what a run does: reads the batch from the cache in the background, draws t
-and noise from counted randomness, limits the gradient, checks that it is finite, writes the event.
-Turns are shuffled in pairs, so that drift of the machine meets both alike. Prints the medians and
-their ratio; exits with status 1 if the ratio is above 1.03.
+same batch, in one process, one step of each at a time. The bare loop only adds noise and calls
+forward, backward and step. onewan's step is that of a run: it reads the batch from the cache in the
+background, draws t and noise from derived seeds, clips the gradient norm, checks that it is finite,
+and writes the event. The order within each pair of steps is random, so that changes in the
+machine's speed affect both loops equally. Prints the medians and their ratio; exits with status 1
+if the ratio is above 1.03.
 
     python benchmarks/train_step.py [--steps 41] [--width 512] [--json FILE]
 """
@@ -54,7 +55,7 @@ memory: {{gradient_checkpointing: false}}
 def bare_loop(
     transformer: WanTransformer3DModel, latents: Tensor, text: Tensor, dtype: torch.dtype
 ) -> Callable[[], None]:
-    """A step of the plainest loop that trains the same LoRA."""
+    """A step of the simplest loop that trains the same LoRA."""
     transformer.requires_grad_(False)
     transformer.add_adapter(
         LoraConfig(
@@ -80,8 +81,8 @@ def bare_loop(
     return step
 
 
-def our_loop(run: Run, file: EventFile) -> Callable[[], None]:
-    """A step of a run, as the trainer takes it."""
+def onewan_loop(run: Run, file: EventFile) -> Callable[[], None]:
+    """A step of a run, as the trainer executes it."""
     steps = run.loader.steps(0, run.config.train.steps, run.schedule.expert_at)
 
     def step() -> None:
@@ -106,13 +107,13 @@ def our_loop(run: Run, file: EventFile) -> Callable[[], None]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=41, help="timed steps of each loop")
-    parser.add_argument("--width", type=int, default=512, help="of the transformer")
+    parser.add_argument("--width", type=int, default=512, help="channels of the transformer")
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--side", type=int, default=128, help="of the video, pixels")
+    parser.add_argument("--side", type=int, default=128, help="side of the video, pixels")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cpu")
-    # One thread: two that wait for each other made the ratio waver by 0.04 on a shared machine.
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    # One thread: with two, which wait for each other, the ratio varied by 0.04 on a shared machine.
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -128,7 +129,7 @@ def main() -> int:
         assert len(run.dataset.clips) == 1
         batch = run.loader.validation_batches(run.dataset.clips, 1)[0].to(run.device)
         dtype = torch_dtype(options.dtype)
-        assert batch.text is not None, "no embedding trains, so the cache holds the text"
+        assert batch.text is not None, "no embedding is trained, so the cache contains the text"
         bare_model = WanTransformer3DModel.from_pretrained(
             folder / "model" / "transformer", torch_dtype=dtype
         )
@@ -136,7 +137,7 @@ def main() -> int:
         with EventFile(folder / "events.jsonl") as file:
             loops = {
                 "bare": bare_loop(bare_model, batch.latents, batch.text, dtype),
-                "onewan": our_loop(run, file),
+                "onewan": onewan_loop(run, file),
             }
             times = measure(loops, options.steps, run.device)
     medians = {loop: statistics.median(values) for loop, values in times.items()}
@@ -146,7 +147,7 @@ def main() -> int:
     print(f"bare loop: {medians['bare']:.3f} s/step   onewan: {medians['onewan']:.3f} s/step")
     pairs = [ours / bare for ours, bare in zip(times["onewan"], times["bare"], strict=True)]
     print(f"ratio of medians: {ratio:.3f} (limit {LIMIT})")
-    print(f"median ratio of neighbouring steps: {statistics.median(pairs):.3f}")
+    print(f"median ratio of neighboring steps: {statistics.median(pairs):.3f}")
     if options.json:
         result = {
             "ratio": ratio,
@@ -163,7 +164,7 @@ def main() -> int:
 def measure(
     loops: dict[str, Callable[[], None]], steps: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each timed step of each loop; two steps of each warm up."""
+    """Seconds of each timed step of each loop, after two steps of warm-up."""
     times: dict[str, list[float]] = {name: [] for name in loops}
     order = random.Random(0)
     for number in range(steps + 2):

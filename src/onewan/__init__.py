@@ -1,6 +1,6 @@
 """onewan trains the Wan 2.2 video models.
 
-The names below load on first use, so that ``import onewan`` brings no torch with it::
+The names below load on first use, so that ``import onewan`` does not import torch::
 
     from onewan import WanModelLoader
     model = WanModelLoader().load("Wan-AI/Wan2.2-T2V-A14B-Diffusers")
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from onewan.train.trainer import WanTrainer
     from onewan.variants import ModelType
 
-_HOMES = {
+_MODULE_OF = {
     "ModelType": "onewan.variants",
     "RunConfig": "onewan.config.schema",
     "VideoSample": "onewan.data.decode",
@@ -59,6 +59,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'onewan' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)

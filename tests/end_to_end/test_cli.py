@@ -161,11 +161,11 @@ def test_a_request_is_passed_to_a_running_trainer(
         events.write(Started(run=layout.root, steps=9))
     assert main([command, str(layout.root)]) == 0
     assert "after the current step" in (out := capsys.readouterr().out)
-    assert "no sign of life" not in out
+    assert "its last event" not in out
     assert [path.name for path in layout.control_dir.iterdir()] == [file]
 
 
-def test_a_request_to_a_silent_trainer_says_for_how_long_it_was_silent(
+def test_a_request_to_a_silent_trainer_reports_the_age_of_its_last_event(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     layout = RunLayout(tmp_path / "fox")
@@ -174,7 +174,7 @@ def test_a_request_to_a_silent_trainer_says_for_how_long_it_was_silent(
     hour_ago = datetime.now(timezone.utc) - timedelta(minutes=60)
     layout.events.write_text(f'{{"event": "step", "time": "{hour_ago.isoformat()}"}}\n')
     assert main(["save", str(layout.root)]) == 0
-    assert "no sign of life for 60 minutes" in capsys.readouterr().out
+    assert "its last event is 60 minutes old" in capsys.readouterr().out
 
 
 def test_a_request_to_a_finished_run_or_to_another_folder_is_refused(

@@ -234,8 +234,8 @@ def test_masks_of_one_value_are_warned_about(run_file: RunFile, own: Path) -> No
             n.path.name: n.text for n in data.report.warnings if n.path and "mask" in n.path.name
         }
         assert notes.keys() == {"red_square.mask.png", "blue_circle.mask.png"}
-        assert "black all over" in notes["red_square.mask.png"]
-        assert "white (or transparent) all over" in notes["blue_circle.mask.png"]
+        assert "entirely black" in notes["red_square.mask.png"]
+        assert "entirely white (or transparent)" in notes["blue_circle.mask.png"]
 
 
 def damaged(path: Path) -> None:

@@ -587,7 +587,7 @@ def test_videos_that_can_not_be_written_are_errors(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path, frames, reason in (
         (tmp_path / "a.mp4", np.zeros((1, 64, 63, 3), np.uint8), "63x64, a side is odd"),
-        (tmp_path / "a.mkv", blocks(1), "can't write this kind of video; name it .mp4"),
+        (tmp_path / "a.mkv", blocks(1), "videos of this kind can't be written; name it .mp4"),
         (tmp_path / "file" / "a.mp4", blocks(1), "can't be written"),
     ):
         with pytest.raises(DataError, match=reason):

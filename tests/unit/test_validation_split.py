@@ -119,8 +119,8 @@ def test_a_file_of_both_sources_is_excluded_from_training_and_reported() -> None
     (problem,) = problems  # one problem, though the file is in two sources
     assert problem.path == CLIPS[3].path
     assert problem.reason == (
-        "is in validation.sources too (as val/copy), so it is held out of training; take it out "
-        "of one of them"
+        "is in validation.sources too (as val/copy), so it is held out of training; remove it "
+        "from one of them"
     )
     assert exclude_validation_clips(CLIPS, (other,), content) == (list(CLIPS), [])
     assert exclude_validation_clips(CLIPS, (), content) == (list(CLIPS), [])

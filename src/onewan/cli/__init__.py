@@ -1,8 +1,8 @@
 """The command line: `onewan COMMAND`. The only package that prints.
 
 `parser` and the `*_parsers` modules describe the commands without heavy imports, so that
-``onewan --help`` answers at once; what a command does is imported when it runs. Exit status: 0
-success, 1 an error in the user's input or data (one message on stderr, no traceback), 2 wrong
+``onewan --help`` is fast; the module that executes a command is imported when it runs. Exit status:
+0 success, 1 an error in the user's input or data (one message on stderr, no traceback), 2 wrong
 usage, 130 stopped by the user with the state saved.
 """
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _silence_libraries() -> None:
     """Keep notices of libraries off the terminal: they address programmers (a missing optional
-    package, unused kernels), and onewan reports itself what concerns the user."""
+    package, unused kernels), and onewan itself reports what concerns the user."""
     # Read by diffusers and transformers when they are imported, which happens in the commands.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

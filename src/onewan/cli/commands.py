@@ -1,4 +1,7 @@
-"""What the commands around a run do; imported only when one of them runs, since it needs torch."""
+"""The commands demo, cache, train and sample; imported only when one of them runs.
+
+Importing torch, diffusers and transformers takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -55,6 +58,7 @@ def cache(run: Path, overrides: Sequence[str], *, strict: bool, verify: bool) ->
             lambda what, done, total: progress.advance(what, done, total, unit="item"),
             verify=verify,
         )
+    # After the display is closed: unusable files are listed below its bar, not between updates.
     for line in data.report.lines():
         progress.line(line)
     folder = displayed(config.video_data.cache_dir)
@@ -75,11 +79,13 @@ def train(
         )
     run = run_file_of(run)
     config = load_run(run, overrides)
+    # The first run stays as it is, so that the two can be compared.
     if again:
         config = with_unused_name(config)
     with Progress() as progress:
         WanTrainer(
             config,
+            # "-sig", since some editors on Windows begin a UTF-8 file with a byte order mark.
             run_file=run.read_text(encoding="utf-8-sig") if run.is_file() else None,
             listen=progress.listen,
             resume=resume,
@@ -102,6 +108,7 @@ def sample(options: argparse.Namespace) -> int:
         apply_lora(model.expert(expert), lora.modules, name)
         print(f"{path}: applied to the {expert.name} expert")
     request = _request(options, model.variant)
+    # Before sampling: a placeholder without vectors would be encoded as ordinary words.
     for path in options.embedding:
         print(_add_embedding(model, path, request))
     with Progress() as progress:
@@ -131,23 +138,24 @@ def _add_embedding(model: WanModel, path: Path, request: SampleRequest) -> str:
 
 
 def _request(options: argparse.Namespace, variant: Variant) -> SampleRequest:
-    """The request of the options, with the variant's official values as defaults."""
+    """The sample request of the options, with the variant's official values as defaults."""
 
-    def either(value: object, official: object) -> Any:
+    # Not `value or official`: 0 and "" are values that the user may have given.
+    def or_official(value: object, official: object) -> Any:
         return official if value is None else value
 
     return SampleRequest(
         prompt=options.prompt,
-        negative_prompt=either(options.negative_prompt, NEGATIVE_PROMPT),
+        negative_prompt=or_official(options.negative_prompt, NEGATIVE_PROMPT),
         image=options.image,
-        width=either(options.width, variant.sample_size[0]),
-        height=either(options.height, variant.sample_size[1]),
-        frames=either(options.frames, variant.frames),
-        steps=either(options.steps, variant.sampling_steps),
+        width=or_official(options.width, variant.sample_size[0]),
+        height=or_official(options.height, variant.sample_size[1]),
+        frames=or_official(options.frames, variant.frames),
+        steps=or_official(options.steps, variant.sampling_steps),
         guidance=tuple(
-            either(options.guidance, [expert.guidance_scale for expert in variant.experts])
+            or_official(options.guidance, [expert.guidance_scale for expert in variant.experts])
         ),
-        shift=either(options.shift, variant.flow_shift),
+        shift=or_official(options.shift, variant.flow_shift),
         seed=options.seed,
-        fps=either(options.fps, variant.fps),
+        fps=or_official(options.fps, variant.fps),
     )

@@ -46,15 +46,16 @@ def add_onetrainer(commands: Commands) -> None:
     )
 
     def run(options: argparse.Namespace) -> int:
+        # argparse has no optional positional argument for one choice only, hence the checks below.
         if options.action == "export":
             from onewan.cli.onetrainer import export
 
             return export(options.path, options.destination, options.to, force=options.force)
         if options.destination is not None or options.to is not None:
             parser.error(f"{options.action} takes one path, a OneTrainer checkout, and no --to")
-        from onewan.cli.onetrainer import run as act
+        from onewan.cli.onetrainer import run as run_action
 
-        return act(options.action, options.path, force=options.force)
+        return run_action(options.action, options.path, force=options.force)
 
     parser.set_defaults(command=run)
 
@@ -65,7 +66,7 @@ def add_import_config(commands: Commands) -> None:
         "import-config",
         "turn a OneTrainer config into a run file",
         """Writes the run file to stdout (or --output), and a report on every key to stderr: which
-were imported, and which were not and why. `onewan train CONFIG.json` does it by itself.
+were imported, and which were not and why. `onewan train CONFIG.json` imports it in the same way.
 
   onewan import-config ~/OneTrainer/workspace/config.json > run.yaml""",
     )

@@ -56,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _PrintVersion(argparse.Action):
-    """Looks the version up only when asked: importlib.metadata is the slowest import here."""
+    """Prints the version. argparse's own action would need it in advance, and importlib.metadata is
+    the slowest import of ``onewan --help``."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
         super().__init__(option_strings, dest, nargs=0, **options)
@@ -86,6 +87,7 @@ def _add_demo(commands: Commands) -> None:
     )
 
     def run(options: argparse.Namespace) -> int:
+        # Here and in the other `run` functions: `onewan --help` must not wait for torch.
         from onewan.cli.commands import demo
 
         return demo(options.dir, options.variant)

@@ -14,10 +14,10 @@ from onewan.runs import events
 from onewan.runs.layout import displayed
 
 _PLAIN_SECONDS = 15.0
-"""Without a terminal, a line of progress at most this often."""
+"""Without a terminal, progress is printed at most once in this many seconds."""
 
 _LOSS_SMOOTHING = 0.9
-"""Share of the running mean that a new loss leaves: about the last ten steps are averaged."""
+"""Weight of the previous running mean in the new one: it averages about the last ten steps."""
 
 
 class Progress:
@@ -56,7 +56,8 @@ class Progress:
         self.close()
 
     def listen(self, event: events.Event) -> None:
-        """Show one event; kinds that have nothing to show are ignored."""
+        """Show one event; kinds without a handler are ignored."""
+        # Exports are collected until another event shows that those of this step are complete.
         if not isinstance(event, events.Exported):
             self._show_exported()
         if handler := self._handlers.get(type(event)):
@@ -83,6 +84,7 @@ class Progress:
             return
         if self._bar is None or self._activity != activity:
             self._close_bar()
+            # `initial`, since a resumed run does not begin at 0: tqdm would overestimate its speed.
             self._bar = tqdm(
                 total=total, desc=activity, unit=unit, initial=max(0, done - 1), leave=False
             )
@@ -92,6 +94,7 @@ class Progress:
 
     def advance_bytes(self, done: int, total: int) -> None:
         """Show that `done` of `total` bytes are written."""
+        # A full bar means that the file is complete, so the last megabyte waits for its last byte.
         megabytes = -(-total // 1_000_000)
         so_far = megabytes if done == total else min(done // 1_000_000, megabytes - 1)
         self.advance("writing", so_far, megabytes, "" if self._terminal else "MB", unit="MB")
@@ -132,10 +135,11 @@ class Progress:
     def _on_validated(self, event: events.Validated) -> None:
         clips = "held-out clips" if event.held_out else "training clips"
         losses = [("loss", event.loss), ("of the moving average", event.ema)]
+        # At step 0 the two differ only for an adapter that is initialized from a file, for example.
         if event.step == 0 and event.base != event.loss:
             losses.append(("of the base model", event.base))
         shown = ", ".join(
-            f"{label} {loss:.4f}{_change(loss, event.base, event.step)}"
+            f"{label} {loss:.4f}{_relative_change(loss, event.base, event.step)}"
             for label, loss in losses
             if loss is not None
         )
@@ -154,7 +158,7 @@ class Progress:
         self.line(f"step {event.step}: state saved: {displayed(event.state)}")
 
     def _show_exported(self) -> None:
-        """One line for all files of a step: experts times formats would be many."""
+        """Show one line for all files of a step: there is one for each expert and format."""
         if not self._exported:
             return
         paths = [str(displayed(event.file)) for event in self._exported]
@@ -181,7 +185,7 @@ class Progress:
         self.line(f"done: {event.step} steps; all results are in {displayed(event.run)}")
 
 
-def _change(loss: float, base: float | None, step: int) -> str:
+def _relative_change(loss: float, base: float | None, step: int) -> str:
     """Relative difference from the loss of the base model, as a text in parentheses."""
     if base is None or step == 0:
         return ""
@@ -189,6 +193,7 @@ def _change(loss: float, base: float | None, step: int) -> str:
 
 
 def _duration(seconds: float) -> str:
+    """`seconds` as h:mm:ss, or m:ss below an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

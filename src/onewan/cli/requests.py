@@ -1,4 +1,4 @@
-"""What `onewan stop`, `save` and `sample-now` do; without torch, so that they answer at once."""
+"""The commands stop, save and sample-now; they import no torch, so that they start quickly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onewan.runs.layout import RunLayout
 _REQUESTS: dict[str, Request] = {"stop": "stop", "save": "save", "sample-now": "sample"}
 
 _SILENT_SECONDS = 3 * HEARTBEAT_SECONDS
-"""A trainer that wrote nothing for so long is probably dead."""
+"""A trainer that has written no event for so many seconds has probably died."""
 
 
 def send_request(run: Path, command: str) -> int:
@@ -32,8 +32,12 @@ def send_request(run: Path, command: str) -> int:
     request(layout, _REQUESTS[command])
     print(f"{run}: {command} requested; the trainer acts on it after the current step")
     if event is not None:
+        # Python 3.10 parses no "Z".
         written = datetime.fromisoformat(event["time"].replace("Z", "+00:00"))
         silent = (datetime.now(timezone.utc) - written).total_seconds()
         if silent > _SILENT_SECONDS:
-            print(f"note: it has shown no sign of life for {silent / 60:.0f} minutes")
+            # Not an error: the process may be suspended, or on a machine whose clock differs.
+            print(
+                f"note: its last event is {silent / 60:.0f} minutes old; the trainer may have died"
+            )
     return 0

@@ -1,4 +1,4 @@
-"""The options of the commands around a run: cache, train, requests to it, sample."""
+"""The options of the commands cache, train, stop, save, sample-now and sample."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def add_train(commands: Commands) -> None:
 
 
 def add_requests(commands: Commands) -> None:
-    """The commands that ask a running trainer for something."""
+    """The commands that send a request to a running trainer: stop, save, sample-now."""
     for name, summary in (
         ("stop", "stop a running training run, with its state saved"),
         ("save", "save the state and the weights of a running training run now"),
@@ -80,6 +80,7 @@ def add_requests(commands: Commands) -> None:
         parser = add_command(commands, name, summary, "Takes effect after\nthe current step.")
         parser.add_argument("run", metavar="RUN", type=Path, help="the folder of the run")
 
+        # `name` is a default argument, since a closure would see its value after the last loop.
         def run(options: argparse.Namespace, name: str = name) -> int:
             from onewan.cli.requests import send_request
 
@@ -110,18 +111,20 @@ def add_sample(commands: Commands) -> None:
     parser.add_argument(
         "--negative-prompt", help="what the video must not show (default: the official one)"
     )
-    parser.add_argument("--frames", type=int, help="4n+1 (default: the model's own number)")
+    parser.add_argument(
+        "--frames", type=int, help="number of frames, 4n+1 (default: the model's own)"
+    )
     parser.add_argument("--width", type=int, help="pixels (default: the model's own)")
     parser.add_argument("--height", type=int, help="pixels (default: the model's own)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's own)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--fps", type=float, help="frame rate of the file (default: the model's)")
     parser.add_argument(
         "--guidance",
         type=float,
         nargs="+",
         metavar="G",
-        help="guidance scale: one number, or HIGH LOW (default: the model's own)",
+        help="guidance scale: one value, or HIGH LOW for two experts (default: the model's own)",
     )
     parser.add_argument("--shift", type=float, help="timestep shift (default: the official one)")
     parser.add_argument(

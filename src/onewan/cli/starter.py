@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from onewan.variants import VARIANTS, VariantName
-
-if TYPE_CHECKING:
-    pass
 
 _STARTER = """\
 # yaml-language-server: $schema=onewan.schema.json
@@ -19,8 +15,8 @@ _STARTER = """\
 schema_version: 1
 
 model:
-  path: {repository}  # on the hub; or a folder, diffusers' or official
-  # Any component from elsewhere (also vae, text_encoder), such as a file for ComfyUI or GGUF:
+  path: {repository}  # or a local folder in the diffusers or official layout
+  # Each component can be a file of its own (vae and text_encoder too), from ComfyUI or GGUF:
 {components}  variant: {name}
 {experts}
 wan_config:
@@ -31,12 +27,12 @@ video_data:
     - path: clips  # holds fox.mp4 (or fox.png) and its caption fox.txt, and so on{first_frame}
   supported_formats: [mp4, avi, mov, webm, mkv]
   max_duration: 6.0  # seconds; enough for max_frames
-  # Sides are multiples of {multiple}. Left out: each clip's own shape at the area of 480p.
+  # Sides are multiples of {multiple}. Without it: each clip's own aspect ratio at the area of 480p.
   # resolution: ["832x480"]
 
 method:
   kind: lora  # or dora, loha, lokr, oft; fine_tune; embedding
-  rank: 32  # more holds more, and costs memory and disk
+  rank: 32  # a higher rank can learn more, and needs more memory and disk space
 
 optimizer:
   lr: 1e-4
@@ -45,7 +41,7 @@ train:
   steps: 2000{steps}
   save_every: 500
 
-# validation: {{share: 0.1, every: 250}}  # holds a tenth of the clips out, to measure on
+# validation: {{share: 0.1, every: 250}}  # measures the loss on a tenth of the clips, held out
 
 sample:
   width: 832  # the official {size} takes longer
@@ -67,7 +63,7 @@ _COMPONENTS: Mapping[VariantName, tuple[str, ...]] = {
     ),
     "ti2v-5b": ("transformer: wan2.2_ti2v_5B_fp16.safetensors",),
 }
-"""Files for ComfyUI, as they are called on the hub."""
+"""Names of ComfyUI's repackaged files on the Hugging Face hub."""
 
 _SAMPLES = """\
   every: 500
@@ -79,19 +75,19 @@ _SAMPLES = """\
 def starter(variant: VariantName) -> str:
     """A short commented run file with values worth starting with, for `onewan init`."""
     facts = VARIANTS[variant]
-    two = len(facts.experts) == 2
+    has_two_experts = len(facts.experts) == 2
     samples = _SAMPLES.format(image="      # image: first_frame.png  # starts the video from it")
     if not facts.takes_image:
         samples = _SAMPLES.format(image="").rstrip()
     elif facts.needs_image:
-        # Commented out, since a file that names a picture nobody has would not load.
-        live = _SAMPLES.format(image="      image: first_frame.png")
+        # Commented out, since a run file that names a missing image can't be loaded.
+        section = _SAMPLES.format(image="      image: first_frame.png")
         samples = "\n".join(
-            ["  # Sample videos start from a picture; put one beside this file, then uncomment."]
-            + [f"  #{line[1:]}" for line in live.splitlines()]
+            ["  # Sample videos start from an image; put one beside this file, then uncomment."]
+            + [f"  #{line[1:]}" for line in section.splitlines()]
         )
     first_frame = (
-        "\n      # a clip's own first frame is the picture it starts from"
+        "\n      # the conditioning image of a clip is its own first frame"
         if facts.needs_image
         else ""
     )
@@ -100,13 +96,15 @@ def starter(variant: VariantName) -> str:
         repository=facts.repository,
         name=facts.name,
         components="".join(f"  # {c}\n" for c in _COMPONENTS[facts.name]),
-        experts="  experts: both  # or high (layout and motion), or low (detail)\n" if two else "",
+        experts="  experts: both  # or high (layout and motion), or low (detail)\n"
+        if has_two_experts
+        else "",
         frames=facts.frames,
         fps=facts.fps,
         seconds=facts.frames / facts.fps,
         first_frame=first_frame,
         multiple=facts.size_multiple,
-        steps="  # of both experts together, half each" if two else "",
+        steps="  # for both experts together, half for each" if has_two_experts else "",
         size="x".join(map(str, facts.sample_size)),
         samples=samples,
     )

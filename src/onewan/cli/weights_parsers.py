@@ -43,7 +43,7 @@ def add_inspect(commands: Commands) -> None:
         commands,
         "inspect",
         "identify a weight file, and list the programs that read it",
-        "Reads\nonly headers, so it takes a moment whatever the size. Recognizes models in every "
+        "Reads\nonly headers, so it is fast for files of any size. Recognizes models in every "
         "layout and\nLoRAs of every trainer; anything else is reported as unknown.",
     )
     parser.add_argument("path", metavar="PATH", type=Path, help="a file or a folder")
@@ -105,7 +105,7 @@ def add_convert(commands: Commands) -> None:
     )
 
     def run(options: argparse.Namespace) -> int:
-        from onewan.cli.convert import convert
+        from onewan.cli.convert import convert  # needs torch
 
         return convert(
             options.source,
@@ -168,6 +168,7 @@ def _add_output(parser: argparse.ArgumentParser, dtype_help: str) -> None:
 def _lora(text: str) -> tuple[Path, float]:
     """(path, weight) of ``LORA[:WEIGHT]``; the weight is 1 if none is given."""
     path, colon, number = text.rpartition(":")
+    # The last colon may belong to the path: to a Windows drive, a folder or the file's own name.
     drive = len(path) == 1 and path.isalpha()  # C:\style.safetensors
     if not colon or drive or "/" in number or "\\" in number or Path(text).exists():
         return Path(text), 1.0

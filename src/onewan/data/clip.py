@@ -138,7 +138,7 @@ class ClipPlanner:
         if clip.kind == "video" and clip.frames < self.longest_clip:
             texts.append(
                 f"{clip.frames} frame{'s' if clip.frames > 1 else ''} at {clip.fps:g} fps instead "
-                f"of {self.longest_clip}: the file is short, or video_data.max_duration is"
+                f"of {self.longest_clip}: the file or video_data.max_duration is too short for more"
             )
         return texts
 

@@ -159,6 +159,7 @@ def _folders(sources: Sequence[SourceSection]) -> list[ClipFolder]:
 def _texts(config: ResolvedRun, report: DatasetReport, extra_prompts: Sequence[str]) -> list[str]:
     """All texts that training, validation and sampling need."""
     captions = {caption for clip in report.clips for caption in clip.captions}
+    # Validation uses the first caption of a clip, so that its loss is always that of the same text.
     captions |= {clip.captions[0] for clip in report.validation_clips}
     empty = {""} if config.train.caption_dropout else set[str]()
     return sorted(captions | empty | set(extra_prompts))
@@ -168,6 +169,7 @@ def _final_report(
     config: ResolvedRun, report: DatasetReport, result: FillResult, digests: Mapping[Path, str]
 ) -> DatasetReport:
     """The report without the clips that failed, with `validation.share` of the others held out."""
+    # Split only now: a clip that can't be decoded must not take up a share of the validation clips.
     failed = {problem.path for problem in result.problems}
     clips = tuple(clip for clip in report.clips if clip.path not in failed)
     validation_clips = tuple(clip for clip in report.validation_clips if clip.path not in failed)
@@ -177,7 +179,9 @@ def _final_report(
             clips, config.validation.share, config.train.seed, digests
         )
         if not validation_clips:
-            text = "validation.share holds out no clip: fewer than two files show data"
+            text = (
+                "validation.share holds out no clip: it needs two files that are not target: base"
+            )
             warnings = (*warnings, ClipWarning(path=None, text=text))
     report = replace(
         report,
@@ -200,6 +204,7 @@ def _dataset_digest(report: DatasetReport, digests: Mapping[Path, str]) -> str:
     Checkpoints and exported files contain it, so its inputs must not change without need.
     """
 
+    # Not the clips' paths: a data set that is moved to another folder or machine is the same one.
     def inputs(clip: Clip) -> list[object]:
         mask = [digests[clip.mask.path], clip.mask.start] if clip.mask else None
         settings = [clip.repeats, clip.loss_weight, "base" if clip.is_prior else "data"]

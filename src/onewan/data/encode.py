@@ -106,12 +106,12 @@ def uniform_mask_warnings(mask: Mask, values: Tensor) -> list[ClipWarning]:
     """A warning if all `values` of a mask are 0, or all are 1."""
     if not values.any():
         text = (
-            "the mask is black all over: its clip is trained as if it had no mask, or not at all "
+            "the mask is entirely black: its clip is trained as if it had no mask, or not at all "
             "if train.loss.unmasked_weight is 0"
         )
     elif bool((values == 1).all()):
         text = (
-            "the mask is white (or transparent) all over: its clip is trained as if it had no mask"
+            "the mask is entirely white (or transparent): its clip is trained as if it had no mask"
         )
     else:
         return []
@@ -121,7 +121,9 @@ def uniform_mask_warnings(mask: Mask, values: Tensor) -> list[ClipWarning]:
 class OnlineEncoder:
     """A `LatentSource` that decodes and encodes at each use; nothing is written to disk."""
 
-    prefetch = False  # The VAE and the text encoder share the device with the training step.
+    # The VAE and the text encoder share the device with the training step: in another thread they
+    # would compete with it for memory.
+    prefetch = False
 
     def __init__(
         self, variant: Variant, load_model: LoadModel, *, encode_text_online: bool

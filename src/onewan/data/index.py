@@ -65,6 +65,7 @@ def read_captions(path: Path) -> tuple[str, ...]:
     """
     caption_file = path.with_suffix(".txt")
     try:
+        # "-sig", since some editors on Windows begin a UTF-8 file with a byte order mark.
         text = caption_file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise DataError(
@@ -126,7 +127,7 @@ def _find_files(folder: Path, video_formats: Sequence[str]) -> _FolderFiles:
         kind = extension(path)
         if kind == "txt":
             files.texts.append(path)
-        if is_mask(path):  # of any format: an unreadable mask must not go unnoticed
+        if is_mask(path):  # of any format, so that an unsupported mask is reported
             files.masks.setdefault(clip_stem(path), []).append(path)
         elif kind in IMAGE_SUFFIXES or kind in video_formats:
             files.clip_stems.add(path.with_suffix(""))

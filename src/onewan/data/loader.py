@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from onewan.data.clip import Clip
 from onewan.data.encode import LatentSource
-from onewan.data.index import Clip
 from onewan.model.conditioning import Conditioning
 from onewan.model.text import pad_text
 from onewan.seeds import derive_seed
@@ -88,7 +88,7 @@ class StepBatches:
     """The optimizer step, counted from 0 over the whole run; it keys random draws."""
     expert: ExpertName
     batches: tuple[Batch, ...]
-    """This rank's micro-batches, or those of them that are at hand."""
+    """This rank's micro-batches, or one of them if the caller passes them one at a time."""
     global_size: int
     """Number of clips in the global batch, over which the loss is a mean."""
 
@@ -123,7 +123,7 @@ class WanDataLoader:
             self._buckets[clip.frames, clip.size] += [clip] * clip.repeats
         # Rounded up for each bucket, since its last batch may be smaller.
         self._batches_per_epoch = sum(-(-len(b) // batch_size) for b in self._buckets.values())
-        # The order of the last epoch asked for: consecutive steps are nearly always of the same.
+        # The order of the epoch used last: consecutive steps nearly always belong to the same one.
         self._last_epoch: tuple[tuple[ExpertName, int], list[list[Clip]]] | None = None
 
     def steps(
@@ -151,6 +151,7 @@ class WanDataLoader:
         """Data of step `number` of the run, which is step `expert_step` (from 0) of `expert`."""
         batches, sample_index = [], 0
         first = expert_step * self._accumulation
+        # A step may span the end of an epoch, so no clip is dropped or repeated to fill it.
         for micro_batch in range(first, first + self._accumulation):
             epoch, index = divmod(micro_batch, self._batches_per_epoch)
             clips = self._epoch(expert, epoch)[index]

@@ -26,9 +26,9 @@ from onewan.media import (
 )
 
 MASK_VERSION = 1
-"""Incremented when the values of `latent_mask` change, so that cached masks are made again."""
+"""Incremented when the values of `latent_mask` change, so that cached masks are computed again."""
 
-_MASK_MARK = ".mask"
+_MASK_SUFFIX = ".mask"
 
 # A mask drawn over an export of the clip differs by about a pixel per side; another crop by more.
 _ASPECT_TOLERANCE = 0.01
@@ -58,12 +58,12 @@ class Mask:
 
 def is_mask(path: Path) -> bool:
     """Whether the file is named as a mask: NAME.mask.ext, unless ext is txt (a caption file)."""
-    return path.stem.lower().endswith(_MASK_MARK) and extension(path) != "txt"
+    return path.stem.lower().endswith(_MASK_SUFFIX) and extension(path) != "txt"
 
 
 def clip_stem(mask_path: Path) -> Path:
     """Path without extension of the clips that the mask belongs to: NAME for NAME.mask.ext."""
-    return mask_path.with_name(mask_path.stem[: -len(_MASK_MARK)])
+    return mask_path.with_name(mask_path.stem[: -len(_MASK_SUFFIX)])
 
 
 def find_mask(
@@ -103,7 +103,7 @@ def find_mask(
         )
     if info.kind == "image":
         return Mask(path=path, start=0.0)
-    # Relative to each file's first frame, since containers start their clocks at different times.
+    # Relative to the first frame of each file, since containers start their clocks differently.
     start = times[0] - clip.start + info.start
     end = start + (times[-1] - times[0])
     if end > info.last + info.frame_interval / 2 + _TIME_ROUNDING:
@@ -158,6 +158,7 @@ def pixel_mask(mask: Mask, *, fps: float, frames: int, fit: Fit) -> np.ndarray:
 
 def _luma_frames(mask: Mask, fps: float, frames: int, fit: Fit) -> Iterator[np.ndarray]:
     """Luma in thousandths, int32 [H, W], of each frame of a mask video, or of its one image."""
+    # An image is read once and repeated by the callers, not read for each frame.
     times = [mask.start + k / fps for k in range(1 if mask.is_image else frames)]
     for rgb in read_frames(mask.path, times, fit):
         yield rgb @ _LUMA_WEIGHTS

@@ -25,7 +25,7 @@ def exclude_validation_clips(
         ClipProblem(
             path=path,
             reason=f"is in validation.sources too (as {names[digests[path]]}), so it is held out "
-            "of training; take it out of one of them",
+            "of training; remove it from one of them",
         )
         for path in in_both
     ]
@@ -41,7 +41,7 @@ def split_validation_clips(
     names and order, and adding or removing a file moves at most one other file between the two.
     Files of equal content stay together, and the first of them is validated on. Prior-preservation
     clips (``target: base``) are not chosen, since validation measures how well the data are
-    learned. One file that shows data always remains for training, so with fewer than two of them
+    learned. At least one other file always remains for training, so with fewer than two of them
     none is held out.
     """
     eligible: dict[str, Clip] = {}

@@ -25,11 +25,11 @@ from onewan.runs.layout import RunLayout, displayed
 from onewan.runs.log import Listener
 from onewan.train.run import run_folder, with_unused_name
 from onewan.train.trainer import WanTrainer
-from onewan.variants import VARIANTS, VariantName
+from onewan.variants import VARIANTS, Variant, VariantName
 
 _RUN_FILE = """\
 # The demonstration's run file. `onewan init --variant {variant}` prints one for real training.
-# After "real:" stands the value of a real run.
+# "real:" is followed by the value for a real run.
 model:
   path: model              # a tiny {title} with random weights; real: {repository}
   variant: {variant}
@@ -72,13 +72,13 @@ _PROMPT = "a red square moves slowly across a dark background"
 
 
 def run_demo(
-    folder: Path, variant: VariantName, listen: Listener, say: Callable[[str], None]
+    folder: Path, variant: VariantName, listen: Listener, print_line: Callable[[str], None]
 ) -> None:
     """Make a model, clips and a run file in `folder`, unless they exist, and train.
 
-    `listen` is called with the run's events, `say` with each line to print. In the same folder, the
-    next call trains again, as another run. DataError if `folder` has the demonstration of another
-    variant.
+    `listen` is called with the run's events, `print_line` with each line to print. A second call
+    with the same folder trains again, as another run. DataError if `folder` has the demonstration
+    of another variant.
     """
     facts = VARIANTS[variant]
     clips, model, run_file = folder / "clips", folder / "model", folder / "run.yaml"
@@ -86,19 +86,21 @@ def run_demo(
         raise DataError(
             f"{run_file}: is the demonstration of another variant; give another --dir for {variant}"
         )
-    say(f"onewan demo: trains a tiny {facts.title} on clips of moving shapes")
+    print_line(f"onewan demo: trains a tiny {facts.title} on clips of moving shapes")
+    # The run file is written last, so if it exists, the model and the clips are complete too.
     if not run_file.is_file():
         files = write_clips(clips)
-        say(f"{clips}: {len(files)} captioned clips ({', '.join(f.name for f in files)})")
-        write_tiny_model(model, variant, pixels_BCFHW=_pixels(files))
-        say(f"{model}: the architecture of {facts.title}, a tiny width, random weights")
+        print_line(f"{clips}: {len(files)} captioned clips ({', '.join(f.name for f in files)})")
+        write_tiny_model(model, variant, pixels_BCFHW=_sample_pixels(files))
+        print_line(f"{model}: the architecture of {facts.title}, a tiny width, random weights")
         run_file.write_text(_run_file(variant), encoding="utf-8")
-        say(f"{run_file}: the run file")
-    say(f"\n$ onewan train {_quoted(run_file)}")
+        print_line(f"{run_file}: the run file")
+    print_line(f"\n$ onewan train {_quoted(run_file)}")
+    # In a second demonstration the run is NAME-2: the results of the first one are kept.
     config = with_unused_name(load_run(run_file))
     WanTrainer(config, run_file=run_file.read_text(encoding="utf-8"), listen=listen).fit()
     for line in _closing_lines(RunLayout(displayed(run_folder(config))), run_file, variant):
-        say(line)
+        print_line(line)
 
 
 def _run_file(variant: VariantName) -> str:
@@ -106,7 +108,7 @@ def _run_file(variant: VariantName) -> str:
     prompt = f"    - prompt: {_PROMPT}"
     if facts.needs_image:
         prompt += "\n      image: clips/still_square.png   # the video's first frame"
-    side = 6 * facts.size_multiple
+    side = _side(facts)
     return _RUN_FILE.format(
         variant=variant,
         title=facts.title,
@@ -120,8 +122,14 @@ def _run_file(variant: VariantName) -> str:
     )
 
 
-def _pixels(files: list[Path]) -> Tensor:
-    """Five frames of each video, [B, 3, 5, H, W] in [-1, 1], for the scale of the VAE's latents."""
+def _side(facts: Variant) -> int:
+    """Side of the square videos, pixels."""
+    # 6 x 6 tokens in each latent frame, few enough to train on a CPU.
+    return 6 * facts.size_multiple
+
+
+def _sample_pixels(files: list[Path]) -> Tensor:
+    """Five frames of each video, [B, 3, 5, H, W] in [-1, 1], to measure the VAE's latents on."""
     videos = [f for f in files if f.suffix[1:] in VIDEO_SUFFIXES]
     fit = Fit(width=128, height=128)
     starts = [probe(f).start for f in videos]
@@ -134,9 +142,10 @@ def _pixels(files: list[Path]) -> Tensor:
 
 def _closing_lines(layout: RunLayout, run_file: Path, variant: VariantName) -> list[str]:
     facts = VARIANTS[variant]
+    # Names begin with the step, so the last ones are the exports of the last step.
     loras = sorted(layout.weights_dir.glob("*_comfyui.safetensors"))[-len(facts.experts) :]
     model = _quoted(run_file.parent / "model")
-    side, steps = 6 * facts.size_multiple, 100 * len(facts.experts) + 100
+    side, steps = _side(facts), 100 * len(facts.experts) + 100
     image = (
         f" --image {_quoted(run_file.parent / 'clips' / 'still_square.png')}"
         if facts.needs_image
@@ -154,7 +163,7 @@ def _closing_lines(layout: RunLayout, run_file: Path, variant: VariantName) -> l
         "  events.jsonl   loss, learning rate and time of every step",
         f"  tensorboard/   curves: tensorboard --logdir {_quoted(layout.root)}",
         "",
-        *_where_the_command_is(),
+        *_activation_hint(),
         "Next, on this tiny model:",
         f"  onewan train {_quoted(layout.root)} --resume train.steps={steps}    # 100 more steps",
         f"  onewan sample {model} --prompt 'a blue circle' --out video.mp4 --dtype float32 \\",
@@ -167,10 +176,11 @@ def _closing_lines(layout: RunLayout, run_file: Path, variant: VariantName) -> l
     ]
 
 
-def _where_the_command_is() -> list[str]:
+def _activation_hint() -> list[str]:
     """How to put the command `onewan` on the path, where it isn't (as after `make demo`)."""
     if shutil.which("onewan"):
         return []
+    # Relative to the current folder, as the user would type it.
     scripts = displayed(Path(sys.executable).parent)
     activate = f"{scripts}\\activate" if os.name == "nt" else f". {scripts}/activate"
     return [f"The command onewan is in {scripts}; to put it on your path:", f"  {activate}", ""]
@@ -178,4 +188,5 @@ def _where_the_command_is() -> list[str]:
 
 def _quoted(path: Path) -> str:
     """`path` as one argument of a command, for the shells of Linux and Windows."""
+    # Not `shlex.quote`, whose single quotes cmd.exe takes for part of the name.
     return f'"{path}"' if " " in str(path) else str(path)

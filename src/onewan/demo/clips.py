@@ -21,17 +21,19 @@ class _Scene:
     fps: float
     shape: str
     color: tuple[int, int, int]
-    ground: tuple[int, int, int]
+    background: tuple[int, int, int]
     captions: tuple[str, ...]
 
 
+# Containers, frame rates and numbers of captions differ, as in a folder of real clips, so that the
+# demonstration resamples in time, crops, and draws among captions.
 _SCENES = (
     _Scene(
         file="red_square.mp4",
         fps=30,
         shape="square",
         color=(214, 48, 49),
-        ground=(24, 28, 40),
+        background=(24, 28, 40),
         captions=("a red square moves slowly across a dark background",),
     ),
     _Scene(
@@ -39,7 +41,7 @@ _SCENES = (
         fps=24,
         shape="circle",
         color=(9, 132, 227),
-        ground=(245, 240, 225),
+        background=(245, 240, 225),
         captions=(
             "a small blue circle bounces up and down, the camera is still",
             "a blue ball jumps on a bright field",
@@ -50,7 +52,7 @@ _SCENES = (
         fps=25,
         shape="triangle",
         color=(0, 184, 148),
-        ground=(60, 20, 60),
+        background=(60, 20, 60),
         captions=("a green triangle turns around its centre while the light fades",),
     ),
     _Scene(
@@ -58,7 +60,7 @@ _SCENES = (
         fps=16,
         shape="circle",
         color=(253, 203, 110),
-        ground=(20, 60, 90),
+        background=(20, 60, 90),
         captions=("a yellow circle crosses a blue field",),
     ),
     _Scene(
@@ -66,7 +68,7 @@ _SCENES = (
         fps=1,
         shape="square",
         color=(250, 250, 250),
-        ground=(120, 60, 40),
+        background=(120, 60, 40),
         captions=("a white square on a brown ground",),
     ),
 )
@@ -79,6 +81,7 @@ def write_clips(folder: Path) -> list[Path]:
     for scene in _SCENES:
         path = folder / scene.file
         if path.suffix == ".png":
+            # A quarter of the way: at phase 0 the shape is close to the left side.
             Image.fromarray(_draw(scene, 0.25)).save(path)
         else:
             count = round(_SECONDS * scene.fps)
@@ -92,18 +95,22 @@ def write_clips(folder: Path) -> list[Path]:
 def _draw(scene: _Scene, phase: float) -> np.ndarray:
     """Frame [H, W, 3], uint8 RGB, of a scene at `phase` in [0, 1) of its duration."""
     width, height = SIZE
+    # The captions name these movements, so that text and video belong together.
     fade = 1 - 0.5 * phase if scene.shape == "triangle" else 1.0
-    ground = tuple(round(c * fade) for c in scene.ground)
-    image = Image.new("RGB", SIZE, ground)
+    background = tuple(round(c * fade) for c in scene.background)
+    image = Image.new("RGB", SIZE, background)
     draw = ImageDraw.Draw(image)
     x, y, r = width * (0.2 + 0.6 * phase), height / 2, height / 5
     if scene.shape == "circle":
+        # |sin| has two arches in a period: the circle bounces twice.
         y = height * (0.75 - 0.5 * abs(math.sin(2 * math.pi * phase)))
         draw.ellipse((x - r, y - r, x + r, y + r), fill=scene.color)
     else:
-        corners, turn = (4, math.pi / 4) if scene.shape == "square" else (3, 2 * math.pi * phase)
-        if scene.shape == "triangle":
+        # A corner at 45 degrees makes the sides of the square horizontal and vertical.
+        is_square = scene.shape == "square"
+        corners, angle = (4, math.pi / 4) if is_square else (3, 2 * math.pi * phase)
+        if not is_square:
             x = width / 2
-        angles = [turn + 2 * math.pi * k / corners for k in range(corners)]
+        angles = [angle + 2 * math.pi * k / corners for k in range(corners)]
         draw.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for a in angles], scene.color)
     return np.asarray(image)

@@ -1,4 +1,4 @@
-"""Writes a tiny Wan 2.2 model: the true architecture of each variant, with random weights.
+"""Writes a tiny Wan 2.2 model: the architecture of each variant, with random weights.
 
 For the demonstration and the tests. It is a complete diffusers folder that `WanModelLoader` and
 ``WanPipeline.from_pretrained`` read. Only widths and depths are smaller than the real ones, and the
@@ -41,7 +41,7 @@ def write_tiny_model(
     layers: int = 4,
     pixels_BCFHW: Tensor | None = None,
 ) -> Path:
-    """A tiny model of `variant` under `folder`, in the diffusers layout. Returns `folder`.
+    """Write a tiny model of `variant` to `folder` in the diffusers layout; returns `folder`.
 
     The transformers have `layers` blocks of `width` channels in heads of 32. A random VAE's latents
     have an arbitrary scale; if `pixels_BCFHW` ([-1, 1]) are given, its ``latents_mean`` and
@@ -49,6 +49,7 @@ def write_tiny_model(
     as those of the real VAE are.
     """
     facts = VARIANTS[variant]
+    # diffusers and transformers initialize from the global generator; its state is restored.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "tiny model", variant))
         for expert in facts.experts:
@@ -57,7 +58,9 @@ def write_tiny_model(
         vocabulary = _write_tokenizer(folder / "tokenizer")
         _text_encoder(vocabulary).save_pretrained(folder / "text_encoder")
     official_scheduler(facts).save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text(json.dumps(_index(facts), indent=2), encoding="utf-8")
+    (folder / "model_index.json").write_text(
+        json.dumps(_model_index(facts), indent=2), encoding="utf-8"
+    )
     return folder
 
 
@@ -74,6 +77,7 @@ def _transformer(facts: Variant, width: int, layers: int) -> WanTransformer3DMod
 
 
 def _vae(facts: Variant, pixels_BCFHW: Tensor | None) -> AutoencoderKLWan:
+    # The defaults of the class are those of the Wan 2.1 VAE, the means and deviations included.
     if facts.spatial_compression == 8:
         vae = AutoencoderKLWan(base_dim=8)
     else:
@@ -82,6 +86,7 @@ def _vae(facts: Variant, pixels_BCFHW: Tensor | None) -> AutoencoderKLWan:
             decoder_base_dim=8,
             z_dim=facts.latent_channels,
             is_residual=True,
+            # This VAE works on patches of 2 x 2 pixels with 3 channels each.
             in_channels=12,
             out_channels=12,
             patch_size=2,
@@ -119,6 +124,7 @@ def _write_tokenizer(folder: Path) -> int:
     tokenizer.train_from_iterator(
         _CORPUS,
         vocab_size=200,
+        # In this order, since UMT5Config expects padding as token 0 and the end as token 1.
         special_tokens=["<pad>", "</s>", "<unk>"],
         unk_token="<unk>",
         show_progress=False,
@@ -128,17 +134,17 @@ def _write_tokenizer(folder: Path) -> int:
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", end)]
     )
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._tokenizer,
+        tokenizer_object=tokenizer._tokenizer,  # transformers takes the inner object only
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
-        model_max_length=512,
+        model_max_length=512,  # that of the Wan models' captions
     ).save_pretrained(folder)
     return tokenizer.get_vocab_size()
 
 
-def _index(facts: Variant) -> dict[str, object]:
-    image = facts.pipeline == "WanImageToVideoPipeline"
+def _model_index(facts: Variant) -> dict[str, object]:
+    """The content of model_index.json, from which diffusers constructs the pipeline."""
     index: dict[str, object] = {
         "_class_name": facts.pipeline,
         "_diffusers_version": "0.42.1",
@@ -147,11 +153,12 @@ def _index(facts: Variant) -> dict[str, object]:
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-        "transformer_2": [None, None],
+        "transformer_2": [None, None],  # diffusers' form for a component that a model does not have
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
     for expert in facts.experts:
         index[expert.component] = ["diffusers", "WanTransformer3DModel"]
-    if image:
+    # These two are parameters of that pipeline, which Wan 2.1 used and Wan 2.2 does not.
+    if facts.pipeline == "WanImageToVideoPipeline":
         index |= {"image_encoder": [None, None], "image_processor": [None, None]}
     return index

@@ -11,7 +11,7 @@ read as BT.601, limited range, which is FFmpeg's rule and so that of nearly ever
 Transfer functions are not applied: HDR footage is not tone-mapped.
 
 Never imports torch, never holds more than two full-size frames, and never decodes beyond the last
-frame asked for.
+requested frame.
 
 `kinds` has the file extensions, `probe` inspects files, `read` selects frames by time;
 `video_stream` opens, seeks and tells the time, `video_frames` decodes and converts to RGB; `still`

@@ -63,7 +63,7 @@ class MediaInfo:
     def frames_at(self, fps: float) -> int:
         """For how many of the times start, start + 1/fps, ... the file has a frame.
 
-        The last of them lies at most half a source frame behind the last frame.
+        The last of them is at most half a source frame later than the last frame.
         """
         if self.kind == "image":
             return 1

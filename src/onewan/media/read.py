@@ -27,9 +27,9 @@ from onewan.media.still import Fit, read_image
 from onewan.media.video_frames import DamageError, decode_frames, frame_pixels
 from onewan.media.video_stream import open_video_at, pixel_aspect
 
-# Frames that no other frame refers to are not decoded if they lie this much before the first time
-# asked for, in s. It only has to be longer than the usual gap between two frames: if a gap turns
-# out to be longer, the span is read again without skipping.
+# Frames that no other frame refers to are not decoded if they are this much earlier than the first
+# requested time, in s. It only has to be longer than the usual gap between two frames: if a gap is
+# longer, the span is read again without skipping.
 _SKIP_LEAD = 0.25
 
 # A time just before a key frame, by more than containers round; in s.

@@ -65,7 +65,7 @@ def open_video_at(
 ) -> Iterator[tuple[VideoStream, Iterator[av.Packet]]]:
     """The main video stream and its packets from the key frame at or before `time` (s) on.
 
-    All packets, if `time` lies before the first key frame or seeking does not work in the file.
+    Yields all packets if `time` is before the first key frame or seeking does not work in the file.
     """
     with open_video(path, threads=threads) as (container, stream):
         packets = _seek(container, stream, time)

@@ -72,7 +72,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
     encoding = _ENCODINGS.get(extension(path))
     if encoding is None:
         raise DataError(
-            f"{path}: can't write this kind of video; name it .{', .'.join(_ENCODINGS)}"
+            f"{path}: videos of this kind can't be written; name it .{', .'.join(_ENCODINGS)}"
         )
     height, width = frames.shape[1:3]
     if width % 2 or height % 2:
@@ -107,6 +107,7 @@ def _encode(
         context.color_trc = ColorTrc.BT709
         context.colorspace = Colorspace.ITU709
         context.color_range = ColorRange.MPEG
+    # swscale would otherwise convert to BT.601, whatever the stream is tagged with.
     for number, pixels in enumerate(frames):
         frame = VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24").reformat(
             format="yuv420p",

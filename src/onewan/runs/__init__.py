@@ -1,1 +1,1 @@
-"""The run folder, the interface between the trainer and all that watches it."""
+"""The run folder: the interface between the trainer and the programs that watch or control it."""

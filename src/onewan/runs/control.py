@@ -28,6 +28,7 @@ def request(layout: RunLayout, name: Request) -> None:
     if not layout.resolved.is_file():
         what = "is not the folder of a run" if layout.root.is_dir() else "does not exist"
         raise OnewanError(f"{layout.root}: {what}; give a run's folder, such as runs/NAME")
+    # An empty file works on shared folders and needs no process, port or permission to signal.
     layout.control_dir.mkdir(exist_ok=True)
     (layout.control_dir / name).touch()
 
@@ -64,6 +65,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
+            # SIGTERM is how schedulers, containers and a shutdown of the machine end a process.
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
@@ -82,6 +84,7 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
         if number == signal.SIGINT:
+            # A second one interrupts a step that takes minutes, at the cost of its state.
             self._interrupts += 1
             if self._interrupts > 1:
                 raise KeyboardInterrupt

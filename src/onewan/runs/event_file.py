@@ -1,4 +1,4 @@
-"""``events.jsonl``: events as one JSON object a line; the trainer appends, anyone may follow.
+"""``events.jsonl``: events as one JSON object a line; the trainer appends, any process may read.
 
 Hides the file's format and what a crash can do to it: each line is valid JSON and pure ASCII, and
 a truncated line is skipped by readers and never joined to the next one. Never interprets an event.
@@ -45,7 +45,7 @@ class EventFile:
         with self._lock:
             if self._file is None:
                 self._file = _open(self._path)
-            elif not self._is_in_place(self._file):
+            elif not self._is_at_path(self._file):
                 self._close()
                 raise FileNotFoundError("it was deleted or replaced while the run used it")
             self._append(self._file, line)
@@ -57,7 +57,7 @@ class EventFile:
         """
         with self._lock, contextlib.suppress(OSError):
             idle = time.monotonic() - self._last_write
-            if self._file is not None and idle >= seconds and self._is_in_place(self._file):
+            if self._file is not None and idle >= seconds and self._is_at_path(self._file):
                 self._append(self._file, _line(Heartbeat()))
 
     def close(self) -> None:
@@ -87,7 +87,7 @@ class EventFile:
             raise OSError(f"only {written} of {len(line)} bytes were written")
         self._last_write = time.monotonic()
 
-    def _is_in_place(self, file: FileIO) -> bool:
+    def _is_at_path(self, file: FileIO) -> bool:
         """Whether the path still names the open file: writing to a deleted file raises no error."""
         try:
             return os.path.samestat(os.fstat(file.fileno()), os.stat(self._path))
@@ -111,7 +111,7 @@ class HeartbeatThread:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def _run(self) -> None:
-        # Woken more often than it writes, so that the silence stays close to the limit.
+        # Wakes more often than it writes, so that no gap is much longer than `seconds`.
         while not self._stop.wait(self._seconds / 5):
             self._file.write_heartbeat(self._seconds)
 
@@ -140,7 +140,8 @@ def last_event(path: Path) -> dict[str, Any] | None:
         size = path.stat().st_size
     except FileNotFoundError:
         return None
-    span = 1 << 16  # longer than any line but that of a data report; then the whole file is read
+    # Longer than nearly any line; after that of a long data report, all of the file is read.
+    span = 1 << 16
     for start in (max(0, size - span), 0):
         events, _ = _read_from(path, start)
         if events:
@@ -179,13 +180,15 @@ def _line(event: Event) -> bytes:
     now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
     line: dict[str, Any] = {"event": event.kind, "time": now.replace("+00:00", "Z")}
     line.update((name, _json_value(value, name)) for name, value in event.fields().items())
+    # ASCII, so that a truncated line can't end within a character.
     return (json.dumps(line, allow_nan=False) + "\n").encode("ascii")
 
 
 def _read_from(path: Path, position: int) -> tuple[list[dict[str, Any]], int]:
-    """The events in the whole lines after `position`, and the position after these lines."""
+    """The events in the complete lines after `position`, and the position after these lines."""
     try:
         with path.open("rb") as file:
+            # Shorter than what was read before: the file was replaced.
             if file.seek(0, os.SEEK_END) < position:
                 position = 0
             file.seek(position)
@@ -194,6 +197,7 @@ def _read_from(path: Path, position: int) -> tuple[list[dict[str, Any]], int]:
         return [], 0
     if not lines:
         return [], position
+    # On bytes, not on text: the position must be exact, and a truncated line may not be UTF-8.
     events = (_parsed(line) for line in lines.split(b"\n"))
     return [event for event in events if event is not None], position + len(lines) + 1
 
@@ -208,12 +212,12 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _json_value(value: object, name: str) -> Any:
-    """`value` in the types of JSON; numbers that are not finite become null, which JSON has."""
+    """`value` in the types of JSON; NaN and infinities, which JSON does not have, become null."""
     if value is None or isinstance(value, (str, bool)):
         return value
     if isinstance(value, Integral):
         return int(value)
-    if isinstance(value, Real):  # NumPy's numbers are among these
+    if isinstance(value, Real):  # includes NumPy's scalars
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Path):
         return str(value)

@@ -1,9 +1,9 @@
 """What can happen in a run: one frozen dataclass for each kind of event.
 
 An event is one JSON object on a line of ``events.jsonl``: ``event`` (the kind), ``time`` (UTC, ISO
-8601), and the fields of its class. Kinds and fields only grow within a `SCHEMA_VERSION`, which
-`Started` carries, so readers ignore those that they don't know. Nothing here does anything:
-`onewan.runs.log` delivers events, `onewan.runs.event_file` writes and reads them.
+8601), and the fields of its class. Within one `SCHEMA_VERSION`, which `Started` contains, kinds and
+fields are only added, so readers ignore those that they don't know. This module only declares
+events: `onewan.runs.log` delivers them, `onewan.runs.event_file` writes and reads them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SCHEMA_VERSION = 1
 """Raised when a field is removed or changes its meaning."""
 
 HEARTBEAT_SECONDS = 30.0
-"""A trainer that is alive writes a line at least this often."""
+"""A trainer that is alive writes a line at least once in this many seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,9 +143,9 @@ class StepDone(Event):
     """Timestep of each clip, in [0, 1]."""
     seconds: float
     memory_allocated: int | None = None
-    """Bytes of device memory in use after the step; null where the device does not count them."""
+    """Bytes of device memory in use after the step; null if the device has no such statistics."""
     memory_peak: int | None = None
-    """Most bytes in use at any time since the process started."""
+    """Peak of the bytes in use since the process started."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,9 +157,9 @@ class Validated(Event):
     expert: str
     loss: float
     ema: float | None
-    """Loss of the moving average of the weights."""
+    """Loss with the moving average of the weights; null if there is none."""
     base: float | None
-    """Loss of the base model, measured at step 0."""
+    """Loss of the base model, measured at step 0; null if it was not measured."""
     held_out: bool
     """Whether the clips are held out from training."""
 
@@ -243,4 +243,4 @@ class Finished(Event):
 
 
 ENDS = (Stopped.kind, Failed.kind, Finished.kind)
-"""Kinds of the last event of a process that ended by itself."""
+"""Kinds of the last event of a process that ended and was not killed."""

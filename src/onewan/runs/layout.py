@@ -80,7 +80,7 @@ class RunLayout:
         return self.weights_dir / f"{step_name(step)}{suffix}{f'_{fmt}' if fmt else ''}{ext}"
 
     def exported(self) -> dict[int, list[Path]]:
-        """The files in `weights_dir` by the step that they were exported after, in rising order."""
+        """The files in `weights_dir` by the step after which they were exported, ascending."""
         found: dict[int, list[Path]] = {}
         for path in sorted(self.weights_dir.glob("*")):
             if match := re.match(rf"({STEP_NAME.pattern})(?:[_.]|$)", path.name):
@@ -97,7 +97,7 @@ class RunLayout:
             folder.mkdir(parents=True, exist_ok=True)
 
     def saved_steps(self) -> list[int]:
-        """Steps with a complete training state, in rising order.
+        """Steps with a complete training state, ascending.
 
         A state is renamed to its final name when it is complete; any other name is unfinished.
         """
@@ -108,7 +108,7 @@ class RunLayout:
 
 
 def displayed(path: Path) -> Path:
-    """`path` as a user would type it: relative to the current folder if it lies in it."""
+    """`path` as a user would type it: relative to the current folder if it is inside it."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
 

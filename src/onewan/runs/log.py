@@ -2,7 +2,7 @@
 
 A sink is the event file, the TensorBoard curves, or a listener such as the progress display. A run
 of hours must not end because one of them fails: a sink that raises is reported once and dropped.
-The event file alone is never given up, since other programs follow the run through it: the failure
+Only the event file is never dropped, since other programs follow the run through it: the failure
 is reported at the other sinks and in ``log.txt``, writing is tried again with each event, and when
 it works again the number of missing events is reported.
 """
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 Listener = Callable[[Event], None]
 
 PROGRESS_SECONDS = 5.0
-"""In the event file, progress of one activity has a line at most this often."""
+"""The event file has a progress event of one activity at most once in this many seconds."""
 
 
 class Sink(Protocol):
@@ -77,6 +77,7 @@ class RunLog:
 
     def close(self) -> None:
         """Close all sinks; a failure is only logged, since there may be no sink left for it."""
+        # Each is removed first, so that a second call after an error does not close it again.
         while self._sinks:
             _close(self._sinks.pop())
 
