@@ -101,17 +101,12 @@ def _differs(fact: Mapping[str, Any], have: Mapping[str, Any]) -> str | None:
         return None
     old, new = fact["parameters"], have["parameters"]
     names = [p["name"] for p in new]
-    gone = [p["name"] for p in old if p["name"] not in names]
-    if gone:
+    if gone := [p["name"] for p in old if p["name"] not in names]:
         return f"no longer takes {', '.join(gone)}; it takes {', '.join(names)}"
     # New parameters with a default do not break the add-on's calls or overrides.
     known = {p["name"] for p in old}
-    more = [
-        p["name"]
-        for p in new
-        if p["name"] not in known and p["kind"] == "plain" and not p["default"]
-    ]
-    if more:
+    needed = [p["name"] for p in new if p["kind"] == "plain" and not p["default"]]
+    if more := [name for name in needed if name not in known]:
         return f"also requires {', '.join(more)}"
     order = [p["name"] for p in old if p["kind"] == "plain"]
     if order != [n for n in names if n in order]:
@@ -172,17 +167,12 @@ def _set_on_self(node: ast.AST, prefix: str) -> Iterator[tuple[str, dict[str, An
 def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[dict[str, Any]]:
     arguments = node.args
     plain = [*arguments.posonlyargs, *arguments.args]
-    without = len(plain) - len(arguments.defaults)
-    found = [
-        {"name": a.arg, "kind": "plain", "default": place >= without}
-        for place, a in enumerate(plain)
-    ]
+    first_default = len(plain) - len(arguments.defaults)
+    found = [(a.arg, "plain", place >= first_default) for place, a in enumerate(plain)]
     if arguments.vararg:
-        found.append({"name": arguments.vararg.arg, "kind": "rest", "default": True})
-    found += [
-        {"name": a.arg, "kind": "named", "default": default is not None}
-        for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
-    ]
+        found.append((arguments.vararg.arg, "rest", True))
+    named = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    found += [(a.arg, "named", default is not None) for a, default in named]
     if arguments.kwarg:
-        found.append({"name": arguments.kwarg.arg, "kind": "more", "default": True})
-    return found
+        found.append((arguments.kwarg.arg, "more", True))
+    return [dict(zip(("name", "kind", "default"), fact, strict=True)) for fact in found]

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from importlib.resources import as_file, files
 from pathlib import Path, PurePosixPath
@@ -66,9 +66,13 @@ class _Manifest:
     replaced: dict[str, list[str]] = field(default_factory=dict)
     """While not complete: digests of earlier versions of the files, which may still be there."""
 
-    def ours(self, name: str, digest: str | None) -> bool:
-        """Whether `digest` is that of a file as onewan installed it."""
-        return digest in (self.files.get(name), *self.replaced.get(name, ()))
+    def changed(self, present: Mapping[str, str | None]) -> tuple[str, ...]:
+        """Those files of `present`, digests by name, that are not as onewan installed them."""
+        return tuple(
+            name
+            for name, digest in present.items()
+            if digest not in (None, self.files.get(name), *self.replaced.get(name, ()))
+        )
 
 
 def overlay() -> dict[str, bytes]:
@@ -100,15 +104,8 @@ def install(
     shas = {name: _sha(data) for name, data in wanted.items()}
     there = {name: _digest(root / name) for name in {**before.files, **wanted}}
     _refuse_what_is_in_the_way(root, shas, there, before)
-    kept = (
-        ()
-        if force
-        else tuple(
-            name
-            for name, digest in there.items()
-            if digest not in (None, shas.get(name)) and not before.ours(name, digest)
-        )
-    )
+    changed = before.changed({n: d for n, d in there.items() if d != shas.get(n)})
+    kept = () if force else changed
     written = tuple(n for n in wanted if n not in kept and there[n] != shas[n])
     stale = tuple(n for n in before.files if n not in wanted and n not in kept)
     # A changed file that is no longer part of the add-on becomes the user's own.
@@ -131,9 +128,7 @@ def install(
     try:
         _write(root, manifest)
         for name in written:
-            remove_abandoned((root / name).parent, (root / name).name)
-            with replacing(root / name) as path:
-                path.write_bytes(wanted[name])
+            _replace(root / name, wanted[name])
         for name in stale:
             _remove(root, name)
         manifest.files, manifest.replaced, manifest.complete = shas, {}, True
@@ -154,8 +149,7 @@ def uninstall(root: Path, *, force: bool = False) -> InstallOutcome:
     if manifest is None:
         raise InstallError(f"{root}: the add-on is not installed ({MANIFEST} does not exist)")
     there = {name: _digest(root / name) for name in manifest.files}
-    changed = {n for n, d in there.items() if d is not None and not manifest.ours(n, d)}
-    kept = () if force else tuple(n for n in manifest.files if n in changed)
+    kept = () if force else manifest.changed(there)
     try:
         for name in manifest.files:
             remove_abandoned((root / name).parent, (root / name).name)
@@ -169,7 +163,7 @@ def uninstall(root: Path, *, force: bool = False) -> InstallOutcome:
             manifest.folders = [f for f in manifest.folders if (root / f).is_dir()]
             _write(root, manifest)
         else:
-            remove_abandoned((root / MANIFEST).parent, (root / MANIFEST).name)
+            remove_abandoned(root, MANIFEST)
             (root / MANIFEST).unlink()
     except OSError as error:
         raise InstallError(_unwritable(root, error)) from error
@@ -190,7 +184,7 @@ def status(root: Path) -> Status:
         installed=True,
         complete=manifest.complete,
         version=manifest.version,
-        changed=tuple(n for n, d in present.items() if d is not None and not manifest.ours(n, d)),
+        changed=manifest.changed(present),
         missing=tuple(n for n, d in present.items() if d is None),
         current=manifest.files == wanted,
         checked=checked,
@@ -211,10 +205,8 @@ def has_onewan(root: Path) -> bool | None:
     python = python_in(root)
     if python is None:
         return None
-    packages = [
-        *python.parents[1].glob("lib*/python*/site-packages"),
-        python.parents[1] / "Lib" / "site-packages",
-    ]
+    folder = python.parents[1]
+    packages = [*folder.glob("lib*/python*/site-packages"), folder / "Lib" / "site-packages"]
     return any(next(iter(p.glob("onewan-*")), None) or (p / "onewan").is_dir() for p in packages)
 
 
@@ -291,16 +283,7 @@ def _read(root: Path) -> _Manifest | None:
             f"{path}: is damaged ({type(error).__name__}: {error}); delete it and install again"
         ) from error
     for name in (*manifest.files, *manifest.folders):
-        pure = PurePosixPath(name)
-        inside = (root / name).parent.resolve()
-        if (
-            pure.is_absolute()
-            or pure.parts[:1] == (".git",)
-            or ".." in pure.parts
-            or "\\" in name
-            or ":" in name
-            or not inside.is_relative_to(root)
-        ):
+        if not _is_inside(root, name):
             raise InstallError(
                 f"{path}: names {name!r}, which is not in the checkout; delete "
                 "the manifest and install again"
@@ -308,19 +291,28 @@ def _read(root: Path) -> _Manifest | None:
     return manifest
 
 
+def _is_inside(root: Path, name: str) -> bool:
+    """Whether `name`, as a manifest has it, is a path in the checkout and not in its repository."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or pure.parts[:1] == (".git",):
+        return False
+    windows = "\\" in name or ":" in name
+    return not windows and (root / name).parent.resolve().is_relative_to(root)
+
+
 def _write(root: Path, manifest: _Manifest) -> None:
-    content = {
-        "about": "The onewan add-on for Wan 2.2; `onewan onetrainer uninstall` removes it.",
-        "version": manifest.version,
-        "complete": manifest.complete,
-        "files": dict(sorted(manifest.files.items())),
-        "folders": manifest.folders,
-    }
-    if manifest.replaced:
-        content["replaced"] = manifest.replaced
-    remove_abandoned((root / MANIFEST).parent, (root / MANIFEST).name)
-    with replacing(root / MANIFEST) as path:
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    about = "The onewan add-on for Wan 2.2; `onewan onetrainer uninstall` removes it."
+    content = {"about": about, **asdict(manifest), "files": dict(sorted(manifest.files.items()))}
+    if not manifest.replaced:
+        del content["replaced"]
+    _replace(root / MANIFEST, f"{json.dumps(content, indent=1)}\n".encode())
+
+
+def _replace(file: Path, data: bytes) -> None:
+    """Write a file, and remove what a killed process left of it."""
+    remove_abandoned(file.parent, file.name)
+    with replacing(file) as path:
+        path.write_bytes(data)
 
 
 def _remove(root: Path, name: str) -> None:

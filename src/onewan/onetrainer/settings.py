@@ -37,20 +37,11 @@ SEED = 42
 MASK_LABEL = "-masklabel"
 """OneTrainer's suffix of a clip's mask; onewan's own, NAME.mask.ext, is accepted too."""
 
+# fmt: off
 VIDEO_FORMATS = (
-    "mp4",
-    "avi",
-    "mov",
-    "webm",
-    "mkv",
-    "gif",
-    "m4v",
-    "mpeg",
-    "mpg",
-    "wmv",
-    "flv",
-    "ts",
+    "mp4", "avi", "mov", "webm", "mkv", "gif", "m4v", "mpeg", "mpg", "wmv", "flv", "ts",
 )
+# fmt: on
 """Extensions of video files; OneTrainer itself takes some of them."""
 
 MIN_RESOLUTION, MAX_RESOLUTION = (1, 1), (16384, 16384)
@@ -66,12 +57,11 @@ class SettingError(ValueError):
 
 def check(config: Any, variant: Variant) -> None:
     """ConfigError with every setting that can't be used for Wan 2.2."""
-    if problems := [f"{key}: {text}" for key, text in setting_errors(config, variant)]:
+    if problems := [f"{key}: {text}" for key, text in _setting_errors(config, variant)]:
         raise ConfigError("OneTrainer's settings for Wan 2.2", problems)
 
 
-def setting_errors(config: Any, variant: Variant) -> Iterator[tuple[str, str]]:
-    """(key, problem) of everything in `config` that can't be used."""
+def _setting_errors(config: Any, variant: Variant) -> Iterator[tuple[str, str]]:
     for name in ("mae_strength", "log_cosh_strength"):
         if strength := getattr(config, name):
             yield name, f"is {strength}; use mse_strength or huber_strength, and set it to 0"
@@ -92,28 +82,22 @@ def setting_errors(config: Any, variant: Variant) -> Iterator[tuple[str, str]]:
                 f"is {dtype}; choose FLOAT_8, INT_W8A8 or BFLOAT_16 (a GGUF file can be the model: "
                 "its weights are expanded and then converted to that type)",
             )
-    readers: dict[str, Callable[[], object]] = {
-        "min_noising_strength": lambda: check_noising_strengths(config),
-        "frames": lambda: frames_of(config),
-        "wan_layers": lambda: layers_of(config),
-        "wan_high_share": lambda: high_share_of(config),
-        "resolution": lambda: resolutions_of(
-            config.resolution, config.aspect_ratio_bucketing, variant.size_multiple
+    readers: dict[str, Callable[[Any], object]] = {
+        "min_noising_strength": check_noising_strengths,
+        "frames": frames_of,
+        "wan_layers": layers_of,
+        "wan_high_share": high_share_of,
+        "resolution": lambda c: resolutions_of(
+            c.resolution, c.aspect_ratio_bucketing, variant.size_multiple
         ),
-        "wan_frame_strategy": lambda: frame_strategy_of(config),
-        "wan_boundary": lambda: boundary_of(config),
+        "wan_frame_strategy": frame_strategy_of,
+        "wan_boundary": boundary_of,
     }
     for name, read in readers.items():
-        if (text := _error_of(read)) is not None:
-            yield name, text
-
-
-def _error_of(read: Callable[[], object]) -> str | None:
-    try:
-        read()
-    except SettingError as error:
-        return str(error)
-    return None
+        try:
+            read(config)
+        except SettingError as error:  # noqa: PERF203  (a few settings, once)
+            yield name, str(error)
 
 
 def losses_of(config: Any) -> tuple[tuple[float, LossSection], ...]:
@@ -185,19 +169,17 @@ def _rescaled(chosen: Timesteps, low: float, high: float, common: dict[str, Any]
     return TableTimesteps(weights=weights, **common)
 
 
-_WEIGHTINGS = ("CONSTANT", "SIGMA", "MIN_SNR_GAMMA")
+_WEIGHTINGS: dict[str, Callable[[Any], Weighting]] = {
+    "CONSTANT": lambda _: NoWeighting(),
+    # OneTrainer weights by sigma, which is t.
+    "SIGMA": lambda _: CurveWeighting(points=((0.0, 0.0), (1.0, 1.0))),
+    "MIN_SNR_GAMMA": lambda config: MinSnrWeighting(gamma=config.loss_weight_strength),
+}
 
 
 def weighting_of(config: Any) -> Weighting:
     """The loss weight by timestep."""
-    match str(config.loss_weight_fn):
-        case "SIGMA":
-            # OneTrainer weights by sigma, which is t.
-            return CurveWeighting(points=((0.0, 0.0), (1.0, 1.0)))
-        case "MIN_SNR_GAMMA":
-            return MinSnrWeighting(gamma=config.loss_weight_strength)
-        case _:
-            return NoWeighting()
+    return _WEIGHTINGS.get(str(config.loss_weight_fn), _WEIGHTINGS["CONSTANT"])(config)
 
 
 def check_noising_strengths(config: Any) -> None:

@@ -23,8 +23,8 @@ def added_fields() -> Mapping[str, list[dict[str, Any]]]:
 
 def _add_fields(config: Any, kind: str) -> Any:
     for field in added_fields()[kind]:
-        nullable = field["default"] is None
-        _add_field(config, field["name"], field["default"], _TYPES[field["type"]], nullable)
+        default = field["default"]
+        _add_field(config, field["name"], default, _TYPES[field["type"]], default is None)
     return config
 
 

@@ -10,6 +10,10 @@ from onewan.onetrainer.patches.patch import NAME, Patch, is_wan
 
 COMPONENTS = ("transformer", "transformer_2", "text_encoder", "vae")
 
+_TRAINING_METHODS = ("FINE_TUNE", "LORA", "EMBEDDING")
+_LORA_FORMATS = ("DIFFUSERS_LORA", "KOHYA_LORA", "ORIGINAL_LORA", "COMFY_LORA")
+_MODEL_FORMATS = ("DIFFUSERS", "ORIGINAL_TRANSFORMER")
+
 
 class ModelTypeMember(Patch):
     """An enum can't be extended by its own means; lookup, iteration, match and pickle use the
@@ -28,18 +32,11 @@ class ModelTypeMember(Patch):
             "ModelType.supported_lora_formats",
             "ModelType.supported_full_model_formats",
         ),
-        "modules.util.enum.ModelFormat": (
-            "ModelFormat.DIFFUSERS",
-            "ModelFormat.ORIGINAL_TRANSFORMER",
-            "ModelFormat.DIFFUSERS_LORA",
-            "ModelFormat.KOHYA_LORA",
-            "ModelFormat.ORIGINAL_LORA",
-            "ModelFormat.COMFY_LORA",
+        "modules.util.enum.ModelFormat": tuple(
+            f"ModelFormat.{name}" for name in (*_MODEL_FORMATS, *_LORA_FORMATS)
         ),
-        "modules.util.enum.TrainingMethod": (
-            "TrainingMethod.LORA",
-            "TrainingMethod.FINE_TUNE",
-            "TrainingMethod.EMBEDDING",
+        "modules.util.enum.TrainingMethod": tuple(
+            f"TrainingMethod.{name}" for name in _TRAINING_METHODS
         ),
     }
 
@@ -67,14 +64,9 @@ def _answers() -> dict[str, Any]:
     return {
         "is_flow_matching": True,
         "is_video_model": True,
-        "supported_training_methods": (methods.FINE_TUNE, methods.LORA, methods.EMBEDDING),
-        "supported_lora_formats": [
-            formats.DIFFUSERS_LORA,
-            formats.KOHYA_LORA,
-            formats.ORIGINAL_LORA,
-            formats.COMFY_LORA,
-        ],
-        "supported_full_model_formats": [formats.DIFFUSERS, formats.ORIGINAL_TRANSFORMER],
+        "supported_training_methods": tuple(getattr(methods, name) for name in _TRAINING_METHODS),
+        "supported_lora_formats": [getattr(formats, name) for name in _LORA_FORMATS],
+        "supported_full_model_formats": [getattr(formats, name) for name in _MODEL_FORMATS],
     }
 
 

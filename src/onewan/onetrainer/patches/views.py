@@ -82,15 +82,9 @@ class ModelTab(Patch):
     }
 
     def replacement(
-        self,
-        former: Former,
-        view: Any,
-        frame: Any,
-        row: int,
-        controller: Any,
-        state: Any,
-        **has: Any,
+        self, former: Former, view: Any, frame: Any, row: int, *args: Any, **has: Any
     ) -> int:
+        controller, state = args
         if is_wan(controller.train_config.model_type):
             # The stock view has a row for one transformer; Wan has two.
             compressed = has.get("include_compressed", False)
@@ -98,7 +92,7 @@ class ModelTab(Patch):
                 _expert_row(view, frame, row, state, component, title, compressed)
                 row += 1
             has["has_transformer"] = False  # everything else is the stock view's
-        return former(view, frame, row, controller, state, **has)
+        return former(view, frame, row, *args, **has)
 
 
 def _expert_row(
@@ -142,18 +136,10 @@ class TrainingTab(Patch):
         module: tuple(f"BaseTrainingTabView.{_FRAME.format(frame)}" for frame in _FRAMES)
     }
 
-    def replacement(
-        self,
-        former: Former,
-        view: Any,
-        left: Any,
-        middle: Any,
-        right: Any,
-        controller: Any,
-        state: Any,
-    ) -> None:
+    def replacement(self, former: Former, view: Any, *args: Any) -> None:
+        left, middle, right, controller, state = args
         if not is_wan(controller.config.model_type):
-            former(view, left, middle, right, controller, state)
+            former(view, *args)
             return
 
         def frame(kind: str, *args: Any, **kwargs: Any) -> None:
@@ -216,36 +202,19 @@ class SampleFrame(Patch):
 
     _FIRST_FREE_ROW = 7
 
-    def replacement(
-        self,
-        former: Former,
-        view: Any,
-        top: Any,
-        bottom: Any,
-        state: Any,
-        controller: Any,
-        include_prompt: bool = True,
-        include_settings: bool = True,
-    ) -> Any:
-        result = former(view, top, bottom, state, controller, include_prompt, include_settings)
+    def replacement(self, former: Former, view: Any, *args: Any) -> Any:
+        _, frame, state, controller, _, include_settings = args
+        result = former(view, *args)
         if is_wan(controller.model_type) and include_settings:
-            self._add_rows(view.components, bottom, state)
+            self._add_rows(view.components, frame, state)
         return result
 
     def _add_rows(self, make: Any, frame: Any, state: Any) -> None:
         row = self._FIRST_FREE_ROW
         tooltip = "The first frame. I2V-A14B needs one, TI2V-5B can take one"
         make.label(frame, row, 0, "start image:", tooltip=tooltip)
-        make.path_entry(
-            frame,
-            row,
-            1,
-            state,
-            "base_image_path",
-            mode="file",
-            allow_model_files=False,
-            allow_image_files=True,
-        )
+        kind = {"mode": "file", "allow_model_files": False, "allow_image_files": True}
+        make.path_entry(frame, row, 1, state, "base_image_path", **kind)
         for number, field in enumerate(added_fields()["sample"], start=1):
             place = row + number // 2, 2 * (number % 2)  # two fields in a row, label and widget
             make.label(frame, *place, field["label"], tooltip=field["tooltip"])
