@@ -52,11 +52,8 @@ def export_backup(
         written += _experts(backup, experts, destination, to, force)
     for number, file in enumerate(embeddings):
         only_file = not written and len(embeddings) == 1
-        path = (
-            destination
-            if only_file
-            else destination.with_name(f"{destination.stem}_{number}.safetensors")
-        )
+        numbered = destination.with_name(f"{destination.stem}_{number}.safetensors")
+        path = destination if only_file else numbered
         _require_free(path, force)
         embedding = WanModelEmbedding.from_file(file)
         written.append(WanModelSaver().save_embedding(embedding, path))
@@ -93,11 +90,8 @@ def _experts(
         )
     written: list[Path] = []
     for part in parts:
-        path = (
-            destination
-            if len(parts) == 1
-            else weight_files.expert_path(destination, weight_files.EXPERTS[part])
-        )
+        expert = weight_files.EXPERTS[part] if len(parts) > 1 else None
+        path = weight_files.expert_path(destination, expert)
         convert_model(backup / part, path, "single", force=force)
         written.append(path)
     return written

@@ -50,9 +50,7 @@ def component_sources(request: LoadRequest) -> dict[str, str]:
             f"{request.base}: has no {SOURCES_FILE}, so it is no backup of a Wan 2.2 fine-tuning; "
             "select the base model here, and the backup as the LoRA"
         )
-    sources = {
-        str(k): str(v) for k, v in json.loads(recorded.read_text("utf-8"))["sources"].items()
-    }
+    sources: dict[str, str] = dict(json.loads(recorded.read_text("utf-8"))["sources"])
     for part in ("transformer", "transformer_2"):
         if (Path(request.base) / part).is_dir():
             sources[part] = str(Path(request.base) / part)
@@ -69,35 +67,26 @@ def write_sources(folder: Path, sources: Mapping[str, str]) -> None:
 def load(request: LoadRequest) -> WanModel:
     """The model, on the CPU. CheckpointError names the file and what is wrong with it."""
     sources = component_sources(request)
-    loader = WanModelLoader()
 
     def part(
         components: Collection[PipelineComponent], dtype: torch.dtype, variant: Any
     ) -> WanModel:
         try:
-            return loader.load(
-                sources,
-                variant,
-                dtype,
-                "cpu",
-                components,
-                quantized="dequantize",
-                boundary=request.boundary,
-            )
+            return _loaded(sources, variant, dtype, components, request.boundary)
         except CheckpointError as error:
             raise CheckpointError(_with_onetrainers_names(str(error))) from error
 
     # Each component has a data type of its own, which the loader takes once for each call.
-    default = torch.float32
-    model = part(("transformer", "scheduler"), request.dtypes.get("transformer", default), None)
+    def dtype(component: str) -> torch.dtype:
+        return request.dtypes.get(component, torch.float32)
+
+    model = part(("transformer", "scheduler"), dtype("transformer"), None)
     variant = model.variant.name
     if len(model.variant.experts) > 1 and "transformer_2" not in request.excluded:
-        second = part(("transformer_2",), request.dtypes.get("transformer_2", default), variant)
+        second = part(("transformer_2",), dtype("transformer_2"), variant)
         model.transformer_2 = second.transformer_2
         model.notices += second.notices
-    encoder = part(
-        ("vae", "text_encoder", "tokenizer"), request.dtypes.get("text_encoder", default), variant
-    )
+    encoder = part(("vae", "text_encoder", "tokenizer"), dtype("text_encoder"), variant)
     model.vae, model.text_encoder = encoder.vae, encoder.text_encoder
     model.tokenizer = encoder.tokenizer
     model.notices += encoder.notices
@@ -119,12 +108,13 @@ def reload_components(
     model: WanModel, sources: Mapping[str, str], parts: Collection[Any]
 ) -> WanModel:
     """Load `parts` of a model from its `sources` again, in bfloat16, not quantized."""
+    variant = model.variant
+    return _loaded(dict(sources), variant.name, torch.bfloat16, parts, variant.boundary)
+
+
+def _loaded(
+    sources: dict[str, str], variant: Any, dtype: torch.dtype, parts: Any, boundary: float | None
+) -> WanModel:
     return WanModelLoader().load(
-        dict(sources),
-        model.variant.name,
-        torch.bfloat16,
-        "cpu",
-        parts,
-        quantized="dequantize",
-        boundary=model.variant.boundary,
+        sources, variant, dtype, "cpu", parts, quantized="dequantize", boundary=boundary
     )

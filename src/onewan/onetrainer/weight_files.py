@@ -8,10 +8,10 @@ ComfyUI, diffusers and musubi-tuner read them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from onewan.formats.lora_files import AdapterFile, BaseWeights, parse_adapter, r
 from onewan.formats.weights import expert_in_name
 from onewan.model.embedding import WanModelEmbedding
 from onewan.model.wan import WanModel
-from onewan.variants import Expert, ExpertName, Variant
+from onewan.variants import ExpertName, Variant
 
 EXPERTS: dict[str, ExpertName] = {"transformer": "high", "transformer_2": "low"}
 
@@ -41,6 +41,7 @@ _ONETRAINER: dict[str, str] = {
     "lora_A": "lora_down.weight",
     "lora_B": "lora_up.weight",
     "magnitude": "dora_scale",
+    "oft_R": "oft_R.weight",
 }
 """OneTrainer's name of each tensor of an adapter, where it differs from onewan's."""
 
@@ -140,18 +141,20 @@ def load_adapters(path: Path, variant: Variant | None) -> dict[str, Tensor]:
     return found
 
 
-_Found: TypeAlias = tuple[AdapterFile, "ExpertName | None"]
-
-
-def _adapter_files(path: Path, variant: Variant | None) -> list[_Found]:
+def _adapter_files(path: Path, variant: Variant | None) -> list[tuple[AdapterFile, ExpertName]]:
     if not path.is_file():
-        return _pair(path)
+        found = [(expert_path(path, expert), expert) for expert in EXPERTS.values()]
+        files = [(read_adapter(file), expert) for file, expert in found if file.is_file()]
+        if not files:
+            names = " or ".join(file.name for file, _ in found)
+            raise CheckpointError(f"{path}: does not exist, nor {names}; give an adapter's file")
+        return files
     try:
         file = read_adapter(path)
-    except CheckpointError:
-        return [_one_of(path, "high"), _one_of(path, "low")]
+    except CheckpointError:  # for both experts in one file; other errors are raised again here
+        return [(read_adapter(path, "high"), "high"), (read_adapter(path, "low"), "low")]
     if variant is not None and len(variant.experts) == 1:
-        return [(file, None)]
+        return [(file, "high")]
     said: Any = file.metadata.get("onewan.expert")
     expert: ExpertName = file.expert or said or expert_in_name(path) or "high"
     other: ExpertName = "low" if expert == "high" else "high"
@@ -161,68 +164,32 @@ def _adapter_files(path: Path, variant: Variant | None) -> list[_Found]:
     return [(file, expert)]
 
 
-def _pair(path: Path) -> list[_Found]:
-    """The files whose names are `path` with the expert added."""
-    found: list[_Found] = []
-    high, low = expert_path(path, "high"), expert_path(path, "low")
-    if high.is_file():
-        found.append((read_adapter(high), "high"))
-    if low.is_file():
-        found.append((read_adapter(low), "low"))
-    if not found:
-        raise CheckpointError(
-            f"{path}: does not exist, nor {high.name} or {low.name}; give an adapter's file"
-        )
-    return found
-
-
-def _one_of(path: Path, expert: ExpertName) -> _Found:
-    return read_adapter(path, expert), expert
-
-
 def _onetrainer(adapter: ModuleAdapter) -> dict[str, Tensor]:
-    tensors = {
-        _ONETRAINER.get(name, "oft_R.weight" if name == "oft_R" else name): tensor
-        for name, tensor in adapter.tensors.items()
-    }
-    if "oft_R.weight" not in tensors:
-        rank = adapter.rank
-        alpha = adapter.alpha if adapter.alpha is not None else rank
-        if alpha is not None:
-            tensors["alpha"] = torch.tensor(float(alpha))
+    tensors = {_ONETRAINER.get(name, name): tensor for name, tensor in adapter.tensors.items()}
+    alpha = adapter.rank if adapter.alpha is None else adapter.alpha
+    # OneTrainer's OFT has no scale.
+    if "oft_R.weight" not in tensors and alpha is not None:
+        tensors["alpha"] = torch.tensor(float(alpha))
     return tensors
 
 
 # ------------------------------------------------------------------------------------- full weights
 
 
-def with_only_transformer(model: WanModel, part: str) -> WanModel:
-    """`model` with the one transformer `part` and nothing else."""
-    others: dict[str, Any] = dict.fromkeys(("transformer", "transformer_2"))
-    others[part] = getattr(model, part)
-    return replace(
-        model, tokenizer=None, text_encoder=None, vae=None, noise_scheduler=None, **others
-    )
+def only_transformers(model: WanModel, parts: Collection[str]) -> WanModel:
+    """`model` with the transformers `parts` and nothing else."""
+    kept: dict[str, Any] = {p: getattr(model, p) if p in parts else None for p in EXPERTS}
+    return replace(model, tokenizer=None, text_encoder=None, vae=None, **kept)
 
 
-def save_experts(
-    model: WanModel, destination: Path, dtype: torch.dtype | None, parts: list[str]
-) -> list[Path]:
-    """Write each of the transformers `parts` to a file of its own, in ComfyUI's format."""
-    written: list[Path] = []
-    for part in parts:
-        expert = _expert(model.variant, part)
-        path = expert_path(
-            Path(destination), expert.name if len(model.variant.experts) > 1 else None
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        WanModelSaver().save(with_only_transformer(model, part), path, "single", dtype, force=True)
-        written.append(path)
-    return written
-
-
-def _expert(variant: Variant, part: str) -> Expert:
-    return next(expert for expert in variant.experts if expert.component == part)
+def save_experts(model: WanModel, destination: Path, dtype: torch.dtype | None) -> None:
+    """Write each transformer of `model` to a file of its own, in ComfyUI's format."""
+    for part, name in EXPERTS.items():
+        if getattr(model, part) is not None:
+            path = expert_path(destination, name if len(model.variant.experts) > 1 else None)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            one = only_transformers(model, (part,))
+            WanModelSaver().save(one, path, "single", dtype, force=True)
 
 
 # --------------------------------------------------------------------------------------- embeddings

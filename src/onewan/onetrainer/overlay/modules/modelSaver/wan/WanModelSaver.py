@@ -39,7 +39,7 @@ class WanModelSaver:
                 Saver().save(whole, destination, "diffusers", dtype, force=True)
             case ModelFormat.ORIGINAL_TRANSFORMER:
                 wan = _plain(model, model.expert_parts())
-                weight_files.save_experts(wan, destination, dtype, model.expert_parts())
+                weight_files.save_experts(wan, destination, dtype)
             case ModelFormat.INTERNAL:
                 self._save_backup(model, destination)
             case _:
@@ -53,16 +53,9 @@ class WanModelSaver:
         config = model.train_config
         trained = [p for p in model.expert_parts() if getattr(config, p).train]
         held = [p for p in trained if not _quantised(getattr(model, p))]
-        wan = replace(
-            model.wan,
-            tokenizer=None,
-            text_encoder=None,
-            vae=None,
-            transformer=model.transformer if "transformer" in held else None,
-            transformer_2=model.transformer_2 if "transformer_2" in held else None,
-        )
         if held:
-            Saver().save(wan, destination, "diffusers", None, force=True)
+            trained_only = weight_files.only_transformers(model.wan, held)
+            Saver().save(trained_only, destination, "diffusers", None, force=True)
         model_loading.write_sources(destination, model.wan_sources)
 
 
