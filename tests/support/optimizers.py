@@ -26,8 +26,8 @@ from onewan.config.optimizer import (
     ProdigyOptimizer,
     ProdigyPlusOptimizer,
     SgdOptimizer,
+    joint_only_reason,
 )
-from onewan.train.optimizers.builders import joint_only_reason
 from onewan.train.optimizers.joint import JointOptimizer
 from onewan.train.optimizers.parameters import ParameterGroup
 from onewan.train.optimizers.per_weight import PerWeightOptimizer

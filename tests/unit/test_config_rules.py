@@ -142,9 +142,14 @@ BROKEN = [
         "train.max_grad_norm: must be null for method.fused_step, .* got 1; set it to null",
     ),
     (
-        "method: {kind: fine_tune, fused_step: true}\ntrain: {max_grad_norm: null}\n"
-        "optimizer: {name: adamw_cpu_offload}",
-        "optimizer.name: 'adamw_cpu_offload' moves all gradients together",
+        "method: {kind: fine_tune, weights: float32, fused_step: true}\n"
+        "train: {max_grad_norm: null}\noptimizer: {name: adamw_cpu_offload}",
+        "method.fused_step: true updates .* optimizer.name 'adamw_cpu_offload' does not support",
+    ),
+    (
+        "method: {kind: fine_tune}\noptimizer: {name: prodigy}",
+        "method.weights: stochastic updates .* optimizer.name 'prodigy' does not support: it "
+        "estimates one learning rate .*, or set method.weights to float32",
     ),
     (
         FLOAT32 + "method: {kind: fine_tune, weights: kahan}",
@@ -342,7 +347,9 @@ def test_a_broken_rule_gives_one_line_with_a_remedy(tmp_path: Path, text: str, s
         "method: {kind: lokr, factor: 1}",
         "video_data: {sources: [{path: a, target: base}]}",
         "method: {kind: fine_tune}\nper_expert: {high: {lr: 1}}",
-        "method: {kind: fine_tune, weights: float32}",
+        "method: {kind: fine_tune, weights: float32}\noptimizer: {name: prodigy}",
+        FLOAT32 + "method: {kind: fine_tune}\noptimizer: {name: prodigy}",
+        "optimizer: {name: prodigy}",
         "method: {kind: fine_tune}\noutput: {formats: [comfyui, diffusers]}",
         FOX + "method: {kind: embedding}\noutput: {formats: [kohya]}",
         FOX + "method: {kind: embedding}\nper_expert: {high: {steps: 5}, low: {steps: 6}}",
@@ -381,7 +388,8 @@ def test_all_broken_rules_are_reported_at_once(tmp_path: Path) -> None:
     assert [p.split(": ")[0] for p in caught.value.problems] == [
         "train.accumulation",
         "train.max_grad_norm",
-        "optimizer.name",
+        "method.weights",
+        "method.fused_step",
         "embeddings.1.init_from",
         "embeddings.1.placeholder",
         "validation.every",

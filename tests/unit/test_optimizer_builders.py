@@ -30,13 +30,13 @@ from onewan.config.optimizer import (
     ProdigyOptimizer,
     ProdigyPlusOptimizer,
     SgdOptimizer,
+    joint_only_reason,
 )
 from onewan.errors import ConfigError
 from onewan.train.optimizers.builders import (
     build_optimizer,
     inexact_resume_reason,
     is_schedule_free,
-    joint_only_reason,
 )
 
 

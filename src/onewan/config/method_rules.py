@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
 
+from onewan.arithmetic.placeholders import placeholder_error
 from onewan.config.method import (
     AdapterMethod,
     EmbeddingMethod,
@@ -15,178 +18,125 @@ from onewan.config.method import (
     LoraMethod,
     OftMethod,
 )
-from onewan.config.optimizer import AdamWOffloadOptimizer, SgdOptimizer
-from onewan.config.resolve import exported_name, steps_per_expert, trained_experts
+from onewan.config.optimizer import Optimizer, SgdOptimizer, joint_only_reason
+from onewan.config.resolve import exported_name, trained_experts
 from onewan.config.schema import RunConfig
 from onewan.config.schema_paths import Problem, format_value
 
 
 def method_rules(config: RunConfig) -> Iterator[Problem]:
-    """Rules of `method`, `embeddings`, `optimizer` and `per_expert`."""
-    method, formats = config.method, config.output.formats
+    """Rules of `method`, `embeddings`, `optimizer`, and of the targets and formats they allow."""
+    method, kind, formats = config.method, config.method.kind, config.output.formats
+    got = f"got {format_value(formats)}"
     if isinstance(method, AdapterMethod):
         yield from _init_from_rules(config, method)
     if isinstance(method, FineTuneMethod):
         yield from _fine_tune_rules(config, method)
+        if "kohya" in formats:
+            why = "kohya is a form of adapters, and method.kind is fine_tune"
+            yield "output.formats", f"{why}, {got}; use comfyui or diffusers"
     if isinstance(method, LohaMethod | LokrMethod | OftMethod) and "diffusers" in formats:
-        yield (
-            "output.formats",
-            f"diffusers can't read {method.kind}, got {format_value(formats)}; use comfyui or "
-            "kohya",
-        )
-    yield from _base_target_rules(config)
+        yield "output.formats", f"diffusers can't read {kind}, {got}; use comfyui or kohya"
+    for index, source in enumerate(config.video_data.sources):
+        if source.target == "base" and not isinstance(method, AdapterMethod):
+            why = f"needs an adapter that can be switched off, and method.kind is {kind}"
+            remedy = "use data, or an adapter such as lora"
+            yield f"video_data.sources.{index}.target", f"{why}, got 'base'; {remedy}"
+    for index, source in enumerate(config.validation.sources):
+        if source.target == "base":
+            why = "what is measured is how well clips are learned"
+            yield f"validation.sources.{index}.target", f"{why}, got 'base'; leave it out"
     yield from _embedding_rules(config)
-    yield from _step_rules(config)
     optimizer = config.optimizer
     if isinstance(optimizer, SgdOptimizer) and optimizer.nesterov and optimizer.momentum == 0:
-        yield (
-            "optimizer.nesterov",
-            "needs a momentum, and optimizer.momentum is 0; set one such as 0.9, or leave it out",
-        )
+        why = "needs a momentum, and optimizer.momentum is 0"
+        yield "optimizer.nesterov", f"{why}; set one such as 0.9, or leave it out"
+
+
+def per_weight_problems(
+    choice: Optimizer, rounding: Literal["none", "stochastic", "kahan"], *, fused: bool
+) -> Iterator[Problem]:
+    """What can't be done with an optimizer that updates all weights together.
+
+    `rounding` is that of 16-bit weights; float32 weights need none, whatever the run file says.
+    """
+    asked = {"method.weights": (rounding, "float32")} if rounding != "none" else {}
+    if fused:
+        asked["method.fused_step"] = ("true", "false")
+    if reason := joint_only_reason(choice):
+        for field, (value, other) in asked.items():
+            yield (
+                field,
+                f"{value} updates each weight by itself, which optimizer.name {choice.name!r} does "
+                f"not support: {reason}; choose another optimizer, or set {field} to {other}",
+            )
+
+
+def missing_file(field: str, file: Path | None) -> Iterator[Problem]:
+    if file is not None and not os.path.isfile(file):
+        yield field, f"there is no file {file}; correct it"
 
 
 def _init_from_rules(config: RunConfig, method: AdapterMethod) -> Iterator[Problem]:
     files, field = method.init_from, "method.init_from"
     for index, file in enumerate(files):
-        if not os.path.isfile(file):
-            yield f"{field}.{index}", f"there is no file {file}; correct it"
+        yield from missing_file(f"{field}.{index}", file)
     experts = [expert.name for expert in trained_experts(config)]
     if len(files) > len(experts):
         number = "1 expert" if len(experts) == 1 else f"{len(experts)} experts"
         names = "" if experts == ["single"] else f" ({', '.join(experts)})"
-        yield (
-            field,
-            f"must have at most one file for each expert that trains, got {len(files)} for "
-            f"{number}{names}; remove the others",
-        )
+        rule = "must have at most one file for each expert that trains"
+        yield field, f"{rule}, got {len(files)} for {number}{names}; remove the others"
     if files and isinstance(method, LoraMethod) and method.init == "pissa":
-        yield (
-            "method.init",
-            f"initializes new adapters, and {field} gives trained ones, got 'pissa'; remove one "
-            "of them",
-        )
+        why = f"initializes new adapters, and {field} gives trained ones"
+        yield "method.init", f"{why}, got 'pissa'; remove one of them"
 
 
 def _fine_tune_rules(config: RunConfig, method: FineTuneMethod) -> Iterator[Problem]:
     train = config.train
-    if method.fused_step:
-        if train.accumulation != 1:
-            yield (
-                "train.accumulation",
-                f"must be 1 for method.fused_step, got {train.accumulation}; raise "
-                "train.batch_size instead, or set method.fused_step to false",
-            )
-        if train.max_grad_norm is not None:
-            yield (
-                "train.max_grad_norm",
-                "must be null for method.fused_step, which never sees the gradient of all weights "
-                f"at once, got {train.max_grad_norm:g}; set it to null, or method.fused_step to "
-                "false",
-            )
-        if isinstance(config.optimizer, AdamWOffloadOptimizer):
-            yield (
-                "optimizer.name",
-                "'adamw_cpu_offload' moves all gradients together, and method.fused_step never "
-                "has them; choose another optimizer, or set method.fused_step to false",
-            )
-    if "kohya" in config.output.formats:
+    if method.fused_step and train.accumulation != 1:
         yield (
-            "output.formats",
-            f"kohya is a form of adapters, and method.kind is fine_tune, got "
-            f"{format_value(config.output.formats)}; use comfyui or diffusers",
+            "train.accumulation",
+            f"must be 1 for method.fused_step, got {train.accumulation}; raise train.batch_size "
+            "instead, or set method.fused_step to false",
         )
-
-
-def _base_target_rules(config: RunConfig) -> Iterator[Problem]:
-    """The untrained model must be at hand while the method trains; and it is no measure."""
-    for index, source in enumerate(config.video_data.sources):
-        if source.target == "base" and not isinstance(config.method, AdapterMethod):
-            yield (
-                f"video_data.sources.{index}.target",
-                f"needs an adapter that can be switched off, and method.kind is "
-                f"{config.method.kind}, got 'base'; use data, or an adapter such as lora",
-            )
-    for index, source in enumerate(config.validation.sources):
-        if source.target == "base":
-            yield (
-                f"validation.sources.{index}.target",
-                "what is measured is how well clips are learned, got 'base'; leave it out",
-            )
+    if method.fused_step and train.max_grad_norm is not None:
+        yield (
+            "train.max_grad_norm",
+            "must be null for method.fused_step, which never sees the gradient of all weights at "
+            f"once, got {train.max_grad_norm:g}; set it to null, or method.fused_step to false",
+        )
+    rounding = method.weights
+    if rounding == "float32" or config.model.dtype == "float32":
+        rounding = "none"
+    yield from per_weight_problems(config.optimizer, rounding, fused=method.fused_step)
 
 
 def _embedding_rules(config: RunConfig) -> Iterator[Problem]:
     embeddings = config.embeddings
     if isinstance(config.method, EmbeddingMethod) and not any(e.train for e in embeddings):
         got = "none of them trains" if embeddings else "got none"
-        yield (
-            "embeddings",
-            f"must have one to train for method.kind embedding, {got}; add one such as "
-            "{placeholder: <fox>, initial_text: fox}",
-        )
+        remedy = "add one such as {placeholder: <fox>, initial_text: fox}"
+        yield "embeddings", f"must have one to train for method.kind embedding, {got}; {remedy}"
     for index, embedding in enumerate(embeddings):
-        field = f"embeddings.{index}"
-        yield from _vector_rules(field, embedding)
-        before = embeddings[:index]
-        same = [e.placeholder for e in before if e.placeholder == embedding.placeholder]
-        within = [e.placeholder for e in before if _nested(e.placeholder, embedding.placeholder)]
-        if same:
-            yield (
-                f"{field}.placeholder",
-                f"is a duplicate, got {same[0]!r}; change it",
-            )
-        elif within:
-            yield (
-                f"{field}.placeholder",
-                "must not contain another placeholder or be a part of one, got "
-                f"{embedding.placeholder!r} beside {within[0]!r}; change one, such as to <fox>",
-            )
-        name = exported_name(embedding)
+        field, before = f"embeddings.{index}", embeddings[:index]
+        yield from _initial_vector_rules(field, embedding)
+        placeholder, others = embedding.placeholder, [e.placeholder for e in before]
+        if text := placeholder_error(placeholder, others):
+            yield f"{field}.placeholder", text
+        name, names = exported_name(embedding), [exported_name(e).lower() for e in before]
         if not name:
-            yield (
-                f"{field}.name",
-                f"is required for the placeholder {embedding.placeholder!r}, which has no "
-                "letters or digits of ASCII, got nothing; give one",
-            )
-        elif not same and name.lower() in [exported_name(e).lower() for e in before]:
+            why = f"is required for the placeholder {placeholder!r}, which has no ASCII letters"
+            yield f"{field}.name", f"{why} or digits, got nothing; give one"
+        elif placeholder not in others and name.lower() in names:
             yield f"{field}.name", f"is a duplicate, got {name!r}; change it"
 
 
-def _nested(one: str, other: str) -> bool:
-    return one in other or other in one
-
-
-def _vector_rules(field: str, embedding: EmbeddingSection) -> Iterator[Problem]:
-    """Where the vectors of one embedding come from, and whether they move."""
-    start = embedding.init_from
-    if start is None:
-        if not embedding.train:
-            yield (
-                f"{field}.init_from",
-                f"is required where {field}.train is false, got nothing; give its file",
-            )
-        if not embedding.initial_text.strip():
-            yield f"{field}.initial_text", "must have a word to start from, got none; give one"
-    elif not os.path.isfile(start):
-        yield f"{field}.init_from", f"there is no file {start}; correct it"
-
-
-def _step_rules(config: RunConfig) -> Iterator[Problem]:
-    """Steps of two experts are given for both, and are those of the run."""
-    if len(trained_experts(config)) < 2:
-        return
-    counts = steps_per_expert(config)
-    high, low = config.per_expert.high.steps, config.per_expert.low.steps
-    if counts is None and (high, low) != (None, None):
-        expert, other = ("high", "low") if high is None else ("low", "high")
-        yield (
-            f"per_expert.{expert}.steps",
-            f"is required where per_expert.{other}.steps is given, got nothing; give it, or divide "
-            "train.steps by train.high_expert_share",
-        )
-    given = "steps" in config.train.model_fields_set
-    if counts is not None and given and config.train.steps != sum(counts):
-        yield (
-            "train.steps",
-            f"must be {sum(counts)}, the sum of per_expert.high.steps and per_expert.low.steps, "
-            f"got {config.train.steps}; leave it out",
-        )
+def _initial_vector_rules(field: str, embedding: EmbeddingSection) -> Iterator[Problem]:
+    """The vectors come from a file that is there, or from a text; the latter only to be trained."""
+    yield from missing_file(f"{field}.init_from", embedding.init_from)
+    if embedding.init_from is None and not embedding.train:
+        why = f"is required where {field}.train is false"
+        yield f"{field}.init_from", f"{why}, got nothing; give its file"
+    if embedding.init_from is None and not embedding.initial_text.strip():
+        yield f"{field}.initial_text", "must have a word to start from, got none; give one"

@@ -280,3 +280,16 @@ Schedule: TypeAlias = Annotated[
     Field(discriminator="kind"),
     Keyed(key="kind", default="constant", text=True),
 ]
+
+
+def joint_only_reason(choice: Optimizer) -> str | None:
+    """Why the optimizer can't update each weight by itself; None if it can.
+
+    The fused step and rounding to bfloat16 need that (`onewan.train.optimizers.per_weight`).
+    """
+    name = choice.class_path if isinstance(choice, CustomOptimizer) else choice.name
+    if any(family in name.lower() for family in ("prodigy", "dadapt")):
+        return "it estimates one learning rate from all weights together"
+    if isinstance(choice, AdamWOffloadOptimizer):
+        return "it copies gradients to the CPU in its own backward hooks"
+    return None

@@ -29,7 +29,7 @@ from onewan.config.schema import (
     RunConfig,
 )
 from onewan.config.section import Section
-from onewan.variants import NEGATIVE_PROMPT, Expert
+from onewan.variants import NEGATIVE_PROMPT, Expert, Variant
 
 _S = TypeVar("_S", bound=Section)
 
@@ -42,16 +42,12 @@ def resolve(config: RunConfig, folder: Path) -> ResolvedRun:
     """
     variant, video, output = config.model.facts(), config.video_data, config.output
     width, height = variant.sample_size
-    ratios = {
-        "spatial_compression_ratio": variant.spatial_compression,
-        "temporal_compression_ratio": variant.temporal_compression,
-    }
     train = config.train
     shift = train.timesteps.shift or variant.flow_shift
     timesteps = train.timesteps.model_copy(update={"shift": shift})
     updates = {"timesteps": timesteps, "steps": total_steps(config)}
     sections = {
-        "wan_config": config.wan_config.model_copy(update=ratios),
+        "wan_config": config.wan_config.model_copy(update=compression_ratios(variant)),
         "video_data": _filled(
             ResolvedVideoData,
             video.model_copy(update={"cache_dir": folder / video.cache_dir}),
@@ -81,6 +77,14 @@ def resolve(config: RunConfig, folder: Path) -> ResolvedRun:
         "output": _filled(ResolvedOutput, output.model_copy(update={"dir": folder / output.dir})),
     }
     return ResolvedRun.model_validate({**dict(config), **sections})
+
+
+def compression_ratios(variant: Variant) -> dict[str, int]:
+    """The values of the fields of `wan_config` that are facts of the variant's VAE."""
+    return {
+        "spatial_compression_ratio": variant.spatial_compression,
+        "temporal_compression_ratio": variant.temporal_compression,
+    }
 
 
 def expert_schedule_of(config: RunConfig | ResolvedRun) -> ExpertSchedule:

@@ -1,31 +1,41 @@
 """Rules between the fields of a run file, and between fields and the facts of the variant.
 
-This module has those of the model, the data and the samples; `method_rules`, `train_rules` and
-`unused` have the others. They are checked once every field is valid by itself, on the file as
-given, before defaults are filled in. No rule changes a value or opens a file.
+`method_rules` has those of the method, the embeddings and the optimizer, `unused` those of fields
+without effect. They are checked once every field is valid by itself, on the file as given, before
+defaults are filled in. No rule changes a value.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 from onewan.arithmetic.sample_request import image_error, request_errors
-from onewan.config.method_rules import method_rules
-from onewan.config.resolve import trained_experts
+from onewan.arithmetic.timestep_weighting import weighting_problem
+from onewan.config.method_rules import method_rules, missing_file
+from onewan.config.optimizer import AVERAGING_OPTIMIZERS
+from onewan.config.resolve import (
+    compression_ratios,
+    expert_schedule_of,
+    steps_per_expert,
+    total_steps,
+    trained_experts,
+)
 from onewan.config.schema import COMPONENTS, RunConfig
 from onewan.config.schema_paths import Problem, format_value
-from onewan.config.train_rules import train_rules
 from onewan.config.unused import unused_field_problems
 
 
 def rule_violations(config: RunConfig) -> Iterator[Problem]:
-    """Every rule between fields, and between fields and the facts of the variant."""
+    """(field, message) of every broken rule."""
     yield from _model_rules(config)
     yield from _size_rules(config)
     yield from _sample_rules(config)
     yield from method_rules(config)
-    yield from train_rules(config)
+    yield from _step_rules(config)
+    yield from _warmup_rules(config)
+    yield from _timestep_rules(config)
+    yield from _averaging_rules(config)
+    yield from _validation_rules(config)
     yield from unused_field_problems(config)
 
 
@@ -34,35 +44,27 @@ def _model_rules(config: RunConfig) -> Iterator[Problem]:
     model, variant = config.model, config.model.facts()
     given = model.sources()
     if not given:
-        yield (
-            "model.path",
-            "is required, got nothing; give the folder or hub name of a whole model, or a path "
-            f"for each component ({', '.join(COMPONENTS)})",
-        )
+        form = f"a whole model, or a path for each component ({', '.join(COMPONENTS)})"
+        yield "model.path", f"is required, got nothing; give the folder or hub name of {form}"
     # Sampling takes both experts, whichever of them train.
     experts = variant.experts if config.sample.prompts else trained_experts(config)
     needed = {"vae", "text_encoder", *(expert.component for expert in experts)}
     missing = [c for c in COMPONENTS if c in needed and c not in given]
     if given and "path" not in given and missing:
+        remedy = f"give {' and '.join(missing)}, or a whole model as the path"
         yield (
             f"model.{missing[0]}",
-            f"is needed where model.path is not given, got nothing; give {' and '.join(missing)}, "
-            "or a whole model as the path",
+            f"is needed where model.path is not given, got nothing; {remedy}",
         )
     if len(variant.experts) == 1 and model.experts != "both":
-        yield (
-            "model.experts",
-            f"{variant.name} has one expert, got {model.experts!r}; leave it out",
-        )
+        text = f"{variant.name} has one expert, got {model.experts!r}; leave it out"
+        yield "model.experts", text
 
 
 def _size_rules(config: RunConfig) -> Iterator[Problem]:
+    """Compression as the VAE has it; training sizes that the model takes and the limits allow."""
     variant, wan, video = config.model.facts(), config.wan_config, config.video_data
-    facts = {
-        "spatial_compression_ratio": variant.spatial_compression,
-        "temporal_compression_ratio": variant.temporal_compression,
-    }
-    for name, fact in facts.items():
+    for name, fact in compression_ratios(variant).items():
         value = getattr(wan, name)
         if name in wan.model_fields_set and value != fact:
             yield f"wan_config.{name}", f"is {fact} for {variant.name}, got {value}; leave it out"
@@ -76,61 +78,129 @@ def _size_rules(config: RunConfig) -> Iterator[Problem]:
     sizes = video.resolution if isinstance(video.resolution, tuple) else ()
     for index, size in enumerate(sizes):
         field = "video_data.resolution" + (f".{index}" if len(sizes) > 1 else "")
-        text = (
-            _wrong_area(size, variant.size_multiple)
-            if isinstance(size, int)
-            else _wrong_size(size, variant.size_multiple, video.max_resolution)
-        )
-        if text:
+        if text := _size_error(size, variant.size_multiple, high):
             yield field, text
 
 
-def _sample_rules(config: RunConfig) -> Iterator[Problem]:
-    variant, sample = config.model.facts(), config.sample
-    if sample.every and not sample.prompts:
-        yield (
-            "sample.every",
-            f"is {sample.every}, but sample.prompts is empty; give a prompt, or set it to 0",
-        )
-    errors = request_errors(
-        variant,
-        width=sample.width,
-        height=sample.height,
-        frames=sample.frames,
-        steps=sample.steps,
-        guidance=sample.guidance,
-    )
-    yield from ((f"sample.{field}", message) for field, message in errors)
-    for index, prompt in enumerate(sample.prompts):
-        field = f"sample.prompts.{index}.image"
-        if prompt.image is not None and not os.path.isfile(prompt.image):
-            yield field, f"there is no file {prompt.image}; correct it"
-        if error := image_error(variant, prompt.image):
-            yield field, error
-
-
-def _wrong_area(area: int, multiple: int) -> str | None:
-    least = 2 * multiple
-    if area >= least**2:
-        return None
-    return (
-        f"is an area in pixels, and {area} is less than {least}x{least}; "
-        "for 480p write 399360 or '832x480'"
-    )
-
-
-def _wrong_size(size: str, multiple: int, largest: tuple[int, int]) -> str | None:
-    width, height = map(int, size.split("x"))
-    if width % multiple or height % multiple:
-        nearest = f"{_nearest(width, multiple)}x{_nearest(height, multiple)}"
-        return f"sides must be multiples of {multiple}, got {size!r}; the nearest is '{nearest}'"
-    if max(width, height) > max(largest) or min(width, height) > min(largest):
-        return (
-            f"must fit into video_data.max_resolution {format_value(largest)}, got {size!r}; "
-            "raise that, or choose a smaller size"
-        )
+def _size_error(size: int | str, multiple: int, largest: tuple[int, int]) -> str | None:
+    """What is wrong with a training size, an area in pixels or "WxH"."""
+    if isinstance(size, int):
+        least = 2 * multiple
+        why = f"is an area in pixels, and {size} is less than {least}x{least}"
+        return None if size >= least**2 else f"{why}; for 480p write 399360 or '832x480'"
+    sides = [int(side) for side in size.split("x")]
+    nearest = [max(multiple, round(side / multiple) * multiple) for side in sides]
+    if sides != nearest:
+        remedy = f"the nearest is '{nearest[0]}x{nearest[1]}'"
+        return f"sides must be multiples of {multiple}, got {size!r}; {remedy}"
+    if max(sides) > max(largest) or min(sides) > min(largest):
+        limit = f"video_data.max_resolution {format_value(largest)}"
+        return f"must fit into {limit}, got {size!r}; raise that, or choose a smaller size"
     return None
 
 
-def _nearest(side: int, multiple: int) -> int:
-    return max(multiple, round(side / multiple) * multiple)
+def _sample_rules(config: RunConfig) -> Iterator[Problem]:
+    """Samples that the variant can make."""
+    variant, sample = config.model.facts(), config.sample
+    if sample.every and not sample.prompts:
+        text = f"is {sample.every}, but sample.prompts is empty; give a prompt, or set it to 0"
+        yield "sample.every", text
+    names = ("width", "height", "frames", "steps", "guidance")
+    for field, text in request_errors(variant, **{name: getattr(sample, name) for name in names}):
+        yield f"sample.{field}", text
+    for index, prompt in enumerate(sample.prompts):
+        field = f"sample.prompts.{index}.image"
+        yield from missing_file(field, prompt.image)
+        if text := image_error(variant, prompt.image):
+            yield field, text
+
+
+def _step_rules(config: RunConfig) -> Iterator[Problem]:
+    """Where two experts train, each has steps; given for both, they are those of the run."""
+    if len(trained_experts(config)) < 2:
+        return
+    train, high, low = config.train, config.per_expert.high.steps, config.per_expert.low.steps
+    counts = steps_per_expert(config)
+    if counts is None and (high, low) != (None, None):
+        expert, other = ("high", "low") if high is None else ("low", "high")
+        yield (
+            f"per_expert.{expert}.steps",
+            f"is required where per_expert.{other}.steps is given, got nothing; give it, or divide "
+            "train.steps by train.high_expert_share",
+        )
+    if counts is not None and "steps" in train.model_fields_set and train.steps != sum(counts):
+        rule = f"must be {sum(counts)}, the sum of per_expert.high.steps and per_expert.low.steps"
+        yield "train.steps", f"{rule}, got {train.steps}; leave it out"
+    share = train.high_expert_share
+    if share in (0, 1):
+        idle, other = ("high", "low") if share == 0 else ("low", "high")
+        yield (
+            "train.high_expert_share",
+            f"leaves the {idle} expert no steps, got {share:g}; leave it out, and set "
+            f"model.experts={other} to train the {other} expert alone",
+        )
+
+
+def _warmup_rules(config: RunConfig) -> Iterator[Problem]:
+    """Warm-up and cooldown are counted in an expert's own steps, and must leave one between them.
+
+    An expert that gets no steps at all is not judged here; the trainer warns of it.
+    """
+    warmup, cooldown = config.train.warmup_steps, config.train.cooldown_steps
+    schedule, total = expert_schedule_of(config), total_steps(config)
+    counts = {name: schedule.steps_before(total, name) for name in schedule.experts}
+    expert, fewest = min(counts.items(), key=lambda item: item[1] or total + 1)
+    if not warmup + cooldown or warmup + cooldown < fewest:
+        return
+    limit, remedy = f"train.steps ({total})", "lower it"
+    if len(counts) > 1:
+        limit = f"the {fewest} steps of the {expert} expert"
+        remedy = "lower it, or give that expert more steps"
+    if not cooldown:
+        yield "train.warmup_steps", f"must be less than {limit}, got {warmup}; {remedy}"
+    else:
+        added = f"and train.warmup_steps ({warmup}) together " if warmup else ""
+        text = f"{added}must be less than {limit}, got {cooldown}; {remedy}"
+        yield "train.cooldown_steps", text
+
+
+def _timestep_rules(config: RunConfig) -> Iterator[Problem]:
+    """Each expert that trains has timesteps to draw, and not all of their loss weights are 0."""
+    timesteps, weighting = config.train.timesteps, config.train.loss.weighting.function()
+    if timesteps.shift_by_tokens:
+        return  # each size of clip has a shift of its own
+    density = timesteps.density(config.model.facts().flow_shift)
+    for expert in trained_experts(config):
+        line = density.problem(expert)
+        if line is None and weighting is not None:
+            line = weighting_problem(weighting, density, expert)
+        if line is not None:
+            field, _, text = line.partition(": ")
+            yield field, text
+
+
+def _averaging_rules(config: RunConfig) -> Iterator[Problem]:
+    """Averaged weights replace a falling learning rate; both together are worse."""
+    optimizer, train = config.optimizer, config.train
+    if isinstance(optimizer, AVERAGING_OPTIMIZERS):
+        why = f"optimizer.name {optimizer.name} averages weights instead"
+        if (kind := train.schedule.kind) != "constant":
+            text = f"must be constant, since {why}, got {kind!r}; leave it out"
+            yield "train.schedule.kind", text
+        if count := train.cooldown_steps:
+            yield "train.cooldown_steps", f"must be 0, since {why}, got {count}; leave it out"
+
+
+def _validation_rules(config: RunConfig) -> Iterator[Problem]:
+    """Validation has clips, which are held out in one way, and happens where its loss is needed."""
+    validation = config.validation
+    if validation.sources and validation.share:
+        why = "holds out training clips, and validation.sources gives other clips"
+        yield "validation.share", f"{why}, got {validation.share:g}; remove one of them"
+    if validation.every and not validation.clips:
+        why = f"is {validation.every}, but validation.clips is 0, which turns it off"
+        yield "validation.every", f"{why}; raise that, or leave it out"
+    if config.train.keep_best and not (validation.every and validation.clips):
+        missing = "validation.clips" if validation.every else "validation.every"
+        why = f"needs the validation loss, and {missing} is 0"
+        yield "train.keep_best", f"{why}; give {missing}, or leave it out"

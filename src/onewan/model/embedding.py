@@ -147,20 +147,6 @@ class WanModelEmbedding:
         return self
 
 
-def ambiguous_placeholders(embeddings: list[WanModelEmbedding]) -> list[str]:
-    """Error messages about placeholders that are equal, or of which one contains another."""
-    problems: list[str] = []
-    for index, embedding in enumerate(embeddings):
-        for other in embeddings[:index]:
-            short, long = sorted((embedding.placeholder, other.placeholder), key=len)
-            if short in long:
-                what = "is given twice" if short == long else f"is part of {long!r}"
-                problems.append(
-                    f"placeholder: {short!r} {what}; choose placeholders that differ clearly"
-                )
-    return problems
-
-
 def _placeholder_error(placeholder: str) -> str | None:
     """An error message if no cleaned prompt can contain `placeholder`, else None."""
     # Between words, because cleaning removes spaces at the ends and may join characters.

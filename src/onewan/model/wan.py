@@ -15,10 +15,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
+from onewan.arithmetic.placeholders import placeholder_error
 from onewan.errors import CheckpointError, ConfigError
 from onewan.model import text, vae
 from onewan.model.conditioning import Conditioning, conditioning_of
-from onewan.model.embedding import WanModelEmbedding, ambiguous_placeholders
+from onewan.model.embedding import WanModelEmbedding
 from onewan.variants import Expert, Variant
 
 
@@ -94,8 +95,9 @@ class WanModel:
 
     def add_embedding(self, embedding: WanModelEmbedding) -> None:
         """Add `embedding`; ConfigError if its placeholder overlaps with that of another one."""
-        if problems := ambiguous_placeholders([*self.all_embeddings(), embedding]):
-            raise ConfigError("embedding", problems)
+        others = [other.placeholder for other in self.all_embeddings()]
+        if text := placeholder_error(embedding.placeholder, others):
+            raise ConfigError("embedding", [f"placeholder: {text}"])
         if self.embedding is None:
             self.embedding = embedding
         else:

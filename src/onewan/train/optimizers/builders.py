@@ -20,7 +20,6 @@ from onewan.config.optimizer import (
     AdafactorOptimizer,
     AdamW8bitOptimizer,
     AdamWLowBitOptimizer,
-    AdamWOffloadOptimizer,
     AdamWOptimizer,
     AdamWScheduleFreeOptimizer,
     CameOptimizer,
@@ -61,19 +60,6 @@ def is_schedule_free(choice: Optimizer) -> bool:
         chosen = custom_class(choice)
         return hasattr(chosen, "train") and hasattr(chosen, "eval")
     return isinstance(choice, AVERAGING_OPTIMIZERS)
-
-
-def joint_only_reason(choice: Optimizer) -> str | None:
-    """Why the optimizer can't update each weight by itself; None if it can.
-
-    The fused step and rounding to bfloat16 need that (`onewan.train.optimizers.per_weight`).
-    """
-    name = choice.class_path if isinstance(choice, CustomOptimizer) else choice.name
-    if any(family in name.lower() for family in ("prodigy", "dadapt")):
-        return "it estimates one learning rate from all weights together"
-    if isinstance(choice, AdamWOffloadOptimizer):
-        return "it copies gradients to the CPU in its own backward hooks"
-    return None
 
 
 def inexact_resume_reason(choice: Optimizer) -> str | None:

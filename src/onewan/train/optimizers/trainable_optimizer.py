@@ -17,9 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from onewan.config.method_rules import per_weight_problems
 from onewan.config.optimizer import Optimizer
 from onewan.errors import ConfigError
-from onewan.train.optimizers.builders import joint_only_reason
 from onewan.train.optimizers.joint import JointOptimizer
 from onewan.train.optimizers.parameters import ParameterGroup
 from onewan.train.optimizers.per_weight import PerWeightOptimizer
@@ -124,19 +124,9 @@ def _check_support(
     choice: Optimizer, weights: Sequence[nn.Parameter], rounding: Rounding, fused: bool
 ) -> None:
     """ConfigError if the optimizer or the weights do not support what is asked."""
-    problems = []
-    reason = joint_only_reason(choice)
-    if reason is not None:
-        asked = {}
-        if rounding != "none":
-            asked[f"method.weights: {rounding}"] = "set method.weights to float32"
-        if fused:
-            asked["method.fused_step: true"] = "set method.fused_step to false"
-        problems += [
-            f"{setting} updates each weight by itself, which optimizer.name {choice.name!r} does "
-            f"not support: {reason}; choose another optimizer, or {remedy}"
-            for setting, remedy in asked.items()
-        ]
+    problems = [
+        f"{field}: {text}" for field, text in per_weight_problems(choice, rounding, fused=fused)
+    ]
     other = {p.dtype for p in weights if is_half(p)} - {torch.bfloat16}
     if rounding == "stochastic" and other:
         problems.append(
