@@ -34,7 +34,7 @@ def onewan(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Comple
 
 
 def test_help_imports_nothing_heavy() -> None:
-    """So it answers at once."""
+    """So that it starts quickly."""
     code = (
         "import sys, onewan.cli\n"
         "try: onewan.cli.main(['--help'])\n"

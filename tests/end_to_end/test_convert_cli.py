@@ -25,7 +25,7 @@ Call = Callable[..., Result]
 
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    """Runs a command in this process; anything but an OnewanError comes through."""
+    """Runs a command in this process; raises anything but an OnewanError."""
 
     def run(*arguments: str | Path) -> Result:
         try:
@@ -40,14 +40,14 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
 def test_the_convert_and_merge_commands_write_what_the_library_does(
     tmp_path: Path, workshop: Path, call: Call
 ) -> None:
-    """Models and LoRAs, and what is said of wrong wishes: one line each, no traceback."""
+    """For models and LoRAs; a wrong request gives one line and no traceback."""
     tiny = workshop / "t2v-a14b"
     single = tmp_path / "high_noise.safetensors"
     done = call("convert", tiny / "transformer", single, "--to", "single")
     assert done.code == 0, done.err
     assert re.search(r"^writing \d+/\d+ MB$", done.out, re.M)
     assert re.search(rf"^{re.escape(str(single))}: [\d.]+ MB$", done.out, re.M)
-    assert "note: " in done.out  # heads of 32, which ComfyUI does not know
+    assert "note: " in done.out  # ComfyUI does not support its heads of 32 channels
     written = single.read_bytes()
 
     key = "diffusion_model.blocks.0.self_attn.q"

@@ -54,7 +54,7 @@ def settings(own: Path) -> list[str]:
     ]
 
 
-def test_only_what_changed_is_encoded(run_file: RunFile, own: Path) -> None:
+def test_only_entries_with_changed_inputs_are_encoded(run_file: RunFile, own: Path) -> None:
     config = run_file("t2v-a14b", *settings(own))
     first, totals = prepared(config)
     assert totals == [("encoding captions", 6), ("encoding clips", 5)]
@@ -224,7 +224,7 @@ def test_a_mask_has_a_cache_entry_of_its_own(run_file: RunFile, own: Path) -> No
     )
 
 
-def test_masks_of_one_value_are_warned_about(run_file: RunFile, own: Path) -> None:
+def test_masks_with_a_single_value_give_a_warning(run_file: RunFile, own: Path) -> None:
     Image.new("L", (320, 256), 0).save(own / "clips" / "red_square.mask.png")
     Image.new("L", (320, 256), 255).save(own / "clips" / "blue_circle.mask.png")
     draw_mask(own / "clips" / "green_triangle.mask.png", level=1)
@@ -353,9 +353,8 @@ def test_clips_of_validation_sources_are_held_out_of_training(run_file: RunFile,
     with pytest.raises(DataError, match="no clip can be used") as caught:
         prepared(run_file("t2v-a14b", *settings(own), everything))
     assert str(caught.value).count("is in validation.sources too") == 5
-    assert (
-        str(caught.value).count("lonely.mp4: has no caption") == 1
-    )  # in both sources, but reported once
+    # It is in both sources, but reported once.
+    assert str(caught.value).count("lonely.mp4: has no caption") == 1
     (own / "empty").mkdir()
     for folder, complaint in (
         ("empty", r"no clip of validation\.sources can be used"),

@@ -1,4 +1,4 @@
-"""A run on files as ComfyUI and GGUF users have them: each component from a file of its own."""
+"""A run on the files of ComfyUI and GGUF users: each component is a file of its own."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ def test_a_lora_trains_on_quantized_files(
         assert len(packed) == (20 if quantized == "keep" else 0)
 
 
-def test_what_loading_infers_is_reported(
+def test_facts_that_loading_infers_are_reported(
     run_file: RunFile, files: dict[str, Path], shared: Path, tmp_path: Path
 ) -> None:
-    """Types of GGUF that can't stay as they are; names are checked unless the run file says no."""
+    """Expanded GGUF types are, and so are wrong file names unless that check is switched off."""
     low = shards(shared / "golden" / "t2v-A14B" / "low_noise_model")
     tiny = as_gguf(low, tmp_path / "high_noise_tq2.gguf", GGMLQuantizationType.TQ2_0).path
     given = [

@@ -86,11 +86,11 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
         (["optimizer={name: adamw_schedule_free, lr: 0.01}", "sample.every=2"], "sampling"),
     ],
 )
-def test_a_stop_while_averages_are_in_place_saves_the_trained_weights(
+def test_a_stop_while_averages_are_loaded_saves_the_trained_weights(
     run_file: RunFile, monkeypatch: pytest.MonkeyPatch, settings: list[str], within: str
 ) -> None:
-    """Validation and samples use averages in place of the weights that train; a stop meanwhile
-    keeps those that train."""
+    """Validation and sampling temporarily replace the trained weights by averages; a stop during
+    that time must save the trained weights."""
     chosen = ["ti2v-5b", "validation={clips: 1, every: 2}", "train.steps=4", *settings]
     if within == "sampling":
         chosen += [f"sample.{k}={v}" for k, v in SMALL_SAMPLE.items()]
@@ -222,7 +222,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(run_file: RunFile) -> None
     newest = layout_of(config).state(6)
     damaged = newest / "high.safetensors"
     content = damaged.read_bytes()
-    damaged.unlink()  # the tensors read above still look into the old file
+    damaged.unlink()  # not overwritten: the tensors read above are mapped to the old file
     damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     events: list[dict[str, Any]] = []
     WanTrainer(config, listen=recorder(events), resume=True).fit()
@@ -274,7 +274,7 @@ def test_an_export_that_was_interrupted_is_done_on_resume(run_file: RunFile) -> 
     assert [e["event"] for e in events].count("exported") == len(files) == 2
     for path in files:
         assert all(torch.equal(v, expected[path.name][k]) for k, v in load_file(path).items())
-    assert not [e for e in events if e["event"] == "validation"]  # the state knows of it
+    assert not [e for e in events if e["event"] == "validation"]  # the state contains its results
 
 
 def test_sampling_that_was_stopped_is_completed_on_resume(run_file: RunFile) -> None:
@@ -335,7 +335,7 @@ def test_save_every_minutes_saves_without_exporting(run_file: RunFile) -> None:
     assert [e["step"] for e in events if e["event"] == "exported"] == [3]
 
 
-def test_again_repeats_the_run_beside_it(
+def test_again_repeats_the_run_as_a_new_one(
     run_file: RunFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = run_file("ti2v-5b", "train.steps=2", "method.rank=3")

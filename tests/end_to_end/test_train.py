@@ -1,4 +1,4 @@
-"""Whole runs: the loss falls, the run folder is what it should be, the exported files work."""
+"""Complete runs: the loss falls, the run folder has all files, and other programs can use them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from onewan.train.trainer import WanTrainer, device_memory
 
 
 def grid(events: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
-    """First and last loss on the fixed grid, by expert."""
+    """First and last validation loss of each expert."""
     losses: dict[str, list[float]] = {}
     for event in events:
         if event["event"] == "validation":
@@ -79,10 +79,10 @@ def test_a_run_lowers_the_loss_and_fills_its_folder(
 
 @pytest.mark.parametrize("variant", ["t2v-a14b", "i2v-a14b", "ti2v-5b"])
 @pytest.mark.parametrize("fmt", ["comfyui", "diffusers", "kohya"])
-def test_exported_files_give_the_training_models_output(
+def test_exported_files_give_the_output_of_the_training_model(
     run_file: RunFile, workshop: Path, variant: str, fmt: str
 ) -> None:
-    """What a run exported, loaded by diffusers, against the run's own model."""
+    """The exported files, loaded with diffusers, compared with the model of the run."""
     config = run_file(variant, "method.modules=[self_attention, ffn]", f"output.formats=[{fmt}]")
     WanTrainer(config).fit()
     layout = layout_of(config)
@@ -116,7 +116,7 @@ def test_exported_files_give_the_training_models_output(
                 condition_BCFHW=batch.condition,
             )
         assert float((ours - theirs).norm() / ours.norm()) < 1e-5, name
-        assert float((ours - base).norm() / ours.norm()) > 1e-3, name  # the LoRA does something
+        assert float((ours - base).norm() / ours.norm()) > 1e-3, name  # the LoRA has an effect
         with safe_open(path, framework="pt") as file:
             about = file.metadata()
         assert about["modelspec.architecture"] == "WAN-2.2/lora"
@@ -160,8 +160,8 @@ def test_accumulation_equals_one_large_batch(run_file: RunFile) -> None:
         assert other.grad_norm == pytest.approx(results[0].grad_norm, rel=1e-5)
 
 
-def test_temporal_attention_off_trains_within_frames(run_file: RunFile) -> None:
-    """Without it, a change of one latent frame moves the prediction of that frame alone."""
+def test_without_temporal_attention_training_mixes_no_frames(run_file: RunFile) -> None:
+    """A change of one latent frame then changes the prediction for that frame only."""
     config = run_file("t2v-a14b", "wan_config.use_temporal_attention=false")
     run = WanModelSetup(config).build()
     transformer = run.bring_expert("high").transformer.train()
@@ -175,12 +175,12 @@ def test_temporal_attention_off_trains_within_frames(run_file: RunFile) -> None:
         assert moved[1] > 1e-3 and moved[0] < 1e-6 and moved[2] < 1e-6
         one = predict_velocity(transformer, batch.latents[:, :, :1], t, batch.text)
         torch.testing.assert_close(one, a[:, :, :1], rtol=1e-4, atol=1e-5)
-        transformer.eval()  # where it is used, attention is whole
+        transformer.eval()  # in evaluation mode, attention spans all frames
         a, b = (predict_velocity(transformer, x, t, batch.text) for x in (batch.latents, changed))
         assert (a - b).abs().amax(dim=(0, 1, 3, 4)).min() > 1e-5
 
 
-def test_only_the_chosen_layers_are_trained(run_file: RunFile) -> None:
+def test_only_the_selected_layers_are_trained(run_file: RunFile) -> None:
     config = run_file("t2v-a14b", "wan_config.transformer_layers_to_train=[1]", "train.steps=2")
     WanTrainer(config).fit()
     names = load_file(layout_of(config).weights(2, "_high_noise"))
@@ -219,7 +219,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run_file: RunFile, tmp_path: Pa
 def test_save_and_sample_requests_are_acted_on_and_a_failed_sample_is_survived(
     run_file: RunFile,
 ) -> None:
-    """Save now and sample now, asked for through the run folder; a failing sample ends nothing."""
+    """Both are requested through the run folder; training continues after the failure."""
     config = run_file(
         "t2v-a14b",
         "train.steps=4",
@@ -325,10 +325,10 @@ def test_training_continues_when_the_listener_fails(run_file: RunFile) -> None:
     assert "nobody reads this" in warning
 
 
-def test_another_boundary_holds_in_training_and_samples(
+def test_another_boundary_is_used_in_training_and_sampling(
     run_file: RunFile, workshop: Path, tmp_path: Path
 ) -> None:
-    """Of a base model with that boundary in its index, which is refused without the setting."""
+    """For a base model with that boundary in its index, which is refused without the setting."""
     folder = tmp_path / "model"
     shutil.copytree(workshop / "t2v-a14b", folder)
     index = folder / "model_index.json"
@@ -368,7 +368,7 @@ def test_lora_plus_trains_b_at_a_multiple_of_the_learning_rate(run_file: RunFile
     torch.testing.assert_close(moved[1], 16 * moved[0], rtol=1e-5, atol=0)
 
 
-def test_output_dtype_changes_the_exported_files_alone(run_file: RunFile) -> None:
+def test_output_dtype_changes_only_the_exported_files(run_file: RunFile) -> None:
     config = run_file("ti2v-5b", "train.steps=1", "output.dtype=bfloat16")
     WanTrainer(config).fit()
     state = load_file(layout_of(config).state(1) / "single.safetensors")

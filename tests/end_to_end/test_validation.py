@@ -1,4 +1,4 @@
-"""Validation: the same number for the same weights, and another after one step."""
+"""Validation: the same loss for the same weights, and another loss after one step."""
 
 from __future__ import annotations
 
@@ -51,16 +51,15 @@ def test_equal_weights_give_bit_exact_losses(run_file: RunFile, variant: str) ->
     trained = measure(run)
     assert all(a != b for a, b in zip(trained, first, strict=True))
     assert trained == measure(run)
-    assert (
-        measure(run, None) == base
-    )  # without its adapters the model is the base model, bit for bit
+    # Without its adapters the model is the base model, bit for bit.
+    assert measure(run, None) == base
     train_step(run, run.loader.step(2, next(iter(run.state.experts)), 1))
     averaged = measure(run, "ema")
     assert averaged[0] not in (measure(run)[0], trained[0], base[0])
     assert averaged == measure(run, "ema")
 
 
-def test_held_out_clips_never_train(run_file: RunFile) -> None:
+def test_held_out_clips_are_never_trained_on(run_file: RunFile) -> None:
     config = run_file("t2v-a14b", "validation={share: 0.4, clips: 9, every: 2}", "train.steps=4")
     run = WanModelSetup(config).build()
     held_out = {clip.name for clip in run.dataset.validation_clips}
@@ -184,12 +183,14 @@ def test_clips_with_the_base_as_target_are_not_validated_on(
     assert all(batch.is_prior is None for batch in batches)
 
 
-def test_one_expert_can_be_initialized_from_a_file_and_the_other_anew(run_file: RunFile) -> None:
+def test_one_expert_can_be_initialized_from_a_file_and_the_other_as_usual(
+    run_file: RunFile,
+) -> None:
     first = run_file("t2v-a14b", "train.steps=2", "method.rank=3")
     WanTrainer(first).fit()
     layout = layout_of(first)
     low = layout.weights(2, "_low_noise")
-    with safe_open(low, "pt") as file:  # both steps were the other expert's
+    with safe_open(low, "pt") as file:  # both steps trained the other expert
         metadata = file.metadata()
     assert (metadata["onewan.steps"], metadata["onewan.expert_steps"]) == ("2", "0")
     assert metadata["onewan.base_model"] == "t2v-a14b"  # and not its path
@@ -206,7 +207,8 @@ def test_one_expert_can_be_initialized_from_a_file_and_the_other_anew(run_file: 
     for settings, complaint in (
         (
             ["per_expert.low.rank=4"],
-            "per_expert.low.rank: has no effect, since the files of method.init_from decide it",
+            "per_expert.low.rank: has no effect, since the files of method.init_from decide it, "
+            "got 4",
         ),
         (["model.experts=high"], f"{low} is for the low expert, which is not trained"),
         ([f"method.init_from=[{low}, {copy}]"], "two files are for the low expert"),
@@ -222,7 +224,7 @@ def test_the_best_state_is_kept(run_file: RunFile) -> None:
     config = run_file(
         "t2v-a14b",
         "model.experts=high",
-        "optimizer={name: sgd, lr: 300}",  # too much, so that the loss goes up and down
+        "optimizer={name: sgd, lr: 300}",  # too large, so that the loss does not fall steadily
         "validation={clips: 2, every: 1}",
         "train={steps: 6, save_every: 3, keep_last: 1, keep_every: 3, keep_best: true}",
         "output.keep_last=1",
@@ -234,7 +236,7 @@ def test_the_best_state_is_kept(run_file: RunFile) -> None:
     assert [e["step"] for e in events if e["event"] == "best"][-1] == best
     assert layout_of(config).saved_steps() == [3, best, 6]
     assert list(layout_of(config).exported()) == [best, 6]
-    # A resumed run knows it.
+    # A resumed run reads the best loss from the state.
     longer = run_file(
         "t2v-a14b",
         "model.experts=high",

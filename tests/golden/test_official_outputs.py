@@ -37,7 +37,7 @@ def test_transformer_gives_the_official_velocity(
 ) -> None:
     model, expected = golden
     text = pad_text([expected["text.embedding.0"]])
-    condition = expected.get("dit.condition")  # I2V alone
+    condition = expected.get("dit.condition")  # only for I2V
     for expert in model.variant.experts:
         official = {"high": "high_noise_model", "low": "low_noise_model", "single": "transformer"}
         out = predict_velocity(
@@ -50,7 +50,7 @@ def test_transformer_gives_the_official_velocity(
         assert relative(out, expected[f"dit.{official[expert.name]}.t{t}"]) < 2e-6
 
 
-def test_only_variants_with_a_clean_first_frame_have_official_outputs_of_one(
+def test_official_outputs_have_a_clean_first_frame_exactly_for_variants_with_one(
     golden: tuple[WanModel, dict[str, Tensor]],
 ) -> None:
     model, expected = golden

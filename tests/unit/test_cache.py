@@ -1,4 +1,4 @@
-"""The cache on disk with several users at once, and the remembered digests of files' content."""
+"""The cache on disk, shared by several processes, and the stored digests of files' content."""
 
 from __future__ import annotations
 
@@ -66,17 +66,17 @@ def test_processes_keep_each_others_digests(tmp_path: Path, computed: list[str])
     assert computed == ["a", "b", "c"]
 
 
-def test_a_damaged_line_costs_one_digest_and_no_other(tmp_path: Path, computed: list[str]) -> None:
+def test_a_damaged_line_loses_one_digest_and_no_other(tmp_path: Path, computed: list[str]) -> None:
     file = tmp_path / "digests.jsonl"
     paths = [media_file(tmp_path / name, name) for name in ("a", "b", "c")]
     for path in paths[:2]:
         digests = ContentDigests(file)
         digests.of(path)
         digests.save()
-    # What a process leaves that is killed while it writes: half a line without its end.
+    # As after a process that was killed while it wrote: half a line without its end.
     file.write_bytes(file.read_bytes().rstrip(b"\n")[:-20] + b"\xff")
     digests = ContentDigests(file)
-    digests.of(paths[2])  # appended behind the half line
+    digests.of(paths[2])  # appended after the half line
     digests.save()
     later = ContentDigests(file)
     assert [later.of(path) for path in paths] == [file_digest(path) for path in paths]

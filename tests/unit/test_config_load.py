@@ -1,4 +1,4 @@
-"""Reading run files: what comes out, and what is said about a bad one."""
+"""Reading run files: the values that result, and the messages about wrong files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def only_problem(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> st
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nulls_take_the_variant_s_values(tmp_path: Path, name: VariantName) -> None:
+def test_null_fields_become_the_variant_s_defaults(tmp_path: Path, name: VariantName) -> None:
     config = load_run(write(tmp_path, f"model: {{path: org/model, variant: {name}}}"))
     facts = VARIANTS[name]
     assert config.wan_config.spatial_compression_ratio == facts.spatial_compression
@@ -72,7 +72,7 @@ def test_nulls_take_the_variant_s_values(tmp_path: Path, name: VariantName) -> N
     assert config.output.name == "fox"
 
 
-def test_given_values_stay(tmp_path: Path) -> None:
+def test_given_values_are_kept(tmp_path: Path) -> None:
     config = load_run(
         write(
             tmp_path,
@@ -90,7 +90,7 @@ def test_given_values_stay(tmp_path: Path) -> None:
     assert config.output.name == "cat"
 
 
-def test_yaml_is_read_by_the_rules_of_1_2(tmp_path: Path) -> None:
+def test_yaml_is_read_as_version_1_2(tmp_path: Path) -> None:
     config = load_run(
         write(tmp_path, T2V + "optimizer: {lr: 1e-4}\nsample: {prompts: [off, 12:30]}\n")
     )
@@ -109,7 +109,7 @@ def test_whole_numbers_may_be_written_as_floats_and_floats_as_whole_numbers(tmp_
     assert load_run(write(tmp_path, json, "fox.json")).train.steps == 5
 
 
-def test_json_with_tabs_and_a_byte_order_mark(tmp_path: Path) -> None:
+def test_json_may_have_tabs_and_a_byte_order_mark(tmp_path: Path) -> None:
     text = '\ufeff{\n\t"model": {"path": "org/model",\t"variant": "ti2v-5b"}\n}'
     assert load_run(write(tmp_path, text, "fox.json")).model.variant == "ti2v-5b"
 
@@ -119,7 +119,7 @@ def test_an_empty_section_is_all_defaults(tmp_path: Path) -> None:
     assert config.method.rank == 32
 
 
-def test_aliases_of_yaml_are_not_tied_together(tmp_path: Path) -> None:
+def test_changing_one_yaml_alias_does_not_change_the_other(tmp_path: Path) -> None:
     text = T2V + "video_data:\n  sources:\n    - &a {path: a}\n    - *a\n"
     config = load_run(write(tmp_path, text), ["video_data.sources.1.repeats=3"])
     assert [s.repeats for s in config.video_data.sources] == [1, 3]
@@ -146,7 +146,8 @@ def test_paths_are_relative_to_the_file_or_to_the_current_folder(
     paths = [s.path for s in config.video_data.sources]
     own = tmp_path / "home" / "own"
     assert paths == [there / "clips", tmp_path / "more", own, here / "clips"]
-    assert config.video_data.cache_dir == there / "cache"  # a default counts as in the file
+    # A default is relative to the run file, like a value in it.
+    assert config.video_data.cache_dir == there / "cache"
     assert config.output.dir == here / "out"
     assert config.sample.prompts[0].image == there / "dog.png"
     # A relative name of the file itself makes no difference.
@@ -154,7 +155,7 @@ def test_paths_are_relative_to_the_file_or_to_the_current_folder(
 
 
 @pytest.mark.parametrize(
-    ("given", "comes_out"),
+    ("given", "resolved"),
     [
         ("org/model", "org/model"),
         ("model", "{folder}/model"),
@@ -162,16 +163,16 @@ def test_paths_are_relative_to_the_file_or_to_the_current_folder(
         ("/models/wan", "/models/wan"),
     ],
 )
-def test_a_model_is_a_folder_or_a_repository(tmp_path: Path, given: str, comes_out: str) -> None:
+def test_a_model_is_a_folder_or_a_repository(tmp_path: Path, given: str, resolved: str) -> None:
     (tmp_path / "model").mkdir()
     config = load_run(write(tmp_path, f"model: {{path: {given}, variant: t2v-a14b}}"))
-    assert config.model.path == comes_out.format(folder=tmp_path)
+    assert config.model.path == resolved.format(folder=tmp_path)
 
 
 COMPONENTS = "transformer: high.gguf, transformer_2: ./low.gguf, vae: org/vae, text_encoder: t5"
 
 
-def test_components_are_paths_as_the_whole_model_is(tmp_path: Path) -> None:
+def test_components_are_resolved_like_the_path_of_a_model(tmp_path: Path) -> None:
     (tmp_path / "high.gguf").touch()
     config = load_run(
         write(tmp_path, f"model: {{{COMPONENTS}, variant: t2v-a14b}}"),
@@ -193,7 +194,7 @@ def test_components_are_paths_as_the_whole_model_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "expected"),
     [
         ("variant: t2v-a14b", "model.path: is required, got nothing; give the folder or hub name"),
         (
@@ -209,18 +210,20 @@ def test_components_are_paths_as_the_whole_model_is(tmp_path: Path) -> None:
         (f"{COMPONENTS}, variant: t2v-a14b, quantized: no", "model.quantized: "),
     ],
 )
-def test_a_model_is_whole(tmp_path: Path, model: str, said: str) -> None:
-    assert only_problem(tmp_path, f"model: {{{model}}}").startswith(said)
+def test_a_model_without_a_needed_component_is_refused(
+    tmp_path: Path, model: str, expected: str
+) -> None:
+    assert only_problem(tmp_path, f"model: {{{model}}}").startswith(expected)
 
 
-def test_only_the_components_at_work_are_needed(tmp_path: Path) -> None:
+def test_only_components_that_the_run_uses_are_needed(tmp_path: Path) -> None:
     one = "model: {transformer: a/b, vae: a/b, text_encoder: a/b, variant: t2v-a14b, experts: high}"
     assert load_run(write(tmp_path, one)).model.path is None
     found = problems(write(tmp_path, one + "\nsample: {prompts: [a fox]}"))
     assert [p[:30] for p in found] == ["model.transformer_2: is needed"]
 
 
-def test_a_run_folder_stands_for_its_run_wherever_it_is(tmp_path: Path) -> None:
+def test_a_run_folder_is_read_in_place_of_its_run_file(tmp_path: Path) -> None:
     (tmp_path / "clips").mkdir()
     first = load_run(write(tmp_path, T2V + "video_data: {sources: [{path: clips}]}\n"))
     moved = tmp_path / "elsewhere" / "renamed"
@@ -235,7 +238,7 @@ def test_a_run_folder_stands_for_its_run_wherever_it_is(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------- overrides
 
 
-def test_overrides_reach_everything(tmp_path: Path) -> None:
+def test_overrides_can_set_every_kind_of_field(tmp_path: Path) -> None:
     config = load_run(
         write(tmp_path, "model: {path: org/model}\n"),
         [
@@ -267,13 +270,15 @@ def test_overrides_reach_everything(tmp_path: Path) -> None:
         ("null", NEGATIVE_PROMPT),
     ],
 )
-def test_text_is_taken_as_it_stands(tmp_path: Path, text: str, value: str) -> None:
+def test_override_text_is_not_parsed_as_yaml_where_a_string_is_expected(
+    tmp_path: Path, text: str, value: str
+) -> None:
     config = load_run(write(tmp_path, T2V), [f"sample.negative_prompt={text}"])
     assert config.sample.negative_prompt == value
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "expected"),
     [
         ("train.stesp=5", "train.stesp: unknown field; did you mean 'steps'?"),
         ("lr=3", "lr: unknown field; did you mean optimizer.lr?"),
@@ -287,11 +292,13 @@ def test_text_is_taken_as_it_stands(tmp_path: Path, text: str, value: str) -> No
         ("model.path.x=1", "model.path.x: has no field 'x', got 'org/model'"),
     ],
 )
-def test_bad_overrides_are_named(tmp_path: Path, override: str, said: str) -> None:
-    assert only_problem(tmp_path, T2V, (override,)).startswith(said)
+def test_a_wrong_override_is_reported_with_its_key(
+    tmp_path: Path, override: str, expected: str
+) -> None:
+    assert only_problem(tmp_path, T2V, (override,)).startswith(expected)
 
 
-def test_bad_overrides_and_a_bad_file_are_reported_together(tmp_path: Path) -> None:
+def test_wrong_overrides_and_a_wrong_file_are_reported_together(tmp_path: Path) -> None:
     found = problems(write(tmp_path, T2V + "train: {steps: 0}"), ("train", "memory.x=1"))
     assert [p.split(": ")[0] for p in found] == ["override 'train'", "train.steps", "memory.x"]
 
@@ -343,7 +350,7 @@ sample: {prompts: [a fox], every: 5, frames: 80, guidance: [1]}
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("train: {steps: 1.5}", "train.steps: must be a whole number, got 1.5; change it"),
         (
@@ -406,14 +413,14 @@ sample: {prompts: [a fox], every: 5, frames: 80, guidance: [1]}
         ),
     ],
 )
-def test_one_problem_gives_one_line(tmp_path: Path, text: str, said: str) -> None:
+def test_one_problem_gives_one_line(tmp_path: Path, text: str, expected: str) -> None:
     found = only_problem(tmp_path, T2V + text)
-    assert found.startswith(said)
+    assert found.startswith(expected)
     assert "\n" not in found
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         (
             TI2V.replace("}", ", experts: high}"),
@@ -434,9 +441,9 @@ def test_one_problem_gives_one_line(tmp_path: Path, text: str, said: str) -> Non
         ("method: {rank: 4}", "model.variant: is required, got nothing; add it: 't2v-a14b'"),
     ],
 )
-def test_rules_of_other_variants(tmp_path: Path, text: str, said: str) -> None:
+def test_rules_depend_on_the_variant(tmp_path: Path, text: str, expected: str) -> None:
     found = problems(write(tmp_path, text))
-    assert found[0].startswith(said)
+    assert found[0].startswith(expected)
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1", "cuda:10", "mps", "xpu:0"])
@@ -485,7 +492,9 @@ def test_a_warm_up_that_is_too_long_for_one_expert_names_the_remedy(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("share", "idle", "other"), [("0", "high", "low"), ("1.0", "low", "high")])
-def test_no_expert_trains_for_no_steps(tmp_path: Path, share: str, idle: str, other: str) -> None:
+def test_an_expert_share_that_leaves_no_steps_is_refused(
+    tmp_path: Path, share: str, idle: str, other: str
+) -> None:
     # A warm-up longer than no steps follows from the share, and is not a second problem.
     found = only_problem(tmp_path, T2V + f"train: {{high_expert_share: {share}, warmup_steps: 2}}")
     assert found == (
@@ -494,13 +503,13 @@ def test_no_expert_trains_for_no_steps(tmp_path: Path, share: str, idle: str, ot
     )
 
 
-def test_t2v_takes_no_image_even_one_that_is_there(tmp_path: Path) -> None:
+def test_t2v_refuses_an_image_that_exists(tmp_path: Path) -> None:
     (tmp_path / "dog.png").touch()
     found = only_problem(tmp_path, T2V + "sample: {prompts: [{prompt: a, image: dog.png}]}")
     assert found.startswith("sample.prompts.0.image: t2v-a14b takes no image")
 
 
-def test_sizes_fit_in_either_orientation(tmp_path: Path) -> None:
+def test_max_resolution_applies_in_either_orientation(tmp_path: Path) -> None:
     text = T2V + "video_data: {max_resolution: [1280, 720], resolution: "
     assert load_run(write(tmp_path, text + "720x1280}")).video_data.resolution == ("720x1280",)
     found = problems(write(tmp_path, text + "[800x800, 1280x720, 64x1296]}"))
@@ -510,7 +519,7 @@ def test_sizes_fit_in_either_orientation(tmp_path: Path) -> None:
     ]
 
 
-def test_rules_wait_for_valid_fields(tmp_path: Path) -> None:
+def test_rules_are_checked_only_after_all_fields_are_valid(tmp_path: Path) -> None:
     text = "model: {path: a, variant: t2v}\nsample: {width: 333, frames: 6, prompts: [a]}\n"
     found = problems(write(tmp_path, text))
     assert [p.split(":")[0] for p in found] == ["model.variant"]
@@ -524,7 +533,7 @@ def test_rules_wait_for_valid_fields(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         (T2V + "train: {steps: 1, steps: 2}", "line 2, column 19: 'steps' is given twice"),
         ("model:\n\tpath: a", "line 2, column 1: a tab; indent with spaces"),
@@ -541,14 +550,16 @@ def test_rules_wait_for_valid_fields(tmp_path: Path) -> None:
         (T2V + "schema_version: one", "schema_version: must be a whole number, got 'one'"),
     ],
 )
-def test_files_that_can_t_be_read(tmp_path: Path, text: str, said: str) -> None:
+def test_an_unreadable_yaml_file_gives_one_problem(
+    tmp_path: Path, text: str, expected: str
+) -> None:
     found = only_problem(tmp_path, text)
-    assert found.startswith(said)
+    assert found.startswith(expected)
     assert "\n" not in found
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ('{"a": 1, "a": 2}', "'a' is given twice"),
         ('{"a": 1,\n}', "line "),
@@ -556,12 +567,14 @@ def test_files_that_can_t_be_read(tmp_path: Path, text: str, said: str) -> None:
         ("[]", "must have fields"),
     ],
 )
-def test_json_that_can_t_be_read(tmp_path: Path, text: str, said: str) -> None:
+def test_an_unreadable_json_file_gives_one_problem(
+    tmp_path: Path, text: str, expected: str
+) -> None:
     (found,) = problems(write(tmp_path, text, "fox.json"))
-    assert found.startswith(said)
+    assert found.startswith(expected)
 
 
-def test_a_missing_file_a_plain_folder_and_other_encodings_are_named(tmp_path: Path) -> None:
+def test_a_missing_file_a_plain_folder_and_another_encoding_are_reported(tmp_path: Path) -> None:
     assert problems(tmp_path / "no.yaml")[0].startswith("there is no such file")
     assert problems(tmp_path)[0].startswith("is a folder without resolved.yaml")
     latin = tmp_path / "latin.yaml"
@@ -591,7 +604,7 @@ def test_a_dump_is_read_back_equal(tmp_path: Path, name: VariantName) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(), lr=st.floats(min_value=1e-300, max_value=1e300))
-def test_any_text_and_number_survive_a_dump(
+def test_any_text_and_float_is_read_back_from_a_dump(
     tmp_path_factory: pytest.TempPathFactory, text: str, lr: float
 ) -> None:
     folder = tmp_path_factory.mktemp("dump")
@@ -603,14 +616,14 @@ def test_any_text_and_number_survive_a_dump(
 
 
 @pytest.mark.parametrize("text", ["a\x85b", "a\u2028b", "off", "1e-4", "a: b # c", "a\nb ", "~"])
-def test_awkward_text_survives_a_dump(tmp_path: Path, text: str) -> None:
+def test_text_that_looks_like_yaml_is_read_back_from_a_dump(tmp_path: Path, text: str) -> None:
     base = load_run(write(tmp_path, T2V))
     sample = base.sample.model_copy(update={"negative_prompt": text})
     config = base.model_copy(update={"sample": sample})
     assert load_run(write(tmp_path, dump_run(config), "again.yaml")) == config
 
 
-def test_changed_fields_are_the_leaves_that_differ(tmp_path: Path) -> None:
+def test_changed_fields_lists_the_leaves_that_differ(tmp_path: Path) -> None:
     text = TI2V + "sample: {prompts: [a, b]}\n"
     old = load_run(write(tmp_path, text))
     new = load_run(write(tmp_path, text), ["train.steps=5", "sample.prompts=[a, c, d]"])
@@ -626,7 +639,9 @@ def test_changed_fields_are_the_leaves_that_differ(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_starter_loads_and_says_what_is_right(tmp_path: Path, name: VariantName) -> None:
+def test_a_starter_file_loads_and_has_the_variant_s_values(
+    tmp_path: Path, name: VariantName
+) -> None:
     facts, text = VARIANTS[name], starter(name)
     config = load_run(write(tmp_path, text))
     assert text.startswith("# yaml-language-server: $schema=onewan.schema.json\n")
@@ -649,7 +664,7 @@ def test_a_starter_loads_and_says_what_is_right(tmp_path: Path, name: VariantNam
 
 
 @pytest.mark.parametrize("name", ["i2v-a14b", "ti2v-5b"])
-def test_a_starter_s_commented_lines_are_right_too(tmp_path: Path, name: VariantName) -> None:
+def test_the_commented_lines_of_a_starter_file_are_valid(tmp_path: Path, name: VariantName) -> None:
     (tmp_path / "first_frame.png").touch()
     lines = starter(name).splitlines()
     marks = (
@@ -661,18 +676,18 @@ def test_a_starter_s_commented_lines_are_right_too(tmp_path: Path, name: Variant
         "# resolution:",
         "# validation:",
     )
-    live = [
+    uncommented = [
         line.replace("# ", "", 1) if line.lstrip().startswith(marks) else line for line in lines
     ]
-    assert live != lines
-    config = load_run(write(tmp_path, "\n".join(live)))
+    assert uncommented != lines
+    config = load_run(write(tmp_path, "\n".join(uncommented)))
     assert config.sample.prompts[0].image == tmp_path / "first_frame.png"
     assert config.sample.every == 500
     assert config.video_data.resolution == ("832x480",)
     assert (config.validation.share, config.validation.every) == (0.1, 250)
 
 
-def test_example_of_a_dump_is_plain_yaml(tmp_path: Path) -> None:
+def test_a_dump_is_plain_yaml(tmp_path: Path) -> None:
     config = load_run(write(tmp_path, T2V))
     data = YAML(typ="safe", pure=True).load(dump_run(config))
     assert next(iter(data)) == "schema_version"

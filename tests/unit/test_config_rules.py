@@ -1,4 +1,4 @@
-"""Rules of a run file about what trains and how: one case for each, and what they let pass."""
+"""The cross-field rules of a run file: a case for each, and combinations that they accept."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FOX = "embeddings: [{placeholder: <fox>}]\n"
 
 
 def load(folder: Path, text: str) -> RunConfig:
-    """The config of `text`, beside which a.safetensors, b.safetensors and c.safetensors lie."""
+    """The config of `text`, in a folder with a.safetensors, b.safetensors and c.safetensors."""
     for name in "abc":
         (folder / f"{name}.safetensors").touch()
     file = folder / "fox.yaml"
@@ -58,7 +58,7 @@ BROKEN = [
         TI2V.replace("}", ", boundary: 0.5}"),
         "model.boundary: has no effect, since ti2v-5b has one expert, got 0.5",
     ),
-    # Files to start from.
+    # Adapter files to initialize from.
     (
         "method: {init_from: [no.safetensors]}",
         r"method.init_from.0: there is no file /.*/no.safetensors; correct it",
@@ -114,7 +114,7 @@ BROKEN = [
         "method: {kind: lokr, init_from: [a.safetensors], decompose_both: true}",
         "method.decompose_both: has no effect, .*method.init_from decide it, got true",
     ),
-    # The base model as a teacher.
+    # Prior preservation.
     (
         "method: {kind: loha}\noutput: {formats: [comfyui, diffusers]}",
         "output.formats: diffusers can't read loha, got",
@@ -282,7 +282,7 @@ BROKEN = [
         "optimizer: {name: custom, class_path: torch.optim.SGD, arguments: {lr: 1}}",
         "optimizer.arguments: must not contain lr, got 1; use optimizer.lr",
     ),
-    # Noise levels.
+    # Timesteps.
     (
         "train: {timesteps: {distribution: table, weights: [0, 0]}}",
         "train.timesteps.weights: must have a weight above 0, got",
@@ -315,7 +315,7 @@ BROKEN = [
         TI2V + "train: {first_frame_noise: [-3, 1], first_frame_probability: 0}",
         "train.first_frame_noise: has no effect, since train.first_frame_probability is 0",
     ),
-    # Measurements.
+    # Validation.
     (
         "validation: {sources: [{path: a}], share: 0.1}",
         "validation.share: holds out training clips, .* got 0.1; remove one of them",
@@ -397,7 +397,7 @@ def test_all_broken_rules_are_reported_at_once(tmp_path: Path) -> None:
     ]
 
 
-# --------------------------------------------------------------------------------------- filling in
+# --------------------------------------------------------------------------------------- resolution
 
 
 def test_null_alphas_become_the_ranks(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The run file's fields, listed one by one: a new one is a decision, never an accident."""
+"""All fields of the run file, listed so that none is added or removed by accident."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_every_field_has_a_description_in_the_schema() -> None:
 def test_the_schema_accepts_the_short_forms_that_reading_accepts() -> None:
     schema = json_schema()
     prompts = schema["$defs"]["SampleSection"]["properties"]["prompts"]
-    assert {"type": "string"} in prompts["items"]["anyOf"]  # a mere text is a prompt
+    assert {"type": "string"} in prompts["items"]["anyOf"]  # a string alone is a prompt
     train = schema["$defs"]["TrainSection"]["properties"]
     for empty in (schema["properties"]["sample"], train["loss"], train["ema"]):
         assert {"type": "null"} in empty["anyOf"]
@@ -206,7 +206,7 @@ def test_the_schema_accepts_the_short_forms_that_reading_accepts() -> None:
     assert schema["additionalProperties"] is False
 
 
-def test_the_schema_tells_the_members_of_a_union_apart() -> None:
+def test_the_schema_distinguishes_the_members_of_a_union() -> None:
     schema = json_schema()
     method, train = schema["properties"]["method"], schema["$defs"]["TrainSection"]["properties"]
     # With none, or with several, that match a mapping without its kind, no file would be valid.

@@ -1,4 +1,4 @@
-"""Sections of a run file that are one of several kinds: read, overridden, written, and wrong."""
+"""Sections of a run file that have one of several kinds: reading, overrides, dumps and errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def problems(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> tuple[
 # ------------------------------------------------------------------------------------------ reading
 
 
-def test_kinds_are_left_out_for_the_default(tmp_path: Path) -> None:
+def test_a_section_without_a_kind_is_of_the_default_kind(tmp_path: Path) -> None:
     config = load_run(write(tmp_path, T2V + "method: {rank: 8}\noptimizer: {lr: 1}\n"))
     assert config.method == LoraMethod(rank=8, alpha=8)
     assert config.optimizer == AdamWOptimizer(lr=1)
@@ -47,7 +47,7 @@ def test_kinds_are_left_out_for_the_default(tmp_path: Path) -> None:
     assert config.train.ema is None
 
 
-def test_a_mere_name_is_a_section_where_names_say_it_all(tmp_path: Path) -> None:
+def test_a_name_is_a_section_if_its_other_fields_have_defaults(tmp_path: Path) -> None:
     text = "train: {schedule: cosine, timesteps: beta, loss: {weighting: min_snr}, ema: {}}\n"
     config = load_run(write(tmp_path, T2V + text))
     assert config.train.schedule == CosineSchedule()
@@ -72,7 +72,7 @@ sample: {prompts: }
 # ---------------------------------------------------------------------------------------- overrides
 
 
-def test_overrides_choose_kinds(tmp_path: Path) -> None:
+def test_an_override_can_change_the_kind(tmp_path: Path) -> None:
     file = write(tmp_path, T2V + "train: {schedule: cosine}\n")
     config = load_run(
         file,
@@ -101,7 +101,7 @@ def test_overrides_choose_kinds(tmp_path: Path) -> None:
     )
 
 
-def test_another_kind_by_an_override_tells_what_no_longer_belongs(tmp_path: Path) -> None:
+def test_fields_that_the_overridden_kind_does_not_have_are_reported(tmp_path: Path) -> None:
     text = "method: {kind: lora, rank: 8, dropout: 0.1, modules: [ffn]}\n"
     assert problems(tmp_path, text, ("method.kind=fine_tune",)) == (
         "method.rank: unknown field of method.kind fine_tune, but one of lora, dora, loha, lokr; "
@@ -130,7 +130,7 @@ def test_paths_of_members_and_lists_are_relative_to_the_file(tmp_path: Path) -> 
     assert config.validation.sources[0].path == tmp_path / "held"
 
 
-# --------------------------------------------------------------------------------------- wrong ones
+# --------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_one_problem_gives_one_line(tmp_path: Path, text: str, said: str) -> Non
     assert found[0].startswith(said), found[0]
 
 
-def test_a_wrong_kind_hides_only_its_own_section_and_makes_no_problem(tmp_path: Path) -> None:
+def test_a_wrong_kind_hides_only_its_own_section_and_is_one_problem(tmp_path: Path) -> None:
     text = """
 method: {kind: tuning, weights: khan, fused_step: true}
 optimizer: {name: custm, arguments: 5}
@@ -267,12 +267,12 @@ train: {schedule: {kind: rex, end_factor: 2}, steps: 0, max_grad_norm: null}
         "method.weights: must be 'stochastic', 'kahan' or 'float32', got 'khan'; did you mean "
         "'kahan'?"
     )
-    # What no kind has is told; what only another kind than the one that is guessed has is not.
+    # Fields that no kind has would be reported; those of another kind than the guessed one are not.
     found = problems(tmp_path, "method: {kind: 5, rank: 4, alpha: 3, block_size: 2}\n")
     assert [p.split(": ")[0] for p in found] == ["method.kind"]
 
 
-def test_the_shallowest_place_of_a_lost_field_is_meant(tmp_path: Path) -> None:
+def test_an_unknown_field_suggests_the_least_nested_key_path(tmp_path: Path) -> None:
     found = problems(tmp_path, "lr: 3\nlogging: {steps: 4}\n")
     assert found == (
         "logging.steps: unknown field; did you mean train.steps or sample.steps?",
@@ -311,7 +311,7 @@ def test_a_dump_of_every_kind_is_read_back_equal(tmp_path: Path, text: str) -> N
     assert again.output.name == "fox"
 
 
-def test_changes_of_kind_are_listed_by_leaf(tmp_path: Path) -> None:
+def test_a_change_of_kind_is_listed_leaf_by_leaf(tmp_path: Path) -> None:
     old = load_run(write(tmp_path, T2V + "method: {rank: 8}\n"))
     new = load_run(
         write(tmp_path, T2V + "method: {kind: oft}\nembeddings: [{placeholder: <fox>}]\n"),

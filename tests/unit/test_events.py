@@ -89,7 +89,7 @@ def test_every_line_is_valid_json(tmp_path: Path) -> None:
     assert event["flag"] is True
 
 
-def test_numpy_numbers_are_numbers(tmp_path: Path) -> None:
+def test_numpy_scalars_are_written_as_numbers(tmp_path: Path) -> None:
     np = pytest.importorskip("numpy")
     path = tmp_path / "events.jsonl"
     with EventFile(path) as file:
@@ -140,7 +140,7 @@ def test_a_line_truncated_by_a_crash_is_not_joined_to_the_next(tmp_path: Path) -
     assert len(path.read_bytes().splitlines()) == 4  # one newline was added, not two
 
 
-def test_an_unfinished_last_line_is_left_for_later(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_not_read_yet(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     assert list(read_events(path)) == []
     path.write_bytes(b'{"event": "a"}\n{"event": "b"}')
@@ -222,12 +222,12 @@ def test_the_last_event_is_found_from_the_end_of_the_file(tmp_path: Path) -> Non
     found = last_event(path)
     assert found is not None and found["step"] == 999
     with EventFile(path) as file:
-        file.write(Odd(value="x" * 200_000))  # longer than what is read at first
+        file.write(Odd(value="x" * 200_000))  # longer than the part that is read first
     found = last_event(path)
     assert found is not None and found["event"] == "odd"
 
 
-def test_heartbeats_are_written_only_in_silence(tmp_path: Path) -> None:
+def test_heartbeats_are_written_only_without_other_events(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     with EventFile(path) as file, HeartbeatThread(file, seconds=0.3):
         for number in range(20):
@@ -246,7 +246,7 @@ def test_heartbeats_are_written_only_in_silence(tmp_path: Path) -> None:
 
 
 def test_a_listener_that_raises_is_reported_once_and_dropped(tmp_path: Path) -> None:
-    heard: list[Event] = []
+    received: list[Event] = []
     calls: list[Event] = []
 
     def broken(event: Event) -> None:
@@ -254,14 +254,14 @@ def test_a_listener_that_raises_is_reported_once_and_dropped(tmp_path: Path) -> 
         raise RuntimeError("no terminal")
 
     file = EventFile(tmp_path / "events.jsonl")
-    log = RunLog(ListenerSink(broken), FileSink(file), ListenerSink(heard.append))
+    log = RunLog(ListenerSink(broken), FileSink(file), ListenerSink(received.append))
     for number in range(3):
         log.emit(step(number))
     log.close()
     assert len(calls) == 1
-    warnings = [event.text for event in heard if isinstance(event, Warned)]
+    warnings = [event.text for event in received if isinstance(event, Warned)]
     assert len(warnings) == 1 and "no terminal" in warnings[0]
-    assert [event.step for event in heard if isinstance(event, StepDone)] == [0, 1, 2]
+    assert [event.step for event in received if isinstance(event, StepDone)] == [0, 1, 2]
     assert kinds(tmp_path / "events.jsonl") == ["step", "warning", "step", "step"]
 
 
@@ -273,8 +273,8 @@ def written(folder: Path) -> int:
 def test_a_deleted_tensorboard_folder_is_reported_once_and_training_continues(
     tmp_path: Path,
 ) -> None:
-    heard: list[Event] = []
-    log = RunLog(TensorBoardSink(tmp_path / "tensorboard", 0), ListenerSink(heard.append))
+    received: list[Event] = []
+    log = RunLog(TensorBoardSink(tmp_path / "tensorboard", 0), ListenerSink(received.append))
     log.emit(step(0))
     deadline = time.monotonic() + 10
     while not written(tmp_path / "tensorboard") and time.monotonic() < deadline:
@@ -283,34 +283,34 @@ def test_a_deleted_tensorboard_folder_is_reported_once_and_training_continues(
     for number in range(1, 100):
         log.emit(step(number))
     log.close()
-    warnings = [event.text for event in heard if isinstance(event, Warned)]
+    warnings = [event.text for event in received if isinstance(event, Warned)]
     assert len(warnings) == 1 and warnings[0].startswith("TensorBoard: failed")
-    assert [event.step for event in heard if isinstance(event, StepDone)] == list(range(100))
+    assert [event.step for event in received if isinstance(event, StepDone)] == list(range(100))
     assert not (tmp_path / "tensorboard").exists()
 
 
 def test_a_tensorboard_folder_that_can_not_be_made_is_reported(tmp_path: Path) -> None:
-    (tmp_path / "tensorboard").write_text("a file in its place", encoding="utf-8")
-    heard: list[Event] = []
-    log = RunLog(TensorBoardSink(tmp_path / "tensorboard", 0), ListenerSink(heard.append))
+    (tmp_path / "tensorboard").write_text("a file, not a folder", encoding="utf-8")
+    received: list[Event] = []
+    log = RunLog(TensorBoardSink(tmp_path / "tensorboard", 0), ListenerSink(received.append))
     log.emit(step(1))
     log.emit(step(2))
     log.close()
-    assert [event.kind for event in heard] == ["step", "warning", "step"]
+    assert [event.kind for event in received] == ["step", "warning", "step"]
 
 
-def test_a_deleted_event_file_is_reported_and_started_again(tmp_path: Path) -> None:
+def test_a_deleted_event_file_is_reported_and_created_again(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    heard: list[Event] = []
-    log = RunLog(FileSink(EventFile(folder / "events.jsonl")), ListenerSink(heard.append))
+    received: list[Event] = []
+    log = RunLog(FileSink(EventFile(folder / "events.jsonl")), ListenerSink(received.append))
     log.emit(step(1))
     shutil.rmtree(folder)
     log.emit(step(2))
     log.emit(step(3))
     log.close()
-    first, second = (event.text for event in heard if isinstance(event, Warned))
+    first, second = (event.text for event in received if isinstance(event, Warned))
     assert "deleted or replaced" in first and "1 event is missing" in second
-    assert [e.step for e in heard if isinstance(e, StepDone)] == [1, 2, 3]
+    assert [e.step for e in received if isinstance(e, StepDone)] == [1, 2, 3]
     assert kinds(folder / "events.jsonl") == ["warning", "warning", "step"]
 
 
@@ -320,17 +320,17 @@ def test_a_full_disk_is_reported_once_and_events_are_written_again_when_there_is
 ) -> None:
     path = tmp_path / "events.jsonl"
     path.symlink_to("/dev/full")
-    heard: list[Event] = []
-    log = RunLog(FileSink(EventFile(path)), ListenerSink(heard.append))
+    received: list[Event] = []
+    log = RunLog(FileSink(EventFile(path)), ListenerSink(received.append))
     for number in range(3):
         log.emit(step(number))
-    (full,) = (event.text for event in heard if isinstance(event, Warned))
+    (full,) = (event.text for event in received if isinstance(event, Warned))
     assert os.strerror(errno.ENOSPC) in full
     path.unlink()  # there is room again
     log.emit(step(3))
     log.close()
     assert kinds(path) == ["step", "warning"]
-    last = heard[-1]
+    last = received[-1]
     # Three steps, and the warning about the first of them.
     assert isinstance(last, Warned) and "4 events are missing" in last.text
 
@@ -346,11 +346,11 @@ def test_a_failing_sink_is_also_reported_in_the_text_log(tmp_path: Path) -> None
 
 
 def test_a_warning_is_given_once_for_the_files_of_many_steps() -> None:
-    heard: list[Event] = []
-    log = RunLog(ListenerSink(heard.append))
+    received: list[Event] = []
+    log = RunLog(ListenerSink(received.append))
     for number in (100, 200):
         log.warn_once("2 weights are not expressible", prefix=f"{number}.safetensors: ")
-    assert [e.text for e in heard if isinstance(e, Warned)] == [
+    assert [e.text for e in received if isinstance(e, Warned)] == [
         "100.safetensors: 2 weights are not expressible"
     ]
 
@@ -359,12 +359,12 @@ def test_ten_thousand_clips_are_few_lines_in_the_file_and_all_reach_the_listener
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "events.jsonl"
-    heard: list[Event] = []
-    log = RunLog(FileSink(EventFile(path)), ListenerSink(heard.append))
+    received: list[Event] = []
+    log = RunLog(FileSink(EventFile(path)), ListenerSink(received.append))
     for done in range(1, 10_001):
         log.emit(Encoding(what="encoding clips", done=done, total=10_000))
     log.close()
-    assert len(heard) == 10_000
+    assert len(received) == 10_000
     found = list(read_events(path))
     assert 2 <= len(found) < 100
     assert (found[0]["done"], found[-1]["done"]) == (1, 10_000)

@@ -65,7 +65,7 @@ def test_two_writers_of_one_file_in_one_process_have_different_temporary_names(
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_what_a_live_process_is_writing_stays_until_the_process_is_gone(
+def test_a_temporary_file_of_a_live_process_is_kept_until_the_process_ends(
     tmp_path: Path, kind: str
 ) -> None:
     with writing(tmp_path / "000500", kind=kind) as (_, [temporary]):
@@ -76,7 +76,7 @@ def test_what_a_live_process_is_writing_stays_until_the_process_is_gone(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_this_process_is_writing_stays_and_what_it_no_longer_writes_goes(
+def test_a_temporary_file_of_this_process_is_kept_only_while_it_is_written(
     tmp_path: Path,
 ) -> None:
     with temporary_beside(tmp_path / "000500") as temporary:
@@ -84,13 +84,13 @@ def test_what_this_process_is_writing_stays_and_what_it_no_longer_writes_goes(
         remove_abandoned(tmp_path)
         assert temporary.is_dir()
     assert not temporary.exists()
-    temporary.mkdir()  # as left by a process that had the id of this one before
+    temporary.mkdir()  # as after an earlier process with the same id
     remove_abandoned(tmp_path)
     assert not temporary.exists()
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_what_another_machine_wrote_goes_when_it_has_not_changed_for_a_day(
+def test_a_temporary_file_of_another_machine_is_removed_after_a_day_without_a_change(
     tmp_path: Path, kind: str
 ) -> None:
     (left,) = leave_interrupted(tmp_path / "000500", kind=kind)
@@ -103,17 +103,17 @@ def test_what_another_machine_wrote_goes_when_it_has_not_changed_for_a_day(
     for entry in reversed(entries):
         set_age(entry, ABANDONED_AFTER_SECONDS + 60)
         remove_abandoned(tmp_path)
-        # A folder counts as changed with the newest file in it.
+        # The age of a folder is that of the newest file in it.
         assert left.exists() == (entry != entries[0])
 
 
-def test_only_the_leftovers_of_one_file_go_when_it_is_named(tmp_path: Path) -> None:
+def test_with_a_name_only_temporary_files_of_that_file_are_removed(tmp_path: Path) -> None:
     first, second = leave_interrupted(tmp_path / "a.json", tmp_path / "b.json")
     remove_abandoned(tmp_path, "a.json")
     assert not first.exists() and second.exists()
 
 
-def test_other_files_are_left_alone(tmp_path: Path) -> None:
+def test_files_that_are_not_temporary_are_kept(tmp_path: Path) -> None:
     kept = [tmp_path / "a.json", tmp_path / ".hidden"]
     for path in kept:
         path.write_text("kept")
@@ -122,7 +122,7 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == sorted(kept)
 
 
-def test_a_name_tells_machine_process_and_target(tmp_path: Path) -> None:
+def test_a_temporary_name_contains_machine_process_random_part_and_target(tmp_path: Path) -> None:
     with temporary_beside(tmp_path / "a-b.json") as first:
         pass
     with temporary_beside(tmp_path / "a-b.json") as second:
@@ -132,7 +132,7 @@ def test_a_name_tells_machine_process_and_target(tmp_path: Path) -> None:
     assert first != second
 
 
-def test_a_removed_folder_is_gone_as_a_whole(tmp_path: Path) -> None:
+def test_remove_deletes_files_and_folders_with_their_content(tmp_path: Path) -> None:
     folder = tmp_path / "000500"
     (folder / "deep").mkdir(parents=True)
     (folder / "deep" / "file").touch()

@@ -139,7 +139,7 @@ def test_the_number_of_frames_is_4n_plus_1_within_all_limits(
 
 
 @pytest.mark.parametrize("strategy", ["uniform", "random", "keyframe"])
-def test_a_span_lies_within_its_file(tmp_path: Path, strategy: str) -> None:
+def test_a_span_is_within_its_file(tmp_path: Path, strategy: str) -> None:
     for frames in (1, 5, 17, 18, 40):
         video(tmp_path / f"{frames}.mp4", frames=frames)
     for clip in index(tmp_path, frame_strategy=strategy).clips:
@@ -162,7 +162,7 @@ def test_uniform_takes_the_middle_of_the_file(tmp_path: Path) -> None:
 def test_at_the_files_own_rate_each_frame_is_taken_once(
     tmp_path: Path, fps: float, kind: str, strategy: str
 ) -> None:
-    """Also if the exact middle of the file lies between two frames."""
+    """Also if the exact middle of the file is between two frames."""
     for frames in (18, 24, 29):
         video(tmp_path / f"{frames}.{kind}", frames=frames, fps=fps)
     report = index(tmp_path, fps=fps, frame_strategy=strategy)
@@ -310,7 +310,7 @@ def test_warnings_about_many_files_are_one_line(tmp_path: Path) -> None:
     assert str(report) == "\n".join(lines)
 
 
-def test_the_good_bad_and_odd_clips_are_told_apart(clips: Path) -> None:
+def test_good_and_odd_clips_are_used_and_bad_ones_are_reported(clips: Path) -> None:
     report = index(clips / "good", clips / "bad", clips / "odd")
     assert len(reasons(report)) == 7 + 2
     assert {"animated.gif", "variable_frame_rate.mkv", "corrupt_middle.mp4"} <= set(reasons(report))

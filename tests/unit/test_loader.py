@@ -141,13 +141,10 @@ def test_prefetching_changes_nothing() -> None:
 def test_validation_batches_are_spread_over_the_clips_with_first_captions() -> None:
     names = [b.names for b in loader().validation_batches(CLIPS, 4)]
     assert names == [("0",), ("2",), ("4",), ("6",)]
-    assert (
-        len(loader().validation_batches(CLIPS, 99)) == 9
-        and loader().validation_batches(CLIPS, 0) == []
-    )
-    assert all(
-        float(b.text[0, 0, 0]) < 100 for b in loader().validation_batches(CLIPS, 9)
-    )  # first captions
+    assert len(loader().validation_batches(CLIPS, 99)) == 9
+    assert loader().validation_batches(CLIPS, 0) == []
+    # The first caption of each clip has the clip's own number, below 100.
+    assert all(float(b.text[0, 0, 0]) < 100 for b in loader().validation_batches(CLIPS, 9))
 
 
 def test_validation_batches_are_the_same_each_time() -> None:
@@ -224,6 +221,9 @@ def test_weights_and_targets_reach_the_batch() -> None:
     assert batch.loss_weights == tuple(int(name) / 2 for name in batch.names)
     assert batch.is_prior.tolist() == [int(name) % 2 == 0 for name in batch.names]
     assert batch.to(torch.device("meta")).is_prior.is_meta
+    # Weights are multiplied with float32 losses, so they have float32 values.
+    (weight,) = batch_of([replace(clip(1), loss_weight=0.1)]).loss_weights
+    assert weight == torch.tensor(0.1, dtype=torch.float32).item() != 0.1
     plain = batch_of([clip(1), clip(2)])
     assert plain.is_prior is None and plain.loss_weights == (1, 1)
 

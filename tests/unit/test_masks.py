@@ -82,9 +82,9 @@ def averaged_per_cell(frames: np.ndarray) -> np.ndarray:
     )[None]
 
 
-def delay(path: Path, seconds: float) -> Path:
-    """Rewrites the file so that its timestamps are `seconds` delay."""
-    out = path.with_name(f"delay{path.suffix}")
+def delay_timestamps(path: Path, seconds: float) -> Path:
+    """Rewrite the file `path` with all timestamps `seconds` later; returns `path`."""
+    out = path.with_name(f"delayed{path.suffix}")
     with av.open(str(path)) as source, av.open(str(out), "w") as target:
         stream = source.streams.video[0]
         copy = target.add_stream_from_template(stream)
@@ -126,7 +126,7 @@ def test_clip_and_mask_may_begin_at_different_times(
     mask.write_bytes(path.read_bytes())
     for file, seconds in ((path, clip_later), (mask, mask_later)):
         if seconds:
-            delay(file, seconds)
+            delay_timestamps(file, seconds)
     clip = only(index(tmp_path))
     assert clip.mask and clip.start - clip.mask.start == pytest.approx(clip_later - mask_later)
     np.testing.assert_allclose(
@@ -230,9 +230,9 @@ def test_masks_without_a_clip_are_warned_about(tmp_path: Path) -> None:
     (tmp_path / "b.mask.txt").write_text("a caption")
     report = index(tmp_path)
     assert [clip.mask for clip in report.clips] == [None, None]
-    told = {(str(w.path.relative_to(tmp_path)), w.text) for w in report.warnings if w.path}
+    found = {(str(w.path.relative_to(tmp_path)), w.text) for w in report.warnings if w.path}
     lonely = "mask without a video or image of its name; unused"
-    assert told == {
+    assert found == {
         ("b.mask.png", lonely),
         (str(Path("sub/a.mask.png")), lonely),
         ("b.mask.txt", "caption file without a video or image of its name; unused"),
@@ -260,11 +260,11 @@ def _video(frames: int, size: tuple[int, int] = SIZE, fps: float = 16):
     return lambda path: write_video(path, flat(frames, 255, size), fps)
 
 
-def _picture(size: tuple[int, int]):
+def _image(size: tuple[int, int]):
     return lambda path: Image.new("L", size, 255).save(path, format="png")
 
 
-def _cut_picture(path: Path) -> None:
+def _truncated_image(path: Path) -> None:
     Image.fromarray(moving(1)[0]).save(path)
     path.write_bytes(path.read_bytes()[:100])
 
@@ -284,11 +284,11 @@ def _bytes(content: bytes):
         ),
         (
             ["a.mask.png"],
-            _picture((64, 112)),
+            _image((64, 112)),
             "its mask a.mask.png has another aspect ratio (shown 64x112, the clip 112x64); make it "
             "112x64, or of the same aspect ratio",
         ),
-        (["a.mask.png"], _picture((112, 66)), "its mask a.mask.png has another aspect ratio"),
+        (["a.mask.png"], _image((112, 66)), "its mask a.mask.png has another aspect ratio"),
         (["a.mask.mp4"], _video(32, (64, 64)), "its mask a.mask.mp4 has another aspect ratio"),
         (
             ["a.mask.mp4", "a.mask.png"],
@@ -314,7 +314,7 @@ def _bytes(content: bytes):
         ),
         (
             ["a.mask.png"],
-            _cut_picture,
+            _truncated_image,
             "its mask a.mask.png is not an image that can be read (image file is truncated",
         ),
         (["a.mask.webm"], _bytes(b""), "its mask a.mask.webm is empty (0 bytes)"),
@@ -339,7 +339,7 @@ def test_a_clip_whose_mask_is_wrong_is_left_out(tmp_path: Path, names, write, re
         ("a.mask.mp4", _video(24)),  # as long as needed
         ("a.mask.webm", _video(24)),  # whose times are rounded
         ("a.mask.mp4", _video(12, fps=8)),  # its last frame is shown for half an interval more
-        ("a.mask.png", _picture((223, 128))),  # off by a pixel
+        ("a.mask.png", _image((223, 128))),  # off by a pixel
     ],
 )
 def test_masks_at_the_limits_are_accepted(tmp_path: Path, name: str, write) -> None:
@@ -360,10 +360,10 @@ def test_a_mask_has_the_aspect_ratio_that_a_player_shows(tmp_path: Path, clips: 
     """The pixels of this clip are not square: stored as 176x144, shown as 193x144."""
     (tmp_path / "a.webm").write_bytes((clips / "good" / "man_in_car.webm").read_bytes())
     (tmp_path / "a.txt").write_text("a man")
-    _picture((176, 144))(tmp_path / "a.mask.png")
+    _image((176, 144))(tmp_path / "a.mask.png")
     (problem,) = index(tmp_path).problems
     assert "(shown 176x144, the clip 193x144); make it 193x144" in problem.reason
-    _picture((193, 144))(tmp_path / "a.mask.png")
+    _image((193, 144))(tmp_path / "a.mask.png")
     assert (values(only(index(tmp_path))) == 1).all()
 
 

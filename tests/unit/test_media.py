@@ -93,7 +93,7 @@ def steady(frames: int, start: float = 0.0) -> list[float]:
 
 def every_frame(path: Path) -> list[tuple[float, np.ndarray]]:
     """Time and pixels of all frames by a plain decode, without seeking or threads."""
-    # The exact conversion, so that frames which hardly differ can be told apart.
+    # The exact conversion, so that frames which hardly differ can be distinguished.
     flags = 0x2 | 0x40000 | 0x2000  # SWS_BILINEAR, SWS_ACCURATE_RND, SWS_FULL_CHR_H_INT
     with av.open(str(path)) as container:
         return [
@@ -108,7 +108,7 @@ def nearest(times: list[float], wanted: float) -> int:
 
 def identify(pixels: np.ndarray, frames: list[tuple[float, np.ndarray]], near: float) -> float:
     """Time of the frame that `pixels` shows; of several that are equal, the one nearest `near`."""
-    equal = [time for time, whole in frames if np.array_equal(pixels, whole)]
+    equal = [time for time, candidate in frames if np.array_equal(pixels, candidate)]
     assert equal, "not a frame of this file"
     return min(equal, key=lambda time: abs(time - near))
 
@@ -186,7 +186,7 @@ def test_times_that_are_empty_or_not_ascending_are_an_error(
 
 
 @pytest.mark.parametrize("name", ["variable_frame_rate.mkv", "fps60.mp4"])
-def test_frames_lie_within_half_a_frame_of_their_times(clips: Path, name: str) -> None:
+def test_frames_are_within_half_a_frame_of_their_times(clips: Path, name: str) -> None:
     path = clips / "odd" / name
     frames = every_frame(path)
     times = [time for time, _ in frames]
@@ -194,8 +194,8 @@ def test_frames_lie_within_half_a_frame_of_their_times(clips: Path, name: str) -
     wanted = [info.start + k / 16 for k in range(info.frames_at(16))]
     for instant, pixels in zip(wanted, read_frames(path, wanted), strict=True):
         shown = identify(pixels, frames, instant)
-        place = times.index(shown)
-        around = times[max(0, place - 1) : place + 2]
+        index = times.index(shown)
+        around = times[max(0, index - 1) : index + 2]
         half = max(max(np.diff(around)), 1 / 16) / 2
         assert abs(shown - instant) <= half + 1e-6
 
@@ -243,10 +243,10 @@ def test_all_good_and_odd_clips_are_read_to_their_end(clips: Path) -> None:
     for path in good_and_odd(clips):
         info = probe(path)
         times = [info.start + k / 16 for k in range(info.frames_at(16))]
-        whole = read_frames(path, times)
-        assert whole.shape == (len(times), info.height, info.width, 3)
-        assert whole.dtype == np.uint8
-        assert whole.std() > 10, f"{path.name} is blank"
+        frames = read_frames(path, times)
+        assert frames.shape == (len(times), info.height, info.width, 3)
+        assert frames.dtype == np.uint8
+        assert frames.std() > 10, f"{path.name} is blank"
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_bad_clips_give_an_error_with_path_and_reason(
     assert capfd.readouterr() == ("", ""), "FFmpeg prints nothing"
 
 
-def test_no_bad_clip_is_missing_from_the_test_above(clips: Path) -> None:
+def test_the_test_above_covers_every_bad_clip(clips: Path) -> None:
     assert len([p for p in (clips / "bad").iterdir() if p.suffix != ".txt"]) == 7
 
 
@@ -293,12 +293,12 @@ def test_damage_is_an_error_only_where_it_is_decoded(tmp_path: Path) -> None:
     fixed = {"x264-params": "keyint=25:min-keyint=25:scenecut=0:bframes=2"}
     path = make(tmp_path / "a.mp4", steady(150), options=fixed)
     with av.open(str(path)) as container:
-        places = {
+        packets = {
             round(packet.pts * packet.time_base * 25): (packet.pos, packet.size)
             for packet in container.demux(video=0)
             if packet.size
         }
-    position, size = places[60]
+    position, size = packets[60]
     data = bytearray(path.read_bytes())
     data[position + 8 : position + size] = bytes(b ^ 0x5A for b in data[position + 8 :][: size - 8])
     path.write_bytes(data)
@@ -308,7 +308,10 @@ def test_damage_is_an_error_only_where_it_is_decoded(tmp_path: Path) -> None:
     assert [number_of(f) for f in before] == list(range(40))
     after = read_frames(path, [k / 25 for k in range(75, 100)])
     assert [number_of(f) for f in after] == list(range(75, 100))
-    for span in (range(55, 65), range(65, 72)):  # the second builds on the damage
+    for span in (
+        range(55, 65),
+        range(65, 72),
+    ):  # the second is predicted from it
         with pytest.raises(DataError, match=r"is damaged near 2\.\d+ s"):
             read_frames(path, [k / 25 for k in span])
 
@@ -325,13 +328,13 @@ def test_damaged_pictures_are_rarely_returned(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
     clean = read_frames(sound, steady(100))
     data = sound.read_bytes()
-    first, last = data.index(b"mdat") + 700, data.index(b"moov")  # behind x264's own text
+    first, last = data.index(b"mdat") + 700, data.index(b"moov")  # after x264's own text
     rng = np.random.default_rng(3)
     found = missed = 0
     for _ in range(20):
         broken = bytearray(data)
-        for place in rng.integers(first, last, 3):
-            broken[place] ^= int(rng.integers(1, 256))
+        for position in rng.integers(first, last, 3):
+            broken[position] ^= int(rng.integers(1, 256))
         path = tmp_path / "broken.mp4"
         path.write_bytes(broken)
         for start in range(0, 100, 10):
@@ -348,10 +351,10 @@ def test_damaged_pictures_are_rarely_returned(tmp_path: Path) -> None:
 
 
 def test_a_truncated_file_is_reported(tmp_path: Path) -> None:
-    whole = tmp_path / "whole.mp4"
-    write_video(whole, np.stack([numbered(k) for k in range(200)]), 25)
+    complete = tmp_path / "complete.mp4"
+    write_video(complete, np.stack([numbered(k) for k in range(200)]), 25)
     cut = tmp_path / "cut.mp4"
-    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 6 // 10])
+    cut.write_bytes(complete.read_bytes()[: complete.stat().st_size * 6 // 10])
     with pytest.raises(DataError, match=r"is truncated, its header promises 8\.0 s"):
         probe(cut)
 
@@ -412,9 +415,9 @@ def test_every_display_matrix_is_applied(
     a, b, c, d = (v * 65536 for v in matrix)
     identity = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
     data = path.read_bytes()
-    place = data.index(identity, data.index(b"tkhd"))
+    start = data.index(identity, data.index(b"tkhd"))
     turned = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    path.write_bytes(data[:place] + turned + data[place + len(turned) :])
+    path.write_bytes(data[:start] + turned + data[start + len(turned) :])
     assert np.array_equal(read_frames(path, [0.0])[0], expected(stored))
     info = probe(path)
     assert (info.height, info.width) == expected(stored).shape[:2]
@@ -433,7 +436,7 @@ def test_tagged_matrix_and_range_are_applied(
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=16, options={"crf": "1"})
         stream.width, stream.height, stream.pix_fmt = 64, 32, pixel_format
-        # Tags are AVCOL_SPC_BT709 (1) and AVCOL_SPC_SMPTE170M (6), not swscale's own numbers.
+        # Tags are AVCOL_SPC_BT709 (1) and AVCOL_SPC_SMPTE170M (6), not swscale's own values.
         stream.codec_context.colorspace = 1 if matrix == Colorspace.ITU709 else 6
         stream.codec_context.color_range = value
         frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
@@ -484,8 +487,8 @@ def test_read_frames_fits_upright_square_pixels(clips: Path) -> None:
     assert info.shown_size == (132, 176)  # 128:117 pixels, turned
     frames = read_frames(path, [0.0, 0.5], Fit(64, 96))
     assert frames.shape == (2, 96, 64, 3)
-    whole = read_frames(path, [0.0])[0]
-    assert np.array_equal(frames[0], fit_image(whole, Fit(64, 96), pixel_aspect=117 / 128))
+    unfitted = read_frames(path, [0.0])[0]
+    assert np.array_equal(frames[0], fit_image(unfitted, Fit(64, 96), pixel_aspect=117 / 128))
 
 
 # --- Images --------------------------------------------------------------------------------------
@@ -570,7 +573,7 @@ def test_a_written_video_reads_back_the_same(tmp_path: Path, suffix: str, fps: f
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
         assert len(frames) == 17
-        if suffix != "avi":  # has no place for tags
+        if suffix != "avi":  # has no tags
             assert (frames[0].colorspace, frames[0].color_range) == (1, ColorRange.MPEG)
         assert frames[0].format.name == "yuv420p"
         if suffix == "mp4":

@@ -118,7 +118,7 @@ def test_a_second_ctrl_c_raises_at_once() -> None:
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), StopSignals() as stop:
         _send(signal.SIGTERM)
-        _send(signal.SIGINT)  # the first of its kind
+        _send(signal.SIGINT)  # the first Ctrl-C only requests a stop
         assert stop.requested
         _send(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before

@@ -22,7 +22,7 @@ def test_seeds_of_different_draws_differ() -> None:
     assert len({derive_seed(*name) for name in names}) == len(names)
 
 
-def test_counters_with_the_same_digits_are_told_apart() -> None:
+def test_counters_with_the_same_digits_give_different_seeds() -> None:
     assert derive_seed(1, "t", 1, 11) != derive_seed(1, "t", 11, 1)
     assert derive_seed(1, "t", 11) != derive_seed(11, "t", 1)
     assert derive_seed(1, "t", 1, 1) != derive_seed(1, "t", 11)

@@ -17,7 +17,7 @@ def write(folder: Path) -> None:
     (folder / "weights").write_text("1")
 
 
-def test_a_state_in_the_making_of_another_live_process_stays_and_an_abandoned_one_goes(
+def test_an_incomplete_state_is_kept_for_a_live_process_and_removed_if_abandoned(
     tmp_path: Path,
 ) -> None:
     layout = RunLayout(tmp_path)
@@ -30,7 +30,7 @@ def test_a_state_in_the_making_of_another_live_process_stays_and_an_abandoned_on
     assert sorted(p.name for p in found.folder.iterdir()) == sorted(["weights", MANIFEST])
 
 
-def test_the_newest_states_stay_with_the_best_and_every_nth(tmp_path: Path) -> None:
+def test_rotation_keeps_the_newest_states_the_best_and_every_nth(tmp_path: Path) -> None:
     layout = RunLayout(tmp_path)
     store = StateStore(layout, keep=2, keep_every=4)
     for step in range(1, 9):
@@ -49,7 +49,7 @@ def test_saving_a_step_again_replaces_its_state(tmp_path: Path) -> None:
     assert sorted(p.name for p in layout.state(1).iterdir()) == sorted(["other", MANIFEST])
 
 
-def test_a_writer_that_fails_leaves_the_old_state(tmp_path: Path) -> None:
+def test_a_failed_save_keeps_the_old_state(tmp_path: Path) -> None:
     layout = RunLayout(tmp_path)
     store = StateStore(layout, keep=2)
     store.save(1, write)
