@@ -139,13 +139,13 @@ def test_every_clip_and_timestep_has_its_own_noise(
 ) -> None:
     run = WanModelSetup(run_file("ti2v-5b", "validation={clips: 2, timesteps: 3}")).build()
     seeds: list[int] = []
-    fixed = Objective.fixed
+    add_noise = Objective.add_noise_at_quantile
 
     def watched(objective: Objective, batch: Any, share: float, expert: Any, seed: int) -> Any:
         seeds.append(seed)
-        return fixed(objective, batch, share, expert, seed)
+        return add_noise(objective, batch, share, expert, seed)
 
-    monkeypatch.setattr(Objective, "fixed", watched)
+    monkeypatch.setattr(Objective, "add_noise_at_quantile", watched)
     measure(run)
     assert len(seeds) == 6 == len(set(seeds))
 

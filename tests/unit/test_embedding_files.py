@@ -298,9 +298,10 @@ def test_the_sample_command_reports_embeddings_without_effect(model_folder, tmp_
     out = tmp_path / "out.mp4"
     assert sample_command(model_folder, out, "a <ink> dog", "--embedding", fox, ink) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert f"{ink}: <ink> stands for 1 vector" in lines
+    assert f"{ink}: <ink> is replaced by 1 vector" in lines
     assert (
-        f"{fox}: <fox> stands for 2 vectors; the prompt has no <fox>, so it changes nothing"
+        f"{fox}: <fox> is replaced by 2 vectors; no prompt contains <fox>, "
+        "so the embedding has no effect"
     ) in lines
     with_ink = out.read_bytes()
     assert sample_command(model_folder, out, "a <ink> dog", "--embedding", ink) == 0

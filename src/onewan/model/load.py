@@ -137,7 +137,7 @@ def _boundary_problems(sources: Sources, variant: Variant) -> Iterable[str]:
     if ratio is not None and ratio != variant.boundary:
         yield (
             f"{index}: boundary_ratio is {ratio}, but {variant.name} has {variant.boundary}; if "
-            f"the model was trained with {ratio}, set model.boundary to it"
+            f"the model was trained with that boundary, set model.boundary to {ratio}"
         )
 
 
