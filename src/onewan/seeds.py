@@ -1,7 +1,7 @@
 """Counter-based randomness: every draw has a name, so no random state passes from step to step.
 
 A seed is a hash of (run seed, purpose, counters). A resumed run derives the seed of step 1200 from
-the same name as the interrupted run did, and draws the same numbers, whatever was drawn before and
+the same name as the interrupted run did, and draws the same values, whatever was drawn before and
 however many workers or processes there are.
 """
 

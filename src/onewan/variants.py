@@ -1,7 +1,7 @@
 """The facts of each Wan 2.2 variant, in one frozen table without torch.
 
 Sources: the official repository (Wan-Video/Wan2.2 at 42bf4cf, ``wan/configs``) and the
-configurations that diffusers' converter writes. A test compares every number with them. Trainers
+configurations that diffusers' converter writes. A test compares every value with them. Trainers
 that spread these facts over flags, user interfaces or subclasses got the boundary and the order of
 the experts wrong, hence one table.
 """
@@ -288,7 +288,7 @@ def variant_of(transformer_config: Mapping[str, object], where: str) -> Variant:
     """The variant that a diffusers transformer configuration belongs to.
 
     `where` names the file in the CheckpointError. Decided by `in_channels` alone, so that small
-    test models are recognized. That does not tell apart variants that share their channels: a Wan
+    test models are recognized. That does not distinguish variants with equal channels: a Wan
     2.1 T2V transformer has those of T2V-A14B, and the loader recognizes it by the missing second
     expert. A variant that shares all of this with another one has to be named by the user.
     """

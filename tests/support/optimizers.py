@@ -51,7 +51,7 @@ CHOICES: dict[str, Optimizer] = {
     "custom": CustomOptimizer(class_path="pytorch_optimizer.StableAdamW", lr=3e-3),
 }
 PER_WEIGHT = [name for name, choice in CHOICES.items() if joint_only_reason(choice) is None]
-"""Those that can update each weight by itself."""
+"""Those that can update each weight separately."""
 
 
 @pytest.fixture(autouse=True)

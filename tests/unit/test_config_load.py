@@ -344,7 +344,7 @@ sample: {prompts: [a fox], every: 5, frames: 80, guidance: [1]}
         "train.warmup_steps: must be less than the 10 steps of the high expert, got 10; lower it, "
         "or give that expert more steps",
         "sample.frames: must be 4n+1, got 80; the nearest are 77 and 81",
-        "sample.guidance: must have one number for each expert of t2v-a14b, [high, low], got "
+        "sample.guidance: must have one scale for each expert of t2v-a14b, [high, low], got "
         "[1.0]; give 2, or leave it out for the official [4.0, 3.0]",
     }
 
@@ -436,7 +436,7 @@ def test_one_problem_gives_one_line(tmp_path: Path, text: str, expected: str) ->
         ),
         (TI2V + "video_data: {resolution: 848x480}", "video_data.resolution: sides must be multi"),
         (TI2V + "sample: {height: 720}", "sample.height: must be a multiple of 32 for ti2v-5b"),
-        (TI2V + "sample: {guidance: [4, 3]}", "sample.guidance: must have one number for each"),
+        (TI2V + "sample: {guidance: [4, 3]}", "sample.guidance: must have one scale for each"),
         (I2V + "sample: {prompts: [a]}", "sample.prompts.0.image: i2v-a14b starts from an image"),
         ("method: {rank: 4}", "model.variant: is required, got nothing; add it: 't2v-a14b'"),
     ],

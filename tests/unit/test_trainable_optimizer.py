@@ -181,11 +181,11 @@ def test_an_optimizer_of_all_weights_at_once_refuses_rounding_and_the_fused_step
     text = str(caught.value)
     assert "2 problems" in text
     assert (
-        "method.weights: kahan updates each weight by itself, which optimizer.name 'prodigy'"
+        "method.weights: kahan updates each weight separately, which optimizer.name 'prodigy'"
         in text
     )
     assert "it estimates one learning rate from all weights together" in text
-    assert "method.fused_step: true updates each weight by itself" in text
+    assert "method.fused_step: true updates each weight separately" in text
     # There is nothing to round in float32 weights.
     build([group_of(Net(), 1.0)], ProdigyOptimizer(), rounding="kahan")
 

@@ -77,10 +77,12 @@ class AdapterConfig:
         DoRA and PiSSA are attached as plain LoRA: `onewan.adapters.lora` adds the rest, since PEFT
         would compute it in the precision of the base weights.
         """
+        # One regular expression, which PEFT matches with whole names. It compares the entries of a
+        # list with the ends of names too.
         modules = "|".join(re.escape(m) for m in self.modules)
         if self.kind == "oft":
-            # The exact Cayley transform: PEFT's default, a short Neumann series, is no rotation any
-            # more where the generator is large.
+            # The exact Cayley transform: PEFT's default, a short Neumann series, is not
+            # orthogonal where the generator is large.
             return OFTConfig(
                 r=0,
                 oft_block_size=self.block_size,
@@ -202,8 +204,8 @@ def adapter_config_from_file(
         sizes = {a.tensors["rotation"].shape[-1] for a in adapters.values()}
         if len(sizes) > 1:
             raise CheckpointError(
-                f"{file.path}: has OFT blocks of {_listed(sizes)} inputs, and an adapter that "
-                "trains has one size; merge it into the base model and train a new one"
+                f"{file.path}: has OFT blocks of {_listed(sizes)} inputs, and a trainable "
+                "adapter has a single size; merge it into the base model and train a new one"
             )
         return AdapterConfig(kind="oft", modules=modules, block_size=sizes.pop()), weights
     # A LoKr of two full factors has no rank, and its scale is 1.
@@ -291,8 +293,8 @@ def _check_pissa_ranks(transformer: WanTransformer3DModel, ranks: Mapping[str, i
 def _check_against_run_file(
     file: AdapterFile, method: AdapterMethod, layers: Sequence[int] | None
 ) -> None:
-    """ConfigError where the run file contradicts the content of `file`. What can be said without
-    opening the file is a rule of `onewan.config.method_rules`."""
+    """ConfigError where the run file contradicts the content of `file`. Contradictions that
+    are visible without opening the file are rules of `onewan.config.method_rules`."""
     problems: list[str] = []
     kinds = {adapter.kind for adapter in file.modules.values()}
     if len(kinds) == 1 and (kind := next(iter(kinds))) != method.kind and kind != "difference":
@@ -328,8 +330,8 @@ def _why_untrainable(adapter: ModuleAdapter, linear: nn.Linear | None) -> str | 
         return "is not a linear layer of this model"
     if "oft_blocks" in adapter.tensors:
         return (
-            "is OFT of LyCORIS, which rotates outputs, and onewan trains OFT of inputs; merge it "
-            "into the base model and train a new one"
+            "is OFT of LyCORIS, which rotates outputs, and onewan trains rotations of inputs; "
+            "merge it into the base model and train a new one"
         )
     unexpected = adapter.tensors.keys() - _TRAINABLE_PARTS.get(adapter.kind, frozenset())
     if unexpected:
@@ -364,7 +366,7 @@ def _shape_error(adapter: ModuleAdapter, linear: nn.Linear) -> str | None:
             try:
                 triangles_of(adapter.tensors["rotation"].float())
             except ValueError as error:
-                return f"{error}, as Cayley's transform has it; merge the file into the base model"
+                return f"{error}, so it has no Cayley transform; merge the file into the base model"
             return None
         got = (want[0], blocks * size)
     if got != want:
@@ -397,7 +399,7 @@ def _peft_name(module: str, part: str) -> str:
     return f"{module}.{name}{'.weight' if name.startswith(('lora_', 'oft_')) else ''}"
 
 
-# --------------------------------------------------------------------------------- small pieces
+# ------------------------------------------------------------------------- layers by their names
 
 
 def _linear(transformer: WanTransformer3DModel, module: str) -> nn.Linear | None:

@@ -1,10 +1,11 @@
 """Forward passes of adapted layers: PEFT's classes with float32 adapters beside bfloat16 weights.
 
-PEFT upcasts the input of a layer that has a float32 adapter, or returns what autocast made bfloat16
-as float32 again; its DoRA computes the weight norm in the precision of the activations, which
-changes a bfloat16 model before the first step; and it takes the bytes of a quantized weight for its
-values. Here each layer returns the precision of its base layer, everything that depends on weights
-alone is computed in float32, and base weights are read through `base_weight_float32`.
+PEFT casts the input of a layer with a float32 adapter to float32, or casts the bfloat16 output of
+autocast back to float32; its DoRA computes the weight norm in the precision of the activations,
+which changes a bfloat16 model before the first step; and it reads the bytes of a quantized weight
+as if they were its values. Here each layer returns the precision of its base layer, everything that
+depends on weights alone is computed in float32, and base weights are read through
+`base_weight_float32`.
 """
 
 from __future__ import annotations
@@ -74,10 +75,10 @@ class DoraVariant(DoraLinearVariant):
 class PissaVariant(LoraVariant):
     """PiSSA (arXiv 2404.02948): W + s (B A - B0 A0), where A0 and B0 are the initial A and B.
 
-    The paper subtracts s B0 A0 from the base weight once and rounds the rest anew. Here the base
-    weight stays as it is and the forward pass subtracts: the model without the adapter is the base
-    model, the base may be quantized, nothing changes before the first step, and a resumed run has
-    exactly the same weights.
+    The paper subtracts s B0 A0 from the base weight once, which rounds the weight a second time.
+    Here the base weight does not change and the forward pass subtracts the product: the model
+    without the adapter is the base model, the base may be quantized, the output is the same before
+    the first step, and a resumed run has exactly the same weights.
     """
 
     @staticmethod
@@ -87,6 +88,7 @@ class PissaVariant(LoraVariant):
         del kwargs
         dropped = module.lora_dropout[active_adapter](x)
         current = module.lora_B[active_adapter](module.lora_A[active_adapter](dropped))
+        # Without dropout: in the paper this product is part of the frozen base weight.
         initial = F.linear(F.linear(x, module.pissa_A), module.pissa_B)
         return result + (current - initial) * module.scaling[active_adapter]
 
@@ -117,6 +119,7 @@ def _forward_with_difference(layer: Any, x: Tensor) -> Tensor:
     total = result
     for adapter in layer.active_adapters:
         if adapter in layer._available_adapters:
+            # Autocast would multiply the float32 factors in bfloat16.
             with torch.autocast(x.device.type, enabled=False):
                 added = layer.get_delta_weight(adapter)
             total = total + F.linear(x, added)
@@ -134,8 +137,9 @@ class LohaLinear(PeftLoha):
         del apply_rank_dropout
         names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
         factors = [getattr(self, name)[adapter_name] for name in names]
+        # PEFT's autograd function saves its inputs for the backward pass, hence the scale as a
+        # tensor. It saves only the factors, while autograd itself would keep two whole products.
         scale = torch.tensor(self.scaling[adapter_name])
-        # PEFT's autograd function saves only the factors for the backward pass, no whole product.
         return make_weight(factors[0], factors[1], factors[2], factors[3], scale)
 
 
@@ -185,7 +189,7 @@ def cayley_minus_identity(triangles: Tensor) -> Tensor:
     [n, size (size - 1) / 2].
 
     R = (1 - Q)(1 + Q)^-1, Cayley's transform (OFT, arXiv 2306.07280), so R - 1 = -2 Q (1 + Q)^-1.
-    PEFT's default, a few terms of the Neumann series, is no rotation any more where Q is large.
+    PEFT's default, a few terms of the Neumann series, is not orthogonal where Q is large.
     """
     size = block_size(triangles.shape[1])
     assert size is not None
@@ -205,16 +209,18 @@ def triangles_of(rotation: Tensor) -> Tensor:
     does not reach.
     """
     size = rotation.shape[-1]
+    # In float64, since 1 + R is nearly singular for rotations by almost 180 degrees.
     r = rotation.double()
     identity = torch.eye(size, dtype=r.dtype)
     try:
         q = torch.linalg.solve(identity + r, identity - r)
     except RuntimeError as error:
-        raise ValueError("rotates by half a turn") from error
+        raise ValueError("rotates by 180 degrees") from error
+    # Q is skew-symmetric except for rounding, and only one of its triangles is returned.
     q = (q - q.transpose(1, 2)) / 2
     back = torch.linalg.solve(identity + q, identity - q, left=False)
     # 1e-3 is far above what float32 rounds off, and far below the error of a short Neumann series
-    # with a generator that matters. `not <` also catches NaN.
+    # unless its generator is almost 0. `not <` is also true for NaN.
     if not (back - r).abs().max() < 1e-3:
         raise ValueError("is not a rotation")
     rows, columns = torch.triu_indices(size, size, 1)

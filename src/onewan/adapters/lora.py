@@ -73,6 +73,7 @@ def attach_adapter(
     """
     transformer.add_adapter(config.peft_config(), adapter_name=_ADAPTER)
     layers = _adapted(transformer)
+    # A layer that PEFT did not match would remain untrained without any message.
     assert layers.keys() == set(config.modules), layers.keys() ^ set(config.modules)
     for module, layer in layers.items():
         _patch_peft_layer(layer, config, module, initial)
@@ -102,8 +103,8 @@ def _adapted(transformer: WanTransformer3DModel) -> dict[str, Any]:
 def _patch_peft_layer(
     layer: Any, config: AdapterConfig, module: str, initial: Mapping[str, Tensor] | None
 ) -> None:
-    """Let `layer`, just attached by PEFT, compute as in `onewan.adapters.layers`, with parameters
-    of the right shapes on the device of the base weight. Their values are set by the caller."""
+    """Make `layer`, which PEFT has just attached, compute as in `onewan.adapters.layers`, with
+    parameters of the right shapes on the base weight's device. The caller sets their values."""
     # Autocast does the casting; a float32 adapter must not make PEFT upcast activations.
     layer.cast_input_dtype_enabled = False
     if config.kind == "dora":
@@ -125,6 +126,7 @@ def _patch_peft_layer(
             _reshape_lokr(layer, module, initial)
     elif config.kind == "oft":
         layer.__class__ = OftLinear
+    # Parts that were created above, and not by PEFT, are on the CPU.
     device = layer.get_base_layer().weight.device
     for part in layer.adapter_layer_names:
         getattr(layer, part).to(device)
@@ -206,7 +208,7 @@ def is_lora_b(name: str) -> bool:
 
 def adapter_weights(transformer: WanTransformer3DModel) -> dict[str, Tensor]:
     """The adapter's weights, float32, copied to the CPU, by PEFT's names (see above). They include
-    PiSSA's frozen initial values, without which the trained ones mean nothing."""
+    PiSSA's frozen initial values, which the forward pass subtracts."""
     tensors = _adapter_tensors(transformer)
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
@@ -285,8 +287,8 @@ def adapters_disabled(transformer: WanTransformer3DModel) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer, was in zip(layers, before, strict=True):
-            layer._disable_adapters = was
+        for layer, was_disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = was_disabled
 
 
 def _adapter_tensors(transformer: WanTransformer3DModel) -> dict[str, Tensor]:
@@ -343,6 +345,7 @@ def _attach(
 ) -> None:
     """Attach plain LoRAs to linear layers through PEFT."""
     ranks = {module: int(adapter.rank or 0) for module, adapter in modules.items()}
+    # PEFT divides each alpha by its rank, which gives the file's scale again.
     alphas = {module: adapter.scale * ranks[module] for module, adapter in modules.items()}
     weights = {
         f"{module}.{part}.weight": tensor
@@ -361,6 +364,7 @@ def _attach(
     except RuntimeError as error:  # which torch raises for a wrong shape
         raise CheckpointError(f"{name}: does not fit the model ({error})") from error
     assert not result.unexpected_keys, result.unexpected_keys
+    # `add_adapter` activates only the newest adapter.
     transformer.set_adapter(list(transformer.peft_config))
     for layer in transformer.modules():
         if isinstance(layer, LoraLayer):
@@ -383,6 +387,7 @@ def _merge(
                 "quantized; load it with its weights expanded (model.quantized: dequantize)"
             )
         weight: Tensor = getattr(owner, "weight", owner)  # scale_shift_table is a parameter itself
+        # On the CPU, where the tensors of the adapter file are.
         added = adapter.difference(weight.cpu())
         if added is not None:
             weight += added.to(weight.device)

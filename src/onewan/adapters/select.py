@@ -1,7 +1,7 @@
 """Selects layers and weights of a diffusers transformer by the run file's groups and patterns.
 
 Adapters go on linear layers (`select_linears`), fine-tuning takes weights (`select_weights`). A
-pattern has the syntax of `fnmatch`, and matches a whole name or its end after a dot: ``attn1.to_q``
+pattern has the syntax of `fnmatch` and matches a whole name or its end after a dot: ``attn1.to_q``
 is that layer in all blocks, ``blocks.[0-9].*`` is everything in the first ten.
 """
 
@@ -59,9 +59,10 @@ def select_weights(
     """
     names = _within([n for n, _ in transformer.named_parameters()], transformer, layers)
     linears = set(_linears(transformer))
-    # The layer a weight belongs to, `of`, decides whether it is in a group.
+    # The layer that a weight belongs to decides whether it is in a group.
+    layer_of = {name: name.rpartition(".")[0] for name in names}
     groups = {
-        group: [n for n in names if (of := n.rpartition(".")[0]) in linears and re.fullmatch(r, of)]
+        group: [n for n in names if layer_of[n] in linears and re.fullmatch(r, layer_of[n])]
         for group, r in _GROUPS.items()
     }
     groups["all"] = names
@@ -119,6 +120,7 @@ def _selected(
     for entry in modules:
         found = groups.get(entry)
         if found is None:
+            # fnmatch itself ignores case on Windows.
             found = [n for n in names if fnmatchcase(n, entry) or fnmatchcase(n, f"*.{entry}")]
         if not found:
             problems.append(_selects_nothing(entry, names, groups, field, layers))

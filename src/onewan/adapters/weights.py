@@ -1,4 +1,4 @@
-"""Fine-tuning: makes weights of a transformer trainable, in the precision that they are kept in.
+"""Full fine-tuning: makes weights of a transformer trainable, in float32 or as they are stored.
 
 Trainable weights may be float32 beside frozen ones in bfloat16: under `compute_context` autocast
 casts the operands of matrix products, and norms and modulation tables compute in float32, as the
@@ -22,8 +22,8 @@ Precision = Literal["stochastic", "kahan", "float32"]
 
 
 class _Float32RMSNorm(nn.RMSNorm):
-    """RMSNorm with a float32 weight on bfloat16 inputs: the values of PyTorch's own, whose fused
-    kernel takes one type for both, and warns otherwise."""
+    """RMSNorm with a float32 weight on bfloat16 inputs. The values equal those of PyTorch's own,
+    whose fused kernel needs one dtype for both and warns otherwise."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps)
@@ -34,9 +34,9 @@ def train_weights(
 ) -> dict[str, nn.Parameter]:
     """Make the weights `names` of `transformer` trainable, and no others; returned in that order.
 
-    "float32" replaces them in place by float32 copies. The other precisions leave them as they are
-    stored: the optimizer step rounds its results so that small updates survive. ConfigError for
-    weights that are kept quantized.
+    "float32" replaces them in place by float32 copies. The other precisions do not change
+    the stored dtype: the optimizer step rounds its results so that small updates survive.
+    ConfigError for weights that are kept quantized.
     """
     quantized = [n for n in names if _is_quantized(transformer, n)]
     if quantized:
@@ -75,9 +75,10 @@ def weights_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 def load_weights(
     parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor], source: str
 ) -> None:
-    """Overwrite `parameters` with the values of `weights`, bit for bit. `source` names the file for
+    """Overwrite `parameters` with the values of `weights`, bit-exact. `source` names the file for
     the CheckpointError that missing, unexpected or misshapen weights or other dtypes raise."""
     wrong = sorted(set(parameters) ^ set(weights))
+    # The dtype too: `copy_` would round float32 values to a bfloat16 weight silently.
     wrong += [
         name
         for name, parameter in parameters.items()

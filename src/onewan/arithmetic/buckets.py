@@ -1,6 +1,7 @@
 """Frames and size that a clip is trained at, which decide its bucket.
 
-Hides how a training size that is given as an area becomes a width and height that the model takes.
+A run file may name an area in pixels; this module finds the width and height for it that suit the
+clip's aspect ratio and that the model accepts.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ _SAME_SHAPE = 0.05
 
 
 def floor_to_4n_plus_1(n: int, temporal: int = 4) -> int:
-    """The largest frame count temporal * k + 1 <= n, as the VAE takes it; ValueError if n < 1."""
+    """The largest frame count <= n of the form that the VAE requires, temporal * k + 1.
+
+    ValueError if n < 1.
+    """
     if n < 1:
         raise ValueError(f"a clip has at least one frame, not {n}")
     return (n - 1) // temporal * temporal + 1
@@ -47,7 +51,7 @@ def sizes_for(
             small_enough = side * other <= _AREA_EXCESS * resolution
             if other and small_enough and _within((side, other), max_resolution):
                 sizes |= {(side, other), (other, side)}
-    if not sizes:
+    if not sizes:  # the area is smaller than a single multiple squared
         sizes.add((multiple, multiple))
 
     def cost(size: Size) -> tuple[float, Size]:

@@ -18,8 +18,9 @@ class ExpertSchedule:
     micro-batches.
 
     Period k belongs to the first expert if ceil((k+1) share) > ceil(k share): after any number of
-    periods the first expert has had its share exactly, rounded up to whole periods, and its periods
-    are spread evenly. There is no state, so a resumed run continues like an uninterrupted one.
+    periods the first expert has trained exactly its share, rounded up to whole periods, and its
+    periods are spread evenly. There is no state, so a resumed run continues like an uninterrupted
+    one.
     """
 
     experts: tuple[ExpertName, ...]
@@ -28,7 +29,7 @@ class ExpertSchedule:
     period: int = 1
     step_counts: tuple[int, int] | None = None
     """Exact steps of the first and the second expert, which add up to those of the run. When one
-    expert has had its steps, the other one gets all that remain."""
+    expert has completed its steps, the other one gets all that remain."""
 
     def steps_before(self, step: int, expert: ExpertName) -> int:
         """How many of the steps 0 .. `step`-1 train `expert`."""

@@ -30,10 +30,12 @@ class LrSchedule:
     cooldown_steps: int = 0
 
     def factor(self, step: int, total: int) -> float:
-        """The factor at `step`, counted from 0, of `total` steps of the expert."""
+        """The factor at `step`, from 0, of the `total` steps that train the expert."""
         if step < self.warmup_steps:
+            # Step 0 has a rate above 0: otherwise its gradients would be computed for nothing.
             return (step + 1) / (self.warmup_steps + 1)
         cooldown_start = total - self.cooldown_steps
+        # At least 1 as a divisor: warm-up and cooldown together may fill all steps.
         decay_steps = max(1, cooldown_start - self.warmup_steps)
         factor = self._decay(min(step, cooldown_start) - self.warmup_steps, decay_steps)
         if step < cooldown_start or not self.cooldown_steps:

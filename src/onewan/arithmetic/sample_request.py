@@ -66,7 +66,7 @@ def _guidance_error(variant: Variant, guidance: Sequence[float]) -> str | None:
     if len(guidance) != count:
         form = "[high, low]" if count == 2 else "[scale]"
         return (
-            f"must have one number for each expert of {variant.name}, {form}, got "
+            f"must have one scale for each expert of {variant.name}, {form}, got "
             f"{_listed(guidance)}; give {count}, or leave it out for the official {official}"
         )
     if min(guidance) < 1:
@@ -77,5 +77,5 @@ def _guidance_error(variant: Variant, guidance: Sequence[float]) -> str | None:
     return None
 
 
-def _listed(numbers: Sequence[float]) -> str:
-    return f"[{', '.join(map(str, numbers))}]"
+def _listed(values: Sequence[float]) -> str:
+    return f"[{', '.join(map(str, values))}]"

@@ -3,8 +3,8 @@
 u in [0, 1] follows one of five distributions and is shifted to the timestep
 t = s u / (1 + (s - 1) u), which is the noise level: 0 is a clean sample, 1 is noise. An expert
 draws from the density of t truncated exactly to its range, by the inverse distribution function,
-without rejection and without rescaling the range. The boundary between the experts lies in t, not
-in u; three public trainers compared it with u and had to correct that.
+without rejection and without rescaling the range. The boundary between the experts is a value of
+t, not of u; three public trainers compared it with u and had to correct that.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class LogitNormal:
 class Mode:
     """Stable Diffusion 3's mode sampling (arXiv 2403.03206, section 3.1).
 
-    u = 1 - v - scale (cos^2(pi v / 2) - 1 + v) of a uniform v, which falls in v for scales from -1
-    to 2 / (pi - 2).
+    u = 1 - v - scale (cos^2(pi v / 2) - 1 + v) of a uniform v. It decreases with v for scales
+    from -1 to 2 / (pi - 2).
     """
 
     scale: float
@@ -85,6 +85,7 @@ class Mode:
     def cdf(self, u: float) -> float:
         from scipy.optimize import brentq
 
+        # The quantile function is monotonic, but its inverse has no closed form.
         p = brentq(lambda p: self.quantile(p) - u, 0, 1, xtol=1e-15)
         return float(p)  # pyright: ignore[reportArgumentType]  (a tuple only by full_output)
 
@@ -180,7 +181,9 @@ class TimestepDensity:
 
         self.require([expert])
         low, high = self.cdf(expert.t_min), self.cdf(expert.t_max)
+        # float32, because the training step has its timesteps in a float32 tensor.
         t = self._quantiles(low + p * (high - low)).astype(np.float32)
+        # Rounding to float32 may cross the boundary, into timesteps that the other expert serves.
         return np.clip(t, *_float32_range(expert)).astype(np.float64)
 
     def scaled(self, factor: float) -> TimestepDensity:

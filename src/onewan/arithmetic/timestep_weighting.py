@@ -77,9 +77,10 @@ def weighting_problem(
     )
 
 
-@lru_cache(maxsize=256)  # one for each expert and, if the shift goes by tokens, number of tokens
+@lru_cache(maxsize=256)  # an entry for each expert and, with shift_by_tokens, each clip size
 def _mean_weight(weighting: TimestepWeighting, density: TimestepDensity, expert: Expert) -> float:
     import numpy as np
 
+    # The midpoint rule in the quantile, so that the density itself needs no formula.
     parts = (np.arange(_QUADRATURE) + 0.5) / _QUADRATURE
     return float(weighting(density.truncated_quantiles(parts, expert)).mean())

@@ -67,7 +67,7 @@ def per_weight_problems(
         for field, (value, other) in asked.items():
             yield (
                 field,
-                f"{value} updates each weight by itself, which optimizer.name {choice.name!r} does "
+                f"{value} updates each weight separately, which optimizer.name {choice.name!r} does "
                 f"not support: {reason}; choose another optimizer, or set {field} to {other}",
             )
 

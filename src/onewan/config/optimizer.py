@@ -283,7 +283,7 @@ Schedule: TypeAlias = Annotated[
 
 
 def joint_only_reason(choice: Optimizer) -> str | None:
-    """Why the optimizer can't update each weight by itself; None if it can.
+    """Why the optimizer can't update each weight separately; None if it can.
 
     The fused step and rounding to bfloat16 need that (`onewan.train.optimizers.per_weight`).
     """

@@ -1,1 +1,1 @@
-"""Which modules of a model lie on the device, and how they get there."""
+"""Which modules of a model are on the device, and how they are moved there."""

@@ -2,10 +2,10 @@
 
 Training step, validation, sampler and encoding ask for the modules that they are about to run, and
 never move one themselves. `Residency` is what they ask; programs with their own memory management
-(OneTrainer) bring their own. `DeviceResidency` is onewan's: it decides who has to leave (policy),
-while a `Placement` for each module knows how that module gets onto the device (mechanism). Nothing
-but `WholeModule` takes for granted that a module lies on one device or is moved as a whole, so that
-streaming block by block is another `Placement`.
+(OneTrainer) bring their own. `DeviceResidency` is onewan's: it decides which modules leave
+(policy), while a `Placement` for each module knows how that module is moved (mechanism). Only
+`WholeModule` assumes that a module is on one device and is moved as a whole, so block-by-block
+streaming can be another `Placement`.
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ class Residency(Protocol):
     ) -> AbstractContextManager[Callable[[nn.Module], None]]:
         """A context in which `modules` run one after another, so that only the largest has to fit.
 
-        It gives a `bring` for one of them. Modules that are ready together at the start stay so
-        until one that is not is brought. Afterwards, also after an exception, each is where it was.
+        It yields a function that brings one of them. Modules that are ready at the start remain on
+        the device together until one that is not ready is brought. Afterwards, also after an
+        exception, each is on the device where it was before.
         """
         ...
 
 
 class Companion(Protocol):
-    """What goes with a module's weights: optimizer state, averages."""
+    """What is moved together with a module's weights: optimizer state, averages."""
 
     def to(self, device: torch.device) -> object: ...
 
@@ -77,10 +78,10 @@ class WholeModule:
         self._module = module
         self._device = device
         found = dict.fromkeys(t.device for t in chain(module.parameters(), module.buffers()))
-        self._is_ready = all(place == device for place in found)
-        # Where the module came from, which on a machine with several devices is not always host
-        # memory.
-        self._away = next((place for place in found if place != device), _HOST)
+        self._is_ready = all(current == device for current in found)
+        # The device that the module came from: on a machine with several devices not always the
+        # CPU.
+        self._away = next((current for current in found if current != device), _HOST)
 
     @property
     def is_ready(self) -> bool:
@@ -91,16 +92,16 @@ class WholeModule:
         self._is_ready = True
 
     def leave(self) -> None:
-        # First, since a move that fails (out of memory, an interrupt) leaves some weights behind.
+        # Set first, since a move that fails (out of memory, an interrupt) moves only some weights.
         self._is_ready = self._away == self._device
         self._module.to(self._away)
 
 
 class DeviceResidency:
-    """Keeps modules on one device, and lets those leave that would be in the way.
+    """Keeps modules on one device, and moves an alternating module away while another one runs.
 
-    Modules that it was not told of are moved as a whole and stay until `release`. Which ones are
-    ready is remembered rather than asked of all weights, which would cost milliseconds per step.
+    Modules without a call of `manage` are moved as a whole and remain until `release`. Which ones
+    are ready is stored: looking at the device of every weight would cost milliseconds per step.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -121,10 +122,10 @@ class DeviceResidency:
         alternating: bool = False,
         placement: Placement | None = None,
     ) -> None:
-        """Say more of `module` than that it is moved as a whole.
+        """Configure how `module` is moved; the default is as a whole, without companions.
 
-        `companions` go wherever `bring` and `release` send it. Of all `alternating` modules only
-        those of the latest `bring` stay on the device. `placement` moves it in another way.
+        `bring` and `release` move `companions` with it. Of all `alternating` modules only those of
+        the latest `bring` remain on the device. `placement` replaces the move as a whole.
         """
         self._placements[module] = placement or WholeModule(module, self._device)
         self._companions[module] = companions
@@ -139,7 +140,7 @@ class DeviceResidency:
         missing = [module for module in modules if not self.is_ready(module)]
         if not missing:
             return
-        # Room is made first, so that the peak is that of the larger one, not of both.
+        # Others leave first, so that the memory peak is that of the larger module, not of both.
         for other in self._alternating.difference(modules):
             if self.is_ready(other):
                 self.release(other)
@@ -149,15 +150,15 @@ class DeviceResidency:
                 companion.to(self._device)
 
     def release(self, module: nn.Module) -> None:
-        """Send `module` and its companions off the device."""
+        """Move `module` and its companions off the device."""
         self._placement(module).leave()
         for companion in self._companions.get(module, ()):
             companion.to(_HOST)
 
     @contextmanager
     def taking_turns(self, modules: Sequence[nn.Module]) -> Iterator[Callable[[nn.Module], None]]:
-        # Companions stay where they are: nothing is trained in between, and moving optimizer state
-        # would take longer than what it makes room for is worth.
+        # Companions are not moved: sampling is short, and moving optimizer state twice would take
+        # longer than sampling gains from the memory.
         placements = {module: self._placement(module) for module in modules}
         ready_before = {module: placement.is_ready for module, placement in placements.items()}
 
@@ -172,8 +173,8 @@ class DeviceResidency:
         try:
             yield bring
         finally:
-            # Without asking whether they are ready: an interrupted move leaves a module in between.
-            # Those that leave come first, to make room for those that return.
+            # `is_ready` is not consulted: an interrupted move leaves a module on two devices.
+            # Modules that leave come first, to free the memory that the returning ones need.
             for module in sorted(modules, key=ready_before.__getitem__):
                 (placements[module].enter if ready_before[module] else placements[module].leave)()
 
@@ -184,6 +185,6 @@ class DeviceResidency:
 
 
 def device_in_use(modules: Iterable[nn.Module]) -> torch.device:
-    """The first device other than host memory where weights of `modules` lie, else host memory."""
+    """The first device other than the CPU that holds weights of `modules`, else the CPU."""
     devices = (weight.device for module in modules for weight in module.parameters())
     return next((device for device in devices if device != _HOST), _HOST)

@@ -1,4 +1,4 @@
-"""Self-attention within each latent frame only, for training style or character without motion."""
+"""Self-attention within each latent frame only, to train style or characters without motion."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 
 class _FrameCount:
-    """Number of latent frames of the current forward pass, which attention layers are not given."""
+    """Number of latent frames of the current forward pass, which diffusers does not pass to
+    attention processors."""
 
     value = 1
 
@@ -58,11 +59,13 @@ def attend_within_frames(transformer: WanTransformer3DModel) -> None:
     frames = _FrameCount()
     patch = transformer.config["patch_size"][0]
 
-    def remember(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def store_frame_count(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         latents = args[0] if args else kwargs["hidden_states"]
         frames.value = latents.shape[2] // patch
 
-    transformer.register_forward_pre_hook(remember, with_kwargs=True)
+    transformer.register_forward_pre_hook(store_frame_count, with_kwargs=True)
     for module in transformer.modules():
         if isinstance(module, WanTransformerBlock):
             processor: Any = _WithinFrames(module.attn1.processor, frames)

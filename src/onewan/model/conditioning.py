@@ -1,4 +1,4 @@
-"""What the transformer gets besides noisy latents, timestep and text: one row per condition.
+"""The transformer's inputs besides noisy latents, timestep and text: one row per condition.
 
 =======================  =====================================================================
 `Variant.condition`      the transformer's further input
@@ -9,8 +9,8 @@ first_frame_clean        none; the first latent frame may be clean, at timestep 
 =======================  =====================================================================
 
 A new condition (first and last frame, control video) is a class here, its entry in `_CONDITIONINGS`
-and its facts in `onewan.variants`. Data loader, cache, sampler and the OneTrainer add-on only ask
-the object.
+and its facts in `onewan.variants`. Data loader, cache, sampler and the OneTrainer add-on use
+only the object's methods.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from onewan.variants import ConditionName, Variant
 
 @dataclass(frozen=True)
 class Conditioning:
-    """How `variant` is conditioned besides the text; this class serves variants without more."""
+    """How `variant` is conditioned besides the text; this class is for variants
+    without further transformer inputs."""
 
     variant: Variant
     tensor_names: ClassVar[tuple[str, ...]] = ()
@@ -44,7 +45,7 @@ class Conditioning:
         return {}
 
     def channels(self, encoded: Mapping[str, Tensor]) -> Tensor | None:
-        """What follows the noisy latents' channels: [B, `condition_channels`, F', h, w], or None.
+        """Channels that follow the noisy latents': [B, `condition_channels`, F', h, w], or None.
 
         `encoded` is what `encode` returned for the batch.
         """
@@ -94,9 +95,9 @@ def conditioning_of(variant: Variant) -> Conditioning:
 
 
 def frame_mask(
-    latents_BCFHW: Tensor, given_frames: Collection[int], temporal_compression: int
+    latents_BCFHW: Tensor, condition_frames: Collection[int], temporal_compression: int
 ) -> Tensor:
-    """[B, `temporal_compression`, F, h, w]: which pixel frames are given (1) or generated (0).
+    """[B, `temporal_compression`, F, h, w]: 1 for pixel frames of the condition, 0 for others.
 
     The official mask marks pixel frames and folds each group of `temporal_compression` of them into
     the channels of one latent frame; the first pixel frame is repeated to fill a group of its own
@@ -104,7 +105,7 @@ def frame_mask(
     """
     batch, _, frames, height, width = latents_BCFHW.shape
     mask_F = latents_BCFHW.new_zeros(1 + (frames - 1) * temporal_compression)
-    mask_F[list(given_frames)] = 1
+    mask_F[list(condition_frames)] = 1
     folded = torch.cat([mask_F[:1].expand(temporal_compression), mask_F[1:]])
     mask_CF = folded.view(frames, temporal_compression).T
     return mask_CF[None, :, :, None, None].expand(batch, -1, -1, height, width)

@@ -5,7 +5,7 @@ embedding and the head in float32 (``wan/modules/model.py:246-256, 462-469``). d
 stream back to the storage dtype after each sub-layer, which makes the error against float32 about
 five times larger (0.017 against 0.003 relative over 40 random layers).
 
-No fork is needed. If the patch embedding hands out float32, each ``type_as`` in diffusers' blocks
+No fork is needed. If the patch embedding returns float32, each ``type_as`` in diffusers' blocks
 keeps float32, while autocast runs the matrix products in bfloat16. So the few modules outside the
 blocks compute in float32 whatever dtype their weights are stored in; the rest runs under autocast.
 """

@@ -162,7 +162,7 @@ def _segments(
     """The segments of a prompt: at most 512 tokens together, the last of them the end token."""
     by_placeholder = {embedding.placeholder: embedding for embedding in embeddings}
     segments: list[_Segment] = []
-    room = TEXT_LENGTH - 1
+    room = TEXT_LENGTH - 1  # one is for the end token
     for index, piece in enumerate(pieces):
         if index % 2:  # every other piece is a placeholder
             embedding = by_placeholder[piece]
@@ -170,8 +170,8 @@ def _segments(
                 vectors=embedding.vectors[:room], is_output=embedding.is_output_embedding
             )
         else:
-            # Stripped because the tokenizer adds a space in front by itself, and makes one at the
-            # end a token of its own.
+            # Stripped because the tokenizer itself adds a space in front, and turns one at the end
+            # into a separate token.
             segment = _Segment(ids=token_ids(tokenizer, piece.strip())[:room])
         segments.append(segment)
         room -= len(segment)

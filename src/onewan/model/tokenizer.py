@@ -6,9 +6,9 @@ builds the tokenizer with the tokenizers library, although transformers has `T5T
 
 - `T5Tokenizer.from_pretrained` needs a folder, and adds 100 sentinel tokens (``<extra_id_0>`` ...)
   by default, which changes the token ids of prompts that contain such a word;
-- given a vocabulary, it has to be parsed from the SentencePiece model all the same; the
-  normalization rules are then a private argument (`_spm_precompiled_charsmap`), and the id of
-  ``<unk>`` is fixed to 2 whatever the model says.
+- its constructor takes a vocabulary, which has to be parsed from the SentencePiece model as here;
+  the normalization rules are then a private argument (`_spm_precompiled_charsmap`), and the id of
+  ``<unk>`` is always 2, whatever the model says.
 
 A test compares the token ids with those of the official ``tokenizer.json``.
 """

@@ -31,7 +31,7 @@ def _statistics(vae: AutoencoderKLWan, device: torch.device) -> tuple[Tensor, Te
 def encode_video(vae: AutoencoderKLWan, pixels_BCFHW: Tensor) -> Tensor:
     """Normalized float32 latents [B, C, (F-1)/4+1, H/s, W/s] of pixels [B, 3, F, H, W] in [-1, 1].
 
-    ValueError unless F is 4n+1: the VAE would silently drop the frames beyond.
+    ValueError unless F is 4n+1: the VAE would silently drop the remaining frames.
     """
     frames = pixels_BCFHW.shape[2]
     if frames % vae.config["scale_factor_temporal"] != 1:

@@ -1,10 +1,11 @@
-"""`WanModelSampler`: makes a video of a model and a request, through diffusers' Wan pipelines.
+"""`WanModelSampler`: generates videos with a model, through diffusers' Wan pipelines.
 
-The pipelines get the model's own objects, so a video shows the adapters as they are being trained.
-Around the pipelines this module handles what a training run adds: modules that do not fit on the
-device together (`onewan.memory.residency`), bfloat16 in the transformers and float32 everywhere
-else, a guidance scale for each expert, and that afterwards every module is on its device and in its
-mode again, also when the user interrupts. It never draws from the global random generators.
+The pipelines get the model's own objects, so a video shows the adapters in their present state.
+This module adds what a training run needs: modules that do not fit on the device together
+(`onewan.memory.residency`), bfloat16 in the transformers and float32 everywhere else, and a
+guidance scale for each expert. Afterwards every module is on the device and in the mode (training
+or evaluation) where it was before, also when the user interrupts. Nothing is drawn from the global
+random generators.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from onewan.variants import NUM_TRAIN_TIMESTEPS, Variant
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRequest:
-    """One video to make, with every setting given."""
+    """One video to generate, with a value for every setting."""
 
     prompt: str
     negative_prompt: str
@@ -47,7 +48,8 @@ class SampleRequest:
     steps: int
     """Denoising steps."""
     guidance: tuple[float, ...]
-    """Scale of each expert, the high-noise one first; 1 is no guidance, at half the cost."""
+    """Guidance scale of each expert, the high-noise one first; 1 means no guidance, which halves
+    the cost."""
     shift: float
     """Shift of the noise schedule."""
     seed: int
@@ -58,14 +60,14 @@ class SampleRequest:
 
 @dataclass(frozen=True, slots=True)
 class WanModelSampler:
-    """Makes videos with `model`."""
+    """Generates videos with `model`."""
 
     model: WanModel
     device: torch.device | str | None = None
-    """Where the model runs; None: on the accelerator where some of its weights lie already."""
+    """Where the model runs; None: on the accelerator that already holds some of its weights."""
     residency: Residency | None = None
-    """What brings the model's modules to the device, instead of `device`: a training run's, or
-    that of another program."""
+    """Owner of the device that moves the model's modules there, if it is a training run or another
+    program; `device` is then not used."""
 
     def sample(
         self,
@@ -79,7 +81,8 @@ class WanModelSampler:
         `text` returns a prompt's embedding, [length, dim] without padding, for models without a
         text encoder; if it is None the model encodes the prompts, with its placeholders. `on_step`
         is called after each denoising step with the number of steps done and in total; an exception
-        from it ends sampling. In any case every module is afterwards on its device and in its mode.
+        from it ends sampling. In any case every module is afterwards on the device and in the
+        mode where it was before.
         ConfigError for a request that the variant can't fulfill, CheckpointError if a component of
         the model was not loaded, DataError for an image that can't be read.
         """
@@ -109,6 +112,7 @@ class WanModelSampler:
                 for expert in experts
             ]
             latents = self._denoise(request, transformers, text_1LD, image, on_step)
+            # Decoded here and not by the pipeline, so that the transformers can leave the device.
             bring(model.vae)
             pixels_BCFHW = model.decode_video(latents)
         pixels_CFHW = pixels_BCFHW[0].div_(2).add_(0.5).clamp_(0, 1).mul_(255).round_()
@@ -140,6 +144,7 @@ class WanModelSampler:
         """
         variant = self.model.variant
         components: dict[str, Any] = {
+            # The prompts are encoded before, so that the text encoder can leave the device.
             "tokenizer": None,
             "text_encoder": None,
             "vae": self.model.vae,
@@ -186,9 +191,10 @@ class WanModelSampler:
 
 @contextmanager
 def _evaluation_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """`modules` in evaluation mode, so that nothing is dropped out; then each submodule in its own.
+    """Put `modules` into evaluation mode, without dropout, and restore each submodule's mode.
 
-    A frozen block may be in evaluation mode within a model that trains, hence every submodule.
+    A frozen block may be in evaluation mode within a model in training mode, hence the mode of
+    every submodule.
     """
     modes = {module: module.training for root in modules for module in root.modules()}
     try:
@@ -197,7 +203,7 @@ def _evaluation_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
         yield
     finally:
         for root in modules:
-            root.train(modes[root])  # for modules that do more in it than set the flag
+            root.train(modes[root])  # some classes do more in `train` than set the flag
         for module, training in modes.items():
             module.training = training
 

@@ -9,7 +9,7 @@ from onewan.config.schema import ResolvedRun
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Due:
-    """What is due at a step, in the order in which it is done."""
+    """Which actions are due at a step, in the order in which they are done."""
 
     validate: bool
     save: bool
@@ -22,7 +22,7 @@ class Due:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cadence:
-    """The settings that decide it. Intervals of 0 stand for the last step only."""
+    """The settings that decide when an action is due. An interval of 0 means the last step only."""
 
     steps: int
     """The last step, at which everything is due."""
@@ -51,8 +51,9 @@ class Cadence:
         )
 
     def at(self, step: int) -> Due:
-        """What the number of done steps alone makes due."""
+        """Actions that are due because of the number of completed steps alone."""
         if step == 0:
+            # A new run has nothing to save, but the base model's loss and videos to compare with.
             return Due(
                 validate=self.validates,
                 save=False,

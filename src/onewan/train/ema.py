@@ -22,11 +22,12 @@ class Ema:
         self._decay = decay
         self._offload = offload
         self.averages: dict[str, Tensor] = {}
-        """By the names of the parameters, float32, where they are kept."""
+        """By the names of the parameters; float32, in host memory if they are offloaded."""
         self.reset()
 
     def reset(self) -> None:
         """Start at the present values of the parameters."""
+        # Without `copy`, a float32 parameter and its average would share memory.
         self.averages = {
             name: parameter.detach().to(
                 "cpu" if self._offload else parameter.device, torch.float32, copy=True
@@ -53,14 +54,15 @@ class Ema:
     def applied(self) -> Iterator[None]:
         """Put the averages into the parameters for the length of the block.
 
-        Afterwards the parameters are back, bit-exact; their copies are in host memory.
+        Afterwards the parameters are restored, bit-exact, from copies in host memory.
         """
-        kept = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
+        trained = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
         try:
+            # Inside the try block, since a copy that is interrupted halfway has to be undone too.
             self._copy_into_parameters(self.averages)
             yield
         finally:
-            self._copy_into_parameters(kept)
+            self._copy_into_parameters(trained)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the averages by the names of their weights, float32 in host memory.

@@ -1,7 +1,8 @@
 """Exports the weights of a run for other programs: one file for each trainable and format.
 
-The exporter knows formats, names and headers; the trainables (`onewan.train.trainables`) know
-their tensors only. With a moving average, each file has a twin with the averaged weights.
+The exporter decides formats, names and headers; the trainables (`onewan.train.trainables`) only
+return their tensors. With a moving average, each file has a second version with the averaged
+weights.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def _files_of_expert(
 ) -> Iterator[ExportedFile]:
     formats, suffix = run.config.output.formats, trained.expert.file_suffix + _SUFFIX[weight_set]
 
-    # Weights are read when the file is written, under the weight set that it is for.
+    # The weights are read when the file is written: averages replace the trained weights for that
+    # time only.
     def write(path: Path, format: LoraFormat) -> list[str]:
         facts = _facts(run, trainable, weight_set, trainable.lr)
         with trainable.using(weight_set):
@@ -76,8 +78,8 @@ def _files_of_expert(
             return _write_expert(run, trained, path, format, facts)
 
     for fmt in formats:
-        named = fmt if len(formats) > 1 else None
-        path = layout.weights(run.state.step, suffix, named, _extension(trained.method, fmt))
+        name_part = fmt if len(formats) > 1 else None
+        path = layout.weights(run.state.step, suffix, name_part, _extension(trained.method, fmt))
         yield ExportedFile(path=path, trainable=trainable.name, write=partial(write, path, fmt))
 
 
@@ -106,7 +108,7 @@ def _write_adapter(
         path,
         format,
         header,
-        # An adapter trains in float32 and is small: nothing is rounded unless it is requested.
+        # Adapters are trained in float32 and small, so they are rounded only on request.
         dtype=_dtype(run) or torch.float32,
         base=partial(_base_tensor, trained.transformer),
         shape=WanShape.of_config(trained.transformer.config),

@@ -66,8 +66,8 @@ class Objective:
     """How noise is added to the batches of a run, and how their losses are weighted.
 
     Each draw is seeded by the run's seed, its purpose, the step, and the sample's index in the
-    global batch: a sample gets the same values in any division into micro-batches. They are drawn
-    on the CPU, so that every device gives the same ones.
+    global batch, so a sample gets the same values in any division into micro-batches. Values are
+    drawn on the CPU, so that they do not depend on the device.
     """
 
     density: TimestepDensity
@@ -104,6 +104,7 @@ class Objective:
         indices = batch.sample_indices
         latents_BCFHW = batch.latents
         density = self._density(latents_BCFHW)
+        # Quantiles first, timesteps from them: stratified draws are then strata of any density.
         quantiles = np.array([self._sample_quantile(step, index) for index in indices])
         levels = density.truncated_quantiles(quantiles, expert)
         shape = latents_BCFHW.shape[1:]
@@ -204,6 +205,7 @@ class Objective:
             frame_BCHW = (1 - s) * frame_BCHW + s * noise
         conditioned_B = _to_device(conditioned_B, frame_BCHW.device)
         chosen = conditioned_B.view(-1, 1, 1, 1)
+        # Assigning by a boolean mask (`x[chosen] = ...`) would wait for the device.
         sample.x[:, :, 0] = torch.where(chosen, frame_BCHW, sample.x[:, :, 0])
         return replace(sample, clean_first_frame=conditioned_B)
 
@@ -216,6 +218,7 @@ class Objective:
         else:
             mask = self.unmasked_weight + (1 - self.unmasked_weight) * batch.mask
         if conditioned_B is not None:
+            # In place, which is safe: `mask` is a new tensor in both cases, not the batch's.
             mask[:, :, 0] *= ~_to_device(conditioned_B, mask.device).view(-1, 1, 1, 1)
         return mask
 
@@ -303,7 +306,9 @@ def velocity_loss(
         mean = (error * mask).sum(dim=2, keepdim=True) / _nonzero(mask.sum(dim=2, keepdim=True))
         error = mean + math.sqrt(w) * (error - mean)
     cells = (1, 2, 3, 4)
+    # Divided by the sum of each sample's own mask, so that a small mask does not weaken its sample.
     total = (_pointwise_loss(error, loss) * mask).sum(dim=cells)
+    # The mask has one channel for all channels of the error.
     per_sample = total / (_nonzero(mask.sum(dim=cells)) * error.shape[1])
     return (noised.weight * per_sample).mean()
 
@@ -313,6 +318,7 @@ def _pointwise_loss(error: Tensor, loss: PointwiseLoss) -> Tensor:
     if loss.kind == "mse":
         return error.square()
     if loss.kind == "huber":
+        # Doubled, since PyTorch's Huber loss is half the square for small errors.
         return 2 * F.huber_loss(error, torch.zeros_like(error), "none", loss.delta)
     # 2 delta^2 (sqrt(1 + (e/delta)^2) - 1), without the difference, which loses small errors.
     square = error.square()

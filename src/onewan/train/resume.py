@@ -24,7 +24,7 @@ _SAFE_TO_CHANGE = (
     "train.keep",
     "validation",
 )
-"""Beginnings of fields that decide what a run writes, and where, but no number that it computes.
+"""Prefixes of the fields that decide what a run writes and where, but no value that it computes.
 
 ``video_data.sources`` is among them because the data set is compared by content.
 """
@@ -43,11 +43,11 @@ class Changes:
 
 
 def changes_since(facts: Mapping[str, Any], config: ResolvedRun, dataset_digest: str) -> Changes:
-    """Compare the run file and the data set noted in a state's `facts` with the present ones."""
+    """Compare the run file and the data set recorded in a state's `facts` with the present ones."""
     saved_config = ResolvedRun.model_validate(facts["config"])
     fields = changed_fields(saved_config, config)
-    # With a constant learning rate and no decay at the end, more steps leave the earlier ones as
-    # they were.
+    # With a constant learning rate and no cooldown, the results of a step do not depend on the
+    # number of steps.
     steps_matter = config.train.schedule.kind != "constant" or bool(config.train.cooldown_steps)
     affecting_results: list[str] = []
     harmless: list[str] = []

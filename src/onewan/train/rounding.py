@@ -28,7 +28,7 @@ def stochastic_round_(target: Tensor, source: Tensor, generator: torch.Generator
     """Write `source` (float32) into `target` (bfloat16, same shape and device).
 
     Each value becomes one of its two bfloat16 neighbours, and its expected result is the value
-    itself. Values that bfloat16 can represent stay as they are, and so do infinities and NaN.
+    itself. Values that bfloat16 can represent do not change, nor do infinities and NaN.
     """
     if target.dtype != torch.bfloat16 or source.dtype != torch.float32:
         raise TypeError(f"rounds float32 to bfloat16, not {source.dtype} to {target.dtype}")
@@ -39,6 +39,7 @@ def stochastic_round_(target: Tensor, source: Tensor, generator: torch.Generator
     # lower half leads to the neighbour that is farther from zero, for either sign.
     bits = source.view(torch.int32) + noise
     bits &= -(1 << _LOWER_BITS)
+    # A NaN whose payload is in the lower bits would become an infinity.
     target.copy_(torch.where(source.isfinite(), bits.view(torch.float32), source))
 
 
@@ -48,5 +49,6 @@ def round_with_residual(source: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
     Their sum has about twice the precision of the first. The error of infinities and NaN is 0.
     """
     rounded = source.to(dtype)
+    # Exact in float32: the difference of two values this close needs no more bits.
     residual = source - rounded.float()
     return rounded, torch.where(residual.isfinite(), residual, 0).to(dtype)

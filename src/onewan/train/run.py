@@ -1,4 +1,4 @@
-"""`Run`: a built run, as trainer, training step and validation share it."""
+"""`Run`: a built run, which trainer, training step and validation share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Run:
     config: ResolvedRun
     model: WanModel
     residency: DeviceResidency
-    """Owner of what is on the device; it moves optimizer state and averages with their expert."""
+    """Decides what is on the device; it moves optimizer state and averages with their expert."""
     dataset: Dataset
     loader: WanDataLoader
     objective: Objective
@@ -76,10 +76,10 @@ class Run:
         return step if trainable == "embeddings" else self.schedule.steps_before(step, trainable)
 
     def validation_batches(self) -> list[Batch]:
-        """The clips that losses are compared on, one a batch: held-out ones if there are any. Clips
-        that teach what the base model makes are no measure of what is learned."""
-        shown = tuple(clip for clip in self.dataset.clips if not clip.is_prior)
-        clips = self.dataset.validation_clips or shown or self.dataset.clips
+        """Batches of one clip each, to compare losses on: held-out clips if there are any. Clips
+        for prior preservation are left out, since their target is the base model's prediction."""
+        trained = tuple(clip for clip in self.dataset.clips if not clip.is_prior)
+        clips = self.dataset.validation_clips or trained or self.dataset.clips
         return self.loader.validation_batches(clips, self.config.validation.clips)
 
 

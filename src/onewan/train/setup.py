@@ -58,14 +58,15 @@ class WanModelSetup:
     def build(self, progress: ProgressCallback = no_progress) -> Run:
         """The run before its first step: encoded, loaded, with adapters and optimizers attached.
 
-        The models that encode and those that train follow one another in memory.
+        The models that encode the data set are freed before those to train are loaded; only the
+        VAE is used again, for sampling.
         """
         config = self._config
         samples = sample_requests(config)
         initial = initial_adapters(config)
         dataset, vae = self._encode_dataset(samples, progress)
         model = self._load_for_training(vae if samples else None, needs_sampling=bool(samples))
-        del vae
+        del vae  # freed before adapters and optimizers are built, unless sampling needs it
         objective = objective_of(config.train, self._variant, self._experts)
         schedule = expert_schedule_of(config)
         embeddings = attach_embeddings(config, model, dataset.clips, self._residency)
@@ -211,6 +212,7 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        # `torch.device` accepts names of devices that this machine does not have.
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

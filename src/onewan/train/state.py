@@ -2,8 +2,8 @@
 
 That is the trained weights, their optimizers and averages, and a few values. Everything else is a
 function of the step and the run file: the order of the data, the noise, which expert a step trains,
-the learning rate. A state is saved between two optimizer steps, so gradient accumulation is never
-under way in it. It does not depend on devices or processes, which may be others when it is loaded.
+the learning rate. A state is saved between two optimizer steps, so it never contains partly
+accumulated gradients. It can be loaded on other devices and with another number of processes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ of a schedule-free optimizer are its own average."""
 
 
 class TrainableWeights(Protocol):
-    """Where the weights of a trainable are read from and written to."""
+    """Reads and writes the weights of a trainable."""
 
     def read(self) -> dict[str, Tensor]:
         """Copies of all tensors that training changes, by name, on the CPU."""
@@ -65,9 +65,9 @@ class Trainable:
     ema: Ema | None = None
 
     def using(self, weight_set: WeightSet) -> AbstractContextManager[None]:
-        """Have the model compute with `weight_set` for the length of the block.
+        """A context in which the model computes with `weight_set`.
 
-        Afterwards the weights are those that training continues with, bit-exact.
+        Afterwards the trained weights are restored, bit-exact.
         """
         if weight_set == "ema":
             assert self.ema is not None
@@ -75,7 +75,7 @@ class Trainable:
         return self.optimizer.evaluating()
 
     def to(self, device: torch.device) -> None:
-        """Move what belongs to the weights, but not the weights; values stay the same."""
+        """Move optimizer state and averages, but not the weights; values do not change."""
         self.optimizer.to(device)
         if self.ema is not None:
             self.ema.to(device)
@@ -91,11 +91,11 @@ class Trainable:
     def load(self, folder: Path, *, allow_change: bool) -> Iterator[str]:
         """Continue from what `save` wrote; CheckpointError if it does not fit this run.
 
-        With `allow_change` an optimizer or average that does not fit is reset, and a line about
+        With `allow_change` an optimizer or average that does not fit is reset, and a message about
         each is yielded.
         """
         weights, ema = folder / f"{self.name}.safetensors", folder / f"{self.name}_ema.pt"
-        # The weights come first: the optimizer's state and the average are of them.
+        # The weights are loaded first: resetting an average copies them, and an optimizer may too.
         try:
             self.weights.write(load_file(weights), str(weights))
         except (OSError, SafetensorError) as error:
@@ -135,7 +135,7 @@ class TrainedExpert:
     """Both are None if only embeddings are trained: their gradients pass through the expert."""
 
     def base(self) -> AbstractContextManager[None]:
-        """Have the transformer compute as before training for the length of the block."""
+        """A context in which the transformer computes as the base model does."""
         return nullcontext() if self.method is None else self.method.base()
 
 
@@ -180,14 +180,15 @@ class TrainState:
             "versions": versions(),
             **facts,
         }
-        # Not atomic by itself: `checkpoint.store` renames the folder when all files are complete.
+        # This write alone is not atomic: `checkpoint.store` renames the folder when all files are
+        # complete.
         (folder / _FACTS_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
     def load(self, folder: Path, *, allow_change: bool = False) -> list[str]:
         """Continue from the state in `folder`; CheckpointError if it does not fit this run.
 
-        With `allow_change` an optimizer or average that does not fit is reset; returns a line about
-        each.
+        With `allow_change` an optimizer or average that does not fit is reset; returns a message
+        about each.
         """
         content = read_facts(folder)
         resets = [

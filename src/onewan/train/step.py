@@ -20,7 +20,7 @@ from onewan.train.state import TrainedExpert
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
-    """What one optimizer step measured."""
+    """Measurements of one optimizer step."""
 
     loss: float
     """Mean over the samples of the step."""
@@ -45,7 +45,7 @@ def train_step(run: Run, step: StepBatches) -> StepMetrics:
     ]
     losses, levels = backward(run, step, trained)
     max_norm = run.config.train.max_grad_norm
-    # Without any gradient the norm is a 0 on the CPU.
+    # Without any gradient, PyTorch returns a norm of 0 on the CPU.
     norms = [update.clip_grad_norm(max_norm).to(run.device) for update in updates]
     # The only wait for the device in a step. It comes before the weights change, so that a step
     # that is not finite leaves them intact.
@@ -85,7 +85,7 @@ def backward(
         loss = compute_loss(run, sample, predict(run, trained, batch, sample, text))
         # Every sample has the same weight, although the last batch of a bucket may be smaller.
         weighted = loss * (len(batch) / step.global_size)
-        if fused:  # the backward pass updates weights, so this is the last chance to refuse
+        if fused:  # the backward pass updates weights, so nothing could be refused later
             check_finite(step, [weighted.item()], 0.0)
         # Without a gradient if only placeholders are trained and no caption contains one.
         if weighted.requires_grad:

@@ -1,4 +1,4 @@
-"""Draws a run's events as TensorBoard curves."""
+"""Writes a run's events as TensorBoard curves."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class TensorBoardSink:
                     tag = f"validation_{name}/{event.expert}"
                     self._open().add_scalar(tag, value, event.step)
         elif isinstance(event, Saved):
+            # At saved states only: a histogram of few timesteps shows nothing.
             for expert, timesteps in self._timesteps.items():
                 self._open().add_histogram(f"t/{expert}", np.array(timesteps), event.step)
             self._timesteps.clear()

@@ -1,4 +1,5 @@
-"""Attaches what a run trains to its model: adapters, weights or placeholders, with optimizers."""
+"""Attaches the trainable parts of a run to its model: adapters, weights or placeholders, and their
+optimizers."""
 
 from __future__ import annotations
 
@@ -74,12 +75,13 @@ def attach_expert(
     initial: AdapterFile | None,
     residency: DeviceResidency,
 ) -> TrainedExpert:
-    """Make `expert` of `model` trainable by the run's method, and tell `residency` of it.
+    """Make `expert` of `model` trainable by the run's method, and register it with `residency`.
 
-    `initial` is the adapter file to start from. With the method "embedding" the transformer itself
-    gets nothing to train; placeholders are trained through it.
+    `initial` is the adapter file to initialize from. With the method "embedding" the transformer
+    has no trainable parameters; gradients pass through it to the vectors of placeholders.
     """
     transformer = model.expert(expert)
+    # First, since the method enables gradients for its own parameters.
     transformer.requires_grad_(False)
     method = _attach_method(config, transformer, expert, initial)
     if config.memory.gradient_checkpointing:
@@ -101,7 +103,7 @@ def attach_expert(
 def attach_embeddings(
     config: ResolvedRun, model: WanModel, clips: Iterable[Clip], residency: DeviceResidency
 ) -> Trainable | None:
-    """Put the run file's placeholders into `model`, and its text encoder on the device for good.
+    """Add the run file's placeholders to `model`, and keep its text encoder on the device.
 
     Returns the `Trainable` of those placeholders that are trained. ConfigError for one that no
     caption of `clips` contains.
@@ -111,13 +113,13 @@ def attach_embeddings(
     assert model.text_encoder is not None
     model.text_encoder.requires_grad_(False)
     residency.bring(model.text_encoder)
-    made = [_embedding(section, model, config.train.seed) for section in config.embeddings]
-    for embedding in made:
+    embeddings = [_embedding(section, model, config.train.seed) for section in config.embeddings]
+    for embedding in embeddings:
         embedding.to(residency.device)
         model.add_embedding(embedding)
     trained = [
         (embedding, section.lr or config.optimizer.lr)
-        for embedding, section in zip(made, config.embeddings, strict=True)
+        for embedding, section in zip(embeddings, config.embeddings, strict=True)
         if section.train
     ]
     _check_captions([embedding.placeholder for embedding, _ in trained], clips)
@@ -151,6 +153,7 @@ def _attach_method(
         )
     weights = None
     if initial is not None:
+        # The file decides ranks and alphas; `initial_adapters` has refused settings of them.
         adapter, weights = adapter_config_from_file(initial, method, transformer, layers)
     else:
         settings = _expert_settings(config, expert.name)
@@ -158,11 +161,11 @@ def _attach_method(
             method, transformer, layers, rank=settings.rank, alpha=settings.alpha
         )
     attach_adapter(transformer, adapter, config.train.seed, expert.name, weights)
-    has_two_rates = isinstance(method, LoraMethod | DoraMethod)
+    has_lora_b = isinstance(method, LoraMethod | DoraMethod)
     return AdapterTraining(
         transformer,
         adapter,
-        lora_plus_ratio=method.lora_plus_ratio if has_two_rates else 1.0,
+        lora_plus_ratio=method.lora_plus_ratio if has_lora_b else 1.0,
         starts_as_base=initial is None,
     )
 
@@ -170,7 +173,7 @@ def _attach_method(
 def _trainable(
     config: ResolvedRun, name: TrainableName, weights: ExpertMethod | EmbeddingTraining, lr: float
 ) -> Trainable:
-    """`weights` with their optimizer and, if the run file asks for it, their moving average."""
+    """`weights` with their optimizer and, if `train.ema` is set, their moving average."""
     ema = config.train.ema
     return Trainable(
         name=name,
@@ -226,5 +229,6 @@ def _check_captions(placeholders: Iterable[str], clips: Iterable[Clip]) -> None:
 
 def _expert_settings(config: ResolvedRun, expert: ExpertName) -> ExpertSettings:
     """The run file's `per_expert` settings of `expert`."""
-    # A single expert has none of its own, and the rules keep `per_expert` empty for it.
+    # There is no section for a single expert; the rules refuse `per_expert` for it, so that
+    # `high` is empty.
     return config.per_expert.low if expert == "low" else config.per_expert.high

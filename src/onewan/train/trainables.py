@@ -1,8 +1,8 @@
 """The trainable parameters of an expert, or of the embeddings: one class for each method.
 
 The training step, the state and the trainer use `ExpertMethod` alone; `onewan.train.export` writes
-the result to files. An adapter trains beside frozen weights, a full fine-tune trains the weights
-themselves, embeddings are trained through the text encoder by all experts together.
+the result to files. An adapter is trained beside frozen weights, a full fine-tune trains the
+weights themselves, and all experts train the embeddings together, through the text encoder.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ExpertMethod(Protocol):
     rounding: Rounding
     """How the optimizer's float32 results are rounded to the precision of the weights."""
     fused: bool
-    """Whether each weight is updated in the backward pass, as soon as its gradient is there."""
+    """Whether each weight is updated in the backward pass, as soon as its gradient is complete."""
     starts_as_base: bool
     """Whether the model equals the base model before the first step."""
 
@@ -54,7 +54,7 @@ class ExpertMethod(Protocol):
         ...
 
     def write(self, weights: Mapping[str, Tensor], source: str) -> None:
-        """Overwrite the trained weights by those of `read`. `source` names the file for the
+        """Overwrite the trained weights with those of `read`. `source` names the file for the
         CheckpointError that missing, unexpected or misshapen weights raise."""
         ...
 
@@ -135,7 +135,7 @@ class FullFineTune:
         load_weights(self.parameters, weights, source)
 
     def base(self) -> AbstractContextManager[None]:
-        # A second copy of the weights would cost as much memory as the model.
+        # A copy of the base weights would need as much memory as the model.
         raise AssertionError("the base weights are not kept; the rules of the run file forbid this")
 
 

@@ -1,8 +1,8 @@
 """`WanTrainer`: the training loop of a run, from its first or its last saved step to the end.
 
-What is trained, on which data and by which objective is built by `WanModelSetup`; one step is
-`train_step`; when to validate, save, export and sample is decided by `Cadence`. Everything that
-happens is emitted as an event (`onewan.runs.log`); nothing here prints.
+`WanModelSetup` builds model, data and objective; `train_step` computes one step; `Cadence` decides
+when to validate, save, export and sample. This module emits an event (`onewan.runs.log`) for
+everything that happens, and never prints.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class WanTrainer:
         self._saved_at = time.monotonic()
 
     def fit(self) -> None:
-        """Train to the last step, or until the user asks to stop (Interrupted, after saving).
+        """Train to the last step, or until the user requests a stop (Interrupted, after saving).
 
         OnewanError for everything that the user can fix; states saved before are kept in any case.
         """
@@ -89,14 +89,15 @@ class WanTrainer:
             self._log.add(FileSink(file, str(self._layout.events)))
             session.enter_context(HeartbeatThread(file))
             session.enter_context(self._stop_signals)
-            for request in REQUESTS:  # those that an earlier process did not act on any more
+            # Requests that an earlier process did not handle are not meant for this one.
+            for request in REQUESTS:
                 clear(self._layout, request)
             try:
                 self._run()
             except Interrupted:
                 self._log.emit(events.Stopped(step=self._saved_step))
                 raise
-            except BaseException as error:  # a second Ctrl-C too: the log says how a run ended
+            except BaseException as error:  # the log has to say how a run ended, Ctrl-C included
                 log.error("the run failed", exc_info=error)
                 self._log.emit(events.Failed(error=str(error) or type(error).__name__))
                 raise
@@ -120,6 +121,7 @@ class WanTrainer:
             self._log.add(TensorBoardSink(self._layout.tensorboard, run.state.step))
         try:
             self._catch_up(run)
+            # Encoding and the first validation are not training time that a crash could lose.
             self._saved_at = time.monotonic()
             for step in run.loader.steps(
                 run.state.step, config.train.steps, run.schedule.expert_at
@@ -130,8 +132,8 @@ class WanTrainer:
                 self._after_step(run, step, metrics, time.perf_counter() - begin)
                 self._stop_if_requested()
         except Interrupted:
-            # Saved here and not where the request was noticed: validation and sampling may have had
-            # other weights (averages, the base model's) in place of those that are trained.
+            # Saved here and not where the request was noticed: during validation and sampling the
+            # model may contain other weights (averages, the base model's) than the trained ones.
             self._save(run)
             raise
         self._log.emit(events.Finished(step=run.state.step, run=self._layout.root))
@@ -139,7 +141,7 @@ class WanTrainer:
     # ---------------------------------------------------------------------- before and after a step
 
     def _catch_up(self, run: Run) -> None:
-        """Before the first step, do what is due at the present step and not done yet.
+        """Before the first step, do what is due at the present step and is not yet done.
 
         A run can be in four situations: nothing was saved yet (a new run, or one that ended before
         its first step); it was stopped during a validation, which saves the state; it was killed
@@ -181,6 +183,7 @@ class WanTrainer:
             save_requested=take(self._layout, "save"),
             sample_requested=sample_requested,
         )
+        # Validation precedes saving, so that the state includes its result.
         best = due.validate and self._validate(run)
         if due.save or best:
             self._save(run)
@@ -224,8 +227,8 @@ class WanTrainer:
         return self._record_best(run, sum(losses) / len(losses))
 
     def _record_best(self, run: Run, loss: float) -> bool:
-        """Note the present step as the best one if the run file asks for it and `loss` is lower
-        than any before."""
+        """Record the present step as the best one if `train.keep_best` is set and `loss` is lower
+        than all earlier ones."""
         state = run.state
         if state.step == 0 or not self._config.train.keep_best:
             return False
@@ -238,7 +241,7 @@ class WanTrainer:
     # ---------------------------------------------------------------------------- saved and resumed
 
     def _save(self, run: Run) -> None:
-        if run.state.step == self._saved_step:
+        if run.state.step == self._saved_step:  # a stop right after a save, or before any step
             return
         facts = {"config": self._config.model_dump(mode="json"), "dataset": run.dataset.digest}
         folder = self._store.save(
@@ -331,6 +334,7 @@ class WanTrainer:
             on_step = partial(self._on_sampling, run.state.step, number)
             try:
                 with ExitStack() as weights:
+                    # For a schedule-free optimizer, "trained" selects its average.
                     for trainable in run.state.trainables:
                         weights.enter_context(trainable.using("trained"))
                     sampler.sample_to(
@@ -360,7 +364,7 @@ class WanTrainer:
 
 def device_memory(device: torch.device) -> tuple[int | None, int | None]:
     """(allocated now, peak since the process started) in bytes; None where a device, such as the
-    CPU, does not count it."""
+    CPU, does not report them."""
     if device.type == "cpu":
         return None, None
     module = torch.get_device_module(device)

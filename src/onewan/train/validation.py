@@ -1,8 +1,8 @@
-"""The loss on fixed clips, fixed noise and fixed timesteps: equal weights give equal bits.
+"""The loss on fixed clips, fixed noise and fixed timesteps: equal weights give bit-exact results.
 
-Comparable over the whole run, between runs on the same clips, and with the base model. It is the
-run's own objective (loss, masks, weighting) without what varies: no dropout, no conditioning frame,
-no noise offset, the first caption of each clip.
+It is comparable over the whole run, between runs on the same clips, and with the base model. It is
+the run's own objective (loss, masks, weighting) without its random parts: no dropout, no
+conditioning frame, no noise offset, and always the first caption of each clip.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ExpertLosses:
     ema: float | None
     """None without a moving average."""
     base: float | None
-    """Of the base model; None unless it was to be measured."""
+    """Of the base model; None if it was not measured."""
 
 
 def expert_losses(
@@ -47,6 +47,7 @@ def expert_losses(
     if with_base:
         method = run.state.experts[name].method
         starts_as_base = run.state.step == 0 and (method is None or method.starts_as_base)
+        # A new adapter does not change the model, so the two losses are equal and one is enough.
         base = trained_loss if starts_as_base else validation_loss(run, name, None, between)
     return ExpertLosses(trained=trained_loss, ema=ema, base=base)
 
@@ -73,7 +74,7 @@ def validation_loss(
 def _contexts(
     run: Run, trained: TrainedExpert, weight_set: WeightSet | None
 ) -> list[AbstractContextManager[None]]:
-    """Context managers that put the set of weights in place."""
+    """Contexts in which the model computes with the set of weights."""
     if weight_set is None:
         return [trained.base()]
     trainables = run.state.trainables_of(trained.expert.name)
@@ -86,7 +87,7 @@ def _clip_losses(run: Run, trained: TrainedExpert, number: int, batch: Batch) ->
     losses = []
     quantiles = run.objective.midpoint_quantiles(run.config.validation.timesteps)
     for index, quantile in enumerate(quantiles):
-        # The purpose "grid noise" is part of the seed: another text would be other noise.
+        # "grid noise" is part of the seed: another string would give other noise.
         seed = derive_seed(run.config.train.seed, "grid noise", number, index)
         sample = run.objective.add_noise_at_quantile(batch, quantile, trained.expert, seed)
         losses.append(compute_loss(run, sample, predict(run, trained, batch, sample, text)))

@@ -36,20 +36,22 @@ from onewan.train.optimizers.custom import build_custom, custom_class
 from onewan.train.optimizers.muon import MuonWithAdamW
 
 Groups: TypeAlias = list[dict[str, Any]]
-"""Parameter groups as torch takes them: `params`, `lr`, and other entries that stay in them."""
+"""Parameter groups for torch: `params`, `lr`, and other entries, which remain in them."""
 
 
 def build_optimizer(groups: Groups, choice: Optimizer) -> torch.optim.Optimizer:
     """The optimizer that the run file's `optimizer` section names, over `groups`.
 
-    A group has `params` and its own `lr`; further entries stay in it unchanged. One of them,
-    `embeddings`, says that its matrices are embedding vectors, not weights of layers. ConfigError
-    if a package is missing, or if the optimizer does not support these groups or this machine.
+    A group has `params` and its own `lr`; further entries remain in it unchanged. The entry
+    `embeddings` marks a group whose matrices are embedding vectors, not weights of layers.
+
+    ConfigError if a package is missing, or if the optimizer does not support these groups or this
+    machine.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         optimizer: Any = _BUILDERS[choice.name]([dict(group) for group in groups], choice)
         if is_schedule_free(choice):
-            optimizer.train()  # ProdigyPlus and others start in neither mode, and refuse to step
+            optimizer.train()  # some, such as ProdigyPlus, refuse to step before a mode is set
     return optimizer
 
 
@@ -121,6 +123,7 @@ def _adafactor(groups: Groups, choice: AdafactorOptimizer) -> torch.optim.Optimi
 
 def _prodigy(groups: Groups, choice: ProdigyOptimizer) -> torch.optim.Optimizer:
     library = _package(choice.name, "prodigyopt", "prodigyopt")
+    # The library estimates one rate for all groups, and raises in its first step if theirs differ.
     rates = sorted({group["lr"] for group in groups})
     if len(rates) > 1:
         given = ", ".join(f"{rate:g}" for rate in rates)

@@ -33,7 +33,7 @@ def custom_class(choice: CustomOptimizer) -> type[torch.optim.Optimizer]:
     """The class at `class_path`; ConfigError if it is not an optimizer that can be used here."""
     path = choice.class_path
     module, _, name = path.rpartition(".")
-    # It takes a class as argument, which a run file can't express.
+    # Its constructor needs an optimizer class, which a run file can't express.
     if name == "CPUOffloadOptimizer":
         raise _class_path_error(
             f"{path} wraps another optimizer; use optimizer.name: adamw_cpu_offload instead"

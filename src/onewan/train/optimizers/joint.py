@@ -30,18 +30,18 @@ class JointOptimizer:
         self._library = library_optimizer(library_groups, choice)
         parameters = [p for group in groups for p in group.parameters]
         names = [name for group in groups for name in group.names]
-        kept = self._library.bookkeeping(parameters)
+        bookkeeping = self._library.bookkeeping(parameters)
         self.parameters = ManagedParameters(
             [
                 ManagedParameter(
                     name=name,
                     parameter=parameter,
-                    optimized=where.tensor,
+                    optimized=entry.tensor,
                     library=self._library,
-                    holder=where.holder,
-                    group=where.group,
+                    holder=entry.holder,
+                    group=entry.group,
                 )
-                for name, parameter, where in zip(names, parameters, kept, strict=True)
+                for name, parameter, entry in zip(names, parameters, bookkeeping, strict=True)
             ]
         )
         self._host_copies_are_stale = True
@@ -66,7 +66,7 @@ class JointOptimizer:
             yield
             return
         with self.parameters.restored_afterwards():
-            # The optimizer's averages replace the weights; `restored_afterwards` brings them back.
+            # The optimizer's averages replace the weights; `restored_afterwards` restores these.
             tensors = [m.parameter for m in self.parameters]
             with torch.no_grad():
                 averages = self._library.averages(tensors, [t.dtype for t in tensors])

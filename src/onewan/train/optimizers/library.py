@@ -1,7 +1,7 @@
 """`LibraryOptimizer`: what differs between the optimizer libraries, behind one interface.
 
-This module alone knows private names and habits of PyTorch, bitsandbytes, torchao, schedulefree and
-Prodigy, beside `onewan.train.optimizers.builders`, which knows their arguments.
+Only this module uses private attributes and special conventions of PyTorch, bitsandbytes, torchao,
+schedulefree and Prodigy; `onewan.train.optimizers.builders` knows the arguments of their classes.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class LibraryOptimizer:
             for group in holder.param_groups
             for tensor in group["params"]
         }
+        # By identity, since `==` of tensors compares their elements.
         return [found[id(host_copies.get(p, p))] for p in parameters]
 
     def state_entry_on(
@@ -67,7 +68,8 @@ class LibraryOptimizer:
         """Copy the parameters into their copies in host memory; most optimizers have none."""
 
     def clip_on_host(self) -> None:
-        """Copy clipped gradients to host memory, if the optimizer has taken them there before."""
+        """Copy clipped gradients to host memory, if the optimizer has copied them there
+        before they were clipped."""
 
     def averages(self, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
         """A schedule-free optimizer's averages of `tensors`, in host memory and in `dtypes`.
@@ -90,7 +92,7 @@ class LibraryOptimizer:
         return [self.optimizer]
 
     def _host_copies(self) -> dict[Tensor, Tensor]:
-        """Copies in host memory, by parameter, that the optimizer updates in its place."""
+        """Copies in host memory that the optimizer updates instead of the parameters, by these."""
         return {}
 
 
@@ -164,7 +166,7 @@ def estimated_lr(group: dict[str, Any]) -> float:
 def on_device(value: Any, device: torch.device | None, *, copy: bool) -> Any:
     """`value` with all tensors in it on `device` (None: where each is), at any depth.
 
-    Dtypes stay as they are, where PyTorch's `Optimizer.load_state_dict` would cast floating-point
+    Dtypes do not change, where PyTorch's `Optimizer.load_state_dict` would cast floating-point
     state to the dtype of the weight, and so round the float32 state of bfloat16 weights.
     """
     if isinstance(value, Tensor):

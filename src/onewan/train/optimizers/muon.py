@@ -18,8 +18,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """`torch.optim.Muon` on matrices and `torch.optim.AdamW` on all other parameters.
 
     Each parameter group is divided in two, which keep its learning rate and other entries. A group
-    with a true entry `embeddings` is left to AdamW whole: Muon is for the weight matrices of layers
-    (kellerjordan.github.io/posts/muon).
+    with a true entry `embeddings` is updated by AdamW entirely: Muon is for the weight matrices of
+    layers (kellerjordan.github.io/posts/muon).
     """
 
     def __init__(self, groups: list[dict[str, Any]], choice: MuonOptimizer) -> None:
@@ -31,6 +31,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 chosen = [p for p in group["params"] if (is_layers and p.ndim == 2) is is_muon]
                 if chosen:
                     divided.append({**entries, "params": chosen, "muon": is_muon})
+        # torch's constructor checks the groups; it has no defaults, since each group is complete.
         super().__init__(divided, {})
         matrices = [group for group in self.param_groups if group["muon"]]
         others = [group for group in self.param_groups if not group["muon"]]
@@ -56,7 +57,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             each.state = self.state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Share the new groups and state, which torch's `load_state_dict` puts in place here."""
+        """Share the new groups and state, which torch's `load_state_dict` assigns to `self`."""
         super().__setstate__(state)
         for each in self._optimizers:
             is_muon = isinstance(each, torch.optim.Muon)

@@ -1,8 +1,8 @@
-"""The parameters of a trainable with what their optimizers keep for them.
+"""The parameters of a trainable, with their optimizer state.
 
-A state is saved by the parameters' names: what the optimizer keeps for the parameter, and the
-entries of its group that have changed since it was built. So the settings of a resumed run are
-those of its run file, and a state can be loaded with or without the fused step.
+A state has an entry for each parameter's name: the optimizer's state of the parameter, and the
+entries of its group that have changed since the group was built. So the settings of a resumed run
+are those of its run file, and a state can be loaded with or without the fused step.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ManagedParameter:
     group: dict[str, Any]
     """The parameter group of `optimized`."""
     residual: Tensor | None = None
-    """What rounding took off the weight (Kahan summation), in the weight's dtype."""
+    """The rounding error of the weight (Kahan summation), in the weight's dtype."""
     is_stand_in: bool = False
     """Whether `optimized` is a float32 stand-in."""
 
@@ -72,11 +72,11 @@ class ManagedParameter:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What the optimizer keeps for the parameter; empty before the first step."""
+        """The optimizer's state of the parameter; empty before the first step."""
         return self.holder.state.get(self.optimized, {})
 
     def put_state(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Replace what the optimizer keeps for the parameter by copies of `state`."""
+        """Replace the optimizer's state of the parameter with copies of `state`."""
         if not state:
             self.holder.state.pop(self.optimized, None)
             return
@@ -132,13 +132,13 @@ class ManagedParameters:
 
     @contextmanager
     def restored_afterwards(self) -> Iterator[None]:
-        """Put the parameters back, bit-exact, after the block; their copies are in host memory."""
-        kept = [m.parameter.detach().to("cpu", copy=True) for m in self._managed]
+        """Restore the parameters, bit-exact, after the block; their copies are in host memory."""
+        originals = [m.parameter.detach().to("cpu", copy=True) for m in self._managed]
         try:
             yield
         finally:
             with torch.no_grad():
-                for managed, values in zip(self._managed, kept, strict=True):
+                for managed, values in zip(self._managed, originals, strict=True):
                     managed.parameter.copy_(values)
 
     def to(self, device: torch.device) -> None:
@@ -175,7 +175,7 @@ class ManagedParameters:
         own = {managed.name: managed for managed in self._managed}
         # All checks come first, so that an error leaves the optimizer as it was.
         _check_fit(saved, own)
-        # Groups go back to what they were when built: a saved state has changed entries only, and
+        # Groups are reset to their initial entries: a saved state has changed entries only, and
         # counters of earlier steps must not remain.
         for key, group in self._groups.items():
             for entry in group.keys() - _NOT_SAVED - self._initial[key].keys():
@@ -208,8 +208,8 @@ def norm_of(gradient: Tensor) -> Tensor:
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in group.items() if key not in _NOT_SAVED}
-    return on_device(kept, None, copy=True)
+    saved = {key: value for key, value in group.items() if key not in _NOT_SAVED}
+    return on_device(saved, None, copy=True)
 
 
 def _check_fit(saved: Mapping[str, Any], own: Mapping[str, ManagedParameter]) -> None:

@@ -3,8 +3,8 @@
 Two features need it. With rounding, a bfloat16 weight is updated in float32 through a stand-in that
 exists only during its own update, so that the whole model never needs float32 memory. With the
 fused step, a weight is updated in the backward pass as soon as its gradient is complete, so that
-all gradients never exist together. The results are the same bits as with one optimizer over
-all weights.
+all gradients never exist together. The results are bit-exact the same as with one optimizer
+over all weights.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from onewan.train.rounding import Rounding, is_half, round_with_residual, stocha
 
 
 class PerWeightOptimizer:
-    """A `TrainableOptimizer` (see there for its methods and arguments) that updates each weight by
-    itself. Not for optimizers that need all weights at once."""
+    """A `TrainableOptimizer` (see there for its methods and arguments) that updates each weight
+    separately. Not for optimizers that need all weights at once."""
 
     def __init__(
         self,
@@ -106,6 +106,7 @@ class PerWeightOptimizer:
         rounds = self._rounding != "none" and is_half(parameter)
         optimized = parameter
         if rounds:
+            # The library sees a float32 weight, so its moments are float32 too.
             optimized = nn.Parameter(_without_memory(parameter.shape, parameter.device))
         library = library_optimizer([library_group([optimized], lr, self._trainable)], self._choice)
         return ManagedParameter(

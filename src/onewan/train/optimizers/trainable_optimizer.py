@@ -63,16 +63,16 @@ class TrainableOptimizer(Protocol):
         ...
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """The weights to validate and export, for the length of the block.
+        """A context in which the model has the weights to validate and export.
 
         They are an average with a schedule-free optimizer, and the trained weights with all others.
-        Afterwards the trained weights are back, bit-exact. The library's own way back is not exact,
-        so they are kept in host memory meanwhile.
+        Afterwards the trained weights are restored, bit-exact. The library's own method for that is
+        not exact, so they are copied to host memory before.
         """
         ...
 
     def to(self, device: torch.device) -> None:
-        """Move what the optimizer keeps for the weights, but not the weights; values stay."""
+        """Move the optimizer's state, but not the weights; values do not change."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def build_trainable_optimizer(
     and drops the gradient. `name` is the trainable's; the draws of stochastic rounding depend on
     it, on `seed` (the run's), the weight's name and the step.
 
-    ConfigError if the optimizer does not support what is asked; ValueError without weights, or if
+    ConfigError if the optimizer does not support these settings; ValueError without weights, or if
     two weights have the same name.
     """
     weights = [p for group in groups for p in group.parameters]
@@ -123,7 +123,7 @@ def build_trainable_optimizer(
 def _check_support(
     choice: Optimizer, weights: Sequence[nn.Parameter], rounding: Rounding, fused: bool
 ) -> None:
-    """ConfigError if the optimizer or the weights do not support what is asked."""
+    """ConfigError if the optimizer or the weights do not support these settings."""
     problems = [
         f"{field}: {text}" for field, text in per_weight_problems(choice, rounding, fused=fused)
     ]
