@@ -67,8 +67,8 @@ def per_weight_problems(
         for field, (value, other) in asked.items():
             yield (
                 field,
-                f"{value} updates each weight separately, which optimizer.name {choice.name!r} does "
-                f"not support: {reason}; choose another optimizer, or set {field} to {other}",
+                f"{value} updates each weight separately, which optimizer.name {choice.name!r} "
+                f"does not support: {reason}; choose another optimizer, or set {field} to {other}",
             )
 
 
