@@ -12,50 +12,27 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from onewan.errors import ConfigError
-from onewan.importing import (
-    data,
-    method,
-    model,
-    optimizer,
-    output,
-    train,
-)
-from onewan.importing.reading import (
-    CONCEPT_FILE,
-    SAMPLE_FILE,
-    VERSION,
-    checked_objects,
-    checkout_above,
-    read_json,
-    read_list,
-    unsupported,
-    variant_for,
-)
-from onewan.importing.table import (
-    Context,
-    Entry,
-    Outcome,
-    Row,
-    convert,
-    flatten,
-    merge,
-    set_path,
-)
-from onewan.variants import VARIANTS, VariantName
+from onewan.errors import ConfigError, OnewanError
+from onewan.importing import data, method, model, optimizer, output, train
+from onewan.importing.table import Context, Entry, Outcome, Row, convert, flatten
+from onewan.variants import VARIANTS, Variant, VariantName, variant_of
+
+VERSION = 11
+"""The version of OneTrainer's config that is imported."""
+
+MODEL_TYPES = ("WAN_2_2", "HUNYUAN_VIDEO")
 
 SECRETS = ("secrets", "huggingface_token", "cloud")
 """Keys whose values are neither read nor shown."""
 
-_SECTIONS = (model.ROWS, data.ROWS, method.ROWS, optimizer.ROWS, train.ROWS, output.ROWS)
-ROWS: tuple[Row, ...] = (*(row for rows in _SECTIONS for row in rows), method.EMBEDDING_RATE)
+_CONVERTED = model.ROWS + data.ROWS + method.ROWS + optimizer.ROWS + train.ROWS + output.ROWS
+ROWS: tuple[Row, ...] = (*_CONVERTED, method.EMBEDDING_RATE)
 """All keys of the config itself that become fields, in the order of the run file."""
 
 
@@ -77,11 +54,8 @@ def looks_like_onetrainer(path: Path) -> bool:
         config = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError:
         return False
-    return (
-        isinstance(config, dict)
-        and "model" not in config
-        and bool({"training_method", "base_model_name", "model_type", "__version"} & config.keys())
-    )
+    marks = {"training_method", "base_model_name", "model_type", "__version"}
+    return isinstance(config, dict) and "model" not in config and not marks.isdisjoint(config)
 
 
 def import_config(
@@ -93,21 +67,19 @@ def import_config(
     paths are relative to `root`, OneTrainer's folder; without it, to the nearest folder above
     `path` that is a checkout, or else to the config's own. ConfigError with all problems at once.
     """
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise ConfigError(str(path), ["is not a OneTrainer config: it holds no JSON object"])
-    if problem := unsupported(config, is_preset=path.name.startswith("#")):
-        raise ConfigError(str(path), [problem])
-    if infinite := [(k, v) for k, v in flatten(config) if v in (math.inf, -math.inf) or v != v]:
-        problems = [f"{key}: is {value}; give a finite number" for key, value in infinite]
+    config = _read_json(path)
+    if problems := _why_unusable(config, path):
         raise ConfigError(str(path), problems)
+    folders = path.resolve().parents
+    checkouts = (f for f in folders if (f / "modules/util/enum/ModelType.py").is_file())
     context = Context(
         given=config,
         rows={row.key: row for row in ROWS},
-        variant=VARIANTS["t2v-a14b"],
-        root=root or checkout_above(path),
+        variant=VARIANTS[variant or "t2v-a14b"],  # replaced below if none is given
+        root=root or next(checkouts, folders[0]),
     )
-    context = replace(context, variant=variant_for(config, context, variant, path))
+    if variant is None:
+        context = replace(context, variant=_variant_of_base_model(context, path))
     document = _document(context)
     if context.problems:
         raise ConfigError(str(path), [f"{key}: {text}" for key, text in context.problems.items()])
@@ -118,58 +90,124 @@ def import_config(
     )
 
 
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ConfigError(str(path), [f"is not valid JSON: {error}"]) from error
+    except OSError as error:
+        raise ConfigError(str(path), [f"can't be read ({error.strerror})"]) from error
+
+
+def _why_unusable(config: Any, path: Path) -> list[str]:
+    if not isinstance(config, dict):
+        return ["is not a OneTrainer config: it holds no JSON object"]
+    # A preset may have no version: OneTrainer itself loads presets without migrating them.
+    version = config.get("__version", VERSION if path.name.startswith("#") else 0)
+    if version != VERSION:
+        is_newer = isinstance(version, int) and version > VERSION
+        remedy = "update onewan" if is_newer else "open and save it in OneTrainer first"
+        return [f"__version: is {version}, and only version {VERSION} is imported; {remedy}"]
+    if (kind := config.get("model_type")) not in MODEL_TYPES:
+        return [f"model_type: is {kind}; only configs of {' and '.join(MODEL_TYPES)} are imported"]
+    return [
+        f"{key}: is {value}; give a finite number"
+        for key, value in flatten(config)
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
+
+
+def _variant_of_base_model(context: Context, path: Path) -> Variant:
+    """The variant that the base model's name or files determine."""
+    base = str(context["base_model_name"])
+    if context["model_type"] == "WAN_2_2":
+        # Local folders are usually named after the repository: Wan2.2-T2V-A14B.
+        plain = re.sub(r"[^a-z0-9]", "", base.lower())
+        for name, variant in VARIANTS.items():
+            if name.replace("-", "") in plain:
+                return variant
+        file = context.resolve(base) / "transformer" / "config.json"
+        try:
+            return variant_of(json.loads(file.read_text(encoding="utf-8")), str(file))
+        except (OSError, ValueError, OnewanError):
+            pass  # no folder of a Wan model, so the user has to say
+    problem = (
+        f"base_model_name: is {base!r}, which does not determine the variant of Wan 2.2; give "
+        f"it with --variant {', '.join(VARIANTS)}"
+    )
+    raise ConfigError(str(path), [problem])
+
+
 def _document(context: Context) -> dict[str, Any]:
     """The run file; entries, notices and problems are collected in `context`."""
-    concepts = read_list(context, "concepts", CONCEPT_FILE)
-    sampled = read_list(context, "samples", SAMPLE_FILE)
-    listed = context.given.get("additional_embeddings")
-    additional = checked_objects(context, "additional_embeddings", listed)
-    sources = data.sources(concepts, context)
+    concepts = _listed(context, "concepts", "concept_file_name")
+    sampled = _listed(context, "samples", "sample_definition_file_name")
+    embedded = _objects(context, "additional_embeddings")
     # The schedule needs the number of steps, which needs the clips of all concepts.
-    training = [source for source in sources if not source.is_validation]
-    context = replace(context, clips=sum(source.clips for source in training))
-
-    document: dict[str, Any] = {}
-    for rows in _SECTIONS:
-        merge(document, convert(rows, context))
-    for field, value in data.FIXED_FIELDS.items():
-        set_path(document, field, value)
-    set_path(document, "video_data.sources", [source.fields for source in training])
-    held_out = [source.fields for source in sources if source.is_validation]
+    training, held_out, clips = data.sources(concepts, context)
+    context = replace(context, clips=clips)
+    document = convert(_CONVERTED, context)
+    document.setdefault("video_data", {}).update(data.FIXED_FIELDS, sources=training)
     if held_out and context.given.get("validation"):
-        set_path(document, "validation.sources", held_out)
-    if embeddings := method.embeddings(additional, context):
+        document.setdefault("validation", {})["sources"] = held_out
+    if embeddings := method.embeddings(embedded, context):
         document["embeddings"] = embeddings
     # An interval without prompts would be refused by the run file's rules.
     every = document.pop("sample", {}).get("every")
     document["sample"] = output.samples(sampled, context)
     if every and document["sample"]["prompts"]:
         document["sample"]["every"] = every
-    given = {**context.given, "concepts": concepts, "samples": sampled}
-    for entry in _without_row(given, context):
-        context.entries[entry.key] = entry
+    _account_for_the_rest({**context.given, "concepts": concepts, "samples": sampled}, context)
     return document
 
 
-def _without_row(given: Mapping[str, Any], context: Context) -> Iterator[Entry]:
-    """Entries of the given keys that no row has."""
+def _listed(context: Context, key: str, file_key: str) -> list[dict[str, Any]]:
+    """Concepts or samples: those in the config, or those of the file that it names."""
+    default = f"training_{key}/{key}.json"
+    named = context.given.get(file_key, default)
+    file = context.resolve(named)
+    items, note = context.given.get(key), f"read from {file}"
+    if items is not None:
+        note = f"not read, since the config itself has {key}"
+    elif file.is_file():
+        items = _read_json(file)
+    elif named == default:
+        context.notices.append(f"no {key}: {file} does not exist")
+    else:
+        context.problem(
+            file_key,
+            f"is {named!r}, and {file} does not exist; copy it there, or give OneTrainer's folder "
+            "with --root",
+        )
+    outcome: Outcome = "carried" if file_key in context.given else "defaulted"
+    context.entries[file_key] = Entry(file_key, named, outcome, note)
+    return _objects(context, key, items)
+
+
+def _objects(context: Context, key: str, items: Any = None) -> list[dict[str, Any]]:
+    """The items of a list, by default of the one in the config itself."""
+    items = context.given.get(key) if items is None else items
+    if items is None:
+        return []
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        context.problem(key, "is not a list of objects")
+        return []
+    return items
+
+
+def _account_for_the_rest(given: Mapping[str, Any], context: Context) -> None:
+    """Add entries for the given keys that no row has."""
+    text = files("onewan.importing").joinpath("no_counterpart.json").read_text(encoding="utf-8")
+    reasons: list[tuple[str, str]] = json.loads(text)  # (regular expression for keys, reason)
     for key, value in flatten(given):
         if key.split(".")[0] in SECRETS:
             note = "secrets and cloud settings are not imported"
-            yield Entry(key, None, "not applicable", note)
+            context.entries[key] = Entry(key, None, "not applicable", note)
         elif key not in context.entries:
-            reasons = (text for pattern, text in _no_counterpart() if re.fullmatch(pattern, key))
-            if reason := next(reasons, None):
-                yield Entry(key, value, "not applicable", reason)
-            else:
-                yield Entry(key, value, "unknown", f"not a key of OneTrainer's version {VERSION}")
-
-
-@lru_cache(maxsize=1)
-def _no_counterpart() -> list[tuple[str, str]]:
-    """(regular expression for keys, reason); the first that matches is used."""
-    file = files("onewan.importing").joinpath("no_counterpart.json")
-    return json.loads(file.read_text(encoding="utf-8"))
+            reason = next((why for keys, why in reasons if re.fullmatch(keys, key)), None)
+            outcome: Outcome = "not applicable" if reason else "unknown"
+            note = reason or f"not a key of OneTrainer's version {VERSION}"
+            context.entries[key] = Entry(key, value, outcome, note)
 
 
 __all__ = ["Entry", "Imported", "Outcome", "import_config", "looks_like_onetrainer"]

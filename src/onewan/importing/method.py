@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from onewan.importing.table import OMIT, Condition, Context, Row, convert, copied
+from onewan.importing.table import OMIT, Condition, Context, Row, convert, copied, mapped, path
 from onewan.onetrainer.settings import SettingError
 
 _ADAPTERS = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr", "OFT_2": "oft"}
-_METHODS = {"FINE_TUNE": "fine_tune", "EMBEDDING": "embedding", "LORA": None}
 
 _LAYERS = {
     "attn1": "self_attention",
@@ -30,30 +28,12 @@ def adapter_kind(context: Context) -> str | None:
     return "dora" if kind == "lora" and context["lora_decompose"] else kind
 
 
-def _is(*kinds: str | None) -> Callable[[Context], bool]:
-    return lambda context: adapter_kind(context) in kinds
-
-
-_LORA_METHOD = Condition(lambda c: c["training_method"] == "LORA", "used by adapters only")
-_LORA = Condition(_is("lora", "dora"), "used by LoRA and DoRA only")
-_LORA_RANK = Condition(_is("lora", "dora", "loha"), "used by LoRA, DoRA and LoHa only")
-_LOKR = Condition(_is("lokr"), "used by LoKr only")
-_OFT = Condition(_is("oft"), "used by OFT_2 only")
-_HAS_RANK = Condition(_is("lora", "dora", "loha", "lokr"), "used by adapters with a rank only")
-_LOW_RANK = Condition(
-    lambda c: c.has_two_experts and _HAS_RANK.holds(c),
-    "used by adapters with a rank on a model with two experts only",
-)
-_FINE_TUNE = Condition(
-    lambda c: c["training_method"] == "FINE_TUNE", "base weights keep the precision of their files"
-)
-_HAS_LAYERS = Condition(lambda c: c["training_method"] != "EMBEDDING", "no layer is trained")
-
-
 def _kind(value: Any, context: Context) -> str:
-    if value not in _METHODS:
+    if value in ("FINE_TUNE", "EMBEDDING"):
+        return value.lower()
+    if value != "LORA":
         raise SettingError(f"is {value}; only LORA, FINE_TUNE and EMBEDDING can be imported")
-    return _METHODS[value] or adapter_kind(context) or "lora"
+    return adapter_kind(context) or "lora"
 
 
 def _check_adapter(value: Any, _: Context) -> Any:
@@ -67,9 +47,8 @@ def _modules(value: Any, context: Context) -> list[str]:
     text = str(value)
     if context["layer_filter_regex"] and text.strip():
         context.notice(
-            "layer_filter",
             f"{text!r} is a regular expression; onewan takes groups and patterns, so all layers "
-            "are trained; set method.modules",
+            "are trained; set method.modules"
         )
         text = ""
     # An empty filter selects every weight; adapters exist for linear layers only.
@@ -80,17 +59,33 @@ def _modules(value: Any, context: Context) -> list[str]:
     return [special.get(name) or _LAYERS.get(name) or f"*{name}*" for name in names]
 
 
-def _weights(value: Any, _: Context) -> Any:
-    return "float32" if value == "FLOAT_32" else OMIT
+def _init_from(value: Any, context: Context) -> Any:
+    return [path(value, context)] if value else OMIT
 
 
-def _initial_adapter(value: Any, context: Context) -> Any:
-    return [str(context.resolve(value))] if value else OMIT
+def _only(reason: str, *kinds: str) -> Condition:
+    return Condition(lambda context: adapter_kind(context) in kinds, f"used by {reason} only")
 
+
+_WEIGHTS = mapped(FLOAT_32="float32")
+_ADAPTER = Condition(lambda c: c["training_method"] == "LORA", "used by adapters only")
+_LORA = _only("LoRA and DoRA", "lora", "dora")
+_LORA_RANK = _only("LoRA, DoRA and LoHa", "lora", "dora", "loha")
+_LOKR = _only("LoKr", "lokr")
+_OFT = _only("OFT_2", "oft")
+_HAS_RANK = _only("adapters with a rank", "lora", "dora", "loha", "lokr")
+_LOW_RANK = Condition(
+    lambda c: c.has_two_experts and _HAS_RANK.holds(c),
+    "used by adapters with a rank on a model with two experts only",
+)
+_FINE_TUNE = Condition(
+    lambda c: c["training_method"] == "FINE_TUNE", "base weights keep the precision of their files"
+)
+_HAS_LAYERS = Condition(lambda c: c["training_method"] != "EMBEDDING", "no layer is trained")
 
 ROWS = (
     Row("training_method", "method.kind", "FINE_TUNE", _kind),
-    Row("peft_type", "method.kind", "LORA", _check_adapter, _LORA_METHOD),
+    Row("peft_type", "method.kind", "LORA", _check_adapter, _ADAPTER),
     Row("lora_decompose", "method.kind", False, None, _LORA),
     Row("oft_block_size", "method.block_size", 32, copied(), _OFT),
     Row("lora_rank", "method.rank", 16, lambda value, _: int(value), _LORA_RANK),
@@ -101,12 +96,11 @@ ROWS = (
     Row("dropout_probability", "method.dropout", 0.0, copied(0.0), _LORA),
     Row("layer_filter", "method.modules", "", _modules, _HAS_LAYERS),
     Row("layer_filter_regex", "method.modules", False, None, _HAS_LAYERS),
-    Row("transformer.weight_dtype", "method.weights", "FLOAT_32", _weights, _FINE_TUNE),
-    Row("lora_model_name", "method.init_from", "", _initial_adapter, _LORA_METHOD),
+    Row("transformer.weight_dtype", "method.weights", "FLOAT_32", _WEIGHTS, _FINE_TUNE),
+    Row("lora_model_name", "method.init_from", "", _init_from, _ADAPTER),
     Row("wan_low_lora_rank", "per_expert.low.rank", None, copied(), _LOW_RANK),
     Row("wan_low_lora_alpha", "per_expert.low.alpha", None, copied(), _LOW_RANK),
 )
-
 
 # --------------------------------------------------------------------------------------- embeddings
 
@@ -120,35 +114,19 @@ EMBEDDING_ROWS = (
     Row("token_count", "token_count", 1, copied(), _IS_NEW),
     Row("initial_embedding_text", "initial_text", "*", copied("*"), _IS_NEW),
     Row("is_output_embedding", "is_output_embedding", False, copied(False)),
-    Row(
-        "model_name",
-        "init_from",
-        "",
-        lambda value, item: str(item.resolve(value)) if value else OMIT,
-    ),
+    Row("model_name", "init_from", "", path),
     Row("train", "train", True, lambda value, _: OMIT if value else False, _IS_ADDITIONAL),
 )
+EMBEDDING_RATE = Row("embedding_learning_rate", "lr", None, copied())
+"""OneTrainer has one learning rate for all embeddings."""
 
 
 def embeddings(additional: list[dict[str, Any]], context: Context) -> list[dict[str, Any]]:
     """The sections of `embeddings`: the one of the EMBEDDING method, and the additional ones."""
-    items = [(f"additional_embeddings.{n}.", item) for n, item in enumerate(additional)]
+    given = {f"additional_embeddings.{n}.": item for n, item in enumerate(additional)}
     if context["training_method"] == "EMBEDDING":
-        items.insert(0, ("embedding.", context.given.get("embedding") or {}))
+        given = {"embedding.": context.given.get("embedding") or {}, **given}
+    rate = convert((EMBEDDING_RATE,), context) if given else {}
     rows = {row.key: row for row in EMBEDDING_ROWS}
-    sections = [
-        convert(
-            EMBEDDING_ROWS,
-            replace(context, given=item, rows=rows, prefix=prefix),
-            within="embeddings",
-        )
-        for prefix, item in items
-    ]
-    if sections:
-        # OneTrainer has one learning rate for all embeddings.
-        rate = convert((EMBEDDING_RATE,), context)
-        sections = [{**section, **rate} for section in sections]
-    return sections
-
-
-EMBEDDING_RATE = Row("embedding_learning_rate", "lr", None, copied())
+    items = (replace(context, given=g, rows=rows, prefix=p) for p, g in given.items())
+    return [{**convert(EMBEDDING_ROWS, item, within="embeddings"), **rate} for item in items]

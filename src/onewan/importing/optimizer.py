@@ -3,129 +3,99 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from onewan.importing.table import OMIT, Condition, Context, Row, copied
 
-_OPTIMIZERS: dict[str, tuple[str, int, tuple[str, ...]]] = {
-    "ADAMW": ("adamw", 2, ("eps", "weight_decay")),
-    "ADAMW_8BIT": ("adamw_8bit", 2, ("eps", "weight_decay", "is_paged")),
-    "SCHEDULE_FREE_ADAMW": ("adamw_schedule_free", 2, ("eps", "weight_decay")),
-    "ADAFACTOR": (
-        "adafactor",
-        0,
-        ("decay_rate", "clip_threshold", "scale_parameter", "weight_decay"),
-    ),
+_OPTIMIZERS = {
+    "ADAMW": ("adamw", "beta1 beta2 eps weight_decay"),
+    "ADAMW_8BIT": ("adamw_8bit", "beta1 beta2 eps weight_decay is_paged"),
+    "SCHEDULE_FREE_ADAMW": ("adamw_schedule_free", "beta1 beta2 eps weight_decay"),
+    "ADAFACTOR": ("adafactor", "decay_rate clip_threshold scale_parameter weight_decay"),
     "PRODIGY": (
         "prodigy",
-        2,
-        ("eps", "weight_decay", "d0", "d_coef", "safeguard_warmup", "use_bias_correction"),
+        "beta1 beta2 eps weight_decay d0 d_coef safeguard_warmup use_bias_correction",
     ),
     "PRODIGY_PLUS_SCHEDULE_FREE": (
         "prodigy_plus_schedule_free",
-        2,
-        ("weight_decay", "d0", "d_coef", "factored"),
+        "beta1 beta2 weight_decay d0 d_coef factored",
     ),
-    "LION": ("lion", 2, ("weight_decay",)),
-    "MUON": ("muon", 0, ("momentum", "nesterov", "ns_steps", "weight_decay")),
-    "CAME": ("came", 3, ("weight_decay", "clip_threshold")),
-    "SGD": ("sgd", 0, ("momentum", "nesterov", "weight_decay")),
+    "LION": ("lion", "beta1 beta2 weight_decay"),
+    "MUON": ("muon", "momentum nesterov ns_steps weight_decay"),
+    "CAME": ("came", "beta1 beta2 beta3 weight_decay clip_threshold"),
+    "SGD": ("sgd", "momentum nesterov weight_decay"),
 }
-"""onewan's name, the number of betas that it takes, and OneTrainer's keys of its other settings."""
-
-_SETTINGS: tuple[tuple[str, str, Any], ...] = (
-    ("eps", "eps", None),
-    ("weight_decay", "weight_decay", None),
-    ("is_paged", "paged", False),
-    ("decay_rate", "decay_rate", None),
-    ("clip_threshold", "clip_threshold", None),
-    ("scale_parameter", "scale_parameter", False),
-    ("d0", "d0", None),
-    ("d_coef", "d_coef", None),
-    ("safeguard_warmup", "safeguard_warmup", False),
-    ("use_bias_correction", "bias_correction", False),
-    ("factored", "factored", True),
-    ("momentum", "momentum", None),
-    ("nesterov", "nesterov", False),
-    ("ns_steps", "ns_steps", None),
-)
-"""OneTrainer's key below ``optimizer``, onewan's field, OneTrainer's default."""
+"""onewan's name, and OneTrainer's keys of the settings that onewan takes."""
 
 
-def _counterpart(context: Context) -> tuple[str, int, tuple[str, ...]]:
-    return _OPTIMIZERS.get(str(context["optimizer.optimizer"]), _OPTIMIZERS["ADAMW"])
-
-
-def _takes(holds: Callable[[Context], bool]) -> Condition:
-    return Condition(holds, "not a setting of this optimizer in onewan")
+def _counterpart(context: Context) -> tuple[str, list[str]]:
+    """onewan's name, and OneTrainer's keys of its settings; AdamW for an unknown optimizer."""
+    name, keys = _OPTIMIZERS.get(str(context["optimizer.optimizer"]), _OPTIMIZERS["ADAMW"])
+    return name, keys.split()
 
 
 def _name(value: Any, context: Context) -> str:
-    name, _, _ = _counterpart(context)
+    name, _ = _counterpart(context)
     if value not in _OPTIMIZERS:
         context.notice(
-            "optimizer.optimizer",
-            f"is {value}, which onewan does not import; {name} is used, so check optimizer.lr",
+            f"is {value}, which onewan does not import; {name} is used, so check optimizer.lr"
         )
     return name
 
 
 def _betas(_: Any, context: Context) -> Any:
-    _, count, _ = _counterpart(context)
-    betas = [context[f"optimizer.beta{number + 1}"] for number in range(count)]
-    return betas if all(beta is not None for beta in betas) else OMIT
+    keys = [key for key in _counterpart(context)[1] if key.startswith("beta")]
+    betas = [context[f"optimizer.{key}"] for key in keys]
+    return OMIT if None in betas else betas
 
 
-def _rate_scale(context: Context) -> float:
+def _setting(key: str, field: str, default: Any = None) -> Row:
+    """The row of a setting that some optimizers have; `betas` is a field of three keys."""
+    convert = {"beta1": _betas, "beta2": None, "beta3": None}.get(key, copied())
+    is_taken = Condition(
+        lambda context: key in _counterpart(context)[1], "not a setting of this optimizer in onewan"
+    )
+    return Row(f"optimizer.{key}", f"optimizer.{field}", default, convert, is_taken)
+
+
+def _rate(part: str, context: Context) -> float:
     """OneTrainer multiplies the learning rate by the square root of what the scaler names."""
-    scaler = str(context["learning_rate_scaler"])
+    own, scaler = context[f"{part}.learning_rate"], str(context["learning_rate_scaler"])
     batch, accumulation = context["batch_size"], context["gradient_accumulation_steps"]
     factor = {"BATCH": batch, "GLOBAL_BATCH": batch, "GRADIENT_ACCUMULATION": accumulation}.get(
         scaler, batch * accumulation if "BOTH" in scaler else 1
     )
-    return math.sqrt(factor)
-
-
-def _rate_of(part: str, context: Context) -> float:
-    own = context[f"{part}.learning_rate"]
-    return float(context["learning_rate"] if own is None else own)
-
-
-def _rate(_: Any, context: Context) -> float:
-    return _rate_of("transformer", context) * _rate_scale(context)
+    return float(context["learning_rate"] if own is None else own) * math.sqrt(factor)
 
 
 def _low_rate(_: Any, context: Context) -> Any:
-    low = _rate_of("transformer_2", context)
-    return OMIT if low == _rate_of("transformer", context) else low * _rate_scale(context)
+    rate = _rate("transformer_2", context)
+    return OMIT if rate == _rate("transformer", context) else rate
 
+
+_HAS_TWO_EXPERTS = Condition(lambda c: c.has_two_experts, "the model has one expert")
 
 ROWS = (
     Row("optimizer.optimizer", "optimizer.name", "ADAMW", _name),
-    *(
-        Row(
-            f"optimizer.{theirs}",
-            f"optimizer.{ours}",
-            default,
-            copied(),
-            _takes(lambda context, theirs=theirs: theirs in _counterpart(context)[2]),
-        )
-        for theirs, ours, default in _SETTINGS
-    ),
-    Row(
-        "optimizer.beta1", "optimizer.betas", None, _betas, _takes(lambda c: _counterpart(c)[1] > 0)
-    ),
-    Row("optimizer.beta2", "optimizer.betas", None, None, _takes(lambda c: _counterpart(c)[1] > 1)),
-    Row("optimizer.beta3", "optimizer.betas", None, None, _takes(lambda c: _counterpart(c)[1] > 2)),
-    Row("learning_rate", "optimizer.lr", 3e-6, _rate),
+    _setting("eps", "eps"),
+    _setting("weight_decay", "weight_decay"),
+    _setting("is_paged", "paged", False),
+    _setting("decay_rate", "decay_rate"),
+    _setting("clip_threshold", "clip_threshold"),
+    _setting("scale_parameter", "scale_parameter", False),
+    _setting("d0", "d0"),
+    _setting("d_coef", "d_coef"),
+    _setting("safeguard_warmup", "safeguard_warmup", False),
+    _setting("use_bias_correction", "bias_correction", False),
+    _setting("factored", "factored", True),
+    _setting("momentum", "momentum"),
+    _setting("nesterov", "nesterov", False),
+    _setting("ns_steps", "ns_steps"),
+    _setting("beta1", "betas"),
+    _setting("beta2", "betas"),
+    _setting("beta3", "betas"),
+    Row("learning_rate", "optimizer.lr", 3e-6, lambda _, c: _rate("transformer", c)),
     Row("transformer.learning_rate", "optimizer.lr", None),
-    Row(
-        "transformer_2.learning_rate",
-        "per_expert.low.lr",
-        None,
-        _low_rate,
-        Condition(lambda c: c.has_two_experts, "the model has one expert"),
-    ),
+    Row("transformer_2.learning_rate", "per_expert.low.lr", None, _low_rate, _HAS_TWO_EXPERTS),
     Row("learning_rate_scaler", "optimizer.lr", "NONE"),
 )

@@ -1,16 +1,12 @@
-"""Rows that turn OneTrainer's keys into run-file fields, and the account of every key.
-
-A section of the import is a tuple of `Row`s. Nothing here knows a particular key.
-"""
+"""Rows that turn OneTrainer's keys into run-file fields, and the account of every key."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from onewan.errors import OnewanError
 from onewan.onetrainer.settings import SettingError
@@ -18,12 +14,7 @@ from onewan.variants import Variant
 
 Outcome = Literal["carried", "defaulted", "not applicable", "unknown"]
 
-
-class _Omit(Enum):
-    OMIT = 0
-
-
-OMIT: Final = _Omit.OMIT
+OMIT: Final[Any] = object()
 """Returned by a converter to leave the run file's own default."""
 
 
@@ -35,17 +26,15 @@ class Entry:
     """Dotted, such as ``transformer.learning_rate`` or ``concepts.0.path``."""
     value: Any
     outcome: Outcome
-    note: str = ""
+    note: str
     """The field of the run file, or the reason why there is none."""
 
 
-@dataclass(frozen=True, slots=True)
-class Condition:
-    """When a row applies."""
+class Condition(NamedTuple):
+    """When a row applies, and why its key has no effect otherwise."""
 
     holds: Callable[[Context], bool]
     reason: str
-    """Why the key has no effect where the condition does not hold."""
 
 
 Converter: TypeAlias = "Callable[[Any, Context], Any]"
@@ -76,6 +65,8 @@ class Context:
     variant: Variant
     root: Path
     """The folder that relative paths are relative to."""
+    row: Row = Row("", "", None)
+    """The row whose converter is called."""
     prefix: str = ""
     """Of keys in reports, such as ``concepts.0.``."""
     clips: int = 0
@@ -86,16 +77,11 @@ class Context:
     """The first problem of each key."""
 
     def __getitem__(self, key: str) -> Any:
-        found = value_at(self.given, key)
-        return self.rows[key].default if found is OMIT else found
+        return value_at(self.given, key) if self.is_given(key) else self.rows[key].default
 
-    def is_given(self, key: str) -> bool:
-        return value_at(self.given, key) is not OMIT
-
-    @property
-    def is_wan(self) -> bool:
-        """False for a config of another model, whose files are of no use for Wan."""
-        return self["model_type"] == "WAN_2_2"
+    def is_given(self, key: str = "") -> bool:
+        """Whether the config has the key, by default that of the row."""
+        return value_at(self.given, key or self.row.key) is not OMIT
 
     @property
     def has_two_experts(self) -> bool:
@@ -115,16 +101,11 @@ class Context:
         """A path of the config; backslashes of a config from Windows become slashes."""
         text = str(value)
         # A file on Linux may have a backslash in its name, so an existing path is kept.
-        path = Path(text if Path(text).exists() else text.replace("\\", "/"))
-        return path if path.is_absolute() else self.root / path
+        return self.root / (text if Path(text).exists() else text.replace("\\", "/"))
 
-    def resolved_if_local(self, value: Any) -> str:
-        """The path if it exists, else `value`, which may name a Hugging Face repository."""
-        path = self.resolve(value)
-        return str(path) if path.exists() else str(value)
-
-    def notice(self, key: str, text: str) -> None:
-        self.notices.append(f"{self.prefix}{key}: {text}")
+    def notice(self, text: str, key: str = "") -> None:
+        """Tell the user something about a key, by default that of the row."""
+        self.notices.append(f"{self.prefix}{key or self.row.key}: {text}")
 
     def problem(self, key: str, text: str) -> None:
         self.problems.setdefault(f"{self.prefix}{key}", text)
@@ -137,13 +118,16 @@ def convert(rows: Iterable[Row], context: Context, *, within: str = "") -> dict[
     """
     document: dict[str, Any] = {}
     for row in rows:  # a problem does not stop the others: all are reported at once
-        value = context[row.key]
-        applies = row.when is None or row.when.holds(context)
-        _record(row, value, context, applies, within)
-        if row.convert is None or not applies:
+        key, value = f"{context.prefix}{row.key}", context[row.key]
+        outcome: Outcome = "carried" if context.is_given(row.key) else "defaulted"
+        note = f"{within}, {row.field}" if within else row.field
+        if row.when is not None and not row.when.holds(context):
+            outcome = "not applicable" if outcome == "carried" else outcome
+            context.entries[key] = Entry(key, value, outcome, row.when.reason)
             continue
+        context.entries[key] = Entry(key, value, outcome, note)
         try:
-            converted = row.convert(value, context)
+            converted = row.convert(value, replace(context, row=row)) if row.convert else OMIT
         except SettingError as error:
             context.problem(row.key, str(error))
         except (TypeError, ValueError, OnewanError) as error:
@@ -152,17 +136,6 @@ def convert(rows: Iterable[Row], context: Context, *, within: str = "") -> dict[
             if converted is not OMIT:
                 set_path(document, row.field, converted)
     return document
-
-
-def _record(row: Row, value: Any, context: Context, applies: bool, within: str) -> None:
-    key = f"{context.prefix}{row.key}"
-    note = f"{within}, {row.field}" if within else row.field
-    outcome: Outcome = "carried" if applies else "not applicable"
-    if not applies and row.when is not None:
-        note = row.when.reason
-    if not context.is_given(row.key):
-        outcome = "defaulted"
-    context.entries[key] = Entry(key, value, outcome, note)
 
 
 def enabled_items(
@@ -175,12 +148,8 @@ def enabled_items(
         if item["enabled"]:
             yield item
             continue
-        for key, value in flatten(given):
-            full = f"{item.prefix}{key}"
-            context.entries[full] = Entry(full, value, "not applicable", "this item is disabled")
-
-
-# ------------------------------------------------------------------------------- general converters
+        for key, value in flatten(given, item.prefix):
+            context.entries[key] = Entry(key, value, "not applicable", "this item is disabled")
 
 
 def copied(default: Any = OMIT) -> Converter:
@@ -188,7 +157,19 @@ def copied(default: Any = OMIT) -> Converter:
     return lambda value, _: OMIT if value is None or value == default else value
 
 
-# ------------------------------------------------------------------------------------ nested values
+def mapped(**fields: Any) -> Converter:
+    """The run file's value for each of OneTrainer's; its default for all others."""
+    return lambda value, _: fields.get(str(value), OMIT)
+
+
+def setting(read: Callable[[Any], Any], default: Any = None) -> Converter:
+    """What `read` makes of OneTrainer's settings, unless it is the run file's own `default`."""
+    return lambda _, context: OMIT if (found := read(context.settings)) == default else found
+
+
+def path(value: Any, context: Context) -> Any:
+    """The resolved path; the run file's default if there is none."""
+    return str(context.resolve(value)) if value else OMIT
 
 
 def value_at(node: Any, key: str) -> Any:
@@ -201,20 +182,11 @@ def value_at(node: Any, key: str) -> Any:
 
 
 def set_path(document: dict[str, Any], path: str, value: Any) -> None:
+    """Set the value at a dotted path; a tuple becomes a list, as in a run file."""
     *above, last = path.split(".")
     for part in above:
         document = document.setdefault(part, {})
-    document[last] = value
-
-
-def merge(document: dict[str, Any], more: Mapping[str, Any]) -> None:
-    """Add the nested fields `more` to `document`."""
-    for key, value in more.items():
-        held = document.get(key)
-        if isinstance(held, dict) and isinstance(value, dict):
-            merge(held, value)
-        else:
-            document[key] = value
+    document[last] = list(value) if isinstance(value, tuple) else value
 
 
 def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
