@@ -30,6 +30,34 @@ def floor_to_4n_plus_1(n: int, temporal: int = 4) -> int:
     return (n - 1) // temporal * temporal + 1
 
 
+def parse_size(value: int | str) -> int | str:
+    """`value` as an area in pixels or as "WxH"; ValueError when it is neither."""
+    text = str(value).lower().replace(" ", "")
+    width, cross, height = text.partition("x")
+    if width.isdecimal() and int(width) and not cross:
+        return int(width)
+    if width.isdecimal() and height.isdecimal() and int(width) and int(height):
+        return text
+    raise ValueError(f"{value!r} is neither an area in pixels (399360) nor a size ('832x480')")
+
+
+def size_error(size: int | str, multiple: int, max_resolution: Size) -> str | None:
+    """What is wrong with a training size, an area in pixels or "WxH"."""
+    if isinstance(size, int):
+        least = 2 * multiple
+        why = f"is an area in pixels, and {size} is less than {least}x{least}"
+        return None if size >= least**2 else f"{why}; for 480p write 399360 or '832x480'"
+    sides = [int(side) for side in size.split("x")]
+    nearest = [max(multiple, round(side / multiple) * multiple) for side in sides]
+    if sides != nearest:
+        remedy = f"the nearest is '{nearest[0]}x{nearest[1]}'"
+        return f"sides must be multiples of {multiple}, got {size!r}; {remedy}"
+    if max(sides) > max(max_resolution) or min(sides) > min(max_resolution):
+        limit = f"video_data.max_resolution {[*max_resolution]}"
+        return f"must fit into {limit}, got {size!r}; raise that, or choose a smaller size"
+    return None
+
+
 def sizes_for(
     resolution: int | str, aspect: float, multiple: int, max_resolution: Size
 ) -> tuple[Size, ...]:

@@ -8,7 +8,7 @@ once every field is valid, all broken rules.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 from types import NoneType
@@ -18,21 +18,23 @@ from onewan.config.messages import report, validated
 from onewan.config.resolve import resolve
 from onewan.config.rules import rule_violations
 from onewan.config.schema import COMPONENTS, SCHEMA_VERSION, ResolvedRun
-from onewan.config.schema_paths import (
+from onewan.config.schema_paths import field_at
+from onewan.config.section import is_section, members_of, sections_of
+from onewan.config.unused import unused_fields
+from onewan.documents import (
     KeyPath,
     Node,
+    differences,
     dotted,
-    field_at,
     format_value,
     get_path,
     is_list,
     is_mapping,
-    is_tuple,
+    parse_json,
+    parse_yaml,
+    to_yaml,
 )
-from onewan.config.section import Section, is_section, members_of, sections_of
-from onewan.config.unused import unused_fields
 from onewan.errors import ConfigError
-from onewan.yaml_json import parse_json, parse_yaml, to_yaml
 
 RESOLVED_NAME = "resolved.yaml"
 """File in a run folder with the text of `dump_run`; a folder that has it is a run folder."""
@@ -81,26 +83,7 @@ def dump_run(config: ResolvedRun) -> str:
 
 def changed_fields(old: ResolvedRun, new: ResolvedRun) -> list[tuple[str, object, object]]:
     """(dotted name, old value, new value) of each leaf that differs; a missing item is None."""
-    before, after = dict(_leaf_values(old)), dict(_leaf_values(new))
-    names = dict.fromkeys([*before, *after])
-    return [
-        (name, before.get(name), after.get(name))
-        for name in names
-        if before.get(name) != after.get(name)
-    ]
-
-
-def _leaf_values(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    if isinstance(node, Section):
-        for name, field in type(node).model_fields.items():
-            value = getattr(node, name)
-            if value != () or not sections_of(field.annotation):  # a list of no sections: no leaf
-                yield from _leaf_values(value, f"{prefix}.{name}" if prefix else name)
-    elif is_tuple(node) and any(isinstance(item, Section) for item in node):
-        for index, item in enumerate(node):
-            yield from _leaf_values(item, f"{prefix}.{index}")
-    else:
-        yield prefix, node
+    return differences(old.model_dump(), new.model_dump())
 
 
 # ------------------------------------------------------------------------------------------ reading

@@ -1,7 +1,6 @@
 """Training methods and embeddings: one class for each `method.kind`, and the `embeddings` section.
 
-Each class has only the fields that its method takes. The fields' documentation is carried into the
-JSON schema.
+Each class has only the fields that its method takes.
 """
 
 from __future__ import annotations
@@ -22,33 +21,26 @@ WEIGHT_GROUPS = ("all", *ADAPTER_GROUPS, "norms", "biases")
 """Names of groups of an expert's weights, for `method.modules` of full fine-tuning."""
 
 
-def _check_modules(value: tuple[str, ...], groups: Sequence[str]) -> tuple[str, ...]:
-    """`value`, or ValueError if an entry is neither a group nor a pattern: it selects nothing."""
-    for name in value:
-        if name in groups or any(sign in name for sign in "*?[."):
-            continue
-        near = difflib.get_close_matches(name, groups, n=1)
-        remedy = f"did you mean '{near[0]}'?" if near else f"the groups are {', '.join(groups)}"
-        if name in WEIGHT_GROUPS:
-            remedy = f"adapters have {', '.join(groups)}; for others use fine_tune"
-        raise ValueError(
-            f"must name groups, or layers by a pattern with one of * ? [ ., got '{name}'; {remedy}"
-        )
-    return value
+def _in_groups(groups: Sequence[str]) -> AfterValidator:
+    """Refuses an entry that is neither a group nor a pattern, since it selects nothing."""
+
+    def check(value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name in groups or any(sign in name for sign in "*?[."):
+                continue
+            near = difflib.get_close_matches(name, groups, n=1)
+            remedy = f"did you mean '{near[0]}'?" if near else f"the groups are {', '.join(groups)}"
+            if name in WEIGHT_GROUPS:
+                remedy = f"adapters have {', '.join(groups)}; for others use fine_tune"
+            rule = "must name groups, or layers by a pattern with one of * ? [ ."
+            raise ValueError(f"{rule}, got '{name}'; {remedy}")
+        return value
+
+    return AfterValidator(check)
 
 
-_AdapterModules = Annotated[
-    tuple[str, ...],
-    Field(min_length=1),
-    AfterValidator(lambda value: _check_modules(value, ADAPTER_GROUPS)),
-    Distinct,
-]
-_WeightModules = Annotated[
-    tuple[str, ...],
-    Field(min_length=1),
-    AfterValidator(lambda value: _check_modules(value, WEIGHT_GROUPS)),
-    Distinct,
-]
+_Modules = Annotated[tuple[str, ...], Field(min_length=1), Distinct]
+_AdapterModules = Annotated[_Modules, _in_groups(ADAPTER_GROUPS)]
 
 
 class PerModule(Section):
@@ -85,29 +77,27 @@ class _RankedAdapter(_Adapter):
     """Ranks and alphas for some of the layers; the last entry that matches a layer applies."""
 
 
-class LoraMethod(_RankedAdapter):
-    kind: Literal["lora"] = "lora"
-    """LoRA: a low-rank adapter beside the frozen weights."""
+class _LowRank(_RankedAdapter):
     dropout: Decay = 0.0
     """Dropout probability of the adapter's inputs during training."""
+    lora_plus_ratio: Positive = 1.0
+    """LoRA+: ratio of B's learning rate to A's (16 is common; 1 turns it off)."""
+
+
+class LoraMethod(_LowRank):
+    kind: Literal["lora"] = "lora"
+    """LoRA: a low-rank adapter beside the frozen weights."""
     use_rslora: bool = False
     """rsLoRA: scale by alpha / sqrt(rank) instead of alpha / rank."""
     init: Literal["zero", "pissa"] = "zero"
     """`zero`: B is zero. `pissa`: A and B are initialized from the top singular vectors of each
-    weight, which often converges faster; the initial product is subtracted in the forward pass, so
-    the base weights stay as they are. Neither changes the model before the first step. A PiSSA
-    adapter is exported as a plain LoRA of twice the rank."""
-    lora_plus_ratio: Positive = 1.0
-    """LoRA+: ratio of B's learning rate to A's (16 is common; 1 turns it off)."""
+    weight, which often converges faster; exported as a plain LoRA of twice the rank. Neither
+    changes the model before the first step."""
 
 
-class DoraMethod(_RankedAdapter):
+class DoraMethod(_LowRank):
     kind: Literal["dora"] = "dora"
     """DoRA: LoRA for the direction of each weight, and a trained magnitude."""
-    dropout: Decay = 0.0
-    """Dropout probability of the adapter's inputs during training."""
-    lora_plus_ratio: Positive = 1.0
-    """LoRA+: ratio of B's learning rate to A's (16 is common; 1 turns it off)."""
 
 
 class LohaMethod(_RankedAdapter):
@@ -142,7 +132,7 @@ class OftMethod(_Adapter):
 class FineTuneMethod(Section):
     kind: Literal["fine_tune"] = "fine_tune"
     """Full fine-tuning of the experts' weights."""
-    modules: _WeightModules = ("all",)
+    modules: Annotated[_Modules, _in_groups(WEIGHT_GROUPS)] = ("all",)
     """Weights to train: `all`, groups (`self_attention`, `cross_attention`, `attention`, `ffn`,
     `all_linears`, `norms`, `biases`) and patterns of diffusers' parameter
     names (`blocks.*.attn1.*`)."""
@@ -193,16 +183,10 @@ class ResolvedEmbedding(EmbeddingFields):
 RankedMethod: TypeAlias = LoraMethod | DoraMethod | LohaMethod | LokrMethod
 """Adapters that have ranks."""
 
-AdapterMethod: TypeAlias = LoraMethod | DoraMethod | LohaMethod | LokrMethod | OftMethod
+AdapterMethod: TypeAlias = RankedMethod | OftMethod
 
 Method: TypeAlias = Annotated[
-    LoraMethod
-    | DoraMethod
-    | LohaMethod
-    | LokrMethod
-    | OftMethod
-    | FineTuneMethod
-    | EmbeddingMethod,
+    AdapterMethod | FineTuneMethod | EmbeddingMethod,
     Field(discriminator="kind"),
     Keyed(key="kind", default="lora"),
 ]

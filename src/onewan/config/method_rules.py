@@ -21,7 +21,8 @@ from onewan.config.method import (
 from onewan.config.optimizer import Optimizer, SgdOptimizer, joint_only_reason
 from onewan.config.resolve import exported_name, trained_experts
 from onewan.config.schema import RunConfig
-from onewan.config.schema_paths import Problem, format_value
+from onewan.config.schema_paths import Problem
+from onewan.documents import format_value
 
 
 def method_rules(config: RunConfig) -> Iterator[Problem]:

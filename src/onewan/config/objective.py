@@ -1,7 +1,6 @@
 """Timestep distributions and the loss: `train.timesteps` and `train.loss`.
 
-A timestep t is the noise level from 0 (clean) to 1 (noise). The fields' documentation is carried
-into the JSON schema.
+A timestep t is the noise level from 0 (clean) to 1 (noise).
 """
 
 from __future__ import annotations
@@ -30,11 +29,10 @@ class _Timesteps(Section, ABC):
     """Timestep shift s: t = s*u / (1 + (s-1)*u), where u has the distribution below. null is the
     variant's official shift (12 for T2V-A14B, 5 for the others), which sampling uses too."""
     shift_by_tokens: bool = False
-    """Multiply the shift by the square root of the ratio of a clip's tokens to those of an official
-    sample, so that small and short clips get less noise."""
+    """Multiply the shift by the root of a clip's tokens over those of an official sample, so that
+    small and short clips get less noise."""
     stratified: bool = False
-    """Stratified sampling of the timesteps of one step, instead of independent draws: the same
-    density with less variance."""
+    """Stratified sampling within a step: the same density with less variance."""
 
     def density(self, official_shift: float) -> TimestepDensity:
         """The density of t; `official_shift` is the variant's, for a section without its own."""
@@ -47,8 +45,7 @@ class _Timesteps(Section, ABC):
 
 class UniformTimesteps(_Timesteps):
     distribution: Literal["uniform"] = "uniform"
-    """Distribution of u, the timestep before the shift: uniform. After the shift, each expert draws
-    from the density truncated to its own range."""
+    """Uniform distribution of u. Each expert draws from the density within its own range."""
 
     def base(self) -> Uniform:
         return Uniform()
@@ -122,8 +119,7 @@ class NoWeighting(Section):
 
 class MinSnrWeighting(Section):
     kind: Literal["min_snr"] = "min_snr"
-    """Min-SNR weighting, min((1-t)^2, gamma t^2) for velocity prediction; scaled to a mean of 1
-    over the timesteps of the expert."""
+    """Min-SNR weighting, min((1-t)^2, gamma t^2), scaled to mean 1 over the expert's timesteps."""
     gamma: Positive = 5.0
     """Upper limit of the signal-to-noise ratio."""
 
@@ -133,7 +129,7 @@ class MinSnrWeighting(Section):
 
 class CurveWeighting(Section):
     kind: Literal["curve"] = "curve"
-    """Linear interpolation between points; scaled to a mean of 1 over the expert's timesteps."""
+    """Linear interpolation between points, scaled to mean 1 over the expert's timesteps."""
     points: tuple[tuple[Share, Annotated[Float, Field(ge=0)]], ...] = Field(min_length=2)
     """[timestep, weight], the timesteps in ascending order from 0 (clean) to 1 (noise)."""
 

@@ -1,8 +1,7 @@
 """Optimizers and learning-rate schedules: one class for each `optimizer.name` and `schedule.kind`.
 
-Each class has only the fields that its optimizer takes. The fields' documentation is carried into
-the JSON schema. adamw, adamw_8bit, adafactor, prodigy, muon, lion and adamw_schedule_free are
-supported in every combination; the others are best effort.
+Each class has only the fields that its optimizer takes. adamw, adamw_8bit, adafactor, prodigy,
+muon, lion and adamw_schedule_free are supported in every combination; the others are best effort.
 """
 
 from __future__ import annotations
@@ -30,29 +29,12 @@ OPTIMIZER_PACKAGES = (
 import arbitrary code."""
 
 Lr = Annotated[Positive, Field(description="Learning rate.")]
-LrFactor = Annotated[
-    Positive,
-    Field(description="Factor of the estimated learning rate; leave it at 1."),
-]
-Betas = Annotated[
-    tuple[Decay, Decay],
-    Field(description="beta1 and beta2: decay rates of the gradient's first and second moment."),
-]
+Betas = Annotated[tuple[Decay, Decay], Field(description="Decay rates of the first two moments.")]
 Eps = Annotated[Positive, Field(description="Added to the denominator for numerical stability.")]
 WeightDecay = Annotated[Float, Field(ge=0, description="Decoupled weight decay.")]
 L2Penalty = Annotated[Float, Field(ge=0, description="Weight decay, as an L2 penalty.")]
 Momentum = Annotated[Decay, Field(description="Decay rate of the momentum.")]
-ClipThreshold = Annotated[
-    Positive, Field(description="Updates with a larger root mean square are scaled down to it.")
-]
-D0 = Annotated[Positive, Field(description="Initial estimate of the learning rate.")]
-DCoef = Annotated[
-    Positive,
-    Field(description="Factor of the estimate: 0.5 is more cautious, 2 more aggressive."),
-]
-EndFactor = Annotated[
-    Share, Field(description="Factor of the learning rate at the end of the decay.")
-]
+ClipThreshold = Annotated[Positive, Field(description="Maximum root mean square of an update.")]
 
 
 class AdamWOptimizer(Section):
@@ -91,29 +73,31 @@ class AdafactorOptimizer(Section):
     weight_decay: L2Penalty = 0.0
 
 
-class ProdigyOptimizer(Section):
+class _Prodigy(Section):
+    lr: Positive = 1.0
+    """Factor of the estimated learning rate; leave it at 1."""
+    betas: Betas = (0.9, 0.999)
+    weight_decay: WeightDecay = 0.0
+    d0: Positive = 1e-6
+    """Initial estimate of the learning rate."""
+    d_coef: Positive = 1.0
+    """Factor of the estimate: 0.5 is more cautious, 2 more aggressive."""
+
+
+class ProdigyOptimizer(_Prodigy):
     name: Literal["prodigy"] = "prodigy"
     """Prodigy: AdamW that estimates its learning rate (package prodigyopt)."""
-    lr: LrFactor = 1.0
-    betas: Betas = (0.9, 0.999)
     eps: Eps = 1e-8
-    weight_decay: WeightDecay = 0.0
-    d0: D0 = 1e-6
-    d_coef: DCoef = 1.0
     safeguard_warmup: bool = True
     """Keep the estimate from growing during warm-up."""
     bias_correction: bool = True
     """Adam's bias correction."""
 
 
-class ProdigyPlusOptimizer(Section):
+class ProdigyPlusOptimizer(_Prodigy):
     name: Literal["prodigy_plus_schedule_free"] = "prodigy_plus_schedule_free"
     """Prodigy with schedule-free averaging (package prodigy-plus-schedule-free). Best effort."""
-    lr: LrFactor = 1.0
     betas: Betas = (0.9, 0.99)
-    weight_decay: WeightDecay = 0.0
-    d0: D0 = 1e-6
-    d_coef: DCoef = 1.0
     factored: bool = True
     """Factored second moment, which needs less memory."""
 
@@ -194,10 +178,8 @@ class CustomOptimizer(Section):
     @classmethod
     def _is_in_known_package(cls, value: str) -> str:
         if not value.startswith(tuple(f"{name}." for name in OPTIMIZER_PACKAGES)):
-            raise ValueError(
-                f"must be in one of {', '.join(OPTIMIZER_PACKAGES)}, got '{value}'; a run file "
-                "can't name other code"
-            )
+            rule = f"must be in one of {', '.join(OPTIMIZER_PACKAGES)}"
+            raise ValueError(f"{rule}, got '{value}'; a run file can't name other code")
         return value
 
     @field_validator("arguments")
@@ -236,38 +218,38 @@ class ConstantSchedule(Section):
     """Learning-rate schedule between warm-up and cooldown: constant."""
 
 
-class LinearSchedule(Section):
+class _Decay(Section):
+    end_factor: Share = 0.0
+    """Factor of the learning rate at the end of the decay."""
+
+
+class LinearSchedule(_Decay):
     kind: Literal["linear"] = "linear"
     """Linear decay."""
-    end_factor: EndFactor = 0.0
 
 
-class CosineSchedule(Section):
+class CosineSchedule(_Decay):
     kind: Literal["cosine"] = "cosine"
     """Cosine decay."""
-    end_factor: EndFactor = 0.0
 
 
-class CosineRestartsSchedule(Section):
+class CosineRestartsSchedule(_Decay):
     kind: Literal["cosine_with_restarts"] = "cosine_with_restarts"
     """Cosine decay with hard restarts at the full learning rate."""
     cycles: Int = Field(default=3, ge=1)
     """Number of cosine cycles."""
-    end_factor: EndFactor = 0.0
 
 
-class RexSchedule(Section):
+class RexSchedule(_Decay):
     kind: Literal["rex"] = "rex"
     """REX (reflected exponential): stays high for long, then decays fast."""
-    end_factor: EndFactor = 0.0
 
 
-class PolynomialSchedule(Section):
+class PolynomialSchedule(_Decay):
     kind: Literal["polynomial"] = "polynomial"
     """Polynomial decay."""
     power: Positive = 2.0
     """Exponent: 1 is linear; larger values decay faster at first."""
-    end_factor: EndFactor = 0.0
 
 
 Schedule: TypeAlias = Annotated[

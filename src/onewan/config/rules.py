@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from onewan.arithmetic.buckets import size_error
 from onewan.arithmetic.sample_request import image_error, request_errors
 from onewan.arithmetic.timestep_weighting import weighting_problem
 from onewan.config.method_rules import method_rules, missing_file
@@ -21,8 +22,9 @@ from onewan.config.resolve import (
     trained_experts,
 )
 from onewan.config.schema import COMPONENTS, RunConfig
-from onewan.config.schema_paths import Problem, format_value
+from onewan.config.schema_paths import Problem
 from onewan.config.unused import unused_field_problems
+from onewan.documents import format_value
 
 
 def rule_violations(config: RunConfig) -> Iterator[Problem]:
@@ -78,25 +80,8 @@ def _size_rules(config: RunConfig) -> Iterator[Problem]:
     sizes = video.resolution if isinstance(video.resolution, tuple) else ()
     for index, size in enumerate(sizes):
         field = "video_data.resolution" + (f".{index}" if len(sizes) > 1 else "")
-        if text := _size_error(size, variant.size_multiple, high):
+        if text := size_error(size, variant.size_multiple, high):
             yield field, text
-
-
-def _size_error(size: int | str, multiple: int, largest: tuple[int, int]) -> str | None:
-    """What is wrong with a training size, an area in pixels or "WxH"."""
-    if isinstance(size, int):
-        least = 2 * multiple
-        why = f"is an area in pixels, and {size} is less than {least}x{least}"
-        return None if size >= least**2 else f"{why}; for 480p write 399360 or '832x480'"
-    sides = [int(side) for side in size.split("x")]
-    nearest = [max(multiple, round(side / multiple) * multiple) for side in sides]
-    if sides != nearest:
-        remedy = f"the nearest is '{nearest[0]}x{nearest[1]}'"
-        return f"sides must be multiples of {multiple}, got {size!r}; {remedy}"
-    if max(sides) > max(largest) or min(sides) > min(largest):
-        limit = f"video_data.max_resolution {format_value(largest)}"
-        return f"must fit into {limit}, got {size!r}; raise that, or choose a smaller size"
-    return None
 
 
 def _sample_rules(config: RunConfig) -> Iterator[Problem]:

@@ -1,8 +1,8 @@
 """The fields of the run file: types, defaults, bounds and documentation.
 
-The string under each field is its documentation; pydantic carries it into the JSON schema
-(`onewan schema`), which editors use for completion. `onewan.config.resolve` replaces null by the
-variant's value where a field says so; rules between fields are in `onewan.config.rules`.
+The string under each field is its documentation, also in the JSON schema (`onewan schema`), which
+editors use for completion. `resolve` replaces null by the variant's value where a field says so;
+`rules` has the rules between fields.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Annotated, Literal, cast
 
 from pydantic import Field, field_validator
 
+from onewan.arithmetic.buckets import parse_size
 from onewan.arithmetic.lr_schedule import LrSchedule
 from onewan.config.method import EmbeddingSection, LoraMethod, Method, ResolvedEmbedding
 from onewan.config.objective import LossSection, Timesteps, UniformTimesteps
@@ -30,7 +31,7 @@ class ModelSection(Section):
     path: str | None = None
     """The base model: a folder in the diffusers or the official layout, or the name of a repository
     on the Hugging Face hub such as Wan-AI/Wan2.2-T2V-A14B-Diffusers. The fields below override
-    single components; if they name all components, leave this out."""
+    single components; where they name all, leave this out."""
     transformer: str | None = None
     """The high-noise expert, or the transformer of TI2V-5B: a file (safetensors in any known
     key format, also fp8_scaled, or GGUF), a folder, or a whole model or hub repository."""
@@ -49,16 +50,15 @@ class ModelSection(Section):
     """Refuse a file for the high-noise expert if its name says low noise, and the reverse. The
     weights of the two can't be told apart."""
     quantized: Literal["keep", "dequantize"] = "keep"
-    """How to hold weights that a file has in fp8 or GGUF. `keep`: linear layers stay quantized in
-    memory and are dequantized at each use. `dequantize`: all are dequantized once when loading,
-    which is faster and needs the memory of an unquantized model. The results are the same."""
+    """Weights that a file has in fp8 or GGUF. `keep`: linear layers stay quantized in memory and
+    are dequantized at each use. `dequantize`: once when loading, which is faster and needs the
+    memory of an unquantized model. The results are the same."""
     experts: Literal["both", "high", "low"] = "both"
     """Experts to train. T2V-A14B and I2V-A14B have two: `high` denoises the noisy first part of
     sampling (layout and motion), `low` the rest (detail). TI2V-5B has one: keep `both`."""
     boundary: Annotated[Float, Field(gt=0, lt=1)] | None = None
     """Timestep in (0, 1) at and above which the high-noise expert is used, in training and
-    sampling; null is the variant's own (0.875 for T2V-A14B, 0.9 for I2V-A14B). Change it only for
-    base models that were trained with another one."""
+    sampling; null is the variant's own (0.875 or 0.9), which other base models may not have."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the frozen weights and of matrix products. Adapters, the residual stream, the
     time embedding and the loss are always float32."""
@@ -86,22 +86,19 @@ class WanTrainConfig(Section):
 
     max_frames: Int = Field(default=16, ge=1)
     """Maximum frames of a training clip, rounded down to 4n+1 (16 becomes 13), the only lengths
-    that the VAE takes. Shorter clips are used with the frames they have."""
+    that the VAE takes."""
     frame_sample_strategy: Literal["uniform", "random", "keyframe"] = "uniform"
-    """Position of the clip in a longer file. `uniform`: the middle; `random`: a random position,
-    determined by the seed; `keyframe`: from the key frame nearest to the middle. Frames are always
-    1/target_fps apart; the speed is never changed."""
+    """Position of the clip in a longer file: in the middle (`uniform`), at random (`random`), or
+    from the key frame nearest to the middle (`keyframe`). The speed is never changed."""
     temporal_consistency_weight: Float = Field(default=1.0, ge=0)
-    """Loss weight, at least 0, of each frame's deviation from the mean error over frames. 1.0 is
-    exactly the plain loss; larger values penalize flicker and wrong motion, smaller ones favor
-    appearance."""
+    """Loss weight of each frame's deviation from the mean error over frames. 1.0 is exactly the
+    plain loss; larger values penalize flicker and wrong motion, smaller ones favor appearance."""
     transformer_layers_to_train: (
         Annotated[tuple[Annotated[Int, Field(ge=0)], ...], Field(min_length=1), Distinct] | None
     ) = None
     """Indices of the transformer blocks to train, e.g. [0, 1, 2]; null is all."""
     use_temporal_attention: bool = True
-    """false: each latent frame attends only to itself during training (for styles and
-    characters)."""
+    """false: in training, each latent frame attends only to itself (styles and characters)."""
     spatial_compression_ratio: Int = 8
     """Spatial compression of the variant's VAE (8, or 16 for TI2V-5B); must match if given."""
     temporal_compression_ratio: Int = 4
@@ -117,16 +114,16 @@ class SourceSection(Section):
     loss_weight: Positive = 1.0
     """Loss weight of its clips."""
     target: Literal["data", "base"] = "data"
-    """Training target. `data`: the clips themselves. `base`: the base model's own prediction (prior
-    preservation), which keeps existing abilities; needs an adapter method."""
+    """Training target: the clips (`data`), or the base model's own prediction (`base`: prior
+    preservation, which keeps existing abilities; needs an adapter method)."""
 
 
 class VideoDataFields(Section):
     sources: tuple[SourceSection, ...] = ()
     """Folders with clips."""
     supported_formats: tuple[str, ...] = ("mp4", "avi", "mov", "webm")
-    """File extensions of videos to use; other videos are reported. Images (png, jpg, jpeg, webp)
-    are always used, as clips of one frame."""
+    """File extensions of videos to use. Images (png, jpg, jpeg, webp) are always used, as clips of
+    one frame."""
     max_duration: Positive = 10.0
     """Maximum length of a training clip in seconds. Of a longer file, a part is used."""
     min_resolution: Size = (256, 256)
@@ -135,12 +132,11 @@ class VideoDataFields(Section):
     """Maximum width and height of the training size in pixels. Larger files are scaled down."""
     masks: bool = False
     """Use loss masks next to the clips: NAME.mask.png for all frames of NAME.mp4, or a video
-    NAME.mask.mp4 with the same timing. White has loss weight 1, black
-    `train.loss.unmasked_weight`; transparent pixels are white. Clips without a mask have weight 1
-    everywhere."""
+    NAME.mask.mp4 with the same timing. White, transparent pixels and clips without a mask have
+    loss weight 1, black has `train.loss.unmasked_weight`."""
     cache: bool = True
-    """Encode each clip and caption once and cache the result on disk. false: encode in every step,
-    which keeps the VAE and the text encoder in memory."""
+    """Encode each clip and caption once, into a cache on disk. false: in every step, which keeps
+    the VAE and the text encoder in memory."""
     cache_dir: Path = Path("cache")
     """Folder of the cache. Several runs can share one."""
 
@@ -152,8 +148,7 @@ class VideoDataFields(Section):
 
 class VideoDataSection(VideoDataFields):
     target_fps: Positive | None = None
-    """Frames per second of the training clips; null is the variant's own rate (16, or 24 for
-    TI2V-5B), the playback rate of its videos."""
+    """Frames per second of the training clips; null is the variant's own rate (16, or 24)."""
     resolution: Int | str | tuple[Int | str, ...] | None = None
     """Training sizes, one or several: an area in pixels (399360; each clip keeps its aspect ratio
     at about that area) or an exact size ("832x480", width x height). null: the area of 480p."""
@@ -166,23 +161,12 @@ class VideoDataSection(VideoDataFields):
         if value is None:
             return None
         several = value if isinstance(value, tuple) else (value,)
-        return tuple(_area_or_size(v) for v in several)
+        return tuple(parse_size(v) for v in several)
 
 
 class ResolvedVideoData(VideoDataFields):
     target_fps: float
     resolution: tuple[int | str, ...]
-
-
-def _area_or_size(value: int | str) -> int | str:
-    """`value` as an area in pixels or as "WxH"; ValueError when it is neither."""
-    text = str(value).lower().replace(" ", "")
-    width, cross, height = text.partition("x")
-    if width.isdecimal() and int(width) and not cross:
-        return int(width)
-    if width.isdecimal() and height.isdecimal() and int(width) and int(height):
-        return text
-    raise ValueError(f"{value!r} is neither an area in pixels (399360) nor a size ('832x480')")
 
 
 class EmaSection(Section):
@@ -234,53 +218,46 @@ class TrainSection(Section):
     accumulation: Int = Field(default=1, ge=1)
     """Gradient accumulation: forward passes per optimizer step."""
     seed: Int = Field(default=42, ge=0)
-    """Seed of everything random. Each draw depends only on the seed, its purpose and its position
-    in the run, so a resumed run draws the same values as an uninterrupted one."""
+    """Seed of everything random; a resumed run draws the same values as an uninterrupted one."""
     schedule: Schedule = ConstantSchedule()
-    """Learning-rate schedule between warm-up and cooldown: a name, or a mapping with kind and its
-    options."""
+    """Learning-rate schedule between warm-up and cooldown: a name, or kind and its options."""
     warmup_steps: Int = Field(default=0, ge=0)
-    """Linear learning-rate warm-up, in optimizer steps of each expert; with `cooldown_steps`, fewer
-    than the expert has."""
+    """Linear learning-rate warm-up, in optimizer steps of each expert."""
     cooldown_steps: Int = Field(default=0, ge=0)
     """Linear decay of the learning rate to 0, over the last optimizer steps of each expert."""
     max_grad_norm: Positive | None = 1.0
     """Gradient clipping: maximum norm of the gradient; null turns it off."""
     high_expert_share: Literal["equal", "density"] | Annotated[Float, Field(ge=0, le=1)] = "equal"
-    """Fraction of the steps that train the high-noise expert when both are trained: `equal` is one
-    half; `density` is the probability of its timesteps under `timesteps`; or a number between 0 and
-    1."""
+    """Fraction of the steps that train the high-noise expert when both are trained: a number,
+    `equal` (one half) or `density` (the probability of its timesteps)."""
     switch_expert_every: Int = Field(default=10, ge=1)
-    """Steps for which one expert is trained before the run may switch to the other. Larger values
-    move weights between CPU and GPU less often."""
+    """Steps of one expert before the run may switch to the other, which moves their weights."""
     caption_dropout: Share = 0.0
     """Probability of replacing a caption by the empty one, for classifier-free guidance."""
     first_frame_probability: Share = 0.2
-    """TI2V-5B only: probability that a sample's first latent frame is the conditioning frame, which
-    trains image-to-video; that frame has no loss."""
+    """TI2V-5B only: probability that a sample's first latent frame is a conditioning frame without
+    loss, which trains image-to-video."""
     first_frame_noise: tuple[Float, Annotated[Float, Field(ge=0)]] | None = None
     """TI2V-5B only: mean and standard deviation of the logarithm of the noise level in the
     conditioning frame, such as [-3.5, 0.5] (about 0.03); null keeps it clean, as in sampling."""
     noise_offset: Float = Field(default=0.0, ge=0)
-    """Offset noise: strength of noise that is constant over each channel, added to the noise; helps
-    with very dark and very bright videos."""
+    """Offset noise: strength of additional noise that is constant over each channel, for very dark
+    and very bright videos."""
     input_perturbation: Float = Field(default=0.0, ge=0)
     """Strength of additional noise in the noisy sample that is not in the target."""
     timesteps: Timesteps = UniformTimesteps()
-    """Distribution of the timesteps: a name, or a mapping with distribution and its options."""
+    """Distribution of the timesteps: a name, or distribution and its options."""
     loss: LossSection = LossSection()
     """Loss function and weights."""
     ema: EmaSection | None = None
-    """Exponential moving average of the trained weights, which is validated and exported too; null
-    turns it off, {} uses the defaults."""
+    """Exponential moving average of the trained weights, validated and exported too; {} turns it
+    on."""
     save_every: Int = Field(default=500, ge=1)
-    """Steps between checkpoints (training state and exported weights). The last step is always
-    saved."""
+    """Steps between checkpoints (training state and exported weights); the last is always saved."""
     save_every_minutes: Positive | None = None
     """Also save the training state when this many minutes have passed since the last save."""
     keep_last: Int = Field(default=2, ge=1)
-    """Number of newest training states to keep; older ones are deleted, exported weights are
-    not."""
+    """Number of newest training states to keep; exported weights are all kept."""
     keep_every: Int | None = Field(default=None, ge=1)
     """Keep every training state whose step is a multiple of this permanently."""
     keep_best: bool = False
@@ -307,8 +284,7 @@ class PromptSection(Section):
 
 class SampleFields(Section):
     prompts: tuple[PromptSection, ...] = ()
-    """Prompts of sample videos: a text, or a mapping with prompt, image, seed and
-    negative_prompt."""
+    """Prompts of sample videos, each a text or a mapping."""
     every: Int = Field(default=0, ge=0)
     """Steps between sample videos; 0 samples after the last step only."""
     at_start: bool = False
@@ -329,19 +305,17 @@ class SampleFields(Section):
 
 class SampleSection(SampleFields):
     width: Int | None = Field(default=None, ge=16)
-    """Width in pixels, a multiple of 16, or 32 for TI2V-5B; null is the variant's official
-    width."""
+    """Width in pixels, a multiple of 16, or 32 for TI2V-5B; null is the official width."""
     height: Int | None = Field(default=None, ge=16)
-    """Height in pixels, a multiple of 16, or 32 for TI2V-5B; null is the variant's official
-    height."""
+    """Height in pixels, a multiple of 16, or 32 for TI2V-5B; null is the official height."""
     frames: Int | None = Field(default=None, ge=1)
-    """Number of frames, 4n+1; null is the variant's official number (81, or 121)."""
+    """Number of frames, 4n+1; null is the official number (81, or 121)."""
     fps: Positive | None = None
     """Frames per second of the written file; null is the variant's own rate."""
     steps: Int | None = Field(default=None, ge=1)
-    """Denoising steps; null is the variant's official number (40, or 50)."""
+    """Denoising steps; null is the official number (40, or 50)."""
     shift: Positive | None = None
-    """Timestep shift of the solver; null is the variant's official one."""
+    """Timestep shift of the solver; null is the official one."""
     guidance: tuple[Float, ...] | None = None
     """Guidance scale of each expert, [high, low], or [scale] for TI2V-5B; null is the official."""
     negative_prompt: str | None = None
@@ -369,11 +343,10 @@ class OutputFields(Section):
     and DiffSynth-Studio; `diffusers` by diffusers only; `kohya` (of musubi-tuner) by ComfyUI,
     diffusers and musubi-tuner. Fine-tuned experts: `comfyui` is one file, `diffusers` a folder."""
     dtype: WeightDtype | None = None
-    """Data type of exported files; null is that of the trained weights (float32 for adapters and
-    embeddings)."""
+    """Data type of exported files; null is that of the trained weights."""
     keep_last: Int | None = Field(default=None, ge=1)
-    """Number of newest exports to keep, besides the best one; null keeps all. Each export of a
-    fine-tuned A14B expert is 28 GB."""
+    """Number of newest exports to keep, besides the best one; null keeps all. A fine-tuned A14B
+    expert has 28 GB."""
 
 
 class OutputSection(OutputFields):
@@ -387,8 +360,7 @@ class ResolvedOutput(OutputFields):
 
 class MemorySection(Section):
     gradient_checkpointing: bool = True
-    """Gradient checkpointing per block: about a third more compute for a tenth of the activation
-    memory."""
+    """Gradient checkpointing per block: a third more compute, a tenth of the activation memory."""
     offload_inactive_expert: bool = True
     """Keep the expert that is not being trained in CPU memory."""
 

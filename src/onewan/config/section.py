@@ -115,10 +115,8 @@ class Members:
 
 def members_of(field: FieldInfo | None) -> Members | None:
     """The union that a field holds; None if it holds none."""
-    if field is None:
+    keyed = next((k for k in field.metadata if isinstance(k, Keyed)), None) if field else None
+    if field is None or keyed is None:
         return None
     sections = sections_of(field.annotation)
-    for keyed in field.metadata:
-        if isinstance(keyed, Keyed):
-            return Members(keyed, {s.model_fields[keyed.key].default: s for s in sections})
-    return None
+    return Members(keyed, {s.model_fields[keyed.key].default: s for s in sections})

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from onewan.config.method import AdapterMethod, EmbeddingMethod, FineTuneMethod, RankedMethod
 from onewan.config.resolve import steps_per_expert, trained_experts
 from onewan.config.schema import ExpertSettings, ResolvedRun, RunConfig
-from onewan.config.schema_paths import KeyPath, Problem, dotted, format_value, get_path
+from onewan.config.schema_paths import Problem
+from onewan.documents import KeyPath, dotted, format_value, get_path
 
 Unused = tuple[KeyPath, str]
 """The path of a field, and the reason that it has no effect."""

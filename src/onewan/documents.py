@@ -1,4 +1,7 @@
-"""YAML 1.2 and JSON text -> plain data, and back; errors have line and column in one line."""
+"""Documents: YAML 1.2 or JSON text to plain data and back, key paths, values and differences.
+
+Knows no schema: what the data means is the business of `onewan.config`.
+"""
 
 # ruamel.yaml is typed in part only.
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
@@ -8,7 +11,9 @@ from __future__ import annotations
 import io
 import json
 import re
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
@@ -17,6 +22,80 @@ from ruamel.yaml.representer import SafeRepresenter
 
 if TYPE_CHECKING:
     from ruamel.yaml.error import StreamMark
+
+
+Node: TypeAlias = Any
+"""A mapping, a list (in a dumped config a tuple) or a scalar."""
+KeyPath: TypeAlias = tuple[str | int, ...]
+"""Field names and list indices that lead to a value of a document."""
+
+
+def is_mapping(node: object) -> TypeGuard[dict[str, Any]]:
+    return isinstance(node, dict)
+
+
+def is_list(node: object) -> TypeGuard[list[Any]]:
+    return isinstance(node, list)
+
+
+def is_tuple(node: object) -> TypeGuard[tuple[object, ...]]:
+    return isinstance(node, tuple)
+
+
+def dotted(path: KeyPath) -> str:
+    return ".".join(map(str, path))
+
+
+def has_key(node: Node, part: str | int) -> bool:
+    """Whether a mapping has this field, or a list this index."""
+    if is_list(node):
+        return isinstance(part, int) and part < len(node)
+    return is_mapping(node) and part in node
+
+
+def get_path(node: Node, path: KeyPath) -> Node:
+    """The value at `path` of `node`, or None."""
+    for part in path:
+        if not has_key(node, part):
+            return None
+        node = node[part]
+    return node
+
+
+def format_value(value: object) -> str:
+    """`value` as it is written in YAML, shortened to fit into a message."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(str(value)) if isinstance(value, (str, Path)) else repr(_as_lists(value))
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _as_lists(value: object) -> object:
+    return [_as_lists(item) for item in value] if is_tuple(value) else value
+
+
+def differences(old: Node, new: Node) -> list[tuple[str, object, object]]:
+    """(dotted name, old value, new value) of each leaf that differs; a missing item is None."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    return [
+        (name, before.get(name), after.get(name))
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _leaves(node: object, path: KeyPath = ()) -> Iterator[tuple[str, object]]:
+    """Values by dotted name; a list of scalars is one value, an empty one none."""
+    if is_mapping(node):
+        for name, value in node.items():
+            yield from _leaves(value, (*path, name))
+    elif is_tuple(node) and any(map(is_mapping, node)):
+        for index, item in enumerate(node):
+            yield from _leaves(item, (*path, index))
+    elif node != ():
+        yield dotted(path), node
 
 
 def parse_yaml(text: str) -> Any:
