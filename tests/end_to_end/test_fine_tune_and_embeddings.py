@@ -169,9 +169,9 @@ def test_a_placeholder_in_no_caption_is_refused(run_file: RunFile) -> None:
         WanTrainer(config).fit()
 
 
-@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("enabled", [True, False])
 def test_gradient_checkpointing_saves_memory_in_both_models(
-    run_file: RunFile, workshop: Path, wanted: bool
+    run_file: RunFile, workshop: Path, enabled: bool
 ) -> None:
     """The transformer and the text encoder keep fewer tensors for the backward pass with it."""
     config = run_file(
@@ -179,7 +179,7 @@ def test_gradient_checkpointing_saves_memory_in_both_models(
         "method={kind: embedding}",
         "embeddings=[{placeholder: <shape>, initial_text: a}]",
         f"video_data.sources=[{{path: {workshop / 'named clips'}}}]",
-        f"memory.gradient_checkpointing={str(wanted).lower()}",
+        f"memory.gradient_checkpointing={str(enabled).lower()}",
     )
     run = WanModelSetup(config).build()
     batch = run.loader.validation_batches(run.dataset.clips, 1)[0]
@@ -192,7 +192,7 @@ def test_gradient_checkpointing_saves_memory_in_both_models(
         step = run.loader.step(0, "single", 0)
         predict(run, trained, batch, run.objective.add_noise(batch, step, trained.expert), text)
     of_video = len(kept) - of_text
-    assert (of_text < 30) == wanted and (of_video < 45) == wanted, (of_text, of_video)
+    assert (of_text < 30) == enabled and (of_video < 45) == enabled, (of_text, of_video)
 
 
 def test_a_notice_about_exported_files_is_reported_once(run_file: RunFile) -> None:

@@ -172,12 +172,12 @@ def reference(run: Run, config: ResolvedRun, step: StepBatches) -> tuple[Tensor,
     total = torch.zeros(())
     for index, batch in enumerate(step.batches):
         error = (prediction[index] - target[index]) ** 2
-        counts = torch.ones_like(error[:1]) if batch.mask is None else batch.mask[0]
-        counts = counts + 0.2 * (1 - counts)
+        loss_mask = torch.ones_like(error[:1]) if batch.mask is None else batch.mask[0]
+        loss_mask = loss_mask + 0.2 * (1 - loss_mask)
         if clean[index]:
-            counts = counts.clone()
-            counts[:, 0] = 0
-        weighted_error = (error * counts).sum() / (counts.sum() * len(error))
+            loss_mask = loss_mask.clone()
+            loss_mask[:, 0] = 0
+        weighted_error = (error * loss_mask).sum() / (loss_mask.sum() * len(error))
         total = total + 2.5 * weighted_error / len(step.batches)
     gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return total.detach(), {

@@ -172,14 +172,14 @@ def test_quantized_files_compute_within_the_bounds_of_their_format(
 ) -> None:
     """What is computed is what the file's numbers give; what those lost is the format's loss."""
     written = quantise(form, high, tmp_path)
-    reference = run(with_numbers(written.path, written.numbers), expected)
+    reference = run(with_numbers(written.path, written.values), expected)
     kept, unpacked = load(written.path), load(written.path, quantized="dequantize")
     layers = packed_layers(kept)
     assert layers.keys() == {to_diffusers(n).removesuffix(".weight") for n in written.bounds}
     assert len(layers) == 20 and not packed_layers(unpacked)
     for name, bound in written.bounds.items():
         ours = layers[to_diffusers(name).removesuffix(".weight")].expanded_weight()
-        assert torch.equal(ours, written.numbers[name])
+        assert torch.equal(ours, written.values[name])
         assert torch.equal(ours, unpacked.state_dict()[to_diffusers(name)])
         error = (ours - high[name].float()).abs()
         assert (error <= bound * (1 + 1e-6)).all()  # the bound itself is computed in float32
@@ -254,7 +254,7 @@ def test_gguf_types_without_a_decoder_are_expanded(tmp_path: Path, high: dict[st
     assert "20 weights of type TQ2_0 were expanded" in notice
     name = "blocks.0.ffn.0.weight"
     ours = model.transformer.state_dict()[to_diffusers(name)]
-    assert torch.equal(ours, written.numbers[name])
+    assert torch.equal(ours, written.values[name])
 
 
 @pytest.mark.parametrize("spelling", ["old", "new"])
@@ -275,7 +275,7 @@ def test_a_text_encoder_of_comfyui_loads(
         assert ids == expected["text.input_ids"][0, : len(ids)].tolist()
     reference = loader.load(t2v, dtype=dtype, components=("text_encoder", "tokenizer"))
     assert reference.text_encoder is not None
-    reference.text_encoder.load_state_dict(written.numbers, strict=False)
+    reference.text_encoder.load_state_dict(written.values, strict=False)
     layers = packed_layers(model.text_encoder)
     # float16 overflows in wo, which transformers keeps in float32 for it.
     assert len(layers) == (12 if dtype == torch.float16 else 14)

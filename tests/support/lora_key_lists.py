@@ -1,7 +1,7 @@
-"""What other trainers' LoRA files hold: keys as documented, tensors made up.
+"""Keys of other trainers' LoRA files as documented, with random tensors.
 
-Written from what is known of their files (keys, where alpha is), not from their code. The
-difference that a file means is given by its definition: alpha / rank times up times down.
+Written from the published layout of their files (keys, where alpha is), not from their code. The
+difference that a file represents follows its definition: alpha / rank times up times down.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Written:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     deltas: dict[str, Tensor] = field(default_factory=dict)
-    """What is added to the weights, by diffusers' names of modules."""
+    """The differences that are added to the weights, by diffusers' names of modules."""
     key_format: str = "comfyui"
     trainer: str | None = None
     expert: str | None = None

@@ -37,11 +37,11 @@ def observed(*args, **kwargs):
             names=[os.path.basename(path) for path in batch.get("image_path", [])],
         )
         if folder := os.environ.get("RECORDER_LATENTS"):
-            for place, path in enumerate(batch["image_path"]):
+            for index, path in enumerate(batch["image_path"]):
                 name = os.path.basename(path) + ".pt"
-                torch.save(batch["latent_image"][place].clone(), os.path.join(folder, name))
-        wanted = int(os.environ.get("RECORDER_DUMP_STEP", "0"))
-        if dump and step == wanted and not os.path.exists(dump):
+                torch.save(batch["latent_image"][index].clone(), os.path.join(folder, name))
+        dump_step = int(os.environ.get("RECORDER_DUMP_STEP", "0"))
+        if dump and step == dump_step and not os.path.exists(dump):
             sample = out["samples"][0]
             torch.save(
                 {

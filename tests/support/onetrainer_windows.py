@@ -3,8 +3,9 @@
     python onetrainer_windows.py qt|tk OUT [again]
 
 Works from the root of a checkout, by OneTrainer's own interpreter, without a display for Qt and
-under Xvfb for Tk. OUT/facts.json says what was there; with `again` nothing is set, and what the
-last session left is told. The tests and the pictures of docs/onetrainer.md come from here.
+under Xvfb for Tk. OUT/facts.json lists the widgets found; with `again` nothing is set, and the
+values that the last session left are reported. It serves the tests and the pictures of
+docs/onetrainer.md.
 """
 
 import json
@@ -218,8 +219,8 @@ class Tk:
             for w in self._all(self.page)
             if isinstance(w, ctk.CTkLabel) and w.cget("text") == label
         ]
-        place = found.grid_info()
-        beside = found.master.grid_slaves(row=place["row"], column=int(place["column"]) + 1)[0]
+        cell = found.grid_info()
+        beside = found.master.grid_slaves(row=cell["row"], column=int(cell["column"]) + 1)[0]
         kinds = (ctk.CTkSwitch, ctk.CTkOptionMenu, ctk.CTkEntry)
         widget = next(w for w in self._all(beside) if isinstance(w, kinds))
         if isinstance(widget, ctk.CTkSwitch):

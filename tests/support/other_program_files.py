@@ -1,8 +1,8 @@
 """The golden weights in the forms that other programs give them.
 
 Written with safetensors' and gguf's own writers, and quantized by formulas of this file alone, so
-that neither onewan's writer nor its reader is taken for granted. Names of the text encoder are
-spelled out for the same reason.
+that errors of onewan's writer and reader can't cancel. Names of the text encoder are written out
+for the same reason.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def single(
 
 
 def in_blocks(weights: Mapping[str, Tensor]) -> Iterator[str]:
-    """Matrices that programs quantise: those of linear layers in blocks."""
+    """Matrices that programs quantize: those of linear layers in blocks."""
     for name, tensor in weights.items():
         block = name.startswith(("blocks.", "encoder.block."))
         if block and tensor.ndim == 2 and "relative_attention_bias" not in name:
@@ -52,18 +52,18 @@ def in_blocks(weights: Mapping[str, Tensor]) -> Iterator[str]:
 
 
 class Quantized:
-    """What was written, what it stands for, and how far that may be from the original."""
+    """A written file, the values that it represents, and bounds of their quantization error."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.numbers: dict[str, Tensor] = {}
+        self.values: dict[str, Tensor] = {}
         """float32, by the names in the file."""
         self.bounds: dict[str, Tensor] = {}
         """Largest |error| that the format allows each element of a quantized weight."""
 
 
-def fp8(weights: Mapping[str, Tensor], path: Path, spelling: str, prefix: str = "") -> Quantized:
-    """`spelling`: old, old_one (scale of shape [1]), new, new_header, or plain (a mere cast)."""
+def fp8(weights: Mapping[str, Tensor], path: Path, scheme: str, prefix: str = "") -> Quantized:
+    """`scheme`: old, old_one (scale of shape [1]), new, new_header, or plain (a mere cast)."""
     result = Quantized(path)
     stored: dict[str, Tensor] = {}
     layers: dict[str, object] = {}
@@ -71,30 +71,30 @@ def fp8(weights: Mapping[str, Tensor], path: Path, spelling: str, prefix: str = 
     for name, tensor in weights.items():
         if name not in chosen:
             stored[prefix + name] = tensor.to(torch.float16)
-            result.numbers[name] = tensor.to(torch.float16).float()
+            result.values[name] = tensor.to(torch.float16).float()
             continue
-        numbers = tensor.float()
-        scale = torch.tensor(1.0) if spelling == "plain" else numbers.abs().max() / LARGEST
-        packed = (numbers / scale).to(torch.float8_e4m3fn)
-        # Three bits behind the point: half a step is 1/16, and below 2^-6 it is 2^-10.
-        result.bounds[name] = torch.maximum(numbers.abs() / 16, scale * 2**-10)
-        result.numbers[name] = packed.float() * scale
+        values = tensor.float()
+        scale = torch.tensor(1.0) if scheme == "plain" else values.abs().max() / LARGEST
+        packed = (values / scale).to(torch.float8_e4m3fn)
+        # A mantissa of three bits: half a step is 1/16, and below 2^-6 it is 2^-10.
+        result.bounds[name] = torch.maximum(values.abs() / 16, scale * 2**-10)
+        result.values[name] = packed.float() * scale
         stored[prefix + name] = packed
         layer = name.removesuffix(".weight")
         layers[layer] = {"format": "float8_e4m3fn"}
-        if spelling.startswith("old"):
-            one = scale.reshape(1) if spelling == "old_one" else scale
+        if scheme.startswith("old"):
+            one = scale.reshape(1) if scheme == "old_one" else scale
             stored[f"{prefix}{layer}.scale_weight"] = one.clone()
             stored[f"{prefix}{layer}.scale_input"] = torch.tensor(0.5)
-        elif spelling.startswith("new"):
+        elif scheme.startswith("new"):
             stored[f"{prefix}{layer}.weight_scale"] = scale.clone()
-        if spelling == "new":
+        if scheme == "new":
             note = json.dumps({"format": "float8_e4m3fn"}).encode()
             stored[f"{prefix}{layer}.comfy_quant"] = torch.tensor(list(note), dtype=torch.uint8)
-    if spelling.startswith("old"):
+    if scheme.startswith("old"):
         stored[prefix + "scaled_fp8"] = torch.empty(2, dtype=torch.float8_e4m3fn)
     header = None
-    if spelling == "new_header":
+    if scheme == "new_header":
         header = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
     single(stored, path, metadata=header)
     return result
@@ -116,11 +116,11 @@ def as_gguf(
         if name in chosen:
             packed = gguf.quants.quantize(data, kind)
             writer.add_tensor(name, packed, raw_dtype=kind)
-            result.numbers[name] = torch.from_numpy(gguf.quants.dequantize(packed, kind))
+            result.values[name] = torch.from_numpy(gguf.quants.dequantize(packed, kind))
             if kind == gguf.GGMLQuantizationType.Q8_0:
                 result.bounds[name] = _q8_bound(packed, data.shape)
             continue
-        result.numbers[name] = tensor.float()
+        result.values[name] = tensor.float()
         if data.ndim == 5 and flat_patches:
             shape = json.dumps(list(data.shape))
             writer.add_string(SHAPE + name, shape)

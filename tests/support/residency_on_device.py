@@ -1,6 +1,6 @@
-"""Moves modules between host memory and a simulated accelerator, and prints what was seen as JSON.
+"""Moves modules between host memory and a simulated accelerator, and prints observations as JSON.
 
-A program of its own for `unit/test_residency.py`: importing `simulated_gpu` adds a device to
+A separate program for `unit/test_residency.py`: importing `simulated_gpu` adds a device to
 PyTorch that other tests must not see.
 """
 
@@ -31,12 +31,12 @@ KIB = 1024
 
 
 def module(kib: int) -> nn.Linear:
-    """A module of so many KiB, all numbers different."""
+    """A module of `kib` KiB with random values."""
     torch.manual_seed(kib)
     return nn.Linear(256, kib, bias=False)
 
 
-def place(module: nn.Module) -> str:
+def device_of(module: nn.Module) -> str:
     (found,) = {p.device.type for p in module.parameters()}
     return found
 
@@ -50,7 +50,7 @@ class Moments:
     def to(self, device: torch.device) -> None:
         self.state = [tensor.to(device) for tensor in self.state]
 
-    def place(self) -> str:
+    def device_type(self) -> str:
         return self.state[0].device.type
 
 
@@ -63,11 +63,11 @@ def training() -> dict[str, Any]:
     residency = DeviceResidency("sim")
     for expert, state in zip(experts, moments, strict=True):
         residency.manage(expert, state, alternating=True)
-    places, optimizer_places = [], []
+    devices, optimizer_devices = [], []
     for expert in (experts[0], experts[1], experts[0]):
         residency.bring(expert)
-        places.append([place(e) for e in experts])
-        optimizer_places.append([state.place() for state in moments])
+        devices.append([device_of(e) for e in experts])
+        optimizer_devices.append([state.device_type() for state in moments])
     with simulated_gpu.trace() as trace:
         residency.bring(experts[0])
     peak = SIM.max_memory_allocated() - start
@@ -76,8 +76,8 @@ def training() -> dict[str, Any]:
     return {
         "peak": peak,
         "one expert": 2 * 64 * KIB,
-        "places": places,
-        "optimizer places": optimizer_places,
+        "devices": devices,
+        "optimizer devices": optimizer_devices,
         "transfers of a second bring": len([e for e in trace.events if "_device" in e[0]]),
         "weights are the same": all(
             torch.equal(e.weight, v) for e, v in zip(experts, values, strict=True)
@@ -91,16 +91,16 @@ def sampling() -> dict[str, Any]:
     start = SIM.memory_allocated()
     modules = [module(64), module(48), module(16)]
     modules[1].to("sim")
-    before = [place(m) for m in modules]
+    before = [device_of(m) for m in modules]
     with DeviceResidency("sim").taking_turns(modules) as bring:
         for chosen in (2, 0, 1, 0, 2):
             bring(modules[chosen])
-            assert place(modules[chosen]) == "sim"
+            assert device_of(modules[chosen]) == "sim"
     return {
         "peak": SIM.max_memory_allocated() - start,
         "largest module": 64 * KIB,
-        "places before": before,
-        "places after": [place(m) for m in modules],
+        "devices before": before,
+        "devices after": [device_of(m) for m in modules],
     }
 
 
@@ -109,7 +109,7 @@ def out_of_memory() -> dict[str, Any]:
     modules = [module(64), nn.Sequential(module(48), module(96)), module(16)]
     modules[0].to("sim")
     values = [p.detach().cpu().clone() for m in modules for p in m.parameters()]
-    before = [place(m) for m in modules]
+    before = [device_of(m) for m in modules]
     simulated_gpu.set_capacity(SIM.memory_allocated() + 32 * KIB)
     error = ""
     try:
@@ -122,8 +122,8 @@ def out_of_memory() -> dict[str, Any]:
     after = [p.detach().cpu() for m in modules for p in m.parameters()]
     return {
         "error": error,
-        "places before": before,
-        "places after": [place(m) for m in modules],
+        "devices before": before,
+        "devices after": [device_of(m) for m in modules],
         "weights are the same": all(torch.equal(a, b) for a, b in zip(values, after, strict=True)),
     }
 
@@ -149,18 +149,18 @@ def sampler(folder: Path) -> dict[str, Any]:
     model.transformer_2.to("sim")
     model.transformer.train()
     model.transformer.blocks[0].eval()
-    before = [place(part) for part in parts]
+    before = [device_of(part) for part in parts]
     modes = [m.training for part in parts for m in part.modules()]
     residents: list[list[str]] = []
 
     def look(*_: object) -> None:
-        residents.append([place(model.transformer), place(model.transformer_2)])
+        residents.append([device_of(model.transformer), device_of(model.transformer_2)])
 
     video = WanModelSampler(model).sample(request, on_step=look)
     return {
         "residents": sorted(map(list, {tuple(pair) for pair in residents})),
-        "places before": before,
-        "places after": [place(part) for part in parts],
+        "devices before": before,
+        "devices after": [device_of(part) for part in parts],
         "modes are the same": modes == [m.training for part in parts for m in part.modules()],
         "mean difference to the CPU": float(np.abs(video.astype(int) - on_cpu.astype(int)).mean()),
     }
@@ -189,7 +189,7 @@ def run(folder: Path) -> dict[str, Any]:
     built = WanModelSetup(config.model_copy(update={"model": model})).build()
     assert built.model.vae is not None
     experts = built.state.experts
-    start = [place(e.transformer) for e in experts.values()] + [place(built.model.vae)]
+    start = [device_of(e.transformer) for e in experts.values()] + [device_of(built.model.vae)]
     for number, name in enumerate(("high", "low")):
         train_step(built, built.loader.step(number, name, 0))
     moves: list[tuple[str, str]] = []
@@ -208,14 +208,14 @@ def run(folder: Path) -> dict[str, Any]:
         built.bring_expert(name)
         asked.append(list(moves))
     return {
-        "places before the first step": start,
+        "devices before the first step": start,
         "moves": asked,
-        "places": [place(expert.transformer) for expert in experts.values()],
-        "optimizer places": [optimizer_places(expert.trainable) for expert in experts.values()],
+        "devices": [device_of(expert.transformer) for expert in experts.values()],
+        "optimizer devices": [optimizer_devices(expert.trainable) for expert in experts.values()],
     }
 
 
-def optimizer_places(trainable: Any) -> list[str]:
+def optimizer_devices(trainable: Any) -> list[str]:
     """Devices of the optimizer's state tensors; step counters stay in host memory with torch's."""
     own = {id(parameter) for parameter in trainable.weights.parameters.values()}
     optimizers = [o for o in gc.get_objects() if isinstance(o, torch.optim.Optimizer)]

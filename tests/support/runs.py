@@ -45,7 +45,7 @@ def layout_of(config: ResolvedRun) -> RunLayout:
 
 
 def leaves(node: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors and numbers in nested containers, as tensors by their places."""
+    """All tensors and numbers in nested containers, as tensors by their key paths."""
     if isinstance(node, torch.Tensor):
         yield name, node
     elif isinstance(node, dict):

@@ -52,7 +52,7 @@ def base() -> WanTransformer3DModel:
 # ------------------------------------------------------------------------------------------- config
 
 
-def test_ranks_and_alphas_of_modules_and_experts(base):
+def test_settings_of_a_module_or_an_expert_replace_those_of_the_method(base):
     method = LoraMethod(rank=4, alpha=2.0, per_module=MIXED)
     config = adapter_config_for(method, base, [1])
     assert {m.split(".")[1] for m in config.modules} == {"1"}

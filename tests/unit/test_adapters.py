@@ -66,7 +66,7 @@ def half(base: WanTransformer3DModel) -> WanTransformer3DModel:
 @KINDS
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_new_adapter_changes_no_output_and_is_all_that_trains(base, half, kind, precision):
-    """Bit for bit, on all linear layers, in both precisions."""
+    """Bit-exact, on all linear layers, in both precisions."""
     chosen, dtype = (base, torch.float32) if precision == "float32" else (half, torch.bfloat16)
     method = METHODS[kind].model_copy(update={"modules": ("all_linears",)})
     if isinstance(method, OftMethod):
@@ -213,8 +213,8 @@ def test_gradient_checkpointing_changes_no_gradient(base, kind):
 
 
 @KINDS
-def test_bfloat16_computes_the_same_to_its_precision(half, kind):
-    """The same adapter on the same numbers: bfloat16's error, not more than LoRA's."""
+def test_a_bfloat16_base_gives_float32_gradients_within_the_error_of_bfloat16(half, kind):
+    """The same adapter on the same values; the bounds are those of a LoRA."""
     rounded = copy.deepcopy(half).to(torch.float32)
     exact, _ = trained(rounded, METHODS[kind])
     coarse, _ = attached(half, METHODS[kind])

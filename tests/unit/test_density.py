@@ -79,7 +79,7 @@ def test_draws_follow_the_truncated_density(name: str, shift: float, variant: st
         ("mode", ModeTimesteps(scale=1.29)),
     ],
 )
-def test_the_densities_of_diffusers(scheme: str, choice: Timesteps) -> None:
+def test_densities_match_those_of_diffusers(scheme: str, choice: Timesteps) -> None:
     u = compute_density_for_timestep_sampling(
         scheme, 100_000, 0.2, 0.7, 1.29, generator=torch.Generator().manual_seed(0)
     )
@@ -108,7 +108,7 @@ def test_quantile_is_the_inverse_of_cdf(name: str) -> None:
         (LogitNormalTimesteps(), 12, 70.51, 61.32),
     ],
 )
-def test_mass_of_the_high_expert(
+def test_the_mass_of_the_high_expert_matches_closed_forms(
     choice: Timesteps, shift: float, high_t2v: float, high_i2v: float
 ) -> None:
     density = choice.density(shift)
@@ -119,7 +119,7 @@ def test_mass_of_the_high_expert(
 
 
 def test_the_boundary_belongs_to_the_high_expert() -> None:
-    """Also once levels are float32 numbers: 0.9 is none, and the nearest one lies below it."""
+    """Also in float32, which can't represent 0.9: the nearest float32 value is below it."""
     for variant in (T2V, I2V):
         assert variant.boundary is not None
         high, low = variant.experts
@@ -152,14 +152,14 @@ def test_an_expert_without_noise_levels_is_named() -> None:
         density.truncated_quantile(0.5, high)
 
 
-def test_shift_official_or_given_or_scaled() -> None:
+def test_the_shift_is_the_official_one_unless_set_and_can_be_scaled() -> None:
     assert UniformTimesteps().density(12.0).quantile(0.5) == pytest.approx(12 / 13)
     given = UniformTimesteps(shift=3.0).density(12.0)
     assert given.quantile(0.5) == pytest.approx(3 / 4)
     assert given.scaled(0.5).quantile(0.5) == pytest.approx(1.5 / 2.5)
 
 
-def test_tokens() -> None:
+def test_the_shift_factor_is_the_root_of_the_ratio_of_token_counts() -> None:
     assert official_token_count(T2V) == 21 * 45 * 80
     assert official_token_count(TI2V) == 31 * 22 * 40
     assert shift_factor((16, 21, 90, 160), 75600) == 1

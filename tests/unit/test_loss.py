@@ -16,7 +16,7 @@ MSE = LossSection()
 
 
 def pair(
-    frames: int = 3, counts: Tensor | None = None, weight: tuple[float, float] = (1.0, 1.0)
+    frames: int = 3, loss_mask: Tensor | None = None, weight: tuple[float, float] = (1.0, 1.0)
 ) -> tuple[Tensor, NoisedBatch]:
     generator = torch.Generator().manual_seed(frames)
     prediction = torch.randn(2, 4, frames, 4, 6, generator=generator, requires_grad=True)
@@ -29,16 +29,16 @@ def pair(
         clean_first_frame=None,
         weight=torch.tensor(weight),
         has_weights=weight != (1.0, 1.0),
-        loss_mask=counts,
+        loss_mask=loss_mask,
     )
 
 
 def masks(frames: int = 3) -> Tensor:
-    """Fractions; one sample's first frame and a place in all frames of the other do not count."""
-    counts = torch.rand(2, 1, frames, 4, 6, generator=torch.Generator().manual_seed(1))
-    counts[0, :, 0] = 0
-    counts[1, :, :, 2, 3] = 0
-    return counts
+    """Fractions; 0 in one sample's first frame, and in one cell of all frames of the other."""
+    loss_mask = torch.rand(2, 1, frames, 4, 6, generator=torch.Generator().manual_seed(1))
+    loss_mask[0, :, 0] = 0
+    loss_mask[1, :, :, 2, 3] = 0
+    return loss_mask
 
 
 def test_weight_one_is_bit_exact_with_the_plain_loss() -> None:
@@ -54,13 +54,13 @@ def test_weight_one_is_bit_exact_with_the_plain_loss() -> None:
 
 
 def definition(
-    prediction: Tensor, sample: NoisedBatch, rho, w: float, counts: Tensor | None
+    prediction: Tensor, sample: NoisedBatch, rho, w: float, loss_mask: Tensor | None
 ) -> Tensor:
-    """In float64, place by place as the words have it; for mse by the split of the squares."""
+    """In float64, as `velocity_loss` describes it; for mse by the split of the squares."""
     losses = []
     for b in range(2):
         error = prediction[b] - sample.target[b].double()
-        c = torch.ones_like(error[:1]) if counts is None else counts[b].double()
+        c = torch.ones_like(error[:1]) if loss_mask is None else loss_mask[b].double()
         whole = c.sum(dim=1, keepdim=True)
         mean = (c * error).sum(dim=1, keepdim=True) / whole.where(whole > 0, 1.0)
         deviation = error - mean
@@ -84,12 +84,12 @@ def pseudo_huber(e: Tensor) -> Tensor:
     ("kind", "rho"), [("mse", "mse"), ("huber", huber), ("pseudo_huber", pseudo_huber)]
 )
 @pytest.mark.parametrize("w", [0.0, 0.5, 1.0, 3.0])
-@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("weight", [(1.0, 1.0), (0.5, 2.0)])
 def test_loss_and_gradient_follow_the_definition(
-    kind, rho, w: float, counted: bool, weight: tuple[float, float]
+    kind, rho, w: float, masked: bool, weight: tuple[float, float]
 ) -> None:
-    prediction, sample = pair(counts=masks() if counted else None, weight=weight)
+    prediction, sample = pair(loss_mask=masks() if masked else None, weight=weight)
     reference = prediction.detach().double().requires_grad_()
     expected = definition(reference, sample, rho, w, sample.loss_mask)
     expected.backward()
@@ -122,7 +122,7 @@ def test_mean_and_deviation_over_frames_add_up_to_the_plain_loss() -> None:
 
 @pytest.mark.parametrize("w", [1.0, 2.0])
 def test_errors_outside_the_loss_mask_do_not_change_the_loss(w: float) -> None:
-    prediction, sample = pair(counts=masks())
+    prediction, sample = pair(loss_mask=masks())
     with torch.no_grad():
         before = velocity_loss(prediction, sample, MSE, w)
         prediction[0, :, 0] += 100
@@ -134,9 +134,9 @@ def test_errors_outside_the_loss_mask_do_not_change_the_loss(w: float) -> None:
 
 @pytest.mark.parametrize("w", [1.0, 2.0])
 def test_a_sample_whose_loss_mask_is_zero_has_no_loss(w: float) -> None:
-    counts = torch.zeros(2, 1, 3, 4, 6)
-    counts[1] = 1
-    prediction, sample = pair(counts=counts)
+    loss_mask = torch.zeros(2, 1, 3, 4, 6)
+    loss_mask[1] = 1
+    prediction, sample = pair(loss_mask=loss_mask)
     loss = velocity_loss(prediction, sample, MSE, w)
     loss.backward()
     assert prediction.grad is not None
@@ -146,7 +146,7 @@ def test_a_sample_whose_loss_mask_is_zero_has_no_loss(w: float) -> None:
 
 def test_micro_batches_have_the_gradient_of_one_batch() -> None:
     """Each sample's loss by its own mask, so means over samples add up however they are cut."""
-    prediction, sample = pair(counts=masks(), weight=(0.5, 2.0))
+    prediction, sample = pair(loss_mask=masks(), weight=(0.5, 2.0))
     velocity_loss(prediction, sample, MSE, 1.5).backward()
     assert prediction.grad is not None and sample.loss_mask is not None
     together = prediction.grad.clone()

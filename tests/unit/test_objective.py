@@ -1,4 +1,4 @@
-"""The objective: what is drawn, mixed and asked for, and how errors count."""
+"""The objective: draws, noisy latents, targets and loss weights."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ EVERYTHING = Objective(
 
 @pytest.mark.parametrize("objective", [Objective(density=UNIFORM, seed=3), EVERYTHING])
 def test_a_sample_draws_the_same_in_any_division_into_micro_batches(objective: Objective) -> None:
-    """Four micro-batches of one and one batch of four draw the same numbers for each sample."""
+    """Four micro-batches of one and one batch of four draw the same values for each sample."""
     whole = replace(batch(4), loss_weights=(1.0, 2.0, 3.0, 4.0))
     whole = replace(whole, mask=torch.rand(4, 1, 3, 4, 6).round())
     together = draw(objective, whole)
@@ -169,12 +169,12 @@ def test_stratified_draws_take_each_part_once_and_keep_the_density() -> None:
     assert not (np.sort((shares(plain) * 5).astype(int)) == np.arange(5)).all()
     for levels in (plain, even):
         assert kstest(shares(levels).ravel(), "uniform").pvalue > 1e-3
-    for place in range(5):  # no place of the batch has a part of its own
-        assert kstest(shares(even)[:, place], "uniform").pvalue > 1e-3
+    for index in range(5):  # no index in the batch always gets the same part
+        assert kstest(shares(even)[:, index], "uniform").pvalue > 1e-3
 
 
 def test_shift_by_tokens_gives_small_clips_less_noise() -> None:
-    """6 tokens for each latent frame; the same place in the distribution, of another shift."""
+    """6 tokens for each latent frame; the same quantile of the distribution with another shift."""
     plain = Objective(density=UNIFORM, seed=1)
     scaled = replace(plain, official_token_count=75)
     for frames in (1, 2):
@@ -192,9 +192,9 @@ def test_noise_offset_is_one_value_for_each_channel_of_noise_and_target() -> Non
     added = b.target - a.target
     torch.testing.assert_close(added, added[:, :, :1, :1, :1].expand_as(added))
     torch.testing.assert_close(b.x - a.x, b.t.view(-1, 1, 1, 1, 1) * added)
-    numbers = added[:, :, 0, 0, 0] / 0.5
-    assert kstest(numbers.flatten().numpy(), "norm").pvalue > 1e-3
-    assert len(numbers.flatten().unique()) == 64 * 4
+    offsets = added[:, :, 0, 0, 0] / 0.5
+    assert kstest(offsets.flatten().numpy(), "norm").pvalue > 1e-3
+    assert len(offsets.flatten().unique()) == 64 * 4
 
 
 def test_input_perturbation_is_in_the_noisy_latents_and_not_in_the_target() -> None:
@@ -204,7 +204,7 @@ def test_input_perturbation_is_in_the_noisy_latents_and_not_in_the_target() -> N
     added = (b.x - a.x) / (0.1 * b.t.view(-1, 1, 1, 1, 1))
     assert kstest(added.flatten().numpy(), "norm").pvalue > 1e-3
     noise = a.target + batch(8).latents
-    assert abs(float((added * noise).mean())) < 0.1  # a noise of its own
+    assert abs(float((added * noise).mean())) < 0.1  # independent of the sample's noise
 
 
 def test_a_conditioning_frame_is_clean_and_left_out_of_the_loss() -> None:
@@ -222,7 +222,7 @@ def test_a_conditioning_frame_is_clean_and_left_out_of_the_loss() -> None:
     given = [draw(some, number=n).clean_first_frame for n in range(500)]
     share = sum(int(g.sum()) for g in given if g is not None) / 1000
     assert share == pytest.approx(0.2, abs=0.04)
-    assert any(g is None for g in given)  # where no sample is given its frame, none says so
+    assert any(g is None for g in given)  # batches in which no sample has one
 
 
 def test_noise_in_a_conditioning_frame_follows_its_distribution() -> None:
@@ -234,11 +234,11 @@ def test_noise_in_a_conditioning_frame_follows_its_distribution() -> None:
     )
     sample = draw(objective, whole)
     first = sample.x[:, :, 0]
-    level = first.square().mean(dim=(1, 2, 3)).sqrt()  # about, by 256 numbers
+    level = first.square().mean(dim=(1, 2, 3)).sqrt()  # an estimate from 256 values
     assert kstest(level.log()[level < 0.8].numpy(), _cut_normal).pvalue > 1e-3
     assert float(level.max()) < 1.2 and float((level > 0.85).float().mean()) > 0.08
     assert abs(float((first / level.view(-1, 1, 1, 1) * sample.target[:, :, 0]).mean())) < 0.01
-    # Mixed, not added: what is left of the clean frame is the rest.
+    # Mixed, not added: the clean frame has the weight 1 - s.
     shown = draw(objective, replace(whole, latents=torch.full_like(latents, 3.0))).x[:, :, 0]
     rest = (shown - first).mean(dim=(1, 2, 3)) / 3
     torch.testing.assert_close(rest.clamp(min=0), (1 - level).clamp(min=0), atol=0.2, rtol=0)

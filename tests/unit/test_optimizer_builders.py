@@ -235,7 +235,7 @@ def test_muon_without_match_adamw_has_its_original_scale() -> None:
 
 
 def test_adam_mini_keeps_one_second_moment_per_row() -> None:
-    """Against its definition: Adam with the mean square of each row in place of each square."""
+    """Against its definition: Adam with the mean of the squares in each row."""
     weights = some_weights()
     choice = AdamMiniOptimizer(betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
     made = build_optimizer([{"params": weights, "lr": 0.02}], choice)
@@ -358,7 +358,7 @@ def test_a_class_of_another_package_or_a_second_learning_rate_is_refused_by_the_
         CustomOptimizer(class_path=path, arguments=arguments)  # pyright: ignore
 
 
-def test_traits_of_optimizers() -> None:
+def test_schedule_free_joint_only_and_inexact_optimizers_are_recognized() -> None:
     assert is_schedule_free(AdamWScheduleFreeOptimizer())
     assert is_schedule_free(ProdigyPlusOptimizer())
     assert is_schedule_free(CustomOptimizer(class_path="schedulefree.RAdamScheduleFree"))

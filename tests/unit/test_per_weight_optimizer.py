@@ -156,7 +156,7 @@ def test_kahan_weights_follow_float32_weights() -> None:
         torch.testing.assert_close(
             parameter.detach() + residuals[name].float(), expected, rtol=2e-5, atol=2e-6
         )
-        # What is stored is the nearest bfloat16 up to Kahan's own rounding.
+        # The stored weight is the nearest bfloat16, up to the rounding of the residual.
         torch.testing.assert_close(parameter.detach().float(), expected, rtol=2**-8, atol=2e-5)
 
 

@@ -87,7 +87,7 @@ def test_the_residual_stream_is_float32_and_matrix_products_are_bfloat16(
 
 
 def test_a_float32_model_computes_as_before(reference: WanTransformer3DModel) -> None:
-    """In float32 the islands compute what diffusers computes, to the bit."""
+    """In float32, the modules kept in float32 give the results of diffusers, bit-exact."""
     x, t, text = inputs()
     ours = copy.deepcopy(reference)
     keep_float32_islands(ours)

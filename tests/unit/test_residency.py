@@ -1,4 +1,4 @@
-"""Who is on the device, in which order modules come and go, and what is restored afterwards."""
+"""Which modules are on the device, the order of moves, and what is restored afterwards."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_an_expert_leaves_with_its_optimizer_before_the_other_enters() -> None:
     assert scene.ready() == {"low", "vae"}
 
 
-def test_a_module_that_is_ready_is_not_asked_again() -> None:
+def test_a_module_that_is_ready_is_not_moved_again() -> None:
     scene = Scene("high")
     scene.residency.bring(scene.high)
     assert scene.log == []
@@ -200,9 +200,10 @@ def test_the_device_in_use_is_the_first_that_is_not_host_memory() -> None:
 def moves(shared: Path) -> dict[str, dict]:
     """What `support/residency_on_device.py` reports from a simulated accelerator.
 
-    In a process of its own, since the simulation adds a device to PyTorch for good.
+    In another process, since the simulation adds a device to PyTorch permanently.
     """
-    # Without links: another spelling of the path would compile the simulation anew, for minutes.
+    # Without links: another path to the same folder would compile the simulation again, for
+    # minutes.
     simulator = (shared / "tools" / "simulated_gpu").resolve()
     if not (simulator / "simulated_gpu").is_dir():
         pytest.skip("needs the simulated device, ../shared/tools/simulated_gpu")
@@ -223,8 +224,8 @@ def test_alternating_experts_never_meet_on_the_device(moves) -> None:
     """The peak is one expert with its optimizer state, and where the other is, is host memory."""
     found = moves["training"]
     assert found["peak"] <= found["one expert"]
-    assert found["places"] == [["sim", "cpu"], ["cpu", "sim"], ["sim", "cpu"]]
-    assert found["optimizer places"] == [["sim", "cpu"], ["cpu", "sim"], ["sim", "cpu"]]
+    assert found["devices"] == [["sim", "cpu"], ["cpu", "sim"], ["sim", "cpu"]]
+    assert found["optimizer devices"] == [["sim", "cpu"], ["cpu", "sim"], ["sim", "cpu"]]
     assert found["weights are the same"] and found["parameters are the same objects"]
 
 
@@ -235,21 +236,21 @@ def test_a_ready_module_costs_no_transfer(moves) -> None:
 def test_sampling_needs_no_more_room_than_the_largest_module(moves) -> None:
     found = moves["sampling"]
     assert found["peak"] <= found["largest module"]
-    assert found["places after"] == found["places before"]
+    assert found["devices after"] == found["devices before"]
 
 
 def test_sampling_out_of_memory_leaves_every_module_in_its_place(moves) -> None:
     found = moves["out of memory"]
     assert found["error"] == "OutOfMemoryError"
-    assert found["places after"] == found["places before"] == ["sim", "cpu", "cpu"]
+    assert found["devices after"] == found["devices before"] == ["sim", "cpu", "cpu"]
     assert found["weights are the same"]
 
 
 def test_a_sample_is_the_cpus_and_modules_return(moves) -> None:
-    """`WanModelSampler` with a tiny model whose low-noise expert lies on the device."""
+    """`WanModelSampler` with a tiny model whose low-noise expert is on the device."""
     found = moves["sampler"]
     assert found["residents"] == [["cpu", "sim"], ["sim", "cpu"]]
-    assert found["places after"] == found["places before"]
+    assert found["devices after"] == found["devices before"]
     assert found["modes are the same"]
     assert found["mean difference to the CPU"] < 1
 
@@ -257,7 +258,7 @@ def test_a_sample_is_the_cpus_and_modules_return(moves) -> None:
 def test_a_run_keeps_only_the_expert_of_the_step_on_the_device(moves) -> None:
     """With its optimizer state and average; the VAE has left after encoding."""
     found = moves["run"]
-    assert found["places before the first step"] == ["cpu", "cpu", "cpu"]
+    assert found["devices before the first step"] == ["cpu", "cpu", "cpu"]
     # The low-noise expert is there after its step, so it is not asked to move at first.
     low_leaves, high_leaves = ("low", "cpu"), ("high", "cpu")
     low_enters, high_enters = ("low", "sim"), ("high", "sim")
@@ -267,5 +268,5 @@ def test_a_run_keeps_only_the_expert_of_the_step_on_the_device(moves) -> None:
         [],
         [high_leaves, low_enters],
     ]
-    assert found["places"] == ["cpu", "sim"]
-    assert found["optimizer places"] == [["cpu"], ["sim"]]
+    assert found["devices"] == ["cpu", "sim"]
+    assert found["optimizer devices"] == [["cpu"], ["sim"]]

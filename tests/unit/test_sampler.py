@@ -69,34 +69,34 @@ def request(variant: VariantName, **changes) -> SampleRequest:
     return replace(small, **changes)
 
 
-def plain_pipeline(folder: Path, wanted: SampleRequest) -> np.ndarray:
+def plain_pipeline(folder: Path, sample_request: SampleRequest) -> np.ndarray:
     """The same video by diffusers alone, from its own loading to its own pixels."""
-    kind = WanPipeline if wanted.image is None else WanImageToVideoPipeline
+    kind = WanPipeline if sample_request.image is None else WanImageToVideoPipeline
     pipeline = kind.from_pretrained(folder)
     pipeline.scheduler = UniPCMultistepScheduler.from_config(
-        pipeline.scheduler.config, flow_shift=wanted.shift
+        pipeline.scheduler.config, flow_shift=sample_request.shift
     )
     pipeline.set_progress_bar_config(disable=True)
-    call = {} if wanted.image is None else {"image": Image.open(wanted.image)}
+    call = {} if sample_request.image is None else {"image": Image.open(sample_request.image)}
     video = pipeline(
         **call,
-        prompt=wanted.prompt,
-        negative_prompt=wanted.negative_prompt,
-        width=wanted.width,
-        height=wanted.height,
-        num_frames=wanted.frames,
-        num_inference_steps=wanted.steps,
-        guidance_scale=wanted.guidance[0],
-        guidance_scale_2=wanted.guidance[1] if len(wanted.guidance) > 1 else None,
-        generator=torch.Generator().manual_seed(wanted.seed),
+        prompt=sample_request.prompt,
+        negative_prompt=sample_request.negative_prompt,
+        width=sample_request.width,
+        height=sample_request.height,
+        num_frames=sample_request.frames,
+        num_inference_steps=sample_request.steps,
+        guidance_scale=sample_request.guidance[0],
+        guidance_scale_2=sample_request.guidance[1] if len(sample_request.guidance) > 1 else None,
+        generator=torch.Generator().manual_seed(sample_request.seed),
     ).frames[0]
     return (video * 255).round().astype(np.uint8)
 
 
 def assert_same_video(ours: np.ndarray, theirs: np.ndarray) -> None:
-    """Equal but for rounding: nowhere more than one level of 255, and that in few places."""
+    """Equal except for rounding: no value differs by more than one level of 255, and few do."""
     assert ours.shape == theirs.shape and ours.dtype == np.uint8
-    assert theirs.std() > 8, "too flat to tell two videos apart"
+    assert theirs.std() > 8, "too uniform to distinguish two videos"
     difference = np.abs(ours.astype(int) - theirs.astype(int))
     assert difference.max() <= 1
     assert (difference > 0).mean() < 1e-3
@@ -107,26 +107,28 @@ def assert_same_video(ours: np.ndarray, theirs: np.ndarray) -> None:
     [("t2v-a14b", False), ("i2v-a14b", True), ("ti2v-5b", False), ("ti2v-5b", True)],
 )
 def test_a_sample_equals_that_of_diffusers_pipeline(folder, model, picture, variant, with_image):
-    wanted = request(variant, image=picture if with_image else None)
-    ours = WanModelSampler(model(variant)).sample(wanted)
+    sample_request = request(variant, image=picture if with_image else None)
+    ours = WanModelSampler(model(variant)).sample(sample_request)
     assert ours.shape == (5, 32, 64, 3)
-    assert_same_video(ours, plain_pipeline(folder(variant), wanted))
+    assert_same_video(ours, plain_pipeline(folder(variant), sample_request))
 
 
 @torch.no_grad()
-def by_definition(model: WanModel, wanted: SampleRequest) -> np.ndarray:
+def by_definition(model: WanModel, sample_request: SampleRequest) -> np.ndarray:
     """A T2V-A14B video by the forward contract of training and the definition of guidance."""
     assert model.variant.boundary is not None
-    text, negative = (model.encode_text([p]) for p in (wanted.prompt, wanted.negative_prompt))
-    scheduler = official_scheduler(model.variant, wanted.shift)
-    scheduler.set_timesteps(wanted.steps)
-    x = torch.randn(1, 16, 2, 4, 8, generator=torch.Generator().manual_seed(wanted.seed))
+    text, negative = (
+        model.encode_text([p]) for p in (sample_request.prompt, sample_request.negative_prompt)
+    )
+    scheduler = official_scheduler(model.variant, sample_request.shift)
+    scheduler.set_timesteps(sample_request.steps)
+    x = torch.randn(1, 16, 2, 4, 8, generator=torch.Generator().manual_seed(sample_request.seed))
     for timestep in scheduler.timesteps:
         t = timestep[None] / 1000
         low = bool(t < model.variant.boundary)
         expert = model.transformer_2 if low else model.transformer
         velocity = predict_velocity(expert, x, t, text)
-        if (scale := wanted.guidance[low]) != 1:
+        if (scale := sample_request.guidance[low]) != 1:
             base = predict_velocity(expert, x, t, negative)
             velocity = base + scale * (velocity - base)
         x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
@@ -148,21 +150,21 @@ def test_each_expert_has_its_own_guidance(model, guidance):
 
     hooks = [getattr(t2v, name).register_forward_hook(count(name)) for name in calls]
 
-    wanted = request("t2v-a14b", guidance=guidance, steps=6, shift=6.0)
-    ours = WanModelSampler(t2v).sample(wanted)
+    sample_request = request("t2v-a14b", guidance=guidance, steps=6, shift=6.0)
+    ours = WanModelSampler(t2v).sample(sample_request)
     for hook in hooks:
         hook.remove()
-    high = int((_timesteps(wanted) >= 875).sum())
+    high = int((_timesteps(sample_request) >= 875).sum())
     assert 0 < high < 6
     # No guidance costs one pass a step, guidance two.
     assert calls["transformer"] == high * (1 + (guidance[0] > 1))
     assert calls["transformer_2"] == (6 - high) * (1 + (guidance[1] > 1))
-    assert_same_video(ours, by_definition(t2v, wanted))
+    assert_same_video(ours, by_definition(t2v, sample_request))
 
 
-def _timesteps(wanted: SampleRequest) -> torch.Tensor:
-    scheduler = official_scheduler(VARIANTS["t2v-a14b"], wanted.shift)
-    scheduler.set_timesteps(wanted.steps)
+def _timesteps(sample_request: SampleRequest) -> torch.Tensor:
+    scheduler = official_scheduler(VARIANTS["t2v-a14b"], sample_request.shift)
+    scheduler.set_timesteps(sample_request.steps)
     return scheduler.timesteps
 
 
@@ -186,7 +188,7 @@ def test_the_seed_decides_and_global_generators_are_not_used(model):
     assert not np.array_equal(sampler.sample(request("ti2v-5b", seed=12)), first)
 
 
-def test_image_is_scaled_to_cover_and_cropped(model, tmp_path):
+def test_the_image_is_scaled_to_cover_the_frame_and_cropped(model, tmp_path):
     """A tall picture gives what its centre, scaled down beforehand, gives."""
     pixels = np.random.default_rng(1).integers(0, 256, (300, 128, 3), dtype=np.uint8)
     tall, fitted = tmp_path / "tall.png", tmp_path / "fitted.png"
@@ -204,11 +206,11 @@ def test_cached_text_embeddings_replace_the_text_encoder(folder, model):
     bare = WanModelLoader().load(
         folder("t2v-a14b"), components=["transformer", "transformer_2", "vae"]
     )
-    wanted = request("t2v-a14b")
-    ours = WanModelSampler(bare).sample(wanted, text=cached.__getitem__)
-    assert np.array_equal(ours, WanModelSampler(whole).sample(wanted))
+    sample_request = request("t2v-a14b")
+    ours = WanModelSampler(bare).sample(sample_request, text=cached.__getitem__)
+    assert np.array_equal(ours, WanModelSampler(whole).sample(sample_request))
     with pytest.raises(CheckpointError, match="the text encoder was not loaded"):
-        WanModelSampler(bare).sample(wanted)
+        WanModelSampler(bare).sample(sample_request)
 
 
 # -------------------------------------------------------------------------------- while training
@@ -256,12 +258,12 @@ def snapshot(model: WanModel) -> dict[str, object]:
 
 def test_adapters_show_in_the_video_and_the_model_is_left_as_it_was(training, model):
     before = snapshot(training)
-    wanted = request("t2v-a14b")
-    first = WanModelSampler(training).sample(wanted)
+    sample_request = request("t2v-a14b")
+    first = WanModelSampler(training).sample(sample_request)
     assert snapshot(training) == before
     # Dropout of a half would make every video another one.
-    assert np.array_equal(WanModelSampler(training).sample(wanted), first)
-    base = WanModelSampler(model("t2v-a14b")).sample(wanted)
+    assert np.array_equal(WanModelSampler(training).sample(sample_request), first)
+    base = WanModelSampler(model("t2v-a14b")).sample(sample_request)
     assert np.abs(first.astype(int) - base.astype(int)).max() > 5
     transformer = training.transformer
     loss = predict_velocity(
@@ -287,8 +289,8 @@ def test_a_bfloat16_sample_is_near_the_float32_one(folder, training):
         theirs = adapter_parameters(getattr(training, name))
         for key, parameter in adapter_parameters(getattr(exact, name)).items():
             parameter.data.copy_(theirs[key].data)
-    wanted = request("t2v-a14b")
-    ours, want = (WanModelSampler(m).sample(wanted).astype(int) for m in (training, exact))
+    sample_request = request("t2v-a14b")
+    ours, want = (WanModelSampler(m).sample(sample_request).astype(int) for m in (training, exact))
     assert 0 < np.abs(ours - want).mean() < 1.5
 
 
@@ -318,12 +320,12 @@ def test_experts_take_turns_on_the_device(folder, model):
     def look(*_: object) -> None:
         resident.add((on_gpu.transformer.device.type, on_gpu.transformer_2.device.type))
 
-    wanted = request("t2v-a14b")
-    ours = WanModelSampler(on_gpu, device="cuda").sample(wanted, on_step=look)
+    sample_request = request("t2v-a14b")
+    ours = WanModelSampler(on_gpu, device="cuda").sample(sample_request, on_step=look)
     assert resident == {("cuda", "cpu"), ("cpu", "cuda")}
     assert (on_gpu.transformer.device.type, on_gpu.transformer_2.device.type) == ("cpu", "cuda")
     assert on_gpu.vae.device.type == on_gpu.text_encoder.device.type == "cpu"
-    cpu = WanModelSampler(model("t2v-a14b")).sample(wanted)
+    cpu = WanModelSampler(model("t2v-a14b")).sample(sample_request)
     assert np.abs(ours.astype(int) - cpu.astype(int)).mean() < 1
 
 

@@ -46,7 +46,7 @@ def test_step_counts_agree_with_experts(share: Fraction, period: int, steps: int
     for step in range(steps):
         expert, before = schedule.expert_at(step)
         assert before == counts[expert] == schedule.steps_before(step, expert)
-        assert schedule.expert_at(step - step % period)[0] == expert  # all of a block
+        assert schedule.expert_at(step - step % period)[0] == expert  # the same in a whole period
         counts[expert] += 1
         # Exact over each block, but for the rounding up to a whole one.
         if (step + 1) % period == 0:
@@ -87,14 +87,14 @@ def test_step_counts_are_met_under_any_share(
     schedule = ExpertSchedule(
         experts=("high", "low"), share=share, period=period, step_counts=step_counts
     )
-    turns = [schedule.expert_at(step)[0] for step in range(sum(step_counts))]
-    assert (turns.count("high"), turns.count("low")) == step_counts
+    experts = [schedule.expert_at(step)[0] for step in range(sum(step_counts))]
+    assert (experts.count("high"), experts.count("low")) == step_counts
 
 
 def test_equal_share_alternates_in_blocks_and_starts_high() -> None:
     schedule = ExpertSchedule(experts=("high", "low"), share=Fraction(1, 2), period=3)
-    turns = [schedule.expert_at(step)[0] for step in range(12)]
-    assert turns == ["high"] * 3 + ["low"] * 3 + ["high"] * 3 + ["low"] * 3
+    experts = [schedule.expert_at(step)[0] for step in range(12)]
+    assert experts == ["high"] * 3 + ["low"] * 3 + ["high"] * 3 + ["low"] * 3
 
 
 def test_the_share_of_the_run_file_becomes_a_fraction() -> None:
@@ -197,7 +197,7 @@ def test_rex_follows_the_papers_formula() -> None:
     assert factors(RexSchedule(), 4) == pytest.approx([1, 0.75 / 0.875, 0.5 / 0.75, 0.25 / 0.625])
 
 
-def test_restarts_come_on_their_step() -> None:
+def test_cosine_restarts_begin_at_exact_steps() -> None:
     """49 cycles of 7 steps: in floating point one of them would be missed by a rounding."""
     rates = factors(CosineRestartsSchedule(cycles=49), 343)
     assert [step for step, rate in enumerate(rates) if rate == 1] == list(range(0, 343, 7))

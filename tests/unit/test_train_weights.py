@@ -75,16 +75,16 @@ def test_only_the_selected_weights_are_trained_in_the_given_precision(half, prec
 def test_mixed_precision_results_are_within_bfloat16_of_float32(half, modules):
     """Against the same weights in float32 everywhere, without autocast."""
     exact = copy.deepcopy(half).float()
-    wanted = train_weights(exact, select_weights(exact, [modules], None), "float32")
+    expected = train_weights(exact, select_weights(exact, [modules], None), "float32")
     want = step(exact, torch.float32)
     coarse = None
     for precision in ("stochastic", "float32"):
         model = copy.deepcopy(half)
         parameters = train_weights(model, select_weights(model, [modules], None), precision)
         assert relative(step(model, torch.bfloat16), want) < 0.01
-        assert relative(gradient(parameters), gradient(wanted)) < 0.03
-        coarse = coarse or relative(gradient(parameters), gradient(wanted))
-        assert relative(gradient(parameters), gradient(wanted)) < 1.1 * coarse
+        assert relative(gradient(parameters), gradient(expected)) < 0.03
+        coarse = coarse or relative(gradient(parameters), gradient(expected))
+        assert relative(gradient(parameters), gradient(expected)) < 1.1 * coarse
 
 
 def test_gradient_checkpointing_changes_no_gradient(half):

@@ -87,7 +87,7 @@ CHANNELS = {"t2v-a14b": (16, 16), "i2v-a14b": (36, 16), "ti2v-5b": (48, 48)}
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_numbers_are_the_official_ones(name: str) -> None:
+def test_facts_of_each_variant_equal_those_of_the_official_code(name: str) -> None:
     official, ours = OFFICIAL[name], VARIANTS[name]
     assert ours.name == name
     assert ours.num_attention_heads * ours.attention_head_dim == official["dim"]
@@ -192,7 +192,7 @@ def test_facts_and_configuration_import_no_torch() -> None:
 
 
 def test_latent_statistics_of_the_5b_vae_are_the_official_ones():
-    """Some numbers of the official table (``wan/modules/vae2_2.py``) and the sums of all."""
+    """Some values of the official table (``wan/modules/vae2_2.py``) and the sums of all."""
     mean, std = TI2V_5B_LATENTS_MEAN, TI2V_5B_LATENTS_STD
     assert len(mean) == len(std) == VARIANTS["ti2v-5b"].latent_channels
     assert (mean[0], mean[19], mean[47]) == (-0.2289, 0.5109, -0.0667)
