@@ -67,15 +67,12 @@ class ConceptPlanner:
 
 def mask_candidates(path: Path) -> list[Path]:
     """The files beside a clip that could be its mask."""
-    beside = sorted(path.parent.glob("*"))
+    label = f"{path.stem}{settings.MASK_LABEL}"
     return [
         file
-        for file in beside
-        if file.suffix.lower() != ".txt"
-        and (
-            (is_mask(file) and clip_stem(file).name == path.stem)
-            or file.stem == f"{path.stem}{settings.MASK_LABEL}"
-        )
+        for file in sorted(path.parent.glob("*"))
+        if (is_mask(file) and clip_stem(file).name == path.stem)
+        or (file.stem == label and extension(file) != "txt")
     ]
 
 
@@ -169,13 +166,12 @@ class DecodeCheckCache:
         key = repr((str(clip.path), stat.st_size, stat.st_mtime_ns, ENCODING_VERSION, span))
         if key not in self._known:
             fit = crop_of(clip, None)
+            self._known[key] = None
             try:
                 read_frames(clip.path, clip.times(), fit)
                 mask_of(clip, fit)
             except DataError as error:
                 self._known[key] = str(error)
-            else:
-                self._known[key] = None
         if (reason := self._known[key]) is not None:
             raise DataError(reason)
 

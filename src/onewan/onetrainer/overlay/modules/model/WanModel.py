@@ -19,21 +19,17 @@ class WanModel(BaseModel):
         self.ema = None
         self.wan: engine.WanModel | None = None
         self.wan_sources: dict[str, str] = {}
-        self.transformer = None
-        self.transformer_2 = None
-        self.text_encoder = None
-        self.vae = None
-        self.transformer_lora = None
-        self.transformer_2_lora = None
         self.lora_state_dict = None
         for part in (*EXPERTS, "text_encoder", "vae"):
+            setattr(self, part, None)
             setattr(self, f"{part}_offload_conductor", None)
+        self.transformer_lora = self.transformer_2_lora = None
 
     def take(self, wan: engine.WanModel, sources: dict[str, str]) -> None:
         """Use the components of `wan`, which were loaded from `sources`."""
         self.wan, self.wan_sources = wan, sources
-        self.transformer, self.transformer_2 = wan.transformer, wan.transformer_2
-        self.text_encoder, self.vae = wan.text_encoder, wan.vae
+        for part in (*EXPERTS, "text_encoder", "vae"):
+            setattr(self, part, getattr(wan, part))
 
     def expert_parts(self) -> list[str]:
         """The transformers that were loaded."""
