@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from support.onetrainer_stub import write_checkout
 
-from onewan.onetrainer.bootstrap import UnsupportedError, extend
-from onewan.onetrainer.patches import PATCHES
+from onewan.onetrainer.patches import PATCHES, UnsupportedError, extend
 from onewan.onetrainer.patches.configs import added_fields
 from onewan.onetrainer.patches.views import SampleFrame
 

@@ -42,8 +42,7 @@ def export_backup(
     embeddings = sorted((backup / "embeddings").glob("*.safetensors"))
     if not (adapter.is_file() or experts or embeddings):
         raise CheckpointError(
-            f"{backup}: holds no adapter, expert or embedding of Wan 2.2; give "
-            "the backup of another run"
+            f"{backup}: holds no adapter, expert or embedding of Wan 2.2; give another run's backup"
         )
     written: list[Path] = []
     if adapter.is_file():
@@ -51,9 +50,9 @@ def export_backup(
     elif experts:
         written += _experts(backup, experts, destination, to, force)
     for number, file in enumerate(embeddings):
-        only_file = not written and len(embeddings) == 1
-        numbered = destination.with_name(f"{destination.stem}_{number}.safetensors")
-        path = destination if only_file else numbered
+        path = destination
+        if written or len(embeddings) > 1:
+            path = path.with_name(f"{destination.stem}_{number}.safetensors")
         _require_free(path, force)
         embedding = WanModelEmbedding.from_file(file)
         written.append(WanModelSaver().save_embedding(embedding, path))
@@ -61,11 +60,7 @@ def export_backup(
 
 
 def _adapters(
-    adapter: Path,
-    destination: Path,
-    to: str | None,
-    force: bool,
-    report: Callable[[str], None],
+    adapter: Path, destination: Path, to: str | None, force: bool, report: Callable[[str], None]
 ) -> list[Path]:
     if (format := _ADAPTERS.get(to or "comfyui")) is None:
         raise CheckpointError(

@@ -157,11 +157,10 @@ def _of_body(body: Sequence[ast.stmt], prefix: str) -> Iterator[tuple[str, dict[
 
 
 def _set_on_self(node: ast.AST, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for inner in ast.walk(node):
-        targets = inner.targets if isinstance(inner, ast.Assign) else []
-        for target in targets:
-            if isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self":
-                yield prefix + target.attr, {"kind": "value"}
+    assignments = [inner for inner in ast.walk(node) if isinstance(inner, ast.Assign)]
+    for target in (target for assignment in assignments for target in assignment.targets):
+        if isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self":
+            yield prefix + target.attr, {"kind": "value"}
 
 
 def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[dict[str, Any]]:

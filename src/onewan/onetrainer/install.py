@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from importlib.resources import as_file, files
@@ -113,19 +114,20 @@ def install(
     now = version("onewan")
     if before.complete and before.version == now and not (written or dropped):
         return InstallOutcome(kept=kept)
+    parents = {str(f) for name in wanted for f in PurePosixPath(name).parents if f.name}
     # Written before any file, so that an interrupted installation is recognized.
     manifest = _Manifest(
         version=now,
         complete=False,
         files={**before.files, **shas},
-        folders=sorted({*before.folders, *_new_folders(root, wanted)}),
+        folders=sorted({*before.folders, *(f for f in parents if not (root / f).exists())}),
         replaced={
             name: sorted({*before.replaced.get(name, ()), sha})
             for name, sha in before.files.items()
             if sha != shas.get(name, sha) or name in before.replaced
         },
     )
-    try:
+    with _writing(root):
         _write(root, manifest)
         for name in written:
             _replace(root / name, wanted[name])
@@ -133,8 +135,6 @@ def install(
             _remove(root, name)
         manifest.files, manifest.replaced, manifest.complete = shas, {}, True
         _write(root, manifest)
-    except OSError as error:
-        raise InstallError(_unwritable(root, error)) from error
     return InstallOutcome(written, tuple(n for n in stale if there[n] is not None), kept)
 
 
@@ -150,7 +150,7 @@ def uninstall(root: Path, *, force: bool = False) -> InstallOutcome:
         raise InstallError(f"{root}: the add-on is not installed ({MANIFEST} does not exist)")
     there = {name: _digest(root / name) for name in manifest.files}
     kept = () if force else manifest.changed(there)
-    try:
+    with _writing(root):
         for name in manifest.files:
             remove_abandoned((root / name).parent, (root / name).name)
             if name not in kept:
@@ -165,8 +165,6 @@ def uninstall(root: Path, *, force: bool = False) -> InstallOutcome:
         else:
             remove_abandoned(root, MANIFEST)
             (root / MANIFEST).unlink()
-    except OSError as error:
-        raise InstallError(_unwritable(root, error)) from error
     removed = (n for n, d in there.items() if d is not None and n not in kept)
     return InstallOutcome(removed=tuple(removed), kept=kept)
 
@@ -255,13 +253,6 @@ def _refuse_what_is_in_the_way(
         )
 
 
-def _new_folders(root: Path, wanted: Mapping[str, bytes]) -> Iterator[str]:
-    for name in wanted:
-        for parent in PurePosixPath(name).parents:
-            if str(parent) != "." and not (root / parent).exists():
-                yield str(parent)
-
-
 def _read(root: Path) -> _Manifest | None:
     """The manifest, None if there is none; InstallError if it names a path outside the checkout."""
     path = root / MANIFEST
@@ -332,8 +323,13 @@ def _remove_folder(folder: Path) -> None:
         os.rmdir(folder)
 
 
-def _unwritable(root: Path, error: OSError) -> str:
-    return (
-        f"{error.filename or root}: {error.strerror}; correct this and repeat the command, "
-        "which then continues"
-    )
+@contextmanager
+def _writing(root: Path) -> Iterator[None]:
+    """InstallError for a file that can't be written or removed."""
+    try:
+        yield
+    except OSError as error:
+        raise InstallError(
+            f"{error.filename or root}: {error.strerror}; correct this and repeat the command, "
+            "which then continues"
+        ) from error

@@ -25,8 +25,6 @@ from onewan.seeds import derive_seed
 from onewan.train.objective import NoisedBatch, Objective, velocity_loss
 from onewan.variants import Expert, Variant
 
-_PURPOSE = "validation"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepAdapter:
@@ -74,7 +72,7 @@ class StepAdapter:
 
     def validation_batches(self, batch: Batch) -> list[tuple[Expert, NoisedBatch]]:
         """`batch` with fixed noise at fixed timesteps of every trained expert."""
-        seed = derive_seed(self.objective.seed, _PURPOSE)
+        seed = derive_seed(self.objective.seed, "validation")
         experts = [self.variant.expert(name) for name in self.schedule.experts]
         return [
             (expert, self.objective.add_noise_at_quantile(batch, share, expert, seed))
@@ -128,10 +126,7 @@ def step_adapter_of(config: Any, variant: Variant, trained: Sequence[Expert]) ->
         variant=variant,
         objective=objective,
         schedule=expert_schedule(
-            trained,
-            settings.high_share_of(config),
-            config.wan_expert_block,
-            objective.density,
+            trained, settings.high_share_of(config), config.wan_expert_block, objective.density
         ),
         losses=settings.losses_of(config),
         temporal_weight=config.wan_temporal_consistency_weight,

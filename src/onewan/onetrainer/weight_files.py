@@ -46,9 +46,6 @@ _ONETRAINER: dict[str, str] = {
 """OneTrainer's name of each tensor of an adapter, where it differs from onewan's."""
 
 
-# ----------------------------------------------------------------------------------------- adapters
-
-
 def save_adapters(
     weights: Mapping[str, Tensor],
     destination: Path,
@@ -143,11 +140,16 @@ def load_adapters(path: Path, variant: Variant | None) -> dict[str, Tensor]:
 
 def _adapter_files(path: Path, variant: Variant | None) -> list[tuple[AdapterFile, ExpertName]]:
     if not path.is_file():
-        found = [(expert_path(path, expert), expert) for expert in EXPERTS.values()]
-        files = [(read_adapter(file), expert) for file, expert in found if file.is_file()]
+        high, low = expert_path(path, "high"), expert_path(path, "low")
+        files: list[tuple[AdapterFile, ExpertName]] = [
+            (read_adapter(file), EXPERTS[part])
+            for part, file in (("transformer", high), ("transformer_2", low))
+            if file.is_file()
+        ]
         if not files:
-            names = " or ".join(file.name for file, _ in found)
-            raise CheckpointError(f"{path}: does not exist, nor {names}; give an adapter's file")
+            raise CheckpointError(
+                f"{path}: does not exist, nor {high.name} or {low.name}; give an adapter's file"
+            )
         return files
     try:
         file = read_adapter(path)
@@ -173,9 +175,6 @@ def _onetrainer(adapter: ModuleAdapter) -> dict[str, Tensor]:
     return tensors
 
 
-# ------------------------------------------------------------------------------------- full weights
-
-
 def only_transformers(model: WanModel, parts: Collection[str]) -> WanModel:
     """`model` with the transformers `parts` and nothing else."""
     kept: dict[str, Any] = {p: getattr(model, p) if p in parts else None for p in EXPERTS}
@@ -190,9 +189,6 @@ def save_experts(model: WanModel, destination: Path, dtype: torch.dtype | None) 
             path.parent.mkdir(parents=True, exist_ok=True)
             one = only_transformers(model, (part,))
             WanModelSaver().save(one, path, "single", dtype, force=True)
-
-
-# --------------------------------------------------------------------------------------- embeddings
 
 
 def embedding_of(

@@ -14,10 +14,7 @@ from typing import Any, ClassVar
 from onewan.onetrainer.patches.configs import added_fields
 from onewan.onetrainer.patches.patch import TITLE, Former, Patch, is_wan, wan_member
 
-_EXPERTS = (
-    ("transformer", "High-Noise Transformer"),
-    ("transformer_2", "Low-Noise Transformer"),
-)
+_EXPERTS = (("transformer", "High-Noise Transformer"), ("transformer_2", "Low-Noise Transformer"))
 
 
 class _PatchedComponents:
@@ -180,18 +177,16 @@ def _wan_frame(make: Any, master: Any, state: Any) -> None:
     frame = make.section_frame(master, 0)
     for row, field in enumerate(added_fields()["train"]):
         make.label(frame, row, 0, field["label"], tooltip=field["tooltip"])
-        _widget(make, frame, row, 1, state, field)
+        _widget(make, frame, (row, 1), state, field)
 
 
-def _widget(
-    make: Any, frame: Any, row: int, column: int, state: Any, field: dict[str, Any]
-) -> None:
+def _widget(make: Any, frame: Any, place: tuple[int, int], state: Any, field: Any) -> None:
     if "choices" in field:
-        make.options(frame, row, column, field["choices"], state, field["name"])
+        make.options(frame, *place, field["choices"], state, field["name"])
     elif field["type"] == "bool":
-        make.switch(frame, row, column, state, field["name"])
+        make.switch(frame, *place, state, field["name"])
     else:
-        make.entry(frame, row, column, state, field["name"])
+        make.entry(frame, *place, state, field["name"])
 
 
 class SampleFrame(Patch):
@@ -205,17 +200,15 @@ class SampleFrame(Patch):
     def replacement(self, former: Former, view: Any, *args: Any) -> Any:
         _, frame, state, controller, _, include_settings = args
         result = former(view, *args)
-        if is_wan(controller.model_type) and include_settings:
-            self._add_rows(view.components, frame, state)
-        return result
-
-    def _add_rows(self, make: Any, frame: Any, state: Any) -> None:
-        row = self._FIRST_FREE_ROW
+        if not (is_wan(controller.model_type) and include_settings):
+            return result
+        make, row = view.components, self._FIRST_FREE_ROW
         tooltip = "The first frame. I2V-A14B needs one, TI2V-5B can take one"
         make.label(frame, row, 0, "start image:", tooltip=tooltip)
         kind = {"mode": "file", "allow_model_files": False, "allow_image_files": True}
         make.path_entry(frame, row, 1, state, "base_image_path", **kind)
         for number, field in enumerate(added_fields()["sample"], start=1):
-            place = row + number // 2, 2 * (number % 2)  # two fields in a row, label and widget
-            make.label(frame, *place, field["label"], tooltip=field["tooltip"])
-            _widget(make, frame, place[0], place[1] + 1, state, field)
+            line, column = row + number // 2, 2 * (number % 2)  # two fields in a row
+            make.label(frame, line, column, field["label"], tooltip=field["tooltip"])
+            _widget(make, frame, (line, column + 1), state, field)
+        return result

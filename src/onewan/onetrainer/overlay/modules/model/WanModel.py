@@ -6,8 +6,6 @@ from modules.util.enum.ModelType import ModelType
 from onewan.model import wan as engine
 from onewan.model.embedding import WanModelEmbedding
 
-__all__ = ["WanModel", "WanModelEmbedding"]
-
 EXPERTS = ("transformer", "transformer_2")
 
 

@@ -17,7 +17,7 @@ def join(gate: str) -> None:
         return
     folder, _, name = gate.rpartition(".")
     try:
-        importlib.import_module("onewan.onetrainer.bootstrap").extend()
+        importlib.import_module("onewan.onetrainer.patches").extend()
         importlib.import_module(f"{folder}.wan.{name}")
     except Exception as error:  # noqa: BLE001  (the other models must still train)
         _disabled = True

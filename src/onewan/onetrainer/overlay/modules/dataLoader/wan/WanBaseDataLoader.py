@@ -10,12 +10,11 @@ from random import Random
 from modules.dataLoader.BaseDataLoader import BaseDataLoader
 from modules.dataLoader.mixin.DataLoaderText2ImageMixin import DataLoaderText2ImageMixin
 from modules.model.WanModel import WanModel
-from modules.modelSetup.wan.BaseWanSetup import BaseWanSetup
+from modules.modelSetup.wan.BaseWanSetup import BaseWanSetup, encodes_text_online
 from modules.util import factory
 from modules.util.config.ConceptConfig import ConceptConfig
 from modules.util.config.TrainConfig import TrainConfig
 from modules.util.enum.ModelType import ModelType
-from modules.util.TrainProgress import TrainProgress
 
 from mgds.PipelineModule import PipelineModule
 from mgds.pipelineModules.MapData import MapData
@@ -41,14 +40,7 @@ _TOKENIZER = threading.Lock()
 
 @factory.register(BaseDataLoader, ModelType.WAN_2_2)
 class WanBaseDataLoader(BaseDataLoader, DataLoaderText2ImageMixin):
-    def _create_dataset(
-        self,
-        config: TrainConfig,
-        model: WanModel,
-        model_setup: BaseWanSetup,
-        train_progress: TrainProgress,
-        is_validation: bool = False,
-    ):
+    def _create_dataset(self, config, model, model_setup, train_progress, is_validation=False):
         self._model = model
         return DataLoaderText2ImageMixin._create_dataset(
             self,
@@ -274,9 +266,8 @@ class EncodeClip(_EachItem):
         self.outputs = latent_names(config, model)
 
     def get_item(self, variation: int, index: int, requested_name: str | None = None) -> dict:
-        item = clip_adapter.encode_pixels(
-            self._model, self._get_previous_item(variation, "image", index)
-        )
+        pixels = self._get_previous_item(variation, "image", index)
+        item = clip_adapter.encode_pixels(self._model, pixels)
         if "latent_mask" in self.outputs:
             mask = self._get_previous_item(variation, "mask", index)
             item["latent_mask"] = clip_adapter.latent_mask_of(mask, self._model.variant)
@@ -311,7 +302,7 @@ class EncodeText(_EachItem):
 
 def text_names(config: TrainConfig) -> list[str]:
     """Names of an encoded caption's tensors; none if captions are encoded in each step."""
-    if config.train_any_embedding() or config.train_any_output_embedding():
+    if encodes_text_online(config):
         return []
     return ["text", *(["text_empty"] if config.text_encoder.dropout_probability else [])]
 

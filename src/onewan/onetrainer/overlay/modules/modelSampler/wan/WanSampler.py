@@ -23,13 +23,7 @@ from PIL import Image
 
 @factory.register(BaseModelSampler, ModelType.WAN_2_2)
 class WanSampler(BaseModelSampler):
-    def __init__(
-        self,
-        train_device: torch.device,
-        temp_device: torch.device,
-        model: WanModel,
-        model_type: ModelType,
-    ):
+    def __init__(self, train_device, temp_device, model: WanModel, model_type: ModelType):
         super().__init__(train_device, temp_device)
         self.model = model
         self.model_type = model_type

@@ -26,26 +26,20 @@ class WanModelSaver:
     """Full weights: a whole folder in diffusers' layout, a file for each expert, or a backup."""
 
     def save(
-        self,
-        model: WanModel,
-        output_model_format: ModelFormat,
-        output_model_destination: str,
-        dtype: torch.dtype | None,
+        self, model: WanModel, format: ModelFormat, destination: str, dtype: torch.dtype | None
     ):
-        destination = Path(output_model_destination)
-        match output_model_format:
+        path = Path(destination)
+        match format:
             case ModelFormat.DIFFUSERS:
-                whole = _plain(model)
-                Saver().save(whole, destination, "diffusers", dtype, force=True)
+                whole = _plain(model, [*model.expert_parts(), "text_encoder"])
+                Saver().save(whole, path, "diffusers", dtype, force=True)
             case ModelFormat.ORIGINAL_TRANSFORMER:
-                wan = _plain(model, model.expert_parts())
-                weight_files.save_experts(wan, destination, dtype)
+                weight_files.save_experts(_plain(model, model.expert_parts()), path, dtype)
             case ModelFormat.INTERNAL:
-                self._save_backup(model, destination)
+                self._save_backup(model, path)
             case _:
                 raise NotImplementedError(
-                    f"Wan 2.2 can't be saved as {output_model_format}; choose DIFFUSERS or "
-                    "ORIGINAL_TRANSFORMER"
+                    f"Wan 2.2 can't be saved as {format}; choose DIFFUSERS or ORIGINAL_TRANSFORMER"
                 )
 
     def _save_backup(self, model: WanModel, destination: Path):
@@ -61,15 +55,12 @@ class WanModelSaver:
 
 def _quantised(module: torch.nn.Module | None) -> bool:
     """Whether OneTrainer has replaced layers of `module` by quantized ones."""
-    return module is not None and any(
-        type(layer).__module__.startswith("modules.module.quantized") for layer in module.modules()
-    )
+    own = "modules.module.quantized"
+    return module is not None and any(type(m).__module__.startswith(own) for m in module.modules())
 
 
-def _plain(model: WanModel, parts: list[str] | None = None):
-    """onewan's model, with quantized components loaded again from their files."""
-    if parts is None:
-        parts = [*model.expert_parts(), "text_encoder"]
+def _plain(model: WanModel, parts: list[str]):
+    """onewan's model, with quantized components among `parts` loaded again from their files."""
     again = [part for part in parts if _quantised(getattr(model, part))]
     if not again:
         return model.wan
@@ -123,23 +114,15 @@ class WanEmbeddingSaver:
     """Embeddings: a file for each, as ComfyUI reads it."""
 
     def save_single(
-        self,
-        model: WanModel,
-        output_model_format: ModelFormat,
-        output_model_destination: str,
-        dtype: torch.dtype | None,
+        self, model: WanModel, format: ModelFormat, destination: str, dtype: torch.dtype | None
     ):
         """The trained embedding, or in the convert tool the loaded one."""
         found = self._all(model)
         uuid = next(iter(found)) if model.embedding is None else model.embedding.uuid
-        self._write(found[uuid], uuid, output_model_format, output_model_destination, dtype)
+        self._write(found[uuid], uuid, format, destination, dtype)
 
     def save_multiple(
-        self,
-        model: WanModel,
-        output_model_format: ModelFormat,
-        output_model_destination: str,
-        dtype: torch.dtype | None,
+        self, model: WanModel, format: ModelFormat, destination: str, dtype: torch.dtype | None
     ):
         """All others."""
         chosen = None if model.embedding is None else model.embedding.uuid
@@ -148,15 +131,12 @@ class WanEmbeddingSaver:
         for uuid, embedding in self._all(model).items():
             if uuid == chosen:
                 continue
-            destination = output_model_destination
-            if output_model_format != ModelFormat.INTERNAL:
-                name = path_util.safe_filename(
-                    embedding.placeholder, allow_spaces=False, max_length=None
-                )
-                destination = os.path.join(
-                    f"{output_model_destination}_embeddings", f"{name or uuid}.safetensors"
-                )
-            self._write(embedding, uuid, output_model_format, destination, dtype)
+            path = destination
+            if format != ModelFormat.INTERNAL:
+                placeholder = embedding.placeholder
+                name = path_util.safe_filename(placeholder, allow_spaces=False, max_length=None)
+                path = os.path.join(f"{destination}_embeddings", f"{name or uuid}.safetensors")
+            self._write(embedding, uuid, format, path, dtype)
 
     def _all(self, model: WanModel) -> dict[str, WanModelEmbedding]:
         read = {
@@ -166,15 +146,15 @@ class WanEmbeddingSaver:
         }
         return read | {embedding.uuid: embedding for embedding in model.all_embeddings()}
 
-    def _write(self, embedding, uuid, output_model_format, destination, dtype):
-        match output_model_format:
+    def _write(self, embedding, uuid, format, destination, dtype):
+        match format:
             case ModelFormat.SAFETENSORS:
                 path = Path(destination)
             case ModelFormat.INTERNAL:
                 path, dtype = Path(destination) / "embeddings" / f"{uuid}.safetensors", None
             case _:
                 raise NotImplementedError(
-                    f"Embeddings can't be saved as {output_model_format}; choose SAFETENSORS"
+                    f"Embeddings can't be saved as {format}; choose SAFETENSORS"
                 )
         Saver().save_embedding(embedding, path, dtype=dtype)
 

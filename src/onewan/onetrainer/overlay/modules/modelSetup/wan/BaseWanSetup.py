@@ -45,11 +45,9 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
             print("Wan 2.2: the text encoder can't be trained; text_encoder.train is turned off")
             config.text_encoder.train = False
         # OneTrainer has no default for the layers that Muon optimizes in an unknown model.
-        if (
-            str(config.optimizer.optimizer).startswith("MUON")
-            and not config.optimizer.muon_hidden_layers
-        ):
-            config.optimizer.muon_hidden_layers = "blocks"
+        optimizer = config.optimizer
+        if str(optimizer.optimizer).startswith("MUON") and not optimizer.muon_hidden_layers:
+            optimizer.muon_hidden_layers = "blocks"
         for part in model.expert_parts():
             own = getattr(config, part)
             self._setup_model_part(
@@ -77,10 +75,6 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
             )
         return step_adapter.step_adapter_of(config, variant, trained)
 
-    def _encodes_text_online(self, config: TrainConfig) -> bool:
-        """Whether captions are encoded in each step, because embeddings are trained."""
-        return config.train_any_embedding() or config.train_any_output_embedding()
-
     def _expert(self, model: WanModel, step: int) -> Expert:
         """The expert that trains in this step, among those whose training has not been stopped."""
         stopped = set()
@@ -102,7 +96,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
     def _bring(self, model: WanModel, config: TrainConfig, *parts: str):
         """Move to the device what a step with the transformers `parts` needs, and nothing else."""
         wanted = list(parts)
-        if self._encodes_text_online(config) or not config.latent_caching:
+        if encodes_text_online(config) or not config.latent_caching:
             wanted.append("text_encoder")
         if not config.latent_caching:
             wanted.append("vae")
@@ -235,7 +229,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
     def _clips(self, model: WanModel, batch: dict, config: TrainConfig, step: int | None):
         captions = list(batch["prompt"])
         dropped = _dropped(config.text_encoder.dropout_probability, step, len(captions))
-        if self._encodes_text_online(config):
+        if encodes_text_online(config):
             model.materialize("text_encoder")
             captions = ["" if drop else text for text, drop in zip(captions, dropped, strict=True)]
             text = model.wan.encode_text(captions)
@@ -290,6 +284,11 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
             # OneTrainer's backward pass must not fail in such a step.
             loss.requires_grad_()
         return loss
+
+
+def encodes_text_online(config: TrainConfig) -> bool:
+    """Whether captions are encoded in each step, because embeddings are trained."""
+    return config.train_any_embedding() or config.train_any_output_embedding()
 
 
 def _checkpointed(module, config, part):
