@@ -126,7 +126,7 @@ def _add_schema(commands: Commands) -> None:
     def run(_options: argparse.Namespace) -> int:
         import json
 
-        from onewan.config.json_schema import json_schema
+        from onewan.config import json_schema
 
         print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
         return 0

@@ -1,20 +1,12 @@
 """The run file.
 
 `schema`, `method`, `objective` and `optimizer` declare its fields; `load` reads and writes it;
-`rules`, `method_rules`, `train_rules` and `unused` check what spans fields; `resolve` fills in
-defaults; `messages` and `schema_paths` word errors; `json_schema` exports the schema for editors.
+`rules`, `method_rules` and `unused` check what spans fields; `resolve` fills in defaults;
+`messages` words errors; `fields` lists the fields and exports the schema for editors.
 """
 
-from onewan.config.json_schema import json_schema
+from onewan.config.fields import json_schema, leaves
 from onewan.config.load import changed_fields, dump_run, load_run
 from onewan.config.schema import RunConfig
-from onewan.config.schema_paths import leaves
 
-__all__ = [
-    "RunConfig",
-    "changed_fields",
-    "dump_run",
-    "json_schema",
-    "leaves",
-    "load_run",
-]
+__all__ = ["RunConfig", "changed_fields", "dump_run", "json_schema", "leaves", "load_run"]

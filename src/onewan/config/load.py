@@ -14,11 +14,11 @@ from pathlib import Path, PureWindowsPath
 from types import NoneType
 from typing import Any, get_args
 
+from onewan.config.fields import field_at
 from onewan.config.messages import report, validated
 from onewan.config.resolve import resolve
 from onewan.config.rules import rule_violations
 from onewan.config.schema import COMPONENTS, SCHEMA_VERSION, ResolvedRun
-from onewan.config.schema_paths import field_at
 from onewan.config.section import is_section, members_of, sections_of
 from onewan.config.unused import unused_fields
 from onewan.documents import (
@@ -94,18 +94,17 @@ def _read(file: Path, source: str) -> dict[str, Any]:
     try:
         text = file.read_bytes().decode("utf-8-sig")
         data = parse_json(text) if file.suffix.lower() == ".json" else parse_yaml(text)
-    except FileNotFoundError:
-        problem = "there is no such file; `onewan init` writes one to start from"
-        if source != str(file):
-            problem = f"is a folder without {RESOLVED_NAME}; give a run file or a run's folder"
+    except (OSError, ValueError) as error:
+        problem = str(error)
+        if isinstance(error, FileNotFoundError):
+            problem = "there is no such file; `onewan init` writes one to start from"
+            if source != str(file):
+                problem = f"is a folder without {RESOLVED_NAME}; give a run file or a run's folder"
+        elif isinstance(error, OSError):
+            problem = f"can't be read: {error.strerror}"
+        elif isinstance(error, UnicodeDecodeError):
+            problem = f"is not UTF-8 text (byte {error.start}); save it as UTF-8"
         raise ConfigError(source, [problem]) from None
-    except OSError as error:
-        raise ConfigError(source, [f"can't be read: {error.strerror}"]) from None
-    except UnicodeDecodeError as error:
-        problem = f"is not UTF-8 text (byte {error.start}); save it as UTF-8"
-        raise ConfigError(source, [problem]) from None
-    except ValueError as error:
-        raise ConfigError(source, [str(error)]) from None
     if data is None:
         raise ConfigError(source, ["is empty; `onewan init` writes one to start from"])
     if not is_mapping(data):

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
+from onewan.config.fields import leaves
 from onewan.config.schema import RunConfig
-from onewan.config.schema_paths import leaves
 from onewan.config.section import Members, Section, members_of, sections_of
 from onewan.documents import KeyPath, Node, dotted, format_value, get_path, has_key
 

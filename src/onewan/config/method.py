@@ -3,6 +3,9 @@
 Each class has only the fields that its method takes.
 """
 
+# Sections are immutable, so a subclass may narrow the type of a field and take its default away.
+# pyright: reportIncompatibleVariableOverride=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import difflib
@@ -151,7 +154,7 @@ class EmbeddingMethod(Section):
     """Textual inversion: only the `embeddings` are trained."""
 
 
-class EmbeddingFields(Section):
+class EmbeddingSection(Section):
     placeholder: str = Field(pattern=r"^\S+$")
     """Word in captions and prompts that the vectors replace, such as <fox>."""
     token_count: Int | None = Field(default=None, ge=1, le=64)
@@ -168,15 +171,12 @@ class EmbeddingFields(Section):
     """false: use the vectors of `init_from` without training them."""
     lr: Positive | None = None
     """Learning rate; null is `optimizer.lr`."""
-
-
-class EmbeddingSection(EmbeddingFields):
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]+$")
     """Name of the exported file, and in ComfyUI's prompts (embedding:NAME); null is the placeholder
     without punctuation."""
 
 
-class ResolvedEmbedding(EmbeddingFields):
+class ResolvedEmbedding(EmbeddingSection):
     name: str
 
 

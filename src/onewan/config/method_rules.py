@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from onewan.arithmetic.placeholders import placeholder_error
+from onewan.config.fields import Problem
 from onewan.config.method import (
     AdapterMethod,
     EmbeddingMethod,
@@ -21,7 +22,6 @@ from onewan.config.method import (
 from onewan.config.optimizer import Optimizer, SgdOptimizer, joint_only_reason
 from onewan.config.resolve import exported_name, trained_experts
 from onewan.config.schema import RunConfig
-from onewan.config.schema_paths import Problem
 from onewan.documents import format_value
 
 

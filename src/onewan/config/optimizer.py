@@ -4,6 +4,9 @@ Each class has only the fields that its optimizer takes. adamw, adamw_8bit, adaf
 muon, lion and adamw_schedule_free are supported in every combination; the others are best effort.
 """
 
+# A subclass of an optimizer has a `name` of its own.
+# pyright: reportIncompatibleVariableOverride=false
+
 from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
@@ -47,14 +50,14 @@ class AdamWOptimizer(Section):
 
 
 class AdamW8bitOptimizer(AdamWOptimizer):
-    name: Literal["adamw_8bit"] = "adamw_8bit"  # pyright: ignore[reportIncompatibleVariableOverride]
+    name: Literal["adamw_8bit"] = "adamw_8bit"
     """AdamW of bitsandbytes, with 8-bit optimizer state."""
     paged: bool = False
     """Page optimizer state out to CPU memory when GPU memory runs out (CUDA only)."""
 
 
 class AdamWScheduleFreeOptimizer(AdamWOptimizer):
-    name: Literal["adamw_schedule_free"] = "adamw_schedule_free"  # pyright: ignore[reportIncompatibleVariableOverride]
+    name: Literal["adamw_schedule_free"] = "adamw_schedule_free"
     """Schedule-free AdamW: averages weights instead of decaying the rate (package schedulefree)."""
     warmup_steps: Int = Field(default=0, ge=0)
     """Warm-up steps of the optimizer, which its weight average accounts for; use it instead of
@@ -137,7 +140,7 @@ class CameOptimizer(Section):
 
 
 class AdamMiniOptimizer(AdamWOptimizer):
-    name: Literal["adam_mini"] = "adam_mini"  # pyright: ignore[reportIncompatibleVariableOverride]
+    name: Literal["adam_mini"] = "adam_mini"
     """Adam-mini: one second moment per block of a weight (package adam-mini). Best effort."""
 
 
@@ -152,14 +155,14 @@ class SgdOptimizer(Section):
 
 
 class AdamWLowBitOptimizer(AdamWOptimizer):
-    name: Literal["adamw_low_bit"] = "adamw_low_bit"  # pyright: ignore[reportIncompatibleVariableOverride]
+    name: Literal["adamw_low_bit"] = "adamw_low_bit"
     """AdamW of torchao, with low-bit optimizer state. Best effort."""
     bits: Literal["8", "4", "fp8"] = "8"
     """Precision of the optimizer state."""
 
 
 class AdamWOffloadOptimizer(AdamWOptimizer):
-    name: Literal["adamw_cpu_offload"] = "adamw_cpu_offload"  # pyright: ignore[reportIncompatibleVariableOverride]
+    name: Literal["adamw_cpu_offload"] = "adamw_cpu_offload"
     """AdamW with its state and step on the CPU (torchao's CPUOffloadOptimizer; needs a GPU). Best
     effort."""
 

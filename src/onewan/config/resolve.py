@@ -87,7 +87,7 @@ def compression_ratios(variant: Variant) -> dict[str, int]:
     }
 
 
-def expert_schedule_of(config: RunConfig | ResolvedRun) -> ExpertSchedule:
+def expert_schedule_of(config: RunConfig) -> ExpertSchedule:
     """Which expert each step of the run trains."""
     variant, train = config.model.facts(), config.train
     return expert_schedule(
@@ -99,19 +99,19 @@ def expert_schedule_of(config: RunConfig | ResolvedRun) -> ExpertSchedule:
     )
 
 
-def trained_experts(config: RunConfig | ResolvedRun) -> tuple[Expert, ...]:
+def trained_experts(config: RunConfig) -> tuple[Expert, ...]:
     """The experts that train; of a variant with one expert that is always the one."""
     variant = config.model.facts()
     return variant.selected(config.model.experts if len(variant.experts) > 1 else "both")
 
 
-def total_steps(config: RunConfig | ResolvedRun) -> int:
+def total_steps(config: RunConfig) -> int:
     """Optimizer steps of the run: those of both experts if they are given, else `train.steps`."""
     counts = steps_per_expert(config)
     return config.train.steps if counts is None else sum(counts)
 
 
-def steps_per_expert(config: RunConfig | ResolvedRun) -> tuple[int, int] | None:
+def steps_per_expert(config: RunConfig) -> tuple[int, int] | None:
     """Steps of the high and the low expert, if the run file gives both; else None."""
     high, low = config.per_expert.high.steps, config.per_expert.low.steps
     return None if high is None or low is None else (high, low)

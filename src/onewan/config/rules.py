@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from onewan.arithmetic.buckets import size_error
 from onewan.arithmetic.sample_request import image_error, request_errors
 from onewan.arithmetic.timestep_weighting import weighting_problem
+from onewan.config.fields import Problem
 from onewan.config.method_rules import method_rules, missing_file
 from onewan.config.optimizer import AVERAGING_OPTIMIZERS
 from onewan.config.resolve import (
@@ -22,7 +23,6 @@ from onewan.config.resolve import (
     trained_experts,
 )
 from onewan.config.schema import COMPONENTS, RunConfig
-from onewan.config.schema_paths import Problem
 from onewan.config.unused import unused_field_problems
 from onewan.documents import format_value
 

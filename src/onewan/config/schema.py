@@ -5,6 +5,9 @@ editors use for completion. `resolve` replaces null by the variant's value where
 `rules` has the rules between fields.
 """
 
+# Sections are immutable, so a subclass may narrow the type of a field and take its default away.
+# pyright: reportIncompatibleVariableOverride=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -118,7 +121,7 @@ class SourceSection(Section):
     preservation, which keeps existing abilities; needs an adapter method)."""
 
 
-class VideoDataFields(Section):
+class VideoDataSection(Section):
     sources: tuple[SourceSection, ...] = ()
     """Folders with clips."""
     supported_formats: tuple[str, ...] = ("mp4", "avi", "mov", "webm")
@@ -145,8 +148,6 @@ class VideoDataFields(Section):
     def _lower(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(v.lower().lstrip(".") for v in value)
 
-
-class VideoDataSection(VideoDataFields):
     target_fps: Positive | None = None
     """Frames per second of the training clips; null is the variant's own rate (16, or 24)."""
     resolution: Int | str | tuple[Int | str, ...] | None = None
@@ -164,7 +165,7 @@ class VideoDataSection(VideoDataFields):
         return tuple(parse_size(v) for v in several)
 
 
-class ResolvedVideoData(VideoDataFields):
+class ResolvedVideoData(VideoDataSection):
     target_fps: float
     resolution: tuple[int | str, ...]
 
@@ -282,7 +283,7 @@ class PromptSection(Section):
     """Seed of the noise; null is `sample.seed`."""
 
 
-class SampleFields(Section):
+class SampleSection(Section):
     prompts: tuple[PromptSection, ...] = ()
     """Prompts of sample videos, each a text or a mapping."""
     every: Int = Field(default=0, ge=0)
@@ -302,8 +303,6 @@ class SampleFields(Section):
             return [{"prompt": v} if isinstance(v, str) else v for v in items]
         return value
 
-
-class SampleSection(SampleFields):
     width: Int | None = Field(default=None, ge=16)
     """Width in pixels, a multiple of 16, or 32 for TI2V-5B; null is the official width."""
     height: Int | None = Field(default=None, ge=16)
@@ -322,7 +321,7 @@ class SampleSection(SampleFields):
     """Negative prompt of all samples; null is the official one, "" is none."""
 
 
-class ResolvedSample(SampleFields):
+class ResolvedSample(SampleSection):
     width: int
     height: int
     frames: int
@@ -333,7 +332,7 @@ class ResolvedSample(SampleFields):
     negative_prompt: str
 
 
-class OutputFields(Section):
+class OutputSection(Section):
     dir: Path = Path("runs")
     """The folder that holds the runs."""
     formats: Annotated[
@@ -347,14 +346,11 @@ class OutputFields(Section):
     keep_last: Int | None = Field(default=None, ge=1)
     """Number of newest exports to keep, besides the best one; null keeps all. A fine-tuned A14B
     expert has 28 GB."""
-
-
-class OutputSection(OutputFields):
     name: str | None = Field(default=None, pattern=r"^[^/\\:*?\"<>|.][^/\\:*?\"<>|]*$")
     """Name of the run and of its folder; null is the name of the run file."""
 
 
-class ResolvedOutput(OutputFields):
+class ResolvedOutput(OutputSection):
     name: str
 
 
@@ -403,23 +399,10 @@ class RunConfig(Section):
     """Additional logs."""
 
 
-class ResolvedRun(Section):
-    """A run file with every default filled in and all paths absolute; `load_run` returns it.
+class ResolvedRun(RunConfig):
+    """A run file with every default filled in and all paths absolute; `load_run` returns it."""
 
-    Sections in which something may be null in the file have a type of their own here.
-    """
-
-    schema_version: int
-    model: ModelSection
-    wan_config: WanTrainConfig
     video_data: ResolvedVideoData
-    method: Method
     embeddings: tuple[ResolvedEmbedding, ...]
-    per_expert: PerExpertSection
-    optimizer: Optimizer
-    train: TrainSection
-    validation: ValidationSection
     sample: ResolvedSample
     output: ResolvedOutput
-    memory: MemorySection
-    logging: LoggingSection

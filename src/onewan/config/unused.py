@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from onewan.config.fields import Problem
 from onewan.config.method import AdapterMethod, EmbeddingMethod, FineTuneMethod, RankedMethod
 from onewan.config.resolve import steps_per_expert, trained_experts
-from onewan.config.schema import ExpertSettings, ResolvedRun, RunConfig
-from onewan.config.schema_paths import Problem
+from onewan.config.schema import ExpertSettings, RunConfig
 from onewan.documents import KeyPath, dotted, format_value, get_path
 
 Unused = tuple[KeyPath, str]
@@ -24,7 +24,7 @@ _NEW_SHAPE = ("use_rslora", "factor", "decompose_both")
 _FROM_FILE = "the files of method.init_from decide it"
 
 
-def unused_fields(config: RunConfig | ResolvedRun) -> Iterator[Unused]:
+def unused_fields(config: RunConfig) -> Iterator[Unused]:
     """All fields without effect in this run, whether they are set or not."""
     yield from _by_variant(config)
     yield from _by_method(config)
@@ -52,7 +52,7 @@ def file_decides(expert: str, settings: ExpertSettings) -> Iterator[Problem]:
             yield f"per_expert.{expert}.{name}", no_effect(_FROM_FILE, value)
 
 
-def _by_variant(config: RunConfig | ResolvedRun) -> Iterator[Unused]:
+def _by_variant(config: RunConfig) -> Iterator[Unused]:
     variant, train = config.model.facts(), config.train
     if not variant.has_clean_first_frame:
         why = f"only ti2v-5b trains with a conditioning frame, and the model is {variant.name}"
@@ -63,41 +63,38 @@ def _by_variant(config: RunConfig | ResolvedRun) -> Iterator[Unused]:
     if len(variant.experts) == 1:
         yield ("model", "boundary"), f"{variant.name} has one expert"
         yield ("model", "transformer_2"), f"{variant.name} has one transformer"
-    if steps_per_expert(config) is not None and len(trained_experts(config)) == 2:
+    if len(trained_experts(config)) == 1:
+        if not isinstance(train.high_expert_share, str):
+            yield ("train", "high_expert_share"), "one expert trains"
+    elif steps_per_expert(config) is not None:
         yield ("train", "high_expert_share"), "per_expert gives the steps of both experts"
-    elif len(trained_experts(config)) == 1 and not isinstance(train.high_expert_share, str):
-        yield ("train", "high_expert_share"), "one expert trains"
 
 
-def _by_method(config: RunConfig | ResolvedRun) -> Iterator[Unused]:
-    method, fields = config.method, type(config.method).model_fields
+def _by_method(config: RunConfig) -> Iterator[Unused]:
+    method = config.method
     if isinstance(method, AdapterMethod) and method.init_from:
-        names = _NEW_SHAPE
+        fields = type(method).model_fields
         if len(method.init_from) >= len(trained_experts(config)):  # else one adapter is new
-            names += _SHAPE
-        for name in names:
-            default = fields[name].default if name in fields else None
-            if name in fields and (name in _SHAPE or getattr(method, name) != default):
+            yield from ((("method", name), _FROM_FILE) for name in _SHAPE if name in fields)
+        for name in _NEW_SHAPE:
+            if name in fields and getattr(method, name) != fields[name].default:
                 yield ("method", name), _FROM_FILE
-    if (
-        isinstance(method, FineTuneMethod)
-        and config.model.dtype == "float32"
-        and method.weights != "float32"
-    ):
+    is_float32 = config.model.dtype == "float32"
+    if is_float32 and isinstance(method, FineTuneMethod) and method.weights != "float32":
         yield ("method", "weights"), "model.dtype is float32"
 
 
-def _by_embedding(config: RunConfig | ResolvedRun) -> Iterator[Unused]:
+def _by_embedding(config: RunConfig) -> Iterator[Unused]:
     for index, embedding in enumerate(config.embeddings):
-        field = f"embeddings.{index}"
         if embedding.init_from is not None:
-            for name in ("token_count", "initial_text"):
-                yield ("embeddings", index, name), f"the file of {field}.init_from decides it"
+            why = f"the file of embeddings.{index}.init_from decides it"
+            yield ("embeddings", index, "token_count"), why
+            yield ("embeddings", index, "initial_text"), why
         if not embedding.train:
-            yield ("embeddings", index, "lr"), f"{field}.train is false"
+            yield ("embeddings", index, "lr"), f"embeddings.{index}.train is false"
 
 
-def _by_expert(config: RunConfig | ResolvedRun) -> Iterator[Unused]:
+def _by_expert(config: RunConfig) -> Iterator[Unused]:
     variant, method, kind = config.model.facts(), config.method, config.method.kind
     trained = [expert.name for expert in trained_experts(config)]
     from_files = isinstance(method, AdapterMethod) and len(method.init_from) >= len(trained)

@@ -1,17 +1,51 @@
-"""The JSON schema of the run file, which editors use for completion and checks.
-
-pydantic's own schema is extended by the short forms that reading accepts.
-"""
+"""What the schema declares: the fields by dotted name, and the JSON schema for editors."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeAlias, get_origin
 
 from onewan.config.schema import RunConfig
 from onewan.config.section import Section, members_of, sections_of
+from onewan.documents import KeyPath
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
+
+Problem: TypeAlias = tuple[str, str]
+"""Dotted key path and message."""
+
+
+@cache
+def schema_fields() -> dict[str, FieldInfo]:
+    """Every field of the run file by its dotted name, in which `*` is any item of a list.
+
+    Of a union, the fields of all members; a name that several have stands for the first one's.
+    """
+
+    def walk(section: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+        for name, field in section.model_fields.items():
+            yield prefix + name, field
+            item = "*." if get_origin(field.annotation) is tuple else ""
+            for inner in sections_of(field.annotation):
+                yield from walk(inner, f"{prefix}{name}.{item}")
+
+    fields: dict[str, FieldInfo] = {}
+    for name, field in walk(RunConfig, ""):
+        fields.setdefault(name, field)
+    return fields
+
+
+def field_at(path: KeyPath) -> FieldInfo | None:
+    """The field at `path`, for an item of a list that of the list."""
+    name = ".".join("*" if isinstance(part, int) else part for part in path)
+    return schema_fields().get(name.removesuffix(".*"))
+
+
+def leaves() -> list[str]:
+    """Dotted names of all fields that hold a value; `*` is any item of a list."""
+    return [name for name, field in schema_fields().items() if not sections_of(field.annotation)]
 
 
 def json_schema() -> dict[str, Any]:
@@ -19,7 +53,8 @@ def json_schema() -> dict[str, Any]:
     schema = RunConfig.model_json_schema()
     # Short forms that pydantic does not know: a prompt may be a plain text, a section may be empty,
     # and the key of a union may be left out for its default, or be all that is given.
-    for section in _all_sections(RunConfig):
+    inner = [s for field in schema_fields().values() for s in sections_of(field.annotation)]
+    for section in dict.fromkeys([RunConfig, *inner]):
         here = schema if section is RunConfig else schema["$defs"][section.__name__]
         for name, field in section.model_fields.items():
             if name not in here.get("required", ()):
@@ -49,12 +84,3 @@ def _add_short_forms(
         part["anyOf"] = [{"$ref": part.pop("$ref")}, {"type": "null"}]
     elif part.get("type") == "array" and sections_of(field.annotation):
         part["type"] = ["array", "null"]
-
-
-def _all_sections(section: type[Section]) -> list[type[Section]]:
-    """`section` and all sections within it, each once."""
-    found = {section: None}
-    for field in section.model_fields.values():
-        for inner in sections_of(field.annotation):
-            found.update(dict.fromkeys(_all_sections(inner)))
-    return list(found)
