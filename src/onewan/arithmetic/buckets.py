@@ -107,6 +107,7 @@ def choose_size(
     candidates = enough or best
     nearest = min(_shape_error(size, aspect) for size in candidates)
     same = [s for s in candidates if _shape_error(s, aspect) <= nearest + _SAME_SHAPE]
+    # The size breaks ties of areas, so that the order of the run file does not matter.
     return (max if enough else min)(same, key=lambda size: (size[0] * size[1], size))
 
 

@@ -151,7 +151,7 @@ class TimestepDensity:
 
     def cdf(self, t: float) -> float:
         """Probability of a timestep below `t`."""
-        if t <= 0 or t >= 1:
+        if t <= 0 or t >= 1:  # where the formulas of some distributions are infinite
             return float(t >= 1)
         return self.base.cdf(t / (self.shift - (self.shift - 1) * t))
 

@@ -59,6 +59,8 @@ def attend_within_frames(transformer: WanTransformer3DModel) -> None:
     frames = _FrameCount()
     patch = transformer.config["patch_size"][0]
 
+    # Attention processors see tokens only. With gradient checkpointing, blocks run again in the
+    # backward pass, when the stored value is still that of their forward pass.
     def store_frame_count(
         _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -66,6 +68,7 @@ def attend_within_frames(transformer: WanTransformer3DModel) -> None:
         frames.value = latents.shape[2] // patch
 
     transformer.register_forward_pre_hook(store_frame_count, with_kwargs=True)
+    # Only attn1: attn2 is the cross-attention to the text.
     for module in transformer.modules():
         if isinstance(module, WanTransformerBlock):
             processor: Any = _WithinFrames(module.attn1.processor, frames)

@@ -54,6 +54,7 @@ class Conditioning:
 
     def sampling_pipeline(self, *, with_image: bool) -> type[WanPipeline | WanImageToVideoPipeline]:
         """The diffusers pipeline for a sample that does, or does not, start from an image."""
+        # Not `variant.pipeline`: the one that TI2V-5B's repository names takes no image.
         return _LockedImageToVideoPipeline if with_image else WanPipeline
 
     def pipeline_options(self) -> dict[str, Any]:
@@ -79,6 +80,7 @@ class FirstFrameChannels(Conditioning):
     def channels(self, encoded: Mapping[str, Tensor]) -> Tensor:
         latents_BCFHW = encoded["condition"]
         mask_BCFHW = frame_mask(latents_BCFHW, {0}, self.variant.temporal_compression)
+        # The mask's channels come first, as in the official code and in diffusers' pipeline.
         return torch.cat([mask_BCFHW, latents_BCFHW], dim=1)
 
 
@@ -108,6 +110,7 @@ def frame_mask(
     mask_F[list(condition_frames)] = 1
     folded = torch.cat([mask_F[:1].expand(temporal_compression), mask_F[1:]])
     mask_CF = folded.view(frames, temporal_compression).T
+    # A view without memory of its own, since the mask is the same at all positions.
     return mask_CF[None, :, :, None, None].expand(batch, -1, -1, height, width)
 
 

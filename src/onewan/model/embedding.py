@@ -98,6 +98,7 @@ class WanModelEmbedding:
                 rows = table(torch.tensor(ids, device=text_encoder.device))
             # Rows are repeated from the first: more vectors than tokens need some initial value.
             chosen = torch.arange(len(rows) if token_count is None else token_count) % len(rows)
+            # Indexing copies, so the vectors share no memory with the embedding table.
             vectors = rows.float().cpu()[chosen]
         return cls(
             placeholder=placeholder,
@@ -134,6 +135,7 @@ class WanModelEmbedding:
             placeholder=placeholder,
             name=name or _file_name(placeholder),
             uuid=file.uuid or _uuid(0, placeholder),
+            # A copy: `float` returns float32 vectors of the file as they are.
             vectors=nn.Parameter(file.vectors.float().clone(), requires_grad=False),
             is_output_embedding=file.is_output_embedding,
             initial_text=file.metadata.get("onewan.initial_text"),

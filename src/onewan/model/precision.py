@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 class _Float32Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
+        # Cast at each call, so that the stored weights keep the checkpoint's dtype.
         bias = None if self.bias is None else self.bias.float()
+        # Under autocast, `linear` would cast the float32 operands to bfloat16 again.
         with torch.autocast(input.device.type, enabled=False):
             return F.linear(input.float(), self.weight.float(), bias)
 

@@ -188,6 +188,7 @@ def _encode_segments(text_encoder: UMT5EncoderModel, segments: Sequence[_Segment
     for segment in segments:
         if segment.vectors is None:
             ids = torch.tensor(segment.ids, dtype=torch.long, device=text_encoder.device)
+            # T5 does not scale its embeddings: rows of the table are the encoder's inputs.
             inputs.append(table(ids))
         elif segment.vectors.shape[1] != width:
             raise CheckpointError(
@@ -195,6 +196,7 @@ def _encode_segments(text_encoder: UMT5EncoderModel, segments: Sequence[_Segment
                 f"encoder's {width}; it is for another text encoder"
             )
         elif not segment.is_output:
+            # `to` casts from float32 differentiably, so gradients reach the float32 vectors.
             inputs.append(segment.vectors.to(table.weight))
     inputs_LD = torch.cat(inputs)
     # Output vectors are not among the inputs, so without input vectors that require gradients the

@@ -39,6 +39,7 @@ def encode_video(vae: AutoencoderKLWan, pixels_BCFHW: Tensor) -> Tensor:
     with LOCK:
         posterior = vae.encode(pixels_BCFHW.to(vae.device, vae.dtype), return_dict=False)[0]
     mean, std = _statistics(vae, vae.device)
+    # In float32 also for a VAE in bfloat16, which would round each latent again.
     return (posterior.mode().float() - mean) / std
 
 
@@ -47,5 +48,6 @@ def decode_video(vae: AutoencoderKLWan, latents_BCFHW: Tensor) -> Tensor:
     """Float32 pixels [B, 3, F, H, W] in [-1, 1]; the inverse of `encode_video`."""
     mean, std = _statistics(vae, vae.device)
     unscaled = latents_BCFHW.to(vae.device, torch.float32) * std + mean
+    # diffusers clamps the result to [-1, 1].
     with LOCK:
         return vae.decode(unscaled.to(vae.dtype), return_dict=False)[0].float()

@@ -81,6 +81,7 @@ class WanModel:
             transformer: nn.Module | None = getattr(self, component)
             for name, module in [] if transformer is None else transformer.named_modules():
                 if isinstance(module, BaseTunerLayer) and isinstance(module, nn.Module):
+                    # PEFT's layer contains the wrapped layer, whose weights are not the adapter's.
                     found |= {
                         f"{component}.{name}.{leaf}": parameter
                         for leaf, parameter in module.named_parameters()

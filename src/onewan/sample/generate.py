@@ -93,6 +93,7 @@ class WanModelSampler:
             raise CheckpointError(f"{model.source}: the VAE was not loaded")
         image = None
         if request.image is not None:
+            # Cropped here, since diffusers would stretch an image of another aspect ratio.
             fit = Fit(width=request.width, height=request.height)
             image = Image.fromarray(read_image(request.image, fit))
         modules = [m for m in (model.text_encoder, *experts, model.vae) if m is not None]
@@ -115,6 +116,7 @@ class WanModelSampler:
             # Decoded here and not by the pipeline, so that the transformers can leave the device.
             bring(model.vae)
             pixels_BCFHW = model.decode_video(latents)
+        # In place: a second copy of a long video in float32 may be too much.
         pixels_CFHW = pixels_BCFHW[0].div_(2).add_(0.5).clamp_(0, 1).mul_(255).round_()
         return pixels_CFHW.to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 

@@ -226,6 +226,7 @@ class Objective:
         self, purpose: str, step: StepBatches, indices: Sequence[int], shape: Sequence[int]
     ) -> Tensor:
         """[B, *shape] standard normal values, on the CPU."""
+        # A generator for each sample, so that its noise does not depend on the rest of the batch.
         seeds = [derive_seed(self.seed, purpose, step.number, index) for index in indices]
         return torch.stack([seeded_noise(shape, seed) for seed in seeds])
 

@@ -79,6 +79,7 @@ class Run:
         """Batches of one clip each, to compare losses on: held-out clips if there are any. Clips
         for prior preservation are left out, since their target is the base model's prediction."""
         trained = tuple(clip for clip in self.dataset.clips if not clip.is_prior)
+        # If all clips are prior clips, their loss is better than none.
         clips = self.dataset.validation_clips or trained or self.dataset.clips
         return self.loader.validation_batches(clips, self.config.validation.clips)
 

@@ -117,7 +117,7 @@ class WanModelSetup:
             self._config,
             sources.paths,
             load,
-            extra_prompts=sorted(texts),
+            extra_prompts=sorted(texts),  # the order of a set differs between processes
             encode_text_online=bool(self._config.embeddings),
             progress=progress,
             verify=verify,

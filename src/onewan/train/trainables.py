@@ -88,6 +88,7 @@ class AdapterTraining:
         ratio = self._lora_plus_ratio
         fast = {n: p for n, p in self.parameters.items() if ratio != 1 and is_lora_b(n)}
         rest = {n: p for n, p in self.parameters.items() if n not in fast}
+        # The default rate comes first, since the first group's rate is the one that is logged.
         return [
             ParameterGroup(names=tuple(chosen), parameters=tuple(chosen.values()), lr=rate)
             for chosen, rate in ((rest, lr), (fast, lr * ratio))

@@ -81,6 +81,7 @@ class WanTrainer:
         self._layout.create()
         if not self._layout.saved_steps():
             self._write_run_files()
+        # Temporary files of exports, from a process that was killed.
         remove_abandoned(self._layout.weights_dir)
         with ExitStack() as session:
             session.enter_context(text_log(self._layout.log))
@@ -230,6 +231,7 @@ class WanTrainer:
         """Record the present step as the best one if `train.keep_best` is set and `loss` is lower
         than all earlier ones."""
         state = run.state
+        # The base model at step 0 is not a result to keep.
         if state.step == 0 or not self._config.train.keep_best:
             return False
         if state.best is not None and loss >= state.best["loss"]:
@@ -265,6 +267,7 @@ class WanTrainer:
         comparable = self._check_changes(run, facts)
         for line in run.state.load(found.folder, allow_change=self._allow_change):
             self._log.warn(line)
+        # The run folder then has the settings that the run continues with.
         self._write_run_files()
         if not comparable:
             run.state.base_loss, run.state.best = {}, None
@@ -318,6 +321,7 @@ class WanTrainer:
                 events.Exported(step=run.state.step, expert=file.trainable, file=file.path)
             )
         exported = self._layout.exported()
+        # Without `keep_last` the slice is empty, so that nothing is deleted.
         for step in list(exported)[: -(self._config.output.keep_last or len(exported))]:
             if step != run.state.best_step:
                 for path in exported[step]:

@@ -60,6 +60,7 @@ def validation_loss(
     `between` is called after each clip, and may raise; the weights are restored in any case.
     """
     trained = run.bring_expert(name)
+    # No dropout; the next training step sets training mode again.
     trained.transformer.eval()
     with ExitStack() as weights, torch.no_grad():
         for context in _contexts(run, trained, weight_set):
@@ -68,6 +69,7 @@ def validation_loss(
         for number, cpu_batch in enumerate(run.validation_batches()):
             losses += _clip_losses(run, trained, number, cpu_batch.to(run.device))
             between()
+        # One transfer for all clips, since each transfer waits for the device.
         return torch.stack(losses).mean().item()
 
 

@@ -96,6 +96,7 @@ class _JointStep:
     def clip_grad_norm(self, max_norm: float | None) -> Tensor:
         norm = self._parameters.clip_grad_norm(max_norm)
         if max_norm is not None:
+            # torchao's hooks have copied the gradients before they were clipped.
             self._library.clip_on_host()
         return norm
 
