@@ -53,6 +53,7 @@ def cache(run: Path, overrides: Sequence[str], *, strict: bool, verify: bool) ->
             str(run), ["video_data.cache: is false, so nothing is cached; set it to true"]
         )
     with Progress() as progress:
+        # The prompts of sample videos are encoded too: training then needs no text encoder.
         data = WanModelSetup(config).dataset(
             sample_requests(config),
             lambda what, done, total: progress.advance(what, done, total, unit="item"),
@@ -95,6 +96,7 @@ def train(
 
 
 def sample(options: argparse.Namespace) -> int:
+    # First, so that a device which does not exist is reported before minutes of loading.
     device = resolve_device(options.device)
     model = WanModelLoader().load(
         options.model, dtype=torch_dtype(options.dtype), boundary=options.boundary

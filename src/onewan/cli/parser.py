@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_PrintVersion, help="print the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    # In the order in which a new user needs them, which is that of `onewan --help`.
     for add in (
         _add_demo,
         _add_init,

@@ -24,6 +24,7 @@ class Progress:
     """Shows a run's events; a context manager. Give its `listen` to the trainer."""
 
     def __init__(self, *, terminal: bool | None = None) -> None:
+        # The bar is written to stderr and lines to stdout, so that piped output has no bar in it.
         self._terminal = sys.stderr.isatty() if terminal is None else terminal
         self._bar: Any = None  # tqdm's own types say that `total` may be None
         self._activity = ""
@@ -70,6 +71,7 @@ class Progress:
     def line(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
         tqdm.write(text, file=sys.stdout)
+        # Without it, a pipe or a file would show lines only by the block.
         sys.stdout.flush()
         self._last_line = time.monotonic()
 

@@ -23,6 +23,7 @@ def send_request(run: Path, command: str) -> int:
     OnewanError if `run` is not the folder of a run, or its trainer has ended.
     """
     layout = RunLayout(run)
+    # By the last event, not by the process id: the trainer may run on another machine.
     event = last_event(layout.events)
     if event is not None and event["event"] in ENDS:
         raise OnewanError(

@@ -76,6 +76,7 @@ def starter(variant: VariantName) -> str:
     """A short commented run file with values worth starting with, for `onewan init`."""
     facts = VARIANTS[variant]
     has_two_experts = len(facts.experts) == 2
+    # For TI2V-5B an image is optional, so its line is commented out and the prompt is not.
     samples = _SAMPLES.format(image="      # image: first_frame.png  # starts the video from it")
     if not facts.takes_image:
         samples = _SAMPLES.format(image="").rstrip()

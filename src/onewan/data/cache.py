@@ -54,6 +54,7 @@ class EntryCache:
 
         `description` (the name of the clip, the caption) is for people who look into the file.
         """
+        # safetensors accepts only contiguous tensors.
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         metadata = {"format": "pt", "about": description, "digest": _tensors_digest(tensors)}
         with replacing(self.path(kind, key)) as temporary:
@@ -81,6 +82,7 @@ class EntryCache:
             return f"{path}: unreadable ({error})"
         if _tensors_digest(tensors) != expected:
             return f"{path}: its content does not match the digest in its header"
+        # An overflow in the encoder: training would stop at the first step that draws the clip.
         if not all(bool(t.isfinite().all()) for t in tensors.values()):
             return f"{path}: contains values that are not finite"
         return None

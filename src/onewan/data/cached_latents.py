@@ -52,6 +52,7 @@ class CachedLatents:
         self._component_paths = component_paths
         self._text_dtype = text_dtype
         self._digests = digests
+        # Entries that `fill` must encode again although they exist.
         self._damaged = set[tuple[EntryKind, str]]()
 
     def video(self, clip: Clip) -> dict[str, Tensor]:
@@ -143,6 +144,7 @@ class CachedLatents:
         result = self._encode_clips("mask", keyed, encode, progress)
         warnings = list[ClipWarning]()
         for key, _, mask in masked:
+            # Masks encoded earlier too, so that every start of the run gives the same warnings.
             if self._cache.has("mask", key):
                 warnings += uniform_mask_warnings(mask, self._cache.load("mask", key)["mask"])
         return replace(result, warnings=tuple(warnings))
@@ -156,6 +158,7 @@ class CachedLatents:
             return 0
         model, encoded = load_model(("text_encoder", "tokenizer")), 0
         for done, (key, caption) in enumerate(missing, start=1):
+            # Checked again: another process may have encoded it since the list was made.
             if self._is_missing("text", key):
                 self._save("text", key, {"text": model.encode_prompt(caption)}, caption)
                 encoded += 1

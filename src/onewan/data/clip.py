@@ -127,6 +127,7 @@ class ClipPlanner:
             loss_weight=folder.loss_weight,
             is_prior=folder.is_prior,
         )
+        # Last, since a mask has to cover exactly the frames that the clip takes.
         return replace(clip, mask=find_mask(info, clip.times(), masks, self.video_formats))
 
     def warnings(self, clip: Clip) -> list[str]:
@@ -153,6 +154,7 @@ class ClipPlanner:
             )
 
     def _frame_count(self, info: MediaInfo) -> int:
+        # At least one frame, however short `max_duration` is.
         by_duration = max(1, floor(self.max_duration * self.fps + _ROUNDING))
         available = min(self.max_frames, by_duration, info.frames_at(self.fps))
         return floor_to_4n_plus_1(available, self.temporal_compression)

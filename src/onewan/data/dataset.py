@@ -116,6 +116,7 @@ def _index(
         )
     clips = (*training.clips, *validation.clips)
     paths = {clip.path for clip in clips} | {clip.mask.path for clip in clips if clip.mask}
+    # Each file once, though it may be in several sources.
     digests = {path: known_digests.of(path) for path in sorted(paths)}
     remaining, in_both = exclude_validation_clips(training.clips, validation.clips, digests)
     report = DatasetReport(
@@ -161,6 +162,7 @@ def _texts(config: ResolvedRun, report: DatasetReport, extra_prompts: Sequence[s
     captions = {caption for clip in report.clips for caption in clip.captions}
     # Validation uses the first caption of a clip, so that its loss is always that of the same text.
     captions |= {clip.captions[0] for clip in report.validation_clips}
+    # A dropped caption is replaced by the embeddings of the empty one.
     empty = {""} if config.train.caption_dropout else set[str]()
     return sorted(captions | empty | set(extra_prompts))
 

@@ -146,7 +146,7 @@ class OnlineEncoder:
         problems, warnings = list[ClipProblem](), list[ClipWarning]()
         for done, clip in enumerate(clips, start=1):
             try:
-                decode(clip)
+                decode(clip)  # only the frames that are trained on, as in a training step
                 if clip.mask:
                     values = encode_mask(clip, clip.mask, self._variant)
                     warnings += uniform_mask_warnings(clip.mask, values)

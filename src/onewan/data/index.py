@@ -151,6 +151,7 @@ def _walk(folder: Path, problems: list[ClipProblem], parents: frozenset[Path]) -
     if resolved in parents:  # a symbolic link to one of its own parents
         return
     try:
+        # `iterdir` has another order on each file system, and clips must not.
         entries = sorted(folder.iterdir(), key=lambda path: path.name)
     except OSError as error:
         reason = f"this folder can't be read ({error.strerror}); check its permissions"

@@ -119,6 +119,7 @@ class WanDataLoader:
         self._caption_dropout = caption_dropout
         self._encode_text_online = encode_text_online
         self._buckets: dict[tuple[int, tuple[int, int]], list[Clip]] = defaultdict(list)
+        # By the exact shape, since the latents of a batch are stacked.
         for clip in clips:
             self._buckets[clip.frames, clip.size] += [clip] * clip.repeats
         # Rounded up for each bucket, since its last batch may be smaller.
@@ -143,6 +144,7 @@ class WanDataLoader:
             for number in range(start, stop):
                 assert prefetched is not None
                 step = prefetched.result()
+                # Submitted before the step is yielded, so that reading overlaps with training.
                 if number + 1 < stop:
                     prefetched = pool.submit(self.step, number + 1, *expert_at(number + 1))
                 yield step

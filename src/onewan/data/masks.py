@@ -130,6 +130,7 @@ def latent_mask(
     pixel frames 4k-3 to 4k. Raises DataError, which names the mask, if the file is damaged.
     """
     width, height = size
+    # The crop of the clip's own frames, so that each cell covers the pixels that it encodes.
     luma_frames = list(_luma_frames(mask, fps, frames, Fit(width, height)))
     h, w = height // spatial, width // spatial
     # Integers until the last division, so that the mean of white pixels is exactly 1.

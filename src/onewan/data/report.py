@@ -69,6 +69,7 @@ class DatasetReport:
             lines += [f"  {problem.path}: {problem.reason}" for problem in self.problems]
         if self.warnings:
             lines.append("Warnings:")
+            # One line for each text: a data set of small clips has thousands that are scaled up.
             paths_by_text: dict[str, list[Path]] = {}
             for warning in self.warnings:
                 paths = paths_by_text.setdefault(warning.text, [])

@@ -81,6 +81,7 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
 
+    # Saving here, in the handler, could store weights of which the optimizer has updated only some.
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
         if number == signal.SIGINT:

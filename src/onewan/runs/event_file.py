@@ -34,8 +34,10 @@ class EventFile:
     def __init__(self, path: Path) -> None:
         """OSError if the file can't be opened for appending."""
         self._path = path
+        # The heartbeat is written by a thread of its own.
         self._lock = threading.Lock()
         self._last_write = time.monotonic()
+        # Opened now, so that a run folder without write permission is an error before training.
         self._file: FileIO | None = _open(path)
 
     def write(self, event: Event) -> None:
@@ -83,6 +85,7 @@ class EventFile:
             self._close()
             raise
         if written != len(line):
+            # Part of the line is in the file; `_open` ends it before the next one.
             self._close()
             raise OSError(f"only {written} of {len(line)} bytes were written")
         self._last_write = time.monotonic()
@@ -108,6 +111,7 @@ class HeartbeatThread:
         self._file = file
         self._seconds = seconds
         self._stop = threading.Event()
+        # A daemon, so that it can't keep a process alive that ends without leaving the block.
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def _run(self) -> None:
@@ -169,6 +173,7 @@ def _open(path: Path) -> FileIO:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = FileIO(path, "a+")
     # A line that a crash truncated is ended, so that the next one does not become part of it.
+    # (seek returns the position, so an empty file needs no newline.)
     if file.seek(0, os.SEEK_END):
         file.seek(-1, os.SEEK_END)
         if file.read(1) != b"\n":

@@ -31,6 +31,7 @@ class Event:
 
     def fields(self) -> dict[str, Any]:
         """Name and value of each field, in the order of declaration."""
+        # Not `dataclasses.asdict`, which would copy every list of an event.
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
 

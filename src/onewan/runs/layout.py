@@ -14,6 +14,7 @@ from onewan.config.load import RESOLVED_NAME
 STEP_DIGITS = 6
 """Steps in names are zero-padded to this width, so that they sort; longer ones are not cut."""
 
+# No leading zeros beyond that width, so that each step has exactly one name.
 STEP_NAME = re.compile(rf"[0-9]{{{STEP_DIGITS}}}|[1-9][0-9]{{{STEP_DIGITS},}}")
 
 
@@ -81,6 +82,7 @@ class RunLayout:
 
     def exported(self) -> dict[int, list[Path]]:
         """The files in `weights_dir` by the step after which they were exported, ascending."""
+        # Folders too: a fully fine-tuned transformer is exported for diffusers as one.
         found: dict[int, list[Path]] = {}
         for path in sorted(self.weights_dir.glob("*")):
             if match := re.match(rf"({STEP_NAME.pattern})(?:[_.]|$)", path.name):

@@ -56,7 +56,8 @@ class RunLog:
         self._sinks.append(sink)
 
     def emit(self, event: Event) -> None:
-        # Warned afterwards, so that every sink has the event and its warnings in the same order.
+        # Over a copy, since a sink that fails is removed from the list. Warned afterwards, so that
+        # every sink has the event and its warnings in the same order.
         for warning in [self._deliver(event, sink) for sink in tuple(self._sinks)]:
             if warning is not None:
                 self.warn(warning)
@@ -96,6 +97,7 @@ class RunLog:
         if sink in self._missing:
             self._missing[sink] += 1
             return None
+        # Warned once per failure: a full disk would otherwise give a warning with every step.
         if sink.required:
             self._missing[sink] = 1
             return f"{sink.label}: can't be written ({reason}); tried again with each event"
@@ -170,6 +172,7 @@ def text_log(path: Path) -> Generator[None]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("onewan")
     logger.addHandler(handler)
+    # A program that uses onewan as a library may have chosen its own level.
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
     try:
