@@ -184,7 +184,7 @@ def test_a_mask_video_may_have_another_frame_rate(tmp_path: Path, fps: int, fram
     levels = np.where(np.arange(frames) / fps >= 0.5, 255, 0)
     write_video(tmp_path / "a.mask.mp4", flat(frames, levels), fps)
     got = values(only(index(tmp_path)))[0, :, 4, 3]
-    # At 8 fps frame 7 (7/16 s) lies midway between two of the mask, and the earlier one is taken.
+    # At 8 fps frame 7 (7/16 s) is midway between two of the mask, and the earlier one is taken.
     assert got == pytest.approx([0, 0, 0.25, 1, 1], abs=0.02)
 
 

@@ -14,7 +14,7 @@ Never imports torch, never holds more than two full-size frames, and never decod
 requested frame.
 
 `kinds` has the file extensions, `probe` inspects files, `read` selects frames by time;
-`video_stream` opens, seeks and tells the time, `video_frames` decodes and converts to RGB; `still`
+`video_stream` opens files, seeks and converts times, `video_frames` decodes and converts to RGB; `still`
 reads and fits images, `write` writes videos.
 """
 
