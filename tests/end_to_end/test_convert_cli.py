@@ -70,7 +70,7 @@ def test_the_convert_and_merge_commands_write_what_the_library_does(
     }
 
     for arguments, said in (
-        (("convert", single, tmp_path / "x", "--to", "comfyui"), "for models there is --to diff"),
+        (("convert", single, tmp_path / "x", "--to", "comfyui"), "for models use --to diff"),
         (("convert", lora, tmp_path / "x", "--to", "official"), "for LoRAs there is --to comfyui"),
         (("convert", tiny / "transformer", single, "--to", "single"), "add --force"),
         (("convert", lora, spelled, "--to", "comfyui"), "add --force"),

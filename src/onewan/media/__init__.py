@@ -14,8 +14,8 @@ Never imports torch, never holds more than two full-size frames, and never decod
 requested frame.
 
 `kinds` has the file extensions, `probe` inspects files, `read` selects frames by time;
-`video_stream` opens files, seeks and converts times, `video_frames` decodes and converts to RGB; `still`
-reads and fits images, `write` writes videos.
+`video_stream` opens files, seeks and converts times, `video_frames` decodes and converts to RGB;
+`still` reads and fits images, `write` writes videos.
 """
 
 from onewan.media.kinds import IMAGE_SUFFIXES, VIDEO_SUFFIXES, extension
