@@ -65,8 +65,9 @@ def add_import_config(commands: Commands) -> None:
         commands,
         "import-config",
         "turn a OneTrainer config into a run file",
-        """Writes the run file to stdout (or --output), and a report on every key to stderr: which
-were imported, and which were not and why. `onewan train CONFIG.json` imports it in the same way.
+        """Writes the run file to stdout
+(or --output), and a report on every key to stderr: which were imported, and which were not and
+why. `onewan train CONFIG.json` imports it in the same way.
 
   onewan import-config ~/OneTrainer/workspace/config.json > run.yaml""",
     )

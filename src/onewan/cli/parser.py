@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="onewan",
         description="Trains the Wan 2.2 video models.",
-        epilog="New here? `onewan demo --dir demo` shows everything on a tiny model, in minutes.",
+        epilog="New here? `onewan demo --dir demo` runs every stage on a tiny model, in minutes.",
     )
     parser.add_argument("--version", action=_PrintVersion, help="print the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -74,7 +74,7 @@ def _add_demo(commands: Commands) -> None:
     parser = add_command(
         commands,
         "demo",
-        "show everything on a tiny model: make clips, train a LoRA, sample a video",
+        "run every stage on a tiny model: make clips, train a LoRA, sample a video",
         "Needs no GPU and no\ndownload; takes a minute or two.",
     )
     parser.add_argument(

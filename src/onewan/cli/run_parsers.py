@@ -35,7 +35,7 @@ def add_train(commands: Commands) -> None:
     parser = add_command(
         commands,
         "train",
-        "train as a run file describes",
+        "train with the settings of a run file",
         "Ctrl-C saves the state and stops; --resume continues\nfrom there, with the same results "
         "as an uninterrupted run.",
     )
@@ -73,9 +73,9 @@ def add_train(commands: Commands) -> None:
 def add_requests(commands: Commands) -> None:
     """The commands that send a request to a running trainer: stop, save, sample-now."""
     for name, summary in (
-        ("stop", "stop a running training run, with its state saved"),
-        ("save", "save the state and the weights of a running training run now"),
-        ("sample-now", "generate the sample videos of a running training run now"),
+        ("stop", "stop a running trainer after it has saved its state"),
+        ("save", "let a running trainer save its state and export the weights now"),
+        ("sample-now", "let a running trainer generate its sample videos now"),
     ):
         parser = add_command(commands, name, summary, "Takes effect after\nthe current step.")
         parser.add_argument("run", metavar="RUN", type=Path, help="the folder of the run")

@@ -10,7 +10,7 @@ _STARTER = """\
 # yaml-language-server: $schema=onewan.schema.json
 # (completion and checks in your editor, after: onewan schema > onewan.schema.json)
 #
-# A LoRA for {title}. Whatever is left out keeps its default.
+# A LoRA for {title}. A field that is omitted has its default value.
 # Encode the clips with `onewan cache`, then start with `onewan train`.
 schema_version: 1
 
@@ -24,10 +24,10 @@ wan_config:
 
 video_data:
   sources:
-    - path: clips  # holds fox.mp4 (or fox.png) and its caption fox.txt, and so on{first_frame}
+    - path: clips  # contains fox.mp4 (or fox.png), its caption fox.txt, and so on{first_frame}
   supported_formats: [mp4, avi, mov, webm, mkv]
   max_duration: 6.0  # seconds; enough for max_frames
-  # Sides are multiples of {multiple}. Without it: each clip's own aspect ratio at the area of 480p.
+  # Sides are multiples of {multiple}. Default: each clip's own aspect ratio, at the area of 480p.
   # resolution: ["832x480"]
 
 method:
