@@ -114,9 +114,6 @@ def _differs(fact: Mapping[str, Any], have: Mapping[str, Any]) -> str | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------ sources
-
-
 def _file(module: str) -> str:
     return module.replace(".", "/") + ".py"
 
@@ -150,6 +147,7 @@ def _of_body(body: Sequence[ast.stmt], prefix: str) -> Iterator[tuple[str, dict[
                         yield prefix + target.id, {"kind": "value"}
             case ast.AnnAssign(target=ast.Name(id=name)):
                 yield prefix + name, {"kind": "value"}
+            # Such as names that depend on the platform, or on an optional package.
             case ast.If() | ast.Try():
                 yield from _of_body(node.body, prefix)
             case _:

@@ -208,9 +208,6 @@ def has_onewan(root: Path) -> bool | None:
     return any(next(iter(p.glob("onewan-*")), None) or (p / "onewan").is_dir() for p in packages)
 
 
-# -------------------------------------------------------------------------------------------- parts
-
-
 def _checkout(root: Path) -> Path:
     root = Path(root)
     if not (root / "modules" / "util" / "enum" / "ModelType.py").is_file():

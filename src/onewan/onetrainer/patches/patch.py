@@ -60,6 +60,7 @@ class Patch:
     def _wrap(self, owner: Any, name: str, method: Callable[..., Any]) -> None:
         """Replace a function of a class or module by `method`, which gets the former function
         before the function's own arguments."""
+        # Unlike `getattr`, `vars` shows whether it is a static method, which the wrapper must stay.
         raw = vars(owner)[name]
         former = getattr(owner, name)
 
@@ -105,9 +106,7 @@ def _missing(module: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if not _has(imported, name)]
 
 
-def _has(module: Any, dotted: str) -> bool:
+def _has(owner: Any, dotted: str) -> bool:
     for name in dotted.split("."):
-        if not hasattr(module, name):
-            return False
-        module = getattr(module, name)
-    return True
+        owner = getattr(owner, name, _ABSENT)
+    return owner is not _ABSENT

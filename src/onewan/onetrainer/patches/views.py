@@ -111,17 +111,11 @@ def _expert_row(
 
 
 _FRAME = "_BaseTrainingTabView__create_{}_frame"
-_FRAMES = [
-    "base",
-    "base2",
-    "text_encoder",
-    "embedding",
-    "transformer",
-    "noise",
-    "masked",
-    "loss",
-    "layer",
-]
+# fmt: off
+_FRAMES = (
+    "base", "base2", "text_encoder", "embedding", "transformer", "noise", "masked", "loss", "layer",
+)
+# fmt: on
 
 
 class TrainingTab(Patch):
@@ -195,6 +189,7 @@ class SampleFrame(Patch):
     module = "modules.ui.BaseSampleFrameView"
     target = "BaseSampleFrameView.build_content"
 
+    # The rows above it are filled by the stock view, with those of a video model at most.
     _FIRST_FREE_ROW = 7
 
     def replacement(self, former: Former, view: Any, *args: Any) -> Any:

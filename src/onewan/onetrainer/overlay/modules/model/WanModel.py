@@ -14,7 +14,7 @@ class WanModel(BaseModel):
 
     def __init__(self, model_type: ModelType):
         super().__init__(model_type=model_type)
-        self.ema = None
+        self.ema = None  # OneTrainer's trainer expects it of every model
         self.wan: engine.WanModel | None = None
         self.wan_sources: dict[str, str] = {}
         self.lora_state_dict = None

@@ -35,6 +35,7 @@ _IMAGE_INPUTS = (
     *("wan_frame_strategy", "wan_target_fps", "wan_max_duration"),
 )
 """Settings that determine latents; those of the concept are in OneTrainer's own key."""
+# OneTrainer caches with several threads, and transformers' fast tokenizers allow one at a time.
 _TOKENIZER = threading.Lock()
 
 
@@ -57,6 +58,7 @@ class WanBaseDataLoader(BaseDataLoader, DataLoaderText2ImageMixin):
         )
 
     def _enumerate_input_modules(self, config: TrainConfig, allow_videos: bool = False) -> list:
+        # OneTrainer collects files by its own list of extensions, which is shorter than onewan's.
         modules = super()._enumerate_input_modules(config, allow_videos)
         for module in modules:
             if type(module).__name__ == "CollectPaths":
@@ -65,6 +67,7 @@ class WanBaseDataLoader(BaseDataLoader, DataLoaderText2ImageMixin):
         return modules
 
     def _load_input_modules(self, config, train_dtype, vae_frame_dim=False) -> list:
+        # The stock modules for images and videos are left out: they ignore the frame rate.
         stock = super()._load_input_modules(config, train_dtype, vae_frame_dim)
         texts = [module for module in stock if type(module).__name__ in _TEXTS]
         return [PlanClips(config, self._model), LoadClip(config), *texts]
@@ -115,6 +118,7 @@ class WanBaseDataLoader(BaseDataLoader, DataLoaderText2ImageMixin):
             text_caching=bool(text),
         )
         if config.latent_caching:
+            # OneTrainer's own key does not change with the files (`clip_adapter.cache_digest`).
             for module in modules:
                 if hasattr(module, "cache_dir"):
                     module.cache_dir = os.path.join(module.cache_dir, self._key(config, module))
@@ -206,6 +210,7 @@ class PlanClips(PipelineModule, RandomAccessPipelineModule):
         for index in range(self._get_previous_length("image_path")):
             path = self._get_previous_item(variation, "image_path", index)
             concept = self._get_previous_item(variation, "concept", index)
+            # OneTrainer leaves out its own masks (-masklabel) only, not NAME.mask.png.
             if settings.is_mask_file(path):
                 continue
             try:

@@ -33,6 +33,7 @@ class WanModelLoader:
         weight_dtypes: ModelWeightDtypes,
         quantization: QuantizationConfig,
     ):
+        train_dtype = weight_dtypes.train_dtype
         # The convert and sample scripts create these without the add-on's fields.
         dtypes = {
             "transformer": weight_dtypes.transformer,
@@ -46,9 +47,7 @@ class WanModelLoader:
                 "transformer_2": getattr(model_names, "transformer_2_model", ""),
                 "vae": model_names.vae_model,
             },
-            dtypes={
-                part: _plain(dtype, weight_dtypes.train_dtype) for part, dtype in dtypes.items()
-            },
+            dtypes={part: _plain(dtype, train_dtype) for part, dtype in dtypes.items()},
             boundary=getattr(model_names, "wan_boundary", None),
             excluded=() if getattr(model_names, "include_transformer_2", True) else EXPERTS[1:],
         )
@@ -60,10 +59,8 @@ class WanModelLoader:
         for part, dtype in dtypes.items():
             module = getattr(model, part)
             if module is not None and dtype.is_quantized():
-                keep = [
-                    *model_loading.FLOAT32_LINEARS,
-                    *(getattr(module, "_keep_in_fp32_modules", None) or ()),
-                ]
+                float32 = getattr(module, "_keep_in_fp32_modules", None) or ()
+                keep = [*model_loading.FLOAT32_LINEARS, *float32]
                 layers = quantization if part in EXPERTS else None
                 replace_linear_with_quantized_layers(
                     module, dtype, keep, layers, copy_parameters=True

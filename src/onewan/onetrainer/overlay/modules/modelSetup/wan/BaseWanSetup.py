@@ -70,13 +70,12 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
         if str(config.training_method) == "EMBEDDING":
             trained = trained or loaded
         if not trained:
-            raise ValueError(
-                "Wan 2.2: neither transformer is trained; turn on Train for one of them"
-            )
+            raise ValueError("Wan 2.2: neither transformer is trained; turn on Train for one")
         return step_adapter.step_adapter_of(config, variant, trained)
 
     def _expert(self, model: WanModel, step: int) -> Expert:
         """The expert that trains in this step, among those whose training has not been stopped."""
+        # "Stop training after" ends a component's training in the middle of OneTrainer's run.
         stopped = set()
         if model.parameters is not None:  # otherwise it is not set up yet
             for part in model.expert_parts():
