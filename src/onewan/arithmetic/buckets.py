@@ -30,7 +30,17 @@ def floor_to_4n_plus_1(n: int, temporal: int = 4) -> int:
     return (n - 1) // temporal * temporal + 1
 
 
-def parse_size(value: int | str) -> int | str:
+def parse_sizes(
+    value: int | str | tuple[int | str, ...] | None,
+) -> tuple[int | str, ...] | None:
+    """One or several training sizes, each as an area in pixels or as "WxH"; ValueError if one is
+    neither."""
+    if value is None or isinstance(value, tuple):
+        return None if value is None else tuple(map(_parse_size, value))
+    return (_parse_size(value),)
+
+
+def _parse_size(value: int | str) -> int | str:
     """`value` as an area in pixels or as "WxH"; ValueError when it is neither."""
     text = str(value).lower().replace(" ", "")
     width, cross, height = text.partition("x")

@@ -14,6 +14,7 @@ from pathlib import Path, PureWindowsPath
 from types import NoneType
 from typing import Any, get_args
 
+from onewan import documents
 from onewan.config.fields import field_at
 from onewan.config.messages import report, validated
 from onewan.config.resolve import resolve
@@ -21,19 +22,7 @@ from onewan.config.rules import rule_violations
 from onewan.config.schema import COMPONENTS, SCHEMA_VERSION, ResolvedRun
 from onewan.config.section import is_section, members_of, sections_of
 from onewan.config.unused import unused_fields
-from onewan.documents import (
-    KeyPath,
-    Node,
-    differences,
-    dotted,
-    format_value,
-    get_path,
-    is_list,
-    is_mapping,
-    parse_json,
-    parse_yaml,
-    to_yaml,
-)
+from onewan.documents import KeyPath, Node, dotted, format_value, get_path, is_list, is_mapping
 from onewan.errors import ConfigError
 
 RESOLVED_NAME = "resolved.yaml"
@@ -78,22 +67,23 @@ def dump_run(config: ResolvedRun) -> str:
     data = config.model_dump(mode="json")
     for *section, name in (path for path, _ in unused_fields(config)):
         get_path(data, tuple(section)).pop(name, None)
-    return to_yaml(data)
+    return documents.to_yaml(data)
 
 
 def changed_fields(old: ResolvedRun, new: ResolvedRun) -> list[tuple[str, object, object]]:
     """(dotted name, old value, new value) of each leaf that differs; a missing item is None."""
-    return differences(old.model_dump(), new.model_dump())
-
-
-# ------------------------------------------------------------------------------------------ reading
+    return documents.differences(old.model_dump(), new.model_dump())
 
 
 def _read(file: Path, source: str) -> dict[str, Any]:
     """The top mapping of a YAML or JSON file."""
     try:
         text = file.read_bytes().decode("utf-8-sig")
-        data = parse_json(text) if file.suffix.lower() == ".json" else parse_yaml(text)
+        data = (
+            documents.parse_json(text)
+            if file.suffix.lower() == ".json"
+            else documents.parse_yaml(text)
+        )
     except (OSError, ValueError) as error:
         problem = str(error)
         if isinstance(error, FileNotFoundError):
@@ -119,9 +109,6 @@ def _read(file: Path, source: str) -> dict[str, Any]:
         )
         raise ConfigError(source, [problem])
     return data
-
-
-# ---------------------------------------------------------------------------------------- overrides
 
 
 def _overridden(data: Node, override: str, problems: dict[str, str]) -> Node:
@@ -154,7 +141,7 @@ def _override_value(path: KeyPath, text: str) -> Node:
     if literal and text not in ("", "null") and not text.startswith(("'", '"')):
         return text
     try:
-        return parse_yaml(text)
+        return documents.parse_yaml(text)
     except ValueError as error:
         raise ValueError(f"can't read {text!r} as YAML ({error}); quote the value") from None
 
@@ -186,9 +173,6 @@ def _with_value(node: Node, path: KeyPath, value: Node, at: KeyPath = ()) -> Nod
     if not is_mapping(fields):
         raise ValueError(f"has no field '{part}', got {format_value(node)}; set that instead")
     return {**fields, part: _with_value(fields.get(part), rest, value, inner)}
-
-
-# ------------------------------------------------------------------------------------ files' paths
 
 
 def _absolute_paths(node: Node, path: KeyPath, base: Path) -> Node:

@@ -128,24 +128,21 @@ def _place(error: ErrorDetails, data: Node) -> _Place:
 def _unknown(place: _Place) -> str:
     """What is wrong with a field that the section does not have, and which one may be meant."""
     *around, name = place.path
-    known, which, has_known = list(place.section.model_fields), "", "known here:"
+    known, which, having, owner = list(place.section.model_fields), "", [], "known here:"
     if place.union is not None:
         key = place.union.keyed.key
         known.remove(key)
-        which, has_known = f" of {dotted((*around, key))} {place.kind}", f"{place.kind} has"
+        which, owner = f" of {dotted((*around, key))} {place.kind}", f"{place.kind} has"
         having = [kind for kind, s in place.union.sections.items() if name in s.model_fields]
-        if having:
-            some = ", ".join(having[:4]) + (", ..." if len(having) > 4 else "")
-            which = f"{which}, but one of {some}"
-            return f"unknown field{which}; {has_known} {', '.join(known) or 'no fields'}"
-    if near := _nearest(name, known):
+    if having:
+        which += f", but one of {', '.join(having[:4])}{', ...' if len(having) > 4 else ''}"
+    elif near := _nearest(name, known):
         return f"unknown field; {near}"
-    elsewhere = [leaf for leaf in leaves() if leaf.rpartition(".")[2] == name]
-    if elsewhere:
+    elif elsewhere := [leaf for leaf in leaves() if leaf.rpartition(".")[2] == name]:
         highest = min(leaf.count(".") for leaf in elsewhere)
         likely = [leaf for leaf in elsewhere if leaf.count(".") == highest]
         return f"unknown field; did you mean {' or '.join(likely)}?"
-    return f"unknown field{which}; {has_known} {', '.join(known) or 'no fields'}"
+    return f"unknown field{which}; {owner} {', '.join(known) or 'no fields'}"
 
 
 def _wrong_value(place: _Place, errors: Sequence[ErrorDetails]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from onewan.config.section import Decay, Distinct, Int, Keyed, Positive, Section
 
@@ -111,16 +111,8 @@ class LohaMethod(_RankedAdapter):
 class LokrMethod(_RankedAdapter):
     kind: Literal["lokr"] = "lokr"
     """LoKr: the Kronecker product of a small matrix and a larger low-rank one."""
-    factor: Int = -1
+    factor: Annotated[Int, Field(ge=1)] | Literal[-1] = -1
     """Largest side of the small matrix, at least 1; -1 makes both matrices about equally large."""
-
-    @field_validator("factor")
-    @classmethod
-    def _is_factor(cls, value: int) -> int:
-        if value != -1 and value < 1:
-            raise ValueError(f"must be at least 1, or -1, got {value}")
-        return value
-
     decompose_both: bool = False
     """Decompose the small matrix into low-rank factors too."""
 
@@ -144,9 +136,8 @@ class FineTuneMethod(Section):
     with stochastic rounding (2 bytes per weight). `kahan`: bfloat16 and the rounding error in
     bfloat16 (Kahan summation, 4 bytes). `float32`: float32 (4 bytes)."""
     fused_step: bool = False
-    """Update each weight in the backward pass, as soon as its gradient is computed, so that all
-    gradients are never in memory at once. Needs `train.accumulation` 1 and `train.max_grad_norm`
-    null."""
+    """Update each weight in the backward pass, so that all gradients are never in memory at once.
+    Needs `train.accumulation` 1 and `train.max_grad_norm` null."""
 
 
 class EmbeddingMethod(Section):
@@ -162,9 +153,8 @@ class EmbeddingSection(Section):
     initial_text: str = "*"
     """Text whose embedding initializes the vectors: a few words for the concept."""
     is_output_embedding: bool = False
-    """false: the vectors replace the placeholder's token embeddings at the text encoder's input.
-    true: they are inserted into its output at the placeholder's position, which leaves the outputs
-    of all other words unchanged."""
+    """false: the vectors replace the placeholder's tokens at the text encoder's input. true: they
+    are inserted into its output, which leaves the outputs of all other words unchanged."""
     init_from: Path | None = None
     """Embedding file to initialize from, instead of `initial_text`."""
     train: bool = True

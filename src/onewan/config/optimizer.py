@@ -16,17 +16,9 @@ from pydantic import Field, field_validator
 from onewan.config.section import Decay, Float, Int, Keyed, Positive, Section, Share
 
 OPTIMIZER_PACKAGES = (
-    "torch.optim",
-    "bitsandbytes.optim",
-    "torchao.optim",
-    "pytorch_optimizer",
-    "schedulefree",
-    "prodigyopt",
-    "prodigyplus",
-    "lion_pytorch",
-    "came_pytorch",
-    "adam_mini",
-    "transformers.optimization",
+    *("torch.optim", "bitsandbytes.optim", "torchao.optim", "transformers.optimization"),
+    *("pytorch_optimizer", "schedulefree", "prodigyopt", "prodigyplus"),
+    *("lion_pytorch", "came_pytorch", "adam_mini"),
 )
 """Packages that `optimizer.class_path` may name: an allow-list, so that an untrusted run file can't
 import arbitrary code."""
@@ -60,8 +52,7 @@ class AdamWScheduleFreeOptimizer(AdamWOptimizer):
     name: Literal["adamw_schedule_free"] = "adamw_schedule_free"
     """Schedule-free AdamW: averages weights instead of decaying the rate (package schedulefree)."""
     warmup_steps: Int = Field(default=0, ge=0)
-    """Warm-up steps of the optimizer, which its weight average accounts for; use it instead of
-    `train.warmup_steps`."""
+    """Warm-up that the weight average accounts for; use it instead of `train.warmup_steps`."""
 
 
 class AdafactorOptimizer(Section):
@@ -107,8 +98,7 @@ class ProdigyPlusOptimizer(_Prodigy):
 
 class LionOptimizer(Section):
     name: Literal["lion"] = "lion"
-    """Lion: updates by the sign of the momentum (package lion-pytorch). Its learning rate is
-    about a fifth of AdamW's."""
+    """Lion (package lion-pytorch): sign of the momentum, with a fifth of AdamW's learning rate."""
     lr: Lr = 2e-5
     betas: tuple[Decay, Decay] = (0.9, 0.99)
     """beta1: weight of the momentum in the update; beta2: decay rate of the momentum."""

@@ -21,7 +21,6 @@ from onewan.config.method import (
 )
 from onewan.config.schema import (
     ExpertSettings,
-    PerExpertSection,
     ResolvedOutput,
     ResolvedRun,
     ResolvedSample,
@@ -58,9 +57,10 @@ def resolve(config: RunConfig, folder: Path) -> ResolvedRun:
         "embeddings": tuple(
             _filled(ResolvedEmbedding, e, name=exported_name(e)) for e in config.embeddings
         ),
-        "per_expert": PerExpertSection(
-            high=_settings(config.per_expert.high), low=_settings(config.per_expert.low)
-        ),
+        "per_expert": {
+            name: _filled(ExpertSettings, expert, alpha=expert.rank and float(expert.rank))
+            for name, expert in dict(config.per_expert).items()
+        },
         "train": train.model_copy(update=updates),
         "sample": _filled(
             ResolvedSample,
@@ -135,10 +135,6 @@ def _method(config: RunConfig) -> Method:
     if isinstance(method, FineTuneMethod) and config.model.dtype == "float32":
         return method.model_copy(update={"weights": "float32"})
     return method
-
-
-def _settings(expert: ExpertSettings) -> ExpertSettings:
-    return _filled(ExpertSettings, expert, alpha=expert.rank and float(expert.rank))
 
 
 def _filled(into: type[_S], section: Section, **defaults: object) -> _S:

@@ -11,11 +11,11 @@ editors use for completion. `resolve` replaces null by the variant's value where
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from onewan.arithmetic.buckets import parse_size
+from onewan.arithmetic.buckets import parse_sizes
 from onewan.arithmetic.lr_schedule import LrSchedule
 from onewan.config.method import EmbeddingSection, LoraMethod, Method, ResolvedEmbedding
 from onewan.config.objective import LossSection, Timesteps, UniformTimesteps
@@ -28,6 +28,8 @@ SCHEMA_VERSION = 1
 
 COMPONENTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer")
 """Fields of the model section that name one component each."""
+
+_Extension = Annotated[str, AfterValidator(lambda value: value.lower().lstrip("."))]
 
 
 class ModelSection(Section):
@@ -45,17 +47,15 @@ class ModelSection(Section):
     text_encoder: str | None = None
     """The UMT5 text encoder; same forms as `transformer`."""
     tokenizer: str | None = None
-    """The tokenizer: its folder, or the hub name google/umt5-xxl. ComfyUI's text encoder files
-    contain it."""
+    """The tokenizer: a folder or google/umt5-xxl. ComfyUI's text encoder files contain it."""
     variant: VariantName
     """The Wan 2.2 variant; checked against the weights."""
     check_file_names: bool = True
     """Refuse a file for the high-noise expert if its name says low noise, and the reverse. The
     weights of the two can't be told apart."""
     quantized: Literal["keep", "dequantize"] = "keep"
-    """Weights that a file has in fp8 or GGUF. `keep`: linear layers stay quantized in memory and
-    are dequantized at each use. `dequantize`: once when loading, which is faster and needs the
-    memory of an unquantized model. The results are the same."""
+    """Weights in fp8 or GGUF: dequantized at each use of a linear layer (`keep`), or once when
+    loading (`dequantize`: faster, more memory, the same results)."""
     experts: Literal["both", "high", "low"] = "both"
     """Experts to train. T2V-A14B and I2V-A14B have two: `high` denoises the noisy first part of
     sampling (layout and motion), `low` the rest (detail). TI2V-5B has one: keep `both`."""
@@ -66,8 +66,7 @@ class ModelSection(Section):
     """Precision of the frozen weights and of matrix products. Adapters, the residual stream, the
     time embedding and the loss are always float32."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?|mps|xpu(:[0-9]+)?)$")
-    """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`, `xpu` or `xpu:1`. With ROCm,
-    use cuda."""
+    """`auto` (a GPU if there is one), `cpu`, `cuda` (also ROCm), `cuda:1`, `mps` or `xpu`."""
 
     def facts(self) -> Variant:
         """The variant, with the boundary that was given."""
@@ -88,8 +87,7 @@ class WanTrainConfig(Section):
     """The `wan_config` section: frames per clip, trained blocks and temporal behavior."""
 
     max_frames: Int = Field(default=16, ge=1)
-    """Maximum frames of a training clip, rounded down to 4n+1 (16 becomes 13), the only lengths
-    that the VAE takes."""
+    """Maximum frames of a training clip, rounded down to 4n+1 as the VAE takes it (16: 13)."""
     frame_sample_strategy: Literal["uniform", "random", "keyframe"] = "uniform"
     """Position of the clip in a longer file: in the middle (`uniform`), at random (`random`), or
     from the key frame nearest to the middle (`keyframe`). The speed is never changed."""
@@ -124,9 +122,8 @@ class SourceSection(Section):
 class VideoDataSection(Section):
     sources: tuple[SourceSection, ...] = ()
     """Folders with clips."""
-    supported_formats: tuple[str, ...] = ("mp4", "avi", "mov", "webm")
-    """File extensions of videos to use. Images (png, jpg, jpeg, webp) are always used, as clips of
-    one frame."""
+    supported_formats: tuple[_Extension, ...] = ("mp4", "avi", "mov", "webm")
+    """File extensions of videos to use. Images (png, jpg, webp) are clips of one frame."""
     max_duration: Positive = 10.0
     """Maximum length of a training clip in seconds. Of a longer file, a part is used."""
     min_resolution: Size = (256, 256)
@@ -134,35 +131,20 @@ class VideoDataSection(Section):
     max_resolution: Size = (1024, 1024)
     """Maximum width and height of the training size in pixels. Larger files are scaled down."""
     masks: bool = False
-    """Use loss masks next to the clips: NAME.mask.png for all frames of NAME.mp4, or a video
-    NAME.mask.mp4 with the same timing. White, transparent pixels and clips without a mask have
-    loss weight 1, black has `train.loss.unmasked_weight`."""
+    """Use loss masks: NAME.mask.png for all frames of NAME.mp4, or NAME.mask.mp4 with the same
+    timing. White and transparent have weight 1, black has `train.loss.unmasked_weight`."""
     cache: bool = True
-    """Encode each clip and caption once, into a cache on disk. false: in every step, which keeps
-    the VAE and the text encoder in memory."""
+    """Encode clips and captions once; false: in every step, with VAE and text encoder in memory."""
     cache_dir: Path = Path("cache")
     """Folder of the cache. Several runs can share one."""
 
-    @field_validator("supported_formats")
-    @classmethod
-    def _lower(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(v.lower().lstrip(".") for v in value)
-
     target_fps: Positive | None = None
     """Frames per second of the training clips; null is the variant's own rate (16, or 24)."""
-    resolution: Int | str | tuple[Int | str, ...] | None = None
+    resolution: Annotated[Int | str | tuple[Int | str, ...] | None, AfterValidator(parse_sizes)] = (
+        None
+    )
     """Training sizes, one or several: an area in pixels (399360; each clip keeps its aspect ratio
     at about that area) or an exact size ("832x480", width x height). null: the area of 480p."""
-
-    @field_validator("resolution")
-    @classmethod
-    def _sizes(
-        cls, value: int | str | tuple[int | str, ...] | None
-    ) -> tuple[int | str, ...] | None:
-        if value is None:
-            return None
-        several = value if isinstance(value, tuple) else (value,)
-        return tuple(parse_size(v) for v in several)
 
 
 class ResolvedVideoData(VideoDataSection):
@@ -236,14 +218,12 @@ class TrainSection(Section):
     caption_dropout: Share = 0.0
     """Probability of replacing a caption by the empty one, for classifier-free guidance."""
     first_frame_probability: Share = 0.2
-    """TI2V-5B only: probability that a sample's first latent frame is a conditioning frame without
-    loss, which trains image-to-video."""
+    """TI2V-5B only: probability that the first latent frame is the condition, without loss."""
     first_frame_noise: tuple[Float, Annotated[Float, Field(ge=0)]] | None = None
     """TI2V-5B only: mean and standard deviation of the logarithm of the noise level in the
     conditioning frame, such as [-3.5, 0.5] (about 0.03); null keeps it clean, as in sampling."""
     noise_offset: Float = Field(default=0.0, ge=0)
-    """Offset noise: strength of additional noise that is constant over each channel, for very dark
-    and very bright videos."""
+    """Offset noise: strength of noise constant over each channel, for dark or bright videos."""
     input_perturbation: Float = Field(default=0.0, ge=0)
     """Strength of additional noise in the noisy sample that is not in the target."""
     timesteps: Timesteps = UniformTimesteps()
@@ -251,8 +231,7 @@ class TrainSection(Section):
     loss: LossSection = LossSection()
     """Loss function and weights."""
     ema: EmaSection | None = None
-    """Exponential moving average of the trained weights, validated and exported too; {} turns it
-    on."""
+    """Exponential moving average of the weights, validated and exported too; {} turns it on."""
     save_every: Int = Field(default=500, ge=1)
     """Steps between checkpoints (training state and exported weights); the last is always saved."""
     save_every_minutes: Positive | None = None
@@ -283,8 +262,12 @@ class PromptSection(Section):
     """Seed of the noise; null is `sample.seed`."""
 
 
+def _as_prompt(value: object) -> object:
+    return {"prompt": value} if isinstance(value, str) else value
+
+
 class SampleSection(Section):
-    prompts: tuple[PromptSection, ...] = ()
+    prompts: tuple[Annotated[PromptSection, BeforeValidator(_as_prompt)], ...] = ()
     """Prompts of sample videos, each a text or a mapping."""
     every: Int = Field(default=0, ge=0)
     """Steps between sample videos; 0 samples after the last step only."""
@@ -294,15 +277,6 @@ class SampleSection(Section):
     """Seed of the noise."""
     format: Literal["mp4", "webm"] = "mp4"
     """Format of the video files: mp4 (H.264) or webm (VP9)."""
-
-    @field_validator("prompts", mode="before")
-    @classmethod
-    def _texts(cls, value: object) -> object:
-        if isinstance(value, (list, tuple)):
-            items = cast("list[object] | tuple[object, ...]", value)
-            return [{"prompt": v} if isinstance(v, str) else v for v in items]
-        return value
-
     width: Int | None = Field(default=None, ge=16)
     """Width in pixels, a multiple of 16, or 32 for TI2V-5B; null is the official width."""
     height: Int | None = Field(default=None, ge=16)
@@ -344,8 +318,7 @@ class OutputSection(Section):
     dtype: WeightDtype | None = None
     """Data type of exported files; null is that of the trained weights."""
     keep_last: Int | None = Field(default=None, ge=1)
-    """Number of newest exports to keep, besides the best one; null keeps all. A fine-tuned A14B
-    expert has 28 GB."""
+    """Number of newest exports to keep, besides the best one; null keeps all."""
     name: str | None = Field(default=None, pattern=r"^[^/\\:*?\"<>|.][^/\\:*?\"<>|]*$")
     """Name of the run and of its folder; null is the name of the run file."""
 
