@@ -1,1 +1,1 @@
-"""Arithmetic without torch: timestep densities, expert and learning-rate schedules, buckets."""
+"""Arithmetic without torch: densities, schedules, sizes, and checks shared by rules and runtime."""

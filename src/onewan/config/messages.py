@@ -93,7 +93,6 @@ class _Place:
     field: FieldInfo | None
     """None at an item of a list, and where there is no such field."""
     section: type[Section]
-    """The section around it."""
     union: Members | None
     """The union that the section belongs to, or whose key is wrong."""
     kind: str

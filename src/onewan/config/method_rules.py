@@ -66,11 +66,9 @@ def per_weight_problems(
         asked["method.fused_step"] = ("true", "false")
     if reason := joint_only_reason(choice):
         for field, (value, other) in asked.items():
-            yield (
-                field,
-                f"{value} updates each weight separately, which optimizer.name {choice.name!r} "
-                f"does not support: {reason}; choose another optimizer, or set {field} to {other}",
-            )
+            why = f"optimizer.name {choice.name!r} does not support: {reason}"
+            remedy = f"choose another optimizer, or set {field} to {other}"
+            yield field, f"{value} updates each weight by itself, which {why}; {remedy}"
 
 
 def missing_file(field: str, file: Path | None) -> Iterator[Problem]:
@@ -96,17 +94,13 @@ def _init_from_rules(config: RunConfig, method: AdapterMethod) -> Iterator[Probl
 def _fine_tune_rules(config: RunConfig, method: FineTuneMethod) -> Iterator[Problem]:
     train = config.train
     if method.fused_step and train.accumulation != 1:
-        yield (
-            "train.accumulation",
-            f"must be 1 for method.fused_step, got {train.accumulation}; raise train.batch_size "
-            "instead, or set method.fused_step to false",
-        )
+        rule = f"must be 1 for method.fused_step, got {train.accumulation}"
+        remedy = "raise train.batch_size instead, or set method.fused_step to false"
+        yield "train.accumulation", f"{rule}; {remedy}"
     if method.fused_step and train.max_grad_norm is not None:
-        yield (
-            "train.max_grad_norm",
-            "must be null for method.fused_step, which never sees the gradient of all weights at "
-            f"once, got {train.max_grad_norm:g}; set it to null, or method.fused_step to false",
-        )
+        rule = "must be null for method.fused_step, which never has all gradients at once"
+        remedy = "set it to null, or method.fused_step to false"
+        yield "train.max_grad_norm", f"{rule}, got {train.max_grad_norm:g}; {remedy}"
     rounding = method.weights
     if rounding == "float32" or config.model.dtype == "float32":
         rounding = "none"

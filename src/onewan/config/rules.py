@@ -53,11 +53,9 @@ def _model_rules(config: RunConfig) -> Iterator[Problem]:
     needed = {"vae", "text_encoder", *(expert.component for expert in experts)}
     missing = [c for c in COMPONENTS if c in needed and c not in given]
     if given and "path" not in given and missing:
+        why = "is needed where model.path is not given, got nothing"
         remedy = f"give {' and '.join(missing)}, or a whole model as the path"
-        yield (
-            f"model.{missing[0]}",
-            f"is needed where model.path is not given, got nothing; {remedy}",
-        )
+        yield f"model.{missing[0]}", f"{why}; {remedy}"
     if len(variant.experts) == 1 and model.experts != "both":
         text = f"{variant.name} has one expert, got {model.experts!r}; leave it out"
         yield "model.experts", text
@@ -72,11 +70,9 @@ def _size_rules(config: RunConfig) -> Iterator[Problem]:
             yield f"wan_config.{name}", f"is {fact} for {variant.name}, got {value}; leave it out"
     low, high = video.min_resolution, video.max_resolution
     if low[0] > high[0] or low[1] > high[1]:
-        yield (
-            "video_data.min_resolution",
-            f"must not be above video_data.max_resolution {format_value(high)}, got "
-            f"{format_value(low)}; lower it, or raise the other",
-        )
+        rule = f"must not be above video_data.max_resolution {format_value(high)}"
+        remedy = "lower it, or raise the other"
+        yield "video_data.min_resolution", f"{rule}, got {format_value(low)}; {remedy}"
     sizes = video.resolution if isinstance(video.resolution, tuple) else ()
     for index, size in enumerate(sizes):
         field = "video_data.resolution" + (f".{index}" if len(sizes) > 1 else "")
@@ -108,22 +104,18 @@ def _step_rules(config: RunConfig) -> Iterator[Problem]:
     counts = steps_per_expert(config)
     if counts is None and (high, low) != (None, None):
         expert, other = ("high", "low") if high is None else ("low", "high")
-        yield (
-            f"per_expert.{expert}.steps",
-            f"is required where per_expert.{other}.steps is given, got nothing; give it, or divide "
-            "train.steps by train.high_expert_share",
-        )
+        why = f"is required where per_expert.{other}.steps is given, got nothing"
+        remedy = "give it, or divide train.steps by train.high_expert_share"
+        yield f"per_expert.{expert}.steps", f"{why}; {remedy}"
     if counts is not None and "steps" in train.model_fields_set and train.steps != sum(counts):
         rule = f"must be {sum(counts)}, the sum of per_expert.high.steps and per_expert.low.steps"
         yield "train.steps", f"{rule}, got {train.steps}; leave it out"
     share = train.high_expert_share
     if share in (0, 1):
         idle, other = ("high", "low") if share == 0 else ("low", "high")
-        yield (
-            "train.high_expert_share",
-            f"leaves the {idle} expert no steps, got {share:g}; leave it out, and set "
-            f"model.experts={other} to train the {other} expert alone",
-        )
+        why = f"leaves the {idle} expert no steps, got {share:g}"
+        remedy = f"and set model.experts={other} to train the {other} expert alone"
+        yield "train.high_expert_share", f"{why}; leave it out, {remedy}"
 
 
 def _warmup_rules(config: RunConfig) -> Iterator[Problem]:

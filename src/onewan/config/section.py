@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar, cast, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -105,8 +105,7 @@ class Keyed:
         return no_info_before_validator_function(self.complete, handler(source))
 
 
-@dataclass(frozen=True, slots=True)
-class Members:
+class Members(NamedTuple):
     """A union of sections: which section each value of its key stands for."""
 
     keyed: Keyed
