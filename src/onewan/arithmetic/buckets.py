@@ -52,7 +52,7 @@ def _parse_size(value: int | str) -> int | str:
 
 
 def size_error(size: int | str, multiple: int, max_resolution: Size) -> str | None:
-    """What is wrong with a training size, an area in pixels or "WxH"."""
+    """An error message about a training size (an area in pixels, or "WxH"); None if it fits."""
     if isinstance(size, int):
         least = 2 * multiple
         why = f"is an area in pixels, and {size} is less than {least}x{least}"

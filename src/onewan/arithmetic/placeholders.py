@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def placeholder_error(placeholder: str, others: Sequence[str]) -> str | None:
-    """What is wrong with `placeholder` beside `others`; None if it overlaps with none of them."""
+    """An error message if `placeholder` overlaps with one of `others`, else None."""
     if placeholder in others:
         return f"is a duplicate, got {placeholder!r}; change it"
     for other in others:

@@ -1,4 +1,4 @@
-"""What a variant can sample: the checks that the run file's rules and the sampler share."""
+"""Limits of a variant's samples: the checks that the run file's rules and the sampler share."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def request_errors(
 
 
 def image_error(variant: Variant, image: Path | str | None) -> str | None:
-    """What is wrong with `image`, a sample's first frame, or with its absence."""
+    """An error message about `image`, a sample's first frame, or its absence; else None."""
     if variant.needs_image and image is None:
         return f"{variant.name} starts from an image, got nothing; give an image file"
     if not variant.takes_image and image is not None:

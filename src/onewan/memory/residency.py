@@ -1,8 +1,8 @@
 """The one owner of which modules of a model are on the device.
 
 Training step, validation, sampler and encoding ask for the modules that they are about to run, and
-never move one themselves. `Residency` is what they ask; programs with their own memory management
-(OneTrainer) bring their own. `DeviceResidency` is onewan's: it decides which modules leave
+never move one themselves. `Residency` is their interface; programs with their own memory management
+(OneTrainer) implement it. `DeviceResidency` is onewan's: it decides which modules leave
 (policy), while a `Placement` for each module knows how that module is moved (mechanism). Only
 `WholeModule` assumes that a module is on one device and is moved as a whole, so block-by-block
 streaming can be another `Placement`.
@@ -49,7 +49,7 @@ class Residency(Protocol):
 
 
 class Companion(Protocol):
-    """What is moved together with a module's weights: optimizer state, averages."""
+    """Data that is moved together with a module's weights: optimizer state, averages."""
 
     def to(self, device: torch.device) -> object: ...
 

@@ -41,7 +41,7 @@ class WanModelEmbedding:
     name: str
     """The name of its file, by which prompts in ComfyUI refer to it."""
     uuid: str
-    """Identifies it; stays the same when it is exported, loaded and trained further."""
+    """Identifies the embedding; does not change when it is exported, loaded and trained further."""
     vectors: nn.Parameter
     """[tokens, width], float32."""
     is_output_embedding: bool = False

@@ -42,7 +42,7 @@ class WanModel:
     dtype: torch.dtype = torch.float32
     """Precision of the transformers' matrix products (see `onewan.model.precision`)."""
     notices: list[str] = field(default_factory=list)
-    """What the user should know about loading, a line each."""
+    """Messages for the user about loading, a line each."""
     embedding: WanModelEmbedding | None = None
     """The trained vectors that a placeholder in prompts stands for."""
     additional_embeddings: list[WanModelEmbedding] = field(default_factory=list)

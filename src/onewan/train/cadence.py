@@ -76,7 +76,7 @@ class Cadence:
         save_requested: bool = False,
         sample_requested: bool = False,
     ) -> Due:
-        """What is due after `step` steps, with the time and the user's requests considered.
+        """Actions that are due after `step` steps, by time and by the user's requests too.
 
         One set of videos answers both a request and an interval that ends at the same step.
         """

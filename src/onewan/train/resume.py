@@ -29,7 +29,7 @@ _SAFE_TO_CHANGE = (
 ``video_data.sources`` is among them because the data set is compared by content.
 """
 _VALIDATION_FIELDS = ("validation.clips", "validation.timesteps")
-"""Fields that change what a validation loss is measured on."""
+"""Fields that change the clips or the timesteps of validation losses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,7 +40,7 @@ class Run:
     dropout: bool
     """Whether a forward pass in training draws dropout from torch's global generator."""
     warnings: list[str]
-    """What the user should know before the first step."""
+    """Messages for the user before the first step, a line each."""
 
     @property
     def device(self) -> torch.device:

@@ -147,7 +147,7 @@ class WanTrainer:
         A run can be in four situations: nothing was saved yet (a new run, or one that ended before
         its first step); it was stopped during a validation, which saves the state; it was killed
         after saving and before all weights were exported; it ended before all videos were complete.
-        One rule covers them, since the state, the files and the videos each show what is done.
+        One rule covers them, since state, files and videos show which actions are complete.
         """
         self._stop_if_requested()
         due = self._cadence.at(run.state.step)

@@ -1,7 +1,7 @@
 """Optimizers by name: the run file's `optimizer` section -> an optimizer of its library.
 
 Optional packages are imported when their optimizer is chosen; a missing one is a ConfigError that
-says how to install it. What the packages print while they are built is discarded.
+says how to install it. Output that the packages print while they build an optimizer is discarded.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ class ManagedParameter:
     name: str
     parameter: nn.Parameter
     optimized: Tensor
-    """What the optimizer updates: the parameter itself, a copy of it in host memory, or a float32
-    stand-in that has values only during the update."""
+    """The tensor that the optimizer updates: the parameter itself, a copy of it in host memory, or
+    a float32 stand-in that has values only during the update."""
     library: LibraryOptimizer
     holder: torch.optim.Optimizer
     """The optimizer whose `state` has an entry for `optimized`."""
@@ -67,7 +67,7 @@ class ManagedParameter:
 
     @property
     def is_on_host(self) -> bool:
-        """Whether `optimized` is a copy that stays in host memory."""
+        """Whether `optimized` is a copy in host memory."""
         return self.optimized is not self.parameter and not self.is_stand_in
 
     @property
@@ -191,7 +191,7 @@ class ManagedParameters:
                 managed.residual.copy_(entry["rest"])
 
     def _changed_hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Entries of `group` that are not what they were when it was built, such as counters."""
+        """Entries of `group` that have changed since it was built, such as counters."""
         initial = self._initial[id(group)]
         return {
             key: value
