@@ -93,7 +93,7 @@ def test_facts_that_loading_infers_are_reported(
     config = run_file("t2v-a14b", *given, "model.check_file_names=false", name="overruled")
     WanTrainer(config, listen=recorder(events)).fit()
     texts = [str(event.get("text")) for event in events]
-    assert len([text for text in texts if "20 weights of type TQ2_0 were expanded" in text]) == 1
+    assert len([text for text in texts if "20 weights of type TQ2_0 were dequantized" in text]) == 1
 
 
 def test_kept_and_expanded_weights_train_alike(

@@ -110,7 +110,7 @@ def wrong_shape(tensors: dict[str, Tensor], path: Path, write: Write) -> None:
 @pytest.mark.parametrize(
     ("write_wrong_file", "expected"),
     [
-        (truncated, "is not a whole safetensors file: has "),
+        (truncated, "is not a complete safetensors file: has "),
         (huge_header, "should begin with a header of 4611686018427387904 bytes, and has 15 bytes"),
         (pickle_with_code, "is a pickle that holds more than tensors"),
         (empty, "is empty (0 bytes)"),

@@ -224,11 +224,11 @@ def test_a_file_of_other_content_is_refused_by_what_it_holds(tmp_path):
     assert "not a dictionary of tensors" in fault(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "hello")
-    assert "is not a whole PyTorch file" in fault(path)
+    assert "is not a complete PyTorch file" in fault(path)
 
     write_gguf(path)
     path.write_bytes(path.read_bytes()[:-40])
-    assert "is not a whole GGUF file" in fault(path)
+    assert "is not a complete GGUF file" in fault(path)
 
 
 def test_a_pickle_with_a_type_that_weights_never_have_is_refused(tmp_path):
@@ -243,7 +243,7 @@ def test_a_gguf_header_that_points_past_the_end_is_refused(tmp_path):
     key = struct.pack("<Q", 1) + b"a"
     array = struct.pack("<IIQ", 9, 0, 3_000_000)  # an array of so many bytes
     path.write_bytes(b"GGUF" + counts + key + array + bytes(64))
-    assert "is not a whole GGUF file (its header points to byte" in fault(path)
+    assert "is not a complete GGUF file (its header points to byte" in fault(path)
 
 
 # -------------------------------------------------------------------------------- mutated headers

@@ -399,10 +399,10 @@ def test_settings_that_a_layout_cannot_store_are_reported(tiny_model, tmp_path):
     [
         ("Wan2.1_VAE.pth", "v.safetensors", "fp8_scaled", None, "is a VAE.*--to single"),
         ("high_noise_model", "h.safetensors", "fp8_scaled", torch.float32, "choose bfloat16"),
-        ("high_noise_model", "h.pth", "single", None, r"\.safetensors will be written"),
-        ("high_noise_model", "h", "single", None, r"\.safetensors will be written"),
-        ("high_noise_model", "h.safetensors", "diffusers", None, "a folder will be written"),
-        ("Wan2.1_VAE.pth", "v.safetensors", "official", None, r"\.pth will be written"),
+        ("high_noise_model", "h.pth", "single", None, r"the output is a \.safetensors file"),
+        ("high_noise_model", "h", "single", None, r"the output is a \.safetensors file"),
+        ("high_noise_model", "h.safetensors", "diffusers", None, "the output is a folder"),
+        ("Wan2.1_VAE.pth", "v.safetensors", "official", None, r"the output is a \.pth file"),
         ("none.safetensors", "h.safetensors", "single", None, "there is no such file"),
         ("google/umt5-xxl", "x", "diffusers", None, "holds no weights"),
     ],
@@ -444,7 +444,7 @@ def test_mixed_models_are_refused(shared, tmp_path):
 
 def test_existing_files_are_replaced_only_by_force(t2v, high, tmp_path):
     before = high.read_bytes()
-    refuses("is there already; add --force", t2v / "low_noise_model", high, "single")
+    refuses("exists already; add --force", t2v / "low_noise_model", high, "single")
     assert high.read_bytes() == before
     convert_model(t2v / "low_noise_model", high, "single", force=True)
     assert high.read_bytes() != before
@@ -466,7 +466,7 @@ def test_existing_files_are_replaced_only_by_force(t2v, high, tmp_path):
         force=True,
     )
     refuses("is the source itself", high, high, "single", force=True)
-    refuses("holds the source itself", high, tmp_path, "diffusers", force=True)
+    refuses("contains the source itself", high, tmp_path, "diffusers", force=True)
 
 
 def test_a_full_disk_is_refused_before_writing(high, tmp_path, monkeypatch):

@@ -31,8 +31,8 @@ def official(folder: Path) -> dict[str, torch.Tensor]:
     return {to_official(name): tensor for name, tensor in load_file(file).items()}
 
 
-def readers(report: Inspection) -> dict[str, bool]:
-    return {reader.program: reader.reads for reader in report.readers}
+def read_by(report: Inspection) -> dict[str, bool]:
+    return {program.name: program.reads for program in report.programs}
 
 
 def wide(changes: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
@@ -54,13 +54,13 @@ def wide(changes: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tens
 def test_a_whole_model_in_the_diffusers_layout_is_described(tiny_model):
     report = inspect(tiny_model("i2v-a14b"))
     assert (report.kind, report.variant, report.problems) == ("model", "i2v-a14b", ())
-    assert report.what == "Wan 2.2 I2V-A14B, diffusers layout"
+    assert report.summary == "Wan 2.2 I2V-A14B, diffusers layout"
     parts = {c.path.name: c for c in report.components}
     assert parts.keys() == {"transformer", "transformer_2", "vae", "text_encoder"}
     assert parts["transformer"].expert == "high" and parts["transformer_2"].expert == "low"
     assert parts["transformer"].expert_source == "folder"
-    assert all(readers(c)["diffusers"] for c in parts.values())
-    assert not readers(parts["transformer"])["ComfyUI"] and not readers(parts["vae"])["ComfyUI"]
+    assert all(read_by(c)["diffusers"] for c in parts.values())
+    assert not read_by(parts["transformer"])["ComfyUI"] and not read_by(parts["vae"])["ComfyUI"]
     config = json.loads((tiny_model("i2v-a14b") / "transformer" / "config.json").read_text())
     assert parts["transformer"].config["num_layers"] == config["num_layers"]
     count = sum(t.numel() for t in official(tiny_model("i2v-a14b") / "transformer").values())
@@ -88,12 +88,12 @@ def test_components_that_do_not_fit_are_reported_as_the_loader_refuses_them(tiny
 
 def test_a_whole_model_in_the_official_layout_is_described(shared):
     report = inspect(shared / "golden" / "ti2v-5B")
-    assert report.what == "Wan 2.2 TI2V-5B, official layout" and not report.problems
+    assert report.summary == "Wan 2.2 TI2V-5B, official layout" and not report.problems
     parts = {c.kind: c for c in report.components}
     assert parts.keys() == {"transformer", "vae", "text_encoder"}
-    assert parts["vae"].what == "Wan 2.2 VAE, of TI2V-5B"
+    assert parts["vae"].summary == "Wan 2.2 VAE, of TI2V-5B"
     assert parts["transformer"].expert == "single"
-    assert all(readers(c)["the official code"] for c in parts.values())
+    assert all(read_by(c)["the official code"] for c in parts.values())
 
 
 @pytest.mark.parametrize(
@@ -105,8 +105,8 @@ def test_a_single_file_is_described_with_the_programs_that_read_it(tmp_path, pre
     save_file({prefix + n: t for n, t in wide().items()}, path, {"modelspec.title": "A title"})
     report = inspect(path)
     assert (report.kind, report.variant, report.expert) == ("transformer", "t2v-a14b", "low")
-    assert (report.expert_source, report.prefix, report.names) == ("name", prefix, "official")
-    assert readers(report)["ComfyUI"] is comfyui
+    assert (report.expert_source, report.prefix, report.key_format) == ("name", prefix, "official")
+    assert read_by(report)["ComfyUI"] is comfyui
     assert report.dtypes.keys() == {"F16", "F32"}
     text = "\n".join(report.lines())
     assert "T2V-A14B, for the low-noise expert (by its name)" in text
@@ -117,7 +117,7 @@ def test_an_expert_without_header_or_name_is_reported_as_either(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file(wide(), path)
     assert inspect(path).expert is None
-    assert "neither its header nor its name says" in inspect(path).what
+    assert "neither its header nor its name says" in inspect(path).summary
     save_file(wide(), path, {"onewan.expert": "high"})
     assert inspect(path).expert == "high" and inspect(path).expert_source == "header"
 
@@ -152,8 +152,8 @@ def test_fp8_scaled_is_judged_as_comfyui_reads_it(tmp_path, extra, metadata, com
     save_file(wide(FP8 | extra), path, metadata)
     report = inspect(path)
     assert report.quantization == "fp8_scaled" and not report.problems
-    assert readers(report)["ComfyUI"] is comfyui
-    assert not readers(report)["diffusers"]  # loads them without the scales: wrong weights
+    assert read_by(report)["ComfyUI"] is comfyui
+    assert not read_by(report)["diffusers"]  # loads them without the scales: wrong weights
 
 
 def test_an_unknown_quantization_is_named(tmp_path):
@@ -161,7 +161,7 @@ def test_an_unknown_quantization_is_named(tmp_path):
     note = torch.frombuffer(bytearray(b'{"format": "nvfp4"}'), dtype=torch.uint8)
     extra = {f"{SCALED}.weight_scale": ONE, f"{SCALED}.comfy_quant": note}
     save_file(wide(FP8 | extra), path)
-    with pytest.raises(CheckpointError, match="quantized as nvfp4, which is not known here"):
+    with pytest.raises(CheckpointError, match="quantized as nvfp4, which is not supported"):
         open_component(path)
     save_file(wide({f"{SCALED}.weight": torch.zeros(128, 128, dtype=torch.int8)}), path)
     with pytest.raises(CheckpointError, match="is stored as I8, a quantisation that is not known"):
@@ -198,19 +198,19 @@ def test_a_lora_is_described(tmp_path):
     path = tmp_path / "style-HighNoise.safetensors"
     save_file(lora("diffusion_model.", 2.0), path)
     report = inspect(path)
-    assert (report.kind, report.expert, report.names) == ("adapter", "high", "comfyui")
-    assert report.variant is None and "they are alike" in report.what
+    assert (report.kind, report.expert, report.key_format) == ("adapter", "high", "comfyui")
+    assert report.variant is None and "which have the same layers" in report.summary
     assert report.adapter["rank"] == "4" and report.adapter["alpha"] == "2"
     assert report.adapter["modules"] == 10 and report.adapter["kinds"] == {"LoRA": 10}
-    assert all(readers(report).values())
+    assert all(read_by(report).values())
 
 
 def test_a_lora_that_programs_do_not_read(tmp_path):
     path = tmp_path / "style.safetensors"
     save_file(lora("", None), path)  # as DiffSynth writes it, but for the name of the adapter
     report = inspect(path)
-    assert report.kind == "adapter" and not readers(report)["ComfyUI"]
-    assert not readers(report)["diffusers"]
+    assert report.kind == "adapter" and not read_by(report)["ComfyUI"]
+    assert not read_by(report)["diffusers"]
     assert "convert to comfyui" in "\n".join(report.lines())
 
 
@@ -226,8 +226,8 @@ def test_kohya_files_for_diffusers_are_complete(tmp_path):
             named[f"lora_unet_{module.replace('.', '_')}.{part}"] = tensor
         save_file(named, path)
         report = inspect(path)
-        assert report.names == "kohya" and report.problems == ()
-        assert readers(report)["diffusers"] is whole and readers(report)["ComfyUI"]
+        assert report.key_format == "kohya" and report.problems == ()
+        assert read_by(report)["diffusers"] is whole and read_by(report)["ComfyUI"]
 
 
 def test_an_embedding_is_described(tmp_path):
@@ -246,8 +246,8 @@ def test_an_embedding_is_described(tmp_path):
     assert file.metadata["modelspec.architecture"] == "WAN-2.2/embedding"
     assert file.metadata["modelspec.title"] == "<face>" and file.metadata["onewan.steps"] == "20"
     report = inspect(path)
-    assert report.kind == "embedding" and report.what == "embedding of 3 tokens"
-    assert readers(report)["ComfyUI"]
+    assert report.kind == "embedding" and report.summary == "embedding of 3 tokens"
+    assert read_by(report)["ComfyUI"]
     with pytest.raises(CheckpointError, match="for another text encoder"):
         read_embedding(path, width=4096)
     file = read_embedding(
@@ -280,7 +280,7 @@ def test_a_file_of_another_model_is_named(tmp_path, names, what):
     path = tmp_path / "x.safetensors"
     save_file({name: torch.zeros(4, 4) for name in names}, path)
     report = inspect(path)
-    assert report.kind == "other" and what in report.what
+    assert report.kind == "other" and what in report.summary
     assert main(["inspect", str(path)]) == 0
 
 
@@ -292,7 +292,7 @@ def test_a_file_that_holds_no_weights_is_unreadable(tmp_path, capsys):
     assert "is not a safetensors, GGUF or PyTorch file" in error and error.count("\n") == 1
     assert main(["inspect", str(path), "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
-    assert report["kind"] == "unreadable" and "is not a safetensors" in report["what"]
+    assert report["kind"] == "unreadable" and "is not a safetensors" in report["summary"]
     assert main(["inspect", str(tmp_path / "absent")]) == 1
 
 

@@ -104,7 +104,7 @@ def test_fp8_stays_fp8_and_untouched_layers_keep_their_bits(high, tmp_path):
     convert_model(high, tmp_path / "f.safetensors", "fp8_scaled")
     path = lora(tmp_path / "1.safetensors", 1)
     written = merge(tmp_path / "f.safetensors", [(path, 1.0)], tmp_path / "m.safetensors")
-    assert any("quantized to fp8 anew" in notice for notice in written.notices)
+    assert any("quantized to fp8 again" in notice for notice in written.notices)
     before, after = load_file(tmp_path / "f.safetensors"), load_file(tmp_path / "m.safetensors")
     assert before.keys() == after.keys()
     base, extra = open_component(tmp_path / "f.safetensors"), added(path)
@@ -132,7 +132,7 @@ def test_each_lora_is_merged_into_its_expert_of_a_whole_model(t2v, tmp_path):
         written = merge(base, [(one, 1.0), (two, 0.5)], tmp_path / f"{layout}-m")
         assert written.notices == ()
         got, want = read_model(tmp_path / f"{layout}-m"), read_model(base)
-        assert set(got.arrangement.values()) == {layout}
+        assert set(got.formats.values()) == {layout}
         assert got.tokenizer == want.tokenizer
         for placed, path, weight in (("transformer", one, 1.0), ("transformer_2", two, 0.5)):
             extra = added(path)
@@ -152,7 +152,7 @@ def test_each_lora_is_merged_into_its_expert_of_a_whole_model(t2v, tmp_path):
             for name, held in want.components[placed].weights.items():
                 assert torch.equal(got.components[placed].weights[name].read(), held.read())
     only = merge(t2v, [(one, 1.0)], tmp_path / "only")
-    assert any("transformer_2, which stays as is" in notice for notice in only.notices)
+    assert any("transformer_2, which is copied unchanged" in notice for notice in only.notices)
 
 
 def test_biases_and_plain_differences_are_merged(high, tmp_path):
@@ -206,7 +206,7 @@ def test_dora_is_relative_to_the_base(high, tmp_path):
                 f"{LAYERS[0]}.lora_A.weight": torch.ones(4, 128),
                 f"{LAYERS[0]}.lora_B.weight": torch.ones(256, 4),
             },
-            r"to_q is \[256, 256\], the LoRA's \[256, 128\]",
+            r"to_q is \[256, 256\], but \[256, 128\] in the LoRA",
         ),
         ({f"{LAYERS[0]}.diff_b": torch.ones(7)}, r"bias of blocks\.0\.attn1\.to_q is not \[7\]"),
         ({"lora_te_x.lora_A.weight": torch.ones(4, 4)}, "x.safetensors"),
@@ -226,9 +226,9 @@ def test_loras_for_a_missing_or_unknown_expert_are_refused(t2v, high, tmp_path):
         merge(t2v, [(path, 1.0)], tmp_path / "m")
     with pytest.raises(CheckpointError, match="is the source itself"):
         merge(high, [(path, 1.0)], path, force=True)
-    with pytest.raises(CheckpointError, match="holds no transformer"):
+    with pytest.raises(CheckpointError, match="contains no transformer"):
         merge(t2v / "Wan2.1_VAE.pth", [(path, 1.0)], tmp_path / "m.pth")
-    with pytest.raises(CheckpointError, match="is there already"):
+    with pytest.raises(CheckpointError, match="exists already"):
         (tmp_path / "m.safetensors").write_text("x")
         merge(high, [(path, 1.0)], tmp_path / "m.safetensors")
 
@@ -247,7 +247,7 @@ def test_folders_of_one_expert_stay_folders(t2v, tmp_path):
 def test_a_lora_of_the_other_expert_is_refused_unless_allowed(t2v, tmp_path):
     path = lora(tmp_path / "style_high_noise.safetensors", 1)
     low = t2v / "low_noise_model"
-    with pytest.raises(CheckpointError, match=r"high-noise expert, and .* is the low-noise one"):
+    with pytest.raises(CheckpointError, match=r"high-noise expert, but .* is the low-noise one"):
         merge(low, [(path, 1.0)], tmp_path / "low")
     assert not (tmp_path / "low").exists()
     merge(low, [(path, 1.0)], tmp_path / "low", check_file_names=False)

@@ -33,7 +33,7 @@ from onewan.formats.key_maps import t5_to_transformers, to_diffusers
 from onewan.formats.weights import open_component
 from onewan.model.forward import predict_velocity
 from onewan.model.load import WanModelLoader
-from onewan.model.quantized_linear import QuantizedLinear, _gguf_decoders, expanded
+from onewan.model.quantized_linear import QuantizedLinear, _gguf_decoders, dequantized
 from onewan.model.text import pad_text
 from onewan.model.wan import WanModel
 
@@ -178,7 +178,7 @@ def test_quantized_files_compute_within_the_bounds_of_their_format(
     assert layers.keys() == {to_diffusers(n).removesuffix(".weight") for n in written.bounds}
     assert len(layers) == 20 and not packed_layers(unpacked)
     for name, bound in written.bounds.items():
-        ours = layers[to_diffusers(name).removesuffix(".weight")].expanded_weight()
+        ours = layers[to_diffusers(name).removesuffix(".weight")].dequantized_weight()
         assert torch.equal(ours, written.values[name])
         assert torch.equal(ours, unpacked.state_dict()[to_diffusers(name)])
         error = (ours - high[name].float()).abs()
@@ -217,7 +217,7 @@ def test_scales_of_rows_and_blocks_are_applied(
     weights[name] = packed.reshape(numbers.shape)
     weights["blocks.1.ffn.0.scale_weight"] = scales
     (layer,) = packed_layers(load(single(weights, tmp_path / "a.safetensors"))).values()
-    assert torch.equal(layer.expanded_weight(), (packed.float() * scales).reshape(numbers.shape))
+    assert torch.equal(layer.dequantized_weight(), (packed.float() * scales).reshape(numbers.shape))
     weights["blocks.1.ffn.0.scale_weight"] = torch.ones(3)
     with pytest.raises(CheckpointError, match=r"scale_weight: is \[3\] for a weight"):
         load(single(weights, tmp_path / "b.safetensors"))
@@ -242,7 +242,7 @@ def test_gguf_decoding_is_bit_exact_with_the_reference(kind: str) -> None:
         rows = _random_rows(GGMLQuantizationType[name])
         with np.errstate(all="ignore"):
             reference = gguf.quants.dequantize(rows, GGMLQuantizationType[name])
-        ours = expanded(torch.from_numpy(rows).view(torch.int8), None, name, (8, 512)).numpy()
+        ours = dequantized(torch.from_numpy(rows).view(torch.int8), None, name, (8, 512)).numpy()
         assert np.array_equal(ours, reference, equal_nan=True), name
 
 
@@ -251,7 +251,7 @@ def test_gguf_types_without_a_decoder_are_expanded(tmp_path: Path, high: dict[st
     model = WanModelLoader().load({"transformer": written.path}, components=("transformer",))
     assert model.transformer is not None and not packed_layers(model.transformer)
     (notice,) = model.notices
-    assert "20 weights of type TQ2_0 were expanded" in notice
+    assert "20 weights of type TQ2_0 were dequantized" in notice
     name = "blocks.0.ffn.0.weight"
     ours = model.transformer.state_dict()[to_diffusers(name)]
     assert torch.equal(ours, written.values[name])
@@ -391,7 +391,7 @@ def test_a_quantized_layer_moves_and_saves_like_any_layer(
     file = quantise("fp8 old", high, tmp_path).path
     layer = packed_layers(load(file))["blocks.0.ffn.net.0.proj"]
     plain = nn.Linear(256, 512)
-    plain.load_state_dict({"weight": layer.expanded_weight(), "bias": layer.bias})
+    plain.load_state_dict({"weight": layer.dequantized_weight(), "bias": layer.bias})
     layer.bias.requires_grad_(True)
     x, y = torch.randn(2, 3, 256, requires_grad=True), torch.randn(2, 3, 256)
     y = y.copy_(x.detach()).requires_grad_(True)
@@ -406,7 +406,7 @@ def test_a_quantized_layer_moves_and_saves_like_any_layer(
         tensor.zero_()
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), layer(x)) and layer.state_dict()["weight"].dtype == torch.int8
-    assert torch.equal(other.to(torch.bfloat16).expanded_weight(), layer.expanded_weight())
+    assert torch.equal(other.to(torch.bfloat16).dequantized_weight(), layer.dequantized_weight())
     assert other.bias.dtype == torch.bfloat16 and other.to("meta").weight.is_meta
 
 
@@ -622,11 +622,11 @@ def wrong(t2v: Path, high: dict[str, Tensor], tmp_path_factory: pytest.TempPathF
         ("path=ti2v transformer_2=one", "{one}: is used as transformer_2 (low noise), "),
         ("transformer=clip", "{clip}: is a Wan 2.1 image-to-video transformer, which has a CLIP"),
         ("transformer=empty", "{empty}: is empty (0 bytes)"),
-        ("transformer=half", "{half}: is not a whole safetensors file"),
+        ("transformer=half", "{half}: is not a complete safetensors file"),
         ("transformer=lora", "{lora}: is an adapter"),
         (
             "transformer=less",
-            "{less}: is not a whole transformer of Wan 2.2; 1 missing keys (pro",
+            "{less}: is not a complete transformer of Wan 2.2; 1 missing keys (pro",
         ),
         ("vae=high", "{t2v}/high_noise_model: is used as vae, but holds a transformer"),
         (
@@ -642,7 +642,7 @@ def wrong(t2v: Path, high: dict[str, Tensor], tmp_path_factory: pytest.TempPathF
         ("colour=high", "model: has no colour; known are path, transformer, transformer_2, vae"),
         ("vae=gone", "{gone}: there is no such file or folder"),
         ("path=google", "{t2v}/google: holds no weights"),
-        ("vae=no_vae", "{no_vae}: is used as model.vae, but holds only"),
+        ("vae=no_vae", "{no_vae}: is used as model.vae, but contains only"),
         ("transformer=empty vae=half", "(0 bytes); copy or download it again; {half}: is not"),
     ],
 )

@@ -293,7 +293,7 @@ def test_a_quantized_base_computes_as_its_expanded_weights(base, kind, how):
     whole = copy.deepcopy(base)
     for name, layer in small.named_modules():
         if isinstance(layer, QuantizedLinear):
-            whole.get_submodule(name).weight.data = layer.expanded_weight()
+            whole.get_submodule(name).weight.data = layer.dequantized_weight()
     ours, theirs = attached(small, METHODS[kind])[0], attached(whole, METHODS[kind])[0]
     assert torch.equal(output(ours), output(small))
     perturb(ours)
@@ -374,4 +374,6 @@ def test_base_weights_are_those_under_the_adapter(base):
     small = quantized(base, "gguf")
     layer = small.get_submodule("blocks.0.ffn.net.2")
     assert isinstance(layer, QuantizedLinear)
-    assert torch.equal(base_weight(small, "blocks.0.ffn.net.2", "weight"), layer.expanded_weight())
+    assert torch.equal(
+        base_weight(small, "blocks.0.ffn.net.2", "weight"), layer.dequantized_weight()
+    )

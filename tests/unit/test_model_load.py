@@ -78,7 +78,7 @@ def spoil(what: str, folder: Path) -> str:
         content = weights.read_bytes()
         weights.unlink()
         weights.write_bytes(content[: len(content) // 2])
-        return "is not a whole safetensors file"
+        return "is not a complete safetensors file"
     if what == "clip branch":
         edit_json(folder / "transformer" / "config.json", image_dim=1280)
         return "Wan 2.1 image-to-video"

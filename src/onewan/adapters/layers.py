@@ -32,7 +32,7 @@ def base_weight_float32(layer: BaseTunerLayer) -> Tensor:
     """float32 [out, in]: the weight under an adapter, expanded if it is quantized."""
     base = layer.get_base_layer()
     assert isinstance(base, nn.Linear)
-    return (base.expanded_weight() if isinstance(base, QuantizedLinear) else base.weight).float()
+    return (base.dequantized_weight() if isinstance(base, QuantizedLinear) else base.weight).float()
 
 
 @torch.no_grad()

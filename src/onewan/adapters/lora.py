@@ -271,7 +271,7 @@ def base_weight(transformer: WanTransformer3DModel, layer: str, which: str) -> T
             return base_weight_float32(found).detach().cpu()
         found = found.get_base_layer()
     if isinstance(found, QuantizedLinear) and which == "weight":
-        return found.expanded_weight().detach().cpu()
+        return found.dequantized_weight().detach().cpu()
     return found.get_parameter(which).detach().cpu()
 
 

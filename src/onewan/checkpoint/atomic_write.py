@@ -15,50 +15,56 @@ from onewan.formats.backends import first_line
 ProgressCallback = Callable[[int, int], None]
 """Called with (bytes written, total bytes)."""
 
-_OF_MODELS = (
+# Names in a model's folder, of any layout. --force deletes a folder only if it holds nothing else.
+_MODEL_ENTRIES = (
     *("transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler"),
     *("google", "high_noise_model", "low_noise_model", "assets", "examples", ".cache"),
     *("config.json", "model_index.json", "configuration.json", "README.md", ".gitattributes"),
     *("LICENSE", "LICENSE.txt"),
 )
-_OF_WEIGHTS = (".safetensors", ".safetensors.index.json", ".pth", ".gguf")
+_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".pth", ".gguf")
 
 
 def check_destination(
     destination: Path, sources: Sequence[Path], folder: bool, force: bool
 ) -> None:
-    """CheckpointError if `destination`, a `folder` or a file, may not be written."""
+    """CheckpointError if `destination`, a folder (`folder`) or a file, must not be written: it is
+    or contains a source, or exists without `force`, or is not of the right type, or has files that
+    no model has."""
     for source in sources:
-        here, there = destination.resolve(), source.resolve()
-        if here == there or here in there.parents:
+        target, origin = destination.resolve(), source.resolve()
+        # A parent of the source counts too, since it would be replaced as a whole.
+        if target == origin or target in origin.parents:
             raise CheckpointError(
-                f"{destination}: {'is' if here == there else 'holds'} the source itself; "
+                f"{destination}: {'is' if target == origin else 'contains'} the source itself; "
                 "give another destination"
             )
     if not os.path.lexists(destination):
         return
     if destination.is_dir() != folder:
-        is_a, wanted = ("file", "folder") if folder else ("folder", "file")
+        found, needed = ("file", "folder") if folder else ("folder", "file")
         raise CheckpointError(
-            f"{destination}: is a {is_a}, and a {wanted} will be written; give another destination"
+            f"{destination}: is a {found}, but the output is a {needed}; give another destination"
         )
-    there = sorted(p.name for p in destination.iterdir()) if folder else []
-    if folder and not there:
+    entries = sorted(p.name for p in destination.iterdir()) if folder else []
+    if folder and not entries:
         return
     if not force:
-        holds = f"holds {_some(there)}" if folder else "is there already"
+        state = f"contains {_first_names(entries)}" if folder else "exists already"
         raise CheckpointError(
-            f"{destination}: {holds}; add --force to replace it, or give another destination"
+            f"{destination}: {state}; add --force to replace it, or give another destination"
         )
-    # --force takes the whole folder away, and that must not be somebody's home.
-    if strange := [n for n in there if n not in _OF_MODELS and not n.endswith(_OF_WEIGHTS)]:
+    # --force deletes the whole folder, which could be a home directory given by mistake.
+    if foreign := [
+        n for n in entries if n not in _MODEL_ENTRIES and not n.endswith(_WEIGHT_SUFFIXES)
+    ]:
         raise CheckpointError(
-            f"{destination}: holds {_some(strange)}, which is not part of a model and would be "
-            "deleted by --force; give another destination"
+            f"{destination}: contains {_first_names(foreign)}, which is not part of a model and "
+            "would be deleted by --force; give another destination"
         )
 
 
-def _some(names: Sequence[str]) -> str:
+def _first_names(names: Sequence[str]) -> str:
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return ", ".join(names[:4]) + more
 
@@ -67,15 +73,17 @@ def publish(
     destination: Path,
     outputs: Sequence[OutputFile],
     verify: Callable[[Path], None],
-    report: ProgressCallback,
+    on_progress: ProgressCallback,
 ) -> list[Path]:
-    """Write `outputs` to `destination` by way of a temporary neighbour; returns the files' paths.
+    """Write `outputs` under a temporary name beside `destination`, then rename; returns the paths.
 
-    `verify` looks at what was written, complete, before it gets its name. If anything fails, or the
-    user stops it, what was there before stays and nothing else does.
+    `verify` is called with the complete temporary file or folder before it is renamed. If anything
+    fails or is interrupted, `destination` stays as it was and the temporary files are deleted.
+    CheckpointError if the disk is full or can't be written.
     """
     total = sum(output.bytes for output in outputs)
-    remove_abandoned(destination.parent, destination.name)  # an interrupted try can be 57 GB
+    # Before the free space is checked: what an interrupted conversion left can be 57 GB.
+    remove_abandoned(destination.parent, destination.name)
     _check_space(destination, total)
     done = 0
 
@@ -83,15 +91,17 @@ def publish(
         nonlocal done
         done += count
         if count:
-            report(done, total)
+            on_progress(done, total)
 
     try:
         with temporary_beside(destination) as staging:
             for output in outputs:
-                place = staging / output.path if output.path else staging
-                place.parent.mkdir(parents=True, exist_ok=True)
-                output.write(place, on_bytes)
+                path = staging / output.path if output.path else staging
+                path.parent.mkdir(parents=True, exist_ok=True)
+                output.write(path, on_bytes)
             verify(staging)
+            # The writers sync their files. The entries in the folders must be on the disk too
+            # before the rename, else a power cut can leave a renamed folder without its files.
             for folder in [staging, *staging.rglob("*")] if staging.is_dir() else []:
                 sync(folder)
             _replace(staging, destination)
@@ -104,8 +114,8 @@ def publish(
 
 
 def _check_space(destination: Path, needed: int) -> None:
-    there = next(p for p in destination.absolute().parents if p.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(p for p in destination.absolute().parents if p.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise CheckpointError(
             f"{destination}: needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on that "
@@ -114,8 +124,8 @@ def _check_space(destination: Path, needed: int) -> None:
 
 
 def _replace(staging: Path, destination: Path) -> None:
-    """Give `staging` its final name. A folder that has it now is moved aside first (no system
-    replaces a folder that is not empty), and back if the renaming fails."""
+    """Rename `staging` to `destination`. An existing folder is moved aside first, since no system
+    replaces a folder that is not empty, and moved back if the renaming fails."""
     if not destination.is_dir():
         os.replace(staging, destination)
         sync(destination.parent)

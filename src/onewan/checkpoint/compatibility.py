@@ -16,63 +16,67 @@ from onewan.formats.weights import ComponentFile
 
 @dataclass(frozen=True, slots=True)
 class ProgramSupport:
-    """One program and this file."""
+    """Whether one program reads a file."""
 
-    program: str
+    name: str
     reads: bool
-    why: str = ""
-    """What is in the way, or what it takes."""
+    note: str = ""
+    """Why it does not read the file, or what the user has to do so that it does."""
 
 
-def programs_for_weights(weights: ComponentFile) -> tuple[ProgramSupport, ...]:
-    """The programs that were tried with the weights of a model."""
-    found = [_verdict("ComfyUI", _against_comfyui(weights)), _diffusers(weights)]
+def programs_reading_weights(weights: ComponentFile) -> tuple[ProgramSupport, ...]:
+    """Support by the programs that were tested with the weights of a model."""
+    found = [_support("ComfyUI", _comfyui_obstacle(weights)), _diffusers_support(weights)]
     if weights.kind == "transformer":
-        found.append(_verdict("musubi-tuner", _against_musubi(weights)))
-    return (*found, _verdict("the official code", _against_official(weights)))
+        found.append(_support("musubi-tuner", _musubi_obstacle(weights)))
+    return (*found, _support("the official code", _official_obstacle(weights)))
 
 
-def _verdict(program: str, obstacle: str | None) -> ProgramSupport:
+def _support(program: str, obstacle: str | None) -> ProgramSupport:
     return ProgramSupport(program, obstacle is None, obstacle or "")
 
 
-def _single(weights: ComponentFile) -> bool:
+def _is_single_safetensors(weights: ComponentFile) -> bool:
     return len(weights.file.files) == 1 and weights.file.container == "safetensors"
 
 
-def _against_comfyui(weights: ComponentFile) -> str | None:
-    """What keeps ComfyUI from reading the file; None if nothing does."""
+def _comfyui_obstacle(weights: ComponentFile) -> str | None:
+    """Why ComfyUI does not read the file; None if it does."""
     if weights.file.container == "gguf":
         return "needs the nodes of ComfyUI-GGUF"
-    if not _single(weights):
-        return "wants one safetensors file"
-    wanted = "transformers" if weights.kind == "text_encoder" else "official"
-    if weights.key_format != wanted:
-        return f"wants the {wanted} names"
+    if not _is_single_safetensors(weights):
+        return "needs one safetensors file"
+    needed = "transformers" if weights.kind == "text_encoder" else "official"
+    if weights.key_format != needed:
+        return f"needs {needed} keys"
     if weights.kind == "transformer" and weights.prefix not in ("", "model.diffusion_model."):
         return f"does not know the prefix {weights.prefix}"
     if weights.kind != "transformer" and weights.prefix:
-        return f"wants the names without {weights.prefix}"
-    return _against_comfyui_fp8(weights)
+        return f"needs keys without the prefix {weights.prefix}"
+    return _comfyui_fp8_obstacle(weights)
 
 
-def _against_comfyui_fp8(weights: ComponentFile) -> str | None:
+def _comfyui_fp8_obstacle(weights: ComponentFile) -> str | None:
     scales = [entry.scale for entry in weights.entries.values() if entry.scale]
     if not scales:
         return None
     if any(weights.file.tensors[scale].elements != 1 for scale in scales):
-        return "wants one scale for each weight, and these have several"
-    noted = any(n.endswith(".comfy_quant") for n in weights.file.tensors)
-    noted = noted or "_quantization_metadata" in weights.file.metadata
+        return "needs one scale for each weight, but some weights have several"
+    described = any(n.endswith(".comfy_quant") for n in weights.file.tensors)
+    described = described or "_quantization_metadata" in weights.file.metadata
+    # Without the description or marker ComfyUI takes the file for a plain cast and ignores the
+    # scales, so that it loads but computes something else.
     if any(scale.endswith(".weight_scale") for scale in scales):
-        return None if noted else "wants comfy_quant or _quantization_metadata beside weight_scale"
+        return (
+            None if described else "needs comfy_quant or _quantization_metadata beside weight_scale"
+        )
     if f"{weights.prefix}scaled_fp8" not in weights.file.tensors:
-        return "wants the marker scaled_fp8 beside scale_weight"
-    types = {e.info.dtype for e in weights.entries.values() if e.packing == "fp8"}
-    return "wants float8_e4m3fn with scale_weight" if types != {"F8_E4M3"} else None
+        return "needs the marker scaled_fp8 beside scale_weight"
+    dtypes = {e.info.dtype for e in weights.entries.values() if e.packing == "fp8"}
+    return "needs float8_e4m3fn with scale_weight" if dtypes != {"F8_E4M3"} else None
 
 
-def _diffusers(weights: ComponentFile) -> ProgramSupport:
+def _diffusers_support(weights: ComponentFile) -> ProgramSupport:
     program = "diffusers"
     own = "transformers" if weights.kind == "text_encoder" else "diffusers"
     folder = weights.path.is_dir() and (weights.path / "config.json").is_file()
@@ -80,16 +84,20 @@ def _diffusers(weights: ComponentFile) -> ProgramSupport:
         return ProgramSupport(program, True, "from_pretrained")
     if weights.kind == "text_encoder":
         return ProgramSupport(
-            program, False, "wants a folder with config.json and transformers' names"
+            program, False, "needs a folder with config.json and transformers keys"
         )
     if weights.quantization.startswith("fp8"):
-        return ProgramSupport(program, False, "would drop the scales and give wrong weights")
+        return ProgramSupport(program, False, "would ignore the scales and load wrong weights")
     if weights.path.is_dir() or weights.file.container == "pickle":
-        return ProgramSupport(program, False, "wants its own folder, or one safetensors file")
-    if weights.kind == "vae":
-        flat = not weights.config.get("is_residual")
         return ProgramSupport(
-            program, flat, "from_single_file" if flat else "can't map the Wan 2.2 VAE"
+            program, False, "needs a folder in its layout, or one safetensors file"
+        )
+    if weights.kind == "vae":
+        # diffusers' key map for single files is that of the 2.1 VAE; the 2.2 VAE numbers its layers
+        # by stage.
+        is_2_1 = not weights.config.get("is_residual")
+        return ProgramSupport(
+            program, is_2_1, "from_single_file" if is_2_1 else "can't map the keys of the 2.2 VAE"
         )
     if weights.prefix == "diffusion_model.":
         return ProgramSupport(program, False, "does not know the prefix diffusion_model.")
@@ -97,68 +105,73 @@ def _diffusers(weights: ComponentFile) -> ProgramSupport:
         return ProgramSupport(
             program, True, "from_single_file with GGUFQuantizationConfig and config= of the model"
         )
+    # `from_single_file` loads with the configuration of a Wan 2.1 model. Only that of T2V 14B is
+    # the same in Wan 2.2.
     is_default = weights.variant is not None and weights.variant.name == "t2v-a14b"
     how = "from_single_file" + ("" if is_default else " with config= and subfolder= of the model")
     return ProgramSupport(program, True, how)
 
 
-def _against_musubi(weights: ComponentFile) -> str | None:
+def _musubi_obstacle(weights: ComponentFile) -> str | None:
     if weights.variant is not None and weights.variant.name == "ti2v-5b":
-        return "has no TI2V-5B"
+        return "does not support TI2V-5B"
     if weights.quantization != "none" and weights.quantization != "fp8":
-        return f"does not read {weights.quantization} as a base"
-    if weights.key_format != "official" or not _single(weights):
-        return "wants one safetensors file with official names"
+        return f"does not read {weights.quantization} base models"
+    if weights.key_format != "official" or not _is_single_safetensors(weights):
+        return "needs one safetensors file with official keys"
     return None
 
 
-def _against_official(weights: ComponentFile) -> str | None:
+def _official_obstacle(weights: ComponentFile) -> str | None:
     if weights.key_format != "official" or weights.prefix or weights.quantization != "none":
-        return "wants its own layout; convert to official"
+        return "needs the official layout; convert with --to official"
     if weights.kind == "transformer":
         own = weights.path.is_dir() and (weights.path / "config.json").is_file()
-        return None if own else "wants a folder with config.json"
-    return None if weights.file.container == "pickle" else "wants a .pth file"
+        return None if own else "needs a folder with config.json"
+    return None if weights.file.container == "pickle" else "needs a .pth file"
 
 
 # ----------------------------------------------------------------------------------------- adapters
 
 
-def programs_for_adapter(
+def programs_reading_adapter(
     layout: AdapterLayout, shape: WanShape | None
 ) -> tuple[ProgramSupport, ...]:
-    """The programs that were tried with LoRAs. `shape` is that of the model, where it is known."""
-    return tuple(_adapter_programs(layout, shape))
+    """Support by the programs that were tested with LoRAs. `shape` is that of the base model, None
+    if it is unknown."""
+    return tuple(_adapter_support(layout, shape))
 
 
-def _adapter_programs(layout: AdapterLayout, shape: WanShape | None) -> Iterator[ProgramSupport]:
+def _adapter_support(layout: AdapterLayout, shape: WanShape | None) -> Iterator[ProgramSupport]:
     kinds = set(layout.kinds.values())
-    plain = kinds == {"lora"}
+    only_lora = kinds == {"lora"}
     key_format = layout.key_format
     alphas = all("alpha" in parts for parts in layout.modules.values())
     blocks = {int(m.split(".")[1]) for m in layout.modules if m.startswith("blocks.")}
-    # Of a model that is not known, the last block in the file may be its last.
+    # The number of blocks of an unknown model is at least that of the blocks in the file.
     layers = shape.num_layers if shape else max(blocks, default=-1) + 1
-    whole = alphas and len(layout.modules) >= layers * len(LINEARS) > 0
+    complete = alphas and len(layout.modules) >= layers * len(LINEARS) > 0
     if key_format == "comfyui":
-        odd = kinds & {"dora"} or any("oft_R" in parts for parts in layout.modules.values())
-        yield _verdict("ComfyUI", "has no spelling for DoRA and OFT of PEFT" if odd else None)
-        yield _verdict("diffusers", None if plain else "reads nothing but LoRA for Wan")
-        yield _verdict("musubi-tuner", None if plain else "was not tried with this kind")
-        even = len(set(layout.ranks.values())) <= 1
-        against = None if plain and even else "wants one rank for all modules"
-        yield _verdict("DiffSynth-Studio", against if plain else "reads nothing but LoRA")
+        of_peft = kinds & {"dora"} or any("oft_R" in parts for parts in layout.modules.values())
+        yield _support("ComfyUI", "has no keys for PEFT's DoRA and OFT" if of_peft else None)
+        yield _support("diffusers", None if only_lora else "reads only LoRA for Wan")
+        yield _support("musubi-tuner", None if only_lora else "was not tested with this kind")
+        one_rank = len(set(layout.ranks.values())) <= 1
+        obstacle = None if one_rank else "needs the same rank in all modules"
+        yield _support("DiffSynth-Studio", obstacle if only_lora else "reads only LoRA")
     elif key_format == "kohya":
-        yield _verdict("ComfyUI", None if kinds <= {"lora", "loha", "lokr"} else "not this kind")
-        missing = "wants every module of every block with its alpha; convert to kohya or comfyui"
-        yield _verdict("diffusers", None if plain and whole else missing)
-        yield _verdict("musubi-tuner", None if plain and alphas else "wants an alpha everywhere")
+        readable = kinds <= {"lora", "loha", "lokr"}
+        yield _support("ComfyUI", None if readable else "does not read this kind")
+        # diffusers' converter for kohya files looks up every layer of every block.
+        missing = "needs every module of every block with its alpha; convert to kohya or comfyui"
+        yield _support("diffusers", None if only_lora and complete else missing)
+        yield _support("musubi-tuner", None if only_lora and alphas else "needs alpha everywhere")
         yield ProgramSupport("DiffSynth-Studio", False, "does not know lora_unet_")
     else:
-        only = key_format == "diffusers" and kinds <= {"lora", "dora"}
-        other = "does not know these names; convert to comfyui"
-        yield ProgramSupport("ComfyUI", False, other)
-        yield ProgramSupport("diffusers", only, "" if only else other)
-        yield ProgramSupport("musubi-tuner", False, other)
-        bare = plain and layout.trainer == "DiffSynth-Studio"
-        yield ProgramSupport("DiffSynth-Studio", bare, "" if bare else other)
+        unknown = "does not know these keys; convert to comfyui"
+        by_diffusers = key_format == "diffusers" and kinds <= {"lora", "dora"}
+        by_diffsynth = only_lora and layout.trainer == "DiffSynth-Studio"
+        yield _support("ComfyUI", unknown)
+        yield _support("diffusers", None if by_diffusers else unknown)
+        yield _support("musubi-tuner", unknown)
+        yield _support("DiffSynth-Studio", None if by_diffsynth else unknown)

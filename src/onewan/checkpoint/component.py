@@ -32,39 +32,41 @@ from onewan.variants import ExpertName, Variant, variant_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceWeight:
-    """One weight. `read` gives its numbers on the CPU: in `dtype`, or as float32 where `dtype` is
-    None, since the source has them quantized."""
+    """One weight, read or computed on demand."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
+    """None if the source has it quantized."""
     read: Callable[[], Tensor]
+    """Returns the values on the CPU, in `dtype`, or dequantized to float32 if that is None."""
     fp8: Callable[[], tuple[Tensor, Tensor]] | None = None
-    """float8_e4m3fn [out, in] and its scale, float32 [], where the source has just these."""
+    """Returns the weight as float8_e4m3fn [out, in] and its scale, float32 [], without
+    requantizing; None if the source does not store it so."""
 
     def as_stored(self, name: str, dtype: torch.dtype | None) -> LazyTensor:
-        """The weight in `dtype`; in its own if None, as bfloat16 where it has none."""
+        """The weight in `dtype`; for None in its own type, or in bfloat16 if it is quantized."""
         target = dtype or self.dtype or torch.bfloat16
-        return LazyTensor(self.shape, target, lambda: rounded(self.read(), target, name))
+        return LazyTensor(self.shape, target, lambda: cast_checked(self.read(), target, name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentWeights:
-    """The transformer, VAE or text encoder of a model, whole: every weight the class has."""
+    """All weights of a transformer, VAE or text encoder."""
 
     kind: ComponentKind
     source: str
-    """What messages call it."""
+    """The name for messages."""
     weights: Mapping[str, SourceWeight]
     """By diffusers' (text encoder: transformers') names."""
     config: Mapping[str, Any]
-    """What config.json of diffusers or transformers says, without paths."""
+    """The content of config.json of diffusers or transformers, without paths."""
     variant: Variant | None
     expert: ExpertName | None = None
-    """None if it has none, or if that can't be told."""
+    """None if it is not an expert, or if it is unknown which."""
     tokenizer: Callable[[], Tensor] | None = None
     """SentencePiece's model as bytes, uint8, for ComfyUI's file of the text encoder."""
     facts: Mapping[str, str | int | float] = field(default_factory=dict)
-    """What else a header should say as ``onewan.<name>``."""
+    """Further entries of the header, written as ``onewan.<name>``."""
 
     @property
     def is_quantized(self) -> bool:
@@ -72,7 +74,7 @@ class ComponentWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What most of it will be stored in if nothing else is asked for."""
+        """The type in which most parameters are stored if no other is requested."""
         counts: dict[torch.dtype, int] = {}
         for weight in self.weights.values():
             dtype = weight.dtype or torch.bfloat16
@@ -80,8 +82,8 @@ class ComponentWeights:
         return max(counts, key=lambda dtype: counts[dtype])
 
 
-def rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """`tensor` in `dtype`; CheckpointError if a finite number becomes infinite."""
+def cast_checked(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`tensor` in `dtype`; CheckpointError if a finite value becomes infinite."""
     result = tensor.to(dtype)
     narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
     if narrower and not torch.isfinite(result).all() and torch.isfinite(tensor).all():
@@ -139,12 +141,13 @@ def _weight_in_file(weights: ComponentFile, name: str) -> SourceWeight:
 
 
 def config_of(module: nn.Module) -> dict[str, Any]:
-    """What config.json of `module` says."""
+    """The content of config.json of `module`, except paths and types."""
     if isinstance(module, UMT5EncoderModel):
         config = {**module.config.to_diff_dict(), "architectures": ["UMT5EncoderModel"]}
     else:
         config = json.loads(module.to_json_string())  # pyright: ignore[reportCallIssue]
-    # Where it was loaded from is nobody's business, and its precision is that of the new file.
+    # `_name_or_path` is a folder of the user's machine. The types are those of the source, and the
+    # new file may have another.
     hidden = ("_name_or_path", "dtype", "torch_dtype")
     return {name: value for name, value in config.items() if name not in hidden}
 
@@ -155,8 +158,8 @@ def config_of(module: nn.Module) -> dict[str, Any]:
 def from_module(
     module: nn.Module, kind: ComponentKind, source: str, expert: ExpertName | None = None
 ) -> ComponentWeights:
-    """A module in memory. What adapters add is merged into the weights that are written; the module
-    itself stays as it is."""
+    """The weights of a module in memory, with active adapters merged in. The module itself is not
+    changed."""
     config = config_of(module)
     return ComponentWeights(
         kind=kind,
@@ -172,6 +175,7 @@ def _weights_of(module: nn.Module) -> Iterator[tuple[str, SourceWeight]]:
     modules = dict(module.named_modules())
     adapted = [name for name, m in modules.items() if isinstance(m, BaseTunerLayer)]
     for name, parameter in module.named_parameters():
+        # The embedding has two names in the module, but files store it under one.
         if is_tied(name):
             continue
         owner = next((n for n in adapted if name.startswith(f"{n}.")), None)
@@ -179,13 +183,14 @@ def _weights_of(module: nn.Module) -> Iterator[tuple[str, SourceWeight]]:
         weight = _weight_in_memory(modules[holder], which, parameter)
         if owner is None:
             yield name, weight
+        # All other parameters in an adapted layer are the adapter's own.
         elif holder == f"{owner}.base_layer":
             layer: Any = modules[owner]
             yield f"{owner}.{which}", replace(weight, read=_read_merged(layer, which), fp8=None)
 
 
 def _weight_in_memory(holder: nn.Module, which: str, parameter: Tensor) -> SourceWeight:
-    """Weight or bias (`which`) of layer `holder`."""
+    """`parameter`, the weight or bias (`which`) of layer `holder`."""
     if not isinstance(holder, QuantizedLinear) or which != "weight":
         return SourceWeight(
             shape=tuple(parameter.shape),
@@ -202,25 +207,26 @@ def _weight_in_memory(holder: nn.Module, which: str, parameter: Tensor) -> Sourc
     return SourceWeight(
         shape=(holder.out_features, holder.in_features),
         dtype=None,
-        read=lambda: holder.expanded_weight().detach().cpu(),
+        read=lambda: holder.dequantized_weight().detach().cpu(),
         fp8=fp8 if holder.dtype_in_file == "F8_E4M3" and one_scale else None,
     )
 
 
 def _read_merged(layer: Any, which: str) -> Callable[[], Tensor]:
-    """Weight or bias of `layer` with what its active adapters add, float32: merged by PEFT itself,
-    whatever their kind."""
+    """Returns a function that computes the weight or bias of `layer` with its active adapters
+    merged in, float32 on the CPU. PEFT merges, so that every kind of adapter is supported."""
 
     def merged() -> Tensor:
         base = layer.get_base_layer()
         assert isinstance(base, nn.Linear)
         packed = isinstance(base, QuantizedLinear)
-        weight = base.expanded_weight() if packed else base.weight
+        weight = base.dequantized_weight() if packed else base.weight
         linear = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None)
         linear.weight.data = weight.detach().cpu().float().clone()
         if base.bias is not None:
             linear.bias.data = base.bias.detach().cpu().float().clone()
-        # The copy of the adapter stands around `linear` and not around a copy of the base.
+        # `merge` changes the base layer in place, and in its own precision. The memo makes the copy
+        # wrap the float32 `linear`, and saves copying the base layer.
         copy = deepcopy(layer, {id(layer.base_layer): linear}).to("cpu", torch.float32)
         if not copy.disable_adapters and not copy.merged:
             copy.merge()
@@ -229,6 +235,6 @@ def _read_merged(layer: Any, which: str) -> Callable[[], Tensor]:
     return merged
 
 
-def name_of(source: str | Path) -> str:
-    """What a header says of where the weights came from: no folders of this machine."""
+def source_name(source: str | Path) -> str:
+    """The name of the source for a header, without the user's folders."""
     return Path(source).name

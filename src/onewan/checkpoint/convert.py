@@ -1,9 +1,9 @@
-"""Full weights from one form into another, and out of memory into files.
+"""Converts the full weights of models and components between layouts, and saves loaded models.
 
-One way for all: what is there (`read_model`, or modules), what will be written (`layouts.outputs`),
-and its publication, all or nothing (`publish`). Names and types change on the way, tensor by
-tensor; the numbers only where another precision is asked for. What was written is recognised and
-checked like any other file before it gets its name.
+All functions take three steps: read the weights (`read_model`, or modules in memory), list the
+files to write (`layouts.plan_component`), and write all of them or none (`publish`). Keys and types
+are converted tensor by tensor; values change only if another precision is requested. The result is
+opened and checked like any other file before it is renamed to the destination.
 """
 
 from __future__ import annotations
@@ -35,17 +35,18 @@ from onewan.model.meta_init import module_on_meta
 from onewan.model.wan import WanModel
 from onewan.variants import Expert, ExpertName, Variant
 
-FP8_REST = (torch.float16, torch.bfloat16)
-"""What fp8_scaled files have beside fp8; ComfyUI was seen to read these."""
+FP8_OTHER_DTYPES = (torch.float16, torch.bfloat16)
+"""Types that fp8_scaled files may have for weights that are not fp8: those that were tested in
+ComfyUI."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriteResult:
-    """What a conversion did."""
+    """The files that a conversion or a merge wrote."""
 
     files: tuple[Path, ...]
     notices: tuple[str, ...]
-    """What the user should know, one line each."""
+    """Notices for the user, one line each."""
 
 
 def convert_model(
@@ -55,30 +56,30 @@ def convert_model(
     *,
     dtype: torch.dtype | None = None,
     force: bool = False,
-    report: ProgressCallback = lambda _done, _total: None,
+    on_progress: ProgressCallback = lambda _done, _total: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> WriteResult:
     """Write the model or component at `source` to `destination` in layout `to`.
 
-    A whole model becomes a folder; a component a file or a folder, as the layout has it
-    (`onewan.checkpoint.layouts`). Weights keep their type unless `dtype` asks for another; those
-    that are quantized become bfloat16 then, and for ``fp8_scaled`` it is the type of all that is
-    not fp8 (bfloat16 if None). The VAE of a whole model keeps its type in any case.
+    A whole model becomes a folder; a component becomes a file or a folder, depending on the layout
+    (`onewan.checkpoint.layouts`). `dtype` is the type of the weights; for None each keeps its type,
+    and quantized ones become bfloat16. For ``fp8_scaled`` it is the type of the weights that are
+    not fp8 (None: bfloat16). The VAE of a whole model always keeps its type.
 
-    CheckpointError if `source` is not whole, if something is at `destination` and not `force`, if
-    the disk is too full, or a weight does not fit; nothing is changed on the disk then.
+    CheckpointError if `source` is incomplete, if `destination` exists without `force`, if the disk
+    is too full, or a value overflows `dtype`; nothing is changed on the disk then.
     """
     model = read_model(Path(source))
-    arrangement: dict[ComponentName, ModelFormat] = dict.fromkeys(model.components, to)
+    formats: dict[ComponentName, ModelFormat] = dict.fromkeys(model.components, to)
     return write_model(
         model,
         Path(destination),
-        arrangement,
+        formats,
         to,
         sources=[Path(source)],
         dtype=dtype,
         force=force,
-        report=report,
+        on_progress=on_progress,
         shard_bytes=shard_bytes,
     )
 
@@ -91,8 +92,8 @@ def save_model(
     *,
     force: bool = False,
 ) -> WriteResult:
-    """Write what `model` has loaded to `destination`: a folder, or, if that ends in .safetensors or
-    .pth, the file of the only component.
+    """Write the loaded components of `model` to `destination`: a folder, or, if that ends in
+    .safetensors or .pth, a file with the only component.
 
     Active adapters are merged into the weights that are written (in float32, rounded once); the
     model in memory stays as it is. `dtype` and errors are as in `convert_model`.
@@ -100,29 +101,32 @@ def save_model(
     destination = Path(destination)
     experts: dict[str, ExpertName] = {e.component: e.name for e in model.variant.experts}
     components: dict[ComponentName, ComponentWeights] = {}
-    for placed, part in KIND_OF.items():
-        module = getattr(model, placed)
+    for name, kind in KIND_OF.items():
+        module = getattr(model, name)
         if module is None:
             continue
-        component = from_module(module, part, model.source, experts.get(placed))
-        components[placed] = replace(component, variant=model.variant)
+        component = from_module(module, kind, model.source, experts.get(name))
+        # The model knows its variant. The configuration of a component may fit several.
+        components[name] = replace(component, variant=model.variant)
     if not components:
-        raise CheckpointError(f"{model.source}: no component is loaded, so there are no weights")
+        raise CheckpointError(
+            f"{model.source}: no component with weights is loaded; load one before saving"
+        )
     whole = destination.suffix not in (".safetensors", ".pth")
     if not whole and len(components) > 1:
         raise CheckpointError(
-            f"{destination}: is a file, and {len(components)} components are loaded "
+            f"{destination}: is the name of a file, but {len(components)} components are loaded "
             f"({', '.join(components)}); give a folder"
         )
-    held = ModelWeights(
+    weights = ModelWeights(
         name=model.source,
         components=components,
-        arrangement={},
+        formats={},
         whole=whole,
         tokenizer={} if model.tokenizer is None else saved_tokenizer(model.tokenizer),
     )
     to: dict[ComponentName, ModelFormat] = dict.fromkeys(components, format)
-    return write_model(held, destination, to, format, sources=[], dtype=dtype, force=force)
+    return write_model(weights, destination, to, format, sources=[], dtype=dtype, force=force)
 
 
 def save_expert(
@@ -138,85 +142,89 @@ def save_expert(
 ) -> WriteResult:
     """Write one expert to `destination`: a file for ``single``, a folder for ``diffusers``.
 
-    Replaces what is there. `source` is what it was trained from; `facts` join the header of a file.
-    `dtype` and errors are as in `convert_model`.
+    Replaces what exists there. `source` names the base model that it was trained from; `facts` are
+    entries of the header (of a file only). `dtype` and errors are as in `convert_model`.
     """
     component = from_module(transformer, "transformer", source, expert.name)
-    held = ModelWeights(
+    weights = ModelWeights(
         name=source,
         components={expert.component: replace(component, variant=variant, facts=facts)},
-        arrangement={},
+        formats={},
         whole=False,
         tokenizer={},
     )
     to: dict[ComponentName, ModelFormat] = {expert.component: format}
-    return write_model(held, Path(destination), to, format, sources=[], dtype=dtype, force=True)
+    return write_model(weights, Path(destination), to, format, sources=[], dtype=dtype, force=True)
 
 
 def write_model(  # noqa: PLR0913  (shared by converting, saving and merging)
     model: ModelWeights,
     destination: Path,
-    arrangement: Mapping[ComponentName, ModelFormat],
+    formats: Mapping[ComponentName, ModelFormat],
     to: ModelFormat,
     *,
     sources: Sequence[Path],
     dtype: torch.dtype | None = None,
     force: bool = False,
-    report: ProgressCallback = lambda _done, _total: None,
+    on_progress: ProgressCallback = lambda _done, _total: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> WriteResult:
-    """Write `model`, each component in the layout that `arrangement` says, and the files
-    of a whole model besides weights as `to` has them. `sources` are never overwritten."""
-    places: dict[ComponentName, str] = {}
+    """Write `model`, each component in its layout of `formats`; the files of a whole model besides
+    weights (index, scheduler, tokenizer) as in layout `to`. `sources` are never overwritten."""
+    paths: dict[ComponentName, str] = {}
     notices: list[str] = []
     planned: list[OutputFile] = []
-    for placed, component in model.components.items():
-        form = arrangement[placed]
-        asked = _output_dtype(model, component, form, dtype)
-        places[placed] = _output_path(model, placed, component, form, asked)
+    for name, component in model.components.items():
+        format = formats[name]
+        out_dtype = _output_dtype(model, component, format, dtype)
+        paths[name] = _output_path(model, name, component, format, out_dtype)
         planned += plan_component(
-            component, form, places[placed], dtype=asked, shard_bytes=shard_bytes
+            component, format, paths[name], dtype=out_dtype, shard_bytes=shard_bytes
         )
-        notices += _notices(component, form, asked, model.whole)
+        notices += _notices(component, format, out_dtype, model.whole)
     variant = model.variant
     if model.whole:
         assert variant is not None
         planned += plan_model_extras(to, variant, list(model.components), model.tokenizer)
         if missing := model.missing:
-            notices.append(f"{model.name}: has no {', '.join(missing)}, and neither has the result")
+            notices.append(
+                f"{model.name}: has no {', '.join(missing)}, so the result has none either"
+            )
     folder = any(output.path for output in planned)
-    _check_suffix(destination, arrangement, folder)
+    _check_suffix(destination, formats, folder)
     check_destination(destination, sources, folder, force)
 
     def verify(written: Path) -> None:
-        for placed, component in model.components.items():
-            place = places[placed]
-            notices.extend(_lost_settings(written / place if place else written, component))
+        for name, component in model.components.items():
+            path = written / paths[name] if paths[name] else written
+            notices.extend(_lost_settings(path, component))
 
-    files = publish(destination, planned, verify, report)
+    files = publish(destination, planned, verify, on_progress)
     return WriteResult(files=tuple(files), notices=tuple(dict.fromkeys(notices)))
 
 
 def _output_dtype(
     model: ModelWeights, component: ComponentWeights, to: ModelFormat, dtype: torch.dtype | None
 ) -> torch.dtype | None:
+    # A VAE is small and its precision shows in every frame, so the options for the transformers do
+    # not apply to that of a whole model.
     if component.kind == "vae":
         if to == "fp8_scaled" and not model.whole:
             raise CheckpointError(
-                f"{component.source}: is a VAE, which is not stored as fp8_scaled; use --to single"
+                f"{component.source}: is a VAE, which has no fp8_scaled format; use --to single"
             )
         return None if model.whole else dtype
-    if to == "fp8_scaled" and dtype not in (None, *FP8_REST):
+    if to == "fp8_scaled" and dtype not in (None, *FP8_OTHER_DTYPES):
         raise CheckpointError(
-            f"--dtype {dtype_name(dtype)}: is not for --to fp8_scaled, where it is "
-            "the type of what is not fp8; choose bfloat16 or float16"
+            f"--dtype {dtype_name(dtype)}: can't be used with --to fp8_scaled, where it is "
+            "the type of the weights that are not fp8; choose bfloat16 or float16"
         )
     return dtype
 
 
 def _output_path(
     model: ModelWeights,
-    placed: ComponentName,
+    name: ComponentName,
     component: ComponentWeights,
     to: ModelFormat,
     dtype: torch.dtype | None,
@@ -224,63 +232,64 @@ def _output_path(
     if not model.whole:
         return ""
     assert model.variant is not None
-    return path_in_model(placed, component, model.variant, to, dtype or component.dtype)
+    return path_in_model(name, component, model.variant, to, dtype or component.dtype)
 
 
 def _check_suffix(
-    destination: Path, arrangement: Mapping[ComponentName, ModelFormat], folder: bool
+    destination: Path, formats: Mapping[ComponentName, ModelFormat], folder: bool
 ) -> None:
-    """CheckpointError if the name does not say what will be under it."""
+    """CheckpointError if the extension of `destination` does not match the output."""
     suffix = destination.suffix
     if folder:
         if suffix in (".safetensors", ".pth", ".gguf"):
             raise CheckpointError(
-                f"{destination}: a folder will be written; give its name, without {suffix}"
+                f"{destination}: the output is a folder; give a name without {suffix}"
             )
         return
-    wanted = ".pth" if "official" in arrangement.values() else ".safetensors"
-    if suffix != wanted:
+    expected = ".pth" if "official" in formats.values() else ".safetensors"
+    if suffix != expected:
         raise CheckpointError(
-            f"{destination}: a file {wanted} will be written; give a name that ends so"
+            f"{destination}: the output is a {expected} file; give a name that ends in {expected}"
         )
 
 
 def _notices(
     component: ComponentWeights, to: ModelFormat, dtype: torch.dtype | None, whole: bool
 ) -> list[str]:
-    found: list[str] = []
+    notices: list[str] = []
     if component.is_quantized and to != "fp8_scaled" and dtype is None:
-        found.append(
-            f"{component.source}: its quantized weights are written as bfloat16; --dtype chooses "
+        notices.append(
+            f"{component.source}: its quantized weights are written as bfloat16; add --dtype for "
             "another type"
         )
     if to not in ("single", "fp8_scaled"):
         if component.kind == "text_encoder" and component.tokenizer is not None and not whole:
-            found.append(
-                f"{component.source}: carries a tokenizer, which this layout has beside the text "
-                "encoder and not in it; convert the whole model folder to keep it"
+            notices.append(
+                f"{component.source}: contains a tokenizer, which this layout stores in a folder "
+                "beside the text encoder; convert the whole model folder to keep it"
             )
-        return found
-    heads = component.config.get("attention_head_dim", HEAD_DIM)
-    if component.kind == "transformer" and heads != HEAD_DIM:
-        found.append(
-            f"{component.source}: has heads of {heads} channels; ComfyUI takes all Wan models to "
-            f"have {HEAD_DIM}, and will compute something else"
+        return notices
+    head_dim = component.config.get("attention_head_dim", HEAD_DIM)
+    if component.kind == "transformer" and head_dim != HEAD_DIM:
+        notices.append(
+            f"{component.source}: has attention heads of {head_dim} channels, but ComfyUI assumes "
+            f"{HEAD_DIM} for all Wan models; its outputs will be wrong"
         )
     if component.kind == "text_encoder" and component.tokenizer is None:
-        found.append(
-            f"{component.source}: comes without spiece.model, which ComfyUI needs in the file of "
-            "the text encoder; convert the whole model folder to have it in"
+        notices.append(
+            f"{component.source}: has no spiece.model, which ComfyUI needs in the file of the text "
+            "encoder; convert the whole model folder to include it"
         )
-    return found
+    return notices
 
 
 def _lost_settings(written: Path, component: ComponentWeights) -> list[str]:
-    """What a reader of the files at `written` can't know of the configuration, in words.
+    """A notice if the files at `written` do not store all settings of the configuration.
 
-    CheckpointError if they are not the whole component.
+    CheckpointError if they are not the complete component.
     """
     config = config_of(module_on_meta(open_component(written)))
+    # Neither changes what the component computes, and transformers fills them in by itself.
     ignored = ("architectures", "transformers_version")
     lost = [
         name
@@ -290,6 +299,6 @@ def _lost_settings(written: Path, component: ComponentWeights) -> list[str]:
     if not lost:
         return []
     return [
-        f"{component.source}: {', '.join(sorted(lost))} can't be said in this layout; readers "
-        "of the result take the official values"
+        f"{component.source}: {', '.join(sorted(lost))} can't be stored in this layout; programs "
+        "that read the result use the official values"
     ]

@@ -1,7 +1,8 @@
-"""What is this file? Told from headers alone, without torch, in the time it takes to read them.
+"""Describes a file or folder of weights from headers alone, without importing torch.
 
-`inspect` never refuses a file for being the wrong one: another model's file and rubbish get a
-report that says so. Nothing is loaded, so a file can be whole and its numbers nonsense.
+`inspect` raises no error for files that onewan does not support: another model's file and an
+unreadable file get an `Inspection` that says so. No tensor is loaded, so damaged values are not
+noticed.
 """
 
 from __future__ import annotations
@@ -9,19 +10,20 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from onewan.checkpoint.compatibility import (
     ProgramSupport,
-    programs_for_adapter,
-    programs_for_weights,
+    programs_reading_adapter,
+    programs_reading_weights,
 )
 from onewan.errors import CheckpointError
+from onewan.formats.backends import TensorInfo
 from onewan.formats.container import TensorFile, open_tensors
-from onewan.formats.embedding import looks_like_embedding
+from onewan.formats.embedding import INPUT, looks_like_embedding
 from onewan.formats.key_maps import transformer_names
 from onewan.formats.lora import AdapterLayout, WanShape, layout_of
 from onewan.formats.model_folder import (
@@ -44,32 +46,37 @@ from onewan.formats.weights import (
 )
 from onewan.variants import VARIANTS, ExpertName, Variant
 
-_CONTAINERS = {"safetensors": "safetensors", "gguf": "GGUF", "pickle": "PyTorch pickle"}
-_TITLES = {"transformer": "transformer", "vae": "VAE", "text_encoder": "text encoder (UMT5-XXL)"}
-_KINDS = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT"}
-_LONG = 100
+_CONTAINER_TITLES = {"safetensors": "safetensors", "gguf": "GGUF", "pickle": "PyTorch pickle"}
+_KIND_TITLES = {
+    "transformer": "transformer",
+    "vae": "VAE",
+    "text_encoder": "text encoder (UMT5-XXL)",
+}
+_ADAPTER_TITLES = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT"}
+_MAX_VALUE_LENGTH = 100
+"""Characters of a header's value that `Inspection.lines` shows; some hold whole workflows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What a file or folder is."""
+    """A description of a file or folder."""
 
     path: Path
     kind: str
     """``model``, ``transformer``, ``vae``, ``text_encoder``, ``adapter``, ``embedding``, ``other``
     (of another model) or ``unreadable``."""
-    what: str
-    """The same in words."""
+    summary: str
+    """The kind, variant and expert in words."""
     variant: str | None = None
     expert: ExpertName | None = None
     expert_source: str | None = None
-    """``header``, ``keys``, ``folder`` or ``name``: how far it can be trusted."""
+    """``header``, ``keys``, ``folder`` or ``name``: what `expert` was inferred from."""
     container: str | None = None
     files: Mapping[str, int] = field(default_factory=dict[str, int])
     """Bytes by file name."""
-    names: str | None = None
-    """Whose names the tensors have: ``official``, ``diffusers`` or ``transformers``; a spelling of
-    an adapter."""
+    key_format: str | None = None
+    """Of weights: ``official``, ``diffusers`` or ``transformers``; of an adapter: see
+    `AdapterLayout.key_format`."""
     prefix: str = ""
     quantization: str | None = None
     dtypes: Mapping[str, int] = field(default_factory=dict[str, int])
@@ -77,41 +84,41 @@ class Inspection:
     parameters: int = 0
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
     adapter: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """Of an adapter: kinds, ranks, alphas, modules, blocks, trainer."""
-    readers: tuple[ProgramSupport, ...] = ()
+    """Kinds, ranks, alphas, modules, blocks and trainer of an adapter."""
+    programs: tuple[ProgramSupport, ...] = ()
     problems: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     components: tuple[Inspection, ...] = ()
-    """Of a whole model."""
+    """The components of a whole model."""
 
     def as_json(self) -> dict[str, Any]:
-        """The report as plain data; `inspect --json` prints it."""
+        """All fields as JSON data, which ``onewan inspect --json`` prints."""
         return {
             "path": str(self.path),
             "kind": self.kind,
-            "what": self.what,
+            "summary": self.summary,
             "variant": self.variant,
             "expert": self.expert,
             "expert_source": self.expert_source,
             "container": self.container,
             "files": dict(self.files),
             "bytes": sum(self.files.values()),
-            "names": self.names,
+            "key_format": self.key_format,
             "prefix": self.prefix,
             "quantization": self.quantization,
             "dtypes": dict(self.dtypes),
             "parameters": self.parameters,
             "config": dict(self.config),
             "adapter": dict(self.adapter),
-            "programs": {r.program: {"reads": r.reads, "note": r.why} for r in self.readers},
+            "programs": {p.name: {"reads": p.reads, "note": p.note} for p in self.programs},
             "problems": list(self.problems),
             "metadata": dict(self.metadata),
             "components": [component.as_json() for component in self.components],
         }
 
     def lines(self) -> Iterator[str]:
-        """The report for people, line by line."""
-        yield f"{self.path}: {self.what}"
+        """The description as lines of text, which ``onewan inspect`` prints."""
+        yield f"{self.path}: {self.summary}"
         for label, text in self._rows():
             yield f"  {label:<12} {text}"
         for component in self.components:
@@ -122,28 +129,32 @@ class Inspection:
         if self.files:
             size = _size(sum(self.files.values()))
             count = f", {len(self.files)} files" if len(self.files) > 1 else ""
-            yield "file", f"{_CONTAINERS.get(self.container or '', self.container)}, {size}{count}"
-        if self.names:
+            yield (
+                "file",
+                f"{_CONTAINER_TITLES.get(self.container or '', self.container)}, {size}{count}",
+            )
+        if self.key_format:
+            # `key_format` of an adapter names the prefix already.
             prefix = f" under {self.prefix}" if self.prefix and self.kind != "adapter" else ""
-            yield "names", f"{self.names}{prefix}"
+            yield "keys", f"{self.key_format}{prefix}"
         if self.parameters:
             types = ", ".join(f"{_count(n)} {dtype}" for dtype, n in self.dtypes.items())
             stored = "" if self.quantization in (None, "none") else f"; {self.quantization}"
             yield "parameters", f"{_count(self.parameters)} ({types}{stored})"
         if self.config:
-            yield "built as", _architecture(self.kind, self.config)
+            yield "architecture", _architecture(self.kind, self.config)
         for label, value in self.adapter.items():
             if value not in (None, [], {}):
                 yield label, _short(value)
-        reading = [r.program + (f" ({r.why})" if r.why else "") for r in self.readers if r.reads]
-        if self.readers:
+        reading = [p.name + (f" ({p.note})" if p.note else "") for p in self.programs if p.reads]
+        if self.programs:
             yield (
                 "read by",
                 "; ".join([*reading, "onewan"] if not self.problems else reading or ["none"]),
             )
-        for reader in self.readers:
-            if not reader.reads:
-                yield "not by", f"{reader.program}: {reader.why}"
+        for program in self.programs:
+            if not program.reads:
+                yield "not by", f"{program.name}: {program.note}"
         for problem in self.problems:
             yield "problem", problem
         for name, value in sorted(self.metadata.items()):
@@ -151,43 +162,44 @@ class Inspection:
 
 
 def inspect(path: Path) -> Inspection:
-    """What `path` is: a file, a folder with one component, or a folder with a whole model."""
+    """Describes `path`: a file, a folder with one component, or a folder with a whole model."""
     path = Path(path)
     try:
         paths = find_components(path)
+        # A folder with nothing but the shards of TI2V-5B is one component.
         if paths and set(paths.values()) != {path}:
-            return _model(path, paths)
-        return _one(path)
+            return _inspect_model(path, paths)
+        return _inspect_component(path)
     except CheckpointError as error:
         text = str(error).removeprefix(f"{path}: ")
-        return Inspection(path=path, kind="unreadable", what=text)
+        return Inspection(path=path, kind="unreadable", summary=text)
 
 
-def _model(folder: Path, paths: Mapping[ComponentName, Path]) -> Inspection:
-    """A whole model; of the tokenizer only its absence is reported."""
+def _inspect_model(folder: Path, paths: Mapping[ComponentName, Path]) -> Inspection:
+    """Describes a whole model. A tokenizer is not described, but its absence is reported."""
     components: dict[ComponentName, Inspection] = {}
     described: dict[ComponentName, ComponentDescription] = {}
     for name in KIND_OF.keys() & paths.keys():
         path = paths[name]
-        report = inspect(path) if path != folder else _one(folder)
-        with contextlib.suppress(CheckpointError):  # its own report says what is wrong
+        component = inspect(path) if path != folder else _inspect_component(folder)
+        with contextlib.suppress(CheckpointError):  # `component` already says what is wrong
             described[name] = describe_component(path)
-        variant = VARIANTS.get(report.variant or "")  # type: ignore[call-overload]
-        if report.kind == "transformer" and variant is not None and len(variant.experts) == 2:
-            report = _as_expert(report, variant, name)
-        components[name] = report
-    reports = [components[name] for name in KIND_OF if name in components]
+        variant = VARIANTS.get(component.variant or "")  # type: ignore[call-overload]
+        if component.kind == "transformer" and variant is not None and len(variant.experts) == 2:
+            component = _with_expert_of_folder(component, variant, name)
+        components[name] = component
+    inspections = [components[name] for name in KIND_OF if name in components]
     variant = infer_variant(described)
     problems = [
-        f"{r.path.name}: {problem}"
-        for r in reports
-        for problem in (r.problems if r.kind != "unreadable" else (r.what,))
+        f"{i.path.name}: {problem}"
+        for i in inspections
+        for problem in (i.problems if i.kind != "unreadable" else (i.summary,))
     ]
     problems += model_problems(str(folder), described)
     if variant is not None:
         encoder = described.get("text_encoder")
-        carried = encoder is not None and encoder.file is not None and encoder.file.tokenizer
-        found = {*paths, "tokenizer"} if carried else {*paths}
+        included = encoder is not None and encoder.file is not None and encoder.file.tokenizer
+        found = {*paths, "tokenizer"} if included else {*paths}
         problems += [f"has no {name}" for name in missing_components(found, variant)]
     path = paths.get("transformer") or next(iter(paths.values()))
     layout = "diffusers layout"
@@ -198,171 +210,178 @@ def _model(folder: Path, paths: Mapping[ComponentName, Path]) -> Inspection:
     return Inspection(
         path=folder,
         kind="model",
-        what=f"{variant.title if variant else 'a Wan model'}, {layout}",
+        summary=f"{variant.title if variant else 'a Wan model'}, {layout}",
         variant=variant.name if variant else None,
         problems=tuple(problems),
-        components=tuple(reports),
+        components=tuple(inspections),
     )
 
 
-def _as_expert(report: Inspection, variant: Variant, component: ComponentName) -> Inspection:
-    """The report of an expert whose folder says which it is."""
+def _with_expert_of_folder(
+    inspection: Inspection, variant: Variant, component: ComponentName
+) -> Inspection:
+    """`inspection` with the expert that the layout of the model's folder determines."""
     expert = next(e.name for e in variant.experts if e.component == component)
-    what = f"transformer of {variant.title}, for the {expert}-noise expert"
-    return replace(report, expert=expert, expert_source="folder", what=what)
+    summary = f"transformer of {variant.title}, for the {expert}-noise expert"
+    return replace(inspection, expert=expert, expert_source="folder", summary=summary)
 
 
-def _one(path: Path) -> Inspection:
+def _inspect_component(path: Path) -> Inspection:
     file = open_tensors(path)
     common: dict[str, Any] = {
         "path": path,
         "container": file.container,
         "files": {part.name: part.stat().st_size for part in file.files},
         "metadata": {n: v for n, v in file.metadata.items() if n != "format"},
-        "dtypes": _dtypes(file),
+        "dtypes": _parameters_by_dtype(file.tensors.values()),
         "parameters": sum(i.elements for i in file.tensors.values()),
     }
     if looks_like_adapter(file):
-        found = layout_of(file.tensors, file.metadata)
-        if found is not None and found.modules:
-            return _adapter(path, file, found, common)
-        architecture = found.other_architecture if found else None
-        what = f"a LoRA of {architecture or 'another model'}"
-        return Inspection(kind="other", what=f"{what}, not of Wan 2.2", **common)
+        layout = layout_of(file.tensors, file.metadata)
+        if layout is not None and layout.modules:
+            return _inspect_adapter(path, file, layout, common)
+        architecture = layout.other_architecture if layout else None
+        summary = f"a LoRA of {architecture or 'another model'}, not of Wan 2.2"
+        return Inspection(kind="other", summary=summary, **common)
     if looks_like_embedding(file):
         tokens = max((i.shape[0] for i in file.tensors.values() if len(i.shape) == 2), default=1)
-        reader = ProgramSupport("ComfyUI", "umt5xxl" in file.tensors, "embedding:NAME in a prompt")
+        comfyui = ProgramSupport("ComfyUI", INPUT in file.tensors, "embedding:NAME in a prompt")
         return Inspection(
-            kind="embedding", what=f"embedding of {tokens} tokens", readers=(reader,), **common
+            kind="embedding", summary=f"embedding of {tokens} tokens", programs=(comfyui,), **common
         )
     try:
         weights = open_component(file)
     except CheckpointError as error:
-        what = foreign_model(file)
-        said = str(error).removeprefix(f"{path}: ")
-        return Inspection(kind="other", what=f"{what}, not Wan 2.2" if what else said, **common)
-    return _weights(weights, common)
+        model = foreign_model(file)
+        reason = str(error).removeprefix(f"{path}: ")
+        summary = f"{model}, not Wan 2.2" if model else reason
+        return Inspection(kind="other", summary=summary, **common)
+    return _inspect_weights(weights, common)
 
 
-def _weights(weights: ComponentFile, common: Mapping[str, Any]) -> Inspection:
-    counted = [e.info for e in weights.entries.values()]
-    dtypes: Counter[str] = Counter()
-    for info in counted:
-        dtypes[info.dtype] += info.elements
+def _inspect_weights(weights: ComponentFile, common: Mapping[str, Any]) -> Inspection:
+    # Only weights, since the other tensors of a file (scales, tokenizer) are not parameters.
+    dtypes = _parameters_by_dtype(entry.info for entry in weights.entries.values())
     expert, source = expert_of(weights)
-    what = _TITLES[weights.kind]
+    summary = _KIND_TITLES[weights.kind]
     if weights.kind == "vae":
         version = "2.1" if weights.variant is None else "2.2"
-        what = f"Wan {version} VAE, of {'the A14B models' if version == '2.1' else 'TI2V-5B'}"
+        summary = f"Wan {version} VAE, of {'the A14B models' if version == '2.1' else 'TI2V-5B'}"
     elif weights.variant is not None:
-        what = f"{what} of {weights.variant.title}"
+        summary = f"{summary} of {weights.variant.title}"
         if expert in ("high", "low"):
-            what += f", for the {expert}-noise expert (by its {source})"
+            summary += f", for the {expert}-noise expert (by its {source})"
         elif len(weights.variant.experts) == 2:
-            what += " (high or low expert: neither its header nor its name says)"
-    problems = list(_incomplete(weights))
+            summary += " (high or low expert: neither its header nor its name says)"
+    problems = list(_key_problems(weights))
     return Inspection(
         kind=weights.kind,
-        what=what,
+        summary=summary,
         variant=weights.variant.name if weights.variant else None,
         expert=expert,
         expert_source=source,
-        names=weights.key_format,
+        key_format=weights.key_format,
         prefix=weights.prefix,
         quantization=weights.quantization,
         config=weights.config,
-        readers=() if problems else programs_for_weights(weights),
+        programs=() if problems else programs_reading_weights(weights),
         problems=tuple(problems),
-        **{**common, "dtypes": dict(dtypes.most_common()), "parameters": sum(dtypes.values())},
+        **{**common, "dtypes": dtypes, "parameters": sum(dtypes.values())},
     )
 
 
-def _incomplete(weights: ComponentFile) -> Iterator[str]:
-    """What is missing or too many, as far as names tell (shapes are checked when it is loaded)."""
+def _key_problems(weights: ComponentFile) -> Iterator[str]:
+    """Missing and unexpected keys. Shapes are checked only when the component is loaded, since that
+    takes the module, and with it torch."""
     if weights.kind == "transformer":
-        absent = sorted(transformer_names(weights.config["num_layers"]) - weights.entries.keys())
-        if absent:
-            yield f"has {len(absent)} missing keys, such as {', '.join(absent[:3])}"
+        missing = sorted(transformer_names(weights.config["num_layers"]) - weights.entries.keys())
+        if missing:
+            yield f"has {len(missing)} missing keys, such as {', '.join(missing[:3])}"
     if weights.unexpected:
         names = ", ".join(sorted(weights.unexpected)[:3])
         yield f"has {len(weights.unexpected)} unexpected keys, such as {names}"
 
 
-def _adapter(
-    path: Path, file: TensorFile, found: AdapterLayout, common: Mapping[str, Any]
+def _inspect_adapter(
+    path: Path, file: TensorFile, layout: AdapterLayout, common: Mapping[str, Any]
 ) -> Inspection:
-    variant, shape = _trained_on(file, found)
-    expert, source = _expert(path, variant, file.metadata)
-    if len(found.experts) == 1:
-        expert, source = found.experts[0], "keys"
-    kinds = Counter(_KINDS.get(kind, "difference") for kind in found.kinds.values())
+    variant, shape = _base_model_of(file, layout)
+    expert, source = _expert_of_adapter(path, variant, file.metadata)
+    # The keys are part of the adapter; a header or a name can be wrong.
+    if len(layout.experts) == 1:
+        expert, source = layout.experts[0], "keys"
+    kinds = Counter(_ADAPTER_TITLES.get(kind, "difference") for kind in layout.kinds.values())
     title = " and ".join(kinds) or "adapter"
-    of = variant.title if variant else _by_width(shape)
-    what = f"{title} for {of}"
-    if len(found.experts) == 2:
-        what += ", both experts in one file"
+    summary = f"{title} for {variant.title if variant else _candidates(shape)}"
+    if len(layout.experts) == 2:
+        summary += ", both experts in one file"
     elif expert is not None and expert != "single":
-        what += f", for the {expert}-noise expert (by its {source})"
-    blocks = sorted({int(m.split(".")[1]) for m in found.modules if m.startswith("blocks.")})
-    problems = list(found.module_errors)
-    if found.unknown:
-        of_what = f" of {found.other_architecture}" if found.other_architecture else ""
-        names = ", ".join(found.unknown[:3])
-        problems.append(
-            f"has {len(found.unknown)} keys{of_what} that do not belong, such as {names}"
-        )
+        summary += f", for the {expert}-noise expert (by its {source})"
+    blocks = sorted({int(m.split(".")[1]) for m in layout.modules if m.startswith("blocks.")})
+    problems = list(layout.module_errors)
+    if layout.unknown:
+        origin = f" of {layout.other_architecture}" if layout.other_architecture else ""
+        names = ", ".join(layout.unknown[:3])
+        problems.append(f"has {len(layout.unknown)} unexpected keys{origin}, such as {names}")
     return Inspection(
         kind="adapter",
-        what=what,
+        summary=summary,
         variant=variant.name if variant else None,
         expert=expert,
         expert_source=source,
-        names=found.key_format,
-        prefix=found.prefix,
+        key_format=layout.key_format,
+        prefix=layout.prefix,
         adapter={
             "kinds": dict(kinds),
-            "rank": _range(found.ranks.values()),
-            "alpha": _alphas(file, found),
-            "modules": len(found.modules),
+            "rank": _range(layout.ranks.values()),
+            "alpha": _alphas(file, layout),
+            "modules": len(layout.modules),
             "blocks": _range(blocks),
-            "trainer": found.trainer,
+            "trainer": layout.trainer,
         },
-        readers=() if problems else programs_for_adapter(found, shape),
+        programs=() if problems else programs_reading_adapter(layout, shape),
         problems=tuple(problems),
         **common,
     )
 
 
-def _trained_on(file: TensorFile, found: AdapterLayout) -> tuple[Variant | None, WanShape | None]:
-    """The variant that an adapter is for, and the shape of its transformer, as far as it tells.
+def _base_model_of(
+    file: TensorFile, layout: AdapterLayout
+) -> tuple[Variant | None, WanShape | None]:
+    """The variant that an adapter is for, and the shape of its transformer; None where unknown.
 
-    The header of onewan's files says; else the width does, but T2V-A14B and I2V-A14B are alike.
+    onewan's header names the variant. Otherwise the width of the layers determines it, except that
+    T2V-A14B and I2V-A14B have the same layers.
     """
-    said = VARIANTS.get(file.metadata.get("onewan.variant", ""))  # type: ignore[call-overload]
+    variant = VARIANTS.get(file.metadata.get("onewan.variant", ""))  # type: ignore[call-overload]
     width = next(
         (
             file.tensors[parts["lora_A"]].shape[-1]
-            for module, parts in found.modules.items()
+            for module, parts in layout.modules.items()
+            # The inputs of attention layers have the model's width, those of the FFN do not.
             if "lora_A" in parts and ".attn" in module
         ),
         None,
     )
     shape = WanShape.of_width(width) if width else None
-    if said is None and shape is not None and shape.num_layers == VARIANTS["ti2v-5b"].num_layers:
-        said = VARIANTS["ti2v-5b"]
-    return said, shape
+    single = VARIANTS["ti2v-5b"]
+    if variant is None and shape is not None and shape.num_layers == single.num_layers:
+        variant = single
+    return variant, shape
 
 
-def _by_width(shape: WanShape | None) -> str:
-    return "Wan 2.2 (T2V-A14B or I2V-A14B: they are alike)" if shape else "Wan of unknown width"
+def _candidates(shape: WanShape | None) -> str:
+    if shape is None:
+        return "Wan of unknown width"
+    return "Wan 2.2 (T2V-A14B or I2V-A14B, which have the same layers)"
 
 
-def _alphas(file: TensorFile, found: AdapterLayout) -> str | None:
-    keys = [parts["alpha"] for parts in found.modules.values() if "alpha" in parts]
+def _alphas(file: TensorFile, layout: AdapterLayout) -> str | None:
+    keys = [parts["alpha"] for parts in layout.modules.values() if "alpha" in parts]
     if keys:
         values = [float(v.reshape(-1)[0]) for v in file.arrays(keys).values() if v.size]
         return _range(values)
-    text = file.metadata.get("lora_adapter_metadata")
+    text = file.metadata.get("lora_adapter_metadata")  # PEFT's settings, by diffusers
     try:
         settings = {k.rpartition(".")[2]: v for k, v in json.loads(text or "{}").items()}
     except (ValueError, AttributeError):
@@ -371,7 +390,7 @@ def _alphas(file: TensorFile, found: AdapterLayout) -> str | None:
     return None if alpha is None else str(alpha)
 
 
-def _expert(
+def _expert_of_adapter(
     path: Path, variant: Variant | None, metadata: Mapping[str, str]
 ) -> tuple[ExpertName | None, str | None]:
     if variant is not None and len(variant.experts) == 1:
@@ -379,14 +398,14 @@ def _expert(
     return detect_expert(path, metadata) or (None, None)
 
 
-# ---------------------------------------------------------------------------------------- in words
+# ------------------------------------------------------------------------------------- as text
 
 
-def _dtypes(file: TensorFile) -> dict[str, int]:
-    counted: Counter[str] = Counter()
-    for info in file.tensors.values():
-        counted[info.dtype] += info.elements
-    return dict(counted.most_common())
+def _parameters_by_dtype(infos: Iterable[TensorInfo]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for info in infos:
+        counts[info.dtype] += info.elements
+    return dict(counts.most_common())
 
 
 def _architecture(kind: str, config: Mapping[str, Any]) -> str:
@@ -394,7 +413,7 @@ def _architecture(kind: str, config: Mapping[str, Any]) -> str:
         width = config["num_attention_heads"] * config["attention_head_dim"]
         return (
             f"{config['num_layers']} blocks, {width} wide, {config['num_attention_heads']} heads, "
-            f"ffn {config['ffn_dim']}, {config['in_channels']} channels in"
+            f"FFN {config['ffn_dim']} wide, {config['in_channels']} input channels"
         )
     if kind == "vae":
         return f"{config.get('z_dim', 16)} latent channels, base width {config.get('base_dim', 96)}"
@@ -428,6 +447,7 @@ def _size(number: int) -> str:
 
 
 def _short(value: object) -> str:
+    limit = _MAX_VALUE_LENGTH
     text = value if isinstance(value, str) else json.dumps(value)
     text = " ".join(text.split())
-    return text if len(text) <= _LONG else f"{text[:_LONG]}... ({len(text)} characters)"
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"

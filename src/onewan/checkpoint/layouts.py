@@ -1,4 +1,4 @@
-"""How each layout arranges a model on disk: which file holds what, under which names.
+"""How each layout stores a model: which files it has, and the keys in each of them.
 
 =============  ==============================  =======================  ============================
 layout         a transformer                   a VAE                    a text encoder
@@ -6,17 +6,17 @@ layout         a transformer                   a VAE                    a text e
 ``diffusers``  folder: config.json, shards     folder                   folder (transformers)
 ``official``   folder: its config.json,        ``.pth``                 ``.pth``
                shards
-``single``     ``.safetensors``                ``.safetensors``         ``.safetensors``, names of
-                                                                        transformers
+``single``     ``.safetensors``                ``.safetensors``         ``.safetensors`` with
+                                                                        transformers keys
 ``fp8_scaled`` the same, linear layers of the  (as ``single``)          the same
                blocks as float8_e4m3fn
 =============  ==============================  =======================  ============================
 
-fp8_scaled is ComfyUI's older spelling, which its older and newer versions read: ``X.weight``,
-``X.scale_weight`` (float32, one number) and an empty tensor ``scaled_fp8`` as the mark.
+fp8_scaled has ComfyUI's older keys, which its older and newer versions read: ``X.weight``,
+``X.scale_weight`` (float32, one value) and an empty tensor ``scaled_fp8`` as a marker.
 
-`plan_component` lists the files before anything is written, so that sizes are known beforehand and
-an impossible request is refused in time.
+`plan_component` lists the files before anything is written, so that the free space can be checked
+and impossible requests fail early.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from onewan.checkpoint.component import ComponentWeights, SourceWeight, name_of
+from onewan.checkpoint.component import ComponentWeights, SourceWeight, source_name
 from onewan.dtypes import dtype_name
 from onewan.errors import CheckpointError
 from onewan.formats import key_maps
@@ -49,25 +49,26 @@ from onewan.variants import TEXT_LENGTH, Variant
 ModelFormat = Literal["diffusers", "official", "single", "fp8_scaled"]
 
 SHARD_BYTES = 10_000_000_000
-"""A shard of the official and the diffusers layout has at most this, as diffusers writes them."""
+"""Maximum size of a shard in the official and the diffusers layout; diffusers' own default."""
 
 FORMAT_VERSION = 1
-"""Version of the ``onewan.*`` part of the header."""
+"""Version of the ``onewan.*`` entries of the header."""
 
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
-_MARK = "scaled_fp8"
+_MARKER = "scaled_fp8"
 _LINEAR = re.compile(
     r"blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ffn\.net\.(0\.proj|2))\.weight"
     r"|encoder\.block\.\d+\.layer\.\d\.(SelfAttention\.[qkvo]|DenseReluDense\.w(i_[01]|o))\.weight"
 )
-"""What fp8_scaled quantises: linear layers within blocks, the bulk of transformer and encoder."""
+"""Weights that fp8_scaled quantizes: the linear layers in the blocks, which are nearly all of a
+transformer or text encoder. The layers outside are sensitive (timestep, head) and small."""
 
 BytesCallback = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A file that will be written."""
+    """A file to write, with its size."""
 
     path: str
     """Path under the destination, with slashes; empty if it is the destination itself."""
@@ -78,14 +79,15 @@ class OutputFile:
 def plan_component(
     component: ComponentWeights,
     to: ModelFormat,
-    place: str,
+    path: str,
     *,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[OutputFile]:
-    """The files of `component` in layout `to`; `place` is that of its file or folder.
+    """The files of `component` in layout `to`; `path` is its file or folder under the destination,
+    empty for the destination itself.
 
-    `dtype` None leaves each weight as it is (bfloat16 where the source has it quantized).
+    For `dtype` None each weight keeps its type (bfloat16 if the source has it quantized).
     """
     if to == "fp8_scaled" and component.kind != "vae":
         tensors = _renamed(component, to, _fp8(component, dtype or torch.bfloat16))
@@ -93,23 +95,23 @@ def plan_component(
         stored = {n: w.as_stored(n, dtype) for n, w in component.weights.items()}
         tensors = _renamed(component, to, stored)
     if to == "diffusers":
-        return _folder(component, place, tensors, _config(component, dtype), shard_bytes)
+        return _folder(component, path, tensors, _config(component, dtype), shard_bytes)
     if to == "official" and component.kind == "transformer":
-        # Numbered and with an index even if there is one shard: that of TI2V-5B lies in the root,
-        # among other files of weights.
+        # Numbered and with an index even if there is one shard: that of TI2V-5B is in the root
+        # folder, beside the files of the other components.
         config = official_config(component)
-        return _folder(component, place, tensors, config, shard_bytes, numbered=True)
+        return _folder(component, path, tensors, config, shard_bytes, numbered=True)
     if to == "official":
-        return [OutputFile(place, _bytes(tensors), lambda path, on: write_pth(path, tensors, on))]
+        return [OutputFile(path, _bytes(tensors), lambda file, on: write_pth(file, tensors, on))]
     metadata = header(component)
     if component.tokenizer is not None:
         tokenizer = component.tokenizer()
         tensors[TOKENIZER] = LazyTensor(tuple(tokenizer.shape), tokenizer.dtype, lambda: tokenizer)
     return [
         OutputFile(
-            place,
+            path,
             _bytes(tensors),
-            lambda path, on: write_safetensors(path, tensors, metadata, on),
+            lambda file, on: write_safetensors(file, tensors, metadata, on),
         )
     ]
 
@@ -119,13 +121,13 @@ def _bytes(tensors: Mapping[str, LazyTensor]) -> int:
 
 
 def header(component: ComponentWeights) -> dict[str, str]:
-    """What a single file says of itself."""
+    """The header's metadata of a single file: ModelSpec, facts of the source, configuration."""
     facts = {
         **component.facts,
         "format_version": FORMAT_VERSION,
         "version": version("onewan"),
         "component": component.kind,
-        "source": name_of(component.source),
+        "source": source_name(component.source),
     }
     if component.variant is not None:
         facts["variant"] = component.variant.name
@@ -145,22 +147,23 @@ def header(component: ComponentWeights) -> dict[str, str]:
 def _renamed(
     component: ComponentWeights, to: ModelFormat, tensors: Mapping[str, LazyTensor]
 ) -> dict[str, LazyTensor]:
-    """`tensors` under the names of the layout; a scale goes with its weight."""
-    part = component.kind
-    if to == "diffusers" or (part == "text_encoder" and to != "official"):
+    """`tensors` with the keys of the layout; the key of a scale follows that of its weight."""
+    kind = component.kind
+    # ComfyUI reads the text encoder with transformers keys only.
+    if to == "diffusers" or (kind == "text_encoder" and to != "official"):
         return dict(tensors)
     by_stage = bool(component.config.get("is_residual"))
 
     def official(name: str) -> str:
-        if part == "vae":
+        if kind == "vae":
             return key_maps.vae_to_official(name, by_stage=by_stage)
         return (
-            key_maps.to_official(name) if part == "transformer" else key_maps.t5_to_official(name)
+            key_maps.to_official(name) if kind == "transformer" else key_maps.t5_to_official(name)
         )
 
     renamed: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
-        if name == _MARK:
+        if name == _MARKER:
             renamed[name] = tensor
         elif name.endswith(".scale_weight"):
             module = official(f"{name.removesuffix('.scale_weight')}.weight")
@@ -171,9 +174,9 @@ def _renamed(
 
 
 def _fp8(component: ComponentWeights, dtype: torch.dtype) -> dict[str, LazyTensor]:
-    """The weights with the linear layers of the blocks as fp8 and scale, the rest in `dtype`."""
+    """The weights, with linear layers in the blocks as fp8 and scale and all others in `dtype`."""
     tensors: dict[str, LazyTensor] = {
-        _MARK: LazyTensor(
+        _MARKER: LazyTensor(
             (0,), torch.float8_e4m3fn, lambda: torch.empty(0, dtype=torch.float8_e4m3fn)
         )
     }
@@ -187,8 +190,10 @@ def _fp8(component: ComponentWeights, dtype: torch.dtype) -> dict[str, LazyTenso
 
 
 def _fp8_pair(name: str, weight: SourceWeight) -> tuple[LazyTensor, LazyTensor]:
-    """(fp8 weight, its scale); as the source has them where it has just these."""
-    scales: list[Tensor] = []  # each weight is read for its scale, and again to be written
+    """(fp8 weight, its scale); unchanged bits if the source stores the weight so already."""
+    # The two tensors are written far apart, so the weight is read twice (for its scale and for its
+    # values) instead of being kept. The scale, one value, is cached.
+    scales: list[Tensor] = []
 
     def scale() -> Tensor:
         if not scales:
@@ -206,12 +211,15 @@ def _fp8_pair(name: str, weight: SourceWeight) -> tuple[LazyTensor, LazyTensor]:
 
 
 def _scale(weight: Tensor, name: str) -> Tensor:
-    """float32 []: the largest magnitude in `weight` becomes the largest of float8_e4m3fn, 448."""
+    """float32 []: the scale that maps the largest magnitude in `weight` to 448, the maximum of
+    float8_e4m3fn. CheckpointError if a value is not finite."""
     largest = weight.abs().max().float()
     if not torch.isfinite(largest):
         raise CheckpointError(
-            f"{name}: holds {largest.item()}, which fp8 can't; the file is damaged, get it anew"
+            f"{name}: contains {largest.item()}, which fp8 can't represent; the file is damaged, "
+            "download it again"
         )
+    # A weight of zeros: any scale is right but 0, by which the weight would be divided.
     return largest / _FP8_MAX if largest else torch.ones(())
 
 
@@ -220,16 +228,16 @@ def _scale(weight: Tensor, name: str) -> Tensor:
 
 def _folder(
     component: ComponentWeights,
-    place: str,
+    path: str,
     tensors: Mapping[str, LazyTensor],
     config: Mapping[str, Any],
     shard_bytes: int,
     numbered: bool = False,
 ) -> list[OutputFile]:
-    """config.json, the shards and their index; one shard has neither number nor index unless it is
-    to be `numbered`."""
+    """config.json, the shards and their index. A single shard has no number and no index, unless
+    `numbered`."""
     stem = "model" if component.kind == "text_encoder" else "diffusion_pytorch_model"
-    under = f"{place}/" if place else ""
+    under = f"{path}/" if path else ""
     shards = _shards(tensors, shard_bytes)
     numbered = numbered or len(shards) > 1
     files = [
@@ -238,25 +246,26 @@ def _folder(
     ]
     written = [_json(f"{under}config.json", config)]
     for file, shard in zip(files, shards, strict=True):
-
+        # The default argument binds this iteration's shard.
         def write(
-            path: Path, on_bytes: BytesCallback, shard: dict[str, LazyTensor] = shard
+            target: Path, on_bytes: BytesCallback, shard: dict[str, LazyTensor] = shard
         ) -> None:
-            write_safetensors(path, shard, {}, on_bytes)
+            write_safetensors(target, shard, {}, on_bytes)
 
         written.append(OutputFile(f"{under}{file}", _bytes(shard), write))
     if numbered:
-        homes = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        file_of = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         index = {
             "metadata": {"total_size": _bytes(tensors)},
-            "weight_map": dict(sorted(homes.items())),
+            "weight_map": dict(sorted(file_of.items())),
         }
         written.append(_json(f"{under}{stem}.safetensors.index.json", index))
     return written
 
 
 def _shards(tensors: Mapping[str, LazyTensor], shard_bytes: int) -> list[dict[str, LazyTensor]]:
-    """`tensors` in their order, cut before a shard would get too large; one alone may be."""
+    """`tensors` in order, divided into shards of at most `shard_bytes`. A larger tensor gets a
+    shard of its own."""
     shards: list[dict[str, LazyTensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
@@ -268,34 +277,34 @@ def _shards(tensors: Mapping[str, LazyTensor], shard_bytes: int) -> list[dict[st
     return shards
 
 
-def _json(place: str, data: Mapping[str, Any]) -> OutputFile:
-    return _text(place, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+def _json(path: str, data: Mapping[str, Any]) -> OutputFile:
+    return _text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
-def _text(place: str, text: str) -> OutputFile:
-    return _content(place, text.encode())
+def _text(path: str, text: str) -> OutputFile:
+    return _content(path, text.encode())
 
 
-def _content(place: str, content: bytes) -> OutputFile:
-    """A small file, whose content is known."""
+def _content(path: str, content: bytes) -> OutputFile:
+    """A small file with known content."""
 
-    def write(path: Path, on_bytes: BytesCallback) -> None:
-        path.write_bytes(content)
+    def write(target: Path, on_bytes: BytesCallback) -> None:
+        target.write_bytes(content)
         on_bytes(len(content))
 
-    return OutputFile(place, len(content), write)
+    return OutputFile(path, len(content), write)
 
 
 def _config(component: ComponentWeights, dtype: torch.dtype | None) -> dict[str, Any]:
     config = dict(component.config)
-    if component.kind == "text_encoder":  # transformers loads in the type that is said here
+    if component.kind == "text_encoder":  # transformers loads the weights in this type
         config["dtype"] = dtype_name(dtype or component.dtype)
     return config
 
 
 def official_config(component: ComponentWeights) -> dict[str, Any]:
-    """config.json of an official transformer. ``text_dim`` and ``patch_size`` are there only where
-    they are not those of every released model, as the official files have it."""
+    """config.json of an official transformer. As in the official files, ``text_dim`` and
+    ``patch_size`` are left out if they have the values of the released models."""
     config, variant = component.config, component.variant
     assert variant is not None
     fields: dict[str, Any] = {
@@ -321,8 +330,9 @@ def official_config(component: ComponentWeights) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------ whole models
 
-_SIZES = {"t2v-a14b": ("t2v", "14B"), "i2v-a14b": ("i2v", "14B"), "ti2v-5b": ("ti2v", "5B")}
-_SHORT = {
+# Parts of the names that ComfyUI's repackaged files have on the hub: example workflows find ours.
+_NAME_PARTS = {"t2v-a14b": ("t2v", "14B"), "i2v-a14b": ("i2v", "14B"), "ti2v-5b": ("ti2v", "5B")}
+_DTYPE_PARTS = {
     torch.float64: "fp64",
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -331,16 +341,16 @@ _SHORT = {
 
 
 def path_in_model(
-    placed: ComponentName,
+    name: ComponentName,
     component: ComponentWeights,
     variant: Variant,
     to: ModelFormat,
     dtype: torch.dtype,
 ) -> str:
-    """Where a component of a whole model lies in the model's folder, as readers of the layout
-    expect. `dtype` is what most of the component is stored in."""
+    """The path of a component in the folder of a whole model, where programs that read the layout
+    look for it. `dtype` is the type of most of its parameters."""
     if to == "diffusers":
-        return placed
+        return name
     single = len(variant.experts) == 1
     if to == "official":
         return {
@@ -348,14 +358,14 @@ def path_in_model(
             "transformer_2": "low_noise_model",
             "vae": "Wan2.2_VAE.pth" if single else "Wan2.1_VAE.pth",
             "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth",
-        }[placed]
-    short = _SHORT[dtype]
+        }[name]
+    short = _DTYPE_PARTS[dtype]
     if component.kind == "vae":
         return "wan2.2_vae.safetensors" if single else "wan_2.1_vae.safetensors"
     if component.kind == "text_encoder":
         return f"umt5_xxl_{'fp8_e4m3fn_scaled' if to == 'fp8_scaled' else short}.safetensors"
-    expert = next(e for e in variant.experts if e.component == placed)
-    kind, size = _SIZES[variant.name]
+    expert = next(e for e in variant.experts if e.component == name)
+    kind, size = _NAME_PARTS[variant.name]
     stored = "fp8_scaled" if to == "fp8_scaled" else short
     return f"wan2.2_{kind}{expert.file_suffix}_{size}_{stored}.safetensors"
 
@@ -363,27 +373,27 @@ def path_in_model(
 def plan_model_extras(
     to: ModelFormat,
     variant: Variant,
-    placed: Collection[ComponentName],
+    components: Collection[ComponentName],
     tokenizer: Mapping[str, bytes],
 ) -> list[OutputFile]:
-    """What a whole model has besides weights: the pipeline's index, scheduler and tokenizer (its
-    files by name)."""
+    """The files of a whole model besides `components`: pipeline index, scheduler and `tokenizer`
+    (contents by file name)."""
     written: list[OutputFile] = []
     if to == "diffusers":
         scheduler = official_scheduler(variant)
         written.append(_text("scheduler/scheduler_config.json", scheduler.to_json_string()))
-        written.append(_json("model_index.json", _model_index(variant, placed, tokenizer)))
+        written.append(_json("model_index.json", _model_index(variant, components, tokenizer)))
     where = "google/umt5-xxl" if to == "official" else "tokenizer"
     written += [_content(f"{where}/{name}", data) for name, data in sorted(tokenizer.items())]
     return written
 
 
 def _model_index(
-    variant: Variant, placed: Collection[ComponentName], tokenizer: Collection[str]
+    variant: Variant, components: Collection[ComponentName], tokenizer: Collection[str]
 ) -> dict[str, Any]:
     image = variant.pipeline == "WanImageToVideoPipeline"
     transformer = ["diffusers", "WanTransformer3DModel"]
-    # The first reads tokenizer.json as it is, the second makes one of a SentencePiece model.
+    # The first class reads tokenizer.json unchanged, the second converts a SentencePiece model.
     kind = "PreTrainedTokenizerFast" if "tokenizer.json" in tokenizer else "T5TokenizerFast"
     classes: dict[str, list[str]] = {
         "text_encoder": ["transformers", "UMT5EncoderModel"],
@@ -399,7 +409,8 @@ def _model_index(
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "tokenizer": ["transformers", kind] if tokenizer else [None, None],
     }
-    index |= {n: c if n in placed else [None, None] for n, c in classes.items()}
+    index |= {n: c if n in components else [None, None] for n, c in classes.items()}
+    # Wan 2.2 has no image encoder, but the pipeline's constructor expects both entries.
     if image:
         index |= {"image_encoder": [None, None], "image_processor": [None, None]}
     return index

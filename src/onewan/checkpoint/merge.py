@@ -1,7 +1,7 @@
-"""Merges adapters into a model: W + the weighted sum of the difference that each one makes.
+"""Merges adapters into a model: W plus the weighted sum of the adapters' differences.
 
-Computed in float32 from the base model's numbers and rounded once, to the type that is written.
-Everything that the adapters do not touch stays as it is, to the bit, quantized weights included.
+Computed in float32 from the base model's values and rounded once, to the type of the output. Layers
+without an adapter are copied bit-exact, quantized weights included.
 """
 
 from __future__ import annotations
@@ -43,64 +43,65 @@ def merge(
     dtype: torch.dtype | None = None,
     force: bool = False,
     check_file_names: bool = True,
-    report: ProgressCallback = lambda _done, _total: None,
+    on_progress: ProgressCallback = lambda _done, _total: None,
 ) -> WriteResult:
     """Write `base`, a model's folder or one transformer, with `loras` (path, weight) merged in.
 
-    Each LoRA goes to its expert, told by its keys, its header or its name. `destination` gets the
-    layout of `base`; of a single file, with official names and no prefix. `dtype` is as in
-    `convert_model`. CheckpointError as there, if a LoRA has a layer that the base has not, and with
-    `check_file_names` if headers or names say that a LoRA and a single base are of different
-    experts.
+    Each LoRA is merged into its expert, which is inferred from its keys, header or name. The output
+    has the layout of `base`; single files get official keys without a prefix. `dtype` is as in
+    `convert_model`. CheckpointError as there, if a LoRA has a layer that the base does not have,
+    and with `check_file_names` if headers or names say that a LoRA and a single base are of
+    different experts.
     """
     model = read_model(Path(base))
     added: dict[ComponentName, dict[str, list[_WeightedAdapter]]] = {}
     for path, weight in loras:
-        for placed, file in _adapters(Path(path), model, check_file_names).items():
-            _check_layers_fit(file, model.components[placed])
+        for name, file in _adapters(Path(path), model, check_file_names).items():
+            _check_layers_fit(file, model.components[name])
             for module, adapter in file.modules.items():
-                added.setdefault(placed, {}).setdefault(module, []).append(
+                added.setdefault(name, {}).setdefault(module, []).append(
                     _WeightedAdapter(adapter, weight)
                 )
     components = {
-        placed: _add_adapters(component, added[placed]) if placed in added else component
-        for placed, component in model.components.items()
+        name: _add_adapters(component, added[name]) if name in added else component
+        for name, component in model.components.items()
     }
-    arrangement, to = _arrangement(model)
+    formats, to = _formats_of_result(model)
     written = write_model(
         replace(model, components=components),
         Path(destination),
-        arrangement,
+        formats,
         to,
         sources=[Path(base), *(Path(path) for path, _ in loras)],
         dtype=dtype,
         force=force,
-        report=report,
+        on_progress=on_progress,
     )
     notices = [
-        f"{components[placed].source}: the merged weights were quantized to fp8 anew"
-        for placed in added
-        if arrangement[placed] == "fp8_scaled"
+        f"{components[name].source}: the merged weights were quantized to fp8 again"
+        for name in added
+        if formats[name] == "fp8_scaled"
     ]
     untouched = [p for p in components if p.startswith("transformer") and p not in added]
     if untouched:
         notices.append(
-            f"{base}: no LoRA was given for {' and '.join(untouched)}, which stays as is"
+            f"{base}: no LoRA was given for {' and '.join(untouched)}, which is copied unchanged"
         )
     return WriteResult(files=written.files, notices=(*written.notices, *notices))
 
 
 def base_weights(base: Path, lora: Path, expert: ExpertName | None) -> BaseWeights:
-    """The weights of the model at `base` that the adapter `lora` was trained on; `expert` says
-    which of two it is, where that is to be said."""
+    """The weights of the model at `base` that the adapter `lora` was trained on. `expert` selects
+    one of two if `base` has both and `lora` does not say which it is for."""
     model = read_model(base)
-    placed = _component_for(model, lora, expert or _expert_in_keys(lora))
-    weights = model.components[placed].weights
-    source = model.components[placed].source
+    component = model.components[_component_for(model, lora, expert or _expert_in_keys(lora))]
+    weights, source = component.weights, component.source
 
     def read(name: str) -> Tensor:
         if name not in weights:
-            raise CheckpointError(f"{source}: has no {name}; {lora.name} is of another model")
+            raise CheckpointError(
+                f"{source}: has no {name}; {lora.name} was trained on another model, give that one"
+            )
         return weights[name].read()
 
     return read
@@ -116,7 +117,7 @@ def _expert_in_keys(lora: Path) -> ExpertName | None:
 def _adapters(
     path: Path, model: ModelWeights, check_file_names: bool
 ) -> dict[ComponentName, AdapterFile]:
-    """What is in `path`, by the component of `model` that it is for."""
+    """The adapters in the file `path`, by the component of `model` that each is for."""
     file = open_tensors(path)
     layout = layout_of(file.tensors, file.metadata)
     experts = () if layout is None else layout.experts
@@ -124,13 +125,13 @@ def _adapters(
         return {
             _component_for(model, path, expert): read_adapter(path, expert) for expert in experts
         }
-    alone = None if model.whole else next(iter(model.components.values())).expert
-    if len(experts) > 1 and alone is None:
+    of_base = None if model.whole else next(iter(model.components.values())).expert
+    if len(experts) > 1 and of_base is None:
         raise CheckpointError(
-            f"{path}: holds the LoRAs of both experts, and neither header nor name of {model.name} "
-            "says which it is; name it ..._high_noise or ..._low_noise"
+            f"{path}: contains the LoRAs of both experts, and neither header nor name of "
+            f"{model.name} says which one it is; name it ..._high_noise or ..._low_noise"
         )
-    adapter = read_adapter(path, alone if len(experts) > 1 else None)
+    adapter = read_adapter(path, of_base if len(experts) > 1 else None)
     return {_component_for(model, path, adapter.expert, check_file_names): adapter}
 
 
@@ -140,23 +141,28 @@ def _component_for(
     """The component of `model` that `lora` is for."""
     transformers: list[ComponentName] = [p for p in model.components if p.startswith("transformer")]
     if not transformers:
-        raise CheckpointError(f"{model.name}: holds no transformer, and LoRAs are for one")
+        raise CheckpointError(
+            f"{model.name}: contains no transformer, which LoRAs are merged into; give a base "
+            "model with one"
+        )
     metadata = open_tensors(lora).metadata
     if not model.whole:
-        told = detect_expert(lora, metadata)
-        of_lora, of_base = named or (told and told[0]), model.components[transformers[0]].expert
+        detected = detect_expert(lora, metadata)
+        of_lora = named or (detected and detected[0])
+        of_base = model.components[transformers[0]].expert
         if check_file_names and {of_lora, of_base} == {"high", "low"}:
             raise CheckpointError(
-                f"{lora}: is for the {of_lora}-noise expert, and {model.name} is the "
-                f"{of_base}-noise one, by header or name; give the other, or add --any-expert"
+                f"{lora}: is for the {of_lora}-noise expert, but {model.name} is the "
+                f"{of_base}-noise one, by header or name; give the other one, or add --any-expert"
             )
         return transformers[0]
     assert model.variant is not None
-    # The keys of a file for diffusers begin with "transformer." for whichever expert.
+    # Not by keys alone: in files for diffusers they begin with "transformer." for either expert.
     expert = expert_of(lora, metadata, model.variant, named)
     if expert.component not in transformers:
         raise CheckpointError(
-            f"{model.name}: has no {expert.component}, and {lora} is for the {expert.name} expert"
+            f"{model.name}: has no {expert.component}, but {lora} is for the {expert.name} expert; "
+            "give a base model with it"
         )
     return expert.component
 
@@ -165,7 +171,7 @@ def _component_for(
 
 
 def _check_layers_fit(file: AdapterFile, base: ComponentWeights) -> None:
-    """CheckpointError if an adapter has no layer to go to, or does not fit it."""
+    """CheckpointError if `base` does not have a layer of `file`, or in another shape."""
     problems: list[str] = []
     for module, adapter in file.modules.items():
         weight = base.weights.get(f"{module}.weight")
@@ -175,7 +181,7 @@ def _check_layers_fit(file: AdapterFile, base: ComponentWeights) -> None:
         shape = _shape_after_merge(adapter, weight.shape)
         bias = adapter.bias_difference()
         if shape != weight.shape:
-            problems.append(f"{module} is {list(weight.shape)}, the LoRA's {list(shape)}")
+            problems.append(f"{module} is {list(weight.shape)}, but {list(shape)} in the LoRA")
         elif bias is not None and f"{module}.bias" not in base.weights:
             problems.append(f"{module} has no bias")
         elif bias is not None and tuple(bias.shape) != base.weights[f"{module}.bias"].shape:
@@ -184,12 +190,13 @@ def _check_layers_fit(file: AdapterFile, base: ComponentWeights) -> None:
         more = ", ..." if len(problems) > 3 else ""
         raise CheckpointError(
             f"{file.path}: does not fit {base.source} in {len(problems)} of {len(file.modules)} "
-            f"layers ({'; '.join(problems[:3])}{more}); it is of another model"
+            f"layers ({'; '.join(problems[:3])}{more}); give the model that it was trained on"
         )
 
 
 def _shape_after_merge(adapter: ModuleAdapter, weight: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of what `adapter` adds to a weight of shape `weight`, without computing it."""
+    """The shape of the weight that `adapter` can be merged into, without computing the difference:
+    `weight`, that of the base's, if it fits."""
     if adapter.kind == "oft":
         if "rotation" in adapter.tensors:
             blocks, size = adapter.tensors["rotation"].shape[:2]
@@ -197,9 +204,14 @@ def _shape_after_merge(adapter: ModuleAdapter, weight: tuple[int, ...]) -> tuple
             return weight if fits else (weight[0], blocks * size)
         blocks, size = adapter.tensors["oft_blocks"].shape[:2]
         return (blocks * size, *weight[1:])
-    blank = {name: torch.empty_like(t, device="meta") for name, t in adapter.tensors.items()}
-    kept = {name: tensor for name, tensor in blank.items() if name != "magnitude"}
-    difference = replace(adapter, tensors=kept).difference()
+    # The product on the meta device has the shape but takes no memory. A magnitude needs the weight
+    # and does not change the shape.
+    factors = {
+        name: torch.empty_like(tensor, device="meta")
+        for name, tensor in adapter.tensors.items()
+        if name != "magnitude"
+    }
+    difference = replace(adapter, tensors=factors).difference()
     return weight if difference is None else tuple(difference.shape)
 
 
@@ -219,7 +231,7 @@ def _add_adapters(
 def _sum_adapters(
     base: SourceWeight, added: Sequence[_WeightedAdapter], *, bias: bool = False
 ) -> SourceWeight:
-    """`base` with everything that is `added`, made when it is read: float32."""
+    """`base` plus the weighted differences of `added`, float32, computed when it is read."""
 
     def read() -> Tensor:
         weight = base.read().float()
@@ -231,19 +243,22 @@ def _sum_adapters(
                 total = torch.add(total, difference, alpha=item.weight)
         return weight + total
 
+    # The fp8 bits of the source are not those of the sum.
     return replace(base, read=read, fp8=None)
 
 
-def _arrangement(model: ModelWeights) -> tuple[dict[ComponentName, ModelFormat], ModelFormat]:
-    """The layout of each component of the result, and of the whole."""
-    arrangement = dict(model.arrangement)
+def _formats_of_result(model: ModelWeights) -> tuple[dict[ComponentName, ModelFormat], ModelFormat]:
+    """The layout of each component of the result, and that of the whole model."""
+    formats = dict(model.formats)
     if not model.whole:
-        return arrangement, next(iter(arrangement.values()))
-    transformer = next((arrangement[p] for p in arrangement if p.startswith("transformer")), None)
+        return formats, next(iter(formats.values()))
+    transformer = next((formats[p] for p in formats if p.startswith("transformer")), None)
+    # One layout for all components, as far as it can store them: a model's folder that mixes them
+    # is read by no other program.
     if transformer in ("diffusers", "official"):
-        return dict.fromkeys(arrangement, transformer), transformer
+        return dict.fromkeys(formats, transformer), transformer
     singles: dict[ComponentName, ModelFormat] = {
-        placed: "fp8_scaled" if form == "fp8_scaled" else "single"
-        for placed, form in arrangement.items()
+        name: "fp8_scaled" if format == "fp8_scaled" else "single"
+        for name, format in formats.items()
     }
     return singles, "single"

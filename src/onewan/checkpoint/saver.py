@@ -39,13 +39,13 @@ from onewan.model.embedding import WanModelEmbedding
 from onewan.model.wan import WanModel
 from onewan.variants import Expert, ExpertName, Variant
 
-_NOT_KEPT = ("format", HASH, PEFT_SETTINGS, "onewan.rank", "onewan.alpha")
-"""Entries of a header that are valid for one file only, and are made anew for another."""
+_PER_FILE_ENTRIES = ("format", HASH, PEFT_SETTINGS, "onewan.rank", "onewan.alpha")
+"""Entries of a header that are valid for one file only, and are computed again for another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterHeader:
-    """What the header of an adapter file says besides the tensors."""
+    """The entries of an adapter file's header that do not follow from its tensors."""
 
     facts: Mapping[str, str | int | float] = field(default_factory=dict)
     """About the run, written as ``onewan.<name>``: ``variant``, ``steps``, ...; `expert_of` reads
@@ -61,7 +61,7 @@ class AdapterHeader:
 
     def metadata(self, modules: Mapping[str, ModuleAdapter], format: KeyFormat) -> dict[str, str]:
         """The header's entries for an adapter of `modules` in `format`."""
-        kept = {name: value for name, value in self.kept.items() if name not in _NOT_KEPT}
+        kept = {name: value for name, value in self.kept.items() if name not in _PER_FILE_ENTRIES}
         date = self.date or datetime.now(timezone.utc)
         title = self.title or self.kept.get("modelspec.title")
         # safetensors allows only strings in a header.
@@ -91,8 +91,8 @@ class WanModelSaver:
         complete files need the transformer's `shape`, unless it is an official one.
 
         Returns notices for the user. CheckpointError if a weight does not fit `dtype`, the format
-        can't hold this kind of adapter, or the file can't be written or reads back different; what
-        was under `destination` before then stays.
+        can't hold this kind of adapter, or the file can't be written or reads back different; an
+        existing file at `destination` is then unchanged.
         """
         formatted = to_format(modules, format, dtype=dtype, base=base, shape=shape)
         return _write(formatted, destination, header.metadata(modules, format))
@@ -120,7 +120,7 @@ class WanModelSaver:
         title: str | None = None,
     ) -> Path:
         """Write the vectors of `embedding` to `destination` (.safetensors), for ComfyUI and
-        `WanModelEmbedding.from_file`: as `dtype`, or for None bit for bit as they are.
+        `WanModelEmbedding.from_file`: as `dtype`, or for None bit-exact in their own type.
 
         The header gets ModelSpec's fields and `facts` about the run as ``onewan.<name>``; `title`
         is the placeholder and `date` now unless given. CheckpointError if a value is too large for
@@ -130,7 +130,7 @@ class WanModelSaver:
         vectors = stored(f"{embedding.placeholder}: {name}", embedding.vectors, dtype)
         date = date or datetime.now(timezone.utc)
         metadata = model_spec("wan_2_2-embedding", date, title or embedding.placeholder)
-        # `known` comes last: facts of the caller can't replace what the loader relies on.
+        # `known` comes last, so that `facts` can't replace entries that the loader reads.
         known = {"format_version": FORMAT_VERSION, "version": version("onewan")}
         known |= {"placeholder": embedding.placeholder, "uuid": embedding.uuid}
         if embedding.initial_text is not None:

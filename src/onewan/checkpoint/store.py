@@ -1,9 +1,9 @@
-"""Training states on disk: whole or absent, verified, rotated.
+"""Training states on disk: complete or absent, verified, rotated.
 
 A state is a folder ``state/000500`` of files and a manifest with their sizes and digests. It is
 written under a temporary name and synced; the manifest is written last, then the folder renamed. A
-state that does not match its manifest is never loaded: the newest one that does is, and the damage
-is reported. What the files hold is the caller's business.
+state that does not match its manifest is never loaded: the newest intact one is loaded instead, and
+the damage is reported. The content of the files is up to the caller.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class StateStore:
             temporary.mkdir()
             write(temporary)
             _write_manifest(temporary)
+            # No system renames a folder over one that is not empty.
             if final.exists():
                 remove(final)
             os.replace(temporary, final)
@@ -77,6 +78,7 @@ class StateStore:
         return None
 
     def _rotate(self, best: int | None) -> None:
+        # Called only after the new state is on the disk: a crash in between leaves one too many.
         for step in self._layout.saved_steps()[: -self._keep]:
             if step != best and not (self._keep_every and step % self._keep_every == 0):
                 remove(self._layout.state(step))

@@ -20,8 +20,8 @@ from onewan.errors import CheckpointError
 from onewan.formats.lora import LoraFormat
 from onewan.variants import ExpertName
 
-_MODELS: tuple[ModelFormat, ...] = get_args(ModelFormat)
-_ADAPTERS: tuple[LoraFormat, ...] = get_args(LoraFormat)
+_MODEL_FORMATS: tuple[ModelFormat, ...] = get_args(ModelFormat)
+_LORA_FORMATS: tuple[LoraFormat, ...] = get_args(LoraFormat)
 
 
 def convert(
@@ -34,23 +34,27 @@ def convert(
     base: Path | None,
     expert: ExpertName | None,
 ) -> int:
-    kept = None if dtype is None else torch_dtype(dtype)
+    """``onewan convert``; returns the exit status. Whether SRC is a model or an adapter is detected
+    from its content."""
+    weight_dtype = None if dtype is None else torch_dtype(dtype)
     if holds_adapter(source):
         return _convert_adapter(
-            source, destination, to, dtype=kept, force=force, base=base, expert=expert
+            source, destination, to, dtype=weight_dtype, force=force, base=base, expert=expert
         )
-    if to not in _MODELS:
+    if to not in _MODEL_FORMATS:
         raise CheckpointError(
             f"{source}: holds the weights of a model, but --to {to} is for LoRAs; for models use "
-            f"--to {', '.join(_MODELS)}"
+            f"--to {', '.join(_MODEL_FORMATS)}"
         )
     for option, value in (("--base", base), ("--expert", expert)):
         if value is not None:
-            raise CheckpointError(f"{option}: is for LoRAs, and {source} holds a model; leave it")
-    form = cast(ModelFormat, to)
+            raise CheckpointError(
+                f"{option}: is for LoRAs, but {source} holds the weights of a model; remove it"
+            )
+    format = cast(ModelFormat, to)
     return _run_with_progress(
-        lambda report: convert_model(
-            source, destination, form, dtype=kept, force=force, report=report
+        lambda on_progress: convert_model(
+            source, destination, format, dtype=weight_dtype, force=force, on_progress=on_progress
         )
     )
 
@@ -64,16 +68,17 @@ def merge_loras(
     force: bool,
     check_file_names: bool,
 ) -> int:
-    kept = None if dtype is None else torch_dtype(dtype)
+    """``onewan merge``; returns the exit status."""
+    weight_dtype = None if dtype is None else torch_dtype(dtype)
     return _run_with_progress(
-        lambda report: merge(
+        lambda on_progress: merge(
             base,
             loras,
             destination,
-            dtype=kept,
+            dtype=weight_dtype,
             force=force,
             check_file_names=check_file_names,
-            report=report,
+            on_progress=on_progress,
         )
     )
 
@@ -88,33 +93,34 @@ def _convert_adapter(
     base: Path | None,
     expert: ExpertName | None,
 ) -> int:
-    if to not in _ADAPTERS:
+    if to not in _LORA_FORMATS:
         raise CheckpointError(
-            f"{source}: holds a LoRA, and --to {to} is for models; for LoRAs there is "
-            f"--to {', '.join(_ADAPTERS)}"
+            f"{source}: holds a LoRA, but --to {to} is for models; for LoRAs use "
+            f"--to {', '.join(_LORA_FORMATS)}"
         )
     if destination.suffix != ".safetensors":
         raise CheckpointError(
-            f"{destination}: a file .safetensors will be written; give a name that ends so"
+            f"{destination}: the output is a .safetensors file; give a name that ends in "
+            ".safetensors"
         )
     check_destination(destination, [source], folder=False, force=force)
     weights = None if base is None else base_weights(base, source, expert)
     notices = convert_adapter(
         source, destination, cast(LoraFormat, to), dtype=dtype, base=weights, expert=expert
     )
-    _print(WriteResult(files=(destination,), notices=tuple(notices)))
+    _print_result(WriteResult(files=(destination,), notices=tuple(notices)))
     return 0
 
 
 def _run_with_progress(run: Callable[[ProgressCallback], WriteResult]) -> int:
-    """Run with a bar, and say what was written."""
+    """Run with a progress bar, then print the notices and the files that were written."""
     with Progress() as progress:
         written = run(progress.advance_bytes)
-    _print(written)
+    _print_result(written)
     return 0
 
 
-def _print(written: WriteResult) -> None:
+def _print_result(written: WriteResult) -> None:
     for notice in written.notices:
         print(f"note: {notice}")
     for file in written.files:

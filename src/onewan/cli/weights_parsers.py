@@ -58,7 +58,7 @@ def add_inspect(commands: Commands) -> None:
         if options.json:
             print(json.dumps(report.as_json(), indent=2, ensure_ascii=False))
         elif report.kind == "unreadable":
-            raise CheckpointError(f"{report.path}: {report.what}")
+            raise CheckpointError(f"{report.path}: {report.summary}")
         else:
             print("\n".join(report.lines()))
         return 1 if report.kind == "unreadable" else 0

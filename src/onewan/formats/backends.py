@@ -128,8 +128,8 @@ def _safetensors_fault(path: Path, size: int, error: BaseException) -> str:
         file.seek(8)
         if length > size - 8:
             return (
-                f"is not a whole safetensors file: should begin with a header of {length} bytes, "
-                f"and has {size} bytes in all; copy or download it again"
+                f"is not a complete safetensors file: should begin with a header of {length} "
+                f"bytes, and has {size} bytes in all; copy or download it again"
             )
         try:
             header = json.loads(file.read(length))
@@ -146,8 +146,8 @@ def _safetensors_fault(path: Path, size: int, error: BaseException) -> str:
     whole = 8 + length + max(ends, default=0)
     if whole != size:
         return (
-            f"is not a whole safetensors file: has {size} bytes, and its header describes {whole}; "
-            "copy or download it again"
+            f"is not a complete safetensors file: has {size} bytes, and its header "
+            f"describes {whole}; copy or download it again"
         )
     return f"has a damaged header ({first_line(error)}); copy or download it again"
 
@@ -209,7 +209,7 @@ class PickleFile(TensorFileReader):
             ) from error
         except Exception as error:  # a damaged pickle makes it raise anything
             raise CheckpointError(
-                f"{self.path}: is not a whole PyTorch file ({first_line(error)}); "
+                f"{self.path}: is not a complete PyTorch file ({first_line(error)}); "
                 "copy or download it again"
             ) from error
         if isinstance(data, dict) and isinstance(data.get("state_dict"), dict):
@@ -317,7 +317,7 @@ class GgufFile(TensorFileReader):
             return reader, _gguf_metadata(reader)
         except Exception as error:  # it trusts every number in the file
             raise CheckpointError(
-                f"{self.path}: is not a whole GGUF file ({first_line(error)}); "
+                f"{self.path}: is not a complete GGUF file ({first_line(error)}); "
                 "copy or download it again"
             ) from error
 

@@ -1,12 +1,12 @@
-"""What a file of weights is, and its weights under one set of names, however it stores them.
+"""Opens a file of weights of any program as one component, with the keys of diffusers.
 
-`open_component` detects component, key format, prefix, variant and widths from names and shapes. It
+`open_component` detects component, key format, prefix, variant and widths from keys and shapes. It
 reads headers only, without torch, and ignores file names. `ComponentFile.read` returns the values
-of a weight: fp8 times its scale, GGUF expanded by the reference decoder, computed in float32 before
-anything is rounded to another type.
+of a weight: fp8 times its scale, GGUF dequantized by the reference decoder, computed in float32
+before anything is rounded to another type.
 
 =============  ===========================================  ======================================
-component      names it comes under                         prefixes
+component      key formats                                  prefixes
 =============  ===========================================  ======================================
 transformer    official, diffusers                          none, ``model.diffusion_model.``,
                                                             ``diffusion_model.``
@@ -14,11 +14,11 @@ vae            official, diffusers                          none, ``vae.``, ``fi
 text_encoder   official, transformers                       none, ``text_encoders.umt5xxl....``
 =============  ===========================================  ======================================
 
-fp8 in ComfyUI's older spelling: ``X.scale_weight``, ``X.scale_input`` and a marker ``scaled_fp8``;
-in the newer: ``X.weight_scale``, ``X.input_scale``, and ``X.comfy_quant`` or the header's
-``_quantization_metadata``. A weight is the stored one times the scale, which is one number, one for
-each row, or one for each block of a row (musubi-tuner); input scales belong to fp8 matrix products,
-which training does not use.
+ComfyUI's older keys for fp8 are ``X.scale_weight``, ``X.scale_input`` and a marker ``scaled_fp8``;
+the newer ones are ``X.weight_scale``, ``X.input_scale``, and ``X.comfy_quant`` or the header's
+``_quantization_metadata``. The weight is the stored value times the scale, of which there is one,
+one for each row, or one for each block of a row (musubi-tuner). Input scales are for fp8 matrix
+products, which training does not use.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ KeyFormat = Literal["official", "diffusers", "transformers"]
 Packing = Literal["plain", "fp8", "gguf"]
 
 TOKENIZER = "spiece_model"
-"""Tensor in which ComfyUI's files of the text encoder carry its SentencePiece model, as bytes."""
+"""Key of the SentencePiece model, as bytes, in ComfyUI's files of the text encoder."""
 
-_SCALES = (".scale_weight", ".weight_scale")
-_QUANT_NOTES = (".scale_input", ".input_scale", ".comfy_quant")
+_SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
+_IGNORED_SUFFIXES = (".scale_input", ".input_scale", ".comfy_quant")
 _MARKER = "scaled_fp8"
 
 
 @dataclass(frozen=True, slots=True)
 class StoredWeight:
-    """Where a weight lies in the file and how."""
+    """The key and form of a weight in the file."""
 
     key: str
     info: TensorInfo
     scale: str | None = None
-    """Key of what an fp8 weight is multiplied by."""
+    """Key of the scale that an fp8 weight is multiplied by."""
 
     @property
     def packing(self) -> Packing:
@@ -75,7 +75,7 @@ class StoredWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class ComponentFile:
-    """The weights of one component in one file or folder; made by `open_component`."""
+    """The weights of one component in one file or folder; `open_component` creates it."""
 
     file: TensorFile
     kind: ComponentKind
@@ -87,11 +87,11 @@ class ComponentFile:
     """Keys of the file that no Wan 2.2 component of this kind has."""
     variant: Variant | None
     """Inferred from the channels. None for the text encoder, which all variants share, and for the
-    VAE of the A14B models, which two share."""
+    VAE of the A14B models, which two variants share."""
     config: Mapping[str, Any]
-    """What the diffusers or transformers class is built with."""
+    """Arguments of the diffusers or transformers class."""
     tokenizer: str | None = field(default=None)
-    """Key of a SentencePiece model that the file carries."""
+    """Key of a SentencePiece model in the file."""
 
     @property
     def path(self) -> Path:
@@ -110,56 +110,57 @@ class ComponentFile:
     def read(
         self, name: str, dtype: torch.dtype | None = None, *, keep_mapped: bool = False
     ) -> Tensor:
-        """The numbers of weight `name`, on the CPU: in `dtype`, else as stored, or as float32 where
-        the file has them quantized. Mapped from the file where nothing has to be computed; say then
-        whether they `stay` (see `TensorFile.read`)."""
+        """The values of weight `name` on the CPU, in `dtype`; for None as stored, or float32 if
+        they are stored quantized. They are mapped from the file if nothing has to be computed;
+        `keep_mapped` is as in `TensorFile.read`. CheckpointError for a scale of a wrong shape."""
         entry = self.entries[name]
         tensor = self.file.read(entry.key, keep_mapped=keep_mapped)
         if entry.packing == "gguf":
-            tensor = _expanded(tensor, entry.info)
+            tensor = _dequantize_gguf(tensor, entry.info)
         elif entry.packing == "fp8":
             scale = None if entry.scale is None else self.file.read(entry.scale)
-            tensor = scaled(tensor, scale, f"{self.path}: {entry.scale}")
+            tensor = dequantize_fp8(tensor, scale, f"{self.path}: {entry.scale}")
         return tensor if dtype is None else tensor.to(dtype)
 
 
-def scaled(weight: Tensor, scale: Tensor | None, where: str) -> Tensor:
+def dequantize_fp8(weight: Tensor, scale: Tensor | None, where: str) -> Tensor:
     """float32 [out, in]: an fp8 `weight` times its `scale` ([], [1], [out, 1] or, one for each
     block of a row, [out, blocks, 1]). `where` names the scale for the CheckpointError."""
-    numbers = weight.float()
+    values = weight.float()
     if scale is None:
-        return numbers
+        return values
     scale = scale.float()
     if scale.numel() == 1:
-        return numbers * scale.reshape(())
+        return values * scale.reshape(())
     if scale.shape == (weight.shape[0], 1):
-        return numbers * scale
+        return values * scale
     if scale.ndim == 3 and scale.shape[::2] == (weight.shape[0], 1):
         blocks = scale.shape[1]
         if blocks and weight.shape[1] % blocks == 0:
-            return (numbers.reshape(len(numbers), blocks, -1) * scale).reshape(weight.shape)
+            return (values.reshape(len(values), blocks, -1) * scale).reshape(weight.shape)
     raise CheckpointError(
-        f"{where}: is {list(scale.shape)} for a weight of {list(weight.shape)}; expected one "
-        "number, one for each row, or one for each block of a row"
+        f"{where}: is {list(scale.shape)} for a weight of {list(weight.shape)}, expected one "
+        "value, one for each row, or one for each block of a row; download the file again"
     )
 
 
-def _expanded(data: Tensor, info: TensorInfo) -> Tensor:
+def _dequantize_gguf(data: Tensor, info: TensorInfo) -> Tensor:
+    # Imported lazily, so that headers can be inspected without torch and gguf.
     import torch
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    numbers = dequantize(data.numpy(), GGMLQuantizationType[info.dtype])
-    return torch.from_numpy(numbers).reshape(info.shape)
+    values = dequantize(data.numpy(), GGMLQuantizationType[info.dtype])
+    return torch.from_numpy(values).reshape(info.shape)
 
 
-# ------------------------------------------------------------------------------------- recognition
+# --------------------------------------------------------------------------------------- detection
 
 _Translate = Callable[[str], str]
 
 
 def _diffusers_transformer(name: str) -> str:
-    key_maps.to_official(name)  # KeyError if it is none of ours
+    key_maps.to_official(name)  # raises KeyError for a key that Wan does not have
     return name
 
 
@@ -175,6 +176,8 @@ def _transformers_t5(name: str) -> str:
     return name
 
 
+# Each is tried with each prefix, and the one that explains the most keys is taken: some keys, such
+# as ``patch_embedding.weight``, are the same in two formats.
 _TRANSLATIONS: tuple[tuple[ComponentKind, KeyFormat, _Translate, tuple[str, ...]], ...] = (
     (
         "transformer",
@@ -209,8 +212,8 @@ _RELATED_MODELS = (
         "a Wan 2.1 image-to-video transformer, which has a CLIP branch",
     ),
 )
-"""Models related to Wan 2.2 that share most of its keys, by the keys they have besides. In
-order: Animate has the CLIP branch, too."""
+"""Models that have most keys of Wan 2.2, by patterns of their additional keys. The order matters:
+Animate also has the CLIP branch."""
 
 _OTHER_ARCHITECTURES = (
     (r"(^|\.)double_blocks\.\d", "a Flux or HunyuanVideo model"),
@@ -232,12 +235,12 @@ _ADAPTER = re.compile(
 
 
 def looks_like_adapter(file: TensorFile) -> bool:
-    """Whether the keys are those of an adapter (LoRA, DoRA, LoHa, LoKr, OFT), not of a model."""
+    """Whether some key is that of an adapter (LoRA, DoRA, LoHa, LoKr, OFT)."""
     return any(_ADAPTER.search(name) for name in file.tensors)
 
 
 def foreign_model(file: TensorFile) -> str | None:
-    """The other model whose file this is, in words; None if it is not known."""
+    """The model other than Wan 2.2 that the file belongs to, in words; None if it is unknown."""
     for pattern, what in (*_RELATED_MODELS, *_OTHER_ARCHITECTURES):
         if any(re.search(pattern, name) for name in file.tensors):
             return what
@@ -245,8 +248,8 @@ def foreign_model(file: TensorFile) -> str | None:
 
 
 def open_component(source: Path | TensorFile) -> ComponentFile:
-    """The component in the file or folder `source`. CheckpointError if it is none of Wan 2.2, with
-    what it is instead where that is known."""
+    """The component in the file or folder `source`. CheckpointError if it is not one of Wan 2.2;
+    the message names the other model if it is known."""
     file = source if isinstance(source, TensorFile) else open_tensors(source)
     if looks_like_adapter(file):
         raise CheckpointError(
@@ -261,12 +264,13 @@ def open_component(source: Path | TensorFile) -> ComponentFile:
             entries, unexpected = _translated(file, prefix, translate)
             if entries and (best is None or len(entries) > best[0]):
                 best = (len(entries), kind, key_format, prefix, entries, unexpected)
+    # Other models share a few keys with Wan; a damaged or extended Wan file has most of its own.
     if best is None or best[0] < len(file.tensors) / 4:
         what = foreign_model(file)
-        examples = ", ".join(sorted(file.tensors)[:3]) or "none at all"
+        examples = ", ".join(sorted(file.tensors)[:3]) or "none"
         raise CheckpointError(
             f"{file.path}: {f'is {what}, not' if what else 'holds no weights of'} Wan 2.2"
-            f" (its tensors: {examples}); give a Wan 2.2 transformer, VAE or text encoder"
+            f" (its keys: {examples}); give a Wan 2.2 transformer, VAE or text encoder"
         )
     _, kind, key_format, prefix, entries, unexpected = best
     if unexpected and kind == "transformer" and (what := foreign_model(file)):
@@ -290,15 +294,16 @@ def open_component(source: Path | TensorFile) -> ComponentFile:
 def _translated(
     file: TensorFile, prefix: str, translate: _Translate
 ) -> tuple[dict[str, StoredWeight], list[str]]:
-    """Weights by our names, and the keys that are none, if the file is read this way."""
+    """(weights by diffusers' or transformers' keys, keys that `translate` does not know) for the
+    keys after `prefix`."""
     entries: dict[str, StoredWeight] = {}
     unexpected: list[str] = []
     scales: dict[str, str] = {}
     for key, info in file.tensors.items():
         name = key.removeprefix(prefix)
-        if name == _MARKER or name.endswith(_QUANT_NOTES):
+        if name == _MARKER or name.endswith(_IGNORED_SUFFIXES):
             continue
-        if ending := next((e for e in _SCALES if name.endswith(e)), None):
+        if ending := next((e for e in _SCALE_SUFFIXES if name.endswith(e)), None):
             scales[f"{key.removesuffix(ending)}.weight"] = key
             continue
         try:
@@ -307,6 +312,7 @@ def _translated(
             entries[translate(name)] = StoredWeight(key, info)
         except KeyError:
             unexpected.append(key)
+    # Afterwards, since a scale can precede its weight in the file.
     for name, entry in entries.items():
         if scale := scales.pop(entry.key, None):
             entries[name] = StoredWeight(entry.key, entry.info, scale)
@@ -314,39 +320,41 @@ def _translated(
 
 
 def _check_quantization(file: TensorFile, entries: Mapping[str, StoredWeight]) -> None:
-    """CheckpointError if the file stores weights in a way that is not known here."""
+    """CheckpointError if the file stores weights in a form that can't be dequantized."""
     for entry in entries.values():
+        # GGUF's own types never get here; any other integer or 4-bit type would be read as values.
         if entry.packing == "plain" and (
             entry.scale is not None or entry.info.dtype[0] not in "FB" or entry.info.dtype == "BOOL"
         ):
             raise CheckpointError(
                 f"{file.path}: {entry.key} is stored as {entry.info.dtype}"
-                f"{' with a scale' if entry.scale else ''}, a quantisation that is not known here; "
-                "fp8_scaled and GGUF are, and float32, float16 and bfloat16"
+                f"{' with a scale' if entry.scale else ''}, an unsupported quantization; "
+                "give a file in fp8_scaled, GGUF, float32, float16 or bfloat16"
             )
-    formats = {str(v) for v in _formats_said(file)}
+    formats = {str(v) for v in _declared_formats(file)}
     if unknown := sorted(formats - {"float8_e4m3fn", "float8_e5m2"}):
         raise CheckpointError(
-            f"{file.path}: its weights are quantized as {', '.join(unknown)}, which is not known "
-            "here; float8_e4m3fn and float8_e5m2 are"
+            f"{file.path}: its weights are quantized as {', '.join(unknown)}, which is not "
+            "supported; give a file in float8_e4m3fn or float8_e5m2, or one that is not quantized"
         )
 
 
-def _formats_said(file: TensorFile) -> list[object]:
-    """The quantisation formats that the newer spelling names, in the header or in tensors."""
-    said: list[object] = []
+def _declared_formats(file: TensorFile) -> list[object]:
+    """The quantization formats that ComfyUI's newer files declare, in the header or in tensors."""
+    formats: list[object] = []
     text = file.metadata.get("_quantization_metadata")
     try:
         if text is not None:
-            said += [layer["format"] for layer in json.loads(text)["layers"].values()]
+            formats += [layer["format"] for layer in json.loads(text)["layers"].values()]
         notes = [name for name in file.tensors if name.endswith(".comfy_quant")]
+        # A few dozen bytes of JSON each; a larger tensor of that name is something else.
         small = [n for n in notes if file.tensors[n].elements < 4096]
-        said += [json.loads(note.tobytes())["format"] for note in file.arrays(small).values()]
+        formats += [json.loads(note.tobytes())["format"] for note in file.arrays(small).values()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{file.path}: its notes on quantisation are damaged ({error!r})"
+            f"{file.path}: its quantization metadata is damaged ({error!r}); download it again"
         ) from error
-    return said
+    return formats
 
 
 # ------------------------------------------------------------------------------ variant and expert
@@ -360,8 +368,8 @@ def _variant(file: TensorFile, kind: ComponentKind, config: Mapping[str, Any]) -
         fitting = [v for v in VARIANTS.values() if v.latent_channels == channels]
         if not fitting:
             raise CheckpointError(
-                f"{file.path}: is a VAE with {channels} latent channels; Wan 2.2 has 16 (A14B) and "
-                "48 (TI2V-5B)"
+                f"{file.path}: is a VAE with {channels} latent channels, but Wan 2.2 has 16 (A14B) "
+                "and 48 (TI2V-5B); give one of these"
             )
         return fitting[0] if len(fitting) == 1 else None
     return variant_of(config, str(file.path))
@@ -373,8 +381,8 @@ HighOrLow = Literal["high", "low"]
 
 
 def expert_in_name(path: Path) -> HighOrLow | None:
-    """The expert that a file's or folder's name says it is for: ``..._high_noise``,
-    ``...-HighNoise``, or ``high`` as a word of its own; None if it says neither, or both."""
+    """The expert in the name of a file or folder: ``..._high_noise``, ``...-HighNoise``, or
+    ``high`` as a separate word; None if the name contains neither or both."""
     stem = path.stem.lower()
     found = set(_HIGH_LOW.findall(stem)) or {"high", "low"}.intersection(re.split(r"[^a-z]+", stem))
     if len(found) != 1:
@@ -385,9 +393,10 @@ def expert_in_name(path: Path) -> HighOrLow | None:
 def detect_expert(
     path: Path, metadata: Mapping[str, str]
 ) -> tuple[HighOrLow, Literal["header", "name"]] | None:
-    """Which expert of a pair a file is for, and what says so: onewan's header, else the name."""
-    said = metadata.get("onewan.expert")
-    if said == "high" or said == "low":
-        return said, "header"
+    """(the expert of a pair that a file is for, where that was found): onewan's header, or else the
+    file name; None if neither names one."""
+    in_header = metadata.get("onewan.expert")
+    if in_header == "high" or in_header == "low":
+        return in_header, "header"
     named = expert_in_name(path)
     return None if named is None else (named, "name")

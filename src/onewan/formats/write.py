@@ -111,7 +111,7 @@ def _write(
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name, planned in tensors.items():
-            tensor = planned_tensor(name, planned)
+            tensor = compute_planned(name, planned)
             content = bytes_of(tensor)
             sha.update(content)
             checksums[name] = zlib.crc32(content)
@@ -135,7 +135,7 @@ def _header_text(header: Mapping[str, object]) -> bytes:
     return text + b" " * (-len(text) % 8)
 
 
-def planned_tensor(name: str, planned: LazyTensor) -> Tensor:
+def compute_planned(name: str, planned: LazyTensor) -> Tensor:
     """The tensor, made; ValueError if it is not what was planned."""
     tensor = planned.make()
     if tuple(tensor.shape) != planned.shape or tensor.dtype != planned.dtype:

@@ -26,7 +26,7 @@ from onewan.errors import CheckpointError
 from onewan.files import replacing
 from onewan.formats.backends import first_line
 from onewan.formats.container import open_tensors
-from onewan.formats.write import LazyTensor, bytes_of, planned_tensor
+from onewan.formats.write import LazyTensor, bytes_of, compute_planned
 
 _STORAGES = {
     torch.float64: torch.DoubleStorage,
@@ -73,7 +73,7 @@ def _write(
         _add(archive, "data.pkl", _index(tensors))
         _add(archive, "byteorder", b"little")
         for number, (name, planned) in enumerate(tensors.items()):
-            content = bytes_of(planned_tensor(name, planned))
+            content = bytes_of(compute_planned(name, planned))
             _add(archive, f"data/{number}", content)
             checksums[name] = zlib.crc32(content)
             on_bytes(len(content))

@@ -1,13 +1,13 @@
-"""`WanModelLoader`: model files in any form -> `WanModel`.
+"""`WanModelLoader`: loads model files in any layout as a `WanModel`.
 
-One way for all forms: `locate` says where each component lies, `open_component` what a file holds,
-`module_on_meta` builds the module without memory, and each tensor is loaded into its parameter. On
-the CPU, weights that need no conversion stay mapped from the file (copy on write, so that training
-may write to them), and loading never holds a model twice.
+All layouts are loaded alike: `locate` finds the path of each component, `open_component` maps its
+keys, `module_on_meta` builds the module without memory, and each tensor is loaded into its
+parameter. On the CPU, weights that need no conversion stay mapped from the file (copy on write, so
+that training may write to them), and loading never holds a model twice.
 
 Scales of fp8 weights are applied; the float32 islands stay float32; a missing or unexpected key is
-an error and never a random initialization; the components must belong to one another and to the
-requested variant. No code from a checkpoint runs.
+an error and never a random initialization; the components must fit each other and the requested
+variant. No code from a checkpoint runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from diffusers import UniPCMultistepScheduler
 from torch import Tensor, nn
 
 from onewan.dtypes import from_safetensors_name
-from onewan.formats.configs import read_json
+from onewan.formats.configs import ComponentKind, read_json
 from onewan.formats.model_folder import (
     ComponentDescription,
     ComponentName,
@@ -40,10 +40,11 @@ from onewan.model.wan import WanModel
 from onewan.variants import NUM_TRAIN_TIMESTEPS, VARIANTS, Variant, VariantName
 
 QuantizedLayers = Literal["keep", "dequantize"]
-"""What becomes of linear layers that a file holds quantized: they stay so, or are expanded."""
+"""Whether linear layers that a file stores quantized stay so in memory or are dequantized."""
 
 _BLOCKS = ("blocks.", "encoder.block.")
-"""Where linear layers may stay quantized; those outside are few and compute in float32."""
+"""Prefixes of linear layers that may stay quantized; those outside are few and mostly compute in
+float32."""
 
 
 class WanModelLoader:
@@ -67,39 +68,42 @@ class WanModelLoader:
         `variant` is checked against the weights if given. `components` limits what is loaded (None:
         all of a whole model, or what was given). The transformers get `dtype` but for their float32
         islands, the text encoder gets `dtype`, and the VAE is always float32, as in the official
-        code. All are placed on `device`. Linear layers that a file holds in fp8 or GGUF stay packed
-        and are expanded at each use (`quantized` "keep"), or are expanded once, now. With
-        `check_file_names` a file named low-noise is refused as the high-noise expert, and the
-        reverse. `boundary` is the noise level between the experts, if not the variant's own.
-        CheckpointError names the file and what is wrong with it.
+        code. All are moved to `device`. Linear layers that a file stores in fp8 or GGUF stay packed
+        and are dequantized at each use (`quantized` "keep"), or once while loading ("dequantize").
+        With `check_file_names` a file named low-noise is refused as the high-noise expert, and the
+        reverse. `boundary` is the timestep between the experts, if not the variant's own.
+        CheckpointError names each file and what is wrong with it.
         """
         sources = locate(source, components)
-        facts, described = _describe(sources, variant, components, check_file_names)
-        facts = facts.with_boundary(boundary)
-        raise_problems(_boundary_problems(sources, facts))
-        wanted = _components_to_load(sources, facts, described, components)
+        found, described = _describe(sources, variant, components, check_file_names)
+        found = found.with_boundary(boundary)
+        raise_problems(_boundary_problems(sources, found))
+        to_load = _components_to_load(sources, found, described, components)
         model = WanModel(
-            variant=facts, source=sources.name, dtype=dtype, notices=list(sources.notices)
+            variant=found, source=sources.name, dtype=dtype, notices=list(sources.notices)
         )
-        if "tokenizer" in wanted:
+        if "tokenizer" in to_load:
             model.tokenizer = load_tokenizer(sources.paths["tokenizer"])
         for component in ("text_encoder", "vae", "transformer", "transformer_2"):
-            weights = described[component].file if component in wanted else None
+            weights = described[component].file if component in to_load else None
             if weights is None:
                 continue
-            place = torch.float32 if component == "vae" else dtype, torch.device(device)
-            module, notices = _load_module(weights, *place, keep=quantized == "keep")
+            module_dtype = torch.float32 if component == "vae" else dtype
+            module, notices = _load_module(
+                weights, module_dtype, torch.device(device), keep_quantized=quantized == "keep"
+            )
             setattr(model, component, module)
             model.notices += notices
-        if "scheduler" in wanted:
-            model.noise_scheduler = official_scheduler(facts)
+        if "scheduler" in to_load:
+            model.noise_scheduler = official_scheduler(found)
         return model
 
 
 def official_scheduler(variant: Variant, shift: float | None = None) -> UniPCMultistepScheduler:
-    """UniPC as the official code samples with, at the variant's official shift unless one is given.
+    """UniPC as in the official code, with the variant's official shift unless `shift` is given.
 
-    The scheduler files on the hub say shift 3.0 for A14B; the official code uses 12 and 5.
+    The scheduler files on the hub are not used: they have shift 3.0 for A14B, but the official code
+    uses 12 and 5.
     """
     return UniPCMultistepScheduler(
         num_train_timesteps=NUM_TRAIN_TIMESTEPS,
@@ -109,7 +113,7 @@ def official_scheduler(variant: Variant, shift: float | None = None) -> UniPCMul
     )
 
 
-# -------------------------------------------------------------------------------- what is there
+# ------------------------------------------------------------------------------- describing
 
 
 def _describe(
@@ -118,14 +122,14 @@ def _describe(
     components: Collection[PipelineComponent] | None,
     check_file_names: bool,
 ) -> tuple[Variant, Mapping[ComponentName, ComponentDescription]]:
-    """The variant, and the components, after checking that they fit together."""
+    """The variant and the components; CheckpointError if they do not fit together."""
     described = describe_components(sources.paths, components)
     variant = None if requested is None else VARIANTS[requested]
     raise_problems(
         model_problems(sources.name, described, variant, check_file_names=check_file_names)
     )
     variant = variant or infer_variant(described)
-    assert variant is not None  # else it is a problem
+    assert variant is not None  # otherwise `model_problems` returned one
     return variant, described
 
 
@@ -133,6 +137,8 @@ def _boundary_problems(sources: Sources, variant: Variant) -> Iterable[str]:
     index = None if sources.whole is None else sources.whole / "model_index.json"
     if index is None or not index.is_file():
         return
+    # A fine-tune may move the boundary. Each expert would then get timesteps that it was not
+    # trained on, and nothing would show it.
     ratio = read_json(index).get("boundary_ratio")
     if ratio is not None and ratio != variant.boundary:
         yield (
@@ -149,78 +155,82 @@ def _components_to_load(
 ) -> Collection[PipelineComponent]:
     """The components to load; CheckpointError names those that are missing."""
     if components is not None:
-        wanted: set[PipelineComponent] = set(components)
+        to_load: set[PipelineComponent] = set(components)
     elif sources.whole is not None:
-        wanted = {*(e.component for e in variant.experts), *ENCODERS, "scheduler"}
+        to_load = {*(e.component for e in variant.experts), *ENCODERS, "scheduler"}
     else:
-        wanted = {*sources.paths, "scheduler"}
+        to_load = {*sources.paths, "scheduler"}
         text = described["text_encoder"].file if "text_encoder" in described else None
-        if text is not None and text.tokenizer is None:
-            apart = sources.paths["tokenizer"] != sources.paths["text_encoder"]
-            wanted -= set() if apart else {"tokenizer"}
-    sources.require(wanted, variant)
-    return wanted
+        # `locate` gives the tokenizer the path of the text encoder, whose file may contain one.
+        separate = sources.paths.get("tokenizer") != sources.paths.get("text_encoder")
+        if text is not None and text.tokenizer is None and not separate:
+            to_load.discard("tokenizer")
+    sources.require(to_load, variant)
+    return to_load
 
 
 # ------------------------------------------------------------------------------------------ loading
 
 
 def _load_module(
-    weights: ComponentFile, dtype: torch.dtype, device: torch.device, *, keep: bool
+    weights: ComponentFile, dtype: torch.dtype, device: torch.device, *, keep_quantized: bool
 ) -> tuple[nn.Module, list[str]]:
-    """The module of `weights` with all of them in place, frozen, in evaluation mode; and notices.
+    """(the module of `weights`, loaded, frozen and in evaluation mode; notices for the user).
 
-    With `keep` the quantized linear layers of its blocks keep_mapped as they are.
+    With `keep_quantized` the quantized linear layers of its blocks become `QuantizedLinear`.
     """
     module = module_on_meta(weights)
     islands = _float32_islands(module, weights.kind, dtype)
-    expanded = Counter[str]()
+    dequantized = Counter[str]()
     for name, entry in weights.entries.items():
         path, _, leaf = name.rpartition(".")
         owner: Any = module.get_submodule(path)
-        wanted = torch.float32 if islands.intersection(name.split(".")) else dtype
+        target = torch.float32 if islands.intersection(name.split(".")) else dtype
         in_a_block = isinstance(owner, nn.Linear) and name.startswith(_BLOCKS)
-        if keep and in_a_block and entry.packing != "plain" and wanted == dtype:
+        # A layer that computes in float32 is dequantized: packed, it would compute in `dtype`.
+        if keep_quantized and in_a_block and entry.packing != "plain" and target == dtype:
             if can_stay_quantized(entry):
                 parent, _, last = path.rpartition(".")
-                packed = QuantizedLinear(weights, name, owner.bias, device)
-                setattr(module.get_submodule(parent), last, packed)
+                layer = QuantizedLinear(weights, name, owner.bias, device)
+                setattr(module.get_submodule(parent), last, layer)
                 continue
-            expanded[entry.info.dtype] += 1
-        # What is converted or moved is copied, and its mapping let go at once.
+            dequantized[entry.info.dtype] += 1
+        # A weight that is converted or moved is copied, so its mapping is released at once.
         keep_mapped = (
             device.type == "cpu"
             and entry.packing == "plain"
-            and from_safetensors_name(entry.info.dtype) == wanted
+            and from_safetensors_name(entry.info.dtype) == target
         )
-        _assign(owner, leaf, weights.read(name, wanted, keep_mapped=keep_mapped).to(device))
+        _assign(owner, leaf, weights.read(name, target, keep_mapped=keep_mapped).to(device))
     if weights.kind == "text_encoder":
-        embedding: Any = module
-        embedding.encoder.embed_tokens.weight = embedding.shared.weight
+        encoder: Any = module
+        # `_assign` replaced the parameter, which breaks the tie.
+        encoder.encoder.embed_tokens.weight = encoder.shared.weight
     if weights.kind == "transformer":
         transformer: Any = module
         keep_float32_islands(transformer)
-    module.to(device)  # the buffers; and no dtype here, which would destroy the float32 islands
-    left = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
-    assert not left, left
+    # The buffers. No dtype here, which would round the float32 islands.
+    module.to(device)
+    on_meta = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
+    assert not on_meta, on_meta
     notices = [
-        f"{weights.path}: {count} weights of type {kind} were expanded, since no decoder for this "
-        "type runs on the device"
-        for kind, count in expanded.items()
+        f"{weights.path}: {count} weights of type {gguf_type} were dequantized, since no decoder "
+        "for this type runs on the device"
+        for gguf_type, count in dequantized.items()
     ]
     return module.requires_grad_(False).eval(), notices
 
 
-def _float32_islands(module: Any, part: str, dtype: torch.dtype) -> set[str]:
-    """Components of the names of weights that keep_mapped float32 whatever `dtype` the others have.
+def _float32_islands(module: Any, kind: ComponentKind, dtype: torch.dtype) -> set[str]:
+    """Parts of the names of weights that are loaded in float32 if the others are loaded in `dtype`.
 
-    As the classes say it: diffusers keeps its islands in both halves, transformers in float16 only
-    (UMT5's ``wo`` overflows there).
+    From the module's class, as its library applies it: diffusers keeps these weights in float32 for
+    float16 and bfloat16, transformers for float16 only (UMT5's ``wo`` overflows there).
     """
-    narrow = {torch.float16} if part == "text_encoder" else {torch.float16, torch.bfloat16}
-    return set(module._keep_in_fp32_modules or ()) if dtype in narrow else set()
+    affected = {torch.float16} if kind == "text_encoder" else {torch.float16, torch.bfloat16}
+    return set(module._keep_in_fp32_modules or ()) if dtype in affected else set()
 
 
 def _assign(owner: nn.Module, leaf: str, tensor: Tensor) -> None:
-    # Past nn.Module's check, which knows no way from the meta device to another.
+    # `load_state_dict` would leave a meta parameter as it is, and `.data` refuses another device.
     owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

@@ -1,7 +1,7 @@
-"""Builds the module of a component without memory, and checks every key and shape against it.
+"""Builds the module of a component on the meta device, and checks every key and shape against it.
 
-Loading and converting both start here, so that a file with missing or unexpected keys is refused
-before the first gigabyte is read, and never becomes a random initialization.
+Loading and converting both start with this, so that a file with missing or unexpected keys is
+refused before any weight is read, and never becomes a random initialization.
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ def module_on_meta(weights: ComponentFile) -> nn.Module:
     """The diffusers or transformers module for `weights`: parameters on the meta device, buffers
     (rope tables) real. CheckpointError lists missing and unexpected keys and wrong shapes."""
     try:
+        # Buffers are computed and stored in no file: on the meta device they would be lost.
         with init_empty_weights(include_buffers=False):
             module = _build(weights)
     except (TypeError, ValueError, ZeroDivisionError, RuntimeError, KeyError) as error:
         raise CheckpointError(
-            f"{weights.path}: its configuration can't be built ({first_line(error)})"
+            f"{weights.path}: no module can be built from its configuration "
+            f"({first_line(error)}); correct it or download it again"
         ) from error
     _check_keys_and_shapes(weights, module)
     return module
 
 
 def is_tied(name: str) -> bool:
-    """Whether a parameter is another name for the text encoder's embedding."""
+    """Whether a parameter is the second name of the text encoder's tied embedding."""
     return name == "encoder.embed_tokens.weight"
 
 
@@ -66,7 +68,7 @@ def _check_keys_and_shapes(weights: ComponentFile, module: nn.Module) -> None:
     if any(problems):
         kind = weights.kind.replace("_", " ")
         raise CheckpointError(
-            f"{weights.path}: is not a whole {kind} of Wan 2.2; "
+            f"{weights.path}: is not a complete {kind} of Wan 2.2; "
             f"{'; '.join(p for p in problems if p)}"
         )
 

@@ -1,9 +1,9 @@
-"""Linear layers whose frozen weight stays in memory as the file has it: fp8 (with scales) or GGUF.
+"""Linear layers whose frozen weight stays quantized in memory: fp8 (with scales) or GGUF.
 
-Each use expands the weight to float32 (the values of `ComponentFile.read`), rounds it to the type
-that the product is computed in, and frees it. The backward pass expands it again, so autograd keeps
-only the packed bytes: 14 GB for an A14B expert in fp8 where bfloat16 takes 29. A product therefore
-equals that of the expanded model, and LoRA adapters train on it unchanged.
+Each use dequantizes the weight to float32 (the values of `ComponentFile.read`), rounds it to the
+type of the product, and frees it. The backward pass dequantizes it again, so autograd keeps only
+the packed bytes: 14 GB for an A14B expert in fp8, where bfloat16 takes 29. The products therefore
+equal those of the dequantized model, and LoRA adapters train on the layer unchanged.
 """
 
 from __future__ import annotations
@@ -18,39 +18,42 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from onewan.dtypes import FP8, from_safetensors_name
-from onewan.formats.weights import ComponentFile, StoredWeight, scaled
+from onewan.formats.weights import ComponentFile, StoredWeight, dequantize_fp8
 
 
 @cache
 def _gguf_decoders() -> dict[str, Any]:
-    # diffusers' ports of the reference decoders to PyTorch; the same to the bit, a test shows.
+    # diffusers' ports of the reference decoders to PyTorch, tested to be bit-exact with them.
+    # Imported lazily: the import takes a while, and only GGUF files need it.
     from diffusers.quantizers.gguf.utils import dequantize_functions
 
     return {kind.name: function for kind, function in dequantize_functions.items()}
 
 
 def can_stay_quantized(entry: StoredWeight) -> bool:
-    """Whether a matrix that is stored so can be expanded on every device."""
+    """Whether a matrix in this form can be dequantized on every device: the reference decoders of
+    the other GGUF types run on the CPU only."""
     return entry.packing == "fp8" or (
         entry.packing == "gguf" and entry.info.dtype in _gguf_decoders()
     )
 
 
-def expanded(stored: Tensor, scale: Tensor | None, dtype: str, shape: tuple[int, int]) -> Tensor:
-    """float32 `shape`: the numbers that `stored`, bytes of the file's type `dtype`, stand for."""
+def dequantized(stored: Tensor, scale: Tensor | None, dtype: str, shape: tuple[int, int]) -> Tensor:
+    """The values, float32 of `shape`, of the bytes `stored` of the type `dtype` (a name of
+    safetensors or GGUF); `scale` is that of an fp8 weight."""
     if dtype in FP8:
-        return scaled(stored.view(from_safetensors_name(dtype)), scale, "the scale")
+        return dequantize_fp8(stored.view(from_safetensors_name(dtype)), scale, "the scale")
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[dtype]]
     blocks = stored.view(torch.uint8).reshape(-1, size)
     return _gguf_decoders()[dtype](blocks, block, size, dtype=torch.float32).reshape(shape)
 
 
 class QuantizedLinear(nn.Linear):
-    """`nn.Linear` with a packed weight. `weight` is int8 [out, bytes of a row] and never trains.
+    """`nn.Linear` with a packed weight: `weight` is int8 [out, bytes of a row], never trained.
 
-    int8 and not what the bytes are: PEFT would create adapters in a floating type of 8 bits, and
-    transformers' T5 casts the activations in front of ``wo`` to the type of its weight unless that
-    is int8.
+    int8 instead of the type in the file, since PEFT would create adapters in an 8-bit floating
+    type, and transformers' T5 casts the activations in front of ``wo`` to the type of its weight
+    unless that is int8.
     """
 
     scale: Tensor | None
@@ -58,9 +61,9 @@ class QuantizedLinear(nn.Linear):
     def __init__(
         self, weights: ComponentFile, name: str, bias: nn.Parameter | None, device: torch.device
     ) -> None:
-        """For weight `name` of `weights`, which `can_stay_quantized`. On the CPU the bytes
-        stay in the file's mapping."""
-        nn.Module.__init__(self)  # that of nn.Linear would allocate the expanded weight
+        """For the weight `name` of `weights`, for which `can_stay_quantized` is true. On the CPU
+        the bytes stay mapped from the file. CheckpointError if the scale has a wrong shape."""
+        nn.Module.__init__(self)  # nn.Linear's own would allocate a weight of full size
         entry = weights.entries[name]
         self.out_features, self.in_features = entry.info.shape
         self.dtype_in_file = entry.info.dtype
@@ -68,18 +71,19 @@ class QuantizedLinear(nn.Linear):
         self.weight = nn.Parameter(stored.to(device), requires_grad=False)
         self.bias = bias
         scale = None if entry.scale is None else weights.file.read(entry.scale).float()
-        if scale is not None:  # the wrong shape is found here, and not in the first step
+        if scale is not None:  # checks the shape now instead of in the first step
             blank = torch.empty(entry.info.shape, device="meta")
-            scaled(blank, scale.to("meta"), f"{weights.path}: {entry.scale}")
+            dequantize_fp8(blank, scale.to("meta"), f"{weights.path}: {entry.scale}")
             scale = scale.to(device)
         self.register_buffer("scale", scale)
 
-    def expanded_weight(self) -> Tensor:
-        """float32 [out, in]: what the packed weight stands for."""
+    def dequantized_weight(self) -> Tensor:
+        """The dequantized weight, float32 [out, in]."""
         shape = (self.out_features, self.in_features)
-        return expanded(self.weight, self.scale, self.dtype_in_file, shape)
+        return dequantized(self.weight, self.scale, self.dtype_in_file, shape)
 
     def forward(self, input: Tensor) -> Tensor:
+        # A custom autograd function is not cast by autocast, so the type is determined here.
         device = input.device.type
         dtype = input.dtype
         if torch.is_autocast_enabled(device):
@@ -88,7 +92,7 @@ class QuantizedLinear(nn.Linear):
         return _Product.apply(input.to(dtype), self.weight, self.scale, bias, self)  # pyright: ignore[reportReturnType]
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
-        # `.to(bfloat16)` on a whole model would round the scale, and with it every weight.
+        # `.to(bfloat16)` on a whole model would round the scale, and thereby change every weight.
         exact = self.scale
         super()._apply(fn, recurse)
         if exact is not None and self.scale is not None and self.scale.dtype != exact.dtype:
@@ -100,9 +104,9 @@ class QuantizedLinear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """input [..., in] -> [..., out], keeping the packed weight for the backward pass and no other.
+    """input [..., in] -> [..., out], saving only the packed weight for the backward pass.
 
-    `input` and `bias` come in the type of the product already.
+    `input` and `bias` have the type of the product.
     """
 
     @staticmethod
@@ -116,18 +120,18 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.form = (layer.dtype_in_file, (layer.out_features, layer.in_features))
-        numbers = expanded(weight, scale, *ctx.form).to(input.dtype)
+        values = dequantized(weight, scale, *ctx.form).to(input.dtype)
         with torch.autocast(input.device.type, enabled=False):
-            return F.linear(input, numbers, bias)
+            return F.linear(input, values, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        to_input = to_bias = None
+        grad_input = grad_bias = None
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 weight, scale = ctx.saved_tensors
-                to_input = grad @ expanded(weight, scale, *ctx.form).to(grad.dtype)
+                grad_input = grad @ dequantized(weight, scale, *ctx.form).to(grad.dtype)
             if ctx.needs_input_grad[3]:
-                to_bias = grad.flatten(0, -2).sum(0)
-        return to_input, None, None, to_bias, None
+                grad_bias = grad.flatten(0, -2).sum(0)
+        return grad_input, None, None, grad_bias, None

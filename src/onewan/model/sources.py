@@ -1,8 +1,7 @@
-"""Finds each component that a run or a caller names: as a path, or by download from the hub.
+"""Finds the path of each component of a model, and downloads what is on the hub.
 
-A component can be given by itself (a file, a folder that holds it alone) or as part of a whole
-model's folder, in any layout of `onewan.formats.model_folder`. What the files hold is checked by
-the loader.
+A component can be given by itself (a file, or a folder of its own) or as part of a whole model's
+folder, in any layout of `onewan.formats.model_folder`. The loader checks the content of the files.
 """
 
 from __future__ import annotations
@@ -32,10 +31,11 @@ from onewan.variants import Variant
 
 PipelineComponent: TypeAlias = ComponentName | Literal["scheduler"]
 ModelSource: TypeAlias = str | Path | Mapping[str, str | Path]
-"""A path or hub repository for everything; or one by component, under ``path`` for all others."""
+"""A path or hub repository for all components, or a mapping from component names to these, with
+``path`` for the components that are not listed."""
 
 ENCODERS: tuple[ComponentName, ...] = ("vae", "text_encoder", "tokenizer")
-"""What turns clips and captions into entries."""
+"""The components that encode clips and captions."""
 
 _HUB_PATTERNS: Mapping[ComponentName, tuple[str, ...]] = {
     "transformer": ("transformer/*", "high_noise_model/*", ROOT_SHARDS),
@@ -44,22 +44,22 @@ _HUB_PATTERNS: Mapping[ComponentName, tuple[str, ...]] = {
     "text_encoder": ("text_encoder/*", *OFFICIAL_PATHS["text_encoder"]),
     "tokenizer": ("tokenizer*", "google/umt5-xxl/*", "spiece.model", "*_map.json"),
 }
-"""Patterns of the files of each component, in either layout; ``*`` goes across folders."""
+"""Patterns of the files of each component, in both layouts; ``*`` also matches slashes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """Where each component is, from the given paths alone; the loader checks the contents."""
+    """The path of each component, determined without opening weights where the user named it."""
 
     name: str
-    """What was given, for messages and for the metadata of exported files."""
+    """The source as the user gave it, for messages and for the metadata of exported files."""
     paths: Mapping[ComponentName, Path]
-    """Files and folders. A tokenizer that was not given has the path of the text encoder, whose
-    file may carry it."""
+    """Files and folders. A tokenizer that was not given gets the path of the text encoder, whose
+    file may contain one."""
     whole: Path | None = None
     """The folder of a whole model, if one was given."""
     notices: tuple[str, ...] = ()
-    """What was inferred and the user should know."""
+    """What was inferred, for the user."""
 
     def require(self, components: Collection[PipelineComponent], variant: Variant) -> None:
         """CheckpointError that names all of `components` that have no path."""
@@ -68,6 +68,7 @@ class Sources:
         ]
         if not missing:
             return
+        # The files of a Wan 2.1 14B model are those of one expert, so this is a likely mistake.
         hint = ""
         if len(variant.experts) == 2 and "transformer_2" in missing:
             alone = " (with transformer alone this is a Wan 2.1 model, or half of one)"
@@ -79,10 +80,10 @@ class Sources:
 
 
 def locate(source: ModelSource, components: Collection[PipelineComponent] | None = None) -> Sources:
-    """The paths of the components of `source`, after fetching what is needed of hub repositories.
+    """The paths of the components of `source`, after downloading what is needed from the hub.
 
-    `components` are needed (None: all); others have a place too if they lie on this machine.
-    CheckpointError for a path that is not there, and for an expert that may be either.
+    `components` are the needed ones (None: all); others get a path too if they are on this machine.
+    CheckpointError for a path that does not exist, and for an expert that may be either.
     """
     given = dict(source) if isinstance(source, Mapping) else {"path": source}
     if unknown := sorted(given.keys() - {"path", *COMPONENT_NAMES}):
@@ -98,8 +99,8 @@ def locate(source: ModelSource, components: Collection[PipelineComponent] | None
                 paths[component] = _component_path(value, component)
     whole, notices = None, ()
     if "path" in given:
-        rest: list[ComponentName] = [c for c in COMPONENT_NAMES if c in needed - given.keys()]
-        path = _local_path(given["path"], rest)
+        others: list[ComponentName] = [c for c in COMPONENT_NAMES if c in needed - given.keys()]
+        path = _local_path(given["path"], others)
         found = find_components(path)
         if found:
             whole = path
@@ -118,7 +119,7 @@ def _component_path(value: str | Path, component: ComponentName) -> Path:
     found = find_components(path)
     if found and component not in found:
         raise CheckpointError(
-            f"{value}: is used as model.{component}, but holds only {', '.join(found)}; "
+            f"{value}: is used as model.{component}, but contains only {', '.join(found)}; "
             "give another path"
         )
     return found.get(component, path)
@@ -143,6 +144,7 @@ def _local_path(value: str | Path, components: Collection[ComponentName]) -> Pat
     path = Path(value).expanduser()
     if path.exists():
         return path
+    # A mistyped path is reported as such, instead of as a repository that does not exist.
     text = str(value)
     must_be_local = path.is_absolute() or text.startswith((".", "~")) or "\\" in text
     if (
@@ -151,10 +153,10 @@ def _local_path(value: str | Path, components: Collection[ComponentName]) -> Pat
         or path.suffix in (".safetensors", ".gguf", ".pth", ".pt")
     ):
         raise CheckpointError(
-            f"{value}: there is no such file or folder, and it is not the name of a repository on "
-            "the hub (OWNER/NAME); correct it"
+            f"{value}: there is no such file or folder, and it is not a repository name of the hub "
+            "(OWNER/NAME); correct it"
         )
-    # The configurations of all components are small and tell the variant.
+    # The configurations of all components are small, and the variant is inferred from them.
     patterns = ["*.json", *(p for c in components for p in _HUB_PATTERNS[c])]
     try:
         return Path(snapshot_download(text, allow_patterns=patterns))
@@ -166,19 +168,19 @@ def _local_path(value: str | Path, components: Collection[ComponentName]) -> Pat
 
 
 def fingerprint(path: Path) -> str:
-    """A digest of the file, or of the files in the folder, for keys of cached results.
+    """A digest of a file, or of the files in a folder, for cache keys.
 
-    Files up to 64 MiB are read whole. Of larger ones the size, the first MiB (safetensors header)
-    and 255 pieces of 64 KiB spread over the file are read: another training of the same
-    architecture differs in nearly every piece, and 11 GB need not be read for it.
+    Files up to 64 MiB are read completely. For larger ones it covers the size, the first MiB (the
+    safetensors header) and 255 pieces of 64 KiB spread over the file: another fine-tune of the same
+    architecture differs in nearly every piece, and reading 11 GB is avoided.
     """
     digest = hashlib.blake2b(digest_size=16)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    for part in files:
-        size = part.stat().st_size
-        name = part.relative_to(path).as_posix()  # "." for a file: its name makes no difference
+    for member in files:
+        size = member.stat().st_size
+        name = member.relative_to(path).as_posix()  # "." for a file: its name makes no difference
         digest.update(f"{name}\0{size}\0".encode())
-        with part.open("rb") as file:
+        with member.open("rb") as file:
             if size <= 64 << 20:
                 digest.update(file.read())
                 continue
