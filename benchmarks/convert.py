@@ -1,9 +1,9 @@
-"""Converting a large file: how much memory does it take, and how long?
+"""Measures the peak memory and the time of converting a large file.
 
-Writes a single file of the T2V-A14B architecture at its true width, random bfloat16 weights, with
-as many blocks as make 3 GB, and converts it to each layout, each time in a fresh process. Memory is
-resident memory above that of the process with PyTorch and diffusers imported: the peak, mapped
-pages of files included, and, of that, the anonymous part. Also times `onewan inspect` on the file.
+Writes a single file of the T2V-A14B architecture with its full width, random bfloat16 weights and
+as many blocks as fit into 3 GB, and converts it to each layout in a fresh process. The memory is
+the peak of resident memory (mapped pages of files included), and of its anonymous part, above that
+of the process with PyTorch and diffusers imported. Also times `onewan inspect` on the file.
 Exits with status 1 if a peak is above 1 GB or `inspect` takes more than 2 s.
 
     python benchmarks/convert.py [--gigabytes 3] [--dir DIR] [--json FILE]
@@ -35,7 +35,7 @@ from onewan.formats.write import LazyTensor, write_safetensors
 from onewan.variants import VARIANTS
 
 MEMORY_LIMIT = 1e9
-"""Bytes above the interpreter with torch and diffusers."""
+"""Bytes above those of the interpreter with torch and diffusers."""
 INSPECT_LIMIT = 2.0
 """Seconds, the start of Python included."""
 JOBS = {
@@ -47,22 +47,22 @@ JOBS = {
 
 
 def architecture(blocks: int) -> dict[str, tuple[int, ...]]:
-    """Shapes by official names of T2V-A14B with `blocks` blocks."""
-    facts = VARIANTS["t2v-a14b"]
+    """Shapes of T2V-A14B with `blocks` blocks, by official keys."""
+    variant = VARIANTS["t2v-a14b"]
     with init_empty_weights():
         model = WanTransformer3DModel(
-            num_attention_heads=facts.num_attention_heads,
-            attention_head_dim=facts.attention_head_dim,
-            in_channels=facts.in_channels,
-            out_channels=facts.latent_channels,
-            ffn_dim=facts.ffn_dim,
+            num_attention_heads=variant.num_attention_heads,
+            attention_head_dim=variant.attention_head_dim,
+            in_channels=variant.in_channels,
+            out_channels=variant.latent_channels,
+            ffn_dim=variant.ffn_dim,
             num_layers=blocks,
         )
     return {to_official(name): tuple(p.shape) for name, p in model.named_parameters()}
 
 
 def write_source(path: Path, gigabytes: float) -> tuple[int, int]:
-    """Write a file of about that size; returns (bytes, blocks)."""
+    """Write a file of about `gigabytes`; returns (bytes, blocks)."""
 
     def size(blocks: int) -> int:
         return sum(2 * torch.Size(shape).numel() for shape in architecture(blocks).values())
@@ -71,10 +71,10 @@ def write_source(path: Path, gigabytes: float) -> tuple[int, int]:
     generator = torch.Generator().manual_seed(0)
 
     def weight(shape: tuple[int, ...]) -> torch.Tensor:
-        # A million random numbers over and over: the speed of the generator is not the subject.
+        # Repeats a million random values, since generating 3 GB of them would dominate the time.
         count = torch.Size(shape).numel()
-        numbers = torch.randn(min(count, 1 << 20), generator=generator) * 0.02
-        return numbers.bfloat16().repeat(-(-count // len(numbers)))[:count].reshape(shape)
+        values = torch.randn(min(count, 1 << 20), generator=generator) * 0.02
+        return values.bfloat16().repeat(-(-count // len(values)))[:count].reshape(shape)
 
     tensors = {
         name: LazyTensor(shape, torch.bfloat16, lambda shape=shape: weight(shape))
@@ -85,7 +85,8 @@ def write_source(path: Path, gigabytes: float) -> tuple[int, int]:
 
 
 def memory() -> tuple[int, int]:
-    """(resident, anonymous) bytes of this process; the second is 0 where that can't be told."""
+    """(resident, anonymous) bytes of this process; the second is 0 where the system does not report
+    it."""
     status = Path("/proc/self/status")
     if not status.exists():
         import psutil
@@ -96,7 +97,7 @@ def memory() -> tuple[int, int]:
 
 
 def convert_once(source: Path, folder: Path, job: str) -> dict[str, float]:
-    """One conversion in this process, with its memory watched; called in a fresh one."""
+    """Convert once in this process, which must be a fresh one, and sample its memory."""
     from onewan.checkpoint.convert import convert_model
 
     start = memory()
@@ -125,6 +126,7 @@ def convert_once(source: Path, folder: Path, job: str) -> dict[str, float]:
 
 
 def run_job(source: Path, folder: Path, job: str) -> dict[str, float]:
+    """`convert_once` in a fresh process, since freed memory does not all return to the system."""
     command = [
         sys.executable,
         __file__,
@@ -140,7 +142,7 @@ def run_job(source: Path, folder: Path, job: str) -> dict[str, float]:
 
 
 def inspect_seconds(source: Path) -> float | None:
-    """The fastest of three calls of the command; None where there is no such."""
+    """The shortest time of three calls of ``onewan inspect``; None if it fails."""
     times: list[float] = []
     for _ in range(3):
         begin = time.perf_counter()
@@ -179,7 +181,7 @@ def main() -> int:
             written = folder / target
             shutil.rmtree(written) if written.is_dir() else written.unlink()
         inspected = inspect_seconds(source)
-    shown = "no such command" if inspected is None else f"{inspected:.2f} s"
+    shown = "failed" if inspected is None else f"{inspected:.2f} s"
     print(f"inspect     {shown} (limit {INSPECT_LIMIT:.0f} s)")
     if options.json:
         document = {

@@ -37,7 +37,7 @@ BYTES_PER_ELEMENT = {safetensors: size for _, safetensors, size in _TABLE}
 """By safetensors' name."""
 
 FP8 = ("F8_E4M3", "F8_E5M2")
-"""safetensors' names of the two 8-bit floating types, which model files store weights in."""
+"""safetensors' names of the 8-bit floating-point types of model files."""
 
 _TO_SAFETENSORS = {name: safetensors for name, safetensors, _ in _TABLE}
 _FROM_SAFETENSORS = {safetensors: name for name, safetensors, _ in _TABLE}

@@ -1,8 +1,8 @@
-"""Writing files so that they are complete or absent, also when several processes share a folder.
+"""Writes files atomically: complete or absent, also if several processes share a folder.
 
 Everything is written under a temporary name and renamed when it is complete. A temporary name is
-``.tmp-MACHINE-PID-RANDOM-`` and the final name, so that two processes never write to the same one
-and `remove_abandoned` can tell whose it is.
+``.tmp-MACHINE-PID-RANDOM-`` followed by the final name, so that two processes never write to the
+same file and `remove_abandoned` knows which process wrote it.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from functools import cache
 from pathlib import Path
 
 TEMPORARY_PREFIX = ".tmp-"
-"""Names of unfinished files and folders start with it; a reader never looks at them."""
+"""Prefix of unfinished files and folders, which readers ignore."""
 
 ABANDONED_AFTER_SECONDS = 24 * 60 * 60
-"""Age, since the last change, from which `remove_abandoned` deletes what another machine left. No
-writer pauses nearly as long, and clocks of machines that share a folder agree better than that."""
+"""Time since the last change after which `remove_abandoned` deletes files of another machine. No
+writer pauses for nearly as long, and clocks of machines that share a folder differ by less."""
 
 _TEMPORARY_NAME = re.compile(r"\.tmp-([0-9a-f]{8})-([0-9]+)-[0-9a-f]{8}-.+", re.DOTALL)
 
 _in_use: set[str] = set()
-"""The temporary names that this process writes under now."""
+"""The temporary names that this process is writing to."""
 
 
 @contextlib.contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
-    """A temporary path in the folder of `path`, under which nothing exists yet.
+    """Yields a temporary path in the folder of `path` that does not exist yet.
 
-    The block writes a file or makes a folder there and renames it. Whatever still has the
-    temporary name when the block ends, by an exception or not, is deleted.
+    The block creates a file or folder there and renames it. If the temporary path still exists when
+    the block ends, by an exception or not, it is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     name = f"{TEMPORARY_PREFIX}{_machine()}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}"
@@ -52,11 +52,11 @@ def temporary_beside(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write to the temporary path this yields; when the block ends well it becomes `path`.
+    """Yields a temporary path to write to; it is renamed to `path` when the block ends.
 
-    The temporary file lies beside `path` and has its extension, for writers that choose the format
-    by it. It is synced to disk before the rename, so that not even a power cut leaves half a file
-    under the final name. If the block raises, `path` is untouched.
+    The temporary file is beside `path` and has its extension, for writers that choose the format by
+    it. It is synced to disk before the rename, so that even after a power cut the file at `path` is
+    complete. If the block raises, `path` is unchanged.
     """
     with temporary_beside(path) as temporary:
         yield temporary
@@ -66,11 +66,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(folder: Path, name: str | None = None) -> None:
-    """Delete what interrupted writers left in `folder`, all of it or that for the file `name`.
+    """Delete temporary files that interrupted writers left in `folder`: all, or those for `name`.
 
-    What a live process may still be writing stays: it goes only if no process on this machine has
-    the process id in the name (or only this one, which does not write under it), or, where another
-    machine or container wrote it, after `ABANDONED_AFTER_SECONDS` without a change.
+    A file that a live process may be writing is kept. It is deleted only if no process on this
+    machine has the process id in its name (or only this process, which is not writing to it), or,
+    if it is from another machine or container, after `ABANDONED_AFTER_SECONDS` without a change.
     """
     for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
         if (name is None or path.name.endswith(f"-{name}")) and _is_abandoned(path):
@@ -81,6 +81,7 @@ def _is_abandoned(path: Path) -> bool:
     if path.name in _in_use:
         return False
     match = _TEMPORARY_NAME.fullmatch(path.name)
+    # An own process id that is not in `_in_use` is left from an earlier process with the same id.
     if match is not None and match[1] == _machine():
         return int(match[2]) == os.getpid() or not _is_alive(int(match[2]))
     try:
@@ -92,8 +93,8 @@ def _is_abandoned(path: Path) -> bool:
 
 
 def _is_alive(pid: int) -> bool:
-    # Signal 0 asks for this on POSIX, but would end the process on Windows. Imported here since
-    # only cleaning up needs it.
+    # psutil instead of `os.kill(pid, 0)`, which would end the process on Windows. Imported lazily,
+    # since only cleaning up needs it.
     import psutil
 
     return psutil.pid_exists(pid)
@@ -101,11 +102,11 @@ def _is_alive(pid: int) -> bool:
 
 @cache
 def _machine() -> str:
-    """Eight hexadecimal digits that stand for the process ids of this machine or container.
+    """Eight hexadecimal digits that identify this machine or container, and its process ids.
 
-    On Linux the boot and the PID namespace are part of it, since containers and cloned machines
-    that share a folder often have one host name, and the same process ids mean other processes
-    there. A machine that was restarted is therefore another machine.
+    On Linux they cover the boot and the PID namespace, since containers and cloned machines that
+    share a folder often have the same host name but other processes with the same ids. After a
+    restart a machine therefore counts as another one.
     """
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
@@ -115,7 +116,8 @@ def _machine() -> str:
 
 
 def _delete(path: Path) -> None:
-    """Delete a file or folder with a temporary name, as far as the system lets us."""
+    """Delete a file or folder with a temporary name; errors are ignored, since `remove_abandoned`
+    tries again."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -124,7 +126,7 @@ def _delete(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, so that no reader ever finds half a folder under its name."""
+    """Delete a file or folder atomically: a reader never finds a part of a folder."""
     if not path.is_dir():
         path.unlink()
         return
@@ -136,7 +138,7 @@ def remove(path: Path) -> None:
 def sync(path: Path) -> None:
     """Force a file's content, or a folder's entries, to the disk."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows has no handle to sync for a folder
+        return  # Windows can't sync a folder
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
         os.fsync(handle)
@@ -145,7 +147,7 @@ def sync(path: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """Hexadecimal BLAKE2b-160 of a file's content, read piece by piece."""
+    """BLAKE2b-160 of a file's content in hexadecimal, in constant memory."""
     digest = hashlib.blake2b(digest_size=20)
     with path.open("rb") as file:
         while piece := file.read(1 << 20):

@@ -14,7 +14,7 @@ def _clip(frames: int, height: int, width: int) -> torch.Tensor:
     return noise * 2 - 1
 
 
-def test_i2v_condition_is_what_diffusers_builds(tiny_model):
+def test_the_i2v_conditioning_channels_equal_those_of_diffusers(tiny_model):
     folder = tiny_model("i2v-a14b")
     model = WanModelLoader().load(folder, components=["vae"])
     clip = _clip(9, 32, 48)
@@ -37,7 +37,7 @@ def test_i2v_condition_is_what_diffusers_builds(tiny_model):
     assert torch.equal(ours[:, :4], theirs[:, :4])
 
 
-def test_ti2v_first_frame_is_latent_frame_0_of_the_clip(tiny_model):
+def test_the_conditioning_frame_of_ti2v_is_latent_frame_0_of_the_clip(tiny_model):
     folder = tiny_model("ti2v-5b")
     model = WanModelLoader().load(folder, components=["vae"])
     clip = _clip(9, 64, 32)

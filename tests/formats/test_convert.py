@@ -1,7 +1,7 @@
 """Full weights into every layout and back: the same bits, complete, readable by who should read it.
 
 Official checkpoints (the golden ones) go round; diffusers, transformers and PyTorch themselves are
-the judges of what they should load.
+the references for what they load.
 """
 
 from __future__ import annotations
@@ -104,14 +104,14 @@ def test_a_round_trip_through_all_layouts_is_bit_exact(rounds, official, variant
         config = json.loads((rounds / "official" / place / "config.json").read_text())
         want = json.loads((official / place / "config.json").read_text())
         config.pop("_diffusers_version"), want.pop("_diffusers_version")
-        # The tiny model's text is not 4096 wide, which the official code must be told.
+        # The tiny model's text is not 4096 wide, so the config must state the width.
         assert config.pop("text_dim") == 64
         assert config == want
     for file in (official / "google" / "umt5-xxl").iterdir():
         assert (rounds / "official/google/umt5-xxl" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_files_are_where_their_readers_look(rounds, variant):
+def test_files_have_the_paths_where_programs_look_for_them(rounds, variant):
     one = len(variant.experts) == 1
     kind = variant.name.partition("-")[0]
     tokenizer = ["spiece.model", "tokenizer.json", "tokenizer_config.json"]
@@ -136,22 +136,24 @@ def test_files_are_where_their_readers_look(rounds, variant):
     assert not list(rounds.glob(".*"))
 
 
-def test_every_layout_is_read_as_the_same_model(rounds, official):
+def test_every_layout_reads_back_as_the_same_model(rounds, official):
     want = read_model(official)
     for layout in ("diffusers", "single", "official"):
         got = read_model(rounds / layout)
         assert got.components.keys() == want.components.keys()
-        for placed, component in want.components.items():
-            assert got.components[placed].config == component.config
-            assert got.components[placed].expert == component.expert
+        for component_name, component in want.components.items():
+            assert got.components[component_name].config == component.config
+            assert got.components[component_name].expert == component.expert
             assert_same(
-                {n: w.read() for n, w in got.components[placed].weights.items()},
+                {n: w.read() for n, w in got.components[component_name].weights.items()},
                 {n: w.read() for n, w in component.weights.items()},
             )
 
 
 @torch.no_grad()
-def test_diffusers_loads_it_and_computes_the_golden_outputs(rounds, official, variant, tmp_path):
+def test_diffusers_computes_the_official_outputs_with_the_result(
+    rounds, official, variant, tmp_path
+):
     folder = tmp_path / "float32"
     convert_model(rounds / "single", folder, "diffusers", dtype=torch.float32)
     image = variant.needs_image
@@ -180,7 +182,7 @@ def test_diffusers_loads_it_and_computes_the_golden_outputs(rounds, official, va
     assert (mean - expected["vae.mean_unscaled"]).norm() < 1e-5 * mean.norm()
 
 
-def test_single_files_say_what_they_are(rounds, variant):
+def test_headers_of_single_files_describe_their_component(rounds, variant):
     for path in (rounds / "single").glob("*.safetensors"):
         weights = open_component(path)
         with safe_open(path, framework="pt") as file:
@@ -236,7 +238,7 @@ def test_a_text_encoder_is_converted_by_itself(t2v, tmp_path, to):
         assert_same(torch.load(tmp_path / target, weights_only=True), tensors(source))
 
 
-# -------------------------------------------------------------------------------- types, quantising
+# -------------------------------------------------------------------------------- types, quantizing
 
 
 def bound_of_fp8(weight: torch.Tensor) -> torch.Tensor:
@@ -247,7 +249,7 @@ def bound_of_fp8(weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("place", ["high_noise_model", "models_t5_umt5-xxl-enc-bf16.pth"])
-def test_fp8_scaled_is_the_nearest_value_with_the_keys_that_comfyui_reads(t2v, tmp_path, place):
+def test_fp8_scaled_rounds_to_nearest_and_has_the_keys_that_comfyui_reads(t2v, tmp_path, place):
     source, path = open_component(t2v / place), tmp_path / "f.safetensors"
     convert_model(t2v / place, path, "fp8_scaled")
     file = load_file(path)
@@ -312,7 +314,7 @@ def test_quantized_weights_become_bfloat16_with_a_notice(high, tmp_path):
     assert all(torch.equal(exact.read(n), packed.read(n).float()) for n in packed.entries)
 
 
-def test_gguf_becomes_a_single_file(high, tmp_path):
+def test_a_gguf_file_is_dequantized_into_a_single_file(high, tmp_path):
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "wan")
     want = {}
@@ -338,7 +340,7 @@ def test_gguf_becomes_a_single_file(high, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_dtype_reaches_every_weight_but_the_vae_of_a_whole_model(t2v, tmp_path, dtype):
+def test_dtype_applies_to_all_weights_except_the_vae_of_a_whole_model(t2v, tmp_path, dtype):
     convert_model(t2v, tmp_path / "s", "single", dtype=dtype)
     short = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
     path = tmp_path / "s" / f"wan2.2_t2v_low_noise_14B_{short}.safetensors"
@@ -351,7 +353,7 @@ def test_dtype_reaches_every_weight_but_the_vae_of_a_whole_model(t2v, tmp_path, 
     assert {t.dtype for t in load_file(tmp_path / "v.safetensors").values()} == {dtype}
 
 
-def test_float16_that_overflows_names_the_weight(high, tmp_path):
+def test_a_value_that_overflows_float16_is_refused_by_the_name_of_its_weight(high, tmp_path):
     file = load_file(high)
     file["blocks.1.ffn.2.weight"][3, 4] = 1e5
     save_file(file, tmp_path / "big.safetensors")
@@ -391,7 +393,7 @@ def test_settings_that_a_layout_cannot_store_are_reported(tiny_model, tmp_path):
     assert open_component(tmp_path / "t.safetensors").config["num_attention_heads"] == 2
 
 
-# -------------------------------------------------------------------------------- what may go wrong
+# ------------------------------------------------------------------------------------------ errors
 
 
 @pytest.mark.parametrize(
@@ -452,14 +454,14 @@ def test_existing_files_are_replaced_only_by_force(t2v, high, tmp_path):
     folder = tmp_path / "d"
     folder.mkdir()
     convert_model(high, folder, "diffusers", shard_bytes=1_000_000)  # an empty folder is free
-    refuses("holds config.json, .*add --force", high, folder, "diffusers")
+    refuses("contains config.json, .*add --force", high, folder, "diffusers")
     convert_model(high, folder, "diffusers", force=True)
     assert files_in(folder) == ["config.json", "diffusion_pytorch_model.safetensors"]
     (folder / "thesis.doc").write_text("years of work")
     refuses("thesis.doc, which is not part of a model", high, folder, "diffusers", force=True)
     assert (folder / "thesis.doc").exists()
     refuses(
-        "is a folder, and a file will be",
+        "is a folder, but the output is a file",
         high,
         folder.rename(tmp_path / "d.safetensors"),
         "single",
@@ -484,13 +486,15 @@ def test_an_interruption_leaves_the_old_file(t2v, high, tmp_path, fault, target)
     before = {name: (tmp_path / name).read_bytes() for name in files_in(tmp_path)}
     calls = []
 
-    def report(done: int, total: int) -> None:
+    def on_progress(done: int, total: int) -> None:
         calls.append(done)
         if done > total / 2:
             raise fault
 
     with pytest.raises((CheckpointError, KeyboardInterrupt)):
-        convert_model(t2v / "low_noise_model", tmp_path / target, to, force=True, report=report)
+        convert_model(
+            t2v / "low_noise_model", tmp_path / target, to, force=True, on_progress=on_progress
+        )
     assert calls
     assert {name: (tmp_path / name).read_bytes() for name in files_in(tmp_path)} == before
     assert not list(tmp_path.glob(".*"))
@@ -500,9 +504,9 @@ def test_a_killed_conversion_leaves_nothing_under_the_final_name(t2v, tmp_path):
     code = (
         "import sys, time\nfrom pathlib import Path\n"
         "from onewan.checkpoint.convert import convert_model\n"
-        "def report(done, total):\n"
+        "def pause(done, total):\n"
         "    if done > total / 2: print('half', flush=True); time.sleep(60)\n"
-        "convert_model(Path(sys.argv[1]), Path(sys.argv[2]), 'diffusers', report=report)\n"
+        "convert_model(Path(sys.argv[1]), Path(sys.argv[2]), 'diffusers', on_progress=pause)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(t2v), str(tmp_path / "d")],
@@ -520,17 +524,17 @@ def test_a_killed_conversion_leaves_nothing_under_the_final_name(t2v, tmp_path):
 
 
 def test_progress_ends_at_the_total(t2v, tmp_path):
-    heard = []
-    convert_model(t2v, tmp_path / "s", "single", report=lambda *numbers: heard.append(numbers))
-    done = [number for number, _ in heard]
-    assert done == sorted(done) and len({total for _, total in heard}) == 1
-    assert heard[-1][0] == heard[-1][1]
+    progress = []
+    convert_model(t2v, tmp_path / "s", "single", on_progress=lambda *call: progress.append(call))
+    done = [count for count, _ in progress]
+    assert done == sorted(done) and len({total for _, total in progress}) == 1
+    assert progress[-1][0] == progress[-1][1]
 
 
 # --------------------------------------------------------------------------------- the .pth writer
 
 
-def test_pth_is_what_pytorch_reads(tmp_path):
+def test_pytorch_reads_the_written_pth(tmp_path):
     want = {
         "a.b": torch.randn(3, 5),
         "empty": torch.empty(0, 4),
@@ -550,7 +554,7 @@ def test_pth_is_what_pytorch_reads(tmp_path):
     assert (tmp_path / "x.pth").read_bytes() == (tmp_path / "y.pth").read_bytes()
 
 
-def test_pth_of_more_than_four_gigabytes_has_a_long_header(tmp_path, monkeypatch):
+def test_a_pth_of_more_than_4_gb_uses_zip64(tmp_path, monkeypatch):
     import zipfile
 
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)
@@ -562,7 +566,7 @@ def test_pth_of_more_than_four_gigabytes_has_a_long_header(tmp_path, monkeypatch
     assert loaded["big"].data_ptr() % 64 == 0 and loaded["small"].data_ptr() % 64 == 0
 
 
-def test_a_disk_that_flips_a_bit_of_a_pth_is_found_out(tmp_path, monkeypatch):
+def test_a_bit_flipped_by_the_disk_is_detected_in_a_pth(tmp_path, monkeypatch):
     from onewan.formats import write_pth as module
 
     write = module._write
@@ -587,7 +591,7 @@ def test_a_disk_that_flips_a_bit_of_a_pth_is_found_out(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------- from memory
 
 
-def test_save_writes_what_is_loaded(tiny_model, tmp_path, variant):
+def test_save_writes_the_loaded_components(tiny_model, tmp_path, variant):
     folder = tiny_model(variant.name)
     model = WanModelLoader().load(folder)
     model.transformer.register_to_config(_name_or_path=str(folder))
@@ -595,8 +599,8 @@ def test_save_writes_what_is_loaded(tiny_model, tmp_path, variant):
         WanModelSaver().save(model, tmp_path / format, format=format)
         got, want = read_model(tmp_path / format), read_model(folder)
         assert got.components.keys() == want.components.keys()
-        for placed, component in want.components.items():
-            weights = got.components[placed].weights
+        for component_name, component in want.components.items():
+            weights = got.components[component_name].weights
             assert_same(
                 {n: w.read() for n, w in weights.items()},
                 {n: w.read() for n, w in component.weights.items()},
@@ -608,7 +612,7 @@ def test_save_writes_what_is_loaded(tiny_model, tmp_path, variant):
 
 
 @pytest.mark.parametrize("kind", [LoraConfig, LoHaConfig])
-def test_save_merges_adapters_and_leaves_the_model_alone(tiny_model, tmp_path, kind):
+def test_save_merges_adapters_and_does_not_change_the_model(tiny_model, tmp_path, kind):
     model = WanModelLoader().load(tiny_model("t2v-a14b"), components=["transformer"])
     assert model.transformer is not None
     plain = {n: p.clone() for n, p in model.transformer.state_dict().items()}

@@ -79,9 +79,9 @@ def test_components_that_do_not_fit_are_reported_as_the_loader_refuses_them(tiny
         (tmp_path / name).symlink_to(tiny_model("t2v-a14b") / name)
     (tmp_path / "vae").symlink_to(tiny_model("ti2v-5b") / "vae")
     (problem,) = inspect(tmp_path).problems
-    for judge in (WanModelLoader().load, read_model):
+    for read in (WanModelLoader().load, read_model):
         with pytest.raises(CheckpointError) as refusal:
-            judge(tmp_path)
+            read(tmp_path)
         assert str(refusal.value) == problem
     assert problem.startswith(f"{tmp_path / 'vae'}: is a VAE with 48 latent channels, but t2v-a14b")
 
@@ -147,7 +147,9 @@ ONE, MARKER = torch.ones(()), torch.zeros(0, dtype=torch.float8_e4m3fn)
         ),
     ],
 )
-def test_fp8_scaled_is_judged_as_comfyui_reads_it(tmp_path, extra, metadata, comfyui):
+def test_comfyui_reads_fp8_scaled_only_with_its_own_keys_and_metadata(
+    tmp_path, extra, metadata, comfyui
+):
     path = tmp_path / "x_high_noise.safetensors"
     save_file(wide(FP8 | extra), path, metadata)
     report = inspect(path)
@@ -164,7 +166,7 @@ def test_an_unknown_quantization_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="quantized as nvfp4, which is not supported"):
         open_component(path)
     save_file(wide({f"{SCALED}.weight": torch.zeros(128, 128, dtype=torch.int8)}), path)
-    with pytest.raises(CheckpointError, match="is stored as I8, a quantisation that is not known"):
+    with pytest.raises(CheckpointError, match="is stored as I8, an unsupported quantization"):
         open_component(path)
 
 
@@ -205,7 +207,7 @@ def test_a_lora_is_described(tmp_path):
     assert all(read_by(report).values())
 
 
-def test_a_lora_that_programs_do_not_read(tmp_path):
+def test_programs_that_do_not_read_a_lora_are_listed(tmp_path):
     path = tmp_path / "style.safetensors"
     save_file(lora("", None), path)  # as DiffSynth writes it, but for the name of the adapter
     report = inspect(path)
@@ -214,7 +216,7 @@ def test_a_lora_that_programs_do_not_read(tmp_path):
     assert "convert to comfyui" in "\n".join(report.lines())
 
 
-def test_kohya_files_for_diffusers_are_complete(tmp_path):
+def test_diffusers_reads_only_complete_kohya_files(tmp_path):
     path = tmp_path / "style.safetensors"
     for modules, whole in ((10, True), (9, False)):
         dotted = lora("", 2.0, modules=modules, width=256)  # of no model that is known
@@ -266,7 +268,7 @@ def test_an_embedding_is_described(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "what"),
+    ("names", "model"),
     [
         (["double_blocks.0.img_attn.qkv.weight"], "Flux"),
         (["model.diffusion_model.input_blocks.0.0.weight"], "Stable Diffusion"),
@@ -276,11 +278,11 @@ def test_an_embedding_is_described(tmp_path):
         (["model.layers.0.self_attn.q_proj.weight"], "language model"),
     ],
 )
-def test_a_file_of_another_model_is_named(tmp_path, names, what):
+def test_a_file_of_another_model_is_named(tmp_path, names, model):
     path = tmp_path / "x.safetensors"
     save_file({name: torch.zeros(4, 4) for name in names}, path)
     report = inspect(path)
-    assert report.kind == "other" and what in report.summary
+    assert report.kind == "other" and model in report.summary
     assert main(["inspect", str(path)]) == 0
 
 

@@ -138,7 +138,7 @@ def test_diffusers_loads_adapters_of_the_other_variants(tiny_model, tmp_path, va
     assert_same_effect(velocity(plain), velocity(transformer), base)
 
 
-def test_comfyui_file_means_weight_plus_alpha_over_rank_up_down(tiny_model, tmp_path):
+def test_a_comfyui_file_defines_weight_plus_alpha_over_rank_times_up_down(tiny_model, tmp_path):
     folder = tiny_model("t2v-a14b")
     transformer = trained(folder, LOW, WHOLE)
     file = load_file(export(transformer, WHOLE, tmp_path / "lora.safetensors"))
@@ -157,7 +157,7 @@ def test_comfyui_file_means_weight_plus_alpha_over_rank_up_down(tiny_model, tmp_
     assert_same_effect(velocity(plain), velocity(transformer), base)
 
 
-def test_diffusers_file_is_what_diffusers_itself_writes(tiny_model, tmp_path):
+def test_a_diffusers_file_equals_the_one_that_diffusers_writes(tiny_model, tmp_path):
     transformer = trained(tiny_model("t2v-a14b"), HIGH, PART)
     path = export(transformer, PART, tmp_path / "ours.safetensors", format="diffusers")
     settings = {
@@ -189,7 +189,7 @@ def header(path: Path) -> dict[str, str]:
         return file.metadata()
 
 
-def test_header_says_what_the_file_is(tiny_model, tmp_path):
+def test_the_header_describes_the_adapter_and_the_run(tiny_model, tmp_path):
     transformer = trained(tiny_model("t2v-a14b"), LOW, PART)
     path = export(
         transformer, PART, tmp_path / "a" / "x.safetensors", title="my style", resolution=(832, 480)
@@ -219,7 +219,7 @@ def test_header_says_what_the_file_is(tiny_model, tmp_path):
     }
 
 
-def test_equal_weights_make_equal_files(tiny_model, tmp_path):
+def test_equal_weights_give_equal_files(tiny_model, tmp_path):
     transformer = trained(tiny_model("t2v-a14b"), LOW, PART)
     title = 'quotes " and \\, tabs \t, \x1f, \x7f, 色调 and \U0001f600'
     first = export(transformer, PART, tmp_path / "1.safetensors", title=title)
@@ -291,7 +291,7 @@ def test_views_of_one_storage_are_exported(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["header", "tensors"])
-def test_a_disk_that_flips_a_bit_is_found_out(tiny_model, tmp_path, monkeypatch, place):
+def test_a_bit_flipped_by_the_disk_is_detected(tiny_model, tmp_path, monkeypatch, place):
     """The fault is put in where a real one would be: between writing and reading back."""
     transformer = trained(tiny_model("t2v-a14b"), LOW, PART)
     path = export(transformer, PART, tmp_path / "x.safetensors")
@@ -310,7 +310,7 @@ def test_a_disk_that_flips_a_bit_is_found_out(tiny_model, tmp_path, monkeypatch,
     assert path.read_bytes() == good
 
 
-def test_a_folder_that_is_a_file_is_named(tiny_model, tmp_path):
+def test_a_file_in_place_of_the_folder_is_named(tiny_model, tmp_path):
     (tmp_path / "weights").write_text("in the way")
     transformer = trained(tiny_model("t2v-a14b"), LOW, PART)
     with pytest.raises(CheckpointError, match=r"x\.safetensors: can't be written"):
@@ -322,7 +322,7 @@ def test_a_folder_that_is_a_file_is_named(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("format", ["comfyui", "diffusers", "kohya"])
 @pytest.mark.parametrize("config", [WHOLE, PART], ids=["whole", "part"])
-def test_what_was_saved_is_read_back(tiny_model, tmp_path, config, format):
+def test_a_saved_adapter_reads_back_equal(tiny_model, tmp_path, config, format):
     folder = tiny_model("t2v-a14b")
     transformer = trained(folder, LOW, config)
     lora = read_adapter(export(transformer, config, tmp_path / "x.safetensors", format=format))

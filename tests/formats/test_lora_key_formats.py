@@ -397,7 +397,7 @@ def trained(base):
 
 @pytest.mark.parametrize("format", ["comfyui", "kohya"])
 @pytest.mark.parametrize("kind", PEFT_KINDS)
-def test_exported_kinds_add_what_peft_merges(tmp_path, trained, weight, kind, format):
+def test_exported_files_define_what_peft_merges(tmp_path, trained, weight, kind, format):
     state, settings, deltas = trained(kind)
     path = tmp_path / "x.safetensors"
     modules = parse_adapter(state, settings, source="PEFT")
@@ -443,7 +443,7 @@ def test_any_kind_can_be_applied_for_sampling(tmp_path, trained, base, weight, k
 
 
 @pytest.mark.parametrize("kind", ["lora", "lora-patterns", "rslora", "dora"])
-def test_diffusers_merges_what_peft_merges(tmp_path, trained, folder, weight, kind):
+def test_diffusers_merges_the_same_difference_as_peft(tmp_path, trained, folder, weight, kind):
     state, settings, deltas = trained(kind)
     path = tmp_path / "x.safetensors"
     modules = parse_adapter(state, settings, source="PEFT")
@@ -557,7 +557,7 @@ def test_dora_magnitudes_by_output_and_by_input_are_read(tmp_path, weight, shape
     close(got, whole - plain, 1e-6)
     notices = convert_adapter(path, out, "comfyui", base=weight)
     again = load_file(out)
-    if by_input:  # which ComfyUI applies as it is meant
+    if by_input:  # which ComfyUI applies by its definition
         assert again.keys() == tensors.keys()
         assert all(torch.equal(again[name], tensors[name]) for name in tensors)
         with pytest.raises(CheckpointError, match="DoRA by inputs, which diffusers"):

@@ -26,7 +26,7 @@ def high(t2v, tmp_path):
 
 
 def lora(path: Path, seed: int, layers=LAYERS, alpha: float = 3.0, **header: str) -> Path:
-    """A LoRA of rank 4 in ComfyUI's spelling."""
+    """A LoRA of rank 4 in ComfyUI's key format."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer in layers:
@@ -91,7 +91,7 @@ def test_two_loras_are_added_with_their_weights(high, tmp_path, dtype):
             assert torch.equal(got[name], weight.to(got[name].dtype))
 
 
-def test_weight_zero_and_opposite_weights_change_nothing(high, tmp_path):
+def test_a_weight_of_zero_and_opposite_weights_change_nothing(high, tmp_path):
     path = lora(tmp_path / "1.safetensors", 1)
     base = load_file(high)
     for number, loras in enumerate([[(path, 0.0)], [(path, 2.0), (path, -2.0)]]):
@@ -134,23 +134,23 @@ def test_each_lora_is_merged_into_its_expert_of_a_whole_model(t2v, tmp_path):
         got, want = read_model(tmp_path / f"{layout}-m"), read_model(base)
         assert set(got.formats.values()) == {layout}
         assert got.tokenizer == want.tokenizer
-        for placed, path, weight in (("transformer", one, 1.0), ("transformer_2", two, 0.5)):
+        for component, path, weight in (("transformer", one, 1.0), ("transformer_2", two, 0.5)):
             extra = added(path)
-            for name, held in want.components[placed].weights.items():
-                spelled = {
+            for name, original in want.components[component].weights.items():
+                key = {
                     "blocks.0.attn1.to_q.weight": LAYERS[0],
                     "blocks.1.attn2.to_out.0.weight": LAYERS[1],
                     "blocks.1.ffn.net.0.proj.weight": LAYERS[2],
                 }.get(name)
-                result = got.components[placed].weights[name].read()
-                if spelled is None:
-                    assert torch.equal(result, held.read())
+                result = got.components[component].weights[name].read()
+                if key is None:
+                    assert torch.equal(result, original.read())
                     continue
-                exact = held.read().double() + weight * extra[spelled]
+                exact = original.read().double() + weight * extra[key]
                 assert ((result.double() - exact).abs() <= half_step(exact)).all()
-        for placed in ("vae", "text_encoder"):
-            for name, held in want.components[placed].weights.items():
-                assert torch.equal(got.components[placed].weights[name].read(), held.read())
+        for component in ("vae", "text_encoder"):
+            for name, original in want.components[component].weights.items():
+                assert torch.equal(got.components[component].weights[name].read(), original.read())
     only = merge(t2v, [(one, 1.0)], tmp_path / "only")
     assert any("transformer_2, which is copied unchanged" in notice for notice in only.notices)
 
@@ -172,7 +172,7 @@ def test_biases_and_plain_differences_are_merged(high, tmp_path):
     assert torch.equal(got[f"{layer}.bias"], base[f"{layer}.bias"].float() - 1.0)
 
 
-def test_dora_is_relative_to_the_base(high, tmp_path):
+def test_a_dora_is_merged_with_the_norm_of_the_base_weight(high, tmp_path):
     layer, generator = LAYERS[0], torch.Generator().manual_seed(4)
     down, up = (torch.randn(s, generator=generator) * 0.1 for s in ((4, 256), (256, 4)))
     magnitude = torch.rand(256, generator=generator) + 0.5
@@ -233,7 +233,7 @@ def test_loras_for_a_missing_or_unknown_expert_are_refused(t2v, high, tmp_path):
         merge(high, [(path, 1.0)], tmp_path / "m.safetensors")
 
 
-def test_folders_of_one_expert_stay_folders(t2v, tmp_path):
+def test_the_folder_of_one_expert_is_merged_into_a_folder(t2v, tmp_path):
     path = lora(tmp_path / "style.safetensors", 1)
     merge(t2v / "low_noise_model", [(path, 1.0)], tmp_path / "low")
     config = json.loads((tmp_path / "low/config.json").read_text())

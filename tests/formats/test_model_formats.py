@@ -40,7 +40,7 @@ from onewan.model.wan import WanModel
 PROMPTS = ["a small dog runs on the beach", "slow camera pan of a city at night"]
 PREFIXES = ["", "model.diffusion_model.", "diffusion_model."]
 FP8 = ["old", "old_one", "new", "new_header", "plain"]
-QUANTISED = [*(f"fp8 {spelling}" for spelling in FP8), "gguf", "gguf flat"]
+QUANTIZED = [*(f"fp8 {key_style}" for key_style in FP8), "gguf", "gguf flat"]
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -91,7 +91,9 @@ def packed_layers(module: nn.Module) -> dict[str, QuantizedLinear]:
     return {n: m for n, m in module.named_modules() if isinstance(m, QuantizedLinear)}
 
 
-def quantise(form: str, weights: Mapping[str, Tensor], folder: Path, prefix: str = "") -> Quantized:
+def quantize_as(
+    form: str, weights: Mapping[str, Tensor], folder: Path, prefix: str = ""
+) -> Quantized:
     kind, _, how = form.partition(" ")
     if kind == "gguf":
         return as_gguf(weights, folder / "wan.gguf", flat_patches=how == "flat")
@@ -166,40 +168,44 @@ def test_weights_are_those_that_diffusers_loads(
 # ---------------------------------------------------------------------------------------- quantized
 
 
-@pytest.mark.parametrize("form", QUANTISED)
+@pytest.mark.parametrize("form", QUANTIZED)
 def test_quantized_files_compute_within_the_bounds_of_their_format(
     tmp_path: Path, high: dict[str, Tensor], expected: dict[str, Tensor], form: str
 ) -> None:
     """What is computed is what the file's numbers give; what those lost is the format's loss."""
-    written = quantise(form, high, tmp_path)
+    written = quantize_as(form, high, tmp_path)
     reference = run(with_numbers(written.path, written.values), expected)
-    kept, unpacked = load(written.path), load(written.path, quantized="dequantize")
+    kept, dequantized_model = load(written.path), load(written.path, quantized="dequantize")
     layers = packed_layers(kept)
     assert layers.keys() == {to_diffusers(n).removesuffix(".weight") for n in written.bounds}
-    assert len(layers) == 20 and not packed_layers(unpacked)
+    assert len(layers) == 20 and not packed_layers(dequantized_model)
     for name, bound in written.bounds.items():
         ours = layers[to_diffusers(name).removesuffix(".weight")].dequantized_weight()
         assert torch.equal(ours, written.values[name])
-        assert torch.equal(ours, unpacked.state_dict()[to_diffusers(name)])
+        assert torch.equal(ours, dequantized_model.state_dict()[to_diffusers(name)])
         error = (ours - high[name].float()).abs()
         assert (error <= bound * (1 + 1e-6)).all()  # the bound itself is computed in float32
     assert relative(run(kept, expected), reference) < 1e-6
-    assert relative(run(unpacked, expected), reference) < 1e-6
+    assert relative(run(dequantized_model, expected), reference) < 1e-6
     loss = relative(reference, expected["dit.high_noise_model.t500"])
     print(f"{form}: the file's numbers are {loss:.1e} off the originals'")
     assert 1e-5 < loss < 0.05
 
 
 @pytest.mark.parametrize("prefix", PREFIXES[1:])
-@pytest.mark.parametrize("spelling", FP8)
+@pytest.mark.parametrize("key_style", FP8)
 def test_fp8_files_load_under_every_prefix(
-    tmp_path: Path, high: dict[str, Tensor], expected: dict[str, Tensor], spelling: str, prefix: str
+    tmp_path: Path,
+    high: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    key_style: str,
+    prefix: str,
 ) -> None:
     bare, prefixed = tmp_path / "bare", tmp_path / "prefixed"
     bare.mkdir()
     prefixed.mkdir()
-    one = run(load(quantise(f"fp8 {spelling}", high, bare).path), expected)
-    other = run(load(quantise(f"fp8 {spelling}", high, prefixed, prefix).path), expected)
+    one = run(load(quantize_as(f"fp8 {key_style}", high, bare).path), expected)
+    other = run(load(quantize_as(f"fp8 {key_style}", high, prefixed, prefix).path), expected)
     assert torch.equal(one, other)
 
 
@@ -246,7 +252,9 @@ def test_gguf_decoding_is_bit_exact_with_the_reference(kind: str) -> None:
         assert np.array_equal(ours, reference, equal_nan=True), name
 
 
-def test_gguf_types_without_a_decoder_are_expanded(tmp_path: Path, high: dict[str, Tensor]) -> None:
+def test_gguf_types_without_a_decoder_are_dequantized(
+    tmp_path: Path, high: dict[str, Tensor]
+) -> None:
     written = as_gguf(high, tmp_path / "a.gguf", GGMLQuantizationType.TQ2_0)
     model = WanModelLoader().load({"transformer": written.path}, components=("transformer",))
     assert model.transformer is not None and not packed_layers(model.transformer)
@@ -257,13 +265,13 @@ def test_gguf_types_without_a_decoder_are_expanded(tmp_path: Path, high: dict[st
     assert torch.equal(ours, written.values[name])
 
 
-@pytest.mark.parametrize("spelling", ["old", "new"])
+@pytest.mark.parametrize("key_style", ["old", "new"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_text_encoder_of_comfyui_loads(
-    t2v: Path, tmp_path: Path, expected: dict[str, Tensor], spelling: str, dtype: torch.dtype
+    t2v: Path, tmp_path: Path, expected: dict[str, Tensor], key_style: str, dtype: torch.dtype
 ) -> None:
     """fp8_scaled, names of transformers, the tokenizer inside."""
-    written = fp8(other_program_files.text_encoder(t2v), tmp_path / "umt5.safetensors", spelling)
+    written = fp8(other_program_files.text_encoder(t2v), tmp_path / "umt5.safetensors", key_style)
     tensors = load_file(written.path)
     single({**tensors, "spiece_model": other_program_files.spiece(t2v)}, written.path)
     sources = {"path": t2v, "text_encoder": written.path, "tokenizer": written.path}
@@ -344,7 +352,7 @@ def _gradients(
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", ["fp8 old", "gguf"])
-def test_a_lora_trains_as_on_the_expanded_model(
+def test_a_lora_trains_as_on_the_dequantized_model(
     tmp_path: Path,
     high: dict[str, Tensor],
     expected: dict[str, Tensor],
@@ -352,22 +360,25 @@ def test_a_lora_trains_as_on_the_expanded_model(
     dtype: torch.dtype,
     checkpointing: bool,
 ) -> None:
-    file = quantise(form, high, tmp_path).path
-    kept, unpacked = load(file, dtype=dtype), load(file, dtype=dtype, quantized="dequantize")
+    file = quantize_as(form, high, tmp_path).path
+    kept, dequantized_model = (
+        load(file, dtype=dtype),
+        load(file, dtype=dtype, quantized="dequantize"),
+    )
     if checkpointing:
         kept.enable_gradient_checkpointing()
-    ours, theirs = _gradients(kept, expected, dtype), _gradients(unpacked, expected, dtype)
+    ours, theirs = _gradients(kept, expected, dtype), _gradients(dequantized_model, expected, dtype)
     assert ours.keys() == theirs.keys() and len(packed_layers(kept)) == 20
     for name, gradient in theirs.items():
         assert ours[name].dtype == torch.float32
         assert relative(ours[name], gradient) < 1e-6, name
-    assert adapter_weights(kept).keys() == adapter_weights(unpacked).keys()
+    assert adapter_weights(kept).keys() == adapter_weights(dequantized_model).keys()
 
 
-def test_autograd_keeps_the_packed_weight_alone(
+def test_autograd_saves_only_the_packed_weight(
     tmp_path: Path, high: dict[str, Tensor], expected: dict[str, Tensor]
 ) -> None:
-    model = load(quantise("fp8 new", high, tmp_path).path)
+    model = load(quantize_as("fp8 new", high, tmp_path).path)
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -388,7 +399,7 @@ def test_a_quantized_layer_moves_and_saves_like_any_layer(
     tmp_path: Path, high: dict[str, Tensor]
 ) -> None:
     """Bias gradients, autocast, a round trip of the state; a cast does not round the scales."""
-    file = quantise("fp8 old", high, tmp_path).path
+    file = quantize_as("fp8 old", high, tmp_path).path
     layer = packed_layers(load(file))["blocks.0.ffn.net.0.proj"]
     plain = nn.Linear(256, 512)
     plain.load_state_dict({"weight": layer.dequantized_weight(), "bias": layer.bias})
@@ -410,7 +421,7 @@ def test_a_quantized_layer_moves_and_saves_like_any_layer(
     assert other.bias.dtype == torch.bfloat16 and other.to("meta").weight.is_meta
 
 
-def test_what_is_written_to_a_loaded_model_stays_out_of_the_file(
+def test_writing_to_a_loaded_model_does_not_change_the_file(
     tmp_path: Path, high: dict[str, Tensor]
 ) -> None:
     """Weights stay mapped from the file where that is possible; a full fine-tune writes to them."""
@@ -449,10 +460,10 @@ def test_weights_stay_in_one_mapping_of_the_file(tmp_path: Path, high: dict[str,
 # ------------------------------------------------------------------------------- which path is what
 
 
-def test_what_a_lora_adds_to_the_weights_themselves_needs_them_expanded(
+def test_adapters_that_change_base_weights_need_them_dequantized(
     tmp_path: Path, high: dict[str, Tensor]
 ) -> None:
-    file = quantise("fp8 old", high, tmp_path).path
+    file = quantize_as("fp8 old", high, tmp_path).path
     factors = {name: torch.full((16, 16), 0.1) for name in ("lokr_w1", "lokr_w2")}
     lokr = {"blocks.0.attn1.to_q": ModuleAdapter(kind="lokr", tensors=factors)}
     with pytest.raises(CheckpointError, match=r"keeps quantized; load it .*dequantize"):
@@ -607,7 +618,7 @@ def wrong(t2v: Path, high: dict[str, Tensor], tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "expected_message"),
     [
         (
             "transformer=i2v",
@@ -647,7 +658,7 @@ def wrong(t2v: Path, high: dict[str, Tensor], tmp_path_factory: pytest.TempPathF
     ],
 )
 def test_a_model_that_does_not_fit_is_refused(
-    t2v: Path, wrong: Path, given: str, said: str
+    t2v: Path, wrong: Path, given: str, expected_message: str
 ) -> None:
     golden = t2v.parent
     places = {
@@ -672,7 +683,7 @@ def test_a_model_that_does_not_fit_is_refused(
         WanModelLoader().load(source, variant)
     message = str(refusal.value)
     assert "\n" not in message
-    assert said.format(**places) in message
+    assert expected_message.format(**places) in message
 
 
 def test_missing_and_swapped_experts_are_refused(t2v: Path, tmp_path: Path) -> None:
@@ -691,8 +702,8 @@ def test_missing_and_swapped_experts_are_refused(t2v: Path, tmp_path: Path) -> N
         loader.load(half)
     assert loader.load(half, components=("transformer", "vae")).transformer is not None
     # Names can be overruled.
-    twisted = {"transformer": low, "transformer_2": high}
-    assert loader.load(twisted, check_file_names=False).transformer is not None
+    swapped = {"transformer": low, "transformer_2": high}
+    assert loader.load(swapped, check_file_names=False).transformer is not None
     same = {"transformer": high, "transformer_2": high}
     with pytest.raises(CheckpointError, match=r"is named as the high-noise"):
         loader.load(same)

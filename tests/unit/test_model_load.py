@@ -1,4 +1,4 @@
-"""Models that are wrong get one clear error; models that are right keep their precision."""
+"""Incomplete and mixed models are refused with the reason; loaded weights have diffusers' types."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(original: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy to damage."""
     return shutil.copytree(original, tmp_path / "model")
 
 
@@ -32,7 +32,7 @@ def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes), encoding="utf-8")
 
 
-def test_float32_islands_survive_bfloat16(original: Path) -> None:
+def test_float32_islands_stay_float32_when_loading_in_bfloat16(original: Path) -> None:
     model = WanModelLoader().load(original, dtype=torch.bfloat16)
     assert model.transformer is not None and model.vae is not None
     assert model.text_encoder is not None
@@ -48,7 +48,7 @@ def test_float32_islands_survive_bfloat16(original: Path) -> None:
     assert not any(p.requires_grad for p in model.transformer.parameters())
 
 
-def test_components_can_be_chosen(original: Path) -> None:
+def test_only_the_requested_components_are_loaded(original: Path) -> None:
     model = WanModelLoader().load(original, components=("vae", "scheduler"))
     assert model.vae is not None and model.transformer is None and model.text_encoder is None
     assert model.noise_scheduler is not None
@@ -59,8 +59,8 @@ def test_components_can_be_chosen(original: Path) -> None:
         model.encode_text(["x"])
 
 
-def spoil(what: str, folder: Path) -> str:
-    """Spoil the model; returns what the error has to say."""
+def damage(what: str, folder: Path) -> str:
+    """Damage the model; returns what the error message must contain."""
     weights = folder / "transformer_2" / "diffusion_pytorch_model.safetensors"
     if what == "missing expert":
         shutil.rmtree(folder / "transformer_2")
@@ -74,7 +74,7 @@ def spoil(what: str, folder: Path) -> str:
         tensors = {k: v.clone() for k, v in load_file(weights).items()}
         save_file({**tensors, "more": torch.ones(2)}, weights, metadata={"format": "pt"})
         return "1 unexpected keys (more)"
-    if what == "cut off":
+    if what == "truncated":
         content = weights.read_bytes()
         weights.unlink()
         weights.write_bytes(content[: len(content) // 2])
@@ -84,16 +84,19 @@ def spoil(what: str, folder: Path) -> str:
         return "Wan 2.1 image-to-video"
     if what == "other channels":
         edit_json(folder / "transformer" / "config.json", in_channels=33)
-        return "in_channels is 33, "
+        return "in_channels is 33, but Wan 2.2 has 16 (t2v-a14b), 36 (i2v-a14b), "
     if what == "mixed experts":
         edit_json(folder / "transformer_2" / "config.json", in_channels=36)
         return "transformer_2: is a transformer of i2v-a14b (36 input channels)"
     if what == "other vae":
         edit_json(folder / "vae" / "config.json", z_dim=48)
-        return "is a VAE with 48 latent channels, but t2v-a14b needs 16"
+        return f"{folder / 'vae'}: is a VAE with 48 latent channels, but t2v-a14b needs 16"
     if what == "other text encoder":
         edit_json(folder / "text_encoder" / "config.json", d_model=99)
-        return "text_encoder: is a text encoder of width 99, but "
+        return (
+            f"{folder / 'text_encoder'}: is a text encoder of width 99, but "
+            f"{folder / 'transformer'} takes text of width 32; use components of one model"
+        )
     if what == "other boundary":
         edit_json(folder / "model_index.json", boundary_ratio=0.9)
         return "boundary_ratio is 0.9"
@@ -111,7 +114,7 @@ def spoil(what: str, folder: Path) -> str:
         "missing expert",
         "missing weight",
         "unexpected weight",
-        "cut off",
+        "truncated",
         "clip branch",
         "other channels",
         "mixed experts",
@@ -123,7 +126,7 @@ def spoil(what: str, folder: Path) -> str:
     ],
 )
 def test_a_damaged_or_mixed_model_is_refused(folder: Path, what: str) -> None:
-    expected = spoil(what, folder)
+    expected = damage(what, folder)
     with pytest.raises(CheckpointError) as refusal:
         WanModelLoader().load(folder)
     message = str(refusal.value)
@@ -141,7 +144,7 @@ def test_a_wrong_variant_or_path_is_refused(original: Path, tmp_path: Path) -> N
         WanModelLoader().load(tmp_path / "gone")
 
 
-def test_fingerprint_follows_the_content(folder: Path) -> None:
+def test_the_fingerprint_changes_with_the_content_and_not_with_the_file_name(folder: Path) -> None:
     before = fingerprint(folder / "vae")
     assert fingerprint(folder / "vae") == before
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
@@ -149,7 +152,7 @@ def test_fingerprint_follows_the_content(folder: Path) -> None:
     weights.unlink()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert fingerprint(folder / "vae") != before
-    # Of a file the content alone counts.
+    # That of a single file does not depend on its name.
     of_file = fingerprint(weights)
     assert of_file != fingerprint(folder / "vae")
     assert fingerprint(weights.rename(weights.with_name("renamed.safetensors"))) == of_file
@@ -165,7 +168,7 @@ def test_the_variant_is_inferred_from_the_encoders_where_they_differ(original: P
         loader.load(sources, "ti2v-5b")
 
 
-def test_float16_keeps_what_overflows_in_float32(original: Path) -> None:
+def test_weights_that_overflow_in_float16_stay_float32(original: Path) -> None:
     model = WanModelLoader().load(original, dtype=torch.float16, components=("text_encoder",))
     assert model.text_encoder is not None
     wide = {n for n, p in model.text_encoder.named_parameters() if p.dtype == torch.float32}

@@ -1,7 +1,5 @@
-"""Files of weights and adapters: what they hold, under which keys, and how values are stored.
+"""File formats of weights and adapters: containers, key formats, prefixes, quantization.
 
-Hides containers (safetensors, GGUF, pickle, shards), key formats, prefixes and quantization.
-Callers see components with the keys of diffusers and transformers, and adapters as values by
-module.
-Identifying a file needs no torch.
+Hides all of these. Callers get components with the keys of diffusers and transformers, and adapters
+as tensors by module. Identifying a file does not import torch.
 """

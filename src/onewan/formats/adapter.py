@@ -1,4 +1,4 @@
-"""`ModuleAdapter`: an adapter on one layer, and the weight difference that it stands for.
+"""`ModuleAdapter`: an adapter on one layer, and the weight difference that it computes.
 
 An adapter is a ``dict[str, ModuleAdapter]`` by module name (``blocks.0.attn1.to_q``, diffusers'
 names), wherever it comes from: training (`onewan.adapters.lora.adapter_of`), a file of any trainer
@@ -85,7 +85,7 @@ class ModuleAdapter:
 
     def bias_difference(self) -> Tensor | None:
         """The difference to add to the bias, float32 [out]; None if the bias does not change."""
-        if "lora_B.bias" in self.tensors:  # PEFT's ``lora_bias``, which is scaled too
+        if "lora_B.bias" in self.tensors:  # PEFT's ``lora_bias`` is scaled like the product
             return self.scale * self._float("lora_B.bias")
         return self._float("diff_b") if "diff_b" in self.tensors else None
 

@@ -1,8 +1,8 @@
 """The configuration of a component: read beside its weights, or inferred from their shapes.
 
 A configuration is in the header of files that onewan wrote, or in config.json beside the weights in
-the diffusers and the official layout. Single files of other programs have none; there the widths
-follow from shapes, and what shapes do not tell is the same in every Wan 2.2 model.
+the diffusers and the official layout. Single files of other programs have none. For these the
+widths follow from shapes, and all other settings are the same in every Wan 2.2 model.
 """
 
 from __future__ import annotations
@@ -20,42 +20,48 @@ from onewan.variants import TI2V_5B_LATENTS_MEAN, TI2V_5B_LATENTS_STD
 ComponentKind = Literal["transformer", "vae", "text_encoder"]
 
 CONFIG = "onewan.config"
-"""Header field with the JSON of the diffusers or transformers configuration, in files that onewan
-wrote; what shapes can't tell (the number of heads, say) is in it."""
+"""Entry of the header with the diffusers or transformers configuration as JSON, in files that
+onewan wrote. Some of it can't be inferred from shapes (the number of heads, for example)."""
 
 HEAD_DIM = 128
-"""Channels of an attention head in every Wan model; shapes do not tell it."""
+"""Channels of an attention head in every Wan model; can't be inferred from shapes."""
 
 
 def configuration(
-    file: TensorFile, part: ComponentKind, shapes: Mapping[str, tuple[int, ...]]
+    file: TensorFile, kind: ComponentKind, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
-    """Keyword arguments of the class of `part`: from a configuration if there is one, else from the
-    shapes of its weights by diffusers' (text encoder: transformers') names. CheckpointError if
-    weights that tell the widths are missing, or their shapes are impossible."""
+    """Arguments of the diffusers or transformers class of a component of this `kind`: from its
+    configuration if there is one, otherwise from the `shapes` of its weights by diffusers' (text
+    encoder: transformers') keys. CheckpointError if weights that determine the widths are missing,
+    or their shapes are impossible."""
     try:
-        given = _given_config(file)
-        if given is not None and "dim" not in given:  # the official one counts `dim`
-            return given
-        if part == "transformer":
-            return _transformer_config(file, shapes, given or {})
-        return _vae_config(shapes) if part == "vae" else _t5_config(shapes)
+        stored = _stored_config(file)
+        # `dim` marks an official configuration, which has other keys than diffusers'.
+        if stored is not None and "dim" not in stored:
+            return stored
+        if kind == "transformer":
+            return _transformer_config(file, shapes, stored or {})
+        return _vae_config(shapes) if kind == "vae" else _t5_config(shapes)
     except KeyError as error:
         raise CheckpointError(
-            f"{file.path}: is an incomplete {part.replace('_', ' ')}, without {error.args[0]}; "
+            f"{file.path}: is an incomplete {kind.replace('_', ' ')}, without {error.args[0]}; "
             "copy or download it again"
         ) from None
     except (IndexError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{file.path}: has weights of impossible shapes ({error})") from error
+        raise CheckpointError(
+            f"{file.path}: has weights of impossible shapes ({error}); download it again"
+        ) from error
 
 
-def _given_config(file: TensorFile) -> dict[str, Any] | None:
+def _stored_config(file: TensorFile) -> dict[str, Any] | None:
     """The configuration in the header, or in config.json beside the weights."""
     if text := file.metadata.get(CONFIG):
         try:
             config = json.loads(text)
         except ValueError as error:
-            raise CheckpointError(f"{file.path}: {CONFIG} in its header is damaged") from error
+            raise CheckpointError(
+                f"{file.path}: {CONFIG} in its header is not JSON; convert or download it again"
+            ) from error
         return config if isinstance(config, dict) else None
     beside = file.path / "config.json"
     if not file.path.is_dir() or not beside.is_file():
@@ -68,11 +74,17 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: is missing; the model's folder is incomplete") from None
+        raise CheckpointError(
+            f"{path}: is missing; the model's folder is incomplete, download it again"
+        ) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: is not readable JSON ({error})") from error
+        raise CheckpointError(
+            f"{path}: is not readable JSON ({error}); download it again"
+        ) from error
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: holds a {type(data).__name__}, not a JSON object")
+        raise CheckpointError(
+            f"{path}: holds a {type(data).__name__}, not a JSON object; download it again"
+        )
     return data
 
 
@@ -85,10 +97,10 @@ def _transformer_config(
         heads, rest = divmod(width, HEAD_DIM)
         if rest or not heads:
             raise CheckpointError(
-                f"{file.path}: is {width} wide, and Wan's attention heads are {HEAD_DIM}; how many "
-                "heads it has can't be told without a config.json beside it"
+                f"{file.path}: has a width of {width}, which is no multiple of {HEAD_DIM}, the "
+                "width of Wan's attention heads; put its config.json beside it"
             )
-    numbers = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
+    blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
     embedder = "condition_embedder"
     return {
         "patch_size": patch,
@@ -99,15 +111,17 @@ def _transformer_config(
         "text_dim": shapes[f"{embedder}.text_embedder.linear_1.weight"][1],
         "freq_dim": shapes[f"{embedder}.time_embedder.linear_1.weight"][1],
         "ffn_dim": shapes["blocks.0.ffn.net.0.proj.weight"][0],
-        "num_layers": max(numbers) + 1,
+        "num_layers": max(blocks) + 1,
         "eps": official.get("eps", 1e-6),
     }
 
 
 def _vae_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     base, channels = shapes["encoder.conv_in.weight"][0], shapes["post_quant_conv.weight"][0]
+    # Only the 2.2 VAE has layers named ``downsampler`` and ``upsampler``; the 2.1 VAE numbers its
+    # own. The defaults of the class are those of the 2.1 VAE.
     if not any("sampler." in name for name in shapes):
-        return {"base_dim": base, "z_dim": channels}  # all else as in the class: the 2.1 VAE
+        return {"base_dim": base, "z_dim": channels}
     decoder_out = shapes["decoder.conv_out.weight"][1]
     return {
         "base_dim": base,
@@ -127,14 +141,14 @@ def _t5_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     vocabulary, width = shapes["shared.weight"]
     attention = "encoder.block.0.layer.0.SelfAttention"
     buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
-    numbers = {int(name.split(".")[2]) for name in shapes if name.startswith("encoder.block.")}
+    blocks = {int(name.split(".")[2]) for name in shapes if name.startswith("encoder.block.")}
     return {
         "vocab_size": vocabulary,
         "d_model": width,
         "num_heads": heads,
         "d_kv": shapes[f"{attention}.q.weight"][0] // heads,
         "d_ff": shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
-        "num_layers": max(numbers) + 1,
+        "num_layers": max(blocks) + 1,
         "relative_attention_num_buckets": buckets,
         "feed_forward_proj": "gated-gelu",
     }

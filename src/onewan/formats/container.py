@@ -1,12 +1,12 @@
-"""Files of named tensors, whatever their kind: safetensors (also in shards), GGUF, PyTorch's zip.
+"""Opens files of named tensors: safetensors (also in shards), GGUF, PyTorch's zip or pickle.
 
-`open_tensors` reads headers alone, in milliseconds for 57 GB; `TensorFile.read` fetches one tensor,
-mapped from the file and let go with the tensor, so that going through a file of any size takes the
+`open_tensors` reads headers only, in milliseconds for 57 GB. `TensorFile.read` returns one tensor,
+mapped from the file until the tensor is freed, so that reading through a file of any size takes the
 memory of one tensor. The container is detected by its first bytes, not by its name.
 
-Nothing here runs code from a file: pickles are read by PyTorch's ``weights_only`` unpickler, and
-names of shards may not lead out of their folder. Every problem raises a `CheckpointError` with
-the file, what was found and what was expected. What the tensors mean is not known here.
+No code from a file runs: pickles are read by PyTorch's ``weights_only`` unpickler, and names of
+shards must not leave their folder. Every problem raises a `CheckpointError` with the file, what was
+found and what was expected. The meaning of the tensors is not interpreted.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ if TYPE_CHECKING:
 
 ContainerFormat = Literal["safetensors", "gguf", "pickle"]
 
-_LFS = b"version https://git-lfs"
+_LFS_POINTER = b"version https://git-lfs"
 
 
 class TensorFile:
-    """Tensors of one file, or of the shards of one checkpoint, under the names that the file has.
+    """The tensors of one file, or of the shards of one checkpoint, by the file's own keys.
 
-    Open it with `open_tensors`.
+    `open_tensors` creates it.
     """
 
     def __init__(self, path: Path, kind: ContainerFormat, readers: list[TensorFileReader]) -> None:
         self.path = path
         self.container: ContainerFormat = kind
         self.files = tuple(reader.path for reader in readers)
-        """The files that hold the tensors, one or the shards."""
+        """The file, or the shards, with the tensors."""
         self.metadata: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        self._homes: dict[str, TensorFileReader] = {}
+        self._reader_of: dict[str, TensorFileReader] = {}
         for reader in readers:
             self.metadata |= reader.metadata
             if twice := sorted(reader.tensors.keys() & self.tensors.keys()):
@@ -60,28 +60,28 @@ class TensorFile:
                     "folder mixes two checkpoints, download it again"
                 )
             self.tensors |= reader.tensors
-            self._homes |= dict.fromkeys(reader.tensors, reader)
+            self._reader_of |= dict.fromkeys(reader.tensors, reader)
 
     def arrays(self, names: Iterable[str]) -> dict[str, NDArray[Any]]:
-        """Small tensors (alphas, notes) as arrays: one opening for all, and without torch if the
-        file allows."""
+        """Small tensors (alphas, quantization metadata) as numpy arrays by name. Each file is
+        opened once, and torch is imported only for containers and types that need it."""
         found: dict[str, NDArray[Any]] = {}
         by_reader: dict[TensorFileReader, list[str]] = {}
         for name in names:
-            by_reader.setdefault(self._homes[name], []).append(name)
+            by_reader.setdefault(self._reader_of[name], []).append(name)
         for reader, inside in by_reader.items():
             found |= reader.arrays(inside)
         return found
 
     def read(self, name: str, *, keep_mapped: bool = False) -> Tensor:
-        """The tensor as the file stores it, on the CPU, mapped from the file where that can be.
+        """The tensor as the file stores it, on the CPU, mapped from the file where possible.
 
-        A quantized GGUF tensor comes as its bytes: uint8 [rows, bytes of a row]. What is written to
-        a tensor never reaches the file. Tensors that `stay` (the weights of a model in use) share
-        one mapping of their file; others have one each, which goes with them. KeyError for a name
-        that is not there.
+        A quantized GGUF tensor is returned as its bytes, uint8 [rows, bytes of a row]. Writing to a
+        tensor never changes the file. With `keep_mapped` (for the weights of a model in use)
+        tensors share one mapping of their file; otherwise each has its own, which is released with
+        it. KeyError for an unknown name, CheckpointError if the file can't be read.
         """
-        reader = self._homes[name]
+        reader = self._reader_of[name]
         try:
             return reader.read(name, keep_mapped)
         except (OSError, SafetensorError, RuntimeError, ValueError) as error:
@@ -103,7 +103,9 @@ def open_tensors(path: Path) -> TensorFile:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such file; check the path") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: can't be read ({first_line(error)})") from error
+        raise CheckpointError(
+            f"{path}: can't be read ({first_line(error)}); check the path and its permissions"
+        ) from error
     return TensorFile(path, kind, [reader])
 
 
@@ -113,7 +115,7 @@ _SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 
 
 def _in_folder(folder: Path) -> TensorFile:
-    """The checkpoint that lies in `folder` itself: an index with shards, or a single file."""
+    """The checkpoint in `folder` itself: an index with shards, shards without one, or one file."""
     indices = sorted(folder.glob("*.safetensors.index*.json"))
     if len(indices) > 1:
         raise CheckpointError(
@@ -125,13 +127,15 @@ def _in_folder(folder: Path) -> TensorFile:
     if len(files) == 1:
         kind, reader = _open(files[0])
         return TensorFile(folder, kind, [reader])
+    # Without an index the names of shards tell whether all are there.
     matches = [_SHARD.search(p.name) for p in files]
     totals = {int(m[2]) for m in matches if m}
     if files and all(matches) and len(totals) == 1:
         numbers = {int(m[1]) for m in matches if m}
-        if absent := sorted(set(range(1, totals.pop() + 1)) - numbers):
+        if missing := sorted(set(range(1, totals.pop() + 1)) - numbers):
             raise CheckpointError(
-                f"{folder}: lacks shard {absent[0]} of {files[0].name}; the download is incomplete"
+                f"{folder}: has no shard {missing[0]} of {files[0].name}; the download is "
+                "incomplete, continue it"
             )
         return TensorFile(folder, "safetensors", [_open(p)[1] for p in files])
     if files:
@@ -144,32 +148,36 @@ def _in_folder(folder: Path) -> TensorFile:
 
 
 def _shards(path: Path, index: Path) -> TensorFile:
-    """The shards that `index` lists; it lies beside them."""
+    """The shards beside `index` that it lists."""
     try:
-        places: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        homes = {str(name): str(file) for name, file in places.items()}
+        weight_map: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        file_of = {str(name): str(file) for name, file in weight_map.items()}
     except FileNotFoundError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{index}: is not an index of shards (no weight_map: {first_line(error)})"
+            f"{index}: is not an index of shards (no weight_map: {first_line(error)}); give a file "
+            "of weights or its index"
         ) from error
     readers: list[TensorFileReader] = []
-    for name in sorted(set(homes.values())):
+    for name in sorted(set(file_of.values())):
+        # The index comes from the internet and must not make us open other files.
         if Path(name).name != name or "\\" in name:
-            raise CheckpointError(f"{index}: names the shard {name!r}, which is not in its folder")
+            raise CheckpointError(
+                f"{index}: lists the shard {name!r}, which is not in its folder; download it again"
+            )
         try:
             readers.append(_open(index.parent / name)[1])
         except FileNotFoundError:
             raise CheckpointError(
-                f"{index.parent / name}: is missing, and {index.name} lists it; the download is "
-                "incomplete"
+                f"{index.parent / name}: is missing, but {index.name} lists it; the download is "
+                "incomplete, continue it"
             ) from None
     file = TensorFile(path, "safetensors", readers)
-    if absent := sorted(homes.keys() - file.tensors.keys()):
+    if missing := sorted(file_of.keys() - file.tensors.keys()):
         raise CheckpointError(
-            f"{index}: lists {len(absent)} tensors that no shard holds, such as "
-            f"{', '.join(absent[:3])}; the shards are of another checkpoint"
+            f"{index}: lists {len(missing)} tensors that no shard holds, such as "
+            f"{', '.join(missing[:3])}; the shards are of another checkpoint, download them again"
         )
     return file
 
@@ -183,18 +191,19 @@ def _names(paths: list[Path]) -> str:
 
 
 def _open(path: Path) -> tuple[ContainerFormat, TensorFileReader]:
-    """One file, by its first bytes."""
+    """(container, reader) of one file, detected by its first bytes."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(64)
     if not size:
         raise CheckpointError(f"{path}: is empty (0 bytes); copy or download it again")
-    if start.startswith(_LFS):
+    if start.startswith(_LFS_POINTER):
         raise CheckpointError(
             f"{path}: is a Git LFS pointer of {size} bytes, not the weights; run git lfs pull"
         )
     if start.startswith(b"GGUF"):
         return "gguf", GgufFile(path)
+    # A zip archive, or a bare pickle (0x80 and the protocol), as PyTorch wrote before 1.6.
     if start.startswith(b"PK\x03\x04") or (start[0] == 0x80 and start[1:2] in b"\x02\x03\x04\x05"):
         return "pickle", PickleFile(path)
     return "safetensors", SafetensorsFile(path, size)

@@ -1,8 +1,8 @@
-"""Reads files of learned prompt vectors (textual inversion), with the keys that ComfyUI reads.
+"""Reads embedding files (textual inversion), with the keys that ComfyUI reads.
 
-One tensor [tokens, width] under the name of its text encoder: ``umt5xxl`` for vectors among UMT5's
-input embeddings, which ComfyUI's prompts name by the file (``embedding:NAME``), and ``umt5xxl_out``
-for vectors that are added to its outputs, which no other program supports.
+One tensor [tokens, width] with the name of its text encoder as key: ``umt5xxl`` for vectors among
+UMT5's input embeddings, which prompts in ComfyUI refer to by the file (``embedding:NAME``), and
+``umt5xxl_out`` for vectors among its outputs, which no other program supports.
 `onewan.checkpoint.saver` writes them.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INPUT, OUTPUT = "umt5xxl", "umt5xxl_out"
-_NAMES_OF_OTHER_TRAINERS = ("emb_params", "*", "t5", "t5_out")
+_KEYS_OF_OTHER_TRAINERS = ("emb_params", "*", "t5", "t5_out")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,20 +30,20 @@ class EmbeddingFile:
     vectors: Tensor
     """[tokens, width], finite, in the floating-point type of the file."""
     is_output_embedding: bool
-    """Whether they are added to the text encoder's outputs instead of its input embeddings."""
+    """Whether they are inserted among the text encoder's outputs, not its input embeddings."""
     placeholder: str | None
-    """The word in a prompt that they stand for; None if the header does not name one."""
+    """The word in a prompt that they replace; None if the header does not name one."""
     uuid: str | None
     """OneTrainer's identifier; None if the header has none."""
     metadata: Mapping[str, str]
 
 
 def looks_like_embedding(file: TensorFile) -> bool:
-    """Whether the file holds prompt vectors and nothing else."""
+    """Whether the file holds the vectors of an embedding and nothing else."""
     return 0 < len(file.tensors) <= 2 and file.tensors.keys() <= {
         INPUT,
         OUTPUT,
-        *_NAMES_OF_OTHER_TRAINERS,
+        *_KEYS_OF_OTHER_TRAINERS,
     }
 
 
@@ -52,19 +52,20 @@ def read_embedding(path: Path, width: int | None = None) -> EmbeddingFile:
     are not of `width`, the text encoder's, or not finite floating-point values."""
     file = open_tensors(path)
     known = [name for name in (INPUT, OUTPUT) if name in file.tensors]
-    names = known or [name for name in file.tensors if name in _NAMES_OF_OTHER_TRAINERS]
+    names = known or [name for name in file.tensors if name in _KEYS_OF_OTHER_TRAINERS]
     if len(names) != 1:
         found = ", ".join(sorted(file.tensors)[:3]) or "nothing"
         raise CheckpointError(
-            f"{path}: holds {found}, not the vectors of one embedding ({INPUT} or {OUTPUT})"
+            f"{path}: holds {found}, not the vectors of one embedding ({INPUT} or {OUTPUT}); give "
+            "an embedding for UMT5-XXL"
         )
     vectors = file.read(names[0], keep_mapped=True)
-    if vectors.ndim == 1:
+    if vectors.ndim == 1:  # some trainers write a single vector without the axis of tokens
         vectors = vectors[None]
     if vectors.ndim != 2 or not len(vectors) or (width and vectors.shape[1] != width):
         raise CheckpointError(
             f"{path}: {names[0]} is {list(vectors.shape)}, expected [tokens, {width or 'width'}]; "
-            "it is for another text encoder"
+            "it is for another text encoder, give one for UMT5-XXL"
         )
     if not vectors.is_floating_point() or not vectors.float().isfinite().all():
         raise CheckpointError(

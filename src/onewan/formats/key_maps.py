@@ -1,8 +1,8 @@
 """Maps between official and diffusers or transformers state-dict keys.
 
-Each map is a pure renaming, one to one: no tensor is reshaped, split or joined, and output parity
-is tested on official weights. ComfyUI, musubi-tuner, GGUF and most LoRA files use official names;
-ComfyUI's files of the text encoder alone have those of transformers.
+Each map is a one-to-one renaming: no tensor is reshaped, split or joined. Tests compare the outputs
+on official weights. ComfyUI, musubi-tuner, GGUF and most LoRA files use official keys; only
+ComfyUI's files of the text encoder have those of transformers.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 # -------------------------------------------------------------------------------------- transformer
 
-# (diffusers, official) parts of a name. Each pair is whole path components, so that replacing one
-# cannot cut into another; norm2 and norm3 change places, which is why names are mapped in one pass.
+# diffusers' and official parts of a key. All consist of whole path components, so that no
+# replacement cuts into another one. norm2 and norm3 are swapped, so keys are mapped in one pass.
 _OUTSIDE_BLOCKS = {
     "patch_embedding": "patch_embedding",
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
@@ -40,12 +40,13 @@ _IN_BLOCK = {
     "ffn.net.2": "ffn.2",
     "scale_shift_table": "modulation",
 }
-_OUTSIDE_BLOCKS_BACK = {official: ours for ours, official in _OUTSIDE_BLOCKS.items()}
-_IN_BLOCK_BACK = {official: ours for ours, official in _IN_BLOCK.items()}
+_OUTSIDE_BLOCKS_INVERSE = {official: ours for ours, official in _OUTSIDE_BLOCKS.items()}
+_IN_BLOCK_INVERSE = {official: ours for ours, official in _IN_BLOCK.items()}
 
 
 def _renamed(name: str, outside: dict[str, str], in_block: dict[str, str]) -> str:
-    """`name`, a module or a tensor in it, under the other world's names; KeyError if unknown."""
+    """`name`, of a module or of a tensor in it, with its parts replaced by the tables; KeyError if
+    they do not contain it."""
     prefix, table, rest = "", outside, name
     if name.startswith("blocks."):
         _, number, rest = name.split(".", 2)
@@ -68,11 +69,12 @@ def to_official(name: str) -> str:
 
 def to_diffusers(name: str) -> str:
     """The inverse of `to_official`."""
-    return _renamed(name, _OUTSIDE_BLOCKS_BACK, _IN_BLOCK_BACK)
+    return _renamed(name, _OUTSIDE_BLOCKS_INVERSE, _IN_BLOCK_INVERSE)
 
 
 def transformer_names(num_layers: int) -> set[str]:
-    """diffusers' names of all tensors of a Wan 2.2 transformer with so many blocks."""
+    """diffusers' keys of all tensors of a Wan 2.2 transformer with `num_layers` blocks."""
+    # The tables of modulation are parameters themselves, not modules with a weight and a bias.
     modules = [m for m in _OUTSIDE_BLOCKS if m != "scale_shift_table"]
     inside = [m for m in _IN_BLOCK if m != "scale_shift_table"]
     modules += [f"blocks.{n}.{m}" for n in range(num_layers) for m in inside]
@@ -102,21 +104,22 @@ _VAE_ENDS = {
     "middle.2": "mid_block.resnets.1",
 }
 _VAE_OUTSIDE = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
-_RESIDUAL_BACK = {ours: official for official, ours in _RESIDUAL.items()}
-_VAE_ENDS_BACK = {ours: official for official, ours in _VAE_ENDS.items()}
-_VAE_OUTSIDE_BACK = {ours: official for official, ours in _VAE_OUTSIDE.items()}
+_RESIDUAL_INVERSE = {ours: official for official, ours in _RESIDUAL.items()}
+_VAE_ENDS_INVERSE = {ours: official for official, ours in _VAE_ENDS.items()}
+_VAE_OUTSIDE_INVERSE = {ours: official for official, ours in _VAE_OUTSIDE.items()}
 
-# Where the resampling layer stands behind the residual blocks of its stage: two of them on the way
-# down, three on the way up (``num_res_blocks`` is 2 in both VAEs).
-_LAST = {"down": 2, "up": 3}
+# Index of the resampling layer in its stage, after the residual blocks: two in the encoder, three
+# in the decoder (``num_res_blocks`` is 2 in both VAEs).
+_RESAMPLER_INDEX = {"down": 2, "up": 3}
 _RESAMPLER = r"(?:resample|time_conv)\."
 
 
 def vae_to_diffusers(name: str) -> str:
-    """diffusers' name of a tensor of an official VAE; KeyError for one that no Wan VAE has.
+    """diffusers' key of a tensor of an official VAE; KeyError for one that no Wan VAE has.
 
-    Source: ``wan/modules/{vae2_1,vae2_2}.py``. The 2.1 VAE numbers the layers of all stages in one
-    row (``decoder.upsamples.7``), the 2.2 VAE by stage (``decoder.upsamples.1.upsamples.3``).
+    Source: ``wan/modules/{vae2_1,vae2_2}.py``. The 2.1 VAE numbers the layers of all stages
+    consecutively (``decoder.upsamples.7``), the 2.2 VAE by stage
+    (``decoder.upsamples.1.upsamples.3``).
     """
     half, _, rest = name.partition(".")
     if half in _VAE_OUTSIDE:
@@ -124,59 +127,59 @@ def vae_to_diffusers(name: str) -> str:
     if half not in ("encoder", "decoder"):
         raise KeyError(name)
     if match := re.fullmatch(r"(down|up)samples\.(\d+)\.\1samples\.(\d+)\.(.+)", rest):
-        way, stage, place, inner = match.groups()
+        way, stage, index, inner = match.groups()
         if re.match(_RESAMPLER, inner):
             return f"{half}.{way}_blocks.{stage}.{way}sampler.{inner}"
-        inner = _swap_start(inner, _RESIDUAL)
-        return f"{half}.{way}_blocks.{stage}.resnets.{place}.{inner}"
+        inner = _replace_start(inner, _RESIDUAL)
+        return f"{half}.{way}_blocks.{stage}.resnets.{index}.{inner}"
     if match := re.fullmatch(r"downsamples\.(\d+)\.(.+)", rest):
         inner = match[2]
         if not re.match(_RESAMPLER, inner):
-            inner = _swap_start(inner, _RESIDUAL)
+            inner = _replace_start(inner, _RESIDUAL)
         return f"{half}.down_blocks.{match[1]}.{inner}"
     if match := re.fullmatch(r"upsamples\.(\d+)\.(.+)", rest):
-        stage, place = divmod(int(match[1]), _LAST["up"] + 1)
-        if place == _LAST["up"]:
+        stage, index = divmod(int(match[1]), _RESAMPLER_INDEX["up"] + 1)
+        if index == _RESAMPLER_INDEX["up"]:
             return f"{half}.up_blocks.{stage}.upsamplers.0.{match[2]}"
-        return f"{half}.up_blocks.{stage}.resnets.{place}.{_swap_start(match[2], _RESIDUAL)}"
-    ours = _swap_start(rest, _VAE_ENDS)
+        return f"{half}.up_blocks.{stage}.resnets.{index}.{_replace_start(match[2], _RESIDUAL)}"
+    ours = _replace_start(rest, _VAE_ENDS)
     if match := re.fullmatch(r"(mid_block\.resnets\.\d)\.(.+)", ours):
-        ours = f"{match[1]}.{_swap_start(match[2], _RESIDUAL)}"
+        ours = f"{match[1]}.{_replace_start(match[2], _RESIDUAL)}"
     return f"{half}.{ours}"
 
 
 def vae_to_official(name: str, *, by_stage: bool) -> str:
     """The inverse of `vae_to_diffusers`. `by_stage` is true for the 2.2 VAE (``is_residual``)."""
     half, _, rest = name.partition(".")
-    if half in _VAE_OUTSIDE_BACK:
-        return f"{_VAE_OUTSIDE_BACK[half]}.{rest}"
+    if half in _VAE_OUTSIDE_INVERSE:
+        return f"{_VAE_OUTSIDE_INVERSE[half]}.{rest}"
     if half not in ("encoder", "decoder"):
         raise KeyError(name)
     if match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.resnets\.(\d+)\.(.+)", rest):
-        way, stage, place = match[1], int(match[2]), int(match[3])
-        inner = _swap_start(match[4], _RESIDUAL_BACK)
+        way, stage, index = match[1], int(match[2]), int(match[3])
+        inner = _replace_start(match[4], _RESIDUAL_INVERSE)
         if by_stage:
-            return f"{half}.{way}samples.{stage}.{way}samples.{place}.{inner}"
-        return f"{half}.{way}samples.{stage * (_LAST[way] + 1) + place}.{inner}"
+            return f"{half}.{way}samples.{stage}.{way}samples.{index}.{inner}"
+        return f"{half}.{way}samples.{stage * (_RESAMPLER_INDEX[way] + 1) + index}.{inner}"
     if match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.\1sampler\.(.+)", rest):
         way, stage, inner = match.groups()
-        return f"{half}.{way}samples.{stage}.{way}samples.{_LAST[way]}.{inner}"
+        return f"{half}.{way}samples.{stage}.{way}samples.{_RESAMPLER_INDEX[way]}.{inner}"
     if match := re.fullmatch(r"up_blocks\.(\d+)\.upsamplers\.0\.(.+)", rest):
-        place = int(match[1]) * (_LAST["up"] + 1) + _LAST["up"]
-        return f"{half}.upsamples.{place}.{match[2]}"
+        index = int(match[1]) * (_RESAMPLER_INDEX["up"] + 1) + _RESAMPLER_INDEX["up"]
+        return f"{half}.upsamples.{index}.{match[2]}"
     if match := re.fullmatch(r"down_blocks\.(\d+)\.(.+)", rest):
         inner = match[2]
         if not re.match(_RESAMPLER, inner):
-            inner = _swap_start(inner, _RESIDUAL_BACK)
+            inner = _replace_start(inner, _RESIDUAL_INVERSE)
         return f"{half}.downsamples.{match[1]}.{inner}"
-    official = _swap_start(rest, _VAE_ENDS_BACK)
+    official = _replace_start(rest, _VAE_ENDS_INVERSE)
     if match := re.fullmatch(r"(middle\.[02])\.(.+)", official):
-        official = f"{match[1]}.{_swap_start(match[2], _RESIDUAL_BACK)}"
+        official = f"{match[1]}.{_replace_start(match[2], _RESIDUAL_INVERSE)}"
     return f"{half}.{official}"
 
 
-def _swap_start(name: str, table: Mapping[str, str]) -> str:
-    """`name` with the leading components that `table` knows replaced; KeyError if it knows none."""
+def _replace_start(name: str, table: Mapping[str, str]) -> str:
+    """`name` with its leading components replaced by `table`; KeyError if none of them match."""
     for old, new in table.items():
         if name.startswith(old + "."):
             return new + name[len(old) :]
@@ -198,26 +201,27 @@ _T5_BLOCK = {
     "ffn.fc1": "layer.1.DenseReluDense.wi_1",
     "ffn.fc2": "layer.1.DenseReluDense.wo",
 }
-_T5_OUTSIDE_BACK = {ours: official for official, ours in _T5_OUTSIDE.items()}
-# The longer name first: relative_attention_bias lies inside SelfAttention.
-_T5_BLOCK_BACK = {
+_T5_OUTSIDE_INVERSE = {ours: official for official, ours in _T5_OUTSIDE.items()}
+# The longer name first, since relative_attention_bias is inside SelfAttention.
+_T5_BLOCK_INVERSE = {
     ours: official for official, ours in sorted(_T5_BLOCK.items(), key=lambda pair: -len(pair[1]))
 }
 
 
 def t5_to_transformers(name: str) -> str:
-    """transformers' name of a tensor of the official UMT5 encoder (``wan/modules/t5.py``)."""
+    """transformers' key of a tensor of the official UMT5 encoder (``wan/modules/t5.py``); KeyError
+    for one that it does not have."""
     if name in _T5_OUTSIDE:
         return _T5_OUTSIDE[name]
     if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
-        return f"encoder.block.{match[1]}.{_swap_start(match[2], _T5_BLOCK)}"
+        return f"encoder.block.{match[1]}.{_replace_start(match[2], _T5_BLOCK)}"
     raise KeyError(name)
 
 
 def t5_to_official(name: str) -> str:
     """The inverse of `t5_to_transformers`."""
-    if name in _T5_OUTSIDE_BACK:
-        return _T5_OUTSIDE_BACK[name]
+    if name in _T5_OUTSIDE_INVERSE:
+        return _T5_OUTSIDE_INVERSE[name]
     if match := re.fullmatch(r"encoder\.block\.(\d+)\.(.+)", name):
-        return f"blocks.{match[1]}.{_swap_start(match[2], _T5_BLOCK_BACK)}"
+        return f"blocks.{match[1]}.{_replace_start(match[2], _T5_BLOCK_INVERSE)}"
     raise KeyError(name)

@@ -1,6 +1,6 @@
-"""Keys in adapter files: kind (LoRA, DoRA, LoHa, LoKr, OFT), key format, trainer, modules, ranks.
+"""Detects an adapter from its keys: kind (LoRA, DoRA, ...), key format, trainer, modules, ranks.
 
-Works on the header alone, names and shapes: no tensor is read and torch is not imported, so that
+Works on keys and shapes from the header: no tensor is read and torch is not imported, so that
 inspecting a file is fast. One table of prefixes, one of endings, and the official and diffusers'
 names of modules cover every file that trainers write for Wan:
 
@@ -35,9 +35,9 @@ from onewan.variants import VARIANTS, ExpertName
 
 AdapterKind = Literal["lora", "dora", "loha", "lokr", "oft", "difference"]
 LoraFormat = Literal["comfyui", "diffusers", "kohya"]
-"""The formats that a user can ask for."""
+"""The formats that a user can choose."""
 KeyFormat = LoraFormat | Literal["official"]
-"""And ComfyUI's keys without their prefix, ``blocks.0.self_attn.q.lora_A.weight``."""
+"""``official`` has ComfyUI's keys without their prefix, ``blocks.0.self_attn.q.lora_A.weight``."""
 
 LINEARS = (
     *(f"{attn}.{name}" for attn in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v")),
@@ -61,9 +61,11 @@ _OUTSIDE_BLOCKS = (
 
 
 def _flat(name: str) -> str:
+    """`name` as kohya and LyCORIS write it."""
     return name.replace(".", "_")
 
 
+# Tables, since names can't be split at underscores: ``cross_attn_norm_q`` has some of its own.
 _FLAT_IN_BLOCK = {
     _flat(variant): name
     for name in (*LINEARS, *_NORMS)
@@ -143,18 +145,18 @@ _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterLayout:
-    """What follows from the names and shapes in a header about the adapter."""
+    """An adapter as described by the keys and shapes in a header."""
 
     prefix: str
     """The prefix of the keys."""
     names: Literal["official", "diffusers"]
     """Whether the keys contain official or diffusers' names of modules."""
     trainer: str | None
-    """The program that wrote the file, where it can be inferred."""
+    """The program that wrote the file; None if it can't be inferred."""
     experts: tuple[ExpertName, ...]
     """The experts that the keys name: none, one, or both in one file."""
     modules: dict[str, dict[str, str]]
-    """Keys by module (``blocks.0.attn1.to_q``) and part (``lora_A``)."""
+    """Keys by module (``blocks.0.attn1.to_q``) and `ModuleAdapter`'s name (``lora_A``)."""
     kinds: dict[str, AdapterKind]
     """By module; damaged modules are left out."""
     ranks: dict[str, int]
@@ -197,7 +199,7 @@ def layout_of(
     if not endings:
         return None
     under = {p: _modules_under(p, endings) for p in _PREFIXES}
-    # Prefixes overlap; `max` takes the first of several that explain equally many keys.
+    # Prefixes overlap. `max` takes the first of those that match the most keys.
     best = max(_PREFIXES, key=lambda p: len(under[p]))
     pair = [p for p in _PREFIXES if p.expert and under[p]] if best.expert else []
     experts: tuple[ExpertName, ...] = tuple(
@@ -205,7 +207,8 @@ def layout_of(
     )
     if len(experts) == 2:
         best = next((p for p in pair if p.expert == expert), best)
-    elif experts == ("high",):  # `transformer.` alone is also the only transformer of the 5B
+    elif experts == ("high",):
+        # ``transformer.`` alone is ambiguous: either expert, or the only transformer of the 5B.
         experts = ()
     elsewhere = {key for p in pair if p.expert != best.expert for key in under[p]}
     modules: dict[str, dict[str, str]] = {}
@@ -250,7 +253,7 @@ def kind_of(parts: Mapping[str, object]) -> AdapterKind:
 
 
 def module_key(module: str, format: KeyFormat) -> str:
-    """The key of diffusers' `module` in `format`: what stands before ``.lora_A.weight``."""
+    """The key of diffusers' `module` in `format`: the part before ``.lora_A.weight``."""
     if format == "diffusers":
         return f"transformer.{module}"
     official = to_official(module)
@@ -301,7 +304,8 @@ class WanShape:
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """(prefix and module, tensor) of a key; None if its ending is none of an adapter's."""
+    """(prefix and module, `ModuleAdapter`'s name of the tensor) of a key; None if its ending is not
+    one of an adapter."""
     steps = [step for step in key.split(".") if step != "default"]
     # The longest ending first: ``lora.down.weight`` before ``weight`` alone.
     for length in (3, 2, 1):
@@ -348,7 +352,7 @@ def _from_dotted(name: str) -> str | None:
 
 
 def _from_flat(name: str) -> str | None:
-    """The same for a name with underscores for dots."""
+    """The same for a name with underscores instead of dots."""
     block = re.fullmatch(r"blocks_(\d+)_(.+)", name)
     if block is None:
         return _FLAT_OUTSIDE.get(name)
@@ -365,7 +369,7 @@ def _trainer(
     tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], prefix: _Prefix
 ) -> str | None:
     """The program that wrote the file, detected by metadata and keys that only it writes."""
-    # First, since onewan keeps the entries of other trainers when it converts a file.
+    # Checked first, since onewan keeps the entries of other trainers when it converts a file.
     if "onewan.version" in metadata:
         return "onewan"
     if any(name.startswith("ot_") for name in metadata):
@@ -398,7 +402,7 @@ def _shape_error(parts: Mapping[str, TensorInfo]) -> str | None:
         if info.dtype not in _FLOATS:
             return f"holds {part} as {info.dtype}, which are not weights"
     if "alpha" in parts and parts["alpha"].elements != 1:
-        return f"has an alpha of shape {list(parts['alpha'].shape)}, not one number"
+        return f"has an alpha of shape {list(parts['alpha'].shape)}, not one value"
     shapes = {part: info.shape for part, info in parts.items()}
     kind = kind_of(parts)
     if kind in ("lora", "dora") or "lora_B" in parts or "lora_B.bias" in parts:
@@ -466,6 +470,7 @@ def _magnitude_error(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         axes = len(magnitude)
         return None if axes in (1, 2) else f"has a magnitude of {axes} axes, not 1 or 2"
     out, into = shapes["lora_B"][0], shapes["lora_A"][1]
+    # PEFT writes [out], LyCORIS [out, 1] or, for DoRA by inputs, [1, in].
     if magnitude in ((out,), (out, 1), (1, into)):
         return None
     return f"has a magnitude {list(magnitude)}, which fits neither {out} outputs nor {into} inputs"

@@ -1,7 +1,7 @@
 """Reads adapters from files of any trainer, and converts them to the key format of each program.
 
 =========  ===========================================  ===========================================
-format     keys of a LoRA                               what else it can hold
+format     keys of a LoRA                               other kinds
 =========  ===========================================  ===========================================
 comfyui    ``diffusion_model.<official>.lora_A.weight``  LoHa, LoKr, OFT by outputs, differences
 kohya      ``lora_unet_<official_>.lora_down.weight``    the same
@@ -68,7 +68,7 @@ BaseWeights = Callable[[str], Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterFile:
-    """An adapter from a file, by the same names for every key format."""
+    """An adapter from a file, with diffusers' names of modules for every key format."""
 
     path: Path
     layout: AdapterLayout
@@ -88,10 +88,11 @@ def read_adapter(path: Path, expert: ExpertName | None = None) -> AdapterFile:
     weights.
     """
     file = open_tensors(Path(path))
-    layout = _checked(file.path, file.tensors, layout_of(file.tensors, file.metadata, expert))
+    layout = layout_of(file.tensors, file.metadata, expert)
+    layout = _require_complete(file.path, file.tensors, layout)
     if len(layout.experts) > 1 and expert is None:
         raise CheckpointError(
-            f"{path}: holds the LoRAs of both experts; take one at a time (--expert high, then "
+            f"{path}: holds the LoRAs of both experts; read one at a time (--expert high, then "
             "--expert low)"
         )
     try:
@@ -99,7 +100,7 @@ def read_adapter(path: Path, expert: ExpertName | None = None) -> AdapterFile:
     except _SettingsError as error:
         raise _damaged_settings(file, error) from error
     if layout.prefix == "lora_unet_":
-        # `or modules`: a file of zeros only is a new adapter, not padding.
+        # `or modules`: a file with nothing but zeros is an untrained adapter, not padding.
         modules = {m: a for m, a in modules.items() if not _is_zero_padding(a)} or modules
     named = layout.experts[0] if len(layout.experts) == 1 else None
     return AdapterFile(
@@ -124,11 +125,13 @@ def parse_adapter(
         key: TensorInfo(tuple(tensor.shape), safetensors_name(tensor.dtype))
         for key, tensor in tensors.items()
     }
-    layout = _checked(source, infos, layout_of(infos, {}))
+    layout = _require_complete(source, infos, layout_of(infos, {}))
     try:
         return _modules(layout, tensors.__getitem__, peft_settings or {})
     except _SettingsError as error:
-        raise CheckpointError(f"{source}: PEFT's settings do not fit it ({error})") from error
+        raise CheckpointError(
+            f"{source}: PEFT's settings do not fit its tensors ({error}); pass the adapter's own"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +142,7 @@ class FormattedAdapter:
     metadata: dict[str, str]
     """Required by the format: PEFT's settings for diffusers."""
     notices: list[str]
-    """For the user."""
+    """Notices for the user, one line each."""
 
 
 def to_format(
@@ -190,20 +193,22 @@ def to_format(
 def stored(name: str, weight: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A contiguous copy of `weight` on the CPU as `dtype`, for a file; CheckpointError if a value
     overflows `dtype`."""
-    kept = weight.detach().to("cpu", dtype or weight.dtype, copy=True).contiguous()
-    if not torch.isfinite(kept.float()).all() and torch.isfinite(weight.float()).all():
+    # A copy, since training goes on while the file is written; contiguous and without shared
+    # storage, since safetensors stores each tensor by itself.
+    copied = weight.detach().to("cpu", dtype or weight.dtype, copy=True).contiguous()
+    if not torch.isfinite(copied.float()).all() and torch.isfinite(weight.float()).all():
         largest = weight.abs().max().item()
         raise CheckpointError(
-            f"{name}: holds {largest:.3g}, too large for {kept.dtype}; write it as bfloat16"
+            f"{name}: holds {largest:.3g}, too large for {copied.dtype}; write it as bfloat16"
         )
-    return kept
+    return copied
 
 
 # ----------------------------------------------------------------------------------------- reading
 
 
 class _SettingsError(ValueError):
-    """PEFT's settings make no sense."""
+    """PEFT's settings are invalid, or do not fit the tensors."""
 
 
 def _modules(
@@ -229,7 +234,7 @@ def _modules(
     return modules
 
 
-def _checked(
+def _require_complete(
     source: Path | str, tensors: Mapping[str, TensorInfo], layout: AdapterLayout | None
 ) -> AdapterLayout:
     """`layout` if it is that of a complete adapter for Wan 2.2; otherwise CheckpointError."""
@@ -239,19 +244,19 @@ def _checked(
         "lora_A.weight or transformer.blocks.N.attn1.to_q.lora_A.weight"
     )
     if layout is None:
-        some = ", ".join(sorted(tensors)[:3])
-        holds = f"{total} tensors, none of a LoRA, such as {some}" if total else "no tensors"
-        raise CheckpointError(f"{source}: has {holds}; {remedy}")
+        examples = ", ".join(sorted(tensors)[:3])
+        content = f"{total} tensors, none of a LoRA, such as {examples}" if total else "no tensors"
+        raise CheckpointError(f"{source}: has {content}; {remedy}")
     if layout.unknown:
-        whose = f", but of {layout.other_architecture}" if layout.other_architecture else ""
+        owner = f", but of {layout.other_architecture}" if layout.other_architecture else ""
         raise CheckpointError(
-            f"{source}: {len(layout.unknown)} of {total} keys are not of a Wan 2.2 LoRA{whose}, "
+            f"{source}: {len(layout.unknown)} of {total} keys are not of a Wan 2.2 LoRA{owner}, "
             f"such as {', '.join(layout.unknown[:3])}; {remedy}"
         )
     if layout.module_errors:
         raise CheckpointError(
             f"{source}: {len(layout.module_errors)} of {len(layout.modules)} modules are damaged: "
-            f"{'; '.join(layout.module_errors[:3])}; get the file again"
+            f"{'; '.join(layout.module_errors[:3])}; download the file again"
         )
     return layout
 
@@ -260,8 +265,8 @@ def _settings(file: TensorFile) -> dict[str, Any]:
     """PEFT's settings, from the header or from the file that PEFT writes beside the weights; empty
     if there are none."""
     text = file.metadata.get(PEFT_SETTINGS)
-    # PEFT names its two files like this. Another trainer's file may lie in the same folder by
-    # chance, so the settings are used for PEFT's own name of the weights only.
+    # PEFT's names of its two files. Another trainer's file may be in the same folder by chance, so
+    # the settings are used only for weights with PEFT's own name.
     beside = file.files[0].with_name("adapter_config.json")
     try:
         if text is None:
@@ -281,11 +286,11 @@ def _damaged_settings(file: TensorFile, error: Exception) -> CheckpointError:
     where = f"{PEFT_SETTINGS} in its header"
     if PEFT_SETTINGS not in file.metadata:
         where = "adapter_config.json beside it"
-    return CheckpointError(f"{file.path}: {where} is damaged ({error!r}); get the file again")
+    return CheckpointError(f"{file.path}: {where} is damaged ({error!r}); download the file again")
 
 
 def _is_zero_padding(adapter: ModuleAdapter) -> bool:
-    """Whether it only fills up a complete kohya file: zeros of rank 1."""
+    """Whether it is padding of a complete kohya file: zeros of rank 1."""
     return (
         adapter.kind == "lora"
         and adapter.rank == 1
@@ -296,7 +301,7 @@ def _is_zero_padding(adapter: ModuleAdapter) -> bool:
 # ----------------------------------------------------------------------------------------- writing
 
 
-def _by_input(adapter: ModuleAdapter) -> bool:
+def _has_magnitude_by_input(adapter: ModuleAdapter) -> bool:
     """Whether its magnitude has one value per input, [1, in]."""
     magnitude = adapter.tensors.get("magnitude")
     return magnitude is not None and magnitude.ndim == 2 and magnitude.shape[0] == 1
@@ -304,7 +309,7 @@ def _by_input(adapter: ModuleAdapter) -> bool:
 
 def _is_not_expressible(adapter: ModuleAdapter) -> bool:
     """Whether ComfyUI has no keys for it."""
-    by_output = "magnitude" in adapter.tensors and not _by_input(adapter)
+    by_output = "magnitude" in adapter.tensors and not _has_magnitude_by_input(adapter)
     return by_output or "rotation" in adapter.tensors
 
 
@@ -319,7 +324,7 @@ def _check_expressible(modules: Mapping[str, ModuleAdapter], format: KeyFormat) 
             )
         if format != "diffusers":
             continue
-        if adapter.kind not in ("lora", "dora") or _by_input(adapter):
+        if adapter.kind not in ("lora", "dora") or _has_magnitude_by_input(adapter):
             how = " by inputs" if adapter.kind == "dora" else ""
             raise CheckpointError(
                 f"{module}: is {title}{how}, which diffusers reads in no key format; write it as "
@@ -341,8 +346,8 @@ def _check_expressible(modules: Mapping[str, ModuleAdapter], format: KeyFormat) 
 def _key(part: str, format: KeyFormat) -> str:
     """The ending of a tensor's key."""
     endings = {"magnitude": "lora_magnitude_vector" if format == "diffusers" else "dora_scale"}
-    for ours, kohya in (("lora_A", "lora_down"), ("lora_B", "lora_up")):
-        endings[ours] = f"{kohya if format == 'kohya' else ours}.weight"
+    for name, kohya in (("lora_A", "lora_down"), ("lora_B", "lora_up")):
+        endings[name] = f"{kohya if format == 'kohya' else name}.weight"
     return endings.get(part, part)
 
 
@@ -361,19 +366,19 @@ def _difference(
     """The difference that the adapter makes to its weight, computed when it is written."""
     if base is None:
         raise CheckpointError(
-            f"{module}: is {KIND_TITLES[adapter.kind]}, which ComfyUI reads as a plain difference "
-            "only, and that depends on the weights that it was trained on; give --base"
+            f"{module}: is {KIND_TITLES[adapter.kind]}, which ComfyUI reads only as a plain "
+            "difference, and that depends on the base model's weights; give --base"
         )
     name = f"{module}.weight"
-    kept = dtype or next(iter(adapter.tensors.values())).dtype
+    stored_dtype = dtype or next(iter(adapter.tensors.values())).dtype
 
     # Lazy, since the differences of a whole model are as large as the model.
     def make() -> Tensor:
         added = adapter.difference(base(name))
         assert added is not None
-        return stored(name, added, kept)
+        return stored(name, added, stored_dtype)
 
-    return LazyTensor(tuple(base(name).shape), kept, make)
+    return LazyTensor(tuple(base(name).shape), stored_dtype, make)
 
 
 def _notices(
@@ -414,7 +419,8 @@ def _shape(modules: Mapping[str, ModuleAdapter], base: BaseWeights | None) -> Wa
     sizes = {m: _size(a) for m, a in modules.items() if m.startswith("blocks.")}
     if not sizes:
         return None
-    # At least: the last blocks may have no adapter. Official shapes below know better.
+    # A lower bound, since the last blocks may have no adapter. For official widths the number of
+    # blocks is known.
     blocks = 1 + max(int(module.split(".")[1]) for module in sizes)
     width, ffn = 0, 0
     for module, (out, into) in sizes.items():
@@ -450,13 +456,13 @@ def _zero_padding(
     files looks up every layer of every block."""
     if shape is None:
         return {}
-    kept = dtype or next(iter(modules.values())).tensors["lora_A"].dtype
+    stored_dtype = dtype or next(iter(modules.values())).tensors["lora_A"].dtype
     tensors: dict[str, Tensor] = {}
     for module, (out, into) in shape.linears().items():
         if module not in modules:
             start = module_key(module, "kohya")
-            tensors[f"{start}.lora_down.weight"] = torch.zeros(1, into, dtype=kept)
-            tensors[f"{start}.lora_up.weight"] = torch.zeros(out, 1, dtype=kept)
+            tensors[f"{start}.lora_down.weight"] = torch.zeros(1, into, dtype=stored_dtype)
+            tensors[f"{start}.lora_up.weight"] = torch.zeros(out, 1, dtype=stored_dtype)
             tensors[f"{start}.alpha"] = torch.tensor(1.0)
     return tensors
 

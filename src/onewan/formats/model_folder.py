@@ -1,7 +1,7 @@
-"""What model lies here: the components in a folder, what each is, and whether they fit together.
+"""Finds the components of a model, describes each, and checks that they fit together.
 
-The loader, the converter, the merger and the inspector all ask this module, so that they judge a
-model alike and in the same words. A model's folder has one of three layouts:
+The loader, the converter, the merger and the inspector all use this module, so that they accept the
+same models with the same messages. A model's folder has one of three layouts:
 
 ==============  ======================  ========================================================
 component       diffusers layout        official layout
@@ -13,8 +13,8 @@ text_encoder    ``text_encoder/``       ``models_t5_umt5-xxl-enc-bf16.pth``
 tokenizer       ``tokenizer/``          ``google/umt5-xxl/``
 ==============  ======================  ========================================================
 
-or it holds one file for each component, detected by what it holds. Only headers and configurations
-are read, without torch.
+or one file for each component, whose kind is detected from its content. Only headers and
+configurations are read, without torch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from onewan.formats.weights import (
 from onewan.variants import VARIANTS, ExpertName, Variant, variant_of
 
 ComponentName = Literal["transformer", "transformer_2", "vae", "text_encoder", "tokenizer"]
-"""A component that lies on disk, by the name that diffusers gives it."""
+"""diffusers' names of the components that have files."""
 
 COMPONENT_NAMES: tuple[ComponentName, ...] = get_args(ComponentName)
 
@@ -46,7 +46,7 @@ KIND_OF: Mapping[ComponentName, ComponentKind] = {
     "vae": "vae",
     "text_encoder": "text_encoder",
 }
-"""The components that have weights, and the kind of weights that belongs under each name."""
+"""The components that have weights, and the kind of weights that each needs."""
 
 OFFICIAL_PATHS: Mapping[ComponentName, tuple[str, ...]] = {
     "transformer": ("high_noise_model",),
@@ -58,17 +58,17 @@ OFFICIAL_PATHS: Mapping[ComponentName, tuple[str, ...]] = {
 """Patterns of the official layout, the preferred one first."""
 
 ROOT_SHARDS = "diffusion_pytorch_model*.safetensors*"
-"""The shards of TI2V-5B, which lie in the model's folder itself."""
+"""The shards of TI2V-5B, which are in the model's folder itself."""
 
 ExpertSource = Literal["header", "name", "folder"]
-"""How it is known for which expert a file is."""
+"""What the expert of a file was inferred from."""
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentDescription:
-    """What is known of a component before any of its weights is read."""
+    """The facts about a component that are known without reading its weights."""
 
     path: Path
     kind: ComponentKind
@@ -77,14 +77,14 @@ class ComponentDescription:
     variant: Variant | None
     """None where several variants share the component."""
     expert: ExpertName | None = None
-    """None if it is not for an expert, or may be for either."""
+    """None if it is not a transformer, or may be either expert."""
     expert_source: ExpertSource | None = None
     file: ComponentFile | None
     """None where only the configuration of a hub repository was downloaded."""
 
 
 def label(component: ComponentName) -> str:
-    """The component's name, and what it is where the name does not say."""
+    """The component's name for messages, with the noise level of an expert."""
     noise = {"transformer": " (high noise)", "transformer_2": " (low noise)"}
     return f"{component}{noise.get(component, '')}"
 
@@ -93,10 +93,8 @@ def label(component: ComponentName) -> str:
 
 
 def find_components(folder: Path) -> dict[ComponentName, Path]:
-    """The components of the whole model in `folder`; none if it is not a model's folder.
-
-    CheckpointError if there are two files for one component.
-    """
+    """The paths of the components of the whole model in `folder`; empty if it is not a model's
+    folder. CheckpointError if there are two files for one component."""
     found: dict[ComponentName, Path] = {}
     if not folder.is_dir():
         return found
@@ -105,7 +103,7 @@ def find_components(folder: Path) -> dict[ComponentName, Path]:
             found[component] = folder / component
         elif matches := [path for pattern in patterns for path in sorted(folder.glob(pattern))]:
             found[component] = matches[0]
-    # A folder with nothing but shards can be any component; beside others they are TI2V-5B's.
+    # Shards alone can be of any component. Beside other components they are TI2V-5B's transformer.
     if found and "transformer" not in found and any(folder.glob(ROOT_SHARDS)):
         found["transformer"] = folder
     if found.keys() - {"tokenizer"}:
@@ -114,7 +112,7 @@ def find_components(folder: Path) -> dict[ComponentName, Path]:
 
 
 def _find_single_files(folder: Path) -> dict[ComponentName, Path]:
-    """The components of a folder with one file for each; none if the folder is of another kind."""
+    """The components of a folder with one file for each; empty if it is another kind of folder."""
     files = sorted(p for s in ("safetensors", "gguf", "pth") for p in folder.glob(f"*.{s}"))
     shards = any(folder.glob("*.safetensors.index*.json")) or all("-of-" in p.name for p in files)
     if shards or len(files) < 2:
@@ -135,7 +133,7 @@ def _find_single_files(folder: Path) -> dict[ComponentName, Path]:
 
 
 def describe_component(path: Path) -> ComponentDescription:
-    """The one component at `path`. CheckpointError if that is no component of Wan 2.2."""
+    """The component at `path`. CheckpointError if it is not one of Wan 2.2."""
     file = open_component(path)
     expert, source = expert_of(file)
     return ComponentDescription(
@@ -150,7 +148,8 @@ def describe_component(path: Path) -> ComponentDescription:
 
 
 def expert_of(file: ComponentFile) -> tuple[ExpertName | None, ExpertSource | None]:
-    """The expert that a transformer is, and what says so: header, name, or diffusers' folder."""
+    """(the expert that a transformer is, what that was inferred from): its header, its name, or
+    diffusers' name of its folder."""
     if file.kind != "transformer" or file.variant is None:
         return None, None
     if len(file.variant.experts) == 1:
@@ -166,10 +165,10 @@ def expert_of(file: ComponentFile) -> tuple[ExpertName | None, ExpertSource | No
 def describe_components(
     paths: Mapping[ComponentName, Path], needed: Collection[str] | None = None
 ) -> dict[ComponentName, ComponentDescription]:
-    """The components with weights among `paths`; CheckpointError names all that can't be read.
+    """The components with weights among `paths`; CheckpointError lists all that can't be read.
 
-    Components that are not `needed` (None: all are) are described by their configuration if their
-    weights were not downloaded, and left out if that says nothing.
+    Components that are not `needed` (None: all are) are described from their configuration if their
+    weights were not downloaded, and left out if the variant does not follow from it.
     """
 
     def describe(component: ComponentName) -> ComponentDescription | None:
@@ -182,7 +181,7 @@ def describe_components(
         if KIND_OF[component] != "transformer" or not file.is_file():
             return None
         config = read_json(file)
-        config = {"in_channels": config.get("in_dim"), **config}  # the official key of the same
+        config = {"in_channels": config.get("in_dim"), **config}  # `in_dim` is the official key
         variant = variant_of(config, str(file))
         return ComponentDescription(
             path=path, kind="transformer", config=config, variant=variant, file=None
@@ -193,8 +192,8 @@ def describe_components(
 
 
 def component_name(described: ComponentDescription) -> ComponentName:
-    """The name under which a component belongs into a model; CheckpointError if it is an expert
-    and nothing says which."""
+    """The name of a component in a model; CheckpointError if it is an expert and neither header nor
+    name says which."""
     if described.kind != "transformer":
         return described.kind
     variant = described.variant
@@ -209,11 +208,11 @@ def component_name(described: ComponentDescription) -> ComponentName:
     return variant.expert(described.expert).component
 
 
-# --------------------------------------------------------------------------------- judging
+# -------------------------------------------------------------------------------- checking
 
 
 def infer_variant(components: Mapping[ComponentName, ComponentDescription]) -> Variant | None:
-    """The variant that the transformers, else the VAE, belong to; None if they do not say."""
+    """The variant of the transformers, or else of the VAE; None if it does not follow from them."""
     for name in ("transformer", "transformer_2", "vae"):
         if name in components and (variant := components[name].variant) is not None:
             return variant
@@ -235,8 +234,8 @@ def model_problems(
 ) -> list[str]:
     """Why `components` are not one model of the `requested` variant (None: of any one variant).
 
-    `name` is what messages call the model. With `check_file_names` files whose names say that they
-    are the other expert are a problem. Missing components are not (`missing_components`).
+    `name` is that of the model for messages. With `check_file_names`, a file that is named as the
+    other expert is a problem. Missing components are no problem here (`missing_components`).
     """
     if wrong := list(_wrong_kinds(components)):
         return wrong  # the checks below compare the configurations of the right kinds
@@ -267,8 +266,8 @@ def _wrong_kinds(components: Mapping[ComponentName, ComponentDescription]) -> It
 def _transformer_problems(
     components: Mapping[ComponentName, ComponentDescription], variant: Variant, requested: bool
 ) -> Iterator[str]:
-    """Transformers of another variant than `variant`, or for texts of another width than the text
-    encoder's."""
+    """Transformers of another variant than `variant`, or for another width than that of the text
+    encoder."""
     text = components.get("text_encoder")
     for name, component in components.items():
         if component.kind != "transformer":
@@ -308,7 +307,8 @@ def _vae_problems(
 
 
 def _file_name_problems(components: Mapping[ComponentName, ComponentDescription]) -> Iterator[str]:
-    """Experts whose names say that they are the other one; one file for both."""
+    """Experts that are named as the other one, and a file that is used for both. The files of both
+    have the same keys and shapes, so only names can show a mistake."""
     paths = Counter[Path]()
     experts: tuple[tuple[ComponentName, str], ...] = (
         ("transformer", "high"),
@@ -335,11 +335,11 @@ def _file_name_problems(components: Mapping[ComponentName, ComponentDescription]
             )
 
 
-# ----------------------------------------------------------------------------- all at once
+# ------------------------------------------------------------------------- collecting errors
 
 
 def raise_problems(problems: Iterable[str]) -> None:
-    """CheckpointError with all of `problems`, if there are any."""
+    """CheckpointError with all `problems`, without duplicates; does nothing if there are none."""
     if found := sorted(set(problems)):
         raise CheckpointError("; ".join(found))
 
@@ -347,7 +347,8 @@ def raise_problems(problems: Iterable[str]) -> None:
 def for_each(
     function: Callable[[ComponentName], _T], names: Iterable[ComponentName]
 ) -> dict[ComponentName, _T]:
-    """The results of `function` by name; one CheckpointError for all names for which it raises."""
+    """The results of `function` by name; one CheckpointError with the messages of all that fail, so
+    that the user can correct them at once."""
     results: dict[ComponentName, _T] = {}
     problems: list[str] = []
     for name in names:

@@ -21,6 +21,7 @@ def model_spec(
     resolution: tuple[int, int] | None = None,
 ) -> dict[str, str]:
     """The fields ``modelspec.*`` except the hash. `resolution` is (width, height) in pixels."""
+    # The constant fields are data files, which a test compares with the specification.
     resource = files("onewan") / "resources" / "sd_model_spec" / f"{name}.json"
     spec: dict[str, str] = json.loads(resource.read_text(encoding="utf-8"))
     spec["modelspec.date"] = date.isoformat(timespec="seconds")

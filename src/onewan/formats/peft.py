@@ -41,7 +41,7 @@ class PeftSettings:
     def of_module(module: str, kind: AdapterKind, settings: Mapping[str, Any]) -> PeftSettings:
         """From ``to_dict()`` of ``LoraConfig``, ``LoHaConfig``, ``LoKrConfig`` or ``OFTConfig``, or
         from the content of ``adapter_config.json``; empty if there are none. KeyError, TypeError or
-        ValueError for settings that make no sense, CheckpointError for constrained OFT."""
+        ValueError for invalid settings, CheckpointError for constrained OFT."""
         if kind == "oft":
             if settings.get("coft"):
                 raise CheckpointError(
@@ -63,7 +63,8 @@ class PeftSettings:
 
 
 def _for_module(patterns: Any, module: str, default: Any) -> Any:
-    """The value that PEFT takes for `module`: of the first expression that matches its end."""
+    """The value that PEFT uses for `module`: that of the first expression that matches its end."""
+    # PEFT's own expression (``get_pattern_key``): a pattern matches from any dot on.
     for expression, value in dict(patterns or {}).items():
         if re.match(rf"(.*\.)?({expression})$", module):
             return value
@@ -71,8 +72,8 @@ def _for_module(patterns: Any, module: str, default: Any) -> Any:
 
 
 def default_and_patterns(values: Mapping[str, _Value]) -> tuple[_Value, dict[str, _Value]]:
-    """`values` by module as PEFT states them: the most common one, and the others by a regular
-    expression that matches the module and no other one that ends alike."""
+    """`values` by module as PEFT's default and patterns: the most common value, and the others by a
+    regular expression that matches only that module, not those with the same ending."""
     default = Counter(values.values()).most_common(1)[0][0]
     patterns = {"^" + re.escape(m): value for m, value in values.items() if value != default}
     return default, patterns
@@ -104,7 +105,7 @@ def from_peft(tensors: Mapping[str, Tensor], settings: PeftSettings) -> ModuleAd
 
 
 def _with_scaled_part(adapter: ModuleAdapter, part: str, scale: float) -> ModuleAdapter:
-    """`adapter` with one tensor multiplied by `scale`; unchanged bits if that is 1."""
+    """`adapter` with one tensor multiplied by `scale`; bit-exact if that is 1."""
     if scale == 1.0:
         return adapter
     tensor = adapter.tensors[part]

@@ -1,9 +1,9 @@
-"""Writes safetensors files tensor by tensor, and reads them back before they get their name.
+"""Writes safetensors files tensor by tensor, and verifies them before they are renamed.
 
-The library's own ``save_file`` wants all tensors in memory at once. Here the header is made from
-shapes, and each tensor is made, written and let go, so that a 57 GB expert passes through the
-memory of its largest tensor. The file appears under its name only after it was written, flushed to
-the disk, read back and found bit-exact; if anything fails, the old file stays.
+The library's own ``save_file`` needs all tensors in memory at once. Here the header is made from
+shapes, and each tensor is computed, written and freed, so that a 57 GB expert takes the memory of
+its largest tensor. The file is renamed to its final name only after it was flushed to the disk,
+read back and found bit-exact; if anything fails, the old file stays.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from onewan.files import replacing, sync
 from onewan.formats.backends import first_line
 from onewan.formats.modelspec import HASH
 
-_PLACEHOLDER = "0x" + "0" * 64
+_HASH_PLACEHOLDER = "0x" + "0" * 64
 
 
 @dataclass(frozen=True, slots=True)
-class _Written:
+class _ExpectedContent:
     """Expected content, for the read-back check."""
 
     metadata: dict[str, str]
     checksums: dict[str, int]
-    """CRC-32 of each tensor's bytes, in the order of the file: it finds what a disk does to them,
-    and costs a fifth of a cryptographic digest."""
+    """CRC-32 of each tensor's bytes, in the order of the file: it detects errors of a disk at a
+    fifth of the cost of a cryptographic digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +58,14 @@ def write_safetensors(
     metadata: Mapping[str, str],
     on_bytes: Callable[[int], None] = lambda _count: None,
 ) -> None:
-    """Write `tensors` and `metadata` to `destination`, whole or not at all.
+    """Write `tensors` and `metadata` to `destination`, completely or not at all.
 
-    Into the metadata goes ModelSpec's hash of the content. Equal tensors and metadata make equal
-    files. `on_bytes` hears how many bytes of tensors were written since its last call.
-    CheckpointError if the file can't be written, or does not read back as what it should hold.
+    ModelSpec's hash of the content is added to the metadata. Equal tensors and metadata give equal
+    files. `on_bytes` is called with the number of bytes of tensors written since its last call.
+    CheckpointError if the file can't be written, or reads back different.
     """
     lazy = {name: _lazy(tensor) for name, tensor in tensors.items()}
-    # As the library orders them: the widest type first, which keeps every tensor aligned.
+    # The library's own order: the widest type first, which keeps every tensor aligned.
     order = sorted(lazy, key=lambda name: (-lazy[name].dtype.itemsize, name))
     try:
         with replacing(destination) as path:
@@ -93,9 +93,9 @@ def _write(
     tensors: Mapping[str, LazyTensor],
     metadata: Mapping[str, str],
     on_bytes: Callable[[int], None],
-) -> _Written:
-    """Write the file; returns what it must read back as."""
-    header: dict[str, object] = {"__metadata__": _metadata(metadata, _PLACEHOLDER)}
+) -> _ExpectedContent:
+    """Write the file; returns the content that it must have when it is read back."""
+    header: dict[str, object] = {"__metadata__": _metadata(metadata, _HASH_PLACEHOLDER)}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.bytes
@@ -118,29 +118,32 @@ def _write(
             file.write(content)
             on_bytes(len(content))
             del tensor, content
-        # As long as before: the placeholder has the length of a hash.
-        sealed = header["__metadata__"] = _metadata(metadata, "0x" + sha.hexdigest())
+        # The hash is known only now. The header keeps its length, as the placeholder is as long.
+        final = header["__metadata__"] = _metadata(metadata, "0x" + sha.hexdigest())
         file.seek(8)
         file.write(_header_text(header))
     sync(path)
-    return _Written(sealed, checksums)
+    return _ExpectedContent(final, checksums)
 
 
 def _metadata(metadata: Mapping[str, str], digest: str) -> dict[str, str]:
+    # transformers refuses files without ``format``.
     return dict(sorted({"format": "pt", **metadata, HASH: digest}.items()))
 
 
 def _header_text(header: Mapping[str, object]) -> bytes:
+    # Padded to 8 bytes, as the library does, so that the tensors after it are aligned.
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 8)
 
 
 def compute_planned(name: str, planned: LazyTensor) -> Tensor:
-    """The tensor, made; ValueError if it is not what was planned."""
+    """The tensor; ValueError if its shape or type is not the planned one, by which the header was
+    made."""
     tensor = planned.make()
     if tuple(tensor.shape) != planned.shape or tensor.dtype != planned.dtype:
         raise ValueError(
-            f"{name}: became {list(tensor.shape)} {tensor.dtype}, not the planned "
+            f"{name}: is {list(tensor.shape)} {tensor.dtype}, expected "
             f"{list(planned.shape)} {planned.dtype}"
         )
     return tensor
@@ -152,8 +155,11 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
 
 
-def _differences(path: Path, tensors: Mapping[str, LazyTensor], written: _Written) -> list[str]:
-    """In what the file differs from what was written, to the bit."""
+def _differences(
+    path: Path, tensors: Mapping[str, LazyTensor], written: _ExpectedContent
+) -> list[str]:
+    """The names of tensors that are missing, unexpected, or not bit-exact in the file; "the header"
+    if only that differs."""
     with safe_open(path, framework="pt") as file:
         found = set(file.keys())
         header = file.metadata() or {}
@@ -161,7 +167,8 @@ def _differences(path: Path, tensors: Mapping[str, LazyTensor], written: _Writte
     for name, checksum in written.checksums.items():
         if name not in found:
             continue
-        with safe_open(path, framework="pt") as file:  # anew, so that its pages are let go
+        # Opened for each tensor: pages of a mapping stay resident until it is closed.
+        with safe_open(path, framework="pt") as file:
             tensor = file.get_tensor(name)
         if (
             tensor.dtype != tensors[name].dtype

@@ -2,10 +2,10 @@
 
 Written by hand because ``torch.save`` needs all tensors in memory at once (11 GB for the text
 encoder in bfloat16, twice that when it is converted), and the official code reads these two
-components in no other form. The file is a plain zip: a pickle that says which tensor is which part
-of which storage, and the bytes of each storage. Here the pickle is made from shapes, and the
-storages follow one by one. ``torch.load`` reads the result, also with ``weights_only`` and mapped
-(tested). Format: ``torch/serialization.py``, ``_save`` and ``_load``.
+components in no other format. The file is a zip archive of a pickle, which assigns a part of a
+storage to each tensor, and of the bytes of each storage. Here the pickle is made from shapes, and
+the storages are written one by one. Tests read the result with ``torch.load``, also with
+``weights_only`` and mapped. Format: ``torch/serialization.py``, ``_save`` and ``_load``.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _STORAGES = {
     torch.float16: torch.HalfStorage,
     torch.bfloat16: torch.BFloat16Storage,
 }
-"""The names under which the pickle knows the types."""
+"""Classes by which the pickle names the types."""
 
 _ALIGNMENT = 64
-"""Storages begin at multiples of it, as PyTorch writes them, so that they can be used mapped."""
+"""Storages start at multiples of this, as PyTorch writes them, so that they can be mapped."""
 
 
 def write_pth(
@@ -45,9 +45,10 @@ def write_pth(
     tensors: Mapping[str, LazyTensor],
     on_bytes: Callable[[int], None] = lambda _count: None,
 ) -> None:
-    """Write `tensors` as a dictionary by name to `destination`, whole or not at all.
+    """Write `tensors` as a dictionary by name to `destination`, completely or not at all.
 
-    CheckpointError if the file can't be written, or does not read back as what it should hold.
+    `on_bytes` is called with the number of bytes written since its last call. CheckpointError if
+    the file can't be written, or reads back different.
     """
     try:
         with replacing(destination) as path:
@@ -83,18 +84,22 @@ def _write(
 
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:
-    entry = zipfile.ZipInfo(f"archive/{name}")  # dated 1980: equal tensors make equal files
+    # A `ZipInfo` is dated 1980 by default, so that equal tensors give equal files.
+    entry = zipfile.ZipInfo(f"archive/{name}")
     big = len(content) > zipfile.ZIP64_LIMIT
     assert archive.fp is not None
-    # The header has 30 bytes, the name, 20 for a long entry, and 4 before the filling itself.
+    # The local header has 30 bytes, the name, 20 more for a ZIP64 entry, and 4 for the head of the
+    # extra field "FB", which PyTorch pads with, too.
     start = archive.fp.tell() + 30 + len(entry.filename) + 20 * big + 4
-    filling = -start % _ALIGNMENT
-    entry.extra = b"FB" + filling.to_bytes(2, "little") + b"Z" * filling
+    padding = -start % _ALIGNMENT
+    entry.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
     entry.file_size = len(content)
     with archive.open(entry, "w", force_zip64=big) as file:
         file.write(content)
 
 
+# The pickle refers to storages by persistent ids and to tensors by a call of `_rebuild_tensor_v2`.
+# These stand-ins are pickled so, without the memory of a tensor.
 class _Storage:
     def __init__(self, key: str, tensor: LazyTensor) -> None:
         self.pickled = ("storage", _STORAGES[tensor.dtype], key, "cpu", prod(tensor.shape))
@@ -125,7 +130,7 @@ def _index(tensors: Mapping[str, LazyTensor]) -> bytes:
 def _differences(
     path: Path, tensors: Mapping[str, LazyTensor], checksums: Mapping[str, int]
 ) -> list[str]:
-    """The tensors that differ from what was written, to the bit."""
+    """The names of tensors that are missing, unexpected, or not bit-exact in the file."""
     file = open_tensors(path)
     wrong = sorted(set(file.tensors) ^ set(tensors))
     for name, planned in tensors.items():
