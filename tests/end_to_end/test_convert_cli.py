@@ -71,10 +71,10 @@ def test_the_convert_and_merge_commands_write_what_the_library_does(
 
     for arguments, said in (
         (("convert", single, tmp_path / "x", "--to", "comfyui"), "for models use --to diff"),
-        (("convert", lora, tmp_path / "x", "--to", "official"), "for LoRAs there is --to comfyui"),
+        (("convert", lora, tmp_path / "x", "--to", "official"), "for LoRAs use --to comfyui"),
         (("convert", tiny / "transformer", single, "--to", "single"), "add --force"),
         (("convert", lora, spelled, "--to", "comfyui"), "add --force"),
-        (("convert", lora, tmp_path / "x", "--to", "comfyui"), "a name that ends so"),
+        (("convert", lora, tmp_path / "x", "--to", "comfyui"), "a name that ends in .safetensors"),
         (("convert", tmp_path / "nix", tmp_path / "x", "--to", "single"), "there is no such file"),
         (("convert", single, tmp_path / "x", "--to", "diffusers", "--base", single), "for LoRAs"),
         (("merge", single, single, tmp_path / "x.safetensors"), "none of a LoRA"),

@@ -95,7 +95,7 @@ def damage(what: str, folder: Path) -> str:
         edit_json(folder / "text_encoder" / "config.json", d_model=99)
         return (
             f"{folder / 'text_encoder'}: is a text encoder of width 99, but "
-            f"{folder / 'transformer'} takes text of width 32; use components of one model"
+            f"{folder / 'transformer'} takes text of width 64; use components of one model"
         )
     if what == "other boundary":
         edit_json(folder / "model_index.json", boundary_ratio=0.9)
