@@ -1,4 +1,4 @@
-"""Every form that Wan 2.2 comes in loads through the one loader, with the numbers of its file."""
+"""Every form that Wan 2.2 comes in loads through the one loader, with the values of its file."""
 
 from __future__ import annotations
 
@@ -80,10 +80,10 @@ def run(
         )
 
 
-def with_numbers(path: Path, numbers: Mapping[str, Tensor]) -> WanTransformer3DModel:
-    """The model at `path`, its weights replaced by `numbers` (official names)."""
+def with_values(path: Path, values: Mapping[str, Tensor]) -> WanTransformer3DModel:
+    """The model at `path`, its weights replaced by `values` (official names)."""
     model = load(path, quantized="dequantize")
-    model.load_state_dict({to_diffusers(n): t for n, t in numbers.items()}, strict=True)
+    model.load_state_dict({to_diffusers(n): t for n, t in values.items()}, strict=True)
     return model
 
 
@@ -172,9 +172,9 @@ def test_weights_are_those_that_diffusers_loads(
 def test_quantized_files_compute_within_the_bounds_of_their_format(
     tmp_path: Path, high: dict[str, Tensor], expected: dict[str, Tensor], form: str
 ) -> None:
-    """What is computed is what the file's numbers give; what those lost is the format's loss."""
+    """The outputs are those of the file's values, whose error is within the format's bound."""
     written = quantize_as(form, high, tmp_path)
-    reference = run(with_numbers(written.path, written.values), expected)
+    reference = run(with_values(written.path, written.values), expected)
     kept, dequantized_model = load(written.path), load(written.path, quantized="dequantize")
     layers = packed_layers(kept)
     assert layers.keys() == {to_diffusers(n).removesuffix(".weight") for n in written.bounds}
@@ -188,7 +188,7 @@ def test_quantized_files_compute_within_the_bounds_of_their_format(
     assert relative(run(kept, expected), reference) < 1e-6
     assert relative(run(dequantized_model, expected), reference) < 1e-6
     loss = relative(reference, expected["dit.high_noise_model.t500"])
-    print(f"{form}: the file's numbers are {loss:.1e} off the originals'")
+    print(f"{form}: the file's values are {loss:.1e} off the originals'")
     assert 1e-5 < loss < 0.05
 
 
@@ -216,14 +216,14 @@ def test_scales_of_rows_and_blocks_are_applied(
     """musubi-tuner's: a scale for each row, or for each block of 64 in a row."""
     name = "blocks.1.ffn.0.weight"
     weights = {n: t for n, t in high.items() if n != name}
-    numbers = high[name].float()
-    grouped = numbers if scale == "row" else numbers.unflatten(1, (-1, 64))
+    values = high[name].float()
+    grouped = values if scale == "row" else values.unflatten(1, (-1, 64))
     scales = grouped.abs().amax(-1, keepdim=True) / other_program_files.LARGEST
     packed = (grouped / scales).to(torch.float8_e4m3fn)
-    weights[name] = packed.reshape(numbers.shape)
+    weights[name] = packed.reshape(values.shape)
     weights["blocks.1.ffn.0.scale_weight"] = scales
     (layer,) = packed_layers(load(single(weights, tmp_path / "a.safetensors"))).values()
-    assert torch.equal(layer.dequantized_weight(), (packed.float() * scales).reshape(numbers.shape))
+    assert torch.equal(layer.dequantized_weight(), (packed.float() * scales).reshape(values.shape))
     weights["blocks.1.ffn.0.scale_weight"] = torch.ones(3)
     with pytest.raises(CheckpointError, match=r"scale_weight: is \[3\] for a weight"):
         load(single(weights, tmp_path / "b.safetensors"))

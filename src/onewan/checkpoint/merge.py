@@ -53,6 +53,7 @@ def merge(
     and with `check_file_names` if headers or names say that a LoRA and a single base are of
     different experts.
     """
+    # Layers and shapes are checked now; weights are read only while the result is written.
     model = read_model(Path(base))
     added: dict[ComponentName, dict[str, list[_WeightedAdapter]]] = {}
     for path, weight in loras:
@@ -235,6 +236,8 @@ def _sum_adapters(
 
     def read() -> Tensor:
         weight = base.read().float()
+        # The differences are summed first: added to the weight one by one they would be rounded at
+        # its magnitude each time.
         total = torch.zeros(())
         for item in added:
             adapter = item.adapter

@@ -91,6 +91,7 @@ def _write_manifest(folder: Path) -> None:
     manifest = {p.name: {"bytes": p.stat().st_size, "blake2b": file_digest(p)} for p in files}
     for path in files:
         sync(path)
+    # Last: a folder without a manifest, or with one that does not match, counts as damaged.
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     sync(folder / MANIFEST)
     sync(folder)
