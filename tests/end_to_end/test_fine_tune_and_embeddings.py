@@ -200,7 +200,7 @@ def test_a_notice_about_exported_files_is_reported_once(run_file: RunFile) -> No
     config = run_file("t2v-a14b", *settings)
     WanTrainer(config).fit()
     warnings = [e for e in read_events(layout_of(config).events) if e["event"] == "warning"]
-    assert sum("ComfyUI takes all Wan models to have 128" in e["text"] for e in warnings) == 1
+    assert sum("ComfyUI assumes 128 for all Wan models" in e["text"] for e in warnings) == 1
     assert len(list(layout_of(config).weights_dir.iterdir())) == 4
 
 

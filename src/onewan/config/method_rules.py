@@ -68,7 +68,7 @@ def per_weight_problems(
         for field, (value, other) in asked.items():
             why = f"optimizer.name {choice.name!r} does not support: {reason}"
             remedy = f"choose another optimizer, or set {field} to {other}"
-            yield field, f"{value} updates each weight by itself, which {why}; {remedy}"
+            yield field, f"{value} updates each weight separately, which {why}; {remedy}"
 
 
 def missing_file(field: str, file: Path | None) -> Iterator[Problem]:

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, cast
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor, uint8
 
 from onewan.errors import DataError
@@ -74,13 +74,13 @@ class EntryCache:
         """What is wrong with an entry, or None; reads all of it and compares the digest."""
         path = self.path(kind, key)
         try:
-            # Opened once, since another process may replace the file at any time.
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                expected = (file.metadata() or {}).get("digest")
+            # Read at once, since another process may replace the file at any time. `safe_open` opens
+            # it twice, for the header and for the tensors, which may then be of two files.
+            data = path.read_bytes()
+            tensors = load(data)
         except (OSError, SafetensorError) as error:
             return f"{path}: unreadable ({error})"
-        if _tensors_digest(tensors) != expected:
+        if _tensors_digest(tensors) != _metadata(data).get("digest"):
             return f"{path}: its content does not match the digest in its header"
         # An overflow in the encoder: training would stop at the first step that draws the clip.
         if not all(bool(t.isfinite().all()) for t in tensors.values()):
@@ -89,6 +89,12 @@ class EntryCache:
 
     def discard(self, kind: EntryKind, key: str) -> None:
         self.path(kind, key).unlink(missing_ok=True)
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file: its header is JSON behind 8 bytes with its length."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]).get("__metadata__") or {}
 
 
 def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
