@@ -74,8 +74,8 @@ class EntryCache:
         """What is wrong with an entry, or None; reads all of it and compares the digest."""
         path = self.path(kind, key)
         try:
-            # Read at once, since another process may replace the file at any time. `safe_open` opens
-            # it twice, for the header and for the tensors, which may then be of two files.
+            # Read at once, since another process may replace the file at any time. `safe_open`
+            # opens it twice, for the header and for the tensors, which may be of two files then.
             data = path.read_bytes()
             tensors = load(data)
         except (OSError, SafetensorError) as error:
