@@ -131,7 +131,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
         return groups
 
     def _require_grad(self, model: WanModel, config: TrainConfig):
-        """Let gradients reach what trains at this point of the run, and nothing else."""
+        """Enable gradients for what is trained at this point of the run, and for nothing else."""
         trained = self._trained_embeddings(model, config)
         own_configs = {own.uuid: own for own in config.all_embedding_configs()}
         for embedding in model.all_embeddings():
