@@ -428,11 +428,11 @@ def test_one_problem_gives_one_line(tmp_path: Path, text: str, expected: str) ->
         ),
         (
             TI2V + "train: {high_expert_share: 0.4}",
-            "train.high_expert_share: has no effect, since one expert trains, got 0.4",
+            "train.high_expert_share: has no effect, since only one expert is trained, got 0.4",
         ),
         (
             I2V.replace("}", ", experts: low}") + "train: {high_expert_share: 0.4}",
-            f"{SHARE}: has no effect, since one expert trains, got 0.4; leave it out",
+            f"{SHARE}: has no effect, since only one expert is trained, got 0.4; leave it out",
         ),
         (TI2V + "video_data: {resolution: 848x480}", "video_data.resolution: sides must be multi"),
         (TI2V + "sample: {height: 720}", "sample.height: must be a multiple of 32 for ti2v-5b"),

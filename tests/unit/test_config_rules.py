@@ -212,11 +212,13 @@ BROKEN = [
     ),
     (
         HIGH + "per_expert: {low: {lr: 1}}",
-        r"per_expert.low.lr: .* only the high expert trains \(model.experts\), got 1.0; leave it",
+        r"per_expert.low.lr: .* only the high expert is trained \(model.experts\), got 1.0; "
+        r"leave it",
     ),
     (
         HIGH + "per_expert: {high: {steps: 5}}",
-        "per_expert.high.steps: has no effect, since one expert trains, .*train.steps.*, got 5",
+        "per_expert.high.steps: has no effect, since only one expert is trained, "
+        ".*train.steps.*, got 5",
     ),
     (
         "per_expert: {high: {steps: 5}}",

@@ -234,7 +234,7 @@ def load_adapter_weights(
 def adapter_of(
     transformer: WanTransformer3DModel, config: AdapterConfig
 ) -> dict[str, ModuleAdapter]:
-    """The adapter that trains on `transformer`, by module, as copies on the CPU: the form that
+    """The trained adapter of `transformer`, by module, as copies on the CPU: the form that
     `apply_lora` and the writers of files take.
 
     PiSSA becomes a plain LoRA of twice the rank: s (B A - B0 A0) is s [B, -B0] [A; A0].

@@ -84,7 +84,7 @@ def _init_from_rules(config: RunConfig, method: AdapterMethod) -> Iterator[Probl
     if len(files) > len(experts):
         number = "1 expert" if len(experts) == 1 else f"{len(experts)} experts"
         names = "" if experts == ["single"] else f" ({', '.join(experts)})"
-        rule = "must have at most one file for each expert that trains"
+        rule = "must have at most one file for each trained expert"
         yield field, f"{rule}, got {len(files)} for {number}{names}; remove the others"
     if files and isinstance(method, LoraMethod) and method.init == "pissa":
         why = f"initializes new adapters, and {field} gives trained ones"

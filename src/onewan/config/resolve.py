@@ -1,5 +1,5 @@
 """Run file -> `ResolvedRun`: fills null fields with the defaults that follow from the variant or
-from other fields; what follows from several fields, such as the experts that train.
+from other fields; what follows from several fields, such as the trained experts.
 
 Never changes a value that was given and never raises: it expects a config that breaks no rule.
 """
@@ -100,7 +100,7 @@ def expert_schedule_of(config: RunConfig) -> ExpertSchedule:
 
 
 def trained_experts(config: RunConfig) -> tuple[Expert, ...]:
-    """The experts that train; of a variant with one expert that is always the one."""
+    """The experts that are trained. The only expert of a variant is always among them."""
     variant = config.model.facts()
     return variant.selected(config.model.experts if len(variant.experts) > 1 else "both")
 

@@ -97,7 +97,7 @@ def _sample_rules(config: RunConfig) -> Iterator[Problem]:
 
 
 def _step_rules(config: RunConfig) -> Iterator[Problem]:
-    """Where two experts train, each has steps; given for both, they are those of the run."""
+    """If two experts are trained, each has steps; those given for both add up to the run's."""
     if len(trained_experts(config)) < 2:
         return
     train, high, low = config.train, config.per_expert.high.steps, config.per_expert.low.steps
@@ -142,7 +142,7 @@ def _warmup_rules(config: RunConfig) -> Iterator[Problem]:
 
 
 def _timestep_rules(config: RunConfig) -> Iterator[Problem]:
-    """Each expert that trains has timesteps to draw, and not all of their loss weights are 0."""
+    """Each trained expert has timesteps to draw, and not all of their loss weights are 0."""
     timesteps, weighting = config.train.timesteps, config.train.loss.weighting.function()
     if timesteps.shift_by_tokens:
         return  # each size of clip has a shift of its own

@@ -65,7 +65,7 @@ def _by_variant(config: RunConfig) -> Iterator[Unused]:
         yield ("model", "transformer_2"), f"{variant.name} has one transformer"
     if len(trained_experts(config)) == 1:
         if not isinstance(train.high_expert_share, str):
-            yield ("train", "high_expert_share"), "one expert trains"
+            yield ("train", "high_expert_share"), "only one expert is trained"
     elif steps_per_expert(config) is not None:
         yield ("train", "high_expert_share"), "per_expert gives the steps of both experts"
 
@@ -104,9 +104,9 @@ def _by_expert(config: RunConfig) -> Iterator[Unused]:
             if len(variant.experts) == 1:
                 yield path, f"{variant.name} has one expert"
             elif expert not in trained:
-                yield path, f"only the {trained[0]} expert trains (model.experts)"
+                yield path, f"only the {trained[0]} expert is trained (model.experts)"
             elif name == "steps" and len(trained) == 1:
-                yield path, "one expert trains, and train.steps gives its steps"
+                yield path, "only one expert is trained, and train.steps gives its steps"
             elif name in ("rank", "alpha") and not isinstance(method, RankedMethod):
                 yield path, f"method.kind {kind} has no ranks"
             elif name in ("rank", "alpha") and from_files:

@@ -44,7 +44,7 @@ class StepAdapter:
     """Micro-batches in an optimizer step."""
 
     def expert_at(self, global_step: int, stopped: Collection[str] = ()) -> Expert:
-        """The expert that trains; the same for all micro-batches of an optimizer step.
+        """The expert that is trained; the same for all micro-batches of an optimizer step.
 
         The steps of an expert whose component is in `stopped`, because its training has ended, go
         to the other expert if that one still trains.

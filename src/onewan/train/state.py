@@ -53,7 +53,7 @@ class TrainableWeights(Protocol):
 
 @dataclass(kw_only=True)
 class Trainable:
-    """Weights that train together under one optimizer: those of an expert, or the embeddings."""
+    """Weights that are trained together by one optimizer: those of an expert, or the embeddings."""
 
     name: TrainableName
     weights: TrainableWeights

@@ -22,7 +22,7 @@ from onewan.config.method import (
 )
 from onewan.config.schema import ExpertSettings, ResolvedRun
 from onewan.config.unused import file_decides
-from onewan.data.index import Clip
+from onewan.data.clip import Clip
 from onewan.errors import ConfigError
 from onewan.formats.lora_files import AdapterFile, read_adapter
 from onewan.memory.residency import DeviceResidency

@@ -74,7 +74,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
         return step_adapter.step_adapter_of(config, variant, trained)
 
     def _expert(self, model: WanModel, step: int) -> Expert:
-        """The expert that trains in this step, among those whose training has not been stopped."""
+        """The expert that this step trains, among those whose training has not been stopped."""
         # "Stop training after" ends a component's training in the middle of OneTrainer's run.
         stopped = set()
         if model.parameters is not None:  # otherwise it is not set up yet
