@@ -22,6 +22,7 @@ from onewan.runs.control import request
 from onewan.runs.event_file import read_events
 from onewan.runs.events import Encoding, Event, Sampling, StepDone
 from onewan.train import trainer, validation
+from onewan.train.resume import changes_since
 from onewan.train.run import Run
 from onewan.train.setup import WanModelSetup
 from onewan.train.trainer import WanTrainer
@@ -295,6 +296,16 @@ def test_sampling_that_was_stopped_is_completed_on_resume(run_file: RunFile) -> 
     WanTrainer(config, listen=recorder(events), resume=True).fit()
     assert sorted(p.name for p in folder.iterdir()) == ["0.mp4", "1.mp4"]
     assert [e["prompt"] for e in events if e["event"] == "sampled"] == ["two"]
+
+
+def test_a_state_of_a_version_with_other_fields_is_refused_and_names_them(
+    run_file: RunFile,
+) -> None:
+    config = run_file("ti2v-5b")
+    saved = config.model_dump(mode="json")
+    saved["train"] |= {"expert_block": 2}
+    with pytest.raises(CheckpointError, match=r"\(train\.expert_block\).*version that saved it"):
+        changes_since({"config": saved, "dataset": ""}, config, "")
 
 
 def test_changes_are_listed_on_resume(run_file: RunFile, tmp_path: Path) -> None:

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, cast
 
+from pydantic import ValidationError
+
 from onewan.config.load import changed_fields
 from onewan.config.schema import ResolvedRun
+from onewan.errors import CheckpointError
 
 _SAFE_TO_CHANGE = (
     "sample",
@@ -43,8 +46,18 @@ class Changes:
 
 
 def changes_since(facts: Mapping[str, Any], config: ResolvedRun, dataset_digest: str) -> Changes:
-    """Compare the run file and the data set recorded in a state's `facts` with the present ones."""
-    saved_config = ResolvedRun.model_validate(facts["config"])
+    """Compare the run file and the data set recorded in a state's `facts` with the present ones.
+
+    CheckpointError if the run file was recorded by a version of onewan with other fields.
+    """
+    try:
+        saved_config = ResolvedRun.model_validate(facts["config"])
+    except ValidationError as error:
+        fields = ", ".join(sorted({".".join(map(str, e["loc"])) for e in error.errors()}))
+        raise CheckpointError(
+            f"the saved state: its run file has fields that this version of onewan does not read "
+            f"({fields}); resume with the version that saved it, or start another run"
+        ) from error
     fields = changed_fields(saved_config, config)
     # With a constant learning rate and no cooldown, the results of a step do not depend on the
     # number of steps.
