@@ -14,8 +14,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from onewan.cli.boundary import guarded
 from onewan.cli.parser import parse
-from onewan.errors import Interrupted, OnewanError
 
 __all__ = ["main", "parse"]
 
@@ -28,21 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
     _silence_libraries()
-    try:
-        status = options.command(options)
-        sys.stdout.flush()
-    except OnewanError as error:
-        print(f"onewan: {error}", file=sys.stderr)
-        return 1
-    except (Interrupted, KeyboardInterrupt):
-        print("onewan: stopped", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of our output has exited (`onewan schema | head`). Without this, Python would
-        # complain once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return status
+    return guarded(lambda: options.command(options))
 
 
 def _silence_libraries() -> None:
