@@ -54,7 +54,7 @@ def test_a_run_lowers_the_loss_and_fills_its_folder(
         f"sample.prompts=[{{prompt: a red square{image}}}]",
         *(f"sample.{k}={v}" for k, v in {"width": side, "height": side, "frames": 5}.items()),
         "sample.steps=2",
-        "output.formats=[comfyui, diffusers, kohya]",
+        "output.formats=[comfyui, diffusers, kohya, no_alpha]",
         "logging.tensorboard=true",
     )
     WanTrainer(config, run_file="# as given\n").fit()
@@ -67,7 +67,7 @@ def test_a_run_lowers_the_loss_and_fills_its_folder(
         f"{step}{suffix}_{fmt}.safetensors"
         for step in ("000030", "000060")
         for suffix in suffixes
-        for fmt in ("comfyui", "diffusers", "kohya")
+        for fmt in ("comfyui", "diffusers", "kohya", "no_alpha")
     )
     video = probe(layout.samples(60) / "0.mp4")
     assert (video.width, video.height, video.frames_at(config.sample.fps)) == (side, side, 5)

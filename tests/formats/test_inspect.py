@@ -204,7 +204,23 @@ def test_a_lora_is_described(tmp_path):
     assert report.variant is None and "which have the same layers" in report.summary
     assert report.adapter["rank"] == "4" and report.adapter["alpha"] == "2"
     assert report.adapter["modules"] == 10 and report.adapter["kinds"] == {"LoRA": 10}
-    assert all(read_by(report).values())
+    without_alpha = {"ai-toolkit", "diffusion-pipe"}
+    assert {name for name, reads in read_by(report).items() if not reads} == without_alpha
+
+
+@pytest.mark.parametrize(
+    ("alpha", "ai_toolkit", "diffusion_pipe"),
+    [(2.0, False, False), (4.0, True, False), (None, True, True)],
+)
+def test_programs_that_do_not_use_alpha_are_listed_by_its_value(
+    tmp_path, alpha, ai_toolkit, diffusion_pipe
+):
+    path = tmp_path / "style.safetensors"
+    save_file(lora("diffusion_model.", alpha), path)  # of rank 4
+    report = inspect(path)
+    assert read_by(report)["ai-toolkit"] is ai_toolkit
+    assert read_by(report)["diffusion-pipe"] is diffusion_pipe
+    assert ("convert to no_alpha" in "\n".join(report.lines())) is not diffusion_pipe
 
 
 def test_programs_that_do_not_read_a_lora_are_listed(tmp_path):

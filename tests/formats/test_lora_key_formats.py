@@ -35,7 +35,8 @@ from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.container import open_tensors
 from onewan.formats.key_maps import to_official
 from onewan.formats.lora import LINEARS, WanShape, layout_of
-from onewan.formats.lora_files import parse_adapter, read_adapter, to_format
+from onewan.formats.lora_files import parse_adapter, read_adapter
+from onewan.formats.lora_writing import to_format
 from onewan.variants import VARIANTS
 
 HEADER = AdapterHeader(date=datetime(2026, 11, 23, tzinfo=timezone.utc))
@@ -300,6 +301,50 @@ def test_conversion_keeps_the_precision_unless_a_dtype_is_given(tmp_path):
     again = load_file(out)
     for name, tensor in tensors.items():
         assert again[name].dtype == torch.float32 and torch.equal(again[name], tensor.float())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.bfloat16, 0.0), (torch.float32, 1e-7)], ids=["powers of 2", "any"]
+)
+def test_no_alpha_writes_the_same_difference_without_alphas(tmp_path, dtype, bound):
+    tensors, deltas = partial(dtype)
+    path, out = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    save_file(tensors, path, {"onewan.alpha": "9", "ss_network_alpha": "9", "ss_note": "kept"})
+    convert_adapter(path, out, "no_alpha")
+    written = load_file(out)
+    assert written.keys() == {name for name in tensors if not name.endswith(".alpha")}
+    with safe_open(out, "pt") as file:
+        header = file.metadata()
+    assert header["onewan.format"] == "no_alpha" and header["ss_note"] == "kept"
+    assert not {"onewan.alpha", "ss_network_alpha"} & header.keys()
+    for official, module in MODULE_OF.items():
+        if module in deltas:
+            start = f"diffusion_model.{official}"
+            up, down = written[f"{start}.lora_B.weight"], written[f"{start}.lora_A.weight"]
+            assert up.dtype == down.dtype == dtype
+            assert torch.equal(down, tensors[f"{start}.lora_A.weight"])
+            added, want = up.float() @ down.float(), deltas[module]
+            assert (added - want).norm() <= bound * want.norm(), module
+    again = read_adapter(out).modules
+    assert again.keys() == deltas.keys() and all(a.scale == 1 for a in again.values())
+
+
+def test_no_alpha_is_refused_where_it_can_not_say_the_same(tmp_path, weight):
+    tensors, _ = partial(torch.float16)
+    path, out = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    start = "diffusion_model.blocks.0.self_attn.q"
+    save_file({**tensors, f"{start}.alpha": torch.tensor(1e7)}, path)
+    with pytest.raises(
+        CheckpointError, match=r"x.saf.*to_q.lora_B: .* too large for torch.float16"
+    ):
+        convert_adapter(path, out, "no_alpha")
+    save_file({**tensors, f"{start}.diff_b": torch.ones(WIDTH)}, path)
+    with pytest.raises(CheckpointError, match="to_q: is LoRA and changes a bias too, but"):
+        convert_adapter(path, out, "no_alpha")
+    save_file({f"{start}.diff": torch.ones(WIDTH, WIDTH)}, path)
+    with pytest.raises(CheckpointError, match=r"to_q: is a plain difference, but .* as comfyui"):
+        convert_adapter(path, out, "no_alpha", base=weight)
+    assert not out.exists()
 
 
 # ------------------------------------------------------------------------------------ PEFT's kinds

@@ -160,6 +160,10 @@ BROKEN = [
         "method: {kind: fine_tune}\noutput: {formats: [comfyui, kohya]}",
         "output.formats: kohya is a form of adapters, and method.kind is fine_tune",
     ),
+    (
+        "method: {kind: lokr}\noutput: {formats: [comfyui, no_alpha]}",
+        "output.formats: no_alpha is for programs that read only LoRA, and method.kind is lokr",
+    ),
     # Embeddings.
     ("method: {kind: embedding}", "embeddings: must have one to train .* got none; add one"),
     (

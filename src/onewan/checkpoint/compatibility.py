@@ -2,7 +2,8 @@
 
 Measured in November 2026 with ComfyUI 0.33 and 0.3.64, diffusers 0.42.1, musubi-tuner 30c658c and
 DiffSynth-Studio fed7b18: each key format was loaded, and is called readable if every tensor was
-used and the result was right. Which base models musubi-tuner reads is taken from its documentation.
+used and the result was right. Which base models musubi-tuner reads is taken from its documentation,
+and what ai-toolkit 27a03a9 and diffusion-pipe 8f83dbf do with alphas from their source.
 """
 
 from __future__ import annotations
@@ -135,11 +136,33 @@ def _official_obstacle(weights: ComponentFile) -> str | None:
 
 
 def programs_reading_adapter(
-    layout: AdapterLayout, shape: WanShape | None
+    layout: AdapterLayout, shape: WanShape | None, *, is_scaled: bool
 ) -> tuple[ProgramSupport, ...]:
     """Support by the programs that were tested with LoRAs. `shape` is that of the base model, None
-    if it is unknown."""
-    return tuple(_adapter_support(layout, shape))
+    if it is unknown; `is_scaled` says whether a module's alpha differs from its rank."""
+    return (*_adapter_support(layout, shape), *_readers_without_alpha(layout, is_scaled=is_scaled))
+
+
+def _readers_without_alpha(layout: AdapterLayout, *, is_scaled: bool) -> Iterator[ProgramSupport]:
+    """Trainers that continue a LoRA without its alpha: one ignores it, one refuses the keys."""
+    remedy = "convert to no_alpha"
+    has_alpha = any("alpha" in parts for parts in layout.modules.values())
+    common = None
+    if layout.key_format != "comfyui":
+        common = f"was not tested with these keys; {remedy}"
+    elif set(layout.kinds.values()) != {"lora"}:
+        common = "was tested with LoRA only"
+    elif not all(module.startswith("blocks.") for module in layout.modules):
+        common = "trains layers of the blocks only"
+    ignored = f"ignores alpha, which is not the rank here; {remedy}" if is_scaled else None
+    yield _support("ai-toolkit", common or ignored)
+    refused = f"refuses the keys of alpha; {remedy}" if has_alpha else None
+    if len(set(layout.ranks.values())) > 1:
+        refused = "needs the same rank in all modules"
+    obstacle = common or refused
+    yield ProgramSupport(
+        "diffusion-pipe", obstacle is None, obstacle or "in a folder that holds no other file"
+    )
 
 
 def _adapter_support(layout: AdapterLayout, shape: WanShape | None) -> Iterator[ProgramSupport]:

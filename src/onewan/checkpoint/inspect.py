@@ -339,7 +339,9 @@ def _inspect_adapter(
             "blocks": _range(blocks),
             "trainer": layout.trainer,
         },
-        programs=() if problems else programs_reading_adapter(layout, shape),
+        programs=()
+        if problems
+        else programs_reading_adapter(layout, shape, is_scaled=_is_scaled(file, layout)),
         problems=tuple(problems),
         **common,
     )
@@ -388,6 +390,15 @@ def _alphas(file: TensorFile, layout: AdapterLayout) -> str | None:
         return None
     alpha = settings.get("lora_alpha")
     return None if alpha is None else str(alpha)
+
+
+def _is_scaled(file: TensorFile, layout: AdapterLayout) -> bool:
+    """Whether the alpha of a module, as a tensor, differs from its rank."""
+    module_of = {parts["alpha"]: m for m, parts in layout.modules.items() if "alpha" in parts}
+    return any(
+        value.size and float(value.reshape(-1)[0]) != layout.ranks.get(module_of[key])
+        for key, value in file.arrays(list(module_of)).items()
+    )
 
 
 def _expert_of_adapter(

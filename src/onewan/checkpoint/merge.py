@@ -23,7 +23,8 @@ from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.container import open_tensors
 from onewan.formats.lora import layout_of
-from onewan.formats.lora_files import AdapterFile, BaseWeights, read_adapter
+from onewan.formats.lora_files import AdapterFile, read_adapter
+from onewan.formats.lora_writing import BaseWeights
 from onewan.formats.model_folder import ComponentName
 from onewan.formats.weights import detect_expert
 from onewan.variants import ExpertName

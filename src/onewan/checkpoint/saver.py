@@ -24,14 +24,8 @@ from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.embedding import INPUT, OUTPUT
 from onewan.formats.lora import KeyFormat, LoraFormat, WanShape
-from onewan.formats.lora_files import (
-    PEFT_SETTINGS,
-    BaseWeights,
-    FormattedAdapter,
-    read_adapter,
-    stored,
-    to_format,
-)
+from onewan.formats.lora_files import PEFT_SETTINGS, read_adapter
+from onewan.formats.lora_writing import BaseWeights, FormattedAdapter, stored, to_format
 from onewan.formats.modelspec import HASH, model_spec
 from onewan.formats.weights import expert_in_name
 from onewan.formats.write import write_safetensors
@@ -61,7 +55,8 @@ class AdapterHeader:
 
     def metadata(self, modules: Mapping[str, ModuleAdapter], format: KeyFormat) -> dict[str, str]:
         """The header's entries for an adapter of `modules` in `format`."""
-        kept = {name: value for name, value in self.kept.items() if name not in _PER_FILE_ENTRIES}
+        dropped = (*_PER_FILE_ENTRIES, *(["ss_network_alpha"] if format == "no_alpha" else []))
+        kept = {name: value for name, value in self.kept.items() if name not in dropped}
         date = self.date or datetime.now(timezone.utc)
         title = self.title or self.kept.get("modelspec.title")
         # safetensors allows only strings in a header.
@@ -187,7 +182,7 @@ def _about(modules: Mapping[str, ModuleAdapter], format: KeyFormat) -> dict[str,
     }
     # One value for all modules, or none: a header can't show what differs by module.
     ranks = {adapter.rank for adapter in modules.values()}
-    alphas = {adapter.alpha for adapter in modules.values()}
+    alphas = {adapter.alpha for adapter in modules.values() if format != "no_alpha"}
     for name, values in (("rank", ranks), ("alpha", alphas)):
         if len(values) == 1 and None not in values:
             about[name] = str(values.pop())

@@ -22,6 +22,8 @@ shards, .pth, GGUF, fp8), or a LoRA of any trainer. SRC is not changed.
   fp8_scaled  the same with the large layers in 8 bits: half the size of bfloat16
 --to, for LoRAs:
   comfyui     also read by diffusers, musubi-tuner and DiffSynth-Studio
+  no_alpha    the same with alpha / rank multiplied into the weights, also read by ai-toolkit
+              and diffusion-pipe
   diffusers   keys as diffusers itself writes them
   kohya       as musubi-tuner and kohya's programs write them
 
@@ -84,7 +86,7 @@ def add_convert(commands: Commands) -> None:
     parser.add_argument(
         "--to",
         required=True,
-        choices=("diffusers", "official", "single", "fp8_scaled", "comfyui", "kohya"),
+        choices=("diffusers", "official", "single", "fp8_scaled", "comfyui", "no_alpha", "kohya"),
         help="see above",
     )
     _add_output(

@@ -33,11 +33,15 @@ def method_rules(config: RunConfig) -> Iterator[Problem]:
         yield from _init_from_rules(config, method)
     if isinstance(method, FineTuneMethod):
         yield from _fine_tune_rules(config, method)
-        if "kohya" in formats:
-            why = "kohya is a form of adapters, and method.kind is fine_tune"
+        for format in sorted({"kohya", "no_alpha"} & {*formats}):
+            why = f"{format} is a form of adapters, and method.kind is fine_tune"
             yield "output.formats", f"{why}, {got}; use comfyui or diffusers"
     if isinstance(method, LohaMethod | LokrMethod | OftMethod) and "diffusers" in formats:
         yield "output.formats", f"diffusers can't read {kind}, {got}; use comfyui or kohya"
+    other_adapter = isinstance(method, AdapterMethod) and not isinstance(method, LoraMethod)
+    if other_adapter and "no_alpha" in formats:
+        why = f"no_alpha is for programs that read only LoRA, and method.kind is {kind}"
+        yield "output.formats", f"{why}, {got}; use comfyui"
     for index, source in enumerate(config.video_data.sources):
         if source.target == "base" and not isinstance(method, AdapterMethod):
             why = f"needs an adapter that can be switched off, and method.kind is {kind}"

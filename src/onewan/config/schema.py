@@ -310,11 +310,15 @@ class OutputSection(Section):
     dir: Path = Path("runs")
     """The folder that holds the runs."""
     formats: Annotated[
-        tuple[Literal["comfyui", "diffusers", "kohya"], ...], Field(min_length=1), Distinct
+        tuple[Literal["comfyui", "no_alpha", "diffusers", "kohya"], ...],
+        Field(min_length=1),
+        Distinct,
     ] = ("comfyui",)
     """Key formats of exported files. LoRA: `comfyui` is read by ComfyUI, diffusers, musubi-tuner
-    and DiffSynth-Studio; `diffusers` by diffusers only; `kohya` (of musubi-tuner) by ComfyUI,
-    diffusers and musubi-tuner. Fine-tuned experts: `comfyui` is one file, `diffusers` a folder."""
+    and DiffSynth-Studio; `no_alpha`, the same with alpha / rank multiplied into the weights, by
+    these, ai-toolkit and diffusion-pipe; `diffusers` by diffusers only; `kohya` (of musubi-tuner)
+    by ComfyUI, diffusers and musubi-tuner. Fine-tuned experts: `comfyui` is one file, `diffusers`
+    a folder."""
     dtype: WeightDtype | None = None
     """Data type of exported files; null is that of the trained weights."""
     keep_last: Int | None = Field(default=None, ge=1)

@@ -34,8 +34,9 @@ from onewan.formats.key_maps import to_diffusers, to_official
 from onewan.variants import VARIANTS, ExpertName
 
 AdapterKind = Literal["lora", "dora", "loha", "lokr", "oft", "difference"]
-LoraFormat = Literal["comfyui", "diffusers", "kohya"]
-"""The formats that a user can choose."""
+LoraFormat = Literal["comfyui", "no_alpha", "diffusers", "kohya"]
+"""The formats that a user can choose. ``no_alpha`` has the keys of ``comfyui`` without the alphas,
+whose scale is multiplied into the weights."""
 KeyFormat = LoraFormat | Literal["official"]
 """``official`` has ComfyUI's keys without their prefix, ``blocks.0.self_attn.q.lora_A.weight``."""
 

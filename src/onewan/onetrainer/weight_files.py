@@ -21,7 +21,8 @@ from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.embedding import EmbeddingFile
 from onewan.formats.lora import KeyFormat
-from onewan.formats.lora_files import AdapterFile, BaseWeights, parse_adapter, read_adapter
+from onewan.formats.lora_files import AdapterFile, parse_adapter, read_adapter
+from onewan.formats.lora_writing import BaseWeights
 from onewan.formats.weights import expert_in_name
 from onewan.model.embedding import WanModelEmbedding
 from onewan.model.wan import WanModel

@@ -21,7 +21,7 @@ from onewan.checkpoint.convert import save_expert
 from onewan.checkpoint.saver import AdapterHeader, WanModelSaver
 from onewan.dtypes import torch_dtype
 from onewan.formats.lora import LoraFormat, WanShape
-from onewan.formats.lora_files import KIND_TITLES
+from onewan.formats.lora_writing import KIND_TITLES
 from onewan.model.embedding import WanModelEmbedding
 from onewan.runs.layout import RunLayout
 from onewan.train.run import Run
