@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import subprocess
 import sys
 from enum import Enum
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 from support.onetrainer_stub import write_checkout
 
-from onewan.onetrainer.patches import PATCHES, UnsupportedError, extend
+from onewan.onetrainer.install import install
+from onewan.onetrainer.patches import PATCHES, UnsupportedError, extended
 from onewan.onetrainer.patches.configs import added_fields
 from onewan.onetrainer.patches.views import SampleFrame
 
@@ -63,8 +65,14 @@ def contents(load: Any) -> dict[str, Any]:
     return found
 
 
+def applied(load: Any) -> Any:
+    """The member of `ModelType` that the patches add."""
+    with extended():
+        return load("modules.util.enum.ModelType").ModelType["WAN_2_2"]
+
+
 def test_the_member_behaves_like_one_of_the_enum(modules):
-    wan = extend()
+    wan = applied(modules)
     model_type = modules("modules.util.enum.ModelType").ModelType
     assert isinstance(wan, Enum) and wan is model_type["WAN_2_2"] is model_type("WAN_2_2")
     assert list(model_type)[-1] is wan and pickle.loads(pickle.dumps(wan)) is wan
@@ -77,11 +85,57 @@ def test_the_member_behaves_like_one_of_the_enum(modules):
     )
 
 
-def test_extending_twice_changes_nothing_more(modules):
-    first = extend()
-    once = contents(modules)
-    assert extend() is first
-    assert contents(modules) == once
+def test_after_an_exception_in_the_block_everything_is_as_before(modules):
+    """The block registers the classes of Wan, which needs more of OneTrainer and its packages."""
+    before = contents(modules)
+    with pytest.raises(ImportError, match="no name"), extended():
+        assert contents(modules) != before
+        raise ImportError("no name")
+    assert contents(modules) == before
+
+
+@pytest.mark.parametrize("name", ["WAN_2_2", "WAN22_T2V"])
+def test_a_onetrainer_that_has_wan_itself_is_left_alone(modules, name, tmp_path):
+    file = tmp_path / "modules/util/enum/ModelType.py"
+    file.write_text(_ENUM.replace("    def", f"    {name} = 'its own'\n    def", 1), "utf-8")
+    before = contents(modules)
+    with (
+        pytest.raises(UnsupportedError, match=f"has Wan 2.2 itself .ModelType.{name}.*uninstall"),
+        extended(),
+    ):
+        pass
+    assert contents(modules) == before
+
+
+def test_a_failure_of_any_part_leaves_no_part_and_says_why_in_one_line(tmp_path):
+    """In a process of its own, as OneTrainer starts; the last of the add-on's modules fails, as it
+    does where a package has lost a name."""
+    write_checkout(tmp_path)
+    install(tmp_path)
+    (tmp_path / "modules/util/enum/ModelType.py").write_text(_ENUM, "utf-8")
+    for path in tmp_path.glob("modules/*/wan/*.py"):
+        path.write_text("", "utf-8")
+    failing = tmp_path / "modules/dataLoader/wan/WanBaseDataLoader.py"
+    failing.write_text("raise ImportError('cannot import name X\\n from y')", "utf-8")
+    code = """
+from modules.util.enum.ModelType import ModelType
+from modules.util.config.TrainConfig import TrainConfig
+before = dict(vars(TrainConfig))
+import modules.modelSampler.WanSampler, modules.modelLoader.WanModelLoader
+import modules.dataLoader.WanBaseDataLoader
+assert dict(vars(TrainConfig)) == before
+print([member.name for member in ModelType])
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "['HUNYUAN_VIDEO']\n", done.stderr
+    said = "Wan 2.2 is not available: ImportError: cannot import name X from y\n"
+    assert done.stderr == said
+    failing.write_text("", "utf-8")
+    done = subprocess.run(
+        [*command[:2], code.replace("assert ", "")], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout == "['HUNYUAN_VIDEO', 'WAN_2_2']\n" and not done.stderr
 
 
 def test_configs_get_the_added_fields_with_their_types(modules):
@@ -95,7 +149,7 @@ def test_configs_get_the_added_fields_with_their_types(modules):
 
     config_module.TrainConfig.default_values = staticmethod(Config)
     config_module.TrainModelPartConfig.default_values = staticmethod(SimpleNamespace)
-    extend()
+    applied(modules)
     config = config_module.TrainConfig.default_values()
     names = [field["name"] for field in added_fields()["train"]]
     assert set(config.types) == {"transformer_2", *names}
@@ -106,7 +160,7 @@ def test_configs_get_the_added_fields_with_their_types(modules):
 
 
 def test_the_list_of_model_types_ends_with_wan(modules):
-    wan = extend()
+    wan = applied(modules)
     controller = modules("modules.ui.TopBarController").TopBarController()
     assert controller.get_model_types() == [("Other", 1), ("Wan 2.2", wan)]
 
@@ -114,8 +168,11 @@ def test_the_list_of_model_types_ends_with_wan(modules):
 def test_a_missing_name_is_reported_before_anything_is_changed(modules):
     del modules("modules.ui.BaseTrainingTabView").BaseTrainingTabView.build
     before = contents(modules)
-    with pytest.raises(UnsupportedError, match=r"has no BaseTrainingTabView\.build\. .*23df3832"):
-        extend()
+    with (
+        pytest.raises(UnsupportedError, match=r"has no BaseTrainingTabView\.build\. .*23df3832"),
+        extended(),
+    ):
+        pass
     assert contents(modules) == before
 
 
@@ -125,7 +182,7 @@ def test_a_patch_that_fails_leaves_onetrainer_unpatched(modules, monkeypatch):
     # The last patch fails, after all others have been applied.
     monkeypatch.setattr(SampleFrame, "target", "BaseSampleFrameView.renamed")
     monkeypatch.setattr(SampleFrame, "missing", lambda _: [])
-    with pytest.raises(KeyError, match="renamed"):
-        extend()
+    with pytest.raises(KeyError, match="renamed"), extended():
+        pass
     assert contents(modules) == before
     assert "WAN_2_2" not in modules("modules.util.enum.ModelType").ModelType.__members__

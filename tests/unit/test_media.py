@@ -97,7 +97,15 @@ def every_frame(path: Path) -> list[tuple[float, np.ndarray]]:
     flags = 0x2 | 0x40000 | 0x2000  # SWS_BILINEAR, SWS_ACCURATE_RND, SWS_FULL_CHR_H_INT
     with av.open(str(path)) as container:
         return [
-            (frame.time, frame.to_ndarray(format="rgb24", interpolation=flags))
+            (
+                frame.time,
+                frame.to_ndarray(
+                    format="rgb24",
+                    interpolation=flags,
+                    dst_colorspace=0,  # RGB; PyAV 16 ignores the frame's matrix if they are equal
+                    src_color_range=frame.color_range,
+                ),
+            )
             for frame in container.decode(video=0)
         ]
 

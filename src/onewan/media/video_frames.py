@@ -24,6 +24,12 @@ from onewan.media.video_stream import packet_time
 # Only these decoders react to `skip_frame` at any packet; others, such as dav1d, read it once.
 _SKIPPING_DECODERS = frozenset({"h264", "hevc"})
 
+# AVCOL_SPC_RGB, which is no YUV matrix.
+_RGB = 0
+
+# A pool of threads for one frame costs more than it saves. PyAV 16 has none.
+_ONE_THREAD = {} if av.__version__.startswith("16.") else {"threads": 1}
+
 # Two times closer than this are the same: containers round them differently; in s.
 _SAME_TIME = 1e-6
 
@@ -119,7 +125,7 @@ def frame_pixels(frame: VideoFrame, fit: Fit | None, pixel_aspect: float) -> np.
     `pixel_aspect` is the width of a stored pixel over its height; `fit` makes pixels square.
     """
     if any(component.is_alpha for component in frame.format.components):
-        rgba = frame.to_ndarray(format="rgba", interpolation=SWS_ACCURATE)
+        rgba = _converted(frame, "rgba").to_ndarray()
         pixels = np.asarray(flatten_alpha(Image.fromarray(rgba)))
     else:
         pixels = _rgb(frame)
@@ -135,13 +141,26 @@ def _rgb(frame: VideoFrame) -> np.ndarray:
     # By way of planes, since swscale has fast code with these flags for gbrp only: the same values
     # as directly to rgb24 in half the time, 2.4 instead of 4.5 ms for 720p. PyAV's own conversion
     # from gbrp to an array takes as long as the detour saves.
-    planar = frame.reformat(format="gbrp", interpolation=SWS_ACCURATE, threads=1)
+    planar = _converted(frame, "gbrp")
     pixels = np.empty((frame.height, frame.width, 3), np.uint8)
     for plane, channel in zip(planar.planes, (1, 2, 0), strict=True):
         # Lines are padded to `line_size` bytes.
         rows = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
         pixels[..., channel] = rows[:, : plane.width]
     return pixels
+
+
+def _converted(frame: VideoFrame, format: str) -> VideoFrame:
+    """The frame in an RGB `format`, by its own matrix and range."""
+    # PyAV 16 applies matrix and range only if one of them differs from the destination's, and takes
+    # no range from the frame; later versions do the same with or without these arguments.
+    return frame.reformat(
+        format=format,
+        dst_colorspace=_RGB,
+        src_color_range=frame.color_range,
+        interpolation=SWS_ACCURATE,
+        **_ONE_THREAD,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,12 +15,15 @@ import numpy as np
 from av.container import OutputContainer
 from av.error import FFmpegError
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
 
 from onewan.errors import DataError
 from onewan.files import replacing
 from onewan.media.kinds import SWS_ACCURATE, SWS_FULL_CHR_H_INP, error_reason, extension
+
+_BT709 = 1
+"""Code of ITU-T H.273 for primaries and transfer function, for which PyAV 16 has no name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +106,7 @@ def _encode(
     context.height, context.width = frames.shape[1:3]
     context.pix_fmt = "yuv420p"
     if encoding.matrix == Colorspace.ITU709:
-        context.color_primaries = ColorPrimaries.BT709
-        context.color_trc = ColorTrc.BT709
+        context.color_primaries = context.color_trc = _BT709
         context.colorspace = Colorspace.ITU709
         context.color_range = ColorRange.MPEG
     # swscale would otherwise convert to BT.601, whatever the stream is tagged with.

@@ -70,6 +70,11 @@ def record(root: Path, names: Mapping[str, Iterable[str]]) -> dict[str, dict[str
     return recorded
 
 
+def native_members(names: Iterable[str]) -> list[str]:
+    """Those `names` of members of `ModelType` that mean Wan 2.2, such as WAN22_T2V."""
+    return [name for name in names if name.upper().replace("_", "").startswith("WAN22")]
+
+
 def _missing(root: Path, module: str, facts: Mapping[str, Any]) -> Iterator[Mismatch]:
     file = _file(module)
     path = root / file

@@ -92,10 +92,14 @@ def is_wan(model_type: Any) -> bool:
     return model_type is not None and model_type.name == NAME
 
 
+def model_types() -> Mapping[str, Any]:
+    """The members of `ModelType`."""
+    return importlib.import_module("modules.util.enum.ModelType").ModelType.__members__
+
+
 def wan_member() -> Any:
     """`ModelType.WAN_2_2`; None before it is added."""
-    model_type = importlib.import_module("modules.util.enum.ModelType").ModelType
-    return model_type.__members__.get(NAME)
+    return model_types().get(NAME)
 
 
 def _missing(module: str, names: Iterable[str]) -> list[str]:

@@ -2,4 +2,4 @@
 
 from modules.util.wan_addon import join
 
-join(__name__)
+join()

@@ -1,27 +1,38 @@
 """Loads the Wan 2.2 add-on, which `onewan onetrainer install` put here.
 
 OneTrainer imports every file in the folders of its registries at each start, and an exception there
-stops it for all models. So those files only call `join`, which prints one line if something fails.
+stops it for all models. So those files only call `join`. The first call loads the whole add-on or
+nothing of it: if something fails, OneTrainer is as without it, and one line says why.
 """
 
 import importlib
 import sys
 
-_disabled = False
+_MODULES = (
+    "modules.modelSampler.wan.WanSampler",
+    "modules.modelLoader.wan.WanModelLoader",
+    "modules.modelSaver.wan.WanModelSaver",
+    "modules.modelSetup.wan.WanModelSetup",
+    "modules.dataLoader.wan.WanBaseDataLoader",
+)
+"""Those that register the classes of Wan."""
+
+_joined = False
 
 
-def join(gate: str) -> None:
-    """Import the module in the folder `wan` beside the module `gate`; it registers its classes."""
-    global _disabled
-    if _disabled:
+def join() -> None:
+    """Add Wan 2.2 to this OneTrainer; calls after the first do nothing."""
+    global _joined
+    if _joined:
         return
-    folder, _, name = gate.rpartition(".")
+    _joined = True
     try:
-        importlib.import_module("onewan.onetrainer.patches").extend()
-        importlib.import_module(f"{folder}.wan.{name}")
+        with importlib.import_module("onewan.onetrainer.patches").extended():
+            for module in _MODULES:
+                importlib.import_module(module)
     except Exception as error:  # noqa: BLE001  (the other models must still train)
-        _disabled = True
         hint = ""
         if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("onewan"):
             hint = f" (install it: {sys.executable} -m pip install onewan)"
-        print(f"Wan 2.2 is not available: {type(error).__name__}: {error}{hint}", file=sys.stderr)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"Wan 2.2 is not available: {reason}{hint}", file=sys.stderr)
