@@ -266,7 +266,7 @@ def test_all_good_and_odd_clips_are_read_to_their_end(clips: Path) -> None:
         ("empty.mp4", r"is empty \(0 bytes\)"),
         ("one_byte.webm", "is not a video that FFmpeg can read"),
         ("text.mp4", "is not a video that FFmpeg can read"),
-        ("truncated_no_index.mp4", r"index \(moov\) is missing: it is truncated"),
+        ("truncated_no_index.mp4", "is cut off: its header promises 586568 bytes and it has 60000"),
     ],
 )
 def test_bad_clips_give_an_error_with_path_and_reason(
@@ -363,7 +363,7 @@ def test_a_truncated_file_is_reported(tmp_path: Path) -> None:
     write_video(complete, np.stack([numbered(k) for k in range(200)]), 25)
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(complete.read_bytes()[: complete.stat().st_size * 6 // 10])
-    with pytest.raises(DataError, match=r"is truncated, its header promises 8\.0 s"):
+    with pytest.raises(DataError, match="is cut off: its header promises"):
         probe(cut)
 
 

@@ -13,9 +13,14 @@ Transfer functions are not applied: HDR footage is not tone-mapped.
 Never imports torch, never holds more than two full-size frames, and never decodes beyond the last
 requested frame.
 
-`kinds` has the file extensions, `probe` inspects files, `read` selects frames by time;
-`video_stream` opens files, seeks and converts times, `video_frames` decodes and converts to RGB;
-`still` reads and fits images, `write` writes videos.
+Damage: FFmpeg's decoders are told to raise errors instead of concealing what they can't decode,
+the checksums of PNG are compared, JPEG and GIF are read by two decoders, and `cut_off` compares the
+sizes in a container's headers with the file. Formats without checksums leave damage that no decoder
+can tell from a picture: most of it in VP9, WebP and HEVC, some in H.264, JPEG and GIF.
+
+`kinds` has the file extensions, `faults` the one boundary to the libraries' exceptions, `probe`
+inspects files, `read` selects frames by time; `video_stream` opens files, seeks and converts times,
+`video_frames` decodes and converts to RGB; `still` reads and fits images, `write` writes videos.
 """
 
 from onewan.media.kinds import IMAGE_SUFFIXES, VIDEO_SUFFIXES, extension

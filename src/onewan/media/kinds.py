@@ -1,10 +1,8 @@
-"""File extensions of media, and the limits, conversion flags and messages of this package."""
+"""File extensions of media, and the limits and conversion flags of this package."""
 
 from __future__ import annotations
 
 from pathlib import Path
-
-from av.error import FFmpegError
 
 IMAGE_SUFFIXES = frozenset({"png", "jpg", "jpeg", "webp"})
 """Extensions of still images, lower case, without the dot."""
@@ -31,16 +29,7 @@ SWS_FULL_CHR_H_INP = 0x4000
 SWS_ACCURATE_RND = 0x40000
 SWS_ACCURATE = SWS_BILINEAR | SWS_ACCURATE_RND | SWS_FULL_CHR_H_INT
 
-DAMAGE_REMEDY = "copy or download it again, or take it out"
-"""What the user can do about a damaged file, as the end of a message."""
-
 
 def extension(path: Path) -> str:
     """The file's extension in lower case without the dot."""
     return path.suffix.lower().removeprefix(".")
-
-
-def error_reason(error: Exception) -> str:
-    """The error in one line, without the path and the error number that FFmpeg adds."""
-    text = error.strerror if isinstance(error, OSError | FFmpegError) else None
-    return (text or str(error)).splitlines()[0]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import floor, inf
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import av
 from av.container import InputContainer
@@ -15,7 +15,9 @@ from av.video.stream import VideoStream
 from PIL import ImageOps
 
 from onewan.errors import DataError
-from onewan.media.kinds import DAMAGE_REMEDY, IMAGE_SUFFIXES, extension
+from onewan.media.cut_off import cut_off_reason
+from onewan.media.faults import DAMAGE_REMEDY, faults_of
+from onewan.media.kinds import IMAGE_SUFFIXES, extension
 from onewan.media.still import open_image
 from onewan.media.video_frames import Orientation, decode_frames
 from onewan.media.video_stream import (
@@ -25,6 +27,7 @@ from onewan.media.video_stream import (
     open_video_at,
     packet_time,
     pixel_aspect,
+    promised_end,
     seconds,
     ticks,
 )
@@ -78,11 +81,13 @@ def probe(path: str | Path) -> MediaInfo:
     here; `read_frames` reports it.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: is not a file; check the path")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: is empty (0 bytes); {DAMAGE_REMEDY}")
-    return _probe_image(path) if extension(path) in IMAGE_SUFFIXES else _probe_video(path)
+    is_image = extension(path) in IMAGE_SUFFIXES
+    with faults_of(path, "image" if is_image else "video"):
+        if not path.is_file():
+            raise DataError(f"{path}: is not a file; check the path")
+        if path.stat().st_size == 0:
+            raise DataError(f"{path}: is empty (0 bytes); {DAMAGE_REMEDY}")
+        return _probe_image(path) if is_image else _probe_video(path)
 
 
 def keyframe_near(path: str | Path, time: float) -> float:
@@ -126,6 +131,8 @@ def _probe_image(path: Path) -> MediaInfo:
 
 
 def _probe_video(path: Path) -> MediaInfo:
+    if reason := cut_off_reason(path):
+        raise DataError(f"{path}: {reason}; {DAMAGE_REMEDY}")
     with open_video(path, threads=1) as (container, stream):
         start, frame = next(decode_frames(path, stream, container.demux(stream)), (0.0, None))
         if frame is None:
@@ -133,11 +140,17 @@ def _probe_video(path: Path) -> MediaInfo:
         width, height, aspect = frame.width, frame.height, pixel_aspect(stream)
         if Orientation.of(frame).transpose:
             width, height, aspect = height, width, 1 / aspect
-        last = _last_time(path, container, stream)
+        last = _last_shown(container, stream)
+        promised = promised_end(container, stream)
         interval, codec = frame_interval(stream), stream.codec.name
     if last is None:  # seeking does not work, so read all packets
         with open_video(path, threads=1) as (container, stream):
-            last = max(_shown_times(container.demux(stream)), default=start)
+            last = max(_shown(container.demux(stream)), default=_Shown(start, start))
+    if promised is not None and last.end < promised - _END_WINDOW:
+        raise DataError(
+            f"{path}: is truncated, its header promises {promised:.1f} s and its data end after "
+            f"{last.end:.1f} s; {DAMAGE_REMEDY}"
+        )
     return MediaInfo(
         path=path,
         kind="video",
@@ -145,15 +158,24 @@ def _probe_video(path: Path) -> MediaInfo:
         height=height,
         pixel_aspect=aspect,
         start=start,
-        last=max(start, last),
+        last=max(start, last.time),
         frame_interval=interval,
         rotation=round(frame.rotation) % 360,
         codec=codec,
     )
 
 
-def _last_time(path: Path, container: InputContainer, stream: VideoStream) -> float | None:
-    """Presentation time of the last frame, by its packet, s; None if seeking does not find it."""
+class _Shown(NamedTuple):
+    """A packet whose frame is shown."""
+
+    time: float
+    """Presentation time of its frame, s."""
+    end: float
+    """Until when the frame is shown, s."""
+
+
+def _last_shown(container: InputContainer, stream: VideoStream) -> _Shown | None:
+    """The packet of the last frame; None if seeking does not find it."""
     end, begin = end_time(container, stream), seconds(stream, stream.start_time) or 0.0
     back = _END_WINDOW
     # Seeks further and further back, until the video has been searched from its beginning.
@@ -161,26 +183,22 @@ def _last_time(path: Path, container: InputContainer, stream: VideoStream) -> fl
         try:
             # Any frame, since nothing is decoded: a file of one long GOP takes no longer.
             container.seek(ticks(stream, end - back), stream=stream, any_frame=True)
-            last = max(_shown_times(container.demux(stream)), default=None)
+            last = max(_shown(container.demux(stream)), default=None)
         except FFmpegError:
             return None
         if last is not None:
-            # Other headers only estimate the duration; those of MOV and MP4 list all frames.
-            exact = container.format.name.startswith("mov")
-            if exact and back > _END_WINDOW and last < end - _END_WINDOW:
-                raise DataError(
-                    f"{path}: is truncated, its header promises {end - begin:.1f} s and its data "
-                    f"end after {last - begin:.1f} s; {DAMAGE_REMEDY}"
-                )
             return last
         back *= 4
     return None
 
 
-def _shown_times(packets: Iterable[av.Packet]) -> Iterator[float]:
-    """Presentation times of the packets whose frames are shown, s.
+def _shown(packets: Iterable[av.Packet]) -> Iterator[_Shown]:
+    """The packets whose frames are shown.
 
     Not shown are packets outside the edit list, incomplete ones at a cut, and PyAV's empty one at
     the end.
     """
-    return (packet_time(p) for p in packets if p.size and not p.is_discard and not p.is_corrupt)
+    for packet in packets:
+        if packet.size and not packet.is_discard and not packet.is_corrupt:
+            time = packet_time(packet)
+            yield _Shown(time, time + float((packet.duration or 0) * packet.time_base))

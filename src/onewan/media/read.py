@@ -22,8 +22,9 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from onewan.errors import DataError
-from onewan.media.kinds import DAMAGE_REMEDY, IMAGE_SUFFIXES, extension
-from onewan.media.still import Fit, read_image
+from onewan.media.faults import DAMAGE_REMEDY
+from onewan.media.kinds import IMAGE_SUFFIXES, extension
+from onewan.media.still import Fit, read_image, refuse_damaged_gif
 from onewan.media.video_frames import DamageError, decode_frames, frame_pixels
 from onewan.media.video_stream import open_video_at, pixel_aspect
 
@@ -69,6 +70,8 @@ def _read_video(
         # If the first frame is later than this, one before `skip_before` may be nearer.
         if skip_before > -inf and (first is None or first[0] - times[0] > times[0] - skip_before):
             return _read_video(path, times, fit, skip_before=-inf)
+        if stream.container.format.name == "gif":
+            refuse_damaged_gif(path, stream.frames, times[-1])
         return _select(path, stream, chain([first] if first else [], frames), times, fit)
 
 

@@ -5,17 +5,19 @@ Hides Pillow, EXIF, transparency, and files whose header claims an impossible si
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import av
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from av.error import FFmpegError, InvalidDataError
+from PIL import Image, ImageOps
 
 from onewan.errors import DataError
-from onewan.media.kinds import DAMAGE_REMEDY, MAX_PIXELS, error_reason
+from onewan.media.faults import DAMAGE_REMEDY, error_reason, faults_of
+from onewan.media.kinds import MAX_PIXELS
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +35,11 @@ class Fit:
 def read_image(path: str | Path, fit: Fit | None = None) -> np.ndarray:
     """A still image as RGB uint8 [H, W, 3]: upright by EXIF, transparency over white, first frame.
 
-    Raises `DataError` if it can't be read.
+    Raises `DataError` if it can't be read or its data are damaged, as far as its format shows that.
     """
     path = Path(path)
     with open_image(path) as image:
+        _refuse_damaged_data(path, image.format)
         upright = flatten_alpha(ImageOps.exif_transpose(image))
     return np.array(upright) if fit is None else fit_image(upright, fit)
 
@@ -65,21 +68,70 @@ def fit_image(image: Image.Image | np.ndarray, fit: Fit, pixel_aspect: float = 1
 @contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
     """The opened image, not yet decoded; Pillow's errors inside become `DataError`."""
-    try:
+    with faults_of(path, "image"), Image.open(path) as image:
+        _check_pixels(path, *image.size)
+        yield image
+
+
+def _refuse_damaged_data(path: Path, form: str | None) -> None:
+    """`DataError` for damage that Pillow's decoders overlook: they return what they could decode.
+
+    For PNG the checksums of all data are compared. JPEG has none, so a second decoder has to read
+    it: FFmpeg's is stricter than libjpeg, which fills up what it can't decode. WebP can't be
+    checked in this way.
+    """
+    if form == "PNG":
         with Image.open(path) as image:
-            _check_pixels(path, *image.size)
-            yield image
-    except Image.DecompressionBombError as error:
-        raise DataError(
-            f"{path}: claims more pixels than any image has; {DAMAGE_REMEDY}"
-        ) from error
-    except UnidentifiedImageError as error:  # its message is only the path
-        raise DataError(f"{path}: is not an image that can be read; {DAMAGE_REMEDY}") from error
-    # Pillow's decoders report damage by any of these exceptions.
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise DataError(
-            f"{path}: is not an image that can be read ({error_reason(error)}); {DAMAGE_REMEDY}"
-        ) from error
+            image.verify()
+    elif form in {"JPEG", "MPO"} and _jpeg_coding(data := path.read_bytes()) in {0xC0, 0xC1, 0xC2}:
+        decoder = av.CodecContext.create("mjpeg", "r")
+        decoder.options = {"err_detect": "crccheck+explode", "max_pixels": str(MAX_PIXELS)}
+        try:
+            decoder.decode(av.Packet(data))
+        except InvalidDataError as error:
+            raise DataError(f"{path}: its data are damaged; {DAMAGE_REMEDY}") from error
+        except FFmpegError:
+            return  # a kind of JPEG that FFmpeg does not know
+
+
+def _jpeg_coding(data: bytes) -> int | None:
+    """How a JPEG is coded: baseline (0xC0, 0xC1), progressive (0xC2) or else."""
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in {0xC4, 0xC8, 0xCC}:
+            return marker
+        # A marker may follow any number of 0xFF bytes.
+        length = (
+            1 if marker == 0xFF else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        )
+        position += length
+    return None
+
+
+def refuse_damaged_gif(path: Path, frames: int, until: float) -> None:
+    """`DataError` if a frame of a GIF up to the time `until` (s) is damaged.
+
+    FFmpeg's decoder returns such frames as good ones and only logs what is wrong with them.
+    `frames` is how many of them FFmpeg finds in the file.
+    """
+    time = 0.0
+    with faults_of(path, "video"), Image.open(path) as image:
+        try:
+            if getattr(image, "n_frames", 1) < frames:
+                raise EOFError(f"after {image.tell() + 1} of {frames} frames")
+            for number in range(frames):
+                image.seek(number)
+                image.load()
+                milliseconds = image.info.get("duration", 0)
+                # As in FFmpeg: 10 ms and less stand for 100 ms.
+                time += (milliseconds if milliseconds > 10 else 100) / 1000
+                if time > until:
+                    return
+        except (OSError, EOFError, SyntaxError) as error:
+            raise DataError(
+                f"{path}: is damaged near {time:.2f} s ({error_reason(error)}); {DAMAGE_REMEDY}"
+            ) from error
 
 
 def _check_pixels(path: Path, width: int, height: int) -> None:

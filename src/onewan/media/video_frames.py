@@ -17,7 +17,8 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from onewan.errors import DataError
-from onewan.media.kinds import DAMAGE_REMEDY, SWS_ACCURATE, error_reason
+from onewan.media.faults import DAMAGE_REMEDY, error_reason
+from onewan.media.kinds import SWS_ACCURATE
 from onewan.media.still import Fit, fit_image, flatten_alpha
 from onewan.media.video_stream import packet_time
 

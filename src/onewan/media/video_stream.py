@@ -1,10 +1,11 @@
 """Opening a video, seeking in it by time, and the clock of its stream.
 
-FFmpeg's errors become `DataError`. Nothing is decoded here.
+Exceptions become `DataError`. Nothing is decoded here.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -13,12 +14,13 @@ from pathlib import Path
 
 import av
 from av.container import InputContainer
-from av.error import FFmpegError, InvalidDataError
+from av.error import FFmpegError
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from onewan.errors import DataError
-from onewan.media.kinds import DAMAGE_REMEDY, MAX_PIXELS, error_reason
+from onewan.media.faults import faults_of
+from onewan.media.kinds import MAX_PIXELS
 
 _MAX_REORDERING = 2.0
 """More than the presentation time of a packet differs from that of its neighbors in the file, s."""
@@ -29,34 +31,42 @@ _MAX_REORDERING = 2.0
 
 @contextmanager
 def open_video(path: Path, *, threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its main video stream; FFmpeg's errors inside become `DataError`.
+    """The container and its main video stream; exceptions inside become `DataError`.
 
     `threads` is the number of the decoder's threads, 0 for as many as there are cores.
     """
-    try:
-        # "file:", because FFmpeg takes a name like "12:30.mp4" for a protocol; the whitelist,
-        # because a playlist that is named like a video could contain addresses on the network.
-        with av.open(
+    # "file:", because FFmpeg takes a name like "12:30.mp4" for a protocol; the whitelist, because a
+    # playlist that is named like a video could contain addresses on the network. The limit of
+    # pixels is for the decoders that FFmpeg runs when it opens a file.
+    with (
+        faults_of(path, "video"),
+        av.open(
             f"file:{path}",
+            options={"max_pixels": str(MAX_PIXELS)},
             container_options={"protocol_whitelist": "file"},
             metadata_errors="replace",
-        ) as container:
-            stream = container.streams.best("video")
-            if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
-                kinds = ", ".join(sorted({s.type for s in container.streams})) or "no"
-                raise DataError(
-                    f"{path}: has no video, only {kinds} streams; remove it, or add the video"
-                )
-            # By default decoders conceal damage and continue; with "explode" they raise an error.
-            stream.codec_context.options = {
-                "err_detect": "crccheck+explode",
-                "max_pixels": str(MAX_PIXELS),
-            }
-            stream.codec_context.thread_count = threads
-            stream.thread_type = "AUTO"
-            yield container, stream
-    except FFmpegError as error:
-        raise DataError(f"{path}: {_unreadable_reason(path, error)}; {DAMAGE_REMEDY}") from error
+        ) as container,
+    ):
+        stream = container.streams.best("video")
+        if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
+            kinds = ", ".join(sorted({s.type for s in container.streams})) or "no"
+            raise DataError(
+                f"{path}: has no video, only {kinds} streams; remove it, or add the video"
+            )
+        # PyAV's type hints do not know that there may be no decoder.
+        if stream.codec_context is None:  # pyright: ignore[reportUnnecessaryComparison]
+            raise DataError(
+                f"{path}: its video codec is unknown to FFmpeg, or its header is damaged; convert "
+                "it to H.264, or take it out"
+            )
+        # By default decoders conceal damage and continue; with "explode" they raise an error.
+        stream.codec_context.options = {
+            "err_detect": "crccheck+explode",
+            "max_pixels": str(MAX_PIXELS),
+        }
+        stream.codec_context.thread_count = threads
+        stream.thread_type = "AUTO"
+        yield container, stream
 
 
 @contextmanager
@@ -75,15 +85,6 @@ def open_video_at(
     # Opened again, since the state after a failed seek depends on the container.
     with open_video(path, threads=threads) as (container, stream):
         yield stream, container.demux(stream)
-
-
-def _unreadable_reason(path: Path, error: FFmpegError) -> str:
-    """Why FFmpeg could not open `path`."""
-    if isinstance(error, InvalidDataError):
-        with path.open("rb") as file:
-            if file.read(8)[4:] == b"ftyp":
-                return "begins as an MP4 or MOV, but its index (moov) is missing: it is truncated"
-    return f"is not a video that FFmpeg can read ({error_reason(error)})"
 
 
 def _seek(
@@ -144,6 +145,23 @@ def end_time(container: InputContainer, stream: VideoStream) -> float | None:
     if container.duration is None:
         return None
     return (container.duration + (container.start_time or 0)) / av.time_base
+
+
+def promised_end(container: InputContainer, stream: VideoStream) -> float | None:
+    """Where the video itself ends if the header says so exactly, s; else None.
+
+    Most headers give an estimate, or the duration of the longest stream, which may be audio.
+    """
+    form, start = container.format.name, seconds(stream, stream.start_time) or 0.0
+    if form.startswith("mov") and (length := seconds(stream, stream.duration)) is not None:
+        return start + length  # its index lists all frames
+    if form == "avi" and stream.frames and stream.average_rate:  # counts all frames
+        return start + float(stream.frames / stream.average_rate)
+    # In Matroska by convention of its usual writers, as "00:00:07.720000000".
+    match = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    if match is None:
+        return None
+    return int(match[1]) * 3600.0 + int(match[2]) * 60.0 + float(match[3])
 
 
 def frame_interval(stream: VideoStream) -> float:

@@ -20,7 +20,8 @@ from av.video.stream import VideoStream
 
 from onewan.errors import DataError
 from onewan.files import replacing
-from onewan.media.kinds import SWS_ACCURATE, SWS_FULL_CHR_H_INP, error_reason, extension
+from onewan.media.faults import error_reason
+from onewan.media.kinds import SWS_ACCURATE, SWS_FULL_CHR_H_INP, extension
 
 _BT709 = 1
 """Code of ITU-T H.273 for primaries and transfer function, for which PyAV 16 has no name."""
