@@ -30,10 +30,11 @@ demo: $(READY)
 	$(BIN)/onewan demo --dir demo
 
 # With ONETRAINER=PATH a copy of that OneTrainer checkout trains too (and with ONETRAINER_PYTHON=
-# its interpreter, if that is not PATH/venv); docs/onetrainer.md says how.
+# its interpreter, if that is not PATH/venv); docs/onetrainer.md says how. With COMFYUI=PATH that
+# ComfyUI reads an embedding (COMFYUI_PYTHON= is its interpreter, by default that of the tests).
 test: $(READY)
 	@echo "== tests"
-	ONETRAINER="$(ONETRAINER)" $(BIN)/python -m pytest --numprocesses auto
+	ONETRAINER="$(ONETRAINER)" COMFYUI="$(COMFYUI)" $(BIN)/python -m pytest --numprocesses auto
 
 lint: $(READY)
 	@echo "== ruff, codespell, types, import contracts"

@@ -265,7 +265,9 @@ def test_an_embedding_is_described(tmp_path):
     assert file.metadata["modelspec.title"] == "<face>" and file.metadata["onewan.steps"] == "20"
     report = inspect(path)
     assert report.kind == "embedding" and report.summary == "embedding of 3 tokens"
-    assert read_by(report)["ComfyUI"]
+    # ComfyUI alone does not read it.
+    assert [(p.name, p.reads) for p in report.programs] == [("ComfyUI", True)]
+    assert "with the node that `onewan comfyui-node` adds" in report.programs[0].note
     with pytest.raises(CheckpointError, match="for another text encoder"):
         read_embedding(path, width=4096)
     file = read_embedding(

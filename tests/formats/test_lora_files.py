@@ -105,7 +105,7 @@ def assert_same_effect(got: torch.Tensor, want: torch.Tensor, base: torch.Tensor
     assert (got - want).norm() < 1e-5 * effect
 
 
-@pytest.mark.parametrize("format", ["comfyui", "diffusers", "kohya"])
+@pytest.mark.parametrize("format", ["comfyui", "no_alpha", "diffusers", "kohya"])
 @pytest.mark.parametrize(
     ("expert", "config"),
     [(HIGH, WHOLE), (LOW, WHOLE), (HIGH, CROSS), (LOW, PART)],

@@ -245,7 +245,9 @@ def _inspect_component(path: Path) -> Inspection:
         return Inspection(kind="other", summary=summary, **common)
     if looks_like_embedding(file):
         tokens = max((i.shape[0] for i in file.tensors.values() if len(i.shape) == 2), default=1)
-        comfyui = ProgramSupport("ComfyUI", INPUT in file.tensors, "embedding:NAME in a prompt")
+        is_input = INPUT in file.tensors
+        how = "with the node that `onewan comfyui-node` adds, as embedding:NAME in a prompt"
+        comfyui = ProgramSupport("ComfyUI", is_input, how if is_input else "has no such embeddings")
         return Inspection(
             kind="embedding", summary=f"embedding of {tokens} tokens", programs=(comfyui,), **common
         )

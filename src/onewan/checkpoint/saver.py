@@ -114,8 +114,9 @@ class WanModelSaver:
         date: datetime | None = None,
         title: str | None = None,
     ) -> Path:
-        """Write the vectors of `embedding` to `destination` (.safetensors), for ComfyUI and
-        `WanModelEmbedding.from_file`: as `dtype`, or for None bit-exact in their own type.
+        """Write the vectors of `embedding` to `destination` (.safetensors), for onewan's
+        node in ComfyUI and `WanModelEmbedding.from_file`: as `dtype`, or for None bit-exact in
+        their own type.
 
         The header gets ModelSpec's fields and `facts` about the run as ``onewan.<name>``; `title`
         is the placeholder and `date` now unless given. CheckpointError if a value is too large for

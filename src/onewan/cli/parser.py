@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from onewan.cli.arguments import VARIANT_NAMES, Commands, add_command
+from onewan.cli.comfyui import add_comfyui_node
 from onewan.cli.onetrainer_parsers import add_import_config, add_onetrainer
 from onewan.cli.run_parsers import add_cache, add_requests, add_sample, add_train
 from onewan.cli.weights_parsers import add_convert, add_inspect, add_merge
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         add_inspect,
         add_convert,
         add_merge,
+        add_comfyui_node,
         add_onetrainer,
         add_import_config,
     ):

@@ -162,8 +162,7 @@ class EmbeddingSection(Section):
     lr: Positive | None = None
     """Learning rate; null is `optimizer.lr`."""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]+$")
-    """Name of the exported file, and in ComfyUI's prompts (embedding:NAME); null is the placeholder
-    without punctuation."""
+    """Name of the exported file, after the step; null is the placeholder without punctuation."""
 
 
 class ResolvedEmbedding(EmbeddingSection):

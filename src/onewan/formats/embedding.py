@@ -1,7 +1,7 @@
-"""Reads embedding files (textual inversion), with the keys that ComfyUI reads.
+"""Reads embedding files (textual inversion), with the keys that ComfyUI uses.
 
 One tensor [tokens, width] with the name of its text encoder as key: ``umt5xxl`` for vectors among
-UMT5's input embeddings, which prompts in ComfyUI refer to by the file (``embedding:NAME``), and
+UMT5's input embeddings, which ComfyUI reads with the node in `onewan/resources/comfyui`, and
 ``umt5xxl_out`` for vectors among its outputs, which no other program supports.
 `onewan.checkpoint.saver` writes them.
 """

@@ -39,7 +39,7 @@ class WanModelEmbedding:
     placeholder: str
     """The word in prompts that the vectors replace, such as <fox>."""
     name: str
-    """The name of its file, by which prompts in ComfyUI refer to it."""
+    """The name of its file, after the step of the run."""
     uuid: str
     """Identifies the embedding; does not change when it is exported, loaded and trained further."""
     vectors: nn.Parameter

@@ -28,7 +28,7 @@ def export_backup(
     """Write the trained weights to files named after `destination` (.safetensors); returns them.
 
     Adapters are written in the format `to` (comfyui unless given), fine-tuned experts each to a
-    file of its own, and embeddings as ComfyUI reads them. `report` gets a line for what the user
+    file of its own, and embeddings with onewan's keys. `report` gets a line for what the user
     should know of a file. CheckpointError if the folder is not a backup of a Wan 2.2 run, if a file
     exists (without `force`), and if `to` is not a format for the backup's weights.
     """

@@ -111,7 +111,7 @@ class WanLoRASaver(LoRASaverMixin):
 
 
 class WanEmbeddingSaver:
-    """Embeddings: a file for each, as ComfyUI reads it."""
+    """Embeddings: a file for each, with onewan's keys."""
 
     def save_single(
         self, model: WanModel, format: ModelFormat, destination: str, dtype: torch.dtype | None
