@@ -102,9 +102,12 @@ def test_a_selection_of_nothing_is_refused_with_similar_names(transformer):
     with pytest.raises(ConfigError) as error:
         select_linears(transformer, ["self_atention", "ffn", "blocks.99.*"], None)
     first, second = error.value.problems
-    assert first.startswith("method.modules: 'self_atention' selects nothing; there are")
-    assert "self_attention" in first
-    assert second.startswith("method.modules: 'blocks.99.*' selects nothing; there are")
+    assert first.startswith(
+        "method.modules: 'self_atention' selects nothing; did you mean self_attention? There are "
+        "the groups self_attention, cross_attention, attention, ffn, all_linears; each block has "
+        "attn1.to_q, attn1.to_k"
+    )
+    assert second.startswith("method.modules: 'blocks.99.*' selects nothing; ")
     with pytest.raises(ConfigError, match=r"method\.per_module\.0\.modules: 'x'"):
         select_weights(transformer, ["x"], None, "method.per_module.0.modules")
     with pytest.raises(

@@ -8,7 +8,7 @@ is that layer in all blocks, ``blocks.[0-9].*`` is everything in the first ten.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -138,6 +138,22 @@ def _selects_nothing(
     layers: Sequence[int] | None,
 ) -> str:
     """The message for a group or pattern that selects nothing, with similar names."""
-    near = get_close_matches(entry, [*groups, *names], n=3, cutoff=0.5) or [*groups, names[0]]
     where = "" if layers is None else " in the blocks of wan_config.transformer_layers_to_train"
-    return f"{field}: {entry!r} selects nothing{where}; there are, for example, {', '.join(near)}"
+    return f"{field}: {entry!r} selects nothing{where}; {similar_names(entry, names, groups)}"
+
+
+def similar_names(entry: str, names: Collection[str], groups: Collection[str] = ()) -> str:
+    """A hint for `entry`, which matches none of `names` (layers or weights of a transformer) and is
+    none of `groups`: the most similar one, and what there is."""
+    # Without the numbers of blocks, which would repeat each name once for each block.
+    plain = list(dict.fromkeys(_BLOCKS.sub("", name) for name in names))
+    near = get_close_matches(entry.strip("*."), [*groups, *plain, *names], n=1, cutoff=0.5)
+    in_blocks = list(dict.fromkeys(_BLOCKS.sub("", n) for n in names if _BLOCKS.match(n)))
+    shown = in_blocks or plain
+    parts = [
+        f"did you mean {near[0]}?" if near else "",
+        f"There are the groups {', '.join(groups)};" if groups else "",
+        f"{'each block has' if in_blocks else 'the model has'} {', '.join(shown[:12])}",
+        ", ..." if len(shown) > 12 else "",
+    ]
+    return " ".join(part for part in parts[:3] if part) + parts[3]

@@ -6,7 +6,7 @@ used, and splits off the validation clips.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,15 +54,17 @@ def prepare(
     encode_text_online: bool = False,
     progress: ProgressCallback = no_progress,
     verify: bool = False,
+    check_clips: Callable[[Sequence[Clip]], None] = lambda _: None,
 ) -> Dataset:
     """The data set of a resolved run file, with all missing cache entries encoded.
 
     `component_paths` are the files of the VAE, the text encoder and the tokenizer, whose content
     keys the cache. `extra_prompts` are encoded like captions, for sampling later without the text
     encoder. With `encode_text_online` no text is encoded, neither here nor by the source. `verify`
-    reads all entries that exist and encodes the damaged ones again. Clips that can't be decoded are
-    left out and reported. Raises DataError if no training clip is left, or if the run file names
-    validation sources and none of their clips is left.
+    reads all entries that exist and encodes the damaged ones again. `check_clips` gets the training
+    clips before anything is encoded, and raises if they can't be used. Clips that can't be decoded
+    are left out and reported. Raises DataError if no training clip is left, or if the run file
+    names validation sources and none of their clips is left.
     """
     if not config.video_data.sources:
         raise DataError("video_data.sources: is empty; name at least one folder of clips")
@@ -70,6 +72,7 @@ def prepare(
     # Needed without a cache too: the split and the data set's digest depend on content, not names.
     known_digests = ContentDigests(config.video_data.cache_dir / "digests.jsonl")
     report, digests = _index(config, known_digests)
+    check_clips(report.clips)
     clips = (*report.clips, *report.validation_clips)
     if config.video_data.cache:
         known_digests.save()  # now, so that interrupted encoding does not repeat the reading

@@ -75,9 +75,9 @@ class WanModelLoader:
         CheckpointError names each file and what is wrong with it.
         """
         sources = locate(source, components)
-        found, described = _describe(sources, variant, components, check_file_names)
-        found = found.with_boundary(boundary)
-        raise_problems(_boundary_problems(sources, found))
+        found, described = describe_model(
+            sources, variant, components, check_file_names=check_file_names, boundary=boundary
+        )
         to_load = _components_to_load(sources, found, described, components)
         model = WanModel(
             variant=found, source=sources.name, dtype=dtype, notices=list(sources.notices)
@@ -116,13 +116,16 @@ def official_scheduler(variant: Variant, shift: float | None = None) -> UniPCMul
 # ------------------------------------------------------------------------------- describing
 
 
-def _describe(
+def describe_model(
     sources: Sources,
     requested: VariantName | None,
     components: Collection[PipelineComponent] | None,
-    check_file_names: bool,
+    *,
+    check_file_names: bool = True,
+    boundary: float | None = None,
 ) -> tuple[Variant, Mapping[ComponentName, ComponentDescription]]:
-    """The variant and the components; CheckpointError if they do not fit together."""
+    """The variant and the components, from headers alone; CheckpointError if they do not fit
+    together. The arguments are those of `WanModelLoader.load`."""
     described = describe_components(sources.paths, components)
     variant = None if requested is None else VARIANTS[requested]
     raise_problems(
@@ -130,6 +133,8 @@ def _describe(
     )
     variant = variant or infer_variant(described)
     assert variant is not None  # otherwise `model_problems` returned one
+    variant = variant.with_boundary(boundary)
+    raise_problems(_boundary_problems(sources, variant))
     return variant, described
 
 

@@ -6,7 +6,7 @@ refused before any weight is read, and never becomes a random initialization.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -35,6 +35,14 @@ def module_on_meta(weights: ComponentFile) -> nn.Module:
     return module
 
 
+def transformer_on_meta(config: Mapping[str, Any]) -> WanTransformer3DModel:
+    """A transformer with diffusers' configuration `config` and no weights."""
+    with init_empty_weights(include_buffers=False):
+        module = WanTransformer3DModel.from_config(dict(config))
+    assert isinstance(module, WanTransformer3DModel)
+    return module
+
+
 def is_tied(name: str) -> bool:
     """Whether a parameter is the second name of the text encoder's tied embedding."""
     return name == "encoder.embed_tokens.weight"
@@ -43,7 +51,7 @@ def is_tied(name: str) -> bool:
 def _build(weights: ComponentFile) -> nn.Module:
     config: dict[str, Any] = dict(weights.config)
     if weights.kind == "transformer":
-        module = WanTransformer3DModel.from_config(config)
+        module = transformer_on_meta(config)
     elif weights.kind == "vae":
         module = AutoencoderKLWan.from_config(config)
     else:

@@ -95,7 +95,13 @@ def locate(source: ModelSource, components: Collection[PipelineComponent] | None
     for component in COMPONENT_NAMES:
         if component in given:
             value = given[component]
-            if component in needed or Path(value).expanduser().exists():
+            if (
+                component in needed
+                or Path(value).expanduser().exists()
+                or not _may_be_repository(
+                    value
+                )  # a wrong path is reported even if it is not needed
+            ):
                 paths[component] = _component_path(value, component)
     whole, notices = None, ()
     if "path" in given:
@@ -146,12 +152,7 @@ def _local_path(value: str | Path, components: Collection[ComponentName]) -> Pat
         return path
     # A mistyped path is reported as such, instead of as a repository that does not exist.
     text = str(value)
-    must_be_local = path.is_absolute() or text.startswith((".", "~")) or "\\" in text
-    if (
-        must_be_local
-        or text.count("/") != 1
-        or path.suffix in (".safetensors", ".gguf", ".pth", ".pt")
-    ):
+    if not _may_be_repository(value):
         raise CheckpointError(
             f"{value}: there is no such file or folder, and it is not a repository name of the hub "
             "(OWNER/NAME); correct it"
@@ -165,6 +166,14 @@ def _local_path(value: str | Path, components: Collection[ComponentName]) -> Pat
             f"{value}: is neither a file or folder here nor a repository that could be downloaded "
             f"({first_line(error)}); check the name and the connection"
         ) from error
+
+
+def _may_be_repository(value: str | Path) -> bool:
+    """Whether `value`, which does not exist here, may be the name of a repository (OWNER/NAME)."""
+    text, path = str(value), Path(value).expanduser()
+    is_path = path.is_absolute() or text.startswith((".", "~")) or "\\" in text
+    is_file = path.suffix in (".safetensors", ".gguf", ".pth", ".pt")
+    return not is_path and not is_file and text.count("/") == 1
 
 
 def fingerprint(path: Path) -> str:

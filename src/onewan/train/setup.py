@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from functools import partial
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -16,6 +17,7 @@ from onewan.data.encode import ProgressCallback, no_progress
 from onewan.data.loader import WanDataLoader
 from onewan.dtypes import torch_dtype
 from onewan.errors import ConfigError
+from onewan.formats.lora_files import AdapterFile
 from onewan.formats.model_folder import ComponentName
 from onewan.memory.residency import DeviceResidency
 from onewan.model.conditioning import conditioning_of
@@ -24,11 +26,13 @@ from onewan.model.sources import ENCODERS, PipelineComponent, locate
 from onewan.model.wan import WanModel
 from onewan.sample.generate import SampleRequest
 from onewan.train.optimizers.builders import inexact_resume_reason
+from onewan.train.preflight import check_before_encoding
 from onewan.train.run import Run, objective_of, sample_requests
 from onewan.train.state import TrainedExpert, TrainState
 from onewan.train.trainable_setup import (
     attach_embeddings,
     attach_expert,
+    check_captions,
     initial_adapters,
     mentions_any,
 )
@@ -52,7 +56,8 @@ class WanModelSetup:
         self, samples: list[SampleRequest], progress: ProgressCallback, *, verify: bool = False
     ) -> Dataset:
         """The data set with every missing entry encoded, which is all that `onewan cache` does."""
-        dataset, _ = self._encode_dataset(samples, progress, verify=verify)
+        initial = initial_adapters(self._config)
+        dataset, _ = self._encode_dataset(samples, initial, progress, verify=verify)
         return dataset
 
     def build(self, progress: ProgressCallback = no_progress) -> Run:
@@ -64,7 +69,7 @@ class WanModelSetup:
         config = self._config
         samples = sample_requests(config)
         initial = initial_adapters(config)
-        dataset, vae = self._encode_dataset(samples, progress)
+        dataset, vae = self._encode_dataset(samples, initial, progress)
         model = self._load_for_training(vae if samples else None, needs_sampling=bool(samples))
         del vae  # freed before adapters and optimizers are built, unless sampling needs it
         objective = objective_of(config.train, self._variant, self._experts)
@@ -96,7 +101,12 @@ class WanModelSetup:
         return self._load(self._residency.device, components)
 
     def _encode_dataset(
-        self, samples: list[SampleRequest], progress: ProgressCallback, *, verify: bool = False
+        self,
+        samples: list[SampleRequest],
+        initial: Mapping[ExpertName, AdapterFile],
+        progress: ProgressCallback,
+        *,
+        verify: bool = False,
     ) -> tuple[Dataset, AutoencoderKLWan | None]:
         """The data set, and the VAE if one was loaded for it: sampling can use it again."""
         vae: AutoencoderKLWan | None = None
@@ -112,6 +122,9 @@ class WanModelSetup:
         # Hours of encoding must not end in a transformer that is missing.
         transformers = self._needed_transformers(needs_sampling=bool(samples))
         sources.require({*ENCODERS, *(transformers - given.keys())}, self._variant)
+        check_before_encoding(
+            self._config, sources, {*ENCODERS, *transformers}, initial, self._residency.device
+        )
         texts = {text for s in samples for text in (s.prompt, s.negative_prompt)}
         dataset = prepare(
             self._config,
@@ -121,6 +134,7 @@ class WanModelSetup:
             encode_text_online=bool(self._config.embeddings),
             progress=progress,
             verify=verify,
+            check_clips=partial(check_captions, self._config),
         )
         return dataset, vae
 

@@ -6,8 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from diffusers import WanTransformer3DModel
+from torch import Tensor
 
-from onewan.adapters.adapter_config import adapter_config_for, adapter_config_from_file
+from onewan.adapters.adapter_config import (
+    AdapterConfig,
+    adapter_config_for,
+    adapter_config_from_file,
+)
 from onewan.adapters.lora import attach_adapter
 from onewan.adapters.select import select_weights
 from onewan.adapters.weights import train_weights
@@ -60,7 +65,7 @@ def initial_adapters(config: ResolvedRun) -> dict[ExpertName, AdapterFile]:
             )
         problems += [
             f"{field}: {problem}"
-            for field, problem in file_decides(name, _expert_settings(config, name))
+            for field, problem in file_decides(name, expert_settings(config, name))
         ]
         found[name] = file
     if problems:
@@ -90,7 +95,7 @@ def attach_expert(
         attend_within_frames(transformer)
     trainable = None
     if method is not None:
-        lr = _expert_settings(config, expert.name).lr or config.optimizer.lr
+        lr = expert_settings(config, expert.name).lr or config.optimizer.lr
         trainable = _trainable(config, expert.name, method, lr)
     residency.manage(
         transformer,
@@ -98,6 +103,21 @@ def attach_expert(
         alternating=config.memory.offload_inactive_expert,
     )
     return TrainedExpert(expert=expert, transformer=transformer, method=method, trainable=trainable)
+
+
+def check_expert(
+    config: ResolvedRun,
+    transformer: WanTransformer3DModel,
+    expert: Expert,
+    initial: AdapterFile | None,
+) -> None:
+    """ConfigError or CheckpointError if `attach_expert` would refuse these arguments because of
+    layers, ranks or the file `initial`. Names and shapes of `transformer` are enough."""
+    method = config.method
+    if isinstance(method, FineTuneMethod):
+        select_weights(transformer, method.modules, config.wan_config.transformer_layers_to_train)
+    elif isinstance(method, AdapterMethod):
+        _adapter(config, method, transformer, expert, initial)
 
 
 def attach_embeddings(
@@ -122,7 +142,7 @@ def attach_embeddings(
         for embedding, section in zip(embeddings, config.embeddings, strict=True)
         if section.train
     ]
-    _check_captions([embedding.placeholder for embedding, _ in trained], clips)
+    check_captions(config, clips)  # again: clips that can't be decoded are left out by now
     if not trained:
         return None
     if config.memory.gradient_checkpointing:
@@ -151,15 +171,7 @@ def _attach_method(
             precision=method.weights,
             fused=method.fused_step,
         )
-    weights = None
-    if initial is not None:
-        # The file decides ranks and alphas; `initial_adapters` has refused settings of them.
-        adapter, weights = adapter_config_from_file(initial, method, transformer, layers)
-    else:
-        settings = _expert_settings(config, expert.name)
-        adapter = adapter_config_for(
-            method, transformer, layers, rank=settings.rank, alpha=settings.alpha
-        )
+    adapter, weights = _adapter(config, method, transformer, expert, initial)
     attach_adapter(transformer, adapter, config.train.seed, expert.name, weights)
     has_lora_b = isinstance(method, LoraMethod | DoraMethod)
     return AdapterTraining(
@@ -168,6 +180,25 @@ def _attach_method(
         lora_plus_ratio=method.lora_plus_ratio if has_lora_b else 1.0,
         starts_as_base=initial is None,
     )
+
+
+def _adapter(
+    config: ResolvedRun,
+    method: AdapterMethod,
+    transformer: WanTransformer3DModel,
+    expert: Expert,
+    initial: AdapterFile | None,
+) -> tuple[AdapterConfig, dict[str, Tensor] | None]:
+    """The adapter that is put on `expert`, and the weights to initialize it from, if any."""
+    layers = config.wan_config.transformer_layers_to_train
+    if initial is not None:
+        # The file decides ranks and alphas; `initial_adapters` has refused settings of them.
+        return adapter_config_from_file(initial, method, transformer, layers)
+    settings = expert_settings(config, expert.name)
+    adapter = adapter_config_for(
+        method, transformer, layers, rank=settings.rank, alpha=settings.alpha
+    )
+    return adapter, None
 
 
 def _trainable(
@@ -195,9 +226,8 @@ def _trainable(
 def _embedding(section: ResolvedEmbedding, model: WanModel, seed: int) -> WanModelEmbedding:
     name, placeholder = section.name, section.placeholder
     if section.init_from is not None:
-        embedding = WanModelEmbedding.from_file(
-            section.init_from, placeholder=placeholder, name=name
-        )
+        _, text_encoder = model.prompt_encoder()
+        embedding = embedding_from_file(section, text_encoder.config.d_model)
     else:
         embedding = WanModelEmbedding.initial(
             model,
@@ -212,10 +242,20 @@ def _embedding(section: ResolvedEmbedding, model: WanModel, seed: int) -> WanMod
     return embedding
 
 
-def _check_captions(placeholders: Iterable[str], clips: Iterable[Clip]) -> None:
+def embedding_from_file(section: ResolvedEmbedding, width: int) -> WanModelEmbedding:
+    """The vectors that the run file's `section` initializes from; `width` is the text encoder's.
+    CheckpointError for vectors of another one."""
+    assert section.init_from is not None
+    return WanModelEmbedding.from_file(
+        section.init_from, placeholder=section.placeholder, name=section.name, width=width
+    )
+
+
+def check_captions(config: ResolvedRun, clips: Iterable[Clip]) -> None:
     """ConfigError for trained placeholders that no caption contains."""
     captions = {caption for clip in clips for caption in clip.captions}
-    absent = [p for p in placeholders if not mentions_any([p], captions)]
+    trained = [section.placeholder for section in config.embeddings if section.train]
+    absent = [p for p in trained if not mentions_any([p], captions)]
     if absent:
         raise ConfigError(
             "run file",
@@ -227,7 +267,7 @@ def _check_captions(placeholders: Iterable[str], clips: Iterable[Clip]) -> None:
         )
 
 
-def _expert_settings(config: ResolvedRun, expert: ExpertName) -> ExpertSettings:
+def expert_settings(config: ResolvedRun, expert: ExpertName) -> ExpertSettings:
     """The run file's `per_expert` settings of `expert`."""
     # There is no section for a single expert; the rules refuse `per_expert` for it, so that
     # `high` is empty.
