@@ -2,31 +2,43 @@
 
 Everything is written under a temporary name and renamed when it is complete. A temporary name is
 ``.tmp-MACHINE-PID-RANDOM-`` followed by the final name, so that two processes never write to the
-same file and `remove_abandoned` knows which process wrote it.
+same file and `remove_abandoned` knows which process wrote it. Where a system can't exchange two
+folders, the one to be replaced is ``.replaced-MACHINE-PID-RANDOM-NAME`` between two renames.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import hashlib
 import os
 import re
 import secrets
 import shutil
 import socket
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
 TEMPORARY_PREFIX = ".tmp-"
 """Prefix of unfinished files and folders, which readers ignore."""
 
+REPLACED_PREFIX = ".replaced-"
+"""Prefix of a folder that `replace` moved aside and has not yet replaced."""
+
+LARGE_BYTES = 100_000_000
+"""Temporary files of at least this size are mentioned to the user when they are found."""
+
 ABANDONED_AFTER_SECONDS = 24 * 60 * 60
 """Time since the last change after which `remove_abandoned` deletes files of another machine. No
 writer pauses for nearly as long, and clocks of machines that share a folder differ by less."""
 
-_TEMPORARY_NAME = re.compile(r"\.tmp-([0-9a-f]{8})-([0-9]+)-[0-9a-f]{8}-.+", re.DOTALL)
+_TEMPORARY_NAME = re.compile(
+    r"\.(?:tmp|replaced)-([0-9a-f]{8})-([0-9]+)-[0-9a-f]{8}-(.+)", re.DOTALL
+)
 
 _in_use: set[str] = set()
 """The temporary names that this process is writing to."""
@@ -34,20 +46,31 @@ _in_use: set[str] = set()
 
 @contextlib.contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
-    """Yields a temporary path in the folder of `path` that does not exist yet.
+    """Yields a temporary path in the folder of `path` that does not exist.
 
     The block creates a file or folder there and renames it. If the temporary path still exists when
-    the block ends, by an exception or not, it is deleted.
+    the block ends, by an exception or not, it is deleted. What interrupted processes left of `path`
+    is deleted before.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    name = f"{TEMPORARY_PREFIX}{_machine()}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}"
-    temporary = path.with_name(name)
-    _in_use.add(name)
+    remove_abandoned(path.parent, path.name)
+    temporary = _owned(TEMPORARY_PREFIX, path)
+    # Whatever has this name must not become a part of what is written. (What an earlier process
+    # with this id left was deleted above.)
+    if os.path.lexists(temporary):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(temporary))
+    _in_use.add(temporary.name)
     try:
         yield temporary
     finally:
         _delete(temporary)
-        _in_use.discard(name)
+        _in_use.discard(temporary.name)
+
+
+def _owned(prefix: str, path: Path) -> Path:
+    """A name beside `path` that identifies this process."""
+    random = secrets.token_hex(4)
+    return path.with_name(f"{prefix}{_machine()}-{os.getpid()}-{random}-{path.name}")
 
 
 @contextlib.contextmanager
@@ -65,31 +88,130 @@ def replacing(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
-def remove_abandoned(folder: Path, name: str | None = None) -> None:
-    """Delete temporary files that interrupted writers left in `folder`: all, or those for `name`.
+def replace(source: Path, destination: Path) -> None:
+    """Rename `source` to `destination`; if both are folders, what was there before may afterwards
+    have the name `source`, for the caller to delete.
+
+    Atomic for files, and for folders on Linux where the file system can exchange two names. No
+    system renames a folder over one that is not empty, so elsewhere the old folder is moved aside
+    first. If the process is killed between the two renames, `remove_abandoned` moves it back.
+    """
+    if not destination.is_dir():
+        os.replace(source, destination)
+    elif not _exchange(source, destination):
+        aside = _owned(REPLACED_PREFIX, destination)
+        _in_use.add(aside.name)
+        try:
+            os.rename(destination, aside)
+            try:
+                os.rename(source, destination)
+            except BaseException:
+                os.rename(aside, destination)
+                raise
+            os.rename(aside, source)
+        finally:
+            _in_use.discard(aside.name)
+    sync(destination.parent)
+
+
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two names atomically; False where the system or the file system can't."""
+    if sys.platform != "linux":
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # an older C library
+        return False
+    names = os.fsencode(first), os.fsencode(second)
+    if renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # such as NFS
+        return False
+    raise OSError(code, os.strerror(code), str(first), None, str(second))
+
+
+def remove_abandoned(folders: Path | Iterable[Path], name: str | None = None) -> list[str]:
+    """Delete temporary files that interrupted writers left in `folders`: all, or those for `name`.
+    A folder that one moved aside, to replace it, is moved back unless it has been replaced.
 
     A file that a live process may be writing is kept. It is deleted only if no process on this
     machine has the process id in its name (or only this process, which is not writing to it), or,
     if it is from another machine or container, after `ABANDONED_AFTER_SECONDS` without a change.
+
+    Returns notices for the user, one line each: about folders moved back, and about files of
+    `LARGE_BYTES` and more, deleted or kept.
     """
-    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
-        if (name is None or path.name.endswith(f"-{name}")) and _is_abandoned(path):
-            _delete(path)
+    notices: list[str] = []
+    count = total = 0
+    for folder in [folders] if isinstance(folders, Path) else folders:
+        for path in [*folder.glob(f"{TEMPORARY_PREFIX}*"), *folder.glob(f"{REPLACED_PREFIX}*")]:
+            if name is not None and not path.name.endswith(f"-{name}"):
+                continue
+            size = _size(path)
+            if not _is_abandoned(path):
+                if size >= LARGE_BYTES and _local_process(path) is None:
+                    notices.append(_kept(path, size))
+            elif (original := _replaced_original(path)) is not None:
+                with contextlib.suppress(FileNotFoundError):  # another process has done it
+                    os.rename(path, original)
+                    notices.append(f"{original}: moved back; replacing it was interrupted")
+            else:
+                _delete(path)
+                count, total = count + 1, total + size
+    if total >= LARGE_BYTES:
+        files = "1 temporary file" if count == 1 else f"{count} temporary files"
+        notices.append(f"deleted {files} of interrupted processes ({total / 1e9:.2f} GB)")
+    return notices
+
+
+def _kept(path: Path, size: int) -> str:
+    return (
+        f"{path}: {size / 1e9:.2f} GB, is left from another machine, or from before a restart; "
+        "delete it if no process writes it, else it is deleted after a day without a change"
+    )
+
+
+def _replaced_original(path: Path) -> Path | None:
+    """The name that the folder `path`, which was moved aside, had, if nothing has it now."""
+    match = _TEMPORARY_NAME.fullmatch(path.name)
+    if match is None or not path.name.startswith(REPLACED_PREFIX):
+        return None
+    original = path.with_name(match[3])
+    return None if os.path.lexists(original) else original
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    total = 0
+    for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        with contextlib.suppress(OSError):  # its writer is moving or deleting it
+            total += entry.lstat().st_size
+    return total
 
 
 def _is_abandoned(path: Path) -> bool:
     if path.name in _in_use:
         return False
-    match = _TEMPORARY_NAME.fullmatch(path.name)
-    # An own process id that is not in `_in_use` is left from an earlier process with the same id.
-    if match is not None and match[1] == _machine():
-        return int(match[2]) == os.getpid() or not _is_alive(int(match[2]))
+    if (pid := _local_process(path)) is not None:
+        # An own process id that is not in `_in_use` is left from an earlier process with that id.
+        return pid == os.getpid() or not _is_alive(pid)
     try:
         entries = [path, *path.rglob("*")]
         changed = max(entry.lstat().st_mtime for entry in entries)
     except OSError:  # its writer is moving or deleting it
         return False
     return time.time() - changed > ABANDONED_AFTER_SECONDS
+
+
+def _local_process(path: Path) -> int | None:
+    """The process id in a temporary name; None if it is not from this machine and this boot."""
+    match = _TEMPORARY_NAME.fullmatch(path.name)
+    return int(match[2]) if match is not None and match[1] == _machine() else None
 
 
 def _is_alive(pid: int) -> bool:
@@ -144,6 +266,16 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def append_lines(file: Path, lines: Iterable[str]) -> None:
+    """Append `lines` to a file that several processes append to."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # The first newline ends a line that a process did not complete, because it was killed.
+    content = "".join(f"\n{line}" for line in lines) + "\n"
+    # Unbuffered: one write in append mode, which is not interleaved with those of others.
+    with file.open("ab", buffering=0) as opened:
+        opened.write(content.encode())
 
 
 def file_digest(path: Path) -> str:

@@ -100,8 +100,8 @@ def saved_run(run_file: RunFile, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_terminated_run_is_saved_and_resumes_at_the_next_step(
-    saved_run: Path, tmp_path: Path
+def test_a_run_is_trained_by_one_process_and_resumes_after_a_termination(
+    saved_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "onewan.cli", "train", str(saved_run)],
@@ -116,6 +116,10 @@ def test_a_terminated_run_is_saved_and_resumes_at_the_next_step(
         if events.is_file() and sum(e["event"] == "step" for e in read_events(events)) >= 3:
             break
         time.sleep(0.05)
+    for second in (["train", str(saved_run)], ["train", str(tmp_path / "runs/run"), "--resume"]):
+        assert main(second) == 1
+        err = capsys.readouterr().err
+        assert f"run: is in use by process {process.pid} on" in err and "onewan stop" in err
     process.send_signal(signal.SIGTERM if os.name != "nt" else signal.CTRL_C_EVENT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130, out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import shutil
 from collections.abc import Collection
 from dataclasses import replace
@@ -113,6 +115,23 @@ def test_entries_that_another_process_encodes_meanwhile_are_not_encoded_again(
     data = WanModelSetup(run_file("t2v-a14b", *settings(own))).dataset([], progress)
     assert data.encoded == 1 and data.digest == complete.digest
     assert reported == [("encoding captions", n, 6) for n in range(1, 7)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a new process would load torch again")
+def test_two_processes_that_encode_at_the_same_time_share_the_cache(
+    run_file: RunFile, own: Path
+) -> None:
+    config = run_file("t2v-a14b", *settings(own))
+    fork = multiprocessing.get_context("fork")
+    encode = WanModelSetup(config).dataset
+    processes = [fork.Process(target=encode, args=[[], no_progress]) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert prepared(config, verify=True)[0].encoded == 0
+    assert not list((own / "cache").rglob(".*"))
 
 
 def test_online_encoding_gives_the_same_tensors_as_the_cache(run_file: RunFile, own: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from support.interrupted import leave_interrupted
 from support.runs import SMALL_SAMPLE, RunFile, layout_of, outcome, recorder
 
+from onewan import files
 from onewan.cli import main
 from onewan.config.load import load_run
 from onewan.config.schema import ResolvedRun
@@ -189,13 +190,35 @@ def test_resuming_with_other_package_versions_gives_a_warning(
 ) -> None:
     WanTrainer(run_file("ti2v-5b", "train.steps=1")).fit()
     config = run_file("ti2v-5b", "train.steps=2")
-    (remaining,) = leave_interrupted(layout_of(config).weights_dir / "000001.safetensors")
     events: list[dict[str, Any]] = []
     monkeypatch.setattr(trainer, "versions", lambda: {"torch": "9.9"})
     WanTrainer(config, listen=recorder(events), resume=True).fit()
     (warning,) = [e["text"] for e in events if e["event"] == "warning"]
     assert "and this is {'torch': '9.9'}; bit-exact results are not promised" in warning
-    assert not remaining.exists()
+
+
+def test_what_a_killed_trainer_left_is_deleted_at_the_next_start(
+    run_file: RunFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    WanTrainer(run_file("ti2v-5b", "train.steps=1")).fit()
+    config = run_file("ti2v-5b", "train.steps=2")
+    layout = layout_of(config)
+    left = leave_interrupted(
+        layout.run_file,
+        layout.state(2),
+        layout.weights(1),
+        layout.samples(1) / "0.mp4",
+        config.video_data.cache_dir / "video" / "ab" / "entry.safetensors",
+    )
+    monkeypatch.setattr(files, "LARGE_BYTES", 1)
+    events: list[dict[str, Any]] = []
+    WanTrainer(config, listen=recorder(events), resume=True).fit()
+    assert not any(path.exists() for path in left)
+    assert not [path for path in layout.root.rglob(".*") if path.is_file()], "not even a lock"
+    note = next(e["text"] for e in events if e["event"] == "note")
+    assert note == "deleted 4 temporary files of interrupted processes (0.00 GB)"
+    (report,) = [e["report"] for e in events if e["event"] == "data"]
+    assert any("deleted 1 temporary file of interrupted processes" in line for line in report)
 
 
 def test_a_stop_while_encoding_loses_nothing(run_file: RunFile, tmp_path: Path) -> None:
@@ -319,7 +342,7 @@ def test_changes_are_listed_on_resume(run_file: RunFile, tmp_path: Path) -> None
     )
     events: list[dict[str, Any]] = []
     WanTrainer(harmless, listen=recorder(events), resume=True).fit()
-    (note,) = [e["text"] for e in events if e["event"] == "note"]
+    note = next(e["text"] for e in events if e["event"] == "note")
     for line in (
         "train.steps: was 2, is 3",
         "train.keep_last: was 2, is 5",

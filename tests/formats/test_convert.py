@@ -19,13 +19,15 @@ from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DMode
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.interrupted import locking, replace_and_die
 from transformers import UMT5EncoderModel
 
+from onewan import files
 from onewan.checkpoint import atomic_write as publishing
 from onewan.checkpoint.convert import convert_model
 from onewan.checkpoint.model_files import read_model
 from onewan.checkpoint.saver import WanModelSaver
-from onewan.errors import CheckpointError
+from onewan.errors import CheckpointError, OnewanError
 from onewan.formats.container import open_tensors
 from onewan.formats.weights import open_component
 from onewan.formats.write import LazyTensor, bytes_of
@@ -521,6 +523,50 @@ def test_a_killed_conversion_leaves_nothing_under_the_final_name(t2v, tmp_path):
     convert_model(t2v, tmp_path / "d", "diffusers")
     assert (tmp_path / "d/model_index.json").exists()
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_a_leftover_with_the_same_temporary_name_is_not_published(high, tmp_path, monkeypatch):
+    monkeypatch.setattr(files.secrets, "token_hex", lambda count: "0" * 2 * count)
+    with files.temporary_beside(tmp_path / "d") as staging:
+        pass
+    staging.mkdir()
+    (staging / "stale.safetensors").touch()
+    convert_model(high, tmp_path / "d", "diffusers")
+    assert files_in(tmp_path / "d") == ["config.json", "diffusion_pytorch_model.safetensors"]
+
+
+def test_a_destination_that_another_process_writes_to_is_refused(high, tmp_path):
+    with locking(tmp_path / ".lock-d") as process:
+        with pytest.raises(OnewanError, match=rf"d: is in use by process {process.pid} on"):
+            convert_model(high, tmp_path / "d", "diffusers")
+        assert not (tmp_path / "d").exists()
+    convert_model(high, tmp_path / "d", "diffusers")  # the process was killed
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_model_that_a_killed_conversion_moved_aside_is_moved_back(t2v, high, tmp_path):
+    folder = tmp_path / "d"
+    convert_model(high, folder, "diffusers")
+    before = tensors(folder)
+    replace_and_die(folder, after_renames=1)
+    assert not folder.exists()
+    refuses("contains config.json, .*add --force", high, folder, "diffusers")
+    assert_same(tensors(folder), before)
+    replace_and_die(folder, after_renames=1)
+    low = t2v / "low_noise_model"
+    written = convert_model(low, folder, "diffusers", force=True)
+    assert f"{folder}: moved back; replacing it was interrupted" in written.notices
+    after = tensors(folder)
+    assert after.keys() == before.keys()
+    assert not all(torch.equal(after[name], before[name]) for name in before)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("name", [".", "..", "d/.."])
+def test_a_destination_without_a_name_is_refused(high, tmp_path, monkeypatch, name):
+    (tmp_path / "d").mkdir()
+    monkeypatch.chdir(tmp_path / "d")
+    refuses("has no name of its own", high, Path(name), "diffusers", force=True)
 
 
 def test_progress_ends_at_the_total(t2v, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,14 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from support.clips import clip as make_clip
 from support.onetrainer_configs import with_defaults
 from support.onetrainer_runs import Lab, concept_of, config_of
 
 from onewan.data.encode import encode_clip
 from onewan.demo.clips import write_clips
+from onewan.errors import DataError
 from onewan.model.load import WanModelLoader
+from onewan.onetrainer import clip_adapter
 from onewan.onetrainer.clip_adapter import (
     ConceptPlanner,
+    DecodeCheckCache,
     cache_digest,
     crop_of,
     latent_mask_of,
@@ -135,3 +140,24 @@ def test_masks_are_found_under_both_names(tmp_path: Path):
         found, _ = planner.plan(str(clip), concept)
         assert found.mask is not None
         assert (mask_of(found, crop_of(found, None)) == 0).all()
+
+
+def test_processes_keep_each_others_decode_checks(tmp_path: Path, monkeypatch):
+    write_clips(tmp_path)
+    good = next(tmp_path.glob("*.mp4"))
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(good.read_bytes()[:200])
+    file = tmp_path / "cache" / "read.jsonl"
+    first, second = DecodeCheckCache(file), DecodeCheckCache(file)  # both before either saves
+    first.check(make_clip(str(good)))
+    with pytest.raises(DataError, match=re.escape(str(bad))) as reason:
+        second.check(make_clip(str(bad)))
+    second.save()
+    first.save()
+    with file.open("a") as lines:
+        lines.write('["cut off')  # by a kill
+    monkeypatch.setattr(clip_adapter, "read_frames", None)  # a second check would fail
+    third = DecodeCheckCache(file)
+    third.check(make_clip(str(good)))
+    with pytest.raises(DataError, match=re.escape(str(reason.value))):
+        third.check(make_clip(str(bad)))

@@ -1,4 +1,4 @@
-"""Real second processes that write under temporary names, alive or killed."""
+"""Real second processes that write under temporary names or hold a lock, alive or killed."""
 
 from __future__ import annotations
 
@@ -48,3 +48,58 @@ def leave_interrupted(*paths: Path, kind: str = "file") -> list[Path]:
     with writing(*paths, kind=kind) as (_, left):
         pass
     return left
+
+
+_LOCK = """
+import pathlib, sys
+from onewan.locks import locked
+with locked(pathlib.Path(sys.argv[1]), pathlib.Path("x"), ""):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def locking(file: Path) -> Iterator[subprocess.Popen[str]]:
+    """A live process that holds the lock `file`; killed at the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _LOCK, str(file)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == "locked"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+# Stands for a system that can't exchange two folders. The process kills itself after a number of
+# renames, as no test could do from outside at that moment.
+_REPLACE = """
+import os, pathlib, signal, sys
+from onewan import files
+files._exchange = lambda first, second: False
+rename, left = os.rename, int(sys.argv[2])
+def rename_or_die(*names):
+    global left
+    if not left:
+        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+    left -= 1
+    rename(*names)
+os.rename = rename_or_die
+with files.temporary_beside(pathlib.Path(sys.argv[1])) as staging:
+    staging.mkdir()
+    (staging / "config.json").write_text("new")
+    files.replace(staging, pathlib.Path(sys.argv[1]))
+"""
+
+
+def replace_and_die(folder: Path, *, after_renames: int) -> None:
+    """Replace `folder` without an atomic exchange by one with a ``config.json`` that contains
+    "new", in a process that is killed after so many of its three renames."""
+    command = [sys.executable, "-c", _REPLACE, str(folder), str(after_renames)]
+    assert subprocess.run(command, check=False).returncode != 0

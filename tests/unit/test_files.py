@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from support.interrupted import leave_interrupted, writing
+from support.interrupted import leave_interrupted, replace_and_die, writing
 
 from onewan import files
 from onewan.files import (
     ABANDONED_AFTER_SECONDS,
     remove,
     remove_abandoned,
+    replace,
     replacing,
     temporary_beside,
 )
@@ -130,6 +132,103 @@ def test_a_temporary_name_contains_machine_process_random_part_and_target(tmp_pa
     shape = rf"\.tmp-{files._machine()}-{os.getpid()}-[0-9a-f]{{8}}-a-b\.json"
     assert re.fullmatch(shape, first.name) and re.fullmatch(shape, second.name)
     assert first != second
+
+
+def test_a_leftover_with_the_same_temporary_name_never_becomes_a_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files.secrets, "token_hex", lambda count: "0" * 2 * count)
+    with temporary_beside(tmp_path / "out") as temporary:
+        name = temporary.name
+    (tmp_path / name / "deep").mkdir(parents=True)
+    (tmp_path / name / "deep" / "stale").touch()
+    with temporary_beside(tmp_path / "out") as temporary:
+        assert temporary.name == name and not temporary.exists()
+    (tmp_path / name).symlink_to(tmp_path / "elsewhere")  # writing would follow it
+    with replacing(tmp_path / "out") as temporary:
+        temporary.write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_writing_a_file_deletes_what_interrupted_writers_left_of_it(tmp_path: Path) -> None:
+    leave_interrupted(tmp_path / "a.json")
+    with replacing(tmp_path / "a.json") as temporary:
+        assert not list(tmp_path.iterdir())
+        temporary.write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems can't exchange two folders")
+def test_a_replaced_folder_is_complete_after_every_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    for name in ("rename", "replace"):
+
+        def checked(*paths: Path, rename=getattr(os, name)) -> None:
+            rename(*paths)
+            assert (model / "config.json").exists()
+
+        monkeypatch.setattr(files.os, name, checked)
+    for content in ("old", "new"):
+        with temporary_beside(model) as staging:
+            staging.mkdir()
+            (staging / "config.json").write_text(content)
+            replace(staging, model)
+    assert (model / "config.json").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [model]
+
+
+@pytest.mark.parametrize(("after_renames", "content"), [(0, "old"), (1, "old"), (2, "new")])
+def test_a_kill_while_a_folder_is_replaced_loses_neither_the_old_nor_the_new_one(
+    tmp_path: Path, after_renames: int, content: str
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("old")
+    replace_and_die(model, after_renames=after_renames)
+    assert model.exists() == (after_renames != 1)
+    notices = remove_abandoned(tmp_path, "model")
+    assert (model / "config.json").read_text() == content
+    assert list(tmp_path.iterdir()) == [model]
+    moved_back = [f"{model}: moved back; replacing it was interrupted"]
+    assert notices == (moved_back if after_renames == 1 else [])
+
+
+def test_a_folder_is_replaced_without_an_exchange_and_moved_back_if_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_exchange", lambda _first, _second: False)
+    model = tmp_path / "model"
+    for content in ("old", "new"):
+        with temporary_beside(model) as staging:
+            staging.mkdir()
+            (staging / "config.json").write_text(content)
+            replace(staging, model)
+    with pytest.raises(FileNotFoundError), temporary_beside(model) as staging:
+        replace(staging, model)  # nothing was written there
+    assert (model / "config.json").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [model]
+
+
+def test_large_leftovers_are_mentioned_with_their_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = leave_interrupted(tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    other = of_another_machine(left[0])
+    for path in (other, *left[1:]):
+        path.write_bytes(b"0" * 20_000_000)
+    monkeypatch.setattr(files, "LARGE_BYTES", 40_000_001)
+    remove_abandoned(tmp_path, "c")
+    left[2].write_bytes(b"0" * 20_000_000)
+    assert remove_abandoned(tmp_path) == []
+    left[1].write_bytes(b"0" * 20_000_000)
+    left[2].write_bytes(b"0" * 20_000_000)
+    monkeypatch.setattr(files, "LARGE_BYTES", 10_000_000)
+    kept, deleted = remove_abandoned(tmp_path)
+    assert kept.startswith(f"{other}: 0.02 GB, is left from another machine")
+    assert deleted == "deleted 2 temporary files of interrupted processes (0.04 GB)"
+    assert list(tmp_path.iterdir()) == [other]
 
 
 def test_remove_deletes_files_and_folders_with_their_content(tmp_path: Path) -> None:

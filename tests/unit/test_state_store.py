@@ -30,6 +30,21 @@ def test_an_incomplete_state_is_kept_for_a_live_process_and_removed_if_abandoned
     assert sorted(p.name for p in found.folder.iterdir()) == sorted(["weights", MANIFEST])
 
 
+def test_a_killed_save_keeps_no_space_from_the_next_one(tmp_path: Path) -> None:
+    layout = RunLayout(tmp_path)
+    leave_interrupted(layout.state(400), layout.state(500), kind="folder")
+    free: list[bool] = []
+
+    def fail(folder: Path) -> None:
+        free.append([p for p in layout.states_dir.iterdir() if p != folder] == [])
+        (folder / "half").touch()
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        StateStore(layout, keep=1).save(500, fail)
+    assert free == [True] and not list(layout.states_dir.iterdir())
+
+
 def test_rotation_keeps_the_newest_states_the_best_and_every_nth(tmp_path: Path) -> None:
     layout = RunLayout(tmp_path)
     store = StateStore(layout, keep=2, keep_every=4)

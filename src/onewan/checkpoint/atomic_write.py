@@ -1,16 +1,19 @@
-"""Atomic publication of output files: all of them or none; refuses to overwrite without force."""
+"""Atomic publication of output files: all of them or none, by one process at a time; refuses to
+overwrite without force."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from onewan.checkpoint.layouts import OutputFile
 from onewan.errors import CheckpointError
-from onewan.files import remove_abandoned, sync, temporary_beside
+from onewan.files import remove_abandoned, replace, sync, temporary_beside
 from onewan.formats.backends import first_line
+from onewan.locks import locked
 
 ProgressCallback = Callable[[int, int], None]
 """Called with (bytes written, total bytes)."""
@@ -25,12 +28,43 @@ _MODEL_ENTRIES = (
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".pth", ".gguf")
 
 
-def check_destination(
+@contextmanager
+def writing_to(
+    destination: Path, sources: Sequence[Path], *, folder: bool, force: bool
+) -> Iterator[list[str]]:
+    """Keeps other processes from writing to `destination`, a folder (`folder`) or a file, while the
+    block writes it; yields notices about what interrupted processes left there.
+
+    CheckpointError if it must not be written: it is or contains a source, or exists without
+    `force`, or is not of the right type, or has files that no model has. OnewanError if another
+    process is writing to it.
+    """
+    if destination.name in ("", ".."):
+        raise CheckpointError(f"{destination}: has no name of its own; give the path of a new one")
+    lock = destination.with_name(f".lock-{destination.name}")
+    with ExitStack() as session:
+        try:
+            session.enter_context(
+                locked(lock, destination, "wait until it ends, or give another destination")
+            )
+            # Before the free space is checked: what an interrupted conversion left can be 57 GB.
+            notices = remove_abandoned(destination.parent, destination.name)
+        except OSError as error:
+            raise _not_writable(destination, error) from error
+        _check_destination(destination, sources, folder, force)
+        yield notices
+
+
+def _not_writable(destination: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{destination}: can't be written ({first_line(error)}); check the folder and the free "
+        "space"
+    )
+
+
+def _check_destination(
     destination: Path, sources: Sequence[Path], folder: bool, force: bool
 ) -> None:
-    """CheckpointError if `destination`, a folder (`folder`) or a file, must not be written: it is
-    or contains a source, or exists without `force`, or is not of the right type, or has files that
-    no model has."""
     for source in sources:
         target, origin = destination.resolve(), source.resolve()
         # A parent of the source counts too, since it would be replaced as a whole.
@@ -76,14 +110,13 @@ def publish(
     on_progress: ProgressCallback,
 ) -> list[Path]:
     """Write `outputs` under a temporary name beside `destination`, then rename; returns the paths.
+    Called within `writing_to`.
 
     `verify` is called with the complete temporary file or folder before it is renamed. If anything
     fails or is interrupted, `destination` stays as it was and the temporary files are deleted.
     CheckpointError if the disk is full or can't be written.
     """
     total = sum(output.bytes for output in outputs)
-    # Before the free space is checked: what an interrupted conversion left can be 57 GB.
-    remove_abandoned(destination.parent, destination.name)
     _check_space(destination, total)
     done = 0
 
@@ -95,6 +128,8 @@ def publish(
 
     try:
         with temporary_beside(destination) as staging:
+            if any(output.path for output in outputs):
+                staging.mkdir()
             for output in outputs:
                 path = staging / output.path if output.path else staging
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,12 +139,9 @@ def publish(
             # before the rename, else a power cut can leave a renamed folder without its files.
             for folder in [staging, *staging.rglob("*")] if staging.is_dir() else []:
                 sync(folder)
-            _replace(staging, destination)
+            replace(staging, destination)
     except OSError as error:
-        raise CheckpointError(
-            f"{destination}: can't be written ({first_line(error)}); "
-            "check the folder and the free space"
-        ) from error
+        raise _not_writable(destination, error) from error
     return [destination / o.path if o.path else destination for o in outputs]
 
 
@@ -121,20 +153,3 @@ def _check_space(destination: Path, needed: int) -> None:
             f"{destination}: needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on that "
             "disk; make room or give a destination on another one"
         )
-
-
-def _replace(staging: Path, destination: Path) -> None:
-    """Rename `staging` to `destination`. An existing folder is moved aside first, since no system
-    replaces a folder that is not empty, and moved back if the renaming fails."""
-    if not destination.is_dir():
-        os.replace(staging, destination)
-        sync(destination.parent)
-        return
-    with temporary_beside(destination) as old:
-        os.rename(destination, old)
-        try:
-            os.replace(staging, destination)
-        except BaseException:
-            os.rename(old, destination)
-            raise
-        sync(destination.parent)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from diffusers import WanTransformer3DModel
 
-from onewan.checkpoint.atomic_write import ProgressCallback, check_destination, publish
+from onewan.checkpoint.atomic_write import ProgressCallback, publish, writing_to
 from onewan.checkpoint.component import ComponentWeights, config_of, from_module
 from onewan.checkpoint.layouts import (
     SHARD_BYTES,
@@ -192,15 +192,15 @@ def write_model(  # noqa: PLR0913  (shared by converting, saving and merging)
             )
     folder = any(output.path for output in planned)
     _check_suffix(destination, formats, folder)
-    check_destination(destination, sources, folder, force)
 
     def verify(written: Path) -> None:
         for name, component in model.components.items():
             path = written / paths[name] if paths[name] else written
             notices.extend(_lost_settings(path, component))
 
-    files = publish(destination, planned, verify, on_progress)
-    return WriteResult(files=tuple(files), notices=tuple(dict.fromkeys(notices)))
+    with writing_to(destination, sources, folder=folder, force=force) as leftovers:
+        files = publish(destination, planned, verify, on_progress)
+    return WriteResult(files=tuple(files), notices=tuple(dict.fromkeys([*leftovers, *notices])))
 
 
 def _output_dtype(

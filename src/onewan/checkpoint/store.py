@@ -9,13 +9,12 @@ the damage is reported. The content of the files is up to the caller.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from onewan.errors import CheckpointError
-from onewan.files import file_digest, remove, remove_abandoned, sync, temporary_beside
+from onewan.files import file_digest, remove, remove_abandoned, replace, sync, temporary_beside
 from onewan.runs.layout import RunLayout
 
 MANIFEST = "manifest.json"
@@ -47,15 +46,13 @@ class StateStore:
         deleted, after the new one is safe; that of step `best` stays.
         """
         final = self._layout.state(step)
+        # First: what a killed save left could take the space that this one needs.
+        remove_abandoned(self._layout.states_dir)
         with temporary_beside(final) as temporary:
             temporary.mkdir()
             write(temporary)
             _write_manifest(temporary)
-            # No system renames a folder over one that is not empty.
-            if final.exists():
-                remove(final)
-            os.replace(temporary, final)
-        sync(final.parent)
+            replace(temporary, final)
         self._rotate(best)
         return final
 
@@ -82,7 +79,6 @@ class StateStore:
         for step in self._layout.saved_steps()[: -self._keep]:
             if step != best and not (self._keep_every and step % self._keep_every == 0):
                 remove(self._layout.state(step))
-        remove_abandoned(self._layout.states_dir)
 
 
 def _write_manifest(folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import cast, get_args
 
 import torch
 
-from onewan.checkpoint.atomic_write import ProgressCallback, check_destination
+from onewan.checkpoint.atomic_write import ProgressCallback, writing_to
 from onewan.checkpoint.convert import WriteResult, convert_model
 from onewan.checkpoint.layouts import ModelFormat
 from onewan.checkpoint.merge import base_weights, merge
@@ -103,12 +103,12 @@ def _convert_adapter(
             f"{destination}: the output is a .safetensors file; give a name that ends in "
             ".safetensors"
         )
-    check_destination(destination, [source], folder=False, force=force)
-    weights = None if base is None else base_weights(base, source, expert)
-    notices = convert_adapter(
-        source, destination, cast(LoraFormat, to), dtype=dtype, base=weights, expert=expert
-    )
-    _print_result(WriteResult(files=(destination,), notices=tuple(notices)))
+    with writing_to(destination, [source], folder=False, force=force) as leftovers:
+        weights = None if base is None else base_weights(base, source, expert)
+        notices = convert_adapter(
+            source, destination, cast(LoraFormat, to), dtype=dtype, base=weights, expert=expert
+        )
+    _print_result(WriteResult(files=(destination,), notices=(*leftovers, *notices)))
     return 0
 
 

@@ -14,14 +14,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor, uint8
 
 from onewan.errors import DataError
-from onewan.files import file_digest, replacing
+from onewan.files import append_lines, file_digest, remove_abandoned, replacing
 
 EntryKind = Literal["video", "text", "mask"]
 
@@ -43,6 +43,12 @@ class EntryCache:
         # 256 subfolders per kind, since file systems and file browsers are slow with 100,000 files
         # in one folder.
         return self.folder / kind / key[:2] / f"{key}.safetensors"
+
+    def remove_abandoned(self) -> list[str]:
+        """Delete temporary files that interrupted processes left in the cache; returns notices
+        (`onewan.files.remove_abandoned`)."""
+        kinds = [self.folder / kind for kind in get_args(EntryKind)]
+        return remove_abandoned(folder for kind in kinds for folder in kind.glob("*"))
 
     def has(self, kind: EntryKind, key: str) -> bool:
         return self.path(kind, key).is_file()
@@ -141,12 +147,7 @@ class ContentDigests:
         """Append the digests that were computed since the file was read."""
         if not self._new_lines:
             return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        # The first newline ends a line that a process did not complete, because it was killed.
-        content = "".join(f"\n{line}" for line in self._new_lines) + "\n"
-        # Unbuffered: one write in append mode, which is not interleaved with those of others.
-        with self._file.open("ab", buffering=0) as file:
-            file.write(content.encode())
+        append_lines(self._file, self._new_lines)
         self._new_lines.clear()
 
 

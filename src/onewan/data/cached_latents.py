@@ -116,6 +116,7 @@ class CachedLatents:
         `verify` reads all entries that exist, and encodes the damaged ones again. Several processes
         may fill one cache at the same time; what another one has finished is not encoded again.
         """
+        notices = self._cache.remove_abandoned()
         video_keys = [(self.video_key(clip), clip) for clip in clips]
         masked = [(self.mask_key(clip, clip.mask), clip, clip.mask) for clip in clips if clip.mask]
         text_keys = [(self.text_key(caption), caption) for caption in captions]
@@ -129,7 +130,7 @@ class CachedLatents:
         videos = self._fill_videos(video_keys, load_model, progress)
         return FillResult(
             problems=(*masks.problems, *videos.problems),
-            warnings=masks.warnings,
+            warnings=(*(ClipWarning(path=None, text=text) for text in notices), *masks.warnings),
             encoded=masks.encoded + texts + videos.encoded,
         )
 

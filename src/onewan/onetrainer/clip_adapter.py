@@ -7,6 +7,7 @@ that can't be read is skipped with a reason.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
@@ -23,7 +24,7 @@ from onewan.data.clip import Clip, ClipFolder, ClipPlanner
 from onewan.data.encode import ENCODING_VERSION
 from onewan.data.masks import MASK_VERSION, clip_stem, is_mask, pixel_mask
 from onewan.errors import DataError
-from onewan.files import replacing
+from onewan.files import append_lines
 from onewan.media import Fit, extension, read_frames
 from onewan.model.wan import WanModel
 from onewan.onetrainer import settings
@@ -149,15 +150,23 @@ def cache_digest(kind: str, concepts: Iterable[Mapping[str, Any]], inputs: Seque
 class DecodeCheckCache:
     """Results of decoding clips completely, so that each is checked once and not at every start.
 
-    Stored in a file; the key is the clip's path, size and time, and the span that is taken of it.
+    Stored in a file of JSON arrays (key, reason or null), one per line; the key is the clip's path,
+    size and time, and the span that is taken of it. Processes only append, so that several can
+    share the file; a damaged line only means that one clip is checked again.
     """
 
     def __init__(self, file: Path) -> None:
         self._file = file
+        self._known: dict[str, str | None] = {}
+        self._new_lines: list[str] = []
         try:
-            self._known: dict[str, str | None] = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self._known = {}
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            lines = []
+        for line in lines:
+            with contextlib.suppress(ValueError, TypeError):
+                key, reason = json.loads(line)
+                self._known[str(key)] = None if reason is None else str(reason)
 
     def check(self, clip: Clip) -> None:
         """DataError if the clip, or its mask, does not decode."""
@@ -172,9 +181,12 @@ class DecodeCheckCache:
                 mask_of(clip, fit)
             except DataError as error:
                 self._known[key] = str(error)
+            self._new_lines.append(json.dumps([key, self._known[key]]))
         if (reason := self._known[key]) is not None:
             raise DataError(reason)
 
     def save(self) -> None:
-        with replacing(self._file) as path:
-            path.write_text(json.dumps(self._known), encoding="utf-8")
+        """Append the results that are new since the file was read."""
+        if self._new_lines:
+            append_lines(self._file, self._new_lines)
+            self._new_lines.clear()

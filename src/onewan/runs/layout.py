@@ -67,6 +67,16 @@ class RunLayout:
         """Requests to the running trainer; see `onewan.runs.control`."""
         return self.root / "control"
 
+    @property
+    def lock(self) -> Path:
+        """Locked by the process that trains the run (`onewan.locks`)."""
+        return self.root / ".lock"
+
+    def written_folders(self) -> list[Path]:
+        """The existing folders in which an interrupted trainer can leave temporary files."""
+        folders = [self.root, self.states_dir, self.weights_dir, *self.samples_dir.glob("*")]
+        return [folder for folder in folders if folder.is_dir()]
+
     def state(self, step: int) -> Path:
         """The folder of the training state after `step` steps."""
         return self.states_dir / step_name(step)

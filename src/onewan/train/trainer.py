@@ -20,6 +20,7 @@ from onewan.config.schema import ResolvedRun
 from onewan.data.loader import StepBatches
 from onewan.errors import CheckpointError, Interrupted
 from onewan.files import remove, remove_abandoned, replacing
+from onewan.locks import locked
 from onewan.runs import events
 from onewan.runs.control import REQUESTS, StopSignals, clear, pending, take
 from onewan.runs.event_file import EventFile, HeartbeatThread
@@ -73,17 +74,17 @@ class WanTrainer:
 
         OnewanError for everything that the user can fix; states saved before are kept in any case.
         """
-        if self._layout.saved_steps() and not self._resume:
-            raise CheckpointError(
-                f"{self._layout.root}: already holds a run; continue it with --resume, or choose "
-                "another name (output.name=...)"
-            )
-        self._layout.create()
-        if not self._layout.saved_steps():
-            self._write_run_files()
-        # Temporary files of exports, from a process that was killed.
-        remove_abandoned(self._layout.weights_dir)
+        root = self._layout.root
+        remedy = (
+            f"wait until it ends, stop it with: onewan stop {root}, or choose another name "
+            "(output.name=...)"
+        )
         with ExitStack() as session:
+            session.enter_context(locked(self._layout.lock, root, remedy))
+            self._check_start()
+            self._layout.create()
+            if not self._layout.saved_steps():
+                self._write_run_files()
             session.enter_context(text_log(self._layout.log))
             session.callback(self._log.close)
             file = EventFile(self._layout.events)
@@ -103,9 +104,19 @@ class WanTrainer:
                 self._log.emit(events.Failed(error=str(error) or type(error).__name__))
                 raise
 
+    def _check_start(self) -> None:
+        """CheckpointError if the run's folder does not fit the way in which training starts."""
+        if self._layout.saved_steps() and not self._resume:
+            raise CheckpointError(
+                f"{self._layout.root}: already holds a run; continue it with --resume, or choose "
+                "another name (output.name=...)"
+            )
+
     def _run(self) -> None:
         config = self._config
         self._log.emit(events.Started(run=self._layout.root, steps=config.train.steps))
+        for notice in remove_abandoned(self._layout.written_folders()):
+            self._log.note(notice)
         run = WanModelSetup(config).build(self._on_encoding)
         self._log.emit(
             events.DataReady(

@@ -192,7 +192,7 @@ class PlanClips(PipelineModule, RandomAccessPipelineModule):
         super().__init__()
         self._planner = clip_adapter.ConceptPlanner(config, model.wan.variant)
         self._decode_checks = clip_adapter.DecodeCheckCache(
-            Path(config.cache_dir) / "image" / "wan-read.json"
+            Path(config.cache_dir) / "image" / "wan-read.jsonl"
         )
         self._items: list[dict] = []
 
