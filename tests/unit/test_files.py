@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -163,13 +164,16 @@ def test_a_replaced_folder_is_complete_after_every_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tmp_path / "model"
-    for name in ("rename", "replace"):
 
-        def checked(*paths: Path, rename=getattr(os, name)) -> None:
+    def checked(rename: Callable[..., None]) -> Callable[..., None]:
+        def rename_and_look(*paths: Path) -> None:
             rename(*paths)
             assert (model / "config.json").exists()
 
-        monkeypatch.setattr(files.os, name, checked)
+        return rename_and_look
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(files.os, name, checked(getattr(os, name)))
     for content in ("old", "new"):
         with temporary_beside(model) as staging:
             staging.mkdir()
