@@ -13,7 +13,7 @@ peak of device memory. With ``--both`` it also measures how long a change of the
 
     python benchmarks/gpu.py [--variant t2v-a14b ti2v-5b] [--size 81x480x832 ...] [--json FILE]
 
-Each A14B expert needs 28.6 GB in the folder for temporary files (``--work``), and as much host memory
+Each A14B expert needs 28.6 GB in the folder for temporary files (``--work``), and as much memory
 while it is loaded. ``--blocks`` and ``--width`` make it smaller, for trying the benchmark.
 """
 
