@@ -24,7 +24,7 @@ from peft.tuners.oft.layer import Linear as PeftOft
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from onewan.formats.lora import block_size
+from onewan.formats.adapter_parts import block_size
 from onewan.model.quantized_linear import QuantizedLinear
 
 

@@ -46,7 +46,9 @@ from onewan.adapters.layers import (
 )
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
+from onewan.formats.backends import first_line
 from onewan.formats.peft import from_peft
+from onewan.formats.untrusted import named
 from onewan.model.quantized_linear import QuantizedLinear
 from onewan.seeds import derive_seed
 
@@ -319,25 +321,30 @@ def apply_lora(
 ) -> None:
     """Apply a finished adapter of any kind to `transformer`, on top of those applied before.
 
-    Plain LoRAs are attached beside the weights, in float32; ranks and alphas may differ from module
-    to module. The differences of all other kinds are merged into the weights and biases.
+    LoRAs of linear layers are attached beside the weights, in float32, so that the weights may be
+    quantized; ranks and alphas may differ from module to module. All other differences are merged
+    into the weights and biases.
     `name` distinguishes the adapters of one transformer, and stands in the CheckpointError for an
     adapter that does not fit the model.
     """
     linears = {n for n, m in transformer.named_modules() if isinstance(m, nn.Linear | LoraLayer)}
-    plain = {
-        module: adapter
-        for module, adapter in modules.items()
-        if adapter.kind == "lora" and adapter.bias_difference() is None
-    }
-    if absent := sorted(plain.keys() - linears):
-        raise CheckpointError(
-            f"{name}: the model has no layer {', '.join(absent[:3])}; the LoRA is for another model"
-        )
-    for module in modules.keys() - plain.keys():
-        _merge(transformer, module, modules[module], name)
+    _check_modules_exist(transformer, modules, name)
+    plain = {m: a for m, a in modules.items() if a.kind == "lora" and m in linears}
+    for module, adapter in modules.items():
+        _merge(transformer, module, adapter, name, bias_only=module in plain)
     if plain:
         _attach(transformer, plain, name)
+
+
+def _check_modules_exist(
+    transformer: WanTransformer3DModel, modules: Mapping[str, ModuleAdapter], name: str
+) -> None:
+    present = {n for n, _ in (*transformer.named_modules(), *transformer.named_parameters())}
+    if absent := [module for module in modules if module not in present]:
+        raise CheckpointError(
+            f"{name}: the model has no layer {named(sorted(absent))} ({len(absent)} of "
+            f"{len(modules)} layers); the LoRA is for another model"
+        )
 
 
 def _attach(
@@ -351,6 +358,7 @@ def _attach(
         f"{module}.{part}.weight": tensor
         for module, adapter in modules.items()
         for part, tensor in adapter.tensors.items()
+        if part in ("lora_A", "lora_B")
     }
     config = LoraConfig(
         r=next(iter(ranks.values())),
@@ -373,29 +381,42 @@ def _attach(
 
 @torch.no_grad()
 def _merge(
-    transformer: WanTransformer3DModel, module: str, adapter: ModuleAdapter, name: str
+    transformer: WanTransformer3DModel,
+    module: str,
+    adapter: ModuleAdapter,
+    name: str,
+    *,
+    bias_only: bool,
 ) -> None:
     """Add the difference of `adapter` to the weight and bias of a layer, computed in float32."""
     parent, _, last = module.rpartition(".")
+    owner: Any = getattr(transformer.get_submodule(parent), last)
+    if isinstance(owner, LoraLayer):
+        owner = owner.get_base_layer()
     try:
-        owner: Any = getattr(transformer.get_submodule(parent), last)
-        if isinstance(owner, LoraLayer):
-            owner = owner.get_base_layer()
-        if isinstance(owner, QuantizedLinear):
+        if not bias_only and isinstance(owner, QuantizedLinear):
             raise CheckpointError(
                 f"{name}: changes the weights of {module} themselves, which this model keeps "
                 "quantized; load it with its weights expanded (model.quantized: dequantize)"
             )
-        weight: Tensor = getattr(owner, "weight", owner)  # scale_shift_table is a parameter itself
-        # On the CPU, where the tensors of the adapter file are.
-        added = adapter.difference(weight.cpu())
-        if added is not None:
-            weight += added.to(weight.device)
-        if (bias := adapter.bias_difference()) is not None:
-            owner.bias += bias.to(owner.bias.device)
-    except AttributeError:
+        if not bias_only:
+            weight: Tensor = getattr(owner, "weight", owner)  # a scale_shift_table is a parameter
+            # On the CPU, where the tensors of the adapter file are.
+            _add(weight, adapter.difference(weight.cpu()))
+        bias = adapter.bias_difference()
+        if bias is not None and getattr(owner, "bias", None) is None:
+            raise ValueError("it has no bias")
+        _add(getattr(owner, "bias", None), bias)
+    except (RuntimeError, ValueError, IndexError) as error:  # for a wrong shape
         raise CheckpointError(
-            f"{name}: the model has no layer {module}; the LoRA is for another model"
-        ) from None
-    except (RuntimeError, TypeError) as error:  # for a wrong shape; for a bias that is None
-        raise CheckpointError(f"{name}: does not fit the model at {module} ({error})") from error
+            f"{name}: does not fit the model at {module} ({first_line(error)}); give the model "
+            "that it was trained on"
+        ) from error
+
+
+def _add(weight: Tensor | None, added: Tensor | None) -> None:
+    if weight is None or added is None:
+        return
+    if added.shape != weight.shape:  # which torch would broadcast
+        raise ValueError(f"{list(added.shape)} in the file, {list(weight.shape)} in the model")
+    weight += added.to(weight.device)

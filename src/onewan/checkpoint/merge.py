@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.container import open_tensors
 from onewan.formats.lora import layout_of
-from onewan.formats.lora_files import AdapterFile, read_adapter
+from onewan.formats.lora_files import AdapterFile, read_adapter, read_adapters
 from onewan.formats.lora_writing import BaseWeights
 from onewan.formats.model_folder import ComponentName
 from onewan.formats.weights import detect_expert
@@ -57,9 +58,11 @@ def merge(
     # Layers and shapes are checked now; weights are read only while the result is written.
     model = read_model(Path(base))
     added: dict[ComponentName, dict[str, list[_WeightedAdapter]]] = {}
+    notices: list[str] = []
     for path, weight in loras:
         for name, file in _adapters(Path(path), model, check_file_names).items():
             _check_layers_fit(file, model.components[name])
+            notices += file.notices
             for module, adapter in file.modules.items():
                 added.setdefault(name, {}).setdefault(module, []).append(
                     _WeightedAdapter(adapter, weight)
@@ -79,7 +82,7 @@ def merge(
         force=force,
         on_progress=on_progress,
     )
-    notices = [
+    notices += [
         f"{components[name].source}: the merged weights were quantized to fp8 again"
         for name in added
         if formats[name] == "fp8_scaled"
@@ -89,7 +92,9 @@ def merge(
         notices.append(
             f"{base}: no LoRA was given for {' and '.join(untouched)}, which is copied unchanged"
         )
-    return WriteResult(files=written.files, notices=(*written.notices, *notices))
+    return WriteResult(
+        files=written.files, notices=tuple(dict.fromkeys([*written.notices, *notices]))
+    )
 
 
 def base_weights(base: Path, lora: Path, expert: ExpertName | None) -> BaseWeights:
@@ -124,9 +129,7 @@ def _adapters(
     layout = layout_of(file.tensors, file.metadata)
     experts = () if layout is None else layout.experts
     if len(experts) > 1 and model.whole:
-        return {
-            _component_for(model, path, expert): read_adapter(path, expert) for expert in experts
-        }
+        return {_component_for(model, path, a.expert): a for a in read_adapters(path)}
     of_base = None if model.whole else next(iter(model.components.values())).expert
     if len(experts) > 1 and of_base is None:
         raise CheckpointError(
@@ -176,7 +179,7 @@ def _check_layers_fit(file: AdapterFile, base: ComponentWeights) -> None:
     """CheckpointError if `base` does not have a layer of `file`, or in another shape."""
     problems: list[str] = []
     for module, adapter in file.modules.items():
-        weight = base.weights.get(f"{module}.weight")
+        weight = base.weights.get(_weight_name(module))
         if weight is None:
             problems.append(f"no layer {module}")
             continue
@@ -196,16 +199,22 @@ def _check_layers_fit(file: AdapterFile, base: ComponentWeights) -> None:
         )
 
 
+def _weight_name(module: str) -> str:
+    """The name of the weight of `module`; the tables of modulation are weights themselves."""
+    return module if module.endswith("scale_shift_table") else f"{module}.weight"
+
+
 def _shape_after_merge(adapter: ModuleAdapter, weight: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the weight that `adapter` can be merged into, without computing the difference:
     `weight`, that of the base's, if it fits."""
     if adapter.kind == "oft":
+        inputs = prod(weight[1:]) if weight[1:] else 0
         if "rotation" in adapter.tensors:
             blocks, size = adapter.tensors["rotation"].shape[:2]
-            fits = weight[1] % size == 0 if blocks == 1 else blocks * size == weight[1]
-            return weight if fits else (weight[0], blocks * size)
+            fits = inputs % size == 0 if blocks == 1 else blocks * size == inputs
+            return weight if fits and inputs else (*weight[:1], blocks * size)
         blocks, size = adapter.tensors["oft_blocks"].shape[:2]
-        return (blocks * size, *weight[1:])
+        return (blocks * size, *weight[1:]) if inputs else (blocks * size, size)
     # The product on the meta device has the shape but takes no memory. A magnitude needs the weight
     # and does not change the shape.
     factors = {
@@ -214,7 +223,12 @@ def _shape_after_merge(adapter: ModuleAdapter, weight: tuple[int, ...]) -> tuple
         if name != "magnitude"
     }
     difference = replace(adapter, tensors=factors).difference()
-    return weight if difference is None else tuple(difference.shape)
+    if difference is None:
+        return weight
+    # The factors of a convolution may be matrices (see `ModuleAdapter.difference`).
+    is_matrix = difference.ndim == 2 and len(weight) > 2
+    same = is_matrix and tuple(difference.shape) == (*weight[:1], prod(weight[1:]))
+    return weight if same else tuple(difference.shape)
 
 
 def _add_adapters(
@@ -222,7 +236,7 @@ def _add_adapters(
 ) -> ComponentWeights:
     weights = dict(component.weights)
     for module, all_added in added.items():
-        name = f"{module}.weight"
+        name = _weight_name(module)
         weights[name] = _sum_adapters(weights[name], all_added)
         if any(item.adapter.bias_difference() is not None for item in all_added):
             bias = f"{module}.bias"

@@ -11,7 +11,7 @@ import torch
 
 from onewan.checkpoint.component import ComponentWeights, from_file
 from onewan.checkpoint.layouts import ModelFormat
-from onewan.formats.container import open_tensors
+from onewan.formats.container import open_tensors, weight_files
 from onewan.formats.model_folder import (
     ComponentDescription,
     ComponentName,
@@ -99,8 +99,11 @@ def _describe_alone(path: Path) -> dict[ComponentName, ComponentDescription]:
 
 
 def holds_adapter(path: Path) -> bool:
-    """Whether `path` is an adapter file (LoRA, DoRA, LoHa, LoKr, OFT)."""
-    return path.is_file() and looks_like_adapter(open_tensors(path))
+    """Whether `path` is an adapter (LoRA, DoRA, LoHa, LoKr, OFT): a file, or a folder with one, as
+    PEFT and diffusion-pipe write it."""
+    if path.is_dir() and len(weight_files(path)) != 1:
+        return False
+    return looks_like_adapter(open_tensors(path))
 
 
 def format_of(weights: ComponentFile) -> ModelFormat:

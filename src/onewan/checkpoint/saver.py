@@ -162,7 +162,8 @@ def convert_adapter(
         formatted = to_format(adapter.modules, to, dtype=dtype, base=base)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    return _write(formatted, destination, header.metadata(adapter.modules, to))
+    notices = _write(formatted, destination, header.metadata(adapter.modules, to))
+    return [*adapter.notices, *notices]
 
 
 def _write(

@@ -23,7 +23,7 @@ from onewan.config.load import load_run
 from onewan.demo import run_demo
 from onewan.dtypes import torch_dtype
 from onewan.errors import ConfigError
-from onewan.formats.lora_files import read_adapter
+from onewan.formats.lora_files import read_adapters
 from onewan.model.embedding import WanModelEmbedding
 from onewan.model.load import WanModelLoader
 from onewan.model.text import mentions
@@ -104,11 +104,13 @@ def sample(options: argparse.Namespace) -> int:
     for notice in model.notices:
         print(notice)
     for path in options.lora:
-        lora = read_adapter(path)
-        expert = expert_of(path, lora.metadata, model.variant, lora.expert)
-        name = str(path).replace(".", "_")  # PEFT takes no dots in an adapter's name
-        apply_lora(model.expert(expert), lora.modules, name)
-        print(f"{path}: applied to the {expert.name} expert")
+        for lora in read_adapters(path):
+            expert = expert_of(path, lora.metadata, model.variant, lora.expert)
+            name = str(path).replace(".", "_")  # PEFT takes no dots in an adapter's name
+            apply_lora(model.expert(expert), lora.modules, name)
+            for notice in lora.notices:
+                print(f"note: {notice}")
+            print(f"{path}: applied to the {expert.name} expert")
     request = _request(options, model.variant)
     # Before sampling: a placeholder without vectors would be encoded as ordinary words.
     for path in options.embedding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import cast, get_args
 
@@ -18,6 +19,7 @@ from onewan.cli.progress import Progress
 from onewan.dtypes import torch_dtype
 from onewan.errors import CheckpointError
 from onewan.formats.lora import LoraFormat
+from onewan.formats.lora_files import experts_in
 from onewan.variants import ExpertName
 
 _MODEL_FORMATS: tuple[ModelFormat, ...] = get_args(ModelFormat)
@@ -103,12 +105,22 @@ def _convert_adapter(
             f"{destination}: the output is a .safetensors file; give a name that ends in "
             ".safetensors"
         )
-    with writing_to(destination, [source], folder=False, force=force) as leftovers:
-        weights = None if base is None else base_weights(base, source, expert)
-        notices = convert_adapter(
-            source, destination, cast(LoraFormat, to), dtype=dtype, base=weights, expert=expert
-        )
-    _print_result(WriteResult(files=(destination,), notices=(*leftovers, *notices)))
+    targets: dict[ExpertName | None, Path] = {expert: destination}
+    if expert is None and len(experts := experts_in(source)) > 1:
+        # A file for other programs is that of one expert, and its name says which.
+        stem = destination.stem
+        targets = {e: destination.with_name(f"{stem}_{e}_noise.safetensors") for e in experts}
+    notices: list[str] = []
+    with ExitStack() as stack:
+        for target in targets.values():
+            writing = writing_to(target, [source], folder=False, force=force)
+            notices += stack.enter_context(writing)
+        for each, target in targets.items():
+            weights = None if base is None else base_weights(base, source, each)
+            notices += convert_adapter(
+                source, target, cast(LoraFormat, to), dtype=dtype, base=weights, expert=each
+            )
+    _print_result(WriteResult(files=tuple(targets.values()), notices=tuple(dict.fromkeys(notices))))
     return 0
 
 

@@ -19,7 +19,9 @@ oft        rotation [n or 1, size, size] (PEFT)           W R^T - W by blocks of
 difference diff, as the weight                            diff
 ========== ============================================== ========================================
 
-Each may have diff_b, added to the layer's bias; loha and lokr also a magnitude. These are LyCORIS'
+Each may have diff_b, added to the layer's bias; loha and lokr also a magnitude. On the patch
+embedding, a convolution, `in` is all axes of W after the first, flattened: a product is reshaped to
+W, and the factors of a LoRA may have W's axes. These are LyCORIS'
 conventions, which ComfyUI and musubi-tuner share; `onewan.formats.peft` converts PEFT's to them.
 Sources: LoRA arXiv 2106.09685, DoRA 2402.09353, FedPara (LoHa) 2108.06098, LyCORIS (LoKr)
 2309.14859, OFT 2306.07280; each formula is tested against PEFT.
@@ -33,7 +35,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from onewan.formats.lora import AdapterKind
+from onewan.formats.adapter_parts import AdapterKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +71,8 @@ class ModuleAdapter:
     def difference(self, weight: Tensor | None = None) -> Tensor | None:
         """The difference to add to the weight at strength 1, float32 [out, in].
 
-        None if only the bias changes. `weight` [out, in] is that of the base model; ValueError if
-        it is needed and not given.
+        None if only the bias changes. `weight` is that of the base model, whose shape the result
+        has; ValueError if it is needed and not given, RuntimeError if the difference does not fit.
         """
         if weight is None and self.needs_weight:
             raise ValueError(f"the difference of {self.kind} depends on the weight")
@@ -78,9 +80,12 @@ class ModuleAdapter:
             assert weight is not None
             return self._rotated(weight.float()) - weight.float()
         added = self._product()
-        if added is None or "magnitude" not in self.tensors:
+        if added is None or weight is None:
             return added
-        assert weight is not None
+        if added.ndim == 2 and len(added) == len(weight):
+            added = added.reshape(weight.shape)
+        if "magnitude" not in self.tensors:
+            return added
         return _with_magnitude(weight.float() + added, self._float("magnitude")) - weight.float()
 
     def bias_difference(self) -> Tensor | None:
@@ -95,7 +100,9 @@ class ModuleAdapter:
     def _product(self) -> Tensor | None:
         """The scaled product of the factors, float32 [out, in]; None if there are none."""
         if self.kind in ("lora", "dora"):
-            return self.scale * (self._float("lora_B") @ self._float("lora_A"))
+            return self.scale * (
+                self._float("lora_B").flatten(1) @ self._float("lora_A").flatten(1)
+            )
         if self.kind == "loha":
             first = self._float("hada_w1_a") @ self._float("hada_w1_b")
             return self.scale * (first * (self._float("hada_w2_a") @ self._float("hada_w2_b")))
@@ -111,29 +118,33 @@ class ModuleAdapter:
 
     def _rotated(self, weight: Tensor) -> Tensor:
         """`weight` with its blocks of inputs (PEFT) or outputs (LyCORIS) rotated."""
+        shape = weight.shape
+        weight = weight.flatten(1)
         out_features, in_features = weight.shape
         if "rotation" in self.tensors:
             rotation = self._float("rotation")
             blocks = weight.reshape(out_features, -1, rotation.shape[-1])
             # `expand`: one rotation may be shared by all blocks.
             rotated = torch.einsum("onk,njk->onj", blocks, rotation.expand(blocks.shape[1], -1, -1))
-            return rotated.reshape(out_features, in_features)
+            return rotated.reshape(shape)
         generator = self._float("oft_blocks")
         skew = generator - generator.transpose(1, 2)
         # LyCORIS' ``constraint``: alpha bounds the norm of the generator; 1e-8 is LyCORIS' own.
-        if self.alpha and (norm := skew.norm() + 1e-8) > self.alpha:
+        if self.alpha and self.alpha > 0 and (norm := skew.norm() + 1e-8) > self.alpha:
             skew = skew * (self.alpha / norm)
         identity = torch.eye(skew.shape[-1])
         rotation = (identity + skew) @ torch.linalg.inv(identity - skew)
         blocks = weight.reshape(len(skew), -1, in_features)
-        return torch.einsum("knm,kni->kmi", rotation, blocks).reshape(out_features, in_features)
+        return torch.einsum("knm,kni->kmi", rotation, blocks).reshape(shape)
 
 
 def _with_magnitude(weight: Tensor, magnitude: Tensor) -> Tensor:
     """`weight` [out, in] with its rows scaled to the norms `magnitude`; for a magnitude [1, in],
     its columns."""
-    by_input = magnitude.ndim == 2 and magnitude.shape[0] == 1 and weight.shape[0] != 1
-    norm = weight.norm(dim=0 if by_input else 1, keepdim=True)
+    matrix = weight.flatten(1)
+    by_input = magnitude.ndim == 2 and magnitude.shape[0] == 1 and matrix.shape[0] != 1
+    norm = matrix.norm(dim=0 if by_input else 1, keepdim=True)
     target = magnitude.reshape(1, -1) if by_input else magnitude.reshape(-1, 1)
     # A row of zeros has no direction: it stays zero instead of becoming NaN.
-    return weight * (target / norm.clamp_min(torch.finfo(torch.float32).tiny))
+    scaled = matrix * (target / norm.clamp_min(torch.finfo(torch.float32).tiny))
+    return scaled.reshape(weight.shape)

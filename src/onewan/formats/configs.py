@@ -7,14 +7,13 @@ widths follow from shapes, and all other settings are the same in every Wan 2.2 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from math import prod
-from pathlib import Path
 from typing import Any, Literal
 
 from onewan.errors import CheckpointError
 from onewan.formats.container import TensorFile
+from onewan.formats.untrusted import parse_json, read_json
 from onewan.variants import TI2V_5B_LATENTS_MEAN, TI2V_5B_LATENTS_STD
 
 ComponentKind = Literal["transformer", "vae", "text_encoder"]
@@ -57,35 +56,17 @@ def _stored_config(file: TensorFile) -> dict[str, Any] | None:
     """The configuration in the header, or in config.json beside the weights."""
     if text := file.metadata.get(CONFIG):
         try:
-            config = json.loads(text)
+            config = parse_json(text)
         except ValueError as error:
             raise CheckpointError(
-                f"{file.path}: {CONFIG} in its header is not JSON; convert or download it again"
+                f"{file.path}: {CONFIG} in its header is not valid JSON ({error}); convert or "
+                "download it again"
             ) from error
         return config if isinstance(config, dict) else None
     beside = file.path / "config.json"
     if not file.path.is_dir() or not beside.is_file():
         return None
     return read_json(beside)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model; CheckpointError if there is none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path}: is missing; the model's folder is incomplete, download it again"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: is not readable JSON ({error}); download it again"
-        ) from error
-    if not isinstance(data, dict):
-        raise CheckpointError(
-            f"{path}: holds a {type(data).__name__}, not a JSON object; download it again"
-        )
-    return data
 
 
 def _transformer_config(

@@ -114,6 +114,11 @@ def open_tensors(path: Path) -> TensorFile:
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights in `folder` itself, by name."""
+    return sorted(p for s in ("safetensors", "gguf", "pth") for p in folder.glob(f"*.{s}"))
+
+
 def _in_folder(folder: Path) -> TensorFile:
     """The checkpoint in `folder` itself: an index with shards, shards without one, or one file."""
     indices = sorted(folder.glob("*.safetensors.index*.json"))
@@ -123,7 +128,7 @@ def _in_folder(folder: Path) -> TensorFile:
         )
     if indices:
         return _shards(folder, indices[0])
-    files = sorted(p for s in ("safetensors", "gguf", "pth") for p in folder.glob(f"*.{s}"))
+    files = weight_files(folder)
     if len(files) == 1:
         kind, reader = _open(files[0])
         return TensorFile(folder, kind, [reader])

@@ -49,8 +49,8 @@ def _renamed(name: str, outside: dict[str, str], in_block: dict[str, str]) -> st
     they do not contain it."""
     prefix, table, rest = "", outside, name
     if name.startswith("blocks."):
-        _, number, rest = name.split(".", 2)
-        if not number.isdecimal():
+        number, _, rest = name.removeprefix("blocks.").partition(".")
+        if not re.fullmatch(r"\d{1,4}", number, re.ASCII):
             raise KeyError(name)
         prefix, table = f"blocks.{number}.", in_block
     if rest in table:
@@ -126,18 +126,20 @@ def vae_to_diffusers(name: str) -> str:
         return f"{_VAE_OUTSIDE[half]}.{rest}"
     if half not in ("encoder", "decoder"):
         raise KeyError(name)
-    if match := re.fullmatch(r"(down|up)samples\.(\d+)\.\1samples\.(\d+)\.(.+)", rest):
+    if match := re.fullmatch(
+        r"(down|up)samples\.([0-9]{1,4})\.\1samples\.([0-9]{1,4})\.(.+)", rest
+    ):
         way, stage, index, inner = match.groups()
         if re.match(_RESAMPLER, inner):
             return f"{half}.{way}_blocks.{stage}.{way}sampler.{inner}"
         inner = _replace_start(inner, _RESIDUAL)
         return f"{half}.{way}_blocks.{stage}.resnets.{index}.{inner}"
-    if match := re.fullmatch(r"downsamples\.(\d+)\.(.+)", rest):
+    if match := re.fullmatch(r"downsamples\.([0-9]{1,4})\.(.+)", rest):
         inner = match[2]
         if not re.match(_RESAMPLER, inner):
             inner = _replace_start(inner, _RESIDUAL)
         return f"{half}.down_blocks.{match[1]}.{inner}"
-    if match := re.fullmatch(r"upsamples\.(\d+)\.(.+)", rest):
+    if match := re.fullmatch(r"upsamples\.([0-9]{1,4})\.(.+)", rest):
         stage, index = divmod(int(match[1]), _RESAMPLER_INDEX["up"] + 1)
         if index == _RESAMPLER_INDEX["up"]:
             return f"{half}.up_blocks.{stage}.upsamplers.0.{match[2]}"
@@ -155,19 +157,19 @@ def vae_to_official(name: str, *, by_stage: bool) -> str:
         return f"{_VAE_OUTSIDE_INVERSE[half]}.{rest}"
     if half not in ("encoder", "decoder"):
         raise KeyError(name)
-    if match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.resnets\.(\d+)\.(.+)", rest):
+    if match := re.fullmatch(r"(down|up)_blocks\.([0-9]{1,4})\.resnets\.([0-9]{1,4})\.(.+)", rest):
         way, stage, index = match[1], int(match[2]), int(match[3])
         inner = _replace_start(match[4], _RESIDUAL_INVERSE)
         if by_stage:
             return f"{half}.{way}samples.{stage}.{way}samples.{index}.{inner}"
         return f"{half}.{way}samples.{stage * (_RESAMPLER_INDEX[way] + 1) + index}.{inner}"
-    if match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.\1sampler\.(.+)", rest):
+    if match := re.fullmatch(r"(down|up)_blocks\.([0-9]{1,4})\.\1sampler\.(.+)", rest):
         way, stage, inner = match.groups()
         return f"{half}.{way}samples.{stage}.{way}samples.{_RESAMPLER_INDEX[way]}.{inner}"
-    if match := re.fullmatch(r"up_blocks\.(\d+)\.upsamplers\.0\.(.+)", rest):
+    if match := re.fullmatch(r"up_blocks\.([0-9]{1,4})\.upsamplers\.0\.(.+)", rest):
         index = int(match[1]) * (_RESAMPLER_INDEX["up"] + 1) + _RESAMPLER_INDEX["up"]
         return f"{half}.upsamples.{index}.{match[2]}"
-    if match := re.fullmatch(r"down_blocks\.(\d+)\.(.+)", rest):
+    if match := re.fullmatch(r"down_blocks\.([0-9]{1,4})\.(.+)", rest):
         inner = match[2]
         if not re.match(_RESAMPLER, inner):
             inner = _replace_start(inner, _RESIDUAL_INVERSE)
@@ -213,7 +215,7 @@ def t5_to_transformers(name: str) -> str:
     for one that it does not have."""
     if name in _T5_OUTSIDE:
         return _T5_OUTSIDE[name]
-    if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
+    if match := re.fullmatch(r"blocks\.([0-9]{1,4})\.(.+)", name):
         return f"encoder.block.{match[1]}.{_replace_start(match[2], _T5_BLOCK)}"
     raise KeyError(name)
 
@@ -222,6 +224,6 @@ def t5_to_official(name: str) -> str:
     """The inverse of `t5_to_transformers`."""
     if name in _T5_OUTSIDE_INVERSE:
         return _T5_OUTSIDE_INVERSE[name]
-    if match := re.fullmatch(r"encoder\.block\.(\d+)\.(.+)", name):
+    if match := re.fullmatch(r"encoder\.block\.([0-9]{1,4})\.(.+)", name):
         return f"blocks.{match[1]}.{_replace_start(match[2], _T5_BLOCK_INVERSE)}"
     raise KeyError(name)

@@ -9,13 +9,20 @@ prefix                              module                                  writ
 ==================================  ======================================  ======================
 ``diffusion_model.``                official, dotted                        ComfyUI, ai-toolkit,
                                                                             diffusion-pipe, onewan
+``diffusion_model.transformer_1.``  the same, of the high expert (the low   ai-toolkit, both experts
+                                    one under ``transformer_2.``)           in one file
 ``lora_unet_``                      official, dots as underscores           musubi-tuner, kohya
+``lora_unet__``                     the same                                VideoX-Fun
 ``transformer.``                    diffusers' (low expert also under       diffusers, SimpleTuner,
                                     ``transformer_2.``)                     onewan
 ``base_model.model.``               as the model that PEFT wrapped          PEFT
 ``lycoris_``                        underscores                             LyCORIS, SimpleTuner
 none                                official, dotted                        DiffSynth-Studio
 ==================================  ======================================  ======================
+
+Distilled LoRAs for Wan 2.2 I2V were made from Wan 2.1's, so that they have keys for its CLIP
+branch, and some have differences of the modulation tables. ComfyUI skips both; so does onewan, with
+a notice (`AdapterLayout.skipped`).
 
 Sources: the key lists in the programs' documentation and files that they wrote. Which program reads
 which keys was measured (ComfyUI, diffusers, musubi-tuner, DiffSynth-Studio).
@@ -25,15 +32,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from onewan.formats.adapter_parts import AdapterKind, kind_of, rank_of, shape_error
 from onewan.formats.backends import TensorInfo
 from onewan.formats.key_maps import to_diffusers, to_official
 from onewan.variants import VARIANTS, ExpertName
 
-AdapterKind = Literal["lora", "dora", "loha", "lokr", "oft", "difference"]
 LoraFormat = Literal["comfyui", "no_alpha", "diffusers", "kohya"]
 """The formats that a user can choose. ``no_alpha`` has the keys of ``comfyui`` without the alphas,
 whose scale is multiplied into the weights."""
@@ -85,17 +92,22 @@ class _Prefix:
     """Whether dots are written as underscores."""
     expert: ExpertName | None = None
     """The expert that the prefix stands for in a file that holds both."""
+    ambiguous: bool = False
+    """Whether in a file without the other expert's prefix it may stand for any transformer."""
 
 
 _PREFIXES = (
     _Prefix("diffusion_model."),
     _Prefix("model.diffusion_model."),
+    _Prefix("diffusion_model.transformer_1.", expert="high"),
+    _Prefix("diffusion_model.transformer_2.", expert="low"),
     _Prefix("lora_unet_", flat=True),
-    _Prefix("transformer.", expert="high"),
+    _Prefix("lora_unet__", flat=True),
+    _Prefix("transformer.", expert="high", ambiguous=True),
     _Prefix("transformer_2.", expert="low"),
-    _Prefix("lora_transformer_", flat=True, expert="high"),
+    _Prefix("lora_transformer_", flat=True, expert="high", ambiguous=True),
     _Prefix("lora_transformer_2_", flat=True, expert="low"),
-    _Prefix("pipe.dit.", expert="high"),
+    _Prefix("pipe.dit.", expert="high", ambiguous=True),
     _Prefix("pipe.dit2.", expert="low"),
     _Prefix("base_model.model."),
     _Prefix("lycoris_", flat=True),
@@ -128,6 +140,14 @@ _ENDINGS: dict[str, str] = {
 _CONVOLUTIONS = ("hada_t1", "hada_t2", "lokr_t2", "lora_mid.weight")
 """Endings of adapters on convolutions, which Wan's blocks do not have."""
 
+_SKIPPED = (
+    r"(cross_attn[._](k_img|v_img|norm_k_img)|attn2[._](add_k_proj|add_v_proj|norm_added_k))[._]",
+    r"(^|[._])(img_emb|image_embedder)[._]",
+    r"\.diff_m$",
+)
+"""Patterns of keys that Wan 2.2 has no weights for, and ComfyUI skips: Wan 2.1's CLIP branch
+(official and diffusers' names), and differences of modulation tables."""
+
 _OTHER_ARCHITECTURES = (
     (r"[kv]_img\b|[kv]_img\.|img_emb|add_[kv]_proj|image_embedder", "Wan 2.1 I2V (CLIP branch)"),
     (r"vace_", "Wan VACE"),
@@ -139,9 +159,6 @@ _OTHER_ARCHITECTURES = (
     (r"transformer_blocks|joint_blocks", "another video or image transformer"),
 )
 """Patterns in the keys of other models' adapters."""
-
-# Integers would be another quantization, whose scales no adapter format defines.
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,8 +179,14 @@ class AdapterLayout:
     """By module; damaged modules are left out."""
     ranks: dict[str, int]
     """By module, where the kind has one."""
+    skipped: tuple[str, ...] = ()
+    """Keys without a counterpart in Wan 2.2 that are skipped, in alphabetical order: beside modules
+    that it has, and as other programs do. The rest of the adapter means the same without them."""
     unknown: tuple[str, ...]
     """Keys that belong to no adapter for Wan 2.2, in alphabetical order."""
+    magnitude_by_input: bool | None = None
+    """Whether DoRA's magnitudes have one value per input of a layer; None if there are none, or of
+    both kinds."""
     module_errors: tuple[str, ...]
     """One line for each damaged module: what is wrong with its tensors."""
 
@@ -208,9 +231,8 @@ def layout_of(
     )
     if len(experts) == 2:
         best = next((p for p in pair if p.expert == expert), best)
-    elif experts == ("high",):
-        # ``transformer.`` alone is ambiguous: either expert, or the only transformer of the 5B.
-        experts = ()
+    elif experts == ("high",) and best.ambiguous:
+        experts = ()  # either expert, or the only transformer of the 5B
     elsewhere = {key for p in pair if p.expert != best.expert for key in under[p]}
     modules: dict[str, dict[str, str]] = {}
     module_errors: list[str] = []
@@ -222,13 +244,16 @@ def layout_of(
     ranks: dict[str, int] = {}
     for module, parts in modules.items():
         found = {part: tensors[key] for part, key in parts.items()}
-        if error := _shape_error(found):
+        if error := shape_error(found):
             module_errors.append(f"{module} {error}")
             continue
         kinds[module] = kind_of(found)
-        if rank := _rank(found):
+        if rank := rank_of(found):
             ranks[module] = rank
     official = any(_is_official(key, best) for key in under[best])
+    skipped, unknown = _without_counterpart(tensors.keys() - under[best].keys() - elsewhere)
+    if not modules:  # nothing would be left of the adapter
+        skipped, unknown = (), tuple(sorted({*skipped, *unknown}))
     return AdapterLayout(
         prefix=best.text,
         names="official" if official else "diffusers",
@@ -237,20 +262,31 @@ def layout_of(
         modules=modules,
         kinds=kinds,
         ranks=ranks,
-        unknown=tuple(sorted(tensors.keys() - under[best].keys() - elsewhere)),
+        skipped=skipped,
+        unknown=unknown,
+        magnitude_by_input=_magnitude_by_input(tensors, modules),
         module_errors=tuple(module_errors),
     )
 
 
-def kind_of(parts: Mapping[str, object]) -> AdapterKind:
-    """The kind of adapter that consists of these tensors."""
-    if "lora_A" in parts:
-        return "dora" if "magnitude" in parts else "lora"
-    families: dict[str, AdapterKind] = {"hada_": "loha", "lokr_": "lokr", "oft_": "oft"}
-    for start, kind in families.items():
-        if any(part.startswith(start) for part in parts):
-            return kind
-    return "difference"
+def _without_counterpart(keys: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(keys to skip, unknown keys) among those that name no module of Wan 2.2."""
+    skipped = {
+        key
+        for key in keys
+        if (split_key(key) or key.endswith(".diff_m")) and any(re.search(p, key) for p in _SKIPPED)
+    }
+    return tuple(sorted(skipped)), tuple(sorted(set(keys) - skipped))
+
+
+def _magnitude_by_input(
+    tensors: Mapping[str, TensorInfo], modules: Mapping[str, Mapping[str, str]]
+) -> bool | None:
+    shapes = [
+        tensors[parts["magnitude"]].shape for parts in modules.values() if "magnitude" in parts
+    ]
+    by_input = {len(shape) == 2 and shape[0] == 1 for shape in shapes}
+    return by_input.pop() if len(by_input) == 1 else None
 
 
 def module_key(module: str, format: KeyFormat) -> str:
@@ -338,7 +374,7 @@ def _from_dotted(name: str) -> str | None:
     such module."""
     # The key maps translate names of weights and of blocks' insides too; those are not modules.
     if name.endswith((".weight", ".bias")) or (
-        name.startswith("blocks.") and not re.match(r"blocks\.\d+\.", name)
+        name.startswith("blocks.") and not re.match(r"blocks\.\d{1,4}\.", name, re.ASCII)
     ):
         return None
     try:
@@ -354,7 +390,7 @@ def _from_dotted(name: str) -> str | None:
 
 def _from_flat(name: str) -> str | None:
     """The same for a name with underscores instead of dots."""
-    block = re.fullmatch(r"blocks_(\d+)_(.+)", name)
+    block = re.fullmatch(r"blocks_(\d{1,4})_(.+)", name, re.ASCII)
     if block is None:
         return _FLAT_OUTSIDE.get(name)
     module = _FLAT_IN_BLOCK.get(block[2])
@@ -384,101 +420,6 @@ def _trainer(
         return "musubi-tuner"
     if prefix.text == "" and any(".default." in key for key in tensors):
         return "DiffSynth-Studio"
-    return {"lycoris_": "LyCORIS", "base_model.model.": "PEFT"}.get(prefix.text)
-
-
-# ------------------------------------------------------------------------------------------ shapes
-
-
-def _shape_error(parts: Mapping[str, TensorInfo]) -> str | None:
-    """What is wrong with the names, types and shapes of one module's tensors; None if nothing."""
-    families = {
-        re.split(r"[_.]", part)[0] for part in parts if part not in ("alpha", "magnitude", "diff_b")
-    }
-    if len(families) > 1:
-        return f"mixes {' and '.join(sorted(parts))}"
-    if not families and "diff_b" not in parts:
-        return f"has {' and '.join(sorted(parts))} without weights"
-    for part, info in parts.items():
-        if info.dtype not in _FLOATS:
-            return f"holds {part} as {info.dtype}, which are not weights"
-    if "alpha" in parts and parts["alpha"].elements != 1:
-        return f"has an alpha of shape {list(parts['alpha'].shape)}, not one value"
-    shapes = {part: info.shape for part, info in parts.items()}
-    kind = kind_of(parts)
-    if kind in ("lora", "dora") or "lora_B" in parts or "lora_B.bias" in parts:
-        error = _product_error(shapes, "lora_B", "lora_A")
-    elif kind == "loha":
-        error = _product_error(shapes, "hada_w1_a", "hada_w1_b")
-        error = error or _product_error(shapes, "hada_w2_a", "hada_w2_b")
-    elif kind == "lokr":
-        error = _lokr_error(shapes)
-    elif kind == "oft":
-        error = _oft_error(shapes)
-    else:
-        error = None
-    return error or _magnitude_error(shapes)
-
-
-def _product_error(shapes: Mapping[str, tuple[int, ...]], left: str, right: str) -> str | None:
-    """Why `left` @ `right` is not a product [out, r] @ [r, in]; None if it is."""
-    if missing := [part for part in (right, left) if part not in shapes]:
-        return f"has no {' and '.join(missing)}"
-    a, b = shapes[left], shapes[right]
-    if len(a) != 2 or len(b) != 2 or a[1] != b[0] or 0 in (*a, *b):
-        return f"has {right} {list(b)} and {left} {list(a)}, not [r, in] and [out, r]"
-    return None
-
-
-def _lokr_error(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    for factor in ("lokr_w1", "lokr_w2"):
-        if factor not in shapes:
-            if f"{factor}_a" not in shapes and f"{factor}_b" not in shapes:
-                return f"has no {factor}"
-            if error := _product_error(shapes, f"{factor}_a", f"{factor}_b"):
-                return error
-        elif len(shapes[factor]) != 2 or 0 in shapes[factor]:
-            return f"has {factor} {list(shapes[factor])}, not a matrix"
-    return None
-
-
-def _oft_error(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    if "oft_blocks" in shapes:
-        blocks = shapes["oft_blocks"]
-        if len(blocks) != 3 or blocks[1] != blocks[2]:
-            return f"has oft_blocks {list(blocks)}, not [blocks, size, size]"
-        return None
-    triangle = shapes["oft_R"]
-    if len(triangle) != 2 or block_size(triangle[1]) is None:
-        return f"has oft_R {list(triangle)}, not [blocks, size * (size - 1) / 2]"
-    return None
-
-
-def block_size(elements: int) -> int | None:
-    """The size of a square matrix with this many elements above its diagonal; None if there is no
-    such size."""
-    # elements = size (size - 1) / 2, solved for size.
-    size = round((1 + (1 + 8 * elements) ** 0.5) / 2)
-    return size if elements and size * (size - 1) // 2 == elements else None
-
-
-def _magnitude_error(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Why the magnitude is not one value per output, [out] or [out, 1], or per input, [1, in]."""
-    magnitude = shapes.get("magnitude")
-    if magnitude is None:
-        return None
-    if "lora_A" not in shapes:
-        axes = len(magnitude)
-        return None if axes in (1, 2) else f"has a magnitude of {axes} axes, not 1 or 2"
-    out, into = shapes["lora_B"][0], shapes["lora_A"][1]
-    # PEFT writes [out], LyCORIS [out, 1] or, for DoRA by inputs, [1, in].
-    if magnitude in ((out,), (out, 1), (1, into)):
-        return None
-    return f"has a magnitude {list(magnitude)}, which fits neither {out} outputs nor {into} inputs"
-
-
-def _rank(parts: Mapping[str, TensorInfo]) -> int | None:
-    for part in ("lora_A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
-        if part in parts:
-            return parts[part].shape[0]
-    return None
+    by_prefix = {"lycoris_": "LyCORIS", "base_model.model.": "PEFT", "lora_unet__": "VideoX-Fun"}
+    by_prefix |= {f"diffusion_model.transformer_{n}.": "ai-toolkit" for n in (1, 2)}
+    return by_prefix.get(prefix.text)

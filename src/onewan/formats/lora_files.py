@@ -1,11 +1,17 @@
-"""Reads adapters from files of any trainer. `onewan.formats.lora_writing` writes them."""
+"""Reads adapters from files of any trainer. `onewan.formats.lora_writing` writes them.
+
+`onewan.formats.lora` finds the layers by the keys; here the tensors are read and checked. Files
+whose values would break the model without any message are refused: weights that are NaN or
+infinite, and alphas that no training gives. Keys that Wan 2.2 has no weights for, and what has no
+effect, are reported as notices.
+"""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +22,17 @@ from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.backends import TensorInfo
 from onewan.formats.container import TensorFile, open_tensors
+from onewan.formats.finite import all_finite
 from onewan.formats.lora import AdapterLayout, layout_of
 from onewan.formats.peft import PeftSettings, from_peft
+from onewan.formats.untrusted import named, parse_json, read_json
 from onewan.variants import ExpertName
 
 PEFT_SETTINGS = "lora_adapter_metadata"
 """Key of the header under which diffusers keeps PEFT's settings."""
+
+_LARGEST_SCALE = 1e6
+"""Of alpha / rank. Trainers use 0.01 to 100; a damaged exponent gives anything up to 1e38."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,38 +47,35 @@ class AdapterFile:
     """The expert that the keys name, or that was requested; None if neither."""
     metadata: dict[str, str]
     """The header's metadata, unchanged."""
+    notices: tuple[str, ...] = ()
+    """Notices for the user, one line each: what was skipped, and what has no or a reversed effect.
+    """
 
 
 def read_adapter(path: Path, expert: ExpertName | None = None) -> AdapterFile:
     """The adapter in `path`, of any trainer; `expert` selects one where a file holds both.
 
     A missing alpha is the rank, as in ComfyUI and diffusers. CheckpointError for an incomplete
-    file, another model's adapter, missing tensors, shapes that do not multiply, and alphas without
-    weights.
+    file, another model's adapter, missing tensors, shapes that do not multiply, alphas without
+    weights, and values that are not finite.
     """
+    return _read(open_tensors(Path(path)), Path(path), expert)
+
+
+def experts_in(source: Path | TensorFile) -> tuple[ExpertName, ...]:
+    """The experts that the keys of the adapter in `source` name: none, one or both."""
+    file = source if isinstance(source, TensorFile) else open_tensors(source)
+    layout = layout_of(file.tensors, file.metadata)
+    return () if layout is None else layout.experts
+
+
+def read_adapters(path: Path) -> list[AdapterFile]:
+    """The adapters in `path`: two if it holds those of both experts. Errors as `read_adapter`."""
     file = open_tensors(Path(path))
-    layout = layout_of(file.tensors, file.metadata, expert)
-    layout = _require_complete(file.path, file.tensors, layout)
-    if len(layout.experts) > 1 and expert is None:
-        raise CheckpointError(
-            f"{path}: holds the LoRAs of both experts; read one at a time (--expert high, then "
-            "--expert low)"
-        )
-    try:
-        modules = _modules(layout, file.read, _settings(file))
-    except _SettingsError as error:
-        raise _damaged_settings(file, error) from error
-    if layout.prefix == "lora_unet_":
-        # `or modules`: a file with nothing but zeros is an untrained adapter, not padding.
-        modules = {m: a for m, a in modules.items() if not _is_zero_padding(a)} or modules
-    named = layout.experts[0] if len(layout.experts) == 1 else None
-    return AdapterFile(
-        path=Path(path),
-        layout=layout,
-        modules=modules,
-        expert=named or (expert if layout.experts else None),
-        metadata=dict(file.metadata),
-    )
+    experts = experts_in(file)
+    if len(experts) < 2:
+        return [_read(file, Path(path), None)]
+    return [_read(file, Path(path), expert) for expert in experts]
 
 
 def parse_adapter(
@@ -84,15 +92,43 @@ def parse_adapter(
         for key, tensor in tensors.items()
     }
     layout = _require_complete(source, infos, layout_of(infos, {}))
+    _require_finite(source, layout, tensors.__getitem__)
     try:
-        return _modules(layout, tensors.__getitem__, peft_settings or {})
+        modules = _modules(layout, tensors.__getitem__, peft_settings or {})
     except _SettingsError as error:
         raise CheckpointError(
             f"{source}: PEFT's settings do not fit its tensors ({error}); pass the adapter's own"
         ) from error
+    _require_usable_scales(source, modules)
+    return modules
 
 
-# ----------------------------------------------------------------------------------------- reading
+def _read(file: TensorFile, path: Path, expert: ExpertName | None) -> AdapterFile:
+    layout = layout_of(file.tensors, file.metadata, expert)
+    layout = _require_complete(file.path, file.tensors, layout)
+    if len(layout.experts) > 1 and expert is None:
+        raise CheckpointError(
+            f"{path}: holds the LoRAs of both experts; read one at a time (--expert high, then "
+            "--expert low)"
+        )
+    _require_finite(path, layout, file.read)
+    try:
+        modules = _modules(layout, file.read, _settings(file))
+    except _SettingsError as error:
+        raise _damaged_settings(file, error) from error
+    _require_usable_scales(path, modules)
+    if layout.prefix == "lora_unet_":
+        # `or modules`: a file with nothing but zeros is an untrained adapter, not padding.
+        modules = {m: a for m, a in modules.items() if not _is_zero_padding(a)} or modules
+    in_keys = layout.experts[0] if len(layout.experts) == 1 else None
+    return AdapterFile(
+        path=path,
+        layout=layout,
+        modules=modules,
+        expert=in_keys or (expert if layout.experts else None),
+        metadata=dict(file.metadata),
+        notices=tuple(_notices(path, file, layout, modules)),
+    )
 
 
 class _SettingsError(ValueError):
@@ -113,13 +149,16 @@ def _modules(
         if "oft_R" in parts or (alpha is None and settings):
             try:
                 modules[module] = from_peft(parts, PeftSettings.of_module(module, kind, settings))
-            except (ValueError, TypeError, KeyError, re.error) as error:
+            except (ValueError, TypeError, KeyError, OverflowError) as error:
                 raise _SettingsError(repr(error)) from error
         else:
             modules[module] = ModuleAdapter(
                 kind=kind, tensors=parts, alpha=None if alpha is None else float(alpha)
             )
     return modules
+
+
+# ------------------------------------------------------------------------------------------ checks
 
 
 def _require_complete(
@@ -132,21 +171,79 @@ def _require_complete(
         "lora_A.weight or transformer.blocks.N.attn1.to_q.lora_A.weight"
     )
     if layout is None:
-        examples = ", ".join(sorted(tensors)[:3])
+        examples = named(sorted(tensors))
         content = f"{total} tensors, none of a LoRA, such as {examples}" if total else "no tensors"
         raise CheckpointError(f"{source}: has {content}; {remedy}")
     if layout.unknown:
         owner = f", but of {layout.other_architecture}" if layout.other_architecture else ""
         raise CheckpointError(
             f"{source}: {len(layout.unknown)} of {total} keys are not of a Wan 2.2 LoRA{owner}, "
-            f"such as {', '.join(layout.unknown[:3])}; {remedy}"
+            f"such as {named(layout.unknown)}; {remedy}"
         )
     if layout.module_errors:
         raise CheckpointError(
             f"{source}: {len(layout.module_errors)} of {len(layout.modules)} modules are damaged: "
-            f"{'; '.join(layout.module_errors[:3])}; download the file again"
+            f"{named(layout.module_errors, '; ')}; download the file again"
         )
     return layout
+
+
+def _require_finite(
+    source: Path | str, layout: AdapterLayout, read: Callable[[str], Tensor]
+) -> None:
+    """CheckpointError that names the tensors with values that are NaN or infinite."""
+    # The tensors are read once more than needed, so that none of a file's pages stays in memory:
+    # plain differences are as large as the model.
+    keys = [key for parts in layout.modules.values() for key in parts.values()]
+    if wrong := [key for key in keys if not all_finite(read(key))]:
+        raise CheckpointError(
+            f"{source}: {len(wrong)} of {len(keys)} tensors hold values that are NaN or infinite, "
+            f"such as {named(wrong)}; its training diverged or the file is damaged, give an "
+            "earlier or another file"
+        )
+
+
+def _require_usable_scales(source: Path | str, modules: Mapping[str, ModuleAdapter]) -> None:
+    """CheckpointError for alphas that are not finite, or too large for any adapter."""
+    wrong = [
+        f"{module} has {adapter.alpha:g}" + (f" for rank {adapter.rank}" if adapter.rank else "")
+        for module, adapter in modules.items()
+        if adapter.alpha is not None
+        and not (isfinite(adapter.alpha) and abs(adapter.scale) <= _LARGEST_SCALE)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{source}: {len(wrong)} of {len(modules)} modules have an impossible alpha: "
+            f"{named(wrong, '; ')}; the file is damaged, download or export it again"
+        )
+
+
+def _notices(
+    path: Path, file: TensorFile, layout: AdapterLayout, modules: Mapping[str, ModuleAdapter]
+) -> list[str]:
+    notices: list[str] = []
+    if layout.skipped:
+        notices.append(
+            f"{path}: {len(layout.skipped)} of {len(file.tensors)} keys are skipped, as in "
+            "ComfyUI, since Wan 2.2 has no CLIP branch, and no program reads differences of "
+            f"modulation tables: {named(layout.skipped)}"
+        )
+    scaled = {m: a.scale for m, a in modules.items() if a.alpha is not None and a.kind != "oft"}
+    for what, chosen in (
+        ("an alpha of 0, so they change nothing", [m for m, s in scaled.items() if s == 0]),
+        (
+            "a negative alpha, which subtracts what was trained",
+            [m for m, s in scaled.items() if s < 0],
+        ),
+    ):
+        if chosen:
+            notices.append(
+                f"{path}: {len(chosen)} of {len(modules)} modules have {what}: {named(chosen)}"
+            )
+    return notices
+
+
+# ---------------------------------------------------------------------------------- PEFT's settings
 
 
 def _settings(file: TensorFile) -> dict[str, Any]:
@@ -157,16 +254,15 @@ def _settings(file: TensorFile) -> dict[str, Any]:
     # the settings are used only for weights with PEFT's own name.
     beside = file.files[0].with_name("adapter_config.json")
     try:
-        if text is None:
-            if file.files[0].stem != "adapter_model" or not beside.is_file():
-                return {}
-            text = beside.read_text(encoding="utf-8")
+        if text is not None:
+            settings = parse_json(text)
+        elif file.files[0].stem == "adapter_model" and beside.is_file():
+            settings = read_json(beside)
+        else:
+            return {}
         # diffusers puts the component before each name, PEFT does not.
-        return {
-            re.sub(r"^transformer(_2)?\.", "", name): value
-            for name, value in json.loads(text).items()
-        }
-    except (OSError, ValueError, AttributeError) as error:
+        return {re.sub(r"^transformer(_2)?\.", "", n): value for n, value in settings.items()}
+    except (ValueError, AttributeError) as error:
         raise _damaged_settings(file, error) from error
 
 

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
-from onewan.formats.lora import AdapterKind, KeyFormat, WanShape, module_key
+from onewan.formats.adapter_parts import AdapterKind
+from onewan.formats.lora import KeyFormat, WanShape, module_key
 from onewan.formats.lora_files import PEFT_SETTINGS
 from onewan.formats.peft import as_peft_alpha, default_and_patterns
 from onewan.formats.write import LazyTensor
@@ -45,6 +46,9 @@ KIND_TITLES: dict[AdapterKind, str] = {
     "oft": "OFT",
     "difference": "a plain difference",
 }
+
+_PATCH_SIZE = (1, 2, 2)
+"""Frames, rows and columns of latents in a patch, in every Wan model."""
 
 _BIASES = ("lora_B.bias", "diff_b")
 """Tensors that change a layer's bias, in the order that `ModuleAdapter` looks for them."""
@@ -94,6 +98,8 @@ def to_format(
             for part, tensor in adapter.tensors.items():
                 if part not in _BIASES:
                     key = f"{start}.{_key(part, format)}"
+                    if format == "diffusers" and module == "patch_embedding":
+                        tensor = _as_convolution(part, tensor)
                     tensors[key] = stored(f"{module}.{part}", tensor, dtype)
             alpha = _written_alpha(adapter, format)
             if format != "diffusers" and alpha is not None:
@@ -176,6 +182,13 @@ def _check_expressible(modules: Mapping[str, ModuleAdapter], format: KeyFormat) 
             "the adapter is LoRA in some modules and DoRA in others, and diffusers' settings have "
             "one kind for all; write it as comfyui"
         )
+
+
+def _as_convolution(part: str, tensor: Tensor) -> Tensor:
+    """A factor of a LoRA on the patch embedding with the axes of a convolution, as PEFT has it."""
+    if part == "lora_A":
+        return tensor.reshape(len(tensor), -1, *_PATCH_SIZE)
+    return tensor.reshape(*tensor.shape[:2], 1, 1, 1) if part == "lora_B" else tensor
 
 
 def _key(part: str, format: KeyFormat) -> str:

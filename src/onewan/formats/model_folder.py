@@ -26,11 +26,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from onewan.errors import CheckpointError
-from onewan.formats.configs import ComponentKind, read_json
+from onewan.formats.configs import ComponentKind
+from onewan.formats.container import open_tensors, weight_files
+from onewan.formats.untrusted import named, read_json
 from onewan.formats.weights import (
     ComponentFile,
     detect_expert,
     expert_in_name,
+    looks_like_adapter,
     open_component,
 )
 from onewan.variants import VARIANTS, ExpertName, Variant, variant_of
@@ -113,10 +116,16 @@ def find_components(folder: Path) -> dict[ComponentName, Path]:
 
 def _find_single_files(folder: Path) -> dict[ComponentName, Path]:
     """The components of a folder with one file for each; empty if it is another kind of folder."""
-    files = sorted(p for s in ("safetensors", "gguf", "pth") for p in folder.glob(f"*.{s}"))
+    files = weight_files(folder)
     shards = any(folder.glob("*.safetensors.index*.json")) or all("-of-" in p.name for p in files)
     if shards or len(files) < 2:
         return {}
+    if adapters := [p for p in files if looks_like_adapter(open_tensors(p))]:
+        names = named([p.name for p in adapters])
+        raise CheckpointError(
+            f"{folder}: is a folder of {len(adapters)} LoRAs ({names}), not a model; give the path "
+            "of one file"
+        )
     paths: dict[ComponentName, Path] = {}
     for file in files:
         component = component_name(describe_component(file))

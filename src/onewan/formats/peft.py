@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import sqrt
 from typing import Any, TypeVar
 
@@ -19,9 +20,12 @@ from torch import Tensor
 
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
-from onewan.formats.lora import AdapterKind, block_size, kind_of
+from onewan.formats.adapter_parts import AdapterKind, block_size, kind_of
 
 _Value = TypeVar("_Value", bound=float)
+
+_MOST_NEUMANN_TERMS = 1000
+"""PEFT's default is 5; each term is a product of matrices."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +54,15 @@ class PeftSettings:
                 )
             exact = not settings.get("use_cayley_neumann", True)
             terms = int(settings.get("num_cayley_neumann_terms", 5))
+            if not exact and terms > _MOST_NEUMANN_TERMS:
+                raise ValueError(f"num_cayley_neumann_terms is {terms}")
             return PeftSettings(neumann_terms=None if exact else terms)
         if not settings:
             return PeftSettings()
         default = settings["lora_alpha"] if "lora_alpha" in settings else settings["alpha"]
         rank = _for_module(settings.get("rank_pattern"), module, settings.get("r"))
+        if rank is not None and int(rank) < 1:
+            raise ValueError(f"the rank of {module} is {rank}")
         return PeftSettings(
             alpha=float(_for_module(settings.get("alpha_pattern"), module, default)),
             rank=None if rank is None else int(rank),
@@ -64,11 +72,25 @@ class PeftSettings:
 
 def _for_module(patterns: Any, module: str, default: Any) -> Any:
     """The value that PEFT uses for `module`: that of the first expression that matches its end."""
-    # PEFT's own expression (``get_pattern_key``): a pattern matches from any dot on.
     for expression, value in dict(patterns or {}).items():
-        if re.match(rf"(.*\.)?({expression})$", module):
+        if _pattern(expression).match(module):
             return value
     return default
+
+
+@lru_cache(maxsize=4096)
+def _pattern(expression: str) -> re.Pattern[str]:
+    """PEFT's own expression (``get_pattern_key``): a pattern matches from any dot on. ValueError
+    for one that is malformed, or so complex that matching could take hours."""
+    # A name of a layer, or parts of it. Nested repetitions take exponential time, and each further
+    # one in a row multiplies it by the length of the name.
+    repeated = re.findall(r"[*+{]", expression)
+    if len(expression) > 1000 or len(repeated) > 3 or re.search(r"[*+}]\)*[*+{]", expression):
+        raise ValueError(f"the pattern {expression[:60]!r} is not one for names of layers")
+    try:
+        return re.compile(rf"(.*\.)?({expression})$")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"the pattern {expression[:60]!r} is malformed ({error})") from None
 
 
 def default_and_patterns(values: Mapping[str, _Value]) -> tuple[_Value, dict[str, _Value]]:

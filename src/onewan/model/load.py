@@ -21,7 +21,7 @@ from diffusers import UniPCMultistepScheduler
 from torch import Tensor, nn
 
 from onewan.dtypes import from_safetensors_name
-from onewan.formats.configs import ComponentKind, read_json
+from onewan.formats.configs import ComponentKind
 from onewan.formats.model_folder import (
     ComponentDescription,
     ComponentName,
@@ -30,6 +30,7 @@ from onewan.formats.model_folder import (
     model_problems,
     raise_problems,
 )
+from onewan.formats.untrusted import read_json
 from onewan.formats.weights import ComponentFile
 from onewan.model.meta_init import module_on_meta
 from onewan.model.precision import keep_float32_islands

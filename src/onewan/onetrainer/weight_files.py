@@ -21,7 +21,7 @@ from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.embedding import EmbeddingFile
 from onewan.formats.lora import KeyFormat
-from onewan.formats.lora_files import AdapterFile, parse_adapter, read_adapter
+from onewan.formats.lora_files import AdapterFile, parse_adapter, read_adapter, read_adapters
 from onewan.formats.lora_writing import BaseWeights
 from onewan.formats.weights import expert_in_name
 from onewan.model.embedding import WanModelEmbedding
@@ -152,10 +152,10 @@ def _adapter_files(path: Path, variant: Variant | None) -> list[tuple[AdapterFil
                 f"{path}: does not exist, nor {high.name} or {low.name}; give an adapter's file"
             )
         return files
-    try:
-        file = read_adapter(path)
-    except CheckpointError:  # for both experts in one file; other errors are raised again here
-        return [(read_adapter(path, "high"), "high"), (read_adapter(path, "low"), "low")]
+    adapters = read_adapters(path)
+    if len(adapters) > 1:
+        return [(file, file.expert or "high") for file in adapters]
+    file = adapters[0]
     if variant is not None and len(variant.experts) == 1:
         return [(file, "high")]
     said: Any = file.metadata.get("onewan.expert")

@@ -69,6 +69,7 @@ class WanModelSetup:
         config = self._config
         samples = sample_requests(config)
         initial = initial_adapters(config)
+        self._notices |= dict.fromkeys(n for file in initial.values() for n in file.notices)
         dataset, vae = self._encode_dataset(samples, initial, progress)
         model = self._load_for_training(vae if samples else None, needs_sampling=bool(samples))
         del vae  # freed before adapters and optimizers are built, unless sampling needs it

@@ -29,7 +29,7 @@ from onewan.config.schema import ExpertSettings, ResolvedRun
 from onewan.config.unused import file_decides
 from onewan.data.clip import Clip
 from onewan.errors import ConfigError
-from onewan.formats.lora_files import AdapterFile, read_adapter
+from onewan.formats.lora_files import AdapterFile, read_adapters
 from onewan.memory.residency import DeviceResidency
 from onewan.model.attention import attend_within_frames
 from onewan.model.embedding import WanModelEmbedding
@@ -53,8 +53,8 @@ def initial_adapters(config: ResolvedRun) -> dict[ExpertName, AdapterFile]:
     trained = {expert.name for expert in variant.selected(config.model.experts)}
     found: dict[ExpertName, AdapterFile] = {}
     problems = []
-    for path in method.init_from:
-        file = read_adapter(path)
+    for file in (file for path in method.init_from for file in read_adapters(path)):
+        path = file.path
         name = expert_of(path, file.metadata, variant, file.expert).name
         if name in found:
             problems.append(f"method.init_from: two files are for the {name} expert; keep one")
