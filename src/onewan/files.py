@@ -17,6 +17,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -276,6 +277,33 @@ def append_lines(file: Path, lines: Iterable[str]) -> None:
     # Unbuffered: one write in append mode, which is not interleaved with those of others.
     with file.open("ab", buffering=0) as opened:
         opened.write(content.encode())
+
+
+def check_input(path: Path) -> Path:
+    """`path`, if it names a file that can be read to its end.
+
+    OSError with the reason as ``strerror`` for a folder and for a device, a FIFO or a socket, which
+    would be waited for or never end; FileNotFoundError and others as `os.stat` raises them.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "is a folder, not a file", str(path))
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_ISFIFO: "a FIFO", stat.S_ISSOCK: "a socket"}
+        kind = next((name for is_kind, name in kinds.items() if is_kind(mode)), "a device")
+        raise OSError(errno.EINVAL, f"is {kind}, not a file", str(path))
+    return path
+
+
+def read_input(path: Path, max_bytes: int) -> bytes:
+    """The content of a file that a user gives; OSError as in `check_input`, and if the file is
+    larger than `max_bytes`, without reading it."""
+    with check_input(path).open("rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        limit = f"{max_bytes >> 20} MiB" if max_bytes >= 1 << 20 else f"{max_bytes >> 10} KiB"
+        raise OSError(errno.EFBIG, f"is larger than {limit}", str(path))
+    return data
 
 
 def file_digest(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from support.interrupted import leave_interrupted, replace_and_die, writing
 from onewan import files
 from onewan.files import (
     ABANDONED_AFTER_SECONDS,
+    check_input,
+    read_input,
     remove,
     remove_abandoned,
     replace,
@@ -243,3 +246,29 @@ def test_remove_deletes_files_and_folders_with_their_content(tmp_path: Path) -> 
     (tmp_path / "file").touch()
     remove(tmp_path / "file")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such files in folders")
+def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
+    fifo, name = tmp_path / "fifo", tmp_path / "socket"
+    os.mkfifo(fifo)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(name))
+        for path, expected in (
+            (fifo, "is a FIFO, not a file"),
+            (name, "is a socket, not a file"),
+            (Path("/dev/zero"), "is a device, not a file"),
+            (tmp_path, "is a folder, not a file"),
+        ):
+            with pytest.raises(OSError, match=expected) as caught:
+                read_input(path, 10)
+            assert caught.value.filename == str(path)
+
+
+def test_a_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"x" * 2048)
+    assert check_input(file) == file
+    assert read_input(file, 2048) == b"x" * 2048
+    with pytest.raises(OSError, match="is larger than 1 KiB"):
+        read_input(file, 1024)
