@@ -285,6 +285,8 @@ def check_input(path: Path) -> Path:
     OSError with the reason as ``strerror`` for a folder and for a device, a FIFO or a socket, which
     would be waited for or never end; FileNotFoundError and others as `os.stat` raises them.
     """
+    if "\0" in str(path):  # which `os.stat` refuses with a ValueError
+        raise OSError(errno.EINVAL, "has the character NUL in its name", str(path))
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "is a folder, not a file", str(path))

@@ -8,6 +8,7 @@ once every field is valid, all broken rules.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path, PureWindowsPath
@@ -16,7 +17,7 @@ from typing import Any, get_args
 
 from onewan import documents
 from onewan.config.fields import field_at
-from onewan.config.messages import report, validated
+from onewan.config.messages import Problems, validated
 from onewan.config.resolve import resolve
 from onewan.config.rules import rule_violations
 from onewan.config.schema import COMPONENTS, SCHEMA_VERSION, ResolvedRun
@@ -24,9 +25,20 @@ from onewan.config.section import is_section, members_of, sections_of
 from onewan.config.unused import unused_fields
 from onewan.documents import KeyPath, Node, dotted, format_value, get_path, is_list, is_mapping
 from onewan.errors import ConfigError
+from onewan.files import read_input
 
 RESOLVED_NAME = "resolved.yaml"
 """File in a run folder with the text of `dump_run`; a folder that has it is a run folder."""
+RESOLVED_LIMITS = documents.Limits(bytes=1024 * 1024, values=50_000)
+_INDEX = re.compile("[0-9]{1,9}")
+"""Of an item of a list, in an override."""
+_MAX_NAME = 200
+"""Characters of the name of a field, in an override."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_ESCAPED = (
+    "contains a line break, a tab or another control character; in double quotes a backslash "
+    "starts an escape: use single quotes, or forward slashes"
+)
 _MODEL_SOURCES = [(name,) for name in ("path", *COMPONENTS)]
 
 
@@ -38,11 +50,13 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> ResolvedRun:
     """
     path = Path(path)
     source = str(path)
-    file = path / RESOLVED_NAME if path.is_dir() else path
-    data: Node = _absolute_paths(_read(file, source), (), file.parent)
+    file = path / RESOLVED_NAME if os.path.isdir(path) else path
+    if documents.text_problem(os.path.abspath(file.parent)):
+        raise ConfigError(source, ["is in a folder whose name is not UTF-8; rename the folder"])
+    problems = Problems()
+    data: Node = _absolute_paths(_read(file, source), (), file.parent, problems)
     if data.get("model") is None:
         data["model"] = {}  # so that its required fields are named
-    problems: dict[str, str] = {}
     with suppress(ValueError):  # `output` is no section, which is reported below
         if file is not path:
             here = Path(os.path.abspath(path))  # the folder may have been moved or renamed
@@ -56,9 +70,9 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> ResolvedRun:
     config = validated(data, problems)
     if config is not None and not problems:
         for field, text in rule_violations(config):
-            report(problems, field, text)
+            problems.report(field, text)
     if config is None or problems:
-        raise ConfigError(source, [f"{field}: {text}" for field, text in problems.items()])
+        raise ConfigError(source, problems.lines())
     return resolve(config, Path(os.path.abspath(file.parent)))
 
 
@@ -77,12 +91,14 @@ def changed_fields(old: ResolvedRun, new: ResolvedRun) -> list[tuple[str, object
 
 def _read(file: Path, source: str) -> dict[str, Any]:
     """The top mapping of a YAML or JSON file."""
+    # A resolved file gives all fields, and therefore has more values than what it was made from.
+    limits = RESOLVED_LIMITS if file.name == RESOLVED_NAME else documents.LIMITS
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        text = read_input(file, limits.bytes).decode("utf-8-sig")
         data = (
-            documents.parse_json(text)
+            documents.parse_json(text, limits)
             if file.suffix.lower() == ".json"
-            else documents.parse_yaml(text)
+            else documents.parse_yaml(text, limits)
         )
     except (OSError, ValueError) as error:
         problem = str(error)
@@ -111,21 +127,23 @@ def _read(file: Path, source: str) -> dict[str, Any]:
     return data
 
 
-def _overridden(data: Node, override: str, problems: dict[str, str]) -> Node:
+def _overridden(data: Node, override: str, problems: Problems) -> Node:
     """`data` with one override applied; if that fails, `problems` gets a line."""
     name, equals, text = override.partition("=")
     parts = name.strip().split(".")
     if not equals or not all(parts):
-        problems[f"override {override!r}"] = (
-            "is not path.to.field=value; write, for example, train.steps=2000"
-        )
+        what = "is not path.to.field=value; write, for example, train.steps=2000"
+        problems.add(f"override {format_value(override)}", what)
         return data
-    path = tuple(int(part) if part.isdecimal() else part for part in parts)
+    if len(name) > _MAX_NAME:
+        problems.add(f"override {format_value(override)}", "names no field; correct the name")
+        return data
+    path = tuple(int(part) if _INDEX.fullmatch(part) else part for part in parts)
     try:
-        value = _absolute_paths(_override_value(path, text), path, Path.cwd())
+        value = _absolute_paths(_override_value(path, text), path, Path.cwd(), problems)
         return _with_value(data, path, value)
     except ValueError as error:
-        problems[dotted(path)] = str(error)
+        problems.add(dotted(path), str(error))
         return data
 
 
@@ -139,11 +157,14 @@ def _override_value(path: KeyPath, text: str) -> Node:
     kind = field.annotation if field is not None else None
     literal = field is not None and set(get_args(kind) or (kind,)) <= {str, Path, NoneType}
     if literal and text not in ("", "null") and not text.startswith(("'", '"')):
+        if problem := documents.text_problem(text):
+            raise ValueError(f"{problem}, got {format_value(text)}")
         return text
     try:
         return documents.parse_yaml(text)
     except ValueError as error:
-        raise ValueError(f"can't read {text!r} as YAML ({error}); quote the value") from None
+        shown = format_value(text)
+        raise ValueError(f"can't read {shown} as YAML ({error}); quote the value") from None
 
 
 def _with_value(node: Node, path: KeyPath, value: Node, at: KeyPath = ()) -> Node:
@@ -175,7 +196,7 @@ def _with_value(node: Node, path: KeyPath, value: Node, at: KeyPath = ()) -> Nod
     return {**fields, part: _with_value(fields.get(part), rest, value, inner)}
 
 
-def _absolute_paths(node: Node, path: KeyPath, base: Path) -> Node:
+def _absolute_paths(node: Node, path: KeyPath, base: Path, problems: Problems) -> Node:
     """A copy of `node`, the value at `path`, with all paths in it made absolute from `base`.
 
     Keys become strings: YAML also allows numbers, which are unknown fields like any other.
@@ -183,17 +204,24 @@ def _absolute_paths(node: Node, path: KeyPath, base: Path) -> Node:
     field = field_at(path)
     kind = field.annotation if field is not None else None
     if is_mapping(node) and (not path or sections_of(kind)):
-        return {str(k): _absolute_paths(value, (*path, str(k)), base) for k, value in node.items()}
+        return {
+            str(key): _absolute_paths(value, (*path, str(key)), base, problems)
+            for key, value in node.items()
+        }
     if is_list(node) and not (path and isinstance(path[-1], int)):
-        return [_absolute_paths(item, (*path, index), base) for index, item in enumerate(node)]
-    if isinstance(node, str) and Path in (kind, *get_args(kind)):
-        return _joined(base, node)
-    if isinstance(node, str) and path[:1] == ("model",) and path[1:] in _MODEL_SOURCES:
-        here = node.startswith((".", "/", "~")) or PureWindowsPath(node).drive
-        # Anything else names a hub repository, unless such a file or folder exists.
-        return _joined(base, node) if here or os.path.exists(base / node) else node
-    return node
-
-
-def _joined(base: Path, path: str) -> str:
-    return os.path.abspath(base / os.path.expanduser(path))
+        return [
+            _absolute_paths(item, (*path, index), base, problems) for index, item in enumerate(node)
+        ]
+    if not isinstance(node, str):
+        return node
+    is_source = path[:1] == ("model",) and path[1:] in _MODEL_SOURCES
+    if not (is_source or Path in (kind, *get_args(kind))):
+        return node
+    if _CONTROL.search(node):
+        problems.add(dotted(path), f"{_ESCAPED}, got {format_value(node)}")
+        return node
+    # What does not look like a path names a hub repository, unless there is such a file or folder.
+    is_local = node.startswith((".", "/", "~")) or PureWindowsPath(node).drive
+    if is_source and not is_local and not os.path.exists(base / node):
+        return node
+    return os.path.abspath(base / os.path.expanduser(node))

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -18,7 +20,15 @@ from pydantic import ValidationError
 from onewan.config.fields import leaves
 from onewan.config.schema import RunConfig
 from onewan.config.section import Members, Section, members_of, sections_of
-from onewan.documents import KeyPath, Node, dotted, format_value, get_path, has_key
+from onewan.documents import (
+    KeyPath,
+    Node,
+    dotted,
+    format_value,
+    get_path,
+    has_key,
+    shortened,
+)
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -47,6 +57,8 @@ _RULES: Mapping[str, str] = {
     "string_pattern_mismatch": "must have the form {pattern}",
     "value_error": "{error}",
 }
+_SHOWN = 5
+"""Number of lines for fields that are wrong in the same way."""
 _FORMS: Mapping[str, str] = {
     "model.device": "must be auto, cpu, cuda, mps, xpu, or a numbered one such as cuda:1",
     "output.name": (
@@ -56,7 +68,54 @@ _FORMS: Mapping[str, str] = {
 """Descriptions of the patterns of fields."""
 
 
-def validated(data: dict[str, Node], problems: dict[str, str]) -> RunConfig | None:
+class Problems:
+    """What is wrong with a run file: a line per field, and for many fields that are wrong in the
+    same way lines for the first few and one with the number of the others."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, str] = {}
+        self._sections: set[str] = set()
+        """Dotted names of all sections and lists that a reported field lies in."""
+        self._alike: Counter[str] = Counter()
+
+    def __bool__(self) -> bool:
+        return bool(self._lines)
+
+    def add(self, field: str, text: str | Callable[[], str], *, alike: str = "") -> None:
+        """Add the problem of a field. `alike` is the same for problems of the same kind; without
+        it they are those of one field in the items of a list."""
+        alike = alike or re.sub(r"\.[0-9]+(?=\.|$)", ".*", field)
+        self._alike[alike] += 1
+        self._sections.update(_sections(field))
+        if self._alike[alike] <= _SHOWN:
+            self._lines[field] = text if isinstance(text, str) else text()
+
+    def report(self, field: str, text: str) -> None:
+        """Add a problem, unless it names a field that has one already and so follows from that."""
+        for name in (field, *re.findall(r"[a-z_]+(?:\.\w+)+", text)):
+            if name in self._sections or any(n in self._lines for n in (name, *_sections(name))):
+                return
+        self.add(field, text)
+
+    def lines(self) -> list[str]:
+        more = {alike: count - _SHOWN for alike, count in self._alike.items() if count > _SHOWN}
+        return [
+            *(f"{_short_name(field)}: {text}" for field, text in self._lines.items()),
+            *(f"{_short_name(alike)}: {count:,} more like these" for alike, count in more.items()),
+        ]
+
+
+def _sections(field: str) -> Iterator[str]:
+    """Dotted names of the sections around a field."""
+    parts = field.split(".")
+    return (".".join(parts[:count]) for count in range(1, len(parts)))
+
+
+def _short_name(field: str) -> str:
+    return ".".join(shortened(part) for part in field.split("."))
+
+
+def validated(data: dict[str, Node], problems: Problems) -> RunConfig | None:
     """The config, or None with all that pydantic finds wrong added to `problems`."""
     groups: dict[KeyPath, tuple[_Place, list[ErrorDetails]]] = {}
     try:
@@ -65,24 +124,16 @@ def validated(data: dict[str, Node], problems: dict[str, str]) -> RunConfig | No
         for details in error.errors(include_url=False):
             place = _place(details, data)
             groups.setdefault(place.path, (place, []))[1].append(details)
+    around = {path[:count] for path in groups for count in range(len(path))}
     for path, (place, errors) in groups.items():
-        # Where one type of a union matched further, the error within the value says more.
-        if not any(other[: len(path)] == path for other in groups if other != path):
-            unknown = errors[0]["type"] == "extra_forbidden"
-            text = _unknown(place) if unknown else _wrong_value(place, errors)
-            report(problems, dotted(path), text)
+        if path in around:
+            continue  # where one type of a union matched further, the error within says more
+        if errors[0]["type"] == "extra_forbidden":
+            alike = f"{dotted(path[:-1]) or 'the file'}: unknown fields"
+            problems.add(dotted(path), partial(_unknown, place), alike=alike)
+        else:
+            problems.add(dotted(path), partial(_wrong_value, place, errors))
     return None
-
-
-def report(problems: dict[str, str], field: str, text: str) -> None:
-    """Adds a problem, unless it names a field that is reported already and so follows from that."""
-
-    def related(one: str, other: str) -> bool:
-        return one == other or one.startswith(other + ".") or other.startswith(one + ".")
-
-    named = [field, *re.findall(r"[a-z_]+(?:\.\w+)+", text)]
-    if not any(related(name, reported) for name in named for reported in problems):
-        problems[field] = text
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +241,7 @@ def _remedy(field: FieldInfo | None, types: Sequence[str], value: Node) -> str:
 
 def _nearest(value: object, choices: Iterable[object]) -> str | None:
     texts = [choice for choice in choices if isinstance(choice, str)]
-    near = difflib.get_close_matches(str(value), texts, n=1)
+    near = difflib.get_close_matches(shortened(str(value)), texts, n=1)
     return f"did you mean '{near[0]}'?" if near else None
 
 

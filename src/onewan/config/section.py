@@ -59,10 +59,15 @@ class Section(BaseModel):
         if not isinstance(data, dict):
             return data
         return {
-            name: int(value) if isinstance(value, float) and value.is_integer() else value
+            name: int(value) if isinstance(value, float) and _is_whole(value) else value
             for name, value in cast("dict[str, object]", data).items()
             if value is not None or not _null_is_default(cls.model_fields.get(name))
         }
+
+
+def _is_whole(value: float) -> bool:
+    # 1e300 is exact as an integer too, but no setting that counts something means it.
+    return value.is_integer() and abs(value) < 2**63
 
 
 def _null_is_default(field: FieldInfo | None) -> bool:
