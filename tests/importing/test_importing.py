@@ -289,7 +289,7 @@ def test_all_problems_are_reported_at_once(tmp_path, clips):
     with pytest.raises(ConfigError) as error:
         imported(tmp_path, config)
     said = str(error.value)
-    for name in ("frames", "resolution", "peft_type: is NEW", "train_dtype: is INT_8"):
+    for name in ("frames", "resolution", "peft_type: is 'NEW'", "train_dtype: is 'INT_8'"):
         assert name in said
     with pytest.raises(ConfigError, match="--variant"):
         imported(tmp_path, config_of(clips, base_model_name="mine"))
@@ -441,3 +441,44 @@ def test_the_train_command_accepts_a_onetrainer_config(tmp_path, capsys):
     (tmp_path / "config.onewan.yaml").write_text("mine", "utf-8")
     assert main(["train", str(path)]) == 1
     assert "was not made from it" in capsys.readouterr().err
+
+
+UNUSABLE: list[tuple[dict[str, Any], str]] = [
+    ({"batch_size": 0}, "batch_size: is 0; give 1 or more"),
+    ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: is 0; give 1 or more"),
+    ({"epochs": 0}, "epochs: is 0; give 1 or more"),
+    ({"wan_layers": None}, "wan_layers: is nothing; remove the key"),
+    ({"wan_layers": "0-999999999"}, "wan_layers: is '0-999999999'; give numbers and ranges"),
+    ({"lora_rank": 2.5}, "lora_rank: is 2.5; give a whole number"),
+    ({"frames": "9" * 5000}, "frames: is '999"),
+    ({"learning_rate": 10**400}, "learning_rate: is 1000"),
+    ({"transformer_2": 5}, "transformer_2: is 5; give an object"),
+    ({"samples": [{"width": "wide"}]}, "samples.0.width: is 'wide'; give a number"),
+    ({"concepts": [{"path": ["a"]}]}, "concepts.0.path: is ['a']; give a single value"),
+    ({"concepts": [{"image": 5}]}, "concepts.0.image: is 5; give an object"),
+    ({"train_dtype": "\x1b[2J"}, r"train_dtype: is '\x1b[2J'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "problem"), UNUSABLE, ids=lambda value: str(value)[:30])
+def test_a_value_of_another_type_or_out_of_range_is_a_problem(tmp_path, clips, changes, problem):
+    with pytest.raises(ConfigError) as error:
+        imported(tmp_path, config_of(clips, **changes))
+    (found,) = [line for line in error.value.problems if line.startswith(problem)]
+    assert len(found) < 200
+    assert found.isprintable()
+
+
+def test_hostile_files_are_refused_or_accounted_for_in_few_lines(tmp_path, clips, capsys):
+    path = tmp_path / "config.json"
+    path.write_text("[" * 100_000, "utf-8")
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        import_config(path)
+    odd = {"9" * 5000: list(range(20_000)), "\x1b[31mred\u202e": 1}
+    odd |= {f"key_{number}": 1 for number in range(20_000)}
+    path.write_text(json.dumps(config_of(clips) | odd), "utf-8")
+    assert main(["import-config", str(path), "--variant", "t2v-a14b"]) == 0
+    told = capsys.readouterr().err
+    assert len(told) < 100_000 and "more (--account json" in told
+    assert all(line.isprintable() for line in told.splitlines())
+    assert r"\x1b[31mred\u202e" in told

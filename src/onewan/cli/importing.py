@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from collections import Counter
@@ -10,17 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from onewan import importing
 from onewan.config.load import load_run
+from onewan.documents import to_yaml
 from onewan.errors import ConfigError
 from onewan.files import replacing
 from onewan.importing import Imported
+from onewan.importing.table import printable
 from onewan.variants import VariantName
 
 _MARK = "# Made by onewan from the OneTrainer config"
 _SHOWN = 60
+"""Characters of a key or value."""
+_MOST = 500
+"""Keys of one outcome; OneTrainer's own configs have fewer."""
 
 
 def import_config(
@@ -70,15 +72,9 @@ def run_file_of(path: Path) -> Path:
 
 
 def _yaml(imported: Imported, config: Path) -> str:
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
-    yaml.allow_unicode = True
-    yaml.width = 1_000_000
-    text = io.StringIO()
-    yaml.dump(imported.document, text)
-    notices = [f"# Check: {' '.join(notice.split())}" for notice in imported.notices]
-    return "\n".join([f"{_MARK} {config.name}.", *notices, text.getvalue()])
+    notices = [f"# Check: {printable(notice)}" for notice in imported.notices]
+    head = [f"{_MARK} {printable(config.name)}.", *notices]
+    return "\n".join([*head, to_yaml(imported.document)])
 
 
 def _account(imported: Imported, how: str) -> Iterator[str]:
@@ -95,10 +91,12 @@ def _account(imported: Imported, how: str) -> Iterator[str]:
             continue
         if found:
             yield f"{outcome}:"
-        for entry in found:
-            yield f"  {entry.key} = {_shown(entry.value)}: {entry.note}"
+        for entry in found[:_MOST]:
+            yield printable(f"  {entry.key[:_SHOWN]} = {_shown(entry.value)}: {entry.note}")
+        if len(found) > _MOST:
+            yield f"  and {len(found) - _MOST} more (--account json lists all)"
     for notice in imported.notices:
-        yield f"check: {notice}"
+        yield printable(f"check: {notice}")
     counts = Counter(entry.outcome for entry in imported.entries)
     yield f"{len(imported.entries)} keys: " + ", ".join(f"{n} {what}" for what, n in counts.items())
 

@@ -18,9 +18,19 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from onewan.documents import format_value
 from onewan.errors import ConfigError, OnewanError
 from onewan.importing import data, method, model, optimizer, output, train
-from onewan.importing.table import Context, Entry, Outcome, Row, convert, flatten
+from onewan.importing.table import (
+    Context,
+    Entry,
+    Outcome,
+    Row,
+    convert,
+    exists,
+    flatten,
+    printable,
+)
 from onewan.variants import VARIANTS, Variant, VariantName, variant_of
 
 VERSION = 11
@@ -52,7 +62,7 @@ def looks_like_onetrainer(path: Path) -> bool:
         return False
     try:
         config = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     marks = {"training_method", "base_model_name", "model_type", "__version"}
     return isinstance(config, dict) and "model" not in config and not marks.isdisjoint(config)
@@ -72,17 +82,20 @@ def import_config(
         raise ConfigError(str(path), problems)
     folders = path.resolve().parents
     checkouts = (f for f in folders if (f / "modules/util/enum/ModelType.py").is_file())
+    document: dict[str, Any] = {}
     context = Context(
         given=config,
         rows={row.key: row for row in ROWS},
         variant=VARIANTS[variant or "t2v-a14b"],  # replaced below if none is given
         root=root or next(checkouts, folders[0]),
     )
-    if variant is None:
-        context = replace(context, variant=_variant_of_base_model(context, path))
-    document = _document(context)
+    if not context.has_wrong_values():
+        if variant is None:
+            context = replace(context, variant=_variant_of_base_model(context, path))
+        document = _document(context)
     if context.problems:
-        raise ConfigError(str(path), [f"{key}: {text}" for key, text in context.problems.items()])
+        found = [f"{printable(key)}: {text}" for key, text in context.problems.items()]
+        raise ConfigError(str(path), found)
     return Imported(
         document=document,
         entries=tuple(sorted(context.entries.values(), key=lambda entry: entry.key)),
@@ -93,6 +106,8 @@ def import_config(
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise ConfigError(str(path), ["is nested too deeply for a config"]) from None
     except ValueError as error:
         raise ConfigError(str(path), [f"is not valid JSON: {error}"]) from error
     except OSError as error:
@@ -107,11 +122,17 @@ def _why_unusable(config: Any, path: Path) -> list[str]:
     if version != VERSION:
         is_newer = isinstance(version, int) and version > VERSION
         remedy = "update onewan" if is_newer else "open and save it in OneTrainer first"
-        return [f"__version: is {version}, and only version {VERSION} is imported; {remedy}"]
+        return [
+            f"__version: is {format_value(version)}, and only version {VERSION} is imported; "
+            f"{remedy}"
+        ]
     if (kind := config.get("model_type")) not in MODEL_TYPES:
-        return [f"model_type: is {kind}; only configs of {' and '.join(MODEL_TYPES)} are imported"]
+        return [
+            f"model_type: is {format_value(kind)}; only configs of {' and '.join(MODEL_TYPES)} are "
+            "imported"
+        ]
     return [
-        f"{key}: is {value}; give a finite number"
+        f"{printable(key)}: is {value}; give a finite number"
         for key, value in flatten(config)
         if isinstance(value, float) and not math.isfinite(value)
     ]
@@ -132,8 +153,8 @@ def _variant_of_base_model(context: Context, path: Path) -> Variant:
         except (OSError, ValueError, OnewanError):
             pass  # no folder of a Wan model, so the user has to say
     problem = (
-        f"base_model_name: is {base!r}, which does not determine the variant of Wan 2.2; give "
-        f"it with --variant {', '.join(VARIANTS)}"
+        f"base_model_name: is {format_value(base)}, which does not determine the variant of Wan "
+        f"2.2; give it with --variant {', '.join(VARIANTS)}"
     )
     raise ConfigError(str(path), [problem])
 
@@ -169,15 +190,15 @@ def _listed(context: Context, key: str, file_key: str) -> list[dict[str, Any]]:
     items, note = context.given.get(key), f"read from {file}"
     if items is not None:
         note = f"not read, since the config itself has {key}"
-    elif file.is_file():
+    elif exists(file):
         items = _read_json(file)
     elif named == default:
         context.notices.append(f"no {key}: {file} does not exist")
     else:
         context.problem(
             file_key,
-            f"is {named!r}, and {file} does not exist; copy it there, or give OneTrainer's folder "
-            "with --root",
+            f"is {format_value(named)}, and {file} does not exist; copy it there, or give "
+            "OneTrainer's folder with --root",
         )
     outcome: Outcome = "carried" if file_key in context.given else "defaulted"
     context.entries[file_key] = Entry(file_key, named, outcome, note)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from onewan.documents import format_value
 from onewan.importing.table import (
     OMIT,
     Context,
@@ -112,15 +113,25 @@ def sources(
         else:
             training.append(convert(CONCEPT_ROWS, item, within="video_data.sources"))
             clips += count * training[-1].get("repeats", 1)
-        image, text = item.given.get("image") or {}, item.given.get("text") or {}
+        image, text = _object(item, "image"), _object(item, "text")
         for switch, value in {**image, **text}.items():
             # Cropping off center is on by default and changes little, so it gets no notice.
             if switch.startswith("enable_") and value is True and switch != "enable_crop_jitter":
                 item.notices.append(f"{item.prefix[:-1]}: {switch} is on, which onewan does not do")
         if (source := text.get("prompt_source", "sample")) != "sample":
-            caption = f"is {source!r}; onewan reads the caption beside each file, NAME.txt"
+            caption = (
+                f"is {format_value(source)}; onewan reads the caption beside each file, NAME.txt"
+            )
             item.notice(caption, "text.prompt_source")
     return training, held_out, clips
+
+
+def _object(item: Context, key: str) -> dict[str, Any]:
+    found = item.given.get(key) or {}
+    if isinstance(found, dict):
+        return found
+    item.problem(key, f"is {format_value(found)}; give an object")
+    return {}
 
 
 def _count_clips(folder: Path, recursive: bool) -> int:

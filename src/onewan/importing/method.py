@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from onewan.documents import format_value
 from onewan.importing.table import OMIT, Condition, Context, Row, convert, copied, mapped, path
 from onewan.onetrainer.settings import SettingError
 
@@ -32,13 +33,15 @@ def _kind(value: Any, context: Context) -> str:
     if value in ("FINE_TUNE", "EMBEDDING"):
         return value.lower()
     if value != "LORA":
-        raise SettingError(f"is {value}; only LORA, FINE_TUNE and EMBEDDING can be imported")
+        raise SettingError(
+            f"is {format_value(value)}; only LORA, FINE_TUNE and EMBEDDING can be imported"
+        )
     return adapter_kind(context) or "lora"
 
 
 def _check_adapter(value: Any, _: Context) -> Any:
     if value not in _ADAPTERS:
-        raise SettingError(f"is {value}; only {', '.join(_ADAPTERS)} can be imported")
+        raise SettingError(f"is {format_value(value)}; only {', '.join(_ADAPTERS)} can be imported")
     return OMIT  # `_kind` has it
 
 
@@ -47,8 +50,8 @@ def _modules(value: Any, context: Context) -> list[str]:
     text = str(value)
     if context["layer_filter_regex"] and text.strip():
         context.notice(
-            f"{text!r} is a regular expression; onewan takes groups and patterns, so all layers "
-            "are trained; set method.modules"
+            f"{format_value(text)} is a regular expression; onewan takes groups and patterns, so "
+            "all layers are trained; set method.modules"
         )
         text = ""
     # An empty filter selects every weight; adapters exist for linear layers only.
@@ -128,5 +131,9 @@ def embeddings(additional: list[dict[str, Any]], context: Context) -> list[dict[
         given = {"embedding.": context.given.get("embedding") or {}, **given}
     rate = convert((EMBEDDING_RATE,), context) if given else {}
     rows = {row.key: row for row in EMBEDDING_ROWS}
-    items = (replace(context, given=g, rows=rows, prefix=p) for p, g in given.items())
-    return [{**convert(EMBEDDING_ROWS, item, within="embeddings"), **rate} for item in items]
+    items = [replace(context, given=g, rows=rows, prefix=p) for p, g in given.items()]
+    return [
+        {**convert(EMBEDDING_ROWS, item, within="embeddings"), **rate}
+        for item in items
+        if not item.has_wrong_values()
+    ]

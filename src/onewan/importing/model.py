@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from onewan.documents import format_value
 from onewan.importing.table import OMIT, Condition, Context, Row, copied
 from onewan.onetrainer.settings import SettingError
 
@@ -48,7 +49,7 @@ def _dtype(value: Any, context: Context) -> Any:
     if value == "FLOAT_32":
         return "float32"
     if value not in ("BFLOAT_16", "FLOAT_16"):
-        raise SettingError(f"is {value}; only FLOAT_32 and BFLOAT_16 can be imported")
+        raise SettingError(f"is {format_value(value)}; only FLOAT_32 and BFLOAT_16 can be imported")
     if value == "FLOAT_16" and context.is_given():
         context.notice("is FLOAT_16, in which Wan overflows; bfloat16 is used")
     return OMIT

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from onewan.documents import format_value
 from onewan.importing.table import OMIT, Condition, Context, Row, copied
 
 _OPTIMIZERS = {
@@ -38,7 +39,8 @@ def _name(value: Any, context: Context) -> str:
     name, _ = _counterpart(context)
     if value not in _OPTIMIZERS:
         context.notice(
-            f"is {value}, which onewan does not import; {name} is used, so check optimizer.lr"
+            f"is {format_value(value)}, which onewan does not import; {name} is used, so check "
+            "optimizer.lr"
         )
     return name
 

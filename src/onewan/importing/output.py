@@ -6,6 +6,7 @@ import re
 from pathlib import PurePath
 from typing import Any
 
+from onewan.documents import format_value
 from onewan.importing.table import (
     OMIT,
     Condition,
@@ -72,7 +73,7 @@ def _name(value: Any, _: Context) -> Any:
 
 def _formats(value: Any, context: Context) -> list[str]:
     if str(value) not in _FORMATS:
-        context.notice(f"is {value}; comfyui is used")
+        context.notice(f"is {format_value(value)}; comfyui is used")
     return [_FORMATS.get(str(value), "comfyui")]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
+from onewan.documents import format_value
 from onewan.errors import OnewanError
 from onewan.onetrainer.settings import SettingError
 from onewan.variants import Variant
@@ -52,6 +53,8 @@ class Row:
     convert: Converter | None = None
     """None: the key is read by the converter of another row."""
     when: Condition | None = None
+    least: float | None = None
+    """The smallest number that other converters can use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,11 +100,18 @@ class Context:
         """The top-level values as attributes, the form that `onewan.onetrainer.settings` reads."""
         return SimpleNamespace(**{key: self[key] for key in self.rows if "." not in key})
 
+    def has_wrong_values(self) -> bool:
+        """Whether values can't be converted; each of them becomes a problem."""
+        wrong = list(wrong_values(self.rows.values(), self.given))
+        for key, text in wrong:
+            self.problem(key, text)
+        return bool(wrong)
+
     def resolve(self, value: Any) -> Path:
         """A path of the config; backslashes of a config from Windows become slashes."""
         text = str(value)
         # A file on Linux may have a backslash in its name, so an existing path is kept.
-        return self.root / (text if Path(text).exists() else text.replace("\\", "/"))
+        return self.root / (text if exists(Path(text)) else text.replace("\\", "/"))
 
     def notice(self, text: str, key: str = "") -> None:
         """Tell the user something about a key, by default that of the row."""
@@ -130,12 +140,63 @@ def convert(rows: Iterable[Row], context: Context, *, within: str = "") -> dict[
             converted = row.convert(value, replace(context, row=row)) if row.convert else OMIT
         except SettingError as error:
             context.problem(row.key, str(error))
-        except (TypeError, ValueError, OnewanError) as error:
-            context.problem(row.key, f"is {value!r}: {' '.join(str(error).split())}")
+        except (TypeError, ValueError, ArithmeticError, OnewanError) as error:
+            reason = " ".join(str(error).split())
+            context.problem(row.key, f"is {format_value(value)}: {reason}")
         else:
             if converted is not OMIT:
                 set_path(document, row.field, converted)
     return document
+
+
+_NULLABLE = ("clip_grad_norm", "cache_dir", "token_count")
+"""Keys with a default that may be null in OneTrainer's config; so may all whose default is null."""
+
+_LONGEST = 10_000
+"""Characters; no path or prompt has more."""
+
+_LARGEST = 1e15
+"""No setting has numbers beyond it, and whole numbers beyond it are inexact as floats."""
+
+
+def wrong_values(rows: Iterable[Row], given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, problem) of each value in `given` that is not of the type of its row's default, or out
+    of the range in which others can be computed from it."""
+    sections: dict[str, None] = {}
+    for row in rows:
+        section, _, _ = row.key.rpartition(".")
+        if section and section in given and not isinstance(given[section], Mapping):
+            sections[section] = None
+        value = value_at(given, row.key)
+        if value is not OMIT and (problem := _wrong_value(row, value)):
+            yield row.key, f"is {format_value(value)}; {problem}"
+    for section in sections:
+        yield section, f"is {format_value(given[section])}; give an object"
+
+
+def _wrong_value(row: Row, value: Any) -> str | None:
+    if value is None:
+        is_nullable = row.default is None or row.key in _NULLABLE
+        return None if is_nullable else "remove the key for the default, or give a value"
+    if isinstance(value, (list, dict)):
+        return "give a single value"
+    if isinstance(value, str) and len(value) > _LONGEST:
+        return f"give at most {_LONGEST} characters"
+    if isinstance(value, float | int) and abs(value) > _LARGEST:
+        return "give a smaller number"
+    match row.default:
+        case bool():
+            return None if isinstance(value, bool) else "give true or false"
+        case int() | float():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                return "give a number"
+            if isinstance(row.default, int) and value != int(value):
+                return "give a whole number"
+            if row.least is not None and value < row.least:
+                return f"give {row.least:g} or more"
+        case str() if isinstance(value, bool):
+            return "give text"
+    return None
 
 
 def enabled_items(
@@ -145,6 +206,8 @@ def enabled_items(
     by_key = {row.key: row for row in rows}
     for number, given in enumerate(items):
         item = replace(context, given=given, rows=by_key, prefix=f"{name}.{number}.")
+        if item.has_wrong_values():
+            continue
         if item["enabled"]:
             yield item
             continue
@@ -189,12 +252,25 @@ def set_path(document: dict[str, Any], path: str, value: Any) -> None:
     document[last] = list(value) if isinstance(value, tuple) else value
 
 
+def exists(path: Path) -> bool:
+    """Whether there is something at `path`; False for one that no file can have."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, a NUL in it
+        return False
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with escapes for what a terminal would not show as it is."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of all leaves; an empty mapping or list is a leaf."""
+    """(dotted key, value) of all leaves, such as an empty mapping and a list without mappings."""
     if isinstance(node, Mapping) and (node or not prefix):
         for key, value in node.items():
             yield from flatten(value, f"{prefix}{key}.")
-    elif isinstance(node, list) and node:
+    elif isinstance(node, list) and any(isinstance(item, Mapping) for item in node):
         for number, value in enumerate(node):
             yield from flatten(value, f"{prefix}{number}.")
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from onewan.config.section import Section
+from onewan.documents import format_value
 from onewan.importing.model import experts
 from onewan.importing.table import OMIT, Condition, Context, Row, copied, mapped, setting
 from onewan.onetrainer import settings
@@ -28,7 +29,7 @@ def _steps(value: Any, context: Context) -> Any:
 def _schedule(value: Any, context: Context) -> Any:
     kind = str(value).lower().replace("with_hard_restarts", "with_restarts")
     if kind not in _SCHEDULES:
-        context.notice(f"is {value}, which onewan does not have; constant is used")
+        context.notice(f"is {format_value(value)}, which onewan does not have; constant is used")
     if kind not in _SCHEDULES[1:]:
         return OMIT
     schedule: dict[str, Any] = {"kind": kind}
@@ -112,9 +113,9 @@ _STRENGTHS = setting(settings.check_noising_strengths)  # `_timesteps` has the v
 _HIGH_SHARE = setting(settings.high_share_of, "equal")
 
 ROWS = (
-    Row("batch_size", "train.batch_size", 1, copied(1)),
-    Row("gradient_accumulation_steps", "train.accumulation", 1, copied(1)),
-    Row("epochs", "train.steps", 100, _steps),
+    Row("batch_size", "train.batch_size", 1, copied(1), least=1),
+    Row("gradient_accumulation_steps", "train.accumulation", 1, copied(1), least=1),
+    Row("epochs", "train.steps", 100, _steps, least=1),
     Row("learning_rate_scheduler", "train.schedule", "CONSTANT", _schedule),
     Row("learning_rate_min_factor", "train.schedule.end_factor", 0.0),
     Row("learning_rate_cycles", "train.schedule.cycles", 1.0),

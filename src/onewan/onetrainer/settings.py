@@ -28,6 +28,7 @@ from onewan.config.objective import (
     Weighting,
 )
 from onewan.data.masks import is_mask
+from onewan.documents import format_value
 from onewan.errors import ConfigError
 from onewan.variants import Variant
 
@@ -202,7 +203,7 @@ def high_share_of(config: Any) -> float | Literal["equal", "density"]:
         share = -1.0
     if not 0 <= share <= 1:
         raise SettingError(
-            f"is {config.wan_high_share!r}; give equal, density or a number from 0 to 1"
+            f"is {format_value(config.wan_high_share)}; give equal, density or a number from 0 to 1"
         )
     return share
 
@@ -210,8 +211,8 @@ def high_share_of(config: Any) -> float | Literal["equal", "density"]:
 def frames_of(config: Any) -> int:
     """The maximum frames of a clip; SettingError for anything but a number from 1."""
     text = str(config.frames).strip()
-    if not (text.isdecimal() and int(text) >= 1):
-        raise SettingError(f"is {config.frames!r}; give one number, such as 81")
+    if not re.fullmatch(r"0*[1-9]\d{0,5}", text):
+        raise SettingError(f"is {format_value(config.frames)}; give one number, such as 81")
     return int(text)
 
 
@@ -222,10 +223,10 @@ def layers_of(config: Any) -> tuple[int, ...] | None:
         return None
     blocks: set[int] = set()
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        found = re.fullmatch(r"\s*(\d{1,3})\s*(?:-\s*(\d{1,3})\s*)?", part)
         if found is None or int(found[2] or found[1]) < int(found[1]):
             raise SettingError(
-                f"is {config.wan_layers!r}; give numbers and ranges, such as 0-9, 12"
+                f"is {format_value(config.wan_layers)}; give numbers and ranges, such as 0-9, 12"
             )
         blocks |= set(range(int(found[1]), int(found[2] or found[1]) + 1))
     return tuple(sorted(blocks))
@@ -238,7 +239,9 @@ def frame_strategy_of(config: Any) -> FrameStrategy:
     """`wan_config.frame_sample_strategy`; SettingError for anything else."""
     chosen = config.wan_frame_strategy
     if chosen not in get_args(FrameStrategy):
-        raise SettingError(f"is {chosen!r}; choose one of {', '.join(get_args(FrameStrategy))}")
+        raise SettingError(
+            f"is {format_value(chosen)}; choose one of {', '.join(get_args(FrameStrategy))}"
+        )
     return chosen
 
 
@@ -255,12 +258,14 @@ def resolutions_of(text: str, bucketing: bool, multiple: int) -> tuple[int | str
     that square; "832x480" is that size. SettingError."""
     sizes: list[int | str] = []
     for part in re.split(r"[,;]", str(text)):
-        size = re.fullmatch(r"\s*(\d+)\s*(?:[xX]\s*(\d+)\s*)?", part)
+        size = re.fullmatch(r"\s*(\d{1,5})\s*(?:[xX]\s*(\d{1,5})\s*)?", part)
         if size is None:
-            raise SettingError(f"is {text!r}; give numbers such as 512, or sizes such as 832x480")
+            raise SettingError(
+                f"is {format_value(text)}; give numbers such as 512, or sizes such as 832x480"
+            )
         width, height = int(size[1]), int(size[2] or size[1])
         if min(width, height) < multiple:
-            raise SettingError(f"is {text!r}; sides are at least {multiple}")
+            raise SettingError(f"is {format_value(text)}; sides are at least {multiple}")
         if size[2] or not bucketing:
             width, height = (max(1, round(side / multiple)) * multiple for side in (width, height))
             sizes.append(f"{width}x{height}")
