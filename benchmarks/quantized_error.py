@@ -14,6 +14,7 @@ import copy
 import json
 import tempfile
 from pathlib import Path
+from typing import cast
 
 import gguf
 import torch
@@ -22,8 +23,10 @@ from gguf import GGMLQuantizationType
 from torch import Tensor, nn
 
 from onewan.checkpoint.convert import convert_model
+from onewan.checkpoint.model_files import read_model
 from onewan.demo.tiny_model import write_tiny_model
 from onewan.model.load import WanModelLoader
+from onewan.model.sources import PipelineComponent
 
 
 def velocities(transformer: WanTransformer3DModel) -> Tensor:
@@ -55,10 +58,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         given = parser.parse_args().model or write_tiny_model(Path(folder) / "demo", "t2v-a14b")
         convert_model(given, Path(folder) / "fp8", "fp8_scaled")
-        experts = ("transformer", "transformer_2")
+        variant = read_model(given).variant
+        assert variant is not None
+        experts = [cast(PipelineComponent, expert.component) for expert in variant.experts]
         original = WanModelLoader().load(given, dtype=torch.float32, components=experts)
         fp8 = WanModelLoader().load(Path(folder) / "fp8", dtype=torch.float32, components=experts)
-        for expert in original.variant.experts:
+        for expert in variant.experts:
             transformer = getattr(original, expert.component)
             want = velocities(transformer)
             errors = {
