@@ -115,6 +115,14 @@ def replace(source: Path, destination: Path) -> None:
     sync(destination.parent)
 
 
+def moved_aside(path: Path) -> Path | None:
+    """Where the folder `path` is, if `replace` was killed after moving it aside; else None."""
+    if os.path.lexists(path):
+        return None
+    aside = (p for p in path.parent.glob(f"{REPLACED_PREFIX}*") if _replaced_original(p) == path)
+    return next(aside, None)
+
+
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 

@@ -550,6 +550,10 @@ def test_a_model_that_a_killed_conversion_moved_aside_is_moved_back(t2v, high, t
     before = tensors(folder)
     replace_and_die(folder, after_renames=1)
     assert not folder.exists()
+    named = r"d: there is no such file.*; rename .*\.replaced-.*-d back, where a killed process"
+    refuses(named, folder, tmp_path / "other", "single")
+    with pytest.raises(CheckpointError, match=named):
+        WanModelLoader().load(folder, "t2v-a14b")
     refuses("contains config.json, .*add --force", high, folder, "diffusers")
     assert_same(tensors(folder), before)
     replace_and_die(folder, after_renames=1)

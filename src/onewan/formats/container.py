@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import SafetensorError
 
 from onewan.errors import CheckpointError
+from onewan.files import moved_aside
 from onewan.formats.backends import (
     GgufFile,
     PickleFile,
@@ -101,7 +102,11 @@ def open_tensors(path: Path) -> TensorFile:
             return _shards(path, path)
         kind, reader = _open(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file; check the path") from None
+        aside = moved_aside(path)
+        remedy = (
+            f"rename {aside} back, where a killed process left it" if aside else "check the path"
+        )
+        raise CheckpointError(f"{path}: there is no such file; {remedy}") from None
     except OSError as error:
         raise CheckpointError(
             f"{path}: can't be read ({first_line(error)}); check the path and its permissions"

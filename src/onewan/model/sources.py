@@ -16,6 +16,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from onewan.errors import CheckpointError
+from onewan.files import moved_aside
 from onewan.formats.backends import first_line
 from onewan.formats.model_folder import (
     COMPONENT_NAMES,
@@ -152,6 +153,10 @@ def _local_path(value: str | Path, components: Collection[ComponentName]) -> Pat
         return path
     # A mistyped path is reported as such, instead of as a repository that does not exist.
     text = str(value)
+    if aside := moved_aside(path):
+        raise CheckpointError(
+            f"{value}: there is no such file; rename {aside} back, where a killed process left it"
+        )
     if not _may_be_repository(value):
         raise CheckpointError(
             f"{value}: there is no such file or folder, and it is not a repository name of the hub "
