@@ -51,17 +51,21 @@ def locked(file: Path, subject: Path, remedy: str) -> Iterator[None]:
             log.warning("%s: can't be locked (%s); let no other process use it", subject, error)
             yield
             return
+        identity = file.stat()
         try:
             _describe_this_process(holder)
             yield
         finally:
-            _delete(holder)
+            # If the folder was renamed meanwhile, the files of these names are another process's.
+            own = _is_file(file, identity)
+            if own:
+                _delete(holder)
             # While the lock is held: whoever has opened the file, and locks it now, finds it
             # deleted and tries again (`filelock` does that). Windows can't delete an open file.
-            if os.name != "nt":
+            if own and os.name != "nt":
                 _delete(file)
             lock.release()
-            if os.name == "nt":
+            if own and os.name == "nt":
                 _delete(file)
 
 
@@ -93,7 +97,13 @@ def _described(holder: Path) -> str:
         return "another process"
 
 
+def _is_file(path: Path, identity: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(path.stat(), identity)
+    except OSError:
+        return False
+
+
 def _delete(path: Path) -> None:
-    """Delete a file that locks nothing any more; it may be gone, or belong to the next process."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # it is gone, or the next process holds it already
         path.unlink()

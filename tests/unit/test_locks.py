@@ -47,6 +47,18 @@ def test_nothing_is_left_after_the_block_not_even_new_folders(tmp_path: Path) ->
     assert [path.name for path in lock.parent.iterdir()] == ["result"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows can't rename the folder of an open file")
+def test_a_renamed_folder_takes_its_lock_with_it(tmp_path: Path) -> None:
+    lock = tmp_path / "run" / ".lock"
+    with locked(lock, lock.parent, ""):
+        lock.parent.rename(tmp_path / "renamed")
+        second = locked(lock, lock.parent, "")
+        second.__enter__()
+    with pytest.raises(OnewanError, match="is in use by process"), locked(lock, lock.parent, ""):
+        pass
+    second.__exit__(None, None, None)
+
+
 def test_without_locks_in_the_file_system_the_block_runs_after_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
