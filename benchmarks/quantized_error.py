@@ -60,7 +60,9 @@ def main() -> None:
         convert_model(given, Path(folder) / "fp8", "fp8_scaled")
         variant = read_model(given).variant
         assert variant is not None
-        experts = [cast(PipelineComponent, expert.component) for expert in variant.experts]
+        experts: list[PipelineComponent] = [
+            cast(PipelineComponent, expert.component) for expert in variant.experts
+        ]
         original = WanModelLoader().load(given, dtype=torch.float32, components=experts)
         fp8 = WanModelLoader().load(Path(folder) / "fp8", dtype=torch.float32, components=experts)
         for expert in variant.experts:
