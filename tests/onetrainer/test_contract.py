@@ -16,6 +16,7 @@ from onewan.cli import main
 from onewan.onetrainer.contract import check, contract, record
 from onewan.onetrainer.install import overlay
 from onewan.onetrainer.patches import PATCHES
+from onewan.onetrainer.patches.configs import added_fields
 
 OVERLAY = Path(onewan.onetrainer.__file__).parent / "overlay"
 SOURCES = sorted(OVERLAY.rglob("*.py"))
@@ -24,6 +25,16 @@ KNOWN = contract()["modules"]
 
 def _ours(module: str) -> bool:
     return (OVERLAY / (module.replace(".", "/") + ".py")).is_file()
+
+
+DERIVED = {
+    ast.unparse(base)
+    for path in SOURCES
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    if isinstance(node, ast.ClassDef)
+    for base in node.bases
+}
+"""The classes that those of the overlay are derived from."""
 
 
 def _imports(tree: ast.AST):
@@ -57,6 +68,31 @@ def _classes(module_facts: dict[str, dict]) -> dict[str, dict[str, list]]:
             if dot and fact["kind"] == "function":
                 found.setdefault(owner, {})[method] = fact["parameters"]
     return found
+
+
+@pytest.mark.parametrize("name", sorted(DERIVED))
+def test_abstract_methods_of_the_classes_derived_from_are_recorded(name):
+    modules = {**KNOWN, **contract()["packages"]}
+    facts = [facts[name] for facts in modules.values() if name in facts]
+    own = [path for path in SOURCES if f"class {name}(" in path.read_text(encoding="utf-8")]
+    assert own or [fact for fact in facts if "abstract" in fact]
+
+
+def test_every_setting_that_the_addon_reads_is_in_the_contract():
+    """``config.NAME`` in the overlay and in onewan's modules for it."""
+    added = {field["name"] for field in added_fields()["train"]} | {"transformer_2"}
+    facts = KNOWN["modules.util.config.TrainConfig"]
+    known = {name.partition(".")[2] for name in facts} | added
+    ours = [*SOURCES, *OVERLAY.parent.glob("*.py")]
+    read = {
+        (path.name, node.attr)
+        for path in ours
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+        and ast.unparse(node.value) in ("config", "self.config", "self._config")
+    }
+    assert len(read) > 60
+    assert not {(file, name) for file, name in read if name not in known}
 
 
 OVERRIDABLE = _classes(KNOWN)
@@ -125,7 +161,7 @@ def test_the_contract_is_what_its_commit_has(real_checkout, tmp_path):
     if archive.returncode:
         pytest.skip(f"the checkout's history does not have {contract()['commit']}")
     subprocess.run(["tar", "-x", "-C", str(tmp_path)], input=archive.stdout, check=True)
-    assert record(tmp_path, KNOWN) == KNOWN
+    assert record(tmp_path, KNOWN, DERIVED) == KNOWN
 
 
 def test_a_checkout_with_the_same_names_passes(tmp_path):
@@ -133,23 +169,15 @@ def test_a_checkout_with_the_same_names_passes(tmp_path):
     assert check(tmp_path).problems == ()
 
 
-NAMES = [
-    (module, name)
-    for module, facts in KNOWN.items()
-    for name in facts
-    if "." in name or facts[name]["kind"] != "class"
-]
-
-
 def test_every_missing_name_is_reported(tmp_path):
-    """Each in turn is renamed."""
+    """All of a module are renamed at once, and all are reported."""
     write_checkout(tmp_path)
-    for module, name in NAMES:
+    for module, facts in KNOWN.items():
         path = tmp_path / (module.replace(".", "/") + ".py")
         before = path.read_text("utf-8")
-        write_checkout(tmp_path, only=module, rename=name)
-        problems = check(tmp_path).problems
-        assert [p.name for p in problems] == [name], (module, name)
+        names = [n for n, fact in facts.items() if "." in n or fact["kind"] != "class"]
+        write_checkout(tmp_path, only=module, rename=names)
+        assert [p.name for p in check(tmp_path).problems] == names
         path.write_text(before, "utf-8")
 
 
@@ -196,7 +224,7 @@ def test_a_check_needs_no_torch(tmp_path):
 def test_the_command_suggests_the_new_name_of_a_renamed_function(tmp_path, capsys):
     write_checkout(tmp_path)
     write_checkout(
-        tmp_path, only="modules.util.config.TrainConfig", rename="TrainConfig.model_names"
+        tmp_path, only="modules.util.config.TrainConfig", rename=["TrainConfig.model_names"]
     )
     assert main(["onetrainer", "check", str(tmp_path)]) == 1
     said = capsys.readouterr().out

@@ -90,7 +90,9 @@ def test_a_real_checkout_is_as_before_after_uninstalling(real_checkout: Path, tm
 
 
 def test_a_checkout_without_a_needed_name_is_refused_untouched(checkout: Path):
-    write_checkout(checkout, only="modules.util.enum.ModelType", rename="ModelType.is_video_model")
+    write_checkout(
+        checkout, only="modules.util.enum.ModelType", rename=["ModelType.is_video_model"]
+    )
     before = tree(checkout)
     with pytest.raises(InstallError, match=r"ModelType\.is_video_model: is not there"):
         install(checkout)
