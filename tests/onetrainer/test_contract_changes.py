@@ -8,15 +8,14 @@ from __future__ import annotations
 import ast
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.onetrainer_stub import PACKAGES, write_checkout, write_packages
+from support.onetrainer_stub import write_checkout, write_packages
 
 from onewan.onetrainer.contract import check
 
-Change = Callable[[ast.AST], None]
+PACKAGES = "venv/lib/python3/site-packages"
 
 
 @pytest.fixture(scope="module", params=["stand-in", "checkout"])
@@ -29,7 +28,7 @@ def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         if not named:
             pytest.skip("needs a OneTrainer checkout: make test ONETRAINER=PATH")
         shutil.copytree(Path(named) / "modules", root / "modules")
-    write_packages(root)
+    write_packages(root / PACKAGES)
     assert not check(root).problems and not check(root).unseen
     return root
 

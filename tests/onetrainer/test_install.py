@@ -6,13 +6,16 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
+import venv
 from pathlib import Path, PureWindowsPath
 
 import pytest
 from support.interrupted import leave_interrupted
-from support.onetrainer_stub import write_checkout
+from support.onetrainer_stub import write_checkout, write_packages
 
 from onewan.cli import main
+from onewan.onetrainer.environment import imported_names, python_in
 from onewan.onetrainer.install import MANIFEST, InstallError, install, overlay, status, uninstall
 
 linked = pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
@@ -144,6 +147,23 @@ def test_uninstalling_completes_after_a_changed_file_is_deleted(checkout: Path):
     path.unlink()
     assert uninstall(checkout).kept == ()
     assert git(checkout, "status", "--porcelain") == "" and folders(checkout) == dirs
+
+
+def test_without_a_manifest_the_files_of_this_version_can_still_be_removed(checkout: Path):
+    dirs = folders(checkout)
+    install(checkout)
+    (checkout / MANIFEST).unlink()
+    path = checkout / "modules/modelSetup/wan/BaseWanSetup.py"
+    path.write_text("mine", "utf-8")
+    assert uninstall(checkout).kept == ("modules/modelSetup/wan/BaseWanSetup.py",)
+    assert path.read_text("utf-8") == "mine"
+    uninstall(checkout, force=True)
+    assert git(checkout, "status", "--porcelain") == "" and folders(checkout) == dirs
+    path.parent.mkdir()
+    path.write_text("theirs", "utf-8")
+    with pytest.raises(InstallError, match="is not installed"):
+        uninstall(checkout, force=True)
+    assert path.read_text("utf-8") == "theirs"
 
 
 def test_a_newer_version_replaces_the_old_one(checkout: Path):
@@ -345,13 +365,110 @@ def test_a_folder_without_write_permission_is_an_install_error(checkout: Path):
         os.chmod(checkout / "modules", 0o700)
 
 
+@pytest.fixture
+def packages(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of installed packages of an environment in the checkout, with none in it."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    venv.create(checkout / "venv", symlinks=os.name != "nt")
+    (packages,) = (*checkout.glob("venv/lib/python*/site-packages"), *checkout.glob("venv/Lib/*"))
+    return packages
+
+
+@pytest.mark.usefixtures("packages")
 def test_an_environment_without_onewan_is_reported(checkout: Path, capsys):
-    packages = checkout / "venv" / "lib" / "python3.11" / "site-packages"
-    packages.mkdir(parents=True)
-    (checkout / "venv" / "bin").mkdir()
-    (checkout / "venv" / "bin" / "python").write_text("", "utf-8")
     assert main(["onetrainer", "install", str(checkout)]) == 0
+    said = capsys.readouterr().out
+    assert f"it has no onewan: {python_in(checkout)} -m pip install onewan" in said
+    assert said.count("not available") == 1
+    assert main(["onetrainer", "status", str(checkout)]) == 1
     assert "-m pip install onewan" in capsys.readouterr().out
-    (packages / "onewan-0.1.0.dist-info").mkdir()
-    assert main(["onetrainer", "install", str(checkout)]) == 0
-    assert "-m pip install onewan" not in capsys.readouterr().out
+
+
+def test_status_imports_in_the_environment_what_the_addon_imports(
+    checkout: Path, packages: Path, capsys
+):
+    """Stands for an update of OneTrainer that brings a package which lacks a name."""
+    for module, names in imported_names().items():
+        if module.partition(".")[0] not in {*sys.stdlib_module_names, "mgds"}:
+            folder = packages.joinpath(*module.split("."))
+            folder.mkdir(parents=True, exist_ok=True)
+            text = "".join(f"{name} = None\n" for name in names)
+            (folder / "__init__.py").write_text(text, "utf-8")
+    write_packages(packages)
+    (packages / "av-16.1.0.dist-info").mkdir()
+    metadata = packages / "av-16.1.0.dist-info" / "METADATA"
+    metadata.write_text("Metadata-Version: 2.1\nName: av\nVersion: 16.1.0\n", "utf-8")
+    media = packages / "onewan" / "media" / "__init__.py"
+    media.write_text("from os import ColorPrimaries\n", "utf-8")
+    install(checkout)
+    assert main(["onetrainer", "status", str(checkout)]) == 1
+    (line,) = [n for n in capsys.readouterr().out.splitlines() if "not available" in n]
+    assert "ImportError: cannot import name 'ColorPrimaries'" in line and "onewan.media" in line
+    media.write_text("write_video = None\n", "utf-8")
+    pipeline = packages / "mgds" / "PipelineModule.py"
+    whole = pipeline.read_text("utf-8")
+    pipeline.write_text(whole.replace("class PipelineModule", "class Renamed"), "utf-8")
+    assert main(["onetrainer", "status", str(checkout)]) == 1
+    said = capsys.readouterr().out
+    assert "not available there: ModuleNotFoundError: No module named 'mgds.PipelineModule" in said
+    assert "mgds/PipelineModule.py: PipelineModule: is not there" in said and "av 16.1.0" in said
+    pipeline.write_text(whole, "utf-8")
+    assert main(["onetrainer", "status", str(checkout)]) == 0, capsys.readouterr().out
+
+
+def test_an_environment_that_does_not_run_is_reported_in_one_line(checkout: Path, capsys):
+    (checkout / "venv" / "bin").mkdir(parents=True)
+    (checkout / "venv" / "bin" / "python").write_text("", "utf-8")
+    install(checkout)
+    assert main(["onetrainer", "status", str(checkout)]) == 1
+    assert "not available there: it does not run: " in capsys.readouterr().out
+
+
+# ------------------------------------------------------------- OneTrainer gets Wan 2.2 of its own
+
+
+def upstream_gets_wan(checkout: Path, name: str = "modules/model/WanModel.py") -> None:
+    """A commit of the checkout's own repository with a file at one of the add-on's paths."""
+    (checkout / name).write_text("# OneTrainer's own\n", "utf-8")
+    git(checkout, "add", "-f", name)
+    git(checkout, "commit", "-qm", "Wan 2.2")
+
+
+def test_a_onetrainer_with_its_own_model_type_is_refused(checkout: Path, capsys):
+    path = checkout / "modules/util/enum/ModelType.py"
+    text = path.read_text("utf-8")
+    path.write_text(text.replace("HUNYUAN_VIDEO =", "WAN_2_2 = HUNYUAN_VIDEO ="), "utf-8")
+    before = tree(checkout)
+    assert main(["onetrainer", "check", str(checkout)]) == 1
+    said = capsys.readouterr().out
+    assert "ModelType.WAN_2_2: OneTrainer has Wan 2.2 itself" in said and "uninstall" in said
+    with pytest.raises(InstallError, match=r"has Wan 2\.2 itself"):
+        install(checkout, force=True)
+    assert tree(checkout) == before
+
+
+def test_a_file_of_onetrainers_own_at_our_path_is_never_touched(checkout: Path, capsys):
+    upstream_gets_wan(checkout)
+    before = tree(checkout)
+    assert main(["onetrainer", "check", str(checkout)]) == 1
+    assert "modules/model/WanModel.py: is a file of OneTrainer's" in capsys.readouterr().out
+    for force in (False, True):
+        with pytest.raises(InstallError, match=r"has files of its own .*WanModel"):
+            install(checkout, force=force)
+    assert tree(checkout) == before
+
+
+def test_the_addon_can_be_left_after_onetrainer_has_taken_over_a_path(checkout: Path, capsys):
+    before = tree(checkout)
+    install(checkout)
+    upstream_gets_wan(checkout)  # as after `git checkout --force`
+    assert status(checkout).taken == ("modules/model/WanModel.py",)
+    assert main(["onetrainer", "status", str(checkout)]) == 1
+    with pytest.raises(InstallError, match="has files of its own"):
+        install(checkout, force=True)
+    capsys.readouterr()
+    assert main(["onetrainer", "uninstall", str(checkout), "--force"]) == 0
+    assert "OneTrainer's own file by now: modules/model/WanModel.py" in capsys.readouterr().out
+    left = tree(checkout)
+    assert left.keys() - before.keys() == {"modules/model/WanModel.py"}
+    assert git(checkout, "status", "--porcelain") == ""

@@ -8,9 +8,6 @@ from typing import Any
 
 from onewan.onetrainer.contract import contract, source_name
 
-PACKAGES = "venv/lib/python3/site-packages"
-"""Where `write_packages` puts mgds and diffusers in a checkout."""
-
 _HEAD = "from abc import abstractmethod\nfrom contextlib import contextmanager\n"
 
 
@@ -19,9 +16,9 @@ def write_checkout(root: Path, *, only: str | None = None, rename: Collection[st
     _write(root, contract()["modules"], only, rename)
 
 
-def write_packages(root: Path) -> None:
-    """Write the packages of an environment inside the checkout `root`."""
-    _write(root / PACKAGES, contract()["packages"], None, ())
+def write_packages(folder: Path) -> None:
+    """Write mgds and diffusers, as they are in an environment's folder of packages."""
+    _write(folder, contract()["packages"], None, ())
 
 
 def _write(root: Path, modules: dict[str, Any], only: str | None, rename: Collection[str]) -> None:

@@ -5,16 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from onewan.errors import ConfigError
-from onewan.onetrainer.contract import CheckResult, contract
-from onewan.onetrainer.install import (
-    MANIFEST,
-    InstallOutcome,
-    has_onewan,
-    install,
-    python_in,
-    status,
-    uninstall,
-)
+from onewan.onetrainer.contract import contract
+from onewan.onetrainer.environment import environment
+from onewan.onetrainer.install import MANIFEST, InstallOutcome, Status, install, status, uninstall
 
 
 def run(action: str, path: Path, *, force: bool) -> int:
@@ -25,27 +18,52 @@ def run(action: str, path: Path, *, force: bool) -> int:
 
 def _check(path: Path, force: bool) -> int:
     del force
-    found = status(path).checked
-    assert found is not None
-    _print_check(path, found)
-    return 1 if found.problems else 0
+    return 0 if _print_check(path, status(path)) else 1
 
 
-def _print_check(path: Path, found: CheckResult) -> None:
-    known = contract()
-    print(f"{path}: looked for {found.names} names in {found.files} files of OneTrainer")
-    if found.problems:
+def _print_check(path: Path, found: Status) -> bool:
+    """Whether the checkout has what the add-on needs, and no Wan 2.2 of its own."""
+    known, checked = contract(), found.checked
+    assert checked is not None
+    print(f"{path}: looked for {checked.names} names in {checked.files} files of OneTrainer")
+    if checked.unseen:
         print(
-            f"not supported, since {len(found.problems)} of them differ from what the add-on needs:"
+            f"not looked at: {', '.join(checked.unseen)}, since there is no environment with them "
+            "in the checkout (venv)"
         )
-        for problem in found.problems:
+    for name in found.taken:
+        print(f"  {name}: is a file of OneTrainer's or of yours at a path of the add-on's")
+    if checked.problems:
+        print(
+            f"not supported, since {len(checked.problems)} of them differ from what the add-on "
+            "needs:"
+        )
+        for problem in checked.problems:
             print(f"  {problem}")
+    if checked.problems or found.taken:
         print(
             f"supported are commit {known['commit'][:8]} ({known['date']}) and later ones with the "
             "same names; go back to that commit, or update onewan"
         )
-    else:
-        print(f"all of them exist; made for commit {known['commit'][:8]} ({known['date']})")
+        return False
+    print(f"all of them exist; made for commit {known['commit'][:8]} ({known['date']})")
+    return True
+
+
+def _print_environment(path: Path) -> bool:
+    """Whether the add-on can be loaded in the checkout's own environment, if it has one."""
+    found = environment(path)
+    if found is None:
+        print(
+            f"environment: none in {path} (venv); the one that OneTrainer is started with needs "
+            "onewan"
+        )
+        return True
+    versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
+    print(f"environment: {found.python} with {versions or 'none of the packages'}")
+    for failure in found.failures:
+        print(f"  Wan 2.2 is not available there: {failure}")
+    return not found.failures
 
 
 def _install(path: Path, force: bool) -> int:
@@ -54,11 +72,7 @@ def _install(path: Path, force: bool) -> int:
     print(
         f"installed: {path / MANIFEST} lists the files. OneTrainer now has the model type Wan 2.2"
     )
-    if has_onewan(path) is False:
-        print(
-            "Wan 2.2 is not available yet, because OneTrainer's environment has no onewan: "
-            f"{python_in(path)} -m pip install onewan"
-        )
+    _print_environment(path)
     return 0
 
 
@@ -72,9 +86,11 @@ def _print_outcome(outcome: InstallOutcome) -> None:
     for what, names in (("wrote", outcome.written), ("removed", outcome.removed)):
         if names:
             print(f"{what} {len(names)} files")
+    for name in outcome.taken:
+        print(f"kept, because it is OneTrainer's own file by now: {name}")
     for name in outcome.kept:
         print(f"kept, because it was changed: {name} (--force removes or overwrites it)")
-    if not (outcome.written or outcome.removed or outcome.kept):
+    if not (outcome.written or outcome.removed or outcome.kept or outcome.taken):
         print("nothing to do: all files are up to date")
 
 
@@ -83,6 +99,7 @@ def _status(path: Path, force: bool) -> int:
     found = status(path)
     if not found.installed:
         print(f"{path}: the add-on is not installed")
+        _print_check(path, found)
         return 1
     print(f"{path}: add-on of onewan {found.version}{'' if found.complete else ', not complete'}")
     for what, names in (("changed", found.changed), ("missing", found.missing)):
@@ -90,10 +107,9 @@ def _status(path: Path, force: bool) -> int:
             print(f"  {what}: {name}")
     if not found.current:
         print("  the files of another version of onewan; `onewan onetrainer install` updates them")
-    assert found.checked is not None
-    _print_check(path, found.checked)
-    fine = found.complete and found.current and not (found.changed or found.missing)
-    return 0 if fine and not found.checked.problems else 1
+    complete = found.complete and found.current and not (found.changed or found.missing)
+    compatible, available = _print_check(path, found), _print_environment(path)
+    return 0 if complete and compatible and available else 1
 
 
 def export(backup: Path, destination: Path | None, to: str | None, *, force: bool) -> int:

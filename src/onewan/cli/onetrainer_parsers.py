@@ -9,9 +9,10 @@ from onewan.cli.arguments import VARIANT_NAMES, Commands, add_command
 
 _ONETRAINER_DETAILS = """Adds new files to the checkout and changes none of its own.
 
-  check      whether this OneTrainer has everything the add-on needs
+  check      whether this OneTrainer has everything the add-on needs, and no Wan 2.2 itself
   install    install the add-on, or update it
-  status     what is installed, and whether it is still compatible, for example after a git pull
+  status     what is installed, and whether it still works, for example after a git pull; has
+             OneTrainer's interpreter import what the add-on imports
   uninstall  remove the files that were installed
   export     write the weights in a backup of a Wan 2.2 run, one file for each expert
 

@@ -11,7 +11,8 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import subprocess
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -43,6 +44,8 @@ class Status:
     missing: tuple[str, ...] = ()
     current: bool = False
     """Whether the files are those of this version of onewan."""
+    taken: tuple[str, ...] = ()
+    """The add-on's paths at which OneTrainer, or someone else, has other files."""
     checked: CheckResult | None = None
 
 
@@ -54,6 +57,8 @@ class InstallOutcome:
     removed: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     """Files that were changed by someone else, and therefore kept."""
+    taken: tuple[str, ...] = ()
+    """Files that are OneTrainer's own by now, and therefore kept, with `force` too."""
 
 
 @dataclass(slots=True)
@@ -93,7 +98,8 @@ def install(
 
     `contents` replaces the files of this version. With `force`, installed files that were changed
     since are overwritten. InstallError, before anything is written, for a checkout without a name
-    that the add-on needs, and for other files in the places of the add-on's.
+    that the add-on needs or with Wan 2.2 of its own, and for other files in the places of the
+    add-on's.
     """
     root = _checkout(root)
     if problems := check(root).problems:
@@ -142,18 +148,20 @@ def uninstall(root: Path, *, force: bool = False) -> InstallOutcome:
     """Remove the installed files that are unchanged (with `force`, all), the folders that were
     created for them, and their compiled Python files.
 
-    The manifest is removed last. If a changed file is kept, it stays and lists the kept files.
+    The manifest is removed last. If a changed file is kept, it stays and lists the kept files. A
+    file that is OneTrainer's own by now, since its repository has it, is never removed.
     """
     root = _checkout(root)
-    manifest = _read(root)
+    manifest = _read(root) or _by_contents(root)
     if manifest is None:
         raise InstallError(f"{root}: the add-on is not installed ({MANIFEST} does not exist)")
     there = {name: _digest(root / name) for name in manifest.files}
-    kept = () if force else manifest.changed(there)
+    taken = _tracked(root, manifest.files)
+    kept = () if force else tuple(n for n in manifest.changed(there) if n not in taken)
     with _writing(root):
         for name in manifest.files:
             remove_abandoned((root / name).parent, (root / name).name)
-            if name not in kept:
+            if name not in (*kept, *taken):
                 _remove(root, name)
         for folder in sorted(manifest.folders, reverse=True):
             _remove_folder(root / folder)
@@ -164,9 +172,9 @@ def uninstall(root: Path, *, force: bool = False) -> InstallOutcome:
             _write(root, manifest)
         else:
             remove_abandoned(root, MANIFEST)
-            (root / MANIFEST).unlink()
-    removed = (n for n, d in there.items() if d is not None and n not in kept)
-    return InstallOutcome(removed=tuple(removed), kept=kept)
+            (root / MANIFEST).unlink(missing_ok=True)
+    removed = (n for n, d in there.items() if d is not None and n not in (*kept, *taken))
+    return InstallOutcome(removed=tuple(removed), kept=kept, taken=taken)
 
 
 def status(root: Path) -> Status:
@@ -174,10 +182,12 @@ def status(root: Path) -> Status:
     root = _checkout(root)
     checked = check(root)
     manifest = _read(root)
-    if manifest is None:
-        return Status(installed=False, checked=checked)
-    present = {n: _digest(root / n) for n in manifest.files}
     wanted = {name: _sha(data) for name, data in overlay().items()}
+    if manifest is None:
+        taken = _others(root, wanted, {n: _digest(root / n) for n in wanted}, ())
+        return Status(installed=False, checked=checked, taken=taken)
+    present = {n: _digest(root / n) for n in manifest.files}
+    there = {**present, **{n: _digest(root / n) for n in wanted}}
     return Status(
         installed=True,
         complete=manifest.complete,
@@ -186,26 +196,8 @@ def status(root: Path) -> Status:
         missing=tuple(n for n, d in present.items() if d is None),
         current=manifest.files == wanted,
         checked=checked,
+        taken=_others(root, wanted, there, manifest.files),
     )
-
-
-def python_in(root: Path) -> Path | None:
-    """The interpreter of the environment in a checkout, if it has one."""
-    for name in ("venv", ".venv"):
-        for inside in ("bin/python", "Scripts/python.exe"):
-            if (root / name / inside).exists():
-                return root / name / inside
-    return None
-
-
-def has_onewan(root: Path) -> bool | None:
-    """Whether the checkout's own environment has onewan; None if there is no environment."""
-    python = python_in(root)
-    if python is None:
-        return None
-    folder = python.parents[1]
-    packages = [*folder.glob("lib*/python*/site-packages"), folder / "Lib" / "site-packages"]
-    return any(next(iter(p.glob("onewan-*")), None) or (p / "onewan").is_dir() for p in packages)
 
 
 def _checkout(root: Path) -> Path:
@@ -243,11 +235,43 @@ def _refuse_what_is_in_the_way(
             f"{root}: symbolic links lead out of the checkout at the add-on's paths: "
             f"{', '.join(outside)}; replace the links by folders"
         )
-    others = [n for n, s in shas.items() if n not in before.files and there[n] not in (None, s)]
+    others = _others(root, shas, there, before.files)
+    if own := _tracked(root, others):
+        raise InstallError(
+            f"{root}: has files of its own at the add-on's paths: {', '.join(own)}; this "
+            "OneTrainer can't take the add-on: go back to the supported one, or update onewan"
+        )
     if others:
         raise InstallError(
             f"{root}: has other files at the add-on's paths: {', '.join(others)}; move them away"
         )
+
+
+def _others(
+    root: Path,
+    shas: Mapping[str, str],
+    there: Mapping[str, str | None],
+    installed: Collection[str],
+) -> tuple[str, ...]:
+    """The paths among `shas` at which there is a file that is not the add-on's."""
+    own = _tracked(root, shas)
+    return tuple(
+        name
+        for name, sha in shas.items()
+        if name in own or (name not in installed and there[name] not in (None, sha))
+    )
+
+
+def _tracked(root: Path, names: Collection[str]) -> tuple[str, ...]:
+    """Those `names` that OneTrainer's repository has; none if the checkout is not one of git."""
+    if not names or not (root / ".git").exists():
+        return ()
+    command = ["git", "--literal-pathspecs", "-C", str(root), "ls-files", "-z", "--", *names]
+    try:
+        done = subprocess.run(command, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ()
+    return tuple(name for name in done.stdout.decode("utf-8").split("\0") if name)
 
 
 def _read(root: Path) -> _Manifest | None:
@@ -277,6 +301,16 @@ def _read(root: Path) -> _Manifest | None:
                 "the manifest and install again"
             )
     return manifest
+
+
+def _by_contents(root: Path) -> _Manifest | None:
+    """A manifest for an installation of this version that has lost its own; None if no file of it
+    is there."""
+    shas = {name: _sha(data) for name, data in overlay().items()}
+    if not any(_digest(root / name) == sha for name, sha in shas.items()):
+        return None
+    folders = {str(f) for name in shas for f in PurePosixPath(name).parents if f.name}
+    return _Manifest(version=version("onewan"), complete=True, files=shas, folders=sorted(folders))
 
 
 def _is_inside(root: Path, name: str) -> bool:
