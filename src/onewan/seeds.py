@@ -20,5 +20,6 @@ def derive_seed(run_seed: int, purpose: str, *counters: int | str) -> int:
     the global batch). 63 bits, since ``torch.Generator.manual_seed`` takes a signed 64-bit integer.
     """
     name = _SEPARATOR.join(str(part) for part in (run_seed, purpose, *counters))
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    # File names that are not valid Unicode contain surrogates.
+    digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from onewan.data.cache import ContentDigests, EntryCache
+from onewan.data import cache as cache_module
+from onewan.data.cache import ContentDigests, EntryCache, entry_key
+from onewan.errors import DataError
 from onewan.files import file_digest
 
 KEY = "0" * 40
@@ -47,6 +52,84 @@ def test_a_digest_is_computed_once_until_the_file_changes(
     assert digests.of(path) == file_digest(path)
     digests.save()
     assert ContentDigests(file).of(path) == file_digest(path) and computed == ["a.mp4"] * 2
+
+
+def test_a_file_replaced_with_the_same_size_and_time_is_found_by_verifying(tmp_path: Path) -> None:
+    file = tmp_path / "digests.jsonl"
+    paths = [media_file(tmp_path / name, name) for name in ("a", "b")]
+    digests = ContentDigests(file)
+    before = [digests.of(path) for path in paths]
+    digests.save()
+    stat = paths[0].stat()
+    media_file(paths[0], "X")
+    os.utime(paths[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert [ContentDigests(file).of(path) for path in paths] == before  # size and time decide
+    verifying = ContentDigests(file, verify=True)
+    assert [verifying.of(path) for path in paths] == [file_digest(path) for path in paths] != before
+    assert verifying.changed == [paths[0]]
+    verifying.save()
+    later = ContentDigests(file)
+    assert [later.of(path) for path in paths] == [file_digest(path) for path in paths]
+
+
+def test_names_that_are_not_unicode_have_digests_and_entries(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    path, file = tmp_path / name, tmp_path / "digests.jsonl"
+    if sys.platform != "linux":
+        pytest.skip("needs a file system whose names are any bytes")
+    digests = ContentDigests(file)
+    digest = digests.of(media_file(path, "content"))
+    digests.save()
+    assert ContentDigests(file).of(path) == digest
+    assert entry_key(clips=[name]) == entry_key(clips=[name]) != entry_key(clips=["caf?"])
+    cache = EntryCache(tmp_path)
+    cache.save("video", KEY, {"latents": torch.ones(2)}, name)
+    assert torch.equal(cache.load("video", KEY)["latents"], torch.ones(2))
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("position", [-1, -500, 12, 3], ids=["end", "middle", "header", "length"])
+def test_a_flipped_byte_of_an_entry_is_an_error_and_the_entry_is_deleted(
+    tmp_path: Path, position: int
+) -> None:
+    cache = EntryCache(tmp_path)
+    cache.save("video", KEY, {"latents": torch.rand(4, 64)}, "a clip")
+    path = cache.path("video", KEY)
+    flip(path, position)
+    with pytest.raises(
+        DataError, match=r"this cache entry is damaged \(.*it has been deleted"
+    ) as e:
+        cache.load("video", KEY)
+    assert str(e.value).startswith(f"{path}: ")
+    assert not cache.has("video", KEY)
+    with pytest.raises(
+        DataError, match=r"can't be read \(No such file or directory\); start again"
+    ):
+        cache.load("video", KEY)
+
+
+def test_the_digest_of_an_entry_is_compared_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {"latents": torch.rand(4, 64), "condition": torch.rand(3).bfloat16()}
+    EntryCache(tmp_path).save("video", KEY, tensors, "a clip")
+    cache, compared = EntryCache(tmp_path), list[int]()
+    original = cache_module._tensors_digest
+
+    def counted(found: Mapping[str, torch.Tensor]) -> str:
+        compared.append(len(found))
+        return original(found)
+
+    monkeypatch.setattr(cache_module, "_tensors_digest", counted)
+    for _ in range(3):
+        found = cache.load("video", KEY)
+        assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert compared == [2]
 
 
 def test_processes_keep_each_others_digests(tmp_path: Path, computed: list[str]) -> None:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import re
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -289,12 +295,171 @@ def test_a_link_to_a_parent_folder_is_not_followed(tmp_path: Path) -> None:
     assert only(index(tmp_path)).name == "sub/a.mp4"
 
 
-def test_a_folder_that_can_not_be_read_is_reported(tmp_path: Path) -> None:
-    if sys.platform == "win32" or os.geteuid() == 0:
-        pytest.skip("needs a user without administrator rights")
-    video(tmp_path / "a.mp4")
-    (tmp_path / "locked").mkdir(mode=0)
-    assert "can't be read" in reasons(index(tmp_path))["locked"]
+def link(path: Path, target: Path) -> None:
+    try:
+        path.symlink_to(target, target_is_directory=True)
+    except OSError:
+        pytest.skip("this system has no symbolic links")
+
+
+def test_folders_that_link_one_another_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"folder{number}" for number in range(9)]
+    for name in names:
+        video(tmp_path / name / "a.mp4", frames=5)
+    for name in names:
+        for other in names:
+            if other != name:
+                link(tmp_path / name / f"to_{other}", tmp_path / other)
+    listed = list[Path]()
+    original = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: listed.append(path) or original(path))
+    report = index(tmp_path)
+    assert [clip.name for clip in report.clips] == [f"{name}/a.mp4" for name in names]
+    assert len(listed) == 1 + 9
+    assert not report.problems
+    text = (
+        "to_folder1, to_folder2, to_folder3 and 69 others: leads to a folder that is read already"
+    )
+    assert sum(text in line for line in report.lines()) == 1
+
+
+def test_a_folder_with_two_links_to_it_is_read_once_by_the_first(tmp_path: Path) -> None:
+    video(tmp_path / "elsewhere" / "sub" / "x.mp4", frames=5)
+    video(tmp_path / "clips" / "c" / "y.mp4", frames=5)
+    for name in ("b", "a"):
+        link(tmp_path / "clips" / name, tmp_path / "elsewhere")
+    link(tmp_path / "clips" / "0", tmp_path / "clips" / "c")
+    report = index(tmp_path / "clips")
+    # The real folder names its clip, though a link to it comes first.
+    assert [clip.name for clip in report.clips] == ["a/sub/x.mp4", "c/y.mp4"]
+    assert "  0, b: leads to a folder that is read already, so it is left out" in report.lines()
+
+
+@contextlib.contextmanager
+def folder_of_all_users() -> Iterator[Path]:
+    """A folder that every user may read; those of pytest are its user's own."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def without_rights(call: Callable[[], list[str]]) -> list[str]:
+    """What `call` returns in a process of a user who may not do everything."""
+    if sys.platform == "win32":
+        pytest.skip("needs the users and permissions of POSIX")
+    if os.geteuid() != 0:
+        return call()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setuid(65534)
+            result: object = call()
+        except Exception as error:  # noqa: BLE001  (the parent has to see it)
+            result = [f"{type(error).__name__}: {error}"]
+        os.write(writer, json.dumps(result).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as file:
+        answer = file.read()
+    os.waitpid(child, 0)
+    return json.loads(answer)
+
+
+@pytest.mark.parametrize("mode", [0, 0o444])
+def test_a_folder_that_can_not_be_read_or_entered_is_named_once(mode: int) -> None:
+    """0o444: its files are listed, and none can be opened."""
+    with folder_of_all_users() as folder:
+        video(folder / "a.mp4", frames=5)
+        for name in ("x", "y"):
+            video(folder / "locked" / f"{name}.mp4", frames=5)
+        (folder / "locked").chmod(mode)
+
+        def lines() -> list[str]:
+            report = index(folder)
+            return [clip.name for clip in report.clips] + [str(p) for p in report.problems]
+
+        assert without_rights(lines) == [
+            "a.mp4",
+            f"{folder / 'locked'}: this folder can't be read (Permission denied); check its "
+            "permissions",
+        ]
+        (folder / "locked").chmod(0o755)
+
+
+def test_files_that_can_not_be_opened_are_named() -> None:
+    with folder_of_all_users() as folder:
+        for name in ("a.mp4", "b.mp4"):
+            video(folder / name, frames=5)
+        Image.new("RGB", SIZE).save(folder / "c.png")
+        (folder / "c.txt").touch()
+        (folder / "a.mp4").chmod(0)
+        (folder / "b.txt").chmod(0)
+        (folder / "c.png").chmod(0)
+        found = without_rights(lambda: [str(problem) for problem in index(folder).problems])
+        reason = "can't be opened (Permission denied); allow reading it, or take it out"
+        assert found == [
+            f"{folder / 'a.mp4'}: {reason}",
+            f"{folder / 'b.mp4'}: its caption file b.txt can't be read (Permission denied); check "
+            "its permissions",
+            f"{folder / 'c.png'}: {reason}",
+        ]
+
+
+def test_a_source_below_a_locked_folder_is_an_error() -> None:
+    with folder_of_all_users() as folder:
+        video(folder / "locked" / "clips" / "a.mp4", frames=5)
+        (folder / "locked").chmod(0)
+
+        def error() -> list[str]:
+            try:
+                index(folder / "locked" / "clips")
+            except DataError as error:
+                return [str(error)]
+            return []
+
+        (text,) = without_rights(error)
+        (folder / "locked").chmod(0o755)
+        # From Python 3.14 on, such a folder can't be distinguished from none.
+        assert re.search(r"clips: (can't be read \(Permission denied\)|is not a folder); ", text)
+
+
+def test_names_that_are_not_unicode_are_names(tmp_path: Path) -> None:
+    if sys.platform != "linux":
+        pytest.skip("needs a file system whose names are any bytes")
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4"))
+    video(path, frames=40)
+    Image.new("RGB", SIZE).save(path.with_suffix(".mask.png"))
+    folder = ClipFolder(path=tmp_path)
+    report = index_clips([folder], planner(frame_strategy="random"), use_masks=True)
+    clip = only(report)
+    assert clip.path == path and clip.mask is not None
+    assert decode(clip).frame_count == 17
+    assert clip.start == pytest.approx(
+        only(index_clips([folder], planner(frame_strategy="random"), use_masks=True)).start
+    )
+    path.write_bytes(b"damaged")
+    (problem,) = index(tmp_path).problems
+    assert problem.path == path and problem.reason.startswith("is not a video")
+
+
+def test_captions_that_are_no_text_file_are_reported(tmp_path: Path) -> None:
+    video(tmp_path / "a.mp4", caption=None)
+    (tmp_path / "a.txt").mkdir()
+    video(tmp_path / "b.mp4").with_suffix(".txt").write_bytes(b"x" * 1_000_001)
+    names = ["a.mp4", "b.mp4"]
+    if hasattr(os, "mkfifo"):
+        video(tmp_path / "c.mp4", caption=None)
+        os.mkfifo(tmp_path / "c.txt")
+        os.mkfifo(tmp_path / "d.mp4")
+        (tmp_path / "d.txt").touch()
+        names += ["c.mp4", "d.mp4"]
+    found = reasons(index(tmp_path))
+    assert sorted(found) == names
+    assert found["a.mp4"] == "its caption a.txt is not a file; replace it by a text file"
+    assert "b.txt is larger than 1000000 bytes" in found["b.mp4"]
 
 
 def test_warnings_about_many_files_are_one_line(tmp_path: Path) -> None:
@@ -308,6 +473,30 @@ def test_warnings_about_many_files_are_one_line(tmp_path: Path) -> None:
     assert "a.mp4, b.mp4, c.mp4 and 2 others: " in scaled[0]
     assert any("5 frames at 16 fps instead of 13" in line for line in lines)
     assert str(report) == "\n".join(lines)
+
+
+def test_many_unusable_files_of_one_kind_are_one_line(tmp_path: Path) -> None:
+    for number in range(12):
+        Image.new("RGB", (10 + number, 200)).save(tmp_path / f"narrow{number:02}.png")
+        (tmp_path / f"narrow{number:02}.txt").touch()
+        Image.new("RGB", SIZE).save(tmp_path / f"a{number:02}.png")  # without a caption
+    for name in ("x", "y"):
+        (tmp_path / f"{name}.mp4").write_bytes(b"no video")
+        (tmp_path / f"{name}.txt").touch()
+    report = index(tmp_path)
+    assert len(report.problems) == 26
+    everything = [f"  {problem}" for problem in report.problems]
+    assert [line for line in report.lines() if line in everything] == everything
+    listed = replace(report, problem_list=tmp_path / "list.txt").lines()
+    begin = listed.index("26 files can't be used:") + 1
+    assert listed[begin:] == [
+        f"  {tmp_path / 'a00.png'} and 11 others like it (a01.png, a02.png, ...): has no caption; "
+        "write one into a00.txt beside it (an empty file trains without text)",
+        f"  {tmp_path / 'narrow00.png'} and 11 others like it (narrow01.png, narrow02.png, ...): "
+        "is 10x200, smaller than video_data.min_resolution (32x32); lower that, or take it out",
+        *everything[-2:],
+        f"  all are listed in {tmp_path / 'list.txt'}",
+    ]
 
 
 def test_good_and_odd_clips_are_used_and_bad_ones_are_reported(clips: Path) -> None:

@@ -35,3 +35,8 @@ def test_a_seed_fits_a_torch_generator_and_is_reproducible(
     seed = derive_seed(run_seed, purpose, *counters)
     assert 0 <= seed < 2**63
     assert seed == derive_seed(run_seed, purpose, *counters)
+
+
+def test_names_that_are_not_unicode_have_seeds_of_their_own() -> None:
+    names = [b"caf\xe9".decode(errors="surrogateescape"), "caf\ud800", "caf?"]
+    assert len({derive_seed(7, "span", name) for name in names}) == 3

@@ -30,7 +30,8 @@ def entry_key(**inputs: object) -> str:
     """The key of an entry: a hash of its inputs, which must be JSON values."""
     # Changing these options changes every key.
     text = json.dumps(inputs, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+    # File names that are not valid Unicode contain surrogates.
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=20).hexdigest()
 
 
 class EntryCache:
@@ -38,6 +39,8 @@ class EntryCache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        # Entries whose digest this process has compared; once is enough.
+        self._verified = set[Path]()
 
     def path(self, kind: EntryKind, key: str) -> Path:
         # 256 subfolders per kind, since file systems and file browsers are slow with 100,000 files
@@ -62,31 +65,52 @@ class EntryCache:
         """
         # safetensors accepts only contiguous tensors.
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        metadata = {"format": "pt", "about": description, "digest": _tensors_digest(tensors)}
+        about = description.encode(errors="backslashreplace").decode()
+        metadata = {"format": "pt", "about": about, "digest": _tensors_digest(tensors)}
         with replacing(self.path(kind, key)) as temporary:
             save_file(tensors, temporary, metadata=metadata)
 
     def load(self, kind: EntryKind, key: str) -> dict[str, Tensor]:
-        """The tensors of an entry, in host memory. Raises DataError if it can't be read."""
+        """The tensors of an entry, in host memory.
+
+        When a process reads an entry for the first time, the digest in its header is compared, so
+        that no damage gets into training without a word. A damaged entry is deleted, for the next
+        start to encode it again. Raises DataError for it, and for one that can't be read.
+        """
         path = self.path(kind, key)
         try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
+            if path in self._verified:
+                return load_file(path)
+            tensors, stored = _read(path)
+        except OSError as error:
             raise DataError(
-                f"{path}: this cache entry is unreadable ({error}); delete it"
+                f"{path}: this cache entry can't be read ({error.strerror}); start again, which "
+                "encodes it if it is missing"
             ) from error
+        except SafetensorError as error:
+            raise self._deleted(path, str(error)) from error
+        if _tensors_digest(tensors) != stored:
+            raise self._deleted(path, "its content does not match the digest in its header")
+        self._verified.add(path)
+        return tensors
+
+    def _deleted(self, path: Path, reason: str) -> DataError:
+        """Deletes a damaged entry; returns the error about it."""
+        try:
+            path.unlink(missing_ok=True)
+            remedy = "it has been deleted; start again, which encodes it again"
+        except OSError:  # a cache that only another user may change
+            remedy = "delete it and start again, which encodes it again"
+        return DataError(f"{path}: this cache entry is damaged ({reason}); {remedy}")
 
     def problem(self, kind: EntryKind, key: str) -> str | None:
         """What is wrong with an entry, or None; reads all of it and compares the digest."""
         path = self.path(kind, key)
         try:
-            # Read at once, since another process may replace the file at any time. `safe_open`
-            # opens it twice, for the header and for the tensors, which may be of two files then.
-            data = path.read_bytes()
-            tensors = load(data)
+            tensors, stored = _read(path)
         except (OSError, SafetensorError) as error:
             return f"{path}: unreadable ({error})"
-        if _tensors_digest(tensors) != _metadata(data).get("digest"):
+        if _tensors_digest(tensors) != stored:
             return f"{path}: its content does not match the digest in its header"
         # An overflow in the encoder: training would stop at the first step that draws the clip.
         if not all(bool(t.isfinite().all()) for t in tensors.values()):
@@ -97,10 +121,15 @@ class EntryCache:
         self.path(kind, key).unlink(missing_ok=True)
 
 
-def _metadata(data: bytes) -> dict[str, str]:
-    """The metadata of a safetensors file: its header is JSON behind 8 bytes with its length."""
-    length = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of an entry and the digest in its header."""
+    # Read at once, since another process may replace the file at any time. safetensors' own
+    # functions open it twice, for the header and for the tensors, which may be of two files then.
+    data = path.read_bytes()
+    tensors = load(data)
+    # The header is JSON behind 8 bytes with its length; safetensors has just parsed it.
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return tensors, (header.get("__metadata__") or {}).get("digest")
 
 
 def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -122,7 +151,8 @@ class ContentDigests:
     after a crash, only means that one digest is computed again.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, *, verify: bool = False) -> None:
+        """With `verify`, every file is read again, whatever its size and time are."""
         self._file = file
         self._known: dict[str, tuple[int, int, str]] = {}
         self._new_lines: list[str] = []
@@ -132,15 +162,23 @@ class ContentDigests:
             lines = []
         for path, size, modified, digest in filter(None, map(_digest_record, lines)):
             self._known[path] = (size, modified, digest)
+        self.changed = list[Path]()
+        """Files whose content has changed though their size and time have not."""
+        self._verify = verify
 
     def of(self, path: Path) -> str:
         """The digest of a file's content, see `onewan.files.file_digest`."""
         stat = path.stat()
-        size, modified, digest = self._known.get(str(path), (-1, -1, ""))
-        if (size, modified) != (stat.st_size, stat.st_mtime_ns):
-            digest = file_digest(path)
-            self._known[str(path)] = (stat.st_size, stat.st_mtime_ns, digest)
-            self._new_lines.append(json.dumps([str(path), stat.st_size, stat.st_mtime_ns, digest]))
+        now = (stat.st_size, stat.st_mtime_ns)
+        *before, known = self._known.get(str(path), (-1, -1, ""))
+        if not self._verify and tuple(before) == now:
+            return known
+        digest = file_digest(path)
+        if tuple(before) == now and digest != known:
+            self.changed.append(path)
+        if (*before, known) != (*now, digest):
+            self._known[str(path)] = (*now, digest)
+            self._new_lines.append(json.dumps([str(path), *now, digest]))
         return digest
 
     def save(self) -> None:

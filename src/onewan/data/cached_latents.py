@@ -113,7 +113,8 @@ class CachedLatents:
     ) -> FillResult:
         """Encode what the cache does not contain; the result lists clips that can't be decoded.
 
-        `verify` reads all entries that exist, and encodes the damaged ones again. Several processes
+        `verify` reads all entries that exist and encodes the damaged ones again; masks are always
+        read. Several processes
         may fill one cache at the same time; what another one has finished is not encoded again.
         """
         notices = self._cache.remove_abandoned()
@@ -122,8 +123,9 @@ class CachedLatents:
         text_keys = [(self.text_key(caption), caption) for caption in captions]
         if verify:
             self._find_damaged("video", (key for key, _ in video_keys))
-            self._find_damaged("mask", (key for key, _, _ in masked))
             self._find_damaged("text", (key for key, _ in text_keys))
+        # Read below in any case, for the warnings; they are small.
+        self._find_damaged("mask", (key for key, _, _ in masked))
         masks = self._fill_masks(masked, progress)  # first: takes seconds and needs no model
         # Captions before videos: the 11 GB text encoder and the VAE are never loaded together.
         texts = self._fill_texts(text_keys, load_model, progress)

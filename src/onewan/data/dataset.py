@@ -26,6 +26,7 @@ from onewan.data.index import index_clips
 from onewan.data.report import ClipWarning, DatasetReport
 from onewan.data.validation_split import exclude_validation_clips, split_validation_clips
 from onewan.errors import DataError
+from onewan.files import replacing
 from onewan.formats.model_folder import ComponentName
 
 
@@ -61,16 +62,17 @@ def prepare(
     `component_paths` are the files of the VAE, the text encoder and the tokenizer, whose content
     keys the cache. `extra_prompts` are encoded like captions, for sampling later without the text
     encoder. With `encode_text_online` no text is encoded, neither here nor by the source. `verify`
-    reads all entries that exist and encodes the damaged ones again. `check_clips` gets the training
-    clips before anything is encoded, and raises if they can't be used. Clips that can't be decoded
-    are left out and reported. Raises DataError if no training clip is left, or if the run file
-    names validation sources and none of their clips is left.
+    reads all entries and media files that exist, and encodes again what is damaged or has changed
+    without another size or time. `check_clips` gets the training clips before anything is encoded,
+    and raises if they can't be used. Clips that can't be decoded are left out and reported. Raises
+    DataError if no training clip is left, or if the run file names validation sources and none of
+    their clips is left.
     """
     if not config.video_data.sources:
         raise DataError("video_data.sources: is empty; name at least one folder of clips")
     variant = config.model.facts()
     # Needed without a cache too: the split and the data set's digest depend on content, not names.
-    known_digests = ContentDigests(config.video_data.cache_dir / "digests.jsonl")
+    known_digests = ContentDigests(config.video_data.cache_dir / "digests.jsonl", verify=verify)
     report, digests = _index(config, known_digests)
     check_clips(report.clips)
     clips = (*report.clips, *report.validation_clips)
@@ -122,11 +124,17 @@ def _index(
     # Each file once, though it may be in several sources.
     digests = {path: known_digests.of(path) for path in sorted(paths)}
     remaining, in_both = exclude_validation_clips(training.clips, validation.clips, digests)
+    changed = [
+        ClipWarning(
+            path=path, text="has other content than before, though not another size or time"
+        )
+        for path in known_digests.changed
+    ]
     report = DatasetReport(
         clips=tuple(remaining),
         validation_clips=validation.clips,
         problems=(*training.problems, *validation.problems, *in_both),
-        warnings=(*training.warnings, *validation.warnings),
+        warnings=(*training.warnings, *validation.warnings, *changed),
     )
     return report, digests
 
@@ -196,11 +204,28 @@ def _final_report(
         problems=tuple(dict.fromkeys((*report.problems, *result.problems))),
         warnings=tuple(dict.fromkeys(warnings)),
     )
+    if config.video_data.cache:
+        report = replace(report, problem_list=_write_list(config.video_data.cache_dir, report))
     if not clips:
         raise DataError("\n".join(["no clip can be used", *report.lines()]))
     if config.validation.sources and not validation_clips:
         raise DataError("\n".join(["no clip of validation.sources can be used", *report.lines()]))
     return report
+
+
+def _write_list(folder: Path, report: DatasetReport) -> Path | None:
+    """The file in the cache folder that lists every problem; None if there are none."""
+    file = folder / "unusable_files.txt"
+    try:
+        if not report.problems:
+            file.unlink(missing_ok=True)
+            return None
+        with replacing(file) as temporary:
+            lines = "".join(f"{problem}\n" for problem in report.problems)
+            temporary.write_text(lines, encoding="utf-8", errors="backslashreplace")
+    except OSError:  # the cache of another user: then the report itself has to name all files
+        return None
+    return file
 
 
 def _dataset_digest(report: DatasetReport, digests: Mapping[Path, str]) -> str:

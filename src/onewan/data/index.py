@@ -7,8 +7,10 @@ the report with its reason, and the others are used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 
 from onewan.data.clip import Clip, ClipFolder, ClipPlanner
@@ -16,6 +18,12 @@ from onewan.data.masks import clip_stem, is_mask
 from onewan.data.report import ClipProblem, ClipWarning, DatasetReport
 from onewan.errors import DataError
 from onewan.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, extension
+
+_BY_NAME = attrgetter("parts")
+"""Sorts paths alike on all systems; comparing the paths themselves ignores case on Windows."""
+
+_MAX_CAPTION_BYTES = 1_000_000
+"""Far more than the text encoder reads of all captions of a clip."""
 
 
 def index_clips(
@@ -41,11 +49,18 @@ def index_clips(
         )
         warnings.append(ClipWarning(path=None, text=text))
     for folder in folders:
-        if not folder.path.is_dir():
+        try:
+            is_folder = folder.path.is_dir()
+        except OSError as error:
+            raise DataError(
+                f"{folder.path}: can't be read ({error.strerror}); check the permissions of the "
+                f"folders above it, or correct {key_path} in the run file"
+            ) from error
+        if not is_folder:
             raise DataError(f"{folder.path}: is not a folder; correct {key_path} in the run file")
         files = _find_files(folder.path, planner.video_formats)
         problems += files.problems
-        warnings += files.unpaired_warnings(use_masks=use_masks)
+        warnings += files.warnings + files.unpaired_warnings(use_masks=use_masks)
         for path in files.media:
             masks = files.masks.get(path.with_suffix(""), []) if use_masks else []
             try:
@@ -61,12 +76,23 @@ def index_clips(
 def read_captions(path: Path) -> tuple[str, ...]:
     """The captions of a media file: the lines of NAME.txt beside it, or "" if that file is empty.
 
-    Raises DataError if there is no such file or it is not UTF-8.
+    Raises DataError if there is no such file, or if it is not UTF-8 or larger than any caption.
     """
     caption_file = path.with_suffix(".txt")
     try:
+        if caption_file.exists() and not caption_file.is_file():  # a folder, or a pipe without end
+            raise DataError(
+                f"{path}: its caption {caption_file.name} is not a file; replace it by a text file"
+            )
+        with caption_file.open("rb") as file:
+            data = file.read(_MAX_CAPTION_BYTES + 1)
+        if len(data) > _MAX_CAPTION_BYTES:
+            raise DataError(
+                f"{path}: its caption file {caption_file.name} is larger than "
+                f"{_MAX_CAPTION_BYTES} bytes; keep the captions only"
+            )
         # "-sig", since some editors on Windows begin a UTF-8 file with a byte order mark.
-        text = caption_file.read_text(encoding="utf-8-sig")
+        text = data.decode("utf-8-sig")
     except FileNotFoundError:
         raise DataError(
             f"{path}: has no caption; write one into {caption_file.name} beside it (an empty file "
@@ -99,6 +125,8 @@ class _FolderFiles:
     """Mask files by the path of their clips without extension."""
     texts: list[Path] = field(default_factory=list[Path])
     problems: list[ClipProblem] = field(default_factory=list[ClipProblem])
+    warnings: list[ClipWarning] = field(default_factory=list[ClipWarning])
+    """Of folders that are left out."""
 
     def unpaired_warnings(self, *, use_masks: bool) -> list[ClipWarning]:
         """Captions and masks that belong to no clip; without `use_masks`, the number of masks."""
@@ -123,7 +151,7 @@ class _FolderFiles:
 
 def _find_files(folder: Path, video_formats: Sequence[str]) -> _FolderFiles:
     files = _FolderFiles(folder)
-    for path in _walk(folder, files.problems, frozenset()):
+    for path in _walk(files):
         kind = extension(path)
         if kind == "txt":
             files.texts.append(path)
@@ -142,25 +170,48 @@ def _find_files(folder: Path, video_formats: Sequence[str]) -> _FolderFiles:
     return files
 
 
-def _walk(folder: Path, problems: list[ClipProblem], parents: frozenset[Path]) -> Iterator[Path]:
-    """Files below `folder`, depth first, sorted by name, without hidden files and folders.
+def _walk(files: _FolderFiles) -> list[Path]:
+    """All files below the folder, sorted by name, without hidden files and folders.
 
-    A subfolder that can't be read is added to `problems`.
+    Each real folder is read once, so that folders which link one another come to an end and no clip
+    counts twice. Links are followed last, since a clip is named by its real folder. What is left
+    out is added to the problems and warnings of `files`.
     """
-    resolved = folder.resolve()
-    if resolved in parents:  # a symbolic link to one of its own parents
-        return
+    found, folders, links = list[Path](), [files.folder], list[Path]()
+    visited = set[object]()
+    while folders or links:
+        if not folders:
+            # By name, since each file system has another order, and clips must not.
+            links.sort(key=_BY_NAME, reverse=True)
+            folders.append(links.pop())
+        folder = folders.pop()
+        try:
+            # With "/.", this is an error if the folder may be listed, but not entered.
+            stat = os.stat(os.path.join(folder, os.curdir))
+            # Some file systems on Windows have no numbers of files.
+            real = (stat.st_dev, stat.st_ino) if stat.st_ino else folder.resolve()
+            if real in visited:
+                text = "leads to a folder that is read already, so it is left out"
+                files.warnings.append(ClipWarning(path=folder, text=text))
+                continue
+            visited.add(real)
+            for entry in folder.iterdir():
+                if entry.name.startswith("."):  # also the temporary files of `onewan.files`
+                    continue
+                if not _is_folder(entry):
+                    found.append(entry)
+                else:
+                    (links if entry.is_symlink() else folders).append(entry)
+        except OSError as error:
+            reason = f"this folder can't be read ({error.strerror}); check its permissions"
+            files.problems.append(ClipProblem(path=folder, reason=reason))
+    files.problems.sort(key=lambda problem: problem.path)
+    return sorted(found, key=_BY_NAME)
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether `path` is a folder or a link to one; false if the link's target can't be reached."""
     try:
-        # `iterdir` has another order on each file system, and clips must not.
-        entries = sorted(folder.iterdir(), key=lambda path: path.name)
-    except OSError as error:
-        reason = f"this folder can't be read ({error.strerror}); check its permissions"
-        problems.append(ClipProblem(path=folder, reason=reason))
-        return
-    for entry in entries:
-        if entry.name.startswith("."):  # also the temporary files of `onewan.files`
-            continue
-        if entry.is_dir():
-            yield from _walk(entry, problems, parents | {resolved})
-        else:
-            yield entry
+        return path.is_dir()
+    except OSError:
+        return False

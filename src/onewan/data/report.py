@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from onewan.data.clip import Clip
 from onewan.errors import DataError
 
+_T = TypeVar("_T")
+
 _FILES_NAMED = 3
-"""File names shown in a warning that concerns many files; the rest are counted."""
+"""File names shown in a line that concerns many files; the rest are counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +29,15 @@ class ClipProblem:
     def from_error(path: Path, error: DataError) -> ClipProblem:
         """The problem that `error`, whose message may begin with `path`, describes."""
         return ClipProblem(path=path, reason=str(error).removeprefix(f"{path}: "))
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+    @property
+    def kind(self) -> str:
+        """The reason without the names and numbers in which files of one kind differ."""
+        names = rf"{re.escape(self.path.stem)}(\.\w+)+"
+        return re.sub(rf"{names}|\d+(\.\d+)?", "#", self.reason)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +59,8 @@ class DatasetReport:
     warnings: tuple[ClipWarning, ...]
     validation_clips: tuple[Clip, ...] = ()
     """Clips that are held out of training, to validate on."""
+    problem_list: Path | None = None
+    """A file that lists all `problems`, so that `lines` need not."""
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -66,21 +81,45 @@ class DatasetReport:
             lines.append(f"held out for validation: {count(len(self.validation_clips), 'clip')}")
         if self.problems:
             lines.append(f"{count(len(self.problems), 'file')} can't be used:")
-            lines += [f"  {problem.path}: {problem.reason}" for problem in self.problems]
+            lines += [f"  {line}" for line in self._problem_lines()]
         if self.warnings:
             lines.append("Warnings:")
             # One line for each text: a data set of small clips has thousands that are scaled up.
-            paths_by_text: dict[str, list[Path]] = {}
-            for warning in self.warnings:
-                paths = paths_by_text.setdefault(warning.text, [])
-                paths += [warning.path] if warning.path else []
-            lines += [f"  {_name_prefix(paths)}{text}" for text, paths in paths_by_text.items()]
+            for text, warnings in _groups(self.warnings, lambda warning: warning.text):
+                paths = [warning.path for warning in warnings if warning.path]
+                lines.append(f"  {_name_prefix(paths)}{text}")
         return lines
+
+    def _problem_lines(self) -> list[str]:
+        """A line for each problem; one for many of a kind if there is a file with all of them."""
+        if self.problem_list is None:
+            return [str(problem) for problem in self.problems]
+        lines, footer = list[str](), list[str]()
+        for _, alike in _groups(self.problems, lambda problem: problem.kind):
+            if len(alike) <= _FILES_NAMED:
+                lines += [str(problem) for problem in alike]
+                continue
+            footer = [f"all are listed in {self.problem_list}"]
+            first, *others = alike
+            names = ", ".join(problem.path.name for problem in others[: _FILES_NAMED - 1])
+            lines.append(
+                f"{first.path} and {count(len(others), 'other')} like it ({names}, ...): "
+                f"{first.reason}"
+            )
+        return lines + footer
 
 
 def count(number: int, noun: str) -> str:
     """`number` and the noun in singular or plural: "1 clip", "2 clips"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _groups(items: Iterable[_T], key: Callable[[_T], str]) -> Iterable[tuple[str, list[_T]]]:
+    """The items by their key, in the order in which the keys come first."""
+    groups: dict[str, list[_T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups.items()
 
 
 def _name_prefix(paths: Sequence[Path]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 
@@ -18,7 +19,7 @@ from onewan.checkpoint.store import StateStore
 from onewan.config.load import dump_run
 from onewan.config.schema import ResolvedRun
 from onewan.data.loader import StepBatches
-from onewan.errors import CheckpointError, Interrupted
+from onewan.errors import CheckpointError, DataError, Interrupted
 from onewan.files import remove, remove_abandoned, replacing
 from onewan.locks import locked
 from onewan.runs import events
@@ -135,9 +136,7 @@ class WanTrainer:
             self._catch_up(run)
             # Encoding and the first validation are not training time that a crash could lose.
             self._saved_at = time.monotonic()
-            for step in run.loader.steps(
-                run.state.step, config.train.steps, run.schedule.expert_at
-            ):
+            for step in self._steps(run):
                 begin = time.perf_counter()
                 metrics = train_step(run, step)
                 run.state.step += 1
@@ -149,6 +148,15 @@ class WanTrainer:
             self._save(run)
             raise
         self._log.emit(events.Finished(step=run.state.step, run=self._layout.root))
+
+    def _steps(self, run: Run) -> Iterator[StepBatches]:
+        """The data of the remaining steps; the state is saved if they can't be read."""
+        steps = self._config.train.steps
+        try:
+            yield from run.loader.steps(run.state.step, steps, run.schedule.expert_at)
+        except DataError:
+            self._save(run)
+            raise
 
     # ---------------------------------------------------------------------- before and after a step
 
