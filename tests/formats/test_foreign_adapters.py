@@ -19,12 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from onewan.adapters.lora import apply_lora
+from onewan.checkpoint.convert import convert_model
 from onewan.checkpoint.merge import merge
 from onewan.checkpoint.saver import convert_adapter
 from onewan.cli import main
 from onewan.errors import CheckpointError
 from onewan.formats.key_maps import to_diffusers, to_official
 from onewan.formats.lora_files import read_adapter, read_adapters
+from onewan.model.load import WanModelLoader
 
 Q = "diffusion_model.blocks.0.self_attn.q"
 
@@ -366,3 +368,48 @@ def test_the_folder_that_diffusion_pipe_writes_is_a_lora(tmp_path, capsys):
     assert main(["convert", str(folder), str(out), "--to", "kohya", "--dtype", "float32"]) == 0
     modules = read_adapter(out).modules
     assert len(modules) == 4 and {adapter.scale for adapter in modules.values()} == {1.0}
+
+
+# ------------------------------------------------------------------------------- values of models
+
+
+@pytest.mark.parametrize("to", ["single", "fp8_scaled", "official"])
+def test_a_model_with_values_that_are_not_finite_is_not_converted(base_file, tmp_path, capsys, to):
+    weights = load_file(base_file)
+    weights["blocks.0.ffn.0.weight"][3, 4] = NAN
+    weights["blocks.0.norm3.bias"][1] = INFINITY
+    path, out = tmp_path / "wan_high_noise.safetensors", tmp_path / "out"
+    save_file(weights, path)
+    if to != "official":
+        out = out.with_suffix(".safetensors")
+    assert main(["convert", str(path), str(out), "--to", to]) == 1
+    error = capsys.readouterr().err
+    assert "2 of 42 weights hold values that are NaN or infinite, such as" in error
+    assert "blocks.0.ffn.net.0.proj.weight" in error and "blocks.0.norm2.bias" in error
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_model_with_values_that_are_not_finite_is_not_loaded(base_file, tmp_path, quantized):
+    path = tmp_path / "wan_high_noise.safetensors"
+    name = "blocks.0.ffn.0.weight"
+    if quantized:
+        convert_model(base_file, path, "fp8_scaled")
+    else:
+        save_file(load_file(base_file), path)
+    WanModelLoader().load({"transformer": path})
+    weights = load_file(path)
+    weights[name].view(torch.uint8)[0, :4] = 0x7F if quantized else 0xFF
+    save_file(weights, path)
+    with pytest.raises(CheckpointError, match=r"1 of 42 weights .* such as .*ffn\.net\.0\.proj"):
+        WanModelLoader().load({"transformer": path}, dtype=torch.bfloat16)
+
+
+def test_merging_into_a_damaged_model_is_refused(base_file, tmp_path):
+    weights = load_file(base_file)
+    weights["blocks.0.self_attn.q.weight"][0, 0] = INFINITY
+    path = tmp_path / "wan_high_noise.safetensors"
+    save_file(weights, path)
+    save_file(lora(), tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 of 42 weights .*attn1\.to_q\.weight"):
+        merge(path, [(tmp_path / "x.safetensors", 1.0)], tmp_path / "m.safetensors")

@@ -46,9 +46,8 @@ from onewan.adapters.layers import (
 )
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
-from onewan.formats.backends import first_line
 from onewan.formats.peft import from_peft
-from onewan.formats.untrusted import named
+from onewan.formats.untrusted import first_line, named
 from onewan.model.quantized_linear import QuantizedLinear
 from onewan.seeds import derive_seed
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from onewan.checkpoint.layouts import OutputFile
 from onewan.errors import CheckpointError
 from onewan.files import remove_abandoned, replace, sync, temporary_beside
-from onewan.formats.backends import first_line
+from onewan.formats.untrusted import first_line
 from onewan.locks import locked
 
 ProgressCallback = Callable[[int, int], None]

@@ -22,6 +22,7 @@ from transformers import UMT5EncoderModel
 from onewan.dtypes import dtype_name, from_safetensors_name
 from onewan.errors import CheckpointError
 from onewan.formats.configs import ComponentKind
+from onewan.formats.finite import all_finite
 from onewan.formats.model_folder import ComponentDescription
 from onewan.formats.weights import ComponentFile
 from onewan.formats.write import LazyTensor
@@ -82,11 +83,18 @@ class ComponentWeights:
         return max(counts, key=lambda dtype: counts[dtype])
 
 
+class NotFiniteError(CheckpointError):
+    """A weight holds values that are NaN or infinite."""
+
+
 def cast_checked(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """`tensor` in `dtype`; CheckpointError if a finite value becomes infinite."""
+    """`tensor` in `dtype`. CheckpointError if a finite value becomes infinite, NotFiniteError if
+    there is one that is not finite."""
+    if not all_finite(tensor):
+        raise NotFiniteError(f"{name}: holds values that are NaN or infinite")
     result = tensor.to(dtype)
     narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
-    if narrower and not torch.isfinite(result).all() and torch.isfinite(tensor).all():
+    if narrower and not all_finite(result):
         largest = tensor.abs().max().item()
         raise CheckpointError(
             f"{name}: holds {largest:.3g}, too large for {dtype_name(dtype)}; "

@@ -16,7 +16,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from onewan.checkpoint.atomic_write import ProgressCallback, publish, writing_to
-from onewan.checkpoint.component import ComponentWeights, config_of, from_module
+from onewan.checkpoint.component import ComponentWeights, NotFiniteError, config_of, from_module
 from onewan.checkpoint.layouts import (
     SHARD_BYTES,
     ModelFormat,
@@ -29,7 +29,9 @@ from onewan.checkpoint.model_files import ModelWeights, read_model, saved_tokeni
 from onewan.dtypes import dtype_name
 from onewan.errors import CheckpointError
 from onewan.formats.configs import HEAD_DIM
+from onewan.formats.finite import all_finite
 from onewan.formats.model_folder import KIND_OF, ComponentName
+from onewan.formats.untrusted import named
 from onewan.formats.weights import open_component
 from onewan.model.meta_init import module_on_meta
 from onewan.model.wan import WanModel
@@ -199,8 +201,25 @@ def write_model(  # noqa: PLR0913  (shared by converting, saving and merging)
             notices.extend(_lost_settings(path, component))
 
     with writing_to(destination, sources, folder=folder, force=force) as leftovers:
-        files = publish(destination, planned, verify, on_progress)
+        try:
+            files = publish(destination, planned, verify, on_progress)
+        except NotFiniteError:
+            raise _not_finite(model) from None
     return WriteResult(files=tuple(files), notices=tuple(dict.fromkeys([*leftovers, *notices])))
+
+
+def _not_finite(model: ModelWeights) -> CheckpointError:
+    """The error that names all weights with values that are NaN or infinite."""
+    problems: list[str] = []
+    for component in model.components.values():
+        wrong = [name for name, w in component.weights.items() if not all_finite(w.read())]
+        if wrong:
+            problems.append(
+                f"{component.source}: {len(wrong)} of {len(component.weights)} weights hold values "
+                f"that are NaN or infinite, such as {named(wrong)}; the file is damaged or its "
+                "training diverged, give another one"
+            )
+    return CheckpointError("; ".join(problems))
 
 
 def _output_dtype(

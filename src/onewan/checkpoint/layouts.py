@@ -33,11 +33,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from onewan.checkpoint.component import ComponentWeights, SourceWeight, source_name
+from onewan.checkpoint.component import ComponentWeights, NotFiniteError, SourceWeight, source_name
 from onewan.dtypes import dtype_name
-from onewan.errors import CheckpointError
 from onewan.formats import key_maps
 from onewan.formats.configs import CONFIG
+from onewan.formats.finite import all_finite
 from onewan.formats.model_folder import ComponentName
 from onewan.formats.modelspec import model_spec
 from onewan.formats.weights import TOKENIZER
@@ -202,7 +202,10 @@ def _fp8_pair(name: str, weight: SourceWeight) -> tuple[LazyTensor, LazyTensor]:
 
     def packed() -> Tensor:
         if weight.fp8:
-            return weight.fp8()[0]
+            bits = weight.fp8()[0]
+            if not all_finite(bits):
+                raise NotFiniteError(f"{name}: holds values that are NaN")
+            return bits
         return (weight.read().float() / scale()).to(torch.float8_e4m3fn)
 
     return LazyTensor(weight.shape, torch.float8_e4m3fn, packed), LazyTensor(
@@ -212,13 +215,10 @@ def _fp8_pair(name: str, weight: SourceWeight) -> tuple[LazyTensor, LazyTensor]:
 
 def _scale(weight: Tensor, name: str) -> Tensor:
     """float32 []: the scale that maps the largest magnitude in `weight` to 448, the maximum of
-    float8_e4m3fn. CheckpointError if a value is not finite."""
+    float8_e4m3fn. NotFiniteError if a value is not finite."""
     largest = weight.abs().max().float()
     if not torch.isfinite(largest):
-        raise CheckpointError(
-            f"{name}: contains {largest.item()}, which fp8 can't represent; the file is damaged, "
-            "download it again"
-        )
+        raise NotFiniteError(f"{name}: holds values that are NaN or infinite")
     # A weight of zeros: any scale is right but 0, by which the weight would be divided.
     return largest / _FP8_MAX if largest else torch.ones(())
 

@@ -6,8 +6,8 @@ detects which class a file needs, and joins shards.
 
 from __future__ import annotations
 
-import json
 import re
+import struct
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
@@ -19,11 +19,19 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from onewan.dtypes import BYTES_PER_ELEMENT, FP8, dtype_name, safetensors_name
+from onewan.dtypes import (
+    BYTES_PER_ELEMENT,
+    FP8,
+    dtype_name,
+    from_safetensors_name,
+    safetensors_name,
+)
 from onewan.errors import CheckpointError
+from onewan.formats.gguf_header import GgufHeader
+from onewan.formats.pickle_check import check_pickle, holds_more_than_tensors
+from onewan.formats.untrusted import first_line, named, parse_json
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -32,6 +40,10 @@ _NUMPY_DTYPES = BYTES_PER_ELEMENT.keys() - {"BF16", *FP8}
 
 _GGUF_SHAPE = "comfy.gguf.orig_shape."
 """Prefix of the metadata where ComfyUI-GGUF stores shapes that GGUF can't (more than 4 axes)."""
+
+_LARGEST_HEADER = 20 << 20
+"""Bytes of a safetensors header. That of a 14B model has 0.2 MB; LoRA files have workflows and
+pictures in it."""
 
 _PICKLE_MAPPING = 256 << 20
 """Bytes read through one mapping of a pickle before a new one is made."""
@@ -54,12 +66,6 @@ class TensorInfo:
     def is_quantized(self) -> bool:
         """Whether this is one of GGUF's packed types, which PyTorch has no dtype for."""
         return self.dtype not in BYTES_PER_ELEMENT
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a library's error message, at most 200 characters, to quote in ours."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]
 
 
 class TensorFileReader(ABC):
@@ -91,6 +97,7 @@ class SafetensorsFile(TensorFileReader):
         self.path = path
         self._open: Any = None
         try:
+            _check_header_size(path)
             with safe_open(path, framework="np") as file:
                 self.metadata = dict(file.metadata() or {})
                 # A slice reads the header only; `get_tensor` would read the values.
@@ -99,7 +106,7 @@ class SafetensorsFile(TensorFileReader):
                     name: TensorInfo(tuple(reader.get_shape()), reader.get_dtype())
                     for name, reader in slices.items()
                 }
-        except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        except (SafetensorError, OSError, ValueError, OverflowError, TypeError) as error:
             raise CheckpointError(f"{path}: {_safetensors_problem(path, size, error)}") from error
 
     def read(self, name: str, keep_mapped: bool) -> Tensor:
@@ -115,6 +122,16 @@ class SafetensorsFile(TensorFileReader):
         with safe_open(self.path, framework="np") as file:
             found = {name: file.get_tensor(name) for name in plain}
         return found | super().arrays([name for name in names if name not in found])
+
+
+def _check_header_size(path: Path) -> None:
+    """CheckpointError for a header that no model has: its entries would fill the memory."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if _LARGEST_HEADER < length < path.stat().st_size:
+        raise CheckpointError(
+            f"{path}: has a header of {length} bytes, more than any model's; give another file"
+        )
 
 
 def _safetensors_problem(path: Path, size: int, error: BaseException) -> str:
@@ -135,13 +152,13 @@ def _safetensors_problem(path: Path, size: int, error: BaseException) -> str:
                 f"bytes, and has {size} bytes in all; copy or download it again"
             )
         try:
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length).decode("utf-8"))
             ends = [
                 int(entry["data_offsets"][1])
                 for name, entry in header.items()
                 if name != "__metadata__"
             ]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             return (
                 f"is not a safetensors file, or its header is damaged ({first_line(error)}); "
                 "copy or download it again"
@@ -204,14 +221,13 @@ class PickleFile(TensorFileReader):
         import torch
 
         try:
+            check_pickle(self.path)
             data = self._unpickled()
         except pickle.UnpicklingError as error:
             match = re.search(r"GLOBAL (\S+)", str(error))
-            what = f", {match[1]}" if match else ""
-            raise CheckpointError(
-                f"{self.path}: is a pickle that holds more than tensors{what}; loading it could "
-                "run code, so it was not loaded; get the weights as safetensors"
-            ) from error
+            raise holds_more_than_tensors(self.path, match[1] if match else "") from error
+        except CheckpointError:
+            raise
         except Exception as error:  # a damaged pickle can raise any exception
             raise CheckpointError(
                 f"{self.path}: is not a complete PyTorch file ({first_line(error)}); "
@@ -226,6 +242,11 @@ class PickleFile(TensorFileReader):
             raise CheckpointError(
                 f"{self.path}: holds {type(data).__name__}, not a dictionary of tensors by name; "
                 "give another file"
+            )
+        if wrong := [n for n, t in data.items() if not _has_its_own_values(t)]:
+            raise CheckpointError(
+                f"{self.path}: {len(wrong)} tensors have no values of their own in the file, such "
+                f"as {named(wrong)}; give another file"
             )
         if not self._mapped:
             self._permanent = data
@@ -245,32 +266,40 @@ class PickleFile(TensorFileReader):
                 return torch.load(file, map_location="cpu", weights_only=True)
 
 
+def _has_its_own_values(tensor: Tensor) -> bool:
+    """Whether `tensor` is dense and not larger than what the file has for it: strides of 0 could
+    make terabytes of one value."""
+    import torch
+
+    plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
+    return plain and tensor.nbytes <= tensor.untyped_storage().nbytes()
+
+
 class GgufFile(TensorFileReader):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._bytes: Any = None
-        reader, self.metadata = self._header()
-        self._stored: dict[str, tuple[int, tuple[int, ...], str]] = {}
-        """(offset in bytes, shape, numpy type) of each tensor as it is stored."""
+        header = self._header()
+        self.metadata = header.metadata
+        self._stored = header.tensors
         self.tensors = {}
-        for tensor in reader.tensors:
-            name, data = tensor.name, tensor.data
-            shape = tuple(tensor.shape.tolist()[::-1])  # GGUF lists the fastest axis first
+        for name, tensor in header.tensors.items():
+            shape = tensor.shape
             if text := self.metadata.get(_GGUF_SHAPE + name):
                 shape = self._original_shape(name, text, prod(shape))
-            self.tensors[name] = TensorInfo(shape, tensor.tensor_type.name)
-            self._stored[name] = (tensor.data_offset, data.shape, str(data.dtype))
+            self.tensors[name] = TensorInfo(shape, tensor.type)
 
     def _original_shape(self, name: str, text: str, elements: int) -> tuple[int, ...]:
         try:
-            shape = tuple(int(side) for side in json.loads(text))
+            shape = tuple(int(side) for side in parse_json(text))
         except (ValueError, TypeError) as error:
             raise CheckpointError(
-                f"{self.path}: {_GGUF_SHAPE}{name} is {text}, not a shape; download the file again"
+                f"{self.path}: {_GGUF_SHAPE}{name} is {text[:100]}, not a shape; download the file "
+                "again"
             ) from error
         if prod(shape) != elements or min(shape, default=0) < 0:
             raise CheckpointError(
-                f"{self.path}: {_GGUF_SHAPE}{name} is {text}, but the tensor has {elements} "
+                f"{self.path}: {_GGUF_SHAPE}{name} is {text[:100]}, but the tensor has {elements} "
                 "elements; download the file again"
             )
         return shape
@@ -279,62 +308,34 @@ class GgufFile(TensorFileReader):
         import numpy as np
         import torch
 
-        offset, shape, dtype = self._stored[name]
+        info, stored = self.tensors[name], self._stored[name]
+        if not stored.bytes:  # which can't be mapped
+            empty = torch.empty(0, dtype=torch.uint8)
+            return empty if info.is_quantized else empty.float().reshape(info.shape)
         # Mode "c" is copy on write, since PyTorch does not support read-only arrays.
         if keep_mapped:
             if self._bytes is None:
                 self._bytes = np.memmap(self.path, dtype=np.uint8, mode="c")
-            end = offset + prod(shape) * np.dtype(dtype).itemsize
-            data = self._bytes[offset:end].view(dtype).reshape(shape)
+            data = self._bytes[stored.offset : stored.offset + stored.bytes]
         else:
-            data = np.memmap(self.path, dtype=dtype, mode="c", offset=offset, shape=shape)
+            data = np.memmap(
+                self.path, dtype=np.uint8, mode="c", offset=stored.offset, shape=(stored.bytes,)
+            )
         tensor = torch.from_numpy(data)
-        info = self.tensors[name]
         if info.is_quantized:
-            return tensor
-        if info.dtype == "BF16":  # numpy has no such type, so the library returns bytes
-            tensor = tensor.view(torch.bfloat16)
-        return tensor.reshape(info.shape)
+            return tensor.reshape(prod(stored.shape[:-1]), -1)
+        return tensor.view(from_safetensors_name(info.dtype)).reshape(info.shape)
 
-    def _header(self) -> tuple[GGUFReader, dict[str, str]]:
-        import numpy as np
-
+    def _header(self) -> GgufHeader:
         try:
-            from gguf import GGUFReader
+            return GgufHeader(self.path)
         except ImportError:
             raise CheckpointError(
                 f"{self.path}: is a GGUF file; install the package that reads them: "
                 "pip install gguf"
             ) from None
-
-        class Bounded(GGUFReader):
-            """Checks offsets: past the end of the file the library reads empty arrays, so that an
-            absurd count in a damaged header would keep it busy for hours."""
-
-            def _get(
-                self, offset: int, dtype: Any, count: int = 1, override_order: Any = None
-            ) -> Any:
-                end = int(offset) + np.dtype(dtype).itemsize * int(count)
-                if end > len(self.data):
-                    raise ValueError(f"its header points to byte {end} of {len(self.data)}")
-                return super()._get(offset, dtype, count, override_order)
-
-        try:
-            reader = Bounded(self.path)
-            return reader, _gguf_metadata(reader)
-        except Exception as error:  # the library checks no value in the file before using it
+        except (ValueError, OSError, struct.error) as error:
             raise CheckpointError(
                 f"{self.path}: is not a complete GGUF file ({first_line(error)}); "
                 "copy or download it again"
             ) from error
-
-
-def _gguf_metadata(reader: GGUFReader) -> dict[str, str]:
-    """The key-value pairs of the header as text; arrays as JSON."""
-    metadata: dict[str, str] = {}
-    for name, field in reader.fields.items():
-        if name.startswith("GGUF."):  # the library's own fields: version and counts
-            continue
-        value = field.contents()
-        metadata[name] = value if isinstance(value, str) else json.dumps(value, default=str)
-    return metadata

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from onewan.errors import CheckpointError
 from onewan.formats.container import TensorFile
-from onewan.formats.untrusted import parse_json, read_json
+from onewan.formats.untrusted import named, parse_json, read_json
 from onewan.variants import TI2V_5B_LATENTS_MEAN, TI2V_5B_LATENTS_STD
 
 ComponentKind = Literal["transformer", "vae", "text_encoder"]
@@ -21,6 +21,18 @@ ComponentKind = Literal["transformer", "vae", "text_encoder"]
 CONFIG = "onewan.config"
 """Entry of the header with the diffusers or transformers configuration as JSON, in files that
 onewan wrote. Some of it can't be inferred from shapes (the number of heads, for example)."""
+
+_LARGEST_SETTING = 1 << 24
+_LARGEST_SETTINGS = {
+    "num_layers": 1000,
+    "num_res_blocks": 100,
+    "dim_mult": 1000,
+    "rope_max_seq_len": 1 << 16,
+    "patch_size": 64,
+    "z_dim": 1 << 16,
+}
+"""Limits of settings that decide how much memory or time building a module takes; far above those
+of any Wan model."""
 
 HEAD_DIM = 128
 """Channels of an attention head in every Wan model; can't be inferred from shapes."""
@@ -37,7 +49,7 @@ def configuration(
         stored = _stored_config(file)
         # `dim` marks an official configuration, which has other keys than diffusers'.
         if stored is not None and "dim" not in stored:
-            return stored
+            return _checked(file, kind, shapes, stored)
         if kind == "transformer":
             return _transformer_config(file, shapes, stored or {})
         return _vae_config(shapes) if kind == "vae" else _t5_config(shapes)
@@ -67,6 +79,52 @@ def _stored_config(file: TensorFile) -> dict[str, Any] | None:
     if not file.path.is_dir() or not beside.is_file():
         return None
     return read_json(beside)
+
+
+def _checked(
+    file: TensorFile,
+    kind: ComponentKind,
+    shapes: Mapping[str, tuple[int, ...]],
+    config: dict[str, Any],
+) -> dict[str, Any]:
+    """`config` if a module can be built from it in the memory of its weights; CheckpointError names
+    a setting that is missing, no number, or larger than any model's."""
+    needed = {
+        "transformer": ("num_attention_heads", "attention_head_dim", "in_channels", "ffn_dim"),
+        "vae": (),
+        "text_encoder": ("d_model", "num_heads", "vocab_size"),
+    }[kind]
+    layers = {"transformer": "blocks.", "text_encoder": "encoder.block."}.get(kind)
+    wrong = [f"{name} is missing" for name in needed if name not in config]
+    wrong += [
+        f"{name} is {value!r:.60}"
+        for name, value in config.items()
+        if not _is_possible(name, value, is_number=name in (*needed, *_LARGEST_SETTINGS))
+    ]
+    if layers is not None:
+        depth = len(layers.split(".")) - 1
+        blocks = {int(name.split(".")[depth]) for name in shapes if name.startswith(layers)}
+        if config.get("num_layers") != max(blocks, default=-1) + 1:
+            wrong.append(
+                f"num_layers is {config.get('num_layers')!r:.60}, and there are weights of "
+                f"{max(blocks, default=-1) + 1}"
+            )
+    if wrong:
+        raise CheckpointError(
+            f"{file.path}: its configuration does not describe its weights ({named(wrong, '; ')}); "
+            "correct it or download it again"
+        )
+    return config
+
+
+def _is_possible(name: str, value: object, *, is_number: bool) -> bool:
+    """Whether a setting, or each part of a list, is within limits; `is_number`: and a number."""
+    parts = value if isinstance(value, list) else [value]
+    limit = _LARGEST_SETTINGS.get(name, _LARGEST_SETTING)
+    numbers = [p for p in parts if isinstance(p, int) and not isinstance(p, bool)]
+    if len(parts) > 1000 or not all(-limit <= number <= limit for number in numbers):
+        return False
+    return not is_number or value is None or len(numbers) == len(parts)
 
 
 def _transformer_config(

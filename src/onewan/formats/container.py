@@ -11,10 +11,10 @@ found and what was expected. The meaning of the tensors is not interpreted.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from stat import S_ISREG
 from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError
@@ -27,8 +27,8 @@ from onewan.formats.backends import (
     SafetensorsFile,
     TensorFileReader,
     TensorInfo,
-    first_line,
 )
+from onewan.formats.untrusted import first_line, named, read_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -160,21 +160,20 @@ def _in_folder(folder: Path) -> TensorFile:
 def _shards(path: Path, index: Path) -> TensorFile:
     """The shards beside `index` that it lists."""
     try:
-        weight_map: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map: Any = read_json(index)["weight_map"]
         file_of = {str(name): str(file) for name, file in weight_map.items()}
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError):
         raise CheckpointError(
-            f"{index}: is not an index of shards (no weight_map: {first_line(error)}); give a file "
-            "of weights or its index"
-        ) from error
+            f"{index}: is not an index of shards (it has no weight_map of names); give a file of "
+            "weights or its index"
+        ) from None
     readers: list[TensorFileReader] = []
     for name in sorted(set(file_of.values())):
         # The index comes from the internet and must not make us open other files.
-        if Path(name).name != name or "\\" in name:
+        if not _is_file_name(name):
             raise CheckpointError(
-                f"{index}: lists the shard {name!r}, which is not in its folder; download it again"
+                f"{index}: lists the shard {name[:100]!r}, which is not the name of a file in its "
+                "folder; download it again"
             )
         try:
             readers.append(_open(index.parent / name)[1])
@@ -187,9 +186,14 @@ def _shards(path: Path, index: Path) -> TensorFile:
     if missing := sorted(file_of.keys() - file.tensors.keys()):
         raise CheckpointError(
             f"{index}: lists {len(missing)} tensors that no shard holds, such as "
-            f"{', '.join(missing[:3])}; the shards are of another checkpoint, download them again"
+            f"{named(missing)}; the shards are of another checkpoint, download them again"
         )
     return file
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether `name` is that of a file, on every system, and leads to no other folder or device."""
+    return bool(re.fullmatch(r"[\w.()+@ -]{1,200}", name, re.ASCII)) and name not in (".", "..")
 
 
 def _names(paths: list[Path]) -> str:
@@ -202,7 +206,10 @@ def _names(paths: list[Path]) -> str:
 
 def _open(path: Path) -> tuple[ContainerFormat, TensorFileReader]:
     """(container, reader) of one file, detected by its first bytes."""
-    size = path.stat().st_size
+    status = path.stat()
+    if not S_ISREG(status.st_mode):  # a pipe or a device could block, or never end
+        raise CheckpointError(f"{path}: is not a file; give a file of weights")
+    size = status.st_size
     with path.open("rb") as file:
         start = file.read(64)
     if not size:

@@ -30,7 +30,6 @@ which keys was measured (ComfyUI, diffusers, musubi-tuner, DiffSynth-Studio).
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from typing import Any, Literal
 from onewan.formats.adapter_parts import AdapterKind, kind_of, rank_of, shape_error
 from onewan.formats.backends import TensorInfo
 from onewan.formats.key_maps import to_diffusers, to_official
+from onewan.formats.untrusted import parse_json
 from onewan.variants import VARIANTS, ExpertName
 
 LoraFormat = Literal["comfyui", "no_alpha", "diffusers", "kohya"]
@@ -413,7 +413,7 @@ def _trainer(
         return "OneTrainer"
     if "software" in metadata:
         try:
-            return str(json.loads(metadata["software"])["name"])
+            return str(parse_json(metadata["software"])["name"])[:40]
         except (ValueError, KeyError, TypeError):
             return metadata["software"][:40]
     if any(name.startswith("ss_network") for name in metadata):

@@ -1,4 +1,4 @@
-"""JSON and names from files of unknown origin, read and shown within bounds."""
+"""JSON, names and messages of files of unknown origin, read and shown within bounds."""
 
 from __future__ import annotations
 
@@ -57,3 +57,9 @@ def named(names: Sequence[str], separator: str = ", ") -> str:
     """The first three of `names`, shortened, with an ellipsis if there are more."""
     first = [n if len(n) <= _MAX_LENGTH else f"{n[:_MAX_LENGTH]}..." for n in names[:3]]
     return separator.join(first) + (f"{separator}..." if len(names) > 3 else "")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error message, at most 200 characters, to quote in ours."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]

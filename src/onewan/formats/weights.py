@@ -23,7 +23,6 @@ products, which training does not use.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from onewan.formats import key_maps
 from onewan.formats.backends import TensorInfo
 from onewan.formats.configs import ComponentKind, configuration
 from onewan.formats.container import TensorFile, open_tensors
+from onewan.formats.untrusted import named, parse_json
 from onewan.variants import (
     VARIANTS,
     Variant,
@@ -267,7 +267,7 @@ def open_component(source: Path | TensorFile) -> ComponentFile:
     # Other models share a few keys with Wan; a damaged or extended Wan file has most of its own.
     if best is None or best[0] < len(file.tensors) / 4:
         what = foreign_model(file)
-        examples = ", ".join(sorted(file.tensors)[:3]) or "none"
+        examples = named(sorted(file.tensors)) or "none"
         raise CheckpointError(
             f"{file.path}: {f'is {what}, not' if what else 'holds no weights of'} Wan 2.2"
             f" (its keys: {examples}); give a Wan 2.2 transformer, VAE or text encoder"
@@ -322,6 +322,11 @@ def _translated(
 def _check_quantization(file: TensorFile, entries: Mapping[str, StoredWeight]) -> None:
     """CheckpointError if the file stores weights in a form that can't be dequantized."""
     for entry in entries.values():
+        if entry.packing == "gguf" and file.container != "gguf":  # such as safetensors' F4
+            raise CheckpointError(
+                f"{file.path}: {entry.key} is stored as {entry.info.dtype}, an unsupported "
+                "quantization; give a file in fp8_scaled, GGUF, float32, float16 or bfloat16"
+            )
         # GGUF's own types never get here; any other integer or 4-bit type would be read as values.
         if entry.packing == "plain" and (
             entry.scale is not None or entry.info.dtype[0] not in "FB" or entry.info.dtype == "BOOL"
@@ -331,10 +336,10 @@ def _check_quantization(file: TensorFile, entries: Mapping[str, StoredWeight]) -
                 f"{' with a scale' if entry.scale else ''}, an unsupported quantization; "
                 "give a file in fp8_scaled, GGUF, float32, float16 or bfloat16"
             )
-    formats = {str(v) for v in _declared_formats(file)}
+    formats = {str(v)[:60] for v in _declared_formats(file)}
     if unknown := sorted(formats - {"float8_e4m3fn", "float8_e5m2"}):
         raise CheckpointError(
-            f"{file.path}: its weights are quantized as {', '.join(unknown)}, which is not "
+            f"{file.path}: its weights are quantized as {named(unknown)}, which is not "
             "supported; give a file in float8_e4m3fn or float8_e5m2, or one that is not quantized"
         )
 
@@ -345,11 +350,12 @@ def _declared_formats(file: TensorFile) -> list[object]:
     text = file.metadata.get("_quantization_metadata")
     try:
         if text is not None:
-            formats += [layer["format"] for layer in json.loads(text)["layers"].values()]
+            formats += [layer["format"] for layer in parse_json(text)["layers"].values()]
         notes = [name for name in file.tensors if name.endswith(".comfy_quant")]
         # A few dozen bytes of JSON each; a larger tensor of that name is something else.
         small = [n for n in notes if file.tensors[n].elements < 4096]
-        formats += [json.loads(note.tobytes())["format"] for note in file.arrays(small).values()]
+        texts = [note.tobytes().decode("utf-8") for note in file.arrays(small).values()]
+        formats += [parse_json(text)["format"] for text in texts]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{file.path}: its quantization metadata is damaged ({error!r}); download it again"

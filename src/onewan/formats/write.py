@@ -23,8 +23,8 @@ from torch import Tensor
 from onewan.dtypes import safetensors_name
 from onewan.errors import CheckpointError
 from onewan.files import replacing, sync
-from onewan.formats.backends import first_line
 from onewan.formats.modelspec import HASH
+from onewan.formats.untrusted import first_line
 
 _HASH_PLACEHOLDER = "0x" + "0" * 64
 

@@ -24,8 +24,8 @@ import torch
 
 from onewan.errors import CheckpointError
 from onewan.files import replacing
-from onewan.formats.backends import first_line
 from onewan.formats.container import open_tensors
+from onewan.formats.untrusted import first_line
 from onewan.formats.write import LazyTensor, bytes_of, compute_planned
 
 _STORAGES = {

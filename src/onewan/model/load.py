@@ -20,8 +20,10 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor, nn
 
-from onewan.dtypes import from_safetensors_name
+from onewan.dtypes import dtype_name, from_safetensors_name
+from onewan.errors import CheckpointError
 from onewan.formats.configs import ComponentKind
+from onewan.formats.finite import all_finite
 from onewan.formats.model_folder import (
     ComponentDescription,
     ComponentName,
@@ -30,7 +32,7 @@ from onewan.formats.model_folder import (
     model_problems,
     raise_problems,
 )
-from onewan.formats.untrusted import read_json
+from onewan.formats.untrusted import named, read_json
 from onewan.formats.weights import ComponentFile
 from onewan.model.meta_init import module_on_meta
 from onewan.model.precision import keep_float32_islands
@@ -188,6 +190,7 @@ def _load_module(
     module = module_on_meta(weights)
     islands = _float32_islands(module, weights.kind, dtype)
     dequantized = Counter[str]()
+    damaged: list[str] = []
     for name, entry in weights.entries.items():
         path, _, leaf = name.rpartition(".")
         owner: Any = module.get_submodule(path)
@@ -198,6 +201,8 @@ def _load_module(
             if can_stay_quantized(entry):
                 parent, _, last = path.rpartition(".")
                 layer = QuantizedLinear(weights, name, owner.bias, device)
+                if not layer.is_finite():
+                    damaged.append(name)
                 setattr(module.get_submodule(parent), last, layer)
                 continue
             dequantized[entry.info.dtype] += 1
@@ -207,7 +212,16 @@ def _load_module(
             and entry.packing == "plain"
             and from_safetensors_name(entry.info.dtype) == target
         )
-        _assign(owner, leaf, weights.read(name, target, keep_mapped=keep_mapped).to(device))
+        tensor = weights.read(name, target, keep_mapped=keep_mapped).to(device)
+        if not all_finite(tensor):
+            damaged.append(name)
+        _assign(owner, leaf, tensor)
+    if damaged:
+        raise CheckpointError(
+            f"{weights.path}: {len(damaged)} of {len(weights.entries)} weights hold values that "
+            f"are NaN or infinite in {dtype_name(dtype)}, such as {named(damaged)}; give another "
+            "file, or bfloat16 if this is float16"
+        )
     if weights.kind == "text_encoder":
         encoder: Any = module
         # `_assign` replaced the parameter, which breaks the tie.

@@ -15,8 +15,11 @@ from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from onewan.errors import CheckpointError
-from onewan.formats.backends import first_line
+from onewan.formats.untrusted import first_line
 from onewan.formats.weights import ComponentFile
+
+_WITH_CODE = ("attn_implementation", "quantization_config", "auto_map")
+"""Settings of transformers that select code, which a model's file must not do."""
 
 
 def module_on_meta(weights: ComponentFile) -> nn.Module:
@@ -26,7 +29,7 @@ def module_on_meta(weights: ComponentFile) -> nn.Module:
         # Buffers are computed and stored in no file: on the meta device they would be lost.
         with init_empty_weights(include_buffers=False):
             module = _build(weights)
-    except (TypeError, ValueError, ZeroDivisionError, RuntimeError, KeyError) as error:
+    except Exception as error:  # the libraries check no setting before they use it
         raise CheckpointError(
             f"{weights.path}: no module can be built from its configuration "
             f"({first_line(error)}); correct it or download it again"
@@ -55,7 +58,9 @@ def _build(weights: ComponentFile) -> nn.Module:
     elif weights.kind == "vae":
         module = AutoencoderKLWan.from_config(config)
     else:
-        module = UMT5EncoderModel(UMT5Config(**config))
+        # Implementations of attention can be names of repositories whose code would be downloaded.
+        plain = {n: v for n, v in config.items() if n[:1] != "_" and n not in _WITH_CODE}
+        module = UMT5EncoderModel(UMT5Config(**plain))
     assert isinstance(module, nn.Module)
     return module
 

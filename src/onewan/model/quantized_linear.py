@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from onewan.dtypes import FP8, from_safetensors_name
+from onewan.formats.finite import all_finite
 from onewan.formats.weights import ComponentFile, StoredWeight, dequantize_fp8
 
 
@@ -81,6 +82,15 @@ class QuantizedLinear(nn.Linear):
         """The dequantized weight, float32 [out, in]."""
         shape = (self.out_features, self.in_features)
         return dequantized(self.weight, self.scale, self.dtype_in_file, shape)
+
+    def is_finite(self) -> bool:
+        """Whether no value of an fp8 weight and of its scale is NaN or infinite. GGUF's scales of
+        blocks are not checked, since that would take dequantizing."""
+        if self.scale is not None and not all_finite(self.scale):
+            return False
+        if self.dtype_in_file not in FP8:
+            return True
+        return all_finite(self.weight.view(from_safetensors_name(self.dtype_in_file)))
 
     def forward(self, input: Tensor) -> Tensor:
         # A custom autograd function is not cast by autocast, so the type is determined here.

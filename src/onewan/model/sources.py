@@ -17,7 +17,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from onewan.errors import CheckpointError
 from onewan.files import moved_aside
-from onewan.formats.backends import first_line
 from onewan.formats.model_folder import (
     COMPONENT_NAMES,
     OFFICIAL_PATHS,
@@ -28,6 +27,7 @@ from onewan.formats.model_folder import (
     find_components,
     label,
 )
+from onewan.formats.untrusted import first_line
 from onewan.variants import Variant
 
 PipelineComponent: TypeAlias = ComponentName | Literal["scheduler"]

@@ -24,7 +24,7 @@ from tokenizers.models import Unigram
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from onewan.errors import CheckpointError
-from onewan.formats.backends import first_line
+from onewan.formats.untrusted import first_line
 from onewan.formats.weights import open_component
 from onewan.variants import TEXT_LENGTH
 
@@ -41,8 +41,10 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     )
     if has_own_files:
         try:
-            return AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            return AutoTokenizer.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # the library checks no value in the files before using it
             raise CheckpointError(
                 f"{path}: no usable tokenizer ({first_line(error)}); {_REMEDY}"
             ) from error
