@@ -265,20 +265,12 @@ def test_a_listener_that_raises_is_reported_once_and_dropped(tmp_path: Path) -> 
     assert kinds(tmp_path / "events.jsonl") == ["step", "warning", "step", "step"]
 
 
-def written(folder: Path) -> int:
-    """Bytes of TensorBoard's files beyond their first record."""
-    return sum(max(0, path.stat().st_size - 100) for path in folder.iterdir())
-
-
 def test_a_deleted_tensorboard_folder_is_reported_once_and_training_continues(
     tmp_path: Path,
 ) -> None:
     received: list[Event] = []
     log = RunLog(TensorBoardSink(tmp_path / "tensorboard", 0), ListenerSink(received.append))
     log.emit(step(0))
-    deadline = time.monotonic() + 10
-    while not written(tmp_path / "tensorboard") and time.monotonic() < deadline:
-        time.sleep(POLL)  # TensorBoard writes in a thread
     shutil.rmtree(tmp_path / "tensorboard")
     for number in range(1, 100):
         log.emit(step(number))
@@ -287,6 +279,28 @@ def test_a_deleted_tensorboard_folder_is_reported_once_and_training_continues(
     assert len(warnings) == 1 and warnings[0].startswith("TensorBoard: failed")
     assert [event.step for event in received if isinstance(event, StepDone)] == list(range(100))
     assert not (tmp_path / "tensorboard").exists()
+    assert [thread.name for thread in threading.enumerate()] == ["MainThread"]
+
+
+def test_tensorboard_reads_the_curves_and_a_resumed_run_replaces_repeated_steps(
+    tmp_path: Path,
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resumed, steps in ((0, range(1, 6)), (3, range(4, 8))):
+        log = RunLog(TensorBoardSink(tmp_path, resumed))
+        for number in steps:
+            log.emit(step(number))
+        log.emit(Saved(step=steps[-1], state=tmp_path))
+        # What is written can be read at once, while the run goes on.
+        curves = EventAccumulator(str(tmp_path)).Reload()
+        assert curves.Scalars("loss/high")[-1].step == steps[-1]
+        log.close()
+    assert len(list(tmp_path.iterdir())) == 2
+    assert [scalar.step for scalar in curves.Scalars("loss/high")] == list(range(1, 8))
+    assert curves.Scalars("lr/high")[0].value == pytest.approx(step(1).lr)
+    (histogram,) = curves.Histograms("t/high")
+    assert histogram.step == 7 and histogram.histogram_value.num == 4 * len(step(1).t)
 
 
 def test_a_tensorboard_folder_that_can_not_be_made_is_reported(tmp_path: Path) -> None:
@@ -343,6 +357,27 @@ def test_a_failing_sink_is_also_reported_in_the_text_log(tmp_path: Path) -> None
         RunLog(ListenerSink(broken)).emit(step(1))
     assert "no terminal for step" in (tmp_path / "log.txt").read_text(encoding="utf-8")
     assert not logging.getLogger("onewan").handlers
+
+
+def test_the_text_log_is_created_again_and_one_that_can_not_be_written_says_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    logger = logging.getLogger("onewan")
+    with text_log(folder / "log.txt"):
+        (folder / "log.txt").unlink()
+        logger.warning("first")
+        assert "first" in (folder / "log.txt").read_text(encoding="utf-8")
+        shutil.rmtree(folder)
+        logger.warning("second")
+        folder.mkdir()
+        logger.warning("third")
+        assert "third" in (folder / "log.txt").read_text(encoding="utf-8")
+    if Path("/dev/full").exists():
+        with text_log(Path("/dev/full")):
+            logger.warning("the disk is full")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_warning_is_given_once_for_the_files_of_many_steps() -> None:

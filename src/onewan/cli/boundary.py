@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
 import tempfile
@@ -19,22 +21,47 @@ def guarded(command: Callable[[], int]) -> int:
     """Run `command`; returns its exit status, or that of the error which left it."""
     try:
         status = command()
-        sys.stdout.flush()
+        _flush_stdout()
+        return status
     except OnewanError as error:
-        print(f"onewan: {error}", file=sys.stderr)
+        _tell(f"onewan: {error}")
         return 1
     except (Interrupted, KeyboardInterrupt):
-        print("onewan: stopped", file=sys.stderr)
+        _tell("onewan: stopped")
         return 130
-    except BrokenPipeError:
-        # The reader of our output has exited (`onewan schema | head`). Without this, Python would
-        # complain once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output has exited (`onewan schema | head`)
         return 1
     except Exception as error:  # noqa: BLE001  (the process boundary: nobody else reports it)
-        print(_defect(error), file=sys.stderr)
+        _tell(_defect(error))
         return DEFECT_STATUS
-    return status
+    finally:
+        _drop_unwritable_output()
+
+
+def _flush_stdout() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # A terminal that was closed is no failure of the command; a full disk is one.
+        if error.errno != errno.EIO:
+            raise
+
+
+def _tell(text: str) -> None:
+    """Print to stderr, or nothing where the terminal was closed."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
+
+
+def _drop_unwritable_output() -> None:
+    """Drop what stdout and stderr can't take any more, since their reader has exited or the
+    terminal was closed: Python would complain, and exit with another status, when it flushes them
+    at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _defect(error: Exception) -> str:

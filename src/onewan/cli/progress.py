@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -65,8 +66,10 @@ class Progress:
             handler(event)
 
     def close(self) -> None:
-        self._close_bar()
-        self._show_exported()
+        # A terminal that was closed is not a reason for the command to fail at its end.
+        with contextlib.suppress(OSError):
+            self._close_bar()
+            self._show_exported()
 
     def line(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
@@ -103,8 +106,8 @@ class Progress:
 
     def _close_bar(self) -> None:
         if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+            bar, self._bar = self._bar, None
+            bar.close()
 
     # ---------------------------------------------------------------------------------- one event
 
@@ -179,8 +182,10 @@ class Progress:
 
     def _on_stopped(self, event: events.Stopped) -> None:
         self._close_bar()
-        kept = f"the state of step {event.step} is saved" if event.step else "encoded data is kept"
-        self.line(f"stopped; {kept}; continue with --resume")
+        if event.step:
+            self.line(f"stopped; the state of step {event.step} is saved; continue with --resume")
+        else:
+            self.line("stopped before the first step; encoded data is kept; start it again")
 
     def _on_finished(self, event: events.Finished) -> None:
         self._close_bar()

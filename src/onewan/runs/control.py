@@ -5,6 +5,7 @@ Hides how requests travel. Never acts on one: the trainer polls between two step
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -35,7 +36,8 @@ def request(layout: RunLayout, name: Request) -> None:
 
 def pending(layout: RunLayout, name: Request) -> bool:
     """Whether `name` was requested and not cleared since."""
-    return (layout.control_dir / name).exists()
+    # Not `Path.exists`, which raises for a folder that may not be entered.
+    return os.path.lexists(layout.control_dir / name)
 
 
 def clear(layout: RunLayout, name: Request) -> None:
@@ -51,11 +53,21 @@ def take(layout: RunLayout, name: Request) -> bool:
     return requested
 
 
-class StopSignals:
-    """Context manager: the first Ctrl-C or SIGTERM only sets `requested`; a second Ctrl-C raises
-    KeyboardInterrupt.
+# SIGTERM is how schedulers, containers and a shutdown of the machine end a process; SIGHUP is sent
+# when the terminal is closed or its connection is lost. SIGBREAK is the signal of both on Windows.
+_STOPPING = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+    if hasattr(signal, name)
+]
 
-    Only the main thread may install signal handlers, so in another thread this does nothing.
+
+class StopSignals:
+    """Context manager: the first signal that asks the process to end (Ctrl-C, SIGTERM, a closed
+    terminal) only sets `requested`; a second Ctrl-C raises KeyboardInterrupt.
+
+    A SIGHUP that is ignored (`nohup`) stays ignored. Only the main thread may install signal
+    handlers, so in another thread this does nothing.
     """
 
     def __init__(self) -> None:
@@ -65,9 +77,11 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            # SIGTERM is how schedulers, containers and a shutdown of the machine end a process.
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
+            for number in _STOPPING:
+                # A shell that starts a process with `&` ignores SIGINT for it, but `kill -INT` is
+                # a request all the same.
+                if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(

@@ -9,10 +9,12 @@ it works again the number of missing events is reported.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Protocol
 
@@ -165,10 +167,26 @@ class ProgressThrottle:
         return True
 
 
+class _LogFile(WatchedFileHandler):
+    """Creates the file again if it was deleted. Nothing is raised or printed when it can't be
+    written: its messages are events too, and a full disk would give one with each message."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            super().emit(record)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # closing flushes what could not be written before
+            super().close()
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's own name)
+        """Does nothing, where logging prints a traceback to the terminal."""
+
+
 @contextmanager
 def text_log(path: Path) -> Generator[None]:
     """Append onewan's log messages to the file `path` for as long as the block lasts."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("onewan")
     logger.addHandler(handler)

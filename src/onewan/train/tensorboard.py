@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import time
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from onewan.runs.events import Event, Saved, StepDone, Validated
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+_HISTOGRAM_BINS = np.linspace(0, 1, 51)
+"""Edges of the bins for timesteps, which are in [0, 1]."""
 
 
 class TensorBoardSink:
@@ -25,7 +32,7 @@ class TensorBoardSink:
         replaced by the new ones."""
         self._folder = folder
         self._purge_step = resumed_step + 1 if resumed_step else None
-        self._writer: SummaryWriter | None = None
+        self._file: _CurveFile | None = None
         self._timesteps: dict[str, list[float]] = {}
 
     def write(self, event: Event) -> None:
@@ -35,32 +42,68 @@ class TensorBoardSink:
                 ("grad_norm", event.grad_norm),
                 ("lr", event.lr),
             ):
-                self._open().add_scalar(f"{name}/{event.expert}", value, event.step)
+                self._write_scalar(f"{name}/{event.expert}", value, event.step)
             self._timesteps.setdefault(event.expert, []).extend(event.t)
         elif isinstance(event, Validated):
             for name, value in (("loss", event.loss), ("ema", event.ema), ("base", event.base)):
                 if value is not None:
-                    tag = f"validation_{name}/{event.expert}"
-                    self._open().add_scalar(tag, value, event.step)
+                    self._write_scalar(f"validation_{name}/{event.expert}", value, event.step)
         elif isinstance(event, Saved):
             # At saved states only: a histogram of few timesteps shows nothing.
+            from torch.utils.tensorboard.summary import histogram
+
             for expert, timesteps in self._timesteps.items():
-                self._open().add_histogram(f"t/{expert}", np.array(timesteps), event.step)
+                values = np.array(timesteps)
+                self._write(histogram(f"t/{expert}", values, _HISTOGRAM_BINS), event.step)
             self._timesteps.clear()
 
     def close(self) -> None:
-        # Closing flushes; without its folder the writer's thread would print a traceback.
-        if self._writer is not None and self._folder.is_dir():
-            self._writer.close()
+        if self._file is not None:
+            self._file.close()
 
-    def _open(self) -> SummaryWriter:
+    def _write_scalar(self, tag: str, value: float, step: int) -> None:
+        from torch.utils.tensorboard.summary import scalar
+
+        self._write(scalar(tag, value), step)
+
+    def _write(self, summary: Summary, step: int) -> None:
         # Opened by the first event, so that a folder that can't be written is a failure of this
-        # sink, like a later one; imported here because the import takes a second.
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
+        # sink, like a later one; imported here and above because the import takes a second.
+        if self._file is None:
+            self._file = _CurveFile(self._folder, self._purge_step)
+        self._file.write(summary=summary, step=step)
 
-            self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step)
-        elif not self._folder.is_dir():
-            # The writer itself would notice it later, in its thread, which prints a traceback.
-            raise FileNotFoundError(f"{self._folder} was deleted")
-        return self._writer
+
+class _CurveFile:
+    """One of TensorBoard's event files, written record by record.
+
+    torch's `SummaryWriter` writes in a thread of its own. When the folder is deleted, that thread
+    prints a traceback and ends, and the next call, or closing the writer, raises or waits for it.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        # TensorBoard recognizes its files by the name, and reads them in the order of the time in
+        # it. "x" instead of "w": no file of another process is overwritten.
+        seconds, rest = divmod(time.time_ns(), 10**9)
+        name = f"events.out.tfevents.{seconds:010}.{socket.gethostname()}.{os.getpid()}.{rest}"
+        self._path = folder / name
+        self._file = FileIO(self._path, "x")
+        self._records = RecordWriter(self._file)
+        self.write(file_version="brain.Event:2")
+        if purge_step is not None:
+            self.write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, **fields: Any) -> None:
+        """Append a record with the present time. OSError if that fails, or if the file was deleted:
+        writing to a deleted file raises no error by itself."""
+        from tensorboard.compat.proto.event_pb2 import Event as Record
+
+        self._path.stat()
+        self._records.write(Record(wall_time=time.time(), **fields).SerializeToString())
+
+    def close(self) -> None:
+        self._file.close()
