@@ -2,30 +2,42 @@
 
 A state is a folder ``state/000500`` of files and a manifest with their sizes and digests. It is
 written under a temporary name and synced; the manifest is written last, then the folder renamed. A
-state that does not match its manifest is never loaded: the newest intact one is loaded instead, and
-the damage is reported. The content of the files is up to the caller.
+state that does not match its manifest, or whose content the caller refuses as damaged, is never
+used: the newest intact one is, and the damage is reported.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
 
 from onewan.errors import CheckpointError
 from onewan.files import file_digest, remove, remove_abandoned, replace, sync, temporary_beside
 from onewan.runs.layout import RunLayout
 
 MANIFEST = "manifest.json"
+_MAX_MANIFEST_BYTES = 1 << 20
+
+Content = TypeVar("Content")
+_Signature = tuple[tuple[str, int, int, int], ...]
+
+
+class DamagedStateError(CheckpointError):
+    """A state's files are not what was saved, so an older state is used instead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FoundState:
+class FoundState(Generic[Content]):
     """The newest intact state of a run."""
 
     step: int
     folder: Path
+    content: Content
+    """What the caller's function has read from it."""
     damaged: tuple[str, ...]
     """Why newer states were skipped, one line each."""
 
@@ -38,47 +50,102 @@ class StateStore:
         self._layout = layout
         self._keep = keep
         self._keep_every = keep_every
+        self._intact: dict[int, _Signature] = {}
+        """The states that this object has written or verified, as they were then."""
 
-    def save(self, step: int, write: Callable[[Path], None], best: int | None = None) -> Path:
+    def save(self, step: int, write: Callable[[Path], None]) -> Path:
         """Let `write` fill a folder with the state after `step` steps, and make it durable.
 
-        Saving the same step again replaces the state. Older ones that are not to be kept are
-        deleted, after the new one is safe; that of step `best` stays.
+        Saving the same step again replaces the state. CheckpointError if it can't be written; then
+        all earlier states are as they were.
         """
         final = self._layout.state(step)
-        # First: what a killed save left could take the space that this one needs.
-        remove_abandoned(self._layout.states_dir)
-        with temporary_beside(final) as temporary:
-            temporary.mkdir()
-            write(temporary)
-            _write_manifest(temporary)
-            replace(temporary, final)
-        self._rotate(best)
+        try:
+            # First: what a killed save left could take the space that this one needs.
+            remove_abandoned(self._layout.states_dir)
+            with temporary_beside(final) as temporary:
+                temporary.mkdir()
+                write(temporary)
+                _write_manifest(temporary)
+                replace(temporary, final)
+            self._intact[step] = _signature(final)
+        except OSError as error:
+            raise CheckpointError(f"{final}: the state can't be saved ({error})") from error
         return final
 
-    def newest(self) -> FoundState | None:
-        """The newest state that matches its manifest; None if the run has no state at all.
+    def newest(
+        self, read: Callable[[Path], Content], required: Collection[str] = ()
+    ) -> FoundState[Content] | None:
+        """The newest intact state, with what `read` returns for its folder; None if the run has no
+        state at all.
 
-        CheckpointError if there are states, but every one is damaged.
+        A state is damaged if it does not match its manifest, if that does not list the files
+        `required`, or if `read` raises DamagedStateError. CheckpointError if there are states, but
+        every one is damaged.
         """
         damaged: list[str] = []
         for step in reversed(self._layout.saved_steps()):
             folder = self._layout.state(step)
-            problem = _damage(folder)
-            if problem is None:
-                return FoundState(step=step, folder=folder, damaged=tuple(damaged))
-            damaged.append(f"{folder}: {problem}")
+            try:
+                _verify(folder, required)
+                content = read(folder)
+            except DamagedStateError as error:
+                damaged.append(str(error))
+                continue
+            self._intact[step] = _signature(folder)
+            return FoundState(step=step, folder=folder, content=content, damaged=tuple(damaged))
         if damaged:
             raise CheckpointError(
-                "no training state is intact; start a new run\n  " + "\n  ".join(damaged)
+                f"{self._layout.states_dir}: no training state is intact; restore one from a "
+                "backup, or start a new run (output.name=...)\n  " + "\n  ".join(damaged)
             )
         return None
 
-    def _rotate(self, best: int | None) -> None:
-        # Called only after the new state is on the disk: a crash in between leaves one too many.
-        for step in self._layout.saved_steps()[: -self._keep]:
-            if step != best and not (self._keep_every and step % self._keep_every == 0):
-                remove(self._layout.state(step))
+    def rotate(self, saved: int, best: int | None = None) -> list[str]:
+        """Delete states that are older than the `keep` newest intact ones; that of step `best`
+        stays. To be called when the state of step `saved` is safe.
+
+        Only states up to `saved` count. Newer ones are damaged, else the run would have continued
+        from them; each is replaced when the run comes to its step. Returns a line for each state
+        that can't be deleted.
+        """
+        kept = 0
+        problems: list[str] = []
+        for step in reversed(self._layout.saved_steps()):
+            if step > saved:
+                continue
+            if kept < self._keep:
+                kept += step == saved or self._is_intact(step)
+            elif step != best and not (self._keep_every and step % self._keep_every == 0):
+                problems += self._delete(step)
+        return problems
+
+    def _is_intact(self, step: int) -> bool:
+        """Whether the files of a state match its manifest; read only if they have changed since
+        they were last read, because a state can have more than 100 GB."""
+        folder = self._layout.state(step)
+        try:
+            signature = _signature(folder)
+            if self._intact.get(step) != signature:
+                _verify(folder)
+                self._intact[step] = signature
+        except (DamagedStateError, OSError):
+            return False
+        return True
+
+    def _delete(self, step: int) -> list[str]:
+        folder = self._layout.state(step)
+        try:
+            remove(folder)
+        except OSError as error:
+            return [f"{folder}: this old state can't be deleted ({error}); delete it yourself"]
+        return []
+
+
+def _signature(folder: Path) -> _Signature:
+    """What changes when one of the files is written or replaced."""
+    found = ((path.name, path.stat()) for path in sorted(folder.iterdir()))
+    return tuple((name, each.st_ino, each.st_size, each.st_mtime_ns) for name, each in found)
 
 
 def _write_manifest(folder: Path) -> None:
@@ -93,16 +160,62 @@ def _write_manifest(folder: Path) -> None:
     sync(folder)
 
 
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a state's files; None if nothing."""
+def _verify(folder: Path, required: Collection[str] = ()) -> None:
+    """DamagedStateError if a state's files do not match its manifest."""
+    manifest = _read_manifest(folder / MANIFEST)
+    if missing := [name for name in required if name not in manifest]:
+        raise DamagedStateError(f"{folder / MANIFEST}: does not list {', '.join(missing)}")
+    for name, (size, digest) in manifest.items():
+        path = folder / name
+        try:
+            found = _size(path)
+            if found != size:
+                raise DamagedStateError(f"{path}: has {found} bytes instead of {size}")
+            if file_digest(path) != digest:
+                raise DamagedStateError(f"{path}: does not match its digest in {MANIFEST}")
+        except OSError as error:
+            raise DamagedStateError(f"{path}: can't be read ({error.strerror})") from error
+
+
+def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
+    """Sizes and digests by file name; DamagedStateError if the manifest is not one that
+    `_write_manifest` writes."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, expected in manifest.items():
-            path = folder / name
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-            if file_digest(path) != expected["blake2b"]:
-                return f"{name} does not match its digest"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"unreadable ({error})"
-    return None
+        if _size(path) > _MAX_MANIFEST_BYTES:
+            raise DamagedStateError(f"{path}: has more than {_MAX_MANIFEST_BYTES} bytes")
+        # RecursionError: thousands of nested brackets.
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DamagedStateError(f"{path}: can't be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise DamagedStateError(f"{path}: is not valid JSON ({error})") from error
+    if not isinstance(manifest, dict) or not manifest:
+        raise DamagedStateError(f"{path}: lists no files")
+    return {
+        _checked_name(path, name): _checked_entry(path, name, entry)
+        for name, entry in cast("dict[str, object]", manifest).items()
+    }
+
+
+def _checked_name(manifest: Path, name: str) -> str:
+    """`name` if it is that of a file in the manifest's own folder."""
+    if not name or name in {".", "..", MANIFEST} or any(c in name for c in "/\\:\0"):
+        raise DamagedStateError(f"{manifest}: {name!r} is not the name of a file of the state")
+    return name
+
+
+def _checked_entry(manifest: Path, name: str, entry: object) -> tuple[int, str]:
+    values = cast("dict[str, Any]", entry) if isinstance(entry, dict) else {}
+    size, digest = values.get("bytes"), values.get("blake2b")
+    if type(size) is not int or not isinstance(digest, str):
+        raise DamagedStateError(f"{manifest}: {name!r} has no size or no digest")
+    return size, digest
+
+
+def _size(path: Path) -> int:
+    """The size of a file; DamagedStateError if it is anything else, such as a pipe that would be
+    read for ever."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise DamagedStateError(f"{path}: is not a file")
+    return status.st_size

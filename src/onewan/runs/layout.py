@@ -103,6 +103,10 @@ class RunLayout:
         """The folder of the videos made after `step` steps."""
         return self.samples_dir / step_name(step)
 
+    def sampled_steps(self) -> list[int]:
+        """Steps that have a folder of videos with something in it, ascending."""
+        return [step for step in _steps_in(self.samples_dir) if any(self.samples(step).iterdir())]
+
     def create(self) -> None:
         """Create the run's folders; existing ones are kept."""
         for folder in (self.states_dir, self.weights_dir, self.samples_dir, self.control_dir):
@@ -113,10 +117,15 @@ class RunLayout:
 
         A state is renamed to its final name when it is complete; any other name is unfinished.
         """
-        if not self.states_dir.is_dir():
-            return []
-        names = (f.name for f in self.states_dir.iterdir() if f.is_dir())
-        return sorted(int(name) for name in names if re.fullmatch(STEP_NAME, name))
+        return _steps_in(self.states_dir)
+
+
+def _steps_in(folder: Path) -> list[int]:
+    """The steps of the folders in `folder` that are named by one, ascending."""
+    if not folder.is_dir():
+        return []
+    names = (f.name for f in folder.iterdir() if f.is_dir())
+    return sorted(int(name) for name in names if re.fullmatch(STEP_NAME, name))
 
 
 def displayed(path: Path) -> Path:

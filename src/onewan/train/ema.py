@@ -72,7 +72,8 @@ class Ema:
         return {name: average.to("cpu", copy=True) for name, average in self.averages.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from `state`; ValueError if its names or shapes are not those of the weights."""
+        """Continue from `state`; ValueError if its names, shapes or dtypes are not those of the
+        averages."""
         if state.keys() != self.averages.keys():
             unmatched = sorted(state.keys() ^ self.averages.keys())
             side = "the state" if unmatched[0] in state else "this run"
@@ -82,6 +83,9 @@ class Ema:
                 raise ValueError(
                     f"{name}: has the shape {tuple(state[name].shape)}, not {tuple(average.shape)}"
                 )
+            if state[name].dtype != average.dtype:
+                raise ValueError(f"{name}: is {state[name].dtype}, not {average.dtype}")
+        for name, average in self.averages.items():
             average.copy_(state[name])
 
     def to(self, device: torch.device) -> None:

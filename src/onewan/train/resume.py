@@ -1,17 +1,24 @@
-"""What changed in a run since its state was saved, and whether it may then be resumed."""
+"""Whether a run may be started or resumed: what its folder has, and what changed since its state
+was saved."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
 from dataclasses import dataclass
-from pathlib import PurePath
-from typing import Any, cast
+from pathlib import Path, PurePath
+from typing import cast
 
 from pydantic import ValidationError
 
+from onewan.checkpoint.store import DamagedStateError
 from onewan.config.load import changed_fields
 from onewan.config.schema import ResolvedRun
 from onewan.errors import CheckpointError
+from onewan.runs.event_file import read_events
+from onewan.runs.events import Saved
+from onewan.runs.layout import RunLayout
+from onewan.train.saved_state import StateFacts
+from onewan.train.state import versions
 
 _SAFE_TO_CHANGE = (
     "sample",
@@ -45,18 +52,84 @@ class Changes:
     """Whether validation losses are measured in the same way as before."""
 
 
-def changes_since(facts: Mapping[str, Any], config: ResolvedRun, dataset_digest: str) -> Changes:
+def check_start(layout: RunLayout, *, resume: bool, or_start: bool) -> None:
+    """CheckpointError if the run in the folder may not be started or, with `resume`, continued;
+    with `or_start` too, either is fine.
+
+    A run is not started where it would overwrite the results of an earlier one.
+    """
+    if layout.saved_steps():
+        if not resume:
+            raise CheckpointError(
+                f"{layout.root}: already holds a run; continue it with --resume, repeat it as a "
+                "new one with --again, or choose another name (output.name=...)"
+            )
+        return
+    left = results_without_state(layout)
+    if left is not None:
+        raise CheckpointError(
+            f"{layout.root}: has {left} of an earlier run, but no saved state; look whether "
+            f"{layout.states_dir} was deleted or is on a disk that is not mounted. To start at "
+            "step 0, move the folder away or choose another name (output.name=...)"
+        )
+    if resume and not or_start:
+        found = f"has no saved state in {layout.states_dir.name}/"
+        if not layout.resolved.is_file():
+            found = "there is no run of this name"
+        others = _resumable_runs(layout.root)
+        hint = f"runs beside it that can be resumed: {', '.join(others)}. " if others else ""
+        raise CheckpointError(
+            f"{layout.root}: {found}, so there is nothing to resume; {hint}Correct the name "
+            "(output.name=...), or start a new run without --resume (--resume-or-start does "
+            "whichever is possible)"
+        )
+
+
+def results_without_state(layout: RunLayout) -> str | None:
+    """What is left of a run whose states are gone; None if it has not come so far as to save one.
+
+    Videos of step 0 are not a result: a run that was killed before it saved its first state has
+    them, and starting it again makes the same ones.
+    """
+    if exported := layout.exported():
+        return f"exported weights (the newest of step {max(exported)})"
+    if steps := [step for step in layout.sampled_steps() if step > 0]:
+        return f"sample videos (the newest of step {max(steps)})"
+    saved = [e.get("step") for e in read_events(layout.events) if e.get("event") == Saved.kind]
+    return f"events (a state of step {saved[-1]} was saved)" if saved else None
+
+
+def _resumable_runs(root: Path) -> list[str]:
+    """Names of runs in the same folder that have a state: those with a similar name, or else the
+    first few."""
+    if not root.parent.is_dir():
+        return []
+    found = [
+        path.name for path in sorted(root.parent.iterdir()) if RunLayout(path).saved_steps()
+    ]
+    return difflib.get_close_matches(root.name, found) or found[:5]
+
+
+def changes_since(
+    facts: StateFacts, config: ResolvedRun, dataset_digest: str, source: str
+) -> Changes:
     """Compare the run file and the data set recorded in a state's `facts` with the present ones.
 
-    CheckpointError if the run file was recorded by a version of onewan with other fields.
+    CheckpointError, naming `source`, if this version of onewan can't read the recorded run file.
     """
     try:
-        saved_config = ResolvedRun.model_validate(facts["config"])
+        saved_config = ResolvedRun.model_validate(facts.config)
     except ValidationError as error:
-        fields = ", ".join(sorted({".".join(map(str, e["loc"])) for e in error.errors()}))
-        raise CheckpointError(
-            f"the saved state: its run file has fields that this version of onewan does not read "
-            f"({fields}); resume with the version that saved it, or start another run"
+        names = sorted({".".join(map(str, ("config", *e["loc"]))) for e in error.errors()})
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        version = facts.versions.get("onewan", "not recorded")
+        # The fields of another version are no damage: an older state has them too, and falling
+        # back to one that an even older version saved would lose training time.
+        kind = DamagedStateError if version == versions()["onewan"] else CheckpointError
+        raise kind(
+            f"{source}: has fields of the run file that this version of onewan does not read "
+            f"({', '.join(names[:5])}{more}); resume with the version that saved it, which is "
+            f"{version}, or start another run"
         ) from error
     fields = changed_fields(saved_config, config)
     # With a constant learning rate and no cooldown, the results of a step do not depend on the
@@ -68,7 +141,7 @@ def changes_since(facts: Mapping[str, Any], config: ResolvedRun, dataset_digest:
         safe = name.startswith(_SAFE_TO_CHANGE) or (name == "train.steps" and not steps_matter)
         line = f"{name}: was {_shown(old)}, is {_shown(new)}"
         (harmless if safe else affecting_results).append(line)
-    if facts["dataset"] != dataset_digest:
+    if facts.dataset != dataset_digest:
         affecting_results.append(
             "the data set: clips, captions or spans differ from those of the run"
         )

@@ -9,8 +9,6 @@ accumulated gradients. It can be loaded on other devices and with another number
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -19,17 +17,26 @@ from typing import Any, Literal, Protocol
 
 import torch
 from diffusers import WanTransformer3DModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from onewan.checkpoint.store import DamagedStateError
 from onewan.errors import CheckpointError
 from onewan.train.ema import Ema
 from onewan.train.optimizers.trainable_optimizer import TrainableOptimizer
+from onewan.train.saved_state import (
+    FACTS_FILE,
+    BestStep,
+    SavedOptimizer,
+    StateFacts,
+    read_optimizer,
+    read_weights,
+    write_facts,
+    write_optimizer,
+    write_weights,
+)
 from onewan.train.trainables import ExpertMethod
 from onewan.variants import Expert, ExpertName
 
-_FACTS_FILE = "state.json"
 _PACKAGES = ("onewan", "torch", "diffusers", "transformers", "peft")
 
 TrainableName = ExpertName | Literal["embeddings"]
@@ -80,48 +87,73 @@ class Trainable:
         if self.ema is not None:
             self.ema.to(device)
 
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that `save` always writes."""
+        return [f"{self.name}.safetensors", f"{self.name}_optimizer.pt"]
+
     def save(self, folder: Path) -> None:
-        """Write weights, optimizer and average into `folder`, a file for each."""
-        save_file(self.weights.read(), folder / f"{self.name}.safetensors")
-        saved = {"optimizer": self.optimizer_name, "weights": self.optimizer.state_dict()}
-        torch.save(saved, folder / f"{self.name}_optimizer.pt")
+        """Write weights, optimizer and average into `folder`, a file for each. OSError if one can't
+        be written."""
+        weights, optimizer = (folder / name for name in self.files)
+        write_weights(weights, self.weights.read())
+        state = self.optimizer.state_dict()
+        write_optimizer(optimizer, SavedOptimizer(optimizer=self.optimizer_name, weights=state))
         if self.ema is not None:
-            torch.save(self.ema.state_dict(), folder / f"{self.name}_ema.pt")
+            write_weights(folder / f"{self.name}_ema.safetensors", self.ema.state_dict())
 
     def load(self, folder: Path, *, allow_change: bool) -> Iterator[str]:
-        """Continue from what `save` wrote; CheckpointError if it does not fit this run.
+        """Continue from what `save` wrote. DamagedStateError if a file can't be read, or is not of
+        this run.
 
         With `allow_change` an optimizer or average that does not fit is reset, and a message about
-        each is yielded.
+        each is yielded; weights that do not fit are a CheckpointError.
         """
-        weights, ema = folder / f"{self.name}.safetensors", folder / f"{self.name}_ema.pt"
+        weights, optimizer = (folder / name for name in self.files)
         # The weights are loaded first: resetting an average copies them, and an optimizer may too.
-        try:
-            self.weights.write(load_file(weights), str(weights))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{weights}: can't be read ({error})") from error
+        tensors = read_weights(weights)
+        with _unfit(damaged=not allow_change):
+            self.weights.write(tensors, str(weights))
         if self.ema is not None:
-            if ema.is_file() or not allow_change:
-                with _load_errors(ema):
-                    self.ema.load_state_dict(_read(ema))
-            else:
-                yield f"{self.name}: the state has no moving average; it starts at the weights"
-                self.ema.reset()
-        optimizer = folder / f"{self.name}_optimizer.pt"
+            yield from self._load_average(folder / f"{self.name}_ema.safetensors", allow_change)
+        saved = read_optimizer(optimizer)
         try:
-            with _load_errors(optimizer):
-                saved = _read(optimizer)
-                if saved["optimizer"] != self.optimizer_name:
-                    raise ValueError(
-                        f"the state is of optimizer {saved['optimizer']}, and this run's is "
-                        f"{self.optimizer_name}"
-                    )
-                self.optimizer.load_state_dict(saved["weights"])
-        except CheckpointError as error:
+            if saved.optimizer != self.optimizer_name:
+                raise ValueError(
+                    f"is of optimizer {saved.optimizer}, and this run's is {self.optimizer_name}"
+                )
+            self.optimizer.load_state_dict(saved.weights)
+        except ValueError as error:
             # A reset changes the results, so the user has to permit it.
             if not allow_change:
-                raise
-            yield f"{self.name}: the optimizer is reset ({error})"
+                raise DamagedStateError(f"{optimizer}: {error}") from error
+            yield f"{self.name}: the optimizer is reset ({optimizer}: {error})"
+
+    def _load_average(self, file: Path, allow_change: bool) -> Iterator[str]:
+        assert self.ema is not None
+        if allow_change and not file.exists():
+            yield f"{self.name}: the state has no moving average; it starts at the weights"
+            self.ema.reset()
+            return
+        averages = read_weights(file)
+        try:
+            self.ema.load_state_dict(averages)
+        except ValueError as error:
+            if not allow_change:
+                raise DamagedStateError(f"{file}: {error}") from error
+            yield f"{self.name}: the moving average starts at the weights ({file}: {error})"
+            self.ema.reset()
+
+
+@contextmanager
+def _unfit(*, damaged: bool) -> Iterator[None]:
+    """If `damaged`, tensors that do not fit the run are damage, since the run file is the same."""
+    try:
+        yield
+    except CheckpointError as error:
+        if not damaged:
+            raise
+        raise DamagedStateError(str(error)) from error
 
 
 @dataclass(kw_only=True)
@@ -146,16 +178,16 @@ class TrainState:
     experts: dict[ExpertName, TrainedExpert]
     embeddings: Trainable | None = None
     step: int = 0
-    base_loss: dict[str, float] = field(default_factory=dict)
+    base_loss: dict[ExpertName, float] = field(default_factory=dict)
     """The base model's validation loss by expert, to compare later losses with."""
     validated: int | None = None
     """The step of the last validation."""
-    best: dict[str, float] | None = None
-    """``step`` and ``loss`` of the validation with the lowest loss."""
+    best: BestStep | None = None
+    """The validation with the lowest loss."""
 
     @property
     def best_step(self) -> int | None:
-        return None if self.best is None else int(self.best["step"])
+        return None if self.best is None else self.best.step
 
     @property
     def trainables(self) -> list[Trainable]:
@@ -168,58 +200,44 @@ class TrainState:
         found = (self.experts[name].trainable, self.embeddings)
         return [trainable for trainable in found if trainable is not None]
 
-    def save(self, folder: Path, facts: dict[str, Any]) -> None:
-        """Write the state into `folder`, and `facts` (run file, data set) into its JSON file."""
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that every state of this run has."""
+        return [FACTS_FILE, *(name for trainable in self.trainables for name in trainable.files)]
+
+    def save(self, folder: Path, *, config: Mapping[str, Any], dataset: str) -> None:
+        """Write the state into `folder`, with the resolved run file and the digest of the data set.
+        OSError if a file can't be written."""
         for trainable in self.trainables:
             trainable.save(folder)
-        content = {
-            "step": self.step,
-            "base_loss": self.base_loss,
-            "validated": self.validated,
-            "best": self.best,
-            "versions": versions(),
-            **facts,
-        }
-        # This write alone is not atomic: `checkpoint.store` renames the folder when all files are
-        # complete.
-        (folder / _FACTS_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
+        facts = StateFacts(
+            step=self.step,
+            base_loss=self.base_loss,
+            validated=self.validated,
+            best=self.best,
+            versions=versions(),
+            config=dict(config),
+            dataset=dataset,
+        )
+        write_facts(folder, facts)
 
-    def load(self, folder: Path, *, allow_change: bool = False) -> list[str]:
-        """Continue from the state in `folder`; CheckpointError if it does not fit this run.
+    def load(self, folder: Path, facts: StateFacts, *, allow_change: bool = False) -> list[str]:
+        """Continue from the state in `folder`, whose `facts` have been read. DamagedStateError if
+        another file is damaged or, without `allow_change`, does not fit this run.
 
         With `allow_change` an optimizer or average that does not fit is reset; returns a message
         about each.
         """
-        content = read_facts(folder)
         resets = [
             line
             for trainable in self.trainables
             for line in trainable.load(folder, allow_change=allow_change)
         ]
-        self.step = content["step"]
-        self.base_loss = content["base_loss"]
-        self.validated = content["validated"]
-        self.best = content["best"]
+        self.step = facts.step
+        self.base_loss = dict(facts.base_loss)
+        self.validated = facts.validated
+        self.best = facts.best
         return resets
-
-
-@contextmanager
-def _load_errors(file: Path) -> Iterator[None]:
-    """Turn what loading a state's `file` raises into a CheckpointError that names it."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{file}: does not fit what this run trains ({error})") from error
-
-
-def _read(file: Path) -> Any:
-    # weights_only: a state may come from elsewhere, and a pickle can run code.
-    return torch.load(file, weights_only=True, map_location="cpu")
-
-
-def read_facts(folder: Path) -> dict[str, Any]:
-    """A state's JSON file: step, losses, package versions, run file, digest of the data set."""
-    return json.loads((folder / _FACTS_FILE).read_text(encoding="utf-8"))
 
 
 def versions() -> dict[str, str]:

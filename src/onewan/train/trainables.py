@@ -24,6 +24,7 @@ from onewan.adapters.lora import (
     load_adapter_weights,
 )
 from onewan.adapters.weights import load_weights, weights_of
+from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
 from onewan.model.embedding import WanModelEmbedding
 from onewan.train.optimizers.parameters import ParameterGroup
@@ -99,6 +100,14 @@ class AdapterTraining:
         return adapter_weights(self._transformer)
 
     def write(self, weights: Mapping[str, Tensor], source: str) -> None:
+        own = self.read()
+        # Loading would round other dtypes silently. Wrong names and shapes are found by it.
+        wrong = [n for n, t in weights.items() if n in own and t.dtype != own[n].dtype]
+        if wrong:
+            raise CheckpointError(
+                f"{source}: {len(wrong)} weights have another dtype than those of this run, such "
+                f"as {wrong[0]} ({weights[wrong[0]].dtype}, not {own[wrong[0]].dtype})"
+            )
         load_adapter_weights(self._transformer, weights, source)
 
     def base(self) -> AbstractContextManager[None]:

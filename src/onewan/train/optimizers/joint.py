@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from onewan.config.optimizer import Optimizer
-from onewan.train.optimizers.library import LibraryOptimizer, library_optimizer
+from onewan.train.optimizers.library import (
+    LibraryOptimizer,
+    StateAfterAStep,
+    library_optimizer,
+)
 from onewan.train.optimizers.parameters import (
     ManagedParameter,
     ManagedParameters,
@@ -42,7 +46,8 @@ class JointOptimizer:
                     group=entry.group,
                 )
                 for name, parameter, entry in zip(names, parameters, bookkeeping, strict=True)
-            ]
+            ],
+            StateAfterAStep(choice, library_group([], groups[0].lr, trainable)),
         )
         self._host_copies_are_stale = True
         """True until the first step after building or loading: between the two, the weights

@@ -6,7 +6,7 @@ schedulefree and Prodigy; `onewan.train.optimizers.builders` knows the arguments
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from onewan.config.optimizer import AdamW8bitOptimizer, AdamWOffloadOptimizer, Optimizer
+from onewan.config.optimizer import (
+    AdamW8bitOptimizer,
+    AdamWLowBitOptimizer,
+    AdamWOffloadOptimizer,
+    CustomOptimizer,
+    Optimizer,
+)
 from onewan.train.optimizers.builders import Groups, build_optimizer, is_schedule_free
 
 
@@ -144,6 +150,38 @@ def library_optimizer(groups: Groups, choice: Optimizer) -> LibraryOptimizer:
     elif isinstance(choice, AdamWOffloadOptimizer):
         wrapper = _OffloadedOptimizer
     return wrapper(build_optimizer(groups, choice), schedule_free=is_schedule_free(choice))
+
+
+class StateAfterAStep:
+    """What an optimizer's state of a weight has after a step: keys, types, shapes and dtypes.
+
+    Libraries do not say it, and it changes with their versions and with the weight (large matrices
+    are factored or quantized), so an optimizer of the same choice takes a step over a weight of
+    the same shape. Weights that are alike share the answer.
+    """
+
+    def __init__(self, choice: Optimizer, trainable_group: dict[str, Any]) -> None:
+        self._choice = choice
+        self._group = trainable_group
+        self._known: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def __call__(self, weight: Tensor) -> Mapping[str, Any] | None:
+        """The state of `weight`, with tensors without memory; None where it is not known: for
+        optimizers that compile their step, that need a backward pass, or that are not ours."""
+        if isinstance(self._choice, (AdamWLowBitOptimizer, AdamWOffloadOptimizer, CustomOptimizer)):
+            return None
+        key = (weight.shape, weight.dtype, weight.device)
+        if key not in self._known:
+            self._known[key] = self._try(weight)
+        return self._known[key]
+
+    def _try(self, weight: Tensor) -> dict[str, Any]:
+        parameter = nn.Parameter(torch.ones(weight.shape, dtype=weight.dtype, device=weight.device))
+        parameter.grad = torch.ones_like(parameter)
+        library = library_optimizer([{**self._group, "params": [parameter]}], self._choice)
+        library.optimizer.step()
+        (entry,) = library.bookkeeping([parameter])
+        return on_device(entry.holder.state.get(entry.tensor, {}), torch.device("meta"), copy=False)
 
 
 def set_lr(group: dict[str, Any], lr: float) -> None:

@@ -7,7 +7,8 @@ are those of its run file, and a state can be loaded with or without the fused s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ _BASE_LR = "base_lr"
 _NOT_SAVED = frozenset({"params", "lr", _BASE_LR})
 """Entries of a parameter group that follow from the run file and the step."""
 _CPU = torch.device("cpu")
+_MAX_DEPTH = 4
+"""Of containers within an entry of a state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +92,15 @@ class ManagedParameter:
 class ManagedParameters:
     """All parameters of one trainable: their learning rates, their norm, and their state."""
 
-    def __init__(self, managed: Sequence[ManagedParameter]) -> None:
+    def __init__(
+        self,
+        managed: Sequence[ManagedParameter],
+        expected: Callable[[Tensor], Mapping[str, Any] | None],
+    ) -> None:
+        """`expected` returns what the optimizer's state of a tensor has after a step, to check
+        saved states; None where that is not known."""
         self._managed = list(managed)
+        self._expected = expected
         # By identity: parameters share groups, and dictionaries can't be hashed.
         self._groups = {id(m.group): m.group for m in self._managed}
         self._initial = {key: _hyperparameters(group) for key, group in self._groups.items()}
@@ -169,12 +179,13 @@ class ManagedParameters:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue from `saved`, bit-exact; call it after the parameters themselves are loaded.
 
-        ValueError if it is the state of other parameters. A residual (Kahan summation) that `saved`
+        ValueError, which names the field, if it is the state of other parameters or of another
+        optimizer, or no state of an optimizer at all. A residual (Kahan summation) that `saved`
         does not have starts at 0; one that this run has no use for is dropped.
         """
         own = {managed.name: managed for managed in self._managed}
         # All checks come first, so that an error leaves the optimizer as it was.
-        _check_fit(saved, own)
+        _check_fit(saved, own, self._expected)
         # Groups are reset to their initial entries: a saved state has changed entries only, and
         # counters of earlier steps must not remain.
         for key, group in self._groups.items():
@@ -212,13 +223,93 @@ def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
     return on_device(saved, None, copy=True)
 
 
-def _check_fit(saved: Mapping[str, Any], own: Mapping[str, ManagedParameter]) -> None:
-    """ValueError if `saved` is not a state of the parameters `own`."""
+def _check_fit(
+    saved: Mapping[Any, Any],
+    own: Mapping[str, ManagedParameter],
+    expected: Callable[[Tensor], Mapping[str, Any] | None],
+) -> None:
+    """ValueError, which names the field, if `saved` is not a state of the parameters `own`."""
     if saved.keys() != own.keys():
-        unmatched = sorted(saved.keys() ^ own.keys())
+        unmatched = sorted(map(str, saved.keys() ^ own.keys()))
         side = "the state" if unmatched[0] in saved else "this run"
         raise ValueError(f"the state is of other weights: {unmatched[0]} is only in {side}")
     for name, managed in own.items():
-        shape = tuple(managed.parameter.shape)
-        if tuple(saved[name]["shape"]) != shape:
-            raise ValueError(f"{name}: the state is of shape {saved[name]['shape']}, not {shape}")
+        problem = _entry_problem(saved[name], managed, expected)
+        if problem is not None:
+            raise ValueError(f"{name}: {problem}")
+
+
+def _entry_problem(
+    entry: Any,
+    managed: ManagedParameter,
+    expected: Callable[[Tensor], Mapping[str, Any] | None],
+) -> str | None:
+    """What is wrong with a parameter's entry in a saved state; None if nothing."""
+    if not isinstance(entry, dict) or entry.keys() != {"shape", "state", "group", "rest"}:  # pyright: ignore[reportUnknownMemberType]
+        return "is not an optimizer's entry of a weight"
+    fields: dict[str, Any] = entry
+    parameter, rest = managed.parameter, fields["rest"]
+    if fields["shape"] != list(parameter.shape):
+        return f"the state is of shape {fields['shape']}, not {tuple(parameter.shape)}"
+    if rest is not None and not _is_like(rest, parameter):
+        return f"rest: is not a tensor of shape {tuple(parameter.shape)} and {parameter.dtype}"
+    for part in ("state", "group"):
+        if not isinstance(fields[part], dict):
+            return f"{part}: is not a mapping"
+        for key, value in fields[part].items():
+            if not isinstance(key, str) or (part == "group" and key in _NOT_SAVED):
+                return f"{part}: has the entry {key!r}"
+            if not _is_sound(value):
+                return f"{part}.{key}: is or has NaN, or a value of another type than is saved"
+            if part == "group" and not _is_alike(value, managed.group.get(key, value)):
+                return f"group.{key}: is {value!r}, not like {managed.group[key]!r}"
+    # Empty before the first step, and later for a weight that never had a gradient.
+    usual = expected(managed.optimized) if fields["state"] else None
+    for key, value in (usual or {}).items():
+        if key not in fields["state"]:
+            return f"state.{key}: is missing"
+        if not _is_alike(fields["state"][key], value):
+            return f"state.{key}: is {_described(fields['state'][key])}, not {_described(value)}"
+    return None
+
+
+def _is_sound(value: Any, depth: int = 0) -> bool:
+    """Whether a value is of a type that states contain, and not NaN."""
+    if isinstance(value, Tensor):
+        # Values of quantized tensors, which are subclasses, are not looked at.
+        numeric = (
+            type(value) is Tensor and value.dtype.is_floating_point and value.dtype.itemsize > 1
+        )
+        return not numeric or not bool(value.isnan().any())
+    if isinstance(value, float):
+        return not math.isnan(value)
+    if isinstance(value, (list, tuple)):
+        items: tuple[Any, ...] = tuple(value)
+    elif isinstance(value, dict):
+        items = tuple(value.values())
+    else:
+        return value is None or isinstance(value, (bool, int, str, torch.dtype, torch.device))
+    return depth < _MAX_DEPTH and all(_is_sound(item, depth + 1) for item in items)
+
+
+def _is_alike(value: Any, other: Any) -> bool:
+    """Whether two values have the same type; tensors also the same shape and dtype."""
+    if isinstance(other, Tensor):
+        return _is_like(value, other)
+    # A counter or a rate may begin as None or as an integer.
+    numbers = (bool, int, float)
+    return (
+        other is None
+        or type(value) is type(other)
+        or (isinstance(value, numbers) and isinstance(other, numbers))
+    )
+
+
+def _is_like(value: Any, tensor: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == tensor.shape and value.dtype == tensor.dtype
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
+    return f"of type {type(value).__name__}"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from onewan.config.optimizer import Optimizer
 from onewan.seeds import derive_seed
-from onewan.train.optimizers.library import library_optimizer
+from onewan.train.optimizers.library import StateAfterAStep, library_optimizer
 from onewan.train.optimizers.parameters import (
     ManagedParameter,
     ManagedParameters,
@@ -51,7 +51,8 @@ class PerWeightOptimizer:
                 self._managed(name, parameter, group.lr)
                 for group in groups
                 for name, parameter in zip(group.names, group.parameters, strict=True)
-            ]
+            ],
+            StateAfterAStep(choice, library_group([], groups[0].lr, trainable)),
         )
         self._step: _PerWeightStep | None = None
         """The step that has begun and has not been applied."""

@@ -1,0 +1,163 @@
+"""Typed reading and writing of the files of a training state.
+
+A state may come from another machine, another version or a damaged disk: whatever is wrong with a
+file is a DamagedStateError that names the file and the field, before anything of it is used.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from onewan.checkpoint.store import DamagedStateError
+from onewan.formats.backends import first_line
+from onewan.variants import ExpertName
+
+FACTS_FILE = "state.json"
+_MAX_FACTS_BYTES = 16 << 20
+_MAX_STEP = 10**12
+
+_Step = Annotated[int, Field(ge=0, le=_MAX_STEP)]
+_Loss = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class BestStep(_Strict):
+    """The validation with the lowest loss."""
+
+    step: _Step
+    loss: _Loss
+
+
+class StateFacts(_Strict):
+    """Everything in a state except tensors: ``state.json``."""
+
+    step: _Step
+    base_loss: dict[ExpertName, _Loss]
+    """The base model's validation loss by expert."""
+    validated: _Step | None
+    """The step of the last validation."""
+    best: BestStep | None
+    versions: dict[str, str]
+    """Versions of the packages that the results depend on."""
+    config: dict[str, Any]
+    """The resolved run file."""
+    dataset: str
+    """Digest of the data set."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> StateFacts:
+        for name, step in (
+            ("validated", self.validated),
+            ("best.step", self.best.step if self.best else None),
+        ):
+            if step is not None and step > self.step:
+                raise ValueError(f"{name} is {step}, which is after step {self.step}")
+        return self
+
+
+def write_facts(folder: Path, facts: StateFacts) -> None:
+    """OSError if it can't be written. Not atomic: `checkpoint.store` renames the folder when all
+    files are complete."""
+    (folder / FACTS_FILE).write_text(facts.model_dump_json(indent=2), encoding="utf-8")
+
+
+def read_facts(folder: Path) -> StateFacts:
+    """The facts of the state in `folder`, whose name is the number of its step."""
+    file = folder / FACTS_FILE
+    with _reading(file):
+        if file.stat().st_size > _MAX_FACTS_BYTES:
+            raise DamagedStateError(f"{file}: has more than {_MAX_FACTS_BYTES} bytes")
+        content = file.read_bytes()
+    try:
+        facts = StateFacts.model_validate_json(content)
+    except ValidationError as error:
+        problems = [
+            ": ".join((*(".".join(map(str, each["loc"])),) * bool(each["loc"]), each["msg"]))
+            for each in error.errors(include_url=False, include_input=False)
+        ]
+        more = f" and {len(problems) - 3} more problems" if len(problems) > 3 else ""
+        raise DamagedStateError(f"{file}: {'; '.join(problems[:3])}{more}") from error
+    if facts.step != int(folder.name):
+        raise DamagedStateError(f"{file}: step: is {facts.step} in the folder of {folder.name}")
+    return facts
+
+
+def write_weights(file: Path, weights: Mapping[str, Tensor]) -> None:
+    """OSError if it can't be written."""
+    try:
+        save_file(dict(weights), file)
+    except SafetensorError as error:
+        raise OSError(f"{file}: can't be written ({first_line(error)})") from error
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors in a safetensors file; all values are finite."""
+    with _reading(file):
+        weights = load_file(file)
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise DamagedStateError(f"{file}: {name} has NaN or infinite values")
+    return weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedOptimizer:
+    """The file of an optimizer's state."""
+
+    optimizer: str
+    """`optimizer.name` of the run file."""
+    weights: Mapping[Any, Any]
+    """By the names of the weights. What is in it is checked by the optimizer, which knows it."""
+
+
+def write_optimizer(file: Path, saved: SavedOptimizer) -> None:
+    """OSError if it can't be written."""
+    try:
+        torch.save({"optimizer": saved.optimizer, "weights": saved.weights}, file)
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise OSError(
+            f"{file}: can't be written; is the disk full? ({first_line(error)})"
+        ) from error
+
+
+def read_optimizer(file: Path) -> SavedOptimizer:
+    """What `write_optimizer` has written, with its tensors on the CPU."""
+    with _reading(file), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of damaged files, about the protocol that they name
+        # weights_only: a state may come from elsewhere, and a pickle can run code.
+        content = torch.load(file, weights_only=True, map_location="cpu")
+    if not isinstance(content, dict):
+        raise DamagedStateError(f"{file}: is not the state of an optimizer")
+    name, weights = (cast("dict[str, Any]", content).get(key) for key in ("optimizer", "weights"))
+    if not isinstance(name, str) or not isinstance(weights, dict):
+        what = "optimizer: is not a name" if not isinstance(name, str) else "weights: is no mapping"
+        raise DamagedStateError(f"{file}: {what}")
+    return SavedOptimizer(optimizer=name, weights=cast("dict[Any, Any]", weights))
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turn whatever reading `file` raises into a DamagedStateError that names it."""
+    try:
+        yield
+    except DamagedStateError:
+        raise
+    except FileNotFoundError as error:
+        raise DamagedStateError(f"{file}: is missing") from error
+    # A few flipped bits make torch.load raise nearly any type of exception.
+    except Exception as error:  # noqa: BLE001
+        raise DamagedStateError(f"{file}: can't be read ({first_line(error)})") from error
