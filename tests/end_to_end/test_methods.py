@@ -31,6 +31,7 @@ from onewan.model.forward import predict_velocity
 from onewan.model.load import WanModelLoader
 from onewan.model.wan import WanModel
 from onewan.runs.event_file import read_events
+from onewan.train.saved_state import read_facts
 from onewan.train.setup import WanModelSetup
 from onewan.train.trainer import WanTrainer
 from onewan.variants import VARIANTS
@@ -100,7 +101,8 @@ def check_exports(config: ResolvedRun, method: str) -> None:
     """The exported weights, in a newly loaded model, give the output of the run's own model."""
     run = WanModelSetup(config).build()
     layout = layout_of(config)
-    run.state.load(layout.state(STEPS))
+    folder = layout.state(STEPS)
+    run.state.load(folder, read_facts(folder))
     fresh = WanModelLoader().load(config.model.path, dtype=run.model.dtype)
     batch = run.validation_batches()[0]
     for name, trained in run.state.experts.items():
@@ -162,12 +164,12 @@ def killed_and_resumed(run_yaml: Path, overrides: list[str], case: str) -> Resol
     assert process.exitcode == -9
     events = events_so_far(layout.events)
     saved = max((e["step"] for e in events if e["event"] == "saved"), default=0)
-    found = StateStore(layout, keep=2).newest()
+    found = StateStore(layout, keep=2).newest(Path.is_dir)
     # A state is reported after it is complete: so it exists, and no state is damaged.
     assert (found.step if found else 0) >= saved
     assert found is None or found.damaged == ()
     events_of_resume: list[dict[str, Any]] = []
-    WanTrainer(config, listen=recorder(events_of_resume), resume=True).fit()
+    WanTrainer(config, listen=recorder(events_of_resume), resume=True, or_start=True).fit()
     assert not [p for p in layout.weights_dir.iterdir() if p.name.startswith(".")]
     resumed = [e["step"] for e in events_of_resume if e["event"] == "resumed"]
     assert resumed == ([found.step] if found else [])

@@ -15,6 +15,7 @@ from support.interrupted import leave_interrupted
 from support.runs import SMALL_SAMPLE, RunFile, layout_of, outcome, recorder
 
 from onewan import files
+from onewan.checkpoint.store import DamagedStateError
 from onewan.cli import main
 from onewan.config.load import load_run
 from onewan.config.schema import ResolvedRun
@@ -22,9 +23,10 @@ from onewan.errors import CheckpointError, Interrupted
 from onewan.runs.control import request
 from onewan.runs.event_file import read_events
 from onewan.runs.events import Encoding, Event, Sampling, StepDone
-from onewan.train import trainer, validation
+from onewan.train import saving, validation
 from onewan.train.resume import changes_since
 from onewan.train.run import Run
+from onewan.train.saved_state import StateFacts, read_facts
 from onewan.train.setup import WanModelSetup
 from onewan.train.trainer import WanTrainer
 from onewan.train.validation import validation_loss
@@ -170,9 +172,10 @@ def test_missing_parts_of_a_state_are_reinitialized_only_if_allowed(run_file: Ru
     config = run_file("ti2v-5b", "optimizer.name=sgd", "train.ema={}", name="other")
     folder = layout_of(config).root.with_name("run") / "state" / "000002"
     run = WanModelSetup(config).build()
-    with pytest.raises(CheckpointError, match="single_ema"):
-        run.state.load(folder)
-    average, optimizer = run.state.load(folder, allow_change=True)
+    facts = read_facts(folder)
+    with pytest.raises(CheckpointError, match=r"single_ema\.safetensors: is missing"):
+        run.state.load(folder, facts)
+    average, optimizer = run.state.load(folder, facts, allow_change=True)
     assert average == ("single: the state has no moving average; it starts at the weights")
     assert optimizer.startswith("single: the optimizer is reset") and "adamw" in optimizer
     weights = run.state.experts["single"].method.read()
@@ -182,7 +185,7 @@ def test_missing_parts_of_a_state_are_reinitialized_only_if_allowed(run_file: Ru
     for trainable in run.state.trainables:
         trainable.ema = None
     with pytest.raises(CheckpointError, match="is of optimizer adamw, and this run's is sgd"):
-        run.state.load(folder)
+        run.state.load(folder, facts)
 
 
 def test_resuming_with_other_package_versions_gives_a_warning(
@@ -191,7 +194,7 @@ def test_resuming_with_other_package_versions_gives_a_warning(
     WanTrainer(run_file("ti2v-5b", "train.steps=1")).fit()
     config = run_file("ti2v-5b", "train.steps=2")
     events: list[dict[str, Any]] = []
-    monkeypatch.setattr(trainer, "versions", lambda: {"torch": "9.9"})
+    monkeypatch.setattr(saving, "versions", lambda: {"torch": "9.9"})
     WanTrainer(config, listen=recorder(events), resume=True).fit()
     (warning,) = [e["text"] for e in events if e["event"] == "warning"]
     assert "and this is {'torch': '9.9'}; bit-exact results are not promised" in warning
@@ -234,7 +237,7 @@ def test_a_stop_while_encoding_loses_nothing(run_file: RunFile, tmp_path: Path) 
         WanTrainer(config, listen=listen).fit()
     total = seen[-2]["total"]
     seen.clear()
-    WanTrainer(config, listen=recorder(seen), resume=True).fit()
+    WanTrainer(config, listen=recorder(seen)).fit()
     clips = [e for e in seen if e.get("what") == "encoding clips"]
     assert len(clips) == total - 1
 
@@ -327,8 +330,14 @@ def test_a_state_of_a_version_with_other_fields_is_refused_and_names_them(
     config = run_file("ti2v-5b")
     saved = config.model_dump(mode="json")
     saved["train"] |= {"expert_block": 2}
-    with pytest.raises(CheckpointError, match=r"\(train\.expert_block\).*version that saved it"):
-        changes_since({"config": saved, "dataset": ""}, config, "")
+    facts = StateFacts(
+        step=1, base_loss={}, validated=None, best=None, versions={}, config=saved, dataset=""
+    )
+    named = r"^state\.json: .*\(config\.train\.expert_block\).*version that saved it"
+    with pytest.raises(CheckpointError, match=named) as refusal:
+        changes_since(facts, config, "", "state.json")
+    # An older state would not help.
+    assert not isinstance(refusal.value, DamagedStateError)
 
 
 def test_changes_are_listed_on_resume(run_file: RunFile, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from onewan.model.forward import predict_velocity
 from onewan.runs.control import request
 from onewan.runs.event_file import read_events
 from onewan.runs.events import Event, StepDone
+from onewan.train.saved_state import read_facts
 from onewan.train.setup import WanModelSetup
 from onewan.train.step import train_step
 from onewan.train.trainer import WanTrainer, device_memory
@@ -87,7 +88,8 @@ def test_exported_files_give_the_output_of_the_training_model(
     WanTrainer(config).fit()
     layout = layout_of(config)
     run = WanModelSetup(config).build()
-    run.state.load(layout.state(6))
+    folder = layout.state(6)
+    run.state.load(folder, read_facts(folder))
     kind = WanImageToVideoPipeline if variant == "i2v-a14b" else WanPipeline
     pipeline = kind.from_pretrained(workshop / variant)
     batch = run.loader.validation_batches(run.dataset.clips, 2)[1]

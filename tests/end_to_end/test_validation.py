@@ -19,6 +19,7 @@ from onewan.runs.event_file import read_events
 from onewan.sample.generate import WanModelSampler
 from onewan.train.objective import Objective
 from onewan.train.run import Run
+from onewan.train.saved_state import BestStep, read_facts
 from onewan.train.setup import WanModelSetup
 from onewan.train.step import train_step
 from onewan.train.trainer import WanTrainer
@@ -166,7 +167,7 @@ def test_the_average_of_embeddings_is_validated_too(run_file: RunFile, workshop:
     assert measure(run, "trained") == before
     WanTrainer(config).fit()
     layout = layout_of(config)
-    averages = torch.load(layout.state(6) / "embeddings_ema.pt", weights_only=True)
+    averages = load_file(layout.state(6) / "embeddings_ema.safetensors")
     for suffix, vectors in (("_shape_ema", averages), ("_shape", None)):
         exported = WanModelEmbedding.from_file(layout.weights(6, suffix)).vectors
         assert torch.equal(exported, averages["shape"]) == (vectors is averages)
@@ -245,8 +246,9 @@ def test_the_best_state_is_kept(run_file: RunFile) -> None:
         "train={steps: 7, save_every: 3, keep_last: 1, keep_every: 3, keep_best: true}",
     )
     run = WanModelSetup(longer).build()
-    run.state.load(layout_of(config).state(6))
-    assert run.state.best == {"step": best, "loss": losses[best]}
+    newest = layout_of(config).state(6)
+    run.state.load(newest, read_facts(newest))
+    assert run.state.best == BestStep(step=best, loss=losses[best])
 
 
 def test_schedule_free_weights_are_exported_as_validated(run_file: RunFile) -> None:
@@ -263,14 +265,15 @@ def test_schedule_free_weights_are_exported_as_validated(run_file: RunFile) -> N
         "000006_ema.safetensors",
     ]
     run = WanModelSetup(config).build()
-    run.state.load(layout.state(6))
+    folder = layout.state(6)
+    run.state.load(folder, read_facts(folder))
     raw = run.state.experts["single"].method.read()
     with run.state.experts["single"].trainable.using("trained"):
         used = run.state.experts["single"].method.read()
     assert any(not torch.equal(raw[name], used[name]) for name in raw)
     again = run.state.experts["single"].method.read()
     assert all(torch.equal(raw[name], again[name]) for name in raw)
-    averaged = torch.load(layout.state(6) / "single_ema.pt", weights_only=True)
+    averaged = load_file(layout.state(6) / "single_ema.safetensors")
     for suffix, weights in (("", used), ("_ema", averaged)):
         exported = load_file(layout.weights(6, suffix))
         for name, tensor in weights.items():

@@ -60,7 +60,7 @@ def _drop_unwritable_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:
+        except OSError:  # noqa: PERF203  (two streams)
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

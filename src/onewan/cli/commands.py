@@ -72,7 +72,13 @@ def cache(run: Path, overrides: Sequence[str], *, strict: bool, verify: bool) ->
 
 
 def train(
-    run: Path, overrides: Sequence[str], *, resume: bool, again: bool, allow_change: bool
+    run: Path,
+    overrides: Sequence[str],
+    *,
+    resume: bool,
+    or_start: bool,
+    again: bool,
+    allow_change: bool,
 ) -> int:
     if again and not run.is_dir():
         raise ConfigError(
@@ -90,6 +96,7 @@ def train(
             run_file=run.read_text(encoding="utf-8-sig") if run.is_file() else None,
             listen=progress.listen,
             resume=resume,
+            or_start=or_start,
             allow_change=allow_change,
         ).fit()
     return 0

@@ -45,6 +45,12 @@ def add_train(commands: Commands) -> None:
         "--resume", action="store_true", help="continue from the last saved state of the run"
     )
     start.add_argument(
+        "--resume-or-start",
+        action="store_true",
+        help="continue like --resume, or start the run if it has no saved state yet: one command "
+        "for machines that may be taken away at any time",
+    )
+    start.add_argument(
         "--again",
         action="store_true",
         help="with the folder of a run: repeat it from the start with the same settings, as a new "
@@ -53,7 +59,7 @@ def add_train(commands: Commands) -> None:
     parser.add_argument(
         "--allow-change",
         action="store_true",
-        help="with --resume: continue although settings or clips have changed",
+        help="when resuming: continue although settings or clips have changed",
     )
 
     def run(options: argparse.Namespace) -> int:
@@ -62,7 +68,8 @@ def add_train(commands: Commands) -> None:
         return train(
             options.run,
             options.overrides,
-            resume=options.resume,
+            resume=options.resume or options.resume_or_start,
+            or_start=options.resume_or_start,
             again=options.again,
             allow_change=options.allow_change,
         )

@@ -104,9 +104,7 @@ def _resumable_runs(root: Path) -> list[str]:
     first few."""
     if not root.parent.is_dir():
         return []
-    found = [
-        path.name for path in sorted(root.parent.iterdir()) if RunLayout(path).saved_steps()
-    ]
+    found = [path.name for path in sorted(root.parent.iterdir()) if RunLayout(path).saved_steps()]
     return difflib.get_close_matches(root.name, found) or found[:5]
 
 

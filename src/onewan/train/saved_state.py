@@ -159,5 +159,5 @@ def _reading(file: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise DamagedStateError(f"{file}: is missing") from error
     # A few flipped bits make torch.load raise nearly any type of exception.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         raise DamagedStateError(f"{file}: can't be read ({first_line(error)})") from error

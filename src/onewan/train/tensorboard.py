@@ -1,5 +1,8 @@
 """Writes a run's events as TensorBoard curves."""
 
+# TensorBoard's protocol buffers have no types.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import os

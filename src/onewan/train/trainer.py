@@ -8,14 +8,15 @@ everything that happens, and never prints.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 
 import torch
+from safetensors import SafetensorError
 
-from onewan.checkpoint.store import StateStore
 from onewan.config.load import dump_run
 from onewan.config.schema import ResolvedRun
 from onewan.data.loader import StepBatches
@@ -23,17 +24,18 @@ from onewan.errors import CheckpointError, DataError, Interrupted
 from onewan.files import remove, remove_abandoned, replacing
 from onewan.locks import locked
 from onewan.runs import events
-from onewan.runs.control import REQUESTS, StopSignals, clear, pending, take
+from onewan.runs.control import REQUESTS, Request, StopSignals, clear, pending, take
 from onewan.runs.event_file import EventFile, HeartbeatThread
 from onewan.runs.layout import RunLayout
 from onewan.runs.log import FileSink, Listener, ListenerSink, RunLog, text_log
 from onewan.sample.generate import WanModelSampler
 from onewan.train.cadence import Cadence
 from onewan.train.export import exported_files
-from onewan.train.resume import changes_since
+from onewan.train.resume import check_start
 from onewan.train.run import Run, run_folder
+from onewan.train.saved_state import BestStep
+from onewan.train.saving import StateSaver
 from onewan.train.setup import WanModelSetup
-from onewan.train.state import read_facts, versions
 from onewan.train.step import StepMetrics, train_step
 from onewan.train.tensorboard import TensorBoardSink
 from onewan.train.validation import expert_losses
@@ -51,24 +53,27 @@ class WanTrainer:
         run_file: str | None = None,
         listen: Listener | None = None,
         resume: bool = False,
+        or_start: bool = False,
         allow_change: bool = False,
     ) -> None:
         """`config` is resolved (`load_run`). `run_file` is its text as written by the user, which
-        is kept in the run's folder. `listen` is called with each event. `allow_change` permits
-        resuming with other settings or data; the results then differ from those of an
-        uninterrupted run.
+        is kept in the run's folder. `listen` is called with each event. `resume` continues
+        the run from its newest state, or, with `or_start`, starts it if it has none.
+        `allow_change` permits resuming with other settings or data; the results then differ from
+        those of an uninterrupted run.
         """
         self._config = config
         self._run_file = run_file
         self._resume = resume
+        self._or_start = or_start
         self._allow_change = allow_change
         self._layout = RunLayout(run_folder(config))
-        self._store = StateStore(self._layout, config.train.keep_last, config.train.keep_every)
         self._cadence = Cadence.of(config)
         self._stop_signals = StopSignals()
         self._log = RunLog(*([] if listen is None else [ListenerSink(listen)]))
-        self._saved_step = 0
-        self._saved_at = time.monotonic()
+        self._saver = StateSaver(config, self._layout, self._log)
+        self._failed_export = ""
+        """Why the newest export failed; empty if it did not."""
 
     def fit(self) -> None:
         """Train to the last step, or until the user requests a stop (Interrupted, after saving).
@@ -82,7 +87,7 @@ class WanTrainer:
         )
         with ExitStack() as session:
             session.enter_context(locked(self._layout.lock, root, remedy))
-            self._check_start()
+            check_start(self._layout, resume=self._resume, or_start=self._or_start)
             self._layout.create()
             if not self._layout.saved_steps():
                 self._write_run_files()
@@ -98,20 +103,12 @@ class WanTrainer:
             try:
                 self._run()
             except Interrupted:
-                self._log.emit(events.Stopped(step=self._saved_step))
+                self._log.emit(events.Stopped(step=self._saver.saved_step))
                 raise
             except BaseException as error:  # the log has to say how a run ended, Ctrl-C included
                 log.error("the run failed", exc_info=error)
                 self._log.emit(events.Failed(error=str(error) or type(error).__name__))
                 raise
-
-    def _check_start(self) -> None:
-        """CheckpointError if the run's folder does not fit the way in which training starts."""
-        if self._layout.saved_steps() and not self._resume:
-            raise CheckpointError(
-                f"{self._layout.root}: already holds a run; continue it with --resume, or choose "
-                "another name (output.name=...)"
-            )
 
     def _run(self) -> None:
         config = self._config
@@ -134,8 +131,7 @@ class WanTrainer:
             self._log.add(TensorBoardSink(self._layout.tensorboard, run.state.step))
         try:
             self._catch_up(run)
-            # Encoding and the first validation are not training time that a crash could lose.
-            self._saved_at = time.monotonic()
+            self._saver.start_clock()
             for step in self._steps(run):
                 begin = time.perf_counter()
                 metrics = train_step(run, step)
@@ -145,8 +141,13 @@ class WanTrainer:
         except Interrupted:
             # Saved here and not where the request was noticed: during validation and sampling the
             # model may contain other weights (averages, the base model's) than the trained ones.
-            self._save(run)
+            self._saver.save(run, last=True)
             raise
+        if self._failed_export:
+            raise CheckpointError(
+                f"{self._failed_export}; training is complete and its state is saved. Make room or "
+                "repair the disk, then export the weights with --resume"
+            )
         self._log.emit(events.Finished(step=run.state.step, run=self._layout.root))
 
     def _steps(self, run: Run) -> Iterator[StepBatches]:
@@ -155,7 +156,7 @@ class WanTrainer:
         try:
             yield from run.loader.steps(run.state.step, steps, run.schedule.expert_at)
         except DataError:
-            self._save(run)
+            self._saver.save(run)
             raise
 
     # ---------------------------------------------------------------------- before and after a step
@@ -194,27 +195,36 @@ class WanTrainer:
                 memory_peak=peak,
             )
         )
-        sample_requested = take(self._layout, "sample")
+        self._restore_folder()
+        sample_requested = self._take("sample")
         if sample_requested and not run.samples:
             self._log.warn("sample videos were requested, but sample.prompts is empty")
         due = self._cadence.after(
             run.state.step,
-            seconds_since_save=time.monotonic() - self._saved_at,
-            save_requested=take(self._layout, "save"),
+            seconds_since_save=self._saver.seconds_since_save,
+            save_requested=self._take("save"),
             sample_requested=sample_requested,
         )
         # Validation precedes saving, so that the state includes its result.
         best = due.validate and self._validate(run)
-        if due.save or best:
-            self._save(run)
+        if due.save or best or self._saver.retry_is_due:
+            self._saver.save(run, last=run.state.step == self._config.train.steps)
         if due.export or best:
             self._export(run)
         if due.sample:
             self._sample(run)
 
     def _stop_if_requested(self) -> None:
-        if self._stop_signals.requested or take(self._layout, "stop"):
+        if self._stop_signals.requested or self._take("stop"):
             raise Interrupted
+
+    def _take(self, name: Request) -> bool:
+        try:
+            return take(self._layout, name)
+        except OSError as error:
+            # It would be found again after every step.
+            self._log.warn_once(f"a request can't be removed, so it is not followed ({error})")
+            return False
 
     # ----------------------------------------------------------------------------------- validation
 
@@ -230,7 +240,7 @@ class WanTrainer:
                 with_base=state.step == 0 and name not in state.base_loss,
                 between=self._stop_if_requested,
             )
-            if measured.base is not None:
+            if measured.base is not None and math.isfinite(measured.base):
                 state.base_loss[name] = measured.base
             losses.append(measured.trained)
             self._log.emit(
@@ -251,73 +261,36 @@ class WanTrainer:
         than all earlier ones."""
         state = run.state
         # The base model at step 0 is not a result to keep.
-        if state.step == 0 or not self._config.train.keep_best:
+        if state.step == 0 or not self._config.train.keep_best or not math.isfinite(loss):
             return False
-        if state.best is not None and loss >= state.best["loss"]:
+        if state.best is not None and loss >= state.best.loss:
             return False
-        state.best = {"step": state.step, "loss": loss}
+        state.best = BestStep(step=state.step, loss=loss)
         self._log.emit(events.BestSoFar(step=state.step, loss=loss))
         return True
 
-    # ---------------------------------------------------------------------------- saved and resumed
-
-    def _save(self, run: Run) -> None:
-        if run.state.step == self._saved_step:  # a stop right after a save, or before any step
-            return
-        facts = {"config": self._config.model_dump(mode="json"), "dataset": run.dataset.digest}
-        folder = self._store.save(
-            run.state.step, lambda folder: run.state.save(folder, facts), run.state.best_step
-        )
-        self._saved_step, self._saved_at = run.state.step, time.monotonic()
-        self._log.emit(events.Saved(step=run.state.step, state=folder))
+    # ---------------------------------------------------------------------------- the run's folder
 
     def _restore(self, run: Run) -> None:
-        """Load the newest intact state, if there is one, into `run`.
+        if self._saver.restore(run, allow_change=self._allow_change):
+            # The run folder then has the settings that the run continues with.
+            self._write_run_files()
+        else:
+            self._log.note(f"{self._layout.states_dir}: has no saved state; starting at step 0")
 
-        CheckpointError if settings or data changed so that results would differ, unless the user
-        allows it.
-        """
-        found = self._store.newest()
-        if found is None:
+    def _restore_folder(self) -> None:
+        """Make the run's folder again if it was deleted or renamed while the run goes on."""
+        if self._layout.resolved.is_file():
             return
-        for damage in found.damaged:
-            self._log.warn(f"skipped a damaged state: {damage}")
-        facts = read_facts(found.folder)
-        comparable = self._check_changes(run, facts)
-        for line in run.state.load(found.folder, allow_change=self._allow_change):
-            self._log.warn(line)
-        # The run folder then has the settings that the run continues with.
-        self._write_run_files()
-        if not comparable:
-            run.state.base_loss, run.state.best = {}, None
-            self._log.warn(
-                "validation losses are measured differently from now on, so they can't be compared "
-                "with earlier ones"
-            )
-        self._saved_step = found.step
-        self._log.emit(events.Resumed(step=found.step, state=found.folder))
-        if facts["versions"] != versions():
-            self._log.warn(
-                f"the state was saved with {facts['versions']}, and this is {versions()}; "
-                "bit-exact results are not promised across versions"
-            )
-
-    def _check_changes(self, run: Run, facts: dict[str, object]) -> bool:
-        """Report what changed since the state was saved, or refuse it; returns whether validation
-        losses are still comparable."""
-        changes = changes_since(facts, self._config, run.dataset.digest)
-        affecting = "\n  ".join(changes.affecting_results)
-        if affecting and not self._allow_change:
-            raise CheckpointError(
-                f"{self._layout.root}: resuming with changes would give other results; undo them, "
-                f"start another run, or allow them with --allow-change\n  {affecting}"
-            )
-        if affecting:
-            self._log.warn(f"resuming with changes, as allowed:\n  {affecting}")
-        if changes.harmless:
-            listed = "\n  ".join(changes.harmless)
-            self._log.note(f"resuming with changes that do not affect results:\n  {listed}")
-        return changes.losses_comparable
+        try:
+            self._layout.create()
+            self._write_run_files()
+        except OSError:
+            return  # saving a state fails for the same reason, and reports it
+        self._log.warn(
+            f"{self._layout.root}: was deleted or renamed while the run used it; it was made again "
+            "and gets everything from now on"
+        )
 
     def _write_run_files(self) -> None:
         texts = {self._layout.resolved: dump_run(self._config)}
@@ -332,7 +305,22 @@ class WanTrainer:
     # -------------------------------------------------------------------------- weights and samples
 
     def _export(self, run: Run) -> None:
-        """Write the trained weights in each format that the run file names; delete old ones."""
+        """Write the trained weights in each format that the run file names; delete old ones.
+
+        Weights that can't be written are reported: the state has them too, and can be saved even if
+        these files can't.
+        """
+        self._failed_export = ""
+        try:
+            self._write_exports(run)
+        except (OSError, SafetensorError, CheckpointError) as error:
+            self._failed_export = (
+                f"the weights of step {run.state.step} can't be exported ({error})"
+            )
+            log.exception("exporting failed")
+            self._log.warn(f"{self._failed_export}; training continues")
+
+    def _write_exports(self, run: Run) -> None:
         for file in exported_files(run, self._layout):
             for notice in file.write():  # usually the same for the files of later steps
                 self._log.warn_once(notice, prefix=f"{file.path.name}: ")

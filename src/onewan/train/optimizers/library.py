@@ -172,11 +172,21 @@ class StateAfterAStep:
             return None
         key = (weight.shape, weight.dtype, weight.device)
         if key not in self._known:
-            self._known[key] = self._try(weight)
+            # Entries that depend on the weight's values are left out: Prodigy has the initial
+            # weight, or a single 0 for one of zeros.
+            of_zeros, of_ones = self._state(weight, 0.0), self._state(weight, 1.0)
+            self._known[key] = {
+                name: value
+                for name, value in of_ones.items()
+                if not isinstance(value, Tensor) or value.shape == of_zeros[name].shape
+            }
         return self._known[key]
 
-    def _try(self, weight: Tensor) -> dict[str, Any]:
-        parameter = nn.Parameter(torch.ones(weight.shape, dtype=weight.dtype, device=weight.device))
+    def _state(self, weight: Tensor, value: float) -> dict[str, Any]:
+        """The state after a step of a weight whose elements all are `value`."""
+        parameter = nn.Parameter(
+            torch.full(weight.shape, value, dtype=weight.dtype, device=weight.device)
+        )
         parameter.grad = torch.ones_like(parameter)
         library = library_optimizer([{**self._group, "params": [parameter]}], self._choice)
         library.optimizer.step()

@@ -7,7 +7,6 @@ are those of its run file, and a state can be loaded with or without the fused s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,14 +21,9 @@ from onewan.train.optimizers.library import (
     on_device,
     set_lr,
 )
+from onewan.train.optimizers.saved_entries import BASE_LR, NOT_SAVED, check_entry, check_state
 
-_BASE_LR = "base_lr"
-"""Entry of a parameter group: its learning rate before the schedule's factor."""
-_NOT_SAVED = frozenset({"params", "lr", _BASE_LR})
-"""Entries of a parameter group that follow from the run file and the step."""
 _CPU = torch.device("cpu")
-_MAX_DEPTH = 4
-"""Of containers within an entry of a state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +40,7 @@ class ParameterGroup:
 def library_group(parameters: Sequence[nn.Parameter], lr: float, trainable: str) -> dict[str, Any]:
     """A parameter group as torch's optimizers take it, for the trainable of that name."""
     own = {"embeddings": True} if trainable == "embeddings" else {}
-    return {"params": list(parameters), "lr": lr, _BASE_LR: lr, **own}
+    return {"params": list(parameters), "lr": lr, BASE_LR: lr, **own}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -115,13 +109,13 @@ class ManagedParameters:
         """The first group's learning rate at this step, times an optimizer's own estimate of it."""
         # The first group is that of most weights: LoRA+ puts the others after it.
         group = self._managed[0].group
-        return group[_BASE_LR] * self._lr_factor * estimated_lr(group)
+        return group[BASE_LR] * self._lr_factor * estimated_lr(group)
 
     def set_lr_factor(self, factor: float) -> None:
         """Set the learning rate of each group to its full rate times `factor`."""
         self._lr_factor = factor
         for group in self._groups.values():
-            set_lr(group, group[_BASE_LR] * factor)
+            set_lr(group, group[BASE_LR] * factor)
 
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float | None) -> Tensor:
@@ -189,7 +183,7 @@ class ManagedParameters:
         # Groups are reset to their initial entries: a saved state has changed entries only, and
         # counters of earlier steps must not remain.
         for key, group in self._groups.items():
-            for entry in group.keys() - _NOT_SAVED - self._initial[key].keys():
+            for entry in group.keys() - NOT_SAVED - self._initial[key].keys():
                 del group[entry]
             group.update(on_device(self._initial[key], None, copy=True))
         for name, managed in own.items():
@@ -207,7 +201,7 @@ class ManagedParameters:
         return {
             key: value
             for key, value in group.items()
-            if key not in _NOT_SAVED
+            if key not in NOT_SAVED
             # Tensors are always saved: comparing them would wait for the device.
             and (key not in initial or isinstance(value, Tensor) or value != initial[key])
         }
@@ -219,7 +213,7 @@ def norm_of(gradient: Tensor) -> Tensor:
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    saved = {key: value for key, value in group.items() if key not in _NOT_SAVED}
+    saved = {key: value for key, value in group.items() if key not in NOT_SAVED}
     return on_device(saved, None, copy=True)
 
 
@@ -234,82 +228,6 @@ def _check_fit(
         side = "the state" if unmatched[0] in saved else "this run"
         raise ValueError(f"the state is of other weights: {unmatched[0]} is only in {side}")
     for name, managed in own.items():
-        problem = _entry_problem(saved[name], managed, expected)
-        if problem is not None:
-            raise ValueError(f"{name}: {problem}")
-
-
-def _entry_problem(
-    entry: Any,
-    managed: ManagedParameter,
-    expected: Callable[[Tensor], Mapping[str, Any] | None],
-) -> str | None:
-    """What is wrong with a parameter's entry in a saved state; None if nothing."""
-    if not isinstance(entry, dict) or entry.keys() != {"shape", "state", "group", "rest"}:  # pyright: ignore[reportUnknownMemberType]
-        return "is not an optimizer's entry of a weight"
-    fields: dict[str, Any] = entry
-    parameter, rest = managed.parameter, fields["rest"]
-    if fields["shape"] != list(parameter.shape):
-        return f"the state is of shape {fields['shape']}, not {tuple(parameter.shape)}"
-    if rest is not None and not _is_like(rest, parameter):
-        return f"rest: is not a tensor of shape {tuple(parameter.shape)} and {parameter.dtype}"
-    for part in ("state", "group"):
-        if not isinstance(fields[part], dict):
-            return f"{part}: is not a mapping"
-        for key, value in fields[part].items():
-            if not isinstance(key, str) or (part == "group" and key in _NOT_SAVED):
-                return f"{part}: has the entry {key!r}"
-            if not _is_sound(value):
-                return f"{part}.{key}: is or has NaN, or a value of another type than is saved"
-            if part == "group" and not _is_alike(value, managed.group.get(key, value)):
-                return f"group.{key}: is {value!r}, not like {managed.group[key]!r}"
-    # Empty before the first step, and later for a weight that never had a gradient.
-    usual = expected(managed.optimized) if fields["state"] else None
-    for key, value in (usual or {}).items():
-        if key not in fields["state"]:
-            return f"state.{key}: is missing"
-        if not _is_alike(fields["state"][key], value):
-            return f"state.{key}: is {_described(fields['state'][key])}, not {_described(value)}"
-    return None
-
-
-def _is_sound(value: Any, depth: int = 0) -> bool:
-    """Whether a value is of a type that states contain, and not NaN."""
-    if isinstance(value, Tensor):
-        # Values of quantized tensors, which are subclasses, are not looked at.
-        numeric = (
-            type(value) is Tensor and value.dtype.is_floating_point and value.dtype.itemsize > 1
-        )
-        return not numeric or not bool(value.isnan().any())
-    if isinstance(value, float):
-        return not math.isnan(value)
-    if isinstance(value, (list, tuple)):
-        items: tuple[Any, ...] = tuple(value)
-    elif isinstance(value, dict):
-        items = tuple(value.values())
-    else:
-        return value is None or isinstance(value, (bool, int, str, torch.dtype, torch.device))
-    return depth < _MAX_DEPTH and all(_is_sound(item, depth + 1) for item in items)
-
-
-def _is_alike(value: Any, other: Any) -> bool:
-    """Whether two values have the same type; tensors also the same shape and dtype."""
-    if isinstance(other, Tensor):
-        return _is_like(value, other)
-    # A counter or a rate may begin as None or as an integer.
-    numbers = (bool, int, float)
-    return (
-        other is None
-        or type(value) is type(other)
-        or (isinstance(value, numbers) and isinstance(other, numbers))
-    )
-
-
-def _is_like(value: Any, tensor: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == tensor.shape and value.dtype == tensor.dtype
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
-    return f"of type {type(value).__name__}"
+        check_entry(name, saved[name], managed.parameter, managed.group)
+        if saved[name]["state"]:  # none before the first step, or for a weight without gradients
+            check_state(name, saved[name]["state"], expected(managed.optimized))

@@ -1,0 +1,156 @@
+"""`StateSaver`: saves the states of a run while it trains, and restores the newest intact one.
+
+A disk that is full or was unmounted must not end a run of days, which a user could still save by
+making room: training goes on, and saving is tried again.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from onewan.checkpoint.store import StateStore
+from onewan.config.schema import ResolvedRun
+from onewan.errors import CheckpointError
+from onewan.runs import events
+from onewan.runs.layout import RunLayout
+from onewan.runs.log import RunLog
+from onewan.train.resume import Changes, changes_since
+from onewan.train.run import Run
+from onewan.train.saved_state import FACTS_FILE, StateFacts, read_facts
+from onewan.train.state import versions
+
+_RETRY_SECONDS = 60.0
+"""After a state that could not be saved, training goes on for this time before the next try..."""
+_RETRY_FACTOR = 10.0
+"""...or this many times as long as the failed try took, if that is more: writing 100 GB until the
+disk is full takes minutes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Loaded:
+    """What a state contained besides the weights."""
+
+    facts: StateFacts
+    changes: Changes
+    resets: list[str]
+
+
+class StateSaver:
+    """Saves and restores the states in the run's folder, and reports it in `log`."""
+
+    def __init__(self, config: ResolvedRun, layout: RunLayout, log: RunLog) -> None:
+        self._config = config
+        self._layout = layout
+        self._log = log
+        self._store = StateStore(layout, config.train.keep_last, config.train.keep_every)
+        self.saved_step = 0
+        """The step of the newest state that this process has saved or loaded; 0 without one."""
+        self._saved_at = time.monotonic()
+        self._retry_at: float | None = None
+        """When to try again; None if the last state could be saved."""
+
+    @property
+    def seconds_since_save(self) -> float:
+        return time.monotonic() - self._saved_at
+
+    @property
+    def retry_is_due(self) -> bool:
+        """Whether a state could not be saved, and it is time to try again."""
+        return self._retry_at is not None and time.monotonic() >= self._retry_at
+
+    def start_clock(self) -> None:
+        """Count `seconds_since_save` from now: encoding and the first validation are not training
+        time that a crash could lose."""
+        self._saved_at = time.monotonic()
+
+    def save(self, run: Run, *, last: bool = False) -> None:
+        """Save the state of `run`, unless that of this step is saved, and delete old ones.
+
+        A state that can't be saved is reported, and `retry_is_due` says when to try again. If it is
+        the `last` one, which there is no time for, it is a CheckpointError.
+        """
+        step = run.state.step
+        if step == self.saved_step:  # a stop right after a save, or before any step
+            return
+        begin = time.monotonic()
+        try:
+            folder = self._store.save(step, partial(self._write, run))
+        except CheckpointError as error:
+            kept = f"the newest saved state is that of step {self.saved_step}"
+            if self.saved_step == 0:
+                kept = "no state is saved so far"
+            if last:
+                raise CheckpointError(f"{error}; {kept}") from error
+            self._report_failure(f"{error}; {kept}", time.monotonic() - begin)
+            return
+        self.saved_step, self._saved_at, self._retry_at = step, time.monotonic(), None
+        self._log.emit(events.Saved(step=step, state=folder))
+        for problem in self._store.rotate(step, run.state.best_step):
+            self._log.warn_once(problem)
+
+    def _write(self, run: Run, folder: Path) -> None:
+        config = self._config.model_dump(mode="json")
+        run.state.save(folder, config=config, dataset=run.dataset.digest)
+
+    def _report_failure(self, text: str, seconds: float) -> None:
+        pause = max(_RETRY_SECONDS, _RETRY_FACTOR * seconds)
+        # Reported once: trying again every minute would give hundreds of lines in a night.
+        if self._retry_at is None:
+            self._log.warn(
+                f"{text}; training continues. Make room or repair the disk: saving is tried again "
+                f"about every {max(1, round(pause / 60))} min"
+            )
+        self._retry_at = time.monotonic() + pause
+
+    def restore(self, run: Run, *, allow_change: bool) -> bool:
+        """Load the newest intact state into `run`; returns whether there is one.
+
+        CheckpointError if settings or data changed so that results would differ, unless
+        `allow_change` permits it.
+        """
+        found = self._store.newest(partial(self._load, run, allow_change), run.state.files)
+        if found is None:
+            return False
+        for damage in found.damaged:
+            self._log.warn(f"skipped a damaged state: {damage}")
+        self._report_changes(found.content.changes)
+        for line in found.content.resets:
+            self._log.warn(line)
+        if not found.content.changes.losses_comparable:
+            run.state.base_loss, run.state.best = {}, None
+            self._log.warn(
+                "validation losses are measured differently from now on, so they can't be compared "
+                "with earlier ones"
+            )
+        self.saved_step = found.step
+        self._log.emit(events.Resumed(step=found.step, state=found.folder))
+        if (saved_with := found.content.facts.versions) != versions():
+            self._log.warn(
+                f"the state was saved with {saved_with}, and this is {versions()}; "
+                "bit-exact results are not promised across versions"
+            )
+        return True
+
+    def _load(self, run: Run, allow_change: bool, folder: Path) -> _Loaded:
+        facts = read_facts(folder)
+        source = str(folder / FACTS_FILE)
+        changes = changes_since(facts, self._config, run.dataset.digest, source)
+        if changes.affecting_results and not allow_change:
+            affecting = "\n  ".join(changes.affecting_results)
+            raise CheckpointError(
+                f"{self._layout.root}: resuming with changes would give other results; undo them, "
+                f"start another run, or allow them with --allow-change\n  {affecting}"
+            )
+        resets = run.state.load(folder, facts, allow_change=allow_change)
+        return _Loaded(facts=facts, changes=changes, resets=resets)
+
+    def _report_changes(self, changes: Changes) -> None:
+        if changes.affecting_results:
+            listed = "\n  ".join(changes.affecting_results)
+            self._log.warn(f"resuming with changes, as allowed:\n  {listed}")
+        if changes.harmless:
+            listed = "\n  ".join(changes.harmless)
+            self._log.note(f"resuming with changes that do not affect results:\n  {listed}")
