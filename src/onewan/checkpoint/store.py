@@ -9,14 +9,22 @@ used: the newest intact one is, and the damage is reported.
 from __future__ import annotations
 
 import json
-import stat
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from onewan.errors import CheckpointError
-from onewan.files import file_digest, remove, remove_abandoned, replace, sync, temporary_beside
+from onewan.files import (
+    check_input,
+    file_digest,
+    read_input,
+    remove,
+    remove_abandoned,
+    replace,
+    sync,
+    temporary_beside,
+)
 from onewan.runs.layout import RunLayout
 
 MANIFEST = "manifest.json"
@@ -168,7 +176,7 @@ def _verify(folder: Path, required: Collection[str] = ()) -> None:
     for name, (size, digest) in manifest.items():
         path = folder / name
         try:
-            found = _size(path)
+            found = check_input(path).stat().st_size
             if found != size:
                 raise DamagedStateError(f"{path}: has {found} bytes instead of {size}")
             if file_digest(path) != digest:
@@ -181,13 +189,10 @@ def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
     """Sizes and digests by file name; DamagedStateError if the manifest is not one that
     `_write_manifest` writes."""
     try:
-        if _size(path) > _MAX_MANIFEST_BYTES:
-            raise DamagedStateError(f"{path}: has more than {_MAX_MANIFEST_BYTES} bytes")
-        # RecursionError: thousands of nested brackets.
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(read_input(path, _MAX_MANIFEST_BYTES))
     except OSError as error:
         raise DamagedStateError(f"{path}: can't be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # the latter: thousands of nested brackets
         raise DamagedStateError(f"{path}: is not valid JSON ({error})") from error
     if not isinstance(manifest, dict) or not manifest:
         raise DamagedStateError(f"{path}: lists no files")
@@ -210,12 +215,3 @@ def _checked_entry(manifest: Path, name: str, entry: object) -> tuple[int, str]:
     if type(size) is not int or not isinstance(digest, str):
         raise DamagedStateError(f"{manifest}: {name!r} has no size or no digest")
     return size, digest
-
-
-def _size(path: Path) -> int:
-    """The size of a file; DamagedStateError if it is anything else, such as a pipe that would be
-    read for ever."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise DamagedStateError(f"{path}: is not a file")
-    return status.st_size

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from onewan.checkpoint.store import DamagedStateError
+from onewan.files import read_input
 from onewan.formats.backends import first_line
 from onewan.variants import ExpertName
 
@@ -79,9 +80,7 @@ def read_facts(folder: Path) -> StateFacts:
     """The facts of the state in `folder`, whose name is the number of its step."""
     file = folder / FACTS_FILE
     with _reading(file):
-        if file.stat().st_size > _MAX_FACTS_BYTES:
-            raise DamagedStateError(f"{file}: has more than {_MAX_FACTS_BYTES} bytes")
-        content = file.read_bytes()
+        content = read_input(file, _MAX_FACTS_BYTES)
     try:
         facts = StateFacts.model_validate_json(content)
     except ValidationError as error:
@@ -158,6 +157,8 @@ def _reading(file: Path) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise DamagedStateError(f"{file}: is missing") from error
+    except OSError as error:
+        raise DamagedStateError(f"{file}: can't be read ({error.strerror or error})") from error
     # A few flipped bits make torch.load raise nearly any type of exception.
     except Exception as error:
         raise DamagedStateError(f"{file}: can't be read ({first_line(error)})") from error
