@@ -70,8 +70,10 @@ def temporary_beside(path: Path) -> Iterator[Path]:
 
 def _owned(prefix: str, path: Path) -> Path:
     """A name beside `path` that identifies this process."""
+    match = _TEMPORARY_NAME.fullmatch(path.name)
+    name = path.name if match is None else match[3]  # one prefix, so that names do not get too long
     random = secrets.token_hex(4)
-    return path.with_name(f"{prefix}{_machine()}-{os.getpid()}-{random}-{path.name}")
+    return path.with_name(f"{prefix}{_machine()}-{os.getpid()}-{random}-{name}")
 
 
 @contextlib.contextmanager

@@ -136,6 +136,8 @@ def test_a_temporary_name_contains_machine_process_random_part_and_target(tmp_pa
     shape = rf"\.tmp-{files._machine()}-{os.getpid()}-[0-9a-f]{{8}}-a-b\.json"
     assert re.fullmatch(shape, first.name) and re.fullmatch(shape, second.name)
     assert first != second
+    with temporary_beside(first) as nested:  # a file that is written into a staging place
+        assert re.fullmatch(shape, nested.name) and nested != first
 
 
 def test_a_leftover_with_the_same_temporary_name_never_becomes_a_part(
