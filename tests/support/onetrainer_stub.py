@@ -26,10 +26,14 @@ def _write(root: Path, modules: dict[str, Any], only: str | None, rename: Collec
         if only in (None, module):
             path = root / (module.replace(".", "/") + ".py")
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(_source(facts, rename), encoding="utf-8")
+            homes = {name: m for m, f in modules.items() for name in f if m != module}
+            path.write_text(_source(facts, rename, homes), encoding="utf-8")
 
 
-def _source(facts: dict[str, dict[str, Any]], rename: Collection[str]) -> str:
+def _source(
+    facts: dict[str, dict[str, Any]], rename: Collection[str], homes: dict[str, str]
+) -> str:
+    """`homes` has the module of each name that another file defines."""
     members: dict[str, list[str]] = {}
     top: list[str] = []
     for name, fact in facts.items():
@@ -52,7 +56,11 @@ def _source(facts: dict[str, dict[str, Any]], rename: Collection[str]) -> str:
     bases = {owner: facts.get(owner, {}).get("bases", []) for owner in members}
     plain_bases = {o: [b.rpartition(".")[2] for b in found] for o, found in bases.items()}
     used = dict.fromkeys(base for found in plain_bases.values() for base in found)
-    top += [f"class {base}: pass" for base in used if base not in members]
+    top += [
+        f"from {homes[base]} import {base}" if base in homes else f"class {base}: pass"
+        for base in used
+        if base not in members
+    ]
     for owner, lines in members.items():
         top.append(f"class {owner}({', '.join(plain_bases[owner])}):")
         top.append("\n".join(lines) or "    pass")

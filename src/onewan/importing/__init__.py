@@ -31,9 +31,10 @@ from onewan.importing.table import (
     flatten,
     printable,
 )
+from onewan.onetrainer.patches.configs import CONFIG_VERSION
 from onewan.variants import VARIANTS, Variant, VariantName, variant_of
 
-VERSION = 11
+VERSION = CONFIG_VERSION
 """The version of OneTrainer's config that is imported."""
 
 MODEL_TYPES = ("WAN_2_2", "HUNYUAN_VIDEO")
@@ -80,14 +81,18 @@ def import_config(
     config = _read_json(path)
     if problems := _why_unusable(config, path):
         raise ConfigError(str(path), problems)
-    folders = path.resolve().parents
-    checkouts = (f for f in folders if (f / "modules/util/enum/ModelType.py").is_file())
+    if root is not None and not root.is_dir():
+        raise ConfigError("--root", [f"{root}: is not a folder; give OneTrainer's folder"])
+    if root is None:
+        folders = path.resolve().parents
+        checkouts = (f for f in folders if (f / "modules/util/enum/ModelType.py").is_file())
+        root = next(checkouts, folders[0])
     document: dict[str, Any] = {}
     context = Context(
         given=config,
         rows={row.key: row for row in ROWS},
         variant=VARIANTS[variant or "t2v-a14b"],  # replaced below if none is given
-        root=root or next(checkouts, folders[0]),
+        root=root.resolve(),
     )
     if not context.has_wrong_values():
         if variant is None:
@@ -117,8 +122,9 @@ def _read_json(path: Path) -> Any:
 def _why_unusable(config: Any, path: Path) -> list[str]:
     if not isinstance(config, dict):
         return ["is not a OneTrainer config: it holds no JSON object"]
-    # A preset may have no version: OneTrainer itself loads presets without migrating them.
-    version = config.get("__version", VERSION if path.name.startswith("#") else 0)
+    # OneTrainer loads presets without migrating them, and no config of Wan is older than this.
+    is_current = path.name.startswith("#") or config.get("model_type") == "WAN_2_2"
+    version = config.get("__version", VERSION if is_current else 0)
     if version != VERSION:
         is_newer = isinstance(version, int) and version > VERSION
         remedy = "update onewan" if is_newer else "open and save it in OneTrainer first"

@@ -111,7 +111,7 @@ class Context:
         """A path of the config; backslashes of a config from Windows become slashes."""
         text = str(value)
         # A file on Linux may have a backslash in its name, so an existing path is kept.
-        return self.root / (text if exists(Path(text)) else text.replace("\\", "/"))
+        return self.root / (text if exists(self.root / text) else text.replace("\\", "/"))
 
     def notice(self, text: str, key: str = "") -> None:
         """Tell the user something about a key, by default that of the row."""

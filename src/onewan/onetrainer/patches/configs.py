@@ -8,7 +8,11 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Any, ClassVar
 
-from onewan.onetrainer.patches.patch import Former, Patch, is_wan
+from onewan.onetrainer.patches.patch import NAME, Former, Patch, is_wan
+
+CONFIG_VERSION = 11
+"""The version of OneTrainer's config that the add-on was made for. No config of Wan is older, so
+one without a version, such as a preset, has this one."""
 
 _TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
 
@@ -45,7 +49,8 @@ class TrainConfigFields(Patch):
             "TrainConfig.weight_dtypes",
             "TrainConfig.model_names",
             "TrainModelPartConfig.default_values",
-        )
+        ),
+        "modules.util.config.BaseConfig": ("BaseConfig.from_dict",),
     }
 
     def apply(self) -> None:
@@ -53,6 +58,7 @@ class TrainConfigFields(Patch):
         self._wrap(config_class, "default_values", self._default_values)
         self._wrap(config_class, "model_names", self._model_names)
         self._wrap(config_class, "weight_dtypes", self._weight_dtypes)
+        self._wrap(config_class, "from_dict", self._from_dict)
 
     def _default_values(self, former: Former, *args: Any, **kwargs: Any) -> Any:
         config = former(*args, **kwargs)
@@ -61,6 +67,12 @@ class TrainConfigFields(Patch):
         second.stop_training_after = 0  # as OneTrainer's first transformer has it
         _add_field(config, "transformer_2", second, part, False)
         return _add_fields(config, "train")
+
+    def _from_dict(self, former: Former, config: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+        # OneTrainer would migrate it from version 0, which fails.
+        if data.get("model_type") == NAME:
+            data = {"__version": CONFIG_VERSION, **data}
+        return former(config, data, *args, **kwargs)
 
     def _model_names(self, former: Former, config: Any) -> Any:
         names = former(config)

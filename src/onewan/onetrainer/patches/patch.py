@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, TypeAlias
 
@@ -60,8 +61,8 @@ class Patch:
     def _wrap(self, owner: Any, name: str, method: Callable[..., Any]) -> None:
         """Replace a function of a class or module by `method`, which gets the former function
         before the function's own arguments."""
-        # Unlike `getattr`, `vars` shows whether it is a static method, which the wrapper must stay.
-        raw = vars(owner)[name]
+        # Shows, unlike `getattr`, whether it is a static method, which the wrapper must stay.
+        raw = inspect.getattr_static(owner, name)
         former = getattr(owner, name)
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:
