@@ -241,7 +241,7 @@ def test_model_spec_resources_have_all_constant_fields(name, architecture):
 
     folder = Path(onewan.__file__).parent / "resources" / "sd_model_spec"
     spec = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    assert spec.pop("modelspec.title").startswith("Wan 2.2")
+    assert spec.pop("modelspec.title").startswith("WAN 2.2")
     assert spec == {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": architecture,

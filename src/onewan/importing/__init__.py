@@ -174,7 +174,7 @@ def _document(context: Context) -> dict[str, Any]:
     training, held_out, clips = data.sources(concepts, context)
     context = replace(context, clips=clips)
     document = convert(_CONVERTED, context)
-    document.setdefault("video_data", {}).update(data.FIXED_FIELDS, sources=training)
+    document.setdefault("video_data", {})["sources"] = training
     if held_out and context.given.get("validation"):
         document.setdefault("validation", {})["sources"] = held_out
     if embeddings := method.embeddings(embedded, context):

@@ -41,19 +41,15 @@ ROWS = (
     Row("wan_use_temporal_attention", "wan_config.use_temporal_attention", True, copied(True)),
     Row("wan_target_fps", "video_data.target_fps", None, copied()),
     Row("wan_max_duration", "video_data.max_duration", 10.0, copied(10.0)),
+    Row("wan_supported_formats", "video_data.supported_formats", "", setting(settings.formats_of)),
+    Row("wan_min_resolution", "video_data.min_resolution", "", setting(settings.min_resolution_of)),
+    Row("wan_max_resolution", "video_data.max_resolution", "", setting(settings.max_resolution_of)),
     Row("masked_training", "video_data.masks", False, copied(False)),
     Row("latent_caching", "video_data.cache", True, copied(True)),
     Row("cache_dir", "video_data.cache_dir", "workspace-cache/run", lambda v, c: str(c.resolve(v))),
     Row("resolution", "video_data.resolution", "512", _resolution),
     Row("aspect_ratio_bucketing", "video_data.resolution", True),
 )
-
-FIXED_FIELDS = {
-    "min_resolution": list(settings.MIN_RESOLUTION),
-    "max_resolution": list(settings.MAX_RESOLUTION),
-    "supported_formats": list(settings.VIDEO_FORMATS),
-}
-"""Of `video_data`: OneTrainer takes clips of every size, and more kinds of files."""
 
 # ----------------------------------------------------------------------------------------- concepts
 

@@ -49,9 +49,9 @@ class ConceptPlanner:
             max_frames=settings.frames_of(self.config),
             max_duration=self.config.wan_max_duration,
             frame_strategy=self.config.wan_frame_strategy,
-            min_resolution=settings.MIN_RESOLUTION,
-            max_resolution=settings.MAX_RESOLUTION,
-            video_formats=settings.VIDEO_FORMATS,
+            min_resolution=settings.min_resolution_of(self.config),
+            max_resolution=settings.max_resolution_of(self.config),
+            video_formats=settings.formats_of(self.config),
             resolutions=settings.resolutions_of(
                 image["resolution_override"] if override else self.config.resolution,
                 self.config.aspect_ratio_bucketing,
@@ -62,8 +62,11 @@ class ConceptPlanner:
         )
         file = Path(path)
         masks = mask_candidates(file) if self.config.masked_training else []
-        clip = planner.plan(file, ClipFolder(path=file.parent), ("",), masks)
-        return clip, planner.warnings(clip)
+        try:
+            clip = planner.plan(file, ClipFolder(path=file.parent), ("",), masks)
+        except DataError as error:
+            raise DataError(settings.with_onetrainers_names(str(error))) from error
+        return clip, [settings.with_onetrainers_names(text) for text in planner.warnings(clip)]
 
 
 def mask_candidates(path: Path) -> list[Path]:

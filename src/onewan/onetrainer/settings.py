@@ -45,8 +45,8 @@ VIDEO_FORMATS = (
 # fmt: on
 """Extensions of video files; OneTrainer itself takes some of them."""
 
-MIN_RESOLUTION, MAX_RESOLUTION = (1, 1), (16384, 16384)
-"""OneTrainer has no limits for the size of files and of training samples."""
+NO_LIMITS = {"wan_min_resolution": (1, 1), "wan_max_resolution": (16384, 16384)}
+"""What the settings mean where they are empty: OneTrainer itself has no limits."""
 
 _BINS = 1000
 """Steps of a density without a formula; OneTrainer draws from as many timesteps."""
@@ -92,6 +92,9 @@ def _setting_errors(config: Any, variant: Variant) -> Iterator[tuple[str, str]]:
             c.resolution, c.aspect_ratio_bucketing, variant.size_multiple
         ),
         "wan_frame_strategy": frame_strategy_of,
+        "wan_supported_formats": formats_of,
+        "wan_min_resolution": min_resolution_of,
+        "wan_max_resolution": max_resolution_of,
         "wan_boundary": boundary_of,
     }
     for name, read in readers.items():
@@ -245,6 +248,37 @@ def frame_strategy_of(config: Any) -> FrameStrategy:
     return chosen
 
 
+def formats_of(config: Any) -> tuple[str, ...]:
+    """Extensions of the video files to use, from "mp4, .webm"; all for an empty text;
+    SettingError."""
+    names = [name.strip().lower().lstrip(".") for name in config.wan_supported_formats.split(",")]
+    if names == [""]:
+        return VIDEO_FORMATS
+    if unknown := [name for name in names if name not in VIDEO_FORMATS]:
+        raise SettingError(f"has {format_value(unknown[0])}; give {', '.join(VIDEO_FORMATS)}")
+    return tuple(dict.fromkeys(names))
+
+
+def min_resolution_of(config: Any) -> tuple[int, int]:
+    """(width, height); smaller files are skipped; SettingError."""
+    return _size_of(config, "wan_min_resolution")
+
+
+def max_resolution_of(config: Any) -> tuple[int, int]:
+    """(width, height) that a training size given as an area may have; SettingError."""
+    return _size_of(config, "wan_max_resolution")
+
+
+def _size_of(config: Any, key: str) -> tuple[int, int]:
+    text = getattr(config, key).strip()
+    if not text:
+        return NO_LIMITS[key]
+    size = re.fullmatch(r"([1-9]\d{0,4})\s*[xX]\s*([1-9]\d{0,4})", text)
+    if size is None:
+        raise SettingError(f"is {format_value(text)}; give a width and a height, such as 256x256")
+    return int(size[1]), int(size[2])
+
+
 def boundary_of(config: Any) -> float | None:
     """The timestep between the experts, None for the variant's own; SettingError."""
     boundary = config.wan_boundary
@@ -272,6 +306,15 @@ def resolutions_of(text: str, bucketing: bool, multiple: int) -> tuple[int | str
         else:
             sizes.append(width * height)
     return tuple(sizes)
+
+
+def with_onetrainers_names(message: str) -> str:
+    """A message about the run file's fields, with the names of OneTrainer's settings."""
+    return re.sub(
+        r"video_data\.(supported_formats|min_resolution|max_resolution|target_fps|max_duration)",
+        r"wan_\1",
+        message,
+    )
 
 
 def is_mask_file(path: str) -> bool:

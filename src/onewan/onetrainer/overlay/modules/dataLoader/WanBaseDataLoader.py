@@ -1,5 +1,6 @@
-"""Wan 2.2; see `modules.dataLoader.wan.WanBaseDataLoader`."""
+"""Wan 2.2: the names of `modules.dataLoader.wan.WanBaseDataLoader`."""
 
-from modules.util.wan_addon import join
+from modules.util.wan_addon import join, names_of
 
 join()
+__getattr__ = names_of(__name__)

@@ -1,5 +1,6 @@
-"""Wan 2.2; see `modules.modelLoader.wan.WanModelLoader`."""
+"""Wan 2.2: the names of `modules.modelLoader.wan.WanModelLoader`."""
 
-from modules.util.wan_addon import join
+from modules.util.wan_addon import join, names_of
 
 join()
+__getattr__ = names_of(__name__)

@@ -7,6 +7,8 @@ nothing of it: if something fails, OneTrainer is as without it, and one line say
 
 import importlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
 _MODULES = (
     "modules.modelSampler.wan.WanSampler",
@@ -36,3 +38,19 @@ def join() -> None:
             hint = f" (install it: {sys.executable} -m pip install onewan)"
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         print(f"Wan 2.2 is not available: {reason}{hint}", file=sys.stderr)
+
+
+def names_of(gate: str) -> Callable[[str], Any]:
+    """A module's `__getattr__` that looks names up in the module of that name in the folder `wan`
+    beside it. Only when they are used: that module may be the one which is importing the gate."""
+    folder, _, module = gate.rpartition(".")
+
+    def found(name: str) -> Any:
+        if name.startswith("__"):  # Python itself asks for these, of every module
+            raise AttributeError(name)
+        try:
+            return getattr(importlib.import_module(f"{folder}.wan.{module}"), name)
+        except AttributeError:
+            raise AttributeError(f"module {gate!r} has no attribute {name!r}") from None
+
+    return found

@@ -118,18 +118,19 @@ class WanEmbeddingSaver:
     ):
         """The trained embedding, or in the convert tool the loaded one."""
         found = self._all(model)
-        uuid = next(iter(found)) if model.embedding is None else model.embedding.uuid
+        chosen = model.trained_embedding()
+        uuid = next(iter(found)) if chosen is None else chosen.uuid
         self._write(found[uuid], uuid, format, destination, dtype)
 
     def save_multiple(
         self, model: WanModel, format: ModelFormat, destination: str, dtype: torch.dtype | None
     ):
         """All others."""
-        chosen = None if model.embedding is None else model.embedding.uuid
-        if model.wan is None or not model.all_embeddings():
+        chosen = model.trained_embedding()
+        if not model.trained_embeddings():
             return
         for uuid, embedding in self._all(model).items():
-            if uuid == chosen:
+            if chosen is not None and uuid == chosen.uuid:
                 continue
             path = destination
             if format != ModelFormat.INTERNAL:
@@ -144,7 +145,7 @@ class WanEmbeddingSaver:
             for uuid, file in model.embedding_state_dicts.items()
             if isinstance(file, EmbeddingFile)
         }
-        return read | {embedding.uuid: embedding for embedding in model.all_embeddings()}
+        return read | {embedding.uuid: embedding for embedding in model.trained_embeddings()}
 
     def _write(self, embedding, uuid, format, destination, dtype):
         match format:

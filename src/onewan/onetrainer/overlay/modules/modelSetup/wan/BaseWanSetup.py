@@ -41,6 +41,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
     def setup_optimizations(self, model: WanModel, config: TrainConfig):
         super().setup_optimizations(model, config)
         self.step_adapter = self._make_step_adapter(model, config)
+        model.frame_count = settings.frames_of(config)
         if config.text_encoder.train and str(config.training_method) != "EMBEDDING":
             print("Wan 2.2: the text encoder can't be trained; text_encoder.train is turned off")
             config.text_encoder.train = False
@@ -134,7 +135,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
         """Enable gradients for what is trained at this point of the run, and for nothing else."""
         trained = self._trained_embeddings(model, config)
         own_configs = {own.uuid: own for own in config.all_embedding_configs()}
-        for embedding in model.all_embeddings():
+        for embedding in model.trained_embeddings():
             own = own_configs.get(embedding.uuid)
             elapsed = own and self.stop_embedding_training_elapsed(own, model.train_progress)
             embedding.vectors.requires_grad_(embedding in trained and not elapsed)
@@ -185,19 +186,19 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
                 model.wan.embedding = embedding
             else:
                 model.wan.additional_embeddings.append(embedding)
-        self._norms = {e.uuid: _norm(e.vectors) for e in model.all_embeddings()}
+        self._norms = {e.uuid: _norm(e.vectors) for e in model.trained_embeddings()}
 
     def _trained_embeddings(self, model: WanModel, config: TrainConfig) -> list:
         trained = {e.uuid for e in config.additional_embeddings if e.train}
         if str(config.training_method) == "EMBEDDING":
             trained.add(config.embedding.uuid)
-        return [e for e in model.all_embeddings() if e.uuid in trained]
+        return [e for e in model.trained_embeddings() if e.uuid in trained]
 
     def _keep_norms(self, model: WanModel, config: TrainConfig):
         if not config.preserve_embedding_norm:
             return
         with torch.no_grad():
-            for embedding in model.all_embeddings():
+            for embedding in model.trained_embeddings():
                 if embedding.vectors.requires_grad:
                     embedding.vectors.mul_(self._norms[embedding.uuid] / _norm(embedding.vectors))
 

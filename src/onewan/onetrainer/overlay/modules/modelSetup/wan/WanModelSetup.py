@@ -22,6 +22,10 @@ from onewan.onetrainer import settings
 from onewan.seeds import derive_seed
 
 
+WanModelSetup = BaseWanSetup
+"""The design's name of the class that OneTrainer's convention names ``Base<Model>Setup``."""
+
+
 @factory.register(BaseModelSetup, ModelType.WAN_2_2, TrainingMethod.EMBEDDING)
 class WanEmbeddingSetup(BaseWanSetup):
     """Embeddings alone; the base class trains them beside the experts too."""
