@@ -1,17 +1,39 @@
-"""Errors that the user can fix, one class per kind.
+"""Errors that the user can fix, one class per kind; and text of others made safe for a line.
 
 Each message follows one pattern: ``<field or file>: <what is wrong, with the value>; <remedy>``.
 The command line prints it as it is, without a traceback, and exits with status 1; anything that is
-not an `OnewanError` is a defect of onewan and keeps its traceback.
+neither an `OnewanError` nor an error of the system is a defect of onewan and keeps its traceback.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+_NOT_PRINTED = re.compile(
+    # Control characters, surrogates, and those that reorder or hide text: in a name, they would let
+    # a file write lines, colors or other names onto the terminal and into a log.
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
+    "\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+
+
+def one_line(text: str) -> str:
+    """`text` with control characters, line breaks, surrogates (from names that are not UTF-8) and
+    characters that reorder text written as escapes such as ``\\n``."""
+    return _NOT_PRINTED.sub(lambda m: m[0].encode("unicode_escape").decode("ascii"), text)
 
 
 class OnewanError(Exception):
-    """Base class of all errors that the user, not the programmer, can fix."""
+    """Base class of all errors that the user, not the programmer, can fix.
+
+    `message` is one line; `details` are lines below it, such as one for each of several problems.
+    """
+
+    def __init__(self, message: str, details: Sequence[str] = ()) -> None:
+        self.message = one_line(message)
+        self.details = tuple(map(one_line, details))
+        super().__init__("\n".join([self.message, *(f"  {line}" for line in self.details)]))
 
 
 class ConfigError(OnewanError):
@@ -19,9 +41,9 @@ class ConfigError(OnewanError):
 
     def __init__(self, source: str, problems: Sequence[str]) -> None:
         self.source = source
-        self.problems = tuple(problems)
-        count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
-        super().__init__("\n".join([f"{source}: {count}", *(f"  {p}" for p in self.problems)]))
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        super().__init__(f"{source}: {count}", problems)
+        self.problems = self.details
 
 
 class DataError(OnewanError):

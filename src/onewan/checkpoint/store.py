@@ -105,7 +105,8 @@ class StateStore:
         if damaged:
             raise CheckpointError(
                 f"{self._layout.states_dir}: no training state is intact; restore one from a "
-                "backup, or start a new run (output.name=...)\n  " + "\n  ".join(damaged)
+                "backup, or start a new run (output.name=...)",
+                damaged,
             )
         return None
 

@@ -2,8 +2,9 @@
 
 `parser` and the `*_parsers` modules describe the commands without heavy imports, so that
 ``onewan --help`` is fast; the module that executes a command is imported when it runs. Exit status:
-0 success, 1 an error in the user's input or data (one message on stderr, no traceback), 2 wrong
-usage, 130 stopped by the user with the state saved.
+0 success, 1 an error that the user can mend (one message on stderr, no traceback), 2 wrong usage,
+70 a defect of onewan (its traceback is in a file, which the message names), 130 stopped by the user
+with the state saved.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from onewan.cli.boundary import guarded
 from onewan.cli.parser import parse
@@ -22,13 +24,17 @@ __all__ = ["main", "parse"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    options = parse(arguments)
     # Run files are UTF-8, so messages that quote them are too, also on a Windows console.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="replace")
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     _silence_libraries()
-    return guarded(lambda: options.command(options))
+    return guarded(partial(_run, arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    options = parse(arguments)
+    return options.command(options)
 
 
 def _silence_libraries() -> None:

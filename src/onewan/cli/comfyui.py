@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from onewan.cli.arguments import Commands, add_command
+from onewan.cli.output import say
 
 _DETAILS = """ComfyUI
 does not find embeddings for Wan by itself: it takes embedding:NAME for words. Writes one file into
@@ -39,7 +40,7 @@ def add_comfyui_node(commands: Commands) -> None:
         source = files("onewan") / "resources" / "comfyui" / name
         with replacing(nodes / name) as temporary:
             temporary.write_bytes(source.read_bytes())
-        print(f"{nodes / name}: written; restart ComfyUI and connect Wan Embeddings (onewan)")
+        say(f"{nodes / name}: written; restart ComfyUI and connect Wan Embeddings (onewan)")
         return 0
 
     parser.set_defaults(command=run)

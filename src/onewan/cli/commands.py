@@ -6,7 +6,6 @@ Importing torch, diffusers and transformers takes seconds.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ import transformers
 from onewan.adapters.lora import apply_lora
 from onewan.checkpoint.saver import expert_of
 from onewan.cli.importing import run_file_of
+from onewan.cli.output import complain, say
 from onewan.cli.progress import Progress
 from onewan.config.load import load_run
 from onewan.demo import run_demo
@@ -66,7 +66,7 @@ def cache(run: Path, overrides: Sequence[str], *, strict: bool, verify: bool) ->
     progress.line(f"cache {folder}: {data.encoded} entries encoded now")
     if strict and data.report.problems:
         count = len(data.report.problems)
-        print(f"onewan: {count} files can't be used (an error with --strict)", file=sys.stderr)
+        complain(f"onewan: {count} files can't be used (an error with --strict)")
         return 1
     return 0
 
@@ -109,26 +109,26 @@ def sample(options: argparse.Namespace) -> int:
         options.model, dtype=torch_dtype(options.dtype), boundary=options.boundary
     )
     for notice in model.notices:
-        print(notice)
+        say(notice)
     for path in options.lora:
         for lora in read_adapters(path):
             expert = expert_of(path, lora.metadata, model.variant, lora.expert)
             name = str(path).replace(".", "_")  # PEFT takes no dots in an adapter's name
             apply_lora(model.expert(expert), lora.modules, name)
             for notice in lora.notices:
-                print(f"note: {notice}")
-            print(f"{path}: applied to the {expert.name} expert")
+                say(f"note: {notice}")
+            say(f"{path}: applied to the {expert.name} expert")
     request = _request(options, model.variant)
     # Before sampling: a placeholder without vectors would be encoded as ordinary words.
     for path in options.embedding:
-        print(_add_embedding(model, path, request))
+        say(_add_embedding(model, path, request))
     with Progress() as progress:
         WanModelSampler(model, device).sample_to(
             options.out,
             request,
             on_step=partial(progress.advance, "sampling"),
         )
-    print(
+    say(
         f"{options.out}: {request.frames} frames, {request.width}x{request.height}, "
         f"{request.fps:g} fps"
     )

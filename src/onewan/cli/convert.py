@@ -15,6 +15,7 @@ from onewan.checkpoint.layouts import ModelFormat
 from onewan.checkpoint.merge import base_weights, merge
 from onewan.checkpoint.model_files import holds_adapter
 from onewan.checkpoint.saver import convert_adapter
+from onewan.cli.output import say
 from onewan.cli.progress import Progress
 from onewan.dtypes import torch_dtype
 from onewan.errors import CheckpointError
@@ -134,6 +135,6 @@ def _run_with_progress(run: Callable[[ProgressCallback], WriteResult]) -> int:
 
 def _print_result(written: WriteResult) -> None:
     for notice in written.notices:
-        print(f"note: {notice}")
+        say(f"note: {notice}")
     for file in written.files:
-        print(f"{file}: {file.stat().st_size / 1e6:,.1f} MB")
+        say(f"{file}: {file.stat().st_size / 1e6:,.1f} MB")

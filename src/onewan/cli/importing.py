@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from onewan import importing
+from onewan.cli.output import complain, write
 from onewan.config.load import load_run
 from onewan.documents import to_yaml
-from onewan.errors import ConfigError
+from onewan.errors import ConfigError, one_line
 from onewan.files import replacing
 from onewan.importing import Imported
-from onewan.importing.table import printable
 from onewan.variants import VariantName
 
 _MARK = "# Made by onewan from the OneTrainer config"
@@ -36,12 +35,12 @@ def import_config(
     imported = importing.import_config(config, variant=variant, root=root)
     text = _yaml(imported, config)
     if output is None:
-        sys.stdout.write(text)
+        write(text)
     else:
         with replacing(output) as path:
             path.write_text(text, encoding="utf-8")
     for line in _account(imported, account):
-        print(line, file=sys.stderr)
+        complain(line)
     return 0
 
 
@@ -65,15 +64,15 @@ def run_file_of(path: Path) -> Path:
     with replacing(beside) as made:
         made.write_text(_yaml(imported, path), encoding="utf-8")
     for line in _account(imported, "short"):
-        print(line, file=sys.stderr)
+        complain(line)
     load_run(beside)  # errors name the run file, where the user can correct them
-    print(f"{path} was imported as {beside}", file=sys.stderr)
+    complain(f"{path} was imported as {beside}")
     return beside
 
 
 def _yaml(imported: Imported, config: Path) -> str:
-    notices = [f"# Check: {printable(notice)}" for notice in imported.notices]
-    head = [f"{_MARK} {printable(config.name)}.", *notices]
+    notices = [f"# Check: {one_line(notice)}" for notice in imported.notices]
+    head = [f"{_MARK} {one_line(config.name)}.", *notices]
     return "\n".join([*head, to_yaml(imported.document)])
 
 
@@ -83,7 +82,8 @@ def _account(imported: Imported, how: str) -> Iterator[str]:
             {"key": e.key, "value": e.value, "outcome": e.outcome, "note": e.note}
             for e in imported.entries
         ]
-        yield json.dumps({"keys": entries, "notices": imported.notices}, indent=1, default=str)
+        account = {"keys": entries, "notices": imported.notices}
+        yield from json.dumps(account, indent=1, default=str).splitlines()
         return
     for outcome in ("carried", "not applicable", "unknown", "defaulted"):
         found = [e for e in imported.entries if e.outcome == outcome]
@@ -92,11 +92,11 @@ def _account(imported: Imported, how: str) -> Iterator[str]:
         if found:
             yield f"{outcome}:"
         for entry in found[:_MOST]:
-            yield printable(f"  {entry.key[:_SHOWN]} = {_shown(entry.value)}: {entry.note}")
+            yield f"  {entry.key[:_SHOWN]} = {_shown(entry.value)}: {entry.note}"
         if len(found) > _MOST:
             yield f"  and {len(found) - _MOST} more (--account json lists all)"
     for notice in imported.notices:
-        yield printable(f"check: {notice}")
+        yield f"check: {notice}"
     counts = Counter(entry.outcome for entry in imported.entries)
     yield f"{len(imported.entries)} keys: " + ", ".join(f"{n} {what}" for what, n in counts.items())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from onewan.cli.output import say
 from onewan.errors import ConfigError
 from onewan.onetrainer.contract import contract
 from onewan.onetrainer.environment import environment
@@ -25,28 +26,28 @@ def _print_check(path: Path, found: Status) -> bool:
     """Whether the checkout has what the add-on needs, and no Wan 2.2 of its own."""
     known, checked = contract(), found.checked
     assert checked is not None
-    print(f"{path}: looked for {checked.names} names in {checked.files} files of OneTrainer")
+    say(f"{path}: looked for {checked.names} names in {checked.files} files of OneTrainer")
     if checked.unseen:
-        print(
+        say(
             f"not looked at: {', '.join(checked.unseen)}, since there is no environment with them "
             "in the checkout (venv)"
         )
     for name in found.taken:
-        print(f"  {name}: is a file of OneTrainer's or of yours at a path of the add-on's")
+        say(f"  {name}: is a file of OneTrainer's or of yours at a path of the add-on's")
     if checked.problems:
-        print(
+        say(
             f"not supported, since {len(checked.problems)} of them differ from what the add-on "
             "needs:"
         )
         for problem in checked.problems:
-            print(f"  {problem}")
+            say(f"  {problem}")
     if checked.problems or found.taken:
-        print(
+        say(
             f"supported are commit {known['commit'][:8]} ({known['date']}) and later ones with the "
             "same names; go back to that commit, or update onewan"
         )
         return False
-    print(f"all of them exist; made for commit {known['commit'][:8]} ({known['date']})")
+    say(f"all of them exist; made for commit {known['commit'][:8]} ({known['date']})")
     return True
 
 
@@ -54,24 +55,22 @@ def _print_environment(path: Path) -> bool:
     """Whether the add-on can be loaded in the checkout's own environment, if it has one."""
     found = environment(path)
     if found is None:
-        print(
+        say(
             f"environment: none in {path} (venv); the one that OneTrainer is started with needs "
             "onewan"
         )
         return True
     versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
-    print(f"environment: {found.python} with {versions or 'none of the packages'}")
+    say(f"environment: {found.python} with {versions or 'none of the packages'}")
     for failure in found.failures:
-        print(f"  Wan 2.2 is not available there: {failure}")
+        say(f"  Wan 2.2 is not available there: {failure}")
     return not found.failures
 
 
 def _install(path: Path, force: bool) -> int:
     outcome = install(path, force=force)
     _print_outcome(outcome)
-    print(
-        f"installed: {path / MANIFEST} lists the files. OneTrainer now has the model type Wan 2.2"
-    )
+    say(f"installed: {path / MANIFEST} lists the files. OneTrainer now has the model type Wan 2.2")
     _print_environment(path)
     return 0
 
@@ -85,28 +84,28 @@ def _uninstall(path: Path, force: bool) -> int:
 def _print_outcome(outcome: InstallOutcome) -> None:
     for what, names in (("wrote", outcome.written), ("removed", outcome.removed)):
         if names:
-            print(f"{what} {len(names)} files")
+            say(f"{what} {len(names)} files")
     for name in outcome.taken:
-        print(f"kept, because it is OneTrainer's own file by now: {name}")
+        say(f"kept, because it is OneTrainer's own file by now: {name}")
     for name in outcome.kept:
-        print(f"kept, because it was changed: {name} (--force removes or overwrites it)")
+        say(f"kept, because it was changed: {name} (--force removes or overwrites it)")
     if not (outcome.written or outcome.removed or outcome.kept or outcome.taken):
-        print("nothing to do: all files are up to date")
+        say("nothing to do: all files are up to date")
 
 
 def _status(path: Path, force: bool) -> int:
     del force
     found = status(path)
     if not found.installed:
-        print(f"{path}: the add-on is not installed")
+        say(f"{path}: the add-on is not installed")
         _print_check(path, found)
         return 1
-    print(f"{path}: add-on of onewan {found.version}{'' if found.complete else ', not complete'}")
+    say(f"{path}: add-on of onewan {found.version}{'' if found.complete else ', not complete'}")
     for what, names in (("changed", found.changed), ("missing", found.missing)):
         for name in names:
-            print(f"  {what}: {name}")
+            say(f"  {what}: {name}")
     if not found.current:
-        print("  the files of another version of onewan; `onewan onetrainer install` updates them")
+        say("  the files of another version of onewan; `onewan onetrainer install` updates them")
     complete = found.complete and found.current and not (found.changed or found.missing)
     compatible, available = _print_check(path, found), _print_environment(path)
     return 0 if complete and compatible and available else 1
@@ -119,6 +118,6 @@ def export(backup: Path, destination: Path | None, to: str | None, *, force: boo
         raise ConfigError(
             "onetrainer export", ["OUT: is missing; give the path of the file to write"]
         )
-    for path in export_backup(backup, destination, to, force=force, report=print):
-        print(path)
+    for path in export_backup(backup, destination, to, force=force, report=say):
+        say(str(path))
     return 0

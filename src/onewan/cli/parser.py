@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from onewan.cli.arguments import VARIANT_NAMES, Commands, add_command
 from onewan.cli.comfyui import add_comfyui_node
 from onewan.cli.onetrainer_parsers import add_import_config, add_onetrainer
+from onewan.cli.output import say, write
 from onewan.cli.run_parsers import add_cache, add_requests, add_sample, add_train
 from onewan.cli.weights_parsers import add_convert, add_inspect, add_merge
+from onewan.errors import one_line
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -31,7 +33,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="onewan",
         description="Trains the Wan 2.2 video models.",
         epilog="New here? `onewan demo --dir demo` runs every stage on a tiny model, in minutes.",
@@ -58,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(message))
+
+
 class _PrintVersion(argparse.Action):
     """Prints the version. argparse's own action would need it in advance, and importlib.metadata is
     the slowest import of ``onewan --help``."""
@@ -68,7 +75,7 @@ class _PrintVersion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         import importlib.metadata
 
-        print(f"onewan {importlib.metadata.version('onewan')}")
+        say(f"onewan {importlib.metadata.version('onewan')}")
         parser.exit()
 
 
@@ -112,7 +119,7 @@ def _add_init(commands: Commands) -> None:
     def run(options: argparse.Namespace) -> int:
         from onewan.cli.starter import starter
 
-        print(starter(options.variant), end="")
+        write(starter(options.variant))
         return 0
 
     parser.set_defaults(command=run)
@@ -131,7 +138,7 @@ def _add_schema(commands: Commands) -> None:
 
         from onewan.config import json_schema
 
-        print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+        write(json.dumps(json_schema(), indent=2, ensure_ascii=False))
         return 0
 
     parser.set_defaults(command=run)

@@ -11,6 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from onewan.cli.output import stdout
+from onewan.errors import one_line
 from onewan.runs import events
 from onewan.runs.layout import displayed
 
@@ -73,9 +75,10 @@ class Progress:
 
     def line(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
-        tqdm.write(text, file=sys.stdout)
-        # Without it, a pipe or a file would show lines only by the block.
-        sys.stdout.flush()
+        with stdout() as file:
+            tqdm.write(one_line(text), file=file)
+            # Without it, a pipe or a file would show lines only by the block.
+            file.flush()
         self._last_line = time.monotonic()
 
     def advance(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timezone
 from pathlib import Path
 
+from onewan.cli.output import say
 from onewan.errors import OnewanError
 from onewan.runs.control import Request, request
 from onewan.runs.event_file import last_event
@@ -31,14 +32,12 @@ def send_request(run: Path, command: str) -> int:
             f"continue it with: onewan train {run} --resume"
         )
     request(layout, _REQUESTS[command])
-    print(f"{run}: {command} requested; the trainer acts on it after the current step")
+    say(f"{run}: {command} requested; the trainer acts on it after the current step")
     if event is not None:
         # Python 3.10 parses no "Z".
         written = datetime.fromisoformat(event["time"].replace("Z", "+00:00"))
         silent = (datetime.now(timezone.utc) - written).total_seconds()
         if silent > _SILENT_SECONDS:
             # Not an error: the process may be suspended, or on a machine whose clock differs.
-            print(
-                f"note: its last event is {silent / 60:.0f} minutes old; the trainer may have died"
-            )
+            say(f"note: its last event is {silent / 60:.0f} minutes old; the trainer may have died")
     return 0

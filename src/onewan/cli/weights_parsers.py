@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from onewan.cli.arguments import Commands, add_command
+from onewan.cli.output import say, write
 from onewan.dtypes import WeightDtype
 from onewan.errors import CheckpointError
 
@@ -58,11 +59,12 @@ def add_inspect(commands: Commands) -> None:
 
         report = inspect(options.path)
         if options.json:
-            print(json.dumps(report.as_json(), indent=2, ensure_ascii=False))
+            write(json.dumps(report.as_json(), indent=2))
         elif report.kind == "unreadable":
             raise CheckpointError(f"{report.path}: {report.summary}")
         else:
-            print("\n".join(report.lines()))
+            for line in report.lines():
+                say(line)
         return 1 if report.kind == "unreadable" else 0
 
     parser.set_defaults(command=run)

@@ -207,9 +207,9 @@ def _final_report(
     if config.video_data.cache:
         report = replace(report, problem_list=_write_list(config.video_data.cache_dir, report))
     if not clips:
-        raise DataError("\n".join(["no clip can be used", *report.lines()]))
+        raise DataError("no clip can be used", report.lines())
     if config.validation.sources and not validation_clips:
-        raise DataError("\n".join(["no clip of validation.sources can be used", *report.lines()]))
+        raise DataError("no clip of validation.sources can be used", report.lines())
     return report
 
 

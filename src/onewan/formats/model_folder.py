@@ -348,9 +348,13 @@ def _file_name_problems(components: Mapping[ComponentName, ComponentDescription]
 
 
 def raise_problems(problems: Iterable[str]) -> None:
-    """CheckpointError with all `problems`, without duplicates; does nothing if there are none."""
-    if found := sorted(set(problems)):
-        raise CheckpointError("; ".join(found))
+    """CheckpointError with a line for each of `problems`, without duplicates; does nothing if there
+    are none."""
+    found = sorted(set(problems))
+    if len(found) == 1:
+        raise CheckpointError(found[0])
+    if found:
+        raise CheckpointError(f"{len(found)} problems", found)
 
 
 def for_each(
@@ -364,6 +368,6 @@ def for_each(
         try:
             results[name] = function(name)
         except CheckpointError as error:  # noqa: PERF203  (all errors are wanted)
-            problems.append(str(error))
+            problems += error.details or [error.message]
     raise_problems(problems)
     return results

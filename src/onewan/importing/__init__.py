@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from onewan.documents import format_value
-from onewan.errors import ConfigError, OnewanError
+from onewan.errors import ConfigError, OnewanError, one_line
 from onewan.importing import data, method, model, optimizer, output, train
 from onewan.importing.table import (
     Context,
@@ -29,7 +29,6 @@ from onewan.importing.table import (
     convert,
     exists,
     flatten,
-    printable,
 )
 from onewan.onetrainer.patches.configs import CONFIG_VERSION
 from onewan.variants import VARIANTS, Variant, VariantName, variant_of
@@ -99,7 +98,7 @@ def import_config(
             context = replace(context, variant=_variant_of_base_model(context, path))
         document = _document(context)
     if context.problems:
-        found = [f"{printable(key)}: {text}" for key, text in context.problems.items()]
+        found = [f"{one_line(key)}: {text}" for key, text in context.problems.items()]
         raise ConfigError(str(path), found)
     return Imported(
         document=document,
@@ -138,7 +137,7 @@ def _why_unusable(config: Any, path: Path) -> list[str]:
             "imported"
         ]
     return [
-        f"{printable(key)}: is {value}; give a finite number"
+        f"{one_line(key)}: is {value}; give a finite number"
         for key, value in flatten(config)
         if isinstance(value, float) and not math.isfinite(value)
     ]

@@ -260,11 +260,6 @@ def exists(path: Path) -> bool:
         return False
 
 
-def printable(text: str) -> str:
-    """`text` on one line, with escapes for what a terminal would not show as it is."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of all leaves, such as an empty mapping and a list without mappings."""
     if isinstance(node, Mapping) and (node or not prefix):

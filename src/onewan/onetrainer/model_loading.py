@@ -74,7 +74,8 @@ def load(request: LoadRequest) -> WanModel:
         try:
             return _loaded(sources, variant, dtype, components, request.boundary)
         except CheckpointError as error:
-            raise CheckpointError(_with_onetrainers_names(str(error))) from error
+            details = [_with_onetrainers_names(line) for line in error.details]
+            raise CheckpointError(_with_onetrainers_names(error.message), details) from error
 
     # Each component has a data type of its own, which the loader takes once for each call.
     def dtype(component: str) -> torch.dtype:

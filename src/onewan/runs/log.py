@@ -16,8 +16,9 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from onewan.errors import one_line
 from onewan.runs.event_file import EventFile
 from onewan.runs.events import Event, Note, ProgressEvent, Warned
 
@@ -65,11 +66,13 @@ class RunLog:
                 self.warn(warning)
 
     def note(self, text: str) -> None:
-        log.info(text)
+        text = one_line(text)
+        log.info("%s", text)
         self.emit(Note(text=text))
 
     def warn(self, text: str) -> None:
-        log.warning(text)
+        text = one_line(text)
+        log.warning("%s", text)
         self.emit(Warned(text=text))
 
     def warn_once(self, text: str, *, prefix: str = "") -> None:
@@ -183,11 +186,26 @@ class _LogFile(WatchedFileHandler):
         """Does nothing, where logging prints a traceback to the terminal."""
 
 
+class _Formatter(logging.Formatter):
+    """Lets only tracebacks have several lines, so that no name of a file can write a line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        record.message = one_line(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        lines = super().formatException(ei).split("\n")
+        return "\n".join(f"  {one_line(line)}" for line in lines)
+
+
 @contextmanager
 def text_log(path: Path) -> Generator[None]:
-    """Append onewan's log messages to the file `path` for as long as the block lasts."""
-    handler = _LogFile(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    """Append onewan's log messages to the file `path` for as long as the block lasts.
+
+    An exception that leaves the block has `path` as its attribute ``log_file``.
+    """
+    handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("onewan")
     logger.addHandler(handler)
     # A program that uses onewan as a library may have chosen its own level.
@@ -195,6 +213,9 @@ def text_log(path: Path) -> Generator[None]:
         logger.setLevel(logging.INFO)
     try:
         yield
+    except Exception as error:
+        vars(error)["log_file"] = path
+        raise
     finally:
         logger.removeHandler(handler)
         handler.close()

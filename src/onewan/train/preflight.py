@@ -22,7 +22,7 @@ from onewan.config.schema import ResolvedRun
 from onewan.errors import CheckpointError, ConfigError
 from onewan.formats.configs import read_json
 from onewan.formats.lora_files import AdapterFile
-from onewan.formats.model_folder import ComponentName
+from onewan.formats.model_folder import ComponentName, raise_problems
 from onewan.formats.weights import open_component
 from onewan.model.load import describe_model
 from onewan.model.meta_init import module_on_meta, transformer_on_meta
@@ -168,5 +168,4 @@ def _check_embeddings(config: ResolvedRun, text_encoder: Path | None) -> None:
 def _raise(problems: Collection[str], of_files: Collection[str] = ()) -> None:
     if problems:
         raise ConfigError("run file", [*problems, *of_files])
-    if of_files:
-        raise CheckpointError("\n".join(of_files))
+    raise_problems(of_files)

@@ -139,18 +139,16 @@ class StateSaver:
         source = str(folder / FACTS_FILE)
         changes = changes_since(facts, self._config, run.dataset.digest, source)
         if changes.affecting_results and not allow_change:
-            affecting = "\n  ".join(changes.affecting_results)
             raise CheckpointError(
                 f"{self._layout.root}: resuming with changes would give other results; undo them, "
-                f"start another run, or allow them with --allow-change\n  {affecting}"
+                "start another run, or allow them with --allow-change",
+                changes.affecting_results,
             )
         resets = run.state.load(folder, facts, allow_change=allow_change)
         return _Loaded(facts=facts, changes=changes, resets=resets)
 
     def _report_changes(self, changes: Changes) -> None:
-        if changes.affecting_results:
-            listed = "\n  ".join(changes.affecting_results)
-            self._log.warn(f"resuming with changes, as allowed:\n  {listed}")
-        if changes.harmless:
-            listed = "\n  ".join(changes.harmless)
-            self._log.note(f"resuming with changes that do not affect results:\n  {listed}")
+        for change in changes.affecting_results:
+            self._log.warn(f"resuming with a change, as allowed: {change}")
+        for change in changes.harmless:
+            self._log.note(f"resuming with a change that does not affect results: {change}")
