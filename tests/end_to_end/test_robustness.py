@@ -67,13 +67,13 @@ def result_of(script: Path, out: Path, *arguments: str) -> dict[str, Any]:
 def test_each_kind_of_failure_is_found_and_finished_cases_are_not_repeated(tmp_path: Path) -> None:
     script, out = tmp_path / "cases.py", tmp_path / "out.json"
     script.write_text(CASES, encoding="utf-8")
-    result = result_of(script, out, "--count", str(len(EXPECTED)), "--seconds", "1")
+    result = result_of(script, out, "--count", str(len(EXPECTED)), "--seconds", "3")
     log = tmp_path / "out.json.cases.jsonl"
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     assert [line["outcome"] for line in lines] == EXPECTED
     assert result["failures"] == len(EXPECTED) - EXPECTED.count("ok")
 
-    again = result_of(script, out, "--count", str(len(EXPECTED)), "--seconds", "1")
+    again = result_of(script, out, "--count", str(len(EXPECTED)), "--seconds", "3")
     assert again == result
     assert len(log.read_text(encoding="utf-8").splitlines()) == len(EXPECTED)
 
