@@ -18,6 +18,7 @@ from onewan.errors import DataError
 from onewan.media import keyframe_near, probe, read_frames, read_image, write_video
 from onewan.media.cut_off import cut_off_reason
 from onewan.media.faults import faults_of
+from onewan.media.kinds import pixel_limit
 
 SECONDS = 4
 
@@ -342,3 +343,35 @@ print(peak() - before)
         [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 200, done.stderr
+
+
+def test_pictures_that_their_file_is_too_small_for_are_not_decoded(tmp_path: Path) -> None:
+    """VP8 decodes any data to a picture: such a file took 2.3 GB and 14 s."""
+    path = tmp_path / "a.webm"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libvpx", rate=25, options={"deadline": "realtime"})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for number in range(5):
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(texture(number), format="rgb24"))
+            )
+        container.mux(stream.encode(None))
+    size, claimed = bytes([96, 0, 64, 0]), (11_000).to_bytes(2, "little") * 2
+    data = path.read_bytes()
+    assert data.count(size) == 1  # in the header of the key frame
+    path.write_bytes(data.replace(size, claimed))
+    assert reason(path)
+    image = tmp_path / "a.jpg"
+    size, claimed = bytes([0, 240, 1, 64]), (11_000).to_bytes(2, "big") * 2
+    picture(image)
+    image.write_bytes(image.read_bytes().replace(size, claimed, 1))
+    assert "claims 11000x11000 pixels, more than" in reason(image)
+
+
+def test_large_pictures_are_read(tmp_path: Path) -> None:
+    assert pixel_limit(2_000_000, "video") > 7680 * 4320
+    assert pixel_limit(4_000, "PNG") > 5000 * 4000  # a mask
+    assert pixel_limit(10_000_000, "JPEG") > 11_648 * 8736
+    path = tmp_path / "a.png"
+    Image.new("1", (6000, 4000)).save(path)
+    assert probe(path).width == 6000

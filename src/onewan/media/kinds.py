@@ -16,9 +16,27 @@ VIDEO_SUFFIXES = frozenset({
 # fmt: on
 """Extensions of videos, whether supported or not, so that an unsupported one can be reported."""
 
-# 134 million pixels, a 16k x 8k frame: more than any footage has, and 400 MB as RGB. A header that
-# claims more is damaged or malicious, and nothing is allocated for it.
-MAX_PIXELS = 2**27
+# A header that claims more is damaged or malicious, and nothing is allocated for it. Cameras take
+# images of 150 million pixels at most; a frame of 8K has 33 million, one of a 11K dome 66.
+MAX_IMAGE_PIXELS = 2**27
+MAX_FRAME_PIXELS = 2**26
+
+# Beyond this size, 16.8 million pixels, a picture must have a byte for so many of them. A video of
+# 8K frames is never smaller than 1.6 MB, but a VP8 file of 10 kB can be damaged into one that takes
+# 2.3 GB and 14 s to decode. Images may be drawn: of one color, a PNG has 8256 pixels per byte.
+_LARGE_PIXELS = 2**24
+_PIXELS_PER_BYTE = {"video": 20, "image": 10_000, "JPEG": 1000, "MPO": 1000}
+
+
+def pixel_limit(file_bytes: int, kind: str) -> int:
+    """The most pixels that a picture of a file of this size may have, to be believed.
+
+    `kind` is "video", or Pillow's name of an image format.
+    """
+    per_byte = _PIXELS_PER_BYTE.get(kind, _PIXELS_PER_BYTE["image"])
+    most = MAX_FRAME_PIXELS if kind == "video" else MAX_IMAGE_PIXELS
+    return min(most, max(_LARGE_PIXELS, per_byte * file_bytes))
+
 
 # swscale's default rounds down and repeats chroma: measured on a 1080p frame, 1.1 levels too dark
 # on average. These flags reduce the mean error to 0.004, for 2 ms per frame of 720p. They are

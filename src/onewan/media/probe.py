@@ -12,13 +12,12 @@ import av
 from av.container import InputContainer
 from av.error import FFmpegError
 from av.video.stream import VideoStream
-from PIL import ImageOps
 
 from onewan.errors import DataError
 from onewan.media.cut_off import cut_off_reason
 from onewan.media.faults import DAMAGE_REMEDY, faults_of
 from onewan.media.kinds import IMAGE_SUFFIXES, extension
-from onewan.media.still import open_image
+from onewan.media.still import open_image, upright_image
 from onewan.media.video_frames import Orientation, decode_frames
 from onewan.media.video_stream import (
     end_time,
@@ -115,7 +114,7 @@ def keyframe_near(path: str | Path, time: float) -> float:
 def _probe_image(path: Path) -> MediaInfo:
     with open_image(path) as image:
         codec = image.format or "unknown"
-        upright = ImageOps.exif_transpose(image)  # decodes, so a truncated file is found here
+        upright = upright_image(image)  # decodes, so a truncated file is found here
     return MediaInfo(
         path=path,
         kind="image",

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from onewan.errors import DataError
 from onewan.media.faults import DAMAGE_REMEDY, error_reason, faults_of
-from onewan.media.kinds import MAX_PIXELS
+from onewan.media.kinds import MAX_IMAGE_PIXELS, pixel_limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def read_image(path: str | Path, fit: Fit | None = None) -> np.ndarray:
     path = Path(path)
     with open_image(path) as image:
         _refuse_damaged_data(path, image.format)
-        upright = flatten_alpha(ImageOps.exif_transpose(image))
+        upright = flatten_alpha(upright_image(image))
     return np.array(upright) if fit is None else fit_image(upright, fit)
 
 
@@ -69,8 +69,14 @@ def fit_image(image: Image.Image | np.ndarray, fit: Fit, pixel_aspect: float = 1
 def open_image(path: Path) -> Iterator[Image.Image]:
     """The opened image, not yet decoded; Pillow's errors inside become `DataError`."""
     with faults_of(path, "image"), Image.open(path) as image:
-        _check_pixels(path, *image.size)
+        check_pixels(path, image.width, image.height, image.format or "image")
         yield image
+
+
+def upright_image(image: Image.Image) -> Image.Image:
+    """The opened `image` decoded and turned by its EXIF orientation, which changes it in place."""
+    ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def _refuse_damaged_data(path: Path, form: str | None) -> None:
@@ -85,7 +91,7 @@ def _refuse_damaged_data(path: Path, form: str | None) -> None:
             image.verify()
     elif form in {"JPEG", "MPO"} and _jpeg_coding(data := path.read_bytes()) in {0xC0, 0xC1, 0xC2}:
         decoder = av.CodecContext.create("mjpeg", "r")
-        decoder.options = {"err_detect": "crccheck+explode", "max_pixels": str(MAX_PIXELS)}
+        decoder.options = {"err_detect": "crccheck+explode", "max_pixels": str(MAX_IMAGE_PIXELS)}
         try:
             decoder.decode(av.Packet(data))
         except InvalidDataError as error:
@@ -134,11 +140,16 @@ def refuse_damaged_gif(path: Path, frames: int, until: float) -> None:
             ) from error
 
 
-def _check_pixels(path: Path, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
+def check_pixels(path: Path, width: int, height: int, kind: str) -> int:
+    """`pixel_limit` of this file; DataError if its header claims more."""
+    size = path.stat().st_size
+    limit = pixel_limit(size, kind)
+    if width * height > limit:
         raise DataError(
-            f"{path}: claims {width}x{height} pixels, more than any image has; {DAMAGE_REMEDY}"
+            f"{path}: claims {width}x{height} pixels, more than the {limit} that are believed of a "
+            f"file of {size} bytes; {DAMAGE_REMEDY}"
         )
+    return limit
 
 
 def flatten_alpha(image: Image.Image) -> Image.Image:
@@ -146,7 +157,8 @@ def flatten_alpha(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion clips to white
         return Image.fromarray((np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        # `convert` would copy an image that is RGB, and large ones take up to 540 MB.
+        return image if image.mode == "RGB" else image.convert("RGB")
     rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, "white")
     return Image.alpha_composite(white, rgba).convert("RGB")

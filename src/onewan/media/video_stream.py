@@ -20,7 +20,8 @@ from av.video.stream import VideoStream
 
 from onewan.errors import DataError
 from onewan.media.faults import faults_of
-from onewan.media.kinds import MAX_PIXELS
+from onewan.media.kinds import pixel_limit
+from onewan.media.still import check_pixels
 
 _MAX_REORDERING = 2.0
 """More than the presentation time of a packet differs from that of its neighbors in the file, s."""
@@ -42,7 +43,7 @@ def open_video(path: Path, *, threads: int) -> Iterator[tuple[InputContainer, Vi
         faults_of(path, "video"),
         av.open(
             f"file:{path}",
-            options={"max_pixels": str(MAX_PIXELS)},
+            options={"max_pixels": str(pixel_limit(path.stat().st_size, "video"))},
             container_options={"protocol_whitelist": "file"},
             metadata_errors="replace",
         ) as container,
@@ -59,12 +60,11 @@ def open_video(path: Path, *, threads: int) -> Iterator[tuple[InputContainer, Vi
                 f"{path}: its video codec is unknown to FFmpeg, or its header is damaged; convert "
                 "it to H.264, or take it out"
             )
+        context = stream.codec_context
+        limit = check_pixels(path, context.width, context.height, "video")
         # By default decoders conceal damage and continue; with "explode" they raise an error.
-        stream.codec_context.options = {
-            "err_detect": "crccheck+explode",
-            "max_pixels": str(MAX_PIXELS),
-        }
-        stream.codec_context.thread_count = threads
+        context.options = {"err_detect": "crccheck+explode", "max_pixels": str(limit)}
+        context.thread_count = threads
         stream.thread_type = "AUTO"
         yield container, stream
 
