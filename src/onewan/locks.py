@@ -69,6 +69,14 @@ def locked(file: Path, subject: Path, remedy: str) -> Iterator[None]:
                 _delete(file)
 
 
+def remove_abandoned_locks(folder: Path) -> None:
+    """Delete the files of locks in `folder` that killed processes left and nobody holds."""
+    for file in folder.glob(".lock*"):
+        if file.suffix != ".json":
+            with contextlib.suppress(OnewanError), locked(file, folder, ""):
+                pass
+
+
 @contextlib.contextmanager
 def _folder(folder: Path) -> Iterator[None]:
     new = [path for path in (folder, *folder.parents) if not path.exists()]

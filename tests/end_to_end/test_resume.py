@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.interrupted import leave_interrupted
+from support.interrupted import leave_interrupted, locking
 from support.runs import SMALL_SAMPLE, RunFile, layout_of, outcome, recorder
 
 from onewan import files
@@ -213,6 +213,8 @@ def test_what_a_killed_trainer_left_is_deleted_at_the_next_start(
         layout.samples(1) / "0.mp4",
         config.video_data.cache_dir / "video" / "ab" / "entry.safetensors",
     )
+    with locking(layout.weights_dir / ".lock-000001.safetensors"):
+        pass  # killed after the last export was complete
     monkeypatch.setattr(files, "LARGE_BYTES", 1)
     events: list[dict[str, Any]] = []
     WanTrainer(config, listen=recorder(events), resume=True).fit()

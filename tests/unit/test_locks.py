@@ -14,7 +14,7 @@ from filelock import FileLock
 from support.interrupted import locking
 
 from onewan.errors import OnewanError
-from onewan.locks import locked
+from onewan.locks import locked, remove_abandoned_locks
 
 
 def test_the_second_process_is_told_who_holds_the_lock(tmp_path: Path) -> None:
@@ -45,6 +45,14 @@ def test_nothing_is_left_after_the_block_not_even_new_folders(tmp_path: Path) ->
     with locked(lock, lock.parent, ""):
         (lock.parent / "result").touch()
     assert [path.name for path in lock.parent.iterdir()] == ["result"]
+
+
+def test_only_locks_that_nobody_holds_are_removed(tmp_path: Path) -> None:
+    with locking(tmp_path / ".lock-a.safetensors"):
+        pass  # the process was killed
+    with locking(tmp_path / ".lock-b"):
+        remove_abandoned_locks(tmp_path)
+        assert sorted(p.name for p in tmp_path.iterdir()) == [".lock-b", ".lock-b.json"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows can't rename the folder of an open file")

@@ -22,7 +22,7 @@ from onewan.config.schema import ResolvedRun
 from onewan.data.loader import StepBatches
 from onewan.errors import CheckpointError, DataError, Interrupted
 from onewan.files import remove, remove_abandoned, replacing
-from onewan.locks import locked
+from onewan.locks import locked, remove_abandoned_locks
 from onewan.runs import events
 from onewan.runs.control import REQUESTS, Request, StopSignals, clear, pending, take
 from onewan.runs.event_file import EventFile, HeartbeatThread
@@ -113,6 +113,7 @@ class WanTrainer:
     def _run(self) -> None:
         config = self._config
         self._log.emit(events.Started(run=self._layout.root, steps=config.train.steps))
+        remove_abandoned_locks(self._layout.weights_dir)
         for notice in remove_abandoned(self._layout.written_folders()):
             self._log.note(notice)
         run = WanModelSetup(config).build(self._on_encoding)
