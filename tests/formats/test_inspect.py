@@ -326,3 +326,85 @@ def test_inspecting_imports_no_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+Q = "blocks.0.self_attn.q"
+TWO = {"lora_down.weight": torch.ones(2, 64), "lora_up.weight": torch.ones(64, 2)}
+ALPHA = {"alpha": torch.tensor(1.0)}
+LOKR = {"lokr_w1": torch.ones(8, 8), "lokr_w2": torch.ones(8, 8)}
+SPLIT = {"lokr_w1_a": torch.ones(8, 2), "lokr_w1_b": torch.ones(2, 8), "lokr_w2": torch.ones(8, 8)}
+LOHA = {
+    **{f"hada_w{n}_a": torch.ones(64, 2) for n in (1, 2)},
+    **{f"hada_w{n}_b": torch.ones(2, 64) for n in (1, 2)},
+}
+
+
+@pytest.mark.parametrize(
+    ("parts", "comfyui", "musubi"),
+    [
+        ({**TWO, **ALPHA}, True, True),
+        ({**LOHA, **ALPHA}, True, True),
+        ({**LOKR, **ALPHA}, True, True),
+        ({**SPLIT, **ALPHA}, True, False),
+        ({"oft_blocks": torch.ones(8, 8, 8)}, True, False),
+        ({"oft_R.weight": torch.ones(8, 28)}, False, False),
+        ({**TWO, "dora_scale": torch.ones(1, 64)}, True, False),
+        ({**TWO, "dora_scale": torch.ones(64, 1)}, False, False),
+        ({"diff": torch.ones(64, 64)}, True, False),
+    ],
+    ids=["lora", "loha", "lokr", "lokr split", "oft", "peft oft", "dora", "dora by output", "diff"],
+)
+def test_comfyui_reads_the_same_kinds_under_both_of_its_prefixes(tmp_path, parts, comfyui, musubi):
+    """As measured with ComfyUI 0.33 and 0.3.64, and with musubi-tuner and kohya's keys."""
+    path = tmp_path / "x.safetensors"
+    flat = "lora_unet_" + Q.replace(".", "_")
+    for start, key_format in ((flat, "kohya"), (f"diffusion_model.{Q}", "comfyui")):
+        save_file({f"{start}.{name}": tensor.clone() for name, tensor in parts.items()}, path)
+        report = inspect(path)
+        assert report.key_format == key_format and not report.problems
+        assert read_by(report)["ComfyUI"] is comfyui
+        if key_format == "kohya":
+            assert read_by(report)["musubi-tuner"] is musubi
+            assert not read_by(report)["DiffSynth-Studio"]
+
+
+def test_a_folder_of_loras_is_described_file_by_file(tmp_path, capsys):
+    for expert in ("high", "low"):
+        save_file(lora("diffusion_model.", 2.0), tmp_path / f"style_{expert}_noise.safetensors")
+    assert main(["inspect", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "a folder of 2 LoRAs; give the path of one to convert, merge or sample" in text
+    assert f"{tmp_path / 'style_low_noise.safetensors'}: LoRA for Wan 2.2" in text
+    assert main(["convert", str(tmp_path), str(tmp_path / "out"), "--to", "kohya"]) == 1
+    error = capsys.readouterr().err
+    assert "is a folder of 2 LoRAs (style_high_noise.safetensors, style_low_" in error
+    assert "give the path of one file" in error
+
+
+def test_published_files_are_recognized(shared, tmp_path):
+    path = shared / "clips" / "field" / "lora" / "lightx2v_style_i2v.safetensors"
+    report = inspect(path)
+    assert report.kind == "adapter" and not report.problems and read_by(report)["ComfyUI"]
+    assert report.adapter["skipped"].startswith("5 keys that Wan 2.2 has no weights for")
+    combined = {}
+    for stage in (1, 2):
+        combined |= lora(f"diffusion_model.transformer_{stage}.", None)
+    save_file(combined, tmp_path / "x.safetensors")
+    report = inspect(tmp_path / "x.safetensors")
+    assert report.summary.endswith("both experts in one file") and not report.problems
+    assert report.adapter["trainer"] == "ai-toolkit"
+    assert read_by(report)["ai-toolkit"] and not read_by(report)["ComfyUI"]
+
+
+def test_the_description_of_a_file_with_thousands_of_faults_is_short(tmp_path, capsys):
+    path = tmp_path / "x.safetensors"
+    tensors = {}
+    for n in range(3000):
+        tensors[f"diffusion_model.blocks.{n}.self_attn.q.lora_A.weight"] = torch.ones(2, 4)
+        tensors[f"{'x' * 300}.{n}"] = torch.ones(1)
+    save_file(tensors, path, {f"name {n} " + "y" * 500: "z" * 1000 for n in range(500)})
+    assert main(["inspect", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert len(text) < 15_000
+    assert "has 3000 damaged modules: blocks.0.attn1.to_q has no lora_B; " in text
+    assert "has 3000 unexpected keys" in text and "460 more entries, which --json shows" in text

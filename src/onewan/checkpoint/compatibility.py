@@ -145,6 +145,11 @@ def programs_reading_adapter(
 
 def _readers_without_alpha(layout: AdapterLayout, *, is_scaled: bool) -> Iterator[ProgramSupport]:
     """Trainers that continue a LoRA without its alpha: one ignores it, one refuses the keys."""
+    if layout.key_format.startswith("diffusion_model.transformer_"):
+        # Its own file of both experts.
+        yield ProgramSupport("ai-toolkit", True)
+        yield ProgramSupport("diffusion-pipe", False, "was not tested with these keys")
+        return
     remedy = "convert to no_alpha"
     has_alpha = any("alpha" in parts for parts in layout.modules.values())
     common = None
@@ -175,26 +180,52 @@ def _adapter_support(layout: AdapterLayout, shape: WanShape | None) -> Iterator[
     layers = shape.num_layers if shape else max(blocks, default=-1) + 1
     complete = alphas and len(layout.modules) >= layers * len(LINEARS) > 0
     if key_format == "comfyui":
-        of_peft = kinds & {"dora"} or any("oft_R" in parts for parts in layout.modules.values())
-        yield _support("ComfyUI", "has no keys for PEFT's DoRA and OFT" if of_peft else None)
+        yield _support("ComfyUI", _comfyui_adapter_obstacle(layout))
         yield _support("diffusers", None if only_lora else "reads only LoRA for Wan")
         yield _support("musubi-tuner", None if only_lora else "was not tested with this kind")
         one_rank = len(set(layout.ranks.values())) <= 1
         obstacle = None if one_rank else "needs the same rank in all modules"
         yield _support("DiffSynth-Studio", obstacle if only_lora else "reads only LoRA")
     elif key_format == "kohya":
-        readable = kinds <= {"lora", "loha", "lokr"}
-        yield _support("ComfyUI", None if readable else "does not read this kind")
+        yield _support("ComfyUI", _comfyui_adapter_obstacle(layout))
         # diffusers' converter for kohya files looks up every layer of every block.
         missing = "needs every module of every block with its alpha; convert to kohya or comfyui"
-        yield _support("diffusers", None if only_lora and complete else missing)
-        yield _support("musubi-tuner", None if only_lora and alphas else "needs alpha everywhere")
+        by_diffusers = missing if only_lora else "reads only LoRA for Wan"
+        yield _support("diffusers", None if only_lora and complete else by_diffusers)
+        yield _support("musubi-tuner", _musubi_adapter_obstacle(layout, has_alphas=alphas))
         yield ProgramSupport("DiffSynth-Studio", False, "does not know lora_unet_")
     else:
         unknown = "does not know these keys; convert to comfyui"
         by_diffusers = key_format == "diffusers" and kinds <= {"lora", "dora"}
         by_diffsynth = only_lora and layout.trainer == "DiffSynth-Studio"
-        yield _support("ComfyUI", unknown)
+        # ComfyUI renames VideoX-Fun's prefix to kohya's.
+        is_fun = layout.prefix == "lora_unet__"
+        yield _support("ComfyUI", _comfyui_adapter_obstacle(layout) if is_fun else unknown)
         yield _support("diffusers", None if by_diffusers else unknown)
         yield _support("musubi-tuner", unknown)
         yield _support("DiffSynth-Studio", None if by_diffsynth else unknown)
+
+
+def _comfyui_adapter_obstacle(layout: AdapterLayout) -> str | None:
+    """Why ComfyUI does not apply an adapter as its file means it; None if it does. The endings of
+    keys are the same under ``diffusion_model.`` and ``lora_unet_``."""
+    if any("oft_R" in parts for parts in layout.modules.values()):
+        return "has no keys for PEFT's OFT, which rotates inputs"
+    # Scaled outputs are computed from the norms of the unchanged weight.
+    if "dora" in layout.kinds.values() and not layout.magnitude_by_input:
+        return "applies DoRA right only with a magnitude for each input, [1, in]"
+    if any("lora_B.bias" in parts for parts in layout.modules.values()):
+        return "does not know PEFT's biases"
+    return None
+
+
+def _musubi_adapter_obstacle(layout: AdapterLayout, *, has_alphas: bool) -> str | None:
+    """Why musubi-tuner does not read an adapter with kohya's keys; None if it does."""
+    if not set(layout.kinds.values()) <= {"lora", "loha", "lokr"}:
+        return "reads only LoRA, LoHa and LoKr"
+    parts = {part for parts in layout.modules.values() for part in parts}
+    if parts & {"magnitude", "diff_b"}:
+        return "ignores magnitudes and differences of biases"
+    if "lokr_w1_a" in parts:
+        return "ignores a LoKr whose first factor is a product too"
+    return None if has_alphas else "needs alpha everywhere"

@@ -8,10 +8,9 @@ noticed.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from onewan.checkpoint.compatibility import (
     programs_reading_adapter,
     programs_reading_weights,
 )
+from onewan.checkpoint.inspection import Inspection
 from onewan.errors import CheckpointError
 from onewan.formats.backends import TensorInfo
 from onewan.formats.container import TensorFile, open_tensors
@@ -30,6 +30,7 @@ from onewan.formats.model_folder import (
     KIND_OF,
     ComponentDescription,
     ComponentName,
+    adapters_in,
     describe_component,
     expert_of,
     find_components,
@@ -37,6 +38,7 @@ from onewan.formats.model_folder import (
     missing_components,
     model_problems,
 )
+from onewan.formats.untrusted import named, parse_json
 from onewan.formats.weights import (
     ComponentFile,
     detect_expert,
@@ -46,125 +48,21 @@ from onewan.formats.weights import (
 )
 from onewan.variants import VARIANTS, ExpertName, Variant
 
-_CONTAINER_TITLES = {"safetensors": "safetensors", "gguf": "GGUF", "pickle": "PyTorch pickle"}
 _KIND_TITLES = {
     "transformer": "transformer",
     "vae": "VAE",
     "text_encoder": "text encoder (UMT5-XXL)",
 }
 _ADAPTER_TITLES = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT"}
-_MAX_VALUE_LENGTH = 100
-"""Characters of a header's value that `Inspection.lines` shows; some hold whole workflows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inspection:
-    """A description of a file or folder."""
-
-    path: Path
-    kind: str
-    """``model``, ``transformer``, ``vae``, ``text_encoder``, ``adapter``, ``embedding``, ``other``
-    (of another model) or ``unreadable``."""
-    summary: str
-    """The kind, variant and expert in words."""
-    variant: str | None = None
-    expert: ExpertName | None = None
-    expert_source: str | None = None
-    """``header``, ``keys``, ``folder`` or ``name``: what `expert` was inferred from."""
-    container: str | None = None
-    files: Mapping[str, int] = field(default_factory=dict[str, int])
-    """Bytes by file name."""
-    key_format: str | None = None
-    """Of weights: ``official``, ``diffusers`` or ``transformers``; of an adapter: see
-    `AdapterLayout.key_format`."""
-    prefix: str = ""
-    quantization: str | None = None
-    dtypes: Mapping[str, int] = field(default_factory=dict[str, int])
-    """Parameters by type."""
-    parameters: int = 0
-    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    adapter: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """Kinds, ranks, alphas, modules, blocks and trainer of an adapter."""
-    programs: tuple[ProgramSupport, ...] = ()
-    problems: tuple[str, ...] = ()
-    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
-    components: tuple[Inspection, ...] = ()
-    """The components of a whole model."""
-
-    def as_json(self) -> dict[str, Any]:
-        """All fields as JSON data, which ``onewan inspect --json`` prints."""
-        return {
-            "path": str(self.path),
-            "kind": self.kind,
-            "summary": self.summary,
-            "variant": self.variant,
-            "expert": self.expert,
-            "expert_source": self.expert_source,
-            "container": self.container,
-            "files": dict(self.files),
-            "bytes": sum(self.files.values()),
-            "key_format": self.key_format,
-            "prefix": self.prefix,
-            "quantization": self.quantization,
-            "dtypes": dict(self.dtypes),
-            "parameters": self.parameters,
-            "config": dict(self.config),
-            "adapter": dict(self.adapter),
-            "programs": {p.name: {"reads": p.reads, "note": p.note} for p in self.programs},
-            "problems": list(self.problems),
-            "metadata": dict(self.metadata),
-            "components": [component.as_json() for component in self.components],
-        }
-
-    def lines(self) -> Iterator[str]:
-        """The description as lines of text, which ``onewan inspect`` prints."""
-        yield f"{self.path}: {self.summary}"
-        for label, text in self._rows():
-            yield f"  {label:<12} {text}"
-        for component in self.components:
-            yield ""
-            yield from component.lines()
-
-    def _rows(self) -> Iterator[tuple[str, str]]:
-        if self.files:
-            size = _size(sum(self.files.values()))
-            count = f", {len(self.files)} files" if len(self.files) > 1 else ""
-            yield (
-                "file",
-                f"{_CONTAINER_TITLES.get(self.container or '', self.container)}, {size}{count}",
-            )
-        if self.key_format:
-            # `key_format` of an adapter names the prefix already.
-            prefix = f" under {self.prefix}" if self.prefix and self.kind != "adapter" else ""
-            yield "keys", f"{self.key_format}{prefix}"
-        if self.parameters:
-            types = ", ".join(f"{_count(n)} {dtype}" for dtype, n in self.dtypes.items())
-            stored = "" if self.quantization in (None, "none") else f"; {self.quantization}"
-            yield "parameters", f"{_count(self.parameters)} ({types}{stored})"
-        if self.config:
-            yield "architecture", _architecture(self.kind, self.config)
-        for label, value in self.adapter.items():
-            if value not in (None, [], {}):
-                yield label, _short(value)
-        reading = [p.name + (f" ({p.note})" if p.note else "") for p in self.programs if p.reads]
-        if self.programs:
-            yield (
-                "read by",
-                "; ".join([*reading, "onewan"] if not self.problems else reading or ["none"]),
-            )
-        for program in self.programs:
-            if not program.reads:
-                yield "not by", f"{program.name}: {program.note}"
-        for problem in self.problems:
-            yield "problem", problem
-        for name, value in sorted(self.metadata.items()):
-            yield "header", f"{name} = {_short(value)}"
+_MAX_LORAS = 20
 
 
 def inspect(path: Path) -> Inspection:
     """Describes `path`: a file, a folder with one component, or a folder with a whole model."""
     path = Path(path)
     try:
+        if loras := adapters_in(path):
+            return _inspect_loras(path, loras)
         paths = find_components(path)
         # A folder with nothing but the shards of TI2V-5B is one component.
         if paths and set(paths.values()) != {path}:
@@ -173,6 +71,19 @@ def inspect(path: Path) -> Inspection:
     except CheckpointError as error:
         text = str(error).removeprefix(f"{path}: ")
         return Inspection(path=path, kind="unreadable", summary=text)
+
+
+def _inspect_loras(folder: Path, files: Sequence[Path]) -> Inspection:
+    """Describes a folder of LoRAs, of which commands take one by one."""
+    return Inspection(
+        path=folder,
+        kind="adapters",
+        summary=f"a folder of {len(files)} LoRAs; give the path of one to convert, merge or sample",
+        components=tuple(inspect(file) for file in files[:_MAX_LORAS]),
+        problems=()
+        if len(files) <= _MAX_LORAS
+        else (f"only the first {_MAX_LORAS} are described; inspect the others one by one",),
+    )
 
 
 def _inspect_model(folder: Path, paths: Mapping[ComponentName, Path]) -> Inspection:
@@ -298,9 +209,9 @@ def _key_problems(weights: ComponentFile) -> Iterator[str]:
     if weights.kind == "transformer":
         missing = sorted(transformer_names(weights.config["num_layers"]) - weights.entries.keys())
         if missing:
-            yield f"has {len(missing)} missing keys, such as {', '.join(missing[:3])}"
+            yield f"has {len(missing)} missing keys, such as {named(missing)}"
     if weights.unexpected:
-        names = ", ".join(sorted(weights.unexpected)[:3])
+        names = named(sorted(weights.unexpected))
         yield f"has {len(weights.unexpected)} unexpected keys, such as {names}"
 
 
@@ -320,10 +231,13 @@ def _inspect_adapter(
     elif expert is not None and expert != "single":
         summary += f", for the {expert}-noise expert (by its {source})"
     blocks = sorted({int(m.split(".")[1]) for m in layout.modules if m.startswith("blocks.")})
-    problems = list(layout.module_errors)
+    problems: list[str] = []
+    if layout.module_errors:
+        errors = named(layout.module_errors, "; ")
+        problems.append(f"has {len(layout.module_errors)} damaged modules: {errors}")
     if layout.unknown:
         origin = f" of {layout.other_architecture}" if layout.other_architecture else ""
-        names = ", ".join(layout.unknown[:3])
+        names = named(layout.unknown)
         problems.append(f"has {len(layout.unknown)} unexpected keys{origin}, such as {names}")
     return Inspection(
         kind="adapter",
@@ -340,6 +254,7 @@ def _inspect_adapter(
             "modules": len(layout.modules),
             "blocks": _range(blocks),
             "trainer": layout.trainer,
+            "skipped": _skipped(layout),
         },
         programs=()
         if problems
@@ -347,6 +262,13 @@ def _inspect_adapter(
         problems=tuple(problems),
         **common,
     )
+
+
+def _skipped(layout: AdapterLayout) -> str | None:
+    if not layout.skipped:
+        return None
+    count = len(layout.skipped)
+    return f"{count} keys that Wan 2.2 has no weights for, as in ComfyUI: {named(layout.skipped)}"
 
 
 def _base_model_of(
@@ -381,13 +303,12 @@ def _candidates(shape: WanShape | None) -> str:
 
 
 def _alphas(file: TensorFile, layout: AdapterLayout) -> str | None:
-    keys = [parts["alpha"] for parts in layout.modules.values() if "alpha" in parts]
-    if keys:
-        values = [float(v.reshape(-1)[0]) for v in file.arrays(keys).values() if v.size]
-        return _range(values)
+    alphas = _alpha_tensors(file, layout)
+    if alphas:
+        return _range(alphas.values())
     text = file.metadata.get("lora_adapter_metadata")  # PEFT's settings, by diffusers
     try:
-        settings = {k.rpartition(".")[2]: v for k, v in json.loads(text or "{}").items()}
+        settings = {k.rpartition(".")[2]: v for k, v in parse_json(text or "{}").items()}
     except (ValueError, AttributeError):
         return None
     alpha = settings.get("lora_alpha")
@@ -396,11 +317,15 @@ def _alphas(file: TensorFile, layout: AdapterLayout) -> str | None:
 
 def _is_scaled(file: TensorFile, layout: AdapterLayout) -> bool:
     """Whether the alpha of a module, as a tensor, differs from its rank."""
-    module_of = {parts["alpha"]: m for m, parts in layout.modules.items() if "alpha" in parts}
-    return any(
-        value.size and float(value.reshape(-1)[0]) != layout.ranks.get(module_of[key])
-        for key, value in file.arrays(list(module_of)).items()
-    )
+    alphas = _alpha_tensors(file, layout)
+    return any(alpha != layout.ranks.get(module) for module, alpha in alphas.items())
+
+
+def _alpha_tensors(file: TensorFile, layout: AdapterLayout) -> dict[str, float]:
+    """By module. Without those of damaged modules, which may be of any size."""
+    key_of = {m: parts["alpha"] for m, parts in layout.modules.items() if "alpha" in parts}
+    arrays = file.arrays([key for module, key in key_of.items() if module in layout.kinds])
+    return {m: float(arrays[key].reshape(-1)[0]) for m, key in key_of.items() if key in arrays}
 
 
 def _expert_of_adapter(
@@ -411,29 +336,11 @@ def _expert_of_adapter(
     return detect_expert(path, metadata) or (None, None)
 
 
-# ------------------------------------------------------------------------------------- as text
-
-
 def _parameters_by_dtype(infos: Iterable[TensorInfo]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for info in infos:
         counts[info.dtype] += info.elements
     return dict(counts.most_common())
-
-
-def _architecture(kind: str, config: Mapping[str, Any]) -> str:
-    if kind == "transformer":
-        width = config["num_attention_heads"] * config["attention_head_dim"]
-        return (
-            f"{config['num_layers']} blocks, {width} wide, {config['num_attention_heads']} heads, "
-            f"FFN {config['ffn_dim']} wide, {config['in_channels']} input channels"
-        )
-    if kind == "vae":
-        return f"{config.get('z_dim', 16)} latent channels, base width {config.get('base_dim', 96)}"
-    return (
-        f"{config['num_layers']} layers, {config['d_model']} wide, {config['num_heads']} heads, "
-        f"vocabulary {config['vocab_size']}"
-    )
 
 
 def _range(values: Any) -> str | None:
@@ -443,24 +350,3 @@ def _range(values: Any) -> str | None:
         return None
     low, high = (f"{v:g}" for v in (found[0], found[-1]))
     return low if low == high else f"{low} to {high}"
-
-
-def _count(number: int) -> str:
-    for unit, name in ((10**9, " B"), (10**6, " M"), (10**3, " k")):
-        if number >= unit:
-            return f"{number / unit:.2f}{name}"
-    return str(number)
-
-
-def _size(number: int) -> str:
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if number >= unit:
-            return f"{number / unit:.2f} {name}"
-    return f"{number} bytes"
-
-
-def _short(value: object) -> str:
-    limit = _MAX_VALUE_LENGTH
-    text = value if isinstance(value, str) else json.dumps(value)
-    text = " ".join(text.split())
-    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"

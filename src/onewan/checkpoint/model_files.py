@@ -23,6 +23,7 @@ from onewan.formats.model_folder import (
     missing_components,
     model_problems,
     raise_problems,
+    refuse_folder_of_adapters,
 )
 from onewan.formats.weights import ComponentFile, looks_like_adapter
 from onewan.model.tokenizer import tokenizer_from_sentencepiece
@@ -101,6 +102,7 @@ def _describe_alone(path: Path) -> dict[ComponentName, ComponentDescription]:
 def holds_adapter(path: Path) -> bool:
     """Whether `path` is an adapter (LoRA, DoRA, LoHa, LoKr, OFT): a file, or a folder with one, as
     PEFT and diffusion-pipe write it."""
+    refuse_folder_of_adapters(path)
     if path.is_dir() and len(weight_files(path)) != 1:
         return False
     return looks_like_adapter(open_tensors(path))

@@ -19,6 +19,7 @@ configurations are read, without torch.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -120,12 +121,7 @@ def _find_single_files(folder: Path) -> dict[ComponentName, Path]:
     shards = any(folder.glob("*.safetensors.index*.json")) or all("-of-" in p.name for p in files)
     if shards or len(files) < 2:
         return {}
-    if adapters := [p for p in files if looks_like_adapter(open_tensors(p))]:
-        names = named([p.name for p in adapters])
-        raise CheckpointError(
-            f"{folder}: is a folder of {len(adapters)} LoRAs ({names}), not a model; give the path "
-            "of one file"
-        )
+    refuse_folder_of_adapters(folder)
     paths: dict[ComponentName, Path] = {}
     for file in files:
         component = component_name(describe_component(file))
@@ -136,6 +132,28 @@ def _find_single_files(folder: Path) -> dict[ComponentName, Path]:
             )
         paths[component] = file
     return paths
+
+
+def adapters_in(folder: Path) -> list[Path]:
+    """The adapter files in `folder`, if it has several files of weights; empty otherwise."""
+    files = weight_files(folder) if folder.is_dir() else []
+    if len(files) < 2:
+        return []
+    found: list[Path] = []
+    for file in files:
+        with contextlib.suppress(CheckpointError):  # which is reported if it is a model's folder
+            if looks_like_adapter(open_tensors(file)):
+                found.append(file)
+    return found
+
+
+def refuse_folder_of_adapters(folder: Path) -> None:
+    """CheckpointError if `folder` holds several files of weights, with adapters among them."""
+    if files := adapters_in(folder):
+        names = named([path.name for path in files])
+        raise CheckpointError(
+            f"{folder}: is a folder of {len(files)} LoRAs ({names}); give the path of one file"
+        )
 
 
 # -------------------------------------------------------------------------------- describing

@@ -1,0 +1,160 @@
+"""`Inspection`: what was found out about a file or folder of weights, as text and as JSON data.
+
+`onewan.checkpoint.inspect` creates it. torch is not imported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onewan.checkpoint.compatibility import ProgramSupport
+from onewan.variants import ExpertName
+
+_CONTAINER_TITLES = {"safetensors": "safetensors", "gguf": "GGUF", "pickle": "PyTorch pickle"}
+_MAX_ROWS = 40
+"""Entries of a header that `Inspection.lines` shows; ``--json`` has all of them."""
+_MAX_VALUE_LENGTH = 100
+"""Characters of a header's value that `Inspection.lines` shows; some hold whole workflows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """A description of a file or folder."""
+
+    path: Path
+    kind: str
+    """``model``, ``transformer``, ``vae``, ``text_encoder``, ``adapter``, ``embedding``, ``other``
+    (of another model) or ``unreadable``."""
+    summary: str
+    """The kind, variant and expert in words."""
+    variant: str | None = None
+    expert: ExpertName | None = None
+    expert_source: str | None = None
+    """``header``, ``keys``, ``folder`` or ``name``: what `expert` was inferred from."""
+    container: str | None = None
+    files: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Bytes by file name."""
+    key_format: str | None = None
+    """Of weights: ``official``, ``diffusers`` or ``transformers``; of an adapter: see
+    `AdapterLayout.key_format`."""
+    prefix: str = ""
+    quantization: str | None = None
+    dtypes: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Parameters by type."""
+    parameters: int = 0
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    adapter: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Kinds, ranks, alphas, modules, blocks and trainer of an adapter."""
+    programs: tuple[ProgramSupport, ...] = ()
+    problems: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    components: tuple[Inspection, ...] = ()
+    """The components of a whole model."""
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields as JSON data, which ``onewan inspect --json`` prints."""
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "summary": self.summary,
+            "variant": self.variant,
+            "expert": self.expert,
+            "expert_source": self.expert_source,
+            "container": self.container,
+            "files": dict(self.files),
+            "bytes": sum(self.files.values()),
+            "key_format": self.key_format,
+            "prefix": self.prefix,
+            "quantization": self.quantization,
+            "dtypes": dict(self.dtypes),
+            "parameters": self.parameters,
+            "config": dict(self.config),
+            "adapter": dict(self.adapter),
+            "programs": {p.name: {"reads": p.reads, "note": p.note} for p in self.programs},
+            "problems": list(self.problems),
+            "metadata": dict(self.metadata),
+            "components": [component.as_json() for component in self.components],
+        }
+
+    def lines(self) -> Iterator[str]:
+        """The description as lines of text, which ``onewan inspect`` prints."""
+        yield f"{self.path}: {self.summary}"
+        for label, text in self._rows():
+            yield f"  {label:<12} {text}"
+        for component in self.components:
+            yield ""
+            yield from component.lines()
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        if self.files:
+            size = _size(sum(self.files.values()))
+            count = f", {len(self.files)} files" if len(self.files) > 1 else ""
+            yield (
+                "file",
+                f"{_CONTAINER_TITLES.get(self.container or '', self.container)}, {size}{count}",
+            )
+        if self.key_format:
+            # `key_format` of an adapter names the prefix already.
+            prefix = f" under {self.prefix}" if self.prefix and self.kind != "adapter" else ""
+            yield "keys", f"{self.key_format}{prefix}"
+        if self.parameters:
+            types = ", ".join(f"{_count(n)} {dtype}" for dtype, n in self.dtypes.items())
+            stored = "" if self.quantization in (None, "none") else f"; {self.quantization}"
+            yield "parameters", f"{_count(self.parameters)} ({types}{stored})"
+        if self.config:
+            yield "architecture", _architecture(self.kind, self.config)
+        for label, value in self.adapter.items():
+            if value not in (None, [], {}):
+                yield label, _short(value)
+        reading = [p.name + (f" ({p.note})" if p.note else "") for p in self.programs if p.reads]
+        if self.programs:
+            yield (
+                "read by",
+                "; ".join([*reading, "onewan"] if not self.problems else reading or ["none"]),
+            )
+        yield from (("not by", f"{p.name}: {p.note}") for p in self.programs if not p.reads)
+        yield from (("problem", _short(problem, 1000)) for problem in self.problems)
+        entries = sorted(self.metadata.items())
+        for name, value in entries[:_MAX_ROWS]:
+            yield "header", f"{_short(name)} = {_short(value)}"
+        if len(entries) > _MAX_ROWS:
+            yield "header", f"{len(entries) - _MAX_ROWS} more entries, which --json shows"
+
+
+def _architecture(kind: str, config: Mapping[str, Any]) -> str:
+    if kind == "transformer":
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        return (
+            f"{config['num_layers']} blocks, {width} wide, {config['num_attention_heads']} heads, "
+            f"FFN {config['ffn_dim']} wide, {config['in_channels']} input channels"
+        )
+    if kind == "vae":
+        return f"{config.get('z_dim', 16)} latent channels, base width {config.get('base_dim', 96)}"
+    return (
+        f"{config['num_layers']} layers, {config['d_model']} wide, {config['num_heads']} heads, "
+        f"vocabulary {config['vocab_size']}"
+    )
+
+
+def _count(number: int) -> str:
+    for unit, name in ((10**9, " B"), (10**6, " M"), (10**3, " k")):
+        if number >= unit:
+            return f"{number / unit:.2f}{name}"
+    return str(number)
+
+
+def _size(number: int) -> str:
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if number >= unit:
+            return f"{number / unit:.2f} {name}"
+    return f"{number} bytes"
+
+
+def _short(value: object, limit: int = _MAX_VALUE_LENGTH) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    text = " ".join(text.split())
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
