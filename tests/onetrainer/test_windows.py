@@ -13,7 +13,11 @@ import pytest
 from PIL import Image
 from support.onetrainer_runs import QUIET, Lab
 
+from onewan.onetrainer.patches.configs import added_fields
+from onewan.onetrainer.settings import WEIGHTINGS
+
 WINDOWS = Path(__file__).parents[1] / "support" / "onetrainer_windows.py"
+WIDGETS = WINDOWS.with_name("onetrainer_widgets.py")
 
 EXPECTED: dict[str, Any] = {
     "model_type": "WAN_2_2",
@@ -95,3 +99,87 @@ def test_wan_can_be_configured_in_the_window_and_is_saved(lab: Lab, tmp_path: Pa
         assert config["transformer_2"]["model_name"].endswith("low.safetensors")
         assert config["transformer"]["learning_rate"] == 0.0001
     (lab.checkout / "training_presets" / "#.json").unlink()
+
+
+@pytest.fixture(scope="module")
+def widgets(lab: Lab) -> dict[str, Any]:
+    """The widgets of each tab, by base model and training method."""
+    done = lab.run(str(WIDGETS))
+    line = next(x for x in done.stdout.splitlines() if x.startswith("WIDGETS "))
+    return json.loads(line.removeprefix("WIDGETS "))
+
+
+def fields(made: list[list[str]]) -> dict[str, str]:
+    """What the entry of each field shows while it is empty."""
+    return {found[1]: found[-1] for found in made if found[0] != "label" and len(found) > 2}
+
+
+def labels(made: list[list[str]]) -> set[str]:
+    return {found[1] for found in made if found[0] == "label"}
+
+
+METHODS = ("LORA", "FINE_TUNE", "EMBEDDING")
+TWO_EXPERTS = {"transformer_2.include", "wan_high_share", "wan_expert_block", "wan_boundary"}
+REFUSED = {"mae_strength", "log_cosh_strength", "custom_conditioning_image"}
+WITHOUT_EFFECT = {
+    "unmasked_probability",
+    "normalize_masked_area_loss",
+    "length",
+    "vae.weight_dtype",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_widgets_are_those_that_have_an_effect(widgets: dict[str, Any], method: str):
+    one, two = (
+        {tab: fields(made) for tab, made in widgets[f"{base} {method}"].items()}
+        for base in ("Wan2.2-TI2V-5B", "Wan2.2-T2V-A14B")
+    )
+    assert two["training"].keys() >= TWO_EXPERTS and not one["training"].keys() & TWO_EXPERTS
+    assert not any(name.startswith("transformer_2.") for tab in one.values() for name in tab)
+    assert "wan_first_frame_probability" in one["training"].keys() - two["training"].keys()
+    for tabs in (one, two):
+        shown = {name for tab in tabs.values() for name in tab}
+        assert not shown & (REFUSED | WITHOUT_EFFECT)
+        trains_layers = method != "EMBEDDING"
+        assert ("wan_layers" in shown) is trains_layers
+        assert ("transformer.learning_rate" in shown) is trains_layers
+        assert ("masked_prior_preservation_weight" in shown) is (method == "LORA")
+    low = {"wan_low_lora_rank", "wan_low_lora_alpha"}
+    assert two["LORA"].keys() >= low and two["LOKR"].keys() >= low
+    assert not (one["LORA"].keys() | two["OFT_2"].keys() | two["training"].keys()) & low
+    assert "base_image_path" in one["sample"].keys() - two["sample"].keys()
+    assert "wan_low_cfg_scale" in two["sample"].keys() - one["sample"].keys()
+
+
+def test_every_setting_has_a_widget_and_stands_under_a_heading(widgets: dict[str, Any]):
+    unknown = widgets["org/unknown LORA"]
+    shown = {name for made in unknown.values() for name in fields(made)}
+    assert {field["name"] for kind in added_fields().values() for field in kind} <= shown
+    assert {"Experts", "Clips", "Layers", "Objective"} <= labels(unknown["training"])
+    assert "Train Low-Noise Transformer" in labels(unknown["training"])
+    offered = next(w for w in unknown["training"] if w[1] == "loss_weight_fn")
+    assert set(offered[2:-1]) == WEIGHTINGS.keys()
+
+
+def test_empty_fields_show_the_variants_own_values(widgets: dict[str, Any]):
+    def empty(base: str, tab: str) -> dict[str, str]:
+        return fields(widgets[f"{base} LORA"][tab])
+
+    for name, boundary in (("T2V-A14B", "0.875"), ("I2V-A14B", "0.9"), ("TI2V-5B", None)):
+        assert empty(f"Wan2.2-{name}", "training").get("wan_boundary") == boundary
+    sample = ("frames", "diffusion_steps", "cfg_scale", "wan_fps")
+    for name, official in (
+        ("T2V-A14B", ("81", "40", "4 and 3", "16")),
+        ("I2V-A14B", ("81", "40", "3.5", "16")),
+        ("TI2V-5B", ("121", "50", "5", "24")),
+    ):
+        shown = empty(f"Wan2.2-{name}", "sample")
+        assert tuple(shown[field] for field in sample) == official
+    assert empty("org/unknown", "sample")["cfg_scale"] == "the model's own"
+    assert all(widgets["sample"][field] is None for field in sample)
+
+
+def test_the_training_tab_follows_the_base_model(widgets: dict[str, Any]):
+    unchanged, changed = widgets["refreshed"]
+    assert (unchanged, changed) == (0, 1)

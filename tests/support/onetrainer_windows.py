@@ -38,13 +38,13 @@ VALUES = {
         "Transformer Blocks": "0-3, 5",
         "Temporal Attention": False,
         "Validation Levels": "3",
-        "Low-Noise LoRA Rank": "8",
         "Low-Noise Transformer Learning Rate": "0.0002",
         "High-Noise Transformer Learning Rate": "0.0001",
         "Train High-Noise Transformer": True,
         "Train Low-Noise Transformer": False,
         "Frames": "49",
     },
+    "LoRA": {"Low-Noise LoRA Rank": "8"},
 }
 
 

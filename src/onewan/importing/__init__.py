@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from onewan.documents import format_value
-from onewan.errors import ConfigError, OnewanError, one_line
+from onewan.errors import ConfigError, one_line
 from onewan.importing import data, method, model, optimizer, output, train
 from onewan.importing.table import (
     Context,
@@ -31,7 +31,8 @@ from onewan.importing.table import (
     flatten,
 )
 from onewan.onetrainer.patches.configs import CONFIG_VERSION
-from onewan.variants import VARIANTS, Variant, VariantName, variant_of
+from onewan.onetrainer.settings import variant_of_base_model
+from onewan.variants import VARIANTS, Variant, VariantName
 
 VERSION = CONFIG_VERSION
 """The version of OneTrainer's config that is imported."""
@@ -146,17 +147,10 @@ def _why_unusable(config: Any, path: Path) -> list[str]:
 def _variant_of_base_model(context: Context, path: Path) -> Variant:
     """The variant that the base model's name or files determine."""
     base = str(context["base_model_name"])
-    if context["model_type"] == "WAN_2_2":
-        # Local folders are usually named after the repository: Wan2.2-T2V-A14B.
-        plain = re.sub(r"[^a-z0-9]", "", base.lower())
-        for name, variant in VARIANTS.items():
-            if name.replace("-", "") in plain:
-                return variant
-        file = context.resolve(base) / "transformer" / "config.json"
-        try:
-            return variant_of(json.loads(file.read_text(encoding="utf-8")), str(file))
-        except (OSError, ValueError, OnewanError):
-            pass  # no folder of a Wan model, so the user has to say
+    if context["model_type"] == "WAN_2_2" and (
+        found := variant_of_base_model(base, context.resolve(base))
+    ):
+        return found
     problem = (
         f"base_model_name: is {format_value(base)}, which does not determine the variant of Wan "
         f"2.2; give it with --variant {', '.join(VARIANTS)}"

@@ -15,6 +15,7 @@ from onewan.importing.table import (
     copied,
     enabled_items,
     mapped,
+    path,
     setting,
 )
 from onewan.media import IMAGE_SUFFIXES, extension
@@ -46,7 +47,7 @@ ROWS = (
     Row("wan_max_resolution", "video_data.max_resolution", "", setting(settings.max_resolution_of)),
     Row("masked_training", "video_data.masks", False, copied(False)),
     Row("latent_caching", "video_data.cache", True, copied(True)),
-    Row("cache_dir", "video_data.cache_dir", "workspace-cache/run", lambda v, c: str(c.resolve(v))),
+    Row("cache_dir", "video_data.cache_dir", "workspace-cache/run", path),
     Row("resolution", "video_data.resolution", "512", _resolution),
     Row("aspect_ratio_bucketing", "video_data.resolution", True),
 )

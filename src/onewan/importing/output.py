@@ -11,6 +11,7 @@ from onewan.importing.table import (
     OMIT,
     Condition,
     Context,
+    Converter,
     Row,
     convert,
     copied,
@@ -104,8 +105,29 @@ ROWS = (
 # ------------------------------------------------------------------------------------------ samples
 
 
-def _guidance(value: Any, item: Context) -> tuple[float, ...]:
-    return settings.guidance_of(value, item["wan_low_cfg_scale"], item.variant)
+def _size(of_wan: int) -> Converter:
+    """A side in pixels; the default of a sample of Wan is `of_wan`."""
+    return lambda value, item: settings.rounded_size(
+        value if item.is_given() else of_wan, item.variant
+    )
+
+
+def _frames(value: Any, item: Context) -> Any:
+    # Empty or absent is the model's own, which is the run file's default too.
+    if value is None or not item.is_given():
+        return OMIT
+    return settings.rounded_frames(value, item.variant)
+
+
+def _sampling_steps(value: Any, item: Context) -> Any:
+    return value if value is not None and item.is_given() else OMIT
+
+
+def _guidance(value: Any, item: Context) -> Any:
+    low, high = item["wan_low_cfg_scale"], value if item.is_given() else None
+    if high is None and low is None:
+        return OMIT
+    return settings.guidance_of(high, low, item.variant)
 
 
 _HAS_SEED = Condition(lambda item: not item["random_seed"], "random_seed is on")
@@ -121,10 +143,10 @@ PROMPT_ROWS = (
 """Fields of one prompt."""
 
 SAMPLING_ROWS = (
-    Row("width", "width", 512, lambda v, item: settings.rounded_size(v, item.variant)),
-    Row("height", "height", 512, lambda v, item: settings.rounded_size(v, item.variant)),
-    Row("frames", "frames", 1, lambda v, item: settings.rounded_frames(v, item.variant)),
-    Row("diffusion_steps", "steps", 30, copied()),
+    Row("width", "width", 512, _size(settings.SAMPLE_SIZE[0])),
+    Row("height", "height", 512, _size(settings.SAMPLE_SIZE[1])),
+    Row("frames", "frames", 1, _frames),
+    Row("diffusion_steps", "steps", 30, _sampling_steps),
     Row("cfg_scale", "guidance", 7.0, _guidance),
     Row("wan_low_cfg_scale", "guidance", None),
     Row("wan_fps", "fps", None, lambda value, _: value or OMIT),

@@ -149,7 +149,10 @@ def convert(rows: Iterable[Row], context: Context, *, within: str = "") -> dict[
     return document
 
 
-_NULLABLE = ("clip_grad_norm", "cache_dir", "token_count")
+_NULLABLE = (
+    *("clip_grad_norm", "cache_dir", "token_count"),
+    *("frames", "diffusion_steps", "cfg_scale"),  # of a sample
+)
 """Keys with a default that may be null in OneTrainer's config; so may all whose default is null."""
 
 _LONGEST = 10_000

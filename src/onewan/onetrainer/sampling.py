@@ -12,7 +12,8 @@ from onewan.variants import Variant
 
 
 def request_of(sample: Any, variant: Variant) -> SampleRequest:
-    """The request for `sample`, with sizes and frame count rounded to what the VAE accepts."""
+    """The request for `sample`, with sizes and frame count rounded to what the VAE accepts. What is
+    empty is the variant's official value."""
     low = getattr(sample, "wan_low_cfg_scale", None)
     image = (sample.base_image_path or "").strip()
     return SampleRequest(
@@ -22,7 +23,7 @@ def request_of(sample: Any, variant: Variant) -> SampleRequest:
         width=settings.rounded_size(sample.width, variant),
         height=settings.rounded_size(sample.height, variant),
         frames=settings.rounded_frames(sample.frames, variant),
-        steps=sample.diffusion_steps,
+        steps=sample.diffusion_steps or variant.sampling_steps,
         guidance=settings.guidance_of(sample.cfg_scale, low, variant),
         shift=variant.flow_shift,
         seed=random.getrandbits(30) if sample.random_seed else sample.seed,

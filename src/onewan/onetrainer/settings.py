@@ -6,6 +6,7 @@ Settings that Wan 2.2 does not support are refused, all at once, before anything
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -29,8 +30,8 @@ from onewan.config.objective import (
 )
 from onewan.data.masks import is_mask
 from onewan.documents import format_value
-from onewan.errors import ConfigError
-from onewan.variants import Variant
+from onewan.errors import ConfigError, OnewanError
+from onewan.variants import VARIANTS, Variant, variant_of
 
 SEED = 42
 """OneTrainer has no seed in its config; this is onewan's default."""
@@ -48,8 +49,26 @@ VIDEO_FORMATS = (
 NO_LIMITS = {"wan_min_resolution": (1, 1), "wan_max_resolution": (16384, 16384)}
 """What the settings mean where they are empty: OneTrainer itself has no limits."""
 
+SAMPLE_SIZE = (832, 480)
+"""Width and height of a new sample: the 480p class, of which every variant makes samples."""
+
 _BINS = 1000
 """Steps of a density without a formula; OneTrainer draws from as many timesteps."""
+
+
+def variant_of_base_model(name: str, folder: Path) -> Variant | None:
+    """The variant that the `name` of a base model determines, or the configuration of the
+    transformer in `folder`; None if neither does."""
+    # Local folders are usually named after the repository: Wan2.2-T2V-A14B.
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+    for known, variant in VARIANTS.items():
+        if known.replace("-", "") in plain:
+            return variant
+    file = folder / "transformer" / "config.json"
+    try:
+        return variant_of(json.loads(file.read_text(encoding="utf-8")), str(file))
+    except (OSError, ValueError, OnewanError):
+        return None
 
 
 class SettingError(ValueError):
@@ -68,8 +87,8 @@ def _setting_errors(config: Any, variant: Variant) -> Iterator[tuple[str, str]]:
             yield name, f"is {strength}; use mse_strength or huber_strength, and set it to 0"
     if not (config.mse_strength or config.huber_strength):
         yield "mse_strength", "is 0, and so is huber_strength; set one of them"
-    if (weighting := str(config.loss_weight_fn)) not in _WEIGHTINGS:
-        yield "loss_weight_fn", f"is {weighting}; choose {', '.join(_WEIGHTINGS)}"
+    if (weighting := str(config.loss_weight_fn)) not in WEIGHTINGS:
+        yield "loss_weight_fn", f"is {weighting}; choose {', '.join(WEIGHTINGS)}"
     if config.custom_conditioning_image:
         yield (
             "custom_conditioning_image",
@@ -173,7 +192,7 @@ def _rescaled(chosen: Timesteps, low: float, high: float, common: dict[str, Any]
     return TableTimesteps(weights=weights, **common)
 
 
-_WEIGHTINGS: dict[str, Callable[[Any], Weighting]] = {
+WEIGHTINGS: dict[str, Callable[[Any], Weighting]] = {
     "CONSTANT": lambda _: NoWeighting(),
     # OneTrainer weights by sigma, which is t.
     "SIGMA": lambda _: CurveWeighting(points=((0.0, 0.0), (1.0, 1.0))),
@@ -183,7 +202,7 @@ _WEIGHTINGS: dict[str, Callable[[Any], Weighting]] = {
 
 def weighting_of(config: Any) -> Weighting:
     """The loss weight by timestep."""
-    return _WEIGHTINGS.get(str(config.loss_weight_fn), _WEIGHTINGS["CONSTANT"])(config)
+    return WEIGHTINGS.get(str(config.loss_weight_fn), WEIGHTINGS["CONSTANT"])(config)
 
 
 def check_noising_strengths(config: Any) -> None:
@@ -330,14 +349,20 @@ def rounded_size(pixels: float, variant: Variant) -> int:
     return max(1, round(pixels / variant.size_multiple)) * variant.size_multiple
 
 
-def rounded_frames(frames: float, variant: Variant) -> int:
-    """The nearest 4n+1."""
+def rounded_frames(frames: float | None, variant: Variant) -> int:
+    """The nearest 4n+1; the official number for None."""
+    if frames is None:
+        return variant.frames
     temporal = variant.temporal_compression
     return max(0, round((frames - 1) / temporal)) * temporal + 1
 
 
-def guidance_of(high: float, low: float | None, variant: Variant) -> tuple[float, ...]:
-    """A scale for each expert; OneTrainer's scales below 1 mean no guidance, which is 1."""
-    high = max(1.0, float(high))
-    scales = (high, high if low is None else max(1.0, float(low)))
-    return scales[: len(variant.experts)]
+def guidance_of(high: float | None, low: float | None, variant: Variant) -> tuple[float, ...]:
+    """A scale for each expert: without `high` the official ones, without `low` that of `high`.
+    OneTrainer's scales below 1 mean no guidance, which is 1."""
+    official = [expert.guidance_scale for expert in variant.experts]
+    given = [high, high if low is None else low][: len(official)]
+    return tuple(
+        theirs if scale is None else max(1.0, float(scale))
+        for scale, theirs in zip(given, official, strict=True)
+    )

@@ -14,7 +14,14 @@ from onewan.onetrainer.contract import contract, native_members
 from onewan.onetrainer.patches.configs import SampleConfigFields, TrainConfigFields
 from onewan.onetrainer.patches.model_type import ModelTypeMember
 from onewan.onetrainer.patches.patch import Patch, model_types
-from onewan.onetrainer.patches.views import ConvertTool, ModelTab, SampleFrame, TopBar, TrainingTab
+from onewan.onetrainer.patches.views import (
+    ConvertTool,
+    LoraTab,
+    ModelTab,
+    SampleFrame,
+    TopBar,
+    TrainingTab,
+)
 
 PATCHES: tuple[type[Patch], ...] = (
     ModelTypeMember,
@@ -24,6 +31,7 @@ PATCHES: tuple[type[Patch], ...] = (
     ConvertTool,
     ModelTab,
     TrainingTab,
+    LoraTab,
     SampleFrame,
 )
 

@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import Any, ClassVar
 
 from onewan.onetrainer.patches.patch import NAME, Former, Patch, is_wan
+from onewan.onetrainer.settings import SAMPLE_SIZE
 
 CONFIG_VERSION = 11
 """The version of OneTrainer's config that the add-on was made for. No config of Wan is older, so
@@ -20,7 +21,8 @@ _TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
 @lru_cache(maxsize=1)
 def added_fields() -> Mapping[str, list[dict[str, Any]]]:
     """The fields of ``train`` and ``sample``: name, type, default (null: may be empty), and the
-    label, tooltip and choices of the widget."""
+    label, tooltip and choices of the widget, the group that it stands in, when it has an effect
+    (``only``), and what the field means where it is empty."""
     file = files("onewan.onetrainer.patches").joinpath("fields.json")
     return json.loads(file.read_text(encoding="utf-8"))
 
@@ -102,11 +104,13 @@ class SampleConfigFields(Patch):
     def _model_defaults(self, former: Former, model_type: Any) -> Any:
         if not is_wan(model_type):
             return former(model_type)
-        size = {"width": 832, "height": 480, "diffusion_steps": 40, "cfg_scale": 5.0}
-        return {**former(None), **size}
+        width, height = SAMPLE_SIZE
+        return {**former(None), "width": width, "height": height}
 
     def _default_values(self, former: Former, model_type: Any = None) -> Any:
         config = _add_fields(former(model_type), "sample")
         if is_wan(model_type):
-            config.frames = 81
+            # Empty is the model's own: a sample is made before its variant is known.
+            for name in ("frames", "diffusion_steps", "cfg_scale"):
+                _add_field(config, name, None, config.types[name], True)
         return config

@@ -9,12 +9,86 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
 
 from onewan.onetrainer.patches.configs import added_fields
 from onewan.onetrainer.patches.patch import TITLE, Former, Patch, is_wan, wan_member
+from onewan.onetrainer.settings import WEIGHTINGS, variant_of_base_model
+from onewan.variants import Variant
 
-_EXPERTS = (("transformer", "High-Noise Transformer"), ("transformer_2", "Low-Noise Transformer"))
+Field: TypeAlias = "Mapping[str, Any]"
+"""A field of fields.json."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What the widgets are shown for, so that each has an effect."""
+
+    variant: Variant | None
+    """That of the base model; None if neither its name nor its files determine it."""
+    method: str
+    """FINE_TUNE, LORA or EMBEDDING."""
+
+    @classmethod
+    def of(cls, config: Any) -> Shown:
+        """What a `TrainConfig` selects. The window has one; it is remembered for `of_window`."""
+        global _window
+        base = str(config.base_model_name or "")
+        _window = cls(variant_of_base_model(base, Path(base)), config.training_method.name)
+        return _window
+
+    @classmethod
+    def of_window(cls) -> Shown:
+        """What the window's config selected last; samples are edited without it."""
+        return _window
+
+    @property
+    def trains_layers(self) -> bool:
+        return self.method != "EMBEDDING"
+
+    def has(self, field: Field) -> bool:
+        """Whether `field` has an effect; those of any variant while it is unknown."""
+        match field.get("only"):
+            case "two experts":
+                return self.variant is None or len(self.variant.experts) > 1
+            case "first frame":
+                return self.variant is None or self.variant.has_clean_first_frame
+            case "layers":
+                return self.trains_layers
+            case _:
+                return True
+
+    def empty(self, field: Field) -> str:
+        """What `field` means where it is empty; "" if it can't be."""
+        return self.filled(field.get("empty", ""))
+
+    def filled(self, text: str) -> str:
+        """`text` with the variant's values."""
+        if "{" not in text:
+            return text
+        if self.variant is None:
+            return "the model's own"
+        scales = [f"{expert.guidance_scale:g}" for expert in self.variant.experts]
+        return text.format(
+            boundary=self.variant.boundary,
+            fps=self.variant.fps,
+            frames=self.variant.frames,
+            steps=self.variant.sampling_steps,
+            guidance=" and ".join(dict.fromkeys(scales)),
+            low_guidance=scales[-1],
+        )
+
+
+_window = Shown(None, "LORA")
+
+
+def _experts(shown: Shown) -> tuple[tuple[str, str], ...]:
+    """The component and the title of each transformer; both while the variant is unknown."""
+    if shown.variant is not None and len(shown.variant.experts) == 1:
+        return (("transformer", "Transformer"),)
+    return ("transformer", "High-Noise Transformer"), ("transformer_2", "Low-Noise Transformer")
 
 
 class _PatchedComponents:
@@ -85,10 +159,13 @@ class ModelTab(Patch):
         if is_wan(controller.train_config.model_type):
             # The stock view has a row for one transformer; Wan has two.
             compressed = has.get("include_compressed", False)
-            for component, title in _EXPERTS:
+            for component, title in _experts(Shown.of(controller.train_config)):
                 _expert_row(view, frame, row, state, component, title, compressed)
                 row += 1
             has["has_transformer"] = False  # everything else is the stock view's
+            # Wan's VAE always computes in float32.
+            with _components_called(view, _without("VAE Data Type", "vae.weight_dtype")):
+                return former(view, frame, row, *args, **has)
         return former(view, frame, row, *args, **has)
 
 
@@ -132,22 +209,79 @@ class TrainingTab(Patch):
         if not is_wan(controller.config.model_type):
             former(view, *args)
             return
+        shown = Shown.of(controller.config)
+        _refresh_on_change(view, controller.config, state, shown)
 
-        def frame(kind: str, *args: Any, **kwargs: Any) -> None:
-            getattr(view, _FRAME.format(kind))(*args, **kwargs)
+        def frame(kind: str, *args: Any, without: tuple[str, ...] = (), **kwargs: Any) -> None:
+            with _components_called(view, _without(*without)):
+                getattr(view, _FRAME.format(kind))(*args, **kwargs)
 
         frame("base", left, 0, controller, state)
         frame("text_encoder", left, 1, state, supports_clip_skip=False, supports_training=False)
         frame("embedding", left, 2, state)
         frame("base2", middle, 0, controller, state, video_training_enabled=True)
-        for number, (component, title) in enumerate(_EXPERTS):
+        experts = _experts(shown)
+        for number, (component, title) in enumerate(experts, start=1):
             with _components_called(view, _renaming(component, title)):
-                frame("transformer", middle, 1 + number, state, supports_force_attention_mask=False)
+                unused = () if shown.trains_layers else _OF_LAYERS
+                flags = {"supports_force_attention_mask": False}
+                frame("transformer", middle, number, state, without=unused, **flags)
         frame("noise", middle, 3, state, supports_dynamic_timestep_shifting=True)
-        _wan_frame(view.components, right, state)
-        frame("masked", right, 1, state)
-        frame("loss", right, 2, controller, state)
-        frame("layer", right, 3, controller, state)
+        rows = _groups(view.components, right, state, shown)
+        unused = _MASKS if shown.method == "LORA" else (*_MASKS, *_PRIOR)
+        frame("masked", right, rows, state, without=unused)
+        with _components_called(view, _loss_weights):
+            frame("loss", right, rows + 1, controller, state, without=_LOSSES)
+        if shown.trains_layers:
+            frame("layer", right, rows + 2, controller, state)
+
+
+_OF_LAYERS = (
+    *("Stop Training After", "transformer.stop_training_after"),
+    *("Transformer Learning Rate", "transformer.learning_rate"),
+)
+"""Labels and fields of the transformer frame that have no effect while only embeddings train."""
+_MASKS = (
+    *("Unmasked Probability", "unmasked_probability"),
+    *("Normalize Masked Area Loss", "normalize_masked_area_loss"),
+    *("Custom Conditioning Image", "custom_conditioning_image"),
+)
+"""Those of the masked frame: every clip has its mask, the loss is always normalized over it, and
+the start image of I2V is each clip's own first frame."""
+_PRIOR = ("Masked Prior Preservation Weight", "masked_prior_preservation_weight")
+_LOSSES = ("MAE Strength", "mae_strength", "log-cosh Strength", "log_cosh_strength")
+"""Losses that are refused when training starts."""
+
+
+def _loss_weights(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # options(master, row, column, values, ui_state, variable)
+    if len(args) > 5 and args[5] == "loss_weight_fn":
+        args = (*args[:3], list(WEIGHTINGS), *args[4:])
+    return make(*args, **kwargs)
+
+
+def _refresh_on_change(view: Any, config: Any, state: Any, shown: Shown) -> None:
+    """Build the view again when another variant or training method is selected."""
+    is_first, view.shown_wan = not hasattr(view, "shown_wan"), shown
+    if not is_first:
+        return
+
+    def changed() -> None:
+        if is_wan(config.model_type) and Shown.of(config) != view.shown_wan:
+            view.refresh_ui()
+
+    for name in ("base_model_name", "training_method"):
+        state.add_var_trace(name, changed)
+
+
+def _without(*names: str) -> Callable[..., Any]:
+    """Makes no widget for these labels and fields."""
+
+    def make(widget: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, str)]
+        return None if any(value in names for value in given) else widget(*args, **kwargs)
+
+    return make
 
 
 def _renaming(component: str, title: str) -> Callable[..., Any]:
@@ -167,20 +301,78 @@ def _renaming(component: str, title: str) -> Callable[..., Any]:
     return make
 
 
-def _wan_frame(make: Any, master: Any, state: Any) -> None:
-    frame = make.section_frame(master, 0)
-    for row, field in enumerate(added_fields()["train"]):
-        make.label(frame, row, 0, field["label"], tooltip=field["tooltip"])
-        _widget(make, frame, (row, 1), state, field)
+_GROUPS: Mapping[str, tuple[Field, ...]] = {
+    "Experts": (
+        {
+            "name": "transformer_2.include",
+            "type": "bool",
+            "only": "two experts",
+            "label": "Load Low-Noise Expert",
+            "tooltip": "Off: only the high-noise expert is loaded and trained",
+        },
+    ),
+    "Clips": (),
+    "Layers": (),
+    "Objective": (
+        {
+            "name": "loss_weight_strength",
+            "type": "float",
+            "label": "Min-SNR Gamma",
+            "tooltip": "Used where the loss weight function is MIN_SNR_GAMMA",
+        },
+    ),
+}
+"""The headings of Wan's settings, with fields of OneTrainer's own that stand there too."""
 
 
-def _widget(make: Any, frame: Any, place: tuple[int, int], state: Any, field: Any) -> None:
+def _groups(make: Any, master: Any, state: Any, shown: Shown) -> int:
+    """Make a frame for each group of Wan's settings; returns how many."""
+    made = 0
+    for title, others in _GROUPS.items():
+        own = [field for field in added_fields()["train"] if field["group"] == title]
+        fields = [field for field in (*others, *own) if shown.has(field)]
+        if not fields:
+            continue
+        frame = make.section_frame(master, made)
+        make.label(frame, 0, 0, title, underline=True)
+        for row, field in enumerate(fields, start=1):
+            make.label(frame, row, 0, field["label"], tooltip=field["tooltip"])
+            _widget(make, frame, (row, 1), state, field, shown)
+        made += 1
+    return made
+
+
+def _widget(
+    make: Any, frame: Any, place: tuple[int, int], state: Any, field: Field, shown: Shown
+) -> None:
     if "choices" in field:
         make.options(frame, *place, field["choices"], state, field["name"])
     elif field["type"] == "bool":
         make.switch(frame, *place, state, field["name"])
     else:
-        make.entry(frame, *place, state, field["name"])
+        make.entry(frame, *place, state, field["name"], placeholder=shown.empty(field))
+
+
+class LoraTab(Patch):
+    """Rank and alpha of the low-noise expert, beside those of both."""
+
+    module = "modules.ui.BaseLoraTabView"
+    target = "BaseLoraTabView.build_lora_options"
+
+    # In the two right columns, below the rows that the stock view fills there at most.
+    _FIRST_FREE_ROW = 7
+
+    def replacement(self, former: Former, view: Any, *args: Any, **kwargs: Any) -> Any:
+        master, controller, state, peft_type = args
+        result = former(view, *args, **kwargs)
+        shown = Shown.of(controller.train_config)
+        if not is_wan(controller.train_config.model_type) or peft_type.name == "OFT_2":
+            return result
+        fields = [f for f in added_fields()["train"] if f["group"] == "LoRA" and shown.has(f)]
+        for row, field in enumerate(fields, start=self._FIRST_FREE_ROW):
+            view.components.label(master, row, 0, field["label"], tooltip=field["tooltip"])
+            _widget(view.components, master, (row, 1), state, field, shown)
+        return result
 
 
 class SampleFrame(Patch):
@@ -194,16 +386,44 @@ class SampleFrame(Patch):
 
     def replacement(self, former: Former, view: Any, *args: Any) -> Any:
         _, frame, state, controller, _, include_settings = args
-        result = former(view, *args)
-        if not (is_wan(controller.model_type) and include_settings):
+        if not is_wan(controller.model_type):
+            return former(view, *args)
+        shown = Shown.of_window()
+        empty = {name: shown.filled(text) for name, text in _OFFICIAL.items()}
+        with (
+            _components_called(view, _without("length:", "length")),  # of audio
+            _components_called(view, _showing_when_empty(empty)),
+        ):
+            result = former(view, *args)
+        if not include_settings:
             return result
         make, row = view.components, self._FIRST_FREE_ROW
-        tooltip = "The first frame. I2V-A14B needs one, TI2V-5B can take one"
-        make.label(frame, row, 0, "start image:", tooltip=tooltip)
-        kind = {"mode": "file", "allow_model_files": False, "allow_image_files": True}
-        make.path_entry(frame, row, 1, state, "base_image_path", **kind)
-        for number, field in enumerate(added_fields()["sample"], start=1):
-            line, column = row + number // 2, 2 * (number % 2)  # two fields in a row
+        number = 0
+        if shown.variant is None or shown.variant.takes_image:
+            tooltip = "The first frame. I2V-A14B needs one, TI2V-5B can take one"
+            make.label(frame, row, 0, "start image:", tooltip=tooltip)
+            kind = {"mode": "file", "allow_model_files": False, "allow_image_files": True}
+            make.path_entry(frame, row, 1, state, "base_image_path", **kind)
+            number = 1
+        fields = [field for field in added_fields()["sample"] if shown.has(field)]
+        for place, field in enumerate(fields, start=number):
+            line, column = row + place // 2, 2 * (place % 2)  # two fields in a row
             make.label(frame, line, column, field["label"], tooltip=field["tooltip"])
-            _widget(make, frame, (line, column + 1), state, field)
+            _widget(make, frame, (line, column + 1), state, field, shown)
         return result
+
+
+_OFFICIAL = {"frames": "{frames}", "diffusion_steps": "{steps}", "cfg_scale": "{guidance}"}
+"""What the stock fields of a sample mean where they are empty."""
+
+
+def _showing_when_empty(texts: Mapping[str, str]) -> Callable[..., Any]:
+    """Shows these texts in the entries of these fields while they are empty."""
+
+    def make(widget: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # entry(master, row, column, ui_state, variable)
+        if len(args) == 5 and args[4] in texts:
+            kwargs = {**kwargs, "placeholder": texts[args[4]]}
+        return widget(*args, **kwargs)
+
+    return make

@@ -20,6 +20,7 @@ from onewan.model.attention import attend_within_frames
 from onewan.model.embedding import WanModelEmbedding
 from onewan.model.forward import predict_velocity
 from onewan.onetrainer import settings, step_adapter, weight_files
+from onewan.onetrainer.layer_filter import check_layer_filter
 from onewan.onetrainer.residency import ConductorResidency
 from onewan.seeds import derive_seed
 from onewan.train.objective import NoisedBatch
@@ -42,6 +43,9 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
         super().setup_optimizations(model, config)
         self.step_adapter = self._make_step_adapter(model, config)
         model.frame_count = settings.frames_of(config)
+        for part in model.expert_parts():
+            if getattr(config, part).train and (names := self._selectable(getattr(model, part))):
+                check_layer_filter(config, names)
         if config.text_encoder.train and str(config.training_method) != "EMBEDDING":
             print("Wan 2.2: the text encoder can't be trained; text_encoder.train is turned off")
             config.text_encoder.train = False
@@ -67,6 +71,11 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
     def _make_step_adapter(self, model: WanModel, config: TrainConfig) -> step_adapter.StepAdapter:
         variant = model.wan.variant
         loaded = [e for e in variant.experts if getattr(model, e.component) is not None]
+        if len(loaded) < len(variant.experts):
+            print(
+                f"Wan 2.2: transformer_2.include is off, so of {variant.title} only the "
+                "high-noise expert is loaded and trained"
+            )
         trained = [e for e in loaded if getattr(config, e.component).train]
         if str(config.training_method) == "EMBEDDING":
             trained = trained or loaded
@@ -88,6 +97,10 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
     def _trained_module(self, model: WanModel, part: str) -> tuple[str, torch.nn.Module | None]:
         """What the method trains of the transformer `part`, and its name; None if nothing."""
         return part, None
+
+    def _selectable(self, transformer: torch.nn.Module) -> list[str]:
+        """Names that the layer filter selects from; none if no layer is trained."""
+        return []
 
     def _weight_filters(self, config: TrainConfig) -> list | None:
         """Filters of the names of the weights to train; None for all."""

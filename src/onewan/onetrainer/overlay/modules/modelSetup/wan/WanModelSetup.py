@@ -38,6 +38,9 @@ class WanFineTuneSetup(BaseWanSetup):
     def _trained_module(self, model: WanModel, part: str) -> tuple[str, nn.Module | None]:
         return part, getattr(model, part)
 
+    def _selectable(self, transformer: nn.Module) -> list[str]:
+        return [name for name, _ in transformer.named_parameters()]
+
     def _weight_filters(self, config: TrainConfig) -> list:
         return _filters(config)
 
@@ -48,6 +51,9 @@ class WanLoRASetup(BaseWanSetup):
 
     def _trained_module(self, model: WanModel, part: str) -> tuple[str, nn.Module | None]:
         return f"{part}_lora", getattr(model, f"{part}_lora")
+
+    def _selectable(self, transformer: nn.Module) -> list[str]:
+        return [n for n, module in transformer.named_modules() if isinstance(module, nn.Linear)]
 
     def setup_model(self, model: WanModel, config: TrainConfig):
         loaded = model.lora_state_dict or {}
@@ -74,7 +80,7 @@ class WanLoRASetup(BaseWanSetup):
             config.layer_filter_regex = True
             filters = [rf"^({'|'.join(map(re.escape, names))})$"]
         if part == "transformer_2" and config.wan_low_lora_rank:
-            config.lora_rank = config.wan_low_lora_rank
+            config.lora_rank = config.lokr_dim = config.wan_low_lora_rank
         if part == "transformer_2" and config.wan_low_lora_alpha:
             config.lora_alpha = config.wan_low_lora_alpha
         # OneTrainer draws initial weights from an unseeded generator, so two runs would differ.
