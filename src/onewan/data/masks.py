@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onewan.errors import DataError
+from onewan.errors import DataError, one_line
 from onewan.media import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -117,7 +117,8 @@ def find_mask(
 
 def as_mask_error(error: DataError, clip: Path, mask: Path) -> DataError:
     """`error`, whose message begins with the path of a mask, as an error that names the clip."""
-    return DataError(f"{clip}: its mask {mask.name} {str(error).removeprefix(f'{mask}: ')}")
+    reason = str(error).removeprefix(f"{one_line(str(mask))}: ")
+    return DataError(f"{clip}: its mask {mask.name} {reason}")
 
 
 def latent_mask(

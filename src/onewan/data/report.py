@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from onewan.data.clip import Clip
-from onewan.errors import DataError
+from onewan.errors import DataError, one_line
 
 _T = TypeVar("_T")
 
@@ -28,15 +28,16 @@ class ClipProblem:
     @staticmethod
     def from_error(path: Path, error: DataError) -> ClipProblem:
         """The problem that `error`, whose message may begin with `path`, describes."""
-        return ClipProblem(path=path, reason=str(error).removeprefix(f"{path}: "))
+        # Messages of errors have control characters written as escapes.
+        return ClipProblem(path=path, reason=str(error).removeprefix(f"{one_line(str(path))}: "))
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return one_line(f"{self.path}: {self.reason}")
 
     @property
     def kind(self) -> str:
         """The reason without the names and numbers in which files of one kind differ."""
-        names = rf"{re.escape(self.path.stem)}(\.\w+)+"
+        names = rf"{re.escape(one_line(self.path.stem))}(\.\w+)+"
         return re.sub(rf"{names}|\d+(\.\d+)?", "#", self.reason)
 
 
