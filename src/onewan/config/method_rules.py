@@ -83,7 +83,8 @@ def missing_file(field: str, file: Path | None) -> Iterator[Problem]:
 def _init_from_rules(config: RunConfig, method: AdapterMethod) -> Iterator[Problem]:
     files, field = method.init_from, "method.init_from"
     for index, file in enumerate(files):
-        yield from missing_file(f"{field}.{index}", file)
+        if not os.path.isdir(file):  # PEFT writes a folder
+            yield from missing_file(f"{field}.{index}", file)
     experts = [expert.name for expert in trained_experts(config)]
     if len(files) > len(experts):
         number = "1 expert" if len(experts) == 1 else f"{len(experts)} experts"

@@ -53,7 +53,12 @@ def initial_adapters(config: ResolvedRun) -> dict[ExpertName, AdapterFile]:
     trained = {expert.name for expert in variant.selected(config.model.experts)}
     found: dict[ExpertName, AdapterFile] = {}
     problems = []
-    for file in (file for path in method.init_from for file in read_adapters(path)):
+    files: list[AdapterFile] = []
+    for path in method.init_from:
+        both = read_adapters(path)
+        # Of a file with both experts, only what is trained is used.
+        files += both if len(both) == 1 else [a for a in both if a.expert in trained]
+    for file in files:
         path = file.path
         name = expert_of(path, file.metadata, variant, file.expert).name
         if name in found:
