@@ -6,10 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.runs import RunFile
+from support.runs import RunFile, write_run_file
 from support.tiny_models import TinyModels
 
-from onewan.config.load import load_run
 from onewan.config.schema import ResolvedRun
 from onewan.demo.clips import write_clips
 from onewan.variants import VARIANTS
@@ -34,24 +33,6 @@ def run_file(workshop: Path, tmp_path: Path) -> RunFile:
     """Builds a resolved run, `run_file("t2v-a14b", "train.steps=3", ...)`, in the test's folder."""
 
     def build(variant: str, *overrides: str, name: str = "run") -> ResolvedRun:
-        side = 128 if variant == "ti2v-5b" else 64
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(
-            f"""
-model: {{path: {(workshop / variant).as_posix()}, variant: {variant}, dtype: float32}}
-wan_config: {{max_frames: 9}}
-video_data:
-  sources: [{{path: {(workshop / "clips").as_posix()}}}]
-  resolution: {side * side}
-  cache_dir: {(workshop / "cache").as_posix()}
-method: {{kind: lora, rank: 4, alpha: 2}}
-optimizer: {{lr: 0.005}}
-train: {{steps: 6, save_every: 100, switch_expert_every: 2}}
-validation: {{clips: 0}}
-logging: {{tensorboard: false}}
-""",
-            encoding="utf-8",
-        )
-        return load_run(path, [f"output.dir={tmp_path / 'runs'}", *overrides])
+        return write_run_file(workshop, tmp_path, variant, *overrides, name=name)
 
     return build

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from onewan.config.load import load_run
 from onewan.config.schema import ResolvedRun
 from onewan.runs.event_file import read_events
 from onewan.runs.layout import RunLayout
@@ -33,6 +35,31 @@ METHODS: Mapping[str, list[str]] = {
     ],
     "embedding": ["method={kind: embedding}", PLACEHOLDER, "optimizer.lr=0.05"],
 }
+
+
+def write_run_file(
+    workshop: Path, folder: Path, variant: str, *overrides: str, name: str = "run"
+) -> ResolvedRun:
+    """A resolved run in `folder` on the model and the clips of the `workshop` fixture."""
+    side = 128 if variant == "ti2v-5b" else 64
+    path = folder / f"{name}.yaml"
+    path.write_text(
+        f"""
+model: {{path: {(workshop / variant).as_posix()}, variant: {variant}, dtype: float32}}
+wan_config: {{max_frames: 9}}
+video_data:
+  sources: [{{path: {(workshop / "clips").as_posix()}}}]
+  resolution: {side * side}
+  cache_dir: {(workshop / "cache").as_posix()}
+method: {{kind: lora, rank: 4, alpha: 2}}
+optimizer: {{lr: 0.005}}
+train: {{steps: 6, save_every: 100, switch_expert_every: 2}}
+validation: {{clips: 0}}
+logging: {{tensorboard: false}}
+""",
+        encoding="utf-8",
+    )
+    return load_run(path, [f"output.dir={folder / 'runs'}", *overrides])
 
 
 def recorder(events: list[dict[str, Any]]) -> Listener:
