@@ -18,7 +18,6 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,8 @@ _RUNS = {
     "tuned": ["method={kind: fine_tune, weights: kahan}", "model.dtype=bfloat16"],
     "prodigy": ["optimizer={name: prodigy, lr: 1.0}"],
 }
+_FOLDER = "ONEWAN_STATES_FOLDER"
+"""The environment variable that tells the workers where the runs are."""
 _STEPS = 5
 """Of the resumed runs: one more step shows whether the state can be trained on."""
 
@@ -55,10 +56,8 @@ def run(arguments: Sequence[str]) -> int:
     return main(["train", arguments[0], "--resume", f"train.steps={_STEPS}"])
 
 
-@cache
-def workshop() -> Path:
-    """A folder with the runs that the cases are copies of; made once in each worker."""
-    folder = Path(tempfile.mkdtemp(prefix="onewan-states-"))
+def make_runs(folder: Path) -> None:
+    """The runs that the cases are copies of."""
     write_clips(folder / "clips")
     write_tiny_model(folder / "model", "ti2v-5b", width=32, layers=1)
     (folder / "run.yaml").write_text(_RUN_FILE, encoding="utf-8")
@@ -66,13 +65,12 @@ def workshop() -> Path:
         options = [*overrides, f"output.dir={folder / 'runs'}", f"output.name={name}"]
         if main(["train", str(folder / "run.yaml"), *options]):
             raise RuntimeError(f"the run {name} could not be trained")
-    return folder
 
 
 def make(seed: int, folder: Path) -> list[str]:
     rng = random.Random(seed)
     copy = folder / "run"
-    shutil.copytree(workshop() / "runs" / rng.choice(list(_RUNS)), copy)
+    shutil.copytree(Path(os.environ[_FOLDER], "runs", rng.choice(list(_RUNS))), copy)
     layout = RunLayout(copy)
     for step in layout.saved_steps()[-rng.choice((1, 1, 1, 2)) :]:
         damage(rng, layout.state(step), canary(folder))
@@ -276,4 +274,7 @@ _KINDS: dict[str, Callable[[random.Random, Path, Path], None]] = {
 
 
 if __name__ == "__main__":
-    run_cases(__doc__, make, run)
+    with tempfile.TemporaryDirectory(prefix="onewan-states-") as runs:
+        make_runs(Path(runs))
+        os.environ[_FOLDER] = runs
+        run_cases(__doc__, make, run)

@@ -138,7 +138,10 @@ def set_fact(**changes: Any) -> Callable[[Path], None]:
 
 
 def set_text(name: str, text: bytes) -> Callable[[Path], None]:
-    return lambda state: (state / name).write_bytes(text) and None
+    def change(state: Path) -> None:
+        (state / name).write_bytes(text)
+
+    return change
 
 
 def without(name: str) -> Callable[[Path], None]:
@@ -178,7 +181,10 @@ def set_optimizer(*path: str, value: Any) -> Callable[[Path], None]:
 
 
 def truncated(name: str) -> Callable[[Path], None]:
-    return lambda state: (state / name).write_bytes((state / name).read_bytes()[:-100]) and None
+    def change(state: Path) -> None:
+        (state / name).write_bytes((state / name).read_bytes()[:-100])
+
+    return change
 
 
 STATE = ("weights", "*", "state")
