@@ -62,10 +62,29 @@ def temporary_beside(path: Path) -> Iterator[Path]:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(temporary))
     _in_use.add(temporary.name)
     try:
-        yield temporary
+        with _named(path):
+            yield temporary
     finally:
         _delete(temporary)
         _in_use.discard(temporary.name)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Gives `path` to an error of writing, which does not say where there is no space, for
+    example."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        # safetensors has a class of its own for what the system reports.
+        if found := re.search(r"\(os error ([0-9]+)\)", str(error)):
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
 
 
 def _owned(prefix: str, path: Path) -> Path:
@@ -285,7 +304,7 @@ def append_lines(file: Path, lines: Iterable[str]) -> None:
     # The first newline ends a line that a process did not complete, because it was killed.
     content = "".join(f"\n{line}" for line in lines) + "\n"
     # Unbuffered: one write in append mode, which is not interleaved with those of others.
-    with file.open("ab", buffering=0) as opened:
+    with _named(file), file.open("ab", buffering=0) as opened:
         opened.write(content.encode())
 
 
@@ -321,7 +340,7 @@ def read_input(path: Path, max_bytes: int) -> bytes:
 def file_digest(path: Path) -> str:
     """BLAKE2b-160 of a file's content in hexadecimal, in constant memory."""
     digest = hashlib.blake2b(digest_size=20)
-    with path.open("rb") as file:
+    with check_input(path).open("rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()

@@ -66,9 +66,8 @@ def guarded(command: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader of the output has exited: `onewan schema | head`
         return 1
     except OnewanError as error:
-        complain(f"onewan: {error.message}")
-        for line in error.details:
-            complain(f"  {line}")
+        for line in (f"onewan: {error.message}", *(f"  {line}" for line in error.details)):
+            complain(_TEMPORARY.sub("", line))  # a file is known to the user by its final name
         return 1
     except Exception as error:  # noqa: BLE001  (the process boundary: nobody else reports it)
         if (line := mendable(error)) is not None:

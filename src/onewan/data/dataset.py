@@ -168,6 +168,11 @@ def _folders(sources: Sequence[SourceSection]) -> list[ClipFolder]:
     ]
 
 
+def _places(sources: Sequence[SourceSection]) -> str:
+    more = f" and {len(sources) - 3} others" if len(sources) > 3 else ""
+    return ", ".join(str(source.path) for source in sources[:3]) + more
+
+
 def _texts(config: ResolvedRun, report: DatasetReport, extra_prompts: Sequence[str]) -> list[str]:
     """All texts that training, validation and sampling need."""
     captions = {caption for clip in report.clips for caption in clip.captions}
@@ -207,9 +212,14 @@ def _final_report(
     if config.video_data.cache:
         report = replace(report, problem_list=_write_list(config.video_data.cache_dir, report))
     if not clips:
-        raise DataError("no clip can be used", report.lines())
+        raise DataError(
+            f"no clip can be used in {_places(config.video_data.sources)}", report.lines()
+        )
     if config.validation.sources and not validation_clips:
-        raise DataError("no clip of validation.sources can be used", report.lines())
+        raise DataError(
+            f"no clip of validation.sources can be used in {_places(config.validation.sources)}",
+            report.lines(),
+        )
     return report
 
 

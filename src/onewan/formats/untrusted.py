@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onewan.errors import CheckpointError
+from onewan.files import read_input
 
 _LARGEST_JSON = 32 << 20
 """Bytes. The largest JSON file of a Wan model, the tokenizer's, has 17 MB."""
@@ -35,9 +36,7 @@ def parse_json(text: str) -> Any:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a model; CheckpointError if there is none."""
     try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise ValueError(f"{path.stat().st_size} bytes, more than any such file has")
-        data = parse_json(path.read_text(encoding="utf-8"))
+        data = parse_json(read_input(path, _LARGEST_JSON).decode("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
             f"{path}: is missing; the model's folder is incomplete, download it again"

@@ -20,6 +20,7 @@ from typing import Any
 
 from onewan.documents import format_value
 from onewan.errors import ConfigError, one_line
+from onewan.files import read_input
 from onewan.importing import data, method, model, optimizer, output, train
 from onewan.importing.table import (
     Context,
@@ -47,6 +48,10 @@ ROWS: tuple[Row, ...] = (*_CONVERTED, method.EMBEDDING_RATE)
 """All keys of the config itself that become fields, in the order of the run file."""
 
 
+_MAX_BYTES = 32 * 1024 * 1024
+"""Of a config, or of a list of concepts, which may have thousands with all of their settings."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Imported:
     """A run file, and the account of how each key was imported."""
@@ -62,8 +67,8 @@ def looks_like_onetrainer(path: Path) -> bool:
     if path.suffix.lower() != ".json" or not path.is_file():
         return False
     try:
-        config = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError):
+        config = json.loads(read_input(path, _MAX_BYTES).decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError):  # said where it is read as a run file
         return False
     marks = {"training_method", "base_model_name", "model_type", "__version"}
     return isinstance(config, dict) and "model" not in config and not marks.isdisjoint(config)
@@ -110,7 +115,7 @@ def import_config(
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(read_input(path, _MAX_BYTES).decode("utf-8-sig"))
     except RecursionError:
         raise ConfigError(str(path), ["is nested too deeply for a config"]) from None
     except ValueError as error:

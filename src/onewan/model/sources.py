@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from onewan.errors import CheckpointError
-from onewan.files import moved_aside
+from onewan.files import check_input, moved_aside
 from onewan.formats.model_folder import (
     COMPONENT_NAMES,
     OFFICIAL_PATHS,
@@ -191,7 +191,7 @@ def fingerprint(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     for member in files:
-        size = member.stat().st_size
+        size = check_input(member).stat().st_size
         name = member.relative_to(path).as_posix()  # "." for a file: its name makes no difference
         digest.update(f"{name}\0{size}\0".encode())
         with member.open("rb") as file:
