@@ -654,6 +654,7 @@ def test_a_path_that_lost_its_backslashes_to_double_quotes_is_refused(tmp_path: 
         "train.steps=!!bool abc",
         "sample.negative_prompt=\udcff",
         "output.name=\udcff",
+        "output.name=a\tb",
         "model.path=a\nb",
     ],
 )

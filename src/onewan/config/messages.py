@@ -62,7 +62,8 @@ _SHOWN = 5
 _FORMS: Mapping[str, str] = {
     "model.device": "must be auto, cpu, cuda, mps, xpu, or a numbered one such as cuda:1",
     "output.name": (
-        'must be a plain name for a folder, without / \\ : * ? " < > | or a dot in front'
+        'must be a plain name for a folder, without / \\ : * ? " < > |, control characters '
+        "or a dot in front"
     ),
 }
 """Descriptions of the patterns of fields."""

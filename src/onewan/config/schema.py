@@ -29,6 +29,7 @@ SCHEMA_VERSION = 1
 COMPONENTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer")
 """Fields of the model section that name one component each."""
 
+_FOLDER_NAME = r"^[^/\\:*?\"<>|.\x00-\x1f\x7f][^/\\:*?\"<>|\x00-\x1f\x7f]*$"
 _Extension = Annotated[str, AfterValidator(lambda value: value.lower().lstrip("."))]
 
 
@@ -323,7 +324,7 @@ class OutputSection(Section):
     """Data type of exported files; null is that of the trained weights."""
     keep_last: Int | None = Field(default=None, ge=1)
     """Number of newest exports to keep, besides the best one; null keeps all."""
-    name: str | None = Field(default=None, pattern=r"^[^/\\:*?\"<>|.][^/\\:*?\"<>|]*$")
+    name: str | None = Field(default=None, pattern=_FOLDER_NAME)
     """Name of the run and of its folder; null is the name of the run file."""
 
 
