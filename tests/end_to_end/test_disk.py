@@ -148,6 +148,20 @@ def test_folders_that_are_deleted_or_replaced_do_not_end_the_run(run_file: RunFi
     assert events[-1]["event"] == "finished"
 
 
+def test_a_validation_whose_clips_can_not_be_read_does_not_end_the_run(
+    run_file: RunFile, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    config = run_file(
+        "ti2v-5b",
+        *("train.steps=2", "validation={clips: 1, every: 2}"),
+        f"video_data.cache_dir={cache}",
+    )
+    events = train(config, {2: lambda _: shutil.rmtree(cache)})
+    assert [text for text in texts(events) if text.startswith("validation failed (")]
+    assert layout_of(config).saved_steps() == [2] and events[-1]["event"] == "finished"
+
+
 def test_the_folder_of_a_running_trainer_may_be_renamed(run_file: RunFile) -> None:
     config = run_file("ti2v-5b", "train.steps=4", "train.save_every=2")
     layout = layout_of(config)

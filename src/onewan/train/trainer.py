@@ -231,7 +231,15 @@ class WanTrainer:
 
     def _validate(self, run: Run) -> bool:
         """Measure and report the losses of all experts; returns whether the state is to be kept as
-        the best one."""
+        the best one. Clips that can't be read are reported, and training goes on."""
+        try:
+            return self._measure(run)
+        except (DataError, OSError) as error:
+            log.exception("validation failed")
+            self._log.warn(f"validation failed ({error}); training continues")
+            return False
+
+    def _measure(self, run: Run) -> bool:
         state = run.state
         losses: list[float] = []
         for name in state.experts:
