@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.runs import RunFile, layout_of, recorder, write_run_file
+from support.runs import SMALL_SAMPLE, RunFile, layout_of, recorder, write_run_file
 
 from onewan.checkpoint.store import MANIFEST
 from onewan.config.schema import ResolvedRun
 from onewan.errors import CheckpointError
 from onewan.files import file_digest
+from onewan.media.probe import probe
 from onewan.runs.layout import RunLayout
 from onewan.runs.log import ListenerSink, RunLog
 from onewan.train.run import Run
@@ -85,20 +86,18 @@ def test_results_whose_states_are_gone_are_not_overwritten(
     assert folder_content(config) == before
 
 
-def test_a_run_that_ended_before_its_first_state_is_started_again(
-    trained: Callable[[], ResolvedRun],
-) -> None:
-    """It has the videos of step 0, its files and events, but nothing that could be lost."""
-    config = trained()
+def test_a_run_that_ended_before_its_first_state_is_started_again(run_file: RunFile) -> None:
+    """It has its files, events and videos, but nothing that could be lost. Its videos may be of
+    other settings, so they are made again."""
+    small = [f"sample.{key}={value}" for key, value in SMALL_SAMPLE.items()]
+    config = run_file("ti2v-5b", "train.steps=1", "sample.every=1", *small)
     layout = layout_of(config)
-    shutil.rmtree(layout.states_dir)
-    shutil.rmtree(layout.weights_dir)
-    shutil.rmtree(layout.samples(1))
-    layout.samples(0).mkdir()
-    (layout.samples(0) / "0.mp4").touch()
+    layout.samples(1).mkdir(parents=True)
+    (layout.samples(1) / "0.mp4").write_bytes(b"of an earlier start")
     layout.events.write_text('{"event": "started"}\n', encoding="utf-8")
-    WanTrainer(config).fit()
+    WanTrainer(config, resume=True, or_start=True).fit()
     assert layout.saved_steps() == [1]
+    assert probe(layout.samples(1) / "0.mp4").width == 64
 
 
 @pytest.fixture

@@ -88,15 +88,16 @@ def check_start(layout: RunLayout, *, resume: bool, or_start: bool) -> None:
 def results_without_state(layout: RunLayout) -> str | None:
     """What is left of a run whose states are gone; None if it has not come so far as to save one.
 
-    Videos of step 0 are not a result: a run that was killed before it saved its first state has
-    them, and starting it again makes the same ones.
+    The videos of a run that was killed before it saved a state are made again with the same steps.
     """
     if exported := layout.exported():
         return f"exported weights (the newest of step {max(exported)})"
-    if steps := [step for step in layout.sampled_steps() if step > 0]:
-        return f"sample videos (the newest of step {max(steps)})"
-    saved = [e.get("step") for e in read_events(layout.events) if e.get("event") == Saved.kind]
-    return f"events (a state of step {saved[-1]} was saved)" if saved else None
+    events = list(read_events(layout.events))
+    if saved := [event.get("step") for event in events if event.get("event") == Saved.kind]:
+        return f"events (a state of step {saved[-1]} was saved)"
+    if not events and (steps := layout.sampled_steps()):
+        return f"sample videos (the newest of step {steps[-1]})"
+    return None
 
 
 def _resumable_runs(root: Path) -> list[str]:

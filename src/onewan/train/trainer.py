@@ -72,6 +72,7 @@ class WanTrainer:
         self._stop_signals = StopSignals()
         self._log = RunLog(*([] if listen is None else [ListenerSink(listen)]))
         self._saver = StateSaver(config, self._layout, self._log)
+        self._is_resumed = False
         self._failed_export = ""
         """Why the newest export failed; empty if it did not."""
 
@@ -282,6 +283,7 @@ class WanTrainer:
 
     def _restore(self, run: Run) -> None:
         if self._saver.restore(run, allow_change=self._allow_change):
+            self._is_resumed = True
             # The run folder then has the settings that the run continues with.
             self._write_run_files()
         else:
@@ -344,12 +346,14 @@ class WanTrainer:
                     remove(path)
 
     def _sample(self, run: Run) -> None:
-        """Generate the sample videos of this step that do not exist yet."""
+        """Generate the sample videos of this step; a resumed run makes those that do not exist."""
         folder = self._layout.samples(run.state.step)
         sampler = WanModelSampler(run.model, residency=run.residency)
         for number, request in enumerate(run.samples):
             path = folder / f"{number}.{self._config.sample.format}"
-            if path.exists():
+            # A new run may find those of an earlier one that ended before its first saved state,
+            # and may have other settings.
+            if path.exists() and self._is_resumed:
                 continue
             on_step = partial(self._on_sampling, run.state.step, number)
             try:
