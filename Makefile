@@ -1,4 +1,4 @@
-# make setup | demo | test | lint: each sets up .venv first if it is not there yet.
+# make setup | demo | test | wheel | oldest | lint: each sets up .venv first if it is not there yet.
 # Needs Python 3.10 to 3.13 and make; everything else is installed into .venv.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ else
 endif
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint screenshots clean
+.PHONY: setup demo test wheel oldest lint screenshots clean
 
 setup: $(READY)
 
@@ -35,6 +35,16 @@ demo: $(READY)
 test: $(READY)
 	@echo "== tests"
 	ONETRAINER="$(ONETRAINER)" COMFYUI="$(COMFYUI)" $(BIN)/python -m pytest --numprocesses auto
+
+# The built wheel in an environment of its own: all data files, demo, import-config, inspect.
+wheel: $(READY)
+	@echo "== the wheel"
+	$(BIN)/python scripts/check_installations.py wheel
+
+# The tests that touch av, diffusers and transformers, with the versions in oldest-requirements.txt.
+oldest: $(READY)
+	@echo "== oldest supported packages"
+	$(BIN)/python scripts/check_installations.py oldest
 
 lint: $(READY)
 	@echo "== ruff, codespell, types, import contracts"

@@ -131,6 +131,14 @@ print([member.name for member in ModelType])
     assert done.stdout == "['HUNYUAN_VIDEO']\n", done.stderr
     said = "Wan 2.2 is not available: ImportError: cannot import name X from y\n"
     assert done.stderr == said
+    # A method that OneTrainer's base class has got since is found before a model is chosen.
+    text = (
+        "import abc\nclass WanLoader(abc.ABC):\n    @abc.abstractmethod\n    def new(self): pass\n"
+    )
+    failing.write_text(text, "utf-8")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "['HUNYUAN_VIDEO']\n", done.stderr
+    assert "TypeError: WanLoader has no new, which this OneTrainer needs" in done.stderr
     failing.write_text("", "utf-8")
     done = subprocess.run(
         [*command[:2], code.replace("assert ", "")], cwd=tmp_path, capture_output=True, text=True

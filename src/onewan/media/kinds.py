@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import av
+
+PYAV_VERSION = tuple(int(number) for number in av.__version__.split(".")[:2])
+"""OneTrainer pins (16, 1)."""
+
 IMAGE_SUFFIXES = frozenset({"png", "jpg", "jpeg", "webp"})
 """Extensions of still images, lower case, without the dot."""
 

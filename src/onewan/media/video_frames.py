@@ -18,7 +18,7 @@ from PIL import Image
 
 from onewan.errors import DataError
 from onewan.media.faults import DAMAGE_REMEDY, error_reason
-from onewan.media.kinds import SWS_ACCURATE
+from onewan.media.kinds import PYAV_VERSION, SWS_ACCURATE
 from onewan.media.still import Fit, fit_image, flatten_alpha
 from onewan.media.video_stream import packet_time
 
@@ -29,7 +29,7 @@ _SKIPPING_DECODERS = frozenset({"h264", "hevc"})
 _RGB = 0
 
 # A pool of threads for one frame costs more than it saves. PyAV 16 has none.
-_ONE_THREAD = {} if av.__version__.startswith("16.") else {"threads": 1}
+_ONE_THREAD = {} if PYAV_VERSION < (17, 0) else {"threads": 1}
 
 # Two times closer than this are the same: containers round them differently; in s.
 _SAME_TIME = 1e-6

@@ -20,7 +20,7 @@ from av.video.stream import VideoStream
 
 from onewan.errors import DataError
 from onewan.media.faults import faults_of
-from onewan.media.kinds import pixel_limit
+from onewan.media.kinds import PYAV_VERSION, pixel_limit
 from onewan.media.still import check_pixels
 
 _MAX_REORDERING = 2.0
@@ -43,7 +43,7 @@ def open_video(path: Path, *, threads: int) -> Iterator[tuple[InputContainer, Vi
         faults_of(path, "video"),
         av.open(
             f"file:{path}",
-            options={"max_pixels": str(pixel_limit(path.stat().st_size, "video"))},
+            options=_limits(path),
             container_options={"protocol_whitelist": "file"},
             metadata_errors="replace",
         ) as container,
@@ -67,6 +67,14 @@ def open_video(path: Path, *, threads: int) -> Iterator[tuple[InputContainer, Vi
         context.thread_count = threads
         stream.thread_type = "AUTO"
         yield container, stream
+
+
+def _limits(path: Path) -> dict[str, str]:
+    # Before 18.1, PyAV frees options that it has not allocated, and crashes, if a file shows its
+    # streams late, as MPEG-PS does. The sizes are still checked, after opening.
+    if PYAV_VERSION < (18, 1):
+        return {}
+    return {"max_pixels": str(pixel_limit(path.stat().st_size, "video"))}
 
 
 @contextmanager

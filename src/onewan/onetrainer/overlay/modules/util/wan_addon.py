@@ -6,6 +6,7 @@ nothing of it: if something fails, OneTrainer is as without it, and one line say
 """
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +32,7 @@ def join() -> None:
     try:
         with importlib.import_module("onewan.onetrainer.patches").extended():
             for module in _MODULES:
-                importlib.import_module(module)
+                _require_complete(importlib.import_module(module))
     except Exception as error:  # noqa: BLE001  (the other models must still train)
         hint = ""
         if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("onewan"):
@@ -54,3 +55,12 @@ def names_of(gate: str) -> Callable[[str], Any]:
             raise AttributeError(f"module {gate!r} has no attribute {name!r}") from None
 
     return found
+
+
+def _require_complete(module):
+    """TypeError if a class lacks a method that OneTrainer wants by now, before it is made."""
+    for name, found in vars(module).items():
+        own = inspect.isclass(found) and found.__module__ == module.__name__
+        if own and not name.startswith("_") and inspect.isabstract(found):
+            lacking = ", ".join(sorted(found.__abstractmethods__))
+            raise TypeError(f"{name} has no {lacking}, which this OneTrainer needs; update onewan")
