@@ -78,7 +78,10 @@ class StateStore:
                 replace(temporary, final)
             self._intact[step] = _signature(final)
         except OSError as error:
-            raise CheckpointError(f"{final}: the state can't be saved ({error})") from error
+            # Not str(error): an error without a number, to which `temporary_beside` added the name
+            # of the file, would be written without its message.
+            reason = error.strerror or error.args[0]
+            raise CheckpointError(f"{final}: the state can't be saved ({reason})") from error
         return final
 
     def newest(
