@@ -82,8 +82,11 @@ def _account(imported: Imported, how: str) -> Iterator[str]:
             {"key": e.key, "value": e.value, "outcome": e.outcome, "note": e.note}
             for e in imported.entries
         ]
-        account = {"keys": entries, "notices": imported.notices}
-        yield from json.dumps(account, indent=1, default=str).splitlines()
+        # A line for each key: indentation would multiply the size of nested values.
+        lines = [json.dumps(entry, default=str) for entry in entries]
+        yield '{"keys": ['
+        yield from (f" {line}{',' if line is not lines[-1] else ''}" for line in lines)
+        yield f'], "notices": {json.dumps(imported.notices)}}}'
         return
     for outcome in ("carried", "not applicable", "unknown", "defaulted"):
         found = [e for e in imported.entries if e.outcome == outcome]

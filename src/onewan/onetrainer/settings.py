@@ -240,7 +240,7 @@ def frames_of(config: Any) -> int:
 
 def layers_of(config: Any) -> tuple[int, ...] | None:
     """The transformer blocks to train, from "0-9, 12"; None for all; SettingError."""
-    text = config.wan_layers.strip()
+    text = str(config.wan_layers).strip()
     if not text:
         return None
     blocks: set[int] = set()
@@ -270,7 +270,9 @@ def frame_strategy_of(config: Any) -> FrameStrategy:
 def formats_of(config: Any) -> tuple[str, ...]:
     """Extensions of the video files to use, from "mp4, .webm"; all for an empty text;
     SettingError."""
-    names = [name.strip().lower().lstrip(".") for name in config.wan_supported_formats.split(",")]
+    names = [
+        name.strip().lower().lstrip(".") for name in str(config.wan_supported_formats).split(",")
+    ]
     if names == [""]:
         return VIDEO_FORMATS
     if unknown := [name for name in names if name not in VIDEO_FORMATS]:
@@ -289,7 +291,7 @@ def max_resolution_of(config: Any) -> tuple[int, int]:
 
 
 def _size_of(config: Any, key: str) -> tuple[int, int]:
-    text = getattr(config, key).strip()
+    text = str(getattr(config, key)).strip()
     if not text:
         return NO_LIMITS[key]
     size = re.fullmatch(r"([1-9]\d{0,4})\s*[xX]\s*([1-9]\d{0,4})", text)
