@@ -111,6 +111,8 @@ def change_json(rng: random.Random, state: Path, mark: Path) -> None:
 
 
 def change_file_of_json(rng: random.Random, file: Path) -> None:
+    if file.is_symlink() or not file.is_file():  # changed before
+        return
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # changed before
@@ -231,7 +233,7 @@ class _Call:
 
 def change_bytes(rng: random.Random, state: Path, mark: Path) -> None:
     del mark
-    file = rng.choice(sorted(p for p in state.iterdir() if p.is_file()))
+    file = rng.choice(sorted(p for p in state.iterdir() if p.is_file() and not p.is_symlink()))
     data = bytearray(file.read_bytes())
     if rng.random() < 0.3:
         del data[rng.randrange(len(data) + 1) :]
@@ -245,7 +247,7 @@ def change_bytes(rng: random.Random, state: Path, mark: Path) -> None:
 
 def change_file(rng: random.Random, state: Path, mark: Path) -> None:
     del mark
-    files = sorted(p for p in state.iterdir() if p.is_file())
+    files = sorted(p for p in state.iterdir() if p.is_file() and not p.is_symlink())
     file = rng.choice(files)
     other = rng.choice(files).read_bytes()
     file.unlink()
