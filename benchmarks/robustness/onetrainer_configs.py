@@ -17,7 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from harness import run_cases
+from harness import MAX_OUTPUT_BYTES, run_cases
 from run_files import at, nested, odd_text, odd_value, places
 
 from onewan.cli import main
@@ -101,7 +101,10 @@ def make(seed: int, folder: Path) -> list[str]:
         content = content[: rng.randrange(len(content))]
     path = folder / rng.choice(("config.json", "#preset.json"))
     path.write_bytes(content)
-    how = [f"--account={rng.choice(('short', 'full', 'json'))}"]
+    account = rng.choice(("short", "full", "json"))
+    if account == "json" and len(content) > MAX_OUTPUT_BYTES // 4:
+        account = "full"  # JSON is for programs and repeats every value in full
+    how = [f"--account={account}"]
     variant = [f"--variant={rng.choice(('t2v-a14b', 'i2v-a14b', 'ti2v-5b'))}"]
     written = ["--output", str(folder / "run.yaml")] if rng.random() < 0.3 else []
     return ["import-config", str(path), *how, *(variant if rng.random() < 0.6 else []), *written]
