@@ -636,6 +636,11 @@ def test_many_problems_of_one_kind_give_a_few_lines_and_a_count(
     assert found[-1].endswith(" more like these")
 
 
+def test_a_long_value_is_shortened(tmp_path: Path) -> None:
+    text = T2V + f"video_data: {{resolution: '8{'[' * 100_000}'}}"
+    assert len(only_problem(tmp_path, text)) < 1100
+
+
 def test_a_path_that_lost_its_backslashes_to_double_quotes_is_refused(tmp_path: Path) -> None:
     text = T2V + 'video_data: {sources: [{path: "C:\\new\\textures"}]}'
     found = only_problem(tmp_path, text)

@@ -101,7 +101,8 @@ class Problems:
     def lines(self) -> list[str]:
         more = {alike: count - _SHOWN for alike, count in self._alike.items() if count > _SHOWN}
         return [
-            *(f"{_short_name(field)}: {text}" for field, text in self._lines.items()),
+            # A validator's own text has the whole value.
+            *(f"{_short_name(f)}: {shortened(text, 1000)}" for f, text in self._lines.items()),
             *(f"{_short_name(alike)}: {count:,} more like these" for alike, count in more.items()),
         ]
 
