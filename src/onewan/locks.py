@@ -44,6 +44,9 @@ def locked(file: Path, subject: Path, remedy: str) -> Iterator[None]:
         try:
             lock.acquire(timeout=_WAIT_SECONDS)
         except Timeout:
+            # Where no file can be created, such as in /proc, `filelock` also waits. Then this
+            # raises the system's error.
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT))
             raise OnewanError(f"{subject}: is in use by {_described(holder)}; {remedy}") from None
         except OSError as error:
             if error.errno not in _UNSUPPORTED:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,9 @@ def test_without_locks_in_the_file_system_the_block_runs_after_a_warning(
     with caplog.at_level(logging.WARNING), locked(tmp_path / ".lock", tmp_path, ""):
         (tmp_path / "result").touch()
     assert f"{tmp_path}: can't be locked" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, where no file can be created")
+def test_a_place_where_nothing_can_be_created_is_not_called_in_use() -> None:
+    with pytest.raises(FileNotFoundError), locked(Path("/proc/.lock"), Path("/proc"), "wait"):
+        pass

@@ -59,6 +59,8 @@ def named(names: Sequence[str], separator: str = ", ") -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's error message, at most 200 characters, to quote in ours."""
-    text = str(error).strip() or type(error).__name__
+    """The first line of a library's error message, at most 200 characters, to quote in ours; of a
+    system's error without its number and the path, which our message names."""
+    system = error.strerror if isinstance(error, OSError) else None
+    text = system or str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
