@@ -177,7 +177,11 @@ def test_a_name_in_the_progress_can_not_write_lines(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == f"{SHOWN}\n"
 
 
-def test_a_name_in_a_warning_can_not_write_lines_of_the_log(tmp_path: Path) -> None:
+def test_a_name_in_a_warning_can_not_write_lines_of_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without this, pytest would capture the message too, and pytest-xdist can't send it.
+    monkeypatch.setattr(logging.getLogger("onewan"), "propagate", False)
     received: list[object] = []
 
     class Sink:
