@@ -337,7 +337,7 @@ def test_a_state_of_a_version_with_other_fields_is_refused_and_names_them(
     )
     named = r"^state\.json: .*\(config\.train\.expert_block\).*version that saved it"
     with pytest.raises(CheckpointError, match=named) as refusal:
-        changes_since(facts, config, "", "state.json")
+        changes_since(facts, config, "", {}, "state.json")
     # An older state would not help.
     assert not isinstance(refusal.value, DamagedStateError)
 

@@ -44,10 +44,10 @@ from onewan.adapters.layers import (
     base_weight_float32,
     row_norms,
 )
+from onewan.adapters.merging import check_modules_exist, merge_adapters
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.peft import from_peft
-from onewan.formats.untrusted import first_line, named
 from onewan.model.quantized_linear import QuantizedLinear
 from onewan.seeds import derive_seed
 
@@ -327,23 +327,11 @@ def apply_lora(
     adapter that does not fit the model.
     """
     linears = {n for n, m in transformer.named_modules() if isinstance(m, nn.Linear | LoraLayer)}
-    _check_modules_exist(transformer, modules, name)
+    check_modules_exist(transformer, modules, name)
     plain = {m: a for m, a in modules.items() if a.kind == "lora" and m in linears}
-    for module, adapter in modules.items():
-        _merge(transformer, module, adapter, name, bias_only=module in plain)
+    merge_adapters(transformer, modules, name, only_biases=plain)
     if plain:
         _attach(transformer, plain, name)
-
-
-def _check_modules_exist(
-    transformer: WanTransformer3DModel, modules: Mapping[str, ModuleAdapter], name: str
-) -> None:
-    present = {n for n, _ in (*transformer.named_modules(), *transformer.named_parameters())}
-    if absent := [module for module in modules if module not in present]:
-        raise CheckpointError(
-            f"{name}: the model has no layer {named(sorted(absent))} ({len(absent)} of "
-            f"{len(modules)} layers); the LoRA is for another model"
-        )
 
 
 def _attach(
@@ -376,46 +364,3 @@ def _attach(
     for layer in transformer.modules():
         if isinstance(layer, LoraLayer):
             layer.cast_input_dtype_enabled = False
-
-
-@torch.no_grad()
-def _merge(
-    transformer: WanTransformer3DModel,
-    module: str,
-    adapter: ModuleAdapter,
-    name: str,
-    *,
-    bias_only: bool,
-) -> None:
-    """Add the difference of `adapter` to the weight and bias of a layer, computed in float32."""
-    parent, _, last = module.rpartition(".")
-    owner: Any = getattr(transformer.get_submodule(parent), last)
-    if isinstance(owner, LoraLayer):
-        owner = owner.get_base_layer()
-    try:
-        if not bias_only and isinstance(owner, QuantizedLinear):
-            raise CheckpointError(
-                f"{name}: changes the weights of {module} themselves, which this model keeps "
-                "quantized; load it with its weights expanded (model.quantized: dequantize)"
-            )
-        if not bias_only:
-            weight: Tensor = getattr(owner, "weight", owner)  # a scale_shift_table is a parameter
-            # On the CPU, where the tensors of the adapter file are.
-            _add(weight, adapter.difference(weight.cpu()))
-        bias = adapter.bias_difference()
-        if bias is not None and getattr(owner, "bias", None) is None:
-            raise ValueError("it has no bias")
-        _add(getattr(owner, "bias", None), bias)
-    except (RuntimeError, ValueError, IndexError) as error:  # for a wrong shape
-        raise CheckpointError(
-            f"{name}: does not fit the model at {module} ({first_line(error)}); give the model "
-            "that it was trained on"
-        ) from error
-
-
-def _add(weight: Tensor | None, added: Tensor | None) -> None:
-    if weight is None or added is None:
-        return
-    if added.shape != weight.shape:  # which torch would broadcast
-        raise ValueError(f"{list(added.shape)} in the file, {list(weight.shape)} in the model")
-    weight += added.to(weight.device)

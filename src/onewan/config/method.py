@@ -68,7 +68,8 @@ class _Adapter(Section):
     names (`blocks.*.attn1.to_[qkv]`)."""
     init_from: Annotated[tuple[Path, ...], Distinct] = ()
     """Adapter files to initialize from, in any supported format, at most one for each expert.
-    Layers, rank and alpha of that expert then come from the file."""
+    Layers, rank and alpha of that expert then come from the file; differences of biases and norms
+    in it stay fixed and are exported again."""
 
 
 class _RankedAdapter(_Adapter):

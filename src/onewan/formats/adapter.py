@@ -37,6 +37,9 @@ from torch import Tensor
 
 from onewan.formats.adapter_parts import AdapterKind
 
+BIASES = ("lora_B.bias", "diff_b")
+"""Tensors that change a layer's bias, in the order that `ModuleAdapter` looks for them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleAdapter:
@@ -67,6 +70,11 @@ class ModuleAdapter:
     def needs_weight(self) -> bool:
         """Whether the difference depends on the weight that it is added to."""
         return self.kind == "oft" or "magnitude" in self.tensors
+
+    @property
+    def changes_weight(self) -> bool:
+        """Whether it changes the layer's weight, and not its bias alone."""
+        return self.kind != "difference" or "diff" in self.tensors
 
     def difference(self, weight: Tensor | None = None) -> Tensor | None:
         """The difference to add to the weight at strength 1, float32 [out, in].

@@ -8,6 +8,7 @@ effect, are reported as notices.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from onewan.dtypes import safetensors_name
@@ -50,6 +52,19 @@ class AdapterFile:
     notices: tuple[str, ...] = ()
     """Notices for the user, one line each: what was skipped, and what has no or a reversed effect.
     """
+
+    def digest(self) -> str:
+        """BLAKE2b-160, in hexadecimal, of everything that the adapter computes with, whatever its
+        key format and header."""
+        digest = hashlib.blake2b(digest_size=20)
+        for module, adapter in sorted(self.modules.items()):
+            factor = adapter.alpha if adapter.rank is None else adapter.scale
+            digest.update(f"{module}\0{adapter.kind}\0{factor!r}\0".encode())
+            for part, tensor in sorted(adapter.tensors.items()):
+                digest.update(f"{part}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+                content = tensor.contiguous().reshape(-1).view(torch.uint8)
+                digest.update(content.numpy().data)
+        return digest.hexdigest()
 
 
 def read_adapter(path: Path, expert: ExpertName | None = None) -> AdapterFile:

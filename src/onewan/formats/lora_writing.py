@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from onewan.errors import CheckpointError
-from onewan.formats.adapter import ModuleAdapter
+from onewan.formats.adapter import BIASES, ModuleAdapter
 from onewan.formats.adapter_parts import AdapterKind
 from onewan.formats.lora import KeyFormat, WanShape, module_key
 from onewan.formats.lora_files import PEFT_SETTINGS
@@ -49,9 +49,6 @@ KIND_TITLES: dict[AdapterKind, str] = {
 
 _PATCH_SIZE = (1, 2, 2)
 """Frames, rows and columns of latents in a patch, in every Wan model."""
-
-_BIASES = ("lora_B.bias", "diff_b")
-"""Tensors that change a layer's bias, in the order that `ModuleAdapter` looks for them."""
 
 BaseWeights = Callable[[str], Tensor]
 """The base model's tensor by diffusers' name, such as ``blocks.0.attn1.to_q.weight``."""
@@ -82,7 +79,7 @@ def to_format(
     layers of a complete kohya file; without it they are inferred from the variants and `base`.
     CheckpointError if the format can't hold an adapter, or a value does not fit `dtype`.
     """
-    _check_expressible(modules, format)
+    check_expressible(modules, format)
     if format == "no_alpha":
         modules = {m: _without_alpha(m, adapter, dtype) for m, adapter in modules.items()}
     # Modules that the format can hold only as a plain difference.
@@ -96,7 +93,7 @@ def to_format(
             tensors[f"{start}.diff"] = _difference(module, adapter, dtype, base)
         else:
             for part, tensor in adapter.tensors.items():
-                if part not in _BIASES:
+                if part not in BIASES:
                     key = f"{start}.{_key(part, format)}"
                     if format == "diffusers" and module == "patch_embedding":
                         tensor = _as_convolution(part, tensor)
@@ -107,7 +104,7 @@ def to_format(
         # PEFT scales the bias of a LoRA; ``diff_b`` is added to the layer's bias without a scale.
         bias = adapter.bias_difference()
         if bias is not None:
-            own = next(adapter.tensors[part] for part in _BIASES if part in adapter.tensors)
+            own = next(adapter.tensors[part] for part in BIASES if part in adapter.tensors)
             tensors[f"{start}.diff_b"] = stored(f"{module}.diff_b", bias, dtype or own.dtype)
     notices = _notices(modules, as_difference, tensors, format)
     # diffusers reads no other kind from a kohya file, so only a LoRA has to be complete.
@@ -146,8 +143,8 @@ def _is_not_expressible(adapter: ModuleAdapter) -> bool:
     return by_output or "rotation" in adapter.tensors
 
 
-def _check_expressible(modules: Mapping[str, ModuleAdapter], format: KeyFormat) -> None:
-    """CheckpointError if `format` can't hold one of `modules`."""
+def check_expressible(modules: Mapping[str, ModuleAdapter], format: KeyFormat) -> None:
+    """CheckpointError if `format` can't hold one of `modules`: `to_format` would refuse them."""
     for module, adapter in modules.items():
         title = KIND_TITLES[adapter.kind]
         if format == "kohya" and module.rpartition(".")[2] == "scale_shift_table":

@@ -4,6 +4,7 @@ was saved."""
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import cast
@@ -19,6 +20,7 @@ from onewan.runs.events import Saved
 from onewan.runs.layout import RunLayout
 from onewan.train.saved_state import StateFacts
 from onewan.train.state import versions
+from onewan.variants import ExpertName
 
 _SAFE_TO_CHANGE = (
     "sample",
@@ -110,9 +112,14 @@ def _resumable_runs(root: Path) -> list[str]:
 
 
 def changes_since(
-    facts: StateFacts, config: ResolvedRun, dataset_digest: str, source: str
+    facts: StateFacts,
+    config: ResolvedRun,
+    dataset_digest: str,
+    initial_digests: Mapping[ExpertName, str],
+    source: str,
 ) -> Changes:
-    """Compare the run file and the data set recorded in a state's `facts` with the present ones.
+    """Compare the run file, the data set and the adapters of `method.init_from` recorded in a
+    state's `facts` with the present ones.
 
     CheckpointError, naming `source`, if this version of onewan can't read the recorded run file.
     """
@@ -144,6 +151,12 @@ def changes_since(
         affecting_results.append(
             "the data set: clips, captions or spans differ from those of the run"
         )
+    # Alphas, and parts that are not trained, come from these files at every start.
+    affecting_results += [
+        f"method.init_from: the file for the {name} expert has other content than that of the run"
+        for name, digest in initial_digests.items()
+        if facts.initial and facts.initial.get(name, digest) != digest
+    ]
     measured_alike = not any(name in _VALIDATION_FIELDS for name, *_ in fields)
     return Changes(
         affecting_results=affecting_results,

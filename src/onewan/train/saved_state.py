@@ -58,6 +58,9 @@ class StateFacts(_Strict):
     """The resolved run file."""
     dataset: str
     """Digest of the data set."""
+    initial: dict[ExpertName, str] | None = None
+    """Digest of the adapter of `method.init_from`, by expert; None in states of before it was
+    recorded."""
 
     @model_validator(mode="after")
     def _in_order(self) -> StateFacts:

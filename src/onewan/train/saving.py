@@ -137,7 +137,9 @@ class StateSaver:
     def _load(self, run: Run, allow_change: bool, folder: Path) -> _Loaded:
         facts = read_facts(folder)
         source = str(folder / FACTS_FILE)
-        changes = changes_since(facts, self._config, run.dataset.digest, source)
+        changes = changes_since(
+            facts, self._config, run.dataset.digest, run.state.initial_digests, source
+        )
         if changes.affecting_results and not allow_change:
             raise CheckpointError(
                 f"{self._layout.root}: resuming with changes would give other results; undo them, "

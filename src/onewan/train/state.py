@@ -165,6 +165,9 @@ class TrainedExpert:
     method: ExpertMethod | None = None
     trainable: Trainable | None = None
     """Both are None if only embeddings are trained: their gradients pass through the expert."""
+    initial_digest: str | None = None
+    """`AdapterFile.digest` of the file of `method.init_from` that it was initialized from, if any.
+    """
 
     def base(self) -> AbstractContextManager[None]:
         """A context in which the transformer computes as the base model does."""
@@ -201,6 +204,15 @@ class TrainState:
         return [trainable for trainable in found if trainable is not None]
 
     @property
+    def initial_digests(self) -> dict[ExpertName, str]:
+        """`TrainedExpert.initial_digest` of the experts that have one."""
+        return {
+            name: trained.initial_digest
+            for name, trained in self.experts.items()
+            if trained.initial_digest is not None
+        }
+
+    @property
     def files(self) -> list[str]:
         """Names of the files that every state of this run has."""
         return [FACTS_FILE, *(name for trainable in self.trainables for name in trainable.files)]
@@ -218,6 +230,7 @@ class TrainState:
             versions=versions(),
             config=dict(config),
             dataset=dataset,
+            initial=self.initial_digests,
         )
         write_facts(folder, facts)
 

@@ -3,7 +3,8 @@ optimizers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from diffusers import WanTransformer3DModel
 from torch import Tensor
@@ -14,6 +15,7 @@ from onewan.adapters.adapter_config import (
     adapter_config_from_file,
 )
 from onewan.adapters.lora import attach_adapter
+from onewan.adapters.merging import FixedParts, split_adapter
 from onewan.adapters.select import select_weights
 from onewan.adapters.weights import train_weights
 from onewan.checkpoint.saver import expert_of
@@ -28,8 +30,11 @@ from onewan.config.method import (
 from onewan.config.schema import ExpertSettings, ResolvedRun
 from onewan.config.unused import file_decides
 from onewan.data.clip import Clip
-from onewan.errors import ConfigError
+from onewan.errors import CheckpointError, ConfigError
+from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.lora_files import AdapterFile, read_adapters
+from onewan.formats.lora_writing import check_expressible
+from onewan.formats.untrusted import named
 from onewan.memory.residency import DeviceResidency
 from onewan.model.attention import attend_within_frames
 from onewan.model.embedding import WanModelEmbedding
@@ -45,7 +50,8 @@ from onewan.variants import Expert, ExpertName
 def initial_adapters(config: ResolvedRun) -> dict[ExpertName, AdapterFile]:
     """The adapter files that `method.init_from` initializes experts from, by expert.
 
-    ConfigError, naming every problem, if they are not one per trained expert at most.
+    ConfigError, naming every problem, if they are not one per trained expert at most, have nothing
+    to train, or have parts that `output.formats` can't hold.
     """
     method, variant = config.method, config.model.facts()
     if not isinstance(method, AdapterMethod):
@@ -72,10 +78,41 @@ def initial_adapters(config: ResolvedRun) -> dict[ExpertName, AdapterFile]:
             f"{field}: {problem}"
             for field, problem in file_decides(name, expert_settings(config, name))
         ]
-        found[name] = file
+        problems += _fixed_part_problems(config, file)
+        found[name] = _with_notice_of_fixed_parts(file)
     if problems:
         raise ConfigError("run file", problems)
     return found
+
+
+def _fixed_part_problems(config: ResolvedRun, file: AdapterFile) -> Iterator[str]:
+    """Why the parts of `file` that are not trained could not be exported again."""
+    trained, fixed = split_adapter(file.modules)
+    if not trained:
+        yield (
+            f"method.init_from: {file.path} has no adapter on a linear layer, so there is nothing "
+            "to train; merge it into the base model and train a new adapter"
+        )
+    for format in config.output.formats if fixed else ():
+        try:
+            check_expressible(file.modules, format)
+        except CheckpointError as error:  # noqa: PERF203  (a few formats, once)
+            yield (
+                f"output.formats: has {format}, and each exported file has to hold what "
+                f"{file.path} changes besides the trained layers; {error}"
+            )
+
+
+def _with_notice_of_fixed_parts(file: AdapterFile) -> AdapterFile:
+    _, fixed = split_adapter(file.modules)
+    if not fixed:
+        return file
+    notice = (
+        f"{file.path}: training starts from its adapters of linear layers; the biases, norms and "
+        f"other weights that it changes in {len(fixed)} modules stay as in the file, and every "
+        f"exported file has them again: {named(sorted(fixed))}"
+    )
+    return replace(file, notices=(*file.notices, notice))
 
 
 def attach_expert(
@@ -107,7 +144,13 @@ def attach_expert(
         *([] if trainable is None else [trainable]),
         alternating=config.memory.offload_inactive_expert,
     )
-    return TrainedExpert(expert=expert, transformer=transformer, method=method, trainable=trainable)
+    return TrainedExpert(
+        expert=expert,
+        transformer=transformer,
+        method=method,
+        trainable=trainable,
+        initial_digest=None if initial is None else initial.digest(),
+    )
 
 
 def check_expert(
@@ -122,7 +165,8 @@ def check_expert(
     if isinstance(method, FineTuneMethod):
         select_weights(transformer, method.modules, config.wan_config.transformer_layers_to_train)
     elif isinstance(method, AdapterMethod):
-        _adapter(config, method, transformer, expert, initial)
+        *_, fixed = _adapter(config, method, transformer, expert, initial)
+        FixedParts(transformer, fixed, _name_of(initial))
 
 
 def attach_embeddings(
@@ -176,12 +220,14 @@ def _attach_method(
             precision=method.weights,
             fused=method.fused_step,
         )
-    adapter, weights = _adapter(config, method, transformer, expert, initial)
+    adapter, weights, parts = _adapter(config, method, transformer, expert, initial)
+    fixed = FixedParts(transformer, parts, _name_of(initial))
     attach_adapter(transformer, adapter, config.train.seed, expert.name, weights)
     has_lora_b = isinstance(method, LoraMethod | DoraMethod)
     return AdapterTraining(
         transformer,
         adapter,
+        fixed,
         lora_plus_ratio=method.lora_plus_ratio if has_lora_b else 1.0,
         starts_as_base=initial is None,
     )
@@ -193,17 +239,24 @@ def _adapter(
     transformer: WanTransformer3DModel,
     expert: Expert,
     initial: AdapterFile | None,
-) -> tuple[AdapterConfig, dict[str, Tensor] | None]:
-    """The adapter that is put on `expert`, and the weights to initialize it from, if any."""
+) -> tuple[AdapterConfig, dict[str, Tensor] | None, dict[str, ModuleAdapter]]:
+    """(the adapter that is put on `expert`, the weights to initialize it from, if any, and the
+    parts of the file `initial` that are not trained)."""
     layers = config.wan_config.transformer_layers_to_train
     if initial is not None:
         # The file decides ranks and alphas; `initial_adapters` has refused settings of them.
-        return adapter_config_from_file(initial, method, transformer, layers)
+        trained, fixed = split_adapter(initial.modules)
+        file = replace(initial, modules=trained)
+        return *adapter_config_from_file(file, method, transformer, layers), fixed
     settings = expert_settings(config, expert.name)
     adapter = adapter_config_for(
         method, transformer, layers, rank=settings.rank, alpha=settings.alpha
     )
-    return adapter, None
+    return adapter, None, {}
+
+
+def _name_of(initial: AdapterFile | None) -> str:
+    return "" if initial is None else str(initial.path)
 
 
 def _trainable(

@@ -7,8 +7,8 @@ weights themselves, and all experts train the embeddings together, through the t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, Protocol
 
 from diffusers import WanTransformer3DModel
@@ -23,6 +23,7 @@ from onewan.adapters.lora import (
     is_lora_b,
     load_adapter_weights,
 )
+from onewan.adapters.merging import FixedParts
 from onewan.adapters.weights import load_weights, weights_of
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
@@ -74,14 +75,17 @@ class AdapterTraining:
         self,
         transformer: WanTransformer3DModel,
         config: AdapterConfig,
+        fixed: FixedParts,
         *,
         lora_plus_ratio: float = 1.0,
         starts_as_base: bool = True,
     ) -> None:
+        """`fixed` are parts of the same adapter that `transformer` has in its weights."""
         self.config = config
         self.starts_as_base = starts_as_base
         self.parameters = adapter_parameters(transformer)
         self._transformer = transformer
+        self._fixed = fixed
         self._lora_plus_ratio = lora_plus_ratio
 
     def groups(self, lr: float) -> list[ParameterGroup]:
@@ -110,12 +114,14 @@ class AdapterTraining:
             )
         load_adapter_weights(self._transformer, weights, source)
 
-    def base(self) -> AbstractContextManager[None]:
-        return adapters_disabled(self._transformer)
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        with adapters_disabled(self._transformer), self._fixed.removed():
+            yield
 
     def adapter(self) -> dict[str, ModuleAdapter]:
-        """The adapter in its present state, by module, as copies on the CPU."""
-        return adapter_of(self._transformer, self.config)
+        """The adapter in its present state with its fixed parts, by module, on the CPU."""
+        return self._fixed.added_to(adapter_of(self._transformer, self.config))
 
 
 class FullFineTune:
