@@ -31,6 +31,7 @@ from onewan.runs.control import request
 from onewan.runs.events import StepDone
 from onewan.train.setup import WanModelSetup
 from onewan.train.state import WeightSet
+from onewan.train.trainables import AdapterTraining
 from onewan.train.trainer import WanTrainer
 from onewan.train.validation import validation_loss
 
@@ -117,6 +118,21 @@ def load_as_comfyui(transformer: WanTransformer3DModel, path: Path) -> None:
             weight.data += (scale * (b @ a)).reshape(weight.shape)
             used |= set(pair)
     assert used >= file.keys()
+
+
+def test_overwriting_the_file_during_the_run_changes_nothing(
+    run_file: RunFile, files: list[Path]
+) -> None:
+    run = WanModelSetup(run_file(*settings(files))).build()
+    method = run.state.experts["high"].method
+    assert isinstance(method, AdapterTraining)
+    before = {k: t.clone() for k, t in load_file(files[0]).items()}
+    with files[0].open("r+b") as file:  # the same file, as `cp` overwrites it
+        file.write(bytes(files[0].stat().st_size))
+    adapter = method.adapter()
+    assert torch.equal(adapter["blocks.0.attn1.norm_q"].tensors["diff"], before[f"{NORM}.diff"])
+    bias = adapter["blocks.0.attn1.to_q"].tensors["diff_b"]
+    assert torch.equal(bias, before[f"{Q}.diff_b"].float())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

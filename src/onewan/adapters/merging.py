@@ -52,7 +52,11 @@ class FixedParts:
     ) -> None:
         """Merge `modules`. `name` stands in the CheckpointError for parts that do not fit. The
         transformer has no adapter yet; it may be on the meta device, to check names and shapes."""
-        self.modules = dict(modules)
+        # Copies: the tensors may be mapped from a file that is overwritten during the run.
+        self.modules = {
+            module: replace(adapter, tensors={n: t.clone() for n, t in adapter.tensors.items()})
+            for module, adapter in modules.items()
+        }
         self._changed: list[tuple[nn.Module, str]] = []
         check_modules_exist(transformer, modules, name)
         for module, adapter in modules.items():
