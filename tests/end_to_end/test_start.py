@@ -237,6 +237,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         set_optimizer(*STATE, "step", value=torch.tensor(float("nan"))),
         "state.step: has NaN",
     ),
+    "negative counter": (
+        set_optimizer(*STATE, "step", value=torch.tensor(-5.0)),
+        "state.step: tensor(-5.) is not a number of steps",
+    ),
     "other parameters": (
         set_optimizer("weights", "*", "group", value={"params": []}),
         "group: has the entry 'params'",

@@ -163,23 +163,20 @@ class StateAfterAStep:
     def __init__(self, choice: Optimizer, trainable_group: dict[str, Any]) -> None:
         self._choice = choice
         self._group = trainable_group
-        self._known: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._known: dict[tuple[Any, ...], dict[str, tuple[Any, Any]]] = {}
 
-    def __call__(self, weight: Tensor) -> Mapping[str, Any] | None:
-        """The state of `weight`, with tensors without memory; None where it is not known: for
-        optimizers that compile their step, that need a backward pass, or that are not ours."""
-        if isinstance(self._choice, (AdamWLowBitOptimizer, AdamWOffloadOptimizer, CustomOptimizer)):
-            return None
+    def __call__(self, weight: Tensor) -> Mapping[str, tuple[Any, Any]]:
+        """What each entry of the state of `weight` may be, as tensors without memory.
+
+        Two alternatives, since Prodigy has the initial weight, or a single 0 for one of zeros.
+        Empty where it is not known: for optimizers that need a backward pass, or are not ours.
+        """
+        if isinstance(self._choice, (AdamWOffloadOptimizer, CustomOptimizer)):
+            return {}
         key = (weight.shape, weight.dtype, weight.device)
         if key not in self._known:
-            # Entries that depend on the weight's values are left out: Prodigy has the initial
-            # weight, or a single 0 for one of zeros.
             of_zeros, of_ones = self._state(weight, 0.0), self._state(weight, 1.0)
-            self._known[key] = {
-                name: value
-                for name, value in of_ones.items()
-                if not isinstance(value, Tensor) or value.shape == of_zeros[name].shape
-            }
+            self._known[key] = {name: (of_zeros[name], of_ones[name]) for name in of_ones}
         return self._known[key]
 
     def _state(self, weight: Tensor, value: float) -> dict[str, Any]:
@@ -189,7 +186,12 @@ class StateAfterAStep:
         )
         parameter.grad = torch.ones_like(parameter)
         library = library_optimizer([{**self._group, "params": [parameter]}], self._choice)
-        library.optimizer.step()
+        if isinstance(self._choice, AdamWLowBitOptimizer):
+            # It compiles its step, which takes half a minute.
+            with torch.compiler.set_stance("force_eager"):
+                library.optimizer.step()
+        else:
+            library.optimizer.step()
         (entry,) = library.bookkeeping([parameter])
         return on_device(entry.holder.state.get(entry.tensor, {}), torch.device("meta"), copy=False)
 

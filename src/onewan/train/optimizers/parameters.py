@@ -89,10 +89,10 @@ class ManagedParameters:
     def __init__(
         self,
         managed: Sequence[ManagedParameter],
-        expected: Callable[[Tensor], Mapping[str, Any] | None],
+        expected: Callable[[Tensor], Mapping[str, Sequence[Any]]],
     ) -> None:
-        """`expected` returns what the optimizer's state of a tensor has after a step, to check
-        saved states; None where that is not known."""
+        """`expected` returns what each entry of the optimizer's state of a tensor may be after a
+        step, to check saved states; nothing where that is not known."""
         self._managed = list(managed)
         self._expected = expected
         # By identity: parameters share groups, and dictionaries can't be hashed.
@@ -220,7 +220,7 @@ def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
 def _check_fit(
     saved: Mapping[Any, Any],
     own: Mapping[str, ManagedParameter],
-    expected: Callable[[Tensor], Mapping[str, Any] | None],
+    expected: Callable[[Tensor], Mapping[str, Sequence[Any]]],
 ) -> None:
     """ValueError, which names the field, if `saved` is not a state of the parameters `own`."""
     if saved.keys() != own.keys():
