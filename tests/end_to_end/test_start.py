@@ -72,18 +72,17 @@ def test_resume_or_start_does_whichever_is_possible(run_file: RunFile) -> None:
 )
 @pytest.mark.parametrize("resume", [False, True])
 def test_results_whose_states_are_gone_are_not_overwritten(
-    trained: Callable[[], ResolvedRun], kept: str, left: str, resume: bool
+    trained: ResolvedRun, kept: str, left: str, resume: bool
 ) -> None:
-    config = trained()
-    for path in layout_of(config).root.iterdir():
+    for path in layout_of(trained).root.iterdir():
         if path.name != kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    before = folder_content(config)
+    before = folder_content(trained)
     for or_start in (False, True):
         with pytest.raises(CheckpointError) as refusal:
-            WanTrainer(config, resume=resume, or_start=or_start).fit()
+            WanTrainer(trained, resume=resume, or_start=or_start).fit()
         assert left in str(refusal.value) and "output.name" in str(refusal.value)
-    assert folder_content(config) == before
+    assert folder_content(trained) == before
 
 
 def test_a_run_that_ended_before_its_first_state_is_started_again(run_file: RunFile) -> None:
@@ -100,19 +99,27 @@ def test_a_run_that_ended_before_its_first_state_is_started_again(run_file: RunF
     assert probe(layout.samples(1) / "0.mp4").width == 64
 
 
+@pytest.fixture(scope="module")
+def trained_once(
+    workshop: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ResolvedRun, Path]:
+    """A run of one step with a state, weights, and what could be a video; and a copy of it."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = write_run_file(workshop, folder, "ti2v-5b", "train.steps=1")
+    WanTrainer(config).fit()
+    layout = layout_of(config)
+    layout.samples(1).mkdir()
+    (layout.samples(1) / "0.mp4").write_bytes(b"video")
+    return config, Path(shutil.copytree(layout.root, folder / "copy"))
+
+
 @pytest.fixture
-def trained(run_file: RunFile) -> Callable[[], ResolvedRun]:
-    """A run of one step with a state, weights, and what could be a video."""
-
-    def train() -> ResolvedRun:
-        config = run_file("ti2v-5b", "train.steps=1")
-        WanTrainer(config).fit()
-        samples = layout_of(config).samples(1)
-        samples.mkdir()
-        (samples / "0.mp4").write_bytes(b"video")
-        return config
-
-    return train
+def trained(trained_once: tuple[ResolvedRun, Path]) -> ResolvedRun:
+    config, copy = trained_once
+    root = layout_of(config).root
+    shutil.rmtree(root)
+    shutil.copytree(copy, root)
+    return config
 
 
 # ---------------------------------------------------------------------------------- damaged content

@@ -6,7 +6,7 @@ with an error of the optimizer's library, or change its results silently.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -41,15 +41,7 @@ def check_entry(name: str, entry: object, parameter: Tensor, group: Mapping[str,
     if not _is_sound(rest):
         raise ValueError(f"{name}.rest: has NaN, or a value that is never saved")
     for part in ("state", "group"):
-        if not isinstance(fields[part], dict):
-            raise ValueError(f"{name}.{part}: is {_described(fields[part])}, not a mapping")
-        for key, value in fields[part].items():
-            if not isinstance(key, str) or (part == "group" and key in NOT_SAVED):
-                raise ValueError(f"{name}.{part}: has the entry {key!r:.80}")
-            if not _is_sound(value):
-                raise ValueError(f"{name}.{part}.{key}: has NaN, or a value that is never saved")
-            if key in _COUNTERS and not _is_counter(value):
-                raise ValueError(f"{name}.{part}.{key}: {value!r:.80} is not a number of steps")
+        _check_values(f"{name}.{part}", fields[part], NOT_SAVED if part == "group" else ())
     for key, value in fields["group"].items():
         # Steps add numbers to a group, such as estimates.
         needed = group.get(key, 0.0)
@@ -57,6 +49,20 @@ def check_entry(name: str, entry: object, parameter: Tensor, group: Mapping[str,
             raise ValueError(
                 f"{name}.group.{key}: is {_described(value)}, not {_described(needed)}"
             )
+
+
+def _check_values(name: str, values: object, excluded: Container[str]) -> None:
+    """ValueError if the field `name` is not a mapping of names, none of them `excluded`, to values
+    that are saved."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{name}: is {_described(values)}, not a mapping")
+    for key, value in cast("dict[Any, Any]", values).items():
+        if not isinstance(key, str) or key in excluded:
+            raise ValueError(f"{name}: has the entry {key!r:.80}")
+        if not _is_sound(value):
+            raise ValueError(f"{name}.{key}: has NaN, or a value that is never saved")
+        if key in _COUNTERS and not _is_counter(value):
+            raise ValueError(f"{name}.{key}: {value!r:.80} is not a number of steps")
 
 
 def check_state(name: str, state: Mapping[str, Any], expected: Mapping[str, Sequence[Any]]) -> None:
