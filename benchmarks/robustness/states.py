@@ -179,6 +179,8 @@ def change_tensors(rng: random.Random, state: Path, mark: Path) -> None:
         tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     except Exception:  # noqa: BLE001  (changed before)
         return
+    if not tensors:  # deleted before
+        return
     name = rng.choice(sorted(tensors))
     how = rng.random()
     if how < 0.15:
