@@ -268,6 +268,7 @@ def test_a_listener_that_raises_is_reported_once_and_dropped(tmp_path: Path) -> 
 def test_a_deleted_tensorboard_folder_is_reported_once_and_training_continues(
     tmp_path: Path,
 ) -> None:
+    before = set(threading.enumerate())
     received: list[Event] = []
     log = RunLog(TensorBoardSink(tmp_path / "tensorboard", 0), ListenerSink(received.append))
     log.emit(step(0))
@@ -279,7 +280,7 @@ def test_a_deleted_tensorboard_folder_is_reported_once_and_training_continues(
     assert len(warnings) == 1 and warnings[0].startswith("TensorBoard: failed")
     assert [event.step for event in received if isinstance(event, StepDone)] == list(range(100))
     assert not (tmp_path / "tensorboard").exists()
-    assert [thread.name for thread in threading.enumerate()] == ["MainThread"]
+    assert set(threading.enumerate()) <= before
 
 
 def test_tensorboard_reads_the_curves_and_a_resumed_run_replaces_repeated_steps(
