@@ -22,7 +22,7 @@ def layer_filter_of_another_model(_models: Path, _folder: Path) -> tuple[str, st
 
 
 def layers_of_another_model(_models: Path, _folder: Path) -> tuple[str, str]:
-    override = "method={kind: fine_tune, weights: kahan, modules: [self_attention]}"
+    override = "method={kind: fine_tune, weights: kahan, modules: [mid_block]}"
     return override, "method.modules"
 
 
