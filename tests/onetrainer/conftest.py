@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,12 +16,13 @@ from onewan.onetrainer.install import install
 
 
 @pytest.fixture(scope="session")
-def lab(real_checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+def lab(real_checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """A copy of the checkout with the add-on in it."""
     copy = tmp_path_factory.mktemp("onetrainer") / "OneTrainer"
     subprocess.run(["git", "clone", "-q", str(real_checkout), str(copy)], check=True)
     install(copy)
-    return Lab(copy, python_of(real_checkout))
+    with closing(Lab(copy, python_of(real_checkout))) as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

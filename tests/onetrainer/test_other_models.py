@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,8 @@ def test_hunyuan_video_trains_the_same(lab: Lab, real_checkout, hunyuan, clips, 
     plain = tmp_path / "OneTrainer"
     subprocess.run(["git", "clone", "-q", str(real_checkout), str(plain)], check=True)
     with_it = lab.train(tmp_path / "with", config(tmp_path / "with", hunyuan, clips))
-    without = Lab(plain, lab.python).train(
-        tmp_path / "without", config(tmp_path / "without", hunyuan, clips)
-    )
+    with closing(Lab(plain, lab.python)) as other:
+        without = other.train(tmp_path / "without", config(tmp_path / "without", hunyuan, clips))
     assert with_it.code == without.code == 0, with_it.log[-3000:] + without.log[-3000:]
     assert len(with_it.losses) == 6 and with_it.losses == without.losses
 

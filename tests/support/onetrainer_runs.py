@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +57,76 @@ class Result:
         return sorted((self.folder / "ws" / "samples").rglob(f"*.{suffix}"))
 
 
+class Scripts:
+    """Runs OneTrainer's scripts one after the other, with one import of OneTrainer for all."""
+
+    def __init__(self, python: str, checkout: Path) -> None:
+        self._command, self._checkout = [python, str(RECORDER)], checkout
+        self._folder = tempfile.TemporaryDirectory()
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(self, *script: str, **environment: str) -> tuple[int, str]:
+        """The exit status of a script, and what the imports and the script printed."""
+        imports, output = (Path(self._folder.name) / name for name in ("imports", "output"))
+        if self._process is None:
+            kept = {k: v for k, v in os.environ.items() if not k.startswith("RECORDER_")}
+            with imports.open("wb") as file:
+                self._process = subprocess.Popen(
+                    self._command,
+                    cwd=self._checkout,
+                    env={**kept, **QUIET},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=file,
+                    text=True,
+                )
+        assert self._process.stdin and self._process.stdout
+        output.unlink(missing_ok=True)
+        recorder = {k: v for k, v in os.environ.items() if k.startswith("RECORDER_")}
+        job = {"script": script, "environment": recorder | environment, "output": str(output)}
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        said = self._process.stdout.readline()
+        status = int(said) if said else self._end()
+        printed = [p.read_text("utf-8", "replace") for p in (imports, output) if p.exists()]
+        return status, "".join(printed)
+
+    def _end(self) -> int:
+        assert self._process
+        with self._process as process:  # closes its pipes, which ends it, and waits
+            self._process = None
+        return process.returncode
+
+    def close(self) -> None:
+        if self._process:
+            self._end()
+        self._folder.cleanup()
+
+
 @dataclass(frozen=True)
 class Lab:
-    """A checkout with the add-on in it, and the interpreter that runs it."""
+    """A checkout with the add-on in it, and the interpreter that runs it. To be closed."""
 
     checkout: Path
     python: str
+
+    @cached_property
+    def scripts(self) -> Scripts:
+        return Scripts(self.python, self.checkout)
+
+    def close(self) -> None:
+        self.scripts.close()
+
+    def convert(self, source: Path, destination: Path, base: Path, format: str) -> None:
+        """Run `scripts/convert_model.py` on a LoRA."""
+        status, printed = self.scripts.run(
+            "scripts/convert_model.py",
+            *("--model-type", "WAN_2_2", "--training-method", "LORA"),
+            *("--input-name", str(source), "--base-model-name", str(base)),
+            *("--output-dtype", "FLOAT_32", "--output-model-format", format),
+            *("--output-model-destination", str(destination)),
+        )
+        assert status == 0, printed[-6000:]
 
     def run(self, *args: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
@@ -81,18 +147,14 @@ class Lab:
         file, out = folder / "config.json", folder / "steps.jsonl"
         file.write_text(json.dumps(config, indent=1), encoding="utf-8")
         out.unlink(missing_ok=True)
-        done = self.run(
-            str(RECORDER),
-            "--config-path",
-            str(file),
-            check=False,
+        status, log = self.scripts.run(
+            *("scripts/train.py", "--config-path", str(file)),
             RECORDER_OUT=str(out),
             RECORDER_SEED=str(seed),
         )
-        log = done.stdout + done.stderr
         (folder / "log.txt").write_text(log, encoding="utf-8")
         lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
-        return Result(folder, done.returncode, log, [json.loads(line) for line in lines])
+        return Result(folder, status, log, [json.loads(line) for line in lines])
 
 
 def config_of(folder: Path, model: Path, clips: Path, **changes: Any) -> dict[str, Any]:
