@@ -36,7 +36,7 @@ test: $(READY)
 	@echo "== tests"
 	ONETRAINER="$(ONETRAINER)" COMFYUI="$(COMFYUI)" $(BIN)/python -m pytest --numprocesses auto
 
-# The built wheel in an environment of its own: all data files, demo, import-config, inspect.
+# The built wheel in an environment of its own: all data files, demo, import-config, train, inspect.
 wheel: $(READY)
 	@echo "== the wheel"
 	$(BIN)/python scripts/check_installations.py wheel

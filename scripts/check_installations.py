@@ -83,21 +83,30 @@ def check_wheel(folder: Path) -> None:
     if not Path(where).is_relative_to(folder):
         raise SystemExit(f"onewan is {where}, and not the installed wheel")
     run([onewan, "demo", "--dir", "demo"], folder)
-    (folder / "clips").mkdir()
     config = {
         "model_type": "WAN_2_2",
         "training_method": "LORA",
-        "base_model_name": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        "base_model_name": "demo/model",
         "output_model_format": "COMFY_LORA",
-        "concepts": [{"path": "clips"}],
+        "workspace_dir": "imported",
+        "concepts": [{"path": "demo/clips"}],
         "samples": [],
+        "train_device": "cpu",
+        "train_dtype": "FLOAT_32",
+        "resolution": "96",
+        "frames": "5",
+        "epochs": 1,
+        "wan_expert_block": 1,
     }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     run([onewan, "import-config", "config.json", "--output", "run.yaml"], folder)
-    lora = min(folder.glob("demo/runs/*/weights/*_high_noise.safetensors"))
+    run([onewan, "train", "config.json"], folder)
+    if len(loras := list(folder.glob("imported/*/weights/*.safetensors"))) != 2:
+        raise SystemExit(f"train config.json wrote {len(loras)} LoRAs, and not one for each expert")
+    lora = max(folder.glob("demo/runs/*/weights/*_high_noise_comfyui.safetensors"))
     run([onewan, "inspect", str(lora)], folder)
     run([onewan, "schema"], folder)
-    print(f"{wheel.name}: all {len(names)} files are in it; demo, import-config, inspect work")
+    print(f"{wheel.name} has all {len(names)} files; demo, import-config, train and inspect work")
 
 
 def check_oldest(folder: Path) -> None:

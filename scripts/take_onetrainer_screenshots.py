@@ -18,7 +18,7 @@ from onewan.onetrainer.install import install, python_in
 
 HERE = Path(__file__).parents[1]
 WINDOWS = HERE / "tests" / "support" / "onetrainer_windows.py"
-PRESET = "training_presets/Wan 2.2/#wan 2.2 T2V A14B LoRA.json"
+PRESET = "resources/wan_presets/#wan 2.2 T2V A14B LoRA.json"
 COLORS = 64
 HUB = "/home/you/.cache/huggingface"
 """Shown in the window; whose machine it is does not matter."""

@@ -39,7 +39,7 @@ def run(arguments: Sequence[str]) -> int:
 @cache
 def documents() -> list[dict[str, Any]]:
     """Configs that can be imported: presets, and one with every key that is converted."""
-    folder = Path(str(files("onewan.onetrainer").joinpath("overlay/training_presets/Wan 2.2")))
+    folder = Path(str(files("onewan.onetrainer").joinpath("overlay/resources/wan_presets")))
     presets = [json.loads(file.read_text("utf-8")) for file in sorted(folder.glob("*.json"))]
     whole = {"model_type": "WAN_2_2", **_defaults(ROWS), "base_model_name": "Wan2.2-T2V-A14B"}
     whole["concepts"] = [_defaults(data.CONCEPT_ROWS), {"path": "x", "image": {}, "text": {}}]

@@ -406,7 +406,7 @@ def test_a_hunyuan_video_config_trains_wan_from_its_official_model(tmp_path, cli
     assert (entry.outcome, entry.note) == ("not applicable", "a file of another model")
 
 
-@pytest.mark.parametrize("name", [n for n in overlay() if n.startswith("training_presets/")])
+@pytest.mark.parametrize("name", [n for n in overlay() if n.startswith("resources/wan_presets/")])
 def test_the_addons_presets_are_imported_without_unknown_keys(tmp_path, name):
     path = tmp_path / name.rpartition("/")[2]
     path.write_bytes(overlay()[name])

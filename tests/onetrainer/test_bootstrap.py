@@ -31,6 +31,12 @@ class ModelType(Enum):
 _MODEL_PARTS = {ModelType.HUNYUAN_VIDEO: ("transformer", "vae")}
 """
 
+_TOP_BAR = """
+class TopBarController:
+    def get_model_types(self): return [('Other', 1)]
+    def load_preset_tree(self, dir="training_presets"): return [("#" + dir, dir), ("Z", [])]
+"""
+
 
 @pytest.fixture
 def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -38,9 +44,7 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_checkout(tmp_path)
     (tmp_path / "modules/util/enum/ModelType.py").write_text(_ENUM, "utf-8")
     top_bar = tmp_path / "modules/ui/TopBarController.py"
-    top_bar.write_text(
-        "class TopBarController:\n    def get_model_types(self): return [('Other', 1)]\n", "utf-8"
-    )
+    top_bar.write_text(_TOP_BAR, "utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     before = set(sys.modules)
     yield importlib.import_module
@@ -187,6 +191,19 @@ def test_the_list_of_model_types_ends_with_wan(modules):
     wan = applied(modules)
     controller = modules("modules.ui.TopBarController").TopBarController()
     assert controller.get_model_types() == [("Other", 1), ("Wan 2.2", wan)]
+
+
+def test_presets_of_wan_are_offered_only_where_it_is_available(modules):
+    controller = modules("modules.ui.TopBarController").TopBarController()
+    without = [("#training_presets", "training_presets"), ("Z", [])]
+    assert controller.load_preset_tree() == without
+    applied(modules)
+    group = "Wan 2.2", [("#resources/wan_presets", "resources/wan_presets"), ("Z", [])]
+    assert controller.load_preset_tree() == [without[0], group, without[1]]
+    assert controller.load_preset_tree("training_presets/Z") == [
+        ("#training_presets/Z", "training_presets/Z"),
+        ("Z", []),
+    ]
 
 
 def test_a_missing_name_is_reported_before_anything_is_changed(modules):

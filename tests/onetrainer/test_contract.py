@@ -234,7 +234,7 @@ def test_the_command_suggests_the_new_name_of_a_renamed_function(tmp_path, capsy
 
 def test_presets_are_json_with_known_keys():
     for name, data in overlay().items():
-        if name.startswith("training_presets/"):
+        if name.startswith("resources/wan_presets/"):
             preset = json.loads(data)
             assert preset["model_type"] == "WAN_2_2", name
             assert name.rpartition("/")[2].startswith("#")

@@ -72,6 +72,8 @@ def test_wan_can_be_configured_in_the_window_and_is_saved(lab: Lab, tmp_path: Pa
     (lab.checkout / "training_presets" / "#.json").unlink(missing_ok=True)
     facts = opened(lab, kit, tmp_path)
     assert facts["types"][-1] == "Wan 2.2"
+    assert len(facts["presets"]) == 7
+    assert all((lab.checkout / path).is_file() for _, path in facts["presets"])
     assert facts["methods"] == ["Fine Tune", "LoRA", "Embedding"]
     model, training = facts["labels of model"], facts["labels of training"]
     for part in ("High-Noise Transformer", "Low-Noise Transformer"):

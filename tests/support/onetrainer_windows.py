@@ -265,6 +265,7 @@ def main():
     facts = {}
     if not AGAIN:
         facts["types"] = kit.items("Hunyuan Video")
+        facts["presets"] = dict(kit.window.top_bar_component.preset_tree)["Wan 2.2"]
         kit.choose("Hunyuan Video", "Wan 2.2")
         facts["methods"] = kit.items("LoRA")
         kit.choose("LoRA", "LoRA")

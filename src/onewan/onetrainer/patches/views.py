@@ -126,6 +126,23 @@ class TopBar(Patch):
         return [*former(controller), (TITLE, wan_member())]
 
 
+class Presets(Patch):
+    """Wan's presets in the menu of the main window. Their folder is not the one in which OneTrainer
+    looks, so that they are not offered where Wan is not available."""
+
+    module = "modules.ui.TopBarController"
+    target = "TopBarController.load_preset_tree"
+
+    def replacement(
+        self, former: Former, controller: Any, dir: str = "training_presets"
+    ) -> list[tuple[str, Any]]:
+        presets = former(controller, dir)
+        if dir != "training_presets":  # a group
+            return presets
+        presets.append((TITLE, former(controller, "resources/wan_presets")))
+        return sorted(presets, key=lambda preset: preset[0].lower())  # as OneTrainer sorts them
+
+
 class ConvertTool(Patch):
     """The list of model types of the convert tool, which stands in the code of its view."""
 
