@@ -103,8 +103,8 @@ def test_a_selection_of_nothing_is_refused_with_similar_names(transformer):
         select_linears(transformer, ["self_atention", "ffn", "blocks.99.*"], None)
     first, second = error.value.problems
     assert first.startswith(
-        "method.modules: 'self_atention' selects nothing; did you mean self_attention? There are "
-        "the groups self_attention, cross_attention, attention, ffn, all_linears; each block has "
+        "method.modules: 'self_atention' selects nothing; did you mean self_attention? The "
+        "groups are self_attention, cross_attention, attention, ffn, all_linears; each block has "
         "attn1.to_q, attn1.to_k"
     )
     assert second.startswith("method.modules: 'blocks.99.*' selects nothing; ")

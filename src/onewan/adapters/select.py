@@ -152,7 +152,7 @@ def similar_names(entry: str, names: Collection[str], groups: Collection[str] = 
     shown = in_blocks or plain
     parts = [
         f"did you mean {near[0]}?" if near else "",
-        f"There are the groups {', '.join(groups)};" if groups else "",
+        f"{'The' if near else 'the'} groups are {', '.join(groups)};" if groups else "",
         f"{'each block has' if in_blocks else 'the model has'} {', '.join(shown[:12])}",
         ", ..." if len(shown) > 12 else "",
     ]

@@ -155,6 +155,8 @@ def _size(number: int) -> str:
 
 
 def _short(value: object, limit: int = _MAX_VALUE_LENGTH) -> str:
+    if isinstance(value, dict):  # counts by name
+        value = ", ".join(f"{count} {name}" for name, count in value.items())
     text = value if isinstance(value, str) else json.dumps(value)
     text = " ".join(text.split())
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
