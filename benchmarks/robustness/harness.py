@@ -41,7 +41,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
@@ -69,17 +69,26 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What one case ended in."""
+class FinishedCase:
+    """What one case of any script ended in."""
 
     case: int
     seed: int
     outcome: str
-    status: int | None = None
     seconds: float = 0.0
+    detail: str = ""
+
+
+Case = TypeVar("Case", bound=FinishedCase)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome(FinishedCase):
+    """What a case of `run_cases` ended in."""
+
+    status: int | None = None
     megabytes: float = 0.0
     """Peak memory above that of the worker's start."""
-    detail: str = ""
 
 
 def canary(folder: Path) -> Path:
@@ -121,7 +130,7 @@ def run_cases(description: str | None, make: Make, run: Run) -> None:
 
 def _run_all(make: Make, run: Run, options: argparse.Namespace, first: int) -> list[Outcome]:
     log = None if options.out is None else options.out.with_name(f"{options.out.name}.cases.jsonl")
-    done = {} if log is None else _finished(log, first, options.count)
+    done = {} if log is None else finished_cases(log, first, options.count, Outcome)
     numbers = iter([number for number in range(options.count) if number not in done])
     lock = threading.Lock()
     started = time.monotonic()
@@ -163,14 +172,13 @@ def _run_all(make: Make, run: Run, options: argparse.Namespace, first: int) -> l
     return [done[number] for number in sorted(done)]
 
 
-def _finished(log: Path, first: int, count: int) -> dict[int, Outcome]:
-    """The cases in `log` that have the seeds of this call."""
-    done: dict[int, Outcome] = {}
-    if not log.is_file():
-        return done
-    for line in log.read_text(encoding="utf-8").splitlines():
+def finished_cases(log: Path, first: int, count: int, kind: type[Case]) -> dict[int, Case]:
+    """The cases in `log`, each a line of JSON with the fields of `kind`, that have the seeds of
+    this call: `first` + case."""
+    done: dict[int, Case] = {}
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
         try:
-            outcome = Outcome(**json.loads(line))
+            outcome = kind(**json.loads(line))
         except (ValueError, TypeError):  # the last line of a killed process
             continue
         if outcome.case < count and outcome.seed == first + outcome.case:

@@ -49,6 +49,7 @@ from typing import Any
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
 
 import torch
+from harness import FinishedCase, finished_cases
 
 # The commands' own modules are imported here, so that a forked process starts at once.
 from onewan.cli import commands, convert, main  # noqa: F401
@@ -303,17 +304,12 @@ class Undisturbed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What one case ended in."""
+class Outcome(FinishedCase):
+    """What the kills of one case ended in."""
 
-    case: int
-    seed: int
     operation: str
-    outcome: str
     kills: int = 0
     moments: tuple[str, ...] = ()
-    seconds: float = 0.0
-    detail: str = ""
 
 
 @dataclass(kw_only=True)
@@ -456,7 +452,7 @@ def make_shared(folder: Path) -> None:
 def run_all(bench: Bench, options: argparse.Namespace, first: int) -> list[Outcome]:
     """All cases that are not in the log yet, one after the other."""
     log = None if options.out is None else options.out.with_name(f"{options.out.name}.cases.jsonl")
-    done = {} if log is None else finished(log, first, options.count)
+    done = {} if log is None else finished_cases(log, first, options.count, Outcome)
     for number in range(options.count):
         if number in done:
             continue
@@ -474,19 +470,6 @@ def run_all(bench: Bench, options: argparse.Namespace, first: int) -> list[Outco
         if len(done) % 50 == 0:
             print(f"{len(done)}/{options.count}", file=sys.stderr)
     return [done[number] for number in sorted(done)]
-
-
-def finished(log: Path, first: int, count: int) -> dict[int, Outcome]:
-    """The cases in `log` that have the seeds of this call."""
-    done: dict[int, Outcome] = {}
-    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
-        try:
-            outcome = Outcome(**json.loads(line))
-        except (ValueError, TypeError):  # the last line of a killed process
-            continue
-        if outcome.case < count and outcome.seed == first + outcome.case:
-            done[outcome.case] = outcome
-    return done
 
 
 def summary(outcomes: Sequence[Outcome], bench: Bench, seed: int) -> dict[str, Any]:

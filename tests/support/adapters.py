@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -23,7 +24,9 @@ from onewan.config.method import (
     OftMethod,
     PerModule,
 )
-from onewan.formats.lora import LINEARS
+from onewan.formats.adapter import ModuleAdapter
+from onewan.formats.lora import LINEARS, AdapterLayout
+from onewan.formats.lora_files import AdapterFile
 from onewan.model.forward import predict_velocity
 
 MIXED = (PerModule(modules=("ffn",), rank=2, alpha=3.0), PerModule(modules=("attn2.to_k",), rank=6))
@@ -112,3 +115,21 @@ def gradients(
         assert parameter.grad is not None, name
         grads[name.replace(".default", "")] = parameter.grad.clone()
     return grads
+
+
+def file_of(modules: dict[str, ModuleAdapter]) -> AdapterFile:
+    """The file that would be read if `modules` had been written to it."""
+    layout = AdapterLayout(
+        prefix="diffusion_model.",
+        names="official",
+        trainer=None,
+        experts=(),
+        modules={},
+        kinds={},
+        ranks={},
+        unknown=(),
+        module_errors=(),
+    )
+    return AdapterFile(
+        path=Path("start.safetensors"), layout=layout, modules=modules, expert=None, metadata={}
+    )

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from support.adapters import METHODS, MIXED, attached, gradients, output, relative, trained
+from support.adapters import (
+    METHODS,
+    MIXED,
+    attached,
+    file_of,
+    gradients,
+    output,
+    relative,
+    trained,
+)
 from support.tiny_models import tiny_transformer
 from torch import Tensor
 
@@ -37,8 +46,8 @@ from onewan.config.method import (
 )
 from onewan.errors import CheckpointError, ConfigError
 from onewan.formats.adapter import ModuleAdapter
-from onewan.formats.lora import AdapterLayout, WanShape
-from onewan.formats.lora_files import AdapterFile, parse_adapter, read_adapter
+from onewan.formats.lora import WanShape
+from onewan.formats.lora_files import parse_adapter, read_adapter
 
 DATE = datetime(2026, 11, 23, tzinfo=timezone.utc)
 KINDS = pytest.mark.parametrize("kind", METHODS)
@@ -197,23 +206,6 @@ def test_training_starts_from_an_exported_file(base, tmp_path, kind):
     last = copy.deepcopy(base)
     apply_lora(last, read_adapter(tmp_path / "y.safetensors").modules, "file")
     assert (output(last) - output(model)).norm() < 1e-5 * effect.norm()
-
-
-def file_of(modules: dict[str, ModuleAdapter]) -> AdapterFile:
-    layout = AdapterLayout(
-        prefix="diffusion_model.",
-        names="official",
-        trainer=None,
-        experts=(),
-        modules={},
-        kinds={},
-        ranks={},
-        unknown=(),
-        module_errors=(),
-    )
-    return AdapterFile(
-        path=Path("start.safetensors"), layout=layout, modules=modules, expert=None, metadata={}
-    )
 
 
 def test_training_starts_from_oft_of_peft(base):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from support.adapters import METHODS, output, relative, trained
+from support.adapters import METHODS, file_of, output, relative, trained
 from support.tiny_models import in_bfloat16, quantized, tiny_transformer
 from torch import Tensor
 
@@ -17,8 +16,6 @@ from onewan.adapters.lora import adapter_of, apply_lora, attach_adapter
 from onewan.adapters.merging import FixedParts, split_adapter
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
-from onewan.formats.lora import AdapterLayout
-from onewan.formats.lora_files import AdapterFile
 from onewan.train.trainables import AdapterTraining
 
 Q, NORM = "blocks.0.attn1.to_q", "blocks.0.attn1.norm_q"
@@ -62,21 +59,8 @@ def start(
     model: WanTransformer3DModel, modules: dict[str, ModuleAdapter], method: str
 ) -> AdapterTraining:
     """Training of `model` that starts from `modules`, as `trainable_setup` attaches it."""
-    layout = AdapterLayout(
-        prefix="diffusion_model.",
-        names="official",
-        trainer=None,
-        experts=(),
-        modules={},
-        kinds={},
-        ranks={},
-        unknown=(),
-        module_errors=(),
-    )
     to_train, fixed = split_adapter(modules)
-    file = AdapterFile(
-        path=Path("start.safetensors"), layout=layout, modules=to_train, expert=None, metadata={}
-    )
+    file = file_of(to_train)
     config, weights = adapter_config_from_file(file, METHODS[method], model)
     parts = FixedParts(model, fixed, "start")
     attach_adapter(model, config, 0, "high", weights)

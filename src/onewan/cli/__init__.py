@@ -2,7 +2,7 @@
 
 `parser` and the `*_parsers` modules describe the commands without heavy imports, so that
 ``onewan --help`` is fast; the module that executes a command is imported when it runs. Exit status:
-0 success, 1 an error that the user can mend (one message on stderr, no traceback), 2 wrong usage,
+0 success, 1 an error that the user can fix (one message on stderr, no traceback), 2 wrong usage,
 70 a defect of onewan (its traceback is in a file, which the message names), 130 stopped by the user
 with the state saved.
 """

@@ -1,7 +1,7 @@
 """The boundary between the commands and the user: what leaves a command becomes a line on stderr
 and an exit status.
 
-What the user can mend, such as a full disk, is one line that names the file and the remedy.
+What the user can fix, such as a full disk, is one line that names the file and the remedy.
 Everything else is a defect of onewan: its traceback is in a file, which the line names.
 """
 
@@ -70,7 +70,7 @@ def guarded(command: Callable[[], int]) -> int:
             complain(_TEMPORARY.sub("", line))  # a file is known to the user by its final name
         return 1
     except Exception as error:  # noqa: BLE001  (the process boundary: nobody else reports it)
-        if (line := mendable(error)) is not None:
+        if (line := fixable_line(error)) is not None:
             complain(f"onewan: {line}{_log_of(error)}")
             return 1
         complain(f"onewan: {_defect(error)}")
@@ -80,9 +80,9 @@ def guarded(command: Callable[[], int]) -> int:
     return status
 
 
-def mendable(error: BaseException) -> str | None:
+def fixable_line(error: BaseException) -> str | None:
     """The line about an error that the system, a library or the memory of a machine caused and the
-    user can mend; None if it is a defect."""
+    user can fix; None if it is a defect."""
     for cause in _chain(error):
         if (line := _memory_line(cause)) is not None:
             return line

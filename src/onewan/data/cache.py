@@ -74,7 +74,7 @@ class EntryCache:
         """The tensors of an entry, in host memory.
 
         When a process reads an entry for the first time, the digest in its header is compared, so
-        that no damage gets into training without a word. A damaged entry is deleted, for the next
+        that no damage gets into training unnoticed. A damaged entry is deleted, for the next
         start to encode it again. Raises DataError for it, and for one that can't be read.
         """
         path = self.path(kind, key)

@@ -58,9 +58,9 @@ def names_of(gate: str) -> Callable[[str], Any]:
 
 
 def _require_complete(module):
-    """TypeError if a class lacks a method that OneTrainer wants by now, before it is made."""
+    """TypeError if a class does not define an abstract method of this OneTrainer."""
     for name, found in vars(module).items():
         own = inspect.isclass(found) and found.__module__ == module.__name__
         if own and not name.startswith("_") and inspect.isabstract(found):
-            lacking = ", ".join(sorted(found.__abstractmethods__))
-            raise TypeError(f"{name} has no {lacking}, which this OneTrainer needs; update onewan")
+            missing = ", ".join(sorted(found.__abstractmethods__))
+            raise TypeError(f"{name} has no {missing}, which this OneTrainer needs; update onewan")

@@ -90,8 +90,12 @@ class WanLoRASaver(LoRASaverMixin):
         if output_model_format == ModelFormat.INTERNAL:
             self._save_internal(model, output_model_destination)
             return
-        if output_model_format not in model.model_type.supported_lora_formats():
-            raise NotImplementedError(f"Unsupported LoRA output format: {output_model_format}")
+        formats = model.model_type.supported_lora_formats()
+        if output_model_format not in formats:
+            choices = ", ".join(str(known) for known in formats)
+            raise NotImplementedError(
+                f"LoRAs for Wan 2.2 can't be saved as {output_model_format}; choose {choices}"
+            )
         state_dict = self._get_state_dict(model)
         weight_files.save_adapters(
             state_dict,
