@@ -333,10 +333,41 @@ class ResolvedOutput(OutputSection):
 
 
 class MemorySection(Section):
+    """What is kept on the device or in host memory, and what is computed again. Settings that are
+    null follow from the plan (`onewan plan`)."""
+
     gradient_checkpointing: bool = True
     """Gradient checkpointing per block: a third more compute, a tenth of the activation memory."""
     offload_inactive_expert: bool = True
     """Keep the expert that is not being trained in CPU memory."""
+    weights: Literal["as_stored", "bf16", "fp8", "int8", "nf4"] = "as_stored"
+    """Storage of the frozen weights of the blocks: as in the file, or converted while loading. Each
+    is expanded to `model.dtype` just before its use."""
+    resident_blocks: Int | None = Field(default=None, ge=0)
+    """Transformer blocks whose weights stay on the device; those of the others are streamed from
+    host memory, ahead of their use. null: as many as fit, for each bucket."""
+    offload_inputs: bool | None = None
+    """Keep the inputs of the blocks, which gradient checkpointing stores, in host memory."""
+    keep_attention: Literal["no", "device", "host"] | None = None
+    """Keep the outputs of attention for the backward pass instead of computing them again, on the
+    device or in host memory; each block is then differentiated in parts, with a lower peak."""
+    feed_forward_chunks: Int | None = Field(default=None, ge=1)
+    """Chunks of tokens in which a block's feed-forward layer is computed in training."""
+    compile: bool | None = None
+    """Compile the blocks with `torch.compile`."""
+    attention: str = "auto"
+    """Attention backend; `auto` measures those that are installed at the start of a run."""
+    pinned: bool | None = None
+    """Pin (page-lock) the host memory of streamed weights; false: copy through a small pinned
+    buffer. null: pinned where that works."""
+    vram: str | None = None
+    """Device memory that the run may use, such as 24GB; null is what the device has."""
+    ram: str | None = None
+    """Host memory that the run may use, such as 64GB; null is what the machine has."""
+
+
+def _as_memory(value: object) -> object:
+    return {} if value == "auto" else value
 
 
 class LoggingSection(Section):
@@ -371,8 +402,8 @@ class RunConfig(Section):
     """Sample videos during training."""
     output: OutputSection = OutputSection()
     """Exported files."""
-    memory: MemorySection = MemorySection()
-    """Memory savings."""
+    memory: Annotated[MemorySection, BeforeValidator(_as_memory)] = MemorySection()
+    """Memory: `auto`, or the settings that are not left to the plan."""
     logging: LoggingSection = LoggingSection()
     """Additional logs."""
 
