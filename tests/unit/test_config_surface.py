@@ -189,7 +189,7 @@ def test_the_run_file_does_not_grow() -> None:
     assert len(LEAVES) <= 172
     # Of these three sections, a run sees the fields of one choice only.
     choices = ("method", "optimizer", "embeddings")
-    assert len([leaf for leaf in LEAVES if leaf.split(".")[0] not in choices]) <= 120
+    assert len([leaf for leaf in LEAVES if leaf.split(".")[0] not in choices]) <= 125
 
 
 def test_every_field_has_a_description_in_the_schema() -> None:
