@@ -27,7 +27,7 @@ from onewan.runs.events import Event, StepDone
 from onewan.train.saved_state import read_facts
 from onewan.train.setup import WanModelSetup
 from onewan.train.step import train_step
-from onewan.train.trainer import WanTrainer, device_memory
+from onewan.train.trainer import WanTrainer
 
 
 def grid(events: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
@@ -409,7 +409,3 @@ def test_averages_and_learning_rates_follow_each_trainables_own_steps(
     for name, averages in expected.items():
         for key, average in trainables[name].ema.state_dict().items():
             torch.testing.assert_close(average, averages[key], rtol=1e-5, atol=1e-7)
-
-
-def test_device_memory_is_unknown_on_a_cpu() -> None:
-    assert device_memory(torch.device("cpu")) == (None, None)

@@ -20,6 +20,7 @@ from torch import nn
 from onewan.config.load import load_run
 from onewan.demo.clips import write_clips
 from onewan.demo.tiny_model import write_tiny_model
+from onewan.memory.device import resolve_device
 from onewan.memory.residency import DeviceResidency
 from onewan.model.load import WanModelLoader
 from onewan.sample.generate import SampleRequest, WanModelSampler
@@ -167,7 +168,7 @@ def sampler(folder: Path) -> dict[str, Any]:
 
 
 RUN = """
-model: {{path: {model}, variant: t2v-a14b, dtype: float32}}
+model: {{path: {model}, variant: t2v-a14b, dtype: float32, device: sim}}
 wan_config: {{max_frames: 5}}
 video_data: {{sources: [{{path: {clips}}}], resolution: 4096}}
 method: {{kind: lora, rank: 4}}
@@ -183,10 +184,7 @@ def run(folder: Path) -> dict[str, Any]:
     paths = {name: (folder / name).as_posix() for name in ("model", "clips")}
     file = folder / "run.yaml"
     file.write_text(RUN.format(**paths, folder=folder.as_posix()), encoding="utf-8")
-    config = load_run(file)
-    # Past the reader, which knows the names of real accelerators only.
-    model = config.model.model_copy(update={"device": "sim"})
-    built = WanModelSetup(config.model_copy(update={"model": model})).build()
+    built = WanModelSetup(load_run(file)).build()
     assert built.model.vae is not None
     experts = built.state.experts
     start = [device_of(e.transformer) for e in experts.values()] + [device_of(built.model.vae)]
@@ -208,6 +206,7 @@ def run(folder: Path) -> dict[str, Any]:
         built.bring_expert(name)
         asked.append(list(moves))
     return {
+        "automatic device": str(resolve_device("auto")),
         "devices before the first step": start,
         "moves": asked,
         "devices": [device_of(expert.transformer) for expert in experts.values()],

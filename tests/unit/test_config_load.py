@@ -447,20 +447,10 @@ def test_rules_depend_on_the_variant(tmp_path: Path, text: str, expected: str) -
     assert found[0].startswith(expected)
 
 
-@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1", "cuda:10", "mps", "xpu:0"])
-def test_every_kind_of_device_is_accepted(tmp_path: Path, device: str) -> None:
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda:10", "mps", "xpu:0", "hpu", "sim:1"])
+def test_the_reader_accepts_any_name_of_a_device(tmp_path: Path, device: str) -> None:
+    """Only PyTorch knows which there are; `onewan.memory.device` asks it."""
     assert load_run(write(tmp_path, T2V), [f"model.device={device}"]).model.device == device
-
-
-@pytest.mark.parametrize(
-    "device", ["gpu", "cuda:", "cuda:x", "cuda 1", "CPU", "cpu:0", "mps:0", ""]
-)
-def test_unknown_devices_are_refused(tmp_path: Path, device: str) -> None:
-    text = T2V.replace("}", f", device: {device!r}}}")
-    assert only_problem(tmp_path, text) == (
-        "model.device: must be auto, cpu, cuda, mps, xpu, or a numbered one such as cuda:1, got "
-        f"{device!r}; change it, or leave it out for 'auto'"
-    )
 
 
 @pytest.mark.parametrize(

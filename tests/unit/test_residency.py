@@ -258,6 +258,7 @@ def test_a_sample_is_the_cpus_and_modules_return(moves) -> None:
 def test_a_run_keeps_only_the_expert_of_the_step_on_the_device(moves) -> None:
     """With its optimizer state and average; the VAE has left after encoding."""
     found = moves["run"]
+    assert found["automatic device"] == "sim:0"
     assert found["devices before the first step"] == ["cpu", "cpu", "cpu"]
     # The low-noise expert is there after its step, so it is not asked to move at first.
     low_leaves, high_leaves = ("low", "cpu"), ("high", "cpu")

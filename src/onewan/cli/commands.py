@@ -24,6 +24,7 @@ from onewan.demo import run_demo
 from onewan.dtypes import torch_dtype
 from onewan.errors import ConfigError
 from onewan.formats.lora_files import read_adapters
+from onewan.memory.device import resolve_device
 from onewan.model.embedding import WanModelEmbedding
 from onewan.model.load import WanModelLoader
 from onewan.model.text import mentions
@@ -31,7 +32,7 @@ from onewan.model.wan import WanModel
 from onewan.runs.layout import displayed
 from onewan.sample.generate import SampleRequest, WanModelSampler
 from onewan.train.run import sample_requests, with_unused_name
-from onewan.train.setup import WanModelSetup, resolve_device
+from onewan.train.setup import WanModelSetup
 from onewan.train.trainer import WanTrainer
 from onewan.variants import NEGATIVE_PROMPT, Variant, VariantName
 

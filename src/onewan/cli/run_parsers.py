@@ -145,7 +145,7 @@ def add_sample(commands: Commands) -> None:
         default="bfloat16",
         help="precision of the transformers (default: %(default)s)",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda:1, ... (default: auto)")
 
     def run(options: argparse.Namespace) -> int:
         from onewan.cli.commands import sample

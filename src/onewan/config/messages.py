@@ -60,7 +60,6 @@ _RULES: Mapping[str, str] = {
 _SHOWN = 5
 """Number of lines for fields that are wrong in the same way."""
 _FORMS: Mapping[str, str] = {
-    "model.device": "must be auto, cpu, cuda, mps, xpu, or a numbered one such as cuda:1",
     "output.name": (
         'must be a plain name for a folder, without / \\ : * ? " < > |, control characters '
         "or a dot in front"

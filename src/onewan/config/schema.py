@@ -66,8 +66,9 @@ class ModelSection(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of the frozen weights and of matrix products. Adapters, the residual stream, the
     time embedding and the loss are always float32."""
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?|mps|xpu(:[0-9]+)?)$")
-    """`auto` (a GPU if there is one), `cpu`, `cuda` (also ROCm), `cuda:1`, `mps` or `xpu`."""
+    device: str = "auto"
+    """`auto` (the accelerator that PyTorch finds, else the CPU), or any device by PyTorch's name:
+    `cpu`, `cuda` (also ROCm), `cuda:1`, `xpu`, `mps`."""
 
     def facts(self) -> Variant:
         """The variant, with the boundary that was given."""

@@ -105,7 +105,7 @@ class DeviceResidency:
     """
 
     def __init__(self, device: torch.device | str) -> None:
-        # As tensors name it: cuda is cuda:0, and the two don't compare equal.
+        # As tensors name it: without an index it means the first one, but does not compare equal.
         self._device = torch.empty(0, device=device).device
         self._placements: dict[nn.Module, Placement] = {}
         self._companions: dict[nn.Module, tuple[Companion, ...]] = {}

@@ -16,9 +16,9 @@ from onewan.data.dataset import Dataset, prepare
 from onewan.data.encode import ProgressCallback, no_progress
 from onewan.data.loader import WanDataLoader
 from onewan.dtypes import torch_dtype
-from onewan.errors import ConfigError
 from onewan.formats.lora_files import AdapterFile
 from onewan.formats.model_folder import ComponentName
+from onewan.memory.device import resolve_device
 from onewan.memory.residency import DeviceResidency
 from onewan.model.conditioning import conditioning_of
 from onewan.model.load import WanModelLoader
@@ -216,22 +216,3 @@ class WanModelSetup:
                 f"a resumed run may differ from an uninterrupted one in its last bits: {reason}"
             )
         return warnings
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that `model.device` names; ConfigError if PyTorch does not have it.
-
-    "auto" is the first CUDA device, or the CPU if there is none.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        # `torch.device` accepts names of devices that this machine does not have.
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            "run file", [f"model.device: {name!r} can't be used here ({reason}); try auto or cpu"]
-        ) from error
-    return device

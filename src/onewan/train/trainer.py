@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 
-import torch
 from safetensors import SafetensorError
 
 from onewan.config.load import dump_run
@@ -23,6 +22,7 @@ from onewan.data.loader import StepBatches
 from onewan.errors import CheckpointError, DataError, Interrupted
 from onewan.files import remove, remove_abandoned, replacing
 from onewan.locks import locked, remove_abandoned_locks
+from onewan.memory.device import device_memory
 from onewan.runs import events
 from onewan.runs.control import REQUESTS, Request, StopSignals, clear, pending, take
 from onewan.runs.event_file import EventFile, HeartbeatThread
@@ -384,16 +384,3 @@ class WanTrainer:
         self._log.emit(events.Encoding(what=what, done=done, total=total))
         if self._stop_signals.requested or pending(self._layout, "stop"):
             raise Interrupted
-
-
-def device_memory(device: torch.device) -> tuple[int | None, int | None]:
-    """(allocated now, peak since the process started) in bytes; None where a device, such as the
-    CPU, does not report them."""
-    if device.type == "cpu":
-        return None, None
-    module = torch.get_device_module(device)
-    names = ("memory_allocated", "max_memory_allocated")
-    allocated, peak = (
-        getattr(module, name)(device) if hasattr(module, name) else None for name in names
-    )
-    return allocated, peak

@@ -35,6 +35,9 @@ from onewan.errors import ConfigError
 from onewan.train.optimizers.custom import build_custom, custom_class
 from onewan.train.optimizers.muon import MuonWithAdamW
 
+_TORCHAO_OFFLOADS_FROM = ("cuda", "xpu")
+"""Types of devices that torchao's `CPUOffloadOptimizer` supports."""
+
 Groups: TypeAlias = list[dict[str, Any]]
 """Parameter groups for torch: `params`, `lr`, and other entries, which remain in them."""
 
@@ -90,7 +93,7 @@ def _adam_arguments(choice: AdamWOptimizer) -> dict[str, Any]:
 
 
 def _adamw(groups: Groups, choice: AdamWOptimizer) -> torch.optim.Optimizer:
-    # fused: one kernel for all tensors, faster on CPU, CUDA and ROCm alike
+    # fused: one kernel for all tensors, faster on the CPU and on accelerators alike
     return torch.optim.AdamW(groups, **_adam_arguments(choice), fused=True)
 
 
@@ -232,10 +235,12 @@ def _adamw_low_bit(groups: Groups, choice: AdamWLowBitOptimizer) -> torch.optim.
 
 def _adamw_cpu_offload(groups: Groups, choice: AdamWOptimizer) -> torch.optim.Optimizer:
     library = _package(choice.name, "torchao.optim", "torchao")
-    if not torch.cuda.is_available():
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if found is None or found.type not in _TORCHAO_OFFLOADS_FROM:
         message = (
-            "optimizer.name: 'adamw_cpu_offload' moves gradients from a GPU to the CPU, and "
-            "PyTorch finds no GPU here; choose adamw"
+            "optimizer.name: 'adamw_cpu_offload' moves gradients to the CPU from a GPU that "
+            f"PyTorch calls {' or '.join(_TORCHAO_OFFLOADS_FROM)}, and here it finds "
+            f"{'no GPU' if found is None else found.type}; choose adamw"
         )
         raise ConfigError("run file", [message])
     return library.CPUOffloadOptimizer(groups, torch.optim.AdamW, **_adam_arguments(choice))

@@ -109,7 +109,7 @@ class _PagedOptimizer(LibraryOptimizer):
         self, device: torch.device, group: dict[str, Any], key: str, value: Any, *, copy: bool
     ) -> Any:
         is_loaded_moment = key in {"state1", "state2"} and not hasattr(value, "is_paged")
-        if device.type != "cuda" or not is_loaded_moment:
+        if device.type == "cpu" or not is_loaded_moment:
             return super().state_entry_on(device, group, key, value, copy=copy)
         optimizer: Any = self.optimizer
         # The library reads shape and device alone, so the argument needs no memory of that size.
@@ -126,11 +126,13 @@ class _OffloadedOptimizer(LibraryOptimizer):
             host_copy.data.copy_(parameter.data)
 
     def clip_on_host(self) -> None:
-        for parameter, host_copy in self._host_copies().items():
-            if parameter.grad is not None:
-                torch.cuda.synchronize(parameter.device)  # the hooks' copies may be under way
-                assert host_copy.grad is not None
-                host_copy.grad.copy_(parameter.grad)
+        copies = {p: c for p, c in self._host_copies().items() if p.grad is not None}
+        for device in {parameter.device for parameter in copies}:
+            # The hooks' copies may be under way.
+            torch.get_device_module(device).synchronize(device)
+        for parameter, host_copy in copies.items():
+            assert parameter.grad is not None and host_copy.grad is not None
+            host_copy.grad.copy_(parameter.grad)
 
     def _holders(self) -> list[torch.optim.Optimizer]:
         optimizer: Any = self.optimizer
