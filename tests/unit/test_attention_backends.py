@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import Any
 
 import pytest
@@ -103,18 +104,24 @@ def test_autocast_rounds_the_inputs_as_it_does_for_pytorchs_attention() -> None:
 
 
 class _Operators(TorchDispatchMode):
-    """Counts the operators whose names contain "attention"."""
+    """Records the operators whose names contain "attention", with their arguments: of a tensor,
+    its shape and layout."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.names = list[str]()
+        self.calls = list[tuple[str, list[Any]]]()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
         if "attention" in func.overloadpacket.__name__:
-            self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
+            given = [
+                (a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a
+                for a in (*args, kwargs.get("scale"))
+            ]
+            self.calls.append((func.overloadpacket.__name__, given))
+        return func(*args, **kwargs)
 
 
 def test_the_backward_pass_runs_later_from_what_was_kept() -> None:
@@ -126,7 +133,9 @@ def test_the_backward_pass_runs_later_from_what_was_kept() -> None:
     kept = out.clone(), tuple(t.clone() for t in saved)
     with _Operators() as seen:
         grads = backend.backward(grad, q, k, v, *kept)
-    assert seen.names == ["_scaled_dot_product_flash_attention_for_cpu_backward"]
+    assert [name for name, _ in seen.calls] == [
+        "_scaled_dot_product_flash_attention_for_cpu_backward"
+    ]
     assert_same(grads, expected)
 
 
@@ -163,17 +172,54 @@ def test_frames_folded_into_the_batch_attend_within_themselves() -> None:
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["flash", "efficient", "cudnn", "overrideable"])
-@pytest.mark.parametrize("head_dim", [128, 12])
-def test_every_fused_backend_takes_fake_tensors_of_a_device_that_is_not_there(
-    name: str, head_dim: int
+_FUSED = {
+    "flash": (torch.ops.aten._scaled_dot_product_flash_attention, ()),
+    "efficient": (torch.ops.aten._scaled_dot_product_efficient_attention, (None, True)),
+    "cudnn": (torch.ops.aten._scaled_dot_product_cudnn_attention, (None, True)),
+    "overrideable": (torch.ops.aten._scaled_dot_product_fused_attention_overrideable, ()),
+}
+
+
+@pytest.mark.parametrize("name", _FUSED)
+def test_operators_without_a_kernel_here_get_the_arguments_that_autograd_gives_them(
+    name: str,
 ) -> None:
-    """Bytes are counted over fake tensors. It also checks the arguments of operators that have no
-    kernel on the CPU, against PyTorch's own description of them."""
+    """On the meta device, PyTorch's autograd calls the backward operators of all devices."""
+    q, k, v, grad = tensors(33, 512, 128, torch.bfloat16, "meta")
+    operator, arguments = _FUSED[name]
+    heads_first = (t.transpose(1, 2) for t in (q, k, v))
+    scale = {"scale": 1 / math.sqrt(128)} if name == "flash" else {}
+    with _Operators() as expected:
+        out = operator(*heads_first, *arguments, **scale)[0].transpose(1, 2)
+        torch.autograd.grad(out, (q, k, v), grad)
+    backend = attention_backend(name)
+    with _Operators() as actual:
+        out, saved = backend.forward(q, k, v)
+        grads = backend.backward(grad, q, k, v, out, saved)
+    assert actual.calls == expected.calls
+    assert all(a.stride() == b.stride() for a, b in zip((out, *grads), (q, q, k, v), strict=True))
+
+
+def test_flash_pads_channels_as_pytorchs_attention_does() -> None:
+    q, k, v, grad = tensors(33, 512, 12, torch.bfloat16, "meta")
+    backend = attention_backend("flash")
+    with _Operators() as seen:
+        out, saved = backend.forward(q, k, v)
+        grads = backend.backward(grad, q, k, v, out, saved)
+    assert [t.shape for t in (out, *grads)] == [t.shape for t in (q, q, k, v)]
+    for _, given in seen.calls:
+        shapes = [a[0] for a in given if isinstance(a, tuple) and len(a[0]) == 4]
+        assert {shape[-1] for shape in shapes} == {16}
+        assert given[-1] == 1 / math.sqrt(12)  # of the channels before padding
+
+
+@pytest.mark.parametrize("name", _FUSED)
+def test_every_fused_backend_takes_fake_tensors_of_a_device_that_is_not_there(name: str) -> None:
+    """Bytes are counted over fake tensors."""
     backend = attention_backend(name)
     with FakeTensorMode():
-        q = torch.empty(1, 33, 3, head_dim, device="cuda", dtype=torch.bfloat16)
-        k = torch.empty(1, 512, 3, head_dim, device="cuda", dtype=torch.bfloat16)
+        q = torch.empty(1, 33, 3, 128, device="cuda", dtype=torch.bfloat16)
+        k = torch.empty(1, 512, 3, 128, device="cuda", dtype=torch.bfloat16)
         out, saved = backend.forward(q, k, k)
         assert (out.shape, out.device, out.dtype) == (q.shape, q.device, q.dtype)
         assert saved[0].dtype == torch.float32
@@ -182,7 +228,6 @@ def test_every_fused_backend_takes_fake_tensors_of_a_device_that_is_not_there(
         assert sum(t.numel() for t in saved[1:]) <= 4
         grads = backend.backward(torch.empty_like(out), q, k, k, out, saved)
         assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
-        assert all(t.is_contiguous() for t in (out, *grads) if head_dim == 128)
 
 
 @pytest.mark.parametrize("name", ["flash", "math"])
