@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 WeightDtype = Literal["float32", "bfloat16", "float16"]
 """The types that a user may choose for weights."""
 
+WeightStorage = Literal["as_stored", "bf16", "fp8", "int8", "nf4"]
+"""How the matrices of a model's blocks are kept in memory: as the file stores them, not packed
+("bf16", which stands for the type of the model), or packed while loading."""
+
 _TABLE = (
     ("float64", "F64", 8),
     ("float32", "F32", 4),

@@ -35,16 +35,16 @@ def files(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     }
 
 
-@pytest.mark.parametrize("quantized", ["keep", "dequantize"])
+@pytest.mark.parametrize("storage", ["as_stored", "bf16"])
 def test_a_lora_trains_on_quantized_files(
-    run_file: RunFile, files: dict[str, Path], tmp_path: Path, quantized: str
+    run_file: RunFile, files: dict[str, Path], tmp_path: Path, storage: str
 ) -> None:
     components = [f"model.{name}={path}" for name, path in files.items()]
     config = run_file(
         "t2v-a14b",
         *components,
         "model.path=null",
-        f"model.quantized={quantized}",
+        f"memory.weights={storage}",
         f"video_data.cache_dir={tmp_path / 'cache'}",
         "train.steps=4",
         "sample.prompts=[a dog]",
@@ -72,7 +72,7 @@ def test_a_lora_trains_on_quantized_files(
     run = WanModelSetup(config).build()
     for trained in run.state.experts.values():
         packed = [m for m in trained.transformer.modules() if isinstance(m, QuantizedLinear)]
-        assert len(packed) == (20 if quantized == "keep" else 0)
+        assert len(packed) == (20 if storage == "as_stored" else 0)
 
 
 def test_facts_that_loading_infers_are_reported(
@@ -93,23 +93,23 @@ def test_facts_that_loading_infers_are_reported(
     config = run_file("t2v-a14b", *given, "model.check_file_names=false", name="overruled")
     WanTrainer(config, listen=recorder(events)).fit()
     texts = [str(event.get("text")) for event in events]
-    assert len([text for text in texts if "20 weights of type TQ2_0 were dequantized" in text]) == 1
+    assert len([text for text in texts if "20 weights of type TQ2_0 were expanded" in text]) == 1
 
 
 def test_kept_and_expanded_weights_train_alike(
     run_file: RunFile, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    def train(quantized: str) -> list[float]:
+    def train(storage: str) -> list[float]:
         config = run_file(
             "t2v-a14b",
             *[f"model.{name}={path}" for name, path in files.items()],
-            f"model.quantized={quantized}",
+            f"memory.weights={storage}",
             f"video_data.cache_dir={tmp_path / 'cache'}",
-            f"output.name={quantized}",
+            f"output.name={storage}",
             "train.steps=2",
         )
         events: list[dict[str, Any]] = []
         WanTrainer(config, listen=recorder(events)).fit()
         return [event["loss"] for event in events if event["event"] == "step"]
 
-    assert train("keep") == pytest.approx(train("dequantize"), rel=1e-5)
+    assert train("as_stored") == pytest.approx(train("bf16"), rel=1e-5)

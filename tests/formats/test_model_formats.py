@@ -33,9 +33,10 @@ from onewan.formats.key_maps import t5_to_transformers, to_diffusers
 from onewan.formats.weights import open_component
 from onewan.model.forward import predict_velocity
 from onewan.model.load import WanModelLoader
-from onewan.model.quantized_linear import QuantizedLinear, _gguf_decoders, dequantized
+from onewan.model.quantized_linear import QuantizedLinear
 from onewan.model.text import pad_text
 from onewan.model.wan import WanModel
+from onewan.model.weight_storage import _gguf_decoders, expanded
 
 PROMPTS = ["a small dog runs on the beach", "slow camera pan of a city at night"]
 PREFIXES = ["", "model.diffusion_model.", "diffusion_model."]
@@ -82,7 +83,7 @@ def run(
 
 def with_values(path: Path, values: Mapping[str, Tensor]) -> WanTransformer3DModel:
     """The model at `path`, its weights replaced by `values` (official names)."""
-    model = load(path, quantized="dequantize")
+    model = load(path, weights="bf16")
     model.load_state_dict({to_diffusers(n): t for n, t in values.items()}, strict=True)
     return model
 
@@ -175,7 +176,7 @@ def test_quantized_files_compute_within_the_bounds_of_their_format(
     """The outputs are those of the file's values, whose error is within the format's bound."""
     written = quantize_as(form, high, tmp_path)
     reference = run(with_values(written.path, written.values), expected)
-    kept, dequantized_model = load(written.path), load(written.path, quantized="dequantize")
+    kept, dequantized_model = load(written.path), load(written.path, weights="bf16")
     layers = packed_layers(kept)
     assert layers.keys() == {to_diffusers(n).removesuffix(".weight") for n in written.bounds}
     assert len(layers) == 20 and not packed_layers(dequantized_model)
@@ -248,7 +249,7 @@ def test_gguf_decoding_is_bit_exact_with_the_reference(kind: str) -> None:
         rows = _random_rows(GGMLQuantizationType[name])
         with np.errstate(all="ignore"):
             reference = gguf.quants.dequantize(rows, GGMLQuantizationType[name])
-        ours = dequantized(torch.from_numpy(rows).view(torch.int8), None, name, (8, 512)).numpy()
+        ours = expanded(name, (torch.from_numpy(rows).view(torch.int8), None, None)).numpy()
         assert np.array_equal(ours, reference, equal_nan=True), name
 
 
@@ -259,7 +260,7 @@ def test_gguf_types_without_a_decoder_are_dequantized(
     model = WanModelLoader().load({"transformer": written.path}, components=("transformer",))
     assert model.transformer is not None and not packed_layers(model.transformer)
     (notice,) = model.notices
-    assert "20 weights of type TQ2_0 were dequantized" in notice
+    assert "20 weights of type TQ2_0 were expanded" in notice
     name = "blocks.0.ffn.0.weight"
     ours = model.transformer.state_dict()[to_diffusers(name)]
     assert torch.equal(ours, written.values[name])
@@ -363,7 +364,7 @@ def test_a_lora_trains_as_on_the_dequantized_model(
     file = quantize_as(form, high, tmp_path).path
     kept, dequantized_model = (
         load(file, dtype=dtype),
-        load(file, dtype=dtype, quantized="dequantize"),
+        load(file, dtype=dtype, weights="bf16"),
     )
     if checkpointing:
         kept.enable_gradient_checkpointing()
@@ -466,9 +467,11 @@ def test_adapters_that_change_base_weights_need_them_dequantized(
     file = quantize_as("fp8 old", high, tmp_path).path
     factors = {name: torch.full((16, 16), 0.1) for name in ("lokr_w1", "lokr_w2")}
     lokr = {"blocks.0.attn1.to_q": ModuleAdapter(kind="lokr", tensors=factors)}
-    with pytest.raises(CheckpointError, match=r"keeps quantized; load it .*dequantize"):
+    with pytest.raises(
+        CheckpointError, match=r"are packed in memory here; .*memory\.weights: bf16"
+    ):
         apply_lora(load(file), lokr, "a.safetensors")
-    model = load(file, quantized="dequantize")
+    model = load(file, weights="bf16")
     before = model.blocks[0].attn1.to_q.weight.clone()
     apply_lora(model, lokr, "a.safetensors")
     torch.testing.assert_close(model.blocks[0].attn1.to_q.weight.data, before.data + 0.01)

@@ -75,20 +75,12 @@ def in_bfloat16(base: WanTransformer3DModel) -> WanTransformer3DModel:
 
 def quantized_linear(weight: Tensor, bias: Tensor, how: str) -> QuantizedLinear:
     """A layer whose weight stays quantized, "fp8" or "gguf", without a file around it."""
-    layer = QuantizedLinear.__new__(QuantizedLinear)
-    nn.Module.__init__(layer)
-    layer.out_features, layer.in_features = weight.shape
     if how == "fp8":
-        layer.dtype_in_file = "F8_E4M3"
-        stored = weight.to(torch.float8_e4m3fn).view(torch.int8)
+        form, stored = "F8_E4M3", weight.to(torch.float8_e4m3fn).view(torch.int8)
     else:
-        layer.dtype_in_file = "Q8_0"
         data = gguf.quants.quantize(weight.numpy(), GGMLQuantizationType.Q8_0)
-        stored = torch.from_numpy(np.asarray(data).view(np.int8))
-    layer.weight = nn.Parameter(stored, requires_grad=False)
-    layer.bias = nn.Parameter(bias, requires_grad=False)
-    layer.register_buffer("scale", None)
-    return layer
+        form, stored = "Q8_0", torch.from_numpy(np.asarray(data).view(np.int8))
+    return QuantizedLinear(form, (stored, None, None), nn.Parameter(bias, requires_grad=False))
 
 
 def quantized(base: WanTransformer3DModel, how: str) -> WanTransformer3DModel:

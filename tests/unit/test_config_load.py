@@ -188,7 +188,7 @@ def test_components_are_resolved_like_the_path_of_a_model(tmp_path: Path) -> Non
         "tokenizer": "google/umt5-xxl",
     }
     assert config.model.source_of("transformer_2") == str(tmp_path / "low.gguf")
-    assert (config.model.quantized, config.model.check_file_names) == ("keep", True)
+    assert (config.memory.weights, config.model.check_file_names) == ("as_stored", True)
     assert load_run(write(tmp_path, dump_run(config), "again.yaml")).model == config.model
     mixed = load_run(write(tmp_path, "model: {path: org/a, vae: org/b, variant: t2v-a14b}"))
     assert mixed.model.sources() == {"path": "org/a", "vae": "org/b"}
@@ -209,7 +209,7 @@ def test_components_are_resolved_like_the_path_of_a_model(tmp_path: Path) -> Non
             "path: a/b, transformer_2: a/c, variant: ti2v-5b",
             "model.transformer_2: has no effect, since ti2v-5b has one transformer, got 'a/c'",
         ),
-        (f"{COMPONENTS}, variant: t2v-a14b, quantized: no", "model.quantized: "),
+        (f"{COMPONENTS}, variant: t2v-a14b, quantized: no", "model.quantized: unknown field"),
     ],
 )
 def test_a_model_without_a_needed_component_is_refused(

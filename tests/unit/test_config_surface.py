@@ -14,7 +14,6 @@ LEAVES = [
     "model.tokenizer",
     "model.variant",
     "model.check_file_names",
-    "model.quantized",
     "model.experts",
     "model.boundary",
     "model.dtype",

@@ -139,8 +139,8 @@ def _changes(
     weight_too = weight_too and adapter.changes_weight
     if weight_too and isinstance(owner, QuantizedLinear):
         raise CheckpointError(
-            f"{name}: changes the weights of {module} themselves, which this model keeps "
-            "quantized; load it with its weights expanded (model.quantized: dequantize)"
+            f"{name}: changes the weights of {module} themselves, which are packed in "
+            "memory here; load the model with memory.weights: bf16"
         )
     changes: list[tuple[nn.Module, str, Tensor]] = []
     try:

@@ -36,7 +36,7 @@ def train_weights(
 
     "float32" replaces them in place by float32 copies. The other precisions do not change
     the stored dtype: the optimizer step rounds its results so that small updates survive.
-    ConfigError for weights that are kept quantized.
+    ConfigError for weights that are packed.
     """
     quantized = [n for n in names if _is_quantized(transformer, n)]
     if quantized:
@@ -44,9 +44,8 @@ def train_weights(
         raise ConfigError(
             "run file",
             [
-                f"model.quantized: is keep, but {len(quantized)} of the weights to train are "
-                f"quantized, such as {some}; set it to dequantize, or leave them out of "
-                "method.modules"
+                f"memory.weights: {len(quantized)} of the weights to train are packed, such as "
+                f"{some}; set it to bf16, or leave them out of method.modules"
             ],
         )
     transformer.requires_grad_(False)

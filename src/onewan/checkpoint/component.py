@@ -216,7 +216,7 @@ def _weight_in_memory(holder: nn.Module, which: str, parameter: Tensor) -> Sourc
         shape=(holder.out_features, holder.in_features),
         dtype=None,
         read=lambda: holder.dequantized_weight().detach().cpu(),
-        fp8=fp8 if holder.dtype_in_file == "F8_E4M3" and one_scale else None,
+        fp8=fp8 if holder.form == "F8_E4M3" and one_scale else None,
     )
 
 

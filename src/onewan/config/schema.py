@@ -21,7 +21,7 @@ from onewan.config.method import EmbeddingSection, LoraMethod, Method, ResolvedE
 from onewan.config.objective import LossSection, Timesteps, UniformTimesteps
 from onewan.config.optimizer import AdamWOptimizer, ConstantSchedule, Optimizer, Schedule
 from onewan.config.section import Distinct, Float, Int, Positive, Section, Share, Size
-from onewan.dtypes import WeightDtype
+from onewan.dtypes import WeightDtype, WeightStorage
 from onewan.variants import VARIANTS, Variant, VariantName
 
 SCHEMA_VERSION = 1
@@ -54,9 +54,6 @@ class ModelSection(Section):
     check_file_names: bool = True
     """Refuse a file for the high-noise expert if its name says low noise, and the reverse. The
     weights of the two can't be told apart."""
-    quantized: Literal["keep", "dequantize"] = "keep"
-    """Weights in fp8 or GGUF: dequantized at each use of a linear layer (`keep`), or once when
-    loading (`dequantize`: faster, more memory, the same results)."""
     experts: Literal["both", "high", "low"] = "both"
     """Experts to train. T2V-A14B and I2V-A14B have two: `high` denoises the noisy first part of
     sampling (layout and motion), `low` the rest (detail). TI2V-5B has one: keep `both`."""
@@ -341,9 +338,10 @@ class MemorySection(Section):
     """Gradient checkpointing per block: a third more compute, a tenth of the activation memory."""
     offload_inactive_expert: bool = True
     """Keep the expert that is not being trained in CPU memory."""
-    weights: Literal["as_stored", "bf16", "fp8", "int8", "nf4"] = "as_stored"
-    """Storage of the frozen weights of the blocks: as in the file, or converted while loading. Each
-    is expanded to `model.dtype` just before its use."""
+    weights: WeightStorage = "as_stored"
+    """Storage of the matrices in the transformers' blocks, in memory: as in the file (`as_stored`:
+    fp8 and GGUF stay packed), not packed (`bf16`: in `model.dtype`, whichever that is), or packed
+    while loading (`fp8`, `int8` or `nf4`). Packed ones are expanded just before each use."""
     resident_blocks: Int | None = Field(default=None, ge=0)
     """Transformer blocks whose weights stay on the device; those of the others are streamed from
     host memory, ahead of their use. null: as many as fit, for each bucket."""

@@ -24,7 +24,7 @@ products, which training does not use.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -124,22 +124,31 @@ class ComponentFile:
 
 
 def dequantize_fp8(weight: Tensor, scale: Tensor | None, where: str) -> Tensor:
-    """float32 [out, in]: an fp8 `weight` times its `scale` ([], [1], [out, 1] or, one for each
-    block of a row, [out, blocks, 1]). `where` names the scale for the CheckpointError."""
+    """float32 of the shape of `weight`: an fp8 `weight` times its `scale`, of a shape that
+    `check_fp8_scale` allows. `where` names the scale for the CheckpointError."""
     values = weight.float()
     if scale is None:
         return values
+    check_fp8_scale(weight.shape, scale, where)
     scale = scale.float()
     if scale.numel() == 1:
         return values * scale.reshape(())
-    if scale.shape == (weight.shape[0], 1):
+    if scale.ndim == 2:
         return values * scale
-    if scale.ndim == 3 and scale.shape[::2] == (weight.shape[0], 1):
+    return (values.reshape(len(values), scale.shape[1], -1) * scale).reshape(weight.shape)
+
+
+def check_fp8_scale(shape: Sequence[int], scale: Tensor, where: str) -> None:
+    """CheckpointError, which names the scale as `where`, unless it is one value, [out, 1] or, one
+    for each block of a row, [out, blocks, 1] for a weight of `shape`, [out, in]."""
+    if scale.numel() == 1 or (len(shape) == 2 and scale.shape == (shape[0], 1)):
+        return
+    if len(shape) == 2 and scale.ndim == 3 and scale.shape[::2] == (shape[0], 1):
         blocks = scale.shape[1]
-        if blocks and weight.shape[1] % blocks == 0:
-            return (values.reshape(len(values), blocks, -1) * scale).reshape(weight.shape)
+        if blocks and shape[1] % blocks == 0:
+            return
     raise CheckpointError(
-        f"{where}: is {list(scale.shape)} for a weight of {list(weight.shape)}, expected one "
+        f"{where}: is {list(scale.shape)} for a weight of {list(shape)}, expected one "
         "value, one for each row, or one for each block of a row; download the file again"
     )
 

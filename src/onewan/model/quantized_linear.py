@@ -1,96 +1,60 @@
-"""Linear layers whose frozen weight stays quantized in memory: fp8 (with scales) or GGUF.
+"""Linear layers whose frozen weight stays packed in memory: fp8, int8, nf4 or a type of GGUF.
 
-Each use dequantizes the weight to float32 (the values of `ComponentFile.read`), rounds it to the
-type of the product, and frees it. The backward pass dequantizes it again, so autograd keeps only
-the packed bytes: 14 GB for an A14B expert in fp8, where bfloat16 takes 29. The products therefore
-equal those of the dequantized model, and LoRA adapters train on the layer unchanged.
+Each use expands the weight to the type of the product and frees it. The backward pass expands it
+again, so autograd keeps only the packed bytes: 14 GB for an A14B expert in fp8, where bfloat16
+takes 29. The products therefore equal those of the expanded model, and LoRA adapters train on the
+layer unchanged.
+
+An expanded weight takes `in * out` values of the product's type, and while it is computed the
+temporary memory of a few `weight_storage.CHUNK` values.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from onewan.dtypes import FP8, from_safetensors_name
-from onewan.formats.finite import all_finite
-from onewan.formats.weights import ComponentFile, StoredWeight, dequantize_fp8
-
-
-@cache
-def _gguf_decoders() -> dict[str, Any]:
-    # diffusers' ports of the reference decoders to PyTorch, tested to be bit-exact with them.
-    # Imported lazily: the import takes a while, and only GGUF files need it.
-    from diffusers.quantizers.gguf.utils import dequantize_functions
-
-    return {kind.name: function for kind, function in dequantize_functions.items()}
-
-
-def can_stay_quantized(entry: StoredWeight) -> bool:
-    """Whether a matrix in this form can be dequantized on every device: the reference decoders of
-    the other GGUF types run on the CPU only."""
-    return entry.packing == "fp8" or (
-        entry.packing == "gguf" and entry.info.dtype in _gguf_decoders()
-    )
-
-
-def dequantized(stored: Tensor, scale: Tensor | None, dtype: str, shape: tuple[int, int]) -> Tensor:
-    """The values, float32 of `shape`, of the bytes `stored` of the type `dtype` (a name of
-    safetensors or GGUF); `scale` is that of an fp8 weight."""
-    if dtype in FP8:
-        return dequantize_fp8(stored.view(from_safetensors_name(dtype)), scale, "the scale")
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[dtype]]
-    blocks = stored.view(torch.uint8).reshape(-1, size)
-    return _gguf_decoders()[dtype](blocks, block, size, dtype=torch.float32).reshape(shape)
+from onewan.model.weight_storage import Stored, columns_of, expanded, is_finite
 
 
 class QuantizedLinear(nn.Linear):
-    """`nn.Linear` with a packed weight: `weight` is int8 [out, bytes of a row], never trained.
+    """`nn.Linear` with a packed weight, which is never trained.
 
-    int8 instead of the type in the file, since PEFT would create adapters in an 8-bit floating
-    type, and transformers' T5 casts the activations in front of ``wo`` to the type of its weight
-    unless that is int8.
+    Everything that is stored is a frozen parameter or a buffer of the layer, and is read anew at
+    each use, so that its data may be exchanged between two uses (`onewan.memory.streaming`).
     """
 
     scale: Tensor | None
+    levels: Tensor | None
 
-    def __init__(
-        self, weights: ComponentFile, name: str, bias: nn.Parameter | None, device: torch.device
-    ) -> None:
-        """For the weight `name` of `weights`, for which `can_stay_quantized` is true. On the CPU
-        the bytes stay mapped from the file. CheckpointError if the scale has a wrong shape."""
+    def __init__(self, form: str, stored: Stored, bias: nn.Parameter | None) -> None:
+        """For a matrix `stored` in `form` (a name of `onewan.model.weight_storage`)."""
         nn.Module.__init__(self)  # nn.Linear's own would allocate a weight of full size
-        entry = weights.entries[name]
-        self.out_features, self.in_features = entry.info.shape
-        self.dtype_in_file = entry.info.dtype
-        stored = weights.file.read(entry.key, keep_mapped=device.type == "cpu").view(torch.int8)
-        self.weight = nn.Parameter(stored.to(device), requires_grad=False)
+        weight, scale, levels = stored
+        self.form = form
+        self.out_features = weight.shape[0]
+        self.in_features = columns_of(form, weight.shape[1])
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = bias
-        scale = None if entry.scale is None else weights.file.read(entry.scale).float()
-        if scale is not None:  # checks the shape now instead of in the first step
-            blank = torch.empty(entry.info.shape, device="meta")
-            dequantize_fp8(blank, scale.to("meta"), f"{weights.path}: {entry.scale}")
-            scale = scale.to(device)
         self.register_buffer("scale", scale)
+        self.register_buffer("levels", levels, persistent=False)
+
+    @property
+    def stored(self) -> Stored:
+        """The packed weight."""
+        return self.weight, self.scale, self.levels
 
     def dequantized_weight(self) -> Tensor:
-        """The dequantized weight, float32 [out, in]."""
-        shape = (self.out_features, self.in_features)
-        return dequantized(self.weight, self.scale, self.dtype_in_file, shape)
+        """The expanded weight, float32 [out, in]."""
+        return expanded(self.form, self.stored)
 
     def is_finite(self) -> bool:
-        """Whether no value of an fp8 weight and of its scale is NaN or infinite. GGUF's scales of
-        blocks are not checked, since that would take dequantizing."""
-        if self.scale is not None and not all_finite(self.scale):
-            return False
-        if self.dtype_in_file not in FP8:
-            return True
-        return all_finite(self.weight.view(from_safetensors_name(self.dtype_in_file)))
+        """Whether no value is NaN or infinite; GGUF's scales of blocks are not checked."""
+        return is_finite(self.form, self.stored)
 
     def forward(self, input: Tensor) -> Tensor:
         # A custom autograd function is not cast by autocast, so the type is determined here.
@@ -99,18 +63,20 @@ class QuantizedLinear(nn.Linear):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return _Product.apply(input.to(dtype), self.weight, self.scale, bias, self)  # pyright: ignore[reportReturnType]
+        return _Product.apply(input.to(dtype), bias, self.form, *self.stored)  # pyright: ignore[reportReturnType]
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
-        # `.to(bfloat16)` on a whole model would round the scale, and thereby change every weight.
-        exact = self.scale
+        # `.to(bfloat16)` on a whole model would round the scales, and thereby change every weight.
+        exact = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        if exact is not None and self.scale is not None and self.scale.dtype != exact.dtype:
-            self.scale = exact.to(self.scale.device)
+        for name, before in exact.items():
+            after = self.get_buffer(name)
+            if after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
         return self
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, dtype_in_file={self.dtype_in_file}"
+        return f"{super().extra_repr()}, form={self.form}"
 
 
 class _Product(torch.autograd.Function):
@@ -123,14 +89,15 @@ class _Product(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,
         input: Tensor,
+        bias: Tensor | None,
+        form: str,
         weight: Tensor,
         scale: Tensor | None,
-        bias: Tensor | None,
-        layer: QuantizedLinear,
+        levels: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        ctx.form = (layer.dtype_in_file, (layer.out_features, layer.in_features))
-        values = dequantized(weight, scale, *ctx.form).to(input.dtype)
+        ctx.save_for_backward(weight, scale, levels)
+        ctx.form = form
+        values = expanded(form, (weight, scale, levels), input.dtype)
         with torch.autocast(input.device.type, enabled=False):
             return F.linear(input, values, bias)
 
@@ -140,8 +107,7 @@ class _Product(torch.autograd.Function):
         grad_input = grad_bias = None
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                weight, scale = ctx.saved_tensors
-                grad_input = grad @ dequantized(weight, scale, *ctx.form).to(grad.dtype)
-            if ctx.needs_input_grad[3]:
+                grad_input = grad @ expanded(ctx.form, ctx.saved_tensors, grad.dtype)
+            if ctx.needs_input_grad[1]:
                 grad_bias = grad.flatten(0, -2).sum(0)
-        return grad_input, None, None, grad_bias, None
+        return grad_input, grad_bias, None, None, None, None

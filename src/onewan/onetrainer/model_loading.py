@@ -117,5 +117,5 @@ def _loaded(
     sources: dict[str, str], variant: Any, dtype: torch.dtype, parts: Any, boundary: float | None
 ) -> WanModel:
     return WanModelLoader().load(
-        sources, variant, dtype, "cpu", parts, quantized="dequantize", boundary=boundary
+        sources, variant, dtype, "cpu", parts, weights="bf16", boundary=boundary
     )

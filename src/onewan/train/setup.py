@@ -168,7 +168,7 @@ class WanModelSetup:
             self._dtype,
             device,
             components,
-            quantized=section.quantized,
+            weights=self._config.memory.weights,
             check_file_names=section.check_file_names,
             boundary=section.boundary,
         )
