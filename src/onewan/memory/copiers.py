@@ -1,0 +1,145 @@
+"""How the weights of a block get from host memory into a buffer on the device.
+
+`DirectCopier` is for pinned masters. `StagedCopier` is for memory that is not pinned, including
+mapped files: a thread copies it piece by piece into a few pinned buffers, and from there
+asynchronously to the device, while the main thread goes on.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from onewan.memory.block_weights import BlockInHostMemory
+from onewan.memory.copy_queue import Event, InOrderQueue, copy_async
+from onewan.memory.host_memory import HostMemory
+
+PIECE_SIZE = 64 << 20
+"""Bytes of a pinned buffer: enough for the full rate of the bus, and little enough to be had."""
+NUM_PIECES = 3
+"""One is filled while another is copied to the device, and one more evens out their rates."""
+
+
+class Copier(Protocol):
+    """Copies blocks to the device."""
+
+    def load(self, block: BlockInHostMemory, target: Tensor, free: Event, ready: Event) -> Load:
+        """Queue the copy of `block` into the uint8 tensor `target`.
+
+        It starts after the event `free`, and `ready` is recorded behind it.
+        """
+        ...
+
+    def close(self) -> None:
+        """End what runs in the background."""
+        ...
+
+
+class Load:
+    """A copy that has been queued, or will be by a thread."""
+
+    def wait_until_queued(self) -> None:
+        """Return when waiting for its event is possible; raise what went wrong in the thread."""
+
+
+class DirectCopier:
+    """One asynchronous copy from a pinned master."""
+
+    def __init__(self, queue: InOrderQueue) -> None:
+        self._queue = queue
+
+    def load(self, block: BlockInHostMemory, target: Tensor, free: Event, ready: Event) -> Load:
+        self._queue.copy_in_after(free)
+        with self._queue.copying_in():
+            for offset, source in block.sources:
+                copy_async(target[offset : offset + source.numel()], source)
+        self._queue.copied_in(ready)
+        return _QUEUED
+
+    def close(self) -> None:
+        """There is nothing in the background."""
+
+
+class _StagedLoad(Load):
+    def __init__(self, block: BlockInHostMemory, target: Tensor, free: Event, ready: Event) -> None:
+        self.block = block
+        self.target = target
+        self.free = free
+        self.ready = ready
+        self.error: BaseException | None = None
+        self.queued = threading.Event()
+
+    def wait_until_queued(self) -> None:
+        self.queued.wait()
+        if self.error is not None:
+            raise self.error
+
+
+class StagedCopier:
+    """Copies through pinned buffers, by a thread that ends with `close`."""
+
+    def __init__(
+        self,
+        copy_queue: InOrderQueue,
+        host: HostMemory,
+        *,
+        piece_size: int = PIECE_SIZE,
+        num_pieces: int = NUM_PIECES,
+    ) -> None:
+        self._queue = copy_queue
+        self._pieces = [
+            (host.allocate_staging(piece_size).tensor, copy_queue.event())
+            for _ in range(num_pieces)
+        ]
+        self._next_piece = 0
+        self._loads: queue.SimpleQueue[_StagedLoad | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="weights to device", daemon=True)
+        self._thread.start()
+
+    def load(self, block: BlockInHostMemory, target: Tensor, free: Event, ready: Event) -> Load:
+        load = _StagedLoad(block, target, free, ready)
+        self._loads.put(load)
+        return load
+
+    def close(self) -> None:
+        self._loads.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (load := self._loads.get()) is not None:
+            try:
+                self._copy(load)
+            except BaseException as error:  # noqa: BLE001  (raised again in the main thread)
+                load.error = error
+            load.queued.set()
+
+    @torch.no_grad()
+    def _copy(self, load: _StagedLoad) -> None:
+        self._queue.copy_in_after(load.free)
+        size = load.block.layout.size
+        for start in range(0, size, self._pieces[0][0].numel()):
+            piece, done = self._pieces[self._next_piece]
+            self._next_piece = (self._next_piece + 1) % len(self._pieces)
+            stop = min(start + piece.numel(), size)
+            if done is not None:
+                done.synchronize()  # until the device has read what the piece held before
+            _gather(load.block.sources, start, stop, piece)
+            with self._queue.copying_in():
+                copy_async(load.target[start:stop], piece[: stop - start])
+            self._queue.copied_in(done)
+        self._queue.copied_in(load.ready)
+
+
+def _gather(sources: list[tuple[int, Tensor]], start: int, stop: int, piece: Tensor) -> None:
+    """Copy bytes `start` to `stop` of a block into `piece`; gaps between tensors stay undefined."""
+    for offset, source in sources:
+        first, last = max(start, offset), min(stop, offset + source.numel())
+        if first < last:
+            piece[first - start : last - start].copy_(source[first - offset : last - offset])
+
+
+_QUEUED = Load()
