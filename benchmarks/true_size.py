@@ -1,0 +1,256 @@
+"""Phases of a run at the true sizes of the variants, counted by live bytes over fake tensors.
+
+`count_step` builds what a run builds (onewan's adapters on the transformer, its forward pass, its
+optimizer) without weights, and counts one training step with `live_bytes.LiveBytes`.
+
+    python benchmarks/true_size.py t2v-a14b 81x480x832 [--method full] [--blocks 4] [--top 20]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from live_bytes import LiveBytes, Storage, fake_device
+from torch import nn
+
+from onewan.adapters.adapter_config import adapter_config_for
+from onewan.adapters.lora import attach_adapter
+from onewan.config.method import LoraMethod
+from onewan.model.forward import predict_velocity
+from onewan.model.meta_init import transformer_on_meta
+from onewan.model.precision import keep_float32_islands
+from onewan.variants import VARIANTS, Variant, VariantName
+
+TEXT_TOKENS = 512
+TEXT_WIDTH = 4096
+
+CountedMethod = Literal["lora", "full"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How the counted step trains."""
+
+    method: CountedMethod = "lora"
+    rank: int = 32
+    dtype: torch.dtype = torch.bfloat16
+    """Of the weights and the matrix products."""
+    checkpointing: bool = True
+    clean_first_frame: bool = True
+    """Whether the clip keeps its first frame, where the variant has that (TI2V-5B)."""
+    blocks: int | None = None
+    """Number of blocks, if not all."""
+    workspaces: bool = True
+    """As in `LiveBytes`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """Bytes of device memory in one training step; of the second step, so that the optimizer has
+    its state from the beginning."""
+
+    variant: VariantName
+    size: tuple[int, int, int]
+    """Frames, height and width of the clip in pixels."""
+    tokens: int
+    weights: int
+    """The transformer's parameters and buffers without what is trained beside them."""
+    trained: int
+    """Adapter weights and optimizer state; for full fine-tuning the optimizer state alone."""
+    kept: int
+    """What the forward pass leaves for the backward pass: block inputs and all else."""
+    peaks: dict[str, int]
+    """The peak of each part: ``forward``, ``backward`` and ``update``, everything included."""
+    at_peak: list[Storage]
+    """What is alive at the peak, largest first."""
+
+    @property
+    def peak(self) -> int:
+        """The highest peak of all parts."""
+        return max(self.peaks.values())
+
+    @property
+    def over_weights(self) -> int:
+        """The peak without the transformer's own weights."""
+        return self.peak - self.weights
+
+
+def latent_shape(facts: Variant, size: tuple[int, int, int]) -> tuple[int, int, int, int, int]:
+    """Shape of the latents of one clip, [1, C, F, h, w]."""
+    frames, height, width = size
+    temporal, spatial = facts.temporal_compression, facts.spatial_compression
+    return (
+        1,
+        facts.latent_channels,
+        (frames - 1) // temporal + 1,
+        height // spatial,
+        width // spatial,
+    )
+
+
+def build_transformer(
+    facts: Variant,
+    device: torch.device,
+    dtype: torch.dtype,
+    blocks: int | None = None,
+    *,
+    heads: int | None = None,
+) -> Any:
+    """The variant's transformer without values, as `onewan.model.load` loads it: `dtype`, but for
+    the weights that diffusers keeps in float32. `blocks` and `heads`: those numbers instead of the
+    variant's; the feed-forward width is in proportion to the heads."""
+    heads = heads or facts.num_attention_heads
+    transformer: Any = transformer_on_meta(
+        {
+            "num_attention_heads": heads,
+            "attention_head_dim": facts.attention_head_dim,
+            "in_channels": facts.in_channels,
+            "out_channels": facts.latent_channels,
+            "ffn_dim": facts.ffn_dim * heads // facts.num_attention_heads,
+            "num_layers": blocks or facts.num_layers,
+            "text_dim": TEXT_WIDTH,
+        }
+    )
+    islands = set(transformer._keep_in_fp32_modules)
+    for name, parameter in list(transformer.named_parameters()):
+        path, _, leaf = name.rpartition(".")
+        own = torch.float32 if islands.intersection(name.split(".")) else dtype
+        value = torch.empty(parameter.shape, dtype=own, device=device)
+        transformer.get_submodule(path)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    keep_float32_islands(transformer)
+    transformer.to(device)  # the buffers
+    return transformer
+
+
+def count_step(
+    variant: VariantName, frames: int, height: int, width: int, settings: Settings | None = None
+) -> Counts:
+    """One training step of one expert on one clip of that size."""
+    settings = settings or Settings()
+    facts, size = VARIANTS[variant], (frames, height, width)
+    shape = latent_shape(facts, size)
+    with fake_device() as device, LiveBytes(workspaces=settings.workspaces) as live:
+        live.mark("build")
+        transformer = build_transformer(facts, device, settings.dtype, settings.blocks)
+        weights = live.current(device.type)
+        parameters = make_trainable(transformer, facts, settings)
+        optimizer = optimizer_with_state(parameters)
+        trained = live.current(device.type) - weights
+        inputs = step_inputs(facts, shape, device, clean=settings.clean_first_frame)
+        before = live.current(device.type)
+        live.mark("forward")
+        prediction = predict_velocity(transformer, **inputs, dtype=settings.dtype)
+        kept = live.current(device.type) - before
+        live.mark("backward")
+        F.mse_loss(prediction, torch.randn(shape, device=device)).backward()
+        del prediction
+        live.mark("update")
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    peaks = live.peaks(device.type)
+    del peaks["build"]
+    return Counts(
+        variant=variant,
+        size=size,
+        tokens=shape[2] * shape[3] * shape[4] // 4,
+        weights=weights,
+        trained=trained,
+        kept=kept,
+        peaks=peaks,
+        at_peak=live.at_peak(device.type, max(peaks, key=lambda part: peaks[part])),
+    )
+
+
+def make_trainable(transformer: Any, facts: Variant, settings: Settings) -> list[nn.Parameter]:
+    """Prepare the transformer for training as a run does; returns what is trained."""
+    if settings.method == "lora":
+        method = LoraMethod(kind="lora", rank=settings.rank)
+        config = adapter_config_for(method, transformer, None)
+        attach_adapter(transformer, config, 0, facts.experts[0].name)
+    else:
+        transformer.requires_grad_(True)
+    if settings.checkpointing:
+        transformer.enable_gradient_checkpointing()
+    transformer.train()
+    return [p for p in transformer.parameters() if p.requires_grad]
+
+
+def optimizer_with_state(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW as a run builds it, after a first step, so that its state exists."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer
+
+
+def step_inputs(
+    facts: Variant, shape: tuple[int, ...], device: torch.device, *, clean: bool
+) -> dict[str, Any]:
+    """The tensors of one clip for `predict_velocity`, by the names of its arguments."""
+    extra = facts.in_channels - facts.latent_channels
+    return {
+        "x_BCFHW": torch.randn(shape, device=device),
+        "t_B": torch.rand(1, device=device),
+        "text_BLD": torch.randn(1, TEXT_TOKENS, TEXT_WIDTH, device=device),
+        "condition_BCFHW": torch.randn(1, extra, *shape[2:], device=device) if extra else None,
+        "clean_first_frame_B": torch.ones(1, dtype=torch.bool, device=device)
+        if clean and facts.has_clean_first_frame
+        else None,
+    }
+
+
+def describe(storages: Iterable[Storage], top: int) -> list[str]:
+    """The largest of `storages`, equal ones counted together, one line each."""
+    groups: Counter[tuple[int, str]] = Counter()
+    for s in storages:
+        dtype = str(s.dtype).removeprefix("torch.")
+        groups[s.bytes, f"{s.shape} {dtype}  {s.operator}  {s.place}"] += 1
+    ordered = sorted(groups.items(), key=lambda item: -item[0][0] * item[1])
+    return [
+        f"{size * count / 1e9:7.3f} GB  {count:4} x {what}" for (size, what), count in ordered[:top]
+    ]
+
+
+def parse_size(text: str) -> tuple[int, int, int]:
+    """``81x480x832`` -> frames, height, width."""
+    frames, height, width = map(int, text.split("x"))
+    return frames, height, width
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("variant", choices=sorted(VARIANTS))
+    parser.add_argument("size", type=parse_size, help="frames x height x width, as 81x480x832")
+    parser.add_argument("--method", choices=("lora", "full"), default="lora")
+    parser.add_argument("--blocks", type=int, help="number of blocks, if not all")
+    parser.add_argument("--no-workspaces", action="store_true", help="leave out WORKSPACES")
+    parser.add_argument("--top", type=int, default=20, help="tensors of the peak to list")
+    options = parser.parse_args()
+    settings = Settings(
+        method=options.method, blocks=options.blocks, workspaces=not options.no_workspaces
+    )
+    frames, height, width = options.size
+    counts = count_step(options.variant, frames, height, width, settings)
+    print(f"{counts.variant}, {counts.tokens} tokens, {options.method}, GB:")
+    figures = {"weights": counts.weights, "trained": counts.trained, "kept": counts.kept}
+    figures |= {f"peak of {part}": peak for part, peak in counts.peaks.items()}
+    for name, value in {**figures, "peak over weights": counts.over_weights}.items():
+        print(f"  {name:18} {value / 1e9:8.3f}")
+    print("alive at the peak:")
+    for line in describe(counts.at_peak, options.top):
+        print("  " + line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
