@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from support.adapters import METHODS, file_of, output, relative, trained
+from support.streamed import stream_blocks
 from support.tiny_models import in_bfloat16, quantized, tiny_transformer
 from torch import Tensor
 
@@ -16,6 +17,9 @@ from onewan.adapters.lora import adapter_of, apply_lora, attach_adapter
 from onewan.adapters.merging import FixedParts, split_adapter
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
+from onewan.memory.block_weights import BlockWeights
+from onewan.memory.host_memory import HostMemory
+from onewan.memory.streaming import BlockStream
 from onewan.train.trainables import AdapterTraining
 
 Q, NORM = "blocks.0.attn1.to_q", "blocks.0.attn1.norm_q"
@@ -154,3 +158,24 @@ def test_parts_that_do_not_fit_are_found_without_weights(base, module, adapter, 
     for model in (copy.deepcopy(base), copy.deepcopy(base).to("meta")):
         with pytest.raises(CheckpointError, match=rf"start: .*{words}"):
             FixedParts(model, {module: adapter}, "start")
+
+
+def test_the_base_weights_are_removed_also_while_blocks_are_streamed(base):
+    """Each use of a block binds its weights anew, which must not bring the merged ones back."""
+    modules = {
+        NORM: ModuleAdapter(kind="difference", tensors={"diff": some(32)}),
+        "blocks.1.scale_shift_table": ModuleAdapter(
+            kind="difference", tensors={"diff": some(1, 6, 32)}
+        ),
+    }
+    model = copy.deepcopy(base)
+    parts = FixedParts(model, modules, "x")
+    merged = output(model, torch.float32)
+    stream = BlockStream(torch.device("cpu"))
+    stream.select(BlockWeights.take(list(model.blocks), HostMemory(stream.device)), resident=1)
+    stream_blocks(model, stream)
+    assert torch.equal(output(model, torch.float32), merged)
+    with parts.removed():
+        assert torch.equal(output(model, torch.float32), output(base, torch.float32))
+    assert torch.equal(output(model, torch.float32), merged)
+    assert not torch.equal(merged, output(base, torch.float32))

@@ -72,15 +72,13 @@ class FixedParts:
     def removed(self) -> Iterator[None]:
         """A context in which the transformer has the base model's weights, bit for bit. It must not
         be moved to another device meanwhile."""
-        weights = [owner.get_parameter(parameter) for owner, parameter in self._changed]
-        merged = [weight.data for weight in weights]
+        for owner, parameter in self._changed:
+            _exchange(owner, parameter)
         try:
-            for weight, (owner, parameter) in zip(weights, self._changed, strict=True):
-                weight.data = owner.get_buffer(f"base_{parameter}")
             yield
         finally:
-            for weight, data in zip(weights, merged, strict=True):
-                weight.data = data
+            for owner, parameter in self._changed:
+                _exchange(owner, parameter)
 
     def added_to(self, trained: Mapping[str, ModuleAdapter]) -> dict[str, ModuleAdapter]:
         """The adapter of both: `trained` and these parts."""
@@ -91,6 +89,18 @@ class FixedParts:
                 part if own is None else replace(own, tensors={**own.tensors, **part.tensors})
             )
         return result
+
+
+def _exchange(owner: nn.Module, parameter: str) -> None:
+    """Exchange a weight with the base model's beside it.
+
+    The objects and not their data: while blocks are streamed, each object is bound to its own data
+    again at every use.
+    """
+    base = f"base_{parameter}"
+    weight = owner._parameters[parameter]
+    owner._parameters[parameter] = owner._buffers[base]  # pyright: ignore[reportArgumentType]
+    owner._buffers[base] = weight
 
 
 def check_modules_exist(

@@ -152,8 +152,10 @@ class BlockStream:
             return
         if self._used:
             raise RuntimeError(f"block {next(iter(self._used))} is in use; call done() before")
-        self._weights, self._resident = weights, resident
+        # None in between, so that a call after one that ran out of memory starts again.
+        self._weights, self._resident = None, resident
         self._fit_buffers(weights)
+        self._weights = weights
         self._prefetch(weights, self._window(weights).first)
 
     def announce(self, weights: BlockWeights) -> None:

@@ -1,0 +1,63 @@
+"""Runs the blocks of a transformer through a `BlockStream`, each as one checkpointed function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onewan.memory.streaming import BlockStream, Pass
+
+
+def stream_blocks(transformer: Any, stream: BlockStream) -> None:
+    """Make the blocks of `transformer` use `stream`: without gradients as one pass of several, with
+    gradients as the forward pass of a training step."""
+    for index, block in enumerate(transformer.blocks):
+        block.forward = _StreamedBlock(stream, index, block)
+
+
+class _StreamedBlock:
+    def __init__(self, stream: BlockStream, index: int, block: nn.Module) -> None:
+        self.stream = stream
+        self.index = index
+        self.block = block
+        self.plain = block.forward
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            # A gradient is always asked for, so that the backward pass reaches every block.
+            anchor = torch.zeros((), requires_grad=True)
+            return _Checkpointed.apply(self, anchor, *inputs)  # pyright: ignore[reportReturnType]
+        return self.run(Pass.INFERENCE, *inputs)
+
+    def run(self, current: Pass, *inputs: Any) -> Tensor:
+        self.stream.use(self.index)
+        result = self.plain(*inputs)
+        self.stream.done(self.index, current)
+        return result
+
+
+class _Checkpointed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, block: _StreamedBlock, anchor: Tensor, *inputs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        del anchor
+        ctx.block, ctx.inputs = block, inputs
+        return block.run(Pass.TRAIN_FORWARD, *inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        block: _StreamedBlock = ctx.block
+        wanted = ctx.needs_input_grad[2:]
+        inputs = [
+            i.detach().requires_grad_(True) if needed else i
+            for i, needed in zip(ctx.inputs, wanted, strict=True)
+        ]
+        block.stream.use(block.index)
+        with torch.enable_grad():
+            result = block.plain(*inputs)
+        torch.autograd.backward(result, gradient)
+        del result
+        block.stream.done(block.index, Pass.BACKWARD)
+        grads = [i.grad if needed else None for i, needed in zip(inputs, wanted, strict=True)]
+        return (None, None, *grads)
