@@ -6,11 +6,15 @@ timestep input 1000 t here and only here, in float32 (bfloat16 would round 873 t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from onewan.model.precision import compute_context
+from onewan.model.transformer import TransformerCall, WanTransformer, two_timesteps
 from onewan.variants import NUM_TRAIN_TIMESTEPS, PATCH_SIZE
 
 
@@ -28,6 +32,63 @@ def token_timesteps(t_B: Tensor, clean_B: Tensor, latents_BCFHW: Tensor) -> Tens
     return timesteps_BN
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoisyLatents:
+    """One batch for the transformer; all tensors but the mask are float32."""
+
+    x: Tensor
+    """[B, C, F, H, W] noisy latents."""
+    t: Tensor
+    """[B] noise levels in [0, 1]."""
+    text: Tensor
+    """[B, 512, D] text embeddings, zero past each prompt's length."""
+    condition: Tensor | None = None
+    """[B, K, F, H, W] further input channels (`Conditioning.channels`)."""
+    clean_first_frame: Tensor | None = None
+    """[B] bool: the samples whose first latent frame is clean (TI2V-5B)."""
+
+    def timestep(self, *, for_each_token: bool) -> Tensor:
+        """[B], or where a first frame is clean [B, N] for each token, or else [B, 2] for the first
+        frame and the others."""
+        # With equal timesteps for all tokens, the result differs by 6e-7 from that of one timestep,
+        # and takes more memory: hence only where a frame is clean.
+        if self.clean_first_frame is None:
+            return self.t.float() * NUM_TRAIN_TIMESTEPS
+        per_token = token_timesteps(self.t.float(), self.clean_first_frame, self.x)
+        return per_token if for_each_token else two_timesteps(per_token)
+
+
+def predict_velocities(
+    transformer: WanTransformer3DModel,
+    batches: Sequence[NoisyLatents],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:
+    """The transformer's predictions of (noise - clean latents), [B, C, F, H, W], float32.
+
+    With a block runner all batches go through each block together. `dtype` is the precision of the
+    matrix products. ValueError for latents whose sides do not divide into patches, which diffusers
+    would crop silently.
+    """
+    for batch in batches:
+        height, width = batch.x.shape[-2:]
+        _, rows, columns = PATCH_SIZE
+        if height % rows or width % columns:
+            raise ValueError(
+                f"latents of {width}x{height} do not divide into {columns}x{rows} patches"
+            )
+    together = isinstance(transformer, WanTransformer) and transformer.block_runner is not None
+    calls = [_call(batch, for_each_token=not together) for batch in batches]
+    with compute_context(dtype, batches[0].x.device):
+        if together:
+            predictions = transformer.forward_batches(calls)
+        else:
+            predictions = [
+                transformer(c.latents, c.timestep, c.text, return_dict=False)[0] for c in calls
+            ]
+    return [prediction.float() for prediction in predictions]
+
+
 def predict_velocity(
     transformer: WanTransformer3DModel,
     x_BCFHW: Tensor,
@@ -38,26 +99,19 @@ def predict_velocity(
     clean_first_frame_B: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The transformer's prediction of (noise - clean latents), [B, C, F, H, W], float32.
+    """`predict_velocities` for one batch, with its tensors as arguments."""
+    batch = NoisyLatents(
+        x=x_BCFHW,
+        t=t_B,
+        text=text_BLD,
+        condition=condition_BCFHW,
+        clean_first_frame=clean_first_frame_B,
+    )
+    return predict_velocities(transformer, [batch], dtype=dtype)[0]
 
-    `x_BCFHW`: noisy latents. `t_B`: noise levels in [0, 1]. `text_BLD`: embeddings padded to 512
-    tokens. `condition_BCFHW`: further input channels (`Conditioning.channels`).
-    `clean_first_frame_B`: [B] bool, the samples whose first latent frame is clean (TI2V-5B).
-    `dtype`: precision of the matrix products. ValueError for latents whose sides do not divide
-    into patches, which diffusers would crop silently.
-    """
-    height, width = x_BCFHW.shape[-2:]
-    _, rows, columns = PATCH_SIZE
-    if height % rows or width % columns:
-        raise ValueError(f"latents of {width}x{height} do not divide into {columns}x{rows} patches")
-    timestep = t_B.float() * NUM_TRAIN_TIMESTEPS
-    if clean_first_frame_B is not None:
-        # Only where a frame is clean: a timestep for each token costs about 100 kB per token and
-        # block, and with equal timesteps the result differs by 6e-7.
-        timestep = token_timesteps(t_B.float(), clean_first_frame_B, x_BCFHW)
-    hidden_BCFHW = x_BCFHW
-    if condition_BCFHW is not None:
-        hidden_BCFHW = torch.cat([x_BCFHW, condition_BCFHW], dim=1)
-    with compute_context(dtype, x_BCFHW.device):
-        prediction = transformer(hidden_BCFHW, timestep, text_BLD, return_dict=False)[0]
-    return prediction.float()
+
+def _call(batch: NoisyLatents, *, for_each_token: bool) -> TransformerCall:
+    latents_BCFHW = batch.x
+    if batch.condition is not None:
+        latents_BCFHW = torch.cat([latents_BCFHW, batch.condition], dim=1)
+    return TransformerCall(latents_BCFHW, batch.timestep(for_each_token=for_each_token), batch.text)

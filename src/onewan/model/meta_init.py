@@ -10,13 +10,14 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from onewan.errors import CheckpointError
 from onewan.formats.untrusted import first_line
 from onewan.formats.weights import ComponentFile
+from onewan.model.transformer import WanTransformer
 
 _WITH_CODE = ("attn_implementation", "quantization_config", "auto_map")
 """Settings of transformers that select code, which a model's file must not do."""
@@ -38,11 +39,11 @@ def module_on_meta(weights: ComponentFile) -> nn.Module:
     return module
 
 
-def transformer_on_meta(config: Mapping[str, Any]) -> WanTransformer3DModel:
+def transformer_on_meta(config: Mapping[str, Any]) -> WanTransformer:
     """A transformer with diffusers' configuration `config` and no weights."""
     with init_empty_weights(include_buffers=False):
-        module = WanTransformer3DModel.from_config(dict(config))
-    assert isinstance(module, WanTransformer3DModel)
+        module = WanTransformer.from_config(dict(config))
+    assert isinstance(module, WanTransformer)
     return module
 
 

@@ -54,6 +54,10 @@ class Run:
         self.residency.bring(expert.transformer)
         return expert
 
+    def together(self, batches: Sequence[Batch]) -> list[Sequence[Batch]]:
+        """The batches of a step in groups that go through the transformer together."""
+        return [[batch] for batch in batches]
+
     def text(self, batch: Batch) -> Tensor:
         """[B, 512, dim] embeddings of the batch's captions: from the cache, or, if placeholders are
         trained, from the text encoder now, so that gradients reach their vectors."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from onewan.data.loader import Batch, StepBatches
 from onewan.dtypes import torch_dtype
 from onewan.errors import TrainingError
-from onewan.model.forward import predict_velocity
+from onewan.model.forward import NoisyLatents, predict_velocities
 from onewan.seeds import derive_seed
 from onewan.train.objective import NoisedBatch, velocity_loss, with_base_target
 from onewan.train.run import Run
@@ -64,48 +65,72 @@ def backward(
     """Accumulate the gradients of all batches of `step` in the parameters.
 
     Returns each batch's contribution to the step's loss, as scalars on the device, and the noise
-    level of each sample.
+    level of each sample. Gradients have the same bits whether batches go through the transformer
+    together or one after another.
     """
     if not trained.transformer.training:  # setting it goes through all submodules
         trained.transformer.train()
     fused = trained.method is not None and trained.method.fused
     losses: list[Tensor] = []
     levels: list[float] = []
-    for cpu_batch in step.batches:
-        batch = cpu_batch.to(run.device)
-        sample = run.objective.add_noise(batch, step, trained.expert)
-        text = run.text(batch)
-        if batch.is_prior is not None:
-            with trained.base(), torch.no_grad():
-                sample = with_base_target(sample, predict(run, trained, batch, sample, text), batch)
+    for group in run.together(step.batches):
+        noised = [noised_inputs(run, batch.to(run.device), step, trained) for batch in group]
         if run.dropout:
-            counters = (step.number, batch.first_sample_index)
-            # Seeded for each batch, so that a resumed run draws the same dropout.
+            counters = (step.number, group[0].first_sample_index)
+            # Seeded for each group, so that a resumed run draws the same dropout.
             torch.manual_seed(derive_seed(run.config.train.seed, "dropout", *counters))
-        loss = compute_loss(run, sample, predict(run, trained, batch, sample, text))
+        predictions = predict(run, trained, noised)
         # Every sample has the same weight, although the last batch of a bucket may be smaller.
-        weighted = loss * (len(batch) / step.global_size)
+        weighted = [
+            compute_loss(run, inputs.sample, prediction) * (len(inputs.batch) / step.global_size)
+            for inputs, prediction in zip(noised, predictions, strict=True)
+        ]
         if fused:  # the backward pass updates weights, so nothing could be refused later
-            check_finite(step, [weighted.item()], 0.0)
+            check_finite(step, torch.stack(weighted).tolist(), 0.0)
         # Without a gradient if only placeholders are trained and no caption contains one.
-        if weighted.requires_grad:
-            weighted.backward()
-        losses.append(weighted.detach())
-        levels += sample.t_host
+        if differentiable := [loss for loss in weighted if loss.requires_grad]:
+            torch.autograd.backward(differentiable)
+        losses += [loss.detach() for loss in weighted]
+        levels += [level for inputs in noised for level in inputs.sample.t_host]
     return losses, tuple(levels)
 
 
-def predict(
-    run: Run, trained: TrainedExpert, batch: Batch, sample: NoisedBatch, text_BLD: Tensor
-) -> Tensor:
-    """The velocity that the expert predicts for `sample`, [B, C, F, h, w], float32."""
-    return predict_velocity(
+@dataclass(frozen=True, slots=True)
+class NoisedInputs:
+    """A batch as the transformer gets it."""
+
+    batch: Batch
+    sample: NoisedBatch
+    text: Tensor
+
+
+def noised_inputs(
+    run: Run, batch: Batch, step: StepBatches, trained: TrainedExpert
+) -> NoisedInputs:
+    """`batch`, which is on the device, with the noise that `step` draws for it."""
+    sample = run.objective.add_noise(batch, step, trained.expert)
+    inputs = NoisedInputs(batch, sample, run.text(batch))
+    if batch.is_prior is None:
+        return inputs
+    with trained.base(), torch.no_grad():
+        (prediction,) = predict(run, trained, [inputs])
+    return replace(inputs, sample=with_base_target(sample, prediction, batch))
+
+
+def predict(run: Run, trained: TrainedExpert, batches: Sequence[NoisedInputs]) -> list[Tensor]:
+    """The velocities that the expert predicts for each batch, [B, C, F, h, w], float32."""
+    return predict_velocities(
         trained.transformer,
-        sample.x,
-        sample.t,
-        text_BLD,
-        condition_BCFHW=batch.condition,
-        clean_first_frame_B=sample.clean_first_frame,
+        [
+            NoisyLatents(
+                x=inputs.sample.x,
+                t=inputs.sample.t,
+                text=inputs.text,
+                condition=inputs.batch.condition,
+                clean_first_frame=inputs.sample.clean_first_frame,
+            )
+            for inputs in batches
+        ],
         dtype=torch_dtype(run.config.model.dtype),
     )
 

@@ -18,7 +18,7 @@ from onewan.data.loader import Batch
 from onewan.seeds import derive_seed
 from onewan.train.run import Run
 from onewan.train.state import TrainedExpert, WeightSet
-from onewan.train.step import compute_loss, predict
+from onewan.train.step import NoisedInputs, compute_loss, predict
 from onewan.variants import ExpertName
 
 
@@ -92,5 +92,6 @@ def _clip_losses(run: Run, trained: TrainedExpert, number: int, batch: Batch) ->
         # "grid noise" is part of the seed: another string would give other noise.
         seed = derive_seed(run.config.train.seed, "grid noise", number, index)
         sample = run.objective.add_noise_at_quantile(batch, quantile, trained.expert, seed)
-        losses.append(compute_loss(run, sample, predict(run, trained, batch, sample, text)))
+        (prediction,) = predict(run, trained, [NoisedInputs(batch, sample, text)])
+        losses.append(compute_loss(run, sample, prediction))
     return losses

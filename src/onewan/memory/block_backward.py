@@ -1,0 +1,385 @@
+"""One block of a transformer: its forward pass, and its recomputation and derivative in parts.
+
+Between the parts only hidden states are alive, so the peak is that of the largest part. The order
+of a block's backward pass follows from what each part needs:
+
+1. The hidden states between the parts. With kept attention outputs they follow from the block's
+   input by two projections; otherwise both attentions are computed again, with their graphs.
+2. The feed-forward layer, the last part, computed and differentiated in chunks of tokens if wanted.
+3. Cross-attention, then self-attention.
+
+Gradients of parameters accumulate in their `.grad`, as with `torch.utils.checkpoint`'s reentrant
+form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from torch import Tensor
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from onewan.model.attention_backends import AttentionBackend, attend, default_backend
+from onewan.model.block_parts import BlockInputs, BlockParts, Heads, Modulation, within_frames
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """An attention's output [B, N, H, D], and what its backward pass needs besides q, k and v."""
+
+    output: Tensor
+    saved: tuple[Tensor, ...]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.output, *self.saved]
+
+
+class RandomStates:
+    """The states of the random generators before each part of a block, so that a part that is
+    computed again draws the same dropout."""
+
+    def __init__(self, device: torch.device, *, enabled: bool) -> None:
+        self._device = device
+        self._enabled = enabled
+        self._states: dict[str, tuple[Tensor, list[int], list[Tensor]]] = {}
+
+    def mark(self, part: str) -> None:
+        """`part` is computed next."""
+        if self._enabled:
+            self._states[part] = _generator_states(self._device)
+
+    @contextmanager
+    def again(self, part: str) -> Iterator[None]:
+        """A context in which `part` draws what it drew before."""
+        if not self._enabled:
+            yield
+            return
+        present = _generator_states(self._device)
+        _set_generator_states(self._device, self._states[part])
+        try:
+            yield
+        finally:
+            _set_generator_states(self._device, present)
+
+
+def _generator_states(device: torch.device) -> tuple[Tensor, list[int], list[Tensor]]:
+    if device.type == "cpu":
+        return torch.get_rng_state(), [], []
+    return torch.get_rng_state(), *get_device_states(torch.empty(0, device=device))
+
+
+def _set_generator_states(
+    device: torch.device, states: tuple[Tensor, list[int], list[Tensor]]
+) -> None:
+    torch.set_rng_state(states[0])
+    if states[1]:
+        set_device_states(states[1], states[2], device_type=device.type)
+
+
+@dataclass
+class InputGradients:
+    """Sums over blocks of the gradients of what all blocks of one batch get.
+
+    Each block continues the sum of the blocks behind it, in autograd's order of summation.
+    """
+
+    text: Tensor | None = None
+    time: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockComputation:
+    """How blocks compute: settings of one bucket."""
+
+    keep_attention: bool = False
+    """Whether the forward pass returns attention outputs for the backward pass."""
+    chunks: int = 1
+    """Number of chunks of the feed-forward layer."""
+    frames_apart: bool = False
+    """Whether each token attends to its own frame only, in training mode."""
+    backend: AttentionBackend | None = None
+    """The attention backend; None is PyTorch's choice for the tensors at hand."""
+    parts: BlockParts = field(default_factory=BlockParts)
+    """The functions that compute the parts, plain or compiled."""
+    dropout: bool = False
+    """Whether adapters draw dropout, whose random states have to be repeated."""
+
+    @torch.no_grad()
+    def forward(
+        self, block: WanTransformerBlock, hidden_BNd: Tensor, inputs: BlockInputs
+    ) -> tuple[Tensor, list[Attended], RandomStates]:
+        """(the next hidden states, the outputs of self- and cross-attention if they are to be kept,
+        random states for `backward`)."""
+        random = RandomStates(hidden_BNd.device, enabled=self.dropout)
+        part = self.parts.modulation(block, inputs.time)
+        random.mark("self heads")
+        heads = self.parts.self_attention_heads(block, hidden_BNd, part, inputs)
+        first = self.attended(block, heads, inputs)
+        del heads
+        random.mark("self branch")
+        branch = self.parts.self_attention_branch(block, first.output, part, inputs.first_tokens)
+        hidden = hidden_BNd + branch
+        random.mark("cross heads")
+        heads = self.parts.cross_attention_heads(block, hidden, inputs.text)
+        second = self.attended(block, heads, None)
+        del heads
+        random.mark("cross branch")
+        hidden = hidden + self.parts.cross_attention_branch(block, second.output)
+        kept = [first, second] if self.keep_attention else []
+        del first, second, branch
+        random.mark("feed-forward")
+        return self._feed_forward(block, hidden, part, inputs), kept, random
+
+    def differentiable(
+        self, block: WanTransformerBlock, hidden_BNd: Tensor, inputs: BlockInputs
+    ) -> Tensor:
+        """The next hidden states, recorded by autograd: without gradient checkpointing."""
+        part = self.parts.modulation(block, inputs.time)
+        heads = self.parts.self_attention_heads(block, hidden_BNd, part, inputs)
+        output = self._attend(block, heads, inputs)
+        branch = self.parts.self_attention_branch(block, output, part, inputs.first_tokens)
+        hidden = hidden_BNd + branch
+        heads = self.parts.cross_attention_heads(block, hidden, inputs.text)
+        hidden = hidden + self.parts.cross_attention_branch(block, self._attend(block, heads, None))
+        return hidden + self.parts.feed_forward_branch(block, hidden, part, inputs.first_tokens)
+
+    def backward(
+        self,
+        block: WanTransformerBlock,
+        hidden_BNd: Tensor,
+        kept: list[Attended],
+        random: RandomStates,
+        grad_BNd: Tensor,
+        inputs: BlockInputs,
+        sums: InputGradients,
+    ) -> Tensor:
+        """The gradient of `hidden_BNd`; those of parameters are accumulated, and those of the text
+        and the timesteps are added to `sums`."""
+        with torch.enable_grad():
+            this = _BlockBackward(self, block, inputs, random, sums)
+            return this.run(hidden_BNd, kept, grad_BNd)
+
+    # ------------------------------------------------------------------------------------ attention
+
+    def attended(
+        self, block: WanTransformerBlock, heads: Heads, inputs: BlockInputs | None
+    ) -> Attended:
+        """Self-attention with `inputs`, cross-attention without; no gradients."""
+        folded = self._folded(block, heads, inputs)
+        output, saved = self.chosen(folded).forward(*folded)
+        return Attended(output.reshape(heads.q.shape), saved)
+
+    def _attend(
+        self, block: WanTransformerBlock, heads: Heads, inputs: BlockInputs | None
+    ) -> Tensor:
+        folded = self._folded(block, heads, inputs)
+        return attend(*folded, self.chosen(folded)).reshape(heads.q.shape)
+
+    def attention_backward(
+        self,
+        block: WanTransformerBlock,
+        heads: Heads,
+        attended: Attended,
+        grad_BNHD: Tensor,
+        inputs: BlockInputs | None,
+    ) -> Heads:
+        """Gradients of queries, keys and values."""
+        folded = self._folded(block, heads, inputs)
+        shape = folded.q.shape
+        gradients = self.chosen(folded).backward(
+            grad_BNHD.reshape(shape), *folded, attended.output.reshape(shape), attended.saved
+        )
+        pairs = zip(gradients, heads, strict=True)
+        return Heads(*(gradient.reshape(head.shape) for gradient, head in pairs))
+
+    def chosen(self, heads: Heads) -> AttentionBackend:
+        """The attention backend for these heads."""
+        return self.backend or _pytorch_choice(heads.q.device, heads.q.dtype, heads.q.shape[-1])
+
+    def _folded(
+        self, block: WanTransformerBlock, heads: Heads, inputs: BlockInputs | None
+    ) -> Heads:
+        if inputs is None or not self.frames_apart or not block.training:
+            return heads
+        return within_frames(heads, inputs.frames)
+
+    # --------------------------------------------------------------------------- feed-forward layer
+
+    def spans(self, tokens: int, first_tokens: int) -> Iterator[tuple[slice, int]]:
+        """(tokens of a chunk, how many of them have the first timestep)."""
+        size = -(-tokens // self.chunks)
+        for start in range(0, tokens, size):
+            stop = min(start + size, tokens)
+            yield slice(start, stop), min(max(first_tokens - start, 0), stop - start)
+
+    def _feed_forward(
+        self, block: WanTransformerBlock, hidden_BNd: Tensor, part: Modulation, inputs: BlockInputs
+    ) -> Tensor:
+        if self.chunks == 1:
+            return hidden_BNd + self.parts.feed_forward_branch(
+                block, hidden_BNd, part, inputs.first_tokens
+            )
+        # In place: nobody else has these hidden states.
+        for span, first in self.spans(hidden_BNd.shape[1], inputs.first_tokens):
+            chunk = hidden_BNd[:, span]
+            chunk += self.parts.feed_forward_branch(block, chunk, part, first)
+        return hidden_BNd
+
+
+@dataclass
+class _BlockBackward:
+    """The backward pass of one block for one batch."""
+
+    how: BlockComputation
+    block: WanTransformerBlock
+    inputs: BlockInputs
+    random: RandomStates
+    sums: InputGradients
+    _part: Modulation = field(init=False)
+
+    def run(self, hidden_BNd: Tensor, kept: list[Attended], grad_BNd: Tensor) -> Tensor:
+        time = _leaf(self.inputs.time, self.sums.time)
+        table = self.how.parts.modulation(self.block, time)
+        self._part = Modulation(*(_leaf(x) for x in table))
+        text = _leaf(self.inputs.text)
+        first = _Attention(self, hidden_BNd, None, kept[0] if kept else None)
+        middle = first.output()
+        second = _Attention(self, middle, text.view_as(text), kept[1] if kept else None)
+        kept.clear()  # so that each is freed when it has been used
+        last = second.output()
+        grad_BNd = self._feed_forward(last, grad_BNd)
+        del last
+        grad_BNd = second.backward(grad_BNd)
+        del second, middle
+        grad_BNd = first.backward(grad_BNd)
+        self.sums.text = text.grad
+        self._modulation_backward(table)
+        self.sums.time = time.grad
+        return grad_BNd
+
+    def _modulation_backward(self, table: Modulation) -> None:
+        pairs = [
+            (value, leaf.grad)
+            for value, leaf in zip(table, self._part, strict=True)
+            if value.requires_grad and leaf.grad is not None
+        ]
+        if pairs:
+            torch.autograd.backward([v for v, _ in pairs], [g for _, g in pairs])
+
+    def _feed_forward(self, hidden_BNd: Tensor, grad_BNd: Tensor) -> Tensor:
+        """The gradient of `hidden_BNd`, the layer's input."""
+        how, inputs = self.how, self.inputs
+        whole: Tensor | None = None
+        with self.random.again("feed-forward"):
+            for span, first in how.spans(hidden_BNd.shape[1], inputs.first_tokens):
+                chunk = hidden_BNd[:, span].detach().requires_grad_()
+                branch = how.parts.feed_forward_branch(self.block, chunk, self._part, first)
+                branch.backward(grad_BNd[:, span])
+                del branch
+                assert chunk.grad is not None
+                gradient = chunk.grad.add_(grad_BNd[:, span])
+                if how.chunks == 1:
+                    return gradient
+                if whole is None:
+                    whole = torch.empty_like(hidden_BNd)
+                whole[:, span] = gradient
+        assert whole is not None
+        return whole
+
+    @property
+    def part(self) -> Modulation:
+        """The modulation, as leaves of which each part has its own graph."""
+        return self._part
+
+
+class _Attention:
+    """Self-attention (`text` is None) or cross-attention, in the backward pass of a block."""
+
+    def __init__(
+        self, owner: _BlockBackward, hidden_BNd: Tensor, text: Tensor | None, kept: Attended | None
+    ) -> None:
+        self._owner = owner
+        self._name = "self" if text is None else "cross"
+        self._hidden = hidden_BNd.detach().requires_grad_()
+        self._text = text
+        self._heads: Heads | None = None
+        if kept is None:
+            self._heads = self._compute_heads()
+            detached = Heads(*(head.detach() for head in self._heads))
+            with torch.no_grad():
+                kept = owner.how.attended(owner.block, detached, self._inputs())
+        self._attended = kept
+        self._leaf = kept.output.detach().requires_grad_()
+        with owner.random.again(f"{self._name} branch"):
+            self._branch = self._compute_branch()
+
+    def output(self) -> Tensor:
+        """The hidden states after this attention."""
+        return self._hidden.detach() + self._branch.detach()
+
+    def backward(self, grad_BNd: Tensor) -> Tensor:
+        """The gradient of the hidden states before this attention. Overwrites `grad_BNd`."""
+        owner = self._owner
+        self._branch.backward(grad_BNd.to(self._branch.dtype))
+        del self._branch
+        grad_attended = self._leaf.grad
+        assert grad_attended is not None
+        self._leaf.grad = None
+        heads = self._heads or self._compute_heads()
+        self._heads = None
+        with torch.no_grad():
+            gradients = owner.how.attention_backward(
+                owner.block,
+                Heads(*(head.detach() for head in heads)),
+                self._attended,
+                grad_attended,
+                self._inputs(),
+            )
+        del grad_attended, self._attended, self._leaf
+        # The edges keep the graphs, and the heads themselves are freed.
+        edges = [torch.autograd.graph.get_gradient_edge(head) for head in heads]
+        del heads
+        roots = [*gradients]
+        if self._text is not None and owner.sums.text is not None:
+            # The sum of the blocks behind this one comes first, as in autograd's sum over blocks.
+            edges.append(torch.autograd.graph.get_gradient_edge(self._text))
+            roots.append(owner.sums.text)
+        torch.autograd.backward(edges, roots)
+        return grad_BNd if self._hidden.grad is None else self._hidden.grad.add_(grad_BNd)
+
+    def _compute_heads(self) -> Heads:
+        owner, parts = self._owner, self._owner.how.parts
+        with owner.random.again(f"{self._name} heads"):
+            if self._text is None:
+                return parts.self_attention_heads(
+                    owner.block, self._hidden, owner.part, owner.inputs
+                )
+            return parts.cross_attention_heads(owner.block, self._hidden, self._text)
+
+    def _compute_branch(self) -> Tensor:
+        owner, parts = self._owner, self._owner.how.parts
+        if self._text is None:
+            first = owner.inputs.first_tokens
+            return parts.self_attention_branch(owner.block, self._leaf, owner.part, first)
+        return parts.cross_attention_branch(owner.block, self._leaf)
+
+    def _inputs(self) -> BlockInputs | None:
+        return self._owner.inputs if self._text is None else None
+
+
+@cache
+def _pytorch_choice(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
+    return default_backend(device, dtype, head_dim)
+
+
+def _leaf(tensor: Tensor, gradient: Tensor | None = None) -> Tensor:
+    """`tensor` as the leaf of a new graph, whose gradient continues `gradient`."""
+    leaf = tensor.detach().requires_grad_(tensor.requires_grad)
+    if tensor.requires_grad:
+        leaf.grad = gradient
+    return leaf

@@ -1,0 +1,215 @@
+"""A transformer block in parts, each of which can be computed and differentiated by itself.
+
+diffusers computes a block as a whole, so that the backward pass of a recomputed block holds the
+intermediate tensors of self-attention, cross-attention and feed-forward layer together: 10.9 GB for
+A14B at 81x480x832. These functions compute the same block piece by piece, with the same operations
+in the same order, so results and gradients have the same bits as diffusers' (`WanTransformerBlock`
+in `diffusers/models/transformers/transformer_wan.py`). A branch is what a part adds to the hidden
+states; the sums are the caller's.
+
+Shapes: B samples, N tokens, d channels, H heads of D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from onewan.model.attention_backends import autocast_inputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockInputs:
+    """What all blocks get in one forward pass of one batch, besides the hidden states."""
+
+    text: Tensor
+    """[B, 512, d] text embeddings, projected to the transformer's width."""
+    time: Tensor
+    """[B, T, 6, d] float32 modulation from the timesteps: T is 1, or 2 if the first frame has its
+    own."""
+    first_tokens: int
+    """Number of tokens with the first of two timesteps; 0 with one timestep."""
+    rotary: tuple[Tensor, Tensor]
+    """cos and sin of the rotary position embedding, float32 [1, N, 1, D]."""
+    frames: int
+    """Latent frames; tokens are ordered by frame."""
+
+
+class Modulation(NamedTuple):
+    """Shift, scale and gate of a block's self-attention and feed-forward layer, [B, T, d] each."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+    ffn_shift: Tensor
+    ffn_scale: Tensor
+    ffn_gate: Tensor
+
+
+class Heads(NamedTuple):
+    """Queries [B, N, H, D], keys and values [B, M, H, D] of one attention."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def modulation(block: WanTransformerBlock, time_BT6d: Tensor) -> Modulation:
+    """The block's table plus the modulation from the timesteps, float32."""
+    table = block.scale_shift_table[:, None] + time_BT6d.float()
+    return Modulation(*(chunk.squeeze(2) for chunk in table.chunk(6, dim=2)))
+
+
+def self_attention_heads(
+    block: WanTransformerBlock, hidden_BNd: Tensor, part: Modulation, inputs: BlockInputs
+) -> Heads:
+    """Queries, keys and values of self-attention, with rotary positions."""
+    normed = block.norm1(hidden_BNd.float())
+    normed = _modulated(normed, part.scale, part.shift, inputs.first_tokens)
+    heads = _heads(block.attn1, normed.type_as(hidden_BNd), None)
+    q, k = (_rotated(x, inputs.rotary) for x in (heads.q, heads.k))
+    return Heads(*autocast_inputs(q, k, heads.v))
+
+
+def self_attention_branch(
+    block: WanTransformerBlock, attended_BNHD: Tensor, part: Modulation, first_tokens: int
+) -> Tensor:
+    """What self-attention adds to the hidden states, float32 [B, N, d]."""
+    return _gated(_projected(block.attn1, attended_BNHD), part.gate, first_tokens)
+
+
+def cross_attention_heads(
+    block: WanTransformerBlock, hidden_BNd: Tensor, text_BLd: Tensor
+) -> Heads:
+    """Queries of the tokens, keys and values of the text."""
+    normed = block.norm2(hidden_BNd.float()).type_as(hidden_BNd)
+    return Heads(*autocast_inputs(*_heads(block.attn2, normed, text_BLd)))
+
+
+def cross_attention_branch(block: WanTransformerBlock, attended_BNHD: Tensor) -> Tensor:
+    """What cross-attention adds to the hidden states, [B, N, d] in the precision of products."""
+    return _projected(block.attn2, attended_BNHD)
+
+
+def feed_forward_branch(
+    block: WanTransformerBlock, hidden_BNd: Tensor, part: Modulation, first_tokens: int
+) -> Tensor:
+    """What the feed-forward layer adds to the hidden states of all tokens or of a chunk of them,
+    float32 [B, N, d]. `first_tokens` counts those with the first timestep among them."""
+    normed = _modulated(
+        block.norm3(hidden_BNd.float()), part.ffn_scale, part.ffn_shift, first_tokens
+    )
+    output = block.ffn(normed.type_as(hidden_BNd))
+    return _gated(output.float(), part.ffn_gate, first_tokens)
+
+
+def within_frames(heads: Heads, frames: int) -> Heads:
+    """The same heads with the frames folded into the batch, [B F, N / F, H, D]: each token then
+    attends to those of its own frame."""
+    return Heads(*(x.reshape(x.shape[0] * frames, -1, *x.shape[2:]) for x in heads))
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """The functions of this module, as they are or compiled."""
+
+    modulation: Callable[[WanTransformerBlock, Tensor], Modulation] = modulation
+    self_attention_heads: Callable[
+        [WanTransformerBlock, Tensor, Modulation, BlockInputs], Heads
+    ] = self_attention_heads
+    self_attention_branch: Callable[[WanTransformerBlock, Tensor, Modulation, int], Tensor] = (
+        self_attention_branch
+    )
+    cross_attention_heads: Callable[[WanTransformerBlock, Tensor, Tensor], Heads] = (
+        cross_attention_heads
+    )
+    cross_attention_branch: Callable[[WanTransformerBlock, Tensor], Tensor] = cross_attention_branch
+    feed_forward_branch: Callable[[WanTransformerBlock, Tensor, Modulation, int], Tensor] = (
+        feed_forward_branch
+    )
+
+    @staticmethod
+    @cache
+    def compiled() -> BlockParts:
+        """The functions compiled by `torch.compile`, once for all blocks of all experts.
+
+        Weights are inputs of the compiled code, so other blocks, and the same weights at another
+        address, use it too; the number of tokens is dynamic. Attention itself is between the parts
+        and is not compiled. Results differ from the plain functions' by rounding.
+        """
+        plain = BlockParts()
+        functions = {f.name: getattr(plain, f.name) for f in fields(plain)}
+        return BlockParts(
+            **{name: torch.compile(function, dynamic=True) for name, function in functions.items()}
+        )
+
+
+def _modulated(normed_BNd: Tensor, scale: Tensor, shift: Tensor, first: int) -> Tensor:
+    if not first:
+        return normed_BNd * (1 + scale[:, -1:]) + shift[:, -1:]
+    return torch.cat(
+        [
+            normed_BNd[:, :first] * (1 + scale[:, :1]) + shift[:, :1],
+            normed_BNd[:, first:] * (1 + scale[:, 1:]) + shift[:, 1:],
+        ],
+        dim=1,
+    )
+
+
+def _gated(output_BNd: Tensor, gate: Tensor, first: int) -> Tensor:
+    if not first:
+        return output_BNd * gate[:, -1:]
+    return torch.cat(
+        [output_BNd[:, :first] * gate[:, :1], output_BNd[:, first:] * gate[:, 1:]], dim=1
+    )
+
+
+def _heads(attention: WanAttention, hidden_BNd: Tensor, text_BLd: Tensor | None) -> Heads:
+    other = hidden_BNd if text_BLd is None else text_BLd
+    q, k, v = attention.to_q(hidden_BNd), attention.to_k(other), attention.to_v(other)
+    q, k = attention.norm_q(q), attention.norm_k(k)
+    return Heads(*(x.unflatten(2, (attention.heads, -1)) for x in (q, k, v)))
+
+
+def _projected(attention: WanAttention, attended_BNHD: Tensor) -> Tensor:
+    linear, dropout = attention.to_out
+    return dropout(linear(attended_BNHD.flatten(2, 3)))
+
+
+def _rotated(x_BNHD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = rotary
+    return _Rotation.apply(x_BNHD, cos[..., 0::2], sin[..., 1::2])  # pyright: ignore[reportReturnType]
+
+
+class _Rotation(torch.autograd.Function):
+    """Rotary position embedding of pairs of channels, which saves no activation.
+
+    Products are float32 and rounded to the type of `x`. The backward pass rounds each of the two
+    products that a channel takes part in before their sum, as autograd does for diffusers' code.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(cos, sin)
+        even, odd = x[..., 0::2], x[..., 1::2]
+        out = torch.empty_like(x)
+        out[..., 0::2] = even * cos - odd * sin
+        out[..., 1::2] = even * sin + odd * cos
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        cos, sin = ctx.saved_tensors
+        even, odd = grad[..., 0::2], grad[..., 1::2]
+        out = torch.empty_like(grad)
+        out[..., 0::2] = (even * cos).type_as(grad) + (odd * sin).type_as(grad)
+        out[..., 1::2] = (odd * cos).type_as(grad) - (even * sin).type_as(grad)
+        return out, None, None

@@ -1,0 +1,141 @@
+"""`WanTransformer`: diffusers' transformer, whose blocks can be run by a runner of ours.
+
+Without a runner it is diffusers' transformer in every respect. With one, the layers before and
+after the blocks compute as in diffusers, and the runner decides how the blocks do: where their
+weights come from, what is kept for the backward pass and where, and how many batches go through a
+block together (`onewan.memory.block_runner`). Samplers and other programs call the transformer as
+they call diffusers'.
+
+TI2V-5B conditions on a clean first frame by a timestep for each token, of which a clip has only two
+different ones. The runner's path embeds those two (`two_timesteps`), where diffusers holds a
+modulation for each token: 2 GB per block at 121 frames of 704x1280.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor
+
+from onewan.model.block_parts import BlockInputs
+
+
+class BlockRunner(Protocol):
+    """Runs all blocks of a transformer."""
+
+    def run(self, hidden: Sequence[Tensor], inputs: Sequence[BlockInputs]) -> list[Tensor]:
+        """The hidden states [B, N, d] after the last block, for each of several batches."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TransformerCall:
+    """The arguments of one forward pass, as diffusers' transformer takes them."""
+
+    latents: Tensor
+    """[B, C, F, H, W] noisy latents, with the condition's channels."""
+    timestep: Tensor
+    """[B]; or [B, N] for each token, equal in the first frame and in all others; or [B, 2] for the
+    first frame and the others."""
+    text: Tensor
+    """[B, 512, D] text embeddings, padded to 512 tokens."""
+
+
+class WanTransformer(WanTransformer3DModel):
+    """diffusers' Wan transformer with an optional runner of its blocks."""
+
+    block_runner: BlockRunner | None = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """As `WanTransformer3DModel.forward`."""
+        if self.block_runner is None:
+            return super().forward(
+                hidden_states,
+                timestep,  # pyright: ignore[reportArgumentType]  (their hint is wrong)
+                encoder_hidden_states,
+                encoder_hidden_states_image,
+                return_dict,
+                attention_kwargs,
+            )
+        if encoder_hidden_states_image is not None or attention_kwargs is not None:
+            raise ValueError("Wan 2.2 has no image embeddings, and adapters are scaled elsewhere")
+        (sample,) = self.forward_batches(
+            [TransformerCall(hidden_states, timestep, encoder_hidden_states)]
+        )
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def forward_batches(self, calls: Sequence[TransformerCall]) -> list[Tensor]:
+        """The predictions [B, C, F, H, W] of several batches, which go through each block together,
+        so that its weights are brought to the device once for all of them."""
+        assert self.block_runner is not None
+        embedded = [self._embed(call) for call in calls]
+        hidden = self.block_runner.run(
+            [first for first, _, _ in embedded], [inputs for _, _, inputs in embedded]
+        )
+        return [
+            self._unpatchify(last, time, inputs, call.latents)
+            for last, (_, time, inputs), call in zip(hidden, embedded, calls, strict=True)
+        ]
+
+    def _embed(self, call: TransformerCall) -> tuple[Tensor, Tensor, BlockInputs]:
+        """(hidden states of the first block, time embedding [B, T, d], inputs of all blocks)."""
+        latents = call.latents
+        _, rows, columns = self.config["patch_size"]
+        per_frame = (latents.shape[3] // rows) * (latents.shape[4] // columns)
+        hidden = self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
+        timestep = two_timesteps(call.timestep) if call.timestep.ndim == 2 else call.timestep
+        count = timestep.shape[1] if timestep.ndim == 2 else None
+        time, modulation, text, _ = self.condition_embedder(
+            timestep.flatten(), call.text, None, timestep_seq_len=count
+        )
+        if count is None:
+            time, modulation = time[:, None], modulation[:, None]
+        inputs = BlockInputs(
+            text=text,
+            time=modulation.unflatten(2, (6, -1)),
+            first_tokens=0 if count is None else per_frame,
+            rotary=self.rope(latents),
+            frames=latents.shape[2],
+        )
+        return hidden, time, inputs
+
+    def _unpatchify(
+        self, hidden_BNd: Tensor, time_BTd: Tensor, inputs: BlockInputs, latents: Tensor
+    ) -> Tensor:
+        table = self.scale_shift_table[:, None] + time_BTd[:, :, None]
+        shift, scale = (chunk.squeeze(2) for chunk in table.chunk(2, dim=2))
+        normed = self.norm_out(hidden_BNd.float())
+        first = inputs.first_tokens
+        if first:
+            parts = (normed[:, :first], normed[:, first:])
+            normed = torch.cat(
+                [p * (1 + scale[:, i : i + 1]) + shift[:, i : i + 1] for i, p in enumerate(parts)],
+                dim=1,
+            )
+        else:
+            normed = normed * (1 + scale) + shift
+        patches = self.proj_out(normed.type_as(hidden_BNd))
+        frames, rows, columns = self.config["patch_size"]
+        batch, _, f, h, w = latents.shape
+        grid = patches.reshape(
+            batch, f // frames, h // rows, w // columns, frames, rows, columns, -1
+        )
+        return grid.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def two_timesteps(timestep_BN: Tensor) -> Tensor:
+    """[B, 2]: the timestep of the first frame's tokens and that of all others."""
+    return torch.stack([timestep_BN[:, 0], timestep_BN[:, -1]], dim=1)
