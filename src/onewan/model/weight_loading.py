@@ -102,11 +102,10 @@ class WeightLoader:
             return entry.info.dtype, _moved(in_file, self._device)
         if form is None:
             return None
-        columns = entry.info.shape[1]
-        if not can_be_packed(form, columns):
+        if not can_be_packed(form, entry.info.shape):
             raise CheckpointError(
-                f"{self._weights.path}: {name} has {columns} inputs, but {form} stores blocks of "
-                f"{NF4_BLOCK}; set memory.weights to fp8 or int8"
+                f"{self._weights.path}: {name} is {list(entry.info.shape)}, but {form} stores "
+                f"blocks of {NF4_BLOCK} values; set memory.weights to fp8 or int8"
             )
         if entry.packing != "plain":
             self._rounded_twice[entry.info.dtype] += 1

@@ -7,7 +7,7 @@ form                tensors, for a matrix [out, in]               value
 ``F8_E5M2``         [out, 1], or [out, blocks of a row, 1]
 ``int8``            int8 [out, in]; scale float32 [out, 1]        element times scale
 ``nf4``             int8 [out, in / 2]; scale float32             level of the element times scale
-                    [out, in / 64]; levels float32 [16]
+                    [out * in / 64]; levels float32 [16]
 GGUF's types        int8 [out, bytes of a row]                    as in the reference decoder
 ==================  ============================================  =================================
 
@@ -72,6 +72,8 @@ class StorageForm:
     expand: Callable[[Tensor, Tensor | None, Tensor | None, Tensor], None]
     """Writes the values of some rows (bytes, their scale, levels) into the last argument,
     [rows, in], of any floating type."""
+    unit: tuple[int, int] = (1, 1)
+    """The smallest group of values that takes whole bytes: (values, bytes)."""
     pack: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     """(elements, scale) of values, float32 [rows, in]; None for forms that only files have."""
     levels: tuple[float, ...] | None = None
@@ -93,19 +95,20 @@ def packed(form: str, values: Tensor) -> Stored:
     not. Each group of rows is computed in float32, with the same bits whatever the groups are."""
     kind = storage_form(form)
     assert kind.pack is not None
-    whole: list[Tensor] = []
+    in_unit, bytes_of_unit = kind.unit
+    bytes_of_row = values.shape[1] // in_unit * bytes_of_unit
+    weight = torch.empty(len(values), bytes_of_row, dtype=torch.int8, device=values.device)
+    scales: list[Tensor] = []
     for rows in _groups_of_rows(*values.shape):
-        parts = kind.pack(values[rows].float())
-        whole = whole or [part.new_empty(len(values), part.shape[1]) for part in parts]
-        for tensor, part in zip(whole, parts, strict=True):
-            tensor[rows] = part
-    weight, scale = whole
-    return weight, scale, None if kind.levels is None else torch.tensor(kind.levels)
+        weight[rows], scale = kind.pack(values[rows].float())
+        scales.append(scale)
+    return weight, torch.cat(scales), None if kind.levels is None else torch.tensor(kind.levels)
 
 
-def can_be_packed(form: str, columns: int) -> bool:
-    """Whether a matrix with `columns` can be stored in `form`. All of Wan 2.2's can."""
-    return form != "nf4" or columns % NF4_BLOCK == 0
+def can_be_packed(form: str, shape: tuple[int, ...]) -> bool:
+    """Whether a matrix of `shape` can be stored in `form`. All of Wan 2.2's can."""
+    rows, columns = shape
+    return form != "nf4" or (columns % 2 == 0 and rows * columns % NF4_BLOCK == 0)
 
 
 def is_finite(form: str, stored: Stored) -> bool:
@@ -119,12 +122,8 @@ def is_finite(form: str, stored: Stored) -> bool:
 
 def columns_of(form: str, bytes_of_row: int) -> int:
     """The values in a row of a matrix."""
-    if form in FP8 or form == "int8":
-        return bytes_of_row
-    if form == "nf4":
-        return bytes_of_row * 2
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[form]]
-    return bytes_of_row // size * block
+    in_unit, bytes_of_unit = storage_form(form).unit
+    return bytes_of_row // bytes_of_unit * in_unit
 
 
 def gguf_form_exists(gguf_type: str, columns: int) -> bool:
@@ -140,15 +139,17 @@ def storage_form(name: str) -> StorageForm:
 
 
 def _groups_of_rows(rows: int, columns: int) -> Sequence[slice]:
-    step = max(1, CHUNK // max(1, columns))
+    # Multiples of 64, so that no block of `nf4` lies in two groups.
+    step = max(1, CHUNK // columns // NF4_BLOCK) * NF4_BLOCK
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
 def _part(scale: Tensor | None, rows: slice, count: int) -> Tensor | None:
-    """The scale of some of `count` rows: a scale of the whole matrix is that of all of them."""
-    if scale is None or scale.numel() == 1 or scale.shape[0] != count:
+    """The part of a scale for some of `count` rows. It is of the whole matrix, or its first axis
+    runs over the rows, or over the blocks of all of them."""
+    if scale is None or scale.numel() == 1:
         return scale
-    return scale[rows]
+    return scale[rows.start * len(scale) // count : rows.stop * len(scale) // count]
 
 
 # ---------------------------------------------------------------------------------------- the forms
@@ -202,10 +203,10 @@ def _pack_int8(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pack_nf4(values: Tensor) -> tuple[Tensor, Tensor]:
-    blocks = values.reshape(len(values), -1, NF4_BLOCK)
-    scale = blocks.abs().amax(2)
+    blocks = values.reshape(-1, NF4_BLOCK)
+    scale = blocks.abs().amax(1)
     # As bitsandbytes computes it, down to the floor that keeps the reciprocal finite.
-    relative = (blocks * (1 / scale.clamp(min=1e-38)).unsqueeze(2)).clamp_(-1, 1)
+    relative = (blocks * (1 / scale.clamp(min=1e-38)).unsqueeze(1)).clamp_(-1, 1)
     # The index of the nearest level. `torch.bucketize` gives the same, in three times the time.
     levels = torch.tensor(_NF4_LEVELS)
     codes = torch.zeros_like(relative, dtype=torch.uint8)
@@ -220,8 +221,8 @@ def _expand_nf4(weight: Tensor, scale: Tensor | None, levels: Tensor | None, out
     # One look-up for each byte: the two levels that its halves stand for, the high half first.
     pairs = torch.cartesian_prod(levels, levels)
     values = pairs.index_select(0, weight.view(torch.uint8).flatten().int())
-    blocks = (len(weight), -1, NF4_BLOCK)
-    torch.mul(values.view(blocks), scale.unsqueeze(2), out=out.view(blocks))
+    blocks = (-1, NF4_BLOCK)
+    torch.mul(values.view(blocks), scale.unsqueeze(1), out=out.view(blocks))
 
 
 @cache
@@ -243,12 +244,12 @@ def _gguf_form(name: str) -> StorageForm:
         blocks = weight.view(torch.uint8).reshape(-1, size)
         out.copy_(decode(blocks, block, size, dtype=torch.float32).reshape(out.shape))
 
-    return StorageForm(expand=expand)
+    return StorageForm(expand=expand, unit=(block, size))
 
 
 _FORMS = {
     "F8_E4M3": _fp8_form("F8_E4M3", pack=_pack_fp8),
     "F8_E5M2": _fp8_form("F8_E5M2"),
     "int8": StorageForm(expand=_expand_elements, pack=_pack_int8),
-    "nf4": StorageForm(expand=_expand_nf4, pack=_pack_nf4, levels=_NF4_LEVELS),
+    "nf4": StorageForm(expand=_expand_nf4, unit=(2, 1), pack=_pack_nf4, levels=_NF4_LEVELS),
 }
