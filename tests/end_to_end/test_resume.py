@@ -63,6 +63,7 @@ def train_with_interruptions(config: ResolvedRun, interruptions: Mapping[int, st
         ("t2v-a14b", ["train.accumulation=2", "train.schedule=cosine", "train.warmup_steps=1"]),
         ("t2v-a14b", ["model.experts=high", "train.batch_size=2", "method.dropout=0.2"]),
         ("t2v-a14b", ["model.dtype=bfloat16", "train.high_expert_share=density"]),
+        ("t2v-a14b", ["memory.weights=nf4", "method.kind=dora"]),
         ("i2v-a14b", ["train.accumulation=2", "video_data.cache=false"]),
         ("ti2v-5b", ["train.accumulation=2", "train.first_frame_probability=0.5"]),
         ("ti2v-5b", ["video_data.cache=false", "memory.gradient_checkpointing=false"]),
@@ -274,11 +275,24 @@ def test_resume_refuses_changes_that_affect_results(run_file: RunFile) -> None:
     WanTrainer(run_file("t2v-a14b", "train.steps=2"), run_file="# as given\n").fit()
     with pytest.raises(CheckpointError, match="already holds a run"):
         WanTrainer(run_file("t2v-a14b", "train.steps=2")).fit()
-    changed = run_file("t2v-a14b", "train.steps=3", "optimizer.lr=0.1", "wan_config.max_frames=5")
+    changed = run_file(
+        "t2v-a14b",
+        "train.steps=3",
+        "optimizer.lr=0.1",
+        "wan_config.max_frames=5",
+        "memory.weights=int8",
+        "memory.offload_inactive_expert=false",
+    )
     with pytest.raises(CheckpointError) as refusal:
         WanTrainer(changed, resume=True).fit()
-    for part in ("optimizer.lr: was 0.005, is 0.1", "wan_config.max_frames", "the data set"):
+    for part in (
+        "optimizer.lr: was 0.005, is 0.1",
+        "wan_config.max_frames",
+        "the data set",
+        "memory.weights: was 'as_stored', is 'int8'",
+    ):
         assert part in str(refusal.value)
+    assert "memory.offload_inactive_expert" not in str(refusal.value)
     assert "train.steps" not in str(refusal.value)  # more steps change none of the earlier ones
     layout = layout_of(changed)
     assert "0.005" in layout.resolved.read_text(encoding="utf-8")  # a refusal changes nothing

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from onewan.demo.tiny_model import write_tiny_model
 from onewan.model.precision import keep_float32_islands
 from onewan.model.quantized_linear import QuantizedLinear
+from onewan.model.weight_storage import packed
 from onewan.variants import VariantName
 
 
@@ -74,13 +75,16 @@ def in_bfloat16(base: WanTransformer3DModel) -> WanTransformer3DModel:
 
 
 def quantized_linear(weight: Tensor, bias: Tensor, how: str) -> QuantizedLinear:
-    """A layer whose weight stays quantized, "fp8" or "gguf", without a file around it."""
+    """A layer whose weight is packed, without a file around it: `how` is "fp8" (without a scale),
+    "gguf" (Q8_0), or a form that weights are packed into while loading."""
+    form, stored = how, None
     if how == "fp8":
-        form, stored = "F8_E4M3", weight.to(torch.float8_e4m3fn).view(torch.int8)
-    else:
+        form, stored = "F8_E4M3", (weight.to(torch.float8_e4m3fn).view(torch.int8), None, None)
+    elif how == "gguf":
         data = gguf.quants.quantize(weight.numpy(), GGMLQuantizationType.Q8_0)
-        form, stored = "Q8_0", torch.from_numpy(np.asarray(data).view(np.int8))
-    return QuantizedLinear(form, (stored, None, None), nn.Parameter(bias, requires_grad=False))
+        form, stored = "Q8_0", (torch.from_numpy(np.asarray(data).view(np.int8)), None, None)
+    bias_of_layer = nn.Parameter(bias, requires_grad=False)
+    return QuantizedLinear(form, stored or packed(form, weight), bias_of_layer)
 
 
 def quantized(base: WanTransformer3DModel, how: str) -> WanTransformer3DModel:

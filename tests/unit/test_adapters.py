@@ -286,7 +286,7 @@ def test_oft_rotates_inputs_in_the_precision_that_they_come_in(half):
         assert layer.rotation_offset(x.bfloat16(), "default").dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("how", ["fp8", "gguf"])
+@pytest.mark.parametrize("how", ["fp8", "gguf", "F8_E4M3", "int8", "nf4"])
 @KINDS
 def test_a_quantized_base_computes_as_its_expanded_weights(base, kind, how):
     small = quantized(base, how)

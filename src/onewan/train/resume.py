@@ -40,6 +40,8 @@ _SAFE_TO_CHANGE = (
 
 ``video_data.sources`` is among them because the data set is compared by content.
 """
+_BUT_NOT = ("memory.weights",)
+"""Fields under these prefixes that do change what is computed."""
 _VALIDATION_FIELDS = ("validation.clips", "validation.timesteps")
 """Fields that change the clips or the timesteps of validation losses."""
 
@@ -144,7 +146,8 @@ def changes_since(
     affecting_results: list[str] = []
     harmless: list[str] = []
     for name, old, new in fields:
-        safe = name.startswith(_SAFE_TO_CHANGE) or (name == "train.steps" and not steps_matter)
+        safe = name.startswith(_SAFE_TO_CHANGE) and name not in _BUT_NOT
+        safe = safe or (name == "train.steps" and not steps_matter)
         line = f"{name}: was {_shown(old)}, is {_shown(new)}"
         (harmless if safe else affecting_results).append(line)
     if facts.dataset != dataset_digest:
