@@ -1,14 +1,57 @@
-"""Fixtures for all tests: the shared material beside the repository, where there is some."""
+"""Fixtures for all tests: the simulated accelerator, and the material beside the repository."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+from unittest import SkipTest
 
 import pytest
 
+if TYPE_CHECKING:
+    import torch
+
 # Tiny models are faster on one thread, and tests run side by side. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Load the simulated accelerator before the first test, where one of them needs it.
+
+    PyTorch starts its threads for devices at the first backward pass of a process, and only for the
+    devices that it knows by then.
+    """
+    if any("sim" in getattr(item, "fixturenames", ()) for item in items):
+        with contextlib.suppress(SkipTest):  # each of those tests says so
+            import simulated_gpu  # noqa: F401
+    if "simulated_gpu" in sys.modules:
+        sys.modules["simulated_gpu"].set_available(False)
+
+
+@pytest.fixture
+def sim() -> Iterator[torch.device]:
+    """The simulated accelerator, with fresh statistics and without a limit.
+
+    Other tests do not find it: outside of the fixture it says that it is not available. Skips where
+    there is no C++ compiler; in CI that is an error.
+    """
+    import simulated_gpu
+    import torch
+
+    module = torch.get_device_module("sim")
+    module.empty_cache()
+    module.reset_peak_memory_stats()
+    simulated_gpu.reset_counters()
+    simulated_gpu.set_available(True)
+    yield torch.device("sim")
+    simulated_gpu.set_available(False)
+    simulated_gpu.set_capacity(None)
+    module.set_per_process_memory_fraction(1)
+
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
