@@ -54,6 +54,10 @@ class CheckpointError(OnewanError):
     """A model, an adapter or a training state can't be read, or does not match the request."""
 
 
+class MemoryPlanError(OnewanError):
+    """The run needs more memory than there is."""
+
+
 class TrainingError(OnewanError):
     """Training can't continue, for example because the loss is no longer finite."""
 

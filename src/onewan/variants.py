@@ -25,6 +25,12 @@ NEGATIVE_PROMPT = (
 TEXT_LENGTH = 512
 """Text tokens that the transformer attends to. Shorter prompts are padded with zero vectors."""
 
+TEXT_WIDTH = 4096
+"""Width of the text encoder's output, which every Wan transformer takes (``text_dim``)."""
+
+TIME_FREQUENCIES = 256
+"""Sinusoidal features of the timestep, from which the time embedding starts (``freq_dim``)."""
+
 NUM_TRAIN_TIMESTEPS = 1000
 """The transformer's timestep input is this times the noise level t in [0, 1]."""
 

@@ -19,7 +19,7 @@ from support.runs import METHODS, PLACEHOLDER, RunFile
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from onewan.adapters.select import block_of
+from onewan.arithmetic.layer_names import block_of
 from onewan.config.objective import LossSection
 from onewan.config.schema import ResolvedRun
 from onewan.data.loader import Batch, StepBatches

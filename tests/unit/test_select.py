@@ -6,7 +6,8 @@ import pytest
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from onewan.adapters.select import block_of, select_layers, select_linears, select_weights
+from onewan.adapters.select import select_layers, select_linears, select_weights
+from onewan.arithmetic.layer_names import block_of
 from onewan.config.method import ADAPTER_GROUPS, WEIGHT_GROUPS
 from onewan.errors import ConfigError
 

@@ -16,7 +16,8 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig
 from torch import Tensor, nn
 
 from onewan.adapters.layers import triangles_of
-from onewan.adapters.select import block_of, select_linears
+from onewan.adapters.select import select_linears
+from onewan.arithmetic.layer_names import block_of
 from onewan.config.method import (
     AdapterMethod,
     DoraMethod,

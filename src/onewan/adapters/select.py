@@ -7,28 +7,20 @@ is that layer in all blocks, ``blocks.[0-9].*`` is everything in the first ten.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 
 from diffusers import WanTransformer3DModel
 from torch import nn
 
+from onewan.arithmetic.layer_names import (
+    BLOCK,
+    block_of,
+    grouped_linears,
+    grouped_weights,
+    matching,
+)
 from onewan.errors import ConfigError
-
-_BLOCKS = re.compile(r"blocks\.(\d+)\.")
-
-_GROUPS: dict[str, str] = {
-    "self_attention": r"blocks\.\d+\.attn1\.to_(q|k|v|out\.0)",
-    "cross_attention": r"blocks\.\d+\.attn2\.to_(q|k|v|out\.0)",
-    "attention": r"blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)",
-    "ffn": r"blocks\.\d+\.ffn\.net\.(0\.proj|2)",
-    "all_linears": r".*",
-}
-"""Groups of linear layers, by the regular expression that their full names match."""
-
-_NORMS = r"blocks\.\d+\.(attn[12]\.norm_[qk]|norm2)\.(weight|bias)"
 
 
 def select_linears(
@@ -44,8 +36,7 @@ def select_linears(
     for groups and patterns that select nothing and for blocks that do not exist.
     """
     names = _within(_linears(transformer), transformer, layers)
-    groups = {group: [n for n in names if re.fullmatch(r, n)] for group, r in _GROUPS.items()}
-    return _selected(names, modules, groups, field, layers)
+    return _selected(names, modules, grouped_linears(names), field, layers)
 
 
 def select_weights(
@@ -58,16 +49,7 @@ def select_weights(
     `select_linears`. A group of linear layers stands for their weights and biases.
     """
     names = _within([n for n, _ in transformer.named_parameters()], transformer, layers)
-    linears = set(_linears(transformer))
-    # The layer that a weight belongs to decides whether it is in a group.
-    layer_of = {name: name.rpartition(".")[0] for name in names}
-    groups = {
-        group: [n for n in names if layer_of[n] in linears and re.fullmatch(r, layer_of[n])]
-        for group, r in _GROUPS.items()
-    }
-    groups["all"] = names
-    groups["norms"] = [n for n in names if re.fullmatch(_NORMS, n)]
-    groups["biases"] = [n for n in names if n.endswith(".bias")]
+    groups = grouped_weights(names, set(_linears(transformer)))
     return _selected(names, modules, groups, field, layers)
 
 
@@ -85,12 +67,6 @@ def select_layers(layers: Sequence[int] | None, num_layers: int) -> tuple[int, .
             ],
         )
     return tuple(sorted(set(layers)))
-
-
-def block_of(name: str) -> int | None:
-    """The index of the block that a layer or weight is in; None outside the blocks."""
-    found = _BLOCKS.match(name)
-    return int(found[1]) if found else None
 
 
 def _linears(transformer: WanTransformer3DModel) -> list[str]:
@@ -120,8 +96,7 @@ def _selected(
     for entry in modules:
         found = groups.get(entry)
         if found is None:
-            # fnmatch itself ignores case on Windows.
-            found = [n for n in names if fnmatchcase(n, entry) or fnmatchcase(n, f"*.{entry}")]
+            found = matching(names, entry)
         if not found:
             problems.append(_selects_nothing(entry, names, groups, field, layers))
         chosen.update(found)
@@ -146,9 +121,9 @@ def similar_names(entry: str, names: Collection[str], groups: Collection[str] = 
     """A hint for `entry`, which matches none of `names` (layers or weights of a transformer) and is
     none of `groups`: the most similar one, and what there is."""
     # Without the numbers of blocks, which would repeat each name once for each block.
-    plain = list(dict.fromkeys(_BLOCKS.sub("", name) for name in names))
+    plain = list(dict.fromkeys(BLOCK.sub("", name) for name in names))
     near = get_close_matches(entry.strip("*."), [*groups, *plain, *names], n=1, cutoff=0.5)
-    in_blocks = list(dict.fromkeys(_BLOCKS.sub("", n) for n in names if _BLOCKS.match(n)))
+    in_blocks = list(dict.fromkeys(BLOCK.sub("", n) for n in names if BLOCK.match(n)))
     shown = in_blocks or plain
     parts = [
         f"did you mean {near[0]}?" if near else "",

@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from onewan.arithmetic.buckets import parse_sizes
+from onewan.arithmetic.byte_sizes import as_byte_size
 from onewan.arithmetic.lr_schedule import LrSchedule
 from onewan.config.method import EmbeddingSection, LoraMethod, Method, ResolvedEmbedding
 from onewan.config.objective import LossSection, Timesteps, UniformTimesteps
@@ -30,6 +31,7 @@ COMPONENTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer"
 """Fields of the model section that name one component each."""
 
 _FOLDER_NAME = r"^[^/\\:*?\"<>|.\x00-\x1f\x7f][^/\\:*?\"<>|\x00-\x1f\x7f]*$"
+_ByteSize = Annotated[str, AfterValidator(as_byte_size)]
 _Extension = Annotated[str, AfterValidator(lambda value: value.lower().lstrip("."))]
 
 
@@ -359,10 +361,10 @@ class MemorySection(Section):
     pinned: bool | None = None
     """Pin (page-lock) the host memory of streamed weights; false: copy through a small pinned
     buffer. null: pinned where that works."""
-    vram: str | None = None
-    """Device memory that the run may use, such as 24GB; null is what the device has."""
-    ram: str | None = None
-    """Host memory that the run may use, such as 64GB; null is what the machine has."""
+    vram: _ByteSize | None = None
+    """Device memory that the run may use, such as 24GB or 24GiB; null is what the device has."""
+    ram: _ByteSize | None = None
+    """Host memory that the run may use, such as 64GB or 64GiB; null is what the machine has."""
 
 
 def _as_memory(value: object) -> object:

@@ -11,7 +11,8 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from onewan.adapters.select import block_of, similar_names
+from onewan.adapters.select import similar_names
+from onewan.arithmetic.layer_names import block_of
 from onewan.documents import format_value
 from onewan.errors import ConfigError
 from onewan.onetrainer import settings

@@ -17,7 +17,7 @@ from modules.util.torch_util import state_dict_has_prefix
 import torch
 from torch import nn
 
-from onewan.adapters.select import block_of
+from onewan.arithmetic.layer_names import block_of
 from onewan.onetrainer import settings
 from onewan.seeds import derive_seed
 

@@ -1,0 +1,27 @@
+"""The plan of a run: the bytes that each of its phases needs, the settings that fit, and the time.
+
+Arithmetic on the run file, the sizes of the clips and the headers of the model's files: no weights
+are loaded, and neither torch nor diffusers is imported, so that ``onewan plan`` answers at once.
+"""
+
+from onewan.memory.plan.bucket import Bucket
+from onewan.memory.plan.machine import Machine, find_machine
+from onewan.memory.plan.make import check_plan, make_plan
+from onewan.memory.plan.result import BucketPlan, PhaseBytes, Plan, StepTime
+from onewan.memory.plan.settings import Settings
+from onewan.memory.plan.stored import StoredModel, read_stored_model
+
+__all__ = [
+    "Bucket",
+    "BucketPlan",
+    "Machine",
+    "PhaseBytes",
+    "Plan",
+    "Settings",
+    "StepTime",
+    "StoredModel",
+    "check_plan",
+    "find_machine",
+    "make_plan",
+    "read_stored_model",
+]

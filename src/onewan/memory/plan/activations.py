@@ -1,0 +1,219 @@
+"""Bytes of the tensors that a training step keeps, and of those at the peak within one block.
+
+Every figure is a sum of tensors of three kinds: `stream`, float32 [tokens, width], like the hidden
+states; `half`, [tokens, width] in the precision of the matrix products; and `hidden`, [tokens,
+feed-forward width] in that precision. How many of each are alive at a peak was counted as live
+bytes over fake tensors of the blocks at true size (81x480x832 of the A14B variants, 121x704x1280 of
+TI2V-5B). ``tests/unit/test_plan_counts.py`` counts again and compares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from onewan.config.method import (
+    DoraMethod,
+    FineTuneMethod,
+    LohaMethod,
+    LokrMethod,
+    Method,
+    OftMethod,
+)
+from onewan.memory.plan.settings import Settings
+from onewan.memory.plan.shapes import TransformerShape
+from onewan.variants import TEXT_LENGTH
+
+AHEAD = 2
+"""Blocks whose inputs and attention outputs are on the device while they are copied to or from host
+memory (`onewan.memory.activations.DEPTH`)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tensors:
+    """Numbers of live tensors of the three kinds."""
+
+    stream: float = 0
+    half: float = 0
+    hidden: float = 0
+
+    def __add__(self, other: Tensors) -> Tensors:
+        return Tensors(
+            stream=self.stream + other.stream,
+            half=self.half + other.half,
+            hidden=self.hidden + other.hidden,
+        )
+
+    def __truediv__(self, parts: int) -> Tensors:
+        return Tensors(
+            stream=self.stream / parts, half=self.half / parts, hidden=self.hidden / parts
+        )
+
+
+# A block is recomputed and differentiated in parts (`onewan.memory.block_backward`): the
+# feed-forward layer, cross-attention, self-attention. The feed-forward's own tensors exist for one
+# chunk of tokens at a time.
+
+_FORWARD_ATTENTION = Tensors(stream=5, half=4.2)
+_FORWARD_FEED_FORWARD = Tensors(stream=1.6, half=1, hidden=3)
+"""Beyond the block's input."""
+
+_FEED_FORWARD = Tensors(stream=1, half=1, hidden=4)
+"""A chunk's input and its gradient; before and after GELU, and the gradients of both."""
+_CHUNKED = Tensors(stream=1.4)
+"""The gradient that all chunks write into."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """What is alive while each part of a block is differentiated, beyond what is kept."""
+
+    beside_feed_forward: Tensors
+    attention: Tensors
+
+
+_WITH_KEPT_ATTENTION = _Parts(
+    beside_feed_forward=Tensors(stream=4, half=1.5), attention=Tensors(stream=10, half=5.3)
+)
+"""Attention outputs are kept; queries, keys and values are computed when they are needed."""
+_WITH_RECOMPUTED_ATTENTION = _Parts(
+    beside_feed_forward=Tensors(stream=8, half=9.3), attention=Tensors(stream=12, half=9.3)
+)
+"""Queries, keys, values and outputs of both attentions are alive from the beginning."""
+
+_DORA_FEED_FORWARD = Tensors(hidden=4)
+"""Each DoRA layer keeps its base layer's output and the scaled sum."""
+
+# ------------------------------------------------------------------------- kept for a whole block
+
+_SAVED = Tensors(stream=7, half=9.3, hidden=2)
+"""What autograd keeps of one block without gradient checkpointing."""
+_SAVED_ADDED = {DoraMethod: Tensors(half=7, hidden=1), FineTuneMethod: Tensors(stream=6.4)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activations:
+    """Bytes of the activations of one forward and backward pass over a batch."""
+
+    kept_on_device: int
+    """Between forward and backward: block inputs and attention outputs, or what autograd saves."""
+    kept_on_host: int
+    live: int
+    """At the peak within one block, beyond what is kept on the device; what is being copied to and
+    from host memory is included."""
+    forward_live: int
+    """At the peak within one block of a forward pass without gradients, its input included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """The sizes that activations depend on."""
+
+    shape: TransformerShape
+    tokens: int
+    """Of one clip."""
+    clips: int
+    compute_bytes: int
+    """Bytes of a value in the precision of the matrix products: 2, or 4 for float32."""
+
+    def bytes(self, tensors: Tensors) -> float:
+        rows = self.tokens * self.clips
+        d, f = self.shape.width, self.shape.feed_forward
+        half = tensors.half * d + tensors.hidden * f
+        return rows * (4 * tensors.stream * d + self.compute_bytes * half)
+
+    @property
+    def block_input(self) -> int:
+        """Bytes of the input of one block, float32."""
+        return round(self.bytes(Tensors(stream=1)))
+
+    @property
+    def attention_outputs(self) -> int:
+        """Bytes of both attention outputs of one block, with the float32 logarithms of the sums of
+        exponentials, of which each head has one for each token."""
+        sums = 2 * 4 * self.shape.heads * self.tokens * self.clips
+        return round(self.bytes(Tensors(half=2))) + sums
+
+    @property
+    def text(self) -> int:
+        """Bytes of the text tokens' tensors in one block."""
+        rows = TEXT_LENGTH * self.clips
+        return round(rows * self.shape.width * (4 + 3 * self.compute_bytes))
+
+
+def activations(batch: Batch, settings: Settings, method: Method) -> Activations:
+    """The activations of a training step with `settings`."""
+    layers = batch.shape.layers
+    forward = _forward_live(batch, settings, method) + batch.text
+    # The hidden states after the last block, beside the inputs of all blocks.
+    last = batch.block_input
+    if not settings.checkpointing:
+        saved = _SAVED + _SAVED_ADDED.get(type(method), Tensors())
+        return Activations(
+            kept_on_device=round(layers * batch.bytes(saved)) + last,
+            kept_on_host=0,
+            live=round(batch.bytes(Tensors(half=0.6, hidden=2))) + batch.text,
+            forward_live=forward + batch.block_input,
+        )
+    device, host, ahead = last, 0, 0
+    if settings.offload_inputs:
+        host += layers * batch.block_input
+        ahead += AHEAD * batch.block_input
+    else:
+        device += layers * batch.block_input
+    if settings.keep_attention == "host":
+        host += layers * batch.attention_outputs
+        ahead += AHEAD * batch.attention_outputs
+    elif settings.keep_attention == "device":
+        device += layers * batch.attention_outputs
+    backward = _live_in_parts(batch, settings, method) + batch.text - last
+    return Activations(
+        kept_on_device=device,
+        kept_on_host=host,
+        live=max(backward, forward) + ahead,
+        forward_live=forward + batch.block_input,
+    )
+
+
+def _live_in_parts(batch: Batch, settings: Settings, method: Method) -> int:
+    """At the peak of a block's backward pass, beyond what is kept on the device."""
+    chunks = settings.feed_forward_chunks
+    kept = settings.keep_attention != "no"
+    parts = _WITH_KEPT_ATTENTION if kept else _WITH_RECOMPUTED_ATTENTION
+    within = _FEED_FORWARD
+    attention = parts.attention
+    if isinstance(method, DoraMethod):
+        within += _DORA_FEED_FORWARD
+        attention += Tensors(half=2)
+    elif isinstance(method, OftMethod):
+        within += Tensors(half=1)  # rotated inputs
+    feed_forward = within / chunks + parts.beside_feed_forward
+    if chunks > 1:
+        feed_forward += _CHUNKED
+    peak = max(batch.bytes(feed_forward), batch.bytes(attention))
+    return round(peak + _weight_sized(batch, method))
+
+
+def _forward_live(batch: Batch, settings: Settings, method: Method) -> int:
+    """At the peak of a block's forward pass, beyond its input."""
+    feed_forward = _FORWARD_FEED_FORWARD
+    if isinstance(method, DoraMethod):
+        feed_forward += _DORA_FEED_FORWARD
+    if settings.feed_forward_chunks > 1:
+        feed_forward = feed_forward / settings.feed_forward_chunks + Tensors(stream=1)
+    return round(max(batch.bytes(feed_forward), batch.bytes(_FORWARD_ATTENTION)))
+
+
+def _weight_sized(batch: Batch, method: Method) -> int:
+    """Bytes of tensors of the size of a weight, which do not depend on the number of tokens."""
+    d, f = batch.shape.width, batch.shape.feed_forward
+    if isinstance(method, LohaMethod | LokrMethod):
+        return 3 * 4 * d * f  # the weight's difference, its gradient and their product, float32
+    if isinstance(method, FineTuneMethod):
+        return 3 * 4 * 6 * d * d  # float32 casts of the largest outer layer, for its own gradient
+    return 0
+
+
+def smallest_peak(shape: TransformerShape) -> int:
+    """Bytes at the peak of a pass over hardly any tokens: the float32 cast of the projection of the
+    time embedding to the modulation of the blocks, 6 widths wide."""
+    return 4 * 6 * shape.width * shape.width

@@ -1,0 +1,313 @@
+"""`RunCosts`: the bytes of each phase of one run, as a function of the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from onewan.config.method import FineTuneMethod
+from onewan.config.resolve import trained_experts
+from onewan.config.schema import ResolvedRun
+from onewan.memory.plan.activations import Activations, Batch, activations, smallest_peak
+from onewan.memory.plan.bucket import Bucket
+from onewan.memory.plan.result import PhaseBytes
+from onewan.memory.plan.settings import Settings
+from onewan.memory.plan.shapes import TEXT_ENCODER_BYTES
+from onewan.memory.plan.stored import StoredModel, StoredTransformer
+from onewan.memory.plan.trained import TrainedWeights, trained_embeddings, trained_weights
+from onewan.memory.plan.work import RING
+from onewan.variants import ExpertName
+
+_PROCESS = 1_500_000_000
+"""Bytes of host memory that Python, PyTorch and the libraries take."""
+_EXPANDED_AT_A_TIME = 1 << 23
+"""Values of a packed matrix that are computed in float32 at a time."""
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunCosts:
+    """What a run has in memory, before settings are chosen."""
+
+    config: ResolvedRun
+    stored: StoredModel
+    trained: Mapping[ExpertName, TrainedWeights | None]
+    """By the experts that are trained."""
+    embeddings: TrainedWeights | None
+    loaded: tuple[ExpertName, ...]
+    """Experts whose weights are loaded: those that are trained, or all if videos are sampled."""
+
+    @staticmethod
+    def of(config: ResolvedRun, stored: StoredModel) -> RunCosts:
+        experts = trained_experts(config)
+        variant = config.model.facts()
+        loaded = variant.experts if config.sample.prompts else experts
+        return RunCosts(
+            config=config,
+            stored=stored,
+            trained={
+                expert.name: trained_weights(config, stored.experts[expert.name].shape, expert)
+                for expert in experts
+            },
+            embeddings=trained_embeddings(config, stored.text_width),
+            loaded=tuple(expert.name for expert in loaded),
+        )
+
+    @property
+    def transformer(self) -> StoredTransformer:
+        """The largest of the loaded experts; they have the same shape but may be stored in
+        different forms."""
+        return max((self.stored.experts[n] for n in self.loaded), key=lambda s: s.all_bytes)
+
+    @property
+    def layers(self) -> int:
+        return self.transformer.shape.layers
+
+    @property
+    def is_fine_tuning(self) -> bool:
+        return isinstance(self.config.method, FineTuneMethod)
+
+    @property
+    def compute_bytes(self) -> int:
+        return _DTYPE_BYTES[self.config.model.dtype]
+
+    def batch(self, bucket: Bucket, clips: int | None = None) -> Batch:
+        return Batch(
+            shape=self.transformer.shape,
+            tokens=bucket.tokens(self.config.model.facts()),
+            clips=self.config.train.batch_size if clips is None else clips,
+            compute_bytes=self.compute_bytes,
+        )
+
+    def activations(self, bucket: Bucket, settings: Settings) -> Activations:
+        return activations(self.batch(bucket), settings, self.config.method)
+
+    # --------------------------------------------------------------------------- training
+
+    def training(self, bucket: Bucket, settings: Settings) -> PhaseBytes:
+        """A training step with clips of `bucket`, for the expert that needs more."""
+        acts = self.activations(bucket, settings)
+        device = self._weights_on_device(settings)
+        device |= self._trained_on_device(settings, training=True)
+        device |= self._encoders_in_training()
+        # The cast at the beginning and the activations are not alive together.
+        live = max(acts.live, smallest_peak(self.transformer.shape) - acts.kept_on_device)
+        device["kept for the backward pass"] = acts.kept_on_device
+        device["live block"] = live + self._expanded()
+        pinned = self._weights_on_host(settings)
+        pinned |= self._trained_on_host(settings)
+        pinned["kept for the backward pass"] = acts.kept_on_host
+        saved = sum(t.saved for t in (*self.trained.values(), self.embeddings) if t is not None)
+        pageable = {"Python and libraries": _PROCESS, "a checkpoint being written": saved}
+        return _phase("training", device, pinned, pageable)
+
+    def validation(self, bucket: Bucket, settings: Settings) -> PhaseBytes:
+        """Loss of clips of `bucket` without gradients."""
+        device = self._weights_on_device(settings)
+        device |= self._trained_on_device(settings, training=False)
+        device |= self._encoders_in_training()
+        live = self.activations(bucket, settings).forward_live
+        device["live block"] = max(live, smallest_peak(self.transformer.shape)) + self._expanded()
+        pinned = self._weights_on_host(settings) | self._trained_on_host(settings)
+        return _phase("validation", device, pinned, {"Python and libraries": _PROCESS})
+
+    def _weights_on_device(self, settings: Settings) -> dict[str, int]:
+        model = self.transformer
+        resident = min(settings.resident_blocks, model.shape.layers)
+        streamed = settings.streamed(model.shape.layers)
+        device = {
+            "weights outside the blocks": model.outer_bytes,
+            "resident blocks": resident * model.block_bytes,
+            "ring for streamed blocks": min(RING, streamed) * self._bytes_in_the_ring(),
+        }
+        if not self.config.memory.offload_inactive_expert:
+            others = [self.stored.experts[n].all_bytes for n in self.loaded]
+            device["the other expert"] = sum(others) - max(others)
+        return device
+
+    def _bytes_in_the_ring(self) -> int:
+        """Bytes of one buffer: a block's weights, and when they are trained their state too."""
+        return self.transformer.block_bytes + self.streamed_state
+
+    @property
+    def streamed_state(self) -> int:
+        """Bytes of optimizer state and residuals that come with each streamed block if blocks are
+        fine-tuned."""
+        if not self.is_fine_tuning:
+            return 0
+        return max((self._per_block(t.state.device + t.weights) for t in self._whole()), default=0)
+
+    def _whole(self) -> list[TrainedWeights]:
+        return [t for t in self.trained.values() if t is not None]
+
+    @property
+    def parked_bytes(self) -> int:
+        """Bytes of the trained weights, state and averages of the expert that is parked: those of
+        the smaller one, while the larger one trains."""
+        return min(map(_all_bytes, self._whole()), default=0)
+
+    def _per_block(self, amount: int) -> int:
+        """The share of one block in `amount` bytes that belong to all trained weights."""
+        shape = self.transformer.shape
+        return round(amount * (1 - shape.outer_weights / shape.weights) / shape.layers)
+
+    def _trained_on_device(self, settings: Settings, *, training: bool) -> dict[str, int]:
+        """Trained weights, their gradients, optimizer state and averages."""
+        parts = self._whole()
+        idle_parked = settings.park_idle
+        active = [max(parts, key=_all_bytes)] if parts and idle_parked else parts
+        embeddings = [self.embeddings] if self.embeddings is not None else []
+        # With streamed fine-tuning, what belongs to streamed blocks comes and goes with them.
+        streamed = settings.streamed(self.layers) if self.is_fine_tuning else 0
+
+        def here(amounts: list[int]) -> int:
+            return sum(amount - streamed * self._per_block(amount) for amount in amounts)
+
+        device = {
+            "trained weights": here([t.weights for t in active])
+            + sum(t.weights for t in embeddings),
+            "optimizer state": here([t.state.device for t in active])
+            + sum(t.state.device for t in embeddings),
+        }
+        if self.config.train.ema is not None and not self.config.train.ema.offload:
+            device["averages"] = sum(t.averages for t in (*active, *embeddings))
+        if training:
+            # The gradients of an expert are dropped after its step.
+            gradients = max((t.gradients for t in parts), default=0)
+            if streamed:
+                # Of the block that is being updated, and of those that stay.
+                gradients = here([gradients]) + self._per_block(gradients)
+            device["gradients"] = gradients + sum(t.gradients for t in embeddings)
+        return device
+
+    def _encoders_in_training(self) -> dict[str, int]:
+        """The text encoder and the VAE, where they run in every step."""
+        device: dict[str, int] = {}
+        cached = self.config.video_data.cache
+        if self.config.embeddings or not cached:
+            device["text encoder"] = self._text_encoder() + TEXT_ENCODER_BYTES
+        if not cached:
+            # Encoded before the forward pass, so only its weights stand beside activations.
+            device["VAE"] = 4 * self.stored.vae.weights
+        return device
+
+    def _expanded(self) -> int:
+        """The largest packed matrix, expanded for its use, and a few rows of it in float32."""
+        shape = self.transformer.shape
+        if not self.transformer.expands:
+            return 0
+        values = shape.width * shape.feed_forward
+        return self.compute_bytes * values + 8 * min(values, _EXPANDED_AT_A_TIME)
+
+    def _weights_on_host(self, settings: Settings) -> dict[str, int]:
+        """Masters of the blocks, and what belongs to the expert that is not on the device."""
+        models = [self.stored.experts[name] for name in self.loaded]
+        layers = self.layers
+        if settings.streamed(layers) or (
+            len(models) > 1 and self.config.memory.offload_inactive_expert
+        ):
+            return {
+                "weights of blocks": sum(m.shape.layers * m.block_bytes for m in models),
+                "weights outside the blocks": sum(m.outer_bytes for m in models[1:]),
+            }
+        return {}
+
+    def _trained_on_host(self, settings: Settings) -> dict[str, int]:
+        parts = self._whole()
+        everything = [*parts, *([self.embeddings] if self.embeddings else [])]
+        host = {"optimizer state": sum(t.state.host for t in everything)}
+        if self.config.train.ema is not None and self.config.train.ema.offload:
+            host["averages"] = sum(t.averages for t in everything)
+        if settings.park_idle and len(parts) > 1:
+            host["the idle expert's trained weights and state"] = self.parked_bytes
+        if self.is_fine_tuning:
+            streamed = settings.streamed(self.layers)
+            host["optimizer state of streamed blocks"] = sum(
+                streamed * self._per_block(t.state.device + t.weights) for t in parts
+            )
+        return host
+
+    # --------------------------------------------------------------------------- other phases
+
+    def _text_encoder(self) -> int:
+        return self.stored.text_encoder
+
+    def encoding(self, bucket: Bucket) -> tuple[PhaseBytes, ...]:
+        """Encoding captions, and the clips of `bucket`; they run one after the other."""
+        host = {"Python and libraries": _PROCESS}
+        text = {"text encoder": self._text_encoder(), "one caption": TEXT_ENCODER_BYTES}
+        clip = {
+            "VAE": 4 * self.stored.vae.weights,
+            f"a clip of {bucket}": self.stored.vae.encoding_bytes(bucket.pixels, bucket.frames),
+        }
+        pixels = {"the clip's pixels": 2 * 12 * bucket.pixels * bucket.frames}
+        return (
+            _phase("encoding captions", text, {}, host),
+            _phase("encoding clips", clip, {}, host | pixels),
+        )
+
+    def sampling(self, bucket: Bucket, settings: Settings) -> tuple[PhaseBytes, ...]:
+        """Denoising and decoding a sample video of the size `bucket`."""
+        denoising = self._weights_on_device(settings)
+        trained = self._trained_on_device(settings, training=False)
+        kept = 0 if settings.park_idle else trained["optimizer state"] + trained.get("averages", 0)
+        live = activations(self.batch(bucket, 1), settings, self.config.method).forward_live
+        denoising["trained weights"] = trained["trained weights"]
+        denoising["optimizer state"] = kept
+        denoising["live block"] = (
+            max(live, smallest_peak(self.transformer.shape)) + self._expanded()
+        )
+        decoding = {
+            "VAE": 4 * self.stored.vae.weights,
+            f"a video of {bucket}": self.stored.vae.decoding_bytes(bucket.pixels, bucket.frames),
+            "optimizer state": kept,
+        }
+        pinned = self._weights_on_host(settings) | self._trained_on_host(settings)
+        if settings.park_idle:
+            state = sum(t.state.device for t in self._whole())
+            pinned["optimizer state"] = pinned.get("optimizer state", 0) + state
+        host = {"Python and libraries": _PROCESS, "the video": 15 * bucket.pixels * bucket.frames}
+        return (
+            _phase("sampling: denoising", denoising, pinned, host),
+            _phase("sampling: decoding", decoding, pinned, host),
+        )
+
+    # --------------------------------------------------------------------------- disk
+
+    def disk(self, clips: Mapping[Bucket, int]) -> dict[str, int]:
+        """Bytes of the files that the run writes."""
+        config, variant = self.config, self.config.model.facts()
+        parts = [t for t in (*self.trained.values(), self.embeddings) if t is not None]
+        channels = variant.latent_channels + (variant.latent_channels if variant.needs_image else 0)
+        latents = sum(
+            count * 4 * channels * bucket.latent_cells(variant) for bucket, count in clips.items()
+        )
+        kept = config.train.keep_last + 1 + config.train.keep_best
+        exports = -(-config.train.steps // config.train.save_every)
+        if config.output.keep_last is not None:
+            exports = min(exports, config.output.keep_last)
+        per_weight = _DTYPE_BYTES[config.output.dtype or "float32"]
+        if self.is_fine_tuning and config.output.dtype is None:
+            per_weight = self.compute_bytes
+        exported = sum(t.count for t in parts) * per_weight * len(config.output.formats)
+        return {
+            **({"cache of encoded clips": latents} if config.video_data.cache else {}),
+            "checkpoints": kept * sum(t.saved for t in parts),
+            "exported weights": exports * exported,
+        }
+
+
+def _all_bytes(trained: TrainedWeights) -> int:
+    """What is moved when an expert is parked."""
+    return trained.weights + trained.state.device + trained.averages
+
+
+def _phase(
+    name: str, device: Mapping[str, int], pinned: Mapping[str, int], pageable: Mapping[str, int]
+) -> PhaseBytes:
+    def given(items: Mapping[str, int]) -> dict[str, int]:
+        return {item: amount for item, amount in items.items() if amount}
+
+    return PhaseBytes(
+        phase=name, device=given(device), pinned=given(pinned), pageable=given(pageable)
+    )

@@ -1,0 +1,154 @@
+"""`make_plan`, from a run file to a `Plan`; `check_plan`, which refuses what can't fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from onewan.arithmetic.byte_sizes import format_bytes, parse_bytes
+from onewan.config.schema import ResolvedRun
+from onewan.errors import MemoryPlanError
+from onewan.memory.plan.advice import advise
+from onewan.memory.plan.bucket import Bucket
+from onewan.memory.plan.choose import Candidate, choose, most_resident
+from onewan.memory.plan.costs import RunCosts
+from onewan.memory.plan.machine import Machine
+from onewan.memory.plan.result import PhaseBytes, Plan
+from onewan.memory.plan.settings import Settings
+from onewan.memory.plan.stored import StoredModel, assumed_model
+
+
+def make_plan(
+    config: ResolvedRun,
+    buckets: Sequence[Bucket] | Mapping[Bucket, int],
+    machine: Machine,
+    stored: StoredModel | None = None,
+    *,
+    advice: bool = True,
+) -> Plan:
+    """The plan of the run `config` on `machine`.
+
+    `buckets` are those of its clips (ValueError if there are none), as a mapping with the number of
+    clips of each where that is known, which only the disk space depends on. `stored` are the sizes
+    and the storage of the model; None: the variant's sizes, with weights in `model.dtype`. Settings
+    that the run file gives are kept, the others are chosen. Without `advice` the plan has no
+    suggestions, which take most of the time.
+    """
+    if not buckets:
+        raise ValueError("a plan needs at least one bucket")
+    clips = buckets if isinstance(buckets, Mapping) else dict.fromkeys(buckets, 1)
+    stored = stored or assumed_model(config)
+    plan = _plan(config, clips, machine, stored)
+    if not advice:
+        return plan
+
+    def again(changed: ResolvedRun, clips: Mapping[Bucket, int]) -> Plan:
+        return _plan(changed, clips, machine, stored)
+
+    return replace(plan, suggestions=advise(config, clips, plan, again))
+
+
+def check_plan(plan: Plan) -> None:
+    """MemoryPlanError, which says by how much and what would help, if the run can't fit."""
+    problems = plan.problems()
+    if not problems:
+        return
+    details = [*problems, *_largest_parts(plan)]
+    if plan.suggestions:
+        details.append("what helps, the cheapest first:")
+        details += [f"  {s.text} ({' '.join(s.change)})" for s in plan.suggestions]
+    else:
+        details.append("no setting of the run file makes it fit; train at a smaller size")
+    raise MemoryPlanError(
+        f"memory: this run does not fit on {plan.machine.name} with "
+        f"{format_bytes(plan.machine.vram)} and {format_bytes(plan.machine.ram)} of host memory; "
+        "change the run file (`onewan plan` shows the whole plan)",
+        details,
+    )
+
+
+def machine_for(config: ResolvedRun, machine: Machine) -> Machine:
+    """`machine` with the limits of `memory.vram` and `memory.ram`, where they are given."""
+    memory = config.memory
+    return replace(
+        machine,
+        vram=machine.vram if memory.vram is None else parse_bytes(memory.vram),
+        ram=machine.ram if memory.ram is None else parse_bytes(memory.ram),
+    )
+
+
+def _largest_parts(plan: Plan) -> list[str]:
+    parts = sorted(plan.peak.device.items(), key=lambda item: -item[1])[:4]
+    listed = ", ".join(f"{name} {format_bytes(amount)}" for name, amount in parts)
+    return [f"the largest parts of {plan.peak.phase} on the device: {listed}"]
+
+
+def _plan(
+    config: ResolvedRun, clips: Mapping[Bucket, int], machine: Machine, stored: StoredModel
+) -> Plan:
+    """The plan without suggestions. Parking the idle expert costs time at each switch, so it is
+    chosen only where the run does not fit otherwise, or where the memory makes up for that."""
+    costs = RunCosts.of(config, stored)
+    kept = _with_parking(costs, clips, machine, park_idle=False)
+    parked = _with_parking(costs, clips, machine, park_idle=True)
+    if kept.fits != parked.fits:
+        return kept if kept.fits else parked
+    if not kept.fits:
+        return parked
+    return parked if _seconds(parked, clips) < _seconds(kept, clips) else kept
+
+
+def _seconds(plan: Plan, clips: Mapping[Bucket, int]) -> float:
+    """Of a pass over all clips."""
+    return sum(clips[bucket.bucket] * bucket.time.seconds for bucket in plan.buckets)
+
+
+def _with_parking(
+    costs: RunCosts, clips: Mapping[Bucket, int], machine: Machine, *, park_idle: bool
+) -> Plan:
+    chosen = [choose(costs, bucket, machine, park_idle=park_idle) for bucket in clips]
+    chosen.sort(key=lambda c: -c.plan.training.device_bytes)
+    largest = max(clips, key=lambda bucket: bucket.pixels * bucket.frames)
+    phases = [*costs.encoding(largest)] if _encodes(costs.config) else []
+    if costs.config.validation.clips:
+        phases.append(_validation(costs, chosen))
+    sampling, resident = _sampling(costs, machine, chosen[0].plan.settings)
+    return Plan(
+        machine=machine,
+        buckets=tuple(candidate.plan for candidate in chosen),
+        other_phases=(*phases, *sampling),
+        sampling_resident_blocks=resident,
+        disk=costs.disk(clips),
+        suggestions=(),
+        notes=(*machine.notes, *costs.stored.notes),
+    )
+
+
+def _encodes(config: ResolvedRun) -> bool:
+    return bool(config.video_data.sources) or config.video_data.cache
+
+
+def _validation(costs: RunCosts, chosen: Sequence[Candidate]) -> PhaseBytes:
+    """Validation of the bucket with the highest peak, with the settings that it trains with."""
+    phases = [costs.validation(c.plan.bucket, c.plan.settings) for c in chosen]
+    return max(phases, key=lambda phase: phase.device_bytes)
+
+
+def _sampling(
+    costs: RunCosts, machine: Machine, training: Settings
+) -> tuple[tuple[PhaseBytes, ...], int]:
+    """The phases of sampling, and the blocks that stay on the device during it."""
+    sample = costs.config.sample
+    if not sample.prompts:
+        return (), 0
+    bucket = Bucket(frames=sample.frames, width=sample.width, height=sample.height)
+    none = replace(training, resident_blocks=0)
+    denoising, _ = costs.sampling(bucket, none)
+    resident = most_resident(
+        costs.layers,
+        costs.transformer.block_bytes,
+        machine.device_budget,
+        denoising.device_bytes,
+        costs.config.memory.resident_blocks,
+    )
+    return costs.sampling(bucket, replace(training, resident_blocks=resident)), resident

@@ -1,0 +1,201 @@
+"""What a plan says: bytes per phase, settings and time of each bucket, and what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from onewan.arithmetic.byte_sizes import format_bytes
+from onewan.memory.plan.bucket import Bucket
+from onewan.memory.plan.machine import Machine
+from onewan.memory.plan.settings import Settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseBytes:
+    """The bytes that one phase of a run has at its peak, by what they are for."""
+
+    phase: str
+    """Such as "training" or "sampling: decoding"."""
+    device: Mapping[str, int]
+    """What is on the device. The values add up to the phase's peak."""
+    pinned: Mapping[str, int]
+    """What is in host memory that the device copies from and to (page-locked where possible)."""
+    pageable: Mapping[str, int]
+    """What else is in host memory."""
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def pinned_bytes(self) -> int:
+        return sum(self.pinned.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return self.pinned_bytes + sum(self.pageable.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """Work and predicted time of one optimizer step, by arithmetic."""
+
+    seconds: float
+    resident_seconds: float
+    """The same with the same recomputation, and nothing copied."""
+    flops: float
+    """With recomputation."""
+    model_flops: float
+    """Without recomputation."""
+    bytes_to_device: float
+    bytes_to_host: float
+    weights_to_device: float
+    """Of the bytes to the device, those of streamed weights."""
+
+    @property
+    def slowdown(self) -> float:
+        """How many times as long a step takes as one that copies nothing."""
+        return self.seconds / self.resident_seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BucketPlan:
+    """The settings for the clips of one bucket, and what a training step then needs."""
+
+    bucket: Bucket
+    tokens: int
+    """Of one clip."""
+    settings: Settings
+    training: PhaseBytes
+    time: StepTime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run needs, and the settings that it trains with."""
+
+    machine: Machine
+    buckets: tuple[BucketPlan, ...]
+    """The one with the highest peak on the device first."""
+    other_phases: tuple[PhaseBytes, ...]
+    """Encoding, validation and sampling."""
+    sampling_resident_blocks: int
+    """Blocks of an expert that stay on the device while videos are sampled."""
+    disk: Mapping[str, int]
+    """Bytes of the files that the run writes."""
+    suggestions: tuple[Suggestion, ...]
+    """Changes of the run file that make it fit, or make it faster; the cheapest first."""
+    notes: tuple[str, ...] = ()
+    """What was assumed."""
+
+    @property
+    def worst(self) -> BucketPlan:
+        """The bucket with the highest peak on the device, which training runs first."""
+        return self.buckets[0]
+
+    @property
+    def phases(self) -> tuple[PhaseBytes, ...]:
+        """All phases, training as that of the worst bucket."""
+        return (*self.other_phases, self.worst.training)
+
+    @property
+    def peak(self) -> PhaseBytes:
+        """The phase with the highest peak on the device."""
+        return max(self.phases, key=lambda phase: phase.device_bytes)
+
+    @property
+    def host_peak(self) -> PhaseBytes:
+        """The phase with the highest peak in host memory."""
+        trainings = (bucket.training for bucket in self.buckets)
+        return max((*self.other_phases, *trainings), key=lambda phase: phase.host_bytes)
+
+    @property
+    def fits(self) -> bool:
+        return not self.problems()
+
+    def for_bucket(self, bucket: Bucket) -> BucketPlan:
+        """The plan for clips of `bucket`; KeyError for one that the plan was not made for."""
+        for found in self.buckets:
+            if found.bucket == bucket:
+                return found
+        raise KeyError(f"the plan has no bucket {bucket}")
+
+    def problems(self) -> list[str]:
+        """A line for each memory that is too small, with the phase and by how much."""
+        lines = list[str]()
+        machine = self.machine
+        peak, budget = self.peak, machine.device_budget
+        if peak.device_bytes > budget:
+            lines.append(
+                f"{peak.phase} needs {format_bytes(peak.device_bytes)} of device memory, "
+                f"{format_bytes(peak.device_bytes - budget)} more than the {format_bytes(budget)} "
+                f"that {machine.name} has for it"
+            )
+        host, budget = self.host_peak, machine.host_budget
+        if host.host_bytes > budget:
+            lines.append(
+                f"{host.phase} needs {format_bytes(host.host_bytes)} of host memory, "
+                f"{format_bytes(host.host_bytes - budget)} more than the {format_bytes(budget)} "
+                f"of {format_bytes(machine.ram)} that a run may use"
+            )
+        return lines
+
+    def as_data(self) -> dict[str, Any]:
+        """The plan as plain data, for ``--json`` and for the run's events."""
+        worst = self.worst.bucket
+        return {
+            "fits": self.fits,
+            "problems": self.problems(),
+            "machine": {
+                **asdict(self.machine),
+                "device_budget": self.machine.device_budget,
+                "host_budget": self.machine.host_budget,
+            },
+            "device_peak": self.peak.device_bytes,
+            "host_peak": self.host_peak.host_bytes,
+            "worst_bucket": asdict(worst),
+            "buckets": [
+                {
+                    **asdict(bucket.bucket),
+                    "tokens": bucket.tokens,
+                    "settings": asdict(bucket.settings),
+                    "device_peak": bucket.training.device_bytes,
+                    "time": {**asdict(bucket.time), "slowdown": bucket.time.slowdown},
+                }
+                for bucket in self.buckets
+            ],
+            "phases": [
+                {
+                    "phase": phase.phase,
+                    "device": dict(phase.device),
+                    "pinned": dict(phase.pinned),
+                    "pageable": dict(phase.pageable),
+                    "device_bytes": phase.device_bytes,
+                    "host_bytes": phase.host_bytes,
+                }
+                for phase in self.phases
+            ],
+            "sampling_resident_blocks": self.sampling_resident_blocks,
+            "disk": dict(self.disk),
+            "suggestions": [asdict(suggestion) for suggestion in self.suggestions],
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suggestion:
+    """A change of the run file."""
+
+    change: tuple[str, ...]
+    """Overrides, such as "memory.weights=fp8"; all of them together."""
+    text: str
+    """What it is, for the user."""
+    device_saved: int
+    """Bytes by which the highest peak on the device falls."""
+    host_saved: int
+    seconds: float
+    """Of a step of the worst bucket with it."""
+    fits: bool
+    """Whether the run fits with it."""

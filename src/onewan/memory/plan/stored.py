@@ -1,0 +1,233 @@
+"""`StoredModel`: sizes of a run's model and how its weights are stored, by the files' headers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import cast
+
+from onewan.config.schema import ResolvedRun
+from onewan.dtypes import BYTES_PER_ELEMENT
+from onewan.errors import CheckpointError
+from onewan.formats.backends import TensorInfo
+from onewan.formats.model_folder import (
+    ComponentDescription,
+    ComponentName,
+    describe_component,
+    find_components,
+)
+from onewan.formats.weights import ComponentFile, StoredWeight
+from onewan.memory.plan.shapes import TEXT_ENCODER_WEIGHTS, TransformerShape, VaeShape
+from onewan.memory.plan.storage import Storage, matrix_bytes
+from onewan.variants import TEXT_WIDTH, ExpertName
+
+_COMPUTED_TYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DECODED_ON_DEVICE = frozenset(
+    (*("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL"), *(f"Q{bits}_K" for bits in range(2, 7)))
+)
+"""GGUF types that stay packed. Others are expanded while loading, since no decoder for them runs on
+a device."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTransformer:
+    """One expert, as it is in memory while it is trained."""
+
+    shape: TransformerShape
+    block_bytes: int
+    """Bytes of the weights of one block (of the largest, if a file stores them differently)."""
+    outer_bytes: int
+    """Bytes of the weights outside the blocks, which always stay on the device."""
+    expands: bool
+    """Whether its matrices are expanded to the precision of the matrix products before each use."""
+    storage: str
+    """How its matrices are stored, for the user."""
+
+    @property
+    def all_bytes(self) -> int:
+        return self.shape.layers * self.block_bytes + self.outer_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredModel:
+    """The networks of a run, in the form in which they are in memory."""
+
+    experts: Mapping[ExpertName, StoredTransformer]
+    """All experts of the variant."""
+    vae: VaeShape
+    text_encoder: int
+    """Bytes of the text encoder's weights."""
+    text_width: int = TEXT_WIDTH
+    notes: tuple[str, ...] = ()
+    """What was assumed, for the user."""
+
+
+def read_stored_model(config: ResolvedRun) -> StoredModel:
+    """The model of `config`, by the headers of its files where they are on this machine.
+
+    Sizes are the variant's, and weights are in `model.dtype`, where a file is not here (the plan
+    says so), or can't be read (which loading reports).
+    """
+    variant = config.model.facts()
+    described = _descriptions(config)
+    experts: dict[ExpertName, StoredTransformer] = {}
+    notes = list[str]()
+    for expert in variant.experts:
+        found = described.get(expert.component)
+        if found is None or found.file is None:
+            notes.append(
+                f"the files of the {expert.name} expert are not on this machine, so its size is "
+                f"that of {variant.title}, with weights in {config.model.dtype}"
+                if len(variant.experts) > 1
+                else f"the files of the transformer are not on this machine, so its size is that "
+                f"of {variant.title}, with weights in {config.model.dtype}"
+            )
+        experts[expert.name] = _transformer(config, found)
+    vae, text = described.get("vae"), described.get("text_encoder")
+    found = assumed_model(config)
+    return StoredModel(
+        experts=experts,
+        vae=found.vae if vae is None or vae.file is None else found.vae.scaled(_count(vae.file)),
+        text_encoder=found.text_encoder
+        if text is None or text.file is None
+        else _text_encoder_bytes(text.file, config.model.dtype),
+        text_width=TEXT_WIDTH if text is None else int(text.config["d_model"]),
+        notes=tuple(notes),
+    )
+
+
+def assumed_model(config: ResolvedRun) -> StoredModel:
+    """The model of the variant's size with weights in `model.dtype`."""
+    variant = config.model.facts()
+    return StoredModel(
+        experts={expert.name: _transformer(config, None) for expert in variant.experts},
+        vae=VaeShape.of_variant(variant),
+        text_encoder=TEXT_ENCODER_WEIGHTS * _COMPUTED_TYPES[config.model.dtype],
+    )
+
+
+def with_weights(stored: StoredTransformer, weights: str, dtype: str) -> StoredTransformer:
+    """`stored` with the matrices of its blocks as `memory.weights` says."""
+    if weights == "as_stored":
+        return stored
+    plain: Storage = "float32" if dtype == "float32" else "bfloat16"
+    storage: Storage = plain if weights == "bf16" else cast("Storage", weights)
+    matrices = sum(matrix_bytes(storage, s) for s in stored.shape.block_linears().values())
+    return replace(
+        stored,
+        block_bytes=round(matrices) + _vector_bytes(stored.shape, dtype),
+        expands=storage != plain,
+        storage=dtype if weights == "bf16" else weights,
+    )
+
+
+def _descriptions(config: ResolvedRun) -> dict[ComponentName, ComponentDescription]:
+    """The components whose files are on this machine and can be read."""
+    given = config.model.sources()
+    paths: dict[ComponentName, Path] = {}
+    described: dict[ComponentName, ComponentDescription] = {}
+    try:
+        if "path" in given and Path(given["path"]).is_dir():
+            paths |= find_components(Path(given["path"]))
+    except (CheckpointError, OSError):
+        pass  # of a model that can't be used, loading says why
+    components: tuple[ComponentName, ...] = ("transformer", "transformer_2", "vae", "text_encoder")
+    for name in components:
+        path = Path(given[name]) if name in given else paths.get(name)
+        if path is None or not path.exists():
+            continue
+        try:
+            found = find_components(path) if path.is_dir() else {}
+            described[name] = describe_component(found.get(name, path))
+        except (CheckpointError, OSError):
+            continue  # as above
+    return described
+
+
+def _transformer(config: ResolvedRun, described: ComponentDescription | None) -> StoredTransformer:
+    dtype = config.model.dtype
+    file = None if described is None else described.file
+    if described is None or file is None:
+        shape = TransformerShape.of_variant(config.model.facts())
+        sizes = {"": sum(_plain(dtype, s) for s in shape.block_linears().values())}
+        names = {dtype}
+    else:
+        shape = TransformerShape.of_config(described.config)
+        sizes, names = _block_sizes(file, dtype)
+    stored = StoredTransformer(
+        shape=shape,
+        block_bytes=round(max(sizes.values())) + _vector_bytes(shape, dtype),
+        outer_bytes=_outer_bytes(shape, dtype),
+        expands=bool(names - {dtype}),
+        storage=", ".join(sorted(names)),
+    )
+    return with_weights(stored, config.memory.weights, dtype)
+
+
+def _block_sizes(file: ComponentFile, dtype: str) -> tuple[dict[str, float], set[str]]:
+    """(bytes of the matrices of each block as they are loaded, how they are stored)."""
+    sizes, names = dict[str, float](), set[str]()
+    for name, entry in file.entries.items():
+        if name.startswith("blocks.") and len(entry.info.shape) == 2:
+            block = name.split(".")[1]
+            sizes[block] = sizes.get(block, 0) + _loaded_bytes(entry, dtype)
+            names.add(entry.info.dtype if _stays_packed(entry) else dtype)
+    return sizes, names
+
+
+def _text_encoder_bytes(file: ComponentFile, dtype: str) -> int:
+    """Bytes of the text encoder in memory. Its blocks stay packed, its table does not."""
+    matrices = {n: e for n, e in file.entries.items() if n.startswith("encoder.block.")}
+    others = _count(file) - sum(entry.info.elements for entry in matrices.values())
+    packed = sum(
+        _loaded_bytes(e, dtype) if len(e.info.shape) == 2 else e.info.elements * 4
+        for e in matrices.values()
+    )
+    return round(packed) + others * _COMPUTED_TYPES[dtype]
+
+
+def _stays_packed(entry: StoredWeight) -> bool:
+    """Whether a matrix of a block is in memory as the file stores it, not in `model.dtype`."""
+    return entry.packing == "fp8" or entry.info.dtype in DECODED_ON_DEVICE
+
+
+def _loaded_bytes(entry: StoredWeight, dtype: str) -> float:
+    """Bytes of a matrix of a block in memory."""
+    return _stored_bytes(entry.info) if _stays_packed(entry) else _plain(dtype, entry.info.shape)
+
+
+def _plain(dtype: str, shape: tuple[int, ...]) -> float:
+    return matrix_bytes("float32" if dtype == "float32" else "bfloat16", (shape[0], shape[1]))
+
+
+def _stored_bytes(info: TensorInfo) -> float:
+    if not info.is_quantized:
+        return info.elements * BYTES_PER_ELEMENT[info.dtype]
+    block, size = _gguf_sizes()[info.dtype]
+    return info.elements / block * size
+
+
+@cache
+def _gguf_sizes() -> dict[str, tuple[int, int]]:
+    from gguf.constants import GGML_QUANT_SIZES
+
+    return {kind.name: sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+
+
+def _vector_bytes(shape: TransformerShape, dtype: str) -> int:
+    """Bytes of the other weights of a block: the norms in front of its layers and the modulation
+    are float32, the rest has `dtype`."""
+    in_float32 = 8 * shape.width
+    return 4 * in_float32 + _COMPUTED_TYPES[dtype] * (shape.block_vector_weights - in_float32)
+
+
+def _outer_bytes(shape: TransformerShape, dtype: str) -> int:
+    """The time embedding and the modulation of the head are float32, the rest has `dtype`."""
+    time = shape.width * (shape.time_frequencies + shape.width + 2) + 2 * shape.width
+    return 4 * time + _COMPUTED_TYPES[dtype] * (shape.outer_weights - time)
+
+
+def _count(file: ComponentFile) -> int:
+    return sum(entry.info.elements for entry in file.entries.values())
