@@ -1,19 +1,16 @@
-"""Moves modules between host memory and a simulated accelerator, and prints observations as JSON.
+"""Moves modules between host memory and the simulated accelerator, and says what it observed.
 
-A separate program for `unit/test_residency.py`: importing `simulated_gpu` adds a device to
-PyTorch that other tests must not see.
+For `unit/test_residency.py`; each function needs the fixture `sim`.
 """
 
 from __future__ import annotations
 
 import gc
-import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import simulated_gpu  # pyright: ignore[reportMissingImports]
+import simulated_gpu
 import torch
 from torch import nn
 
@@ -118,8 +115,6 @@ def out_of_memory() -> dict[str, Any]:
             bring(modules[1])
     except torch.OutOfMemoryError as raised:
         error = type(raised).__name__
-    finally:
-        simulated_gpu.set_capacity(1 << 40)
     after = [p.detach().cpu() for m in modules for p in m.parameters()]
     return {
         "error": error,
@@ -181,6 +176,7 @@ output: {{dir: {folder}, name: run}}
 def run(folder: Path) -> dict[str, Any]:
     """A run of both experts: encoding, a step of each, and the moves that `bring_expert` asks."""
     write_clips(folder / "clips")
+    write_tiny_model(folder / "model", "t2v-a14b", width=64, layers=2)
     paths = {name: (folder / name).as_posix() for name in ("model", "clips")}
     file = folder / "run.yaml"
     file.write_text(RUN.format(**paths, folder=folder.as_posix()), encoding="utf-8")
@@ -228,19 +224,3 @@ def optimizer_devices(trainable: Any) -> list[str]:
     ]
     assert tensors
     return sorted({tensor.device.type for tensor in tensors})
-
-
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        found = {
-            "training": training(),
-            "sampling": sampling(),
-            "out of memory": out_of_memory(),
-            "sampler": sampler(Path(folder)),
-            "run": run(Path(folder)),
-        }
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support import residency_on_device
 from torch import nn
 
 from onewan.memory.residency import DeviceResidency, WholeModule, device_in_use
@@ -196,74 +193,56 @@ def test_the_device_in_use_is_the_first_that_is_not_host_memory() -> None:
 # ------------------------------------------------------------------ real moves between two memories
 
 
-@pytest.fixture(scope="module")
-def moves(shared: Path) -> dict[str, dict]:
-    """What `support/residency_on_device.py` reports from a simulated accelerator.
-
-    In another process, since the simulation adds a device to PyTorch permanently.
-    """
-    # Without links: another path to the same folder would compile the simulation again, for
-    # minutes.
-    simulator = (shared / "tools" / "simulated_gpu").resolve()
-    if not (simulator / "simulated_gpu").is_dir():
-        pytest.skip("needs the simulated device, ../shared/tools/simulated_gpu")
-    script = Path(__file__).parents[1] / "support" / "residency_on_device.py"
-    path = os.pathsep.join([str(simulator), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_alternating_experts_never_meet_on_the_device(moves) -> None:
+@pytest.mark.usefixtures("sim")
+def test_alternating_experts_never_meet_on_the_device() -> None:
     """The peak is one expert with its optimizer state, and where the other is, is host memory."""
-    found = moves["training"]
+    found = residency_on_device.training()
     assert found["peak"] <= found["one expert"]
     assert found["devices"] == [["sim", "cpu"], ["cpu", "sim"], ["sim", "cpu"]]
     assert found["optimizer devices"] == [["sim", "cpu"], ["cpu", "sim"], ["sim", "cpu"]]
     assert found["weights are the same"] and found["parameters are the same objects"]
 
 
-def test_a_ready_module_costs_no_transfer(moves) -> None:
-    assert moves["training"]["transfers of a second bring"] == 0
+@pytest.mark.usefixtures("sim")
+def test_a_ready_module_costs_no_transfer() -> None:
+    assert residency_on_device.training()["transfers of a second bring"] == 0
 
 
-def test_sampling_needs_no_more_room_than_the_largest_module(moves) -> None:
-    found = moves["sampling"]
+@pytest.mark.usefixtures("sim")
+def test_sampling_needs_no_more_room_than_the_largest_module() -> None:
+    found = residency_on_device.sampling()
     assert found["peak"] <= found["largest module"]
     assert found["devices after"] == found["devices before"]
 
 
-def test_sampling_out_of_memory_leaves_every_module_in_its_place(moves) -> None:
-    found = moves["out of memory"]
+@pytest.mark.usefixtures("sim")
+def test_sampling_out_of_memory_leaves_every_module_in_its_place() -> None:
+    found = residency_on_device.out_of_memory()
     assert found["error"] == "OutOfMemoryError"
     assert found["devices after"] == found["devices before"] == ["sim", "cpu", "cpu"]
     assert found["weights are the same"]
 
 
-def test_a_sample_is_the_cpus_and_modules_return(moves) -> None:
+@pytest.mark.usefixtures("sim")
+def test_a_sample_is_the_cpus_and_modules_return(tmp_path: Path) -> None:
     """`WanModelSampler` with a tiny model whose low-noise expert is on the device."""
-    found = moves["sampler"]
+    found = residency_on_device.sampler(tmp_path)
     assert found["residents"] == [["cpu", "sim"], ["sim", "cpu"]]
     assert found["devices after"] == found["devices before"]
     assert found["modes are the same"]
     assert found["mean difference to the CPU"] < 1
 
 
-def test_a_run_keeps_only_the_expert_of_the_step_on_the_device(moves) -> None:
+@pytest.mark.usefixtures("sim")
+def test_a_run_keeps_only_the_expert_of_the_step_on_the_device(tmp_path: Path) -> None:
     """With its optimizer state and average; the VAE has left after encoding."""
-    found = moves["run"]
+    found = residency_on_device.run(tmp_path)
     assert found["automatic device"] == "sim:0"
     assert found["devices before the first step"] == ["cpu", "cpu", "cpu"]
     # The low-noise expert is there after its step, so it is not asked to move at first.
     low_leaves, high_leaves = ("low", "cpu"), ("high", "cpu")
     low_enters, high_enters = ("low", "sim"), ("high", "sim")
-    assert [[tuple(move) for move in asked] for asked in found["moves"]] == [
+    assert found["moves"] == [
         [],
         [low_leaves, high_enters],
         [],
