@@ -260,7 +260,7 @@ def fake_device(*, flash_attention: bool = True) -> Iterator[torch.device]:
         F.scaled_dot_product_attention = flash
     try:
         with mode:
-            yield torch.device("sim")
+            yield torch.device("sim", 0)
     finally:
         torch.utils.swap_tensors = swap
         F.scaled_dot_product_attention = attention

@@ -23,6 +23,13 @@ from torch import nn
 from onewan.adapters.adapter_config import adapter_config_for
 from onewan.adapters.lora import attach_adapter
 from onewan.config.method import LoraMethod
+from onewan.memory.activations import KeptActivations
+from onewan.memory.block_backward import BlockComputation
+from onewan.memory.block_runner import CheckpointedBlocks, ResidentWeights
+from onewan.memory.block_weights import BlockWeights
+from onewan.memory.host_memory import HostMemory
+from onewan.memory.streaming import BlockStream
+from onewan.model.attention_backends import attention_backend
 from onewan.model.forward import predict_velocity
 from onewan.model.meta_init import transformer_on_meta
 from onewan.model.precision import keep_float32_islands
@@ -43,6 +50,15 @@ class Settings:
     dtype: torch.dtype = torch.bfloat16
     """Of the weights and the matrix products."""
     checkpointing: bool = True
+    """Whether blocks are computed again in the backward pass."""
+    whole_blocks: bool = False
+    """Checkpoint blocks as diffusers does, and not in parts. What follows is without effect then.
+    """
+    streamed_blocks: int = 0
+    """Blocks whose frozen weights are in host memory and come through a ring of two buffers."""
+    offload_inputs: bool = False
+    keep_attention: Literal["no", "device", "host"] = "no"
+    feed_forward_chunks: int = 1
     clean_first_frame: bool = True
     """Whether the clip keeps its first frame, where the variant has that (TI2V-5B)."""
     blocks: int | None = None
@@ -62,12 +78,16 @@ class Counts:
     tokens: int
     weights: int
     """The transformer's parameters and buffers without what is trained beside them."""
+    buffers: int
+    """The device memory of the blocks' stream."""
     trained: int
     """Adapter weights and optimizer state; for full fine-tuning the optimizer state alone."""
     kept: int
     """What the forward pass leaves for the backward pass: block inputs and all else."""
     peaks: dict[str, int]
     """The peak of each part: ``forward``, ``backward`` and ``update``, everything included."""
+    bytes_to_device: int
+    """Of weights, in this step."""
     at_peak: list[Storage]
     """What is alive at the peak, largest first."""
 
@@ -78,8 +98,8 @@ class Counts:
 
     @property
     def over_weights(self) -> int:
-        """The peak without the transformer's own weights."""
-        return self.peak - self.weights
+        """The peak without the weights of the transformer that are on the device all the time."""
+        return self.peak - self.weights - self.buffers
 
 
 def latent_shape(facts: Variant, size: tuple[int, int, int]) -> tuple[int, int, int, int, int]:
@@ -102,10 +122,12 @@ def build_transformer(
     blocks: int | None = None,
     *,
     heads: int | None = None,
+    blocks_on: torch.device | None = None,
 ) -> Any:
     """The variant's transformer without values, as `onewan.model.load` loads it: `dtype`, but for
     the weights that diffusers keeps in float32. `blocks` and `heads`: those numbers instead of the
-    variant's; the feed-forward width is in proportion to the heads."""
+    variant's; the feed-forward width is in proportion to the heads. `blocks_on`: another device for
+    the weights of the blocks."""
     heads = heads or facts.num_attention_heads
     transformer: Any = transformer_on_meta(
         {
@@ -122,10 +144,11 @@ def build_transformer(
     for name, parameter in list(transformer.named_parameters()):
         path, _, leaf = name.rpartition(".")
         own = torch.float32 if islands.intersection(name.split(".")) else dtype
-        value = torch.empty(parameter.shape, dtype=own, device=device)
+        where = (blocks_on or device) if name.startswith("blocks.") else device
+        value = torch.empty(parameter.shape, dtype=own, device=where)
         transformer.get_submodule(path)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     keep_float32_islands(transformer)
-    transformer.to(device)  # the buffers
+    transformer.rope.to(device)  # it has buffers
     return transformer
 
 
@@ -138,11 +161,15 @@ def count_step(
     shape = latent_shape(facts, size)
     with fake_device() as device, LiveBytes(workspaces=settings.workspaces) as live:
         live.mark("build")
-        transformer = build_transformer(facts, device, settings.dtype, settings.blocks)
+        on_host = torch.device("cpu") if settings.streamed_blocks else device
+        transformer = build_transformer(
+            facts, device, settings.dtype, settings.blocks, blocks_on=on_host
+        )
         weights = live.current(device.type)
-        parameters = make_trainable(transformer, facts, settings)
+        parameters = make_trainable(transformer, facts, settings, device)
         optimizer = optimizer_with_state(parameters)
         trained = live.current(device.type) - weights
+        stream = execute_blocks(transformer, settings, device)
         inputs = step_inputs(facts, shape, device, clean=settings.clean_first_frame)
         before = live.current(device.type)
         live.mark("forward")
@@ -162,14 +189,18 @@ def count_step(
         size=size,
         tokens=shape[2] * shape[3] * shape[4] // 4,
         weights=weights,
+        buffers=0 if stream is None else stream.device_bytes,
         trained=trained,
         kept=kept,
+        bytes_to_device=0 if stream is None else stream.bytes_to_device,
         peaks=peaks,
         at_peak=live.at_peak(device.type, max(peaks, key=lambda part: peaks[part])),
     )
 
 
-def make_trainable(transformer: Any, facts: Variant, settings: Settings) -> list[nn.Parameter]:
+def make_trainable(
+    transformer: Any, facts: Variant, settings: Settings, device: torch.device
+) -> list[nn.Parameter]:
     """Prepare the transformer for training as a run does; returns what is trained."""
     if settings.method == "lora":
         method = LoraMethod(kind="lora", rank=settings.rank)
@@ -177,10 +208,43 @@ def make_trainable(transformer: Any, facts: Variant, settings: Settings) -> list
         attach_adapter(transformer, config, 0, facts.experts[0].name)
     else:
         transformer.requires_grad_(True)
-    if settings.checkpointing:
-        transformer.enable_gradient_checkpointing()
     transformer.train()
+    for module in transformer.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                # A fake tensor can't get data on another device.
+                module._parameters[name] = nn.Parameter(parameter.detach().to(device))
     return [p for p in transformer.parameters() if p.requires_grad]
+
+
+def execute_blocks(
+    transformer: Any, settings: Settings, device: torch.device
+) -> BlockStream | None:
+    """Make the transformer's blocks run as `settings` say; returns what streams them."""
+    if settings.whole_blocks:
+        if settings.checkpointing:
+            transformer.enable_gradient_checkpointing()
+        return None
+    host = HostMemory(device)
+    stream = None
+    if settings.streamed_blocks:
+        stream = BlockStream(device, host=host)
+        weights = BlockWeights.take(list(transformer.blocks), host)
+        stream.select(weights, len(weights) - settings.streamed_blocks)
+    transformer.block_runner = CheckpointedBlocks(
+        blocks=list(transformer.blocks),
+        computation=BlockComputation(
+            keep_attention=settings.keep_attention != "no",
+            chunks=settings.feed_forward_chunks,
+            backend=attention_backend("flash"),  # fake tensors need a backend by name
+        ),
+        weights=stream or ResidentWeights(),
+        store=KeptActivations(device, lambda size: host.allocate(size).tensor),
+        checkpointing=settings.checkpointing,
+        offload_inputs=settings.offload_inputs,
+        offload_attention=settings.keep_attention == "host",
+    )
+    return stream
 
 
 def optimizer_with_state(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -233,16 +297,33 @@ def main() -> int:
     parser.add_argument("size", type=parse_size, help="frames x height x width, as 81x480x832")
     parser.add_argument("--method", choices=("lora", "full"), default="lora")
     parser.add_argument("--blocks", type=int, help="number of blocks, if not all")
+    parser.add_argument("--whole-blocks", action="store_true", help="as diffusers checkpoints them")
+    parser.add_argument("--streamed", type=int, default=0, help="blocks that are streamed")
+    parser.add_argument("--offload-inputs", action="store_true", help="block inputs on the host")
+    parser.add_argument("--keep-attention", choices=("no", "device", "host"), default="no")
+    parser.add_argument("--chunks", type=int, default=1, help="of the feed-forward layer")
     parser.add_argument("--no-workspaces", action="store_true", help="leave out WORKSPACES")
     parser.add_argument("--top", type=int, default=20, help="tensors of the peak to list")
     options = parser.parse_args()
     settings = Settings(
-        method=options.method, blocks=options.blocks, workspaces=not options.no_workspaces
+        method=options.method,
+        whole_blocks=options.whole_blocks,
+        streamed_blocks=options.streamed,
+        offload_inputs=options.offload_inputs,
+        keep_attention=options.keep_attention,
+        feed_forward_chunks=options.chunks,
+        blocks=options.blocks,
+        workspaces=not options.no_workspaces,
     )
     frames, height, width = options.size
     counts = count_step(options.variant, frames, height, width, settings)
     print(f"{counts.variant}, {counts.tokens} tokens, {options.method}, GB:")
-    figures = {"weights": counts.weights, "trained": counts.trained, "kept": counts.kept}
+    figures = {
+        "weights": counts.weights,
+        "buffers": counts.buffers,
+        "trained": counts.trained,
+        "kept": counts.kept,
+    }
     figures |= {f"peak of {part}": peak for part, peak in counts.peaks.items()}
     for name, value in {**figures, "peak over weights": counts.over_weights}.items():
         print(f"  {name:18} {value / 1e9:8.3f}")

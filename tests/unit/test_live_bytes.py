@@ -103,7 +103,7 @@ def test_counts_equal_the_simulated_gpus_statistics() -> None:
     memory = torch.get_device_module("sim")
     memory.reset_peak_memory_stats()
     before = memory.memory_allocated()
-    measured, transformer = narrow_step(torch.device("sim"))
+    measured, transformer = narrow_step(torch.device("sim", 0))
     with fake_device(flash_attention=False) as device, LiveBytes() as live:
         narrow_step(device)
     del transformer
