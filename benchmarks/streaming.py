@@ -287,8 +287,8 @@ def predict(
 
 
 ROWS = (
-    ("bf16", 0, False), ("bf16", 0, True), ("bf16", 20, False), ("fp8", 0, False), ("fp8", 20, False),
-    ("fp8", 20, True), ("nf4", 0, False),
+    ("bf16", 0, False), ("bf16", 0, True), ("bf16", 30, False), ("fp8", 0, False),
+    ("fp8", 20, False), ("fp8", 20, True), ("nf4", 0, False),
 )  # fmt: skip
 """Storage, resident blocks, whether every step changes the expert."""
 

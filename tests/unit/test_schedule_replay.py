@@ -97,6 +97,11 @@ def half_streamed(tiny: TinyRun) -> Recording:
     return tiny.record(resident=20, offload=True)
 
 
+@pytest.fixture(scope="module")
+def quarter_streamed(tiny: TinyRun) -> Recording:
+    return tiny.record(resident=30, offload=True)
+
+
 def test_a_step_loads_no_more_blocks_than_it_must(
     tiny: TinyRun, all_streamed: Recording, half_streamed: Recording
 ) -> None:
@@ -118,11 +123,11 @@ def test_block_inputs_leave_and_return_in_the_recorded_step(all_streamed: Record
 @pytest.mark.parametrize("size", [size for size, tokens in SIZES.items() if tokens > 9_000])
 @pytest.mark.parametrize("card", ["RTX 3090", "RTX 4090", "RTX 5090", "H100"])
 def test_streaming_is_free_at_the_sizes_of_videos(
-    all_streamed: Recording, half_streamed: Recording, card: str, size: str
+    all_streamed: Recording, quarter_streamed: Recording, card: str, size: str
 ) -> None:
     chosen = next(c for c in CARDS if c.name == f"{card}, PCIe 4")
-    # All blocks, but for the H100, of whose 80 GB 20 resident blocks are 14.
-    recording = half_streamed if card == "H100" else all_streamed
+    # All blocks, but for the H100, of whose 80 GB 30 resident blocks are 21.
+    recording = quarter_streamed if card == "H100" else all_streamed
     assert slowdown(recording.entries, durations(chosen, SIZES[size], "bf16")) <= 1.02
 
 
