@@ -99,7 +99,8 @@ def half_streamed(tiny: TinyRun) -> Recording:
 
 @pytest.fixture(scope="module")
 def quarter_streamed(tiny: TinyRun) -> Recording:
-    return tiny.record(resident=30, offload=True)
+    """With block inputs on the device too."""
+    return tiny.record(resident=30, offload=False)
 
 
 def test_a_step_loads_no_more_blocks_than_it_must(
@@ -126,8 +127,9 @@ def test_streaming_is_free_at_the_sizes_of_videos(
     all_streamed: Recording, quarter_streamed: Recording, card: str, size: str
 ) -> None:
     chosen = next(c for c in CARDS if c.name == f"{card}, PCIe 4")
-    # All blocks, but for the H100, of whose 80 GB 30 resident blocks are 21.
-    recording = quarter_streamed if card == "H100" else all_streamed
+    # On an H100 30 blocks (21 of its 80 GB) and the inputs of smaller clips (12 GB) can stay.
+    stays = card == "H100" and SIZES[size] < 20_000
+    recording = quarter_streamed if stays else all_streamed
     assert slowdown(recording.entries, durations(chosen, SIZES[size], "bf16")) <= 1.02
 
 
