@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -20,6 +21,7 @@ from onewan.memory.host_memory import HostMemory
 
 PIECE_SIZE = 64 << 20
 """Bytes of a pinned buffer: enough for the full rate of the bus, and little enough to be had."""
+THREAD_NAME = "weights to device"
 NUM_PIECES = 3
 """One is filled while another is copied to the device, and one more evens out their rates."""
 
@@ -79,6 +81,21 @@ class _StagedLoad(Load):
             raise self.error
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A pinned buffer between unpinned memory and the device."""
+
+    memory: Tensor
+    """uint8 [PIECE_SIZE]."""
+    copied: Event
+    """Behind the copy to the device of what it holds."""
+
+    def wait_until_copied(self) -> None:
+        """Block the calling thread until the memory may be written again."""
+        if self.copied is not None:
+            self.copied.synchronize()
+
+
 class StagedCopier:
     """Copies through pinned buffers, by a thread that ends with `close`."""
 
@@ -86,18 +103,15 @@ class StagedCopier:
         self,
         copy_queue: InOrderQueue,
         host: HostMemory,
-        *,
-        piece_size: int = PIECE_SIZE,
-        num_pieces: int = NUM_PIECES,
     ) -> None:
         self._queue = copy_queue
         self._pieces = [
-            (host.allocate_staging(piece_size).tensor, copy_queue.event())
-            for _ in range(num_pieces)
+            Piece(host.allocate_staging(PIECE_SIZE).tensor, copy_queue.event())
+            for _ in range(NUM_PIECES)
         ]
         self._next_piece = 0
         self._loads: queue.SimpleQueue[_StagedLoad | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="weights to device", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
         self._thread.start()
 
     def load(self, block: BlockInHostMemory, target: Tensor, free: Event, ready: Event) -> Load:
@@ -121,16 +135,15 @@ class StagedCopier:
     def _copy(self, load: _StagedLoad) -> None:
         self._queue.copy_in_after(load.free)
         size = load.block.layout.size
-        for start in range(0, size, self._pieces[0][0].numel()):
-            piece, done = self._pieces[self._next_piece]
+        for start in range(0, size, PIECE_SIZE):
+            piece = self._pieces[self._next_piece]
             self._next_piece = (self._next_piece + 1) % len(self._pieces)
-            stop = min(start + piece.numel(), size)
-            if done is not None:
-                done.synchronize()  # until the device has read what the piece held before
-            _gather(load.block.sources, start, stop, piece)
+            stop = min(start + PIECE_SIZE, size)
+            piece.wait_until_copied()
+            _gather(load.block.sources, start, stop, piece.memory)
             with self._queue.copying_in():
-                copy_async(load.target[start:stop], piece[: stop - start])
-            self._queue.copied_in(done)
+                copy_async(load.target[start:stop], piece.memory[: stop - start])
+            self._queue.copied_in(piece.copied)
         self._queue.copied_in(load.ready)
 
 

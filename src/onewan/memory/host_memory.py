@@ -136,10 +136,11 @@ class PageLocker:
 class DriverPages(PageLocker):
     """The driver of CUDA or ROCm, which PyTorch calls cudart for both."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, runtime: Any = None) -> None:
+        """`runtime` has the functions of the CUDA runtime; by default, PyTorch's."""
         self._device = device
         torch.empty(0, device=device)  # initializes the device, which registering needs
-        self._runtime: Any = torch.cuda.cudart()
+        self._runtime = runtime or torch.cuda.cudart()
 
     def lock(self, address: int, size: int) -> None:
         code = self._runtime.cudaHostRegister(address, size, _PORTABLE)

@@ -24,6 +24,7 @@ so each block is computed again in the backward pass, by an autograd function of
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -282,12 +283,15 @@ class BlockStream:
     def _retire(self, buffer: Buffer) -> None:
         """Make freeing `buffer` safe: memory is reused in the order of the computing stream, so
         that stream waits for the copy into it."""
-        if buffer.load is not None:
-            buffer.load.wait_until_queued()
         if buffer.holds is not None:
-            self._queue.compute_after(buffer.ready)
             del self._where[buffer.holds]
             buffer.holds = None
+        if buffer.load is not None:
+            # What went wrong is raised where the block is used.
+            with contextlib.suppress(Exception):
+                buffer.load.wait_until_queued()
+            self._queue.compute_after(buffer.ready)
+            buffer.load = None
 
     # ---------------------------------------------------------------------- copies
 
