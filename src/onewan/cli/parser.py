@@ -11,7 +11,7 @@ from onewan.cli.arguments import VARIANT_NAMES, Commands, add_command
 from onewan.cli.comfyui import add_comfyui_node
 from onewan.cli.onetrainer_parsers import add_import_config, add_onetrainer
 from onewan.cli.output import say, write
-from onewan.cli.run_parsers import add_cache, add_requests, add_sample, add_train
+from onewan.cli.run_parsers import add_cache, add_plan, add_requests, add_sample, add_train
 from onewan.cli.weights_parsers import add_convert, add_inspect, add_merge
 from onewan.errors import one_line
 
@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_demo,
         _add_init,
         _add_schema,
+        add_plan,
         add_cache,
         add_train,
         add_requests,

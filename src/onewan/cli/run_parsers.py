@@ -1,11 +1,24 @@
-"""The options of the commands cache, train, stop, save, sample-now and sample."""
+"""The options of the commands cache, plan, train, stop, save, sample-now and sample."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from onewan.arithmetic.byte_sizes import parse_bytes
 from onewan.cli.arguments import Commands, add_command, add_run_file
+
+
+def add_memory_option(parser: argparse.ArgumentParser, name: str, text: str) -> None:
+    """An option for an amount of memory; its value is in bytes."""
+
+    def amount(value: str) -> int:
+        try:
+            return parse_bytes(value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    parser.add_argument(name, type=amount, metavar="AMOUNT", help=text)
 
 
 def add_cache(commands: Commands) -> None:
@@ -72,6 +85,35 @@ def add_train(commands: Commands) -> None:
             or_start=options.resume_or_start,
             again=options.again,
             allow_change=options.allow_change,
+        )
+
+    parser.set_defaults(command=run)
+
+
+def add_plan(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "plan",
+        "print the memory and time that a run needs, and the settings that fit",
+        "Reads the run file\nand the headers of clips and weights, and loads nothing. The exit "
+        "status is 1 if the run\ndoes not fit.",
+    )
+    add_run_file(parser)
+    add_memory_option(
+        parser, "--vram", "device memory, such as 24GB (default: that of this machine)"
+    )
+    add_memory_option(parser, "--ram", "host memory, such as 64GB (default: that of this machine)")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+    def run(options: argparse.Namespace) -> int:
+        from onewan.cli.plan import plan
+
+        return plan(
+            options.run,
+            options.overrides,
+            vram=options.vram,
+            ram=options.ram,
+            as_json=options.json,
         )
 
     parser.set_defaults(command=run)

@@ -107,10 +107,8 @@ class ClipPlanner:
         Raises DataError, which names the file, if it can't be used.
         """
         info = probe(path)
-        self._check_size(info)
+        frames, size = self.bucket(info)
         name = path.relative_to(folder.path).as_posix()
-        frames = self._frame_count(info)
-        width, height = info.shown_size
         clip = Clip(
             path=path,
             name=name,
@@ -119,16 +117,22 @@ class ClipPlanner:
             start=self._start_time(info, name, frames),
             fps=self.fps,
             frames=frames,
-            size=choose_size(
-                width, height, self.resolutions, self.size_multiple, self.max_resolution
-            ),
-            source_size=(width, height),
+            size=size,
+            source_size=info.shown_size,
             repeats=folder.repeats,
             loss_weight=folder.loss_weight,
             is_prior=folder.is_prior,
         )
         # Last, since a mask has to cover exactly the frames that the clip takes.
         return replace(clip, mask=find_mask(info, clip.times(), masks, self.video_formats))
+
+    def bucket(self, info: MediaInfo) -> tuple[int, Size]:
+        """(frames, size) of the clip of a file with this header; DataError if it is too small."""
+        self._check_size(info)
+        size = choose_size(
+            *info.shown_size, self.resolutions, self.size_multiple, self.max_resolution
+        )
+        return self._frame_count(info), size
 
     def warnings(self, clip: Clip) -> list[str]:
         """What the user should know about a planned clip: that it is scaled up, or short."""

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onewan.config.schema import ResolvedRun, SourceSection
+from onewan.data.buckets import clip_folders, clip_planner
 from onewan.data.cache import ContentDigests, EntryCache, entry_key
 from onewan.data.cached_latents import CachedLatents
-from onewan.data.clip import Clip, ClipFolder, ClipPlanner
+from onewan.data.clip import Clip
 from onewan.data.encode import (
     FillResult,
     LatentSource,
@@ -108,13 +109,13 @@ def _index(
 
     A file among both the training and the validation sources is only validated on.
     """
-    planner = _clip_planner(config)
+    planner = clip_planner(config)
     use_masks = config.video_data.masks
-    training = index_clips(_folders(config.video_data.sources), planner, use_masks=use_masks)
+    training = index_clips(clip_folders(config.video_data.sources), planner, use_masks=use_masks)
     validation = DatasetReport(clips=(), problems=(), warnings=())
     if config.validation.sources:
         validation = index_clips(
-            _folders(config.validation.sources),
+            clip_folders(config.validation.sources),
             planner,
             use_masks=use_masks,
             key_path="validation.sources",
@@ -137,35 +138,6 @@ def _index(
         warnings=(*training.warnings, *validation.warnings, *changed),
     )
     return report, digests
-
-
-def _clip_planner(config: ResolvedRun) -> ClipPlanner:
-    variant, video_data, wan_config = config.model.facts(), config.video_data, config.wan_config
-    return ClipPlanner(
-        seed=config.train.seed,
-        fps=video_data.target_fps,
-        max_frames=wan_config.max_frames,
-        max_duration=video_data.max_duration,
-        frame_strategy=wan_config.frame_sample_strategy,
-        resolutions=video_data.resolution,
-        min_resolution=video_data.min_resolution,
-        max_resolution=video_data.max_resolution,
-        video_formats=video_data.supported_formats,
-        size_multiple=variant.size_multiple,
-        temporal_compression=variant.temporal_compression,
-    )
-
-
-def _folders(sources: Sequence[SourceSection]) -> list[ClipFolder]:
-    return [
-        ClipFolder(
-            path=source.path,
-            repeats=source.repeats,
-            loss_weight=source.loss_weight,
-            is_prior=source.target == "base",
-        )
-        for source in sources
-    ]
 
 
 def _places(sources: Sequence[SourceSection]) -> str:

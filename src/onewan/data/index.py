@@ -73,6 +73,13 @@ def index_clips(
     return DatasetReport(clips=tuple(clips), problems=tuple(problems), warnings=tuple(warnings))
 
 
+def media_files(folder: Path, video_formats: Sequence[str]) -> list[Path]:
+    """The videos and images below `folder` that have a caption file, sorted by name."""
+    files = _find_files(folder, video_formats)
+    captioned = {path.with_suffix("") for path in files.texts}
+    return [path for path in files.media if path.with_suffix("") in captioned]
+
+
 def read_captions(path: Path) -> tuple[str, ...]:
     """The captions of a media file: the lines of NAME.txt beside it, or "" if that file is empty.
 

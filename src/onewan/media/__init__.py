@@ -24,7 +24,7 @@ inspects files, `read` selects frames by time; `video_stream` opens files, seeks
 """
 
 from onewan.media.kinds import IMAGE_SUFFIXES, VIDEO_SUFFIXES, extension
-from onewan.media.probe import MediaInfo, keyframe_near, probe
+from onewan.media.probe import MediaInfo, keyframe_near, probe, probe_header
 from onewan.media.read import read_frames
 from onewan.media.still import Fit, fit_image, read_image
 from onewan.media.write import write_video
@@ -38,6 +38,7 @@ __all__ = [
     "fit_image",
     "keyframe_near",
     "probe",
+    "probe_header",
     "read_frames",
     "read_image",
     "write_video",

@@ -89,6 +89,36 @@ def probe(path: str | Path) -> MediaInfo:
         return _probe_image(path) if is_image else _probe_video(path)
 
 
+def probe_header(path: str | Path) -> MediaInfo:
+    """What the header of `path` says, without decoding: about as `probe`, in a few milliseconds.
+
+    Pictures that metadata rotates are not upright, and times may be estimates. Raises `DataError`
+    if the header can't be read.
+    """
+    path = Path(path)
+    is_image = extension(path) in IMAGE_SUFFIXES
+    with faults_of(path, "image" if is_image else "video"):
+        if is_image:
+            with open_image(path) as image:
+                return _image_info(path, image.size, image.format)
+        with open_video(path, threads=1) as (container, stream):
+            start, interval = seconds(stream, stream.start_time) or 0.0, frame_interval(stream)
+            end = end_time(container, stream)
+            context = stream.codec_context
+            return MediaInfo(
+                path=path,
+                kind="video",
+                width=context.width,
+                height=context.height,
+                pixel_aspect=pixel_aspect(stream),
+                start=start,
+                last=start if end is None else max(start, end - interval),
+                frame_interval=interval,
+                rotation=0,
+                codec=context.name,
+            )
+
+
 def keyframe_near(path: str | Path, time: float) -> float:
     """Presentation time (s) of the key frame nearest to `time`; reads only the packets around it.
 
@@ -113,19 +143,23 @@ def keyframe_near(path: str | Path, time: float) -> float:
 
 def _probe_image(path: Path) -> MediaInfo:
     with open_image(path) as image:
-        codec = image.format or "unknown"
+        codec = image.format
         upright = upright_image(image)  # decodes, so a truncated file is found here
+    return _image_info(path, upright.size, codec)
+
+
+def _image_info(path: Path, size: tuple[int, int], codec: str | None) -> MediaInfo:
     return MediaInfo(
         path=path,
         kind="image",
-        width=upright.width,
-        height=upright.height,
+        width=size[0],
+        height=size[1],
         pixel_aspect=1.0,
         start=0.0,
         last=0.0,
         frame_interval=0.0,
         rotation=0,
-        codec=codec.lower(),
+        codec=(codec or "unknown").lower(),
     )
 
 

@@ -13,7 +13,7 @@ from onewan.memory.plan.result import BucketPlan, StepTime
 from onewan.memory.plan.settings import KeepAttention, Settings
 from onewan.memory.plan.work import StepWork, step_work
 
-_CHUNKS = (1, 2, 4, 8)
+_CHUNKS = (1, 2, 4)
 _SAME_TIME = 1.002
 """Times within this factor are taken as equal, so that the simpler settings are chosen."""
 
@@ -41,7 +41,7 @@ def choose(costs: RunCosts, bucket: Bucket, machine: Machine, *, park_idle: bool
     ]
     fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting:
-        return min(candidates, key=lambda c: (c.device_over + c.host_over, _complexity(c)))
+        return min(candidates, key=lambda c: (_excess(c, machine), _complexity(c)))
     fastest = min(candidate.plan.time.seconds for candidate in fitting)
     as_fast = [c for c in fitting if c.plan.time.seconds <= _SAME_TIME * fastest]
     return min(as_fast, key=lambda c: (_complexity(c), c.plan.time.seconds))
@@ -132,6 +132,12 @@ def _candidate(costs: RunCosts, bucket: Bucket, machine: Machine, settings: Sett
         device_over=max(0, plan.training.device_bytes - machine.device_budget),
         host_over=max(0, plan.training.host_bytes - machine.host_budget),
     )
+
+
+def _excess(candidate: Candidate, machine: Machine) -> float:
+    """By what share of each memory a candidate is too large, of both together."""
+    device = candidate.device_over / max(1, machine.device_budget)
+    return device + candidate.host_over / max(1, machine.host_budget)
 
 
 def _complexity(candidate: Candidate) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from onewan.config.method import FineTuneMethod
 from onewan.config.resolve import trained_experts
@@ -25,7 +26,7 @@ _EXPANDED_AT_A_TIME = 1 << 23
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RunCosts:
     """What a run has in memory, before settings are chosen."""
 
@@ -38,22 +39,28 @@ class RunCosts:
     """Experts whose weights are loaded: those that are trained, or all if videos are sampled."""
 
     @staticmethod
-    def of(config: ResolvedRun, stored: StoredModel) -> RunCosts:
+    def of(config: ResolvedRun, stored: StoredModel, before: RunCosts | None = None) -> RunCosts:
+        """The costs of `config`. `before` are those of a run that differs in a few settings, whose
+        trained weights are taken if they are the same; counting them takes longest."""
         experts = trained_experts(config)
         variant = config.model.facts()
         loaded = variant.experts if config.sample.prompts else experts
+        trained: dict[ExpertName, TrainedWeights | None] = {}
+        for expert in experts:
+            if before is not None and _trains_the_same(config, before.config):
+                trained[expert.name] = before.trained[expert.name]
+            else:
+                shape = stored.experts[expert.name].shape
+                trained[expert.name] = trained_weights(config, shape, expert)
         return RunCosts(
             config=config,
             stored=stored,
-            trained={
-                expert.name: trained_weights(config, stored.experts[expert.name].shape, expert)
-                for expert in experts
-            },
+            trained=trained,
             embeddings=trained_embeddings(config, stored.text_width),
             loaded=tuple(expert.name for expert in loaded),
         )
 
-    @property
+    @cached_property
     def transformer(self) -> StoredTransformer:
         """The largest of the loaded experts; they have the same shape but may be stored in
         different forms."""
@@ -86,6 +93,16 @@ class RunCosts:
 
     def training(self, bucket: Bucket, settings: Settings) -> PhaseBytes:
         """A training step with clips of `bucket`, for the expert that needs more."""
+        found = self._trainings.get((bucket, settings))
+        if found is None:
+            found = self._trainings[bucket, settings] = self._training(bucket, settings)
+        return found
+
+    @cached_property
+    def _trainings(self) -> dict[tuple[Bucket, Settings], PhaseBytes]:
+        return {}
+
+    def _training(self, bucket: Bucket, settings: Settings) -> PhaseBytes:
         acts = self.activations(bucket, settings)
         device = self._weights_on_device(settings)
         device |= self._trained_on_device(settings, training=True)
@@ -129,31 +146,37 @@ class RunCosts:
         """Bytes of one buffer: a block's weights, and when they are trained their state too."""
         return self.transformer.block_bytes + self.streamed_state
 
-    @property
+    @cached_property
     def streamed_state(self) -> int:
         """Bytes of optimizer state and residuals that come with each streamed block if blocks are
         fine-tuned."""
         if not self.is_fine_tuning:
             return 0
-        return max((self._per_block(t.state.device + t.weights) for t in self._whole()), default=0)
+        return max((self._per_block(t.state.device + t.weights) for t in self._whole), default=0)
 
+    @cached_property
     def _whole(self) -> list[TrainedWeights]:
         return [t for t in self.trained.values() if t is not None]
+
+    @cached_property
+    def _share_of_a_block(self) -> float:
+        """Of one block among all weights of an expert."""
+        shape = self.transformer.shape
+        return (1 - shape.outer_weights / shape.weights) / shape.layers
 
     @property
     def parked_bytes(self) -> int:
         """Bytes of the trained weights, state and averages of the expert that is parked: those of
         the smaller one, while the larger one trains."""
-        return min(map(_all_bytes, self._whole()), default=0)
+        return min(map(_all_bytes, self._whole), default=0)
 
     def _per_block(self, amount: int) -> int:
         """The share of one block in `amount` bytes that belong to all trained weights."""
-        shape = self.transformer.shape
-        return round(amount * (1 - shape.outer_weights / shape.weights) / shape.layers)
+        return round(amount * self._share_of_a_block)
 
     def _trained_on_device(self, settings: Settings, *, training: bool) -> dict[str, int]:
         """Trained weights, their gradients, optimizer state and averages."""
-        parts = self._whole()
+        parts = self._whole
         idle_parked = settings.park_idle
         active = [max(parts, key=_all_bytes)] if parts and idle_parked else parts
         embeddings = [self.embeddings] if self.embeddings is not None else []
@@ -161,6 +184,8 @@ class RunCosts:
         streamed = settings.streamed(self.layers) if self.is_fine_tuning else 0
 
         def here(amounts: list[int]) -> int:
+            if not streamed:
+                return sum(amounts)
             return sum(amount - streamed * self._per_block(amount) for amount in amounts)
 
         device = {
@@ -213,15 +238,15 @@ class RunCosts:
         return {}
 
     def _trained_on_host(self, settings: Settings) -> dict[str, int]:
-        parts = self._whole()
+        parts = self._whole
         everything = [*parts, *([self.embeddings] if self.embeddings else [])]
         host = {"optimizer state": sum(t.state.host for t in everything)}
         if self.config.train.ema is not None and self.config.train.ema.offload:
             host["averages"] = sum(t.averages for t in everything)
         if settings.park_idle and len(parts) > 1:
             host["the idle expert's trained weights and state"] = self.parked_bytes
-        if self.is_fine_tuning:
-            streamed = settings.streamed(self.layers)
+        streamed = settings.streamed(self.layers) if self.is_fine_tuning else 0
+        if streamed:
             host["optimizer state of streamed blocks"] = sum(
                 streamed * self._per_block(t.state.device + t.weights) for t in parts
             )
@@ -264,7 +289,7 @@ class RunCosts:
         }
         pinned = self._weights_on_host(settings) | self._trained_on_host(settings)
         if settings.park_idle:
-            state = sum(t.state.device for t in self._whole())
+            state = sum(t.state.device for t in self._whole)
             pinned["optimizer state"] = pinned.get("optimizer state", 0) + state
         host = {"Python and libraries": _PROCESS, "the video": 15 * bucket.pixels * bucket.frames}
         return (
@@ -295,6 +320,15 @@ class RunCosts:
             "checkpoints": kept * sum(t.saved for t in parts),
             "exported weights": exports * exported,
         }
+
+
+def _trains_the_same(one: ResolvedRun, other: ResolvedRun) -> bool:
+    """Whether two runs, of the same model, have the same trained weights and optimizer state."""
+    return (
+        one.method is other.method
+        and one.optimizer is other.optimizer
+        and one.train.ema is other.train.ema
+    )
 
 
 def _all_bytes(trained: TrainedWeights) -> int:

@@ -13,9 +13,9 @@ from onewan.memory.plan.bucket import Bucket
 from onewan.memory.plan.choose import Candidate, choose, most_resident
 from onewan.memory.plan.costs import RunCosts
 from onewan.memory.plan.machine import Machine
-from onewan.memory.plan.result import PhaseBytes, Plan
+from onewan.memory.plan.result import BucketPlan, PhaseBytes, Plan
 from onewan.memory.plan.settings import Settings
-from onewan.memory.plan.stored import StoredModel, assumed_model
+from onewan.memory.plan.stored import StoredModel, assumed_model, with_changes
 
 
 def make_plan(
@@ -25,6 +25,7 @@ def make_plan(
     stored: StoredModel | None = None,
     *,
     advice: bool = True,
+    notes: Sequence[str] = (),
 ) -> Plan:
     """The plan of the run `config` on `machine`.
 
@@ -32,18 +33,21 @@ def make_plan(
     clips of each where that is known, which only the disk space depends on. `stored` are the sizes
     and the storage of the model; None: the variant's sizes, with weights in `model.dtype`. Settings
     that the run file gives are kept, the others are chosen. Without `advice` the plan has no
-    suggestions, which take most of the time.
+    suggestions, which take most of the time. `notes` about the buckets are added to the plan's.
     """
     if not buckets:
         raise ValueError("a plan needs at least one bucket")
     clips = buckets if isinstance(buckets, Mapping) else dict.fromkeys(buckets, 1)
     stored = stored or assumed_model(config)
-    plan = _plan(config, clips, machine, stored)
+    costs = RunCosts.of(config, stored)
+    plan = _plan(costs, clips, machine)
+    plan = replace(plan, notes=(*notes, *plan.notes))
     if not advice:
         return plan
 
     def again(changed: ResolvedRun, clips: Mapping[Bucket, int]) -> Plan:
-        return _plan(changed, clips, machine, stored)
+        new = RunCosts.of(changed, with_changes(stored, changed), before=costs)
+        return _plan(new, clips, machine)
 
     return replace(plan, suggestions=advise(config, clips, plan, again))
 
@@ -83,19 +87,24 @@ def _largest_parts(plan: Plan) -> list[str]:
     return [f"the largest parts of {plan.peak.phase} on the device: {listed}"]
 
 
-def _plan(
-    config: ResolvedRun, clips: Mapping[Bucket, int], machine: Machine, stored: StoredModel
-) -> Plan:
+def _plan(costs: RunCosts, clips: Mapping[Bucket, int], machine: Machine) -> Plan:
     """The plan without suggestions. Parking the idle expert costs time at each switch, so it is
     chosen only where the run does not fit otherwise, or where the memory makes up for that."""
-    costs = RunCosts.of(config, stored)
     kept = _with_parking(costs, clips, machine, park_idle=False)
+    if kept.fits and all(_has_all_it_wants(bucket) for bucket in kept.buckets):
+        return kept
     parked = _with_parking(costs, clips, machine, park_idle=True)
     if kept.fits != parked.fits:
         return kept if kept.fits else parked
     if not kept.fits:
         return parked
     return parked if _seconds(parked, clips) < _seconds(kept, clips) else kept
+
+
+def _has_all_it_wants(plan: BucketPlan) -> bool:
+    """Whether more memory would not make a step faster."""
+    recomputes = plan.settings.checkpointing and plan.settings.keep_attention == "no"
+    return not recomputes and plan.time.slowdown < 1.005
 
 
 def _seconds(plan: Plan, clips: Mapping[Bucket, int]) -> float:

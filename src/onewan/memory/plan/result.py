@@ -123,22 +123,24 @@ class Plan:
         raise KeyError(f"the plan has no bucket {bucket}")
 
     def problems(self) -> list[str]:
-        """A line for each memory that is too small, with the phase and by how much."""
-        lines = list[str]()
-        machine = self.machine
-        peak, budget = self.peak, machine.device_budget
-        if peak.device_bytes > budget:
+        """A line for each phase that needs more device memory than there is, with by how much, and
+        one for the host memory."""
+        machine, lines = self.machine, list[str]()
+        for phase in self.phases:
+            over = phase.device_bytes - machine.device_budget
+            if over > 0:
+                lines.append(
+                    f"{phase.phase} needs {format_bytes(phase.device_bytes)} of device memory, "
+                    f"{format_bytes(over)} more than the {format_bytes(machine.device_budget)} "
+                    f"that a run may use of {format_bytes(machine.vram)}"
+                )
+        phase = self.host_peak
+        over = phase.host_bytes - machine.host_budget
+        if over > 0:
             lines.append(
-                f"{peak.phase} needs {format_bytes(peak.device_bytes)} of device memory, "
-                f"{format_bytes(peak.device_bytes - budget)} more than the {format_bytes(budget)} "
-                f"that {machine.name} has for it"
-            )
-        host, budget = self.host_peak, machine.host_budget
-        if host.host_bytes > budget:
-            lines.append(
-                f"{host.phase} needs {format_bytes(host.host_bytes)} of host memory, "
-                f"{format_bytes(host.host_bytes - budget)} more than the {format_bytes(budget)} "
-                f"of {format_bytes(machine.ram)} that a run may use"
+                f"{phase.phase} needs {format_bytes(phase.host_bytes)} of host memory, "
+                f"{format_bytes(over)} more than the {format_bytes(machine.host_budget)} that a "
+                f"run may use of {format_bytes(machine.ram)}"
             )
         return lines
 

@@ -24,6 +24,10 @@ from onewan.memory.plan.storage import Storage, matrix_bytes
 from onewan.variants import TEXT_WIDTH, ExpertName
 
 _COMPUTED_TYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FP8_TEXT_ENCODER = "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
+"""The text encoder in fp8, as ComfyUI's users have it."""
+_FP8_TEXT_ENCODER_BYTES = 6_735_906_897
+
 DECODED_ON_DEVICE = frozenset(
     (*("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL"), *(f"Q{bits}_K" for bits in range(2, 7)))
 )
@@ -106,6 +110,18 @@ def assumed_model(config: ResolvedRun) -> StoredModel:
         vae=VaeShape.of_variant(variant),
         text_encoder=TEXT_ENCODER_WEIGHTS * _COMPUTED_TYPES[config.model.dtype],
     )
+
+
+def with_changes(stored: StoredModel, config: ResolvedRun) -> StoredModel:
+    """`stored`, which was read for another config, with the storage that `config` asks for."""
+    dtype, weights = config.model.dtype, config.memory.weights
+    experts = {
+        name: with_weights(expert, weights, dtype) for name, expert in stored.experts.items()
+    }
+    text = stored.text_encoder
+    if config.model.text_encoder == FP8_TEXT_ENCODER:
+        text = min(text, _FP8_TEXT_ENCODER_BYTES)
+    return replace(stored, experts=experts, text_encoder=text)
 
 
 def with_weights(stored: StoredTransformer, weights: str, dtype: str) -> StoredTransformer:

@@ -1,0 +1,159 @@
+"""The command plan: the memory and time that a run needs, before anything is loaded.
+
+Imports neither torch nor diffusers, so that it answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from onewan.arithmetic.byte_sizes import format_bytes, parse_bytes
+from onewan.cli.importing import run_file_of
+from onewan.cli.output import say, write
+from onewan.config.load import load_run
+from onewan.config.schema import ResolvedRun
+from onewan.data.buckets import expected_buckets
+from onewan.memory.plan import (
+    Bucket,
+    BucketPlan,
+    Plan,
+    Settings,
+    find_machine,
+    make_plan,
+    read_stored_model,
+)
+
+_BUCKETS_SHOWN = 8
+
+
+def plan(
+    run: Path, overrides: Sequence[str], *, vram: int | None, ram: int | None, as_json: bool
+) -> int:
+    """Print the plan of a run. Returns 0 if the run fits, else 1."""
+    config = load_run(run_file_of(run), overrides)
+    found = plan_of(config, vram, ram)
+    if as_json:
+        write(json.dumps(found.as_data(), indent=2, ensure_ascii=False))
+    else:
+        for line in _lines(config, found):
+            say(line)
+    return 0 if found.fits else 1
+
+
+def plan_of(config: ResolvedRun, vram: int | None = None, ram: int | None = None) -> Plan:
+    """The plan of `config`; `vram` and `ram`, in bytes, replace those of the run file."""
+    memory = config.memory
+    machine = find_machine(
+        vram if vram is not None or memory.vram is None else parse_bytes(memory.vram),
+        ram if ram is not None or memory.ram is None else parse_bytes(memory.ram),
+    )
+    expected = expected_buckets(config)
+    clips = {
+        Bucket(frames=frames, width=width, height=height): count
+        for (frames, (width, height)), count in expected.clips.items()
+    }
+    return make_plan(config, clips, machine, read_stored_model(config), notes=expected.notes)
+
+
+def _lines(config: ResolvedRun, plan: Plan) -> Iterator[str]:
+    machine, worst = plan.machine, plan.worst
+    yield (
+        f"{config.model.facts().title}, {config.method.kind}, on {machine.name}: "
+        f"{format_bytes(machine.device_budget)} of {format_bytes(machine.vram)} of device memory "
+        f"and {format_bytes(machine.host_budget)} of {format_bytes(machine.ram)} of host memory "
+        "can be used."
+    )
+    yield (
+        f"The clips that need most are {worst.bucket} (frames x height x width), "
+        f"{worst.tokens:,} tokens each."
+    )
+    yield ""
+    yield from _phase_table(plan)
+    yield ""
+    yield f"Training with {worst.bucket}, on the device:"
+    for name, amount in sorted(worst.training.device.items(), key=lambda item: -item[1]):
+        yield f"  {name:<45}{format_bytes(amount):>10}"
+    yield "and in host memory:"
+    host = {**worst.training.pinned, **worst.training.pageable}
+    for name, amount in sorted(host.items(), key=lambda item: -item[1]):
+        yield f"  {name:<45}{format_bytes(amount):>10}"
+    yield ""
+    yield "Settings and the time of a step, by arithmetic and not measured:"
+    layers = config.model.facts().num_layers
+    for bucket in plan.buckets[:_BUCKETS_SHOWN]:
+        yield f"  {bucket.bucket}: {_settings_text(bucket.settings, layers)}"
+        yield f"    {_time_text(bucket)}"
+    if len(plan.buckets) > _BUCKETS_SHOWN:
+        yield f"  and {len(plan.buckets) - _BUCKETS_SHOWN} buckets that need less memory"
+    disk = ", ".join(f"{name} {format_bytes(amount)}" for name, amount in plan.disk.items())
+    yield f"Disk: {disk}."
+    for note in plan.notes:
+        yield f"Note: {note}."
+    yield ""
+    yield from _verdict(plan)
+
+
+def _phase_table(plan: Plan) -> Iterator[str]:
+    """A line for each phase: its peak on the device and in host memory."""
+    yield f"{'phase':<22}{'device':>10}{'host, pinned':>15}{'host, other':>15}"
+    for phase in plan.phases:
+        other = phase.host_bytes - phase.pinned_bytes
+        yield (
+            f"{phase.phase:<22}{format_bytes(phase.device_bytes):>10}"
+            f"{format_bytes(phase.pinned_bytes):>15}{format_bytes(other):>15}"
+        )
+
+
+def _settings_text(settings: Settings, layers: int) -> str:
+    streamed = settings.streamed(layers)
+    parts = [
+        f"{settings.resident_blocks} of {layers} blocks stay on the device"
+        if streamed
+        else f"all {layers} blocks stay on the device"
+    ]
+    if not settings.checkpointing:
+        parts.append("no gradient checkpointing")
+    if settings.offload_inputs:
+        parts.append("block inputs go to host memory")
+    if settings.keep_attention != "no":
+        where = "on the device" if settings.keep_attention == "device" else "in host memory"
+        parts.append(f"attention outputs are kept {where}")
+    if settings.feed_forward_chunks > 1:
+        parts.append(f"{settings.feed_forward_chunks} chunks of the feed-forward layer")
+    if settings.park_idle:
+        parts.append("the optimizer state of the idle expert is in host memory")
+    return "; ".join(parts)
+
+
+def _time_text(bucket: BucketPlan) -> str:
+    time = bucket.time
+    copied = f"{format_bytes(time.bytes_to_device)} to the device"
+    if time.bytes_to_host:
+        copied += f" and {format_bytes(time.bytes_to_host)} to the host"
+    return (
+        f"{time.seconds:.3g} s, {time.slowdown:.2f} times as long as without copies; "
+        f"{time.flops / 1e12:,.0f} TFLOP; {copied}"
+    )
+
+
+def _verdict(plan: Plan) -> Iterator[str]:
+    if plan.fits:
+        peak = plan.peak
+        yield (
+            f"It fits: the highest peak is that of {peak.phase}, {format_bytes(peak.device_bytes)}."
+        )
+        heading = "These changes would make it faster:"
+    else:
+        yield "It does not fit:"
+        for problem in plan.problems():
+            yield f"  {problem}"
+        heading = "Each of these changes makes it fit; those that cost least time come first:"
+    if plan.suggestions:
+        yield heading
+        for suggestion in plan.suggestions:
+            yield f"  {suggestion.text}"
+            yield f"    {' '.join(suggestion.change)}"
+    elif not plan.fits:
+        yield "No single setting makes it fit; train at a smaller size, or on a larger device."

@@ -1,0 +1,116 @@
+"""A run file's clips as the planner of clips takes them, and the buckets that they will have.
+
+Without torch: `onewan plan` reads headers only, and answers before anything is encoded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from onewan.arithmetic.buckets import Size, sizes_for
+from onewan.config.schema import ResolvedRun, SourceSection
+from onewan.data.clip import ClipFolder, ClipPlanner
+from onewan.data.index import media_files
+from onewan.errors import DataError
+from onewan.media import probe_header
+
+_MOST_HEADERS = 100
+"""Files whose headers are read; of a larger data set, so many at equal distances in its order."""
+_THREADS = 4
+_ASPECTS = (16 / 9, 9 / 16, 4 / 3, 1.0)
+"""Shapes of frames that are assumed where there are no clips."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpectedBuckets:
+    """The buckets of a run's clips, by the headers of their files."""
+
+    clips: Mapping[tuple[int, Size], int]
+    """Number of clips by (frames, size), scaled up to all files where not all were read."""
+    notes: tuple[str, ...] = ()
+    """What was assumed, for the user."""
+
+
+def clip_planner(config: ResolvedRun) -> ClipPlanner:
+    """The planner of clips with the run file's settings."""
+    variant, video_data, wan_config = config.model.facts(), config.video_data, config.wan_config
+    return ClipPlanner(
+        seed=config.train.seed,
+        fps=video_data.target_fps,
+        max_frames=wan_config.max_frames,
+        max_duration=video_data.max_duration,
+        frame_strategy=wan_config.frame_sample_strategy,
+        resolutions=video_data.resolution,
+        min_resolution=video_data.min_resolution,
+        max_resolution=video_data.max_resolution,
+        video_formats=video_data.supported_formats,
+        size_multiple=variant.size_multiple,
+        temporal_compression=variant.temporal_compression,
+    )
+
+
+def clip_folders(sources: Sequence[SourceSection]) -> list[ClipFolder]:
+    return [
+        ClipFolder(
+            path=source.path,
+            repeats=source.repeats,
+            loss_weight=source.loss_weight,
+            is_prior=source.target == "base",
+        )
+        for source in sources
+    ]
+
+
+def expected_buckets(config: ResolvedRun) -> ExpectedBuckets:
+    """The buckets of the clips of `config`, for training and validation.
+
+    Files that can't be used are left out; encoding reports them. Without any usable file, the
+    buckets are those of clips of `wan_config.max_frames` frames in common shapes.
+    """
+    planner = clip_planner(config)
+    sources = (*config.video_data.sources, *config.validation.sources)
+    files = [
+        file
+        for source in sources
+        if source.path.is_dir()
+        for file in media_files(source.path, planner.video_formats)
+    ]
+    step = max(1, -(-len(files) // _MOST_HEADERS))
+    read = files[::step]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = [bucket for bucket in pool.map(lambda f: _bucket(planner, f), read) if bucket]
+    if not found:
+        return _without_clips(planner, files)
+    notes = ()
+    if step > 1:
+        notes = (f"the headers of {len(read)} of {len(files)} files were read",)
+    # The largest size may be that of a file that was not read.
+    counts = Counter(found)
+    return ExpectedBuckets(clips={b: step * n for b, n in counts.items()}, notes=notes)
+
+
+def _bucket(planner: ClipPlanner, file: Path) -> tuple[int, Size] | None:
+    try:
+        return planner.bucket(probe_header(file))
+    except DataError:
+        return None
+
+
+def _without_clips(planner: ClipPlanner, files: Sequence[Path]) -> ExpectedBuckets:
+    what = f"none of {len(files)} files can be used" if files else "there are no clips yet"
+    clips = {
+        (planner.longest_clip, size): 1
+        for resolution in planner.resolutions
+        for aspect in _ASPECTS
+        for size in sizes_for(resolution, aspect, planner.size_multiple, planner.max_resolution)[:1]
+    }
+    return ExpectedBuckets(
+        clips=clips,
+        notes=(
+            f"{what}, so clips of {planner.longest_clip} frames at the training sizes are assumed",
+        ),
+    )
