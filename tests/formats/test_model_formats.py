@@ -32,11 +32,12 @@ from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.key_maps import t5_to_transformers, to_diffusers
 from onewan.formats.weights import open_component
 from onewan.model.forward import predict_velocity
+from onewan.model.gguf_forms import DECODERS, DECODERS_WITH_LEVELS
 from onewan.model.load import WanModelLoader
 from onewan.model.quantized_linear import QuantizedLinear
 from onewan.model.text import pad_text
 from onewan.model.wan import WanModel
-from onewan.model.weight_storage import _gguf_decoders, expanded
+from onewan.model.weight_storage import expanded, levels_of
 
 PROMPTS = ["a small dog runs on the beach", "slow camera pan of a city at night"]
 PREFIXES = ["", "model.diffusion_model.", "diffusion_model."]
@@ -243,13 +244,15 @@ def _random_rows(kind: GGMLQuantizationType) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "all others"])
 def test_gguf_decoding_is_bit_exact_with_the_reference(kind: str) -> None:
     named = {"Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K"}
-    kinds = _gguf_decoders().keys() - named - {"BF16"} if kind == "all others" else {kind}
+    kinds = (DECODERS | DECODERS_WITH_LEVELS).keys() - named if kind == "all others" else {kind}
     assert len(kinds) >= (7 if kind == "all others" else 1)
     for name in kinds:
         rows = _random_rows(GGMLQuantizationType[name])
         with np.errstate(all="ignore"):
             reference = gguf.quants.dequantize(rows, GGMLQuantizationType[name])
-        ours = expanded(name, (torch.from_numpy(rows).view(torch.int8), None, None)).numpy()
+        ours = expanded(
+            name, (torch.from_numpy(rows).view(torch.int8), None, levels_of(name))
+        ).numpy()
         assert np.array_equal(ours, reference, equal_nan=True), name
 
 

@@ -44,13 +44,19 @@ def relative(a: Tensor, b: Tensor) -> float:
 @pytest.fixture
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Matrices are converted in several groups of rows, the last one shorter."""
-    monkeypatch.setattr(weight_storage, "CHUNK", 64 * 320)
+    monkeypatch.setattr(weight_storage, "GROUP_ON_CPU", 64 * 320)
     yield
 
 
 def q8_0(values: Tensor) -> Stored:
     data = gguf.quants.quantize(values.numpy(), GGMLQuantizationType.Q8_0)
     return torch.from_numpy(np.asarray(data).view(np.int8)), None, None
+
+
+def random_blocks(kind: str, rows: int, columns: int) -> Stored:
+    block, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    data = torch.randint(-128, 128, (rows, columns // block * size), dtype=torch.int8)
+    return data, None, weight_storage.levels_of(kind)
 
 
 # ------------------------------------------------------------------------------ against references
@@ -139,7 +145,7 @@ def test_the_groups_of_rows_change_no_bit(
 ) -> None:
     whole = packed(form, matrix(200).to(dtype))
     values = expanded(form, whole)
-    monkeypatch.setattr(weight_storage, "CHUNK", 64 * 320)
+    monkeypatch.setattr(weight_storage, "GROUP_ON_CPU", 64 * 320)
     parts = packed(form, matrix(200).to(dtype))
     for a, b in zip(whole, parts, strict=True):
         assert a is b or torch.equal(a, b)
@@ -225,17 +231,31 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
 
 
-@pytest.mark.parametrize("form", ["F8_E4M3 blocks", "F8_E5M2", "int8", "nf4", "Q8_0"])
+@pytest.mark.parametrize(
+    ("form", "bytes_of_value"),
+    [
+        ("F8_E4M3 blocks", 4),
+        ("F8_E5M2", 4),
+        ("int8", 4),
+        ("nf4", 6),
+        ("Q8_0", 4),
+        ("Q4_0", 6),
+        ("Q4_K", 10),
+        ("Q5_K", 10),
+        ("Q6_K", 7),
+        ("IQ4_XS", 10),
+    ],
+)
 def test_expanding_takes_temporary_memory_for_one_group_of_rows(
-    form: str, monkeypatch: pytest.MonkeyPatch
+    form: str, bytes_of_value: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stored = every_form(matrix(64 * 40))[form]
-    group = 64 * 320
-    monkeypatch.setattr(weight_storage, "CHUNK", group)
+    shape = (64 * 40, 512)
+    stored = every_form(matrix(*shape)).get(form) or random_blocks(form, *shape)
+    group = 64 * 512
+    monkeypatch.setattr(weight_storage, "GROUP_ON_CPU", group)
     with LiveBytes() as counted:
         result = expanded(form.split()[0], stored, torch.bfloat16)
-    # Up to 8 bytes for each value of the group: look-up positions, values in float32.
-    assert result.nbytes <= counted.peak <= result.nbytes + 8 * group + 4096
+    assert result.nbytes <= counted.peak <= result.nbytes + bytes_of_value * group + 4096
 
 
 # ---------------------------------------------------------------------------------------- the layer

@@ -5,8 +5,8 @@ again, so autograd keeps only the packed bytes: 14 GB for an A14B expert in fp8,
 takes 29. The products therefore equal those of the expanded model, and LoRA adapters train on the
 layer unchanged.
 
-An expanded weight takes `in * out` values of the product's type, and while it is computed the
-temporary memory of a few `weight_storage.CHUNK` values.
+An expanded weight takes `in * out` values of the product's type, and while it is computed at most
+10 bytes more for each of `weight_storage.GROUP` values, which are 80 MiB.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from onewan.model.weight_storage import Stored, columns_of, expanded, is_finite
+from onewan.model.weight_storage import Stored, expanded, is_finite, shape_of
 
 
 class QuantizedLinear(nn.Linear):
@@ -36,8 +36,7 @@ class QuantizedLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would allocate a weight of full size
         weight, scale, levels = stored
         self.form = form
-        self.out_features = weight.shape[0]
-        self.in_features = columns_of(form, weight.shape[1])
+        self.out_features, self.in_features = shape_of(form, stored)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = bias
         self.register_buffer("scale", scale)

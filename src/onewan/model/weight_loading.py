@@ -1,10 +1,10 @@
 """Reads the weights of one component into its module, each in the type or form that is asked for.
 
-One weight is in work at a time: beside the module, memory holds the values of one matrix, at most
-in float32 (283 MB for the largest of A14B). On the CPU a weight that needs no conversion is not
-copied at all: it stays mapped from the file. Every weight is checked for NaN and infinite values.
-Where it is packed, the check is of the scales that were computed anyway; otherwise it is a pass
-over the weight, which brings a mapped one into the page cache.
+Beside the module, memory holds a part of one weight (all of it, in float32, for GGUF types that
+only the `gguf` package decodes). On the CPU a weight that needs no conversion is not copied at all:
+it stays mapped from the file. Every weight is checked for NaN and infinite values. Where it is
+packed, the check is of the scales that were computed anyway; otherwise it is a pass over the
+weight, which brings a mapped one into the page cache.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from onewan.model.weight_storage import (
     can_be_packed,
     expanded,
     gguf_form_exists,
+    levels_of,
     packed,
+    repacked,
 )
 
 _PACKED = {"fp8": "F8_E4M3", "int8": "int8", "nf4": "nf4"}
@@ -109,10 +111,12 @@ class WeightLoader:
             )
         if entry.packing != "plain":
             self._rounded_twice[entry.info.dtype] += 1
-            values = self._expanded(name, torch.float32)
+        in_file = self._form_in_file(name)
+        if in_file is None:
+            stored = packed(form, self._weights.read(name))
         else:
-            values = self._weights.read(name)
-        return form, _moved(packed(form, values), self._device)
+            stored = repacked(in_file, self._in_file(name, keep_mapped=False), form)
+        return form, _moved(stored, self._device)
 
     def _values(self, name: str, dtype: torch.dtype) -> Tensor:
         """The values of a weight in `dtype`, on the device."""
@@ -132,11 +136,11 @@ class WeightLoader:
         return expanded(form, self._in_file(name, keep_mapped=False), dtype)
 
     def _form_in_file(self, name: str) -> str | None:
-        """The form of a matrix that the file stores quantized; None if only the reference decoder
-        expands it."""
+        """The form of a matrix that the file stores quantized; None if it is not, or if only the
+        `gguf` package decodes it."""
         entry = self._weights.entries[name]
         dtype, shape = entry.info.dtype, entry.info.shape
-        if len(shape) != 2:
+        if entry.packing == "plain" or len(shape) != 2:
             return None
         return dtype if entry.packing == "fp8" or gguf_form_exists(dtype, shape[1]) else None
 
@@ -149,7 +153,7 @@ class WeightLoader:
             # A copy, which does not keep a mapping of the whole file for a few bytes.
             scale = file.read(entry.scale).to(torch.float32, copy=True)
             check_fp8_scale(entry.info.shape, scale, f"{self._weights.path}: {entry.scale}")
-        return data.reshape(entry.info.shape[0], -1), scale, None
+        return data.reshape(entry.info.shape[0], -1), scale, levels_of(entry.info.dtype)
 
     def _raise_if_damaged(self) -> None:
         if self._damaged:

@@ -8,11 +8,12 @@ form                tensors, for a matrix [out, in]               value
 ``int8``            int8 [out, in]; scale float32 [out, 1]        element times scale
 ``nf4``             int8 [out, in / 2]; scale float32             level of the element times scale
                     [out * in / 64]; levels float32 [16]
-GGUF's types        int8 [out, bytes of a row]                    as in the reference decoder
+GGUF's types        int8 [out, bytes of a row]; levels float32    as in the `gguf` package
+                    [16] for IQ4
 ==================  ============================================  =================================
 
 Values are computed in float32 and rounded once, to the type that is asked for. Reading works in
-groups of rows, so beside the result it takes temporary memory for `CHUNK` values only, and uses
+groups of rows, so beside the result it takes temporary memory for `GROUP` values only, and uses
 nothing but ordinary PyTorch operators, so that it works on every device with the same bits.
 
 ``nf4`` is the 4-bit NormalFloat of QLoRA (arXiv 2305.14314, appendix E) with blocks of 64 values,
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from math import gcd
 from typing import Any
 
 import torch
@@ -32,10 +33,15 @@ from torch import Tensor
 
 from onewan.dtypes import FP8, from_safetensors_name
 from onewan.formats.finite import all_finite
+from onewan.model.gguf_forms import DECODERS, DECODERS_WITH_LEVELS, IQ4_LEVELS
 
-CHUNK = 1 << 23
-"""Values that are converted at a time. 32 MiB in float32: large enough that launching the kernels
-takes a small part of the time, and small beside the 140 MiB of an expanded matrix of A14B."""
+GROUP = 1 << 23
+"""Values that are converted at a time on a device. 32 MiB in float32: large enough that launching
+the kernels takes a small part of the time, and small beside an expanded matrix of A14B (140 MB)."""
+
+GROUP_ON_CPU = 1 << 18
+"""The same on the CPU. 1 MiB, which stays in its cache; and larger temporary blocks between the
+weights of a model that is being loaded would leave holes in the heap."""
 
 NF4_BLOCK = 64
 """Values that share a scale in ``nf4``."""
@@ -82,27 +88,47 @@ class StorageForm:
 
 def expanded(form: str, stored: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values [out, in] of a matrix `stored` in `form`, on its device, rounded to `dtype`."""
-    weight, scale, levels = stored
-    kind, columns = storage_form(form), columns_of(form, weight.shape[1])
-    result = torch.empty(weight.shape[0], columns, dtype=dtype, device=weight.device)
-    for rows in _groups_of_rows(*result.shape):
-        kind.expand(weight[rows], _part(scale, rows, len(weight)), levels, result[rows])
+    rows, columns = shape_of(form, stored)
+    result = torch.empty(rows, columns, dtype=dtype, device=stored[0].device)
+    for group in _groups_of_rows(rows, columns, result.device):
+        _expand(form, stored, group, result[group])
     return result
 
 
 def packed(form: str, values: Tensor) -> Stored:
     """`values` [out, in], of any floating type, in `form`. The scale is not finite if a value is
     not. Each group of rows is computed in float32, with the same bits whatever the groups are."""
-    kind = storage_form(form)
+    return _packed(form, values.shape, lambda group: values[group].float())
+
+
+def repacked(form: str, stored: Stored, new_form: str) -> Stored:
+    """A matrix `stored` in `form` in `new_form`; its values are expanded by groups of rows."""
+    rows, columns = shape_of(form, stored)
+
+    def values(group: slice) -> Tensor:
+        result = torch.empty(min(group.stop, rows) - group.start, columns)
+        _expand(form, stored, group, result)
+        return result
+
+    return _packed(new_form, (rows, columns), values)
+
+
+def _expand(form: str, stored: Stored, group: slice, out: Tensor) -> None:
+    weight, scale, levels = stored
+    _FORMS[form].expand(weight[group], _part(scale, group, len(weight)), levels, out)
+
+
+def _packed(form: str, shape: tuple[int, ...], values: Callable[[slice], Tensor]) -> Stored:
+    """A matrix of `shape` in `form`; `values` returns some of its rows, float32 on the CPU."""
+    kind, (rows, columns) = _FORMS[form], shape
     assert kind.pack is not None
     in_unit, bytes_of_unit = kind.unit
-    bytes_of_row = values.shape[1] // in_unit * bytes_of_unit
-    weight = torch.empty(len(values), bytes_of_row, dtype=torch.int8, device=values.device)
+    weight = torch.empty(rows, columns // in_unit * bytes_of_unit, dtype=torch.int8)
     scales: list[Tensor] = []
-    for rows in _groups_of_rows(*values.shape):
-        weight[rows], scale = kind.pack(values[rows].float())
+    for group in _groups_of_rows(rows, columns, weight.device):
+        weight[group], scale = kind.pack(values(group))
         scales.append(scale)
-    return weight, torch.cat(scales), None if kind.levels is None else torch.tensor(kind.levels)
+    return weight, torch.cat(scales), levels_of(form)
 
 
 def can_be_packed(form: str, shape: tuple[int, ...]) -> bool:
@@ -120,27 +146,32 @@ def is_finite(form: str, stored: Stored) -> bool:
     return form not in FP8 or all_finite(weight.view(from_safetensors_name(form)))
 
 
-def columns_of(form: str, bytes_of_row: int) -> int:
-    """The values in a row of a matrix."""
-    in_unit, bytes_of_unit = storage_form(form).unit
-    return bytes_of_row // bytes_of_unit * in_unit
+def shape_of(form: str, stored: Stored) -> tuple[int, int]:
+    """(outputs, inputs) of a matrix."""
+    rows, bytes_of_row = stored[0].shape
+    in_unit, bytes_of_unit = _FORMS[form].unit
+    return rows, bytes_of_row // bytes_of_unit * in_unit
 
 
 def gguf_form_exists(gguf_type: str, columns: int) -> bool:
-    """Whether a matrix of this type of GGUF can be expanded on every device. The reference decoders
-    of some types run on the CPU only, and in a flattened tensor blocks cross the ends of rows."""
-    block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[gguf_type]]
-    return gguf_type in _gguf_decoders() and columns % block == 0
+    """Whether a matrix of this type of GGUF can be expanded on every device. The `gguf` package
+    decodes more types, on the CPU only; and in a flattened tensor blocks cross the ends of rows."""
+    form = _FORMS.get(gguf_type)
+    return form is not None and columns % form.unit[0] == 0
 
 
-def storage_form(name: str) -> StorageForm:
-    """The form called `name`; KeyError if there is none."""
-    return _FORMS.get(name) or _gguf_form(name)
+def levels_of(form: str) -> Tensor | None:
+    """What the elements of a matrix in `form` stand for, float32 on the CPU; None if a formula says
+    it."""
+    levels = _FORMS[form].levels
+    return None if levels is None else torch.tensor(levels)
 
 
-def _groups_of_rows(rows: int, columns: int) -> Sequence[slice]:
-    # Multiples of 64, so that no block of `nf4` lies in two groups.
-    step = max(1, CHUNK // columns // NF4_BLOCK) * NF4_BLOCK
+def _groups_of_rows(rows: int, columns: int, device: torch.device) -> Sequence[slice]:
+    # No block of `nf4` lies in two groups.
+    unit = NF4_BLOCK // gcd(NF4_BLOCK, columns)
+    size = GROUP_ON_CPU if device.type == "cpu" else GROUP
+    step = max(1, size // columns // unit) * unit
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
@@ -225,26 +256,21 @@ def _expand_nf4(weight: Tensor, scale: Tensor | None, levels: Tensor | None, out
     torch.mul(values.view(blocks), scale.unsqueeze(1), out=out.view(blocks))
 
 
-@cache
-def _gguf_decoders() -> dict[str, Any]:
-    # diffusers' ports of the reference decoders to PyTorch, tested to be bit-exact with them.
-    # Imported lazily: the import takes a while, and only GGUF files need it.
-    from diffusers.quantizers.gguf.utils import dequantize_functions
-
-    return {kind.name: function for kind, function in dequantize_functions.items()}
-
-
-@cache
 def _gguf_form(name: str) -> StorageForm:
-    decode = _gguf_decoders()[name]
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    in_block, bytes_of_block = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    has_levels = name in DECODERS_WITH_LEVELS
 
     def expand(weight: Tensor, scale: Tensor | None, levels: Tensor | None, out: Tensor) -> None:
-        del scale, levels
-        blocks = weight.view(torch.uint8).reshape(-1, size)
-        out.copy_(decode(blocks, block, size, dtype=torch.float32).reshape(out.shape))
+        del scale
+        blocks = weight.view(torch.uint8).reshape(-1, bytes_of_block)
+        if levels is None:
+            values = DECODERS[name](blocks)
+        else:
+            values = DECODERS_WITH_LEVELS[name](blocks, levels)
+        out.copy_(values.reshape(out.shape))
 
-    return StorageForm(expand=expand, unit=(block, size))
+    levels = tuple(float(level) for level in IQ4_LEVELS) if has_levels else None
+    return StorageForm(expand=expand, unit=(in_block, bytes_of_block), levels=levels)
 
 
 _FORMS = {
@@ -252,4 +278,5 @@ _FORMS = {
     "F8_E5M2": _fp8_form("F8_E5M2"),
     "int8": StorageForm(expand=_expand_elements, pack=_pack_int8),
     "nf4": StorageForm(expand=_expand_nf4, unit=(2, 1), pack=_pack_nf4, levels=_NF4_LEVELS),
+    **{name: _gguf_form(name) for name in (*DECODERS, *DECODERS_WITH_LEVELS)},
 }
