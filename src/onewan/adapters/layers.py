@@ -198,7 +198,9 @@ def cayley_minus_identity(triangles: Tensor) -> Tensor:
     upper[:, rows, columns] = triangles
     q = upper - upper.transpose(1, 2)
     identity = torch.eye(size, device=q.device, dtype=q.dtype)
-    return torch.linalg.solve(identity + q, -2 * q, left=False)
+    # Not `solve`, which waits for the device to see whether 1 + Q is singular. It can't be, since Q
+    # is antisymmetric.
+    return torch.linalg.solve_ex(identity + q, -2 * q, left=False).result
 
 
 def triangles_of(rotation: Tensor) -> Tensor:

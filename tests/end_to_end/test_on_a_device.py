@@ -1,0 +1,197 @@
+"""Whole runs on the simulated accelerator: its results are the CPU's, and the host hardly waits.
+
+The simulation refuses operators on tensors of the host and of the device together, so that a run
+which ends has had none on the wrong side.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import simulated_gpu
+import torch
+from safetensors.torch import load_file
+from support.other_program_files import as_gguf, fp8
+from support.runs import METHODS, RunFile, layout_of, outcome
+from support.tiny_models import TinyModels
+
+from onewan.cli import main
+from onewan.config.schema import ResolvedRun
+from onewan.errors import Interrupted
+from onewan.media import read_frames
+from onewan.runs.control import request
+from onewan.runs.event_file import read_events
+from onewan.runs.events import Event, StepDone
+from onewan.train import trainer
+from onewan.train.run import Run
+from onewan.train.setup import WanModelSetup
+from onewan.train.trainer import WanTrainer
+
+gpu = torch.get_device_module("sim")
+EACH_PHASE = [
+    "wan_config.max_frames=5",
+    "train.switch_expert_every=2",
+    "train.save_every=2",
+    "validation.clips=2",
+    "sample={prompts: [a red square], width: 64, height: 64, frames: 5, steps: 2}",
+]
+SHORT = [
+    "wan_config.max_frames=5",
+    "train.switch_expert_every=2",
+    "train.steps=4",
+]
+WAITS = {"fine_tune": 2, "embedding": 5}
+"""Waits of the host in an optimizer step, where they are more than the one for its loss and norm.
+A fused step checks the loss before the backward pass too, which changes weights already. Captions
+with a trained placeholder are encoded in the step, with four waits."""
+
+
+@pytest.fixture(autouse=True)
+def aligned(sim: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights begin at multiples of 64 bytes on the CPU too, as they do on the device.
+
+    In the memory of a file they begin anywhere, and matrix products may round differently then.
+    """
+    del sim
+    plain = WanModelSetup.build
+
+    def build(setup: WanModelSetup, *arguments: Any, **named: Any) -> Run:
+        run = plain(setup, *arguments, **named)
+        for expert in run.state.experts.values():
+            for tensor in [*expert.transformer.parameters(), *expert.transformer.buffers()]:
+                if tensor.device.type == "cpu":
+                    tensor.data = tensor.data.clone()
+        return run
+
+    monkeypatch.setattr(WanModelSetup, "build", build)
+
+
+Waits = list[tuple[tuple[int, str], Counter[str]]]
+"""For each optimizer step on the device: its run and expert, and by place the host's waits."""
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
+    """Filled by each optimizer step of the test."""
+    found: Waits = []
+    plain = trainer.train_step
+
+    def counted(run: Run, step: Any) -> Any:
+        with simulated_gpu.trace() as trace:
+            metrics = plain(run, step)
+        if run.device.type == "sim":
+            found.append(((id(run), step.expert), trace.waits()))
+        return metrics
+
+    monkeypatch.setattr(trainer, "train_step", counted)
+    return found
+
+
+def assert_the_same(here: ResolvedRun, there: ResolvedRun) -> None:
+    """The same losses, norms, weights, averages and optimizer states, bit for bit."""
+    (tensors, steps), (tensors_there, steps_there) = outcome(here), outcome(there)
+    assert steps == steps_there
+    assert tensors.keys() == tensors_there.keys() and tensors
+    assert all(t.device.type == "cpu" for t in tensors_there.values())
+    assert [k for k in tensors if not torch.equal(tensors[k], tensors_there[k])] == []
+
+
+def validation_losses(config: ResolvedRun) -> dict[tuple[int, str], float]:
+    events = read_events(layout_of(config).events)
+    return {(e["step"], e["expert"]): e["loss"] for e in events if e["event"] == "validation"}
+
+
+def last_sample(config: ResolvedRun) -> np.ndarray:
+    """Frames of the last sample, as integers that can be subtracted."""
+    path = layout_of(config).samples(config.train.steps) / "0.mp4"
+    return read_frames(path, [0.0, 0.1, 0.2]).astype(int)
+
+
+def stop_after(step: int, config: ResolvedRun) -> Callable[[Event], None]:
+    def listen(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == step:
+            request(layout_of(config), "stop")
+
+    return listen
+
+
+def test_a_run_with_every_phase_is_the_cpus(
+    run_file: RunFile, tmp_path: Path, waits: Waits
+) -> None:
+    """Both experts, averages, validation, samples, a stop and a resume by the command line."""
+    settings = [*EACH_PHASE, "train.steps=6", "train.ema={decay: 0.9, offload: false}"]
+    here = run_file("t2v-a14b", *settings, name="here")
+    there = run_file("t2v-a14b", *settings, "model.device=sim", name="there")
+    WanTrainer(here).fit()
+    with pytest.raises(Interrupted):
+        WanTrainer(there, listen=stop_after(3, there)).fit()
+    overrides = [f"output.dir={tmp_path / 'runs'}", *settings, "model.device=sim"]
+    assert main(["train", str(tmp_path / "there.yaml"), "--resume", *overrides]) == 0
+    assert_the_same(here, there)
+    assert validation_losses(here) == validation_losses(there) and validation_losses(here)
+    assert np.abs(last_sample(here) - last_sample(there)).mean() < 1
+    check_waits(waits, at_most=1)
+    gc.collect()
+    assert gpu.memory_allocated() == 0
+    assert gpu.max_memory_allocated() > 100_000
+
+
+def check_waits(waits: Waits, at_most: int) -> None:
+    """Of the steps whose expert was on the device already, from the step before in the same run."""
+    kept = [found for (before, _), (now, found) in pairwise(waits) if before == now]
+    assert len(kept) >= 2
+    most = max(kept, key=lambda found: sum(found.values()))
+    assert 0 < sum(most.values()) <= at_most, most
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "lora"])
+def test_each_method_trains_as_on_the_cpu(
+    run_file: RunFile, workshop: Path, waits: Waits, method: str
+) -> None:
+    settings = [*METHODS[method], *SHORT]
+    if method == "embedding":
+        settings.append(f"video_data.sources=[{{path: {workshop / 'named clips'}}}]")
+    here = run_file("t2v-a14b", *settings, name="here")
+    there = run_file("t2v-a14b", *settings, "model.device=sim", name="there")
+    WanTrainer(here).fit()
+    WanTrainer(there).fit()
+    assert_the_same(here, there)
+    check_waits(waits, at_most=WAITS.get(method, 1))
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Settings of a model whose high-noise expert is quantized, in its file or while loading."""
+    folder = tmp_path_factory.mktemp("quantized")
+    # As wide as an attention head of Wan, which the reader of a single file goes by.
+    model = TinyModels(folder, width=128, layers=2)("t2v-a14b")
+    (file,) = (model / "transformer").glob("*.safetensors")
+    weights = load_file(file)
+    fp8(weights, folder / "high_noise_fp8.safetensors", "new")
+    as_gguf(weights, folder / "high_noise.gguf")
+    path = f"model.path={model.as_posix()}"
+    return {
+        "fp8 file": [path, f"model.transformer={folder / 'high_noise_fp8.safetensors'}"],
+        "gguf file": [path, f"model.transformer={folder / 'high_noise.gguf'}"],
+        "nf4": [path, "memory.weights=nf4"],
+    }
+
+
+@pytest.mark.parametrize("storage", ["fp8 file", "gguf file", "nf4"])
+def test_a_quantized_base_trains_as_on_the_cpu(
+    run_file: RunFile, quantized: dict[str, list[str]], waits: Waits, storage: str
+) -> None:
+    settings = [*quantized[storage], *SHORT]
+    here = run_file("t2v-a14b", *settings, name="here")
+    there = run_file("t2v-a14b", *settings, "model.device=sim", name="there")
+    WanTrainer(here).fit()
+    WanTrainer(there).fit()
+    assert_the_same(here, there)
+    check_waits(waits, at_most=1)
