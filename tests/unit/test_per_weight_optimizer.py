@@ -248,14 +248,14 @@ def test_a_stand_in_is_given_its_gradient_only_while_it_has_values(rounding: Rou
     assert not are_equal(before, weights_of(net))
 
 
-# ------------------------------------------------------------------------------------ on a GPU
+# ------------------------------------------------------------------------------------ on a device
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+@pytest.mark.usefixtures("sim")
 @pytest.mark.parametrize("rounding", ["none", "stochastic", "kahan"])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", PER_WEIGHT)
-def test_training_on_a_gpu_is_bit_exact_after_a_stay_in_host_memory(
+def test_training_on_a_device_is_bit_exact_after_a_stay_in_host_memory(
     name: str, fused: bool, rounding: Rounding
 ) -> None:
     dtype = torch.float32 if rounding == "none" else torch.bfloat16
@@ -263,12 +263,12 @@ def test_training_on_a_gpu_is_bit_exact_after_a_stay_in_host_memory(
     optimizers = [optimizer_over(n, CHOICES[name], fused=fused, rounding=rounding) for n in nets]
     for number in range(4):
         for net, optimizer in zip(nets, optimizers, strict=True):
-            for device in ("cpu", "cuda") if net is nets[0] else ("cuda",):
+            for device in ("cpu", "sim") if net is nets[0] else ("sim",):
                 net.to(device)
                 optimizer.to(torch.device(device))
             step = optimizer.begin_step(number, 1.0)
             x = torch.randn(16, 64, generator=torch.Generator().manual_seed(number))
-            net(x.to("cuda", dtype)).float().square().mean().backward()
+            net(x.to("sim", dtype)).float().square().mean().backward()
             step.clip_grad_norm(None)
             step.apply()
     assert are_equal(weights_of(nets[0]), weights_of(nets[1]))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-from support import residency_on_device
 from torch import nn
 
 from onewan.memory.residency import DeviceResidency, WholeModule, device_in_use
@@ -193,50 +194,53 @@ def test_the_device_in_use_is_the_first_that_is_not_host_memory() -> None:
 # ------------------------------------------------------------------ real moves between two memories
 
 
-@pytest.mark.usefixtures("sim")
-def test_alternating_experts_never_meet_on_the_device() -> None:
+@pytest.fixture
+def on_device(sim: torch.device) -> ModuleType:
+    """`support.residency_on_device`, which can be imported where the simulated device is."""
+    del sim
+    return import_module("support.residency_on_device")
+
+
+def test_alternating_experts_never_meet_on_the_device(on_device: ModuleType) -> None:
     """The peak is one expert with its optimizer state, and where the other is, is host memory."""
-    found = residency_on_device.training()
+    found = on_device.training()
     assert found["peak"] <= found["one expert"]
     assert found["devices"] == [["sim", "cpu"], ["cpu", "sim"], ["sim", "cpu"]]
     assert found["optimizer devices"] == [["sim", "cpu"], ["cpu", "sim"], ["sim", "cpu"]]
     assert found["weights are the same"] and found["parameters are the same objects"]
 
 
-@pytest.mark.usefixtures("sim")
-def test_a_ready_module_costs_no_transfer() -> None:
-    assert residency_on_device.training()["transfers of a second bring"] == 0
+def test_a_ready_module_costs_no_transfer(on_device: ModuleType) -> None:
+    assert on_device.training()["transfers of a second bring"] == 0
 
 
-@pytest.mark.usefixtures("sim")
-def test_sampling_needs_no_more_room_than_the_largest_module() -> None:
-    found = residency_on_device.sampling()
+def test_sampling_needs_no_more_room_than_the_largest_module(on_device: ModuleType) -> None:
+    found = on_device.sampling()
     assert found["peak"] <= found["largest module"]
     assert found["devices after"] == found["devices before"]
 
 
-@pytest.mark.usefixtures("sim")
-def test_sampling_out_of_memory_leaves_every_module_in_its_place() -> None:
-    found = residency_on_device.out_of_memory()
+def test_sampling_out_of_memory_leaves_every_module_in_its_place(on_device: ModuleType) -> None:
+    found = on_device.out_of_memory()
     assert found["error"] == "OutOfMemoryError"
     assert found["devices after"] == found["devices before"] == ["sim", "cpu", "cpu"]
     assert found["weights are the same"]
 
 
-@pytest.mark.usefixtures("sim")
-def test_a_sample_is_the_cpus_and_modules_return(tmp_path: Path) -> None:
+def test_a_sample_is_the_cpus_and_modules_return(on_device: ModuleType, tmp_path: Path) -> None:
     """`WanModelSampler` with a tiny model whose low-noise expert is on the device."""
-    found = residency_on_device.sampler(tmp_path)
+    found = on_device.sampler(tmp_path)
     assert found["residents"] == [["cpu", "sim"], ["sim", "cpu"]]
     assert found["devices after"] == found["devices before"]
     assert found["modes are the same"]
     assert found["mean difference to the CPU"] < 1
 
 
-@pytest.mark.usefixtures("sim")
-def test_a_run_keeps_only_the_expert_of_the_step_on_the_device(tmp_path: Path) -> None:
+def test_a_run_keeps_only_the_expert_of_the_step_on_the_device(
+    on_device: ModuleType, tmp_path: Path
+) -> None:
     """With its optimizer state and average; the VAE has left after encoding."""
-    found = residency_on_device.run(tmp_path)
+    found = on_device.run(tmp_path)
     assert found["automatic device"] == "sim:0"
     assert found["devices before the first step"] == ["cpu", "cpu", "cpu"]
     # The low-noise expert is there after its step, so it is not asked to move at first.
