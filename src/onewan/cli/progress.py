@@ -40,6 +40,7 @@ class Progress:
             events.Encoding: self._on_encoding,
             events.DataReady: self._on_data_ready,
             events.Resumed: self._on_resumed,
+            events.AttentionChosen: self._on_attention_chosen,
             events.StepDone: self._on_step_done,
             events.Validated: self._on_validated,
             events.BestSoFar: self._on_best_so_far,
@@ -128,6 +129,11 @@ class Progress:
 
     def _on_resumed(self, event: events.Resumed) -> None:
         self.line(f"resumed after step {event.step}")
+
+    def _on_attention_chosen(self, event: events.AttentionChosen) -> None:
+        if event.milliseconds:
+            times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in event.milliseconds.items())
+            self.line(f"attention: {event.backend} ({times})")
 
     def _on_step_done(self, event: events.StepDone) -> None:
         # A single loss means little, since t and noise differ from step to step: show the mean.

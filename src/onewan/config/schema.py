@@ -332,6 +332,27 @@ class ResolvedOutput(OutputSection):
     name: str
 
 
+AttentionName = Literal[
+    "auto",
+    "flash",
+    "efficient",
+    "cudnn",
+    "overrideable",
+    "math",
+    "flash_attn",
+    "flash_attn_3",
+    "xformers",
+]
+
+
+def _with_backward_pass(value: object) -> object:
+    if isinstance(value, str) and value.lower().startswith("sage"):
+        raise ValueError(
+            "SageAttention has no backward pass, so nothing can be trained with it; choose auto"
+        )
+    return value
+
+
 class MemorySection(Section):
     """What is kept on the device or in host memory, and what is computed again. Settings that are
     null follow from the plan (`onewan plan`)."""
@@ -356,8 +377,9 @@ class MemorySection(Section):
     """Chunks of tokens in which a block's feed-forward layer is computed in training."""
     compile: bool | None = None
     """Compile the blocks with `torch.compile`."""
-    attention: str = "auto"
-    """Attention backend; `auto` measures those that are installed at the start of a run."""
+    attention: Annotated[AttentionName, BeforeValidator(_with_backward_pass)] = "auto"
+    """Attention backend: PyTorch's `flash`, `efficient`, `cudnn`, `overrideable` or `math`, or that
+    of a package. `auto`: the fastest, measured at the start of the run; a resumed run keeps it."""
     pinned: bool | None = None
     """Pin (page-lock) the host memory of streamed weights; false: copy through a small pinned
     buffer. null: pinned where that works."""

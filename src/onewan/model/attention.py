@@ -1,12 +1,20 @@
-"""Self-attention within each latent frame only, to train style or characters without motion."""
+"""Attention of diffusers' transformer: by another backend than PyTorch's own choice, and within
+each latent frame only, to train style or characters without motion."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from diffusers.models.transformers.transformer_wan import (
+    WanAttention,
+    WanAttnProcessor,
+    WanTransformerBlock,
+)
 from torch import Tensor, nn
+
+from onewan.model.attention_backends import AttentionBackend, attend
 
 
 class _FrameCount:
@@ -20,7 +28,7 @@ class _WithinFrames:
     """An attention processor that folds frames into the batch around the one that it wraps."""
 
     def __init__(self, inner: Any, frames: _FrameCount) -> None:
-        self._inner = inner
+        self.inner = inner
         self._frames = frames
 
     def __call__(
@@ -32,7 +40,7 @@ class _WithinFrames:
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         if not attn.training:
-            return self._inner(
+            return self.inner(
                 attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb
             )
         batch, tokens, width = hidden_states.shape
@@ -45,7 +53,7 @@ class _WithinFrames:
             )
             rotary_emb = (cos, sin)
         folded = hidden_states.reshape(batch * self._frames.value, per_frame, width)
-        out = self._inner(attn, folded, encoder_hidden_states, attention_mask, rotary_emb)
+        out = self.inner(attn, folded, encoder_hidden_states, attention_mask, rotary_emb)
         return out.reshape(batch, tokens, width)
 
 
@@ -73,3 +81,55 @@ def attend_within_frames(transformer: WanTransformer3DModel) -> None:
         if isinstance(module, WanTransformerBlock):
             processor: Any = _WithinFrames(module.attn1.processor, frames)
             module.attn1.set_processor(processor)
+
+
+class _WithBackend:
+    """An attention processor that computes what diffusers' own does, with a given backend."""
+
+    def __init__(self, backend: AttentionBackend) -> None:
+        self._backend = backend
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        # Wan 2.2 has no mask, no fused projections and, unlike Wan 2.1, no image among the keys.
+        assert attention_mask is None
+        others = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        key = attn.norm_k(attn.to_k(others)).unflatten(2, (attn.heads, -1))
+        value = attn.to_v(others).unflatten(2, (attn.heads, -1))
+        if rotary_emb is not None:
+            query, key = _rotated(query, *rotary_emb), _rotated(key, *rotary_emb)
+        out = attend(query, key, value, self._backend).flatten(2, 3).type_as(query)
+        linear, dropout = attn.to_out
+        return dropout(linear(out))
+
+
+def _rotated(heads_BNHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding: each pair of channels is turned by its token's angle."""
+    first, second = heads_BNHD.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    turned = torch.empty_like(heads_BNHD)
+    turned[..., 0::2] = first * cos - second * sin
+    turned[..., 1::2] = first * sin + second * cos
+    return turned.type_as(heads_BNHD)
+
+
+def use_attention_backend(
+    transformer: WanTransformer3DModel, backend: AttentionBackend | None
+) -> None:
+    """Compute all attention of `transformer` with `backend`, in training and in evaluation; None is
+    diffusers' own way, which is PyTorch's choice. `attend_within_frames` remains in effect."""
+    for module in transformer.modules():
+        if isinstance(module, WanTransformerBlock):
+            for attn in (module.attn1, module.attn2):
+                processor: Any = WanAttnProcessor() if backend is None else _WithBackend(backend)
+                if isinstance(attn.processor, _WithinFrames):
+                    attn.processor.inner = processor
+                else:
+                    attn.set_processor(processor)

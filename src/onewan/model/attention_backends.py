@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from onewan.errors import ConfigError
 from onewan.model.attention_packages import FlashAttention2, FlashAttention3, Xformers
 
 Saved = tuple[Tensor, ...]
@@ -239,6 +240,10 @@ _BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
 
 def attention_backend(name: str) -> AttentionBackend:
     """The backend of that name. ConfigError, saying what to install, if its package is missing."""
+    if name not in _BACKENDS:
+        known = ", ".join(_BACKENDS)
+        message = f"memory.attention: there is no backend {name!r}; choose one of {known}, or auto"
+        raise ConfigError("run file", [message])
     return _BACKENDS[name]()
 
 

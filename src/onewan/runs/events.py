@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -125,6 +125,21 @@ class Warned(Event):
 
     kind: ClassVar[str] = "warning"
     text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionChosen(Event):
+    """The attention backend of this process; a resumed run has the same."""
+
+    kind: ClassVar[str] = "attention"
+    backend: str
+    """Its name in the run file (`memory.attention`)."""
+    milliseconds: Mapping[str, float]
+    """Of a forward and a backward pass over the tokens of the run's largest clip, by backend, the
+    fastest first. Empty if nothing was measured: on the CPU, with a backend given by name, in a
+    resumed run, and where only one can be used."""
+    unusable: Mapping[str, str]
+    """Why others can't be used, by backend."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,7 @@ from onewan.formats.weights import open_component
 from onewan.model.load import describe_model
 from onewan.model.meta_init import module_on_meta, transformer_on_meta
 from onewan.model.sources import Sources
+from onewan.train.attention import check_attention
 from onewan.train.optimizers.builders import build_optimizer
 from onewan.train.optimizers.parameters import library_group
 from onewan.train.state import TrainableName
@@ -57,6 +58,7 @@ def check_before_encoding(
         more, of_files = _collected(
             lambda: _check_embeddings(config, sources.paths.get("text_encoder")),
             lambda: _check_experts(config, sources, initial),
+            lambda: _check_attention(config, sources, device),
         )
         problems += more
     _raise(problems, of_files)
@@ -155,6 +157,17 @@ def _transformer(sources: Sources, given: str, expert: Expert) -> WanTransformer
         return None
     config = read_json(path / "config.json")
     return transformer_on_meta(config) if "num_attention_heads" in config else None
+
+
+def _check_attention(config: ResolvedRun, sources: Sources, device: torch.device) -> None:
+    """That the backend that is named can be used."""
+    if config.memory.attention == "auto":
+        return
+    variant = config.model.facts()
+    expert = variant.selected(config.model.experts)[0]
+    transformer = _transformer(sources, config.model.source_of(expert.component), expert)
+    head_dim = transformer.config["attention_head_dim"] if transformer else None
+    check_attention(config, device, head_dim or variant.attention_head_dim)
 
 
 def _check_embeddings(config: ResolvedRun, text_encoder: Path | None) -> None:

@@ -119,9 +119,11 @@ def changes_since(
     dataset_digest: str,
     initial_digests: Mapping[ExpertName, str],
     source: str,
+    attention_change: str | None = None,
 ) -> Changes:
     """Compare the run file, the data set and the adapters of `method.init_from` recorded in a
-    state's `facts` with the present ones.
+    state's `facts` with the present ones. `attention_change` is a line about another attention
+    backend, if there is one.
 
     CheckpointError, naming `source`, if this version of onewan can't read the recorded run file.
     """
@@ -143,9 +145,11 @@ def changes_since(
     # With a constant learning rate and no cooldown, the results of a step do not depend on the
     # number of steps.
     steps_matter = config.train.schedule.kind != "constant" or bool(config.train.cooldown_steps)
-    affecting_results: list[str] = []
+    affecting_results = [attention_change] if attention_change else []
     harmless: list[str] = []
     for name, old, new in fields:
+        if name == "memory.attention" and attention_change:
+            continue
         safe = name.startswith(_SAFE_TO_CHANGE) and name not in _BUT_NOT
         safe = safe or (name == "train.steps" and not steps_matter)
         line = f"{name}: was {_shown(old)}, is {_shown(new)}"

@@ -15,6 +15,7 @@ from onewan.config.schema import ResolvedRun, TrainSection
 from onewan.data.dataset import Dataset
 from onewan.data.loader import Batch, WanDataLoader
 from onewan.memory.residency import DeviceResidency
+from onewan.model.attention_backends import AttentionBackend
 from onewan.model.wan import WanModel
 from onewan.runs.layout import unused
 from onewan.sample.generate import SampleRequest, check_request
@@ -37,6 +38,8 @@ class Run:
     schedule: ExpertSchedule
     state: TrainState
     samples: list[SampleRequest]
+    attention: AttentionBackend
+    """Computes attention in all transformers; `train.attention.use_attention` replaces it."""
     dropout: bool
     """Whether a forward pass in training draws dropout from torch's global generator."""
     warnings: list[str]

@@ -43,6 +43,15 @@ class BestStep(_Strict):
     loss: _Loss
 
 
+class SavedAttention(_Strict):
+    """The attention backend of a run, which its results depend on in the last bits."""
+
+    backend: str
+    """A name of `memory.attention`, other than auto."""
+    device: str
+    """The type of the device that it was chosen for, such as "cuda"."""
+
+
 class StateFacts(_Strict):
     """Everything in a state except tensors: ``state.json``."""
 
@@ -61,6 +70,8 @@ class StateFacts(_Strict):
     initial: dict[ExpertName, str] | None = None
     """Digest of the adapter of `method.init_from`, by expert; None in states of before it was
     recorded."""
+    attention: SavedAttention | None = None
+    """None in states of before it was recorded, when PyTorch's own choice was used."""
 
     @model_validator(mode="after")
     def _in_order(self) -> StateFacts:

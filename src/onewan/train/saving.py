@@ -17,6 +17,7 @@ from onewan.errors import CheckpointError
 from onewan.runs import events
 from onewan.runs.layout import RunLayout
 from onewan.runs.log import RunLog
+from onewan.train.attention import resumed_attention
 from onewan.train.resume import Changes, changes_since
 from onewan.train.run import Run
 from onewan.train.saved_state import FACTS_FILE, StateFacts, read_facts
@@ -137,8 +138,14 @@ class StateSaver:
     def _load(self, run: Run, allow_change: bool, folder: Path) -> _Loaded:
         facts = read_facts(folder)
         source = str(folder / FACTS_FILE)
+        run.state.attention, attention_change = resumed_attention(run, facts.attention)
         changes = changes_since(
-            facts, self._config, run.dataset.digest, run.state.initial_digests, source
+            facts,
+            self._config,
+            run.dataset.digest,
+            run.state.initial_digests,
+            source,
+            attention_change,
         )
         if changes.affecting_results and not allow_change:
             raise CheckpointError(

@@ -25,6 +25,7 @@ from onewan.model.load import WanModelLoader
 from onewan.model.sources import ENCODERS, PipelineComponent, locate
 from onewan.model.wan import WanModel
 from onewan.sample.generate import SampleRequest
+from onewan.train.attention import first_attention, use_attention
 from onewan.train.optimizers.builders import inexact_resume_reason
 from onewan.train.preflight import check_before_encoding
 from onewan.train.run import Run, objective_of, sample_requests
@@ -82,7 +83,8 @@ class WanModelSetup:
             )
             for expert in self._experts
         }
-        return Run(
+        head_dim = next(iter(experts.values())).transformer.config["attention_head_dim"]
+        run = Run(
             config=config,
             model=model,
             residency=self._residency,
@@ -92,10 +94,13 @@ class WanModelSetup:
             schedule=schedule,
             state=TrainState(experts=experts, embeddings=embeddings),
             samples=samples,
+            attention=first_attention(config, self._residency.device, head_dim),
             dropout=isinstance(config.method, LoraMethod | DoraMethod)
             and config.method.dropout > 0,
             warnings=[*self._notices, *self._warnings(schedule, dataset)],
         )
+        use_attention(run, run.attention)
+        return run
 
     def load_encoders(self, components: Collection[PipelineComponent]) -> WanModel:
         """The given components of the run's model for encoding, loaded onto the device."""

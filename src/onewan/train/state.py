@@ -26,6 +26,7 @@ from onewan.train.optimizers.trainable_optimizer import TrainableOptimizer
 from onewan.train.saved_state import (
     FACTS_FILE,
     BestStep,
+    SavedAttention,
     SavedOptimizer,
     StateFacts,
     read_optimizer,
@@ -187,6 +188,8 @@ class TrainState:
     """The step of the last validation."""
     best: BestStep | None = None
     """The validation with the lowest loss."""
+    attention: SavedAttention | None = None
+    """The attention backend that the run keeps; None until it is chosen (`train.attention`)."""
 
     @property
     def best_step(self) -> int | None:
@@ -231,6 +234,7 @@ class TrainState:
             config=dict(config),
             dataset=dataset,
             initial=self.initial_digests,
+            attention=self.attention,
         )
         write_facts(folder, facts)
 

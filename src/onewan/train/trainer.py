@@ -29,6 +29,7 @@ from onewan.runs.event_file import EventFile, HeartbeatThread
 from onewan.runs.layout import RunLayout
 from onewan.runs.log import FileSink, Listener, ListenerSink, RunLog, text_log
 from onewan.sample.generate import WanModelSampler
+from onewan.train.attention import choose_attention
 from onewan.train.cadence import Cadence
 from onewan.train.export import exported_files
 from onewan.train.resume import check_start
@@ -129,6 +130,7 @@ class WanTrainer:
             self._log.warn(warning)
         if self._resume:
             self._restore(run)
+        self._log.emit(choose_attention(run))
         if config.logging.tensorboard:
             self._log.add(TensorBoardSink(self._layout.tensorboard, run.state.step))
         try:
