@@ -257,3 +257,19 @@ def test_a_missing_package_is_named_when_it_is_asked_for(
         attention_backend(name)
     (problem,) = error.value.problems
     assert problem.startswith(f"memory.attention: '{name}' needs the package {package} ")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("queries", "keys"), SELF_AND_CROSS)
+def test_the_default_backend_of_an_accelerator_equals_pytorchs_attention(
+    queries: int, keys: int, dtype: torch.dtype, sim: torch.device
+) -> None:
+    q, k, v, grad = tensors(queries, keys, 32, dtype, str(sim))
+    backend = default_backend(sim, dtype, 32)
+    assert backend.name == pytorch_backend(q, k, v).name
+    expected, out = sdpa(q, k, v), attend(q, k, v, backend)
+    assert out.device.type == sim.type
+    assert_same(
+        (out, *torch.autograd.grad(out, (q, k, v), grad)),
+        (expected, *torch.autograd.grad(expected, (q, k, v), grad)),
+    )

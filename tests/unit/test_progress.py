@@ -8,7 +8,16 @@ import pytest
 
 from onewan.cli import progress
 from onewan.cli.progress import Progress
-from onewan.runs.events import Encoding, Event, Exported, Finished, Saved, StepDone, Validated
+from onewan.runs.events import (
+    AttentionChosen,
+    Encoding,
+    Event,
+    Exported,
+    Finished,
+    Saved,
+    StepDone,
+    Validated,
+)
 
 
 def lines_of(capsys: pytest.CaptureFixture[str], *shown: Event) -> list[str]:
@@ -76,3 +85,16 @@ def test_losses_are_shown_as_running_means_and_against_the_base(
         "step 2: validation on held-out clips, high expert: loss 0.9000 (-10.0 % against the "
         "base model)",
     ]
+
+
+def test_the_attention_backend_is_shown_where_it_was_measured(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    times = {"cudnn": 17.254, "flash": 29.1, "efficient": 101.0}
+    unusable = {"overrideable": "PyTorch has no such kernel for cuda"}
+    shown = lines_of(
+        capsys,
+        AttentionChosen(backend="cudnn", milliseconds=times, unusable=unusable),
+        AttentionChosen(backend="flash", milliseconds={}, unusable={}),
+    )
+    assert shown == ["attention: cudnn (cudnn 17.3 ms, flash 29.1 ms, efficient 101 ms)"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import (
     WanAttention,
@@ -15,6 +14,7 @@ from diffusers.models.transformers.transformer_wan import (
 from torch import Tensor, nn
 
 from onewan.model.attention_backends import AttentionBackend, attend
+from onewan.model.block_parts import projected_heads, projected_output, rotated
 
 
 class _FrameCount:
@@ -99,25 +99,10 @@ class _WithBackend:
     ) -> Tensor:
         # Wan 2.2 has no mask, no fused projections and, unlike Wan 2.1, no image among the keys.
         assert attention_mask is None
-        others = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        key = attn.norm_k(attn.to_k(others)).unflatten(2, (attn.heads, -1))
-        value = attn.to_v(others).unflatten(2, (attn.heads, -1))
+        q, k, v = projected_heads(attn, hidden_states, encoder_hidden_states)
         if rotary_emb is not None:
-            query, key = _rotated(query, *rotary_emb), _rotated(key, *rotary_emb)
-        out = attend(query, key, value, self._backend).flatten(2, 3).type_as(query)
-        linear, dropout = attn.to_out
-        return dropout(linear(out))
-
-
-def _rotated(heads_BNHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding: each pair of channels is turned by its token's angle."""
-    first, second = heads_BNHD.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    turned = torch.empty_like(heads_BNHD)
-    turned[..., 0::2] = first * cos - second * sin
-    turned[..., 1::2] = first * sin + second * cos
-    return turned.type_as(heads_BNHD)
+            q, k = rotated(q, rotary_emb), rotated(k, rotary_emb)
+        return projected_output(attn, attend(q, k, v, self._backend))
 
 
 def use_attention_backend(

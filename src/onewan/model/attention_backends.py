@@ -12,7 +12,7 @@ diffusers has them; PyTorch's operators take [B, H, N, D], as views without a co
 Backward passes on CUDA add up the gradient of the queries (`flash`, `flash_attn`, `flash_attn_3`,
 `xformers`), or that of all inputs (`efficient`, where the keys are split; `cudnn`), in the order in
 which thread blocks happen to finish: two runs can differ in the last bits.
-`torch.use_deterministic_algorithms(True)` makes `flash`, `efficient` and `cudnn` deterministic, and
+`torch.use_deterministic_algorithms(True)` makes all but `xformers` and `cudnn` deterministic, and
 slower. `math`, and everything on the CPU, is deterministic.
 """
 

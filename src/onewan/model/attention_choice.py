@@ -56,6 +56,13 @@ class AttentionShape:
     heads: int
     head_dim: int
 
+    @property
+    def measured_heads(self) -> int:
+        """How many of the heads, which all need the same time, are enough for a measurement."""
+        # 4 B N^2 D operations of a head's forward pass, and 2.5 times as many of its backward pass.
+        per_head = 14 * self.batch * self.tokens**2 * self.head_dim
+        return max(1, min(self.heads, int(_OPERATIONS / per_head)))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
@@ -131,10 +138,7 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Milliseconds of a forward and a backward pass by backend, the fastest first, and why others
     are not among them: they failed, or computed something else than the first of `backends`."""
-    # 4 B N^2 D operations of a head's forward pass, and 2.5 times as many of its backward pass.
-    per_head = 14.0 * shape.batch * shape.tokens**2 * shape.head_dim
-    heads = max(1, min(shape.heads, int(_OPERATIONS / per_head)))
-    tokens = shape.tokens
+    tokens, heads = shape.tokens, shape.measured_heads
     tensors = _tensors(device, dtype, shape.batch, tokens, tokens, heads, shape.head_dim)
     expected: tuple[Tensor, ...] | None = None
     milliseconds, failed = dict[str, float](), dict[str, str]()

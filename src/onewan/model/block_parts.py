@@ -73,8 +73,8 @@ def self_attention_heads(
     """Queries, keys and values of self-attention, with rotary positions."""
     normed = block.norm1(hidden_BNd.float())
     normed = _modulated(normed, part.scale, part.shift, inputs.first_tokens)
-    heads = _heads(block.attn1, normed.type_as(hidden_BNd), None)
-    q, k = (_rotated(x, inputs.rotary) for x in (heads.q, heads.k))
+    heads = projected_heads(block.attn1, normed.type_as(hidden_BNd), None)
+    q, k = (rotated(x, inputs.rotary) for x in (heads.q, heads.k))
     return Heads(*autocast_inputs(q, k, heads.v))
 
 
@@ -82,7 +82,7 @@ def self_attention_branch(
     block: WanTransformerBlock, attended_BNHD: Tensor, part: Modulation, first_tokens: int
 ) -> Tensor:
     """What self-attention adds to the hidden states, float32 [B, N, d]."""
-    return _gated(_projected(block.attn1, attended_BNHD), part.gate, first_tokens)
+    return _gated(projected_output(block.attn1, attended_BNHD), part.gate, first_tokens)
 
 
 def cross_attention_heads(
@@ -90,12 +90,12 @@ def cross_attention_heads(
 ) -> Heads:
     """Queries of the tokens, keys and values of the text."""
     normed = block.norm2(hidden_BNd.float()).type_as(hidden_BNd)
-    return Heads(*autocast_inputs(*_heads(block.attn2, normed, text_BLd)))
+    return Heads(*autocast_inputs(*projected_heads(block.attn2, normed, text_BLd)))
 
 
 def cross_attention_branch(block: WanTransformerBlock, attended_BNHD: Tensor) -> Tensor:
     """What cross-attention adds to the hidden states, [B, N, d] in the precision of products."""
-    return _projected(block.attn2, attended_BNHD)
+    return projected_output(block.attn2, attended_BNHD)
 
 
 def feed_forward_branch(
@@ -171,19 +171,23 @@ def _gated(output_BNd: Tensor, gate: Tensor, first: int) -> Tensor:
     )
 
 
-def _heads(attention: WanAttention, hidden_BNd: Tensor, text_BLd: Tensor | None) -> Heads:
+def projected_heads(attention: WanAttention, hidden_BNd: Tensor, text_BLd: Tensor | None) -> Heads:
+    """Normalized queries, keys and values of self-attention, or, with `text_BLd`, of
+    cross-attention to it; without rotary positions."""
     other = hidden_BNd if text_BLd is None else text_BLd
     q, k, v = attention.to_q(hidden_BNd), attention.to_k(other), attention.to_v(other)
     q, k = attention.norm_q(q), attention.norm_k(k)
     return Heads(*(x.unflatten(2, (attention.heads, -1)) for x in (q, k, v)))
 
 
-def _projected(attention: WanAttention, attended_BNHD: Tensor) -> Tensor:
+def projected_output(attention: WanAttention, attended_BNHD: Tensor) -> Tensor:
+    """The output of the heads, [B, N, d]."""
     linear, dropout = attention.to_out
     return dropout(linear(attended_BNHD.flatten(2, 3)))
 
 
-def _rotated(x_BNHD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def rotated(x_BNHD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Queries or keys with rotary positions; `rotary` is that of `BlockInputs`."""
     cos, sin = rotary
     return _Rotation.apply(x_BNHD, cos[..., 0::2], sin[..., 1::2])  # pyright: ignore[reportReturnType]
 
