@@ -11,7 +11,14 @@ from onewan.cli.arguments import VARIANT_NAMES, Commands, add_command
 from onewan.cli.comfyui import add_comfyui_node
 from onewan.cli.onetrainer_parsers import add_import_config, add_onetrainer
 from onewan.cli.output import say, write
-from onewan.cli.run_parsers import add_cache, add_plan, add_requests, add_sample, add_train
+from onewan.cli.run_parsers import (
+    add_cache,
+    add_memory_option,
+    add_plan,
+    add_requests,
+    add_sample,
+    add_train,
+)
 from onewan.cli.weights_parsers import add_convert, add_inspect, add_merge
 from onewan.errors import one_line
 
@@ -111,16 +118,27 @@ def _add_init(commands: Commands) -> None:
         commands,
         "init",
         "print a short commented run file to start from",
-        "\n\n  onewan init --variant t2v-a14b > run.yaml",
+        "With --vram, its\nvalues are the largest that fit.\n\n"
+        "  onewan init --variant t2v-a14b --vram 24GB > run.yaml",
     )
     parser.add_argument(
-        "--variant", choices=VARIANT_NAMES, required=True, help="which model to train"
+        "--variant",
+        choices=VARIANT_NAMES,
+        default="t2v-a14b",
+        help="which model to train (default: %(default)s)",
     )
+    add_memory_option(parser, "--vram", "device memory that the run has to fit in, such as 24GB")
+    add_memory_option(parser, "--ram", "host memory, such as 64GB (default: that of this machine)")
 
     def run(options: argparse.Namespace) -> int:
         from onewan.cli.starter import starter
 
-        write(starter(options.variant))
+        values = None
+        if options.vram is not None:
+            from onewan.cli.fitting import fitting_values
+
+            values = fitting_values(options.variant, options.vram, options.ram)
+        write(starter(options.variant, values))
         return 0
 
     parser.set_defaults(command=run)

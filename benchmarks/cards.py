@@ -1,0 +1,141 @@
+"""What trains on cards of 12 to 80 GB, by the plan: writes the table of docs/memory.md.
+
+    python benchmarks/cards.py            # writes the table between its markers
+    python benchmarks/cards.py --print    # prints it
+
+Everything is arithmetic of `onewan.memory.plan`; nothing is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from markers import replace_between
+
+from onewan.arithmetic.byte_sizes import format_bytes
+from onewan.config.load import load_run
+from onewan.config.schema import ResolvedRun
+from onewan.memory.plan import Bucket, Plan, Settings, find_machine, make_plan
+from onewan.memory.plan.machine import card_for_memory
+from onewan.memory.plan.stored import FP8_TEXT_ENCODER, assumed_model, with_changes
+from onewan.variants import VARIANTS, VariantName
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "memory.md"
+TABLE = "cards"
+
+MEMORIES = (12, 16, 24, 32, 48, 80)
+"""GB of device memory."""
+HOST = 10**12
+"""Bytes of host memory that are allowed; the table says how many are needed."""
+SIZES: tuple[tuple[VariantName, tuple[int, int, int]], ...] = (
+    ("t2v-a14b", (33, 480, 832)),
+    ("t2v-a14b", (81, 480, 832)),
+    ("t2v-a14b", (81, 720, 1280)),
+    ("ti2v-5b", (81, 480, 832)),
+    ("ti2v-5b", (121, 704, 1280)),
+)
+"""Variants, and frames, height and width of a clip."""
+WEIGHTS = ("as_stored", "fp8", "nf4")
+"""Tried in this order."""
+
+
+def table() -> str:
+    """The table in Markdown."""
+    lines = [
+        "| device | variant | clip | weights | settings | device peak | host memory | s/step |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        for memory in MEMORIES:
+            for variant, size in SIZES:
+                lines.append(row(Path(folder), memory, variant, size))
+    return "\n".join(lines)
+
+
+def row(folder: Path, memory: int, variant: VariantName, size: tuple[int, int, int]) -> str:
+    frames, height, width = size
+    bucket = Bucket(frames=frames, width=width, height=height)
+    start = f"| {memory} GB | {VARIANTS[variant].title.removeprefix('Wan 2.2 ')} | {bucket} | "
+    for weights in WEIGHTS:
+        plan = plan_of(folder, memory, variant, bucket, weights)
+        if plan.fits:
+            return start + " | ".join(cells(plan, weights, VARIANTS[variant].num_layers)) + " |"
+    return f"{start} | does not fit | | | |"
+
+
+def plan_of(folder: Path, memory: int, variant: VariantName, bucket: Bucket, weights: str) -> Plan:
+    """A LoRA of rank 32 with AdamW on all experts, sampled at 640x384 with 33 frames. On cards that
+    do not hold the text encoder in bfloat16 it is given in fp8."""
+    machine = find_machine(memory * 10**9, HOST)
+    config = run_of(folder, variant, weights)
+    stored = with_changes(assumed_model(config), config)
+    if stored.text_encoder > machine.device_budget:
+        config = run_of(folder, variant, weights, f"model.text_encoder={FP8_TEXT_ENCODER}")
+        stored = with_changes(stored, config)
+    return make_plan(config, [bucket], machine, stored, advice=False)
+
+
+def run_of(folder: Path, variant: VariantName, weights: str, *overrides: str) -> ResolvedRun:
+    file = folder / "run.yaml"
+    file.write_text(
+        f"model: {{path: Owner/Model, variant: {variant}}}\n"
+        f"memory: {{weights: {weights}}}\n"
+        "validation: {clips: 0}\n"
+        "sample: {prompts: [{prompt: a}], width: 640, height: 384, frames: 33}\n",
+        encoding="utf-8",
+    )
+    if VARIANTS[variant].needs_image:
+        raise ValueError("I2V-A14B needs an image; it takes the memory of T2V-A14B")
+    return load_run(file, overrides)
+
+
+def cells(plan: Plan, weights: str, layers: int) -> Iterator[str]:
+    worst = plan.worst
+    yield "bf16" if weights == "as_stored" else weights
+    yield ", ".join(settings_of(worst.settings, layers))
+    yield format_bytes(plan.peak.device_bytes)
+    yield format_bytes(plan.host_peak.host_bytes)
+    yield f"{worst.time.seconds:.3g}"
+
+
+def settings_of(settings: Settings, layers: int) -> Iterator[str]:
+    yield f"{settings.resident_blocks} of {layers} blocks resident"
+    if settings.offload_inputs:
+        yield "inputs offloaded"
+    if settings.keep_attention != "no":
+        yield f"attention kept ({settings.keep_attention})"
+    if settings.feed_forward_chunks > 1:
+        yield f"{settings.feed_forward_chunks} chunks"
+    if settings.park_idle:
+        yield "idle expert parked"
+
+
+def rates() -> str:
+    """The assumed rates, one card for each memory."""
+    cards = {memory: card_for_memory(memory * 10**9) for memory in MEMORIES}
+    return "; ".join(
+        f"{memory} GB: {card.flops / 1e12:.0f} TFLOP/s and {card.bus / 1e9:.0f} GB/s ({card.name})"
+        for memory, card in cards.items()
+    )
+
+
+def document_part() -> str:
+    return f"{table()}\n\nRates that the times assume: {rates()}."
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--print", action="store_true", help="print the table instead")
+    if parser.parse_args().print:
+        print(document_part())
+    else:
+        replace_between(DOCUMENT, TABLE, document_part())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
