@@ -11,7 +11,7 @@ process of its own with every `memory.weights`, and deletes them. Prints a JSON 
 - `peak_of_own`: the same without pages of the file (anonymous memory, sampled every 5 ms);
 - `seconds`, with the file in the page cache.
 
-All in GB (10^9 bytes). Without a second copy `peak_of_own` is at most `kept` and one matrix.
+All in GB (10^9 bytes). Without a second copy `peak_of_own` is `kept` and at most one matrix more.
 """
 
 from __future__ import annotations
