@@ -3,8 +3,10 @@
     python benchmarks/quantized_error.py [MODEL]
 
 Compares MODEL (default: the demo's tiny model) with itself after `onewan convert --to fp8_scaled`,
-and with the linear layers of its blocks as GGUF's Q8_0, for one random input at three timesteps.
-Prints a JSON line for each expert: the largest relative error of the velocity, all in float32.
+with the linear layers of its blocks as GGUF's Q8_0, and with each `memory.weights` that packs them
+while loading, for one random input at three timesteps. Prints a JSON line for each expert: the
+largest relative error of the velocity. Everything is computed in float32, so that no other rounding
+is counted; the weights of MODEL are as its file has them.
 """
 
 from __future__ import annotations
@@ -25,8 +27,11 @@ from torch import Tensor, nn
 from onewan.checkpoint.convert import convert_model
 from onewan.checkpoint.model_files import read_model
 from onewan.demo.tiny_model import write_tiny_model
+from onewan.dtypes import WeightStorage
 from onewan.model.load import WanModelLoader
 from onewan.model.sources import PipelineComponent
+
+_PACKED: tuple[WeightStorage, ...] = ("fp8", "int8", "nf4")
 
 
 def velocities(transformer: WanTransformer3DModel) -> Tensor:
@@ -65,6 +70,12 @@ def main() -> None:
         ]
         original = WanModelLoader().load(given, dtype=torch.float32, components=experts)
         fp8 = WanModelLoader().load(Path(folder) / "fp8", dtype=torch.float32, components=experts)
+        packed = {
+            storage: WanModelLoader().load(
+                given, dtype=torch.float32, components=experts, weights=storage
+            )
+            for storage in _PACKED
+        }
         for expert in variant.experts:
             transformer = getattr(original, expert.component)
             want = velocities(transformer)
@@ -73,6 +84,7 @@ def main() -> None:
                 for name, other in {
                     "fp8_scaled": getattr(fp8, expert.component),
                     "Q8_0": as_q8_0(transformer),
+                    **{s: getattr(model, expert.component) for s, model in packed.items()},
                 }.items()
             }
             print(json.dumps({"expert": expert.name, **errors}))
