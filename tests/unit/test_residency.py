@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import simulated_gpu
 import torch
 from torch import nn
 
@@ -98,7 +99,7 @@ def test_experts_that_do_not_alternate_stay() -> None:
     assert scene.log == ["low enters", "low's optimizer to meta"]
 
 
-def test_taking_turns_keeps_one_on_the_device_and_leaves_companions_alone() -> None:
+def test_taking_turns_keeps_one_on_the_device_without_companions() -> None:
     scene = Scene("high")
     with scene.residency.taking_turns([scene.high, scene.low, scene.vae]) as bring:
         for module in (scene.vae, scene.high, scene.low, scene.low):
@@ -106,6 +107,7 @@ def test_taking_turns_keeps_one_on_the_device_and_leaves_companions_alone() -> N
             assert scene.ready() == {scene.placements[module].name}
         during = list(scene.log)
     assert during == [
+        "high's optimizer to cpu",
         "high leaves",
         "vae enters",
         "vae leaves",
@@ -114,6 +116,7 @@ def test_taking_turns_keeps_one_on_the_device_and_leaves_companions_alone() -> N
         "low enters",
     ]
     assert scene.ready() == {"high"}
+    assert scene.log[-2:] == ["high enters", "high's optimizer to meta"]
 
 
 def test_modules_outside_of_the_turns_stay() -> None:
@@ -141,7 +144,7 @@ def test_everything_is_restored_after_an_exception(error) -> None:
         bring(scene.high)
         scene.log.clear()
         raise error
-    assert scene.log == ["high leaves", "vae leaves", "low enters"]
+    assert scene.log == ["high leaves", "vae leaves", "low enters", "low's optimizer to meta"]
     assert scene.ready() == {"low"}
 
 
@@ -154,16 +157,36 @@ def test_a_module_that_failed_to_enter_is_sent_back() -> None:
     ):
         bring(scene.high)
     assert scene.ready() == {"low"}
-    assert scene.log[-2:] == ["high leaves", "low enters"]
+    assert scene.log[-3:] == ["high leaves", "low enters", "low's optimizer to meta"]
 
 
-def test_an_unmanaged_module_is_moved_whole() -> None:
-    residency = DeviceResidency("meta")
+def test_an_unmanaged_module_is_moved_whole(sim: torch.device) -> None:
+    residency = DeviceResidency(sim)
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     assert not residency.is_ready(module)
     residency.bring(module)
     assert residency.is_ready(module)
-    assert all(t.is_meta for t in (*module.parameters(), *module.buffers()))
+    assert {t.device.type for t in (*module.parameters(), *module.buffers())} == {"sim"}
+
+
+def test_frozen_weights_return_without_a_copy_unless_they_were_changed(sim: torch.device) -> None:
+    """In place, or by another tensor in their place."""
+    residency = DeviceResidency(sim)
+    module = nn.ParameterList(torch.randn(8, 8) for _ in range(3)).requires_grad_(False)
+    weights = list(module.parameters())
+    originals = [weight.data for weight in weights]
+    values = [weight.clone() for weight in weights]
+    residency.bring(module)
+    weights[1].add_(1)
+    weights[2].data = weights[2].data + 2
+    simulated_gpu.reset_counters()
+    residency.release(module)
+    assert weights[0].data_ptr() == originals[0].data_ptr()
+    assert simulated_gpu.counters()["from_device_pinned"][1] == 2 * 8 * 8 * 4
+    for weight, value, added in zip(weights, values, (0, 1, 2), strict=True):
+        assert torch.equal(weight, value + added)
+    residency.bring(module)
+    assert torch.equal(weights[2].cpu(), values[2] + 2)
 
 
 def test_a_module_with_one_weight_elsewhere_is_not_ready() -> None:

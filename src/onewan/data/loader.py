@@ -20,6 +20,7 @@ from torch import Tensor
 from onewan.data.clip import Clip
 from onewan.data.encode import LatentSource
 from onewan.model.conditioning import Conditioning
+from onewan.model.inputs import to_device
 from onewan.model.text import pad_text
 from onewan.seeds import derive_seed
 from onewan.variants import ExpertName
@@ -60,15 +61,14 @@ class Batch:
         return range(self.first_sample_index, self.first_sample_index + len(self))
 
     def to(self, device: torch.device) -> Batch:
-        """This batch with its tensors on `device`."""
+        """This batch with its tensors on `device`; the host does not wait for the copies."""
 
-        # Without non_blocking, CUDA waits for all queued work at each of these small copies.
         def moved(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
+            return None if tensor is None else to_device(tensor, device)
 
         return replace(
             self,
-            latents=self.latents.to(device, non_blocking=True),
+            latents=to_device(self.latents, device),
             text=moved(self.text),
             condition=moved(self.condition),
             mask=moved(self.mask),

@@ -16,7 +16,10 @@ from itertools import chain
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from onewan.memory.host_copies import wait_for
+from onewan.memory.tensor_moves import TensorMoves
 
 _HOST = torch.device("cpu")
 
@@ -51,7 +54,13 @@ class Residency(Protocol):
 class Companion(Protocol):
     """Data that is moved together with a module's weights: optimizer state, averages."""
 
-    def to(self, device: torch.device) -> object: ...
+    def to(self, device: torch.device) -> object:
+        """Move the data, with the same values afterwards.
+
+        Copies may still be under way when it returns, queued on the device's current stream:
+        `DeviceResidency` waits for those to host memory, once for everything that leaves together.
+        """
+        ...
 
 
 class Placement(Protocol):
@@ -67,7 +76,8 @@ class Placement(Protocol):
         ...
 
     def leave(self) -> None:
-        """Give the device's memory back. Repeatable, also after a failure."""
+        """Give the device's memory back. Repeatable, also after a failure. Copies may still be
+        under way when it returns, as those of a `Companion`."""
         ...
 
 
@@ -76,25 +86,30 @@ class WholeModule:
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._module = module
-        self._device = device
-        found = dict.fromkeys(t.device for t in chain(module.parameters(), module.buffers()))
+        self._moves = TensorMoves(device)
+        found = dict.fromkeys(tensor.device for tensor in self._tensors().values())
         self._is_ready = all(current == device for current in found)
         # The device that the module came from: on a machine with several devices not always the
         # CPU.
         self._away = next((current for current in found if current != device), _HOST)
+        self._is_at_home = self._away == device
 
     @property
     def is_ready(self) -> bool:
         return self._is_ready
 
     def enter(self) -> None:
-        self._module.to(self._device)
+        self._moves.enter(self._tensors())
         self._is_ready = True
 
     def leave(self) -> None:
         # Set first, since a move that fails (out of memory, an interrupt) moves only some weights.
-        self._is_ready = self._away == self._device
-        self._module.to(self._away)
+        self._is_ready = self._is_at_home
+        self._moves.leave(self._tensors(), self._away)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All parameters and buffers, each once."""
+        return dict(chain(self._module.named_parameters(), self._module.named_buffers()))
 
 
 class DeviceResidency:
@@ -141,42 +156,59 @@ class DeviceResidency:
         if not missing:
             return
         # Others leave first, so that the memory peak is that of the larger module, not of both.
-        for other in self._alternating.difference(modules):
-            if self.is_ready(other):
-                self.release(other)
+        leaving = [m for m in self._alternating.difference(modules) if self.is_ready(m)]
+        if leaving:
+            self.release(*leaving)
         for module in missing:
             self._placement(module).enter()
             for companion in self._companions.get(module, ()):
                 companion.to(self._device)
 
-    def release(self, module: nn.Module) -> None:
-        """Move `module` and its companions off the device."""
-        self._placement(module).leave()
-        for companion in self._companions.get(module, ()):
-            companion.to(_HOST)
+    def release(self, *modules: nn.Module) -> None:
+        """Move `modules` and their companions off the device."""
+        for module in modules:
+            self._placement(module).leave()
+            for companion in self._companions.get(module, ()):
+                companion.to(_HOST)
+        wait_for(self._device)
 
     @contextmanager
     def taking_turns(self, modules: Sequence[nn.Module]) -> Iterator[Callable[[nn.Module], None]]:
-        # Companions are not moved: sampling is short, and moving optimizer state twice would take
-        # longer than sampling gains from the memory.
         placements = {module: self._placement(module) for module in modules}
         ready_before = {module: placement.is_ready for module, placement in placements.items()}
+        # Optimizer states and averages have nothing to do meanwhile, and need as much memory as the
+        # activations of a large video.
+        companions = [
+            companion
+            for module, placement in self._placements.items()
+            if placement.is_ready
+            for companion in self._companions.get(module, ())
+        ]
 
         def bring(module: nn.Module) -> None:
             if placements[module].is_ready:
                 return
-            for other, placement in placements.items():
-                if other is not module and placement.is_ready:
-                    placement.leave()
+            leaving = [p for m, p in placements.items() if m is not module and p.is_ready]
+            for placement in leaving:
+                placement.leave()
+            if leaving:
+                wait_for(self._device)
             placements[module].enter()
 
         try:
+            for companion in companions:
+                companion.to(_HOST)
+            if companions:
+                wait_for(self._device)
             yield bring
         finally:
             # `is_ready` is not consulted: an interrupted move leaves a module on two devices.
             # Modules that leave come first, to free the memory that the returning ones need.
             for module in sorted(modules, key=ready_before.__getitem__):
                 (placements[module].enter if ready_before[module] else placements[module].leave)()
+            wait_for(self._device)
+            for companion in companions:
+                companion.to(self._device)
 
     def _placement(self, module: nn.Module) -> Placement:
         if module not in self._placements:

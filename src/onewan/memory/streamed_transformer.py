@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from itertools import chain
 
-import torch
 from torch import Tensor, nn
 
 from onewan.memory.block_weights import BlockWeights
 from onewan.memory.streaming import BlockStream
-
-_HOST = torch.device("cpu")
+from onewan.memory.tensor_moves import TensorMoves
 
 
 class StreamedTransformer:
@@ -34,6 +32,7 @@ class StreamedTransformer:
         self._resident = resident
         self._first_trained = first_trained
         self._is_on_device = False
+        self._moves = TensorMoves(stream.device)
 
     @property
     def is_ready(self) -> bool:
@@ -53,7 +52,7 @@ class StreamedTransformer:
 
     def enter(self) -> None:
         self.weights.check_bound_to_host()
-        self._move_others(self._stream.device)
+        self._moves.enter(self._others())
         self._is_on_device = True
         self._select()
 
@@ -63,7 +62,7 @@ class StreamedTransformer:
         # The buffers stay for a transformer that has been announced: they hold its blocks already.
         if selected is None or (selected is self.weights and not self._stream.is_changing):
             self._stream.release()
-        self._move_others(_HOST)
+        self._moves.leave(self._others())
 
     def announce(self, other: StreamedTransformer) -> None:
         """`other` is trained in the next step; called before the last backward pass of this one."""
@@ -72,19 +71,9 @@ class StreamedTransformer:
     def _select(self) -> None:
         self._stream.select(self.weights, self._resident, first_trained=self._first_trained)
 
-    def _move_others(self, device: torch.device) -> None:
-        """Move the tensors that are not streamed."""
+    def _others(self) -> dict[str, Tensor]:
+        """The tensors that are not streamed."""
         streamed = {id(tensor) for tensor in self.weights.tensors()}
-        for tensor in chain(self._transformer.parameters(), self._transformer.buffers()):
-            if id(tensor) not in streamed:
-                _move(tensor, device)
-
-
-def _move(tensor: Tensor, device: torch.device) -> None:
-    """Move `tensor` and its gradient, as `nn.Module.to` does."""
-    gradient = tensor.grad if tensor.is_leaf else None
-    if gradient is not None:
-        tensor.grad = None  # which has to be on the tensor's device
-    tensor.data = tensor.data.to(device)
-    if gradient is not None:
-        tensor.grad = gradient.to(device)
+        module = self._transformer
+        named = chain(module.named_parameters(), module.named_buffers())
+        return {name: tensor for name, tensor in named if id(tensor) not in streamed}

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from onewan.errors import CheckpointError
+from onewan.model.inputs import to_device
 from onewan.variants import TEXT_LENGTH
 
 
@@ -76,15 +77,16 @@ def encode_prompt(
 def _encode_tokens(
     tokenizer: PreTrainedTokenizerBase, text_encoder: UMT5EncoderModel, prompt: str
 ) -> Tensor:
-    tokens = tokenizer(
+    ids: Tensor = tokenizer(
         prompt,
         max_length=TEXT_LENGTH,
         truncation=True,
         add_special_tokens=True,
-        return_attention_mask=True,
         return_tensors="pt",
-    ).to(text_encoder.device)
-    return text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state[0]
+    ).input_ids
+    # All tokens are valid. A mask of ones would say the same, and transformers would look whether
+    # they are ones, which waits for the device.
+    return text_encoder(to_device(ids, text_encoder.device)).last_hidden_state[0]
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -187,7 +189,7 @@ def _encode_segments(text_encoder: UMT5EncoderModel, segments: Sequence[_Segment
     inputs: list[Tensor] = []
     for segment in segments:
         if segment.vectors is None:
-            ids = torch.tensor(segment.ids, dtype=torch.long, device=text_encoder.device)
+            ids = to_device(torch.tensor(segment.ids, dtype=torch.long), text_encoder.device)
             # T5 does not scale its embeddings: rows of the table are the encoder's inputs.
             inputs.append(table(ids))
         elif segment.vectors.shape[1] != width:
@@ -202,10 +204,7 @@ def _encode_segments(text_encoder: UMT5EncoderModel, segments: Sequence[_Segment
     # Output vectors are not among the inputs, so without input vectors that require gradients the
     # encoder need not keep activations for a backward pass.
     with torch.set_grad_enabled(torch.is_grad_enabled() and inputs_LD.requires_grad):
-        outputs_LD = text_encoder(
-            inputs_embeds=inputs_LD[None],
-            attention_mask=inputs_LD.new_ones(1, len(inputs_LD), dtype=torch.long),
-        ).last_hidden_state[0]
+        outputs_LD = text_encoder(inputs_embeds=inputs_LD[None]).last_hidden_state[0]
     lengths = [0 if segment.is_output else len(segment) for segment in segments]
     return torch.cat(
         [

@@ -16,15 +16,18 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from onewan.model.inputs import to_device
+
 LOCK = threading.Lock()
 """Held by every use of a VAE in this process."""
 
 
 def _statistics(vae: AutoencoderKLWan, device: torch.device) -> tuple[Tensor, Tensor]:
     shape = (1, -1, 1, 1, 1)
-    mean = torch.tensor(vae.config["latents_mean"], dtype=torch.float32, device=device).view(shape)
-    std = torch.tensor(vae.config["latents_std"], dtype=torch.float32, device=device).view(shape)
-    return mean, std
+    values = [vae.config["latents_mean"], vae.config["latents_std"]]
+    # One tensor, to be copied once.
+    mean, std = to_device(torch.tensor(values, dtype=torch.float32), device)
+    return mean.view(shape), std.view(shape)
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from onewan.arithmetic.sample_request import image_error, request_errors
 from onewan.errors import CheckpointError, ConfigError
 from onewan.media import Fit, read_image, write_video
 from onewan.memory.residency import DeviceResidency, Residency, device_in_use
+from onewan.model.inputs import to_device
 from onewan.model.load import official_scheduler
 from onewan.model.precision import compute_context
 from onewan.model.text import pad_text
@@ -105,7 +106,9 @@ class WanModelSampler:
             guided = max(request.guidance) > 1
             prompts = [request.prompt, *([request.negative_prompt] if guided else [])]
             with torch.no_grad():  # the vectors of placeholders may require gradients
-                text_1LD = [pad_text([embed(prompt)]).to(residency.device) for prompt in prompts]
+                text_1LD = [
+                    to_device(pad_text([embed(prompt)]), residency.device) for prompt in prompts
+                ]
             if image is not None:
                 bring(model.vae)
             transformers = [

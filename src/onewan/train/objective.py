@@ -22,6 +22,7 @@ from torch import Tensor
 from onewan.arithmetic.timestep_density import Array, TimestepDensity, shift_factor
 from onewan.arithmetic.timestep_weighting import TimestepWeighting, timestep_weights
 from onewan.data.loader import Batch, StepBatches
+from onewan.model.inputs import to_device
 from onewan.seeds import derive_seed
 from onewan.variants import Expert
 
@@ -201,9 +202,9 @@ class Objective:
             logs = [self._random("first frame level", step, i).gauss(mean, std) for i in indices]
             s = torch.tensor([math.exp(min(log, 0.0)) for log in logs]).view(-1, 1, 1, 1)
             noise = self._normal("first frame noise", step, indices, frame_BCHW.shape[1:])
-            s, noise = _to_device(s, frame_BCHW.device), _to_device(noise, frame_BCHW.device)
+            s, noise = to_device(s, frame_BCHW.device), to_device(noise, frame_BCHW.device)
             frame_BCHW = (1 - s) * frame_BCHW + s * noise
-        conditioned_B = _to_device(conditioned_B, frame_BCHW.device)
+        conditioned_B = to_device(conditioned_B, frame_BCHW.device)
         chosen = conditioned_B.view(-1, 1, 1, 1)
         # Assigning by a boolean mask (`x[chosen] = ...`) would wait for the device.
         sample.x[:, :, 0] = torch.where(chosen, frame_BCHW, sample.x[:, :, 0])
@@ -219,7 +220,7 @@ class Objective:
             mask = self.unmasked_weight + (1 - self.unmasked_weight) * batch.mask
         if conditioned_B is not None:
             # In place, which is safe: `mask` is a new tensor in both cases, not the batch's.
-            mask[:, :, 0] *= ~_to_device(conditioned_B, mask.device).view(-1, 1, 1, 1)
+            mask[:, :, 0] *= ~to_device(conditioned_B, mask.device).view(-1, 1, 1, 1)
         return mask
 
     def _normal(
@@ -254,17 +255,21 @@ def noised_batch(
     `loss_mask_BFHW` ([B, 1, F, h, w]) are as in `NoisedBatch`.
     """
     device = latents_BCFHW.device
-    mixed_in = _to_device(noise_BCFHW if input_noise_BCFHW is None else input_noise_BCFHW, device)
+    # The two are usually one tensor, which is then copied once.
+    noise_host, noise_BCFHW = noise_BCFHW, to_device(noise_BCFHW, device)
+    mixed_in = noise_BCFHW
+    if input_noise_BCFHW is not None and input_noise_BCFHW is not noise_host:
+        mixed_in = to_device(input_noise_BCFHW, device)
     weights = [1.0] * len(levels) if weights is None else weights
-    t_B = _to_device(torch.tensor(levels, dtype=torch.float32), device)
+    t_B = to_device(torch.tensor(levels, dtype=torch.float32), device)
     t = t_B.view(-1, 1, 1, 1, 1)
     return NoisedBatch(
         x=(1 - t) * latents_BCFHW + t * mixed_in,
         t=t_B,
         t_host=tuple(levels),
-        target=_to_device(noise_BCFHW, device) - latents_BCFHW,
+        target=noise_BCFHW - latents_BCFHW,
         clean_first_frame=None,
-        weight=_to_device(torch.tensor(weights, dtype=torch.float32), device),
+        weight=to_device(torch.tensor(weights, dtype=torch.float32), device),
         has_weights=any(w != 1 for w in weights),
         loss_mask=loss_mask_BFHW,
     )
@@ -329,8 +334,3 @@ def _pointwise_loss(error: Tensor, loss: PointwiseLoss) -> Tensor:
 def _nonzero(total: Tensor) -> Tensor:
     """`total` as a divisor: 1 where it is 0, since the dividend is 0 there."""
     return torch.where(total > 0, total, torch.ones_like(total))
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    # Without non_blocking, CUDA waits for all queued work at each of these small copies.
-    return tensor.to(device, non_blocking=True)

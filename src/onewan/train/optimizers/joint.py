@@ -76,7 +76,7 @@ class JointOptimizer:
             with torch.no_grad():
                 averages = self._library.averages(tensors, [t.dtype for t in tensors])
                 for parameter, average in zip(tensors, averages, strict=True):
-                    parameter.copy_(average)
+                    parameter.copy_(average, non_blocking=True)
             yield
 
     def to(self, device: torch.device) -> None:

@@ -6,7 +6,7 @@ schedulefree and Prodigy; `onewan.train.optimizers.builders` knows the arguments
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from onewan.config.optimizer import (
     CustomOptimizer,
     Optimizer,
 )
+from onewan.memory.host_copies import HostCopies
 from onewan.train.optimizers.builders import Groups, build_optimizer, is_schedule_free
 
 
@@ -43,6 +44,7 @@ class LibraryOptimizer:
         self.optimizer = optimizer
         self.schedule_free = schedule_free
         """Whether the weights to validate and export are an average, other than those trained."""
+        self._averages = HostCopies[int]()
 
     def bookkeeping(self, parameters: Sequence[nn.Parameter]) -> list[Bookkeeping]:
         """Where the optimizer keeps the state and the group of each of `parameters`."""
@@ -63,8 +65,8 @@ class LibraryOptimizer:
 
         With `copy` the result shares no memory with `value`.
         """
-        if hasattr(value, "is_paged"):
-            return value  # bitsandbytes moves these to and from the GPU itself
+        if is_paged(value):
+            return value
         if key == "step" and not (group.get("fused") or group.get("capturable")):
             # PyTorch keeps the step count on the CPU then, to read it without waiting for the GPU.
             device = torch.device("cpu")
@@ -78,7 +80,8 @@ class LibraryOptimizer:
         before they were clipped."""
 
     def averages(self, tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-        """A schedule-free optimizer's averages of `tensors`, in host memory and in `dtypes`.
+        """A schedule-free optimizer's averages of `tensors`, in host memory and in `dtypes`; from a
+        device their copies are queued, and the next call reuses their memory.
 
         `tensors` are left within rounding of their values, not bit-exact: the libraries interpolate
         in place and back. The copies are in host memory because a second set of weights may not
@@ -86,12 +89,10 @@ class LibraryOptimizer:
         """
         optimizer: Any = self.optimizer  # `eval` and `train` are not in torch's base class
         optimizer.eval()
-        found = [
-            tensor.detach().to("cpu", dtype, copy=True)
-            for tensor, dtype in zip(tensors, dtypes, strict=True)
-        ]
+        rounded = [t.detach().to(dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
+        found = self._averages.store(dict(enumerate(rounded)))
         optimizer.train()
-        return found
+        return list(found.values())
 
     def _holders(self) -> list[torch.optim.Optimizer]:
         """The optimizers that have parameter groups and state."""
@@ -108,7 +109,7 @@ class _PagedOptimizer(LibraryOptimizer):
     def state_entry_on(
         self, device: torch.device, group: dict[str, Any], key: str, value: Any, *, copy: bool
     ) -> Any:
-        is_loaded_moment = key in {"state1", "state2"} and not hasattr(value, "is_paged")
+        is_loaded_moment = key in {"state1", "state2"} and not is_paged(value)
         if device.type == "cpu" or not is_loaded_moment:
             return super().state_entry_on(device, group, key, value, copy=copy)
         optimizer: Any = self.optimizer
@@ -198,6 +199,11 @@ class StateAfterAStep:
         return on_device(entry.holder.state.get(entry.tensor, {}), torch.device("meta"), copy=False)
 
 
+def is_paged(value: Any) -> bool:
+    """Whether a value of a state is one that bitsandbytes moves to and from the GPU itself."""
+    return hasattr(value, "is_paged")
+
+
 def set_lr(group: dict[str, Any], lr: float) -> None:
     """Set the learning rate of a parameter group."""
     if isinstance(group["lr"], Tensor):
@@ -219,17 +225,28 @@ def on_device(value: Any, device: torch.device | None, *, copy: bool) -> Any:
     """`value` with all tensors in it on `device` (None: where each is), at any depth.
 
     Dtypes do not change, where PyTorch's `Optimizer.load_state_dict` would cast floating-point
-    state to the dtype of the weight, and so round the float32 state of bfloat16 weights.
+    state to the dtype of the weight, and so round the float32 state of bfloat16 weights. Copies to
+    the host are complete when it returns, those to a device are queued there.
     """
+
+    def moved(tensor: Tensor) -> Tensor:
+        to = tensor.device if device is None else device
+        return tensor.detach().to(to, copy=copy, non_blocking=to.type != "cpu")
+
+    return with_tensors(value, moved)
+
+
+def with_tensors(value: Any, replace: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with `replace` of each tensor in it, at any depth."""
     if isinstance(value, Tensor):
         if is_traceable_wrapper_subclass(value):
             # torchao's quantized state can't be cloned as a whole; its inner tensors can.
             inner, context = value.__tensor_flatten__()
-            tensors = {name: on_device(getattr(value, name), device, copy=copy) for name in inner}
+            tensors = {name: with_tensors(getattr(value, name), replace) for name in inner}
             return type(value).__tensor_unflatten__(tensors, context, value.size(), value.stride())
-        return value.detach().to(value.device if device is None else device, copy=copy)
+        return replace(value)
     if isinstance(value, dict):
-        return {key: on_device(entry, device, copy=copy) for key, entry in value.items()}
+        return {key: with_tensors(entry, replace) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(on_device(entry, device, copy=copy) for entry in value)
+        return type(value)(with_tensors(entry, replace) for entry in value)
     return value

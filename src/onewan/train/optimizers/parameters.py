@@ -15,11 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onewan.memory.host_copies import HostCopies
+from onewan.model.inputs import has_stream
 from onewan.train.optimizers.library import (
     LibraryOptimizer,
     estimated_lr,
+    is_paged,
     on_device,
     set_lr,
+    with_tensors,
 )
 from onewan.train.optimizers.saved_entries import BASE_LR, NOT_SAVED, check_entry, check_state
 
@@ -100,6 +104,10 @@ class ManagedParameters:
         self._initial = {key: _hyperparameters(group) for key, group in self._groups.items()}
         """The groups as they were built, to know what has changed since."""
         self._lr_factor = 1.0
+        self._copies = HostCopies[tuple[str, int]]()
+        """The state while it is not on the device."""
+        self._originals = HostCopies[str]()
+        """The parameters while others take their place."""
 
     def __iter__(self) -> Iterator[ManagedParameter]:
         return iter(self._managed)
@@ -137,35 +145,54 @@ class ManagedParameters:
     @contextmanager
     def restored_afterwards(self) -> Iterator[None]:
         """Restore the parameters, bit-exact, after the block; their copies are in host memory."""
-        originals = [m.parameter.detach().to("cpu", copy=True) for m in self._managed]
+        parameters = {managed.name: managed.parameter for managed in self._managed}
+        self._originals.store(parameters)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for managed, values in zip(self._managed, originals, strict=True):
-                    managed.parameter.copy_(values)
+            self._originals.load(parameters)
 
     def to(self, device: torch.device) -> None:
-        """Move the optimizer's state and the residuals, not the parameters, to `device`."""
+        """Move the optimizer's state and the residuals, not the parameters, to `device`. Copies to
+        host memory may still be under way when it returns."""
+        copies = self._host_copies() if device.type == "cpu" else {}
         for managed in self._managed:
             if managed.is_on_host:
                 continue
             if managed.residual is not None:
-                managed.residual = managed.residual.to(device)
+                managed.residual = _replaced(managed.residual, copies).to(device, non_blocking=True)
             state = managed.state
             for key, value in state.items():
                 state[key] = managed.library.state_entry_on(
-                    device, managed.group, key, value, copy=False
+                    device, managed.group, key, _replaced(value, copies), copy=False
                 )
+
+    def _host_copies(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """(tensor, its copy in pinned host memory) of every tensor of the state and the residuals
+        that is on a device, by the tensor's id. The copies are under way."""
+        found: dict[tuple[str, int], Tensor] = {}
+        for managed in self._managed:
+            tensors: list[Tensor] = []
+            kept = [value for value in managed.state.values() if not is_paged(value)]
+            with_tensors([*kept, managed.residual], lambda t, seen=tensors: seen.append(t) or t)
+            found |= {
+                (managed.name, number): tensor
+                for number, tensor in enumerate(tensors)
+                if has_stream(tensor.device)
+            }
+        copies = self._copies.store(found)
+        return {id(tensor): (tensor, copies[key]) for key, tensor in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Copies in host memory, in plain containers that `torch.load(weights_only=True)` reads."""
+        copies = self._host_copies()
+        self._copies.wait()  # once, where each blocking copy would wait
         return {
             managed.name: {
                 "shape": list(managed.parameter.shape),
-                "state": on_device(managed.state, _CPU, copy=True),
+                "state": on_device(_replaced(managed.state, copies), _CPU, copy=True),
                 "group": on_device(self._changed_hyperparameters(managed.group), _CPU, copy=True),
-                "rest": on_device(managed.residual, _CPU, copy=True),
+                "rest": on_device(_replaced(managed.residual, copies), _CPU, copy=True),
             }
             for managed in self._managed
         }
@@ -205,6 +232,17 @@ class ManagedParameters:
             # Tensors are always saved: comparing them would wait for the device.
             and (key not in initial or isinstance(value, Tensor) or value != initial[key])
         }
+
+
+def _replaced(value: Any, copies: Mapping[int, tuple[Tensor, Tensor]]) -> Any:
+    """`value` with the copies of those tensors in it that have one."""
+
+    def copy_of(tensor: Tensor) -> Tensor:
+        found = copies.get(id(tensor))
+        return tensor if found is None else found[1]
+
+    # Entries without tensors, and those that the library moves itself, stay the same objects.
+    return with_tensors(value, copy_of) if copies and not is_paged(value) else value
 
 
 def norm_of(gradient: Tensor) -> Tensor:

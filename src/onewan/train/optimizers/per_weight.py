@@ -91,7 +91,7 @@ class PerWeightOptimizer:
                 dtype = managed.parameter.dtype
                 (average,) = managed.library.averages([managed.optimized], [dtype])
             # The optimizer has seen the stand-in only, so the weight itself is written here.
-            managed.parameter.copy_(average)
+            managed.parameter.copy_(average, non_blocking=True)
 
     def to(self, device: torch.device) -> None:
         self.parameters.to(device)
