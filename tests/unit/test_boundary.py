@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from onewan.cli import main
 from onewan.cli.boundary import DEFECT_STATUS, guarded
 from onewan.cli.progress import Progress
+from onewan.config.schema import MemorySection
 from onewan.errors import CheckpointError, ConfigError, Interrupted, OnewanError, one_line
 from onewan.files import replacing
 from onewan.formats.model_folder import raise_problems
@@ -90,6 +92,16 @@ def test_too_little_memory_is_one_line_with_remedies(
     status, err = outcome(error, capsys)
     assert status == 1
     assert err.startswith(expected) and err.count("\n") == 1
+
+
+def test_too_little_memory_of_the_device_names_the_plan_and_the_settings(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, err = outcome(torch.OutOfMemoryError("out of memory"), capsys)
+    assert "`onewan plan RUN.yaml`" in err
+    named = set(re.findall(r"memory\.([a-z_]+)", err))
+    assert {"resident_blocks", "offload_inputs", "keep_attention", "weights"} <= named
+    assert named <= set(MemorySection.model_fields)
 
 
 def test_a_real_allocation_that_is_too_large_is_one_line(

@@ -117,7 +117,16 @@ def test_step_events_have_the_promised_fields(tmp_path: Path) -> None:
         file.write(step(3))
     (event,) = read_events(tmp_path / "events.jsonl")
     assert {"event", "time", "step", "expert", "loss", "lr", "seconds"} <= event.keys()
-    assert event["memory_allocated"] is None and event["memory_peak"] is None
+    for name in (
+        "memory_allocated",
+        "memory_peak",
+        "step_memory_peak",
+        "bytes_to_device",
+        "tokens_per_second",
+        "tflops",
+        "mfu",
+    ):
+        assert event[name] is None
 
 
 def test_started_identifies_the_process_and_the_schema(tmp_path: Path) -> None:

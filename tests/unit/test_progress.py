@@ -70,6 +70,24 @@ def test_a_short_activity_has_one_line_and_a_long_one_a_line_every_few_seconds(
     assert lines_of(capsys, *items) == [f"encoding clips {n}/5" for n in range(1, 6)]
 
 
+def test_a_steps_share_of_the_devices_rate_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    (shown,) = lines_of(
+        capsys,
+        StepDone(
+            step=0,
+            expert="low",
+            loss=1.0,
+            grad_norm=1.0,
+            lr=1e-4,
+            t=(0.5,),
+            seconds=2.0,
+            tflops=412.4,
+            mfu=0.534,
+        ),
+    )
+    assert "loss low 1.0000, 412 TFLOP/s (53 % of the device's), 2.00 s/step" in shown
+
+
 def test_losses_are_shown_as_running_means_and_against_the_base(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

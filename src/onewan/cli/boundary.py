@@ -50,6 +50,13 @@ _MEMORY = (
     "close other programs, or use less: smaller or fewer frames (video_data.resolution, "
     "wan_config.max_frames), a batch of 1, memory.gradient_checkpointing"
 )
+_DEVICE_MEMORY = (
+    "let `onewan plan RUN.yaml` say what fits, and change the memory section: fewer "
+    "memory.resident_blocks, memory.offload_inputs: true, memory.keep_attention: no, more "
+    "memory.feed_forward_chunks, memory.weights: fp8 or nf4 (memory.vram is a limit that you may "
+    "have set); or use smaller or fewer frames (video_data.resolution, wan_config.max_frames) and "
+    "a batch of 1"
+)
 _TEMPORARY = re.compile(r"\.(?:tmp|replaced)-[0-9a-f]{8}-[0-9]+-[0-9a-f]{8}-")
 
 
@@ -126,7 +133,7 @@ def _memory_line(error: BaseException) -> str | None:
     # Without torch's classes, which a command without torch must not wait for.
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError" or "HIP out of memory" in text:
-        return f"not enough memory on the device ({text.splitlines()[0][:200]}); {_MEMORY}"
+        return f"not enough memory on the device ({text.splitlines()[0][:200]}); {_DEVICE_MEMORY}"
     memory = isinstance(error, MemoryError) or "can't allocate memory" in text
     if memory or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return f"not enough memory; {_MEMORY}"

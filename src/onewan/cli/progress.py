@@ -142,6 +142,8 @@ class Progress:
         losses = ", ".join(f"{name} {value:.4f}" for name, value in self._losses.items())
         remaining = (self._steps - event.step) * event.seconds
         note = f"{event.expert} expert, loss {losses}"
+        if event.mfu is not None and event.tflops is not None:
+            note += f", {event.tflops:.0f} TFLOP/s ({100 * event.mfu:.0f} % of the device's)"
         if not self._terminal:
             note += f", {event.seconds:.2f} s/step, {_duration(remaining)} left"
         self.advance("training", event.step, self._steps, note)

@@ -6,6 +6,8 @@ functions for every kind (CUDA, ROCm, XPU, MPS, and those that other packages ad
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from onewan.errors import ConfigError
@@ -58,3 +60,87 @@ def reset_peak(device: torch.device) -> None:
         reset = getattr(torch.get_device_module(device), "reset_peak_memory_stats", None)
         if reset is not None:
             reset(device)
+
+
+MEMORY_FRACTION = 0.95
+"""Share of a device's memory that PyTorch may allocate. The rest is for the driver, the display and
+libraries. On Windows a process that goes past it gets host memory in its place, without an error,
+and trains many times slower."""
+_NEAR = 0.9
+"""Share of the limit from which on reserved memory is given back at a change of bucket."""
+
+
+def limit_memory(device: torch.device, vram: int | None = None) -> int | None:
+    """Let PyTorch allocate at most `vram` bytes, or less if the device has less; `MEMORY_FRACTION`
+    of what it has is the most.
+
+    Past the limit an allocation is a `torch.OutOfMemoryError`. Returns the limit in bytes; None for
+    a device without one, such as the CPU.
+    """
+    if device.type == _HOST.type:
+        return None
+    module = torch.get_device_module(device)
+    set_fraction = getattr(module, "set_per_process_memory_fraction", None)
+    if set_fraction is None or not hasattr(module, "mem_get_info"):
+        return None
+    _, total = module.mem_get_info(device)
+    fraction = MEMORY_FRACTION if vram is None else min(MEMORY_FRACTION, vram / total)
+    set_fraction(fraction, device)
+    return int(total * fraction)
+
+
+def empty_cache_near(device: torch.device, limit: int | None) -> None:
+    """Give reserved memory that is not in use back, if the allocator has reserved nearly `limit`.
+
+    Blocks of memory for one size of clips do not fit another, and the allocator waits with giving
+    them back until an allocation has failed.
+    """
+    if limit is not None:
+        module = torch.get_device_module(device)
+        if module.memory_reserved(device) > _NEAR * limit:
+            module.empty_cache()
+
+
+def matrix_product_rate(
+    device: torch.device, dtype: torch.dtype, *, seconds: float = 0.2, largest: int = 8192
+) -> float | None:
+    """FLOP/s that `device` reaches in products of square matrices, measured for about `seconds`;
+    None on the CPU, where nobody asks what share of it training reaches.
+
+    Of several sizes, up to `largest`, since small products do not fill a large device.
+    """
+    if device.type == _HOST.type:
+        return None
+    best, size, end = 0.0, 512, time.monotonic() + seconds
+    while size <= largest:
+        # The largest one is repeated until the time is over.
+        taken, rate = _timed_products(device, dtype, size, end if size == largest else 0.0)
+        best = max(best, rate)
+        # Twice the size takes eight times as long.
+        if time.monotonic() + 8 * taken > end:
+            break
+        size *= 2
+    # What is left of the matrices is of no use to the run.
+    empty_cache = getattr(torch.get_device_module(device), "empty_cache", None)
+    if empty_cache is not None:
+        empty_cache()
+    return best
+
+
+def _timed_products(
+    device: torch.device, dtype: torch.dtype, size: int, end: float
+) -> tuple[float, float]:
+    """(seconds, FLOP/s) of a few products of [size, size] matrices, or of as many as fit before
+    `end`."""
+    synchronize = torch.get_device_module(device).synchronize
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    out = matrix @ matrix  # the first product of a size chooses its kernel
+    synchronize(device)
+    count, begin = 0, time.monotonic()
+    while not count or time.monotonic() < end:
+        for _ in range(4):
+            torch.matmul(matrix, matrix, out=out)
+        synchronize(device)
+        count += 4
+    taken = time.monotonic() - begin
+    return taken, 2 * size**3 * count / taken

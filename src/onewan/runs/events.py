@@ -162,6 +162,18 @@ class StepDone(Event):
     """Bytes of device memory in use after the step; null if the device has no such statistics."""
     memory_peak: int | None = None
     """Peak of the bytes in use since the process started."""
+    step_memory_peak: int | None = None
+    """Peak of the bytes in use during the step."""
+    bytes_to_device: int | None = None
+    """Bytes of weights that were copied to the device; null if they are not streamed."""
+    tokens_per_second: float | None = None
+    """Tokens of all clips of the step per second."""
+    tflops: float | None = None
+    """10^12 floating-point operations per second, of the model's forward and backward passes alone:
+    what gradient checkpointing computes again does not count."""
+    mfu: float | None = None
+    """Model FLOPs utilisation, from 0 to 1: `tflops` as a share of what the device reached in
+    matrix products at the start; null on a CPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,8 +44,14 @@ class TensorBoardSink:
                 ("loss", event.loss),
                 ("grad_norm", event.grad_norm),
                 ("lr", event.lr),
+                ("tokens_per_second", event.tokens_per_second),
+                ("tflops", event.tflops),
+                ("mfu", event.mfu),
+                ("step_memory_peak", event.step_memory_peak),
+                ("bytes_to_device", event.bytes_to_device),
             ):
-                self._write_scalar(f"{name}/{event.expert}", value, event.step)
+                if value is not None:
+                    self._write_scalar(f"{name}/{event.expert}", value, event.step)
             self._timesteps.setdefault(event.expert, []).extend(event.t)
         elif isinstance(event, Validated):
             for name, value in (("loss", event.loss), ("ema", event.ema), ("base", event.base)):

@@ -16,13 +16,22 @@ from functools import partial
 
 from safetensors import SafetensorError
 
+from onewan.arithmetic.byte_sizes import parse_bytes
 from onewan.config.load import dump_run
 from onewan.config.schema import ResolvedRun
 from onewan.data.loader import StepBatches
+from onewan.dtypes import torch_dtype
 from onewan.errors import CheckpointError, DataError, Interrupted
 from onewan.files import remove, remove_abandoned, replacing
 from onewan.locks import locked, remove_abandoned_locks
-from onewan.memory.device import device_memory
+from onewan.memory.device import (
+    device_memory,
+    empty_cache_near,
+    limit_memory,
+    matrix_product_rate,
+    reset_peak,
+    resolve_device,
+)
 from onewan.runs import events
 from onewan.runs.control import REQUESTS, Request, StopSignals, clear, pending, take
 from onewan.runs.event_file import EventFile, HeartbeatThread
@@ -37,6 +46,7 @@ from onewan.train.run import Run, run_folder
 from onewan.train.saved_state import BestStep
 from onewan.train.saving import StateSaver
 from onewan.train.setup import WanModelSetup
+from onewan.train.speed import step_speed
 from onewan.train.step import StepMetrics, train_step
 from onewan.train.tensorboard import TensorBoardSink
 from onewan.train.validation import expert_losses
@@ -76,6 +86,12 @@ class WanTrainer:
         self._is_resumed = False
         self._failed_export = ""
         """Why the newest export failed; empty if it did not."""
+        self._memory_limit: int | None = None
+        """Bytes of the device that may be used; None if it has no limit."""
+        self._memory_peak: int | None = None
+        """Of all steps so far."""
+        self._device_rate: float | None = None
+        """FLOP/s of the device in matrix products."""
 
     def fit(self) -> None:
         """Train to the last step, or until the user requests a stop (Interrupted, after saving).
@@ -118,7 +134,11 @@ class WanTrainer:
         remove_abandoned_locks(self._layout.weights_dir)
         for notice in remove_abandoned(self._layout.written_folders()):
             self._log.note(notice)
+        device = resolve_device(config.model.device)
+        vram = config.memory.vram
+        self._memory_limit = limit_memory(device, None if vram is None else parse_bytes(vram))
         run = WanModelSetup(config).build(self._on_encoding)
+        self._device_rate = matrix_product_rate(device, torch_dtype(config.model.dtype))
         self._log.emit(
             events.DataReady(
                 clips=len(run.dataset.clips),
@@ -136,7 +156,11 @@ class WanTrainer:
         try:
             self._catch_up(run)
             self._saver.start_clock()
+            bucket = None
             for step in self._steps(run):
+                if bucket != (bucket := step.batches[0].latents.shape[2:]):
+                    empty_cache_near(device, self._memory_limit)
+                reset_peak(device)
                 begin = time.perf_counter()
                 metrics = train_step(run, step)
                 run.state.step += 1
@@ -186,6 +210,9 @@ class WanTrainer:
         self, run: Run, step: StepBatches, metrics: StepMetrics, seconds: float
     ) -> None:
         allocated, peak = device_memory(run.device)
+        if peak is not None:
+            self._memory_peak = max(peak, self._memory_peak or 0)
+        speed = step_speed(run, step, seconds, self._device_rate)
         self._log.emit(
             events.StepDone(
                 step=run.state.step,
@@ -196,7 +223,11 @@ class WanTrainer:
                 t=metrics.t,
                 seconds=seconds,
                 memory_allocated=allocated,
-                memory_peak=peak,
+                memory_peak=self._memory_peak,
+                step_memory_peak=peak,
+                tokens_per_second=speed.tokens_per_second,
+                tflops=speed.tflops,
+                mfu=speed.mfu,
             )
         )
         self._restore_folder()
