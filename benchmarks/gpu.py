@@ -1,226 +1,144 @@
-"""A training step at true size on an accelerator, compared with a bare loop and the FLOP count.
+"""Training steps at true size on the device that is there, beside a bare loop and the FLOP count.
 
 Writes a model whose transformers have the full size of the variant and random weights (nothing is
-downloaded; text encoder and VAE are tiny, since the cache contains their results), and trains a
-LoRA of rank 32 with gradient checkpointing on one clip of each size:
+downloaded; text encoder and VAE are tiny, since the cache contains their results), and trains on
+one clip of each size, for each of
 
-- with onewan, as the trainer executes a step;
-- with the simplest loop of diffusers and PEFT that trains the same LoRA.
+- one expert, and both with a change of the expert in every step;
+- all blocks resident, and all of them streamed with block inputs and attention outputs on the host;
+- a LoRA of rank 32, and full fine-tuning with the update inside the backward pass;
 
-Prints for each the seconds per step, tokens per second, model FLOPs utilization (FLOPs without
-recomputation, divided by the time and the measured rate of an 8192 x 8192 matrix product) and the
-peak of device memory. With ``--both`` it also measures how long a change of the expert takes.
+as the trainer executes a step, and with the simplest loop of diffusers and PEFT on one resident
+expert. Prints for each the seconds per step, tokens per second, model FLOPs utilisation (FLOPs
+without recomputation, divided by the time and the measured rate of an 8192 x 8192 matrix product),
+the seconds that the step's FLOPs would take at that rate, and the peak of device memory beside the
+plan's. What does not fit is reported as that.
 
-    python benchmarks/gpu.py [--variant t2v-a14b ti2v-5b] [--size 81x480x832 ...] [--json FILE]
+    python benchmarks/gpu.py [--variant ti2v-5b] [--size 81x480x832 ...] [--json FILE]
+    python benchmarks/gpu.py --small --device cpu          # tries the benchmark, in a minute
+    python benchmarks/gpu.py --table docs/performance.md   # of the results in benchmarks/results
 
 Each A14B expert needs 28.6 GB in the folder for temporary files (``--work``), and as much memory
-while it is loaded. ``--blocks`` and ``--width`` make it smaller, for trying the benchmark.
+while it is loaded.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import platform
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
-import numpy as np
 import torch
-import torch.nn.functional as F
+from bare_loop import Clip, bare_step
 from diffusers import WanTransformer3DModel
-from peft import LoraConfig
-from safetensors.torch import save_file
-from torch import Tensor
+from gpu_model import DTYPE, write_clip, write_model
+from gpu_table import write_table
 
+from onewan.arithmetic.flops import (
+    FLASH_BACKWARD,
+    Trained,
+    TransformerSize,
+    forward_flops,
+    training_flops,
+)
 from onewan.config.load import load_run
-from onewan.demo.tiny_model import write_tiny_model
-from onewan.media.write import write_video
-from onewan.model.precision import compute_context
+from onewan.errors import OnewanError
+from onewan.memory.device import resolve_device
+from onewan.memory.plan import Bucket, find_machine, make_plan, read_stored_model
 from onewan.train.run import Run
-from onewan.train.setup import WanModelSetup, resolve_device
+from onewan.train.setup import WanModelSetup
 from onewan.train.step import train_step
-from onewan.variants import VARIANTS, Variant, VariantName
+from onewan.variants import VARIANTS, VariantName
 
-HEAD_DIM = 128
-SHARD_BYTES = 4 << 30
-TEXT_TOKENS = 512
-DTYPE = torch.bfloat16
+Size = tuple[int, int, int]
+"""Frames, height and width."""
+Method = Literal["lora", "full"]
+Placing = Literal["resident", "streamed"]
+Experts = Literal["one", "both"]
+
+SIZES = ("17x256x256", "33x480x832", "81x480x832", "81x720x1280")
 RUN_FILE = """
-model: {{path: model, variant: {variant}, experts: {experts}, dtype: bfloat16, device: {device}}}
+model: {{path: model, variant: {variant}, experts: {experts}, dtype: bfloat16, device: "{device}"}}
 wan_config: {{max_frames: {frames}}}
 video_data: {{sources: [{{path: clips/{size}}}], resolution: "{width}x{height}",
   min_resolution: [32, 32], max_resolution: [1280, 1280]}}
-method: {{kind: lora, rank: 32}}
-train: {{steps: 1000000, batch_size: 1, switch_expert_every: 1}}
+method: {method}
+train: {{steps: 1000000, batch_size: 1, switch_expert_every: 1, max_grad_norm: {max_norm}}}
+memory: {memory}
 """
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The sizes of a transformer that determine its FLOPs."""
-
-    width: int
-    ffn: int
-    blocks: int
-
-    def forward_flops(self, tokens: int) -> tuple[float, float]:
-        """FLOPs of a forward pass for one clip: those of matrix products with weights, and those
-        of attention (self-attention and cross-attention to 512 text tokens)."""
-        linear = 2 * tokens * (6 * self.width**2 + 2 * self.width * self.ffn)
-        linear += 4 * TEXT_TOKENS * self.width**2
-        attention = 4 * tokens * self.width * (tokens + TEXT_TOKENS)
-        return self.blocks * linear, self.blocks * attention
-
-    def lora_step_flops(self, tokens: int) -> float:
-        """FLOPs of a step without recomputation: the backward pass needs no gradient of the frozen
-        weights, and flash attention's backward pass costs 2.5 forward passes."""
-        linear, attention = self.forward_flops(tokens)
-        return 2 * linear + 3.5 * attention
-
-
-ARCHITECTURES = {
-    "t2v-a14b": Architecture(5120, 13824, 40),
-    "i2v-a14b": Architecture(5120, 13824, 40),
-    "ti2v-5b": Architecture(3072, 14336, 30),
+METHODS: dict[Method, str] = {
+    "lora": "{kind: lora, rank: 32}",
+    "full": "{kind: fine_tune, fused_step: true}",
+}
+TRAINED: dict[Method, Trained] = {"lora": "adapter", "full": "weights"}
+MEMORY: dict[Placing, str] = {
+    "resident": '{{resident_blocks: {layers}, offload_inputs: false, keep_attention: "no"}}',
+    "streamed": "{{resident_blocks: 0, offload_inputs: true, keep_attention: host}}",
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """One loop at one size."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What is measured."""
 
-    loop: str
+    variant: VariantName
+    size: str
+    loop: Literal["onewan", "bare"]
+    experts: Experts
+    placing: Placing
+    method: Method
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """The result of one case."""
+
     seconds: float
     """Median of a step."""
     tokens_per_second: float
     mfu: float
-    peak_bytes: int
+    seconds_of_flops: float
+    """The step's FLOPs, recomputation included, at the rate of a matrix product."""
+    peak_bytes: int | None
+    """None where the device does not count its memory."""
+    planned_bytes: int | None
+    """None for the bare loop."""
     times: list[float]
 
 
-# ------------------------------------------------------------------------------- model and clips
-
-
-def write_model(
-    folder: Path, variant: VariantName, arch: Architecture, device: torch.device
-) -> None:
-    """A tiny model whose transformers are replaced by random ones of the full size."""
-    write_tiny_model(folder, variant)
-    facts = VARIANTS[variant]
-    for expert in facts.experts:
-        target = folder / expert.component
-        for file in target.iterdir():
-            file.unlink()
-        with torch.device("meta"):
-            module = WanTransformer3DModel(
-                num_attention_heads=arch.width // HEAD_DIM,
-                attention_head_dim=HEAD_DIM,
-                in_channels=facts.in_channels,
-                out_channels=facts.latent_channels,
-                text_dim=64,  # that of the tiny text encoder
-                ffn_dim=arch.ffn,
-                num_layers=arch.blocks,
-            )
-        module.save_config(target)
-        write_shards(target, module, device)
-
-
-def write_shards(target: Path, module: torch.nn.Module, device: torch.device) -> None:
-    """Random bfloat16 weights for every parameter of `module`, drawn on the device."""
-    weight_map: dict[str, str] = {}
-    shard: dict[str, Tensor] = {}
-    total = 0
-
-    def flush() -> None:
-        name = f"diffusion_pytorch_model-{len(set(weight_map.values())) + 1:05d}.safetensors"
-        save_file(shard, target / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, name))
-        shard.clear()
-
-    for name, parameter in module.named_parameters():
-        value = torch.empty(parameter.shape, dtype=DTYPE, device=device)
-        if parameter.dim() == 1:
-            value.fill_(1.0 if name.endswith("weight") else 0.0)
-        else:
-            value.normal_(std=0.02)
-        shard[name] = value.cpu()
-        total += value.nbytes
-        if sum(t.nbytes for t in shard.values()) > SHARD_BYTES:
-            flush()
-    flush()
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (target / "diffusion_pytorch_model.safetensors.index.json").write_text(
-        json.dumps(index), encoding="utf-8"
+def run_file(case: Case, layers: int, device: str) -> str:
+    """The run file of a case."""
+    frames, height, width = parse_size(case.size)
+    experts = VARIANTS[case.variant].experts
+    one = "both" if len(experts) == 1 else experts[0].name
+    return RUN_FILE.format(
+        variant=case.variant,
+        experts="both" if case.experts == "both" else one,
+        device=device,
+        frames=frames,
+        size=case.size,
+        width=width,
+        height=height,
+        method=METHODS[case.method],
+        max_norm="null" if case.method == "full" else 1.0,
+        memory=MEMORY[case.placing].format(layers=layers),
     )
 
 
-def write_clip(folder: Path, size: tuple[int, int, int]) -> None:
-    """One clip with a moving gradient."""
-    frames, height, width = size
-    rows, columns = np.mgrid[0:height, 0:width]
-    pattern = [((rows + columns * 2 + 3 * f) % 256).astype(np.uint8) for f in range(frames)]
-    folder.mkdir(parents=True)
-    write_video(folder / "clip.mp4", np.repeat(np.stack(pattern)[..., None], 3, axis=3), fps=16)
-    (folder / "clip.txt").write_text("a gradient moves across the picture", encoding="utf-8")
-
-
-# ----------------------------------------------------------------------------------------- loops
-
-
-def onewan_loop(run: Run) -> Callable[[], None]:
-    """A step of a run, as the trainer executes it."""
-    steps = run.loader.steps(0, run.config.train.steps, run.schedule.expert_at)
-
-    def step() -> None:
-        train_step(run, next(steps))
-
-    return step
-
-
-def bare_loop(
-    folder: Path, facts: Variant, latents: Tensor, condition: Tensor | None, text: Tensor
-) -> Callable[[], None]:
-    """A step of the simplest loop that trains the same LoRA."""
-    transformer = WanTransformer3DModel.from_pretrained(folder, torch_dtype=DTYPE)
-    transformer.to(device=latents.device)  # pyright: ignore[reportCallIssue]
-    transformer.requires_grad_(False)
-    transformer.enable_gradient_checkpointing()
-    transformer.add_adapter(
-        LoraConfig(
-            r=32,
-            lora_alpha=32,
-            target_modules=r"blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ffn\.net\.(0\.proj|2))",
-        )
-    )
-    transformer.train()
-    parameters = [p for p in transformer.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.data = parameter.data.float()
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01, fused=True)
-    tokens = latents[0, 0].numel() // 4
-
-    def step() -> None:
-        t = torch.rand(1, device=latents.device)
-        noise = torch.randn_like(latents)
-        x = (1 - t) * latents + t * noise
-        inputs = x if condition is None else torch.cat([x, condition], dim=1)
-        # TI2V-5B has a timestep for each token, as in the official code.
-        timestep = (t * 1000).expand(1, tokens) if facts.has_clean_first_frame else t * 1000
-        with compute_context(DTYPE, latents.device):
-            prediction = transformer(inputs, timestep, text, return_dict=False)[0]
-        F.mse_loss(prediction.float(), noise - latents).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+def parse_size(text: str) -> Size:
+    """``81x480x832`` -> frames, height, width."""
+    frames, height, width = map(int, text.split("x"))
+    return frames, height, width
 
 
 # ------------------------------------------------------------------------------------- measuring
@@ -237,37 +155,27 @@ def release(device: torch.device) -> None:
         torch.get_device_module(device).empty_cache()
 
 
-def measure(
-    loop: str, step: Callable[[], None], steps: int, device: torch.device, flops: float,
-    tokens: int, rate: float,
-) -> Measured:  # fmt: skip
-    """The median of `steps` steps after one step of warm-up."""
+def timed(
+    step: Callable[[], None], steps: int, warm_up: int, device: torch.device
+) -> tuple[list[float], int | None]:
+    """(seconds of each step, the device's peak in bytes), after `warm_up` steps."""
     times: list[float] = []
-    for number in range(steps + 1):
-        if number == 1 and device.type != "cpu":
+    for number in range(steps + warm_up):
+        if number == warm_up and device.type != "cpu":
             torch.get_device_module(device).reset_peak_memory_stats(device)
         synchronize(device)
         begin = time.perf_counter()
         step()
         synchronize(device)
         times.append(time.perf_counter() - begin)
-    seconds = statistics.median(times[1:])
-    peak = 0
+    peak = None
     if device.type != "cpu":
         peak = torch.get_device_module(device).max_memory_allocated(device)
-    return Measured(
-        loop=loop,
-        seconds=seconds,
-        tokens_per_second=tokens / seconds,
-        mfu=flops / seconds / rate,
-        peak_bytes=peak,
-        times=times,
-    )
+    return times[warm_up:], peak
 
 
-def matrix_product_rate(device: torch.device) -> float:
+def matrix_product_rate(device: torch.device, side: int) -> float:
     """FLOP/s of a bfloat16 matrix product on the device, the median of ten."""
-    side = 8192 if device.type != "cpu" else 512
     a, b = (torch.randn(side, side, device=device, dtype=DTYPE) for _ in range(2))
     times: list[float] = []
     for _ in range(13):
@@ -279,124 +187,213 @@ def matrix_product_rate(device: torch.device) -> float:
     return 2 * side**3 / statistics.median(times[3:])
 
 
-def build(
-    folder: Path, variant: VariantName, experts: str, size: tuple[int, int, int], device: str
-) -> Run:
-    frames, height, width = size
-    name = "x".join(map(str, size))
-    file = folder / f"{name}-{experts}.yaml"
-    file.write_text(
-        RUN_FILE.format(
-            variant=variant, experts=experts, device=device, frames=frames, size=name,
-            width=width, height=height,
-        ),
-        encoding="utf-8",
-    )  # fmt: skip
-    return WanModelSetup(load_run(file)).build()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """The device, and the folder with the model and the clips of one variant."""
+
+    folder: Path
+    transformer: TransformerSize
+    device: torch.device
+    rate: float
+    """FLOP/s of a matrix product."""
+    steps: int
+
+    def measure(self, case: Case) -> Measured:
+        """OutOfMemoryError or OnewanError for what does not fit."""
+        file = self.folder / "run.yaml"
+        file.write_text(run_file(case, self.transformer.layers, str(self.device)), encoding="utf-8")
+        planned = None
+        if case.loop == "onewan":
+            config = load_run(file)
+            frames, height, width = parse_size(case.size)
+            bucket = Bucket(frames=frames, width=width, height=height)
+            plan = make_plan(
+                config, [bucket], find_machine(), read_stored_model(config), advice=False
+            )
+            planned = plan.worst.training.device_bytes
+        run = WanModelSetup(load_run(file)).build()
+        clip = self._clip(run, case)
+        step = onewan_step(run) if case.loop == "onewan" else self._bare(case, clip)
+        del run
+        release(self.device)
+        # With both experts every second step is the first one's.
+        warm_up = 2 if case.experts == "both" else 1
+        times, peak = timed(step, self.steps, warm_up, self.device)
+        seconds = statistics.median(times)
+        forward = forward_flops(self.transformer, clip.tokens)
+        trained = TRAINED[case.method]
+        all_flops = training_flops(
+            forward, trained, attention_backward=FLASH_BACKWARD, recomputations=1
+        )
+        return Measured(
+            seconds=seconds,
+            tokens_per_second=clip.tokens / seconds,
+            mfu=training_flops(forward, trained) / seconds / self.rate,
+            seconds_of_flops=all_flops / self.rate,
+            peak_bytes=peak,
+            planned_bytes=planned,
+            times=times,
+        )
+
+    def _clip(self, run: Run, case: Case) -> Clip:
+        (batch,) = run.loader.validation_batches(run.dataset.clips, 1)
+        batch = batch.to(run.device)
+        assert batch.text is not None, "no embedding is trained, so the cache contains the text"
+        return Clip(
+            latents=batch.latents,
+            text=batch.text,
+            condition=batch.condition,
+            timestep_per_token=VARIANTS[case.variant].has_clean_first_frame,
+        )
+
+    def _bare(self, case: Case, clip: Clip) -> Callable[[], None]:
+        folder = self.folder / "model" / VARIANTS[case.variant].experts[0].component
+        transformer: Any = WanTransformer3DModel.from_pretrained(folder, torch_dtype=DTYPE)
+        transformer.to(device=self.device)
+        return bare_step(
+            transformer, clip, DTYPE, method=case.method, checkpointing=True, max_norm=1.0
+        )
 
 
-def compare(
-    folder: Path, variant: VariantName, arch: Architecture, size: tuple[int, int, int],
-    options: argparse.Namespace, rate: float,
-) -> Iterator[Measured]:  # fmt: skip
-    """onewan's loop and the bare loop at one size, one after the other: both would not fit."""
-    device = resolve_device(options.device)
-    facts = VARIANTS[variant]
-    expert = facts.experts[0]
-    experts = "both" if expert.name == "single" else expert.name
-    run = build(folder, variant, experts, size, options.device)
-    (batch,) = run.loader.validation_batches(run.dataset.clips, 1)
-    batch = batch.to(run.device)
-    assert batch.text is not None, "no embedding is trained, so the cache contains the text"
-    inputs = (batch.latents, batch.condition, batch.text)
-    tokens = batch.latents[0, 0].numel() // 4
-    flops = arch.lora_step_flops(tokens)
-    print(
-        f"\n{variant} {'x'.join(map(str, size))}: {tokens} tokens, {flops / 1e12:.0f} TFLOP",
-        flush=True,
+def onewan_step(run: Run) -> Callable[[], None]:
+    """A step of a run, as the trainer executes it."""
+    steps = run.loader.steps(0, run.config.train.steps, run.schedule.expert_at)
+
+    def step() -> None:
+        train_step(run, next(steps))
+
+    return step
+
+
+def cases(variant: VariantName, size: str, options: argparse.Namespace) -> Iterator[Case]:
+    """The cases of one variant and size; the bare loop first."""
+    for method in options.method:
+        yield Case(
+            variant=variant, size=size, loop="bare", experts="one", placing="resident",
+            method=method,
+        )  # fmt: skip
+    for method, placing, experts in itertools.product(
+        options.method, options.placing, options.experts
+    ):
+        if experts == "both" and len(VARIANTS[variant].experts) == 1:
+            continue
+        yield Case(
+            variant=variant, size=size, loop="onewan", experts=experts, placing=placing,
+            method=method,
+        )  # fmt: skip
+
+
+def measured_or_reason(bench: Bench, case: Case) -> Measured | str:
+    """The result, or why there is none."""
+    try:
+        return bench.measure(case)
+    except torch.OutOfMemoryError as error:
+        return f"out of memory: {str(error).splitlines()[0]}"
+    except OnewanError as error:
+        return str(error).splitlines()[0]
+    finally:
+        release(bench.device)
+
+
+def show(case: Case, result: Measured | str) -> str:
+    """One line about a case."""
+    name = f"{case.loop}, {case.experts}, {case.placing}, {case.method}"
+    if isinstance(result, str):
+        return f"  {name:32} {result}"
+    peak = "-" if result.peak_bytes is None else f"{result.peak_bytes / 1e9:.1f}"
+    plan = "-" if result.planned_bytes is None else f"{result.planned_bytes / 1e9:.1f}"
+    return (
+        f"  {name:32} {result.seconds:8.3f} s/step (its FLOPs: {result.seconds_of_flops:.3f})  "
+        f"{result.tokens_per_second:8.0f} tokens/s  MFU {result.mfu:.2f}  peak {peak} GB, "
+        f"plan {plan}"
     )
-    step = onewan_loop(run)
-    yield measure("onewan", step, options.steps, device, flops, tokens, rate)
-    del run, step
-    release(device)
-    step = bare_loop(folder / "model" / expert.component, facts, *inputs)
-    yield measure("bare", step, options.steps, device, flops, tokens, rate)
-    del step
-    release(device)
 
 
-def expert_change(
-    folder: Path, variant: VariantName, size: tuple[int, int, int], options: argparse.Namespace
-) -> list[float]:
-    """Seconds of steps that each train the other expert than the step before."""
-    run = build(folder, variant, "both", size, options.device)
-    step = onewan_loop(run)
-    times: list[float] = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        step()
-        synchronize(run.device)
-        times.append(time.perf_counter() - begin)
-    return times
+# --------------------------------------------------------------------------------------- program
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--variant", nargs="+", choices=sorted(VARIANTS), default=["t2v-a14b"])
-    parser.add_argument("--size", nargs="+", default=["17x256x256", "33x480x832", "81x480x832"])
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of each loop")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--both", action="store_true", help="measure the change of the expert too")
-    parser.add_argument("--blocks", type=int, help="blocks of the transformer, if not all")
-    parser.add_argument("--width", type=int, help="channels of the transformer, if not all")
-    parser.add_argument("--work", type=Path, help="folder for the model; default: a temporary one")
-    parser.add_argument("--json", type=Path, help="write the result here")
-    options = parser.parse_args()
-    device = resolve_device(options.device)
-    rate = matrix_product_rate(device)
-    name = (
-        torch.get_device_module(device).get_device_name(device) if device.type != "cpu" else "CPU"
-    )
-    print(f"{name}, torch {torch.__version__}: {rate / 1e12:.2f} TFLOP/s in a matrix product")
-    cases: list[dict[str, object]] = []
-    result: dict[str, object] = {
+def machine_facts(device: torch.device, rate: float) -> dict[str, object]:
+    """What the results depend on."""
+    name = "CPU"
+    if device.type != "cpu":
+        name = str(torch.get_device_module(device).get_device_name(device))
+    return {
         "device": name,
+        "device_type": device.type,
+        "is_real": device.type not in {"cpu", "sim"},
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
         "matrix_product_flops_per_second": rate,
-        "cases": cases,
     }
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = result.add_argument
+    add("--variant", nargs="+", choices=sorted(VARIANTS), default=sorted(VARIANTS))
+    add("--size", nargs="+", default=list(SIZES), help="frames x height x width")
+    add("--method", nargs="+", choices=tuple(METHODS), default=list(METHODS))
+    add("--placing", nargs="+", choices=tuple(MEMORY), default=list(MEMORY))
+    add("--experts", nargs="+", choices=("one", "both"), default=["one", "both"])
+    add("--steps", type=int, default=3, help="timed steps of each case")
+    add("--device", default="auto")
+    add("--blocks", type=int, help="blocks of the transformer, if not all")
+    add("--width", type=int, help="channels of the transformer, if not all; a multiple of 128")
+    add("--small", action="store_true", help="tiny transformers and one small clip")
+    add("--work", type=Path, help="folder for the model; default: a temporary one")
+    add("--json", type=Path, help="write the result here")
+    add("--table", type=Path, help="write the table of all committed results into this document")
+    return result
+
+
+def transformer_size(variant: VariantName, options: argparse.Namespace) -> TransformerSize:
+    """That of the variant, or with fewer blocks and channels."""
+    full = TransformerSize.of_variant(VARIANTS[variant])
+    width = options.width or full.width
+    return replace(
+        full,
+        width=width,
+        feed_forward=full.feed_forward * width // full.width,
+        layers=options.blocks or full.layers,
+        text_width=64,  # that of the tiny text encoder
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    if options.table:
+        write_table(options.table, Path(__file__).parent / "results", SIZES)
+        return 0
+    if options.small:
+        options.width, options.blocks, options.size = 128, 3, ["5x64x64"]
+    device = resolve_device(options.device)
+    side = 8192 if device.type not in {"cpu", "sim"} else 256
+    rate = matrix_product_rate(device, side)
+    facts = machine_facts(device, rate)
+    print(f"{facts['device']}, torch {torch.__version__}: {rate / 1e12:.2f} TFLOP/s")
+    found: list[dict[str, object]] = []
     for variant in options.variant:
-        full = ARCHITECTURES[variant]
-        width = options.width or full.width
-        arch = Architecture(width, full.ffn * width // full.width, options.blocks or full.blocks)
+        size = transformer_size(variant, options)
         with tempfile.TemporaryDirectory(dir=options.work) as temporary:
             folder = Path(temporary)
-            begin = time.perf_counter()
-            write_model(folder / "model", variant, arch, device)
+            write_model(folder / "model", variant, size, device)
             release(device)
-            print(f"{variant}: model written in {time.perf_counter() - begin:.0f} s", flush=True)
+            bench = Bench(
+                folder=folder, transformer=size, device=device, rate=rate, steps=options.steps
+            )
             for text in options.size:
-                frames, height, breadth = map(int, text.split("x"))
-                size = (frames, height, breadth)
-                write_clip(folder / "clips" / text, size)
-                for measured in compare(folder, variant, arch, size, options, rate):
-                    print(
-                        f"  {measured.loop:7} {measured.seconds:8.3f} s/step "
-                        f"{measured.tokens_per_second:9.0f} tokens/s  MFU {measured.mfu:.2f}  "
-                        f"peak {measured.peak_bytes / 1e9:.1f} GB",
-                        flush=True,
-                    )
-                    cases.append({"variant": variant, "size": text, **asdict(measured)})
-                if options.json:
-                    options.json.write_text(json.dumps(result, indent=2), encoding="utf-8")
-            if options.both and len(VARIANTS[variant].experts) == 2:
-                frames, height, breadth = map(int, options.size[0].split("x"))
-                times = expert_change(folder, variant, (frames, height, breadth), options)
-                print(f"  both experts, a change in each step: {[round(t, 2) for t in times]} s")
-                result["expert_change_seconds"] = times
-                if options.json:
-                    options.json.write_text(json.dumps(result, indent=2), encoding="utf-8")
+                write_clip(folder / "clips" / text, parse_size(text))
+                print(f"{variant} {text}", flush=True)
+                for case in cases(variant, text, options):
+                    result = measured_or_reason(bench, case)
+                    print(show(case, result), flush=True)
+                    failed = {"failed": result} if isinstance(result, str) else asdict(result)
+                    found.append({**asdict(case), **failed})
+                    if options.json:
+                        content = json.dumps({**facts, "cases": found}, indent=2)
+                        options.json.write_text(content, encoding="utf-8")
     return 0
 
 

@@ -33,12 +33,17 @@ from onewan.model.attention_backends import attention_backend
 from onewan.model.forward import predict_velocity
 from onewan.model.meta_init import transformer_on_meta
 from onewan.model.precision import keep_float32_islands
+from onewan.model.quantized_linear import QuantizedLinear
+from onewan.model.weight_storage import packed
 from onewan.variants import VARIANTS, Variant, VariantName
 
 TEXT_TOKENS = 512
 TEXT_WIDTH = 4096
 
 CountedMethod = Literal["lora", "full"]
+Storing = Literal["bf16", "fp8", "int8", "nf4"]
+_FORMS = {"fp8": "F8_E4M3", "int8": "int8", "nf4": "nf4"}
+"""Names in `onewan.model.weight_storage`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +54,10 @@ class Settings:
     rank: int = 32
     dtype: torch.dtype = torch.bfloat16
     """Of the weights and the matrix products."""
+    storage: Storing = "bf16"
+    """How the matrices of the blocks are stored."""
+    both_experts: bool = False
+    """Whether the other expert's adapter and optimizer state are on the device too."""
     checkpointing: bool = True
     """Whether blocks are computed again in the backward pass."""
     whole_blocks: bool = False
@@ -86,8 +95,9 @@ class Counts:
     """What the forward pass leaves for the backward pass: block inputs and all else."""
     peaks: dict[str, int]
     """The peak of each part: ``forward``, ``backward`` and ``update``, everything included."""
-    bytes_to_device: int
-    """Of weights, in this step."""
+    kept_to_host: int
+    """Block inputs and attention outputs that were copied to host memory."""
+    kept_to_device: int
     at_peak: list[Storage]
     """What is alive at the peak, largest first."""
 
@@ -165,11 +175,14 @@ def count_step(
         transformer = build_transformer(
             facts, device, settings.dtype, settings.blocks, blocks_on=on_host
         )
+        if settings.storage != "bf16":
+            pack_blocks(transformer, _FORMS[settings.storage])
         weights = live.current(device.type)
         parameters = make_trainable(transformer, facts, settings, device)
         optimizer = optimizer_with_state(parameters)
+        idle = [torch.empty_like(p) for p in parameters * 3] if settings.both_experts else []
         trained = live.current(device.type) - weights
-        stream = execute_blocks(transformer, settings, device)
+        stream, store = execute_blocks(transformer, settings, device)
         inputs = step_inputs(facts, shape, device, clean=settings.clean_first_frame)
         before = live.current(device.type)
         live.mark("forward")
@@ -182,6 +195,7 @@ def count_step(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        del idle
     peaks = live.peaks(device.type)
     del peaks["build"]
     return Counts(
@@ -192,10 +206,19 @@ def count_step(
         buffers=0 if stream is None else stream.device_bytes,
         trained=trained,
         kept=kept,
-        bytes_to_device=0 if stream is None else stream.bytes_to_device,
+        kept_to_host=0 if store is None else store.bytes_to_host,
+        kept_to_device=0 if store is None else store.bytes_to_device,
         peaks=peaks,
         at_peak=live.at_peak(device.type, max(peaks, key=lambda part: peaks[part])),
     )
+
+
+def pack_blocks(transformer: Any, form: str) -> None:
+    """Store the matrices of the blocks in `form`, as loading does."""
+    for name, layer in list(transformer.blocks.named_modules()):
+        if isinstance(layer, nn.Linear):
+            stored = packed(form, layer.weight.detach())
+            transformer.blocks.set_submodule(name, QuantizedLinear(form, stored, layer.bias))
 
 
 def make_trainable(
@@ -219,13 +242,15 @@ def make_trainable(
 
 def execute_blocks(
     transformer: Any, settings: Settings, device: torch.device
-) -> BlockStream | None:
-    """Make the transformer's blocks run as `settings` say; returns what streams them."""
+) -> tuple[BlockStream | None, KeptActivations | None]:
+    """Make the transformer's blocks run as `settings` say; returns what streams them, if anything
+    does, and what keeps tensors for the backward pass."""
     if settings.whole_blocks:
         if settings.checkpointing:
             transformer.enable_gradient_checkpointing()
-        return None
+        return None, None
     host = HostMemory(device)
+    store = KeptActivations(device, lambda size: host.allocate(size).tensor)
     stream = None
     if settings.streamed_blocks:
         stream = BlockStream(device, host=host)
@@ -239,12 +264,12 @@ def execute_blocks(
             backend=attention_backend("flash"),  # fake tensors need a backend by name
         ),
         weights=stream or ResidentWeights(),
-        store=KeptActivations(device, lambda size: host.allocate(size).tensor),
+        store=store,
         checkpointing=settings.checkpointing,
         offload_inputs=settings.offload_inputs,
         offload_attention=settings.keep_attention == "host",
     )
-    return stream
+    return stream, store
 
 
 def optimizer_with_state(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -297,6 +322,8 @@ def main() -> int:
     parser.add_argument("size", type=parse_size, help="frames x height x width, as 81x480x832")
     parser.add_argument("--method", choices=("lora", "full"), default="lora")
     parser.add_argument("--blocks", type=int, help="number of blocks, if not all")
+    parser.add_argument("--storage", choices=("bf16", *_FORMS), default="bf16")
+    parser.add_argument("--both", action="store_true", help="both experts' adapters on the device")
     parser.add_argument("--whole-blocks", action="store_true", help="as diffusers checkpoints them")
     parser.add_argument("--streamed", type=int, default=0, help="blocks that are streamed")
     parser.add_argument("--offload-inputs", action="store_true", help="block inputs on the host")
@@ -307,6 +334,8 @@ def main() -> int:
     options = parser.parse_args()
     settings = Settings(
         method=options.method,
+        storage=options.storage,
+        both_experts=options.both,
         whole_blocks=options.whole_blocks,
         streamed_blocks=options.streamed,
         offload_inputs=options.offload_inputs,
