@@ -18,6 +18,7 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor, nn
 
+from onewan.memory.plan.storage import Storage, matrix_bytes
 from onewan.model import weight_storage
 from onewan.model.gguf_forms import DECODERS, DECODERS_WITH_LEVELS
 from onewan.model.quantized_linear import QuantizedLinear
@@ -201,6 +202,14 @@ def on(device: torch.device, stored: Stored) -> Stored:
         None if scale is None else scale.to(device),
         None if levels is None else levels.to(device),
     )
+
+
+@pytest.mark.parametrize(
+    ("storage", "form"), [("fp8", "F8_E4M3"), ("int8", "int8"), ("nf4", "nf4")]
+)
+def test_the_plan_counts_the_bytes_of_a_packed_matrix(storage: Storage, form: str) -> None:
+    stored = [tensor for tensor in packed(form, matrix(96, 320)) if tensor is not None]
+    assert sum(tensor.nbytes for tensor in stored) == matrix_bytes(storage, (96, 320))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
