@@ -85,8 +85,10 @@ _DORA_FEED_FORWARD = Tensors(hidden=4)
 
 # ------------------------------------------------------------------------- kept for a whole block
 
-_SAVED = Tensors(stream=7, half=9.3, hidden=2)
+_SAVED = Tensors(stream=7, half=8.7, hidden=2)
 """What autograd keeps of one block without gradient checkpointing."""
+_BEYOND_SAVED = Tensors(stream=2, half=2.2, hidden=1)
+"""At the peak, in the last block's forward pass."""
 _SAVED_ADDED = {DoraMethod: Tensors(half=7, hidden=1), FineTuneMethod: Tensors(stream=6.4)}
 
 
@@ -135,9 +137,9 @@ class Batch:
 
     @property
     def text(self) -> int:
-        """Bytes of the text tokens' tensors in one block."""
+        """Bytes of the text tokens' tensors in one block, projected to its width."""
         rows = TEXT_LENGTH * self.clips
-        return round(rows * self.shape.width * (4 + 3 * self.compute_bytes))
+        return round(rows * self.shape.width * (4 + 8 * self.compute_bytes))
 
 
 def activations(batch: Batch, settings: Settings, method: Method) -> Activations:
@@ -151,7 +153,7 @@ def activations(batch: Batch, settings: Settings, method: Method) -> Activations
         return Activations(
             kept_on_device=round(layers * batch.bytes(saved)) + last,
             kept_on_host=0,
-            live=round(batch.bytes(Tensors(half=0.6, hidden=2))) + batch.text,
+            live=round(batch.bytes(_BEYOND_SAVED)) + batch.text,
             forward_live=forward + batch.block_input,
         )
     device, host, ahead = last, 0, 0
