@@ -126,6 +126,8 @@ def test_a_run_with_every_phase_is_the_cpus(
     run_file: RunFile, tmp_path: Path, waits: Waits
 ) -> None:
     """Both experts, averages, validation, samples, a stop and a resume by the command line."""
+    gc.collect()  # what earlier tests left on the device
+    start = gpu.memory_allocated()
     settings = [*EACH_PHASE, "train.steps=6", "train.ema={decay: 0.9, offload: false}"]
     here = run_file("t2v-a14b", *settings, name="here")
     there = run_file("t2v-a14b", *settings, "model.device=sim", name="there")
@@ -139,8 +141,8 @@ def test_a_run_with_every_phase_is_the_cpus(
     assert np.abs(last_sample(here) - last_sample(there)).mean() < 1
     check_waits(waits, at_most=1)
     gc.collect()
-    assert gpu.memory_allocated() == 0
-    assert gpu.max_memory_allocated() > 100_000
+    assert gpu.memory_allocated() == start
+    assert gpu.max_memory_allocated() > start + 100_000
 
 
 def check_waits(waits: Waits, at_most: int) -> None:
