@@ -145,6 +145,18 @@ def test_a_run_with_every_phase_is_the_cpus(
     assert gpu.max_memory_allocated() > start + 100_000
 
 
+def test_the_order_of_streams_is_right_in_every_phase(run_file: RunFile) -> None:
+    """With averages in host memory, and with copies that arrive as late as they may."""
+    settings = [*EACH_PHASE, "train.steps=3", "train.ema={decay: 0.9, offload: true}"]
+    here = run_file("t2v-a14b", *settings, name="here")
+    there = run_file("t2v-a14b", *settings, "model.device=sim", name="there")
+    WanTrainer(here).fit()
+    with simulated_gpu.sanitizer() as found, simulated_gpu.late_copies():
+        WanTrainer(there).fit()
+    found.raise_if_any()
+    assert_the_same(here, there)
+
+
 def check_waits(waits: Waits, at_most: int) -> None:
     """Of the steps whose expert was on the device already, from the step before in the same run."""
     kept = [found for (before, _), (now, found) in pairwise(waits) if before == now]
