@@ -116,7 +116,9 @@ def _with_parking(
     costs: RunCosts, clips: Mapping[Bucket, int], machine: Machine, *, park_idle: bool
 ) -> Plan:
     chosen = [choose(costs, bucket, machine, park_idle=park_idle) for bucket in clips]
-    chosen.sort(key=lambda c: -c.plan.training.device_bytes)
+    # Those that do not fit come first, then those with most tokens: the others may have as high a
+    # peak, with more resident blocks.
+    chosen.sort(key=lambda c: (-c.device_over, -c.plan.tokens))
     largest = max(clips, key=lambda bucket: bucket.pixels * bucket.frames)
     phases = [*costs.encoding(largest)] if _encodes(costs.config) else []
     if costs.config.validation.clips:

@@ -78,7 +78,7 @@ class Plan:
 
     machine: Machine
     buckets: tuple[BucketPlan, ...]
-    """The one with the highest peak on the device first."""
+    """Those that do not fit first, then those with most tokens."""
     other_phases: tuple[PhaseBytes, ...]
     """Encoding, validation and sampling."""
     sampling_resident_blocks: int
@@ -92,7 +92,7 @@ class Plan:
 
     @property
     def worst(self) -> BucketPlan:
-        """The bucket with the highest peak on the device, which training runs first."""
+        """The bucket whose clips need most, which training runs first."""
         return self.buckets[0]
 
     @property
@@ -103,7 +103,8 @@ class Plan:
     @property
     def peak(self) -> PhaseBytes:
         """The phase with the highest peak on the device."""
-        return max(self.phases, key=lambda phase: phase.device_bytes)
+        trainings = (bucket.training for bucket in self.buckets)
+        return max((*self.other_phases, *trainings), key=lambda phase: phase.device_bytes)
 
     @property
     def host_peak(self) -> PhaseBytes:
