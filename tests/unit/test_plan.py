@@ -19,7 +19,16 @@ from onewan.config.schema import ResolvedRun
 from onewan.data.buckets import expected_buckets
 from onewan.errors import ConfigError, MemoryPlanError
 from onewan.media import write_video
-from onewan.memory.plan import Bucket, Machine, Plan, check_plan, find_machine, make_plan
+from onewan.memory.plan import (
+    Bucket,
+    Machine,
+    Plan,
+    check_plan,
+    find_machine,
+    limited,
+    machine_of,
+    make_plan,
+)
 from onewan.memory.plan.machine import CARDS
 from onewan.memory.plan.stored import assumed_model, with_changes
 from onewan.variants import VARIANTS, VariantName
@@ -265,6 +274,13 @@ def test_every_suggestion_makes_it_fit(
         assert text_encoder == [], suggestion
 
 
+def test_training_on_less_is_suggested_after_what_costs_only_time(plan) -> None:
+    found = plan("t2v-a14b", "24GB", LARGE, "train.batch_size=3")
+    changes = [suggestion.change[0] for suggestion in found.suggestions]
+    assert changes[0] == "train.batch_size=1"
+    assert changes[-1].startswith(("wan_config.max_frames=", "video_data.resolution="))
+
+
 def test_a_plan_needs_a_bucket(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one bucket"):
         make_plan(run_file(tmp_path, "ti2v-5b"), [], machine("24GB"))
@@ -280,6 +296,18 @@ def test_rates_are_those_of_the_card_with_about_that_memory() -> None:
         found = machine(vram)
         assert (found.flops, found.bus) == (card.flops, card.bus)
         assert any(name in note for note in found.notes)
+
+
+def test_a_known_card_has_its_own_rates_whatever_its_memory() -> None:
+    found = machine_of("NVIDIA GeForce RTX 4090 Laptop GPU", 16 * GB, 64 * GB)
+    assert (found.flops, found.notes) == (140e12, ())
+    assert found.device_budget < 0.95 * 16 * GB
+
+
+def test_the_run_file_limits_a_machine_and_does_not_enlarge_it(tmp_path: Path) -> None:
+    config = run_file(tmp_path, "ti2v-5b", "memory.vram=20GB", "memory.ram=512GB")
+    found = limited(machine("24GB", "64GB"), config)
+    assert (found.vram, found.ram) == (20 * GB, 64 * GB)
 
 
 def test_an_amount_that_is_none_is_an_error_of_the_run_file(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -41,6 +41,8 @@ accumulation on consumer cards, 55 % on an H100, a third on an L40S."""
 _BY_MEMORY = ((20, "RTX 3090"), (28, "RTX 4090"), (40, "RTX 5090"), (64, "L40S"))
 """(gigabytes, card): the card whose rates are assumed for a device with less memory than that."""
 _LARGEST = "H100"
+
+_NO_CARD = "no graphics card was found, so 24 GB are assumed; --vram gives another amount"
 
 _CONTEXT = 500_000_000
 """Bytes that the driver's context and its libraries take of a card."""
@@ -90,25 +92,32 @@ def find_machine(vram: int | None = None, ram: int | None = None) -> Machine:
     """
     notes = list[str]()
     found = None if vram is not None else _first_card()
-    if vram is None:
-        vram = 24 * 10**9 if found is None else found[1]
-        if found is None:
-            notes.append("no graphics card was found, so 24 GB are assumed; --vram gives another")
-    card = None if found is None else _known(found[0])
+    if found is not None:
+        return machine_of(*found, ram)
+    notes = () if vram is not None else (_NO_CARD,)
+    machine = machine_of("", 24 * 10**9 if vram is None else vram, ram)
+    return replace(machine, notes=(*notes, *machine.notes))
+
+
+def machine_of(name: str, vram: int, ram: int | None = None) -> Machine:
+    """The machine with a card of that `name` and `vram` bytes of memory, and with `ram` bytes of
+    host memory; None is this machine's. `notes` say which rates were assumed."""
+    card = next((card for card in CARDS if card.name in name), None)
+    notes = ()
     if card is None:
         card = card_for_memory(vram)
-        notes.append(
+        notes = (
             f"rates are those of an {card.name} ({card.flops / 1e12:.0f} TFLOP/s, "
             f"{card.bus / 1e9:.0f} GB/s between host and device), assumed for "
-            f"{format_bytes(vram)} of device memory"
+            f"{format_bytes(vram)} of device memory",
         )
     return Machine(
-        name=found[0] if found else f"a device of {format_bytes(vram)}",
+        name=name or f"a device of {format_bytes(vram)}",
         vram=vram,
         ram=ram if ram is not None else host_memory(),
         flops=card.flops,
         bus=card.bus,
-        notes=tuple(notes),
+        notes=notes,
     )
 
 
@@ -129,10 +138,6 @@ def host_memory() -> int:
         if text.isdecimal():
             total = min(total, int(text))
     return total
-
-
-def _known(name: str) -> Card | None:
-    return next((card for card in CARDS if card.name in name), None)
 
 
 def _first_card() -> tuple[str, int] | None:

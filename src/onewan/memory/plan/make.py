@@ -71,13 +71,13 @@ def check_plan(plan: Plan) -> None:
     )
 
 
-def machine_for(config: ResolvedRun, machine: Machine) -> Machine:
-    """`machine` with the limits of `memory.vram` and `memory.ram`, where they are given."""
-    memory = config.memory
+def limited(machine: Machine, config: ResolvedRun) -> Machine:
+    """`machine` with at most the memory that `memory.vram` and `memory.ram` allow."""
+    vram, ram = config.memory.vram, config.memory.ram
     return replace(
         machine,
-        vram=machine.vram if memory.vram is None else parse_bytes(memory.vram),
-        ram=machine.ram if memory.ram is None else parse_bytes(memory.ram),
+        vram=machine.vram if vram is None else min(machine.vram, parse_bytes(vram)),
+        ram=machine.ram if ram is None else min(machine.ram, parse_bytes(ram)),
     )
 
 
