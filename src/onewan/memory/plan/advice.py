@@ -64,13 +64,20 @@ class _Tried:
     config: ResolvedRun
     clips: Clips
     plan: Plan
+    bucket: Bucket
+    """What the worst bucket without changes has become, for comparing times."""
+
+    @property
+    def seconds(self) -> float:
+        """Of a step with clips of `bucket`."""
+        return self.plan.for_bucket(self.bucket).time.seconds
 
     @property
     def order(self) -> tuple[bool, float]:
         """Sorts by what is given up: first time per clip, and training on less only in the end."""
         train = self.config.train
-        seconds = self.plan.worst.time.seconds / (train.batch_size * train.accumulation)
-        return any(change.is_smaller for change in self.changes), seconds
+        per_clip = self.seconds / (train.batch_size * train.accumulation)
+        return any(change.is_smaller for change in self.changes), per_clip
 
 
 def advise(
@@ -79,7 +86,13 @@ def advise(
     """What would make the run fit: each single change that suffices, the one that costs the least
     time first and those that train on less last; or, if none suffices alone, changes that do
     together. For a run that fits, what would make it faster."""
-    start = _Tried(changes=(), config=config, clips=_that_matter(clips, plan), plan=plan)
+    start = _Tried(
+        changes=(),
+        config=config,
+        clips=_that_matter(clips, plan),
+        plan=plan,
+        bucket=plan.worst.bucket,
+    )
 
     def tried(before: _Tried, change: _Change) -> _Tried:
         changed, clips = change.config(before.config), change.clips(before.clips)
@@ -88,17 +101,18 @@ def advise(
             config=changed,
             clips=clips,
             plan=again(changed, clips),
+            bucket=change.shrink(before.bucket) if change.shrink else before.bucket,
         )
 
     if plan.fits:
-        limit = _LEAST_GAIN * plan.worst.time.seconds
-        faster = [tried(start, c) for c in _changes(config) if not c.is_smaller]
-        found = [t for t in faster if t.plan.fits and t.plan.worst.time.seconds <= limit]
+        limit = _LEAST_GAIN * start.seconds
+        faster = [tried(start, change) for change in _changes(config)]
+        found = [t for t in faster if t.plan.fits and t.seconds <= limit]
     else:
         found = [t for change in _changes(config) if (t := tried(start, change)).plan.fits]
         found += _smaller(start, tried)
         found = found or _together(start, tried)
-    return tuple(_suggestion(t, plan) for t in sorted(found, key=lambda t: t.order))
+    return tuple(_suggestion(t, start) for t in sorted(found, key=lambda t: t.order))
 
 
 def _that_matter(clips: Clips, plan: Plan) -> Clips:
@@ -107,8 +121,8 @@ def _that_matter(clips: Clips, plan: Plan) -> Clips:
     return {bucket: clips[bucket] for bucket in dict.fromkeys([*highest, largest])}
 
 
-def _suggestion(tried: _Tried, before: Plan) -> Suggestion:
-    after = tried.plan
+def _suggestion(tried: _Tried, start: _Tried) -> Suggestion:
+    before, after = start.plan, tried.plan
     # Of changes of the same field the last one counts.
     last = {name: change for change in tried.changes for name in change.edits}
     changes = [c for c in tried.changes if any(last[name] is c for name in c.edits)]
@@ -119,15 +133,14 @@ def _suggestion(tried: _Tried, before: Plan) -> Suggestion:
         for amount, where in ((saved, "device"), (host_saved, "host"))
         if amount >= 1e8
     ]
-    seconds = after.worst.time.seconds
-    factor = seconds / before.worst.time.seconds
-    parts.append(f"a step takes {seconds:.3g} s by arithmetic, {factor:.2f} times as long")
+    factor = tried.seconds / start.seconds
+    parts.append(f"a step takes {tried.seconds:.3g} s by arithmetic, {factor:.2f} times as long")
     return Suggestion(
         change=tuple(override for change in changes for override in change.overrides),
         text=f"{', '.join(change.text for change in changes)}: {'; '.join(parts)}",
         device_saved=saved,
         host_saved=host_saved,
-        seconds=seconds,
+        seconds=tried.seconds,
         fits=after.fits,
     )
 

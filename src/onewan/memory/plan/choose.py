@@ -134,10 +134,12 @@ def _candidate(costs: RunCosts, bucket: Bucket, machine: Machine, settings: Sett
     )
 
 
-def _excess(candidate: Candidate, machine: Machine) -> float:
-    """By what share of each memory a candidate is too large, of both together."""
+def _excess(candidate: Candidate, machine: Machine) -> tuple[int, float]:
+    """In how many of the two memories a candidate is too large, so that a host which is short is
+    not made up for with a device that is short too; and by what share of them."""
     device = candidate.device_over / max(1, machine.device_budget)
-    return device + candidate.host_over / max(1, machine.host_budget)
+    host = candidate.host_over / max(1, machine.host_budget)
+    return bool(device) + bool(host), device + host
 
 
 def _complexity(candidate: Candidate) -> tuple[int, int, int]:
