@@ -145,7 +145,7 @@ def test_fine_tuning_trains_the_selected_weights(
     assert planned.count == count
     # Beyond the 2 bytes of the frozen weight that each replaces.
     assert planned.weights == {"stochastic": 0, "kahan": 2, "float32": 2}[weights] * count
-    assert planned.gradients == (4 if weights == "float32" else 2) * count
+    assert planned.gradients == planned.stored == (4 if weights == "float32" else 2) * count
 
 
 @pytest.mark.parametrize("name", CHOICES)

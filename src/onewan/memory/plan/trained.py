@@ -43,6 +43,8 @@ class TrainedWeights:
     weights: int
     """Bytes of what is added to the model for training: adapters, float32 copies, residuals of
     Kahan's summation. 0 for fine-tuning that stores its weights as the model does."""
+    stored: int
+    """Bytes of the trained weights themselves, as a checkpoint has them."""
     gradients: int
     """Bytes of all gradients; with a fused step of the largest one."""
     state: StateBytes
@@ -51,8 +53,8 @@ class TrainedWeights:
 
     @property
     def saved(self) -> int:
-        """Bytes of this part of a checkpoint: float32 or stored weights, state, averages."""
-        return 4 * self.count + self.state.device + self.state.host + self.averages
+        """Bytes of this part of a checkpoint: weights, optimizer state, averages."""
+        return self.stored + self.state.device + self.state.host + self.averages
 
 
 def trained_weights(
@@ -115,6 +117,7 @@ def _weights(
     return TrainedWeights(
         count=count,
         weights=added,
+        stored=gradient_bytes * count,
         gradients=gradient_bytes * (largest if fused else count),
         state=state_bytes(config.optimizer, shapes),
         averages=0 if config.train.ema is None else 4 * count,
