@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +18,21 @@ def stream_blocks(transformer: Any, stream: BlockStream) -> None:
     gradients as the forward pass of a training step."""
     for index, block in enumerate(transformer.blocks):
         block.forward = _StreamedBlock(stream, index, block)
+
+
+def without(monkeypatch: pytest.MonkeyPatch, owner: Any, method: str, caller: str) -> list[int]:
+    """Make `method` do nothing where `caller` calls it; the list counts how often."""
+    plain: Callable[..., Any] = getattr(owner, method)
+    skipped: list[int] = []
+
+    def replaced(self: Any, *given: Any) -> Any:
+        if sys._getframe(1).f_code.co_name == caller:
+            skipped.append(1)
+            return None
+        return plain(self, *given)
+
+    monkeypatch.setattr(owner, method, replaced)
+    return skipped
 
 
 class _StreamedBlock:
@@ -43,6 +61,8 @@ class _Checkpointed(torch.autograd.Function):
     def forward(ctx: Any, block: _StreamedBlock, anchor: Tensor, *inputs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         del anchor
         ctx.block, ctx.inputs = block, inputs
+        device = block.stream.device.type
+        ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         return block.run(Pass.TRAIN_FORWARD, *inputs)
 
     @staticmethod
@@ -54,7 +74,13 @@ class _Checkpointed(torch.autograd.Function):
             for i, needed in zip(ctx.inputs, wanted, strict=True)
         ]
         block.stream.use(block.index)
-        with torch.enable_grad():
+        enabled, dtype = ctx.autocast
+        # Without a cache of converted weights, which would keep those of other blocks.
+        device = block.stream.device.type
+        with (
+            torch.enable_grad(),
+            torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False),
+        ):
             result = block.plain(*inputs)
         torch.autograd.backward(result, gradient)
         del result

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,7 +17,7 @@ import pytest
 import simulated_gpu
 import torch
 from support.adapters import METHODS, attached, inputs, perturb
-from support.streamed import stream_blocks
+from support.streamed import stream_blocks, without
 from support.tiny_models import quantized, tiny_transformer
 from torch import Tensor, nn
 
@@ -276,21 +275,6 @@ def test_a_transformer_that_does_not_fit_can_be_sent_back_and_tried_again(base) 
 # ---------------------------------------------------------------------- every wait is needed
 
 
-def without(monkeypatch: pytest.MonkeyPatch, owner: Any, method: str, caller: str) -> list[int]:
-    """Make `method` do nothing where `caller` calls it; the list counts how often."""
-    plain: Callable[..., Any] = getattr(owner, method)
-    skipped: list[int] = []
-
-    def replaced(self: Any, *given: Any) -> Any:
-        if sys._getframe(1).f_code.co_name == caller:
-            skipped.append(1)
-            return None
-        return plain(self, *given)
-
-    monkeypatch.setattr(owner, method, replaced)
-    return skipped
-
-
 def exercise(base: Any, copier: str) -> tuple[list[Tensor], list[str]]:
     """Everything that needs order: training, other residents, a release while copies are made."""
     problems: list[str] = []
@@ -320,15 +304,15 @@ def exercise(base: Any, copier: str) -> tuple[list[Tensor], list[str]]:
     ("owner", "method", "caller", "copier"),
     [
         (StreamQueue, "copy_in_after", "load", "pinned"),
-        (StreamQueue, "copy_in_after", "_copy", "staged"),
-        (StreamQueue, "compute_after", "use", "pinned"),
-        (StreamQueue, "compute_after", "use", "staged"),
-        (StreamQueue, "compute_after", "_retire", "pinned"),
+        (StreamQueue, "copy_in_after", "_copy_in", "staged"),
+        (StreamQueue, "compute_after", "wait_until_loaded", "pinned"),
+        (StreamQueue, "compute_after", "wait_until_loaded", "staged"),
+        (StreamQueue, "compute_after", "retire", "pinned"),
         (StreamQueue, "computed", "done", "pinned"),
-        (StreamQueue, "computed", "_new_buffer", "pinned"),
+        (StreamQueue, "computed", "allocate", "pinned"),
         (StreamQueue, "copied_in", "load", "pinned"),
-        (StreamQueue, "copied_in", "_copy", "staged"),
-        (copiers.Piece, "wait_until_copied", "_copy", "staged"),
+        (StreamQueue, "copied_in", "_copy_in", "staged"),
+        (copiers.Piece, "wait_until_copied", "_free_piece", "staged"),
     ],
 )
 def test_a_missing_wait_is_caught(base, monkeypatch, owner, method, caller, copier) -> None:

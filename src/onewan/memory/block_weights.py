@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from onewan.memory.copy_queue import Event
 from onewan.memory.host_memory import HostMemory
 
 ALIGNMENT = 256
@@ -69,6 +70,20 @@ class FlatLayout:
         return [part.view(flat) for part in self.parts]
 
 
+class BlockTraining(Protocol):
+    """Trains the weights of blocks, one block at a time."""
+
+    def state(self, index: int) -> list[Tensor]:
+        """The tensors that a block's update needs besides its weights, on the device or in host
+        memory: optimizer state, once there is some. They are re-bound through ``data``."""
+        ...
+
+    def update(self, index: int) -> None:
+        """Update the weights of a block whose gradients are complete, and drop these. Weights and
+        state are on the device."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class BlockInHostMemory:
     """The weights of one block."""
@@ -85,6 +100,15 @@ class BlockInHostMemory:
     """What is copied to the device: (offset, bytes as uint8). One, if there is a master."""
     is_pinned: bool
     is_fake: bool
+    stored: Event = None
+    """Behind the latest copy from the device; None for what is never copied back."""
+    version: int = 0
+    """`current_version` when the device had the same values."""
+
+    @property
+    def current_version(self) -> int:
+        """Changes with every operation on the tensors that writes to them."""
+        return sum(tensor._version for tensor in self.tensors)
 
     def bind(self, views: Sequence[Tensor]) -> None:
         """Make `views` the values of the modules' tensors."""
@@ -103,10 +127,13 @@ class BlockInHostMemory:
 
 
 class BlockWeights:
-    """The frozen weights and the buffers of the blocks of one transformer.
+    """The weights and the buffers of the blocks of one transformer.
 
     `len` is the number of blocks. Made by `take`.
     """
+
+    training: BlockTraining | None = None
+    """Updates the weights in the backward pass, if they are trained; otherwise they are frozen."""
 
     def __init__(self, blocks: Sequence[BlockInHostMemory]) -> None:
         self.blocks = list(blocks)
@@ -114,18 +141,26 @@ class BlockWeights:
     @classmethod
     @torch.no_grad()
     def take(
-        cls, blocks: Sequence[nn.Module], host: HostMemory, *, mapped: bool = False
+        cls,
+        blocks: Sequence[nn.Module],
+        host: HostMemory,
+        *,
+        mapped: bool = False,
+        trained: bool = False,
     ) -> BlockWeights:
         """Move the frozen parameters and the buffers of `blocks` into one master each.
 
         Block by block, so that what they held before is freed meanwhile, and memory never holds two
-        copies of the model. Trainable parameters are left alone. With `mapped` there is no master:
-        tensors stay where they are, such as in a file that is mapped into memory, and are gathered
-        at each copy. Whatever replaces tensors of the blocks (adapters, merged differences) has to
-        come before.
-        TypeError for a tensor that consists of several ones.
+        copies of the model. Trainable parameters are left alone, but with `trained` they belong to
+        the masters, too; `training` has to be set then. With `mapped` there is no master: tensors
+        stay where they are, such as in a file that is mapped into memory, and are gathered at each
+        copy. Whatever replaces tensors of the blocks (adapters, merged differences) has to come
+        before.
+        TypeError for a tensor that consists of several ones, ValueError for both options together.
         """
-        return cls([_take(block, host, mapped=mapped) for block in blocks])
+        if mapped and trained:
+            raise ValueError("weights that are trained need masters: a mapped file is not written")
+        return cls([_take(block, host, mapped=mapped, trained=trained) for block in blocks])
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -156,8 +191,8 @@ class BlockWeights:
                     )
 
 
-def _take(block: nn.Module, host: HostMemory, *, mapped: bool) -> BlockInHostMemory:
-    found = _frozen_tensors(block)
+def _take(block: nn.Module, host: HostMemory, *, mapped: bool, trained: bool) -> BlockInHostMemory:
+    found = _tensors_of(block, trained=trained)
     tensors = [tensor for tensor, _ in found]
     layout = FlatLayout.of(tensors)
     if mapped:
@@ -187,13 +222,16 @@ def _take(block: nn.Module, host: HostMemory, *, mapped: bool) -> BlockInHostMem
     )
 
 
-def _frozen_tensors(block: nn.Module) -> list[tuple[Tensor, list[tuple[dict[str, Any], str]]]]:
-    """Each frozen parameter and each buffer of `block` with the places that hold it."""
+def _tensors_of(
+    block: nn.Module, *, trained: bool
+) -> list[tuple[Tensor, list[tuple[dict[str, Any], str]]]]:
+    """Each frozen parameter, with `trained` each parameter, and each buffer of `block`, with the
+    places that hold it."""
     found: dict[int, tuple[Tensor, list[tuple[dict[str, Any], str]]]] = {}
     for path, module in block.named_modules():
         for registry in (module._parameters, module._buffers):
             for name, tensor in registry.items():
-                if tensor is None or tensor.requires_grad:
+                if tensor is None or (tensor.requires_grad and not trained):
                     continue
                 # They keep references to their parts, which `data` does not reach.
                 if is_traceable_wrapper_subclass(tensor):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,10 +30,20 @@ NUM_PIECES = 3
 class Copier(Protocol):
     """Copies blocks to the device."""
 
-    def load(self, block: BlockInHostMemory, target: Tensor, free: Event, ready: Event) -> Load:
+    def load(
+        self, block: BlockInHostMemory, target: Tensor, after: Sequence[Event], ready: Event
+    ) -> Load:
         """Queue the copy of `block` into the uint8 tensor `target`.
 
-        It starts after the event `free`, and `ready` is recorded behind it.
+        It starts after the events `after`, and `ready` is recorded behind it.
+        """
+        ...
+
+    def store(self, block: BlockInHostMemory, source: Tensor, free: Event) -> Load:
+        """Queue the copy of the uint8 tensor `source` on the device into the master of `block`.
+
+        It starts after the event `free`, and `block.stored` is recorded behind it, which later
+        loads of the block wait for.
         """
         ...
 
@@ -54,24 +65,36 @@ class DirectCopier:
     def __init__(self, queue: InOrderQueue) -> None:
         self._queue = queue
 
-    def load(self, block: BlockInHostMemory, target: Tensor, free: Event, ready: Event) -> Load:
-        self._queue.copy_in_after(free)
+    def load(
+        self, block: BlockInHostMemory, target: Tensor, after: Sequence[Event], ready: Event
+    ) -> Load:
+        for event in after:
+            self._queue.copy_in_after(event)
+        if block.stored is not None:
+            self._queue.copy_in_after(block.stored)
         with self._queue.copying_in():
             for offset, source in block.sources:
                 copy_async(target[offset : offset + source.numel()], source)
         self._queue.copied_in(ready)
         return _QUEUED
 
+    def store(self, block: BlockInHostMemory, source: Tensor, free: Event) -> Load:
+        ((_, master),) = block.sources
+        self._queue.copy_out_after(free)
+        with self._queue.copying_out():
+            copy_async(master, source)
+        self._queue.copied_out(block.stored)
+        return _QUEUED
+
     def close(self) -> None:
         """There is nothing in the background."""
 
 
-class _StagedLoad(Load):
-    def __init__(self, block: BlockInHostMemory, target: Tensor, free: Event, ready: Event) -> None:
-        self.block = block
-        self.target = target
-        self.free = free
-        self.ready = ready
+class _Task(Load):
+    """A copy for the thread."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.work = work
         self.error: BaseException | None = None
         self.queued = threading.Event()
 
@@ -88,7 +111,7 @@ class Piece:
     memory: Tensor
     """uint8 [PIECE_SIZE]."""
     copied: Event
-    """Behind the copy to the device of what it holds."""
+    """Behind the latest copy from it to the device, or from the device to it."""
 
     def wait_until_copied(self) -> None:
         """Block the calling thread until the memory may be written again."""
@@ -110,41 +133,73 @@ class StagedCopier:
             for _ in range(NUM_PIECES)
         ]
         self._next_piece = 0
-        self._loads: queue.SimpleQueue[_StagedLoad | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
         self._thread.start()
 
-    def load(self, block: BlockInHostMemory, target: Tensor, free: Event, ready: Event) -> Load:
-        load = _StagedLoad(block, target, free, ready)
-        self._loads.put(load)
-        return load
+    def load(
+        self, block: BlockInHostMemory, target: Tensor, after: Sequence[Event], ready: Event
+    ) -> Load:
+        return self._begin(lambda: self._copy_in(block, target, after, ready))
+
+    def store(self, block: BlockInHostMemory, source: Tensor, free: Event) -> Load:
+        return self._begin(lambda: self._copy_out(block, source, free))
 
     def close(self) -> None:
-        self._loads.put(None)
+        self._tasks.put(None)
         self._thread.join()
 
-    def _run(self) -> None:
-        while (load := self._loads.get()) is not None:
-            try:
-                self._copy(load)
-            except BaseException as error:  # noqa: BLE001  (raised again in the main thread)
-                load.error = error
-            load.queued.set()
+    def _begin(self, work: Callable[[], None]) -> Load:
+        task = _Task(work)
+        self._tasks.put(task)
+        return task
 
     @torch.no_grad()
-    def _copy(self, load: _StagedLoad) -> None:
-        self._queue.copy_in_after(load.free)
-        size = load.block.layout.size
+    def _run(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            try:
+                task.work()
+            except BaseException as error:  # noqa: BLE001  (raised again in the main thread)
+                task.error = error
+            task.queued.set()
+
+    def _free_piece(self) -> Piece:
+        piece = self._pieces[self._next_piece]
+        self._next_piece = (self._next_piece + 1) % len(self._pieces)
+        piece.wait_until_copied()
+        return piece
+
+    def _copy_in(
+        self, block: BlockInHostMemory, target: Tensor, after: Sequence[Event], ready: Event
+    ) -> None:
+        for event in after:
+            self._queue.copy_in_after(event)
+        size = block.layout.size
         for start in range(0, size, PIECE_SIZE):
-            piece = self._pieces[self._next_piece]
-            self._next_piece = (self._next_piece + 1) % len(self._pieces)
             stop = min(start + PIECE_SIZE, size)
-            piece.wait_until_copied()
-            _gather(load.block.sources, start, stop, piece.memory)
+            piece = self._free_piece()
+            _gather(block.sources, start, stop, piece.memory)
             with self._queue.copying_in():
-                copy_async(load.target[start:stop], piece.memory[: stop - start])
+                copy_async(target[start:stop], piece.memory[: stop - start])
             self._queue.copied_in(piece.copied)
-        self._queue.copied_in(load.ready)
+        self._queue.copied_in(ready)
+
+    def _copy_out(self, block: BlockInHostMemory, source: Tensor, free: Event) -> None:
+        ((_, master),) = block.sources
+        self._queue.copy_out_after(free)
+        arriving: list[tuple[Piece, int, int]] = []
+        for start in range(0, source.numel(), PIECE_SIZE):
+            if len(arriving) == len(self._pieces):
+                _empty(arriving.pop(0), master)
+            stop = min(start + PIECE_SIZE, source.numel())
+            piece = self._free_piece()
+            with self._queue.copying_out():
+                copy_async(piece.memory[: stop - start], source[start:stop])
+            self._queue.copied_out(piece.copied)
+            arriving.append((piece, start, stop))
+        self._queue.copied_out(block.stored)
+        for filled in arriving:
+            _empty(filled, master)
 
 
 def _gather(sources: list[tuple[int, Tensor]], start: int, stop: int, piece: Tensor) -> None:
@@ -153,6 +208,12 @@ def _gather(sources: list[tuple[int, Tensor]], start: int, stop: int, piece: Ten
         first, last = max(start, offset), min(stop, offset + source.numel())
         if first < last:
             piece[first - start : last - start].copy_(source[first - offset : last - offset])
+
+
+def _empty(filled: tuple[Piece, int, int], master: Tensor) -> None:
+    piece, start, stop = filled
+    piece.wait_until_copied()
+    master[start:stop].copy_(piece.memory[: stop - start])
 
 
 _QUEUED = Load()

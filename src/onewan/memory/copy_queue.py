@@ -49,6 +49,9 @@ class InOrderQueue:
     def compute_after(self, event: Event) -> None:
         """Kernels that are queued later start after `event`."""
 
+    def host_after(self, event: Event) -> None:
+        """Wait, here on the host, for `event`."""
+
     def copying_in(self) -> AbstractContextManager[Any]:
         """The context, per thread, in which `Tensor.copy_` is a copy to the device."""
         return nullcontext()
@@ -89,6 +92,9 @@ class StreamQueue(InOrderQueue):
 
     def compute_after(self, event: Event) -> None:
         self._module.current_stream(self.device).wait_event(event)
+
+    def host_after(self, event: Event) -> None:
+        event.synchronize()
 
     def copying_in(self) -> AbstractContextManager[Any]:
         return self._module.stream(self._in)

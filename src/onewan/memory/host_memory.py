@@ -140,7 +140,7 @@ class DriverPages(PageLocker):
         """`runtime` has the functions of the CUDA runtime; by default, PyTorch's."""
         self._device = device
         torch.empty(0, device=device)  # initializes the device, which registering needs
-        self._runtime = runtime or torch.cuda.cudart()
+        self._runtime: Any = torch.cuda.cudart() if runtime is None else runtime
 
     def lock(self, address: int, size: int) -> None:
         code = self._runtime.cudaHostRegister(address, size, _PORTABLE)

@@ -24,32 +24,21 @@ so each block is computed again in the backward pass, by an autograd function of
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor
 
 from onewan.memory.block_order import streamed_blocks
-from onewan.memory.block_weights import BlockWeights, FlatLayout
-from onewan.memory.copiers import Copier, DirectCopier, Load, StagedCopier
-from onewan.memory.copy_queue import Event, copy_queue
+from onewan.memory.block_weights import BlockWeights
+from onewan.memory.copiers import Copier, DirectCopier, StagedCopier
+from onewan.memory.copy_queue import copy_queue
+from onewan.memory.device_buffer import DeviceBuffer
 from onewan.memory.host_memory import HostMemory
-
-
-class Pass(Enum):
-    """What the blocks are used for, which decides the block that is needed next."""
-
-    TRAIN_FORWARD = "forward"
-    """From the first block to the last; the backward pass follows."""
-    BACKWARD = "backward"
-    """From the last block to the first; a forward pass follows."""
-    INFERENCE = "inference"
-    """From the first block to the last; another pass from the first one follows."""
+from onewan.memory.passes import Pass
+from onewan.memory.trained_blocks import Traffic, TrainedBlocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,25 +57,7 @@ class StreamEvent:
     """For "done"."""
 
 
-@dataclass(slots=True, eq=False)
-class Buffer:
-    """Memory on the device for one block."""
-
-    number: int
-    memory: Tensor
-    free: Event
-    """Behind the kernels that used what it holds."""
-    ready: Event
-    """Behind the copy of what it holds."""
-    holds: tuple[BlockWeights, int] | None = None
-    load: Load | None = None
-    in_use: bool = False
-    views: dict[FlatLayout, list[Tensor]] = field(default_factory=dict)
-
-    def views_of(self, layout: FlatLayout) -> list[Tensor]:
-        if (found := self.views.get(layout)) is None:
-            found = self.views[layout] = layout.views(self.memory)
-        return found
+Buffer: TypeAlias = DeviceBuffer[tuple[BlockWeights, int]]
 
 
 class BlockStream:
@@ -106,8 +77,7 @@ class BlockStream:
         self.device = device
         self.ring = ring
         self.recorder = recorder
-        self.bytes_to_device = 0
-        self.bytes_to_host = 0
+        self.traffic = Traffic()
         self.loads = 0
         """Blocks that have been copied to the device."""
         self.misses = 0
@@ -126,6 +96,15 @@ class BlockStream:
         self._where: dict[tuple[BlockWeights, int], Buffer] = {}
         self._used: dict[int, tuple[BlockWeights, Buffer]] = {}
         self._num_buffers = 0
+        self._trained: dict[BlockWeights, TrainedBlocks] = {}
+
+    @property
+    def bytes_to_device(self) -> int:
+        return self.traffic.to_device
+
+    @property
+    def bytes_to_host(self) -> int:
+        return self.traffic.to_host
 
     # ---------------------------------------------------------------------- which weights
 
@@ -153,6 +132,9 @@ class BlockStream:
             return
         if self._used:
             raise RuntimeError(f"block {next(iter(self._used))} is in use; call done() before")
+        for other, trained in self._trained.items():
+            if other is not weights:
+                trained.release()
         # None in between, so that a call after one that ran out of memory starts again.
         self._weights, self._resident = None, resident
         self._fit_buffers(weights)
@@ -183,6 +165,8 @@ class BlockStream:
         if index in self._used:
             raise RuntimeError(f"block {index} is in use already; call done() before")
         buffer = self._where.get((weights, index))
+        if buffer is not None and weights.training is not None:
+            buffer = self._unless_changed(weights, index, buffer)
         if buffer is None:
             self.misses += 1
             buffer = self._buffer_for(weights, index, keep=())
@@ -192,9 +176,7 @@ class BlockStream:
                     f"and the ring has {len(self._ring)}"
                 )
             self._load(weights, index, buffer)
-        if buffer.load is not None:
-            buffer.load.wait_until_queued()
-        self._queue.compute_after(buffer.ready)
+        buffer.wait_until_loaded(self._queue)
         block = weights.blocks[index]
         block.bind(buffer.views_of(block.layout))
         buffer.in_use = True
@@ -205,11 +187,16 @@ class BlockStream:
         """The kernels that use block `index` are queued: bind its weights to host memory again, and
         let its buffer be refilled behind the kernels. Queues the copies of the next blocks."""
         weights, buffer = self._used.pop(index)
+        trained = self._trained_blocks(weights)
+        if trained is not None and current is Pass.BACKWARD:
+            trained.finish(index, buffer)
         weights.blocks[index].unbind()
         buffer.in_use = False
         self._queue.computed(buffer.free)
         self._record("done", weights, index, buffer, current)
         window = self._window(weights)
+        if trained is not None and current is not Pass.INFERENCE:
+            trained.prefetch(index, current)
         if current is Pass.INFERENCE:
             self._prefetch(weights, window.cyclic[index])
         elif current is Pass.TRAIN_FORWARD:
@@ -225,10 +212,11 @@ class BlockStream:
     @property
     def device_bytes(self) -> int:
         """Bytes of all buffers on the device."""
-        return sum(buffer.memory.numel() for buffer in self.buffers())
+        states = sum(trained.device_bytes for trained in self._trained.values())
+        return states + sum(buffer.memory.numel() for buffer in self.buffers())
 
     def buffers(self) -> tuple[Buffer, ...]:
-        """All buffers on the device."""
+        """The buffers of weights on the device."""
         return (*self._ring, *self._residents.values())
 
     def release(self) -> None:
@@ -240,9 +228,17 @@ class BlockStream:
         self._used.clear()
         for buffer in self.buffers():
             self._retire(buffer)
+        for trained in self._trained.values():
+            trained.release()
         self._ring.clear()
         self._residents.clear()
         self._weights = self._announced = None
+
+    def settle(self) -> None:
+        """Wait until host memory has the present values of weights and state that are trained.
+        Needed before they are read there."""
+        for trained in self._trained.values():
+            trained.settle()
 
     def close(self) -> None:
         """Free the buffers, and end the thread of the staged copies, if there is one."""
@@ -273,25 +269,13 @@ class BlockStream:
                 self._residents[index] = self._new_buffer(needed)
 
     def _new_buffer(self, size: int) -> Buffer:
-        memory = torch.empty(size, dtype=torch.uint8, device=self.device)
-        buffer = Buffer(self._num_buffers, memory, self._queue.event(), self._queue.event())
         self._num_buffers += 1
-        # Kernels that have been queued may still use this memory under another name.
-        self._queue.computed(buffer.free)
-        return buffer
+        return DeviceBuffer.allocate(self._num_buffers, size, self._queue)
 
     def _retire(self, buffer: Buffer) -> None:
-        """Make freeing `buffer` safe: memory is reused in the order of the computing stream, so
-        that stream waits for the copy into it."""
         if buffer.holds is not None:
             del self._where[buffer.holds]
-            buffer.holds = None
-        if buffer.load is not None:
-            # What went wrong is raised where the block is used.
-            with contextlib.suppress(Exception):
-                buffer.load.wait_until_queued()
-            self._queue.compute_after(buffer.ready)
-            buffer.load = None
+        buffer.retire(self._queue)
 
     # ---------------------------------------------------------------------- copies
 
@@ -353,13 +337,34 @@ class BlockStream:
         self._where[buffer.holds] = buffer
         block = weights.blocks[index]
         size = block.layout.size
-        copier = self._copier(is_pinned=block.is_pinned)
-        buffer.load = copier.load(block, buffer.memory[:size], buffer.free, buffer.ready)
+        copier = self._copier(block.is_pinned)
+        target = buffer.memory[:size]
+        buffer.load = copier.load(block, target, buffer.before_loading(), buffer.ready)
+        block.version = block.current_version
         self.loads += 1
-        self.bytes_to_device += size
+        self.traffic.to_device += size
         self._record("load", weights, index, buffer)
 
-    def _copier(self, *, is_pinned: bool) -> Copier:
+    def _unless_changed(self, weights: BlockWeights, index: int, buffer: Buffer) -> Buffer | None:
+        """`buffer`, unless the host has written the block's weights since they were copied."""
+        block = weights.blocks[index]
+        if block.version == block.current_version:
+            return buffer
+        del self._where[weights, index]
+        buffer.holds = None
+        return None
+
+    def _trained_blocks(self, weights: BlockWeights) -> TrainedBlocks | None:
+        """What updates `weights`, if they are trained."""
+        if weights.training is None:
+            return None
+        if weights not in self._trained:
+            self._trained[weights] = TrainedBlocks(
+                weights, self._queue, self._host, self._copier, self.traffic
+            )
+        return self._trained[weights]
+
+    def _copier(self, is_pinned: bool) -> Copier:
         if is_pinned or not self._queue.is_async:
             return self._direct
         if self._staged is None:

@@ -7,7 +7,7 @@ weights themselves, and all experts train the embeddings together, through the t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, Protocol
 
@@ -139,15 +139,20 @@ class FullFineTune:
         self.parameters = parameters
         self.rounding: Rounding = "none" if precision == "float32" else precision
         self.fused = fused
+        self.settle: Callable[[], None] = lambda: None
+        """Returns when host memory has the present weights, where streamed ones are read and
+        written (`BlockStream.settle`)."""
 
     def groups(self, lr: float) -> list[ParameterGroup]:
         names, parameters = tuple(self.parameters), tuple(self.parameters.values())
         return [ParameterGroup(names=names, parameters=parameters, lr=lr)]
 
     def read(self) -> dict[str, Tensor]:
+        self.settle()
         return weights_of(self.parameters)
 
     def write(self, weights: Mapping[str, Tensor], source: str) -> None:
+        self.settle()
         load_weights(self.parameters, weights, source)
 
     def base(self) -> AbstractContextManager[None]:

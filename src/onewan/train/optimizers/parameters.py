@@ -65,6 +65,8 @@ class ManagedParameter:
     """The rounding error of the weight (Kahan summation), in the weight's dtype."""
     is_stand_in: bool = False
     """Whether `optimized` is a float32 stand-in."""
+    is_streamed: bool = False
+    """Whether the parameter and its state are in host memory, except while it is updated."""
 
     @property
     def is_on_host(self) -> bool:
@@ -157,7 +159,7 @@ class ManagedParameters:
         host memory may still be under way when it returns."""
         copies = self._host_copies() if device.type == "cpu" else {}
         for managed in self._managed:
-            if managed.is_on_host:
+            if managed.is_on_host or managed.is_streamed:
                 continue
             if managed.residual is not None:
                 managed.residual = _replaced(managed.residual, copies).to(device, non_blocking=True)
@@ -215,7 +217,8 @@ class ManagedParameters:
             group.update(on_device(self._initial[key], None, copy=True))
         for name, managed in own.items():
             entry = saved[name]
-            device = _CPU if managed.is_on_host else managed.parameter.device
+            in_host = managed.is_on_host or managed.is_streamed
+            device = _CPU if in_host else managed.parameter.device
             # Parameters of one group save the same entries, so writing them repeatedly is harmless.
             managed.group.update(on_device(entry["group"], device, copy=True))
             managed.put_state(entry["state"], device)

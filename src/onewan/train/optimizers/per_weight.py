@@ -9,7 +9,7 @@ over all weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,6 +56,7 @@ class PerWeightOptimizer:
         )
         self._step: _PerWeightStep | None = None
         """The step that has begun and has not been applied."""
+        self._settle: Callable[[], None] = lambda: None
         if fused:
             for managed in self.parameters:
                 managed.parameter.register_post_accumulate_grad_hook(self._hook(managed))
@@ -63,6 +64,28 @@ class PerWeightOptimizer:
     @property
     def lr(self) -> float:
         return self.parameters.lr
+
+    def stream(
+        self, parameters: Iterable[nn.Parameter], settle: Callable[[], None]
+    ) -> list[ManagedParameter]:
+        """Leave it to the caller when `parameters` are updated (`update_streamed`), and where they
+        and their state are in between: in host memory. For a fused step.
+
+        `settle` is called before they are read there, and returns when their values are present.
+        Returns them with their state, in the given order.
+        """
+        own = {id(managed.parameter): managed for managed in self.parameters}
+        self._settle = settle
+        chosen = [own[id(p)] for p in parameters]
+        for managed in chosen:
+            managed.is_streamed = True
+        return chosen
+
+    def update_streamed(self, managed: ManagedParameter) -> None:
+        """Update a weight of `stream`, whose gradient is complete; weight and state are on the
+        device. Nothing happens without a gradient."""
+        if managed.parameter.grad is not None:
+            self._update_fused(managed)
 
     def begin_step(self, number: int, lr_factor: float) -> _PerWeightStep:
         self.parameters.set_lr_factor(lr_factor)
@@ -80,6 +103,7 @@ class PerWeightOptimizer:
         if not all(m.library.schedule_free for m in self.parameters):
             yield
             return
+        self._settle()
         with self.parameters.restored_afterwards():
             self._write_averages()
             yield
@@ -97,9 +121,11 @@ class PerWeightOptimizer:
         self.parameters.to(device)
 
     def state_dict(self) -> dict[str, Any]:
+        self._settle()
         return self.parameters.state_dict()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        self._settle()
         self.parameters.load_state_dict(saved)
 
     def _managed(self, name: str, parameter: nn.Parameter, lr: float) -> ManagedParameter:
@@ -125,17 +151,23 @@ class PerWeightOptimizer:
         """Called by autograd when the gradient of a fused step's weight is complete."""
 
         def update(parameter: Tensor) -> None:
-            step = self._step
-            if step is None:
-                raise RuntimeError("begin_step() comes before the backward pass of a fused step")
-            if managed.name in step.used_norms:
-                raise RuntimeError("a fused step takes one backward pass; this is another")
-            assert parameter.grad is not None  # it has just been accumulated
-            step.used_norms[managed.name] = norm_of(parameter.grad)
-            self.update(managed, step.number)
-            parameter.grad = None
+            del parameter
+            if not managed.is_streamed:
+                self._update_fused(managed)
 
         return update
+
+    def _update_fused(self, managed: ManagedParameter) -> None:
+        """Update a weight in the backward pass, and drop its gradient."""
+        step = self._step
+        if step is None:
+            raise RuntimeError("begin_step() comes before the backward pass of a fused step")
+        if managed.name in step.used_norms:
+            raise RuntimeError("a fused step takes one backward pass; this is another")
+        assert managed.parameter.grad is not None  # it has just been accumulated
+        step.used_norms[managed.name] = norm_of(managed.parameter.grad)
+        self.update(managed, step.number)
+        managed.parameter.grad = None
 
     @torch.no_grad()
     def update(self, managed: ManagedParameter, step: int) -> None:
