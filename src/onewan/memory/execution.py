@@ -1,0 +1,138 @@
+"""`BlockExecution`: how the blocks of a run's transformers are executed on one device.
+
+It owns what the transformers share: the stream that brings weights, the store of kept tensors, and
+the settings of the memory plan, which may change from one step to the next with the size of the
+clips (`configure`). Each transformer gets a `CheckpointedBlocks` as its runner, and a placement for
+`onewan.memory.residency`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from onewan.memory.activations import KeptActivations
+from onewan.memory.block_backward import BlockComputation
+from onewan.memory.block_runner import CheckpointedBlocks, ResidentWeights
+from onewan.memory.block_weights import BlockWeights
+from onewan.memory.host_memory import HostMemory
+from onewan.memory.plan import Settings
+from onewan.memory.residency import Placement, WholeModule
+from onewan.memory.streamed_transformer import StreamedTransformer
+from onewan.memory.streaming import BlockStream
+from onewan.model.transformer import WanTransformer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopiedBytes:
+    """Bytes over the bus since the start of the run."""
+
+    to_device: int
+    to_host: int
+
+
+class BlockExecution:
+    """Runs the blocks of all experts on one device."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        settings: Settings,
+        *,
+        host: HostMemory | None = None,
+        computation: BlockComputation | None = None,
+        streams: bool = False,
+    ) -> None:
+        """`settings` apply until `configure`. `computation` has what does not depend on the size of
+        the clips. With `streams`, frozen weights of blocks have their masters in memory of `host`
+        and come to the device when they are needed; otherwise a transformer is moved as a whole,
+        and all settings have all of its blocks resident."""
+        self._device = device
+        self._settings = settings
+        self._host = host or HostMemory(device)
+        self._computation = computation or BlockComputation()
+        self._store = KeptActivations(device, self._allocate)
+        self._stream = BlockStream(device, host=self._host) if streams else None
+        self._runners: list[CheckpointedBlocks] = []
+        self._placements: dict[WanTransformer, StreamedTransformer] = {}
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the present passes."""
+        return self._settings
+
+    @property
+    def stream(self) -> BlockStream | None:
+        """What brings the weights of blocks; None if they are all on the device."""
+        return self._stream
+
+    @property
+    def copied(self) -> CopiedBytes:
+        """Bytes of weights and activations that have been copied."""
+        to_device, to_host = self._store.bytes_to_device, self._store.bytes_to_host
+        if self._stream is not None:
+            to_device += self._stream.bytes_to_device
+            to_host += self._stream.bytes_to_host
+        return CopiedBytes(to_device=to_device, to_host=to_host)
+
+    def add(self, transformer: WanTransformer, *, first_trained: int = 0) -> Placement:
+        """Run the blocks of `transformer` from now on; returns how it gets onto the device.
+
+        Everything that replaces its weights, such as adapters, has been attached before.
+        `first_trained` is the first block that the backward pass reaches.
+        """
+        runner = CheckpointedBlocks(
+            blocks=list(transformer.blocks),  # pyright: ignore[reportArgumentType]
+            store=self._store,
+            weights=self._stream or ResidentWeights(),
+        )
+        self._runners.append(runner)
+        transformer.block_runner = runner
+        self._apply(runner)
+        if self._stream is None:
+            return WholeModule(transformer, self._device)
+        placement = StreamedTransformer(
+            transformer,
+            BlockWeights.take(list(transformer.blocks), self._host),
+            self._stream,
+            resident=self._settings.resident_blocks,
+            first_trained=first_trained,
+        )
+        self._placements[transformer] = placement
+        return placement
+
+    def configure(self, settings: Settings) -> None:
+        """Use `settings` from the next pass on. Not between a forward and its backward pass."""
+        if settings == self._settings:
+            return
+        self._settings = settings
+        for runner in self._runners:
+            self._apply(runner)
+        for placement in self._placements.values():
+            placement.resident = settings.resident_blocks
+
+    def announce(self, current: WanTransformer, following: WanTransformer) -> None:
+        """The next step trains `following`: behind the last backward pass of `current`, buffers that
+        are no longer needed get its weights."""
+        if current is not following and current in self._placements:
+            self._placements[current].announce(self._placements[following])
+
+    def close(self) -> None:
+        """Free the device's buffers and end the copies."""
+        if self._stream is not None:
+            self._stream.close()
+
+    def _apply(self, runner: CheckpointedBlocks) -> None:
+        settings = self._settings
+        runner.computation = replace(
+            self._computation,
+            keep_attention=settings.keep_attention != "no",
+            chunks=settings.feed_forward_chunks,
+        )
+        runner.checkpointing = settings.checkpointing
+        runner.offload_inputs = settings.offload_inputs
+        runner.offload_attention = settings.keep_attention == "host"
+
+    def _allocate(self, size: int) -> torch.Tensor:
+        return self._host.allocate(size).tensor
