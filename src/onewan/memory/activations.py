@@ -54,7 +54,8 @@ class KeptActivations:
     """
 
     def __init__(self, device: torch.device, allocate: AllocateHost) -> None:
-        self._device = device
+        # As tensors name it: cuda is cuda:0, and the two don't compare equal.
+        self._device = torch.empty(0, device=device).device
         self._allocate = allocate
         self._queue = copy_queue(device)
         self._flat: dict[tuple[Hashable, int], Tensor] = {}

@@ -242,7 +242,8 @@ class _BlockBackward:
     sums: InputGradients
     _part: Modulation = field(init=False)
 
-    def run(self, hidden_BNd: Tensor, kept: list[Attended], grad_BNd: Tensor) -> Tensor:
+    def run(self, hidden_BNd: Tensor, kept: list[Attended], given: Tensor) -> Tensor:
+        """The gradient of `hidden_BNd`. Frees `given`, the gradient of the block's output."""
         time = _leaf(self.inputs.time, self.sums.time)
         table = self.how.parts.modulation(self.block, time)
         self._part = Modulation(*(_leaf(x) for x in table))
@@ -252,8 +253,11 @@ class _BlockBackward:
         second = _Attention(self, middle, text.view_as(text), kept[1] if kept else None)
         kept.clear()  # so that each is freed when it has been used
         last = second.output()
-        grad_BNd = self._feed_forward(last, grad_BNd)
+        grad_BNd = self._feed_forward(last, given)
         del last
+        # The engine holds the tensor that it passed until this function returns, but no longer its
+        # memory.
+        given.data = given.new_empty(0)
         grad_BNd = second.backward(grad_BNd)
         del second, middle
         grad_BNd = first.backward(grad_BNd)

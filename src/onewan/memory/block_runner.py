@@ -79,16 +79,17 @@ class CheckpointedBlocks:
     offload_attention: bool = False
     """Whether attention outputs that are kept are in host memory."""
 
-    def run(self, hidden: Sequence[Tensor], inputs: Sequence[BlockInputs]) -> list[Tensor]:
-        """The hidden states after the last block, for each batch."""
+    def run(self, hidden: list[Tensor], inputs: Sequence[BlockInputs]) -> list[Tensor]:
+        """The hidden states after the last block, for each batch. Empties `hidden`."""
         if torch.is_grad_enabled() and not self.checkpointing:
             return [
                 self._recorded(states, batch) for states, batch in zip(hidden, inputs, strict=True)
             ]
-        current = _ForwardPass(self, list(inputs), list(hidden))
+        current = _ForwardPass(self, list(inputs), hidden)
         if current.first < len(self.blocks):
             self.store.clear()  # what a pass has left whose backward pass failed
         states = list(hidden)
+        hidden.clear()
         for index in range(len(self.blocks)):
             if index < current.first:
                 states = current.forward(index, states, keep=False)

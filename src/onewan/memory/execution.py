@@ -113,8 +113,8 @@ class BlockExecution:
             placement.resident = settings.resident_blocks
 
     def announce(self, current: WanTransformer, following: WanTransformer) -> None:
-        """The next step trains `following`: behind the last backward pass of `current`, buffers that
-        are no longer needed get its weights."""
+        """The next step trains `following`: behind the last backward pass of `current`, its weights
+        are copied into the buffers that are no longer needed."""
         if current is not following and current in self._placements:
             self._placements[current].announce(self._placements[following])
 

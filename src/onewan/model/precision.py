@@ -13,11 +13,13 @@ blocks compute in float32 whatever dtype their weights are stored in; the rest r
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 class _Float32Linear(nn.Linear):
@@ -65,3 +67,54 @@ def compute_context(dtype: torch.dtype, device: torch.device) -> AbstractContext
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype=dtype)
+
+
+def autocast(tensor: Tensor) -> Tensor:
+    """`tensor` in autocast's dtype, if autocast is on for its device."""
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
+
+
+class CastOnce(TorchFunctionMode):
+    """Within this context, linear layers with the same float32 input share its conversion.
+
+    Autocast converts the input of each layer by itself, and each layer with trained weights (LoRA's
+    A of q, k and v) keeps its own copy for the backward pass. Here they keep the same tensor.
+    Values and gradients have the same bits: each layer's gradient is converted to float32 before
+    the sum.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._converted: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.linear and args[0].dtype == torch.float32:
+            kind = args[0].device.type
+            if torch.is_autocast_enabled(kind):
+                args = (self._shared(args[0], torch.get_autocast_dtype(kind)), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+    def _shared(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        known = next((c for source, c in self._converted if source is tensor), None)
+        if known is None:
+            known = tensor.detach().to(dtype)
+            self._converted.append((tensor, known))
+        result: Any = _Converted.apply(tensor, known)
+        return result
+
+
+class _Converted(torch.autograd.Function):
+    """A float32 tensor and its conversion -> the conversion, as a node of its own in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, converted: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        del ctx, tensor
+        return converted.view_as(converted)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        del ctx
+        return grad.float(), None

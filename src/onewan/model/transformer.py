@@ -28,8 +28,11 @@ from onewan.model.block_parts import BlockInputs
 class BlockRunner(Protocol):
     """Runs all blocks of a transformer."""
 
-    def run(self, hidden: Sequence[Tensor], inputs: Sequence[BlockInputs]) -> list[Tensor]:
-        """The hidden states [B, N, d] after the last block, for each of several batches."""
+    def run(self, hidden: list[Tensor], inputs: Sequence[BlockInputs]) -> list[Tensor]:
+        """The hidden states [B, N, d] after the last block, for each of several batches.
+
+        `hidden` are those before the first block; the list is emptied, so that each can be freed.
+        """
         ...
 
 
@@ -81,21 +84,21 @@ class WanTransformer(WanTransformer3DModel):
         """The predictions [B, C, F, H, W] of several batches, which go through each block together,
         so that its weights are brought to the device once for all of them."""
         assert self.block_runner is not None
-        embedded = [self._embed(call) for call in calls]
-        hidden = self.block_runner.run(
-            [first for first, _, _ in embedded], [inputs for _, _, inputs in embedded]
-        )
+        hidden: list[Tensor] = []
+        embedded = [self._embed(call, hidden) for call in calls]
+        last = self.block_runner.run(hidden, [inputs for _, inputs in embedded])
         return [
-            self._unpatchify(last, time, inputs, call.latents)
-            for last, (_, time, inputs), call in zip(hidden, embedded, calls, strict=True)
+            self._unpatchify(states, time, inputs, call.latents)
+            for states, (time, inputs), call in zip(last, embedded, calls, strict=True)
         ]
 
-    def _embed(self, call: TransformerCall) -> tuple[Tensor, Tensor, BlockInputs]:
-        """(hidden states of the first block, time embedding [B, T, d], inputs of all blocks)."""
+    def _embed(self, call: TransformerCall, states: list[Tensor]) -> tuple[Tensor, BlockInputs]:
+        """(time embedding [B, T, d], inputs of all blocks); appends the hidden states of the first
+        block to `states`."""
         latents = call.latents
         _, rows, columns = self.config["patch_size"]
         per_frame = (latents.shape[3] // rows) * (latents.shape[4] // columns)
-        hidden = self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
+        states.append(self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous())
         timestep = two_timesteps(call.timestep) if call.timestep.ndim == 2 else call.timestep
         count = timestep.shape[1] if timestep.ndim == 2 else None
         time, modulation, text, _ = self.condition_embedder(
@@ -110,7 +113,7 @@ class WanTransformer(WanTransformer3DModel):
             rotary=self.rope(latents),
             frames=latents.shape[2],
         )
-        return hidden, time, inputs
+        return time, inputs
 
     def _unpatchify(
         self, hidden_BNd: Tensor, time_BTd: Tensor, inputs: BlockInputs, latents: Tensor
