@@ -40,6 +40,7 @@ from onewan.memory.block_backward import (
 )
 from onewan.memory.streaming import Pass
 from onewan.model.block_parts import BlockInputs
+from onewan.model.precision import autocast_dtype
 
 
 class WeightSource(Protocol):
@@ -115,7 +116,7 @@ class _ForwardPass:
         self._computation = runner.computation
         self._inputs = inputs
         self._device = hidden[0].device
-        self._autocast = _autocast_dtype(self._device)
+        self._autocast = autocast_dtype(self._device)
         self._sums = [InputGradients() for _ in inputs]
         self._kept: dict[tuple[int, int], tuple[list[int], RandomStates]] = {}
         self.first = self._first_with_gradient(hidden)
@@ -238,9 +239,3 @@ class _Block(torch.autograd.Function):
             ]
             results += [*current.input_gradients(), None]
         return (None, None, None, *results)
-
-
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    if not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from onewan.model.precision import CastOnce, autocast
+from onewan.model.precision import CastOnce, autocast, autocast_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,7 +208,7 @@ def _as_heads(
 
     def prepared(norm: nn.Module, x: Tensor) -> Tensor:
         heads = norm(x).unflatten(2, (attention.heads, -1))
-        return autocast(heads if rotary is None else _rotated(heads, rotary))
+        return autocast(heads) if rotary is None else _rotated(heads, rotary)
 
     def head(norm: nn.Module, x: Tensor) -> Tensor:
         if not (recompute and x.requires_grad):
@@ -227,31 +227,34 @@ def _projected(attention: WanAttention, attended_BNHD: Tensor) -> Tensor:
 
 def _rotated(x_BNHD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rotary
-    return _Rotation.apply(x_BNHD, cos[..., 0::2], sin[..., 1::2])  # pyright: ignore[reportReturnType]
+    dtype = autocast_dtype(x_BNHD.device) or x_BNHD.dtype
+    return _Rotation.apply(x_BNHD, cos[..., 0::2], sin[..., 1::2], dtype)  # pyright: ignore[reportReturnType]
 
 
 class _Rotation(torch.autograd.Function):
     """Rotary position embedding of pairs of channels, which saves no activation.
 
-    Products are float32 and rounded to the type of `x`. The backward pass rounds each of the two
-    products that a channel takes part in before their sum, as autograd does for diffusers' code.
+    Products are float32; the result is rounded to `dtype`, that of attention, at once. The backward
+    pass rounds each of the two products that a channel takes part in to the type of `x` before
+    their sum, as autograd does for diffusers' code.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(cos, sin)
+        ctx.dtype = x.dtype
         even, odd = x[..., 0::2], x[..., 1::2]
-        out = torch.empty_like(x)
+        out = torch.empty_like(x, dtype=dtype)
         out[..., 0::2] = even * cos - odd * sin
         out[..., 1::2] = even * sin + odd * cos
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         cos, sin = ctx.saved_tensors
         even, odd = grad[..., 0::2], grad[..., 1::2]
-        out = torch.empty_like(grad)
-        out[..., 0::2] = (even * cos).type_as(grad) + (odd * sin).type_as(grad)
-        out[..., 1::2] = (odd * cos).type_as(grad) - (even * sin).type_as(grad)
-        return out, None, None
+        out = torch.empty_like(grad, dtype=ctx.dtype)
+        out[..., 0::2] = (even * cos).type_as(out) + (odd * sin).type_as(out)
+        out[..., 1::2] = (odd * cos).type_as(out) - (even * sin).type_as(out)
+        return out, None, None, None

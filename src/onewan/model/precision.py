@@ -69,10 +69,17 @@ def compute_context(dtype: torch.dtype, device: torch.device) -> AbstractContext
     return torch.autocast(device.type, dtype=dtype)
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast gives matrix products on `device`; None while it is off."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def autocast(tensor: Tensor) -> Tensor:
     """`tensor` in autocast's dtype, if autocast is on for its device."""
-    kind = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
+    dtype = autocast_dtype(tensor.device)
+    return tensor if dtype is None else tensor.to(dtype)
 
 
 class CastOnce(TorchFunctionMode):
@@ -92,9 +99,9 @@ class CastOnce(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is F.linear and args[0].dtype == torch.float32:
-            kind = args[0].device.type
-            if torch.is_autocast_enabled(kind):
-                args = (self._shared(args[0], torch.get_autocast_dtype(kind)), *args[1:])
+            dtype = autocast_dtype(args[0].device)
+            if dtype is not None:
+                args = (self._shared(args[0], dtype), *args[1:])
         return func(*args, **(kwargs or {}))
 
     def _shared(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
