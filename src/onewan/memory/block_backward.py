@@ -346,9 +346,11 @@ class _Attention:
             )
         del grad_attended, self._attended, self._leaf
         # The edges keep the graphs, and the heads themselves are freed.
-        edges = [torch.autograd.graph.get_gradient_edge(head) for head in heads]
+        # Without trained layers, keys and values of the text have no graph.
+        recorded = [head.requires_grad for head in heads]
+        edges = [torch.autograd.graph.get_gradient_edge(h) for h in heads if h.requires_grad]
         del heads
-        roots = [*gradients]
+        roots = [gradient for gradient, used in zip(gradients, recorded, strict=True) if used]
         if self._text is not None and owner.sums.text is not None:
             # The sum of the blocks behind this one comes first, as in autograd's sum over blocks.
             edges.append(torch.autograd.graph.get_gradient_edge(self._text))

@@ -54,6 +54,21 @@ def device_memory(device: torch.device) -> tuple[int | None, int | None]:
     return allocated, peak
 
 
+def total_and_free_memory(device: torch.device) -> tuple[int | None, int | None]:
+    """Bytes of the whole device, and those that no process uses; None where it does not say."""
+    get = getattr(torch.get_device_module(device), "mem_get_info", None)
+    if get is None:
+        return None, None
+    free, total = get(device)
+    return total, free
+
+
+def device_name(device: torch.device) -> str:
+    """What its maker calls the device, or PyTorch."""
+    get = getattr(torch.get_device_module(device), "get_device_name", None)
+    return str(device) if get is None else get(device)
+
+
 def reset_peak(device: torch.device) -> None:
     """Let the peak of `device_memory` begin anew, where the device has one."""
     if device.type != _HOST.type:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from onewan.memory.activations import KeptActivations
 from onewan.memory.block_backward import BlockComputation
@@ -55,7 +56,7 @@ class BlockExecution:
         self._store = KeptActivations(device, self._allocate)
         self._stream = BlockStream(device, host=self._host) if streams else None
         self._runners: list[CheckpointedBlocks] = []
-        self._placements: dict[WanTransformer, StreamedTransformer] = {}
+        self._placements: dict[nn.Module, StreamedTransformer] = {}
 
     @property
     def settings(self) -> Settings:
@@ -112,7 +113,7 @@ class BlockExecution:
         for placement in self._placements.values():
             placement.resident = settings.resident_blocks
 
-    def announce(self, current: WanTransformer, following: WanTransformer) -> None:
+    def announce(self, current: nn.Module, following: nn.Module) -> None:
         """The next step trains `following`: behind the last backward pass of `current`, its weights
         are copied into the buffers that are no longer needed."""
         if current is not following and current in self._placements:

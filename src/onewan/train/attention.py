@@ -12,7 +12,6 @@ from onewan.config.schema import ResolvedRun
 from onewan.data.clip import Clip
 from onewan.dtypes import torch_dtype
 from onewan.errors import ConfigError
-from onewan.model.attention import use_attention_backend
 from onewan.model.attention_backends import AttentionBackend, attention_backend, default_backend
 from onewan.model.attention_choice import AttentionShape, Measured, fastest_backend, why_unusable
 from onewan.runs.events import AttentionChosen
@@ -70,11 +69,7 @@ def choose_attention(run: Run) -> AttentionChosen:
 def use_attention(run: Run, backend: AttentionBackend) -> None:
     """Let `run` and all of its transformers compute attention with `backend`."""
     run.attention = backend
-    # PyTorch's own choice is what diffusers calls without anything of ours in between.
-    replacement = None if backend.name == _default(run).name else backend
-    for transformer in (run.model.transformer, run.model.transformer_2):
-        if transformer is not None:
-            use_attention_backend(transformer, replacement)
+    run.memory.use_attention(backend)
 
 
 def resumed_attention(

@@ -19,6 +19,7 @@ from onewan.model.attention_backends import AttentionBackend
 from onewan.model.wan import WanModel
 from onewan.runs.layout import unused
 from onewan.sample.generate import SampleRequest, check_request
+from onewan.train.memory import RunMemory
 from onewan.train.objective import Objective
 from onewan.train.state import TrainableName, TrainedExpert, TrainState
 from onewan.variants import Expert, ExpertName, Variant
@@ -32,6 +33,8 @@ class Run:
     model: WanModel
     residency: DeviceResidency
     """Decides what is on the device; it moves optimizer state and averages with their expert."""
+    memory: RunMemory
+    """Runs the blocks of the transformers as the memory plan says."""
     dataset: Dataset
     loader: WanDataLoader
     objective: Objective

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from functools import partial
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -12,6 +11,7 @@ from onewan.arithmetic.expert_schedule import ExpertSchedule
 from onewan.config.method import DoraMethod, EmbeddingMethod, LoraMethod
 from onewan.config.resolve import expert_schedule_of
 from onewan.config.schema import ResolvedRun
+from onewan.data.clip import Clip
 from onewan.data.dataset import Dataset, prepare
 from onewan.data.encode import ProgressCallback, no_progress
 from onewan.data.loader import WanDataLoader
@@ -19,6 +19,7 @@ from onewan.dtypes import torch_dtype
 from onewan.formats.lora_files import AdapterFile
 from onewan.formats.model_folder import ComponentName
 from onewan.memory.device import resolve_device
+from onewan.memory.plan import Plan
 from onewan.memory.residency import DeviceResidency
 from onewan.model.conditioning import conditioning_of
 from onewan.model.load import WanModelLoader
@@ -26,6 +27,7 @@ from onewan.model.sources import ENCODERS, PipelineComponent, locate
 from onewan.model.wan import WanModel
 from onewan.sample.generate import SampleRequest
 from onewan.train.attention import first_attention, use_attention
+from onewan.train.memory import RunMemory, plan_run
 from onewan.train.optimizers.builders import inexact_resume_reason
 from onewan.train.preflight import check_before_encoding
 from onewan.train.run import Run, objective_of, sample_requests
@@ -72,6 +74,9 @@ class WanModelSetup:
         initial = initial_adapters(config)
         self._notices |= dict.fromkeys(n for file in initial.values() for n in file.notices)
         dataset, vae = self._encode_dataset(samples, initial, progress)
+        # Again, without the clips that could not be encoded.
+        clips = [*dataset.clips, *dataset.validation_clips]
+        memory = self._memory(plan_run(config, self._residency.device, clips))
         model = self._load_for_training(vae if samples else None, needs_sampling=bool(samples))
         del vae  # freed before adapters and optimizers are built, unless sampling needs it
         objective = objective_of(config.train, self._variant, self._experts)
@@ -79,15 +84,17 @@ class WanModelSetup:
         embeddings = attach_embeddings(config, model, dataset.clips, self._residency)
         experts: dict[ExpertName, TrainedExpert] = {
             expert.name: attach_expert(
-                config, model, expert, initial.get(expert.name), self._residency
+                config, model, expert, initial.get(expert.name), self._residency, memory
             )
             for expert in self._experts
         }
+        self._place_untrained(model, memory)
         head_dim = next(iter(experts.values())).transformer.config["attention_head_dim"]
         run = Run(
             config=config,
             model=model,
             residency=self._residency,
+            memory=memory,
             dataset=dataset,
             loader=self._loader(dataset),
             objective=objective,
@@ -95,12 +102,33 @@ class WanModelSetup:
             state=TrainState(experts=experts, embeddings=embeddings),
             samples=samples,
             attention=first_attention(config, self._residency.device, head_dim),
-            dropout=isinstance(config.method, LoraMethod | DoraMethod)
-            and config.method.dropout > 0,
+            dropout=self._dropout,
             warnings=[*self._notices, *self._warnings(schedule, dataset)],
         )
         use_attention(run, run.attention)
         return run
+
+    @property
+    def _dropout(self) -> bool:
+        method = self._config.method
+        return isinstance(method, LoraMethod | DoraMethod) and method.dropout > 0
+
+    def _memory(self, plan: Plan | None) -> RunMemory:
+        return RunMemory(
+            self._config,
+            self._residency.device,
+            plan,
+            dropout=self._dropout,
+            notices=self._notices,
+        )
+
+    def _place_untrained(self, model: WanModel, memory: RunMemory) -> None:
+        """Place the experts that are loaded for sampling only as those that are trained."""
+        for expert in self._variant.experts:
+            transformer = getattr(model, expert.component)
+            if expert not in self._experts and transformer is not None:
+                placement = memory.add(transformer)
+                self._residency.manage(transformer, alternating=True, placement=placement)
 
     def load_encoders(self, components: Collection[PipelineComponent]) -> WanModel:
         """The given components of the run's model for encoding, loaded onto the device."""
@@ -140,9 +168,14 @@ class WanModelSetup:
             encode_text_online=bool(self._config.embeddings),
             progress=progress,
             verify=verify,
-            check_clips=partial(check_captions, self._config),
+            check_clips=self._check_clips,
         )
         return dataset, vae
+
+    def _check_clips(self, clips: Sequence[Clip]) -> None:
+        """Refuse, before anything is encoded, clips that can't be trained on."""
+        check_captions(self._config, clips)
+        plan_run(self._config, self._residency.device, clips)
 
     def _load_for_training(self, vae: AutoencoderKLWan | None, *, needs_sampling: bool) -> WanModel:
         """The transformers, the text encoder if embeddings are used, and for sampling the VAE.

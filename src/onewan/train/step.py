@@ -74,6 +74,7 @@ def backward(
     losses: list[Tensor] = []
     levels: list[float] = []
     for group in run.together(step.batches):
+        run.memory.use_for(group[0].latents)
         noised = [noised_inputs(run, batch.to(run.device), step, trained) for batch in group]
         if run.dropout:
             counters = (step.number, group[0].first_sample_index)

@@ -36,11 +36,11 @@ from onewan.formats.lora_files import AdapterFile, read_adapters
 from onewan.formats.lora_writing import check_expressible
 from onewan.formats.untrusted import named
 from onewan.memory.residency import DeviceResidency
-from onewan.model.attention import attend_within_frames
 from onewan.model.embedding import WanModelEmbedding
 from onewan.model.text import checkpoint_encoder, mentions
 from onewan.model.wan import WanModel
 from onewan.train.ema import Ema
+from onewan.train.memory import RunMemory
 from onewan.train.optimizers.trainable_optimizer import build_trainable_optimizer
 from onewan.train.state import Trainable, TrainableName, TrainedExpert
 from onewan.train.trainables import AdapterTraining, EmbeddingTraining, ExpertMethod, FullFineTune
@@ -121,8 +121,10 @@ def attach_expert(
     expert: Expert,
     initial: AdapterFile | None,
     residency: DeviceResidency,
+    memory: RunMemory,
 ) -> TrainedExpert:
-    """Make `expert` of `model` trainable by the run's method, and register it with `residency`.
+    """Make `expert` of `model` trainable by the run's method, register it with `residency`, and let
+    `memory` run its blocks.
 
     `initial` is the adapter file to initialize from. With the method "embedding" the transformer
     has no trainable parameters; gradients pass through it to the vectors of placeholders.
@@ -131,10 +133,6 @@ def attach_expert(
     # First, since the method enables gradients for its own parameters.
     transformer.requires_grad_(False)
     method = _attach_method(config, transformer, expert, initial)
-    if config.memory.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if not config.wan_config.use_temporal_attention:
-        attend_within_frames(transformer)
     trainable = None
     if method is not None:
         lr = expert_settings(config, expert.name).lr or config.optimizer.lr
@@ -143,6 +141,7 @@ def attach_expert(
         transformer,
         *([] if trainable is None else [trainable]),
         alternating=config.memory.offload_inactive_expert,
+        placement=memory.add(transformer, first_trained=_first_trained(config)),
     )
     return TrainedExpert(
         expert=expert,
@@ -151,6 +150,14 @@ def attach_expert(
         trainable=trainable,
         initial_digest=None if initial is None else initial.digest(),
     )
+
+
+def _first_trained(config: ResolvedRun) -> int:
+    """The first block that a backward pass reaches."""
+    layers = config.wan_config.transformer_layers_to_train
+    # Gradients of placeholders, and of weights outside of the blocks, pass through all blocks.
+    outside = bool(config.embeddings) or isinstance(config.method, FineTuneMethod)
+    return 0 if layers is None or outside else min(layers)
 
 
 def check_expert(

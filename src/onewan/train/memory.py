@@ -1,0 +1,162 @@
+"""`RunMemory`: the memory plan of a run, and the execution of the transformers' blocks by it.
+
+The plan is made before anything is loaded for training, from the sizes of the clips, and refuses a
+run that can't fit. Each group of batches, each validation clip and each sample video then runs with
+the settings of its size.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from onewan.config.schema import ResolvedRun
+from onewan.data.clip import Clip
+from onewan.memory.block_backward import BlockComputation
+from onewan.memory.device import device_name, total_and_free_memory
+from onewan.memory.execution import BlockExecution, CopiedBytes
+from onewan.memory.host_memory import HostMemory
+from onewan.memory.plan import (
+    Bucket,
+    Machine,
+    Plan,
+    Settings,
+    check_plan,
+    find_machine,
+    machine_for,
+    machine_of,
+    make_plan,
+    read_stored_model,
+)
+from onewan.memory.residency import Placement
+from onewan.model.block_parts import BlockParts
+from onewan.model.transformer import WanTransformer
+
+
+class RunMemory:
+    """What the memory of one run is used for."""
+
+    def __init__(
+        self,
+        config: ResolvedRun,
+        device: torch.device,
+        plan: Plan | None,
+        *,
+        dropout: bool,
+        notices: dict[str, None],
+    ) -> None:
+        """`plan` is that of `plan_run`. With `dropout`, adapters draw random numbers in the forward
+        pass. Messages for the user are added to `notices`."""
+        self._variant = config.model.facts()
+        self._dropout = dropout
+        self.plan = plan
+        """None on the CPU, where all memory is the host's."""
+        self._given = given_settings(config, self._variant.num_layers)
+        planned = [b.settings for b in plan.buckets] if plan is not None else [self._given]
+        layers = self._variant.num_layers
+        alternates = len(self._variant.experts) > 1 and config.memory.offload_inactive_expert
+        streams = any(settings.streamed(layers) for settings in planned) or (
+            plan is not None and alternates and planned[0].checkpointing
+        )
+        self._execution = BlockExecution(
+            device,
+            planned[0],
+            host=HostMemory(
+                device,
+                pinned=config.memory.pinned,
+                notify=lambda message: notices.update({message: None}),
+            ),
+            computation=BlockComputation(
+                frames_apart=not config.wan_config.use_temporal_attention,
+                parts=BlockParts.compiled() if config.memory.compile else BlockParts(),
+                dropout=dropout,
+            ),
+            streams=streams,
+        )
+
+    @property
+    def copied(self) -> CopiedBytes:
+        """Bytes of weights and activations that were copied since the start of the run."""
+        return self._execution.copied
+
+    def add(self, transformer: WanTransformer3DModel, *, first_trained: int = 0) -> Placement:
+        """As `BlockExecution.add`."""
+        assert isinstance(transformer, WanTransformer)  # as `onewan.model.load` returns it
+        return self._execution.add(transformer, first_trained=first_trained)
+
+    def use_for(self, latents_BCFHW: Tensor) -> Settings:
+        """Run the blocks with the settings for latents of this size; returns them. Not between a
+        forward and its backward pass."""
+        settings = self._settings_for(latents_BCFHW)
+        self._execution.configure(settings)
+        return settings
+
+    def use_for_sampling(self) -> None:
+        """Run the blocks with the settings for sample videos."""
+        if self.plan is not None:
+            resident = self.plan.sampling_resident_blocks
+            self._execution.configure(replace(self._execution.settings, resident_blocks=resident))
+
+    def announce(self, current: WanTransformer3DModel, following: WanTransformer3DModel) -> None:
+        """As `BlockExecution.announce`."""
+        self._execution.announce(current, following)
+
+    def close(self) -> None:
+        """Free the device's buffers, and end the copies."""
+        self._execution.close()
+
+    def _settings_for(self, latents_BCFHW: Tensor) -> Settings:
+        if self.plan is None:
+            return self._given
+        _, _, frames, height, width = latents_BCFHW.shape
+        side = self._variant.spatial_compression
+        bucket = Bucket(
+            frames=(frames - 1) * self._variant.temporal_compression + 1,
+            width=width * side,
+            height=height * side,
+        )
+        return self.plan.for_bucket(bucket).settings
+
+
+def plan_run(config: ResolvedRun, device: torch.device, clips: Iterable[Clip]) -> Plan | None:
+    """The plan for training on `device`; None on the CPU.
+
+    MemoryPlanError, which says by how much and what would help, if the run can't fit.
+    """
+    if device.type == "cpu":
+        return None
+    buckets = Counter(
+        Bucket(frames=clip.frames, width=clip.size[0], height=clip.size[1]) for clip in clips
+    )
+    plan = make_plan(config, buckets, machine_with(config, device), read_stored_model(config))
+    check_plan(plan)
+    return plan
+
+
+def machine_with(config: ResolvedRun, device: torch.device) -> Machine:
+    """The device and the host, with the limits that the run file gives."""
+    total, free = total_and_free_memory(device)
+    if total is None or free is None:
+        return machine_for(config, find_machine())
+    allocated = torch.get_device_module(device).memory_allocated(device)
+    machine = machine_of(device_name(device), total)
+    return machine_for(config, replace(machine, context=max(0, total - free - allocated)))
+
+
+def given_settings(config: ResolvedRun, layers: int) -> Settings:
+    """The run file's own settings, and for those it leaves out what takes the least time where
+    memory suffices."""
+    memory = config.memory
+    return Settings(
+        weights=memory.weights,
+        checkpointing=memory.gradient_checkpointing,
+        resident_blocks=layers if memory.resident_blocks is None else memory.resident_blocks,
+        offload_inputs=bool(memory.offload_inputs),
+        keep_attention=memory.keep_attention or "no",
+        feed_forward_chunks=memory.feed_forward_chunks or 1,
+    )
