@@ -31,7 +31,7 @@ from onewan.model.wan import WanModel
 from onewan.train.objective import velocity_loss
 from onewan.train.run import Run
 from onewan.train.setup import WanModelSetup
-from onewan.train.step import backward, compute_loss, predict
+from onewan.train.step import NoisedInputs, backward, compute_loss, predict
 from onewan.train.trainables import AdapterTraining, EmbeddingTraining
 from onewan.variants import VARIANTS, ExpertName
 
@@ -110,13 +110,14 @@ def test_the_wan_settings_apply_to_each_method(
     sample = run.objective.add_noise(batch, step, trained.expert)
     with torch.no_grad():
         text = run.text(batch)
-        before = predict(run, trained, batch, sample, text)
+        (before,) = predict(run, trained, [NoisedInputs(batch, sample, text)])
         loss, plain = (
             compute_loss(run, sample, before),
             velocity_loss(before, sample, LossSection(), 1),
         )
         sample.x[:, :, 1] += 1
-        change = (predict(run, trained, batch, sample, text) - before).abs()
+        (after,) = predict(run, trained, [NoisedInputs(batch, sample, text)])
+        change = (after - before).abs()
     moved = change.amax(dim=(0, 1, 3, 4))
     assert moved[1] > 1e-3 and moved[0] < 1e-2 * moved[1]
     assert loss != plain

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from onewan.model.attention import attend_within_frames, use_attention_backend
 from onewan.model.attention_backends import AttentionBackend, attention_backend
 from onewan.model.attention_choice import (
     AttentionShape,
@@ -18,8 +13,6 @@ from onewan.model.attention_choice import (
     measure,
     why_unusable,
 )
-from onewan.model.forward import predict_velocity
-from onewan.model.precision import keep_float32_islands
 
 CPU = torch.device("cpu")
 SHAPE = AttentionShape(batch=2, tokens=65, heads=3, head_dim=32)
@@ -120,59 +113,3 @@ def test_an_accelerator_with_one_backend_keeps_it(sim: torch.device) -> None:
     assert measured.backend.name in ("overrideable", "flash", "efficient")
     assert why_unusable(measured.backend, sim, torch.float32, 32) is None
     assert measured.unusable["cudnn"] == "PyTorch has no such kernel for sim"
-
-
-def transformer(**settings: Any) -> WanTransformer3DModel:
-    torch.manual_seed(0)
-    model = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=32,
-        text_dim=48,
-        ffn_dim=96,
-        num_layers=2,
-        **settings,
-    )
-    keep_float32_islands(model)
-    return model.train()
-
-
-def loss_and_gradients(
-    model: WanTransformer3DModel, dtype: torch.dtype
-) -> tuple[Tensor, dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 16, 3, 8, 6, generator=generator)
-    text = torch.randn(2, 512, 48, generator=generator)
-    model.zero_grad()
-    out = predict_velocity(model, x, torch.tensor([0.9, 0.3]), text, dtype=dtype)
-    out.square().mean().backward()
-    return out.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("within_frames", [False, True])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_diffusers_transformer_with_a_backend_has_the_same_bits(
-    dtype: torch.dtype, within_frames: bool, checkpointing: bool
-) -> None:
-    model = transformer()
-    if within_frames:
-        attend_within_frames(model)
-    if checkpointing:
-        model.enable_gradient_checkpointing()
-    expected, gradients = loss_and_gradients(model, dtype)
-    gradients = copy.deepcopy(gradients)
-    backend = Recorded(attention_backend("flash"))
-    use_attention_backend(model, backend)
-    out, actual = loss_and_gradients(model, dtype)
-    assert torch.equal(out, expected)
-    assert actual.keys() == gradients.keys()
-    assert all(torch.equal(actual[name], gradients[name]) for name in gradients)
-    # Two blocks with two attentions; checkpointing computes them again.
-    assert len(backend.forwards) == 4 * (1 + checkpointing)
-    assert backend.backwards == 4
-    # Self-attention of 3 frames of 12 tokens, and cross-attention of all tokens.
-    self_attention = (6, 12, 2, 32) if within_frames else (2, 36, 2, 32)
-    assert set(backend.forwards) == {self_attention, (2, 36, 2, 32)}
-    use_attention_backend(model, None)
-    loss_and_gradients(model, dtype)
-    assert len(backend.forwards) == 4 * (1 + checkpointing)

@@ -14,8 +14,8 @@ form.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -34,9 +34,20 @@ class Attended:
 
     output: Tensor
     saved: tuple[Tensor, ...]
+    dtype: torch.dtype
+    """In which the output enters the next layer (`Heads.output_dtype`)."""
 
+    @property
     def tensors(self) -> list[Tensor]:
         return [self.output, *self.saved]
+
+    @property
+    def converted(self) -> Tensor:
+        """The output for the next layer."""
+        return self.output.to(self.dtype)
+
+
+Context = Callable[[], AbstractContextManager[object]]
 
 
 class RandomStates:
@@ -122,14 +133,14 @@ class BlockComputation:
         first = self.attended(block, heads, inputs)
         del heads
         random.mark("self branch")
-        branch = self.parts.self_attention_branch(block, first.output, part, inputs.first_tokens)
+        branch = self.parts.self_attention_branch(block, first.converted, part, inputs.first_tokens)
         hidden = hidden_BNd + branch
         random.mark("cross heads")
         heads = self.parts.cross_attention_heads(block, hidden, inputs.text)
         second = self.attended(block, heads, None)
         del heads
         random.mark("cross branch")
-        hidden = hidden + self.parts.cross_attention_branch(block, second.output)
+        hidden = hidden + self.parts.cross_attention_branch(block, second.converted)
         kept = [first, second] if self.keep_attention else []
         del first, second, branch
         random.mark("feed-forward")
@@ -157,11 +168,12 @@ class BlockComputation:
         grad_BNd: Tensor,
         inputs: BlockInputs,
         sums: InputGradients,
+        context: Context = nullcontext,
     ) -> Tensor:
         """The gradient of `hidden_BNd`; those of parameters are accumulated, and those of the text
-        and the timesteps are added to `sums`."""
+        and the timesteps are added to `sums`. `context` is that of forward passes (autocast)."""
         with torch.enable_grad():
-            this = _BlockBackward(self, block, inputs, random, sums)
+            this = _BlockBackward(self, block, inputs, random, sums, context)
             return this.run(hidden_BNd, kept, grad_BNd)
 
     # ------------------------------------------------------------------------------------ attention
@@ -171,14 +183,15 @@ class BlockComputation:
     ) -> Attended:
         """Self-attention with `inputs`, cross-attention without; no gradients."""
         folded = self._folded(block, heads, inputs)
-        output, saved = self.chosen(folded).forward(*folded)
-        return Attended(output.reshape(heads.q.shape), saved)
+        output, saved = self.chosen(folded).forward(*folded.tensors)
+        return Attended(output.reshape(heads.q.shape), saved, heads.output_dtype)
 
     def _attend(
         self, block: WanTransformerBlock, heads: Heads, inputs: BlockInputs | None
     ) -> Tensor:
         folded = self._folded(block, heads, inputs)
-        return attend(*folded, self.chosen(folded)).reshape(heads.q.shape)
+        output = attend(*folded.tensors, self.chosen(folded)).reshape(heads.q.shape)
+        return output.to(heads.output_dtype)
 
     def attention_backward(
         self,
@@ -187,15 +200,18 @@ class BlockComputation:
         attended: Attended,
         grad_BNHD: Tensor,
         inputs: BlockInputs | None,
-    ) -> Heads:
+    ) -> list[Tensor]:
         """Gradients of queries, keys and values."""
         folded = self._folded(block, heads, inputs)
         shape = folded.q.shape
         gradients = self.chosen(folded).backward(
-            grad_BNHD.reshape(shape), *folded, attended.output.reshape(shape), attended.saved
+            grad_BNHD.reshape(shape),
+            *folded.tensors,
+            attended.output.reshape(shape),
+            attended.saved,
         )
-        pairs = zip(gradients, heads, strict=True)
-        return Heads(*(gradient.reshape(head.shape) for gradient, head in pairs))
+        pairs = zip(gradients, heads.tensors, strict=True)
+        return [gradient.reshape(head.shape) for gradient, head in pairs]
 
     def chosen(self, heads: Heads) -> AttentionBackend:
         """The attention backend for these heads."""
@@ -240,12 +256,16 @@ class _BlockBackward:
     inputs: BlockInputs
     random: RandomStates
     sums: InputGradients
+    context: Context
+    """Of what is computed again, but not of gradients: in autograd's own backward pass, autocast is
+    off too."""
     _part: Modulation = field(init=False)
 
     def run(self, hidden_BNd: Tensor, kept: list[Attended], given: Tensor) -> Tensor:
         """The gradient of `hidden_BNd`. Frees `given`, the gradient of the block's output."""
         time = _leaf(self.inputs.time, self.sums.time)
-        table = self.how.parts.modulation(self.block, time)
+        with self.context():
+            table = self.how.parts.modulation(self.block, time)
         self._part = Modulation(*(_leaf(x) for x in table))
         text = _leaf(self.inputs.text)
         first = _Attention(self, hidden_BNd, None, kept[0] if kept else None)
@@ -282,7 +302,8 @@ class _BlockBackward:
         with self.random.again("feed-forward"):
             for span, first in how.spans(hidden_BNd.shape[1], inputs.first_tokens):
                 chunk = hidden_BNd[:, span].detach().requires_grad_()
-                branch = how.parts.feed_forward_branch(self.block, chunk, self._part, first)
+                with self.context():
+                    branch = how.parts.feed_forward_branch(self.block, chunk, self._part, first)
                 branch.backward(grad_BNd[:, span])
                 del branch
                 assert chunk.grad is not None
@@ -314,12 +335,11 @@ class _Attention:
         self._heads: Heads | None = None
         if kept is None:
             self._heads = self._compute_heads()
-            detached = Heads(*(head.detach() for head in self._heads))
             with torch.no_grad():
-                kept = owner.how.attended(owner.block, detached, self._inputs())
+                kept = owner.how.attended(owner.block, _detached(self._heads), self._inputs())
         self._attended = kept
         self._leaf = kept.output.detach().requires_grad_()
-        with owner.random.again(f"{self._name} branch"):
+        with owner.random.again(f"{self._name} branch"), owner.context():
             self._branch = self._compute_branch()
 
     def output(self) -> Tensor:
@@ -339,18 +359,22 @@ class _Attention:
         with torch.no_grad():
             gradients = owner.how.attention_backward(
                 owner.block,
-                Heads(*(head.detach() for head in heads)),
+                _detached(heads),
                 self._attended,
                 grad_attended,
                 self._inputs(),
             )
         del grad_attended, self._attended, self._leaf
-        # The edges keep the graphs, and the heads themselves are freed.
         # Without trained layers, keys and values of the text have no graph.
-        recorded = [head.requires_grad for head in heads]
-        edges = [torch.autograd.graph.get_gradient_edge(h) for h in heads if h.requires_grad]
-        del heads
+        recorded = [head.requires_grad for head in heads.tensors]
         roots = [gradient for gradient, used in zip(gradients, recorded, strict=True) if used]
+        # The edges keep the graphs, and the heads themselves are freed.
+        edges = [
+            torch.autograd.graph.get_gradient_edge(head)
+            for head in heads.tensors
+            if head.requires_grad
+        ]
+        del heads, gradients
         if self._text is not None and owner.sums.text is not None:
             # The sum of the blocks behind this one comes first, as in autograd's sum over blocks.
             edges.append(torch.autograd.graph.get_gradient_edge(self._text))
@@ -360,22 +384,32 @@ class _Attention:
 
     def _compute_heads(self) -> Heads:
         owner, parts = self._owner, self._owner.how.parts
-        with owner.random.again(f"{self._name} heads"):
+        again = not parts.is_compiled
+        with owner.random.again(f"{self._name} heads"), owner.context():
             if self._text is None:
                 return parts.self_attention_heads(
-                    owner.block, self._hidden, owner.part, owner.inputs
+                    owner.block, self._hidden, owner.part, owner.inputs, recompute=again
                 )
-            return parts.cross_attention_heads(owner.block, self._hidden, self._text)
+            return parts.cross_attention_heads(
+                owner.block, self._hidden, self._text, recompute=again
+            )
 
     def _compute_branch(self) -> Tensor:
         owner, parts = self._owner, self._owner.how.parts
         if self._text is None:
             first = owner.inputs.first_tokens
-            return parts.self_attention_branch(owner.block, self._leaf, owner.part, first)
-        return parts.cross_attention_branch(owner.block, self._leaf)
+            return parts.self_attention_branch(
+                owner.block, self._leaf.to(self._attended.dtype), owner.part, first
+            )
+        return parts.cross_attention_branch(owner.block, self._leaf.to(self._attended.dtype))
 
     def _inputs(self) -> BlockInputs | None:
         return self._owner.inputs if self._text is None else None
+
+
+def _detached(heads: Heads) -> Heads:
+    q, k, v = (head.detach() for head in heads.tensors)
+    return Heads(q, k, v, heads.output_dtype)
 
 
 @cache

@@ -118,7 +118,7 @@ class _ForwardPass:
         self._device = hidden[0].device
         self._autocast = autocast_dtype(self._device)
         self._sums = [InputGradients() for _ in inputs]
-        self._kept: dict[tuple[int, int], tuple[list[int], RandomStates]] = {}
+        self._kept: dict[tuple[int, int], tuple[list[tuple[int, torch.dtype]], RandomStates]] = {}
         self.first = self._first_with_gradient(hidden)
         """The first block that the backward pass reaches."""
 
@@ -160,8 +160,9 @@ class _ForwardPass:
                     runner.blocks[index], hidden, inputs
                 )
                 if keep:
-                    tensors = [tensor for attended in kept for tensor in attended.tensors()]
-                    self._kept[index, number] = ([len(a.saved) for a in kept], random)
+                    tensors = [tensor for attended in kept for tensor in attended.tensors]
+                    counts = [(len(attended.saved), attended.dtype) for attended in kept]
+                    self._kept[index, number] = (counts, random)
                     leave = [runner.offload_inputs, *[runner.offload_attention] * len(tensors)]
                     runner.store.put((index, number), [hidden, *tensors], leave)
                 results.append(after)
@@ -173,26 +174,26 @@ class _ForwardPass:
         runner = self._runner
         runner.weights.use(index)
         results = []
-        with self._context():
-            for number, gradient in enumerate(gradients):
-                hidden, *tensors = self._runner.store.take((index, number))
-                self._prefetch(index, number)
-                counts, random = self._kept.pop((index, number))
-                kept = [
-                    Attended(tensors.pop(0), tuple(tensors.pop(0) for _ in range(count)))
-                    for count in counts
-                ]
-                results.append(
-                    self._computation.backward(
-                        runner.blocks[index],
-                        hidden,
-                        kept,
-                        random,
-                        gradient,
-                        self._inputs[number],
-                        self._sums[number],
-                    )
+        for number, gradient in enumerate(gradients):
+            hidden, *tensors = runner.store.take((index, number))
+            self._prefetch(index, number)
+            counts, random = self._kept.pop((index, number))
+            kept = [
+                Attended(tensors.pop(0), tuple(tensors.pop(0) for _ in range(count)), dtype)
+                for count, dtype in counts
+            ]
+            results.append(
+                self._computation.backward(
+                    runner.blocks[index],
+                    hidden,
+                    kept,
+                    random,
+                    gradient,
+                    self._inputs[number],
+                    self._sums[number],
+                    self._context,
                 )
+            )
         runner.weights.done(index, Pass.BACKWARD)
         return results
 

@@ -22,6 +22,7 @@ from onewan.memory.plan import Settings
 from onewan.memory.residency import Placement, WholeModule
 from onewan.memory.streamed_transformer import StreamedTransformer
 from onewan.memory.streaming import BlockStream
+from onewan.model.attention_backends import AttentionBackend
 from onewan.model.transformer import WanTransformer
 
 
@@ -112,6 +113,12 @@ class BlockExecution:
             self._apply(runner)
         for placement in self._placements.values():
             placement.resident = settings.resident_blocks
+
+    def use_attention(self, backend: AttentionBackend) -> None:
+        """Compute attention with `backend` from the next pass on."""
+        self._computation = replace(self._computation, backend=backend)
+        for runner in self._runners:
+            self._apply(runner)
 
     def announce(self, current: nn.Module, following: nn.Module) -> None:
         """The next step trains `following`: behind the last backward pass of `current`, its weights

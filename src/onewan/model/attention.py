@@ -1,20 +1,13 @@
-"""Attention of diffusers' transformer: by another backend than PyTorch's own choice, and within
-each latent frame only, to train style or characters without motion."""
+"""Self-attention within each latent frame only, to train style or characters without motion, in
+diffusers' own forward pass."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import (
-    WanAttention,
-    WanAttnProcessor,
-    WanTransformerBlock,
-)
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
-
-from onewan.model.attention_backends import AttentionBackend, attend
-from onewan.model.block_parts import projected_heads, projected_output, rotated
 
 
 class _FrameCount:
@@ -28,7 +21,7 @@ class _WithinFrames:
     """An attention processor that folds frames into the batch around the one that it wraps."""
 
     def __init__(self, inner: Any, frames: _FrameCount) -> None:
-        self.inner = inner
+        self._inner = inner
         self._frames = frames
 
     def __call__(
@@ -40,7 +33,7 @@ class _WithinFrames:
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         if not attn.training:
-            return self.inner(
+            return self._inner(
                 attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb
             )
         batch, tokens, width = hidden_states.shape
@@ -53,7 +46,7 @@ class _WithinFrames:
             )
             rotary_emb = (cos, sin)
         folded = hidden_states.reshape(batch * self._frames.value, per_frame, width)
-        out = self.inner(attn, folded, encoder_hidden_states, attention_mask, rotary_emb)
+        out = self._inner(attn, folded, encoder_hidden_states, attention_mask, rotary_emb)
         return out.reshape(batch, tokens, width)
 
 
@@ -81,40 +74,3 @@ def attend_within_frames(transformer: WanTransformer3DModel) -> None:
         if isinstance(module, WanTransformerBlock):
             processor: Any = _WithinFrames(module.attn1.processor, frames)
             module.attn1.set_processor(processor)
-
-
-class _WithBackend:
-    """An attention processor that computes what diffusers' own does, with a given backend."""
-
-    def __init__(self, backend: AttentionBackend) -> None:
-        self._backend = backend
-
-    def __call__(
-        self,
-        attn: WanAttention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        # Wan 2.2 has no mask, no fused projections and, unlike Wan 2.1, no image among the keys.
-        assert attention_mask is None
-        q, k, v = projected_heads(attn, hidden_states, encoder_hidden_states)
-        if rotary_emb is not None:
-            q, k = rotated(q, rotary_emb), rotated(k, rotary_emb)
-        return projected_output(attn, attend(q, k, v, self._backend))
-
-
-def use_attention_backend(
-    transformer: WanTransformer3DModel, backend: AttentionBackend | None
-) -> None:
-    """Compute all attention of `transformer` with `backend`, in training and in evaluation; None is
-    diffusers' own way, which is PyTorch's choice. `attend_within_frames` remains in effect."""
-    for module in transformer.modules():
-        if isinstance(module, WanTransformerBlock):
-            for attn in (module.attn1, module.attn2):
-                processor: Any = WanAttnProcessor() if backend is None else _WithBackend(backend)
-                if isinstance(attn.processor, _WithinFrames):
-                    attn.processor.inner = processor
-                else:
-                    attn.set_processor(processor)

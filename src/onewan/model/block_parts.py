@@ -61,6 +61,14 @@ class Heads(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
+    output_dtype: torch.dtype
+    """The dtype of the attention's output where it enters the next layer: that of the normalized
+    queries, before autocast converts them for attention. A layer that computes with its input
+    before the matrix product, such as OFT's rotation, would otherwise round differently."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q, self.k, self.v
 
 
 def modulation(block: WanTransformerBlock, time_BT6d: Tensor) -> Modulation:
@@ -130,7 +138,8 @@ def feed_forward_branch(
 def within_frames(heads: Heads, frames: int) -> Heads:
     """The same heads with the frames folded into the batch, [B F, N / F, H, D]: each token then
     attends to those of its own frame."""
-    return Heads(*(x.reshape(x.shape[0] * frames, -1, *x.shape[2:]) for x in heads))
+    q, k, v = (x.reshape(x.shape[0] * frames, -1, *x.shape[2:]) for x in heads.tensors)
+    return Heads(q, k, v, heads.output_dtype)
 
 
 @dataclass(frozen=True)
@@ -206,8 +215,12 @@ def _as_heads(
 ) -> Heads:
     """The projections as heads: q and k normalized and, with `rotary`, rotated."""
 
+    normalized = q_BNd.dtype
+
     def prepared(norm: nn.Module, x: Tensor) -> Tensor:
+        nonlocal normalized
         heads = norm(x).unflatten(2, (attention.heads, -1))
+        normalized = heads.dtype
         return autocast(heads) if rotary is None else _rotated(heads, rotary)
 
     def head(norm: nn.Module, x: Tensor) -> Tensor:
@@ -217,12 +230,15 @@ def _as_heads(
         return result
 
     v = autocast(v_BMd.unflatten(2, (attention.heads, -1)))
-    return Heads(head(attention.norm_q, q_BNd), head(attention.norm_k, k_BMd), v)
+    k = head(attention.norm_k, k_BMd)
+    q = head(attention.norm_q, q_BNd)
+    return Heads(q, k, v, normalized)
 
 
 def _projected(attention: WanAttention, attended_BNHD: Tensor) -> Tensor:
     linear, dropout = attention.to_out
-    return dropout(linear(attended_BNHD.flatten(2, 3)))
+    attended_BNd = attended_BNHD.flatten(2, 3)
+    return dropout(linear(attended_BNd))
 
 
 def _rotated(x_BNHD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

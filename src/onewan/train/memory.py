@@ -34,6 +34,7 @@ from onewan.memory.plan import (
     read_stored_model,
 )
 from onewan.memory.residency import Placement
+from onewan.model.attention_backends import AttentionBackend
 from onewan.model.block_parts import BlockParts
 from onewan.model.transformer import WanTransformer
 
@@ -101,6 +102,10 @@ class RunMemory:
         if self.plan is not None:
             resident = self.plan.sampling_resident_blocks
             self._execution.configure(replace(self._execution.settings, resident_blocks=resident))
+
+    def use_attention(self, backend: AttentionBackend) -> None:
+        """As `BlockExecution.use_attention`."""
+        self._execution.use_attention(backend)
 
     def announce(self, current: WanTransformer3DModel, following: WanTransformer3DModel) -> None:
         """As `BlockExecution.announce`."""
