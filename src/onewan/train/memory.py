@@ -28,7 +28,7 @@ from onewan.memory.plan import (
     Settings,
     check_plan,
     find_machine,
-    machine_for,
+    limited,
     machine_of,
     make_plan,
     read_stored_model,
@@ -147,10 +147,10 @@ def machine_with(config: ResolvedRun, device: torch.device) -> Machine:
     """The device and the host, with the limits that the run file gives."""
     total, free = total_and_free_memory(device)
     if total is None or free is None:
-        return machine_for(config, find_machine())
+        return limited(find_machine(), config)
     allocated = torch.get_device_module(device).memory_allocated(device)
     machine = machine_of(device_name(device), total)
-    return machine_for(config, replace(machine, context=max(0, total - free - allocated)))
+    return limited(replace(machine, context=max(0, total - free - allocated)), config)
 
 
 def given_settings(config: ResolvedRun, layers: int) -> Settings:
