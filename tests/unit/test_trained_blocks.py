@@ -19,6 +19,9 @@ from onewan.adapters.weights import train_weights
 from onewan.config.optimizer import SgdOptimizer
 from onewan.errors import TrainingError
 from onewan.memory import copiers
+from onewan.memory.activations import KeptActivations
+from onewan.memory.block_backward import BlockComputation
+from onewan.memory.block_runner import CheckpointedBlocks
 from onewan.memory.block_weights import BlockWeights
 from onewan.memory.copy_queue import StreamQueue
 from onewan.memory.host_memory import HostMemory
@@ -26,6 +29,7 @@ from onewan.memory.residency import DeviceResidency
 from onewan.memory.streamed_transformer import StreamedTransformer
 from onewan.memory.streaming import BlockStream
 from onewan.model.forward import predict_velocity
+from onewan.model.transformer import WanTransformer
 from onewan.train.optimizers.block_updates import BlockUpdates
 from onewan.train.optimizers.parameters import ParameterGroup
 from onewan.train.optimizers.per_weight import PerWeightOptimizer
@@ -162,6 +166,32 @@ def test_no_access_is_unordered(base, resident, copier, monkeypatch) -> None:
     assert_equal(weights, plain.weights())
     assert streamed.stream is not None and streamed.stream.misses == 0
     streamed.stream.close()
+
+
+@pytest.mark.parametrize("keep_attention", [False, True])
+def test_a_block_that_is_differentiated_in_parts_is_updated_once(base, keep_attention) -> None:
+    """Its gradients are complete only after the last of its parts."""
+    plain = FineTune(base, rounding="kahan")
+    streamed = FineTune(base, rounding="kahan", resident=1)
+    assert streamed.stream is not None
+    for one in (plain, streamed):
+        one.model.__class__ = WanTransformer
+        for block in one.model.blocks:
+            block.__dict__.pop("forward", None)  # that of `stream_blocks`
+    plain.model.enable_gradient_checkpointing()
+    plain.model.train()
+    streamed.model.train()
+    streamed.model.block_runner = CheckpointedBlocks(
+        blocks=list(streamed.model.blocks),
+        store=KeptActivations(SIM, lambda size: HostMemory(SIM).allocate(size).tensor),
+        weights=streamed.stream,
+        computation=BlockComputation(keep_attention=keep_attention),
+    )
+    assert_trained_alike(plain, streamed, range(3))
+    # In chunks the feed-forward layer's gradients are sums of several.
+    streamed.model.block_runner.computation = BlockComputation(chunks=3)
+    losses = streamed.train(range(3, 5))
+    assert all(loss.isfinite() for loss in losses)
 
 
 def test_weights_and_state_travel_once_and_nothing_waits(base) -> None:

@@ -74,7 +74,8 @@ class BlockStream:
         """`ring` is the number of buffers that streamed blocks share, at least 2 for copies beside
         computations; `host` allocates pinned memory for weights that are not pinned themselves;
         `recorder` is told every entry of the schedule."""
-        self.device = device
+        # As tensors name it: cuda is cuda:0, and the two don't compare equal.
+        self.device = device = torch.empty(0, device=device).device
         self.ring = ring
         self.recorder = recorder
         self.traffic = Traffic()
