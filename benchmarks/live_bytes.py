@@ -224,12 +224,30 @@ def _place() -> str:
     return ""
 
 
+class _FusedRmsNorm(torch.autograd.Function):
+    """The tensors of ``aten._fused_rms_norm``, which CUDA has and other devices take apart: it
+    saves its input and one number for each row, and its backward pass allocates the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows = torch.empty(input.shape[:-1], device=input.device)
+        ctx.save_for_backward(input, weight, rows)
+        return torch.empty_like(input)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        input, weight, _ = ctx.saved_tensors
+        assert grad.shape == input.shape
+        trained = weight is not None and ctx.needs_input_grad[1]
+        return torch.empty_like(input), torch.empty_like(weight) if trained else None
+
+
 @contextmanager
-def fake_device(*, flash_attention: bool = True) -> Iterator[torch.device]:
+def fake_device(*, fused_kernels: bool = True) -> Iterator[torch.device]:
     """A context in which all tensors are fake; returns the accelerator to create them on.
 
-    With `flash_attention`, PyTorch's attention in half precision is flash attention's operator, as
-    on a GPU, and not the one that the simulated accelerator has.
+    With `fused_kernels`, attention in half precision is flash attention's operator and RMSNorm is
+    one kernel, as on CUDA and ROCm, and not what the simulated accelerator has for them.
     """
     if "simulated_gpu" not in sys.modules:
         sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -254,13 +272,27 @@ def fake_device(*, flash_attention: bool = True) -> Iterator[torch.device]:
         operator = torch.ops.aten._scaled_dot_product_flash_attention
         return operator(*inputs, scale=kwargs.get("scale"))[0]
 
+    rms_norm: Any = F.rms_norm
+
+    def fused_rms_norm(
+        input: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None
+    ) -> Tensor:
+        kind = input.device.type
+        if kind != "sim":
+            return rms_norm(input, shape, weight, eps)
+        if torch.is_autocast_enabled(kind):  # which computes it in float32
+            input, weight = input.float(), None if weight is None else weight.float()
+        return _FusedRmsNorm.apply(input, weight)  # pyright: ignore[reportReturnType]
+
     torch.utils.swap_tensors = swap_tensors
-    if flash_attention:
+    if fused_kernels:
         # Not by a mode for functions: those are off while a backward pass recomputes.
         F.scaled_dot_product_attention = flash
+        F.rms_norm = fused_rms_norm
     try:
         with mode:
             yield torch.device("sim", 0)
     finally:
         torch.utils.swap_tensors = swap
         F.scaled_dot_product_attention = attention
+        F.rms_norm = rms_norm

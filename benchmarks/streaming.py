@@ -294,7 +294,8 @@ ROWS = (
 
 
 def table(predictions: Sequence[Prediction]) -> str:
-    """The predictions as a table in Markdown: a row for each size and kind of storage."""
+    """The predictions as a table in Markdown: a row for each size and kind of storage whose figures
+    are not all 1.00."""
     lines = [
         f"| size | tokens | weights | resident | {' | '.join(c.name for c in CARDS)} |",
         "| --- | ---: | --- | ---: |" + " ---: |" * len(CARDS),
@@ -307,7 +308,10 @@ def table(predictions: Sequence[Prediction]) -> str:
                 for p in predictions
                 if (p.size, p.storage, p.resident, p.both_experts) == key
             }
-            cells = " | ".join(f"{found[card.name]:.2f}" for card in CARDS)
+            figures = [f"{found[card.name]:.2f}" for card in CARDS]
+            if set(figures) == {"1.00"}:
+                continue
+            cells = " | ".join(figures)
             what = f"{storage}, expert changes" if both else storage
             lines.append(f"| {size} | {tokens:,} | {what} | {resident} of 40 | {cells} |")
     return "\n".join(lines)

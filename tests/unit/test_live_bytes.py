@@ -3,13 +3,10 @@ simulated GPU's own statistics where a model is small enough to run."""
 
 from __future__ import annotations
 
-import pytest
+import simulated_gpu
 import torch
-from torch import Tensor, nn
-
-pytest.importorskip("simulated_gpu", reason="needs a C++ compiler to build the simulated GPU")
-
 from live_bytes import ALLOCATION_BYTES, LiveBytes, fake_device
+from torch import Tensor, nn
 from true_size import build_transformer, latent_shape, step_inputs
 
 from onewan.adapters.adapter_config import adapter_config_for
@@ -17,6 +14,8 @@ from onewan.adapters.lora import attach_adapter
 from onewan.config.method import LoraMethod
 from onewan.model.forward import predict_velocity
 from onewan.variants import VARIANTS
+
+assert simulated_gpu  # it registers the device
 
 MEGABYTE = 1 << 20
 
@@ -104,7 +103,7 @@ def test_counts_equal_the_simulated_gpus_statistics() -> None:
     memory.reset_peak_memory_stats()
     before = memory.memory_allocated()
     measured, transformer = narrow_step(torch.device("sim", 0))
-    with fake_device(flash_attention=False) as device, LiveBytes() as live:
+    with fake_device(fused_kernels=False) as device, LiveBytes() as live:
         narrow_step(device)
     del transformer
     counted = live.peak("sim")

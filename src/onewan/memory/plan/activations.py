@@ -76,7 +76,7 @@ _WITH_KEPT_ATTENTION = _Parts(
 )
 """Attention outputs are kept; queries, keys and values are computed when they are needed."""
 _WITH_RECOMPUTED_ATTENTION = _Parts(
-    beside_feed_forward=Tensors(stream=8, half=9.3), attention=Tensors(stream=12, half=9.3)
+    beside_feed_forward=Tensors(stream=8, half=9.3), attention=Tensors(stream=11, half=9.3)
 )
 """Queries, keys, values and outputs of both attentions are alive from the beginning."""
 
@@ -89,7 +89,7 @@ _SAVED = Tensors(stream=7, half=8.7, hidden=2)
 """What autograd keeps of one block without gradient checkpointing."""
 _BEYOND_SAVED = Tensors(stream=2, half=2.2, hidden=1)
 """At the peak, in the last block's forward pass."""
-_SAVED_ADDED = {DoraMethod: Tensors(half=7, hidden=1), FineTuneMethod: Tensors(stream=6.4)}
+_SAVED_ADDED = {DoraMethod: Tensors(half=7, hidden=1), FineTuneMethod: Tensors(stream=3.4)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +192,8 @@ def _live_in_parts(batch: Batch, settings: Settings, method: Method) -> int:
     if chunks > 1:
         feed_forward += _CHUNKED
     peak = max(batch.bytes(feed_forward), batch.bytes(attention))
+    if isinstance(method, FineTuneMethod):  # the outer layers come when all blocks are done
+        return round(max(peak, _weight_sized(batch, method)))
     return round(peak + _weight_sized(batch, method))
 
 

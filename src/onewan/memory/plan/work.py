@@ -16,7 +16,7 @@ from onewan.arithmetic.flops import (
     training_flops,
 )
 from onewan.config.method import FineTuneMethod, Method
-from onewan.memory.plan.activations import Batch
+from onewan.memory.plan.activations import AHEAD, Batch
 from onewan.memory.plan.machine import Machine
 from onewan.memory.plan.settings import Settings
 
@@ -104,6 +104,8 @@ def step_work(
         kept_on_host += layers * batch.block_input
     if settings.keep_attention == "host":
         kept_on_host += layers * batch.attention_outputs
+    # The last blocks of the forward pass are still on the device when the backward pass begins.
+    returning = kept_on_host * max(layers - AHEAD, 0) // layers
     written = streamed * (block_bytes + streamed_state) if trains_linears else 0
     # Trained weights change in every step, so that none in the ring can be used again.
     weights = (streamed if trains_linears else loads) * block_bytes
@@ -112,7 +114,7 @@ def step_work(
         backward_flops=both - forward + recomputed,
         model_flops=training_flops(flops, trained),
         forward_to_device=weights,
-        backward_to_device=weights + kept_on_host + (written and streamed * streamed_state),
+        backward_to_device=weights + returning + (written and streamed * streamed_state),
         to_host=kept_on_host,
         written_back=written,
     )

@@ -1,0 +1,247 @@
+"""The memory of a training step by variant, size and settings: counted beside planned.
+
+Device peaks are live bytes over fake tensors at true size (`true_size.count_step`), of the second
+step of a run with one expert, or of both with their adapters on the device. What a block adds to a
+peak is the same for each block, so a row is counted with 4 and with 5 blocks and continued to all
+of them. The plan's figures are those of `onewan plan` for the same settings.
+
+    python benchmarks/memory.py [--write docs/performance.md] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from markers import replace_between
+from true_size import Counts, Settings, count_step
+
+from onewan.config.load import load_run
+from onewan.memory.plan import Bucket, BucketPlan, Machine, make_plan
+from onewan.variants import VARIANTS, VariantName
+
+FEW, MORE = 4, 5
+"""Numbers of blocks that are counted. From 4 on, the first blocks and the last ones, which differ,
+are apart."""
+
+RUN_FILE = """
+model: {{path: model, variant: {variant}, experts: {experts}, dtype: bfloat16}}
+wan_config: {{max_frames: {frames}}}
+video_data: {{sources: [{{path: clips}}]}}
+method: {method}
+memory:
+  weights: {storage}
+  resident_blocks: {resident}
+  offload_inputs: {offload_inputs}
+  keep_attention: "{keep_attention}"
+  feed_forward_chunks: {chunks}
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One row of the table."""
+
+    variant: VariantName
+    size: tuple[int, int, int]
+    """Frames, height and width."""
+    settings: Settings
+    """Without `blocks` and `streamed_blocks`, which follow from the row."""
+    resident: int | None = None
+    """Blocks that stay on the device; None is all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """Counted and planned bytes of a row."""
+
+    variant: str
+    size: str
+    tokens: int
+    what: str
+    peak: int
+    """Of the device, counted."""
+    planned: int
+    to_device: int
+    """Over the bus per step, counted."""
+    to_host: int
+    planned_to_device: float
+    planned_to_host: float
+
+    @property
+    def difference(self) -> float:
+        """The planned peak relative to the counted one, minus 1."""
+        return self.planned / self.peak - 1
+
+
+def continued(few: int, more: int, layers: int) -> int:
+    """A figure that grows evenly with the blocks, from those with `FEW` and `MORE` of them."""
+    return few + (more - few) * (layers - FEW) // (MORE - FEW)
+
+
+def counted(row: Row) -> tuple[Counts, int, int, int]:
+    """(counts with few blocks; device peak, bytes to the device and to the host with all)."""
+    layers = VARIANTS[row.variant].num_layers
+    streamed = row.resident is not None and row.resident < layers
+    few, more = (
+        count_step(
+            row.variant,
+            *row.size,
+            replace(row.settings, blocks=blocks, streamed_blocks=blocks if streamed else 0),
+        )
+        for blocks in (FEW, MORE)
+    )
+    parts = few.peaks.keys()
+    # Each part by itself: with all blocks another one may have the highest peak.
+    peak = max(continued(few.peaks[part], more.peaks[part], layers) for part in parts)
+    kept = continued(few.kept_to_host, more.kept_to_host, layers)
+    loaded = 0
+    if streamed and row.resident is not None:
+        block = few.buffers // 2
+        peak += row.resident * block
+        loaded = 2 * (layers - row.resident - 2) * block
+    back = continued(few.kept_to_device, more.kept_to_device, layers)
+    return few, peak, loaded + back, kept
+
+
+def planned(row: Row) -> BucketPlan:
+    """The plan of a run with the row's settings, on a machine that it fits."""
+    facts, settings = VARIANTS[row.variant], row.settings
+    frames, height, width = row.size
+    experts = "both" if settings.both_experts or len(facts.experts) == 1 else "high"
+    method = f"{{kind: lora, rank: {settings.rank}}}"
+    text = RUN_FILE.format(
+        variant=row.variant,
+        experts=experts,
+        frames=frames,
+        method=method,
+        storage=settings.storage,
+        resident=facts.num_layers if row.resident is None else row.resident,
+        offload_inputs=str(settings.offload_inputs).lower(),
+        keep_attention=settings.keep_attention,
+        chunks=settings.feed_forward_chunks,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "run.yaml"
+        file.write_text(text, encoding="utf-8")
+        config = load_run(file)
+    machine = Machine(name="any", vram=10**13, ram=10**13, flops=1e14, bus=25e9)
+    bucket = Bucket(frames=frames, width=width, height=height)
+    return make_plan(config, [bucket], machine, advice=False).worst
+
+
+def describe(row: Row) -> str:
+    """The row's settings in words."""
+    settings, layers = row.settings, VARIANTS[row.variant].num_layers
+    words = [settings.storage]
+    if settings.whole_blocks:
+        words.append("blocks checkpointed as a whole")
+    if row.resident is None:
+        words.append("all blocks resident")
+    else:
+        words.append(f"{layers - row.resident} of {layers} blocks streamed")
+    if settings.offload_inputs:
+        words.append("block inputs on the host")
+    if settings.keep_attention != "no":
+        words.append(f"attention kept on the {settings.keep_attention}")
+    if settings.feed_forward_chunks > 1:
+        words.append(f"{settings.feed_forward_chunks} feed-forward chunks")
+    if settings.both_experts:
+        words.append("both experts' LoRA and optimizer state on the device")
+    return ", ".join(words)
+
+
+def measure(row: Row) -> Result:
+    """Count and plan a row."""
+    few, peak, to_device, to_host = counted(row)
+    plan = planned(row)
+    return Result(
+        variant=row.variant,
+        size="x".join(map(str, row.size)),
+        tokens=few.tokens,
+        what=describe(row),
+        peak=peak,
+        planned=plan.training.device_bytes,
+        to_device=to_device,
+        to_host=to_host,
+        planned_to_device=plan.time.bytes_to_device,
+        planned_to_host=plan.time.bytes_to_host,
+    )
+
+
+FULL_SPEED = Settings(offload_inputs=True, keep_attention="host")
+LEAN = Settings(offload_inputs=True, keep_attention="host", feed_forward_chunks=8)
+SIZES = ((17, 256, 256), (33, 480, 832), (81, 480, 832), (81, 720, 1280))
+
+
+def rows() -> list[Row]:
+    """The rows of the table."""
+    main = (81, 480, 832)
+    both = replace(FULL_SPEED, both_experts=True)
+    fp8 = replace(FULL_SPEED, storage="fp8")
+    longest = (121, 704, 1280)
+    return [
+        Row(variant="t2v-a14b", size=main, settings=both, resident=0),
+        Row(variant="t2v-a14b", size=main, settings=LEAN, resident=0),
+        Row(variant="i2v-a14b", size=main, settings=both, resident=0),
+        Row(variant="i2v-a14b", size=main, settings=LEAN, resident=0),
+        Row(variant="ti2v-5b", size=longest, settings=FULL_SPEED, resident=0),
+        Row(variant="ti2v-5b", size=longest, settings=LEAN, resident=0),
+        Row(variant="t2v-a14b", size=main, settings=Settings()),
+        Row(variant="t2v-a14b", size=main, settings=Settings(offload_inputs=True), resident=0),
+        Row(variant="t2v-a14b", size=main, settings=FULL_SPEED, resident=20),
+        Row(variant="t2v-a14b", size=main, settings=fp8, resident=0),
+        *(Row(variant="t2v-a14b", size=size, settings=FULL_SPEED, resident=0) for size in SIZES),
+        *(Row(variant="t2v-a14b", size=size, settings=LEAN, resident=0) for size in SIZES[:1]),
+        Row(variant="t2v-a14b", size=SIZES[3], settings=LEAN, resident=0),
+        Row(variant="t2v-a14b", size=main, settings=Settings(), resident=0),
+        Row(variant="ti2v-5b", size=longest, settings=Settings()),
+        Row(variant="ti2v-5b", size=main, settings=FULL_SPEED, resident=0),
+    ]
+
+
+def table(results: Sequence[Result]) -> str:
+    """The results as a table in Markdown, gigabytes (10^9 bytes)."""
+    lines = [
+        "| variant | size | tokens | settings | device peak | plan | to the device per step | "
+        "plan | to the host | plan |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for r in results:
+        figures = (
+            r.peak, r.planned, r.to_device, r.planned_to_device, r.to_host, r.planned_to_host,
+        )  # fmt: skip
+        cells = " | ".join(f"{figure / 1e9:.1f}" for figure in figures)
+        lines.append(f"| {r.variant} | {r.size} | {r.tokens:,} | {r.what} | {cells} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--write", type=Path, help="replace the table in this document")
+    parser.add_argument("--json", type=Path, help="write the figures here, after each row")
+    options = parser.parse_args()
+    results: list[Result] = []
+    for row in rows():
+        results.append(measure(row))
+        last = results[-1]
+        print(
+            f"{last.variant} {last.size}, {last.what}: {last.peak / 1e9:.2f} GB, plan "
+            f"{last.planned / 1e9:.2f} ({last.difference:+.1%})",
+            flush=True,
+        )
+        if options.json:
+            text = json.dumps([asdict(result) for result in results], indent=2)
+            options.json.write_text(text, encoding="utf-8")
+    if options.write:
+        replace_between(options.write, "memory", table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
