@@ -64,9 +64,9 @@ def aligned(sim: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def build(setup: WanModelSetup, *arguments: Any, **named: Any) -> Run:
         run = plain(setup, *arguments, **named)
-        for expert in run.state.experts.values():
-            for tensor in [*expert.transformer.parameters(), *expert.transformer.buffers()]:
-                if tensor.device.type == "cpu":
+        if run.device.type == "cpu":
+            for expert in run.state.experts.values():
+                for tensor in [*expert.transformer.parameters(), *expert.transformer.buffers()]:
                     tensor.data = tensor.data.clone()
         return run
 
