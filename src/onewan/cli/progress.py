@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from onewan.arithmetic.byte_sizes import format_bytes
 from onewan.cli.output import stdout
 from onewan.errors import one_line
 from onewan.runs import events
@@ -40,6 +41,7 @@ class Progress:
             events.Encoding: self._on_encoding,
             events.DataReady: self._on_data_ready,
             events.Resumed: self._on_resumed,
+            events.MemoryPlanned: self._on_memory_planned,
             events.AttentionChosen: self._on_attention_chosen,
             events.StepDone: self._on_step_done,
             events.Validated: self._on_validated,
@@ -129,6 +131,12 @@ class Progress:
 
     def _on_resumed(self, event: events.Resumed) -> None:
         self.line(f"resumed after step {event.step}")
+
+    def _on_memory_planned(self, event: events.MemoryPlanned) -> None:
+        self.line(
+            f"memory: at most {format_bytes(event.device_peak)} on the device ({event.phase}) and "
+            f"{format_bytes(event.host_peak)} in host memory, by the plan"
+        )
 
     def _on_attention_chosen(self, event: events.AttentionChosen) -> None:
         if event.milliseconds:

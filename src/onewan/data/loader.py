@@ -172,7 +172,14 @@ class WanDataLoader:
         count = min(count, len(clips))
         # Neighbors in the sequence are often alike: clips of one folder, cuts of one film.
         chosen = [clips[i * len(clips) // count] for i in range(count)]
-        return [self._load_batch([clip], [clip.captions[0]], i) for i, clip in enumerate(chosen)]
+        return [
+            replace(self.first_captions([clip]), first_sample_index=i)
+            for i, clip in enumerate(chosen)
+        ]
+
+    def first_captions(self, clips: Sequence[Clip]) -> Batch:
+        """A batch of `clips`, which share a bucket, each with its first caption."""
+        return self._load_batch(clips, [clip.captions[0] for clip in clips], 0)
 
     def _epoch(self, expert: ExpertName, number: int) -> list[list[Clip]]:
         """The clips of all batches of one epoch, shuffled within and among buckets."""

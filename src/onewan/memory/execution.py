@@ -30,8 +30,8 @@ from onewan.model.transformer import WanTransformer
 class CopiedBytes:
     """Bytes over the bus since the start of the run."""
 
-    to_device: int
-    to_host: int
+    to_device: int = 0
+    to_host: int = 0
 
 
 class BlockExecution:

@@ -143,6 +143,35 @@ class AttentionChosen(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlanned(Event):
+    """The memory plan of this process (`onewan plan`); none on a CPU."""
+
+    kind: ClassVar[str] = "plan"
+    device_peak: int
+    """Bytes at the highest peak of all phases on the device."""
+    host_peak: int
+    """Bytes at the highest peak in host memory."""
+    phase: str
+    """The phase with the highest peak on the device."""
+    plan: Mapping[str, object]
+    """The whole plan, as ``onewan plan --json`` prints it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryMeasured(Event):
+    """The largest batch went through forward and backward pass once, before the first step."""
+
+    kind: ClassVar[str] = "memory"
+    bucket: str
+    """Frames x height x width."""
+    planned: int
+    """Bytes on the device at the peak of a training step, by the plan."""
+    measured: int | None
+    """Bytes on the device at the peak of the two passes; null if the device has no statistics. A
+    new run has no optimizer state yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepDone(Event):
     """One optimizer step of one expert."""
 
@@ -165,7 +194,11 @@ class StepDone(Event):
     step_memory_peak: int | None = None
     """Peak of the bytes in use during the step."""
     bytes_to_device: int | None = None
-    """Bytes of weights that were copied to the device; null if they are not streamed."""
+    """Bytes of streamed weights and offloaded activations that were copied to the device; null on a
+    CPU."""
+    bytes_to_host: int | None = None
+    """Bytes of activations, and of weights that are trained by streamed blocks, that were copied to
+    host memory; null on a CPU."""
     tokens_per_second: float | None = None
     """Tokens of all clips of the step per second."""
     tflops: float | None = None

@@ -8,7 +8,7 @@ the settings of its size.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from onewan.config.schema import ResolvedRun
 from onewan.data.clip import Clip
+from onewan.data.loader import Batch
 from onewan.memory.block_backward import BlockComputation
 from onewan.memory.device import device_name, total_and_free_memory
 from onewan.memory.execution import BlockExecution, CopiedBytes
@@ -37,6 +38,7 @@ from onewan.memory.residency import Placement
 from onewan.model.attention_backends import AttentionBackend
 from onewan.model.block_parts import BlockParts
 from onewan.model.transformer import WanTransformer
+from onewan.runs.events import MemoryPlanned
 
 
 class RunMemory:
@@ -54,7 +56,7 @@ class RunMemory:
         """`plan` is that of `plan_run`. With `dropout`, adapters draw random numbers in the forward
         pass. Messages for the user are added to `notices`."""
         self._variant = config.model.facts()
-        self._dropout = dropout
+        self._batch_size = config.train.batch_size
         self.plan = plan
         """None on the CPU, where all memory is the host's."""
         self._given = given_settings(config, self._variant.num_layers)
@@ -90,12 +92,26 @@ class RunMemory:
         assert isinstance(transformer, WanTransformer)  # as `onewan.model.load` returns it
         return self._execution.add(transformer, first_trained=first_trained)
 
-    def use_for(self, latents_BCFHW: Tensor) -> Settings:
-        """Run the blocks with the settings for latents of this size; returns them. Not between a
-        forward and its backward pass."""
-        settings = self._settings_for(latents_BCFHW)
-        self._execution.configure(settings)
-        return settings
+    def use_for(self, latents: Sequence[Tensor]) -> None:
+        """Run the blocks with the settings for batches of these latents [B, C, F, h, w], which go
+        through them together. Not between a forward and its backward pass."""
+        self._execution.configure(self._settings_for(latents))
+
+    def together(self, batches: Sequence[Batch]) -> list[list[Batch]]:
+        """The batches of a step in groups that share each load of a block's weights.
+
+        Only where blocks are streamed. Consecutive batches are joined while all of their tokens
+        together are no more than those of the largest batch that the plan was made for, since what
+        is kept for the backward pass grows with them.
+        """
+        groups: list[list[Batch]] = []
+        for batch in batches:
+            joined = [*groups[-1], batch] if groups else [batch]
+            if groups and self._may_join([one.latents for one in joined]):
+                groups[-1] = joined
+            else:
+                groups.append([batch])
+        return groups
 
     def use_for_sampling(self) -> None:
         """Run the blocks with the settings for sample videos."""
@@ -115,17 +131,38 @@ class RunMemory:
         """Free the device's buffers, and end the copies."""
         self._execution.close()
 
-    def _settings_for(self, latents_BCFHW: Tensor) -> Settings:
+    def _settings_for(self, latents: Sequence[Tensor]) -> Settings:
         if self.plan is None:
             return self._given
+        if len(latents) == 1:
+            return self.plan.for_bucket(self._bucket(latents[0])).settings
+        cells = sum(map(_cells, latents))
+        large = [b for b in self.plan.buckets if self._planned_cells(b.bucket) >= cells]
+        return min(large, key=lambda found: self._planned_cells(found.bucket)).settings
+
+    def _may_join(self, latents: Sequence[Tensor]) -> bool:
+        layers = self._variant.num_layers
+        if self.plan is None or not any(b.settings.streamed(layers) for b in self.plan.buckets):
+            return False
+        largest = max(self._planned_cells(found.bucket) for found in self.plan.buckets)
+        return sum(map(_cells, latents)) <= largest
+
+    def _planned_cells(self, bucket: Bucket) -> int:
+        return bucket.latent_cells(self._variant) * self._batch_size
+
+    def _bucket(self, latents_BCFHW: Tensor) -> Bucket:
         _, _, frames, height, width = latents_BCFHW.shape
         side = self._variant.spatial_compression
-        bucket = Bucket(
+        return Bucket(
             frames=(frames - 1) * self._variant.temporal_compression + 1,
             width=width * side,
             height=height * side,
         )
-        return self.plan.for_bucket(bucket).settings
+
+
+def _cells(latents_BCFHW: Tensor) -> int:
+    """Latent cells of all clips of a batch, a fourth of which are tokens."""
+    return latents_BCFHW.numel() // latents_BCFHW.shape[1]
 
 
 def plan_run(config: ResolvedRun, device: torch.device, clips: Iterable[Clip]) -> Plan | None:
@@ -141,6 +178,16 @@ def plan_run(config: ResolvedRun, device: torch.device, clips: Iterable[Clip]) -
     plan = make_plan(config, buckets, machine_with(config, device), read_stored_model(config))
     check_plan(plan)
     return plan
+
+
+def planned(plan: Plan) -> MemoryPlanned:
+    """The event that reports `plan`."""
+    return MemoryPlanned(
+        device_peak=plan.peak.device_bytes,
+        host_peak=plan.host_peak.host_bytes,
+        phase=plan.peak.phase,
+        plan=plan.as_data(),
+    )
 
 
 def machine_with(config: ResolvedRun, device: torch.device) -> Machine:

@@ -60,9 +60,11 @@ class Run:
         self.residency.bring(expert.transformer)
         return expert
 
-    def together(self, batches: Sequence[Batch]) -> list[Sequence[Batch]]:
+    def together(self, batches: Sequence[Batch]) -> list[list[Batch]]:
         """The batches of a step in groups that go through the transformer together."""
-        return [[batch] for batch in batches]
+        if self.dropout:  # masks are drawn batch by batch
+            return [[batch] for batch in batches]
+        return self.memory.together(batches)
 
     def text(self, batch: Batch) -> Tensor:
         """[B, 512, dim] embeddings of the batch's captions: from the cache, or, if placeholders are

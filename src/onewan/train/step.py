@@ -73,8 +73,11 @@ def backward(
     fused = trained.method is not None and trained.method.fused
     losses: list[Tensor] = []
     levels: list[float] = []
-    for group in run.together(step.batches):
-        run.memory.use_for(group[0].latents)
+    groups = run.together(step.batches)
+    for number, group in enumerate(groups):
+        run.memory.use_for([batch.latents for batch in group])
+        if number == len(groups) - 1:
+            announce_next(run, step, trained)
         noised = [noised_inputs(run, batch.to(run.device), step, trained) for batch in group]
         if run.dropout:
             counters = (step.number, group[0].first_sample_index)
@@ -94,6 +97,14 @@ def backward(
         losses += [loss.detach() for loss in weighted]
         levels += [level for inputs in noised for level in inputs.sample.t_host]
     return losses, tuple(levels)
+
+
+def announce_next(run: Run, step: StepBatches, trained: TrainedExpert) -> None:
+    """Let the weights of the next step's expert come behind the backward pass that follows, if it
+    is another one."""
+    if step.number + 1 < run.config.train.steps:
+        following = run.state.experts[run.schedule.expert_at(step.number + 1)[0]]
+        run.memory.announce(trained.transformer, following.transformer)
 
 
 @dataclass(frozen=True, slots=True)

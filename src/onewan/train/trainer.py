@@ -32,6 +32,7 @@ from onewan.memory.device import (
     reset_peak,
     resolve_device,
 )
+from onewan.memory.execution import CopiedBytes
 from onewan.runs import events
 from onewan.runs.control import REQUESTS, Request, StopSignals, clear, pending, take
 from onewan.runs.event_file import EventFile, HeartbeatThread
@@ -41,6 +42,7 @@ from onewan.sample.generate import WanModelSampler
 from onewan.train.attention import choose_attention
 from onewan.train.cadence import Cadence
 from onewan.train.export import exported_files
+from onewan.train.memory import planned
 from onewan.train.resume import check_start
 from onewan.train.run import Run, run_folder
 from onewan.train.saved_state import BestStep
@@ -49,6 +51,7 @@ from onewan.train.setup import WanModelSetup
 from onewan.train.speed import step_speed
 from onewan.train.step import StepMetrics, train_step
 from onewan.train.tensorboard import TensorBoardSink
+from onewan.train.trial import try_largest_batch
 from onewan.train.validation import expert_losses
 
 log = logging.getLogger(__name__)
@@ -91,6 +94,7 @@ class WanTrainer:
         self._memory_peak: int | None = None
         """Of all steps so far."""
         self._device_rate: float | None = None
+        self._copied = CopiedBytes()
         """FLOP/s of the device in matrix products."""
 
     def fit(self) -> None:
@@ -148,9 +152,14 @@ class WanTrainer:
         )
         for warning in run.warnings:
             self._log.warn(warning)
+        if (plan := run.memory.plan) is not None:
+            self._log.emit(planned(plan))
         if self._resume:
             self._restore(run)
         self._log.emit(choose_attention(run))
+        if (measured := try_largest_batch(run)) is not None:
+            self._log.emit(measured)
+        self._copied = run.memory.copied
         if config.logging.tensorboard:
             self._log.add(TensorBoardSink(self._layout.tensorboard, run.state.step))
         try:
@@ -213,6 +222,8 @@ class WanTrainer:
         if peak is not None:
             self._memory_peak = max(peak, self._memory_peak or 0)
         speed = step_speed(run, step, seconds, self._device_rate)
+        before, self._copied = self._copied, run.memory.copied
+        on_device = peak is not None
         self._log.emit(
             events.StepDone(
                 step=run.state.step,
@@ -225,6 +236,8 @@ class WanTrainer:
                 memory_allocated=allocated,
                 memory_peak=self._memory_peak,
                 step_memory_peak=peak,
+                bytes_to_device=self._copied.to_device - before.to_device if on_device else None,
+                bytes_to_host=self._copied.to_host - before.to_host if on_device else None,
                 tokens_per_second=speed.tokens_per_second,
                 tflops=speed.tflops,
                 mfu=speed.mfu,
@@ -382,6 +395,7 @@ class WanTrainer:
         """Generate the sample videos of this step; a resumed run makes those that do not exist."""
         folder = self._layout.samples(run.state.step)
         sampler = WanModelSampler(run.model, residency=run.residency)
+        run.memory.use_for_sampling()
         for number, request in enumerate(run.samples):
             path = folder / f"{number}.{self._config.sample.format}"
             # A new run may find those of an earlier one that ended before its first saved state,

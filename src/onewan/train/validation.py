@@ -67,7 +67,7 @@ def validation_loss(
             weights.enter_context(context)
         losses = []
         for number, cpu_batch in enumerate(run.validation_batches()):
-            run.memory.use_for(cpu_batch.latents)
+            run.memory.use_for([cpu_batch.latents])
             losses += _clip_losses(run, trained, number, cpu_batch.to(run.device))
             between()
         # One transfer for all clips, since each transfer waits for the device.

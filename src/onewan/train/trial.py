@@ -1,0 +1,55 @@
+"""A trial before the first step: forward and backward passes over the largest clips of the run.
+
+A run whose largest bucket comes up after hours must not run out of memory then. The trial trains
+nothing: its gradients are dropped, and it draws no random numbers that a step would draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onewan.data.clip import Clip
+from onewan.data.loader import StepBatches
+from onewan.memory.device import device_memory, reset_peak
+from onewan.memory.plan import Bucket
+from onewan.runs.events import MemoryMeasured
+from onewan.train.run import Run
+from onewan.train.step import backward
+
+
+def try_largest_batch(run: Run) -> MemoryMeasured | None:
+    """Run the largest batch once, as the expert of the next step; returns the peak beside the
+    plan's.
+
+    None without a plan (on the CPU), and where the backward pass updates weights (a fused step).
+    The optimizer's state does not exist yet in a new run, so the peak is below that of a step.
+    """
+    name, _ = run.schedule.expert_at(run.state.step)
+    trained = run.state.experts[name]
+    plan = run.memory.plan
+    fused = trained.method is not None and trained.method.fused
+    if plan is None or fused:
+        return None
+    clips = _clips_of(run.dataset.clips, plan.worst.bucket)[: run.config.train.batch_size]
+    if not clips:  # the largest bucket has validation clips only
+        return None
+    batch = run.loader.first_captions(clips)
+    step = StepBatches(number=0, expert=name, batches=(batch,), global_size=len(batch))
+    run.bring_expert(name)
+    reset_peak(run.device)
+    backward(run, step, trained)
+    vectors = (embedding.vectors for embedding in run.model.all_embeddings())
+    for parameter in (*trained.transformer.parameters(), *vectors):
+        parameter.grad = None
+    _, peak = device_memory(run.device)
+    reset_peak(run.device)
+    return MemoryMeasured(
+        bucket=str(plan.worst.bucket),
+        planned=plan.worst.training.device_bytes,
+        measured=peak,
+    )
+
+
+def _clips_of(clips: Sequence[Clip], bucket: Bucket) -> list[Clip]:
+    size = (bucket.width, bucket.height)
+    return [clip for clip in clips if clip.frames == bucket.frames and clip.size == size]
