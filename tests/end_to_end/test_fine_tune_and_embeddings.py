@@ -70,6 +70,66 @@ def test_a_fused_step_updates_no_weight_if_the_loss_is_not_finite(run_file: RunF
     assert all(torch.equal(weights[name], after[name]) for name in weights)
 
 
+def test_fine_tuning_with_streamed_blocks_has_the_same_bits(run_file: RunFile) -> None:
+    assert_streamed_blocks_have_the_same_bits(run_file, "cpu")
+
+
+def test_fine_tuning_with_streamed_blocks_has_the_same_bits_on_a_device(
+    run_file: RunFile, sim: torch.device
+) -> None:
+    assert_streamed_blocks_have_the_same_bits(run_file, sim.type)
+
+
+def assert_streamed_blocks_have_the_same_bits(run_file: RunFile, device: str) -> None:
+    """Of both experts, whose trained weights and optimizer states are in host memory."""
+    results = []
+    for resident in ("null", "1"):
+        config = run_file(
+            "t2v-a14b",
+            "method={kind: fine_tune, weights: kahan, fused_step: true}",
+            "model.dtype=bfloat16",
+            f"model.device={device}",
+            "train.max_grad_norm=null",
+            f"memory.resident_blocks={resident}",
+        )
+        run = WanModelSetup(config).build()
+        for number, name in enumerate(("high", "low", "low", "high")):
+            run.bring_expert(name)
+            train_step(run, run.loader.step(number, name, 0))
+        experts = run.state.experts.values()
+        states = [e.trainable.optimizer.state_dict() for e in experts if e.trainable is not None]
+        results.append([{**e.method.read()} for e in experts if e.method is not None])
+        results[-1] += [
+            {
+                f"{name}.{key}": value
+                for name, entry in state.items()
+                for key, value in tensors(entry)
+            }
+            for state in states
+        ]
+    for resident, streamed in zip(*results, strict=True):
+        assert resident.keys() == streamed.keys()
+        assert all(torch.equal(value, streamed[key]) for key, value in resident.items())
+
+
+def tensors(entry: dict) -> list[tuple[str, torch.Tensor]]:
+    """The tensors in a weight's entry of an optimizer's state."""
+    found = [*entry["state"].items(), ("rest", entry["rest"])]
+    return [(key, value) for key, value in found if isinstance(value, torch.Tensor)]
+
+
+def test_averages_of_streamed_weights_are_refused(run_file: RunFile) -> None:
+    config = run_file(
+        "ti2v-5b",
+        "method={kind: fine_tune, fused_step: true}",
+        "train.max_grad_norm=null",
+        "train.ema={decay: 0.9}",
+        "memory.resident_blocks=1",
+    )
+    with pytest.raises(ConfigError, match=r"train\.ema: is not possible while"):
+        WanModelSetup(config).build()
+
+
 def block_of(name: str) -> str:
     found = re.match(r"blocks\.\d+", name)
     return found[0] if found else name

@@ -8,6 +8,7 @@ clips (`configure`). Each transformer gets a `CheckpointedBlocks` as its runner,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from onewan.memory.activations import KeptActivations
 from onewan.memory.block_backward import BlockComputation
 from onewan.memory.block_runner import CheckpointedBlocks, ResidentWeights
-from onewan.memory.block_weights import BlockWeights
+from onewan.memory.block_weights import BlockTraining, BlockWeights
 from onewan.memory.host_memory import HostMemory
 from onewan.memory.plan import Settings
 from onewan.memory.residency import Placement, WholeModule
@@ -78,11 +79,19 @@ class BlockExecution:
             to_host += self._stream.bytes_to_host
         return CopiedBytes(to_device=to_device, to_host=to_host)
 
-    def add(self, transformer: WanTransformer, *, first_trained: int = 0) -> Placement:
+    def add(
+        self,
+        transformer: WanTransformer,
+        *,
+        first_trained: int = 0,
+        training: Callable[[BlockStream], BlockTraining] | None = None,
+    ) -> Placement:
         """Run the blocks of `transformer` from now on; returns how it gets onto the device.
 
         Everything that replaces its weights, such as adapters, has been attached before.
-        `first_trained` is the first block that the backward pass reaches.
+        `first_trained` is the first block that the backward pass reaches. `training` makes what
+        updates the blocks' own weights behind their backward pass, if they are trained and
+        streamed; without it, trained weights stay on the device.
         """
         runner = CheckpointedBlocks(
             blocks=list(transformer.blocks),  # pyright: ignore[reportArgumentType]
@@ -94,9 +103,13 @@ class BlockExecution:
         self._apply(runner)
         if self._stream is None:
             return WholeModule(transformer, self._device)
+        blocks = list(transformer.blocks)
+        weights = BlockWeights.take(blocks, self._host, trained=training is not None)
+        if training is not None:
+            weights.training = training(self._stream)
         placement = StreamedTransformer(
             transformer,
-            BlockWeights.take(list(transformer.blocks), self._host),
+            weights,
             self._stream,
             resident=self._settings.resident_blocks,
             first_trained=first_trained,

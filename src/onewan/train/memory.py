@@ -8,7 +8,7 @@ the settings of its size.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,6 +19,7 @@ from onewan.config.schema import ResolvedRun
 from onewan.data.clip import Clip
 from onewan.data.loader import Batch
 from onewan.memory.block_backward import BlockComputation
+from onewan.memory.block_weights import BlockTraining
 from onewan.memory.device import device_name, total_and_free_memory
 from onewan.memory.execution import BlockExecution, CopiedBytes
 from onewan.memory.host_memory import HostMemory
@@ -35,6 +36,7 @@ from onewan.memory.plan import (
     read_stored_model,
 )
 from onewan.memory.residency import Placement
+from onewan.memory.streaming import BlockStream
 from onewan.model.attention_backends import AttentionBackend
 from onewan.model.block_parts import BlockParts
 from onewan.model.transformer import WanTransformer
@@ -87,10 +89,16 @@ class RunMemory:
         """Bytes of weights and activations that were copied since the start of the run."""
         return self._execution.copied
 
-    def add(self, transformer: WanTransformer3DModel, *, first_trained: int = 0) -> Placement:
+    def add(
+        self,
+        transformer: WanTransformer3DModel,
+        *,
+        first_trained: int = 0,
+        training: Callable[[BlockStream], BlockTraining] | None = None,
+    ) -> Placement:
         """As `BlockExecution.add`."""
         assert isinstance(transformer, WanTransformer)  # as `onewan.model.load` returns it
-        return self._execution.add(transformer, first_trained=first_trained)
+        return self._execution.add(transformer, first_trained=first_trained, training=training)
 
     def use_for(self, latents: Sequence[Tensor]) -> None:
         """Run the blocks with the settings for batches of these latents [B, C, F, h, w], which go

@@ -3,7 +3,7 @@ optimizers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from diffusers import WanTransformer3DModel
@@ -35,12 +35,16 @@ from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.lora_files import AdapterFile, read_adapters
 from onewan.formats.lora_writing import check_expressible
 from onewan.formats.untrusted import named
+from onewan.memory.block_weights import BlockTraining
 from onewan.memory.residency import DeviceResidency
+from onewan.memory.streaming import BlockStream
 from onewan.model.embedding import WanModelEmbedding
 from onewan.model.text import checkpoint_encoder, mentions
 from onewan.model.wan import WanModel
 from onewan.train.ema import Ema
 from onewan.train.memory import RunMemory
+from onewan.train.optimizers.block_updates import BlockUpdates
+from onewan.train.optimizers.per_weight import PerWeightOptimizer
 from onewan.train.optimizers.trainable_optimizer import build_trainable_optimizer
 from onewan.train.state import Trainable, TrainableName, TrainedExpert
 from onewan.train.trainables import AdapterTraining, EmbeddingTraining, ExpertMethod, FullFineTune
@@ -141,7 +145,11 @@ def attach_expert(
         transformer,
         *([] if trainable is None else [trainable]),
         alternating=config.memory.offload_inactive_expert,
-        placement=memory.add(transformer, first_trained=_first_trained(config)),
+        placement=memory.add(
+            transformer,
+            first_trained=_first_trained(config),
+            training=_block_training(transformer, method, trainable),
+        ),
     )
     return TrainedExpert(
         expert=expert,
@@ -150,6 +158,31 @@ def attach_expert(
         trainable=trainable,
         initial_digest=None if initial is None else initial.digest(),
     )
+
+
+def _block_training(
+    transformer: WanTransformer3DModel, method: ExpertMethod | None, trainable: Trainable | None
+) -> Callable[[BlockStream], BlockTraining] | None:
+    """What updates streamed blocks in full fine-tuning with a fused step; None otherwise."""
+    if trainable is None or not isinstance(method, FullFineTune) or not method.fused:
+        return None
+    optimizer = trainable.optimizer
+    assert isinstance(optimizer, PerWeightOptimizer)  # as every fused one
+
+    def training(stream: BlockStream) -> BlockTraining:
+        if trainable.ema is not None:
+            raise ConfigError(
+                "run file",
+                [
+                    "train.ema: is not possible while the trained blocks are streamed, since all "
+                    "weights would have to be averaged in host memory; set it to null, or keep all "
+                    "blocks on the device (memory.resident_blocks)"
+                ],
+            )
+        method.settle = stream.settle
+        return BlockUpdates(optimizer, list(transformer.blocks), stream.device, stream.settle)
+
+    return training
 
 
 def _first_trained(config: ResolvedRun) -> int:
