@@ -16,6 +16,7 @@ from onewan.memory.activations import KeptActivations
 from onewan.memory.block_backward import BlockComputation
 from onewan.memory.block_runner import CheckpointedBlocks
 from onewan.model.attention import attend_within_frames
+from onewan.model.block_parts import BlockParts
 from onewan.model.forward import NoisyLatents, predict_velocities, predict_velocity
 from onewan.model.precision import keep_float32_islands
 from onewan.model.transformer import WanTransformer
@@ -237,3 +238,30 @@ def test_the_sampler_gets_the_values_of_diffusers_forward_pass(base: WanTransfor
         expected = plain(*arguments, return_dict=True).sample
         assert torch.equal(model(*arguments, return_dict=True).sample, expected)
         assert torch.equal(model(*arguments, return_dict=False)[0], expected)
+
+
+def test_compiled_parts_are_compiled_once_for_all_blocks_addresses_and_sizes(
+    base: WanTransformer,
+) -> None:
+    torch._dynamo.reset()
+    # This backend runs the captured graphs without generating code, which would take minutes.
+    parts = BlockParts.compiled("aot_eager")
+
+    def compiled() -> WanTransformer:
+        return with_runner(transformer(base, torch.float32, "lora"), parts=parts)
+
+    first = compiled()
+    actual = step(first, torch.float32)
+    for name, value in step(transformer(base, torch.float32, "lora"), torch.float32).items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-6 * value.abs().max())
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs < 60  # 3 blocks of 6 parts, with and without gradients
+    for parameter in first.parameters():  # as streaming does
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.clone()
+    step(first, torch.float32)
+    step(compiled(), torch.float32)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    longer = {**inputs(), "x_BCFHW": torch.randn(2, 16, 5, 4, 6)}
+    predict_velocity(first, **longer).mean().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs

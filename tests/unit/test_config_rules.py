@@ -42,6 +42,18 @@ BROKEN = [
         r"'attentions'; did you mean 'attention'\?",
     ),
     ("method: {modules: [norms]}", "method.modules: .* got 'norms'; adapters have self_attention"),
+    (
+        "memory: {gradient_checkpointing: false, resident_blocks: 3}",
+        "memory.resident_blocks: needs memory.gradient_checkpointing, which is off, got 3; leave",
+    ),
+    (
+        "memory: {gradient_checkpointing: false, keep_attention: host}",
+        "memory.keep_attention: needs memory.gradient_checkpointing, which is off, got 'host'",
+    ),
+    (
+        "method: {kind: fine_tune}\nmemory: {host_weights: mapped}",
+        "memory.host_weights: trained weights can't stay in the model's file, got 'mapped'",
+    ),
     ("method: {modules: [xyz]}", "method.modules: .*; the groups are self_attention, cross_att"),
     (
         "method: {kind: fine_tune, modules: [norm]}",

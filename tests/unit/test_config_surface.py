@@ -172,7 +172,7 @@ LEAVES = [
     "memory.feed_forward_chunks",
     "memory.compile",
     "memory.attention",
-    "memory.pinned",
+    "memory.host_weights",
     "memory.vram",
     "memory.ram",
     "logging.tensorboard",

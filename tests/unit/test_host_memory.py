@@ -89,7 +89,9 @@ def test_a_small_probe_comes_first() -> None:
 
 def test_pinning_can_be_required() -> None:
     host, notices = memory(Pages(0), pinned=True)
-    with pytest.raises(ConfigError, match=r"memory\.pinned: is true, but 0\.01 GB .*out of memory"):
+    with pytest.raises(
+        ConfigError, match=r"memory\.host_weights: is pinned, but 0\.01 GB .*out of memory"
+    ):
         host.allocate(10 * MIB)
     assert notices == []
 

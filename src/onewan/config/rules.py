@@ -13,6 +13,7 @@ from onewan.arithmetic.buckets import size_error
 from onewan.arithmetic.sample_request import image_error, request_errors
 from onewan.arithmetic.timestep_weighting import weighting_problem
 from onewan.config.fields import Problem
+from onewan.config.method import FineTuneMethod
 from onewan.config.method_rules import method_rules, missing_file
 from onewan.config.optimizer import AVERAGING_OPTIMIZERS
 from onewan.config.resolve import (
@@ -38,6 +39,7 @@ def rule_violations(config: RunConfig) -> Iterator[Problem]:
     yield from _timestep_rules(config)
     yield from _averaging_rules(config)
     yield from _validation_rules(config)
+    yield from _memory_rules(config)
     yield from unused_field_problems(config)
 
 
@@ -166,6 +168,25 @@ def _averaging_rules(config: RunConfig) -> Iterator[Problem]:
             yield "train.schedule.kind", text
         if count := train.cooldown_steps:
             yield "train.cooldown_steps", f"must be 0, since {why}, got {count}; leave it out"
+
+
+def _memory_rules(config: RunConfig) -> Iterator[Problem]:
+    """Settings about the blocks of a checkpointed backward pass, and weights that can be mapped."""
+    memory = config.memory
+    of_checkpointing = {
+        "resident_blocks": None,
+        "offload_inputs": False,
+        "keep_attention": "no",
+        "feed_forward_chunks": 1,
+    }
+    for name, without in of_checkpointing.items():
+        value = getattr(memory, name)
+        if not memory.gradient_checkpointing and value not in (None, without):
+            why = "needs memory.gradient_checkpointing, which is off"
+            yield f"memory.{name}", f"{why}, got {format_value(value)}; leave it out"
+    if memory.host_weights == "mapped" and isinstance(config.method, FineTuneMethod):
+        why = "trained weights can't stay in the model's file"
+        yield "memory.host_weights", f"{why}, got 'mapped'; leave it out"
 
 
 def _validation_rules(config: RunConfig) -> Iterator[Problem]:

@@ -380,9 +380,11 @@ class MemorySection(Section):
     attention: Annotated[AttentionName, BeforeValidator(_with_backward_pass)] = "auto"
     """Attention backend: PyTorch's `flash`, `efficient`, `cudnn`, `overrideable` or `math`, or that
     of a package. `auto`: the fastest, measured at the start of the run; a resumed run keeps it."""
-    pinned: bool | None = None
-    """Pin (page-lock) the host memory of streamed weights; false: copy through a small pinned
-    buffer. null: pinned where that works."""
+    host_weights: Literal["pinned", "pageable", "mapped"] | None = None
+    """The host's copy of streamed weights: in pinned (page-locked) memory, which copies fastest; in
+    pageable memory, copied through a small pinned buffer; or `mapped`: read from the model's file
+    each time, which needs no memory but what the system uses to cache the file. null: pinned where
+    that works, else pageable."""
     vram: _ByteSize | None = None
     """Device memory that the run may use, such as 24GB or 24GiB; null is what the device has."""
     ram: _ByteSize | None = None

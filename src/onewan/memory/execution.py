@@ -46,17 +46,22 @@ class BlockExecution:
         host: HostMemory | None = None,
         computation: BlockComputation | None = None,
         streams: bool = False,
+        mapped: bool = False,
     ) -> None:
         """`settings` apply until `configure`. `computation` has what does not depend on the size of
         the clips. With `streams`, frozen weights of blocks have their masters in memory of `host`
         and come to the device when they are needed; otherwise a transformer is moved as a whole,
-        and all settings have all of its blocks resident."""
+        and all settings have all of its blocks resident. With `mapped` there are no masters:
+        weights are gathered from where they are, such as a mapped file, each time."""
         self._device = device
         self._settings = settings
         self._host = host or HostMemory(device)
         self._computation = computation or BlockComputation()
+        # Activations are always pinned where that works, since the backward pass waits for them.
+        self._activations = HostMemory(device)
         self._store = KeptActivations(device, self._allocate)
         self._stream = BlockStream(device, host=self._host) if streams else None
+        self._mapped = mapped
         self._runners: list[CheckpointedBlocks] = []
         self._placements: dict[nn.Module, StreamedTransformer] = {}
 
@@ -104,7 +109,9 @@ class BlockExecution:
         if self._stream is None:
             return WholeModule(transformer, self._device)
         blocks = list(transformer.blocks)
-        weights = BlockWeights.take(blocks, self._host, trained=training is not None)
+        weights = BlockWeights.take(
+            blocks, self._host, mapped=self._mapped, trained=training is not None
+        )
         if training is not None:
             weights.training = training(self._stream)
         placement = StreamedTransformer(
@@ -156,4 +163,4 @@ class BlockExecution:
         runner.offload_attention = settings.keep_attention == "host"
 
     def _allocate(self, size: int) -> torch.Tensor:
-        return self._host.allocate(size).tensor
+        return self._activations.allocate(size).tensor

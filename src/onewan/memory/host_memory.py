@@ -111,13 +111,14 @@ class HostMemory:
         what = f"{size / 1e9:.2f} GB of host memory can't be pinned ({_reason(error)})"
         if self._required:
             problem = (
-                f"memory.pinned: is true, but {what}; free memory, raise the limit or remove it"
+                f"memory.host_weights: is pinned, but {what}; free memory, raise the limit, or "
+                "set it to pageable"
             )
             raise ConfigError("run file", [problem]) from error
         self._wanted = False
         self._notify(
             f"{what}: the weights that follow are copied through a small pinned buffer, which may "
-            "be slower; memory.pinned: false does so without trying"
+            "be slower; memory.host_weights: pageable does so without trying"
         )
 
 

@@ -162,7 +162,7 @@ class BlockParts:
 
     @staticmethod
     @cache
-    def compiled() -> BlockParts:
+    def compiled(backend: str = "inductor") -> BlockParts:
         """The functions compiled by `torch.compile`, once for all blocks of all experts.
 
         Weights are inputs of the compiled code, so other blocks, and the same weights at another
@@ -171,7 +171,8 @@ class BlockParts:
         """
         functions = {f.name: f.default for f in fields(BlockParts) if callable(f.default)}
         compiled: dict[str, Any] = {
-            name: torch.compile(function, dynamic=True) for name, function in functions.items()
+            name: torch.compile(function, dynamic=True, backend=backend)
+            for name, function in functions.items()
         }
         return BlockParts(**compiled, is_compiled=True)
 

@@ -42,6 +42,9 @@ from onewan.model.block_parts import BlockParts
 from onewan.model.transformer import WanTransformer
 from onewan.runs.events import MemoryPlanned
 
+_PINNED = {None: None, "pinned": True, "pageable": False, "mapped": False}
+"""`HostMemory`'s argument for each value of `memory.host_weights`."""
+
 
 class RunMemory:
     """What the memory of one run is used for."""
@@ -73,7 +76,7 @@ class RunMemory:
             planned[0],
             host=HostMemory(
                 device,
-                pinned=config.memory.pinned,
+                pinned=_PINNED[config.memory.host_weights],
                 notify=lambda message: notices.update({message: None}),
             ),
             computation=BlockComputation(
@@ -82,6 +85,7 @@ class RunMemory:
                 dropout=dropout,
             ),
             streams=streams,
+            mapped=config.memory.host_weights == "mapped",
         )
 
     @property

@@ -222,6 +222,9 @@ def _memory_changes(config: ResolvedRun) -> Iterator[_Change]:
             "Comfy-Org/Wan_2.2_ComfyUI_Repackaged)"
         )
         yield _change(text, {"model.text_encoder": FP8_TEXT_ENCODER})
+    if memory.host_weights != "mapped" and not isinstance(config.method, FineTuneMethod):
+        text = "read streamed weights from the model's file each time (slower, unless it is cached)"
+        yield _change(text, {"memory.host_weights": "mapped"})
     if memory.weights == "as_stored" and not isinstance(config.method, FineTuneMethod):
         for storage in ("fp8", "int8", "nf4"):
             text = f"store the frozen weights of the blocks in {storage}"

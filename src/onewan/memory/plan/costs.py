@@ -231,8 +231,11 @@ class RunCosts:
         if settings.streamed(layers) or (
             len(models) > 1 and self.config.memory.offload_inactive_expert
         ):
+            # The system's cache of a mapped file is not counted: it is given up when needed.
+            in_memory = self.config.memory.host_weights != "mapped"
             return {
-                "weights of blocks": sum(m.shape.layers * m.block_bytes for m in models),
+                "weights of blocks": in_memory
+                * sum(m.shape.layers * m.block_bytes for m in models),
                 "weights outside the blocks": sum(m.outer_bytes for m in models[1:]),
             }
         return {}
