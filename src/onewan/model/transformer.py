@@ -110,7 +110,7 @@ class WanTransformer(WanTransformer3DModel):
             text=text,
             time=modulation.unflatten(2, (6, -1)),
             first_tokens=0 if count is None else per_frame,
-            rotary=self.rope(latents),
+            rotary=_without_base(self.rope(latents)),
             frames=latents.shape[2],
         )
         return time, inputs
@@ -137,6 +137,13 @@ class WanTransformer(WanTransformer3DModel):
             batch, f // frames, h // rows, w // columns, frames, rows, columns, -1
         )
         return grid.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def _without_base(rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    # Views of a [F, h, w, D] tensor: code that is compiled for one with F = w would not be used for
+    # others.
+    cos, sin = rotary
+    return cos.clone(), sin.clone()
 
 
 def two_timesteps(timestep_BN: Tensor) -> Tensor:
