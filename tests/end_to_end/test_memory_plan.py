@@ -1,0 +1,100 @@
+"""What a run on a device does by its memory plan: events, the trial, batches that share loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.runs import RunFile, layout_of, outcome
+from support.tiny_models import TinyModels
+
+from onewan.cli import main
+from onewan.config.schema import ResolvedRun
+from onewan.runs.event_file import read_events
+from onewan.train.memory import RunMemory
+from onewan.train.trainer import WanTrainer
+
+STREAMED = [
+    "model.device=sim",
+    "model.experts=high",
+    "wan_config.max_frames=5",
+    "train.steps=2",
+    "train.accumulation=2",
+    "memory.resident_blocks=0",
+    "validation.clips=0",
+]
+
+
+def overrides_of(config: ResolvedRun) -> list[str]:
+    own = [f"output.dir={config.output.dir}", f"model.path={config.model.path}"]
+    return [*own, *STREAMED, f"memory.ram={config.memory.ram}"]
+
+
+def events_of(config: ResolvedRun, kind: str) -> list[dict[str, Any]]:
+    return [e for e in read_events(layout_of(config).events) if e["event"] == kind]
+
+
+@pytest.fixture
+def streamed(run_file: RunFile, sim: torch.device, tmp_path: Path) -> RunFile:
+    """Runs of a model with more blocks than the ring holds."""
+    del sim
+    model = TinyModels(tmp_path / "models", width=64, layers=4)("t2v-a14b")
+
+    def make(name: str, *overrides: str) -> ResolvedRun:
+        return run_file("t2v-a14b", f"model.path={model}", *STREAMED, *overrides, name=name)
+
+    return make
+
+
+def test_the_plan_the_trial_and_the_copied_bytes_are_in_the_events(streamed: RunFile) -> None:
+    config = streamed("run")
+    WanTrainer(config).fit()
+    (plan,) = events_of(config, "plan")
+    assert plan["plan"]["fits"] is True
+    assert plan["device_peak"] == plan["plan"]["device_peak"] > 0
+    (trial,) = events_of(config, "memory")
+    assert trial["measured"] > 0 and trial["planned"] == plan["plan"]["phases"][-1]["device_bytes"]
+    for step in events_of(config, "step"):
+        assert step["bytes_to_device"] > 0
+        assert step["bytes_to_host"] == 0
+
+
+def test_the_trial_changes_no_result(streamed: RunFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_trial = streamed("with", "method.dropout=0.1")
+    without = streamed("without", "method.dropout=0.1")
+    WanTrainer(with_trial).fit()
+    monkeypatch.setattr("onewan.train.trainer.try_largest_batch", lambda _: None)
+    WanTrainer(without).fit()
+    (tensors, steps), (others, other_steps) = outcome(with_trial), outcome(without)
+    assert events_of(with_trial, "memory") and not events_of(without, "memory")
+    assert steps == other_steps
+    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+
+
+def test_small_batches_of_a_step_share_the_loads_of_a_block(
+    streamed: RunFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, apart = streamed("together"), streamed("apart")
+    # As if the plan had a bucket of four clips' size besides the clips' own.
+    cells = RunMemory._planned_cells
+    monkeypatch.setattr(RunMemory, "_planned_cells", lambda self, bucket: 4 * cells(self, bucket))
+    WanTrainer(together).fit()
+    monkeypatch.setattr(RunMemory, "_planned_cells", cells)
+    WanTrainer(apart).fit()
+    (tensors, steps), (others, other_steps) = outcome(together), outcome(apart)
+    assert steps == other_steps
+    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+    shared, single = (events_of(c, "step")[-1]["bytes_to_device"] for c in (together, apart))
+    assert shared == single / 2  # half of the forward and backward passes over the blocks
+
+
+def test_a_run_that_does_not_fit_is_refused_before_anything_is_encoded(
+    streamed: RunFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = streamed("tiny", "memory.ram=1MB")
+    assert main(["train", str(tmp_path / "tiny.yaml"), *overrides_of(config)]) != 0
+    said = capsys.readouterr().err
+    assert "memory: this run does not fit" in said and "of host memory" in said
+    assert not events_of(config, "encoding") and not events_of(config, "data")
