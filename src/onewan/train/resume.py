@@ -40,8 +40,9 @@ _SAFE_TO_CHANGE = (
 
 ``video_data.sources`` is among them because the data set is compared by content.
 """
-_BUT_NOT = ("memory.weights",)
-"""Fields under these prefixes that do change what is computed."""
+_BUT_NOT = ("memory.weights", "memory.compile", "memory.feed_forward_chunks")
+"""Fields under these prefixes that do change what is computed: the values of the weights, the order
+of sums, or the kernels. All other memory settings give the same bits."""
 _VALIDATION_FIELDS = ("validation.clips", "validation.timesteps")
 """Fields that change the clips or the timesteps of validation losses."""
 
