@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal["load", "use", "compute", "done", "leave", "drop", "fetch", "take", "step"]
+Part = Literal["all", "first", "rest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,8 @@ class Entry:
     load      the weights of `block` are copied into `buffer`, behind the computations of the block
               that it held before
     use       computations wait for the copy into `buffer`
-    compute   the kernels of `block`, of the backward pass if `backward`
+    compute   the kernels of `block`, of the backward pass if `backward`: all of them, or the `part`
+              before the fetch of the next block's kept tensors, or the one behind it
     done      `buffer` may be refilled behind them
     leave     the kept tensors of `block` are copied to the host, behind its kernels
     drop      computations wait for that copy; the memory is free behind them
@@ -45,6 +47,7 @@ class Entry:
     block: int = -1
     buffer: int = -1
     backward: bool = False
+    part: Part = "all"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +60,15 @@ class Durations:
     load: float
     kept: float
     """Of the copy of a block's kept tensors, in one direction."""
+    first: float = 0.0
+    """Of `backward`, what comes before the fetch of the next block's kept tensors."""
+
+    def of(self, entry: Entry) -> float:
+        """Of a computation."""
+        if not entry.backward:
+            return self.forward
+        parts = {"all": self.backward, "first": self.first, "rest": self.backward - self.first}
+        return parts[entry.part]
 
 
 @dataclass(slots=True)
@@ -104,7 +116,7 @@ class _Clock:
             case "use":
                 self.compute = max(self.compute, self.ready.get(entry.buffer, 0.0))
             case "compute":
-                self.compute += durations.backward if entry.backward else durations.forward
+                self.compute += durations.of(entry)
             case "done":
                 self.free[entry.buffer] = self.compute
             case "leave":

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from markers import replace_between
-from schedule_replay import Durations, Entry, slowdown
+from schedule_replay import Durations, Entry, Part, slowdown
 from torch import Tensor
 
 from onewan.adapters.adapter_config import adapter_config_for
@@ -53,12 +53,14 @@ class Recorder:
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
+        self._used = -1
         self._computed = False
+        self._part: Part = "all"
 
     def stream(self, event: StreamEvent) -> None:
         """An entry of the stream of weights."""
         if event.kind == "use":
-            self._computed = False
+            self._used, self._computed, self._part = event.block, False, "all"
         if event.kind == "done":
             self.compute(event.block, backward=event.current is Pass.BACKWARD)
         self.entries.append(Entry(event.kind, event.block, event.buffer))
@@ -70,8 +72,15 @@ class Recorder:
     def compute(self, block: int, *, backward: bool = False) -> None:
         """The kernels of a block are queued; told once or twice for each use of it."""
         if not self._computed:
-            self.entries.append(Entry("compute", block, backward=backward))
+            self.entries.append(Entry("compute", block, backward=backward, part=self._part))
         self._computed = True
+
+    def fetch(self, block: int) -> None:
+        """The kept tensors of `block` are asked for: by that block itself, or while the one behind
+        it is differentiated."""
+        if block != self._used:
+            self.entries.append(Entry("compute", self._used, backward=True, part="first"))
+            self._part = "rest"
 
     def step(self) -> None:
         self.entries.append(Entry("step"))
@@ -91,6 +100,7 @@ class RecordedActivations(KeptActivations):
         super().put(key, tensors, leave)
 
     def prefetch(self, key: Hashable) -> None:
+        self._recorder.fetch(block_of(key))
         before = self.bytes_to_device
         super().prefetch(key)
         if self.bytes_to_device > before:
@@ -239,11 +249,18 @@ def durations(card: Card, tokens: int, storage: str, *, keep_attention: bool = F
     kept = tokens * width * 4  # the block's input in float32
     if keep_attention:
         kept += 2 * tokens * width * 2  # the outputs of both attentions in bfloat16
+    # The block is computed again up to the feed-forward layer, which is differentiated first; a
+    # LoRA's weights have no gradient of their own size.
+    again = 2 * tokens * width * (2 * width + 2 * size.feed_forward)
+    if not keep_attention:
+        again = forward.total
+    first = again + 2 * tokens * 2 * width * size.feed_forward
     return Durations(
         forward=forward.total / card.flops,
         backward=(step - forward.total) / card.flops,
         load=linears * STORAGE[storage] / card.bus,
         kept=kept / card.bus,
+        first=first / card.flops,
     )
 
 

@@ -70,7 +70,7 @@ def test_phases_have_the_bytes_that_were_counted_on_the_real_sizes(plan) -> None
     )
     training = found.worst.training.device
     assert training["resident blocks"] == pytest.approx(28.1 * GB, rel=0.01)
-    assert training["kept for the backward pass"] == pytest.approx(27.6 * GB, rel=0.01)
+    assert training["kept for the backward pass"] == 40 * 4 * 5120 * 32_760
     # Both experts' adapters of rank 32 and AdamW: 153 million weights each.
     assert training["optimizer state"] == pytest.approx(2 * 1.227 * GB, rel=0.01)
     assert training["gradients"] == pytest.approx(0.613 * GB, rel=0.01)
@@ -105,8 +105,8 @@ def test_what_goes_to_host_memory_is_gone_from_the_device(plan) -> None:
     away = plan("t2v-a14b", "400GB", MEDIUM, "memory={offload_inputs: true, keep_attention: host}")
     kept = here.worst.training.device["kept for the backward pass"]
     moved = away.worst.training.pinned["kept for the backward pass"]
-    left = away.worst.training.device["kept for the backward pass"]
-    assert moved == kept - left and moved > 0.9 * kept
+    assert moved == kept
+    assert "kept for the backward pass" not in away.worst.training.device
     assert away.worst.time.bytes_to_host == moved
 
 

@@ -61,8 +61,9 @@ def test_activations_are_within_5_percent_of_the_counted_bytes(case: Case) -> No
         case.variant, *case.size, true_size.Settings(blocks=BLOCKS, **settings)
     )
     shape = replace(TransformerShape.of_variant(VARIANTS[case.variant]), layers=BLOCKS)
+    batch = Batch(shape=shape, tokens=counts.tokens, clips=1, compute_bytes=2)
     planned = activations(
-        Batch(shape=shape, tokens=counts.tokens, clips=1, compute_bytes=2),
+        batch,
         Settings(
             resident_blocks=BLOCKS,
             checkpointing=case.checkpointing,
@@ -76,7 +77,7 @@ def test_activations_are_within_5_percent_of_the_counted_bytes(case: Case) -> No
     # block for a LoRA and in the first one for full fine-tuning, those of one block or all exist.
     gradients = counts.trained / 3 / BLOCKS if case.method == "lora" else counts.trained / 2
     expected = planned.kept_on_device + planned.live + gradients
-    expected = max(expected, smallest_peak(shape))
+    expected = max(expected, smallest_peak(batch))
     counted = max(counts.peaks["forward"], counts.peaks["backward"])
     counted -= counts.weights + counts.buffers + counts.trained
     assert expected == pytest.approx(counted, rel=0.05)

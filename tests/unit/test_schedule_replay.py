@@ -117,8 +117,22 @@ def test_a_step_loads_no_more_blocks_than_it_must(
 
 def test_block_inputs_leave_and_return_in_the_recorded_step(all_streamed: Recording) -> None:
     kinds = [entry.kind for entry in all_streamed.entries]
-    # The last two are still on the device when the backward pass takes them.
-    assert (kinds.count("leave"), kinds.count("fetch")) == (3 * 40, 3 * 38)
+    # Those of the last block are still on the device when the backward pass takes them.
+    assert (kinds.count("leave"), kinds.count("fetch")) == (3 * 40, 3 * 39)
+
+
+def test_a_fetch_waits_for_the_first_part_of_the_block_behind_it() -> None:
+    schedule = [
+        Entry("compute", 0),  # 0 to 2
+        Entry("leave", 0),
+        Entry("compute", 1, backward=True, part="first"),  # 2 to 5
+        Entry("fetch", 0),  # 5 to 7.5
+        Entry("compute", 1, backward=True, part="rest"),  # 5 to 6
+        Entry("take", 0),
+        Entry("step"),
+    ]
+    times = Durations(forward=2.0, backward=4.0, load=3.0, kept=2.5, first=3.0)
+    assert replay(schedule, times) == [7.5]
 
 
 @pytest.mark.parametrize("size", [size for size, tokens in SIZES.items() if tokens > 9_000])

@@ -6,7 +6,8 @@ bounded without any wait of the host: a tensor is held until its copy is `DEPTH`
 the compute stream waits for the copy and the tensor is dropped. The allocator may then reuse its
 memory in the order of the compute stream, however far the host runs ahead of the device. (Without
 that order, a host that runs ahead allocates memory for blocks whose predecessors have not left yet,
-and nothing is saved.) On the way back, memory is taken for the next block only.
+and nothing is saved.) On the way back, memory is taken for the next block only, once the largest
+tensors of the present one, those of its feed-forward layer, are gone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from onewan.memory.copy_queue import Event, copy_async, copy_queue
 
-DEPTH = 2
+DEPTH = 1
 """Blocks whose tensors are still on the device while they are copied to host memory."""
 
 SMALL = 64 * 1024

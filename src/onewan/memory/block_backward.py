@@ -22,6 +22,7 @@ from functools import cache
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from onewan.model.attention_backends import AttentionBackend, attend, default_backend
@@ -40,11 +41,6 @@ class Attended:
     @property
     def tensors(self) -> list[Tensor]:
         return [self.output, *self.saved]
-
-    @property
-    def converted(self) -> Tensor:
-        """The output for the next layer."""
-        return self.output.to(self.dtype)
 
 
 Context = Callable[[], AbstractContextManager[object]]
@@ -92,6 +88,17 @@ def _set_generator_states(
         set_device_states(states[1], states[2], device_type=device.type)
 
 
+@dataclass(frozen=True, slots=True)
+class KeptOfBlock:
+    """What the backward pass of one block and batch gets from the forward pass."""
+
+    hidden: Tensor
+    """[B, N, d], the block's input."""
+    attended: list[Attended]
+    """Of self- and cross-attention; empty if they are computed again."""
+    random: RandomStates
+
+
 @dataclass
 class InputGradients:
     """Sums over blocks of the gradients of what all blocks of one batch get.
@@ -133,16 +140,21 @@ class BlockComputation:
         first = self.attended(block, heads, inputs)
         del heads
         random.mark("self branch")
-        branch = self.parts.self_attention_branch(block, first.converted, part, inputs.first_tokens)
-        hidden = hidden_BNd + branch
+        # Results of the branches belong to nobody else, so the sums overwrite them.
+        hidden = _add_into(
+            self.parts.self_attention_branch(
+                block, first.output, first.dtype, part, inputs.first_tokens
+            ),
+            hidden_BNd,
+        )
         random.mark("cross heads")
         heads = self.parts.cross_attention_heads(block, hidden, inputs.text)
         second = self.attended(block, heads, None)
         del heads
         random.mark("cross branch")
-        hidden = hidden + self.parts.cross_attention_branch(block, second.converted)
+        hidden += self.parts.cross_attention_branch(block, second.output, second.dtype)
         kept = [first, second] if self.keep_attention else []
-        del first, second, branch
+        del first, second
         random.mark("feed-forward")
         return self._feed_forward(block, hidden, part, inputs), kept, random
 
@@ -153,28 +165,36 @@ class BlockComputation:
         part = self.parts.modulation(block, inputs.time)
         heads = self.parts.self_attention_heads(block, hidden_BNd, part, inputs)
         output = self._attend(block, heads, inputs)
-        branch = self.parts.self_attention_branch(block, output, part, inputs.first_tokens)
-        hidden = hidden_BNd + branch
+        hidden = hidden_BNd + self.parts.self_attention_branch(
+            block, output, heads.output_dtype, part, inputs.first_tokens
+        )
         heads = self.parts.cross_attention_heads(block, hidden, inputs.text)
-        hidden = hidden + self.parts.cross_attention_branch(block, self._attend(block, heads, None))
+        output = self._attend(block, heads, None)
+        hidden = hidden + self.parts.cross_attention_branch(block, output, heads.output_dtype)
         return hidden + self.parts.feed_forward_branch(block, hidden, part, inputs.first_tokens)
 
     def backward(
         self,
         block: WanTransformerBlock,
-        hidden_BNd: Tensor,
-        kept: list[Attended],
-        random: RandomStates,
+        kept: KeptOfBlock,
         grad_BNd: Tensor,
         inputs: BlockInputs,
         sums: InputGradients,
         context: Context = nullcontext,
+        fetch_next: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """The gradient of `hidden_BNd`; those of parameters are accumulated, and those of the text
-        and the timesteps are added to `sums`. `context` is that of forward passes (autocast)."""
+        """The gradient of the block's input. It overwrites `grad_BNd`, that of the block's output.
+        Gradients of parameters are accumulated, and those of the text and the timesteps are added
+        to `sums`.
+
+        `kept.attended` is emptied. `context` is that of forward passes (autocast). `fetch_next` is
+        called when the feed-forward layer is done: what the next block needs may come to the device
+        from then on.
+        """
         with torch.enable_grad():
-            this = _BlockBackward(self, block, inputs, random, sums, context)
-            return this.run(hidden_BNd, kept, grad_BNd)
+            this = _BlockBackward(self, block, inputs, kept.random, sums, context)
+            this.run(kept, grad_BNd, fetch_next)
+        return grad_BNd
 
     # ------------------------------------------------------------------------------------ attention
 
@@ -190,8 +210,7 @@ class BlockComputation:
         self, block: WanTransformerBlock, heads: Heads, inputs: BlockInputs | None
     ) -> Tensor:
         folded = self._folded(block, heads, inputs)
-        output = attend(*folded.tensors, self.chosen(folded)).reshape(heads.q.shape)
-        return output.to(heads.output_dtype)
+        return attend(*folded.tensors, self.chosen(folded)).reshape(heads.q.shape)
 
     def attention_backward(
         self,
@@ -236,10 +255,6 @@ class BlockComputation:
     def _feed_forward(
         self, block: WanTransformerBlock, hidden_BNd: Tensor, part: Modulation, inputs: BlockInputs
     ) -> Tensor:
-        if self.chunks == 1:
-            return hidden_BNd + self.parts.feed_forward_branch(
-                block, hidden_BNd, part, inputs.first_tokens
-            )
         # In place: nobody else has these hidden states.
         for span, first in self.spans(hidden_BNd.shape[1], inputs.first_tokens):
             chunk = hidden_BNd[:, span]
@@ -261,30 +276,29 @@ class _BlockBackward:
     off too."""
     _part: Modulation = field(init=False)
 
-    def run(self, hidden_BNd: Tensor, kept: list[Attended], given: Tensor) -> Tensor:
-        """The gradient of `hidden_BNd`. Frees `given`, the gradient of the block's output."""
+    def run(self, kept: KeptOfBlock, grad_BNd: Tensor, fetch_next: Callable[[], None]) -> None:
+        """Turns `grad_BNd`, the gradient of the block's output, into that of its input: in place,
+        since autograd holds it until the block's backward pass has ended."""
         time = _leaf(self.inputs.time, self.sums.time)
         with self.context():
             table = self.how.parts.modulation(self.block, time)
         self._part = Modulation(*(_leaf(x) for x in table))
         text = _leaf(self.inputs.text)
-        first = _Attention(self, hidden_BNd, None, kept[0] if kept else None)
+        attended = kept.attended
+        first = _Attention(self, kept.hidden, None, attended[0] if attended else None)
         middle = first.output()
-        second = _Attention(self, middle, text.view_as(text), kept[1] if kept else None)
-        kept.clear()  # so that each is freed when it has been used
+        second = _Attention(self, middle, text.view_as(text), attended[1] if attended else None)
+        attended.clear()  # so that each is freed when it has been used
         last = second.output()
-        grad_BNd = self._feed_forward(last, given)
+        self._feed_forward(last, grad_BNd)
         del last
-        # The engine holds the tensor that it passed until this function returns, but no longer its
-        # memory.
-        given.data = given.new_empty(0)
-        grad_BNd = second.backward(grad_BNd)
+        fetch_next()
+        second.backward(grad_BNd)
         del second, middle
-        grad_BNd = first.backward(grad_BNd)
+        first.backward(grad_BNd)
         self.sums.text = text.grad
         self._modulation_backward(table)
         self.sums.time = time.grad
-        return grad_BNd
 
     def _modulation_backward(self, table: Modulation) -> None:
         pairs = [
@@ -295,26 +309,21 @@ class _BlockBackward:
         if pairs:
             torch.autograd.backward([v for v, _ in pairs], [g for _, g in pairs])
 
-    def _feed_forward(self, hidden_BNd: Tensor, grad_BNd: Tensor) -> Tensor:
-        """The gradient of `hidden_BNd`, the layer's input."""
+    def _feed_forward(self, hidden_BNd: Tensor, grad_BNd: Tensor) -> None:
+        """Turns `grad_BNd`, the gradient of the layer's output, into that of `hidden_BNd`, its
+        input."""
         how, inputs = self.how, self.inputs
-        whole: Tensor | None = None
         with self.random.again("feed-forward"):
             for span, first in how.spans(hidden_BNd.shape[1], inputs.first_tokens):
-                chunk = hidden_BNd[:, span].detach().requires_grad_()
+                chunk, grad = hidden_BNd[:, span].detach().requires_grad_(), grad_BNd[:, span]
                 with self.context():
                     branch = how.parts.feed_forward_branch(self.block, chunk, self._part, first)
-                branch.backward(grad_BNd[:, span])
+                edge = get_gradient_edge(branch)
                 del branch
+                torch.autograd.backward([edge], [grad])
                 assert chunk.grad is not None
-                gradient = chunk.grad.add_(grad_BNd[:, span])
-                if how.chunks == 1:
-                    return gradient
-                if whole is None:
-                    whole = torch.empty_like(hidden_BNd)
-                whole[:, span] = gradient
-        assert whole is not None
-        return whole
+                grad += chunk.grad
+                del chunk  # and its gradient, before those of the next chunk
 
     @property
     def part(self) -> Modulation:
@@ -339,18 +348,21 @@ class _Attention:
                 kept = owner.how.attended(owner.block, _detached(self._heads), self._inputs())
         self._attended = kept
         self._leaf = kept.output.detach().requires_grad_()
-        with owner.random.again(f"{self._name} branch"), owner.context():
-            self._branch = self._compute_branch()
 
     def output(self) -> Tensor:
-        """The hidden states after this attention."""
-        return self._hidden.detach() + self._branch.detach()
+        """The hidden states after this attention. Called once, before `backward`."""
+        with self._owner.random.again(f"{self._name} branch"), self._owner.context():
+            branch = self._compute_branch()
+        # The edge keeps the graph, and the result is freed.
+        self._edge, self._branch_dtype = get_gradient_edge(branch), branch.dtype
+        return self._hidden.detach() + branch.detach()
 
-    def backward(self, grad_BNd: Tensor) -> Tensor:
-        """The gradient of the hidden states before this attention. Overwrites `grad_BNd`."""
+    def backward(self, grad_BNd: Tensor) -> None:
+        """Turns `grad_BNd`, the gradient of the hidden states after this attention, into that of
+        those before it."""
         owner = self._owner
-        self._branch.backward(grad_BNd.to(self._branch.dtype))
-        del self._branch
+        torch.autograd.backward([self._edge], [grad_BNd.to(self._branch_dtype)])
+        del self._edge
         grad_attended = self._leaf.grad
         assert grad_attended is not None
         self._leaf.grad = None
@@ -369,18 +381,15 @@ class _Attention:
         recorded = [head.requires_grad for head in heads.tensors]
         roots = [gradient for gradient, used in zip(gradients, recorded, strict=True) if used]
         # The edges keep the graphs, and the heads themselves are freed.
-        edges = [
-            torch.autograd.graph.get_gradient_edge(head)
-            for head in heads.tensors
-            if head.requires_grad
-        ]
+        edges = [get_gradient_edge(head) for head in heads.tensors if head.requires_grad]
         del heads, gradients
         if self._text is not None and owner.sums.text is not None:
             # The sum of the blocks behind this one comes first, as in autograd's sum over blocks.
-            edges.append(torch.autograd.graph.get_gradient_edge(self._text))
+            edges.append(get_gradient_edge(self._text))
             roots.append(owner.sums.text)
         torch.autograd.backward(edges, roots)
-        return grad_BNd if self._hidden.grad is None else self._hidden.grad.add_(grad_BNd)
+        if self._hidden.grad is not None:
+            grad_BNd += self._hidden.grad
 
     def _compute_heads(self) -> Heads:
         owner, parts = self._owner, self._owner.how.parts
@@ -396,12 +405,17 @@ class _Attention:
 
     def _compute_branch(self) -> Tensor:
         owner, parts = self._owner, self._owner.how.parts
+        again, dtype = not parts.is_compiled, self._attended.dtype
         if self._text is None:
-            first = owner.inputs.first_tokens
             return parts.self_attention_branch(
-                owner.block, self._leaf.to(self._attended.dtype), owner.part, first
+                owner.block,
+                self._leaf,
+                dtype,
+                owner.part,
+                owner.inputs.first_tokens,
+                recompute=again,
             )
-        return parts.cross_attention_branch(owner.block, self._leaf.to(self._attended.dtype))
+        return parts.cross_attention_branch(owner.block, self._leaf, dtype, recompute=again)
 
     def _inputs(self) -> BlockInputs | None:
         return self._owner.inputs if self._text is None else None
@@ -410,6 +424,13 @@ class _Attention:
 def _detached(heads: Heads) -> Heads:
     q, k, v = (head.detach() for head in heads.tensors)
     return Heads(q, k, v, heads.output_dtype)
+
+
+def _add_into(branch_BNd: Tensor, hidden_BNd: Tensor) -> Tensor:
+    """The sum of both, in the memory of `branch_BNd` if it has the type of the sum."""
+    if branch_BNd.dtype == hidden_BNd.dtype:
+        return branch_BNd.add_(hidden_BNd)
+    return hidden_BNd + branch_BNd
 
 
 @cache

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +37,7 @@ from onewan.memory.block_backward import (
     Attended,
     BlockComputation,
     InputGradients,
+    KeptOfBlock,
     RandomStates,
 )
 from onewan.memory.streaming import Pass
@@ -176,22 +178,20 @@ class _ForwardPass:
         results = []
         for number, gradient in enumerate(gradients):
             hidden, *tensors = runner.store.take((index, number))
-            self._prefetch(index, number)
             counts, random = self._kept.pop((index, number))
-            kept = [
+            attended = [
                 Attended(tensors.pop(0), tuple(tensors.pop(0) for _ in range(count)), dtype)
                 for count, dtype in counts
             ]
             results.append(
                 self._computation.backward(
                     runner.blocks[index],
-                    hidden,
-                    kept,
-                    random,
+                    KeptOfBlock(hidden, attended, random),
                     gradient,
                     self._inputs[number],
                     self._sums[number],
                     self._context,
+                    partial(self._prefetch, index, number),
                 )
             )
         runner.weights.done(index, Pass.BACKWARD)

@@ -98,10 +98,21 @@ def self_attention_heads(
 
 
 def self_attention_branch(
-    block: WanTransformerBlock, attended_BNHD: Tensor, part: Modulation, first_tokens: int
+    block: WanTransformerBlock,
+    attended_BNHD: Tensor,
+    dtype: torch.dtype,
+    part: Modulation,
+    first_tokens: int,
+    *,
+    recompute: bool = False,
 ) -> Tensor:
-    """What self-attention adds to the hidden states, float32 [B, N, d]."""
-    return _gated(_projected(block.attn1, attended_BNHD), part.gate, first_tokens)
+    """What self-attention adds to the hidden states, float32 [B, N, d]. Its output enters the next
+    layer in `dtype`, that of `Heads.output_dtype`.
+
+    With `recompute`, autograd keeps the attention's output itself instead of a copy of it.
+    """
+    projected = _projected(block.attn1, attended_BNHD, dtype, recompute=recompute)
+    return _gated(projected, part.gate, first_tokens)
 
 
 def cross_attention_heads(
@@ -118,9 +129,16 @@ def cross_attention_heads(
     return _as_heads(block.attn2, q, k, v, None, recompute=recompute)
 
 
-def cross_attention_branch(block: WanTransformerBlock, attended_BNHD: Tensor) -> Tensor:
-    """What cross-attention adds to the hidden states, [B, N, d] in the precision of products."""
-    return _projected(block.attn2, attended_BNHD)
+def cross_attention_branch(
+    block: WanTransformerBlock,
+    attended_BNHD: Tensor,
+    dtype: torch.dtype,
+    *,
+    recompute: bool = False,
+) -> Tensor:
+    """What cross-attention adds to the hidden states, [B, N, d] in the precision of products.
+    `dtype` and `recompute`: as above."""
+    return _projected(block.attn2, attended_BNHD, dtype, recompute=recompute)
 
 
 def feed_forward_branch(
@@ -132,7 +150,7 @@ def feed_forward_branch(
         block.norm3(hidden_BNd.float()), part.ffn_scale, part.ffn_shift, first_tokens
     )
     output = block.ffn(normed.type_as(hidden_BNd))
-    return _gated(output.float(), part.ffn_gate, first_tokens)
+    return _gated(output, part.ffn_gate, first_tokens)
 
 
 def within_frames(heads: Heads, frames: int) -> Heads:
@@ -148,11 +166,9 @@ class BlockParts:
 
     modulation: Callable[[WanTransformerBlock, Tensor], Modulation] = modulation
     self_attention_heads: Callable[..., Heads] = self_attention_heads
-    self_attention_branch: Callable[[WanTransformerBlock, Tensor, Modulation, int], Tensor] = (
-        self_attention_branch
-    )
+    self_attention_branch: Callable[..., Tensor] = self_attention_branch
     cross_attention_heads: Callable[..., Heads] = cross_attention_heads
-    cross_attention_branch: Callable[[WanTransformerBlock, Tensor], Tensor] = cross_attention_branch
+    cross_attention_branch: Callable[..., Tensor] = cross_attention_branch
     feed_forward_branch: Callable[[WanTransformerBlock, Tensor, Modulation, int], Tensor] = (
         feed_forward_branch
     )
@@ -179,11 +195,11 @@ class BlockParts:
 
 def _modulated(normed_BNd: Tensor, scale: Tensor, shift: Tensor, first: int) -> Tensor:
     if not first:
-        return normed_BNd * (1 + scale[:, -1:]) + shift[:, -1:]
+        return (normed_BNd * (1 + scale[:, -1:])).add_(shift[:, -1:])
     return torch.cat(
         [
-            normed_BNd[:, :first] * (1 + scale[:, :1]) + shift[:, :1],
-            normed_BNd[:, first:] * (1 + scale[:, 1:]) + shift[:, 1:],
+            (normed_BNd[:, :first] * (1 + scale[:, :1])).add_(shift[:, :1]),
+            (normed_BNd[:, first:] * (1 + scale[:, 1:])).add_(shift[:, 1:]),
         ],
         dim=1,
     )
@@ -236,10 +252,15 @@ def _as_heads(
     return Heads(q, k, v, normalized)
 
 
-def _projected(attention: WanAttention, attended_BNHD: Tensor) -> Tensor:
+def _projected(
+    attention: WanAttention, attended_BNHD: Tensor, dtype: torch.dtype, *, recompute: bool
+) -> Tensor:
     linear, dropout = attention.to_out
     attended_BNd = attended_BNHD.flatten(2, 3)
-    return dropout(linear(attended_BNd))
+    given = attended_BNd.to(dtype)
+    # Autocast converts it back, to the same values.
+    with CastOnce((given, attended_BNd)) if recompute else nullcontext():
+        return dropout(linear(given))
 
 
 def _rotated(x_BNHD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -262,8 +283,8 @@ class _Rotation(torch.autograd.Function):
         ctx.dtype = x.dtype
         even, odd = x[..., 0::2], x[..., 1::2]
         out = torch.empty_like(x, dtype=dtype)
-        out[..., 0::2] = even * cos - odd * sin
-        out[..., 1::2] = even * sin + odd * cos
+        out[..., 0::2] = (even * cos).sub_(odd * sin)
+        out[..., 1::2] = (even * sin).add_(odd * cos)
         return out
 
     @staticmethod
@@ -272,6 +293,6 @@ class _Rotation(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         even, odd = grad[..., 0::2], grad[..., 1::2]
         out = torch.empty_like(grad, dtype=ctx.dtype)
-        out[..., 0::2] = (even * cos).type_as(out) + (odd * sin).type_as(out)
-        out[..., 1::2] = (odd * cos).type_as(out) - (even * sin).type_as(out)
+        out[..., 0::2] = (even * cos).type_as(out).add_((odd * sin).type_as(out))
+        out[..., 1::2] = (odd * cos).type_as(out).sub_((even * sin).type_as(out))
         return out, None, None, None

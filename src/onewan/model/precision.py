@@ -83,7 +83,9 @@ def autocast(tensor: Tensor) -> Tensor:
 
 
 class CastOnce(TorchFunctionMode):
-    """Within this context, linear layers with the same float32 input share its conversion.
+    """Within this context, linear layers with the same float32 input share its conversion, or use
+    the tensor that it was made from: `known` are pairs of a float32 tensor and the same values in
+    autocast's type.
 
     Autocast converts the input of each layer by itself, and each layer with trained weights (LoRA's
     A of q, k and v) keeps its own copy for the backward pass. Here they keep the same tensor.
@@ -91,9 +93,9 @@ class CastOnce(TorchFunctionMode):
     the sum.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *known: tuple[Tensor, Tensor]) -> None:
         super().__init__()
-        self._converted: list[tuple[Tensor, Tensor]] = []
+        self._converted = [(source, converted.detach()) for source, converted in known]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -106,7 +108,7 @@ class CastOnce(TorchFunctionMode):
 
     def _shared(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         known = next((c for source, c in self._converted if source is tensor), None)
-        if known is None:
+        if known is None or known.dtype != dtype:
             known = tensor.detach().to(dtype)
             self._converted.append((tensor, known))
         result: Any = _Converted.apply(tensor, known)

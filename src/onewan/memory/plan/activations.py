@@ -23,7 +23,7 @@ from onewan.memory.plan.settings import Settings
 from onewan.memory.plan.shapes import TransformerShape
 from onewan.variants import TEXT_LENGTH
 
-AHEAD = 2
+AHEAD = 1
 """Blocks whose inputs and attention outputs are on the device while they are copied to or from host
 memory (`onewan.memory.activations.DEPTH`)."""
 
@@ -50,35 +50,33 @@ class Tensors:
 
 
 # A block is recomputed and differentiated in parts (`onewan.memory.block_backward`): the
-# feed-forward layer, cross-attention, self-attention. The feed-forward's own tensors exist for one
-# chunk of tokens at a time.
+# feed-forward layer, cross-attention, self-attention. Below is what is alive at the peak of each,
+# beside the block's input and what blocks keep.
 
-_FORWARD_ATTENTION = Tensors(stream=5, half=4.2)
-_FORWARD_FEED_FORWARD = Tensors(stream=1.6, half=1, hidden=3)
-"""Beyond the block's input."""
+_FORWARD_ATTENTION = Tensors(stream=2, half=5)
+"""The hidden states and the attention's output in float32; the outputs of both attentions, and
+those of the last linear layer, its adapter and the scaled sum."""
+_FORWARD_BESIDE_FEED_FORWARD = Tensors(stream=1)
+_FORWARD_FEED_FORWARD = Tensors(stream=1, hidden=3)
+"""A chunk's normalized input; outputs of the first linear layer, its adapter and the scaled sum."""
 
-_FEED_FORWARD = Tensors(stream=1, half=1, hidden=4)
-"""A chunk's input and its gradient; before and after GELU, and the gradients of both."""
-_CHUNKED = Tensors(stream=1.4)
-"""The gradient that all chunks write into."""
+_BESIDE_FEED_FORWARD = Tensors(stream=3)
+"""The hidden states behind each attention, and the gradient."""
+_FEED_FORWARD = Tensors(half=1, hidden=4)
+"""A chunk's input; before GELU, and three gradients that make up that behind it."""
+_CROSS_ATTENTION = Tensors(stream=5, half=5)
+"""The hidden states between the attentions, the gradient, and three tensors of the normalization of
+the queries; the output of self-attention, the normalized input, the projected queries, and the
+gradients of the rotated and the plain ones."""
+_SELF_ATTENTION = Tensors(stream=2, half=11)
+"""The gradient, and the sum of the queries' gradients inside of flash attention; the normalized
+input, queries and keys before and behind their rotation, values, their three gradients, and the
+output and its gradient."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Parts:
-    """What is alive while each part of a block is differentiated, beyond what is kept."""
-
-    beside_feed_forward: Tensors
-    attention: Tensors
-
-
-_WITH_KEPT_ATTENTION = _Parts(
-    beside_feed_forward=Tensors(stream=4, half=1.5), attention=Tensors(stream=10, half=5.3)
-)
-"""Attention outputs are kept; queries, keys and values are computed when they are needed."""
-_WITH_RECOMPUTED_ATTENTION = _Parts(
-    beside_feed_forward=Tensors(stream=8, half=9.3), attention=Tensors(stream=11, half=9.3)
-)
-"""Queries, keys, values and outputs of both attentions are alive from the beginning."""
+_SELF_HEADS = Tensors(half=7)
+"""The normalized input, queries and keys before and behind their rotation, values, the output."""
+_CROSS_HEADS = Tensors(half=4)
+"""The normalized input, the queries before and behind their normalization, and the output."""
 
 _DORA_FEED_FORWARD = Tensors(hidden=4)
 """Each DoRA layer keeps its base layer's output and the scaled sum."""
@@ -145,66 +143,71 @@ class Batch:
 def activations(batch: Batch, settings: Settings, method: Method) -> Activations:
     """The activations of a training step with `settings`."""
     layers = batch.shape.layers
-    forward = _forward_live(batch, settings, method) + batch.text
-    # The hidden states after the last block, beside the inputs of all blocks.
-    last = batch.block_input
+    inference = batch.block_input + batch.text + _forward_peak(batch, settings, method)
     if not settings.checkpointing:
         saved = _SAVED + _SAVED_ADDED.get(type(method), Tensors())
         return Activations(
-            kept_on_device=round(layers * batch.bytes(saved)) + last,
+            # With the hidden states after the last block.
+            kept_on_device=round(layers * batch.bytes(saved)) + batch.block_input,
             kept_on_host=0,
             live=round(batch.bytes(_BEYOND_SAVED)) + batch.text,
-            forward_live=forward + batch.block_input,
+            forward_live=inference,
         )
-    device, host, ahead = last, 0, 0
+    device, host, ahead = 0, 0, 0
     if settings.offload_inputs:
-        host += layers * batch.block_input
+        host += batch.block_input
         ahead += AHEAD * batch.block_input
     else:
-        device += layers * batch.block_input
+        device += batch.block_input
     if settings.keep_attention == "host":
-        host += layers * batch.attention_outputs
+        host += batch.attention_outputs
         ahead += AHEAD * batch.attention_outputs
     elif settings.keep_attention == "device":
-        device += layers * batch.attention_outputs
-    backward = _live_in_parts(batch, settings, method) + batch.text - last
+        device += batch.attention_outputs
+    forward = ahead + batch.block_input + _forward_peak(batch, settings, method)
+    backward = batch.block_input + _backward_peak(batch, settings, method, ahead)
     return Activations(
-        kept_on_device=device,
-        kept_on_host=host,
-        live=max(backward, forward) + ahead,
-        forward_live=forward + batch.block_input,
+        kept_on_device=layers * device,
+        kept_on_host=layers * host,
+        # The peak is in the last block, beside what the others keep.
+        live=max(forward, backward) + batch.text - device,
+        forward_live=inference,
     )
 
 
-def _live_in_parts(batch: Batch, settings: Settings, method: Method) -> int:
-    """At the peak of a block's backward pass, beyond what is kept on the device."""
-    chunks = settings.feed_forward_chunks
-    kept = settings.keep_attention != "no"
-    parts = _WITH_KEPT_ATTENTION if kept else _WITH_RECOMPUTED_ATTENTION
-    within = _FEED_FORWARD
-    attention = parts.attention
-    if isinstance(method, DoraMethod):
-        within += _DORA_FEED_FORWARD
-        attention += Tensors(half=2)
-    elif isinstance(method, OftMethod):
-        within += Tensors(half=1)  # rotated inputs
-    feed_forward = within / chunks + parts.beside_feed_forward
-    if chunks > 1:
-        feed_forward += _CHUNKED
-    peak = max(batch.bytes(feed_forward), batch.bytes(attention))
-    if isinstance(method, FineTuneMethod):  # the outer layers come when all blocks are done
-        return round(max(peak, _weight_sized(batch, method)))
-    return round(peak + _weight_sized(batch, method))
-
-
-def _forward_live(batch: Batch, settings: Settings, method: Method) -> int:
-    """At the peak of a block's forward pass, beyond its input."""
+def _forward_peak(batch: Batch, settings: Settings, method: Method) -> int:
+    """Of a block's forward pass, beside its input and what other blocks keep."""
     feed_forward = _FORWARD_FEED_FORWARD
     if isinstance(method, DoraMethod):
         feed_forward += _DORA_FEED_FORWARD
-    if settings.feed_forward_chunks > 1:
-        feed_forward = feed_forward / settings.feed_forward_chunks + Tensors(stream=1)
-    return round(max(batch.bytes(feed_forward), batch.bytes(_FORWARD_ATTENTION)))
+    feed_forward = feed_forward / settings.feed_forward_chunks + _FORWARD_BESIDE_FEED_FORWARD
+    kept = batch.attention_outputs if settings.keep_attention != "no" else 0
+    return round(max(kept + batch.bytes(feed_forward), batch.bytes(_FORWARD_ATTENTION)))
+
+
+def _backward_peak(batch: Batch, settings: Settings, method: Method, ahead: int) -> int:
+    """Of a block's backward pass, beside its input and what other blocks keep. What the next block
+    needs, `ahead`, comes to the device when the feed-forward layer is done."""
+    within = _FEED_FORWARD
+    cross, self_attention = _CROSS_ATTENTION, _SELF_ATTENTION
+    if isinstance(method, DoraMethod):
+        within += _DORA_FEED_FORWARD
+        cross += Tensors(half=2)
+        self_attention += Tensors(half=2)
+    elif isinstance(method, OftMethod):
+        within += Tensors(half=1)  # rotated inputs
+    feed_forward = within / settings.feed_forward_chunks + _BESIDE_FEED_FORWARD
+    if settings.keep_attention == "no":
+        # Queries, keys, values and outputs of both attentions are there from the beginning.
+        feed_forward += _SELF_HEADS + _CROSS_HEADS
+        cross += _SELF_HEADS
+    else:
+        feed_forward += Tensors(half=2)
+    attention = max(batch.bytes(cross), batch.bytes(self_attention))
+    peak = max(batch.bytes(feed_forward), attention + ahead)
+    if isinstance(method, FineTuneMethod):  # the outer layers come when all blocks are done
+        return round(max(peak, _weight_sized(batch, method)))
+    return round(peak + _weight_sized(batch, method))
 
 
 def _weight_sized(batch: Batch, method: Method) -> int:
@@ -217,7 +220,8 @@ def _weight_sized(batch: Batch, method: Method) -> int:
     return 0
 
 
-def smallest_peak(shape: TransformerShape) -> int:
-    """Bytes at the peak of a pass over hardly any tokens: the float32 cast of the projection of the
-    time embedding to the modulation of the blocks, 6 widths wide."""
-    return 4 * 6 * shape.width * shape.width
+def smallest_peak(batch: Batch) -> int:
+    """Bytes at the peak of a pass over few tokens: before the first block, beside its input, the
+    float32 cast of the projection of the time embedding to the modulation of the blocks, 6 widths
+    wide."""
+    return 4 * 6 * batch.shape.width**2 + batch.block_input

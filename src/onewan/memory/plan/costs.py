@@ -108,7 +108,7 @@ class RunCosts:
         device |= self._trained_on_device(settings, training=True)
         device |= self._encoders_in_training()
         # The cast at the beginning and the activations are not alive together.
-        live = max(acts.live, smallest_peak(self.transformer.shape) - acts.kept_on_device)
+        live = max(acts.live, smallest_peak(self.batch(bucket)) - acts.kept_on_device)
         device["kept for the backward pass"] = acts.kept_on_device
         device["live block"] = live + self._expanded()
         pinned = self._weights_on_host(settings)
@@ -124,7 +124,7 @@ class RunCosts:
         device |= self._trained_on_device(settings, training=False)
         device |= self._encoders_in_training()
         live = self.activations(bucket, settings).forward_live
-        device["live block"] = max(live, smallest_peak(self.transformer.shape)) + self._expanded()
+        device["live block"] = max(live, smallest_peak(self.batch(bucket))) + self._expanded()
         pinned = self._weights_on_host(settings) | self._trained_on_host(settings)
         return _phase("validation", device, pinned, {"Python and libraries": _PROCESS})
 
@@ -279,12 +279,11 @@ class RunCosts:
         denoising = self._weights_on_device(settings)
         trained = self._trained_on_device(settings, training=False)
         kept = 0 if settings.park_idle else trained["optimizer state"] + trained.get("averages", 0)
-        live = activations(self.batch(bucket, 1), settings, self.config.method).forward_live
+        batch = self.batch(bucket, 1)
+        live = activations(batch, settings, self.config.method).forward_live
         denoising["trained weights"] = trained["trained weights"]
         denoising["optimizer state"] = kept
-        denoising["live block"] = (
-            max(live, smallest_peak(self.transformer.shape)) + self._expanded()
-        )
+        denoising["live block"] = max(live, smallest_peak(batch)) + self._expanded()
         decoding = {
             "VAE": 4 * self.stored.vae.weights,
             f"a video of {bucket}": self.stored.vae.decoding_bytes(bucket.pixels, bucket.frames),
