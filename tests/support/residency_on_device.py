@@ -205,7 +205,12 @@ def run(folder: Path) -> dict[str, Any]:
         "automatic device": str(resolve_device("auto")),
         "devices before the first step": start,
         "moves": asked,
-        "devices": [device_of(expert.transformer) for expert in experts.values()],
+        # Those of blocks are streamed.
+        "devices": [device_of(expert.transformer.patch_embedding) for expert in experts.values()],
+        "adapter devices": [
+            next(p for p in expert.transformer.parameters() if p.requires_grad).device.type
+            for expert in experts.values()
+        ],
         "optimizer devices": [optimizer_devices(expert.trainable) for expert in experts.values()],
     }
 

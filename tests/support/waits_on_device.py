@@ -154,6 +154,8 @@ def counted(folder: Path, name: str) -> tuple[dict[str, Any], list[Any], dict[st
     weights = weights_of(run)
     while_training = SIM.memory_allocated()
     denoising = count("sampling", lambda: sample(run))
+    for expert in ("low", "high"):  # what is trained of the idle one comes back with it
+        run.bring_expert(expert)
     found = {
         **count.found,
         "bytes while training": while_training - before,

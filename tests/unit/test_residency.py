@@ -29,8 +29,8 @@ class Recorded:
             raise MemoryError(self.name)
         self.is_ready = True
 
-    def leave(self) -> None:
-        self.log.append(f"{self.name} leaves")
+    def leave(self, *, trained: bool = True) -> None:
+        self.log.append(f"{self.name} leaves" + ("" if trained else ", what is trained stays"))
         self.is_ready = False
 
 
@@ -46,7 +46,7 @@ class Companion:
 class Scene:
     """Two experts with optimizers, and a VAE, of which the first `ready` are on the device."""
 
-    def __init__(self, ready: str = "", *, alternating: bool = True) -> None:
+    def __init__(self, ready: str = "", *, alternating: bool = True, parked: bool = True) -> None:
         self.log: list[str] = []
         self.residency = DeviceResidency("meta")
         self.high, self.low, self.vae = nn.Identity(), nn.Identity(), nn.Identity()
@@ -58,6 +58,7 @@ class Scene:
                 getattr(self, name),
                 *([Companion(f"{name}'s optimizer", self.log)] if is_expert else []),
                 alternating=alternating and is_expert,
+                parked=parked,
                 placement=placement,
             )
             self.placements[getattr(self, name)] = placement
@@ -76,6 +77,23 @@ def test_an_expert_leaves_with_its_optimizer_before_the_other_enters() -> None:
         "low's optimizer to meta",
     ]
     assert scene.ready() == {"low", "vae"}
+
+
+def test_what_is_trained_stays_where_it_is_not_parked() -> None:
+    """Until others need the whole device; it comes back with its expert."""
+    scene = Scene("high", parked=False)
+    scene.residency.bring(scene.low)
+    assert scene.log == [
+        "high leaves, what is trained stays",
+        "low enters",
+        "low's optimizer to meta",
+    ]
+    scene.log.clear()
+    with scene.residency.taking_turns([scene.low, scene.vae]):
+        assert scene.log == ["high leaves", "high's optimizer to cpu", "low's optimizer to cpu"]
+    scene.log.clear()
+    scene.residency.bring(scene.high)
+    assert scene.log[-2:] == ["high enters", "high's optimizer to meta"]
 
 
 def test_a_module_that_is_ready_is_not_moved_again() -> None:
@@ -262,18 +280,13 @@ def test_a_sample_is_the_cpus_and_modules_return(on_device: ModuleType, tmp_path
 def test_a_run_keeps_only_the_expert_of_the_step_on_the_device(
     on_device: ModuleType, tmp_path: Path
 ) -> None:
-    """With its optimizer state and average; the VAE has left after encoding."""
+    """The VAE has left after encoding. Adapters, optimizer state and averages stay on the device,
+    since the plan parks them only where memory is short."""
     found = on_device.run(tmp_path)
     assert found["automatic device"] == "sim:0"
     assert found["devices before the first step"] == ["cpu", "cpu", "cpu"]
     # The low-noise expert is there after its step, so it is not asked to move at first.
-    low_leaves, high_leaves = ("low", "cpu"), ("high", "cpu")
-    low_enters, high_enters = ("low", "sim"), ("high", "sim")
-    assert found["moves"] == [
-        [],
-        [low_leaves, high_enters],
-        [],
-        [high_leaves, low_enters],
-    ]
+    assert found["moves"] == [[], [("high", "sim")], [], [("low", "sim")]]
     assert found["devices"] == ["cpu", "sim"]
-    assert found["optimizer devices"] == [["cpu"], ["sim"]]
+    assert found["adapter devices"] == ["sim", "sim"]
+    assert found["optimizer devices"] == [["sim"], ["sim"]]

@@ -75,9 +75,10 @@ class Placement(Protocol):
         """Make the module ready to run on the device. Repeatable, also after a failure."""
         ...
 
-    def leave(self) -> None:
-        """Give the device's memory back. Repeatable, also after a failure. Copies may still be
-        under way when it returns, as those of a `Companion`."""
+    def leave(self, *, trained: bool = True) -> None:
+        """Give the device's memory back; without `trained`, weights that require gradients stay
+        there. Repeatable, also after a failure. Copies may still be under way when it returns, as
+        those of a `Companion`."""
         ...
 
 
@@ -102,14 +103,19 @@ class WholeModule:
         self._moves.enter(self._tensors())
         self._is_ready = True
 
-    def leave(self) -> None:
+    def leave(self, *, trained: bool = True) -> None:
         # Set first, since a move that fails (out of memory, an interrupt) moves only some weights.
         self._is_ready = self._is_at_home
-        self._moves.leave(self._tensors(), self._away)
+        self._moves.leave(leaving(self._tensors(), trained=trained), self._away)
 
     def _tensors(self) -> dict[str, Tensor]:
         """All parameters and buffers, each once."""
         return dict(chain(self._module.named_parameters(), self._module.named_buffers()))
+
+
+def leaving(tensors: dict[str, Tensor], *, trained: bool) -> dict[str, Tensor]:
+    """Those of `tensors` that leave the device: without `trained`, only frozen ones."""
+    return {name: t for name, t in tensors.items() if trained or not t.requires_grad}
 
 
 class DeviceResidency:
@@ -125,6 +131,7 @@ class DeviceResidency:
         self._placements: dict[nn.Module, Placement] = {}
         self._companions: dict[nn.Module, tuple[Companion, ...]] = {}
         self._alternating: set[nn.Module] = set()
+        self._parked: set[nn.Module] = set()
 
     @property
     def device(self) -> torch.device:
@@ -135,17 +142,22 @@ class DeviceResidency:
         module: nn.Module,
         *companions: Companion,
         alternating: bool = False,
+        parked: bool = True,
         placement: Placement | None = None,
     ) -> None:
         """Configure how `module` is moved; the default is as a whole, without companions.
 
         `bring` and `release` move `companions` with it. Of all `alternating` modules only those of
-        the latest `bring` remain on the device. `placement` replaces the move as a whole.
+        the latest `bring` remain on the device; what is trained of the others and their companions
+        leave with them if they are `parked`, and stay otherwise. `placement` replaces the move as a
+        whole.
         """
         self._placements[module] = placement or WholeModule(module, self._device)
         self._companions[module] = companions
         if alternating:
             self._alternating.add(module)
+        if parked:
+            self._parked.add(module)
 
     def is_ready(self, module: nn.Module) -> bool:
         """Whether `module` can run on the device now."""
@@ -156,9 +168,11 @@ class DeviceResidency:
         if not missing:
             return
         # Others leave first, so that the memory peak is that of the larger module, not of both.
-        leaving = [m for m in self._alternating.difference(modules) if self.is_ready(m)]
-        if leaving:
-            self.release(*leaving)
+        others = [m for m in self._alternating.difference(modules) if self.is_ready(m)]
+        if others:
+            for module in others:
+                self._leave(module, trained=module in self._parked)
+            wait_for(self._device)
         for module in missing:
             self._placement(module).enter()
             for companion in self._companions.get(module, ()):
@@ -167,17 +181,22 @@ class DeviceResidency:
     def release(self, *modules: nn.Module) -> None:
         """Move `modules` and their companions off the device."""
         for module in modules:
-            self._placement(module).leave()
+            self._leave(module, trained=True)
+        wait_for(self._device)
+
+    def _leave(self, module: nn.Module, *, trained: bool) -> None:
+        self._placement(module).leave(trained=trained)
+        if trained:
             for companion in self._companions.get(module, ()):
                 companion.to(_HOST)
-        wait_for(self._device)
 
     @contextmanager
     def taking_turns(self, modules: Sequence[nn.Module]) -> Iterator[Callable[[nn.Module], None]]:
         placements = {module: self._placement(module) for module in modules}
         ready_before = {module: placement.is_ready for module, placement in placements.items()}
         # Optimizer states and averages have nothing to do meanwhile, and need as much memory as the
-        # activations of a large video.
+        # activations of a large video. Those of idle modules come back with the next `bring`.
+        idle = [m for m in self._alternating - self._parked if not self.is_ready(m)]
         companions = [
             companion
             for module, placement in self._placements.items()
@@ -196,9 +215,11 @@ class DeviceResidency:
             placements[module].enter()
 
         try:
+            for module in idle:
+                self._leave(module, trained=True)
             for companion in companions:
                 companion.to(_HOST)
-            if companions:
+            if idle or companions:
                 wait_for(self._device)
             yield bring
         finally:

@@ -7,6 +7,7 @@ from itertools import chain
 from torch import Tensor, nn
 
 from onewan.memory.block_weights import BlockWeights
+from onewan.memory.residency import leaving
 from onewan.memory.streaming import BlockStream
 from onewan.memory.tensor_moves import TensorMoves
 
@@ -56,13 +57,13 @@ class StreamedTransformer:
         self._is_on_device = True
         self._select()
 
-    def leave(self) -> None:
+    def leave(self, *, trained: bool = True) -> None:
         self._is_on_device = False
         selected = self._stream.weights
         # The buffers stay for a transformer that has been announced: they hold its blocks already.
         if selected is None or (selected is self.weights and not self._stream.is_changing):
             self._stream.release()
-        self._moves.leave(self._others())
+        self._moves.leave(leaving(self._others(), trained=trained))
 
     def announce(self, other: StreamedTransformer) -> None:
         """`other` is trained in the next step; called before the last backward pass of this one."""

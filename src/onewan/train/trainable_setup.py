@@ -145,6 +145,7 @@ def attach_expert(
         transformer,
         *([] if trainable is None else [trainable]),
         alternating=config.memory.offload_inactive_expert,
+        parked=_is_parked(config, memory),
         placement=memory.add(
             transformer,
             first_trained=_first_trained(config),
@@ -207,6 +208,14 @@ def check_expert(
     elif isinstance(method, AdapterMethod):
         *_, fixed = _adapter(config, method, transformer, expert, initial)
         FixedParts(transformer, fixed, _name_of(initial))
+
+
+def _is_parked(config: ResolvedRun, memory: RunMemory) -> bool:
+    """Whether what is trained of the idle expert is in host memory, as the memory plan decides.
+    Fine-tuned weights are the expert's own, which always leaves."""
+    if memory.plan is None or isinstance(config.method, FineTuneMethod):
+        return True
+    return memory.plan.worst.settings.park_idle
 
 
 def attach_embeddings(

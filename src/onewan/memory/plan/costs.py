@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from onewan.config.method import FineTuneMethod
@@ -13,7 +13,7 @@ from onewan.memory.plan.activations import Activations, Batch, activations, smal
 from onewan.memory.plan.bucket import Bucket
 from onewan.memory.plan.result import PhaseBytes
 from onewan.memory.plan.settings import Settings
-from onewan.memory.plan.shapes import TEXT_ENCODER_BYTES
+from onewan.memory.plan.shapes import CAPTION_BYTES_PER_HEAD
 from onewan.memory.plan.stored import StoredModel, StoredTransformer
 from onewan.memory.plan.trained import TrainedWeights, trained_embeddings, trained_weights
 from onewan.memory.plan.work import RING
@@ -164,6 +164,10 @@ class RunCosts:
         shape = self.transformer.shape
         return (1 - shape.outer_weights / shape.weights) / shape.layers
 
+    def _parks(self, settings: Settings) -> bool:
+        """Whether what is trained of the idle expert is in host memory."""
+        return settings.park_idle or self.is_fine_tuning
+
     @property
     def parked_bytes(self) -> int:
         """Bytes of the trained weights, state and averages of the expert that is parked: those of
@@ -177,8 +181,7 @@ class RunCosts:
     def _trained_on_device(self, settings: Settings, *, training: bool) -> dict[str, int]:
         """Trained weights, their gradients, optimizer state and averages."""
         parts = self._whole
-        idle_parked = settings.park_idle
-        active = [max(parts, key=_all_bytes)] if parts and idle_parked else parts
+        active = [max(parts, key=_all_bytes)] if parts and self._parks(settings) else parts
         embeddings = [self.embeddings] if self.embeddings is not None else []
         # With streamed fine-tuning, what belongs to streamed blocks comes and goes with them.
         streamed = settings.streamed(self.layers) if self.is_fine_tuning else 0
@@ -210,7 +213,7 @@ class RunCosts:
         device: dict[str, int] = {}
         cached = self.config.video_data.cache
         if self.config.embeddings or not cached:
-            device["text encoder"] = self._text_encoder() + TEXT_ENCODER_BYTES
+            device["text encoder"] = self.stored.text_encoder + self._caption
         if not cached:
             # Encoded before the forward pass, so only its weights stand beside activations.
             device["VAE"] = 4 * self.stored.vae.weights
@@ -246,7 +249,7 @@ class RunCosts:
         host = {"optimizer state": sum(t.state.host for t in everything)}
         if self.config.train.ema is not None and self.config.train.ema.offload:
             host["averages"] = sum(t.averages for t in everything)
-        if settings.park_idle and len(parts) > 1:
+        if self._parks(settings) and len(parts) > 1:
             host["the idle expert's trained weights and state"] = self.parked_bytes
         streamed = settings.streamed(self.layers) if self.is_fine_tuning else 0
         if streamed:
@@ -257,13 +260,15 @@ class RunCosts:
 
     # --------------------------------------------------------------------------- other phases
 
-    def _text_encoder(self) -> int:
-        return self.stored.text_encoder
+    @property
+    def _caption(self) -> int:
+        """Bytes while a caption is encoded."""
+        return CAPTION_BYTES_PER_HEAD * self.stored.text_heads
 
     def encoding(self, bucket: Bucket) -> tuple[PhaseBytes, ...]:
         """Encoding captions, and the clips of `bucket`; they run one after the other."""
         host = {"Python and libraries": _PROCESS}
-        text = {"text encoder": self._text_encoder(), "one caption": TEXT_ENCODER_BYTES}
+        text = {"text encoder": self.stored.text_encoder, "one caption": self._caption}
         clip = {
             "VAE": 4 * self.stored.vae.weights,
             f"a clip of {bucket}": self.stored.vae.encoding_bytes(bucket.pixels, bucket.frames),
@@ -276,23 +281,24 @@ class RunCosts:
 
     def sampling(self, bucket: Bucket, settings: Settings) -> tuple[PhaseBytes, ...]:
         """Denoising and decoding a sample video of the size `bucket`."""
-        denoising = self._weights_on_device(settings)
-        trained = self._trained_on_device(settings, training=False)
-        kept = 0 if settings.park_idle else trained["optimizer state"] + trained.get("averages", 0)
+        # Optimizer state and averages of experts are in host memory meanwhile, and what is trained
+        # of the one that does not compute.
+        parked = replace(settings, park_idle=True)
+        trained = self._trained_on_device(parked, training=False)
+        kept = 0 if self.embeddings is None else _all_bytes(self.embeddings)
         batch = self.batch(bucket, 1)
         live = activations(batch, settings, self.config.method).forward_live
+        denoising = self._weights_on_device(settings)
         denoising["trained weights"] = trained["trained weights"]
-        denoising["optimizer state"] = kept
         denoising["live block"] = max(live, smallest_peak(batch)) + self._expanded()
         decoding = {
             "VAE": 4 * self.stored.vae.weights,
             f"a video of {bucket}": self.stored.vae.decoding_bytes(bucket.pixels, bucket.frames),
-            "optimizer state": kept,
+            "trained weights": kept,
         }
-        pinned = self._weights_on_host(settings) | self._trained_on_host(settings)
-        if settings.park_idle:
-            state = sum(t.state.device for t in self._whole)
-            pinned["optimizer state"] = pinned.get("optimizer state", 0) + state
+        pinned = self._weights_on_host(settings) | self._trained_on_host(parked)
+        state = trained["optimizer state"] + trained.get("averages", 0)
+        pinned["optimizer state"] = pinned.get("optimizer state", 0) + state
         host = {"Python and libraries": _PROCESS, "the video": 15 * bucket.pixels * bucket.frames}
         return (
             _phase("sampling: denoising", denoising, pinned, host),

@@ -28,7 +28,8 @@ class Settings:
     feed_forward_chunks: int = 1
     park_idle: bool = False
     """While one expert trains, adapters, optimizer state and averages of the other are in host
-    memory; while videos are sampled, those of both."""
+    memory. Fine-tuned experts are always parked; and while videos are sampled, optimizer state and
+    averages of both are in host memory in any case."""
 
     def streamed(self, layers: int) -> int:
         """Blocks of an expert of `layers` blocks that are streamed from host memory."""

@@ -218,5 +218,9 @@ _VAE_2_2 = VaeShape(
 TEXT_ENCODER_WEIGHTS = 5_680_910_336
 """Of the UMT5-XXL encoder: a table of 256,384 rows and 24 blocks of width 4096."""
 
-TEXT_ENCODER_BYTES = 300_000_000
-"""Live bytes while it encodes one text of 512 tokens in bfloat16, over its weights."""
+TEXT_HEADS = 64
+"""Attention heads of that encoder."""
+
+CAPTION_BYTES_PER_HEAD = 4_700_000
+"""Live bytes for each head while the encoder encodes one text of 512 tokens in bfloat16, over its
+weights: mostly attention scores, [512, 512] for each head."""

@@ -19,7 +19,12 @@ from onewan.formats.model_folder import (
     find_components,
 )
 from onewan.formats.weights import ComponentFile, StoredWeight
-from onewan.memory.plan.shapes import TEXT_ENCODER_WEIGHTS, TransformerShape, VaeShape
+from onewan.memory.plan.shapes import (
+    TEXT_ENCODER_WEIGHTS,
+    TEXT_HEADS,
+    TransformerShape,
+    VaeShape,
+)
 from onewan.memory.plan.storage import Storage, matrix_bytes
 from onewan.variants import TEXT_WIDTH, ExpertName
 
@@ -64,6 +69,8 @@ class StoredModel:
     text_encoder: int
     """Bytes of the text encoder's weights."""
     text_width: int = TEXT_WIDTH
+    text_heads: int = TEXT_HEADS
+    """Attention heads of the text encoder."""
     notes: tuple[str, ...] = ()
     """What was assumed, for the user."""
 
@@ -98,6 +105,7 @@ def read_stored_model(config: ResolvedRun) -> StoredModel:
         if text is None or text.file is None
         else _text_encoder_bytes(text.file, config.model.dtype),
         text_width=TEXT_WIDTH if text is None else int(text.config["d_model"]),
+        text_heads=TEXT_HEADS if text is None else int(text.config["num_heads"]),
         notes=tuple(notes),
     )
 
