@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
+import simulated_gpu
 import torch
 from support.runs import RunFile, layout_of, outcome
 from support.tiny_models import TinyModels
 
 from onewan.cli import main
 from onewan.config.schema import ResolvedRun
+from onewan.model.load import WanModelLoader
+from onewan.model.wan import WanModel
 from onewan.runs.event_file import read_events
+from onewan.sample.generate import SampleRequest, WanModelSampler
+from onewan.sample.streaming import sampling_residency
 from onewan.train.memory import RunMemory
 from onewan.train.trainer import WanTrainer
 
@@ -98,3 +104,48 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_encoded(
     said = capsys.readouterr().err
     assert "memory: this run does not fit" in said and "of host memory" in said
     assert not events_of(config, "encoding") and not events_of(config, "data")
+
+
+def test_a_model_that_does_not_fit_is_sampled_from_streamed_blocks(
+    sim: torch.device, tmp_path: Path
+) -> None:
+    path = TinyModels(tmp_path / "models", width=128, layers=6)("t2v-a14b")
+    request = SampleRequest(
+        prompt="a red square",
+        negative_prompt="",
+        image=None,
+        width=64,
+        height=64,
+        frames=5,
+        steps=4,
+        guidance=(3.0, 3.0),
+        shift=5.0,
+        seed=1,
+        fps=16.0,
+    )
+    expected = WanModelSampler(WanModelLoader().load(path), device="cpu").sample(request)
+    model = WanModelLoader().load(path)
+    assert model.transformer is not None
+    expert = sum(p.nbytes for p in model.transformer.parameters())
+    gpu = torch.get_device_module("sim")
+
+    def video(model: WanModel) -> tuple[Any, int]:
+        """The frames, and what is on the device between two denoising steps."""
+        allocated: list[int] = []
+        residency = sampling_residency(model, sim)
+        frames = WanModelSampler(model, residency=residency).sample(
+            request, on_step=lambda *_: allocated.append(gpu.memory_allocated())
+        )
+        return frames, max(allocated)
+
+    gc.collect()  # what earlier tests left on the device
+    start = gpu.memory_allocated()
+    whole, on_device = video(model)
+    assert on_device - start > expert
+    simulated_gpu.set_capacity(start + int(1.6 * expert))
+    del model
+    gc.collect()
+    streamed, on_device = video(WanModelLoader().load(path))
+    assert on_device - start < 0.9 * expert
+    for frames in (whole, streamed):
+        assert abs(frames.astype(int) - expected.astype(int)).mean() < 0.1

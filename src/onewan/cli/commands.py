@@ -24,13 +24,14 @@ from onewan.demo import run_demo
 from onewan.dtypes import torch_dtype
 from onewan.errors import ConfigError
 from onewan.formats.lora_files import read_adapters
-from onewan.memory.device import resolve_device
+from onewan.memory.device import limit_memory, resolve_device
 from onewan.model.embedding import WanModelEmbedding
 from onewan.model.load import WanModelLoader
 from onewan.model.text import mentions
 from onewan.model.wan import WanModel
 from onewan.runs.layout import displayed
 from onewan.sample.generate import SampleRequest, WanModelSampler
+from onewan.sample.streaming import sampling_residency
 from onewan.train.run import sample_requests, with_unused_name
 from onewan.train.setup import WanModelSetup
 from onewan.train.trainer import WanTrainer
@@ -106,6 +107,7 @@ def train(
 def sample(options: argparse.Namespace) -> int:
     # First, so that a device which does not exist is reported before minutes of loading.
     device = resolve_device(options.device)
+    limit_memory(device)
     model = WanModelLoader().load(
         options.model, dtype=torch_dtype(options.dtype), boundary=options.boundary
     )
@@ -124,7 +126,7 @@ def sample(options: argparse.Namespace) -> int:
     for path in options.embedding:
         say(_add_embedding(model, path, request))
     with Progress() as progress:
-        WanModelSampler(model, device).sample_to(
+        WanModelSampler(model, residency=sampling_residency(model, device)).sample_to(
             options.out,
             request,
             on_step=partial(progress.advance, "sampling"),

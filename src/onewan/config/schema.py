@@ -375,7 +375,7 @@ class MemorySection(Section):
     device or in host memory; each block is then differentiated in parts, with a lower peak."""
     feed_forward_chunks: Int | None = Field(default=None, ge=1)
     """Chunks of tokens in which a block's feed-forward layer is computed in training."""
-    compile: bool | None = None
+    compile: bool = False
     """Compile the blocks with `torch.compile`."""
     attention: Annotated[AttentionName, BeforeValidator(_with_backward_pass)] = "auto"
     """Attention backend: PyTorch's `flash`, `efficient`, `cudnn`, `overrideable` or `math`, or that
