@@ -7,7 +7,7 @@ each step its loss, all gradients, and the weights after the optimizer's update.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal, cast
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from onewan.adapters.adapter_config import adapter_config_for
 from onewan.adapters.lora import adapter_parameters, attach_adapter
+from onewan.adapters.weights import train_weights
 from onewan.config.method import AdapterMethod, DoraMethod, LokrMethod, LoraMethod, OftMethod
+from onewan.memory.block_weights import BlockTraining
 from onewan.memory.execution import BlockExecution
 from onewan.memory.plan import Settings
 from onewan.memory.residency import DeviceResidency
@@ -25,7 +27,10 @@ from onewan.memory.streamed_transformer import StreamedTransformer
 from onewan.memory.streaming import BlockStream
 from onewan.model.forward import predict_velocity
 from onewan.model.transformer import WanTransformer
+from onewan.train.optimizers.block_updates import BlockUpdates
 from onewan.train.optimizers.parameters import ParameterGroup
+from onewan.train.optimizers.per_weight import PerWeightOptimizer
+from onewan.train.rounding import Rounding
 from support.adapters import perturb
 from support.optimizers import CHOICES, build
 from support.tiny_models import in_bfloat16, quantized, tiny_transformer
@@ -42,9 +47,11 @@ TRAINED: dict[str, tuple[str, ...]] = {
     **{kind: (kind,) for kind in ADAPTERS},
     "all adapters": tuple(ADAPTERS),
     "embeddings": (),
+    "fine-tuning": (),
 }
 """The adapters of an expert. "all adapters" are in each block together, so that one step compares
-the gradients of every kind. Without adapters the text is trained."""
+the gradients of every kind. For "embeddings" the text is trained, and for "fine-tuning" all weights
+of the blocks by a fused step, whose gradients are gone when it ends."""
 STORAGES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -70,6 +77,10 @@ class Case:
     def dtype(self) -> torch.dtype:
         return STORAGES[self.storage]
 
+    @property
+    def is_fused(self) -> bool:
+        return self.trained == "fine-tuning"
+
 
 class Expert:
     """One transformer with what is trained, and its optimizer."""
@@ -83,16 +94,27 @@ class Expert:
             torch.tensor([0.7]).to(device),
             torch.randn(1, 12, 16, generator=generator).to(device),
         ]
-        if not TRAINED[case.trained]:
+        rounding: Rounding = "none"
+        if case.is_fused:
+            if case.dtype == torch.bfloat16:
+                rounding = "stochastic"
+            names = [n for n, _ in self.model.named_parameters() if n.startswith("blocks.")]
+            precision = "float32" if rounding == "none" else rounding
+            self.trained = train_weights(self.model, names, precision)
+        elif not TRAINED[case.trained]:
             self.inputs[-1] = text = nn.Parameter(self.inputs[-1])
-            self.trained: dict[str, nn.Parameter] = {"text": text}
+            self.trained = {"text": text}
         else:
             self.trained = adapter_parameters(self.model)
         group = ParameterGroup(
             names=tuple(self.trained), parameters=tuple(self.trained.values()), lr=0.01
         )
-        self.optimizer = build([group], CHOICES["adamw"], seed=0)
+        self.optimizer = build(
+            [group], CHOICES["adamw"], rounding=rounding, fused=case.is_fused, seed=0
+        )
         self.steps = 0
+        self.settle: Callable[[], None] = lambda: None
+        """Returns when host memory has the values of weights that are trained there."""
 
     def backward(self) -> Tensor:
         """The loss; the gradients are in the parameters."""
@@ -102,7 +124,7 @@ class Expert:
 
     def gradients(self, loss: Tensor) -> Record:
         found = {"loss": loss}
-        for name, parameter in self.trained.items():
+        for name, parameter in self.trained.items() if not self.case.is_fused else ():
             assert parameter.grad is not None, name
             found[f"gradient of {name}"] = parameter.grad
         return {name: tensor.to(HOST, copy=True) for name, tensor in found.items()}
@@ -114,6 +136,7 @@ class Expert:
         update.clip_grad_norm(None)
         update.apply()
         self.steps += 1
+        self.settle()
         return found | {n: p.detach().to(HOST, copy=True) for n, p in self.trained.items()}
 
 
@@ -156,8 +179,8 @@ class Plain:
 
     steps: list[Record]
     chunked: Record
-    """Loss and gradients of the last step with the feed-forward layer in chunks, and otherwise
-    plainly resident weights."""
+    """The last step with the feed-forward layer in chunks, and otherwise plainly resident
+    weights."""
 
 
 @cache
@@ -165,19 +188,32 @@ def plain_training(
     case: Case, name: Name, device: torch.device, *, steps: int, chunks: int
 ) -> Plain:
     """`steps` steps of one expert."""
-    expert = Expert(case, name, device)
-    cast(nn.Module, expert.model).to(device)  # diffusers' own hint is wrong
-    expert.model.enable_gradient_checkpointing()
+    expert = _plain_expert(case, name, device)
     records = [expert.step() for _ in range(steps - 1)]
-    execution = BlockExecution(
-        device, Settings(resident_blocks=LAYERS, feed_forward_chunks=chunks), streams=False
-    )
-    execution.add(expert.model)
+    if case.is_fused:  # the weights change with each backward pass
+        other = _plain_expert(case, name, device)
+        for _ in range(steps - 1):
+            other.step()
+        _run_in_chunks(other, device, chunks)
+        return Plain([*records, expert.step()], other.step())
+    _run_in_chunks(expert, device, chunks)
     chunked = expert.gradients(expert.backward())
     for parameter in expert.trained.values():
         parameter.grad = None
     expert.model.block_runner = None
     return Plain([*records, expert.step()], chunked)
+
+
+def _plain_expert(case: Case, name: Name, device: torch.device) -> Expert:
+    expert = Expert(case, name, device)
+    cast(nn.Module, expert.model).to(device)  # diffusers' own hint is wrong
+    expert.model.enable_gradient_checkpointing()
+    return expert
+
+
+def _run_in_chunks(expert: Expert, device: torch.device, chunks: int) -> None:
+    settings = Settings(resident_blocks=LAYERS, feed_forward_chunks=chunks)
+    BlockExecution(device, settings, streams=False).add(expert.model)
 
 
 # --------------------------------------------------------------------------------- executed steps
@@ -199,7 +235,9 @@ class Executed:
         self.execution = BlockExecution(self.device, self.settings, streams=True)
         self.residency = DeviceResidency(self.device)
         for name, expert in self.experts.items():
-            placement = self.execution.add(expert.model)
+            placement = self.execution.add(
+                expert.model, training=_training(expert) if self.case.is_fused else None
+            )
             assert isinstance(placement, StreamedTransformer)
             self.placements[name] = placement
             self.residency.manage(
@@ -230,6 +268,16 @@ class Executed:
             for index in range(LAYERS)
         }
         return size
+
+
+def _training(expert: Expert) -> Callable[[BlockStream], BlockTraining]:
+    def training(stream: BlockStream) -> BlockTraining:
+        assert isinstance(expert.optimizer, PerWeightOptimizer)
+        expert.settle = stream.settle
+        blocks = list(expert.model.blocks)
+        return BlockUpdates(expert.optimizer, blocks, stream.device, stream.settle)
+
+    return training
 
 
 def differences(found: Record, expected: Record) -> list[str]:
