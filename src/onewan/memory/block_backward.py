@@ -22,7 +22,7 @@ from functools import cache
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from onewan.model.attention_backends import AttentionBackend, attend, default_backend
@@ -313,6 +313,10 @@ class _BlockBackward:
         """Turns `grad_BNd`, the gradient of the layer's output, into that of `hidden_BNd`, its
         input."""
         how, inputs = self.how, self.inputs
+        sums = None
+        if how.chunks > 1:
+            leaves = (*self._part, *self.block.ffn.parameters())
+            sums = _SumsOverChunks([leaf for leaf in leaves if leaf.requires_grad])
         with self.random.again("feed-forward"):
             for span, first in how.spans(hidden_BNd.shape[1], inputs.first_tokens):
                 chunk, grad = hidden_BNd[:, span].detach().requires_grad_(), grad_BNd[:, span]
@@ -320,15 +324,48 @@ class _BlockBackward:
                     branch = how.parts.feed_forward_branch(self.block, chunk, self._part, first)
                 edge = get_gradient_edge(branch)
                 del branch
-                torch.autograd.backward([edge], [grad])
-                assert chunk.grad is not None
-                grad += chunk.grad
+                if sums is None:
+                    torch.autograd.backward([edge], [grad])
+                    assert chunk.grad is not None
+                    grad += chunk.grad
+                else:
+                    grad += sums.add(edge, grad, chunk)
                 del chunk  # and its gradient, before those of the next chunk
+        if sums is not None:
+            sums.accumulate()
 
     @property
     def part(self) -> Modulation:
         """The modulation, as leaves of which each part has its own graph."""
         return self._part
+
+
+class _SumsOverChunks:
+    """Sums of the gradients of `leaves`, which reach their ``grad`` at once: a fused step updates a
+    weight, and drops its gradient, as soon as there is one."""
+
+    def __init__(self, leaves: list[Tensor]) -> None:
+        self._leaves = leaves
+        self._sums: dict[int, Tensor] = {}
+
+    def add(self, output: GradientEdge, grad: Tensor, chunk: Tensor) -> Tensor:
+        """Differentiate `output` by the leaves and by `chunk`; returns the gradient of `chunk`."""
+        inputs = [chunk, *self._leaves]
+        first, *others = torch.autograd.grad([output], inputs, [grad], allow_unused=True)
+        for number, gradient in enumerate(others):
+            if gradient is None:  # such as of modulation that other parts use
+                continue
+            if number in self._sums:
+                self._sums[number] += gradient
+            else:
+                self._sums[number] = gradient
+        return first
+
+    def accumulate(self) -> None:
+        edges = [get_gradient_edge(self._leaves[number]) for number in self._sums]
+        sums = list(self._sums.values())
+        self._sums.clear()
+        torch.autograd.backward(edges, sums)
 
 
 class _Attention:
