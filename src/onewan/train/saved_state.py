@@ -15,13 +15,14 @@ from typing import Annotated, Any, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from onewan.checkpoint.store import DamagedStateError
+from onewan.errors import CheckpointError
 from onewan.files import read_input
 from onewan.formats.backends import first_line
+from onewan.formats.write import write_safetensors
 from onewan.variants import ExpertName
 
 FACTS_FILE = "state.json"
@@ -110,11 +111,11 @@ def read_facts(folder: Path) -> StateFacts:
 
 
 def write_weights(file: Path, weights: Mapping[str, Tensor]) -> None:
-    """OSError if it can't be written."""
+    """OSError if it can't be written. Tensors on a device are copied to the CPU one at a time."""
     try:
-        save_file(dict(weights), file)
-    except SafetensorError as error:
-        raise OSError(f"{file}: can't be written ({first_line(error)})") from error
+        write_safetensors(file, weights, {})
+    except CheckpointError as error:
+        raise OSError(str(error)) from error
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

@@ -53,6 +53,10 @@ class TrainableWeights(Protocol):
         """Copies of all tensors that training changes, by name, on the CPU."""
         ...
 
+    def present(self) -> Mapping[str, Tensor]:
+        """As `read`, but large tensors are not copied; to be used before the next step."""
+        ...
+
     def write(self, weights: Mapping[str, Tensor], source: str) -> None:
         """The reverse of `read`, bit-exact. CheckpointError, which names the file as `source`, for
         missing or unexpected keys and for other shapes or dtypes."""
@@ -97,7 +101,7 @@ class Trainable:
         """Write weights, optimizer and average into `folder`, a file for each. OSError if one can't
         be written."""
         weights, optimizer = (folder / name for name in self.files)
-        write_weights(weights, self.weights.read())
+        write_weights(weights, self.weights.present())
         state = self.optimizer.state_dict()
         write_optimizer(optimizer, SavedOptimizer(optimizer=self.optimizer_name, weights=state))
         if self.ema is not None:

@@ -55,6 +55,10 @@ class ExpertMethod(Protocol):
         """Copies of the trained weights on the CPU, in the precision of each."""
         ...
 
+    def present(self) -> Mapping[str, Tensor]:
+        """As `read`, but large weights are not copied; to be used before the next step."""
+        ...
+
     def write(self, weights: Mapping[str, Tensor], source: str) -> None:
         """Overwrite the trained weights with those of `read`. `source` names the file for the
         CheckpointError that missing, unexpected or misshapen weights raise."""
@@ -102,6 +106,9 @@ class AdapterTraining:
 
     def read(self) -> dict[str, Tensor]:
         return adapter_weights(self._transformer)
+
+    def present(self) -> Mapping[str, Tensor]:
+        return self.read()
 
     def write(self, weights: Mapping[str, Tensor], source: str) -> None:
         own = self.read()
@@ -151,6 +158,10 @@ class FullFineTune:
         self.settle()
         return weights_of(self.parameters)
 
+    def present(self) -> Mapping[str, Tensor]:
+        self.settle()
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
     def write(self, weights: Mapping[str, Tensor], source: str) -> None:
         self.settle()
         load_weights(self.parameters, weights, source)
@@ -180,6 +191,9 @@ class EmbeddingTraining:
 
     def read(self) -> dict[str, Tensor]:
         return weights_of(self.parameters)
+
+    def present(self) -> Mapping[str, Tensor]:
+        return self.read()
 
     def write(self, weights: Mapping[str, Tensor], source: str) -> None:
         load_weights(self.parameters, weights, source)

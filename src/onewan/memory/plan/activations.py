@@ -196,7 +196,13 @@ def _backward_peak(batch: Batch, settings: Settings, method: Method, ahead: int)
         self_attention += Tensors(half=2)
     elif isinstance(method, OftMethod):
         within += Tensors(half=1)  # rotated inputs
+    elif isinstance(method, FineTuneMethod):
+        # Normalized inputs and what gates multiply, for the gradients of the modulation.
+        within += Tensors(stream=1)
+        self_attention += Tensors(stream=1)
     feed_forward = within / settings.feed_forward_chunks + _BESIDE_FEED_FORWARD
+    if isinstance(method, FineTuneMethod):
+        feed_forward += Tensors(stream=1)
     if settings.keep_attention == "no":
         # Queries, keys, values and outputs of both attentions are there from the beginning.
         feed_forward += _SELF_HEADS + _CROSS_HEADS
@@ -205,8 +211,10 @@ def _backward_peak(batch: Batch, settings: Settings, method: Method, ahead: int)
         feed_forward += Tensors(half=2)
     attention = max(batch.bytes(cross), batch.bytes(self_attention))
     peak = max(batch.bytes(feed_forward), attention + ahead)
-    if isinstance(method, FineTuneMethod):  # the outer layers come when all blocks are done
-        return round(max(peak, _weight_sized(batch, method)))
+    if isinstance(method, FineTuneMethod):
+        # One float32 cast is kept from the forward pass on, and two come when all blocks are done.
+        cast = _weight_sized(batch, method) // 3
+        return round(cast + max(peak, 2 * cast))
     return round(peak + _weight_sized(batch, method))
 
 

@@ -114,9 +114,20 @@ class RunCosts:
         pinned = self._weights_on_host(settings)
         pinned |= self._trained_on_host(settings)
         pinned["kept for the backward pass"] = acts.kept_on_host
-        saved = sum(t.saved for t in (*self.trained.values(), self.embeddings) if t is not None)
-        pageable = {"Python and libraries": _PROCESS, "a checkpoint being written": saved}
+        pageable = {
+            "Python and libraries": _PROCESS,
+            "a checkpoint being written": self._copied_for_a_checkpoint(settings),
+        }
         return _phase("training", device, pinned, pageable)
+
+    def _copied_for_a_checkpoint(self, settings: Settings) -> int:
+        """What a checkpoint copies in host memory. Fine-tuned weights are written one at a time,
+        and the state of streamed blocks from where it is (`onewan.train.state`)."""
+        whole = sum(t.saved for t in self._whole)
+        if self.is_fine_tuning:
+            whole = sum(t.saved - t.stored for t in self._whole)
+            whole -= settings.streamed(self.layers) * self._per_block(whole)
+        return whole + (0 if self.embeddings is None else self.embeddings.saved)
 
     def validation(self, bucket: Bucket, settings: Settings) -> PhaseBytes:
         """Loss of clips of `bucket` without gradients."""
@@ -203,8 +214,8 @@ class RunCosts:
             # The gradients of an expert are dropped after its step.
             gradients = max((t.gradients for t in parts), default=0)
             if streamed:
-                # Of the block that is being updated, and of those that stay.
-                gradients = here([gradients]) + self._per_block(gradients)
+                # The weights of a streamed block are updated together.
+                gradients = max(gradients, max(self._per_block(t.stored) for t in parts))
             device["gradients"] = gradients + sum(t.gradients for t in embeddings)
         return device
 

@@ -186,15 +186,17 @@ class ManagedParameters:
         return {id(tensor): (tensor, copies[key]) for key, tensor in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies in host memory, in plain containers that `torch.load(weights_only=True)` reads."""
+        """Copies in host memory, in plain containers that `torch.load(weights_only=True)` reads.
+        What streamed weights have in host memory anyway is not copied, and changes in the next
+        step."""
         copies = self._host_copies()
         self._copies.wait()  # once, where each blocking copy would wait
         return {
             managed.name: {
                 "shape": list(managed.parameter.shape),
-                "state": on_device(_replaced(managed.state, copies), _CPU, copy=True),
+                "state": _to_save(_replaced(managed.state, copies), managed),
                 "group": on_device(self._changed_hyperparameters(managed.group), _CPU, copy=True),
-                "rest": on_device(_replaced(managed.residual, copies), _CPU, copy=True),
+                "rest": _to_save(_replaced(managed.residual, copies), managed),
             }
             for managed in self._managed
         }
@@ -235,6 +237,20 @@ class ManagedParameters:
             # Tensors are always saved: comparing them would wait for the device.
             and (key not in initial or isinstance(value, Tensor) or value != initial[key])
         }
+
+
+def _to_save(value: Any, managed: ManagedParameter) -> Any:
+    """`value` in host memory: copies, or for a streamed weight the tensors that are there."""
+    if not managed.is_streamed:
+        return on_device(value, _CPU, copy=True)
+    return with_tensors(value, _with_own_storage)
+
+
+def _with_own_storage(tensor: Tensor) -> Tensor:
+    """The same memory with a storage of its own, as `torch.save` needs it: it writes the whole
+    storage of a tensor, and refuses those that hold several types."""
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return torch.from_numpy(content.numpy()).view(tensor.dtype).reshape(tensor.shape)
 
 
 def _replaced(value: Any, copies: Mapping[int, tuple[Tensor, Tensor]]) -> Any:
