@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.runs import SMALL_SAMPLE, RunFile, layout_of, outcome
+from support.runs import METHODS, SMALL_SAMPLE, RunFile, layout_of, outcome
 from support.slow_run import train_slowly
 
 from onewan.config.schema import ResolvedRun
@@ -100,8 +100,9 @@ def test_a_run_with_streamed_blocks_saves_the_states_of_a_plain_one(
     assert half.to_device > 0 and half.to_host > 0
 
 
-def test_a_run_may_be_resumed_with_other_memory_settings(run_file: RunFile) -> None:
-    plain = run_file("t2v-a14b", name="plain")
+@pytest.mark.parametrize("method", ["lora", "dora", "fine_tune"])
+def test_a_run_may_be_resumed_with_other_memory_settings(run_file: RunFile, method: str) -> None:
+    plain = run_file("t2v-a14b", *METHODS[method], name="plain")
     WanTrainer(plain).fit()
     settings: dict[int, list[str]] = {  # by the step behind which the run is stopped
         1: ["memory.resident_blocks=0"],
@@ -110,7 +111,7 @@ def test_a_run_may_be_resumed_with_other_memory_settings(run_file: RunFile) -> N
         6: ["memory.resident_blocks=0", "memory.offload_inputs=true"],
     }
     for last, memory in settings.items():
-        config = run_file("t2v-a14b", *memory, name="resumed")
+        config = run_file("t2v-a14b", *METHODS[method], *memory, name="resumed")
 
         def stop(event: Event, last: int = last, config: ResolvedRun = config) -> None:
             if isinstance(event, StepDone) and event.step == last < 6:
@@ -119,7 +120,7 @@ def test_a_run_may_be_resumed_with_other_memory_settings(run_file: RunFile) -> N
         ends = nullcontext() if last == 6 else pytest.raises(Interrupted)
         with ends:
             WanTrainer(config, listen=stop, resume=last > 1).fit()
-    assert_the_same(plain, run_file("t2v-a14b", name="resumed"))
+    assert_the_same(plain, run_file("t2v-a14b", *METHODS[method], name="resumed"))
 
 
 def test_a_run_that_was_killed_is_resumed_with_another_number_of_resident_blocks(

@@ -168,11 +168,12 @@ def test_dropout_is_the_same_when_a_part_is_computed_again(
     assert not torch.equal(without["prediction"], expected["prediction"])
 
 
+@pytest.mark.parametrize("chunks", [1, 4])
 def test_two_timesteps_of_a_clip_give_what_a_timestep_per_token_gives(
-    base: WanTransformer,
+    base: WanTransformer, chunks: int
 ) -> None:
     expected = step(transformer(base, torch.float32, "lora"), torch.float32, first_frame=True)
-    model = with_runner(transformer(base, torch.float32, "lora"))
+    model = with_runner(transformer(base, torch.float32, "lora"), chunks=chunks)
     actual = step(model, torch.float32, first_frame=True)
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-6 * value.abs().max())
