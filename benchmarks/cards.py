@@ -1,7 +1,7 @@
-"""What trains on cards of 12 to 80 GB, by the plan: writes the table of docs/memory.md.
+"""What trains on cards of 12 to 80 GB, by the plan: the tables of docs/memory.md and README.md.
 
-    python benchmarks/cards.py            # writes the table between its markers
-    python benchmarks/cards.py --print    # prints it
+    python benchmarks/cards.py            # writes the tables between their markers
+    python benchmarks/cards.py --print    # prints them
 
 Everything is arithmetic of `onewan.memory.plan`; nothing is run.
 """
@@ -12,6 +12,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from markers import replace_between
@@ -24,7 +25,9 @@ from onewan.memory.plan.machine import card_for_memory
 from onewan.memory.plan.stored import FP8_TEXT_ENCODER, assumed_model, with_changes
 from onewan.variants import VARIANTS, VariantName
 
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "memory.md"
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT = ROOT / "docs" / "memory.md"
+README = ROOT / "README.md"
 TABLE = "cards"
 
 MEMORIES = (12, 16, 24, 32, 48, 80)
@@ -49,22 +52,57 @@ def table() -> str:
         "| device | variant | clip | weights | settings | device peak | host memory | s/step |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        for memory in MEMORIES:
-            for variant, size in SIZES:
-                lines.append(row(Path(folder), memory, variant, size))
+    for memory in MEMORIES:
+        for variant, size in SIZES:
+            lines.append(row(memory, variant, size))
     return "\n".join(lines)
 
 
-def row(folder: Path, memory: int, variant: VariantName, size: tuple[int, int, int]) -> str:
+def overview() -> str:
+    """Seconds per step and host memory only: a row for each memory, in Markdown."""
+    titles = [f"{title_of(variant)} {'x'.join(map(str, size))}" for variant, size in SIZES]
+    lines = [f"| device | {' | '.join(titles)} |", "| --- |" + " --- |" * len(SIZES)]
+    for memory in MEMORIES:
+        found = [smallest_change(memory, variant, size) for variant, size in SIZES]
+        lines.append(f"| {memory} GB | {' | '.join(map(brief, found))} |")
+    return "\n".join(lines)
+
+
+def brief(found: tuple[Plan, str] | None) -> str:
+    if found is None:
+        return "no"
+    plan, weights = found
+    packed = "" if weights == "as_stored" else f", {weights}"
+    host = format_bytes(plan.host_peak.host_bytes)
+    return f"{plan.worst.time.seconds:.3g} s, {host}{packed}"
+
+
+def title_of(variant: VariantName) -> str:
+    return VARIANTS[variant].title.removeprefix("Wan 2.2 ")
+
+
+def row(memory: int, variant: VariantName, size: tuple[int, int, int]) -> str:
+    frames, height, width = size
+    start = f"| {memory} GB | {title_of(variant)} | {frames}x{height}x{width} | "
+    found = smallest_change(memory, variant, size)
+    if found is None:
+        return f"{start} | does not fit | | | |"
+    return start + " | ".join(cells(*found, VARIANTS[variant].num_layers)) + " |"
+
+
+@cache
+def smallest_change(
+    memory: int, variant: VariantName, size: tuple[int, int, int]
+) -> tuple[Plan, str] | None:
+    """The plan with the first of WEIGHTS that fits, and which that is; None if none fits."""
     frames, height, width = size
     bucket = Bucket(frames=frames, width=width, height=height)
-    start = f"| {memory} GB | {VARIANTS[variant].title.removeprefix('Wan 2.2 ')} | {bucket} | "
-    for weights in WEIGHTS:
-        plan = plan_of(folder, memory, variant, bucket, weights)
-        if plan.fits:
-            return start + " | ".join(cells(plan, weights, VARIANTS[variant].num_layers)) + " |"
-    return f"{start} | does not fit | | | |"
+    with tempfile.TemporaryDirectory() as folder:
+        for weights in WEIGHTS:
+            plan = plan_of(Path(folder), memory, variant, bucket, weights)
+            if plan.fits:
+                return plan, weights
+    return None
 
 
 def plan_of(folder: Path, memory: int, variant: VariantName, bucket: Bucket, weights: str) -> Plan:
@@ -131,9 +169,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--print", action="store_true", help="print the table instead")
     if parser.parse_args().print:
-        print(document_part())
+        print(f"{document_part()}\n\n{overview()}")
     else:
         replace_between(DOCUMENT, TABLE, document_part())
+        replace_between(README, TABLE, overview())
     return 0
 
 

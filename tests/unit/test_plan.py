@@ -447,8 +447,9 @@ def test_a_device_that_is_too_small_for_anything_is_refused(
     assert "not even the smallest clips of t2v-a14b fit" in capsys.readouterr().err
 
 
-def test_the_table_by_card_in_the_documentation_is_current() -> None:
+def test_the_tables_by_card_in_the_documentation_are_current() -> None:
     begin, end = f"<!-- {cards.TABLE}: begin -->\n", f"\n<!-- {cards.TABLE}: end -->"
-    text = cards.DOCUMENT.read_text(encoding="utf-8")
-    # `python benchmarks/cards.py` writes it.
-    assert text.partition(begin)[2].partition(end)[0] == cards.document_part()
+    # `python benchmarks/cards.py` writes them.
+    for file, table in ((cards.DOCUMENT, cards.document_part()), (cards.README, cards.overview())):
+        text = file.read_text(encoding="utf-8")
+        assert text.partition(begin)[2].partition(end)[0] == table
