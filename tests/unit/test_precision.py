@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from onewan.model.forward import predict_velocity
-from onewan.model.precision import keep_float32_islands
+from onewan.model.precision import CastOnce, keep_float32_islands
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +103,28 @@ def test_latents_that_do_not_divide_into_patches_are_refused(
     x, t, text = inputs()
     with pytest.raises(ValueError, match="8x7 do not divide"):
         predict_velocity(reference, x[..., :7, :], t, text)
+
+
+def test_a_layer_computes_with_the_tensor_that_its_float32_input_was_made_from() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 8)
+    source = torch.randn(4, 8).bfloat16()
+    results = []
+    for shared in (False, True):
+        half = source.clone().requires_grad_()
+        saved: list[int] = []
+        with (
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda t, saved=saved: saved.append(t.data_ptr()) or t, lambda t: t
+            ),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            single = half.float()
+            with CastOnce((single, half)) if shared else nullcontext():
+                output = layer(single)
+        output.sum().backward()
+        results.append((output, half.grad, half.data_ptr() in saved))
+    (expected, grad, was_kept), (output, same_grad, is_kept) = results
+    assert torch.equal(output, expected)
+    assert grad is not None and same_grad is not None and torch.equal(same_grad, grad)
+    assert is_kept and not was_kept

@@ -31,6 +31,7 @@ from onewan.memory.streaming import BlockStream
 from onewan.model.forward import predict_velocity
 from onewan.model.transformer import WanTransformer
 from onewan.train.optimizers.block_updates import BlockUpdates
+from onewan.train.optimizers.library import with_tensors
 from onewan.train.optimizers.parameters import ParameterGroup
 from onewan.train.optimizers.per_weight import PerWeightOptimizer
 from onewan.train.rounding import Rounding
@@ -263,6 +264,24 @@ def test_a_resumed_run_has_the_same_bits_with_other_resident_blocks(base, name) 
         expected = FineTune(base, name, "kahan")
         expected.train(range(2))
         assert_trained_alike(expected, again, range(2, 4))
+
+
+def test_the_state_of_streamed_weights_is_saved_from_where_it_is(base) -> None:
+    def addresses(one: FineTune) -> tuple[list[int], Any]:
+        state = one.optimizer.state_dict()
+        found: list[int] = []
+        with_tensors(state, lambda tensor: found.append(tensor.data_ptr()) or tensor)
+        return found, state  # which keeps the memory of copies
+
+    streamed, plain = FineTune(base, rounding="kahan", resident=0), FineTune(base, rounding="kahan")
+    for one in (streamed, plain):
+        one.train(range(1))
+    first, again = addresses(streamed), addresses(streamed)
+    in_blocks = sum(map(int.__eq__, first[0], again[0]))
+    # Three tensors of each weight but those outside of the blocks: two moments and the residual.
+    assert in_blocks >= 3 * sum(len(list(b.parameters())) for b in streamed.model.blocks)
+    copies, others = addresses(plain), addresses(plain)
+    assert not any(map(int.__eq__, copies[0], others[0]))
 
 
 def test_averages_are_put_into_streamed_weights_and_taken_out_again(base) -> None:
