@@ -30,6 +30,7 @@ runs park what belongs to the idle expert in host memory."""
 OTHERS = (
     Row(variant="i2v-a14b", size=CLIP, settings=LEAN, resident=20),
     Row(variant="ti2v-5b", size=LONGEST, settings=Settings(offload_inputs=True)),
+    Row(variant="t2v-a14b", size=(17, 256, 256), settings=LEAN, resident=0),
 )
 
 

@@ -107,8 +107,9 @@ class RunCosts:
         device = self._weights_on_device(settings)
         device |= self._trained_on_device(settings, training=True)
         device |= self._encoders_in_training()
-        # The cast at the beginning and the activations are not alive together.
-        live = max(acts.live, smallest_peak(self.batch(bucket)) - acts.kept_on_device)
+        # The cast at the beginning is gone when activations and gradients are there.
+        later = acts.kept_on_device + device["gradients"]
+        live = max(acts.live, smallest_peak(self.batch(bucket)) - later)
         device["kept for the backward pass"] = acts.kept_on_device
         device["live block"] = live + self._expanded()
         pinned = self._weights_on_host(settings)
