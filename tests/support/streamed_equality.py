@@ -286,12 +286,15 @@ def differences(found: Record, expected: Record) -> list[str]:
     return [name for name in found if not torch.equal(found[name], expected[name])]
 
 
-def distance(found: Record, expected: Record) -> float:
-    """The norm of the difference of all gradients, relative to their norm."""
+def distance(found: Record, expected: Record, before: Record | None = None) -> float:
+    """The norm of the difference of all gradients, relative to their norm. Or with `before`, the
+    step before: of the changes of all weights since then."""
 
     def norm(tensors: Iterable[Tensor]) -> float:
         return float(sum(tensor.double().square().sum() for tensor in tensors)) ** 0.5
 
-    names = [name for name in expected if name.startswith("gradient")]
+    names = [n for n in expected if n != "loss" and n.startswith("gradient") == (before is None)]
     assert names
-    return norm(found[n] - expected[n] for n in names) / norm(expected[n] for n in names)
+    since = before or {name: torch.zeros(()) for name in names}
+    difference = norm(found[name].float() - expected[name].float() for name in names)
+    return difference / norm(expected[name].float() - since[name].float() for name in names)

@@ -62,8 +62,9 @@ STEPS: list[tuple[str, Name]] = [
 first switch comes unannounced. Chunks come last, since both experts' weights differ from those of
 plain training behind them."""
 SWITCHES = [one != two for (_, one), (_, two) in pairwise(STEPS)]
-ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
-"""By what chunks may change all gradients of a step, relative to their norm."""
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 5e-3}
+"""By what chunks may change all gradients of a step, relative to their norm. A fused step, whose
+gradients are gone, is measured by the changes of the weights."""
 
 
 @pytest.fixture(autouse=True)
@@ -91,13 +92,14 @@ def train_and_compare(case: Case, device: torch.device, streamed: int) -> None:
         announced = number > 0 and SWITCHES[number : number + 1] == [True]
         expert = run.use(name, following=STEPS[number + 1][1] if announced else None)
         plain = plain_training(case, name, device, steps=len(STEPS) // len(NAMES), chunks=CHUNKS)
-        expected = plain.steps[expert.steps]
+        step = expert.steps
+        expected = plain.steps[step]
         found = expert.step()
         where = f"{streamed} streamed blocks, {kept}, step {number}, the {name} expert"
         if kept == "chunked feed-forward":
             found = {key: found[key] for key in plain.chunked}
-            if not case.is_fused:  # the gradients are compared
-                assert distance(found, expected) <= ROUNDING[case.dtype], where
+            before = plain.steps[step - 1] if case.is_fused else None
+            assert distance(found, expected, before) <= ROUNDING[case.dtype], where
             expected = plain.chunked
         assert differences(found, expected) == [], where
     run.execution.close()
