@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 
 from safetensors import SafetensorError
@@ -142,6 +142,15 @@ class WanTrainer:
         vram = config.memory.vram
         self._memory_limit = limit_memory(device, None if vram is None else parse_bytes(vram))
         run = WanModelSetup(config).build(self._on_encoding)
+        # Ends the copies, and frees pinned memory for other runs of this process.
+        with closing(run.memory):
+            self._begin(run)
+            self._train(run)
+        self._log.emit(events.Finished(step=run.state.step, run=self._layout.root))
+
+    def _begin(self, run: Run) -> None:
+        """Report what was set up, restore the saved state, and try the largest batch."""
+        config, device = self._config, run.device
         self._device_rate = matrix_product_rate(device, torch_dtype(config.model.dtype))
         self._log.emit(
             events.DataReady(
@@ -162,14 +171,17 @@ class WanTrainer:
         self._copied = run.memory.copied
         if config.logging.tensorboard:
             self._log.add(TensorBoardSink(self._layout.tensorboard, run.state.step))
+
+    def _train(self, run: Run) -> None:
+        """Train to the last step."""
         try:
             self._catch_up(run)
             self._saver.start_clock()
             bucket = None
             for step in self._steps(run):
                 if bucket != (bucket := step.batches[0].latents.shape[2:]):
-                    empty_cache_near(device, self._memory_limit)
-                reset_peak(device)
+                    empty_cache_near(run.device, self._memory_limit)
+                reset_peak(run.device)
                 begin = time.perf_counter()
                 metrics = train_step(run, step)
                 run.state.step += 1
@@ -185,7 +197,6 @@ class WanTrainer:
                 f"{self._failed_export}; training is complete and its state is saved. Make room or "
                 "repair the disk, then export the weights with --resume"
             )
-        self._log.emit(events.Finished(step=run.state.step, run=self._layout.root))
 
     def _steps(self, run: Run) -> Iterator[StepBatches]:
         """The data of the remaining steps; the state is saved if they can't be read."""
