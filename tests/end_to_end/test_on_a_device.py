@@ -47,10 +47,9 @@ SHORT = [
     "train.switch_expert_every=2",
     "train.steps=4",
 ]
-WAITS = {"fine_tune": 2, "embedding": 5}
+WAITS = {"fine_tune": 2}
 """Waits of the host in an optimizer step, where they are more than the one for its loss and norm.
-A fused step checks the loss before the backward pass too, which changes weights already. Captions
-with a trained placeholder are encoded in the step, with four waits."""
+A fused step checks the loss before the backward pass too, which changes weights already."""
 
 
 @pytest.fixture(autouse=True)

@@ -175,7 +175,8 @@ class WanModelSetup:
     def _check_clips(self, clips: Sequence[Clip]) -> None:
         """Refuse, before anything is encoded, clips that can't be trained on."""
         check_captions(self._config, clips)
-        plan_run(self._config, self._residency.device, clips)
+        if clips:  # that there are none is reported with the reasons
+            plan_run(self._config, self._residency.device, clips)
 
     def _load_for_training(self, vae: AutoencoderKLWan | None, *, needs_sampling: bool) -> WanModel:
         """The transformers, the text encoder if embeddings are used, and for sampling the VAE.

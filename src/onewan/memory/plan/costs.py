@@ -17,7 +17,7 @@ from onewan.memory.plan.shapes import CAPTION_BYTES_PER_HEAD
 from onewan.memory.plan.stored import StoredModel, StoredTransformer
 from onewan.memory.plan.trained import TrainedWeights, trained_embeddings, trained_weights
 from onewan.memory.plan.work import RING
-from onewan.variants import ExpertName
+from onewan.variants import TEXT_LENGTH, ExpertName
 
 _PROCESS = 1_500_000_000
 """Bytes of host memory that Python, PyTorch and the libraries take."""
@@ -107,6 +107,7 @@ class RunCosts:
         device = self._weights_on_device(settings)
         device |= self._trained_on_device(settings, training=True)
         device |= self._encoders_in_training()
+        device["latents, text and rotary tables"] = self._inputs(bucket)
         # The cast at the beginning is gone when activations and gradients are there.
         later = acts.kept_on_device + device["gradients"]
         live = max(acts.live, smallest_peak(self.batch(bucket)) - later)
@@ -135,6 +136,7 @@ class RunCosts:
         device = self._weights_on_device(settings)
         device |= self._trained_on_device(settings, training=False)
         device |= self._encoders_in_training()
+        device["latents, text and rotary tables"] = self._inputs(bucket, clips=1)
         live = self.activations(bucket, settings).forward_live
         device["live block"] = max(live, smallest_peak(self.batch(bucket))) + self._expanded()
         pinned = self._weights_on_host(settings) | self._trained_on_host(settings)
@@ -220,6 +222,16 @@ class RunCosts:
             device["gradients"] = gradients + sum(t.gradients for t in embeddings)
         return device
 
+    def _inputs(self, bucket: Bucket, clips: int | None = None) -> int:
+        """Bytes of float32 tensors that exist beside the blocks: clean and noisy latents, target
+        and prediction; the condition; the text; sine and cosine of the tokens' positions."""
+        batch, shape = self.batch(bucket, clips), self.transformer.shape
+        channels = 4 * shape.out_channels + shape.in_channels - shape.out_channels
+        cells = bucket.latent_cells(self.config.model.facts())
+        text = TEXT_LENGTH * shape.text_width
+        rotary = 2 * batch.tokens * (shape.width // shape.heads)
+        return 4 * (batch.clips * (channels * cells + text) + rotary)
+
     def _encoders_in_training(self) -> dict[str, int]:
         """The text encoder and the VAE, where they run in every step."""
         device: dict[str, int] = {}
@@ -302,6 +314,8 @@ class RunCosts:
         live = activations(batch, settings, self.config.method).forward_live
         denoising = self._weights_on_device(settings)
         denoising["trained weights"] = trained["trained weights"]
+        # Twice, for the negative prompt, and for what the solver keeps of earlier steps.
+        denoising["latents, text and rotary tables"] = self._inputs(bucket, clips=2)
         denoising["live block"] = max(live, smallest_peak(batch)) + self._expanded()
         decoding = {
             "VAE": 4 * self.stored.vae.weights,
