@@ -238,8 +238,9 @@ class _FusedRmsNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         input, weight, _ = ctx.saved_tensors
         assert grad.shape == input.shape
-        trained = weight is not None and ctx.needs_input_grad[1]
-        return torch.empty_like(input), torch.empty_like(weight) if trained else None
+        if weight is None or not ctx.needs_input_grad[1]:
+            return torch.empty_like(input), None
+        return torch.empty_like(input), torch.empty_like(weight)
 
 
 @contextmanager
