@@ -207,9 +207,10 @@ def machine_with(config: ResolvedRun, device: torch.device) -> Machine:
     total, free = total_and_free_memory(device)
     if total is None or free is None:
         return limited(find_machine(), config)
-    allocated = torch.get_device_module(device).memory_allocated(device)
+    # What PyTorch holds is the run's own, also where it is not in use at the moment.
+    held = torch.get_device_module(device).memory_reserved(device)
     machine = machine_of(device_name(device), total)
-    return limited(replace(machine, context=max(0, total - free - allocated)), config)
+    return limited(replace(machine, context=max(0, total - free - held)), config)
 
 
 def given_settings(config: ResolvedRun, layers: int) -> Settings:
