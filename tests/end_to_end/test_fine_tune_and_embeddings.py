@@ -21,7 +21,7 @@ from onewan.runs.event_file import read_events
 from onewan.sample.generate import WanModelSampler
 from onewan.train.run import sample_requests
 from onewan.train.setup import WanModelSetup
-from onewan.train.step import predict, train_step
+from onewan.train.step import NoisedInputs, predict, train_step
 from onewan.train.trainer import WanTrainer
 
 
@@ -250,7 +250,8 @@ def test_gradient_checkpointing_saves_memory_in_both_models(
         text = run.text(batch)
         of_text = len(kept)
         step = run.loader.step(0, "single", 0)
-        predict(run, trained, batch, run.objective.add_noise(batch, step, trained.expert), text)
+        sample = run.objective.add_noise(batch, step, trained.expert)
+        predict(run, trained, [NoisedInputs(batch, sample, text)])
     of_video = len(kept) - of_text
     assert (of_text < 30) == enabled and (of_video < 45) == enabled, (of_text, of_video)
 
