@@ -131,9 +131,12 @@ def test_what_is_in_memory_is_listed_with_its_place() -> None:
     gc.collect()
     with simulated_gpu.trace(where=True):
         kept = torch.zeros(3000, device=SIM) + 1
-    size, number, made_by = simulated_gpu.resident()[0]
-    assert (size, number) == (12000, 1) and kept.nbytes == 12000
-    assert made_by.startswith("aten::add at unit/") or "test_simulated_gpu.py:" in made_by
+    # Earlier tests may have left larger ones.
+    found = [
+        place for size, number, place in simulated_gpu.resident() if (size, number) == (12000, 1)
+    ]
+    assert kept.nbytes == 12000
+    assert any("aten::add" in place and "test_simulated_gpu.py:" in place for place in found)
 
 
 def test_pinned_memory_is_as_large_as_asked_for() -> None:

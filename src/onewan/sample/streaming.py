@@ -19,22 +19,22 @@ from onewan.model.transformer import WanTransformer
 from onewan.model.wan import WanModel
 
 WEIGHTS_SHARE = 0.5
-"""Share of the device's memory that the weights of an expert may take. The rest is for its
+"""Share of the device's free memory that the weights of an expert may take. The rest is for its
 activations, which are 6 GB at 81x480x832 with guidance, and for the VAE, which runs alone."""
 
 
 def sampling_residency(model: WanModel, device: torch.device) -> DeviceResidency:
     """The owner of `device` for sampling with `model`, which is in host memory.
 
-    Experts larger than `WEIGHTS_SHARE` of the device keep as many blocks there as that share holds;
-    the others come from host memory while the blocks before them compute.
+    Experts larger than `WEIGHTS_SHARE` of what is free there keep as many blocks there as that
+    share holds; the others come from host memory while the blocks before them compute.
     """
     residency = DeviceResidency(device)
     if device.type == "cpu":
         return residency
-    total, _ = total_and_free_memory(device)
+    _, free = total_and_free_memory(device)
     experts = [model.expert(expert) for expert in model.variant.experts]
-    room = None if total is None else int(WEIGHTS_SHARE * total)
+    room = None if free is None else int(WEIGHTS_SHARE * free)
     if room is None or max(map(_bytes, experts)) <= room:
         return residency
     # The ring has two buffers.

@@ -207,10 +207,11 @@ def machine_with(config: ResolvedRun, device: torch.device) -> Machine:
     total, free = total_and_free_memory(device)
     if total is None or free is None:
         return limited(find_machine(), config)
-    # What PyTorch holds is the run's own, also where it is not in use at the moment.
-    held = torch.get_device_module(device).memory_reserved(device)
+    # Of what PyTorch holds, the run can use what no tensor has; at this moment it has none itself.
+    module = torch.get_device_module(device)
+    unused = module.memory_reserved(device) - module.memory_allocated(device)
     machine = machine_of(device_name(device), total)
-    return limited(replace(machine, context=max(0, total - free - held)), config)
+    return limited(replace(machine, context=max(0, total - free - unused)), config)
 
 
 def given_settings(config: ResolvedRun, layers: int) -> Settings:

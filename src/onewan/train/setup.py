@@ -74,10 +74,13 @@ class WanModelSetup:
         initial = initial_adapters(config)
         self._notices |= dict.fromkeys(n for file in initial.values() for n in file.notices)
         dataset, vae = self._encode_dataset(samples, initial, progress)
+        vae = vae if samples else None
+        if vae is not None and config.video_data.cache:  # without one it encodes in every step
+            self._residency.release(vae)
         # Again, without the clips that could not be encoded.
         clips = [*dataset.clips, *dataset.validation_clips]
         memory = self._memory(plan_run(config, self._residency.device, clips))
-        model = self._load_for_training(vae if samples else None, needs_sampling=bool(samples))
+        model = self._load_for_training(vae, needs_sampling=bool(samples))
         del vae  # freed before adapters and optimizers are built, unless sampling needs it
         objective = objective_of(config.train, self._variant, self._experts)
         schedule = expert_schedule_of(config)
@@ -195,8 +198,6 @@ class WanModelSetup:
         model = self._load(_HOST, components)
         if vae is not None:
             model.vae = vae
-            if config.video_data.cache:  # without a cache the VAE encodes in every step
-                self._residency.release(vae)
         return model
 
     def _load(self, device: torch.device, components: Collection[PipelineComponent]) -> WanModel:

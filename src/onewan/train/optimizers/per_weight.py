@@ -9,6 +9,7 @@ over all weights.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -57,6 +58,7 @@ class PerWeightOptimizer:
         self._step: _PerWeightStep | None = None
         """The step that has begun and has not been applied."""
         self._settle: Callable[[], None] = lambda: None
+        self._by_name = {managed.name: managed for managed in self.parameters}
         if fused:
             for managed in self.parameters:
                 managed.parameter.register_post_accumulate_grad_hook(self._hook(managed))
@@ -149,11 +151,15 @@ class PerWeightOptimizer:
 
     def _hook(self, managed: ManagedParameter) -> Callable[[Tensor], None]:
         """Called by autograd when the gradient of a fused step's weight is complete."""
+        # Weak, since a weight holds its hook where Python's garbage collector does not look: the
+        # run's weights would stay in memory after it.
+        optimizer, name = weakref.ref(self), managed.name
 
         def update(parameter: Tensor) -> None:
             del parameter
-            if not managed.is_streamed:
-                self._update_fused(managed)
+            own = optimizer()
+            if own is not None and not own._by_name[name].is_streamed:
+                own._update_fused(own._by_name[name])
 
         return update
 
