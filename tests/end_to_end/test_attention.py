@@ -53,7 +53,7 @@ def test_a_run_trains_with_the_backend_that_is_named_and_resumes_with_it(run_fil
     fit(half)
     state = layout_of(half).state(1)
     assert read_facts(state).attention == SavedAttention(backend="math", device="cpu")
-    # Back to auto: the run keeps what it has, without a word of permission.
+    # Back to auto: the run keeps its backend, and no --allow-change is needed.
     rest = run_file("ti2v-5b", steps, "output.name=half")
     events, resumed = fit(rest, resume=True)
     assert chosen(events) == "math"

@@ -34,7 +34,7 @@ def build() -> ModuleType:
     # The package ninja is found where a virtual environment has not been activated, too.
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     # PyTorch's own lock is a file that a killed process leaves behind, for which others would wait
-    # for ever. This one ends with its process, so a file of the other kind that is found is stale.
+    # forever. This one ends with its process, so a file of the other kind that is found is stale.
     with FileLock(folder / "build.lock"), mock.patch.dict(os.environ, {"PATH": path}):
         (folder / "lock").unlink(missing_ok=True)
         return cpp_extension.load(

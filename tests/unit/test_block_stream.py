@@ -143,7 +143,7 @@ def test_inference_goes_round() -> None:
         assert scene.stream.loads - before == 6
     assert scene.stream.misses == 0
     before = scene.stream.loads
-    scene.step()  # training goes on from there
+    scene.step()  # training continues
     assert scene.stream.loads - before == 8
     assert scene.stream.misses == 0
 

@@ -5,7 +5,7 @@ to the device makes the host wait for it, once for each layer and use. Constants
 numbers, or `levels`, which the layer keeps beside its bytes.
 
 The layouts are those of ggml's ``block_q4_K`` and so on (``ggml-common.h``); tests compare the
-values with the `gguf` package's, to the bit. Shapes: n blocks, each of 32 or 256 values.
+values bit-exact with the `gguf` package's. Shapes: n blocks, each of 32 or 256 values.
 """
 
 from __future__ import annotations
