@@ -1,4 +1,4 @@
-"""Documents: YAML 1.2 or JSON text to plain data and back, key paths, values and differences.
+"""Documents: bytes to text, YAML 1.2 or JSON text to plain data and back, key paths, differences.
 
 Knows no schema: what the data means is the business of `onewan.config`.
 """
@@ -8,6 +8,7 @@ Knows no schema: what the data means is the business of `onewan.config`.
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import re
@@ -129,6 +130,33 @@ def _leaves(node: object, path: KeyPath = ()) -> Iterator[tuple[str, object]]:
             yield from _leaves(item, (*path, index))
     elif node != ():
         yield dotted(path), node
+
+
+def decode_text(data: bytes) -> str:
+    """The text of a file that a person wrote: UTF-8, or what its byte order mark says.
+
+    Editors and PowerShell on Windows begin files with such a mark, of UTF-8 or UTF-16. ValueError,
+    with the place, for any other encoding. Line breaks stay as they are.
+    """
+    is_utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = data.decode("utf-16" if is_utf_16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        what = f"is not UTF-8 text (byte {error.start})"
+        if is_utf_16:
+            what = f"is not UTF-16 text (byte {error.start}), which its byte order mark says"
+        else:
+            # Only named, not read: nearly any bytes are valid in it, so it would be a guess.
+            character = data[error.start : error.start + 1].decode("cp1252", errors="ignore")
+            if character:
+                what = f"is not UTF-8 text (byte {error.start}, in Windows-1252 '{character}')"
+        raise ValueError(f"{what}; save it as UTF-8") from None
+    if "\0" in text:
+        # ASCII text in UTF-16 is valid UTF-8, with a NUL in each character.
+        line = text.count("\n", 0, text.index("\0")) + 1
+        what = f"contains the character NUL (line {line}), as UTF-16 without a byte order mark does"
+        raise ValueError(f"{what}; save it as UTF-8")
+    return text
 
 
 def parse_yaml(text: str, limits: Limits = LIMITS) -> Any:

@@ -239,7 +239,7 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     assert [warning.path for warning in report.warnings] == [tmp_path / "lonely.txt"]
 
     text = "\n".join(report.lines())
-    assert "1 clip (1 video, 0 images)" in text
+    assert text.startswith("1 clip (1 video, 0 images), 5 left out\n")
     assert "5 files can't be used:" in text
     assert all(f"{problem.path}: {problem.reason}" in text for problem in report.problems)
     assert "lonely.txt: caption file without a video or image" in text

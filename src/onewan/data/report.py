@@ -70,7 +70,8 @@ class DatasetReport:
         """The report as text: counts, each unusable file, and the warnings grouped by text."""
         videos = sum(clip.kind == "video" for clip in self.clips)
         kinds = f"{count(videos, 'video')}, {count(len(self.clips) - videos, 'image')}"
-        lines = [f"{count(len(self.clips), 'clip')} ({kinds})"]
+        left_out = f", {len(self.problems)} left out" if self.problems else ""
+        lines = [f"{count(len(self.clips), 'clip')} ({kinds}){left_out}"]
         for size, frames in sorted({(clip.size, clip.frames) for clip in self.clips}):
             number = sum((clip.size, clip.frames) == (size, frames) for clip in self.clips)
             shape = f"{size[0]}x{size[1]}, {count(frames, 'frame')}"
