@@ -146,7 +146,7 @@ def inspect_seconds(source: Path) -> float | None:
     times: list[float] = []
     for _ in range(3):
         begin = time.perf_counter()
-        call = [sys.executable, "-m", "onewan.cli", "inspect", str(source), "--json"]
+        call = [sys.executable, "-m", "onewan", "inspect", str(source), "--json"]
         result = subprocess.run(call, capture_output=True, check=False)
         if result.returncode:
             return None

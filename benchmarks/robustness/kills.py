@@ -232,7 +232,7 @@ class Command:
         if not CAN_FORK:
             with output.open("ab") as file:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "onewan.cli", *arguments], stdout=file, stderr=file
+                    [sys.executable, "-m", "onewan", *arguments], stdout=file, stderr=file
                 )
             return
         sys.stdout.flush()

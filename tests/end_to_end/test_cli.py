@@ -24,7 +24,7 @@ from onewan.runs.layout import RunLayout
 
 def onewan(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "onewan.cli", *map(str, arguments)],
+        [sys.executable, "-m", "onewan", *map(str, arguments)],
         capture_output=True,
         text=True,
         encoding="utf-8",
@@ -104,7 +104,7 @@ def test_a_run_is_trained_by_one_process_and_resumes_after_a_termination(
     saved_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "onewan.cli", "train", str(saved_run)],
+        [sys.executable, "-m", "onewan", "train", str(saved_run)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

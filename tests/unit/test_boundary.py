@@ -223,7 +223,7 @@ def test_a_name_in_a_warning_can_not_write_lines_of_the_log(
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_a_name_of_any_bytes_is_printed_on_every_terminal(tmp_path: Path, encoding: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "onewan.cli", "stop", tmp_path / EVIL],
+        [sys.executable, "-m", "onewan", "stop", tmp_path / EVIL],
         capture_output=True,
         env={**os.environ, "PYTHONIOENCODING": encoding},
     )
@@ -240,7 +240,7 @@ def test_a_name_of_any_bytes_is_printed_on_every_terminal(tmp_path: Path, encodi
 def test_output_to_a_full_disk_is_an_error_and_a_closed_pipe_is_silent(
     arguments: list[str],
 ) -> None:
-    command = [sys.executable, "-m", "onewan.cli", *arguments]
+    command = [sys.executable, "-m", "onewan", *arguments]
     with open("/dev/full", "wb") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1

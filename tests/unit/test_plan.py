@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from onewan.arithmetic.byte_sizes import parse_bytes
+from onewan.arithmetic.flops import TransformerSize, forward_flops
 from onewan.cli import main
 from onewan.config.load import load_run
 from onewan.config.schema import ResolvedRun
@@ -23,6 +24,7 @@ from onewan.memory.plan import (
     Bucket,
     Machine,
     Plan,
+    RunTime,
     check_plan,
     find_machine,
     limited,
@@ -171,6 +173,30 @@ def test_small_clips_keep_the_blocks_on_the_device_that_hide_the_copies_of_the_o
     assert found.fits
     assert found.worst.settings.resident_blocks >= 22
     assert found.worst.time.slowdown <= 1.15
+
+
+def test_the_time_of_a_run_is_that_of_its_passes(plan) -> None:
+    """On a card that holds everything, a pass takes its work over the card's rate."""
+    size = {"width": LARGE.width, "height": LARGE.height, "frames": LARGE.frames, "steps": 20}
+    options = ", ".join(f"{name}: {value}" for name, value in size.items())
+
+    def run_time(sample: str) -> RunTime:
+        validation = "validation={clips: 3, timesteps: 2, every: 40}"
+        settings = ("train.steps=100", validation, f"sample={{{sample}, {options}}}")
+        return plan("t2v-a14b", "400GB", LARGE, "memory.keep_attention=no", *settings).run_time
+
+    time = run_time("prompts: [a, b], every: 50, at_start: true")
+    variant = VARIANTS["t2v-a14b"]
+    work = forward_flops(TransformerSize.of_variant(variant), LARGE.tokens(variant)).total
+    one_pass = work / 550e12
+    assert time.sample == pytest.approx(2 * 20 * one_pass, rel=0.015)
+    assert time.validation == pytest.approx(2 * 3 * 2 * one_pass, rel=0.015)
+    # Samples before the first step and after 50 and 100; validation after 0, 40, 80 and 100.
+    assert (time.samples, time.validations) == (2 * 3, 4)
+    assert time.total == pytest.approx(100 * time.step + 6 * time.sample + 4 * time.validation)
+    unguided = run_time("prompts: [a], every: 0, at_start: false, guidance: [1, 1]")
+    assert unguided.samples == 1
+    assert unguided.sample == pytest.approx(time.sample / 2)
 
 
 # --------------------------------------------------------------------------------------- settings
@@ -367,6 +393,7 @@ def test_the_command_prints_a_table(clip_run: Path, capsys: pytest.CaptureFixtur
     for phase in ("encoding captions", "encoding clips", "training"):
         assert f"\n{phase} " in out
     assert "It fits: the highest peak is that of" in out
+    assert "The whole run takes about " in out
     assert max(map(len, out.splitlines())) < 200
 
 

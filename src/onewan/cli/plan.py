@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from onewan.arithmetic.byte_sizes import format_bytes, parse_bytes
+from onewan.arithmetic.durations import format_duration
 from onewan.cli.importing import run_file_of
 from onewan.cli.output import say, write
 from onewan.config.load import load_run
@@ -19,6 +20,7 @@ from onewan.memory.plan import (
     Bucket,
     BucketPlan,
     Plan,
+    RunTime,
     Settings,
     find_machine,
     make_plan,
@@ -87,6 +89,7 @@ def _lines(config: ResolvedRun, plan: Plan) -> Iterator[str]:
         yield f"    {_time_text(bucket)}"
     if len(plan.buckets) > _BUCKETS_SHOWN:
         yield f"  and {len(plan.buckets) - _BUCKETS_SHOWN} buckets that need less memory"
+    yield from _run_time_lines(plan.run_time)
     disk = ", ".join(f"{name} {format_bytes(amount)}" for name, amount in plan.disk.items())
     yield f"Disk: {disk}."
     for note in plan.notes:
@@ -136,6 +139,17 @@ def _time_text(bucket: BucketPlan) -> str:
         f"{time.seconds:.3g} s, {time.slowdown:.2f} times as long as without copies; "
         f"{time.flops / 1e12:,.0f} TFLOP; {copied}"
     )
+
+
+def _run_time_lines(time: RunTime) -> Iterator[str]:
+    parts = [f"{time.steps:,} steps {format_duration(time.steps * time.step)}"]
+    if time.samples:
+        each, count = format_duration(time.sample), time.samples
+        videos = "1 sample video" if count == 1 else f"{count} sample videos"
+        parts.append(f"{videos} {format_duration(count * time.sample)} ({each} each)")
+    if time.validations:
+        parts.append(f"validation {format_duration(time.validations * time.validation)}")
+    yield f"The whole run takes about {format_duration(time.total)}: {', '.join(parts)}."
 
 
 def _verdict(plan: Plan) -> Iterator[str]:

@@ -14,6 +14,7 @@ from onewan.memory.plan.choose import Candidate, choose, most_resident
 from onewan.memory.plan.costs import RunCosts
 from onewan.memory.plan.machine import Machine
 from onewan.memory.plan.result import BucketPlan, PhaseBytes, Plan
+from onewan.memory.plan.run_time import run_time
 from onewan.memory.plan.settings import Settings
 from onewan.memory.plan.stored import StoredModel, assumed_model, with_changes
 
@@ -124,12 +125,14 @@ def _with_parking(
     if costs.config.validation.clips:
         phases.append(_validation(costs, chosen))
     sampling, resident = _sampling(costs, machine, chosen[0].plan.settings)
+    buckets = tuple(candidate.plan for candidate in chosen)
     return Plan(
         machine=machine,
-        buckets=tuple(candidate.plan for candidate in chosen),
+        buckets=buckets,
         other_phases=(*phases, *sampling),
         sampling_resident_blocks=resident,
         disk=costs.disk(clips),
+        run_time=run_time(costs, buckets, clips, machine, resident),
         suggestions=(),
         notes=(*machine.notes, *costs.stored.notes),
     )

@@ -61,6 +61,30 @@ class StepTime:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RunTime:
+    """Predicted time of a whole run, by arithmetic. Loading, encoding, decoding of sample videos
+    and checkpoints are not in it."""
+
+    steps: int
+    step: float
+    """Seconds of an optimizer step, on average over the clips."""
+    samples: int
+    """Sample videos of the whole run."""
+    sample: float
+    """Seconds of one sample video, at the run file's size, frames and steps."""
+    validations: int
+    validation: float
+    """Seconds of one validation, of all experts."""
+
+    @property
+    def total(self) -> float:
+        """Seconds of the run."""
+        return (
+            self.steps * self.step + self.samples * self.sample + self.validations * self.validation
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BucketPlan:
     """The settings for the clips of one bucket, and what a training step then needs."""
 
@@ -85,6 +109,7 @@ class Plan:
     """Blocks of an expert that stay on the device while videos are sampled."""
     disk: Mapping[str, int]
     """Bytes of the files that the run writes."""
+    run_time: RunTime
     suggestions: tuple[Suggestion, ...]
     """Changes of the run file that make it fit, or make it faster; the cheapest first."""
     notes: tuple[str, ...] = ()
@@ -182,6 +207,7 @@ class Plan:
             ],
             "sampling_resident_blocks": self.sampling_resident_blocks,
             "disk": dict(self.disk),
+            "run_time": {**asdict(self.run_time), "total": self.run_time.total},
             "suggestions": [asdict(suggestion) for suggestion in self.suggestions],
             "notes": list(self.notes),
         }

@@ -1,0 +1,63 @@
+"""`RunTime`: the predicted time of a whole run's steps, sample videos and validations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from onewan.memory.plan.bucket import Bucket
+from onewan.memory.plan.costs import RunCosts
+from onewan.memory.plan.machine import Machine
+from onewan.memory.plan.result import BucketPlan, RunTime
+from onewan.memory.plan.settings import Settings
+from onewan.memory.plan.work import step_work
+
+
+def run_time(
+    costs: RunCosts,
+    buckets: Sequence[BucketPlan],
+    clips: Mapping[Bucket, int],
+    machine: Machine,
+    sampling_resident_blocks: int,
+) -> RunTime:
+    """The time of a run by the work and the copies of its transformer passes. `clips` are the
+    numbers of clips by bucket, and `sampling_resident_blocks` those that stay on the device while
+    videos are sampled."""
+    config, worst = costs.config, buckets[0]
+    steps, count = config.train.steps, sum(clips.values())
+    step = sum(clips[b.bucket] * b.time.seconds for b in buckets) / count
+    sample, samples, at_start = config.sample, 0, 0
+    if sample.prompts:
+        at_start = int(sample.at_start)
+        samples = len(sample.prompts) * (at_start + _times_due(sample.every, steps))
+    video = Bucket(frames=sample.frames, width=sample.width, height=sample.height)
+    resident = replace(worst.settings, resident_blocks=sampling_resident_blocks)
+    # The negative prompt takes a second pass, unless the guidance scale is 1.
+    passes = sum(1 if scale == 1 else 2 for scale in sample.guidance) / len(sample.guidance)
+    validation = 0.0
+    if config.validation.clips:
+        per_expert = config.validation.clips * config.validation.timesteps
+        one = _pass(costs, worst.bucket, worst.settings, machine)
+        weight_sets = 1 if config.train.ema is None else 2
+        validation = len(costs.trained) * per_expert * weight_sets * one
+    return RunTime(
+        steps=steps,
+        step=step,
+        samples=samples,
+        sample=sample.steps * passes * _pass(costs, video, resident, machine),
+        validations=(1 + _times_due(config.validation.every, steps)) if validation else 0,
+        validation=validation,
+    )
+
+
+def _times_due(every: int, steps: int) -> int:
+    """How often something is done after a step; an interval of 0 means the last step only."""
+    return steps // every + (steps % every > 0) if every else 1
+
+
+def _pass(costs: RunCosts, bucket: Bucket, settings: Settings, machine: Machine) -> float:
+    """Seconds of one pass of a transformer over one clip, without gradients."""
+    work = step_work(
+        costs.batch(bucket, 1), settings, costs.config.method, costs.transformer.block_bytes
+    )
+    return max(work.forward_flops / machine.flops, work.forward_to_device / machine.bus)
