@@ -494,7 +494,8 @@ def test_any_kind_can_be_applied_for_sampling(tmp_path, trained, base, weight, k
     for module, want in deltas.items():
         layer = model.get_submodule(module)
         if hasattr(layer, "get_base_layer"):
-            got = layer.get_delta_weight("one")
+            (attached,) = layer.active_adapters
+            got = layer.get_delta_weight(attached)
         else:
             got = layer.weight - weight(f"{module}.weight")
         close(got, want)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from support.adapters import output
+from support.adapters import METHODS, output, trained
 from support.tiny_models import tiny_transformer
 
 from onewan.adapters.adapter_config import AdapterConfig
@@ -20,6 +20,7 @@ from onewan.adapters.lora import (
 )
 from onewan.adapters.select import select_linears
 from onewan.errors import CheckpointError
+from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.lora_files import parse_adapter
 
 
@@ -77,3 +78,34 @@ def test_an_adapter_of_another_model_is_refused(base: WanTransformer3DModel) -> 
     }
     with pytest.raises(CheckpointError, match="file: does not fit the model"):
         apply_lora(copy.deepcopy(base), parse_adapter(wide, source="file"), "file")
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_strength_multiplies_what_an_adapter_adds(base: WanTransformer3DModel, kind: str) -> None:
+    """Of every kind, as in `onewan merge`: 0 is the base model, and 0.5 half of the difference."""
+    model, config = trained(base, METHODS[kind])
+    modules = adapter_of(model, config)
+    none, half, whole = (copy.deepcopy(base) for _ in range(3))
+    for applied, strength in ((none, 0.0), (half, 0.5), (whole, 1.0)):
+        apply_lora(applied, modules, "one", strength)
+    assert torch.equal(output(none), output(base))
+    merged = copy.deepcopy(base)
+    for module, adapter in modules.items():
+        weight = merged.get_submodule(module).weight
+        weight.data += 0.5 * adapter.difference(weight.data)  # pyright: ignore
+    effect = output(whole) - output(base)
+    assert (output(half) - output(merged)).norm() < 1e-5 * effect.norm()
+    assert (output(half) - output(whole)).norm() > 0.1 * effect.norm()
+
+
+def test_a_strength_multiplies_differences_of_biases_and_norms(base: WanTransformer3DModel) -> None:
+    difference = torch.arange(32.0)
+    modules = {
+        "blocks.0.attn1.to_q": ModuleAdapter(kind="difference", tensors={"diff_b": difference}),
+        "blocks.1.attn1.norm_q": ModuleAdapter(kind="difference", tensors={"diff": difference}),
+    }
+    applied = copy.deepcopy(base)
+    apply_lora(applied, modules, "one", -0.25)
+    for parameter in ("blocks.0.attn1.to_q.bias", "blocks.1.attn1.norm_q.weight"):
+        changed = applied.get_parameter(parameter) - base.get_parameter(parameter)
+        torch.testing.assert_close(changed, -0.25 * difference)

@@ -22,6 +22,7 @@ oft         ``.oft_R.weight`` [in / size, size (size - 1) / 2]
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -316,31 +317,41 @@ def _module_and_part(name: str) -> tuple[str, str]:
 
 
 def apply_lora(
-    transformer: WanTransformer3DModel, modules: Mapping[str, ModuleAdapter], name: str
+    transformer: WanTransformer3DModel,
+    modules: Mapping[str, ModuleAdapter],
+    name: str,
+    strength: float = 1.0,
 ) -> None:
     """Apply a finished adapter of any kind to `transformer`, on top of those applied before.
 
     LoRAs of linear layers are attached beside the weights, in float32, so that the weights may be
     quantized; ranks and alphas may differ from module to module. All other differences are merged
     into the weights and biases.
-    `name` distinguishes the adapters of one transformer, and stands in the CheckpointError for an
-    adapter that does not fit the model.
+    `strength` multiplies what the adapter adds to weights and biases, whatever its kind, as in
+    `onewan merge`. For DoRA and OFT that is a weighted mean of the base model's weight and the
+    adapted one, as ComfyUI computes DoRA; a rotation by a part of the angle would be another.
+    `name` stands in the CheckpointError for an adapter that does not fit the model.
     """
     linears = {n for n, m in transformer.named_modules() if isinstance(m, nn.Linear | LoraLayer)}
     check_modules_exist(transformer, modules, name)
     plain = {m: a for m, a in modules.items() if a.kind == "lora" and m in linears}
-    merge_adapters(transformer, modules, name, only_biases=plain)
+    merge_adapters(transformer, modules, name, strength=strength, only_biases=plain)
     if plain:
-        _attach(transformer, plain, name)
+        _attach(transformer, plain, name, strength)
 
 
 def _attach(
-    transformer: WanTransformer3DModel, modules: Mapping[str, ModuleAdapter], name: str
+    transformer: WanTransformer3DModel,
+    modules: Mapping[str, ModuleAdapter],
+    name: str,
+    strength: float,
 ) -> None:
     """Attach plain LoRAs to linear layers through PEFT."""
     ranks = {module: int(adapter.rank or 0) for module, adapter in modules.items()}
     # PEFT divides each alpha by its rank, which gives the file's scale again.
-    alphas = {module: adapter.scale * ranks[module] for module, adapter in modules.items()}
+    alphas = {m: strength * adapter.scale * ranks[m] for m, adapter in modules.items()}
+    # PEFT takes no dots in an adapter's name, and each adapter of a model needs its own.
+    adapter_name = f"applied_{len(getattr(transformer, 'peft_config', {}))}"
     weights = {
         f"{module}.{part}.weight": tensor
         for module, adapter in modules.items()
@@ -354,8 +365,11 @@ def _attach(
         alpha_pattern=alphas,
     )
     try:
-        transformer.add_adapter(config, adapter_name=name)
-        result = set_peft_model_state_dict(transformer, weights, adapter_name=name)
+        with warnings.catch_warnings():
+            # PEFT warns of a second adapter on a model.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            transformer.add_adapter(config, adapter_name=adapter_name)
+        result = set_peft_model_state_dict(transformer, weights, adapter_name=adapter_name)
     except RuntimeError as error:  # which torch raises for a wrong shape
         raise CheckpointError(f"{name}: does not fit the model ({error})") from error
     assert not result.unexpected_keys, result.unexpected_keys

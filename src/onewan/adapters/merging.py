@@ -120,14 +120,17 @@ def merge_adapters(
     modules: Mapping[str, ModuleAdapter],
     name: str,
     *,
+    strength: float = 1.0,
     only_biases: Collection[str] = (),
 ) -> None:
-    """Add the differences of `modules` to their weights and biases, computed in float32; of the
-    modules `only_biases`, only to the bias. CheckpointError, naming `name`, if they do not fit."""
+    """Add the differences of `modules`, times `strength`, to their weights and biases, computed in
+    float32; of the modules `only_biases`, only to the bias. CheckpointError, naming `name`, if they
+    do not fit."""
     for module, adapter in modules.items():
         weight_too = module not in only_biases
-        for change in _changes(transformer, module, adapter, name, weight_too=weight_too):
-            _add(*change)
+        changes = _changes(transformer, module, adapter, name, weight_too=weight_too)
+        for owner, parameter, added in changes:
+            _add(owner, parameter, strength * added)
 
 
 def _changes(
@@ -150,7 +153,7 @@ def _changes(
     if weight_too and isinstance(owner, QuantizedLinear):
         raise CheckpointError(
             f"{name}: changes the weights of {module} themselves, which are packed in "
-            "memory here; load the model with memory.weights: bf16"
+            "memory here; load the model with memory.weights: bf16 (onewan sample: --storage bf16)"
         )
     changes: list[tuple[nn.Module, str, Tensor]] = []
     try:

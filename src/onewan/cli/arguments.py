@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from onewan.variants import VARIANTS
@@ -37,3 +38,21 @@ def add_run_file(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         help="override a setting, such as train.steps=500 or optimizer.lr=2e-4",
     )
+
+
+def lora_with_weight(text: str) -> tuple[Path, float]:
+    """(path, weight) of ``LORA[:WEIGHT]``; the weight is 1 if none is given."""
+    path, colon, number = text.rpartition(":")
+    # The last colon may belong to the path: to a Windows drive, a folder or the file's own name.
+    drive = len(path) == 1 and path.isalpha()  # C:\style.safetensors
+    if not colon or drive or "/" in number or "\\" in number or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text}: the weight {number!r} is not a number; write LORA:0.8, for example"
+        ) from None
+    if not math.isfinite(weight):
+        raise argparse.ArgumentTypeError(f"{text}: the weight is not finite; give a number")
+    return Path(path), weight

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import get_args
 
-from onewan.cli.arguments import Commands, add_command
+from onewan.cli.arguments import Commands, add_command, lora_with_weight
 from onewan.cli.output import say, write
 from onewan.dtypes import WeightDtype
 from onewan.errors import CheckpointError
@@ -137,7 +136,7 @@ def add_merge(commands: Commands) -> None:
     parser.add_argument(
         "loras",
         metavar="LORA[:WEIGHT]",
-        type=_lora,
+        type=lora_with_weight,
         nargs="+",
         help="a LoRA, DoRA, LoHa, LoKr or OFT file and its weight (default: 1)",
     )
@@ -167,21 +166,3 @@ def add_merge(commands: Commands) -> None:
 def _add_output(parser: argparse.ArgumentParser, dtype_help: str) -> None:
     parser.add_argument("--dtype", choices=get_args(WeightDtype), help=dtype_help)
     parser.add_argument("--force", action="store_true", help="overwrite DST if it exists")
-
-
-def _lora(text: str) -> tuple[Path, float]:
-    """(path, weight) of ``LORA[:WEIGHT]``; the weight is 1 if none is given."""
-    path, colon, number = text.rpartition(":")
-    # The last colon may belong to the path: to a Windows drive, a folder or the file's own name.
-    drive = len(path) == 1 and path.isalpha()  # C:\style.safetensors
-    if not colon or drive or "/" in number or "\\" in number or Path(text).exists():
-        return Path(text), 1.0
-    try:
-        weight = float(number)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text}: the weight {number!r} is not a number; write LORA:0.8, for example"
-        ) from None
-    if not math.isfinite(weight):
-        raise argparse.ArgumentTypeError(f"{text}: the weight is not finite; give a number")
-    return Path(path), weight
