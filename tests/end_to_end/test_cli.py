@@ -100,6 +100,27 @@ def saved_run(run_file: RunFile, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("option", ["--resume", "--resume=auto"])
+def test_resume_never_takes_the_run_file_as_its_value(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = {"--resume": True, "--resume=auto": "auto"}[option]
+    for words in (
+        [option, "run.yaml", "train.steps=3"],
+        ["run.yaml", option, "train.steps=3"],
+        ["run.yaml", "train.steps=3", option],
+    ):
+        options = parse(["train", *words])
+        assert options.resume == expected
+        assert (options.run, options.overrides) == (Path("run.yaml"), ["train.steps=3"])
+    assert parse(["train", "run.yaml"]).resume is False
+    for words in (["--resume", "auto", "run.yaml"], ["run.yaml", "--resume", "auto"]):
+        with pytest.raises(SystemExit) as end:
+            main(["train", *words])
+        assert end.value.code == 2
+        assert "write --resume=auto, with an equals sign" in capsys.readouterr().err
+
+
 def test_a_run_is_trained_by_one_process_and_resumes_after_a_termination(
     saved_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -178,7 +178,7 @@ def killed_and_resumed(run_yaml: Path, overrides: list[str], case: str) -> Resol
     assert (found.step if found else 0) >= saved
     assert found is None or found.damaged == ()
     events_of_resume: list[dict[str, Any]] = []
-    WanTrainer(config, listen=recorder(events_of_resume), resume=True, or_start=True).fit()
+    WanTrainer(config, listen=recorder(events_of_resume), resume="auto").fit()
     assert not [p for p in layout.weights_dir.iterdir() if p.name.startswith(".")]
     resumed = [e["step"] for e in events_of_resume if e["event"] == "resumed"]
     assert resumed == ([found.step] if found else [])

@@ -20,6 +20,7 @@ from onewan.files import file_digest
 from onewan.media.probe import probe
 from onewan.runs.layout import RunLayout
 from onewan.runs.log import ListenerSink, RunLog
+from onewan.train.resume import Resume
 from onewan.train.run import Run
 from onewan.train.saving import StateSaver
 from onewan.train.setup import WanModelSetup
@@ -51,15 +52,34 @@ def test_resume_with_nothing_to_resume_is_refused_and_names_similar_runs(
         WanTrainer(typo, resume=True).fit()
 
 
-def test_resume_or_start_does_whichever_is_possible(run_file: RunFile) -> None:
+def test_resume_auto_does_whichever_is_possible(run_file: RunFile) -> None:
     config = run_file("ti2v-5b", "train.steps=1")
     events: list[dict[str, Any]] = []
-    WanTrainer(config, listen=recorder(events), resume=True, or_start=True).fit()
+    WanTrainer(config, listen=recorder(events), resume="auto").fit()
     (note,) = [e["text"] for e in events if e["event"] == "note"]
     assert "has no saved state; starting at step 0" in note
     longer = run_file("ti2v-5b", "train.steps=2")
-    WanTrainer(longer, listen=recorder(events), resume=True, or_start=True).fit()
+    WanTrainer(longer, listen=recorder(events), resume="auto").fit()
     assert [e["step"] for e in events if e["event"] == "resumed"] == [1]
+
+
+def test_a_finished_run_says_how_it_goes_on(run_file: RunFile) -> None:
+    config = run_file("ti2v-5b", "train.steps=2")
+    WanTrainer(config).fit()
+    events: list[dict[str, Any]] = []
+    WanTrainer(config, listen=recorder(events), resume=True).fit()
+    notes = [e["text"] for e in events if e["event"] == "note"]
+    assert notes == [
+        "nothing is left to train: all 2 steps are done; a larger train.steps continues, such as "
+        "train.steps=4"
+    ]
+    assert not [e for e in events if e["event"] == "step"]
+    events.clear()
+    longer = run_file("ti2v-5b", "train.steps=3")
+    WanTrainer(longer, listen=recorder(events), resume=True).fit()
+    assert not any("nothing is left" in e["text"] for e in events if e["event"] == "note")
+    with pytest.raises(CheckpointError, match=r"--resume, .* --again, .*output\.name"):
+        WanTrainer(config).fit()
 
 
 @pytest.mark.parametrize(
@@ -70,18 +90,17 @@ def test_resume_or_start_does_whichever_is_possible(run_file: RunFile) -> None:
         ("events.jsonl", "events (a state of step 1 was saved)"),
     ],
 )
-@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("resume", [False, True, "auto"])
 def test_results_whose_states_are_gone_are_not_overwritten(
-    trained: ResolvedRun, kept: str, left: str, resume: bool
+    trained: ResolvedRun, kept: str, left: str, resume: Resume
 ) -> None:
     for path in layout_of(trained).root.iterdir():
         if path.name != kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     before = folder_content(trained)
-    for or_start in (False, True):
-        with pytest.raises(CheckpointError) as refusal:
-            WanTrainer(trained, resume=resume, or_start=or_start).fit()
-        assert left in str(refusal.value) and "output.name" in str(refusal.value)
+    with pytest.raises(CheckpointError) as refusal:
+        WanTrainer(trained, resume=resume).fit()
+    assert left in str(refusal.value) and "output.name" in str(refusal.value)
     assert folder_content(trained) == before
 
 
@@ -94,7 +113,7 @@ def test_a_run_that_ended_before_its_first_state_is_started_again(run_file: RunF
     layout.samples(1).mkdir(parents=True)
     (layout.samples(1) / "0.mp4").write_bytes(b"of an earlier start")
     layout.events.write_text('{"event": "started"}\n', encoding="utf-8")
-    WanTrainer(config, resume=True, or_start=True).fit()
+    WanTrainer(config, resume="auto").fit()
     assert layout.saved_steps() == [1]
     assert probe(layout.samples(1) / "0.mp4").width == 64
 

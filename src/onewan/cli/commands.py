@@ -32,6 +32,7 @@ from onewan.model.wan import WanModel
 from onewan.runs.layout import displayed
 from onewan.sample.generate import SampleRequest, WanModelSampler
 from onewan.sample.streaming import sampling_residency
+from onewan.train.resume import Resume
 from onewan.train.run import sample_requests, with_unused_name
 from onewan.train.setup import WanModelSetup
 from onewan.train.trainer import WanTrainer
@@ -77,8 +78,7 @@ def train(
     run: Path,
     overrides: Sequence[str],
     *,
-    resume: bool,
-    or_start: bool,
+    resume: Resume,
     again: bool,
     allow_change: bool,
 ) -> int:
@@ -98,7 +98,6 @@ def train(
             run_file=run.read_text(encoding="utf-8-sig") if run.is_file() else None,
             listen=progress.listen,
             resume=resume,
-            or_start=or_start,
             allow_change=allow_change,
         ).fit()
     return 0

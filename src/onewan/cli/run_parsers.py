@@ -50,16 +50,24 @@ def add_train(commands: Commands) -> None:
         "train",
         "train with the settings of a run file",
         "Ctrl-C saves the state and stops; --resume continues\nfrom there, with the same results "
-        "as an uninterrupted run.",
+        "as an uninterrupted run. The folder of a run, runs/NAME,\nkeeps the settings that were "
+        "given on the command line.",
     )
     add_run_file(parser)
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
-        "--resume", action="store_true", help="continue from the last saved state of the run"
+        "--resume",
+        action="store_const",
+        const=True,
+        default=False,
+        help="continue from the last saved state of the run",
     )
+    # An option of its own: with an optional value, `--resume run.yaml` would take the run file.
     start.add_argument(
-        "--resume-or-start",
-        action="store_true",
+        "--resume=auto",
+        action="store_const",
+        const="auto",
+        dest="resume",
         help="continue like --resume, or start the run if it has no saved state yet: one command "
         "for machines that may be taken away at any time",
     )
@@ -76,13 +84,15 @@ def add_train(commands: Commands) -> None:
     )
 
     def run(options: argparse.Namespace) -> int:
+        if options.resume and "auto" in (str(options.run), *options.overrides):
+            parser.error("write --resume=auto, with an equals sign")
+
         from onewan.cli.commands import train
 
         return train(
             options.run,
             options.overrides,
-            resume=options.resume or options.resume_or_start,
-            or_start=options.resume_or_start,
+            resume=options.resume,
             again=options.again,
             allow_change=options.allow_change,
         )

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import cast
+from typing import Literal, TypeAlias, cast
 
 from pydantic import ValidationError
 
@@ -21,6 +21,10 @@ from onewan.runs.layout import RunLayout
 from onewan.train.saved_state import StateFacts
 from onewan.train.state import versions
 from onewan.variants import ExpertName
+
+Resume: TypeAlias = bool | Literal["auto"]
+"""Whether a run is continued from its newest state. With True it must have one; with "auto" it is
+started if it has none."""
 
 _SAFE_TO_CHANGE = (
     "sample",
@@ -57,9 +61,8 @@ class Changes:
     """Whether validation losses are measured in the same way as before."""
 
 
-def check_start(layout: RunLayout, *, resume: bool, or_start: bool) -> None:
-    """CheckpointError if the run in the folder may not be started or, with `resume`, continued;
-    with `or_start` too, either is fine.
+def check_start(layout: RunLayout, resume: Resume) -> None:
+    """CheckpointError if the run in the folder may not be started or, with `resume`, continued.
 
     A run is not started where it would overwrite the results of an earlier one.
     """
@@ -67,7 +70,8 @@ def check_start(layout: RunLayout, *, resume: bool, or_start: bool) -> None:
         if not resume:
             raise CheckpointError(
                 f"{layout.root}: already holds a run; continue it with --resume, repeat it as a "
-                "new one with --again, or choose another name (output.name=...)"
+                f"new one with: onewan train {layout.root} --again, or choose another name "
+                "(output.name=...)"
             )
         return
     left = results_without_state(layout)
@@ -77,7 +81,7 @@ def check_start(layout: RunLayout, *, resume: bool, or_start: bool) -> None:
             f"{layout.states_dir} was deleted or is on a disk that is not mounted. To start at "
             "step 0, move the folder away or choose another name (output.name=...)"
         )
-    if resume and not or_start:
+    if resume is True:
         found = f"has no saved state in {layout.states_dir.name}/"
         if not layout.resolved.is_file():
             found = "there is no run of this name"
@@ -85,7 +89,7 @@ def check_start(layout: RunLayout, *, resume: bool, or_start: bool) -> None:
         hint = f"runs beside it that can be resumed: {', '.join(others)}. " if others else ""
         raise CheckpointError(
             f"{layout.root}: {found}, so there is nothing to resume; {hint}Correct the name "
-            "(output.name=...), or start a new run without --resume (--resume-or-start does "
+            "(output.name=...), or start a new run without --resume (--resume=auto does "
             "whichever is possible)"
         )
 

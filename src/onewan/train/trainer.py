@@ -43,7 +43,7 @@ from onewan.train.attention import choose_attention
 from onewan.train.cadence import Cadence
 from onewan.train.export import exported_files
 from onewan.train.memory import planned
-from onewan.train.resume import check_start
+from onewan.train.resume import Resume, check_start
 from onewan.train.run import Run, run_folder
 from onewan.train.saved_state import BestStep
 from onewan.train.saving import StateSaver
@@ -66,20 +66,18 @@ class WanTrainer:
         *,
         run_file: str | None = None,
         listen: Listener | None = None,
-        resume: bool = False,
-        or_start: bool = False,
+        resume: Resume = False,
         allow_change: bool = False,
     ) -> None:
         """`config` is resolved (`load_run`). `run_file` is its text as written by the user, which
         is kept in the run's folder. `listen` is called with each event. `resume` continues
-        the run from its newest state, or, with `or_start`, starts it if it has none.
+        the run from its newest state; with "auto", the run is started if it has none.
         `allow_change` permits resuming with other settings or data; the results then differ from
         those of an uninterrupted run.
         """
         self._config = config
         self._run_file = run_file
-        self._resume = resume
-        self._or_start = or_start
+        self._resume: Resume = resume
         self._allow_change = allow_change
         self._layout = RunLayout(run_folder(config))
         self._cadence = Cadence.of(config)
@@ -109,7 +107,7 @@ class WanTrainer:
         )
         with ExitStack() as session:
             session.enter_context(locked(self._layout.lock, root, remedy))
-            check_start(self._layout, resume=self._resume, or_start=self._or_start)
+            check_start(self._layout, self._resume)
             self._layout.create()
             if not self._layout.saved_steps():
                 self._write_run_files()
@@ -343,6 +341,11 @@ class WanTrainer:
             self._is_resumed = True
             # The run folder then has the settings that the run continues with.
             self._write_run_files()
+            if run.state.step >= (steps := self._config.train.steps):
+                self._log.note(
+                    f"nothing is left to train: all {steps} steps are done; a larger train.steps "
+                    f"continues, such as train.steps={2 * steps}"
+                )
         else:
             self._log.note(f"{self._layout.states_dir}: has no saved state; starting at step 0")
 
