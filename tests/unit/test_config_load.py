@@ -283,7 +283,10 @@ def test_override_text_is_not_parsed_as_yaml_where_a_string_is_expected(
     ("override", "expected"),
     [
         ("train.stesp=5", "train.stesp: unknown field; did you mean 'steps'?"),
-        ("lr=3", "lr: unknown field; did you mean optimizer.lr?"),
+        (
+            "sources=3",
+            "sources: unknown field; did you mean video_data.sources or validation.sources?",
+        ),
         ("logging.zzz=3", "logging.zzz: unknown field; known here: tensorboard"),
         ("train", "override 'train': is not path.to.field=value"),
         ("=5", "override '=5': is not path.to.field=value"),

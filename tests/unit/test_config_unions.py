@@ -273,10 +273,10 @@ train: {schedule: {kind: rex, end_factor: 2}, steps: 0, max_grad_norm: null}
 
 
 def test_an_unknown_field_suggests_the_least_nested_key_path(tmp_path: Path) -> None:
-    found = problems(tmp_path, "lr: 3\nlogging: {steps: 4}\n")
+    found = problems(tmp_path, "betas: 3\nlogging: {steps: 4}\n")
     assert found == (
         "logging.steps: unknown field; did you mean train.steps or sample.steps?",
-        "lr: unknown field; did you mean optimizer.lr?",
+        "betas: unknown field; did you mean optimizer.betas?",
     )
 
 

@@ -17,7 +17,8 @@ from typing import Any, get_args
 
 from onewan import documents
 from onewan.config.fields import field_at
-from onewan.config.messages import Problems, validated
+from onewan.config.foreign_terms import TABLE
+from onewan.config.messages import Problems, foreign_file, validated
 from onewan.config.resolve import resolve
 from onewan.config.rules import rule_violations
 from onewan.config.schema import COMPONENTS, SCHEMA_VERSION, ResolvedRun
@@ -38,6 +39,10 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _ESCAPED = (
     "contains a line break, a tab or another control character; in double quotes a backslash "
     "starts an escape: use single quotes, or forward slashes"
+)
+_TOML = (
+    "is a TOML file, as musubi-tuner, sd-scripts and diffusion-pipe read them, and a run file is "
+    f"YAML or JSON; `onewan init` writes one, and {TABLE} lists onewan's name for each setting"
 )
 _MODEL_SOURCES = [(name,) for name in ("path", *COMPONENTS)]
 
@@ -93,6 +98,8 @@ def _read(file: Path, source: str) -> dict[str, Any]:
     """The top mapping of a YAML or JSON file."""
     # A resolved file gives all fields, and therefore has more values than what it was made from.
     limits = RESOLVED_LIMITS if file.name == RESOLVED_NAME else documents.LIMITS
+    if file.suffix.lower() == ".toml" and file.is_file():
+        raise ConfigError(source, [_TOML])
     try:
         text = read_input(file, limits.bytes).decode("utf-8-sig")
         data = (
@@ -116,6 +123,8 @@ def _read(file: Path, source: str) -> dict[str, Any]:
     if not is_mapping(data):
         problem = f"must have fields such as `model:` at the top level, got {format_value(data)}"
         raise ConfigError(source, [problem])
+    if problems := foreign_file(data):
+        raise ConfigError(source, problems)
     version = data.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
         # Reported alone, since most other errors would only follow from it.

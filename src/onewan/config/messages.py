@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
-from onewan.config.fields import leaves
+from onewan.config.fields import field_at, schema_fields
+from onewan.config.foreign_terms import (
+    TABLE,
+    Term,
+    foreign_leaves,
+    is_foreign_section,
+    program_of,
+    terms_at,
+)
 from onewan.config.schema import RunConfig
 from onewan.config.section import Members, Section, members_of, sections_of
 from onewan.documents import (
@@ -130,8 +138,7 @@ def validated(data: dict[str, Node], problems: Problems) -> RunConfig | None:
         if path in around:
             continue  # where one type of a union matched further, the error within says more
         if errors[0]["type"] == "extra_forbidden":
-            alike = f"{dotted(path[:-1]) or 'the file'}: unknown fields"
-            problems.add(dotted(path), partial(_unknown, place), alike=alike)
+            _report_unknown(place, errors[0]["input"], problems)
         else:
             problems.add(dotted(path), partial(_wrong_value, place, errors))
     return None
@@ -176,6 +183,70 @@ def _place(error: ErrorDetails, data: Node) -> _Place:
     return replace(place, path=path)
 
 
+def foreign_file(data: Node) -> list[str]:
+    """Lines about a file that is another program's configuration; none if it may be a run file."""
+    program = program_of(data)
+    if program is None:
+        return []
+    what = f"is a configuration of {program}, not a run file"
+    if program == "OneTrainer":
+        return [f"{what}; `onewan import-config` makes a run file from it"]
+    problems = Problems()
+    for path, terms in foreign_leaves(data, ()):
+        problems.add(dotted(path), _in_onewan(terms, path, get_path(data, path)))
+    remedy = f"`onewan init` writes one, where these settings have other names (see also {TABLE})"
+    return [f"{what}; {remedy}", *problems.lines()]
+
+
+def _report_unknown(place: _Place, value: Node, problems: Problems) -> None:
+    """Report a field that its section does not have, and what it has if it is a section of another
+    program's file."""
+    path = place.path
+    inner = list(foreign_leaves(value, path)) if is_foreign_section(path) else []
+    terms = terms_at(path) if not _members_with(place) else []
+    if terms or inner:
+        elsewhere = "onewan has its settings in other sections"
+        text = _in_onewan(terms, path, value) if terms else elsewhere
+        problems.add(dotted(path), f"unknown field; {text}")
+    else:
+        alike = f"{dotted(path[:-1]) or 'the file'}: unknown fields"
+        problems.add(dotted(path), partial(_unknown, place), alike=alike)
+    for at, found in inner:
+        problems.add(dotted(at), _in_onewan(found, at, get_path(value, at[len(path) :])))
+
+
+def _in_onewan(terms: Sequence[Term], path: KeyPath, value: Node) -> str:
+    """What the setting that another program has at `path` is in a run file."""
+    if taking := [term for term in terms if _takes(term.field, value)]:
+        terms = taking
+    described = [
+        f"{_in_place(term.field, path)}{f' ({term.remark})' if term.remark else ''}"
+        for term in terms
+        if term.field
+    ]
+    if described:
+        return f"in onewan that is {' or '.join(described)}"
+    return f"there is no counterpart in onewan: {terms[0].remark}"
+
+
+def _takes(name: str, value: Node) -> bool:
+    """Whether `value` is one of the texts that the field of this name takes."""
+    section, _, last = name.rpartition(".")
+    union = members_of(field_at(tuple(section.split("."))))
+    if union is not None and last == union.keyed.key:
+        return isinstance(value, str) and value in union.sections
+    field = field_at(tuple(name.split(".")))
+    return isinstance(value, str) and field is not None and value in _literals(field.annotation)
+
+
+def _in_place(name: str, path: KeyPath) -> str:
+    """The name of a field, for the same item of a list as `path` if that is in the same list."""
+    before, star, after = name.partition(".*.")
+    if star and dotted(path[:-2]) == before and isinstance(path[-2], int):
+        return f"{before}.{path[-2]}.{after}"
+    return name.replace(".*", "[]")
+
+
 def _unknown(place: _Place) -> str:
     """What is wrong with a field that the section does not have, and which one may be meant."""
     *around, name = place.path
@@ -184,16 +255,23 @@ def _unknown(place: _Place) -> str:
         key = place.union.keyed.key
         known.remove(key)
         which, owner = f" of {dotted((*around, key))} {place.kind}", f"{place.kind} has"
-        having = [kind for kind, s in place.union.sections.items() if name in s.model_fields]
+        having = _members_with(place)
     if having:
         which += f", but one of {', '.join(having[:4])}{', ...' if len(having) > 4 else ''}"
     elif near := _nearest(name, known):
         return f"unknown field; {near}"
-    elif elsewhere := [leaf for leaf in leaves() if leaf.rpartition(".")[2] == name]:
-        highest = min(leaf.count(".") for leaf in elsewhere)
-        likely = [leaf for leaf in elsewhere if leaf.count(".") == highest]
+    elif elsewhere := [full for full in schema_fields() if full.rpartition(".")[2] == name]:
+        highest = min(full.count(".") for full in elsewhere)
+        likely = [full.replace(".*", "[]") for full in elsewhere if full.count(".") == highest]
         return f"unknown field; did you mean {' or '.join(likely)}?"
     return f"unknown field{which}; {owner} {', '.join(known) or 'no fields'}"
+
+
+def _members_with(place: _Place) -> list[str]:
+    """The kinds of the union around an unknown field that have such a field."""
+    if place.union is None:
+        return []
+    return [kind for kind, s in place.union.sections.items() if place.path[-1] in s.model_fields]
 
 
 def _wrong_value(place: _Place, errors: Sequence[ErrorDetails]) -> str:
