@@ -150,7 +150,7 @@ def _operations() -> list[Operation]:
     def cached(shared: Path, folder: Path) -> list[str]:
         return ["cache", str(shared / "run.yaml"), f"video_data.cache_dir={folder / 'cache'}"]
 
-    lora = "loras/000003_high_noise_comfyui.safetensors"
+    lora = "loras/run_000003_high_noise_comfyui.safetensors"
     return [
         Operation(
             name="cache", arguments=cached, results=lambda folder: digests(folder, folder / "cache")
@@ -442,7 +442,7 @@ def make_shared(folder: Path) -> None:
     if command.wait(10 * MAX_SECONDS) != 0:
         raise RuntimeError((folder / "output").read_text("utf-8", "backslashreplace"))
     (folder / "loras").mkdir()
-    for path in (folder / "run" / "weights").glob("000003*_comfyui.safetensors"):
+    for path in (folder / "run" / "weights").glob("run_000003*_comfyui.safetensors"):
         shutil.copy(path, folder / "loras")
 
 

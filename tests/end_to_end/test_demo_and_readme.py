@@ -34,7 +34,7 @@ def test_the_demo_lowers_the_loss_and_its_results_work(
     assert (run / "samples" / "000200" / "0.mp4").stat().st_size > 1000
     pipeline = WanPipeline.from_pretrained(folder / "model")
     for name, second in (("high", False), ("low", True)):
-        file = run / "weights" / f"000200_{name}_noise_comfyui.safetensors"
+        file = run / "weights" / f"run_000200_{name}_noise_comfyui.safetensors"
         assert file.name in out
         pipeline.load_lora_weights(str(file), load_into_transformer_2=second)
     # The commands that it suggests next exist.

@@ -147,8 +147,8 @@ def test_only_the_selected_weights_change(run_file: RunFile, workshop: Path, mod
     WanTrainer(config).fit()
     folder = layout_of(config).weights_dir
     assert sorted(p.name for p in folder.iterdir()) == [
-        "000003_comfyui.safetensors",
-        "000003_diffusers",
+        "run_000003_comfyui.safetensors",
+        "run_000003_diffusers",
     ]
     base = WanModelLoader().load(workshop / "ti2v-5b", components=["transformer"]).transformer
     for path in folder.iterdir():
@@ -187,9 +187,9 @@ def test_an_embedding_and_a_lora_train_together(
     WanTrainer(config).fit()
     layout = layout_of(config)
     assert sorted(p.name for p in layout.weights_dir.iterdir()) == [
-        "000008_high_noise.safetensors",
-        "000008_low_noise.safetensors",
-        "000008_shape.safetensors",
+        "run_000008_high_noise.safetensors",
+        "run_000008_low_noise.safetensors",
+        "run_000008_shape.safetensors",
     ]
     learned = WanModelEmbedding.from_file(layout.weights(8, "_shape"))
     state = load_file(layout.state(8) / "embeddings.safetensors")

@@ -214,7 +214,7 @@ def test_what_a_killed_trainer_left_is_deleted_at_the_next_start(
         layout.samples(1) / "0.mp4",
         config.video_data.cache_dir / "video" / "ab" / "entry.safetensors",
     )
-    with locking(layout.weights_dir / ".lock-000001.safetensors"):
+    with locking(layout.weights_dir / ".lock-run_000001.safetensors"):
         pass  # killed after the last export was complete
     monkeypatch.setattr(files, "LARGE_BYTES", 1)
     events: list[dict[str, Any]] = []

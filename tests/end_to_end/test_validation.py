@@ -261,8 +261,8 @@ def test_schedule_free_weights_are_exported_as_validated(run_file: RunFile) -> N
     WanTrainer(config).fit()
     layout = layout_of(config)
     assert sorted(p.name for p in layout.weights_dir.iterdir()) == [
-        "000006.safetensors",
-        "000006_ema.safetensors",
+        "run_000006.safetensors",
+        "run_000006_ema.safetensors",
     ]
     run = WanModelSetup(config).build()
     folder = layout.state(6)

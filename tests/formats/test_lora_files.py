@@ -473,7 +473,7 @@ def test_a_missing_file_and_a_damaged_header_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "expert"),
     [
-        ("000500_high_noise", "high"),
+        ("fox_000500_high_noise", "high"),
         ("wan2.2_i2v_A14b_low_noise_lora_rank64", "low"),
         ("Wan2.2-HighNoise-style", "high"),
         ("style_low", "low"),

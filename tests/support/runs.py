@@ -91,7 +91,9 @@ def outcome(config: ResolvedRun) -> tuple[dict[str, Any], list[tuple[Any, ...]]]
     state = layout.state(layout.saved_steps()[-1])
     tensors: dict[str, Any] = {}
     for path in [*state.glob("*.safetensors"), *layout.weights_dir.glob("*.safetensors")]:
-        tensors |= {f"{path.name}:{k}": v for k, v in load_file(path).items()}
+        # The names of exports begin with that of the run, in which compared runs differ.
+        name = path.name.removeprefix(f"{layout.name}_")
+        tensors |= {f"{name}:{k}": v for k, v in load_file(path).items()}
     for path in state.glob("*.pt"):
         tensors |= dict(leaves(torch.load(path, weights_only=True), path.name))
     steps = [

@@ -40,11 +40,11 @@ def test_paths_are_relative_to_the_current_folder(
     assert lines_of(
         capsys,
         Saved(step=100, state=run / "state" / "000100"),
-        *exported(run / "weights", "000100.safetensors"),
+        *exported(run / "weights", "fox_000100.safetensors"),
         Finished(step=100, run=run),
     ) == [
         f"step 100: state saved: {Path('runs/fox/state/000100')}",
-        f"step 100: weights exported: {Path('runs/fox/weights/000100.safetensors')}",
+        f"step 100: weights exported: {Path('runs/fox/weights/fox_000100.safetensors')}",
         f"done: 100 steps; all results are in {Path('runs/fox')}",
     ]
 

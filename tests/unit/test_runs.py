@@ -26,10 +26,12 @@ def test_files_in_a_run_folder_have_the_promised_names(tmp_path: Path) -> None:
         run.tensorboard: "tensorboard",
         run.state(500): "state/000500",
         run.state(1_234_567): "state/1234567",
-        run.weights(500): "weights/000500.safetensors",
-        run.weights(500, "_high_noise"): "weights/000500_high_noise.safetensors",
-        run.weights(500, "_low_noise", "comfyui"): "weights/000500_low_noise_comfyui.safetensors",
-        run.weights(500, "", "diffusers", ext=""): "weights/000500_diffusers",
+        run.weights(500): "weights/fox_000500.safetensors",
+        run.weights(500, "_high_noise"): "weights/fox_000500_high_noise.safetensors",
+        run.weights(
+            500, "_low_noise", "comfyui"
+        ): "weights/fox_000500_low_noise_comfyui.safetensors",
+        run.weights(500, "", "diffusers", ext=""): "weights/fox_000500_diffusers",
         run.samples(0): "samples/000000",
         run.control_dir: "control",
     }
@@ -54,6 +56,43 @@ def test_saved_steps_are_the_complete_ones_in_order(tmp_path: Path) -> None:
         (run.states_dir / name).mkdir()
     (run.states_dir / "000600").write_text("a file is not a state")
     assert run.saved_steps() == [500, 1000, 1_000_000]
+
+
+@pytest.mark.parametrize("name", ["fox", "v1.2 a dog", "run_000100", "000100", "x_high_noise", "_"])
+def test_exports_are_found_by_their_step_whatever_the_name_of_the_run(
+    tmp_path: Path, name: str
+) -> None:
+    run = RunLayout(tmp_path / name)
+    run.create()
+    for step in (250, 1_000_000):
+        # An embedding may be named by digits too.
+        for suffix in ("_high_noise", "_low_noise_ema", "_000300"):
+            run.weights(step, suffix).touch()
+        run.weights(step, "", "diffusers", ext="").mkdir()
+    (run.weights_dir / f".tmp-0-0-0-{name}_000400.safetensors").touch()
+    (run.weights_dir / "notes.txt").touch()
+    found = run.exported()
+    assert list(found) == [250, 1_000_000]
+    assert {path.name.removeprefix(f"{name}_000250") for path in found[250]} == {
+        *("_high_noise.safetensors", "_low_noise_ema.safetensors", "_000300.safetensors"),
+        "_diffusers",
+    }
+
+
+@pytest.mark.parametrize("former", ["fox_000250", "run_000100_000250", "000250"])
+def test_exports_of_before_the_run_was_renamed_are_found(tmp_path: Path, former: str) -> None:
+    run = RunLayout(tmp_path / "wolf")
+    run.create()
+    (run.weights_dir / f"{former}_high_noise.safetensors").touch()
+    assert list(run.exported()) == [250]
+
+
+def test_the_name_of_a_run_is_that_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert RunLayout(Path("runs/fox")).name == "fox"
+    assert RunLayout(Path()).name == tmp_path.name
 
 
 def test_paths_are_displayed_relative_to_the_current_folder(

@@ -188,7 +188,7 @@ class Progress:
         paths = [str(displayed(event.file)) for event in self._exported]
         step = self._exported[0].step
         self._exported.clear()
-        # By characters, not by folders: the names begin with the step.
+        # By characters, not by folders: the names begin with those of the run and of the step.
         start = os.path.commonprefix(paths)  # noqa: RUF071
         shown = paths[0] if len(paths) == 1 else f"{start}* ({len(paths)} files)"
         self.line(f"step {step}: weights exported: {shown}")

@@ -142,8 +142,8 @@ def _sample_pixels(files: list[Path]) -> Tensor:
 
 def _closing_lines(layout: RunLayout, run_file: Path, variant: VariantName) -> list[str]:
     facts = VARIANTS[variant]
-    # Names begin with the step, so the last ones are the exports of the last step.
-    loras = sorted(layout.weights_dir.glob("*_comfyui.safetensors"))[-len(facts.experts) :]
+    exported = list(layout.exported().values())[-1]
+    loras = [path for path in exported if path.name.endswith("_comfyui.safetensors")]
     model = _quoted(run_file.parent / "model")
     side, steps = _side(facts), 100 * len(facts.experts) + 100
     image = (

@@ -5,6 +5,7 @@ Hides the layout of a run folder. Never reads or writes a file in it; `create` m
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,11 @@ class RunLayout:
     """The paths of one run."""
 
     root: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name, `output.name`, which its folder has."""
+        return Path(os.path.abspath(self.root)).name  # of the present folder too, "."
 
     @property
     def run_file(self) -> Path:
@@ -84,20 +90,32 @@ class RunLayout:
     def weights(
         self, step: int, suffix: str = "", fmt: str | None = None, ext: str = ".safetensors"
     ) -> Path:
-        """The exported weights of one expert after `step` steps.
+        """The exported weights of one expert after `step` steps: ``NAME_NNNNNN_high_noise...``.
 
+        The run's name comes first, so that files of several runs can share a folder of LoRAs.
         `suffix` is the expert's `file_suffix`; `fmt` is set if the run exports several formats.
         """
-        return self.weights_dir / f"{step_name(step)}{suffix}{f'_{fmt}' if fmt else ''}{ext}"
+        end = f"{suffix}{f'_{fmt}' if fmt else ''}{ext}"
+        return self.weights_dir / f"{self.name}_{step_name(step)}{end}"
 
     def exported(self) -> dict[int, list[Path]]:
         """The files in `weights_dir` by the step after which they were exported, ascending."""
         # Folders too: a fully fine-tuned transformer is exported for diffusers as one.
         found: dict[int, list[Path]] = {}
         for path in sorted(self.weights_dir.glob("*")):
-            if match := re.match(rf"({STEP_NAME.pattern})(?:[_.]|$)", path.name):
-                found.setdefault(int(match[1]), []).append(path)
+            if (step := self._exported_step(path.name)) is not None:
+                found.setdefault(step, []).append(path)
         return dict(sorted(found.items()))
+
+    def _exported_step(self, file_name: str) -> int | None:
+        """The step in the name of an exported file; None if the name has none."""
+        own = re.match(rf"{re.escape(self.name)}_({STEP_NAME.pattern})(?:[_.]|$)", file_name)
+        if own is not None:
+            return int(own[1])
+        # The folder was renamed since: the last number of a step follows the run's former name,
+        # which may contain such numbers too.
+        steps = re.findall(rf"(?:^|_)({STEP_NAME.pattern})(?=[_.]|$)", file_name)
+        return int(steps[-1]) if steps and not file_name.startswith(".") else None
 
     def samples(self, step: int) -> Path:
         """The folder of the videos made after `step` steps."""
