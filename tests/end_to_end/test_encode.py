@@ -382,6 +382,32 @@ def test_caption_dropout_encodes_the_empty_caption(run_file: RunFile, own: Path)
     assert torch.equal(data.source.text(""), model.encode_prompt("").cpu())
 
 
+def test_a_source_completes_shuffles_and_drops_its_captions(run_file: RunFile, own: Path) -> None:
+    folder = (own / "clips").as_posix()
+
+    def run(settings_of_source: str) -> ResolvedRun:
+        source = f"video_data.sources=[{{path: {folder}, {settings_of_source}}}]"
+        return run_file("t2v-a14b", *settings(own), source)
+
+    for file in (own / "clips").glob("*.txt"):
+        file.write_text("red, square, moving, black ground", encoding="utf-8")
+    plain, totals = prepared(run("repeats: 1"))
+    assert ("encoding captions", 1) in totals
+    data, totals = prepared(run("trigger_word: ohwx, shuffle_tags: 4, keep_tags: 1"))
+    captions = set(data.clips[0].captions)
+    assert totals == [("encoding captions", len(captions))] and 1 < len(captions) <= 4
+    assert all(caption.startswith("ohwx, red, ") for caption in captions)
+    for caption in captions:
+        assert data.source.text(caption).ndim == 2
+    assert data.digest != plain.digest
+    # Nothing but the empty text is missing, and a run that has begun must not change unnoticed.
+    dropped, totals = prepared(
+        run("trigger_word: ohwx, shuffle_tags: 4, keep_tags: 1, caption_dropout: 0.1")
+    )
+    assert totals == [("encoding captions", 1)] and dropped.digest != data.digest
+    assert dropped.source.text("").ndim == 2
+
+
 @pytest.mark.parametrize("cache", ["true", "false"])
 def test_no_caption_is_encoded_if_the_training_step_encodes_them(
     run_file: RunFile, own: Path, cache: str, monkeypatch: pytest.MonkeyPatch

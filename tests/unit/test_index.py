@@ -232,7 +232,7 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     assert "is not a video that FFmpeg can read" in found["broken.mp4"]
     assert "add mkv there" in found["film.mkv"]
     assert "video_data.supported_formats (mp4, avi, mov, webm)" in found["film.mkv"]
-    assert "latin.txt is not UTF-8 (byte 3)" in found["latin.mp4"]
+    assert "latin.txt is not UTF-8 text (byte 3, in Windows-1252 'é')" in found["latin.mp4"]
     assert "is 16x200, smaller than video_data.min_resolution (32x32)" in found["narrow.png"]
     assert "write one into uncaptioned.txt" in found["uncaptioned.mp4"]
     assert all("; " in reason and str(tmp_path) not in reason for reason in found.values())
@@ -402,8 +402,8 @@ def test_files_that_can_not_be_opened_are_named() -> None:
         reason = "can't be opened (Permission denied); allow reading it, or take it out"
         assert found == [
             f"{folder / 'a.mp4'}: {reason}",
-            f"{folder / 'b.mp4'}: its caption file b.txt can't be read (Permission denied); check "
-            "its permissions",
+            f"{folder / 'b.mp4'}: its caption file b.txt can't be read (Permission denied); "
+            "replace it by a text file that you may read",
             f"{folder / 'c.png'}: {reason}",
         ]
 
@@ -448,7 +448,7 @@ def test_names_that_are_not_unicode_are_names(tmp_path: Path) -> None:
 def test_captions_that_are_no_text_file_are_reported(tmp_path: Path) -> None:
     video(tmp_path / "a.mp4", caption=None)
     (tmp_path / "a.txt").mkdir()
-    video(tmp_path / "b.mp4").with_suffix(".txt").write_bytes(b"x" * 1_000_001)
+    video(tmp_path / "b.mp4").with_suffix(".txt").write_bytes(b"x" * (1024**2 + 1))
     names = ["a.mp4", "b.mp4"]
     if hasattr(os, "mkfifo"):
         video(tmp_path / "c.mp4", caption=None)
@@ -458,8 +458,11 @@ def test_captions_that_are_no_text_file_are_reported(tmp_path: Path) -> None:
         names += ["c.mp4", "d.mp4"]
     found = reasons(index(tmp_path))
     assert sorted(found) == names
-    assert found["a.mp4"] == "its caption a.txt is not a file; replace it by a text file"
-    assert "b.txt is larger than 1000000 bytes" in found["b.mp4"]
+    assert found["a.mp4"] == (
+        "its caption file a.txt can't be read (is a folder, not a file); replace it by a text file "
+        "that you may read"
+    )
+    assert "b.txt can't be read (is larger than 1 MiB)" in found["b.mp4"]
 
 
 def test_warnings_about_many_files_are_one_line(tmp_path: Path) -> None:
@@ -509,3 +512,47 @@ def test_good_and_odd_clips_are_used_and_bad_ones_are_reported(clips: Path) -> N
     # Shown 193x144: its pixels are not square, so its shape is 4:3, not 11:9.
     assert next(c for c in report.clips if c.name == "man_in_car.webm").source_size == (193, 144)
     assert read_frames(turned.path, turned.times()).shape[0] == turned.frames
+
+
+# --- Files of other kinds ------------------------------------------------------------------------
+
+
+def test_images_of_other_kinds_are_named_with_what_to_do(tmp_path: Path) -> None:
+    for name in ("photo.heic", "scan.TIFF", "picture.avif"):
+        (tmp_path / name).write_bytes(b"any")
+        (tmp_path / name).with_suffix(".txt").write_text("a caption")
+    (tmp_path / "notes.md").write_text("notes")
+    (tmp_path / "notes.txt").write_text("notes")
+    report = index(tmp_path)
+    assert reasons(report) == {
+        "photo.heic": "heic is not read; convert it to png",
+        "picture.avif": "avif is not read; convert it to png",
+        "scan.TIFF": "tiff is not read; convert it to png",
+    }
+    (warning,) = report.warnings
+    assert (warning.path, warning.text) == (
+        tmp_path / "notes.txt",
+        "caption of a .md file, which is neither a video nor an image that is read; unused",
+    )
+
+
+@pytest.mark.parametrize("name", ["a.bmp", "b.jfif", "c.jpe"])
+def test_bmp_and_all_names_of_jpeg_are_read(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    Image.new("RGB", SIZE, (200, 40, 40)).save(path, "BMP" if name == "a.bmp" else "JPEG")
+    path.with_suffix(".txt").write_text("red")
+    frames = decode(only(index(tmp_path))).frames
+    assert np.abs(frames.astype(int) - (200, 40, 40)).max() <= 2
+    path.write_bytes(path.read_bytes()[:-100])
+    assert name in reasons(index(tmp_path))
+
+
+def test_media_as_people_have_them(clips: Path) -> None:
+    report = index(clips / "field", min_resolution=(16, 16))
+    found = {clip.name: clip.captions for clip in report.clips}
+    assert {"bmp.bmp", "j.jfif", "upper.mp4"} <= set(found)
+    assert reasons(report)["pic.avif"] == "avif is not read; convert it to png"
+    assert found["upper.mp4"] != ("",)
+    (caption,) = found["u2028.mp4"]
+    assert "\u2028" in caption and "\v" in caption
+    assert not any("without a video or image" in warning.text for warning in report.warnings)

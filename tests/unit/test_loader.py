@@ -299,3 +299,12 @@ def test_batches_have_no_text_if_the_training_step_encodes_it() -> None:
     usual = batch_of(clips, caption_dropout=0.5)
     assert usual.text is not None and usual.captions == batch.captions
     assert "" in batch.captions and any(batch.captions)
+
+
+def test_a_clip_may_have_a_caption_dropout_of_its_own() -> None:
+    always, never = (replace(clip(n), caption_dropout=share) for n, share in ((1, 1.0), (2, 0.0)))
+    captions = drawn(0.5, epochs=200, clips=[always, never, clip(3)], batch_size=3)
+    assert not {"1", "101"} & set(captions)
+    assert captions.count("2") + captions.count("102") == 200
+    own = captions.count("3") + captions.count("103")
+    assert own / 200 == pytest.approx(0.5, abs=0.15)

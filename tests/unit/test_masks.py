@@ -304,8 +304,8 @@ def _bytes(content: bytes):
         (
             ["a.mask.tif"],
             _bytes(b"any"),
-            "its mask a.mask.tif is neither an image (jpeg, jpg, png, webp) nor a video; save it "
-            "as one of them",
+            "its mask a.mask.tif is neither an image (bmp, jfif, jpe, jpeg, jpg, png, webp) nor "
+            "a video; save it as one of them",
         ),
         (
             ["a.mask.mp4"],

@@ -32,6 +32,7 @@ COMPONENTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer"
 
 _FOLDER_NAME = r"^[^/\\:*?\"<>|.\x00-\x1f\x7f][^/\\:*?\"<>|\x00-\x1f\x7f]*$"
 _ByteSize = Annotated[str, AfterValidator(as_byte_size)]
+_Phrase = Annotated[str, AfterValidator(lambda value: " ".join(value.split()))]
 _Extension = Annotated[str, AfterValidator(lambda value: value.lower().lstrip("."))]
 
 
@@ -109,8 +110,8 @@ class WanTrainConfig(Section):
 
 class SourceSection(Section):
     path: Path
-    """A folder. Each video or image NAME.ext in it or in a subfolder is a clip if NAME.txt exists
-    next to it; each line of NAME.txt is a caption, of which one is chosen at random per step."""
+    """A folder. Each video or image NAME.ext in it or in a subfolder is a clip if NAME.txt, its
+    caption, exists next to it (see `video_data.captions`)."""
     repeats: Int = Field(default=1, ge=1)
     """Number of times that each of its clips is used per epoch."""
     loss_weight: Positive = 1.0
@@ -118,6 +119,19 @@ class SourceSection(Section):
     target: Literal["data", "base"] = "data"
     """Training target: the clips (`data`), or the base model's own prediction (`base`: prior
     preservation, which keeps existing abilities; needs an adapter method)."""
+    trigger_word: _Phrase = ""
+    """Word that stands for what is trained: added in front of each caption that does not contain
+    it. Prompts of samples stay as they are; write it into them."""
+    caption_prefix: _Phrase = ""
+    """Text in front of each caption, and of the trigger word."""
+    caption_dropout: Share | None = None
+    """Probability of replacing a caption of its clips by the empty one; null is
+    `train.caption_dropout`."""
+    shuffle_tags: Int = Field(default=0, ge=0)
+    """Number of random orders in which the comma-separated tags of a caption are trained, such as
+    8; each one is encoded and cached. 0 keeps the order of the file."""
+    keep_tags: Int = Field(default=0, ge=0)
+    """Number of tags at the beginning of a caption that `shuffle_tags` leaves in their place."""
 
 
 class VideoDataSection(Section):
@@ -131,6 +145,9 @@ class VideoDataSection(Section):
     """Width and height in pixels; smaller files are reported and excluded."""
     max_resolution: Size = (1024, 1024)
     """Maximum width and height of the training size in pixels. Larger files are scaled down."""
+    captions: Literal["lines", "whole"] = "lines"
+    """What a caption file holds: a caption in each line, of which each training sample draws one
+    (`lines`), or one text, whose lines are joined (`whole`)."""
     masks: bool = False
     """Use loss masks: NAME.mask.png for all frames of NAME.mp4, or NAME.mask.mp4 with the same
     timing. White and transparent have weight 1, black has `train.loss.unmasked_weight`."""

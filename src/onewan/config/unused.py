@@ -30,6 +30,7 @@ def unused_fields(config: RunConfig) -> Iterator[Unused]:
     yield from _by_method(config)
     yield from _by_embedding(config)
     yield from _by_expert(config)
+    yield from _by_source(config)
 
 
 def unused_field_problems(config: RunConfig) -> Iterator[Problem]:
@@ -113,3 +114,14 @@ def _by_expert(config: RunConfig) -> Iterator[Unused]:
                 yield path, _FROM_FILE
             elif name == "lr" and isinstance(method, EmbeddingMethod):
                 yield path, f"method.kind {kind} trains no expert"
+
+
+def _by_source(config: RunConfig) -> Iterator[Unused]:
+    for index, source in enumerate(config.video_data.sources):
+        if not source.shuffle_tags:
+            why = "shuffle_tags of the source is 0, so that tags keep their order"
+            yield ("video_data", "sources", index, "keep_tags"), why
+    for index, _ in enumerate(config.validation.sources):
+        why = "validation always takes the first caption, as it is written"
+        for name in ("caption_dropout", "shuffle_tags", "keep_tags"):
+            yield ("validation", "sources", index, name), why

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from onewan.arithmetic.buckets import Size, sizes_for
 from onewan.config.schema import ResolvedRun, SourceSection
+from onewan.data.captions import CaptionSettings
 from onewan.data.clip import ClipFolder, ClipPlanner
 from onewan.data.index import media_files
 from onewan.errors import DataError
@@ -53,13 +54,22 @@ def clip_planner(config: ResolvedRun) -> ClipPlanner:
     )
 
 
-def clip_folders(sources: Sequence[SourceSection]) -> list[ClipFolder]:
+def clip_folders(sources: Sequence[SourceSection], config: ResolvedRun) -> list[ClipFolder]:
+    """`sources` of `config` with the settings of their clips."""
     return [
         ClipFolder(
             path=source.path,
             repeats=source.repeats,
             loss_weight=source.loss_weight,
             is_prior=source.target == "base",
+            caption_dropout=source.caption_dropout,
+            captions=CaptionSettings(
+                whole=config.video_data.captions == "whole",
+                prefix=source.caption_prefix,
+                trigger_word=source.trigger_word,
+                tag_orders=source.shuffle_tags,
+                kept_tags=source.keep_tags,
+            ),
         )
         for source in sources
     ]

@@ -7,12 +7,13 @@ reads a file's header, first frame and end, never the frames in between.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import floor
 from pathlib import Path
 from typing import Literal
 
 from onewan.arithmetic.buckets import Size, choose_size, floor_to_4n_plus_1
+from onewan.data.captions import CaptionSettings
 from onewan.data.masks import Mask, find_mask
 from onewan.errors import DataError
 from onewan.media import MediaInfo, keyframe_near, probe
@@ -46,6 +47,8 @@ class Clip:
     """How many times an epoch contains the clip."""
     loss_weight: float = 1.0
     """Factor of the clip's loss."""
+    caption_dropout: float | None = None
+    """Fraction of its training samples whose caption is empty; None is the run's."""
     is_prior: bool = False
     """Whether its target is the base model's prediction (prior preservation), not the data."""
     mask: Mask | None = None
@@ -64,6 +67,9 @@ class ClipFolder:
     repeats: int = 1
     loss_weight: float = 1.0
     is_prior: bool = False
+    caption_dropout: float | None = None
+    captions: CaptionSettings = field(default_factory=CaptionSettings)
+    """What becomes of the text files of its clips."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +128,7 @@ class ClipPlanner:
             repeats=folder.repeats,
             loss_weight=folder.loss_weight,
             is_prior=folder.is_prior,
+            caption_dropout=folder.caption_dropout,
         )
         # Last, since a mask has to cover exactly the frames that the clip takes.
         return replace(clip, mask=find_mask(info, clip.times(), masks, self.video_formats))

@@ -111,11 +111,13 @@ def _index(
     """
     planner = clip_planner(config)
     use_masks = config.video_data.masks
-    training = index_clips(clip_folders(config.video_data.sources), planner, use_masks=use_masks)
+    training = index_clips(
+        clip_folders(config.video_data.sources, config), planner, use_masks=use_masks
+    )
     validation = DatasetReport(clips=(), problems=(), warnings=())
     if config.validation.sources:
         validation = index_clips(
-            clip_folders(config.validation.sources),
+            clip_folders(config.validation.sources, config),
             planner,
             use_masks=use_masks,
             key_path="validation.sources",
@@ -151,7 +153,11 @@ def _texts(config: ResolvedRun, report: DatasetReport, extra_prompts: Sequence[s
     # Validation uses the first caption of a clip, so that its loss is always that of the same text.
     captions |= {clip.captions[0] for clip in report.validation_clips}
     # A dropped caption is replaced by the embeddings of the empty one.
-    empty = {""} if config.train.caption_dropout else set[str]()
+    shares = [
+        config.train.caption_dropout if clip.caption_dropout is None else clip.caption_dropout
+        for clip in report.clips
+    ]
+    empty = {""} if any(shares) else set[str]()
     return sorted(captions | empty | set(extra_prompts))
 
 
@@ -220,6 +226,8 @@ def _dataset_digest(report: DatasetReport, digests: Mapping[Path, str]) -> str:
     def inputs(clip: Clip) -> list[object]:
         mask = [digests[clip.mask.path], clip.mask.start] if clip.mask else None
         settings = [clip.repeats, clip.loss_weight, "base" if clip.is_prior else "data"]
+        if clip.caption_dropout is not None:
+            settings.append(clip.caption_dropout)
         span = [clip.start, clip.fps, clip.frames, list(clip.size)]
         return [clip.name, digests[clip.path], span, clip.captions, settings, mask]
 

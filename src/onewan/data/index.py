@@ -13,17 +13,15 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 
+from onewan.data.captions import read_lines, several_lines_note
 from onewan.data.clip import Clip, ClipFolder, ClipPlanner
 from onewan.data.masks import clip_stem, is_mask
 from onewan.data.report import ClipProblem, ClipWarning, DatasetReport
 from onewan.errors import DataError
-from onewan.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, extension
+from onewan.media import IMAGE_SUFFIXES, UNREAD_IMAGE_SUFFIXES, VIDEO_SUFFIXES, extension
 
 _BY_NAME = attrgetter("parts")
 """Sorts paths alike on all systems; comparing the paths themselves ignores case on Windows."""
-
-_MAX_CAPTION_BYTES = 1_000_000
-"""Far more than the text encoder reads of all captions of a clip."""
 
 
 def index_clips(
@@ -61,62 +59,32 @@ def index_clips(
         files = _find_files(folder.path, planner.video_formats)
         problems += files.problems
         warnings += files.warnings + files.unpaired_warnings(use_masks=use_masks)
+        line_counts = list[int]()
         for path in files.media:
-            masks = files.masks.get(path.with_suffix(""), []) if use_masks else []
+            stem = path.with_suffix("")
+            masks = files.masks.get(stem, []) if use_masks else []
             try:
-                clip = planner.plan(path, folder, read_captions(path), masks)
+                lines = read_lines(path, files.texts.get(stem, []))
+                captions = folder.captions.captions(lines, planner.seed)
+                clip = planner.plan(path, folder, captions, masks)
             except DataError as error:
                 problems.append(ClipProblem.from_error(path, error))
                 continue
             clips.append(clip)
+            line_counts.append(len(lines))
             warnings += [ClipWarning(path=path, text=text) for text in planner.warnings(clip)]
+        if several := sum(number > 1 for number in line_counts):
+            text = several_lines_note(
+                folder.path, several, len(line_counts), whole=folder.captions.whole
+            )
+            warnings.append(ClipWarning(path=None, text=text))
     return DatasetReport(clips=tuple(clips), problems=tuple(problems), warnings=tuple(warnings))
 
 
 def media_files(folder: Path, video_formats: Sequence[str]) -> list[Path]:
     """The videos and images below `folder` that have a caption file, sorted by name."""
     files = _find_files(folder, video_formats)
-    captioned = {path.with_suffix("") for path in files.texts}
-    return [path for path in files.media if path.with_suffix("") in captioned]
-
-
-def read_captions(path: Path) -> tuple[str, ...]:
-    """The captions of a media file: the lines of NAME.txt beside it, or "" if that file is empty.
-
-    Raises DataError if there is no such file, or if it is not UTF-8 or larger than any caption.
-    """
-    caption_file = path.with_suffix(".txt")
-    try:
-        if caption_file.exists() and not caption_file.is_file():  # a folder, or a pipe without end
-            raise DataError(
-                f"{path}: its caption {caption_file.name} is not a file; replace it by a text file"
-            )
-        with caption_file.open("rb") as file:
-            data = file.read(_MAX_CAPTION_BYTES + 1)
-        if len(data) > _MAX_CAPTION_BYTES:
-            raise DataError(
-                f"{path}: its caption file {caption_file.name} is larger than "
-                f"{_MAX_CAPTION_BYTES} bytes; keep the captions only"
-            )
-        # "-sig", since some editors on Windows begin a UTF-8 file with a byte order mark.
-        text = data.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(
-            f"{path}: has no caption; write one into {caption_file.name} beside it (an empty file "
-            "trains without text)"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: its caption file {caption_file.name} is not UTF-8 (byte {error.start}); save "
-            "it as UTF-8"
-        ) from error
-    except OSError as error:
-        raise DataError(
-            f"{path}: its caption file {caption_file.name} can't be read ({error.strerror}); check "
-            "its permissions"
-        ) from error
-    captions = tuple(line.strip() for line in text.splitlines() if line.strip())
-    return captions or ("",)
+    return [path for path in files.media if path.with_suffix("") in files.texts]
 
 
 @dataclass(slots=True)
@@ -130,7 +98,10 @@ class _FolderFiles:
     """Paths without extension of all videos and images, of unsupported formats too."""
     masks: dict[Path, list[Path]] = field(default_factory=dict[Path, list[Path]])
     """Mask files by the path of their clips without extension."""
-    texts: list[Path] = field(default_factory=list[Path])
+    texts: dict[Path, list[Path]] = field(default_factory=dict[Path, list[Path]])
+    """Caption files by the path of their clips without extension."""
+    others: dict[Path, Path] = field(default_factory=dict[Path, Path])
+    """Files of other kinds, one of each name, by their path without extension."""
     problems: list[ClipProblem] = field(default_factory=list[ClipProblem])
     warnings: list[ClipWarning] = field(default_factory=list[ClipWarning])
     """Of folders that are left out."""
@@ -138,9 +109,10 @@ class _FolderFiles:
     def unpaired_warnings(self, *, use_masks: bool) -> list[ClipWarning]:
         """Captions and masks that belong to no clip; without `use_masks`, the number of masks."""
         warnings = [
-            ClipWarning(path=path, text="caption file without a video or image of its name; unused")
-            for path in self.texts
-            if path.with_suffix("") not in self.clip_stems
+            ClipWarning(path=path, text=self._unused_text(stem))
+            for stem, paths in self.texts.items()
+            if stem not in self.clip_stems
+            for path in paths
         ]
         if use_masks:
             return warnings + [
@@ -155,25 +127,38 @@ class _FolderFiles:
             warnings.append(ClipWarning(path=None, text=text))
         return warnings
 
+    def _unused_text(self, stem: Path) -> str:
+        """Why the caption file of `stem` is not used."""
+        if other := self.others.get(stem):
+            kind = f"a {other.suffix} file" if other.suffix else "a file without extension"
+            return f"caption of {kind}, which is neither a video nor an image that is read; unused"
+        return "caption file without a video or image of its name; unused"
+
 
 def _find_files(folder: Path, video_formats: Sequence[str]) -> _FolderFiles:
     files = _FolderFiles(folder)
     for path in _walk(files):
-        kind = extension(path)
+        kind, stem = extension(path), path.with_suffix("")
         if kind == "txt":
-            files.texts.append(path)
-        if is_mask(path):  # of any format, so that an unsupported mask is reported
+            files.texts.setdefault(stem, []).append(path)
+        elif is_mask(path):  # of any format, so that an unsupported mask is reported
             files.masks.setdefault(clip_stem(path), []).append(path)
         elif kind in IMAGE_SUFFIXES or kind in video_formats:
-            files.clip_stems.add(path.with_suffix(""))
+            files.clip_stems.add(stem)
             files.media.append(path)
         elif kind in VIDEO_SUFFIXES:
-            files.clip_stems.add(path.with_suffix(""))
+            files.clip_stems.add(stem)
             reason = (
                 f"{kind} is not among video_data.supported_formats ({', '.join(video_formats)}); "
                 f"add {kind} there to use it"
             )
             files.problems.append(ClipProblem(path=path, reason=reason))
+        elif kind in UNREAD_IMAGE_SUFFIXES:
+            files.clip_stems.add(stem)
+            reason = f"{kind} is not read; convert it to png"
+            files.problems.append(ClipProblem(path=path, reason=reason))
+        else:  # metadata, notes, archives
+            files.others[stem] = path
     return files
 
 

@@ -109,8 +109,8 @@ class WanDataLoader:
         encode_text_online: bool = False,
     ) -> None:
         """`accumulation` is the number of micro-batches of a step, `caption_dropout` the fraction
-        of samples whose caption is replaced by an empty one. With `encode_text_online` batches have
-        captions and no `text`."""
+        of samples whose caption is replaced by an empty one, unless their clip has its own. With
+        `encode_text_online` batches have captions and no `text`."""
         self._source = source
         self._conditioning = conditioning
         self._batch_size = batch_size
@@ -200,7 +200,8 @@ class WanDataLoader:
     def _draw_caption(self, clip: Clip, expert: ExpertName, micro_batch: int, index: int) -> str:
         # Two draws, so that a clip which keeps its caption has the one that it has without dropout.
         dropout = self._random("caption dropout", expert, micro_batch, index)
-        if dropout.random() < self._caption_dropout:
+        own = clip.caption_dropout
+        if dropout.random() < (self._caption_dropout if own is None else own):
             return ""
         return self._random("caption", expert, micro_batch, index).choice(clip.captions)
 

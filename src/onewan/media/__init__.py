@@ -23,7 +23,12 @@ inspects files, `read` selects frames by time; `video_stream` opens files, seeks
 `video_frames` decodes and converts to RGB; `still` reads and fits images, `write` writes videos.
 """
 
-from onewan.media.kinds import IMAGE_SUFFIXES, VIDEO_SUFFIXES, extension
+from onewan.media.kinds import (
+    IMAGE_SUFFIXES,
+    UNREAD_IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    extension,
+)
 from onewan.media.probe import MediaInfo, keyframe_near, probe, probe_header
 from onewan.media.read import read_frames
 from onewan.media.still import Fit, fit_image, read_image
@@ -31,6 +36,7 @@ from onewan.media.write import write_video
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "UNREAD_IMAGE_SUFFIXES",
     "VIDEO_SUFFIXES",
     "Fit",
     "MediaInfo",
