@@ -99,6 +99,7 @@ def train(
             listen=progress.listen,
             resume=resume,
             allow_change=allow_change,
+            overrides=overrides,
         ).fit()
     return 0
 

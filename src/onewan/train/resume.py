@@ -4,16 +4,17 @@ was saved."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Literal, TypeAlias, cast
+from typing import Literal, TypeAlias
 
 from pydantic import ValidationError
 
 from onewan.checkpoint.store import DamagedStateError
 from onewan.config.load import changed_fields
 from onewan.config.schema import ResolvedRun
+from onewan.documents import format_value
 from onewan.errors import CheckpointError
 from onewan.runs.event_file import read_events
 from onewan.runs.events import Saved
@@ -47,8 +48,21 @@ _SAFE_TO_CHANGE = (
 _BUT_NOT = ("memory.weights", "memory.compile", "memory.feed_forward_chunks")
 """Fields under these prefixes that do change what is computed: the values of the weights, the order
 of sums, or the kernels. All other memory settings give the same bits."""
-_VALIDATION_FIELDS = ("validation.clips", "validation.timesteps")
-"""Fields that change the clips or the timesteps of validation losses."""
+_MEASURING = (
+    "model",
+    "embeddings",
+    "memory.weights",
+    "wan_config.temporal_consistency_weight",
+    "train.seed",
+    "train.timesteps",
+    "train.loss",
+    "validation.clips",
+    "validation.timesteps",
+)
+"""Prefixes of the fields that validation losses depend on besides the trained weights: the base
+model, the noise, the timesteps and the loss. The clips are compared by the data set's content."""
+_NOT_MEASURING = ("model.device", "model.check_file_names")
+"""Fields under these prefixes that do not change them, except for a device's rounding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +73,10 @@ class Changes:
     harmless: list[str]
     losses_comparable: bool
     """Whether validation losses are measured in the same way as before."""
+    names: tuple[str, ...]
+    """Dotted names of the fields of the run file that differ."""
+    loses_override: bool
+    """Whether one of them had its value from the command line, and is not given there now."""
 
 
 def check_start(layout: RunLayout, resume: Resume) -> None:
@@ -125,15 +143,57 @@ def changes_since(
     initial_digests: Mapping[ExpertName, str],
     source: str,
     attention_change: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> Changes:
     """Compare the run file, the data set and the adapters of `method.init_from` recorded in a
     state's `facts` with the present ones. `attention_change` is a line about another attention
-    backend, if there is one.
+    backend, if there is one. `overrides` are the fields that the command line gives now.
 
     CheckpointError, naming `source`, if this version of onewan can't read the recorded run file.
     """
+    fields = changed_fields(_saved_config(facts, source), config)
+    # With a constant learning rate and no cooldown, the results of a step do not depend on the
+    # number of steps.
+    steps_matter = config.train.schedule.kind != "constant" or bool(config.train.cooldown_steps)
+    affecting_results = [attention_change] if attention_change else []
+    harmless: list[str] = []
+    loses_override = False
+    for name, old, new in fields:
+        lost = _is_among(name, facts.overrides or ()) and not _is_among(name, overrides)
+        loses_override = loses_override or lost
+        if name == "memory.attention" and attention_change:
+            continue
+        safe = name.startswith(_SAFE_TO_CHANGE) and name not in _BUT_NOT
+        safe = safe or (name == "train.steps" and not steps_matter)
+        by = " (given on the command line)" if lost else ""
+        line = f"{name}: was {_shown(old)}{by}, is {_shown(new)}"
+        (harmless if safe else affecting_results).append(line)
+    if facts.dataset != dataset_digest:
+        affecting_results.append(
+            "the data set: clips, captions or spans differ from those of the run"
+        )
+    # Alphas, and parts that are not trained, come from these files at every start.
+    affecting_results += [
+        f"method.init_from: the file for the {name} expert has other content than that of the run"
+        for name, digest in initial_digests.items()
+        if facts.initial and facts.initial.get(name, digest) != digest
+    ]
+    names = tuple(name for name, *_ in fields)
+    measured_alike = not any(
+        _is_among(name, _MEASURING) and name not in _NOT_MEASURING for name in names
+    )
+    return Changes(
+        affecting_results=affecting_results,
+        harmless=harmless,
+        losses_comparable=measured_alike and facts.dataset == dataset_digest,
+        names=names,
+        loses_override=loses_override,
+    )
+
+
+def _saved_config(facts: StateFacts, source: str) -> ResolvedRun:
     try:
-        saved_config = ResolvedRun.model_validate(facts.config)
+        return ResolvedRun.model_validate(facts.config)
     except ValidationError as error:
         names = sorted({".".join(map(str, ("config", *e["loc"]))) for e in error.errors()})
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -146,41 +206,13 @@ def changes_since(
             f"({', '.join(names[:5])}{more}); resume with the version that saved it, which is "
             f"{version}, or start another run"
         ) from error
-    fields = changed_fields(saved_config, config)
-    # With a constant learning rate and no cooldown, the results of a step do not depend on the
-    # number of steps.
-    steps_matter = config.train.schedule.kind != "constant" or bool(config.train.cooldown_steps)
-    affecting_results = [attention_change] if attention_change else []
-    harmless: list[str] = []
-    for name, old, new in fields:
-        if name == "memory.attention" and attention_change:
-            continue
-        safe = name.startswith(_SAFE_TO_CHANGE) and name not in _BUT_NOT
-        safe = safe or (name == "train.steps" and not steps_matter)
-        line = f"{name}: was {_shown(old)}, is {_shown(new)}"
-        (harmless if safe else affecting_results).append(line)
-    if facts.dataset != dataset_digest:
-        affecting_results.append(
-            "the data set: clips, captions or spans differ from those of the run"
-        )
-    # Alphas, and parts that are not trained, come from these files at every start.
-    affecting_results += [
-        f"method.init_from: the file for the {name} expert has other content than that of the run"
-        for name, digest in initial_digests.items()
-        if facts.initial and facts.initial.get(name, digest) != digest
-    ]
-    measured_alike = not any(name in _VALIDATION_FIELDS for name, *_ in fields)
-    return Changes(
-        affecting_results=affecting_results,
-        harmless=harmless,
-        losses_comparable=measured_alike and not affecting_results,
-    )
+
+
+def _is_among(name: str, fields: Collection[str]) -> bool:
+    """Whether `name` is one of `fields` or lies in one of them."""
+    return any(name == field or name.startswith(f"{field}.") for field in fields)
 
 
 def _shown(value: object) -> str:
-    """`value` without Python's names of types: a path as text, a tuple as a list."""
-    if isinstance(value, PurePath):
-        return repr(str(value))
-    if isinstance(value, (tuple, list)):
-        return f"[{', '.join(_shown(item) for item in cast('tuple[object, ...]', value))}]"
-    return repr(value)
+    """`value` as YAML, in full: a path must not be shortened."""
+    return f"'{value}'" if isinstance(value, str | PurePath) else format_value(value)

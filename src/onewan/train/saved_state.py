@@ -73,6 +73,9 @@ class StateFacts(_Strict):
     recorded."""
     attention: SavedAttention | None = None
     """None in states of before it was recorded, when PyTorch's own choice was used."""
+    overrides: list[str] | None = None
+    """Dotted names of the fields that were given on the command line; None in states of before they
+    were recorded."""
 
     @model_validator(mode="after")
     def _in_order(self) -> StateFacts:

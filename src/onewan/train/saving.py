@@ -7,6 +7,7 @@ making room: training goes on, and saving is tried again.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from onewan.checkpoint.store import StateStore
 from onewan.config.schema import ResolvedRun
 from onewan.errors import CheckpointError
 from onewan.runs import events
-from onewan.runs.layout import RunLayout
+from onewan.runs.layout import RunLayout, displayed
 from onewan.runs.log import RunLog
 from onewan.train.attention import resumed_attention
 from onewan.train.resume import Changes, changes_since
@@ -42,8 +43,13 @@ class _Loaded:
 class StateSaver:
     """Saves and restores the states in the run's folder, and reports it in `log`."""
 
-    def __init__(self, config: ResolvedRun, layout: RunLayout, log: RunLog) -> None:
+    def __init__(
+        self, config: ResolvedRun, layout: RunLayout, log: RunLog, overrides: Sequence[str] = ()
+    ) -> None:
+        """`overrides` are those of the command line, such as "optimizer.lr=1e-4"."""
         self._config = config
+        self._overrides = [override.partition("=")[0].strip() for override in overrides]
+        """Fields that were given on the command line, by the run's processes so far."""
         self._layout = layout
         self._log = log
         self._store = StateStore(layout, config.train.keep_last, config.train.keep_every)
@@ -94,7 +100,7 @@ class StateSaver:
 
     def _write(self, run: Run, folder: Path) -> None:
         config = self._config.model_dump(mode="json")
-        run.state.save(folder, config=config, dataset=run.dataset.digest)
+        run.state.save(folder, config=config, dataset=run.dataset.digest, overrides=self._overrides)
 
     def _report_failure(self, text: str, seconds: float) -> None:
         pause = max(_RETRY_SECONDS, _RETRY_FACTOR * seconds)
@@ -117,10 +123,15 @@ class StateSaver:
             return False
         for damage in found.damaged:
             self._log.warn(f"skipped a damaged state: {damage}")
-        self._report_changes(found.content.changes)
+        changes = found.content.changes
+        self._report_changes(changes)
+        earlier = found.content.facts.overrides or ()
+        self._overrides += [
+            name for name in earlier if name not in (*self._overrides, *changes.names)
+        ]
         for line in found.content.resets:
             self._log.warn(line)
-        if not found.content.changes.losses_comparable:
+        if not changes.losses_comparable:
             run.state.base_loss, run.state.best = {}, None
             self._log.warn(
                 "validation losses are measured differently from now on, so they can't be compared "
@@ -146,12 +157,13 @@ class StateSaver:
             run.state.initial_digests,
             source,
             attention_change,
+            self._overrides,
         )
         if changes.affecting_results and not allow_change:
             raise CheckpointError(
                 f"{self._layout.root}: resuming with changes would give other results; undo them, "
                 "start another run, or allow them with --allow-change",
-                changes.affecting_results,
+                [*changes.affecting_results, *self._hints(changes)],
             )
         resets = run.state.load(folder, facts, allow_change=allow_change)
         return _Loaded(facts=facts, changes=changes, resets=resets)
@@ -161,3 +173,15 @@ class StateSaver:
             self._log.warn(f"resuming with a change, as allowed: {change}")
         for change in changes.harmless:
             self._log.note(f"resuming with a change that does not affect results: {change}")
+        for hint in self._hints(changes):
+            self._log.note(hint)
+
+    def _hints(self, changes: Changes) -> list[str]:
+        """How to keep what the command line gave, if the present one leaves it out."""
+        if not changes.loses_override:
+            return []
+        folder = displayed(self._layout.root)
+        return [
+            "the run's folder keeps what was given on the command line: "
+            f"onewan train {folder} --resume; with the run file, give it again"
+        ]

@@ -9,7 +9,7 @@ accumulated gradients. It can be loaded on other devices and with another number
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -224,9 +224,11 @@ class TrainState:
         """Names of the files that every state of this run has."""
         return [FACTS_FILE, *(name for trainable in self.trainables for name in trainable.files)]
 
-    def save(self, folder: Path, *, config: Mapping[str, Any], dataset: str) -> None:
-        """Write the state into `folder`, with the resolved run file and the digest of the data set.
-        OSError if a file can't be written."""
+    def save(
+        self, folder: Path, *, config: Mapping[str, Any], dataset: str, overrides: Sequence[str]
+    ) -> None:
+        """Write the state into `folder`, with the resolved run file, the digest of the data set,
+        and the fields that the command line gave. OSError if a file can't be written."""
         for trainable in self.trainables:
             trainable.save(folder)
         facts = StateFacts(
@@ -239,6 +241,7 @@ class TrainState:
             dataset=dataset,
             initial=self.initial_digests,
             attention=self.attention,
+            overrides=list(overrides),
         )
         write_facts(folder, facts)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 
@@ -68,12 +68,14 @@ class WanTrainer:
         listen: Listener | None = None,
         resume: Resume = False,
         allow_change: bool = False,
+        overrides: Sequence[str] = (),
     ) -> None:
         """`config` is resolved (`load_run`). `run_file` is its text as written by the user, which
         is kept in the run's folder. `listen` is called with each event. `resume` continues
         the run from its newest state; with "auto", the run is started if it has none.
         `allow_change` permits resuming with other settings or data; the results then differ from
-        those of an uninterrupted run.
+        those of an uninterrupted run. `overrides` are the settings that the command line gave,
+        such as "optimizer.lr=1e-4"; a later process that leaves one out is told about it.
         """
         self._config = config
         self._run_file = run_file
@@ -83,7 +85,7 @@ class WanTrainer:
         self._cadence = Cadence.of(config)
         self._stop_signals = StopSignals()
         self._log = RunLog(*([] if listen is None else [ListenerSink(listen)]))
-        self._saver = StateSaver(config, self._layout, self._log)
+        self._saver = StateSaver(config, self._layout, self._log, overrides)
         self._is_resumed = False
         self._failed_export = ""
         """Why the newest export failed; empty if it did not."""
