@@ -154,6 +154,12 @@ class Variant:
         """Sides of a video are multiples of this: the VAE's compression times the patch size."""
         return self.spatial_compression * PATCH_SIZE[-1]
 
+    @property
+    def named_areas(self) -> dict[str, int]:
+        """Pixels of the official classes of sizes, by the names that a run file may use."""
+        width, height = self.sample_size
+        return {"480p": self.training_area} | dict.fromkeys(("720p", f"{height}p"), width * height)
+
     def expert(self, name: ExpertName) -> Expert:
         for expert in self.experts:
             if expert.name == name:

@@ -237,6 +237,87 @@ def test_a_run_folder_is_read_in_place_of_its_run_file(tmp_path: Path) -> None:
     assert load_run(moved, ["output.name=third"]).output.name == "third"
 
 
+@pytest.mark.parametrize(
+    "sources",
+    [
+        "clips",
+        "[clips]",
+        "[{path: clips}]",
+        "[clips, more]",
+        "[{path: clips}, more]",
+    ],
+)
+def test_a_path_alone_is_a_source(tmp_path: Path, sources: str) -> None:
+    for field in ("video_data", "validation"):
+        config = load_run(write(tmp_path, f"{T2V}{field}: {{sources: {sources}}}\n"))
+        found = [source.path for source in getattr(config, field).sources]
+        assert found == [tmp_path / "clips", tmp_path / "more"][: 1 + ("more" in sources)]
+        assert load_run(write(tmp_path, dump_run(config), "again.yaml")) == config
+
+
+def test_a_source_that_is_a_path_takes_overrides(tmp_path: Path) -> None:
+    file = write(tmp_path, T2V + "video_data: {sources: clips}\n")
+    (source,) = load_run(file, ["video_data.sources.0.repeats=3"]).video_data.sources
+    assert (source.path, source.repeats) == (tmp_path / "clips", 3)
+    (source,) = load_run(file, ["video_data.sources=/elsewhere"]).video_data.sources
+    assert source.path == Path("/elsewhere").absolute()
+
+
+def test_a_text_alone_is_a_prompt(tmp_path: Path) -> None:
+    config = load_run(write(tmp_path, T2V + "sample: {prompts: a fox}\n"))
+    assert [prompt.prompt for prompt in config.sample.prompts] == ["a fox"]
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes"),
+    [
+        ("null", (399360,)),
+        ("480p", (399360,)),
+        ("720P", (921600,)),
+        ("512", (262144,)),
+        ('"512"', (262144,)),
+        ("5.12e2", (262144,)),
+        ("2048", (2048**2,)),
+        ("64", (4096,)),
+        ("4096", (4096,)),
+        ("399360", (399360,)),
+        ("832x480", ("832x480",)),
+        ("832 X 480", ("832x480",)),
+        ("[832, 480]", ("832x480",)),  # a list of two sides is one size
+        ("[512, 768]", ("512x768",)),
+        ("[512]", (262144,)),
+        ("[512, 640, 768]", (262144, 409600, 589824)),
+        ('["512", "768"]', (262144, 589824)),
+        ("[512, 589824]", (262144, 589824)),
+        ("[36864, 921600]", (36864, 921600)),
+        ("[[832, 480], [480, 832]]", ("832x480", "480x832")),
+        ('["832x480", 480p, 512]', ("832x480", 399360, 262144)),
+    ],
+)
+def test_training_sizes_are_written_in_many_ways(
+    tmp_path: Path, given: str, sizes: tuple[int | str, ...]
+) -> None:
+    limit = "max_resolution: [1280, 1280]"
+    text = f"{T2V}video_data: {{resolution: {given}, {limit}}}\n"
+    config = load_run(write(tmp_path, text))
+    assert config.video_data.resolution == sizes
+    assert load_run(write(tmp_path, dump_run(config))) == config
+
+
+@pytest.mark.parametrize("name", ["720p", "704p"])
+def test_a_named_size_is_the_variant_s_own(tmp_path: Path, name: str) -> None:
+    config = load_run(write(tmp_path, f"{TI2V}video_data: {{resolution: {name}}}"))
+    assert config.video_data.resolution == (1280 * 704,)
+
+
+def test_two_sides_that_the_model_does_not_take_are_refused_as_one_size(tmp_path: Path) -> None:
+    found = only_problem(tmp_path, T2V + "video_data: {resolution: [960, 540]}")
+    assert found == (
+        "video_data.resolution: sides must be multiples of 16, got '960x540'; the nearest is "
+        "'960x544'"
+    )
+
+
 # ------------------------------------------------------------------------------------- overrides
 
 
@@ -373,7 +454,7 @@ sample: {prompts: [a fox], every: 5, frames: 80, guidance: [1]}
             "train.high_expert_share: must be 'equal' or 'density', or a number, ",
         ),
         ("wan_config: {transformer_layers_to_train: [true]}", "wan_config.transformer_layers_to_"),
-        ("video_data: {resolution: true}", "video_data.resolution: must be a whole number, or"),
+        ("video_data: {resolution: true}", "video_data.resolution: true is neither a side (64 to"),
         ("train: {max_grad_norm: .inf}", "train.max_grad_norm: must be a finite number, got inf"),
         ("optimizer: {betas: [0.9, .nan]}", "optimizer.betas.1: must be a finite number, got nan"),
         ("sample: {guidance: [.inf, 1]}", "sample.guidance.0: must be a finite number, got inf"),
@@ -388,14 +469,16 @@ sample: {prompts: [a fox], every: 5, frames: 80, guidance: [1]}
         ("output: {formats: []}", "output.formats: must be a list of at least 1, got []"),
         ("output: {formats: [comfyui, comfyui]}", "output.formats: has comfyui twice"),
         ("memory: {gradient_checkpointing: 7}", "memory.gradient_checkpointing: must be true or"),
-        ("sample: {prompts: a fox}", "sample.prompts: must be a list, got 'a fox'"),
+        ("sample: {prompts: 3}", "sample.prompts: must be a list, got 3"),
         ("sample: {prompts: [5]}", "sample.prompts.0: must be a section with fields, got 5"),
         ("sample: {prompts: [{seed: 5}]}", "sample.prompts.0.prompt: is required, got nothing"),
         ("sample: {every: 5}", "sample.every: is 5, but sample.prompts is empty; give a prompt"),
-        ("video_data: {sources: [a]}", "video_data.sources.0: must be a section with fields"),
-        ("video_data: {resolution: 480p}", "video_data.resolution: '480p' is neither an area"),
-        ("video_data: {resolution: 480}", "video_data.resolution: is an area in pixels, and 480"),
-        ("video_data: {resolution: [[1]]}", "video_data.resolution.0: must be a whole number, or"),
+        ("video_data: {sources: [3]}", "video_data.sources.0: must be a section with fields"),
+        ("video_data: {resolution: 1080p}", "video_data.resolution: must be 480p or 720p if it is"),
+        ("video_data: {resolution: 3000}", "video_data.resolution: 3000 is neither a side (64 to"),
+        ("video_data: {resolution: 512.5}", "video_data.resolution: 512.5 is neither a side (64"),
+        ("video_data: {resolution: []}", "video_data.resolution: has no size, got []; write 480p"),
+        ("video_data: {resolution: [[1]]}", "video_data.resolution: [1] is neither a side (64 to"),
         ("video_data: {resolution: 1280x720}", "video_data.resolution: must fit into video_data."),
         (
             "video_data: {min_resolution: [512, 9], max_resolution: [256, 256]}",

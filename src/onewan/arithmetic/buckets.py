@@ -6,11 +6,19 @@ clip's aspect ratio and that the model accepts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from math import log
+from typing import cast
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
+
+LARGEST_SIDE = 2048
+"""Up to here a number is a side in pixels, and above it an area."""
+SMALLEST_SIDE = 64
+"""Of a square that is given by one number, so that no area is as small as a side."""
+_EXAMPLES = "480p, 512 (the area of 512x512) or '832x480'"
 
 # An area may be exceeded by this factor, so that 480p (399360) allows 848x480 for 16:9.
 _AREA_EXCESS = 1.05
@@ -30,33 +38,65 @@ def floor_to_4n_plus_1(n: int, temporal: int = 4) -> int:
     return (n - 1) // temporal * temporal + 1
 
 
-def parse_sizes(
-    value: int | str | tuple[int | str, ...] | None,
-) -> tuple[int | str, ...] | None:
-    """One or several training sizes, each as an area in pixels or as "WxH"; ValueError if one is
-    neither."""
-    if value is None or isinstance(value, tuple):
-        return None if value is None else tuple(map(_parse_size, value))
-    return (_parse_size(value),)
+def parse_sizes(value: object) -> tuple[int | str, ...] | None:
+    """The training sizes that a run file gives, each as an area in pixels, as "WxH", or as a name
+    such as "480p"; None for None. ValueError if one is nothing of these.
+
+    A number of up to `LARGEST_SIDE` is the side of a square whose area is meant, and a larger one
+    an area. A list of exactly two numbers of up to `LARGEST_SIDE` is one size, width and height;
+    any other list has several entries, in which such a pair may stand too.
+    """
+    if value is None:
+        return None
+    if pair := _pair(value):
+        return (pair,)
+    if not isinstance(value, (list, tuple)):
+        return (_parse_size(value),)
+    items = cast("Sequence[object]", value)
+    if not items:
+        raise ValueError(f"has no size, got []; write {_EXAMPLES}, or leave it out for 480p")
+    return tuple(_pair(item) or _parse_size(item) for item in items)
 
 
-def _parse_size(value: int | str) -> int | str:
-    """`value` as an area in pixels or as "WxH"; ValueError when it is neither."""
+def _pair(value: object) -> str | None:
+    """ "WxH" for a list of two sides; None for anything else."""
+    if not isinstance(value, (list, tuple)):
+        return None
+    sides = cast("Sequence[object]", value)
+    if len(sides) != 2 or not all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sides):
+        return None
+    return f"{sides[0]}x{sides[1]}"
+
+
+def _parse_size(value: object) -> int | str:
+    """One entry as an area in pixels, as "WxH" or as a name; ValueError if it is none of them."""
     text = str(value).lower().replace(" ", "")
-    width, cross, height = text.partition("x")
-    if width.isdecimal() and int(width) and not cross:
-        return int(width)
-    if width.isdecimal() and height.isdecimal() and int(width) and int(height):
-        return text
-    raise ValueError(f"{value!r} is neither an area in pixels (399360) nor a size ('832x480')")
+    if isinstance(value, str | int) and not isinstance(value, bool):
+        if re.fullmatch("[0-9]{1,9}", text):
+            number = int(text)
+            if SMALLEST_SIDE <= number <= LARGEST_SIDE:
+                return number**2
+            if number >= SMALLEST_SIDE**2:
+                return number
+        elif re.fullmatch("[1-9][0-9]{0,4}(x[1-9][0-9]{0,4}|p)", text):
+            return text
+    shown = repr(value) if isinstance(value, str) else str(value).lower()
+    raise ValueError(
+        f"{shown} is neither a side ({SMALLEST_SIDE} to {LARGEST_SIDE}), an area in pixels (from "
+        f"{SMALLEST_SIDE**2}) nor a size; write {_EXAMPLES}"
+    )
 
 
-def size_error(size: int | str, multiple: int, max_resolution: Size) -> str | None:
-    """An error message about a training size (an area in pixels, or "WxH"); None if it fits."""
-    if isinstance(size, int):
-        least = 2 * multiple
-        why = f"is an area in pixels, and {size} is less than {least}x{least}"
-        return None if size >= least**2 else f"{why}; for 480p write 399360 or '832x480'"
+def size_error(
+    size: int | str, multiple: int, max_resolution: Size, named: Mapping[str, int]
+) -> str | None:
+    """An error message about a training size of `parse_sizes`; None if it fits. `named` are the
+    areas that have names."""
+    if isinstance(size, int) or size in named:
+        return None
+    if size.endswith("p"):
+        rule = f"must be {' or '.join(named)} if it is a name"
+        return f"{rule}, got {size!r}; write a size such as '832x480' instead"
     sides = [int(side) for side in size.split("x")]
     nearest = [max(multiple, round(side / multiple) * multiple) for side in sides]
     if sides != nearest:

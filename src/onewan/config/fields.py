@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias, get_origin
 
 from onewan.config.schema import RunConfig
-from onewan.config.section import Section, members_of, sections_of
+from onewan.config.section import Section, members_of, sections_of, shorthand_of
 from onewan.documents import KeyPath
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def leaves() -> list[str]:
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a run file."""
     schema = RunConfig.model_json_schema()
-    # Short forms that pydantic does not know: a prompt may be a plain text, a section may be empty,
+    # Short forms that pydantic does not know: a text for a source or a prompt, an empty section,
     # and the key of a union may be left out for its default, or be all that is given.
     inner = [s for field in schema_fields().values() for s in sections_of(field.annotation)]
     for section in dict.fromkeys([RunConfig, *inner]):
@@ -59,8 +59,6 @@ def json_schema() -> dict[str, Any]:
         for name, field in section.model_fields.items():
             if name not in here.get("required", ()):
                 _add_short_forms(here["properties"][name], field, schema["$defs"])
-    prompts = schema["$defs"]["SampleSection"]["properties"]["prompts"]
-    prompts["items"] = {"anyOf": [prompts["items"], {"type": "string"}]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
@@ -84,3 +82,6 @@ def _add_short_forms(
         part["anyOf"] = [{"$ref": part.pop("$ref")}, {"type": "null"}]
     elif part.get("type") == "array" and sections_of(field.annotation):
         part["type"] = ["array", "null"]
+        if shorthand_of(field):
+            part["type"].append("string")
+            part["items"] = {"anyOf": [part["items"], {"type": "string"}]}

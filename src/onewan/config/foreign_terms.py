@@ -205,7 +205,7 @@ TERMS: Mapping[str, tuple[Term, ...]] = {
              "of the training clips; the rate of a file is read from the file",
              ai_toolkit="datasets[].fps", flags="datasets[].source_fps", diffusion_pipe="framerate",
              onetrainer="wan_target_fps"),
-        Term("video_data.resolution", 'an area in pixels (399360), or an exact size ("832x480")',
+        Term("video_data.resolution", "512 is the area of 512x512; [832, 480] is one exact size",
              ai_toolkit="datasets[].resolution",
              flags="resolution general.resolution datasets[].resolution",
              diffusion_pipe="resolutions size_buckets", onetrainer="resolution"),

@@ -22,7 +22,7 @@ from onewan.config.messages import Problems, foreign_file, validated
 from onewan.config.resolve import resolve
 from onewan.config.rules import rule_violations
 from onewan.config.schema import COMPONENTS, SCHEMA_VERSION, ResolvedRun
-from onewan.config.section import is_section, members_of, sections_of
+from onewan.config.section import as_list, is_section, members_of, sections_of, shorthand_of
 from onewan.config.unused import unused_fields
 from onewan.documents import KeyPath, Node, dotted, format_value, get_path, is_list, is_mapping
 from onewan.errors import ConfigError
@@ -206,12 +206,16 @@ def _with_value(node: Node, path: KeyPath, value: Node, at: KeyPath = ()) -> Nod
 
 
 def _absolute_paths(node: Node, path: KeyPath, base: Path, problems: Problems) -> Node:
-    """A copy of `node`, the value at `path`, with all paths in it made absolute from `base`.
+    """A copy of `node`, the value at `path`, with all paths in it made absolute from `base`, and
+    texts that stand for sections spelled out.
 
     Keys become strings: YAML also allows numbers, which are unknown fields like any other.
     """
     field = field_at(path)
     kind = field.annotation if field is not None else None
+    if isinstance(node, str) and (section := shorthand_of(field)):
+        is_item = isinstance(path[-1], int)
+        node = section.spelled_out(node) if is_item else as_list(node)
     if is_mapping(node) and (not path or sections_of(kind)):
         return {
             str(key): _absolute_paths(value, (*path, str(key)), base, problems)

@@ -26,6 +26,7 @@ from onewan.config.schema import (
     ResolvedSample,
     ResolvedVideoData,
     RunConfig,
+    VideoDataSection,
 )
 from onewan.config.section import Section
 from onewan.variants import NEGATIVE_PROMPT, Expert, Variant
@@ -49,9 +50,13 @@ def resolve(config: RunConfig, folder: Path) -> ResolvedRun:
         "wan_config": config.wan_config.model_copy(update=compression_ratios(variant)),
         "video_data": _filled(
             ResolvedVideoData,
-            video.model_copy(update={"cache_dir": folder / video.cache_dir}),
+            video.model_copy(
+                update={
+                    "cache_dir": folder / video.cache_dir,
+                    "resolution": _training_sizes(video, variant),
+                }
+            ),
             target_fps=float(variant.fps),
-            resolution=(variant.training_area,),
         ),
         "method": _method(config),
         "embeddings": tuple(
@@ -115,6 +120,14 @@ def steps_per_expert(config: RunConfig) -> tuple[int, int] | None:
     """Steps of the high and the low expert, if the run file gives both; else None."""
     high, low = config.per_expert.high.steps, config.per_expert.low.steps
     return None if high is None or low is None else (high, low)
+
+
+def _training_sizes(video: VideoDataSection, variant: Variant) -> tuple[int | str, ...]:
+    """Areas in pixels and exact sizes, without the names of areas."""
+    sizes = video.resolution or ("480p",)
+    return tuple(
+        variant.named_areas.get(size, size) if isinstance(size, str) else size for size in sizes
+    )
 
 
 def exported_name(embedding: EmbeddingSection) -> str:

@@ -75,10 +75,10 @@ def _size_rules(config: RunConfig) -> Iterator[Problem]:
         rule = f"must not be above video_data.max_resolution {format_value(high)}"
         remedy = "lower it, or raise the other"
         yield "video_data.min_resolution", f"{rule}, got {format_value(low)}; {remedy}"
-    sizes = video.resolution if isinstance(video.resolution, tuple) else ()
+    sizes = video.resolution or ()
     for index, size in enumerate(sizes):
         field = "video_data.resolution" + (f".{index}" if len(sizes) > 1 else "")
-        if text := size_error(size, variant.size_multiple, high):
+        if text := size_error(size, variant.size_multiple, high, variant.named_areas):
             yield field, text
 
 

@@ -13,15 +13,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
-from onewan.arithmetic.buckets import parse_sizes
+from onewan.arithmetic.buckets import LARGEST_SIDE, SMALLEST_SIDE, parse_sizes
 from onewan.arithmetic.byte_sizes import as_byte_size
 from onewan.arithmetic.lr_schedule import LrSchedule
 from onewan.config.method import EmbeddingSection, LoraMethod, Method, ResolvedEmbedding
 from onewan.config.objective import LossSection, Timesteps, UniformTimesteps
 from onewan.config.optimizer import AdamWOptimizer, ConstantSchedule, Optimizer, Schedule
-from onewan.config.section import Distinct, Float, Int, Positive, Section, Share, Size
+from onewan.config.section import Distinct, Float, Int, Positive, Section, Several, Share, Size
 from onewan.dtypes import WeightDtype, WeightStorage
 from onewan.variants import VARIANTS, Variant, VariantName
 
@@ -30,10 +30,29 @@ SCHEMA_VERSION = 1
 COMPONENTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer")
 """Fields of the model section that name one component each."""
 
-_FOLDER_NAME = r"^[^/\\:*?\"<>|.\x00-\x1f\x7f][^/\\:*?\"<>|\x00-\x1f\x7f]*$"
+# Without an escaped quotation mark, which JavaScript's regular expressions of Unicode text refuse.
+_FOLDER_NAME = r'^[^/\\:*?"<>|.\x00-\x1f\x7f][^/\\:*?"<>|\x00-\x1f\x7f]*$'
 _ByteSize = Annotated[str, AfterValidator(as_byte_size)]
 _Phrase = Annotated[str, AfterValidator(lambda value: " ".join(value.split()))]
 _Extension = Annotated[str, AfterValidator(lambda value: value.lower().lstrip("."))]
+
+
+_SIDE = {"type": "integer", "minimum": 1, "maximum": LARGEST_SIDE}
+_PAIR = {"type": "array", "items": _SIDE, "minItems": 2, "maxItems": 2}
+_ONE_SIZE = [
+    {"type": "integer", "minimum": SMALLEST_SIDE, "maximum": LARGEST_SIDE},
+    {"type": "integer", "minimum": SMALLEST_SIDE**2},
+    {"type": "string", "pattern": "^ *[1-9][0-9]*( *[xX] *[1-9][0-9]*|[pP])? *$"},
+]
+_SIZES = {
+    "anyOf": [
+        *_ONE_SIZE,
+        _PAIR,
+        {"type": "array", "items": {"anyOf": [*_ONE_SIZE, _PAIR]}, "minItems": 1},
+        {"type": "null"},
+    ]
+}
+"""JSON schema of what `parse_sizes` takes."""
 
 
 class ModelSection(Section):
@@ -109,6 +128,8 @@ class WanTrainConfig(Section):
 
 
 class SourceSection(Section):
+    shorthand = "path"
+
     path: Path
     """A folder. Each video or image NAME.ext in it or in a subfolder is a clip if NAME.txt, its
     caption, exists next to it (see `video_data.captions`)."""
@@ -135,8 +156,8 @@ class SourceSection(Section):
 
 
 class VideoDataSection(Section):
-    sources: tuple[SourceSection, ...] = ()
-    """Folders with clips."""
+    sources: Annotated[tuple[SourceSection, ...], Several] = ()
+    """Folders with clips: one, or a list, each a path or a mapping."""
     supported_formats: tuple[_Extension, ...] = ("mp4", "avi", "mov", "webm")
     """File extensions of videos to use. Images (png, jpg, webp) are clips of one frame."""
     max_duration: Positive = 10.0
@@ -158,11 +179,14 @@ class VideoDataSection(Section):
 
     target_fps: Positive | None = None
     """Frames per second of the training clips; null is the variant's own rate (16, or 24)."""
-    resolution: Annotated[Int | str | tuple[Int | str, ...] | None, AfterValidator(parse_sizes)] = (
-        None
-    )
-    """Training sizes, one or several: an area in pixels (399360; each clip keeps its aspect ratio
-    at about that area) or an exact size ("832x480", width x height). null: the area of 480p."""
+    resolution: Annotated[
+        tuple[int | str, ...] | None, BeforeValidator(parse_sizes), WithJsonSchema(_SIZES)
+    ] = None
+    """Training sizes. An area, at which each clip keeps its aspect ratio: 480p (832x480), 720p
+    (1280x720; for TI2V-5B 1280x704), a side (512: the area of 512x512) or a number of pixels
+    (399360). Or an exact size: "832x480" or [832, 480]. A list of exactly two sides is one size;
+    several are a list of texts, of areas in pixels, of such pairs, or of three and more sides
+    ([512, 640, 768]), of which each clip is trained at the one that suits it. null: 480p."""
 
 
 class ResolvedVideoData(VideoDataSection):
@@ -198,8 +222,8 @@ class PerExpertSection(Section):
 class ValidationSection(Section):
     """Loss on fixed clips with fixed noise and timesteps: deterministic for given weights."""
 
-    sources: tuple[SourceSection, ...] = ()
-    """Validation clips, which are not trained on."""
+    sources: Annotated[tuple[SourceSection, ...], Several] = ()
+    """Folders with validation clips, which are not trained on; same forms as the training ones."""
     share: Annotated[Float, Field(ge=0, lt=1)] = 0.0
     """Fraction of the training clips to hold out instead, in [0, 1), chosen by their content and
     the seed. Without `sources` and `share`, the loss is measured on training clips."""
@@ -270,6 +294,8 @@ class TrainSection(Section):
 
 
 class PromptSection(Section):
+    shorthand = "prompt"
+
     prompt: str
     """The prompt."""
     negative_prompt: str | None = None
@@ -280,13 +306,9 @@ class PromptSection(Section):
     """Seed of the noise; null is `sample.seed`."""
 
 
-def _as_prompt(value: object) -> object:
-    return {"prompt": value} if isinstance(value, str) else value
-
-
 class SampleSection(Section):
-    prompts: tuple[Annotated[PromptSection, BeforeValidator(_as_prompt)], ...] = ()
-    """Prompts of sample videos, each a text or a mapping."""
+    prompts: Annotated[tuple[PromptSection, ...], Several] = ()
+    """Prompts of sample videos: one, or a list, each a text or a mapping."""
     every: Int = Field(default=0, ge=0)
     """Steps between sample videos; 0 samples after the last step only."""
     at_start: bool = False

@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar, cast, get_args, get_origin
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    NamedTuple,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+)
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
@@ -42,8 +53,19 @@ Distinct = AfterValidator(_each_once)
 """For the annotation of a tuple in which nothing may stand twice."""
 
 
+def as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Several = BeforeValidator(as_list)
+"""For the annotation of a list of sections with a `shorthand`: a text alone is a list of one."""
+
+
 class Section(BaseModel):
     """Base class of all sections: unknown keys are errors, instances are immutable."""
+
+    shorthand: ClassVar[str | None] = None
+    """The field that a text in place of the whole section stands for."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
@@ -56,6 +78,7 @@ class Section(BaseModel):
     def _normalized(cls, data: object) -> object:
         """2e3 is a float to YAML and a whole number to its writer, as 2.0 is to JSON's schema; a
         section whose fields are all commented out is null to YAML and stands for its default."""
+        data = cls.spelled_out(data)
         if not isinstance(data, dict):
             return data
         return {
@@ -63,6 +86,11 @@ class Section(BaseModel):
             for name, value in cast("dict[str, object]", data).items()
             if value is not None or not _null_is_default(cls.model_fields.get(name))
         }
+
+    @classmethod
+    def spelled_out(cls, data: object) -> object:
+        """The mapping that a text stands for; `data` itself if it is no text."""
+        return {cls.shorthand: data} if cls.shorthand and isinstance(data, str) else data
 
 
 def _is_whole(value: float) -> bool:
@@ -86,6 +114,12 @@ def sections_of(annotation: Any) -> list[type[Section]]:
 def is_section(field: FieldInfo) -> bool:
     """Whether a field holds one section, not a list of them."""
     return bool(sections_of(field.annotation)) and get_origin(field.annotation) is not tuple
+
+
+def shorthand_of(field: FieldInfo | None) -> type[Section] | None:
+    """The section that a text in the list of sections `field` stands for; None if it is none."""
+    sections = sections_of(field.annotation) if field is not None else []
+    return next((section for section in sections if section.shorthand), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

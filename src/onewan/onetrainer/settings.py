@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from onewan.arithmetic.buckets import SMALLEST_SIDE
 from onewan.arithmetic.timestep_density import TimestepDensity
 from onewan.config.objective import (
     BetaTimesteps,
@@ -319,9 +320,11 @@ def resolutions_of(text: str, bucketing: bool, multiple: int) -> tuple[int | str
                 f"is {format_value(text)}; give numbers such as 512, or sizes such as 832x480"
             )
         width, height = int(size[1]), int(size[2] or size[1])
-        if min(width, height) < multiple:
-            raise SettingError(f"is {format_value(text)}; sides are at least {multiple}")
-        if size[2] or not bucketing:
+        exact = bool(size[2]) or not bucketing
+        least = multiple if exact else SMALLEST_SIDE
+        if min(width, height) < least:
+            raise SettingError(f"is {format_value(text)}; sides are at least {least}")
+        if exact:
             width, height = (max(1, round(side / multiple)) * multiple for side in (width, height))
             sizes.append(f"{width}x{height}")
         else:
