@@ -105,6 +105,15 @@ def weights_of(run: Run) -> dict[str, list[Tensor]]:
     return found
 
 
+def saved(run: Run, folder: Path) -> dict[str, bytes]:
+    """The files of weights and averages in a state that is saved while the low expert is brought,
+    which moves what the last step has trained off the device."""
+    run.bring_expert("low")
+    folder.mkdir()
+    run.state.save(folder, config={}, dataset="")
+    return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+
+
 def losses(run: Run, name: str) -> list[float | None]:
     found = expert_losses(run, name, with_base=False, between=lambda: None)  # pyright: ignore
     return [found.trained, found.ema]
@@ -179,6 +188,7 @@ def case(folder: Path, name: str) -> dict[str, Any]:
         report = checks.enter_context(simulated_gpu.sanitizer())
         late = build(folder, name, DEVICE)
         late_results = train(late, uncounted)
+        late_saved = saved(late, folder / "saved late")
         late_weights = weights_of(late)
     expert = on_cpu.state.experts["high"]
     return {
@@ -187,6 +197,7 @@ def case(folder: Path, name: str) -> dict[str, Any]:
         "losses are the cpu's": results == expected,
         "weights are the cpu's": are_equal(device_weights, weights),
         "late copies change nothing": late_results == expected and are_equal(late_weights, weights),
+        "saved behind a change of expert": late_saved == saved(on_cpu, folder / "saved on the cpu"),
         "reports": list(report)[:3],
         "trained": {
             t.name: sum(w.nbytes for w in t.weights.read().values())

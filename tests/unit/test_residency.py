@@ -207,6 +207,25 @@ def test_frozen_weights_return_without_a_copy_unless_they_were_changed(sim: torc
     assert torch.equal(weights[2].cpu(), values[2] + 2)
 
 
+def test_what_has_left_is_in_host_memory_once_it_is_settled(sim: torch.device) -> None:
+    """The host does not wait for it before; a late copy is all NaN until then."""
+    residency = DeviceResidency(sim)
+    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+    for module in (first, second):
+        residency.manage(module, alternating=True)
+    value = first.weight.detach().clone()
+    with simulated_gpu.late_copies():
+        residency.bring(first)
+        with torch.no_grad():
+            first.weight.mul_(2)
+        with simulated_gpu.trace() as trace:
+            residency.bring(second)
+        assert not trace.waits()
+        assert first.weight.device.type == "cpu" and first.weight.isnan().all()
+        residency.settle()
+        assert torch.equal(first.weight, 2 * value)
+
+
 def test_a_module_with_one_weight_elsewhere_is_not_ready() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
     assert not WholeModule(module, torch.device("meta")).is_ready

@@ -7,7 +7,7 @@ and are queued on the device's current stream, behind the computations that wrot
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 import torch
@@ -23,6 +23,34 @@ full rate of the bus, and few beside a step's activations."""
 Key = TypeVar("Key", bound=Hashable)
 
 
+class QueuedCopies:
+    """Whether the copies that were queued on a device's current stream are complete."""
+
+    def __init__(self) -> None:
+        self._behind: torch.Event | None = None
+        """Recorded behind the latest copies; None if they are known to be complete."""
+
+    def record(self, device: torch.device) -> None:
+        """Take in the copies that have been queued on the current stream of `device` so far."""
+        if has_stream(device):
+            module = torch.get_device_module(device)
+            self._behind = module.current_stream(device).record_event()
+
+    @property
+    def are_done(self) -> bool:
+        """Whether all of them are complete; does not wait."""
+        if self._behind is not None and self._behind.query():
+            self._behind = None
+        return self._behind is None
+
+    def wait(self) -> None:
+        """Return when all of them are complete."""
+        if not self.are_done:
+            assert self._behind is not None
+            self._behind.synchronize()
+            self._behind = None
+
+
 class HostCopies(Generic[Key]):
     """Copies of tensors in pinned host memory, each in a place of its own that is used again.
 
@@ -32,8 +60,7 @@ class HostCopies(Generic[Key]):
 
     def __init__(self) -> None:
         self._places: dict[Key, Tensor] = {}
-        self._done: torch.Event | None = None
-        """Recorded behind the latest copies; None if they are known to be complete."""
+        self._queued = QueuedCopies()
 
     @torch.no_grad()
     def store(self, tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
@@ -45,7 +72,7 @@ class HostCopies(Generic[Key]):
         places = self.reserve(tensors)
         for keys in self._runs(tensors):
             self._copy(keys, tensors)
-        self._record(tensors.values())
+        self._record(tensors)
         return places
 
     @torch.no_grad()
@@ -53,7 +80,7 @@ class HostCopies(Generic[Key]):
         """Queue copies of what was stored under the same keys into `targets`."""
         for key, target in targets.items():
             target.copy_(self._places[key], non_blocking=True)
-        self._record(targets.values())
+        self._record(targets)
 
     def reserve(self, tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
         """The places for copies of `tensors`, to write values for `load` into them. With copies
@@ -77,20 +104,15 @@ class HostCopies(Generic[Key]):
     @property
     def is_done(self) -> bool:
         """Whether all copies are complete; does not wait."""
-        if self._done is not None and self._done.query():
-            self._done = None
-        return self._done is None
+        return self._queued.are_done
 
     def wait(self) -> None:
         """Return when all copies are complete."""
-        if not self.is_done:
-            assert self._done is not None
-            self._done.synchronize()
-            self._done = None
+        self._queued.wait()
 
-    def _record(self, tensors: Iterable[Tensor]) -> None:
-        for device in {tensor.device for tensor in tensors if has_stream(tensor.device)}:
-            self._done = torch.get_device_module(device).current_stream(device).record_event()
+    def _record(self, tensors: Mapping[Key, Tensor]) -> None:
+        for device in {tensor.device for tensor in tensors.values()}:
+            self._queued.record(device)
 
     def _runs(self, tensors: Mapping[Key, Tensor]) -> Iterator[list[Key]]:
         """The keys in groups that can be copied at once: contiguous tensors of one device whose
@@ -122,12 +144,6 @@ class HostCopies(Generic[Key]):
         flat = first.as_strided((count,), (1,), first.storage_offset())
         gathered = torch.cat([tensors[key].detach().reshape(-1) for key in keys])
         flat.copy_(gathered, non_blocking=True)
-
-
-def wait_for(device: torch.device) -> None:
-    """Return when everything that is queued on the current stream of `device` is complete."""
-    if has_stream(device):
-        torch.get_device_module(device).current_stream(device).synchronize()
 
 
 def _strides_of_copy(tensor: Tensor) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from onewan.memory.host_copies import wait_for
+from onewan.memory.host_copies import QueuedCopies
 from onewan.memory.tensor_moves import TensorMoves
 
 _HOST = torch.device("cpu")
@@ -57,8 +57,8 @@ class Companion(Protocol):
     def to(self, device: torch.device) -> object:
         """Move the data, with the same values afterwards.
 
-        Copies may still be under way when it returns, queued on the device's current stream:
-        `DeviceResidency` waits for those to host memory, once for everything that leaves together.
+        Copies may still be under way when it returns, queued on the device's current stream
+        (`DeviceResidency.settle` waits for those to host memory).
         """
         ...
 
@@ -123,6 +123,10 @@ class DeviceResidency:
 
     Modules without a call of `manage` are moved as a whole and remain until `release`. Which ones
     are ready is stored: looking at the device of every weight would cost milliseconds per step.
+
+    Within a run the host does not wait for what leaves: the device's memory is reused in the order
+    of its stream, behind the copies. Only before the host itself reads what has left, it calls
+    `settle`.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -132,6 +136,7 @@ class DeviceResidency:
         self._companions: dict[nn.Module, tuple[Companion, ...]] = {}
         self._alternating: set[nn.Module] = set()
         self._parked: set[nn.Module] = set()
+        self._leaving = QueuedCopies()
 
     @property
     def device(self) -> torch.device:
@@ -168,11 +173,9 @@ class DeviceResidency:
         if not missing:
             return
         # Others leave first, so that the memory peak is that of the larger module, not of both.
-        others = [m for m in self._alternating.difference(modules) if self.is_ready(m)]
-        if others:
-            for module in others:
+        for module in self._alternating.difference(modules):
+            if self.is_ready(module):
                 self._leave(module, trained=module in self._parked)
-            wait_for(self._device)
         for module in missing:
             self._placement(module).enter()
             for companion in self._companions.get(module, ()):
@@ -182,13 +185,24 @@ class DeviceResidency:
         """Move `modules` and their companions off the device."""
         for module in modules:
             self._leave(module, trained=True)
-        wait_for(self._device)
+        self.settle()
+
+    def settle(self) -> None:
+        """Return when host memory has the values of everything that has left the device.
+
+        To be called before the host reads or writes what `bring` may have moved there. After
+        `release` and `taking_turns` it is settled.
+        """
+        self._leaving.wait()
 
     def _leave(self, module: nn.Module, *, trained: bool) -> None:
-        self._placement(module).leave(trained=trained)
-        if trained:
-            for companion in self._companions.get(module, ()):
-                companion.to(_HOST)
+        try:
+            self._placement(module).leave(trained=trained)
+            if trained:
+                for companion in self._companions.get(module, ()):
+                    companion.to(_HOST)
+        finally:  # a move that failed has queued some of the copies
+            self._leaving.record(self._device)
 
     @contextmanager
     def taking_turns(self, modules: Sequence[nn.Module]) -> Iterator[Callable[[nn.Module], None]]:
@@ -207,11 +221,9 @@ class DeviceResidency:
         def bring(module: nn.Module) -> None:
             if placements[module].is_ready:
                 return
-            leaving = [p for m, p in placements.items() if m is not module and p.is_ready]
-            for placement in leaving:
-                placement.leave()
-            if leaving:
-                wait_for(self._device)
+            for other, placement in placements.items():
+                if other is not module and placement.is_ready:
+                    placement.leave()
             placements[module].enter()
 
         try:
@@ -219,15 +231,14 @@ class DeviceResidency:
                 self._leave(module, trained=True)
             for companion in companions:
                 companion.to(_HOST)
-            if idle or companions:
-                wait_for(self._device)
             yield bring
         finally:
             # `is_ready` is not consulted: an interrupted move leaves a module on two devices.
             # Modules that leave come first, to free the memory that the returning ones need.
             for module in sorted(modules, key=ready_before.__getitem__):
                 (placements[module].enter if ready_before[module] else placements[module].leave)()
-            wait_for(self._device)
+            self._leaving.record(self._device)
+            self.settle()
             for companion in companions:
                 companion.to(self._device)
 

@@ -29,8 +29,8 @@ class TensorMoves:
 
     Frozen weights keep their original in host memory, which takes their place again when they
     leave, so they are copied in one direction only. Trained ones, and others that were changed on
-    the device, leave through pinned memory. Copies are queued; who leaves waits for them
-    (`onewan.memory.residency`).
+    the device, leave through pinned memory. Copies are queued on the device's current stream, in
+    whose order its memory is reused (`onewan.memory.residency.DeviceResidency.settle`).
     """
 
     def __init__(self, device: torch.device) -> None:

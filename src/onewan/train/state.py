@@ -9,7 +9,7 @@ accumulated gradients. It can be loaded on other devices and with another number
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,12 +75,16 @@ class Trainable:
     lr: float
     """The full learning rate of most of the weights; LoRA+ and embeddings have others."""
     ema: Ema | None = None
+    settle: Callable[[], None] = lambda: None
+    """Returns when host memory has the values of what has left the device, before they are read or
+    written there (`DeviceResidency.settle`)."""
 
     def using(self, weight_set: WeightSet) -> AbstractContextManager[None]:
         """A context in which the model computes with `weight_set`.
 
         Afterwards the trained weights are restored, bit-exact.
         """
+        self.settle()
         if weight_set == "ema":
             assert self.ema is not None
             return self.ema.applied()
@@ -100,6 +104,7 @@ class Trainable:
     def save(self, folder: Path) -> None:
         """Write weights, optimizer and average into `folder`, a file for each. OSError if one can't
         be written."""
+        self.settle()
         weights, optimizer = (folder / name for name in self.files)
         write_weights(weights, self.weights.present())
         state = self.optimizer.state_dict()
@@ -114,6 +119,7 @@ class Trainable:
         With `allow_change` an optimizer or average that does not fit is reset, and a message about
         each is yielded; weights that do not fit are a CheckpointError.
         """
+        self.settle()
         weights, optimizer = (folder / name for name in self.files)
         # The weights are loaded first: resetting an average copies them, and an optimizer may too.
         tensors = read_weights(weights)

@@ -141,6 +141,7 @@ def attach_expert(
     if method is not None:
         lr = expert_settings(config, expert.name).lr or config.optimizer.lr
         trainable = _trainable(config, expert.name, method, lr)
+        trainable.settle = residency.settle
     residency.manage(
         transformer,
         *([] if trainable is None else [trainable]),
