@@ -110,7 +110,7 @@ def saved(run: Run, folder: Path) -> dict[str, bytes]:
     which moves what the last step has trained off the device."""
     run.bring_expert("low")
     folder.mkdir()
-    run.state.save(folder, config={}, dataset="")
+    run.state.save(folder, config={}, dataset="", overrides=())
     return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
 
 
