@@ -21,7 +21,7 @@ import pytest
 from onewan.runs import events
 from onewan.runs.event_file import EventFile, HeartbeatThread, follow, last_event, read_events
 from onewan.runs.events import Encoding, Event, Note, ProgressEvent, Saved, StepDone, Warned
-from onewan.runs.log import FileSink, ListenerSink, ProgressThrottle, RunLog, text_log
+from onewan.runs.log import FileSink, ListenerSink, ProgressThrottle, RunLog, TextSink, text_log
 from onewan.train.tensorboard import TensorBoardSink
 
 POLL = 0.01
@@ -364,7 +364,7 @@ def test_a_failing_sink_is_also_reported_in_the_text_log(tmp_path: Path) -> None
         raise RuntimeError(f"no terminal for {event.kind}")
 
     with text_log(tmp_path / "log.txt"):
-        RunLog(ListenerSink(broken)).emit(step(1))
+        RunLog(ListenerSink(broken), TextSink()).emit(step(1))
     assert "no terminal for step" in (tmp_path / "log.txt").read_text(encoding="utf-8")
     assert not logging.getLogger("onewan").handlers
 

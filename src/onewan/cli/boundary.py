@@ -67,7 +67,9 @@ def guarded(command: Callable[[], int]) -> int:
         # Here and not at Python's exit, where an error could only be printed.
         with stdout() as file:
             file.flush()
-    except (Interrupted, KeyboardInterrupt):
+    except Interrupted:  # the progress display has shown what was saved
+        return 130
+    except KeyboardInterrupt:
         complain("onewan: stopped")
         return 130
     except BrokenPipeError:  # the reader of the output has exited: `onewan schema | head`

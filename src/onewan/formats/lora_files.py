@@ -27,7 +27,7 @@ from onewan.formats.container import TensorFile, open_tensors
 from onewan.formats.finite import all_finite
 from onewan.formats.lora import AdapterLayout, layout_of
 from onewan.formats.peft import PeftSettings, from_peft
-from onewan.formats.untrusted import named, parse_json, read_json
+from onewan.formats.untrusted import first_line, named, parse_json, read_json
 from onewan.variants import ExpertName
 
 PEFT_SETTINGS = "lora_adapter_metadata"
@@ -285,7 +285,9 @@ def _damaged_settings(file: TensorFile, error: Exception) -> CheckpointError:
     where = f"{PEFT_SETTINGS} in its header"
     if PEFT_SETTINGS not in file.metadata:
         where = "adapter_config.json beside it"
-    return CheckpointError(f"{file.path}: {where} is damaged ({error!r}); download the file again")
+    return CheckpointError(
+        f"{file.path}: {where} is damaged ({first_line(error)}); download the file again"
+    )
 
 
 def _is_zero_padding(adapter: ModuleAdapter) -> bool:

@@ -35,7 +35,7 @@ from onewan.formats import key_maps
 from onewan.formats.backends import TensorInfo
 from onewan.formats.configs import ComponentKind, configuration
 from onewan.formats.container import TensorFile, open_tensors
-from onewan.formats.untrusted import named, parse_json
+from onewan.formats.untrusted import first_line, named, parse_json
 from onewan.variants import (
     VARIANTS,
     Variant,
@@ -367,7 +367,8 @@ def _declared_formats(file: TensorFile) -> list[object]:
         formats += [parse_json(text)["format"] for text in texts]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{file.path}: its quantization metadata is damaged ({error!r}); download it again"
+            f"{file.path}: its quantization metadata is damaged ({first_line(error)}); download it "
+            "again"
         ) from error
     return formats
 

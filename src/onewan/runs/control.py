@@ -45,6 +45,15 @@ def clear(layout: RunLayout, name: Request) -> None:
     (layout.control_dir / name).unlink(missing_ok=True)
 
 
+def unknown(layout: RunLayout) -> list[str]:
+    """Names of files in the folder of requests that are none, ascending; without hidden files."""
+    try:
+        names = os.listdir(layout.control_dir)
+    except OSError:
+        return []
+    return sorted(name for name in names if name not in REQUESTS and not name.startswith("."))
+
+
 def take(layout: RunLayout, name: Request) -> bool:
     """Whether `name` was requested; removes the request."""
     requested = pending(layout, name)

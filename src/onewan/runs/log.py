@@ -1,7 +1,8 @@
 """`RunLog`: delivers each event of a run to all sinks; and the run's ``log.txt``.
 
-A sink is the event file, the TensorBoard curves, or a listener such as the progress display. A run
-of hours must not end because one of them fails: a sink that raises is reported once and dropped.
+A sink is the event file, the lines of ``log.txt``, the TensorBoard curves, or a listener such as
+the progress display. A run of hours must not end because one of them fails: a sink that raises is
+reported once and dropped.
 Only the event file is never dropped, since other programs follow the run through it: the failure
 is reported at the other sinks and in ``log.txt``, writing is tried again with each event, and when
 it works again the number of missing events is reported.
@@ -20,9 +21,12 @@ from typing import Any, Protocol
 
 from onewan.errors import one_line
 from onewan.runs.event_file import EventFile
+from onewan.runs.event_lines import EventLines
 from onewan.runs.events import Event, Note, ProgressEvent, Warned
 
 log = logging.getLogger(__name__)
+_shown = logging.getLogger(f"{__name__}.shown")
+"""For the lines of `TextSink`."""
 
 Listener = Callable[[Event], None]
 
@@ -66,14 +70,10 @@ class RunLog:
                 self.warn(warning)
 
     def note(self, text: str) -> None:
-        text = one_line(text)
-        log.info("%s", text)
-        self.emit(Note(text=text))
+        self.emit(Note(text=one_line(text)))
 
     def warn(self, text: str) -> None:
-        text = one_line(text)
-        log.warning("%s", text)
-        self.emit(Warned(text=text))
+        self.emit(Warned(text=one_line(text)))
 
     def warn_once(self, text: str, *, prefix: str = "") -> None:
         """Warn with `prefix` and `text`, unless `text` was the subject of a warning before."""
@@ -136,6 +136,24 @@ class FileSink:
         self._file.close()
 
 
+class TextSink:
+    """The lines that a terminal shows, for ``log.txt`` (`text_log`)."""
+
+    label = "log.txt"
+    required = False
+
+    def __init__(self) -> None:
+        self._lines = EventLines()
+
+    def write(self, event: Event) -> None:
+        for line in self._lines.of(event):
+            _shown.info("%s", line)
+
+    def close(self) -> None:
+        for line in self._lines.rest():
+            _shown.info("%s", line)
+
+
 class ListenerSink:
     """A function that is called with each event."""
 
@@ -189,8 +207,13 @@ class _LogFile(WatchedFileHandler):
 class _Formatter(logging.Formatter):
     """Lets only tracebacks have several lines, so that no name of a file can write a line."""
 
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
+
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         record.message = one_line(record.message)
+        if record.name != _shown.name:
+            record.message = f"{record.levelname} {record.name}: {record.message}"
         return super().formatMessage(record)
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
@@ -200,12 +223,13 @@ class _Formatter(logging.Formatter):
 
 @contextmanager
 def text_log(path: Path) -> Generator[None]:
-    """Append onewan's log messages to the file `path` for as long as the block lasts.
+    """Append to the file `path`, each with its time, onewan's log messages and the lines of a
+    `TextSink`, for as long as the block lasts.
 
     An exception that leaves the block has `path` as its attribute ``log_file``.
     """
     handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Formatter())
     logger = logging.getLogger("onewan")
     logger.addHandler(handler)
     # A program that uses onewan as a library may have chosen its own level.

@@ -140,9 +140,15 @@ class StateSaver:
         self.saved_step = found.step
         self._log.emit(events.Resumed(step=found.step, state=found.folder))
         if (saved_with := found.content.facts.versions) != versions():
+            present = versions()
+            changed = ", ".join(
+                f"{name} {saved_with.get(name, 'unknown')} (now {present.get(name, 'unknown')})"
+                for name in dict.fromkeys([*saved_with, *present])
+                if saved_with.get(name) != present.get(name)
+            )
             self._log.warn(
-                f"the state was saved with {saved_with}, and this is {versions()}; "
-                "bit-exact results are not promised across versions"
+                f"the state was saved with {changed}; bit-exact results are not promised across "
+                "versions"
             )
         return True
 

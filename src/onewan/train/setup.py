@@ -23,7 +23,7 @@ from onewan.memory.plan import Plan
 from onewan.memory.residency import DeviceResidency
 from onewan.model.conditioning import conditioning_of
 from onewan.model.load import WanModelLoader
-from onewan.model.sources import ENCODERS, PipelineComponent, locate
+from onewan.model.sources import ENCODERS, PipelineComponent, Sources, locate
 from onewan.model.wan import WanModel
 from onewan.sample.generate import SampleRequest
 from onewan.train.attention import first_attention, use_attention
@@ -54,6 +54,13 @@ class WanModelSetup:
         self._residency = DeviceResidency(resolve_device(config.model.device))
         self._dtype = torch_dtype(config.model.dtype)
         self._notices: dict[str, None] = {}  # an ordered set: each notice once
+        self._sources: Sources | None = None
+        """Files of the model, once they are checked."""
+
+    def check(self) -> None:
+        """Refuse what the run file and the headers of files show to be wrong, before anything is
+        written or encoded. Downloads a model that is named by its repository."""
+        self._checked_sources(sample_requests(self._config), initial_adapters(self._config))
 
     def dataset(
         self, samples: list[SampleRequest], progress: ProgressCallback, *, verify: bool = False
@@ -154,14 +161,7 @@ class WanModelSetup:
             vae = model.vae or vae
             return model
 
-        given = self._config.model.sources()
-        sources = locate(given, ENCODERS)
-        # Hours of encoding must not end in a transformer that is missing.
-        transformers = self._needed_transformers(needs_sampling=bool(samples))
-        sources.require({*ENCODERS, *(transformers - given.keys())}, self._variant)
-        check_before_encoding(
-            self._config, sources, {*ENCODERS, *transformers}, initial, self._residency.device
-        )
+        sources = self._checked_sources(samples, initial)
         texts = {text for s in samples for text in (s.prompt, s.negative_prompt)}
         dataset = prepare(
             self._config,
@@ -174,6 +174,22 @@ class WanModelSetup:
             check_clips=self._check_clips,
         )
         return dataset, vae
+
+    def _checked_sources(
+        self, samples: list[SampleRequest], initial: Mapping[ExpertName, AdapterFile]
+    ) -> Sources:
+        """The files of the model, checked once."""
+        if self._sources is None:
+            given = self._config.model.sources()
+            sources = locate(given, ENCODERS)
+            # Hours of encoding must not end in a transformer that is missing.
+            transformers = self._needed_transformers(needs_sampling=bool(samples))
+            sources.require({*ENCODERS, *(transformers - given.keys())}, self._variant)
+            check_before_encoding(
+                self._config, sources, {*ENCODERS, *transformers}, initial, self._residency.device
+            )
+            self._sources = sources
+        return self._sources
 
     def _check_clips(self, clips: Sequence[Clip]) -> None:
         """Refuse, before anything is encoded, clips that can't be trained on."""

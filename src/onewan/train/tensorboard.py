@@ -98,7 +98,7 @@ class _CurveFile:
         # TensorBoard recognizes its files by the name, and reads them in the order of the time in
         # it. "x" instead of "w": no file of another process is overwritten.
         seconds, rest = divmod(time.time_ns(), 10**9)
-        name = f"events.out.tfevents.{seconds:010}.{socket.gethostname()}.{os.getpid()}.{rest}"
+        name = f"events.out.tfevents.{seconds:010}.{socket.gethostname()}.{os.getpid()}.{rest:09}"
         self._path = folder / name
         self._file = FileIO(self._path, "x")
         self._records = RecordWriter(self._file)

@@ -21,7 +21,7 @@ from onewan.config.load import dump_run
 from onewan.config.schema import ResolvedRun
 from onewan.data.loader import StepBatches
 from onewan.dtypes import torch_dtype
-from onewan.errors import CheckpointError, DataError, Interrupted
+from onewan.errors import CheckpointError, DataError, Interrupted, OnewanError
 from onewan.files import remove, remove_abandoned, replacing
 from onewan.locks import locked, remove_abandoned_locks
 from onewan.memory.device import (
@@ -34,10 +34,10 @@ from onewan.memory.device import (
 )
 from onewan.memory.execution import CopiedBytes
 from onewan.runs import events
-from onewan.runs.control import REQUESTS, Request, StopSignals, clear, pending, take
+from onewan.runs.control import REQUESTS, Request, StopSignals, clear, pending, take, unknown
 from onewan.runs.event_file import EventFile, HeartbeatThread
 from onewan.runs.layout import RunLayout
-from onewan.runs.log import FileSink, Listener, ListenerSink, RunLog, text_log
+from onewan.runs.log import FileSink, Listener, ListenerSink, RunLog, TextSink, text_log
 from onewan.sample.generate import WanModelSampler
 from onewan.train.attention import choose_attention
 from onewan.train.cadence import Cadence
@@ -94,8 +94,8 @@ class WanTrainer:
         self._memory_peak: int | None = None
         """Of all steps so far."""
         self._device_rate: float | None = None
-        self._copied = CopiedBytes()
         """FLOP/s of the device in matrix products."""
+        self._copied = CopiedBytes()
 
     def fit(self) -> None:
         """Train to the last step, or until the user requests a stop (Interrupted, after saving).
@@ -110,6 +110,8 @@ class WanTrainer:
         with ExitStack() as session:
             session.enter_context(locked(self._layout.lock, root, remedy))
             check_start(self._layout, self._resume)
+            setup = WanModelSetup(self._config)
+            setup.check()  # a run that can't be started leaves no folder behind
             self._layout.create()
             if not self._layout.saved_steps():
                 self._write_run_files()
@@ -117,22 +119,32 @@ class WanTrainer:
             session.callback(self._log.close)
             file = EventFile(self._layout.events)
             self._log.add(FileSink(file, str(self._layout.events)))
+            self._log.add(TextSink())
             session.enter_context(HeartbeatThread(file))
             session.enter_context(self._stop_signals)
             # Requests that an earlier process did not handle are not meant for this one.
             for request in REQUESTS:
                 clear(self._layout, request)
             try:
-                self._run()
+                self._run(setup)
             except Interrupted:
                 self._log.emit(events.Stopped(step=self._saver.saved_step))
                 raise
-            except BaseException as error:  # the log has to say how a run ended, Ctrl-C included
-                log.error("the run failed", exc_info=error)
+            except KeyboardInterrupt:
+                saved = self._saver.saved_step
+                kept = (
+                    f"the newest saved state is that of step {saved}" if saved else "none is saved"
+                )
+                self._log.emit(events.Failed(error=f"stopped without saving a state; {kept}"))
+                raise
+            except BaseException as error:
+                # What the user can fix has said so; anything else needs the place in the code.
+                if not isinstance(error, OnewanError):
+                    log.error("the run failed", exc_info=error)
                 self._log.emit(events.Failed(error=str(error) or type(error).__name__))
                 raise
 
-    def _run(self) -> None:
+    def _run(self, setup: WanModelSetup) -> None:
         config = self._config
         self._log.emit(events.Started(run=self._layout.root, steps=config.train.steps))
         remove_abandoned_locks(self._layout.weights_dir)
@@ -141,7 +153,7 @@ class WanTrainer:
         device = resolve_device(config.model.device)
         vram = config.memory.vram
         self._memory_limit = limit_memory(device, None if vram is None else parse_bytes(vram))
-        run = WanModelSetup(config).build(self._on_encoding)
+        run = setup.build(self._on_encoding)
         # Ends the copies, and frees pinned memory for other runs of this process.
         with closing(run.memory):
             self._begin(run)
@@ -255,6 +267,11 @@ class WanTrainer:
             )
         )
         self._restore_folder()
+        for name in unknown(self._layout):
+            self._log.warn_once(
+                f"{self._layout.control_dir / name}: is no request, so nothing is done; the names "
+                f"of requests are {', '.join(REQUESTS)}"
+            )
         sample_requested = self._take("sample")
         if sample_requested and not run.samples:
             self._log.warn("sample videos were requested, but sample.prompts is empty")
@@ -293,7 +310,6 @@ class WanTrainer:
         try:
             return self._measure(run)
         except (DataError, OSError) as error:
-            log.exception("validation failed")
             self._log.warn(f"validation failed ({error}); training continues")
             return False
 
@@ -390,7 +406,6 @@ class WanTrainer:
             self._failed_export = (
                 f"the weights of step {run.state.step} can't be exported ({error})"
             )
-            log.exception("exporting failed")
             self._log.warn(f"{self._failed_export}; training continues")
 
     def _write_exports(self, run: Run) -> None:
@@ -434,8 +449,9 @@ class WanTrainer:
             except Interrupted:
                 raise
             except Exception as error:  # hours of training must not be lost to a failed preview
-                log.exception("sampling failed")
-                self._log.warn(f"sampling {request.prompt!r} failed: {error}")
+                if not isinstance(error, OnewanError):
+                    log.exception("sampling failed")
+                self._log.warn(f"sampling '{request.prompt}' failed: {error}")
                 continue
             self._log.emit(events.Sampled(step=run.state.step, file=path, prompt=request.prompt))
 
