@@ -15,13 +15,14 @@ _UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
-_AMOUNT = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([kmgtKMGT]?[iI]?[bB])")
+AMOUNT = r"^ *([0-9]{1,15}(?:\.[0-9]{1,9})?) ?((?:[kmgtKMGT][iI]?)?[bB]) *$"
+"""Regular expression of an amount: the number and the unit."""
 
 
 def parse_bytes(text: str) -> int:
     """Bytes of an amount such as "24GB" (decimal), "24GiB" (binary) or "0.5 GB"; ValueError if
     `text` is none, or less than a byte."""
-    found = _AMOUNT.fullmatch(text.strip())
+    found = re.search(AMOUNT, text)
     unit = found and _UNITS.get(found[2].upper())
     if not found or not unit:
         raise ValueError(f"must be an amount of memory such as 24GB or 24GiB, got {text!r}")

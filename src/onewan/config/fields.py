@@ -7,8 +7,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias, get_origin
 
 from onewan.config.schema import RunConfig
-from onewan.config.section import Section, members_of, sections_of, shorthand_of
-from onewan.documents import KeyPath
+from onewan.config.section import Section, is_section, members_of, sections_of, shorthand_of
+from onewan.documents import KeyPath, Node, is_list, is_mapping
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -59,7 +59,21 @@ def json_schema() -> dict[str, Any]:
         for name, field in section.model_fields.items():
             if name not in here.get("required", ()):
                 _add_short_forms(here["properties"][name], field, schema["$defs"])
+    _keep_standard_keywords(schema)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _keep_standard_keywords(node: Node) -> None:
+    """Drops from a schema what is not in JSON Schema, and what strict validators therefore refuse:
+    the discriminators of OpenAPI, and pydantic's format of paths."""
+    if is_mapping(node):
+        if is_mapping(node.get("discriminator")) and "oneOf" in node:
+            del node["discriminator"]
+        if node.get("format") == "path":
+            del node["format"]
+    if is_mapping(node) or is_list(node):
+        for inner in node.values() if is_mapping(node) else node:
+            _keep_standard_keywords(inner)
 
 
 def _add_short_forms(
@@ -80,6 +94,8 @@ def _add_short_forms(
         part["oneOf"].append({"type": "null"})
     elif "$ref" in part:
         part["anyOf"] = [{"$ref": part.pop("$ref")}, {"type": "null"}]
+    elif is_section(field) and {"type": "null"} not in part["anyOf"]:
+        part["anyOf"].append({"type": "null"})
     elif part.get("type") == "array" and sections_of(field.annotation):
         part["type"] = ["array", "null"]
         if shorthand_of(field):

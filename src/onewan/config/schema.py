@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from onewan.arithmetic.buckets import LARGEST_SIDE, SMALLEST_SIDE, parse_sizes
-from onewan.arithmetic.byte_sizes import as_byte_size
+from onewan.arithmetic.byte_sizes import AMOUNT, as_byte_size
 from onewan.arithmetic.lr_schedule import LrSchedule
 from onewan.config.method import EmbeddingSection, LoraMethod, Method, ResolvedEmbedding
 from onewan.config.objective import LossSection, Timesteps, UniformTimesteps
@@ -32,11 +32,15 @@ COMPONENTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer"
 
 # Without an escaped quotation mark, which JavaScript's regular expressions of Unicode text refuse.
 _FOLDER_NAME = r'^[^/\\:*?"<>|.\x00-\x1f\x7f][^/\\:*?"<>|\x00-\x1f\x7f]*$'
-_ByteSize = Annotated[str, AfterValidator(as_byte_size)]
+_ByteSize = Annotated[
+    str, AfterValidator(as_byte_size), WithJsonSchema({"type": "string", "pattern": AMOUNT})
+]
 _Phrase = Annotated[str, AfterValidator(lambda value: " ".join(value.split()))]
 _Extension = Annotated[str, AfterValidator(lambda value: value.lower().lstrip("."))]
 
 
+# The multiple is for the JSON schema alone: `rules` knows the variant's.
+_SampleSide = Annotated[Int, Field(ge=16, json_schema_extra={"multipleOf": 16})]
 _SIDE = {"type": "integer", "minimum": 1, "maximum": LARGEST_SIDE}
 _PAIR = {"type": "array", "items": _SIDE, "minItems": 2, "maxItems": 2}
 _ONE_SIZE = [
@@ -317,9 +321,9 @@ class SampleSection(Section):
     """Seed of the noise."""
     format: Literal["mp4", "webm"] = "mp4"
     """Format of the video files: mp4 (H.264) or webm (VP9)."""
-    width: Int | None = Field(default=None, ge=16)
+    width: _SampleSide | None = None
     """Width in pixels, a multiple of 16, or 32 for TI2V-5B; null is the official width."""
-    height: Int | None = Field(default=None, ge=16)
+    height: _SampleSide | None = None
     """Height in pixels, a multiple of 16, or 32 for TI2V-5B; null is the official height."""
     frames: Int | None = Field(default=None, ge=1)
     """Number of frames, 4n+1; null is the official number (81, or 121)."""
@@ -466,7 +470,10 @@ class RunConfig(Section):
     """Sample videos during training."""
     output: OutputSection = OutputSection()
     """Exported files."""
-    memory: Annotated[MemorySection, BeforeValidator(_as_memory)] = MemorySection()
+    memory: Annotated[
+        MemorySection,
+        BeforeValidator(_as_memory, json_schema_input_type=MemorySection | Literal["auto"]),
+    ] = MemorySection()
     """Memory: `auto`, or the settings that are not left to the plan."""
     logging: LoggingSection = LoggingSection()
     """Additional logs."""

@@ -18,15 +18,20 @@ from typing import (
 )
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     model_validator,
 )
-from pydantic_core.core_schema import CoreSchema, no_info_before_validator_function
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core.core_schema import (
+    CoreSchema,
+    no_info_after_validator_function,
+    no_info_before_validator_function,
+)
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -49,7 +54,19 @@ def _each_once(value: tuple[_T, ...]) -> tuple[_T, ...]:
     return value
 
 
-Distinct = AfterValidator(_each_once)
+class _Distinct:
+    def __get_pydantic_core_schema__(
+        self, source: object, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return no_info_after_validator_function(_each_once, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {**handler(schema), "uniqueItems": True}
+
+
+Distinct = _Distinct()
 """For the annotation of a tuple in which nothing may stand twice."""
 
 

@@ -93,7 +93,7 @@ def run_demo(
         print_line(f"{clips}: {len(files)} captioned clips ({', '.join(f.name for f in files)})")
         write_tiny_model(model, variant, pixels_BCFHW=_sample_pixels(files))
         print_line(f"{model}: the architecture of {facts.title}, a tiny width, random weights")
-        run_file.write_text(_run_file(variant), encoding="utf-8")
+        run_file.write_text(run_file_text(variant), encoding="utf-8")
         print_line(f"{run_file}: the run file")
     print_line(f"\n$ onewan train {_quoted(run_file)}")
     # In a second demonstration the run is NAME-2: the results of the first one are kept.
@@ -103,7 +103,8 @@ def run_demo(
         print_line(line)
 
 
-def _run_file(variant: VariantName) -> str:
+def run_file_text(variant: VariantName) -> str:
+    """The demonstration's run file, in YAML."""
     facts = VARIANTS[variant]
     prompt = f"    - prompt: {_PROMPT}"
     if facts.needs_image:
