@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import subprocess
@@ -674,7 +675,8 @@ def test_a_missing_file_a_plain_folder_and_another_encoding_are_reported(tmp_pat
     assert problems(tmp_path)[0].startswith("is a folder without resolved.yaml")
     latin = tmp_path / "latin.yaml"
     latin.write_bytes("model: \u00e9".encode("latin-1"))
-    assert problems(latin) == ("is not UTF-8 text (byte 7); save it as UTF-8",)
+    found = "is not UTF-8 text (byte 7, in Windows-1252 'é'); save it as UTF-8"
+    assert problems(latin) == (found,)
 
 
 def test_dates_are_text(tmp_path: Path) -> None:
@@ -759,6 +761,18 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs file names of any bytes")
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+@pytest.mark.parametrize("ending", ["yaml", "json"])
+def test_a_run_file_may_begin_with_a_byte_order_mark(
+    tmp_path: Path, encoding: str, ending: str
+) -> None:
+    text = '{"model": {"path": "org/model", "variant": "t2v-a14b"}, "sample": {"seed": 7}}'
+    mark = codecs.BOM_UTF16_BE if encoding == "utf-16-be" else b""
+    file = tmp_path / f"run.{ending}"
+    file.write_bytes(mark + text.encode(encoding))  # Windows PowerShell's > writes utf-16
+    assert load_run(file).sample.seed == 7
+
+
 def test_a_folder_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     folder.mkdir()

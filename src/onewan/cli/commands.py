@@ -21,6 +21,7 @@ from onewan.cli.output import complain, say
 from onewan.cli.progress import Progress
 from onewan.config.load import load_run
 from onewan.demo import run_demo
+from onewan.documents import decode_text
 from onewan.dtypes import torch_dtype
 from onewan.errors import ConfigError
 from onewan.formats.lora_files import read_adapters
@@ -94,8 +95,8 @@ def train(
     with Progress() as progress:
         WanTrainer(
             config,
-            # "-sig", since some editors on Windows begin a UTF-8 file with a byte order mark.
-            run_file=run.read_text(encoding="utf-8-sig") if run.is_file() else None,
+            # Python writes line breaks as the system has them, and would double those of Windows.
+            run_file=decode_text(run.read_bytes()).replace("\r\n", "\n") if run.is_file() else None,
             listen=progress.listen,
             resume=resume,
             allow_change=allow_change,

@@ -101,7 +101,7 @@ def _read(file: Path, source: str) -> dict[str, Any]:
     if file.suffix.lower() == ".toml" and file.is_file():
         raise ConfigError(source, [_TOML])
     try:
-        text = read_input(file, limits.bytes).decode("utf-8-sig")
+        text = documents.decode_text(read_input(file, limits.bytes))
         data = (
             documents.parse_json(text, limits)
             if file.suffix.lower() == ".json"
@@ -115,8 +115,6 @@ def _read(file: Path, source: str) -> dict[str, Any]:
                 problem = f"is a folder without {RESOLVED_NAME}; give a run file or a run's folder"
         elif isinstance(error, OSError):
             problem = f"can't be read: {error.strerror}"
-        elif isinstance(error, UnicodeDecodeError):
-            problem = f"is not UTF-8 text (byte {error.start}); save it as UTF-8"
         raise ConfigError(source, [problem]) from None
     if data is None:
         raise ConfigError(source, ["is empty; `onewan init` writes one to start from"])

@@ -18,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from onewan.documents import format_value
+from onewan.documents import decode_text, format_value
 from onewan.errors import ConfigError, one_line
 from onewan.files import read_input
 from onewan.importing import data, method, model, optimizer, output, train
@@ -67,7 +67,7 @@ def looks_like_onetrainer(path: Path) -> bool:
     if path.suffix.lower() != ".json" or not path.is_file():
         return False
     try:
-        config = json.loads(read_input(path, _MAX_BYTES).decode("utf-8-sig"))
+        config = json.loads(decode_text(read_input(path, _MAX_BYTES)))
     except (OSError, ValueError, RecursionError):  # said where it is read as a run file
         return False
     marks = {"training_method", "base_model_name", "model_type", "__version"}
@@ -115,13 +115,17 @@ def import_config(
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(read_input(path, _MAX_BYTES).decode("utf-8-sig"))
+        text = decode_text(read_input(path, _MAX_BYTES))
+    except ValueError as error:
+        raise ConfigError(str(path), [str(error)]) from None
+    except OSError as error:
+        raise ConfigError(str(path), [f"can't be read ({error.strerror})"]) from error
+    try:
+        return json.loads(text)
     except RecursionError:
         raise ConfigError(str(path), ["is nested too deeply for a config"]) from None
     except ValueError as error:
         raise ConfigError(str(path), [f"is not valid JSON: {error}"]) from error
-    except OSError as error:
-        raise ConfigError(str(path), [f"can't be read ({error.strerror})"]) from error
 
 
 def _why_unusable(config: Any, path: Path) -> list[str]:
