@@ -8,7 +8,10 @@ neither an `OnewanError` nor an error of the system is a defect of onewan and ke
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+_E = TypeVar("_E", bound="OnewanError")
 
 _NOT_PRINTED = re.compile(
     # Control characters, surrogates, and those that reorder or hide text: in a name, they would let
@@ -34,6 +37,13 @@ class OnewanError(Exception):
         self.message = one_line(message)
         self.details = tuple(map(one_line, details))
         super().__init__("\n".join([self.message, *(f"  {line}" for line in self.details)]))
+
+
+def combined(kind: type[_E], problems: Iterable[str]) -> _E:
+    """One error of `kind`, which takes a message and details, with a line for each of `problems`,
+    of which there is one at least."""
+    lines = list(dict.fromkeys(problems))
+    return kind(lines[0]) if len(lines) == 1 else kind(f"{len(lines)} problems", lines)
 
 
 class ConfigError(OnewanError):

@@ -112,6 +112,31 @@ def test_it_is_reported_before_a_clip_is_encoded(
     assert not list((tmp_path / "cache").rglob("*.safetensors")), "clips were encoded before"
 
 
+def test_all_wrong_folders_and_model_files_get_a_line_each(
+    workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    models = {name: (workshop / name).as_posix() for name in ("t2v-a14b", "ti2v-5b")}
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        f"model: {{path: {models['t2v-a14b']}, vae: {models['ti2v-5b']}/vae, variant: i2v-a14b}}\n"
+        "video_data: {sources: [nowhere, no-more]}\nvalidation: {sources: run.yaml}\n",
+        encoding="utf-8",
+    )
+    assert main(["cache", str(run)]) == 1
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert f"{len(lines)} problems" in first
+    fields = ["video_data.sources.0.path", "video_data.sources.1.path", "validation.sources.0.path"]
+    paths = [tmp_path / "nowhere", tmp_path / "no-more", run]
+    assert lines[:3] == [
+        f"  {field}: {path} is not a folder; correct it in the run file"
+        for field, path in zip(fields, paths, strict=True)
+    ]
+    # The VAE and each of the two transformers, with one problem in a line.
+    assert len(lines) >= 6 and not any("\\n" in line for line in lines)
+    for part in ("t2v-a14b/transformer", "t2v-a14b/transformer_2", "ti2v-5b/vae"):
+        assert any(part in line for line in lines[3:]), lines
+
+
 def test_all_problems_are_reported_together(
     workshop: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -280,6 +280,16 @@ def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
         index(tmp_path / "nowhere")
 
 
+def test_all_missing_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        index(tmp_path / "nowhere", tmp_path, tmp_path / "no-more")
+    assert caught.value.message == "2 problems"
+    assert [line.partition(": ")[0] for line in caught.value.details] == [
+        str(tmp_path / "nowhere"),
+        str(tmp_path / "no-more"),
+    ]
+
+
 def test_an_empty_folder_gives_an_empty_report(tmp_path: Path) -> None:
     report = index(tmp_path)
     assert (report.clips, report.problems) == ((), ())

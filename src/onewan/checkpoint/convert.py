@@ -27,7 +27,7 @@ from onewan.checkpoint.layouts import (
 )
 from onewan.checkpoint.model_files import ModelWeights, read_model, saved_tokenizer
 from onewan.dtypes import dtype_name
-from onewan.errors import CheckpointError
+from onewan.errors import CheckpointError, combined
 from onewan.formats.configs import HEAD_DIM
 from onewan.formats.finite import all_finite
 from onewan.formats.model_folder import KIND_OF, ComponentName
@@ -219,7 +219,7 @@ def _not_finite(model: ModelWeights) -> CheckpointError:
                 f"that are NaN or infinite, such as {named(wrong)}; the file is damaged or its "
                 "training diverged, give another one"
             )
-    return CheckpointError("; ".join(problems))
+    return combined(CheckpointError, problems)
 
 
 def _output_dtype(

@@ -17,7 +17,7 @@ from onewan.data.captions import read_lines, several_lines_note
 from onewan.data.clip import Clip, ClipFolder, ClipPlanner
 from onewan.data.masks import clip_stem, is_mask
 from onewan.data.report import ClipProblem, ClipWarning, DatasetReport
-from onewan.errors import DataError
+from onewan.errors import DataError, combined
 from onewan.media import IMAGE_SUFFIXES, UNREAD_IMAGE_SUFFIXES, VIDEO_SUFFIXES, extension
 
 _BY_NAME = attrgetter("parts")
@@ -34,7 +34,7 @@ def index_clips(
     """All clips of all `folders`, in an order that depends on names alone, and what is wrong.
 
     A clip depends on its own file and name, not on what else a folder contains. `key_path` is where
-    the run file names the folders. Raises DataError for one that is not a folder; that no clip is
+    the run file names the folders. Raises DataError with all that are not folders; that no clip is
     found is not an error here.
     """
     clips = list[Clip]()
@@ -46,16 +46,10 @@ def index_clips(
             f"since a clip has {planner.temporal_compression}n+1 frames"
         )
         warnings.append(ClipWarning(path=None, text=text))
+    wrong = [f"{f.path}: {why}" for f in folders if (why := folder_problem(f.path, key_path))]
+    if wrong:
+        raise combined(DataError, wrong)
     for folder in folders:
-        try:
-            is_folder = folder.path.is_dir()
-        except OSError as error:
-            raise DataError(
-                f"{folder.path}: can't be read ({error.strerror}); check the permissions of the "
-                f"folders above it, or correct {key_path} in the run file"
-            ) from error
-        if not is_folder:
-            raise DataError(f"{folder.path}: is not a folder; correct {key_path} in the run file")
         files = _find_files(folder.path, planner.video_formats)
         problems += files.problems
         warnings += files.warnings + files.unpaired_warnings(use_masks=use_masks)
@@ -79,6 +73,17 @@ def index_clips(
             )
             warnings.append(ClipWarning(path=None, text=text))
     return DatasetReport(clips=tuple(clips), problems=tuple(problems), warnings=tuple(warnings))
+
+
+def folder_problem(path: Path, key_path: str) -> str | None:
+    """What is wrong with the folder that the run file names at `key_path`; None if it can be
+    read."""
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:
+        remedy = f"check the permissions of the folders above it, or correct {key_path}"
+        return f"can't be read ({error.strerror}); {remedy} in the run file"
+    return None if is_folder else f"is not a folder; correct {key_path} in the run file"
 
 
 def media_files(folder: Path, video_formats: Sequence[str]) -> list[Path]:

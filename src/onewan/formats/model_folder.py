@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from onewan.errors import CheckpointError
+from onewan.errors import CheckpointError, combined
 from onewan.formats.configs import ComponentKind
 from onewan.formats.container import open_tensors, weight_files
 from onewan.formats.untrusted import named, read_json
@@ -368,11 +368,8 @@ def _file_name_problems(components: Mapping[ComponentName, ComponentDescription]
 def raise_problems(problems: Iterable[str]) -> None:
     """CheckpointError with a line for each of `problems`, without duplicates; does nothing if there
     are none."""
-    found = sorted(set(problems))
-    if len(found) == 1:
-        raise CheckpointError(found[0])
-    if found:
-        raise CheckpointError(f"{len(found)} problems", found)
+    if found := sorted(set(problems)):
+        raise combined(CheckpointError, found)
 
 
 def for_each(

@@ -19,6 +19,7 @@ from torch import nn
 
 from onewan.config.method import DoraMethod, EmbeddingMethod, LoraMethod
 from onewan.config.schema import ResolvedRun
+from onewan.data.index import folder_problem
 from onewan.errors import CheckpointError, ConfigError
 from onewan.formats.configs import read_json
 from onewan.formats.lora_files import AdapterFile
@@ -73,7 +74,7 @@ def _collected(*checks: Callable[[], object]) -> tuple[list[str], list[str]]:
         except ConfigError as error:  # noqa: PERF203  (a few checks, once)
             problems += error.problems
         except CheckpointError as error:
-            of_files.append(str(error))
+            of_files += error.details or [error.message]
     return list(dict.fromkeys(problems)), list(dict.fromkeys(of_files))
 
 
@@ -81,7 +82,14 @@ def _check_folders(config: ResolvedRun) -> None:
     folders = {"output.dir": config.output.dir}
     if config.video_data.cache:
         folders["video_data.cache_dir"] = config.video_data.cache_dir
-    _raise([f"{field}: {why}" for field, path in folders.items() if (why := _unwritable(path))])
+    problems = [f"{field}: {why}" for field, path in folders.items() if (why := _unwritable(path))]
+    sections = {"video_data": config.video_data, "validation": config.validation}
+    for section, values in sections.items():
+        for index, source in enumerate(values.sources):
+            field = f"{section}.sources.{index}.path"
+            if why := folder_problem(source.path, "it"):
+                problems.append(f"{field}: {source.path} {why}")
+    _raise(problems)
 
 
 def _unwritable(folder: Path) -> str | None:
