@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from onewan.cli.starter import starter
+from onewan.cli.starter import StarterRequest, starter
 from onewan.config import RunConfig, changed_fields, dump_run, load_run
 from onewan.config.schema import SCHEMA_VERSION
 from onewan.errors import ConfigError
@@ -796,7 +796,7 @@ def test_the_message_has_the_file_and_a_line_per_problem(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_dump_is_read_back_equal(tmp_path: Path, name: VariantName) -> None:
-    config = load_run(write(tmp_path, starter(name)))
+    config = load_run(write(tmp_path, starter(StarterRequest(variant=name))))
     text = dump_run(config)
     assert text.startswith(f"schema_version: {SCHEMA_VERSION}\n")
     assert load_run(write(tmp_path, text, "other.yaml")) == config
@@ -836,58 +836,6 @@ def test_changed_fields_lists_the_leaves_that_differ(tmp_path: Path) -> None:
         ("sample.prompts.1.prompt", "b", "c"),
         ("sample.prompts.2.prompt", None, "d"),
     ]
-
-
-# --------------------------------------------------------------------------------------- starter
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_starter_file_loads_and_has_the_variant_s_values(
-    tmp_path: Path, name: VariantName
-) -> None:
-    facts, text = VARIANTS[name], starter(name)
-    config = load_run(write(tmp_path, text))
-    assert text.startswith("# yaml-language-server: $schema=onewan.schema.json\n")
-    assert "onewan schema > onewan.schema.json" in text
-    assert len(text.splitlines()) <= 51
-    assert max(map(len, text.splitlines())) <= 100
-    assert config.model.path == facts.repository
-    assert config.wan_config.max_frames == facts.frames
-    assert config.video_data.max_duration >= facts.frames / facts.fps
-    assert "mkv" in config.video_data.supported_formats
-    assert config.video_data.sources[0].path == tmp_path / "clips"
-    assert (config.optimizer.lr, config.method.rank) == (1e-4, 32)
-    assert "lr: 1e-4" in text
-    assert f"multiples of {facts.size_multiple}" in text
-    assert f"{facts.frames / facts.fps:.1f} s" in text
-    assert ("experts:" in text) == (len(facts.experts) == 2)
-    assert ("image:" in text) == facts.takes_image
-    assert bool(config.sample.prompts) == (name != "i2v-a14b")
-    assert f"schema_version: {SCHEMA_VERSION}\n" in text
-
-
-@pytest.mark.parametrize("name", ["i2v-a14b", "ti2v-5b"])
-def test_the_commented_lines_of_a_starter_file_are_valid(tmp_path: Path, name: VariantName) -> None:
-    (tmp_path / "first_frame.png").touch()
-    lines = starter(name).splitlines()
-    marks = (
-        "# every:",
-        "# prompts:",
-        "#   - prompt:",
-        "#     image:",
-        "# image:",
-        "# resolution:",
-        "# validation:",
-    )
-    uncommented = [
-        line.replace("# ", "", 1) if line.lstrip().startswith(marks) else line for line in lines
-    ]
-    assert uncommented != lines
-    config = load_run(write(tmp_path, "\n".join(uncommented)))
-    assert config.sample.prompts[0].image == tmp_path / "first_frame.png"
-    assert config.sample.every == 500
-    assert config.video_data.resolution == ("832x480",)
-    assert (config.validation.share, config.validation.every) == (0.1, 250)
 
 
 def test_a_dump_is_plain_yaml(tmp_path: Path) -> None:

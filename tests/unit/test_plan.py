@@ -32,8 +32,7 @@ from onewan.memory.plan import (
     make_plan,
 )
 from onewan.memory.plan.machine import CARDS
-from onewan.memory.plan.stored import assumed_model, with_changes
-from onewan.variants import VARIANTS, VariantName
+from onewan.variants import VARIANTS
 
 GB = 10**9
 LARGE = Bucket(frames=81, width=832, height=480)
@@ -430,48 +429,7 @@ def test_the_command_imports_no_torch(clip_run: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-# ----------------------------------------------------------------------------------- starter, docs
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("vram", ["8GB", "12GB", "24GB", "80GB"])
-def test_a_starter_file_for_a_device_fits_it(
-    tmp_path: Path, variant: VariantName, vram: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["init", "--variant", variant, "--vram", vram, "--ram", "64GB"]) == 0
-    text = capsys.readouterr().out
-    file = tmp_path / "run.yaml"
-    file.write_text(text, encoding="utf-8")
-    # As if the user had a text encoder in fp8 beside the run file.
-    encoder = "model.text_encoder=umt5_xxl_fp8_e4m3fn_scaled.safetensors"
-    config = load_run(file, [encoder] if "umt5_xxl_fp8" in text else [])
-    assert config.memory.vram == vram
-    bucket = Bucket(frames=config.wan_config.max_frames, width=832, height=480)
-    if config.video_data.resolution == (65536,):
-        bucket = Bucket(frames=config.wan_config.max_frames, width=256, height=256)
-    stored = with_changes(assumed_model(config), config)
-    assert make_plan(config, [bucket], machine(vram, "64GB"), stored).problems() == []
-
-
-def test_a_starter_file_has_the_most_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    def lines(*words: str) -> list[str]:
-        assert main(["init", "--variant", "t2v-a14b", *words]) == 0
-        return [line.split("#")[0].strip() for line in capsys.readouterr().out.splitlines()]
-
-    official = lines()
-    assert "max_frames: 81" in official and "memory:" not in official
-    large = lines("--vram", "80GB", "--ram", "256GB")
-    assert "max_frames: 81" in large and not any(line.startswith("weights:") for line in large)
-    assert [line for line in large if line not in official] == ["memory:", "vram: 80GB"]
-    little_host = lines("--vram", "80GB", "--ram", "48GB")
-    assert "weights: nf4" in little_host or "weights: fp8" in little_host
-
-
-def test_a_device_that_is_too_small_for_anything_is_refused(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert main(["init", "--vram", "2GB", "--ram", "64GB"]) == 1
-    assert "not even the smallest clips of t2v-a14b fit" in capsys.readouterr().err
+# ------------------------------------------------------------------------------------------- docs
 
 
 def test_the_tables_by_card_in_the_documentation_are_current() -> None:

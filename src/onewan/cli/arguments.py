@@ -10,6 +10,9 @@ from onewan.variants import VARIANTS
 
 VARIANT_NAMES = tuple(VARIANTS)
 
+STANDARD_OUTPUT = "-"
+"""Stands for the standard output where a file to write is named."""
+
 Commands = argparse._SubParsersAction  # pyright: ignore[reportPrivateUsage]
 """What `add_subparsers` returns; argparse has no public name for it."""
 

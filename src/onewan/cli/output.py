@@ -1,4 +1,5 @@
-"""What is printed: the only module that writes to the terminal, besides the bar of `Progress`.
+"""What is printed: the only module that writes to the terminal, besides the bar of `Progress`; and
+documents that a command writes into a file instead.
 
 Text for people goes through `say` and `complain`, line by line: names of files and tensors,
 metadata and settings may contain control characters, which they write as escapes.
@@ -11,9 +12,11 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TextIO
 
 from onewan.errors import one_line
+from onewan.files import replacing
 
 
 def say(line: str = "") -> None:
@@ -32,6 +35,13 @@ def write(document: str) -> None:
     """Print a document for a program or an editor, such as JSON or a run file, as it is."""
     with stdout() as file:
         file.write(document if document.endswith("\n") else f"{document}\n")
+
+
+def write_file(path: Path, document: str) -> None:
+    """Write a document into a file: in UTF-8 and with "\\n" on every system, completely or not at
+    all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(document.encode("utf-8"))
 
 
 @contextlib.contextmanager

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from onewan.cli.arguments import VARIANT_NAMES, Commands, add_command
+from onewan.cli.arguments import STANDARD_OUTPUT, VARIANT_NAMES, Commands, add_command
 from onewan.cli.comfyui import add_comfyui_node
 from onewan.cli.onetrainer_parsers import add_import_config, add_onetrainer
-from onewan.cli.output import say, write
+from onewan.cli.output import say, write, write_file
+from onewan.cli.recipes import PURPOSES
 from onewan.cli.run_parsers import (
     add_cache,
     add_memory_option,
@@ -19,6 +20,7 @@ from onewan.cli.run_parsers import (
     add_sample,
     add_train,
 )
+from onewan.cli.starter import METHODS
 from onewan.cli.weights_parsers import add_convert, add_inspect, add_merge
 from onewan.errors import one_line
 
@@ -117,9 +119,16 @@ def _add_init(commands: Commands) -> None:
     parser = add_command(
         commands,
         "init",
-        "print a short commented run file to start from",
-        "With --vram, its\nvalues are the largest that fit.\n\n"
-        "  onewan init --variant t2v-a14b --vram 24GB > run.yaml",
+        "write a short commented run file to start from",
+        "With --vram, its\nvalues are the largest that fit; with --purpose, they are a recipe for "
+        "what is to be\nlearned; with --models, it names the files that are there.\n\n"
+        "  onewan init dog.yaml --vram 24GB --purpose character --models ComfyUI/models",
+    )
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        nargs="?",
+        help="the run file to write, such as dog.yaml; - or nothing prints it",
     )
     parser.add_argument(
         "--variant",
@@ -127,19 +136,31 @@ def _add_init(commands: Commands) -> None:
         default="t2v-a14b",
         help="which model to train (default: %(default)s)",
     )
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="lora",
+        help="what is trained, and how (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--purpose",
+        choices=PURPOSES,
+        help="what is to be learned (default: nothing particular); photos: from images only",
+    )
+    parser.add_argument(
+        "--models",
+        type=Path,
+        metavar="FOLDER",
+        help="ComfyUI/models, whose files are used instead of a download",
+    )
     add_memory_option(parser, "--vram", "device memory that the run has to fit in, such as 24GB")
     add_memory_option(parser, "--ram", "host memory, such as 64GB (default: that of this machine)")
+    parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
 
     def run(options: argparse.Namespace) -> int:
-        from onewan.cli.starter import starter
+        from onewan.cli.init import init
 
-        values = None
-        if options.vram is not None:
-            from onewan.cli.fitting import fitting_values
-
-            values = fitting_values(options.variant, options.vram, options.ram)
-        write(starter(options.variant, values))
-        return 0
+        return init(options)
 
     parser.set_defaults(command=run)
 
@@ -148,16 +169,27 @@ def _add_schema(commands: Commands) -> None:
     parser = add_command(
         commands,
         "schema",
-        "print the JSON schema of the run file, for editors that complete and check it",
-        "\n\n  onewan schema > onewan.schema.json",
+        "write the JSON schema of the run file, for editors that complete and check it",
+        "\n\n  onewan schema onewan.schema.json",
+    )
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        nargs="?",
+        help="the file to write or replace; - or nothing prints it",
     )
 
-    def run(_options: argparse.Namespace) -> int:
+    def run(options: argparse.Namespace) -> int:
         import json
 
         from onewan.config import json_schema
 
-        write(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+        text = json.dumps(json_schema(), indent=2, ensure_ascii=False)
+        if options.file in (None, STANDARD_OUTPUT):
+            write(text)
+        else:
+            write_file(Path(options.file), f"{text}\n")
+            say(f"{options.file}: written")
         return 0
 
     parser.set_defaults(command=run)

@@ -1,153 +1,376 @@
-"""The run file that `onewan init` prints: a short commented text with values to start from."""
+"""The run file that `onewan init` writes: a short commented text with values to start from.
+
+It has what a user should look at; every other field has its default. The two ways of naming the
+base model are both there, one of them commented out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
 
-from onewan.variants import VARIANTS, VariantName
+from onewan.cli.recipes import RECIPES, TRIGGER_WORD, PurposeName, Recipe
+from onewan.documents import to_yaml
+from onewan.variants import VARIANTS, Variant, VariantName
 
-_STARTER = """\
-# yaml-language-server: $schema=onewan.schema.json
-# (completion and checks in your editor, after: onewan schema > onewan.schema.json)
-#
-# A LoRA for {title}. A field that is omitted has its default value.
-# Encode the clips with `onewan cache`, then start with `onewan train`.
-schema_version: 1
+if TYPE_CHECKING:
+    from onewan.formats.model_folder import ComponentName
 
-model:
-  path: {repository}  # or a local folder in the diffusers or official layout
-  # Each component can be a file of its own (vae and text_encoder too), from ComfyUI or GGUF:
-{components}{text_encoder}  variant: {name}
-{experts}
-wan_config:
-  max_frames: {frames}  # 4n+1; {frames} at {fps} fps are {seconds:.1f} s; fewer need less memory
+MethodKind = Literal["lora", "dora", "loha", "lokr", "oft", "fine_tune", "embedding"]
 
-video_data:
-  sources:
-    - path: clips  # contains fox.mp4 (or fox.png), its caption fox.txt, and so on{first_frame}
-  supported_formats: [mp4, avi, mov, webm, mkv]
-  max_duration: 6.0  # seconds; enough for max_frames
-  # Sides are multiples of {multiple}. Default: each clip's own aspect ratio, at the area of 480p.
-  {resolution}
+METHODS: tuple[MethodKind, ...] = get_args(MethodKind)
 
-method:
-  kind: lora  # or dora, loha, lokr, oft; fine_tune; embedding
-  rank: 32  # a higher rank can learn more, and needs more memory and disk space
-
-optimizer:
-  lr: 1e-4
-
-train:
-  steps: 2000{steps}
-  save_every: 500
-
-# validation: {{share: 0.1, every: 250}}  # measures the loss on a tenth of the clips, held out
-
-sample:
-  width: {width}  # the official {size} takes longer
-  height: {height}
-{samples}
-{memory}
-output:
-  dir: runs  # the run's folder is runs/NAME, after the name of this file
-"""
-
-_COMPONENTS: Mapping[VariantName, tuple[str, ...]] = {
-    "t2v-a14b": (
-        "transformer: wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors",
-        "transformer_2: wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors",
-    ),
-    "i2v-a14b": (
-        "transformer: wan2.2_i2v_high_noise_14B_fp8_scaled.safetensors",
-        "transformer_2: wan2.2_i2v_low_noise_14B_fp8_scaled.safetensors",
-    ),
-    "ti2v-5b": ("transformer: wan2.2_ti2v_5B_fp16.safetensors",),
+_TITLES: Mapping[MethodKind, str] = {
+    "lora": "A LoRA",
+    "dora": "A DoRA",
+    "loha": "A LoHa",
+    "lokr": "A LoKr",
+    "oft": "An OFT adapter",
+    "fine_tune": "Full fine-tuning",
+    "embedding": "An embedding (textual inversion)",
 }
-"""Names of ComfyUI's repackaged files on the Hugging Face hub."""
 
-_SAMPLES = """\
-  every: 500
-  prompts:
-    - prompt: a red fox runs through fresh snow, the camera follows
-{image}"""
+COMFYUI_FILES: Mapping[VariantName, Mapping[ComponentName, str]] = {
+    "t2v-a14b": {
+        "transformer": "diffusion_models/wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors",
+        "transformer_2": "diffusion_models/wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors",
+        "vae": "vae/wan_2.1_vae.safetensors",
+        "text_encoder": "text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+    },
+    "i2v-a14b": {
+        "transformer": "diffusion_models/wan2.2_i2v_high_noise_14B_fp8_scaled.safetensors",
+        "transformer_2": "diffusion_models/wan2.2_i2v_low_noise_14B_fp8_scaled.safetensors",
+        "vae": "vae/wan_2.1_vae.safetensors",
+        "text_encoder": "text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+    },
+    "ti2v-5b": {
+        "transformer": "diffusion_models/wan2.2_ti2v_5B_fp16.safetensors",
+        "vae": "vae/wan2.2_vae.safetensors",
+        "text_encoder": "text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+    },
+}
+"""The files of ComfyUI's Wan 2.2 templates, in ComfyUI/models; on the Hugging Face hub they are in
+split_files of Comfy-Org/Wan_2.2_ComfyUI_Repackaged (https://docs.comfy.org/tutorials/video/wan/wan2_2)."""
+
+DOWNLOAD_GB: Mapping[VariantName, int] = {"t2v-a14b": 126, "i2v-a14b": 126, "ti2v-5b": 34}
+"""Size of the variant's repository on the hub."""
+
+GENERAL = Recipe(
+    title="",
+    material="",
+    seconds=0.0,  # the official frames are taken instead
+    side=0,  # so is the default size
+    steps=1000,
+    rank=32,
+    captions="",
+    prompt=f"{TRIGGER_WORD} walks along a beach at sunset, waves roll in, the camera follows",
+    initial_text="a person",
+    sources=(),
+)
+"""Values for no particular purpose: the defaults of the run file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StarterValues:
-    """What a starter file has for a device with a certain amount of memory."""
+class FittedValues:
+    """The values that depend on the memory of a device."""
 
     vram: str
     """As the user wrote it."""
     frames: int
-    resolution: int | None = None
+    area: int | None = None
     """Pixels of a frame; None is the default, the area of 480p."""
     weights: str = "as_stored"
     text_encoder: str | None = None
+    """Name of a smaller file of the text encoder, which is needed to fit."""
     sample_size: tuple[int, int] = (832, 480)
 
 
-def starter(variant: VariantName, values: StarterValues | None = None) -> str:
-    """A short commented run file with values worth starting with, for `onewan init`. `values` are
-    those that depend on the device's memory; None: the official ones."""
-    facts = VARIANTS[variant]
-    values = values or StarterValues(vram="", frames=facts.frames)
-    has_two_experts = len(facts.experts) == 2
-    # For TI2V-5B an image is optional, so its line is commented out and the prompt is not.
-    samples = _SAMPLES.format(image="      # image: first_frame.png  # starts the video from it")
-    if not facts.takes_image:
-        samples = _SAMPLES.format(image="").rstrip()
-    elif facts.needs_image:
-        # Commented out, since a run file that names a missing image can't be loaded.
-        section = _SAMPLES.format(image="      image: first_frame.png")
-        samples = "\n".join(
-            ["  # Sample videos start from an image; put one beside this file, then uncomment."]
-            + [f"  #{line[1:]}" for line in section.splitlines()]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StarterRequest:
+    """What a run file is asked for."""
+
+    variant: VariantName
+    method: MethodKind = "lora"
+    purpose: PurposeName | None = None
+    name: str | None = None
+    """Name of the run; None: that of the run file."""
+    file: str = "run.yaml"
+    """The run file, as commands name it."""
+    models: Mapping[ComponentName, Path] = field(default_factory=dict)
+    """Files of the model that are there."""
+    models_folder: str = "ComfyUI/models"
+    """Where the commented lines expect ComfyUI's files."""
+    fitted: FittedValues | None = None
+    """None: the values of the purpose."""
+
+    @property
+    def facts(self) -> Variant:
+        return VARIANTS[self.variant]
+
+    @property
+    def recipe(self) -> Recipe:
+        return GENERAL if self.purpose is None else RECIPES[self.purpose]
+
+    @property
+    def values(self) -> FittedValues:
+        return self.fitted or FittedValues(vram="", frames=self.frames, area=self.area)
+
+    @property
+    def frames(self) -> int:
+        """Frames of a clip, where memory is no limit."""
+        return self.facts.frames if self.purpose is None else self.recipe.frames(self.facts.fps)
+
+    @property
+    def area(self) -> int | None:
+        """Pixels of a frame, where memory is no limit; None is the default."""
+        return self.recipe.side**2 or None
+
+    @property
+    def experts(self) -> int:
+        """Number of experts that are trained."""
+        return 1 if self.method == "fine_tune" else len(self.facts.experts)
+
+    @property
+    def steps(self) -> int:
+        # Embeddings are trained in every step, whichever expert it uses.
+        return self.recipe.steps * self.experts
+
+    @property
+    def missing_files(self) -> tuple[ComponentName, ...]:
+        return tuple(name for name in COMFYUI_FILES[self.variant] if name not in self.models)
+
+
+def starter(request: StarterRequest) -> str:
+    """The text of the run file, with "\\n" at the end of each line."""
+    sections = (
+        _head(request),
+        _model(request),
+        _frames(request),
+        _video_data(request),
+        _method(request),
+        _optimizer(request),
+        _train(request),
+        _sample(request),
+        _memory(request),
+        _output(request),
+    )
+    return "\n\n".join("\n".join(lines) for lines in map(list, sections) if lines) + "\n"
+
+
+def scalar(text: str) -> str:
+    """`text` as a value in a run file, in quotes where YAML needs them."""
+    return to_yaml({"value": text}).partition(": ")[2].rstrip("\n")
+
+
+def _comment(text: str, indent: int = 0) -> Iterator[str]:
+    """Comment lines of at most 100 characters."""
+    start = " " * indent + "# "
+    yield from textwrap.wrap(
+        text,
+        100,
+        initial_indent=start,
+        subsequent_indent=start,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _head(request: StarterRequest) -> Iterator[str]:
+    title = _TITLES[request.method]
+    if request.recipe.title:
+        title += f" of {request.recipe.title}"
+    yield "# yaml-language-server: $schema=onewan.schema.json"
+    yield "# (completion and checks in your editor, after: onewan schema onewan.schema.json)"
+    yield "#"
+    yield f"# {title}, for {request.facts.title}."
+    yield "# A field that is left out has its default value."
+    yield f"# onewan cache {request.file}    checks the clips and encodes them"
+    yield f"# onewan train {request.file}    trains"
+    yield "schema_version: 1"
+
+
+def _model(request: StarterRequest) -> Iterator[str]:
+    facts, files, folder = request.facts, COMFYUI_FILES[request.variant], request.models_folder
+    yield "model:"
+    yield f"  variant: {facts.name}"
+    if len(facts.experts) > 1:
+        if request.method == "fine_tune":
+            yield "  experts: low  # detail; high: layout and motion. One per run needs less memory"
+        else:
+            yield "  experts: both  # or high (layout and motion), or low (detail)"
+    size = DOWNLOAD_GB[request.variant]
+    if not request.models:
+        yield from _comment(
+            f"Its name on the Hugging Face hub, from which the first run downloads {size} GB; or a "
+            "folder, in the diffusers or the official layout:",
+            2,
         )
-    first_frame = (
-        "\n      # the conditioning image of a clip is its own first frame"
-        if facts.needs_image
-        else ""
+        yield f"  path: {facts.repository}"
+        yield from _smaller_text_encoder(request)
+        yield from _comment(
+            "Or ComfyUI's files, with which nothing is downloaded; then remove the lines above:", 2
+        )
+        yield from (f"  # {name}: {folder}/{path}" for name, path in files.items())
+        return
+    yield "  # ComfyUI's files:"
+    for name, path in request.models.items():
+        yield f"  {name}: {scalar(path.as_posix())}"
+    missing = request.missing_files
+    if not missing:
+        yield "  # Or the whole model from the Hugging Face hub, instead of the lines above:"
+        yield f"  # path: {facts.repository}  # the first run downloads {size} GB"
+        return
+    yield from _comment(
+        "These were not found. Give them as well, or the first run downloads them from the Hugging "
+        "Face hub:",
+        2,
     )
-    return _STARTER.format(
-        title=facts.title,
-        repository=facts.repository,
-        name=facts.name,
-        components="".join(f"  # {c}\n" for c in _COMPONENTS[facts.name]),
-        text_encoder=""
-        if values.text_encoder is None
-        else f"{_TEXT_ENCODER}  text_encoder: {values.text_encoder}\n",
-        resolution='# resolution: ["832x480"]'
-        if values.resolution is None
-        else f"resolution: {values.resolution}",
-        memory=_memory_section(values) if values.vram else "",
-        width=values.sample_size[0],
-        height=values.sample_size[1],
-        experts="  experts: both  # or high (layout and motion), or low (detail)\n"
-        if has_two_experts
-        else "",
-        frames=values.frames,
-        fps=facts.fps,
-        seconds=values.frames / facts.fps,
-        first_frame=first_frame,
-        multiple=facts.size_multiple,
-        steps="  # for both experts together, half for each" if has_two_experts else "",
-        size="x".join(map(str, facts.sample_size)),
-        samples=samples,
+    yield from (f"  # {name}: {folder}/{files[name]}" for name in missing)
+    yield f"  path: {facts.repository}"
+    yield from _smaller_text_encoder(request)
+
+
+def _smaller_text_encoder(request: StarterRequest) -> Iterator[str]:
+    name = request.values.text_encoder
+    if name is None:
+        return
+    yield from _comment(
+        "The text encoder fits on this device in fp8 only. Put the file beside this one; it is in "
+        "split_files/text_encoders of Comfy-Org/Wan_2.1_ComfyUI_repackaged on the hub.",
+        2,
+    )
+    yield f"  text_encoder: {name}"
+
+
+def _frames(request: StarterRequest) -> Iterator[str]:
+    frames, fps = request.values.frames, request.facts.fps
+    yield "wan_config:"
+    if frames == 1:
+        yield "  max_frames: 1  # photos"
+        return
+    yield (
+        f"  max_frames: {frames}  # 4n+1; {frames} at {fps} fps are {frames / fps:.1f} s; "
+        "fewer need less memory and time"
     )
 
 
-_TEXT_ENCODER = """\
-  # In fp8 it fits on this device. It is in split_files/text_encoders of the Hugging Face repository
-  # Comfy-Org/Wan_2.2_ComfyUI_Repackaged; put it beside this file.
-"""
+def _video_data(request: StarterRequest) -> Iterator[str]:
+    facts, recipe, area = request.facts, request.recipe, request.values.area
+    yield "video_data:"
+    yield "  sources:"
+    if recipe.material:
+        yield from _comment(f"{recipe.material[0].upper()}{recipe.material[1:]}.", 4)
+    yield "    # clips/a.mp4 (or a.png) with its caption in clips/a.txt, and so on."
+    if recipe.captions and request.method != "embedding":
+        yield from _comment(
+            f"Begin each caption with a trigger word, which means nothing else, such as "
+            f"{TRIGGER_WORD}. {recipe.captions}",
+            4,
+        )
+    if facts.needs_image:
+        yield "    # The conditioning image of a clip is its own first frame."
+    yield "    - path: clips"
+    yield f"  # Sides are multiples of {facts.size_multiple}; each clip keeps its aspect ratio."
+    if area is None:
+        yield '  # resolution: ["832x480"]  # default: the area of 480p'
+    else:
+        side = round(area**0.5)
+        yield f"  resolution: {area}  # the area in pixels, {side}x{side}"
 
 
-def _memory_section(values: StarterValues) -> str:
-    weights = ""
+def _method(request: StarterRequest) -> Iterator[str]:
+    kind, recipe = request.method, request.recipe
+    yield "method:"
+    if kind in ("lora", "dora", "loha", "lokr"):
+        others = ", ".join(name for name in METHODS if name != kind)
+        yield f"  kind: {kind}  # or {others}"
+        yield f"  rank: {recipe.rank}  # a higher rank learns more, and needs more memory and disk"
+    elif kind == "oft":
+        yield "  kind: oft  # an orthogonal transformation of each layer's inputs"
+        yield "  block_size: 32  # a larger block can learn more, and needs more memory"
+    elif kind == "fine_tune":
+        yield "  kind: fine_tune  # all weights of the expert; exports have their size"
+        yield "  weights: stochastic  # rounding of bfloat16; or kahan, float32, with more memory"
+        yield "  fused_step: true  # updates in the backward pass, which needs less memory"
+    else:
+        yield "  kind: embedding  # only the vectors below are trained"
+        yield ""
+        yield "embeddings:"
+        yield from _comment(
+            "The placeholder stands for the vectors in captions and prompts; write it into every "
+            f"caption. {recipe.captions.replace('trigger word', 'placeholder')}",
+            2,
+        )
+        yield f"  - placeholder: <{TRIGGER_WORD}>"
+        yield f"    initial_text: {recipe.initial_text}  # a few words for it, to start from"
+        yield "    token_count: 4  # vectors; more can hold more, and take room from the prompt"
+
+
+def _optimizer(request: StarterRequest) -> Iterator[str]:
+    recipe = request.recipe
+    yield "optimizer:"
+    if request.method == "fine_tune":
+        yield "  name: adamw_8bit  # a quarter of AdamW's state; pip install onewan[optimizers]"
+        yield "  lr: 1e-5"
+    elif request.method == "embedding":
+        yield "  lr: 1e-3"
+    else:
+        yield f"  lr: {recipe.lr}"
+        if recipe.high_lr is not None and request.experts > 1:
+            yield ""
+            yield "per_expert:"
+            yield f"  high: {{lr: {recipe.high_lr}}}  # at more, it learns that photos stand still"
+
+
+def _train(request: StarterRequest) -> Iterator[str]:
+    halves = f"  # of both experts together, {request.recipe.steps} each"
+    yield "train:"
+    yield f"  steps: {request.steps}{halves if request.experts > 1 else ''}"
+    if request.method == "fine_tune":
+        yield "  max_grad_norm: null  # as fused_step needs"
+
+
+def _sample(request: StarterRequest) -> Iterator[str]:
+    facts, (width, height) = request.facts, request.values.sample_size
+    prompt = request.recipe.prompt
+    if request.method == "embedding":
+        prompt = prompt.replace(TRIGGER_WORD, f"<{TRIGGER_WORD}>")
+    size = "x".join(map(str, facts.sample_size))
+    yield "sample:"
+    yield f"  width: {width}  # the official {size} takes longer"
+    yield f"  height: {height}"
+    rest = ["  every: 500", "  prompts:  # in the words of your captions"]
+    rest.append(f"    - prompt: {scalar(prompt)}")
+    if facts.needs_image:
+        # Commented out, since a run file that names a missing image can't be loaded.
+        yield "  # Sample videos start from an image; put one beside this file, then uncomment."
+        rest.append("      image: first_frame.png")
+        rest = [f"  # {line[2:]}" for line in rest]
+    elif facts.takes_image:
+        rest.append("      # image: first_frame.png  # starts the video from it")
+    yield from rest
+
+
+def _memory(request: StarterRequest) -> Iterator[str]:
+    values, lines = request.values, list[str]()
+    if values.vram:
+        lines.append(f"  vram: {values.vram}")
     if values.weights != "as_stored":
-        weights = f"  weights: {values.weights}  # of the frozen blocks, packed while loading\n"
-    return (
-        "\nmemory:  # `onewan plan` shows what a run needs, and how its blocks are streamed\n"
-        f"  vram: {values.vram}\n{weights}"
-    )
+        lines.append(f"  weights: {values.weights}  # of the frozen blocks, packed while loading")
+    elif request.method == "fine_tune" and request.models:
+        lines.append("  weights: bf16  # of fp8 files too: packed weights can't be trained")
+    if lines:
+        yield f"memory:  # `onewan plan {request.file}` shows what the run needs"
+        yield from lines
+
+
+def _output(request: StarterRequest) -> Iterator[str]:
+    yield "output:"
+    if request.name is None:
+        yield "  # name: my_lora  # of the run; default: the name of this file"
+        yield "  dir: runs"
+    else:
+        yield f"  name: {scalar(request.name)}  # of the run, its folder in runs, and its files"

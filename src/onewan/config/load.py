@@ -110,14 +110,14 @@ def _read(file: Path, source: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         problem = str(error)
         if isinstance(error, FileNotFoundError):
-            problem = "there is no such file; `onewan init` writes one to start from"
+            problem = "there is no such file; `onewan init FILE` writes one to start from"
             if source != str(file):
                 problem = f"is a folder without {RESOLVED_NAME}; give a run file or a run's folder"
         elif isinstance(error, OSError):
             problem = f"can't be read: {error.strerror}"
         raise ConfigError(source, [problem]) from None
     if data is None:
-        raise ConfigError(source, ["is empty; `onewan init` writes one to start from"])
+        raise ConfigError(source, ["is empty; `onewan init FILE` writes one to start from"])
     if not is_mapping(data):
         problem = f"must have fields such as `model:` at the top level, got {format_value(data)}"
         raise ConfigError(source, [problem])
@@ -128,7 +128,7 @@ def _read(file: Path, source: str) -> dict[str, Any]:
         # Reported alone, since most other errors would only follow from it.
         problem = (
             f"schema_version: is {version}, but this onewan knows versions up to {SCHEMA_VERSION}; "
-            "update onewan, or write a new file with `onewan init`"
+            "update onewan, or write a new file with `onewan init FILE`"
         )
         raise ConfigError(source, [problem])
     return data

@@ -28,7 +28,7 @@ from onewan.train.trainer import WanTrainer
 from onewan.variants import VARIANTS, Variant, VariantName
 
 _RUN_FILE = """\
-# The demonstration's run file. `onewan init --variant {variant}` prints one for real training.
+# The demonstration's run file; `onewan init FILE --variant {variant}` writes one for real.
 # "real:" is followed by the value for a real run.
 model:
   path: model              # a tiny {title} with random weights; real: {repository}
@@ -171,7 +171,7 @@ def _closing_lines(layout: RunLayout, run_file: Path, variant: VariantName) -> l
         f"      --width {side} --height {side} --frames 17 --steps 8{image} \\",
         f"      --lora {' '.join(map(_quoted, loras))}",
         "Next, with real weights and clips (README.md lists the GPU memory this needs):",
-        f"  onewan init --variant {variant} > run.yaml    # then edit video_data.sources in it",
+        f"  onewan init run.yaml --variant {variant}    # then edit video_data.sources in it",
         "  onewan cache run.yaml",
         "  onewan train run.yaml",
     ]
