@@ -6,6 +6,7 @@ like editors. What they accept and refuse is what reading a run file accepts and
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -20,6 +21,8 @@ import pytest
 
 from onewan import demo
 from onewan.cli import main
+from onewan.cli.recipes import PURPOSES
+from onewan.cli.starter import METHODS, StarterRequest, starter
 from onewan.config import dump_run, json_schema, load_run
 from onewan.documents import parse_yaml
 from onewan.errors import ConfigError
@@ -101,6 +104,9 @@ def written(folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
         for options in ((), ("--vram", "24GB", "--ram", "64GB"), ("--vram", "80GB")):
             assert main(["init", "--variant", name, *options]) == 0
             files[f"init {name} {options}"] = capsys.readouterr().out
+        for method, purpose in itertools.product(METHODS, PURPOSES):
+            request = StarterRequest(variant=name, method=method, purpose=purpose)
+            files[f"init {name} {method} {purpose}"] = starter(request)
         file = folder / "run.yaml"
         file.write_text(f"model: {{path: org/model, variant: {name}}}", encoding="utf-8")
         files[f"resolved {name}"] = dump_run(load_run(file))

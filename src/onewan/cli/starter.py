@@ -275,10 +275,10 @@ def _video_data(request: StarterRequest) -> Iterator[str]:
     yield "    - path: clips"
     yield f"  # Sides are multiples of {facts.size_multiple}; each clip keeps its aspect ratio."
     if area is None:
-        yield '  # resolution: ["832x480"]  # default: the area of 480p'
+        yield "  # resolution: 832x480  # default: the area of 480p"
     else:
         side = round(area**0.5)
-        yield f"  resolution: {area}  # the area in pixels, {side}x{side}"
+        yield f"  resolution: {side}  # the area of {side}x{side}; also 480p, 832x480"
 
 
 def _method(request: StarterRequest) -> Iterator[str]:
