@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from support.runs import RunFile, layout_of, recorder
 
 from onewan.cli import main
@@ -118,3 +119,21 @@ def test_unknown_requests_are_named_once_and_left_alone(run_file: RunFile) -> No
         "stop, save, sample"
     ]
     assert (control / "preview").exists()
+
+
+def test_the_overview_counts_what_the_run_does(run_file: RunFile) -> None:
+    per_expert = "per_expert={high: {steps: 5}, low: {steps: 1}}"
+    config = run_file("t2v-a14b", "train.steps=6", "train.accumulation=2", per_expert)
+    events: list[dict[str, Any]] = []
+    WanTrainer(config, listen=recorder(events)).fit()
+    (found,) = (e for e in events if e["event"] == "overview")
+    trained = [e["expert"] for e in events if e["event"] == "step"]
+    assert found["steps"] == {"high": trained.count("high"), "low": trained.count("low")}
+    assert found["clips"] == 5 and found["seen"] == {"high": 2.0, "low": 0.4}
+    layout = layout_of(config)
+    for name, count in found["parameters"].items():
+        weights = load_file(layout.state(6) / f"{name}.safetensors")
+        assert count == sum(tensor.numel() for tensor in weights.values())
+    tensors = [t for path in layout.weights_dir.iterdir() for t in load_file(path).values()]
+    assert found["disk"]["exported weights"] >= sum(t.nbytes for t in tensors if t.ndim)
+    assert found["weights"] == layout.weights_dir and found["samples"] is None

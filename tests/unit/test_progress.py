@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,8 @@ from onewan.runs.events import (
     Event,
     Exported,
     Finished,
+    MemoryPlanned,
+    Overview,
     Saved,
     StepDone,
     Validated,
@@ -85,7 +88,7 @@ def test_a_steps_share_of_the_devices_rate_is_shown(capsys: pytest.CaptureFixtur
             mfu=0.534,
         ),
     )
-    assert "loss low 1.0000, 412 TFLOP/s (53 % of the device's), 2.00 s/step" in shown
+    assert "mean loss low 1.0000, 412 TFLOP/s (53 % of the device's), 2.00 s/step" in shown
 
 
 def test_losses_are_shown_as_running_means_and_against_the_base(
@@ -99,7 +102,7 @@ def test_losses_are_shown_as_running_means_and_against_the_base(
         Validated(step=2, expert="high", loss=0.9, ema=None, base=1.0, held_out=True),
     )
     assert shown == [
-        "training 0/0 high expert, loss high 1.1000, 2.00 s/step, 0:00 left",
+        "training 0/0 high expert, mean loss high 1.1000, 2.00 s/step, 0:00 left",
         "step 2: validation on held-out clips, high expert: loss 0.9000 (-10.0 % against the "
         "base model)",
     ]
@@ -116,3 +119,76 @@ def test_the_attention_backend_is_shown_where_it_was_measured(
         AttentionChosen(backend="flash", milliseconds={}, unusable={}),
     )
     assert shown == ["attention: cudnn (cudnn 17.3 ms, flash 29.1 ms, efficient 101 ms)"]
+
+
+def overview(run: Path, **changes: Any) -> Overview:
+    facts: dict[str, Any] = {
+        "steps": {"high": 1000, "low": 1000},
+        "clips": 40,
+        "seen": {"high": 25.0, "low": 25.0},
+        "parameters": {"high": 76_677_120, "low": 76_677_120},
+        "disk": {"checkpoints": 7_400_000_000, "exported weights": 2_400_000_000},
+        "step_seconds": 16.0,
+        "run_seconds": 9.2 * 3600,
+        "weights": run / "weights",
+        "samples": run / "samples",
+    }
+    return Overview(**{**facts, **changes})
+
+
+def test_the_first_lines_say_what_the_run_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "fox"
+    assert lines_of(capsys, overview(run)) == [
+        "steps: 2,000 (high 1,000, low 1,000); 40 clips, each seen 25 times by each expert",
+        "trainable parameters: 76.7 million for each expert",
+        "time: about 16 s a step and 9 h 12 min in all, by arithmetic",
+        "disk, by the plan: checkpoints 7.4 GB, exported weights 2.4 GB",
+        f"results: {Path('runs/fox/weights')} and {Path('runs/fox/samples')}",
+    ]
+    other = overview(
+        run,
+        steps={"high": 30, "low": 10},
+        clips=1,
+        seen={"high": 3.25, "low": 0.675},
+        parameters={"high": 4096, "low": 8192, "embeddings": 64},
+        step_seconds=None,
+        run_seconds=None,
+        samples=None,
+    )
+    assert lines_of(capsys, other) == [
+        "steps: 40 (high 30, low 10); 1 clip, each seen 3.2 times by the high expert and 0.68 "
+        "times by the low expert",
+        "trainable parameters: 4,096 for the high expert and 8,192 for the low expert and 64 for "
+        "the embeddings",
+        "disk, by the plan: checkpoints 7.4 GB, exported weights 2.4 GB",
+        f"results: {Path('runs/fox/weights')}",
+    ]
+    single = overview(run, steps={"single": 50}, seen={"single": 1.25}, parameters={"single": 64})
+    first, second, *_ = lines_of(capsys, single)
+    assert first == "steps: 50; 40 clips, each seen 1.2 times"
+    assert second == "trainable parameters: 64"
+
+
+def test_a_steps_peak_of_device_memory_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    done = StepDone(
+        step=0,
+        expert="high",
+        loss=1.0,
+        grad_norm=1.0,
+        lr=1e-4,
+        t=(0.5,),
+        seconds=2.0,
+        step_memory_peak=21_340_000_000,
+    )
+    planned = MemoryPlanned(
+        device_peak=21_000_000_000,
+        device_memory=24_000_000_000,
+        host_peak=1,
+        phase="training",
+        plan={},
+    )
+    assert "mean loss high 1.0000, 21.3 GB of device memory, 2.00" in lines_of(capsys, done)[0]
+    assert "high 1.0000, 21.3 GB of 24.0 GB of device" in lines_of(capsys, planned, done)[1]

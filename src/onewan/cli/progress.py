@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from onewan.arithmetic.byte_sizes import format_bytes
 from onewan.cli.output import stdout
 from onewan.errors import one_line
 from onewan.runs import events
@@ -34,11 +35,13 @@ class Progress:
         self._bar: Any = None  # tqdm's own types say that `total` may be None
         self._activity = ""
         self._steps = 0
+        self._device_memory: int | None = None
         self._losses: dict[str, float] = {}
         self._lines = EventLines()
         self._last_line = time.monotonic()
         self._handlers: dict[type[events.Event], Callable[[Any], None]] = {
             events.Started: self._on_started,
+            events.MemoryPlanned: self._on_memory_planned,
             events.Encoding: self._on_encoding,
             events.StepDone: self._on_step_done,
             events.Sampling: self._on_sampling,
@@ -113,6 +116,9 @@ class Progress:
     def _on_started(self, event: events.Started) -> None:
         self._steps = event.steps
 
+    def _on_memory_planned(self, event: events.MemoryPlanned) -> None:
+        self._device_memory = event.device_memory
+
     def _on_encoding(self, event: events.Encoding) -> None:
         self.advance(event.what, event.done, event.total, unit="item")
 
@@ -122,7 +128,11 @@ class Progress:
         self._losses[event.expert] = mean + (1 - _LOSS_SMOOTHING) * (event.loss - mean)
         losses = ", ".join(f"{name} {value:.4f}" for name, value in self._losses.items())
         remaining = (self._steps - event.step) * event.seconds
-        note = f"{event.expert} expert, loss {losses}"
+        note = f"{event.expert} expert, mean loss {losses}"
+        if event.step_memory_peak is not None:
+            # The peak of this step, which is what has to fit.
+            of = "" if self._device_memory is None else f" of {format_bytes(self._device_memory)}"
+            note += f", {format_bytes(event.step_memory_peak)}{of} of device memory"
         if event.mfu is not None and event.tflops is not None:
             note += f", {event.tflops:.0f} TFLOP/s ({100 * event.mfu:.0f} % of the device's)"
         if not self._terminal:

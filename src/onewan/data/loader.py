@@ -127,6 +127,11 @@ class WanDataLoader:
         # The order of the epoch used last: consecutive steps nearly always belong to the same one.
         self._last_epoch: tuple[tuple[ExpertName, int], list[list[Clip]]] | None = None
 
+    @property
+    def batches_per_epoch(self) -> int:
+        """Micro-batches in which every clip is once, or as often as its source says (`repeats`)."""
+        return self._batches_per_epoch
+
     def steps(
         self, start: int, stop: int, expert_at: Callable[[int], tuple[ExpertName, int]]
     ) -> Iterator[StepBatches]:

@@ -7,10 +7,11 @@ shows it as a bar.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from onewan.arithmetic.byte_sizes import format_bytes
+from onewan.arithmetic.durations import format_duration
 from onewan.runs import events
 from onewan.runs.layout import displayed
 
@@ -25,6 +26,7 @@ class EventLines:
             events.DataReady: _data_ready,
             events.Resumed: _resumed,
             events.MemoryPlanned: _memory_planned,
+            events.Overview: _overview,
             events.AttentionChosen: _attention_chosen,
             events.Validated: _validated,
             events.BestSoFar: _best_so_far,
@@ -80,6 +82,51 @@ def _memory_planned(event: events.MemoryPlanned) -> Iterable[str]:
         f"memory: at most {format_bytes(event.device_peak)} on the device ({event.phase}) and "
         f"{format_bytes(event.host_peak)} in host memory, by the plan"
     )
+
+
+def _overview(event: events.Overview) -> Iterable[str]:
+    steps = f"{sum(event.steps.values()):,}"
+    if len(event.steps) > 1:
+        steps += f" ({', '.join(f'{name} {count:,}' for name, count in event.steps.items())})"
+    clips = "1 clip" if event.clips == 1 else f"{event.clips:,} clips"
+    seen = {
+        name: f"{count:.0f} times" if count >= 9.95 else f"{count:.2g} times"
+        for name, count in event.seen.items()
+    }
+    yield f"steps: {steps}; {clips}, each seen {_by_expert(seen, 'by')}"
+    trained = {name: _parameters(count) for name, count in event.parameters.items()}
+    yield f"trainable parameters: {_by_expert(trained, 'for')}"
+    if event.step_seconds is not None and event.run_seconds is not None:
+        yield (
+            f"time: about {format_duration(event.step_seconds)} a step and "
+            f"{format_duration(event.run_seconds)} in all, by arithmetic"
+        )
+    disk = ", ".join(f"{name} {format_bytes(amount)}" for name, amount in event.disk.items())
+    yield f"disk, by the plan: {disk}"
+    folders = [event.weights] if event.samples is None else [event.weights, event.samples]
+    yield f"results: {' and '.join(str(displayed(folder)) for folder in folders)}"
+
+
+def _by_expert(values: Mapping[str, str], word: str) -> str:
+    """The values of the experts, or of the embeddings; one that all experts share is said once."""
+    if len(values) == 1:
+        return next(iter(values.values()))
+    experts = {name: value for name, value in values.items() if name != "embeddings"}
+    parts = [f"{value} {word} the {name} expert" for name, value in experts.items()]
+    if len(experts) > 1 and len(set(experts.values())) == 1:
+        parts = [f"{next(iter(experts.values()))} {word} each expert"]
+    parts += [
+        f"{value} {word} the embeddings" for name, value in values.items() if name not in experts
+    ]
+    return " and ".join(parts)
+
+
+def _parameters(count: int) -> str:
+    """A number of parameters as people say it: "76.7 million"."""
+    for size, name in ((10**9, "billion"), (10**6, "million")):
+        if count >= size:
+            return f"{count / size:.1f} {name}"
+    return f"{count:,}"
 
 
 def _attention_chosen(event: events.AttentionChosen) -> Iterable[str]:

@@ -149,12 +149,39 @@ class MemoryPlanned(Event):
     kind: ClassVar[str] = "plan"
     device_peak: int
     """Bytes at the highest peak of all phases on the device."""
+    device_memory: int
+    """Bytes that the device has, or that `memory.vram` allows."""
     host_peak: int
     """Bytes at the highest peak in host memory."""
     phase: str
     """The phase with the highest peak on the device."""
     plan: Mapping[str, object]
     """The whole plan, as ``onewan plan --json`` prints it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overview(Event):
+    """What the run does from its first to its last step; known before the first one."""
+
+    kind: ClassVar[str] = "overview"
+    steps: Mapping[str, int]
+    """Steps that train each expert."""
+    clips: int
+    """Clips to train on."""
+    seen: Mapping[str, float]
+    """How often each expert goes through the data set."""
+    parameters: Mapping[str, int]
+    """Trainable parameters of each expert, or of "embeddings"."""
+    disk: Mapping[str, int]
+    """Bytes of the files that the run writes, by what they are, by the plan."""
+    step_seconds: float | None
+    """Predicted time of a step on average, by arithmetic; null on a CPU."""
+    run_seconds: float | None
+    """The same for the whole run, with sample videos and validations."""
+    weights: Path
+    """The folder that weights are exported to."""
+    samples: Path | None
+    """The folder of sample videos; null if the run makes none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

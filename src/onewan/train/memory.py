@@ -196,6 +196,7 @@ def planned(plan: Plan) -> MemoryPlanned:
     """The event that reports `plan`."""
     return MemoryPlanned(
         device_peak=plan.peak.device_bytes,
+        device_memory=plan.machine.vram,
         host_peak=plan.host_peak.host_bytes,
         phase=plan.peak.phase,
         plan=plan.as_data(),

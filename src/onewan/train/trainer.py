@@ -43,6 +43,7 @@ from onewan.train.attention import choose_attention
 from onewan.train.cadence import Cadence
 from onewan.train.export import exported_files
 from onewan.train.memory import planned
+from onewan.train.overview import overview
 from onewan.train.resume import Resume, check_start
 from onewan.train.run import Run, run_folder
 from onewan.train.saved_state import BestStep
@@ -177,6 +178,8 @@ class WanTrainer:
             self._log.emit(planned(plan))
         if self._resume:
             self._restore(run)
+        if run.state.step < config.train.steps:
+            self._log.emit(overview(run, self._layout))
         self._log.emit(choose_attention(run))
         if (measured := try_largest_batch(run)) is not None:
             self._log.emit(measured)

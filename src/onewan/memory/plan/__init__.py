@@ -6,7 +6,7 @@ are loaded, and neither torch nor diffusers is imported, so that ``onewan plan``
 
 from onewan.memory.plan.bucket import Bucket
 from onewan.memory.plan.machine import Machine, find_machine, machine_of
-from onewan.memory.plan.make import check_plan, limited, make_plan
+from onewan.memory.plan.make import check_plan, disk_space, limited, make_plan
 from onewan.memory.plan.result import BucketPlan, PhaseBytes, Plan, RunTime, StepTime
 from onewan.memory.plan.settings import Settings
 from onewan.memory.plan.stored import StoredModel, read_stored_model
@@ -22,6 +22,7 @@ __all__ = [
     "StepTime",
     "StoredModel",
     "check_plan",
+    "disk_space",
     "find_machine",
     "limited",
     "machine_of",

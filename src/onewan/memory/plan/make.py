@@ -53,6 +53,13 @@ def make_plan(
     return replace(plan, suggestions=advise(config, clips, plan, again))
 
 
+def disk_space(
+    config: ResolvedRun, stored: StoredModel | None, clips: Mapping[Bucket, int]
+) -> dict[str, int]:
+    """Bytes of the files that the run `config` writes, as in its plan, on any machine."""
+    return RunCosts.of(config, stored or assumed_model(config)).disk(clips)
+
+
 def check_plan(plan: Plan) -> None:
     """MemoryPlanError, which says by how much and what would help, if the run can't fit."""
     problems = plan.problems()
