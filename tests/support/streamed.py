@@ -20,7 +20,27 @@ def stream_blocks(transformer: Any, stream: BlockStream) -> None:
         block.forward = _StreamedBlock(stream, index, block)
 
 
-def without(monkeypatch: pytest.MonkeyPatch, owner: Any, method: str, caller: str) -> list[int]:
+def assert_missing_call_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+    exercise: Callable[[], tuple[list[Tensor], list[str]]],
+    owner: Any,
+    method: str,
+    caller: str,
+) -> None:
+    """`exercise` returns results and reports of the sanitizer. It has none, and without the calls
+    of `owner`'s `method` in `caller` it has some, or other results, or fails."""
+    expected, problems = exercise()
+    assert problems == []
+    skipped = _without(monkeypatch, owner, method, caller)
+    try:
+        result, problems = exercise()
+    except RuntimeError as error:  # NaN may be refused before the end
+        result, problems = [], [str(error)]
+    assert skipped, f"{caller} never calls {method}"
+    assert problems or not all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+def _without(monkeypatch: pytest.MonkeyPatch, owner: Any, method: str, caller: str) -> list[int]:
     """Make `method` do nothing where `caller` calls it; the list counts how often."""
     plain: Callable[..., Any] = getattr(owner, method)
     skipped: list[int] = []

@@ -17,7 +17,7 @@ import pytest
 import simulated_gpu
 import torch
 from support.adapters import METHODS, attached, inputs, perturb
-from support.streamed import stream_blocks, without
+from support.streamed import assert_missing_call_is_caught, stream_blocks
 from support.tiny_models import quantized, tiny_transformer
 from torch import Tensor, nn
 
@@ -317,16 +317,9 @@ def exercise(base: Any, copier: str) -> tuple[list[Tensor], list[str]]:
 )
 def test_a_missing_wait_is_caught(base, monkeypatch, owner, method, caller, copier) -> None:
     monkeypatch.setattr(copiers, "PIECE_SIZE", 4096)
-    expected, problems = exercise(base, copier)
-    assert problems == []
-    skipped = without(monkeypatch, owner, method, caller)
-    try:
-        result, problems = exercise(base, copier)
-    except RuntimeError as error:  # NaN may be refused before the end
-        result, problems = [], [str(error)]
-    assert skipped, f"{caller} never calls {method}"
-    is_wrong = not all(torch.equal(a, b) for a, b in zip(result, expected, strict=False))
-    assert problems or is_wrong
+    assert_missing_call_is_caught(
+        monkeypatch, lambda: exercise(base, copier), owner, method, caller
+    )
 
 
 # ---------------------------------------------------------------------- the thread

@@ -14,7 +14,7 @@ from onewan.memory.host_memory import PROBE_SIZE, DriverPages, HostMemory, PageL
 MIB = 1 << 20
 
 
-class Pages(PageLocker):
+class Pages:
     """A driver that locks up to `limit` bytes."""
 
     def __init__(self, limit: int) -> None:

@@ -11,7 +11,7 @@ import simulated_gpu
 import torch
 from support.adapters import inputs
 from support.optimizers import CHOICES, PER_WEIGHT, build, through_a_file, uncompiled
-from support.streamed import stream_blocks, without
+from support.streamed import assert_missing_call_is_caught, stream_blocks
 from support.tiny_models import in_bfloat16, tiny_transformer
 from torch import Tensor
 
@@ -359,9 +359,4 @@ def test_a_missing_wait_is_caught(base, monkeypatch, owner, method, caller, copi
                 streamed.stream.close()
         return result, list(found)
 
-    expected, problems = exercise()
-    assert problems == []
-    skipped = without(monkeypatch, owner, method, caller)
-    result, problems = exercise()
-    assert skipped, f"{caller} never calls {method}"
-    assert problems or not all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+    assert_missing_call_is_caught(monkeypatch, exercise, owner, method, caller)

@@ -15,7 +15,7 @@ import mmap
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -122,19 +122,19 @@ class HostMemory:
         )
 
 
-class PageLocker:
-    """Locks memory that is already allocated; subclasses know how."""
+class PageLocker(Protocol):
+    """Locks memory that is already allocated."""
 
     def lock(self, address: int, size: int) -> None:
         """Pin `size` bytes from `address` on; RuntimeError if that fails."""
-        raise NotImplementedError
+        ...
 
     def unlock(self, address: int) -> None:
         """Undo `lock` of the same address; RuntimeError if that fails."""
-        raise NotImplementedError
+        ...
 
 
-class DriverPages(PageLocker):
+class DriverPages:
     """The driver of CUDA or ROCm, which PyTorch calls cudart for both."""
 
     def __init__(self, device: torch.device, runtime: Any = None) -> None:
