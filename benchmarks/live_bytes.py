@@ -11,10 +11,10 @@ is dropped, and so knows what `torch.cuda.max_memory_allocated` would report:
     for storage in live.at_peak(device.type)[:10]:
         print(storage.bytes, storage.operator, storage.place)
 
-The device is the simulated accelerator `sim` of `tests/simulated_gpu`, so that tensors of the host
-and of the device are told apart, and streams and events work. Sizes are rounded up to 512 bytes, as
-CUDA's allocator does. Not counted: the allocator's fragmentation, and what a kernel allocates
-inside itself, but for the workspaces in `WORKSPACES`.
+The device is the simulated accelerator `sim` of `tests/simulated_gpu`, so that tensors in host
+memory and on the device have different devices, and streams and events work. Sizes are rounded up
+to 512 bytes, as CUDA's allocator does. Not counted: the allocator's fragmentation, and what a
+kernel allocates inside itself, but for the workspaces in `WORKSPACES`.
 
 `true_size.py` counts the phases of a run with it.
 """
@@ -24,7 +24,7 @@ from __future__ import annotations
 import importlib
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,6 +243,22 @@ class _FusedRmsNorm(torch.autograd.Function):
         return torch.empty_like(input), torch.empty_like(weight)
 
 
+class _MovableFakes(FakeTensorMode):
+    """A mode in which ``tensor.data = other`` may change the device of a fake tensor, as it may for
+    real ones: onewan binds weights to buffers on the device, and back to host memory, that way."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten._has_compatible_shallow_copy_type.default:
+            # Asked before the data is replaced. PyTorch then takes over everything except the
+            # device, which is an attribute of the Python object.
+            tensor, other = args
+            tensor.fake_device = other.fake_device
+            return True
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 @contextmanager
 def fake_device(*, fused_kernels: bool = True) -> Iterator[torch.device]:
     """A context in which all tensors are fake; returns the accelerator to create them on.
@@ -254,7 +270,7 @@ def fake_device(*, fused_kernels: bool = True) -> Iterator[torch.device]:
         sys.path.append(str(Path(__file__).parents[1] / "tests"))
     importlib.import_module("simulated_gpu")  # registers the device
     swap = torch.utils.swap_tensors
-    mode = FakeTensorMode()
+    mode = _MovableFakes()
 
     def swap_tensors(one: Tensor, other: Tensor) -> None:
         # `Module.to` swaps fake parameters, which it refuses while a weak reference to one exists.

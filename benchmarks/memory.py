@@ -1,9 +1,10 @@
 """The memory of a training step by variant, size and settings: counted beside planned.
 
 Device peaks are live bytes over fake tensors at true size (`true_size.count_step`), of the second
-step of a run with one expert, or of both with their adapters on the device. What a block adds to a
-peak is the same for each block, so a row is counted with 4 and with 5 blocks and continued to all
-of them. The plan's figures are those of `onewan plan` for the same settings.
+step of a run with one expert, or of both with their adapters on the device; those of full
+fine-tuning are of a run's own code from the loaded transformer on (`fine_tuning`). What a block
+adds to a peak is the same for each block, so a row is counted with 4 and with 5 blocks and
+continued to all of them. The plan's figures are those of `onewan plan` for the same settings.
 
     python benchmarks/memory.py [--write docs/performance.md] [--json FILE]
 """
@@ -18,10 +19,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from fine_tuning import count_fine_tuning, run_config
 from markers import replace_between
-from true_size import Counts, Settings, count_step
+from true_size import Settings, count_step
 
 from onewan.config.load import load_run
+from onewan.config.schema import ResolvedRun
 from onewan.memory.plan import Bucket, BucketPlan, Machine, make_plan
 from onewan.variants import VARIANTS, VariantName
 
@@ -84,8 +87,36 @@ def continued(few: int, more: int, layers: int) -> int:
     return few + (more - few) * (layers - FEW) // (MORE - FEW)
 
 
-def counted(row: Row) -> tuple[Counts, int, int, int]:
-    """(counts with few blocks; device peak, bytes to the device and to the host with all)."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counted:
+    """What a row takes with all blocks, counted."""
+
+    tokens: int
+    peak: int
+    to_device: int
+    to_host: int
+
+
+def counted(row: Row) -> Counted:
+    """The row's device peak and the bytes that it copies."""
+    return counted_fine_tuning(row) if row.settings.method == "full" else counted_adapter(row)
+
+
+def counted_fine_tuning(row: Row) -> Counted:
+    """Of a row that fine-tunes; all of its blocks are streamed."""
+    assert row.resident == 0
+    layers = VARIANTS[row.variant].num_layers
+    few, more = (count_fine_tuning(config_of(row), row.size, blocks) for blocks in (FEW, MORE))
+    return Counted(
+        tokens=few.tokens,
+        peak=max(continued(few.peaks[part], more.peaks[part], layers) for part in few.peaks),
+        to_device=continued(few.to_device, more.to_device, layers),
+        to_host=continued(few.to_host, more.to_host, layers),
+    )
+
+
+def counted_adapter(row: Row) -> Counted:
+    """Of a row that trains a LoRA."""
     layers = VARIANTS[row.variant].num_layers
     streamed = row.resident is not None and row.resident < layers
     few, more = (
@@ -99,27 +130,36 @@ def counted(row: Row) -> tuple[Counts, int, int, int]:
     parts = few.peaks.keys()
     # Each part by itself: with all blocks another one may have the highest peak.
     peak = max(continued(few.peaks[part], more.peaks[part], layers) for part in parts)
-    kept = continued(few.kept_to_host, more.kept_to_host, layers)
     loaded = 0
     if streamed and row.resident is not None:
         block = few.buffers // 2
         peak += row.resident * block
         loaded = 2 * (layers - row.resident - 2) * block
     back = continued(few.kept_to_device, more.kept_to_device, layers)
-    return few, peak, loaded + back, kept
+    return Counted(
+        tokens=few.tokens,
+        peak=peak,
+        to_device=loaded + back,
+        to_host=continued(few.kept_to_host, more.kept_to_host, layers),
+    )
 
 
-def planned(row: Row) -> BucketPlan:
-    """The plan of a run with the row's settings, on a machine that it fits."""
+def config_of(row: Row) -> ResolvedRun:
+    """A run with the row's settings."""
     facts, settings = VARIANTS[row.variant], row.settings
-    frames, height, width = row.size
-    experts = "both" if settings.both_experts or len(facts.experts) == 1 else "high"
-    method = f"{{kind: lora, rank: {settings.rank}}}"
+    if settings.method == "full":
+        return run_config(
+            row.variant,
+            row.size[0],
+            offload_inputs=settings.offload_inputs,
+            keep_attention=settings.keep_attention,
+            chunks=settings.feed_forward_chunks,
+        )
     text = RUN_FILE.format(
         variant=row.variant,
-        experts=experts,
-        frames=frames,
-        method=method,
+        experts="both" if settings.both_experts or len(facts.experts) == 1 else "high",
+        frames=row.size[0],
+        method=f"{{kind: lora, rank: {settings.rank}}}",
         storage=settings.storage,
         resident=facts.num_layers if row.resident is None else row.resident,
         offload_inputs=str(settings.offload_inputs).lower(),
@@ -129,16 +169,23 @@ def planned(row: Row) -> BucketPlan:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.yaml"
         file.write_text(text, encoding="utf-8")
-        config = load_run(file)
+        return load_run(file)
+
+
+def planned(row: Row) -> BucketPlan:
+    """The plan of a run with the row's settings, on a machine that it fits."""
+    frames, height, width = row.size
     machine = Machine(name="any", vram=10**13, ram=10**13, flops=1e14, bus=25e9)
     bucket = Bucket(frames=frames, width=width, height=height)
-    return make_plan(config, [bucket], machine, advice=False).worst
+    return make_plan(config_of(row), [bucket], machine, advice=False).worst
 
 
 def describe(row: Row) -> str:
     """The row's settings in words."""
     settings, layers = row.settings, VARIANTS[row.variant].num_layers
     words = [settings.storage]
+    if settings.method == "full":
+        words.append("full fine-tuning with a fused step and AdamW in 8 bits")
     if settings.whole_blocks:
         words.append("blocks checkpointed as a whole")
     if row.resident is None:
@@ -158,17 +205,16 @@ def describe(row: Row) -> str:
 
 def measure(row: Row) -> Result:
     """Count and plan a row."""
-    few, peak, to_device, to_host = counted(row)
-    plan = planned(row)
+    found, plan = counted(row), planned(row)
     return Result(
         variant=row.variant,
         size="x".join(map(str, row.size)),
-        tokens=few.tokens,
+        tokens=found.tokens,
         what=describe(row),
-        peak=peak,
+        peak=found.peak,
         planned=plan.training.device_bytes,
-        to_device=to_device,
-        to_host=to_host,
+        to_device=found.to_device,
+        to_host=found.to_host,
         planned_to_device=plan.time.bytes_to_device,
         planned_to_host=plan.time.bytes_to_host,
     )
@@ -176,6 +222,7 @@ def measure(row: Row) -> Result:
 
 FULL_SPEED = Settings(offload_inputs=True, keep_attention="host")
 LEAN = Settings(offload_inputs=True, keep_attention="host", feed_forward_chunks=8)
+FINE_TUNED = replace(FULL_SPEED, method="full")
 SIZES = ((17, 256, 256), (33, 480, 832), (81, 480, 832), (81, 720, 1280))
 
 
@@ -192,6 +239,9 @@ def rows() -> list[Row]:
         Row(variant="i2v-a14b", size=main, settings=LEAN, resident=0),
         Row(variant="ti2v-5b", size=longest, settings=FULL_SPEED, resident=0),
         Row(variant="ti2v-5b", size=longest, settings=LEAN, resident=0),
+        Row(variant="t2v-a14b", size=main, settings=FINE_TUNED, resident=0),
+        Row(variant="t2v-a14b", size=SIZES[0], settings=FINE_TUNED, resident=0),
+        Row(variant="ti2v-5b", size=longest, settings=FINE_TUNED, resident=0),
         Row(variant="t2v-a14b", size=main, settings=Settings()),
         Row(variant="t2v-a14b", size=main, settings=Settings(offload_inputs=True), resident=0),
         Row(variant="t2v-a14b", size=main, settings=FULL_SPEED, resident=20),

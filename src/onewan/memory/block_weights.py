@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -90,8 +90,6 @@ class BlockInHostMemory:
 
     tensors: list[Tensor]
     """Parameters and buffers of the modules: the objects that are re-bound."""
-    places: list[list[tuple[dict[str, Any], str]]]
-    """Where the modules hold each of them."""
     layout: FlatLayout
     host: list[Tensor]
     """What `tensors` are bound to while the block is not in use: views of the master, or of the
@@ -99,7 +97,6 @@ class BlockInHostMemory:
     sources: list[tuple[int, Tensor]]
     """What is copied to the device: (offset, bytes as uint8). One, if there is a master."""
     is_pinned: bool
-    is_fake: bool
     stored: Event = None
     """Behind the latest copy from the device; None for what is never copied back."""
     version: int = 0
@@ -112,18 +109,12 @@ class BlockInHostMemory:
 
     def bind(self, views: Sequence[Tensor]) -> None:
         """Make `views` the values of the modules' tensors."""
-        if self.is_fake:
-            # The data of a fake tensor can't be replaced by data on another device.
-            for places, view in zip(self.places, views, strict=True):
-                for registry, name in places:
-                    registry[name] = view
-            return
         for tensor, view in zip(self.tensors, views, strict=True):
             tensor.data = view
 
     def unbind(self) -> None:
         """Bind the modules' tensors to host memory again."""
-        self.bind(self.tensors if self.is_fake else self.host)
+        self.bind(self.host)
 
 
 class BlockWeights:
@@ -184,7 +175,9 @@ class BlockWeights:
         which the next use would silently undo."""
         for index, block in enumerate(self.blocks):
             for tensor, host in zip(block.tensors, block.host, strict=True):
-                if not block.is_fake and tensor.data_ptr() != host.data_ptr():
+                if isinstance(tensor, FakeTensor):  # which has no memory to compare
+                    continue
+                if tensor.data_ptr() != host.data_ptr():
                     raise RuntimeError(
                         f"a weight of block {index} was replaced after the block had been taken "
                         "for streaming; replace weights before, or copy into them"
@@ -192,8 +185,7 @@ class BlockWeights:
 
 
 def _take(block: nn.Module, host: HostMemory, *, mapped: bool, trained: bool) -> BlockInHostMemory:
-    found = _tensors_of(block, trained=trained)
-    tensors = [tensor for tensor, _ in found]
+    tensors = _tensors_of(block, trained=trained)
     layout = FlatLayout.of(tensors)
     if mapped:
         in_host = [tensor.detach().contiguous() for tensor in tensors]
@@ -213,21 +205,16 @@ def _take(block: nn.Module, host: HostMemory, *, mapped: bool, trained: bool) ->
             tensor.data = view  # frees the tensor's former memory
     return BlockInHostMemory(
         tensors=tensors,
-        places=[places for _, places in found],
         layout=layout,
         host=in_host,
         sources=sources,
         is_pinned=is_pinned,
-        is_fake=any(isinstance(tensor, FakeTensor) for tensor in tensors),
     )
 
 
-def _tensors_of(
-    block: nn.Module, *, trained: bool
-) -> list[tuple[Tensor, list[tuple[dict[str, Any], str]]]]:
-    """Each frozen parameter, with `trained` each parameter, and each buffer of `block`, with the
-    places that hold it."""
-    found: dict[int, tuple[Tensor, list[tuple[dict[str, Any], str]]]] = {}
+def _tensors_of(block: nn.Module, *, trained: bool) -> list[Tensor]:
+    """Each frozen parameter, with `trained` each parameter, and each buffer of `block`, once."""
+    found: dict[int, Tensor] = {}
     for path, module in block.named_modules():
         for registry in (module._parameters, module._buffers):
             for name, tensor in registry.items():
@@ -236,7 +223,7 @@ def _tensors_of(
                 # They keep references to their parts, which `data` does not reach.
                 if is_traceable_wrapper_subclass(tensor):
                     raise TypeError(f"{path}.{name}: {type(tensor).__name__} can't be streamed")
-                found.setdefault(id(tensor), (tensor, []))[1].append((registry, name))
+                found[id(tensor)] = tensor
     return list(found.values())
 
 

@@ -174,12 +174,10 @@ class TrainedBlocks:
         self._queue.compute_after(event)
         state = BlockInHostMemory(
             tensors=list(tensors),
-            places=[],
             layout=layout,
             host=views,
             sources=[(0, master.tensor)],
             is_pinned=master.is_pinned,
-            is_fake=False,
             stored=event,
         )
         state.unbind()

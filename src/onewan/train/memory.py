@@ -93,6 +93,11 @@ class RunMemory:
         """Bytes of weights and activations that were copied since the start of the run."""
         return self._execution.copied
 
+    @property
+    def stream(self) -> BlockStream | None:
+        """As `BlockExecution.stream`."""
+        return self._execution.stream
+
     def add(
         self,
         transformer: WanTransformer3DModel,

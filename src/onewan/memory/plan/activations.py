@@ -78,6 +78,10 @@ _SELF_HEADS = Tensors(half=7)
 _CROSS_HEADS = Tensors(half=4)
 """The normalized input, the queries before and behind their normalization, and the output."""
 
+_TRAINED_FEED_FORWARD = Tensors(stream=3, half=4, hidden=2)
+"""Where the weights themselves are trained, the peak is earlier, when the gate is differentiated: a
+chunk's normalized input and two gradients of products; its inputs and its outputs in the precision
+of the matrix products, and the gradient of these; before and behind GELU."""
 _DORA_FEED_FORWARD = Tensors(hidden=4)
 """Each DoRA layer keeps its base layer's output and the scaled sum."""
 
@@ -140,8 +144,11 @@ class Batch:
         return round(rows * self.shape.width * (4 + 8 * self.compute_bytes))
 
 
-def activations(batch: Batch, settings: Settings, method: Method) -> Activations:
-    """The activations of a training step with `settings`."""
+def activations(
+    batch: Batch, settings: Settings, method: Method, *, gradients: int = 0
+) -> Activations:
+    """The activations of a training step with `settings`. `gradients` are those of the weights of
+    one block, if they come and go with its backward pass: they are part of `live` then."""
     layers = batch.shape.layers
     inference = batch.block_input + batch.text + _forward_peak(batch, settings, method)
     if not settings.checkpointing:
@@ -165,7 +172,7 @@ def activations(batch: Batch, settings: Settings, method: Method) -> Activations
     elif settings.keep_attention == "device":
         device += batch.attention_outputs
     forward = ahead + batch.block_input + _forward_peak(batch, settings, method)
-    backward = batch.block_input + _backward_peak(batch, settings, method, ahead)
+    backward = batch.block_input + _backward_peak(batch, settings, method, ahead, gradients)
     return Activations(
         kept_on_device=layers * device,
         kept_on_host=layers * host,
@@ -185,9 +192,12 @@ def _forward_peak(batch: Batch, settings: Settings, method: Method) -> int:
     return round(max(kept + batch.bytes(feed_forward), batch.bytes(_FORWARD_ATTENTION)))
 
 
-def _backward_peak(batch: Batch, settings: Settings, method: Method, ahead: int) -> int:
+def _backward_peak(
+    batch: Batch, settings: Settings, method: Method, ahead: int, gradients: int
+) -> int:
     """Of a block's backward pass, beside its input and what other blocks keep. What the next block
-    needs, `ahead`, comes to the device when the feed-forward layer is done."""
+    needs, `ahead`, comes to the device when the feed-forward layer is done, and the gradients of
+    that layer's weights are complete then."""
     within = _FEED_FORWARD
     cross, self_attention = _CROSS_ATTENTION, _SELF_ATTENTION
     if isinstance(method, DoraMethod):
@@ -198,24 +208,32 @@ def _backward_peak(batch: Batch, settings: Settings, method: Method, ahead: int)
         within += Tensors(half=1)  # rotated inputs
     elif isinstance(method, FineTuneMethod):
         # Normalized inputs and what gates multiply, for the gradients of the modulation.
-        within += Tensors(stream=1)
+        within = _TRAINED_FEED_FORWARD
         self_attention += Tensors(stream=1)
     feed_forward = within / settings.feed_forward_chunks + _BESIDE_FEED_FORWARD
-    if isinstance(method, FineTuneMethod):
-        feed_forward += Tensors(stream=1)
     if settings.keep_attention == "no":
         # Queries, keys, values and outputs of both attentions are there from the beginning.
         feed_forward += _SELF_HEADS + _CROSS_HEADS
+        if isinstance(method, FineTuneMethod):
+            feed_forward += Tensors(stream=1)  # the normalized input of cross-attention
         cross += _SELF_HEADS
     else:
         feed_forward += Tensors(half=2)
     attention = max(batch.bytes(cross), batch.bytes(self_attention))
-    peak = max(batch.bytes(feed_forward), attention + ahead)
+    # The sums over the chunks before, and the gradients of one chunk.
+    sums = 2 * _share_of_feed_forward(batch) * gradients if settings.feed_forward_chunks > 1 else 0
+    peak = max(batch.bytes(feed_forward) + sums, attention + ahead + gradients)
     if isinstance(method, FineTuneMethod):
         # One float32 cast is kept from the forward pass on, and two come when all blocks are done.
         cast = _weight_sized(batch, method) // 3
         return round(cast + max(peak, 2 * cast))
     return round(peak + _weight_sized(batch, method))
+
+
+def _share_of_feed_forward(batch: Batch) -> float:
+    """Of the feed-forward layer among the weights of a block, beside its eight projections."""
+    d, f = batch.shape.width, batch.shape.feed_forward
+    return f / (f + 4 * d)
 
 
 def _weight_sized(batch: Batch, method: Method) -> int:

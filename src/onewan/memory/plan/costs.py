@@ -87,7 +87,8 @@ class RunCosts:
         )
 
     def activations(self, bucket: Bucket, settings: Settings) -> Activations:
-        return activations(self.batch(bucket), settings, self.config.method)
+        gradients = self._gradients_of_a_block if settings.streamed(self.layers) else 0
+        return activations(self.batch(bucket), settings, self.config.method, gradients=gradients)
 
     # --------------------------------------------------------------------------- training
 
@@ -111,6 +112,8 @@ class RunCosts:
         # The cast at the beginning is gone when activations and gradients are there.
         later = acts.kept_on_device + device["gradients"]
         live = max(acts.live, smallest_peak(self.batch(bucket)) - later)
+        if settings.streamed(self.layers):
+            live = max(0, live - self._gradients_of_a_block)  # which `live` has, where they are
         device["kept for the backward pass"] = acts.kept_on_device
         device["live block"] = live + self._expanded()
         pinned = self._weights_on_host(settings)
@@ -169,6 +172,14 @@ class RunCosts:
         return max((self._per_block(t.state.device + t.weights) for t in self._whole), default=0)
 
     @cached_property
+    def _gradients_of_a_block(self) -> int:
+        """Bytes of the gradients of a streamed block that is fine-tuned: its weights are updated
+        together."""
+        if not self.is_fine_tuning:
+            return 0
+        return max((self._per_block(t.stored) for t in self._whole), default=0)
+
+    @cached_property
     def _whole(self) -> list[TrainedWeights]:
         return [t for t in self.trained.values() if t is not None]
 
@@ -217,8 +228,7 @@ class RunCosts:
             # The gradients of an expert are dropped after its step.
             gradients = max((t.gradients for t in parts), default=0)
             if streamed:
-                # The weights of a streamed block are updated together.
-                gradients = max(gradients, max(self._per_block(t.stored) for t in parts))
+                gradients = max(gradients, self._gradients_of_a_block)
             device["gradients"] = gradients + sum(t.gradients for t in embeddings)
         return device
 

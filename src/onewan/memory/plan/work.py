@@ -107,8 +107,8 @@ def step_work(
     # The last blocks of the forward pass are still on the device when the backward pass begins.
     returning = kept_on_host * max(layers - AHEAD, 0) // layers
     written = streamed * (block_bytes + streamed_state) if trains_linears else 0
-    # Trained weights change in every step, so that none in the ring can be used again.
-    weights = (streamed if trains_linears else loads) * block_bytes
+    # Trained blocks are updated where they are in the ring, and need not come again either.
+    weights = loads * block_bytes
     return StepWork(
         forward_flops=forward,
         backward_flops=both - forward + recomputed,

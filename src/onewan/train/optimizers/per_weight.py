@@ -188,6 +188,7 @@ class PerWeightOptimizer:
             # the weight, and PyTorch accepts no gradient from another device.
             managed.optimized.grad = gradient.float()
             managed.library.optimizer.step()
+            managed.optimized.grad = None  # before rounding, which needs memory of its own
             updated = managed.optimized.detach()
             if managed.residual is not None:
                 rounded, residual = round_with_residual(updated, managed.parameter.dtype)
@@ -198,7 +199,6 @@ class PerWeightOptimizer:
                     derive_seed(self._seed, "rounding", self._trainable, managed.name, step)
                 )
                 stochastic_round_(managed.parameter.data, updated, generator)
-        managed.optimized.grad = None
 
 
 class _PerWeightStep:
