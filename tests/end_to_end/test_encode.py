@@ -437,6 +437,28 @@ def test_no_caption_is_encoded_if_the_training_step_encodes_them(
 # --- Validation split ----------------------------------------------------------------------------
 
 
+def test_unusable_files_that_were_named_before_are_counted(run_file: RunFile, own: Path) -> None:
+    config = run_file("t2v-a14b", *settings(own))
+    (own / "clips" / "cut.mp4").write_bytes(b"no video")
+    (own / "clips" / "cut.txt").touch()
+    first, _ = prepared(config)
+    named = [line for line in first.report.lines() if "cut.mp4: " in line]
+    assert len(named) == 1 and first.report.lines(repeat=False) == first.report.lines()
+    again, _ = prepared(config)
+    assert again.report.lines() == first.report.lines()  # `onewan cache` lists them every time
+    count = (
+        "1 file can't be used, as before (listed by `onewan cache` and in "
+        f"{own / 'cache' / 'unusable_files.txt'})"
+    )
+    shown = again.report.lines(repeat=False)
+    assert count in shown and named[0] not in shown and "left out" in shown[0]
+    (own / "clips" / "lonely.mp4").touch()
+    more = prepared(config)[0].report.lines(repeat=False)
+    assert "1 file can't be used:" in more and count in more
+    assert any("lonely.mp4: has no caption" in line for line in more)
+    assert not any("cut.mp4" in line for line in more)
+
+
 def test_clips_of_validation_sources_are_held_out_of_training(run_file: RunFile, own: Path) -> None:
     (own / "val").mkdir()
     for name in ("red_square.mp4", "still_square.png"):

@@ -188,7 +188,7 @@ def _final_report(
         warnings=tuple(dict.fromkeys(warnings)),
     )
     if config.video_data.cache:
-        report = replace(report, problem_list=_write_list(config.video_data.cache_dir, report))
+        report = _with_list(config.video_data.cache_dir, report)
     if not clips:
         raise DataError(
             f"no clip can be used in {_places(config.video_data.sources)}", report.lines()
@@ -201,19 +201,23 @@ def _final_report(
     return report
 
 
-def _write_list(folder: Path, report: DatasetReport) -> Path | None:
-    """The file in the cache folder that lists every problem; None if there are none."""
+def _with_list(folder: Path, report: DatasetReport) -> DatasetReport:
+    """`report` with a file in the cache folder that lists every problem, if there are any, and with
+    what that file has listed before."""
     file = folder / "unusable_files.txt"
     try:
         if not report.problems:
             file.unlink(missing_ok=True)
-            return None
+            return report
+        before = ""
+        if file.exists():
+            before = file.read_text(encoding="utf-8", errors="replace")
         with replacing(file) as temporary:
             lines = "".join(f"{problem}\n" for problem in report.problems)
             temporary.write_text(lines, encoding="utf-8", errors="backslashreplace")
     except OSError:  # the cache of another user: then the report itself has to name all files
-        return None
-    return file
+        return report
+    return replace(report, problem_list=file, listed_before=frozenset(before.splitlines()))
 
 
 def _dataset_digest(report: DatasetReport, digests: Mapping[Path, str]) -> str:

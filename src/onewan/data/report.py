@@ -62,12 +62,15 @@ class DatasetReport:
     """Clips that are held out of training, to validate on."""
     problem_list: Path | None = None
     """A file that lists all `problems`, so that `lines` need not."""
+    listed_before: frozenset[str] = frozenset()
+    """The lines that this file had before."""
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
 
-    def lines(self) -> list[str]:
-        """The report as text: counts, each unusable file, and the warnings grouped by text."""
+    def lines(self, *, repeat: bool = True) -> list[str]:
+        """The report as text: counts, each unusable file, and the warnings grouped by text. Without
+        `repeat`, unusable files that an earlier report has named are counted."""
         videos = sum(clip.kind == "video" for clip in self.clips)
         kinds = f"{count(videos, 'video')}, {count(len(self.clips) - videos, 'image')}"
         left_out = f", {len(self.problems)} left out" if self.problems else ""
@@ -81,9 +84,17 @@ class DatasetReport:
             lines.append(f"  with a mask: {count(masked, 'clip')}")
         if self.validation_clips:
             lines.append(f"held out for validation: {count(len(self.validation_clips), 'clip')}")
-        if self.problems:
-            lines.append(f"{count(len(self.problems), 'file')} can't be used:")
-            lines += [f"  {line}" for line in self._problem_lines()]
+        new = self.problems
+        if not repeat:
+            new = tuple(p for p in new if str(p) not in self.listed_before)
+        if new:
+            lines.append(f"{count(len(new), 'file')} can't be used:")
+            lines += [f"  {line}" for line in self._problem_lines(new)]
+        if known := len(self.problems) - len(new):
+            lines.append(
+                f"{count(known, 'file')} can't be used, as before (listed by `onewan cache` and in "
+                f"{self.problem_list})"
+            )
         if self.warnings:
             lines.append("Warnings:")
             # One line for each text: a data set of small clips has thousands that are scaled up.
@@ -92,12 +103,12 @@ class DatasetReport:
                 lines.append(f"  {_name_prefix(paths)}{text}")
         return lines
 
-    def _problem_lines(self) -> list[str]:
+    def _problem_lines(self, problems: Sequence[ClipProblem]) -> list[str]:
         """A line for each problem; one for many of a kind if there is a file with all of them."""
         if self.problem_list is None:
-            return [str(problem) for problem in self.problems]
+            return [str(problem) for problem in problems]
         lines, footer = list[str](), list[str]()
-        for _, alike in _groups(self.problems, lambda problem: problem.kind):
+        for _, alike in _groups(problems, lambda problem: problem.kind):
             if len(alike) <= _FILES_NAMED:
                 lines += [str(problem) for problem in alike]
                 continue

@@ -169,7 +169,7 @@ class WanTrainer:
             events.DataReady(
                 clips=len(run.dataset.clips),
                 encoded=run.dataset.encoded,
-                report=run.dataset.report.lines(),
+                report=run.dataset.report.lines(repeat=False),
             )
         )
         for warning in run.warnings:
