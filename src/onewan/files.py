@@ -287,6 +287,27 @@ def remove(path: Path) -> None:
         shutil.rmtree(doomed)
 
 
+def link_or_copy(source: Path, destination: Path) -> None:
+    """Make `destination` the same as the complete file or folder `source`, atomically; it replaces
+    what was there. Hard links where the file system has them, so that no more space is used."""
+    with temporary_beside(destination) as temporary:
+        if source.is_dir():
+            shutil.copytree(source, temporary, copy_function=_link_or_copy_file)
+            for folder in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
+                sync(folder)
+        else:
+            _link_or_copy_file(source, temporary)
+        replace(temporary, destination)
+
+
+def _link_or_copy_file(source: str | Path, destination: str | Path) -> None:
+    try:
+        os.link(source, destination)
+    except OSError:  # such as exFAT and many network drives
+        shutil.copyfile(source, destination)
+        sync(Path(destination))
+
+
 def sync(path: Path) -> None:
     """Force a file's content, or a folder's entries, to the disk."""
     if path.is_dir() and os.name == "nt":

@@ -67,7 +67,7 @@ def test_a_run_lowers_the_loss_and_fills_its_folder(
     suffixes = [e.file_suffix for e in config.model.facts().experts]
     assert sorted(p.name for p in layout.weights_dir.iterdir()) == sorted(
         f"run_{step}{suffix}_{fmt}.safetensors"
-        for step in ("000030", "000060")
+        for step in ("000030", "000060", "best")
         for suffix in suffixes
         for fmt in ("comfyui", "diffusers", "kohya", "no_alpha")
     )

@@ -55,6 +55,7 @@ method: {{kind: lora, rank: 4, alpha: 2}}
 optimizer: {{lr: 0.005}}
 train: {{steps: 6, save_every: 100, switch_expert_every: 2}}
 validation: {{clips: 0}}
+output: {{dtype: null}}
 logging: {{tensorboard: false}}
 """,
         encoding="utf-8",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -17,6 +18,7 @@ from onewan import files
 from onewan.files import (
     ABANDONED_AFTER_SECONDS,
     check_input,
+    link_or_copy,
     read_input,
     remove,
     remove_abandoned,
@@ -248,6 +250,32 @@ def test_remove_deletes_files_and_folders_with_their_content(tmp_path: Path) -> 
     (tmp_path / "file").touch()
     remove(tmp_path / "file")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_or_folder_is_linked_or_copied_over_an_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    if not links:
+
+        def refused(*_: object) -> None:
+            raise OSError(errno.ENOTSUP, "Operation not supported")
+
+        monkeypatch.setattr(os, "link", refused)
+    for name in ("new", "old"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "deep" / "file").write_text(name)
+        (tmp_path / f"{name}.txt").write_text(name)
+    (tmp_path / "old" / "left").touch()
+    for ending in ("", ".txt"):
+        new, old = tmp_path / f"new{ending}", tmp_path / f"old{ending}"
+        link_or_copy(new, old)
+        inner = "" if ending else "deep/file"
+        assert (old / inner).read_text() == "new"
+        assert (old / inner).samefile(new / inner) == links
+        link_or_copy(new, old)  # the same once more
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "new.txt", "old", "old.txt"]
+    assert not (tmp_path / "old" / "left").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such files in folders")

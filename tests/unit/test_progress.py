@@ -11,6 +11,7 @@ from onewan.cli import progress
 from onewan.cli.progress import Progress
 from onewan.runs.events import (
     AttentionChosen,
+    BestWeights,
     Encoding,
     Event,
     Exported,
@@ -62,6 +63,25 @@ def test_the_exported_files_of_a_step_share_a_line(
     after = [Finished(step=100, run=tmp_path / "fox")] if ends else []
     first, *_ = lines_of(capsys, *exported(tmp_path / "weights", *names), *after)
     assert first == f"step 100: weights exported: {Path('weights/000100_')}* (4 files)"
+
+
+def test_the_best_weights_have_a_line_when_they_are_written_and_one_at_the_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "weights"
+    best = folder / "fox_best_high_noise.safetensors"
+    assert lines_of(
+        capsys,
+        *exported(folder, "fox_000100_high_noise.safetensors"),
+        Exported(step=100, expert="high", file=best, best_loss=0.25),
+        BestWeights(expert="high", file=best, step=100, loss=0.25, base=0.5, held_out=True),
+    ) == [
+        f"step 100: best weights so far: {Path('weights/fox_best_high_noise.safetensors')}",
+        f"step 100: weights exported: {Path('weights/fox_000100_high_noise.safetensors')}",
+        f"best by validation on held-out clips: {Path('weights/fox_best_high_noise.safetensors')}, "
+        "of step 100, loss 0.2500 (-50.0 % against the base model)",
+    ]
 
 
 def test_a_short_activity_has_one_line_and_a_long_one_a_line_every_few_seconds(

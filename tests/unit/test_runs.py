@@ -32,6 +32,7 @@ def test_files_in_a_run_folder_have_the_promised_names(tmp_path: Path) -> None:
             500, "_low_noise", "comfyui"
         ): "weights/fox_000500_low_noise_comfyui.safetensors",
         run.weights(500, "", "diffusers", ext=""): "weights/fox_000500_diffusers",
+        run.weights("best", "_low_noise"): "weights/fox_best_low_noise.safetensors",
         run.samples(0): "samples/000000",
         run.control_dir: "control",
     }
@@ -69,6 +70,8 @@ def test_exports_are_found_by_their_step_whatever_the_name_of_the_run(
         for suffix in ("_high_noise", "_low_noise_ema", "_000300"):
             run.weights(step, suffix).touch()
         run.weights(step, "", "diffusers", ext="").mkdir()
+    run.weights("best", "_high_noise").touch()
+    run.weights("best", ext="").mkdir()
     (run.weights_dir / f".tmp-0-0-0-{name}_000400.safetensors").touch()
     (run.weights_dir / "notes.txt").touch()
     found = run.exported()
@@ -84,7 +87,8 @@ def test_exports_of_before_the_run_was_renamed_are_found(tmp_path: Path, former:
     run = RunLayout(tmp_path / "wolf")
     run.create()
     (run.weights_dir / f"{former}_high_noise.safetensors").touch()
-    assert list(run.exported()) == [250]
+    (run.weights_dir / f"{former}_best_high_noise.safetensors").touch()
+    assert [path.name for path in run.exported()[250]] == [f"{former}_high_noise.safetensors"]
 
 
 def test_the_name_of_a_run_is_that_of_its_folder(

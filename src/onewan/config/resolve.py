@@ -152,5 +152,8 @@ def _method(config: RunConfig) -> Method:
 
 def _filled(into: type[_S], section: Section, **defaults: object) -> _S:
     """`section` as one of type `into`, with `defaults` where it has None."""
-    given = {name: value for name, value in section if value is not None}
-    return into.model_validate({**defaults, **given})
+    values = dict(section)
+    # A null without a default here is a value of its own, such as "keep all".
+    return into.model_validate(
+        values | {name: default for name, default in defaults.items() if values[name] is None}
+    )

@@ -195,10 +195,7 @@ def _validation_rules(config: RunConfig) -> Iterator[Problem]:
     if validation.sources and validation.share:
         why = "holds out training clips, and validation.sources gives other clips"
         yield "validation.share", f"{why}, got {validation.share:g}; remove one of them"
-    if validation.every and not validation.clips:
-        why = f"is {validation.every}, but validation.clips is 0, which turns it off"
-        yield "validation.every", f"{why}; raise that, or leave it out"
     if config.train.keep_best and not (validation.every and validation.clips):
-        missing = "validation.clips" if validation.every else "validation.every"
+        missing = "validation.every" if validation.clips else "validation.clips"
         why = f"needs the validation loss, and {missing} is 0"
         yield "train.keep_best", f"{why}; give {missing}, or leave it out"

@@ -278,16 +278,16 @@ class TrainSection(Section):
     """Loss function and weights."""
     ema: EmaSection | None = None
     """Exponential moving average of the weights, validated and exported too; {} turns it on."""
-    save_every: Int = Field(default=500, ge=1)
+    save_every: Int = Field(default=250, ge=1)
     """Steps between checkpoints (training state and exported weights); the last is always saved."""
     save_every_minutes: Positive | None = None
     """Also save the training state when this many minutes have passed since the last save."""
     keep_last: Int = Field(default=2, ge=1)
-    """Number of newest training states to keep; exported weights are all kept."""
+    """Number of newest training states to keep; see `output.keep_last` for exported weights."""
     keep_every: Int | None = Field(default=None, ge=1)
     """Keep every training state whose step is a multiple of this permanently."""
     keep_best: bool = False
-    """Also save and keep the state with the lowest validation loss."""
+    """Also save and keep the training state with the lowest mean validation loss of the experts."""
 
     def lr_schedule(self) -> LrSchedule:
         return LrSchedule(
@@ -363,10 +363,11 @@ class OutputSection(Section):
     these, ai-toolkit and diffusion-pipe; `diffusers` by diffusers only; `kohya` (of musubi-tuner)
     by ComfyUI, diffusers and musubi-tuner. Fine-tuned experts: `comfyui` is one file, `diffusers`
     a folder."""
-    dtype: WeightDtype | None = None
-    """Data type of exported files; null is that of the trained weights."""
-    keep_last: Int | None = Field(default=None, ge=1)
-    """Number of newest exports to keep, besides the best one; null keeps all."""
+    dtype: WeightDtype | None = "bfloat16"
+    """Data type of exported files; null is that of the trained weights. States keep float32."""
+    keep_last: Int | None = Field(default=4, ge=1)
+    """Number of newest exports to keep; null keeps all. The best by validation are kept too, as
+    NAME_best_..."""
     name: str | None = Field(default=None, pattern=_FOLDER_NAME)
     """Name of the run and of its folder; null is the name of the run file."""
 

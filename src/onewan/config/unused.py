@@ -69,6 +69,8 @@ def _by_variant(config: RunConfig) -> Iterator[Unused]:
             yield ("train", "high_expert_share"), "only one expert is trained"
     elif steps_per_expert(config) is not None:
         yield ("train", "high_expert_share"), "per_expert gives the steps of both experts"
+    if config.validation.every and not config.validation.clips:
+        yield ("validation", "every"), "validation.clips is 0, which turns validation off"
 
 
 def _by_method(config: RunConfig) -> Iterator[Unused]:

@@ -37,6 +37,7 @@ class EventLines:
             events.Sampled: _sampled,
             events.Stopped: _stopped,
             events.Failed: _failed,
+            events.BestWeights: _best_weights,
             events.Finished: _finished,
         }
 
@@ -49,15 +50,17 @@ class EventLines:
 
     def rest(self) -> list[str]:
         """The lines about events that wait for others to be shown with them."""
-        if not self._exported:
-            return []
-        paths = [str(displayed(event.file)) for event in self._exported]
-        step = self._exported[0].step
+        exported, lines = self._exported.copy(), list[str]()
         self._exported.clear()
-        # By characters, not by folders: the names begin with those of the run and of the step.
-        start = os.path.commonprefix(paths)  # noqa: RUF071
-        shown = paths[0] if len(paths) == 1 else f"{start}* ({len(paths)} files)"
-        return [f"step {step}: weights exported: {shown}"]
+        for what, is_best in (("best weights so far", True), ("weights exported", False)):
+            files = [event for event in exported if (event.best_loss is not None) == is_best]
+            if files:
+                paths = [str(displayed(event.file)) for event in files]
+                # By characters, not by folders: the names begin with the run's and the step's.
+                start = os.path.commonprefix(paths)  # noqa: RUF071
+                shown = paths[0] if len(paths) == 1 else f"{start}* ({len(paths)} files)"
+                lines.append(f"step {files[0].step}: {what}: {shown}")
+        return lines
 
     def _keep_exported(self, event: events.Exported) -> Iterable[str]:
         """There is one event for each expert and format, and one line for all of a step."""
@@ -179,6 +182,15 @@ def _stopped(event: events.Stopped) -> Iterable[str]:
 def _failed(event: events.Failed) -> Iterable[str]:
     first, *details = event.error.split("\n")
     return [f"failed: {first}", *details]
+
+
+def _best_weights(event: events.BestWeights) -> Iterable[str]:
+    clips = "held-out clips" if event.held_out else "training clips"
+    change = _relative_change(event.loss, event.base, event.step)
+    yield (
+        f"best by validation on {clips}: {displayed(event.file)}, of step {event.step}, "
+        f"loss {event.loss:.4f}{change}"
+    )
 
 
 def _finished(event: events.Finished) -> Iterable[str]:

@@ -279,6 +279,25 @@ class Exported(Event):
     expert: str
     """Name of the expert, or "embeddings"."""
     file: Path
+    best_loss: float | None = None
+    """Validation loss, if the file is that of the best weights so far; null for all others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BestWeights(Event):
+    """At the end of a run that validates: a file with the weights of the lowest validation loss."""
+
+    kind: ClassVar[str] = "best_weights"
+    expert: str
+    """Name of the expert, or "embeddings"."""
+    file: Path
+    step: int
+    """The step of which its weights are."""
+    loss: float
+    base: float | None
+    """Loss of the base model; null if it was not measured."""
+    held_out: bool
+    """Whether the clips are held out from training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

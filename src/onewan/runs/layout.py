@@ -9,6 +9,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from onewan.config.load import RESOLVED_NAME
 
@@ -88,15 +89,20 @@ class RunLayout:
         return self.states_dir / step_name(step)
 
     def weights(
-        self, step: int, suffix: str = "", fmt: str | None = None, ext: str = ".safetensors"
+        self,
+        step: int | Literal["best"],
+        suffix: str = "",
+        fmt: str | None = None,
+        ext: str = ".safetensors",
     ) -> Path:
-        """The exported weights of one expert after `step` steps: ``NAME_NNNNNN_high_noise...``.
+        """The exported weights of one expert after `step` steps: ``NAME_NNNNNN_high_noise...``, or
+        those with the lowest validation loss: ``NAME_best_high_noise...``.
 
         The run's name comes first, so that files of several runs can share a folder of LoRAs.
         `suffix` is the expert's `file_suffix`; `fmt` is set if the run exports several formats.
         """
         end = f"{suffix}{f'_{fmt}' if fmt else ''}{ext}"
-        return self.weights_dir / f"{self.name}_{step_name(step)}{end}"
+        return self.weights_dir / f"{self.name}_{step if step == 'best' else step_name(step)}{end}"
 
     def exported(self) -> dict[int, list[Path]]:
         """The files in `weights_dir` by the step after which they were exported, ascending."""
@@ -108,13 +114,14 @@ class RunLayout:
         return dict(sorted(found.items()))
 
     def _exported_step(self, file_name: str) -> int | None:
-        """The step in the name of an exported file; None if the name has none."""
+        """The step in the name of an exported file; None if the name has none, as those of the best
+        weights."""
         own = re.match(rf"{re.escape(self.name)}_({STEP_NAME.pattern})(?:[_.]|$)", file_name)
         if own is not None:
             return int(own[1])
         # The folder was renamed since: the last number of a step follows the run's former name,
         # which may contain such numbers too.
-        steps = re.findall(rf"(?:^|_)({STEP_NAME.pattern})(?=[_.]|$)", file_name)
+        steps = re.findall(rf"(?:^|_)({STEP_NAME.pattern})(?=[_.]|$)(?!_best(?:[_.]|$))", file_name)
         return int(steps[-1]) if steps and not file_name.startswith(".") else None
 
     def samples(self, step: int) -> Path:

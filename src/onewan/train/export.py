@@ -24,11 +24,10 @@ from onewan.formats.lora import LoraFormat, WanShape
 from onewan.formats.lora_writing import KIND_TITLES
 from onewan.model.embedding import WanModelEmbedding
 from onewan.runs.layout import RunLayout
+from onewan.train.best import WEIGHT_SUFFIX, weights_name
 from onewan.train.run import Run
 from onewan.train.state import Trainable, TrainableName, TrainedExpert, WeightSet
 from onewan.train.trainables import AdapterTraining, EmbeddingTraining, ExpertMethod, FullFineTune
-
-_SUFFIX: dict[WeightSet, str] = {"trained": "", "ema": "_ema"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +35,13 @@ class ExportedFile:
     """One file, or folder, that the weights of a step are written to."""
 
     path: Path
+    best_path: Path
+    """Its name if the weights are the best of the run by validation."""
     trainable: TrainableName
-    write: Callable[[], list[str]]
-    """Writes it; returns notices for the user."""
+    weights: str
+    """`best.weights_name` of what is in it."""
+    write: Callable[[Path], list[str]]
+    """Writes it to a path; returns notices for the user."""
 
 
 def exported_files(run: Run, layout: RunLayout) -> Iterator[ExportedFile]:
@@ -51,12 +54,14 @@ def exported_files(run: Run, layout: RunLayout) -> Iterator[ExportedFile]:
     if trainable is not None and isinstance(trainable.weights, EmbeddingTraining):
         for weight_set in _weight_sets(trainable):
             for embedding in trainable.weights.embeddings:
-                path = layout.weights(run.state.step, f"_{embedding.name}{_SUFFIX[weight_set]}")
-                facts = _facts(run, trainable, weight_set, trainable.weights.lr[embedding.name])
-                write = partial(
-                    _write_embedding, run, trainable, weight_set, embedding, path, facts
+                suffix = f"_{embedding.name}{WEIGHT_SUFFIX[weight_set]}"
+                yield ExportedFile(
+                    path=layout.weights(run.state.step, suffix),
+                    best_path=layout.weights("best", suffix),
+                    trainable=trainable.name,
+                    weights=weights_name(trainable.name, weight_set),
+                    write=partial(_write_embedding, run, trainable, weight_set, embedding),
                 )
-                yield ExportedFile(path=path, trainable=trainable.name, write=write)
 
 
 def _weight_sets(trainable: Trainable) -> tuple[WeightSet, ...]:
@@ -66,11 +71,12 @@ def _weight_sets(trainable: Trainable) -> tuple[WeightSet, ...]:
 def _files_of_expert(
     run: Run, layout: RunLayout, trained: TrainedExpert, trainable: Trainable, weight_set: WeightSet
 ) -> Iterator[ExportedFile]:
-    formats, suffix = run.config.output.formats, trained.expert.file_suffix + _SUFFIX[weight_set]
+    formats = run.config.output.formats
+    suffix = trained.expert.file_suffix + WEIGHT_SUFFIX[weight_set]
 
     # The weights are read when the file is written: averages replace the trained weights for that
     # time only.
-    def write(path: Path, format: LoraFormat) -> list[str]:
+    def write(format: LoraFormat, path: Path) -> list[str]:
         facts = _facts(run, trainable, weight_set, trainable.lr)
         with trainable.using(weight_set):
             if isinstance(trained.method, AdapterTraining):
@@ -78,9 +84,14 @@ def _files_of_expert(
             return _write_expert(run, trained, path, format, facts)
 
     for fmt in formats:
-        name_part = fmt if len(formats) > 1 else None
-        path = layout.weights(run.state.step, suffix, name_part, _extension(trained.method, fmt))
-        yield ExportedFile(path=path, trainable=trainable.name, write=partial(write, path, fmt))
+        end = suffix, fmt if len(formats) > 1 else None, _extension(trained.method, fmt)
+        yield ExportedFile(
+            path=layout.weights(run.state.step, *end),
+            best_path=layout.weights("best", *end),
+            trainable=trainable.name,
+            weights=weights_name(trainable.name, weight_set),
+            write=partial(write, fmt),
+        )
 
 
 def _extension(method: ExpertMethod | None, format: LoraFormat) -> str:
@@ -146,8 +157,9 @@ def _write_embedding(
     weight_set: WeightSet,
     embedding: WanModelEmbedding,
     path: Path,
-    facts: Mapping[str, str | int | float],
 ) -> list[str]:
+    assert isinstance(trainable.weights, EmbeddingTraining)
+    facts = _facts(run, trainable, weight_set, trainable.weights.lr[embedding.name])
     with trainable.using(weight_set):
         WanModelSaver().save_embedding(embedding, path, dtype=_dtype(run), facts=facts)
     return []
@@ -179,6 +191,8 @@ def _facts(
         facts["expert_steps"] = run.steps_before(trainable.name, step)
     if weight_set == "ema" and config.train.ema is not None:
         facts["ema_decay"] = config.train.ema.decay
+    if (name := weights_name(trainable.name, weight_set)) in run.state.best_now:
+        facts["validation_loss"] = run.state.best_weights[name].loss
     return facts
 
 

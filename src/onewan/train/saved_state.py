@@ -62,6 +62,9 @@ class StateFacts(_Strict):
     validated: _Step | None
     """The step of the last validation."""
     best: BestStep | None
+    best_weights: dict[str, BestStep] = Field(default_factory=dict)
+    """The lowest validation loss of each exported set of weights; empty in states of before it was
+    recorded."""
     versions: dict[str, str]
     """Versions of the packages that the results depend on."""
     config: dict[str, Any]
@@ -82,6 +85,7 @@ class StateFacts(_Strict):
         for name, step in (
             ("validated", self.validated),
             ("best.step", self.best.step if self.best else None),
+            *((f"best_weights.{name}.step", b.step) for name, b in self.best_weights.items()),
         ):
             if step is not None and step > self.step:
                 raise ValueError(f"{name} is {step}, which is after step {self.step}")

@@ -132,7 +132,7 @@ class StateSaver:
         for line in found.content.resets:
             self._log.warn(line)
         if not changes.losses_comparable:
-            run.state.base_loss, run.state.best = {}, None
+            run.state.base_loss, run.state.best, run.state.best_weights = {}, None, {}
             self._log.warn(
                 "validation losses are measured differently from now on, so they can't be compared "
                 "with earlier ones"

@@ -197,13 +197,20 @@ class TrainState:
     validated: int | None = None
     """The step of the last validation."""
     best: BestStep | None = None
-    """The validation with the lowest loss."""
+    """The validation with the lowest mean loss of all experts, for `train.keep_best`."""
+    best_weights: dict[str, BestStep] = field(default_factory=dict)
+    """The validation with the lowest loss of each exported set of weights (`train.best`)."""
     attention: SavedAttention | None = None
     """The attention backend that the run keeps; None until it is chosen (`train.attention`)."""
 
     @property
     def best_step(self) -> int | None:
         return None if self.best is None else self.best.step
+
+    @property
+    def best_now(self) -> list[str]:
+        """Names of the weights (`best_weights`) whose best step is the present one."""
+        return [name for name, best in self.best_weights.items() if best.step == self.step]
 
     @property
     def trainables(self) -> list[Trainable]:
@@ -242,6 +249,7 @@ class TrainState:
             base_loss=self.base_loss,
             validated=self.validated,
             best=self.best,
+            best_weights=self.best_weights,
             versions=versions(),
             config=dict(config),
             dataset=dataset,
@@ -267,6 +275,7 @@ class TrainState:
         self.base_loss = dict(facts.base_loss)
         self.validated = facts.validated
         self.best = facts.best
+        self.best_weights = dict(facts.best_weights)
         return resets
 
 

@@ -13,8 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
-
-from safetensors import SafetensorError
+from statistics import fmean
 
 from onewan.arithmetic.byte_sizes import parse_bytes
 from onewan.config.load import dump_run
@@ -22,7 +21,7 @@ from onewan.config.schema import ResolvedRun
 from onewan.data.loader import StepBatches
 from onewan.dtypes import torch_dtype
 from onewan.errors import CheckpointError, DataError, Interrupted, OnewanError
-from onewan.files import remove, remove_abandoned, replacing
+from onewan.files import remove_abandoned, replacing
 from onewan.locks import locked, remove_abandoned_locks
 from onewan.memory.device import (
     device_memory,
@@ -40,8 +39,9 @@ from onewan.runs.layout import RunLayout
 from onewan.runs.log import FileSink, Listener, ListenerSink, RunLog, TextSink, text_log
 from onewan.sample.generate import WanModelSampler
 from onewan.train.attention import choose_attention
+from onewan.train.best import improved_weights
 from onewan.train.cadence import Cadence
-from onewan.train.export import exported_files
+from onewan.train.exporting import WeightExporter
 from onewan.train.memory import planned
 from onewan.train.overview import overview
 from onewan.train.resume import Resume, check_start
@@ -53,7 +53,8 @@ from onewan.train.speed import step_speed
 from onewan.train.step import StepMetrics, train_step
 from onewan.train.tensorboard import TensorBoardSink
 from onewan.train.trial import try_largest_batch
-from onewan.train.validation import expert_losses
+from onewan.train.validation import ExpertLosses, expert_losses
+from onewan.variants import ExpertName
 
 log = logging.getLogger(__name__)
 
@@ -87,9 +88,8 @@ class WanTrainer:
         self._stop_signals = StopSignals()
         self._log = RunLog(*([] if listen is None else [ListenerSink(listen)]))
         self._saver = StateSaver(config, self._layout, self._log, overrides)
+        self._exporter = WeightExporter(config, self._layout, self._log)
         self._is_resumed = False
-        self._failed_export = ""
-        """Why the newest export failed; empty if it did not."""
         self._memory_limit: int | None = None
         """Bytes of the device that may be used; None if it has no limit."""
         self._memory_peak: int | None = None
@@ -207,11 +207,13 @@ class WanTrainer:
             # model may contain other weights (averages, the base model's) than the trained ones.
             self._saver.save(run, last=True)
             raise
-        if self._failed_export:
+        if self._exporter.failure:
             raise CheckpointError(
-                f"{self._failed_export}; training is complete and its state is saved. Make room or "
-                "repair the disk, then export the weights with --resume"
+                f"{self._exporter.failure}; training is complete and its state is saved. Make room "
+                "or repair the disk, then export the weights with --resume"
             )
+        for best in self._exporter.best(run):
+            self._log.emit(best)
 
     def _steps(self, run: Run) -> Iterator[StepBatches]:
         """The data of the remaining steps; the state is saved if they can't be read."""
@@ -234,10 +236,10 @@ class WanTrainer:
         """
         self._stop_if_requested()
         due = self._cadence.at(run.state.step)
-        best = due.validate and run.state.validated != run.state.step and self._validate(run)
-        files = exported_files(run, self._layout)
-        if (due.export or best) and not all(file.path.exists() for file in files):
-            self._export(run)
+        if due.validate and run.state.validated != run.state.step:
+            self._validate(run)
+        if due.export and not self._exporter.is_complete(run):
+            self._exporter.export(run)
         if due.sample:
             self._sample(run)
 
@@ -284,12 +286,13 @@ class WanTrainer:
             save_requested=self._take("save"),
             sample_requested=sample_requested,
         )
-        # Validation precedes saving, so that the state includes its result.
+        # Validation precedes saving, so that the state includes its result, and so that the files
+        # of the best weights that a state knows are complete.
         best = due.validate and self._validate(run)
         if due.save or best or self._saver.retry_is_due:
             self._saver.save(run, last=run.state.step == self._config.train.steps)
-        if due.export or best:
-            self._export(run)
+        if due.export:
+            self._exporter.export(run)
         if due.sample:
             self._sample(run)
 
@@ -318,7 +321,7 @@ class WanTrainer:
 
     def _measure(self, run: Run) -> bool:
         state = run.state
-        losses: list[float] = []
+        losses: dict[ExpertName, ExpertLosses] = {}
         for name in state.experts:
             measured = expert_losses(
                 run,
@@ -328,7 +331,7 @@ class WanTrainer:
             )
             if measured.base is not None and math.isfinite(measured.base):
                 state.base_loss[name] = measured.base
-            losses.append(measured.trained)
+            losses[name] = measured
             self._log.emit(
                 events.Validated(
                     step=state.step,
@@ -340,7 +343,8 @@ class WanTrainer:
                 )
             )
         state.validated = state.step
-        return self._record_best(run, sum(losses) / len(losses))
+        self._exporter.export_best(run, improved_weights(state, losses))
+        return self._record_best(run, fmean(each.trained for each in losses.values()))
 
     def _record_best(self, run: Run, loss: float) -> bool:
         """Record the present step as the best one if `train.keep_best` is set and `loss` is lower
@@ -394,36 +398,7 @@ class WanTrainer:
             with replacing(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
 
-    # -------------------------------------------------------------------------- weights and samples
-
-    def _export(self, run: Run) -> None:
-        """Write the trained weights in each format that the run file names; delete old ones.
-
-        Weights that can't be written are reported: the state has them too, and can be saved even if
-        these files can't.
-        """
-        self._failed_export = ""
-        try:
-            self._write_exports(run)
-        except (OSError, SafetensorError, CheckpointError) as error:
-            self._failed_export = (
-                f"the weights of step {run.state.step} can't be exported ({error})"
-            )
-            self._log.warn(f"{self._failed_export}; training continues")
-
-    def _write_exports(self, run: Run) -> None:
-        for file in exported_files(run, self._layout):
-            for notice in file.write():  # usually the same for the files of later steps
-                self._log.warn_once(notice, prefix=f"{file.path.name}: ")
-            self._log.emit(
-                events.Exported(step=run.state.step, expert=file.trainable, file=file.path)
-            )
-        exported = self._layout.exported()
-        # Without `keep_last` the slice is empty, so that nothing is deleted.
-        for step in list(exported)[: -(self._config.output.keep_last or len(exported))]:
-            if step != run.state.best_step:
-                for path in exported[step]:
-                    remove(path)
+    # ------------------------------------------------------------------------------------- samples
 
     def _sample(self, run: Run) -> None:
         """Generate the sample videos of this step; a resumed run makes those that do not exist."""

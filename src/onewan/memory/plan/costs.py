@@ -355,10 +355,12 @@ class RunCosts:
         exports = -(-config.train.steps // config.train.save_every)
         if config.output.keep_last is not None:
             exports = min(exports, config.output.keep_last)
+        exports += config.validation.clips > 0  # the best one
         per_weight = _DTYPE_BYTES[config.output.dtype or "float32"]
         if self.is_fine_tuning and config.output.dtype is None:
             per_weight = self.compute_bytes
         exported = sum(t.count for t in parts) * per_weight * len(config.output.formats)
+        exported *= 1 if config.train.ema is None else 2
         return {
             **({"cache of encoded clips": latents} if config.video_data.cache else {}),
             "checkpoints": kept * sum(t.saved for t in parts),

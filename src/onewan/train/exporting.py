@@ -1,0 +1,117 @@
+"""`WeightExporter`: writes the exported weights of a run while it trains, and deletes old ones.
+
+Weights that can't be written do not end the run: its states have them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from onewan.config.schema import ResolvedRun
+from onewan.errors import CheckpointError
+from onewan.files import link_or_copy, remove
+from onewan.runs import events
+from onewan.runs.layout import RunLayout
+from onewan.runs.log import RunLog
+from onewan.train.best import base_loss
+from onewan.train.export import ExportedFile, exported_files
+from onewan.train.run import Run
+from onewan.train.saved_state import BestStep
+
+_FAILURES = (OSError, SafetensorError, CheckpointError)
+"""What writing a file raises where the disk is full or unmounted."""
+
+
+class WeightExporter:
+    """Writes the files of `weights/` in the run's folder, and reports it in `log`."""
+
+    def __init__(self, config: ResolvedRun, layout: RunLayout, log: RunLog) -> None:
+        self._config = config
+        self._layout = layout
+        self._log = log
+        self._new_best: set[Path] = set()
+        """The files of the best weights that this process wrote at the present step."""
+        self.failure = ""
+        """Why the newest export failed; empty if it did not."""
+
+    def is_complete(self, run: Run) -> bool:
+        """Whether all files of the present step exist."""
+        return all(file.path.exists() for file in exported_files(run, self._layout))
+
+    def export(self, run: Run) -> None:
+        """Write the weights of the present step in each format that the run file names, and delete
+        old ones. Weights that can't be written are reported in the log and in `failure`."""
+        self.failure = ""
+        try:
+            for file in exported_files(run, self._layout):
+                if file.best_path in self._new_best:
+                    link_or_copy(file.best_path, file.path)
+                else:
+                    self._write(file, file.path)
+                self._log.emit(
+                    events.Exported(step=run.state.step, expert=file.trainable, file=file.path)
+                )
+            self._delete_old()
+        except _FAILURES as error:
+            self.failure = f"the weights of step {run.state.step} can't be exported ({error})"
+            self._log.warn(f"{self.failure}; training continues")
+        self._new_best.clear()
+
+    def export_best(self, run: Run, improved: Mapping[str, BestStep]) -> None:
+        """Write the weights of the present step that are in `improved` (`best.improved_weights`)
+        as the best ones, and record them in the run's state once their files are complete."""
+        self._new_best.clear()
+        for name, best in improved.items():
+            before = run.state.best_weights.copy()
+            run.state.best_weights[name] = best  # the header names the loss
+            try:
+                for file in exported_files(run, self._layout):
+                    if file.weights == name:
+                        self._write(file, file.best_path)
+                        self._new_best.add(file.best_path)
+                        self._log.emit(
+                            events.Exported(
+                                step=best.step,
+                                expert=file.trainable,
+                                file=file.best_path,
+                                best_loss=best.loss,
+                            )
+                        )
+            except _FAILURES as error:
+                run.state.best_weights = before
+                self._log.warn(
+                    f"the best weights so far, of step {best.step}, can't be exported ({error}); "
+                    "training continues"
+                )
+
+    def _write(self, file: ExportedFile, path: Path) -> None:
+        for notice in file.write(path):  # usually the same for the files of later steps
+            self._log.warn_once(notice, prefix=f"{path.name}: ")
+
+    def _delete_old(self) -> None:
+        exported = self._layout.exported()
+        # Without `keep_last` the slice is empty, so that nothing is deleted.
+        for step in list(exported)[: -(self._config.output.keep_last or len(exported))]:
+            for path in exported[step]:
+                remove(path)
+
+    def best(self, run: Run) -> Iterator[events.BestWeights]:
+        """The files of the best weights, for the end of the run: of an expert, in the first format
+        that the run file names."""
+        shown: set[str] = set()
+        for file in exported_files(run, self._layout):
+            best = run.state.best_weights.get(file.weights)
+            if best is not None and file.weights not in shown and file.best_path.exists():
+                if file.trainable != "embeddings":  # which have a file each
+                    shown.add(file.weights)
+                yield events.BestWeights(
+                    expert=file.trainable,
+                    file=file.best_path,
+                    step=best.step,
+                    loss=best.loss,
+                    base=base_loss(run.state, file.trainable),
+                    held_out=bool(run.dataset.validation_clips),
+                )
