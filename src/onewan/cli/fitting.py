@@ -53,7 +53,8 @@ def fitting_values(request: StarterRequest, vram: int, ram: int | None) -> Fitte
     what = "photos" if request.frames == 1 else "clips"
     raise MemoryPlanError(
         f"--vram {format_bytes(vram)}, with {format_bytes(machine.ram)} of host memory: not even "
-        f"the smallest {what} of {request.variant} fit; give more, or choose another variant",
+        f"the smallest {what} of {request.variant} fit with {request.method}; give more, or choose "
+        "another variant or method",
         smallest.problems(),
     )
 

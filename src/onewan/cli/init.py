@@ -115,7 +115,8 @@ def _next_lines(request: StarterRequest, file: Path) -> list[str]:
     return [
         f"trains on {count} at the area of {size}{memory}; {request.steps} steps",
         f"Put these, with their captions, into {clips}: {material}. Then:",
-        f"  onewan cache {request.file}",
+        f"  onewan plan {request.file}     says what it needs, and how long it takes",
+        f"  onewan cache {request.file}    checks the clips, and encodes them once",
         f"  onewan train {request.file}",
         "For completion in an editor: onewan schema onewan.schema.json, beside the run file",
     ]

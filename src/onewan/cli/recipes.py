@@ -133,7 +133,7 @@ RECIPES: Mapping[PurposeName, Recipe] = {
         ),
     ),
     "photos": Recipe(
-        title="a subject of photos",
+        title="a subject in photos",
         material="20 to 50 photos, varied in pose, clothes, place, light and distance",
         seconds=0.0,
         side=768,

@@ -139,6 +139,16 @@ class StarterRequest:
         return self.recipe.steps * self.experts
 
     @property
+    def word(self) -> str:
+        """The word for what is learned, in captions and prompts."""
+        return f"<{TRIGGER_WORD}>" if self.method == "embedding" else TRIGGER_WORD
+
+    @property
+    def word_kind(self) -> str:
+        """What `word` is called."""
+        return "placeholder" if self.method == "embedding" else "trigger word"
+
+    @property
     def missing_files(self) -> tuple[ComponentName, ...]:
         return tuple(name for name in COMFYUI_FILES[self.variant] if name not in self.models)
 
@@ -264,15 +274,14 @@ def _video_data(request: StarterRequest) -> Iterator[str]:
     if recipe.material:
         yield from _comment(f"{recipe.material[0].upper()}{recipe.material[1:]}.", 4)
     yield "    # clips/a.mp4 (or a.png) with its caption in clips/a.txt, and so on."
-    if recipe.captions and request.method != "embedding":
-        yield from _comment(
-            f"Begin each caption with a trigger word, which means nothing else, such as "
-            f"{TRIGGER_WORD}. {recipe.captions}",
-            4,
-        )
+    if recipe.captions:
+        captions = recipe.captions.replace("trigger word", request.word_kind)
+        yield from _comment(f"Captions: {captions}", 4)
     if facts.needs_image:
         yield "    # The conditioning image of a clip is its own first frame."
     yield "    - path: clips"
+    if recipe.captions:
+        yield f"      trigger_word: {request.word}  # in front of each caption that does not contain it"
     yield f"  # Sides are multiples of {facts.size_multiple}; each clip keeps its aspect ratio."
     if area is None:
         yield "  # resolution: 832x480  # default: the area of 480p"
@@ -299,12 +308,7 @@ def _method(request: StarterRequest) -> Iterator[str]:
         yield "  kind: embedding  # only the vectors below are trained"
         yield ""
         yield "embeddings:"
-        yield from _comment(
-            "The placeholder stands for the vectors in captions and prompts; write it into every "
-            f"caption. {recipe.captions.replace('trigger word', 'placeholder')}",
-            2,
-        )
-        yield f"  - placeholder: <{TRIGGER_WORD}>"
+        yield f"  - placeholder: {request.word}  # stands for the vectors in captions and prompts"
         yield f"    initial_text: {recipe.initial_text}  # a few words for it, to start from"
         yield "    token_count: 4  # vectors; more can hold more, and take room from the prompt"
 
@@ -337,7 +341,7 @@ def _sample(request: StarterRequest) -> Iterator[str]:
     facts, (width, height) = request.facts, request.values.sample_size
     prompt = request.recipe.prompt
     if request.method == "embedding":
-        prompt = prompt.replace(TRIGGER_WORD, f"<{TRIGGER_WORD}>")
+        prompt = prompt.replace(TRIGGER_WORD, request.word)
     size = "x".join(map(str, facts.sample_size))
     yield "sample:"
     yield f"  width: {width}  # the official {size} takes longer"
