@@ -121,7 +121,7 @@ def test_frames_of_a_purpose_are_those_of_its_seconds() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_has_its_own_settings(tmp_path: Path, method: MethodKind) -> None:
-    text = starter(StarterRequest(variant="t2v-a14b", method=method, purpose="photos"))
+    text = starter(StarterRequest(variant="t2v-a14b", method=method))
     config = loaded(tmp_path, text)
     assert ("rank:" in text) == (method in ("lora", "dora", "loha", "lokr"))
     assert bool(config.embeddings) == (method == "embedding")

@@ -280,8 +280,8 @@ def _video_data(request: StarterRequest) -> Iterator[str]:
     if facts.needs_image:
         yield "    # The conditioning image of a clip is its own first frame."
     yield "    - path: clips"
-    if recipe.captions:
-        yield f"      trigger_word: {request.word}  # in front of each caption that does not contain it"
+    if recipe.captions or request.method == "embedding":
+        yield f"      trigger_word: {request.word}  # put in front of captions without it"
     yield f"  # Sides are multiples of {facts.size_multiple}; each clip keeps its aspect ratio."
     if area is None:
         yield "  # resolution: 832x480  # default: the area of 480p"
