@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import json
 import logging
 import math
@@ -16,11 +17,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from onewan.media.write import write_video
 from onewan.runs import events
 from onewan.runs.event_file import EventFile, HeartbeatThread, follow, last_event, read_events
-from onewan.runs.events import Encoding, Event, Note, ProgressEvent, Saved, StepDone, Warned
+from onewan.runs.events import (
+    Encoding,
+    Event,
+    Note,
+    ProgressEvent,
+    Sampled,
+    Saved,
+    StepDone,
+    Validated,
+    Warned,
+)
 from onewan.runs.log import FileSink, ListenerSink, ProgressThrottle, RunLog, TextSink, text_log
 from onewan.train.tensorboard import TensorBoardSink
 
@@ -311,6 +325,39 @@ def test_tensorboard_reads_the_curves_and_a_resumed_run_replaces_repeated_steps(
     assert curves.Scalars("lr/high")[0].value == pytest.approx(step(1).lr)
     (histogram,) = curves.Histograms("t/high")
     assert histogram.step == 7 and histogram.histogram_value.num == 4 * len(step(1).t)
+
+
+def test_tensorboard_has_frames_of_samples_and_validation_against_the_base(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    # Four seconds, from black to white, so that the order of the frames is visible.
+    levels = np.linspace(0, 255, 33).round().astype(np.uint8)
+    frames = np.broadcast_to(levels[:, None, None, None], (33, 320, 480, 3))
+    video = tmp_path / "samples" / "000002" / "1.mp4"
+    video.parent.mkdir(parents=True)
+    write_video(video, np.ascontiguousarray(frames), fps=8)
+    image = tmp_path / "samples" / "000002" / "2.mp4"
+    write_video(image, np.ascontiguousarray(frames[:1]), fps=8)
+    log = RunLog(TensorBoardSink(tmp_path / "tensorboard", 0))
+    log.emit(step(2))
+    for file in (video, image):
+        log.emit(Sampled(step=2, file=file, prompt="a fox"))
+    log.emit(Validated(step=2, expert="low", loss=0.9, ema=0.8, base=1.0, held_out=True))
+    log.emit(Validated(step=2, expert="high", loss=0.9, ema=None, base=None, held_out=True))
+    log.close()
+    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert curves.Tags()["images"] == ["samples/1", "samples/2"]
+    (shown,) = curves.Images("samples/1")
+    assert (shown.step, shown.width, shown.height) == (2, 4 * 384, 256)
+    pixels = np.asarray(Image.open(io.BytesIO(shown.encoded_image_string)).convert("RGB"))
+    parts = [part.mean() for part in np.split(pixels, 4, axis=1)]
+    assert parts == pytest.approx([0, 85, 170, 255], abs=6)
+    (still,) = curves.Images("samples/2")
+    assert (still.width, still.height) == (384, 256)
+    assert curves.Scalars("seconds/high")[0].value == pytest.approx(step(2).seconds)
+    percent = "validation_percent_against_base"
+    assert curves.Scalars(f"{percent}/low")[0].value == pytest.approx(-10)
+    assert f"{percent}/high" not in curves.Tags()["scalars"]
 
 
 def test_a_tensorboard_folder_that_can_not_be_made_is_reported(tmp_path: Path) -> None:

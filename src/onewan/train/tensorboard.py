@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import time
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import PIL.Image
 
-from onewan.runs.events import Event, Saved, StepDone, Validated
+from onewan.runs.events import Event, Sampled, Saved, StepDone, Validated
+from onewan.train.curves import curve_values, frame_strip
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -24,8 +27,9 @@ _HISTOGRAM_BINS = np.linspace(0, 1, 51)
 
 
 class TensorBoardSink:
-    """Loss, gradient norm and learning rate of each expert by step, validation losses, and at each
-    saved state a histogram of the timesteps that each expert trained on since the one before."""
+    """The curves of each expert by step (`onewan.train.curves`), frames of the sample videos, and
+    at each saved state a histogram of the timesteps that each expert trained on since the one
+    before."""
 
     label = "TensorBoard"
     required = False
@@ -39,24 +43,13 @@ class TensorBoardSink:
         self._timesteps: dict[str, list[float]] = {}
 
     def write(self, event: Event) -> None:
+        if isinstance(event, StepDone | Validated):
+            for name, value in curve_values(event).items():
+                self._write_scalar(name, value, event.step)
         if isinstance(event, StepDone):
-            for name, value in (
-                ("loss", event.loss),
-                ("grad_norm", event.grad_norm),
-                ("lr", event.lr),
-                ("tokens_per_second", event.tokens_per_second),
-                ("tflops", event.tflops),
-                ("mfu", event.mfu),
-                ("step_memory_peak", event.step_memory_peak),
-                ("bytes_to_device", event.bytes_to_device),
-            ):
-                if value is not None:
-                    self._write_scalar(f"{name}/{event.expert}", value, event.step)
             self._timesteps.setdefault(event.expert, []).extend(event.t)
-        elif isinstance(event, Validated):
-            for name, value in (("loss", event.loss), ("ema", event.ema), ("base", event.base)):
-                if value is not None:
-                    self._write_scalar(f"validation_{name}/{event.expert}", value, event.step)
+        elif isinstance(event, Sampled):
+            self._write_strip(event)
         elif isinstance(event, Saved):
             # At saved states only: a histogram of few timesteps shows nothing.
             from torch.utils.tensorboard.summary import histogram
@@ -74,6 +67,28 @@ class TensorBoardSink:
         from torch.utils.tensorboard.summary import scalar
 
         self._write(scalar(tag, value), step)
+
+    def _write_strip(self, event: Sampled) -> None:
+        """Write some frames of a sample video as one picture, described by its prompt."""
+        # Not as an animation, for which torch's `add_video` needs moviepy.
+        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+
+        pixels = frame_strip(event.file)
+        encoded = io.BytesIO()
+        PIL.Image.fromarray(pixels).save(encoded, "PNG")
+        height, width, colors = pixels.shape
+        image = Summary.Image(
+            height=height,
+            width=width,
+            colorspace=colors,
+            encoded_image_string=encoded.getvalue(),
+        )
+        value = Summary.Value(
+            tag=f"samples/{event.file.stem}",
+            image=image,
+            metadata=SummaryMetadata(summary_description=event.prompt),
+        )
+        self._write(Summary(value=[value]), event.step)
 
     def _write(self, summary: Summary, step: int) -> None:
         # Opened by the first event, so that a folder that can't be written is a failure of this
