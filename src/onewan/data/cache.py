@@ -1,4 +1,5 @@
-"""The cache on disk: one safetensors file per encoded clip, mask or caption, named by its inputs.
+"""The cache on disk: one safetensors file per encoded clip, mask or caption and per preview of a
+clip, named by its inputs.
 
 The key of an entry is a hash of everything that its values depend on (content of the file, span,
 frame rate, size, encoder, version of the encoding code) and of nothing else, such as the file's
@@ -23,7 +24,7 @@ from torch import Tensor, uint8
 from onewan.errors import DataError
 from onewan.files import append_lines, file_digest, remove_abandoned, replacing
 
-EntryKind = Literal["video", "text", "mask"]
+EntryKind = Literal["video", "text", "mask", "preview"]
 
 
 def entry_key(**inputs: object) -> str:

@@ -5,22 +5,33 @@ Only this module knows which inputs the key of an entry depends on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from onewan.data.cache import EntryCache, EntryKind, entry_key
 from onewan.data.clip import Clip
+from onewan.data.contact_sheet import (
+    PREVIEW_VERSION,
+    Preview,
+    preview_frames,
+    preview_indices,
+)
+from onewan.data.decode import decode
 from onewan.data.encode import (
     ENCODING_VERSION,
     FillResult,
     LoadModel,
     ProgressCallback,
-    encode_clip,
+    encode_frames,
     encode_mask,
     uniform_mask_warnings,
 )
@@ -28,6 +39,7 @@ from onewan.data.masks import MASK_VERSION, Mask
 from onewan.data.report import ClipProblem, ClipWarning
 from onewan.errors import DataError
 from onewan.formats.model_folder import ComponentName
+from onewan.media import Fit, read_frames
 from onewan.model.sources import fingerprint
 from onewan.variants import Variant
 
@@ -64,6 +76,22 @@ class CachedLatents:
     def text(self, caption: str) -> Tensor:
         return self._cache.load("text", self.text_key(caption))["text"]
 
+    def preview(self, clip: Clip) -> Preview:
+        """Small frames of a clip; they are read from its file if the cache does not have them."""
+        key, tensors = self._frames_key(clip), None
+        if self._cache.has("preview", key):
+            with suppress(DataError):  # a damaged entry, which is deleted
+                tensors = self._cache.load("preview", key)
+        if tensors is None:
+            all_times = clip.times()
+            times = [all_times[index] for index in preview_indices(clip.frames)]
+            tensors = self._save_preview(clip, read_frames(clip.path, times, Fit(*clip.size)))
+        mask = self._cache.load("mask", self.mask_key(clip, clip.mask)) if clip.mask else None
+        return Preview(
+            frames=tensors["frames"].numpy(),
+            mask=None if mask is None else mask["mask"][0].numpy(),
+        )
+
     # --- Keys: everything that the values of an entry depend on, and nothing else -----------------
 
     def video_key(self, clip: Clip) -> str:
@@ -77,6 +105,15 @@ class CachedLatents:
             content=self._digests[mask.path],
             span=[mask.start, *_span(clip)[1:]],
             compression=[self._variant.spatial_compression, self._variant.temporal_compression],
+        )
+
+    def preview_key(self, clip: Clip) -> str:
+        mask = self.mask_key(clip, clip.mask) if clip.mask else None
+        return entry_key(frames=self._frames_key(clip), mask=mask)
+
+    def _frames_key(self, clip: Clip) -> str:
+        return entry_key(
+            version=PREVIEW_VERSION, content=self._digests[clip.path], span=_span(clip)
         )
 
     def text_key(self, caption: str) -> str:
@@ -110,12 +147,14 @@ class CachedLatents:
         progress: ProgressCallback,
         *,
         verify: bool = False,
+        previewed: Collection[Clip] = (),
     ) -> FillResult:
         """Encode what the cache does not contain; the result lists clips that can't be decoded.
 
-        `verify` reads all entries that exist and encodes the damaged ones again; masks are always
-        read. Several processes
-        may fill one cache at the same time; what another one has finished is not encoded again.
+        Of the clips `previewed`, small frames are kept while they are at hand. `verify` reads all
+        entries that exist and encodes the damaged ones again; masks are always read. Several
+        processes may fill one cache at the same time; what another one has finished is not encoded
+        again.
         """
         notices = self._cache.remove_abandoned()
         video_keys = [(self.video_key(clip), clip) for clip in clips]
@@ -129,7 +168,7 @@ class CachedLatents:
         masks = self._fill_masks(masked, progress)  # first: takes seconds and needs no model
         # Captions before videos: the 11 GB text encoder and the VAE are never loaded together.
         texts = self._fill_texts(text_keys, load_model, progress)
-        videos = self._fill_videos(video_keys, load_model, progress)
+        videos = self._fill_videos(video_keys, load_model, progress, set(previewed))
         return FillResult(
             problems=(*masks.problems, *videos.problems),
             warnings=(*(ClipWarning(path=None, text=text) for text in notices), *masks.warnings),
@@ -169,12 +208,23 @@ class CachedLatents:
         return encoded
 
     def _fill_videos(
-        self, keyed: Sequence[tuple[str, Clip]], load_model: LoadModel, progress: ProgressCallback
+        self,
+        keyed: Sequence[tuple[str, Clip]],
+        load_model: LoadModel,
+        progress: ProgressCallback,
+        previewed: AbstractSet[Clip],
     ) -> FillResult:
         if not any(self._is_missing("video", key) for key, _ in keyed):
             return FillResult(problems=(), warnings=(), encoded=0)
         model = load_model(("vae",))
-        return self._encode_clips("video", keyed, partial(encode_clip, model), progress)
+
+        def encode(clip: Clip) -> dict[str, Tensor]:
+            frames = decode(clip).frames
+            if clip in previewed:
+                self._save_preview(clip, [frames[index] for index in preview_indices(clip.frames)])
+            return encode_frames(model, frames)
+
+        return self._encode_clips("video", keyed, encode, progress)
 
     def _encode_clips(
         self,
@@ -209,6 +259,13 @@ class CachedLatents:
     ) -> None:
         self._cache.save(kind, key, tensors, description)
         self._damaged.discard((kind, key))
+
+    def _save_preview(
+        self, clip: Clip, frames: Sequence[np.ndarray] | np.ndarray
+    ) -> dict[str, Tensor]:
+        tensors = {"frames": torch.from_numpy(preview_frames(frames))}
+        self._save("preview", self._frames_key(clip), tensors, clip.name)
+        return tensors
 
     def _find_damaged(self, kind: EntryKind, keys: Iterable[str]) -> None:
         # Damaged entries are replaced later, not deleted now: another process, which verifies the

@@ -15,6 +15,7 @@ from onewan.data.buckets import clip_folders, clip_planner
 from onewan.data.cache import ContentDigests, EntryCache, entry_key
 from onewan.data.cached_latents import CachedLatents
 from onewan.data.clip import Clip
+from onewan.data.contact_sheet import clips_to_show, write_contact_sheet
 from onewan.data.encode import (
     FillResult,
     LatentSource,
@@ -26,7 +27,7 @@ from onewan.data.encode import (
 from onewan.data.index import index_clips
 from onewan.data.report import ClipWarning, DatasetReport
 from onewan.data.validation_split import exclude_validation_clips, split_validation_clips
-from onewan.errors import DataError
+from onewan.errors import DataError, one_line
 from onewan.files import replacing
 from onewan.formats.model_folder import ComponentName
 
@@ -77,6 +78,7 @@ def prepare(
     report, digests = _index(config, known_digests)
     check_clips(report.clips)
     clips = (*report.clips, *report.validation_clips)
+    shown = clips_to_show(clips)
     if config.video_data.cache:
         known_digests.save()  # now, so that interrupted encoding does not repeat the reading
         source = CachedLatents(
@@ -87,11 +89,13 @@ def prepare(
             digests,
         )
         texts = [] if encode_text_online else _texts(config, report, extra_prompts)
-        result = source.fill(clips, texts, load_model, progress, verify=verify)
+        result = source.fill(clips, texts, load_model, progress, verify=verify, previewed=shown)
     else:
         source = OnlineEncoder(variant, load_model, encode_text_online=encode_text_online)
         result = source.prepare(clips, progress)
     report = _final_report(config, report, result, digests)
+    if isinstance(source, CachedLatents):
+        report = _with_contact_sheet(config, report, source, shown)
     return Dataset(
         clips=report.clips,
         validation_clips=report.validation_clips,
@@ -199,6 +203,30 @@ def _final_report(
             report.lines(),
         )
     return report
+
+
+def _with_contact_sheet(
+    config: ResolvedRun, report: DatasetReport, source: CachedLatents, shown: Sequence[Clip]
+) -> DatasetReport:
+    """The report with the place of the contact sheet, which is written if it is out of date."""
+    held_out = set(report.validation_clips)
+    clips = held_out | set(report.clips)
+    try:
+        sheet = write_contact_sheet(
+            config.video_data.cache_dir,
+            config.output.name,
+            source,
+            [clip for clip in shown if clip in clips],
+            held_out=held_out,
+            of_clips=len(clips),
+            temporal_compression=config.model.facts().temporal_compression,
+        )
+    except (OSError, DataError) as error:  # a full disk, or the cache of another user
+        text = f"the contact sheet can't be written: {getattr(error, 'strerror', None) or error}"
+        return replace(
+            report, warnings=(*report.warnings, ClipWarning(path=None, text=one_line(text)))
+        )
+    return replace(report, contact_sheet=str(sheet))
 
 
 def _with_list(folder: Path, report: DatasetReport) -> DatasetReport:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,12 +71,9 @@ class FillResult:
     """Number of cache entries that were made."""
 
 
-def encode_clip(model: WanModel, clip: Clip) -> dict[str, Tensor]:
-    """Decode and encode one clip: ``latents`` and the tensors of its condition, [C, F, h, w].
-
-    Raises DataError if the file is damaged within the clip.
-    """
-    frames = torch.from_numpy(decode(clip).frames)
+def encode_frames(model: WanModel, frames_FHWC: np.ndarray) -> dict[str, Tensor]:
+    """Encode a clip's frames, uint8: ``latents`` and the tensors of its condition, [C, F, h, w]."""
+    frames = torch.from_numpy(frames_FHWC)
     # To the device as uint8, a quarter of the bytes of float32; then to the VAE's range, [-1, 1].
     device = model.vae.device if model.vae is not None else "cpu"
     pixels = frames.to(device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
@@ -156,7 +154,7 @@ class OnlineEncoder:
         return FillResult(problems=tuple(problems), warnings=tuple(warnings), encoded=0)
 
     def video(self, clip: Clip) -> dict[str, Tensor]:
-        entry = encode_clip(self._loaded_model(), clip)
+        entry = encode_frames(self._loaded_model(), decode(clip).frames)
         if clip.mask:
             entry["mask"] = encode_mask(clip, clip.mask, self._variant)
         return entry

@@ -60,6 +60,8 @@ class DatasetReport:
     warnings: tuple[ClipWarning, ...]
     validation_clips: tuple[Clip, ...] = ()
     """Clips that are held out of training, to validate on."""
+    contact_sheet: str | None = None
+    """A line about the contact sheet of the clips, and where it is."""
     problem_list: Path | None = None
     """A file that lists all `problems`, so that `lines` need not."""
     listed_before: frozenset[str] = frozenset()
@@ -101,7 +103,7 @@ class DatasetReport:
             for text, warnings in _groups(self.warnings, lambda warning: warning.text):
                 paths = [warning.path for warning in warnings if warning.path]
                 lines.append(f"  {_name_prefix(paths)}{text}")
-        return lines
+        return [*lines, self.contact_sheet] if self.contact_sheet else lines
 
     def _problem_lines(self, problems: Sequence[ClipProblem]) -> list[str]:
         """A line for each problem; one for many of a kind if there is a file with all of them."""

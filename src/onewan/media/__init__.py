@@ -20,7 +20,8 @@ can tell from a picture: most of it in VP9, WebP and HEVC, some in H.264, JPEG a
 
 `kinds` has the file extensions, `faults` the one boundary to the libraries' exceptions, `probe`
 inspects files, `read` selects frames by time; `video_stream` opens files, seeks and converts times,
-`video_frames` decodes and converts to RGB; `still` reads and fits images, `write` writes videos.
+`video_frames` decodes and converts to RGB; `still` reads and fits images, `write` writes videos,
+`contact_sheet` draws small frames of many clips on a page.
 """
 
 from onewan.media.kinds import (

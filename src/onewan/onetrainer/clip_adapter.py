@@ -114,7 +114,7 @@ def latent_mask_of(mask_CFHW: Tensor, variant: Variant) -> Tensor:
 def encode_pixels(model: WanModel, pixels_CFHW: Tensor) -> dict[str, Tensor]:
     """``latent_image`` and, for I2V-A14B, ``latent_condition``: [C, F', h, w], float32, on the CPU.
 
-    Equal to what `onewan.data.encode.encode_clip` returns for the same frames.
+    Equal to what `onewan.data.encode.encode_frames` returns for the same frames.
     """
     assert model.vae is not None
     # Rounded to the file's 256 values, as onewan's own pixels are; color changes leave others.
