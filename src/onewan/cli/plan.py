@@ -14,6 +14,7 @@ from onewan.arithmetic.durations import format_duration
 from onewan.cli.importing import run_file_of
 from onewan.cli.output import say, write
 from onewan.config.load import load_run
+from onewan.config.resolve import with_steps_of_epochs
 from onewan.config.schema import ResolvedRun
 from onewan.data.buckets import expected_buckets
 from onewan.memory.plan import (
@@ -52,6 +53,7 @@ def plan_of(config: ResolvedRun, vram: int | None = None, ram: int | None = None
         ram if ram is not None or memory.ram is None else parse_bytes(memory.ram),
     )
     expected = expected_buckets(config)
+    config = with_steps_of_epochs(config, max(1, expected.batches_per_epoch))
     clips = {
         Bucket(frames=frames, width=width, height=height): count
         for (frames, (width, height)), count in expected.clips.items()

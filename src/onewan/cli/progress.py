@@ -40,7 +40,7 @@ class Progress:
         self._lines = EventLines()
         self._last_line = time.monotonic()
         self._handlers: dict[type[events.Event], Callable[[Any], None]] = {
-            events.Started: self._on_started,
+            events.DataReady: self._on_data_ready,
             events.MemoryPlanned: self._on_memory_planned,
             events.Encoding: self._on_encoding,
             events.StepDone: self._on_step_done,
@@ -113,7 +113,7 @@ class Progress:
 
     # ---------------------------------------------------------------------------------- one event
 
-    def _on_started(self, event: events.Started) -> None:
+    def _on_data_ready(self, event: events.DataReady) -> None:
         self._steps = event.steps
 
     def _on_memory_planned(self, event: events.MemoryPlanned) -> None:

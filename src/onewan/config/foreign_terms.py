@@ -288,7 +288,7 @@ TERMS: Mapping[str, tuple[Term, ...]] = {
         Term("train.steps", "of both experts together; add up those of two separate trainings",
              ai_toolkit="train.steps", flags="max_train_steps train_steps",
              diffusion_pipe="max_steps"),
-        Term("train.steps", "epochs x clips x repeats / batch size, for each of two experts",
+        Term("train.epochs", "of each expert; the steps follow from the clips",
              flags="max_train_epochs num_train_epochs", diffusion_pipe="epochs",
              onetrainer="epochs"),
         Term("train.batch_size", ai_toolkit="train.batch_size",

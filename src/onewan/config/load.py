@@ -67,6 +67,8 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> ResolvedRun:
             here = Path(os.path.abspath(path))  # the folder may have been moved or renamed
             data = _with_value(data, ("output", "dir"), str(here.parent))
             data = _with_value(data, ("output", "name"), here.name)
+            if any(o.partition("=")[0].strip() == "train.epochs" for o in overrides):
+                data = _without_steps(data)
         for override in overrides:
             data = _overridden(data, override, problems)
         if get_path(data, ("output", "name")) is None:
@@ -131,6 +133,15 @@ def _read(file: Path, source: str) -> dict[str, Any]:
             "update onewan, or write a new file with `onewan init FILE`"
         )
         raise ConfigError(source, [problem])
+    return data
+
+
+def _without_steps(data: Node) -> Node:
+    """The data of a resolved file without the steps that its epochs were turned into."""
+    for path in (("train",), ("per_expert", "high"), ("per_expert", "low")):
+        fields = get_path(data, path)
+        if is_mapping(fields):
+            data = _with_value(data, path, {k: v for k, v in fields.items() if k != "steps"})
     return data
 
 

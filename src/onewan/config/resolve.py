@@ -116,6 +116,27 @@ def total_steps(config: RunConfig) -> int:
     return config.train.steps if counts is None else sum(counts)
 
 
+def with_steps_of_epochs(config: ResolvedRun, batches_per_epoch: int) -> ResolvedRun:
+    """`config` with `train.epochs` turned into steps, for a data set that takes `batches_per_epoch`
+    micro-batches; `config` itself if it has no epochs.
+
+    Each trained expert gets the steps that it needs. Where `train.high_expert_share` is not
+    "equal", the sum of them is divided by it.
+    """
+    train = config.train
+    if train.epochs is None:
+        return config
+    each, experts = -(-train.epochs * batches_per_epoch // train.accumulation), config.per_expert
+    count = len(trained_experts(config))
+    if count == 2 and train.high_expert_share == "equal":
+        # Exactly, where a share would be rounded to whole periods of `train.switch_expert_every`.
+        steps = {"steps": each}
+        high, low = experts.high.model_copy(update=steps), experts.low.model_copy(update=steps)
+        experts = experts.model_copy(update={"high": high, "low": low})
+    train = train.model_copy(update={"steps": count * each, "epochs": None})
+    return config.model_copy(update={"train": train, "per_expert": experts})
+
+
 def steps_per_expert(config: RunConfig) -> tuple[int, int] | None:
     """Steps of the high and the low expert, if the run file gives both; else None."""
     high, low = config.per_expert.high.steps, config.per_expert.low.steps

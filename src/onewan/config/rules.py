@@ -35,7 +35,8 @@ def rule_violations(config: RunConfig) -> Iterator[Problem]:
     yield from _sample_rules(config)
     yield from method_rules(config)
     yield from _step_rules(config)
-    yield from _warmup_rules(config)
+    if config.train.epochs is None:  # else checked when the clips are known
+        yield from warmup_rules(config)
     yield from _timestep_rules(config)
     yield from _averaging_rules(config)
     yield from _validation_rules(config)
@@ -120,7 +121,7 @@ def _step_rules(config: RunConfig) -> Iterator[Problem]:
         yield "train.high_expert_share", f"{why}; leave it out, {remedy}"
 
 
-def _warmup_rules(config: RunConfig) -> Iterator[Problem]:
+def warmup_rules(config: RunConfig) -> Iterator[Problem]:
     """Warm-up and cooldown are counted in an expert's own steps, and must leave one between them.
 
     An expert that gets no steps at all is not judged here; the trainer warns of it.

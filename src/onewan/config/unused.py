@@ -55,6 +55,8 @@ def file_decides(expert: str, settings: ExpertSettings) -> Iterator[Problem]:
 
 def _by_variant(config: RunConfig) -> Iterator[Unused]:
     variant, train = config.model.facts(), config.train
+    if train.epochs is not None:
+        yield ("train", "steps"), "train.epochs gives the number of steps"
     if not variant.has_clean_first_frame:
         why = f"only ti2v-5b trains with a conditioning frame, and the model is {variant.name}"
         yield ("train", "first_frame_probability"), why
@@ -110,6 +112,8 @@ def _by_expert(config: RunConfig) -> Iterator[Unused]:
                 yield path, f"only the {trained[0]} expert is trained (model.experts)"
             elif name == "steps" and len(trained) == 1:
                 yield path, "only one expert is trained, and train.steps gives its steps"
+            elif name == "steps" and config.train.epochs is not None:
+                yield path, "train.epochs gives the steps of both experts"
             elif name in ("rank", "alpha") and not isinstance(method, RankedMethod):
                 yield path, f"method.kind {kind} has no ranks"
             elif name in ("rank", "alpha") and from_files:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 from onewan.arithmetic.buckets import Size, sizes_for
@@ -32,6 +33,8 @@ class ExpectedBuckets:
 
     clips: Mapping[tuple[int, Size], int]
     """Number of clips by (frames, size), scaled up to all files where not all were read."""
+    batches_per_epoch: int
+    """Micro-batches in which every training clip is once, or as often as its source says."""
     notes: tuple[str, ...] = ()
     """What was assumed, for the user."""
 
@@ -81,26 +84,34 @@ def expected_buckets(config: ResolvedRun) -> ExpectedBuckets:
     Files that can't be used are left out; encoding reports them. Without any usable file, the
     buckets are those of clips of `wan_config.max_frames` frames in common shapes.
     """
-    planner = clip_planner(config)
-    sources = (*config.video_data.sources, *config.validation.sources)
+    planner, batch_size = clip_planner(config), config.train.batch_size
+    trained = [(source, source.repeats) for source in config.video_data.sources]
     files = [
-        file
-        for source in sources
+        (file, repeats)
+        for source, repeats in [*trained, *((source, 0) for source in config.validation.sources)]
         if source.path.is_dir()
         for file in media_files(source.path, planner.video_formats)
     ]
     step = max(1, -(-len(files) // _MOST_HEADERS))
     read = files[::step]
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = [bucket for bucket in pool.map(lambda f: _bucket(planner, f), read) if bucket]
+        buckets = pool.map(lambda file: _bucket(planner, file[0]), read)
+        found = [(b, repeats) for b, (_, repeats) in zip(buckets, read, strict=True) if b]
     if not found:
-        return _without_clips(planner, files)
+        return _without_clips(planner, len(files))
     notes = ()
     if step > 1:
         notes = (f"the headers of {len(read)} of {len(files)} files were read",)
     # The largest size may be that of a file that was not read.
-    counts = Counter(found)
-    return ExpectedBuckets(clips={b: step * n for b, n in counts.items()}, notes=notes)
+    counts, used = Counter(bucket for bucket, _ in found), Counter[tuple[int, Size]]()
+    for bucket, repeats in found:
+        used[bucket] += repeats
+    remaining = step * (1 - config.validation.share)
+    return ExpectedBuckets(
+        clips={b: step * n for b, n in counts.items()},
+        batches_per_epoch=sum(ceil(remaining * n / batch_size) for n in used.values()),
+        notes=notes,
+    )
 
 
 def _bucket(planner: ClipPlanner, file: Path) -> tuple[int, Size] | None:
@@ -110,8 +121,8 @@ def _bucket(planner: ClipPlanner, file: Path) -> tuple[int, Size] | None:
         return None
 
 
-def _without_clips(planner: ClipPlanner, files: Sequence[Path]) -> ExpectedBuckets:
-    what = f"none of {len(files)} files can be used" if files else "there are no clips yet"
+def _without_clips(planner: ClipPlanner, files: int) -> ExpectedBuckets:
+    what = f"none of {files} files can be used" if files else "there are no clips yet"
     clips = {
         (planner.longest_clip, size): 1
         for resolution in planner.resolutions
@@ -120,6 +131,7 @@ def _without_clips(planner: ClipPlanner, files: Sequence[Path]) -> ExpectedBucke
     }
     return ExpectedBuckets(
         clips=clips,
+        batches_per_epoch=len(clips),
         notes=(
             f"{what}, so clips of {planner.longest_clip} frames at the training sizes are assumed",
         ),

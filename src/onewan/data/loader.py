@@ -9,8 +9,8 @@ bucket (frames, size); the last batch of a bucket may be smaller, so each epoch 
 from __future__ import annotations
 
 import random
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -93,6 +93,15 @@ class StepBatches:
     """Number of clips in the global batch, over which the loss is a mean."""
 
 
+def batches_per_epoch(clips: Iterable[Clip], batch_size: int) -> int:
+    """The micro-batches in which every clip is once, or as often as its source says."""
+    counts: Counter[tuple[int, tuple[int, int]]] = Counter()
+    for clip in clips:
+        counts[clip.frames, clip.size] += clip.repeats
+    # Rounded up for each bucket, since its last batch may be smaller.
+    return sum(-(-count // batch_size) for count in counts.values())
+
+
 class WanDataLoader:
     """Batches of `clips`, whose encoded tensors come from `source`."""
 
@@ -122,14 +131,13 @@ class WanDataLoader:
         # By the exact shape, since the latents of a batch are stacked.
         for clip in clips:
             self._buckets[clip.frames, clip.size] += [clip] * clip.repeats
-        # Rounded up for each bucket, since its last batch may be smaller.
-        self._batches_per_epoch = sum(-(-len(b) // batch_size) for b in self._buckets.values())
+        self._batches_per_epoch = batches_per_epoch(clips, batch_size)
         # The order of the epoch used last: consecutive steps nearly always belong to the same one.
         self._last_epoch: tuple[tuple[ExpertName, int], list[list[Clip]]] | None = None
 
     @property
     def batches_per_epoch(self) -> int:
-        """Micro-batches in which every clip is once, or as often as its source says (`repeats`)."""
+        """As the function of this name, for the clips and the batch size of this loader."""
         return self._batches_per_epoch
 
     def steps(

@@ -58,8 +58,9 @@ class Started(Event):
     kind: ClassVar[str] = "started"
     run: Path
     """The run's folder."""
-    steps: int
-    """Step at which the run ends."""
+    steps: int | None
+    """Step at which the run ends; null if it follows from `train.epochs` and the clips, until
+    `DataReady`."""
     schema_version: int = SCHEMA_VERSION
     pid: int = field(default_factory=os.getpid)
     hostname: str = field(default_factory=socket.gethostname)
@@ -100,6 +101,8 @@ class DataReady(Event):
     """Cache entries that had to be encoded."""
     report: Sequence[str]
     """Lines about the clips, and about files that can't be used."""
+    steps: int
+    """Step at which the run ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from onewan.checkpoint.store import DamagedStateError
 from onewan.config.load import changed_fields
+from onewan.config.resolve import expert_schedule_of
 from onewan.config.schema import ResolvedRun
 from onewan.documents import format_value
 from onewan.errors import CheckpointError
@@ -63,6 +64,9 @@ _MEASURING = (
 model, the noise, the timesteps and the loss. The clips are compared by the data set's content."""
 _NOT_MEASURING = ("model.device", "model.check_file_names")
 """Fields under these prefixes that do not change them, except for a device's rounding."""
+
+_STEPS = ("train.steps", "per_expert.high.steps", "per_expert.low.steps")
+"""Fields that change no result as long as the saved steps were those of the same experts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,10 +155,13 @@ def changes_since(
 
     CheckpointError, naming `source`, if this version of onewan can't read the recorded run file.
     """
-    fields = changed_fields(_saved_config(facts, source), config)
+    saved = _saved_config(facts, source)
+    fields = changed_fields(saved, config)
     # With a constant learning rate and no cooldown, the results of a step do not depend on the
     # number of steps.
     steps_matter = config.train.schedule.kind != "constant" or bool(config.train.cooldown_steps)
+    before, now = expert_schedule_of(saved), expert_schedule_of(config)
+    same_experts = all(before.expert_at(step) == now.expert_at(step) for step in range(facts.step))
     affecting_results = [attention_change] if attention_change else []
     harmless: list[str] = []
     loses_override = False
@@ -164,7 +171,7 @@ def changes_since(
         if name == "memory.attention" and attention_change:
             continue
         safe = name.startswith(_SAFE_TO_CHANGE) and name not in _BUT_NOT
-        safe = safe or (name == "train.steps" and not steps_matter)
+        safe = safe or (name in _STEPS and not steps_matter and same_experts)
         by = " (given on the command line)" if lost else ""
         line = f"{name}: was {_shown(old)}{by}, is {_shown(new)}"
         (harmless if safe else affecting_results).append(line)

@@ -14,6 +14,7 @@ from onewan.arithmetic.timestep_density import official_token_count
 from onewan.config.schema import ResolvedRun, TrainSection
 from onewan.data.dataset import Dataset
 from onewan.data.loader import Batch, WanDataLoader
+from onewan.data.report import count
 from onewan.memory.residency import DeviceResidency
 from onewan.model.attention_backends import AttentionBackend
 from onewan.model.wan import WanModel
@@ -86,6 +87,17 @@ class Run:
     def steps_before(self, trainable: TrainableName, step: int) -> int:
         """The number of the steps 0 .. `step`-1 that train `trainable`."""
         return step if trainable == "embeddings" else self.schedule.steps_before(step, trainable)
+
+    def steps_of_epochs(self, epochs: int) -> str:
+        """What `epochs` of the run file are in steps, as a line for the user."""
+        steps, clips = self.config.train.steps, count(len(self.dataset.clips), "clip")
+        line = f"{count(epochs, 'epoch')} of {clips}: {count(steps, 'step')}"
+        if len(self.state.experts) == 1:
+            return line
+        counts = {name: self.steps_before(name, steps) for name in self.state.experts}
+        if len(set(counts.values())) == 1:
+            return f"{line}, {steps // 2} for each expert"
+        return f"{line}, " + ", ".join(f"{n} for the {name} expert" for name, n in counts.items())
 
     def validation_batches(self) -> list[Batch]:
         """Batches of one clip each, to compare losses on: held-out clips if there are any. Clips

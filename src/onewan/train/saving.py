@@ -47,7 +47,6 @@ class StateSaver:
         self, config: ResolvedRun, layout: RunLayout, log: RunLog, overrides: Sequence[str] = ()
     ) -> None:
         """`overrides` are those of the command line, such as "optimizer.lr=1e-4"."""
-        self._config = config
         self._overrides = [override.partition("=")[0].strip() for override in overrides]
         """Fields that were given on the command line, by the run's processes so far."""
         self._layout = layout
@@ -99,7 +98,7 @@ class StateSaver:
             self._log.warn_once(problem)
 
     def _write(self, run: Run, folder: Path) -> None:
-        config = self._config.model_dump(mode="json")
+        config = run.config.model_dump(mode="json")
         run.state.save(folder, config=config, dataset=run.dataset.digest, overrides=self._overrides)
 
     def _report_failure(self, text: str, seconds: float) -> None:
@@ -158,7 +157,7 @@ class StateSaver:
         run.state.attention, attention_change = resumed_attention(run, facts.attention)
         changes = changes_since(
             facts,
-            self._config,
+            run.config,
             run.dataset.digest,
             run.state.initial_digests,
             source,

@@ -9,13 +9,15 @@ from diffusers import AutoencoderKLWan
 
 from onewan.arithmetic.expert_schedule import ExpertSchedule
 from onewan.config.method import DoraMethod, EmbeddingMethod, LoraMethod
-from onewan.config.resolve import expert_schedule_of
+from onewan.config.resolve import expert_schedule_of, with_steps_of_epochs
+from onewan.config.rules import warmup_rules
 from onewan.config.schema import ResolvedRun
 from onewan.data.clip import Clip
 from onewan.data.dataset import Dataset, prepare
 from onewan.data.encode import ProgressCallback, no_progress
-from onewan.data.loader import WanDataLoader
+from onewan.data.loader import WanDataLoader, batches_per_epoch
 from onewan.dtypes import torch_dtype
+from onewan.errors import ConfigError
 from onewan.formats.lora_files import AdapterFile
 from onewan.formats.model_folder import ComponentName
 from onewan.memory.device import resolve_device
@@ -76,11 +78,11 @@ class WanModelSetup:
         The models that encode the data set are freed before those to train are loaded; only the
         VAE is used again, for sampling.
         """
-        config = self._config
-        samples = sample_requests(config)
-        initial = initial_adapters(config)
+        samples = sample_requests(self._config)
+        initial = initial_adapters(self._config)
         self._notices |= dict.fromkeys(n for file in initial.values() for n in file.notices)
         dataset, vae = self._encode_dataset(samples, initial, progress)
+        config = self._config = self._with_known_steps(dataset.clips)
         vae = vae if samples else None
         if vae is not None and config.video_data.cache:  # without one it encodes in every step
             self._residency.release(vae)
@@ -195,7 +197,18 @@ class WanModelSetup:
         """Refuse, before anything is encoded, clips that can't be trained on."""
         check_captions(self._config, clips)
         if clips:  # that there are none is reported with the reasons
-            plan_run(self._config, self._residency.device, clips)
+            plan_run(self._with_known_steps(clips), self._residency.device, clips)
+
+    def _with_known_steps(self, clips: Sequence[Clip]) -> ResolvedRun:
+        """The run file with the steps that its epochs are with these training clips.
+
+        ConfigError for what could not be checked without their number.
+        """
+        count = batches_per_epoch(clips, self._config.train.batch_size)
+        config = with_steps_of_epochs(self._config, count)
+        if problems := [f"{field}: {text}" for field, text in warmup_rules(config)]:
+            raise ConfigError("run file", problems)
+        return config
 
     def _load_for_training(self, vae: AutoencoderKLWan | None, *, needs_sampling: bool) -> WanModel:
         """The transformers, the text encoder if embeddings are used, and for sampling the VAE.

@@ -147,7 +147,8 @@ class WanTrainer:
 
     def _run(self, setup: WanModelSetup) -> None:
         config = self._config
-        self._log.emit(events.Started(run=self._layout.root, steps=config.train.steps))
+        steps = None if config.train.epochs else config.train.steps
+        self._log.emit(events.Started(run=self._layout.root, steps=steps))
         remove_abandoned_locks(self._layout.weights_dir)
         for notice in remove_abandoned(self._layout.written_folders()):
             self._log.note(notice)
@@ -163,15 +164,21 @@ class WanTrainer:
 
     def _begin(self, run: Run) -> None:
         """Report what was set up, restore the saved state, and try the largest batch."""
-        config, device = self._config, run.device
+        config, epochs, device = run.config, self._config.train.epochs, run.device
         self._device_rate = matrix_product_rate(device, torch_dtype(config.model.dtype))
         self._log.emit(
             events.DataReady(
                 clips=len(run.dataset.clips),
                 encoded=run.dataset.encoded,
                 report=run.dataset.report.lines(repeat=False),
+                steps=config.train.steps,
             )
         )
+        if epochs is not None:  # their number of steps is known only now
+            self._log.note(run.steps_of_epochs(epochs))
+            self._config, self._cadence = config, Cadence.of(config)
+            if not self._layout.saved_steps():
+                self._write_run_files()
         for warning in run.warnings:
             self._log.warn(warning)
         if (plan := run.memory.plan) is not None:
