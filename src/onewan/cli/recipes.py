@@ -72,6 +72,10 @@ _AI_TOOLKIT_GUIDE = Source(
     "a guide to ai-toolkit",
     "https://github.com/artokun/comfyui-mcp/blob/main/plugin/skills/ai-toolkit-trainer/SKILL.md",
 )
+_DIFFUSION_PIPE_DATA = Source(
+    "diffusion-pipe, example of a data set",
+    "https://github.com/tdrussell/diffusion-pipe/blob/main/examples/dataset.toml",
+)
 _MUSUBI_ADVICE = Source(
     "musubi-tuner issue 275", "https://github.com/kohya-ss/musubi-tuner/issues/275"
 )
@@ -93,7 +97,7 @@ RECIPES: Mapping[PurposeName, Recipe] = {
         "trigger word stands for it.",
         prompt=f"{TRIGGER_WORD} walks along a beach at sunset, waves roll in, the camera follows",
         initial_text="a person",
-        sources=(_AI_TOOLKIT, _AI_TOOLKIT_GUIDE, _MUSUBI_DISCUSSION),
+        sources=(_AI_TOOLKIT, _AI_TOOLKIT_GUIDE, _MUSUBI_DISCUSSION, _DIFFUSION_PIPE_DATA),
     ),
     "style": Recipe(
         title="a style",
@@ -109,12 +113,14 @@ RECIPES: Mapping[PurposeName, Recipe] = {
         initial_text="a style",
         sources=(
             _AI_TOOLKIT,
+            _AI_TOOLKIT_GUIDE,
+            _DIFFUSION_PIPE_DATA,
             Source("a style from 240 clips and 120 images", "https://civitai.com/models/1404755"),
         ),
     ),
     "motion": Recipe(
         title="a motion",
-        material="20 to 40 clips of up to 5 seconds, each with the whole motion from its beginning "
+        material="20 to 50 clips of up to 5 seconds, each with the whole motion from its beginning "
         "to its end, by different subjects in different places",
         seconds=5.0,
         side=384,
@@ -130,6 +136,9 @@ RECIPES: Mapping[PurposeName, Recipe] = {
             _MUSUBI_ADVICE,
             Source("musubi-tuner issue 621", "https://github.com/kohya-ss/musubi-tuner/issues/621"),
             Source("musubi-tuner issue 170", "https://github.com/kohya-ss/musubi-tuner/issues/170"),
+            Source(
+                "diffusion-pipe issue 131", "https://github.com/tdrussell/diffusion-pipe/issues/131"
+            ),
         ),
     ),
     "photos": Recipe(
@@ -146,6 +155,7 @@ RECIPES: Mapping[PurposeName, Recipe] = {
         initial_text="a person",
         sources=(
             _AI_TOOLKIT,
+            _AI_TOOLKIT_GUIDE,
             _MUSUBI_DISCUSSION,
             Source(
                 "diffusion-pipe issue 372", "https://github.com/tdrussell/diffusion-pipe/issues/372"
