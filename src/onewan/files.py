@@ -69,6 +69,25 @@ def temporary_beside(path: Path) -> Iterator[Path]:
         _in_use.discard(temporary.name)
 
 
+def unwritable_reason(path: Path) -> str | None:
+    """Why no file can be written at `path`, whose folder need not exist yet; None if one can.
+
+    Tried with an empty temporary file in the nearest folder that exists: what permissions say is
+    not all on Windows, on network drives and for an administrator.
+    """
+    found = next(p for p in path.absolute().parents if os.path.lexists(p))
+    if not found.is_dir():
+        return f"{found} is not a folder"
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path)  # for a name that is too long, also of a folder
+        with temporary_beside(found / path.name) as temporary:
+            temporary.touch()
+    except OSError as error:
+        return f"{error.strerror}"
+    return None
+
+
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
     """Gives `path` to an error of writing, which does not say where there is no space, for

@@ -40,6 +40,8 @@ READING = {
     "clips": ["cache", "{run}", "video_data.sources.0.path={bad}"],
     "init_from": ["train", "{run}", "method.init_from=[{bad}.safetensors]"],
     "sample": ["sample", "{bad}", "--prompt", "a", "--out", "{out}.mp4"],
+    "prompts": ["sample", "{model}", "--prompts", "{bad}.txt", "--out", "{out}.mp4"],
+    "lora": ["sample", "{model}", "--prompt", "a", "--out", "{out}.mp4", "--lora", "{bad}"],
     "inspect": ["inspect", "{bad}"],
     "inspect safetensors": ["inspect", "{bad}.safetensors"],
     "inspect gguf": ["inspect", "{bad}.gguf"],
@@ -55,6 +57,7 @@ WRITING = {
     "cache_dir": ["cache", "{run}", "video_data.cache_dir={bad}"],
     "output.dir": ["train", "{run}", "output.dir={bad}"],
     "demo": ["demo", "--dir", "{bad}"],
+    "sample": ["sample", "{model}", "--prompt", "a", "--out", "{bad}.mp4"],
     "convert": ["convert", "{transformer}", "{bad}.safetensors", "--to", "single"],
     "convert folder": ["convert", "{transformer}", "{bad}", "--to", "diffusers"],
     "import-config": ["import-config", "{config}", "--output", "{bad}"],
@@ -193,6 +196,7 @@ def test_what_can_not_be_written_is_one_line(
         "run": run_yaml,
         "config": write_config(tmp_path),
     }
+    places["model"] = workshop / "t2v-a14b"
     places["transformer"] = workshop / "t2v-a14b" / "transformer"
     lines = refused(words, places, capsys)
     assert len(lines) <= 2

@@ -352,8 +352,9 @@ def _attach(
     alphas = {m: strength * adapter.scale * ranks[m] for m, adapter in modules.items()}
     # PEFT takes no dots in an adapter's name, and each adapter of a model needs its own.
     adapter_name = f"applied_{len(getattr(transformer, 'peft_config', {}))}"
+    # Copies: where tensors begin in a mapped file, and thus how products round, differs by file.
     weights = {
-        f"{module}.{part}.weight": tensor
+        f"{module}.{part}.weight": tensor.to(torch.float32, copy=True)
         for module, adapter in modules.items()
         for part, tensor in adapter.tensors.items()
         if part in ("lora_A", "lora_B")

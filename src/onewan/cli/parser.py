@@ -17,9 +17,9 @@ from onewan.cli.run_parsers import (
     add_memory_option,
     add_plan,
     add_requests,
-    add_sample,
     add_train,
 )
+from onewan.cli.sample_parser import add_sample
 from onewan.cli.starter import METHODS
 from onewan.cli.weights_parsers import add_convert, add_inspect, add_merge
 from onewan.errors import one_line

@@ -1,4 +1,4 @@
-"""The options of the commands cache, plan, train, stop, save, sample-now and sample."""
+"""The options of the commands cache, plan, train, stop, save and sample-now."""
 
 from __future__ import annotations
 
@@ -146,62 +146,3 @@ def add_requests(commands: Commands) -> None:
             return send_request(options.run, name)
 
         parser.set_defaults(command=run)
-
-
-def add_sample(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "sample",
-        "generate a video with a model, with or without trained LoRAs and embeddings",
-    )
-    parser.add_argument(
-        "model", metavar="MODEL", help="folder of a model, or its Hugging Face repository"
-    )
-    parser.add_argument("--prompt", required=True, help="what the video shows")
-    parser.add_argument("--out", type=Path, required=True, help="FILE.mp4 or FILE.webm")
-    parser.add_argument("--image", type=Path, help="the first frame (I2V-A14B, TI2V-5B)")
-    for option, text in (
-        ("--lora", "LoRA files, one for each expert"),
-        ("--embedding", "embedding files; the prompt contains their placeholders"),
-    ):
-        parser.add_argument(
-            option, metavar="FILE", type=Path, nargs="+", action="extend", default=[], help=text
-        )
-    parser.add_argument(
-        "--negative-prompt", help="what the video must not show (default: the official one)"
-    )
-    parser.add_argument(
-        "--frames", type=int, help="number of frames, 4n+1 (default: the model's own)"
-    )
-    parser.add_argument("--width", type=int, help="pixels (default: the model's own)")
-    parser.add_argument("--height", type=int, help="pixels (default: the model's own)")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: the model's own)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
-    parser.add_argument("--fps", type=float, help="frame rate of the file (default: the model's)")
-    parser.add_argument(
-        "--guidance",
-        type=float,
-        nargs="+",
-        metavar="G",
-        help="guidance scale: one value, or HIGH LOW for two experts (default: the model's own)",
-    )
-    parser.add_argument("--shift", type=float, help="timestep shift (default: the official one)")
-    parser.add_argument(
-        "--boundary",
-        type=float,
-        help="timestep t at which the low-noise expert takes over (default: the model's own)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        default="bfloat16",
-        help="precision of the transformers (default: %(default)s)",
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda:1, ... (default: auto)")
-
-    def run(options: argparse.Namespace) -> int:
-        from onewan.cli.commands import sample
-
-        return sample(options)
-
-    parser.set_defaults(command=run)

@@ -145,8 +145,7 @@ def _closing_lines(layout: RunLayout, run_file: Path, variant: VariantName) -> l
     facts = VARIANTS[variant]
     exported = list(layout.exported().values())[-1]
     loras = [path for path in exported if path.name.endswith("_comfyui.safetensors")]
-    model = _quoted(run_file.parent / "model")
-    side, steps = _side(facts), 100 * len(facts.experts) + 100
+    steps = 100 * len(facts.experts) + 100
     image = (
         f" --image {_quoted(run_file.parent / 'clips' / 'still_square.png')}"
         if facts.needs_image
@@ -167,9 +166,7 @@ def _closing_lines(layout: RunLayout, run_file: Path, variant: VariantName) -> l
         *_activation_hint(),
         "Next, on this tiny model:",
         f"  onewan train {_quoted(layout.root)} --resume train.steps={steps}    # 100 more steps",
-        f"  onewan sample {model} --prompt 'a blue circle' --out video.mp4 --dtype float32 \\",
-        f"      --width {side} --height {side} --frames 17 --steps 8{image} \\",
-        f"      --lora {' '.join(map(_quoted, loras))}",
+        f'  onewan sample {_quoted(layout.root)} --prompt "a blue circle" --out video.mp4{image}',
         "Next, with real weights and clips (README.md lists the GPU memory this needs):",
         f"  onewan init run.yaml --variant {variant}    # then edit video_data.sources in it",
         "  onewan cache run.yaml",

@@ -33,7 +33,7 @@ from onewan.media.kinds import (
 from onewan.media.probe import MediaInfo, keyframe_near, probe, probe_header
 from onewan.media.read import read_frames
 from onewan.media.still import Fit, fit_image, read_image
-from onewan.media.write import write_video
+from onewan.media.write import check_video_name, write_video
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -41,6 +41,7 @@ __all__ = [
     "VIDEO_SUFFIXES",
     "Fit",
     "MediaInfo",
+    "check_video_name",
     "extension",
     "fit_image",
     "keyframe_near",

@@ -73,11 +73,8 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
     path = Path(path)
     if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise ValueError(f"frames must be uint8 [F, H, W, 3], not {frames.dtype} {frames.shape}")
-    encoding = _ENCODINGS.get(extension(path))
-    if encoding is None:
-        raise DataError(
-            f"{path}: videos of this kind can't be written; name it .{', .'.join(_ENCODINGS)}"
-        )
+    check_video_name(path)
+    encoding = _ENCODINGS[extension(path)]
     height, width = frames.shape[1:3]
     if width % 2 or height % 2:
         raise DataError(f"{path}: can't write {width}x{height}, a side is odd; use even sides")
@@ -96,6 +93,14 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
         raise DataError(
             f"{path}: can't be written ({error_reason(error)}); check the folder and the free space"
         ) from error
+
+
+def check_video_name(path: Path) -> None:
+    """DataError if `write_video` writes no videos with the ending of `path`."""
+    if extension(path) not in _ENCODINGS:
+        raise DataError(
+            f"{path}: videos of this kind can't be written; name it .{', .'.join(_ENCODINGS)}"
+        )
 
 
 def _encode(

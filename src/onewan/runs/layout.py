@@ -70,6 +70,11 @@ class RunLayout:
         return self.root / "samples"
 
     @property
+    def manual_samples_dir(self) -> Path:
+        """The videos that ``onewan sample`` makes from the run's weights."""
+        return self.samples_dir / "manual"
+
+    @property
     def control_dir(self) -> Path:
         """Requests to the running trainer; see `onewan.runs.control`."""
         return self.root / "control"

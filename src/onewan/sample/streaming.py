@@ -23,8 +23,11 @@ WEIGHTS_SHARE = 0.5
 activations, which are 6 GB at 81x480x832 with guidance, and for the VAE, which runs alone."""
 
 
-def sampling_residency(model: WanModel, device: torch.device) -> DeviceResidency:
-    """The owner of `device` for sampling with `model`, which is in host memory.
+def sampling_residency(
+    model: WanModel, device: torch.device, limit: int | None = None
+) -> DeviceResidency:
+    """The owner of `device` for sampling with `model`, which is in host memory; of the device's
+    memory it counts on `limit` bytes at most.
 
     Experts larger than `WEIGHTS_SHARE` of what is free there keep as many blocks there as that
     share holds; the others come from host memory while the blocks before them compute.
@@ -33,6 +36,8 @@ def sampling_residency(model: WanModel, device: torch.device) -> DeviceResidency
     if device.type == "cpu":
         return residency
     _, free = total_and_free_memory(device)
+    if free is not None and limit is not None:
+        free = min(free, limit)
     experts = [model.expert(expert) for expert in model.variant.experts]
     room = None if free is None else int(WEIGHTS_SHARE * free)
     if room is None or max(map(_bytes, experts)) <= room:
