@@ -58,7 +58,7 @@ def best_weights(
     config: ResolvedRun, layout: RunLayout, *, averaged: bool = False
 ) -> ExportedWeights | None:
     """The complete set of the step with the lowest validation loss, if the run keeps one."""
-    files = sorted(layout.weights_dir.glob("*best_*")) + sorted(layout.weights_dir.glob("*best.*"))
+    files = sorted(layout.weights_dir.glob("*best*"))
     return _complete(config, files, "best", "best", averaged=averaged)
 
 
