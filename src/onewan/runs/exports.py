@@ -24,7 +24,8 @@ _SHOWN_STEPS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportedWeights:
-    """One file for each expert and embedding that the run trains, all of the same step."""
+    """One file for each expert and embedding that the run trains: all of one step, or of each the
+    best by its own validation loss."""
 
     label: str
     """``step 2000`` or ``best``."""
@@ -57,7 +58,7 @@ def exported_weights(
 def best_weights(
     config: ResolvedRun, layout: RunLayout, *, averaged: bool = False
 ) -> ExportedWeights | None:
-    """The complete set of the step with the lowest validation loss, if the run keeps one."""
+    """The files with the lowest validation losses, if the run has all of them."""
     files = sorted(layout.weights_dir.glob("*best*"))
     return _complete(config, files, "best", "best", averaged=averaged)
 
@@ -90,7 +91,7 @@ def choose_weights(
             f"{folder}: holds no complete exported weights yet; train further, or take the base "
             "model with --weights none"
         )
-    wanted = f"step {choice}" if isinstance(choice, int) else f"the {choice} step"
+    wanted = f"step {choice}" if isinstance(choice, int) else f"the {choice} validation loss"
     raise CheckpointError(f"{folder}: holds no weights of {wanted}; it has {_listed(steps, best)}")
 
 
