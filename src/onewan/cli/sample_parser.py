@@ -42,7 +42,8 @@ def add_sample(commands: Commands) -> None:
         help="the folder of a run, a run file, the folder of a model, or its name on the hub",
     )
     _add_what(parser)
-    _add_model(parser)
+    _add_weights(parser)
+    _add_components(parser)
     _add_settings(parser)
 
     def run(options: argparse.Namespace) -> int:
@@ -84,8 +85,8 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    """What is sampled with."""
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    """What was trained."""
     parser.add_argument(
         "--weights",
         metavar="WHICH",
@@ -116,6 +117,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="embedding files; the prompt contains their placeholders",
     )
+
+
+def _add_components(parser: argparse.ArgumentParser) -> None:
+    """Single parts of the model, and how they are kept."""
     for option, text in (
         ("--transformer", "the high-noise expert, or the transformer of TI2V-5B"),
         ("--transformer-2", "the low-noise expert"),

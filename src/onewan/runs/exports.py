@@ -91,7 +91,8 @@ def choose_weights(
             f"{folder}: holds no complete exported weights yet; train further, or take the base "
             "model with --weights none"
         )
-    wanted = f"step {choice}" if isinstance(choice, int) else f"the {choice} validation loss"
+    names = {"best": "the best validation loss", "newest": "a single step"}
+    wanted = f"step {choice}" if isinstance(choice, int) else names[choice]
     raise CheckpointError(f"{folder}: holds no weights of {wanted}; it has {_listed(steps, best)}")
 
 
