@@ -14,14 +14,16 @@ from safetensors.torch import load_file
 from support.runs import RunFile, layout_of, leaves
 from torch import nn
 
+from onewan.data.loader import StepBatches
 from onewan.errors import ConfigError, TrainingError
 from onewan.model.embedding import WanModelEmbedding
 from onewan.model.load import WanModelLoader
 from onewan.runs.event_file import read_events
 from onewan.sample.generate import WanModelSampler
-from onewan.train.run import sample_requests
+from onewan.train import trainer
+from onewan.train.run import Run, sample_requests
 from onewan.train.setup import WanModelSetup
-from onewan.train.step import NoisedInputs, predict, train_step
+from onewan.train.step import NoisedInputs, StepMetrics, predict, train_step
 from onewan.train.trainer import WanTrainer
 
 
@@ -55,19 +57,29 @@ def test_a_fused_step_holds_the_gradients_of_one_block(run_file: RunFile, weight
     assert len(moved) > 0.9 * len(parameters)
 
 
-def test_a_fused_step_updates_no_weight_if_the_loss_is_not_finite(run_file: RunFile) -> None:
-    """Its gradients are known only after they were used, so the loss is checked before."""
+def test_a_fused_step_whose_loss_is_not_finite_ends_the_run_with_its_last_state(
+    run_file: RunFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights have been updated before the loss is known, so nothing may be saved afterwards."""
     config = run_file(
-        "ti2v-5b", "method={kind: fine_tune, fused_step: true}", "train.max_grad_norm=null"
+        "ti2v-5b",
+        "method={kind: fine_tune, fused_step: true}",
+        *("train.max_grad_norm=null", "train.steps=4", "train.save_every=1"),
     )
-    run = WanModelSetup(config).build()
-    weights = run.state.experts["single"].method.read()
-    step = run.loader.step(0, "single", 0)
-    step.batches[0].latents[0, 0, 0, 0, 0] = float("nan")
-    with pytest.raises(TrainingError, match="the loss is not finite with"):
-        train_step(run, step)
-    after = run.state.experts["single"].method.read()
-    assert all(torch.equal(weights[name], after[name]) for name in weights)
+    plain = trainer.train_step
+
+    def damaged(run: Run, step: StepBatches) -> StepMetrics:
+        if step.number == 2:
+            step.batches[0].latents[0, 0, 0, 0, 0] = float("nan")
+        return plain(run, step)
+
+    monkeypatch.setattr(trainer, "train_step", damaged)
+    with pytest.raises(TrainingError, match=r"step 3 .* the loss is not finite with"):
+        WanTrainer(config).fit()
+    layout = layout_of(config)
+    assert layout.saved_steps()[-1] == 2 and [*layout.exported()][-1] == 2
+    saved = load_file(layout.state(2) / "single.safetensors")
+    assert all(bool(weight.isfinite().all()) for weight in saved.values())
 
 
 def test_fine_tuning_with_streamed_blocks_has_the_same_bits(run_file: RunFile) -> None:

@@ -36,7 +36,7 @@ def train_step(run: Run, step: StepBatches) -> StepMetrics:
     """Forward and backward of each batch of `step`, then one update of its trainables.
 
     TrainingError if the loss or the gradient norm is not finite. The weights are unchanged then,
-    except with a fused step, which uses gradients before all of them are known.
+    except with a fused step, which updates them in the backward pass, before the host knows either.
     """
     trained = run.bring_expert(step.expert)
     trainables = run.state.trainables_of(step.expert)
@@ -49,7 +49,7 @@ def train_step(run: Run, step: StepBatches) -> StepMetrics:
     # Without any gradient, PyTorch returns a norm of 0 on the CPU.
     norms = [update.clip_grad_norm(max_norm).to(run.device) for update in updates]
     # The only wait for the device in a step. It comes before the weights change, so that a step
-    # that is not finite leaves them intact.
+    # that is not finite leaves them intact, unless it is fused.
     *values, norm = torch.stack([*losses, torch.stack(norms).norm()]).tolist()
     check_finite(step, values, norm)
     for trainable, update in zip(trainables, updates, strict=True):
@@ -70,7 +70,6 @@ def backward(
     """
     if not trained.transformer.training:  # setting it goes through all submodules
         trained.transformer.train()
-    fused = trained.method is not None and trained.method.fused
     losses: list[Tensor] = []
     levels: list[float] = []
     groups = run.together(step.batches)
@@ -89,8 +88,6 @@ def backward(
             compute_loss(run, inputs.sample, prediction) * (len(inputs.batch) / step.global_size)
             for inputs, prediction in zip(noised, predictions, strict=True)
         ]
-        if fused:  # the backward pass updates weights, so nothing could be refused later
-            check_finite(step, torch.stack(weighted).tolist(), 0.0)
         # Without a gradient if only placeholders are trained and no caption contains one.
         if differentiable := [loss for loss in weighted if loss.requires_grad]:
             torch.autograd.backward(differentiable)
