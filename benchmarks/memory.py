@@ -240,8 +240,6 @@ def rows() -> list[Row]:
         Row(variant="ti2v-5b", size=longest, settings=FULL_SPEED, resident=0),
         Row(variant="ti2v-5b", size=longest, settings=LEAN, resident=0),
         Row(variant="t2v-a14b", size=main, settings=FINE_TUNED, resident=0),
-        Row(variant="t2v-a14b", size=SIZES[0], settings=FINE_TUNED, resident=0),
-        Row(variant="ti2v-5b", size=longest, settings=FINE_TUNED, resident=0),
         Row(variant="t2v-a14b", size=main, settings=Settings()),
         Row(variant="t2v-a14b", size=main, settings=Settings(offload_inputs=True), resident=0),
         Row(variant="t2v-a14b", size=main, settings=FULL_SPEED, resident=20),

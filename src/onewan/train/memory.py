@@ -8,7 +8,7 @@ the settings of its size.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -136,6 +136,11 @@ class RunMemory:
             resident = self.plan.sampling_resident_blocks
             self._execution.configure(replace(self._execution.settings, resident_blocks=resident))
 
+    def feed_forward_chunks(self, bucket: Bucket) -> int:
+        """In how many chunks training computes the feed-forward layers for clips of `bucket`."""
+        settings = self._given if self.plan is None else self.plan.for_bucket(bucket).settings
+        return settings.feed_forward_chunks
+
     def use_attention(self, backend: AttentionBackend) -> None:
         """As `BlockExecution.use_attention`."""
         self._execution.use_attention(backend)
@@ -162,7 +167,11 @@ class RunMemory:
         if self.plan is None or not any(b.settings.streamed(layers) for b in self.plan.buckets):
             return False
         largest = max(self._planned_cells(found.bucket) for found in self.plan.buckets)
-        return sum(map(_cells, latents)) <= largest
+        if sum(map(_cells, latents)) > largest:
+            return False
+        # Their numbers of chunks, on which results depend, must not change by it.
+        chunks = {self._settings_for([one]).feed_forward_chunks for one in latents}
+        return chunks == {self._settings_for(latents).feed_forward_chunks}
 
     def _planned_cells(self, bucket: Bucket) -> int:
         return bucket.latent_cells(self._variant) * self._batch_size
@@ -182,19 +191,31 @@ def _cells(latents_BCFHW: Tensor) -> int:
     return latents_BCFHW.numel() // latents_BCFHW.shape[1]
 
 
-def plan_run(config: ResolvedRun, device: torch.device, clips: Iterable[Clip]) -> Plan | None:
-    """The plan for training on `device`; None on the CPU.
+def plan_run(
+    config: ResolvedRun,
+    device: torch.device,
+    clips: Iterable[Clip],
+    chunks: Mapping[str, int] | None = None,
+) -> Plan | None:
+    """The plan for training on `device`; None on the CPU. It keeps the feed-forward `chunks` of a
+    run that is resumed (`onewan.train.chunks`), unless these no longer fit.
 
     MemoryPlanError, which says by how much and what would help, if the run can't fit.
     """
     if device.type == "cpu":
         return None
-    buckets = Counter(
-        Bucket(frames=clip.frames, width=clip.size[0], height=clip.size[1]) for clip in clips
-    )
-    plan = make_plan(config, buckets, machine_with(config, device), read_stored_model(config))
+    buckets = Counter(map(bucket_of, clips))
+    machine, stored = machine_with(config, device), read_stored_model(config)
+    plan = make_plan(config, buckets, machine, stored, chunks=chunks)
+    if chunks and not plan.fits:
+        plan = make_plan(config, buckets, machine, stored)
     check_plan(plan)
     return plan
+
+
+def bucket_of(clip: Clip) -> Bucket:
+    """The size of `clip`."""
+    return Bucket(frames=clip.frames, width=clip.size[0], height=clip.size[1])
 
 
 def planned(plan: Plan) -> MemoryPlanned:

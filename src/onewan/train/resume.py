@@ -46,9 +46,10 @@ _SAFE_TO_CHANGE = (
 
 ``video_data.sources`` is among them because the data set is compared by content.
 """
-_BUT_NOT = ("memory.weights", "memory.compile", "memory.feed_forward_chunks")
-"""Fields under these prefixes that do change what is computed: the values of the weights, the order
-of sums, or the kernels. All other memory settings give the same bits."""
+_BUT_NOT = ("memory.weights", "memory.compile")
+"""Fields under these prefixes that do change what is computed: the values of the weights, or the
+kernels. The attention backend and the feed-forward chunks, which a run may choose by itself, are
+compared as they were chosen. All other memory settings give the same bits."""
 _MEASURING = (
     "model",
     "embeddings",
@@ -146,12 +147,14 @@ def changes_since(
     dataset_digest: str,
     initial_digests: Mapping[ExpertName, str],
     source: str,
-    attention_change: str | None = None,
+    chosen_changes: Mapping[str, str] | None = None,
     overrides: Sequence[str] = (),
 ) -> Changes:
     """Compare the run file, the data set and the adapters of `method.init_from` recorded in a
-    state's `facts` with the present ones. `attention_change` is a line about another attention
-    backend, if there is one. `overrides` are the fields that the command line gives now.
+    state's `facts` with the present ones. `chosen_changes` are those of what a run
+    chooses at its start where its file leaves that open (attention backend, feed-forward chunks): a
+    line by field, in place of a comparison of the fields. `overrides` are the fields that the
+    command line gives now.
 
     CheckpointError, naming `source`, if this version of onewan can't read the recorded run file.
     """
@@ -162,13 +165,14 @@ def changes_since(
     steps_matter = config.train.schedule.kind != "constant" or bool(config.train.cooldown_steps)
     before, now = expert_schedule_of(saved), expert_schedule_of(config)
     same_experts = all(before.expert_at(step) == now.expert_at(step) for step in range(facts.step))
-    affecting_results = [attention_change] if attention_change else []
+    chosen = chosen_changes or {}
+    affecting_results = list(chosen.values())
     harmless: list[str] = []
     loses_override = False
     for name, old, new in fields:
         lost = _is_among(name, facts.overrides or ()) and not _is_among(name, overrides)
         loses_override = loses_override or lost
-        if name == "memory.attention" and attention_change:
+        if name in chosen:
             continue
         safe = name.startswith(_SAFE_TO_CHANGE) and name not in _BUT_NOT
         safe = safe or (name in _STEPS and not steps_matter and same_experts)

@@ -76,6 +76,10 @@ class StateFacts(_Strict):
     recorded."""
     attention: SavedAttention | None = None
     """None in states of before it was recorded, when PyTorch's own choice was used."""
+    feed_forward_chunks: dict[str, Annotated[int, Field(ge=1)]] | None = None
+    """Number of chunks of the feed-forward layers by the size of clips (frames, height and width,
+    "81x480x832"), which results depend on in the last bits. None in states of before it was
+    recorded."""
     overrides: list[str] | None = None
     """Dotted names of the fields that were given on the command line; None in states of before they
     were recorded."""

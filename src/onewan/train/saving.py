@@ -19,6 +19,7 @@ from onewan.runs import events
 from onewan.runs.layout import RunLayout, displayed
 from onewan.runs.log import RunLog
 from onewan.train.attention import resumed_attention
+from onewan.train.chunks import CHUNKS_FIELD, chunks_change
 from onewan.train.resume import Changes, changes_since
 from onewan.train.run import Run
 from onewan.train.saved_state import FACTS_FILE, StateFacts, read_facts
@@ -155,13 +156,14 @@ class StateSaver:
         facts = read_facts(folder)
         source = str(folder / FACTS_FILE)
         run.state.attention, attention_change = resumed_attention(run, facts.attention)
+        chosen = {"memory.attention": attention_change, CHUNKS_FIELD: chunks_change(run, facts)}
         changes = changes_since(
             facts,
             run.config,
             run.dataset.digest,
             run.state.initial_digests,
             source,
-            attention_change,
+            {field: line for field, line in chosen.items() if line is not None},
             self._overrides,
         )
         if changes.affecting_results and not allow_change:

@@ -29,6 +29,7 @@ from onewan.model.sources import ENCODERS, PipelineComponent, Sources, locate
 from onewan.model.wan import WanModel
 from onewan.sample.generate import SampleRequest
 from onewan.train.attention import first_attention, use_attention
+from onewan.train.chunks import chosen_chunks
 from onewan.train.memory import RunMemory, plan_run
 from onewan.train.optimizers.builders import inexact_resume_reason
 from onewan.train.preflight import check_before_encoding
@@ -49,8 +50,10 @@ _HOST = torch.device("cpu")
 class WanModelSetup:
     """Builds the run of one resolved run file."""
 
-    def __init__(self, config: ResolvedRun) -> None:
+    def __init__(self, config: ResolvedRun, chunks: Mapping[str, int] | None = None) -> None:
+        """`chunks` are those of a run that is resumed (`onewan.train.chunks`)."""
         self._config = config
+        self._chunks = chunks
         self._variant = config.model.facts()
         self._experts = self._variant.selected(config.model.experts)
         self._residency = DeviceResidency(resolve_device(config.model.device))
@@ -88,7 +91,7 @@ class WanModelSetup:
             self._residency.release(vae)
         # Again, without the clips that could not be encoded.
         clips = [*dataset.clips, *dataset.validation_clips]
-        memory = self._memory(plan_run(config, self._residency.device, clips))
+        memory = self._memory(plan_run(config, self._residency.device, clips, self._chunks))
         model = self._load_for_training(vae, needs_sampling=bool(samples))
         del vae  # freed before adapters and optimizers are built, unless sampling needs it
         objective = objective_of(config.train, self._variant, self._experts)
@@ -111,7 +114,11 @@ class WanModelSetup:
             loader=self._loader(dataset),
             objective=objective,
             schedule=schedule,
-            state=TrainState(experts=experts, embeddings=embeddings),
+            state=TrainState(
+                experts=experts,
+                embeddings=embeddings,
+                feed_forward_chunks=chosen_chunks(memory, dataset.clips),
+            ),
             samples=samples,
             attention=first_attention(config, self._residency.device, head_dim),
             dropout=self._dropout,
@@ -197,7 +204,8 @@ class WanModelSetup:
         """Refuse, before anything is encoded, clips that can't be trained on."""
         check_captions(self._config, clips)
         if clips:  # that there are none is reported with the reasons
-            plan_run(self._with_known_steps(clips), self._residency.device, clips)
+            config = self._with_known_steps(clips)
+            plan_run(config, self._residency.device, clips, self._chunks)
 
     def _with_known_steps(self, clips: Sequence[Clip]) -> ResolvedRun:
         """The run file with the steps that its epochs are with these training clips.

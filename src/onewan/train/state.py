@@ -202,6 +202,8 @@ class TrainState:
     """The validation with the lowest loss of each exported set of weights (`train.best`)."""
     attention: SavedAttention | None = None
     """The attention backend that the run keeps; None until it is chosen (`train.attention`)."""
+    feed_forward_chunks: Mapping[str, int] = field(default_factory=dict)
+    """Those that the run keeps, by the size of clips (`train.chunks`)."""
 
     @property
     def best_step(self) -> int | None:
@@ -255,6 +257,7 @@ class TrainState:
             dataset=dataset,
             initial=self.initial_digests,
             attention=self.attention,
+            feed_forward_chunks=dict(self.feed_forward_chunks),
             overrides=list(overrides),
         )
         write_facts(folder, facts)

@@ -41,6 +41,7 @@ from onewan.sample.generate import WanModelSampler
 from onewan.train.attention import choose_attention
 from onewan.train.best import improved_weights
 from onewan.train.cadence import Cadence
+from onewan.train.chunks import saved_chunks
 from onewan.train.exporting import WeightExporter
 from onewan.train.memory import planned
 from onewan.train.overview import overview
@@ -111,7 +112,8 @@ class WanTrainer:
         with ExitStack() as session:
             session.enter_context(locked(self._layout.lock, root, remedy))
             check_start(self._layout, self._resume)
-            setup = WanModelSetup(self._config)
+            chunks = saved_chunks(self._layout) if self._resume else None
+            setup = WanModelSetup(self._config, chunks)
             setup.check()  # a run that can't be started leaves no folder behind
             self._layout.create()
             if not self._layout.saved_steps():

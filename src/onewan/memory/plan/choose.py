@@ -32,12 +32,20 @@ class Candidate:
         return not (self.device_over or self.host_over)
 
 
-def choose(costs: RunCosts, bucket: Bucket, machine: Machine, *, park_idle: bool) -> Candidate:
+def choose(
+    costs: RunCosts,
+    bucket: Bucket,
+    machine: Machine,
+    *,
+    park_idle: bool,
+    chunks: int | None = None,
+) -> Candidate:
     """The settings for `bucket` that fit `machine` at the least time; if none fits, those that are
-    the least above its memory. Settings that the run file gives are kept."""
+    the least above its memory. Settings that the run file gives are kept; where it leaves the
+    number of feed-forward chunks open, `chunks` is taken if given."""
     candidates = [
         _candidate(costs, bucket, machine, settings)
-        for settings in _possible(costs, bucket, machine, park_idle=park_idle)
+        for settings in _possible(costs, bucket, machine, park_idle=park_idle, chunks=chunks)
     ]
     fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting:
@@ -74,7 +82,7 @@ def most_resident(
 
 
 def _possible(
-    costs: RunCosts, bucket: Bucket, machine: Machine, *, park_idle: bool
+    costs: RunCosts, bucket: Bucket, machine: Machine, *, park_idle: bool, chunks: int | None
 ) -> Iterator[Settings]:
     """The settings that the run file leaves open, each with as many resident blocks as fit."""
     memory = costs.config.memory
@@ -87,27 +95,30 @@ def _possible(
         )
         yield _with_resident(costs, bucket, machine, base)
         return
-    for keep, offload, chunks in _combinations(memory):
+    for keep, offload, count in _combinations(memory, chunks):
         base = Settings(
             weights=memory.weights,
             resident_blocks=0,
             offload_inputs=offload,
             keep_attention=keep,
-            feed_forward_chunks=chunks,
+            feed_forward_chunks=count,
             park_idle=park_idle,
         )
         yield _with_resident(costs, bucket, machine, base)
 
 
-def _combinations(memory: MemorySection) -> Iterator[tuple[KeepAttention, bool, int]]:
+def _combinations(
+    memory: MemorySection, chunks: int | None
+) -> Iterator[tuple[KeepAttention, bool, int]]:
     given = memory.keep_attention
     keeps: tuple[KeepAttention, ...] = ("no", "device", "host") if given is None else (given,)
     offloads = (False, True) if memory.offload_inputs is None else (memory.offload_inputs,)
-    chunk_counts = _CHUNKS if memory.feed_forward_chunks is None else (memory.feed_forward_chunks,)
+    fixed = memory.feed_forward_chunks or chunks
+    chunk_counts = _CHUNKS if fixed is None else (fixed,)
     for keep in keeps:
         for offload in offloads:
-            for chunks in chunk_counts:
-                yield keep, offload, chunks
+            for count in chunk_counts:
+                yield keep, offload, count
 
 
 def _with_resident(

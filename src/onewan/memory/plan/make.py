@@ -27,6 +27,7 @@ def make_plan(
     *,
     advice: bool = True,
     notes: Sequence[str] = (),
+    chunks: Mapping[str, int] | None = None,
 ) -> Plan:
     """The plan of the run `config` on `machine`.
 
@@ -35,20 +36,23 @@ def make_plan(
     and the storage of the model; None: the variant's sizes, with weights in `model.dtype`. Settings
     that the run file gives are kept, the others are chosen. Without `advice` the plan has no
     suggestions, which take most of the time. `notes` about the buckets are added to the plan's.
+    `chunks` are the numbers of feed-forward chunks that a resumed run began with, by size (frames,
+    height and width, "81x480x832"); they are kept where the run file has none.
     """
     if not buckets:
         raise ValueError("a plan needs at least one bucket")
     clips = buckets if isinstance(buckets, Mapping) else dict.fromkeys(buckets, 1)
     stored = stored or assumed_model(config)
     costs = RunCosts.of(config, stored)
-    plan = _plan(costs, clips, machine)
+    kept = chunks or {}
+    plan = _plan(costs, clips, machine, kept)
     plan = replace(plan, notes=(*notes, *plan.notes))
     if not advice:
         return plan
 
     def again(changed: ResolvedRun, clips: Mapping[Bucket, int]) -> Plan:
         new = RunCosts.of(changed, with_changes(stored, changed), before=costs)
-        return _plan(new, clips, machine)
+        return _plan(new, clips, machine, kept)
 
     return replace(plan, suggestions=advise(config, clips, plan, again))
 
@@ -95,13 +99,15 @@ def _largest_parts(plan: Plan) -> list[str]:
     return [f"the largest parts of {plan.peak.phase} on the device: {listed}"]
 
 
-def _plan(costs: RunCosts, clips: Mapping[Bucket, int], machine: Machine) -> Plan:
+def _plan(
+    costs: RunCosts, clips: Mapping[Bucket, int], machine: Machine, chunks: Mapping[str, int]
+) -> Plan:
     """The plan without suggestions. Parking the idle expert costs time at each switch, so it is
     chosen only where the run does not fit otherwise, or where the memory makes up for that."""
-    kept = _with_parking(costs, clips, machine, park_idle=False)
+    kept = _with_parking(costs, clips, machine, chunks, park_idle=False)
     if kept.fits and all(_has_all_it_wants(bucket) for bucket in kept.buckets):
         return kept
-    parked = _with_parking(costs, clips, machine, park_idle=True)
+    parked = _with_parking(costs, clips, machine, chunks, park_idle=True)
     if kept.fits != parked.fits:
         return kept if kept.fits else parked
     if not kept.fits:
@@ -121,9 +127,17 @@ def _seconds(plan: Plan, clips: Mapping[Bucket, int]) -> float:
 
 
 def _with_parking(
-    costs: RunCosts, clips: Mapping[Bucket, int], machine: Machine, *, park_idle: bool
+    costs: RunCosts,
+    clips: Mapping[Bucket, int],
+    machine: Machine,
+    chunks: Mapping[str, int],
+    *,
+    park_idle: bool,
 ) -> Plan:
-    chosen = [choose(costs, bucket, machine, park_idle=park_idle) for bucket in clips]
+    chosen = [
+        choose(costs, bucket, machine, park_idle=park_idle, chunks=chunks.get(str(bucket)))
+        for bucket in clips
+    ]
     # Those that do not fit come first, then those with most tokens: the others may have as high a
     # peak, with more resident blocks.
     chosen.sort(key=lambda c: (-c.device_over, -c.plan.tokens))
