@@ -407,4 +407,4 @@ def test_the_description_of_a_file_with_thousands_of_faults_is_short(tmp_path, c
     text = capsys.readouterr().out
     assert len(text) < 15_000
     assert "has 3000 damaged modules: blocks.0.attn1.to_q has no lora_B; " in text
-    assert "has 3000 unexpected keys" in text and "460 more entries, which --json shows" in text
+    assert "has 3000 unexpected keys" in text and "495 more entries, which --all shows" in text

@@ -15,8 +15,10 @@ from onewan.checkpoint.compatibility import ProgramSupport
 from onewan.variants import ExpertName
 
 _CONTAINER_TITLES = {"safetensors": "safetensors", "gguf": "GGUF", "pickle": "PyTorch pickle"}
-_MAX_ROWS = 40
-"""Entries of a header that `Inspection.lines` shows; ``--json`` has all of them."""
+_FIRST_ROWS = 5
+"""Entries of a header that `Inspection.lines` shows if not all are asked for."""
+_MAX_ROWS = 200
+"""Entries of a header that it shows at most; ``--json`` has all of them."""
 _MAX_VALUE_LENGTH = 100
 """Characters of a header's value that `Inspection.lines` shows; some hold whole workflows."""
 
@@ -80,16 +82,17 @@ class Inspection:
             "components": [component.as_json() for component in self.components],
         }
 
-    def lines(self) -> Iterator[str]:
-        """The description as lines of text, which ``onewan inspect`` prints."""
+    def lines(self, *, show_all: bool = False) -> Iterator[str]:
+        """The description as lines of text, which ``onewan inspect`` prints; with `show_all`, not
+        only the first entries of a header."""
         yield f"{self.path}: {self.summary}"
-        for label, text in self._rows():
+        for label, text in self._rows(_MAX_ROWS if show_all else _FIRST_ROWS):
             yield f"  {label:<12} {text}"
         for component in self.components:
             yield ""
-            yield from component.lines()
+            yield from component.lines(show_all=show_all)
 
-    def _rows(self) -> Iterator[tuple[str, str]]:
+    def _rows(self, entries_shown: int) -> Iterator[tuple[str, str]]:
         if self.files:
             size = _size(sum(self.files.values()))
             count = f", {len(self.files)} files" if len(self.files) > 1 else ""
@@ -118,11 +121,13 @@ class Inspection:
             )
         yield from (("not by", f"{p.name}: {p.note}") for p in self.programs if not p.reads)
         yield from (("problem", _short(problem, 1000)) for problem in self.problems)
-        entries = sorted(self.metadata.items())
-        for name, value in entries[:_MAX_ROWS]:
+        # What the trainer wrote of the run comes first; titles, dates and hashes say less.
+        entries = sorted(self.metadata.items(), key=lambda e: (e[0].startswith("modelspec."), e[0]))
+        for name, value in entries[:entries_shown]:
             yield "header", f"{_short(name)} = {_short(value)}"
-        if len(entries) > _MAX_ROWS:
-            yield "header", f"{len(entries) - _MAX_ROWS} more entries, which --json shows"
+        if (more := len(entries) - entries_shown) > 0:
+            option = "--all" if entries_shown < _MAX_ROWS else "--json"
+            yield "header", f"{more} more entries, which {option} shows"
 
 
 def _architecture(kind: str, config: Mapping[str, Any]) -> str:

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from onewan.cli.arguments import Commands, add_command, lora_with_weight
-from onewan.cli.output import say, write
 from onewan.dtypes import WeightDtype
-from onewan.errors import CheckpointError
 
 _CONVERT_DETAILS = """SRC is the folder of a model
 (diffusers, official, or single files), one of its components in any file format (safetensors,
@@ -44,27 +42,20 @@ def add_inspect(commands: Commands) -> None:
     parser = add_command(
         commands,
         "inspect",
-        "identify a weight file, and list the programs that read it",
-        "Reads\nonly headers, so it is fast for files of any size. Recognizes models in every "
-        "layout and\nLoRAs of every trainer; anything else is reported as unknown.",
+        "identify a weight file and the programs that read it, a run, or a video",
+        "Reads only\nheaders, so it is fast for files of any size. Recognizes models in every "
+        "layout and LoRAs\nof every trainer; of a run's folder it tells how far the run is.",
     )
     parser.add_argument("path", metavar="PATH", type=Path, help="a file or a folder")
+    parser.add_argument(
+        "--all", action="store_true", help="print all entries of a header, not the first five"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
     def run(options: argparse.Namespace) -> int:
-        import json
+        from onewan.cli.inspecting import inspect_path
 
-        from onewan.checkpoint.inspect import inspect
-
-        report = inspect(options.path)
-        if options.json:
-            write(json.dumps(report.as_json(), indent=2))
-        elif report.kind == "unreadable":
-            raise CheckpointError(f"{report.path}: {report.summary}")
-        else:
-            for line in report.lines():
-                say(line)
-        return 1 if report.kind == "unreadable" else 0
+        return inspect_path(options.path, as_json=options.json, show_all=options.all)
 
     parser.set_defaults(command=run)
 
