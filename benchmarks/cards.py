@@ -1,4 +1,5 @@
-"""What trains on cards of 12 to 80 GB, by the plan: the tables of docs/memory.md and README.md.
+"""What trains on cards of 12 to 80 GB, by the plan: the tables of README.md, docs/start.md and
+docs/memory.md.
 
     python benchmarks/cards.py            # writes the tables between their markers
     python benchmarks/cards.py --print    # prints them
@@ -18,6 +19,7 @@ from pathlib import Path
 from markers import replace_between
 
 from onewan.arithmetic.byte_sizes import format_bytes
+from onewan.arithmetic.durations import format_duration
 from onewan.config.load import load_run
 from onewan.config.schema import ResolvedRun
 from onewan.memory.plan import Bucket, Plan, Settings, find_machine, make_plan
@@ -27,13 +29,15 @@ from onewan.variants import VARIANTS, VariantName
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "memory.md"
-README = ROOT / "README.md"
+OVERVIEWS = (ROOT / "README.md", ROOT / "docs" / "start.md")
 TABLE = "cards"
 
 MEMORIES = (12, 16, 24, 32, 48, 80)
 """GB of device memory."""
-HOST = 10**12
-"""Bytes of host memory that are allowed; the table says how many are needed."""
+ANY_HOST = 10**12
+"""Bytes of host memory that the large table allows; it says how many are needed."""
+COMMON_HOST = 64 * 10**9
+"""Bytes of host memory that the overview allows."""
 SIZES: tuple[tuple[VariantName, tuple[int, int, int]], ...] = (
     ("t2v-a14b", (33, 480, 832)),
     ("t2v-a14b", (81, 480, 832)),
@@ -44,6 +48,15 @@ SIZES: tuple[tuple[VariantName, tuple[int, int, int]], ...] = (
 """Variants, and frames, height and width of a clip."""
 WEIGHTS = ("as_stored", "fp8", "nf4")
 """Tried in this order."""
+COMMON: tuple[tuple[str, VariantName, tuple[int, int, int], tuple[str, ...]], ...] = (
+    ("A14B, photos 832x480", "t2v-a14b", (1, 480, 832), ("fp8", "nf4")),
+    ("A14B, 33 frames 832x480", "t2v-a14b", (33, 480, 832), ("fp8", "nf4")),
+    ("A14B, 81 frames 832x480", "t2v-a14b", (81, 480, 832), ("fp8", "nf4")),
+    ("TI2V-5B, 121 frames 1280x704", "ti2v-5b", (121, 704, 1280), WEIGHTS),
+)
+"""Columns of the overview: title, variant, clip, and weights in the order in which they are tried.
+A14B begins with fp8, as the files that most people have."""
+COMMON_STEPS = 2000
 
 
 def table() -> str:
@@ -59,22 +72,34 @@ def table() -> str:
 
 
 def overview() -> str:
-    """Seconds per step and host memory only: a row for each memory, in Markdown."""
-    titles = [f"{title_of(variant)} {'x'.join(map(str, size))}" for variant, size in SIZES]
-    lines = [f"| device | {' | '.join(titles)} |", "| --- |" + " --- |" * len(SIZES)]
+    """For people with one card: time of a step and of a run, and host memory, in Markdown."""
+    titles = [title for title, *_ in COMMON]
+    lines = [f"| card | {' | '.join(titles)} | sample video |", "| --- |" + " --- |" * 5]
     for memory in MEMORIES:
-        found = [smallest_change(memory, variant, size) for variant, size in SIZES]
-        lines.append(f"| {memory} GB | {' | '.join(map(brief, found))} |")
+        found = [smallest_change(memory, *column, COMMON_HOST) for _, *column in COMMON]
+        video = next(plan for plan, _ in filter(None, found)).run_time.sample
+        cells = [*map(brief, found), format_duration(video)]
+        lines.append(f"| {memory} GB | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def brief(found: tuple[Plan, str] | None) -> str:
+    """Time of a step and of a run, host memory, and the storage of weights if it is unusual."""
     if found is None:
         return "no"
     plan, weights = found
-    packed = "" if weights == "as_stored" else f", {weights}"
-    host = format_bytes(plan.host_peak.host_bytes)
-    return f"{plan.worst.time.seconds:.3g} s, {host}{packed}"
+    step = plan.run_time.step
+    hours = COMMON_STEPS * step / 3600
+    run = f"{60 * hours:.0f} min" if hours < 1 else f"{hours:.0f} h"
+    host = f"{plan.host_peak.host_bytes / 1e9:.0f} GB"
+    return ", ".join(
+        [
+            f"{step:.0f} s" if step >= 10 else f"{step:.2g} s",
+            run,
+            host,
+            *(["nf4"] if weights == "nf4" else []),
+        ]
+    )
 
 
 def title_of(variant: VariantName) -> str:
@@ -84,7 +109,7 @@ def title_of(variant: VariantName) -> str:
 def row(memory: int, variant: VariantName, size: tuple[int, int, int]) -> str:
     frames, height, width = size
     start = f"| {memory} GB | {title_of(variant)} | {frames}x{height}x{width} | "
-    found = smallest_change(memory, variant, size)
+    found = smallest_change(memory, variant, size, WEIGHTS, ANY_HOST)
     if found is None:
         return f"{start} | does not fit | | | |"
     return start + " | ".join(cells(*found, VARIANTS[variant].num_layers)) + " |"
@@ -92,23 +117,30 @@ def row(memory: int, variant: VariantName, size: tuple[int, int, int]) -> str:
 
 @cache
 def smallest_change(
-    memory: int, variant: VariantName, size: tuple[int, int, int]
+    memory: int,
+    variant: VariantName,
+    size: tuple[int, int, int],
+    tried: tuple[str, ...],
+    host: int,
 ) -> tuple[Plan, str] | None:
-    """The plan with the first of WEIGHTS that fits, and which that is; None if none fits."""
+    """The plan with the first of the `tried` weights that fits, and which that is; None if none
+    fits. `memory` is in GB, `host` in bytes."""
     frames, height, width = size
     bucket = Bucket(frames=frames, width=width, height=height)
     with tempfile.TemporaryDirectory() as folder:
-        for weights in WEIGHTS:
-            plan = plan_of(Path(folder), memory, variant, bucket, weights)
+        for weights in tried:
+            plan = plan_of(Path(folder), memory, variant, bucket, weights, host)
             if plan.fits:
                 return plan, weights
     return None
 
 
-def plan_of(folder: Path, memory: int, variant: VariantName, bucket: Bucket, weights: str) -> Plan:
+def plan_of(
+    folder: Path, memory: int, variant: VariantName, bucket: Bucket, weights: str, host: int
+) -> Plan:
     """A LoRA of rank 32 with AdamW on all experts, sampled at 640x384 with 33 frames. On cards that
     do not hold the text encoder in bfloat16 it is given in fp8."""
-    machine = find_machine(memory * 10**9, HOST)
+    machine = find_machine(memory * 10**9, host)
     config = run_of(folder, variant, weights)
     stored = with_changes(assumed_model(config), config)
     if stored.text_encoder > machine.device_budget:
@@ -172,7 +204,8 @@ def main() -> int:
         print(f"{document_part()}\n\n{overview()}")
     else:
         replace_between(DOCUMENT, TABLE, document_part())
-        replace_between(README, TABLE, overview())
+        for document in OVERVIEWS:
+            replace_between(document, TABLE, overview())
     return 0
 
 

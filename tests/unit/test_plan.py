@@ -435,6 +435,7 @@ def test_the_command_imports_no_torch(clip_run: Path) -> None:
 def test_the_tables_by_card_in_the_documentation_are_current() -> None:
     begin, end = f"<!-- {cards.TABLE}: begin -->\n", f"\n<!-- {cards.TABLE}: end -->"
     # `python benchmarks/cards.py` writes them.
-    for file, table in ((cards.DOCUMENT, cards.document_part()), (cards.README, cards.overview())):
+    overviews = [(file, cards.overview()) for file in cards.OVERVIEWS]
+    for file, table in [(cards.DOCUMENT, cards.document_part()), *overviews]:
         text = file.read_text(encoding="utf-8")
         assert text.partition(begin)[2].partition(end)[0] == table
