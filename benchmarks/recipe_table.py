@@ -1,6 +1,6 @@
-"""The table of docs/recipes.md, from `onewan.cli.recipes`.
+"""The tables of docs/recipes.md and docs/start.md, from `onewan.cli.recipes`.
 
-python benchmarks/recipe_table.py    # writes it between its markers
+python benchmarks/recipe_table.py    # writes them between their markers
 """
 
 from __future__ import annotations
@@ -11,21 +11,30 @@ from markers import replace_between
 
 from onewan.cli.recipes import RECIPES, Recipe
 
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "recipes.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCUMENTS = ((DOCS / "recipes.md", True), (DOCS / "start.md", False))
+"""Documents with the table, and whether it has the sources of each row there."""
 TABLE = "recipes"
 
 
-def table() -> str:
+def table(*, with_sources: bool) -> str:
     """The table in Markdown, a row for each purpose."""
-    lines = [
-        "| `--purpose` | clips | size | frames at 16 fps | steps of each expert | rank | "
-        "learning rate | sources |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    titles = [
+        "`--purpose`",
+        "clips",
+        "size",
+        "frames at 16 fps",
+        "steps of each expert",
+        "rank",
+        "learning rate",
+        *(["sources"] if with_sources else []),
     ]
-    return "\n".join([*lines, *(row(name, recipe) for name, recipe in RECIPES.items())])
+    lines = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
+    rows = (row(name, recipe, with_sources=with_sources) for name, recipe in RECIPES.items())
+    return "\n".join([*lines, *rows])
 
 
-def row(name: str, recipe: Recipe) -> str:
+def row(name: str, recipe: Recipe, *, with_sources: bool) -> str:
     rate = recipe.lr
     if recipe.high_lr is not None:
         rate += f"; high expert {recipe.high_lr}"
@@ -38,10 +47,11 @@ def row(name: str, recipe: Recipe) -> str:
         str(recipe.steps),
         str(recipe.rank),
         rate,
-        sources,
+        *([sources] if with_sources else []),
     )
     return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
-    replace_between(DOCUMENT, TABLE, table())
+    for document, with_sources in DOCUMENTS:
+        replace_between(document, TABLE, table(with_sources=with_sources))

@@ -412,8 +412,10 @@ def test_a_plan_counts_the_files_that_are_there(comfyui: Path, tmp_path: Path) -
 # --------------------------------------------------------------------------------------------- docs
 
 
-def test_the_table_of_recipes_in_the_documentation_is_current() -> None:
-    # `python benchmarks/recipe_table.py` writes it.
+def test_the_tables_of_recipes_in_the_documentation_are_current() -> None:
+    # `python benchmarks/recipe_table.py` writes them.
     begin, end = (f"<!-- {recipe_table.TABLE}: {word} -->" for word in ("begin", "end"))
-    text = recipe_table.DOCUMENT.read_text(encoding="utf-8")
-    assert text.partition(f"{begin}\n")[2].partition(f"\n{end}")[0] == recipe_table.table()
+    for document, with_sources in recipe_table.DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        table = recipe_table.table(with_sources=with_sources)
+        assert text.partition(f"{begin}\n")[2].partition(f"\n{end}")[0] == table
