@@ -49,8 +49,8 @@ SIZES: tuple[tuple[VariantName, tuple[int, int, int]], ...] = (
 WEIGHTS = ("as_stored", "fp8", "nf4")
 """Tried in this order."""
 COMMON: tuple[tuple[str, VariantName, tuple[int, int, int], tuple[str, ...]], ...] = (
-    ("A14B, photos 832x480", "t2v-a14b", (1, 480, 832), ("fp8", "nf4")),
-    ("A14B, 33 frames 832x480", "t2v-a14b", (33, 480, 832), ("fp8", "nf4")),
+    ("A14B, photos 768x768", "t2v-a14b", (1, 768, 768), ("fp8", "nf4")),
+    ("A14B, 33 frames 512x512", "t2v-a14b", (33, 512, 512), ("fp8", "nf4")),
     ("A14B, 81 frames 832x480", "t2v-a14b", (81, 480, 832), ("fp8", "nf4")),
     ("TI2V-5B, 121 frames 1280x704", "ti2v-5b", (121, 704, 1280), WEIGHTS),
 )

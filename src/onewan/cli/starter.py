@@ -221,7 +221,7 @@ def _model(request: StarterRequest) -> Iterator[str]:
         yield f"  path: {facts.repository}"
         yield from _smaller_text_encoder(request)
         yield from _comment(
-            "Or ComfyUI's files, with which nothing is downloaded; then remove the lines above:", 2
+            "Or ComfyUI's files, with which nothing is downloaded; then remove `path`:", 2
         )
         yield from (f"  # {name}: {folder}/{path}" for name, path in files.items())
         return
