@@ -15,6 +15,7 @@ from pathlib import Path
 from onewan.documents import decode_text
 from onewan.errors import DataError
 from onewan.files import read_input
+from onewan.runs.layout import displayed
 from onewan.seeds import derive_seed
 
 _MAX_BYTES = 1 << 20
@@ -110,7 +111,7 @@ def several_lines_note(folder: Path, clips: int, total: int, *, whole: bool) -> 
             "taken as alternatives; where they are one text, join the lines, or set "
             "video_data.captions: whole"
         )
-    return f"{clips} of {total} clips in {folder} {have} of several lines, {taken}"
+    return f"{clips} of {total} clips in {displayed(folder)} {have} of several lines, {taken}"
 
 
 def _contains(caption: str, word: str) -> bool:
