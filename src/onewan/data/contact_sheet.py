@@ -20,6 +20,7 @@ from onewan.data.clip import Clip
 from onewan.data.report import count
 from onewan.files import replacing
 from onewan.media.contact_sheet import Card, Layout, draw_page, small_frame, with_mask
+from onewan.runs.layout import displayed
 
 PREVIEW_VERSION = 1
 """Incremented when the frames of previews change."""
@@ -69,7 +70,7 @@ class ContactSheet:
         some = (
             f" (with {self.clips} of {self.of_clips} clips)" if self.clips < self.of_clips else ""
         )
-        return f"contact sheet, to see what is trained: {first}{more}{some}"
+        return f"contact sheet, to see what is trained: {displayed(first)}{more}{some}"
 
 
 def preview_indices(frames: int) -> tuple[int, ...]:
