@@ -119,6 +119,20 @@ def test_frames_of_a_purpose_are_those_of_its_seconds() -> None:
     }
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("purpose", [None, *PURPOSES])
+def test_a_sample_costs_at_most_about_as_much_as_fifty_steps(
+    tmp_path: Path, variant: VariantName, purpose: PurposeName | None
+) -> None:
+    config = loaded(tmp_path, starter(StarterRequest(variant=variant, purpose=purpose)))
+    (area,) = config.video_data.resolution
+    assert isinstance(area, int)
+    sample, frames = config.sample, config.wan_config.max_frames
+    # By tokens: two passes of each denoising step, against four of a step with checkpointing.
+    passes = 2 * sample.steps * (sample.frames // 4 + 1) * sample.width * sample.height
+    assert passes <= 50 * 4 * (frames // 4 + 1) * area
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_has_its_own_settings(tmp_path: Path, method: MethodKind) -> None:
     text = starter(StarterRequest(variant="t2v-a14b", method=method))

@@ -10,7 +10,7 @@ from pathlib import Path
 from onewan import documents
 from onewan.arithmetic.buckets import floor_to_4n_plus_1, sizes_for
 from onewan.arithmetic.byte_sizes import format_bytes
-from onewan.cli.starter import FittedValues, StarterRequest, starter
+from onewan.cli.starter import SHAPE, SMALLEST_SAMPLE, FittedValues, StarterRequest, starter
 from onewan.config.resolve import resolve
 from onewan.config.schema import ResolvedRun, RunConfig
 from onewan.errors import MemoryPlanError
@@ -26,9 +26,7 @@ from onewan.memory.plan.stored import (
 _SHARES_OF_FRAMES = (1.0, 0.6, 0.4, 0.2, 0.1, 0.01)
 _SIDES = (384, 256)
 _WEIGHTS = ("as_stored", "fp8", "nf4")
-_SAMPLES = ((832, 480), (640, 384), (448, 256))
-_SHAPE = (832, 480)
-"""Aspect ratio of the clips that are planned with."""
+_SAMPLES = (None, (640, 384), SMALLEST_SAMPLE)
 
 
 def fitting_values(request: StarterRequest, vram: int, ram: int | None) -> FittedValues:
@@ -66,8 +64,10 @@ def _ladder(request: StarterRequest, vram: int) -> Iterator[FittedValues]:
     # Packed weights can't be trained, and those that stay frozen would be of another precision.
     packings = ("as_stored",) if request.method == "fine_tune" else _WEIGHTS
     for frames, area in _clips(request):
+        limit = area or request.facts.training_area
+        samples = [size for size in _SAMPLES if size is None or prod(size) < limit]
         for weights in packings:
-            for sample in _SAMPLES:
+            for sample in samples:
                 for encoder in encoders:
                     yield FittedValues(
                         vram=text,
@@ -95,7 +95,7 @@ def _plan(config: ResolvedRun, values: FittedValues, machine: Machine, stored: S
     facts = config.model.facts()
     area = values.area or facts.training_area
     largest = config.video_data.max_resolution
-    sizes = sizes_for(area, _SHAPE[0] / _SHAPE[1], facts.size_multiple, largest)
+    sizes = sizes_for(area, SHAPE[0] / SHAPE[1], facts.size_multiple, largest)
     width, height = max(sizes, key=prod)
     bucket = Bucket(frames=values.frames, width=width, height=height)
     return make_plan(config, [bucket], machine, stored, advice=False)

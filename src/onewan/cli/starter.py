@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
+from onewan.arithmetic.buckets import sizes_for
 from onewan.cli.recipes import RECIPES, TRIGGER_WORD, PurposeName, Recipe
 from onewan.documents import to_yaml
 from onewan.variants import VARIANTS, Variant, VariantName
@@ -73,6 +74,13 @@ GENERAL = Recipe(
 """Values for no particular purpose: the defaults of the run file."""
 
 
+SHAPE = (832, 480)
+"""Width and height of Wan's 480p, whose aspect ratio is assumed for clips and taken for samples."""
+
+SMALLEST_SAMPLE = (448, 256)
+"""Width and height of the smallest sample videos."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FittedValues:
     """The values that depend on the memory of a device."""
@@ -85,7 +93,8 @@ class FittedValues:
     weights: str = "as_stored"
     text_encoder: str | None = None
     """Name of a smaller file of the text encoder, which is needed to fit."""
-    sample_size: tuple[int, int] = (832, 480)
+    sample_size: tuple[int, int] | None = None
+    """Width and height of sample videos; None: about those of the training clips."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +146,24 @@ class StarterRequest:
     def steps(self) -> int:
         # Embeddings are trained in every step, whichever expert it uses.
         return self.recipe.steps * self.experts
+
+    @property
+    def sample_size(self) -> tuple[int, int]:
+        """Width and height of sample videos."""
+        values = self.values
+        if values.sample_size is not None:
+            return values.sample_size
+        if values.frames == 1:  # a video has many times the tokens of a photo
+            return SMALLEST_SAMPLE
+        area = values.area or self.facts.training_area
+        return sizes_for(
+            area, SHAPE[0] / SHAPE[1], self.facts.size_multiple, self.facts.sample_size
+        )[0]
+
+    @property
+    def sample_frames(self) -> int:
+        """Frames of sample videos: of photos too, to see whether the videos still move."""
+        return 33 if self.values.frames == 1 else self.values.frames
 
     @property
     def word(self) -> str:
@@ -338,15 +365,18 @@ def _train(request: StarterRequest) -> Iterator[str]:
 
 
 def _sample(request: StarterRequest) -> Iterator[str]:
-    facts, (width, height) = request.facts, request.values.sample_size
+    facts, (width, height) = request.facts, request.sample_size
     prompt = request.recipe.prompt
     if request.method == "embedding":
         prompt = prompt.replace(TRIGGER_WORD, request.word)
-    size = "x".join(map(str, facts.sample_size))
+    official = "x".join(map(str, (facts.frames, *reversed(facts.sample_size))))
     yield "sample:"
-    yield f"  width: {width}  # the official {size} takes longer"
+    # With the size of the training clips, a sample takes about as long as twenty steps: it has 40
+    # denoising steps of two passes, and a training step is worth four passes.
+    yield f"  width: {width}  # small, so that samples cost little; the official size is {official}"
     yield f"  height: {height}"
-    rest = ["  every: 500", "  prompts:  # in the words of your captions"]
+    yield f"  frames: {request.sample_frames}"
+    rest = ["  every: 250", "  prompts:  # in the words of your captions"]
     rest.append(f"    - prompt: {scalar(prompt)}")
     if facts.needs_image:
         # Commented out, since a run file that names a missing image can't be loaded.
