@@ -57,7 +57,7 @@ def test_null_fields_become_the_variant_s_defaults(tmp_path: Path, name: Variant
     facts = VARIANTS[name]
     assert config.wan_config.spatial_compression_ratio == facts.spatial_compression
     assert config.wan_config.temporal_compression_ratio == facts.temporal_compression
-    assert config.wan_config.max_frames == 16  # the data layer rounds it, with a note
+    assert config.wan_config.max_frames == facts.frames
     assert config.video_data.target_fps == facts.fps
     assert config.video_data.resolution == (facts.training_area,)
     assert config.method.alpha == config.method.rank
@@ -480,7 +480,7 @@ sample: {prompts: [a fox], every: 5, frames: 80, guidance: [1]}
         ("video_data: {resolution: 512.5}", "video_data.resolution: 512.5 is neither a side (64"),
         ("video_data: {resolution: []}", "video_data.resolution: has no size, got []; write 480p"),
         ("video_data: {resolution: [[1]]}", "video_data.resolution: [1] is neither a side (64 to"),
-        ("video_data: {resolution: 1280x720}", "video_data.resolution: must fit into video_data."),
+        ("video_data: {resolution: 1296x720}", "video_data.resolution: must fit into video_data."),
         (
             "video_data: {min_resolution: [512, 9], max_resolution: [256, 256]}",
             "video_data.min_resolution: must not be above video_data.max_resolution [256, 256]",

@@ -488,6 +488,59 @@ def test_warnings_about_many_files_are_one_line(tmp_path: Path) -> None:
     assert str(report) == "\n".join(lines)
 
 
+def test_what_is_not_used_of_a_long_file_is_said(tmp_path: Path) -> None:
+    """Of many such files, no two of the same length, in one line."""
+    for number, name in enumerate("abcde"):
+        video(tmp_path / f"{name}.mp4", frames=36 + 4 * number)
+    video(tmp_path / "short.mp4", frames=20)  # 17 of 20 frames: nearly all
+    lines = index(tmp_path).lines()
+    (line,) = [line for line in lines if "long" in line]
+    assert line == (
+        "  a.mp4 and 4 others like it (b.mp4, c.mp4, ...): 2.2 s long; 1.1 s from its middle are "
+        "used (cut it into several files to train on more of it)"
+    )
+    assert not [line for line in lines if "short.mp4" in line]
+    (line,) = [line for line in index(tmp_path, frame_strategy="random").lines() if "long" in line]
+    assert "1.1 s from a random place are used" in line
+
+
+def test_a_size_that_the_limit_cuts_is_said(tmp_path: Path) -> None:
+    Image.new("RGB", (640, 320)).save(tmp_path / "wide.png")
+    Image.new("RGB", (320, 320)).save(tmp_path / "square.png")
+    for name in ("wide", "square"):
+        (tmp_path / f"{name}.txt").touch()
+    report = index(tmp_path, resolutions=(256 * 256,), max_resolution=(256, 256))
+    assert {clip.name: clip.size for clip in report.clips} == {
+        "wide.png": (256, 128),
+        "square.png": (256, 256),
+    }
+    (warning,) = report.warnings
+    assert warning.path is not None and warning.path.name == "wide.png"
+    assert warning.text == (
+        "trained at 256x128 instead of 352x176, since video_data.max_resolution is 256x256"
+    )
+    assert not index(tmp_path, resolutions=(256 * 256,)).warnings
+    assert not index(tmp_path, resolutions=("256x128",), max_resolution=(256, 256)).warnings
+
+
+def test_without_a_smallest_size_it_follows_from_the_training_size(tmp_path: Path) -> None:
+    for name, size in (("half", (64, 64)), ("low", (128, 40)), ("tiny", (63, 63))):
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").touch()
+    report = index(tmp_path, min_resolution=None, resolutions=("128x128",))
+    assert [clip.name for clip in report.clips] == ["half.png", "low.png"]
+    (problem,) = report.problems
+    assert problem.path.name == "tiny.png" and problem.reason == (
+        "is 63x63, and would be enlarged more than twice, to 128x128; take it out, choose a "
+        "smaller video_data.resolution, or allow it with video_data.min_resolution: [1, 1]"
+    )
+    assert [w.text for w in report.warnings] == [
+        "scaled up from 64x64 to 128x128",
+        "scaled up from 128x40 to 128x128",
+    ]
+    assert not index(tmp_path, min_resolution=(1, 1), resolutions=("128x128",)).problems
+
+
 def test_many_unusable_files_of_one_kind_are_one_line(tmp_path: Path) -> None:
     for number in range(12):
         Image.new("RGB", (10 + number, 200)).save(tmp_path / f"narrow{number:02}.png")

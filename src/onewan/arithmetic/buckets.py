@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from math import log
+from math import ceil, log
 from typing import cast
 
 Size = tuple[int, int]
@@ -159,6 +159,25 @@ def choose_size(
     same = [s for s in candidates if _shape_error(s, aspect) <= nearest + _SAME_SHAPE]
     # The size breaks ties of areas, so that the order of the run file does not matter.
     return (max if enough else min)(same, key=lambda size: (size[0] * size[1], size))
+
+
+def size_without_limit(
+    width: int,
+    height: int,
+    resolutions: Sequence[int | str],
+    multiple: int,
+    max_resolution: Size,
+) -> Size | None:
+    """The training size that `choose_size` would choose if `max_resolution` were no limit; None if
+    it is none for this clip."""
+    aspect = width / height
+    areas = [entry for entry in resolutions if isinstance(entry, int)]
+    if not areas or max(areas) <= _largest_area(aspect, max_resolution):
+        return None
+    longest = ceil((_AREA_EXCESS * max(areas) * max(aspect, 1 / aspect)) ** 0.5) + multiple
+    size = choose_size(width, height, resolutions, multiple, (longest, longest))
+    limited = choose_size(width, height, resolutions, multiple, max_resolution)
+    return size if size[0] * size[1] > limited[0] * limited[1] else None
 
 
 def _shape_error(size: Size, aspect: float) -> float:

@@ -25,6 +25,7 @@ from onewan.config.schema import (
     ResolvedRun,
     ResolvedSample,
     ResolvedVideoData,
+    ResolvedWanTrainConfig,
     RunConfig,
     VideoDataSection,
 )
@@ -47,7 +48,11 @@ def resolve(config: RunConfig, folder: Path) -> ResolvedRun:
     timesteps = train.timesteps.model_copy(update={"shift": shift})
     updates = {"timesteps": timesteps, "steps": total_steps(config)}
     sections = {
-        "wan_config": config.wan_config.model_copy(update=compression_ratios(variant)),
+        "wan_config": _filled(
+            ResolvedWanTrainConfig,
+            config.wan_config.model_copy(update=compression_ratios(variant)),
+            max_frames=variant.frames,
+        ),
         "video_data": _filled(
             ResolvedVideoData,
             video.model_copy(

@@ -72,7 +72,7 @@ def _size_rules(config: RunConfig) -> Iterator[Problem]:
         if name in wan.model_fields_set and value != fact:
             yield f"wan_config.{name}", f"is {fact} for {variant.name}, got {value}; leave it out"
     low, high = video.min_resolution, video.max_resolution
-    if low[0] > high[0] or low[1] > high[1]:
+    if low is not None and (low[0] > high[0] or low[1] > high[1]):
         rule = f"must not be above video_data.max_resolution {format_value(high)}"
         remedy = "lower it, or raise the other"
         yield "video_data.min_resolution", f"{rule}, got {format_value(low)}; {remedy}"

@@ -111,8 +111,9 @@ class ModelSection(Section):
 class WanTrainConfig(Section):
     """The `wan_config` section: frames per clip, trained blocks and temporal behavior."""
 
-    max_frames: Int = Field(default=16, ge=1)
-    """Maximum frames of a training clip, rounded down to 4n+1 as the VAE takes it (16: 13)."""
+    max_frames: Int | None = Field(default=None, ge=1)
+    """Maximum frames of a training clip, rounded down to 4n+1 as the VAE takes it (16: 13); null is
+    the variant's own number (81, or 121 for TI2V-5B: five seconds)."""
     frame_sample_strategy: Literal["uniform", "random", "keyframe"] = "uniform"
     """Position of the clip in a longer file: in the middle (`uniform`), at random (`random`), or
     from the key frame nearest to the middle (`keyframe`). The speed is never changed."""
@@ -129,6 +130,10 @@ class WanTrainConfig(Section):
     """Spatial compression of the variant's VAE (8, or 16 for TI2V-5B); must match if given."""
     temporal_compression_ratio: Int = 4
     """Temporal compression of the variant's VAE (4); must match if given."""
+
+
+class ResolvedWanTrainConfig(WanTrainConfig):
+    max_frames: int
 
 
 class SourceSection(Section):
@@ -162,13 +167,17 @@ class SourceSection(Section):
 class VideoDataSection(Section):
     sources: Annotated[tuple[SourceSection, ...], Several] = ()
     """Folders with clips: one, or a list, each a path or a mapping."""
-    supported_formats: tuple[_Extension, ...] = ("mp4", "avi", "mov", "webm")
+    supported_formats: tuple[_Extension, ...] = (
+        *("mp4", "avi", "mov", "webm"),
+        *("mkv", "m4v", "gif"),
+    )
     """File extensions of videos to use. Images (png, jpg, webp) are clips of one frame."""
     max_duration: Positive = 10.0
     """Maximum length of a training clip in seconds. Of a longer file, a part is used."""
-    min_resolution: Size = (256, 256)
-    """Width and height in pixels; smaller files are reported and excluded."""
-    max_resolution: Size = (1024, 1024)
+    min_resolution: Size | None = None
+    """Width and height in pixels; smaller files are reported and left out. null: files that would
+    be enlarged to more than twice their width and height for training."""
+    max_resolution: Size = (1280, 1280)
     """Maximum width and height of the training size in pixels. Larger files are scaled down."""
     captions: Literal["lines", "whole"] = "lines"
     """What a caption file holds: a caption in each line, of which each training sample draws one
@@ -486,6 +495,7 @@ class RunConfig(Section):
 class ResolvedRun(RunConfig):
     """A run file with every default filled in and all paths absolute; `load_run` returns it."""
 
+    wan_config: ResolvedWanTrainConfig
     video_data: ResolvedVideoData
     embeddings: tuple[ResolvedEmbedding, ...]
     sample: ResolvedSample

@@ -12,12 +12,23 @@ from math import floor
 from pathlib import Path
 from typing import Literal
 
-from onewan.arithmetic.buckets import Size, choose_size, floor_to_4n_plus_1
+from onewan.arithmetic.buckets import Size, choose_size, floor_to_4n_plus_1, size_without_limit
 from onewan.data.captions import CaptionSettings
 from onewan.data.masks import Mask, find_mask
 from onewan.errors import DataError
 from onewan.media import MediaInfo, keyframe_near, probe
 from onewan.seeds import derive_seed
+
+_MOST_ENLARGED = 2
+"""A file that would have to be enlarged further, in both directions, has too little detail."""
+_NOTED_SECONDS = 1.0
+"""What is not used of a video is mentioned from here on: a clip has 4n+1 frames, so that nearly
+each has some left over."""
+_PLACES = {
+    "uniform": "from its middle",
+    "random": "from a random place",
+    "keyframe": "from the key frame nearest to its middle on",
+}
 
 _ROUNDING = 1e-6
 """Added before a product of floats is rounded down: 0.29 s * 100 fps is 28.999999999999996."""
@@ -51,6 +62,8 @@ class Clip:
     """Fraction of its training samples whose caption is empty; None is the run's."""
     is_prior: bool = False
     """Whether its target is the base model's prediction (prior preservation), not the data."""
+    source_seconds: float = 0.0
+    """Duration of the video file; 0 for an image."""
     mask: Mask | None = None
     """Its loss mask; None if all of the clip is trained on."""
 
@@ -89,8 +102,9 @@ class ClipPlanner:
     the key frame nearest to the middle on."""
     resolutions: tuple[int | str, ...]
     """Training sizes: areas in pixels (399360) or exact sizes ("832x480")."""
-    min_resolution: Size
-    """(width, height), in either orientation; smaller files are refused."""
+    min_resolution: Size | None
+    """(width, height), in either orientation; smaller files are refused. None refuses those that
+    would be enlarged more than twice in both directions."""
     max_resolution: Size
     """(width, height), in either orientation, that a training size given as an area may have."""
     video_formats: tuple[str, ...]
@@ -125,6 +139,7 @@ class ClipPlanner:
             frames=frames,
             size=size,
             source_size=info.shown_size,
+            source_seconds=_seconds(info),
             repeats=folder.repeats,
             loss_weight=folder.loss_weight,
             is_prior=folder.is_prior,
@@ -135,18 +150,34 @@ class ClipPlanner:
 
     def bucket(self, info: MediaInfo) -> tuple[int, Size]:
         """(frames, size) of the clip of a file with this header; DataError if it is too small."""
-        self._check_size(info)
         size = choose_size(
             *info.shown_size, self.resolutions, self.size_multiple, self.max_resolution
         )
+        self._check_size(info, size)
         return self._frame_count(info), size
 
     def warnings(self, clip: Clip) -> list[str]:
-        """What the user should know about a planned clip: that it is scaled up, or short."""
+        """What the user should know about a planned clip: how it differs from its file, and from
+        what the run file asks for."""
         texts = list[str]()
         width, height = clip.source_size
         if clip.size[0] > width or clip.size[1] > height:
             texts.append(f"scaled up from {width}x{height} to {clip.size[0]}x{clip.size[1]}")
+        wanted = size_without_limit(
+            width, height, self.resolutions, self.size_multiple, self.max_resolution
+        )
+        if wanted is not None:
+            limit = "x".join(map(str, self.max_resolution))
+            texts.append(
+                f"trained at {clip.size[0]}x{clip.size[1]} instead of {wanted[0]}x{wanted[1]}, "
+                f"since video_data.max_resolution is {limit}"
+            )
+        used = clip.frames / clip.fps
+        if clip.source_seconds - used >= _NOTED_SECONDS:
+            texts.append(
+                f"{clip.source_seconds:.1f} s long; {used:.1f} s {_PLACES[self.frame_strategy]} "
+                "are used (cut it into several files to train on more of it)"
+            )
         if clip.kind == "video" and clip.frames < self.longest_clip:
             texts.append(
                 f"{clip.frames} frame{'s' if clip.frames > 1 else ''} at {clip.fps:g} fps instead "
@@ -154,10 +185,19 @@ class ClipPlanner:
             )
         return texts
 
-    def _check_size(self, info: MediaInfo) -> None:
+    def _check_size(self, info: MediaInfo, size: Size) -> None:
+        limit = self.min_resolution
+        if limit is None:
+            width, height = info.shown_size
+            if size[0] > _MOST_ENLARGED * width and size[1] > _MOST_ENLARGED * height:
+                raise DataError(
+                    f"{info.path}: is {width}x{height}, and would be enlarged more than twice, to "
+                    f"{size[0]}x{size[1]}; take it out, choose a smaller video_data.resolution, or "
+                    "allow it with video_data.min_resolution: [1, 1]"
+                )
+            return
         # In either orientation, as for the largest size: portrait is no smaller than landscape.
         shorter, longer = sorted((info.width, info.height))
-        limit = self.min_resolution
         if shorter < min(limit) or longer < max(limit):
             raise DataError(
                 f"{info.path}: is {info.width}x{info.height}, smaller than "
@@ -187,3 +227,8 @@ class ClipPlanner:
         # which of them is nearest, so that some frames would be taken twice and others not at all.
         whole_frames = floor(slack * position / info.frame_interval + _ROUNDING)
         return info.start + whole_frames * info.frame_interval
+
+
+def _seconds(info: MediaInfo) -> float:
+    """Duration of a video, to the end of its last frame; 0 for an image."""
+    return 0.0 if info.kind == "image" else info.last - info.start + info.frame_interval

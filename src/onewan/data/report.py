@@ -17,6 +17,12 @@ _FILES_NAMED = 3
 """File names shown in a line that concerns many files; the rest are counted."""
 
 
+def _kind(path: Path, text: str) -> str:
+    """`text` about the file without the names and numbers in which files of one kind differ."""
+    names = rf"{re.escape(one_line(path.stem))}(\.\w+)+"
+    return re.sub(rf"{names}|\d+(\.\d+)?", "#", text)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipProblem:
     """A file that can't be used."""
@@ -37,8 +43,7 @@ class ClipProblem:
     @property
     def kind(self) -> str:
         """The reason without the names and numbers in which files of one kind differ."""
-        names = rf"{re.escape(one_line(self.path.stem))}(\.\w+)+"
-        return re.sub(rf"{names}|\d+(\.\d+)?", "#", self.reason)
+        return _kind(self.path, self.reason)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +53,11 @@ class ClipWarning:
     path: Path | None
     """None if the warning concerns the whole data set."""
     text: str
+
+    @property
+    def kind(self) -> str:
+        """The text without the names and numbers in which files of one kind differ."""
+        return self.text if self.path is None else _kind(self.path, self.text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +109,8 @@ class DatasetReport:
             )
         if self.warnings:
             lines.append("Warnings:")
-            # One line for each text: a data set of small clips has thousands that are scaled up.
-            for text, warnings in _groups(self.warnings, lambda warning: warning.text):
-                paths = [warning.path for warning in warnings if warning.path]
-                lines.append(f"  {_name_prefix(paths)}{text}")
+            for _, alike in _groups(self.warnings, lambda warning: warning.kind):
+                lines += [f"  {line}" for line in _warning_lines(alike)]
         return [*lines, self.contact_sheet] if self.contact_sheet else lines
 
     def _problem_lines(self, problems: Sequence[ClipProblem]) -> list[str]:
@@ -135,6 +143,23 @@ def _groups(items: Iterable[_T], key: Callable[[_T], str]) -> Iterable[tuple[str
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups.items()
+
+
+def _warning_lines(alike: Sequence[ClipWarning]) -> Iterable[str]:
+    """A line for each text; one for all of the kind if there are many: a data set of long files has
+    thousands of which a part is used, and no two of the same length."""
+    texts = list(_groups(alike, lambda warning: warning.text))
+    if len(texts) > _FILES_NAMED:
+        first, *others = alike
+        names = ", ".join(each.path.name for each in others[: _FILES_NAMED - 1] if each.path)
+        assert first.path is not None
+        yield (
+            f"{first.path.name} and {count(len(others), 'other')} like it ({names}, ...): "
+            f"{first.text}"
+        )
+        return
+    for text, warnings in texts:
+        yield f"{_name_prefix([each.path for each in warnings if each.path])}{text}"
 
 
 def _name_prefix(paths: Sequence[Path]) -> str:
