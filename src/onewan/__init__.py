@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onewan.checkpoint.saver import WanModelSaver
+    from onewan.config.clips import WanTrainConfig
     from onewan.config.load import load_run
-    from onewan.config.schema import RunConfig, WanTrainConfig
+    from onewan.config.schema import RunConfig
     from onewan.data.decode import VideoSample
     from onewan.data.loader import WanDataLoader
     from onewan.model.embedding import WanModelEmbedding
@@ -36,7 +37,7 @@ _MODULE_OF = {
     "WanModelSampler": "onewan.sample.generate",
     "WanModelSaver": "onewan.checkpoint.saver",
     "WanModelSetup": "onewan.train.setup",
-    "WanTrainConfig": "onewan.config.schema",
+    "WanTrainConfig": "onewan.config.clips",
     "WanTrainer": "onewan.train.trainer",
     "load_run": "onewan.config.load",
 }

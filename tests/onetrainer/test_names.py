@@ -17,7 +17,7 @@ from support.onetrainer_configs import DEFAULTS
 from support.onetrainer_runs import QUIET, Lab
 from support.onetrainer_stub import write_checkout
 
-from onewan.config.schema import WanTrainConfig
+from onewan.config.clips import WanTrainConfig
 from onewan.data.decode import VideoSample
 from onewan.onetrainer.install import overlay
 from onewan.onetrainer.patches.configs import added_fields

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from onewan.arithmetic.expert_schedule import ExpertSchedule, expert_schedule
+from onewan.config.clips import ResolvedVideoData, ResolvedWanTrainConfig, VideoDataSection
 from onewan.config.method import (
     EmbeddingSection,
     FineTuneMethod,
@@ -24,10 +25,7 @@ from onewan.config.schema import (
     ResolvedOutput,
     ResolvedRun,
     ResolvedSample,
-    ResolvedVideoData,
-    ResolvedWanTrainConfig,
     RunConfig,
-    VideoDataSection,
 )
 from onewan.config.section import Section
 from onewan.variants import NEGATIVE_PROMPT, Expert, Variant

@@ -13,7 +13,8 @@ from math import ceil
 from pathlib import Path
 
 from onewan.arithmetic.buckets import Size, sizes_for
-from onewan.config.schema import ResolvedRun, SourceSection
+from onewan.config.clips import SourceSection
+from onewan.config.schema import ResolvedRun
 from onewan.data.captions import CaptionSettings
 from onewan.data.clip import ClipFolder, ClipPlanner
 from onewan.data.index import media_files

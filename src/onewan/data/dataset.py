@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from onewan.config.schema import ResolvedRun, SourceSection
+from onewan.config.clips import SourceSection
+from onewan.config.schema import ResolvedRun
 from onewan.data.buckets import clip_folders, clip_planner
 from onewan.data.cache import ContentDigests, EntryCache, entry_key
 from onewan.data.cached_latents import CachedLatents

@@ -1,0 +1,132 @@
+"""The fields of the run file about clips: `wan_config`, `video_data` and the sources of clips.
+
+As in `schema`, the string under each field is its documentation.
+"""
+
+# Sections are immutable, so a subclass may narrow the type of a field and take its default away.
+# pyright: reportIncompatibleVariableOverride=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+
+from onewan.arithmetic.buckets import LARGEST_SIDE, SMALLEST_SIDE, parse_sizes
+from onewan.config.section import Distinct, Float, Int, Positive, Section, Several, Share, Size
+
+_Phrase = Annotated[str, AfterValidator(lambda value: " ".join(value.split()))]
+_Extension = Annotated[str, AfterValidator(lambda value: value.lower().lstrip("."))]
+_SIDE = {"type": "integer", "minimum": 1, "maximum": LARGEST_SIDE}
+_PAIR = {"type": "array", "items": _SIDE, "minItems": 2, "maxItems": 2}
+_ONE_SIZE = [
+    {"type": "integer", "minimum": SMALLEST_SIDE, "maximum": LARGEST_SIDE},
+    {"type": "integer", "minimum": SMALLEST_SIDE**2},
+    {"type": "string", "pattern": "^ *[1-9][0-9]*( *[xX] *[1-9][0-9]*|[pP])? *$"},
+]
+_SIZES = {
+    "anyOf": [
+        *_ONE_SIZE,
+        _PAIR,
+        {"type": "array", "items": {"anyOf": [*_ONE_SIZE, _PAIR]}, "minItems": 1},
+        {"type": "null"},
+    ]
+}
+"""JSON schema of what `parse_sizes` takes."""
+
+
+class WanTrainConfig(Section):
+    """The `wan_config` section: frames per clip, trained blocks and temporal behavior."""
+
+    max_frames: Int | None = Field(default=None, ge=1)
+    """Maximum frames of a training clip, rounded down to 4n+1 as the VAE takes it (16: 13); null is
+    the variant's own number (81, or 121 for TI2V-5B: five seconds)."""
+    frame_sample_strategy: Literal["uniform", "random", "keyframe"] = "uniform"
+    """Position of the clip in a longer file: in the middle (`uniform`), at random (`random`), or
+    from the key frame nearest to the middle (`keyframe`). The speed is never changed."""
+    temporal_consistency_weight: Float = Field(default=1.0, ge=0)
+    """Loss weight of each frame's deviation from the mean error over frames. 1.0 is exactly the
+    plain loss; larger values penalize flicker and wrong motion, smaller ones favor appearance."""
+    transformer_layers_to_train: (
+        Annotated[tuple[Annotated[Int, Field(ge=0)], ...], Field(min_length=1), Distinct] | None
+    ) = None
+    """Indices of the transformer blocks to train, e.g. [0, 1, 2]; null is all."""
+    use_temporal_attention: bool = True
+    """false: in training, each latent frame attends only to itself (styles and characters)."""
+    spatial_compression_ratio: Int = 8
+    """Spatial compression of the variant's VAE (8, or 16 for TI2V-5B); must match if given."""
+    temporal_compression_ratio: Int = 4
+    """Temporal compression of the variant's VAE (4); must match if given."""
+
+
+class ResolvedWanTrainConfig(WanTrainConfig):
+    max_frames: int
+
+
+class SourceSection(Section):
+    shorthand = "path"
+
+    path: Path
+    """A folder. Each video or image NAME.ext in it or in a subfolder is a clip if NAME.txt, its
+    caption, exists next to it (see `video_data.captions`)."""
+    repeats: Int = Field(default=1, ge=1)
+    """Number of times that each of its clips is used per epoch."""
+    loss_weight: Positive = 1.0
+    """Loss weight of its clips."""
+    target: Literal["data", "base"] = "data"
+    """Training target: the clips (`data`), or the base model's own prediction (`base`: prior
+    preservation, which keeps existing abilities; needs an adapter method)."""
+    trigger_word: _Phrase = ""
+    """Word that stands for what is trained: added in front of each caption that does not contain
+    it. Prompts of samples stay as they are; write it into them."""
+    caption_prefix: _Phrase = ""
+    """Text in front of each caption, and of the trigger word."""
+    caption_dropout: Share | None = None
+    """Probability of replacing a caption of its clips by the empty one; null is
+    `train.caption_dropout`."""
+    shuffle_tags: Int = Field(default=0, ge=0)
+    """Number of random orders in which the comma-separated tags of a caption are trained, such as
+    8; each one is encoded and cached. 0 keeps the order of the file."""
+    keep_tags: Int = Field(default=0, ge=0)
+    """Number of tags at the beginning of a caption that `shuffle_tags` leaves in their place."""
+
+
+class VideoDataSection(Section):
+    sources: Annotated[tuple[SourceSection, ...], Several] = ()
+    """Folders with clips: one, or a list, each a path or a mapping."""
+    supported_formats: tuple[_Extension, ...] = ("mp4", "avi", "mov", "webm", "mkv", "m4v", "gif")
+    """File extensions of videos to use. Images (png, jpg, webp) are clips of one frame."""
+    max_duration: Positive = 10.0
+    """Maximum length of a training clip in seconds. Of a longer file, a part is used."""
+    min_resolution: Size | None = None
+    """Width and height in pixels; smaller files are reported and left out. null: files that would
+    be enlarged to more than twice their width and height for training."""
+    max_resolution: Size = (1280, 1280)
+    """Maximum width and height of the training size in pixels. Larger files are scaled down."""
+    captions: Literal["lines", "whole"] = "lines"
+    """What a caption file holds: a caption in each line, of which each training sample draws one
+    (`lines`), or one text, whose lines are joined (`whole`)."""
+    masks: bool = False
+    """Use loss masks: NAME.mask.png for all frames of NAME.mp4, or NAME.mask.mp4 with the same
+    timing. White and transparent have weight 1, black has `train.loss.unmasked_weight`."""
+    cache: bool = True
+    """Encode clips and captions once; false: in every step, with VAE and text encoder in memory."""
+    cache_dir: Path = Path("cache")
+    """Folder of the cache. Several runs can share one."""
+
+    target_fps: Positive | None = None
+    """Frames per second of the training clips; null is the variant's own rate (16, or 24)."""
+    resolution: Annotated[
+        tuple[int | str, ...] | None, BeforeValidator(parse_sizes), WithJsonSchema(_SIZES)
+    ] = None
+    """Training sizes. An area, at which each clip keeps its aspect ratio: 480p (832x480), 720p
+    (1280x720; for TI2V-5B 1280x704), a side (512: the area of 512x512) or a number of pixels
+    (399360). Or an exact size: "832x480" or [832, 480]. A list of exactly two sides is one size;
+    several are a list of texts, of areas in pixels, of such pairs, or of three and more sides
+    ([512, 640, 768]), of which each clip is trained at the one that suits it. null: 480p."""
+
+
+class ResolvedVideoData(VideoDataSection):
+    target_fps: float
+    resolution: tuple[int | str, ...]
