@@ -16,7 +16,7 @@ from onewan.cli import main
 from onewan.cli.init import run_name
 from onewan.cli.recipes import PURPOSES, RECIPES, TRIGGER_WORD, PurposeName
 from onewan.cli.starter import COMFYUI_FILES, METHODS, MethodKind, StarterRequest, starter
-from onewan.config import load_run
+from onewan.config import json_schema, load_run
 from onewan.config.method import LoraMethod
 from onewan.config.optimizer import AdamWOptimizer
 from onewan.config.schema import ResolvedRun, RunConfig, TrainSection
@@ -131,6 +131,12 @@ def test_a_sample_costs_at_most_about_as_much_as_fifty_steps(
     # By tokens: two passes of each denoising step, against four of a step with checkpointing.
     passes = 2 * sample.steps * (sample.frames // 4 + 1) * sample.width * sample.height
     assert passes <= 50 * 4 * (frames // 4 + 1) * area
+
+
+def test_it_knows_every_method_of_the_run_file() -> None:
+    schema = json_schema()["$defs"]
+    kinds = {d["properties"]["kind"]["const"] for n, d in schema.items() if n.endswith("Method")}
+    assert kinds == {*METHODS}
 
 
 @pytest.mark.parametrize("method", METHODS)
