@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,14 @@ from PIL import Image
 from support.runs import RunFile
 
 from onewan.config.schema import ResolvedRun
+from onewan.data import cached_latents
 from onewan.data.cached_latents import CachedLatents
 from onewan.data.clip import Clip
 from onewan.data.contact_sheet import preview_frames, preview_indices
 from onewan.data.dataset import Dataset
 from onewan.data.decode import decode
 from onewan.data.encode import no_progress
-from onewan.media import write_video
+from onewan.media import Fit, probe, read_frames, write_video
 from onewan.train.setup import WanModelSetup
 
 
@@ -54,8 +56,15 @@ def numbered_video(path: Path, size: tuple[int, int]) -> None:
 
 
 def test_the_frames_of_a_sheet_are_those_that_are_trained(
-    run_file: RunFile, tmp_path: Path
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    read = list[Path]()
+
+    def watched(path: Path, times: Sequence[float], fit: Fit) -> np.ndarray:
+        read.append(path)
+        return read_frames(path, times, fit)
+
+    monkeypatch.setattr(cached_latents, "read_frames", watched)
     numbered_video(tmp_path / "clips" / "wide.mp4", (128, 64))
     numbered_video(tmp_path / "clips" / "tall.mp4", (64, 128))
     Image.new("RGB", (64, 64), "red").save(tmp_path / "clips" / "still.png")
@@ -63,7 +72,7 @@ def test_the_frames_of_a_sheet_are_those_that_are_trained(
     config = run_file("t2v-a14b", *settings(tmp_path), "wan_config.max_frames=17")
     data = prepared(config)
     entries = sorted((tmp_path / "cache" / "preview").rglob("*.safetensors"))
-    assert len(entries) == 3
+    assert len(entries) == 3 and read == []  # taken while the clips were encoded
     assert_previews_are_right(data)
     assert isinstance(data.source, CachedLatents)
     for clip in data.clips:
@@ -82,6 +91,7 @@ def test_the_frames_of_a_sheet_are_those_that_are_trained(
     sheet.unlink()
     again = prepared(config)
     assert again.encoded == 0 and sheet.read_bytes() == before
+    assert len(read) == 3
     assert_previews_are_right(again)
 
 
@@ -93,13 +103,15 @@ def test_masks_and_validation_clips_are_on_the_sheet(
     sheet = tmp_path / "cache" / "contact_sheet_run.jpg"
     assert len(prepared(config).validation_clips) == 2
     plain = np.asarray(Image.open(sheet)).astype(int)
-    Image.new("L", (96, 96), "black").save(tmp_path / "clips" / "red_square.mask.png")
+    video = tmp_path / "clips" / "blue_circle.webm"
+    Image.new("L", probe(video).shown_size, "black").save(video.with_suffix(".mask.png"))
     data = prepared(run_file("t2v-a14b", *settings(tmp_path), "video_data.masks=true"))
+    assert len(data.clips) == 5
     assert_previews_are_right(data)
     masked = np.asarray(Image.open(sheet)).astype(int)
-    # Red lies over the frames of one clip.
+    # Red lies over the three frames of one clip.
     reddened = (masked[..., 0] - masked[..., 1]) - (plain[..., 0] - plain[..., 1]) > 40
-    assert masked.shape == plain.shape and reddened.sum() > 3 * 100 * 100
+    assert masked.shape == plain.shape and reddened.sum() > 3 * 170 * 170
 
 
 def test_a_sheet_that_can_not_be_written_is_a_warning(run_file: RunFile, tmp_path: Path) -> None:
