@@ -3,6 +3,7 @@ stored; and the masks, weights and captions of their clips."""
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -111,6 +112,28 @@ def test_the_order_is_a_function_of_seed_expert_and_step() -> None:
     assert low != forward
     # The order depends on the number of the expert's step, not on that of the run's.
     assert loader().step(99, "high", 4).batches[0].names == forward[4]
+
+
+def test_an_epoch_is_shuffled_once_per_expert_however_often_they_alternate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shuffled = list[tuple[object, ...]]()
+    draw = WanDataLoader._random
+
+    def counting(self: WanDataLoader, purpose: str, *counters: int | str) -> random.Random:
+        if purpose == "batches":
+            shuffled.append(counters)
+        return draw(self, purpose, *counters)
+
+    monkeypatch.setattr(WanDataLoader, "_random", counting)
+    one = loader()
+    for n in range(12):  # two epochs of each expert
+        for expert in ("high", "low"):
+            assert one.step(n, expert, n).batches[0].names == (
+                loader().step(n, expert, n).batches[0].names
+            )
+    fresh = 24  # one for each of the loaders that are made for comparison
+    assert len(shuffled) == fresh + 4
 
 
 def test_every_caption_is_drawn() -> None:

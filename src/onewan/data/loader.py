@@ -132,8 +132,9 @@ class WanDataLoader:
         for clip in clips:
             self._buckets[clip.frames, clip.size] += [clip] * clip.repeats
         self._batches_per_epoch = batches_per_epoch(clips, batch_size)
-        # The order of the epoch used last: consecutive steps nearly always belong to the same one.
-        self._last_epoch: tuple[tuple[ExpertName, int], list[list[Clip]]] | None = None
+        # The number and the order of each expert's current epoch. One for each expert, since their
+        # steps may alternate; only one, so that memory does not grow with the epochs.
+        self._epochs = dict[ExpertName, tuple[int, list[list[Clip]]]]()
 
     @property
     def batches_per_epoch(self) -> int:
@@ -196,19 +197,21 @@ class WanDataLoader:
 
     def _epoch(self, expert: ExpertName, number: int) -> list[list[Clip]]:
         """The clips of all batches of one epoch, shuffled within and among buckets."""
-        if self._last_epoch is None or self._last_epoch[0] != (expert, number):
-            batches = []
-            for bucket, members in self._buckets.items():
-                # By the bucket too, so that a new clip leaves the order within other buckets.
-                shuffled = list(members)
-                self._random("order", expert, number, str(bucket)).shuffle(shuffled)
-                batches += [
-                    shuffled[i : i + self._batch_size]
-                    for i in range(0, len(shuffled), self._batch_size)
-                ]
-            self._random("batches", expert, number).shuffle(batches)
-            self._last_epoch = ((expert, number), batches)
-        return self._last_epoch[1]
+        current = self._epochs.get(expert)
+        if current is None or current[0] != number:
+            current = self._epochs[expert] = (number, self._shuffled(expert, number))
+        return current[1]
+
+    def _shuffled(self, expert: ExpertName, epoch: int) -> list[list[Clip]]:
+        batches = list[list[Clip]]()
+        for bucket, members in self._buckets.items():
+            # By the bucket too, so that a new clip leaves the order within other buckets.
+            shuffled = list(members)
+            self._random("order", expert, epoch, str(bucket)).shuffle(shuffled)
+            size = self._batch_size
+            batches += [shuffled[i : i + size] for i in range(0, len(shuffled), size)]
+        self._random("batches", expert, epoch).shuffle(batches)
+        return batches
 
     def _draw_caption(self, clip: Clip, expert: ExpertName, micro_batch: int, index: int) -> str:
         # Two draws, so that a clip which keeps its caption has the one that it has without dropout.
