@@ -26,7 +26,7 @@ from onewan.data.dataset import Dataset
 from onewan.data.decode import decode
 from onewan.data.encode import no_progress
 from onewan.data.masks import Mask, latent_mask
-from onewan.errors import DataError
+from onewan.errors import ConfigError, DataError
 from onewan.media import write_video
 from onewan.model.sources import PipelineComponent
 from onewan.runs.events import Event, StepDone
@@ -493,15 +493,12 @@ def test_clips_of_validation_sources_are_held_out_of_training(run_file: RunFile,
     # It is in both sources, but reported once.
     assert str(caught.value).count("lonely.mp4: has no caption") == 1
     (own / "empty").mkdir()
-    for folder, complaint in (
-        ("empty", r"no clip of validation\.sources can be used"),
-        ("nowhere", r"nowhere: is not a folder; correct validation\.sources"),
-    ):
-        config = run_file(
-            "t2v-a14b", *settings(own), f"validation.sources=[{{path: {own / folder}}}]"
-        )
-        with pytest.raises(DataError, match=complaint):
-            prepared(config)
+    empty = f"validation.sources=[{{path: {(own / 'empty').as_posix()}}}]"
+    with pytest.raises(DataError, match=r"no clip of validation\.sources can be used"):
+        prepared(run_file("t2v-a14b", *settings(own), empty))
+    nowhere = f"validation.sources=[{{path: {(own / 'nowhere').as_posix()}}}]"
+    with pytest.raises(ConfigError, match=r"validation\.sources\.0\.path: .* is not a folder"):
+        prepared(run_file("t2v-a14b", *settings(own), nowhere))
 
 
 def test_validation_share_holds_out_files_by_content(run_file: RunFile, own: Path) -> None:
