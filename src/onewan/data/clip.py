@@ -66,6 +66,8 @@ class Clip:
     """Duration of the video file; 0 for an image."""
     mask: Mask | None = None
     """Its loss mask; None if all of the clip is trained on."""
+    media_notes: tuple[str, ...] = ()
+    """What is assumed or changed when the file is read; see `MediaInfo.notes`."""
 
     def times(self) -> tuple[float, ...]:
         """Presentation time of each frame in the file's own clock, s."""
@@ -144,6 +146,7 @@ class ClipPlanner:
             loss_weight=folder.loss_weight,
             is_prior=folder.is_prior,
             caption_dropout=folder.caption_dropout,
+            media_notes=info.notes,
         )
         # Last, since a mask has to cover exactly the frames that the clip takes.
         return replace(clip, mask=find_mask(info, clip.times(), masks, self.video_formats))
@@ -159,7 +162,7 @@ class ClipPlanner:
     def warnings(self, clip: Clip) -> list[str]:
         """What the user should know about a planned clip: how it differs from its file, and from
         what the run file asks for."""
-        texts = list[str]()
+        texts = list(clip.media_notes)
         width, height = clip.source_size
         if clip.size[0] > width or clip.size[1] > height:
             texts.append(f"scaled up from {width}x{height} to {clip.size[0]}x{clip.size[1]}")

@@ -19,7 +19,7 @@ from onewan.model.sources import PipelineComponent
 from onewan.model.wan import WanModel
 from onewan.variants import Variant
 
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 """Incremented when decoding, resizing or encoding gives other values, so that no cache entry of an
 older version is used."""
 

@@ -6,12 +6,11 @@ All pixels are numpy arrays, upright RGB uint8 [H, W, 3], and every fault of a f
 the first frame need not be at 0.
 
 Colors: pixels are converted to RGB by the matrix (BT.601, 709, 2020) and range that the stream is
-tagged with, at any bit depth; PyAV passes both tags to FFmpeg's swscale. A stream without tags is
-read as BT.601, limited range, which is FFmpeg's rule and so that of nearly every other reader.
-Transfer functions are not applied: HDR footage is not tone-mapped.
+tagged with, at any bit depth, or by its size where it has no tags; HDR is brought to SDR (`hdr`);
+interlaced frames are deinterlaced. What was assumed or changed is in `MediaInfo.notes`.
 
 Never imports torch, never holds more than two full-size frames, and never decodes beyond the last
-requested frame.
+requested frame (of interlaced video, four and one more).
 
 Damage: FFmpeg's decoders are told to raise errors instead of concealing what they can't decode,
 the checksums of PNG are compared, JPEG and GIF are read by two decoders, and `cut_off` compares the
@@ -20,8 +19,8 @@ can tell from a picture: most of it in VP9, WebP and HEVC, some in H.264, JPEG a
 
 `kinds` has the file extensions, `faults` the one boundary to the libraries' exceptions, `probe`
 inspects files, `read` selects frames by time; `video_stream` opens files, seeks and converts times,
-`video_frames` decodes and converts to RGB; `still` reads and fits images, `write` writes videos,
-`contact_sheet` draws small frames of many clips on a page.
+`video_frames` decodes and converts to RGB, with `colors`, `hdr` and `deinterlace`; `still` reads
+and fits images, `write` writes videos, `contact_sheet` draws small frames of many clips on a page.
 """
 
 from onewan.media.kinds import (

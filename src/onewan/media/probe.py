@@ -11,14 +11,16 @@ from typing import Literal, NamedTuple
 import av
 from av.container import InputContainer
 from av.error import FFmpegError
+from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from onewan.errors import DataError
+from onewan.media.colors import VideoColors
 from onewan.media.cut_off import cut_off_reason
 from onewan.media.faults import DAMAGE_REMEDY, faults_of
 from onewan.media.kinds import IMAGE_SUFFIXES, extension
 from onewan.media.still import open_image, upright_image
-from onewan.media.video_frames import Orientation, decode_frames
+from onewan.media.video_frames import Orientation, decode_frames, has_alpha
 from onewan.media.video_stream import (
     end_time,
     frame_interval,
@@ -56,6 +58,12 @@ class MediaInfo:
     rotation: int
     """Degrees counterclockwise by which the stored picture is rotated to be upright: 0 to 359."""
     codec: str
+    interlaced: bool = False
+    """Whether the first frame is flagged as interlaced; `read_frames` deinterlaces such frames."""
+    has_alpha: bool = False
+    """Whether pixels can be transparent, so that a background shows through."""
+    notes: tuple[str, ...] = ()
+    """What is assumed or changed when its frames are read, for the user."""
 
     @property
     def shown_size(self) -> tuple[int, int]:
@@ -105,6 +113,7 @@ def probe_header(path: str | Path) -> MediaInfo:
             start, interval = seconds(stream, stream.start_time) or 0.0, frame_interval(stream)
             end = end_time(container, stream)
             context = stream.codec_context
+            colors = VideoColors.of(path, context, context)
             return MediaInfo(
                 path=path,
                 kind="video",
@@ -116,6 +125,7 @@ def probe_header(path: str | Path) -> MediaInfo:
                 frame_interval=interval,
                 rotation=0,
                 codec=context.name,
+                notes=colors.notes,
             )
 
 
@@ -170,6 +180,7 @@ def _probe_video(path: Path) -> MediaInfo:
         start, frame = next(decode_frames(path, stream, container.demux(stream)), (0.0, None))
         if frame is None:
             raise DataError(f"{path}: no frame of it can be decoded; {DAMAGE_REMEDY}")
+        notes = _frame_notes(path, frame, stream)
         width, height, aspect = frame.width, frame.height, pixel_aspect(stream)
         if Orientation.of(frame).transpose:
             width, height, aspect = height, width, 1 / aspect
@@ -195,7 +206,20 @@ def _probe_video(path: Path) -> MediaInfo:
         frame_interval=interval,
         rotation=round(frame.rotation) % 360,
         codec=codec,
+        interlaced=frame.interlaced_frame,
+        has_alpha=has_alpha(frame),
+        notes=notes,
     )
+
+
+def _frame_notes(path: Path, frame: VideoFrame, stream: VideoStream) -> tuple[str, ...]:
+    colors = VideoColors.of(path, frame, stream.codec_context)
+    notes = list(colors.notes)
+    if frame.interlaced_frame:
+        notes.append("interlaced video, deinterlaced")
+    if colors.transfer != "SDR" and has_alpha(frame):
+        notes.append("the transparency of HDR video is ignored")
+    return tuple(notes)
 
 
 class _Shown(NamedTuple):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, pairwise
 from math import inf
 from pathlib import Path
@@ -22,9 +23,11 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from onewan.errors import DataError
+from onewan.media.colors import VideoColors
+from onewan.media.deinterlace import deinterlaced
 from onewan.media.faults import DAMAGE_REMEDY
 from onewan.media.kinds import IMAGE_SUFFIXES, extension
-from onewan.media.still import Fit, read_image, refuse_damaged_gif
+from onewan.media.still import RGB, WHITE, Fit, read_image, refuse_damaged_gif
 from onewan.media.video_frames import DamageError, decode_frames, frame_pixels
 from onewan.media.video_stream import open_video_at, pixel_aspect
 
@@ -37,12 +40,15 @@ _SKIP_LEAD = 0.25
 _JUST_BEFORE = 1e-3
 
 
-def read_frames(path: str | Path, times: Sequence[float], fit: Fit | None = None) -> np.ndarray:
+def read_frames(
+    path: str | Path, times: Sequence[float], fit: Fit | None = None, background: RGB = WHITE
+) -> np.ndarray:
     """The frames nearest to `times` (s, ascending; a tie goes to the earlier): uint8 [F, H, W, 3].
 
     Decodes from the key frame at or before ``times[0]`` to the last frame needed, and fits each
     selected frame at once, so that full-size frames are never stacked. An image is returned for
     every time. Without `fit`, frames have their stored pixels; with it, the pixels are square.
+    Frames that are flagged as interlaced are deinterlaced; transparent parts lie over `background`.
 
     Raises `DataError` if anything between that key frame and the last frame is damaged, since later
     frames are predicted from earlier ones. ValueError if `times` is empty or not ascending.
@@ -51,39 +57,48 @@ def read_frames(path: str | Path, times: Sequence[float], fit: Fit | None = None
     if not len(times) or any(b < a for a, b in pairwise(times)):
         raise ValueError(f"times must be ascending and not empty, not {list(times)}")
     if extension(path) in IMAGE_SUFFIXES:
-        return np.repeat(read_image(path, fit)[None], len(times), axis=0)
+        return np.repeat(read_image(path, fit, background)[None], len(times), axis=0)
+    look = _Look(fit, background)
     try:
-        return _read_video(path, times, fit, skip_before=times[0] - _SKIP_LEAD)
+        return _read_video(path, times, look, skip_before=times[0] - _SKIP_LEAD)
     except DamageError as damage:
         # H.264 that is decoded from a key frame of an open GOP on can fail at references to frames
         # before it. Real damage is still found when decoding begins one key frame earlier.
-        return _read_video_from_earlier(path, times, fit, damage)
+        return _read_video_from_earlier(path, times, look, damage)
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What becomes of a frame; see `read_frames`."""
+
+    fit: Fit | None
+    background: RGB
 
 
 def _read_video(
-    path: Path, times: Sequence[float], fit: Fit | None, *, skip_before: float
+    path: Path, times: Sequence[float], look: _Look, *, skip_before: float
 ) -> np.ndarray:
     """`read_frames` for a video; decodes only reference frames before `skip_before`."""
     with open_video_at(path, times[0], threads=0) as (stream, packets):
-        frames = decode_frames(path, stream, packets, skip_before=skip_before)
+        frames = deinterlaced(decode_frames(path, stream, packets, skip_before=skip_before))
         first = next(frames, None)
         # If the first frame is later than this, one before `skip_before` may be nearer.
         if skip_before > -inf and (first is None or first[0] - times[0] > times[0] - skip_before):
-            return _read_video(path, times, fit, skip_before=-inf)
+            return _read_video(path, times, look, skip_before=-inf)
         if stream.container.format.name == "gif":
             refuse_damaged_gif(path, stream.frames, times[-1])
-        return _select(path, stream, chain([first] if first else [], frames), times, fit)
+        return _select(path, stream, chain([first] if first else [], frames), times, look)
 
 
 def _read_video_from_earlier(
-    path: Path, times: Sequence[float], fit: Fit | None, damage: DamageError
+    path: Path, times: Sequence[float], look: _Look, damage: DamageError
 ) -> np.ndarray:
     """`_read_video`, but decodes from the key frame before the one that led to `damage` on."""
     start = damage.decoded_from
     # One thread: after an error, decoders with frame threads refuse all that follows.
     with open_video_at(path, start - _JUST_BEFORE, threads=1) as (stream, packets):
         frames = decode_frames(path, stream, packets, ignore_damage_before=start)
-        return _select(path, stream, frames, times, fit)
+        return _select(path, stream, deinterlaced(frames), times, look)
 
 
 def _select(
@@ -91,13 +106,14 @@ def _select(
     stream: VideoStream,
     frames: Iterable[tuple[float, VideoFrame]],
     times: Sequence[float],
-    fit: Fit | None,
+    look: _Look,
 ) -> np.ndarray:
     """The pixels of the `frames` nearest to `times`, uint8 [F, H, W, 3]."""
     aspect = pixel_aspect(stream)
     out: np.ndarray | None = None
     for indices, time, frame in _nearest(frames, times):
-        pixels = frame_pixels(frame, fit, aspect)
+        colors = VideoColors.of(path, frame, stream.codec_context)
+        pixels = frame_pixels(frame, colors, look.fit, aspect, look.background)
         if out is None:
             out = np.empty((len(times), *pixels.shape), np.uint8)
         if pixels.shape != out.shape[1:]:

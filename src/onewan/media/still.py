@@ -19,6 +19,10 @@ from onewan.errors import DataError
 from onewan.media.faults import DAMAGE_REMEDY, error_reason, faults_of
 from onewan.media.kinds import MAX_IMAGE_PIXELS, pixel_limit
 
+RGB = tuple[int, int, int]
+"""A color, each part from 0 to 255."""
+WHITE: RGB = (255, 255, 255)
+
 
 @dataclass(frozen=True, slots=True)
 class Fit:
@@ -32,20 +36,21 @@ class Fit:
     """Vertical position of the crop, from top (0) to bottom (1)."""
 
 
-def read_image(path: str | Path, fit: Fit | None = None) -> np.ndarray:
-    """A still image as RGB uint8 [H, W, 3]: upright by EXIF, transparency over white, first frame.
+def read_image(path: str | Path, fit: Fit | None = None, background: RGB = WHITE) -> np.ndarray:
+    """A still image as RGB uint8 [H, W, 3]: upright by EXIF, transparency over `background`.
 
     Raises `DataError` if it can't be read or its data are damaged, as far as its format shows that.
     """
     path = Path(path)
     with open_image(path) as image:
         _refuse_damaged_data(path, image.format)
-        upright = flatten_alpha(upright_image(image))
+        upright = flatten_alpha(upright_image(image), background)
     return np.array(upright) if fit is None else fit_image(upright, fit)
 
 
 def fit_image(image: Image.Image | np.ndarray, fit: Fit, pixel_aspect: float = 1.0) -> np.ndarray:
-    """`image` (RGB uint8 [H, W, 3]) scaled to cover `fit` and cropped to it, as an array.
+    """`image` (RGB uint8 [H, W, 3], or one channel, float32 [H, W]) scaled to cover `fit` and
+    cropped to it, as an array.
 
     `pixel_aspect` is the width of its pixels over their height; those of the result are square.
     """
@@ -152,13 +157,13 @@ def check_pixels(path: Path, width: int, height: int, kind: str) -> int:
     return limit
 
 
-def flatten_alpha(image: Image.Image) -> Image.Image:
-    """`image` as RGB, transparent parts over white."""
+def flatten_alpha(image: Image.Image, background: RGB = WHITE) -> Image.Image:
+    """`image` as RGB, transparent parts over `background`."""
     if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion clips to white
         return Image.fromarray((np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
         # `convert` would copy an image that is RGB, and large ones take up to 540 MB.
         return image if image.mode == "RGB" else image.convert("RGB")
     rgba = image.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, "white")
-    return Image.alpha_composite(white, rgba).convert("RGB")
+    below = Image.new("RGBA", rgba.size, background)
+    return Image.alpha_composite(below, rgba).convert("RGB")

@@ -17,9 +17,11 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from onewan.errors import DataError
+from onewan.media.colors import VideoColors
 from onewan.media.faults import DAMAGE_REMEDY, error_reason
+from onewan.media.hdr import to_sdr
 from onewan.media.kinds import PYAV_VERSION, SWS_ACCURATE
-from onewan.media.still import Fit, fit_image, flatten_alpha
+from onewan.media.still import RGB, Fit, fit_image, flatten_alpha
 from onewan.media.video_stream import packet_time
 
 # Only these decoders react to `skip_frame` at any packet; others, such as dav1d, read it once.
@@ -120,29 +122,38 @@ def _decodable(packets: Iterable[av.Packet]) -> Iterator[av.Packet]:
 # --- Pixels --------------------------------------------------------------------------------------
 
 
-def frame_pixels(frame: VideoFrame, fit: Fit | None, pixel_aspect: float) -> np.ndarray:
+def frame_pixels(
+    frame: VideoFrame, colors: VideoColors, fit: Fit | None, pixel_aspect: float, background: RGB
+) -> np.ndarray:
     """A decoded frame as upright RGB uint8 [H, W, 3], at the size of `fit` if it is given.
 
     `pixel_aspect` is the width of a stored pixel over its height; `fit` makes pixels square.
+    `background` is what transparent parts are laid over.
     """
-    if any(component.is_alpha for component in frame.format.components):
-        rgba = _converted(frame, "rgba").to_ndarray()
-        pixels = np.asarray(flatten_alpha(Image.fromarray(rgba)))
-    else:
-        pixels = _rgb(frame)
     orientation = Orientation.of(frame)
+    aspect = 1 / pixel_aspect if orientation.transpose else pixel_aspect
+    if colors.transfer != "SDR":
+        return _hdr_pixels(frame, colors, orientation, fit, aspect)
+    if has_alpha(frame):
+        rgba = Image.fromarray(_converted(frame, colors, "rgba").to_ndarray())
+        pixels = np.asarray(flatten_alpha(rgba, background))
+    else:
+        pixels = _rgb(frame, colors)
     pixels = orientation.apply(pixels)
-    if fit is None:
-        return pixels
-    return fit_image(pixels, fit, 1 / pixel_aspect if orientation.transpose else pixel_aspect)
+    return pixels if fit is None else fit_image(pixels, fit, aspect)
 
 
-def _rgb(frame: VideoFrame) -> np.ndarray:
+def has_alpha(frame: VideoFrame) -> bool:
+    """Whether pixels of the frame can be transparent."""
+    return any(component.is_alpha for component in frame.format.components)
+
+
+def _rgb(frame: VideoFrame, colors: VideoColors) -> np.ndarray:
     """A decoded frame as stored, RGB uint8 [H, W, 3]."""
     # By way of planes, since swscale has fast code with these flags for gbrp only: the same values
     # as directly to rgb24 in half the time, 2.4 instead of 4.5 ms for 720p. PyAV's own conversion
     # from gbrp to an array takes as long as the detour saves.
-    planar = _converted(frame, "gbrp")
+    planar = _converted(frame, colors, "gbrp")
     pixels = np.empty((frame.height, frame.width, 3), np.uint8)
     for plane, channel in zip(planar.planes, (1, 2, 0), strict=True):
         # Lines are padded to `line_size` bytes.
@@ -151,14 +162,35 @@ def _rgb(frame: VideoFrame) -> np.ndarray:
     return pixels
 
 
-def _converted(frame: VideoFrame, format: str) -> VideoFrame:
-    """The frame in an RGB `format`, by its own matrix and range."""
+def _hdr_pixels(
+    frame: VideoFrame,
+    colors: VideoColors,
+    orientation: Orientation,
+    fit: Fit | None,
+    pixel_aspect: float,
+) -> np.ndarray:
+    """An HDR frame as SDR: scaled in its own coding, as SDR is, and then converted."""
+    # Not rgb48, to which swscale converts YUV of 10 bits with wrong colors and these flags.
+    planar = _converted(frame, colors, "gbrp16le")
+    channels = [np.empty(0, np.float32)] * 3
+    for plane, channel in zip(planar.planes, (1, 2, 0), strict=True):
+        rows = np.frombuffer(memoryview(plane), "<u2").reshape(plane.height, -1)
+        # swscale's white is 255 * 256 in 16 bits, unless the frame is RGB already.
+        white = 65535 if frame.format.is_rgb else 65280
+        signal = orientation.apply(rows[:, : plane.width].astype(np.float32) / white)
+        channels[channel] = signal if fit is None else fit_image(signal, fit, pixel_aspect)
+    return to_sdr(np.stack(channels, axis=-1), colors.transfer, colors.primaries)
+
+
+def _converted(frame: VideoFrame, colors: VideoColors, format: str) -> VideoFrame:
+    """The frame in an RGB `format`, by the matrix and range of `colors`."""
     # PyAV 16 applies matrix and range only if one of them differs from the destination's, and takes
-    # no range from the frame; later versions do the same with or without these arguments.
+    # no range from the frame.
     return frame.reformat(
         format=format,
+        src_colorspace=colors.matrix,
         dst_colorspace=_RGB,
-        src_color_range=frame.color_range,
+        src_color_range=colors.color_range,
         interpolation=SWS_ACCURATE,
         **_ONE_THREAD,
     )
@@ -188,7 +220,7 @@ class Orientation:
         return Orientation(False, d < 0, a < 0)
 
     def apply(self, pixels: np.ndarray) -> np.ndarray:
-        """`pixels` [H, W, 3] as shown, a view."""
+        """`pixels`, [H, W, 3] or [H, W], as shown; a view."""
         if self.transpose:
             pixels = pixels.swapaxes(0, 1)
         if self.mirror_rows:
