@@ -1,8 +1,8 @@
 """What other trainers call the settings of a run file: one table, for messages and for the docs.
 
 The names are those of ai-toolkit, of musubi-tuner, sd-scripts and diffusers (whose options are
-flags of a command line), of diffusion-pipe and of OneTrainer, as their public documentation has
-them. docs/coming-from.md is written from this table by ``scripts/write_coming_from.py``.
+flags of a command line), of diffusion-pipe and of OneTrainer (with onewan's add-on), as their source
+code has them in November 2026. docs/coming-from.md is written from this table by ``scripts/write_coming_from.py``.
 """
 
 from __future__ import annotations
@@ -285,7 +285,7 @@ TERMS: Mapping[str, tuple[Term, ...]] = {
         Term("train.schedule.power", flags="lr_scheduler_power lr_power"),
         Term("train.warmup_steps", "steps of each expert",
              ai_toolkit="train.lr_scheduler_params.num_warmup_steps",
-             flags="lr_warmup_steps warmup warmup_steps", diffusion_pipe="warmup_steps",
+             flags="lr_warmup_steps warmup", diffusion_pipe="warmup_steps",
              onetrainer="learning_rate_warmup_steps"),
         Term("train.cooldown_steps", "steps of each expert", flags="lr_decay_steps"),
         Term("train.max_grad_norm", ai_toolkit="train.max_grad_norm", flags="max_grad_norm",
@@ -293,7 +293,7 @@ TERMS: Mapping[str, tuple[Term, ...]] = {
     ),
     "Training": (
         Term("train.steps", "of both experts together; add up those of two separate trainings",
-             ai_toolkit="train.steps", flags="max_train_steps train_steps",
+             ai_toolkit="train.steps", flags="max_train_steps",
              diffusion_pipe="max_steps"),
         Term("train.epochs", "of each expert; the steps follow from the clips",
              flags="max_train_epochs num_train_epochs", diffusion_pipe="epochs",
