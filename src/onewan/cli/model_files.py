@@ -15,6 +15,7 @@ from onewan.cli.starter import COMFYUI_FILES
 from onewan.errors import CheckpointError
 from onewan.formats.model_folder import ComponentDescription, ComponentName, describe_component
 from onewan.formats.untrusted import named
+from onewan.runs.layout import displayed
 from onewan.variants import Variant
 
 _FOLDERS: Mapping[ComponentName, tuple[str, ...]] = {
@@ -103,9 +104,10 @@ def _fits(
 
 @cache
 def _description(file: Path) -> ComponentDescription | CheckpointError:
+    shown = displayed(file)  # messages name it as the user would
     try:
-        return describe_component(file)
+        return describe_component(shown)
     except CheckpointError as error:
         return error
     except OSError as error:
-        return CheckpointError(f"{file}: can't be read ({error.strerror})")
+        return CheckpointError(f"{shown}: can't be read ({error.strerror})")

@@ -1,8 +1,9 @@
 """What other trainers call the settings of a run file: one table, for messages and for the docs.
 
 The names are those of ai-toolkit, of musubi-tuner, sd-scripts and diffusers (whose options are
-flags of a command line), of diffusion-pipe and of OneTrainer (with onewan's add-on), as their source
-code has them in November 2026. docs/coming-from.md is written from this table by ``scripts/write_coming_from.py``.
+flags of a command line), of diffusion-pipe and of OneTrainer (with onewan's add-on), as their
+source code has them in November 2026. docs/coming-from.md is written from this table by
+``scripts/write_coming_from.py``.
 """
 
 from __future__ import annotations
