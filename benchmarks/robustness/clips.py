@@ -26,7 +26,7 @@ from harness import run_cases
 from PIL import Image
 
 from onewan.cli.boundary import guarded
-from onewan.data.clip import Clip, ClipFolder, ClipPlanner
+from onewan.data.clip import Clip, ClipPlanner, ClipSource
 from onewan.data.decode import decode
 from onewan.data.index import index_clips
 from onewan.data.masks import latent_mask
@@ -61,7 +61,7 @@ def run(arguments: Sequence[str]) -> int:
             size_multiple=16,
             temporal_compression=4,
         )
-        report = index_clips([ClipFolder(path=Path(folder))], planner, use_masks=True)
+        report = index_clips([ClipSource(path=Path(folder))], planner, use_masks=True)
         problems = [problem for clip in report.clips if (problem := problem_of(clip))]
         assert len(report.clips) + len(report.problems) == 1, "the clip is lost"
         print(DatasetReport(clips=(), problems=(*report.problems, *problems), warnings=()))

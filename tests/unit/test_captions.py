@@ -11,7 +11,7 @@ from PIL import Image
 from support.clips import planner
 
 from onewan.data.captions import CaptionSettings, read_lines
-from onewan.data.clip import ClipFolder
+from onewan.data.clip import ClipSource
 from onewan.data.index import index_clips
 from onewan.data.report import DatasetReport
 from onewan.errors import DataError
@@ -31,7 +31,7 @@ def clip_with(folder: Path, name: str, caption: bytes, *, suffix: str = ".txt") 
 
 
 def index(folder: Path, **settings: object) -> DatasetReport:
-    source = ClipFolder(path=folder, captions=CaptionSettings(**settings))  # pyright: ignore[reportArgumentType]
+    source = ClipSource(path=folder, captions=CaptionSettings(**settings))  # pyright: ignore[reportArgumentType]
     return index_clips([source], planner(), use_masks=False)
 
 

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from support.clips import planner
 
-from onewan.data.clip import Clip, ClipFolder
+from onewan.data.clip import Clip, ClipSource
 from onewan.data.decode import decode
 from onewan.data.index import index_clips
 from onewan.data.report import DatasetReport
@@ -39,9 +39,9 @@ def video(path: Path, frames: int = 32, caption: str | None = "a test", fps: flo
     return path
 
 
-def index(*folders: Path | ClipFolder, **settings: object) -> DatasetReport:
+def index(*folders: Path | ClipSource, **settings: object) -> DatasetReport:
     """`index_clips`, with `settings` of the planner."""
-    named = [f if isinstance(f, ClipFolder) else ClipFolder(path=f) for f in folders]
+    named = [f if isinstance(f, ClipSource) else ClipSource(path=f) for f in folders]
     return index_clips(named, planner(**settings), use_masks=False)
 
 
@@ -93,7 +93,7 @@ def test_two_folders_with_the_same_files_give_equal_clips(tmp_path: Path) -> Non
 
 def test_a_folder_sets_the_repeats_of_its_clips(tmp_path: Path) -> None:
     video(tmp_path / "a.mp4")
-    folder = ClipFolder(path=tmp_path, repeats=3)
+    folder = ClipSource(path=tmp_path, repeats=3)
     report = index(folder, max_frames=5, resolutions=("64x48",))
     assert (only(report).repeats, only(report).size) == (3, (64, 48))
 
@@ -102,8 +102,8 @@ def test_a_folder_sets_the_loss_weight_and_target_of_its_clips(tmp_path: Path) -
     video(tmp_path / "own" / "a.mp4", frames=5)
     video(tmp_path / "base" / "b.mp4", frames=5)
     report = index(
-        ClipFolder(path=tmp_path / "own", loss_weight=2.5),
-        ClipFolder(path=tmp_path / "base", is_prior=True),
+        ClipSource(path=tmp_path / "own", loss_weight=2.5),
+        ClipSource(path=tmp_path / "base", is_prior=True),
     )
     assert [(clip.name, clip.loss_weight, clip.is_prior) for clip in report.clips] == [
         ("a.mp4", 2.5, False),
@@ -442,7 +442,7 @@ def test_names_that_are_not_unicode_are_names(tmp_path: Path) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4"))
     video(path, frames=40)
     Image.new("RGB", SIZE).save(path.with_suffix(".mask.png"))
-    folder = ClipFolder(path=tmp_path)
+    folder = ClipSource(path=tmp_path)
     report = index_clips([folder], planner(frame_strategy="random"), use_masks=True)
     clip = only(report)
     assert clip.path == path and clip.mask is not None

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw
 from support.clips import planner
 
-from onewan.data.clip import Clip, ClipFolder
+from onewan.data.clip import Clip, ClipSource
 from onewan.data.decode import decode
 from onewan.data.index import index_clips
 from onewan.data.masks import Mask, latent_mask
@@ -50,7 +50,7 @@ def write_clip(path: Path, pixels: np.ndarray | None = None, fps: float = 16) ->
 
 def index(folder: Path, *, use_masks: bool = True, **settings: object) -> DatasetReport:
     sized = planner(resolutions=(f"{TRAIN[0]}x{TRAIN[1]}",), **settings)
-    return index_clips([ClipFolder(path=folder)], sized, use_masks=use_masks)
+    return index_clips([ClipSource(path=folder)], sized, use_masks=use_masks)
 
 
 def only(report: DatasetReport) -> Clip:

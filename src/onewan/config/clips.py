@@ -70,6 +70,13 @@ class SourceSection(Section):
     path: Path
     """A folder. Each video or image NAME.ext in it or in a subfolder is a clip if NAME.txt, its
     caption, exists next to it (see `video_data.captions`)."""
+    recursive: bool = True
+    """Read a folder with its subfolders; false: only the files in the folder itself."""
+    include: Annotated[tuple[str, ...], Several] = ()
+    """Files of a folder to use, by glob patterns: `*.mp4` is that of a name at any depth,
+    `cats/*` one of a path below the folder. Empty: all."""
+    exclude: Annotated[tuple[str, ...], Several] = ()
+    """Files and subfolders of a folder to leave out, by glob patterns as in `include`."""
     repeats: Int = Field(default=1, ge=1)
     """Number of times that each of its clips is used per epoch."""
     loss_weight: Positive = 1.0

@@ -10,14 +10,15 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
 
 from onewan.arithmetic.buckets import Size, sizes_for
 from onewan.config.clips import SourceSection
 from onewan.config.schema import ResolvedRun
 from onewan.data.captions import CaptionSettings
-from onewan.data.clip import ClipFolder, ClipPlanner
-from onewan.data.index import media_files
+from onewan.data.clip import ClipPlanner, ClipSource
+from onewan.data.sources.item import SourceItem
+from onewan.data.sources.names import Patterns
+from onewan.data.sources.read import read_source, source_problem
 from onewan.errors import DataError
 from onewan.media import probe_header
 
@@ -58,15 +59,17 @@ def clip_planner(config: ResolvedRun) -> ClipPlanner:
     )
 
 
-def clip_folders(sources: Sequence[SourceSection], config: ResolvedRun) -> list[ClipFolder]:
+def clip_sources(sources: Sequence[SourceSection], config: ResolvedRun) -> list[ClipSource]:
     """`sources` of `config` with the settings of their clips."""
     return [
-        ClipFolder(
+        ClipSource(
             path=source.path,
             repeats=source.repeats,
             loss_weight=source.loss_weight,
             is_prior=source.target == "base",
             caption_dropout=source.caption_dropout,
+            recursive=source.recursive,
+            patterns=Patterns(include=source.include, exclude=source.exclude),
             captions=CaptionSettings(
                 whole=config.video_data.captions == "whole",
                 prefix=source.caption_prefix,
@@ -87,11 +90,15 @@ def expected_buckets(config: ResolvedRun) -> ExpectedBuckets:
     """
     planner, batch_size = clip_planner(config), config.train.batch_size
     trained = [(source, source.repeats) for source in config.video_data.sources]
+    sources = [*trained, *((source, 0) for source in config.validation.sources)]
     files = [
-        (file, repeats)
-        for source, repeats in [*trained, *((source, 0) for source in config.validation.sources)]
-        if source.path.is_dir()
-        for file in media_files(source.path, planner.video_formats)
+        (item, repeats)
+        for (_, repeats), source in zip(
+            sources, clip_sources([s for s, _ in sources], config), strict=True
+        )
+        if source_problem(source.path, "") is None
+        for item in read_source(source, planner.video_formats, use_masks=False).items
+        if item.texts or item.captions is not None
     ]
     step = max(1, -(-len(files) // _MOST_HEADERS))
     read = files[::step]
@@ -115,9 +122,9 @@ def expected_buckets(config: ResolvedRun) -> ExpectedBuckets:
     )
 
 
-def _bucket(planner: ClipPlanner, file: Path) -> tuple[int, Size] | None:
+def _bucket(planner: ClipPlanner, item: SourceItem) -> tuple[int, Size] | None:
     try:
-        return planner.bucket(probe_header(file))
+        return planner.bucket(item.within(probe_header(item.path)))
     except DataError:
         return None
 

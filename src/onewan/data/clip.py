@@ -6,7 +6,6 @@ reads a file's header, first frame and end, never the frames in between.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import floor
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Literal
 from onewan.arithmetic.buckets import Size, choose_size, floor_to_4n_plus_1, size_without_limit
 from onewan.data.captions import CaptionSettings
 from onewan.data.masks import Mask, find_mask
+from onewan.data.sources.item import SourceItem
+from onewan.data.sources.names import Patterns
 from onewan.errors import DataError
 from onewan.media import MediaInfo, keyframe_near, probe
 from onewan.seeds import derive_seed
@@ -75,8 +76,8 @@ class Clip:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClipFolder:
-    """A folder of clips, and how its clips are trained on; see the fields of `Clip`."""
+class ClipSource:
+    """Where clips come from, and how they are trained on; see the fields of `Clip`."""
 
     path: Path
     repeats: int = 1
@@ -84,7 +85,11 @@ class ClipFolder:
     is_prior: bool = False
     caption_dropout: float | None = None
     captions: CaptionSettings = field(default_factory=CaptionSettings)
-    """What becomes of the text files of its clips."""
+    """What becomes of the captions of its clips."""
+    recursive: bool = True
+    """Whether a folder is read with its subfolders."""
+    patterns: Patterns = field(default_factory=Patterns)
+    """Which files of a folder are used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,35 +126,33 @@ class ClipPlanner:
         """`max_frames` rounded down to the 4n+1 that the VAE encodes."""
         return floor_to_4n_plus_1(self.max_frames, self.temporal_compression)
 
-    def plan(
-        self, path: Path, folder: ClipFolder, captions: tuple[str, ...], masks: Sequence[Path]
-    ) -> Clip:
-        """The clip of the file `path` in `folder`; `masks` are the files that could be its mask.
+    def plan(self, item: SourceItem, source: ClipSource, captions: tuple[str, ...]) -> Clip:
+        """The clip of a file that `source` names, with its loss mask if `item` has one.
 
         Raises DataError, which names the file, if it can't be used.
         """
-        info = probe(path)
+        whole = probe(item.path)
+        info = item.within(whole)
         frames, size = self.bucket(info)
-        name = path.relative_to(folder.path).as_posix()
         clip = Clip(
-            path=path,
-            name=name,
+            path=item.path,
+            name=item.name,
             captions=captions,
             kind=info.kind,
-            start=self._start_time(info, name, frames),
+            start=self._start_time(info, item.name, frames),
             fps=self.fps,
             frames=frames,
             size=size,
             source_size=info.shown_size,
             source_seconds=_seconds(info),
-            repeats=folder.repeats,
-            loss_weight=folder.loss_weight,
-            is_prior=folder.is_prior,
-            caption_dropout=folder.caption_dropout,
+            repeats=source.repeats * item.repeats,
+            loss_weight=source.loss_weight * item.weight,
+            is_prior=source.is_prior or item.is_prior,
+            caption_dropout=source.caption_dropout,
             media_notes=info.notes,
         )
         # Last, since a mask has to cover exactly the frames that the clip takes.
-        return replace(clip, mask=find_mask(info, clip.times(), masks, self.video_formats))
+        return replace(clip, mask=find_mask(whole, clip.times(), item.masks, self.video_formats))
 
     def bucket(self, info: MediaInfo) -> tuple[int, Size]:
         """(frames, size) of the clip of a file with this header; DataError if it is too small."""

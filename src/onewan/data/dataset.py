@@ -12,7 +12,7 @@ from pathlib import Path
 
 from onewan.config.clips import SourceSection
 from onewan.config.schema import ResolvedRun
-from onewan.data.buckets import clip_folders, clip_planner
+from onewan.data.buckets import clip_planner, clip_sources
 from onewan.data.cache import ContentDigests, EntryCache, entry_key
 from onewan.data.cached_latents import CachedLatents
 from onewan.data.clip import Clip
@@ -117,12 +117,12 @@ def _index(
     planner = clip_planner(config)
     use_masks = config.video_data.masks
     training = index_clips(
-        clip_folders(config.video_data.sources, config), planner, use_masks=use_masks
+        clip_sources(config.video_data.sources, config), planner, use_masks=use_masks
     )
     validation = DatasetReport(clips=(), problems=(), warnings=())
     if config.validation.sources:
         validation = index_clips(
-            clip_folders(config.validation.sources, config),
+            clip_sources(config.validation.sources, config),
             planner,
             use_masks=use_masks,
             key_path="validation.sources",

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onewan.data.clip import Clip, ClipFolder, ClipPlanner
+from onewan.data.clip import Clip, ClipPlanner, ClipSource
 from onewan.data.encode import ENCODING_VERSION
 from onewan.data.masks import MASK_VERSION, clip_stem, is_mask, pixel_mask
+from onewan.data.sources.item import SourceItem
 from onewan.errors import DataError
 from onewan.files import append_lines
 from onewan.media import Fit, extension, read_frames
@@ -62,8 +63,9 @@ class ConceptPlanner:
         )
         file = Path(path)
         masks = mask_candidates(file) if self.config.masked_training else []
+        item = SourceItem(path=file, name=file.name, masks=tuple(masks))
         try:
-            clip = planner.plan(file, ClipFolder(path=file.parent), ("",), masks)
+            clip = planner.plan(item, ClipSource(path=file.parent), ("",))
         except DataError as error:
             raise DataError(settings.with_onetrainers_names(str(error))) from error
         return clip, [settings.with_onetrainers_names(text) for text in planner.warnings(clip)]

@@ -19,7 +19,7 @@ from torch import nn
 
 from onewan.config.method import DoraMethod, EmbeddingMethod, LoraMethod
 from onewan.config.schema import ResolvedRun
-from onewan.data.index import folder_problem
+from onewan.data.sources.read import source_problem
 from onewan.errors import CheckpointError, ConfigError
 from onewan.formats.configs import read_json
 from onewan.formats.lora_files import AdapterFile
@@ -87,7 +87,7 @@ def _check_folders(config: ResolvedRun) -> None:
     for section, values in sections.items():
         for index, source in enumerate(values.sources):
             field = f"{section}.sources.{index}.path"
-            if why := folder_problem(source.path, "it"):
+            if why := source_problem(source.path, "it"):
                 problems.append(f"{field}: {source.path} {why}")
     _raise(problems)
 

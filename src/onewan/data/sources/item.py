@@ -1,0 +1,65 @@
+"""`SourceItem`: what a source says about one media file, in the form that all kinds share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+from typing import Literal
+
+from onewan.errors import DataError
+from onewan.media import MediaInfo
+
+_FRAME_ROUNDING = 0.05
+"""Frames by which a time may be past a frame and still mean it: tables have rounded times."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceItem:
+    """One media file of a source, or a part of it, before anything of it is read."""
+
+    path: Path
+    name: str
+    """Of the clip: the same on every machine, with forward slashes."""
+    captions: tuple[str, ...] | None = None
+    """The captions that the source itself gives; None: those in `texts`."""
+    texts: tuple[Path, ...] = ()
+    """Caption files by the file's name."""
+    masks: tuple[Path, ...] = ()
+    """Files that could be its loss mask."""
+    start: float = 0.0
+    """Where the part that is used begins, s after the first frame."""
+    end: float | None = None
+    """Where it ends, s after the first frame; None is the end of the file."""
+    repeats: int = 1
+    """Factor of the repeats of its source."""
+    weight: float = 1.0
+    """Factor of the loss weight of its source."""
+    is_prior: bool = False
+    """Whether its target is the base model's prediction, whatever its source says."""
+    split: Literal["train", "validation"] | None = None
+    """What it is for; None: what its source is for."""
+    origin: str = ""
+    """Where the source says it, for messages, such as "clips.csv, line 5"."""
+
+    def within(self, info: MediaInfo) -> MediaInfo:
+        """`info` of the file as if it had only the frames of the part that is used: from the first
+        one at or after `start` to the last one before `end`.
+
+        DataError, which names the file, if the file has no frame there.
+        """
+        interval = info.frame_interval
+        if info.kind == "image" or (self.start == 0 and self.end is None):
+            return info
+        # On a frame, as `ClipPlanner` has all times; the given one may be rounded.
+        first = ceil(self.start / interval - _FRAME_ROUNDING) * interval if interval else 0.0
+        start, last = info.start + first, info.last
+        if self.end is not None:
+            last = min(last, info.start + self.end - interval)
+        if start > info.last + interval / 2 or last < start - interval / 2:
+            end = "its end" if self.end is None else f"{self.end:g} s"
+            raise DataError(
+                f"{info.path}: has no frame from {self.start:g} s to {end}, since it is "
+                f"{info.last - info.start + interval:.2f} s long; correct the times"
+            )
+        return replace(info, start=start, last=max(start, last))

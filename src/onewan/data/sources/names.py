@@ -1,0 +1,62 @@
+"""Names of files: which of them belong together, and which of them patterns mean."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+
+def pairing_key(stem: Path) -> str:
+    """By what a clip finds its caption and its masks: its path without extension.
+
+    In one Unicode normalization: macOS writes "é" of a name as two characters, most other systems
+    and programs as one, and a copied data set often has both.
+    """
+    return unicodedata.normalize("NFC", str(stem))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patterns:
+    """Which files of a folder are used, by glob patterns such as ``*.mp4`` or ``drafts/*``.
+
+    A pattern without a slash is that of a name at any depth, one with a slash that of a path below
+    the folder. It may also be that of a folder. Capital letters count on every system.
+    """
+
+    include: Sequence[str] = ()
+    """Only files that one of them fits are used; empty: all."""
+    exclude: Sequence[str] = ()
+    """Files that one of them fits are not used."""
+
+    def allow(self, name: str) -> bool:
+        """Whether the file of this name, relative to the folder, is used."""
+        if self.include and not any(fits(pattern, name) for pattern in self.include):
+            return False
+        return not any(fits(pattern, name) for pattern in self.exclude)
+
+    def unused(self, names: Sequence[str]) -> list[str]:
+        """The patterns that fit none of `names`."""
+        return [
+            pattern
+            for pattern in (*self.include, *self.exclude)
+            if not any(fits(pattern, name) for name in names)
+        ]
+
+
+def fits(pattern: str, name: str) -> bool:
+    """Whether `pattern` fits the file `name` or a folder that it is in."""
+    pattern = unicodedata.normalize("NFC", pattern).replace("\\", "/").removeprefix("./")
+    pattern = pattern.rstrip("/")
+    path = PurePosixPath(unicodedata.normalize("NFC", name))
+    # "**/" stands for any number of folders, none of them included.
+    forms = {pattern, pattern.removeprefix("**/")}
+    for part in (path, *path.parents[:-1]):
+        candidates = {part.as_posix()} if "/" in pattern else {part.name}
+        if pattern.startswith("**/"):
+            candidates.add(part.name)
+        if any(fnmatchcase(candidate, form) for candidate in candidates for form in forms):
+            return True
+    return False
