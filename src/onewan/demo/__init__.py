@@ -95,7 +95,8 @@ def run_demo(
         print_line(f"{model}: the architecture of {facts.title}, a tiny width, random weights")
         run_file.write_text(run_file_text(variant), encoding="utf-8")
         print_line(f"{run_file}: the run file")
-    print_line(f"\n$ onewan train {_quoted(run_file)}")
+    print_line("")
+    print_line(f"$ onewan train {_quoted(run_file)}")
     # In a second demonstration the run is NAME-2: the results of the first one are kept.
     config = with_unused_name(load_run(run_file))
     WanTrainer(config, run_file=run_file.read_text(encoding="utf-8"), listen=listen).fit()
@@ -167,7 +168,7 @@ def _closing_lines(layout: RunLayout, run_file: Path, variant: VariantName) -> l
         "Next, on this tiny model:",
         f"  onewan train {_quoted(layout.root)} --resume train.steps={steps}    # 100 more steps",
         f'  onewan sample {_quoted(layout.root)} --prompt "a blue circle" --out video.mp4{image}',
-        "Next, with real weights and clips (README.md lists the GPU memory this needs):",
+        "Next, with real weights and clips (docs/start.md tells the whole way):",
         f"  onewan init run.yaml --variant {variant}    # then edit video_data.sources in it",
         "  onewan cache run.yaml",
         "  onewan train run.yaml",
