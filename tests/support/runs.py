@@ -54,7 +54,8 @@ video_data:
 method: {{kind: lora, rank: 4, alpha: 2}}
 optimizer: {{lr: 0.005}}
 train: {{steps: 6, save_every: 100, switch_expert_every: 2}}
-validation: {{clips: 0}}
+validation: {{clips: 0, share: 0}}
+sample: {{every: 0, at_start: false}}
 output: {{dtype: null}}
 logging: {{tensorboard: false}}
 """,

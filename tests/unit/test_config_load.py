@@ -63,12 +63,7 @@ def test_null_fields_become_the_variant_s_defaults(tmp_path: Path, name: Variant
     assert config.method.alpha == config.method.rank
     assert config.train.timesteps.shift == facts.flow_shift
     sample = config.sample
-    assert (sample.width, sample.height) == facts.sample_size
-    assert (sample.frames, sample.fps, sample.steps) == (
-        facts.frames,
-        facts.fps,
-        facts.sampling_steps,
-    )
+    assert (sample.frames, sample.fps, sample.steps) == (facts.frames, facts.fps, 25)
     assert sample.shift == facts.flow_shift
     assert sample.guidance == tuple(e.guidance_scale for e in facts.experts)
     assert sample.negative_prompt == NEGATIVE_PROMPT
@@ -473,7 +468,7 @@ sample: {prompts: [a fox], every: 5, frames: 80, guidance: [1]}
         ("sample: {prompts: 3}", "sample.prompts: must be a list, got 3"),
         ("sample: {prompts: [5]}", "sample.prompts.0: must be a section with fields, got 5"),
         ("sample: {prompts: [{seed: 5}]}", "sample.prompts.0.prompt: is required, got nothing"),
-        ("sample: {every: 5}", "sample.every: is 5, but sample.prompts is empty; give a prompt"),
+        ("sample: {every: 5}", "sample.every: has no effect, since sample.prompts is empty"),
         ("video_data: {sources: [3]}", "video_data.sources.0: must be a section with fields"),
         ("video_data: {resolution: 1080p}", "video_data.resolution: must be 480p or 720p if it is"),
         ("video_data: {resolution: 3000}", "video_data.resolution: 3000 is neither a side (64 to"),

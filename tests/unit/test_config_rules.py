@@ -342,7 +342,10 @@ BROKEN = [
         "validation: {every: 5, clips: 0}",
         "validation.every: has no effect, since validation.clips is 0",
     ),
-    ("train: {keep_best: true}", "train.keep_best: .* validation.every is 0; give validation.ev"),
+    (
+        "train: {keep_best: true}\nvalidation: {every: 0}",
+        "train.keep_best: .* validation.every is 0; give validation.ev",
+    ),
 ]
 
 

@@ -124,3 +124,15 @@ def test_a_file_of_both_sources_is_excluded_from_training_and_reported() -> None
     )
     assert exclude_validation_clips(CLIPS, (other,), content) == (list(CLIPS), [])
     assert exclude_validation_clips(CLIPS, (), content) == (list(CLIPS), [])
+
+
+@pytest.mark.parametrize(("files", "held_out"), [(1, 0), (19, 0), (20, 2), (40, 4)])
+def test_without_a_fraction_a_tenth_of_twenty_files_or_more_is_held_out(
+    files: int, held_out: int
+) -> None:
+    clips = tuple(clip(f"{number}.mp4") for number in range(files))
+    content = {each.path: f"{number:040}" for number, each in enumerate(clips)}
+    training, validation = split_validation_clips(clips, None, 7, content)
+    assert (len(training), len(validation)) == (files - held_out, held_out)
+    # Copies are no further clips.
+    assert not split_validation_clips((clips[0],) * 40, None, 7, content)[1]

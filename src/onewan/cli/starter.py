@@ -371,7 +371,7 @@ def _sample(request: StarterRequest) -> Iterator[str]:
         prompt = prompt.replace(TRIGGER_WORD, request.word)
     official = "x".join(map(str, (facts.frames, *reversed(facts.sample_size))))
     yield "sample:"
-    # With the size of the training clips, a sample takes about as long as twenty steps: it has 40
+    # With the size of the training clips, a sample takes about as long as thirteen steps: it has 25
     # denoising steps of two passes, and a training step is worth four passes.
     yield f"  width: {width}  # small, so that samples cost little; the official size is {official}"
     yield f"  height: {height}"

@@ -20,6 +20,7 @@ from onewan.config.method import (
     RankedMethod,
     ResolvedEmbedding,
 )
+from onewan.config.sample_defaults import sample_defaults
 from onewan.config.schema import (
     ExpertSettings,
     ResolvedOutput,
@@ -40,7 +41,8 @@ def resolve(config: RunConfig, folder: Path) -> ResolvedRun:
     `video_data.cache_dir` and `output.dir`, become absolute in it.
     """
     variant, video, output = config.model.facts(), config.video_data, config.output
-    width, height = variant.sample_size
+    resolutions = _training_sizes(video, variant)
+    sample = sample_defaults(config, resolutions)
     train = config.train
     shift = train.timesteps.shift or variant.flow_shift
     timesteps = train.timesteps.model_copy(update={"shift": shift})
@@ -56,7 +58,7 @@ def resolve(config: RunConfig, folder: Path) -> ResolvedRun:
             video.model_copy(
                 update={
                     "cache_dir": folder / video.cache_dir,
-                    "resolution": _training_sizes(video, variant),
+                    "resolution": resolutions,
                 }
             ),
             target_fps=float(variant.fps),
@@ -73,11 +75,11 @@ def resolve(config: RunConfig, folder: Path) -> ResolvedRun:
         "sample": _filled(
             ResolvedSample,
             config.sample,
-            width=width,
-            height=height,
-            frames=variant.frames,
+            width=sample.width,
+            height=sample.height,
+            frames=sample.frames,
             fps=float(variant.fps),
-            steps=variant.sampling_steps,
+            steps=sample.steps,
             shift=variant.flow_shift,
             guidance=tuple(expert.guidance_scale for expert in variant.experts),
             negative_prompt=NEGATIVE_PROMPT,

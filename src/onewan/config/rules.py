@@ -86,9 +86,6 @@ def _size_rules(config: RunConfig) -> Iterator[Problem]:
 def _sample_rules(config: RunConfig) -> Iterator[Problem]:
     """Samples that the variant can make."""
     variant, sample = config.model.facts(), config.sample
-    if sample.every and not sample.prompts:
-        text = f"is {sample.every}, but sample.prompts is empty; give a prompt, or set it to 0"
-        yield "sample.every", text
     names = ("width", "height", "frames", "steps", "guidance")
     for field, text in request_errors(variant, **{name: getattr(sample, name) for name in names}):
         yield f"sample.{field}", text

@@ -124,10 +124,11 @@ class ValidationSection(Section):
 
     sources: Annotated[tuple[SourceSection, ...], Several] = ()
     """Folders with validation clips, which are not trained on; same forms as the training ones."""
-    share: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    share: Annotated[Float, Field(ge=0, lt=1)] | None = None
     """Fraction of the training clips to hold out instead, in [0, 1), chosen by their content and
-    the seed. Without `sources` and `share`, the loss is measured on training clips."""
-    every: Int = Field(default=0, ge=0)
+    the seed. null: a tenth where there are 20 clips or more. Without held-out clips, the loss is
+    measured on training clips."""
+    every: Int = Field(default=250, ge=0)
     """Steps between validations; 0 validates before the first and after the last step only."""
     clips: Int = Field(default=4, ge=0)
     """Number of clips to validate on; 0 turns validation off."""
@@ -212,24 +213,27 @@ class PromptSection(Section):
 class SampleSection(Section):
     prompts: Annotated[tuple[PromptSection, ...], Several] = ()
     """Prompts of sample videos: one, or a list, each a text or a mapping."""
-    every: Int = Field(default=0, ge=0)
+    every: Int = Field(default=250, ge=0)
     """Steps between sample videos; 0 samples after the last step only."""
-    at_start: bool = False
+    at_start: bool = True
     """Also sample before the first step, with the base model."""
     seed: Int = 0
     """Seed of the noise."""
     format: Literal["mp4", "webm"] = "mp4"
     """Format of the video files: mp4 (H.264) or webm (VP9)."""
     width: _SampleSide | None = None
-    """Width in pixels, a multiple of 16, or 32 for TI2V-5B; null is the official width."""
+    """Width in pixels, a multiple of 16, or 32 for TI2V-5B; null is that of the first
+    training size in the shape of 16:9."""
     height: _SampleSide | None = None
-    """Height in pixels, a multiple of 16, or 32 for TI2V-5B; null is the official height."""
+    """Height in pixels, a multiple of 16, or 32 for TI2V-5B; null is that of the first
+    training size in the shape of 16:9."""
     frames: Int | None = Field(default=None, ge=1)
-    """Number of frames, 4n+1; null is the official number (81, or 121)."""
+    """Number of frames, 4n+1; null: as many as cost no more than fifty training steps, from those
+    of a training clip up to the official 81 or 121."""
     fps: Positive | None = None
     """Frames per second of the written file; null is the variant's own rate."""
     steps: Int | None = Field(default=None, ge=1)
-    """Denoising steps; null is the official number (40, or 50)."""
+    """Denoising steps; null is 25 (the official number is 40, or 50)."""
     shift: Positive | None = None
     """Timestep shift of the solver; null is the official one."""
     guidance: tuple[Float, ...] | None = None

@@ -73,6 +73,8 @@ def _by_variant(config: RunConfig) -> Iterator[Unused]:
         yield ("train", "high_expert_share"), "per_expert gives the steps of both experts"
     if config.validation.every and not config.validation.clips:
         yield ("validation", "every"), "validation.clips is 0, which turns validation off"
+    if config.sample.every and not config.sample.prompts:
+        yield ("sample", "every"), "sample.prompts is empty"
 
 
 def _by_method(config: RunConfig) -> Iterator[Unused]:

@@ -19,6 +19,7 @@ from onewan.data.clip import ClipPlanner, ClipSource
 from onewan.data.sources.item import SourceItem
 from onewan.data.sources.names import Patterns
 from onewan.data.sources.read import read_source, source_problem
+from onewan.data.validation_split import default_fraction
 from onewan.errors import DataError
 from onewan.media import probe_header
 
@@ -114,12 +115,20 @@ def expected_buckets(config: ResolvedRun) -> ExpectedBuckets:
     counts, used = Counter(bucket for bucket, _ in found), Counter[tuple[int, Size]]()
     for bucket, repeats in found:
         used[bucket] += repeats
-    remaining = step * (1 - config.validation.share)
+    remaining = step * (1 - _held_out(config, len(files)))
     return ExpectedBuckets(
         clips={b: step * n for b, n in counts.items()},
         batches_per_epoch=sum(ceil(remaining * n / batch_size) for n in used.values()),
         notes=notes,
     )
+
+
+def _held_out(config: ResolvedRun, files: int) -> float:
+    """The fraction of the training files that is held out for validation."""
+    validation = config.validation
+    if validation.share is not None:
+        return validation.share
+    return 0.0 if validation.sources or not validation.clips else default_fraction(files)
 
 
 def _bucket(planner: ClipPlanner, item: SourceItem) -> tuple[int, Size] | None:

@@ -175,11 +175,12 @@ def _final_report(
     clips = tuple(clip for clip in report.clips if clip.path not in failed)
     validation_clips = tuple(clip for clip in report.validation_clips if clip.path not in failed)
     warnings = (*report.warnings, *result.warnings)
-    if config.validation.share:
+    validation = config.validation
+    if not (validation.sources or (validation.share is None and validation.clips == 0)):
         clips, validation_clips = split_validation_clips(
-            clips, config.validation.share, config.train.seed, digests
+            clips, validation.share, config.train.seed, digests
         )
-        if not validation_clips:
+        if validation.share and not validation_clips:
             text = (
                 "validation.share holds out no clip: it needs two files that are not target: base"
             )

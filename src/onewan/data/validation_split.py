@@ -9,6 +9,15 @@ from onewan.data.clip import Clip
 from onewan.data.report import ClipProblem
 from onewan.seeds import derive_seed
 
+_DEFAULT_FRACTION = 0.1
+_LEAST_FILES = 20
+"""Of fewer files a tenth is one or none, which says little, and training needs all of them."""
+
+
+def default_fraction(files: int) -> float:
+    """The fraction of so many files that is held out where a run file names none."""
+    return _DEFAULT_FRACTION if files >= _LEAST_FILES else 0.0
+
 
 def exclude_validation_clips(
     clips: Sequence[Clip], validation_clips: Sequence[Clip], digests: Mapping[Path, str]
@@ -32,9 +41,10 @@ def exclude_validation_clips(
 
 
 def split_validation_clips(
-    clips: Sequence[Clip], fraction: float, seed: int, digests: Mapping[Path, str]
+    clips: Sequence[Clip], fraction: float | None, seed: int, digests: Mapping[Path, str]
 ) -> tuple[tuple[Clip, ...], tuple[Clip, ...]]:
-    """(training clips, validation clips): `fraction` of the files, rounded, at least one.
+    """(training clips, validation clips): `fraction` of the files, rounded, at least one. None is a
+    tenth of 20 files or more, and nothing of fewer.
 
     `digests` are those of the files' content by path. Files are ranked by a hash of the seed and
     their content, and those of the lowest ranks are held out. So the choice does not depend on
@@ -48,6 +58,8 @@ def split_validation_clips(
     for clip in clips:
         if not clip.is_prior:
             eligible.setdefault(digests[clip.path], clip)
+    if fraction is None:
+        fraction = default_fraction(len(eligible))
     if not fraction or len(eligible) < 2:
         return tuple(clips), ()
     # Halves are rounded up; `round` would round them to the even neighbor.

@@ -58,6 +58,8 @@ def _every(value: Any, context: Context) -> Any:
     if unit in _MINUTES and context.is_given():
         number = f"{float(value):g} {unit.lower()}s"
         context.notice(f"is {number}; onewan counts steps, so set {row.field}")
+    if unit == "NEVER" and row.field != "train.save_every":
+        return 0
     return _steps(value, context) if value else OMIT
 
 
@@ -113,7 +115,6 @@ def _size(of_wan: int) -> Converter:
 
 
 def _frames(value: Any, item: Context) -> Any:
-    # Empty or absent is the model's own, which is the run file's default too.
     if value is None or not item.is_given():
         return OMIT
     return settings.rounded_frames(value, item.variant)
