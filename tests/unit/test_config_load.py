@@ -364,7 +364,7 @@ def test_override_text_is_not_parsed_as_yaml_where_a_string_is_expected(
             "sources=3",
             "sources: unknown field; did you mean video_data.sources or validation.sources?",
         ),
-        ("logging.zzz=3", "logging.zzz: unknown field; known here: tensorboard"),
+        ("logging.zzz=3", "logging.zzz: unknown field; known here: tensorboard, wandb"),
         ("train", "override 'train': is not path.to.field=value"),
         ("=5", "override '=5': is not path.to.field=value"),
         ("train..steps=5", "override 'train..steps=5': is not path.to.field=value"),

@@ -24,6 +24,7 @@ def test_files_in_a_run_folder_have_the_promised_names(tmp_path: Path) -> None:
         run.events: "events.jsonl",
         run.log: "log.txt",
         run.tensorboard: "tensorboard",
+        run.wandb: "wandb",
         run.state(500): "state/000500",
         run.state(1_234_567): "state/1234567",
         run.weights(500): "weights/fox_000500.safetensors",

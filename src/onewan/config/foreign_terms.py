@@ -423,8 +423,16 @@ TERMS: Mapping[str, tuple[Term, ...]] = {
              onetrainer="dataloader_threads"),
         Term("", "a run uses one device",
              diffusion_pipe="pipeline_stages partition_method partition_split"),
-        Term("logging.tensorboard", ai_toolkit="logging.use_wandb", flags="log_with report_to",
-             diffusion_pipe="monitoring.enable_wandb", onetrainer="tensorboard"),
+        Term("logging.tensorboard", "on by default; logging.wandb for W&B",
+             flags="log_with report_to", onetrainer="tensorboard"),
+        Term("logging.wandb", ai_toolkit="logging.use_wandb",
+             diffusion_pipe="monitoring.enable_wandb"),
+        Term("logging.wandb.project", ai_toolkit="logging.project_name",
+             flags="log_tracker_name tracker_project_name",
+             diffusion_pipe="monitoring.wandb_tracker_name"),
+        Term("logging.wandb.name", ai_toolkit="logging.run_name",
+             flags="wandb_run_name tracker_run_name",
+             diffusion_pipe="monitoring.wandb_run_name"),
     ),
 }
 """All terms by topic."""

@@ -342,9 +342,31 @@ def _as_memory(value: object) -> object:
     return {} if value == "auto" else value
 
 
+class WandbSection(Section):
+    project: str = Field(default="onewan", min_length=1)
+    """The project on W&B."""
+    entity: str | None = None
+    """User or team; null is the account's default."""
+    name: str | None = None
+    """Name of the run there; null is `output.name`."""
+    mode: Literal["online", "offline"] = "online"
+    """`offline`: only into the run's folder, from where `wandb sync` sends it later."""
+
+
+def _as_wandb(value: object) -> object:
+    if isinstance(value, bool):
+        return {} if value else None
+    return value
+
+
 class LoggingSection(Section):
     tensorboard: bool = True
     """Write TensorBoard logs into the run's folder."""
+    wandb: Annotated[
+        WandbSection | None,
+        BeforeValidator(_as_wandb, json_schema_input_type=WandbSection | bool | None),
+    ] = None
+    """Also send curves and sample videos to Weights & Biases: true, or its settings."""
 
 
 class RunConfig(Section):

@@ -58,6 +58,11 @@ class RunLayout:
         return self.root / "tensorboard"
 
     @property
+    def wandb(self) -> Path:
+        """The id of the run on W&B, and wandb's own files."""
+        return self.root / "wandb"
+
+    @property
     def states_dir(self) -> Path:
         return self.root / "state"
 

@@ -33,6 +33,7 @@ from onewan.train.optimizers.builders import build_optimizer
 from onewan.train.optimizers.parameters import library_group
 from onewan.train.state import TrainableName
 from onewan.train.trainable_setup import check_expert, embedding_from_file, expert_settings
+from onewan.train.wandb_sink import check_wandb
 from onewan.variants import Expert, ExpertName
 
 
@@ -53,6 +54,7 @@ def check_before_encoding(
     problems, of_files = _collected(
         lambda: _check_folders(config),
         lambda: _check_optimizer(config, device),
+        lambda: check_wandb(config),
         lambda: _check_model(config, sources, needed),
     )
     if not of_files:  # another model has other layers and widths, which would be reported too

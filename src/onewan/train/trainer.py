@@ -55,6 +55,7 @@ from onewan.train.step import StepMetrics, train_step
 from onewan.train.tensorboard import TensorBoardSink
 from onewan.train.trial import try_largest_batch
 from onewan.train.validation import ExpertLosses, expert_losses
+from onewan.train.wandb_sink import WandbSink
 from onewan.variants import ExpertName
 
 log = logging.getLogger(__name__)
@@ -195,6 +196,8 @@ class WanTrainer:
         self._copied = run.memory.copied
         if config.logging.tensorboard:
             self._log.add(TensorBoardSink(self._layout.tensorboard, run.state.step))
+        if config.logging.wandb is not None:
+            self._log.add(WandbSink(config, self._layout, self._log.note))
 
     def _train(self, run: Run) -> None:
         """Train to the last step."""
