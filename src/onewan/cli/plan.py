@@ -85,9 +85,8 @@ def _lines(config: ResolvedRun, plan: Plan) -> Iterator[str]:
         yield f"  {name:<45}{format_bytes(amount):>10}"
     yield ""
     yield "Settings and the time of a step, by arithmetic and not measured:"
-    layers = config.model.facts().num_layers
     for bucket in plan.buckets[:_BUCKETS_SHOWN]:
-        yield f"  {bucket.bucket}: {_settings_text(bucket.settings, layers)}"
+        yield f"  {bucket.bucket}: {_settings_text(bucket.settings, plan.layers)}"
         yield f"    {_time_text(bucket)}"
     if len(plan.buckets) > _BUCKETS_SHOWN:
         yield f"  and {len(plan.buckets) - _BUCKETS_SHOWN} buckets that need less memory"

@@ -64,9 +64,9 @@ class RunMemory:
         self._batch_size = config.train.batch_size
         self.plan = plan
         """None on the CPU, where all memory is the host's."""
-        self._given = given_settings(config, self._variant.num_layers)
+        layers = self._variant.num_layers if plan is None else plan.layers
+        self._given = given_settings(config, layers)
         planned = [b.settings for b in plan.buckets] if plan is not None else [self._given]
-        layers = self._variant.num_layers
         alternates = len(self._variant.experts) > 1 and config.memory.offload_inactive_expert
         streams = any(settings.streamed(layers) for settings in planned) or (
             plan is not None and alternates and planned[0].checkpointing
@@ -163,8 +163,9 @@ class RunMemory:
         return min(large, key=lambda found: self._planned_cells(found.bucket)).settings
 
     def _may_join(self, latents: Sequence[Tensor]) -> bool:
-        layers = self._variant.num_layers
-        if self.plan is None or not any(b.settings.streamed(layers) for b in self.plan.buckets):
+        if self.plan is None or not any(
+            found.settings.streamed(self.plan.layers) for found in self.plan.buckets
+        ):
             return False
         largest = max(self._planned_cells(found.bucket) for found in self.plan.buckets)
         if sum(map(_cells, latents)) > largest:

@@ -151,6 +151,7 @@ def _with_parking(
         machine=machine,
         buckets=buckets,
         other_phases=(*phases, *sampling),
+        layers=costs.layers,
         sampling_resident_blocks=resident,
         disk=costs.disk(clips),
         run_time=run_time(costs, buckets, clips, machine, resident),

@@ -105,6 +105,8 @@ class Plan:
     """Those that do not fit first, then those with most tokens."""
     other_phases: tuple[PhaseBytes, ...]
     """Encoding, validation and sampling."""
+    layers: int
+    """Blocks of an expert."""
     sampling_resident_blocks: int
     """Blocks of an expert that stay on the device while videos are sampled."""
     disk: Mapping[str, int]
@@ -205,6 +207,7 @@ class Plan:
                 }
                 for phase in self.phases
             ],
+            "layers": self.layers,
             "sampling_resident_blocks": self.sampling_resident_blocks,
             "disk": dict(self.disk),
             "run_time": {**asdict(self.run_time), "total": self.run_time.total},
