@@ -15,14 +15,15 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor, uint8
 
+from onewan.data.file_memory import FileMemory, FileState
 from onewan.errors import DataError
-from onewan.files import append_lines, file_digest, remove_abandoned, replacing
+from onewan.files import file_digest, remove_abandoned, replacing
 
 EntryKind = Literal["video", "text", "mask", "preview"]
 
@@ -144,56 +145,27 @@ def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 class ContentDigests:
-    """Digests of media files' content, remembered by path, size and modification time.
-
-    Otherwise each start would read the whole data set. The file has one JSON array per line: path,
-    size, modification time in ns, digest; of several lines for a path, the last is valid. Processes
-    only append, so none overwrites what another one has found. A damaged line, such as the last one
-    after a crash, only means that one digest is computed again.
-    """
+    """Digests of media files' content, remembered by path, size and modification time."""
 
     def __init__(self, file: Path, *, verify: bool = False) -> None:
         """With `verify`, every file is read again, whatever its size and time are."""
-        self._file = file
-        self._known: dict[str, tuple[int, int, str]] = {}
-        self._new_lines: list[str] = []
-        try:
-            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            lines = []
-        for path, size, modified, digest in filter(None, map(_digest_record, lines)):
-            self._known[path] = (size, modified, digest)
+        self._memory = FileMemory(file)
         self.changed = list[Path]()
         """Files whose content has changed though their size and time have not."""
         self._verify = verify
 
     def of(self, path: Path) -> str:
         """The digest of a file's content, see `onewan.files.file_digest`."""
-        stat = path.stat()
-        now = (stat.st_size, stat.st_mtime_ns)
-        *before, known = self._known.get(str(path), (-1, -1, ""))
-        if not self._verify and tuple(before) == now:
-            return known
+        state = FileState.of(path)
+        known = self._memory.get(path, state)
+        if known is not None and not self._verify:
+            return str(known)
         digest = file_digest(path)
-        if tuple(before) == now and digest != known:
+        if known is not None and digest != known:
             self.changed.append(path)
-        if (*before, known) != (*now, digest):
-            self._known[str(path)] = (*now, digest)
-            self._new_lines.append(json.dumps([str(path), *now, digest]))
+        self._memory.set(path, state, digest)
         return digest
 
     def save(self) -> None:
-        """Append the digests that were computed since the file was read."""
-        if not self._new_lines:
-            return
-        append_lines(self._file, self._new_lines)
-        self._new_lines.clear()
-
-
-def _digest_record(line: str) -> tuple[str, int, int, str] | None:
-    """One line of the file of `ContentDigests`; None if it is empty or damaged."""
-    try:
-        path, size, modified, digest = cast("tuple[str, int, int, str]", json.loads(line))
-        return str(path), int(size), int(modified), str(digest)
-    except (ValueError, TypeError):
-        return None
+        """Remember the digests that were computed for the next start."""
+        self._memory.save()

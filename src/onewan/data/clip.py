@@ -14,10 +14,11 @@ from typing import Literal
 from onewan.arithmetic.buckets import Size, choose_size, floor_to_4n_plus_1, size_without_limit
 from onewan.data.captions import CaptionSettings
 from onewan.data.masks import Mask, find_mask
+from onewan.data.probes import MediaProbes
 from onewan.data.sources.item import SourceItem
 from onewan.data.sources.names import Patterns
 from onewan.errors import DataError
-from onewan.media import MediaInfo, keyframe_near, probe
+from onewan.media import MediaInfo, keyframe_near
 from onewan.seeds import derive_seed
 
 _MOST_ENLARGED = 2
@@ -120,6 +121,8 @@ class ClipPlanner:
     """Both sides of a training size are multiples of it, pixels."""
     temporal_compression: int
     """Frames per latent frame after the first."""
+    probes: MediaProbes = field(default_factory=MediaProbes)
+    """What the files contain."""
 
     @property
     def longest_clip(self) -> int:
@@ -131,7 +134,7 @@ class ClipPlanner:
 
         Raises DataError, which names the file, if it can't be used.
         """
-        whole = probe(item.path)
+        whole = self.probes.of(item.path)
         info = item.within(whole)
         frames, size = self.bucket(info)
         clip = Clip(
@@ -152,7 +155,8 @@ class ClipPlanner:
             media_notes=info.notes,
         )
         # Last, since a mask has to cover exactly the frames that the clip takes.
-        return replace(clip, mask=find_mask(whole, clip.times(), item.masks, self.video_formats))
+        mask = find_mask(whole, clip.times(), item.masks, self.video_formats, self.probes)
+        return replace(clip, mask=mask)
 
     def bucket(self, info: MediaInfo) -> tuple[int, Size]:
         """(frames, size) of the clip of a file with this header; DataError if it is too small."""

@@ -26,6 +26,7 @@ from onewan.data.encode import (
     no_progress,
 )
 from onewan.data.index import index_clips
+from onewan.data.probes import MediaProbes
 from onewan.data.report import ClipWarning, DatasetReport
 from onewan.data.validation_split import exclude_validation_clips, split_validation_clips
 from onewan.errors import DataError, one_line
@@ -76,12 +77,15 @@ def prepare(
     variant = config.model.facts()
     # Needed without a cache too: the split and the data set's digest depend on content, not names.
     known_digests = ContentDigests(config.video_data.cache_dir / "digests.jsonl", verify=verify)
-    report, digests = _index(config, known_digests)
+    probes = MediaProbes(config.video_data.cache_dir / "probes.jsonl", verify=verify)
+    report, digests = _index(config, known_digests, probes)
     check_clips(report.clips)
     clips = (*report.clips, *report.validation_clips)
     shown = clips_to_show(clips)
     if config.video_data.cache:
-        known_digests.save()  # now, so that interrupted encoding does not repeat the reading
+        # Now, so that interrupted encoding does not repeat the reading.
+        known_digests.save()
+        probes.save()
         source = CachedLatents(
             EntryCache(config.video_data.cache_dir),
             variant,
@@ -108,13 +112,13 @@ def prepare(
 
 
 def _index(
-    config: ResolvedRun, known_digests: ContentDigests
+    config: ResolvedRun, known_digests: ContentDigests, probes: MediaProbes
 ) -> tuple[DatasetReport, dict[Path, str]]:
     """The clips of all sources, and the digest of each clip's and mask's content by path.
 
     A file among both the training and the validation sources is only validated on.
     """
-    planner = clip_planner(config)
+    planner = replace(clip_planner(config), probes=probes)
     use_masks = config.video_data.masks
     training = index_clips(
         clip_sources(config.video_data.sources, config), planner, use_masks=use_masks

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
 from onewan.data.captions import read_lines, several_lines_note
 from onewan.data.clip import Clip, ClipPlanner, ClipSource
@@ -46,6 +47,8 @@ def index_clips(
         contents = read_source(source, planner.video_formats, use_masks=use_masks)
         problems += contents.problems
         warnings += contents.warnings
+        files = ((item.path, *item.masks) for item in contents.items)
+        planner.probes.prepare(chain.from_iterable(files))
         line_counts = list[int]()
         for item in contents.items:
             try:

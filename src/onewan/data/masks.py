@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from onewan.data.probes import MediaProbes
 from onewan.errors import DataError, one_line
 from onewan.media import (
     IMAGE_SUFFIXES,
@@ -21,7 +22,6 @@ from onewan.media import (
     Fit,
     MediaInfo,
     extension,
-    probe,
     read_frames,
 )
 
@@ -67,7 +67,11 @@ def clip_stem(mask_path: Path) -> Path:
 
 
 def find_mask(
-    clip: MediaInfo, times: Sequence[float], files: Sequence[Path], video_formats: Sequence[str]
+    clip: MediaInfo,
+    times: Sequence[float],
+    files: Sequence[Path],
+    video_formats: Sequence[str],
+    probes: MediaProbes,
 ) -> Mask | None:
     """The mask of a clip with frames at `times` (s); `files` are the candidates by their name.
 
@@ -91,7 +95,7 @@ def find_mask(
             f"video_data.supported_formats ({', '.join(video_formats)}); add {kind} there to use it"
         )
     try:
-        info = probe(path)
+        info = probes.of(path)
     except DataError as error:
         raise as_mask_error(error, clip.path, path) from error
     if abs(_aspect_ratio(info) / _aspect_ratio(clip) - 1) > _ASPECT_TOLERANCE:

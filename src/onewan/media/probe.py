@@ -33,6 +33,10 @@ from onewan.media.video_stream import (
     ticks,
 )
 
+PROBE_VERSION = f"1, PyAV {av.__version__}"
+"""Changes when `probe` may say something else of a file: the number is incremented when its code
+does, and with another PyAV comes another FFmpeg."""
+
 # The search for the last frame begins this much before the end that the header gives; in s. More
 # than codecs reorder, so that the last packets in the file include the last frame shown.
 _END_WINDOW = 2.0
