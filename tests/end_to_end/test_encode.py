@@ -554,8 +554,8 @@ def test_cache_keys_do_not_change_by_accident(tmp_path: Path) -> None:
         return entries, entries.video_key(clip)
 
     t2v, t2v_key = keys("t2v-a14b")
-    assert t2v_key == keys("ti2v-5b")[1] == "60506f9c2cfd7c51c29c85accd6837745a48ab10"
-    assert keys("i2v-a14b")[1] == "d8724b882a48845b13c3eb1102a5718d067795d8"
+    assert t2v_key == keys("ti2v-5b")[1] == "41f539fba72b2a726313d439450fb60f193d5fa3"
+    assert keys("i2v-a14b")[1] == "5fe9695146df8e51e438a5d2e1100cd05e891df6"
     assert t2v.text_key("a test") == "14f793cd60c25a0af866b253fedb0fca77e0dba2"
     mask_key = t2v.mask_key(clip, mask)
     assert mask_key == "ce9f20de4cdfa1d84b182c47aca606ef9f56a319"
@@ -569,6 +569,9 @@ def test_cache_keys_do_not_change_by_accident(tmp_path: Path) -> None:
         {"name": "b.mp4"},
     ):
         assert t2v.video_key(replace(clip, **same)) == t2v_key
+    gray = replace(clip, background=(128, 128, 128))
+    assert t2v.video_key(gray) != t2v_key
+    assert t2v.mask_key(gray, mask) == mask_key
     for other in ({"start": 0.5}, {"fps": 24.0}, {"frames": 13}, {"size": (480, 832)}):
         assert t2v.video_key(replace(clip, **other)) != t2v_key
         if "start" not in other:  # a mask has its own start

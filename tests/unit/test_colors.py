@@ -13,6 +13,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.video.plane import VideoPlane
 
 from onewan.errors import DataError
 from onewan.media import Fit, probe, probe_header, read_frames
@@ -53,6 +54,14 @@ def yuv(rgb: np.ndarray, standard: str, *, full: bool, bits: int) -> list[np.nda
     return [np.clip(np.round(p), 0, 2**bits - 1) for p in planes]
 
 
+def fill(plane: VideoPlane, values: np.ndarray, bits: int) -> None:
+    """Writes `values`, one line of samples in each row, into a plane of a frame."""
+    dtype = np.dtype("<u2" if bits > 8 else "u1")
+    padded = np.zeros((plane.height, plane.line_size // dtype.itemsize), dtype)
+    padded[:, : values.shape[1]] = values
+    plane.update(padded.tobytes())
+
+
 def make(
     path: Path,
     rgb: np.ndarray,
@@ -73,7 +82,6 @@ def make(
     """
     tags = tags or (MATRIX[standard], 2 if full else 1, 2, 2)
     width, height = size
-    dtype = np.dtype("<u2" if bits > 8 else "u1")
     planes = yuv(rgb, standard, full=full, bits=bits)
     form = "yuv420p" if bits == 8 else f"yuv420p{bits}le"
     with av.open(str(path), "w") as container:
@@ -91,9 +99,7 @@ def make(
             for plane, values in zip(frame.planes, planes, strict=True):
                 rows, columns = values.shape
                 large = values.repeat(plane.height // rows, 0).repeat(plane.width // columns, 1)
-                padded = np.zeros((plane.height, plane.line_size // dtype.itemsize), dtype)
-                padded[:, : plane.width] = large
-                plane.update(padded.tobytes())
+                fill(plane, large, bits)
             frame.pts, frame.time_base = number, Fraction(1, 10)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -402,3 +408,62 @@ def test_the_colors_of_interlaced_video_are_those_of_its_tags(tmp_path: Path) ->
     path = make(tmp_path / "a.mkv", COLORS / 255, "709", full=True, interlaced=True)
     assert probe(path).interlaced
     assert np.abs(patches(read_frames(path, [0.1])[0]) - COLORS).max() <= 2
+
+
+# --- Transparency --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix", "form"),
+    [
+        ("libvpx", "webm", "yuva420p"),
+        ("libvpx-vp9", "webm", "yuva420p"),
+        ("libvpx-vp9", "mkv", "yuva420p"),
+        ("prores_ks", "mov", "yuva444p10le"),
+        ("png", "mov", "rgba"),
+    ],
+)
+def test_transparent_parts_lie_over_the_background(
+    tmp_path: Path, codec: str, suffix: str, form: str
+) -> None:
+    path = tmp_path / f"a.{suffix}"
+    red = np.full((64, 128, 4), (200, 40, 40, 255), np.uint8)
+    red[:, 64:, 3] = 0
+    opaque, bits = red[..., :3] / 255, 10 if "10" in form else 8
+    planes = [*yuv(opaque, "709", full=False, bits=bits), red[..., 3] / 255 * (2**bits - 1)]
+    fast = {"auto-alt-ref": "0", "cpu-used": "8", "deadline": "realtime", "crf": "4"}
+    options = fast if codec.startswith("libvpx") else {}
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10, options=options)
+        stream.width, stream.height, stream.pix_fmt = 128, 64, form
+        if suffix != "mov":
+            stream.metadata["alpha_mode"] = "1"
+        stream.codec_context.colorspace, stream.codec_context.color_range = 1, 1
+        for number in range(3):
+            frame = av.VideoFrame(128, 64, form)
+            if form == "rgba":
+                planes = [red.reshape(64, 512)]
+            for plane, values in zip(frame.planes, planes, strict=True):
+                fill(plane, values[:: 64 // plane.height, :: 128 // plane.width], bits)
+            frame.colorspace, frame.color_range = 1, 1
+            frame.pts, frame.time_base = number, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    info = probe(path)
+    assert info.has_alpha
+    assert info.last == pytest.approx(0.2, abs=2e-3)
+    for background in ((255, 255, 255), (0, 90, 180)):
+        for pixels in read_frames(path, [0.0, 0.1, 0.2], Fit(64, 32), background):
+            assert np.abs(pixels[16, 12].astype(int) - (200, 40, 40)).max() <= 4
+            assert np.abs(pixels[16, -12].astype(int) - background).max() <= 1
+    assert not np.array_equal(
+        read_frames(path, [0.0]), read_frames(path, [0.0], background=(0, 0, 0))
+    )
+    assert np.array_equal(
+        read_frames(path, [0.0]), read_frames(path, [0.0], background=(255, 255, 255))
+    ), "white by default"
+
+
+def test_files_without_transparency_have_none(clips: Path) -> None:
+    for name in ("rabbit_stretches.mp4", "man_in_car.webm", "rabbit_portrait.png"):
+        assert not probe(clips / "good" / name).has_alpha

@@ -480,6 +480,14 @@ sample: {prompts: [a fox], every: 5, frames: 80, guidance: [1]}
             "video_data: {min_resolution: [512, 9], max_resolution: [256, 256]}",
             "video_data.min_resolution: must not be above video_data.max_resolution [256, 256]",
         ),
+        (
+            "video_data: {background: #ffffff\n}",
+            'video_data.background: nothing is no color; write it as "#rrggbb", in quotes',
+        ),
+        (
+            "video_data: {background: white}",
+            "video_data.background: `white` is no color; write it as",
+        ),
         ("wan_config: {transformer_layers_to_train: []}", "wan_config.transformer_layers_to_"),
         (
             "wan_config: {spatial_compression_ratio: 16}",

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -619,3 +620,33 @@ def test_media_as_people_have_them(clips: Path) -> None:
     (caption,) = found["u2028.mp4"]
     assert "\u2028" in caption and "\v" in caption
     assert not any("without a video or image" in warning.text for warning in report.warnings)
+
+
+# --- Interlaced and transparent files ------------------------------------------------------------
+
+
+def test_interlaced_files_are_used_or_refused(clips: Path, tmp_path: Path) -> None:
+    source = clips / "field" / "int_h264.mp4"
+    if not source.exists():
+        pytest.skip("these clips have no field folder")
+    path = tmp_path / "a.mp4"
+    shutil.copyfile(source, path)
+    path.with_suffix(".txt").write_text("a bar", encoding="utf-8")
+    report = index(tmp_path)
+    assert len(report.clips) == 1
+    assert "  a.mp4: interlaced video, deinterlaced" in report.lines()
+    report = index(tmp_path, interlaced="refuse")
+    assert not report.clips
+    assert str(report.problems[0]) == (
+        f"{path}: is interlaced, and video_data.interlaced is refuse; set that to deinterlace, or "
+        "take the file out"
+    )
+
+
+def test_the_background_belongs_to_files_with_transparency_only(tmp_path: Path) -> None:
+    video(tmp_path / "a.mp4")
+    Image.new("RGBA", SIZE, (255, 0, 0, 0)).save(tmp_path / "b.png")
+    (tmp_path / "b.txt").write_text("nothing", encoding="utf-8")
+    opaque, transparent = index(tmp_path, background=(0, 90, 180)).clips
+    assert (opaque.background, transparent.background) == ((255, 255, 255), (0, 90, 180))
+    assert (decode(transparent).frames == (0, 90, 180)).all()

@@ -8,6 +8,7 @@ As in `schema`, the string under each field is its documentation.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -34,6 +35,16 @@ _SIZES = {
     ]
 }
 """JSON schema of what `parse_sizes` takes."""
+
+_COLOR = "^#[0-9a-fA-F]{6}$"
+
+
+def _as_color(value: object) -> object:
+    # Without quotes, a color is a comment in YAML, and so nothing.
+    if isinstance(value, str) and re.fullmatch(_COLOR, value):
+        return value
+    found = "nothing" if value is None else f"`{value}`"
+    raise ValueError(f'{found} is no color; write it as "#rrggbb", in quotes, such as "#ffffff"')
 
 
 class WanTrainConfig(Section):
@@ -114,6 +125,11 @@ class VideoDataSection(Section):
     captions: Literal["lines", "whole"] = "lines"
     """What a caption file holds: a caption in each line, of which each training sample draws one
     (`lines`), or one text, whose lines are joined (`whole`)."""
+    interlaced: Literal["deinterlace", "refuse"] = "deinterlace"
+    """What to do with interlaced video (DV, DVDs, broadcasts): make one frame of each pair of
+    fields (`deinterlace`), or report it and leave it out (`refuse`)."""
+    background: Annotated[str, BeforeValidator(_as_color), Field(pattern=_COLOR)] = "#ffffff"
+    """Color that transparent videos and images are laid over, as "#rrggbb" in quotes."""
     masks: bool = False
     """Use loss masks: NAME.mask.png for all frames of NAME.mp4, or NAME.mask.mp4 with the same
     timing. White and transparent have weight 1, black has `train.loss.unmasked_weight`."""

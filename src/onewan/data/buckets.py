@@ -21,7 +21,7 @@ from onewan.data.sources.names import Patterns
 from onewan.data.sources.read import read_source, source_problem
 from onewan.data.validation_split import default_fraction
 from onewan.errors import DataError
-from onewan.media import probe_header
+from onewan.media import RGB, probe_header
 
 _MOST_HEADERS = 100
 """Files whose headers are read; of a larger data set, so many at equal distances in its order."""
@@ -55,9 +55,17 @@ def clip_planner(config: ResolvedRun) -> ClipPlanner:
         min_resolution=video_data.min_resolution,
         max_resolution=video_data.max_resolution,
         video_formats=video_data.supported_formats,
+        interlaced=video_data.interlaced,
+        background=_rgb(video_data.background),
         size_multiple=variant.size_multiple,
         temporal_compression=variant.temporal_compression,
     )
+
+
+def _rgb(color: str) -> RGB:
+    """The parts of a color that is written as "#rrggbb"."""
+    red, green, blue = bytes.fromhex(color.removeprefix("#"))
+    return red, green, blue
 
 
 def clip_sources(sources: Sequence[SourceSection], config: ResolvedRun) -> list[ClipSource]:

@@ -28,6 +28,7 @@ from onewan.data.contact_sheet import (
 from onewan.data.decode import decode
 from onewan.data.encode import (
     ENCODING_VERSION,
+    TEXT_ENCODING_VERSION,
     FillResult,
     LoadModel,
     ProgressCallback,
@@ -39,7 +40,7 @@ from onewan.data.masks import MASK_VERSION, Mask
 from onewan.data.report import ClipProblem, ClipWarning
 from onewan.errors import DataError
 from onewan.formats.model_folder import ComponentName
-from onewan.media import Fit, read_frames
+from onewan.media import WHITE, Fit, read_frames
 from onewan.model.sources import fingerprint
 from onewan.variants import Variant
 
@@ -85,7 +86,8 @@ class CachedLatents:
         if tensors is None:
             all_times = clip.times()
             times = [all_times[index] for index in preview_indices(clip.frames)]
-            tensors = self._save_preview(clip, read_frames(clip.path, times, Fit(*clip.size)))
+            frames = read_frames(clip.path, times, Fit(*clip.size), clip.background)
+            tensors = self._save_preview(clip, frames)
         mask = self._cache.load("mask", self.mask_key(clip, clip.mask)) if clip.mask else None
         return Preview(
             frames=tensors["frames"].numpy(),
@@ -95,7 +97,11 @@ class CachedLatents:
     # --- Keys: everything that the values of an entry depend on, and nothing else -----------------
 
     def video_key(self, clip: Clip) -> str:
-        return entry_key(content=self._digests[clip.path], span=_span(clip), **self._video_inputs)
+        return entry_key(
+            content=self._digests[clip.path],
+            span=[*_span(clip), *_look(clip)],
+            **self._video_inputs,
+        )
 
     def mask_key(self, clip: Clip, mask: Mask) -> str:
         # An entry of its own: the clip's latents stay valid when the mask changes, and the mask
@@ -113,7 +119,9 @@ class CachedLatents:
 
     def _frames_key(self, clip: Clip) -> str:
         return entry_key(
-            version=PREVIEW_VERSION, content=self._digests[clip.path], span=_span(clip)
+            version=[PREVIEW_VERSION, ENCODING_VERSION],
+            content=self._digests[clip.path],
+            span=[*_span(clip), *_look(clip)],
         )
 
     def text_key(self, caption: str) -> str:
@@ -131,7 +139,7 @@ class CachedLatents:
     @cached_property
     def _text_inputs(self) -> dict[str, object]:
         return {
-            "version": ENCODING_VERSION,
+            "version": TEXT_ENCODING_VERSION,
             "text_encoder": fingerprint(self._component_paths["text_encoder"]),
             "tokenizer": fingerprint(self._component_paths["tokenizer"]),
             "dtype": self._text_dtype,
@@ -278,5 +286,10 @@ class CachedLatents:
 
 
 def _span(clip: Clip) -> list[object]:
-    """What decides the pixels of a clip, given the content of its file."""
+    """What decides which pixels of its file a clip takes."""
     return [clip.start, clip.fps, clip.frames, list(clip.size)]
+
+
+def _look(clip: Clip) -> list[object]:
+    """What decides the pixels of a clip, given the content of its file and the span."""
+    return [] if clip.background == WHITE else [list(clip.background)]

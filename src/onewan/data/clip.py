@@ -18,7 +18,7 @@ from onewan.data.probes import MediaProbes
 from onewan.data.sources.item import SourceItem
 from onewan.data.sources.names import Patterns
 from onewan.errors import DataError
-from onewan.media import MediaInfo, keyframe_near
+from onewan.media import RGB, WHITE, MediaInfo, keyframe_near
 from onewan.seeds import derive_seed
 
 _MOST_ENLARGED = 2
@@ -68,6 +68,8 @@ class Clip:
     """Duration of the video file; 0 for an image."""
     mask: Mask | None = None
     """Its loss mask; None if all of the clip is trained on."""
+    background: RGB = WHITE
+    """What transparent parts are laid over; white for files without them, which need none."""
     media_notes: tuple[str, ...] = ()
     """What is assumed or changed when the file is read; see `MediaInfo.notes`."""
 
@@ -117,6 +119,10 @@ class ClipPlanner:
     """(width, height), in either orientation, that a training size given as an area may have."""
     video_formats: tuple[str, ...]
     """Extensions of the video files to use, lower case, without the dot."""
+    interlaced: Literal["deinterlace", "refuse"] = "deinterlace"
+    """Whether interlaced files are used."""
+    background: RGB = WHITE
+    """What transparent parts of files are laid over."""
     size_multiple: int
     """Both sides of a training size are multiples of it, pixels."""
     temporal_compression: int
@@ -136,6 +142,11 @@ class ClipPlanner:
         """
         whole = self.probes.of(item.path)
         info = item.within(whole)
+        if info.interlaced and self.interlaced == "refuse":
+            raise DataError(
+                f"{item.path}: is interlaced, and video_data.interlaced is refuse; set that to "
+                "deinterlace, or take the file out"
+            )
         frames, size = self.bucket(info)
         clip = Clip(
             path=item.path,
@@ -152,6 +163,7 @@ class ClipPlanner:
             loss_weight=source.loss_weight * item.weight,
             is_prior=source.is_prior or item.is_prior,
             caption_dropout=source.caption_dropout,
+            background=self.background if info.has_alpha else WHITE,
             media_notes=info.notes,
         )
         # Last, since a mask has to cover exactly the frames that the clip takes.

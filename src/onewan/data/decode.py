@@ -34,7 +34,7 @@ def decode(clip: Clip, caption_index: int = 0) -> VideoSample:
     """
     width, height = clip.size
     return VideoSample(
-        frames=read_frames(clip.path, clip.times(), Fit(width, height)),
+        frames=read_frames(clip.path, clip.times(), Fit(width, height), clip.background),
         prompt=clip.captions[caption_index],
         frame_count=clip.frames,
         fps=clip.fps,

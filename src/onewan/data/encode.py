@@ -20,8 +20,11 @@ from onewan.model.wan import WanModel
 from onewan.variants import Variant
 
 ENCODING_VERSION = 2
-"""Incremented when decoding, resizing or encoding gives other values, so that no cache entry of an
-older version is used."""
+"""Incremented when decoding, resizing or encoding of clips gives other values, so that no cache
+entry of an older version is used."""
+
+TEXT_ENCODING_VERSION = 1
+"""The same for captions."""
 
 LoadModel = Callable[[Collection[PipelineComponent]], WanModel]
 """Loads the given components of the run's model, on the device of the run."""

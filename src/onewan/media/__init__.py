@@ -31,14 +31,16 @@ from onewan.media.kinds import (
 )
 from onewan.media.probe import PROBE_VERSION, MediaInfo, keyframe_near, probe, probe_header
 from onewan.media.read import read_frames
-from onewan.media.still import Fit, fit_image, read_image
+from onewan.media.still import RGB, WHITE, Fit, fit_image, read_image
 from onewan.media.write import check_video_name, write_video
 
 __all__ = [
     "IMAGE_SUFFIXES",
     "PROBE_VERSION",
+    "RGB",
     "UNREAD_IMAGE_SUFFIXES",
     "VIDEO_SUFFIXES",
+    "WHITE",
     "Fit",
     "MediaInfo",
     "check_video_name",

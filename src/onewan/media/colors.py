@@ -68,8 +68,11 @@ class VideoColors:
         `context` is the stream's decoder; PyAV 16 gives a frame's matrix and range, but no other of
         its tags. Raises DataError for samples that can't be converted.
         """
-        matrix, transfer = int(source.colorspace), _HDR.get(context.color_trc, "SDR")
-        primaries, notes = int(context.color_primaries), list[str]()
+        matrix, color_range = int(source.colorspace), int(source.color_range)
+        if matrix == _UNSPECIFIED:  # the libvpx decoders forget the tags of the container
+            matrix = int(context.colorspace)
+        transfer, primaries = _HDR.get(context.color_trc, "SDR"), int(context.color_primaries)
+        notes = list[str]()
         if name := _UNREAD_MATRICES.get(matrix):
             raise DataError(
                 f"{path}: its colors are coded as {name}, which is not read; convert it to BT.709"
@@ -90,7 +93,9 @@ class VideoColors:
             notes.append(f"{name} transfer function, which is not converted")
         elif name := _WIDE_PRIMARIES.get(primaries):
             notes.append(f"SDR with {name} primaries, which are not converted: colors look paler")
-        return VideoColors(matrix, int(source.color_range), transfer, primaries, tuple(notes))
+        return VideoColors(
+            matrix, color_range or int(context.color_range), transfer, primaries, tuple(notes)
+        )
 
 
 def _by_size(source: VideoFrame | VideoCodecContext) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor, inf
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -157,9 +157,9 @@ def keyframe_near(path: str | Path, time: float) -> float:
 
 def _probe_image(path: Path) -> MediaInfo:
     with open_image(path) as image:
-        codec = image.format
+        codec, has_alpha = image.format, image.has_transparency_data
         upright = upright_image(image)  # decodes, so a truncated file is found here
-    return _image_info(path, upright.size, codec)
+    return replace(_image_info(path, upright.size, codec), has_alpha=has_alpha)
 
 
 def _image_info(path: Path, size: tuple[int, int], codec: str | None) -> MediaInfo:

@@ -12,6 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 from av.error import FFmpegError
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from PIL import Image
@@ -26,6 +27,8 @@ from onewan.media.video_stream import packet_time
 
 # Only these decoders react to `skip_frame` at any packet; others, such as dav1d, read it once.
 _SKIPPING_DECODERS = frozenset({"h264", "hevc"})
+
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 # AVCOL_SPC_RGB, which is no YUV matrix.
 _RGB = 0
@@ -66,6 +69,7 @@ def decode_frames(
     `DamageError`.
     """
     decoded_from: float | None = None
+    decoder = _decoder(stream)
     newest = max(skip_before, ignore_damage_before) - _SAME_TIME
     # AVI has no presentation times, and those that FFmpeg makes up for H.264 are out of order. But
     # decoders output frames in presentation order, so each frame gets the earliest time that no
@@ -84,7 +88,7 @@ def decode_frames(
         if is_avi and packet.size:
             heappush(free_times, now)
         try:
-            frames = packet.decode()
+            frames = decoder.decode(packet)
         except FFmpegError as error:
             if now < ignore_damage_before:
                 continue
@@ -100,6 +104,25 @@ def decode_frames(
                 raise DamageError(path, time, "as its decoder reports", decoded_from=decoded_from)
             newest = time
             yield time, frame
+
+
+def _decoder(stream: VideoStream) -> VideoCodecContext:
+    """The stream's own decoder, or libvpx for VP8 and VP9 with alpha.
+
+    FFmpeg's own decoders of these ignore the alpha channel, which is a second stream beside each
+    packet, and return the colors below transparent parts, which are arbitrary.
+    """
+    context = stream.codec_context
+    name = _ALPHA_DECODERS.get(context.name)
+    # Some writers give the mark in capitals.
+    tags = {key.lower(): value for key, value in stream.metadata.items()}
+    if name is None or tags.get("alpha_mode") != "1":
+        return context
+    decoder = VideoCodecContext.create(name, "r")
+    assert isinstance(decoder, VideoCodecContext)
+    decoder.options = dict(context.options)
+    decoder.thread_count = context.thread_count
+    return decoder
 
 
 def _decodable(packets: Iterable[av.Packet]) -> Iterator[av.Packet]:
