@@ -32,6 +32,7 @@ from onewan.memory.plan import (
     make_plan,
 )
 from onewan.memory.plan.machine import CARDS
+from onewan.memory.plan.stored import StoredModel, read_stored_model
 from onewan.variants import VARIANTS
 
 GB = 10**9
@@ -124,6 +125,24 @@ def test_a_step_copies_two_loads_of_each_streamed_block_but_those_in_the_ring(pl
     assert found.worst.time.weights_to_device == pytest.approx(2 * (25 - 2) * block, rel=0.001)
     nothing = plan("t2v-a14b", "400GB", SMALL, "memory.resident_blocks=40")
     assert nothing.worst.time.bytes_to_device == 0
+
+
+def test_a_file_that_is_not_here_is_as_large_as_its_name_says(tmp_path: Path) -> None:
+    """Whoever has ComfyUI's files in mind may ask before downloading them."""
+
+    def stored(*overrides: str) -> StoredModel:
+        return read_stored_model(run_file(tmp_path, "t2v-a14b", *overrides))
+
+    plain = stored()
+    named = stored(
+        "model.transformer=models/wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors",
+        "model.text_encoder=models/umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+    )
+    assert named.experts["high"].all_bytes == pytest.approx(14.6 * GB, rel=0.01)
+    assert named.experts["low"] == plain.experts["low"]
+    assert named.text_encoder == pytest.approx(6.74 * GB, rel=0.01)
+    assert "fp8, by the file's name" in named.notes[0] and "bfloat16" in named.notes[1]
+    assert stored("model.transformer=a_fp8.gguf", "memory.weights=bf16").experts == plain.experts
 
 
 # ------------------------------------------------------------------------------------------- time

@@ -219,7 +219,7 @@ def _memory_changes(config: ResolvedRun) -> Iterator[_Change]:
     if config.model.text_encoder is None and not config.embeddings:
         text = (
             "the text encoder in fp8 (6.7 GB, in split_files/text_encoders of "
-            "Comfy-Org/Wan_2.2_ComfyUI_Repackaged)"
+            "Comfy-Org/Wan_2.1_ComfyUI_repackaged)"
         )
         yield _change(text, {"model.text_encoder": FP8_TEXT_ENCODER})
     if memory.host_weights != "mapped" and not isinstance(config.method, FineTuneMethod):

@@ -26,7 +26,7 @@ from onewan.memory.plan.shapes import (
     VaeShape,
 )
 from onewan.memory.plan.storage import Storage, matrix_bytes
-from onewan.variants import TEXT_WIDTH, ExpertName
+from onewan.variants import TEXT_WIDTH, Expert, ExpertName
 
 _COMPUTED_TYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FP8_TEXT_ENCODER = "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
@@ -78,8 +78,8 @@ class StoredModel:
 def read_stored_model(config: ResolvedRun) -> StoredModel:
     """The model of `config`, by the headers of its files where they are on this machine.
 
-    Sizes are the variant's, and weights are in `model.dtype`, where a file is not here (the plan
-    says so), or can't be read (which loading reports).
+    Where a file is not here (the plan says so) or can't be read (which loading reports), sizes are
+    the variant's, and weights are in `model.dtype`, or in fp8 if the file's name says that.
     """
     variant = config.model.facts()
     described = _descriptions(config)
@@ -87,15 +87,15 @@ def read_stored_model(config: ResolvedRun) -> StoredModel:
     notes = list[str]()
     for expert in variant.experts:
         found = described.get(expert.component)
+        experts[expert.name] = _transformer(config, expert, found)
         if found is None or found.file is None:
+            which = f"{expert.name} expert" if len(variant.experts) > 1 else "transformer"
+            source = config.model.source_of(expert.component)
+            how = "fp8, by the file's name" if _is_named_fp8(source) else config.model.dtype
             notes.append(
-                f"the files of the {expert.name} expert are not on this machine, so its size is "
-                f"that of {variant.title}, with weights in {config.model.dtype}"
-                if len(variant.experts) > 1
-                else f"the files of the transformer are not on this machine, so its size is that "
-                f"of {variant.title}, with weights in {config.model.dtype}"
+                f"the files of the {which} are not on this machine, so its size is that of "
+                f"{variant.title}, with weights in {how}"
             )
-        experts[expert.name] = _transformer(config, found)
     vae, text = described.get("vae"), described.get("text_encoder")
     found = assumed_model(config)
     return StoredModel(
@@ -111,12 +111,14 @@ def read_stored_model(config: ResolvedRun) -> StoredModel:
 
 
 def assumed_model(config: ResolvedRun) -> StoredModel:
-    """The model of the variant's size with weights in `model.dtype`."""
+    """The model of the variant's size with weights in `model.dtype`, or in fp8 where the name of a
+    file says so."""
     variant = config.model.facts()
+    text = TEXT_ENCODER_WEIGHTS * _COMPUTED_TYPES[config.model.dtype]
     return StoredModel(
-        experts={expert.name: _transformer(config, None) for expert in variant.experts},
+        experts={expert.name: _transformer(config, expert, None) for expert in variant.experts},
         vae=VaeShape.of_variant(variant),
-        text_encoder=TEXT_ENCODER_WEIGHTS * _COMPUTED_TYPES[config.model.dtype],
+        text_encoder=_FP8_TEXT_ENCODER_BYTES if _is_named_fp8(config.model.text_encoder) else text,
     )
 
 
@@ -127,7 +129,7 @@ def with_changes(stored: StoredModel, config: ResolvedRun) -> StoredModel:
         name: with_weights(expert, weights, dtype) for name, expert in stored.experts.items()
     }
     text = stored.text_encoder
-    if config.model.text_encoder == FP8_TEXT_ENCODER:
+    if _is_named_fp8(config.model.text_encoder):
         text = min(text, _FP8_TEXT_ENCODER_BYTES)
     return replace(stored, experts=experts, text_encoder=text)
 
@@ -170,13 +172,22 @@ def _descriptions(config: ResolvedRun) -> dict[ComponentName, ComponentDescripti
     return described
 
 
-def _transformer(config: ResolvedRun, described: ComponentDescription | None) -> StoredTransformer:
-    dtype = config.model.dtype
+def _is_named_fp8(source: str | None) -> bool:
+    """Whether a file's name says that its weights are in fp8, as those of ComfyUI's files do."""
+    return source is not None and "fp8" in Path(source).name.lower()
+
+
+def _transformer(
+    config: ResolvedRun, expert: Expert, described: ComponentDescription | None
+) -> StoredTransformer:
+    dtype, weights = config.model.dtype, config.memory.weights
     file = None if described is None else described.file
     if described is None or file is None:
         shape = TransformerShape.of_variant(config.model.facts())
         sizes = {"": sum(_plain(dtype, s) for s in shape.block_linears().values())}
         names = {dtype}
+        if weights == "as_stored" and _is_named_fp8(config.model.source_of(expert.component)):
+            weights = "fp8"
     else:
         shape = TransformerShape.of_config(described.config)
         sizes, names = _block_sizes(file, dtype)
@@ -187,7 +198,7 @@ def _transformer(config: ResolvedRun, described: ComponentDescription | None) ->
         expands=bool(names - {dtype}),
         storage=", ".join(sorted(names)),
     )
-    return with_weights(stored, config.memory.weights, dtype)
+    return with_weights(stored, weights, dtype)
 
 
 def _block_sizes(file: ComponentFile, dtype: str) -> tuple[dict[str, float], set[str]]:
