@@ -65,6 +65,21 @@ BROKEN = [
         r"method.per_module.0.modules: .* got 'fnn'; did you mean 'ffn'\?",
     ),
     ("method: {per_module: [{modules: [ffn]}]}", "method.per_module.0: gives neither rank nor"),
+    # Which parts of a video are clips.
+    (
+        "wan_config: {clip_lengths: [17, 33], max_frames: 33}",
+        "wan_config.max_frames: has no effect, since wan_config.clip_lengths gives the numbers",
+    ),
+    (
+        "wan_config: {frame_sample_strategy: chunks, clips_per_video: 2}",
+        "wan_config.clips_per_video: has no effect, since wan_config.frame_sample_strategy is chun",
+    ),
+    (
+        "wan_config: {stride: 1.5}",
+        "wan_config.stride: has no effect, since wan_config.frame_sample_strategy is uniform",
+    ),
+    ("wan_config: {clip_lengths: [17, 17]}", "wan_config.clip_lengths: has 17 twice"),
+    ("video_data: {sources: [{path: c, speed: 0}]}", "video_data.sources.0.speed: must be"),
     ("method: {kind: lokr, factor: 0}", "method.factor: must be at least 1, or -1, got 0"),
     (
         TI2V.replace("}", ", boundary: 0.5}"),

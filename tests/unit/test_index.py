@@ -498,7 +498,7 @@ def test_what_is_not_used_of_a_long_file_is_said(tmp_path: Path) -> None:
     (line,) = [line for line in lines if "long" in line]
     assert line == (
         "  a.mp4 and 4 others like it (b.mp4, c.mp4, ...): 2.2 s long; 1.1 s from its middle are "
-        "used (cut it into several files to train on more of it)"
+        "used (wan_config.frame_sample_strategy: all makes clips of all of it)"
     )
     assert not [line for line in lines if "short.mp4" in line]
     (line,) = [line for line in index(tmp_path, frame_strategy="random").lines() if "long" in line]

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,45 @@ def test_each_epoch_has_every_clip_and_the_samples_of_a_step_are_numbered(
     for step in steps:
         indices = [index for b in step.batches for index in b.sample_indices]
         assert indices == list(range(step.global_size))
+
+
+def test_of_alternatives_each_epoch_has_one_and_all_come_in_turn() -> None:
+    spans = [replace(clip(n, repeats=2), take=n - 20, takes=3) for n in (20, 21, 22)]
+    data = WanDataLoader(
+        [clip(1), *spans, clip(2)],
+        NumberedSource(),
+        TEXT_ONLY,
+        batch_size=2,
+        accumulation=1,
+        seed=7,
+    )
+    # 2 clips, and twice one of the three spans: a short batch never comes.
+    assert data.batches_per_epoch == 2
+    epochs = [
+        [
+            name
+            for n in (2 * epoch, 2 * epoch + 1)
+            for name in data.step(n, "high", n).batches[0].names
+        ]
+        for epoch in range(30)
+    ]
+    turns = [[name for name in epoch if int(name) >= 20] for epoch in epochs]
+    assert all(Counter(epoch) >= Counter(["1", "2"]) and len(epoch) == 4 for epoch in epochs)
+    assert all(len(turn) == 2 for turn in turns)
+    # In three epochs each span comes twice, in an order that differs.
+    for start in range(0, 30, 3):
+        assert Counter(chain(*turns[start : start + 3])) == {"20": 2, "21": 2, "22": 2}
+    assert len({tuple(chain(*turns[k : k + 3])) for k in range(0, 30, 3)}) > 3
+    again = WanDataLoader(
+        [*spans, clip(2), clip(1)],
+        NumberedSource(),
+        TEXT_ONLY,
+        batch_size=2,
+        accumulation=1,
+        seed=7,
+    )
+    names = {name for n in (58, 59) for name in again.step(n, "high", n).batches[0].names}
+    assert names == set(epochs[29])  # other clips in the list have no influence on the spans
 
 
 def test_a_batch_has_clips_of_one_bucket_and_their_own_captions() -> None:

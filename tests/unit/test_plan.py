@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from onewan.arithmetic.flops import TransformerSize, forward_flops
 from onewan.cli import main
 from onewan.config.load import load_run
 from onewan.config.schema import ResolvedRun
-from onewan.data.buckets import expected_buckets
+from onewan.data.buckets import clip_planner, clip_sources, expected_buckets
+from onewan.data.index import index_clips
+from onewan.data.loader import batches_per_epoch
 from onewan.errors import ConfigError, MemoryPlanError
 from onewan.media import write_video
 from onewan.memory.plan import (
@@ -394,6 +397,39 @@ def test_buckets_are_those_of_the_clips(clip_run: Path) -> None:
     found = expected_buckets(load_run(clip_run))
     assert found.clips == {(17, (320, 192)): 1, (5, (192, 320)): 1}
     assert found.notes == ()
+
+
+@pytest.mark.parametrize("speed", [1, 0.5])
+@pytest.mark.parametrize(
+    "strategy", ["uniform", "middle", "head", "random", "keyframe", "chunks", "sliding", "all"]
+)
+def test_buckets_are_those_that_training_takes(clip_run: Path, strategy: str, speed: float) -> None:
+    folder = clip_run.parent / "clips"
+    write_clip(folder / "film.mp4", frames=90, size=(320, 192))
+    (folder / "film.txt").write_text("longer", encoding="utf-8")
+    number = ", clips_per_video: 3" * (strategy in ("uniform", "random", "keyframe"))
+    wan_config = f"{{clip_lengths: [9, 33], frame_sample_strategy: {strategy}{number}}}"
+    source = f"{{path: {json.dumps(str(folder))}, repeats: 2, speed: {speed}}}"
+    config = load_run(
+        clip_run,
+        [f"wan_config={wan_config}", f"video_data.sources=[{source}]", "train.batch_size=4"],
+    )
+    found = expected_buckets(config)
+    clips = index_clips(
+        clip_sources(config.video_data.sources, config), clip_planner(config), use_masks=False
+    ).clips
+    assert found.clips == Counter((clip.frames, clip.size) for clip in clips)
+    assert found.batches_per_epoch == batches_per_epoch(clips, 4)
+
+
+def test_changes_of_scene_that_are_not_known_yet_are_noted(clip_run: Path) -> None:
+    overrides = ["wan_config={frame_sample_strategy: chunks, max_frames: 5, avoid_cuts: true}"]
+    config = load_run(clip_run, overrides)
+    (note,) = expected_buckets(config).notes
+    assert note.startswith("videos that were not searched for changes of scene yet count as one")
+    sources = clip_sources(config.video_data.sources, config)
+    index_clips(sources, clip_planner(config), use_masks=False)
+    assert expected_buckets(config).notes == ()
 
 
 def test_without_clips_common_shapes_are_assumed(clip_run: Path) -> None:

@@ -53,9 +53,23 @@ class WanTrainConfig(Section):
     max_frames: Int | None = Field(default=None, ge=1)
     """Maximum frames of a training clip, rounded down to 4n+1 as the VAE takes it (16: 13); null is
     the variant's own number (81, or 121 for TI2V-5B: five seconds)."""
-    frame_sample_strategy: Literal["uniform", "random", "keyframe"] = "uniform"
-    """Position of the clip in a longer file: in the middle (`uniform`), at random (`random`), or
-    from the key frame nearest to the middle (`keyframe`). The speed is never changed."""
+    clip_lengths: Annotated[tuple[Annotated[Int, Field(ge=1)], ...], Several, Distinct] = ()
+    """Numbers of frames, such as [17, 33, 81], instead of `max_frames`: each video gives clips of
+    each of them."""
+    frame_sample_strategy: Literal[
+        "uniform", "middle", "head", "random", "keyframe", "chunks", "sliding", "all"
+    ] = "uniform"
+    """Which parts of a longer video are clips: `clips_per_video` spread evenly (`uniform`; one is
+    the middle), the middle, the beginning (`head`), from a change of scene or key frame on
+    (`keyframe`), at random, another in each pass (`random`), one behind the other (`chunks`; `all`
+    with the rest too), or overlapping (`sliding`). The speed is never changed."""
+    clips_per_video: Int | None = Field(default=None, ge=1)
+    """Clips of each video for `uniform` and `keyframe` (null: 1), or the random parts that are
+    encoded for `random` (null: 4), of which each pass through the data takes one."""
+    stride: Positive | None = None
+    """Seconds between the beginnings of `sliding` clips; null is half of a clip."""
+    avoid_cuts: bool = False
+    """Take no clip across a change of scene; needs to read all videos completely once."""
     temporal_consistency_weight: Float = Field(default=1.0, ge=0)
     """Loss weight of each frame's deviation from the mean error over frames. 1.0 is exactly the
     plain loss; larger values penalize flicker and wrong motion, smaller ones favor appearance."""
@@ -73,6 +87,7 @@ class WanTrainConfig(Section):
 
 class ResolvedWanTrainConfig(WanTrainConfig):
     max_frames: int
+    clips_per_video: int
 
 
 class SourceSection(Section):
@@ -103,6 +118,8 @@ class SourceSection(Section):
     caption_dropout: Share | None = None
     """Probability of replacing a caption of its clips by the empty one; null is
     `train.caption_dropout`."""
+    speed: Positive = 1.0
+    """How much faster than in the files its videos are trained: 2 takes every second frame."""
     shuffle_tags: Int = Field(default=0, ge=0)
     """Number of random orders in which the comma-separated tags of a caption are trained, such as
     8; each one is encoded and cached. 0 keeps the order of the file."""
@@ -140,6 +157,9 @@ class VideoDataSection(Section):
 
     target_fps: Positive | None = None
     """Frames per second of the training clips; null is the variant's own rate (16, or 24)."""
+    slow_video: Literal["repeat", "keep_rate", "skip"] = "repeat"
+    """What becomes of a video with fewer frames per second: frames come twice, it is taken at its
+    own rate (and seems faster), or it is left out. Each is reported."""
     resolution: Annotated[
         tuple[int | str, ...] | None, BeforeValidator(parse_sizes), WithJsonSchema(_SIZES)
     ] = None

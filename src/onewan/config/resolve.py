@@ -52,6 +52,7 @@ def resolve(config: RunConfig, folder: Path) -> ResolvedRun:
             ResolvedWanTrainConfig,
             config.wan_config.model_copy(update=compression_ratios(variant)),
             max_frames=variant.frames,
+            clips_per_video=4 if config.wan_config.frame_sample_strategy == "random" else 1,
         ),
         "video_data": _filled(
             ResolvedVideoData,

@@ -31,6 +31,7 @@ def unused_fields(config: RunConfig) -> Iterator[Unused]:
     yield from _by_embedding(config)
     yield from _by_expert(config)
     yield from _by_source(config)
+    yield from _by_strategy(config)
 
 
 def unused_field_problems(config: RunConfig) -> Iterator[Problem]:
@@ -122,6 +123,17 @@ def _by_expert(config: RunConfig) -> Iterator[Unused]:
                 yield path, _FROM_FILE
             elif name == "lr" and isinstance(method, EmbeddingMethod):
                 yield path, f"method.kind {kind} trains no expert"
+
+
+def _by_strategy(config: RunConfig) -> Iterator[Unused]:
+    wan = config.wan_config
+    if wan.clip_lengths:
+        yield ("wan_config", "max_frames"), "wan_config.clip_lengths gives the numbers of frames"
+    why = f"wan_config.frame_sample_strategy is {wan.frame_sample_strategy}"
+    if wan.frame_sample_strategy not in ("uniform", "random", "keyframe"):
+        yield ("wan_config", "clips_per_video"), why
+    if wan.frame_sample_strategy != "sliding":
+        yield ("wan_config", "stride"), why
 
 
 def _by_source(config: RunConfig) -> Iterator[Unused]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from onewan.arithmetic.buckets import Size, sizes_for
 from onewan.config.clips import SourceSection
 from onewan.config.schema import ResolvedRun
 from onewan.data.captions import CaptionSettings
-from onewan.data.clip import ClipPlanner, ClipSource
+from onewan.data.clip import Bucket, ClipPlanner, ClipSource
+from onewan.data.found_cuts import FoundCuts
 from onewan.data.sources.item import SourceItem
 from onewan.data.sources.names import Patterns
 from onewan.data.sources.read import read_source, source_problem
@@ -35,7 +36,8 @@ class ExpectedBuckets:
     """The buckets of a run's clips, by the headers of their files."""
 
     clips: Mapping[tuple[int, Size], int]
-    """Number of clips by (frames, size), scaled up to all files where not all were read."""
+    """Number of clips by (frames, size), scaled up to all files where not all were read. Each of
+    the alternatives of which a pass through the data has one counts."""
     batches_per_epoch: int
     """Micro-batches in which every training clip is once, or as often as its source says."""
     notes: tuple[str, ...] = ()
@@ -45,12 +47,18 @@ class ExpectedBuckets:
 def clip_planner(config: ResolvedRun) -> ClipPlanner:
     """The planner of clips with the run file's settings."""
     variant, video_data, wan_config = config.model.facts(), config.video_data, config.wan_config
+    cuts_file = video_data.cache_dir / "cuts.jsonl" if video_data.cache else None
     return ClipPlanner(
         seed=config.train.seed,
         fps=video_data.target_fps,
         max_frames=wan_config.max_frames,
+        clip_lengths=wan_config.clip_lengths,
         max_duration=video_data.max_duration,
         frame_strategy=wan_config.frame_sample_strategy,
+        clips_per_video=wan_config.clips_per_video,
+        stride=wan_config.stride,
+        avoid_cuts=wan_config.avoid_cuts,
+        slow_video=video_data.slow_video,
         resolutions=video_data.resolution,
         min_resolution=video_data.min_resolution,
         max_resolution=video_data.max_resolution,
@@ -59,6 +67,7 @@ def clip_planner(config: ResolvedRun) -> ClipPlanner:
         background=_rgb(video_data.background),
         size_multiple=variant.size_multiple,
         temporal_compression=variant.temporal_compression,
+        find_cuts=FoundCuts(cuts_file).of,
     )
 
 
@@ -79,6 +88,7 @@ def clip_sources(sources: Sequence[SourceSection], config: ResolvedRun) -> list[
             caption_dropout=source.caption_dropout,
             recursive=source.recursive,
             patterns=Patterns(include=source.include, exclude=source.exclude),
+            speed=source.speed,
             captions=CaptionSettings(
                 whole=config.video_data.captions == "whole",
                 prefix=source.caption_prefix,
@@ -98,13 +108,14 @@ def expected_buckets(config: ResolvedRun) -> ExpectedBuckets:
     buckets are those of clips of `wan_config.max_frames` frames in common shapes.
     """
     planner, batch_size = clip_planner(config), config.train.batch_size
-    trained = [(source, source.repeats) for source in config.video_data.sources]
-    sources = [*trained, *((source, 0) for source in config.validation.sources)]
+    known_cuts = FoundCuts(config.video_data.cache_dir / "cuts.jsonl")
+    planner = replace(planner, find_cuts=known_cuts.known)
+    training = clip_sources(config.video_data.sources, config)
+    validation = clip_sources(config.validation.sources, config)
     files = [
-        (item, repeats)
-        for (_, repeats), source in zip(
-            sources, clip_sources([s for s, _ in sources], config), strict=True
-        )
+        (item, source, source.repeats * item.repeats if is_trained else 0)
+        for sources, is_trained in ((training, True), (validation, False))
+        for source in sources
         if source_problem(source.path, "") is None
         for item in read_source(source, planner.video_formats, use_masks=False).items
         if item.texts or item.captions is not None
@@ -112,22 +123,33 @@ def expected_buckets(config: ResolvedRun) -> ExpectedBuckets:
     step = max(1, -(-len(files) // _MOST_HEADERS))
     read = files[::step]
     with ThreadPoolExecutor(_THREADS) as pool:
-        buckets = pool.map(lambda file: _bucket(planner, file[0]), read)
-        found = [(b, repeats) for b, (_, repeats) in zip(buckets, read, strict=True) if b]
+        buckets = list(pool.map(lambda file: _buckets(planner, file[0], file[1]), read))
+    found = [
+        (bucket, repeats)
+        for each, (*_, repeats) in zip(buckets, read, strict=True)
+        for bucket in each
+    ]
     if not found:
         return _without_clips(planner, len(files))
-    notes = ()
+    notes = list[str]()
     if step > 1:
-        notes = (f"the headers of {len(read)} of {len(files)} files were read",)
+        notes.append(f"the headers of {len(read)} of {len(files)} files were read")
+    usable = [item.path for each, (item, *_) in zip(buckets, read, strict=True) if each]
+    if planner.needs_cuts and not all(map(known_cuts.knows, usable)):
+        notes.append(
+            "videos that were not searched for changes of scene yet count as one scene each; "
+            "`onewan cache` searches them"
+        )
     # The largest size may be that of a file that was not read.
-    counts, used = Counter(bucket for bucket, _ in found), Counter[tuple[int, Size]]()
+    counts, used = Counter[tuple[int, Size]](), Counter[tuple[int, Size]]()
     for bucket, repeats in found:
-        used[bucket] += repeats
+        counts[bucket.frames, bucket.size] += bucket.takes
+        used[bucket.frames, bucket.size] += repeats
     remaining = step * (1 - _held_out(config, len(files)))
     return ExpectedBuckets(
         clips={b: step * n for b, n in counts.items()},
         batches_per_epoch=sum(ceil(remaining * n / batch_size) for n in used.values()),
-        notes=notes,
+        notes=tuple(notes),
     )
 
 
@@ -139,17 +161,18 @@ def _held_out(config: ResolvedRun, files: int) -> float:
     return 0.0 if validation.sources or not validation.clips else default_fraction(files)
 
 
-def _bucket(planner: ClipPlanner, item: SourceItem) -> tuple[int, Size] | None:
+def _buckets(planner: ClipPlanner, item: SourceItem, source: ClipSource) -> list[Bucket]:
     try:
-        return planner.bucket(item.within(probe_header(item.path)))
+        return planner.buckets(item.within(probe_header(item.path)), source.speed)
     except DataError:
-        return None
+        return []
 
 
 def _without_clips(planner: ClipPlanner, files: int) -> ExpectedBuckets:
     what = f"none of {files} files can be used" if files else "there are no clips yet"
     clips = {
-        (planner.longest_clip, size): 1
+        (frames, size): 1
+        for frames in planner.lengths
         for resolution in planner.resolutions
         for aspect in _ASPECTS
         for size in sizes_for(resolution, aspect, planner.size_multiple, planner.max_resolution)[:1]

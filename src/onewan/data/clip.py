@@ -1,39 +1,38 @@
-"""`Clip`, a span of a media file to train on, and `ClipPlanner`, which chooses the span.
+"""`Clip`, a span of a media file to train on, and `ClipPlanner`, which chooses the clips of a file.
 
 The planner takes plain values, so that a run file, another trainer or a test can supply them. It
-reads a file's header, first frame and end, never the frames in between.
+reads a file's header, first frame and end; the frames in between only to find changes of scene.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from math import floor
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from onewan.arithmetic.buckets import Size, choose_size, floor_to_4n_plus_1, size_without_limit
+from onewan.arithmetic.buckets import Size, choose_size, floor_to_4n_plus_1
 from onewan.data.captions import CaptionSettings
 from onewan.data.masks import Mask, find_mask
 from onewan.data.probes import MediaProbes
 from onewan.data.sources.item import SourceItem
 from onewan.data.sources.names import Patterns
+from onewan.data.spans import Span, SpanChooser, Strategy, scenes_between
 from onewan.errors import DataError
 from onewan.media import RGB, WHITE, MediaInfo, keyframe_near
+from onewan.media.cuts import Cut, cut_detector, find_cuts
 from onewan.seeds import derive_seed
 
 _MOST_ENLARGED = 2
 """A file that would have to be enlarged further, in both directions, has too little detail."""
-_NOTED_SECONDS = 1.0
-"""What is not used of a video is mentioned from here on: a clip has 4n+1 frames, so that nearly
-each has some left over."""
-_PLACES = {
-    "uniform": "from its middle",
-    "random": "from a random place",
-    "keyframe": "from the key frame nearest to its middle on",
-}
-
+SAME_RATE = 0.99
+"""A file with this share of the wanted frames per second is not slow: 23.976 for 24, for
+instance."""
 _ROUNDING = 1e-6
 """Added before a product of floats is rounded down: 0.29 s * 100 fps is 28.999999999999996."""
+
+SlowVideo = Literal["repeat", "keep_rate", "skip"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +41,8 @@ class Clip:
 
     path: Path
     name: str
-    """The path relative to its folder, with forward slashes: the same on every machine."""
+    """The path relative to its folder, with forward slashes: the same on every machine. If the file
+    gives several clips, with the clip's number among them: "a.mp4 (2 of 5)"."""
     captions: tuple[str, ...]
     """At least one; each training sample draws one of them."""
     kind: Literal["video", "image"]
@@ -64,8 +64,16 @@ class Clip:
     """Fraction of its training samples whose caption is empty; None is the run's."""
     is_prior: bool = False
     """Whether its target is the base model's prediction (prior preservation), not the data."""
+    item_name: str = ""
+    """The name that all clips of a file share, or of a part of a file that a source names."""
     source_seconds: float = 0.0
-    """Duration of the video file; 0 for an image."""
+    """Duration of the video file or of this part; 0 for an image."""
+    source_fps: float = 0.0
+    """Mean number of frames per second of the video file; 0 for an image."""
+    take: int = 0
+    """Index among its alternatives, of which each pass through the data has one."""
+    takes: int = 1
+    """Number of these alternatives, itself included; they follow each other in a data set."""
     mask: Mask | None = None
     """Its loss mask; None if all of the clip is trained on."""
     background: RGB = WHITE
@@ -76,6 +84,30 @@ class Clip:
     def times(self) -> tuple[float, ...]:
         """Presentation time of each frame in the file's own clock, s."""
         return tuple(self.start + k / self.fps for k in range(self.frames))
+
+
+def alternatives(clips: Iterable[Clip]) -> list[tuple[Clip, ...]]:
+    """The `clips` in groups of which each pass through the data has one member."""
+    groups = list[list[Clip]]()
+    for clip in clips:
+        if clip.take == 0:
+            groups.append([])
+        groups[-1].append(clip)
+    return [tuple(group) for group in groups]
+
+
+def count_clips(clips: Iterable[Clip]) -> int:
+    """How many of `clips` one pass through the data has, without repeats."""
+    return sum(clip.take == 0 for clip in clips)
+
+
+class Bucket(NamedTuple):
+    """The shape of a clip, before anything of its file is decoded."""
+
+    frames: int
+    size: Size
+    takes: int
+    """See `Clip.takes`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,11 +125,13 @@ class ClipSource:
     """Whether a folder is read with its subfolders."""
     patterns: Patterns = field(default_factory=Patterns)
     """Which files of a folder are used."""
+    speed: float = 1.0
+    """How much faster than in their files the motion of its videos is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipPlanner:
-    """Turns a media file into a clip: chooses its span, number of frames and training size."""
+    """Turns a media file into clips: chooses their spans, numbers of frames and training size."""
 
     seed: int
     """Seed of the spans that the strategy "random" chooses."""
@@ -105,11 +139,22 @@ class ClipPlanner:
     """Frames per second of the clips."""
     max_frames: int
     """Largest number of frames of a clip; rounded down to 4n+1."""
+    clip_lengths: tuple[int, ...] = ()
+    """Instead of `max_frames`: the numbers of frames at each of which a file gives clips."""
     max_duration: float
     """Longest clip, s."""
-    frame_strategy: Literal["uniform", "random", "keyframe"]
-    """Which frames of a longer file are taken: those in the middle, at a random position, or from
-    the key frame nearest to the middle on."""
+    frame_strategy: Strategy
+    """Which spans of a longer file are taken; see docs/data.md."""
+    clips_per_video: int = 1
+    """Number of spans of the strategies "uniform", "keyframe" and "random"; each pass through the
+    data has all of them, or one of those of "random"."""
+    stride: float | None = None
+    """Time between the beginnings of the spans of "sliding", s; None is half of a span."""
+    avoid_cuts: bool = False
+    """Whether no clip may cross a change of scene."""
+    slow_video: SlowVideo = "repeat"
+    """What becomes of a file with fewer frames per second than are wanted: frames come twice, it
+    is taken at its own rate, or it is refused."""
     resolutions: tuple[int | str, ...]
     """Training sizes: areas in pixels (399360) or exact sizes ("832x480")."""
     min_resolution: Size | None
@@ -129,14 +174,30 @@ class ClipPlanner:
     """Frames per latent frame after the first."""
     probes: MediaProbes = field(default_factory=MediaProbes)
     """What the files contain."""
+    find_cuts: Callable[[Path], Sequence[Cut]] = find_cuts
+    """The changes of scene of a file, where they are needed."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The numbers of frames of clips, ascending, as the VAE encodes them: 4n+1."""
+        wanted = self.clip_lengths or (self.max_frames,)
+        return tuple(sorted({floor_to_4n_plus_1(n, self.temporal_compression) for n in wanted}))
 
     @property
     def longest_clip(self) -> int:
-        """`max_frames` rounded down to the 4n+1 that the VAE encodes."""
-        return floor_to_4n_plus_1(self.max_frames, self.temporal_compression)
+        """The largest number of frames of a clip."""
+        return self.lengths[-1]
 
-    def plan(self, item: SourceItem, source: ClipSource, captions: tuple[str, ...]) -> Clip:
-        """The clip of a file that `source` names, with its loss mask if `item` has one.
+    @property
+    def needs_cuts(self) -> bool:
+        """Whether files are searched for changes of scene."""
+        by_library = self.frame_strategy == "keyframe" and cut_detector() == "PySceneDetect"
+        return self.avoid_cuts or by_library
+
+    def plan(
+        self, item: SourceItem, source: ClipSource, captions: tuple[str, ...]
+    ) -> tuple[Clip, ...]:
+        """The clips of a file that `source` names, with their loss masks if `item` has one.
 
         Raises DataError, which names the file, if it can't be used.
         """
@@ -147,67 +208,58 @@ class ClipPlanner:
                 f"{item.path}: is interlaced, and video_data.interlaced is refuse; set that to "
                 "deinterlace, or take the file out"
             )
-        frames, size = self.bucket(info)
-        clip = Clip(
-            path=item.path,
-            name=item.name,
-            captions=captions,
-            kind=info.kind,
-            start=self._start_time(info, item.name, frames),
-            fps=self.fps,
-            frames=frames,
-            size=size,
-            source_size=info.shown_size,
-            source_seconds=_seconds(info),
-            repeats=source.repeats * item.repeats,
-            loss_weight=source.loss_weight * item.weight,
-            is_prior=source.is_prior or item.is_prior,
-            caption_dropout=source.caption_dropout,
-            background=self.background if info.has_alpha else WHITE,
-            media_notes=info.notes,
+        size, fps = self._size(info), self._rate(info, source.speed)
+        spans = [
+            (span, take, len(group))
+            for group in self._spans(info, item.name, fps)
+            for take, span in enumerate(group)
+        ]
+        clips = [
+            Clip(
+                path=item.path,
+                name=item.name if len(spans) == 1 else f"{item.name} ({number} of {len(spans)})",
+                item_name=item.name,
+                captions=captions,
+                kind=info.kind,
+                start=span.start,
+                fps=fps,
+                frames=span.frames,
+                size=size,
+                source_size=info.shown_size,
+                source_seconds=_seconds(info),
+                source_fps=1 / info.frame_interval if info.frame_interval else 0.0,
+                take=take,
+                takes=takes,
+                repeats=source.repeats * item.repeats,
+                loss_weight=source.loss_weight * item.weight,
+                is_prior=source.is_prior or item.is_prior,
+                caption_dropout=source.caption_dropout,
+                background=self.background if info.has_alpha else WHITE,
+                media_notes=info.notes,
+            )
+            for number, (span, take, takes) in enumerate(spans, start=1)
+        ]
+        # Last, since a mask has to cover exactly the frames that its clip takes.
+        formats, probes = self.video_formats, self.probes
+        return tuple(
+            replace(clip, mask=find_mask(whole, clip.times(), item.masks, formats, probes))
+            for clip in clips
         )
-        # Last, since a mask has to cover exactly the frames that the clip takes.
-        mask = find_mask(whole, clip.times(), item.masks, self.video_formats, self.probes)
-        return replace(clip, mask=mask)
 
-    def bucket(self, info: MediaInfo) -> tuple[int, Size]:
-        """(frames, size) of the clip of a file with this header; DataError if it is too small."""
+    def buckets(self, info: MediaInfo, speed: float = 1.0) -> list[Bucket]:
+        """The shapes of the clips of a file with this header; DataError if it can't be used.
+
+        With `find_cuts` that knows no cuts, they are those of a file of one scene.
+        """
+        size, fps = self._size(info), self._rate(info, speed)
+        groups = self._spans(info, info.path.name, fps)
+        return [Bucket(group[0].frames, size, len(group)) for group in groups]
+
+    def _size(self, info: MediaInfo) -> Size:
+        """The training size of a file; DataError if the file is too small."""
         size = choose_size(
             *info.shown_size, self.resolutions, self.size_multiple, self.max_resolution
         )
-        self._check_size(info, size)
-        return self._frame_count(info), size
-
-    def warnings(self, clip: Clip) -> list[str]:
-        """What the user should know about a planned clip: how it differs from its file, and from
-        what the run file asks for."""
-        texts = list(clip.media_notes)
-        width, height = clip.source_size
-        if clip.size[0] > width or clip.size[1] > height:
-            texts.append(f"scaled up from {width}x{height} to {clip.size[0]}x{clip.size[1]}")
-        wanted = size_without_limit(
-            width, height, self.resolutions, self.size_multiple, self.max_resolution
-        )
-        if wanted is not None:
-            limit = "x".join(map(str, self.max_resolution))
-            texts.append(
-                f"trained at {clip.size[0]}x{clip.size[1]} instead of {wanted[0]}x{wanted[1]}, "
-                f"since video_data.max_resolution is {limit}"
-            )
-        used = clip.frames / clip.fps
-        if clip.source_seconds - used >= _NOTED_SECONDS:
-            texts.append(
-                f"{clip.source_seconds:.1f} s long; {used:.1f} s {_PLACES[self.frame_strategy]} "
-                "are used (cut it into several files to train on more of it)"
-            )
-        if clip.kind == "video" and clip.frames < self.longest_clip:
-            texts.append(
-                f"{clip.frames} frame{'s' if clip.frames > 1 else ''} at {clip.fps:g} fps instead "
-                f"of {self.longest_clip}: the file or video_data.max_duration is too short for more"
-            )
-        return texts
-
-    def _check_size(self, info: MediaInfo, size: Size) -> None:
         limit = self.min_resolution
         if limit is None:
             width, height = info.shown_size
@@ -217,7 +269,7 @@ class ClipPlanner:
                     f"{size[0]}x{size[1]}; take it out, choose a smaller video_data.resolution, or "
                     "allow it with video_data.min_resolution: [1, 1]"
                 )
-            return
+            return size
         # In either orientation, as for the largest size: portrait is no smaller than landscape.
         shorter, longer = sorted((info.width, info.height))
         if shorter < min(limit) or longer < max(limit):
@@ -225,30 +277,68 @@ class ClipPlanner:
                 f"{info.path}: is {info.width}x{info.height}, smaller than "
                 f"video_data.min_resolution ({limit[0]}x{limit[1]}); lower that, or take it out"
             )
+        return size
 
-    def _frame_count(self, info: MediaInfo) -> int:
+    def _rate(self, info: MediaInfo, speed: float) -> float:
+        """Frames per second of the file's time at which its frames are taken; DataError."""
+        wanted = self.fps / speed
+        if info.kind == "image" or info.last <= info.start:
+            return wanted
+        own = 1 / info.frame_interval
+        if self.slow_video == "repeat" or own >= SAME_RATE * wanted:
+            return wanted
+        if self.slow_video == "skip":
+            raise DataError(
+                f"{info.path}: has {own:.4g} frames per second, fewer than the {wanted:.4g} that "
+                "are trained on, and video_data.slow_video is skip; choose repeat or keep_rate "
+                "there, lower video_data.target_fps, or take it out"
+            )
+        return own
+
+    def _spans(self, info: MediaInfo, name: str, fps: float) -> list[list[Span]]:
+        """The spans of a file, in groups of which each pass through the data has one member."""
+        if info.kind == "image":
+            return [[Span(info.start, 1)]]
+        cuts = self.find_cuts(info.path) if self.needs_cuts else ()
+        every = scenes_between(info.start, info.last, info.frame_interval, cuts)
+        whole = scenes_between(info.start, info.last, info.frame_interval, ())
+        beginnings = [scene.start for scene in every]
+
+        def key_near(time: float) -> float:
+            if not self.needs_cuts:
+                return keyframe_near(info.path, time)
+            return min(beginnings, key=lambda start: (abs(start - time), start))
+
+        chooser = SpanChooser(
+            strategy=self.frame_strategy,
+            number=self.clips_per_video,
+            stride=self.stride,
+            scenes=every if self.avoid_cuts else whole,
+            fps=fps,
+            frame_interval=info.frame_interval,
+            temporal_compression=self.temporal_compression,
+            key_near=key_near,
+            draw=lambda index: self._draw(name, index),
+        )
+        groups = list[list[Span]]()
+        for frames in self._lengths_of(max(s.frames_at(fps) for s in chooser.scenes), fps):
+            spans = chooser.spans(frames)
+            groups += [spans] if self.frame_strategy == "random" else [[span] for span in spans]
+        return groups
+
+    def _lengths_of(self, available: int, fps: float) -> list[int]:
+        """The numbers of frames of the clips of a file with `available` frames in a scene."""
         # At least one frame, however short `max_duration` is.
-        by_duration = max(1, floor(self.max_duration * self.fps + _ROUNDING))
-        available = min(self.max_frames, by_duration, info.frames_at(self.fps))
-        return floor_to_4n_plus_1(available, self.temporal_compression)
+        by_duration = max(1, floor(self.max_duration * fps + _ROUNDING))
+        limit = floor_to_4n_plus_1(by_duration, self.temporal_compression)
+        lengths = sorted({min(length, limit) for length in self.lengths})
+        return [n for n in lengths if n <= available] or lengths[:1]
 
-    def _start_time(self, info: MediaInfo, name: str, frames: int) -> float:
-        """Time of the first frame by `frame_strategy`, s."""
-        slack = max(0.0, info.last - info.start - (frames - 1) / self.fps)
-        if info.kind == "image" or not slack:
-            return info.start
-        if self.frame_strategy == "keyframe":
-            key = keyframe_near(info.path, (info.start + info.last) / 2)
-            # Too near the end for all frames: the latest start at which they fit.
-            return min(max(key, info.start), info.start + slack)
-        position = 0.5
-        if self.frame_strategy == "random":
-            # By the name, so that adding or removing other files does not move the clip's span.
-            position = derive_seed(self.seed, "span", name) / 2**63
-        # On a frame of the file. Midway between two frames, the last bit of each time would decide
-        # which of them is nearest, so that some frames would be taken twice and others not at all.
-        whole_frames = floor(slack * position / info.frame_interval + _ROUNDING)
-        return info.start + whole_frames * info.frame_interval
+    def _draw(self, name: str, index: int) -> float:
+        """A number in [0, 1) that decides where the span `index` of a file begins."""
+        # By the name, so that adding or removing other files does not move the clip's span.
+        counters = (name, index) if index else (name,)
+        return derive_seed(self.seed, "span", *counters) / 2**63
 
 
 def _seconds(info: MediaInfo) -> float:

@@ -178,6 +178,7 @@ def _facts(clip: Clip, *, is_held_out: bool) -> list[str]:
         f"repeats {clip.repeats}" if clip.repeats > 1 else "",
         "loss mask" if clip.mask else "",
         "prior preservation" if clip.is_prior else "",
+        f"one of {clip.takes} spans, of which each pass has one" if clip.takes > 1 else "",
     ]
     first, *others = clip.captions
     more = f" (and {len(others)} more)" if others else ""

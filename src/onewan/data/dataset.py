@@ -266,6 +266,8 @@ def _dataset_digest(report: DatasetReport, digests: Mapping[Path, str]) -> str:
         settings = [clip.repeats, clip.loss_weight, "base" if clip.is_prior else "data"]
         if clip.caption_dropout is not None:
             settings.append(clip.caption_dropout)
+        if clip.takes > 1:
+            settings.append([clip.take, clip.takes])
         span = [clip.start, clip.fps, clip.frames, list(clip.size)]
         return [clip.name, digests[clip.path], span, clip.captions, settings, mask]
 

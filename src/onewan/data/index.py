@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 
+from onewan.arithmetic.buckets import floor_to_4n_plus_1
 from onewan.data.captions import read_lines, several_lines_note
 from onewan.data.clip import Clip, ClipPlanner, ClipSource
+from onewan.data.clip_notes import clip_notes
 from onewan.data.report import ClipProblem, ClipWarning, DatasetReport
 from onewan.data.sources.item import SourceItem
 from onewan.data.sources.read import read_source, source_problem
 from onewan.errors import DataError, combined
+from onewan.media.cuts import cut_detector
 
 
 def index_clips(
@@ -34,12 +37,7 @@ def index_clips(
     clips = list[Clip]()
     problems = list[ClipProblem]()
     warnings = list[ClipWarning]()
-    if planner.longest_clip != planner.max_frames:
-        text = (
-            f"wan_config.max_frames is {planner.max_frames}; {planner.longest_clip} are used, "
-            f"since a clip has {planner.temporal_compression}n+1 frames"
-        )
-        warnings.append(ClipWarning(path=None, text=text))
+    warnings += _planner_notes(planner)
     wrong = [f"{s.path}: {why}" for s in sources if (why := source_problem(s.path, key_path))]
     if wrong:
         raise combined(DataError, wrong)
@@ -54,19 +52,42 @@ def index_clips(
             try:
                 lines = _caption_lines(item)
                 captions = _captions(item, source, lines, planner.seed)
-                clip = planner.plan(item, source, captions)
+                planned = planner.plan(item, source, captions)
             except DataError as error:
                 problems.append(_problem(item, error))
                 continue
-            clips.append(clip)
+            clips += planned
             line_counts.append(len(lines) if item.captions is None else 1)
-            warnings += [ClipWarning(path=item.path, text=t) for t in planner.warnings(clip)]
+            notes = clip_notes(planner, planned, source.speed)
+            warnings += [ClipWarning(path=item.path, text=text) for text in notes]
         if several := sum(number > 1 for number in line_counts):
             text = several_lines_note(
                 source.path, several, len(line_counts), whole=source.captions.whole
             )
             warnings.append(ClipWarning(path=None, text=text))
     return DatasetReport(clips=tuple(clips), problems=tuple(problems), warnings=tuple(warnings))
+
+
+def _planner_notes(planner: ClipPlanner) -> list[ClipWarning]:
+    """Notes about what the planner does with all files."""
+    field = "wan_config.clip_lengths" if planner.clip_lengths else "wan_config.max_frames"
+    texts = [
+        f"{field} is {wanted}; {used} are used, since a clip has "
+        f"{planner.temporal_compression}n+1 frames"
+        for wanted in planner.clip_lengths or (planner.max_frames,)
+        if (used := floor_to_4n_plus_1(wanted, planner.temporal_compression)) != wanted
+    ]
+    if planner.needs_cuts and cut_detector() != "PySceneDetect":
+        texts.append(
+            f"changes of scene are those by {cut_detector()}; `pip install onewan[scenes]` adds "
+            "PySceneDetect, which is used where it is installed"
+        )
+    elif planner.frame_strategy == "keyframe" and not planner.needs_cuts:
+        texts.append(
+            "clips begin at key frames of the codec, which need not be changes of scene; "
+            "`pip install onewan[scenes]` finds these"
+        )
+    return [ClipWarning(path=None, text=text) for text in texts]
 
 
 def _caption_lines(item: SourceItem) -> tuple[str, ...]:

@@ -13,11 +13,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from onewan.data.clip import Clip
+from onewan.data.clip import Clip, alternatives
 from onewan.data.encode import LatentSource
 from onewan.model.conditioning import Conditioning
 from onewan.model.inputs import to_device
@@ -93,10 +94,19 @@ class StepBatches:
     """Number of clips in the global batch, over which the loss is a mean."""
 
 
+class _Member(NamedTuple):
+    """A place in each epoch."""
+
+    clips: tuple[Clip, ...]
+    """The alternatives for it."""
+    repeat: int
+    """Its number among the repeats of these alternatives."""
+
+
 def batches_per_epoch(clips: Iterable[Clip], batch_size: int) -> int:
     """The micro-batches in which every clip is once, or as often as its source says."""
     counts: Counter[tuple[int, tuple[int, int]]] = Counter()
-    for clip in clips:
+    for clip, *_ in alternatives(clips):
         counts[clip.frames, clip.size] += clip.repeats
     # Rounded up for each bucket, since its last batch may be smaller.
     return sum(-(-count // batch_size) for count in counts.values())
@@ -127,10 +137,11 @@ class WanDataLoader:
         self._seed = seed
         self._caption_dropout = caption_dropout
         self._encode_text_online = encode_text_online
-        self._buckets: dict[tuple[int, tuple[int, int]], list[Clip]] = defaultdict(list)
+        self._buckets: dict[tuple[int, tuple[int, int]], list[_Member]] = defaultdict(list)
         # By the exact shape, since the latents of a batch are stacked.
-        for clip in clips:
-            self._buckets[clip.frames, clip.size] += [clip] * clip.repeats
+        for group in alternatives(clips):
+            bucket = self._buckets[group[0].frames, group[0].size]
+            bucket += [_Member(group, repeat) for repeat in range(group[0].repeats)]
         self._batches_per_epoch = batches_per_epoch(clips, batch_size)
         # The number and the order of each expert's current epoch. One for each expert, since their
         # steps may alternate; only one, so that memory does not grow with the epochs.
@@ -208,10 +219,21 @@ class WanDataLoader:
             # By the bucket too, so that a new clip leaves the order within other buckets.
             shuffled = list(members)
             self._random("order", expert, epoch, str(bucket)).shuffle(shuffled)
-            size = self._batch_size
-            batches += [shuffled[i : i + size] for i in range(0, len(shuffled), size)]
+            chosen, size = [self._choose(m, expert, epoch) for m in shuffled], self._batch_size
+            batches += [chosen[i : i + size] for i in range(0, len(chosen), size)]
         self._random("batches", expert, epoch).shuffle(batches)
         return batches
+
+    def _choose(self, member: _Member, expert: ExpertName, epoch: int) -> Clip:
+        """The alternative that an epoch has; each comes once before any comes again."""
+        if len(member.clips) == 1:
+            return member.clips[0]
+        first = member.clips[0]
+        turn, index = divmod(epoch * first.repeats + member.repeat, len(member.clips))
+        # By the name, so that other clips of the data set have no influence.
+        order = list(member.clips)
+        self._random("take", expert, turn, first.name).shuffle(order)
+        return order[index]
 
     def _draw_caption(self, clip: Clip, expert: ExpertName, micro_batch: int, index: int) -> str:
         # Two draws, so that a clip which keeps its caption has the one that it has without dropout.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from onewan.data.clip import Clip
+from onewan.data.clip import Clip, alternatives, count_clips
+from onewan.data.clip_notes import taken, used_seconds
 from onewan.errors import DataError, one_line
 
 _T = TypeVar("_T")
@@ -83,19 +85,12 @@ class DatasetReport:
     def lines(self, *, repeat: bool = True) -> list[str]:
         """The report as text: counts, each unusable file, and the warnings grouped by text. Without
         `repeat`, unusable files that an earlier report has named are counted."""
-        videos = sum(clip.kind == "video" for clip in self.clips)
-        kinds = f"{count(videos, 'video')}, {count(len(self.clips) - videos, 'image')}"
         left_out = f", {len(self.problems)} left out" if self.problems else ""
-        lines = [f"{count(len(self.clips), 'clip')} ({kinds}){left_out}"]
-        for size, frames in sorted({(clip.size, clip.frames) for clip in self.clips}):
-            number = sum((clip.size, clip.frames) == (size, frames) for clip in self.clips)
-            shape = f"{size[0]}x{size[1]}, {count(frames, 'frame')}"
-            lines.append(f"  {shape}: {count(number, 'clip')}")
-        masked = sum(clip.mask is not None for clip in self.clips)
-        if masked:
-            lines.append(f"  with a mask: {count(masked, 'clip')}")
+        number = count(count_clips(self.clips), "clip")
+        lines = [f"{number} ({self._kinds()}){left_out}", *self._bucket_lines()]
         if self.validation_clips:
             lines.append(f"held out for validation: {count(len(self.validation_clips), 'clip')}")
+        lines += self._taken_lines()
         new = self.problems
         if not repeat:
             new = tuple(p for p in new if str(p) not in self.listed_before)
@@ -112,6 +107,43 @@ class DatasetReport:
             for _, alike in _groups(self.warnings, lambda warning: warning.kind):
                 lines += [f"  {line}" for line in _warning_lines(alike)]
         return [*lines, self.contact_sheet] if self.contact_sheet else lines
+
+    def _kinds(self) -> str:
+        """How many videos and images the training clips are of."""
+        in_videos = [clip for clip in self.clips if clip.kind == "video"]
+        clips, videos = count_clips(in_videos), len({clip.path for clip in in_videos})
+        from_ = f"{clips} from " if clips > videos else ""
+        return (
+            f"{from_}{count(videos, 'video')}, {count(len(self.clips) - len(in_videos), 'image')}"
+        )
+
+    def _bucket_lines(self) -> list[str]:
+        """The number of training clips of each shape, and of those with a mask."""
+        clips = [group[0] for group in alternatives(self.clips)]
+        shapes = sorted(Counter((clip.size, clip.frames) for clip in clips).items())
+        lines = [
+            f"  {size[0]}x{size[1]}, {count(frames, 'frame')}: {count(number, 'clip')}"
+            for (size, frames), number in shapes
+        ]
+        if masked := sum(clip.mask is not None for clip in clips):
+            lines.append(f"  with a mask: {count(masked, 'clip')}")
+        return lines
+
+    def _taken_lines(self) -> list[str]:
+        """How many frames and seconds are taken of each video; one line for many of a kind."""
+        videos: dict[tuple[Path, str], list[Clip]] = {}
+        for clip in (*self.clips, *self.validation_clips):
+            if clip.kind == "video":
+                videos.setdefault((clip.path, clip.item_name), []).append(clip)
+        if not videos:
+            return []
+        notes = [ClipWarning(path=path, text=taken(clips)) for (path, _), clips in videos.items()]
+        used = sum(used_seconds(clips) for clips in videos.values())
+        total = sum(clips[0].source_seconds for clips in videos.values())
+        lines = [f"Taken of the videos, {used:.1f} s of {total:.1f} s:"]
+        for _, alike in _groups(notes, lambda note: note.kind):
+            lines += [f"  {line}" for line in _warning_lines(alike)]
+        return lines
 
     def _problem_lines(self, problems: Sequence[ClipProblem]) -> list[str]:
         """A line for each problem; one for many of a kind if there is a file with all of them."""

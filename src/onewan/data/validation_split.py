@@ -49,15 +49,15 @@ def split_validation_clips(
     `digests` are those of the files' content by path. Files are ranked by a hash of the seed and
     their content, and those of the lowest ranks are held out. So the choice does not depend on
     names and order, and adding or removing a file moves at most one other file between the two.
-    Files of equal content stay together, and the first of them is validated on. Prior-preservation
-    clips (``target: base``) are not chosen, since validation measures how well the data are
-    learned. At least one other file always remains for training, so with fewer than two of them
-    none is held out.
+    All clips of a file, and files of equal content, stay together, and the first of these files is
+    validated on; of alternative spans the first. Prior-preservation clips (``target: base``) are
+    not chosen, since validation measures how well the data are learned. At least one other file
+    always remains for training, so with fewer than two of them none is held out.
     """
-    eligible: dict[str, Clip] = {}
+    eligible: dict[str, list[Clip]] = {}
     for clip in clips:
         if not clip.is_prior:
-            eligible.setdefault(digests[clip.path], clip)
+            eligible.setdefault(digests[clip.path], []).append(clip)
     if fraction is None:
         fraction = default_fraction(len(eligible))
     if not fraction or len(eligible) < 2:
@@ -68,4 +68,15 @@ def split_validation_clips(
     ranked = sorted(eligible, key=lambda digest: (derive_seed(seed, "held_out", digest), digest))
     chosen = set(ranked[:number])
     training = tuple(clip for clip in clips if digests[clip.path] not in chosen)
-    return training, tuple(clip for digest, clip in eligible.items() if digest in chosen)
+    held_out = list[Clip]()
+    for digest in eligible:
+        if digest in chosen:
+            first, *_ = same_content = eligible[digest]
+            # Each span once: the file may be in several sources.
+            spans = {
+                (clip.start, clip.frames): clip
+                for clip in reversed(same_content)
+                if clip.path == first.path and clip.take == 0
+            }
+            held_out += sorted(spans.values(), key=lambda clip: (clip.start, clip.frames))
+    return training, tuple(held_out)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from onewan.data.clip import Clip, ClipPlanner, ClipSource
+from onewan.data.clip_notes import clip_notes
 from onewan.data.encode import ENCODING_VERSION
 from onewan.data.masks import MASK_VERSION, clip_stem, is_mask, pixel_mask
 from onewan.data.sources.item import SourceItem
@@ -65,10 +66,11 @@ class ConceptPlanner:
         masks = mask_candidates(file) if self.config.masked_training else []
         item = SourceItem(path=file, name=file.name, masks=tuple(masks))
         try:
-            clip = planner.plan(item, ClipSource(path=file.parent), ("",))
+            # One, since each strategy that OneTrainer offers takes one span.
+            (clip,) = planner.plan(item, ClipSource(path=file.parent), ("",))
         except DataError as error:
             raise DataError(settings.with_onetrainers_names(str(error))) from error
-        return clip, [settings.with_onetrainers_names(text) for text in planner.warnings(clip)]
+        return clip, [settings.with_onetrainers_names(text) for text in clip_notes(planner, [clip])]
 
 
 def mask_candidates(path: Path) -> list[Path]:

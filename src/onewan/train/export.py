@@ -19,6 +19,7 @@ from torch import Tensor
 from onewan.adapters.lora import base_weight
 from onewan.checkpoint.convert import save_expert
 from onewan.checkpoint.saver import AdapterHeader, WanModelSaver
+from onewan.data.clip import count_clips
 from onewan.dtypes import torch_dtype
 from onewan.formats.lora import LoraFormat, WanShape
 from onewan.formats.lora_writing import KIND_TITLES
@@ -179,7 +180,7 @@ def _facts(
         "variant": run.model.variant.name,
         "run": str(config.output.name),
         "steps": step,
-        "clips": len(run.dataset.clips),
+        "clips": count_clips(run.dataset.clips),
         "dataset_digest": run.dataset.digest,
         "seed": config.train.seed,
         "lr": lr,

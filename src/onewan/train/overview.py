@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from onewan.data.clip import count_clips
 from onewan.memory.plan import Bucket, disk_space, read_stored_model
 from onewan.runs.events import Overview
 from onewan.runs.layout import RunLayout
@@ -22,7 +23,7 @@ def overview(run: Run, layout: RunLayout) -> Overview:
     disk = plan.disk if plan else disk_space(config, read_stored_model(config), clips)
     return Overview(
         steps=steps,
-        clips=len(run.dataset.clips),
+        clips=count_clips(run.dataset.clips),
         seen={name: count * config.train.accumulation / per_epoch for name, count in steps.items()},
         parameters={
             trainable.name: sum(tensor.numel() for tensor in trainable.weights.present().values())

@@ -12,6 +12,7 @@ from torch import Tensor
 from onewan.arithmetic.expert_schedule import ExpertSchedule
 from onewan.arithmetic.timestep_density import official_token_count
 from onewan.config.schema import ResolvedRun, TrainSection
+from onewan.data.clip import count_clips
 from onewan.data.dataset import Dataset
 from onewan.data.loader import Batch, WanDataLoader
 from onewan.data.report import count
@@ -90,7 +91,7 @@ class Run:
 
     def steps_of_epochs(self, epochs: int) -> str:
         """What `epochs` of the run file are in steps, as a line for the user."""
-        steps, clips = self.config.train.steps, count(len(self.dataset.clips), "clip")
+        steps, clips = self.config.train.steps, count(count_clips(self.dataset.clips), "clip")
         line = f"{count(epochs, 'epoch')} of {clips}: {count(steps, 'step')}"
         if len(self.state.experts) == 1:
             return line

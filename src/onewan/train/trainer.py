@@ -18,6 +18,7 @@ from statistics import fmean
 from onewan.arithmetic.byte_sizes import parse_bytes
 from onewan.config.load import dump_run
 from onewan.config.schema import ResolvedRun
+from onewan.data.clip import count_clips
 from onewan.data.loader import StepBatches
 from onewan.dtypes import torch_dtype
 from onewan.errors import CheckpointError, DataError, Interrupted, OnewanError
@@ -171,7 +172,7 @@ class WanTrainer:
         self._device_rate = matrix_product_rate(device, torch_dtype(config.model.dtype))
         self._log.emit(
             events.DataReady(
-                clips=len(run.dataset.clips),
+                clips=count_clips(run.dataset.clips),
                 encoded=run.dataset.encoded,
                 report=run.dataset.report.lines(repeat=False),
                 steps=config.train.steps,
