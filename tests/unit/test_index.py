@@ -582,16 +582,16 @@ def test_good_and_odd_clips_are_used_and_bad_ones_are_reported(clips: Path) -> N
 
 
 def test_images_of_other_kinds_are_named_with_what_to_do(tmp_path: Path) -> None:
-    for name in ("photo.heic", "scan.TIFF", "picture.avif"):
+    for name in ("photo.CR3", "scan.TGA", "picture.jxl"):
         (tmp_path / name).write_bytes(b"any")
         (tmp_path / name).with_suffix(".txt").write_text("a caption")
     (tmp_path / "notes.md").write_text("notes")
     (tmp_path / "notes.txt").write_text("notes")
     report = index(tmp_path)
     assert reasons(report) == {
-        "photo.heic": "heic is not read; convert it to png",
-        "picture.avif": "avif is not read; convert it to png",
-        "scan.TIFF": "tiff is not read; convert it to png",
+        "photo.CR3": "cr3 is not read; convert it to png",
+        "picture.jxl": "jxl is not read; convert it to png",
+        "scan.TGA": "tga is not read; convert it to png",
     }
     (warning,) = report.warnings
     assert (warning.path, warning.text) == (
@@ -614,8 +614,15 @@ def test_bmp_and_all_names_of_jpeg_are_read(tmp_path: Path, name: str) -> None:
 def test_media_as_people_have_them(clips: Path) -> None:
     report = index(clips / "field", min_resolution=(16, 16))
     found = {clip.name: clip.captions for clip in report.clips}
-    assert {"bmp.bmp", "j.jfif", "upper.mp4"} <= set(found)
-    assert reasons(report)["pic.avif"] == "avif is not read; convert it to png"
+    assert {"bmp.bmp", "j.jfif", "upper.mp4", "anim.webp", "pic.avif", "vp9a.webm"} <= set(found)
+    kinds = {clip.name: clip.kind for clip in report.clips}
+    assert (kinds["anim.webp"], kinds["pic.avif"]) == ("video", "image")
+    notes = {(warning.path.name, warning.text) for warning in report.warnings if warning.path}
+    assert {
+        ("hdr_pq.mp4", "HDR (PQ) brought to SDR"),
+        ("int_h264.mp4", "interlaced video, deinterlaced"),
+        ("untagged_hd_709.mp4", "colors without tags, read as BT.709 (by the size)"),
+    } <= notes
     assert found["upper.mp4"] != ("",)
     (caption,) = found["u2028.mp4"]
     assert "\u2028" in caption and "\v" in caption

@@ -263,7 +263,7 @@ def batch_of(clips: Sequence[Clip], **settings: bool | float) -> Batch:
 
 
 def masked(number: int) -> Clip:
-    return replace(clip(number), mask=Mask(path=Path("mask.png"), start=0.0))
+    return replace(clip(number), mask=Mask(path=Path("mask.png"), start=0.0, is_image=True))
 
 
 def test_clips_without_a_mask_get_ones_beside_masked_clips() -> None:

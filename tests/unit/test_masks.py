@@ -137,7 +137,7 @@ def test_clip_and_mask_may_begin_at_different_times(
 def test_one_image_is_the_mask_of_all_frames(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.mp4")
     picture = np.random.default_rng(3).integers(0, 256, (TRAIN[1], TRAIN[0], 3), np.uint8)
-    mask = Mask(path=tmp_path / "a.mask.png", start=0.0)
+    mask = Mask(path=tmp_path / "a.mask.png", start=0.0, is_image=True)
     Image.fromarray(picture).save(mask.path)
     for frames in (1, 17):
         got = latent_mask(mask, fps=16, frames=frames, size=TRAIN, spatial=8, temporal=4)
@@ -149,7 +149,7 @@ def test_one_image_is_the_mask_of_all_frames(tmp_path: Path) -> None:
 def test_latent_cells_follow_the_compression_of_the_vae(tmp_path: Path) -> None:
     picture = np.zeros((64, 64, 3), np.uint8)
     picture[:16, 32:48] = 255
-    mask = Mask(path=tmp_path / "a.mask.png", start=0.0)
+    mask = Mask(path=tmp_path / "a.mask.png", start=0.0, is_image=True)
     Image.fromarray(picture).save(mask.path)
     got = latent_mask(mask, fps=24, frames=5, size=(64, 64), spatial=16, temporal=4)
     assert got.shape == (1, 2, 4, 4)
@@ -302,10 +302,10 @@ def _bytes(content: bytes):
             "webm); add mkv there to use it",
         ),
         (
-            ["a.mask.tif"],
+            ["a.mask.tga"],
             _bytes(b"any"),
-            "its mask a.mask.tif is neither an image (bmp, jfif, jpe, jpeg, jpg, png, webp) nor "
-            "a video; save it as one of them",
+            "its mask a.mask.tga is neither an image (avif, bmp, heic, heif, hif, jfif, jpe, "
+            "jpeg, jpg, png, tif, tiff, webp) nor a video; save it as one of them",
         ),
         (
             ["a.mask.mp4"],
@@ -378,3 +378,22 @@ def test_damage_within_a_mask_is_an_error_that_names_the_mask(tmp_path: Path) ->
     clip = only(index(tmp_path))
     with pytest.raises(DataError, match=r"a\.mask\.avi: is damaged near"):
         values(clip)
+
+
+def test_an_animated_image_is_a_mask_over_time(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", np.zeros((17, 64, 96, 3), np.uint8), 16)
+    (tmp_path / "a.txt").write_text("a")
+    frames = [Image.new("RGB", (96, 64), "white" if k < 9 else "black") for k in range(17)]
+    for k, frame in enumerate(frames):
+        frame.putpixel((k, 0), (128, 128, 128))  # or equal frames would be joined
+    durations = [62, 63] * 8 + [62]
+    frames[0].save(
+        tmp_path / "a.mask.webp",
+        save_all=True,
+        append_images=frames[1:],
+        duration=durations,
+        lossless=True,
+    )
+    clip = only(index(tmp_path))
+    assert clip.mask and not clip.mask.is_image
+    assert values(clip).mean(axis=(0, 2, 3)).round(2).tolist() == [1, 1, 1, 0, 0]

@@ -537,14 +537,6 @@ def test_sixteen_bit_gray_is_scaled(tmp_path: Path) -> None:
     assert (read_image(tmp_path / "a.png") == 128).all()
 
 
-def test_an_animated_image_is_read_as_its_first_frame(tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "lime")]
-    path = tmp_path / "a.webp"
-    frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
-    assert probe(path).kind == "image"
-    assert read_frames(path, [0.0, 5.0])[:, 0, 0].tolist() == [[255, 0, 0]] * 2
-
-
 def test_a_truncated_image_is_reported(tmp_path: Path, clips: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes((clips / "good" / "rabbit_portrait.png").read_bytes()[:50_000])

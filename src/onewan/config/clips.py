@@ -131,7 +131,8 @@ class VideoDataSection(Section):
     sources: Annotated[tuple[SourceSection, ...], Several] = ()
     """Folders with clips: one, or a list, each a path or a mapping."""
     supported_formats: tuple[_Extension, ...] = ("mp4", "avi", "mov", "webm", "mkv", "m4v", "gif")
-    """File extensions of videos to use. Images (png, jpg, webp) are clips of one frame."""
+    """File extensions of videos to use. Images (png, jpg, webp, avif, tiff and others) are
+    clips of one frame, and animated ones are videos, without being named here."""
     max_duration: Positive = 10.0
     """Maximum length of a training clip in seconds. Of a longer file, a part is used."""
     min_resolution: Size | None = None

@@ -25,7 +25,7 @@ from onewan.media import (
     read_frames,
 )
 
-MASK_VERSION = 1
+MASK_VERSION = 2
 """Incremented when the values of `latent_mask` change, so that cached masks are computed again."""
 
 _MASK_SUFFIX = ".mask"
@@ -49,11 +49,8 @@ class Mask:
     path: Path
     start: float
     """Time in the mask file's own clock at the clip's first frame, s; 0 for an image."""
-
-    @property
-    def is_image(self) -> bool:
-        """Whether one image is the mask of all frames."""
-        return extension(self.path) in IMAGE_SUFFIXES
+    is_image: bool
+    """Whether one image is the mask of all frames."""
 
 
 def is_mask(path: Path) -> bool:
@@ -106,7 +103,7 @@ def find_mask(
             f"clip {clip_size}); make it {clip_size}, or of the same aspect ratio"
         )
     if info.kind == "image":
-        return Mask(path=path, start=0.0)
+        return Mask(path=path, start=0.0, is_image=True)
     # Relative to the first frame of each file, since containers start their clocks differently.
     start = times[0] - clip.start + info.start
     end = start + (times[-1] - times[0])
@@ -116,7 +113,7 @@ def find_mask(
             f"{info.last - info.start:.2f} s, the clip's at {end - info.start:.2f} s); make it "
             "as long as the clip"
         )
-    return Mask(path=path, start=start)
+    return Mask(path=path, start=start, is_image=False)
 
 
 def as_mask_error(error: DataError, clip: Path, mask: Path) -> DataError:

@@ -38,7 +38,7 @@ _UNREAD_MATRICES = {
     17: "YCgCo-R",
 }
 _MATRICES_BY_PRIMARIES = {1: BT709, 5: BT601, 6: BT601, 9: BT2020}
-_HDR: dict[int, Transfer] = {16: "PQ", 18: "HLG"}
+HDR_TRANSFERS: dict[int, Transfer] = {16: "PQ", 18: "HLG"}
 _UNREAD_TRANSFERS = {8: "linear", 9: "logarithmic", 10: "logarithmic", 17: "SMPTE ST 428-1"}
 _WIDE_PRIMARIES = {BT2020: "BT.2020", 11: "DCI-P3", DISPLAY_P3: "Display P3"}
 
@@ -71,7 +71,10 @@ class VideoColors:
         matrix, color_range = int(source.colorspace), int(source.color_range)
         if matrix == _UNSPECIFIED:  # the libvpx decoders forget the tags of the container
             matrix = int(context.colorspace)
-        transfer, primaries = _HDR.get(context.color_trc, "SDR"), int(context.color_primaries)
+        transfer, primaries = (
+            HDR_TRANSFERS.get(context.color_trc, "SDR"),
+            int(context.color_primaries),
+        )
         notes = list[str]()
         if name := _UNREAD_MATRICES.get(matrix):
             raise DataError(

@@ -9,18 +9,21 @@ import av
 PYAV_VERSION = tuple(int(number) for number in av.__version__.split(".")[:2])
 """OneTrainer pins (16, 1)."""
 
-IMAGE_SUFFIXES = frozenset({"bmp", "jfif", "jpe", "jpeg", "jpg", "png", "webp"})
-"""Extensions of still images, lower case, without the dot."""
+HEIF_SUFFIXES = frozenset({"heic", "heif", "hif"})
+"""Extensions of images that need the package pillow-heif, an optional one."""
+
+IMAGE_SUFFIXES = HEIF_SUFFIXES | {
+    *("avif", "bmp", "jfif", "jpe", "jpeg", "jpg", "png", "tif", "tiff", "webp")
+}
+"""Extensions of images, lower case, without the dot; some of them can be animated."""
 
 # fmt: off
 UNREAD_IMAGE_SUFFIXES = frozenset({
-    "arw", "avif", "cr2", "cr3", "dng", "exr", "hdr", "heic", "heif", "hif", "j2k", "jp2", "jxl",
-    "nef", "orf", "psd", "raf", "rw2", "svg", "tga", "tif", "tiff",
+    "arw", "cr2", "cr3", "dng", "exr", "hdr", "j2k", "jp2", "jxl", "nef", "orf", "psd", "raf",
+    "rw2", "svg", "tga",
 })
 # fmt: on
-"""Extensions of images that are not read, so that they can be reported. Of these, Pillow opens TIFF
-and AVIF, but TIFF may have pages, 32-bit values or CMYK and AVIF 10 bits or HDR, of which nothing
-would be said."""
+"""Extensions of images that are not read, so that they can be reported."""
 
 # fmt: off
 VIDEO_SUFFIXES = frozenset({

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import av
+import PIL
 from av.container import InputContainer
 from av.error import FFmpegError
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
+from PIL import Image
 
 from onewan.errors import DataError
+from onewan.media.animation import animation_frames, frame_count, is_animation, shown_milliseconds
 from onewan.media.colors import VideoColors
 from onewan.media.cut_off import cut_off_reason
 from onewan.media.faults import DAMAGE_REMEDY, faults_of
 from onewan.media.kinds import IMAGE_SUFFIXES, extension
-from onewan.media.still import open_image, upright_image
+from onewan.media.still import image_notes, open_image, upright_image
 from onewan.media.video_frames import Orientation, decode_frames, has_alpha
 from onewan.media.video_stream import (
     end_time,
@@ -33,7 +36,7 @@ from onewan.media.video_stream import (
     ticks,
 )
 
-PROBE_VERSION = f"1, PyAV {av.__version__}"
+PROBE_VERSION = f"2, PyAV {av.__version__}, Pillow {PIL.__version__}"
 """Changes when `probe` may say something else of a file: the number is incremented when its code
 does, and with another PyAV comes another FFmpeg."""
 
@@ -112,7 +115,7 @@ def probe_header(path: str | Path) -> MediaInfo:
     with faults_of(path, "image" if is_image else "video"):
         if is_image:
             with open_image(path) as image:
-                return _image_info(path, image.size, image.format)
+                return _image_info(path, image)
         with open_video(path, threads=1) as (container, stream):
             start, interval = seconds(stream, stream.start_time) or 0.0, frame_interval(stream)
             end = end_time(container, stream)
@@ -120,7 +123,7 @@ def probe_header(path: str | Path) -> MediaInfo:
             colors = VideoColors.of(path, context, context)
             return MediaInfo(
                 path=path,
-                kind="video",
+                kind=_video_kind(stream),
                 width=context.width,
                 height=context.height,
                 pixel_aspect=pixel_aspect(stream),
@@ -136,19 +139,27 @@ def probe_header(path: str | Path) -> MediaInfo:
 def keyframe_near(path: str | Path, time: float) -> float:
     """Presentation time (s) of the key frame nearest to `time`; reads only the packets around it.
 
-    0 for an image. Raises `DataError` if the file can't be read or has no key frame.
+    0 for an image, and any frame's time for an animated one. Raises `DataError` if the file can't
+    be read or has no key frame.
     """
     path = Path(path)
+
+    def distance(now: float) -> float:
+        return abs(now - time)
+
     if extension(path) in IMAGE_SUFFIXES:
-        return 0.0
+        if not is_animation(path):
+            return 0.0
+        # Any frame can be the first, since all before it are decoded in any case.
+        return min((frame_time for frame_time, _ in animation_frames(path)), key=distance)
     best = inf
     with open_video_at(path, time, threads=1) as (_, packets):
         for packet in packets:
             now = packet_time(packet)
-            if packet.is_keyframe and abs(now - time) < abs(best - time):
+            if packet.is_keyframe and distance(now) < distance(best):
                 best = now
             # Packets are in decoding order, up to a second off the presentation order.
-            if now > time + abs(best - time) + 1.0:
+            if now > time + distance(best) + 1.0:
                 break
     if best == inf:
         raise DataError(f"{path}: has no key frame; {DAMAGE_REMEDY}")
@@ -157,23 +168,32 @@ def keyframe_near(path: str | Path, time: float) -> float:
 
 def _probe_image(path: Path) -> MediaInfo:
     with open_image(path) as image:
-        codec, has_alpha = image.format, image.has_transparency_data
+        info = _image_info(path, image)
         upright = upright_image(image)  # decodes, so a truncated file is found here
-    return replace(_image_info(path, upright.size, codec), has_alpha=has_alpha)
+        info = replace(info, width=upright.width, height=upright.height, notes=image_notes(upright))
+    if info.kind == "image":
+        return info
+    times = [time for time, _ in animation_frames(path)]
+    interval = times[-1] / (len(times) - 1)
+    return replace(info, last=times[-1], frame_interval=interval)
 
 
-def _image_info(path: Path, size: tuple[int, int], codec: str | None) -> MediaInfo:
+def _image_info(path: Path, image: Image.Image) -> MediaInfo:
+    """What an image says before it is decoded; the times of an animated one are estimates."""
+    frames = frame_count(image)
+    interval = shown_milliseconds(image) / 1000 if frames > 1 else 0.0
     return MediaInfo(
         path=path,
-        kind="image",
-        width=size[0],
-        height=size[1],
+        kind="video" if frames > 1 else "image",
+        width=image.width,
+        height=image.height,
         pixel_aspect=1.0,
         start=0.0,
-        last=0.0,
-        frame_interval=0.0,
+        last=(frames - 1) * interval,
+        frame_interval=interval,
         rotation=0,
-        codec=(codec or "unknown").lower(),
+        codec=(image.format or "unknown").lower(),
+        has_alpha=image.has_transparency_data,
     )
 
 
@@ -191,6 +211,7 @@ def _probe_video(path: Path) -> MediaInfo:
         last = _last_shown(container, stream)
         promised = promised_end(container, stream)
         interval, codec = frame_interval(stream), stream.codec.name
+        kind = _video_kind(stream)
     if last is None:  # seeking does not work, so read all packets
         with open_video(path, threads=1) as (container, stream):
             last = max(_shown(container.demux(stream)), default=_Shown(start, start))
@@ -201,19 +222,25 @@ def _probe_video(path: Path) -> MediaInfo:
         )
     return MediaInfo(
         path=path,
-        kind="video",
+        kind=kind,
         width=width,
         height=height,
         pixel_aspect=aspect,
         start=start,
         last=max(start, last.time),
-        frame_interval=interval,
+        frame_interval=interval if kind == "video" else 0.0,
         rotation=round(frame.rotation) % 360,
         codec=codec,
         interlaced=frame.interlaced_frame,
         has_alpha=has_alpha(frame),
         notes=notes,
     )
+
+
+def _video_kind(stream: VideoStream) -> Literal["video", "image"]:
+    """A GIF of one frame is an image; other videos of one frame are videos that are too short."""
+    is_still = stream.container.format.name == "gif" and stream.frames == 1
+    return "image" if is_still else "video"
 
 
 def _frame_notes(path: Path, frame: VideoFrame, stream: VideoStream) -> tuple[str, ...]:

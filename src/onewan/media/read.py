@@ -12,22 +12,25 @@ fast flags (1.1 levels too dark on average) and imports torch.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, pairwise
 from math import inf
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from onewan.errors import DataError
+from onewan.media.animation import animation_frames, is_animation
 from onewan.media.colors import VideoColors
 from onewan.media.deinterlace import deinterlaced
 from onewan.media.faults import DAMAGE_REMEDY
 from onewan.media.kinds import IMAGE_SUFFIXES, extension
-from onewan.media.still import RGB, WHITE, Fit, read_image, refuse_damaged_gif
+from onewan.media.still import RGB, WHITE, Fit, image_pixels, read_image, refuse_damaged_gif
 from onewan.media.video_frames import DamageError, decode_frames, frame_pixels
 from onewan.media.video_stream import open_video_at, pixel_aspect
 
@@ -35,6 +38,8 @@ from onewan.media.video_stream import open_video_at, pixel_aspect
 # requested time, in s. It only has to be longer than the usual gap between two frames: if a gap is
 # longer, the span is read again without skipping.
 _SKIP_LEAD = 0.25
+
+_Frame = TypeVar("_Frame")
 
 # A time just before a key frame, by more than containers round; in s.
 _JUST_BEFORE = 1e-3
@@ -57,6 +62,9 @@ def read_frames(
     if not len(times) or any(b < a for a, b in pairwise(times)):
         raise ValueError(f"times must be ascending and not empty, not {list(times)}")
     if extension(path) in IMAGE_SUFFIXES:
+        if is_animation(path):
+            pixels_of = partial(image_pixels, fit=fit, background=background)
+            return _select(path, animation_frames(path), times, pixels_of)
         return np.repeat(read_image(path, fit, background)[None], len(times), axis=0)
     look = _Look(fit, background)
     try:
@@ -87,7 +95,8 @@ def _read_video(
             return _read_video(path, times, look, skip_before=-inf)
         if stream.container.format.name == "gif":
             refuse_damaged_gif(path, stream.frames, times[-1])
-        return _select(path, stream, chain([first] if first else [], frames), times, look)
+        pixels_of = partial(_video_pixels, path=path, stream=stream, look=look)
+        return _select(path, chain([first] if first else [], frames), times, pixels_of)
 
 
 def _read_video_from_earlier(
@@ -98,22 +107,25 @@ def _read_video_from_earlier(
     # One thread: after an error, decoders with frame threads refuse all that follows.
     with open_video_at(path, start - _JUST_BEFORE, threads=1) as (stream, packets):
         frames = decode_frames(path, stream, packets, ignore_damage_before=start)
-        return _select(path, stream, deinterlaced(frames), times, look)
+        pixels_of = partial(_video_pixels, path=path, stream=stream, look=look)
+        return _select(path, deinterlaced(frames), times, pixels_of)
+
+
+def _video_pixels(frame: VideoFrame, *, path: Path, stream: VideoStream, look: _Look) -> np.ndarray:
+    colors = VideoColors.of(path, frame, stream.codec_context)
+    return frame_pixels(frame, colors, look.fit, pixel_aspect(stream), look.background)
 
 
 def _select(
     path: Path,
-    stream: VideoStream,
-    frames: Iterable[tuple[float, VideoFrame]],
+    frames: Iterable[tuple[float, _Frame]],
     times: Sequence[float],
-    look: _Look,
+    pixels_of: Callable[[_Frame], np.ndarray],
 ) -> np.ndarray:
     """The pixels of the `frames` nearest to `times`, uint8 [F, H, W, 3]."""
-    aspect = pixel_aspect(stream)
     out: np.ndarray | None = None
     for indices, time, frame in _nearest(frames, times):
-        colors = VideoColors.of(path, frame, stream.codec_context)
-        pixels = frame_pixels(frame, colors, look.fit, aspect, look.background)
+        pixels = pixels_of(frame)
         if out is None:
             out = np.empty((len(times), *pixels.shape), np.uint8)
         if pixels.shape != out.shape[1:]:
@@ -125,14 +137,14 @@ def _select(
 
 
 def _nearest(
-    frames: Iterable[tuple[float, VideoFrame]], times: Sequence[float]
-) -> Iterator[tuple[slice, float, VideoFrame]]:
+    frames: Iterable[tuple[float, _Frame]], times: Sequence[float]
+) -> Iterator[tuple[slice, float, _Frame]]:
     """(indices, time, frame) for each frame that is nearest to `times[indices]`, one or several.
 
     Frames and times ascend. Holds two frames, and stops as soon as the last time has its frame.
     """
     served = 0
-    previous: tuple[float, VideoFrame] | None = None
+    previous: tuple[float, _Frame] | None = None
     for time, frame in frames:
         if previous is not None:
             # The times up to the middle between two frames belong to the earlier one.

@@ -6,18 +6,24 @@ Hides Pillow, EXIF, transparency, and files whose header claims an impossible si
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import av
 import numpy as np
 from av.error import FFmpegError, InvalidDataError
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from onewan.errors import DataError
+from onewan.media.colors import HDR_TRANSFERS
 from onewan.media.faults import DAMAGE_REMEDY, error_reason, faults_of
-from onewan.media.kinds import MAX_IMAGE_PIXELS, pixel_limit
+from onewan.media.icc import gray_of_16_bits, to_srgb
+from onewan.media.kinds import HEIF_SUFFIXES, MAX_IMAGE_PIXELS, extension, pixel_limit
+
+_UNREAD_MODES = {"F": "32-bit floating point", "I": "32-bit integers", "LAB": "CIELAB"}
+"""Modes that Pillow opens TIFF with. Black and white of 32 bits are unknown."""
 
 RGB = tuple[int, int, int]
 """A color, each part from 0 to 255."""
@@ -37,15 +43,22 @@ class Fit:
 
 
 def read_image(path: str | Path, fit: Fit | None = None, background: RGB = WHITE) -> np.ndarray:
-    """A still image as RGB uint8 [H, W, 3]: upright by EXIF, transparency over `background`.
+    """A still image as RGB uint8 [H, W, 3]: upright by EXIF, its colors in sRGB by its profile,
+    transparency over `background`; the first picture if there are several.
 
     Raises `DataError` if it can't be read or its data are damaged, as far as its format shows that.
     """
     path = Path(path)
+    refuse_damaged_data(path)
     with open_image(path) as image:
-        _refuse_damaged_data(path, image.format)
-        upright = flatten_alpha(upright_image(image), background)
-    return np.array(upright) if fit is None else fit_image(upright, fit)
+        return image_pixels(image, fit, background)
+
+
+def image_pixels(image: Image.Image, fit: Fit | None, background: RGB) -> np.ndarray:
+    """An opened image as RGB uint8 [H, W, 3]; see `read_image`. Changes `image`."""
+    colors, _ = to_srgb(upright_image(image))
+    pixels = flatten_alpha(colors, background)
+    return np.array(pixels) if fit is None else fit_image(pixels, fit)
 
 
 def fit_image(image: Image.Image | np.ndarray, fit: Fit, pixel_aspect: float = 1.0) -> np.ndarray:
@@ -73,9 +86,65 @@ def fit_image(image: Image.Image | np.ndarray, fit: Fit, pixel_aspect: float = 1
 @contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
     """The opened image, not yet decoded; Pillow's errors inside become `DataError`."""
+    _require_decoder(path)
     with faults_of(path, "image"), Image.open(path) as image:
         check_pixels(path, image.width, image.height, image.format or "image")
+        if image.format == "TIFF" and image.mode in _UNREAD_MODES:
+            raise DataError(
+                f"{path}: has pixels of {_UNREAD_MODES[image.mode]}, which are not read; convert "
+                "it to a png of 8 or 16 bits"
+            )
+        if (transfer := _hdr_transfer(path, image)) is not None:
+            raise DataError(
+                f"{path}: is an HDR image ({transfer}), which is not read; convert it to SDR"
+            )
         yield image
+
+
+def _require_decoder(path: Path) -> None:
+    """`DataError` if the file's extension is that of a format for which a package is missing."""
+    kind = extension(path)
+    if kind in HEIF_SUFFIXES:
+        try:
+            import_module("pillow_heif").register_heif_opener()
+        except ImportError as error:
+            raise DataError(
+                f"{path}: {kind} needs the package pillow-heif; install it with "
+                "`pip install onewan[heic]`, or convert the file to png"
+            ) from error
+    elif kind == "avif" and not features.check("avif"):
+        raise DataError(
+            f"{path}: avif needs Pillow 11.3 or later; install it with `pip install -U pillow`, or "
+            "convert the file to png"
+        )
+
+
+def _hdr_transfer(path: Path, image: Image.Image) -> str | None:
+    """ "PQ" or "HLG" if the image has this transfer function, which Pillow does not apply."""
+    code = None
+    if image.format == "PNG":
+        with path.open("rb") as file:
+            head = file.read(2**16).partition(b"IDAT")[0]
+        _, found, chunk = head.partition(b"cICP")  # primaries, transfer function, ...
+        code = chunk[1] if found and len(chunk) > 1 else None
+    elif image.format == "AVIF":
+        options = {"protocol_whitelist": "file"}
+        # FFmpeg does not open every AVIF that Pillow does, and then nothing is known.
+        with suppress(FFmpegError), av.open(f"file:{path}", container_options=options) as container:
+            code = next((s.codec_context.color_trc for s in container.streams.video), None)
+    elif image.format == "HEIF":
+        code = (image.info.get("nclx_profile") or {}).get("transfer_characteristics")
+    return HDR_TRANSFERS.get(code or 0)
+
+
+def image_notes(image: Image.Image) -> tuple[str, ...]:
+    """What is assumed or left out when an image, which is decoded, is read, for the user."""
+    _, note = to_srgb(image)
+    notes = [note] if note else []
+    pages = getattr(image, "n_frames", 1)
+    if image.format == "TIFF" and pages > 1:
+        notes.append(f"{pages} pages, of which the first is used")
+    return tuple(notes)
 
 
 def upright_image(image: Image.Image) -> Image.Image:
@@ -84,17 +153,18 @@ def upright_image(image: Image.Image) -> Image.Image:
     return image
 
 
-def _refuse_damaged_data(path: Path, form: str | None) -> None:
+def refuse_damaged_data(path: Path) -> None:
     """`DataError` for damage that Pillow's decoders overlook: they return what they could decode.
 
     For PNG the checksums of all data are compared. JPEG has none, so a second decoder has to read
-    it: FFmpeg's is stricter than libjpeg, which fills up what it can't decode. WebP can't be
-    checked in this way.
+    it: FFmpeg's is stricter than libjpeg, which fills up what it can't decode. Other formats can't
+    be checked in this way.
     """
-    if form == "PNG":
-        with Image.open(path) as image:
+    with open_image(path) as image:
+        form = image.format
+        if form == "PNG":
             image.verify()
-    elif form in {"JPEG", "MPO"} and _jpeg_coding(data := path.read_bytes()) in {0xC0, 0xC1, 0xC2}:
+    if form in {"JPEG", "MPO"} and _jpeg_coding(data := path.read_bytes()) in {0xC0, 0xC1, 0xC2}:
         decoder = av.CodecContext.create("mjpeg", "r")
         decoder.options = {"err_detect": "crccheck+explode", "max_pixels": str(MAX_IMAGE_PIXELS)}
         try:
@@ -159,8 +229,8 @@ def check_pixels(path: Path, width: int, height: int, kind: str) -> int:
 
 def flatten_alpha(image: Image.Image, background: RGB = WHITE) -> Image.Image:
     """`image` as RGB, transparent parts over `background`."""
-    if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion clips to white
-        return Image.fromarray((np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):  # which Pillow's own conversion clips to white
+        return gray_of_16_bits(image).convert("RGB")
     if not image.has_transparency_data:
         # `convert` would copy an image that is RGB, and large ones take up to 540 MB.
         return image if image.mode == "RGB" else image.convert("RGB")
