@@ -48,7 +48,19 @@ def test_help_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "init", "schema", "plan", "cache", "train", "sample", "stop", "save", "sample-now"],
+    [
+        "demo",
+        "init",
+        "schema",
+        "doctor",
+        "plan",
+        "cache",
+        "train",
+        "sample",
+        "stop",
+        "save",
+        "sample-now",
+    ],
 )
 def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:

@@ -14,6 +14,7 @@ from onewan.cli.output import say, write, write_file
 from onewan.cli.recipes import PURPOSES
 from onewan.cli.run_parsers import (
     add_cache,
+    add_doctor,
     add_memory_option,
     add_plan,
     add_requests,
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_demo,
         _add_init,
         _add_schema,
+        add_doctor,
         add_plan,
         add_cache,
         add_train,

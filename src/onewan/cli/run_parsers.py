@@ -1,4 +1,4 @@
-"""The options of the commands cache, plan, train, stop, save and sample-now."""
+"""The options of the commands doctor, cache, plan, train, stop, save and sample-now."""
 
 from __future__ import annotations
 
@@ -19,6 +19,64 @@ def add_memory_option(parser: argparse.ArgumentParser, name: str, text: str) -> 
             raise argparse.ArgumentTypeError(str(error)) from None
 
     parser.add_argument(name, type=amount, metavar="AMOUNT", help=text)
+
+
+def add_doctor(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "doctor",
+        "check this machine, and the clips and captions of a run, before anything is trained",
+        "With a run file, every clip is decoded as it will be trained: what is taken of each\n"
+        "file, what can't be used and why, captions, duplicates, black and frozen clips, disk and\n"
+        "memory. No model is loaded. The exit status is 1 if there is a problem, 0 if there are\n"
+        "only notes.\n\n"
+        "  onewan doctor dog.yaml --html dog.html",
+    )
+    parser.add_argument(
+        "run",
+        metavar="RUN.yaml",
+        nargs="?",
+        type=Path,
+        help="a run file; without one, only the machine is checked",
+    )
+    parser.add_argument(
+        "overrides",
+        metavar="KEY=VALUE",
+        nargs="*",
+        help="override a setting, such as video_data.resolution=720p",
+    )
+    parser.add_argument("--json", action="store_true", help="print the diagnosis as JSON")
+    parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write a page that shows and plays the clips as they will be trained",
+    )
+    parser.add_argument(
+        "--fix",
+        action="store_true",
+        help="offer to write captions in another encoding as UTF-8, with a backup of each",
+    )
+    parser.add_argument("--yes", action="store_true", help="with --fix: do not ask")
+
+    def run(options: argparse.Namespace) -> int:
+        if options.run is None and (options.html or options.fix):
+            parser.error("--html and --fix are about clips: name a run file")
+        if options.yes and not options.fix:
+            parser.error("--yes belongs to --fix")
+
+        from onewan.cli.doctor import doctor
+
+        return doctor(
+            options.run,
+            options.overrides,
+            as_json=options.json,
+            html=options.html,
+            fix=options.fix,
+            yes=options.yes,
+        )
+
+    parser.set_defaults(command=run)
 
 
 def add_cache(commands: Commands) -> None:

@@ -19,7 +19,14 @@ from onewan.data.cache import entry_key
 from onewan.data.clip import Clip
 from onewan.data.report import count
 from onewan.files import replacing
-from onewan.media.contact_sheet import Card, Layout, draw_page, small_frame, with_mask
+from onewan.media.contact_sheet import (
+    Card,
+    Layout,
+    draw_page,
+    preview_indices,
+    small_frame,
+    with_mask,
+)
 from onewan.runs.layout import displayed
 
 PREVIEW_VERSION = 1
@@ -71,11 +78,6 @@ class ContactSheet:
             f" (with {self.clips} of {self.of_clips} clips)" if self.clips < self.of_clips else ""
         )
         return f"contact sheet, to see what is trained: {displayed(first)}{more}{some}"
-
-
-def preview_indices(frames: int) -> tuple[int, ...]:
-    """Indices of the first, the middle and the last of `frames` frames, each once."""
-    return tuple(dict.fromkeys((0, (frames - 1) // 2, frames - 1)))
 
 
 def preview_frames(frames: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:

@@ -97,6 +97,11 @@ class Layout:
         return self.columns * max(1, rows)
 
 
+def preview_indices(frames: int) -> tuple[int, ...]:
+    """Indices of the first, the middle and the last of `frames` frames, each once."""
+    return tuple(dict.fromkeys((0, (frames - 1) // 2, frames - 1)))
+
+
 def small_size(width: int, height: int) -> Size:
     """The size at which a contact sheet shows frames of this size."""
     scale = min(_BOX[0] / width, _BOX[1] / height)

@@ -5,8 +5,9 @@ Hides codecs, their settings, and color tags. Never leaves an incomplete file un
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -93,6 +94,17 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
         raise DataError(
             f"{path}: can't be written ({error_reason(error)}); check the folder and the free space"
         ) from error
+
+
+def video_bytes(frames: np.ndarray, fps: float) -> bytes:
+    """A small mp4 (H.264) of uint8 RGB `frames` [F, H, W, 3] with even sides, to look at in a
+    browser: a tenth of the bytes of `write_video`, with losses that can be seen."""
+    file = io.BytesIO()
+    preview = replace(_H264, options={"crf": "28", "preset": "veryfast"})
+    # Without the index first, for which FFmpeg would have to read again what it has written.
+    with av.open(file, "w", format="mp4") as container:
+        _encode(container, frames, Fraction(fps).limit_denominator(100_000), preview)
+    return file.getvalue()
 
 
 def check_video_name(path: Path) -> None:

@@ -99,9 +99,7 @@ def locate(source: ModelSource, components: Collection[PipelineComponent] | None
             if (
                 component in needed
                 or Path(value).expanduser().exists()
-                or not _may_be_repository(
-                    value
-                )  # a wrong path is reported even if it is not needed
+                or not may_be_repository(value)  # a wrong path is reported even if it is not needed
             ):
                 paths[component] = _component_path(value, component)
     whole, notices = None, ()
@@ -157,7 +155,7 @@ def _local_path(value: str | Path, components: Collection[ComponentName]) -> Pat
         raise CheckpointError(
             f"{value}: there is no such file; rename {aside} back, where a killed process left it"
         )
-    if not _may_be_repository(value):
+    if not may_be_repository(value):
         raise CheckpointError(
             f"{value}: there is no such file or folder, and it is not a repository name of the hub "
             "(OWNER/NAME); correct it"
@@ -173,8 +171,9 @@ def _local_path(value: str | Path, components: Collection[ComponentName]) -> Pat
         ) from error
 
 
-def _may_be_repository(value: str | Path) -> bool:
-    """Whether `value`, which does not exist here, may be the name of a repository (OWNER/NAME)."""
+def may_be_repository(value: str | Path) -> bool:
+    """Whether `value`, which does not exist here, may be the name of a repository of the hub
+    (OWNER/NAME)."""
     text, path = str(value), Path(value).expanduser()
     is_path = path.is_absolute() or text.startswith((".", "~")) or "\\" in text
     is_file = path.suffix in (".safetensors", ".gguf", ".pth", ".pt")

@@ -42,7 +42,7 @@ _BY_MEMORY = ((20, "RTX 3090"), (28, "RTX 4090"), (40, "RTX 5090"), (64, "L40S")
 """(gigabytes, card): the card whose rates are assumed for a device with less memory than that."""
 _LARGEST = "H100"
 
-_NO_CARD = "no graphics card was found, so 24 GB are assumed; --vram gives another amount"
+_NO_CARD = "no graphics card was found, so 24 GB are assumed; memory.vram gives another amount"
 
 _CONTEXT = 500_000_000
 """Bytes that the driver's context and its libraries take of a card."""

@@ -1,0 +1,101 @@
+"""What is taken of each clip's file: as a table for a terminal, and as plain data."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from onewan.data.clip import Clip
+from onewan.data.report import count
+from onewan.doctor.finding import Finding, without_names
+
+_ROWS = 40
+"""Clips in the table on the terminal."""
+_NAME_WIDTH = 36
+
+
+def clip_data(clip: Clip, *, is_held_out: bool) -> dict[str, Any]:
+    """What is taken of a clip's file, as plain data."""
+    return {
+        "name": clip.name,
+        "path": without_names(str(clip.path)),
+        "kind": clip.kind,
+        "start": clip.start,
+        "end": clip.times()[-1],
+        "fps": clip.fps,
+        "frames": clip.frames,
+        "width": clip.size[0],
+        "height": clip.size[1],
+        "source_width": clip.source_size[0],
+        "source_height": clip.source_size[1],
+        "source_seconds": clip.source_seconds,
+        "captions": list(clip.captions),
+        "held_out": is_held_out,
+        "mask": None if clip.mask is None else clip.mask.path.name,
+    }
+
+
+def taken(clip: Clip) -> str:
+    """What is taken of a clip's file, in words."""
+    if clip.kind == "image":
+        return "image"
+    return f"{clip.start:.2f} to {clip.times()[-1]:.2f} s"
+
+
+def origin(clip: Clip) -> str:
+    """What the clip's file is, in words."""
+    size = f"{clip.source_size[0]}x{clip.source_size[1]}"
+    return size if clip.kind == "image" else f"{size}, {clip.source_seconds:.2f} s"
+
+
+def findings_by_path(findings: Sequence[Finding]) -> dict[Path, list[Finding]]:
+    """The findings about each file."""
+    groups: dict[Path, list[Finding]] = {}
+    for finding in findings:
+        if finding.path is not None:
+            groups.setdefault(finding.path, []).append(finding)
+    return groups
+
+
+def clip_table(
+    clips: Sequence[Clip], about: Mapping[Path, Sequence[Finding]], held_out: Collection[Clip]
+) -> Iterator[str]:
+    """A line for each of the first clips: what is taken of it, and the kinds of the findings
+    `about` its file."""
+    shown = clips[:_ROWS]
+    rows = [("clip", "taken", "frames", "fps", "trained at", "file", "notes")]
+    rows += [_row(clip, about.get(clip.path, ()), clip in held_out) for clip in shown]
+    widths = [max(_width(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = (
+            cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)
+        )
+        yield "  ".join(cells).rstrip()
+    if others := len(clips) - len(shown):
+        yield f"and {count(others, 'other')}, which --json lists"
+
+
+def _row(clip: Clip, notes: Sequence[Finding], is_held_out: bool) -> tuple[str, ...]:
+    kinds = dict.fromkeys(note.kind for note in notes)
+    if is_held_out:
+        kinds = {"held out": None, **kinds}
+    name = clip.name
+    if len(name) > _NAME_WIDTH:
+        name = f"...{name[3 - _NAME_WIDTH :]}"
+    return (
+        name,
+        taken(clip),
+        str(clip.frames),
+        "" if clip.kind == "image" else f"{clip.fps:g}",
+        f"{clip.size[0]}x{clip.size[1]}",
+        origin(clip),
+        ", ".join(kinds),
+    )
+
+
+def _width(text: str) -> int:
+    """Columns that `text` takes on a terminal: Chinese, Japanese and Korean letters take two."""
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    return len(text) + wide - sum(unicodedata.combining(letter) > 0 for letter in text)

@@ -1,0 +1,285 @@
+"""The environment of onewan: Python, packages, torch, device, driver, memory and disk.
+
+Uses nothing but Python and psutil, and imports torch in another process: a broken installation may
+end the process that imports it. Texts contain no names of users and no home folders, so that they
+can be pasted into a report.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from onewan.arithmetic.byte_sizes import format_bytes
+from onewan.doctor.finding import Finding, without_names
+
+_OPTIONAL = ("flash-attn", "flash-attn-3", "xformers", "triton", "hf-transfer", "pillow-heif")
+"""Packages that are used where they are installed, without being a dependency or an extra."""
+_TORCH_SECONDS = 90
+"""After which the import of torch is given up; a first one from a network disk takes a minute."""
+_LITTLE_DISK = 20 * 10**9
+"""Bytes; the smallest model takes about that."""
+
+_ASK_TORCH = """
+import json, torch
+found = {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip}
+devices = []
+for kind in ("cuda", "xpu"):
+    module = getattr(torch, kind, None)
+    if module is not None and module.is_available():
+        for index in range(module.device_count()):
+            facts = module.get_device_properties(index)
+            devices.append({"name": facts.name, "memory": facts.total_memory,
+                "capability": f"{getattr(facts, 'major', '')}.{getattr(facts, 'minor', '')}"})
+if torch.backends.mps.is_available():
+    devices.append({"name": "Apple GPU", "memory": 0, "capability": ""})
+print(json.dumps({**found, "devices": devices}))
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Torch:
+    """What torch says about itself when it is imported."""
+
+    version: str | None
+    """None if it can't be imported."""
+    build: str = ""
+    """"CUDA 12.8", "ROCm 6.4" or "CPU only"."""
+    devices: tuple[str, ...] = ()
+    error: str = ""
+    """Why it can't be imported."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """The machine and what is installed on it."""
+
+    onewan: str
+    python: str
+    system: str
+    processor: str
+    memory: int
+    """Bytes of host memory."""
+    disk_free: int
+    """Bytes, of the disk of the current folder."""
+    torch: Torch
+    cards: tuple[str, ...]
+    """NVIDIA cards as their driver names them."""
+    driver: str
+    """Version of the NVIDIA driver; empty if there is none."""
+    packages: Mapping[str, str]
+    """Versions of the required packages; empty for a missing one."""
+    optional: Mapping[str, str]
+    """Those of packages that only some runs need."""
+    findings: tuple[Finding, ...] = ()
+
+    def as_data(self) -> dict[str, Any]:
+        """Everything but the findings as plain data."""
+        data = asdict(self)
+        del data["findings"]
+        return data
+
+    def lines(self) -> Iterator[str]:
+        """The environment as lines of text."""
+        torch = self.torch
+        yield f"onewan     {self.onewan}, Python {self.python}, {self.system}"
+        yield f"torch      {f'{torch.version} ({torch.build})' if torch.version else 'not usable'}"
+        yield f"device     {'; '.join(torch.devices) or 'none that torch can use'}"
+        if self.driver:
+            yield f"driver     NVIDIA {self.driver}: {'; '.join(self.cards)}"
+        yield f"host       {self.processor}, {format_bytes(self.memory)} of memory"
+        yield f"disk       {format_bytes(self.disk_free)} free here"
+        versions = [f"{name} {version or 'MISSING'}" for name, version in self.packages.items()]
+        yield from _wrapped("packages", versions)
+        yield from _wrapped("optional", [f"{n} {v}" for n, v in self.optional.items() if v])
+        missing = [name for name, version in self.optional.items() if not version]
+        yield from _wrapped("not there", missing)
+
+
+def look_at_environment() -> Environment:
+    """The environment of this process. Raises nothing: what can't be found out is a finding."""
+    with ThreadPoolExecutor(2) as pool:
+        asked_torch, asked_driver = pool.submit(_torch), pool.submit(_driver)
+        required, extras = _requirements()
+        found = Environment(
+            onewan=_version("onewan") or "not installed",
+            python=platform.python_version(),
+            system=f"{platform.system()} {platform.release()} {platform.machine()}",
+            processor=f"{os.cpu_count() or 1} CPU cores",
+            memory=_host_memory(),
+            disk_free=_disk_free(),
+            packages={name: _version(name) for name in required if name != "torch"},
+            optional={name: _version(name) for name in (*extras, *_OPTIONAL)},
+            cards=(),
+            driver="",
+            torch=asked_torch.result(),
+        )
+        driver, cards = asked_driver.result()
+    found = replace(found, driver=driver, cards=cards)
+    return replace(found, findings=tuple(_findings(found, required)))
+
+
+def _findings(found: Environment, required: Mapping[str, str]) -> Iterator[Finding]:
+    def problem(kind: str, text: str) -> Finding:
+        return Finding(severity="problem", kind=kind, text=without_names(text))
+
+    if not found.torch.version:
+        yield problem(
+            "torch",
+            f"torch can't be imported ({found.torch.error}); install it again as on pytorch.org",
+        )
+    for name, wanted in required.items():
+        version = found.torch.version or "" if name == "torch" else found.packages[name]
+        if not version and name != "torch":
+            yield problem("package", f"the package {name} is missing; install onewan again")
+        elif version and not _satisfies(version, wanted):
+            yield problem(
+                "package",
+                f"{name} is {version}, and onewan needs {wanted}; install onewan again, or "
+                f'`pip install "{name}{wanted}"`',
+            )
+    if found.torch.version and found.cards and not found.torch.devices:
+        yield problem(
+            "device",
+            f"torch can't use the card {found.cards[0]}: this is its build for "
+            f"{found.torch.build}; install the build for CUDA as on pytorch.org"
+            if found.torch.build == "CPU only"
+            else f"torch ({found.torch.build}) can't use the card {found.cards[0]} with driver "
+            f"{found.driver}; update the driver, or install torch for an older CUDA",
+        )
+    elif found.torch.version and not found.torch.devices:
+        text = "torch finds no graphics card, so a run would train on the CPU, which takes weeks"
+        yield Finding(severity="note", kind="device", text=text)
+    if 0 < found.disk_free < _LITTLE_DISK:
+        text = f"only {format_bytes(found.disk_free)} are free on the disk of this folder"
+        yield Finding(severity="note", kind="disk", text=text)
+
+
+def _torch() -> Torch:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _ASK_TORCH],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_TORCH_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Torch(version=None, error=f"its import has not ended after {_TORCH_SECONDS} s")
+    except OSError as error:
+        return Torch(version=None, error=f"Python can't be started: {error.strerror}")
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        died = f"the process that imports it ends with status {done.returncode}"
+        return Torch(version=None, error=without_names(lines[-1][:300] if lines else died))
+    # Packages that torch imports may print lines of their own.
+    facts = json.loads(done.stdout.strip().splitlines()[-1])
+    build = f"ROCm {facts['hip']}" if facts["hip"] else f"CUDA {facts['cuda']}"
+    return Torch(
+        version=facts["version"],
+        build=build if facts["hip"] or facts["cuda"] else "CPU only",
+        devices=tuple(map(_device, facts["devices"])),
+    )
+
+
+def _device(facts: Mapping[str, Any]) -> str:
+    memory = f", {format_bytes(facts['memory'])}" if facts["memory"] else ""
+    capability = facts["capability"].strip(".")
+    return f"{facts['name']}{memory}{f', compute capability {capability}' if capability else ''}"
+
+
+def _driver() -> tuple[str, tuple[str, ...]]:
+    """(version of the NVIDIA driver, its cards); empty without one."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "", ()
+    query = [program, "--query-gpu=driver_version,name,memory.total,memory.used"]
+    try:
+        done = subprocess.run(
+            [*query, "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "", ()
+    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
+    rows = [row for row in rows if len(row) == 4]
+    cards = tuple(f"{name}, {total} ({used} in use)" for _, name, total, used in rows)
+    return (rows[0][0] if rows else ""), cards
+
+
+def _requirements() -> tuple[dict[str, str], list[str]]:
+    """(required packages with their versions such as ">=2.6", packages of the extra for
+    optimizers), as the installed package says."""
+    required, extras = dict[str, str](), list[str]()
+    try:
+        lines = importlib.metadata.requires("onewan") or []
+    except importlib.metadata.PackageNotFoundError:
+        lines = []
+    for line in lines:
+        requirement, _, marker = line.partition(";")
+        found = re.match(r"([\w.-]+)(?:\[[^\]]*\])?\s*(.*)", requirement.strip())
+        assert found is not None
+        if "extra" not in marker:
+            required[found[1]] = found[2]
+        elif re.search(r"extra == ['\"]dev['\"]", marker) is None:
+            extras.append(found[1])
+    return required, extras
+
+
+def _satisfies(version: str, wanted: str) -> bool:
+    try:
+        from packaging.specifiers import SpecifierSet
+    except ImportError:  # a dependency of most packages, whose absence is reported
+        return True
+    return SpecifierSet(wanted).contains(version, prereleases=True)
+
+
+def _version(name: str) -> str:
+    """The version of an installed package; empty if it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _host_memory() -> int:
+    try:
+        from onewan.memory.plan.machine import host_memory
+    except ImportError:  # psutil is missing, which is reported
+        return 0
+    return host_memory()
+
+
+def _disk_free() -> int:
+    try:
+        return shutil.disk_usage(Path.cwd()).free
+    except OSError:
+        return 0
+
+
+def _wrapped(label: str, words: list[str], width: int = 88) -> Iterator[str]:
+    """`words` in lines with the label in front of the first one; no line if there are none."""
+    line = ""
+    for word in words:
+        if line and len(line) + len(word) + 2 > width:
+            yield f"{label:<11}{line},"
+            label, line = "", ""
+        line += f", {word}" if line else word
+    if line:
+        yield f"{label:<11}{line}"

@@ -1,0 +1,169 @@
+"""What a run needs of the machine: disk and time for the cache, and the verdict of its plan."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onewan.arithmetic.byte_sizes import format_bytes, parse_bytes
+from onewan.arithmetic.durations import format_duration
+from onewan.config.resolve import with_steps_of_epochs
+from onewan.config.schema import ResolvedRun
+from onewan.data.clip import Clip
+from onewan.doctor.environment import Environment
+from onewan.doctor.finding import Finding
+from onewan.errors import OnewanError
+from onewan.memory.plan import Bucket, Plan, find_machine, make_plan, read_stored_model
+
+_VAE_FLOPS = 4.8e6
+"""Operations of the VAE's encoder for a pixel of a frame, by the sizes of its convolutions: that of
+the A14B variants has 96 channels at full size, 192 at a half, 384 at a quarter and an eighth. That
+of TI2V-5B has 160, of pixels in blocks of 2x2: about two thirds of it."""
+_TEXT_FLOPS = 2 * 5.7e9 * 512
+"""Operations of the text encoder for a caption: 5.7 billion weights, 512 tokens."""
+_CARD_FLOPS = 25e12
+"""Float32 operations/s of convolutions on a card of today, without TF32; the VAE computes in
+float32. Cards differ by a factor of two or so."""
+_CORE_FLOPS = 40e9
+"""The same of a CPU core."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a run needs, as far as it can be told without loading a model."""
+
+    cache_bytes: int
+    """Of the encoded clips."""
+    cache_seconds: float
+    """About how long it takes to encode them."""
+    cache_free: int
+    """Bytes that are free on the disk of the cache."""
+    plan: Plan | None
+    """None if it can't be made, or if the run trains on the CPU."""
+    verdict: str
+    """Of the plan, in one line."""
+    findings: tuple[Finding, ...] = ()
+
+    def lines(self) -> Iterator[str]:
+        """The needs as lines of text."""
+        if self.cache_bytes:
+            yield (
+                f"cache   {format_bytes(self.cache_bytes)} on the disk "
+                f"({format_bytes(self.cache_free)} are free), about "
+                f"{format_duration(self.cache_seconds)} to encode what is not in it yet"
+            )
+        yield f"plan    {self.verdict}"
+
+    def as_data(self) -> dict[str, Any]:
+        """The needs as plain data."""
+        return {
+            "cache": {
+                "bytes": self.cache_bytes,
+                "seconds": round(self.cache_seconds, 1),
+                "free_bytes": self.cache_free,
+            },
+            "plan": {
+                "verdict": self.verdict,
+                "fits": None if self.plan is None else self.plan.fits,
+                "problems": [] if self.plan is None else self.plan.problems(),
+            },
+        }
+
+
+def needs_of(config: ResolvedRun, clips: Sequence[Clip], environment: Environment) -> Needs:
+    """The needs of a run with these `clips`, at least one, those for validation included."""
+    on_cpu = config.model.device == "cpu"
+    has_card = not on_cpu and bool(environment.torch.devices or environment.cards)
+    buckets = Counter(
+        Bucket(frames=clip.frames, width=clip.size[0], height=clip.size[1]) for clip in clips
+    )
+    machine = find_machine(
+        None if config.memory.vram is None else parse_bytes(config.memory.vram),
+        None if config.memory.ram is None else parse_bytes(config.memory.ram),
+    )
+    batches = sum(-(-count // config.train.batch_size) for count in buckets.values())
+    findings, plan = list[Finding](), None
+    try:
+        config = with_steps_of_epochs(config, batches)
+        plan = make_plan(config, buckets, machine, read_stored_model(config), advice=False)
+    except OnewanError as error:
+        verdict = f"can't be made: {error.message}"
+        findings.append(Finding(severity="problem", kind="plan", text=f"the plan {verdict}"))
+    else:
+        is_assumed = not environment.cards and config.memory.vram is None
+        verdict = _verdict(plan, is_assumed=is_assumed)
+        if on_cpu:
+            verdict = "not made, since the run trains on the CPU (model.device)"
+        elif not plan.fits:
+            severity = "note" if is_assumed else "problem"
+            text = f"the run does not fit: {'; '.join(plan.problems())}; see `onewan plan`"
+            findings.append(Finding(severity=severity, kind="plan", text=text))
+        if not on_cpu:
+            findings += [Finding(severity="note", kind="plan", text=note) for note in plan.notes]
+    size = 0 if plan is None else plan.disk.get("cache of encoded clips", 0)
+    free = _free(config.video_data.cache_dir)
+    needed = size - _size(config.video_data.cache_dir) if size else 0
+    if needed > free:
+        text = (
+            f"video_data.cache_dir: the cache takes {format_bytes(size)}, and "
+            f"{format_bytes(free)} are free on its disk; free some, or choose another folder"
+        )
+        findings.append(Finding(severity="problem", kind="disk", text=text))
+    return Needs(
+        cache_bytes=size,
+        cache_seconds=_encoding_seconds(config, clips, has_card=has_card),
+        cache_free=free,
+        plan=None if on_cpu else plan,
+        verdict=verdict,
+        findings=tuple(findings),
+    )
+
+
+def _verdict(plan: Plan, *, is_assumed: bool) -> str:
+    peak, machine = plan.peak, plan.machine
+    where = (
+        f"an assumed card of {format_bytes(machine.vram)}, since none was found"
+        if is_assumed
+        else f"{machine.name} with {format_bytes(machine.vram)}"
+    )
+    if not plan.fits:
+        return f"does not fit on {where}"
+    return (
+        f"fits on {where}: {format_bytes(peak.device_bytes)} at most ({peak.phase}); "
+        f"{plan.run_time.steps:,} steps take about {format_duration(plan.run_time.total)}"
+    )
+
+
+def _encoding_seconds(config: ResolvedRun, clips: Sequence[Clip], *, has_card: bool) -> float:
+    if not config.video_data.cache:
+        return 0.0
+    pixels = sum(clip.frames * clip.size[0] * clip.size[1] for clip in clips)
+    variant = config.model.facts()
+    # The video of the first image is as long as the clip, and is encoded like it.
+    flops = _VAE_FLOPS * pixels * (2 if variant.needs_image else 1)
+    flops += _TEXT_FLOPS * len({text for clip in clips for text in clip.captions})
+    rate = _CARD_FLOPS if has_card else _CORE_FLOPS * (os.cpu_count() or 1)
+    return flops / rate
+
+
+def _free(folder: Path) -> int:
+    """Bytes that are free on the disk of `folder`, which need not exist."""
+    found = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    return shutil.disk_usage(found).free
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files in `folder`; 0 without one."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(root, name)).st_size
+            except OSError:  # noqa: PERF203  (another process has just removed it)
+                continue
+    return total

@@ -1,0 +1,99 @@
+"""Safe repairs: captions that are in another encoding than UTF-8, which are written as UTF-8.
+
+The original stays beside the file as a backup. What a file was encoded in is a guess, which the
+user is shown with the text before anything is written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from onewan.config.schema import ResolvedRun
+from onewan.documents import decode_text
+from onewan.files import check_input, replacing
+from onewan.runs.layout import unused
+
+_MOST_BYTES = 1 << 20
+"""Of a caption file, as the trainer reads them."""
+_SHOWN_BEFORE, _SHOWN_AFTER = 30, 40
+"""Characters around the first one that is not ASCII."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repair:
+    """A caption file, and what its text would be in UTF-8."""
+
+    path: Path
+    encoding: str
+    """The one that it seems to be in, such as "Windows-1252"."""
+    text: str
+
+    @property
+    def excerpt(self) -> str:
+        """The text around its first character that is not ASCII, or its beginning."""
+        first = next((i for i, letter in enumerate(self.text) if not letter.isascii()), 0)
+        start, end = max(0, first - _SHOWN_BEFORE), first + _SHOWN_AFTER
+        excerpt = " ".join(self.text[start:end].split())
+        return f"{'...' if start else ''}{excerpt}{'...' if end < len(self.text) else ''}"
+
+    def apply(self) -> Path:
+        """Write the text as UTF-8; returns the backup, a copy of the file as it was. OSError."""
+        backup = unused(self.path.with_name(f"{self.path.name}.bak"))
+        data = self.path.read_bytes()
+        with replacing(backup) as temporary:
+            temporary.write_bytes(data)
+        with replacing(self.path) as temporary:
+            temporary.write_bytes(self.text.encode("utf-8"))  # line breaks stay as they are
+        return backup
+
+
+def possible_repairs(config: ResolvedRun) -> list[Repair]:
+    """The caption files of the run's sources that are not UTF-8 and can be made so."""
+    sources = (*config.video_data.sources, *config.validation.sources)
+    found = dict.fromkeys(file for source in sources for file in _text_files(source.path))
+    return [repair for file in found if (repair := _repair(file)) is not None]
+
+
+def _text_files(folder: Path) -> Iterator[Path]:
+    for root, folders, names in os.walk(folder):
+        # As the trainer reads a folder: without hidden files and folders.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(root, name) for name in sorted(_visible(names)))
+
+
+def _visible(names: Iterable[str]) -> Iterator[str]:
+    return (n for n in names if n.lower().endswith(".txt") and not n.startswith("."))
+
+
+def _repair(path: Path) -> Repair | None:
+    try:
+        if check_input(path).stat().st_size > _MOST_BYTES:
+            return None
+        data = path.read_bytes()
+    except OSError:  # reported with its clip
+        return None
+    try:
+        decode_text(data)
+    except ValueError:
+        pass
+    else:
+        return None
+    encoding, name = _guess(data)
+    try:
+        return Repair(path=path, encoding=name, text=data.decode(encoding))
+    except UnicodeDecodeError:  # text in neither, or no text
+        return None
+
+
+def _guess(data: bytes) -> tuple[str, str]:
+    """The encoding that `data`, which is not UTF-8, is probably in, and its name."""
+    if b"\0" not in data:
+        # Five bytes are no characters in it, so that some binary files are not taken for text.
+        return "cp1252", "Windows-1252"
+    # The high bytes of most characters are NUL.
+    if data[1::2].count(0) > data[::2].count(0):
+        return "utf-16-le", "UTF-16 (little-endian)"
+    return "utf-16-be", "UTF-16 (big-endian)"

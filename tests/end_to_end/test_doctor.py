@@ -1,0 +1,441 @@
+"""`onewan doctor`: what it says about files is what the trainer does with them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.runs import RunFile
+
+import onewan
+from onewan.cli import main
+from onewan.config.clips import WanTrainConfig
+from onewan.config.load import dump_run
+from onewan.config.schema import ResolvedRun
+from onewan.data.cached_latents import CachedLatents
+from onewan.data.dataset import Dataset
+from onewan.data.decode import decode
+from onewan.data.encode import no_progress
+from onewan.demo.clips import write_clips
+from onewan.doctor.diagnosis import Diagnosis
+from onewan.doctor.environment import Environment, Torch
+from onewan.doctor.examination import Examination, examine
+from onewan.doctor.inspection import small_size
+from onewan.doctor.page import html_page
+from onewan.media import write_video
+from onewan.train.setup import WanModelSetup
+
+STRATEGIES = get_args(WanTrainConfig.model_fields["frame_sample_strategy"].annotation)
+
+BAD = {
+    "audio_only.mp4": "has no video",
+    "corrupt_middle.mp4": "is damaged",
+    "decompression_bomb.png": "claims more pixels than any image has",
+    "empty.mp4": "is empty (0 bytes)",
+    "one_byte.webm": "is not a video that FFmpeg can read",
+    "text.mp4": "is not a video that FFmpeg can read",
+    "truncated_no_index.mp4": "is cut off",
+}
+"""What is wrong with each bad clip."""
+
+ENVIRONMENT = Environment(
+    onewan="0.1.0",
+    python="3.12.0",
+    system="Linux",
+    processor="8 CPU cores",
+    memory=64 * 10**9,
+    disk_free=10**12,
+    torch=Torch(version="2.9.0", build="CPU only"),
+    cards=(),
+    driver="",
+    packages={},
+    optional={},
+)
+
+
+@pytest.fixture
+def mixed(clips: Path, tmp_path: Path) -> Path:
+    """A folder with the good, the odd and the bad clips."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for kind in ("good", "odd", "bad"):
+        for file in (clips / kind).iterdir():
+            shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture
+def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands do not look at this machine, for which torch is imported each time."""
+    monkeypatch.setattr("onewan.cli.doctor.look_at_environment", lambda: ENVIRONMENT)
+
+
+def settings(folder: Path, *more: str) -> list[str]:
+    return [
+        f"video_data.sources=[{{path: {folder.as_posix()}}}]",
+        f"video_data.cache_dir={(folder.parent / 'cache').as_posix()}",
+        "video_data.min_resolution=[1, 1]",
+        "wan_config.max_frames=9",
+        "model.device=cpu",
+        *more,
+    ]
+
+
+def examined(config: ResolvedRun, *, previews: bool = False) -> Examination:
+    return examine(config, ENVIRONMENT, previews=previews, advance=lambda *_: None)
+
+
+def prepared(config: ResolvedRun) -> Dataset:
+    return WanModelSetup(config).dataset([], no_progress)
+
+
+def saved(config: ResolvedRun, folder: Path) -> str:
+    path = folder / "saved.yaml"
+    path.write_text(dump_run(config), encoding="utf-8")
+    return str(path)
+
+
+def coarse(picture: Image.Image) -> np.ndarray:
+    """The picture in 16x10 cells, in which JPEG's losses do not show."""
+    return np.asarray(picture.resize((16, 10), Image.Resampling.BOX), np.float32)
+
+
+@pytest.mark.usefixtures("known_machine")
+def test_every_bad_file_is_named_with_its_reason(
+    run_file: RunFile, mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = saved(run_file("t2v-a14b", *settings(mixed)), tmp_path)
+    assert main(["doctor", run]) == 1
+    out = capsys.readouterr().out
+    for name, reason in BAD.items():
+        assert re.search(rf"{re.escape(name)}: {re.escape(reason)}", out), name
+    assert "7 problems" in out
+    for name in BAD:
+        (mixed / name).unlink()
+        (mixed / name).with_suffix(".txt").unlink()
+    (mixed / "name with spaces é 日本.txt").unlink()  # a missing caption is a problem too
+    assert main(["doctor", run, "--json"]) == 1
+    data = json.loads(capsys.readouterr().out)
+    problems = [f for f in data["findings"] if f["severity"] == "problem"]
+    assert [Path(problem["path"]).name for problem in problems] == ["name with spaces é 日本.mp4"]
+    assert "has no caption" in problems[0]["text"] and not data["ok"]
+    (mixed / "name with spaces é 日本.mp4").unlink()
+    assert main(["doctor", run, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["ok"] and {f["severity"] for f in data["findings"]} == {"note"}
+    assert len(data["data"]["clips"]) == 15
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_is_said_to_be_taken_is_what_the_loader_yields(
+    run_file: RunFile, mixed: Path, strategy: str
+) -> None:
+    config = run_file(
+        "t2v-a14b",
+        *settings(mixed, f"wan_config.frame_sample_strategy={strategy}", "validation.share=0.2"),
+    )
+    found = examined(config, previews=True)
+    said = {clip["name"]: clip for clip in found.as_data()["clips"]}
+    data = prepared(config)
+    assert isinstance(data.source, CachedLatents)
+    used = (*data.clips, *data.validation_clips)
+    assert said.keys() == {clip.name for clip in used}
+    assert {name for name, clip in said.items() if clip["held_out"]} == {
+        clip.name for clip in data.validation_clips
+    }
+    previews = {item.clip.name: item.preview for item in found.clips}
+    for clip in used:
+        sample, one = decode(clip), said[clip.name]
+        assert sample.frames.shape == (one["frames"], one["height"], one["width"], 3)
+        assert (one["start"], one["end"], one["fps"]) == (
+            clip.times()[0],
+            clip.times()[-1],
+            sample.fps,
+        )
+        latents = data.source.video(clip)["latents"]
+        assert latents.shape[-3:] == (
+            (one["frames"] - 1) // 4 + 1,
+            one["height"] // 8,
+            one["width"] // 8,
+        )
+        # Previews are a crop of the file to a size of nearly the same shape, at the same times.
+        preview = previews[clip.name]
+        assert preview is not None and preview.size == small_size(clip.size) == clip.size
+        for index, frame in zip((0, -1), (preview.frames[0], preview.frames[-1]), strict=True):
+            shown = coarse(Image.open(io.BytesIO(frame)))
+            trained = coarse(Image.fromarray(sample.frames[index]))
+            assert np.abs(shown - trained).mean() < 2.5, clip.name
+    assert {(p.path, p.reason) for p in found.report.problems} == {
+        (p.path, p.reason) for p in data.report.problems
+    }
+    assert {(w.path, w.text) for w in data.report.warnings} <= {
+        (w.path, w.text) for w in found.report.warnings
+    }
+
+
+def moving(width: int, height: int, frames: int, seed: int = 0) -> np.ndarray:
+    """A picture with coarse shapes that moves to the side, uint8 [F, H, W, 3]."""
+    random = np.random.default_rng(seed)
+    coarse = Image.fromarray(random.integers(60, 255, (6, 8, 3), np.uint8))
+    picture = np.asarray(coarse.resize((width * 2, height), Image.Resampling.BICUBIC))
+    return np.stack([picture[:, 3 * k : 3 * k + width] for k in range(frames)])
+
+
+def write_clip(folder: Path, name: str, frames: np.ndarray, caption: str | bytes) -> None:
+    folder.mkdir(exist_ok=True)
+    write_video(folder / f"{name}.mp4", frames, 16)
+    text = caption.encode() if isinstance(caption, str) else caption
+    (folder / f"{name}.txt").write_bytes(text)
+
+
+@pytest.fixture
+def doubtful(tmp_path: Path) -> Path:
+    """A folder with a clip of each kind that can be used, but should be looked at."""
+    folder = tmp_path / "doubtful"
+    good = moving(192, 128, 16)
+    write_clip(folder, "good", good, "a good clip")
+    write_clip(folder, "again", good, "the same file")
+    write_clip(folder, "smaller", good[:, ::2, ::2], "the same, smaller")
+    write_clip(folder, "black", np.zeros_like(good), "nothing")
+    write_clip(folder, "frozen", np.repeat(moving(192, 128, 1, seed=1), 16, 0), "a photo")
+    boxed = moving(192, 128, 16, seed=2)
+    boxed[:, :20] = boxed[:, -20:] = 0
+    write_clip(folder, "boxed", boxed, "one for two")
+    write_clip(folder, "plain", moving(192, 128, 16, seed=3), "one for two")
+    write_clip(folder, "silent", moving(192, 128, 16, seed=4), "")
+    write_clip(folder, "long", moving(192, 128, 16, seed=5), "a word and " * 200)
+    return folder
+
+
+def test_notes_about_clips_and_captions(run_file: RunFile, doubtful: Path) -> None:
+    found = examined(run_file("t2v-a14b", *settings(doubtful, "train.batch_size=20")))
+    notes = {(f.path.stem if f.path else None, f.kind) for f in found.findings}
+    assert not any(f.severity == "problem" for f in found.findings)
+    assert notes >= {
+        ("good", "duplicate"),
+        ("smaller", "near duplicate"),
+        ("black", "near black"),
+        ("frozen", "frozen"),
+        ("boxed", "letterboxed"),
+        ("silent", "empty caption"),
+        ("long", "long caption"),
+        (None, "shared caption"),
+        (None, "small bucket"),
+    }
+    looked_at = {"near duplicate", "duplicate", "near black", "frozen", "letterboxed"}
+    assert {name for name, kind in notes if kind in looked_at} == {
+        "good",
+        "smaller",
+        "black",
+        "frozen",
+        "boxed",
+    }
+    boxed = next(f.text for f in found.findings if f.kind == "letterboxed")
+    # Of the picture as it is trained, whose crop has taken a part of them.
+    assert re.search(r"top \(1\d %\) and bottom \(1\d %\)", boxed)
+    shared = next(f.text for f in found.findings if f.kind == "shared caption")
+    assert "boxed.mp4, plain.mp4" in shared and "'one for two'" in shared
+    # The tiny model's tokenizer makes a token of each of the words, more or less.
+    count = int(next(f.text for f in found.findings if f.kind == "long caption").split()[3])
+    assert 600 <= count <= 2500
+
+
+def test_a_cache_that_does_not_fit_on_the_disk_and_a_model_that_is_not_there(
+    run_file: RunFile, doubtful: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(doubtful)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    found = examined(run_file("t2v-a14b", *settings(doubtful), "model.vae=./gone.safetensors"))
+    problems = {f.kind: f.text for f in found.findings if f.severity == "problem"}
+    assert problems.keys() == {"disk", "model"}
+    assert problems["disk"].startswith("video_data.cache_dir: the cache takes")
+    assert (
+        problems["model"].startswith("model.vae: ") and "gone.safetensors does" in problems["model"]
+    )
+
+
+def test_a_run_that_does_not_fit_is_a_problem(run_file: RunFile, doubtful: Path) -> None:
+    too_little = ["memory.vram=400MB", "model.device=auto"]
+    found = examined(run_file("t2v-a14b", *settings(doubtful), *too_little))
+    problems = [f for f in found.findings if f.severity == "problem"]
+    assert [f.kind for f in problems] == ["plan"]
+    assert "0.4 GB" in problems[0].text
+    assert found.needs is not None and "does not fit" in found.needs.verdict
+
+
+@pytest.mark.usefixtures("known_machine")
+def test_fix_writes_captions_as_utf_8_and_keeps_the_original(
+    run_file: RunFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, caption = tmp_path / "clips", "a café in Zürich\r\n"
+    frames = moving(64, 64, 16)
+    write_clip(folder, "windows", frames, caption.encode("cp1252"))
+    write_clip(folder, "wide", frames, "a plain text".encode("utf-16-le"))
+    write_clip(folder, "right", frames, caption)
+    run = saved(run_file("t2v-a14b", *settings(folder)), tmp_path)
+
+    def files() -> dict[str, bytes]:
+        return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".mp4"}
+
+    before = files()
+    assert main(["doctor", run, "--fix"]) == 1  # pytest's stdin is no terminal: it does not ask
+    assert "--yes" in capsys.readouterr().err and files() == before
+    assert main(["doctor", run, "--fix", "--yes"]) == 0
+    err = capsys.readouterr().err
+    assert "a café in Zürich" in err and "Windows-1252" in err and "UTF-16" in err
+    assert files() == before | {
+        "windows.txt": caption.encode(),
+        "windows.txt.bak": before["windows.txt"],
+        "wide.txt": b"a plain text",
+        "wide.txt.bak": before["wide.txt"],
+    }
+    assert main(["doctor", run, "--fix", "--yes"]) == 0
+    assert "nothing to repair" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ("raise ImportError('libcudart.so.12: cannot open shared object file')", "libcudart.so.12"),
+        ("import os; os.abort()", "ends with status"),
+    ],
+)
+def test_without_torch_the_machine_and_the_clips_are_looked_at(
+    run_file: RunFile, tmp_path: Path, broken: str, reason: str
+) -> None:
+    write_clip(tmp_path / "clips", "one", moving(64, 64, 16), "a caption")
+    run = saved(run_file("t2v-a14b", *settings(tmp_path / "clips")), tmp_path)
+    (tmp_path / "site" / "torch").mkdir(parents=True)
+    (tmp_path / "site" / "torch" / "__init__.py").write_text(broken, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "onewan", "doctor", run, "--json"],
+        capture_output=True,
+        encoding="utf-8",
+        env=with_packages(tmp_path / "site"),
+        check=False,
+    )
+    data = json.loads(done.stdout)
+    problems = [f for f in data["findings"] if f["severity"] == "problem"]
+    assert done.returncode == 1 and [f["kind"] for f in problems] == ["torch"]
+    assert reason in problems[0]["text"]
+    assert data["environment"]["torch"]["version"] is None
+    assert data["environment"]["packages"]["numpy"] == np.__version__
+    assert [clip["name"] for clip in data["data"]["clips"]] == ["one.mp4"]
+
+
+def test_a_missing_package_leaves_the_machine_to_be_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "av.py").write_text("raise ImportError('no av here')", encoding="utf-8")
+    (tmp_path / "run.yaml").write_text("model: {path: a/b, variant: t2v-a14b}", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "onewan", "doctor", str(tmp_path / "run.yaml")],
+        capture_output=True,
+        encoding="utf-8",
+        env=with_packages(tmp_path / "site"),
+        check=False,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "package is missing or broken: no av here" in done.stdout
+    assert f"numpy {np.__version__}" in done.stdout
+
+
+def with_packages(folder: Path) -> dict[str, str]:
+    """The environment of a process that imports packages from `folder` first."""
+    source = Path(onewan.__file__).parents[1]
+    return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{source}"}
+
+
+# --------------------------------------------------------------------------------- the page
+
+
+@pytest.fixture
+def page(known_machine: None, run_file: RunFile, tmp_path: Path) -> Path:  # noqa: ARG001
+    """The page of a run on drawn clips, a still image and a hostile caption among them."""
+    folder = tmp_path / "clips"
+    write_clips(folder)
+    write_clip(folder, "hostile", moving(64, 128, 16), '<script>alert("x")</script>')
+    run = saved(run_file("t2v-a14b", *settings(folder)), tmp_path)
+    assert main(["doctor", run, "--html", str(tmp_path / "page.html")]) == 0
+    return tmp_path / "page.html"
+
+
+def test_the_page_has_everything_in_it(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    addresses = re.findall(r'(?:src|href|poster|action|url)\s*[=(]\s*["\']?([^"\'\s>)]+)', text)
+    assert addresses and all(address.startswith("data:") for address in addresses)
+    assert text.count("<script>") == 1 and "&lt;script&gt;alert(&quot;x&quot;)" in text
+    assert "hostile.mp4" in text and "Clips as they are trained" in text
+
+
+def test_videos_are_left_out_of_a_page_that_would_be_too_large(
+    run_file: RunFile, tmp_path: Path
+) -> None:
+    write_clips(tmp_path / "clips")
+    found = examined(run_file("t2v-a14b", *settings(tmp_path / "clips")), previews=True)
+    videos = [item.preview.video for item in found.clips if item.preview and item.preview.video]
+    diagnosis = Diagnosis(environment=ENVIRONMENT, examination=found)
+    some = html_page(diagnosis, "run", most_video_bytes=len(videos[0]))
+    assert some.count("<video") == 1
+    assert f"{len(videos) - 1} videos can't be played here" in some
+    assert html_page(diagnosis, "run").count("<video") == len(videos)
+
+
+_PLAY = """<script>
+Promise.all([...document.querySelectorAll("video")].map((video) => new Promise((done) => {
+  video.onloadeddata = () => done(`${video.videoWidth}x${video.videoHeight}`);
+  video.onerror = () => done("error");
+  video.preload = "auto";
+  video.load();
+}))).then((sizes) => {
+  document.body.dataset.played = sizes.join(" ");
+  const names = performance.getEntriesByType("resource").map((entry) => entry.name);
+  const requests = names.filter((name) => !name.startsWith("data:"));
+  document.body.dataset.requests = JSON.stringify(requests);
+});
+</script>"""
+"""Loads the videos of the page, and notes their sizes and what the page has asked for."""
+
+
+def test_the_page_in_a_browser_asks_for_nothing_and_has_no_error(
+    page: Path, tmp_path: Path
+) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    if browser is None:
+        pytest.skip("needs the browser chromium on the path")
+    text = page.read_text(encoding="utf-8")
+    page.write_text(text.replace("</html>", f"{_PLAY}</html>"), encoding="utf-8")
+    done = subprocess.run(
+        [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--enable-logging=stderr",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--virtual-time-budget=20000",
+            "--dump-dom",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    dom = done.stdout
+    played = re.search(r'data-played="([^"]*)"', dom)
+    assert played is not None and "error" not in played[1]
+    assert len(played[1].split()) == text.count("<video") == dom.count(">Play</button>") > 0
+    assert 'data-requests="[]"' in dom
+    # What the policy of the page forbids is an error here too.
+    assert "CONSOLE" not in done.stderr, done.stderr
