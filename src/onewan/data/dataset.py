@@ -12,7 +12,6 @@ from pathlib import Path
 
 from onewan.config.clips import SourceSection
 from onewan.config.schema import ResolvedRun
-from onewan.data.buckets import clip_planner, clip_sources
 from onewan.data.cache import ContentDigests, EntryCache, entry_key
 from onewan.data.cached_latents import CachedLatents
 from onewan.data.clip import Clip
@@ -25,10 +24,10 @@ from onewan.data.encode import (
     ProgressCallback,
     no_progress,
 )
-from onewan.data.index import index_clips
 from onewan.data.probes import MediaProbes
 from onewan.data.report import ClipWarning, DatasetReport
-from onewan.data.validation_split import exclude_validation_clips, split_validation_clips
+from onewan.data.run_clips import clips_of_run, with_held_out
+from onewan.data.validation_split import exclude_validation_clips
 from onewan.errors import DataError, one_line
 from onewan.files import replacing
 from onewan.formats.model_folder import ComponentName
@@ -118,35 +117,23 @@ def _index(
 
     A file among both the training and the validation sources is only validated on.
     """
-    planner = replace(clip_planner(config), probes=probes)
-    use_masks = config.video_data.masks
-    training = index_clips(
-        clip_sources(config.video_data.sources, config), planner, use_masks=use_masks
-    )
-    validation = DatasetReport(clips=(), problems=(), warnings=())
-    if config.validation.sources:
-        validation = index_clips(
-            clip_sources(config.validation.sources, config),
-            planner,
-            use_masks=use_masks,
-            key_path="validation.sources",
-        )
-    clips = (*training.clips, *validation.clips)
+    report = clips_of_run(config, probes)
+    clips = (*report.clips, *report.validation_clips)
     paths = {clip.path for clip in clips} | {clip.mask.path for clip in clips if clip.mask}
     # Each file once, though it may be in several sources.
     digests = {path: known_digests.of(path) for path in sorted(paths)}
-    remaining, in_both = exclude_validation_clips(training.clips, validation.clips, digests)
+    remaining, in_both = exclude_validation_clips(report.clips, report.validation_clips, digests)
     changed = [
         ClipWarning(
             path=path, text="has other content than before, though not another size or time"
         )
         for path in known_digests.changed
     ]
-    report = DatasetReport(
+    report = replace(
+        report,
         clips=tuple(remaining),
-        validation_clips=validation.clips,
-        problems=(*training.problems, *validation.problems, *in_both),
-        warnings=(*training.warnings, *validation.warnings, *changed),
+        problems=(*report.problems, *in_both),
+        warnings=(*report.warnings, *changed),
     )
     return report, digests
 
@@ -178,32 +165,22 @@ def _final_report(
     failed = {problem.path for problem in result.problems}
     clips = tuple(clip for clip in report.clips if clip.path not in failed)
     validation_clips = tuple(clip for clip in report.validation_clips if clip.path not in failed)
-    warnings = (*report.warnings, *result.warnings)
-    validation = config.validation
-    if not (validation.sources or (validation.share is None and validation.clips == 0)):
-        clips, validation_clips = split_validation_clips(
-            clips, validation.share, config.train.seed, digests
-        )
-        if validation.share and not validation_clips:
-            text = (
-                "validation.share holds out no clip: it needs two files that are not target: base"
-            )
-            warnings = (*warnings, ClipWarning(path=None, text=text))
     report = replace(
         report,
         clips=clips,
         validation_clips=validation_clips,
         # A file that is in two sources has the same problem twice.
         problems=tuple(dict.fromkeys((*report.problems, *result.problems))),
-        warnings=tuple(dict.fromkeys(warnings)),
+        warnings=tuple(dict.fromkeys((*report.warnings, *result.warnings))),
     )
+    report = with_held_out(config, report, digests)
     if config.video_data.cache:
         report = _with_list(config.video_data.cache_dir, report)
-    if not clips:
+    if not report.clips:
         raise DataError(
             f"no clip can be used in {_places(config.video_data.sources)}", report.lines()
         )
-    if config.validation.sources and not validation_clips:
+    if config.validation.sources and not report.validation_clips:
         raise DataError(
             f"no clip of validation.sources can be used in {_places(config.validation.sources)}",
             report.lines(),

@@ -31,6 +31,8 @@ def clip_data(clip: Clip, *, is_held_out: bool) -> dict[str, Any]:
         "source_width": clip.source_size[0],
         "source_height": clip.source_size[1],
         "source_seconds": clip.source_seconds,
+        "source_fps": clip.source_fps,
+        "alternatives": clip.takes,
         "captions": list(clip.captions),
         "held_out": is_held_out,
         "mask": None if clip.mask is None else clip.mask.path.name,
@@ -47,7 +49,9 @@ def taken(clip: Clip) -> str:
 def origin(clip: Clip) -> str:
     """What the clip's file is, in words."""
     size = f"{clip.source_size[0]}x{clip.source_size[1]}"
-    return size if clip.kind == "image" else f"{size}, {clip.source_seconds:.2f} s"
+    if clip.kind == "image":
+        return size
+    return f"{size}, {clip.source_seconds:.2f} s, {clip.source_fps:.4g} fps"
 
 
 def findings_by_path(findings: Sequence[Finding]) -> dict[Path, list[Finding]]:
@@ -88,7 +92,7 @@ def _row(clip: Clip, notes: Sequence[Finding], is_held_out: bool) -> tuple[str, 
         name,
         taken(clip),
         str(clip.frames),
-        "" if clip.kind == "image" else f"{clip.fps:g}",
+        "" if clip.kind == "image" else f"{clip.fps:.4g}",
         f"{clip.size[0]}x{clip.size[1]}",
         origin(clip),
         ", ".join(kinds),

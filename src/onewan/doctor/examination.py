@@ -1,23 +1,24 @@
 """The data of a run: every file through the trainer's planner and reader, and what was found.
 
-Writes nothing and loads no model. The clips are those that `onewan cache` would encode, in the same
-order and with the same split for validation.
+Loads no model, and writes nothing but what the cache remembers about files. The clips are those
+that `onewan cache` would encode, in the same order and with the same split for validation.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from onewan.config.schema import ResolvedRun
-from onewan.data.buckets import clip_folders, clip_planner
 from onewan.data.clip import Clip
-from onewan.data.index import index_clips
+from onewan.data.probes import MediaProbes
 from onewan.data.report import ClipProblem, ClipWarning, DatasetReport
-from onewan.data.validation_split import exclude_validation_clips, split_validation_clips
+from onewan.data.run_clips import clips_of_run, with_held_out
+from onewan.data.validation_split import exclude_validation_clips
 from onewan.doctor.captions import caption_findings
 from onewan.doctor.clip_table import clip_data, clip_table, findings_by_path
 from onewan.doctor.duplicates import alike, same_content
@@ -99,11 +100,16 @@ def examine(
 
     DataError if a source is not a folder that can be read.
     """
-    report = _indexed(config)
+    probes = MediaProbes(config.video_data.cache_dir / "probes.jsonl")
+    report = clips_of_run(config, probes)
+    if config.video_data.cache:
+        with suppress(OSError):  # the cache of another user, say
+            probes.save()  # for the run that follows
     once = _each_once((*report.clips, *report.validation_clips))
     step = max(1, -(-len(once) // MOST_PREVIEWS))
     previewed = [previews and index % step == 0 for index in range(len(once))]
-    inspected = list(inspect_clips(once, previewed, advance))
+    fps = config.video_data.target_fps
+    inspected = list(inspect_clips(once, previewed, fps, advance))
     undecodable = [
         ClipProblem.from_error(item.clip.path, item.error) for item in inspected if item.error
     ]
@@ -128,31 +134,10 @@ def examine(
     )
 
 
-def _indexed(config: ResolvedRun) -> DatasetReport:
-    """The clips of all sources by the trainer's planner."""
-    planner, use_masks = clip_planner(config), config.video_data.masks
-    training = index_clips(
-        clip_folders(config.video_data.sources, config), planner, use_masks=use_masks
-    )
-    if not config.validation.sources:
-        return training
-    validation = index_clips(
-        clip_folders(config.validation.sources, config),
-        planner,
-        use_masks=use_masks,
-        key_path="validation.sources",
-    )
-    return replace(
-        training,
-        validation_clips=validation.clips,
-        problems=(*training.problems, *validation.problems),
-        warnings=(*training.warnings, *validation.warnings),
-    )
-
-
 def _each_once(clips: Iterable[Clip]) -> list[Clip]:
     """The clips of which each is decoded; the same span may be in two sources."""
-    return list({(c.path, c.start, c.fps, c.frames, c.size): c for c in clips}.values())
+    spans = {(c.path, c.start, c.fps, c.frames, c.size, c.background): c for c in clips}
+    return list(spans.values())
 
 
 def _without_unusable(
@@ -166,18 +151,14 @@ def _without_unusable(
     failed = {problem.path for problem in undecodable}
     clips = [clip for clip in report.clips if clip.path not in failed]
     validation = tuple(clip for clip in report.validation_clips if clip.path not in failed)
-    clips, in_both = exclude_validation_clips(clips, validation, digests)
-    training = tuple(clips)
-    if config.validation.share:
-        training, validation = split_validation_clips(
-            training, config.validation.share, config.train.seed, digests
-        )
-    return replace(
+    remaining, in_both = exclude_validation_clips(clips, validation, digests)
+    report = replace(
         report,
-        clips=training,
+        clips=tuple(remaining),
         validation_clips=validation,
         problems=(*report.problems, *undecodable, *in_both),
     )
+    return with_held_out(config, report, digests)
 
 
 def _added_findings(config: ResolvedRun, usable: Sequence[InspectedClip]) -> Iterator[Finding]:

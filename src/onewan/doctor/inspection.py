@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -36,7 +37,7 @@ class Preview:
     frames: tuple[bytes, ...]
     """First, middle and last frame, JPEG; an image is one."""
     video: bytes | None
-    """All frames at the clip's own rate, mp4; None for an image."""
+    """All frames at the speed at which the model sees them, mp4; None for an image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,21 +56,22 @@ class InspectedClip:
 
 
 def inspect_clips(
-    clips: Sequence[Clip], previewed: Sequence[bool], advance: Advance
+    clips: Sequence[Clip], previewed: Sequence[bool], fps: float, advance: Advance
 ) -> Iterator[InspectedClip]:
     """All `clips`, in their order, each decoded completely, several at a time.
 
-    Those for which `previewed` is true get a preview.
+    Those for which `previewed` is true get a preview; `fps` is the rate at which the model sees
+    frames, whatever their rate in the file is.
     """
     # Decoders release Python's lock, so that threads use all cores.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        results = pool.map(_inspect, clips, previewed)
+        results = pool.map(partial(_inspect, fps=fps), clips, previewed)
         for number, result in enumerate(results, start=1):
             advance(number, len(clips))
             yield result
 
 
-def _inspect(clip: Clip, is_previewed: bool) -> InspectedClip:
+def _inspect(clip: Clip, is_previewed: bool, *, fps: float) -> InspectedClip:
     try:
         digest = file_digest(clip.path)
         # The trainer's own way from a file to frames, at a size that takes less time.
@@ -83,7 +85,7 @@ def _inspect(clip: Clip, is_previewed: bool) -> InspectedClip:
         clip=clip,
         digest=digest,
         pixels=look_at_pixels(frames),
-        preview=_preview(clip, frames) if is_previewed else None,
+        preview=_preview(clip, frames, fps) if is_previewed else None,
     )
 
 
@@ -95,9 +97,9 @@ def small_size(size: tuple[int, int]) -> tuple[int, int]:
     return width, height
 
 
-def _preview(clip: Clip, frames: np.ndarray) -> Preview:
+def _preview(clip: Clip, frames: np.ndarray, fps: float) -> Preview:
     stills = [_jpeg(frames[index]) for index in preview_indices(len(frames))]
-    video = video_bytes(frames, clip.fps) if clip.kind == "video" and len(frames) > 1 else None
+    video = video_bytes(frames, fps) if clip.kind == "video" and len(frames) > 1 else None
     return Preview(size=small_size(clip.size), frames=tuple(stills), video=video)
 
 

@@ -172,7 +172,9 @@ def _card(
             yield f'<img {sizes} alt="{label} of {name}" loading="lazy" src="{image}">'
     yield "</div>"
     yield f"<h3>{name}</h3>"
-    frames = "" if clip.kind == "image" else f", {count(clip.frames, 'frame')} at {clip.fps:g} fps"
+    frames = (
+        "" if clip.kind == "image" else f", {count(clip.frames, 'frame')} at {clip.fps:.4g} fps"
+    )
     yield (
         f"<p>{_text(taken(clip))}{frames}, {clip.size[0]}x{clip.size[1]} "
         f'<span class="of">of {_text(origin(clip))}</span></p>'
