@@ -41,10 +41,20 @@ def variable(seconds: float) -> list[float]:
     ]
 
 
-def write_numbered(path: Path, times: Sequence[float], key_frame_every: int = 24) -> Path:
-    """Write a video whose frame k, at ``times[k]``, shows k, with a caption file beside it."""
-    with av.open(str(path), "w") as container:
-        options = {"preset": "ultrafast", "crf": "20", "tune": "zerolatency"}
+def write_numbered(
+    path: Path,
+    times: Sequence[float],
+    key_frame_every: int = 24,
+    *,
+    b_frames: int = 0,
+    muxer: dict[str, str] | None = None,
+) -> Path:
+    """Write a video whose frame k, at ``times[k]``, shows k, with a caption file beside it.
+
+    `muxer` are options of FFmpeg's muxer.
+    """
+    with av.open(str(path), "w", options=muxer or {}) as container:
+        options = {"preset": "ultrafast", "crf": "20", "tune": "zerolatency", "bf": str(b_frames)}
         stream = container.add_stream("libx264", rate=25, options=options)
         stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
         stream.codec_context.time_base = TICK

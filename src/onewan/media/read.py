@@ -39,6 +39,9 @@ from onewan.media.video_stream import open_video_at, pixel_aspect
 # longer, the span is read again without skipping.
 _SKIP_LEAD = 0.25
 
+# By so much the shape of frames may differ, since encoders round sizes to even numbers.
+_SAME_SHAPE = 0.02
+
 _Frame = TypeVar("_Frame")
 
 # A time just before a key frame, by more than containers round; in s.
@@ -95,8 +98,8 @@ def _read_video(
             return _read_video(path, times, look, skip_before=-inf)
         if stream.container.format.name == "gif":
             refuse_damaged_gif(path, stream.frames, times[-1])
-        pixels_of = partial(_video_pixels, path=path, stream=stream, look=look)
-        return _select(path, chain([first] if first else [], frames), times, pixels_of)
+        frames = chain([first] if first else [], frames)
+        return _select(path, frames, times, _VideoPixels(path, stream, look))
 
 
 def _read_video_from_earlier(
@@ -107,13 +110,27 @@ def _read_video_from_earlier(
     # One thread: after an error, decoders with frame threads refuse all that follows.
     with open_video_at(path, start - _JUST_BEFORE, threads=1) as (stream, packets):
         frames = decode_frames(path, stream, packets, ignore_damage_before=start)
-        pixels_of = partial(_video_pixels, path=path, stream=stream, look=look)
-        return _select(path, deinterlaced(frames), times, pixels_of)
+        return _select(path, deinterlaced(frames), times, _VideoPixels(path, stream, look))
 
 
-def _video_pixels(frame: VideoFrame, *, path: Path, stream: VideoStream, look: _Look) -> np.ndarray:
-    colors = VideoColors.of(path, frame, stream.codec_context)
-    return frame_pixels(frame, colors, look.fit, pixel_aspect(stream), look.background)
+class _VideoPixels:
+    """The pixels of a video's frames; all must have the same shape when shown."""
+
+    def __init__(self, path: Path, stream: VideoStream, look: _Look) -> None:
+        self._path, self._stream, self._look = path, stream, look
+        self._aspect = pixel_aspect(stream)
+        self._shown: float | None = None
+
+    def __call__(self, frame: VideoFrame) -> np.ndarray:
+        context = self._stream.codec_context
+        # By the stream itself, whose pixels may change where the container has one value for all.
+        shown = frame.width / frame.height * float(context.sample_aspect_ratio or 1)
+        if self._shown is not None and abs(shown / self._shown - 1) > _SAME_SHAPE:
+            time = f" at {frame.time:.2f} s" if frame.time is not None else ""
+            raise DataError(f"{self._path}: its shape changes{time}; split the file there")
+        self._shown = shown
+        colors = VideoColors.of(self._path, frame, context)
+        return frame_pixels(frame, colors, self._look.fit, self._aspect, self._look.background)
 
 
 def _select(

@@ -127,16 +127,22 @@ def _decoder(stream: VideoStream) -> VideoCodecContext:
 
 def _decodable(packets: Iterable[av.Packet]) -> Iterator[av.Packet]:
     """The packets without those whose frames refer to something before the first key frame."""
-    first_time = None
+    first_time, keys = None, 0
     for packet in packets:
-        if packet.size and first_time is None:
-            if not packet.is_keyframe:
+        if packet.size:
+            keys += packet.is_keyframe
+            if not keys:
                 continue  # a recording that begins between two key frames
-            first_time = packet_time(packet)
+            if first_time is None:
+                first_time = packet_time(packet)
         # In an open GOP, frames that are stored after the key frame but shown before it refer to
-        # the previous GOP, which is not decoded.
+        # the previous GOP, which is not decoded. After the next key frame, earlier times are those
+        # of another part of an MP4's edit list.
         is_leading = (
-            packet.pts is not None and first_time is not None and packet_time(packet) < first_time
+            keys == 1
+            and packet.pts is not None
+            and first_time is not None
+            and packet_time(packet) < first_time
         )
         if not is_leading:
             yield packet

@@ -114,6 +114,10 @@ def _seek(
             if not packet.size or now > time + _MAX_REORDERING:
                 break
             if packet.is_keyframe:
+                # One outside the edit list, of which MP4 files can have several parts: the packets
+                # that follow may belong to a later part.
+                if packet.is_discard:
+                    return None
                 if now <= time:
                     return chain([packet], packets)
                 break
