@@ -16,7 +16,7 @@ from support.clips import clip as make_clip
 from torch import Tensor
 
 from onewan.data.clip import Clip
-from onewan.data.loader import Batch, WanDataLoader
+from onewan.data.loader import Batch, StepBatches, WanDataLoader
 from onewan.data.masks import Mask
 from onewan.model.conditioning import conditioning_of
 from onewan.variants import VARIANTS, ExpertName
@@ -25,7 +25,7 @@ from onewan.variants import VARIANTS, ExpertName
 class NumberedSource:
     """A `LatentSource` whose tensors contain the number that is the clip's name or caption."""
 
-    prefetch = False
+    workers = 0
 
     def video(self, clip: Clip) -> dict[str, Tensor]:
         frames = (clip.frames - 1) // 4 + 1
@@ -42,8 +42,9 @@ EMPTY = -1.0
 """The number in the text of an empty caption."""
 
 
-class PrefetchedSource(NumberedSource):
-    prefetch = True
+class SourceWithWorkers(NumberedSource):
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
 
 
 def clip(number: int, frames: int = 5, repeats: int = 1) -> Clip:
@@ -187,18 +188,33 @@ def test_every_caption_is_drawn() -> None:
     assert seen == {float(n) for n in range(9)} | {100.0 + n for n in range(9)}
 
 
-def test_prefetching_changes_nothing() -> None:
-    def expert_at(step: int):
-        return ("high", step // 2) if step % 2 == 0 else ("low", step // 2)
+def contents(step: StepBatches) -> list[object]:
+    """All that a step is made of, as values that can be compared."""
+    return [
+        step.number,
+        step.expert,
+        step.global_size,
+        [(b.names, b.captions, b.latents.tolist(), b.first_sample_index) for b in step.batches],
+    ]
 
-    plain = list(loader().steps(3, 11, expert_at))
-    ahead = list(loader(source=PrefetchedSource()).steps(3, 11, expert_at))
-    assert [s.number for s in ahead] == list(range(3, 11)) == [s.number for s in plain]
-    for a, b in zip(plain, ahead, strict=True):
-        assert a.expert == b.expert
-        assert [x.names for x in a.batches] == [x.names for x in b.batches]
-        assert all(torch.equal(x.text, y.text) for x, y in zip(a.batches, b.batches, strict=True))
-    assert list(loader(source=PrefetchedSource()).steps(5, 5, expert_at)) == []
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_steps_are_the_same_with_any_workers_and_from_any_step_on(
+    workers: int, accumulation: int
+) -> None:
+    def expert_at(step: int) -> tuple[ExpertName, int]:
+        return ("high" if step % 2 == 0 else "low"), step // 2
+
+    def steps(workers: int, start: int, stop: int) -> list[list[object]]:
+        data = loader(accumulation=accumulation, source=SourceWithWorkers(workers))
+        return [contents(step) for step in data.steps(start, stop, expert_at)]
+
+    in_turn = steps(0, 0, 14)  # more than an epoch of each expert
+    assert [step[0] for step in in_turn] == list(range(14))
+    for start in range(14):
+        assert steps(workers, start, 14) == in_turn[start:]
+    assert steps(workers, 5, 5) == []
 
 
 def test_validation_batches_are_spread_over_the_clips_with_first_captions() -> None:

@@ -155,6 +155,9 @@ class VideoDataSection(Section):
     """Encode clips and captions once; false: in every step, with VAE and text encoder in memory."""
     cache_dir: Path = Path("cache")
     """Folder of the cache. Several runs can share one."""
+    workers: Annotated[Int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Threads that decode clips ahead of the VAE, and that read training batches ahead; 0: none;
+    auto: one for each core, at most four. It makes no difference to any value."""
 
     target_fps: Positive | None = None
     """Frames per second of the training clips; null is the variant's own rate (16, or 24)."""

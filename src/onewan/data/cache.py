@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load, load_file
 from torch import Tensor, uint8
 
 from onewan.data.file_memory import FileMemory, FileState
 from onewan.errors import DataError
 from onewan.files import file_digest, remove_abandoned, replacing
+from onewan.formats.write import safetensors_parts
 
 EntryKind = Literal["video", "text", "mask", "preview"]
 
@@ -61,16 +62,15 @@ class EntryCache:
     def save(
         self, kind: EntryKind, key: str, tensors: Mapping[str, Tensor], description: str
     ) -> None:
-        """Store an entry; an existing one is replaced.
+        """Store an entry; an existing one is replaced. Equal contents give equal files.
 
         `description` (the name of the clip, the caption) is for people who look into the file.
         """
-        # safetensors accepts only contiguous tensors.
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         about = description.encode(errors="backslashreplace").decode()
         metadata = {"format": "pt", "about": about, "digest": _tensors_digest(tensors)}
-        with replacing(self.path(kind, key)) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
+        with replacing(self.path(kind, key)) as temporary, temporary.open("wb") as file:
+            file.writelines(safetensors_parts(tensors, metadata))
 
     def load(self, kind: EntryKind, key: str) -> dict[str, Tensor]:
         """The tensors of an entry, in host memory.

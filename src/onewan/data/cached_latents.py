@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from random import SystemRandom
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from onewan.data.ahead import results_ahead
 from onewan.data.cache import EntryCache, EntryKind, entry_key
 from onewan.data.clip import Clip
 from onewan.data.contact_sheet import (
@@ -25,7 +27,7 @@ from onewan.data.contact_sheet import (
     preview_frames,
     preview_indices,
 )
-from onewan.data.decode import decode
+from onewan.data.decode import decode, decoded_bytes, decoder_threads
 from onewan.data.encode import (
     ENCODING_VERSION,
     TEXT_ENCODING_VERSION,
@@ -44,11 +46,21 @@ from onewan.media import WHITE, Fit, read_frames
 from onewan.model.sources import fingerprint
 from onewan.variants import Variant
 
+_Decoded = TypeVar("_Decoded")
+
+
+class _Missing:
+    """An entry that the cache does not have."""
+
+    def __init__(self, key: str, first: tuple[int, Clip], *copies: tuple[int, Clip]) -> None:
+        """`first` and `copies` are the clips with this key, and their places in the data set."""
+        self.key = key
+        self.number, self.clip = first
+        self.copies = copies
+
 
 class CachedLatents:
     """A `LatentSource` that reads the cache; `fill` makes the missing entries."""
-
-    prefetch = True
 
     def __init__(
         self,
@@ -57,14 +69,17 @@ class CachedLatents:
         component_paths: Mapping[ComponentName, Path],
         text_dtype: str,
         digests: Mapping[Path, str],
+        workers: int = 0,
     ) -> None:
         """`component_paths` are the files of the encoders, `text_dtype` the precision of the text
-        encoder, and `digests` the digests of all clips' and masks' content by path."""
+        encoder, and `digests` the digests of all clips' and masks' content by path. `workers`
+        threads decode clips ahead of the VAE, and read batches ahead of the training step."""
         self._cache = cache
         self._variant = variant
         self._component_paths = component_paths
         self._text_dtype = text_dtype
         self._digests = digests
+        self.workers = workers
         # Entries that `fill` must encode again although they exist.
         self._damaged = set[tuple[EntryKind, str]]()
 
@@ -161,8 +176,8 @@ class CachedLatents:
 
         Of the clips `previewed`, small frames are kept while they are at hand. `verify` reads all
         entries that exist and encodes the damaged ones again; masks are always read. Several
-        processes may fill one cache at the same time; what another one has finished is not encoded
-        again.
+        processes may fill one cache at the same time: each goes through what is missing in an order
+        of its own, and what another one has finished is not encoded again.
         """
         notices = self._cache.remove_abandoned()
         video_keys = [(self.video_key(clip), clip) for clip in clips]
@@ -186,12 +201,14 @@ class CachedLatents:
     def _fill_masks(
         self, masked: Sequence[tuple[str, Clip, Mask]], progress: ProgressCallback
     ) -> FillResult:
-        def encode(clip: Clip) -> dict[str, Tensor]:
+        def compute(clip: Clip) -> Tensor:
             assert clip.mask
-            return {"mask": encode_mask(clip, clip.mask, self._variant)}
+            return encode_mask(clip, clip.mask, self._variant)
 
         keyed = [(key, clip) for key, clip, _ in masked]
-        result = self._encode_clips("mask", keyed, encode, progress)
+        result = self._encode_clips(
+            "mask", keyed, compute, lambda _, mask: {"mask": mask}, progress
+        )
         warnings = list[ClipWarning]()
         for key, _, mask in masked:
             # Masks encoded earlier too, so that every start of the run gives the same warnings.
@@ -206,6 +223,7 @@ class CachedLatents:
         missing = [(key, caption) for key, caption in keyed if self._is_missing("text", key)]
         if not missing:
             return 0
+        _shuffle(missing)
         model, encoded = load_model(("text_encoder", "tokenizer")), 0
         for done, (key, caption) in enumerate(missing, start=1):
             # Checked again: another process may have encoded it since the list was made.
@@ -225,39 +243,77 @@ class CachedLatents:
         if not any(self._is_missing("video", key) for key, _ in keyed):
             return FillResult(problems=(), warnings=(), encoded=0)
         model = load_model(("vae",))
+        threads = decoder_threads(self.workers)
 
-        def encode(clip: Clip) -> dict[str, Tensor]:
-            frames = decode(clip).frames
+        def encode(clip: Clip, frames: np.ndarray) -> dict[str, Tensor]:
             if clip in previewed:
                 self._save_preview(clip, [frames[index] for index in preview_indices(clip.frames)])
             return encode_frames(model, frames)
 
-        return self._encode_clips("video", keyed, encode, progress)
+        return self._encode_clips(
+            "video", keyed, lambda clip: decode(clip, threads=threads).frames, encode, progress
+        )
 
     def _encode_clips(
         self,
         kind: Literal["video", "mask"],
         keyed: Sequence[tuple[str, Clip]],
-        encode: Callable[[Clip], dict[str, Tensor]],
+        read: Callable[[Clip], _Decoded],
+        encode: Callable[[Clip, _Decoded], dict[str, Tensor]],
         progress: ProgressCallback,
     ) -> FillResult:
+        """Makes the missing entries of one kind: `read` in threads, `encode` in this one."""
+
+        def read_if_missing(entry: _Missing) -> _Decoded | None:
+            return read(entry.clip) if self._is_missing(kind, entry.key) else None
+
         activity = {"video": "encoding clips", "mask": "encoding masks"}[kind]
-        missing = [(key, clip) for key, clip in keyed if self._is_missing(kind, key)]
-        total = len({key for key, _ in missing})
-        problems, finished, encoded = list[ClipProblem](), set[str](), 0
-        for key, clip in missing:
-            # False for a copy of a clip above, and if another process has encoded it meanwhile.
+        missing = self._missing(kind, keyed)
+        total, finished, encoded = len(missing), 0, 0
+        problems = dict[int, ClipProblem]()
+        while missing:
+            copies = list[_Missing]()
+            with closing(
+                results_ahead(
+                    read_if_missing,
+                    missing,
+                    workers=self.workers,
+                    size=lambda entry: decoded_bytes(entry.clip),
+                )
+            ) as results:
+                for entry, result in results:
+                    try:
+                        # None, or not missing any more, if another process has encoded it.
+                        decoded = result()
+                        if decoded is not None and self._is_missing(kind, entry.key):
+                            tensors = encode(entry.clip, decoded)
+                            self._save(kind, entry.key, tensors, entry.clip.name)
+                            encoded += 1
+                    except DataError as error:
+                        self._cache.discard(kind, entry.key)
+                        problems[entry.number] = ClipProblem.from_error(entry.clip.path, error)
+                        # Copies of a damaged file fail one by one, each under its own name.
+                        if entry.copies:
+                            copies.append(_Missing(entry.key, *entry.copies))
+                            continue
+                    finished += 1
+                    progress(activity, finished, total)
+            missing = copies
+        return FillResult(
+            problems=tuple(problems[number] for number in sorted(problems)),
+            warnings=(),
+            encoded=encoded,
+        )
+
+    def _missing(self, kind: EntryKind, keyed: Sequence[tuple[str, Clip]]) -> list[_Missing]:
+        """The missing entries, each once, in an order of this process's own."""
+        clips = dict[str, list[tuple[int, Clip]]]()
+        for number, (key, clip) in enumerate(keyed):
             if self._is_missing(kind, key):
-                try:
-                    self._save(kind, key, encode(clip), clip.name)
-                    encoded += 1
-                except DataError as error:
-                    # Copies of a damaged file fail one by one, each reported under its own name.
-                    self._cache.discard(kind, key)
-                    problems.append(ClipProblem.from_error(clip.path, error))
-            finished.add(key)
-            progress(activity, len(finished), total)
-        return FillResult(problems=tuple(problems), warnings=(), encoded=encoded)
+                clips.setdefault(key, []).append((number, clip))
+        missing = [_Missing(key, *copies) for key, copies in clips.items()]
+        _shuffle(missing)
+        return missing
 
     def _is_missing(self, kind: EntryKind, key: str) -> bool:
         return (kind, key) in self._damaged or not self._cache.has(kind, key)
@@ -293,3 +349,9 @@ def _span(clip: Clip) -> list[object]:
 def _look(clip: Clip) -> list[object]:
     """What decides the pixels of a clip, given the content of its file and the span."""
     return [] if clip.background == WHITE else [list(clip.background)]
+
+
+def _shuffle(items: list[Any]) -> None:
+    """In an order that differs between processes, so that those which fill one cache at the same
+    time rarely encode the same item. Entries do not depend on the order."""
+    SystemRandom().shuffle(items)

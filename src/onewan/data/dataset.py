@@ -12,6 +12,7 @@ from pathlib import Path
 
 from onewan.config.clips import SourceSection
 from onewan.config.schema import ResolvedRun
+from onewan.data.ahead import worker_count
 from onewan.data.cache import ContentDigests, EntryCache, entry_key
 from onewan.data.cached_latents import CachedLatents
 from onewan.data.clip import Clip
@@ -73,7 +74,6 @@ def prepare(
     """
     if not config.video_data.sources:
         raise DataError("video_data.sources: is empty; name at least one folder of clips")
-    variant = config.model.facts()
     # Needed without a cache too: the split and the data set's digest depend on content, not names.
     known_digests = ContentDigests(config.video_data.cache_dir / "digests.jsonl", verify=verify)
     probes = MediaProbes(config.video_data.cache_dir / "probes.jsonl", verify=verify)
@@ -85,17 +85,16 @@ def prepare(
         # Now, so that interrupted encoding does not repeat the reading.
         known_digests.save()
         probes.save()
-        source = CachedLatents(
-            EntryCache(config.video_data.cache_dir),
-            variant,
-            component_paths,
-            config.model.dtype,
-            digests,
-        )
+        source = _cached_latents(config, component_paths, digests)
         texts = [] if encode_text_online else _texts(config, report, extra_prompts)
         result = source.fill(clips, texts, load_model, progress, verify=verify, previewed=shown)
     else:
-        source = OnlineEncoder(variant, load_model, encode_text_online=encode_text_online)
+        source = OnlineEncoder(
+            config.model.facts(),
+            load_model,
+            encode_text_online=encode_text_online,
+            checking_workers=worker_count(config.video_data.workers),
+        )
         result = source.prepare(clips, progress)
     report = _final_report(config, report, result, digests)
     if isinstance(source, CachedLatents):
@@ -107,6 +106,22 @@ def prepare(
         source=source,
         digest=_dataset_digest(report, digests),
         encoded=result.encoded,
+    )
+
+
+def _cached_latents(
+    config: ResolvedRun,
+    component_paths: Mapping[ComponentName, Path],
+    digests: Mapping[Path, str],
+) -> CachedLatents:
+    """What reads and fills the cache of a run."""
+    return CachedLatents(
+        EntryCache(config.video_data.cache_dir),
+        config.model.facts(),
+        component_paths,
+        config.model.dtype,
+        digests,
+        worker_count(config.video_data.workers),
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onewan.data.ahead import usable_cores
 from onewan.data.clip import Clip
 from onewan.media import Fit, read_frames
 
@@ -27,17 +28,31 @@ class VideoSample:
     """How long the frames last when played, F / fps, s."""
 
 
-def decode(clip: Clip, caption_index: int = 0) -> VideoSample:
+def decode(clip: Clip, caption_index: int = 0, *, threads: int = 0) -> VideoSample:
     """The frames of `clip` at its training size, with one of its captions.
 
+    `threads` is how many the decoder uses, 0 one for each core; it makes no difference to pixels.
     Raises DataError if the file is damaged within the clip.
     """
     width, height = clip.size
     return VideoSample(
-        frames=read_frames(clip.path, clip.times(), Fit(width, height), clip.background),
+        frames=read_frames(
+            clip.path, clip.times(), Fit(width, height), clip.background, threads=threads
+        ),
         prompt=clip.captions[caption_index],
         frame_count=clip.frames,
         fps=clip.fps,
         resolution=clip.size,
         duration=clip.frames / clip.fps,
     )
+
+
+def decoded_bytes(clip: Clip) -> int:
+    """Memory that the frames of `clip` take, as uint8 RGB."""
+    return clip.frames * clip.size[0] * clip.size[1] * 3
+
+
+def decoder_threads(workers: int) -> int:
+    """The number of threads of each decoder where `workers` decode at the same time; 0 is FFmpeg's
+    own choice."""
+    return max(1, usable_cores() // workers) if workers > 1 else 0

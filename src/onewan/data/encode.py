@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from onewan.data.ahead import results_ahead
 from onewan.data.clip import Clip
-from onewan.data.decode import decode
+from onewan.data.decode import decode, decoder_threads
 from onewan.data.masks import Mask, as_mask_error, latent_mask
 from onewan.data.report import ClipProblem, ClipWarning
 from onewan.errors import DataError
@@ -33,8 +35,8 @@ LoadModel = Callable[[Collection[PipelineComponent]], WanModel]
 class LatentSource(Protocol):
     """Where a data loader gets the encoded tensors of clips and captions from."""
 
-    prefetch: bool
-    """Whether it may be read from another thread, ahead of the training step."""
+    workers: int
+    """The number of threads that read it ahead of the training step; 0: it is read in turn."""
 
     def video(self, clip: Clip) -> dict[str, Tensor]:
         """The encoded tensors of a clip, float32, in host memory.
@@ -124,13 +126,20 @@ class OnlineEncoder:
 
     # The VAE and the text encoder share the device with the training step: in another thread they
     # would compete with it for memory.
-    prefetch = False
+    workers = 0
 
     def __init__(
-        self, variant: Variant, load_model: LoadModel, *, encode_text_online: bool
+        self,
+        variant: Variant,
+        load_model: LoadModel,
+        *,
+        encode_text_online: bool,
+        checking_workers: int = 0,
     ) -> None:
         """With `encode_text_online` the training step encodes the captions itself, with a text
-        encoder of its own, so none is loaded here."""
+        encoder of its own, so none is loaded here. `checking_workers` threads decode clips in
+        `prepare`."""
+        self._checking_workers = checking_workers
         self._variant = variant
         self._load_model = load_model
         self._encode_text_online = encode_text_online
@@ -145,16 +154,22 @@ class OnlineEncoder:
             )
             self._model = self._load_model(("vae", *text))
         problems, warnings = list[ClipProblem](), list[ClipWarning]()
-        for done, clip in enumerate(clips, start=1):
-            try:
-                decode(clip)  # only the frames that are trained on, as in a training step
-                if clip.mask:
-                    values = encode_mask(clip, clip.mask, self._variant)
-                    warnings += uniform_mask_warnings(clip.mask, values)
-            except DataError as error:
-                problems.append(ClipProblem.from_error(clip.path, error))
-            progress("checking clips", done, len(clips))
+        with closing(results_ahead(self._check, clips, workers=self._checking_workers)) as results:
+            for done, (clip, result) in enumerate(results, start=1):
+                try:
+                    warnings += result()
+                except DataError as error:
+                    problems.append(ClipProblem.from_error(clip.path, error))
+                progress("checking clips", done, len(clips))
         return FillResult(problems=tuple(problems), warnings=tuple(warnings), encoded=0)
+
+    def _check(self, clip: Clip) -> list[ClipWarning]:
+        """Warnings about a clip; DataError if it or its mask is damaged."""
+        # Only the frames that are trained on, as in a training step.
+        decode(clip, threads=decoder_threads(self._checking_workers))
+        if clip.mask is None:
+            return []
+        return uniform_mask_warnings(clip.mask, encode_mask(clip, clip.mask, self._variant))
 
     def video(self, clip: Clip) -> dict[str, Tensor]:
         entry = encode_frames(self._loaded_model(), decode(clip).frames)

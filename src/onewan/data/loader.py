@@ -11,13 +11,14 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from onewan.data.ahead import results_ahead
 from onewan.data.clip import Clip, alternatives
 from onewan.data.encode import LatentSource
 from onewan.model.conditioning import Conditioning
@@ -158,21 +159,18 @@ class WanDataLoader:
         """Data of the steps `start` to `stop`-1. `expert_at(step)` gives the expert and the number
         of steps that it has had before.
 
-        While one step is trained, the next one is read in the background if the source permits it.
+        While one step is trained, the next ones are read in the background, one by each of the
+        source's workers.
         """
-        if not self._source.prefetch:
-            yield from (self.step(n, *expert_at(n)) for n in range(start, stop))
-            return
-        # One thread, one step ahead: reading from the cache is much faster than a training step.
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="onewan-data") as pool:
-            prefetched = pool.submit(self.step, start, *expert_at(start)) if start < stop else None
-            for number in range(start, stop):
-                assert prefetched is not None
-                step = prefetched.result()
-                # Submitted before the step is yielded, so that reading overlaps with training.
-                if number + 1 < stop:
-                    prefetched = pool.submit(self.step, number + 1, *expert_at(number + 1))
-                yield step
+
+        def read(number: int) -> StepBatches:
+            return self.step(number, *expert_at(number))
+
+        with closing(
+            results_ahead(read, range(start, stop), workers=self._source.workers)
+        ) as results:
+            for _, result in results:
+                yield result()
 
     def step(self, number: int, expert: ExpertName, expert_step: int) -> StepBatches:
         """Data of step `number` of the run, which is step `expert_step` (from 0) of `expert`."""

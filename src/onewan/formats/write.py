@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -65,11 +65,9 @@ def write_safetensors(
     CheckpointError if the file can't be written, or reads back different.
     """
     lazy = {name: _lazy(tensor) for name, tensor in tensors.items()}
-    # The library's own order: the widest type first, which keeps every tensor aligned.
-    order = sorted(lazy, key=lambda name: (-lazy[name].dtype.itemsize, name))
     try:
         with replacing(destination) as path:
-            written = _write(path, {name: lazy[name] for name in order}, metadata, on_bytes)
+            written = _write(path, {name: lazy[name] for name in _order(lazy)}, metadata, on_bytes)
             if wrong := _differences(path, lazy, written):
                 raise CheckpointError(
                     f"{destination}: reads back different from what was written "
@@ -80,6 +78,38 @@ def write_safetensors(
             f"{destination}: can't be written ({first_line(error)}); "
             "check the folder and the free space"
         ) from error
+
+
+def safetensors_parts(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> Iterator[bytes | memoryview]:
+    """The content of a small safetensors file, part by part, for a caller that writes it.
+
+    Equal tensors and metadata give equal bytes; the library's own `save_file` writes the metadata
+    in another order each time.
+    """
+    lazy = {name: _lazy(tensors[name]) for name in _order(tensors)}
+    text = _header_text({"__metadata__": dict(sorted(metadata.items())), **_entries(lazy)})
+    yield len(text).to_bytes(8, "little") + text
+    yield from (bytes_of(tensors[name]) for name in lazy)
+
+
+def _order(tensors: Mapping[str, Tensor | LazyTensor]) -> list[str]:
+    # The library's own order: the widest type first, which keeps every tensor aligned.
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+
+
+def _entries(tensors: Mapping[str, LazyTensor]) -> dict[str, object]:
+    """What the header of a file says about tensors that follow each other in this order."""
+    entries, end = dict[str, object](), 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.bytes
+        entries[name] = {
+            "dtype": safetensors_name(tensor.dtype),
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    return entries
 
 
 def _lazy(tensor: Tensor | LazyTensor) -> LazyTensor:
@@ -95,15 +125,10 @@ def _write(
     on_bytes: Callable[[int], None],
 ) -> _ExpectedContent:
     """Write the file; returns the content that it must have when it is read back."""
-    header: dict[str, object] = {"__metadata__": _metadata(metadata, _HASH_PLACEHOLDER)}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.bytes
-        header[name] = {
-            "dtype": safetensors_name(tensor.dtype),
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
+    header: dict[str, object] = {
+        "__metadata__": _metadata(metadata, _HASH_PLACEHOLDER),
+        **_entries(tensors),
+    }
     text = _header_text(header)
     checksums: dict[str, int] = {}
     sha = hashlib.sha256()

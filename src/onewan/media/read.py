@@ -49,7 +49,12 @@ _JUST_BEFORE = 1e-3
 
 
 def read_frames(
-    path: str | Path, times: Sequence[float], fit: Fit | None = None, background: RGB = WHITE
+    path: str | Path,
+    times: Sequence[float],
+    fit: Fit | None = None,
+    background: RGB = WHITE,
+    *,
+    threads: int = 0,
 ) -> np.ndarray:
     """The frames nearest to `times` (s, ascending; a tie goes to the earlier): uint8 [F, H, W, 3].
 
@@ -57,6 +62,7 @@ def read_frames(
     selected frame at once, so that full-size frames are never stacked. An image is returned for
     every time. Without `fit`, frames have their stored pixels; with it, the pixels are square.
     Frames that are flagged as interlaced are deinterlaced; transparent parts lie over `background`.
+    `threads` is how many the decoder uses, 0 one for each core; it makes no difference to pixels.
 
     Raises `DataError` if anything between that key frame and the last frame is damaged, since later
     frames are predicted from earlier ones. ValueError if `times` is empty or not ascending.
@@ -71,7 +77,7 @@ def read_frames(
         return np.repeat(read_image(path, fit, background)[None], len(times), axis=0)
     look = _Look(fit, background)
     try:
-        return _read_video(path, times, look, skip_before=times[0] - _SKIP_LEAD)
+        return _read_video(path, times, look, threads, skip_before=times[0] - _SKIP_LEAD)
     except DamageError as damage:
         # H.264 that is decoded from a key frame of an open GOP on can fail at references to frames
         # before it. Real damage is still found when decoding begins one key frame earlier.
@@ -87,15 +93,15 @@ class _Look:
 
 
 def _read_video(
-    path: Path, times: Sequence[float], look: _Look, *, skip_before: float
+    path: Path, times: Sequence[float], look: _Look, threads: int, *, skip_before: float
 ) -> np.ndarray:
     """`read_frames` for a video; decodes only reference frames before `skip_before`."""
-    with open_video_at(path, times[0], threads=0) as (stream, packets):
+    with open_video_at(path, times[0], threads=threads) as (stream, packets):
         frames = deinterlaced(decode_frames(path, stream, packets, skip_before=skip_before))
         first = next(frames, None)
         # If the first frame is later than this, one before `skip_before` may be nearer.
         if skip_before > -inf and (first is None or first[0] - times[0] > times[0] - skip_before):
-            return _read_video(path, times, look, skip_before=-inf)
+            return _read_video(path, times, look, threads, skip_before=-inf)
         if stream.container.format.name == "gif":
             refuse_damaged_gif(path, stream.frames, times[-1])
         frames = chain([first] if first else [], frames)

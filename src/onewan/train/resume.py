@@ -37,6 +37,7 @@ _SAFE_TO_CHANGE = (
     "video_data.sources",
     "video_data.cache",
     "video_data.cache_dir",
+    "video_data.workers",
     "train.save_every",
     "train.save_every_minutes",
     "train.keep",
