@@ -19,6 +19,21 @@ from onewan.config.section import Distinct, Float, Int, Positive, Section, Sever
 
 _Phrase = Annotated[str, AfterValidator(lambda value: " ".join(value.split()))]
 _Extension = Annotated[str, AfterValidator(lambda value: value.lower().lstrip("."))]
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def is_url(text: str) -> bool:
+    """Whether `text` is an address such as s3://bucket/clips, not a path on this machine."""
+    return bool(_URL.match(text))
+
+
+def _as_location(value: object) -> object:
+    # A path would make one slash of the two in an address.
+    return Path(value) if isinstance(value, str) and not is_url(value) else value
+
+
+Location = Annotated[Path | str, BeforeValidator(_as_location), WithJsonSchema({"type": "string"})]
+"""A path on this machine, or an address as text."""
 _SIDE = {"type": "integer", "minimum": 1, "maximum": LARGEST_SIDE}
 _PAIR = {"type": "array", "items": _SIDE, "minItems": 2, "maxItems": 2}
 _ONE_SIZE = [
@@ -93,9 +108,15 @@ class ResolvedWanTrainConfig(WanTrainConfig):
 class SourceSection(Section):
     shorthand = "path"
 
-    path: Path
-    """A folder. Each video or image NAME.ext in it or in a subfolder is a clip if NAME.txt, its
-    caption, exists next to it (see `video_data.captions`)."""
+    path: Location
+    """A folder, in which each video or image NAME.ext is a clip if NAME.txt, its caption, exists
+    next to it (see `video_data.captions`); a table (csv, tsv, jsonl or parquet) that names files
+    and captions; OneTrainer's concepts.json; or tar shards (`shards-{000..010}.tar`, `*.tar`). On
+    this machine, or elsewhere (`s3://`, `hf://`, `https://`)."""
+    kind: Literal[
+        "auto", "folder", "table", "concepts", "hugging_face", "nemo_curator", "webdataset"
+    ] = "auto"
+    """What `path` is; `auto` goes by its extension and by what is in the folder."""
     recursive: bool = True
     """Read a folder with its subfolders; false: only the files in the folder itself."""
     include: Annotated[tuple[str, ...], Several] = ()

@@ -16,6 +16,7 @@ from types import NoneType
 from typing import Any, get_args
 
 from onewan import documents
+from onewan.config.clips import is_url
 from onewan.config.fields import field_at
 from onewan.config.foreign_terms import TABLE
 from onewan.config.messages import Problems, foreign_file, validated
@@ -241,6 +242,8 @@ def _absolute_paths(node: Node, path: KeyPath, base: Path, problems: Problems) -
         return node
     if _CONTROL.search(node):
         problems.add(dotted(path), f"{_ESCAPED}, got {format_value(node)}")
+        return node
+    if is_url(node) and str in get_args(kind):
         return node
     # What does not look like a path names a hub repository, unless there is such a file or folder.
     is_local = node.startswith((".", "/", "~")) or PureWindowsPath(node).drive

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import ceil
+from pathlib import Path
 
 from onewan.arithmetic.buckets import Size, sizes_for
 from onewan.config.clips import SourceSection
@@ -17,9 +18,10 @@ from onewan.config.schema import ResolvedRun
 from onewan.data.captions import CaptionSettings
 from onewan.data.clip import Bucket, ClipPlanner, ClipSource
 from onewan.data.found_cuts import FoundCuts
+from onewan.data.sources.copies import Copies
 from onewan.data.sources.item import SourceItem
 from onewan.data.sources.names import Patterns
-from onewan.data.sources.read import read_source, source_problem
+from onewan.data.sources.read import SourceReader, label_of, source_problem
 from onewan.data.validation_split import default_fraction
 from onewan.errors import DataError
 from onewan.media import RGB, probe_header
@@ -86,6 +88,7 @@ def clip_sources(sources: Sequence[SourceSection], config: ResolvedRun) -> list[
             loss_weight=source.loss_weight,
             is_prior=source.target == "base",
             caption_dropout=source.caption_dropout,
+            kind=source.kind,
             recursive=source.recursive,
             patterns=Patterns(include=source.include, exclude=source.exclude),
             speed=source.speed,
@@ -112,12 +115,14 @@ def expected_buckets(config: ResolvedRun) -> ExpectedBuckets:
     planner = replace(planner, find_cuts=known_cuts.known)
     training = clip_sources(config.video_data.sources, config)
     validation = clip_sources(config.validation.sources, config)
+    copies = Copies(config.video_data.cache_dir, make=False)
+    reader = SourceReader(planner.video_formats, use_masks=False, copies=copies)
     files = [
-        (item, source, source.repeats * item.repeats if is_trained else 0)
-        for sources, is_trained in ((training, True), (validation, False))
-        for source in sources
-        if source_problem(source.path, "") is None
-        for item in read_source(source, planner.video_formats, use_masks=False).items
+        (item, source, 0 if item.split == "validation" else repeats * item.repeats)
+        for source, repeats in [*((s, s.repeats) for s in training), *((s, 0) for s in validation)]
+        # What is elsewhere is not fetched for a plan.
+        if isinstance(source.path, Path) and source_problem(source, "") is None
+        for item in reader.read(source).items
         if item.texts or item.captions is not None
     ]
     step = max(1, -(-len(files) // _MOST_HEADERS))
@@ -129,9 +134,13 @@ def expected_buckets(config: ResolvedRun) -> ExpectedBuckets:
         for each, (*_, repeats) in zip(buckets, read, strict=True)
         for bucket in each
     ]
+    notes = [
+        f"the clips of {label_of(source.path)} are not counted before they are here"
+        for source in (*training, *validation)
+        if isinstance(source.path, str)
+    ]
     if not found:
-        return _without_clips(planner, len(files))
-    notes = list[str]()
+        return _without_clips(planner, len(files), notes)
     if step > 1:
         notes.append(f"the headers of {len(read)} of {len(files)} files were read")
     usable = [item.path for each, (item, *_) in zip(buckets, read, strict=True) if each]
@@ -168,7 +177,7 @@ def _buckets(planner: ClipPlanner, item: SourceItem, source: ClipSource) -> list
         return []
 
 
-def _without_clips(planner: ClipPlanner, files: int) -> ExpectedBuckets:
+def _without_clips(planner: ClipPlanner, files: int, notes: Sequence[str]) -> ExpectedBuckets:
     what = f"none of {files} files can be used" if files else "there are no clips yet"
     clips = {
         (frames, size): 1
@@ -181,6 +190,7 @@ def _without_clips(planner: ClipPlanner, files: int) -> ExpectedBuckets:
         clips=clips,
         batches_per_epoch=len(clips),
         notes=(
+            *notes,
             f"{what}, so clips of {planner.longest_clip} frames at the training sizes are assumed",
         ),
     )

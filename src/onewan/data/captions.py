@@ -15,7 +15,6 @@ from pathlib import Path
 from onewan.documents import decode_text
 from onewan.errors import DataError
 from onewan.files import read_input
-from onewan.runs.layout import displayed
 from onewan.seeds import derive_seed
 
 _MAX_BYTES = 1 << 20
@@ -100,8 +99,8 @@ def read_lines(media: Path, files: Sequence[Path]) -> tuple[str, ...]:
     return tuple(line.strip() for line in _LINE_BREAK.split(text) if line.strip())
 
 
-def several_lines_note(folder: Path, clips: int, total: int, *, whole: bool) -> str:
-    """What is done with captions of several lines, which `clips` of `total` clips of a folder
+def several_lines_note(place: str, clips: int, total: int, *, whole: bool) -> str:
+    """What is done with captions of several lines, which `clips` of `total` clips of a source
     have."""
     have = "has a caption" if clips == 1 else "have captions"
     if whole:
@@ -111,7 +110,7 @@ def several_lines_note(folder: Path, clips: int, total: int, *, whole: bool) -> 
             "taken as alternatives; where they are one text, join the lines, or set "
             "video_data.captions: whole"
         )
-    return f"{clips} of {total} clips in {displayed(folder)} {have} of several lines, {taken}"
+    return f"{clips} of {total} clips in {place} {have} of several lines, {taken}"
 
 
 def _contains(caption: str, word: str) -> bool:

@@ -74,6 +74,8 @@ class Clip:
     """Index among its alternatives, of which each pass through the data has one."""
     takes: int = 1
     """Number of these alternatives, itself included; they follow each other in a data set."""
+    part: tuple[float, float | None] | None = None
+    """The part of the file that its source names, s after the first frame; None: all of it."""
     mask: Mask | None = None
     """Its loss mask; None if all of the clip is trained on."""
     background: RGB = WHITE
@@ -110,17 +112,25 @@ class Bucket(NamedTuple):
     """See `Clip.takes`."""
 
 
+SourceKind = Literal[
+    "auto", "folder", "table", "concepts", "hugging_face", "nemo_curator", "webdataset"
+]
+"""What the path of a source is; "auto" goes by its extension and by what is in the folder."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipSource:
     """Where clips come from, and how they are trained on; see the fields of `Clip`."""
 
-    path: Path
+    path: Path | str
+    """On this machine; an address elsewhere is a text."""
     repeats: int = 1
     loss_weight: float = 1.0
     is_prior: bool = False
     caption_dropout: float | None = None
     captions: CaptionSettings = field(default_factory=CaptionSettings)
     """What becomes of the captions of its clips."""
+    kind: SourceKind = "auto"
     recursive: bool = True
     """Whether a folder is read with its subfolders."""
     patterns: Patterns = field(default_factory=Patterns)
@@ -234,6 +244,7 @@ class ClipPlanner:
                 loss_weight=source.loss_weight * item.weight,
                 is_prior=source.is_prior or item.is_prior,
                 caption_dropout=source.caption_dropout,
+                part=item.part,
                 background=self.background if info.has_alpha else WHITE,
                 media_notes=info.notes,
             )

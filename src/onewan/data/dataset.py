@@ -28,6 +28,9 @@ from onewan.data.encode import (
 from onewan.data.probes import MediaProbes
 from onewan.data.report import ClipWarning, DatasetReport
 from onewan.data.run_clips import clips_of_run, with_held_out
+from onewan.data.sources.copies import Copies
+from onewan.data.sources.place import first_few
+from onewan.data.sources.read import label_of
 from onewan.data.validation_split import exclude_validation_clips
 from onewan.errors import DataError, one_line
 from onewan.files import replacing
@@ -77,7 +80,8 @@ def prepare(
     # Needed without a cache too: the split and the data set's digest depend on content, not names.
     known_digests = ContentDigests(config.video_data.cache_dir / "digests.jsonl", verify=verify)
     probes = MediaProbes(config.video_data.cache_dir / "probes.jsonl", verify=verify)
-    report, digests = _index(config, known_digests, probes)
+    copies = Copies(config.video_data.cache_dir, progress=progress, verify=verify)
+    report, digests = _index(config, known_digests, probes, copies)
     check_clips(report.clips)
     clips = (*report.clips, *report.validation_clips)
     shown = clips_to_show(clips)
@@ -126,13 +130,13 @@ def _cached_latents(
 
 
 def _index(
-    config: ResolvedRun, known_digests: ContentDigests, probes: MediaProbes
+    config: ResolvedRun, known_digests: ContentDigests, probes: MediaProbes, copies: Copies
 ) -> tuple[DatasetReport, dict[Path, str]]:
     """The clips of all sources, and the digest of each clip's and mask's content by path.
 
     A file among both the training and the validation sources is only validated on.
     """
-    report = clips_of_run(config, probes)
+    report = clips_of_run(config, probes, copies)
     clips = (*report.clips, *report.validation_clips)
     paths = {clip.path for clip in clips} | {clip.mask.path for clip in clips if clip.mask}
     # Each file once, though it may be in several sources.
@@ -154,8 +158,7 @@ def _index(
 
 
 def _places(sources: Sequence[SourceSection]) -> str:
-    more = f" and {len(sources) - 3} others" if len(sources) > 3 else ""
-    return ", ".join(str(source.path) for source in sources[:3]) + more
+    return first_few([label_of(source.path) for source in sources])
 
 
 def _texts(config: ResolvedRun, report: DatasetReport, extra_prompts: Sequence[str]) -> list[str]:
@@ -193,7 +196,8 @@ def _final_report(
         report = _with_list(config.video_data.cache_dir, report)
     if not report.clips:
         raise DataError(
-            f"no clip can be used in {_places(config.video_data.sources)}", report.lines()
+            f"no clip can be used in {_places(config.video_data.sources)}",
+            report.lines(),
         )
     if config.validation.sources and not report.validation_clips:
         raise DataError(

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 
 from onewan.arithmetic.buckets import floor_to_4n_plus_1
 from onewan.data.captions import read_lines, several_lines_note
 from onewan.data.clip import Clip, ClipPlanner, ClipSource
 from onewan.data.clip_notes import clip_notes
 from onewan.data.report import ClipProblem, ClipWarning, DatasetReport
+from onewan.data.sources.contents import SourceContents
+from onewan.data.sources.copies import Copies
 from onewan.data.sources.item import SourceItem
-from onewan.data.sources.read import read_source, source_problem
+from onewan.data.sources.read import SourceReader, label_of, source_problem
 from onewan.errors import DataError, combined
 from onewan.media.cuts import cut_detector
 
@@ -26,46 +27,91 @@ def index_clips(
     planner: ClipPlanner,
     *,
     use_masks: bool,
-    key_path: str = "video_data.sources",
+    for_validation: bool = False,
+    copies: Copies | None = None,
 ) -> DatasetReport:
     """All clips of all `sources`, in an order that depends on names alone, and what is wrong.
 
-    A clip depends on its own file and name, not on what else a source contains. `key_path` is where
-    the run file names the sources. Raises DataError with all that can't be read; that no clip is
-    found is not an error here.
+    A clip depends on its own file and name, not on what else a source contains. With
+    `for_validation` the sources are those of `validation`, and clips that a source marks for
+    training are left out; otherwise those that it marks for validation are the report's
+    `validation_clips`. `copies` is needed for archives and for sources elsewhere. Raises DataError
+    with all that can't be read; that no clip is found is not an error here.
     """
-    clips = list[Clip]()
-    problems = list[ClipProblem]()
-    warnings = list[ClipWarning]()
-    warnings += _planner_notes(planner)
-    wrong = [f"{s.path}: {why}" for s in sources if (why := source_problem(s.path, key_path))]
+    key_path = "validation.sources" if for_validation else "video_data.sources"
+    reader = SourceReader(planner.video_formats, use_masks, copies)
+    contents = _read_all(sources, reader, key_path)
+    reports = [
+        _source_report(source, inside, planner, for_validation=for_validation)
+        for source, inside in zip(sources, contents, strict=True)
+    ]
+    return DatasetReport(
+        clips=tuple(clip for report in reports for clip in report.clips),
+        validation_clips=tuple(clip for report in reports for clip in report.validation_clips),
+        problems=tuple(problem for report in reports for problem in report.problems),
+        warnings=(
+            *_planner_notes(planner),
+            *(warning for report in reports for warning in report.warnings),
+        ),
+    )
+
+
+def _source_report(
+    source: ClipSource, contents: SourceContents, planner: ClipPlanner, *, for_validation: bool
+) -> DatasetReport:
+    """The clips of one source."""
+    clips, held_out = list[Clip](), list[Clip]()
+    problems, warnings = list(contents.problems), list(contents.warnings)
+    items = contents.items
+    if for_validation:
+        items = [item for item in items if item.split != "train"]
+        if others := len(contents.items) - len(items):
+            text = f"{others} clips of {label_of(source.path)} are not validated on: split is train"
+            warnings.append(ClipWarning(path=None, text=text))
+    planner.probes.prepare(path for item in items for path in (item.path, *item.masks))
+    line_counts = list[int]()
+    for item in items:
+        try:
+            lines = _caption_lines(item)
+            planned = planner.plan(item, source, _captions(item, source, lines, planner.seed))
+        except DataError as error:
+            problems.append(_problem(item, error))
+            continue
+        if item.split == "validation" and not for_validation:
+            held_out += [clip for clip in planned if clip.take == 0]
+        else:
+            clips += planned
+        line_counts.append(len(lines) if item.captions is None else 1)
+        notes = clip_notes(planner, planned, source.speed)
+        warnings += [ClipWarning(path=item.path, text=text) for text in notes]
+    if several := sum(number > 1 for number in line_counts):
+        place = label_of(source.path, short=True)
+        whole = source.captions.whole
+        text = several_lines_note(place, several, len(line_counts), whole=whole)
+        warnings.append(ClipWarning(path=None, text=text))
+    return DatasetReport(
+        clips=tuple(clips),
+        validation_clips=tuple(held_out),
+        problems=tuple(problems),
+        warnings=tuple(warnings),
+    )
+
+
+def _read_all(
+    sources: Sequence[ClipSource], reader: SourceReader, key_path: str
+) -> list[SourceContents]:
+    """What all sources contain; one DataError with all that can't be read at all."""
+    problems = [(source, source_problem(source, key_path)) for source in sources]
+    wrong = [f"{label_of(source.path)}: {why}" for source, why in problems if why]
+    contents = list[SourceContents]()
+    for source, why in problems:
+        try:
+            contents.append(SourceContents() if why else reader.read(source))
+        except DataError as error:  # noqa: PERF203  (a few sources)
+            wrong.append(error.message)
     if wrong:
         raise combined(DataError, wrong)
-    for source in sources:
-        contents = read_source(source, planner.video_formats, use_masks=use_masks)
-        problems += contents.problems
-        warnings += contents.warnings
-        files = ((item.path, *item.masks) for item in contents.items)
-        planner.probes.prepare(chain.from_iterable(files))
-        line_counts = list[int]()
-        for item in contents.items:
-            try:
-                lines = _caption_lines(item)
-                captions = _captions(item, source, lines, planner.seed)
-                planned = planner.plan(item, source, captions)
-            except DataError as error:
-                problems.append(_problem(item, error))
-                continue
-            clips += planned
-            line_counts.append(len(lines) if item.captions is None else 1)
-            notes = clip_notes(planner, planned, source.speed)
-            warnings += [ClipWarning(path=item.path, text=text) for text in notes]
-        if several := sum(number > 1 for number in line_counts):
-            text = several_lines_note(
-                source.path, several, len(line_counts), whole=source.captions.whole
-            )
-            warnings.append(ClipWarning(path=None, text=text))
-    return DatasetReport(clips=tuple(clips), problems=tuple(problems), warnings=tuple(warnings))
+    return contents
 
 
 def _planner_notes(planner: ClipPlanner) -> list[ClipWarning]:

@@ -2,54 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from onewan.config.clips import SourceSection
 from onewan.config.schema import ResolvedRun
 from onewan.data.buckets import clip_planner, clip_sources
 from onewan.data.index import index_clips
 from onewan.data.probes import MediaProbes
 from onewan.data.report import ClipWarning, DatasetReport
+from onewan.data.sources.copies import Copies
 from onewan.data.validation_split import split_validation_clips
 
 
-def clips_of_run(config: ResolvedRun, probes: MediaProbes) -> DatasetReport:
+def clips_of_run(
+    config: ResolvedRun, probes: MediaProbes, copies: Copies | None = None
+) -> DatasetReport:
     """The clips of the training and the validation sources of `config`, as its planner takes them.
 
-    A file that is in both is among both. DataError for sources that can't be read.
+    A file that is in both is among both. `copies` are those of archives' members and remote files,
+    by default below the run's cache, where those that are missing are made. DataError for sources
+    that can't be read.
     """
     planner = replace(clip_planner(config), probes=probes)
-    use_masks = config.video_data.masks
-    training = index_clips(
-        clip_sources(config.video_data.sources, config), planner, use_masks=use_masks
-    )
+    copies = copies or Copies(config.video_data.cache_dir)
+
+    def indexed(sources: Sequence[SourceSection], *, for_validation: bool) -> DatasetReport:
+        return index_clips(
+            clip_sources(sources, config),
+            planner,
+            use_masks=config.video_data.masks,
+            for_validation=for_validation,
+            copies=copies,
+        )
+
+    training = indexed(config.video_data.sources, for_validation=False)
     if not config.validation.sources:
         return training
-    validation = index_clips(
-        clip_sources(config.validation.sources, config),
-        planner,
-        use_masks=use_masks,
-        key_path="validation.sources",
-    )
+    validation = indexed(config.validation.sources, for_validation=True)
     return replace(
         training,
-        validation_clips=validation.clips,
+        validation_clips=(*training.validation_clips, *validation.clips),
         problems=(*training.problems, *validation.problems),
-        warnings=(*training.warnings, *validation.warnings),
+        # What the planner does with all files is in both.
+        warnings=tuple(dict.fromkeys((*training.warnings, *validation.warnings))),
     )
 
 
 def with_held_out(
     config: ResolvedRun, report: DatasetReport, digests: Mapping[Path, str]
 ) -> DatasetReport:
-    """`report` with `validation.share` of its training clips held out, where `config` says so.
+    """`report` with `validation.share` of its training clips held out, where `config` says so and
+    the sources name no clips to validate on.
 
     `digests` are those of the files' content by path.
     """
     validation = config.validation
     if validation.sources or (validation.share is None and validation.clips == 0):
         return report
+    if given := len(report.validation_clips):
+        if not validation.share:
+            return report
+        text = f"validation.share is not used: the sources say which {given} clips to validate on"
+        warning = ClipWarning(path=None, text=text)
+        return replace(report, warnings=(*report.warnings, warning))
     clips, held_out = split_validation_clips(
         report.clips, validation.share, config.train.seed, digests
     )

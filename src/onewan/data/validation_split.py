@@ -27,14 +27,21 @@ def exclude_validation_clips(
     `digests` are those of the files' content by path. A copy under another name is excluded too,
     since the loss on a clip that was trained on says nothing about other clips.
     """
-    names = {digests[clip.path]: clip.name for clip in validation_clips}
-    remaining = [clip for clip in clips if digests[clip.path] not in names]
-    in_both = dict.fromkeys(clip.path for clip in clips if digests[clip.path] in names)
+    validated: dict[str, list[Clip]] = {}
+    for clip in validation_clips:
+        validated.setdefault(digests[clip.path], []).append(clip)
+
+    def is_validated(clip: Clip) -> bool:
+        return any(_overlap(clip, other) for other in validated.get(digests[clip.path], ()))
+
+    remaining = [clip for clip in clips if not is_validated(clip)]
+    in_both = dict.fromkeys(clip.path for clip in clips if is_validated(clip))
     return remaining, [
         ClipProblem(
             path=path,
-            reason=f"is in validation.sources too (as {names[digests[path]]}), so it is held out "
-            "of training; remove it from one of them",
+            reason="is in validation.sources too (as "
+            f"{validated[digests[path]][-1].name}), so it is held out of training; remove it from "
+            "one of them",
         )
         for path in in_both
     ]
@@ -80,3 +87,9 @@ def split_validation_clips(
             }
             held_out += sorted(spans.values(), key=lambda clip: (clip.start, clip.frames))
     return training, tuple(held_out)
+
+
+def _overlap(first: Clip, second: Clip) -> bool:
+    """Whether two clips of one content may have frames in common."""
+    (start, end), (other_start, other_end) = first.part or (0.0, None), second.part or (0.0, None)
+    return (end is None or other_start < end) and (other_end is None or start < other_end)

@@ -18,6 +18,7 @@ from onewan.data.clip import Clip
 from onewan.data.probes import MediaProbes
 from onewan.data.report import ClipProblem, ClipWarning, DatasetReport
 from onewan.data.run_clips import clips_of_run, with_held_out
+from onewan.data.sources.read import label_of
 from onewan.data.validation_split import exclude_validation_clips
 from onewan.doctor.captions import caption_findings
 from onewan.doctor.clip_table import clip_data, clip_table, findings_by_path
@@ -27,7 +28,6 @@ from onewan.doctor.finding import Finding, without_names
 from onewan.doctor.inspection import Advance, InspectedClip, inspect_clips
 from onewan.doctor.needs import Needs, needs_of
 from onewan.model.sources import may_be_repository
-from onewan.runs.layout import displayed
 
 MOST_PREVIEWS = 300
 """Clips that get a preview; of a larger data set, so many at equal distances in its order."""
@@ -37,7 +37,7 @@ MOST_PREVIEWS = 300
 class Examination:
     """What was found in the data of a run."""
 
-    sources: tuple[Path, ...]
+    sources: tuple[Path | str, ...]
     """Of the training clips, then of the validation clips."""
     clips: tuple[InspectedClip, ...]
     """Those that are trained or validated on, in the data set's order."""
@@ -65,7 +65,7 @@ class Examination:
 
     def lines(self) -> Iterator[str]:
         """The examination for a terminal."""
-        yield f"Data: {', '.join(str(displayed(path)) for path in self.sources)}"
+        yield f"Data: {', '.join(label_of(path, short=True) for path in self.sources)}"
         if self.clips:
             clips = [item.clip for item in self.clips]
             table = clip_table(clips, findings_by_path(self.findings), self.held_out)
@@ -81,7 +81,7 @@ class Examination:
     def as_data(self) -> dict[str, Any]:
         """The examination as plain data."""
         return {
-            "sources": [without_names(str(path)) for path in self.sources],
+            "sources": [without_names(label_of(path)) for path in self.sources],
             "clips": [
                 clip_data(item.clip, is_held_out=item.clip in self.held_out) for item in self.clips
             ],

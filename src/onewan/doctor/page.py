@@ -12,13 +12,13 @@ from html import escape
 from importlib.resources import files
 
 from onewan.data.report import count
+from onewan.data.sources.read import label_of
 from onewan.doctor.clip_table import findings_by_path, origin, taken
 from onewan.doctor.diagnosis import Diagnosis
 from onewan.doctor.examination import Examination
 from onewan.doctor.finding import Finding, without_names
 from onewan.doctor.inspection import InspectedClip, Preview
 from onewan.errors import one_line
-from onewan.runs.layout import displayed
 
 MOST_VIDEO_BYTES = 40_000_000
 """Of all videos together; clips behind that have pictures only. A browser opens such a page in a
@@ -92,7 +92,7 @@ def _findings(diagnosis: Diagnosis) -> Iterator[str]:
 
 def _numbers(found: Examination) -> Iterator[str]:
     """The sources, the buckets and what the run needs."""
-    sources = ", ".join(_text(str(displayed(path))) for path in found.sources)
+    sources = ", ".join(_text(label_of(path, short=True)) for path in found.sources)
     held_out = f", {len(found.held_out)} held out for validation" if found.held_out else ""
     yield "<h2>Data</h2>"
     yield f"<p>{count(len(found.clips), 'clip')} from {sources}{held_out}.</p>"

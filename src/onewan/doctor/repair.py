@@ -53,7 +53,8 @@ class Repair:
 def possible_repairs(config: ResolvedRun) -> list[Repair]:
     """The caption files of the run's sources that are not UTF-8 and can be made so."""
     sources = (*config.video_data.sources, *config.validation.sources)
-    found = dict.fromkeys(file for source in sources for file in _text_files(source.path))
+    folders = [source.path for source in sources if isinstance(source.path, Path)]
+    found = dict.fromkeys(file for folder in folders for file in _text_files(folder))
     return [repair for file in found if (repair := _repair(file)) is not None]
 
 

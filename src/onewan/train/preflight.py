@@ -19,7 +19,8 @@ from torch import nn
 
 from onewan.config.method import DoraMethod, EmbeddingMethod, LoraMethod
 from onewan.config.schema import ResolvedRun
-from onewan.data.sources.read import source_problem
+from onewan.data.buckets import clip_sources
+from onewan.data.sources.read import label_of, source_problem
 from onewan.errors import CheckpointError, ConfigError
 from onewan.formats.configs import read_json
 from onewan.formats.lora_files import AdapterFile
@@ -87,10 +88,10 @@ def _check_folders(config: ResolvedRun) -> None:
     problems = [f"{field}: {why}" for field, path in folders.items() if (why := _unwritable(path))]
     sections = {"video_data": config.video_data, "validation": config.validation}
     for section, values in sections.items():
-        for index, source in enumerate(values.sources):
+        for index, source in enumerate(clip_sources(values.sources, config)):
             field = f"{section}.sources.{index}.path"
-            if why := source_problem(source.path, "it"):
-                problems.append(f"{field}: {source.path} {why}")
+            if why := source_problem(source, "it"):
+                problems.append(f"{field}: {label_of(source.path)} {why}")
     _raise(problems)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from onewan.errors import DataError
 from onewan.media import MediaInfo
+
+Split: TypeAlias = Literal["train", "validation"]
 
 _FRAME_ROUNDING = 0.05
 """Frames by which a time may be past a frame and still mean it: tables have rounded times."""
@@ -37,10 +39,15 @@ class SourceItem:
     """Factor of the loss weight of its source."""
     is_prior: bool = False
     """Whether its target is the base model's prediction, whatever its source says."""
-    split: Literal["train", "validation"] | None = None
+    split: Split | None = None
     """What it is for; None: what its source is for."""
     origin: str = ""
     """Where the source says it, for messages, such as "clips.csv, line 5"."""
+
+    @property
+    def part(self) -> tuple[float, float | None] | None:
+        """(start, end) of the part of the file that is used; None: all of it."""
+        return None if self.start == 0 and self.end is None else (self.start, self.end)
 
     def within(self, info: MediaInfo) -> MediaInfo:
         """`info` of the file as if it had only the frames of the part that is used: from the first
@@ -48,14 +55,15 @@ class SourceItem:
 
         DataError, which names the file, if the file has no frame there.
         """
-        interval = info.frame_interval
-        if info.kind == "image" or (self.start == 0 and self.end is None):
+        if info.kind == "image" or self.part is None:
             return info
-        # On a frame, as `ClipPlanner` has all times; the given one may be rounded.
-        first = ceil(self.start / interval - _FRAME_ROUNDING) * interval if interval else 0.0
-        start, last = info.start + first, info.last
+        # On frames, as `ClipPlanner` has all times; the given ones may be rounded.
+        interval = info.frame_interval or 1.0
+        start = info.start + interval * ceil(self.start / interval - _FRAME_ROUNDING)
+        last = info.last
         if self.end is not None:
-            last = min(last, info.start + self.end - interval)
+            before_end = ceil(self.end / interval - _FRAME_ROUNDING) - 1
+            last = min(last, info.start + interval * before_end)
         if start > info.last + interval / 2 or last < start - interval / 2:
             end = "its end" if self.end is None else f"{self.end:g} s"
             raise DataError(
