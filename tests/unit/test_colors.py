@@ -262,7 +262,8 @@ def test_hdr_is_brought_to_sdr(tmp_path: Path, transfer: str, full: bool) -> Non
     assert probe(path).notes == (note,) == probe_header(path).notes
     for fit in (None, Fit(128, 64)):
         found = patches(read_frames(path, [0.0], fit)[0])
-        assert np.abs(found - COLORS).max() <= 3
+        # Without white, which the curve for highlights makes 253.
+        assert np.abs(found - COLORS).reshape(8, 3)[[0, 1, 2, 3, 5, 6, 7]].max() <= 2
         assert found[1, 0].min() >= 252, "SDR white is white"
 
 

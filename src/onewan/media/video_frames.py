@@ -33,6 +33,9 @@ _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # AVCOL_SPC_RGB, which is no YUV matrix.
 _RGB = 0
 
+# AVCOL_RANGE_JPEG.
+_FULL_RANGE = 2
+
 # A pool of threads for one frame costs more than it saves. PyAV 16 has none.
 _ONE_THREAD = {} if PYAV_VERSION < (17, 0) else {"threads": 1}
 
@@ -201,11 +204,14 @@ def _hdr_pixels(
     """An HDR frame as SDR: scaled in its own coding, as SDR is, and then converted."""
     # Not rgb48, to which swscale converts YUV of 10 bits with wrong colors and these flags.
     planar = _converted(frame, colors, "gbrp16le")
+    # swscale shifts bits without filling them up: white is 0xFFC0 for 10 bits, and 0xFF00 for the
+    # white of limited range, which is 235/256 at any depth.
+    bits = frame.format.components[0].bits
+    is_full = frame.format.is_rgb or colors.color_range == _FULL_RANGE
+    white = (2**bits - 1) << (16 - bits) if is_full else 0xFF00
     channels = [np.empty(0, np.float32)] * 3
     for plane, channel in zip(planar.planes, (1, 2, 0), strict=True):
         rows = np.frombuffer(memoryview(plane), "<u2").reshape(plane.height, -1)
-        # swscale's white is 255 * 256 in 16 bits, unless the frame is RGB already.
-        white = 65535 if frame.format.is_rgb else 65280
         signal = orientation.apply(rows[:, : plane.width].astype(np.float32) / white)
         channels[channel] = signal if fit is None else fit_image(signal, fit, pixel_aspect)
     return to_sdr(np.stack(channels, axis=-1), colors.transfer, colors.primaries)
