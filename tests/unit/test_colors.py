@@ -192,6 +192,19 @@ def test_codings_that_ffmpeg_converts_wrongly_are_refused(tmp_path: Path) -> Non
             read(path)
 
 
+def test_dolby_vision_without_a_compatible_layer_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w", options={"strict": "unofficial"}) as container:
+        stream = container.add_stream("libx265", rate=10, options=LOSSLESS["libx265"])
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p10le"
+        stream.codec_context.codec_tag = "dvh1"
+        container.mux(stream.encode(av.VideoFrame(64, 64, "yuv420p10le")))
+        container.mux(stream.encode(None))
+    for read in (probe, probe_header, lambda path: read_frames(path, [0.0])):
+        with pytest.raises(DataError, match="its colors are coded as Dolby Vision of profile 5"):
+            read(path)
+
+
 @pytest.mark.parametrize(
     ("primaries", "transfer", "note"),
     [
@@ -403,6 +416,12 @@ def test_the_top_field_is_taken_where_it_is_first(clips: Path) -> None:
     bars = [np.median((lines > 128).argmax(axis=1)) for lines in (shown, woven[::2], woven[1::2])]
     assert abs(bars[0] - bars[1]) <= 1
     assert abs(bars[2] - bars[1]) == 4
+
+
+def test_interlaced_video_is_turned_as_its_metadata_say(tmp_path: Path) -> None:
+    path = make_interlaced(tmp_path / "a.mp4")
+    upright = read_frames(path, [0.2])[0]
+    assert np.array_equal(read_frames(rotate(path, 90), [0.2])[0], np.rot90(upright))
 
 
 def test_the_colors_of_interlaced_video_are_those_of_its_tags(tmp_path: Path) -> None:

@@ -58,6 +58,8 @@ def _media(path: Path) -> tuple[str, dict[str, str]]:
         fps = 1 / info.frame_interval
         frames, seconds = info.frames_at(fps), info.last - info.start + info.frame_interval
         rows["length"] = f"{frames} frames, {fps:.4g} fps, {seconds:.2f} s"
+    if info.notes:
+        rows["notes"] = "; ".join(info.notes)
     article = "an" if info.kind == "image" else "a"
     return f"{article} {info.kind} ({info.codec})", rows
 

@@ -37,6 +37,8 @@ _UNREAD_MATRICES = {
     16: "YCgCo-R",
     17: "YCgCo-R",
 }
+# Streams of other profiles are tagged as HLG, PQ or BT.709, which is what is read of them.
+_DOLBY_VISION_TAGS = frozenset({"dvh1", "dvhe", "dva1", "dvav", "dav1"})
 _MATRICES_BY_PRIMARIES = {1: BT709, 5: BT601, 6: BT601, 9: BT2020}
 HDR_TRANSFERS: dict[int, Transfer] = {16: "PQ", 18: "HLG"}
 _UNREAD_TRANSFERS = {8: "linear", 9: "logarithmic", 10: "logarithmic", 17: "SMPTE ST 428-1"}
@@ -76,7 +78,10 @@ class VideoColors:
             int(context.color_primaries),
         )
         notes = list[str]()
-        if name := _UNREAD_MATRICES.get(matrix):
+        name = _UNREAD_MATRICES.get(matrix)
+        if matrix == _UNSPECIFIED and context.codec_tag in _DOLBY_VISION_TAGS:
+            name = "Dolby Vision of profile 5"
+        if name:
             raise DataError(
                 f"{path}: its colors are coded as {name}, which is not read; convert it to BT.709"
             )
