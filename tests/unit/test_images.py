@@ -164,6 +164,25 @@ def test_cmyk_without_a_profile_is_said(tmp_path: Path) -> None:
     assert np.abs(middles(read_image(path)) - COLORS).max() <= 3
 
 
+def with_chunk(path: Path, name: bytes, content: bytes) -> None:
+    """Writes a small black PNG with another chunk behind its header."""
+    stream = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(stream, "PNG")
+    data, chunk = stream.getvalue(), name + content
+    chunk = struct.pack(">I", len(content)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    path.write_bytes(data[:33] + chunk + data[33:])
+
+
+def test_a_gamma_that_is_not_applied_is_said(tmp_path: Path) -> None:
+    for gamma, notes in (
+        (45455, ()),
+        (100000, ("gamma of 1 (gAMA), which is not applied: read as sRGB",)),
+    ):
+        path = tmp_path / f"{gamma}.png"
+        with_chunk(path, b"gAMA", struct.pack(">I", gamma))
+        assert probe(path).notes == notes
+
+
 # --- Formats -------------------------------------------------------------------------------------
 
 
@@ -218,13 +237,8 @@ def test_tiffs_of_32_bits_are_refused(tmp_path: Path, dtype: type, reason: str) 
 
 
 def test_hdr_images_are_refused(tmp_path: Path) -> None:
-    stream = io.BytesIO()
-    Image.new("RGB", (32, 32)).save(stream, "PNG")
-    data = stream.getvalue()
-    chunk = b"cICP" + bytes([9, 16, 0, 1])  # BT.2020, PQ, RGB, full range
-    chunk = struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     path = tmp_path / "a.png"
-    path.write_bytes(data[:33] + chunk + data[33:])
+    with_chunk(path, b"cICP", bytes([9, 16, 0, 1]))  # BT.2020, PQ, RGB, full range
     for read in (probe, read_image):
         with pytest.raises(DataError, match=r"is an HDR image \(PQ\), which is not read; convert"):
             read(path)

@@ -22,6 +22,7 @@ from onewan.media.faults import DAMAGE_REMEDY, error_reason, faults_of
 from onewan.media.icc import gray_of_16_bits, to_srgb
 from onewan.media.kinds import HEIF_SUFFIXES, MAX_IMAGE_PIXELS, extension, pixel_limit
 
+_SRGB_GAMMA = 1 / 2.2
 _UNREAD_MODES = {"F": "32-bit floating point", "I": "32-bit integers", "LAB": "CIELAB"}
 """Modes that Pillow opens TIFF with. Black and white of 32 bits are unknown."""
 
@@ -139,8 +140,12 @@ def _hdr_transfer(path: Path, image: Image.Image) -> str | None:
 
 def image_notes(image: Image.Image) -> tuple[str, ...]:
     """What is assumed or left out when an image, which is decoded, is read, for the user."""
-    _, note = to_srgb(image)
+    _, note = to_srgb(image.crop((0, 0, 1, 1)))
     notes = [note] if note else []
+    if image.format == "PNG" and not {"icc_profile", "srgb"} & image.info.keys():
+        gamma = image.info.get("gamma") or _SRGB_GAMMA
+        if abs(gamma / _SRGB_GAMMA - 1) > 0.05:
+            notes.append(f"gamma of {1 / gamma:.2g} (gAMA), which is not applied: read as sRGB")
     pages = getattr(image, "n_frames", 1)
     if image.format == "TIFF" and pages > 1:
         notes.append(f"{pages} pages, of which the first is used")
