@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from support.runs import RunFile
 
 from onewan.data.dataset import Dataset
@@ -57,3 +58,22 @@ def test_entries_and_report_are_the_same_with_any_number_of_workers(
     assert {p.path.name for p in ahead.report.problems} >= {"truncated.mp4", "again.mp4"}
     assert ahead.report.warnings == in_turn.report.warnings
     assert ahead.digest == in_turn.digest and ahead.encoded == in_turn.encoded > 20
+
+
+def test_another_precision_of_the_vae_encodes_the_clips_again_and_only_them(
+    run_file: RunFile, own: Path
+) -> None:
+    exact = filled(run_file, own, "cache")
+    rounded = filled(run_file, own, "cache", "video_data.vae_dtype=bfloat16")
+    assert rounded.encoded == len(rounded.clips) == 5
+    for clip in rounded.clips:
+        a, b = exact.source.video(clip)["latents"], rounded.source.video(clip)["latents"]
+        assert a.dtype == b.dtype == torch.float32
+        assert 0 < float((a - b).norm() / a.norm()) < 2e-2
+    assert filled(run_file, own, "cache").encoded == 0
+    online = filled(
+        run_file, own, "cache", "video_data.vae_dtype=bfloat16", "video_data.cache=false"
+    )
+    for clip in online.clips:
+        expected = rounded.source.video(clip)["latents"]
+        assert torch.equal(online.source.video(clip)["latents"], expected)

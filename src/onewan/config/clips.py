@@ -179,6 +179,10 @@ class VideoDataSection(Section):
     workers: Annotated[Int, Field(ge=0)] | Literal["auto"] = "auto"
     """Threads that decode clips ahead of the VAE, and that read training batches ahead; 0: none;
     auto: one for each core, at most four. It makes no difference to any value."""
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which the VAE encodes clips: float32, without TF32, or bfloat16, which is faster
+    on a GPU and makes latents differ by 6e-3 of their size. Sample videos are always decoded in
+    float32."""
 
     target_fps: Positive | None = None
     """Frames per second of the training clips; null is the variant's own rate (16, or 24)."""

@@ -34,6 +34,7 @@ from onewan.data.encode import (
     FillResult,
     LoadModel,
     ProgressCallback,
+    VaeDtype,
     encode_frames,
     encode_mask,
     uniform_mask_warnings,
@@ -69,6 +70,8 @@ class CachedLatents:
         component_paths: Mapping[ComponentName, Path],
         text_dtype: str,
         digests: Mapping[Path, str],
+        *,
+        vae_dtype: VaeDtype = "float32",
         workers: int = 0,
     ) -> None:
         """`component_paths` are the files of the encoders, `text_dtype` the precision of the text
@@ -80,6 +83,7 @@ class CachedLatents:
         self._text_dtype = text_dtype
         self._digests = digests
         self.workers = workers
+        self._vae_dtype: VaeDtype = vae_dtype
         # Entries that `fill` must encode again although they exist.
         self._damaged = set[tuple[EntryKind, str]]()
 
@@ -144,12 +148,14 @@ class CachedLatents:
 
     @cached_property
     def _video_inputs(self) -> dict[str, object]:
-        # Not the run's dtype: the VAE always encodes in float32.
-        return {
+        # Not the run's dtype, which the VAE does not have.
+        inputs: dict[str, object] = {
             "version": ENCODING_VERSION,
             "vae": fingerprint(self._component_paths["vae"]),
             "first_frame_condition": self._variant.condition_channels > 0,
         }
+        # Only then, so that entries in float32 keep the keys that they had without a choice.
+        return inputs | ({} if self._vae_dtype == "float32" else {"dtype": self._vae_dtype})
 
     @cached_property
     def _text_inputs(self) -> dict[str, object]:
@@ -248,7 +254,7 @@ class CachedLatents:
         def encode(clip: Clip, frames: np.ndarray) -> dict[str, Tensor]:
             if clip in previewed:
                 self._save_preview(clip, [frames[index] for index in preview_indices(clip.frames)])
-            return encode_frames(model, frames)
+            return encode_frames(model, frames, self._vae_dtype)
 
         return self._encode_clips(
             "video", keyed, lambda clip: decode(clip, threads=threads).frames, encode, progress

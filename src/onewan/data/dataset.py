@@ -97,6 +97,7 @@ def prepare(
             config.model.facts(),
             load_model,
             encode_text_online=encode_text_online,
+            vae_dtype=config.video_data.vae_dtype,
             checking_workers=worker_count(config.video_data.workers),
         )
         result = source.prepare(clips, progress)
@@ -125,7 +126,8 @@ def _cached_latents(
         component_paths,
         config.model.dtype,
         digests,
-        worker_count(config.video_data.workers),
+        vae_dtype=config.video_data.vae_dtype,
+        workers=worker_count(config.video_data.workers),
     )
 
 

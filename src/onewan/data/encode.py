@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ entry of an older version is used."""
 
 TEXT_ENCODING_VERSION = 1
 """The same for captions."""
+
+VaeDtype = Literal["float32", "bfloat16"]
 
 LoadModel = Callable[[Collection[PipelineComponent]], WanModel]
 """Loads the given components of the run's model, on the device of the run."""
@@ -76,13 +78,18 @@ class FillResult:
     """Number of cache entries that were made."""
 
 
-def encode_frames(model: WanModel, frames_FHWC: np.ndarray) -> dict[str, Tensor]:
-    """Encode a clip's frames, uint8: ``latents`` and the tensors of its condition, [C, F, h, w]."""
+def encode_frames(
+    model: WanModel, frames_FHWC: np.ndarray, vae_dtype: VaeDtype
+) -> dict[str, Tensor]:
+    """Encode a clip's frames, uint8: ``latents`` and the tensors of its condition, [C, F, h, w],
+    float32, computed by the VAE in `vae_dtype`."""
     frames = torch.from_numpy(frames_FHWC)
     # To the device as uint8, a quarter of the bytes of float32; then to the VAE's range, [-1, 1].
     device = model.vae.device if model.vae is not None else "cpu"
     pixels = frames.to(device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-    entry = {"latents": model.encode_video(pixels), **model.encode_condition(pixels)}
+    # Autocast, since the weights stay in float32 for decoding sample videos.
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=vae_dtype == "bfloat16"):
+        entry = {"latents": model.encode_video(pixels), **model.encode_condition(pixels)}
     return {name: tensor[0].cpu() for name, tensor in entry.items()}
 
 
@@ -134,12 +141,14 @@ class OnlineEncoder:
         load_model: LoadModel,
         *,
         encode_text_online: bool,
+        vae_dtype: VaeDtype = "float32",
         checking_workers: int = 0,
     ) -> None:
         """With `encode_text_online` the training step encodes the captions itself, with a text
         encoder of its own, so none is loaded here. `checking_workers` threads decode clips in
         `prepare`."""
         self._checking_workers = checking_workers
+        self._vae_dtype: VaeDtype = vae_dtype
         self._variant = variant
         self._load_model = load_model
         self._encode_text_online = encode_text_online
@@ -172,7 +181,7 @@ class OnlineEncoder:
         return uniform_mask_warnings(clip.mask, encode_mask(clip, clip.mask, self._variant))
 
     def video(self, clip: Clip) -> dict[str, Tensor]:
-        entry = encode_frames(self._loaded_model(), decode(clip).frames)
+        entry = encode_frames(self._loaded_model(), decode(clip).frames, self._vae_dtype)
         if clip.mask:
             entry["mask"] = encode_mask(clip, clip.mask, self._variant)
         return entry

@@ -23,7 +23,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
 from torch import Tensor
 
-from onewan.model.vae import LOCK, encode_video
+from onewan.model.vae import encode_video, vae_in_use
 from onewan.variants import ConditionName, Variant
 
 
@@ -118,5 +118,5 @@ class _LockedImageToVideoPipeline(WanImageToVideoPipeline):
     """diffusers' pipeline encodes the image itself, so it must take the lock (`model.vae`)."""
 
     def prepare_latents(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        with LOCK:
+        with vae_in_use():
             return super().prepare_latents(*args, **kwargs)

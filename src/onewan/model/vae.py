@@ -6,11 +6,17 @@ Here z = (mean of the posterior - latents_mean) / latents_std, as the official c
 
 The VAE keeps its causal feature cache on the instance, so two threads that use it at once get wrong
 latents (measured: 12 of 12 clips). Every call here holds one lock.
+
+On CUDA, PyTorch computes float32 convolutions with 10 bits of mantissa (TF32) unless it is told not
+to. Here they are exact: latents that are encoded once and trained on for days should not carry the
+rounding of the card that encoded them.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -18,8 +24,32 @@ from torch import Tensor
 
 from onewan.model.inputs import to_device
 
-LOCK = threading.Lock()
-"""Held by every use of a VAE in this process."""
+_LOCK = threading.Lock()
+
+
+@contextmanager
+def vae_in_use() -> Iterator[None]:
+    """Around every use of a VAE in this process: one at a time, with exact float32 convolutions."""
+    with _LOCK, _exact_convolutions():
+        yield
+
+
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """Float32 convolutions without TF32; the setting of before is restored."""
+    # PyTorch 2.9 has a setting for each kind of operation, not to be mixed with the one of before.
+    by_operation = getattr(torch.backends.cudnn, "conv", None)
+    settings, name, exact = (
+        (torch.backends.cudnn, "allow_tf32", False)
+        if by_operation is None
+        else (by_operation, "fp32_precision", "ieee")
+    )
+    before = getattr(settings, name)
+    setattr(settings, name, exact)
+    try:
+        yield
+    finally:
+        setattr(settings, name, before)
 
 
 def _statistics(vae: AutoencoderKLWan, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -39,7 +69,7 @@ def encode_video(vae: AutoencoderKLWan, pixels_BCFHW: Tensor) -> Tensor:
     frames = pixels_BCFHW.shape[2]
     if frames % vae.config["scale_factor_temporal"] != 1:
         raise ValueError(f"the VAE takes 4n+1 frames and would drop some of these {frames}")
-    with LOCK:
+    with vae_in_use():
         posterior = vae.encode(pixels_BCFHW.to(vae.device, vae.dtype), return_dict=False)[0]
     mean, std = _statistics(vae, vae.device)
     # In float32 also for a VAE in bfloat16, which would round each latent again.
@@ -52,5 +82,5 @@ def decode_video(vae: AutoencoderKLWan, latents_BCFHW: Tensor) -> Tensor:
     mean, std = _statistics(vae, vae.device)
     unscaled = latents_BCFHW.to(vae.device, torch.float32) * std + mean
     # diffusers clamps the result to [-1, 1].
-    with LOCK:
+    with vae_in_use():
         return vae.decode(unscaled.to(vae.dtype), return_dict=False)[0].float()
