@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support.runs import RunFile, layout_of, recorder
+from support.runs import RunFile, recorder
 
 from onewan.config.schema import ResolvedRun
 from onewan.data.buckets import expected_buckets
 from onewan.data.clip import alternatives, count_clips
 from onewan.media import write_video
 from onewan.runs.event_file import read_events
+from onewan.train.run import Run
 from onewan.train.setup import WanModelSetup
 from onewan.train.trainer import WanTrainer
 
@@ -28,8 +29,8 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, frames, size in (("a", 40, (64, 64)), ("b", 30, (96, 48)), ("c", 6, (64, 64))):
         pixels = draw.integers(0, 255, (frames, size[1], size[0], 3), np.uint8)
         write_video(folder / f"{name}.mp4", pixels, fps=16)
-    for name in ("d", "e"):
-        Image.new("RGB", (64, 64), (90, 140, 30)).save(folder / f"{name}.png")
+    for name, red in (("d", 90), ("e", 180)):
+        Image.new("RGB", (64, 64), (red, 140, 30)).save(folder / f"{name}.png")
     for name in "abcde":
         (folder / f"{name}.txt").write_text(f"clip {name}", encoding="utf-8")
     return folder
@@ -105,6 +106,40 @@ def test_a_run_with_random_spans_goes_on_as_if_it_had_not_stopped(
                 f"output.name={name}",
             )
             WanTrainer(config, resume=bool(index)).fit()
-        events = read_events(layout_of(config).events)
+        events = read_events(tmp_path / "runs" / name / "events.jsonl")
         found.append([event["loss"] for event in events if event["event"] == "step"])
     assert found[0] == found[1] and len(found[0]) == 8
+
+
+def test_augmentation_encodes_its_variants_and_nothing_else(
+    run_file: RunFile, mixed: Path, tmp_path: Path
+) -> None:
+    def built(augment: str, *overrides: str) -> Run:
+        source = f"{{path: '{mixed.as_posix()}'{augment}}}"
+        config = run_file(
+            "t2v-a14b",
+            f"video_data.sources=[{source}]",
+            f"video_data.cache_dir={(tmp_path / 'cache').as_posix()}",
+            "train={epochs: 3, switch_expert_every: 1}",
+            *overrides,
+        )
+        return WanModelSetup(config).build()
+
+    plain = built("")
+    assert plain.dataset.encoded == 5 + 5  # clips and captions
+    augment = ", augment: {flip: 1, crop: 0.2, hue: 0.02, variants: 2}"
+    run = built(augment)
+    assert run.dataset.encoded == 2 * 5 and built(augment).dataset.encoded == 0
+    assert built(augment.replace("0.02", "0.03")).dataset.encoded == 2 * 5
+    assert run.loader.batches_per_epoch == plain.loader.batches_per_epoch == 5
+    seen = Counter(
+        name
+        for step in run.loader.steps(0, run.config.train.steps, run.schedule.expert_at)
+        for batch in step.batches
+        for name in batch.names
+    )
+    # In three epochs of two experts, each clip comes as it is once, and each variant once.
+    assert len(seen) == 15 and set(seen.values()) == {2}
+    assert "  with augmented variants: 5 clips" in run.dataset.report.lines()
+    held_out = built(augment, "validation={clips: 2, share: 0.4}").dataset.validation_clips
+    assert len(held_out) == 2 and all(clip.variation is None for clip in held_out)

@@ -80,6 +80,14 @@ BROKEN = [
     ),
     ("wan_config: {clip_lengths: [17, 17]}", "wan_config.clip_lengths: has 17 twice"),
     ("video_data: {sources: [{path: c, speed: 0}]}", "video_data.sources.0.speed: must be"),
+    (
+        "video_data: {sources: [{path: c, augment: {variants: 3}}]}",
+        "video_data.sources.0.augment: changes nothing; give flip, crop, brightness",
+    ),
+    (
+        "validation: {sources: [{path: c, augment: {flip: 1}}]}",
+        "validation.sources.0.augment: has no effect, since validation takes clips as they are",
+    ),
     ("method: {kind: lokr, factor: 0}", "method.factor: must be at least 1, or -1, got 0"),
     (
         TI2V.replace("}", ", boundary: 0.5}"),

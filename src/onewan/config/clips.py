@@ -12,7 +12,8 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
+from typing_extensions import Self
 
 from onewan.arithmetic.buckets import LARGEST_SIDE, SMALLEST_SIDE, parse_sizes
 from onewan.config.section import Distinct, Float, Int, Positive, Section, Several, Share, Size
@@ -34,6 +35,7 @@ def _as_location(value: object) -> object:
 
 Location = Annotated[Path | str, BeforeValidator(_as_location), WithJsonSchema({"type": "string"})]
 """A path on this machine, or an address as text."""
+_Change = Annotated[Float, Field(ge=0, lt=1)]
 _SIDE = {"type": "integer", "minimum": 1, "maximum": LARGEST_SIDE}
 _PAIR = {"type": "array", "items": _SIDE, "minItems": 2, "maxItems": 2}
 _ONE_SIZE = [
@@ -105,6 +107,31 @@ class ResolvedWanTrainConfig(WanTrainConfig):
     clips_per_video: int
 
 
+class AugmentSection(Section):
+    """Variants of clips that are encoded beside them; each pass takes the clip or one of them."""
+
+    flip: Share = 0.0
+    """Probability that a variant is mirrored left to right."""
+    crop: Annotated[Float, Field(ge=0, le=0.5)] = 0.0
+    """Largest part of width and height that is cropped away, at a random place, such as 0.1."""
+    brightness: _Change = 0.0
+    """Largest relative change of the brightness, such as 0.1."""
+    contrast: _Change = 0.0
+    """Largest relative change of the contrast, around middle gray."""
+    saturation: _Change = 0.0
+    """Largest relative change of the saturation."""
+    hue: Annotated[Float, Field(ge=0, le=0.5)] = 0.0
+    """Largest rotation of the hue in turns, such as 0.02."""
+    variants: Int = Field(default=1, ge=1)
+    """Number of variants of each clip; each takes as much of the cache as the clip."""
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Self:
+        if not any(value for name, value in dict(self).items() if name != "variants"):
+            raise ValueError("changes nothing; give flip, crop, brightness, contrast, ... a value")
+        return self
+
+
 class SourceSection(Section):
     shorthand = "path"
 
@@ -139,6 +166,8 @@ class SourceSection(Section):
     caption_dropout: Share | None = None
     """Probability of replacing a caption of its clips by the empty one; null is
     `train.caption_dropout`."""
+    augment: AugmentSection | None = None
+    """Augmentation of its clips; null is none."""
     speed: Positive = 1.0
     """How much faster than in the files its videos are trained: 2 takes every second frame."""
     shuffle_tags: Int = Field(default=0, ge=0)

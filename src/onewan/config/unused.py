@@ -145,3 +145,4 @@ def _by_source(config: RunConfig) -> Iterator[Unused]:
         why = "validation always takes the first caption, as it is written"
         for name in ("caption_dropout", "shuffle_tags", "keep_tags"):
             yield ("validation", "sources", index, name), why
+        yield ("validation", "sources", index, "augment"), "validation takes clips as they are"

@@ -15,6 +15,7 @@ from pathlib import Path
 from onewan.arithmetic.buckets import Size, sizes_for
 from onewan.config.clips import SourceSection
 from onewan.config.schema import ResolvedRun
+from onewan.data.augment import Augmentation
 from onewan.data.captions import CaptionSettings
 from onewan.data.clip import Bucket, ClipPlanner, ClipSource
 from onewan.data.found_cuts import FoundCuts
@@ -92,6 +93,7 @@ def clip_sources(sources: Sequence[SourceSection], config: ResolvedRun) -> list[
             recursive=source.recursive,
             patterns=Patterns(include=source.include, exclude=source.exclude),
             speed=source.speed,
+            augmentation=source.augment and Augmentation(**dict(source.augment)),
             captions=CaptionSettings(
                 whole=config.video_data.captions == "whole",
                 prefix=source.caption_prefix,
@@ -130,8 +132,8 @@ def expected_buckets(config: ResolvedRun) -> ExpectedBuckets:
     with ThreadPoolExecutor(_THREADS) as pool:
         buckets = list(pool.map(lambda file: _buckets(planner, file[0], file[1]), read))
     found = [
-        (bucket, repeats)
-        for each, (*_, repeats) in zip(buckets, read, strict=True)
+        (bucket, repeats, 1 + (source.augmentation.variants if source.augmentation else 0))
+        for each, (_, source, repeats) in zip(buckets, read, strict=True)
         for bucket in each
     ]
     notes = [
@@ -151,8 +153,8 @@ def expected_buckets(config: ResolvedRun) -> ExpectedBuckets:
         )
     # The largest size may be that of a file that was not read.
     counts, used = Counter[tuple[int, Size]](), Counter[tuple[int, Size]]()
-    for bucket, repeats in found:
-        counts[bucket.frames, bucket.size] += bucket.takes
+    for bucket, repeats, forms in found:
+        counts[bucket.frames, bucket.size] += bucket.takes * forms
         used[bucket.frames, bucket.size] += repeats
     remaining = step * (1 - _held_out(config, len(files)))
     return ExpectedBuckets(

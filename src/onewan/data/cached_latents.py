@@ -27,7 +27,7 @@ from onewan.data.contact_sheet import (
     preview_frames,
     preview_indices,
 )
-from onewan.data.decode import decode, decoded_bytes, decoder_threads
+from onewan.data.decode import decode, decoded_bytes, decoder_threads, frames_at
 from onewan.data.encode import (
     ENCODING_VERSION,
     TEXT_ENCODING_VERSION,
@@ -43,7 +43,7 @@ from onewan.data.masks import MASK_VERSION, Mask
 from onewan.data.report import ClipProblem, ClipWarning
 from onewan.errors import DataError
 from onewan.formats.model_folder import ComponentName
-from onewan.media import WHITE, Fit, read_frames
+from onewan.media import WHITE
 from onewan.model.sources import fingerprint
 from onewan.variants import Variant
 
@@ -105,8 +105,7 @@ class CachedLatents:
         if tensors is None:
             all_times = clip.times()
             times = [all_times[index] for index in preview_indices(clip.frames)]
-            frames = read_frames(clip.path, times, Fit(*clip.size), clip.background)
-            tensors = self._save_preview(clip, frames)
+            tensors = self._save_preview(clip, frames_at(clip, times))
         mask = self._cache.load("mask", self.mask_key(clip, clip.mask)) if clip.mask else None
         return Preview(
             frames=tensors["frames"].numpy(),
@@ -128,7 +127,7 @@ class CachedLatents:
         return entry_key(
             version=MASK_VERSION,
             content=self._digests[mask.path],
-            span=[mask.start, *_span(clip)[1:]],
+            span=[mask.start, *_span(clip)[1:], *_variation(clip)],
             compression=[self._variant.spatial_compression, self._variant.temporal_compression],
         )
 
@@ -354,7 +353,12 @@ def _span(clip: Clip) -> list[object]:
 
 def _look(clip: Clip) -> list[object]:
     """What decides the pixels of a clip, given the content of its file and the span."""
-    return [] if clip.background == WHITE else [list(clip.background)]
+    background = [] if clip.background == WHITE else [list(clip.background)]
+    return [*background, *_variation(clip)]
+
+
+def _variation(clip: Clip) -> list[object]:
+    return [clip.variation.key] if clip.variation else []
 
 
 def _shuffle(items: list[Any]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from onewan.arithmetic.buckets import Size, choose_size, floor_to_4n_plus_1
+from onewan.data.augment import Augmentation, Variation
 from onewan.data.captions import CaptionSettings
 from onewan.data.masks import Mask, find_mask
 from onewan.data.probes import MediaProbes
@@ -76,6 +77,10 @@ class Clip:
     """Number of these alternatives, itself included; they follow each other in a data set."""
     part: tuple[float, float | None] | None = None
     """The part of the file that its source names, s after the first frame; None: all of it."""
+    augmentation: Augmentation | None = None
+    """The variants of it that are trained too; None if there are none."""
+    variation: Variation | None = None
+    """What is different if it is a variant; None if it is not."""
     mask: Mask | None = None
     """Its loss mask; None if all of the clip is trained on."""
     background: RGB = WHITE
@@ -135,6 +140,8 @@ class ClipSource:
     """Whether a folder is read with its subfolders."""
     patterns: Patterns = field(default_factory=Patterns)
     """Which files of a folder are used."""
+    augmentation: Augmentation | None = None
+    """The variants of its clips that are trained too; None if there are none."""
     speed: float = 1.0
     """How much faster than in their files the motion of its videos is."""
 
@@ -245,6 +252,7 @@ class ClipPlanner:
                 is_prior=source.is_prior or item.is_prior,
                 caption_dropout=source.caption_dropout,
                 part=item.part,
+                augmentation=source.augmentation,
                 background=self.background if info.has_alpha else WHITE,
                 media_notes=info.notes,
             )

@@ -52,8 +52,10 @@ def taken(clips: Sequence[Clip]) -> str:
     """What is taken of a video whose clips are `clips`: "87 frames at 30 fps -> 45 at 16 fps, 2.8 s
     of 2.9 s"."""
     clip = clips[0]
+    # Variants have the span of the clip that they stand for.
+    clips = [each for each in clips if each.variation is None]
     counts = sorted(Counter(each.frames for each in clips).items())
-    if clip.takes > 1:
+    if any(each.take for each in clips):
         what = " and ".join(f"one of {n} spans of {frames}" for frames, n in counts)
         each_pass = " in each pass"
     elif len(clips) == 1:

@@ -88,7 +88,8 @@ def preview_frames(frames: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
 def clips_to_show(clips: Sequence[Clip]) -> list[Clip]:
     """The clips that the sheet of a data set shows: each once, at most `MAX_CLIPS`."""
     # The same clip may be in two sources.
-    once = list({(c.path, c.start, c.fps, c.frames, c.size): c for c in clips}.values())
+    keys = ((c.path, c.start, c.fps, c.frames, c.size, c.variation) for c in clips)
+    once = list(dict(zip(keys, clips, strict=True)).values())
     if len(once) <= MAX_CLIPS:
         return once
     return [once[i * len(once) // MAX_CLIPS] for i in range(MAX_CLIPS)]
@@ -180,7 +181,7 @@ def _facts(clip: Clip, *, is_held_out: bool) -> list[str]:
         f"repeats {clip.repeats}" if clip.repeats > 1 else "",
         "loss mask" if clip.mask else "",
         "prior preservation" if clip.is_prior else "",
-        f"one of {clip.takes} spans, of which each pass has one" if clip.takes > 1 else "",
+        f"{clip.take + 1} of {clip.takes}, of which each pass has one" if clip.takes > 1 else "",
     ]
     first, *others = clip.captions
     more = f" (and {len(others)} more)" if others else ""

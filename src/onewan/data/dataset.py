@@ -13,6 +13,7 @@ from pathlib import Path
 from onewan.config.clips import SourceSection
 from onewan.config.schema import ResolvedRun
 from onewan.data.ahead import worker_count
+from onewan.data.augmented import with_variants
 from onewan.data.cache import ContentDigests, EntryCache, entry_key
 from onewan.data.cached_latents import CachedLatents
 from onewan.data.clip import Clip
@@ -143,7 +144,9 @@ def _index(
     paths = {clip.path for clip in clips} | {clip.mask.path for clip in clips if clip.mask}
     # Each file once, though it may be in several sources.
     digests = {path: known_digests.of(path) for path in sorted(paths)}
-    remaining, in_both = exclude_validation_clips(report.clips, report.validation_clips, digests)
+    # Those that are only validated on are taken as they are.
+    trained = with_variants(report.clips, digests, config.train.seed)
+    remaining, in_both = exclude_validation_clips(trained, report.validation_clips, digests)
     changed = [
         ClipWarning(
             path=path, text="has other content than before, though not another size or time"
@@ -266,6 +269,8 @@ def _dataset_digest(report: DatasetReport, digests: Mapping[Path, str]) -> str:
             settings.append(clip.caption_dropout)
         if clip.takes > 1:
             settings.append([clip.take, clip.takes])
+        if clip.variation is not None:
+            settings.append(clip.variation.key)
         span = [clip.start, clip.fps, clip.frames, list(clip.size)]
         return [clip.name, digests[clip.path], span, clip.captions, settings, mask]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,17 +35,25 @@ def decode(clip: Clip, caption_index: int = 0, *, threads: int = 0) -> VideoSamp
     `threads` is how many the decoder uses, 0 one for each core; it makes no difference to pixels.
     Raises DataError if the file is damaged within the clip.
     """
-    width, height = clip.size
     return VideoSample(
-        frames=read_frames(
-            clip.path, clip.times(), Fit(width, height), clip.background, threads=threads
-        ),
+        frames=frames_at(clip, clip.times(), threads=threads),
         prompt=clip.captions[caption_index],
         frame_count=clip.frames,
         fps=clip.fps,
         resolution=clip.size,
         duration=clip.frames / clip.fps,
     )
+
+
+def frames_at(clip: Clip, times: Sequence[float], *, threads: int = 0) -> np.ndarray:
+    """The frames of `clip` nearest to some of its `times`, as it is trained: uint8 [F, H, W, 3].
+
+    `threads` as for `decode`. Raises DataError if the file is damaged there.
+    """
+    variation = clip.variation
+    fit = Fit(*clip.size) if variation is None else variation.fit(clip.size)
+    frames = read_frames(clip.path, times, fit, clip.background, threads=threads)
+    return frames if variation is None else variation.applied(frames, clip.size)
 
 
 def decoded_bytes(clip: Clip) -> int:

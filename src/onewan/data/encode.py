@@ -104,6 +104,7 @@ def encode_mask(clip: Clip, mask: Mask, variant: Variant) -> Tensor:
             fps=clip.fps,
             frames=clip.frames,
             size=clip.size,
+            variation=clip.variation,
             spatial=variant.spatial_compression,
             temporal=variant.temporal_compression,
         )

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from onewan.data.augment import Variation
 from onewan.data.probes import MediaProbes
 from onewan.errors import DataError, one_line
 from onewan.media import (
@@ -123,17 +124,28 @@ def as_mask_error(error: DataError, clip: Path, mask: Path) -> DataError:
 
 
 def latent_mask(
-    mask: Mask, *, fps: float, frames: int, size: tuple[int, int], spatial: int, temporal: int
+    mask: Mask,
+    *,
+    fps: float,
+    frames: int,
+    size: tuple[int, int],
+    spatial: int,
+    temporal: int,
+    variation: Variation | None = None,
 ) -> np.ndarray:
     """The loss mask per latent cell of a clip: float32 [1, F, h, w] from 0 to 1.
 
     `frames` (4n+1) at `fps` and `size` (width, height) are the clip's; `spatial` and `temporal` are
     the compression factors of the VAE. Latent frame 0 encodes pixel frame 0, and latent frame k the
-    pixel frames 4k-3 to 4k. Raises DataError, which names the mask, if the file is damaged.
+    pixel frames 4k-3 to 4k. `variation` is the clip's. Raises DataError, which names the mask, if
+    the file is damaged.
     """
     width, height = size
     # The crop of the clip's own frames, so that each cell covers the pixels that it encodes.
-    luma_frames = list(_luma_frames(mask, fps, frames, Fit(width, height)))
+    fit = Fit(width, height) if variation is None else variation.fit(size)
+    luma_frames = list(_luma_frames(mask, fps, frames, fit))
+    if variation is not None:
+        luma_frames = [variation.shaped(luma[..., None], size)[..., 0] for luma in luma_frames]
     h, w = height // spatial, width // spatial
     # Integers until the last division, so that the mean of white pixels is exactly 1.
     cell_sums = np.empty((len(luma_frames), h, w), np.int64)

@@ -127,6 +127,8 @@ class DatasetReport:
         ]
         if masked := sum(clip.mask is not None for clip in clips):
             lines.append(f"  with a mask: {count(masked, 'clip')}")
+        if augmented := sum(clip.augmentation is not None for clip in clips):
+            lines.append(f"  with augmented variants: {count(augmented, 'clip')}")
         return lines
 
     def _taken_lines(self) -> list[str]:
