@@ -127,9 +127,10 @@ def test_all_wrong_folders_and_model_files_get_a_line_each(
     assert f"{len(lines)} problems" in first
     fields = ["video_data.sources.0.path", "video_data.sources.1.path", "validation.sources.0.path"]
     paths = [tmp_path / "nowhere", tmp_path / "no-more", run]
+    listed = ", nor a file that lists clips (csv, json, jsonl, ndjson, parquet, tar, tsv)"
     assert lines[:3] == [
-        f"  {field}: {path} is not a folder; correct it in the run file"
-        for field, path in zip(fields, paths, strict=True)
+        f"  {field}: {path} is not a folder{kinds}; correct it in the run file"
+        for field, path, kinds in zip(fields, paths, ("", "", listed), strict=True)
     ]
     # The VAE and each of the two transformers, with one problem in a line.
     assert len(lines) >= 6 and not any("\\n" in line for line in lines)

@@ -20,14 +20,18 @@ import pytest
 from PIL import Image
 from support.clips import planner
 
+from onewan.config import dump_run, load_run
+from onewan.data.buckets import clip_sources, expected_buckets
 from onewan.data.captions import CaptionSettings
 from onewan.data.clip import Clip, ClipSource
 from onewan.data.index import index_clips
+from onewan.data.probes import MediaProbes
 from onewan.data.report import DatasetReport
+from onewan.data.run_clips import clips_of_run
 from onewan.data.sources.copies import Copies
 from onewan.data.sources.names import Patterns, fits
 from onewan.data.sources.shards import expand
-from onewan.errors import DataError
+from onewan.errors import ConfigError, DataError
 from onewan.media import write_video
 
 
@@ -553,3 +557,95 @@ def test_braces_stand_for_a_range(pattern: str, expected: list[str]) -> None:
 def test_a_range_that_is_none_is_refused(pattern: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is no range of at most 100,000 files; correct"):
         read_shards(tmp_path / pattern, tmp_path / "cache")
+
+
+# --- Settings of a source ------------------------------------------------------------------------
+
+
+def test_a_source_has_its_own_rate_length_and_sizes(tmp_path: Path) -> None:
+    video(tmp_path / "plain" / "a.mp4", seconds=4)
+    video(tmp_path / "own" / "a.mp4", seconds=4)
+    Image.new("L", (96, 64)).save(tmp_path / "own" / "a.mask.png")
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        "model: {path: org/model, variant: t2v-a14b}\n"
+        "wan_config: {max_frames: 17}\n"
+        "video_data:\n"
+        "  resolution: 96x64\n"
+        "  min_resolution: [1, 1]\n"
+        "  sources:\n"
+        "    - plain\n"
+        "    - {path: own, target_fps: 8, max_frames: 9, resolution: 64, masks: true,\n"
+        "       frame_sample_strategy: head}\n",
+        encoding="utf-8",
+    )
+    config = load_run(run)
+    report = clips_of_run(config, MediaProbes())
+    assert report.problems == ()
+    plain, own = report.clips
+    assert (plain.fps, plain.frames, plain.size, plain.mask) == (16, 17, (96, 64), None)
+    assert (own.fps, own.frames, own.size, own.start) == (8, 9, (80, 48), 0)
+    assert own.mask is not None
+    # The plan counts on the same buckets.
+    assert expected_buckets(config).clips == {(17, (96, 64)): 1, (9, (80, 48)): 1}
+    again = load_run(written_text(tmp_path / "again.yaml", dump_run(config)))
+    assert again.video_data == config.video_data
+
+
+def written_text(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("{path: a, resolution: 100x64}", "video_data.sources.0.resolution: "),
+        (
+            "{path: a, min_resolution: [2000, 10]}",
+            "video_data.sources.0.min_resolution: must not be above video_data.max_resolution",
+        ),
+        (
+            "{path: a.csv, recursive: false}",
+            "video_data.sources.0.recursive: has no effect, since only folders have it",
+        ),
+        (
+            "{path: a, frame_sample_strategy: head, clips_per_video: 2}",
+            "video_data.sources.0.clips_per_video: has no effect, since the strategy is head",
+        ),
+        ("{path: a, target_fps: 0}", "video_data.sources.0.target_fps: must be more than 0"),
+    ],
+)
+def test_settings_of_a_source_are_checked(tmp_path: Path, source: str, problem: str) -> None:
+    text = f"model: {{path: a/b, variant: t2v-a14b}}\nvideo_data: {{sources: [{source}]}}\n"
+    with pytest.raises(ConfigError) as caught:
+        load_run(written_text(tmp_path / "run.yaml", text))
+    assert [line for line in caught.value.problems if line.startswith(problem)]
+
+
+def test_a_strategy_of_a_source_has_its_own_number_of_clips(tmp_path: Path) -> None:
+    text = (
+        "model: {path: a/b, variant: t2v-a14b}\n"
+        "wan_config: {frame_sample_strategy: random}\n"
+        "video_data: {sources: [{path: a, frame_sample_strategy: uniform}, b]}\n"
+    )
+    config = load_run(written_text(tmp_path / "run.yaml", text))
+    first, second = clip_sources(config.video_data.sources, config)
+    assert first.planning == {"frame_strategy": "uniform", "clips_per_video": 1}
+    assert second.planning == {}
+
+
+def test_an_address_of_a_source_stays_as_it_is(tmp_path: Path) -> None:
+    text = (
+        "model: {path: a/b, variant: t2v-a14b}\n"
+        "video_data: {sources: ['s3://bucket/clips', {path: 'https://host/t.csv'}, clips]}\n"
+    )
+    config = load_run(written_text(tmp_path / "run.yaml", text))
+    paths = [source.path for source in config.video_data.sources]
+    assert paths == ["s3://bucket/clips", "https://host/t.csv", tmp_path / "clips"]
+    assert [
+        s.path
+        for s in load_run(
+            written_text(tmp_path / "again.yaml", dump_run(config))
+        ).video_data.sources
+    ] == paths

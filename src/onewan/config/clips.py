@@ -64,6 +64,13 @@ def _as_color(value: object) -> object:
     raise ValueError(f'{found} is no color; write it as "#rrggbb", in quotes, such as "#ffffff"')
 
 
+SEVERAL_CLIPS = ("uniform", "random", "keyframe")
+"""Strategies that give `clips_per_video` clips."""
+LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".json", ".tar")
+"""Extensions of files that list or hold clips; other sources are folders."""
+Strategy = Literal["uniform", "middle", "head", "random", "keyframe", "chunks", "sliding", "all"]
+
+
 class WanTrainConfig(Section):
     """The `wan_config` section: frames per clip, trained blocks and temporal behavior."""
 
@@ -73,9 +80,7 @@ class WanTrainConfig(Section):
     clip_lengths: Annotated[tuple[Annotated[Int, Field(ge=1)], ...], Several, Distinct] = ()
     """Numbers of frames, such as [17, 33, 81], instead of `max_frames`: each video gives clips of
     each of them."""
-    frame_sample_strategy: Literal[
-        "uniform", "middle", "head", "random", "keyframe", "chunks", "sliding", "all"
-    ] = "uniform"
+    frame_sample_strategy: Strategy = "uniform"
     """Which parts of a longer video are clips: `clips_per_video` spread evenly (`uniform`; one is
     the middle), the middle, the beginning (`head`), from a change of scene or key frame on
     (`keyframe`), at random, another in each pass (`random`), one behind the other (`chunks`; `all`
@@ -168,6 +173,27 @@ class SourceSection(Section):
     `train.caption_dropout`."""
     augment: AugmentSection | None = None
     """Augmentation of its clips; null is none."""
+    target_fps: Positive | None = None
+    """Frames per second of its clips; null is `video_data.target_fps`."""
+    max_frames: Int | None = Field(default=None, ge=1)
+    """Maximum frames of its clips, in place of `wan_config.max_frames` and `clip_lengths`."""
+    frame_sample_strategy: Strategy | None = None
+    """Which parts of its videos are clips; null is `wan_config.frame_sample_strategy`."""
+    clips_per_video: Int | None = Field(default=None, ge=1)
+    """Clips of each of its videos, as in `wan_config`; null is the number there, or with a strategy
+    of its own 4 for `random` and 1 for others."""
+    max_duration: Positive | None = None
+    """Maximum length of its clips in seconds; null is `video_data.max_duration`."""
+    resolution: Annotated[
+        tuple[int | str, ...] | None, BeforeValidator(parse_sizes), WithJsonSchema(_SIZES)
+    ] = None
+    """Training sizes of its clips; null is `video_data.resolution`."""
+    min_resolution: Size | None = None
+    """Its smallest files, width and height; null is `video_data.min_resolution`."""
+    max_resolution: Size | None = None
+    """Its largest training size; null is `video_data.max_resolution`."""
+    masks: bool | None = None
+    """Whether its loss masks are used; null is `video_data.masks`."""
     speed: Positive = 1.0
     """How much faster than in the files its videos are trained: 2 takes every second frame."""
     shuffle_tags: Int = Field(default=0, ge=0)

@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from onewan.arithmetic.expert_schedule import ExpertSchedule, expert_schedule
-from onewan.config.clips import ResolvedVideoData, ResolvedWanTrainConfig, VideoDataSection
+from onewan.config.clips import (
+    ResolvedVideoData,
+    ResolvedWanTrainConfig,
+    SourceSection,
+    Strategy,
+)
 from onewan.config.method import (
     EmbeddingSection,
     FineTuneMethod,
@@ -41,7 +46,7 @@ def resolve(config: RunConfig, folder: Path) -> ResolvedRun:
     `video_data.cache_dir` and `output.dir`, become absolute in it.
     """
     variant, video, output = config.model.facts(), config.video_data, config.output
-    resolutions = _training_sizes(video, variant)
+    resolutions = _training_sizes(video.resolution or ("480p",), variant)
     sample = sample_defaults(config, resolutions)
     train = config.train
     shift = train.timesteps.shift or variant.flow_shift
@@ -52,7 +57,7 @@ def resolve(config: RunConfig, folder: Path) -> ResolvedRun:
             ResolvedWanTrainConfig,
             config.wan_config.model_copy(update=compression_ratios(variant)),
             max_frames=variant.frames,
-            clips_per_video=4 if config.wan_config.frame_sample_strategy == "random" else 1,
+            clips_per_video=default_clips_per_video(config.wan_config.frame_sample_strategy),
         ),
         "video_data": _filled(
             ResolvedVideoData,
@@ -60,9 +65,13 @@ def resolve(config: RunConfig, folder: Path) -> ResolvedRun:
                 update={
                     "cache_dir": folder / video.cache_dir,
                     "resolution": resolutions,
+                    "sources": _sources(video.sources, variant),
                 }
             ),
             target_fps=float(variant.fps),
+        ),
+        "validation": config.validation.model_copy(
+            update={"sources": _sources(config.validation.sources, variant)}
         ),
         "method": _method(config),
         "embeddings": tuple(
@@ -149,11 +158,25 @@ def steps_per_expert(config: RunConfig) -> tuple[int, int] | None:
     return None if high is None or low is None else (high, low)
 
 
-def _training_sizes(video: VideoDataSection, variant: Variant) -> tuple[int | str, ...]:
+def default_clips_per_video(strategy: Strategy) -> int:
+    """The number of clips of a video where the run file gives none."""
+    return 4 if strategy == "random" else 1
+
+
+def _training_sizes(sizes: tuple[int | str, ...], variant: Variant) -> tuple[int | str, ...]:
     """Areas in pixels and exact sizes, without the names of areas."""
-    sizes = video.resolution or ("480p",)
     return tuple(
         variant.named_areas.get(size, size) if isinstance(size, str) else size for size in sizes
+    )
+
+
+def _sources(sources: tuple[SourceSection, ...], variant: Variant) -> tuple[SourceSection, ...]:
+    """The sources, with their own training sizes as those of all."""
+    return tuple(
+        source.model_copy(update={"resolution": _training_sizes(source.resolution, variant)})
+        if source.resolution
+        else source
+        for source in sources
     )
 
 

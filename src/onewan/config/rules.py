@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from onewan.arithmetic.buckets import size_error
 from onewan.arithmetic.sample_request import image_error, request_errors
 from onewan.arithmetic.timestep_weighting import weighting_problem
+from onewan.config.clips import SourceSection, VideoDataSection
 from onewan.config.fields import Problem
 from onewan.config.method import FineTuneMethod
 from onewan.config.method_rules import method_rules, missing_file
@@ -26,6 +27,7 @@ from onewan.config.resolve import (
 from onewan.config.schema import COMPONENTS, RunConfig
 from onewan.config.unused import unused_field_problems
 from onewan.documents import format_value
+from onewan.variants import Variant
 
 
 def rule_violations(config: RunConfig) -> Iterator[Problem]:
@@ -71,16 +73,31 @@ def _size_rules(config: RunConfig) -> Iterator[Problem]:
         value = getattr(wan, name)
         if name in wan.model_fields_set and value != fact:
             yield f"wan_config.{name}", f"is {fact} for {variant.name}, got {value}; leave it out"
-    low, high = video.min_resolution, video.max_resolution
+    yield from _limit_rules("video_data", video, video, variant)
+    sections = {"video_data": video, "validation": config.validation}
+    for section, values in sections.items():
+        for index, source in enumerate(values.sources):
+            if (source.resolution, source.min_resolution, source.max_resolution) != (None,) * 3:
+                yield from _limit_rules(f"{section}.sources.{index}", source, video, variant)
+
+
+def _limit_rules(
+    name: str, own: VideoDataSection | SourceSection, video: VideoDataSection, variant: Variant
+) -> Iterator[Problem]:
+    """The sizes of the section `name`, or where it has none those of all sources."""
+    low = own.min_resolution or video.min_resolution
+    high = own.max_resolution or video.max_resolution
     if low is not None and (low[0] > high[0] or low[1] > high[1]):
-        rule = f"must not be above video_data.max_resolution {format_value(high)}"
-        remedy = "lower it, or raise the other"
-        yield "video_data.min_resolution", f"{rule}, got {format_value(low)}; {remedy}"
-    sizes = video.resolution or ()
+        above = name if own.max_resolution else "video_data"
+        rule = f"must not be above {above}.max_resolution {format_value(high)}"
+        field = name if own.min_resolution else "video_data"
+        text = f"{rule}, got {format_value(low)}; lower it, or raise the other"
+        yield f"{field}.min_resolution", text
+    sizes = own.resolution or video.resolution or ()
     for index, size in enumerate(sizes):
-        field = "video_data.resolution" + (f".{index}" if len(sizes) > 1 else "")
+        field = f"{name if own.resolution else 'video_data'}.resolution"
         if text := size_error(size, variant.size_multiple, high, variant.named_areas):
-            yield field, text
+            yield field + (f".{index}" if len(sizes) > 1 else ""), text
 
 
 def _sample_rules(config: RunConfig) -> Iterator[Problem]:

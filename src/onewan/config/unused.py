@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from onewan.config.clips import LIST_SUFFIXES, SEVERAL_CLIPS, SourceSection
 from onewan.config.fields import Problem
 from onewan.config.method import AdapterMethod, EmbeddingMethod, FineTuneMethod, RankedMethod
 from onewan.config.resolve import steps_per_expert, trained_experts
@@ -130,7 +131,7 @@ def _by_strategy(config: RunConfig) -> Iterator[Unused]:
     if wan.clip_lengths:
         yield ("wan_config", "max_frames"), "wan_config.clip_lengths gives the numbers of frames"
     why = f"wan_config.frame_sample_strategy is {wan.frame_sample_strategy}"
-    if wan.frame_sample_strategy not in ("uniform", "random", "keyframe"):
+    if wan.frame_sample_strategy not in SEVERAL_CLIPS:
         yield ("wan_config", "clips_per_video"), why
     if wan.frame_sample_strategy != "sliding":
         yield ("wan_config", "stride"), why
@@ -141,8 +142,24 @@ def _by_source(config: RunConfig) -> Iterator[Unused]:
         if not source.shuffle_tags:
             why = "shuffle_tags of the source is 0, so that tags keep their order"
             yield ("video_data", "sources", index, "keep_tags"), why
+    sections = {"video_data": config.video_data, "validation": config.validation}
+    for section, values in sections.items():
+        for index, source in enumerate(values.sources):
+            for name, why in _by_its_path(source, config):
+                yield (section, "sources", index, name), why
     for index, _ in enumerate(config.validation.sources):
         why = "validation always takes the first caption, as it is written"
         for name in ("caption_dropout", "shuffle_tags", "keep_tags"):
             yield ("validation", "sources", index, name), why
         yield ("validation", "sources", index, "augment"), "validation takes clips as they are"
+
+
+def _by_its_path(source: SourceSection, config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Fields of a source that are only for folders, or for another strategy; with the reason."""
+    strategy = source.frame_sample_strategy or config.wan_config.frame_sample_strategy
+    if strategy not in SEVERAL_CLIPS:
+        yield "clips_per_video", f"the strategy is {strategy}"
+    is_list = source.kind in ("table", "concepts", "webdataset")
+    if is_list or (source.kind == "auto" and str(source.path).lower().endswith(LIST_SUFFIXES)):
+        for name in ("recursive", "include", "exclude"):
+            yield name, "only folders have it, and its path is a file"

@@ -11,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 from onewan.arithmetic.buckets import Size, sizes_for
 from onewan.config.clips import SourceSection
+from onewan.config.resolve import default_clips_per_video
 from onewan.config.schema import ResolvedRun
 from onewan.data.augment import Augmentation
 from onewan.data.captions import CaptionSettings
@@ -92,6 +94,8 @@ def clip_sources(sources: Sequence[SourceSection], config: ResolvedRun) -> list[
             kind=source.kind,
             recursive=source.recursive,
             patterns=Patterns(include=source.include, exclude=source.exclude),
+            planning=_planning(source),
+            use_masks=source.masks,
             speed=source.speed,
             augmentation=source.augment and Augmentation(**dict(source.augment)),
             captions=CaptionSettings(
@@ -104,6 +108,25 @@ def clip_sources(sources: Sequence[SourceSection], config: ResolvedRun) -> list[
         )
         for source in sources
     ]
+
+
+def _planning(source: SourceSection) -> dict[str, Any]:
+    """The fields of the planner that a source has its own values of."""
+    strategy, clips = source.frame_sample_strategy, source.clips_per_video
+    if strategy is not None and clips is None:
+        clips = default_clips_per_video(strategy)
+    own = {
+        "fps": source.target_fps,
+        "max_frames": source.max_frames,
+        "clip_lengths": None if source.max_frames is None else (),
+        "frame_strategy": strategy,
+        "clips_per_video": clips,
+        "max_duration": source.max_duration,
+        "resolutions": source.resolution,
+        "min_resolution": source.min_resolution,
+        "max_resolution": source.max_resolution,
+    }
+    return {name: value for name, value in own.items() if value is not None}
 
 
 def expected_buckets(config: ResolvedRun) -> ExpectedBuckets:
@@ -174,6 +197,7 @@ def _held_out(config: ResolvedRun, files: int) -> float:
 
 def _buckets(planner: ClipPlanner, item: SourceItem, source: ClipSource) -> list[Bucket]:
     try:
+        planner = replace(planner, **source.planning)
         return planner.buckets(item.within(probe_header(item.path)), source.speed)
     except DataError:
         return []

@@ -6,11 +6,11 @@ reads a file's header, first frame and end; the frames in between only to find c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import floor
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from onewan.arithmetic.buckets import Size, choose_size, floor_to_4n_plus_1
 from onewan.data.augment import Augmentation, Variation
@@ -142,6 +142,10 @@ class ClipSource:
     """Which files of a folder are used."""
     augmentation: Augmentation | None = None
     """The variants of its clips that are trained too; None if there are none."""
+    planning: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Fields of the `ClipPlanner` that its clips have other values of."""
+    use_masks: bool | None = None
+    """Whether its masks are used; None is the run's setting."""
     speed: float = 1.0
     """How much faster than in their files the motion of its videos is."""
 

@@ -40,17 +40,18 @@ def index_clips(
     """
     key_path = "validation.sources" if for_validation else "video_data.sources"
     reader = SourceReader(planner.video_formats, use_masks, copies)
+    planners = [replace(planner, **source.planning) for source in sources]
     contents = _read_all(sources, reader, key_path)
     reports = [
-        _source_report(source, inside, planner, for_validation=for_validation)
-        for source, inside in zip(sources, contents, strict=True)
+        _source_report(source, inside, own, for_validation=for_validation)
+        for source, inside, own in zip(sources, contents, planners, strict=True)
     ]
     return DatasetReport(
         clips=tuple(clip for report in reports for clip in report.clips),
         validation_clips=tuple(clip for report in reports for clip in report.validation_clips),
         problems=tuple(problem for report in reports for problem in report.problems),
         warnings=(
-            *_planner_notes(planner),
+            *dict.fromkeys(note for own in planners for note in _planner_notes(own)),
             *(warning for report in reports for warning in report.warnings),
         ),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from onewan.config.clips import is_url
@@ -17,7 +17,7 @@ from onewan.data.sources.folder import read_folder
 from onewan.data.sources.hugging_face import TABLE_NAMES, read_hugging_face, tables_of
 from onewan.data.sources.names import pairing_key
 from onewan.data.sources.nemo_curator import is_curated, read_curated
-from onewan.data.sources.place import Listing, LocalPlace, Place
+from onewan.data.sources.place import Listing, LocalPlace, Place, clip_name
 from onewan.data.sources.remote import RemotePlace, protocol_problem, shown_url
 from onewan.data.sources.rows import TABLE_SUFFIXES
 from onewan.data.sources.table import TableReader
@@ -46,6 +46,8 @@ class SourceReader:
         The files of the items are on this machine then. DataError if the source as a whole can't be
         read.
         """
+        if source.use_masks is not None:
+            self = replace(self, use_masks=source.use_masks)
         place = self._place(source.path)
         contents = self._contents(source, place)
         if isinstance(place, RemotePlace):
@@ -87,14 +89,17 @@ class SourceReader:
         listing = place.listing(recursive=source.recursive)
         is_auto = kind == "auto" and not _has_captioned_clip(listing)
         if kind == "nemo_curator" or (is_auto and is_curated(listing)):
-            return read_curated(place, listing, self.video_formats)
+            return _chosen(read_curated(place, listing, self.video_formats), source, listing)
         tables = tables_of(listing)
         if kind == "hugging_face" and not tables:
             reason = f"has none of {', '.join(TABLE_NAMES)}, which kind: hugging_face reads"
             problem = ClipProblem(path=listing.folder, reason=reason)
             return SourceContents(problems=[*listing.problems, problem])
         if kind == "hugging_face" or (is_auto and tables):
-            return read_hugging_face(place, listing, self.video_formats, use_masks=self.use_masks)
+            contents = read_hugging_face(
+                place, listing, self.video_formats, use_masks=self.use_masks
+            )
+            return _chosen(contents, source, listing)
         contents = read_folder(
             listing,
             place.label,
@@ -119,6 +124,20 @@ class SourceReader:
             for item in contents.items
             if not failed.keys() & {item.path, *item.texts, *item.masks}
         ]
+
+
+def _chosen(contents: SourceContents, source: ClipSource, listing: Listing) -> SourceContents:
+    """`contents` with the items that the patterns of the source allow."""
+    items = [
+        item
+        for item in contents.items
+        if source.patterns.allow(clip_name(item.path, listing.folder))
+    ]
+    if left_out := len(contents.items) - len(items):
+        place, total = label_of(source.path, short=True), len(contents.items)
+        contents.note(f"{left_out} of {total} clips of {place} are left out by include / exclude")
+    contents.items = items
+    return contents
 
 
 def _has_captioned_clip(listing: Listing) -> bool:
