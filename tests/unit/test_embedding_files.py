@@ -287,8 +287,8 @@ def test_no_gradient_is_recorded_while_sampling(whole, monkeypatch):
 
 def sample_command(model_folder: Path, out: Path, prompt: str, *more: str | Path) -> int:
     small = ["--width", "64", "--height", "32", "--frames", "5", "--steps", "1", "--fps", "8"]
-    arguments = [model_folder, "--prompt", prompt, "--out", out, "--device", "cpu", *small, *more]
-    return main(["sample", *map(str, arguments)])
+    arguments = [model_folder, "--prompt", prompt, "--out", out, "--force", "--device", "cpu"]
+    return main(["sample", *map(str, [*arguments, *small, *more])])
 
 
 def test_the_sample_command_reports_embeddings_without_effect(model_folder, tmp_path, capsys):

@@ -7,7 +7,14 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias, get_origin
 
 from onewan.config.schema import RunConfig
-from onewan.config.section import Section, is_section, members_of, sections_of, shorthand_of
+from onewan.config.section import (
+    Section,
+    Several,
+    is_section,
+    members_of,
+    sections_of,
+    shorthand_of,
+)
 from onewan.documents import KeyPath, Node, is_list, is_mapping
 
 if TYPE_CHECKING:
@@ -101,3 +108,5 @@ def _add_short_forms(
         if shorthand_of(field):
             part["type"].append("string")
             part["items"] = {"anyOf": [part["items"], {"type": "string"}]}
+    elif Several in field.metadata and part["items"].get("type") == "string":
+        part["type"] = ["array", "string"]

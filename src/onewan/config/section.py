@@ -75,7 +75,8 @@ def as_list(value: object) -> object:
 
 
 Several = BeforeValidator(as_list)
-"""For the annotation of a list of sections with a `shorthand`: a text alone is a list of one."""
+"""For the annotation of a list of texts, or of sections with a `shorthand`: a text alone is a list
+of one."""
 
 
 class Section(BaseModel):
