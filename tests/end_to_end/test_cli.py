@@ -43,7 +43,8 @@ def test_help_imports_nothing_heavy() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.splitlines()[-1] == "[]"
-    assert all(command in out.stdout for command in ("demo", "init", "cache", "train", "sample"))
+    commands = ("demo", "init", "doctor", "cache", "train", "sample")
+    assert all(command in out.stdout for command in commands)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -32,7 +33,7 @@ from onewan.doctor.environment import Environment, Torch
 from onewan.doctor.examination import Examination, examine
 from onewan.doctor.inspection import small_size
 from onewan.doctor.page import html_page
-from onewan.media import write_video
+from onewan.media import probe, write_video
 from onewan.train.setup import WanModelSetup
 
 STRATEGIES = get_args(WanTrainConfig.model_fields["frame_sample_strategy"].annotation)
@@ -146,13 +147,17 @@ def test_every_bad_file_is_named_with_its_reason(
     assert len(data["data"]["clips"]) == 15
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "variants"])
 def test_what_is_said_to_be_taken_is_what_the_loader_yields(
     run_file: RunFile, mixed: Path, strategy: str
 ) -> None:
+    chosen = [f"wan_config.frame_sample_strategy={strategy}"]
+    if strategy == "variants":
+        source = f"path: {mixed.as_posix()}, augment: {{flip: 1, crop: 0.3, brightness: 0.3}}"
+        chosen = [f"video_data.sources=[{{{source}}}]"]
     config = run_file(
         "t2v-a14b",
-        *settings(mixed, f"wan_config.frame_sample_strategy={strategy}", "validation.share=0.2"),
+        *settings(mixed, *chosen, "validation.share=0.2"),
         *FEWER_CLIPS.get(strategy, []),
     )
     found = examined(config, previews=True)
@@ -259,6 +264,31 @@ def test_notes_about_clips_and_captions(run_file: RunFile, doubtful: Path) -> No
     # The tiny model's tokenizer makes a token of each of the words, more or less.
     count = int(next(f.text for f in found.findings if f.kind == "long caption").split()[3])
     assert 600 <= count <= 2500
+
+
+def test_masks_are_looked_at_and_shown(run_file: RunFile, tmp_path: Path) -> None:
+    folder = tmp_path / "clips"
+    for name in ("half", "white", "damaged"):
+        write_clip(folder, name, np.full((16, 64, 64, 3), 128, np.uint8), name)
+        mask = Image.new("L", (64, 64), 255)
+        if name != "white":
+            mask.paste(0, (0, 0, 64, 32))
+        mask.save(folder / f"{name}.mask.png")
+    damaged = folder / "damaged.mask.png"
+    data = bytearray(damaged.read_bytes())
+    data[-20] ^= 0xFF
+    damaged.write_bytes(data)
+    found = examined(
+        run_file("t2v-a14b", *settings(folder, "video_data.masks=true")), previews=True
+    )
+    findings = {(f.path.name, f.severity, f.kind) for f in found.findings if f.path}
+    assert ("white.mask.png", "note", "mask") in findings
+    assert ("damaged.mp4", "problem", "unusable") in findings
+    half = next(item.preview for item in found.clips if item.clip.name == "half.mp4")
+    assert half is not None
+    frame = np.asarray(Image.open(io.BytesIO(half.frames[0])), np.int16)
+    top, bottom = frame[: len(frame) // 3], frame[-len(frame) // 3 :]
+    assert (top[..., 0] - top[..., 1]).mean() > 50 > abs(bottom[..., 0] - bottom[..., 1]).mean()
 
 
 def test_a_cache_that_does_not_fit_on_the_disk_and_a_model_that_is_not_there(
@@ -386,6 +416,13 @@ def test_the_page_has_everything_in_it(page: Path) -> None:
     assert addresses and all(address.startswith("data:") for address in addresses)
     assert text.count("<script>") == 1 and "&lt;script&gt;alert(&quot;x&quot;)" in text
     assert "hostile.mp4" in text and "Clips as they are trained" in text
+    video = re.search(r'aria-label="hostile.mp4"[^>]*src="data:video/mp4;base64,([^"]+)"', text)
+    assert video is not None
+    file = page.with_name("hostile.mp4")
+    file.write_bytes(base64.b64decode(video[1]))
+    info = probe(file)
+    assert info.frames_at(1 / info.frame_interval) == 9 and info.frame_interval == 1 / 16
+    assert info.height > info.width
 
 
 def test_videos_are_left_out_of_a_page_that_would_be_too_large(

@@ -23,9 +23,9 @@ from onewan.media.contact_sheet import (
     Card,
     Layout,
     draw_page,
+    frames_with_mask,
     preview_indices,
     small_frame,
-    with_mask,
 )
 from onewan.runs.layout import displayed
 
@@ -192,7 +192,5 @@ def _facts(clip: Clip, *, is_held_out: bool) -> list[str]:
 def _card(clip: Clip, preview: Preview, lines: Sequence[str], temporal: int) -> Card:
     frames = list(preview.frames)
     if preview.mask is not None:
-        # Latent frame 0 encodes frame 0, latent frame k the frames up to k times `temporal`.
-        masks = [preview.mask[ceil(index / temporal)] for index in preview_indices(clip.frames)]
-        frames = [with_mask(frame, mask) for frame, mask in zip(frames, masks, strict=True)]
+        frames = frames_with_mask(frames, preview.mask, clip.frames, temporal)
     return Card(frames=tuple(frames), title=clip.name, lines=tuple(lines))

@@ -13,7 +13,6 @@ from pathlib import Path
 from onewan.config.clips import SourceSection
 from onewan.config.schema import ResolvedRun
 from onewan.data.ahead import worker_count
-from onewan.data.augmented import with_variants
 from onewan.data.cache import ContentDigests, EntryCache, entry_key
 from onewan.data.cached_latents import CachedLatents
 from onewan.data.clip import Clip
@@ -28,11 +27,10 @@ from onewan.data.encode import (
 )
 from onewan.data.probes import MediaProbes
 from onewan.data.report import ClipWarning, DatasetReport
-from onewan.data.run_clips import clips_of_run, with_held_out
+from onewan.data.run_clips import clips_of_run, with_contents, with_held_out
 from onewan.data.sources.copies import Copies
 from onewan.data.sources.place import first_few
 from onewan.data.sources.read import label_of
-from onewan.data.validation_split import exclude_validation_clips
 from onewan.errors import DataError, one_line
 from onewan.files import replacing
 from onewan.formats.model_folder import ComponentName
@@ -144,21 +142,14 @@ def _index(
     paths = {clip.path for clip in clips} | {clip.mask.path for clip in clips if clip.mask}
     # Each file once, though it may be in several sources.
     digests = {path: known_digests.of(path) for path in sorted(paths)}
-    # Those that are only validated on are taken as they are.
-    trained = with_variants(report.clips, digests, config.train.seed)
-    remaining, in_both = exclude_validation_clips(trained, report.validation_clips, digests)
     changed = [
         ClipWarning(
             path=path, text="has other content than before, though not another size or time"
         )
         for path in known_digests.changed
     ]
-    report = replace(
-        report,
-        clips=tuple(remaining),
-        problems=(*report.problems, *in_both),
-        warnings=(*report.warnings, *changed),
-    )
+    report = with_contents(config, report, digests)
+    report = replace(report, warnings=(*report.warnings, *changed))
     return report, digests
 
 

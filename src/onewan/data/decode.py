@@ -1,4 +1,4 @@
-"""Clip -> `VideoSample`: the pixels that the VAE encodes, and a caption; wraps `onewan.media`."""
+"""Clip -> `VideoSample`: the pixels that the VAE encodes, and a caption; and clip -> loss mask."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import numpy as np
 
 from onewan.data.ahead import usable_cores
 from onewan.data.clip import Clip
+from onewan.data.masks import Mask, as_mask_error, latent_mask
+from onewan.errors import DataError
 from onewan.media import Fit, read_frames
+from onewan.variants import Variant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -65,3 +68,22 @@ def decoder_threads(workers: int) -> int:
     """The number of threads of each decoder where `workers` decode at the same time; 0 is FFmpeg's
     own choice."""
     return max(1, usable_cores() // workers) if workers > 1 else 0
+
+
+def decode_mask(clip: Clip, mask: Mask, variant: Variant) -> np.ndarray:
+    """The loss mask of `clip` per latent cell of `variant`'s VAE: float32 [1, F, h, w].
+
+    Raises DataError, which names the clip, if the mask is damaged.
+    """
+    try:
+        return latent_mask(
+            mask,
+            fps=clip.fps,
+            frames=clip.frames,
+            size=clip.size,
+            variation=clip.variation,
+            spatial=variant.spatial_compression,
+            temporal=variant.temporal_compression,
+        )
+    except DataError as error:
+        raise as_mask_error(error, clip.path, mask.path) from error

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from onewan.data.ahead import results_ahead
 from onewan.data.clip import Clip
-from onewan.data.decode import decode, decoder_threads
-from onewan.data.masks import Mask, as_mask_error, latent_mask
+from onewan.data.decode import decode, decode_mask, decoder_threads
+from onewan.data.masks import Mask, uniform_mask_note
 from onewan.data.report import ClipProblem, ClipWarning
 from onewan.errors import DataError
 from onewan.model.sources import PipelineComponent
@@ -98,35 +98,13 @@ def encode_mask(clip: Clip, mask: Mask, variant: Variant) -> Tensor:
 
     Raises DataError, which names the clip, if the mask is damaged.
     """
-    try:
-        values = latent_mask(
-            mask,
-            fps=clip.fps,
-            frames=clip.frames,
-            size=clip.size,
-            variation=clip.variation,
-            spatial=variant.spatial_compression,
-            temporal=variant.temporal_compression,
-        )
-    except DataError as error:
-        raise as_mask_error(error, clip.path, mask.path) from error
-    return torch.from_numpy(values)
+    return torch.from_numpy(decode_mask(clip, mask, variant))
 
 
 def uniform_mask_warnings(mask: Mask, values: Tensor) -> list[ClipWarning]:
     """A warning if all `values` of a mask are 0, or all are 1."""
-    if not values.any():
-        text = (
-            "the mask is entirely black: its clip is trained as if it had no mask, or not at all "
-            "if train.loss.unmasked_weight is 0"
-        )
-    elif bool((values == 1).all()):
-        text = (
-            "the mask is entirely white (or transparent): its clip is trained as if it had no mask"
-        )
-    else:
-        return []
-    return [ClipWarning(path=mask.path, text=text)]
+    text = uniform_mask_note(float(values.min()), float(values.max()))
+    return [] if text is None else [ClipWarning(path=mask.path, text=text)]
 
 
 class OnlineEncoder:

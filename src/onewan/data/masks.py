@@ -123,6 +123,20 @@ def as_mask_error(error: DataError, clip: Path, mask: Path) -> DataError:
     return DataError(f"{clip}: its mask {mask.name} {reason}")
 
 
+def uniform_mask_note(lowest: float, highest: float) -> str | None:
+    """What to say about a mask with these extreme values; None if it is neither all 0 nor all 1."""
+    if highest == 0:
+        return (
+            "the mask is entirely black: its clip is trained as if it had no mask, or not at all "
+            "if train.loss.unmasked_weight is 0"
+        )
+    if lowest == 1:
+        return (
+            "the mask is entirely white (or transparent): its clip is trained as if it had no mask"
+        )
+    return None
+
+
 def latent_mask(
     mask: Mask,
     *,

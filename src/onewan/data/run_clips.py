@@ -8,12 +8,13 @@ from pathlib import Path
 
 from onewan.config.clips import SourceSection
 from onewan.config.schema import ResolvedRun
+from onewan.data.augmented import with_variants
 from onewan.data.buckets import clip_planner, clip_sources
 from onewan.data.index import index_clips
 from onewan.data.probes import MediaProbes
 from onewan.data.report import ClipWarning, DatasetReport
 from onewan.data.sources.copies import Copies
-from onewan.data.validation_split import split_validation_clips
+from onewan.data.validation_split import exclude_validation_clips, split_validation_clips
 
 
 def clips_of_run(
@@ -48,6 +49,20 @@ def clips_of_run(
         # What the planner does with all files is in both.
         warnings=tuple(dict.fromkeys((*training.warnings, *validation.warnings))),
     )
+
+
+def with_contents(
+    config: ResolvedRun, report: DatasetReport, digests: Mapping[Path, str]
+) -> DatasetReport:
+    """`report` with the variants of its training clips, and without those among them whose content
+    is validated on, which are problems.
+
+    `digests` are those of the files' content by path.
+    """
+    # Clips that are only validated on are taken as they are.
+    trained = with_variants(report.clips, digests, config.train.seed)
+    remaining, in_both = exclude_validation_clips(trained, report.validation_clips, digests)
+    return replace(report, clips=tuple(remaining), problems=(*report.problems, *in_both))
 
 
 def with_held_out(

@@ -7,7 +7,7 @@ that `onewan cache` would encode, in the same order and with the same split for 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,15 +17,14 @@ from onewan.config.schema import ResolvedRun
 from onewan.data.clip import Clip
 from onewan.data.probes import MediaProbes
 from onewan.data.report import ClipProblem, ClipWarning, DatasetReport
-from onewan.data.run_clips import clips_of_run, with_held_out
+from onewan.data.run_clips import clips_of_run, with_contents, with_held_out
 from onewan.data.sources.read import label_of
-from onewan.data.validation_split import exclude_validation_clips
 from onewan.doctor.captions import caption_findings
 from onewan.doctor.clip_table import clip_data, clip_table, findings_by_path
 from onewan.doctor.duplicates import alike, same_content
 from onewan.doctor.environment import Environment
 from onewan.doctor.finding import Finding, without_names
-from onewan.doctor.inspection import Advance, InspectedClip, inspect_clips
+from onewan.doctor.inspection import Advance, InspectedClip, Inspector, content_digests
 from onewan.doctor.needs import Needs, needs_of
 from onewan.model.sources import may_be_repository
 
@@ -105,18 +104,26 @@ def examine(
     if config.video_data.cache:
         with suppress(OSError):  # the cache of another user, say
             probes.save()  # for the run that follows
+    clips = (*report.clips, *report.validation_clips)
+    digests, unreadable = content_digests(clip.path for clip in clips)
+    report = with_contents(config, _without(report, unreadable), digests)
     once = _each_once((*report.clips, *report.validation_clips))
     step = max(1, -(-len(once) // MOST_PREVIEWS))
-    previewed = [previews and index % step == 0 for index in range(len(once))]
-    fps = config.video_data.target_fps
-    inspected = list(inspect_clips(once, previewed, fps, advance))
+    inspector = Inspector(
+        fps=config.video_data.target_fps,
+        variant=config.model.facts(),
+        previewed=frozenset(once[::step]) if previews else frozenset(),
+    )
+    inspected = list(inspector.inspect(once, advance))
     undecodable = [
         ClipProblem.from_error(item.clip.path, item.error) for item in inspected if item.error
     ]
-    usable = tuple(item for item in inspected if not item.error)
-    report = _without_unusable(config, report, usable, undecodable)
-    added = list(_added_findings(config, usable))
+    report = with_held_out(config, _without(report, undecodable), digests)
+    failed = {problem.path for problem in undecodable}
+    usable = [item for item in inspected if item.clip.path not in failed]
+    added = list(_added_findings(config, usable, digests))
     used = (*report.clips, *report.validation_clips)
+    by_frames = {_frames_key(item.clip): item for item in usable}
     needs = needs_of(config, used, environment) if used else None
     report = replace(
         report,
@@ -125,7 +132,7 @@ def examine(
     )
     return Examination(
         sources=tuple(s.path for s in (*config.video_data.sources, *config.validation.sources)),
-        clips=tuple(item for item in usable if item.clip in set(used)),
+        clips=tuple(replace(by_frames[_frames_key(clip)], clip=clip) for clip in _each_once(used)),
         held_out=frozenset(report.validation_clips),
         report=report,
         of_data=tuple(_of_report(report, added)),
@@ -134,39 +141,39 @@ def examine(
     )
 
 
-def _each_once(clips: Iterable[Clip]) -> list[Clip]:
+def _each_once(clips: Sequence[Clip]) -> list[Clip]:
     """The clips of which each is decoded; the same span may be in two sources."""
-    spans = {(c.path, c.start, c.fps, c.frames, c.size, c.background): c for c in clips}
-    return list(spans.values())
+    return list({_frames_key(clip): clip for clip in clips}.values())
 
 
-def _without_unusable(
-    config: ResolvedRun,
-    report: DatasetReport,
-    usable: Sequence[InspectedClip],
-    undecodable: Sequence[ClipProblem],
-) -> DatasetReport:
-    """`report` without the clips that can't be decoded, split for validation as in training."""
-    digests = {item.clip.path: item.digest for item in usable}
-    failed = {problem.path for problem in undecodable}
-    clips = [clip for clip in report.clips if clip.path not in failed]
-    validation = tuple(clip for clip in report.validation_clips if clip.path not in failed)
-    remaining, in_both = exclude_validation_clips(clips, validation, digests)
-    report = replace(
+def _frames_key(clip: Clip) -> tuple[object, ...]:
+    """What the frames of a clip depend on."""
+    span = (clip.path, clip.start, clip.fps, clip.frames)
+    return (*span, clip.size, clip.background, clip.variation)
+
+
+def _without(report: DatasetReport, problems: Sequence[ClipProblem]) -> DatasetReport:
+    """`report` without the clips of the files that have these further `problems`."""
+    failed = {problem.path for problem in problems}
+    return replace(
         report,
-        clips=tuple(remaining),
-        validation_clips=validation,
-        problems=(*report.problems, *undecodable, *in_both),
+        clips=tuple(clip for clip in report.clips if clip.path not in failed),
+        validation_clips=tuple(c for c in report.validation_clips if c.path not in failed),
+        problems=(*report.problems, *problems),
     )
-    return with_held_out(config, report, digests)
 
 
-def _added_findings(config: ResolvedRun, usable: Sequence[InspectedClip]) -> Iterator[Finding]:
+def _added_findings(
+    config: ResolvedRun, usable: Sequence[InspectedClip], digests: Mapping[Path, str]
+) -> Iterator[Finding]:
     """What the trainer's own report does not look at."""
     for item in usable:
         for kind, text in item.pixels.notes() if item.pixels else ():
             yield Finding(severity="note", kind=kind, path=item.clip.path, text=text)
-    yield from _duplicates(usable)
+        if item.mask_note and item.clip.mask:
+            path = item.clip.mask.path
+            yield Finding(severity="note", kind="mask", path=path, text=item.mask_note)
+    yield from _duplicates(usable, digests)
     yield from caption_findings([item.clip for item in usable], config)
     batch = config.train.batch_size
     for (frames, size), count in Counter((i.clip.frames, i.clip.size) for i in usable).items():
@@ -180,10 +187,10 @@ def _added_findings(config: ResolvedRun, usable: Sequence[InspectedClip]) -> Ite
             )
 
 
-def _duplicates(usable: Sequence[InspectedClip]) -> Iterator[Finding]:
+def _duplicates(usable: Sequence[InspectedClip], digests: Mapping[Path, str]) -> Iterator[Finding]:
     # Several clips of one file have its content, and may look alike.
     files = list({item.clip.path: item for item in reversed(usable)}.values())[::-1]
-    same = same_content([item.digest for item in files])
+    same = same_content([digests[item.clip.path] for item in files])
     hashes = {
         index: item.pixels.hash
         for index, item in enumerate(files)

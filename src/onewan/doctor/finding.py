@@ -26,16 +26,24 @@ class Finding:
 def without_names(text: str) -> str:
     """`text` with ``~`` for the home folder, and without the name of the user in other paths, so
     that it can be shown to others."""
-    for home in {str(Path.home()), Path.home().as_posix()}:
+    for home in _homes():
         if len(home) > 1:  # "/" in some containers
             text = re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)
     # Homes of other users too: an environment may be shared.
     text = re.sub(r"[A-Za-z]:[\\/]Users[\\/][^\\/:*?\"<>|]+(?=[\\/])", "~", text)
     text = re.sub(r"(/home/|/Users/)[^/\s:'\",;)]+", "~", text)
     user = _user()
-    if len(user) > 2 and user != "root":
-        text = re.sub(rf"(?<![\w-]){re.escape(user)}(?![\w-])", "USER", text)
+    if user and user != "root":
+        # As a part of a path only: a name may also be a word.
+        text = re.sub(rf"(?<=[\\/]){re.escape(user)}(?=[\\/\s:'\",;)]|$)", "USER", text)
     return text
+
+
+def _homes() -> set[str]:
+    try:
+        return {str(Path.home()), Path.home().as_posix()}
+    except RuntimeError:  # none is known
+        return set()
 
 
 def _user() -> str:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import io
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from onewan.data.ahead import results_ahead, usable_cores
 from onewan.data.clip import Clip
-from onewan.data.decode import decode
+from onewan.data.decode import decode, decode_mask, decoder_threads
+from onewan.data.masks import uniform_mask_note
+from onewan.data.report import ClipProblem
 from onewan.doctor.pixels import PixelFacts, look_at_pixels
-from onewan.errors import DataError, one_line
+from onewan.errors import DataError
 from onewan.files import file_digest
-from onewan.media.contact_sheet import preview_indices
+from onewan.media.contact_sheet import frames_with_mask, preview_indices
 from onewan.media.write import video_bytes
+from onewan.variants import Variant
 
 _BOX = 288
 """Longest side of the small frames, pixels."""
@@ -35,7 +39,7 @@ class Preview:
     size: tuple[int, int]
     """(width, height), pixels."""
     frames: tuple[bytes, ...]
-    """First, middle and last frame, JPEG; an image is one."""
+    """First, middle and last frame, JPEG; an image is one. What a loss mask leaves out is red."""
     video: bytes | None
     """All frames at the speed at which the model sees them, mp4; None for an image."""
 
@@ -45,48 +49,62 @@ class InspectedClip:
     """A clip and what was found in its file."""
 
     clip: Clip
-    digest: str
-    """Of the file's content, see `onewan.files.file_digest`; empty if it can't be read."""
-    pixels: PixelFacts | None
+    pixels: PixelFacts | None = None
     """None if it can't be decoded."""
     error: DataError | None = None
-    """Why it can't be decoded."""
+    """Why it can't be decoded, or its mask can't."""
+    mask_note: str | None = None
+    """What the user should know about its mask."""
     preview: Preview | None = None
     """Only of those that are wanted."""
 
 
-def inspect_clips(
-    clips: Sequence[Clip], previewed: Sequence[bool], fps: float, advance: Advance
-) -> Iterator[InspectedClip]:
-    """All `clips`, in their order, each decoded completely, several at a time.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspector:
+    """Decodes clips completely, several at a time."""
 
-    Those for which `previewed` is true get a preview; `fps` is the rate at which the model sees
-    frames, whatever their rate in the file is.
-    """
-    # Decoders release Python's lock, so that threads use all cores.
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        results = pool.map(partial(_inspect, fps=fps), clips, previewed)
-        for number, result in enumerate(results, start=1):
-            advance(number, len(clips))
-            yield result
+    fps: float
+    """The rate at which the model sees frames, whatever their rate in the file is."""
+    variant: Variant
+    """Gives the size of the cells of a loss mask."""
+    previewed: frozenset[Clip]
+    """The clips of which previews are made."""
 
+    def inspect(self, clips: Sequence[Clip], advance: Advance) -> Iterator[InspectedClip]:
+        """All `clips`, in their order."""
+        cores = usable_cores()
+        inspect = partial(self._inspect, threads=decoder_threads(cores))
+        with closing(results_ahead(inspect, clips, workers=cores)) as inspected:
+            for number, (_, result) in enumerate(inspected, start=1):
+                found = result()
+                advance(number, len(clips))
+                yield found
 
-def _inspect(clip: Clip, is_previewed: bool, *, fps: float) -> InspectedClip:
-    try:
-        digest = file_digest(clip.path)
-        # The trainer's own way from a file to frames, at a size that takes less time.
-        frames = decode(replace(clip, size=small_size(clip.size))).frames
-    except OSError as error:
-        reason = one_line(f"{clip.path}: can't be read ({error.strerror}); check the file")
-        return InspectedClip(clip=clip, digest="", pixels=None, error=DataError(reason))
-    except DataError as error:
-        return InspectedClip(clip=clip, digest="", pixels=None, error=error)
-    return InspectedClip(
-        clip=clip,
-        digest=digest,
-        pixels=look_at_pixels(frames),
-        preview=_preview(clip, frames, fps) if is_previewed else None,
-    )
+    def _inspect(self, clip: Clip, *, threads: int) -> InspectedClip:
+        try:
+            # The trainer's own way from a file to frames, at a size that takes less time.
+            frames = decode(replace(clip, size=small_size(clip.size)), threads=threads).frames
+            mask = decode_mask(clip, clip.mask, self.variant)[0] if clip.mask else None
+        except DataError as error:
+            return InspectedClip(clip=clip, error=error)
+        return InspectedClip(
+            clip=clip,
+            pixels=look_at_pixels(frames),
+            mask_note=None if mask is None else uniform_mask_note(mask.min(), mask.max()),
+            preview=self._preview(clip, frames, mask) if clip in self.previewed else None,
+        )
+
+    def _preview(self, clip: Clip, frames: np.ndarray, mask: np.ndarray | None) -> Preview:
+        stills = [frames[index] for index in preview_indices(len(frames))]
+        if mask is not None:
+            temporal = self.variant.temporal_compression
+            stills = frames_with_mask(stills, mask, clip.frames, temporal)
+        is_video = clip.kind == "video" and len(frames) > 1
+        return Preview(
+            size=small_size(clip.size),
+            frames=tuple(map(_jpeg, stills)),
+            video=video_bytes(frames, self.fps) if is_video else None,
+        )
 
 
 def small_size(size: tuple[int, int]) -> tuple[int, int]:
@@ -97,10 +115,19 @@ def small_size(size: tuple[int, int]) -> tuple[int, int]:
     return width, height
 
 
-def _preview(clip: Clip, frames: np.ndarray, fps: float) -> Preview:
-    stills = [_jpeg(frames[index]) for index in preview_indices(len(frames))]
-    video = video_bytes(frames, fps) if clip.kind == "video" and len(frames) > 1 else None
-    return Preview(size=small_size(clip.size), frames=tuple(stills), video=video)
+def content_digests(paths: Iterable[Path]) -> tuple[dict[Path, str], list[ClipProblem]]:
+    """The digest of each file's content (see `onewan.files.file_digest`), and the files that can't
+    be read."""
+    digests, problems = dict[Path, str](), list[ClipProblem]()
+    once = list(dict.fromkeys(paths))
+    with closing(results_ahead(file_digest, once, workers=usable_cores())) as hashed:
+        for path, result in hashed:
+            try:
+                digests[path] = result()
+            except OSError as error:  # noqa: PERF203  (each file has its own reason)
+                reason = f"can't be read ({error.strerror}); check the file and its disk"
+                problems.append(ClipProblem(path=path, reason=reason))
+    return digests, problems
 
 
 def _jpeg(frame: np.ndarray) -> bytes:

@@ -6,12 +6,13 @@ user is shown with the text before anything is written.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from onewan.config.schema import ResolvedRun
+from onewan.data.buckets import clip_sources
+from onewan.data.sources.copies import Copies
+from onewan.data.sources.read import SourceReader, source_problem
 from onewan.documents import decode_text
 from onewan.files import check_input, replacing
 from onewan.runs.layout import unused
@@ -51,22 +52,24 @@ class Repair:
 
 
 def possible_repairs(config: ResolvedRun) -> list[Repair]:
-    """The caption files of the run's sources that are not UTF-8 and can be made so."""
-    sources = (*config.video_data.sources, *config.validation.sources)
-    folders = [source.path for source in sources if isinstance(source.path, Path)]
-    found = dict.fromkeys(file for folder in folders for file in _text_files(folder))
+    """The caption files of the run's clips that are not UTF-8 and can be made so."""
+    cache = config.video_data.cache_dir
+    reader = SourceReader(
+        config.video_data.supported_formats,
+        use_masks=False,
+        copies=Copies(cache, make=False),
+    )
+    sources = clip_sources((*config.video_data.sources, *config.validation.sources), config)
+    found = dict.fromkeys(
+        text
+        for source in sources
+        if isinstance(source.path, Path) and source_problem(source, "") is None
+        for item in reader.read(source).items
+        for text in item.texts
+        # Not copies of what is in archives, which would be made again.
+        if not text.is_relative_to(cache)
+    )
     return [repair for file in found if (repair := _repair(file)) is not None]
-
-
-def _text_files(folder: Path) -> Iterator[Path]:
-    for root, folders, names in os.walk(folder):
-        # As the trainer reads a folder: without hidden files and folders.
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(root, name) for name in sorted(_visible(names)))
-
-
-def _visible(names: Iterable[str]) -> Iterator[str]:
-    return (n for n in names if n.lower().endswith(".txt") and not n.startswith("."))
 
 
 def _repair(path: Path) -> Repair | None:

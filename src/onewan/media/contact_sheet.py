@@ -127,6 +127,16 @@ def with_mask(frame: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.rint(frame * (1 - covered) + _MASKED_OUT * covered).astype(np.uint8)
 
 
+def frames_with_mask(
+    frames: Sequence[np.ndarray], mask: np.ndarray, of_frames: int, temporal: int
+) -> list[np.ndarray]:
+    """The frames at `preview_indices(of_frames)` of a clip, each with its part of the clip's loss
+    mask [F, h, w]; `temporal` frames are one latent frame."""
+    # Latent frame 0 encodes frame 0, latent frame k the frames up to k times `temporal`.
+    masks = [mask[-(-index // temporal)] for index in preview_indices(of_frames)]
+    return [with_mask(frame, part) for frame, part in zip(frames, masks, strict=True)]
+
+
 def draw_page(cards: Sequence[Card], layout: Layout, heading: str) -> Image.Image:
     """A page with at most `layout.cards_per_page` cards, in rows from left to right."""
     width, height = layout.card

@@ -99,7 +99,8 @@ def test_names_of_users_are_not_in_texts(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(finding.getpass, "getuser", lambda: "maria")
     assert without_names("/home/maria/clips/a.mp4: is empty") == "~/clips/a.mp4: is empty"
     assert without_names("/home/other/x, C:\\Users\\Jo Smith\\y") == "~/x, ~\\y"
-    assert without_names("/data/maria/x and mariachi") == "/data/USER/x and mariachi"
+    assert without_names("/data/maria/x of maria") == "/data/USER/x of maria"
+    assert without_names("'/data/maria', /data/mariachi") == "'/data/USER', /data/mariachi"
     assert without_names("/srv/clips") == "/srv/clips"
 
 
