@@ -181,12 +181,12 @@ def digests(folder: Path, *parts: Path) -> Results:
     """A digest of the content of each file in a case's folder, or in `parts` of it, by path.
 
     Left out are `leftovers`, the date in a header, the path of the case's folder, and files that
-    only list others: a state's manifest and the cache's list of media files.
+    only list others: a state's manifest and what the cache remembers of media files.
     """
     found: Results = {}
     for path in (path for part in parts or (folder,) for path in sorted(part.rglob("*"))):
         name = path.relative_to(folder)
-        listing = path.name in ("digests.jsonl", "manifest.json", "output")
+        listing = path.name in ("digests.jsonl", "probes.jsonl", "manifest.json", "output")
         if path.is_file() and not listing and not any(map(_is_leftover, name.parts)):
             found[name.as_posix()] = _digest(path, folder)
     return found

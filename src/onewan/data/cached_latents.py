@@ -348,7 +348,9 @@ class CachedLatents:
 
 def _span(clip: Clip) -> list[object]:
     """What decides which pixels of its file a clip takes."""
-    return [clip.start, clip.fps, clip.frames, list(clip.size)]
+    # One frame has no rate, so that an image is not encoded again for another one.
+    fps = clip.fps if clip.frames > 1 else None
+    return [clip.start, fps, clip.frames, list(clip.size)]
 
 
 def _look(clip: Clip) -> list[object]:
