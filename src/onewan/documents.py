@@ -50,6 +50,14 @@ _MAX_DIGITS = 64
 _SHOWN = 60
 _TOO_MUCH = ", which no setting takes; shorten it"
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+# Control characters, signs that no caption has, superscripts within words, and three letters with
+# accents in a row, as text in Cyrillic, Greek and East Asian encodings has them.
+_NOT_WESTERN = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\xa4\xa6\xa8\xac\xad\xaf\xb8\u02c6\u02dc\u0192\u201a]"
+    "|[\xb2\xb3\xb9](?=[^\\W\\d_])|[\xc0-\xff]{3}"
+)
+_MOST_ACCENTS = 0.4
+"""Share of characters beyond ASCII in a text of Western European languages."""
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 Node: TypeAlias = Any
@@ -157,6 +165,29 @@ def decode_text(data: bytes) -> str:
         what = f"contains the character NUL (line {line}), as UTF-16 without a byte order mark does"
         raise ValueError(f"{what}; save it as UTF-8")
     return text
+
+
+def decode_text_or_cp1252(data: bytes) -> tuple[str, bool]:
+    """The text of a file as `decode_text` reads it, or in Windows-1252 where it is clearly that;
+    and whether it is.
+
+    Nearly any bytes are text in Windows-1252, so it is believed only where no character can be read
+    as UTF-8 and the others are what Western European languages have: letters one or two at a time,
+    and typographic signs. ValueError, as `decode_text` has it, for everything else.
+    """
+    try:
+        return decode_text(data), False
+    except ValueError:
+        if any(character > "\x7f" for character in data.decode("utf-8", errors="ignore")):
+            raise
+        try:
+            text = data.decode("cp1252")
+        except UnicodeDecodeError:
+            text = ""
+        beyond = sum(character > "\x7f" for character in text)
+        if not text or _NOT_WESTERN.search(text) or beyond > max(2, _MOST_ACCENTS * len(text)):
+            raise
+    return text, True
 
 
 def parse_yaml(text: str, limits: Limits = LIMITS) -> Any:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from support.clips import planner
 
-from onewan.data.captions import CaptionSettings, read_lines
+from onewan.data.captions import CaptionSettings, read_caption_file
 from onewan.data.clip import ClipSource
 from onewan.data.index import index_clips
 from onewan.data.report import DatasetReport
@@ -55,7 +55,7 @@ def test_only_line_breaks_of_text_files_split_a_caption(
     tmp_path: Path, content: bytes, lines: tuple[str, ...]
 ) -> None:
     path = clip_with(tmp_path, "a", content)
-    assert read_lines(path, [path.with_suffix(".txt")]) == lines
+    assert read_caption_file(path, [path.with_suffix(".txt")]).lines == lines
 
 
 def test_two_caption_files_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_two_caption_files_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"a\.png: has 2 caption files \(a\.TXT, a\.txt\); keep one"
     ):
-        read_lines(path, files)
+        read_caption_file(path, files)
 
 
 def test_the_extension_of_a_caption_file_may_be_in_capitals(tmp_path: Path) -> None:

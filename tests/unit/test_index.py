@@ -215,7 +215,9 @@ def reasons(report: DatasetReport) -> dict[str, str]:
 def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     video(tmp_path / "good.mp4")
     video(tmp_path / "uncaptioned.mp4", caption=None)
-    video(tmp_path / "latin.mp4", caption=None).with_suffix(".txt").write_bytes(b"caf\xe9")
+    video(tmp_path / "latin.mp4", caption=None).with_suffix(".txt").write_bytes(
+        "кот".encode("cp1251")
+    )
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     (tmp_path / "broken.txt").write_text("broken")
     (tmp_path / "film.mkv").write_bytes(b"")
@@ -233,7 +235,7 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     assert "is not a video that FFmpeg can read" in found["broken.mp4"]
     assert "add mkv there" in found["film.mkv"]
     assert "video_data.supported_formats (mp4, avi, mov, webm)" in found["film.mkv"]
-    assert "latin.txt is not UTF-8 text (byte 3, in Windows-1252 'é')" in found["latin.mp4"]
+    assert "latin.txt is not UTF-8 text (byte 0, in Windows-1252 'ê')" in found["latin.mp4"]
     assert "is 16x200, smaller than video_data.min_resolution (32x32)" in found["narrow.png"]
     assert "write one into uncaptioned.txt" in found["uncaptioned.mp4"]
     assert all("; " in reason and str(tmp_path) not in reason for reason in found.values())

@@ -24,6 +24,7 @@ from onewan.config import dump_run, load_run
 from onewan.data.buckets import clip_sources, expected_buckets
 from onewan.data.captions import CaptionSettings
 from onewan.data.clip import Clip, ClipSource
+from onewan.data.encode import too_long_warnings
 from onewan.data.index import index_clips
 from onewan.data.probes import MediaProbes
 from onewan.data.report import DatasetReport
@@ -649,3 +650,45 @@ def test_an_address_of_a_source_stays_as_it_is(tmp_path: Path) -> None:
             written_text(tmp_path / "again.yaml", dump_run(config))
         ).video_data.sources
     ] == paths
+
+
+# --- Encodings -----------------------------------------------------------------------------------
+
+
+def test_captions_and_tables_in_windows_1252_are_read_and_named(tmp_path: Path) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        text = video(tmp_path / "folder" / name).with_suffix(".txt")
+        text.write_bytes("un café".encode("cp1252"))
+    report = index(tmp_path / "folder")
+    assert [clip.captions for clip in report.clips] == [("un café",)] * 2
+    assert (
+        "  a.txt, b.txt: is in Windows-1252, not UTF-8, and was read as that; `onewan doctor "
+        "--fix` converts it" in report.lines()
+    )
+    table = tmp_path / "t.csv"
+    table.write_bytes("path;caption\r\nfolder/a.mp4;für die Straße\r\n".encode("cp1252"))
+    report = index(table)
+    assert only(report).captions == ("für die Straße",)
+    assert "  t.csv: is in Windows-1252, not UTF-8, and was read as that" in report.lines()
+
+
+def test_only_the_first_frame_can_be_the_condition(tmp_path: Path) -> None:
+    video(tmp_path / "a.mp4", caption=None)
+    rows: Rows = [
+        {"path": "a.mp4", "caption": "x", "condition": "first"},
+        {"path": "a.mp4", "caption": "x", "condition": "image.png"},
+    ]
+    report = index(written(tmp_path / "t.csv", rows))
+    assert names(report) == ["a.mp4"]
+    (problem,) = report.problems
+    assert problem.reason == (
+        "line 3: condition must be first (the clip's own first frame), since given images and "
+        "other frames are not supported yet, got 'image.png'"
+    )
+
+
+def test_a_caption_that_the_text_encoder_cuts_is_counted() -> None:
+    assert too_long_warnings([512, 3]) == ()
+    (warning,) = too_long_warnings([513, 512, 700])
+    assert warning.text.startswith("2 captions have more than the 512 tokens")
+    assert "up to 700" in warning.text

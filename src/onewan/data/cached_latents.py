@@ -37,6 +37,7 @@ from onewan.data.encode import (
     VaeDtype,
     encode_frames,
     encode_mask,
+    too_long_warnings,
     uniform_mask_warnings,
 )
 from onewan.data.masks import MASK_VERSION, Mask
@@ -199,8 +200,12 @@ class CachedLatents:
         videos = self._fill_videos(video_keys, load_model, progress, set(previewed))
         return FillResult(
             problems=(*masks.problems, *videos.problems),
-            warnings=(*(ClipWarning(path=None, text=text) for text in notices), *masks.warnings),
-            encoded=masks.encoded + texts + videos.encoded,
+            warnings=(
+                *(ClipWarning(path=None, text=text) for text in notices),
+                *masks.warnings,
+                *texts.warnings,
+            ),
+            encoded=masks.encoded + texts.encoded + videos.encoded,
         )
 
     def _fill_masks(
@@ -223,20 +228,21 @@ class CachedLatents:
 
     def _fill_texts(
         self, keyed: Sequence[tuple[str, str]], load_model: LoadModel, progress: ProgressCallback
-    ) -> int:
-        """Returns the number of captions that were encoded."""
+    ) -> FillResult:
         missing = [(key, caption) for key, caption in keyed if self._is_missing("text", key)]
         if not missing:
-            return 0
+            return FillResult(problems=(), warnings=(), encoded=0)
         _shuffle(missing)
-        model, encoded = load_model(("text_encoder", "tokenizer")), 0
+        model, encoded, lengths = load_model(("text_encoder", "tokenizer")), 0, list[int]()
         for done, (key, caption) in enumerate(missing, start=1):
             # Checked again: another process may have encoded it since the list was made.
             if self._is_missing("text", key):
                 self._save("text", key, {"text": model.encode_prompt(caption)}, caption)
+                lengths.append(model.token_count(caption))
                 encoded += 1
             progress("encoding captions", done, len(missing))
-        return encoded
+        warnings = too_long_warnings(lengths)
+        return FillResult(problems=(), warnings=warnings, encoded=encoded)
 
     def _fill_videos(
         self,

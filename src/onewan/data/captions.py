@@ -11,12 +11,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from onewan.documents import decode_text
+from onewan.documents import decode_text_or_cp1252
 from onewan.errors import DataError
 from onewan.files import read_input
 from onewan.seeds import derive_seed
 
+CP1252_NOTE = (
+    "is in Windows-1252, not UTF-8, and was read as that; `onewan doctor --fix` converts it"
+)
 _MAX_BYTES = 1 << 20
 """Far more than the text encoder reads of all captions of a clip."""
 
@@ -71,8 +75,18 @@ class CaptionSettings:
         return f"{self.prefix} {caption}".strip()
 
 
-def read_lines(media: Path, files: Sequence[Path]) -> tuple[str, ...]:
-    """The lines of the caption of a media file that are not empty, without space around them.
+class CaptionFile(NamedTuple):
+    """What a caption file says."""
+
+    lines: tuple[str, ...]
+    """Those that are not empty, without space around them."""
+    path: Path
+    is_cp1252: bool
+    """Whether it was read as Windows-1252, since it is not UTF-8."""
+
+
+def read_caption_file(media: Path, files: Sequence[Path]) -> CaptionFile:
+    """The caption file of a media file.
 
     `files` are the caption files by its name that were found. DataError, which names the media
     file, if there is none, more than one, or one that can't be read.
@@ -83,7 +97,7 @@ def read_lines(media: Path, files: Sequence[Path]) -> tuple[str, ...]:
     # Where none is found there may still be a folder of that name, which is the reason to give.
     file = files[0] if files else media.with_suffix(".txt")
     try:
-        text = decode_text(read_input(file, _MAX_BYTES))
+        text, is_cp1252 = decode_text_or_cp1252(read_input(file, _MAX_BYTES))
     except FileNotFoundError:
         raise DataError(
             f"{media}: has no caption; write one into {file.name} beside it (an empty file trains "
@@ -96,7 +110,8 @@ def read_lines(media: Path, files: Sequence[Path]) -> tuple[str, ...]:
         ) from error
     except ValueError as error:
         raise DataError(f"{media}: its caption file {file.name} {error}") from error
-    return tuple(line.strip() for line in _LINE_BREAK.split(text) if line.strip())
+    lines = tuple(line.strip() for line in _LINE_BREAK.split(text) if line.strip())
+    return CaptionFile(lines, file, is_cp1252)
 
 
 def several_lines_note(place: str, clips: int, total: int, *, whole: bool) -> str:

@@ -19,7 +19,7 @@ from onewan.data.report import ClipProblem, ClipWarning
 from onewan.errors import DataError
 from onewan.model.sources import PipelineComponent
 from onewan.model.wan import WanModel
-from onewan.variants import Variant
+from onewan.variants import TEXT_LENGTH, Variant
 
 ENCODING_VERSION = 2
 """Incremented when decoding, resizing or encoding of clips gives other values, so that no cache
@@ -105,6 +105,19 @@ def uniform_mask_warnings(mask: Mask, values: Tensor) -> list[ClipWarning]:
     """A warning if all `values` of a mask are 0, or all are 1."""
     text = uniform_mask_note(float(values.min()), float(values.max()))
     return [] if text is None else [ClipWarning(path=mask.path, text=text)]
+
+
+def too_long_warnings(lengths: Sequence[int]) -> tuple[ClipWarning, ...]:
+    """A warning if some of the captions that were encoded, of `lengths` tokens, were cut."""
+    cut = [length for length in lengths if length > TEXT_LENGTH]
+    if not cut:
+        return ()
+    captions = "1 caption has" if len(cut) == 1 else f"{len(cut)} captions have"
+    text = (
+        f"{captions} more than the {TEXT_LENGTH} tokens that the text encoder reads, up to "
+        f"{max(cut)}; what follows is not trained on"
+    )
+    return (ClipWarning(path=None, text=text),)
 
 
 class OnlineEncoder:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from onewan.arithmetic.buckets import floor_to_4n_plus_1
-from onewan.data.captions import read_lines, several_lines_note
+from onewan.data.captions import CP1252_NOTE, read_caption_file, several_lines_note
 from onewan.data.clip import Clip, ClipPlanner, ClipSource
 from onewan.data.clip_notes import clip_notes
 from onewan.data.report import ClipProblem, ClipWarning, DatasetReport
@@ -73,7 +73,12 @@ def _source_report(
     line_counts = list[int]()
     for item in items:
         try:
-            lines = _caption_lines(item)
+            lines = item.captions
+            if lines is None:
+                file = read_caption_file(item.path, item.texts)
+                lines = file.lines
+                if file.is_cp1252:
+                    warnings.append(ClipWarning(path=file.path, text=CP1252_NOTE))
             planned = planner.plan(item, source, _captions(item, source, lines, planner.seed))
         except DataError as error:
             problems.append(_problem(item, error))
@@ -135,11 +140,6 @@ def _planner_notes(planner: ClipPlanner) -> list[ClipWarning]:
             "`pip install onewan[scenes]` finds these"
         )
     return [ClipWarning(path=None, text=text) for text in texts]
-
-
-def _caption_lines(item: SourceItem) -> tuple[str, ...]:
-    """The captions of the source itself, or the lines of its text file."""
-    return read_lines(item.path, item.texts) if item.captions is None else item.captions
 
 
 def _captions(

@@ -96,6 +96,11 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ).input_ids
 
 
+def token_count(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
+    """How many tokens `prompt` has, with the end token, before it is cut to 512."""
+    return len(tokenizer(prompt_clean(prompt)).input_ids)
+
+
 def pad_text(embeddings: Sequence[Tensor]) -> Tensor:
     """[B, 512, dim]: each of the [length, dim] embeddings followed by zeros."""
     return torch.stack([F.pad(e, (0, 0, 0, TEXT_LENGTH - len(e))) for e in embeddings])

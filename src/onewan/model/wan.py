@@ -115,6 +115,10 @@ class WanModel:
         """[length, dim]: the valid tokens of one prompt, unpadded."""
         return text.encode_prompt(*self.prompt_encoder(), prompt, self.all_embeddings())
 
+    def token_count(self, prompt: str) -> int:
+        """How many tokens `prompt` has, with the end token, also if `encode_prompt` cuts it."""
+        return text.token_count(self.prompt_encoder()[0], prompt)
+
     def prompt_encoder(self) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
         """The tokenizer and the text encoder; CheckpointError if they were not loaded."""
         if self.tokenizer is None or self.text_encoder is None:

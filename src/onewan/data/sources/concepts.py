@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from onewan.data.captions import read_lines
+from onewan.data.captions import read_caption_file
 from onewan.data.report import ClipProblem
 from onewan.data.sources.contents import SourceContents
 from onewan.data.sources.folder import read_folder
@@ -141,7 +141,7 @@ class _ConceptReader:
         elif source == "concept":
             file = self.file.parent / str(text.get("prompt_path", ""))
             try:
-                lines = read_lines(file, [file]) or ("",)
+                lines = read_caption_file(file, [file]).lines or ("",)
             except DataError as error:
                 contents.problems.append(ClipProblem.from_error(file, error))
                 contents.items = list[SourceItem]()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from onewan.documents import decode_text
+from onewan.documents import decode_text_or_cp1252
 from onewan.errors import DataError
 from onewan.files import check_input, read_input
 
@@ -42,6 +42,8 @@ class Rows:
     rows: list[Row] = field(default_factory=list[Row])
     wrong: list[str] = field(default_factory=list[str])
     """A line for each row that can't be read, which begins with its place."""
+    is_cp1252: bool = False
+    """Whether the file was read as Windows-1252, as some spreadsheet programs write csv."""
 
 
 def read_rows(file: Path) -> Rows:
@@ -51,17 +53,18 @@ def read_rows(file: Path) -> Rows:
     try:
         if kind == "parquet":
             return _parquet_rows(check_input(file))
-        text = decode_text(read_input(file, _MAX_BYTES))
+        text, is_cp1252 = decode_text_or_cp1252(read_input(file, _MAX_BYTES))
     except OSError as error:
         raise DataError(f"{file}: can't be read ({error.strerror})") from error
     except ValueError as error:
         raise DataError(f"{file}: {error}") from error
-    if kind in ("jsonl", "ndjson"):
-        return _json_rows(text)
     try:
-        return _csv_rows(text, "\t" if kind == "tsv" else None)
+        is_json = kind in ("jsonl", "ndjson")
+        found = _json_rows(text) if is_json else _csv_rows(text, "\t" if kind == "tsv" else None)
     except (ValueError, csv.Error) as error:
         raise DataError(f"{file}: {error}") from error
+    found.is_cp1252 = is_cp1252
+    return found
 
 
 def _csv_rows(text: str, delimiter: str | None) -> Rows:

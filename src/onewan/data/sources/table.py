@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from onewan.data.report import ClipProblem
+from onewan.data.report import ClipProblem, ClipWarning
 from onewan.data.sources.contents import SourceContents
 from onewan.data.sources.folder import unusable_reason
 from onewan.data.sources.item import SourceItem, Split
@@ -32,7 +32,7 @@ CAPTIONS = ("captions", "caption", "text", "prompt")
 """Columns with the caption, or with several."""
 _JUICER = ("videos", "images")
 """data-juicer's columns, each a list of files."""
-_OTHERS = ("start", "end", "weight", "repeats", "mask", "split")
+_OTHERS = ("start", "end", "weight", "repeats", "mask", "split", "condition")
 _SPLITS: Mapping[str, Split] = {
     "train": "train",
     "training": "train",
@@ -65,6 +65,9 @@ class TableReader:
         except DataError as error:
             self.contents.problems.append(ClipProblem.from_error(table, error))
             return
+        if found.is_cp1252:
+            text = "is in Windows-1252, not UTF-8, and was read as that"
+            self.contents.warnings.append(ClipWarning(path=table, text=text))
         items, wrong, masks = list[SourceItem](), list(found.wrong), 0
         for row in found.rows:
             origin = f"{table.name}, {row.place}"
@@ -130,6 +133,7 @@ class _RowReader:
         if end is not None and end <= start:
             wrong.append(f"end must be after start ({start:g} s), got {end:g}")
         mask = take("mask", self._mask, None)
+        take("condition", _condition, None)
         captions_column = _first(CAPTIONS, self.values)
         captions = take(captions_column, captions_of, ("",)) if captions_column else None
         item = SourceItem(
@@ -238,6 +242,14 @@ def _repeats(value: object) -> int:
     if number < 1 or number != int(number):
         raise ValueError("must be a whole number from 1 on")
     return int(number)
+
+
+def _condition(value: object) -> None:
+    if value != "first":
+        raise ValueError(
+            "must be first (the clip's own first frame), since given images and other frames are "
+            "not supported yet"
+        )
 
 
 def _split(value: object) -> Split:
