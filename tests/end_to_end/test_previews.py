@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +17,9 @@ from onewan.data.cached_latents import CachedLatents
 from onewan.data.clip import Clip
 from onewan.data.contact_sheet import preview_frames, preview_indices
 from onewan.data.dataset import Dataset
-from onewan.data.decode import decode
+from onewan.data.decode import decode, frames_at
 from onewan.data.encode import no_progress
-from onewan.media import probe, read_frames, write_video
+from onewan.media import probe, write_video
 from onewan.train.setup import WanModelSetup
 
 
@@ -60,11 +60,11 @@ def test_the_frames_of_a_sheet_are_those_that_are_trained(
 ) -> None:
     read = list[Path]()
 
-    def watched(path: Path, *how: Any) -> np.ndarray:
-        read.append(path)
-        return read_frames(path, *how)
+    def watched(clip: Clip, times: Sequence[float]) -> np.ndarray:
+        read.append(clip.path)
+        return frames_at(clip, times)
 
-    monkeypatch.setattr(cached_latents, "read_frames", watched)
+    monkeypatch.setattr(cached_latents, "frames_at", watched)
     numbered_video(tmp_path / "clips" / "wide.mp4", (128, 64))
     numbered_video(tmp_path / "clips" / "tall.mp4", (64, 128))
     Image.new("RGB", (64, 64), "red").save(tmp_path / "clips" / "still.png")
