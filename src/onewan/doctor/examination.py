@@ -110,7 +110,7 @@ def examine(
     once = _each_once((*report.clips, *report.validation_clips))
     step = max(1, -(-len(once) // MOST_PREVIEWS))
     inspector = Inspector(
-        fps=config.video_data.target_fps,
+        fps=config.model.facts().fps,
         variant=config.model.facts(),
         previewed=frozenset(once[::step]) if previews else frozenset(),
     )

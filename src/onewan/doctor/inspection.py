@@ -64,7 +64,7 @@ class Inspector:
     """Decodes clips completely, several at a time."""
 
     fps: float
-    """The rate at which the model sees frames, whatever their rate in the file is."""
+    """The model's own rate, at which it sees the frames whatever their rate in the file is."""
     variant: Variant
     """Gives the size of the cells of a loss mask."""
     previewed: frozenset[Clip]

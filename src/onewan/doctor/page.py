@@ -97,10 +97,11 @@ def _numbers(found: Examination) -> Iterator[str]:
     yield "<h2>Data</h2>"
     yield f"<p>{count(len(found.clips), 'clip')} from {sources}{held_out}.</p>"
     if found.buckets:
+        yield f"<details><summary>{count(len(found.buckets), 'bucket')}</summary>"
         yield '<div class="wide"><table><thead><tr><th>Frames<th>Trained at<th>Clips</thead>'
         for frames, (width, height), number in found.buckets:
             yield f"<tr><td>{frames}<td>{width}x{height}<td>{number}"
-        yield "</table></div>"
+        yield "</table></div></details>"
     if found.needs is not None:
         yield "<h2>Needs</h2>"
         yield "<ul>"
