@@ -513,3 +513,14 @@ def test_hostile_files_are_refused_or_accounted_for_in_few_lines(tmp_path, clips
     assert len(told) < 100_000 and "more (--account json" in told
     assert all(line.isprintable() for line in told.splitlines())
     assert r"\x1b[31mred\u202e" in told
+
+
+def test_subfolders_are_left_out_where_onetrainer_leaves_them_out(tmp_path, clips):
+    (clips / "sub").mkdir()
+    (clips / "sub" / "6.mp4").write_bytes(b"")
+    (clips / "sub" / "6.txt").write_text("a fox", "utf-8")
+    for included in (False, True):
+        concept = {"path": str(clips), "include_subdirectories": included}
+        found = imported(tmp_path, config_of(clips, concepts=[concept]))
+        (source,) = run_of(tmp_path, found).video_data.sources
+        assert source.recursive is included

@@ -59,13 +59,13 @@ def _path(value: Any, item: Context) -> str:
     folder = item.resolve(value)
     if not folder.is_dir():
         item.notice(f"{folder} does not exist, so its clips are not counted")
-    elif _count_clips(folder, True) != item.clips:
-        # onewan always reads subfolders.
-        item.notice(
-            f"is off, and {folder} has clips in subfolders, which onewan reads too; move them away",
-            "include_subdirectories",
-        )
     return str(folder)
+
+
+def _recursive(value: Any, item: Context) -> Any:
+    """False where subfolders with clips are left out, which onewan reads by default."""
+    inside = _count_clips(item.resolve(item["path"]), True)
+    return OMIT if value or inside == item.clips else False
 
 
 def _repeats(value: Any, item: Context) -> Any:
@@ -86,7 +86,7 @@ def _repeats(value: Any, item: Context) -> Any:
 CONCEPT_ROWS = (
     Row("enabled", "path", True),
     Row("path", "path", "", _path),
-    Row("include_subdirectories", "path", False),
+    Row("include_subdirectories", "recursive", False, _recursive),
     Row("type", "target", "STANDARD", mapped(PRIOR_PREDICTION="base")),
     Row("loss_weight", "loss_weight", 1.0, lambda value, _: OMIT if value == 1 else value),
     Row("balancing", "repeats", 1.0, _repeats),
