@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from onewan.data.clip import Clip, ClipSource, alternatives, count_clips
 from onewan.data.clip_notes import taken, used_seconds
@@ -168,6 +169,22 @@ def test_changes_of_scene_are_found(film: Path) -> None:
     after = [round(cut.after * 16) for cut in cuts]
     assert after == [20, 67, 76]
     assert [round(cut.before * 16) for cut in cuts] == [n - 1 for n in after]
+
+
+def test_an_animated_image_has_changes_of_scene_too(tmp_path: Path) -> None:
+    frames = [
+        Image.fromarray(np.full((32, 64, 3), color, np.uint8))
+        for color, number in (((200, 40, 40), 6), ((40, 160, 60), 9))
+        for _ in range(number)
+    ]
+    # Each frame differs a little, since equal ones would be stored as one.
+    for index, frame in enumerate(frames):
+        frame.putpixel((index, 5), (255, 255, 255))
+    path = tmp_path / "a.webp"
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, lossless=True)
+    assert [tuple(cut) for cut in find_cuts(path)] == [pytest.approx((0.5, 0.6))]
+    frames[0].save(tmp_path / "still.webp")
+    assert find_cuts(tmp_path / "still.webp") == ()
 
 
 needs_library = pytest.mark.skipif(find_spec("scenedetect") is None, reason="needs onewan[scenes]")

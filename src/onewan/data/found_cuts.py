@@ -38,7 +38,8 @@ class FoundCuts:
         return self._valid(path) or ()
 
     def knows(self, path: Path) -> bool:
-        """Whether the file was searched as it is now; images have no changes of scene."""
+        """Whether the file was searched as it is now. Images count as searched, since still ones
+        have no changes of scene."""
         return extension(path) in IMAGE_SUFFIXES or self._valid(path) is not None
 
     def _valid(self, path: Path) -> tuple[Cut, ...] | None:

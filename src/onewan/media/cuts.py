@@ -20,6 +20,7 @@ from av.error import EOFError as NothingMore
 from av.filter import Graph
 from av.video.frame import VideoFrame
 
+from onewan.media.animation import animation_frames
 from onewan.media.kinds import IMAGE_SUFFIXES, extension
 from onewan.media.video_frames import decode_frames
 from onewan.media.video_stream import open_video
@@ -49,19 +50,24 @@ def cut_detector() -> str:
 
 
 def find_cuts(path: str | Path) -> tuple[Cut, ...]:
-    """The changes of scene in a video, in the order of time; none in an image.
+    """The changes of scene in a video or an animated image, in the order of time.
 
     Decodes the whole file. Raises `DataError` if it is damaged.
     """
     path = Path(path)
-    if extension(path) in IMAGE_SUFFIXES:
-        return ()
+    if extension(path) not in IMAGE_SUFFIXES:
+        with open_video(path, threads=0) as (container, stream):
+            return _cuts_of(decode_frames(path, stream, container.demux(stream)))
+    return _cuts_of(
+        (time, VideoFrame.from_image(image.convert("RGB")))
+        for time, image in animation_frames(path)
+    )
+
+
+def _cuts_of(frames: Iterable[tuple[float, VideoFrame]]) -> tuple[Cut, ...]:
     times = list[float]()
-    with open_video(path, threads=0) as (container, stream):
-        frames = decode_frames(path, stream, container.demux(stream))
-        small = _small_frames(frames, times)
-        detect = _by_pyscenedetect if cut_detector() == "PySceneDetect" else _by_ffmpeg
-        indices = list(detect(small))
+    detect = _by_pyscenedetect if cut_detector() == "PySceneDetect" else _by_ffmpeg
+    indices = list(detect(_small_frames(frames, times)))
     return tuple(Cut(times[index - 1], times[index]) for index in indices if index)
 
 
