@@ -94,7 +94,32 @@ def add_cache(commands: Commands) -> None:
         "--verify", action="store_true", help="read all cache entries and re-encode damaged ones"
     )
 
+    parser.add_argument(
+        "--stats", action="store_true", help="show what the cache holds, and encode nothing"
+    )
+    parser.add_argument(
+        "--prune",
+        action="store_true",
+        help="delete what the run file, and others that are named after it, do not need",
+    )
+    parser.add_argument("--yes", action="store_true", help="with --prune: do not ask")
+
     def run(options: argparse.Namespace) -> int:
+        if options.yes and not options.prune:
+            parser.error("--yes belongs to --prune")
+        if options.stats or options.prune:
+            if options.strict or options.verify or (options.stats and options.prune):
+                parser.error("--stats and --prune are given alone")
+            # What is no PATH=VALUE is a further run file.
+            more = [Path(text) for text in options.overrides if "=" not in text]
+            overrides = [text for text in options.overrides if "=" in text]
+            runs = [options.run, *more]
+            from onewan.cli.cache_use import prune_cache, show_stats
+
+            if options.stats:
+                return show_stats(runs, overrides)
+            return prune_cache(runs, overrides, yes=options.yes)
+
         from onewan.cli.commands import cache
 
         return cache(options.run, options.overrides, strict=options.strict, verify=options.verify)

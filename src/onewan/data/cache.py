@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -118,6 +119,13 @@ class EntryCache:
         if not all(bool(t.isfinite().all()) for t in tensors.values()):
             return f"{path}: contains values that are not finite"
         return None
+
+    def sizes(self, kind: EntryKind) -> Iterator[tuple[str, int]]:
+        """(key, bytes) of each entry of a kind."""
+        for folder in sorted((self.folder / kind).glob("*")):
+            for path in sorted(folder.glob("[!.]*.safetensors")):  # not the unfinished ones
+                with suppress(FileNotFoundError):  # deleted by another process meanwhile
+                    yield path.stem, path.stat().st_size
 
     def discard(self, kind: EntryKind, key: str) -> None:
         self.path(kind, key).unlink(missing_ok=True)

@@ -5,7 +5,7 @@ Only this module knows which inputs the key of an entry depends on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -165,6 +165,19 @@ class CachedLatents:
             "tokenizer": fingerprint(self._component_paths["tokenizer"]),
             "dtype": self._text_dtype,
         }
+
+    def entries(
+        self, clips: Iterable[Clip], captions: Iterable[str], previewed: Iterable[Clip]
+    ) -> Iterator[tuple[EntryKind, str]]:
+        """Kind and key of everything that `fill` with these arguments makes."""
+        for clip in clips:
+            yield "video", self.video_key(clip)
+            if clip.mask:
+                yield "mask", self.mask_key(clip, clip.mask)
+        for caption in captions:
+            yield "text", self.text_key(caption)
+        for clip in previewed:
+            yield "preview", self._frames_key(clip)
 
     # --- Filling ----------------------------------------------------------------------------------
 

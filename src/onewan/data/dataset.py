@@ -13,7 +13,7 @@ from pathlib import Path
 from onewan.config.clips import SourceSection
 from onewan.config.schema import ResolvedRun
 from onewan.data.ahead import worker_count
-from onewan.data.cache import ContentDigests, EntryCache, entry_key
+from onewan.data.cache import ContentDigests, EntryCache, EntryKind, entry_key
 from onewan.data.cached_latents import CachedLatents
 from onewan.data.clip import Clip
 from onewan.data.contact_sheet import clips_to_show, write_contact_sheet
@@ -111,6 +111,28 @@ def prepare(
         digest=_dataset_digest(report, digests),
         encoded=result.encoded,
     )
+
+
+def needed_entries(
+    config: ResolvedRun,
+    component_paths: Mapping[ComponentName, Path],
+    *,
+    extra_prompts: Sequence[str] = (),
+    encode_text_online: bool = False,
+) -> frozenset[tuple[EntryKind, str]]:
+    """The cache entries of a run, by kind and key; the arguments are those of `prepare`.
+
+    Reads the clips, and encodes nothing. DataError if a source can't be read: then nobody knows
+    what the run needs.
+    """
+    folder = config.video_data.cache_dir
+    known_digests = ContentDigests(folder / "digests.jsonl")
+    probes = MediaProbes(folder / "probes.jsonl")
+    report, digests = _index(config, known_digests, probes, Copies(folder))
+    clips = (*report.clips, *report.validation_clips)
+    texts = [] if encode_text_online else _texts(config, report, extra_prompts)
+    source = _cached_latents(config, component_paths, digests)
+    return frozenset(source.entries(clips, texts, clips_to_show(clips)))
 
 
 def _cached_latents(

@@ -6,11 +6,12 @@ Without it each start would read the whole data set again.
 from __future__ import annotations
 
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from onewan.files import append_lines
+from onewan.files import append_lines, replacing
 
 
 class FileState(NamedTuple):
@@ -74,3 +75,24 @@ def _record(line: str) -> tuple[str, FileState, object] | None:
         return str(path), FileState(int(size), int(modified)), value
     except (ValueError, TypeError):
         return None
+
+
+def forget_vanished(file: Path) -> None:
+    """Take the lines of files that do not exist any more, and all but the last of each other one,
+    out of a file of `FileMemory`, or one whose lines begin with a path in the same way.
+
+    What another process appends at the same time may be lost, and is found out again.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return
+    kept = dict[str, str]()
+    for line in lines:
+        with suppress(ValueError, TypeError, KeyError, IndexError):
+            path = str(json.loads(line)[0])
+            kept.pop(path, None)
+            kept[path] = line
+    kept = {path: line for path, line in kept.items() if os.path.lexists(path)}
+    with replacing(file) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in kept.values()), encoding="utf-8")
