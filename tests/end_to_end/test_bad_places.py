@@ -231,4 +231,5 @@ def test_a_write_that_fails_half_way_names_the_file_and_leaves_nothing(
         signal.signal(signal.SIGXFSZ, handler)
     assert lines[-1].startswith(f"onewan: {out}")
     left = {path for path in tmp_path.rglob("*") if path.is_file()} - before
-    assert {path.name for path in left} <= {"digests.jsonl"}  # a list, of which each line counts
+    # Lists, of which each line counts.
+    assert {path.name for path in left} <= {"digests.jsonl", "probes.jsonl"}

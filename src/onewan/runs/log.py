@@ -147,11 +147,11 @@ class TextSink:
 
     def write(self, event: Event) -> None:
         for line in self._lines.of(event):
-            _shown.info("%s", line)
+            _shown.info("%s", one_line(line))
 
     def close(self) -> None:
         for line in self._lines.rest():
-            _shown.info("%s", line)
+            _shown.info("%s", one_line(line))
 
 
 class ListenerSink:
