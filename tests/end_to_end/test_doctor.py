@@ -329,6 +329,10 @@ def test_fix_writes_captions_as_utf_8_and_keeps_the_original(
         return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".mp4"}
 
     before = files()
+    assert main(["doctor", run, "--json"]) == 1  # what is not UTF-16 for certain can't be used
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    found = {(Path(f["path"]).name, f["kind"]) for f in findings if f["path"]}
+    assert {("windows.txt", "caption encoding"), ("wide.mp4", "unusable")} <= found
     assert main(["doctor", run, "--fix"]) == 1  # pytest's stdin is no terminal: it does not ask
     assert "--yes" in capsys.readouterr().err and files() == before
     assert main(["doctor", run, "--fix", "--yes"]) == 0
@@ -342,6 +346,11 @@ def test_fix_writes_captions_as_utf_8_and_keeps_the_original(
     }
     assert main(["doctor", run, "--fix", "--yes"]) == 0
     assert "nothing to repair" in capsys.readouterr().err
+    # Which of many encodings this is, nobody can tell: it is a problem, and stays as it is.
+    write_clip(folder, "cyrillic", frames, "лиса бежит по снегу".encode("cp1251"))
+    assert main(["doctor", run, "--fix", "--yes"]) == 1
+    captured = capsys.readouterr()
+    assert "nothing to repair" in captured.err and "cyrillic.mp4: its caption file" in captured.out
 
 
 @pytest.mark.parametrize(

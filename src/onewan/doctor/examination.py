@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from onewan.config.schema import ResolvedRun
+from onewan.data.captions import CP1252_NOTE
 from onewan.data.clip import Clip
 from onewan.data.probes import MediaProbes
 from onewan.data.report import ClipProblem, ClipWarning, DatasetReport
@@ -221,7 +222,10 @@ def _of_report(report: DatasetReport, added: Sequence[Finding]) -> Iterator[Find
         yield Finding(severity="problem", kind=kind, path=problem.path, text=text)
     kinds = {(finding.path, finding.text): finding.kind for finding in added}
     for warning in report.warnings:
-        kind = kinds.get((warning.path, warning.text), "changed" if warning.path else "data set")
+        kind = "changed" if warning.path else "data set"
+        if warning.text == CP1252_NOTE:
+            kind = "caption encoding"
+        kind = kinds.get((warning.path, warning.text), kind)
         yield Finding(severity="note", kind=kind, path=warning.path, text=warning.text)
 
 

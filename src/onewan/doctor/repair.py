@@ -13,7 +13,7 @@ from onewan.config.schema import ResolvedRun
 from onewan.data.buckets import clip_sources
 from onewan.data.sources.copies import Copies
 from onewan.data.sources.read import SourceReader, source_problem
-from onewan.documents import decode_text
+from onewan.documents import decode_text_or_cp1252
 from onewan.files import check_input, replacing
 from onewan.runs.layout import unused
 
@@ -80,24 +80,20 @@ def _repair(path: Path) -> Repair | None:
     except OSError:  # reported with its clip
         return None
     try:
-        decode_text(data)
+        text, is_cp1252 = decode_text_or_cp1252(data)
     except ValueError:
-        pass
-    else:
-        return None
-    encoding, name = _guess(data)
-    try:
-        return Repair(path=path, encoding=name, text=data.decode(encoding))
-    except UnicodeDecodeError:  # text in neither, or no text
-        return None
+        return _from_utf_16(path, data)
+    return Repair(path=path, encoding="Windows-1252", text=text) if is_cp1252 else None
 
 
-def _guess(data: bytes) -> tuple[str, str]:
-    """The encoding that `data`, which is not UTF-8, is probably in, and its name."""
+def _from_utf_16(path: Path, data: bytes) -> Repair | None:
+    """The repair of a text in UTF-16 without the byte order mark that would say so."""
     if b"\0" not in data:
-        # Five bytes are no characters in it, so that some binary files are not taken for text.
-        return "cp1252", "Windows-1252"
+        return None
     # The high bytes of most characters are NUL.
-    if data[1::2].count(0) > data[::2].count(0):
-        return "utf-16-le", "UTF-16 (little-endian)"
-    return "utf-16-be", "UTF-16 (big-endian)"
+    is_little = data[1::2].count(0) > data[::2].count(0)
+    encoding, order = ("utf-16-le", "little") if is_little else ("utf-16-be", "big")
+    try:
+        return Repair(path=path, encoding=f"UTF-16 ({order}-endian)", text=data.decode(encoding))
+    except UnicodeDecodeError:
+        return None
