@@ -13,6 +13,7 @@ import torch
 
 from onewan.data import cache as cache_module
 from onewan.data.cache import ContentDigests, EntryCache, entry_key
+from onewan.data.encode import too_long_warnings
 from onewan.errors import DataError
 from onewan.files import file_digest
 
@@ -183,3 +184,10 @@ def test_concurrent_writers_of_one_entry_leave_a_complete_one(tmp_path: Path) ->
     assert cache.problem("video", KEY) is None
     names = [path.name for path in tmp_path.rglob("*") if path.is_file()]
     assert names == [f"{KEY}.safetensors"], "no temporary file is left"
+
+
+def test_a_caption_that_the_text_encoder_cuts_is_counted() -> None:
+    assert too_long_warnings([512, 3]) == ()
+    (warning,) = too_long_warnings([513, 512, 700])
+    assert warning.text.startswith("2 captions have more than the 512 tokens")
+    assert "up to 700" in warning.text

@@ -24,7 +24,6 @@ from onewan.config import dump_run, load_run
 from onewan.data.buckets import clip_sources, expected_buckets
 from onewan.data.captions import CaptionSettings
 from onewan.data.clip import Clip, ClipSource
-from onewan.data.encode import too_long_warnings
 from onewan.data.index import index_clips
 from onewan.data.probes import MediaProbes
 from onewan.data.report import DatasetReport
@@ -32,6 +31,7 @@ from onewan.data.run_clips import clips_of_run
 from onewan.data.sources.copies import Copies
 from onewan.data.sources.names import Patterns, fits
 from onewan.data.sources.shards import expand
+from onewan.data.validation_split import exclude_validation_clips
 from onewan.errors import ConfigError, DataError
 from onewan.media import write_video
 
@@ -687,8 +687,38 @@ def test_only_the_first_frame_can_be_the_condition(tmp_path: Path) -> None:
     )
 
 
-def test_a_caption_that_the_text_encoder_cuts_is_counted() -> None:
-    assert too_long_warnings([512, 3]) == ()
-    (warning,) = too_long_warnings([513, 512, 700])
-    assert warning.text.startswith("2 captions have more than the 512 tokens")
-    assert "up to 700" in warning.text
+def test_a_concept_of_the_base_model_needs_an_adapter(tmp_path: Path) -> None:
+    video(tmp_path / "base" / "a.mp4")
+    concepts = json.dumps([{"path": "base", "type": "PRIOR_PREDICTION"}])
+    written_text(tmp_path / "concepts.json", concepts)
+    text = (
+        "model: {path: a/b, variant: t2v-a14b}\n"
+        "video_data: {sources: concepts.json, min_resolution: [1, 1]}\n"
+    )
+    run = written_text(tmp_path / "run.yaml", text)
+    (clip,) = clips_of_run(load_run(run), MediaProbes()).clips
+    assert clip.is_prior
+    with pytest.raises(DataError, match="PRIOR_PREDICTION, which needs an adapter method, and"):
+        clips_of_run(load_run(run, ["method={kind: fine_tune}"]), MediaProbes())
+
+
+def test_a_table_says_what_is_validated_on(tmp_path: Path) -> None:
+    video(tmp_path / "a.mp4", caption=None, seconds=4)
+    video(tmp_path / "b.mp4", caption=None)
+    rows: Rows = [
+        {"path": "a.mp4", "caption": "x", "start": 0, "end": 2, "split": "train"},
+        {"path": "a.mp4", "caption": "x", "start": 2, "end": 4, "split": "validation"},
+        {"path": "a.mp4", "caption": "x", "start": 1, "end": 3, "split": "train"},
+        {"path": "b.mp4", "caption": "x", "start": 0, "end": 2, "split": "train"},
+    ]
+    report = index(written(tmp_path / "t.csv", rows))
+    digests = {clip.path: clip.path.name for clip in (*report.clips, *report.validation_clips)}
+    remaining, in_both = exclude_validation_clips(report.clips, report.validation_clips, digests)
+    # Another part of the same film is trained on, unless it overlaps.
+    assert [clip.name for clip in remaining] == ["a.mp4@0-2", "b.mp4@0-2"]
+    assert [problem.path.name for problem in in_both] == ["a.mp4"]
+    validated = index_clips(
+        [ClipSource(path=tmp_path / "t.csv")], planner(), use_masks=False, for_validation=True
+    )
+    assert names(validated) == ["a.mp4@2-4"]
+    assert any("3 clips of" in warning.text for warning in validated.warnings)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from onewan.config.clips import SourceSection
+from onewan.config.method import AdapterMethod
 from onewan.config.schema import ResolvedRun
 from onewan.data.augmented import with_variants
 from onewan.data.buckets import clip_planner, clip_sources
@@ -15,6 +16,7 @@ from onewan.data.probes import MediaProbes
 from onewan.data.report import ClipWarning, DatasetReport
 from onewan.data.sources.copies import Copies
 from onewan.data.validation_split import exclude_validation_clips, split_validation_clips
+from onewan.errors import DataError
 
 
 def clips_of_run(
@@ -39,6 +41,13 @@ def clips_of_run(
         )
 
     training = indexed(config.video_data.sources, for_validation=False)
+    # Of `target: base` the run file's rules know; a concept of OneTrainer says it in its own file.
+    has_prior = any(clip.is_prior for clip in training.clips)
+    if has_prior and not isinstance(config.method, AdapterMethod):
+        raise DataError(
+            "video_data.sources: a concept has the type PRIOR_PREDICTION, which needs an adapter "
+            f"method, and method.kind is {config.method.kind}; change one of them"
+        )
     if not config.validation.sources:
         return training
     validation = indexed(config.validation.sources, for_validation=True)
