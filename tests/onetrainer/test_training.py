@@ -18,7 +18,8 @@ from support.onetrainer_runs import Lab, concept_of, config_of, sample_of
 from onewan.adapters.lora import apply_lora
 from onewan.config.schema import TrainSection
 from onewan.data.clip import Clip
-from onewan.data.encode import encode_clip
+from onewan.data.decode import decode
+from onewan.data.encode import encode_frames
 from onewan.data.loader import Batch, StepBatches
 from onewan.formats.lora_files import read_adapter
 from onewan.media import probe, read_frames
@@ -140,21 +141,19 @@ def test_the_first_loss_equals_onewans_own(lab: Lab, tiny, clips, tmp_path, vari
     fps = float(model.variant.fps)
     slack = max(0.0, info.last - info.start - (frames - 1) / fps)
     whole = int(slack * 0.5 / info.frame_interval + 1e-6)
-    entry = encode_clip(
-        model,
-        Clip(
-            path=path,
-            name=path.name,
-            captions=("",),
-            kind=info.kind,
-            start=info.start + whole * info.frame_interval,
-            fps=fps,
-            frames=frames,
-            size=size,
-            source_size=info.shown_size,
-            repeats=1,
-        ),
+    clip = Clip(
+        path=path,
+        name=path.name,
+        captions=("",),
+        kind=info.kind,
+        start=info.start + whole * info.frame_interval,
+        fps=fps,
+        frames=frames,
+        size=size,
+        source_size=info.shown_size,
+        repeats=1,
     )
+    entry = encode_frames(model, decode(clip).frames, "float32")
     assert torch.equal(entry["latents"], seen["batch"]["latent_image"][0])
     text = pad_text([model.encode_prompt(seen["prompt"][0])])
     assert torch.allclose(text, seen["batch"]["text_padded"], atol=1e-6)
