@@ -192,7 +192,7 @@ def test_every_wrong_row_is_named_with_its_line_and_all_that_is_wrong(tmp_path: 
     table.write_text("\n".join(lines), encoding="utf-8")
     report = index(table)
     assert only_names(report) == ["a.mp4"]
-    assert [str(problem).removeprefix(f"{tmp_path}/") for problem in report.problems] == [
+    assert [str(problem).removeprefix(f"{tmp_path}{os.sep}") for problem in report.problems] == [
         "t.csv: line 6: has 10 values, and the header 9 columns; put a value that contains the "
         'separator into "quotes"',
         "t.csv: line 3: start must be seconds from the first frame on, 0 or more, got '-1'; end "

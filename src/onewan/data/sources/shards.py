@@ -154,7 +154,7 @@ def read_shards(
             video_formats,
             use_masks=use_masks,
         )
-        archive = PurePosixPath(label).name
+        archive = PurePosixPath(label.replace("\\", "/")).name
         inside.items = [
             replace(
                 _with_other_text(item),
