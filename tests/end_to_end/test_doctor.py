@@ -220,7 +220,8 @@ def doubtful(tmp_path: Path) -> Path:
     folder = tmp_path / "doubtful"
     good = moving(192, 128, 16)
     write_clip(folder, "good", good, "a good clip")
-    write_clip(folder, "again", good, "the same file")
+    shutil.copy(folder / "good.mp4", folder / "again.mp4")
+    (folder / "again.txt").write_text("the same file", encoding="utf-8")
     write_clip(folder, "smaller", good[:, ::2, ::2], "the same, smaller")
     write_clip(folder, "black", np.zeros_like(good), "nothing")
     write_clip(folder, "frozen", np.repeat(moving(192, 128, 1, seed=1), 16, 0), "a photo")
@@ -403,6 +404,47 @@ def with_packages(folder: Path) -> dict[str, str]:
     """The environment of a process that imports packages from `folder` first."""
     source = Path(onewan.__file__).parents[1]
     return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{source}"}
+
+
+@pytest.mark.usefixtures("known_machine")
+def test_a_wrong_run_file_is_a_problem_beside_the_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.yaml"
+    model = "model: {path: owner/model, variant: t2v-a14b}\n"
+    for text, reason in (
+        ("model: {path: owner/model, variant: t2v}\n", "model.variant"),
+        (f"{model}video_data: {{sources: [{{path: ./gone}}]}}\n", "is not a folder"),
+        (model, "video_data.sources: is empty"),
+    ):
+        path.write_text(text, encoding="utf-8")
+        assert main(["doctor", str(path), "--json"]) == 1
+        data = json.loads(capsys.readouterr().out)
+        problems = [f["text"] for f in data["findings"] if f["severity"] == "problem"]
+        assert any(reason in problem for problem in problems), problems
+        assert data["environment"]["python"] == ENVIRONMENT.python
+
+
+@pytest.mark.skipif(os.name != "posix", reason="nvidia-smi is a shell script here")
+def test_a_card_that_torch_can_not_use_is_a_problem(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a card that torch can use")
+    program = tmp_path / "nvidia-smi"
+    row = "570.12, NVIDIA GeForce RTX 4090, 24564 MiB, 812 MiB"
+    program.write_text(f"#!/bin/sh\necho '{row}'\n", encoding="utf-8")
+    program.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-m", "onewan", "doctor"],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "driver     NVIDIA 570.12: NVIDIA GeForce RTX 4090, 24564 MiB" in done.stdout
+    assert "problem: torch can't use the card NVIDIA GeForce RTX 4090" in done.stdout
 
 
 # --------------------------------------------------------------------------------- the page

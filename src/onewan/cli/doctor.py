@@ -17,7 +17,7 @@ from onewan.cli.output import complain, say, write, write_file
 from onewan.doctor.diagnosis import Diagnosis
 from onewan.doctor.environment import Environment, look_at_environment
 from onewan.doctor.finding import Finding, without_names
-from onewan.errors import ConfigError
+from onewan.errors import ConfigError, OnewanError
 
 if TYPE_CHECKING:
     from onewan.config.schema import ResolvedRun
@@ -37,8 +37,10 @@ def doctor(
     yes: bool,
 ) -> int:
     """Print the diagnosis. Returns 0 if it has no problem, else 1."""
+    if fix and not yes and not sys.stdin.isatty():
+        raise ConfigError("--fix", ["asks before it changes files; add --yes in a script"])
     environment = look_at_environment()
-    examination, other = None, ()
+    examination, other = None, list[Finding]()
     if run is not None:
         try:
             config = _load(run, overrides)
@@ -47,8 +49,10 @@ def doctor(
             examination = _examine(config, environment, previews=html is not None)
         except ImportError as error:
             text = f"the data can't be looked at, since a package is missing or broken: {error}"
-            other = (Finding(severity="problem", kind="package", text=without_names(text)),)
-    diagnosis = Diagnosis(environment=environment, examination=examination, other=other)
+            other.append(_problem("package", text))
+        except OnewanError as error:
+            other += [_problem("run file", line) for line in (error.message, *error.details)]
+    diagnosis = Diagnosis(environment=environment, examination=examination, other=tuple(other))
     if html is not None and examination is not None:
         from onewan.doctor.page import html_page
 
@@ -61,6 +65,10 @@ def doctor(
         if html is not None and examination is not None:
             say(f"{html}: written; open it in a browser to see the clips as they are trained")
     return 1 if diagnosis.problems else 0
+
+
+def _problem(kind: str, text: str) -> Finding:
+    return Finding(severity="problem", kind=kind, text=without_names(text))
 
 
 def _load(run: Path, overrides: Sequence[str]) -> ResolvedRun:
@@ -110,8 +118,6 @@ def _repair(config: ResolvedRun, *, yes: bool) -> None:
 
 def _agrees(number: int) -> bool:
     """Whether the user wants the repairs."""
-    if not sys.stdin.isatty():
-        raise ConfigError("--fix", ["asks before it changes files; add --yes in a script"])
     files = "this file" if number == 1 else f"these {number} files"
     complain(f"Write {files} as UTF-8, with a backup of each? [y/N]")
     return sys.stdin.readline().strip().lower() in ("y", "yes")
