@@ -1,4 +1,4 @@
-# make setup | demo | test | wheel | oldest | lint: each sets up .venv first if it is not there yet.
+# make setup | demo | test | long | wheel | oldest | lint: each sets up .venv first if it is not there yet.
 # Needs Python 3.10 to 3.13 and make; everything else is installed into .venv.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ else
 endif
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test wheel oldest lint screenshots clean
+.PHONY: setup demo test long wheel oldest lint screenshots clean
 
 setup: $(READY)
 
@@ -34,7 +34,12 @@ demo: $(READY)
 # ComfyUI reads an embedding (COMFYUI_PYTHON= is its interpreter, by default that of the tests).
 test: $(READY)
 	@echo "== tests"
-	ONETRAINER="$(ONETRAINER)" COMFYUI="$(COMFYUI)" $(BIN)/python -m pytest --numprocesses auto
+	ONETRAINER="$(ONETRAINER)" COMFYUI="$(COMFYUI)" $(BIN)/python -m pytest --numprocesses auto -m "not long"
+
+# The tests that compare many combinations of methods, memory settings and interruptions.
+long: $(READY)
+	@echo "== long tests"
+	$(BIN)/python -m pytest --numprocesses auto -m long
 
 # The built wheel in an environment of its own: all data files, demo, import-config, train, inspect.
 wheel: $(READY)

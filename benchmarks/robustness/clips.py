@@ -11,6 +11,7 @@ or a problem in the report that names it.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import tempfile
@@ -33,6 +34,11 @@ from onewan.data.masks import latent_mask
 from onewan.data.report import ClipProblem, DatasetReport
 from onewan.errors import DataError
 from onewan.media import VIDEO_SUFFIXES
+
+# Looks for the program ffmpeg when it is imported, whatever the files are; so it is imported before
+# programs that a case starts are noticed.
+with contextlib.suppress(ImportError):
+    import scenedetect  # noqa: F401  # pyright: ignore[reportMissingImports]
 
 WIDTH, HEIGHT, FRAMES = 96, 64, 14
 MAX_BASE_BYTES = 400_000

@@ -20,6 +20,8 @@ from onewan.train.run import Run
 from onewan.train.setup import WanModelSetup
 from onewan.train.trainer import WanTrainer
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -36,6 +36,8 @@ from onewan.doctor.page import html_page
 from onewan.media import probe, write_video
 from onewan.train.setup import WanModelSetup
 
+pytestmark = pytest.mark.long
+
 STRATEGIES = get_args(WanTrainConfig.model_fields["frame_sample_strategy"].annotation)
 
 FEWER_CLIPS = {

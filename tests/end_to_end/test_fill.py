@@ -22,6 +22,8 @@ from onewan.data.dataset import Dataset
 from onewan.data.encode import no_progress
 from onewan.train.setup import WanModelSetup
 
+pytestmark = pytest.mark.long
+
 
 def settings(folder: Path, cache: str) -> list[str]:
     return [

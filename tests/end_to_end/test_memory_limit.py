@@ -35,6 +35,8 @@ from onewan.train.run import Run
 from onewan.train.trainer import WanTrainer
 from onewan.variants import VARIANTS, VariantName
 
+pytestmark = pytest.mark.long
+
 gpu = torch.get_device_module("sim")
 MIB = 2**20
 

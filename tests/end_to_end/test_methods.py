@@ -36,6 +36,8 @@ from onewan.train.setup import WanModelSetup
 from onewan.train.trainer import WanTrainer
 from onewan.variants import VARIANTS
 
+pytestmark = pytest.mark.long
+
 STEPS = 16
 EXPERTS = {"t2v-a14b": ("both", "low"), "i2v-a14b": ("both", "high"), "ti2v-5b": ("both",)}
 CASES = [(m, v, e) for m in METHODS for v in EXPERTS for e in EXPERTS[v]]

@@ -33,6 +33,8 @@ from onewan.train.run import Run
 from onewan.train.setup import WanModelSetup
 from onewan.train.trainer import WanTrainer
 
+pytestmark = pytest.mark.long
+
 gpu = torch.get_device_module("sim")
 EACH_PHASE = [
     "wan_config.max_frames=5",

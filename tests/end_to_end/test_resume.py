@@ -31,6 +31,8 @@ from onewan.train.setup import WanModelSetup
 from onewan.train.trainer import WanTrainer
 from onewan.train.validation import validation_loss
 
+pytestmark = pytest.mark.long
+
 
 def send(what: str, config: ResolvedRun) -> Callable[[], None]:
     """What interrupts the run: a real signal to this process, or a request in the run folder."""

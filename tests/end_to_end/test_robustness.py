@@ -21,6 +21,8 @@ CASES = '''
 import os, subprocess, sys, time, pickle
 from harness import canary, run_cases
 
+pytestmark = pytest.mark.long
+
 def make(seed, folder):
     return [str(seed), str(canary(folder))]
 

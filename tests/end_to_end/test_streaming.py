@@ -23,6 +23,8 @@ from onewan.runs.event_file import read_events
 from onewan.runs.events import Event, StepDone
 from onewan.train.trainer import WanTrainer
 
+pytestmark = pytest.mark.long
+
 EACH_PHASE = [
     "train.steps=5",
     "train.ema={decay: 0.9}",

@@ -11,6 +11,8 @@ import simulated_gpu  # registers the device
 from gpu import SIZES, main
 from gpu_table import table
 
+pytestmark = pytest.mark.long
+
 assert simulated_gpu
 
 

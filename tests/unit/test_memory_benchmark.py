@@ -15,6 +15,8 @@ from true_size import Settings, count_step
 from onewan.config.load import load_run
 from onewan.memory.plan import Bucket, Machine, make_plan
 
+pytestmark = pytest.mark.long
+
 assert simulated_gpu
 
 GB = 10**9

@@ -39,6 +39,8 @@ from support.streamed_equality import (
 from onewan.memory import activations
 from onewan.memory.plan import Settings
 
+pytestmark = pytest.mark.long
+
 CHUNKS = 3
 KEPT: dict[str, dict[str, Any]] = {
     "checkpointing alone": {},

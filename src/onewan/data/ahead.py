@@ -20,8 +20,8 @@ _R = TypeVar("_R")
 _MOST_BYTES = 2 * 2**30
 """Memory for results that are made ahead: five clips of 121 frames at 1280x720."""
 _MOST_AUTOMATIC = 4
-"""Workers of `auto` on machines with many cores: more would take memory, and the encoder is then the
-slower part."""
+"""Workers of `auto` on machines with many cores: more would take memory, and the encoder is then
+the slower part."""
 
 
 def usable_cores() -> int:
