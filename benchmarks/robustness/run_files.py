@@ -21,7 +21,7 @@ from typing import Any
 from harness import canary, run_cases
 
 from onewan.cli.boundary import guarded
-from onewan.cli.starter import starter
+from onewan.cli.starter import StarterRequest, starter
 from onewan.config import dump_run, load_run
 from onewan.config.fields import leaves, schema_fields
 from onewan.config.section import members_of
@@ -482,7 +482,7 @@ def make(seed: int, folder: Path) -> list[str]:
     suffix = rng.choice((".yaml", ".yaml", ".yaml", ".json"))
     text = json.dumps(document) if suffix == ".json" else "\n".join(yaml_lines(document))
     if suffix == ".yaml" and rng.random() < 0.2:
-        text = starter(rng.choice(list(VARIANTS)))
+        text = starter(StarterRequest(variant=rng.choice(list(VARIANTS))))
     for _ in range(rng.choice((0, 0, 1, 1, 2, 5))):
         text = change_json(rng, text) if suffix == ".json" else change_text(rng, text, mark)
     data = text.encode("utf-8", "surrogatepass")

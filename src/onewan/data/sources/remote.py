@@ -61,7 +61,7 @@ def protocol_problem(url: str) -> str | None:
     try:
         get_filesystem_class(urlsplit(url).scheme)
     except ImportError as error:
-        package = re.search(r"[Ii]nstall (\S+)", str(error))
+        package = re.search(r"install (\S+)", str(error), re.IGNORECASE)
         what = f"pip install {package[1]}" if package else one_line(str(error))
         if urlsplit(url).scheme in ("http", "https"):
             what = "pip install 'onewan[remote]'"
