@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "robustness"
 
 CASES = '''
 """One case of each kind."""
 import os, subprocess, sys, time, pickle
 from harness import canary, run_cases
-
-pytestmark = pytest.mark.long
 
 def make(seed, folder):
     return [str(seed), str(canary(folder))]
