@@ -217,7 +217,7 @@ def _with_value(node: Node, path: KeyPath, value: Node, at: KeyPath = ()) -> Nod
 
 def _absolute_paths(node: Node, path: KeyPath, base: Path, problems: Problems) -> Node:
     """A copy of `node`, the value at `path`, with all paths in it made absolute from `base`, and
-    texts that stand for sections spelled out.
+    texts that stand for sections replaced by those sections.
 
     Keys become strings: YAML also allows numbers, which are unknown fields like any other.
     """

@@ -139,8 +139,8 @@ def write_contact_sheet(
         image = draw_page(cards, layout, _heading(name, sheet, index + 1))
         with replacing(page) as temporary:
             image.save(temporary, "JPEG", quality=_JPEG_QUALITY, comment=key)
-    while (surplus := _page(folder, name, number + 1)).exists():  # of a larger data set before
-        surplus.unlink()
+    while (former_page := _page(folder, name, number + 1)).exists():  # of more clips
+        former_page.unlink()
         number += 1
     return sheet
 

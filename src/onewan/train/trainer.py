@@ -80,7 +80,7 @@ class WanTrainer:
         the run from its newest state; with "auto", the run is started if it has none.
         `allow_change` permits resuming with other settings or data; the results then differ from
         those of an uninterrupted run. `overrides` are the settings that the command line gave,
-        such as "optimizer.lr=1e-4"; a later process that leaves one out is told about it.
+        such as "optimizer.lr=1e-4"; they are named when a resuming process leaves one out.
         """
         self._config = config
         self._run_file = run_file
