@@ -1,5 +1,5 @@
-"""What trains on cards of 12 to 80 GB, by the plan: the tables of README.md, docs/start.md and
-docs/memory.md.
+"""Writes the tables of README.md, docs/start.md and docs/memory.md: what trains on cards of 12 to
+80 GB, according to the memory plan.
 
     python benchmarks/cards.py            # writes the tables between their markers
     python benchmarks/cards.py --print    # prints them

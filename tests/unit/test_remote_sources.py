@@ -1,4 +1,4 @@
-"""Files of other machines are copied once, whole, and without a word about credentials."""
+"""Files of other machines are copied once and whole, and no message contains credentials."""
 
 from __future__ import annotations
 

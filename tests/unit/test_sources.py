@@ -346,7 +346,7 @@ def test_a_folder_with_text_files_stays_one_whatever_tables_are_in_it(tmp_path: 
     assert only(index(tmp_path, kind="hugging_face")).captions == ("of the table",)
     (tmp_path / "metadata.csv").unlink()
     (problem,) = index(tmp_path, kind="hugging_face").problems
-    assert problem.reason.startswith("has none of metadata.csv")
+    assert problem.reason.startswith("`kind: hugging_face` needs one of metadata.csv")
 
 
 def curated(folder: Path, name: str, **meta: object) -> None:

@@ -7,8 +7,8 @@ Here z = (mean of the posterior - latents_mean) / latents_std, as the official c
 The VAE keeps its causal feature cache on the instance, so two threads that use it at once get wrong
 latents (measured: 12 of 12 clips). Every call here holds one lock.
 
-On CUDA, PyTorch computes float32 convolutions with 10 bits of mantissa (TF32) unless it is told not
-to. Here they are exact: latents that are encoded once and trained on for days should not carry the
+On CUDA, PyTorch by default computes float32 convolutions with 10 bits of mantissa (TF32). Here that
+is turned off: latents that are encoded once and trained on for days should not carry the
 rounding of the card that encoded them.
 """
 

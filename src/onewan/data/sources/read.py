@@ -92,7 +92,7 @@ class SourceReader:
             return _chosen(read_curated(place, listing, self.video_formats), source, listing)
         tables = tables_of(listing)
         if kind == "hugging_face" and not tables:
-            reason = f"has none of {', '.join(TABLE_NAMES)}, which kind: hugging_face reads"
+            reason = f"`kind: hugging_face` needs one of {', '.join(TABLE_NAMES)}; there is none"
             problem = ClipProblem(path=listing.folder, reason=reason)
             return SourceContents(problems=[*listing.problems, problem])
         if kind == "hugging_face" or (is_auto and tables):
