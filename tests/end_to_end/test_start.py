@@ -141,6 +141,34 @@ def trained(trained_once: tuple[ResolvedRun, Path]) -> ResolvedRun:
     return config
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_refused"),
+    [
+        (["train={accumulation: 2, caption_dropout: 0.5}"], True),
+        (["train.accumulation=2"], True),  # some clips have several captions
+        # Each clip has one caption, so nothing is drawn.
+        (["train.accumulation=2", "video_data.captions=whole"], False),
+        (["train.caption_dropout=0.5"], False),  # both ways are the same
+    ],
+)
+def test_a_state_with_other_draws_of_captions_is_continued_only_if_allowed(
+    run_file: RunFile, settings: list[str], is_refused: bool
+) -> None:
+    config = run_file("ti2v-5b", *settings, "train.steps=1")
+    WanTrainer(config).fit()
+    state = layout_of(config).state(1)
+    set_fact(caption_draws=None)(state)
+    write_manifest(state)
+    longer = run_file("ti2v-5b", *settings, "train.steps=2")
+    if is_refused:
+        with pytest.raises(CheckpointError) as refusal:
+            WanTrainer(longer, resume=True).fit()
+        (line,) = refusal.value.details
+        assert line.startswith("captions: an earlier version of onewan drew them by the sample's")
+    WanTrainer(longer, resume=True, allow_change=is_refused).fit()
+    assert layout_of(config).saved_steps() == [1, 2]
+
+
 # ---------------------------------------------------------------------------------- damaged content
 
 

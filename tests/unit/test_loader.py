@@ -362,6 +362,31 @@ def test_dropped_captions_are_a_function_of_seed_expert_and_sample() -> None:
     assert kept and all(a == b for a, b in kept)
 
 
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(3, 2), (2, 3), (1, 6)])
+def test_captions_are_drawn_alike_in_any_division_of_a_step(
+    batch_size: int, accumulation: int
+) -> None:
+    clips = [replace(clip(n), captions=tuple(map(str, range(10)))) for n in range(12)]
+
+    def captions(batch_size: int, accumulation: int) -> list[list[str]]:
+        """Those of each step, by the sample's index."""
+        data = WanDataLoader(
+            clips,
+            NumberedSource(),
+            TEXT_ONLY,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            seed=7,
+            caption_dropout=0.3,
+        )
+        return [[c for b in data.step(n, "high", n).batches for c in b.captions] for n in range(8)]
+
+    together = captions(6, 1)
+    assert captions(batch_size, accumulation) == together
+    assert len({tuple(step) for step in together}) == 8
+    assert len(set(together[0])) > 2
+
+
 def test_captions_that_are_kept_are_drawn_equally_often() -> None:
     """Since dropout and the choice are two draws."""
     clips = [replace(clip(n), captions=("1", "2", "3")) for n in range(50)]

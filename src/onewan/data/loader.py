@@ -144,6 +144,8 @@ class WanDataLoader:
             bucket = self._buckets[group[0].frames, group[0].size]
             bucket += [_Member(group, repeat) for repeat in range(group[0].repeats)]
         self._batches_per_epoch = batches_per_epoch(clips, batch_size)
+        self.draws_captions = any(len(c.captions) > 1 or self._dropout_of(c) > 0 for c in clips)
+        """Whether the captions of training depend on random draws."""
         # The number and the order of each expert's current epoch. One for each expert, since their
         # steps may alternate; only one, so that memory does not grow with the epochs.
         self._epochs = dict[ExpertName, tuple[int, list[list[Clip]]]]()
@@ -181,7 +183,8 @@ class WanDataLoader:
             epoch, index = divmod(micro_batch, self._batches_per_epoch)
             clips = self._epoch(expert, epoch)[index]
             captions = [
-                self._draw_caption(clip, expert, micro_batch, i) for i, clip in enumerate(clips)
+                self._draw_caption(clip, expert, expert_step, index)
+                for index, clip in enumerate(clips, start=sample_index)
             ]
             batches.append(self._load_batch(clips, captions, sample_index))
             sample_index += len(clips)
@@ -233,13 +236,16 @@ class WanDataLoader:
         self._random("take", expert, turn, first.name).shuffle(order)
         return order[index]
 
-    def _draw_caption(self, clip: Clip, expert: ExpertName, micro_batch: int, index: int) -> str:
+    def _draw_caption(self, clip: Clip, expert: ExpertName, expert_step: int, index: int) -> str:
+        """The caption of the sample `index` of the global batch."""
         # Two draws, so that a clip which keeps its caption has the one that it has without dropout.
-        dropout = self._random("caption dropout", expert, micro_batch, index)
-        own = clip.caption_dropout
-        if dropout.random() < (self._caption_dropout if own is None else own):
+        dropout = self._random("caption dropout", expert, expert_step, index)
+        if dropout.random() < self._dropout_of(clip):
             return ""
-        return self._random("caption", expert, micro_batch, index).choice(clip.captions)
+        return self._random("caption", expert, expert_step, index).choice(clip.captions)
+
+    def _dropout_of(self, clip: Clip) -> float:
+        return self._caption_dropout if clip.caption_dropout is None else clip.caption_dropout
 
     def _random(self, purpose: str, *counters: int | str) -> random.Random:
         return random.Random(derive_seed(self._seed, purpose, *counters))

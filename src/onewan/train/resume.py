@@ -153,9 +153,9 @@ def changes_since(
 ) -> Changes:
     """Compare the run file, the data set and the adapters of `method.init_from` recorded in a
     state's `facts` with the present ones. `chosen_changes` are those of what a run
-    chooses at its start where its file leaves that open (attention backend, feed-forward chunks): a
-    line by field, in place of a comparison of the fields. `overrides` are the fields that the
-    command line gives now.
+    chooses at its start where its file leaves that open (attention backend, feed-forward chunks,
+    the way in which captions are drawn): a line by field, in place of a comparison of the fields.
+    `overrides` are the fields that the command line gives now.
 
     CheckpointError, naming `source`, if this version of onewan can't read the recorded run file.
     """

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -80,6 +80,9 @@ class StateFacts(_Strict):
     """Number of chunks of the feed-forward layers by the size of clips (frames, height and width,
     "81x480x832"), which results depend on in the last bits. None in states of before it was
     recorded."""
+    caption_draws: Literal["by sample"] | None = None
+    """What keys the draws of captions within a step: the sample's index in the global batch. None
+    in states of before it was recorded, when it was the micro-batch and the index in it."""
     overrides: list[str] | None = None
     """Dotted names of the fields that were given on the command line; None in states of before they
     were recorded."""

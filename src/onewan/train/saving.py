@@ -156,7 +156,11 @@ class StateSaver:
         facts = read_facts(folder)
         source = str(folder / FACTS_FILE)
         run.state.attention, attention_change = resumed_attention(run, facts.attention)
-        chosen = {"memory.attention": attention_change, CHUNKS_FIELD: chunks_change(run, facts)}
+        chosen = {
+            "memory.attention": attention_change,
+            CHUNKS_FIELD: chunks_change(run, facts),
+            "captions": _captions_change(run, facts),
+        }
         changes = changes_since(
             facts,
             run.config,
@@ -192,3 +196,16 @@ class StateSaver:
             "the run's folder keeps what was given on the command line: "
             f"onewan train {folder} --resume; with the run file, give it again"
         ]
+
+
+def _captions_change(run: Run, facts: StateFacts) -> str | None:
+    """In one line, why `run` draws captions otherwise than when the state with `facts` was saved;
+    None if it does not."""
+    # With one micro-batch in a step, the two ways are the same.
+    by_micro_batch = facts.caption_draws is None and run.config.train.accumulation > 1
+    if not by_micro_batch or not run.loader.draws_captions:
+        return None
+    return (
+        "captions: an earlier version of onewan drew them by the sample's place in its "
+        "micro-batch, this one by its place in the step"
+    )

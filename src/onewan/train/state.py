@@ -258,6 +258,7 @@ class TrainState:
             initial=self.initial_digests,
             attention=self.attention,
             feed_forward_chunks=dict(self.feed_forward_chunks),
+            caption_draws="by sample",
             overrides=list(overrides),
         )
         write_facts(folder, facts)
