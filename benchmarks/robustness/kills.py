@@ -21,7 +21,8 @@ models are tiny, with random weights.
 
 Finished cases are appended to ``OUT.cases.jsonl`` and are not run again by the next start with the
 same `--out` and `--seed`. ``--case N`` runs case N alone and shows its output; ``--keep FOLDER``
-keeps its files.
+keeps its files. ``--only cache`` takes all cases from one command; its cases have other numbers
+than those of all commands, so it needs another `--out`.
 """
 
 from __future__ import annotations
@@ -174,6 +175,15 @@ def _operations() -> list[Operation]:
     ]
 
 
+def _chosen(only: str | None) -> list[Operation]:
+    """All operations, or the one of this name."""
+    operations = [o for o in _operations() if only in (None, o.name)]
+    if not operations:
+        names = ", ".join(o.name for o in _operations())
+        raise SystemExit(f"--only {only}: is no command that is killed; these are: {names}")
+    return operations
+
+
 # ------------------------------------------------------------------------------------------ results
 
 
@@ -317,7 +327,7 @@ class Bench:
     """The shared folder, and what each command does undisturbed."""
 
     shared: Path
-    operations: list[Operation] = field(default_factory=_operations)
+    operations: list[Operation]
     undisturbed: dict[str, Undisturbed] = field(default_factory=dict)
 
     def reference(self, operation: Operation) -> Undisturbed:
@@ -479,6 +489,7 @@ def summary(outcomes: Sequence[Outcome], bench: Bench, seed: int) -> dict[str, A
         for operation in bench.operations
     }
     moments = [moment for outcome in outcomes for moment in outcome.moments]
+    only = f" --only '{bench.operations[0].name}'" if len(bench.operations) == 1 else ""
     return {
         "script": Path(sys.argv[0]).name,
         "seed": seed,
@@ -490,7 +501,7 @@ def summary(outcomes: Sequence[Outcome], bench: Bench, seed: int) -> dict[str, A
         "seconds": round(sum(outcome.seconds for outcome in outcomes), 1),
         "failures": len(failures),
         "failing": failures[:100],
-        "reproduce": f"python {Path(sys.argv[0]).name} --seed {seed} --case N",
+        "reproduce": f"python {Path(sys.argv[0]).name} --seed {seed}{only} --case N",
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -505,6 +516,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="other seeds give other cases")
     parser.add_argument("--out", type=Path, help="the JSON file to write the result to")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes")
+    parser.add_argument("--only", metavar="COMMAND", help="the one command that is killed")
     parser.add_argument("--case", type=int, metavar="N", help="run case N alone, show its output")
     parser.add_argument("--keep", type=Path, help="with --case: a new folder for its files")
     return parser.parse_args()
@@ -517,7 +529,7 @@ def run() -> int:
     options.seconds = limit
     first = options.seed * 1_000_000_000  # the seeds of the cases are those from here on
     with tempfile.TemporaryDirectory(prefix="onewan-kills-") as temporary:
-        bench = Bench(shared=Path(temporary, "shared"))
+        bench = Bench(shared=Path(temporary, "shared"), operations=_chosen(options.only))
         bench.shared.mkdir()
         make_shared(bench.shared)
         if options.case is not None:

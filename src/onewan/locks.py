@@ -3,7 +3,8 @@
 The lock is the operating system's on a file (through `filelock`), so it ends with the process, also
 if that is killed; NFS passes it on to other machines. Who holds it is written beside it, for the
 message to whoever comes second. Both files are deleted when the lock is released; those of a killed
-process lock nothing and are replaced by the next one.
+process lock nothing and are replaced by the next one. A `Claim` is the same without a wait and
+without words, for work that is left to whoever has begun it.
 """
 
 from __future__ import annotations
@@ -60,24 +61,63 @@ def locked(file: Path, subject: Path, remedy: str) -> Iterator[None]:
             yield
         finally:
             # If the folder was renamed meanwhile, the files of these names are another process's.
-            own = _is_file(file, identity)
-            if own:
+            if _is_file(file, identity):
                 _delete(holder)
-            # While the lock is held: whoever has opened the file, and locks it now, finds it
-            # deleted and tries again (`filelock` does that). Windows can't delete an open file.
-            if own and os.name != "nt":
-                _delete(file)
+            _release(lock, file, identity)
+
+
+class Claim:
+    """A piece of work that this process has begun, for others to leave to it: a lock on a file,
+    which is deleted in the end. Any thread may release it."""
+
+    def __init__(self, file: Path) -> None:
+        """`taken` says whether the claim is this process's. It is too where no lock can be made,
+        such as on a full disk: two processes may then do the same work."""
+        self._file = file
+        self._lock: FileLock | None = None
+        self._identity: os.stat_result | None = None
+        self.taken = True
+        lock = FileLock(file, thread_local=False)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=False)
+            self._identity = file.stat()
+            self._lock = lock
+        except Timeout:
+            self.taken = False
+        except OSError:
             lock.release()
-            if own and os.name == "nt":
-                _delete(file)
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether other processes are kept from the work, until `release`."""
+        return self._lock is not None
+
+    def release(self) -> None:
+        """Nothing happens if the claim is not this process's, or was released before."""
+        if self._lock is not None and self._identity is not None:
+            _release(self._lock, self._file, self._identity)
+            self._lock = None
+
+
+def _release(lock: FileLock, file: Path, identity: os.stat_result) -> None:
+    """Release a lock, and delete its file if that is still the one of `identity`."""
+    own = _is_file(file, identity)
+    # While the lock is held: whoever has opened the file, and locks it now, finds it
+    # deleted and tries again (`filelock` does that). Windows can't delete an open file.
+    if own and os.name != "nt":
+        _delete(file)
+    lock.release()
+    if own and os.name == "nt":
+        _delete(file)
 
 
 def remove_abandoned_locks(folder: Path) -> None:
     """Delete the files of locks in `folder` that killed processes left and nobody holds."""
     for file in folder.glob(".lock*"):
-        if file.suffix != ".json":
-            with contextlib.suppress(OnewanError), locked(file, folder, ""):
-                pass
+        if file.suffix != ".json" and (claim := Claim(file)).is_locked:
+            _delete(file.with_name(f"{file.name}.json"))
+            claim.release()
 
 
 @contextlib.contextmanager

@@ -57,13 +57,29 @@ with locked(pathlib.Path(sys.argv[1]), pathlib.Path("x"), ""):
     print("locked", flush=True)
     sys.stdin.read()
 """
+_CLAIM = """
+import pathlib, sys
+from onewan.locks import Claim
+claim = Claim(pathlib.Path(sys.argv[1]))
+print("locked" if claim.taken else "is another's", flush=True)
+sys.stdin.read()
+"""
+
+
+def locking(file: Path) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    """A live process that holds the lock `file`; killed at the end."""
+    return _holding(_LOCK, file)
+
+
+def claiming(file: Path) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    """A live process that holds the claim `file`; killed at the end."""
+    return _holding(_CLAIM, file)
 
 
 @contextlib.contextmanager
-def locking(file: Path) -> Iterator[subprocess.Popen[str]]:
-    """A live process that holds the lock `file`; killed at the end."""
+def _holding(script: str, file: Path) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, "-c", _LOCK, str(file)],
+        [sys.executable, "-c", script, str(file)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

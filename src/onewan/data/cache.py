@@ -26,8 +26,11 @@ from onewan.data.file_memory import FileMemory, FileState
 from onewan.errors import DataError
 from onewan.files import file_digest, remove_abandoned, replacing
 from onewan.formats.write import safetensors_parts
+from onewan.locks import remove_abandoned_locks
 
 EntryKind = Literal["video", "text", "mask", "preview"]
+
+_CLAIMS = "claims"
 
 
 def entry_key(**inputs: object) -> str:
@@ -51,9 +54,15 @@ class EntryCache:
         # in one folder.
         return self.folder / kind / key[:2] / f"{key}.safetensors"
 
+    def claim_path(self, kind: EntryKind, key: str) -> Path:
+        """The file by which a process claims the making of an entry (`onewan.locks.Claim`)."""
+        # Those of all entries in one folder: only a few are there at a time.
+        return self.folder / _CLAIMS / f".lock-{kind}-{key}"
+
     def remove_abandoned(self) -> list[str]:
-        """Delete temporary files that interrupted processes left in the cache; returns notices
-        (`onewan.files.remove_abandoned`)."""
+        """Delete temporary files and claims that interrupted processes left in the cache; returns
+        notices (`onewan.files.remove_abandoned`)."""
+        remove_abandoned_locks(self.folder / _CLAIMS)
         kinds = [self.folder / kind for kind in get_args(EntryKind)]
         return remove_abandoned(folder for kind in kinds for folder in kind.glob("*"))
 

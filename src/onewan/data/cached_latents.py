@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from random import SystemRandom
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from onewan.data.ahead import results_ahead
 from onewan.data.cache import EntryCache, EntryKind, entry_key
 from onewan.data.clip import Clip
 from onewan.data.contact_sheet import (
@@ -40,6 +38,7 @@ from onewan.data.encode import (
     too_long_warnings,
     uniform_mask_warnings,
 )
+from onewan.data.filling import CacheFiller
 from onewan.data.masks import MASK_VERSION, Mask
 from onewan.data.report import ClipProblem, ClipWarning
 from onewan.errors import DataError
@@ -49,16 +48,6 @@ from onewan.model.sources import fingerprint
 from onewan.variants import Variant
 
 _Decoded = TypeVar("_Decoded")
-
-
-class _Missing:
-    """An entry that the cache does not have."""
-
-    def __init__(self, key: str, first: tuple[int, Clip], *copies: tuple[int, Clip]) -> None:
-        """`first` and `copies` are the clips with this key, and their places in the data set."""
-        self.key = key
-        self.number, self.clip = first
-        self.copies = copies
 
 
 class CachedLatents:
@@ -85,8 +74,7 @@ class CachedLatents:
         self._digests = digests
         self.workers = workers
         self._vae_dtype: VaeDtype = vae_dtype
-        # Entries that `fill` must encode again although they exist.
-        self._damaged = set[tuple[EntryKind, str]]()
+        self._filler = CacheFiller(cache)
 
     def video(self, clip: Clip) -> dict[str, Tensor]:
         entry = self._cache.load("video", self.video_key(clip))
@@ -195,18 +183,17 @@ class CachedLatents:
 
         Of the clips `previewed`, small frames are kept while they are at hand. `verify` reads all
         entries that exist and encodes the damaged ones again; masks are always read. Several
-        processes may fill one cache at the same time: each goes through what is missing in an order
-        of its own, and what another one has finished is not encoded again.
+        processes may fill one cache at the same time, and share the work (`onewan.data.filling`).
         """
         notices = self._cache.remove_abandoned()
         video_keys = [(self.video_key(clip), clip) for clip in clips]
         masked = [(self.mask_key(clip, clip.mask), clip, clip.mask) for clip in clips if clip.mask]
         text_keys = [(self.text_key(caption), caption) for caption in captions]
         if verify:
-            self._find_damaged("video", (key for key, _ in video_keys))
-            self._find_damaged("text", (key for key, _ in text_keys))
+            self._filler.find_damaged("video", (key for key, _ in video_keys))
+            self._filler.find_damaged("text", (key for key, _ in text_keys))
         # Read below in any case, for the warnings; they are small.
-        self._find_damaged("mask", (key for key, _, _ in masked))
+        self._filler.find_damaged("mask", (key for key, _, _ in masked))
         masks = self._fill_masks(masked, progress)  # first: takes seconds and needs no model
         # Captions before videos: the 11 GB text encoder and the VAE are never loaded together.
         texts = self._fill_texts(text_keys, load_model, progress)
@@ -242,20 +229,18 @@ class CachedLatents:
     def _fill_texts(
         self, keyed: Sequence[tuple[str, str]], load_model: LoadModel, progress: ProgressCallback
     ) -> FillResult:
-        missing = [(key, caption) for key, caption in keyed if self._is_missing("text", key)]
-        if not missing:
+        if not any(self._filler.is_missing("text", key) for key, _ in keyed):
             return FillResult(problems=(), warnings=(), encoded=0)
-        _shuffle(missing)
-        model, encoded, lengths = load_model(("text_encoder", "tokenizer")), 0, list[int]()
-        for done, (key, caption) in enumerate(missing, start=1):
-            # Checked again: another process may have encoded it since the list was made.
-            if self._is_missing("text", key):
-                self._save("text", key, {"text": model.encode_prompt(caption)}, caption)
-                lengths.append(model.token_count(caption))
-                encoded += 1
-            progress("encoding captions", done, len(missing))
-        warnings = too_long_warnings(lengths)
-        return FillResult(problems=(), warnings=warnings, encoded=encoded)
+        model, lengths = load_model(("text_encoder", "tokenizer")), list[int]()
+
+        def encode(caption: str, _: str) -> dict[str, Tensor]:
+            lengths.append(model.token_count(caption))
+            return {"text": model.encode_prompt(caption)}
+
+        filled = self._filler.fill(
+            "text", keyed, lambda caption: caption, encode, progress, about=str
+        )
+        return FillResult(problems=(), warnings=too_long_warnings(lengths), encoded=filled.encoded)
 
     def _fill_videos(
         self,
@@ -264,7 +249,7 @@ class CachedLatents:
         progress: ProgressCallback,
         previewed: AbstractSet[Clip],
     ) -> FillResult:
-        if not any(self._is_missing("video", key) for key, _ in keyed):
+        if not any(self._filler.is_missing("video", key) for key, _ in keyed):
             return FillResult(problems=(), warnings=(), encoded=0)
         model = load_model(("vae",))
         threads = decoder_threads(self.workers)
@@ -287,82 +272,29 @@ class CachedLatents:
         progress: ProgressCallback,
     ) -> FillResult:
         """Makes the missing entries of one kind: `read` in threads, `encode` in this one."""
-
-        def read_if_missing(entry: _Missing) -> _Decoded | None:
-            return read(entry.clip) if self._is_missing(kind, entry.key) else None
-
-        activity = {"video": "encoding clips", "mask": "encoding masks"}[kind]
-        missing = self._missing(kind, keyed)
-        total, finished, encoded = len(missing), 0, 0
-        problems = dict[int, ClipProblem]()
-        while missing:
-            copies = list[_Missing]()
-            with closing(
-                results_ahead(
-                    read_if_missing,
-                    missing,
-                    workers=self.workers,
-                    size=lambda entry: decoded_bytes(entry.clip),
-                )
-            ) as results:
-                for entry, result in results:
-                    try:
-                        # None, or not missing any more, if another process has encoded it.
-                        decoded = result()
-                        if decoded is not None and self._is_missing(kind, entry.key):
-                            tensors = encode(entry.clip, decoded)
-                            self._save(kind, entry.key, tensors, entry.clip.name)
-                            encoded += 1
-                    except DataError as error:
-                        self._cache.discard(kind, entry.key)
-                        problems[entry.number] = ClipProblem.from_error(entry.clip.path, error)
-                        # Copies of a damaged file fail one by one, each under its own name.
-                        if entry.copies:
-                            copies.append(_Missing(entry.key, *entry.copies))
-                            continue
-                    finished += 1
-                    progress(activity, finished, total)
-            missing = copies
-        return FillResult(
-            problems=tuple(problems[number] for number in sorted(problems)),
-            warnings=(),
-            encoded=encoded,
+        filled = self._filler.fill(
+            kind,
+            keyed,
+            read,
+            encode,
+            progress,
+            about=lambda clip: clip.name,
+            workers=self.workers,
+            size=decoded_bytes,
         )
-
-    def _missing(self, kind: EntryKind, keyed: Sequence[tuple[str, Clip]]) -> list[_Missing]:
-        """The missing entries, each once, in an order of this process's own."""
-        clips = dict[str, list[tuple[int, Clip]]]()
-        for number, (key, clip) in enumerate(keyed):
-            if self._is_missing(kind, key):
-                clips.setdefault(key, []).append((number, clip))
-        missing = [_Missing(key, *copies) for key, copies in clips.items()]
-        _shuffle(missing)
-        return missing
-
-    def _is_missing(self, kind: EntryKind, key: str) -> bool:
-        return (kind, key) in self._damaged or not self._cache.has(kind, key)
-
-    def _save(
-        self, kind: EntryKind, key: str, tensors: Mapping[str, Tensor], description: str
-    ) -> None:
-        self._cache.save(kind, key, tensors, description)
-        self._damaged.discard((kind, key))
+        problems = [
+            ClipProblem.from_error(clip.path, filled.errors[number])
+            for number, (_, clip) in enumerate(keyed)
+            if number in filled.errors
+        ]
+        return FillResult(problems=tuple(problems), warnings=(), encoded=filled.encoded)
 
     def _save_preview(
         self, clip: Clip, frames: Sequence[np.ndarray] | np.ndarray
     ) -> dict[str, Tensor]:
         tensors = {"frames": torch.from_numpy(preview_frames(frames))}
-        self._save("preview", self._frames_key(clip), tensors, clip.name)
+        self._cache.save("preview", self._frames_key(clip), tensors, clip.name)
         return tensors
-
-    def _find_damaged(self, kind: EntryKind, keys: Iterable[str]) -> None:
-        # Damaged entries are replaced later, not deleted now: another process, which verifies the
-        # same cache, may have replaced them in the meantime.
-        self._damaged |= {
-            (kind, key)
-            for key in keys
-            if self._cache.has(kind, key) and self._cache.problem(kind, key)
-        }
 
 
 def _span(clip: Clip) -> list[object]:
@@ -380,9 +312,3 @@ def _look(clip: Clip) -> list[object]:
 
 def _variation(clip: Clip) -> list[object]:
     return [clip.variation.key] if clip.variation else []
-
-
-def _shuffle(items: list[Any]) -> None:
-    """In an order that differs between processes, so that those which fill one cache at the same
-    time rarely encode the same item. Entries do not depend on the order."""
-    SystemRandom().shuffle(items)
