@@ -103,7 +103,7 @@ def settings(folder: Path, *more: str) -> list[str]:
 
 
 def examined(config: ResolvedRun, *, previews: bool = False) -> Examination:
-    return examine(config, ENVIRONMENT, previews=previews, advance=lambda *_: None)
+    return examine(config, lambda: ENVIRONMENT, previews=previews, advance=lambda *_: None)
 
 
 def prepared(config: ResolvedRun) -> Dataset:
@@ -384,6 +384,36 @@ def test_without_torch_the_machine_and_the_clips_are_looked_at(
     assert data["environment"]["torch"]["version"] is None
     assert data["environment"]["packages"]["numpy"] == np.__version__
     assert [clip["name"] for clip in data["data"]["clips"]] == ["one.mp4"]
+
+
+def test_an_attention_package_that_does_not_suit_torch_is_named(tmp_path: Path) -> None:
+    package = tmp_path / "site" / "xformers" / "ops"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "__init__.py").write_text(
+        "raise OSError('undefined symbol: _ZN2at')", encoding="utf-8"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "onewan", "doctor"],
+        capture_output=True,
+        encoding="utf-8",
+        env=with_packages(tmp_path / "site"),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    attention = next(line for line in done.stdout.splitlines() if "attention" in line)
+    assert attention.endswith(", xformers (can't be imported: undefined symbol: _ZN2at)")
+
+
+def test_without_a_card_the_plan_says_which_the_run_needs(
+    run_file: RunFile, doubtful: Path
+) -> None:
+    found = examined(run_file("t2v-a14b", *settings(doubtful), "model.device=auto"))
+    assert found.needs is not None
+    assert "no card was found here; the run needs one of 8 GB or more" in found.needs.verdict
+    assert "host memory" not in found.needs.verdict  # there is enough for the tiny model
+    assert found.needs.as_data()["plan"]["smallest"]["vram"] == 8 * 10**9
+    assert not any(f.kind == "plan" for f in found.findings)
 
 
 def test_a_missing_package_leaves_the_machine_to_be_looked_at(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from PIL import Image
 from onewan.doctor import finding
 from onewan.doctor.captions import estimated_tokens
 from onewan.doctor.duplicates import alike, same_content
+from onewan.doctor.environment import OPTIONAL, Environment, Torch
 from onewan.doctor.finding import without_names
 from onewan.doctor.inspection import small_size
 from onewan.doctor.pixels import HASH_BITS, look_at_pixels
@@ -116,3 +120,45 @@ def test_tokens_are_estimated_for_words_and_for_scripts_without_spaces() -> None
 )
 def test_small_frames_have_even_sides(size: tuple[int, int], small: tuple[int, int]) -> None:
     assert small_size(size) == small
+
+
+ENVIRONMENT = Environment(
+    onewan="0.1.0",
+    python="3.12.0",
+    system="Linux",
+    processor="8 CPU cores",
+    memory=64 * 10**9,
+    disk_free=10**12,
+    torch=Torch(
+        version="2.9.0",
+        build="CUDA 12.8",
+        devices=("NVIDIA GeForce RTX 4090, 25.4 GB, compute capability 8.9",),
+        attention={"flash": "", "xformers": "can't be imported: no kernel image"},
+    ),
+    cards=(),
+    driver="570.12",
+    packages={"numpy": "2.0.0"},
+    optional={"torchao": "0.14", "flash-attn": "", "pyarrow": ""},
+)
+
+
+def test_the_environment_says_what_absent_packages_would_give() -> None:
+    lines = list(ENVIRONMENT.lines())
+    assert "attention  flash, xformers (can't be imported: no kernel image)" in lines
+    assert "optional   torchao 0.14" in lines
+    absent = lines[lines.index("optional   torchao 0.14") + 1 :]
+    assert absent == [
+        f"not there  flash-attn would give {OPTIONAL['flash-attn']}",
+        f"           pyarrow    would give {OPTIONAL['pyarrow']}",
+    ]
+    assert not any("not there" in line for line in replace(ENVIRONMENT, optional={}).lines())
+
+
+def test_every_package_of_an_extra_says_what_it_gives() -> None:
+    requirements = importlib.metadata.requires("onewan") or []
+    extras = {
+        re.split(r"[\s<>=;\[]", line)[0]
+        for line in requirements
+        if "extra ==" in line and not re.search(r"extra == ['\"]dev['\"]", line)
+    }
+    assert extras and extras <= OPTIONAL.keys()

@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,20 +40,24 @@ def doctor(
     """Print the diagnosis. Returns 0 if it has no problem, else 1."""
     if fix and not yes and not sys.stdin.isatty():
         raise ConfigError("--fix", ["asks before it changes files; add --yes in a script"])
-    environment = look_at_environment()
     examination, other = None, list[Finding]()
-    if run is not None:
+    # Beside the clips: another process imports torch, which takes seconds.
+    with ThreadPoolExecutor(1) as pool:
+        environment = pool.submit(look_at_environment)
         try:
-            config = _load(run, overrides)
-            if fix:
-                _repair(config, yes=yes)
-            examination = _examine(config, environment, previews=html is not None)
+            if run is not None:
+                config = _load(run, overrides)
+                if fix:
+                    _repair(config, yes=yes)
+                examination = _examine(config, environment.result, previews=html is not None)
         except ImportError as error:
             text = f"the data can't be looked at, since a package is missing or broken: {error}"
             other.append(_problem("package", text))
         except OnewanError as error:
             other += [_problem("run file", line) for line in (error.message, *error.details)]
-    diagnosis = Diagnosis(environment=environment, examination=examination, other=tuple(other))
+    diagnosis = Diagnosis(
+        environment=environment.result(), examination=examination, other=tuple(other)
+    )
     if html is not None and examination is not None:
         from onewan.doctor.page import html_page
 
@@ -78,7 +83,9 @@ def _load(run: Path, overrides: Sequence[str]) -> ResolvedRun:
     return load_run(run_file_of(run), overrides)
 
 
-def _examine(config: ResolvedRun, environment: Environment, *, previews: bool) -> Examination:
+def _examine(
+    config: ResolvedRun, environment: Callable[[], Environment], *, previews: bool
+) -> Examination:
     from onewan.doctor.examination import examine
 
     return examine(config, environment, previews=previews, advance=_progress())

@@ -51,7 +51,7 @@ class Diagnosis:
 
     def lines(self) -> Iterator[str]:
         """The diagnosis for a terminal."""
-        yield "Environment"
+        yield "Environment (can be pasted into a bug report)"
         for line in self.environment.lines():
             yield f"  {line}"
         for finding in (*self.environment.findings, *self.other):

@@ -17,22 +17,42 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from onewan.arithmetic.byte_sizes import format_bytes
 from onewan.doctor.finding import Finding, without_names
 
-_OPTIONAL = ("flash-attn", "flash-attn-3", "xformers", "triton", "hf-transfer", "pillow-heif")
-"""Packages that are used where they are installed, without being a dependency or an extra."""
+OPTIONAL: Mapping[str, str] = {
+    "flash-attn": "memory.attention: flash_attn, on CUDA and ROCm",
+    "flash-attn-3": "memory.attention: flash_attn_3, on NVIDIA's Hopper cards",
+    "xformers": "memory.attention: xformers, on CUDA and ROCm",
+    "triton": "memory.compile on a card (on Windows the package is triton-windows)",
+    "bitsandbytes": "optimizer.name: adamw_8bit",
+    "prodigyopt": "optimizer.name: prodigy",
+    "lion-pytorch": "optimizer.name: lion",
+    "schedulefree": "optimizer.name: adamw_schedule_free",
+    "prodigy-plus-schedule-free": "optimizer.name: prodigy_plus_schedule_free",
+    "came-pytorch": "optimizer.name: came",
+    "adam-mini": "optimizer.name: adam_mini",
+    "torchao": "optimizer.name: adamw_low_bit and adamw_cpu_offload",
+    "pytorch-optimizer": "optimizer.name: custom, with more than a hundred optimizers",
+    "scenedetect": "better changes of scene for wan_config.avoid_cuts and the strategy keyframe",
+    "pillow-heif": "photos in heic and heif",
+    "pyarrow": "tables of clips in parquet",
+    "aiohttp": "sources of clips at https:// addresses",
+    "wandb": "a record of each run at Weights & Biases",
+}
+"""What each package gives that only some runs need: those of the extras, and others that are used
+where they are installed."""
 _TORCH_SECONDS = 90
 """After which the import of torch is given up; a first one from a network disk takes a minute."""
 _LITTLE_DISK = 20 * 10**9
 """Bytes; the smallest model takes about that."""
 
 _ASK_TORCH = """
-import json, torch
+import importlib, importlib.util, json, torch
 found = {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip}
 devices = []
 for kind in ("cuda", "xpu"):
@@ -44,7 +64,24 @@ for kind in ("cuda", "xpu"):
                 "capability": f"{getattr(facts, 'major', '')}.{getattr(facts, 'minor', '')}"})
 if torch.backends.mps.is_available():
     devices.append({"name": "Apple GPU", "memory": 0, "capability": ""})
-print(json.dumps({**found, "devices": devices}))
+attention = {"flash": "", "math": ""}
+if torch.cuda.is_available():
+    if not torch.backends.cuda.is_flash_attention_available():
+        attention["flash"] = "not in this build"
+    attention["efficient"] = ""
+    if torch.version.hip is None and torch.backends.cudnn.is_available():
+        attention["cudnn"] = ""
+# Packages that are compiled for one version of torch are often there, and can't be used.
+for name, module in (("flash_attn", "flash_attn.flash_attn_interface"),
+        ("flash_attn_3", "flash_attn_interface"), ("xformers", "xformers.ops.fmha")):
+    if importlib.util.find_spec(module.partition(".")[0]) is not None:
+        try:
+            importlib.import_module(module)
+            attention[name] = ""
+        except Exception as error:
+            lines = str(error).splitlines() or [type(error).__name__]
+            attention[name] = f"can't be imported: {lines[0][:200]}"
+print(json.dumps({**found, "devices": devices, "attention": attention}))
 """
 
 
@@ -57,6 +94,9 @@ class Torch:
     build: str = ""
     """"CUDA 12.8", "ROCm 6.4" or "CPU only"."""
     devices: tuple[str, ...] = ()
+    attention: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Attention backends by their names in the run file, and why one can't be used; empty if it
+    can, as far as can be told without a training step."""
     error: str = ""
     """Why it can't be imported."""
 
@@ -96,6 +136,8 @@ class Environment:
         yield f"onewan     {self.onewan}, Python {self.python}, {self.system}"
         yield f"torch      {f'{torch.version} ({torch.build})' if torch.version else 'not usable'}"
         yield f"device     {'; '.join(torch.devices) or 'none that torch can use'}"
+        backends = [f"{name} ({why})" if why else name for name, why in torch.attention.items()]
+        yield from _wrapped("attention", backends)
         if self.driver:
             yield f"driver     NVIDIA {self.driver}: {'; '.join(self.cards)}"
         yield f"host       {self.processor}, {format_bytes(self.memory)} of memory"
@@ -104,7 +146,10 @@ class Environment:
         yield from _wrapped("packages", versions)
         yield from _wrapped("optional", [f"{n} {v}" for n, v in self.optional.items() if v])
         missing = [name for name, version in self.optional.items() if not version]
-        yield from _wrapped("not there", missing)
+        width = max(map(len, missing), default=0)
+        for index, name in enumerate(missing):
+            label = "" if index else "not there"
+            yield f"{label:<11}{name:<{width}} would give {OPTIONAL.get(name, 'an extra')}"
 
 
 def look_at_environment() -> Environment:
@@ -120,7 +165,8 @@ def look_at_environment() -> Environment:
             memory=_host_memory(),
             disk_free=_disk_free(),
             packages={name: _version(name) for name in required if name != "torch"},
-            optional={name: _version(name) for name in (*extras, *_OPTIONAL)},
+            # Those of an extra that is new, should `OPTIONAL` lack them.
+            optional={name: _version(name) for name in dict.fromkeys((*OPTIONAL, *extras))},
             cards=(),
             driver="",
             torch=asked_torch.result(),
@@ -192,6 +238,7 @@ def _torch() -> Torch:
         version=facts["version"],
         build=build if facts["hip"] or facts["cuda"] else "CPU only",
         devices=tuple(map(_device, facts["devices"])),
+        attention={name: without_names(why) for name, why in facts["attention"].items()},
     )
 
 
@@ -224,8 +271,8 @@ def _driver() -> tuple[str, tuple[str, ...]]:
 
 
 def _requirements() -> tuple[dict[str, str], list[str]]:
-    """(required packages with their versions such as ">=2.6", packages of the extra for
-    optimizers), as the installed package says."""
+    """(required packages with their versions such as ">=2.6", packages of the extras but those for
+    development), as the installed package says."""
     required, extras = dict[str, str](), list[str]()
     try:
         lines = importlib.metadata.requires("onewan") or []

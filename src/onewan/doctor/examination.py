@@ -7,7 +7,7 @@ that `onewan cache` would encode, in the same order and with the same split for 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,11 +94,16 @@ class Examination:
 
 
 def examine(
-    config: ResolvedRun, environment: Environment, *, previews: bool, advance: Advance
+    config: ResolvedRun,
+    environment: Callable[[], Environment],
+    *,
+    previews: bool,
+    advance: Advance,
 ) -> Examination:
     """The data of `config`, all of which is decoded. With `previews`, clips have small pictures.
 
-    DataError if a source is not a folder that can be read.
+    `environment` gives the machine that the run is for; it is asked for last, since it may still be
+    looked at. DataError if a source is not a folder that can be read.
     """
     probes = MediaProbes(config.video_data.cache_dir / "probes.jsonl")
     report = clips_of_run(config, probes)
@@ -125,7 +130,7 @@ def examine(
     added = list(_added_findings(config, usable, digests))
     used = (*report.clips, *report.validation_clips)
     by_frames = {_frames_key(item.clip): item for item in usable}
-    needs = needs_of(config, used, environment) if used else None
+    needs = needs_of(config, used, environment()) if used else None
     report = replace(
         report,
         problems=tuple(dict.fromkeys(report.problems)),

@@ -18,7 +18,15 @@ from onewan.data.clip import Clip
 from onewan.doctor.environment import Environment
 from onewan.doctor.finding import Finding
 from onewan.errors import OnewanError
-from onewan.memory.plan import Bucket, Plan, find_machine, make_plan, read_stored_model
+from onewan.memory.plan import (
+    Bucket,
+    Machine,
+    Plan,
+    find_machine,
+    make_plan,
+    read_stored_model,
+    smallest_machine,
+)
 
 _VAE_FLOPS = 4.8e6
 """Operations of the VAE's encoder for a pixel of a frame, by the sizes of its convolutions: that of
@@ -44,7 +52,9 @@ class Needs:
     cache_free: int
     """Bytes that are free on the disk of the cache."""
     plan: Plan | None
-    """None if it can't be made, or if the run trains on the CPU."""
+    """None if it can't be made, if the run trains on the CPU, or without a card."""
+    smallest: Machine | None
+    """Without a card: the smallest machine that the run fits on, if there is one."""
     verdict: str
     """Of the plan, in one line."""
     findings: tuple[Finding, ...] = ()
@@ -71,6 +81,9 @@ class Needs:
                 "verdict": self.verdict,
                 "fits": None if self.plan is None else self.plan.fits,
                 "problems": [] if self.plan is None else self.plan.problems(),
+                "smallest": None
+                if self.smallest is None
+                else {"vram": self.smallest.vram, "ram": self.smallest.ram},
             },
         }
 
@@ -82,29 +95,37 @@ def needs_of(config: ResolvedRun, clips: Sequence[Clip], environment: Environmen
     buckets = Counter(
         Bucket(frames=clip.frames, width=clip.size[0], height=clip.size[1]) for clip in clips
     )
+    is_assumed = not environment.cards and config.memory.vram is None
     machine = find_machine(
         None if config.memory.vram is None else parse_bytes(config.memory.vram),
         None if config.memory.ram is None else parse_bytes(config.memory.ram),
     )
     batches = sum(-(-count // config.train.batch_size) for count in buckets.values())
-    findings, plan = list[Finding](), None
+    findings, plan, smallest = list[Finding](), None, None
     try:
         config = with_steps_of_epochs(config, batches)
-        plan = make_plan(config, buckets, machine, read_stored_model(config), advice=False)
+        stored = read_stored_model(config)
+
+        def plan_on(machine: Machine) -> Plan:
+            return make_plan(config, buckets, machine, stored, advice=False)
+
+        plan = plan_on(machine)
+        smallest = smallest_machine(plan_on, machine.ram) if is_assumed and not on_cpu else None
     except OnewanError as error:
         verdict = f"can't be made: {error.message}"
         findings.append(Finding(severity="problem", kind="plan", text=f"the plan {verdict}"))
     else:
-        is_assumed = not environment.cards and config.memory.vram is None
-        verdict = _verdict(plan, is_assumed=is_assumed)
         if on_cpu:
             verdict = "not made, since the run trains on the CPU (model.device)"
-        elif not plan.fits:
-            severity = "note" if is_assumed else "problem"
-            text = f"the run does not fit: {'; '.join(plan.problems())}; see `onewan plan`"
-            findings.append(Finding(severity=severity, kind="plan", text=text))
-        if not on_cpu:
-            findings += [Finding(severity="note", kind="plan", text=note) for note in plan.notes]
+        elif is_assumed:
+            verdict = _without_card(smallest, machine.ram)
+            findings += _plan_notes(stored.notes)
+        else:
+            verdict = _verdict(plan)
+            if not plan.fits:
+                text = f"the run does not fit: {'; '.join(plan.problems())}; see `onewan plan`"
+                findings.append(Finding(severity="problem", kind="plan", text=text))
+            findings += _plan_notes(plan.notes)
     size = 0 if plan is None else plan.disk.get("cache of encoded clips", 0)
     free = _free(config.video_data.cache_dir)
     needed = size - _size(config.video_data.cache_dir) if size else 0
@@ -118,25 +139,37 @@ def needs_of(config: ResolvedRun, clips: Sequence[Clip], environment: Environmen
         cache_bytes=size,
         cache_seconds=_encoding_seconds(config, clips, has_card=has_card),
         cache_free=free,
-        plan=None if on_cpu else plan,
+        plan=None if on_cpu or is_assumed else plan,
+        smallest=smallest,
         verdict=verdict,
         findings=tuple(findings),
     )
 
 
-def _verdict(plan: Plan, *, is_assumed: bool) -> str:
+def _verdict(plan: Plan) -> str:
     peak, machine = plan.peak, plan.machine
-    where = (
-        f"an assumed card of {format_bytes(machine.vram)}, since none was found"
-        if is_assumed
-        else f"{machine.name} with {format_bytes(machine.vram)}"
-    )
+    where = f"{machine.name} with {format_bytes(machine.vram)}"
     if not plan.fits:
         return f"does not fit on {where}"
     return (
         f"fits on {where}: {format_bytes(peak.device_bytes)} at most ({peak.phase}); "
         f"{plan.run_time.steps:,} steps take about {format_duration(plan.run_time.total)}"
     )
+
+
+def _without_card(smallest: Machine | None, ram: int) -> str:
+    """What the run needs, on a machine with `ram` bytes of host memory and no card."""
+    if smallest is None:
+        return "no card was found here, and the run fits on none; see `onewan plan`"
+    size = smallest.vram // 10**9
+    text = f"no card was found here; the run needs one of {size} GB or more"
+    if smallest.ram > ram:
+        text += f", with {format_bytes(smallest.ram)} of host memory (here are {format_bytes(ram)})"
+    return f"{text}; `onewan plan --vram {size}GB` has the settings, and what needs less"
+
+
+def _plan_notes(notes: Sequence[str]) -> list[Finding]:
+    return [Finding(severity="note", kind="plan", text=note) for note in notes]
 
 
 def _encoding_seconds(config: ResolvedRun, clips: Sequence[Clip], *, has_card: bool) -> float:

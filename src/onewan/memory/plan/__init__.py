@@ -9,6 +9,7 @@ from onewan.memory.plan.machine import Machine, find_machine, machine_of
 from onewan.memory.plan.make import check_plan, disk_space, limited, make_plan
 from onewan.memory.plan.result import BucketPlan, PhaseBytes, Plan, RunTime, StepTime
 from onewan.memory.plan.settings import Settings
+from onewan.memory.plan.smallest import smallest_machine
 from onewan.memory.plan.stored import StoredModel, read_stored_model
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "machine_of",
     "make_plan",
     "read_stored_model",
+    "smallest_machine",
 ]

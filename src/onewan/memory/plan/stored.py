@@ -84,7 +84,7 @@ def read_stored_model(config: ResolvedRun) -> StoredModel:
     variant = config.model.facts()
     described = _descriptions(config)
     experts: dict[ExpertName, StoredTransformer] = {}
-    notes = list[str]()
+    missing: dict[str, list[str]] = {}
     for expert in variant.experts:
         found = described.get(expert.component)
         experts[expert.name] = _transformer(config, expert, found)
@@ -92,10 +92,7 @@ def read_stored_model(config: ResolvedRun) -> StoredModel:
             which = f"{expert.name} expert" if len(variant.experts) > 1 else "transformer"
             source = config.model.source_of(expert.component)
             how = "fp8, by the file's name" if _is_named_fp8(source) else config.model.dtype
-            notes.append(
-                f"the files of the {which} are not on this machine, so its size is that of "
-                f"{variant.title}, with weights in {how}"
-            )
+            missing.setdefault(how, []).append(which)
     vae, text = described.get("vae"), described.get("text_encoder")
     found = assumed_model(config)
     return StoredModel(
@@ -106,7 +103,12 @@ def read_stored_model(config: ResolvedRun) -> StoredModel:
         else _text_encoder_bytes(text.file, config.model.dtype),
         text_width=TEXT_WIDTH if text is None else int(text.config["d_model"]),
         text_heads=TEXT_HEADS if text is None else int(text.config["num_heads"]),
-        notes=tuple(notes),
+        notes=tuple(
+            f"the files of the {' and the '.join(which)} are not on this machine, so "
+            f"{'their sizes are those' if len(which) > 1 else 'its size is that'} of "
+            f"{variant.title}, with weights in {how}"
+            for how, which in missing.items()
+        ),
     )
 
 
