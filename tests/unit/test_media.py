@@ -19,7 +19,7 @@ from PIL import Image
 
 from onewan import media
 from onewan.errors import DataError
-from onewan.media import Fit, fit_image, keyframe_near, probe, read_frames, read_image, write_video
+from onewan.media import Fit, keyframe_near, probe, read_frames, read_image, write_video
 
 WIDTH, HEIGHT, SQUARE = 160, 64, 16
 OPEN_GOP = {"x264-params": "open-gop=1:keyint=30:min-keyint=30:scenecut=0:bframes=4:b-pyramid=2"}
@@ -462,41 +462,6 @@ def test_colors_are_not_biased(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     write_video(path, np.full((1, 64, 64, 3), 100, np.uint8), 16)
     assert read_frames(path, [0.0]).mean() == pytest.approx(100, abs=0.51)
-
-
-def test_fit_covers_the_size_and_crops_around_the_center() -> None:
-    pixels = np.zeros((100, 200, 3), np.uint8)
-    pixels[:, 50:150] = 255  # exactly what a square crop keeps
-    fitted = fit_image(pixels, Fit(40, 40))
-    assert fitted.shape == (40, 40, 3)
-    assert fitted.min() > 250 or fitted[:, 3:-3].min() == 255
-    wide = fit_image(pixels.swapaxes(0, 1), Fit(80, 20))
-    assert wide.shape == (20, 80, 3)
-    assert wide.min() == 255
-
-
-def test_fit_does_not_alias() -> None:
-    stripes = np.zeros((64, 512, 3), np.uint8)
-    stripes[:, ::2] = 255
-    assert np.abs(fit_image(stripes, Fit(100, 12)).astype(int) - 128).max() < 12
-
-
-def test_fit_makes_pixels_square() -> None:
-    # Stored 100x100, shown 200x100: a 2:1 target keeps all of it, a square one its middle half.
-    pixels = np.zeros((100, 100, 3), np.uint8)
-    pixels[:, 25:75] = 255
-    assert fit_image(pixels, Fit(200, 100), pixel_aspect=2.0)[:, :40].max() == 0
-    assert fit_image(pixels, Fit(50, 50), pixel_aspect=2.0)[:, 2:-2].min() > 250
-
-
-def test_read_frames_fits_upright_square_pixels(clips: Path) -> None:
-    path = clips / "odd" / "rotated_90.mp4"
-    info = probe(path)
-    assert info.shown_size == (132, 176)  # 128:117 pixels, turned
-    frames = read_frames(path, [0.0, 0.5], Fit(64, 96))
-    assert frames.shape == (2, 96, 64, 3)
-    unfitted = read_frames(path, [0.0])[0]
-    assert np.array_equal(frames[0], fit_image(unfitted, Fit(64, 96), pixel_aspect=117 / 128))
 
 
 # --- Images --------------------------------------------------------------------------------------

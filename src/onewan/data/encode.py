@@ -21,7 +21,7 @@ from onewan.model.sources import PipelineComponent
 from onewan.model.wan import WanModel
 from onewan.variants import TEXT_LENGTH, Variant
 
-ENCODING_VERSION = 2
+ENCODING_VERSION = 3
 """Incremented when decoding, resizing or encoding of clips gives other values, so that no cache
 entry of an older version is used."""
 

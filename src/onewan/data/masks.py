@@ -26,7 +26,7 @@ from onewan.media import (
     read_frames,
 )
 
-MASK_VERSION = 2
+MASK_VERSION = 3
 """Incremented when the values of `latent_mask` change, so that cached masks are computed again."""
 
 _MASK_SUFFIX = ".mask"

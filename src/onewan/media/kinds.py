@@ -60,10 +60,19 @@ def pixel_limit(file_bytes: int, kind: str) -> int:
 # on average. These flags reduce the mean error to 0.004, for 2 ms per frame of 720p. They are
 # integers here, since PyAV names the last three only from version 18 on, which needs Python 3.11.
 SWS_BILINEAR = 0x2
+SWS_LANCZOS = 0x200
 SWS_FULL_CHR_H_INT = 0x2000
 SWS_FULL_CHR_H_INP = 0x4000
 SWS_ACCURATE_RND = 0x40000
+SWS_BITEXACT = 0x80000
 SWS_ACCURATE = SWS_BILINEAR | SWS_ACCURATE_RND | SWS_FULL_CHR_H_INT
+
+# For scaling. swscale widens the filter when it scales down (no aliasing); of its filters, Lanczos
+# keeps the most detail, which the VAE should see. FULL_CHR_H_INP matters for RGB sources, of which
+# every other column would be left out, and BITEXACT gives the same values on every processor.
+SWS_SCALING = (
+    SWS_LANCZOS | SWS_ACCURATE_RND | SWS_FULL_CHR_H_INT | SWS_FULL_CHR_H_INP | SWS_BITEXACT
+)
 
 
 def extension(path: Path) -> str:

@@ -33,7 +33,7 @@ WHITE: RGB = (255, 255, 255)
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A target size in pixels: the image is scaled to cover it, then cropped to it."""
+    """A target size in pixels: a picture is scaled to cover it, then cropped to it."""
 
     width: int
     height: int
@@ -41,6 +41,33 @@ class Fit:
     """Horizontal position of the crop, from left (0) to right (1); 0.5 is the center."""
     down: float = 0.5
     """Vertical position of the crop, from top (0) to bottom (1)."""
+
+    def cover(self, width: int, height: int, pixel_aspect: float = 1.0) -> Cover:
+        """How a picture of `width` x `height` pixels is scaled and cropped to this size.
+
+        `pixel_aspect` is the width of its pixels over their height; those of the result are square.
+        The same for videos, images and masks, so that these lie exactly over each other.
+        """
+        shown_width = width * pixel_aspect
+        scale = max(self.width / shown_width, self.height / height)
+        scaled_width = max(self.width, round(shown_width * scale))
+        scaled_height = max(self.height, round(height * scale))
+        return Cover(
+            width=scaled_width,
+            height=scaled_height,
+            left=round((scaled_width - self.width) * self.across),
+            top=round((scaled_height - self.height) * self.down),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cover:
+    """A picture scaled to cover a `Fit`, in pixels, and where in it the crop begins."""
+
+    width: int
+    height: int
+    left: int
+    top: int
 
 
 def read_image(path: str | Path, fit: Fit | None = None, background: RGB = WHITE) -> np.ndarray:
@@ -63,24 +90,23 @@ def image_pixels(image: Image.Image, fit: Fit | None, background: RGB) -> np.nda
 
 
 def fit_image(image: Image.Image | np.ndarray, fit: Fit, pixel_aspect: float = 1.0) -> np.ndarray:
-    """`image` (RGB uint8 [H, W, 3], or one channel, float32 [H, W]) scaled to cover `fit` and
-    cropped to it, as an array.
+    """`image` (RGB, uint8 [H, W, 3]) scaled and cropped to `fit`, as such an array.
 
-    `pixel_aspect` is the width of its pixels over their height; those of the result are square.
+    For still images; the frames of videos are scaled when their colors are converted, eight times
+    as fast, see `onewan.media.video_frames`. `pixel_aspect` as for `Fit.cover`.
     """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
-    shown_width = image.width * pixel_aspect
-    scale = max(fit.width / shown_width, fit.height / image.height)
-    width, height = fit.width / (scale * pixel_aspect), fit.height / scale
-    left = max(0.0, (image.width - width) * fit.across)
-    top = max(0.0, (image.height - height) * fit.down)
-    box = (left, top, min(image.width, left + width), min(image.height, top + height))
-    if box == (0, 0, fit.width, fit.height):
-        return np.array(image)
-    # Crop and scale in one step, so that the crop is exact to a fraction of a pixel. Pillow widens
-    # the filter when it scales down (no aliasing, unlike OpenCV or torch without antialias); of its
-    # filters, Lanczos keeps the most detail, which the VAE should see.
+    cover = fit.cover(image.width, image.height, pixel_aspect)
+    # The pixels of `image` that the crop is made of, so that no others are computed. Pillow, too,
+    # widens the filter when it scales down.
+    across, down = image.width / cover.width, image.height / cover.height
+    box = (
+        cover.left * across,
+        cover.top * down,
+        min(image.width, (cover.left + fit.width) * across),
+        min(image.height, (cover.top + fit.height) * down),
+    )
     return np.array(image.resize((fit.width, fit.height), Image.Resampling.LANCZOS, box=box))
 
 
