@@ -16,6 +16,7 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
+from support.adapters import effective_weights
 from torch import Tensor
 
 from onewan.adapters.lora import apply_lora
@@ -82,14 +83,8 @@ def by_comfyui(file: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Te
 
 
 def official_state(model: WanTransformer3DModel) -> dict[str, Tensor]:
-    """The weights that the model computes with, attached adapters merged in, by official names."""
-    weights = {n.replace(".base_layer", ""): t for n, t in model.state_dict().items()}
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            for adapter in layer.active_adapters:
-                delta = layer.get_delta_weight(adapter)  # pyright: ignore[reportAttributeAccessIssue]
-                weights[f"{name}.weight"] = weights[f"{name}.weight"] + delta
-    return {to_official(n): t for n, t in weights.items() if ".lora_" not in n}
+    """The weights that the model computes with, by official names."""
+    return {to_official(name): tensor for name, tensor in effective_weights(model).items()}
 
 
 def assert_equal_weights(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:

@@ -23,9 +23,9 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
-from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.adapters import effective_weights
 from support.lora_key_lists import LAYERS, TRAINERS, WIDTH, Written
 from torch import Tensor
 
@@ -69,17 +69,6 @@ def close(got: Tensor, want: Tensor, bound: float = 1e-5) -> None:
     assert got.shape == want.shape
     assert want.norm() > 0
     assert (got.double() - want.double()).norm() < bound * want.double().norm()
-
-
-def effective(model: WanTransformer3DModel) -> dict[str, Tensor]:
-    """The weights that the model computes with, those of attached adapters merged in."""
-    weights = {n.replace(".base_layer", ""): t for n, t in model.state_dict().items()}
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            for adapter in layer.active_adapters:
-                delta = layer.get_delta_weight(adapter)  # pyright: ignore[reportCallIssue]
-                weights[f"{name}.weight"] = weights[f"{name}.weight"] + delta
-    return {name: tensor for name, tensor in weights.items() if ".lora_" not in name}
 
 
 # ------------------------------------------------------------------------------- what others write
@@ -157,7 +146,7 @@ def test_differences_of_norms_biases_and_tables_are_converted_or_refused(tmp_pat
     adapter = read_adapter(tmp_path / "x.safetensors")
     model = copy.deepcopy(base)
     apply_lora(model, adapter.modules, "one")
-    got = effective(model)
+    got = effective_weights(model)
     q = "diffusion_model.blocks.2.self_attn.q"
     added = {
         "blocks.0.norm2.weight": tensors["diffusion_model.blocks.0.norm3.diff"],
@@ -492,13 +481,7 @@ def test_any_kind_can_be_applied_for_sampling(tmp_path, trained, base, weight, k
     model = copy.deepcopy(base)
     apply_lora(model, adapter.modules, "one")
     for module, want in deltas.items():
-        layer = model.get_submodule(module)
-        if hasattr(layer, "get_base_layer"):
-            (attached,) = layer.active_adapters
-            got = layer.get_delta_weight(attached)
-        else:
-            got = layer.weight - weight(f"{module}.weight")
-        close(got, want)
+        close(effective_weights(model)[f"{module}.weight"] - weight(f"{module}.weight"), want)
 
 
 @pytest.mark.parametrize("kind", ["lora", "lora-patterns", "rslora", "dora"])
@@ -547,7 +530,7 @@ def test_biases_of_peft_are_scaled(tmp_path, folder, base):
             plain = base.state_dict()[f"{name}.{part}"]
             want = merged[f"{name}.{part}"] - plain
             close(getattr(layer, part) - plain, want)
-            close(effective(ours)[f"{name}.{part}"] - plain, want)
+            close(effective_weights(ours)[f"{name}.{part}"] - plain, want)
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr", "oft"])

@@ -56,6 +56,18 @@ def output(model: WanTransformer3DModel, dtype: torch.dtype = torch.float32) -> 
         return predict_velocity(model, *inputs(), dtype=dtype)
 
 
+@torch.no_grad()
+def effective_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that a float32 model computes with, by the names of its own: those of linear
+    layers that an adapter lies over as their outputs show them."""
+    weights = dict(model.state_dict())
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and layer._forward_hooks:
+            zero = layer(torch.zeros(1, layer.in_features))
+            weights[f"{name}.weight"] = (layer(torch.eye(layer.in_features)) - zero).T
+    return weights
+
+
 def attached(
     base: WanTransformer3DModel, method: AdapterMethod, *, seed: int = 1, name: str = "high"
 ) -> tuple[WanTransformer3DModel, AdapterConfig]:

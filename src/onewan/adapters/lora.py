@@ -22,15 +22,13 @@ oft         ``.oft_R.weight`` [in / size, size (size - 1) / 2]
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from peft import LoraConfig, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -46,6 +44,7 @@ from onewan.adapters.layers import (
     row_norms,
 )
 from onewan.adapters.merging import check_modules_exist, merge_adapters
+from onewan.adapters.overlay import Overlay
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.peft import from_peft
@@ -324,7 +323,7 @@ def apply_lora(
 ) -> None:
     """Apply a finished adapter of any kind to `transformer`, on top of those applied before.
 
-    LoRAs of linear layers are attached beside the weights, in float32, so that the weights may be
+    LoRAs of linear layers are laid over the weights, in float32, so that the weights may be
     quantized; ranks and alphas may differ from module to module. All other differences are merged
     into the weights and biases.
     `strength` multiplies what the adapter adds to weights and biases, whatever its kind, as in
@@ -332,50 +331,12 @@ def apply_lora(
     adapted one, as ComfyUI computes DoRA; a rotation by a part of the angle would be another.
     `name` stands in the CheckpointError for an adapter that does not fit the model.
     """
-    linears = {n for n, m in transformer.named_modules() if isinstance(m, nn.Linear | LoraLayer)}
+    linears = {n for n, m in transformer.named_modules() if isinstance(m, nn.Linear)}
     check_modules_exist(transformer, modules, name)
     plain = {m: a for m, a in modules.items() if a.kind == "lora" and m in linears}
     merge_adapters(transformer, modules, name, strength=strength, only_biases=plain)
-    if plain:
-        _attach(transformer, plain, name, strength)
-
-
-def _attach(
-    transformer: WanTransformer3DModel,
-    modules: Mapping[str, ModuleAdapter],
-    name: str,
-    strength: float,
-) -> None:
-    """Attach plain LoRAs to linear layers through PEFT."""
-    ranks = {module: int(adapter.rank or 0) for module, adapter in modules.items()}
-    # PEFT divides each alpha by its rank, which gives the file's scale again.
-    alphas = {m: strength * adapter.scale * ranks[m] for m, adapter in modules.items()}
-    # PEFT takes no dots in an adapter's name, and each adapter of a model needs its own.
-    adapter_name = f"applied_{len(getattr(transformer, 'peft_config', {}))}"
-    # Copies: where tensors begin in a mapped file, and thus how products round, differs by file.
-    weights = {
-        f"{module}.{part}.weight": tensor.to(torch.float32, copy=True)
-        for module, adapter in modules.items()
-        for part, tensor in adapter.tensors.items()
-        if part in ("lora_A", "lora_B")
+    low_rank = {
+        module: replace(adapter, tensors={n: adapter.tensors[n] for n in ("lora_A", "lora_B")})
+        for module, adapter in plain.items()
     }
-    config = LoraConfig(
-        r=next(iter(ranks.values())),
-        target_modules=sorted(ranks),
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
-    )
-    try:
-        with warnings.catch_warnings():
-            # PEFT warns of a second adapter on a model.
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            transformer.add_adapter(config, adapter_name=adapter_name)
-        result = set_peft_model_state_dict(transformer, weights, adapter_name=adapter_name)
-    except RuntimeError as error:  # which torch raises for a wrong shape
-        raise CheckpointError(f"{name}: does not fit the model ({error})") from error
-    assert not result.unexpected_keys, result.unexpected_keys
-    # `add_adapter` activates only the newest adapter.
-    transformer.set_adapter(list(transformer.peft_config))
-    for layer in transformer.modules():
-        if isinstance(layer, LoraLayer):
-            layer.cast_input_dtype_enabled = False
+    Overlay(transformer, low_rank, name, strength=strength).attach()
