@@ -201,7 +201,7 @@ def remove_abandoned(folders: Path | Iterable[Path], name: str | None = None) ->
         for path in [*folder.glob(f"{TEMPORARY_PREFIX}*"), *folder.glob(f"{REPLACED_PREFIX}*")]:
             if name is not None and not path.name.endswith(f"-{name}"):
                 continue
-            size = _size(path)
+            size = total_bytes(path)
             if not _is_abandoned(path):
                 if size >= LARGE_BYTES and _local_process(path) is None:
                     notices.append(_kept(path, size))
@@ -234,7 +234,7 @@ def _replaced_original(path: Path) -> Path | None:
     return None if os.path.lexists(original) else original
 
 
-def _size(path: Path) -> int:
+def total_bytes(path: Path) -> int:
     """Bytes of a file, or of all files in a folder."""
     total = 0
     for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:

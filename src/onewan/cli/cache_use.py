@@ -1,4 +1,5 @@
-"""`onewan cache --stats` and `--prune`: what a cache holds, and removing what no run needs."""
+"""`onewan cache --stats` and `--prune`: what a cache's folder holds, and removing what no run
+needs."""
 
 from __future__ import annotations
 
@@ -12,14 +13,23 @@ from onewan.cli.output import complain, say
 from onewan.config.load import load_run
 from onewan.config.schema import ResolvedRun
 from onewan.data.cache import EntryCache
-from onewan.data.cache_use import Entries, KindUse, cache_use, prune, total
-from onewan.data.dataset import needed_entries
+from onewan.data.cache_use import KindUse, Needed, PartKind, cache_use, prune, total
+from onewan.data.dataset import needed
 from onewan.errors import ConfigError
 from onewan.model.sources import ENCODERS, locate
 from onewan.runs.layout import displayed
 from onewan.train.run import sample_requests
 
-_NAMES = {"video": "clips", "text": "captions", "mask": "masks", "preview": "small frames"}
+_NAMES: dict[PartKind, str] = {
+    "video": "clips",
+    "text": "captions",
+    "mask": "masks",
+    "preview": "small frames",
+    "remote": "copies of remote files",
+    "shards": "unpacked archives",
+    "sheet": "pages of contact sheets",
+}
+_ALWAYS_SHOWN = ("video", "text", "mask", "preview")
 
 
 def show_stats(runs: Sequence[Path], overrides: Sequence[str]) -> int:
@@ -27,18 +37,19 @@ def show_stats(runs: Sequence[Path], overrides: Sequence[str]) -> int:
     cache, _, use = _examined(runs, overrides)
     say(f"cache {displayed(cache.folder)}, and what {_of(runs)} of it")
     for kind, name in _NAMES.items():
-        say(_line(name, use[kind]))
+        if kind in _ALWAYS_SHOWN or use[kind].number:
+            say(_line(name, use[kind]))
     say(_line("together", total(use)))
     return 0
 
 
 def prune_cache(runs: Sequence[Path], overrides: Sequence[str], *, yes: bool) -> int:
     """Deletes what none of the run files needs, after asking."""
-    cache, needed, use = _examined(runs, overrides)
+    cache, used, use = _examined(runs, overrides)
     everything = total(use)
     number = everything.number - everything.needed_number
     if not number:
-        say(f"cache {displayed(cache.folder)}: every entry is needed")
+        say(f"cache {displayed(cache.folder)}: everything in it is needed")
         return 0
     for kind, name in _NAMES.items():
         if unneeded := use[kind].number - use[kind].needed_number:
@@ -48,15 +59,15 @@ def prune_cache(runs: Sequence[Path], overrides: Sequence[str], *, yes: bool) ->
     if not yes and not _agrees(cache, runs, number, size):
         complain("nothing was deleted")
         return 0
-    deleted = prune(cache, needed)
+    deleted = prune(cache, used)
     folder = displayed(cache.folder)
-    say(f"cache {folder}: deleted {deleted} of {everything.number} entries ({size})")
+    say(f"cache {folder}: deleted {deleted} of {everything.number} items ({size})")
     return 0
 
 
 def _examined(
     runs: Sequence[Path], overrides: Sequence[str]
-) -> tuple[EntryCache, Entries, dict[str, KindUse]]:
+) -> tuple[EntryCache, Needed, dict[PartKind, KindUse]]:
     """The cache that the run files share, what they need of it, and what it holds."""
     configs = [load_run(run_file_of(run), overrides) for run in runs]
     folders = dict.fromkeys(config.video_data.cache_dir for config in configs)
@@ -67,13 +78,13 @@ def _examined(
             [f"is not the same in all run files ({names}); name those of one"],
         )
     cache = EntryCache(next(iter(folders)))
-    needed = frozenset(entry for config in configs for entry in _needed(config))
-    return cache, needed, cache_use(cache, needed)
+    used = Needed.by_any(_needed(config) for config in configs)
+    return cache, used, cache_use(cache, used)
 
 
-def _needed(config: ResolvedRun) -> Entries:
+def _needed(config: ResolvedRun) -> Needed:
     texts = {text for s in sample_requests(config) for text in (s.prompt, s.negative_prompt)}
-    return needed_entries(
+    return needed(
         config,
         locate(config.model.sources(), ENCODERS).paths,
         extra_prompts=sorted(texts),
@@ -97,7 +108,7 @@ def _agrees(cache: EntryCache, runs: Sequence[Path], number: int, size: str) -> 
         raise ConfigError("--prune", ["asks before it deletes; add --yes in a script"])
     other = "" if len(runs) > 1 else " Name all run files that share it."
     complain(
-        f"Delete {number} entries ({size}) of {displayed(cache.folder)}, which are not needed by "
+        f"Delete {number} items ({size}) of {displayed(cache.folder)}, which are not needed by "
         f"{', '.join(map(str, runs))}?{other} [y/N]"
     )
     return sys.stdin.readline().strip().lower() in ("y", "yes")

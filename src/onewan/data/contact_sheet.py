@@ -6,7 +6,7 @@ and `PreviewSource` has the frames, which the cache keeps from the time when a c
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -147,6 +147,15 @@ def write_contact_sheet(
 
 def _page(folder: Path, name: str, number: int) -> Path:
     return folder / f"contact_sheet_{name}{f'.{number}' if number > 1 else ''}.jpg"
+
+
+def sheets_in(folder: Path) -> Iterator[tuple[Path, set[str]]]:
+    """The pages of contact sheets in `folder`, each with the names of the runs that it may be of:
+    ``a.2`` is the second page of run ``a``, or the first one of run ``a.2``."""
+    for path in sorted(folder.glob("contact_sheet_*.jpg")):
+        name = path.stem.removeprefix("contact_sheet_")
+        first, _, number = name.rpartition(".")
+        yield path, {name, first} if number.isdecimal() and first else {name}
 
 
 def _comment(page: Path) -> str | None:

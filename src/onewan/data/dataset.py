@@ -13,7 +13,8 @@ from pathlib import Path
 from onewan.config.clips import SourceSection
 from onewan.config.schema import ResolvedRun
 from onewan.data.ahead import worker_count
-from onewan.data.cache import ContentDigests, EntryCache, EntryKind, entry_key
+from onewan.data.cache import ContentDigests, EntryCache, entry_key
+from onewan.data.cache_use import Needed
 from onewan.data.cached_latents import CachedLatents
 from onewan.data.clip import Clip
 from onewan.data.contact_sheet import clips_to_show, write_contact_sheet
@@ -113,26 +114,35 @@ def prepare(
     )
 
 
-def needed_entries(
+def needed(
     config: ResolvedRun,
     component_paths: Mapping[ComponentName, Path],
     *,
     extra_prompts: Sequence[str] = (),
     encode_text_online: bool = False,
-) -> frozenset[tuple[EntryKind, str]]:
-    """The cache entries of a run, by kind and key; the arguments are those of `prepare`.
+) -> Needed:
+    """What a run needs of the folder of its cache; the arguments are those of `prepare`.
 
-    Reads the clips, and encodes nothing. DataError if a source can't be read: then nobody knows
-    what the run needs.
+    Reads the clips, and encodes nothing. DataError if a source can't be read, or a file of another
+    machine: then nobody knows what the run needs.
     """
     folder = config.video_data.cache_dir
     known_digests = ContentDigests(folder / "digests.jsonl")
     probes = MediaProbes(folder / "probes.jsonl")
-    report, digests = _index(config, known_digests, probes, Copies(folder))
+    copies = Copies(folder)
+    report, digests = _index(config, known_digests, probes, copies)
+    if failed := copies.remote.failed:
+        reasons = [f"{path.name}: {reason}" for path, reason in failed.items()]
+        text = "what the run needs is not known, since files can't be fetched; try again later"
+        raise DataError(text, reasons)
     clips = (*report.clips, *report.validation_clips)
     texts = [] if encode_text_online else _texts(config, report, extra_prompts)
     source = _cached_latents(config, component_paths, digests)
-    return frozenset(source.entries(clips, texts, clips_to_show(clips)))
+    return Needed(
+        entries=frozenset(source.entries(clips, texts, clips_to_show(clips))),
+        copies=copies.used,
+        runs=frozenset([config.output.name]),
+    )
 
 
 def _cached_latents(

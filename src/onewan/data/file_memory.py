@@ -77,9 +77,10 @@ def _record(line: str) -> tuple[str, FileState, object] | None:
         return None
 
 
-def forget_vanished(file: Path) -> None:
+def forget_vanished(file: Path, folder: Path = Path()) -> None:
     """Take the lines of files that do not exist any more, and all but the last of each other one,
-    out of a file of `FileMemory`, or one whose lines begin with a path in the same way.
+    out of a file of `FileMemory`, or one whose lines begin with a path in the same way. Paths that
+    are not absolute are those of files in `folder`.
 
     What another process appends at the same time may be lost, and is found out again.
     """
@@ -93,6 +94,6 @@ def forget_vanished(file: Path) -> None:
             path = str(json.loads(line)[0])
             kept.pop(path, None)
             kept[path] = line
-    kept = {path: line for path, line in kept.items() if os.path.lexists(path)}
+    kept = {path: line for path, line in kept.items() if os.path.lexists(folder / path)}
     with replacing(file) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in kept.values()), encoding="utf-8")

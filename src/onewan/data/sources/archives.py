@@ -42,6 +42,7 @@ def read_archives(
                 continue
             if shard is None:
                 shard = _unpack(place, archive, copies.shards, identity)
+            copies.used_shards.add(shard.folder)
             shards.append((shard, label))
         except (ValueError, FileNotFoundError) as error:
             reason = "there is no such file" if isinstance(error, OSError) else str(error)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from onewan.data.sources.remote import Progress, RemoteFiles
+from onewan.files import TEMPORARY_PREFIX
 
 
 @dataclass
@@ -20,6 +22,21 @@ class Copies:
     progress: Progress = lambda *_: None
     verify: bool = False
     """Ask whether a remote file has changed, also where only a table names it."""
+
+    used_shards: set[Path] = field(default_factory=set[Path])
+    """The folders of unpacked archives that were read."""
+
+    @property
+    def used(self) -> frozenset[Path]:
+        """Copies that were asked for, and folders of unpacked archives that were read."""
+        return frozenset(self.used_shards | self.remote.used)
+
+    def unpacked(self) -> Iterator[Path]:
+        """The folders of all archives that are unpacked."""
+        if self.shards.is_dir():
+            for path in sorted(self.shards.iterdir()):
+                if path.is_dir() and not path.name.startswith(TEMPORARY_PREFIX):
+                    yield path
 
     @property
     def shards(self) -> Path:

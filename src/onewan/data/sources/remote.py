@@ -24,14 +24,19 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
+from onewan.data.file_memory import forget_vanished
 from onewan.data.sources.place import BY_NAME, Listing, inner_path
 from onewan.errors import DataError, one_line
 from onewan.files import append_lines, sync
+from onewan.locks import Claim
 
 Progress = Callable[[str, int, int], None]
 """Called with an activity, the number of finished items, and that of all."""
 
 _RECORDS = "files.jsonl"
+_LOCKS = "locks"
+_PART, _ABOUT = ".part-", ".about.json"
+"""What the names of a copy that is not complete begin with, and of the file that says of what."""
 _PIECE = 8 << 20
 _WAITS = (1.0, 4.0, 10.0)
 """Seconds before each further try."""
@@ -100,6 +105,10 @@ class RemoteFiles:
     progress: Progress = lambda *_: None
     verify: bool = False
     """Ask for the tag of every file, also of those that a table names."""
+    used: set[Path] = field(default_factory=set[Path])
+    """Copies that were asked for."""
+    failed: dict[Path, str] = field(default_factory=dict[Path, str])
+    """What is wrong with copies that could not be made now, and perhaps can be another time."""
     _known: dict[Path, RemoteFile] = field(default_factory=dict[Path, RemoteFile])
     _records: dict[str, tuple[int, str]] | None = None
 
@@ -127,14 +136,17 @@ class RemoteFiles:
         wanted = [path for path in dict.fromkeys(paths) if path in self._known]
         missing = [path for path in wanted if not self._is_current(path)]
         failed = dict[Path, str]()
+        self.used.update(wanted)
 
-        def copy(path: Path) -> tuple[Path, str | None]:
+        def copy(path: Path) -> tuple[Path, _Failure | None]:
             return path, self._copy(path)
 
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="onewan-fetch") as pool:
-            for done, (path, reason) in enumerate(pool.map(copy, missing), start=1):
-                if reason:
-                    failed[path] = reason
+            for done, (path, failure) in enumerate(pool.map(copy, missing), start=1):
+                if failure:
+                    failed[path] = failure.text
+                    if failure.is_passing:
+                        self.failed[path] = failure.text
                 self.progress("fetching files", done, len(missing))
         return failed
 
@@ -146,21 +158,48 @@ class RemoteFiles:
             return not self.verify
         return record == (file.size if file.size is not None else record[0], file.tag)
 
-    def _copy(self, path: Path) -> str | None:
-        """Make one copy; the reason if that fails."""
-        reason = self._tried(path)
+    def stored(self) -> Iterator[tuple[Path, Path]]:
+        """All files that are kept here, each with the copy that it is, or that it is to become."""
+        for place in self._places():
+            for path in sorted(path for path in place.rglob("*") if path.is_file()):
+                name = path.name
+                if name.startswith(_PART):
+                    name = name.removeprefix(_PART).removesuffix(_ABOUT)
+                yield path, path.with_name(name)
+
+    def tidy(self) -> None:
+        """Remove what only copies that were deleted needed."""
+        for place in self._places():
+            for folder in sorted((p for p in place.rglob("*") if p.is_dir()), reverse=True):
+                _remove_if_empty(folder)
+            _remove_if_empty(place)
+        forget_vanished(self.folder / _RECORDS, self.folder)
+        for lock in (self.folder / _LOCKS).glob("*.lock"):
+            Claim(lock).release()
+        for folder in (self.folder / _LOCKS, self.folder):
+            _remove_if_empty(folder)
+
+    def _places(self) -> list[Path]:
+        """The folders of copies, one for each folder elsewhere."""
+        if not self.folder.is_dir():
+            return []
+        return [p for p in sorted(self.folder.iterdir()) if p.is_dir() and p.name != _LOCKS]
+
+    def _copy(self, path: Path) -> _Failure | None:
+        """Make one copy; why not if that fails."""
+        failure = self._tried(path)
         for wait in _WAITS:
-            if reason is None or not reason.is_passing:
-                break
+            if failure is None or not failure.is_passing:
+                return failure
             time.sleep(wait)
-            reason = self._tried(path)
-        if reason is None:
-            return None
-        return reason.text + (f", after {len(_WAITS) + 1} tries" if reason.is_passing else "")
+            failure = self._tried(path)
+        if failure is None or not failure.is_passing:
+            return failure
+        return failure._replace(text=f"{failure.text}, after {len(_WAITS) + 1} tries")
 
     def _tried(self, path: Path) -> _Failure | None:
         name = hashlib.blake2b(str(path).encode(errors="surrogatepass"), digest_size=8).hexdigest()
-        locks = self.folder / "locks"
+        locks = self.folder / _LOCKS
         locks.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(locks / f"{name}.lock"):
@@ -179,8 +218,8 @@ class RemoteFiles:
         if self._is_current(path):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".part-{path.name}")
-        about = path.with_name(f".part-{path.name}.json")
+        part = path.with_name(f"{_PART}{path.name}")
+        about = path.with_name(f"{_PART}{path.name}{_ABOUT}")
         state = json.dumps([file.size, file.tag])
         # Without a size or a tag nothing says that the rest belongs to the same file.
         same = about.is_file() and about.read_text(encoding="utf-8") == state and file.tag
@@ -305,6 +344,11 @@ class RemotePlace:
         plain = re.sub(r"[^A-Za-z0-9._-]+", "-", shown_url(url)).strip("-.")[-60:]
         digest = hashlib.blake2b(url.encode(errors="surrogatepass"), digest_size=6).hexdigest()
         return self.remote.folder / f"{plain}-{digest}"
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # it is not empty, or not there
+        folder.rmdir()
 
 
 @contextmanager
