@@ -13,6 +13,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.filter import Graph
 from av.video.plane import VideoPlane
 
 from onewan.errors import DataError
@@ -205,22 +206,13 @@ def test_dolby_vision_without_a_compatible_layer_is_refused(tmp_path: Path) -> N
             read(path)
 
 
-@pytest.mark.parametrize(
-    ("primaries", "transfer", "note"),
-    [
-        (9, 14, "SDR with BT.2020 primaries, which are not converted: colors look paler"),
-        (12, 1, "SDR with Display P3 primaries, which are not converted: colors look paler"),
-        (1, 8, "linear transfer function, which is not converted"),
-    ],
-)
-def test_what_is_not_converted_is_said(
-    tmp_path: Path, primaries: int, transfer: int, note: str
-) -> None:
-    path = make(tmp_path / "a.mp4", COLORS / 255, "709", tags=(1, 1, primaries, transfer))
+def test_what_is_not_converted_is_said(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.mp4", COLORS / 255, "709", tags=(1, 1, 1, 8))
+    note = "linear transfer function, which is not converted"
     assert probe(path).notes == (note,) == probe_header(path).notes
 
 
-# --- HDR -----------------------------------------------------------------------------------------
+# --- Wide primaries ------------------------------------------------------------------------------
 
 TO_2020 = np.array(
     [
@@ -230,6 +222,115 @@ TO_2020 = np.array(
     ]
 )
 """Linear RGB of BT.709 in the primaries of BT.2020 (ITU-R BT.2087-0)."""
+TO_P3 = np.array(
+    [
+        [0.8224622, 0.1775380, 0.0000000],
+        [0.0331942, 0.9668058, 0.0000000],
+        [0.0170826, 0.0723975, 0.9105199],
+    ]
+)
+"""Linear RGB of BT.709 in those of Display P3, of which CSS Color Module Level 4 has the parts."""
+
+
+@pytest.mark.parametrize("fit", [None, Fit(128, 64)], ids=["stored", "scaled"])
+@pytest.mark.parametrize(
+    ("tags", "to_wide", "gamma", "name"),
+    [
+        ((9, 1, 9, 14), TO_2020, 2.4, "BT.2020"),
+        ((9, 1, 9, 4), TO_2020, 2.2, "BT.2020"),
+        ((1, 1, 12, 1), TO_P3, 2.4, "Display P3"),
+        ((1, 2, 12, 13), TO_P3, None, "Display P3"),
+    ],
+)
+def test_sdr_of_wide_primaries_has_the_colors_of_bt_709(
+    tmp_path: Path,
+    tags: tuple[int, int, int, int],
+    to_wide: np.ndarray,
+    gamma: float | None,
+    name: str,
+    fit: Fit | None,
+) -> None:
+    signal = COLORS / 255
+    if gamma is None:  # sRGB
+        wide = to_srgb(linear(signal) @ to_wide.T)
+    else:
+        wide = (signal**gamma @ to_wide.T) ** (1 / gamma)
+    standard = {9: "2020", 1: "709"}[tags[0]]
+    path = make(
+        tmp_path / "a.mp4", wide, standard, full=tags[1] == 2, bits=10, codec="libx265", tags=tags
+    )
+    note = f"SDR with {name} primaries, brought to those of BT.709"
+    assert probe(path).notes == (note,) == probe_header(path).notes
+    assert np.abs(patches(read_frames(path, [0.0], fit)[0]) - COLORS).max() <= 2
+
+
+def color_grid() -> np.ndarray:
+    """64 colors in 8 rows and columns, R'G'B' from 0 to 1."""
+    steps = np.array([20, 110, 190, 250]) / 255
+    return np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(8, 8, 3)
+
+
+def test_sdr_of_bt_2020_agrees_with_ffmpegs_own_conversion(tmp_path: Path) -> None:
+    wide = (color_grid() ** 2.2 @ TO_2020.T) ** (1 / 2.2)
+    path = make(tmp_path / "a.mp4", wide, "2020", bits=10, codec="libx265", tags=(9, 1, 9, 4))
+    with av.open(str(path)) as container:
+        frame = next(container.decode(video=0))
+    graph = Graph()
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 10)
+    )
+    options = (
+        "ispace=bt2020ncl:iprimaries=bt2020:itrc=gamma22:irange=tv:"
+        "space=bt709:primaries=bt709:trc=gamma22:range=tv:format=yuv420p10"
+    )
+    graph.link_nodes(source, graph.add("colorspace", options), graph.add("buffersink")).configure()
+    graph.push(frame)
+    converted = graph.pull()
+    assert isinstance(converted, av.VideoFrame)
+    luma, blueness, redness = (
+        np.frombuffer(memoryview(plane), "<u2").reshape(plane.height, -1)[:, : plane.width] / 4
+        for plane in converted.planes
+    )
+    y = (luma - 16) / 219
+    cb, cr = ((c.repeat(2, 0).repeat(2, 1) - 128) / 224 for c in (blueness, redness))
+    red, blue = LUMA["709"]
+    r, b = y + 2 * (1 - red) * cr, y + 2 * (1 - blue) * cb
+    g = (y - red * r - blue * b) / (1 - red - blue)
+    theirs = patches(np.stack([r, g, b], axis=-1) * 255, 8, 8)
+    ours = patches(read_frames(path, [0.0])[0], 8, 8)
+    assert np.abs(ours - theirs).max() <= 2
+    # Near black, a step of the source's 10 bits is several of the result's 8.
+    assert np.abs(ours - color_grid() * 255).max() <= 5
+
+
+def test_colors_outside_of_bt_709_are_clipped(tmp_path: Path) -> None:
+    path = make(
+        tmp_path / "a.mp4", color_grid(), "2020", bits=10, codec="libx265", tags=(9, 1, 9, 14)
+    )
+    light = color_grid() ** 2.4 @ np.linalg.inv(TO_2020).T
+    assert light.min() < -0.1 and light.max() > 1.1
+    expected = np.clip(light, 0, 1) ** (1 / 2.4) * 255
+    assert np.abs(patches(read_frames(path, [0.0])[0], 8, 8) - expected).max() <= 2
+
+
+def test_transparent_video_of_wide_primaries_is_laid_over_the_background(tmp_path: Path) -> None:
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "bgra"
+        stream.codec_context.color_primaries, stream.codec_context.color_trc = 12, 1
+        pixels = np.zeros((32, 64, 4), np.uint8)
+        wide = ((np.array([40, 200, 40]) / 255) ** 2.4 @ TO_P3.T) ** (1 / 2.4)
+        pixels[:, :32] = [*np.round(wide[::-1] * 255), 255]
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="bgra")))
+        container.mux(stream.encode(None))
+    left, right = patches(read_frames(path, [0.0], None, (10, 20, 30))[0], 1, 2)[0]
+    assert np.abs(left - [40, 200, 40]).max() <= 2
+    assert right.tolist() == [10, 20, 30]
+
+
+# --- HDR -----------------------------------------------------------------------------------------
+
 WHITE = 203.0
 """SDR white in HDR, cd/m2 (ITU-R BT.2408)."""
 
@@ -237,6 +338,11 @@ WHITE = 203.0
 def linear(srgb: np.ndarray) -> np.ndarray:
     """Linear light of sRGB values from 0 to 1 (IEC 61966-2-1)."""
     return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+
+
+def to_srgb(light: np.ndarray) -> np.ndarray:
+    """The inverse of `linear`."""
+    return np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
 
 
 def pq(light: np.ndarray) -> np.ndarray:

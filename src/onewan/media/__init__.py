@@ -6,8 +6,9 @@ All pixels are numpy arrays, upright RGB uint8 [H, W, 3], and every fault of a f
 the first frame need not be at 0.
 
 Colors: pixels are converted to RGB by the matrix (BT.601, 709, 2020) and range that the stream is
-tagged with, at any bit depth, or by its size where it has no tags; HDR is brought to SDR (`hdr`);
-interlaced frames are deinterlaced. What was assumed or changed is in `MediaInfo.notes`.
+tagged with, at any bit depth, or by its size where it has no tags; HDR is brought to SDR (`hdr`),
+wide primaries to those of BT.709 (`gamut`); interlaced frames are deinterlaced. What was assumed or
+changed is in `MediaInfo.notes`.
 
 Never imports torch, never holds more than two full-size frames, and never decodes beyond the last
 requested frame (of interlaced video, four and one more).
@@ -19,8 +20,9 @@ can tell from a picture: most of it in VP9, WebP and HEVC, some in H.264, JPEG a
 
 `kinds` has the file extensions, `faults` the one boundary to the libraries' exceptions, `probe`
 inspects files, `read` selects frames by time; `video_stream` opens files, seeks and converts times,
-`video_frames` decodes and converts to RGB, with `colors`, `hdr` and `deinterlace`; `still` reads
-and fits images, `write` writes videos, `contact_sheet` draws small frames of many clips on a page.
+`video_frames` decodes and converts to RGB, with `colors`, `hdr`, `gamut` and `deinterlace`; `still`
+reads and fits images, `write` writes videos, `contact_sheet` draws small frames of many clips on a
+page.
 """
 
 from onewan.media.kinds import (

@@ -21,7 +21,7 @@ from onewan.errors import DataError
 Transfer = Literal["SDR", "PQ", "HLG"]
 """SDR stands for all transfer functions that screens for BT.709 and sRGB show about right."""
 
-BT709, BT601, BT2020, DISPLAY_P3 = 1, 5, 9, 12
+BT709, BT601, BT2020, DCI_P3, DISPLAY_P3 = 1, 5, 9, 11, 12
 """Matrix coefficients or color primaries."""
 
 _RGB, _UNSPECIFIED, _RESERVED = 0, 2, 3
@@ -42,7 +42,7 @@ _DOLBY_VISION_TAGS = frozenset({"dvh1", "dvhe", "dva1", "dvav", "dav1"})
 _MATRICES_BY_PRIMARIES = {1: BT709, 5: BT601, 6: BT601, 9: BT2020}
 HDR_TRANSFERS: dict[int, Transfer] = {16: "PQ", 18: "HLG"}
 _UNREAD_TRANSFERS = {8: "linear", 9: "logarithmic", 10: "logarithmic", 17: "SMPTE ST 428-1"}
-_WIDE_PRIMARIES = {BT2020: "BT.2020", 11: "DCI-P3", DISPLAY_P3: "Display P3"}
+_WIDE_PRIMARIES = {BT2020: "BT.2020", DCI_P3: "DCI-P3", DISPLAY_P3: "Display P3"}
 
 _HD_LINES, _HD_COLUMNS = 720, 1280
 """From either of these on, a video without tags is BT.709; 1280x534 is HD as well."""
@@ -58,8 +58,15 @@ class VideoColors:
     """FFmpeg's AVColorRange: 1 limited, 2 full, 0 unspecified, which is limited for YUV."""
     transfer: Transfer
     primaries: int
+    curve: int = _UNSPECIFIED
+    """The transfer function as tagged."""
     notes: tuple[str, ...] = ()
     """What was assumed, and what is not converted or not exactly, for the user."""
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether these are SDR colors whose primaries have to be converted."""
+        return self.transfer == "SDR" and self.primaries in _WIDE_PRIMARIES
 
     @staticmethod
     def of(
@@ -100,9 +107,14 @@ class VideoColors:
         elif name := _UNREAD_TRANSFERS.get(context.color_trc):
             notes.append(f"{name} transfer function, which is not converted")
         elif name := _WIDE_PRIMARIES.get(primaries):
-            notes.append(f"SDR with {name} primaries, which are not converted: colors look paler")
+            notes.append(f"SDR with {name} primaries, brought to those of BT.709")
         return VideoColors(
-            matrix, color_range or int(context.color_range), transfer, primaries, tuple(notes)
+            matrix=matrix,
+            color_range=color_range or int(context.color_range),
+            transfer=transfer,
+            primaries=primaries,
+            curve=int(context.color_trc),
+            notes=tuple(notes),
         )
 
 

@@ -17,7 +17,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from onewan.media.colors import BT709, DISPLAY_P3, Transfer
+from onewan.media.colors import Transfer
+from onewan.media.gamut import to_709
 
 _SDR_WHITE = 203.0
 """cd/m2."""
@@ -34,27 +35,6 @@ _ROWS = 32
 
 _LUMA_2020 = np.array([0.2627, 0.6780, 0.0593], np.float32)
 
-# From the chromaticities of the primaries and of D65 (BT.2020, BT.709, SMPTE EG 432-1).
-_TO_709 = {
-    DISPLAY_P3: np.array(
-        [
-            [1.2249401763, -0.2249401763, 0.0],
-            [-0.0420569547, 1.0420569547, 0.0],
-            [-0.0196375546, -0.0786360456, 1.0982736001],
-        ],
-        np.float32,
-    ),
-    BT709: np.eye(3, dtype=np.float32),
-}
-_2020_TO_709 = np.array(
-    [
-        [1.6604910021, -0.5876411388, -0.0728498633],
-        [-0.1245504745, 1.1328998971, -0.0083494226],
-        [-0.0181507634, -0.1005788980, 1.1187296614],
-    ],
-    np.float32,
-)
-
 
 def to_sdr(signal_HWC: np.ndarray, transfer: Transfer, primaries: int) -> np.ndarray:
     """RGB uint8 [H, W, 3] of an HDR signal, R'G'B' float32 [H, W, 3] from 0 to 1.
@@ -62,7 +42,7 @@ def to_sdr(signal_HWC: np.ndarray, transfer: Transfer, primaries: int) -> np.nda
     `primaries` are numbered as in ITU-T H.273; those that are unknown are taken for BT.2020.
     """
     table = _linear_table(transfer)
-    matrix = _TO_709.get(primaries, _2020_TO_709).T
+    matrix = to_709(primaries).T
     out = np.empty(signal_HWC.shape, np.uint8)
     for row in range(0, len(signal_HWC), _ROWS):
         rows = slice(row, row + _ROWS)

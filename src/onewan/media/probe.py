@@ -36,7 +36,7 @@ from onewan.media.video_stream import (
     ticks,
 )
 
-PROBE_VERSION = f"2, PyAV {av.__version__}, Pillow {PIL.__version__}"
+PROBE_VERSION = f"3, PyAV {av.__version__}, Pillow {PIL.__version__}"
 """Changes when `probe` may say something else of a file: the number is incremented when its code
 does, and with another PyAV comes another FFmpeg."""
 

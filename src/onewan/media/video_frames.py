@@ -20,6 +20,7 @@ from PIL import Image
 from onewan.errors import DataError
 from onewan.media.colors import VideoColors
 from onewan.media.faults import DAMAGE_REMEDY, error_reason
+from onewan.media.gamut import sdr_to_709
 from onewan.media.hdr import to_sdr
 from onewan.media.kinds import PYAV_VERSION, SWS_ACCURATE, SWS_SCALING
 from onewan.media.still import RGB, Fit, fit_image, flatten_alpha
@@ -168,9 +169,12 @@ def frame_pixels(
     orientation = Orientation.of(frame)
     aspect = 1 / pixel_aspect if orientation.transpose else pixel_aspect
     if has_alpha(frame):
-        rgba = Image.fromarray(_converted(frame, colors, "rgba", None).to_ndarray())
+        rgba = _converted(frame, colors, "rgba", None).to_ndarray()
+        if colors.is_wide:
+            signal = rgba[..., :3].astype(np.float32) / 255
+            rgba[..., :3] = sdr_to_709(signal, colors.primaries, colors.curve)
         # Laid over the background first: the colors below transparent parts are arbitrary.
-        pixels = orientation.apply(np.asarray(flatten_alpha(rgba, background)))
+        pixels = orientation.apply(np.asarray(flatten_alpha(Image.fromarray(rgba), background)))
         return pixels if fit is None else fit_image(pixels, fit, aspect)
     size, crop = None, (slice(None), slice(None))
     if fit is not None:
@@ -178,10 +182,13 @@ def frame_pixels(
         cover = fit.cover(width, height, aspect)
         size = orientation.turned((cover.width, cover.height))
         crop = slice(cover.top, cover.top + fit.height), slice(cover.left, cover.left + fit.width)
-    convert = _rgb if colors.transfer == "SDR" else _signal
+    is_plain = colors.transfer == "SDR" and not colors.is_wide
+    convert = _rgb if is_plain else _signal
     pixels = orientation.apply(convert(frame, colors, size))[crop]
-    if colors.transfer == "SDR":
+    if is_plain:
         return pixels
+    if colors.is_wide:
+        return sdr_to_709(pixels, colors.primaries, colors.curve)
     return to_sdr(pixels, colors.transfer, colors.primaries)
 
 
@@ -205,7 +212,7 @@ def _rgb(frame: VideoFrame, colors: VideoColors, size: tuple[int, int] | None) -
 
 
 def _signal(frame: VideoFrame, colors: VideoColors, size: tuple[int, int] | None) -> np.ndarray:
-    """The same of an HDR frame in its own coding, from 0 to 1: float32 [H, W, 3].
+    """The same of a frame in its own coding, HDR or of wide primaries: float32 [H, W, 3], 0 to 1.
 
     Scaled in this coding, as SDR is.
     """
