@@ -129,6 +129,38 @@ def replacing(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
+@contextlib.contextmanager
+def creating(path: Path) -> Iterator[Path]:
+    """Like `replacing`, but nothing is ever replaced: FileExistsError if something has the name
+    `path` when the block ends, even if it was not there when the block began."""
+    with temporary_beside(path) as temporary:
+        yield temporary
+        sync(temporary)
+        _give_new_name(temporary, path)
+    sync(path.parent)
+
+
+def _give_new_name(source: Path, destination: Path) -> None:
+    """Let the complete file `source` appear as `destination`; FileExistsError if that exists.
+
+    Atomic, except where a file system has neither hard links nor renaming without replacement
+    (some network drives): a process that is killed there may leave a part of the file.
+    """
+    if os.name == "nt":
+        os.rename(source, destination)  # which replaces nothing on Windows
+        return
+    try:
+        os.link(source, destination)
+    except FileExistsError:
+        raise
+    except OSError:
+        if _renamed(source, destination, _RENAME_NOREPLACE):
+            return
+        with destination.open("xb") as file:
+            file.write(source.read_bytes())
+        sync(destination)
+
+
 def replace(source: Path, destination: Path) -> None:
     """Rename `source` to `destination`; if both are folders, what was there before may afterwards
     have the name `source`, for the caller to delete.
@@ -139,7 +171,7 @@ def replace(source: Path, destination: Path) -> None:
     """
     if not destination.is_dir():
         os.replace(source, destination)
-    elif not _exchange(source, destination):
+    elif not _renamed(source, destination, _RENAME_EXCHANGE):
         aside = _owned(REPLACED_PREFIX, destination)
         _in_use.add(aside.name)
         try:
@@ -163,12 +195,14 @@ def moved_aside(path: Path) -> Path | None:
     return next(aside, None)
 
 
+_RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
 
-def _exchange(first: Path, second: Path) -> bool:
-    """Exchange two names atomically; False where the system or the file system can't."""
+def _renamed(first: Path, second: Path, flag: int) -> bool:
+    """Rename `first` to `second`, without replacing it or as an exchange of the two, atomically;
+    False where the system or the file system can't."""
     if sys.platform != "linux":
         return False
     try:
@@ -176,7 +210,7 @@ def _exchange(first: Path, second: Path) -> bool:
     except (OSError, AttributeError):  # an older C library
         return False
     names = os.fsencode(first), os.fsencode(second)
-    if renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+    if renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], flag) == 0:
         return True
     code = ctypes.get_errno()
     if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # such as NFS

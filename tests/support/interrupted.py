@@ -98,7 +98,7 @@ def _holding(script: str, file: Path) -> Iterator[subprocess.Popen[str]]:
 _REPLACE = """
 import os, pathlib, signal, sys
 from onewan import files
-files._exchange = lambda first, second: False
+files._renamed = lambda first, second, flag: False
 rename, left = os.rename, int(sys.argv[2])
 def rename_or_die(*names):
     global left

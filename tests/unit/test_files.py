@@ -18,6 +18,7 @@ from onewan import files
 from onewan.files import (
     ABANDONED_AFTER_SECONDS,
     check_input,
+    creating,
     link_or_copy,
     read_input,
     remove,
@@ -58,6 +59,38 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> No
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "system", ["hard links", "no hard links", "no renaming without replacement either"]
+)
+def test_a_new_file_is_complete_and_never_replaces_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    def link(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    if system != "hard links":
+        monkeypatch.setattr(os, "link", link)
+    if system == "no renaming without replacement either":
+        monkeypatch.setattr(files, "_renamed", lambda *_: False)
+    path = tmp_path / "new.txt"
+    with creating(path) as temporary:
+        temporary.write_text("complete", encoding="utf-8")
+        assert not path.exists()
+    assert path.read_text(encoding="utf-8") == "complete"
+    for other in (path, tmp_path / "meanwhile.txt"):
+        with pytest.raises(FileExistsError), creating(other) as temporary:
+            temporary.write_text("lost", encoding="utf-8")
+            if not other.exists():
+                other.write_text("by another", encoding="utf-8")
+    with pytest.raises(KeyError), creating(tmp_path / "broken.txt") as temporary:
+        temporary.write_text("half", encoding="utf-8")
+        raise KeyError
+    assert {entry.name: entry.read_text(encoding="utf-8") for entry in tmp_path.iterdir()} == {
+        "new.txt": "complete",
+        "meanwhile.txt": "by another",
+    }
 
 
 def test_two_writers_of_one_file_in_one_process_have_different_temporary_names(
@@ -209,7 +242,7 @@ def test_a_kill_while_a_folder_is_replaced_loses_neither_the_old_nor_the_new_one
 def test_a_folder_is_replaced_without_an_exchange_and_moved_back_if_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_exchange", lambda _first, _second: False)
+    monkeypatch.setattr(files, "_renamed", lambda _first, _second, _flag: False)
     model = tmp_path / "model"
     for content in ("old", "new"):
         with temporary_beside(model) as staging:

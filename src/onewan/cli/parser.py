@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from onewan.cli.arguments import STANDARD_OUTPUT, VARIANT_NAMES, Commands, add_command
+from onewan.cli.caption_parser import add_caption
 from onewan.cli.comfyui import add_comfyui_node
 from onewan.cli.onetrainer_parsers import add_import_config, add_onetrainer
 from onewan.cli.output import say, write, write_file
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_demo,
         _add_init,
         _add_schema,
+        add_caption,
         add_doctor,
         add_plan,
         add_cache,

@@ -72,9 +72,31 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> ResolvedRun:
                 data = _without_steps(data)
         for override in overrides:
             data = _overridden(data, override, problems)
+    return _resolved(data, source, file, problems)
+
+
+def run_of_settings(
+    settings: dict[str, Any], source: str, overrides: Sequence[str] = ()
+) -> ResolvedRun:
+    """The resolved config of `settings` that are in no file, as a run file would have them.
+
+    Relative paths are relative to the current folder, and the run is called "run". `source` is what
+    a `ConfigError` names.
+    """
+    problems = Problems()
+    data: Node = _absolute_paths(settings, (), Path.cwd(), problems)
+    with suppress(ValueError):  # as in `load_run`
+        for override in overrides:
+            data = _overridden(data, override, problems)
+    return _resolved(data, source, Path("run.yaml"), problems)
+
+
+def _resolved(data: Node, source: str, file: Path, problems: Problems) -> ResolvedRun:
+    """The config of the `data` of `file`; `ConfigError` with all `problems`, and those of
+    `data`."""
+    with suppress(ValueError):  # as above
         if get_path(data, ("output", "name")) is None:
             data = _with_value(data, ("output", "name"), file.stem)
-
     config = validated(data, problems)
     if config is not None and not problems:
         for field, text in rule_violations(config):

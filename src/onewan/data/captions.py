@@ -75,6 +75,25 @@ class CaptionSettings:
         return f"{self.prefix} {caption}".strip()
 
 
+def caption_path(media: Path) -> Path:
+    """Where the caption of a media file is."""
+    return media.with_suffix(".txt")
+
+
+_FOR_REVIEW = ".caption"
+
+
+def review_path(media: Path) -> Path:
+    """Where a caption of a media file is until it was looked at: training does not read it."""
+    return media.with_name(f"{media.stem}{_FOR_REVIEW}.txt")
+
+
+def reviewed_key(key: str) -> str | None:
+    """The path without extension of the media file that NAME.caption.txt belongs to, by its own;
+    None if it is not named so."""
+    return key.removesuffix(_FOR_REVIEW) if key.endswith(_FOR_REVIEW) else None
+
+
 class CaptionFile(NamedTuple):
     """What a caption file says."""
 
@@ -95,7 +114,7 @@ def read_caption_file(media: Path, files: Sequence[Path]) -> CaptionFile:
         names = ", ".join(file.name for file in files)
         raise DataError(f"{media}: has {len(files)} caption files ({names}); keep one")
     # Where none is found there may still be a folder of that name, which is the reason to give.
-    file = files[0] if files else media.with_suffix(".txt")
+    file = files[0] if files else caption_path(media)
     try:
         text, is_cp1252 = decode_text_or_cp1252(read_input(file, _MAX_BYTES))
     except FileNotFoundError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from onewan.config.schema import ResolvedRun
@@ -54,27 +55,38 @@ def _shared(files: dict[Path, Clip]) -> Iterator[Finding]:
 
 
 def _too_long(files: dict[Path, Clip], config: ResolvedRun) -> Iterator[Finding]:
-    # A token is a character at least, and the beginning of a word may be one of its own.
-    long = {
-        path: text
-        for path, clip in files.items()
-        if (text := max(clip.captions, key=len)) and len(text) + len(text.split()) >= TEXT_LENGTH
-    }
-    if not long:
-        return
-    counter = _counter(config)
-    for path, text in long.items():
+    lengths = CaptionLengths(config)
+    for path, clip in files.items():
+        if note := lengths.note(max(clip.captions, key=len)):
+            yield Finding(severity="note", kind="long caption", path=path, text=note)
+
+
+class CaptionLengths:
+    """Which captions are longer than the text encoder reads; counted by the run's tokenizer if that
+    is on this machine, else estimated."""
+
+    def __init__(self, config: ResolvedRun) -> None:
+        self._config = config
+
+    def note(self, text: str) -> str | None:
+        """What the user should know about the length of `text`; None if it is not too long."""
+        # A token is a character at least, and the beginning of a word may be one of its own.
+        if len(text) + len(text.split()) < TEXT_LENGTH:
+            return None
+        counter = self._counter
         count = counter(text) if counter else estimated_tokens(text)
-        if count > TEXT_LENGTH:
-            about = "" if counter else "about "
-            source = "" if counter else " (an estimate: the tokenizer is not on this machine)"
-            yield Finding(
-                severity="note",
-                kind="long caption",
-                path=path,
-                text=f"a caption has {about}{count} tokens{source}; the text encoder reads the "
-                f"first {TEXT_LENGTH}, so shorten it",
-            )
+        if count <= TEXT_LENGTH:
+            return None
+        about = "" if counter else "about "
+        source = "" if counter else " (an estimate: the tokenizer is not on this machine)"
+        return (
+            f"a caption has {about}{count} tokens{source}; the text encoder reads the first "
+            f"{TEXT_LENGTH}, so shorten it"
+        )
+
+    @cached_property
+    def _counter(self) -> Counter | None:
+        return _counter(self._config)
 
 
 def estimated_tokens(text: str) -> int:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from onewan.data.captions import reviewed_key
 from onewan.data.masks import clip_stem, is_mask
-from onewan.data.report import ClipProblem, ClipWarning
+from onewan.data.report import ClipProblem, ClipWarning, count
 from onewan.data.sources.contents import SourceContents
 from onewan.data.sources.item import SourceItem
 from onewan.data.sources.names import Patterns, pairing_key
@@ -111,12 +112,20 @@ class _FolderFiles:
 
     def _unpaired_warnings(self, *, use_masks: bool) -> list[ClipWarning]:
         """Captions and masks that belong to no clip; without `use_masks`, the number of masks."""
+        unpaired = {key: paths for key, paths in self.texts.items() if key not in self.clip_keys}
+        for_review = {key for key in unpaired if reviewed_key(key) in self.clip_keys}
         warnings = [
             ClipWarning(path=path, text=self._unused_text(key))
-            for key, paths in self.texts.items()
-            if key not in self.clip_keys
+            for key, paths in unpaired.items()
+            if key not in for_review
             for path in paths
         ]
+        if for_review:
+            text = (
+                f"{count(len(for_review), 'caption')} for review (NAME.caption.txt) in "
+                f"{self.label}: not used; rename a file to NAME.txt to train with it"
+            )
+            warnings.append(ClipWarning(path=None, text=text))
         if use_masks:
             return warnings + [
                 ClipWarning(path=path, text="mask without a video or image of its name; unused")
