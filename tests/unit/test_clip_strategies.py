@@ -275,15 +275,27 @@ def test_the_report_says_what_is_taken_of_a_video(tmp_path: Path) -> None:
     assert "-> one of 3 spans of 9 at 16 fps in each pass, " in line
 
 
-def test_many_videos_have_one_line(tmp_path: Path) -> None:
-    for number in range(6):
-        write_numbered(tmp_path / f"{number}.mp4", [k / 16 for k in range(18 + number)])
-    lines = report_of(tmp_path).lines()
-    at = lines.index("Taken of the videos, 6.4 s of 7.7 s:")
-    assert lines[at + 1] == (
-        "  0.mp4 and 5 others like it (1.mp4, 2.mp4, ...): "
-        "18 frames at 16 fps -> 17 at 16 fps, 1.1 s of 1.1 s"
+def test_each_video_has_its_own_line_and_of_many_the_rest_are_counted() -> None:
+    def video(number: int, frames: int) -> Clip:
+        seconds = frames / 30
+        return clip(f"{number:02}.mp4", frames=17, source_seconds=seconds, source_fps=30.0)
+
+    report = DatasetReport(
+        clips=tuple(video(number, 36 + number // 2) for number in range(10)),
+        problems=(),
+        warnings=(),
     )
+    lines = report.lines()
+    at = lines.index("Taken of the videos, 10.6 s of 12.7 s:")
+    assert lines[at + 1 :] == [
+        f"  {2 * pair:02}.mp4, {2 * pair + 1:02}.mp4: {36 + pair} frames at 30 fps -> 17 at 16 fps, "
+        f"1.1 s of {(36 + pair) / 30:.1f} s"
+        for pair in range(5)
+    ]
+    many = replace(report, clips=tuple(video(number, 36 + number) for number in range(25)))
+    *_, last, rest = many.lines()
+    assert last.startswith("  19.mp4: 55 frames at 30 fps -> ")
+    assert rest == "  and 5 other videos, which `onewan doctor` lists"
 
 
 def test_what_several_clips_cover_counts_once() -> None:

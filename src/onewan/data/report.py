@@ -17,6 +17,8 @@ _T = TypeVar("_T")
 
 _FILES_NAMED = 3
 """File names shown in a line that concerns many files; the rest are counted."""
+_VIDEOS_LISTED = 20
+"""Lines on what is taken of single videos; the other videos are counted."""
 
 
 def _kind(path: Path, text: str) -> str:
@@ -132,7 +134,7 @@ class DatasetReport:
         return lines
 
     def _taken_lines(self) -> list[str]:
-        """How many frames and seconds are taken of each video; one line for many of a kind."""
+        """How many frames and seconds are taken of each video; a line for those that are alike."""
         videos: dict[tuple[Path, str], list[Clip]] = {}
         for clip in (*self.clips, *self.validation_clips):
             if clip.kind == "video":
@@ -143,8 +145,11 @@ class DatasetReport:
         used = sum(used_seconds(clips) for clips in videos.values())
         total = sum(clips[0].source_seconds for clips in videos.values())
         lines = [f"Taken of the videos, {used:.1f} s of {total:.1f} s:"]
-        for _, alike in _groups(notes, lambda note: note.kind):
-            lines += [f"  {line}" for line in _warning_lines(alike)]
+        groups = list(_groups(notes, lambda note: note.text))
+        for text, alike in groups[:_VIDEOS_LISTED]:
+            lines.append(f"  {_name_prefix([note.path for note in alike if note.path])}{text}")
+        if more := sum(len(alike) for _, alike in groups[_VIDEOS_LISTED:]):
+            lines.append(f"  and {count(more, 'other video')}, which `onewan doctor` lists")
         return lines
 
     def _problem_lines(self, problems: Sequence[ClipProblem]) -> list[str]:
