@@ -288,9 +288,9 @@ def test_each_video_has_its_own_line_and_of_many_the_rest_are_counted() -> None:
     lines = report.lines()
     at = lines.index("Taken of the videos, 10.6 s of 12.7 s:")
     assert lines[at + 1 :] == [
-        f"  {2 * pair:02}.mp4, {2 * pair + 1:02}.mp4: {36 + pair} frames at 30 fps -> 17 at 16 fps, "
-        f"1.1 s of {(36 + pair) / 30:.1f} s"
-        for pair in range(5)
+        f"  {2 * k:02}.mp4, {2 * k + 1:02}.mp4: {36 + k} frames at 30 fps -> 17 at 16 fps, "
+        f"1.1 s of {(36 + k) / 30:.1f} s"
+        for k in range(5)
     ]
     many = replace(report, clips=tuple(video(number, 36 + number) for number in range(25)))
     *_, last, rest = many.lines()

@@ -94,6 +94,12 @@ def test_patterns_choose_files_and_what_they_leave_out_is_counted(tmp_path: Path
         ("sub/*.mp4", "other/sub/a.mp4", False),
         ("**/sub/*.mp4", "other/sub/a.mp4", True),
         ("**/*.mp4", "a.mp4", True),
+        ("sub/*.mp4", "sub/deep/a.mp4", False),
+        ("sub/**/*.mp4", "sub/a.mp4", True),
+        ("sub/**/*.mp4", "sub/deep/er/a.mp4", True),
+        ("sub/**/*.mp4", "other/a.mp4", False),
+        ("sub/**", "sub/deep/a.mp4", True),
+        ("sub/*", "sub/deep/a.mp4", True),  # the folder sub/deep
         ("drafts/", "x/drafts/y/a.mp4", True),
         ("./sub", "sub/a.mp4", True),
         (unicodedata.normalize("NFD", "é*"), "é.mp4", True),
@@ -282,6 +288,51 @@ def test_a_semicolon_separates_where_the_comma_does_not(tmp_path: Path) -> None:
     assert only(index(tmp_path / "t.csv")).captions == ("one, two",)
 
 
+def test_numbers_have_a_decimal_comma_where_a_semicolon_separates(tmp_path: Path) -> None:
+    video(tmp_path / "a.mp4", caption=None, seconds=2)
+    table = tmp_path / "t.csv"
+    text = "path;caption;start;end;weight\na.mp4;1,5;0,5;1,5;0,25\n"
+    table.write_text(text, encoding="utf-8")
+    clip = only(index(table))
+    assert (clip.captions, clip.part, clip.loss_weight) == (("1,5",), (0.5, 1.5), 0.25)
+    table.write_text('path,caption,start\na.mp4,x,"0,5"\n', encoding="utf-8")
+    (problem,) = index(table).problems
+    assert problem.reason == "line 2: start must be a number, got '0,5'"
+
+
+def test_a_column_that_some_rows_use_is_used(tmp_path: Path) -> None:
+    rows: Rows = [
+        {"path": "a.mp4", "captions": ["a"]},
+        {"video": "b.mp4", "caption": "b", "text": "not used"},
+    ]
+    for name in ("a.mp4", "b.mp4"):
+        video(tmp_path / name, caption=None)
+    report = index(written(tmp_path / "t.jsonl", rows))
+    assert [clip.captions for clip in report.clips] == [("a",), ("b",)]
+    notes = [warning.text for warning in report.warnings if warning.path is None]
+    assert notes == ["t.jsonl: this column is not used: text"]
+
+
+def test_a_source_without_clips_is_a_problem(tmp_path: Path) -> None:
+    empty, archives, table, concepts = (
+        tmp_path / name for name in ("empty", "archives", "t.csv", "concepts.json")
+    )
+    empty.mkdir()
+    archives.mkdir()
+    (archives / "shard-000.tar").write_bytes(b"")
+    table.write_text("path,caption\n", encoding="utf-8")
+    concepts.write_text('[{"path": "empty"}]', encoding="utf-8")
+    nothing = "has no video or image to train on"
+    for path, reason in (
+        (empty, nothing),
+        (archives, f"{nothing}; kind: webdataset reads its tar archives"),
+        (table, "has no rows"),
+        (concepts, f"concept 0: {empty} {nothing}"),
+    ):
+        (problem,) = index(path).problems
+        assert (problem.path, problem.reason) == (path, reason)
+
+
 def test_parquet_without_its_package_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -420,6 +471,29 @@ def test_onetrainers_concepts_are_folders_with_settings(tmp_path: Path) -> None:
         "concept 0 of concepts.json repeats each clip 2.4 times; whole numbers are possible, so 2 "
         "is used",
         "concept 0 of concepts.json: enable_random_flip is on, which onewan does not do",
+    ]
+    shared = {"prompt_source": "concept", "prompt_path": "all.txt"}
+    # As older versions of OneTrainer and others have it; paths are those from its folder on.
+    older: list[dict[str, object]] = [
+        {"path": "own", "repeats": 3, "text": shared},
+        {"path": "held", "validation_concept": True},
+        {"path": "own", "text": {"tag_dropout_enable": True, "caps_randomize_enable": True}},
+        {"path": "one", "text": {**shared, "prompt_path": "none.txt"}},
+    ]
+    (tmp_path / "all.txt").write_text("of all", encoding="utf-8")
+    file.write_text(json.dumps(older), encoding="utf-8")
+    report = index(file)
+    assert [(c.name, c.captions, c.repeats) for c in report.clips] == [
+        ("a.mp4", ("of all",), 3),
+        ("a.mp4", ("x",), 1),
+    ]
+    assert [clip.name for clip in report.validation_clips] == ["d.mp4"]
+    assert [problem.reason for problem in report.problems] == [
+        "concept 3: prompt_path 'none.txt' is not a file"
+    ]
+    assert [warning.text for warning in report.warnings if warning.path is None] == [
+        "concept 2 of concepts.json: tag_dropout_enable, caps_randomize_enable are on, which "
+        "onewan does not do"
     ]
     file.write_text('{"concepts": []}', encoding="utf-8")
     assert "is no list of OneTrainer's concepts" in index(file).problems[0].reason

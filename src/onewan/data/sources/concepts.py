@@ -7,7 +7,7 @@ note. `onewan import-config` turns a whole configuration into a run file.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -64,11 +64,15 @@ class _ConceptReader:
         """The clips of the concept, or all that is wrong with it."""
         wrong = list[str]()
         folder = self._folder(wrong)
-        kind = self.concept.get("type", "STANDARD")
+        # Until version 2 of concepts.
+        was_validation = self.concept.get("validation_concept") is True
+        kind = self.concept.get("type", "VALIDATION" if was_validation else "STANDARD")
         if kind not in _TYPES:
             wrong.append(f"type must be one of {', '.join(_TYPES)}, got {format_value(kind)}")
         weight = self._number("loss_weight", wrong)
-        balancing = self._number("balancing", wrong)
+        # Until version 1 of concepts it was called repeats.
+        is_old = "repeats" in self.concept and "balancing" not in self.concept
+        balancing = self._number("repeats" if is_old else "balancing", wrong)
         if wrong or folder is None:
             problems = [ClipProblem(path=self.file, reason=f"{self.label}: {w}") for w in wrong]
             return SourceContents(problems=problems)
@@ -80,6 +84,9 @@ class _ConceptReader:
             self.video_formats,
             use_masks=self.use_masks,
         )
+        if not contents.items and not contents.problems:
+            reason = f"{self.label}: {place.label} has no video or image to train on"
+            contents.problems.append(ClipProblem(path=self.file, reason=reason))
         repeats = self._repeats(balancing, len(contents.items), contents)
         contents.items = [
             replace(
@@ -97,18 +104,23 @@ class _ConceptReader:
         return contents
 
     def _folder(self, wrong: list[str]) -> Path | None:
-        """The concept's folder: OneTrainer's paths are relative to its own folder, which the file
-        is in or below."""
+        """The concept's folder."""
         path = self.concept.get("path")
         if not isinstance(path, str) or not path or "\0" in path:
             wrong.append(f"path must be that of a folder, got {format_value(path)}")
             return None
+        found = next(filter(Path.is_dir, self._places(path)), None)
+        if found is None:
+            above = f"from {self.file.parent} or above"
+            wrong.append(f"path {format_value(path)} is not a folder, {above}")
+        return found
+
+    def _places(self, path: str) -> Iterator[Path]:
+        """What `path` may stand for: OneTrainer's paths are relative to its own folder, which the
+        file is in or below, and may have been written on Windows."""
         for base in self.file.parents[:2]:
             for text in (path, path.replace("\\", "/")):
-                if (base / text).is_dir():
-                    return base / text
-        wrong.append(f"path {format_value(path)} is not a folder, from {self.file.parent} or above")
-        return None
+                yield base / text
 
     def _number(self, key: str, wrong: list[str]) -> float:
         value = self.concept.get(key, 1.0)
@@ -139,7 +151,13 @@ class _ConceptReader:
                 replace(item, captions=(item.path.stem,), texts=()) for item in contents.items
             ]
         elif source == "concept":
-            file = self.file.parent / str(text.get("prompt_path", ""))
+            path = str(text.get("prompt_path", ""))
+            file = next(filter(Path.is_file, self._places(path)), None)
+            if file is None:
+                reason = f"{self.label}: prompt_path {format_value(path)} is not a file"
+                contents.problems.append(ClipProblem(path=self.file, reason=reason))
+                contents.items = list[SourceItem]()
+                return
             try:
                 lines = read_caption_file(file, [file]).lines or ("",)
             except DataError as error:
@@ -158,11 +176,15 @@ class _ConceptReader:
         on = [
             name
             for name, value in switches.items()
-            if name.startswith("enable_") and value is True and name != _HARMLESS
+            if value is True
+            and name != _HARMLESS
+            # The second form is that of tag_dropout_enable and caps_randomize_enable.
+            and (name.startswith("enable_") or name.endswith("_enable"))
         ]
         if on:
+            are = "is" if len(on) == 1 else "are"
             contents.note(
-                f"{self.label} of {self.file.name}: {first_few(on, 5)} is on, which onewan does "
+                f"{self.label} of {self.file.name}: {first_few(on, 5)} {are} on, which onewan does "
                 "not do"
             )
 

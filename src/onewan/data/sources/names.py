@@ -23,7 +23,8 @@ class Patterns:
     """Which files of a folder are used, by glob patterns such as ``*.mp4`` or ``drafts/*``.
 
     A pattern without a slash is that of a name at any depth, one with a slash that of a path below
-    the folder. It may also be that of a folder. Capital letters count on every system.
+    the folder, in which ``**`` stands for any number of folders. It may also be that of a folder.
+    Capital letters count on every system.
     """
 
     include: Sequence[str] = ()
@@ -49,14 +50,18 @@ class Patterns:
 def fits(pattern: str, name: str) -> bool:
     """Whether `pattern` fits the file `name` or a folder that it is in."""
     pattern = unicodedata.normalize("NFC", pattern).replace("\\", "/").removeprefix("./")
-    pattern = pattern.rstrip("/")
-    path = PurePosixPath(unicodedata.normalize("NFC", name))
-    # "**/" stands for any number of folders, none of them included.
-    forms = {pattern, pattern.removeprefix("**/")}
-    for part in (path, *path.parents[:-1]):
-        candidates = {part.as_posix()} if "/" in pattern else {part.name}
-        if pattern.startswith("**/"):
-            candidates.add(part.name)
-        if any(fnmatchcase(candidate, form) for candidate in candidates for form in forms):
-            return True
-    return False
+    wanted = pattern.rstrip("/").split("/")
+    if len(wanted) == 1:
+        wanted = ["**", *wanted]
+    parts = PurePosixPath(unicodedata.normalize("NFC", name)).parts
+    return any(_fits_parts(wanted, parts[:end]) for end in range(1, len(parts) + 1))
+
+
+def _fits_parts(patterns: Sequence[str], parts: Sequence[str]) -> bool:
+    """Whether the parts of a pattern fit those of a path; ``**`` stands for any number of them."""
+    if not patterns:
+        return not parts
+    first, rest = patterns[0], patterns[1:]
+    if first == "**":
+        return any(_fits_parts(rest, parts[skipped:]) for skipped in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], first) and _fits_parts(rest, parts[1:])

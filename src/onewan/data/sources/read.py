@@ -80,13 +80,19 @@ class SourceReader:
             for table in place.files():
                 reader.read(table)
             return contents
-        return self._folder_contents(source, kind, place)
+        listing = place.listing(recursive=source.recursive)
+        contents = self._folder_contents(source, kind, place, listing)
+        if not contents.items and not contents.problems:
+            reason = "has no video or image to train on"
+            if any(extension(path) == "tar" for path in listing.paths):
+                reason += "; kind: webdataset reads its tar archives"
+            contents.problems.append(ClipProblem(path=listing.folder, reason=reason))
+        return contents
 
     def _folder_contents(
-        self, source: ClipSource, kind: SourceKind, place: Place
+        self, source: ClipSource, kind: SourceKind, place: Place, listing: Listing
     ) -> SourceContents:
         """A folder of one of the kinds; `auto` is found out."""
-        listing = place.listing(recursive=source.recursive)
         is_auto = kind == "auto" and not _has_captioned_clip(listing)
         if kind == "nemo_curator" or (is_auto and is_curated(listing)):
             return _chosen(read_curated(place, listing, self.video_formats), source, listing)

@@ -44,6 +44,8 @@ class Rows:
     """A line for each row that can't be read, which begins with its place."""
     is_cp1252: bool = False
     """Whether the file was read as Windows-1252, as some spreadsheet programs write csv."""
+    has_decimal_commas: bool = False
+    """Whether numbers may have a comma as decimal sign: the separator is a semicolon."""
 
 
 def read_rows(file: Path) -> Rows:
@@ -78,7 +80,7 @@ def _csv_rows(text: str, delimiter: str | None) -> Rows:
     columns = [column.strip() for column in next(reader, [])]
     if twice := sorted({c for c in columns if c and columns.count(c) > 1}):
         raise ValueError(f"line 1: has the column {', '.join(twice)} twice; rename one")
-    found = Rows()
+    found = Rows(has_decimal_commas=delimiter == ";")
     for number, values in _numbered(reader):
         if not any(value.strip() for value in values):
             continue

@@ -32,7 +32,8 @@ CAPTIONS = ("captions", "caption", "text", "prompt")
 """Columns with the caption, or with several."""
 _JUICER = ("videos", "images")
 """data-juicer's columns, each a list of files."""
-_OTHERS = ("start", "end", "weight", "repeats", "mask", "split", "condition")
+_NUMBERS = ("start", "end", "weight", "repeats")
+_OTHERS = (*_NUMBERS, "mask", "split", "condition")
 _SPLITS: Mapping[str, Split] = {
     "train": "train",
     "training": "train",
@@ -65,11 +66,15 @@ class TableReader:
         except DataError as error:
             self.contents.problems.append(ClipProblem.from_error(table, error))
             return
+        if not found.rows and not found.wrong:
+            self.contents.problems.append(ClipProblem(path=table, reason="has no rows"))
         if found.is_cp1252:
             text = "is in Windows-1252, not UTF-8, and was read as that"
             self.contents.warnings.append(ClipWarning(path=table, text=text))
         items, wrong, masks = list[SourceItem](), list(found.wrong), 0
         for row in found.rows:
+            if found.has_decimal_commas:
+                _use_points(row.values)
             origin = f"{table.name}, {row.place}"
             for given in _samples(row):
                 if isinstance(given, str):
@@ -92,8 +97,9 @@ class TableReader:
 
     def _add_notes(self, table: Path, rows: Sequence[Row], items: Sequence[SourceItem]) -> None:
         columns = list(dict.fromkeys(column for row in rows for column in row.values))
-        paths, captions = _first(PATHS, columns), _first(CAPTIONS, columns)
-        known = {paths, captions, *_JUICER, *_OTHERS}
+        # Rows of jsonl may have different columns.
+        used = {_first(names, row.values) for row in rows for names in (PATHS, CAPTIONS)}
+        known = {*used, *_JUICER, *_OTHERS}
         if others := [column for column in columns if column not in known]:
             these = "this column is" if len(others) == 1 else "these columns are"
             self.contents.note(f"{table.name}: {these} not used: {first_few(others, 8)}")
@@ -168,6 +174,13 @@ class _RowReader:
         return (text,) if text.is_file() else ()
 
 
+def _use_points(values: dict[str, Any]) -> None:
+    """Write the numbers of a row with decimal points instead of commas."""
+    for column in _NUMBERS:
+        if isinstance(value := values.get(column), str):
+            values[column] = value.replace(",", ".")
+
+
 def _samples(row: Row) -> Iterator[Mapping[str, Any] | str]:
     """The rows of one file each that `row` stands for: one, but several in data-juicer's form; or
     what is wrong with it.
@@ -197,11 +210,10 @@ def _is_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(v, str) for v in cast("list[object]", value))
 
 
-def _first(columns: Iterable[str], given: Iterable[str] | Mapping[str, Any]) -> str:
-    """The first of `columns` that is given, with a value if `given` has values; "" if none is."""
-    values = cast("Mapping[str, Any]", given) if isinstance(given, Mapping) else None
+def _first(columns: Iterable[str], values: Mapping[str, Any]) -> str:
+    """The first of `columns` that has a value, which of a caption may be empty; "" if none has."""
     for column in columns:
-        if column in given and (values is None or column in CAPTIONS or values[column] != ""):
+        if column in values and (column in CAPTIONS or values[column] != ""):
             return column
     return ""
 
