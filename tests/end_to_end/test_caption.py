@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 from robustness.chat_server import Behavior, MisbehavingServer, Received, completion, serving
 from support.clips import planner
+from support.interrupted import leave_interrupted
 
 from onewan.captioning import server as server_module
 from onewan.cli import main
@@ -95,8 +96,10 @@ def test_clips_without_a_caption_get_one_and_files_that_exist_stay(
         assert caption(folder, there) == 0
         assert len(there.received) == 3 and texts(folder) == written
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
-    # Nothing is left to do, so no server is needed.
+    # Nothing is left to do but to tidy up, so no server is needed.
+    (left,) = leave_interrupted(folder / "a.txt")
     assert main(["caption", str(folder), SMALL, "--server", "http://127.0.0.1:9"]) == 0
+    assert not left.exists()
 
 
 def test_the_frames_are_those_that_the_run_trains(tmp_path: Path) -> None:

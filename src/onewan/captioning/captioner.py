@@ -18,7 +18,7 @@ from onewan.captioning.tasks import CaptionTask
 from onewan.data.captions import CaptionSettings
 from onewan.data.report import ClipProblem
 from onewan.errors import DataError
-from onewan.files import creating, remove_abandoned
+from onewan.files import creating
 
 _POLL_SECONDS = 0.5
 """On Windows, Ctrl-C does not interrupt a thread that waits for longer."""
@@ -83,8 +83,6 @@ class Captioner:
 
         `advance` is called with the number of tasks that are done.
         """
-        # Of calls that were killed between writing a file and giving it its name.
-        remove_abandoned({task.target.parent for task in tasks})
         report.not_asked = len(tasks)
         waiting = iter(tasks)
         running = dict[Future[WrittenCaption | None], CaptionTask]()

@@ -79,6 +79,8 @@ class CaptionPlan:
     problems: list[ClipProblem] = field(default_factory=list[ClipProblem])
     """Files that training can't use, and others that no caption can be written for."""
     notes: list[str] = field(default_factory=list[str])
+    folders: set[Path] = field(default_factory=set[Path])
+    """Those in which caption files are, or will be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +178,7 @@ class _Files:
         groups = dict[Path, list[SourceItem]]()
         for item in items:
             path = item.path
+            plan.folders.add(path.parent)
             if path in groups:  # another part of the video
                 groups[path].append(item)
                 continue

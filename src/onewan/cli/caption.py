@@ -25,7 +25,7 @@ from onewan.data.sources.read import kind_of
 from onewan.doctor.captions import CaptionLengths
 from onewan.documents import decode_text, text_problem
 from onewan.errors import ConfigError, Interrupted
-from onewan.files import read_input
+from onewan.files import read_input, remove_abandoned
 from onewan.variants import VARIANTS
 
 _MOST_PROMPT_BYTES = 64 << 10
@@ -62,6 +62,8 @@ def caption(options: argparse.Namespace, key: str) -> int:
         raise ConfigError("--prompt", ["contains {trigger_word}: give one with --trigger-word"])
     if options.dry_run:
         return _dry_run(captioner, plan, as_json=options.json)
+    # What a call left that was killed between writing a file and giving it its name.
+    remove_abandoned(plan.folders)
     report, left = CaptionReport(), None
     try:
         if plan.tasks:
