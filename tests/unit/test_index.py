@@ -293,10 +293,14 @@ def test_all_missing_folders_are_named(tmp_path: Path) -> None:
     ]
 
 
-def test_an_empty_folder_gives_an_empty_report(tmp_path: Path) -> None:
+def test_an_empty_folder_is_a_problem(tmp_path: Path) -> None:
     report = index(tmp_path)
-    assert (report.clips, report.problems) == ((), ())
-    assert report.lines() == ["0 clips (0 videos, 0 images)"]
+    assert report.clips == ()
+    assert report.lines() == [
+        "0 clips (0 videos, 0 images), 1 left out",
+        "1 file can't be used:",
+        f"  {tmp_path}: has no video or image to train on",
+    ]
 
 
 def test_a_link_to_a_parent_folder_is_not_followed(tmp_path: Path) -> None:
@@ -497,12 +501,12 @@ def test_what_is_not_used_of_a_long_file_is_said(tmp_path: Path) -> None:
         video(tmp_path / f"{name}.mp4", frames=36 + 4 * number)
     video(tmp_path / "short.mp4", frames=20)  # 17 of 20 frames: nearly all
     lines = index(tmp_path).lines()
-    (line,) = [line for line in lines if "long" in line]
+    (line,) = [line for line in lines if "s long" in line]
     assert line == (
         "  a.mp4 and 4 others like it (b.mp4, c.mp4, ...): 2.2 s long; 1.1 s from its middle are "
         "used (wan_config.frame_sample_strategy: all makes clips of all of it)"
     )
-    assert not [line for line in lines if "short.mp4" in line]
+    assert not [line for line in lines if "short.mp4" in line and "->" not in line]
     (line,) = [line for line in index(tmp_path, frame_strategy="random").lines() if "long" in line]
     assert "1.1 s from a random place are used" in line
 
