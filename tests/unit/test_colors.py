@@ -37,6 +37,7 @@ LOSSLESS = {
     "libx265": {"x265-params": "lossless=1:log-level=none", "preset": "ultrafast"},
     "libvpx-vp9": {"lossless": "1", "cpu-used": "8", "deadline": "realtime"},
     "libsvtav1": {"crf": "1", "preset": "10"},
+    "libvpx": {"crf": "4", "b": "20000000", "cpu-used": "8"},
 }
 
 
@@ -144,6 +145,16 @@ def test_colors_are_those_that_the_tags_say(
         assert np.abs(pixels[row, column] - COLORS[row, column]).max() <= 2
     fitted = read_frames(path, [0.0], Fit(128, 64))[0]
     assert np.abs(patches(fitted) - COLORS).max() <= 2
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["limited", "full"])
+@pytest.mark.parametrize("standard", ["601", "709"])
+def test_vp8_has_the_colors_that_its_container_says(
+    tmp_path: Path, standard: str, full: bool
+) -> None:
+    path = make(tmp_path / "a.webm", COLORS / 255, standard, full=full, codec="libvpx")
+    assert probe(path).notes == () == probe_header(path).notes
+    assert np.abs(patches(read_frames(path, [0.0])[0]) - COLORS).max() <= 2
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,9 @@ class VideoColors:
         `context` is the stream's decoder; PyAV 16 gives a frame's matrix and range, but no other of
         its tags. Raises DataError for samples that can't be converted.
         """
-        matrix, color_range = int(source.colorspace), int(source.color_range)
+        # The header of VP8 itself can only say BT.601, whatever the tags of the container are.
+        tagged = context if context.name == "vp8" else source
+        matrix, color_range = int(tagged.colorspace), int(tagged.color_range)
         if matrix == _UNSPECIFIED:  # the libvpx decoders forget the tags of the container
             matrix = int(context.colorspace)
         transfer, primaries = (

@@ -114,17 +114,20 @@ def decode_frames(
 
 
 def _decoder(stream: VideoStream) -> VideoCodecContext:
-    """The stream's own decoder, or libvpx for VP8 and VP9 with alpha.
+    """The stream's own decoder; libvpx for VP8 and VP9 with alpha, and another one for all VP8.
 
     FFmpeg's own decoders of these ignore the alpha channel, which is a second stream beside each
-    packet, and return the colors below transparent parts, which are arbitrary.
+    packet, and return the colors below transparent parts, which are arbitrary. That of VP8 writes
+    over the tags that the container has for colors, which `VideoColors` needs.
     """
     context = stream.codec_context
-    name = _ALPHA_DECODERS.get(context.name)
     # Some writers give the mark in capitals.
     tags = {key.lower(): value for key, value in stream.metadata.items()}
-    if name is None or tags.get("alpha_mode") != "1":
+    has_alpha = tags.get("alpha_mode") == "1"
+    name = _ALPHA_DECODERS.get(context.name) if has_alpha else None
+    if name is None and context.name != "vp8":
         return context
+    name = name or context.name
     decoder = VideoCodecContext.create(name, "r")
     assert isinstance(decoder, VideoCodecContext)
     decoder.options = dict(context.options)
