@@ -270,7 +270,7 @@ def make_animation(path: Path, frames: int = 5) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", ["webp", "png", "avif", "gif"])
+@pytest.mark.parametrize("suffix", ["webp", "png", "apng", "avif", "gif"])
 def test_animated_images_are_videos_with_their_own_frame_times(tmp_path: Path, suffix: str) -> None:
     if suffix == "avif" and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")
@@ -286,6 +286,26 @@ def test_animated_images_are_videos_with_their_own_frame_times(tmp_path: Path, s
     frames = read_frames(path, wanted, Fit(32, 16))
     assert np.round(frames[:, 8, 16, 1] / 50).tolist() == nearest
     assert keyframe_near(path, 0.2) in ([0.0] if suffix == "gif" else [0.15])
+
+
+@pytest.mark.parametrize("suffix", ["webp", "png", "gif"])
+def test_free_parts_of_animations_lie_over_the_background(tmp_path: Path, suffix: str) -> None:
+    images = [Image.new("RGBA", (64, 32)) for _ in range(3)]
+    for number, image in enumerate(images):
+        image.paste((255, 0, 0, 255), (16 * number, 8, 16 * number + 16, 24))
+    path = tmp_path / f"a.{suffix}"
+    dispose = {"webp": {"lossless": True}, "png": {"disposal": 1}, "gif": {"disposal": 2}}
+    images[0].save(path, save_all=True, append_images=images[1:], duration=100, **dispose[suffix])
+    assert probe(path).has_alpha
+    frames = read_frames(path, [0.0, 0.1, 0.2], background=(0, 255, 0))
+    for number, frame in enumerate(frames):
+        expected = np.full((32, 64, 3), (0, 255, 0))
+        expected[8:24, 16 * number : 16 * number + 16] = (255, 0, 0)
+        assert np.array_equal(frame, expected)
+
+
+def test_an_animated_webp_without_free_parts_is_opaque(tmp_path: Path) -> None:
+    assert not probe(make_animation(tmp_path / "a.webp")).has_alpha
 
 
 @pytest.mark.parametrize("suffix", ["webp", "png", "gif"])

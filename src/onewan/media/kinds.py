@@ -13,7 +13,7 @@ HEIF_SUFFIXES = frozenset({"heic", "heif", "hif"})
 """Extensions of images that need the package pillow-heif, an optional one."""
 
 IMAGE_SUFFIXES = HEIF_SUFFIXES | {
-    *("avif", "bmp", "jfif", "jpe", "jpeg", "jpg", "png", "tif", "tiff", "webp")
+    *("apng", "avif", "bmp", "jfif", "jpe", "jpeg", "jpg", "png", "tif", "tiff", "webp")
 }
 """Extensions of images, lower case, without the dot; some of them can be animated."""
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 
 import av
@@ -114,7 +115,7 @@ def fit_image(image: Image.Image | np.ndarray, fit: Fit, pixel_aspect: float = 1
 def open_image(path: Path) -> Iterator[Image.Image]:
     """The opened image, not yet decoded; Pillow's errors inside become `DataError`."""
     _require_decoder(path)
-    with faults_of(path, "image"), Image.open(path) as image:
+    with faults_of(path, "image"), Image.open(_with_free_parts(path)) as image:
         check_pixels(path, image.width, image.height, image.format or "image")
         if image.format == "TIFF" and image.mode in _UNREAD_MODES:
             raise DataError(
@@ -126,6 +127,35 @@ def open_image(path: Path) -> Iterator[Image.Image]:
                 f"{path}: is an HDR image ({transfer}), which is not read; convert it to SDR"
             )
         yield image
+
+
+def _with_free_parts(path: Path) -> Path | BytesIO:
+    """An animated WebP whose frames leave parts of the picture free, marked as transparent there;
+    other files as they are.
+
+    Players show free parts as transparent. Whether Pillow gives an alpha channel depends on a flag
+    of the file, which encoders set for frames with transparent pixels of their own only
+    (https://developers.google.com/speed/webp/docs/riff_container, VP8X and ANMF).
+    """
+    animation, alpha, size = 0x02, 0x10, slice(24, 30)
+    with path.open("rb") as file:
+        head = file.read(30)
+    if head[8:16] != b"WEBPVP8X" or head[20] & (animation | alpha) != animation:
+        return path
+    data = bytearray(path.read_bytes())
+    position, is_first = 12, True
+    whole = bytes(6) + head[size]  # the place of a frame, and its size
+    while position + 24 <= len(data):
+        if data[position : position + 4] == b"ANMF":
+            frame = data[position + 8 : position + 24]
+            disposes = frame[15] & 1
+            if disposes or (is_first and frame[:12] != whole):
+                data[20] |= alpha
+                return BytesIO(data)
+            is_first = False  # the later ones lie over it
+        length = int.from_bytes(data[position + 4 : position + 8], "little")
+        position += 8 + length + length % 2
+    return path
 
 
 def _require_decoder(path: Path) -> None:
