@@ -88,7 +88,7 @@ def mixed(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands do not look at this machine, for which torch is imported each time."""
-    monkeypatch.setattr("onewan.cli.doctor.look_at_environment", lambda: ENVIRONMENT)
+    monkeypatch.setattr("onewan.cli.doctor.environment_ahead", lambda: lambda: ENVIRONMENT)
 
 
 def settings(folder: Path, *more: str) -> list[str]:

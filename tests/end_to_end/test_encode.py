@@ -533,6 +533,10 @@ def test_settings_of_a_source_change_the_data_set_digest_but_no_entry(
         assert bool(totals) == (not digests)
         digests.add(data.digest)
     assert len(digests) == 4
+    # This one changes the pixels of videos too, but not those of the image.
+    source = f"video_data.sources=[{{path: {(own / 'clips').as_posix()}, interlaced: top_first}}]"
+    data, totals = prepared(run_file("t2v-a14b", *settings(own), source))
+    assert totals == [("encoding clips", 4)] and data.digest not in digests
 
 
 # --- Cache keys ----------------------------------------------------------------------------------
@@ -573,6 +577,10 @@ def test_cache_keys_do_not_change_by_accident(tmp_path: Path) -> None:
     gray = replace(clip, background=(128, 128, 128))
     assert t2v.video_key(gray) != t2v_key
     assert t2v.mask_key(gray, mask) == mask_key
+    woven = [replace(clip, fields=order) for order in (None, "top_first", "bottom_first")]
+    assert t2v.video_key(woven[0]) == t2v_key
+    assert len({t2v.video_key(each) for each in woven}) == 3
+    assert {t2v.mask_key(each, mask) for each in woven} == {mask_key}
     for other in ({"start": 0.5}, {"fps": 24.0}, {"frames": 13}, {"size": (480, 832)}):
         assert t2v.video_key(replace(clip, **other)) != t2v_key
         if "start" not in other:  # a mask has its own start

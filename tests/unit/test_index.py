@@ -656,6 +656,20 @@ def test_interlaced_files_are_used_or_refused(clips: Path, tmp_path: Path) -> No
     )
 
 
+def test_all_videos_are_deinterlaced_where_a_source_says_so(tmp_path: Path) -> None:
+    for folder in (tmp_path / "woven", tmp_path / "other"):
+        folder.mkdir()
+        video(folder / "a.mp4")
+    Image.new("RGB", SIZE).save(tmp_path / "woven" / "b.png")
+    (tmp_path / "woven" / "b.txt").write_text("black", encoding="utf-8")
+    source = ClipSource(path=tmp_path / "woven", planning={"interlaced": "bottom_first"})
+    report = index(source, tmp_path / "other")
+    assert [clip.fields for clip in report.clips] == ["bottom_first", None, None]
+    (note,) = [w for w in report.warnings if "deinterlaced" in w.text]
+    assert (note.path, note.about) == (tmp_path / "woven" / "a.mp4", "deinterlaced")
+    assert "bottom field first" in note.text
+
+
 def test_the_background_belongs_to_files_with_transparency_only(tmp_path: Path) -> None:
     video(tmp_path / "a.mp4")
     Image.new("RGBA", SIZE, (255, 0, 0, 0)).save(tmp_path / "b.png")

@@ -10,13 +10,12 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onewan.cli.output import complain, say, write, write_file
 from onewan.doctor.diagnosis import Diagnosis
-from onewan.doctor.environment import Environment, look_at_environment
+from onewan.doctor.environment import Environment, environment_ahead
 from onewan.doctor.finding import Finding, without_names
 from onewan.errors import ConfigError, OnewanError
 
@@ -41,23 +40,19 @@ def doctor(
     if fix and not yes and not sys.stdin.isatty():
         raise ConfigError("--fix", ["asks before it changes files; add --yes in a script"])
     examination, other = None, list[Finding]()
-    # Beside the clips: another process imports torch, which takes seconds.
-    with ThreadPoolExecutor(1) as pool:
-        environment = pool.submit(look_at_environment)
-        try:
-            if run is not None:
-                config = _load(run, overrides)
-                if fix:
-                    _repair(config, yes=yes)
-                examination = _examine(config, environment.result, previews=html is not None)
-        except ImportError as error:
-            text = f"the data can't be looked at, since a package is missing or broken: {error}"
-            other.append(_problem("package", text))
-        except OnewanError as error:
-            other += [_problem("run file", line) for line in (error.message, *error.details)]
-    diagnosis = Diagnosis(
-        environment=environment.result(), examination=examination, other=tuple(other)
-    )
+    environment = environment_ahead()
+    try:
+        if run is not None:
+            config = _load(run, overrides)
+            if fix:
+                _repair(config, yes=yes)
+            examination = _examine(config, environment, previews=html is not None)
+    except ImportError as error:
+        text = f"the data can't be looked at, since a package is missing or broken: {error}"
+        other.append(_problem("package", text))
+    except OnewanError as error:
+        other += [_problem("run file", line) for line in (error.message, *error.details)]
+    diagnosis = Diagnosis(environment=environment(), examination=examination, other=tuple(other))
     if html is not None and examination is not None:
         from onewan.doctor.page import html_page
 

@@ -68,6 +68,7 @@ SEVERAL_CLIPS = ("uniform", "random", "keyframe")
 """Strategies that give `clips_per_video` clips."""
 LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".json", ".tar")
 """Extensions of files that list or hold clips; other sources are folders."""
+Interlaced = Literal["deinterlace", "refuse", "top_first", "bottom_first"]
 Strategy = Literal["uniform", "middle", "head", "random", "keyframe", "chunks", "sliding", "all"]
 
 
@@ -192,6 +193,8 @@ class SourceSection(Section):
     """Its smallest files, width and height; null is `video_data.min_resolution`."""
     max_resolution: Size | None = None
     """Its largest training size; null is `video_data.max_resolution`."""
+    interlaced: Interlaced | None = None
+    """What to do with its interlaced videos; null is `video_data.interlaced`."""
     masks: bool | None = None
     """Whether its loss masks are used; null is `video_data.masks`."""
     speed: Positive = 1.0
@@ -219,9 +222,11 @@ class VideoDataSection(Section):
     captions: Literal["lines", "whole"] = "lines"
     """What a caption file holds: a caption in each line, of which each training sample draws one
     (`lines`), or one text, whose lines are joined (`whole`)."""
-    interlaced: Literal["deinterlace", "refuse"] = "deinterlace"
+    interlaced: Interlaced = "deinterlace"
     """What to do with interlaced video (DV, DVDs, broadcasts): make one frame of each pair of
-    fields (`deinterlace`), or report it and leave it out (`refuse`)."""
+    fields (`deinterlace`), or report it and leave it out (`refuse`). With `top_first` or
+    `bottom_first`, the field that comes first, all videos are deinterlaced, also those that do not
+    say that they are interlaced; `onewan doctor` finds such."""
     background: Annotated[str, BeforeValidator(_as_color), Field(pattern=_COLOR)] = "#ffffff"
     """Color that transparent videos and images are laid over, as "#rrggbb" in quotes."""
     masks: bool = False

@@ -125,6 +125,7 @@ def _planning(source: SourceSection) -> dict[str, Any]:
         "resolutions": source.resolution,
         "min_resolution": source.min_resolution,
         "max_resolution": source.max_resolution,
+        "interlaced": source.interlaced,
     }
     return {name: value for name, value in own.items() if value is not None}
 

@@ -307,7 +307,8 @@ def _span(clip: Clip) -> list[object]:
 def _look(clip: Clip) -> list[object]:
     """What decides the pixels of a clip, given the content of its file and the span."""
     background = [] if clip.background == WHITE else [list(clip.background)]
-    return [*background, *_variation(clip)]
+    fields = [] if clip.fields is None else [clip.fields]
+    return [*background, *fields, *_variation(clip)]
 
 
 def _variation(clip: Clip) -> list[object]:

@@ -21,7 +21,15 @@ from onewan.data.sources.item import SourceItem
 from onewan.data.sources.names import Patterns
 from onewan.data.spans import Span, SpanChooser, Strategy, scenes_between
 from onewan.errors import DataError
-from onewan.media import RGB, WHITE, MediaInfo, keyframe_near
+from onewan.media import (
+    IMAGE_SUFFIXES,
+    RGB,
+    WHITE,
+    FieldOrder,
+    MediaInfo,
+    extension,
+    keyframe_near,
+)
 from onewan.media.cuts import Cut, cut_detector, find_cuts
 from onewan.seeds import derive_seed
 
@@ -34,6 +42,7 @@ _ROUNDING = 1e-6
 """Added before a product of floats is rounded down: 0.29 s * 100 fps is 28.999999999999996."""
 
 SlowVideo = Literal["repeat", "keep_rate", "skip"]
+Interlaced = Literal["deinterlace", "refuse", "top_first", "bottom_first"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +94,11 @@ class Clip:
     """Its loss mask; None if all of the clip is trained on."""
     background: RGB = WHITE
     """What transparent parts are laid over; white for files without them, which need none."""
+    interlaced: bool = False
+    """Whether its file is flagged as interlaced; such frames are deinterlaced."""
+    fields: FieldOrder | None = None
+    """The order of the fields by which all frames are deinterlaced; None: only those that are
+    flagged, by their own."""
     media_notes: tuple[str, ...] = ()
     """What is assumed or changed when the file is read; see `MediaInfo.notes`."""
 
@@ -185,8 +199,8 @@ class ClipPlanner:
     """(width, height), in either orientation, that a training size given as an area may have."""
     video_formats: tuple[str, ...]
     """Extensions of the video files to use, lower case, without the dot."""
-    interlaced: Literal["deinterlace", "refuse"] = "deinterlace"
-    """Whether interlaced files are used."""
+    interlaced: Interlaced = "deinterlace"
+    """Whether interlaced files are used, and whether all videos count as such."""
     background: RGB = WHITE
     """What transparent parts of files are laid over."""
     size_multiple: int
@@ -258,6 +272,8 @@ class ClipPlanner:
                 part=item.part,
                 augmentation=source.augmentation,
                 background=self.background if info.has_alpha else WHITE,
+                interlaced=info.interlaced,
+                fields=self._fields(info),
                 media_notes=info.notes,
             )
             for number, (span, take, takes) in enumerate(spans, start=1)
@@ -277,6 +293,13 @@ class ClipPlanner:
         size, fps = self._size(info), self._rate(info, speed)
         groups = self._spans(info, info.path.name, fps)
         return [Bucket(group[0].frames, size, len(group)) for group in groups]
+
+    def _fields(self, info: MediaInfo) -> FieldOrder | None:
+        """See `Clip.fields`."""
+        can_be = info.kind == "video" and extension(info.path) not in (*IMAGE_SUFFIXES, "gif")
+        if not can_be or self.interlaced in ("deinterlace", "refuse"):
+            return None
+        return self.interlaced
 
     def _size(self, info: MediaInfo) -> Size:
         """The training size of a file; DataError if the file is too small."""

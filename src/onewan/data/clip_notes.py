@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from math import inf
+from typing import NamedTuple
 
 from onewan.arithmetic.buckets import size_without_limit
 from onewan.data.clip import SAME_RATE, Clip, ClipPlanner
@@ -22,30 +23,47 @@ _PLACES: dict[Strategy, str] = {
 }
 
 
-def clip_notes(planner: ClipPlanner, clips: Sequence[Clip], speed: float = 1.0) -> list[str]:
+class ClipNote(NamedTuple):
+    """Something about the clips of one file."""
+
+    about: str
+    """What it is about, in a word or two for a table."""
+    text: str
+
+
+def clip_notes(planner: ClipPlanner, clips: Sequence[Clip], speed: float = 1.0) -> list[ClipNote]:
     """How the `clips` of one file, planned with `speed`, differ from the file, and from what the
     run file asks for."""
     clip = clips[0]
-    texts = list(clip.media_notes)
+    about = "colors" if clip.kind == "video" else "picture"
+    notes = [ClipNote(about, text) for text in clip.media_notes]
+    if clip.fields is not None:
+        which = "top" if clip.fields == "top_first" else "bottom"
+        text = f"deinterlaced, with the {which} field first, as the run file says"
+        notes.append(ClipNote("deinterlaced", text))
+    elif clip.interlaced:
+        notes.append(ClipNote("deinterlaced", "interlaced video, deinterlaced"))
     width, height = clip.source_size
     if clip.size[0] > width or clip.size[1] > height:
-        texts.append(f"scaled up from {width}x{height} to {clip.size[0]}x{clip.size[1]}")
+        text = f"scaled up from {width}x{height} to {clip.size[0]}x{clip.size[1]}"
+        notes.append(ClipNote("scaled up", text))
     wanted = size_without_limit(
         width, height, planner.resolutions, planner.size_multiple, planner.max_resolution
     )
     if wanted is not None:
         limit = "x".join(map(str, planner.max_resolution))
-        texts.append(
+        text = (
             f"trained at {clip.size[0]}x{clip.size[1]} instead of {wanted[0]}x{wanted[1]}, "
             f"since video_data.max_resolution is {limit}"
         )
+        notes.append(ClipNote("size limit", text))
     if clip.kind == "video":
-        texts += [
-            *_rate_notes(clip, planner.fps / speed),
-            *_unused_notes(planner.frame_strategy, clips),
-            *_length_notes(planner, clips),
+        notes += [
+            *(ClipNote("slow", text) for text in _rate_notes(clip, planner.fps / speed)),
+            *(ClipNote("in part", text) for text in _unused_notes(planner.frame_strategy, clips)),
+            *(ClipNote("short", text) for text in _length_notes(planner, clips)),
         ]
-    return texts
+    return notes
 
 
 def taken(clips: Sequence[Clip]) -> str:

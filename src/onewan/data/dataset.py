@@ -294,6 +294,8 @@ def _dataset_digest(report: DatasetReport, digests: Mapping[Path, str]) -> str:
             settings.append([clip.take, clip.takes])
         if clip.variation is not None:
             settings.append(clip.variation.key)
+        if clip.fields is not None:
+            settings.append(clip.fields)
         span = [clip.start, clip.fps, clip.frames, list(clip.size)]
         return [clip.name, digests[clip.path], span, clip.captions, settings, mask]
 

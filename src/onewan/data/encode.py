@@ -104,7 +104,7 @@ def encode_mask(clip: Clip, mask: Mask, variant: Variant) -> Tensor:
 def uniform_mask_warnings(mask: Mask, values: Tensor) -> list[ClipWarning]:
     """A warning if all `values` of a mask are 0, or all are 1."""
     text = uniform_mask_note(float(values.min()), float(values.max()))
-    return [] if text is None else [ClipWarning(path=mask.path, text=text)]
+    return [] if text is None else [ClipWarning(path=mask.path, text=text, about="mask")]
 
 
 def too_long_warnings(lengths: Sequence[int]) -> tuple[ClipWarning, ...]:

@@ -78,7 +78,9 @@ def _source_report(
                 file = read_caption_file(item.path, item.texts)
                 lines = file.lines
                 if file.is_cp1252:
-                    warnings.append(ClipWarning(path=file.path, text=CP1252_NOTE))
+                    warnings.append(
+                        ClipWarning(path=file.path, text=CP1252_NOTE, about="caption encoding")
+                    )
             planned = planner.plan(item, source, _captions(item, source, lines, planner.seed))
         except DataError as error:
             problems.append(_problem(item, error))
@@ -89,7 +91,7 @@ def _source_report(
             clips += planned
         line_counts.append(len(lines) if item.captions is None else 1)
         notes = clip_notes(planner, planned, source.speed)
-        warnings += [ClipWarning(path=item.path, text=text) for text in notes]
+        warnings += [ClipWarning(path=item.path, text=n.text, about=n.about) for n in notes]
     if several := sum(number > 1 for number in line_counts):
         place = label_of(source.path, short=True)
         whole = source.captions.whole

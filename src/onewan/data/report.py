@@ -57,6 +57,8 @@ class ClipWarning:
     path: Path | None
     """None if the warning concerns the whole data set."""
     text: str
+    about: str = ""
+    """What it is about, in a word or two for a table; empty for what is said in the text only."""
 
     @property
     def kind(self) -> str:

@@ -15,9 +15,10 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -152,11 +153,22 @@ class Environment:
             yield f"{label:<11}{name:<{width}} would give {OPTIONAL.get(name, 'an extra')}"
 
 
-def look_at_environment() -> Environment:
-    """The environment of this process. Raises nothing: what can't be found out is a finding."""
-    with ThreadPoolExecutor(2) as pool:
-        asked_torch, asked_driver = pool.submit(_torch), pool.submit(_driver)
+def environment_ahead() -> Callable[[], Environment]:
+    """Begins to look at the environment of this process; what it returns waits for the result.
+
+    Importing torch takes seconds, in another process, so that other work can be done meanwhile.
+    Raises nothing: what can't be found out is a finding.
+    """
+    # These threads wait for other processes and import nothing, as this one does meanwhile: modules
+    # that import each other in two threads can't go on.
+    pool = ThreadPoolExecutor(2)
+    asked_torch, asked_driver = pool.submit(_torch), pool.submit(_driver)
+    pool.shutdown(wait=False)
+
+    @cache
+    def environment() -> Environment:
         required, extras = _requirements()
+        driver, cards = asked_driver.result()
         found = Environment(
             onewan=_version("onewan") or "not installed",
             python=platform.python_version(),
@@ -167,13 +179,13 @@ def look_at_environment() -> Environment:
             packages={name: _version(name) for name in required if name != "torch"},
             # Those of an extra that is new, should `OPTIONAL` lack them.
             optional={name: _version(name) for name in dict.fromkeys((*OPTIONAL, *extras))},
-            cards=(),
-            driver="",
+            cards=cards,
+            driver=driver,
             torch=asked_torch.result(),
         )
-        driver, cards = asked_driver.result()
-    found = replace(found, driver=driver, cards=cards)
-    return replace(found, findings=tuple(_findings(found, required)))
+        return replace(found, findings=tuple(_findings(found, required)))
+
+    return environment
 
 
 def _findings(found: Environment, required: Mapping[str, str]) -> Iterator[Finding]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from onewan.config.schema import ResolvedRun
-from onewan.data.captions import CP1252_NOTE
 from onewan.data.clip import Clip
 from onewan.data.probes import MediaProbes
 from onewan.data.report import ClipProblem, ClipWarning, DatasetReport
@@ -119,6 +118,7 @@ def examine(
         fps=config.model.facts().fps,
         variant=config.model.facts(),
         previewed=frozenset(once[::step]) if previews else frozenset(),
+        searched=frozenset({clip.path: clip for clip in reversed(once)}.values()),
     )
     inspected = list(inspector.inspect(once, advance))
     undecodable = [
@@ -141,7 +141,7 @@ def examine(
         clips=tuple(replace(by_frames[_frames_key(clip)], clip=clip) for clip in _each_once(used)),
         held_out=frozenset(report.validation_clips),
         report=report,
-        of_data=tuple(_of_report(report, added)),
+        of_data=tuple(_of_report(report)),
         of_run=(*_missing_model(config), *(needs.findings if needs else _nothing(config))),
         needs=needs,
     )
@@ -155,7 +155,7 @@ def _each_once(clips: Sequence[Clip]) -> list[Clip]:
 def _frames_key(clip: Clip) -> tuple[object, ...]:
     """What the frames of a clip depend on."""
     span = (clip.path, clip.start, clip.fps, clip.frames)
-    return (*span, clip.size, clip.background, clip.variation)
+    return (*span, clip.size, clip.background, clip.fields, clip.variation)
 
 
 def _without(report: DatasetReport, problems: Sequence[ClipProblem]) -> DatasetReport:
@@ -176,6 +176,13 @@ def _added_findings(
     for item in usable:
         for kind, text in item.pixels.notes() if item.pixels else ():
             yield Finding(severity="note", kind=kind, path=item.clip.path, text=text)
+        if item.combs is not None:
+            text = (
+                "has the combs of interlaced video, although its stream says that it is not; a "
+                f"source with interlaced: {item.combs} deinterlaces all of its videos, so put such "
+                "files into one of their own"
+            )
+            yield Finding(severity="note", kind="interlaced", path=item.clip.path, text=text)
         if item.mask_note and item.clip.mask:
             path = item.clip.mask.path
             yield Finding(severity="note", kind="mask", path=path, text=item.mask_note)
@@ -217,20 +224,16 @@ def _duplicates(usable: Sequence[InspectedClip], digests: Mapping[Path, str]) ->
 
 
 def _as_warnings(findings: Sequence[Finding]) -> list[ClipWarning]:
-    return [ClipWarning(path=finding.path, text=finding.text) for finding in findings]
+    return [ClipWarning(path=f.path, text=f.text, about=f.kind) for f in findings]
 
 
-def _of_report(report: DatasetReport, added: Sequence[Finding]) -> Iterator[Finding]:
-    """The problems and warnings of `report`, of which `added` have a kind already."""
+def _of_report(report: DatasetReport) -> Iterator[Finding]:
+    """The problems and warnings of `report`."""
     for problem in report.problems:
         text, kind = problem.reason, "unusable"
         yield Finding(severity="problem", kind=kind, path=problem.path, text=text)
-    kinds = {(finding.path, finding.text): finding.kind for finding in added}
     for warning in report.warnings:
-        kind = "changed" if warning.path else "data set"
-        if warning.text == CP1252_NOTE:
-            kind = "caption encoding"
-        kind = kinds.get((warning.path, warning.text), kind)
+        kind = warning.about or ("file" if warning.path else "data set")
         yield Finding(severity="note", kind=kind, path=warning.path, text=warning.text)
 
 

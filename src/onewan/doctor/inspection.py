@@ -20,6 +20,7 @@ from onewan.data.report import ClipProblem
 from onewan.doctor.pixels import PixelFacts, look_at_pixels
 from onewan.errors import DataError
 from onewan.files import file_digest
+from onewan.media import IMAGE_SUFFIXES, FieldOrder, extension, field_order
 from onewan.media.contact_sheet import frames_with_mask, preview_indices
 from onewan.media.write import video_bytes
 from onewan.variants import Variant
@@ -55,6 +56,8 @@ class InspectedClip:
     """Why it can't be decoded, or its mask can't."""
     mask_note: str | None = None
     """What the user should know about its mask."""
+    combs: FieldOrder | None = None
+    """The order of the fields if it has the combs of interlaced video, and no flag that says so."""
     preview: Preview | None = None
     """Only of those that are wanted."""
 
@@ -69,6 +72,8 @@ class Inspector:
     """Gives the size of the cells of a loss mask."""
     previewed: frozenset[Clip]
     """The clips of which previews are made."""
+    searched: frozenset[Clip]
+    """The clips that are searched for combs: one of each file."""
 
     def inspect(self, clips: Sequence[Clip], advance: Advance) -> Iterator[InspectedClip]:
         """All `clips`, in their order."""
@@ -85,14 +90,21 @@ class Inspector:
             # The trainer's own way from a file to frames, at a size that takes less time.
             frames = decode(replace(clip, size=small_size(clip.size)), threads=threads).frames
             mask = decode_mask(clip, clip.mask, self.variant)[0] if clip.mask else None
+            combs = field_order(clip.path, clip.start) if self._may_have_combs(clip) else None
         except DataError as error:
             return InspectedClip(clip=clip, error=error)
         return InspectedClip(
             clip=clip,
             pixels=look_at_pixels(frames),
             mask_note=None if mask is None else uniform_mask_note(mask.min(), mask.max()),
+            combs=combs,
             preview=self._preview(clip, frames, mask) if clip in self.previewed else None,
         )
+
+    def _may_have_combs(self, clip: Clip) -> bool:
+        """Whether frames of the clip could be woven from fields without a word of it."""
+        is_stream = clip.kind == "video" and extension(clip.path) not in IMAGE_SUFFIXES
+        return is_stream and clip in self.searched and not clip.interlaced and clip.fields is None
 
     def _preview(self, clip: Clip, frames: np.ndarray, mask: np.ndarray | None) -> Preview:
         stills = [frames[index] for index in preview_indices(len(frames))]

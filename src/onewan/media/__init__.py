@@ -25,6 +25,7 @@ reads and fits images, `write` writes videos, `contact_sheet` draws small frames
 page.
 """
 
+from onewan.media.deinterlace import FieldOrder, field_order
 from onewan.media.kinds import (
     IMAGE_SUFFIXES,
     UNREAD_IMAGE_SUFFIXES,
@@ -43,10 +44,12 @@ __all__ = [
     "UNREAD_IMAGE_SUFFIXES",
     "VIDEO_SUFFIXES",
     "WHITE",
+    "FieldOrder",
     "Fit",
     "MediaInfo",
     "check_video_name",
     "extension",
+    "field_order",
     "fit_image",
     "keyframe_near",
     "probe",

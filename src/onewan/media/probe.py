@@ -246,8 +246,6 @@ def _video_kind(stream: VideoStream) -> Literal["video", "image"]:
 def _frame_notes(path: Path, frame: VideoFrame, stream: VideoStream) -> tuple[str, ...]:
     colors = VideoColors.of(path, frame, stream.codec_context)
     notes = list(colors.notes)
-    if frame.interlaced_frame:
-        notes.append("interlaced video, deinterlaced")
     if colors.transfer != "SDR" and has_alpha(frame):
         notes.append("the transparency of HDR video is ignored")
     return tuple(notes)

@@ -27,7 +27,7 @@ from av.video.stream import VideoStream
 from onewan.errors import DataError
 from onewan.media.animation import animation_frames, is_animation
 from onewan.media.colors import VideoColors
-from onewan.media.deinterlace import deinterlaced
+from onewan.media.deinterlace import FieldOrder, deinterlaced
 from onewan.media.faults import DAMAGE_REMEDY
 from onewan.media.kinds import IMAGE_SUFFIXES, extension
 from onewan.media.still import RGB, WHITE, Fit, image_pixels, read_image, refuse_damaged_gif
@@ -54,6 +54,7 @@ def read_frames(
     fit: Fit | None = None,
     background: RGB = WHITE,
     *,
+    fields: FieldOrder | None = None,
     threads: int = 0,
 ) -> np.ndarray:
     """The frames nearest to `times` (s, ascending; a tie goes to the earlier): uint8 [F, H, W, 3].
@@ -61,7 +62,8 @@ def read_frames(
     Decodes from the key frame at or before ``times[0]`` to the last frame needed, and fits each
     selected frame at once, so that full-size frames are never stacked. An image is returned for
     every time. Without `fit`, frames have their stored pixels; with it, the pixels are square.
-    Frames that are flagged as interlaced are deinterlaced; transparent parts lie over `background`.
+    Frames that are flagged as interlaced are deinterlaced, or with `fields`, the order of their
+    fields, all frames of a video. Transparent parts lie over `background`.
     `threads` is how many the decoder uses, 0 one for each core; it makes no difference to pixels.
 
     Raises `DataError` if anything between that key frame and the last frame is damaged, since later
@@ -75,7 +77,7 @@ def read_frames(
             pixels_of = partial(image_pixels, fit=fit, background=background)
             return _select(path, animation_frames(path), times, pixels_of)
         return np.repeat(read_image(path, fit, background)[None], len(times), axis=0)
-    look = _Look(fit, background)
+    look = _Look(fit, background, fields)
     try:
         return _read_video(path, times, look, threads, skip_before=times[0] - _SKIP_LEAD)
     except DamageError as damage:
@@ -90,6 +92,7 @@ class _Look:
 
     fit: Fit | None
     background: RGB
+    fields: FieldOrder | None
 
 
 def _read_video(
@@ -97,7 +100,8 @@ def _read_video(
 ) -> np.ndarray:
     """`read_frames` for a video; decodes only reference frames before `skip_before`."""
     with open_video_at(path, times[0], threads=threads) as (stream, packets):
-        frames = deinterlaced(decode_frames(path, stream, packets, skip_before=skip_before))
+        decoded = decode_frames(path, stream, packets, skip_before=skip_before)
+        frames = deinterlaced(decoded, look.fields)
         first = next(frames, None)
         # If the first frame is later than this, one before `skip_before` may be nearer.
         if skip_before > -inf and (first is None or first[0] - times[0] > times[0] - skip_before):
@@ -116,7 +120,9 @@ def _read_video_from_earlier(
     # One thread: after an error, decoders with frame threads refuse all that follows.
     with open_video_at(path, start - _JUST_BEFORE, threads=1) as (stream, packets):
         frames = decode_frames(path, stream, packets, ignore_damage_before=start)
-        return _select(path, deinterlaced(frames), times, _VideoPixels(path, stream, look))
+        return _select(
+            path, deinterlaced(frames, look.fields), times, _VideoPixels(path, stream, look)
+        )
 
 
 class _VideoPixels:

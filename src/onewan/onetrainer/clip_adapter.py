@@ -70,7 +70,9 @@ class ConceptPlanner:
             (clip,) = planner.plan(item, ClipSource(path=file.parent), ("",))
         except DataError as error:
             raise DataError(settings.with_onetrainers_names(str(error))) from error
-        return clip, [settings.with_onetrainers_names(text) for text in clip_notes(planner, [clip])]
+        return clip, [
+            settings.with_onetrainers_names(note.text) for note in clip_notes(planner, [clip])
+        ]
 
 
 def mask_candidates(path: Path) -> list[Path]:
