@@ -65,7 +65,7 @@ def write_numbered(
         for number, tick in enumerate([*ticks, None]):
             frame = None
             if tick is not None:
-                frame = av.VideoFrame.from_ndarray(_picture(number), format="rgb24")
+                frame = av.VideoFrame.from_ndarray(numbered_picture(number), format="rgb24")
                 frame.pts, frame.time_base = tick, TICK
             for packet in stream.encode(frame):
                 assert packet.time_base == TICK
@@ -95,7 +95,8 @@ def are_nearest(numbers: Sequence[int], times: Sequence[float], wanted: Sequence
     return bool(np.all(found <= distances.min(axis=1) + 1e-6))
 
 
-def _picture(number: int) -> np.ndarray:
+def numbered_picture(number: int) -> np.ndarray:
+    """The picture that shows `number`: RGB uint8 [H, W, 3]."""
     pixels = np.zeros((SIZE[1], SIZE[0], 3), np.uint8)
     for square in range(_BITS // 2):
         row, column = divmod(square, _COLUMNS)

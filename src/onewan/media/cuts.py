@@ -22,6 +22,7 @@ from av.video.frame import VideoFrame
 
 from onewan.media.animation import animation_frames
 from onewan.media.kinds import IMAGE_SUFFIXES, extension
+from onewan.media.open_gop import tolerate_open_start
 from onewan.media.video_frames import decode_frames
 from onewan.media.video_stream import open_video
 
@@ -57,7 +58,8 @@ def find_cuts(path: str | Path) -> tuple[Cut, ...]:
     path = Path(path)
     if extension(path) not in IMAGE_SUFFIXES:
         with open_video(path, threads=0) as (container, stream):
-            return _cuts_of(decode_frames(path, stream, container.demux(stream)))
+            _, packets = tolerate_open_start(stream, container.demux(stream))
+            return _cuts_of(decode_frames(path, stream, packets))
     return _cuts_of(
         (time, VideoFrame.from_image(image.convert("RGB")))
         for time, image in animation_frames(path)

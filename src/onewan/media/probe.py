@@ -22,6 +22,7 @@ from onewan.media.colors import VideoColors
 from onewan.media.cut_off import cut_off_reason
 from onewan.media.faults import DAMAGE_REMEDY, faults_of
 from onewan.media.kinds import IMAGE_SUFFIXES, extension
+from onewan.media.open_gop import tolerate_open_start
 from onewan.media.still import image_notes, open_image, upright_image
 from onewan.media.video_frames import Orientation, decode_frames, has_alpha
 from onewan.media.video_stream import (
@@ -36,13 +37,17 @@ from onewan.media.video_stream import (
     ticks,
 )
 
-PROBE_VERSION = f"3, PyAV {av.__version__}, Pillow {PIL.__version__}"
+PROBE_VERSION = f"4, PyAV {av.__version__}, Pillow {PIL.__version__}"
 """Changes when `probe` may say something else of a file: the number is incremented when its code
 does, and with another PyAV comes another FFmpeg."""
 
 # The search for the last frame begins this much before the end that the header gives; in s. More
 # than codecs reorder, so that the last packets in the file include the last frame shown.
 _END_WINDOW = 2.0
+
+_BEGINS_OPEN = (
+    "cut within an open group of pictures, so that damage of its first seconds may not be found"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,10 +206,13 @@ def _probe_video(path: Path) -> MediaInfo:
     if reason := cut_off_reason(path):
         raise DataError(f"{path}: {reason}; {DAMAGE_REMEDY}")
     with open_video(path, threads=1) as (container, stream):
-        start, frame = next(decode_frames(path, stream, container.demux(stream)), (0.0, None))
+        begins_open, packets = tolerate_open_start(stream, container.demux(stream))
+        start, frame = next(decode_frames(path, stream, packets), (0.0, None))
         if frame is None:
             raise DataError(f"{path}: no frame of it can be decoded; {DAMAGE_REMEDY}")
         notes = _frame_notes(path, frame, stream)
+        if begins_open:
+            notes += (_BEGINS_OPEN,)
         width, height, aspect = frame.width, frame.height, pixel_aspect(stream)
         if Orientation.of(frame).transpose:
             width, height, aspect = height, width, 1 / aspect

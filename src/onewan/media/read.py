@@ -20,6 +20,7 @@ from math import inf
 from pathlib import Path
 from typing import TypeVar
 
+import av
 import numpy as np
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
@@ -30,6 +31,7 @@ from onewan.media.colors import VideoColors
 from onewan.media.deinterlace import FieldOrder, deinterlaced
 from onewan.media.faults import DAMAGE_REMEDY
 from onewan.media.kinds import IMAGE_SUFFIXES, extension
+from onewan.media.open_gop import tolerate_open_start
 from onewan.media.still import RGB, WHITE, Fit, image_pixels, read_image, refuse_damaged_gif
 from onewan.media.video_frames import DamageError, decode_frames, frame_pixels
 from onewan.media.video_stream import open_video_at, pixel_aspect
@@ -117,12 +119,27 @@ def _read_video_from_earlier(
 ) -> np.ndarray:
     """`_read_video`, but decodes from the key frame before the one that led to `damage` on."""
     start = damage.decoded_from
-    # One thread: after an error, decoders with frame threads refuse all that follows.
-    with open_video_at(path, start - _JUST_BEFORE, threads=1) as (stream, packets):
+
+    def read(stream: VideoStream, packets: Iterable[av.Packet]) -> np.ndarray:
         frames = decode_frames(path, stream, packets, ignore_damage_before=start)
         return _select(
             path, deinterlaced(frames, look.fields), times, _VideoPixels(path, stream, look)
         )
+
+    # One thread: after an error, decoders with frame threads refuse all that follows.
+    with open_video_at(path, start - _JUST_BEFORE, threads=1) as opened:
+        try:
+            return read(*opened)
+        except DamageError as again:
+            if again.decoded_from < start:
+                raise
+            final = again
+    # No key frame is earlier, so what the first pictures refer to may have been cut away.
+    with open_video_at(path, start - _JUST_BEFORE, threads=1) as (stream, packets):
+        is_open, packets = tolerate_open_start(stream, packets)
+        if not is_open:
+            raise final
+        return read(stream, packets)
 
 
 class _VideoPixels:
