@@ -272,7 +272,7 @@ def start_and_epochs(folder: Path, number: int) -> Iterator[Row]:
     yield Row(f"start with {len(data.clips)} cached clips, CPU time", spent, " s", 5.0)
 
     loader = WanDataLoader(
-        data.clips,
+        {"high": data.clips, "low": data.clips},
         data.source,
         conditioning_of(config.model.facts()),
         batch_size=1,
@@ -283,7 +283,7 @@ def start_and_epochs(folder: Path, number: int) -> Iterator[Row]:
     def expert_at(step: int) -> tuple[ExpertName, int]:
         return ("high" if step % 2 == 0 else "low"), step // 2
 
-    memory, steps = list[int](), 2 * loader.batches_per_epoch
+    memory, steps = list[int](), 2 * loader.batches_per_epoch["high"]
     spent = 0.0
     for epoch in range(3):
         begin = time.process_time()
@@ -300,7 +300,7 @@ def start_and_epochs(folder: Path, number: int) -> Iterator[Row]:
     begin = time.process_time()
     for step in range(1000):
         expert, index = expert_at(step)
-        loader._epoch(expert, index // loader.batches_per_epoch)
+        loader._epoch(expert, index // loader.batches_per_epoch[expert])
     per_order = time.process_time() - begin
     yield Row("the order of a step, experts alternating", per_order, " ms", 1.0)
 

@@ -64,7 +64,7 @@ def test_the_run_says_how_many_steps_its_epochs_are_and_goes_on_to_more(run_file
     events: list[dict[str, Any]] = []
     config = run_file("t2v-a14b", "train={epochs: 1, batch_size: 4, switch_expert_every: 1}")
     WanTrainer(config, listen=recorder(events)).fit()
-    each = expected_buckets(config).batches_per_epoch
+    each = expected_buckets(config).batches_per_epoch["high"]
     clips = next(event["clips"] for event in events if event["event"] == "data")
     assert notes(events)[0] == (
         f"1 epoch of {clips} clips: {2 * each} steps, {each} for each expert"
@@ -114,5 +114,5 @@ def test_a_warmup_longer_than_the_epochs_is_refused_before_encoding(run_file: Ru
 
 def test_the_plan_counts_the_steps_of_epochs(run_file: RunFile) -> None:
     config = run_file("t2v-a14b", "train={epochs: 3, batch_size: 2}")
-    each = WanModelSetup(config).build().loader.batches_per_epoch
+    each = WanModelSetup(config).build().loader.batches_per_epoch["high"]
     assert plan_of(config, 10**11, 10**11).run_time.steps == 2 * 3 * each

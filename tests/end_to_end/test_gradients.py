@@ -290,6 +290,7 @@ def joined(step: StepBatches, sizes: tuple[int, ...]) -> StepBatches:
                 condition=None,
                 mask=None,
                 loss_weights=tuple(w for b in part for w in b.loss_weights),
+                timesteps=tuple(each for b in part for each in b.timesteps),
                 is_prior=None,
                 captions=tuple(c for b in part for c in b.captions),
                 names=tuple(n for b in part for n in b.names),

@@ -146,6 +146,7 @@ def test_accumulation_equals_one_large_batch(run_file: RunFile) -> None:
                     latents=torch.cat([b.latents for b in part]),
                     text=torch.cat([b.text for b in part]),
                     loss_weights=tuple(w for b in part for w in b.loss_weights),
+                    timesteps=tuple(each for b in part for each in b.timesteps),
                     names=tuple(b.names[0] for b in part),
                     first_sample_index=start,
                 )

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from support.onetrainer_runs import Lab, concept_of, config_of, sample_of
 
 from onewan.adapters.lora import apply_lora
+from onewan.arithmetic.clip_timesteps import ALL_TIMESTEPS
 from onewan.config.schema import TrainSection
 from onewan.data.clip import Clip
 from onewan.data.decode import decode
@@ -165,6 +166,7 @@ def test_the_first_loss_equals_onewans_own(lab: Lab, tiny, clips, tmp_path, vari
         condition=model.conditioning.channels(condition),
         mask=None,
         loss_weights=(1.0,),
+        timesteps=(ALL_TIMESTEPS,),
         is_prior=None,
         names=(path.name,),
         first_sample_index=0,

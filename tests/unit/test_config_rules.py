@@ -18,10 +18,12 @@ from onewan.config.method import (
 from onewan.config.schema import RunConfig
 from onewan.errors import ConfigError
 
+ROOT = Path(__file__).resolve().parents[2]
 T2V = "model: {path: org/model, variant: t2v-a14b}\n"
 HIGH = "model: {path: org/model, variant: t2v-a14b, experts: high}\n"
 TI2V = "model: {path: org/model, variant: ti2v-5b}\n"
 FLOAT32 = "model: {path: org/model, variant: t2v-a14b, dtype: float32}\n"
+SOURCE = "video_data:\n  sources:\n    - {path: clips, %s}\n"
 FOX = "embeddings: [{placeholder: <fox>}]\n"
 
 
@@ -348,6 +350,61 @@ BROKEN = [
         "train: {loss: {weighting: {kind: curve, points: [[0, 1], [0.8, 0], [1, 0]]}}}",
         r"train.loss.weighting: is 0 at all timesteps that the high expert draws \(0.875 to 1\)",
     ),
+    # Timesteps of sources.
+    (
+        SOURCE % "timesteps: [800, 1000]",
+        r"video_data.sources.0.timesteps: must be two noise levels from 0 \(clean\) to 1 "
+        r"\(noise\), got \[800, 1000\]; timesteps up to 1000 are 1000 times as large: \[0.8, 1.0\]",
+    ),
+    (
+        SOURCE % "timesteps: [0.9, 0.5]",
+        r"video_data.sources.0.timesteps: .* got \[0.9, 0.5\]; give the lower one first",
+    ),
+    (
+        SOURCE % "timesteps: middle",
+        r"video_data.sources.0.timesteps: must be high, low, or a list of two .* got 'middle'; ",
+    ),
+    (
+        TI2V + SOURCE % "timesteps: low",
+        r"video_data.sources.0.timesteps: ti2v-5b has one expert, got low; give a range: \[0.5, 1",
+    ),
+    (
+        SOURCE % "timesteps: high" + "    - {path: more, timesteps: [0.9, 1]}",
+        r"video_data.sources: has no clip for the low expert, which is trained at 0 to 0.875: "
+        r"video_data.sources.0 has other timesteps, video_data.sources.1 has other timesteps; add "
+        r"a source for it, or train the high expert alone: model.experts=high",
+    ),
+    (
+        HIGH + SOURCE % "repeats: 2" + "    - {path: more, timesteps: low}",
+        r"video_data.sources.1.timesteps: no timestep of 0 to 0.875 is trained; the range of the "
+        r"trained expert is 0.875 to 1 \(high\); give another range, or take the source out",
+    ),
+    (
+        SOURCE % "repeats: 2"
+        + "    - {path: more, timesteps: [0.2, 0.3]}\n"
+        + "train: {timesteps: {distribution: table, weights: [1, 0, 0, 0, 0, 0, 0, 1], shift: 1}}",
+        r"video_data.sources.1.timesteps: with shift 1, train.timesteps draws nothing from 0.2 to "
+        r"0.3, where the low expert trains them; give a wider range, or another",
+    ),
+    (
+        SOURCE % "weighting: {kind: spline, points: [[0, 1], [0.8, 0], [1, 0]]}",
+        r"video_data.sources.0.weighting: is 0 from 0.875 to 1, where the high expert trains them; "
+        r"give it weight there",
+    ),
+    (
+        SOURCE % "timesteps: [0, 0.2]"
+        + "    - more\n"
+        + "train: {loss: {weighting: {kind: curve, points: [[0.3, 0], [1, 1]]}}}",
+        r"video_data.sources.0.timesteps: train.loss.weighting is 0 from 0 to 0.2, where the low ",
+    ),
+    (
+        "validation: {sources: [{path: a, timesteps: low}]}",
+        "validation.sources.0.timesteps: has no effect, since validation measures all clips alike",
+    ),
+    (
+        "validation: {sources: [{path: a, weighting: min_snr}]}",
+        "validation.sources.0.weighting: has no effect, since validation measures all clips alike",
+    ),
     (
         "train: {first_frame_noise: [-3, 1]}",
         "train.first_frame_noise: has no effect, since only ti2v-5b",
@@ -413,6 +470,14 @@ def test_a_broken_rule_gives_one_line_with_a_remedy(tmp_path: Path, text: str, s
         "train: {timesteps: {distribution: table, weights: [0, 0, 0, 1], shift_by_tokens: true}}",
         "train: {loss: {weighting: {kind: curve, points: [[0.1, 0], [0.9, 1]]}}}",
         "train: {loss: {weighting: {kind: curve, points: [[0.8, 0], [0.9, 1]]}}}",
+        SOURCE % "timesteps: low" + "    - {path: more, timesteps: high}",
+        SOURCE % "timesteps: [0.5, 0.875]" + "    - more",
+        HIGH + SOURCE % "timesteps: high, weighting: none",
+        TI2V + SOURCE % "timesteps: [0, 0.1], weighting: {kind: min_snr, gamma: 2}",
+        # It is known only with the clips whether their own density reaches the range.
+        SOURCE % "timesteps: [0.2, 0.3]"
+        + "    - more\n"
+        + "train: {timesteps: {distribution: table, weights: [1, 0, 0, 1], shift_by_tokens: true}}",
         TI2V + "train: {first_frame_noise: [-3, 1], first_frame_probability: 0.1}",
         "validation: {every: 5}\ntrain: {keep_best: true}",
         "validation: {clips: 0}",
@@ -420,6 +485,13 @@ def test_a_broken_rule_gives_one_line_with_a_remedy(tmp_path: Path, text: str, s
 )
 def test_valid_combinations_are_accepted(tmp_path: Path, text: str) -> None:
     load(tmp_path, text)
+
+
+def test_the_example_of_the_recipes_is_a_run_file(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    sources = load(tmp_path, example).video_data.sources
+    assert [source.timesteps for source in sources] == ["high", "low"]
 
 
 def test_all_broken_rules_are_reported_at_once(tmp_path: Path) -> None:

@@ -159,8 +159,8 @@ def test_paths_of_members_and_lists_are_relative_to_the_file(tmp_path: Path) -> 
         ),
         (
             "train: {loss: {weighting: {kind: 7}}}",
-            "train.loss.weighting.kind: must be 'none', 'min_snr' or 'curve', got 7; change it, or "
-            "leave it out for 'none'",
+            "train.loss.weighting.kind: must be 'none', 'min_snr', 'curve' or 'spline', got 7; "
+            "change it, or leave it out for 'none'",
         ),
         (
             "method: {kind: }",

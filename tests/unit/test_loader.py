@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -60,11 +60,16 @@ CLIPS = (
 TEXT_ONLY = conditioning_of(VARIANTS["t2v-a14b"])
 
 
+def both(clips: Sequence[Clip]) -> dict[ExpertName, Sequence[Clip]]:
+    """The same clips for both experts."""
+    return {"high": clips, "low": clips}
+
+
 def loader(
     batch_size: int = 2, accumulation: int = 1, source: NumberedSource | None = None
 ) -> WanDataLoader:
     return WanDataLoader(
-        CLIPS,
+        both(CLIPS),
         source or NumberedSource(),
         TEXT_ONLY,
         batch_size=batch_size,
@@ -92,7 +97,7 @@ def test_each_epoch_has_every_clip_and_the_samples_of_a_step_are_numbered(
 def test_of_alternatives_each_epoch_has_one_and_all_come_in_turn() -> None:
     spans = [replace(clip(n, repeats=2), take=n - 20, takes=3) for n in (20, 21, 22)]
     data = WanDataLoader(
-        [clip(1), *spans, clip(2)],
+        both([clip(1), *spans, clip(2)]),
         NumberedSource(),
         TEXT_ONLY,
         batch_size=2,
@@ -100,7 +105,7 @@ def test_of_alternatives_each_epoch_has_one_and_all_come_in_turn() -> None:
         seed=7,
     )
     # 2 clips, and twice one of the three spans: a short batch never comes.
-    assert data.batches_per_epoch == 2
+    assert data.batches_per_epoch == {"high": 2, "low": 2}
     epochs = [
         [
             name
@@ -117,7 +122,7 @@ def test_of_alternatives_each_epoch_has_one_and_all_come_in_turn() -> None:
         assert Counter(chain(*turns[start : start + 3])) == {"20": 2, "21": 2, "22": 2}
     assert len({tuple(chain(*turns[k : k + 3])) for k in range(0, 30, 3)}) > 3
     again = WanDataLoader(
-        [*spans, clip(2), clip(1)],
+        both([*spans, clip(2), clip(1)]),
         NumberedSource(),
         TEXT_ONLY,
         batch_size=2,
@@ -198,6 +203,34 @@ def contents(step: StepBatches) -> list[object]:
     ]
 
 
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_each_expert_goes_through_its_own_clips_from_any_step_on(workers: int) -> None:
+    """The order of an expert is that of a loader of its clips alone, for any workers."""
+
+    def expert_at(step: int) -> tuple[ExpertName, int]:
+        return ("low", step - step // 3 - 1) if step % 3 else ("high", step // 3)
+
+    def data(clips: Mapping[ExpertName, Sequence[Clip]]) -> WanDataLoader:
+        source = SourceWithWorkers(workers)
+        return WanDataLoader(clips, source, TEXT_ONLY, batch_size=2, accumulation=1, seed=7)
+
+    own: dict[ExpertName, Sequence[Clip]] = {"high": CLIPS[:3], "low": CLIPS[2:]}
+    both_experts = data(own)
+    assert both_experts.batches_per_epoch == {"high": 2, "low": 5}
+    steps = [contents(step) for step in both_experts.steps(0, 16, expert_at)]
+    for start in (1, 7, 15):
+        again = data(own).steps(start, 16, expert_at)
+        assert [contents(step) for step in again] == steps[start:]
+    for expert, clips in own.items():
+        alone = data({expert: clips})
+        names = {clip.name for clip in clips}
+        for number in range(16):
+            if expert_at(number)[0] == expert:
+                step = alone.step(number, *expert_at(number))
+                assert contents(step) == steps[number]
+                assert names.issuperset(name for batch in step.batches for name in batch.names)
+
+
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("workers", [1, 4])
 def test_steps_are_the_same_with_any_workers_and_from_any_step_on(
@@ -230,7 +263,7 @@ def test_validation_batches_are_the_same_each_time() -> None:
     """For any clips, in the order given, whatever was drawn before and whatever is trained on."""
     held_out = [clip(n, frames=9) for n in (20, 3, 11, 7, 15)]
     data = WanDataLoader(
-        CLIPS,
+        both(CLIPS),
         NumberedSource(),
         TEXT_ONLY,
         batch_size=2,
@@ -260,7 +293,7 @@ def test_validation_batches_are_the_same_each_time() -> None:
 def batch_of(clips: Sequence[Clip], **settings: bool | float) -> Batch:
     """All of `clips` in one batch; checks that `Batch.to` keeps everything."""
     data = WanDataLoader(
-        clips,
+        both(clips),
         NumberedSource(),
         TEXT_ONLY,
         batch_size=len(clips),
@@ -321,7 +354,7 @@ def drawn(
 ) -> list[str]:
     """The captions of `epochs` epochs of `clips`, in the order of training."""
     data = WanDataLoader(
-        clips,
+        both(clips),
         NumberedSource(),
         TEXT_ONLY,
         batch_size=batch_size,
@@ -371,7 +404,7 @@ def test_captions_are_drawn_alike_in_any_division_of_a_step(
     def captions(batch_size: int, accumulation: int) -> list[list[str]]:
         """Those of each step, by the sample's index."""
         data = WanDataLoader(
-            clips,
+            both(clips),
             NumberedSource(),
             TEXT_ONLY,
             batch_size=batch_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ import torch
 from scipy.integrate import quad
 from scipy.stats import kstest, norm
 
-from onewan.arithmetic.timestep_weighting import Curve, MinSnr, timestep_weights
+from onewan.arithmetic.clip_timesteps import ALL_TIMESTEPS, ClipTimesteps
+from onewan.arithmetic.timestep_weighting import EVEN, Curve, MinSnr, Spline, timestep_weights
 from onewan.config.objective import (
     CurveWeighting,
     LogitNormalTimesteps,
     LossSection,
     MinSnrWeighting,
+    SplineWeighting,
     TableTimesteps,
     Timesteps,
     UniformTimesteps,
@@ -48,6 +51,7 @@ def batch(count: int = 2, frames: int = 3, size: tuple[int, int] = (4, 6)) -> Ba
         condition=None,
         mask=None,
         loss_weights=(1.0,) * count,
+        timesteps=(ALL_TIMESTEPS,) * count,
         is_prior=None,
         names=tuple(f"clip{i}" for i in range(count)),
         first_sample_index=0,
@@ -71,6 +75,7 @@ def split(whole: Batch) -> list[Batch]:
             latents=whole.latents[i : i + 1],
             mask=None if whole.mask is None else whole.mask[i : i + 1],
             loss_weights=whole.loss_weights[i : i + 1],
+            timesteps=whole.timesteps[i : i + 1],
             names=(whole.names[i],),
             first_sample_index=i,
         )
@@ -171,6 +176,80 @@ def test_stratified_draws_take_each_part_once_and_keep_the_density() -> None:
         assert kstest(shares(levels).ravel(), "uniform").pvalue > 1e-3
     for index in range(5):  # no index in the batch always gets the same part
         assert kstest(shares(even)[:, index], "uniform").pvalue > 1e-3
+
+
+RANGES = (
+    ClipTimesteps(),
+    ClipTimesteps(t_min=0.0, t_max=0.3),
+    ClipTimesteps(t_min=0.95, t_max=1.0),
+    ClipTimesteps(t_min=0.2, t_max=0.96),
+)
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+@pytest.mark.parametrize("official", [None, 75])
+def test_samples_draw_from_the_density_truncated_to_the_ranges_of_clip_and_expert(
+    *, stratified: bool, official: int | None
+) -> None:
+    """Kolmogorov-Smirnov, for each place in a batch whose clips have ranges of their own."""
+    density = LogitNormalTimesteps(mean=0.5).density(3.0)
+    objective = Objective(
+        density=density, seed=5, stratified=stratified, official_token_count=official
+    )
+    if official is not None:  # one token: the density of the clip's size is the truncated one
+        density = density.scaled((1 / official) ** 0.5)
+    for expert in (*I2V.experts, SINGLE):
+        ranges = [own for own in RANGES if own.part_of(expert)]
+        mixed = replace(batch(len(ranges), 1, (2, 2)), timesteps=tuple(ranges))
+        steps = [step_of(mixed, number=n) for n in range(1500)]
+        levels = np.array([objective.add_noise(mixed, step, expert).t_host for step in steps])
+        for place, own in enumerate(ranges):
+            low, high = max(own.t_min, expert.t_min), min(own.t_max, expert.t_max)
+            drawn, below = levels[:, place], density.cdf(low)
+            assert drawn.min() >= low and (drawn.max() < high or high == 1)
+            mass = density.cdf(high) - below
+            shares = (np.vectorize(density.cdf)(drawn) - below) / mass
+            assert kstest(shares, "uniform").pvalue > 1e-3
+        # A clip without a range of its own draws what it draws among such clips.
+        plain = replace(mixed, timesteps=RANGES[:1] * len(ranges))
+        assert objective.add_noise(plain, steps[0], expert).t_host[0] == levels[0, 0]
+
+
+def test_stratified_draws_of_clips_with_ranges_are_parts_of_each_ones_own_density() -> None:
+    objective = Objective(density=UNIFORM, seed=5, stratified=True)
+    whole = replace(batch(4, 1, (2, 2)), timesteps=RANGES)
+    for number in range(50):
+        levels = objective.add_noise(whole, step_of(whole, number=number), SINGLE).t_host
+        shares = [
+            (UNIFORM.cdf(level) - UNIFORM.cdf(own.t_min))
+            / (UNIFORM.cdf(own.t_max) - UNIFORM.cdf(own.t_min))
+            for level, own in zip(levels, RANGES, strict=True)
+        ]
+        # Rounded to float32, a level may be a little beside its part.
+        assert sorted(int(4 * share + 1e-5) for share in shares) == [0, 1, 2, 3]
+
+
+def test_validation_measures_clips_with_ranges_like_others() -> None:
+    whole = batch(2)
+    own = ClipTimesteps(t_min=0.9, t_max=1.0, weighting=Curve(((0.0, 0.0), (1.0, 1.0))))
+    objective = Objective(density=UNIFORM, seed=5, weighting=MinSnr())
+    fixed = [
+        objective.add_noise_at_quantile(replace(whole, timesteps=timesteps), 0.1, SINGLE, 3)
+        for timesteps in ((ALL_TIMESTEPS,) * 2, (own, ALL_TIMESTEPS))
+    ]
+    for name in ("x", "t", "target", "weight"):
+        assert torch.equal(*(getattr(sample, name) for sample in fixed)), name
+
+
+def test_a_clip_that_another_expert_trains_is_not_drawn_for() -> None:
+    only_high = ClipTimesteps(t_min=0.9, t_max=1.0)
+    high, low = T2V.experts
+    assert only_high.part_of(high) == replace(high, t_min=0.9)
+    assert only_high.part_of(low) is None
+    # The end of a range belongs to it only at 1, so that the boundary is the high expert's.
+    below = ClipTimesteps(t_min=0.0, t_max=0.875)
+    assert below.part_of(low) == low and below.part_of(high) is None
+    assert ALL_TIMESTEPS.part_of(high) == high and ALL_TIMESTEPS.part_of(low) == low
 
 
 def test_shift_by_tokens_gives_small_clips_less_noise() -> None:
@@ -378,12 +457,81 @@ def curve(t: float) -> float:
     return 2.0 - 1.5 * (t - 0.1) / 0.5 if t <= 0.6 else 0.5 + 3.5 * (t - 0.6) / 0.35
 
 
+SPLINE = SplineWeighting(points=CURVE.points)
+
+
+def spline(t: float) -> float:
+    """By the formulas of Fritsch and Butland, for the three points: the slope at the middle one, a
+    minimum, is 0; at the ends it is that of a parabola through all three, with its sign kept."""
+    (a, p), (b, q), (c, r) = SPLINE.points
+    h, k, d, e = b - a, c - b, (q - p) / (b - a), (r - q) / (c - b)
+    first, last = ((2 * h + k) * d - h * e) / (h + k), ((2 * k + h) * e - k * d) / (h + k)
+    first = min(max(first, 3 * d), 0.0)
+    last = max(min(last, 3 * e), 0.0)
+    if t <= a or t >= c:
+        return p if t <= a else r
+    x, left, right, start, end, width = (
+        ((t - a) / h, p, q, first, 0.0, h) if t <= b else ((t - b) / k, q, r, 0.0, last, k)
+    )
+    return (
+        (1 + 2 * x) * (1 - x) ** 2 * left
+        + x**2 * (3 - 2 * x) * right
+        + width * x * (1 - x) ** 2 * start
+        + width * x**2 * (x - 1) * end
+    )
+
+
+def test_curves_go_through_their_points_and_stay_between_them() -> None:
+    points = CURVE.points
+    levels = np.linspace(0, 1, 2001)
+    for weighting in (Curve(points), Spline(points)):
+        np.testing.assert_allclose(
+            weighting(np.array([t for t, _ in points])), [weight for _, weight in points]
+        )
+        values = weighting(levels)
+        assert values.min() >= 0.5 and values.max() <= 4.0
+        assert set(values[levels <= 0.1]) == {2.0} and set(values[levels >= 0.95]) == {4.0}
+        for (start, _), (end, _) in pairwise(points):  # no bump between two points
+            rises = np.sign(np.diff(values[(levels > start) & (levels < end)]))
+            assert len(set(rises)) == 1
+    # The slope of the spline has no jump where that of the curve does.
+    for weighting, jumps in ((Curve(points), True), (Spline(points), False)):
+        before, at, after = weighting(np.array([0.6 - 1e-6, 0.6, 0.6 + 1e-6]))
+        assert (abs((after - at) - (at - before)) > 1e-6) == jumps
+    assert set(EVEN(levels)) == {1.0}
+
+
+def test_a_clips_own_weighting_replaces_the_runs_and_has_a_mean_of_one_over_its_range() -> None:
+    _, low = T2V.experts
+    run, own = MinSnr(), Curve(((0.0, 1.0), (0.3, 3.0)))
+    objective = Objective(density=UNIFORM, seed=5, weighting=run)
+    clips = (
+        ALL_TIMESTEPS,
+        ClipTimesteps(t_max=0.3),
+        ClipTimesteps(weighting=own),
+        ClipTimesteps(t_max=0.3, weighting=own),
+        ClipTimesteps(weighting=EVEN),
+    )
+    whole = replace(batch(5, 1, (2, 2)), timesteps=clips, loss_weights=(1.0, 1.0, 2.0, 1.0, 1.0))
+    samples = [objective.add_noise(whole, step_of(whole, number=n), low) for n in range(3000)]
+    levels = np.array([sample.t_host for sample in samples])
+    weights = torch.stack([sample.weight for sample in samples]).double().numpy()
+    assert weights.mean(axis=0) == pytest.approx([1, 1, 2, 1, 1], abs=0.06)
+    for place, weighting in enumerate((run, run, own, own, EVEN)):
+        expected = weighting(levels[:, place])
+        np.testing.assert_allclose(
+            weights[:, place] / weights[0, place], expected / expected[0], rtol=1e-5
+        )
+    assert (weights[:, 4] == 1).all() and not (weights[:, 0] == 1).any()
+
+
 @pytest.mark.parametrize(
     ("weighting", "definition"),
     [
         (MinSnrWeighting(), lambda t: t**2 * min(((1 - t) / t) ** 2, 5)),
         (MinSnrWeighting(gamma=0.5), lambda t: t**2 * min(((1 - t) / t) ** 2, 0.5)),
         (CURVE, curve),
+        (SPLINE, spline),
     ],
 )
 @pytest.mark.parametrize("timesteps", [UniformTimesteps(), LogitNormalTimesteps(std=0.8)])

@@ -19,8 +19,8 @@ from onewan.cli import main
 from onewan.config.load import load_run
 from onewan.config.schema import ResolvedRun
 from onewan.data.buckets import clip_planner, clip_sources, expected_buckets
+from onewan.data.expert_clips import batches_per_epoch, clips_by_expert
 from onewan.data.index import index_clips
-from onewan.data.loader import batches_per_epoch
 from onewan.errors import ConfigError, MemoryPlanError
 from onewan.media import write_video
 from onewan.memory.plan import (
@@ -419,7 +419,9 @@ def test_buckets_are_those_that_training_takes(clip_run: Path, strategy: str, sp
         clip_sources(config.video_data.sources, config), clip_planner(config), use_masks=False
     ).clips
     assert found.clips == Counter((clip.frames, clip.size) for clip in clips)
-    assert found.batches_per_epoch == batches_per_epoch(clips, 4)
+    assert found.batches_per_epoch == batches_per_epoch(
+        clips_by_expert(config.model.facts().experts, clips), 4
+    )
 
 
 def test_changes_of_scene_that_are_not_known_yet_are_noted(clip_run: Path) -> None:

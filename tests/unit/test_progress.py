@@ -145,6 +145,7 @@ def overview(run: Path, **changes: Any) -> Overview:
     facts: dict[str, Any] = {
         "steps": {"high": 1000, "low": 1000},
         "clips": 40,
+        "expert_clips": {"high": 40, "low": 40},
         "seen": {"high": 25.0, "low": 25.0},
         "parameters": {"high": 76_677_120, "low": 76_677_120},
         "disk": {"checkpoints": 7_400_000_000, "exported weights": 2_400_000_000},
@@ -172,6 +173,7 @@ def test_the_first_lines_say_what_the_run_does(
         run,
         steps={"high": 30, "low": 10},
         clips=1,
+        expert_clips={"high": 1, "low": 1},
         seen={"high": 3.25, "low": 0.675},
         parameters={"high": 4096, "low": 8192, "embeddings": 64},
         step_seconds=None,
@@ -186,7 +188,18 @@ def test_the_first_lines_say_what_the_run_does(
         "disk, by the plan: checkpoints 7.4 GB, exported weights 2.4 GB",
         f"results: {Path('runs/fox/weights')}",
     ]
-    single = overview(run, steps={"single": 50}, seen={"single": 1.25}, parameters={"single": 64})
+    of_their_own = overview(run, expert_clips={"high": 8, "low": 40}, seen={"high": 125, "low": 25})
+    assert lines_of(capsys, of_their_own)[0] == (
+        "steps: 2,000 (high 1,000, low 1,000); 40 clips: 8 for the high expert, each seen 125 "
+        "times and 40 for the low expert, each seen 25 times"
+    )
+    single = overview(
+        run,
+        steps={"single": 50},
+        expert_clips={"single": 40},
+        seen={"single": 1.25},
+        parameters={"single": 64},
+    )
     first, second, *_ = lines_of(capsys, single)
     assert first == "steps: 50; 40 clips, each seen 1.2 times"
     assert second == "trainable parameters: 64"

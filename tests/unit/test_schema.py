@@ -56,6 +56,9 @@ WRONG = {
     "memory": MODEL + "memory: {vram: 24}",
     "amount": MODEL + "memory: {vram: much}",
     "steps": MODEL + "train: {steps: 0}",
+    "timesteps of 1000": MODEL + "video_data: {sources: [{path: a, timesteps: [0, 875]}]}",
+    "expert of no name": MODEL + "video_data: {sources: [{path: a, timesteps: both}]}",
+    "weighting": MODEL + "video_data: {sources: [{path: a, weighting: {kind: spline}}]}",
 }
 """What reading a run file and the schema both refuse."""
 
@@ -71,6 +74,10 @@ SHORT_FORMS = {
         f"resolution {size}": f"{MODEL}video_data: {{resolution: {size}}}"
         for size in ("480p", "720P", "512", '"512"', "399360", "832x480", "832 x 480", "null")
     },
+    "expert": MODEL + "video_data: {sources: [{path: a, timesteps: low}, b]}",
+    "timesteps": MODEL + "video_data: {sources: [{path: a, timesteps: [0, 0.5]}, b]}",
+    "weightings": MODEL + "video_data: {sources: [{path: a, weighting: none}, "
+    "{path: b, weighting: {gamma: 2, kind: min_snr}}, {path: c, timesteps: , weighting: }]}",
     "size": MODEL + "video_data: {resolution: [832, 480]}",
     "small size": MODEL + "video_data: {resolution: [32, 48]}",
     "sizes": MODEL + "video_data: {resolution: [[832, 480], 480p, 512, '480x832']}",

@@ -175,24 +175,33 @@ class TimestepDensity:
 
         return float(self.truncated_quantiles(np.asarray(p, dtype=np.float64), expert))
 
-    def truncated_quantiles(self, p: Array, expert: Expert) -> Array:
-        """`truncated_quantile` of each of `p`."""
+    def truncated_quantiles(self, p: Array, experts: Expert | Sequence[Expert]) -> Array:
+        """`truncated_quantile` of each of `p`, for one expert or for the one at the same place of
+        `experts`, whose ranges may differ."""
         import numpy as np
 
-        self.require([expert])
-        low, high = self.cdf(expert.t_min), self.cdf(expert.t_max)
+        if isinstance(experts, Expert):
+            low, high, first, last = self._bounds(experts)
+        else:
+            bounds = {expert: self._bounds(expert) for expert in dict.fromkeys(experts)}
+            low, high, first, last = np.array([bounds[expert] for expert in experts]).T
         # float32, because the training step has its timesteps in a float32 tensor.
-        t = self._quantiles(low + p * (high - low)).astype(np.float32)
+        t = self._quantiles(low + p * (high - low)).astype(np.float32).astype(np.float64)
         # Rounding to float32 may cross the boundary, into timesteps that the other expert serves.
-        return np.clip(t, *_float32_range(expert)).astype(np.float64)
+        return np.clip(t, first, last)
 
     def scaled(self, factor: float) -> TimestepDensity:
         """The same distribution with `factor` times the shift."""
         return replace(self, shift=self.shift * factor)
 
+    def reaches(self, expert: Expert) -> bool:
+        """Whether there are timesteps in `expert`'s range to draw."""
+        low, high = _float32_range(expert)
+        return bool(low <= high) and self.mass(expert) >= _MIN_MASS
+
     def problem(self, expert: Expert) -> str | None:
         """Why `expert` can't draw timesteps, as a line of a `ConfigError`; None if it can."""
-        if self.mass(expert) >= _MIN_MASS:
+        if self.reaches(expert):
             return None
         return (
             f"train.timesteps: with shift {self.shift:g} the range of the {expert.name} "
@@ -205,6 +214,13 @@ class TimestepDensity:
         problems = [text for expert in experts if (text := self.problem(expert))]
         if problems:
             raise ConfigError("run file", problems)
+
+    def _bounds(self, expert: Expert) -> tuple[float, float, float, float]:
+        """The probabilities of the timesteps below `expert`'s range and below its end, and the
+        lowest and the highest float32 timestep in it. ConfigError if there is nothing to draw."""
+        self.require([expert])
+        first, last = _float32_range(expert)
+        return self.cdf(expert.t_min), self.cdf(expert.t_max), float(first), float(last)
 
     def _quantiles(self, p: Array) -> Array:
         u = self.base.quantile(p)

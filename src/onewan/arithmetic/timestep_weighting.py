@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias
@@ -44,7 +45,32 @@ class Curve:
         return np.interp(t, timesteps, weights)
 
 
-TimestepWeighting: TypeAlias = MinSnr | Curve
+@dataclass(frozen=True, slots=True)
+class Spline:
+    """A smooth curve through points (t, weight), t rising, that nowhere leaves the range of the two
+    points beside it: a monotone piecewise cubic (Fritsch and Butland 1984; scipy's PCHIP)."""
+
+    points: tuple[tuple[float, float], ...]
+
+    def __call__(self, t: Array) -> Array:
+        import numpy as np
+
+        # As for the curve, weights stay what they are at the first and at the last point.
+        return _spline(self.points)(np.clip(t, self.points[0][0], self.points[-1][0]))
+
+
+@lru_cache(maxsize=64)
+def _spline(points: tuple[tuple[float, float], ...]) -> Callable[[Array], Array]:
+    from scipy.interpolate import PchipInterpolator
+
+    timesteps, weights = zip(*points, strict=True)
+    return PchipInterpolator(timesteps, weights)
+
+
+TimestepWeighting: TypeAlias = MinSnr | Curve | Spline
+
+EVEN = Curve(((0.0, 1.0), (1.0, 1.0)))
+"""The same weight everywhere."""
 
 
 def timestep_weights(
@@ -68,7 +94,7 @@ def weighting_problem(
     weighting: TimestepWeighting, density: TimestepDensity, expert: Expert
 ) -> str | None:
     """Why `expert` can't train with `weighting`, as a line of a `ConfigError`; None if it can."""
-    if _mean_weight(weighting, density, expert) > 0:
+    if has_weight(weighting, density, expert):
         return None
     return (
         f"train.loss.weighting: is 0 at all timesteps that the {expert.name} expert draws "
@@ -77,7 +103,13 @@ def weighting_problem(
     )
 
 
-@lru_cache(maxsize=256)  # an entry for each expert and, with shift_by_tokens, each clip size
+def has_weight(weighting: TimestepWeighting, density: TimestepDensity, expert: Expert) -> bool:
+    """Whether `weighting` is above 0 anywhere that `expert` draws timesteps."""
+    return _mean_weight(weighting, density, expert) > 0
+
+
+# An entry for each expert, each range of sources and, with shift_by_tokens, each clip size.
+@lru_cache(maxsize=1024)
 def _mean_weight(weighting: TimestepWeighting, density: TimestepDensity, expert: Expert) -> float:
     import numpy as np
 

@@ -27,6 +27,7 @@ from onewan.memory.plan import (
     make_plan,
     read_stored_model,
 )
+from onewan.variants import ExpertName
 
 _BUCKETS_SHOWN = 8
 
@@ -53,7 +54,10 @@ def plan_of(config: ResolvedRun, vram: int | None = None, ram: int | None = None
         ram if ram is not None or memory.ram is None else parse_bytes(memory.ram),
     )
     expected = expected_buckets(config)
-    config = with_steps_of_epochs(config, max(1, expected.batches_per_epoch))
+    each: dict[ExpertName, int] = {
+        name: max(1, count) for name, count in expected.batches_per_epoch.items()
+    }
+    config = with_steps_of_epochs(config, each)
     clips = {
         Bucket(frames=frames, width=width, height=height): count
         for (frames, (width, height)), count in expected.clips.items()

@@ -9,14 +9,18 @@ As in `schema`, the string under each field is its documentation.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 from typing_extensions import Self
 
 from onewan.arithmetic.buckets import LARGEST_SIDE, SMALLEST_SIDE, parse_sizes
+from onewan.config.objective import OwnWeighting
 from onewan.config.section import Distinct, Float, Int, Positive, Section, Several, Share, Size
+from onewan.documents import format_value
+from onewan.variants import NUM_TRAIN_TIMESTEPS
 
 _Phrase = Annotated[str, AfterValidator(lambda value: " ".join(value.split()))]
 _Extension = Annotated[str, AfterValidator(lambda value: value.lower().lstrip("."))]
@@ -52,6 +56,37 @@ _SIZES = {
     ]
 }
 """JSON schema of what `parse_sizes` takes."""
+
+_NOISE_LEVEL = {"type": "number", "minimum": 0, "maximum": 1}
+_RANGE = {
+    "anyOf": [
+        {"enum": ["high", "low"]},
+        {"type": "array", "items": _NOISE_LEVEL, "minItems": 2, "maxItems": 2},
+        {"type": "null"},
+    ]
+}
+"""JSON schema of what `_as_range` takes."""
+
+
+def _as_range(value: object) -> object:
+    if value is None or value in ("high", "low"):
+        return value
+    given = format_value(value)
+    ends = cast("Sequence[object]", value) if isinstance(value, list | tuple) else ()
+    numbers = [float(end) for end in ends if isinstance(end, int | float) and end is not True]
+    if len(ends) != 2 or len(numbers) != 2:
+        form = "must be high, low, or a list of two noise levels from 0 to 1 such as [0.875, 1]"
+        raise ValueError(f"{form}, got {given}")
+    low, high = numbers
+    if not 0 <= low < high <= 1:
+        remedy = "give the lower one first"
+        if 0 <= low < high <= NUM_TRAIN_TIMESTEPS:
+            scaled = [number / NUM_TRAIN_TIMESTEPS for number in numbers]
+            remedy = f"timesteps up to 1000 are 1000 times as large: {format_value(scaled)}"
+        rule = "must be two noise levels from 0 (clean) to 1 (noise)"
+        raise ValueError(f"{rule}, got {given}; {remedy}")
+    return (low, high)
+
 
 _COLOR = "^#[0-9a-fA-F]{6}$"
 
@@ -161,6 +196,16 @@ class SourceSection(Section):
     """Number of times that each of its clips is used per epoch."""
     loss_weight: Positive = 1.0
     """Loss weight of its clips."""
+    timesteps: Annotated[
+        Literal["high", "low"] | tuple[float, float] | None,
+        BeforeValidator(_as_range),
+        WithJsonSchema(_RANGE),
+    ] = None
+    """Timesteps at which its clips are trained: `high` or `low` for those of one expert, or the
+    lowest and the highest noise level, such as [0.6, 1]; null is all. An expert trains the clips
+    whose range meets its own."""
+    weighting: OwnWeighting = None
+    """Loss weight of its clips by timestep; null is `train.loss.weighting`."""
     target: Literal["data", "base"] = "data"
     """Training target: the clips (`data`), or the base model's own prediction (`base`: prior
     preservation, which keeps existing abilities; needs an adapter method)."""

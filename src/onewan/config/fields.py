@@ -92,11 +92,15 @@ def _add_short_forms(
         short: list[str] = []
         for key, section in union.sections.items():
             member = sections[section.__name__]
-            if not member.get("required"):
+            # A section may be a member of several unions.
+            others = [name for name in member.get("required", ()) if name != union.keyed.key]
+            if not others:
                 short.append(key)
             if key != union.keyed.default:
                 # Otherwise a mapping without the key would match several members and fail oneOf.
-                member["required"] = [union.keyed.key, *member.get("required", ())]
+                member["required"] = [union.keyed.key, *others]
+        if "anyOf" in part:  # the union, or null
+            part["oneOf"] = part.pop("anyOf")[0]["oneOf"]
         part["oneOf"] += [{"enum": short}] if union.keyed.text else []
         part["oneOf"].append({"type": "null"})
     elif "$ref" in part:

@@ -20,7 +20,7 @@ from onewan.arithmetic.timestep_density import (
     TimestepDensity,
     Uniform,
 )
-from onewan.arithmetic.timestep_weighting import Curve, MinSnr, TimestepWeighting
+from onewan.arithmetic.timestep_weighting import Curve, MinSnr, Spline, TimestepWeighting
 from onewan.config.section import Float, Keyed, Positive, Section, Share
 
 
@@ -127,9 +127,7 @@ class MinSnrWeighting(Section):
         return MinSnr(self.gamma)
 
 
-class CurveWeighting(Section):
-    kind: Literal["curve"] = "curve"
-    """Linear interpolation between points, scaled to mean 1 over the expert's timesteps."""
+class _Points(Section, ABC):
     points: tuple[tuple[Share, Annotated[Float, Field(ge=0)]], ...] = Field(min_length=2)
     """[timestep, weight], the timesteps in ascending order from 0 (clean) to 1 (noise)."""
 
@@ -143,15 +141,33 @@ class CurveWeighting(Section):
             raise ValueError(f"must have a weight above 0, got {[list(point) for point in value]}")
         return value
 
+    @abstractmethod
+    def function(self) -> TimestepWeighting:
+        """The weight as a function of the timestep, before it is scaled."""
+
+
+class CurveWeighting(_Points):
+    kind: Literal["curve"] = "curve"
+    """Linear interpolation between points, scaled to mean 1 over the expert's timesteps."""
+
     def function(self) -> TimestepWeighting:
         return Curve(self.points)
 
 
-Weighting: TypeAlias = Annotated[
-    NoWeighting | MinSnrWeighting | CurveWeighting,
-    Field(discriminator="kind"),
-    Keyed(key="kind", default="none", text=True),
-]
+class SplineWeighting(_Points):
+    kind: Literal["spline"] = "spline"
+    """Smooth interpolation between points (monotone cubic), scaled to mean 1 over the expert's
+    timesteps."""
+
+    def function(self) -> TimestepWeighting:
+        return Spline(self.points)
+
+
+_Kind: TypeAlias = NoWeighting | MinSnrWeighting | CurveWeighting | SplineWeighting
+_BY_KIND = Keyed(key="kind", default="none", text=True)
+Weighting: TypeAlias = Annotated[_Kind, Field(discriminator="kind"), _BY_KIND]
+OwnWeighting: TypeAlias = Annotated[_Kind | None, Field(discriminator="kind"), _BY_KIND]
+"""Of a source; None is the run's."""
 
 
 class LossSection(Section):

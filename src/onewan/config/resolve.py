@@ -7,6 +7,7 @@ Never changes a value that was given and never raises: it expects a config that 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,7 +35,7 @@ from onewan.config.schema import (
     RunConfig,
 )
 from onewan.config.section import Section
-from onewan.variants import NEGATIVE_PROMPT, Expert, Variant
+from onewan.variants import NEGATIVE_PROMPT, Expert, ExpertName, Variant
 
 _S = TypeVar("_S", bound=Section)
 
@@ -131,24 +132,28 @@ def total_steps(config: RunConfig) -> int:
     return config.train.steps if counts is None else sum(counts)
 
 
-def with_steps_of_epochs(config: ResolvedRun, batches_per_epoch: int) -> ResolvedRun:
-    """`config` with `train.epochs` turned into steps, for a data set that takes `batches_per_epoch`
-    micro-batches; `config` itself if it has no epochs.
+def with_steps_of_epochs(
+    config: ResolvedRun, batches_per_epoch: Mapping[ExpertName, int]
+) -> ResolvedRun:
+    """`config` with `train.epochs` turned into steps, for a data set of which each trained expert
+    has `batches_per_epoch` micro-batches; `config` itself if it has no epochs.
 
-    Each trained expert gets the steps that it needs. Where `train.high_expert_share` is not
-    "equal", the sum of them is divided by it.
+    Each trained expert gets the steps that it needs for its own clips. Where
+    `train.high_expert_share` is not "equal", the sum of them is divided by it.
     """
-    train = config.train
+    train, experts = config.train, config.per_expert
     if train.epochs is None:
         return config
-    each, experts = -(-train.epochs * batches_per_epoch // train.accumulation), config.per_expert
-    count = len(trained_experts(config))
-    if count == 2 and train.high_expert_share == "equal":
+    each = {
+        name: -(-train.epochs * count // train.accumulation)
+        for name, count in batches_per_epoch.items()
+    }
+    if len(each) == 2 and train.high_expert_share == "equal":
         # Exactly, where a share would be rounded to whole periods of `train.switch_expert_every`.
-        steps = {"steps": each}
-        high, low = experts.high.model_copy(update=steps), experts.low.model_copy(update=steps)
+        high = experts.high.model_copy(update={"steps": each["high"]})
+        low = experts.low.model_copy(update={"steps": each["low"]})
         experts = experts.model_copy(update={"high": high, "low": low})
-    train = train.model_copy(update={"steps": count * each, "epochs": None})
+    train = train.model_copy(update={"steps": sum(each.values()), "epochs": None})
     return config.model_copy(update={"train": train, "per_expert": experts})
 
 

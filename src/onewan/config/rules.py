@@ -1,8 +1,8 @@
 """Rules between the fields of a run file, and between fields and the facts of the variant.
 
-`method_rules` has those of the method, the embeddings and the optimizer, `unused` those of fields
-without effect. They are checked once every field is valid by itself, on the file as given, before
-defaults are filled in. No rule changes a value.
+`method_rules` has those of the method, the embeddings and the optimizer, `timesteps` those of the
+timesteps, `unused` those of fields without effect. They are checked once every field is valid by
+itself, on the file as given, before defaults are filled in. No rule changes a value.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 from onewan.arithmetic.buckets import size_error
 from onewan.arithmetic.sample_request import image_error, request_errors
-from onewan.arithmetic.timestep_weighting import weighting_problem
 from onewan.config.clips import SourceSection, VideoDataSection
 from onewan.config.fields import Problem
 from onewan.config.method import FineTuneMethod
@@ -25,6 +24,7 @@ from onewan.config.resolve import (
     trained_experts,
 )
 from onewan.config.schema import COMPONENTS, RunConfig
+from onewan.config.timesteps import timestep_rules
 from onewan.config.unused import unused_field_problems
 from onewan.documents import format_value
 from onewan.variants import Variant
@@ -39,7 +39,7 @@ def rule_violations(config: RunConfig) -> Iterator[Problem]:
     yield from _step_rules(config)
     if config.train.epochs is None:  # else checked when the clips are known
         yield from warmup_rules(config)
-    yield from _timestep_rules(config)
+    yield from timestep_rules(config)
     yield from _averaging_rules(config)
     yield from _validation_rules(config)
     yield from _memory_rules(config)
@@ -156,21 +156,6 @@ def warmup_rules(config: RunConfig) -> Iterator[Problem]:
         added = f"and train.warmup_steps ({warmup}) together " if warmup else ""
         text = f"{added}must be less than {limit}, got {cooldown}; {remedy}"
         yield "train.cooldown_steps", text
-
-
-def _timestep_rules(config: RunConfig) -> Iterator[Problem]:
-    """Each trained expert has timesteps to draw, and not all of their loss weights are 0."""
-    timesteps, weighting = config.train.timesteps, config.train.loss.weighting.function()
-    if timesteps.shift_by_tokens:
-        return  # each size of clip has a shift of its own
-    density = timesteps.density(config.model.facts().flow_shift)
-    for expert in trained_experts(config):
-        line = density.problem(expert)
-        if line is None and weighting is not None:
-            line = weighting_problem(weighting, density, expert)
-        if line is not None:
-            field, _, text = line.partition(": ")
-            yield field, text
 
 
 def _averaging_rules(config: RunConfig) -> Iterator[Problem]:

@@ -140,8 +140,8 @@ class TrainSection(Section):
     steps: Int = Field(default=2000, ge=1)
     """Optimizer steps of the run, of both experts together."""
     epochs: Int | None = Field(default=None, ge=1)
-    """Instead of `steps`: how often each trained expert goes through all clips. The number of
-    steps follows from the clips, with their repeats, the batch size and the accumulation."""
+    """Instead of `steps`: how often each trained expert goes through all of its clips. The number
+    of steps follows from them, with their repeats, the batch size and the accumulation."""
     batch_size: Int = Field(default=1, ge=1)
     """Clips per forward pass."""
     accumulation: Int = Field(default=1, ge=1)

@@ -152,6 +152,9 @@ def _by_source(config: RunConfig) -> Iterator[Unused]:
         for name in ("caption_dropout", "shuffle_tags", "keep_tags"):
             yield ("validation", "sources", index, name), why
         yield ("validation", "sources", index, "augment"), "validation takes clips as they are"
+        why = "validation measures all clips alike, over the whole range of each expert"
+        for name in ("timesteps", "weighting"):
+            yield ("validation", "sources", index, name), why
 
 
 def _by_its_path(source: SourceSection, config: RunConfig) -> Iterator[tuple[str, str]]:

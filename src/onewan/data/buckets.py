@@ -15,8 +15,9 @@ from typing import Any
 
 from onewan.arithmetic.buckets import Size, sizes_for
 from onewan.config.clips import SourceSection
-from onewan.config.resolve import default_clips_per_video
+from onewan.config.resolve import default_clips_per_video, trained_experts
 from onewan.config.schema import ResolvedRun
+from onewan.config.timesteps import timesteps_of
 from onewan.data.augment import Augmentation
 from onewan.data.captions import CaptionSettings
 from onewan.data.clip import Bucket, ClipPlanner, ClipSource
@@ -28,6 +29,7 @@ from onewan.data.sources.read import SourceReader, label_of, source_problem
 from onewan.data.validation_split import default_fraction
 from onewan.errors import DataError
 from onewan.media import RGB, probe_header
+from onewan.variants import Expert, ExpertName
 
 _MOST_HEADERS = 100
 """Files whose headers are read; of a larger data set, so many at equal distances in its order."""
@@ -43,8 +45,9 @@ class ExpectedBuckets:
     clips: Mapping[tuple[int, Size], int]
     """Number of clips by (frames, size), scaled up to all files where not all were read. Each of
     the alternatives of which a pass through the data has one counts."""
-    batches_per_epoch: int
-    """Micro-batches in which every training clip is once, or as often as its source says."""
+    batches_per_epoch: Mapping[ExpertName, int]
+    """Micro-batches in which each trained expert has every clip of its own once, or as often as the
+    clip's source says."""
     notes: tuple[str, ...] = ()
     """What was assumed, for the user."""
 
@@ -90,6 +93,7 @@ def clip_sources(sources: Sequence[SourceSection], config: ResolvedRun) -> list[
             repeats=source.repeats,
             loss_weight=source.loss_weight,
             is_prior=source.target == "base",
+            timesteps=timesteps_of(source, config.model.facts()),
             caption_dropout=source.caption_dropout,
             kind=source.kind,
             recursive=source.recursive,
@@ -136,7 +140,7 @@ def expected_buckets(config: ResolvedRun) -> ExpectedBuckets:
     Files that can't be used are left out; encoding reports them. Without any usable file, the
     buckets are those of clips of `wan_config.max_frames` frames in common shapes.
     """
-    planner, batch_size = clip_planner(config), config.train.batch_size
+    planner = clip_planner(config)
     known_cuts = FoundCuts(config.video_data.cache_dir / "cuts.jsonl")
     planner = replace(planner, find_cuts=known_cuts.known)
     training = clip_sources(config.video_data.sources, config)
@@ -156,7 +160,7 @@ def expected_buckets(config: ResolvedRun) -> ExpectedBuckets:
     with ThreadPoolExecutor(_THREADS) as pool:
         buckets = list(pool.map(lambda file: _buckets(planner, file[0], file[1]), read))
     found = [
-        (bucket, repeats, 1 + (source.augmentation.variants if source.augmentation else 0))
+        (bucket, repeats, source)
         for each, (_, source, repeats) in zip(buckets, read, strict=True)
         for bucket in each
     ]
@@ -166,7 +170,7 @@ def expected_buckets(config: ResolvedRun) -> ExpectedBuckets:
         if isinstance(source.path, str)
     ]
     if not found:
-        return _without_clips(planner, len(files), notes)
+        return _without_clips(config, planner, len(files), notes)
     if step > 1:
         notes.append(f"the headers of {len(read)} of {len(files)} files were read")
     usable = [item.path for each, (item, *_) in zip(buckets, read, strict=True) if each]
@@ -176,16 +180,31 @@ def expected_buckets(config: ResolvedRun) -> ExpectedBuckets:
             "`onewan cache` searches them"
         )
     # The largest size may be that of a file that was not read.
-    counts, used = Counter[tuple[int, Size]](), Counter[tuple[int, Size]]()
-    for bucket, repeats, forms in found:
+    counts = Counter[tuple[int, Size]]()
+    for bucket, _, source in found:
+        forms = 1 + (source.augmentation.variants if source.augmentation else 0)
         counts[bucket.frames, bucket.size] += bucket.takes * forms
-        used[bucket.frames, bucket.size] += repeats
     remaining = step * (1 - _held_out(config, len(files)))
     return ExpectedBuckets(
         clips={b: step * n for b, n in counts.items()},
-        batches_per_epoch=sum(ceil(remaining * n / batch_size) for n in used.values()),
+        batches_per_epoch={
+            expert.name: _batches(found, expert, remaining, config.train.batch_size)
+            for expert in trained_experts(config)
+        },
         notes=tuple(notes),
     )
+
+
+def _batches(
+    found: Sequence[tuple[Bucket, int, ClipSource]], expert: Expert, share: float, batch_size: int
+) -> int:
+    """The micro-batches in which `expert` has `share` of the clips that were found and that it
+    trains, with their repeats."""
+    used = Counter[tuple[int, Size]]()
+    for bucket, repeats, source in found:
+        if source.timesteps.part_of(expert):
+            used[bucket.frames, bucket.size] += repeats
+    return sum(ceil(share * count / batch_size) for count in used.values())
 
 
 def _held_out(config: ResolvedRun, files: int) -> float:
@@ -204,7 +223,9 @@ def _buckets(planner: ClipPlanner, item: SourceItem, source: ClipSource) -> list
         return []
 
 
-def _without_clips(planner: ClipPlanner, files: int, notes: Sequence[str]) -> ExpectedBuckets:
+def _without_clips(
+    config: ResolvedRun, planner: ClipPlanner, files: int, notes: Sequence[str]
+) -> ExpectedBuckets:
     what = f"none of {files} files can be used" if files else "there are no clips yet"
     clips = {
         (frames, size): 1
@@ -215,7 +236,7 @@ def _without_clips(planner: ClipPlanner, files: int, notes: Sequence[str]) -> Ex
     }
     return ExpectedBuckets(
         clips=clips,
-        batches_per_epoch=len(clips),
+        batches_per_epoch={expert.name: len(clips) for expert in trained_experts(config)},
         notes=(
             *notes,
             f"{what}, so clips of {planner.longest_clip} frames at the training sizes are assumed",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from onewan.arithmetic.buckets import Size, choose_size, floor_to_4n_plus_1
+from onewan.arithmetic.clip_timesteps import ALL_TIMESTEPS, ClipTimesteps
 from onewan.data.augment import Augmentation, Variation
 from onewan.data.captions import CaptionSettings
 from onewan.data.masks import Mask, find_mask
@@ -70,6 +71,8 @@ class Clip:
     """How many times an epoch contains the clip."""
     loss_weight: float = 1.0
     """Factor of the clip's loss."""
+    timesteps: ClipTimesteps = ALL_TIMESTEPS
+    """Those that it is trained at."""
     caption_dropout: float | None = None
     """Fraction of its training samples whose caption is empty; None is the run's."""
     is_prior: bool = False
@@ -146,6 +149,7 @@ class ClipSource:
     repeats: int = 1
     loss_weight: float = 1.0
     is_prior: bool = False
+    timesteps: ClipTimesteps = ALL_TIMESTEPS
     caption_dropout: float | None = None
     captions: CaptionSettings = field(default_factory=CaptionSettings)
     """What becomes of the captions of its clips."""
@@ -268,6 +272,7 @@ class ClipPlanner:
                 repeats=source.repeats * item.repeats,
                 loss_weight=source.loss_weight * item.weight,
                 is_prior=source.is_prior or item.is_prior,
+                timesteps=source.timesteps,
                 caption_dropout=source.caption_dropout,
                 part=item.part,
                 augmentation=source.augmentation,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from onewan.arithmetic.clip_timesteps import ALL_TIMESTEPS
 from onewan.config.clips import SourceSection
 from onewan.config.schema import ResolvedRun
 from onewan.data.ahead import worker_count
@@ -290,6 +291,8 @@ def _dataset_digest(report: DatasetReport, digests: Mapping[Path, str]) -> str:
         settings = [clip.repeats, clip.loss_weight, "base" if clip.is_prior else "data"]
         if clip.caption_dropout is not None:
             settings.append(clip.caption_dropout)
+        if clip.timesteps != ALL_TIMESTEPS:
+            settings.append({"timesteps": clip.timesteps.key()})
         if clip.takes > 1:
             settings.append([clip.take, clip.takes])
         if clip.variation is not None:

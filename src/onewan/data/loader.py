@@ -1,6 +1,6 @@
 """`WanDataLoader`: encoded clips -> batches, in an order that is computed and never stored.
 
-Each expert iterates over all clips on its own: its n-th micro-batch is a function of (seed, expert,
+Each expert iterates over its clips on its own: its n-th micro-batch is a function of (seed, expert,
 n). So a checkpoint needs no data position, a resumed run continues with the very next batch, and
 alternating experts can't leave one of them with half of the clips. A batch holds clips of one
 bucket (frames, size); the last batch of a bucket may be smaller, so each epoch has every clip.
@@ -9,18 +9,20 @@ bucket (frames, size); the last batch of a bucket may be smaller, so each epoch 
 from __future__ import annotations
 
 import random
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from onewan.arithmetic.clip_timesteps import ClipTimesteps
 from onewan.data.ahead import results_ahead
 from onewan.data.clip import Clip, alternatives
 from onewan.data.encode import LatentSource
+from onewan.data.expert_clips import batches_per_epoch
 from onewan.model.conditioning import Conditioning
 from onewan.model.inputs import to_device
 from onewan.model.text import pad_text
@@ -47,6 +49,8 @@ class Batch:
     loss_weights: tuple[float, ...]
     """B factors of the clips' losses, float32 values. On the host, where they are combined with the
     weights of the timesteps without waiting for the device."""
+    timesteps: tuple[ClipTimesteps, ...]
+    """B: those that each clip is trained at."""
     is_prior: Tensor | None
     """[B] bool: the clips whose target is the base model's prediction. None if there are none."""
     names: tuple[str, ...]
@@ -95,6 +99,10 @@ class StepBatches:
     """Number of clips in the global batch, over which the loss is a mean."""
 
 
+_Bucket: TypeAlias = "tuple[int, tuple[int, int]]"
+"""Frames and size of clips."""
+
+
 class _Member(NamedTuple):
     """A place in each epoch."""
 
@@ -104,21 +112,22 @@ class _Member(NamedTuple):
     """Its number among the repeats of these alternatives."""
 
 
-def batches_per_epoch(clips: Iterable[Clip], batch_size: int) -> int:
-    """The micro-batches in which every clip is once, or as often as its source says."""
-    counts: Counter[tuple[int, tuple[int, int]]] = Counter()
-    for clip, *_ in alternatives(clips):
-        counts[clip.frames, clip.size] += clip.repeats
-    # Rounded up for each bucket, since its last batch may be smaller.
-    return sum(-(-count // batch_size) for count in counts.values())
+def _buckets(clips: Iterable[Clip]) -> dict[_Bucket, list[_Member]]:
+    """The places in each epoch of `clips`, by bucket."""
+    buckets: dict[_Bucket, list[_Member]] = defaultdict(list)
+    for group in alternatives(clips):
+        # By the exact shape, since the latents of a batch are stacked.
+        bucket = buckets[group[0].frames, group[0].size]
+        bucket += [_Member(group, repeat) for repeat in range(group[0].repeats)]
+    return buckets
 
 
 class WanDataLoader:
-    """Batches of `clips`, whose encoded tensors come from `source`."""
+    """Batches of clips, whose encoded tensors come from `source`."""
 
     def __init__(
         self,
-        clips: Sequence[Clip],
+        clips: Mapping[ExpertName, Sequence[Clip]],
         source: LatentSource,
         conditioning: Conditioning,
         *,
@@ -128,9 +137,10 @@ class WanDataLoader:
         caption_dropout: float = 0.0,
         encode_text_online: bool = False,
     ) -> None:
-        """`accumulation` is the number of micro-batches of a step, `caption_dropout` the fraction
-        of samples whose caption is replaced by an empty one, unless their clip has its own. With
-        `encode_text_online` batches have captions and no `text`."""
+        """`clips` are those of each trained expert. `accumulation` is the number of micro-batches
+        of a step, `caption_dropout` the fraction of samples whose caption is replaced by an empty
+        one, unless their clip has its own. With `encode_text_online` batches have captions and no
+        `text`."""
         self._source = source
         self._conditioning = conditioning
         self._batch_size = batch_size
@@ -138,22 +148,18 @@ class WanDataLoader:
         self._seed = seed
         self._caption_dropout = caption_dropout
         self._encode_text_online = encode_text_online
-        self._buckets: dict[tuple[int, tuple[int, int]], list[_Member]] = defaultdict(list)
-        # By the exact shape, since the latents of a batch are stacked.
-        for group in alternatives(clips):
-            bucket = self._buckets[group[0].frames, group[0].size]
-            bucket += [_Member(group, repeat) for repeat in range(group[0].repeats)]
-        self._batches_per_epoch = batches_per_epoch(clips, batch_size)
-        self.draws_captions = any(len(c.captions) > 1 or self._dropout_of(c) > 0 for c in clips)
+        self._buckets = {expert: _buckets(own) for expert, own in clips.items()}
+        self.batches_per_epoch = batches_per_epoch(clips, batch_size)
+        """As the function of this name, for the clips and the batch size of this loader."""
+        self.draws_captions = any(
+            len(clip.captions) > 1 or self._dropout_of(clip) > 0
+            for own in clips.values()
+            for clip in own
+        )
         """Whether the captions of training depend on random draws."""
         # The number and the order of each expert's current epoch. One for each expert, since their
         # steps may alternate; only one, so that memory does not grow with the epochs.
         self._epochs = dict[ExpertName, tuple[int, list[list[Clip]]]]()
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """As the function of this name, for the clips and the batch size of this loader."""
-        return self._batches_per_epoch
 
     def steps(
         self, start: int, stop: int, expert_at: Callable[[int], tuple[ExpertName, int]]
@@ -180,7 +186,7 @@ class WanDataLoader:
         first = expert_step * self._accumulation
         # A step may span the end of an epoch, so no clip is dropped or repeated to fill it.
         for micro_batch in range(first, first + self._accumulation):
-            epoch, index = divmod(micro_batch, self._batches_per_epoch)
+            epoch, index = divmod(micro_batch, self.batches_per_epoch[expert])
             clips = self._epoch(expert, epoch)[index]
             captions = [
                 self._draw_caption(clip, expert, expert_step, index)
@@ -216,7 +222,7 @@ class WanDataLoader:
 
     def _shuffled(self, expert: ExpertName, epoch: int) -> list[list[Clip]]:
         batches = list[list[Clip]]()
-        for bucket, members in self._buckets.items():
+        for bucket, members in self._buckets[expert].items():
             # By the bucket too, so that a new clip leaves the order within other buckets.
             shuffled = list(members)
             self._random("order", expert, epoch, str(bucket)).shuffle(shuffled)
@@ -274,6 +280,7 @@ class WanDataLoader:
             mask=mask,
             # By way of a tensor, since losses are multiplied with float32 values.
             loss_weights=tuple(torch.tensor([clip.loss_weight for clip in clips]).tolist()),
+            timesteps=tuple(clip.timesteps for clip in clips),
             is_prior=torch.tensor(is_prior) if any(is_prior) else None,
             names=tuple(clip.name for clip in clips),
             first_sample_index=first_sample_index,

@@ -15,6 +15,7 @@ from typing import Any
 
 from onewan.config.schema import ResolvedRun
 from onewan.data.clip import Clip
+from onewan.data.expert_clips import timestep_lines
 from onewan.data.probes import MediaProbes
 from onewan.data.report import ClipProblem, ClipWarning, DatasetReport
 from onewan.data.run_clips import clips_of_run, with_contents, with_held_out
@@ -130,7 +131,7 @@ def examine(
     added = list(_added_findings(config, usable, digests))
     used = (*report.clips, *report.validation_clips)
     by_frames = {_frames_key(item.clip): item for item in usable}
-    needs = needs_of(config, used, environment()) if used else None
+    needs = needs_of(config, report.clips, report.validation_clips, environment()) if used else None
     report = replace(
         report,
         problems=tuple(dict.fromkeys(report.problems)),
@@ -142,7 +143,7 @@ def examine(
         held_out=frozenset(report.validation_clips),
         report=report,
         of_data=tuple(_of_report(report)),
-        of_run=(*_missing_model(config), *(needs.findings if needs else _nothing(config))),
+        of_run=(*_missing_model(config), *_of_training(config, report.clips, needs)),
         needs=needs,
     )
 
@@ -245,7 +246,14 @@ def _missing_model(config: ResolvedRun) -> Iterator[Finding]:
             yield Finding(severity="problem", kind="model", text=text)
 
 
-def _nothing(config: ResolvedRun) -> tuple[Finding, ...]:
+def _of_training(
+    config: ResolvedRun, clips: Sequence[Clip], needs: Needs | None
+) -> tuple[Finding, ...]:
+    """What keeps the experts from training on `clips`, and what is found about the run's needs."""
+    if needs is not None:
+        lines = timestep_lines(config, clips) if clips else []
+        of_timesteps = (Finding(severity="problem", kind="data set", text=line) for line in lines)
+        return (*of_timesteps, *needs.findings)
     if not config.video_data.sources:
         text = "video_data.sources: is empty; name at least one folder of clips"
     else:

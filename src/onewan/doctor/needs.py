@@ -12,9 +12,10 @@ from typing import Any
 
 from onewan.arithmetic.byte_sizes import format_bytes, parse_bytes
 from onewan.arithmetic.durations import format_duration
-from onewan.config.resolve import with_steps_of_epochs
+from onewan.config.resolve import trained_experts, with_steps_of_epochs
 from onewan.config.schema import ResolvedRun
 from onewan.data.clip import Clip
+from onewan.data.expert_clips import batches_per_epoch, clips_by_expert
 from onewan.doctor.environment import Environment
 from onewan.doctor.finding import Finding
 from onewan.errors import OnewanError
@@ -88,8 +89,14 @@ class Needs:
         }
 
 
-def needs_of(config: ResolvedRun, clips: Sequence[Clip], environment: Environment) -> Needs:
-    """The needs of a run with these `clips`, at least one, those for validation included."""
+def needs_of(
+    config: ResolvedRun,
+    training: Sequence[Clip],
+    held_out: Sequence[Clip],
+    environment: Environment,
+) -> Needs:
+    """The needs of a run with these clips, at least one, to train and to validate on."""
+    clips = (*training, *held_out)
     on_cpu = config.model.device == "cpu"
     has_card = not on_cpu and bool(environment.torch.devices or environment.cards)
     buckets = Counter(
@@ -100,10 +107,9 @@ def needs_of(config: ResolvedRun, clips: Sequence[Clip], environment: Environmen
         None if config.memory.vram is None else parse_bytes(config.memory.vram),
         None if config.memory.ram is None else parse_bytes(config.memory.ram),
     )
-    batches = sum(-(-count // config.train.batch_size) for count in buckets.values())
     findings, plan, smallest = list[Finding](), None, None
     try:
-        config = with_steps_of_epochs(config, batches)
+        config = _with_steps(config, training)
         stored = read_stored_model(config)
 
         def plan_on(machine: Machine) -> Plan:
@@ -128,13 +134,7 @@ def needs_of(config: ResolvedRun, clips: Sequence[Clip], environment: Environmen
             findings += _plan_notes(plan.notes)
     size = 0 if plan is None else plan.disk.get("cache of encoded clips", 0)
     free = _free(config.video_data.cache_dir)
-    needed = size - _size(config.video_data.cache_dir) if size else 0
-    if needed > free:
-        text = (
-            f"video_data.cache_dir: the cache takes {format_bytes(size)}, and "
-            f"{format_bytes(free)} are free on its disk; free some, or choose another folder"
-        )
-        findings.append(Finding(severity="problem", kind="disk", text=text))
+    findings += _full_disk(config.video_data.cache_dir, size, free)
     return Needs(
         cache_bytes=size,
         cache_seconds=_encoding_seconds(config, clips, has_card=has_card),
@@ -144,6 +144,24 @@ def needs_of(config: ResolvedRun, clips: Sequence[Clip], environment: Environmen
         verdict=verdict,
         findings=tuple(findings),
     )
+
+
+def _with_steps(config: ResolvedRun, training: Sequence[Clip]) -> ResolvedRun:
+    """`config` with the steps that its epochs are."""
+    own_clips = clips_by_expert(trained_experts(config), training)
+    batches = batches_per_epoch(own_clips, config.train.batch_size)
+    # An expert without clips is a finding of its own.
+    return with_steps_of_epochs(config, {name: max(1, n) for name, n in batches.items()})
+
+
+def _full_disk(cache: Path, size: int, free: int) -> Iterator[Finding]:
+    """Where `free` bytes are not enough for what is missing of a cache of `size` bytes."""
+    if size and size - _size(cache) > free:
+        text = (
+            f"video_data.cache_dir: the cache takes {format_bytes(size)}, and "
+            f"{format_bytes(free)} are free on its disk; free some, or choose another folder"
+        )
+        yield Finding(severity="problem", kind="disk", text=text)
 
 
 def _verdict(plan: Plan) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onewan.arithmetic.clip_timesteps import ALL_TIMESTEPS
 from onewan.arithmetic.expert_schedule import ExpertSchedule, expert_schedule
 from onewan.arithmetic.timestep_density import official_token_count
 from onewan.config.objective import LossSection
@@ -152,6 +153,7 @@ def batch_of(
         condition=conditioning.channels(condition),
         mask=None if mask is None else mask.float(),
         loss_weights=tuple(items["loss_weight"].float().tolist()),
+        timesteps=(ALL_TIMESTEPS,) * len(captions),
         is_prior=None,
         names=tuple(items["image_path"]),
         first_sample_index=0,

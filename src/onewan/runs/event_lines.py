@@ -91,12 +91,7 @@ def _overview(event: events.Overview) -> Iterable[str]:
     steps = f"{sum(event.steps.values()):,}"
     if len(event.steps) > 1:
         steps += f" ({', '.join(f'{name} {count:,}' for name, count in event.steps.items())})"
-    clips = "1 clip" if event.clips == 1 else f"{event.clips:,} clips"
-    seen = {
-        name: f"{count:.0f} times" if count >= 9.95 else f"{count:.2g} times"
-        for name, count in event.seen.items()
-    }
-    yield f"steps: {steps}; {clips}, each seen {_by_expert(seen, 'by')}"
+    yield f"steps: {steps}; {_clips(event)}"
     trained = {name: _parameters(count) for name, count in event.parameters.items()}
     yield f"trainable parameters: {_by_expert(trained, 'for')}"
     if event.step_seconds is not None and event.run_seconds is not None:
@@ -108,6 +103,22 @@ def _overview(event: events.Overview) -> Iterable[str]:
     yield f"disk, by the plan: {disk}"
     folders = [event.weights] if event.samples is None else [event.weights, event.samples]
     yield f"results: {' and '.join(str(displayed(folder)) for folder in folders)}"
+
+
+def _clips(event: events.Overview) -> str:
+    """How many clips there are, and how often each is seen."""
+    clips = "1 clip" if event.clips == 1 else f"{event.clips:,} clips"
+    seen = {
+        name: f"{count:.0f} times" if count >= 9.95 else f"{count:.2g} times"
+        for name, count in event.seen.items()
+    }
+    if set(event.expert_clips.values()) == {event.clips}:
+        return f"{clips}, each seen {_by_expert(seen, 'by')}"
+    parts = [
+        f"{count:,} for the {name} expert, each seen {seen[name]}"
+        for name, count in event.expert_clips.items()
+    ]
+    return f"{clips}: {' and '.join(parts)}"
 
 
 def _by_expert(values: Mapping[str, str], word: str) -> str:

@@ -171,8 +171,10 @@ class Overview(Event):
     """Steps that train each expert."""
     clips: int
     """Clips to train on."""
+    expert_clips: Mapping[str, int]
+    """Those of them that each expert trains: all, but for sources with timesteps of their own."""
     seen: Mapping[str, float]
-    """How often each expert goes through the data set."""
+    """How often each expert goes through its clips."""
     parameters: Mapping[str, int]
     """Trainable parameters of each expert, or of "embeddings"."""
     disk: Mapping[str, int]

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onewan.arithmetic.clip_timesteps import ClipTimesteps
 from onewan.arithmetic.timestep_density import Array, TimestepDensity, shift_factor
 from onewan.arithmetic.timestep_weighting import TimestepWeighting, timestep_weights
 from onewan.data.loader import Batch, StepBatches
@@ -107,7 +108,9 @@ class Objective:
         density = self._density(latents_BCFHW)
         # Quantiles first, timesteps from them: stratified draws are then strata of any density.
         quantiles = np.array([self._sample_quantile(step, index) for index in indices])
-        levels = density.truncated_quantiles(quantiles, expert)
+        parts = [_part_of(expert, own) for own in batch.timesteps]
+        weightings = [own.weighting or self.weighting for own in batch.timesteps]
+        levels = density.truncated_quantiles(quantiles, parts)
         shape = latents_BCFHW.shape[1:]
         noise_BCFHW = self._normal("noise", step, indices, shape)
         if self.noise_offset:
@@ -124,7 +127,7 @@ class Objective:
             noise_BCFHW,
             levels.tolist(),
             input_noise_BCFHW=input_noise_BCFHW,
-            weights=self._weights(batch, density, expert, levels),
+            weights=self._weights(batch, density, levels, [*zip(parts, weightings, strict=True)]),
             loss_mask_BFHW=self._loss_mask(batch, conditioned_B),
         )
         if conditioned_B is None:
@@ -136,8 +139,9 @@ class Objective:
     ) -> NoisedBatch:
         """Noise for validation: the same level for all samples, and noise of a fixed `seed`.
 
-        A share `quantile` of `expert`'s density lies below the level. Weights and masks are those
-        of training; offset, perturbation and conditioning frames are left out.
+        A share `quantile` of `expert`'s density lies below the level, and the run's weighting
+        applies, whatever the clips have of their own. Masks and clips' weights are those of
+        training; offset, perturbation and conditioning frames are left out.
         """
         density = self._density(batch.latents)
         levels = density.truncated_quantiles(np.full(len(batch), quantile), expert)
@@ -151,7 +155,7 @@ class Objective:
             batch.latents,
             noise_BCFHW,
             levels.tolist(),
-            weights=self._weights(batch, density, expert, levels),
+            weights=self._weights(batch, density, levels, [(expert, self.weighting)] * len(batch)),
             loss_mask_BFHW=self._loss_mask(batch, None),
         )
 
@@ -166,10 +170,21 @@ class Objective:
         return self.density.scaled(shift_factor(latents_BCFHW.shape, self.official_token_count))
 
     def _weights(
-        self, batch: Batch, density: TimestepDensity, expert: Expert, levels: Array
+        self,
+        batch: Batch,
+        density: TimestepDensity,
+        levels: Array,
+        ranges: Sequence[tuple[Expert, TimestepWeighting | None]],
     ) -> list[float]:
-        """Loss weight of each sample: that of its noise level times that of its clip."""
-        by_level = timestep_weights(self.weighting, density, expert, levels).tolist()
+        """Loss weight of each sample: that of its noise level times that of its clip.
+
+        `ranges` are, for each sample, the expert with the range that its level is drawn from, and
+        the weighting over this range.
+        """
+        by_level = [
+            timestep_weights(weighting, density, part, levels[i : i + 1]).item()
+            for i, (part, weighting) in enumerate(ranges)
+        ]
         return [a * b for a, b in zip(by_level, batch.loss_weights, strict=True)]
 
     def _sample_quantile(self, step: StepBatches, index: int) -> float:
@@ -233,6 +248,13 @@ class Objective:
 
     def _random(self, purpose: str, step: StepBatches, *counters: int) -> random.Random:
         return random.Random(derive_seed(self.seed, purpose, step.number, *counters))
+
+
+def _part_of(expert: Expert, timesteps: ClipTimesteps) -> Expert:
+    """`expert` with the range from which it draws the noise level of a clip with `timesteps`."""
+    part = timesteps.part_of(expert)
+    assert part is not None, "the loader gives an expert its own clips only"
+    return part
 
 
 def seeded_noise(shape: Sequence[int], seed: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from onewan.data.clip import count_clips
+from onewan.data.expert_clips import clips_of
 from onewan.memory.plan import Bucket, disk_space, read_stored_model
 from onewan.runs.events import Overview
 from onewan.runs.layout import RunLayout
@@ -24,7 +25,14 @@ def overview(run: Run, layout: RunLayout) -> Overview:
     return Overview(
         steps=steps,
         clips=count_clips(run.dataset.clips),
-        seen={name: count * config.train.accumulation / per_epoch for name, count in steps.items()},
+        expert_clips={
+            name: count_clips(clips_of(state.expert, run.dataset.clips))
+            for name, state in run.state.experts.items()
+        },
+        seen={
+            name: steps[name] * config.train.accumulation / per_epoch[name]
+            for name in run.state.experts
+        },
         parameters={
             trainable.name: sum(tensor.numel() for tensor in trainable.weights.present().values())
             for trainable in run.state.trainables

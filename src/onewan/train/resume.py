@@ -182,7 +182,7 @@ def changes_since(
         (harmless if safe else affecting_results).append(line)
     if facts.dataset != dataset_digest:
         affecting_results.append(
-            "the data set: clips, captions or spans differ from those of the run"
+            "the data set: clips, captions, spans or timesteps differ from those of the run"
         )
     # Alphas, and parts that are not trained, come from these files at every start.
     affecting_results += [

@@ -15,7 +15,8 @@ from onewan.config.schema import ResolvedRun
 from onewan.data.clip import Clip
 from onewan.data.dataset import Dataset, prepare
 from onewan.data.encode import ProgressCallback, no_progress
-from onewan.data.loader import WanDataLoader, batches_per_epoch
+from onewan.data.expert_clips import batches_per_epoch, check_timesteps, clips_by_expert
+from onewan.data.loader import WanDataLoader
 from onewan.dtypes import torch_dtype
 from onewan.errors import ConfigError
 from onewan.formats.lora_files import AdapterFile
@@ -210,10 +211,12 @@ class WanModelSetup:
     def _with_known_steps(self, clips: Sequence[Clip]) -> ResolvedRun:
         """The run file with the steps that its epochs are with these training clips.
 
-        ConfigError for what could not be checked without their number.
+        ConfigError for what could not be checked without the clips.
         """
-        count = batches_per_epoch(clips, self._config.train.batch_size)
-        config = with_steps_of_epochs(self._config, count)
+        check_timesteps(self._config, clips)
+        own_clips = clips_by_expert(self._experts, clips)
+        counts = batches_per_epoch(own_clips, self._config.train.batch_size)
+        config = with_steps_of_epochs(self._config, counts)
         if problems := [f"{field}: {text}" for field, text in warmup_rules(config)]:
             raise ConfigError("run file", problems)
         return config
@@ -260,7 +263,7 @@ class WanModelSetup:
     def _loader(self, dataset: Dataset) -> WanDataLoader:
         train = self._config.train
         return WanDataLoader(
-            dataset.clips,
+            clips_by_expert(self._experts, dataset.clips),
             dataset.source,
             conditioning_of(self._variant),
             batch_size=train.batch_size,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from onewan.data.clip import Clip
+from onewan.data.expert_clips import clips_of
 from onewan.data.loader import StepBatches
 from onewan.memory.device import device_memory, reset_peak
 from onewan.memory.plan import Bucket
@@ -18,22 +19,27 @@ from onewan.train.step import backward
 
 
 def try_largest_batch(run: Run) -> MemoryMeasured | None:
-    """Run the largest batch once, as the expert of the next step; returns the peak beside the
-    plan's.
+    """Run the largest batch once, as the expert of the next step, or as the other one if it alone
+    trains these clips; returns the peak beside the plan's.
 
     None without a plan (on the CPU), and where the backward pass updates weights (a fused step).
     The optimizer's state does not exist yet in a new run, so the peak is below that of a step.
     """
-    name, _ = run.schedule.expert_at(run.state.step)
-    trained = run.state.experts[name]
     plan = run.memory.plan
-    fused = trained.method is not None and trained.method.fused
-    if plan is None or fused:
+    if plan is None:
         return None
-    clips = _clips_of(run.dataset.clips, plan.worst.bucket)[: run.config.train.batch_size]
-    if not clips:  # the largest bucket has validation clips only
+    next_one, _ = run.schedule.expert_at(run.state.step)
+    clips = _clips_of(run.dataset.clips, plan.worst.bucket)
+    for name in sorted(run.state.experts, key=lambda name: name != next_one):
+        trained = run.state.experts[name]
+        own = clips_of(trained.expert, clips)[: run.config.train.batch_size]
+        if own:
+            break
+    else:  # the largest bucket has validation clips only
         return None
-    batch = run.loader.first_captions(clips)
+    if trained.method is not None and trained.method.fused:
+        return None
+    batch = run.loader.first_captions(own)
     step = StepBatches(number=0, expert=name, batches=(batch,), global_size=len(batch))
     run.bring_expert(name)
     reset_peak(run.device)
