@@ -203,7 +203,9 @@ class Server:
     sent: int = 0
     """Bytes of bodies."""
     statuses: list[int] = field(default_factory=list[int])
-    """Answers to give instead, one for each of the next requests."""
+    """Answers to give instead, one for each of the next requests of a body."""
+    head_statuses: list[int] = field(default_factory=list[int])
+    """The same for the next requests without a body."""
     url: str = ""
 
     def tag(self, path: str) -> str:
@@ -223,8 +225,9 @@ def handler(server: Server) -> type[http.server.BaseHTTPRequestHandler]:
 
         def answer(self, *, body: bool) -> None:
             path = self.path.partition("?")[0]
-            if (server.statuses and body) or path not in server.files:
-                self.send_error(server.statuses.pop(0) if server.statuses and body else 404)
+            statuses = server.statuses if body else server.head_statuses
+            if statuses or path not in server.files:
+                self.send_error(statuses.pop(0) if statuses else 404)
                 return
             data, start, status = server.files[path], 0, 200
             given = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
@@ -310,6 +313,47 @@ def test_a_server_without_ranges_is_read_from_the_beginning(server: Server, tmp_
     (path,) = files.place(url).register_all([url])
     assert files.fetch([path]) == {}
     assert path.read_bytes() == b"1" * 5000
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        (404, "there is no such file or folder"),
+        (403, "access is refused; check the credentials that its package reads"),
+        (500, "can't be read (500, message="),
+    ],
+)
+def test_a_server_that_does_not_answer_well_is_not_a_missing_file(
+    server: Server, tmp_path: Path, status: int, reason: str
+) -> None:
+    server.files["/a.mp4"] = b"1" * 50
+    server.head_statuses += [status] * 20
+    server.statuses += [status] * 20
+    place = remote.RemoteFiles(tmp_path).place(f"{server.url}/a.mp4")
+    with pytest.raises(DataError) as caught:
+        place.register_all([f"{server.url}/a.mp4"])
+    assert caught.value.message.startswith(f"{server.url}/a.mp4: {reason}")
+
+
+def test_a_server_that_is_not_there_is_not_a_missing_file(server: Server, tmp_path: Path) -> None:
+    del server
+    with pytest.raises(DataError, match=r"can't be read \(Cannot connect to host 127\.0\.0\.1:9"):
+        remote.RemoteFiles(tmp_path).place("http://127.0.0.1:9/t.csv").files()
+
+
+def test_a_file_whose_server_is_busy_is_asked_for_again(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_WAITS", (0.0, 0.0, 0.0))
+    files = remote.RemoteFiles(tmp_path)
+    server.files |= {"/a.mp4": b"1" * 50, "/t.csv": b"path,caption\na.mp4,x\n"}
+    place = files.place(f"{server.url}/t.csv")
+    (table,) = place.files()
+    path = place.named("a.mp4", table)
+    server.head_statuses += [503, 503]
+    server.statuses += [503, 503]
+    assert files.fetch([path]) == {}
+    assert path.read_bytes() == b"1" * 50
 
 
 def test_an_error_that_passes_is_tried_again_and_one_that_stays_is_named(

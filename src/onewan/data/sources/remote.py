@@ -43,6 +43,8 @@ _WAITS = (1.0, 4.0, 10.0)
 _THREADS = 8
 _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors of this machine, which no further try mends."""
+_GONE, _REFUSED = (404, 410), (401, 403)
+"""Statuses of HTTP answers."""
 # fmt: off
 _TAGS = (
     "ETag", "etag", "blob_id", "md5Hash", "Content-MD5", "LastModified", "mtime", "updated",
@@ -207,8 +209,7 @@ class RemoteFiles:
         except Exception as error:
             if isinstance(error, OSError) and error.errno in _LOCAL:
                 raise
-            is_final = isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError))
-            return _Failure(_reason(error), not is_final)
+            return _Failure(_reason(error), not _is_final(_origin_of(error)))
         return None
 
     def _download(self, path: Path) -> None:
@@ -391,10 +392,32 @@ def _append(file: RemoteFile, local: Any) -> None:
 
 def _reason(error: Exception) -> str:
     """What went wrong, for people, without credentials."""
-    if isinstance(error, FileNotFoundError):
+    error = _origin_of(error)
+    if isinstance(error, FileNotFoundError) or _status(error) in _GONE:
         return "there is no such file or folder"
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError) or _status(error) in _REFUSED:
         return "access is refused; check the credentials that its package reads"
     text = str(error) or type(error).__name__
     text = re.sub(r"://[^/@\s]*@", "://", re.sub(r"\?[^\s'\")]*", "", text))
     return f"can't be read ({one_line(text)[:300]})"
+
+
+def _origin_of(error: Exception) -> Exception:
+    """The error of the connection behind one of fsspec, whose HTTP files do not exist whatever goes
+    wrong when they are asked for."""
+    cause = error.__cause__
+    is_of_connection = type(cause).__module__.partition(".")[0] in ("aiohttp", "asyncio")
+    if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and is_of_connection:
+        return cause
+    return error
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether another try would end alike."""
+    known = (FileNotFoundError, PermissionError, IsADirectoryError)
+    return isinstance(error, known) or _status(error) in (*_GONE, *_REFUSED)
+
+
+def _status(error: Exception) -> int | None:
+    """The status of an HTTP answer."""
+    return getattr(error, "status", None)
