@@ -145,6 +145,10 @@ def test_remote_shards_are_unpacked_and_the_archives_are_not_kept(
         memory.pipe(f"/b/s-{number}.tar", data.getvalue())
     for url in ("memory://b/s-{0..1}.tar", "memory://b/*.tar"):
         assert names(index(url, tmp_path)) == ["s-0/1.mp4", "s-1/1.mp4"]
+    folder = index("memory://b", tmp_path, kind="webdataset")
+    assert names(folder) == ["s-0/1.mp4", "s-1/1.mp4"]
+    with pytest.raises(DataError, match="memory://c: no tar archives are listed there"):
+        index("memory://c", tmp_path, kind="webdataset")
     assert [*(tmp_path / "remote").rglob("*.tar")] == []
 
 

@@ -551,6 +551,12 @@ def test_members_of_one_name_in_tar_shards_are_a_clip(tmp_path: Path) -> None:
     assert len(read_shards(tmp_path, tmp_path / "cache", kind="webdataset").clips) == 9
 
 
+def test_an_archive_without_clips_is_a_problem(tmp_path: Path) -> None:
+    archive = archived(tmp_path / "s-0.tar", {"a.cls": b"3"})
+    (problem,) = read_shards(archive, tmp_path / "cache").problems
+    assert (problem.path, problem.reason) == (archive, "has no video or image to train on")
+
+
 def test_an_archive_is_unpacked_once_and_again_when_it_changes(tmp_path: Path) -> None:
     content = video(tmp_path / "v.mp4", caption=None).read_bytes()
     shard = archived(tmp_path / "s.tar", {"a.mp4": content, "a.txt": b"one"})

@@ -11,6 +11,7 @@ from onewan.data.sources.copies import Copies
 from onewan.data.sources.place import BY_NAME, LocalPlace, Place
 from onewan.data.sources.remote import RemotePlace
 from onewan.data.sources.shards import Shard, expand, read_shards, unpack, unpacked
+from onewan.errors import DataError
 from onewan.runs.layout import displayed
 
 
@@ -33,7 +34,7 @@ def read_archives(
 ) -> SourceContents:
     """The clips of all archives at `place`, whose members are copied unless they are here."""
     shards, problems = list[tuple[Shard, str]](), list[ClipProblem]()
-    left_out = 0
+    opened, left_out = list[Path](), 0
     for archive, label, identity in _archives(place):
         try:
             shard = unpacked(archive, copies.shards, identity)
@@ -44,11 +45,15 @@ def read_archives(
                 shard = _unpack(place, archive, copies.shards, identity)
             copies.used_shards.add(shard.folder)
             shards.append((shard, label))
+            opened.append(archive)
         except (ValueError, FileNotFoundError) as error:
             reason = "there is no such file" if isinstance(error, OSError) else str(error)
             problems.append(ClipProblem(path=archive, reason=reason))
     contents = read_shards(shards, video_formats, use_masks=use_masks)
     contents.problems = problems + contents.problems
+    if not contents.items and not contents.problems:
+        reason = "has no video or image to train on"
+        contents.problems = [ClipProblem(path=archive, reason=reason) for archive in opened]
     if left_out:
         contents.note(f"{left_out} archives of {place.label} are not unpacked yet")
     return contents
@@ -61,7 +66,10 @@ def _archives(place: Place) -> list[tuple[Path, str, str | None]]:
         found = archives_of(place.path)
         return [(path, str(displayed(path)), None) for path in found]
     assert isinstance(place, RemotePlace)
-    given = [path for name in expand(place.path) for path in place.matching(name)]
+    named = place.path if ".tar" in place.path.rpartition("/")[2] else f"{place.path}/*.tar"
+    given = [path for name in expand(named) for path in place.matching(name)]
+    if not given:
+        raise DataError(f"{place.label}: no tar archives are listed there; check the address")
     paths = place.register_all(given)
     above = place.label.rpartition("/")[0]
     return [(path, f"{above}/{path.name}", place.identity(path)) for path in paths]
