@@ -164,10 +164,10 @@ def test_cmyk_without_a_profile_is_said(tmp_path: Path) -> None:
     assert np.abs(middles(read_image(path)) - COLORS).max() <= 3
 
 
-def with_chunk(path: Path, name: bytes, content: bytes) -> None:
-    """Writes a small black PNG with another chunk behind its header."""
+def with_chunk(path: Path, name: bytes, content: bytes, image: Image.Image | None = None) -> None:
+    """Writes `image`, or a small black one, as PNG with another chunk behind its header."""
     stream = io.BytesIO()
-    Image.new("RGB", (32, 32)).save(stream, "PNG")
+    (image or Image.new("RGB", (32, 32))).save(stream, "PNG")
     data, chunk = stream.getvalue(), name + content
     chunk = struct.pack(">I", len(content)) + chunk + struct.pack(">I", zlib.crc32(chunk))
     path.write_bytes(data[:33] + chunk + data[33:])
@@ -234,6 +234,36 @@ def test_tiffs_of_32_bits_are_refused(tmp_path: Path, dtype: type, reason: str) 
     for read in (probe, read_image):
         with pytest.raises(DataError, match=f"has pixels of {reason}, which are not read; convert"):
             read(path)
+
+
+def in_p3() -> np.ndarray:
+    """`COLORS` as Display P3 has them, with the transfer function of sRGB."""
+    srgb = COLORS / 255
+    light = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    light = np.clip(light @ (np.linalg.inv(xyz(P3)) @ xyz(SRGB)).T, 0, 1)
+    wide = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    return np.round(wide * 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "chunk"),
+    [
+        (b"cICP", bytes([12, 13, 0, 1])),
+        (b"cHRM", struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)),
+    ],
+)
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_images_with_tags_for_wide_primaries_are_brought_to_srgb(
+    tmp_path: Path, mode: str, name: bytes, chunk: bytes
+) -> None:
+    path = tmp_path / "a.png"
+    with_chunk(path, name, chunk, Image.fromarray(stripes(in_p3())).convert(mode))
+    assert probe(path).notes == ()
+    assert np.abs(middles(read_image(path)) - COLORS).max() <= 2
+    # The chromaticities of sRGB are written by many programs.
+    srgb = struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
+    with_chunk(path, b"cHRM", srgb, Image.fromarray(stripes(COLORS)))
+    assert np.array_equal(middles(read_image(path)), COLORS)
 
 
 def test_hdr_images_are_refused(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ class VideoColors:
     @property
     def is_wide(self) -> bool:
         """Whether these are SDR colors whose primaries have to be converted."""
-        return self.transfer == "SDR" and self.primaries in _WIDE_PRIMARIES
+        return self.transfer == "SDR" and is_wide(self.primaries)
 
     @staticmethod
     def of(
@@ -118,6 +118,11 @@ class VideoColors:
             curve=int(context.color_trc),
             notes=tuple(notes),
         )
+
+
+def is_wide(primaries: int) -> bool:
+    """Whether primaries are those of a larger gamut than BT.709, which have to be converted."""
+    return primaries in _WIDE_PRIMARIES
 
 
 def _by_size(source: VideoFrame | VideoCodecContext) -> int:

@@ -6,6 +6,7 @@ In linear light a change of primaries is a matrix, which follows from the chroma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -21,12 +22,14 @@ _CHROMATICITIES = {
 }
 """(x, y) of red, green, blue and white, of ITU-R BT.709-6 and BT.2020-2, SMPTE RP 431-2 and EG
 432-1."""
+_SAME = 0.002
+"""Chromaticities that differ by less are the same: files have rounded ones."""
 _BRADFORD = np.array(
     [[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]]
 )
 """XYZ to the responses of cones, for another white."""
 
-_GAMMA_22, _GAMMA_28, _SRGB = 4, 5, 13
+_GAMMA_22, _GAMMA_28, SRGB = 4, 5, 13
 """Transfer functions, as in ITU-T H.273."""
 _BT1886_GAMMA = 2.4
 
@@ -34,6 +37,16 @@ _STEPS = 2**14
 """Entries in the table of a transfer function: 16 for each step of a 10-bit signal."""
 _ROWS = 32
 """Rows that are converted at once, so that what lies between the steps stays in the cache."""
+
+
+def primaries_of(chromaticities: Sequence[float]) -> int:
+    """The number of the primaries with these (x, y) of white, red, green and blue, one behind the
+    other, as PNG has them; 0 if they are none of those that are known."""
+    given = np.array(chromaticities)
+    for number, (red, green, blue, white) in _CHROMATICITIES.items():
+        if np.allclose(given, np.ravel((white, red, green, blue)), atol=_SAME):
+            return number
+    return 0
 
 
 @lru_cache
@@ -53,7 +66,7 @@ def sdr_to_709(signal_HWC: np.ndarray, primaries: int, transfer: int) -> np.ndar
     unless `transfer` is sRGB or a plain exponent. The result has the same transfer function, so
     that grays stay as they are.
     """
-    curve = transfer if transfer in (_GAMMA_22, _GAMMA_28, _SRGB) else 0
+    curve = transfer if transfer in (_GAMMA_22, _GAMMA_28, SRGB) else 0
     matrix, linear_table, encoded_table = to_709(primaries).T, *_tables(curve)
     out = np.empty(signal_HWC.shape, np.uint8)
     for row in range(0, len(signal_HWC), _ROWS):
@@ -70,7 +83,7 @@ def sdr_to_709(signal_HWC: np.ndarray, primaries: int, transfer: int) -> np.ndar
 def _tables(curve: int) -> tuple[np.ndarray, np.ndarray]:
     """Linear light by signal, float32, and uint8 signal by the square root of linear light."""
     signal = np.linspace(0, 1, _STEPS)
-    if curve == _SRGB:
+    if curve == SRGB:
         linear = np.where(signal <= 0.04045, signal / 12.92, ((signal + 0.055) / 1.055) ** 2.4)
         light = signal**2
         encoded = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)

@@ -1,4 +1,5 @@
-"""Colors of images by their ICC profile -> sRGB, with LittleCMS (Pillow's ImageCms)."""
+"""Colors of images -> sRGB: by their ICC profile, with LittleCMS (Pillow's ImageCms), or by the tag
+for their primaries."""
 
 from __future__ import annotations
 
@@ -7,6 +8,12 @@ from itertools import product
 
 import numpy as np
 from PIL import Image, ImageCms
+
+from onewan.media.colors import is_wide
+from onewan.media.gamut import SRGB, sdr_to_709
+
+PRIMARIES = "onewan_primaries"
+"""Key of an image's `info` with the number of its primaries by ITU-T H.273, if it has a tag."""
 
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 """The mode of pixels in the color space of a profile."""
@@ -19,13 +26,15 @@ _FLAGS = ImageCms.Flags.BLACKPOINTCOMPENSATION
 def to_srgb(image: Image.Image) -> tuple[Image.Image, str | None]:
     """`image`, decoded, with its colors in sRGB, and what the user should know about them.
 
-    The image itself if it has no profile, or one that is sRGB to within one level of 255.
+    The image itself if it has no profile and no wide primaries, or a profile that is sRGB to within
+    one level of 255.
     """
     profile = image.info.get("icc_profile")
     if not profile:
         if image.mode == "CMYK":
             return image, "CMYK without a color profile: its colors are approximate"
-        return image, None
+        primaries = image.info.get(PRIMARIES, 0)
+        return (_from_wide(image, primaries) if is_wide(primaries) else image), None
     image, alpha = _without_alpha(image)
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
@@ -46,6 +55,12 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, str | None]:
             f"color profile that can't be used ({reason}): its colors are taken for sRGB"
         )
     return _with_alpha(image, alpha), None
+
+
+def _from_wide(image: Image.Image, primaries: int) -> Image.Image:
+    colors, alpha = _without_alpha(image)
+    signal = np.asarray(colors.convert("RGB"), np.float32) / 255
+    return _with_alpha(Image.fromarray(sdr_to_709(signal, primaries, SRGB)), alpha)
 
 
 def _without_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:

@@ -20,7 +20,8 @@ from PIL import Image, ImageOps, features
 from onewan.errors import DataError
 from onewan.media.colors import HDR_TRANSFERS
 from onewan.media.faults import DAMAGE_REMEDY, error_reason, faults_of
-from onewan.media.icc import gray_of_16_bits, to_srgb
+from onewan.media.gamut import primaries_of
+from onewan.media.icc import PRIMARIES, gray_of_16_bits, to_srgb
 from onewan.media.kinds import HEIF_SUFFIXES, MAX_IMAGE_PIXELS, extension, pixel_limit
 
 _SRGB_GAMMA = 1 / 2.2
@@ -122,10 +123,12 @@ def open_image(path: Path) -> Iterator[Image.Image]:
                 f"{path}: has pixels of {_UNREAD_MODES[image.mode]}, which are not read; convert "
                 "it to a png of 8 or 16 bits"
             )
-        if (transfer := _hdr_transfer(path, image)) is not None:
+        primaries, code = _color_codes(path, image)
+        if transfer := HDR_TRANSFERS.get(code):
             raise DataError(
                 f"{path}: is an HDR image ({transfer}), which is not read; convert it to SDR"
             )
+        image.info[PRIMARIES] = primaries
         yield image
 
 
@@ -176,22 +179,28 @@ def _require_decoder(path: Path) -> None:
         )
 
 
-def _hdr_transfer(path: Path, image: Image.Image) -> str | None:
-    """ "PQ" or "HLG" if the image has this transfer function, which Pillow does not apply."""
-    code = None
+def _color_codes(path: Path, image: Image.Image) -> tuple[int, int]:
+    """Primaries and transfer function, as in ITU-T H.273, that an image is tagged with, without
+    its profile; 0 where it has no tag. Pillow applies neither."""
     if image.format == "PNG":
         with path.open("rb") as file:
             head = file.read(2**16).partition(b"IDAT")[0]
-        _, found, chunk = head.partition(b"cICP")  # primaries, transfer function, ...
-        code = chunk[1] if found and len(chunk) > 1 else None
-    elif image.format == "AVIF":
+        _, found, chunk = head.partition(b"cICP")
+        if found and len(chunk) > 1:
+            return chunk[0], chunk[1]
+        given = None if "srgb" in image.info else image.info.get("chromaticity")
+        return primaries_of(given) if given else 0, 0
+    if image.format == "AVIF":
         options = {"protocol_whitelist": "file"}
         # FFmpeg does not open every AVIF that Pillow does, and then nothing is known.
         with suppress(FFmpegError), av.open(f"file:{path}", container_options=options) as container:
-            code = next((s.codec_context.color_trc for s in container.streams.video), None)
-    elif image.format == "HEIF":
-        code = (image.info.get("nclx_profile") or {}).get("transfer_characteristics")
-    return HDR_TRANSFERS.get(code or 0)
+            for stream in container.streams.video:
+                context = stream.codec_context
+                return int(context.color_primaries), int(context.color_trc)
+    if image.format == "HEIF":
+        tags = image.info.get("nclx_profile") or {}
+        return tags.get("color_primaries") or 0, tags.get("transfer_characteristics") or 0
+    return 0, 0
 
 
 def image_notes(image: Image.Image) -> tuple[str, ...]:
