@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -80,6 +81,31 @@ def test_a_remote_folder_is_read_as_a_local_one_is(
     assert all(clip.path.read_bytes() == content for clip in report.clips)
     assert all(clip.path.is_relative_to(tmp_path / "remote") for clip in report.clips)
     assert names(index("memory://bucket/clips", tmp_path, recursive=False)) == ["a.mp4"]
+
+
+def test_names_that_lead_out_of_a_remote_folder_are_left_out(
+    memory: Any, content: bytes, tmp_path: Path
+) -> None:
+    for name in ("a.mp4", "C:/b.mp4"):
+        memory.pipe(f"/bucket/{name}", content)
+        memory.pipe(f"/bucket/{name[:-4]}.txt", b"x")
+    report = index("memory://bucket", tmp_path)
+    assert names(report) == ["a.mp4"]
+    texts = [warning.text for warning in report.warnings if warning.path is None]
+    assert texts == ["2 files in memory://bucket are left out by their names: C:/b.mp4, C:/b.txt"]
+
+
+def test_a_folder_of_an_http_server_has_the_names_of_its_files(
+    server: Server, content: bytes, tmp_path: Path
+) -> None:
+    page = "".join(f'<a href="{quote(name)}">x</a>' for name in ("é 1.mp4", "é 1.txt"))
+    server.files |= {
+        "/clips": page.encode(),
+        f"/clips/{quote('é 1.mp4')}": content,
+        f"/clips/{quote('é 1.txt')}": b"one",
+    }
+    report = index(f"{server.url}/clips/", tmp_path)
+    assert [(clip.name, clip.captions) for clip in report.clips] == [("é 1.mp4", ("one",))]
 
 
 def test_a_file_is_copied_once_and_again_when_it_changes(

@@ -381,6 +381,10 @@ def test_a_hugging_face_folder_has_its_captions_in_tables_beside_the_files(tmp_p
     assert [clip.name for clip in report.validation_clips] == ["validation/c.mp4"]
     assert report.problems == ()
     assert [warning for warning in report.warnings if warning.path is None] == []
+    video(tmp_path / "train" / "d.mp4", caption=None)
+    (warning,) = [warning for warning in index(tmp_path).warnings if warning.path is None]
+    note = f"1 of 4 files in {tmp_path} are clips of none of its tables: d.mp4"
+    assert warning.text == note
 
 
 def test_a_folder_with_text_files_stays_one_whatever_tables_are_in_it(tmp_path: Path) -> None:

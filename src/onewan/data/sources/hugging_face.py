@@ -11,8 +11,9 @@ from pathlib import Path
 
 from onewan.data.report import ClipProblem
 from onewan.data.sources.contents import SourceContents
-from onewan.data.sources.place import Listing, Place
+from onewan.data.sources.place import Listing, Place, first_few
 from onewan.data.sources.table import TableReader, split_of_folder
+from onewan.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, extension
 
 TABLE_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
@@ -35,4 +36,10 @@ def read_hugging_face(
         if table in failed:
             continue
         reader.read(table, split=split_of_folder(table.relative_to(listing.folder).parent))
+    named = {item.path for item in contents.items}
+    named |= {path for item in contents.items for path in item.masks}
+    media = [path for path in listing.paths if extension(path) in IMAGE_SUFFIXES | VIDEO_SUFFIXES]
+    if others := [path.name for path in media if path not in named]:
+        number, where = f"{len(others)} of {len(media)} files", f"in {place.label}"
+        contents.note(f"{number} {where} are clips of none of its tables: {first_few(others)}")
     return contents

@@ -20,12 +20,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 
 from onewan.data.file_memory import forget_vanished
-from onewan.data.sources.place import BY_NAME, Listing, inner_path
+from onewan.data.report import ClipWarning
+from onewan.data.sources.place import BY_NAME, Listing, first_few, inner_path
 from onewan.errors import DataError, one_line
 from onewan.files import append_lines, sync
 from onewan.locks import Claim
@@ -278,19 +279,24 @@ class RemotePlace:
                 self.path, maxdepth=None if recursive else 1, detail=True
             )
         listing = Listing(self._copies_of(self.url.rstrip("/")))
-        unsafe = 0
+        unsafe = list[str]()
         for path, info in found.items():
             relative = path.removeprefix(self.path).lstrip("/")
+            if urlsplit(self.url).scheme in ("http", "https"):
+                relative = unquote(relative)  # the links of a page are written for addresses
             try:
                 inner = inner_path(relative)
             except ValueError:
-                unsafe += 1
+                unsafe.append(relative)
                 continue
             if info.get("type", "file") != "file" or any(p.startswith(".") for p in inner.parts):
                 continue
             copy = listing.folder.joinpath(*inner.parts)
             self.remote.register(copy, RemoteFile(self.fs, path, info.get("size"), _tag(info)))
             listing.paths.append(copy)
+        if unsafe:
+            text = f"{len(unsafe)} files in {self.label} are left out by their names: "
+            listing.warnings.append(ClipWarning(path=None, text=text + first_few(unsafe)))
         if not listing.paths:
             raise DataError(f"{self.label}: no files are listed there; check the address")
         listing.paths.sort(key=BY_NAME)
