@@ -292,7 +292,7 @@ def step_inputs(
         "t_B": torch.rand(1, device=device),
         "text_BLD": torch.randn(1, TEXT_TOKENS, TEXT_WIDTH, device=device),
         "condition_BCFHW": torch.randn(1, extra, *shape[2:], device=device) if extra else None,
-        "clean_first_frame_B": torch.ones(1, dtype=torch.bool, device=device)
+        "clean_frames_BF": torch.arange(shape[2], device=device)[None] == 0
         if clean and facts.has_clean_first_frame
         else None,
     }

@@ -115,6 +115,14 @@ class Variant:
     """Whether a sampled video may start from an image."""
     needs_image: bool
     """Whether it must."""
+    first_frame_share: float
+    """Share of the training samples that are given the first frame of their clip, by default; the
+    others are given none. For TI2V-5B that of ``wan/utils/utils.py:172-199``."""
+    takes_condition_image: bool
+    """Whether the image that a sample starts from is an input of its own, so that in training it
+    may be another one than the clip's first frame."""
+    takes_control: bool
+    """Whether the transformer is given a control video."""
     has_clean_first_frame: bool
     """Whether the first latent frame may be the conditioning frame, whose tokens get timestep 0
     (``expand_timesteps`` in diffusers)."""
@@ -213,6 +221,9 @@ VARIANTS: Mapping[VariantName, Variant] = {
         condition="text",
         takes_image=False,
         needs_image=False,
+        first_frame_share=0.0,
+        takes_condition_image=False,
+        takes_control=False,
         has_clean_first_frame=False,
         pipeline="WanPipeline",
         experts=_two_experts(0.875, guidance_high=4.0, guidance_low=3.0),
@@ -239,6 +250,9 @@ VARIANTS: Mapping[VariantName, Variant] = {
         condition="first_frame_channels",
         takes_image=True,
         needs_image=True,
+        first_frame_share=1.0,
+        takes_condition_image=True,
+        takes_control=False,
         has_clean_first_frame=False,
         pipeline="WanImageToVideoPipeline",
         experts=_two_experts(0.9, guidance_high=3.5, guidance_low=3.5),
@@ -265,6 +279,9 @@ VARIANTS: Mapping[VariantName, Variant] = {
         condition="first_frame_clean",
         takes_image=True,
         needs_image=False,
+        first_frame_share=0.2,
+        takes_condition_image=False,
+        takes_control=False,
         has_clean_first_frame=True,
         pipeline="WanPipeline",
         experts=(

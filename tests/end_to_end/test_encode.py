@@ -19,13 +19,13 @@ from support.clips import clip as make_clip
 from support.runs import RunFile, layout_of, outcome
 
 from onewan.config.schema import ResolvedRun
-from onewan.data.cache import EntryCache
-from onewan.data.cached_latents import CachedLatents
 from onewan.data.clip import Clip
+from onewan.data.companions import Companion
 from onewan.data.dataset import Dataset
 from onewan.data.decode import decode
 from onewan.data.encode import no_progress
-from onewan.data.masks import Mask, latent_mask
+from onewan.data.entry_keys import EntryKeys
+from onewan.data.masks import latent_mask
 from onewan.errors import ConfigError, DataError
 from onewan.media import write_video
 from onewan.model.sources import PipelineComponent
@@ -85,13 +85,13 @@ def test_only_entries_with_changed_inputs_are_encoded(run_file: RunFile, own: Pa
     image = run_file("i2v-a14b", *settings(own))
     data, totals = prepared(image)
     assert ("encoding clips", 4) in totals  # five clips, two of which have the same content
-    assert data.source.video(data.clips[0]).keys() == {"latents", "condition"}
+    assert data.source.video(data.clips[0], "first").keys() == {"latents", "condition"}
 
 
 def test_damaged_entries_are_found_and_encoded_again(run_file: RunFile, own: Path) -> None:
     config = run_file("t2v-a14b", *settings(own))
     data, _ = prepared(config)
-    before = data.source.video(data.clips[0])["latents"].clone()
+    before = data.source.video(data.clips[0], "first")["latents"].clone()
     entry = sorted((own / "cache" / "video").rglob("*.safetensors"))[0]
     tensors = {k: v + 1 for k, v in load_file(entry).items()}
     entry.unlink()
@@ -100,14 +100,14 @@ def test_damaged_entries_are_found_and_encoded_again(run_file: RunFile, own: Pat
     assert prepared(config)[1] == []  # without verify, entries are not read
     data, totals = prepared(config, verify=True)
     assert totals == [("encoding captions", 1), ("encoding clips", 1)]
-    assert torch.equal(data.source.video(data.clips[0])["latents"], before)
+    assert torch.equal(data.source.video(data.clips[0], "first")["latents"], before)
 
 
 def test_a_replaced_file_is_encoded_again_by_verifying(run_file: RunFile, own: Path) -> None:
     config = run_file("t2v-a14b", *settings(own))
     data, _ = prepared(config)
     clip = next(clip for clip in data.clips if clip.name == "still_square.png")
-    before = data.source.video(clip)["latents"]
+    before = data.source.video(clip, "first")["latents"]
     stat = clip.path.stat()
     pixels = np.asarray(Image.open(clip.path).convert("RGB"))
     Image.fromarray(255 - pixels).save(clip.path)
@@ -119,7 +119,7 @@ def test_a_replaced_file_is_encoded_again_by_verifying(run_file: RunFile, own: P
     data, totals = prepared(config, verify=True)
     assert totals == [("encoding clips", 1)]
     assert "still_square.png: has other content than before" in str(data.report)
-    assert not torch.equal(data.source.video(clip)["latents"], before)
+    assert not torch.equal(data.source.video(clip, "first")["latents"], before)
     assert "has other content" not in str(prepared(config, verify=True)[0].report)
 
 
@@ -207,7 +207,7 @@ def test_online_encoding_gives_the_same_tensors_as_the_cache(run_file: RunFile, 
     online, totals = prepared(run_file("i2v-a14b", *settings(own), "video_data.cache=false"))
     assert totals == [("checking clips", 5)]
     for clip in cached.clips:
-        a, b = cached.source.video(clip), online.source.video(clip)
+        a, b = cached.source.video(clip, "first"), online.source.video(clip, "first")
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
         caption = clip.captions[0]
         assert torch.equal(cached.source.text(caption), online.source.text(caption))
@@ -219,7 +219,7 @@ def test_entries_are_what_the_model_encodes(run_file: RunFile, own: Path) -> Non
     model = WanModelSetup(config).load_encoders(("vae",))
     clip = next(c for c in data.clips if c.kind == "video")
     pixels = torch.from_numpy(decode(clip).frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-    latents = data.source.video(clip)["latents"]
+    latents = data.source.video(clip, "first")["latents"]
     assert torch.equal(latents, model.encode_video(pixels)[0])
     frames, (width, height) = clip.frames, clip.size
     assert latents.shape == (48, (frames - 1) // 4 + 1, height // 16, width // 16)
@@ -271,7 +271,7 @@ def test_a_mask_has_a_cache_entry_of_its_own(run_file: RunFile, own: Path) -> No
     data, totals = prepared(config)
     assert totals == [("encoding masks", 1)] and data.digest != before.digest
     clip = named(data, "red_square.mp4")
-    entry = data.source.video(clip)
+    entry = data.source.video(clip, "first")
     assert entry.keys() == {"latents", "mask"} and clip.mask
     assert entry["mask"].shape == (1, *entry["latents"].shape[1:])
     assert entry["mask"].dtype == torch.float32
@@ -280,17 +280,17 @@ def test_a_mask_has_a_cache_entry_of_its_own(run_file: RunFile, own: Path) -> No
     )
     assert np.array_equal(entry["mask"].numpy(), expected)
     assert entry["mask"][..., 0].eq(1).all() and entry["mask"][..., -1].eq(0).all()
-    assert data.source.video(named(data, "blue_circle.webm")).keys() == {"latents"}
+    assert data.source.video(named(data, "blue_circle.webm"), "first").keys() == {"latents"}
 
     draw_mask(own / "clips" / "red_square.mask.png", level=128)
     changed, totals = prepared(config)
     assert totals == [("encoding masks", 1)] and changed.digest != data.digest  # no video again
-    now = changed.source.video(named(changed, "red_square.mp4"))
+    now = changed.source.video(named(changed, "red_square.mp4"), "first")
     assert torch.equal(now["latents"], entry["latents"])
     assert now["mask"][..., 0].eq(np.float32(128 / 255)).all()
 
     online, _ = prepared(run_file("t2v-a14b", *masks_on(own), "video_data.cache=false"))
-    online_entry = online.source.video(named(online, "red_square.mp4"))
+    online_entry = online.source.video(named(online, "red_square.mp4"), "first")
     assert online_entry.keys() == now.keys() and all(
         torch.equal(online_entry[k], now[k]) for k in now
     )
@@ -298,7 +298,7 @@ def test_a_mask_has_a_cache_entry_of_its_own(run_file: RunFile, own: Path) -> No
 
     off, totals = prepared(run_file("t2v-a14b", *settings(own)))
     assert totals == [] and off.digest == before.digest
-    assert off.source.video(named(off, "red_square.mp4")).keys() == {"latents"}
+    assert off.source.video(named(off, "red_square.mp4"), "first").keys() == {"latents"}
 
     for entry_file in (own / "cache" / "mask").rglob("*.safetensors"):
         tensors = {k: v + 1 for k, v in load_file(entry_file).items()}
@@ -307,7 +307,7 @@ def test_a_mask_has_a_cache_entry_of_its_own(run_file: RunFile, own: Path) -> No
     repaired, totals = prepared(config, verify=True)
     assert totals == [("encoding masks", 1)]
     assert torch.equal(
-        repaired.source.video(named(repaired, "red_square.mp4"))["mask"], now["mask"]
+        repaired.source.video(named(repaired, "red_square.mp4"), "first")["mask"], now["mask"]
     )
 
 
@@ -365,7 +365,7 @@ def test_damaged_files_and_their_copies_are_each_reported_by_name(
         assert reasons["worse.avi"].startswith("is damaged near")
         assert len(data.clips) == 2 * 4
         for clip in data.clips:
-            data.source.video(clip)
+            data.source.video(clip, "first")
 
 
 # --- Captions ------------------------------------------------------------------------------------
@@ -432,7 +432,7 @@ def test_no_caption_is_encoded_if_the_training_step_encodes_them(
     )
     data, _ = prepared(config)
     assert loaded == ["vae"] and not (own / "cache" / "text").exists()
-    assert data.source.video(data.clips[0])["latents"].ndim == 4
+    assert data.source.video(data.clips[0], "first")["latents"].ndim == 4
 
 
 # --- Validation split ----------------------------------------------------------------------------
@@ -476,7 +476,7 @@ def test_clips_of_validation_sources_are_held_out_of_training(run_file: RunFile,
     }
     assert len(data.clips) == 3
     for clip in data.validation_clips:
-        assert data.source.video(clip).keys() == {"latents"}
+        assert data.source.video(clip, "first").keys() == {"latents"}
         assert data.source.text(clip.captions[0]).ndim == 2
     reasons = {p.path: p.reason for p in data.report.problems}
     assert reasons.keys() == {own / "clips" / n for n in ("red_square.mp4", "still_square.png")}
@@ -550,19 +550,23 @@ def test_cache_keys_do_not_change_by_accident(tmp_path: Path) -> None:
         (tmp_path / name / "file").write_text(f"the {name}")
         paths[name] = tmp_path / name
     clip = make_clip("a.mp4", start=0.4375, frames=17, size=(832, 480), source_size=(1920, 1080))
-    mask = Mask(path=tmp_path / "a.mask.png", start=0.0, is_image=True)
+    mask = Companion(path=tmp_path / "a.mask.png", start=0.0, is_image=True)
     content = {clip.path: "0" * 40, mask.path: "1" * 40}
 
-    def keys(variant: str) -> tuple[CachedLatents, str]:
-        cache = EntryCache(tmp_path / "cache")
-        entries = CachedLatents(cache, VARIANTS[variant], paths, "float32", content)
-        return entries, entries.video_key(clip)
+    def keys(variant: str) -> tuple[EntryKeys, str]:
+        entries = EntryKeys(
+            variant=VARIANTS[variant],
+            component_paths=paths,
+            text_dtype="float32",
+            digests=content,
+        )
+        return entries, entries.video(clip)
 
     t2v, t2v_key = keys("t2v-a14b")
     assert t2v_key == keys("ti2v-5b")[1] == "a5964ac90d2b8cfb968eb025d04452451fc38d94"
     assert keys("i2v-a14b")[1] == "ea1aa363766203264a950c717e28fdc593ba070c"
-    assert t2v.text_key("a test") == "14f793cd60c25a0af866b253fedb0fca77e0dba2"
-    mask_key = t2v.mask_key(clip, mask)
+    assert t2v.text("a test") == "14f793cd60c25a0af866b253fedb0fca77e0dba2"
+    mask_key = t2v.mask(clip, mask)
     assert mask_key == "8716df4d84b382636704fbcc5e697e4d6abfe50e"
     # The key of a clip does not depend on how it is trained on.
     for same in (
@@ -573,17 +577,17 @@ def test_cache_keys_do_not_change_by_accident(tmp_path: Path) -> None:
         {"captions": ("another",)},
         {"name": "b.mp4"},
     ):
-        assert t2v.video_key(replace(clip, **same)) == t2v_key
+        assert t2v.video(replace(clip, **same)) == t2v_key
     gray = replace(clip, background=(128, 128, 128))
-    assert t2v.video_key(gray) != t2v_key
-    assert t2v.mask_key(gray, mask) == mask_key
+    assert t2v.video(gray) != t2v_key
+    assert t2v.mask(gray, mask) == mask_key
     woven = [replace(clip, fields=order) for order in (None, "top_first", "bottom_first")]
-    assert t2v.video_key(woven[0]) == t2v_key
-    assert len({t2v.video_key(each) for each in woven}) == 3
-    assert {t2v.mask_key(each, mask) for each in woven} == {mask_key}
+    assert t2v.video(woven[0]) == t2v_key
+    assert len({t2v.video(each) for each in woven}) == 3
+    assert {t2v.mask(each, mask) for each in woven} == {mask_key}
     for other in ({"start": 0.5}, {"fps": 24.0}, {"frames": 13}, {"size": (480, 832)}):
-        assert t2v.video_key(replace(clip, **other)) != t2v_key
+        assert t2v.video(replace(clip, **other)) != t2v_key
         if "start" not in other:  # a mask has its own start
-            assert t2v.mask_key(replace(clip, **other), mask) != mask_key
-    assert t2v.mask_key(clip, replace(mask, start=0.5)) != mask_key
-    assert keys("ti2v-5b")[0].mask_key(clip, mask) != mask_key  # latent cells of another size
+            assert t2v.mask(replace(clip, **other), mask) != mask_key
+    assert t2v.mask(clip, replace(mask, start=0.5)) != mask_key
+    assert keys("ti2v-5b")[0].mask(clip, mask) != mask_key  # latent cells of another size

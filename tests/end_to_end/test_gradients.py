@@ -158,10 +158,10 @@ def reference(run: Run, config: ResolvedRun, step: StepBatches) -> tuple[Tensor,
         for batch in step.batches
     ]
     x, t, target = (torch.cat([getattr(s, name) for s in samples]) for name in ("x", "t", "target"))
-    clean = torch.zeros(len(samples), dtype=torch.bool)
+    clean = torch.zeros(len(samples), x.shape[2], dtype=torch.bool)
     for index, sample in enumerate(samples):
-        if sample.clean_first_frame is not None:
-            clean[index] = sample.clean_first_frame[0]
+        if sample.clean_frames is not None:
+            clean[index] = sample.clean_frames[0]
     timestep = token_timesteps(t, clean, x) if clean.any() else t * 1000
     hidden = x
     if step.batches[0].condition is not None:
@@ -255,7 +255,7 @@ def test_micro_batches_give_the_gradients_of_one_large_batch(run_file: RunFile) 
         "train.timesteps={distribution: logit_normal, stratified: true}",
         "train.noise_offset=0.1",
         "train.input_perturbation=0.1",
-        "train.first_frame_probability=0.5",
+        "train.condition_shares={first: 0.5, none: 0.5}",
         "train.first_frame_noise=[-3.5, 0.5]",
         PLACEHOLDER.replace("<shape>", "square"),
     )
@@ -292,6 +292,8 @@ def joined(step: StepBatches, sizes: tuple[int, ...]) -> StepBatches:
                 loss_weights=tuple(w for b in part for w in b.loss_weights),
                 timesteps=tuple(each for b in part for each in b.timesteps),
                 is_prior=None,
+                given=tuple(g for b in part for g in b.given),
+                last_frame=None,
                 captions=tuple(c for b in part for c in b.captions),
                 names=tuple(n for b in part for n in b.names),
                 first_sample_index=start,

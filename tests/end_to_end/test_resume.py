@@ -67,7 +67,7 @@ def train_with_interruptions(config: ResolvedRun, interruptions: Mapping[int, st
         ("t2v-a14b", ["model.dtype=bfloat16", "train.high_expert_share=density"]),
         ("t2v-a14b", ["memory.weights=nf4", "method.kind=dora"]),
         ("i2v-a14b", ["train.accumulation=2", "video_data.cache=false"]),
-        ("ti2v-5b", ["train.accumulation=2", "train.first_frame_probability=0.5"]),
+        ("ti2v-5b", ["train.accumulation=2", "train.condition_shares={first: 0.5, none: 0.5}"]),
         ("ti2v-5b", ["video_data.cache=false", "memory.gradient_checkpointing=false"]),
     ],
 )

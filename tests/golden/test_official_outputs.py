@@ -64,13 +64,14 @@ def test_a_clean_first_frame_at_timestep_0_gives_the_official_velocity(
 ) -> None:
     model, expected = golden
     assert model.variant.has_clean_first_frame
-    latent, t, clean = expected["dit.latent"], torch.tensor([0.7]), torch.tensor([True])
+    latent, t = expected["dit.latent"], torch.tensor([0.7])
+    clean = torch.arange(latent.shape[2])[None] == 0
     torch.testing.assert_close(
         token_timesteps(t, clean, latent), expected["dit.transformer.first_frame_clean.timesteps"]
     )
     text = pad_text([expected["text.embedding.0"]])
     out = predict_velocity(
-        model.expert(model.variant.experts[0]), latent, t, text, clean_first_frame_B=clean
+        model.expert(model.variant.experts[0]), latent, t, text, clean_frames_BF=clean
     )
     assert relative(out, expected["dit.transformer.first_frame_clean"]) < 2e-6
 

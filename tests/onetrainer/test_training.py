@@ -184,7 +184,7 @@ def test_the_first_loss_equals_onewans_own(lab: Lab, tiny, clips, tmp_path, vari
             sample.t,
             text,
             condition_BCFHW=batch.condition,
-            clean_first_frame_B=sample.clean_first_frame,
+            clean_frames_BF=sample.clean_frames,
         )
     loss = velocity_loss(predicted, sample, train.loss).item()
     assert loss == pytest.approx(done.losses[0], rel=1e-5)

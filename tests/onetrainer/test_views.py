@@ -51,7 +51,7 @@ def test_a_setting_is_shown_where_it_has_an_effect(variant: VariantName, method:
     two = len(facts.experts) > 1
     for name in ("Experts", "transformer_2.include", "wan_high_share", "wan_boundary"):
         assert (name in found) is two
-    assert ("wan_first_frame_probability" in found) is facts.has_clean_first_frame
+    assert ("wan_condition_shares" in found) is facts.takes_image
     assert ("wan_layers" in found) is (method != "EMBEDDING")
     assert found["wan_target_fps"] == str(facts.fps)
     assert found.get("wan_boundary", str(facts.boundary)) == str(facts.boundary)

@@ -139,7 +139,7 @@ def test_widgets_are_those_that_have_an_effect(widgets: dict[str, Any], method: 
     )
     assert two["training"].keys() >= TWO_EXPERTS and not one["training"].keys() & TWO_EXPERTS
     assert not any(name.startswith("transformer_2.") for tab in one.values() for name in tab)
-    assert "wan_first_frame_probability" in one["training"].keys() - two["training"].keys()
+    assert "wan_condition_shares" in one["training"].keys() - two["training"].keys()
     for tabs in (one, two):
         shown = {name for tab in tabs.values() for name in tab}
         assert not shown & (REFUSED | WITHOUT_EFFECT)

@@ -12,10 +12,9 @@ from PIL import Image
 
 from onewan.data.augment import Augmentation, Variation
 from onewan.data.augmented import with_variants
-from onewan.data.cache import EntryCache
-from onewan.data.cached_latents import CachedLatents
 from onewan.data.clip import Clip, ClipSource
 from onewan.data.decode import decode, frames_at
+from onewan.data.entry_keys import EntryKeys
 from onewan.data.index import index_clips
 from onewan.data.masks import latent_mask
 from onewan.data.validation_split import split_validation_clips
@@ -200,20 +199,19 @@ def test_a_variant_has_its_own_entries_in_the_cache(video: Path, tmp_path: Path)
     plain = clip_of(video)
     assert plain.mask is not None
     digests = {video: "content", plain.mask.path: "mask"}
-    source = CachedLatents(
-        EntryCache(tmp_path / "cache"),
-        VARIANTS["t2v-a14b"],
-        paths,  # pyright: ignore[reportArgumentType]
-        "bfloat16",
-        digests,
+    keys = EntryKeys(
+        variant=VARIANTS["t2v-a14b"],
+        component_paths=paths,  # pyright: ignore[reportArgumentType]
+        text_dtype="bfloat16",
+        digests=digests,
     )
     variants = [
         replace(plain, variation=each)
         for each in (None, Variation(mirrored=True), Variation(hue=0.01), Variation(hue=0.02))
     ]
-    assert len({source.video_key(each) for each in variants}) == 4
-    assert len({source.mask_key(each, plain.mask) for each in variants[:2]}) == 2
-    assert len({source.preview_key(each) for each in variants}) == 4
+    assert len({keys.video(each) for each in variants}) == 4
+    assert len({keys.mask(each, plain.mask) for each in variants[:2]}) == 2
+    assert len({keys.preview(each) for each in variants}) == 4
 
 
 def test_previews_show_the_variant(video: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -72,21 +73,23 @@ def with_runner(model: WanTransformer, *, offload: bool = False, **how: Any) -> 
     return model
 
 
-def inputs(first_frame: bool = False) -> dict[str, Any]:
+def inputs(clean: Sequence[int] = ()) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     return {
         "x_BCFHW": torch.randn(2, 16, 3, 4, 6, generator=generator),
         "t_B": torch.tensor([0.3, 0.8]),
         "text_BLD": torch.randn(2, 512, 24, generator=generator),
-        "clean_first_frame_B": torch.tensor([True, False]) if first_frame else None,
+        "clean_frames_BF": torch.tensor([[n in clean for n in range(3)], [False] * 3])
+        if clean
+        else None,
     }
 
 
 def step(
-    model: WanTransformer, dtype: torch.dtype, *, text: bool = False, first_frame: bool = False
+    model: WanTransformer, dtype: torch.dtype, *, text: bool = False, clean: Sequence[int] = ()
 ) -> dict[str, Tensor]:
     """The prediction and all gradients by name."""
-    given = inputs(first_frame)
+    given = inputs(clean)
     given["text_BLD"].requires_grad_(text)
     torch.manual_seed(4)  # of the dropout
     prediction = predict_velocity(model, **given, dtype=dtype)
@@ -168,13 +171,14 @@ def test_dropout_is_the_same_when_a_part_is_computed_again(
     assert not torch.equal(without["prediction"], expected["prediction"])
 
 
+@pytest.mark.parametrize("clean", [(0,), (2,), (0, 2)])
 @pytest.mark.parametrize("chunks", [1, 4])
-def test_two_timesteps_of_a_clip_give_what_a_timestep_per_token_gives(
-    base: WanTransformer, chunks: int
+def test_few_timesteps_of_a_clip_give_what_a_timestep_per_token_gives(
+    base: WanTransformer, chunks: int, clean: tuple[int, ...]
 ) -> None:
-    expected = step(transformer(base, torch.float32, "lora"), torch.float32, first_frame=True)
+    expected = step(transformer(base, torch.float32, "lora"), torch.float32, clean=clean)
     model = with_runner(transformer(base, torch.float32, "lora"), chunks=chunks)
-    actual = step(model, torch.float32, first_frame=True)
+    actual = step(model, torch.float32, clean=clean)
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-6 * value.abs().max())
 

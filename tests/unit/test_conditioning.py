@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from diffusers import WanPipeline
+from scipy.stats import chisquare
 
+from onewan.arithmetic.condition_shares import ConditionShares, Given, default_shares
 from onewan.model.conditioning import conditioning_of, frame_mask
 from onewan.variants import VARIANTS
 
@@ -27,10 +31,10 @@ def test_channels_fill_the_transformer_of_each_variant(name) -> None:
     variant = VARIANTS[name]
     conditioning = conditioning_of(variant)
     shape = (1, variant.latent_channels, 2, 4, 4)
-    encoded = {tensor: torch.ones(shape) for tensor in conditioning.tensor_names}
-    channels = conditioning.channels(encoded)
-    assert (0 if channels is None else channels.shape[1]) == variant.condition_channels
-    assert bool(encoded) == (variant.condition_channels > 0)
+    for given in get_args(Given):
+        parts = {name: torch.ones(shape) for name in conditioning.parts(given)}
+        channels = conditioning.channels(parts, given)
+        assert (0 if channels is None else channels.shape[1]) == variant.condition_channels
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -43,3 +47,40 @@ def test_facts_and_pipelines_agree(name) -> None:
     assert "WanImageToVideoPipeline" in [kind.__name__ for kind in with_image.__mro__]
     assert variant.needs_image == (variant.pipeline == "WanImageToVideoPipeline")
     assert conditioning.pipeline_options() == {"expand_timesteps": name == "ti2v-5b"}
+
+
+def test_samples_are_given_frames_in_the_shares_of_the_run() -> None:
+    shares = ConditionShares(first=0.5, both=0.3, last=0.05, none=0.15)
+    conditioning = conditioning_of(VARIANTS["i2v-a14b"], shares)
+    drawn = [
+        conditioning.draw(5, seed=42, step=step, index=index)
+        for step in range(25_000)
+        for index in range(4)
+    ]
+    counts = [drawn.count(given) for given in get_args(Given)]
+    expected = [100_000 * getattr(shares, given) for given in get_args(Given)]
+    assert chisquare(counts, expected).pvalue > 1e-3
+    # By the step and the sample alone, so that a resumed run draws the same.
+    assert drawn[:40] == [
+        conditioning.draw(5, seed=42, step=n // 4, index=n % 4) for n in range(40)
+    ]
+    other = [conditioning.draw(5, seed=43, step=n // 4, index=n % 4) for n in range(400)]
+    assert drawn[:400] != other
+
+
+def test_shares_of_a_variant_by_default() -> None:
+    found = {name: default_shares(variant) for name, variant in VARIANTS.items()}
+    assert found["t2v-a14b"].used == ("none",)
+    assert found["i2v-a14b"].used == ("first",)
+    assert found["ti2v-5b"] == ConditionShares(first=0.2, none=0.8)
+    for name, variant in VARIANTS.items():
+        # Only then does a run encode more than it did without a choice.
+        assert set(conditioning_of(variant).all_parts(5)) <= {"condition"}, name
+
+
+def test_a_share_of_1_is_drawn_always_and_rounded_shares_leave_no_gap() -> None:
+    tenths = ConditionShares(first=0.1, both=0.2, last=0.3, none=0.4 - 1e-9)
+    assert tenths.drawn(1 - 1e-12) == "none" and tenths.most_frequent == "none"
+    assert tenths.drawn(0.0) == "first" and tenths.drawn(0.1) == "both"
+    assert {ConditionShares(last=1.0).drawn(n / 100) for n in range(100)} == {"last"}
+    assert ConditionShares(first=0.5, last=0.5).most_frequent == "first"

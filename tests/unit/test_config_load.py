@@ -495,8 +495,8 @@ sample: {prompts: [a fox], every: 5, frames: 80, guidance: [1]}
         ),
         ("sample: {width: 333}", "sample.width: must be a multiple of 16 for t2v-a14b, got 333"),
         (
-            "train: {first_frame_probability: 0.2}",
-            "train.first_frame_probability: has no effect, since only ti2v-5b",
+            "train: {condition_shares: {first: 1}}",
+            "train.condition_shares: has no effect, since t2v-a14b is given no frames",
         ),
         (
             "sample: {prompts: [{prompt: a, image: no.png}]}",

@@ -410,8 +410,8 @@ BROKEN = [
         "train.first_frame_noise: has no effect, since only ti2v-5b",
     ),
     (
-        TI2V + "train: {first_frame_noise: [-3, 1], first_frame_probability: 0}",
-        "train.first_frame_noise: has no effect, since train.first_frame_probability is 0",
+        TI2V + "train: {first_frame_noise: [-3, 1], condition_shares: {last: 1}}",
+        "train.first_frame_noise: has no effect, since no sample is given its first frame",
     ),
     # Validation.
     (
@@ -478,7 +478,7 @@ def test_a_broken_rule_gives_one_line_with_a_remedy(tmp_path: Path, text: str, s
         SOURCE % "timesteps: [0.2, 0.3]"
         + "    - more\n"
         + "train: {timesteps: {distribution: table, weights: [1, 0, 0, 1], shift_by_tokens: true}}",
-        TI2V + "train: {first_frame_noise: [-3, 1], first_frame_probability: 0.1}",
+        TI2V + "train: {first_frame_noise: [-3, 1], condition_shares: {both: 1}}",
         "validation: {every: 5}\ntrain: {keep_best: true}",
         "validation: {clips: 0}",
     ],

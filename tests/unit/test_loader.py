@@ -15,9 +15,10 @@ import torch
 from support.clips import clip as make_clip
 from torch import Tensor
 
+from onewan.arithmetic.condition_shares import Given
 from onewan.data.clip import Clip
+from onewan.data.companions import Companion
 from onewan.data.loader import Batch, StepBatches, WanDataLoader
-from onewan.data.masks import Mask
 from onewan.model.conditioning import conditioning_of
 from onewan.variants import VARIANTS, ExpertName
 
@@ -27,7 +28,8 @@ class NumberedSource:
 
     workers = 0
 
-    def video(self, clip: Clip) -> dict[str, Tensor]:
+    def video(self, clip: Clip, given: Given) -> dict[str, Tensor]:
+        del given
         frames = (clip.frames - 1) // 4 + 1
         entry = {"latents": torch.full((4, frames, 2, 2), float(clip.name))}
         if clip.mask:
@@ -312,7 +314,7 @@ def batch_of(clips: Sequence[Clip], **settings: bool | float) -> Batch:
 
 
 def masked(number: int) -> Clip:
-    return replace(clip(number), mask=Mask(path=Path("mask.png"), start=0.0, is_image=True))
+    return replace(clip(number), mask=Companion(path=Path("mask.png"), start=0.0, is_image=True))
 
 
 def test_clips_without_a_mask_get_ones_beside_masked_clips() -> None:

@@ -26,7 +26,7 @@ def pair(
         t=torch.zeros(2),
         t_host=(0.0, 0.0),
         target=target,
-        clean_first_frame=None,
+        clean_frames=None,
         weight=torch.tensor(weight),
         has_weights=weight != (1.0, 1.0),
         loss_mask=loss_mask,

@@ -11,9 +11,10 @@ from PIL import Image, ImageDraw
 from support.clips import planner
 
 from onewan.data.clip import Clip, ClipSource
+from onewan.data.companions import Companion
 from onewan.data.decode import decode
 from onewan.data.index import index_clips
-from onewan.data.masks import Mask, latent_mask
+from onewan.data.masks import latent_mask
 from onewan.data.report import DatasetReport
 from onewan.errors import DataError
 from onewan.media import write_video
@@ -137,7 +138,7 @@ def test_clip_and_mask_may_begin_at_different_times(
 def test_one_image_is_the_mask_of_all_frames(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.mp4")
     picture = np.random.default_rng(3).integers(0, 256, (TRAIN[1], TRAIN[0], 3), np.uint8)
-    mask = Mask(path=tmp_path / "a.mask.png", start=0.0, is_image=True)
+    mask = Companion(path=tmp_path / "a.mask.png", start=0.0, is_image=True)
     Image.fromarray(picture).save(mask.path)
     for frames in (1, 17):
         got = latent_mask(mask, fps=16, frames=frames, size=TRAIN, spatial=8, temporal=4)
@@ -149,7 +150,7 @@ def test_one_image_is_the_mask_of_all_frames(tmp_path: Path) -> None:
 def test_latent_cells_follow_the_compression_of_the_vae(tmp_path: Path) -> None:
     picture = np.zeros((64, 64, 3), np.uint8)
     picture[:16, 32:48] = 255
-    mask = Mask(path=tmp_path / "a.mask.png", start=0.0, is_image=True)
+    mask = Companion(path=tmp_path / "a.mask.png", start=0.0, is_image=True)
     Image.fromarray(picture).save(mask.path)
     got = latent_mask(mask, fps=24, frames=5, size=(64, 64), spatial=16, temporal=4)
     assert got.shape == (1, 2, 4, 4)

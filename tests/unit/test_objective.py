@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -13,6 +14,7 @@ from scipy.integrate import quad
 from scipy.stats import kstest, norm
 
 from onewan.arithmetic.clip_timesteps import ALL_TIMESTEPS, ClipTimesteps
+from onewan.arithmetic.condition_shares import Given
 from onewan.arithmetic.timestep_weighting import EVEN, Curve, MinSnr, Spline, timestep_weights
 from onewan.config.objective import (
     CurveWeighting,
@@ -42,7 +44,13 @@ SINGLE = TI2V.experts[0]
 UNIFORM = UniformTimesteps().density(5.0)
 
 
-def batch(count: int = 2, frames: int = 3, size: tuple[int, int] = (4, 6)) -> Batch:
+def batch(
+    count: int = 2,
+    frames: int = 3,
+    size: tuple[int, int] = (4, 6),
+    given: Sequence[Given] = ("none",),
+) -> Batch:
+    """`given` is repeated for all samples."""
     generator = torch.Generator().manual_seed(frames)
     return Batch(
         latents=torch.randn(count, 4, frames, *size, generator=generator),
@@ -54,6 +62,8 @@ def batch(count: int = 2, frames: int = 3, size: tuple[int, int] = (4, 6)) -> Ba
         timesteps=(ALL_TIMESTEPS,) * count,
         is_prior=None,
         names=tuple(f"clip{i}" for i in range(count)),
+        given=(tuple(given) * count)[:count],
+        last_frame=None,
         first_sample_index=0,
     )
 
@@ -77,6 +87,7 @@ def split(whole: Batch) -> list[Batch]:
             loss_weights=whole.loss_weights[i : i + 1],
             timesteps=whole.timesteps[i : i + 1],
             names=(whole.names[i],),
+            given=(whole.given[i],),
             first_sample_index=i,
         )
         for i in range(len(whole))
@@ -110,7 +121,7 @@ EVERYTHING = Objective(
     unmasked_weight=0.1,
     noise_offset=0.3,
     input_perturbation=0.2,
-    first_frame_probability=0.5,
+    clean_frames=True,
     first_frame_noise=(-1.0, 0.5),
 )
 
@@ -118,7 +129,7 @@ EVERYTHING = Objective(
 @pytest.mark.parametrize("objective", [Objective(density=UNIFORM, seed=3), EVERYTHING])
 def test_a_sample_draws_the_same_in_any_division_into_micro_batches(objective: Objective) -> None:
     """Four micro-batches of one and one batch of four draw the same values for each sample."""
-    whole = replace(batch(4), loss_weights=(1.0, 2.0, 3.0, 4.0))
+    whole = replace(batch(4, given=("first", "none")), loss_weights=(1.0, 2.0, 3.0, 4.0))
     whole = replace(whole, mask=torch.rand(4, 1, 3, 4, 6).round())
     together = draw(objective, whole)
     parts = split(whole)
@@ -129,19 +140,19 @@ def test_a_sample_draws_the_same_in_any_division_into_micro_batches(objective: O
         for name in ("x", "t", "target", "weight", "loss_mask"):
             assert torch.equal(getattr(alone, name)[0], getattr(together, name)[i]), name
         assert alone.t_host == together.t_host[i : i + 1]
-        seen_given.append(alone.clean_first_frame is not None)
+        seen_given.append(alone.clean_frames is not None)
     if objective is EVERYTHING:
-        assert together.clean_first_frame is not None and set(seen_given) == {True, False}
-        assert together.clean_first_frame.tolist() == seen_given
+        assert together.clean_frames is not None and set(seen_given) == {True, False}
+        assert together.clean_frames[:, 0].tolist() == seen_given
     other = draw(objective, whole, number=8)
     assert not set(other.t_host) & set(together.t_host)
     assert not torch.equal(other.target, together.target)
 
 
 def test_two_samples_of_a_batch_draw_different_values() -> None:
-    whole = batch(2)
+    whole = batch(2, given=("first",))
     whole.latents[1] = whole.latents[0]
-    always = replace(EVERYTHING, first_frame_probability=1.0, official_token_count=None)
+    always = replace(EVERYTHING, official_token_count=None)
     sample = draw(always, whole)
     assert sample.t_host[0] != sample.t_host[1]
     for tensor in (sample.target, sample.x[:, :, 0]):
@@ -287,30 +298,46 @@ def test_input_perturbation_is_in_the_noisy_latents_and_not_in_the_target() -> N
 
 
 def test_a_conditioning_frame_is_clean_and_left_out_of_the_loss() -> None:
-    always = Objective(density=UNIFORM, seed=3, first_frame_probability=1.0)
-    sample = draw(always)
-    assert sample.clean_first_frame is not None and bool(sample.clean_first_frame.all())
+    objective = Objective(density=UNIFORM, seed=3, clean_frames=True)
+    sample = draw(objective, batch(given=("first",)))
+    assert sample.clean_frames is not None
+    assert sample.clean_frames.tolist() == [[True, False, False]] * 2
     assert torch.equal(sample.x[:, :, 0], batch().latents[:, :, 0])
     assert sample.loss_mask is not None and sample.loss_mask.shape == (2, 1, 3, 4, 6)
     assert not sample.loss_mask[:, :, 0].any() and bool((sample.loss_mask[:, :, 1:] == 1).all())
-    never = draw(replace(always, first_frame_probability=0.0))
+    never = draw(objective, batch())
     assert torch.equal(never.x[:, :, 1:], sample.x[:, :, 1:])
     assert torch.equal(never.target, sample.target)
-    assert draw(always, batch(frames=1)).clean_first_frame is None
-    some = replace(always, first_frame_probability=0.2)
-    given = [draw(some, number=n).clean_first_frame for n in range(500)]
-    share = sum(int(g.sum()) for g in given if g is not None) / 1000
-    assert share == pytest.approx(0.2, abs=0.04)
-    assert any(g is None for g in given)  # batches in which no sample has one
+    assert never.clean_frames is None and never.loss_mask is None
+    # Of other variants, given frames are among the channels.
+    assert torch.equal(
+        draw(replace(objective, clean_frames=False), batch(given=("first",))).x, never.x
+    )
+
+
+def test_the_last_frame_is_the_given_one_and_left_out_of_the_loss() -> None:
+    objective = Objective(density=UNIFORM, seed=3, clean_frames=True, first_frame_noise=(-1.0, 0.5))
+    last = torch.randn(3, 4, 4, 6, generator=torch.Generator().manual_seed(8))
+    whole = replace(batch(3, given=("both", "last", "none")), last_frame=last)
+    sample, plain = draw(objective, whole), draw(objective, batch(3))
+    assert sample.clean_frames is not None
+    assert sample.clean_frames.int().tolist() == [[1, 0, 1], [0, 0, 1], [0, 0, 0]]
+    assert torch.equal(sample.x[:2, :, -1], last[:2])
+    assert torch.equal(sample.x[1:, :, :-1], plain.x[1:, :, :-1])
+    assert torch.equal(sample.x[2], plain.x[2])
+    assert sample.loss_mask is not None
+    assert torch.equal(sample.loss_mask[:, 0, :, 0, 0] == 0, sample.clean_frames)
+    validated = objective.add_noise_at_quantile(whole, 0.25, SINGLE, 5)
+    assert validated.clean_frames is not None
+    assert torch.equal(validated.clean_frames, sample.clean_frames)
+    assert torch.equal(validated.x[0, :, 0], whole.latents[0, :, 0])  # without its noise
 
 
 def test_noise_in_a_conditioning_frame_follows_its_distribution() -> None:
     """Its level is log-normal, at most 1; the noise is not the one of the sample."""
     latents = torch.zeros(2000, 4, 2, 8, 8)
-    whole = replace(batch(2000, 2), latents=latents)
-    objective = Objective(
-        density=UNIFORM, seed=3, first_frame_probability=1.0, first_frame_noise=(-1.0, 0.8)
-    )
+    whole = replace(batch(2000, 2, given=("first",)), latents=latents)
+    objective = Objective(density=UNIFORM, seed=3, clean_frames=True, first_frame_noise=(-1.0, 0.8))
     sample = draw(objective, whole)
     first = sample.x[:, :, 0]
     level = first.square().mean(dim=(1, 2, 3)).sqrt()  # an estimate from 256 values
@@ -341,7 +368,8 @@ def test_masks_weight_each_latent_cell() -> None:
     objective = Objective(density=UNIFORM, seed=3, unmasked_weight=0.25)
     sample = draw(objective, masked)
     torch.testing.assert_close(sample.loss_mask, mask + (1 - mask) * 0.25)
-    given = draw(replace(objective, first_frame_probability=1.0), masked)
+    first = replace(masked, given=("first",) * 2)
+    given = draw(replace(objective, clean_frames=True), first)
     assert given.loss_mask is not None and sample.loss_mask is not None
     assert not given.loss_mask[:, :, 0].any()
     assert torch.equal(given.loss_mask[:, :, 1:], sample.loss_mask[:, :, 1:])
@@ -358,7 +386,7 @@ def test_sample_weight_is_that_of_its_noise_level_times_that_of_its_clip() -> No
 
 
 def test_validation_noise_is_the_same_each_time_and_without_extras() -> None:
-    objective = replace(EVERYTHING, first_frame_probability=1.0)
+    objective = EVERYTHING
     whole = replace(batch(3), mask=torch.ones(3, 1, 3, 4, 6))
     plain = replace(whole, mask=None)
     a, b = (objective.add_noise_at_quantile(whole, 0.25, SINGLE, 5) for _ in range(2))
@@ -368,7 +396,7 @@ def test_validation_noise_is_the_same_each_time_and_without_extras() -> None:
     reference = bare.add_noise_at_quantile(plain, 0.25, SINGLE, 5)
     assert torch.equal(reference.x, a.x) and reference.loss_mask is None
     assert not reference.has_weights
-    assert a.clean_first_frame is None
+    assert a.clean_frames is None
     density = UNIFORM.scaled(math.sqrt(18 / 100))
     assert a.t_host == (density.truncated_quantile(0.25, SINGLE),) * 3
     t = a.t.view(-1, 1, 1, 1, 1)
@@ -410,7 +438,6 @@ def test_objective_has_the_values_of_the_run_file() -> None:
             "loss": {"weighting": "min_snr", "unmasked_weight": 0.3},
             "noise_offset": 0.1,
             "input_perturbation": 0.2,
-            "first_frame_probability": 0.4,
             "first_frame_noise": [-3.5, 0.5],
         }
     )
@@ -423,12 +450,12 @@ def test_objective_has_the_values_of_the_run_file() -> None:
         unmasked_weight=0.3,
         noise_offset=0.1,
         input_perturbation=0.2,
-        first_frame_probability=0.4,
+        clean_frames=True,
         first_frame_noise=(-3.5, 0.5),
     )
     plain = objective_of(TrainSection(), T2V, T2V.experts)
     assert (plain.density.shift, plain.official_token_count) == (12.0, None)
-    assert (plain.first_frame_probability, plain.first_frame_noise) == (0.0, None)
+    assert (plain.clean_frames, plain.first_frame_noise) == (False, None)
 
 
 def test_an_expert_without_noise_levels_or_weights_is_refused() -> None:

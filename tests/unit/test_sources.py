@@ -756,21 +756,6 @@ def test_captions_and_tables_in_windows_1252_are_read_and_named(tmp_path: Path) 
     assert "  t.csv: is in Windows-1252, not UTF-8, and was read as that" in report.lines()
 
 
-def test_only_the_first_frame_can_be_the_condition(tmp_path: Path) -> None:
-    video(tmp_path / "a.mp4", caption=None)
-    rows: Rows = [
-        {"path": "a.mp4", "caption": "x", "condition": "first"},
-        {"path": "a.mp4", "caption": "x", "condition": "image.png"},
-    ]
-    report = index(written(tmp_path / "t.csv", rows))
-    assert names(report) == ["a.mp4"]
-    (problem,) = report.problems
-    assert problem.reason == (
-        "line 3: condition must be first (the clip's own first frame), since given images and "
-        "other frames are not supported yet, got 'image.png'"
-    )
-
-
 def test_a_concept_of_the_base_model_needs_an_adapter(tmp_path: Path) -> None:
     video(tmp_path / "base" / "a.mp4")
     concepts = json.dumps([{"path": "base", "type": "PRIOR_PREDICTION"}])

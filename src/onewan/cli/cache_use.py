@@ -22,6 +22,7 @@ from onewan.train.run import sample_requests
 
 _NAMES: dict[PartKind, str] = {
     "video": "clips",
+    "condition": "conditions",
     "text": "captions",
     "mask": "masks",
     "preview": "small frames",

@@ -242,6 +242,9 @@ class SourceSection(Section):
     """What to do with its interlaced videos; null is `video_data.interlaced`."""
     masks: bool | None = None
     """Whether its loss masks are used; null is `video_data.masks`."""
+    condition: Literal["first_frame", "random_frame"] = "first_frame"
+    """Which frame of each clip is the condition image of image-to-video models, unless the clip has
+    one of its own (NAME.condition.png): the first, or a random one, drawn once by the seed."""
     speed: Positive = 1.0
     """How much faster than in the files its videos are trained: 2 takes every second frame."""
     shuffle_tags: Int = Field(default=0, ge=0)

@@ -328,9 +328,9 @@ TERMS: Mapping[str, tuple[Term, ...]] = {
         Term("train.ema", "{} turns it on", ai_toolkit="train.ema_config.use_ema", flags="use_ema"),
         Term("train.ema.decay", ai_toolkit="train.ema_config.ema_decay", flags="ema_decay",
              onetrainer="ema_decay"),
-        Term("train.first_frame_probability",
-             "of ti2v-5b; i2v-a14b always starts from the first frame of a clip",
-             ai_toolkit="datasets[].do_i2v", flags="i2v", onetrainer="wan_first_frame_probability"),
+        Term("train.condition_shares",
+             "{first: 1} is image to video always, the default of i2v-a14b",
+             ai_toolkit="datasets[].do_i2v", flags="i2v", onetrainer="wan_condition_shares"),
     ),
     "Timesteps and loss": (
         Term("train.timesteps.distribution",

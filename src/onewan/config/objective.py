@@ -1,4 +1,5 @@
-"""Timestep distributions and the loss: `train.timesteps` and `train.loss`.
+"""Timestep distributions, the loss and the frames that samples are given: `train.timesteps`,
+`train.loss` and `train.condition_shares`.
 
 A timestep t is the noise level from 0 (clean) to 1 (noise).
 """
@@ -9,8 +10,10 @@ from abc import ABC, abstractmethod
 from itertools import pairwise
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
 
+from onewan.arithmetic.condition_shares import SHARE_ROUNDING
 from onewan.arithmetic.timestep_density import (
     BaseDistribution,
     Beta,
@@ -180,3 +183,23 @@ class LossSection(Section):
     """Loss weight by timestep: a name, or a mapping with kind and its options."""
     unmasked_weight: Share = 0.1
     """Loss weight outside the mask, 0 to 1; inside it is 1."""
+
+
+class ConditionSharesSection(Section):
+    """See `train.condition_shares`."""
+
+    first: Share = 0.0
+    """Share of the samples that are given the first frame of their clip."""
+    both: Share = 0.0
+    """Share of those that are given the first and the last frame."""
+    last: Share = 0.0
+    """Share of those that are given the last frame."""
+    none: Share = 0.0
+    """Share of those that are given no frame."""
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if abs(sum(dict(self).values()) - 1) > SHARE_ROUNDING:
+            total = f"{sum(dict(self).values()):g}"
+            raise ValueError(f"the shares must add up to 1, got {total}; give what is left to none")
+        return self

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
+from onewan.arithmetic.condition_shares import ConditionShares, default_shares
 from onewan.arithmetic.expert_schedule import ExpertSchedule, expert_schedule
 from onewan.config.clips import (
     ResolvedVideoData,
@@ -26,6 +28,7 @@ from onewan.config.method import (
     RankedMethod,
     ResolvedEmbedding,
 )
+from onewan.config.objective import ConditionSharesSection
 from onewan.config.sample_defaults import sample_defaults
 from onewan.config.schema import (
     ExpertSettings,
@@ -33,6 +36,7 @@ from onewan.config.schema import (
     ResolvedRun,
     ResolvedSample,
     RunConfig,
+    TrainSection,
 )
 from onewan.config.section import Section
 from onewan.variants import NEGATIVE_PROMPT, Expert, ExpertName, Variant
@@ -49,10 +53,6 @@ def resolve(config: RunConfig, folder: Path) -> ResolvedRun:
     variant, video, output = config.model.facts(), config.video_data, config.output
     resolutions = _training_sizes(video.resolution or ("480p",), variant)
     sample = sample_defaults(config, resolutions)
-    train = config.train
-    shift = train.timesteps.shift or variant.flow_shift
-    timesteps = train.timesteps.model_copy(update={"shift": shift})
-    updates = {"timesteps": timesteps, "steps": total_steps(config)}
     sections = {
         "wan_config": _filled(
             ResolvedWanTrainConfig,
@@ -82,7 +82,7 @@ def resolve(config: RunConfig, folder: Path) -> ResolvedRun:
             name: _filled(ExpertSettings, expert, alpha=expert.rank and float(expert.rank))
             for name, expert in dict(config.per_expert).items()
         },
-        "train": train.model_copy(update=updates),
+        "train": _train(config),
         "sample": _filled(
             ResolvedSample,
             config.sample,
@@ -98,6 +98,20 @@ def resolve(config: RunConfig, folder: Path) -> ResolvedRun:
         "output": _filled(ResolvedOutput, output.model_copy(update={"dir": folder / output.dir})),
     }
     return ResolvedRun.model_validate({**dict(config), **sections})
+
+
+def _train(config: RunConfig) -> TrainSection:
+    """`train` with its steps, the shift of its timesteps and the shares of its samples."""
+    train, timesteps = config.train, config.train.timesteps
+    shift = timesteps.shift or config.model.facts().flow_shift
+    shares = ConditionSharesSection(**asdict(condition_shares(config)))
+    return train.model_copy(
+        update={
+            "timesteps": timesteps.model_copy(update={"shift": shift}),
+            "steps": total_steps(config),
+            "condition_shares": shares,
+        }
+    )
 
 
 def compression_ratios(variant: Variant) -> dict[str, int]:
@@ -155,6 +169,13 @@ def with_steps_of_epochs(
         experts = experts.model_copy(update={"high": high, "low": low})
     train = train.model_copy(update={"steps": sum(each.values()), "epochs": None})
     return config.model_copy(update={"train": train, "per_expert": experts})
+
+
+def condition_shares(config: RunConfig) -> ConditionShares:
+    """How often samples are given which frames: as the run file says, or as the variant has it."""
+    if (given := config.train.condition_shares) is not None:
+        return ConditionShares(**dict(given))
+    return default_shares(config.model.facts())
 
 
 def steps_per_expert(config: RunConfig) -> tuple[int, int] | None:

@@ -25,7 +25,12 @@ from onewan.config.clips import (
     WanTrainConfig,
 )
 from onewan.config.method import EmbeddingSection, LoraMethod, Method, ResolvedEmbedding
-from onewan.config.objective import LossSection, Timesteps, UniformTimesteps
+from onewan.config.objective import (
+    ConditionSharesSection,
+    LossSection,
+    Timesteps,
+    UniformTimesteps,
+)
 from onewan.config.optimizer import AdamWOptimizer, ConstantSchedule, Optimizer, Schedule
 from onewan.config.section import Distinct, Float, Int, Positive, Section, Several, Share
 from onewan.dtypes import WeightDtype, WeightStorage
@@ -163,11 +168,13 @@ class TrainSection(Section):
     """Steps of one expert before the run may switch to the other, which moves their weights."""
     caption_dropout: Share = 0.0
     """Probability of replacing a caption by the empty one, for classifier-free guidance."""
-    first_frame_probability: Share = 0.2
-    """TI2V-5B only: probability that the first latent frame is the condition, without loss."""
+    condition_shares: ConditionSharesSection | None = None
+    """I2V-A14B and TI2V-5B: shares of the samples that are given the first frame of their clip, the
+    first and the last (`both`), the `last` one or `none`, such as {first: 0.5, both: 0.5}. null is
+    {first: 1} for I2V-A14B and {first: 0.2, none: 0.8} for TI2V-5B."""
     first_frame_noise: tuple[Float, Annotated[Float, Field(ge=0)]] | None = None
-    """TI2V-5B only: mean and standard deviation of the logarithm of the noise level in the
-    conditioning frame, such as [-3.5, 0.5] (about 0.03); null keeps it clean, as in sampling."""
+    """TI2V-5B only: mean and standard deviation of the logarithm of the noise level in the first
+    frame that is given, such as [-3.5, 0.5] (about 0.03); null keeps it clean, as in sampling."""
     noise_offset: Float = Field(default=0.0, ge=0)
     """Offset noise: strength of noise constant over each channel, for dark or bright videos."""
     input_perturbation: Float = Field(default=0.0, ge=0)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from onewan.config.clips import LIST_SUFFIXES, SEVERAL_CLIPS, SourceSection
 from onewan.config.fields import Problem
 from onewan.config.method import AdapterMethod, EmbeddingMethod, FineTuneMethod, RankedMethod
-from onewan.config.resolve import steps_per_expert, trained_experts
+from onewan.config.resolve import condition_shares, steps_per_expert, trained_experts
 from onewan.config.schema import ExpertSettings, RunConfig
 from onewan.documents import KeyPath, dotted, format_value, get_path
 
@@ -59,12 +59,14 @@ def _by_variant(config: RunConfig) -> Iterator[Unused]:
     variant, train = config.model.facts(), config.train
     if train.epochs is not None:
         yield ("train", "steps"), "train.epochs gives the number of steps"
+    if not variant.takes_image:
+        yield ("train", "condition_shares"), f"{variant.name} is given no frames"
+    shares = condition_shares(config)
     if not variant.has_clean_first_frame:
-        why = f"only ti2v-5b trains with a conditioning frame, and the model is {variant.name}"
-        yield ("train", "first_frame_probability"), why
+        why = f"only ti2v-5b has the first frame among its latents, and the model is {variant.name}"
         yield ("train", "first_frame_noise"), why
-    elif train.first_frame_probability == 0:
-        yield ("train", "first_frame_noise"), "train.first_frame_probability is 0"
+    elif shares.first == shares.both == 0:
+        yield ("train", "first_frame_noise"), "no sample is given its first frame"
     if len(variant.experts) == 1:
         yield ("model", "boundary"), f"{variant.name} has one expert"
         yield ("model", "transformer_2"), f"{variant.name} has one transformer"
@@ -145,6 +147,9 @@ def _by_source(config: RunConfig) -> Iterator[Unused]:
     sections = {"video_data": config.video_data, "validation": config.validation}
     for section, values in sections.items():
         for index, source in enumerate(values.sources):
+            if not config.model.facts().takes_condition_image:
+                why = f"{config.model.facts().name} takes no condition image"
+                yield (section, "sources", index, "condition"), why
             for name, why in _by_its_path(source, config):
                 yield (section, "sources", index, name), why
     for index, _ in enumerate(config.validation.sources):

@@ -75,6 +75,8 @@ def clip_planner(config: ResolvedRun) -> ClipPlanner:
         background=_rgb(video_data.background),
         size_multiple=variant.size_multiple,
         temporal_compression=variant.temporal_compression,
+        takes_condition_image=variant.takes_condition_image,
+        takes_control=variant.takes_control,
         find_cuts=FoundCuts(cuts_file).of,
     )
 
@@ -100,6 +102,7 @@ def clip_sources(sources: Sequence[SourceSection], config: ResolvedRun) -> list[
             patterns=Patterns(include=source.include, exclude=source.exclude),
             planning=_planning(source),
             use_masks=source.masks,
+            condition=source.condition,
             speed=source.speed,
             augmentation=source.augment and Augmentation(**dict(source.augment)),
             captions=CaptionSettings(

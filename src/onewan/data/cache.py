@@ -1,5 +1,5 @@
-"""The cache on disk: one safetensors file per encoded clip, mask or caption and per preview of a
-clip, named by its inputs.
+"""The cache on disk: one safetensors file per encoded clip, part of a condition, mask or caption
+and per preview of a clip, named by its inputs.
 
 The key of an entry is a hash of everything that its values depend on (content of the file, span,
 frame rate, size, encoder, version of the encoding code) and of nothing else, such as the file's
@@ -28,7 +28,7 @@ from onewan.files import file_digest, remove_abandoned, replacing
 from onewan.formats.write import safetensors_parts
 from onewan.locks import remove_abandoned_locks
 
-EntryKind = Literal["video", "text", "mask", "preview"]
+EntryKind = Literal["video", "condition", "text", "mask", "preview"]
 
 _CLAIMS = "claims"
 

@@ -1,7 +1,5 @@
-"""The source that reads encoded clips, masks and captions from the cache, and fills the cache.
-
-Only this module knows which inputs the key of an entry depends on.
-"""
+"""The source that reads encoded clips, conditions, masks and captions from the cache, and fills
+it."""
 
 from __future__ import annotations
 
@@ -9,43 +7,46 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
-from pathlib import Path
+from functools import cache
 from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from onewan.data.cache import EntryCache, EntryKind, entry_key
+from onewan.arithmetic.condition_shares import Given
+from onewan.data.cache import EntryCache, EntryKind
 from onewan.data.clip import Clip
+from onewan.data.companions import Companion
 from onewan.data.contact_sheet import (
-    PREVIEW_VERSION,
     Preview,
     preview_frames,
     preview_indices,
 )
-from onewan.data.decode import decode, decoded_bytes, decoder_threads, frames_at
+from onewan.data.decode import (
+    condition_frames,
+    decode,
+    decoded_bytes,
+    decoder_threads,
+    frames_at,
+)
 from onewan.data.encode import (
-    ENCODING_VERSION,
-    TEXT_ENCODING_VERSION,
     FillResult,
     LoadModel,
     ProgressCallback,
-    VaeDtype,
+    decode_part,
     encode_frames,
     encode_mask,
+    encode_part,
     too_long_warnings,
     uniform_mask_warnings,
 )
-from onewan.data.filling import CacheFiller
-from onewan.data.masks import MASK_VERSION, Mask
+from onewan.data.entry_keys import EntryKeys
+from onewan.data.filling import CacheFiller, Filled
 from onewan.data.report import ClipProblem, ClipWarning
 from onewan.errors import DataError
-from onewan.formats.model_folder import ComponentName
-from onewan.media import WHITE
-from onewan.model.sources import fingerprint
-from onewan.variants import Variant
+from onewan.model.conditioning import Conditioning, ConditionPart
+from onewan.model.wan import WanModel
 
 _Decoded = TypeVar("_Decoded")
 
@@ -56,38 +57,34 @@ class CachedLatents:
     def __init__(
         self,
         cache: EntryCache,
-        variant: Variant,
-        component_paths: Mapping[ComponentName, Path],
-        text_dtype: str,
-        digests: Mapping[Path, str],
+        keys: EntryKeys,
         *,
-        vae_dtype: VaeDtype = "float32",
+        conditioning: Conditioning,
         workers: int = 0,
     ) -> None:
-        """`component_paths` are the files of the encoders, `text_dtype` the precision of the text
-        encoder, and `digests` the digests of all clips' and masks' content by path. `workers`
-        threads decode clips ahead of the VAE, and read batches ahead of the training step."""
+        """`conditioning` says which parts of conditions are needed. `workers` threads decode clips
+        ahead of the VAE, and read batches ahead of the training step."""
         self._cache = cache
-        self._variant = variant
-        self._component_paths = component_paths
-        self._text_dtype = text_dtype
-        self._digests = digests
+        self.keys = keys
+        self._conditioning = conditioning
         self.workers = workers
-        self._vae_dtype: VaeDtype = vae_dtype
         self._filler = CacheFiller(cache)
 
-    def video(self, clip: Clip) -> dict[str, Tensor]:
-        entry = self._cache.load("video", self.video_key(clip))
+    def video(self, clip: Clip, given: Given) -> dict[str, Tensor]:
+        entry = self._cache.load("video", self.keys.video(clip))
+        for part in self._conditioning.parts(given):
+            if part not in entry:
+                entry |= self._cache.load("condition", self.keys.condition(clip, part))
         if clip.mask:
-            entry |= self._cache.load("mask", self.mask_key(clip, clip.mask))
+            entry |= self._cache.load("mask", self.keys.mask(clip, clip.mask))
         return entry
 
     def text(self, caption: str) -> Tensor:
-        return self._cache.load("text", self.text_key(caption))["text"]
+        return self._cache.load("text", self.keys.text(caption))["text"]
 
     def preview(self, clip: Clip) -> Preview:
         """Small frames of a clip; they are read from its file if the cache does not have them."""
-        key, tensors = self._frames_key(clip), None
+        key, tensors = self.keys.frames(clip), None
         if self._cache.has("preview", key):
             with suppress(DataError):  # a damaged entry, which is deleted
                 tensors = self._cache.load("preview", key)
@@ -95,77 +92,37 @@ class CachedLatents:
             all_times = clip.times()
             times = [all_times[index] for index in preview_indices(clip.frames)]
             tensors = self._save_preview(clip, frames_at(clip, times))
-        mask = self._cache.load("mask", self.mask_key(clip, clip.mask)) if clip.mask else None
+        conditions = tensors.get("conditions")
+        mask = self._cache.load("mask", self.keys.mask(clip, clip.mask)) if clip.mask else None
         return Preview(
             frames=tensors["frames"].numpy(),
+            conditions=None if conditions is None else conditions.numpy(),
             mask=None if mask is None else mask["mask"][0].numpy(),
         )
 
-    # --- Keys: everything that the values of an entry depend on, and nothing else -----------------
-
-    def video_key(self, clip: Clip) -> str:
-        return entry_key(
-            content=self._digests[clip.path],
-            span=[*_span(clip), *_look(clip)],
-            **self._video_inputs,
-        )
-
-    def mask_key(self, clip: Clip, mask: Mask) -> str:
-        # An entry of its own: the clip's latents stay valid when the mask changes, and the mask
-        # stays valid when the VAE changes.
-        return entry_key(
-            version=MASK_VERSION,
-            content=self._digests[mask.path],
-            span=[mask.start, *_span(clip)[1:], *_variation(clip)],
-            compression=[self._variant.spatial_compression, self._variant.temporal_compression],
-        )
-
     def preview_key(self, clip: Clip) -> str:
-        mask = self.mask_key(clip, clip.mask) if clip.mask else None
-        return entry_key(frames=self._frames_key(clip), mask=mask)
+        return self.keys.preview(clip)
 
-    def _frames_key(self, clip: Clip) -> str:
-        return entry_key(
-            version=[PREVIEW_VERSION, ENCODING_VERSION],
-            content=self._digests[clip.path],
-            span=[*_span(clip), *_look(clip)],
-        )
-
-    def text_key(self, caption: str) -> str:
-        return entry_key(caption=caption, **self._text_inputs)
-
-    @cached_property
-    def _video_inputs(self) -> dict[str, object]:
-        # Not the run's dtype, which the VAE does not have.
-        inputs: dict[str, object] = {
-            "version": ENCODING_VERSION,
-            "vae": fingerprint(self._component_paths["vae"]),
-            "first_frame_condition": self._variant.condition_channels > 0,
-        }
-        # Only then, so that entries in float32 keep the keys that they had without a choice.
-        return inputs | ({} if self._vae_dtype == "float32" else {"dtype": self._vae_dtype})
-
-    @cached_property
-    def _text_inputs(self) -> dict[str, object]:
-        return {
-            "version": TEXT_ENCODING_VERSION,
-            "text_encoder": fingerprint(self._component_paths["text_encoder"]),
-            "tokenizer": fingerprint(self._component_paths["tokenizer"]),
-            "dtype": self._text_dtype,
-        }
+    def _parts(self, clip: Clip) -> list[ConditionPart]:
+        """The parts of a clip's condition that are entries of their own."""
+        parts = self._conditioning.all_parts(clip.frames)
+        with_latents = self.keys.has_condition(clip)
+        return [part for part in parts if not (with_latents and part == "condition")]
 
     def entries(
         self, clips: Iterable[Clip], captions: Iterable[str], previewed: Iterable[Clip]
     ) -> Iterator[tuple[EntryKind, str]]:
         """Kind and key of everything that `fill` with these arguments makes."""
         for clip in clips:
-            yield "video", self.video_key(clip)
+            yield "video", self.keys.video(clip)
+            for part in self._parts(clip):
+                yield "condition", self.keys.condition(clip, part)
             if clip.mask:
-                yield "mask", self.mask_key(clip, clip.mask)
+                yield "mask", self.keys.mask(clip, clip.mask)
         for caption in captions:
-            yield "text", self.text_key(caption)
+            yield "text", self.keys.text(caption)
         for clip in previewed:
-            yield "preview", self._frames_key(clip)
+            yield "preview", self.keys.frames(clip)
 
     # --- Filling ----------------------------------------------------------------------------------
 
@@ -186,34 +143,42 @@ class CachedLatents:
         processes may fill one cache at the same time, and share the work (`onewan.data.filling`).
         """
         notices = self._cache.remove_abandoned()
-        video_keys = [(self.video_key(clip), clip) for clip in clips]
-        masked = [(self.mask_key(clip, clip.mask), clip, clip.mask) for clip in clips if clip.mask]
-        text_keys = [(self.text_key(caption), caption) for caption in captions]
+        video_keys = [(self.keys.video(clip), clip) for clip in clips]
+        condition_keys: list[tuple[str, tuple[Clip, ConditionPart]]] = [
+            (self.keys.condition(clip, part), (clip, part))
+            for clip in clips
+            for part in self._parts(clip)
+        ]
+        masked = [(self.keys.mask(clip, clip.mask), clip, clip.mask) for clip in clips if clip.mask]
+        text_keys = [(self.keys.text(caption), caption) for caption in captions]
         if verify:
             self._filler.find_damaged("video", (key for key, _ in video_keys))
+            self._filler.find_damaged("condition", (key for key, _ in condition_keys))
             self._filler.find_damaged("text", (key for key, _ in text_keys))
         # Read below in any case, for the warnings; they are small.
         self._filler.find_damaged("mask", (key for key, _, _ in masked))
         masks = self._fill_masks(masked, progress)  # first: takes seconds and needs no model
         # Captions before videos: the 11 GB text encoder and the VAE are never loaded together.
         texts = self._fill_texts(text_keys, load_model, progress)
-        videos = self._fill_videos(video_keys, load_model, progress, set(previewed))
+        vae = cache(lambda: load_model(("vae",)))
+        videos = self._fill_videos(video_keys, vae, progress, set(previewed))
+        conditions = self._fill_conditions(condition_keys, vae, progress)
         return FillResult(
-            problems=(*masks.problems, *videos.problems),
+            problems=(*masks.problems, *videos.problems, *conditions.problems),
             warnings=(
                 *(ClipWarning(path=None, text=text) for text in notices),
                 *masks.warnings,
                 *texts.warnings,
             ),
-            encoded=masks.encoded + texts.encoded + videos.encoded,
+            encoded=masks.encoded + texts.encoded + videos.encoded + conditions.encoded,
         )
 
     def _fill_masks(
-        self, masked: Sequence[tuple[str, Clip, Mask]], progress: ProgressCallback
+        self, masked: Sequence[tuple[str, Clip, Companion]], progress: ProgressCallback
     ) -> FillResult:
         def compute(clip: Clip) -> Tensor:
             assert clip.mask
-            return encode_mask(clip, clip.mask, self._variant)
+            return encode_mask(clip, clip.mask, self.keys.variant)
 
         keyed = [(key, clip) for key, clip, _ in masked]
         result = self._encode_clips(
@@ -245,23 +210,52 @@ class CachedLatents:
     def _fill_videos(
         self,
         keyed: Sequence[tuple[str, Clip]],
-        load_model: LoadModel,
+        vae: Callable[[], WanModel],
         progress: ProgressCallback,
         previewed: AbstractSet[Clip],
     ) -> FillResult:
         if not any(self._filler.is_missing("video", key) for key, _ in keyed):
             return FillResult(problems=(), warnings=(), encoded=0)
-        model = load_model(("vae",))
+        model = vae()
         threads = decoder_threads(self.workers)
 
         def encode(clip: Clip, frames: np.ndarray) -> dict[str, Tensor]:
             if clip in previewed:
                 self._save_preview(clip, [frames[index] for index in preview_indices(clip.frames)])
-            return encode_frames(model, frames, self._vae_dtype)
+            has_condition = self.keys.has_condition(clip)
+            return encode_frames(model, frames, self.keys.vae_dtype, with_condition=has_condition)
 
         return self._encode_clips(
             "video", keyed, lambda clip: decode(clip, threads=threads).frames, encode, progress
         )
+
+    def _fill_conditions(
+        self,
+        keyed: Sequence[tuple[str, tuple[Clip, ConditionPart]]],
+        vae: Callable[[], WanModel],
+        progress: ProgressCallback,
+    ) -> FillResult:
+        if not any(self._filler.is_missing("condition", key) for key, _ in keyed):
+            return FillResult(problems=(), warnings=(), encoded=0)
+        model, dtype = vae(), self.keys.vae_dtype
+
+        def encode(
+            item: tuple[Clip, ConditionPart], frames: Mapping[str, np.ndarray]
+        ) -> dict[str, Tensor]:
+            clip, part = item
+            return {part: encode_part(model, clip, part, frames, dtype)}
+
+        filled = self._filler.fill(
+            "condition",
+            keyed,
+            lambda item: decode_part(*item),
+            encode,
+            progress,
+            about=lambda item: f"{item[1]} of {item[0].name}",
+            workers=self.workers,
+            size=lambda item: decoded_bytes(item[0]),
+        )
+        return _result(filled, [clip for _, (clip, _) in keyed])
 
     def _encode_clips(
         self,
@@ -282,34 +276,23 @@ class CachedLatents:
             workers=self.workers,
             size=decoded_bytes,
         )
-        problems = [
-            ClipProblem.from_error(clip.path, filled.errors[number])
-            for number, (_, clip) in enumerate(keyed)
-            if number in filled.errors
-        ]
-        return FillResult(problems=tuple(problems), warnings=(), encoded=filled.encoded)
+        return _result(filled, [clip for _, clip in keyed])
 
     def _save_preview(
         self, clip: Clip, frames: Sequence[np.ndarray] | np.ndarray
     ) -> dict[str, Tensor]:
         tensors = {"frames": torch.from_numpy(preview_frames(frames))}
-        self._cache.save("preview", self._frames_key(clip), tensors, clip.name)
+        if conditions := condition_frames(clip):
+            tensors["conditions"] = torch.from_numpy(preview_frames(conditions))
+        self._cache.save("preview", self.keys.frames(clip), tensors, clip.name)
         return tensors
 
 
-def _span(clip: Clip) -> list[object]:
-    """What decides which pixels of its file a clip takes."""
-    # One frame has no rate, so that an image is not encoded again for another one.
-    fps = clip.fps if clip.frames > 1 else None
-    return [clip.start, fps, clip.frames, list(clip.size)]
-
-
-def _look(clip: Clip) -> list[object]:
-    """What decides the pixels of a clip, given the content of its file and the span."""
-    background = [] if clip.background == WHITE else [list(clip.background)]
-    fields = [] if clip.fields is None else [clip.fields]
-    return [*background, *fields, *_variation(clip)]
-
-
-def _variation(clip: Clip) -> list[object]:
-    return [clip.variation.key] if clip.variation else []
+def _result(filled: Filled, clips: Sequence[Clip]) -> FillResult:
+    """What became of the entries of `clips`."""
+    problems = [
+        ClipProblem.from_error(clip.path, filled.errors[number])
+        for number, clip in enumerate(clips)
+        if number in filled.errors
+    ]
+    return FillResult(problems=tuple(problems), warnings=(), encoded=filled.encoded)

@@ -16,7 +16,8 @@ from onewan.arithmetic.buckets import Size, choose_size, floor_to_4n_plus_1
 from onewan.arithmetic.clip_timesteps import ALL_TIMESTEPS, ClipTimesteps
 from onewan.data.augment import Augmentation, Variation
 from onewan.data.captions import CaptionSettings
-from onewan.data.masks import Mask, find_mask
+from onewan.data.companions import Companion, CompanionFinder
+from onewan.data.conditions import FIRST_FRAME, ConditionChoice, Conditions
 from onewan.data.probes import MediaProbes
 from onewan.data.sources.item import SourceItem
 from onewan.data.sources.names import Patterns
@@ -93,8 +94,10 @@ class Clip:
     """The variants of it that are trained too; None if there are none."""
     variation: Variation | None = None
     """What is different if it is a variant; None if it is not."""
-    mask: Mask | None = None
+    mask: Companion | None = None
     """Its loss mask; None if all of the clip is trained on."""
+    conditions: Conditions = FIRST_FRAME
+    """Its condition image and its control video."""
     background: RGB = WHITE
     """What transparent parts are laid over; white for files without them, which need none."""
     interlaced: bool = False
@@ -104,6 +107,12 @@ class Clip:
     flagged, by their own."""
     media_notes: tuple[str, ...] = ()
     """What is assumed or changed when the file is read; see `MediaInfo.notes`."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Its file and all that belong to it, but for captions."""
+        mask = () if self.mask is None else (self.mask,)
+        return (self.path, *(each.path for each in (*mask, *self.conditions.companions)))
 
     def times(self) -> tuple[float, ...]:
         """Presentation time of each frame in the file's own clock, s."""
@@ -164,6 +173,8 @@ class ClipSource:
     """Fields of the `ClipPlanner` that its clips have other values of."""
     use_masks: bool | None = None
     """Whether its masks are used; None is the run's setting."""
+    condition: ConditionChoice = "first_frame"
+    """Which frame of each clip is its condition image, where no file is."""
     speed: float = 1.0
     """How much faster than in their files the motion of its videos is."""
 
@@ -211,6 +222,10 @@ class ClipPlanner:
     """Both sides of a training size are multiples of it, pixels."""
     temporal_compression: int
     """Frames per latent frame after the first."""
+    takes_condition_image: bool = False
+    """Whether the model is given an image, which need not be the clip's first frame."""
+    takes_control: bool = False
+    """Whether the model is given a control video."""
     probes: MediaProbes = field(default_factory=MediaProbes)
     """What the files contain."""
     find_cuts: Callable[[Path], Sequence[Cut]] = find_cuts
@@ -236,7 +251,7 @@ class ClipPlanner:
     def plan(
         self, item: SourceItem, source: ClipSource, captions: tuple[str, ...]
     ) -> tuple[Clip, ...]:
-        """The clips of a file that `source` names, with their loss masks if `item` has one.
+        """The clips of a file that `source` names, with the masks and conditions of `item`.
 
         Raises DataError, which names the file, if it can't be used.
         """
@@ -284,10 +299,31 @@ class ClipPlanner:
             for number, (span, take, takes) in enumerate(spans, start=1)
         ]
         # Last, since a mask has to cover exactly the frames that its clip takes.
-        formats, probes = self.video_formats, self.probes
         return tuple(
-            replace(clip, mask=find_mask(whole, clip.times(), item.masks, formats, probes))
-            for clip in clips
+            self._with_companions(clip, whole, item, source, number)
+            for number, clip in enumerate(clips)
+        )
+
+    def _with_companions(
+        self, clip: Clip, info: MediaInfo, item: SourceItem, source: ClipSource, number: int
+    ) -> Clip:
+        """`clip`, the one of this `number` of its file, with its mask and its conditions."""
+        finder = CompanionFinder(
+            clip=info,
+            video_formats=self.video_formats,
+            background=self.background,
+            probes=self.probes,
+        )
+        times, choice = clip.times(), item.condition or source.condition
+        image, frame = finder.find("condition", item.condition_images, times), 0
+        if image is None and choice == "random_frame" and self.takes_condition_image:
+            frame = floor(self._draw("condition frame", item.name, number) * clip.frames)
+        return replace(
+            clip,
+            mask=finder.find("mask", item.masks, times),
+            conditions=Conditions(
+                frame=frame, image=image, control=finder.find("control", item.controls, times)
+            ),
         )
 
     def buckets(self, info: MediaInfo, speed: float = 1.0) -> list[Bucket]:
@@ -369,7 +405,7 @@ class ClipPlanner:
             frame_interval=info.frame_interval,
             temporal_compression=self.temporal_compression,
             key_near=key_near,
-            draw=lambda index: self._draw(name, index),
+            draw=lambda index: self._draw("span", name, index),
         )
         groups = list[list[Span]]()
         for frames in self._lengths_of(max(s.frames_at(fps) for s in chooser.scenes), fps):
@@ -385,11 +421,11 @@ class ClipPlanner:
         lengths = sorted({min(length, limit) for length in self.lengths})
         return [n for n in lengths if n <= available] or lengths[:1]
 
-    def _draw(self, name: str, index: int) -> float:
-        """A number in [0, 1) that decides where the span `index` of a file begins."""
-        # By the name, so that adding or removing other files does not move the clip's span.
+    def _draw(self, purpose: str, name: str, index: int) -> float:
+        """A number in [0, 1) for the span or the clip `index` of a file."""
+        # By the name, so that adding or removing other files changes nothing.
         counters = (name, index) if index else (name,)
-        return derive_seed(self.seed, "span", *counters) / 2**63
+        return derive_seed(self.seed, purpose, *counters) / 2**63
 
 
 def _seconds(info: MediaInfo) -> float:

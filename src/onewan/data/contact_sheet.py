@@ -57,6 +57,9 @@ class Preview:
 
     frames: np.ndarray
     """uint8 RGB [n, h, w, 3]: those of `preview_indices`."""
+    conditions: np.ndarray | None = None
+    """uint8 RGB [n, h, w, 3]: the condition image, unless it is the first frame, and the control
+    video at `preview_indices` (`onewan.data.decode.condition_frames`)."""
     mask: np.ndarray | None
     """[F, h, w] from 0 to 1: the loss mask of each latent cell; None if the clip has none."""
 
@@ -88,7 +91,7 @@ def preview_frames(frames: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
 def clips_to_show(clips: Sequence[Clip]) -> list[Clip]:
     """The clips that the sheet of a data set shows: each once, at most `MAX_CLIPS`."""
     # The same clip may be in two sources.
-    keys = ((c.path, c.start, c.fps, c.frames, c.size, c.variation) for c in clips)
+    keys = ((c.path, c.start, c.fps, c.frames, c.size, c.variation, c.conditions) for c in clips)
     once = list(dict(zip(keys, clips, strict=True)).values())
     if len(once) <= MAX_CLIPS:
         return once
@@ -114,7 +117,7 @@ def write_contact_sheet(
     facts = [_facts(clip, is_held_out=clip in held_out) for clip in shown]
     layout = Layout.of(
         (clip.size for clip in shown),
-        frames=max(len(preview_indices(clip.frames)) for clip in shown),
+        frames=max(_pictures(clip) for clip in shown),
         lines=1 + max(len(lines) for lines in facts),
     )
     number = ceil(len(shown) / layout.cards_per_page)
@@ -143,6 +146,12 @@ def write_contact_sheet(
         former_page.unlink()
         number += 1
     return sheet
+
+
+def _pictures(clip: Clip) -> int:
+    """Number of pictures on the card of a clip."""
+    frames, conditions = len(preview_indices(clip.frames)), clip.conditions
+    return frames + conditions.has_own_image + (frames if conditions.control else 0)
 
 
 def _page(folder: Path, name: str, number: int) -> Path:
@@ -189,6 +198,8 @@ def _facts(clip: Clip, *, is_held_out: bool) -> list[str]:
         "held out for validation" if is_held_out else "",
         f"repeats {clip.repeats}" if clip.repeats > 1 else "",
         "loss mask" if clip.mask else "",
+        _condition_note(clip),
+        "then its control video" if clip.conditions.control else "",
         "prior preservation" if clip.is_prior else "",
         f"{clip.take + 1} of {clip.takes}, of which each pass has one" if clip.takes > 1 else "",
     ]
@@ -198,8 +209,18 @@ def _facts(clip: Clip, *, is_held_out: bool) -> list[str]:
     return [", ".join([span, *filter(None, notes)]), caption]
 
 
+def _condition_note(clip: Clip) -> str:
+    """Which picture behind the frames of a clip is its condition image."""
+    if (image := clip.conditions.image) is not None:
+        return f"then its condition image {image.path.name}"
+    if clip.conditions.frame:
+        return f"then its condition image, frame {clip.conditions.frame + 1}"
+    return ""
+
+
 def _card(clip: Clip, preview: Preview, lines: Sequence[str], temporal: int) -> Card:
     frames = list(preview.frames)
     if preview.mask is not None:
         frames = frames_with_mask(frames, preview.mask, clip.frames, temporal)
+    frames += [] if preview.conditions is None else list(preview.conditions)
     return Card(frames=tuple(frames), title=clip.name, lines=tuple(lines))

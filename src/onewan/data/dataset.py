@@ -12,12 +12,14 @@ from pathlib import Path
 
 from onewan.arithmetic.clip_timesteps import ALL_TIMESTEPS
 from onewan.config.clips import SourceSection
+from onewan.config.resolve import condition_shares
 from onewan.config.schema import ResolvedRun
 from onewan.data.ahead import worker_count
 from onewan.data.cache import ContentDigests, EntryCache, entry_key
 from onewan.data.cache_use import Needed
 from onewan.data.cached_latents import CachedLatents
 from onewan.data.clip import Clip
+from onewan.data.conditions import FIRST_FRAME, Conditions
 from onewan.data.contact_sheet import clips_to_show, write_contact_sheet
 from onewan.data.encode import (
     FillResult,
@@ -27,6 +29,7 @@ from onewan.data.encode import (
     ProgressCallback,
     no_progress,
 )
+from onewan.data.entry_keys import EntryKeys
 from onewan.data.probes import MediaProbes
 from onewan.data.report import ClipWarning, DatasetReport
 from onewan.data.run_clips import clips_of_run, with_contents, with_held_out
@@ -36,6 +39,7 @@ from onewan.data.sources.read import label_of
 from onewan.errors import DataError, one_line
 from onewan.files import replacing
 from onewan.formats.model_folder import ComponentName
+from onewan.model.conditioning import conditioning_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,13 +156,17 @@ def _cached_latents(
     digests: Mapping[Path, str],
 ) -> CachedLatents:
     """What reads and fills the cache of a run."""
+    keys = EntryKeys(
+        variant=config.model.facts(),
+        component_paths=component_paths,
+        text_dtype=config.model.dtype,
+        digests=digests,
+        vae_dtype=config.video_data.vae_dtype,
+    )
     return CachedLatents(
         EntryCache(config.video_data.cache_dir),
-        config.model.facts(),
-        component_paths,
-        config.model.dtype,
-        digests,
-        vae_dtype=config.video_data.vae_dtype,
+        keys,
+        conditioning=conditioning_of(keys.variant, condition_shares(config)),
         workers=worker_count(config.video_data.workers),
     )
 
@@ -166,13 +174,13 @@ def _cached_latents(
 def _index(
     config: ResolvedRun, known_digests: ContentDigests, probes: MediaProbes, copies: Copies
 ) -> tuple[DatasetReport, dict[Path, str]]:
-    """The clips of all sources, and the digest of each clip's and mask's content by path.
+    """The clips of all sources, and the digest of the content of each of their files by path.
 
     A file among both the training and the validation sources is only validated on.
     """
     report = clips_of_run(config, probes, copies)
     clips = (*report.clips, *report.validation_clips)
-    paths = {clip.path for clip in clips} | {clip.mask.path for clip in clips if clip.mask}
+    paths = {path for clip in clips for path in clip.files}
     # Each file once, though it may be in several sources.
     digests = {path: known_digests.of(path) for path in sorted(paths)}
     changed = [
@@ -285,6 +293,16 @@ def _dataset_digest(report: DatasetReport, digests: Mapping[Path, str]) -> str:
     Checkpoints and exported files contain it, so its inputs must not change without need.
     """
 
+    def conditions(given: Conditions) -> list[object]:
+        image, control = given.image, given.control
+        return [
+            given.frame,
+            None if image is None else [digests[image.path], list(image.background)],
+            None
+            if control is None
+            else [digests[control.path], control.start, list(control.background)],
+        ]
+
     # Not the clips' paths: a data set that is moved to another folder or machine is the same one.
     def inputs(clip: Clip) -> list[object]:
         mask = [digests[clip.mask.path], clip.mask.start] if clip.mask else None
@@ -299,6 +317,8 @@ def _dataset_digest(report: DatasetReport, digests: Mapping[Path, str]) -> str:
             settings.append(clip.variation.key)
         if clip.fields is not None:
             settings.append(clip.fields)
+        if clip.conditions != FIRST_FRAME:
+            settings.append(conditions(clip.conditions))
         span = [clip.start, clip.fps, clip.frames, list(clip.size)]
         return [clip.name, digests[clip.path], span, clip.captions, settings, mask]
 

@@ -1,9 +1,10 @@
-"""Encoding of clips, masks and captions; the source that encodes at each use, without a cache."""
+"""Encoding of clips, conditions, masks and captions; the source that encodes at each use, without a
+cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -11,12 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from onewan.arithmetic.condition_shares import Given
 from onewan.data.ahead import results_ahead
 from onewan.data.clip import Clip
-from onewan.data.decode import decode, decode_mask, decoder_threads
-from onewan.data.masks import Mask, uniform_mask_note
+from onewan.data.companions import Companion
+from onewan.data.decode import (
+    check_conditions,
+    condition_image,
+    control_frames,
+    decode,
+    decode_mask,
+    decoder_threads,
+    frames_at,
+)
+from onewan.data.masks import uniform_mask_note
 from onewan.data.report import ClipProblem, ClipWarning
 from onewan.errors import DataError
+from onewan.model.conditioning import ConditionPart, ConditionPixels
 from onewan.model.sources import PipelineComponent
 from onewan.model.wan import WanModel
 from onewan.variants import TEXT_LENGTH, Variant
@@ -40,11 +52,12 @@ class LatentSource(Protocol):
     workers: int
     """The number of threads that read it ahead of the training step; 0: it is read in turn."""
 
-    def video(self, clip: Clip) -> dict[str, Tensor]:
+    def video(self, clip: Clip, given: Given) -> dict[str, Tensor]:
         """The encoded tensors of a clip, float32, in host memory.
 
-        ``latents`` [C, F, h, w]; the tensors of the variant's condition, if it has one (see
-        `onewan.model.conditioning`); for a clip that has a mask, ``mask`` [1, F, h, w] from 0 to 1.
+        ``latents`` [C, F, h, w]; the parts of the variant's condition for a sample that is given
+        the frames `given` (see `onewan.model.conditioning`); for a clip that has a mask, ``mask``
+        [1, F, h, w] from 0 to 1. There may be parts that `given` does not need.
         """
         ...
 
@@ -79,21 +92,67 @@ class FillResult:
 
 
 def encode_frames(
-    model: WanModel, frames_FHWC: np.ndarray, vae_dtype: VaeDtype
+    model: WanModel, frames_FHWC: np.ndarray, vae_dtype: VaeDtype, *, with_condition: bool
 ) -> dict[str, Tensor]:
-    """Encode a clip's frames, uint8: ``latents`` and the tensors of its condition, [C, F, h, w],
-    float32, computed by the VAE in `vae_dtype`."""
-    frames = torch.from_numpy(frames_FHWC)
-    # To the device as uint8, a quarter of the bytes of float32; then to the VAE's range, [-1, 1].
-    device = model.vae.device if model.vae is not None else "cpu"
-    pixels = frames.to(device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-    # Autocast, since the weights stay in float32 for decoding sample videos.
-    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=vae_dtype == "bfloat16"):
-        entry = {"latents": model.encode_video(pixels), **model.encode_condition(pixels)}
+    """Encode a clip's frames, uint8: ``latents``, and `with_condition` the ``condition`` whose
+    image is the first frame; [C, F, h, w], float32, computed by the VAE in `vae_dtype`."""
+    pixels = _pixels(model, frames_FHWC)
+    with _precision(pixels.device, vae_dtype):
+        entry = {"latents": model.encode_video(pixels)}
+        if with_condition:
+            given = ConditionPixels(shape=pixels.shape, image=pixels[:, :, 0])
+            entry["condition"] = model.encode_part("condition", given)
     return {name: tensor[0].cpu() for name, tensor in entry.items()}
 
 
-def encode_mask(clip: Clip, mask: Mask, variant: Variant) -> Tensor:
+def decode_part(clip: Clip, part: ConditionPart) -> dict[str, np.ndarray]:
+    """The frames that a part of a clip's condition is made of, by the names of their fields in
+    `ConditionPixels`: uint8 [F, H, W, 3]. DataError, which names the clip, if a file is damaged."""
+    frames = dict[str, np.ndarray]()
+    if part in ("condition", "end_of_both"):
+        frames["image"] = condition_image(clip)[None]
+    if part in ("end_of_both", "end_of_last", "last_frame"):
+        frames["last"] = frames_at(clip, [clip.times()[-1]])
+    if part == "control":
+        assert clip.conditions.control is not None
+        frames["control"] = control_frames(clip, clip.conditions.control, range(clip.frames))
+    return frames
+
+
+def encode_part(
+    model: WanModel,
+    clip: Clip,
+    part: ConditionPart,
+    frames: Mapping[str, np.ndarray],
+    vae_dtype: VaeDtype,
+) -> Tensor:
+    """Encode a part of a clip's condition from what `decode_part` gives: [C, F, h, w], float32, by
+    the VAE in `vae_dtype`."""
+    given = {
+        name: pixels if name == "control" else pixels[:, :, 0]
+        for name, pixels in ((n, _pixels(model, each)) for n, each in frames.items())
+    }
+    width, height = clip.size
+    pixels = ConditionPixels(shape=(1, 3, clip.frames, height, width), **given)
+    assert model.vae is not None
+    with _precision(model.vae.device, vae_dtype):
+        return model.encode_part(part, pixels)[0].cpu()
+
+
+def _pixels(model: WanModel, frames_FHWC: np.ndarray) -> Tensor:
+    """uint8 frames as the VAE takes them: [1, 3, F, H, W] in [-1, 1], on its device."""
+    frames = torch.from_numpy(frames_FHWC)
+    # To the device as uint8, a quarter of the bytes of float32; then to the VAE's range, [-1, 1].
+    device = model.vae.device if model.vae is not None else "cpu"
+    return frames.to(device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+
+
+def _precision(device: torch.device, vae_dtype: VaeDtype) -> AbstractContextManager[object]:
+    # Autocast, since the weights stay in float32 for decoding sample videos.
+    return torch.autocast(device.type, torch.bfloat16, enabled=vae_dtype == "bfloat16")
+
+
+def encode_mask(clip: Clip, mask: Companion, variant: Variant) -> Tensor:
     """Decode a clip's mask and average it per latent cell: [1, F, h, w], float32.
 
     Raises DataError, which names the clip, if the mask is damaged.
@@ -101,7 +160,7 @@ def encode_mask(clip: Clip, mask: Mask, variant: Variant) -> Tensor:
     return torch.from_numpy(decode_mask(clip, mask, variant))
 
 
-def uniform_mask_warnings(mask: Mask, values: Tensor) -> list[ClipWarning]:
+def uniform_mask_warnings(mask: Companion, values: Tensor) -> list[ClipWarning]:
     """A warning if all `values` of a mask are 0, or all are 1."""
     text = uniform_mask_note(float(values.min()), float(values.max()))
     return [] if text is None else [ClipWarning(path=mask.path, text=text, about="mask")]
@@ -168,12 +227,19 @@ class OnlineEncoder:
         """Warnings about a clip; DataError if it or its mask is damaged."""
         # Only the frames that are trained on, as in a training step.
         decode(clip, threads=decoder_threads(self._checking_workers))
+        check_conditions(clip)
         if clip.mask is None:
             return []
         return uniform_mask_warnings(clip.mask, encode_mask(clip, clip.mask, self._variant))
 
-    def video(self, clip: Clip) -> dict[str, Tensor]:
-        entry = encode_frames(self._loaded_model(), decode(clip).frames, self._vae_dtype)
+    def video(self, clip: Clip, given: Given) -> dict[str, Tensor]:
+        model, dtype = self._loaded_model(), self._vae_dtype
+        parts = model.conditioning.parts(given)
+        of_first_frame = "condition" in parts and not clip.conditions.has_own_image
+        entry = encode_frames(model, decode(clip).frames, dtype, with_condition=of_first_frame)
+        for part in parts:
+            if part not in entry:
+                entry[part] = encode_part(model, clip, part, decode_part(clip, part), dtype)
         if clip.mask:
             entry["mask"] = encode_mask(clip, clip.mask, self._variant)
         return entry

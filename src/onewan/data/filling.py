@@ -32,6 +32,7 @@ may be stopped, or slow."""
 
 _ACTIVITIES: Mapping[EntryKind, str] = {
     "video": "encoding clips",
+    "condition": "encoding conditions",
     "mask": "encoding masks",
     "text": "encoding captions",
 }

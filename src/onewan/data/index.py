@@ -39,7 +39,13 @@ def index_clips(
     with all that can't be read; that no clip is found is not an error here.
     """
     key_path = "validation.sources" if for_validation else "video_data.sources"
-    reader = SourceReader(planner.video_formats, use_masks, copies)
+    reader = SourceReader(
+        planner.video_formats,
+        use_masks,
+        copies,
+        takes_condition_image=planner.takes_condition_image,
+        takes_control=planner.takes_control,
+    )
     planners = [replace(planner, **source.planning) for source in sources]
     contents = _read_all(sources, reader, key_path)
     reports = [
@@ -69,7 +75,7 @@ def _source_report(
         if others := len(contents.items) - len(items):
             text = f"{others} clips of {label_of(source.path)} are not validated on: split is train"
             warnings.append(ClipWarning(path=None, text=text))
-    planner.probes.prepare(path for item in items for path in (item.path, *item.masks))
+    planner.probes.prepare(path for item in items for path in (item.path, *item.companions))
     line_counts = list[int]()
     for item in items:
         try:

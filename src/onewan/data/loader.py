@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from onewan.arithmetic.clip_timesteps import ClipTimesteps
+from onewan.arithmetic.condition_shares import Given
 from onewan.data.ahead import results_ahead
 from onewan.data.clip import Clip, alternatives
 from onewan.data.encode import LatentSource
 from onewan.data.expert_clips import batches_per_epoch
-from onewan.model.conditioning import Conditioning
+from onewan.model.conditioning import Conditioning, ConditionPart
 from onewan.model.inputs import to_device
 from onewan.model.text import pad_text
 from onewan.seeds import derive_seed
@@ -54,6 +55,11 @@ class Batch:
     is_prior: Tensor | None
     """[B] bool: the clips whose target is the base model's prediction. None if there are none."""
     names: tuple[str, ...]
+    given: tuple[Given, ...]
+    """The frames of its clip that each sample is given."""
+    last_frame: Tensor | None
+    """[B, C, h, w]: the last frames that are given, of variants whose latent frames may be clean;
+    zeros for a sample that is not given it. None if no sample is."""
     first_sample_index: int
     """Index of the first clip within the step's global batch; see `sample_indices`."""
 
@@ -77,6 +83,7 @@ class Batch:
             latents=to_device(self.latents, device),
             text=moved(self.text),
             condition=moved(self.condition),
+            last_frame=moved(self.last_frame),
             mask=moved(self.mask),
             is_prior=moved(self.is_prior),
         )
@@ -192,7 +199,11 @@ class WanDataLoader:
                 self._draw_caption(clip, expert, expert_step, index)
                 for index, clip in enumerate(clips, start=sample_index)
             ]
-            batches.append(self._load_batch(clips, captions, sample_index))
+            given: list[Given] = [
+                self._conditioning.draw(clip.frames, seed=self._seed, step=number, index=index)
+                for index, clip in enumerate(clips, start=sample_index)
+            ]
+            batches.append(self._load_batch(clips, captions, given, sample_index))
             sample_index += len(clips)
         return StepBatches(
             number=number, expert=expert, batches=tuple(batches), global_size=sample_index
@@ -210,8 +221,11 @@ class WanDataLoader:
         ]
 
     def first_captions(self, clips: Sequence[Clip]) -> Batch:
-        """A batch of `clips`, which share a bucket, each with its first caption."""
-        return self._load_batch(clips, [clip.captions[0] for clip in clips], 0)
+        """A batch of `clips`, which share a bucket, each with its first caption, and given the
+        frames that most samples are given."""
+        captions = [clip.captions[0] for clip in clips]
+        given: list[Given] = [self._conditioning.usual(clip.frames) for clip in clips]
+        return self._load_batch(clips, captions, given, 0)
 
     def _epoch(self, expert: ExpertName, number: int) -> list[list[Clip]]:
         """The clips of all batches of one epoch, shuffled within and among buckets."""
@@ -257,15 +271,15 @@ class WanDataLoader:
         return random.Random(derive_seed(self._seed, purpose, *counters))
 
     def _load_batch(
-        self, clips: Sequence[Clip], captions: Sequence[str], first_sample_index: int
+        self,
+        clips: Sequence[Clip],
+        captions: Sequence[str],
+        given: Sequence[Given],
+        first_sample_index: int,
     ) -> Batch:
-        entries = [self._source.video(clip) for clip in clips]
+        entries = [self._source.video(*each) for each in zip(clips, given, strict=True)]
         latents = torch.stack([entry["latents"] for entry in entries])
         mask, text = None, None
-        condition = {
-            name: torch.stack([entry[name] for entry in entries])
-            for name in self._conditioning.tensor_names
-        }
         if any("mask" in entry for entry in entries):
             all_ones = torch.ones(1, *latents.shape[2:])
             mask = torch.stack([entry.get("mask", all_ones) for entry in entries])
@@ -276,12 +290,41 @@ class WanDataLoader:
             latents=latents,
             text=text,
             captions=tuple(captions),
-            condition=self._conditioning.channels(condition),
+            condition=condition_channels(self._conditioning, entries, given),
             mask=mask,
             # By way of a tensor, since losses are multiplied with float32 values.
             loss_weights=tuple(torch.tensor([clip.loss_weight for clip in clips]).tolist()),
             timesteps=tuple(clip.timesteps for clip in clips),
             is_prior=torch.tensor(is_prior) if any(is_prior) else None,
             names=tuple(clip.name for clip in clips),
+            given=tuple(given),
+            last_frame=last_frames(entries, given),
             first_sample_index=first_sample_index,
         )
+
+
+def condition_channels(
+    conditioning: Conditioning, entries: Sequence[Mapping[str, Tensor]], given: Sequence[Given]
+) -> Tensor | None:
+    """[B, K, F, h, w]: the further input channels of samples, made of the parts in `entries`,
+    [C, F, h, w]; None if there are none."""
+    channels = list[Tensor]()
+    for entry, each in zip(entries, given, strict=True):
+        parts: dict[ConditionPart, Tensor] = {
+            name: entry[name][None] for name in conditioning.parts(each)
+        }
+        if (of_sample := conditioning.channels(parts, each)) is not None:
+            channels.append(of_sample)
+    return torch.cat(channels) if channels else None
+
+
+def last_frames(entries: Sequence[Mapping[str, Tensor]], given: Sequence[Given]) -> Tensor | None:
+    """As `Batch.last_frame`, from the parts in `entries`."""
+    nothing = torch.zeros_like(entries[0]["latents"][:, :1])
+    frames = [
+        entry.get("last_frame", nothing) if each in ("both", "last") else nothing
+        for entry, each in zip(entries, given, strict=True)
+    ]
+    if all(frame is nothing for frame in frames):
+        return None
+    return torch.stack([frame[:, 0] for frame in frames])

@@ -122,7 +122,7 @@ class DatasetReport:
         )
 
     def _bucket_lines(self) -> list[str]:
-        """The number of training clips of each shape, and of those with a mask."""
+        """The number of training clips of each shape, and of those with a mask, ..."""
         clips = [group[0] for group in alternatives(self.clips)]
         shapes = sorted(Counter((clip.size, clip.frames) for clip in clips).items())
         lines = [
@@ -131,6 +131,12 @@ class DatasetReport:
         ]
         if masked := sum(clip.mask is not None for clip in clips):
             lines.append(f"  with a mask: {count(masked, 'clip')}")
+        if given := sum(clip.conditions.image is not None for clip in clips):
+            lines.append(f"  with a condition image of their own: {count(given, 'clip')}")
+        if random := sum(clip.conditions.frame > 0 for clip in clips):
+            lines.append(f"  with a random frame as their condition image: {count(random, 'clip')}")
+        if controlled := sum(clip.conditions.control is not None for clip in clips):
+            lines.append(f"  with a control video: {count(controlled, 'clip')}")
         if augmented := sum(clip.augmentation is not None for clip in clips):
             lines.append(f"  with augmented variants: {count(augmented, 'clip')}")
         return lines

@@ -135,6 +135,6 @@ def _count_clips(folder: Path, recursive: bool) -> int:
     """Media files that OneTrainer would take; 0 if there is no such folder."""
     kinds = {*settings.VIDEO_FORMATS, *IMAGE_SUFFIXES}
     return sum(
-        path.is_file() and extension(path) in kinds and not settings.is_mask_file(str(path))
+        path.is_file() and extension(path) in kinds and not settings.is_companion_file(str(path))
         for path in folder.glob("**/*" if recursive else "*")
     )

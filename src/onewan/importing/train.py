@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from onewan.config.section import Section
@@ -105,7 +106,15 @@ def _delta(value: Any, context: Context) -> Any:
     return value if _losses(context) == ["huber"] and value != 1 else OMIT
 
 
+def _shares(value: Any, context: Context) -> Any:
+    if not str(value).strip():
+        return OMIT
+    shares = settings.condition_shares_of(context.settings, context.variant)
+    return {given: share for given, share in asdict(shares).items() if share}
+
+
 _EMA = Condition(lambda c: c["ema"] != "OFF", "ema is off")
+_TAKES_IMAGE = Condition(lambda c: c.variant.takes_image, "the model is given no frames")
 _FIXED_SHIFT = Condition(
     lambda c: not c["dynamic_timestep_shifting"], "dynamic_timestep_shifting is on"
 )
@@ -138,7 +147,7 @@ ROWS = (
     Row("huber_delta", "train.loss.delta", 1.0, _delta),
     Row("wan_high_share", "train.high_expert_share", "equal", _HIGH_SHARE),
     Row("wan_expert_block", "train.switch_expert_every", 10, copied(10)),
-    Row("wan_first_frame_probability", "train.first_frame_probability", 0.2, copied(0.2)),
+    Row("wan_condition_shares", "train.condition_shares", "", _shares, _TAKES_IMAGE),
     Row("offset_noise_weight", "train.noise_offset", 0.0, copied(0.0)),
     Row("perturbation_noise_weight", "train.input_perturbation", 0.0, copied(0.0)),
     Row("ema_decay", "train.ema.decay", 0.999, copied(), _EMA),

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
@@ -142,9 +143,7 @@ class BlockComputation:
         random.mark("self branch")
         # Results of the branches belong to nobody else, so the sums overwrite them.
         hidden = _add_into(
-            self.parts.self_attention_branch(
-                block, first.output, first.dtype, part, inputs.first_tokens
-            ),
+            self.parts.self_attention_branch(block, first.output, first.dtype, part, inputs.groups),
             hidden_BNd,
         )
         random.mark("cross heads")
@@ -166,12 +165,12 @@ class BlockComputation:
         heads = self.parts.self_attention_heads(block, hidden_BNd, part, inputs)
         output = self._attend(block, heads, inputs)
         hidden = hidden_BNd + self.parts.self_attention_branch(
-            block, output, heads.output_dtype, part, inputs.first_tokens
+            block, output, heads.output_dtype, part, inputs.groups
         )
         heads = self.parts.cross_attention_heads(block, hidden, inputs.text)
         output = self._attend(block, heads, None)
         hidden = hidden + self.parts.cross_attention_branch(block, output, heads.output_dtype)
-        return hidden + self.parts.feed_forward_branch(block, hidden, part, inputs.first_tokens)
+        return hidden + self.parts.feed_forward_branch(block, hidden, part, inputs.groups)
 
     def backward(
         self,
@@ -245,20 +244,27 @@ class BlockComputation:
 
     # --------------------------------------------------------------------------- feed-forward layer
 
-    def spans(self, tokens: int, first_tokens: int) -> Iterator[tuple[slice, int]]:
-        """(tokens of a chunk, how many of them have the first timestep)."""
+    def spans(
+        self, tokens: int, groups: tuple[int, ...]
+    ) -> Iterator[tuple[slice, tuple[int, ...]]]:
+        """(tokens of a chunk, how many of them each group has)."""
         size = -(-tokens // self.chunks)
+        ends = list(accumulate(groups))
         for start in range(0, tokens, size):
             stop = min(start + size, tokens)
-            yield slice(start, stop), min(max(first_tokens - start, 0), stop - start)
+            counts = (
+                max(0, min(end, stop) - max(end - group, start))
+                for end, group in zip(ends, groups, strict=True)
+            )
+            yield slice(start, stop), tuple(counts)
 
     def _feed_forward(
         self, block: WanTransformerBlock, hidden_BNd: Tensor, part: Modulation, inputs: BlockInputs
     ) -> Tensor:
         # In place: nobody else has these hidden states.
-        for span, first in self.spans(hidden_BNd.shape[1], inputs.first_tokens):
+        for span, counts in self.spans(hidden_BNd.shape[1], inputs.groups):
             chunk = hidden_BNd[:, span]
-            chunk += self.parts.feed_forward_branch(block, chunk, part, first)
+            chunk += self.parts.feed_forward_branch(block, chunk, part, counts)
         return hidden_BNd
 
 
@@ -318,10 +324,10 @@ class _BlockBackward:
             leaves = (*self._part, *self.block.ffn.parameters())
             sums = _SumsOverChunks([leaf for leaf in leaves if leaf.requires_grad])
         with self.random.again("feed-forward"):
-            for span, first in how.spans(hidden_BNd.shape[1], inputs.first_tokens):
+            for span, counts in how.spans(hidden_BNd.shape[1], inputs.groups):
                 chunk, grad = hidden_BNd[:, span].detach().requires_grad_(), grad_BNd[:, span]
                 with self.context():
-                    branch = how.parts.feed_forward_branch(self.block, chunk, self._part, first)
+                    branch = how.parts.feed_forward_branch(self.block, chunk, self._part, counts)
                 edge = get_gradient_edge(branch)
                 del branch
                 if sums is None:
@@ -449,7 +455,7 @@ class _Attention:
                 self._leaf,
                 dtype,
                 owner.part,
-                owner.inputs.first_tokens,
+                owner.inputs.groups,
                 recompute=again,
             )
         return parts.cross_attention_branch(owner.block, self._leaf, dtype, recompute=again)

@@ -34,10 +34,9 @@ class BlockInputs:
     text: Tensor
     """[B, 512, d] text embeddings, projected to the transformer's width."""
     time: Tensor
-    """[B, T, 6, d] float32 modulation from the timesteps: T is 1, or 2 if the first frame has its
-    own."""
-    first_tokens: int
-    """Number of tokens with the first of two timesteps; 0 with one timestep."""
+    """[B, T, 6, d] float32 modulation from the timesteps: T is 1, or that of `groups`."""
+    groups: tuple[int, ...]
+    """Numbers of tokens that share one of several timesteps, in their order; empty with one."""
     rotary: tuple[Tensor, Tensor]
     """cos and sin of the rotary position embedding, float32 [1, N, 1, D]."""
     frames: int
@@ -91,7 +90,7 @@ def self_attention_heads(
     7.4 GB at 81x480x832. Normalization and rotation are then computed again in the backward pass.
     """
     normed = block.norm1(hidden_BNd.float())
-    normed = _modulated(normed, part.scale, part.shift, inputs.first_tokens)
+    normed = _modulated(normed, part.scale, part.shift, inputs.groups)
     q, k, v = _projections(block.attn1, normed.type_as(hidden_BNd), None, recompute=recompute)
     del normed
     return _as_heads(block.attn1, q, k, v, inputs.rotary, recompute=recompute)
@@ -102,7 +101,7 @@ def self_attention_branch(
     attended_BNHD: Tensor,
     dtype: torch.dtype,
     part: Modulation,
-    first_tokens: int,
+    groups: tuple[int, ...],
     *,
     recompute: bool = False,
 ) -> Tensor:
@@ -112,7 +111,7 @@ def self_attention_branch(
     With `recompute`, autograd keeps the attention's output itself instead of a copy of it.
     """
     projected = _projected(block.attn1, attended_BNHD, dtype, recompute=recompute)
-    return _gated(projected, part.gate, first_tokens)
+    return _gated(projected, part.gate, groups)
 
 
 def cross_attention_heads(
@@ -142,15 +141,13 @@ def cross_attention_branch(
 
 
 def feed_forward_branch(
-    block: WanTransformerBlock, hidden_BNd: Tensor, part: Modulation, first_tokens: int
+    block: WanTransformerBlock, hidden_BNd: Tensor, part: Modulation, groups: tuple[int, ...]
 ) -> Tensor:
     """What the feed-forward layer adds to the hidden states of all tokens or of a chunk of them,
-    float32 [B, N, d]. `first_tokens` counts those with the first timestep among them."""
-    normed = _modulated(
-        block.norm3(hidden_BNd.float()), part.ffn_scale, part.ffn_shift, first_tokens
-    )
+    float32 [B, N, d]. `groups` counts those of each timestep among them."""
+    normed = _modulated(block.norm3(hidden_BNd.float()), part.ffn_scale, part.ffn_shift, groups)
     output = block.ffn(normed.type_as(hidden_BNd))
-    return _gated(output, part.ffn_gate, first_tokens)
+    return _gated(output, part.ffn_gate, groups)
 
 
 def within_frames(heads: Heads, frames: int) -> Heads:
@@ -169,9 +166,7 @@ class BlockParts:
     self_attention_branch: Callable[..., Tensor] = self_attention_branch
     cross_attention_heads: Callable[..., Heads] = cross_attention_heads
     cross_attention_branch: Callable[..., Tensor] = cross_attention_branch
-    feed_forward_branch: Callable[[WanTransformerBlock, Tensor, Modulation, int], Tensor] = (
-        feed_forward_branch
-    )
+    feed_forward_branch: Callable[..., Tensor] = feed_forward_branch
     is_compiled: bool = False
     """Whether the compiler decides what is kept for the backward pass, so that nothing is to be
     recomputed by hand."""
@@ -193,24 +188,29 @@ class BlockParts:
         return BlockParts(**compiled, is_compiled=True)
 
 
-def _modulated(normed_BNd: Tensor, scale: Tensor, shift: Tensor, first: int) -> Tensor:
-    if not first:
-        return (normed_BNd * (1 + scale[:, -1:])).add_(shift[:, -1:])
-    return torch.cat(
-        [
-            (normed_BNd[:, :first] * (1 + scale[:, :1])).add_(shift[:, :1]),
-            (normed_BNd[:, first:] * (1 + scale[:, 1:])).add_(shift[:, 1:]),
-        ],
-        dim=1,
+def by_group(
+    tokens_BNd: Tensor, groups: tuple[int, ...], function: Callable[[Tensor, slice], Tensor]
+) -> Tensor:
+    """`function` of the tokens of each group and of the place of the group's timestep among the T,
+    one behind the other; [B, N, d]. Without groups, all tokens have the one timestep."""
+    if not groups:
+        return function(tokens_BNd, slice(0, 1))
+    results = [
+        function(part, slice(index, index + 1))
+        for index, part in enumerate(tokens_BNd.split(groups, dim=1))
+        if groups[index]
+    ]
+    return results[0] if len(results) == 1 else torch.cat(results, dim=1)
+
+
+def _modulated(normed_BNd: Tensor, scale: Tensor, shift: Tensor, groups: tuple[int, ...]) -> Tensor:
+    return by_group(
+        normed_BNd, groups, lambda part, of: (part * (1 + scale[:, of])).add_(shift[:, of])
     )
 
 
-def _gated(output_BNd: Tensor, gate: Tensor, first: int) -> Tensor:
-    if not first:
-        return output_BNd * gate[:, -1:]
-    return torch.cat(
-        [output_BNd[:, :first] * gate[:, :1], output_BNd[:, first:] * gate[:, 1:]], dim=1
-    )
+def _gated(output_BNd: Tensor, gate: Tensor, groups: tuple[int, ...]) -> Tensor:
+    return by_group(output_BNd, groups, lambda part, of: part * gate[:, of])
 
 
 def _projections(

@@ -1,30 +1,95 @@
-"""The transformer's inputs besides noisy latents, timestep and text: one row per condition.
+"""The transformer's inputs besides noisy latents, timestep and text: one class per kind.
 
 =======================  =====================================================================
 `Variant.condition`      the transformer's further input
 =======================  =====================================================================
 text                     none (T2V-A14B)
 first_frame_channels     frame mask and image latents, concatenated to the channels (I2V-A14B)
-first_frame_clean        none; the first latent frame may be clean, at timestep 0 (TI2V-5B)
+first_frame_clean        none; latent frames may be clean, at timestep 0 (TI2V-5B)
 =======================  =====================================================================
 
-A new condition (first and last frame, control video) is a class here, its entry in `_CONDITIONINGS`
-and its facts in `onewan.variants`. Data loader, cache, sampler and the OneTrainer add-on use
-only the object's methods.
+A sample is given the first frame of its clip, the last one, both or none (`Given`). What it needs
+for that are named parts, which the VAE encodes (`encode_part`) and the cache stores one by one. The
+VAE is causal: a frame has no influence on the latents of frames before it. So all conditions with
+a last frame share everything but their last latent frame with those without one, and only that is
+stored for them.
+
+A new condition is a class here, its entry in `_CONDITIONINGS`, its parts in `encode_part` and its
+facts in `onewan.variants`. Data loader, cache, sampler and the OneTrainer add-on use only the
+object's methods.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import random
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
 from torch import Tensor
 
+from onewan.arithmetic.condition_shares import (
+    ConditionShares,
+    Given,
+    default_shares,
+    given_frames,
+)
 from onewan.model.vae import encode_video, vae_in_use
+from onewan.seeds import derive_seed
 from onewan.variants import ConditionName, Variant
+
+ConditionPart = Literal["condition", "end_of_both", "empty", "end_of_last", "last_frame", "control"]
+"""A tensor that conditions are made of.
+
+``condition``: latents of the condition image followed by gray frames. ``end_of_both``: the last
+latent frame of the same with the last frame of the clip at the end. ``empty``: latents of gray
+frames. ``end_of_last``: the last latent frame of those with the last frame of the clip at the end.
+``last_frame``: the last frame of the clip encoded by itself, as one latent frame. ``control``:
+latents of the control video.
+"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ConditionPixels:
+    """What the parts of conditions are encoded from; pixels in [-1, 1]."""
+
+    shape: Sequence[int]
+    """That of the clips' pixels, [B, 3, F, H, W]; F = 4n+1."""
+    image: Tensor | None = None
+    """[B, 3, H, W]: the condition image, which is usually the first frame."""
+    last: Tensor | None = None
+    """[B, 3, H, W]: the last frame."""
+    control: Tensor | None = None
+    """[B, 3, F, H, W]: the control video."""
+
+
+def encode_part(vae: AutoencoderKLWan, part: ConditionPart, pixels: ConditionPixels) -> Tensor:
+    """A part of the condition of clips: normalized latents [B, C, F', h, w], or [B, C, 1, h, w] of
+    the last latent frame alone; float32.
+
+    Frames that are not given are zeros (mid gray), as in ``wan/image2video.py:316-323`` of Wan 2.2
+    and ``wan/first_last_frame2video.py`` of Wan 2.1. Their latents are not zero, so the whole
+    length has to be encoded.
+    """
+    if part == "control":
+        return encode_video(vae, _required(pixels.control, part))
+    if part == "last_frame":
+        return encode_video(vae, _required(pixels.last, part)[:, :, None])
+    video_BCFHW = torch.zeros(tuple(pixels.shape), device=vae.device)
+    if part in ("condition", "end_of_both"):
+        video_BCFHW[:, :, 0] = _required(pixels.image, part)
+    if part in ("end_of_both", "end_of_last"):
+        video_BCFHW[:, :, -1] = _required(pixels.last, part)
+    latents_BCFHW = encode_video(vae, video_BCFHW)
+    return latents_BCFHW if part in ("condition", "empty") else latents_BCFHW[:, :, -1:]
+
+
+def _required(pixels: Tensor | None, part: ConditionPart) -> Tensor:
+    if pixels is None:
+        raise ValueError(f"the part {part} of a condition is encoded from pixels that are missing")
+    return pixels
 
 
 @dataclass(frozen=True)
@@ -33,23 +98,41 @@ class Conditioning:
     without further transformer inputs."""
 
     variant: Variant
-    tensor_names: ClassVar[tuple[str, ...]] = ()
-    """Names of the tensors that `encode` returns. The cache stores them under these names."""
+    shares: ConditionShares
+    """How often training samples are given which frames."""
 
-    def encode(self, vae: AutoencoderKLWan, pixels_BCFHW: Tensor) -> dict[str, Tensor]:
-        """Condition tensors of clips for training, by name; [B, C, F', h, w], float32.
+    def draw(self, frames: int, *, seed: int, step: int, index: int) -> Given:
+        """What a training sample of `frames` frames is given: the sample `index` of the global
+        batch of a step, in a run with this `seed`."""
+        # "first frame" is part of the seed: another string would give other draws.
+        value = random.Random(derive_seed(seed, "first frame", step, index)).random()
+        return self._applicable(self.shares.drawn(value), frames)
 
-        `pixels_BCFHW` are whole clips in [-1, 1], F = 4n+1.
-        """
-        del vae, pixels_BCFHW
-        return {}
+    def usual(self, frames: int) -> Given:
+        """What most training samples of `frames` frames are given."""
+        return self._applicable(self.shares.most_frequent, frames)
 
-    def channels(self, encoded: Mapping[str, Tensor]) -> Tensor | None:
+    def all_parts(self, frames: int) -> tuple[ConditionPart, ...]:
+        """The parts that training samples of `frames` frames may need."""
+        given: list[Given] = [self._applicable(each, frames) for each in self.shares.used]
+        return tuple(dict.fromkeys(part for each in given for part in self.parts(each)))
+
+    def _applicable(self, given: Given, frames: int) -> Given:
+        """What a sample of `frames` frames that drew `given` is given."""
+        del given, frames
+        return "none"
+
+    def parts(self, given: Given) -> tuple[ConditionPart, ...]:
+        """The parts that the condition of a sample is made of."""
+        del given
+        return ()
+
+    def channels(self, parts: Mapping[ConditionPart, Tensor], given: Given) -> Tensor | None:
         """Channels that follow the noisy latents': [B, `condition_channels`, F', h, w], or None.
 
-        `encoded` is what `encode` returned for the batch.
+        `parts` are those of samples with this `given`.
         """
-        del encoded
+        del parts, given
         return None
 
     def sampling_pipeline(self, *, with_image: bool) -> type[WanPipeline | WanImageToVideoPipeline]:
@@ -62,38 +145,58 @@ class Conditioning:
         return {"expand_timesteps": self.variant.has_clean_first_frame}
 
 
-class FirstFrameChannels(Conditioning):
-    """I2V-A14B: the first frame's latents and a frame mask, behind the noisy channels."""
+class GivenFrameChannels(Conditioning):
+    """I2V-A14B: the latents of the given frames and a frame mask, behind the noisy channels."""
 
-    tensor_names = ("condition",)
+    def _applicable(self, given: Given, frames: int) -> Given:
+        # The only frame of an image is its first and its last one.
+        return "first" if frames == 1 and given != "none" else given
 
-    def encode(self, vae: AutoencoderKLWan, pixels_BCFHW: Tensor) -> dict[str, Tensor]:
-        """Latents of the clip's first frame followed by zeros (mid gray) for all other frames.
+    def parts(self, given: Given) -> tuple[ConditionPart, ...]:
+        by_given: Mapping[Given, tuple[ConditionPart, ...]] = {
+            "first": ("condition",),
+            "both": ("condition", "end_of_both"),
+            "last": ("empty", "end_of_last"),
+            "none": ("empty",),
+        }
+        return by_given[given]
 
-        ``wan/image2video.py:316-323``. The latents of the zero frames are not zero, so the whole
-        length has to be encoded.
-        """
-        condition_BCFHW = torch.zeros_like(pixels_BCFHW)
-        condition_BCFHW[:, :, 0] = pixels_BCFHW[:, :, 0]
-        return {"condition": encode_video(vae, condition_BCFHW)}
-
-    def channels(self, encoded: Mapping[str, Tensor]) -> Tensor:
-        latents_BCFHW = encoded["condition"]
-        mask_BCFHW = frame_mask(latents_BCFHW, {0}, self.variant.temporal_compression)
+    def channels(self, parts: Mapping[ConditionPart, Tensor], given: Given) -> Tensor:
+        latents_BCFHW, *ends = (parts[name] for name in self.parts(given))
+        if ends:
+            latents_BCFHW = torch.cat([latents_BCFHW[:, :, :-1], *ends], dim=2)
+        temporal = self.variant.temporal_compression
+        frames = given_frames(given, (latents_BCFHW.shape[2] - 1) * temporal + 1)
         # The mask's channels come first, as in the official code and in diffusers' pipeline.
-        return torch.cat([mask_BCFHW, latents_BCFHW], dim=1)
+        return torch.cat([frame_mask(latents_BCFHW, frames, temporal), latents_BCFHW], dim=1)
+
+
+class CleanFrames(Conditioning):
+    """TI2V-5B: the first latent frame, the last one, or both are clean, at timestep 0.
+
+    The first one is that of the clip's own latents, which no later frame reaches. The last one,
+    of which the official code and diffusers know nothing, is encoded from the last frame alone: a
+    sample has no other frames for it either.
+    """
+
+    def _applicable(self, given: Given, frames: int) -> Given:
+        return "none" if frames == 1 else given
+
+    def parts(self, given: Given) -> tuple[ConditionPart, ...]:
+        return ("last_frame",) if given in ("both", "last") else ()
 
 
 _CONDITIONINGS: Mapping[ConditionName, type[Conditioning]] = {
     "text": Conditioning,
-    "first_frame_channels": FirstFrameChannels,
-    "first_frame_clean": Conditioning,
+    "first_frame_channels": GivenFrameChannels,
+    "first_frame_clean": CleanFrames,
 }
 
 
-def conditioning_of(variant: Variant) -> Conditioning:
-    """The object that builds `variant`'s inputs besides latents, timestep and text."""
-    return _CONDITIONINGS[variant.condition](variant)
+def conditioning_of(variant: Variant, shares: ConditionShares | None = None) -> Conditioning:
+    """The object that builds `variant`'s inputs besides latents, timestep and text; without
+    `shares`, with those that the variant has by default."""
+    return _CONDITIONINGS[variant.condition](variant, shares or default_shares(variant))
 
 
 def frame_mask(

@@ -14,22 +14,20 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from onewan.model.precision import compute_context
-from onewan.model.transformer import TransformerCall, WanTransformer, two_timesteps
+from onewan.model.transformer import TransformerCall, WanTransformer
 from onewan.variants import NUM_TRAIN_TIMESTEPS, PATCH_SIZE
 
 
-def token_timesteps(t_B: Tensor, clean_B: Tensor, latents_BCFHW: Tensor) -> Tensor:
+def token_timesteps(t_B: Tensor, clean_BF: Tensor, latents_BCFHW: Tensor) -> Tensor:
     """[B, N] timesteps of the tokens, ordered by frame, row and column.
 
-    They are 1000 t, but 0 in the first frame of samples whose first frame is clean (`clean_B`,
-    [B] bool), as in ``wan/textimage2video.py:550-598``.
+    They are 1000 t, but 0 in clean latent frames (`clean_BF`, [B, F] bool), as in
+    ``wan/textimage2video.py:550-598`` for the first frame.
     """
-    _, _, frames, height, width = latents_BCFHW.shape
+    _, _, _, height, width = latents_BCFHW.shape
     _, rows, columns = PATCH_SIZE
-    per_frame = (height // rows) * (width // columns)
-    timesteps_BN = (t_B * NUM_TRAIN_TIMESTEPS)[:, None].repeat(1, frames * per_frame)
-    timesteps_BN[:, :per_frame] *= ~clean_B[:, None]
-    return timesteps_BN
+    timesteps_BF = (t_B * NUM_TRAIN_TIMESTEPS)[:, None] * ~clean_BF
+    return timesteps_BF.repeat_interleave((height // rows) * (width // columns), dim=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,18 +42,16 @@ class NoisyLatents:
     """[B, 512, D] text embeddings, zero past each prompt's length."""
     condition: Tensor | None = None
     """[B, K, F, H, W] further input channels (`Conditioning.channels`)."""
-    clean_first_frame: Tensor | None = None
-    """[B] bool: the samples whose first latent frame is clean (TI2V-5B)."""
+    clean_frames: Tensor | None = None
+    """[B, F] bool: the latent frames that are clean (TI2V-5B), the first or the last or both."""
 
-    def timestep(self, *, for_each_token: bool) -> Tensor:
-        """[B], or where a first frame is clean [B, N] for each token, or else [B, 2] for the first
-        frame and the others."""
+    def timestep(self) -> Tensor:
+        """[B], or where a frame is clean [B, N] for each token."""
         # With equal timesteps for all tokens, the result differs by 6e-7 from that of one timestep,
         # and takes more memory: hence only where a frame is clean.
-        if self.clean_first_frame is None:
+        if self.clean_frames is None:
             return self.t.float() * NUM_TRAIN_TIMESTEPS
-        per_token = token_timesteps(self.t.float(), self.clean_first_frame, self.x)
-        return per_token if for_each_token else two_timesteps(per_token)
+        return token_timesteps(self.t.float(), self.clean_frames, self.x)
 
 
 def predict_velocities(
@@ -78,7 +74,7 @@ def predict_velocities(
                 f"latents of {width}x{height} do not divide into {columns}x{rows} patches"
             )
     together = isinstance(transformer, WanTransformer) and transformer.block_runner is not None
-    calls = [_call(batch, for_each_token=not together) for batch in batches]
+    calls = [_call(batch) for batch in batches]
     with compute_context(dtype, batches[0].x.device):
         if together:
             predictions = transformer.forward_batches(calls)
@@ -96,7 +92,7 @@ def predict_velocity(
     text_BLD: Tensor,
     *,
     condition_BCFHW: Tensor | None = None,
-    clean_first_frame_B: Tensor | None = None,
+    clean_frames_BF: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """`predict_velocities` for one batch, with its tensors as arguments."""
@@ -105,13 +101,13 @@ def predict_velocity(
         t=t_B,
         text=text_BLD,
         condition=condition_BCFHW,
-        clean_first_frame=clean_first_frame_B,
+        clean_frames=clean_frames_BF,
     )
     return predict_velocities(transformer, [batch], dtype=dtype)[0]
 
 
-def _call(batch: NoisyLatents, *, for_each_token: bool) -> TransformerCall:
+def _call(batch: NoisyLatents) -> TransformerCall:
     latents_BCFHW = batch.x
     if batch.condition is not None:
         latents_BCFHW = torch.cat([latents_BCFHW, batch.condition], dim=1)
-    return TransformerCall(latents_BCFHW, batch.timestep(for_each_token=for_each_token), batch.text)
+    return TransformerCall(latents_BCFHW, batch.timestep(), batch.text)

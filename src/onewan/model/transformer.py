@@ -6,9 +6,9 @@ weights come from, what is kept for the backward pass and where, and how many ba
 block together (`onewan.memory.block_runner`). Samplers and other programs call the transformer as
 they call diffusers'.
 
-TI2V-5B conditions on a clean first frame by a timestep for each token, of which a clip has only two
-different ones. The runner's path embeds those two (`two_timesteps`), where diffusers holds a
-modulation for each token: 2 GB per block at 121 frames of 704x1280.
+TI2V-5B conditions on clean latent frames, the first or the last, by a timestep for each token, of
+which a clip has only a few different ones. The runner's path embeds those (`frame_groups`), where
+diffusers holds a modulation for each token: 2 GB per block at 121 frames of 704x1280.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from onewan.model.block_parts import BlockInputs
+from onewan.model.block_parts import BlockInputs, by_group
 
 
 class BlockRunner(Protocol):
@@ -43,8 +43,8 @@ class TransformerCall:
     latents: Tensor
     """[B, C, F, H, W] noisy latents, with the condition's channels."""
     timestep: Tensor
-    """[B]; or [B, N] for each token, equal in the first frame and in all others; or [B, 2] for the
-    first frame and the others."""
+    """[B]; or [B, N] for each token, equal in the first latent frame, in the last one and in the
+    others."""
     text: Tensor
     """[B, 512, D] text embeddings, padded to 512 tokens."""
 
@@ -99,8 +99,11 @@ class WanTransformer(WanTransformer3DModel):
         _, rows, columns = self.config["patch_size"]
         per_frame = (latents.shape[3] // rows) * (latents.shape[4] // columns)
         states.append(self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous())
-        timestep = two_timesteps(call.timestep) if call.timestep.ndim == 2 else call.timestep
-        count = timestep.shape[1] if timestep.ndim == 2 else None
+        timestep, groups = call.timestep, tuple[int, ...]()
+        if timestep.ndim == 2:
+            groups = frame_groups(latents.shape[2], per_frame)
+            timestep = torch.stack([part[:, 0] for part in timestep.split(groups, dim=1)], dim=1)
+        count = len(groups) or None
         time, modulation, text, _ = self.condition_embedder(
             timestep.flatten(), call.text, None, timestep_seq_len=count
         )
@@ -109,7 +112,7 @@ class WanTransformer(WanTransformer3DModel):
         inputs = BlockInputs(
             text=text,
             time=modulation.unflatten(2, (6, -1)),
-            first_tokens=0 if count is None else per_frame,
+            groups=groups,
             rotary=_without_base(self.rope(latents)),
             frames=latents.shape[2],
         )
@@ -121,15 +124,9 @@ class WanTransformer(WanTransformer3DModel):
         table = self.scale_shift_table[:, None] + time_BTd[:, :, None]
         shift, scale = (chunk.squeeze(2) for chunk in table.chunk(2, dim=2))
         normed = self.norm_out(hidden_BNd.float())
-        first = inputs.first_tokens
-        if first:
-            parts = (normed[:, :first], normed[:, first:])
-            normed = torch.cat(
-                [p * (1 + scale[:, i : i + 1]) + shift[:, i : i + 1] for i, p in enumerate(parts)],
-                dim=1,
-            )
-        else:
-            normed = normed * (1 + scale) + shift
+        normed = by_group(
+            normed, inputs.groups, lambda part, of: part * (1 + scale[:, of]) + shift[:, of]
+        )
         patches = self.proj_out(normed.type_as(hidden_BNd))
         frames, rows, columns = self.config["patch_size"]
         batch, _, f, h, w = latents.shape
@@ -146,6 +143,8 @@ def _without_base(rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return cos.clone(), sin.clone()
 
 
-def two_timesteps(timestep_BN: Tensor) -> Tensor:
-    """[B, 2]: the timestep of the first frame's tokens and that of all others."""
-    return torch.stack([timestep_BN[:, 0], timestep_BN[:, -1]], dim=1)
+def frame_groups(frames: int, per_frame: int) -> tuple[int, ...]:
+    """Numbers of tokens with one timestep: those of the first latent frame, of the frames between,
+    and of the last one."""
+    between = ((frames - 2) * per_frame,) if frames > 2 else ()
+    return (per_frame, *between, per_frame) if frames > 1 else (per_frame,)

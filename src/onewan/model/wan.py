@@ -18,7 +18,13 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from onewan.arithmetic.placeholders import placeholder_error
 from onewan.errors import CheckpointError, ConfigError
 from onewan.model import text, vae
-from onewan.model.conditioning import Conditioning, conditioning_of
+from onewan.model.conditioning import (
+    Conditioning,
+    ConditionPart,
+    ConditionPixels,
+    conditioning_of,
+    encode_part,
+)
 from onewan.model.embedding import WanModelEmbedding
 from onewan.variants import Expert, Variant
 
@@ -129,9 +135,9 @@ class WanModel:
         """Normalized latents [B, C, F', h, w], float32, of pixels in [-1, 1], [B, 3, F, H, W]."""
         return vae.encode_video(self._vae(), pixels_BCFHW)
 
-    def encode_condition(self, pixels_BCFHW: Tensor) -> dict[str, Tensor]:
-        """The variant's condition tensors of clips by name (`onewan.model.conditioning`)."""
-        return self.conditioning.encode(self._vae(), pixels_BCFHW)
+    def encode_part(self, part: ConditionPart, pixels: ConditionPixels) -> Tensor:
+        """A part of the condition of clips (`onewan.model.conditioning.encode_part`)."""
+        return encode_part(self._vae(), part, pixels)
 
     def decode_video(self, latents_BCFHW: Tensor) -> Tensor:
         """Pixels in [-1, 1], [B, 3, F, H, W], float32; the inverse of `encode_video`."""

@@ -22,12 +22,14 @@ from torch import Tensor
 
 from onewan.data.clip import Clip, ClipPlanner, ClipSource
 from onewan.data.clip_notes import clip_notes
+from onewan.data.companions import clip_stem, role_of
 from onewan.data.encode import ENCODING_VERSION
-from onewan.data.masks import MASK_VERSION, clip_stem, is_mask, pixel_mask
+from onewan.data.masks import MASK_VERSION, pixel_mask
 from onewan.data.sources.item import SourceItem
 from onewan.errors import DataError
 from onewan.files import append_lines
 from onewan.media import Fit, extension, read_frames
+from onewan.model.conditioning import Conditioning, ConditionPart, ConditionPixels
 from onewan.model.wan import WanModel
 from onewan.onetrainer import settings
 from onewan.variants import Variant
@@ -81,7 +83,7 @@ def mask_candidates(path: Path) -> list[Path]:
     return [
         file
         for file in sorted(path.parent.glob("*"))
-        if (is_mask(file) and clip_stem(file).name == path.stem)
+        if (role_of(file) == "mask" and clip_stem(file).name == path.stem)
         or (file.stem == label and extension(file) != "txt")
     ]
 
@@ -117,15 +119,27 @@ def latent_mask_of(mask_CFHW: Tensor, variant: Variant) -> Tensor:
     return torch.cat([first, rest], dim=1)
 
 
-def encode_pixels(model: WanModel, pixels_CFHW: Tensor) -> dict[str, Tensor]:
-    """``latent_image`` and, for I2V-A14B, ``latent_condition``: [C, F', h, w], float32, on the CPU.
+def condition_parts(conditioning: Conditioning) -> tuple[ConditionPart, ...]:
+    """The parts of conditions that are cached: the same for all items, since OneTrainer's cache has
+    the same tensors of each; so those of videos for images too."""
+    return conditioning.all_parts(frames=2)
+
+
+def encode_pixels(
+    model: WanModel, pixels_CFHW: Tensor, conditioning: Conditioning
+) -> dict[str, Tensor]:
+    """``latent_image`` and the parts of `conditioning`, such as ``latent_condition``:
+    [C, F', h, w], float32, on the CPU.
 
     Equal to what `onewan.data.encode.encode_frames` returns for the same frames.
     """
     assert model.vae is not None
     # Rounded to the file's 256 values, as onewan's own pixels are; color changes leave others.
     pixels = (pixels_CFHW * 255).round().clamp(0, 255).to(model.vae.device)[None] / 127.5 - 1
-    found = {"image": model.encode_video(pixels), **model.encode_condition(pixels)}
+    found = {"image": model.encode_video(pixels)}
+    given = ConditionPixels(shape=pixels.shape, image=pixels[:, :, 0], last=pixels[:, :, -1])
+    for part in condition_parts(conditioning):
+        found[part] = model.encode_part(part, given)
     return {f"latent_{name}": tensor[0].cpu() for name, tensor in found.items()}
 
 

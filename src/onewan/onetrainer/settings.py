@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from onewan.arithmetic.buckets import SMALLEST_SIDE
+from onewan.arithmetic.condition_shares import ConditionShares, Given, default_shares
 from onewan.arithmetic.timestep_density import TimestepDensity
 from onewan.config.objective import (
     BetaTimesteps,
+    ConditionSharesSection,
     CurveWeighting,
     LogitNormalTimesteps,
     LossSection,
@@ -29,7 +31,7 @@ from onewan.config.objective import (
     UniformTimesteps,
     Weighting,
 )
-from onewan.data.masks import is_mask
+from onewan.data.companions import role_of
 from onewan.documents import format_value
 from onewan.errors import ConfigError, OnewanError
 from onewan.variants import VARIANTS, Variant, variant_of
@@ -108,6 +110,7 @@ def _setting_errors(config: Any, variant: Variant) -> Iterator[tuple[str, str]]:
         "frames": frames_of,
         "wan_layers": layers_of,
         "wan_high_share": high_share_of,
+        "wan_condition_shares": lambda c: condition_shares_of(c, variant),
         "resolution": lambda c: resolutions_of(
             c.resolution, c.aspect_ratio_bucketing, variant.size_multiple
         ),
@@ -231,6 +234,26 @@ def high_share_of(config: Any) -> float | Literal["equal", "density"]:
     return share
 
 
+def condition_shares_of(config: Any, variant: Variant) -> ConditionShares:
+    """`train.condition_shares`, from "first 0.5, both 0.5"; those that the variant has by default
+    for an empty text; SettingError."""
+    text = str(config.wan_condition_shares).strip()
+    if not text:
+        return default_shares(variant)
+    found = [re.fullmatch(r"\s*([a-z]+)\s*[ :=]\s*([\d.]+)\s*", part) for part in text.split(",")]
+    try:
+        shares = {part[1]: float(part[2]) for part in found if part}
+        ConditionSharesSection.model_validate(shares)
+    except ValueError:
+        shares = {}
+    if len(shares) != len(found):
+        raise SettingError(
+            f"is {format_value(config.wan_condition_shares)}; give shares of "
+            f"{', '.join(get_args(Given))} that add up to 1, such as first 0.5, both 0.5"
+        )
+    return ConditionShares(**shares)
+
+
 def frames_of(config: Any) -> int:
     """The maximum frames of a clip; SettingError for anything but a number from 1."""
     text = str(config.frames).strip()
@@ -341,9 +364,9 @@ def with_onetrainers_names(message: str) -> str:
     )
 
 
-def is_mask_file(path: str) -> bool:
-    """Whether the file is a clip's mask rather than a clip."""
-    return is_mask(Path(path)) or Path(path).stem.endswith(MASK_LABEL)
+def is_companion_file(path: str) -> bool:
+    """Whether the file belongs to a clip, as a mask for instance, rather than being one."""
+    return role_of(Path(path)) is not None or Path(path).stem.endswith(MASK_LABEL)
 
 
 # ------------------------------------------------------------------------------------------ samples

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from onewan.arithmetic.clip_timesteps import ALL_TIMESTEPS
+from onewan.arithmetic.condition_shares import Given
 from onewan.arithmetic.expert_schedule import ExpertSchedule, expert_schedule
 from onewan.arithmetic.timestep_density import official_token_count
 from onewan.config.objective import LossSection
-from onewan.data.loader import Batch, StepBatches
-from onewan.model.conditioning import Conditioning
+from onewan.data.loader import Batch, StepBatches, condition_channels, last_frames
+from onewan.model.conditioning import Conditioning, conditioning_of
 from onewan.onetrainer import settings
+from onewan.onetrainer.clip_adapter import condition_parts
 from onewan.seeds import derive_seed
 from onewan.train.objective import NoisedBatch, Objective, velocity_loss
 from onewan.variants import Expert, Variant
@@ -33,6 +35,8 @@ class StepAdapter:
 
     variant: Variant
     objective: Objective
+    conditioning: Conditioning
+    """How often samples are given which frames."""
     schedule: ExpertSchedule
     losses: tuple[tuple[float, LossSection], ...]
     """The losses to add up, each with its weight."""
@@ -60,9 +64,8 @@ class StepAdapter:
     ) -> NoisedBatch:
         """`batch` with noise at timesteps of `expert`, both drawn for this step."""
         size = len(batch)
-        micro = global_step % self.accumulation
-        # OneTrainer's ranks run the same micro-batch side by side, so their samples are adjacent.
-        placed = replace(batch, first_sample_index=(micro * ranks + rank) * size)
+        first = self._first_sample_index(size, global_step, rank, ranks)
+        placed = replace(batch, first_sample_index=first)
         step = StepBatches(
             number=global_step // self.accumulation,
             expert=expert.name,
@@ -70,6 +73,26 @@ class StepAdapter:
             global_size=size * ranks * self.accumulation,
         )
         return self.objective.add_noise(placed, step, expert)
+
+    def draw_given(
+        self, size: int, frames: int, global_step: int, *, rank: int = 0, ranks: int = 1
+    ) -> list[Given]:
+        """What each of the `size` samples of a micro-batch, of `frames` frames, is given."""
+        first = self._first_sample_index(size, global_step, rank, ranks)
+        return [
+            self.conditioning.draw(
+                frames,
+                seed=self.objective.seed,
+                step=global_step // self.accumulation,
+                index=index,
+            )
+            for index in range(first, first + size)
+        ]
+
+    def _first_sample_index(self, size: int, global_step: int, rank: int, ranks: int) -> int:
+        micro = global_step % self.accumulation
+        # OneTrainer's ranks run the same micro-batch side by side, so their samples are adjacent.
+        return (micro * ranks + rank) * size
 
     def validation_batches(self, batch: Batch) -> list[tuple[Expert, NoisedBatch]]:
         """`batch` with fixed noise at fixed timesteps of every trained expert."""
@@ -111,7 +134,7 @@ def step_adapter_of(config: Any, variant: Variant, trained: Sequence[Expert]) ->
     """
     settings.check(config, variant)
     timesteps = settings.timesteps_of(config)
-    by_tokens, first_frame = timesteps.shift_by_tokens, variant.has_clean_first_frame
+    by_tokens = timesteps.shift_by_tokens
     objective = Objective(
         density=timesteps.density(variant.flow_shift),
         seed=settings.SEED,
@@ -120,12 +143,13 @@ def step_adapter_of(config: Any, variant: Variant, trained: Sequence[Expert]) ->
         unmasked_weight=config.unmasked_weight,
         noise_offset=config.offset_noise_weight,
         input_perturbation=config.perturbation_noise_weight,
-        first_frame_probability=config.wan_first_frame_probability if first_frame else 0.0,
+        clean_frames=variant.has_clean_first_frame,
     )
     objective.require_timesteps(trained)
     return StepAdapter(
         variant=variant,
         objective=objective,
+        conditioning=conditioning_of(variant, settings.condition_shares_of(config, variant)),
         schedule=expert_schedule(
             trained, settings.high_share_of(config), config.wan_expert_block, objective.density
         ),
@@ -142,19 +166,31 @@ def batch_of(
     text_BLD: Tensor | None,
     captions: Sequence[str],
     conditioning: Conditioning,
+    given: Sequence[Given] | None = None,
 ) -> Batch:
-    """A batch of OneTrainer's data loader as onewan's `Batch`."""
-    condition = {name: items[f"latent_{name}"].float() for name in conditioning.tensor_names}
-    mask = items.get("latent_mask")
+    """A batch of OneTrainer's data loader as onewan's `Batch`, whose samples are `given` frames;
+    None: those that most samples are given."""
+    latents, mask = items["latent_image"].float(), items.get("latent_mask")
+    frames = 1 + (latents.shape[2] - 1) * conditioning.variant.temporal_compression
+    usual: list[Given] = [conditioning.usual(frames)] * len(latents)
+    chosen = given or usual
+    names = condition_parts(conditioning)
+    parts = {name: items[f"latent_{name}"].float() for name in names}
+    entries = [
+        {"latents": latents[place], **{name: part[place] for name, part in parts.items()}}
+        for place in range(len(latents))
+    ]
     return Batch(
-        latents=items["latent_image"].float(),
+        latents=latents,
         text=text_BLD,
         captions=tuple(captions),
-        condition=conditioning.channels(condition),
+        condition=condition_channels(conditioning, entries, chosen),
         mask=None if mask is None else mask.float(),
         loss_weights=tuple(items["loss_weight"].float().tolist()),
         timesteps=(ALL_TIMESTEPS,) * len(captions),
         is_prior=None,
         names=tuple(items["image_path"]),
+        given=tuple(chosen),
+        last_frame=last_frames(entries, chosen),
         first_sample_index=0,
     )

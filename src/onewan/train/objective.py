@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onewan.arithmetic.clip_timesteps import ClipTimesteps
+from onewan.arithmetic.condition_shares import given_frames
 from onewan.arithmetic.timestep_density import Array, TimestepDensity, shift_factor
 from onewan.arithmetic.timestep_weighting import TimestepWeighting, timestep_weights
 from onewan.data.loader import Batch, StepBatches
@@ -51,9 +52,9 @@ class NoisedBatch:
     """The same values in host memory, so that logging them does not wait for the device."""
     target: Tensor
     """[B, C, F, h, w] noise minus clean latents."""
-    clean_first_frame: Tensor | None
-    """[B] bool, TI2V-5B only: samples whose first latent frame is the conditioning frame (clean, or
-    nearly), which the loss leaves out. None if there are none."""
+    clean_frames: Tensor | None
+    """[B, F] bool, TI2V-5B only: the latent frames that are given (clean, or nearly), which the
+    loss leaves out. None if there are none."""
     weight: Tensor
     """[B] float32 loss weights of the samples, by noise level and clip."""
     has_weights: bool
@@ -87,10 +88,11 @@ class Objective:
     """Strength of noise that is constant in each channel, part of the noise and the target."""
     input_perturbation: float = 0.0
     """Strength of noise that is in the noisy latents but not in the target."""
-    first_frame_probability: float = 0.0
-    """Share of the samples (of more than one latent frame) that keep a conditioning frame."""
+    clean_frames: bool = False
+    """Whether the frames that samples are given are clean latent frames, at timestep 0 (TI2V-5B);
+    other variants have them among their channels, or none."""
     first_frame_noise: tuple[float, float] | None = None
-    """Mean and standard deviation of the logarithm of the noise level in a conditioning frame, at
+    """Mean and standard deviation of the logarithm of the noise level in a clean first frame, at
     most 1; its timestep stays 0. None: no noise, as in the official code
     (``wan/textimage2video.py:550-598``)."""
 
@@ -121,18 +123,16 @@ class Objective:
         if self.input_perturbation:
             perturbation = self._normal("input perturbation", step, indices, shape)
             input_noise_BCFHW = noise_BCFHW + self.input_perturbation * perturbation
-        conditioned_B = self._draw_conditioned(batch, step)
+        clean_BF = self._clean_frames(batch)
         sample = noised_batch(
             latents_BCFHW,
             noise_BCFHW,
             levels.tolist(),
             input_noise_BCFHW=input_noise_BCFHW,
             weights=self._weights(batch, density, levels, [*zip(parts, weightings, strict=True)]),
-            loss_mask_BFHW=self._loss_mask(batch, conditioned_B),
+            loss_mask_BFHW=self._loss_mask(batch, clean_BF),
         )
-        if conditioned_B is None:
-            return sample
-        return self._with_conditioning_frame(sample, batch, step, conditioned_B)
+        return self._with_clean_frames(sample, batch, clean_BF, step)
 
     def add_noise_at_quantile(
         self, batch: Batch, quantile: float, expert: Expert, seed: int
@@ -140,8 +140,8 @@ class Objective:
         """Noise for validation: the same level for all samples, and noise of a fixed `seed`.
 
         A share `quantile` of `expert`'s density lies below the level, and the run's weighting
-        applies, whatever the clips have of their own. Masks and clips' weights are those of
-        training; offset, perturbation and conditioning frames are left out.
+        applies, whatever the clips have of their own. Masks, clips' weights and clean frames are
+        those of training; offset, perturbation and noise in clean frames are left out.
         """
         density = self._density(batch.latents)
         levels = density.truncated_quantiles(np.full(len(batch), quantile), expert)
@@ -151,13 +151,15 @@ class Objective:
                 for index in batch.sample_indices
             ]
         )
-        return noised_batch(
+        clean_BF = self._clean_frames(batch)
+        sample = noised_batch(
             batch.latents,
             noise_BCFHW,
             levels.tolist(),
             weights=self._weights(batch, density, levels, [(expert, self.weighting)] * len(batch)),
-            loss_mask_BFHW=self._loss_mask(batch, None),
+            loss_mask_BFHW=self._loss_mask(batch, clean_BF),
         )
+        return self._with_clean_frames(sample, batch, clean_BF, None)
 
     @staticmethod
     def midpoint_quantiles(count: int) -> tuple[float, ...]:
@@ -198,44 +200,58 @@ class Objective:
         self._random("strata", step).shuffle(parts)
         return (parts[index] + drawn) / step.global_size
 
-    def _draw_conditioned(self, batch: Batch, step: StepBatches) -> Tensor | None:
-        """[B] bool: the samples that keep a conditioning frame; None if there are none."""
-        if self.first_frame_probability == 0 or batch.latents.shape[2] == 1:
+    def _clean_frames(self, batch: Batch) -> Tensor | None:
+        """[B, F] bool, on the host: the latent frames that are clean; None if there are none."""
+        if not self.clean_frames:
             return None
-        draws = [self._random("first frame", step, i).random() for i in batch.sample_indices]
-        conditioned = [draw < self.first_frame_probability for draw in draws]
-        return torch.tensor(conditioned) if any(conditioned) else None
+        frames = batch.latents.shape[2]
+        clean = torch.zeros(len(batch), frames, dtype=torch.bool)
+        for index, given in enumerate(batch.given):
+            clean[index, list(given_frames(given, frames))] = True
+        return clean if clean.any() else None
 
-    def _with_conditioning_frame(
-        self, sample: NoisedBatch, batch: Batch, step: StepBatches, conditioned_B: Tensor
+    def _with_clean_frames(
+        self, sample: NoisedBatch, batch: Batch, clean_BF: Tensor | None, step: StepBatches | None
     ) -> NoisedBatch:
-        """`sample` with the clean, or nearly clean, first latent frame where `conditioned_B`."""
-        frame_BCHW = batch.latents[:, :, 0]
-        if self.first_frame_noise is not None:
-            indices = batch.sample_indices
-            mean, std = self.first_frame_noise
-            logs = [self._random("first frame level", step, i).gauss(mean, std) for i in indices]
-            s = torch.tensor([math.exp(min(log, 0.0)) for log in logs]).view(-1, 1, 1, 1)
-            noise = self._normal("first frame noise", step, indices, frame_BCHW.shape[1:])
-            s, noise = to_device(s, frame_BCHW.device), to_device(noise, frame_BCHW.device)
-            frame_BCHW = (1 - s) * frame_BCHW + s * noise
-        conditioned_B = to_device(conditioned_B, frame_BCHW.device)
-        chosen = conditioned_B.view(-1, 1, 1, 1)
-        # Assigning by a boolean mask (`x[chosen] = ...`) would wait for the device.
-        sample.x[:, :, 0] = torch.where(chosen, frame_BCHW, sample.x[:, :, 0])
-        return replace(sample, clean_first_frame=conditioned_B)
+        """`sample` with the clean, or nearly clean, latent frames at `clean_BF`. Without a `step`,
+        which draws their noise, they are clean."""
+        if clean_BF is None:
+            return sample
+        clean_BF = to_device(clean_BF, sample.x.device)
+        self._put_frame(sample, 0, self._first_frame(batch, step), clean_BF)
+        if batch.last_frame is not None:
+            self._put_frame(sample, -1, batch.last_frame, clean_BF)
+        return replace(sample, clean_frames=clean_BF)
 
-    def _loss_mask(self, batch: Batch, conditioned_B: Tensor | None) -> Tensor | None:
+    def _first_frame(self, batch: Batch, step: StepBatches | None) -> Tensor:
+        frame_BCHW = batch.latents[:, :, 0]
+        if self.first_frame_noise is None or step is None:
+            return frame_BCHW
+        indices = batch.sample_indices
+        mean, std = self.first_frame_noise
+        logs = [self._random("first frame level", step, i).gauss(mean, std) for i in indices]
+        s = torch.tensor([math.exp(min(log, 0.0)) for log in logs]).view(-1, 1, 1, 1)
+        noise = self._normal("first frame noise", step, indices, frame_BCHW.shape[1:])
+        s, noise = to_device(s, frame_BCHW.device), to_device(noise, frame_BCHW.device)
+        return (1 - s) * frame_BCHW + s * noise
+
+    @staticmethod
+    def _put_frame(sample: NoisedBatch, index: int, frame_BCHW: Tensor, clean_BF: Tensor) -> None:
+        chosen = clean_BF[:, index].view(-1, 1, 1, 1)
+        # Assigning by a boolean mask (`x[chosen] = ...`) would wait for the device.
+        sample.x[:, :, index] = torch.where(chosen, frame_BCHW, sample.x[:, :, index])
+
+    def _loss_mask(self, batch: Batch, clean_BF: Tensor | None) -> Tensor | None:
         """[B, 1, F, h, w] as in `NoisedBatch`."""
-        if batch.mask is None and conditioned_B is None:
+        if batch.mask is None and clean_BF is None:
             return None
         if batch.mask is None:
             mask = torch.ones_like(batch.latents[:, :1])
         else:
             mask = self.unmasked_weight + (1 - self.unmasked_weight) * batch.mask
-        if conditioned_B is not None:
+        if clean_BF is not None:
             # In place, which is safe: `mask` is a new tensor in both cases, not the batch's.
-            mask[:, :, 0] *= ~to_device(conditioned_B, mask.device).view(-1, 1, 1, 1)
+            mask *= ~to_device(clean_BF, mask.device)[:, None, :, None, None]
         return mask
 
     def _normal(
@@ -290,7 +306,7 @@ def noised_batch(
         t=t_B,
         t_host=tuple(levels),
         target=noise_BCFHW - latents_BCFHW,
-        clean_first_frame=None,
+        clean_frames=None,
         weight=to_device(torch.tensor(weights, dtype=torch.float32), device),
         has_weights=any(w != 1 for w in weights),
         loss_mask=loss_mask_BFHW,

@@ -144,7 +144,6 @@ def objective_of(train: TrainSection, variant: Variant, experts: Sequence[Expert
     ConfigError if one of the trained `experts` would get no noise levels, or only ones of weight 0.
     """
     by_tokens = train.timesteps.shift_by_tokens
-    has_first_frame = variant.has_clean_first_frame
     objective = Objective(
         density=train.timesteps.density(variant.flow_shift),
         seed=train.seed,
@@ -154,8 +153,8 @@ def objective_of(train: TrainSection, variant: Variant, experts: Sequence[Expert
         unmasked_weight=train.loss.unmasked_weight,
         noise_offset=train.noise_offset,
         input_perturbation=train.input_perturbation,
-        first_frame_probability=train.first_frame_probability if has_first_frame else 0.0,
-        first_frame_noise=train.first_frame_noise if has_first_frame else None,
+        clean_frames=variant.has_clean_first_frame,
+        first_frame_noise=train.first_frame_noise if variant.has_clean_first_frame else None,
     )
     objective.require_timesteps(experts)
     return objective

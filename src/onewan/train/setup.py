@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLWan
 
 from onewan.arithmetic.expert_schedule import ExpertSchedule
 from onewan.config.method import DoraMethod, EmbeddingMethod, LoraMethod
-from onewan.config.resolve import expert_schedule_of, with_steps_of_epochs
+from onewan.config.resolve import condition_shares, expert_schedule_of, with_steps_of_epochs
 from onewan.config.rules import warmup_rules
 from onewan.config.schema import ResolvedRun
 from onewan.data.clip import Clip
@@ -265,7 +265,7 @@ class WanModelSetup:
         return WanDataLoader(
             clips_by_expert(self._experts, dataset.clips),
             dataset.source,
-            conditioning_of(self._variant),
+            conditioning_of(self._variant, condition_shares(self._config)),
             batch_size=train.batch_size,
             accumulation=train.accumulation,
             seed=train.seed,

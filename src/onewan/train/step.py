@@ -136,7 +136,7 @@ def predict(run: Run, trained: TrainedExpert, batches: Sequence[NoisedInputs]) -
                 t=inputs.sample.t,
                 text=inputs.text,
                 condition=inputs.batch.condition,
-                clean_first_frame=inputs.sample.clean_first_frame,
+                clean_frames=inputs.sample.clean_frames,
             )
             for inputs in batches
         ],

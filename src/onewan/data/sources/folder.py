@@ -1,6 +1,6 @@
 """A folder of clips: each video or image NAME.ext with its caption NAME.txt beside it.
 
-Hides which file is a clip, a caption or a mask.
+Hides which file is a clip, a caption, a mask or a condition.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from onewan.data.captions import reviewed_key
-from onewan.data.masks import clip_stem, is_mask
+from onewan.data.companions import NOUNS, Role, clip_stem, role_of
 from onewan.data.report import ClipProblem, ClipWarning, count
 from onewan.data.sources.contents import SourceContents
 from onewan.data.sources.item import SourceItem
@@ -40,7 +40,8 @@ def read_folder(
 class _FolderFiles:
     """The files below one folder, by their role.
 
-    A clip finds its caption and masks by the key of its path without extension (`pairing_key`).
+    A clip finds its caption and companions by the key of its path without extension
+    (`pairing_key`).
     """
 
     folder: Path
@@ -49,8 +50,10 @@ class _FolderFiles:
     """Videos and images that can be clips, sorted by name."""
     clip_keys: set[str] = field(default_factory=set[str])
     """Keys of all videos and images, also those that are not used."""
-    masks: dict[str, list[Path]] = field(default_factory=dict[str, list[Path]])
-    """Mask files by the key of their clips."""
+    companions: dict[tuple[Role, str], list[Path]] = field(
+        default_factory=dict[tuple[Role, str], list[Path]]
+    )
+    """Files of each role by the key of their clips."""
     texts: dict[str, list[Path]] = field(default_factory=dict[str, list[Path]])
     """Caption files by the key of their clips."""
     others: dict[str, Path] = field(default_factory=dict[str, Path])
@@ -68,8 +71,9 @@ class _FolderFiles:
             kind, key = extension(path), pairing_key(path.with_suffix(""))
             if kind == "txt":
                 self.texts.setdefault(key, []).append(path)
-            elif is_mask(path):  # of any format, so that an unsupported mask is reported
-                self.masks.setdefault(pairing_key(clip_stem(path)), []).append(path)
+            elif role := role_of(path):  # of any format, so that an unsupported one is reported
+                clip_key = pairing_key(clip_stem(path))
+                self.companions.setdefault((role, clip_key), []).append(path)
             elif kind in IMAGE_SUFFIXES | UNREAD_IMAGE_SUFFIXES | VIDEO_SUFFIXES | {*video_formats}:
                 self.clip_keys.add(key)
                 names.append(path.relative_to(self.folder).as_posix())
@@ -96,7 +100,7 @@ class _FolderFiles:
         ]
 
     def contents(self, *, use_masks: bool) -> SourceContents:
-        """The media files as items, with their captions and masks."""
+        """The media files as items, with their captions and companions."""
         items = list[SourceItem]()
         for path in self.media:
             key = pairing_key(path.with_suffix(""))
@@ -104,14 +108,20 @@ class _FolderFiles:
                 path=path,
                 name=path.relative_to(self.folder).as_posix(),
                 texts=tuple(self.texts.get(key, ())),
-                masks=tuple(self.masks.get(key, ())) if use_masks else (),
+                masks=self._companions("mask", key) if use_masks else (),
+                condition_images=self._companions("condition", key),
+                controls=self._companions("control", key),
             )
             items.append(item)
         warnings = self.warnings + self._unpaired_warnings(use_masks=use_masks)
         return SourceContents(items, self.problems, warnings)
 
+    def _companions(self, role: Role, key: str) -> tuple[Path, ...]:
+        return tuple(self.companions.get((role, key), ()))
+
     def _unpaired_warnings(self, *, use_masks: bool) -> list[ClipWarning]:
-        """Captions and masks that belong to no clip; without `use_masks`, the number of masks."""
+        """Captions and companions that belong to no clip; without `use_masks`, the number of
+        masks."""
         unpaired = {key: paths for key, paths in self.texts.items() if key not in self.clip_keys}
         for_review = {key for key in unpaired if reviewed_key(key) in self.clip_keys}
         warnings = [
@@ -126,14 +136,16 @@ class _FolderFiles:
                 f"{self.label}: not used; rename a file to NAME.txt to train with it"
             )
             warnings.append(ClipWarning(path=None, text=text))
-        if use_masks:
-            return warnings + [
-                ClipWarning(path=path, text="mask without a video or image of its name; unused")
-                for key, paths in self.masks.items()
-                if key not in self.clip_keys
-                for path in paths
-            ]
-        if number := sum(len(paths) for paths in self.masks.values()):
+        warnings += [
+            ClipWarning(
+                path=path, text=f"{NOUNS[role]} without a video or image of its name; unused"
+            )
+            for (role, key), paths in self.companions.items()
+            if key not in self.clip_keys and (use_masks or role != "mask")
+            for path in paths
+        ]
+        masks = [paths for (role, _), paths in self.companions.items() if role == "mask"]
+        if not use_masks and (number := sum(map(len, masks))):
             files = "mask file is" if number == 1 else "mask files are"
             text = f"{number} {files} not used (video_data.masks is false): {self.label}"
             warnings.append(ClipWarning(path=None, text=text))

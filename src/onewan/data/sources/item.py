@@ -7,6 +7,7 @@ from math import ceil
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from onewan.data.conditions import ConditionChoice
 from onewan.errors import DataError
 from onewan.media import MediaInfo
 
@@ -29,6 +30,12 @@ class SourceItem:
     """Caption files by the file's name."""
     masks: tuple[Path, ...] = ()
     """Files that could be its loss mask."""
+    condition_images: tuple[Path, ...] = ()
+    """Files that could be its condition image."""
+    controls: tuple[Path, ...] = ()
+    """Files that could be its control video."""
+    condition: ConditionChoice | None = None
+    """Which frame is the condition image where no file is; None: what its source says."""
     start: float = 0.0
     """Where the part that is used begins, s after the first frame."""
     end: float | None = None
@@ -43,6 +50,11 @@ class SourceItem:
     """What it is for; None: what its source is for."""
     origin: str = ""
     """Where the source says it, for messages, such as "clips.csv, line 5"."""
+
+    @property
+    def companions(self) -> tuple[Path, ...]:
+        """All files of pictures besides its own."""
+        return (*self.masks, *self.condition_images, *self.controls)
 
     @property
     def part(self) -> tuple[float, float | None] | None:

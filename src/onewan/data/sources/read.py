@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from onewan.config.clips import is_url
 from onewan.data.clip import ClipSource, SourceKind
+from onewan.data.companions import NOUNS, Role
 from onewan.data.report import ClipProblem
 from onewan.data.sources.archives import archives_of, read_archives
 from onewan.data.sources.concepts import read_concepts
@@ -39,6 +40,10 @@ class SourceReader:
     video_formats: Sequence[str]
     use_masks: bool
     copies: Copies | None = None
+    takes_condition_image: bool = True
+    """Whether the model that is trained has a use for condition images."""
+    takes_control: bool = True
+    """Whether it has one for control videos."""
 
     def read(self, source: ClipSource) -> SourceContents:
         """The items of `source`, in an order that depends on names alone, and what is wrong.
@@ -50,9 +55,35 @@ class SourceReader:
             self = replace(self, use_masks=source.use_masks)
         place = self._place(source.path)
         contents = self._contents(source, place)
+        self._leave_out_unused(contents, source)
         if isinstance(place, RemotePlace):
             self._bring(contents, place)
         return contents
+
+    def _leave_out_unused(self, contents: SourceContents, source: ClipSource) -> None:
+        """Take the files that the model has no use for out of the items, and say so."""
+        unused: list[Role] = []
+        if not self.takes_condition_image:
+            unused.append("condition")
+            is_random = [item.condition or source.condition for item in contents.items]
+            if random := is_random.count("random_frame"):
+                contents.note(
+                    f"condition: random_frame has no effect on {random} of {len(is_random)} clips "
+                    f"of {label_of(source.path, short=True)}, since the model that is trained "
+                    "takes no condition image"
+                )
+        if not self.takes_control:
+            unused.append("control")
+        for role in unused:
+            field = {"condition": "condition_images", "control": "controls"}[role]
+            number = sum(bool(getattr(item, field)) for item in contents.items)
+            if number:
+                what = f"{NOUNS[role]} is" if number == 1 else f"{NOUNS[role]}s are"
+                contents.note(
+                    f"{number} {what} not used, since the model that is trained takes none: "
+                    f"{label_of(source.path, short=True)}"
+                )
+            contents.items = [replace(item, **{field: ()}) for item in contents.items]
 
     def _place(self, path: Path | str) -> Place:
         if isinstance(path, Path):
@@ -122,13 +153,15 @@ class SourceReader:
 
     def _bring(self, contents: SourceContents, place: RemotePlace) -> None:
         """Copy the files of all items; those that can't be copied become problems."""
-        wanted = [path for item in contents.items for path in (item.path, *item.texts, *item.masks)]
+        wanted = [
+            path for item in contents.items for path in (item.path, *item.texts, *item.companions)
+        ]
         failed = place.fetch(wanted)
         contents.problems += [ClipProblem(path=path, reason=why) for path, why in failed.items()]
         contents.items = [
             item
             for item in contents.items
-            if not failed.keys() & {item.path, *item.texts, *item.masks}
+            if not failed.keys() & {item.path, *item.texts, *item.companions}
         ]
 
 

@@ -14,8 +14,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
+from onewan.data.conditions import ConditionChoice
 from onewan.data.report import ClipProblem, ClipWarning
 from onewan.data.sources.contents import SourceContents
 from onewan.data.sources.folder import unusable_reason
@@ -24,7 +25,7 @@ from onewan.data.sources.place import Place, clip_name, first_few
 from onewan.data.sources.rows import Row, read_rows
 from onewan.documents import format_value
 from onewan.errors import DataError
-from onewan.media import extension
+from onewan.media import IMAGE_SUFFIXES, extension
 
 PATHS = ("path", "file_name", "video_path", "image_path", "video", "image", "file")
 """Columns that name the media file; of several, the first one counts."""
@@ -33,7 +34,7 @@ CAPTIONS = ("captions", "caption", "text", "prompt")
 _JUICER = ("videos", "images")
 """data-juicer's columns, each a list of files."""
 _NUMBERS = ("start", "end", "weight", "repeats")
-_OTHERS = (*_NUMBERS, "mask", "split", "condition")
+_OTHERS = (*_NUMBERS, "mask", "split", "condition", "control")
 _SPLITS: Mapping[str, Split] = {
     "train": "train",
     "training": "train",
@@ -138,8 +139,9 @@ class _RowReader:
         start, end = take("start", _seconds, 0.0), take("end", _seconds, None)
         if end is not None and end <= start:
             wrong.append(f"end must be after start ({start:g} s), got {end:g}")
-        mask = take("mask", self._mask, None)
-        take("condition", _condition, None)
+        mask, control = take("mask", self._named, None), take("control", self._named, None)
+        condition = take("condition", self._condition, None)
+        is_image = isinstance(condition, Path)
         captions_column = _first(CAPTIONS, self.values)
         captions = take(captions_column, captions_of, ("",)) if captions_column else None
         item = SourceItem(
@@ -148,6 +150,9 @@ class _RowReader:
             captions=captions,
             texts=() if captions is not None else self._text_files(path),
             masks=(mask,) if mask else (),
+            condition_images=(condition,) if is_image else (),
+            condition=None if is_image else condition,
+            controls=(control,) if control else (),
             start=start,
             end=end,
             repeats=take("repeats", _repeats, 1),
@@ -157,13 +162,23 @@ class _RowReader:
         )
         return "; ".join(wrong) or item
 
-    def _mask(self, value: object) -> Path:
+    def _condition(self, value: object) -> ConditionChoice | Path:
+        if value in get_args(ConditionChoice):
+            return cast("ConditionChoice", value)
+        if isinstance(value, str) and extension(Path(value)) in IMAGE_SUFFIXES:
+            return self._named(value)
+        raise ValueError(
+            f"must be {', '.join(get_args(ConditionChoice))} or the path of an image "
+            f"({', '.join(sorted(IMAGE_SUFFIXES))})"
+        )
+
+    def _named(self, value: object) -> Path:
         if not isinstance(value, str):
             raise ValueError("must be the path of a file")
         return self.reader.place.named(value, self.table)
 
     def _file(self, value: object) -> Path:
-        path = self._mask(value)
+        path = self._named(value)
         if reason := unusable_reason(extension(path), self.reader.video_formats):
             raise ValueError(reason)
         return path
@@ -254,14 +269,6 @@ def _repeats(value: object) -> int:
     if number < 1 or number != int(number):
         raise ValueError("must be a whole number from 1 on")
     return int(number)
-
-
-def _condition(value: object) -> None:
-    if value != "first":
-        raise ValueError(
-            "must be first (the clip's own first frame), since given images and other frames are "
-            "not supported yet"
-        )
 
 
 def _split(value: object) -> Split:

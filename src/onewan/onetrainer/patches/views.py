@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
+from onewan.arithmetic.condition_shares import ConditionShares, default_shares
 from onewan.onetrainer.patches.configs import added_fields
 from onewan.onetrainer.patches.patch import TITLE, Former, Patch, is_wan, wan_member
 from onewan.onetrainer.settings import WEIGHTINGS, variant_of_base_model
@@ -53,8 +54,8 @@ class Shown:
         match field.get("only"):
             case "two experts":
                 return self.variant is None or len(self.variant.experts) > 1
-            case "first frame":
-                return self.variant is None or self.variant.has_clean_first_frame
+            case "given frames":
+                return self.variant is None or self.variant.takes_image
             case "layers":
                 return self.trains_layers
             case _:
@@ -78,7 +79,13 @@ class Shown:
             steps=self.variant.sampling_steps,
             guidance=" and ".join(dict.fromkeys(scales)),
             low_guidance=scales[-1],
+            shares=_listed(default_shares(self.variant)),
         )
+
+
+def _listed(shares: ConditionShares) -> str:
+    """As `settings.condition_shares_of` reads them: "first 0.2, none 0.8"."""
+    return ", ".join(f"{given} {getattr(shares, given):g}" for given in shares.used)
 
 
 _window = Shown(None, "LORA")

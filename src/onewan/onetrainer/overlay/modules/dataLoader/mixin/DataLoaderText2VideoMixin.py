@@ -128,8 +128,8 @@ class PlanClips(PipelineModule, RandomAccessPipelineModule):
         for index in range(self._get_previous_length("image_path")):
             path = self._get_previous_item(variation, "image_path", index)
             concept = self._get_previous_item(variation, "concept", index)
-            # OneTrainer leaves out its own masks (-masklabel) only, not NAME.mask.png.
-            if settings.is_mask_file(path):
+            # OneTrainer leaves out its own masks (-masklabel) only, not NAME.mask.png and the like.
+            if settings.is_companion_file(path):
                 continue
             try:
                 clip, warnings = self._planner.plan(path, concept)

@@ -18,9 +18,10 @@ from modules.util.enum.ModelType import ModelType
 
 import torch
 
+from onewan.model.conditioning import Conditioning, conditioning_of
 from onewan.model.sources import fingerprint, locate
 from onewan.model.text import pad_text
-from onewan.onetrainer import clip_adapter
+from onewan.onetrainer import clip_adapter, settings
 
 _TEXTS = ("LoadMultipleTexts", "GetFilename", "SelectInput", "SelectRandomText")
 _COLORS = ("RandomBrightness", "RandomContrast", "RandomSaturation", "RandomHue")
@@ -89,6 +90,9 @@ class WanBaseDataLoader(BaseDataLoader, DataLoaderText2VideoMixin):
         inputs += [f"{name}={getattr(config, name)}" for name in _SELECTION]
         if kind == "image":
             inputs += [f"{name}={getattr(config, name)}" for name in _IMAGE_INPUTS]
+            parts = clip_adapter.condition_parts(conditioning_of_config(config, self._model))
+            # Of I2V's first frame alone, caches keep the names that they had without a choice.
+            inputs += parts if parts != ("condition",) else ()
         else:
             inputs += [*text_names(config), config.text_encoder.weight_dtype, config.train_dtype]
         return "wan-" + clip_adapter.cache_digest(kind, concepts_of(config), inputs)
@@ -122,22 +126,30 @@ class EncodeClip(EachItem):
     def __init__(self, config: TrainConfig, model: WanModel):
         super().__init__()
         self._model = model.wan
+        self._conditioning = conditioning_of_config(config, model)
         self.outputs = latent_names(config, model)
 
     def get_item(self, variation: int, index: int, requested_name: str | None = None) -> dict:
         pixels = self._get_previous_item(variation, "image", index)
-        item = clip_adapter.encode_pixels(self._model, pixels)
+        item = clip_adapter.encode_pixels(self._model, pixels, self._conditioning)
         if "latent_mask" in self.outputs:
             mask = self._get_previous_item(variation, "mask", index)
             item["latent_mask"] = clip_adapter.latent_mask_of(mask, self._model.variant)
         return item
 
 
+def conditioning_of_config(config: TrainConfig, model: WanModel) -> Conditioning:
+    """The condition of the model with the shares of the config."""
+    variant = model.wan.variant
+    return conditioning_of(variant, settings.condition_shares_of(config, variant))
+
+
 def latent_names(config: TrainConfig, model: WanModel) -> list[str]:
     """Names of an encoded clip's tensors."""
+    parts = clip_adapter.condition_parts(conditioning_of_config(config, model))
     return [
         "latent_image",
-        *(f"latent_{name}" for name in model.wan.conditioning.tensor_names),
+        *(f"latent_{name}" for name in parts),
         *(["latent_mask"] if config.masked_training else []),
     ]
 

@@ -232,7 +232,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
             return self._validate(model, config, clips)
         expert = self._expert(model, step)
         self._bring(model, config, expert.component)
-        rank, ranks = (multi.rank(), multi.world_size()) if config.multi_gpu else (0, 1)
+        rank, ranks = _place(config)
         sample = self.step_adapter.add_noise(clips, step, expert, rank=rank, ranks=ranks)
         if config.dropout_probability:
             # A resumed run drops out the same activations as an uninterrupted one.
@@ -251,7 +251,13 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
             for place, drop in enumerate(dropped):
                 if drop:
                     text[place] = batch["text_empty_padded"][place]
-        return step_adapter.batch_of(batch, text, captions, model.wan.conditioning)
+        adapter, given = self.step_adapter, None
+        if step is not None:
+            latents = batch["latent_image"]
+            frames = 1 + (latents.shape[2] - 1) * model.wan.temporal_compression
+            rank, ranks = _place(config)
+            given = adapter.draw_given(len(latents), frames, step, rank=rank, ranks=ranks)
+        return step_adapter.batch_of(batch, text, captions, adapter.conditioning, given)
 
     def _velocity(self, model: WanModel, part: str, clips, sample: NoisedBatch) -> Tensor:
         return predict_velocity(
@@ -260,7 +266,7 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
             sample.t,
             clips.text,
             condition_BCFHW=clips.condition,
-            clean_first_frame_B=sample.clean_first_frame,
+            clean_frames_BF=sample.clean_frames,
             dtype=model.wan.dtype,
         )
 
@@ -302,6 +308,11 @@ class BaseWanSetup(BaseModelSetup, ModelSetupText2ImageMixin):
 def encodes_text_online(config: TrainConfig) -> bool:
     """Whether captions are encoded in each step, because embeddings are trained."""
     return config.train_any_embedding() or config.train_any_output_embedding()
+
+
+def _place(config: TrainConfig) -> tuple[int, int]:
+    """This process's rank and the number of ranks."""
+    return (multi.rank(), multi.world_size()) if config.multi_gpu else (0, 1)
 
 
 def _checkpointed(module, config, part):
