@@ -149,12 +149,18 @@ def _time_text(bucket: BucketPlan) -> str:
 def _run_time_lines(time: RunTime) -> Iterator[str]:
     parts = [f"{time.steps:,} steps {format_duration(time.steps * time.step)}"]
     if time.samples:
-        each, count = format_duration(time.sample), time.samples
-        videos = "1 sample video" if count == 1 else f"{count} sample videos"
-        parts.append(f"{videos} {format_duration(count * time.sample)} ({each} each)")
+        parts.append(_videos(time.samples, "sample video", time.sample))
+    if time.full_samples:
+        parts.append(_videos(time.full_samples, "full sample video", time.full_sample))
     if time.validations:
         parts.append(f"validation {format_duration(time.validations * time.validation)}")
     yield f"The whole run takes about {format_duration(time.total)}: {', '.join(parts)}."
+
+
+def _videos(count: int, what: str, seconds: float) -> str:
+    """`count` videos that take `seconds` each."""
+    videos = f"1 {what}" if count == 1 else f"{count} {what}s"
+    return f"{videos} {format_duration(count * seconds)} ({format_duration(seconds)} each)"
 
 
 def _verdict(plan: Plan) -> Iterator[str]:

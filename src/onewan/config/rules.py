@@ -23,7 +23,7 @@ from onewan.config.resolve import (
     total_steps,
     trained_experts,
 )
-from onewan.config.schema import COMPONENTS, RunConfig
+from onewan.config.schema import COMPONENTS, DistilledSection, RunConfig
 from onewan.config.timesteps import timestep_rules
 from onewan.config.unused import unused_field_problems
 from onewan.documents import format_value
@@ -106,11 +106,30 @@ def _sample_rules(config: RunConfig) -> Iterator[Problem]:
     names = ("width", "height", "frames", "steps", "guidance")
     for field, text in request_errors(variant, **{name: getattr(sample, name) for name in names}):
         yield f"sample.{field}", text
+    if sample.distilled is not None:
+        yield from _distilled_rules(sample.distilled, variant)
     for index, prompt in enumerate(sample.prompts):
         field = f"sample.prompts.{index}.image"
         yield from missing_file(field, prompt.image)
         if text := image_error(variant, prompt.image):
             yield field, text
+
+
+def _distilled_rules(distilled: DistilledSection, variant: Variant) -> Iterator[Problem]:
+    """A file for each expert of the variant, and none for others."""
+    files, section = distilled.files(), "sample.distilled"
+    experts = [expert.name for expert in variant.experts]
+    for name, path in files.items():
+        if name in experts:
+            yield from missing_file(f"{section}.{name}", path)
+        else:
+            remedy = f"give {' and '.join(experts)} instead"
+            yield f"{section}.{name}", f"{variant.name} has no such expert; {remedy}"
+    for name in experts:
+        if name not in files:
+            which = "the transformer" if name == "single" else f"the {name}-noise expert"
+            text = f"is required, got nothing; give the distilled LoRA of {which}"
+            yield f"{section}.{name}", text
 
 
 def _step_rules(config: RunConfig) -> Iterator[Problem]:

@@ -1,11 +1,13 @@
 """Size, length and steps of sample videos where the run file has none.
 
 A sample shows what is trained, at a price that can be paid every 250 steps: it has the training
-size, 25 denoising steps, and as many frames as cost no more than fifty training steps.
+size, 25 denoising steps, and as many frames as cost no more than fifty training steps. With
+distilled LoRAs, their few steps are what it costs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from onewan.arithmetic.buckets import Size, floor_to_4n_plus_1, sizes_for
@@ -52,14 +54,24 @@ def sample_defaults(config: RunConfig, resolutions: tuple[int | str, ...]) -> Sa
         config.wan_config.max_frames or variant.frames, variant.temporal_compression
     )
     guidance = sample.guidance or tuple(expert.guidance_scale for expert in variant.experts)
-    # The negative prompt takes a second pass, unless the guidance scale is 1.
-    passes = steps * sum(1 if scale == 1 else 2 for scale in guidance) / len(guidance)
+    if sample.distilled is not None:
+        passes = sample_passes(sample.distilled.steps, (sample.distilled.guidance,))
+    else:
+        passes = sample_passes(steps, guidance)
     limit = TRAINING_STEPS * _step(config, variant, longest, (width, height))
     video = sample.width or width, sample.height or height
     least = min(longest, variant.frames)
     counts = range(variant.frames, least, -variant.temporal_compression)
     affordable = (n for n in counts if passes * _forward(variant, n, video) <= limit)
     return SampleDefaults(width=width, height=height, frames=next(affordable, least), steps=steps)
+
+
+def sample_passes(steps: int, guidance: Sequence[float]) -> float:
+    """Passes through a transformer that a sample takes, with these guidance scales of its experts.
+
+    The negative prompt takes a second pass, unless the scale is 1.
+    """
+    return steps * sum(1 if scale == 1 else 2 for scale in guidance) / len(guidance)
 
 
 def _training_size(variant: Variant, resolution: int | str, max_resolution: Size) -> Size:

@@ -34,7 +34,7 @@ from onewan.config.objective import (
 from onewan.config.optimizer import AdamWOptimizer, ConstantSchedule, Optimizer, Schedule
 from onewan.config.section import Distinct, Float, Int, Positive, Section, Several, Share
 from onewan.dtypes import WeightDtype, WeightStorage
-from onewan.variants import VARIANTS, Variant, VariantName
+from onewan.variants import VARIANTS, ExpertName, Variant, VariantName
 
 SCHEMA_VERSION = 1
 
@@ -217,6 +217,38 @@ class PromptSection(Section):
     """Seed of the noise; null is `sample.seed`."""
 
 
+class DistilledSection(Section):
+    """LoRAs that are distilled for a few steps, laid over what is trained while it is sampled."""
+
+    high: Path | None = None
+    """The distilled LoRA of the high-noise expert."""
+    low: Path | None = None
+    """The distilled LoRA of the low-noise expert."""
+    single: Path | None = None
+    """The distilled LoRA of TI2V-5B, which has one transformer."""
+    strength: Positive = 1.0
+    """Multiplies what the files add; early files without alpha need 0.125."""
+    steps: Int = Field(default=4, ge=1)
+    """Denoising steps that the LoRAs were distilled for."""
+    guidance: Annotated[Float, Field(ge=1)] = 1.0
+    """Guidance scale of all experts; 1 is none, for which the LoRAs were distilled."""
+    shift: Positive = 5.0
+    """Timestep shift of the solver, Euler's method: with 4 steps, 5 gives the time steps 1000,
+    937.5, 833.3 and 625."""
+    full_every: Int | None = Field(default=None, ge=0)
+    """Steps between samples without the LoRAs, by `sample.steps`, `shift` and `guidance`, besides;
+    0: after the last step only; null: none."""
+
+    def files(self) -> dict[ExpertName, Path]:
+        """The files that are given, by expert."""
+        given: dict[ExpertName, Path | None] = {
+            "high": self.high,
+            "low": self.low,
+            "single": self.single,
+        }
+        return {name: path for name, path in given.items() if path is not None}
+
+
 class SampleSection(Section):
     prompts: Annotated[tuple[PromptSection, ...], Several] = ()
     """Prompts of sample videos: one, or a list, each a text or a mapping."""
@@ -247,6 +279,9 @@ class SampleSection(Section):
     """Guidance scale of each expert, [high, low], or [scale] for TI2V-5B; null is the official."""
     negative_prompt: str | None = None
     """Negative prompt of all samples; null is the official one, "" is none."""
+    distilled: DistilledSection | None = None
+    """Sample in a few steps with LoRAs that are distilled for it, at a tenth of the price; null:
+    with the model as it is trained."""
 
 
 class ResolvedSample(SampleSection):

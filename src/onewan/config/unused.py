@@ -79,6 +79,8 @@ def _by_variant(config: RunConfig) -> Iterator[Unused]:
         yield ("validation", "every"), "validation.clips is 0, which turns validation off"
     if config.sample.every and not config.sample.prompts:
         yield ("sample", "every"), "sample.prompts is empty"
+    if config.sample.distilled is not None and not config.sample.prompts:
+        yield ("sample", "distilled", "full_every"), "sample.prompts is empty"
 
 
 def _by_method(config: RunConfig) -> Iterator[Unused]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -67,14 +67,17 @@ class AdapterFile:
         return digest.hexdigest()
 
 
-def read_adapter(path: Path, expert: ExpertName | None = None) -> AdapterFile:
+def read_adapter(
+    path: Path, expert: ExpertName | None = None, *, skip_unknown: bool = False
+) -> AdapterFile:
     """The adapter in `path`, of any trainer; `expert` selects one where a file holds both.
 
     A missing alpha is the rank, as in ComfyUI and diffusers. CheckpointError for an incomplete
     file, another model's adapter, missing tensors, shapes that do not multiply, alphas without
-    weights, and values that are not finite.
+    weights, and values that are not finite. With `skip_unknown`, keys of other models are skipped,
+    with a notice, as long as some are of Wan 2.2.
     """
-    return _read(open_tensors(Path(path)), Path(path), expert)
+    return _read(open_tensors(Path(path)), Path(path), expert, skip_unknown=skip_unknown)
 
 
 def experts_in(source: Path | TensorFile) -> tuple[ExpertName, ...]:
@@ -118,8 +121,13 @@ def parse_adapter(
     return modules
 
 
-def _read(file: TensorFile, path: Path, expert: ExpertName | None) -> AdapterFile:
+def _read(
+    file: TensorFile, path: Path, expert: ExpertName | None, *, skip_unknown: bool = False
+) -> AdapterFile:
     layout = layout_of(file.tensors, file.metadata, expert)
+    unknown: tuple[str, ...] = ()
+    if skip_unknown and layout is not None and layout.modules:
+        layout, unknown = replace(layout, unknown=()), layout.unknown
     layout = _require_complete(file.path, file.tensors, layout)
     if len(layout.experts) > 1 and expert is None:
         raise CheckpointError(
@@ -142,7 +150,7 @@ def _read(file: TensorFile, path: Path, expert: ExpertName | None) -> AdapterFil
         modules=modules,
         expert=in_keys or (expert if layout.experts else None),
         metadata=dict(file.metadata),
-        notices=tuple(_notices(path, file, layout, modules)),
+        notices=tuple(_notices(path, file, layout, modules, unknown)),
     )
 
 
@@ -234,9 +242,18 @@ def _require_usable_scales(source: Path | str, modules: Mapping[str, ModuleAdapt
 
 
 def _notices(
-    path: Path, file: TensorFile, layout: AdapterLayout, modules: Mapping[str, ModuleAdapter]
+    path: Path,
+    file: TensorFile,
+    layout: AdapterLayout,
+    modules: Mapping[str, ModuleAdapter],
+    unknown: tuple[str, ...],
 ) -> list[str]:
     notices: list[str] = []
+    if unknown:
+        notices.append(
+            f"{path}: {len(unknown)} of {len(file.tensors)} keys are skipped, since Wan 2.2 has no "
+            f"weights for them: {named(unknown)}"
+        )
     if layout.skipped:
         notices.append(
             f"{path}: {len(layout.skipped)} of {len(file.tensors)} keys are skipped, as in "

@@ -180,7 +180,8 @@ def _saved(event: events.Saved) -> Iterable[str]:
 
 
 def _sampled(event: events.Sampled) -> Iterable[str]:
-    yield f"step {event.step}: sample video: {displayed(event.file)}"
+    what = "distilled sample video" if event.distilled else "sample video"
+    yield f"step {event.step}: {what}: {displayed(event.file)}"
 
 
 def _stopped(event: events.Stopped) -> Iterable[str]:

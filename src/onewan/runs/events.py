@@ -326,6 +326,8 @@ class Sampled(Event):
     step: int
     file: Path
     prompt: str
+    distilled: bool = False
+    """Whether it was sampled in a few steps with distilled LoRAs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,9 +10,9 @@ random generators.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from diffusers import WanTransformer3DModel
 from PIL import Image
 from torch import Tensor, nn
 
+from onewan.adapters.overlay import Overlay
 from onewan.arithmetic.sample_request import image_error, request_errors
 from onewan.errors import CheckpointError, ConfigError
 from onewan.media import Fit, read_image, write_video
@@ -31,7 +32,8 @@ from onewan.model.load import official_scheduler
 from onewan.model.precision import compute_context
 from onewan.model.text import pad_text
 from onewan.model.wan import WanModel
-from onewan.variants import NUM_TRAIN_TIMESTEPS, Variant
+from onewan.sample.distilled import distilled_scheduler
+from onewan.variants import NUM_TRAIN_TIMESTEPS, ExpertName, Variant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +59,14 @@ class SampleRequest:
     """Seed of the noise, which is drawn on the CPU and so the same on every device."""
     fps: float
     """Frame rate of the written file."""
+    distilled: bool = False
+    """Whether the sampler's distilled LoRAs are used, with their solver; steps, guidance and shift
+    are then those that they were distilled for."""
+
+    def in_few_steps(self, steps: int, guidance: float, shift: float) -> SampleRequest:
+        """The same video with distilled LoRAs."""
+        scales = (guidance,) * len(self.guidance)
+        return replace(self, steps=steps, guidance=scales, shift=shift, distilled=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +79,8 @@ class WanModelSampler:
     residency: Residency | None = None
     """Owner of the device that moves the model's modules there, if it is a training run or another
     program; `device` is then not used."""
+    distilled: Mapping[ExpertName, Overlay] = field(default_factory=dict[ExpertName, Overlay])
+    """The distilled LoRA of each expert, for requests that ask for them."""
 
     def sample(
         self,
@@ -111,11 +123,13 @@ class WanModelSampler:
                 ]
             if image is not None:
                 bring(model.vae)
-            transformers = [
-                _Float32Transformer(expert, bring, residency.device, model.dtype)
-                for expert in experts
-            ]
-            latents = self._denoise(request, transformers, text_1LD, image, on_step)
+            overlays = self._overlays() if request.distilled else {}
+            with _laid_over(overlays, bring, residency.device) as bring_expert:
+                transformers = [
+                    _Float32Transformer(expert, bring_expert, residency.device, model.dtype)
+                    for expert in experts
+                ]
+                latents = self._denoise(request, transformers, text_1LD, image, on_step)
             # Decoded here and not by the pipeline, so that the transformers can leave the device.
             bring(model.vae)
             pixels_BCFHW = model.decode_video(latents)
@@ -135,6 +149,15 @@ class WanModelSampler:
         write_video(path, self.sample(request, text=text, on_step=on_step), request.fps)
         return path
 
+    def _overlays(self) -> dict[nn.Module, Overlay]:
+        """The distilled LoRAs by transformer."""
+        variant = self.model.variant
+        if missing := [e.name for e in variant.experts if e.name not in self.distilled]:
+            raise CheckpointError(
+                f"{self.model.source}: no distilled LoRA was loaded for {', '.join(missing)}"
+            )
+        return {self.model.expert(e): self.distilled[e.name] for e in variant.experts}
+
     def _denoise(
         self,
         request: SampleRequest,
@@ -153,7 +176,9 @@ class WanModelSampler:
             "tokenizer": None,
             "text_encoder": None,
             "vae": self.model.vae,
-            "scheduler": official_scheduler(variant, request.shift),
+            "scheduler": distilled_scheduler(request.shift)
+            if request.distilled
+            else official_scheduler(variant, request.shift),
             "transformer": transformers[0],
             "transformer_2": transformers[1] if len(transformers) > 1 else None,
             "boundary_ratio": variant.boundary,
@@ -192,6 +217,37 @@ class WanModelSampler:
             callback_on_step_end_tensor_inputs=[],
         )
         return latents
+
+
+@contextmanager
+def _laid_over(
+    overlays: Mapping[nn.Module, Overlay], bring: Callable[[nn.Module], None], device: torch.device
+) -> Iterator[Callable[[nn.Module], None]]:
+    """A context that yields a function which brings a transformer, with its overlay on `device`
+    while it is the latest one."""
+    if not overlays:
+        yield bring
+        return
+    latest: nn.Module | None = None
+
+    def bring_expert(transformer: nn.Module) -> None:
+        nonlocal latest
+        if transformer is latest:
+            return
+        # First, so that it neither takes part in the transformer's move nor in its memory.
+        if latest is not None:
+            overlays[latest].detach()
+        bring(transformer)
+        overlays[transformer].attach(device)
+        latest = transformer
+
+    try:
+        # Compiled code would not notice the overlays' hooks, or keep them.
+        with torch.compiler.set_stance("force_eager"):
+            yield bring_expert
+    finally:
+        for overlay in overlays.values():
+            overlay.detach()
 
 
 @contextmanager

@@ -18,6 +18,8 @@ class Due:
     """Write the trained weights for other programs."""
     sample: bool
     """Generate the sample videos."""
+    full_sample: bool = False
+    """Generate those without distilled LoRAs too, where the others have them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +38,12 @@ class Cadence:
     """Whether there are prompts."""
     sample_every: int
     sample_at_start: bool
+    full_sample_every: int | None = None
+    """None: there are none besides the others."""
 
     @classmethod
     def of(cls, config: ResolvedRun) -> Cadence:
+        distilled = config.sample.distilled
         return cls(
             steps=config.train.steps,
             save_every=config.train.save_every,
@@ -48,10 +53,12 @@ class Cadence:
             samples=bool(config.sample.prompts),
             sample_every=config.sample.every,
             sample_at_start=config.sample.at_start,
+            full_sample_every=None if distilled is None else distilled.full_every,
         )
 
     def at(self, step: int) -> Due:
         """Actions that are due because of the number of completed steps alone."""
+        full = self.full_sample_every
         if step == 0:
             # A new run has nothing to save, but the base model's loss and videos to compare with.
             return Due(
@@ -59,6 +66,7 @@ class Cadence:
                 save=False,
                 export=False,
                 sample=self.samples and self.sample_at_start,
+                full_sample=self.samples and self.sample_at_start and full is not None,
             )
         save = self._divides(self.save_every, step)
         return Due(
@@ -66,6 +74,7 @@ class Cadence:
             save=save,
             export=save,
             sample=self.samples and self._divides(self.sample_every, step),
+            full_sample=self.samples and full is not None and self._divides(full, step),
         )
 
     def after(
@@ -89,6 +98,7 @@ class Cadence:
             save=save or timed,
             export=save,  # a timed save only protects against losing work
             sample=due.sample or (self.samples and sample_requested),
+            full_sample=due.full_sample,
         )
 
     def _divides(self, every: int, step: int) -> bool:

@@ -29,6 +29,7 @@ from onewan.formats.weights import open_component
 from onewan.model.load import describe_model
 from onewan.model.meta_init import module_on_meta, transformer_on_meta
 from onewan.model.sources import Sources
+from onewan.sample.distilled import check_distilled
 from onewan.train.attention import check_attention
 from onewan.train.optimizers.builders import build_optimizer
 from onewan.train.optimizers.parameters import library_group
@@ -43,12 +44,14 @@ def check_before_encoding(
     sources: Sources,
     needed: Collection[ComponentName],
     initial: Mapping[ExpertName, AdapterFile],
+    distilled: Mapping[ExpertName, AdapterFile],
     device: torch.device,
 ) -> None:
     """ConfigError with all problems, or CheckpointError if only files of the model are wrong.
 
     `sources` are the files of the model, of which the components `needed` are used; `initial` are
-    the adapters to initialize from, and `device` is the run's. No weights are read, and nothing is
+    the adapters to initialize from, `distilled` those to sample with, and `device` is the run's. No
+    weights are read, and nothing is
     downloaded: of a model on the hub, whose transformers may not be here yet, only layers are
     checked.
     """
@@ -62,6 +65,7 @@ def check_before_encoding(
         more, of_files = _collected(
             lambda: _check_embeddings(config, sources.paths.get("text_encoder")),
             lambda: _check_experts(config, sources, initial),
+            lambda: _check_distilled(config, sources, distilled),
             lambda: _check_attention(config, sources, device),
         )
         problems += more
@@ -154,6 +158,19 @@ def _check_experts(
         if (transformer := _transformer(sources, config.model.source_of(expert.component), expert))
     ]
     _raise(*_collected(*checks))  # both experts have the same layers, hence the same problems
+
+
+def _check_distilled(
+    config: ResolvedRun, sources: Sources, distilled: Mapping[ExpertName, AdapterFile]
+) -> None:
+    """That distilled LoRAs fit the transformers that are sampled."""
+    checks = [
+        partial(check_distilled, transformer, distilled[expert.name])
+        for expert in config.model.facts().experts
+        if expert.name in distilled
+        and (transformer := _transformer(sources, config.model.source_of(expert.component), expert))
+    ]
+    _raise(*_collected(*checks))
 
 
 def _transformer(sources: Sources, given: str, expert: Expert) -> WanTransformer3DModel | None:

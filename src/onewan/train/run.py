@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from onewan.adapters.overlay import Overlay
 from onewan.arithmetic.expert_schedule import ExpertSchedule
 from onewan.arithmetic.timestep_density import official_token_count
 from onewan.config.schema import ResolvedRun, TrainSection
@@ -43,6 +44,10 @@ class Run:
     schedule: ExpertSchedule
     state: TrainState
     samples: list[SampleRequest]
+    full_samples: list[SampleRequest]
+    """The same videos without distilled LoRAs; empty unless they are wanted besides."""
+    distilled: dict[ExpertName, Overlay]
+    """The distilled LoRAs that `samples` are made with, if any."""
     attention: AttentionBackend
     """Computes attention in all transformers; `train.attention.use_attention` replaces it."""
     dropout: bool
@@ -110,12 +115,34 @@ class Run:
 
 
 def sample_requests(config: ResolvedRun) -> list[SampleRequest]:
-    """The sample videos that the run file's `sample.prompts` ask for.
+    """The sample videos that the run file's `sample.prompts` ask for, with `sample.distilled`, if
+    it is given, in a few steps.
 
     ConfigError for a request that the variant can't fulfill, before anything is loaded.
     """
+    requests, distilled = _requests(config), config.sample.distilled
+    if distilled is not None:
+        few = (distilled.steps, distilled.guidance, distilled.shift)
+        requests = [request.in_few_steps(*few) for request in requests]
+    for request in requests:
+        check_request(request, config.model.facts())
+    return requests
+
+
+def full_sample_requests(config: ResolvedRun) -> list[SampleRequest]:
+    """The same videos without distilled LoRAs, if `sample.distilled.full_every` asks for them."""
+    distilled = config.sample.distilled
+    if distilled is None or distilled.full_every is None:
+        return []
+    requests = _requests(config)
+    for request in requests:
+        check_request(request, config.model.facts())
+    return requests
+
+
+def _requests(config: ResolvedRun) -> list[SampleRequest]:
     sample = config.sample
-    requests = [
+    return [
         SampleRequest(
             prompt=entry.prompt,
             negative_prompt=sample.negative_prompt
@@ -133,9 +160,6 @@ def sample_requests(config: ResolvedRun) -> list[SampleRequest]:
         )
         for entry in sample.prompts
     ]
-    for request in requests:
-        check_request(request, config.model.facts())
-    return requests
 
 
 def objective_of(train: TrainSection, variant: Variant, experts: Sequence[Expert]) -> Objective:

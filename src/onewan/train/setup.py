@@ -34,7 +34,8 @@ from onewan.train.chunks import chosen_chunks
 from onewan.train.memory import RunMemory, plan_run
 from onewan.train.optimizers.builders import inexact_resume_reason
 from onewan.train.preflight import check_before_encoding
-from onewan.train.run import Run, objective_of, sample_requests
+from onewan.train.previews import distilled_files, preview_overlays
+from onewan.train.run import Run, full_sample_requests, objective_of, sample_requests
 from onewan.train.state import TrainedExpert, TrainState
 from onewan.train.trainable_setup import (
     attach_embeddings,
@@ -62,6 +63,8 @@ class WanModelSetup:
         self._notices: dict[str, None] = {}  # an ordered set: each notice once
         self._sources: Sources | None = None
         """Files of the model, once they are checked."""
+        self._distilled: dict[ExpertName, AdapterFile] = {}
+        """The files of `sample.distilled`, once they are checked."""
 
     def check(self) -> None:
         """Refuse what the run file and the headers of files show to be wrong, before anything is
@@ -106,6 +109,8 @@ class WanModelSetup:
         }
         self._place_untrained(model, memory)
         head_dim = next(iter(experts.values())).transformer.config["attention_head_dim"]
+        overlays, notices = preview_overlays(config, model, self._distilled)
+        self._notices |= dict.fromkeys(notices)
         run = Run(
             config=config,
             model=model,
@@ -121,6 +126,8 @@ class WanModelSetup:
                 feed_forward_chunks=chosen_chunks(memory, dataset.clips),
             ),
             samples=samples,
+            full_samples=full_sample_requests(config),
+            distilled=overlays,
             attention=first_attention(config, self._residency.device, head_dim),
             dropout=self._dropout,
             warnings=[*self._notices, *self._warnings(schedule, dataset)],
@@ -195,8 +202,14 @@ class WanModelSetup:
             # Hours of encoding must not end in a transformer that is missing.
             transformers = self._needed_transformers(needs_sampling=bool(samples))
             sources.require({*ENCODERS, *(transformers - given.keys())}, self._variant)
+            self._distilled = distilled_files(self._config)
             check_before_encoding(
-                self._config, sources, {*ENCODERS, *transformers}, initial, self._residency.device
+                self._config,
+                sources,
+                {*ENCODERS, *transformers},
+                initial,
+                self._distilled,
+                self._residency.device,
             )
             self._sources = sources
         return self._sources

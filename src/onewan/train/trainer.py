@@ -38,10 +38,10 @@ from onewan.runs.control import REQUESTS, Request, StopSignals, clear, pending, 
 from onewan.runs.event_file import EventFile, HeartbeatThread
 from onewan.runs.layout import RunLayout
 from onewan.runs.log import FileSink, Listener, ListenerSink, RunLog, TextSink, text_log
-from onewan.sample.generate import WanModelSampler
+from onewan.sample.generate import SampleRequest, WanModelSampler
 from onewan.train.attention import choose_attention
 from onewan.train.best import improved_weights
-from onewan.train.cadence import Cadence
+from onewan.train.cadence import Cadence, Due
 from onewan.train.chunks import saved_chunks
 from onewan.train.exporting import WeightExporter
 from onewan.train.memory import planned
@@ -253,8 +253,7 @@ class WanTrainer:
             self._validate(run)
         if due.export and not self._exporter.is_complete(run):
             self._exporter.export(run)
-        if due.sample:
-            self._sample(run)
+        self._sample_due(run, due)
 
     def _after_step(
         self, run: Run, step: StepBatches, metrics: StepMetrics, seconds: float
@@ -306,8 +305,7 @@ class WanTrainer:
             self._saver.save(run, last=run.state.step == self._config.train.steps)
         if due.export:
             self._exporter.export(run)
-        if due.sample:
-            self._sample(run)
+        self._sample_due(run, due)
 
     def _stop_if_requested(self) -> None:
         if self._stop_signals.requested or self._take("stop"):
@@ -413,13 +411,20 @@ class WanTrainer:
 
     # ------------------------------------------------------------------------------------- samples
 
-    def _sample(self, run: Run) -> None:
+    def _sample_due(self, run: Run, due: Due) -> None:
+        if due.sample:
+            self._sample(run, run.samples)
+        if due.full_sample:
+            self._sample(run, run.full_samples)
+
+    def _sample(self, run: Run, requests: Sequence[SampleRequest]) -> None:
         """Generate the sample videos of this step; a resumed run makes those that do not exist."""
         folder = self._layout.samples(run.state.step)
-        sampler = WanModelSampler(run.model, residency=run.residency)
+        sampler = WanModelSampler(run.model, residency=run.residency, distilled=run.distilled)
         run.memory.use_for_sampling()
-        for number, request in enumerate(run.samples):
-            path = folder / f"{number}.{self._config.sample.format}"
+        for number, request in enumerate(requests):
+            name = f"{number}-distilled" if request.distilled else f"{number}"
+            path = folder / f"{name}.{self._config.sample.format}"
             # A new run may find those of an earlier one that ended before its first saved state,
             # and may have other settings.
             if path.exists() and self._is_resumed:
@@ -444,7 +449,14 @@ class WanTrainer:
                     log.exception("sampling failed")
                 self._log.warn(f"sampling '{request.prompt}' failed: {error}")
                 continue
-            self._log.emit(events.Sampled(step=run.state.step, file=path, prompt=request.prompt))
+            self._log.emit(
+                events.Sampled(
+                    step=run.state.step,
+                    file=path,
+                    prompt=request.prompt,
+                    distilled=request.distilled,
+                )
+            )
 
     def _on_sampling(self, step: int, number: int, done: int, total: int) -> None:
         self._log.emit(events.Sampling(step=step, number=number, done=done, total=total))

@@ -120,7 +120,7 @@ class RunCosts:
         pinned |= self._trained_on_host(settings)
         pinned["kept for the backward pass"] = acts.kept_on_host
         pageable = {
-            "Python and libraries": _PROCESS,
+            **self._process,
             "a checkpoint being written": self._copied_for_a_checkpoint(settings),
         }
         return _phase("training", device, pinned, pageable)
@@ -143,7 +143,7 @@ class RunCosts:
         live = self.activations(bucket, settings).forward_live
         device["live block"] = max(live, smallest_peak(self.batch(bucket))) + self._expanded()
         pinned = self._weights_on_host(settings) | self._trained_on_host(settings)
-        return _phase("validation", device, pinned, {"Python and libraries": _PROCESS})
+        return _phase("validation", device, pinned, self._process)
 
     def _weights_on_device(self, settings: Settings) -> dict[str, int]:
         model = self.transformer
@@ -295,6 +295,14 @@ class RunCosts:
     # --------------------------------------------------------------------------- other phases
 
     @property
+    def _process(self) -> dict[str, int]:
+        """What is in host memory from the first step to the last, beside the model."""
+        return {
+            "Python and libraries": _PROCESS,
+            "distilled LoRAs": sum(self.stored.distilled.values()),
+        }
+
+    @property
     def _caption(self) -> int:
         """Bytes while a caption is encoded."""
         return CAPTION_BYTES_PER_HEAD * self.stored.text_heads
@@ -327,6 +335,8 @@ class RunCosts:
         # Twice, for the negative prompt, and for what the solver keeps of earlier steps.
         denoising["latents, text and rotary tables"] = self._inputs(bucket, clips=2)
         denoising["live block"] = max(live, smallest_peak(batch)) + self._expanded()
+        # That of the expert which computes.
+        denoising["distilled LoRA"] = max(self.stored.distilled.values(), default=0)
         decoding = {
             "VAE": 4 * self.stored.vae.weights,
             f"a video of {bucket}": self.stored.vae.decoding_bytes(bucket.pixels, bucket.frames),
@@ -335,7 +345,7 @@ class RunCosts:
         pinned = self._weights_on_host(settings) | self._trained_on_host(parked)
         state = trained["optimizer state"] + trained.get("averages", 0)
         pinned["optimizer state"] = pinned.get("optimizer state", 0) + state
-        host = {"Python and libraries": _PROCESS, "the video": 15 * bucket.pixels * bucket.frames}
+        host = {**self._process, "the video": 15 * bucket.pixels * bucket.frames}
         return (
             _phase("sampling: denoising", denoising, pinned, host),
             _phase("sampling: decoding", decoding, pinned, host),

@@ -72,6 +72,10 @@ class RunTime:
     """Sample videos of the whole run."""
     sample: float
     """Seconds of one sample video, at the run file's size, frames and steps."""
+    full_samples: int
+    """Sample videos without distilled LoRAs, where the others have them."""
+    full_sample: float
+    """Seconds of one of these."""
     validations: int
     validation: float
     """Seconds of one validation, of all experts."""
@@ -80,7 +84,10 @@ class RunTime:
     def total(self) -> float:
         """Seconds of the run."""
         return (
-            self.steps * self.step + self.samples * self.sample + self.validations * self.validation
+            self.steps * self.step
+            + self.samples * self.sample
+            + self.full_samples * self.full_sample
+            + self.validations * self.validation
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from onewan.config.sample_defaults import sample_passes
 from onewan.memory.plan.bucket import Bucket
 from onewan.memory.plan.costs import RunCosts
 from onewan.memory.plan.machine import Machine
@@ -26,14 +27,20 @@ def run_time(
     config, worst = costs.config, buckets[0]
     steps, count = config.train.steps, sum(clips.values())
     step = sum(clips[b.bucket] * b.time.seconds for b in buckets) / count
-    sample, samples, at_start = config.sample, 0, 0
-    if sample.prompts:
-        at_start = int(sample.at_start)
-        samples = len(sample.prompts) * (at_start + _times_due(sample.every, steps))
+    sample, distilled = config.sample, config.sample.distilled
     video = Bucket(frames=sample.frames, width=sample.width, height=sample.height)
     resident = replace(worst.settings, resident_blocks=sampling_resident_blocks)
-    # The negative prompt takes a second pass, unless the guidance scale is 1.
-    passes = sum(1 if scale == 1 else 2 for scale in sample.guidance) / len(sample.guidance)
+    one_pass = _pass(costs, video, resident, machine)
+    full = one_pass * sample_passes(sample.steps, sample.guidance)
+    samples = full_samples = 0
+    if sample.prompts:
+        at_start, count = int(sample.at_start), len(sample.prompts)
+        samples = count * (at_start + _times_due(sample.every, steps))
+        if distilled is not None and distilled.full_every is not None:
+            full_samples = count * (at_start + _times_due(distilled.full_every, steps))
+    each = full
+    if distilled is not None:
+        each = one_pass * sample_passes(distilled.steps, (distilled.guidance,))
     validation = 0.0
     if config.validation.clips:
         per_expert = config.validation.clips * config.validation.timesteps
@@ -44,7 +51,9 @@ def run_time(
         steps=steps,
         step=step,
         samples=samples,
-        sample=sample.steps * passes * _pass(costs, video, resident, machine),
+        sample=each,
+        full_samples=full_samples,
+        full_sample=full,
         validations=(1 + _times_due(config.validation.every, steps)) if validation else 0,
         validation=validation,
     )

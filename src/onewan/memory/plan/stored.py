@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import cast
@@ -12,6 +12,8 @@ from onewan.config.schema import ResolvedRun
 from onewan.dtypes import BYTES_PER_ELEMENT
 from onewan.errors import CheckpointError
 from onewan.formats.backends import TensorInfo
+from onewan.formats.container import open_tensors
+from onewan.formats.lora import layout_of
 from onewan.formats.model_folder import (
     ComponentDescription,
     ComponentName,
@@ -71,6 +73,8 @@ class StoredModel:
     text_width: int = TEXT_WIDTH
     text_heads: int = TEXT_HEADS
     """Attention heads of the text encoder."""
+    distilled: Mapping[ExpertName, int] = field(default_factory=dict[ExpertName, int])
+    """Bytes of the LoRAs of `sample.distilled`."""
     notes: tuple[str, ...] = ()
     """What was assumed, for the user."""
 
@@ -103,6 +107,7 @@ def read_stored_model(config: ResolvedRun) -> StoredModel:
         else _text_encoder_bytes(text.file, config.model.dtype),
         text_width=TEXT_WIDTH if text is None else int(text.config["d_model"]),
         text_heads=TEXT_HEADS if text is None else int(text.config["num_heads"]),
+        distilled=found.distilled,
         notes=tuple(
             f"the files of the {' and the '.join(which)} are not on this machine, so "
             f"{'their sizes are those' if len(which) > 1 else 'its size is that'} of "
@@ -121,6 +126,7 @@ def assumed_model(config: ResolvedRun) -> StoredModel:
         experts={expert.name: _transformer(config, expert, None) for expert in variant.experts},
         vae=VaeShape.of_variant(variant),
         text_encoder=_FP8_TEXT_ENCODER_BYTES if _is_named_fp8(config.model.text_encoder) else text,
+        distilled=_distilled_bytes(config),
     )
 
 
@@ -172,6 +178,26 @@ def _descriptions(config: ResolvedRun) -> dict[ComponentName, ComponentDescripti
         except (CheckpointError, OSError):
             continue  # as above
     return described
+
+
+def _distilled_bytes(config: ResolvedRun) -> dict[ExpertName, int]:
+    """Bytes of each LoRA of `sample.distilled` in memory, by its header: tensors of blocks are in
+    the type of the matrix products, the others are float32."""
+    distilled, sizes = config.sample.distilled, dict[ExpertName, int]()
+    for name, path in {} if distilled is None else distilled.files().items():
+        try:
+            tensors = open_tensors(path).tensors
+            layout = layout_of(tensors, {}, name)
+        except (CheckpointError, OSError):
+            continue  # which loading reports
+        sizes[name] = sum(
+            tensors[key].elements
+            * (_COMPUTED_TYPES[config.model.dtype] if module.startswith("blocks.") else 4)
+            for module, keys in ({} if layout is None else layout.modules).items()
+            for part, key in keys.items()
+            if part != "alpha"
+        )
+    return sizes
 
 
 def _is_named_fp8(source: str | None) -> bool:
