@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.distilled import write_distilled
 from support.runs import METHODS, SMALL_SAMPLE, RunFile, layout_of
 
 import onewan.sample.generate
@@ -154,6 +155,54 @@ def test_a_lora_has_a_strength_as_in_merge(
     # Of one expert only: the other one stays as it is, which is said.
     assert sampled(model, *prompt, "--out", tmp_path / "high.mp4", "--lora", loras[0]) == 0
     assert "no LoRA for the low expert" in capsys.readouterr().out
+
+
+def test_distilled_loras_are_those_of_the_options_or_of_the_run(
+    run_file: RunFile, workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The videos are those of training; --full leaves the LoRAs out."""
+    files = write_distilled(workshop / "t2v-a14b", tmp_path / "distilled", form="differences")
+    high, low = str(files["high"]), str(files["low"])
+    config = run_file(
+        "t2v-a14b",
+        *SAMPLE,
+        "sample.prompts=[a red square]",
+        "sample.at_start=true",
+        f"sample.distilled={{high: {high}, low: {low}, full_every: 0}}",
+        "train.steps=2",
+        "output.dtype=float32",
+    )
+    WanTrainer(config).fit()
+    layout = layout_of(config)
+    assert sampled(layout.root) == 0
+    out = capsys.readouterr().out
+    before_loading = out.partition("sampling")[0]
+    assert f"distilled LoRA of the high expert: {high}" in before_loading
+    assert "000002-distilled-0.mp4 will be: 5 frames, 64x64, 4 distilled steps" in before_loading
+    assert out.count("has no alpha") == 2
+    manual = layout.manual_samples_dir
+    assert same(manual / "000002-distilled-0.mp4", layout.samples(2) / "0-distilled.mp4")
+    assert sampled(layout.root, "--full") == 0
+    assert same(manual / "000002-0.mp4", layout.samples(2) / "0.mp4")
+    assert "0-distilled" not in capsys.readouterr().out
+    size = [*SIZE[:6], "--dtype", "float32", "--prompt", "a red square", "--out"]
+    base = [workshop / "t2v-a14b", *size]
+    assert sampled(*base, tmp_path / "a.mp4", "--distilled", high, low) == 0
+    assert same(tmp_path / "a.mp4", layout.samples(0) / "0-distilled.mp4")
+    weights = [f"{high}:0.5", f"{low}:0.5"]
+    assert sampled(*base, tmp_path / "b.mp4", "--distilled", *weights, "--steps", "3") == 0
+    assert not same(tmp_path / "b.mp4", tmp_path / "a.mp4")
+    capsys.readouterr()
+    for options, problem in (
+        (["--distilled", high], "--distilled: t2v-a14b needs two files, HIGH LOW, got 1"),
+        (["--distilled", high, "x"], "--distilled: there is no file x"),
+        (["--distilled", low, high], "is named as that of the low one; swap the two"),
+        (["--distilled", high, low, "--full"], "--full: is without distilled LoRAs"),
+        (["--full"], "--full: there are no distilled LoRAs to leave out"),
+    ):
+        assert sampled(*base, tmp_path / "c.mp4", *options) == 1
+        assert problem in capsys.readouterr().err
+    assert not (tmp_path / "c.mp4").exists()
 
 
 def test_every_problem_is_reported_before_anything_is_loaded(

@@ -17,10 +17,17 @@ import torch
 import transformers
 
 from onewan.adapters.lora import apply_lora
+from onewan.adapters.overlay import Overlay
 from onewan.arithmetic.sample_request import image_error, request_errors
 from onewan.checkpoint.saver import expert_of
 from onewan.cli.output import say
 from onewan.cli.progress import Progress
+from onewan.cli.sample_distilled import (
+    Distilled,
+    distilled_problems,
+    distilled_section,
+    read_distilled_options,
+)
 from onewan.cli.sample_source import SampleSource, lora_files, sample_source
 from onewan.cli.sample_videos import (
     output_problems,
@@ -40,9 +47,10 @@ from onewan.model.sources import ENCODERS, PipelineComponent, locate
 from onewan.model.text import mentions
 from onewan.model.wan import WanModel
 from onewan.runs.layout import displayed
+from onewan.sample.distilled import distilled_overlays
 from onewan.sample.generate import SampleRequest, WanModelSampler
 from onewan.sample.streaming import sampling_residency
-from onewan.variants import NEGATIVE_PROMPT, VARIANTS, Expert, Variant
+from onewan.variants import NEGATIVE_PROMPT, VARIANTS, Expert, ExpertName, Variant
 
 # Their progress bars for loading would interleave with ours.
 diffusers.utils.logging.disable_progress_bar()
@@ -73,13 +81,17 @@ def sample(options: argparse.Namespace) -> int:
     if known is None:
         videos = _videos(options, source, variant)
     loras = list(_loras(options, source, variant))
-    for line in _plan_lines(source, variant, videos, loras):
+    distilled = read_distilled_options(options, source, variant)
+    for line in _plan_lines(source, variant, videos, loras, distilled):
         say(line)
     model = _load(source, variant, loras)
+    overlays = _overlays(model, distilled)
     # Before sampling: a placeholder without vectors would be encoded as ordinary words.
     for path, placeholder in _embeddings(options, source):
         say(_add_embedding(model, path, placeholder, [request for _, request in videos]))
-    sampler = WanModelSampler(model, residency=sampling_residency(model, device, limit))
+    beside = max((overlay.nbytes for overlay in overlays.values()), default=0)
+    residency = sampling_residency(model, device, limit, beside=beside)
+    sampler = WanModelSampler(model, residency=residency, distilled=overlays)
     try:
         _sample_all(sampler, videos)
     except torch.OutOfMemoryError as error:
@@ -118,6 +130,7 @@ def _videos(
         problems += output_problems(paths, force=options.force)
     requests = [_request(template, entry) for entry in prompts]
     problems += _image_problems(requests, variant)
+    problems += distilled_problems(options, source, variant)
     if variant is not None:
         problems += [
             f"--{name}: {error}"
@@ -167,6 +180,8 @@ def _template(options: argparse.Namespace, source: SampleSource, variant: Varian
             seed=0,
             fps=variant.fps,
         )
+    if (few := distilled_section(options, source)) is not None:
+        template = template.in_few_steps(few.steps, few.guidance, few.shift)
     # Not `value or default`: 0 and "" are values that the user may have given.
     names = ("width", "height", "frames", "steps", "shift", "fps")
     given = {n: value for n in names if (value := getattr(options, n)) is not None}
@@ -206,6 +221,8 @@ def _paths(options: argparse.Namespace, source: SampleSource, count: int) -> lis
     label = "base" if source.weights is None else source.weights.short_label
     if options.ema:
         label += "-ema"
+    if distilled_section(options, source) is not None:
+        label += "-distilled"
     return unused_video_paths(source.layout, label, count, format)
 
 
@@ -261,6 +278,7 @@ def _plan_lines(
     variant: Variant,
     videos: Sequence[tuple[Path, SampleRequest]],
     loras: Sequence[_Lora],
+    distilled: Distilled | None,
 ) -> Iterator[str]:
     """What will be made from what, before anything is loaded."""
     for notice in source.notices:
@@ -275,10 +293,16 @@ def _plan_lines(
     without = [e.name for e in variant.experts if not any(lora.expert == e for lora in loras)]
     if loras and without:
         yield f"note: no LoRA for the {without[0]} expert, which stays the base model"
+    for name, file in ({} if distilled is None else distilled.files).items():
+        which = "" if name == "single" else f" of the {name} expert"
+        yield f"distilled LoRA{which}: {displayed(file.path)}"
     for path, request in videos:
+        steps = (
+            f"{request.steps} distilled steps" if request.distilled else f"{request.steps} steps"
+        )
         yield (
-            f"{displayed(path)} will be: {_size(request)}, {request.steps} steps, seed "
-            f"{request.seed}: {request.prompt}"
+            f"{displayed(path)} will be: {_size(request)}, {steps}, seed {request.seed}: "
+            f"{request.prompt}"
         )
 
 
@@ -305,6 +329,15 @@ def _load(source: SampleSource, variant: Variant, loras: Sequence[_Lora]) -> Wan
         strength = "" if lora.strength == 1 else f" at strength {lora.strength:g}"
         say(f"{displayed(path)}: applied to the {lora.expert.name} expert{strength}")
     return model
+
+
+def _overlays(model: WanModel, distilled: Distilled | None) -> dict[ExpertName, Overlay]:
+    if distilled is None:
+        return {}
+    overlays, notices = distilled_overlays(model, distilled.files, distilled.strengths)
+    for notice in notices:
+        say(f"note: {notice}")
+    return overlays
 
 
 # --------------------------------------------------------------------------------------- embeddings

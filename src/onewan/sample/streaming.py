@@ -24,10 +24,10 @@ activations, which are 6 GB at 81x480x832 with guidance, and for the VAE, which 
 
 
 def sampling_residency(
-    model: WanModel, device: torch.device, limit: int | None = None
+    model: WanModel, device: torch.device, limit: int | None = None, *, beside: int = 0
 ) -> DeviceResidency:
     """The owner of `device` for sampling with `model`, which is in host memory; of the device's
-    memory it counts on `limit` bytes at most.
+    memory it counts on `limit` bytes at most, `beside` of which lie beside an expert's weights.
 
     Experts larger than `WEIGHTS_SHARE` of what is free there keep as many blocks there as that
     share holds; the others come from host memory while the blocks before them compute.
@@ -38,6 +38,8 @@ def sampling_residency(
     _, free = total_and_free_memory(device)
     if free is not None and limit is not None:
         free = min(free, limit)
+    if free is not None:
+        free = max(0, free - beside)
     experts = [model.expert(expert) for expert in model.variant.experts]
     room = None if free is None else int(WEIGHTS_SHARE * free)
     if room is None or max(map(_bytes, experts)) <= room:
