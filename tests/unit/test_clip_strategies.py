@@ -292,6 +292,11 @@ def test_each_video_has_its_own_line_and_of_many_the_rest_are_counted() -> None:
         f"1.1 s of {(36 + k) / 30:.1f} s"
         for k in range(5)
     ]
+    twice = (video(1, 36), replace(video(1, 36), fps=8.0, frames=9))
+    assert replace(report, clips=twice).lines()[-2:] == [
+        "  01.mp4: 36 frames at 30 fps -> 17 at 16 fps, 1.1 s of 1.2 s",
+        "  01.mp4: 36 frames at 30 fps -> 9 at 8 fps, 1.1 s of 1.2 s",
+    ]
     many = replace(report, clips=tuple(video(number, 36 + number) for number in range(25)))
     *_, last, rest = many.lines()
     assert last.startswith("  19.mp4: 55 frames at 30 fps -> ")

@@ -143,13 +143,15 @@ class DatasetReport:
 
     def _taken_lines(self) -> list[str]:
         """How many frames and seconds are taken of each video; a line for those that are alike."""
-        videos: dict[tuple[Path, str], list[Clip]] = {}
+        videos: dict[tuple[Path, str, float, bool], list[Clip]] = {}
         for clip in (*self.clips, *self.validation_clips):
             if clip.kind == "video":
-                videos.setdefault((clip.path, clip.item_name), []).append(clip)
+                # Sources that share a file may take it at other rates, or other spans in each pass.
+                how = (clip.path, clip.item_name, clip.fps, clip.takes > 1)
+                videos.setdefault(how, []).append(clip)
         if not videos:
             return []
-        notes = [ClipWarning(path=path, text=taken(clips)) for (path, _), clips in videos.items()]
+        notes = [ClipWarning(path=path, text=taken(clips)) for (path, *_), clips in videos.items()]
         used = sum(used_seconds(clips) for clips in videos.values())
         total = sum(clips[0].source_seconds for clips in videos.values())
         lines = [f"Taken of the videos, {used:.1f} s of {total:.1f} s:"]
