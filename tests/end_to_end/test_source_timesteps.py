@@ -16,7 +16,7 @@ from onewan.config.schema import ResolvedRun
 from onewan.data.buckets import expected_buckets
 from onewan.data.probes import MediaProbes
 from onewan.data.run_clips import clips_of_run
-from onewan.doctor.environment import look_at_environment
+from onewan.doctor.environment import Environment, Torch
 from onewan.doctor.examination import examine
 from onewan.errors import CheckpointError, ConfigError
 from onewan.media.write import write_video
@@ -24,6 +24,19 @@ from onewan.train.run import Run
 from onewan.train.setup import WanModelSetup
 from onewan.train.trainer import WanTrainer
 
+MACHINE = Environment(
+    onewan="0.1.0",
+    python="3.12.0",
+    system="Linux",
+    processor="8 CPU cores",
+    memory=64 * 10**9,
+    disk_free=10**12,
+    torch=Torch(version="2.9.0", build="CPU only"),
+    cards=(),
+    driver="",
+    packages={},
+    optional={},
+)
 SMALL = "wan_config.max_frames=5"
 
 
@@ -148,7 +161,7 @@ def test_an_expert_without_usable_clips_is_an_error_before_anything_is_encoded(
         "trained on; add a source for it, or train the low expert alone: model.experts=low"
     )
     assert list(refusal.value.problems) == [said]
-    examination = examine(config, look_at_environment, previews=False, advance=lambda *_: None)
+    examination = examine(config, lambda: MACHINE, previews=False, advance=lambda *_: None)
     assert said in [finding.text for finding in examination.of_run if finding.severity == "problem"]
 
 
