@@ -104,6 +104,15 @@ def test_a_faster_speed_takes_frames_further_apart(tmp_path: Path) -> None:
         assert numbers_of(clip) == list(range(0, 9 * step, step))
 
 
+def test_the_longest_duration_is_that_of_the_clip_at_any_speed(tmp_path: Path) -> None:
+    write_numbered(tmp_path / "a.mp4", steady(Fraction(32), 2.5))
+    settings = planner(max_frames=17, max_duration=17 / 16, resolutions=("64x32",))
+    for speed in (0.5, 1.0, 2.0):
+        folder = ClipSource(path=tmp_path, speed=speed)
+        (clip,) = index_clips([folder], settings, use_masks=False).clips
+        assert (clip.frames, clip.fps) == (17, 16 / speed)
+
+
 def test_a_slow_video_comes_as_it_was_chosen(tmp_path: Path) -> None:
     write_numbered(tmp_path / "slow.mp4", steady(Fraction(8), 3))
     write_numbered(tmp_path / "film.mp4", steady(RATES["23.976"], 3))

@@ -192,7 +192,7 @@ class ClipPlanner:
     clip_lengths: tuple[int, ...] = ()
     """Instead of `max_frames`: the numbers of frames at each of which a file gives clips."""
     max_duration: float
-    """Longest clip, s."""
+    """Longest clip as it is trained, s."""
     frame_strategy: Strategy
     """Which spans of a longer file are taken; see docs/data.md."""
     clips_per_video: int = 1
@@ -408,15 +408,16 @@ class ClipPlanner:
             draw=lambda index: self._draw("span", name, index),
         )
         groups = list[list[Span]]()
-        for frames in self._lengths_of(max(s.frames_at(fps) for s in chooser.scenes), fps):
+        for frames in self._lengths_of(max(s.frames_at(fps) for s in chooser.scenes)):
             spans = chooser.spans(frames)
             groups += [spans] if self.frame_strategy == "random" else [[span] for span in spans]
         return groups
 
-    def _lengths_of(self, available: int, fps: float) -> list[int]:
+    def _lengths_of(self, available: int) -> list[int]:
         """The numbers of frames of the clips of a file with `available` frames in a scene."""
-        # At least one frame, however short `max_duration` is.
-        by_duration = max(1, floor(self.max_duration * fps + _ROUNDING))
+        # As they are trained, at the rate of all clips, however far apart in the file they are. At
+        # least one frame, however short `max_duration` is.
+        by_duration = max(1, floor(self.max_duration * self.fps + _ROUNDING))
         limit = floor_to_4n_plus_1(by_duration, self.temporal_compression)
         lengths = sorted({min(length, limit) for length in self.lengths})
         return [n for n in lengths if n <= available] or lengths[:1]
