@@ -14,16 +14,20 @@ from support.distilled import write_distilled
 from support.runs import METHODS, RunFile, layout_of, outcome, recorder
 
 import onewan.sample.generate
+from onewan.config.load import load_run
 from onewan.config.schema import ResolvedRun
 from onewan.demo.tiny_model import write_tiny_model
 from onewan.errors import CheckpointError, ConfigError, Interrupted
 from onewan.media import probe, write_video
 from onewan.runs.event_file import read_events
 from onewan.runs.events import Event, Sampling
+from onewan.train.run import full_sample_requests, sample_requests
+from onewan.train.setup import WanModelSetup
 from onewan.train.trainer import WanTrainer
 
 pytestmark = pytest.mark.long
 
+ROOT = Path(__file__).resolve().parents[2]
 EACH_STEP = ["train.steps=4", "train.save_every=1", "train.switch_expert_every=1"]
 
 
@@ -223,3 +227,23 @@ def test_files_are_checked_before_anything_is_encoded(
     with pytest.raises(CheckpointError, match="does not fit the model in 20 of 20 layers"):
         WanTrainer(wrong).fit()
     assert not layout_of(swapped).root.exists() and not layout_of(wrong).root.exists()
+
+
+def test_the_documented_run_file_can_be_started(workshop: Path, tmp_path: Path) -> None:
+    """The example of docs/training.md, as far as a run is checked before anything is encoded."""
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    section = page.partition("### Previews in four steps")[2]
+    example = section.partition("```yaml\n")[2].partition("```")[0]
+    write_distilled(workshop / "t2v-a14b", tmp_path / "loras")
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model: {{path: {(workshop / 't2v-a14b').as_posix()}, variant: t2v-a14b}}\n"
+        f"video_data: {{sources: {(workshop / 'clips').as_posix()}}}\n{example}",
+        encoding="utf-8",
+    )
+    config = load_run(file)
+    WanModelSetup(config).check()
+    (request,), (full,) = sample_requests(config), full_sample_requests(config)
+    assert (request.steps, request.guidance, request.shift) == (4, (1.0, 1.0), 5.0)
+    assert (full.steps, full.guidance, full.shift) == (25, (4.0, 3.0), 12.0)
+    assert config.sample.every == config.train.save_every

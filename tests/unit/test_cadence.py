@@ -67,6 +67,18 @@ def test_before_the_first_step_the_base_is_validated_and_sampled_if_asked(at_sta
     assert due == replace(NOTHING, validate=True, sample=at_start)
 
 
+def test_full_samples_have_an_interval_of_their_own() -> None:
+    both = replace(CADENCE, full_sample_every=4, sample_at_start=True)
+    due = [step for step in range(11) if both.at(step).full_sample]
+    assert due == [0, 4, 8, 10]
+    assert [step for step in range(11) if both.at(step).sample] == [0, 5, 10]
+    assert not both.after(3, seconds_since_save=0, sample_requested=True).full_sample
+    last = replace(both, full_sample_every=0, sample_at_start=False)
+    assert [step for step in range(11) if last.at(step).full_sample] == [10]
+    without = replace(both, samples=False)
+    assert not any(without.at(step).full_sample for step in range(11))
+
+
 def test_a_resumed_run_owes_what_its_step_makes_due_but_no_timed_save() -> None:
     timed = replace(CADENCE, save_minutes=1e-9)
     assert timed.at(4) == replace(NOTHING, save=True, export=True)

@@ -18,9 +18,14 @@ from torch import Tensor
 from onewan.adapters.merging import merge_adapters
 from onewan.demo.tiny_model import write_tiny_model
 from onewan.errors import CheckpointError, Interrupted
+from onewan.memory.block_backward import BlockComputation
+from onewan.memory.execution import BlockExecution
+from onewan.memory.plan import Settings
+from onewan.model.block_parts import BlockParts
 from onewan.model.forward import predict_velocity
 from onewan.model.load import WanModelLoader
 from onewan.model.meta_init import transformer_on_meta
+from onewan.model.transformer import WanTransformer
 from onewan.model.wan import WanModel
 from onewan.sample.distilled import (
     check_distilled,
@@ -236,3 +241,25 @@ def test_an_interrupted_sample_leaves_nothing_of_the_loras(
 def test_a_request_needs_the_loras(model: WanModel) -> None:
     with pytest.raises(CheckpointError, match="no distilled LoRA was loaded for high, low"):
         WanModelSampler(model).sample(request())
+
+
+def test_compiled_blocks_are_not_taken_for_those_with_the_loras(
+    folder: Path, model: WanModel, tmp_path: Path
+) -> None:
+    """Compiled code does not look for hooks, and keeps those that it was made with."""
+    files = read_distilled(_files(folder, tmp_path, "alpha"))
+    overlays, _ = distilled_overlays(model, files, dict.fromkeys(files, 1.0))
+    sampler = WanModelSampler(model, distilled=overlays)
+    want = sampler.sample(request())
+    computation = BlockComputation(parts=BlockParts.compiled("eager"))
+    execution = BlockExecution(
+        torch.device("cpu"), Settings(resident_blocks=2), computation=computation
+    )
+    for expert in _experts(model):
+        assert isinstance(expert, WanTransformer)
+        execution.add(expert)
+    plain = replace(request(), distilled=False)
+    before = sampler.sample(plain)
+    got = sampler.sample(request())
+    assert np.abs(got.astype(int) - want.astype(int)).max() <= 1
+    assert np.array_equal(sampler.sample(plain), before)

@@ -12,6 +12,7 @@ from pathlib import Path
 import cards
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from onewan.arithmetic.byte_sizes import parse_bytes
 from onewan.arithmetic.flops import TransformerSize, forward_flops
@@ -484,6 +485,59 @@ def test_the_command_imports_no_torch(clip_run: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# ----------------------------------------------------------------------------- distilled previews
+
+
+@pytest.fixture
+def distilled(tmp_path: Path) -> list[str]:
+    """Settings with two distilled LoRAs, of which the low one is the larger."""
+    settings = ["sample.prompts=[a]", "sample.every=50", "train.steps=100", "validation.clips=1"]
+    for expert, rank in (("high", 4), ("low", 8)):
+        block, outside = "diffusion_model.blocks.0.ffn.0", "diffusion_model.time_projection.1"
+        tensors = {
+            f"{block}.lora_down.weight": np.zeros((rank, 100)),
+            f"{block}.lora_up.weight": np.zeros((300, rank)),
+            f"{block}.alpha": np.array(8.0),
+            f"{block}.diff_b": np.zeros(300),
+            f"{outside}.diff_b": np.zeros(700),
+        }
+        path = tmp_path / f"{expert}.safetensors"
+        save_file(tensors, path)
+        settings.append(f"sample.distilled.{expert}={path}")
+    return settings
+
+
+def test_distilled_loras_are_on_the_device_while_their_expert_samples(
+    plan, distilled: list[str]
+) -> None:
+    found = plan("t2v-a14b", "400GB", LARGE, *distilled)
+    of_rank = {rank: 2 * (400 * rank + 300) + 4 * 700 for rank in (4, 8)}
+    phases = {phase.phase: phase for phase in found.phases}
+    assert phases["sampling: denoising"].device["distilled LoRA"] == of_rank[8]
+    for name in ("training", "validation", "sampling: denoising", "sampling: decoding"):
+        assert phases[name].pageable["distilled LoRAs"] == of_rank[4] + of_rank[8], name
+    assert "distilled LoRA" not in phases["training"].device
+    without = [setting for setting in distilled if "distilled" not in setting]
+    plain = plan("t2v-a14b", "400GB", LARGE, *without)
+    assert not any("distilled LoRA" in phase.device for phase in plain.phases)
+
+
+def test_a_preview_takes_a_tenth_of_the_time(plan, distilled: list[str]) -> None:
+    size = [f"sample.{name}={value}" for name, value in (("width", 848), ("frames", 81))]
+    both = [*distilled, *size, "sample.distilled.full_every=0", "sample.at_start=true"]
+    time = plan("t2v-a14b", "400GB", LARGE, *both).run_time
+    assert (time.samples, time.full_samples) == (3, 2)
+    # 4 passes, instead of 25 for each of two prompts.
+    assert time.sample == pytest.approx(4 / 50 * time.full_sample)
+    rest = 100 * time.step + time.validations * time.validation
+    assert time.total == pytest.approx(rest + 3 * time.sample + 2 * time.full_sample)
+    guided = plan("t2v-a14b", "400GB", LARGE, *both, "sample.distilled.guidance=2").run_time
+    assert guided.sample == pytest.approx(2 * time.sample)
+    without = [setting for setting in both if "distilled" not in setting]
+    plain = plan("t2v-a14b", "400GB", LARGE, *without).run_time
+    assert plain.sample == pytest.approx(time.full_sample) and plain.full_samples == 0
 
 
 # ------------------------------------------------------------------------------------------- docs

@@ -55,6 +55,16 @@ def test_short_clips_have_longer_samples_that_cost_about_fifty_training_steps(
     assert 3 * 40 * one < cost < 4 * 50 * one
 
 
+def test_few_distilled_steps_pay_for_more_frames(tmp_path: Path) -> None:
+    short = {"wan_config": {"max_frames": 17}, "video_data": {"resolution": 512}}
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("high", "low")}
+    few = sample("t2v-a14b", **short, sample={"distilled": files})
+    assert few.frames == VARIANTS["t2v-a14b"].frames > sample("t2v-a14b", **short).frames
+    assert few.steps == 25  # of full samples
+    many = sample("t2v-a14b", **short, sample={"distilled": {**files, "steps": 25, "guidance": 2}})
+    assert many.frames == sample("t2v-a14b", **short).frames
+
+
 def test_what_is_given_is_kept_and_part_of_the_price() -> None:
     def frames(**given: Any) -> int:
         return sample("t2v-a14b", **{"wan_config": {"max_frames": 17}, **given}).frames
