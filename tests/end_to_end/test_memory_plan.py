@@ -14,12 +14,15 @@ from support.tiny_models import TinyModels
 
 from onewan.cli import main
 from onewan.config.schema import ResolvedRun
+from onewan.data.encode import no_progress
+from onewan.model import vae
 from onewan.model.load import WanModelLoader
 from onewan.model.wan import WanModel
 from onewan.runs.event_file import read_events
 from onewan.sample.generate import SampleRequest, WanModelSampler
 from onewan.sample.streaming import sampling_residency
-from onewan.train.memory import RunMemory
+from onewan.train.memory import RunMemory, plan_run
+from onewan.train.setup import WanModelSetup
 from onewan.train.trainer import WanTrainer
 
 STREAMED = [
@@ -94,6 +97,35 @@ def test_small_batches_of_a_step_share_the_loads_of_a_block(
     assert all(torch.equal(tensors[name], others[name]) for name in tensors)
     shared, single = (events_of(c, "step")[-1]["bytes_to_device"] for c in (together, apart))
     assert shared == single / 2  # half of the forward and backward passes over the blocks
+
+
+def test_clips_that_do_not_fit_are_encoded_in_strips_and_have_the_same_latents(
+    streamed: RunFile, sim: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = list[int]()
+    whole = vae.moments_in_strips
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        used.append(arguments[2])
+        return whole(*arguments)
+
+    monkeypatch.setattr(vae, "moments_in_strips", counted)
+    large = ("video_data.resolution=[384x128]", "sample={prompts: [], every: 0}")
+    as_a_whole = streamed("whole", *large, f"video_data.cache_dir={tmp_path / 'whole'}")
+    clips = WanModelSetup(as_a_whole).dataset([], no_progress)
+    assert not used
+    need = plan_run(as_a_whole, sim, clips.clips)
+    assert need is not None
+    (phase,) = (p for p in need.other_phases if p.phase == "encoding clips")
+    # A device that has 80 % of what the clips need, and the driver's part.
+    vram = (0.8 * phase.device_bytes + need.machine.context) / 0.95
+    limit = f"memory.vram={vram / 1e6:.3f}MB"
+    in_strips = streamed("strips", *large, limit, f"video_data.cache_dir={tmp_path / 'strips'}")
+    parts = WanModelSetup(in_strips).dataset([], no_progress)
+    assert used and min(used) > 1
+    for clip in clips.clips:
+        one, other = (data.source.video(clip)["latents"] for data in (clips, parts))
+        assert float((one - other).norm() / one.norm()) < 1e-5
 
 
 def test_a_run_that_does_not_fit_is_refused_before_anything_is_encoded(

@@ -322,6 +322,17 @@ def test_every_suggestion_makes_it_fit(
         assert text_encoder == [], suggestion
 
 
+def test_clips_are_encoded_in_as_few_strips_as_the_device_needs(plan) -> None:
+    bucket = Bucket(frames=121, width=1280, height=704)
+    strips = {vram: plan("ti2v-5b", vram, bucket) for vram in ("8GB", "12GB", "24GB")}
+    assert [found.encoding_strips(bucket) for found in strips.values()] == [4, 2, 1]
+    for found in strips.values():
+        assert not [problem for problem in found.problems() if "encoding clips" in problem]
+        assert found.encoding_strips(Bucket(frames=5, width=256, height=256)) == 1
+        is_said = any("encoded in" in note and "strips" in note for note in found.notes)
+        assert is_said == (found.encoding_strips(bucket) > 1)
+
+
 def test_training_on_less_is_suggested_after_what_costs_only_time(plan) -> None:
     found = plan("t2v-a14b", "24GB", LARGE, "train.batch_size=3")
     changes = [suggestion.change[0] for suggestion in found.suggestions]

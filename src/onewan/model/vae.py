@@ -15,16 +15,28 @@ rounding of the card that encoded them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from onewan.model.inputs import to_device
+from onewan.model.vae_strips import moments_in_strips
+
+StripsOf = Callable[[int, int, int], int]
+"""In how many strips a clip of (frames, width, height) is encoded; 1: as a whole."""
 
 _LOCK = threading.Lock()
+_STRIPS: WeakKeyDictionary[AutoencoderKLWan, StripsOf] = WeakKeyDictionary()
+
+
+def encode_in_strips(vae: AutoencoderKLWan, strips_of: StripsOf) -> None:
+    """From now on `vae` encodes in strips what it should not encode as a whole, with the same
+    latents but for rounding (`onewan.model.vae_strips`)."""
+    _STRIPS[vae] = strips_of
 
 
 @contextmanager
@@ -66,14 +78,20 @@ def encode_video(vae: AutoencoderKLWan, pixels_BCFHW: Tensor) -> Tensor:
 
     ValueError unless F is 4n+1: the VAE would silently drop the remaining frames.
     """
-    frames = pixels_BCFHW.shape[2]
+    _, _, frames, height, width = pixels_BCFHW.shape
     if frames % vae.config["scale_factor_temporal"] != 1:
         raise ValueError(f"the VAE takes 4n+1 frames and would drop some of these {frames}")
+    strips_of = _STRIPS.get(vae)
+    strips = 1 if strips_of is None else strips_of(frames, width, height)
     with vae_in_use():
-        posterior = vae.encode(pixels_BCFHW.to(vae.device, vae.dtype), return_dict=False)[0]
+        pixels_BCFHW = pixels_BCFHW.to(vae.device, vae.dtype)
+        if strips > 1:
+            latents = moments_in_strips(vae, pixels_BCFHW, strips).chunk(2, dim=1)[0]
+        else:
+            latents = vae.encode(pixels_BCFHW, return_dict=False)[0].mode()
     mean, std = _statistics(vae, vae.device)
     # In float32 also for a VAE in bfloat16, which would round each latent again.
-    return (posterior.mode().float() - mean) / std
+    return (latents.float() - mean) / std
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ from onewan.memory.streaming import BlockStream
 from onewan.model.attention_backends import AttentionBackend
 from onewan.model.block_parts import BlockParts
 from onewan.model.transformer import WanTransformer
+from onewan.model.vae import StripsOf
 from onewan.runs.events import MemoryPlanned
 
 _PINNED = {None: None, "pinned": True, "pageable": False, "mapped": False}
@@ -217,6 +218,13 @@ def plan_run(
 def bucket_of(clip: Clip) -> Bucket:
     """The size of `clip`."""
     return Bucket(frames=clip.frames, width=clip.size[0], height=clip.size[1])
+
+
+def strips_by(plan: Plan) -> StripsOf:
+    """In how many strips the VAE encodes a clip, by `plan`."""
+    return lambda frames, width, height: plan.encoding_strips(
+        Bucket(frames=frames, width=width, height=height)
+    )
 
 
 def planned(plan: Plan) -> MemoryPlanned:

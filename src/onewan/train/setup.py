@@ -27,11 +27,12 @@ from onewan.memory.residency import DeviceResidency
 from onewan.model.conditioning import conditioning_of
 from onewan.model.load import WanModelLoader
 from onewan.model.sources import ENCODERS, PipelineComponent, Sources, locate
+from onewan.model.vae import encode_in_strips
 from onewan.model.wan import WanModel
 from onewan.sample.generate import SampleRequest
 from onewan.train.attention import first_attention, use_attention
 from onewan.train.chunks import chosen_chunks
-from onewan.train.memory import RunMemory, plan_run
+from onewan.train.memory import RunMemory, plan_run, strips_by
 from onewan.train.optimizers.builders import inexact_resume_reason
 from onewan.train.preflight import check_before_encoding
 from onewan.train.previews import distilled_files, preview_overlays
@@ -65,6 +66,8 @@ class WanModelSetup:
         """Files of the model, once they are checked."""
         self._distilled: dict[ExpertName, AdapterFile] = {}
         """The files of `sample.distilled`, once they are checked."""
+        self._encoding_plan: Plan | None = None
+        """The plan before anything is encoded; None on the CPU."""
 
     def check(self) -> None:
         """Refuse what the run file and the headers of files show to be wrong, before anything is
@@ -159,7 +162,10 @@ class WanModelSetup:
 
     def load_encoders(self, components: Collection[PipelineComponent]) -> WanModel:
         """The given components of the run's model for encoding, loaded onto the device."""
-        return self._load(self._residency.device, components)
+        model, plan = self._load(self._residency.device, components), self._encoding_plan
+        if model.vae is not None and plan is not None:
+            encode_in_strips(model.vae, strips_by(plan))
+        return model
 
     def _encode_dataset(
         self,
@@ -219,7 +225,8 @@ class WanModelSetup:
         check_captions(self._config, clips)
         if clips:  # that there are none is reported with the reasons
             config = self._with_known_steps(clips)
-            plan_run(config, self._residency.device, clips, self._chunks)
+            plan = plan_run(config, self._residency.device, clips, self._chunks)
+            self._encoding_plan = plan
 
     def _with_known_steps(self, clips: Sequence[Clip]) -> ResolvedRun:
         """The run file with the steps that its epochs are with these training clips.

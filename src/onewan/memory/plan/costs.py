@@ -307,13 +307,15 @@ class RunCosts:
         """Bytes while a caption is encoded."""
         return CAPTION_BYTES_PER_HEAD * self.stored.text_heads
 
-    def encoding(self, bucket: Bucket) -> tuple[PhaseBytes, ...]:
-        """Encoding captions, and the clips of `bucket`; they run one after the other."""
+    def encoding(self, bucket: Bucket, strips: int) -> tuple[PhaseBytes, ...]:
+        """Encoding captions, and the clips of `bucket` in so many strips; they run one after the
+        other."""
         host = {"Python and libraries": _PROCESS}
         text = {"text encoder": self.stored.text_encoder, "one caption": self._caption}
+        name = f"a clip of {bucket}" + (f" in {strips} strips" if strips > 1 else "")
         clip = {
             "VAE": 4 * self.stored.vae.weights,
-            f"a clip of {bucket}": self.stored.vae.encoding_bytes(bucket.pixels, bucket.frames),
+            name: self.stored.vae.encoding_bytes(bucket, strips),
         }
         pixels = {"the clip's pixels": 2 * 12 * bucket.pixels * bucket.frames}
         return (

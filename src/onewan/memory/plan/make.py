@@ -13,7 +13,7 @@ from onewan.memory.plan.bucket import Bucket
 from onewan.memory.plan.choose import Candidate, choose, most_resident
 from onewan.memory.plan.costs import RunCosts
 from onewan.memory.plan.machine import Machine
-from onewan.memory.plan.result import BucketPlan, PhaseBytes, Plan
+from onewan.memory.plan.result import BucketPlan, PhaseBytes, Plan, encoding_strips
 from onewan.memory.plan.run_time import run_time
 from onewan.memory.plan.settings import Settings
 from onewan.memory.plan.stored import StoredModel, assumed_model, with_changes
@@ -142,7 +142,15 @@ def _with_parking(
     # peak, with more resident blocks.
     chosen.sort(key=lambda c: (-c.device_over, -c.plan.tokens))
     largest = max(clips, key=lambda bucket: bucket.pixels * bucket.frames)
-    phases = [*costs.encoding(largest)] if _encodes(costs.config) else []
+    phases, notes = list[PhaseBytes](), [*machine.notes, *costs.stored.notes]
+    if _encodes(costs.config):
+        strips = encoding_strips(costs.stored.vae, machine, largest)
+        phases += costs.encoding(largest, strips)
+        if strips > 1:
+            notes.append(
+                f"clips of {largest} are encoded in {strips} strips, as they do not fit as a "
+                "whole; their latents are the same but for rounding"
+            )
     if costs.config.validation.clips:
         phases.append(_validation(costs, chosen))
     sampling, resident = _sampling(costs, machine, chosen[0].plan.settings)
@@ -156,7 +164,8 @@ def _with_parking(
         disk=costs.disk(clips),
         run_time=run_time(costs, buckets, clips, machine, resident),
         suggestions=(),
-        notes=(*machine.notes, *costs.stored.notes),
+        notes=tuple(notes),
+        vae=costs.stored.vae,
     )
 
 

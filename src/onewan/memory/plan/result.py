@@ -10,6 +10,7 @@ from onewan.arithmetic.byte_sizes import format_bytes
 from onewan.memory.plan.bucket import Bucket
 from onewan.memory.plan.machine import Machine
 from onewan.memory.plan.settings import Settings
+from onewan.memory.plan.shapes import VaeShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +120,7 @@ class Plan:
     disk: Mapping[str, int]
     """Bytes of the files that the run writes."""
     run_time: RunTime
+    vae: VaeShape
     suggestions: tuple[Suggestion, ...]
     """Changes of the run file that make it fit, or make it faster; the cheapest first."""
     notes: tuple[str, ...] = ()
@@ -156,6 +158,11 @@ class Plan:
             if found.bucket == bucket:
                 return found
         raise KeyError(f"the plan has no bucket {bucket}")
+
+    def encoding_strips(self, bucket: Bucket) -> int:
+        """In how many strips the VAE encodes clips of `bucket`, which need not be one of the
+        plan's."""
+        return encoding_strips(self.vae, self.machine, bucket)
 
     def problems(self) -> list[str]:
         """A line for each phase that needs more device memory than there is, with by how much, and
@@ -221,6 +228,11 @@ class Plan:
             "suggestions": [asdict(suggestion) for suggestion in self.suggestions],
             "notes": list(self.notes),
         }
+
+
+def encoding_strips(vae: VaeShape, machine: Machine, bucket: Bucket) -> int:
+    """The fewest strips in which clips of `bucket` are encoded on `machine`."""
+    return vae.strips(bucket, machine.device_budget - 4 * vae.weights)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
