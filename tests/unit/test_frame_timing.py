@@ -104,6 +104,20 @@ def test_a_faster_speed_takes_frames_further_apart(tmp_path: Path) -> None:
         assert numbers_of(clip) == list(range(0, 9 * step, step))
 
 
+def test_a_part_of_a_table_has_no_frame_from_outside_at_a_variable_rate(tmp_path: Path) -> None:
+    # Two shots that meet at 2.0 s, where the gaps between frames are long.
+    times = [k / 20 for k in range(30)] + [2.0, 2.4, 2.8] + [3 + k / 20 for k in range(30)]
+    write_numbered(tmp_path / "a.mp4", times)
+    cut, table = times.index(2.0), tmp_path / "t.csv"
+    table.write_text("path,caption,start,end\na.mp4,x,,2\na.mp4,y,2,\n", encoding="utf-8")
+    settings = planner(frame_strategy="all", max_frames=17, resolutions=("64x32",))
+    report = index_clips([ClipSource(path=table)], settings, use_masks=False)
+    for clip in report.clips:
+        numbers = numbers_of(clip)
+        assert (max(numbers) < cut) if clip.captions == ("x",) else (min(numbers) >= cut), clip.name
+    assert {clip.captions for clip in report.clips} == {("x",), ("y",)}
+
+
 def test_the_longest_duration_is_that_of_the_clip_at_any_speed(tmp_path: Path) -> None:
     write_numbered(tmp_path / "a.mp4", steady(Fraction(32), 2.5))
     settings = planner(max_frames=17, max_duration=17 / 16, resolutions=("64x32",))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import floor
+from math import floor, inf
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -43,6 +43,8 @@ instance."""
 _ROUNDING = 1e-6
 """Added before a product of floats is rounded down: 0.29 s * 100 fps is 28.999999999999996."""
 
+WHOLE_FILE = (-inf, inf)
+"""Bounds that are none."""
 SlowVideo = Literal["repeat", "keep_rate", "skip"]
 Interlaced = Literal["deinterlace", "refuse", "top_first", "bottom_first"]
 
@@ -90,6 +92,9 @@ class Clip:
     """Number of these alternatives, itself included; they follow each other in a data set."""
     part: tuple[float, float | None] | None = None
     """The part of the file that its source names, s after the first frame; None: all of it."""
+    bounds: tuple[float, float] = WHOLE_FILE
+    """Its frames are those from the first time of the file's own clock to before the second one:
+    where the rate varies, a frame outside of the part may be nearest to an instant within."""
     augmentation: Augmentation | None = None
     """The variants of it that are trained too; None if there are none."""
     variation: Variation | None = None
@@ -290,6 +295,7 @@ class ClipPlanner:
                 timesteps=source.timesteps,
                 caption_dropout=source.caption_dropout,
                 part=item.part,
+                bounds=item.bounds(whole),
                 augmentation=source.augmentation,
                 background=self.background if info.has_alpha else WHITE,
                 interlaced=info.interlaced,

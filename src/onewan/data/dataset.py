@@ -29,7 +29,7 @@ from onewan.data.encode import (
     ProgressCallback,
     no_progress,
 )
-from onewan.data.entry_keys import EntryKeys
+from onewan.data.entry_keys import EntryKeys, bounds_key
 from onewan.data.probes import MediaProbes
 from onewan.data.report import ClipWarning, DatasetReport
 from onewan.data.run_clips import clips_of_run, with_contents, with_held_out
@@ -317,6 +317,7 @@ def _dataset_digest(report: DatasetReport, digests: Mapping[Path, str]) -> str:
             settings.append(clip.variation.key)
         if clip.fields is not None:
             settings.append(clip.fields)
+        settings += bounds_key(clip)
         if clip.conditions != FIRST_FRAME:
             settings.append(conditions(clip.conditions))
         span = [clip.start, clip.fps, clip.frames, list(clip.size)]

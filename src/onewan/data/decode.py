@@ -60,7 +60,13 @@ def frames_at(clip: Clip, times: Sequence[float], *, threads: int = 0) -> np.nda
     variation = clip.variation
     fit = Fit(*clip.size) if variation is None else variation.fit(clip.size)
     frames = read_frames(
-        clip.path, times, fit, clip.background, fields=clip.fields, threads=threads
+        clip.path,
+        times,
+        fit,
+        clip.background,
+        within=clip.bounds,
+        fields=clip.fields,
+        threads=threads,
     )
     return frames if variation is None else variation.applied(frames, clip.size)
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import isinf
 from pathlib import Path
 
 from onewan.data.cache import entry_key
-from onewan.data.clip import Clip
+from onewan.data.clip import WHOLE_FILE, Clip
 from onewan.data.companions import Companion
 from onewan.data.contact_sheet import PREVIEW_VERSION
 from onewan.data.encode import ENCODING_VERSION, TEXT_ENCODING_VERSION, VaeDtype
@@ -149,7 +150,14 @@ def _look(clip: Clip) -> list[object]:
     """What decides the pixels of a clip, given the content of its file and the span."""
     background = [] if clip.background == WHITE else [list(clip.background)]
     fields = [] if clip.fields is None else [clip.fields]
-    return [*background, *fields, *_variation(clip)]
+    return [*background, *fields, *bounds_key(clip), *_variation(clip)]
+
+
+def bounds_key(clip: Clip) -> list[object]:
+    """Its bounds as JSON values; none if they are those of the file."""
+    if clip.bounds == WHOLE_FILE:
+        return []
+    return [[None if isinf(time) else time for time in clip.bounds]]
 
 
 def _variation(clip: Clip) -> list[object]:

@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, dropwhile, pairwise, takewhile
 from math import inf
 from pathlib import Path
 from typing import TypeVar
@@ -56,6 +56,7 @@ def read_frames(
     fit: Fit | None = None,
     background: RGB = WHITE,
     *,
+    within: tuple[float, float] = (-inf, inf),
     fields: FieldOrder | None = None,
     threads: int = 0,
 ) -> np.ndarray:
@@ -65,7 +66,8 @@ def read_frames(
     selected frame at once, so that full-size frames are never stacked. An image is returned for
     every time. Without `fit`, frames have their stored pixels; with it, the pixels are square.
     Frames that are flagged as interlaced are deinterlaced, or with `fields`, the order of their
-    fields, all frames of a video. Transparent parts lie over `background`.
+    fields, all frames of a video. Transparent parts lie over `background`. Only frames from the
+    first time of `within` to before the second one are taken.
     `threads` is how many the decoder uses, 0 one for each core; it makes no difference to pixels.
 
     Raises `DataError` if anything between that key frame and the last frame is damaged, since later
@@ -77,9 +79,9 @@ def read_frames(
     if extension(path) in IMAGE_SUFFIXES:
         if is_animation(path):
             pixels_of = partial(image_pixels, fit=fit, background=background)
-            return _select(path, animation_frames(path), times, pixels_of)
+            return _select(path, animation_frames(path), times, within, pixels_of)
         return np.repeat(read_image(path, fit, background)[None], len(times), axis=0)
-    look = _Look(fit, background, fields)
+    look = _Look(fit, background, fields, within)
     try:
         return _read_video(path, times, look, threads, skip_before=times[0] - _SKIP_LEAD)
     except DamageError as damage:
@@ -95,6 +97,7 @@ class _Look:
     fit: Fit | None
     background: RGB
     fields: FieldOrder | None
+    within: tuple[float, float]
 
 
 def _read_video(
@@ -111,7 +114,7 @@ def _read_video(
         if stream.container.format.name == "gif":
             refuse_damaged_gif(path, stream.frames, times[-1])
         frames = chain([first] if first else [], frames)
-        return _select(path, frames, times, _VideoPixels(path, stream, look))
+        return _select(path, frames, times, look.within, _VideoPixels(path, stream, look))
 
 
 def _read_video_from_earlier(
@@ -121,10 +124,9 @@ def _read_video_from_earlier(
     start = damage.decoded_from
 
     def read(stream: VideoStream, packets: Iterable[av.Packet]) -> np.ndarray:
-        frames = decode_frames(path, stream, packets, ignore_damage_before=start)
-        return _select(
-            path, deinterlaced(frames, look.fields), times, _VideoPixels(path, stream, look)
-        )
+        decoded = decode_frames(path, stream, packets, ignore_damage_before=start)
+        frames = deinterlaced(decoded, look.fields)
+        return _select(path, frames, times, look.within, _VideoPixels(path, stream, look))
 
     # One thread: after an error, decoders with frame threads refuse all that follows.
     with open_video_at(path, start - _JUST_BEFORE, threads=1) as opened:
@@ -166,17 +168,25 @@ def _select(
     path: Path,
     frames: Iterable[tuple[float, _Frame]],
     times: Sequence[float],
+    within: tuple[float, float],
     pixels_of: Callable[[_Frame], np.ndarray],
 ) -> np.ndarray:
     """The pixels of the `frames` nearest to `times`, uint8 [F, H, W, 3]."""
+    begin, end = within
+    inside = dropwhile(lambda each: each[0] < begin, frames)
+    inside = takewhile(lambda each: each[0] < end, inside)
     out: np.ndarray | None = None
-    for indices, time, frame in _nearest(frames, times):
+    for indices, time, frame in _nearest(inside, times):
         pixels = pixels_of(frame)
         if out is None:
             out = np.empty((len(times), *pixels.shape), np.uint8)
         if pixels.shape != out.shape[1:]:
             raise DataError(f"{path}: its frame size changes at {time:.2f} s; split the file there")
         out[indices] = pixels
+    if out is None and within != (-inf, inf):
+        raise DataError(
+            f"{path}: has no frame from {begin:.2f} s to {end:.2f} s; correct the times"
+        )
     if out is None:
         raise DataError(f"{path}: no frame near {times[0]:.2f} s can be decoded; {DAMAGE_REMEDY}")
     return out

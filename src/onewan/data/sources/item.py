@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -60,6 +60,15 @@ class SourceItem:
     def part(self) -> tuple[float, float | None] | None:
         """(start, end) of the part of the file that is used; None: all of it."""
         return None if self.start == 0 and self.end is None else (self.start, self.end)
+
+    def bounds(self, info: MediaInfo) -> tuple[float, float]:
+        """The times between which frames of the file are those of the part, in its own clock; the
+        end is not included."""
+        if info.kind == "image":
+            return -inf, inf
+        rounding = _FRAME_ROUNDING * info.frame_interval
+        first = info.start + self.start - rounding if self.start else -inf
+        return first, inf if self.end is None else info.start + self.end - rounding
 
     def within(self, info: MediaInfo) -> MediaInfo:
         """`info` of the file as if it had only the frames of the part that is used: from the first
