@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from support.onetrainer_configs import train_config, with_defaults
 from torch import Tensor
 
+from onewan.arithmetic.condition_shares import ConditionShares
 from onewan.data.loader import Batch, StepBatches
 from onewan.errors import ConfigError
 from onewan.model.conditioning import conditioning_of
@@ -172,3 +174,48 @@ def test_sample_sizes_are_rounded_to_what_the_vae_accepts():
     request = request_of(SimpleNamespace(**sample), T2V)
     assert request.guidance == (1.0, 3.0) and request.fps == 12 and request.frames == 1
     assert request_of(SimpleNamespace(**sample), VARIANTS["ti2v-5b"]).guidance == (1.0,)
+
+
+def test_frames_are_given_in_the_shares_of_the_config():
+    i2v = VARIANTS["i2v-a14b"]
+    config = train_config(wan_condition_shares="first 0.5, both=0.5")
+    adapter = step_adapter_of(config, i2v, i2v.experts)
+    assert adapter.conditioning.shares == ConditionShares(first=0.5, both=0.5)
+    default = step_adapter_of(train_config(), i2v, i2v.experts).conditioning.shares
+    assert default == ConditionShares(first=1.0)
+    for wrong in ("first 0.5", "start 1", "first", "first 0.5, first 0.5"):
+        with pytest.raises(ConfigError, match=r"wan_condition_shares: is .* add up to 1"):
+            step_adapter_of(train_config(wan_condition_shares=wrong), i2v, i2v.experts)
+    # As `onewan train` draws them, by the step and the index in the global batch.
+    given = [each for step in range(100) for each in adapter.draw_given(2, 9, step)]
+    assert set(given) == {"first", "both"}
+    draw = adapter.conditioning.draw
+    assert given[:4] == [draw(9, seed=42, step=n // 2, index=n % 2) for n in range(4)]
+    ranks = [adapter.draw_given(2, 9, 5, rank=rank, ranks=2) for rank in (0, 1)]
+    assert [*ranks[0], *ranks[1]] == adapter.draw_given(4, 9, 5)
+
+
+def test_a_batch_has_the_channels_of_the_frames_that_its_samples_are_given():
+    i2v = VARIANTS["i2v-a14b"]
+    conditioning = conditioning_of(i2v, ConditionShares(first=0.5, both=0.5))
+    items = {
+        "latent_image": torch.zeros(2, 16, 3, 2, 2),
+        "latent_condition": torch.full((2, 16, 3, 2, 2), 1.0),
+        "latent_end_of_both": torch.full((2, 16, 1, 2, 2), 2.0),
+        "loss_weight": torch.ones(2),
+        "image_path": ["a", "b"],
+    }
+    batch = batch_of(items, torch.zeros(2, 512, 8), ["", ""], conditioning, ["both", "first"])
+    assert batch.given == ("both", "first") and batch.condition is not None
+    assert batch.condition[:, 4:, -1].flatten(1).mean(dim=1).tolist() == [2.0, 1.0]
+    assert batch.condition[:, :4, -1, 0, 0].tolist() == [[0, 0, 0, 1], [0, 0, 0, 0]]
+    usual = batch_of(items, torch.zeros(2, 512, 8), ["", ""], conditioning)
+    assert usual.given == ("first", "first")
+
+
+def test_a_sample_may_end_with_an_image():
+    values = {"prompt": "a", "base_image_path": " a.png ", "wan_last_image_path": "b.png"}
+    sample = with_defaults("sample", values)
+    request = request_of(SimpleNamespace(**sample), VARIANTS["i2v-a14b"])
+    assert (request.image, request.last_image) == (Path("a.png"), Path("b.png"))
+    assert request.given == "both"

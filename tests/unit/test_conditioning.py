@@ -42,8 +42,8 @@ def test_facts_and_pipelines_agree(name) -> None:
     variant = VARIANTS[name]
     conditioning = conditioning_of(variant)
     assert variant.takes_image or not variant.needs_image
-    assert conditioning.sampling_pipeline(with_image=False) is WanPipeline
-    with_image = conditioning.sampling_pipeline(with_image=True)
+    assert conditioning.sampling_pipeline("none") is WanPipeline
+    with_image = conditioning.sampling_pipeline("both")
     assert "WanImageToVideoPipeline" in [kind.__name__ for kind in with_image.__mro__]
     assert variant.needs_image == (variant.pipeline == "WanImageToVideoPipeline")
     assert conditioning.pipeline_options() == {"expand_timesteps": name == "ti2v-5b"}

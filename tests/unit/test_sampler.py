@@ -19,6 +19,7 @@ from onewan.config.load import load_run
 from onewan.demo.tiny_model import write_tiny_model
 from onewan.errors import CheckpointError, ConfigError, Interrupted
 from onewan.media import Fit, probe, read_image
+from onewan.model.conditioning import ConditionPixels
 from onewan.model.forward import predict_velocity
 from onewan.model.load import WanModelLoader, official_scheduler
 from onewan.model.wan import WanModel
@@ -77,7 +78,8 @@ def plain_pipeline(folder: Path, sample_request: SampleRequest) -> np.ndarray:
         pipeline.scheduler.config, flow_shift=sample_request.shift
     )
     pipeline.set_progress_bar_config(disable=True)
-    call = {} if sample_request.image is None else {"image": Image.open(sample_request.image)}
+    images = {"image": sample_request.image, "last_image": sample_request.last_image}
+    call = {name: Image.open(path) for name, path in images.items() if path is not None}
     video = pipeline(
         **call,
         prompt=sample_request.prompt,
@@ -113,27 +115,97 @@ def test_a_sample_equals_that_of_diffusers_pipeline(folder, model, picture, vari
     assert_same_video(ours, plain_pipeline(folder(variant), sample_request))
 
 
+@pytest.fixture
+def last_picture(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(8).integers(0, 256, (32, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "last.png")
+    return tmp_path / "last.png"
+
+
+def test_a_sample_between_two_images_equals_that_of_diffusers_pipeline(
+    folder, model, picture, last_picture
+):
+    sample_request = request("i2v-a14b", image=picture, last_image=last_picture, frames=9)
+    ours = WanModelSampler(model("i2v-a14b")).sample(sample_request)
+    assert_same_video(ours, plain_pipeline(folder("i2v-a14b"), sample_request))
+    without = WanModelSampler(model("i2v-a14b")).sample(replace(sample_request, last_image=None))
+    assert (ours != without).mean() > 0.1  # where the two of the same video differ in 1e-3
+
+
+@pytest.mark.parametrize("variant", ["i2v-a14b", "ti2v-5b"])
+@pytest.mark.parametrize("given", ["both", "last"])
+def test_a_sample_with_a_last_image_has_the_inputs_of_training(
+    model, picture, last_picture, variant, given
+):
+    first = picture if given == "both" else None
+    sample_request = request(variant, image=first, last_image=last_picture, frames=9)
+    ours = WanModelSampler(model(variant)).sample(sample_request)
+    assert_same_video(ours, by_definition(model(variant), sample_request))
+
+
+def _pixels(path: Path | None) -> torch.Tensor | None:
+    if path is None:
+        return None
+    image = torch.from_numpy(read_image(path, Fit(64, 32)))
+    return image.permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def _given(
+    model: WanModel, sample_request: SampleRequest
+) -> tuple[torch.Tensor | None, dict[int, torch.Tensor]]:
+    """The channels of a condition and the clean latent frames, by their index."""
+    given, conditioning = sample_request.given, model.conditioning
+    pixels = ConditionPixels(
+        shape=(1, 3, sample_request.frames, 32, 64),
+        image=_pixels(sample_request.image),
+        last=_pixels(sample_request.last_image),
+    )
+    parts = {part: model.encode_part(part, pixels) for part in conditioning.parts(given)}
+    clean = {-1: parts["last_frame"][:, :, 0]} if "last_frame" in parts else {}
+    if clean and pixels.image is not None:
+        clean[0] = model.encode_video(pixels.image[:, :, None])[:, :, 0]
+    return conditioning.channels(parts, given), clean
+
+
 @torch.no_grad()
 def by_definition(model: WanModel, sample_request: SampleRequest) -> np.ndarray:
-    """A T2V-A14B video by the forward contract of training and the definition of guidance."""
-    assert model.variant.boundary is not None
+    """A video by the forward contract of training and the definition of guidance."""
+    boundary, frames = model.variant.boundary or 0.0, sample_request.frames // 4 + 1
+    condition, clean = _given(model, sample_request)
+    clean_frames = torch.zeros(1, frames, dtype=torch.bool)
+    clean_frames[:, list(clean)] = True
     text, negative = (
         model.encode_text([p]) for p in (sample_request.prompt, sample_request.negative_prompt)
     )
     scheduler = official_scheduler(model.variant, sample_request.shift)
     scheduler.set_timesteps(sample_request.steps)
-    x = torch.randn(1, 16, 2, 4, 8, generator=torch.Generator().manual_seed(sample_request.seed))
+    side = model.variant.spatial_compression
+    shape = (1, model.variant.latent_channels, frames, 32 // side, 64 // side)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(sample_request.seed))
     for timestep in scheduler.timesteps:
         t = timestep[None] / 1000
-        low = bool(t < model.variant.boundary)
+        low = bool(t < boundary)
         expert = model.transformer_2 if low else model.transformer
-        velocity = predict_velocity(expert, x, t, text)
+        noisy = _with_frames(x, clean)
+        further = {
+            "condition_BCFHW": condition,
+            "clean_frames_BF": clean_frames if clean else None,
+        }
+        velocity = predict_velocity(expert, noisy, t, text, **further)
         if (scale := sample_request.guidance[low]) != 1:
-            base = predict_velocity(expert, x, t, negative)
+            base = predict_velocity(expert, noisy, t, negative, **further)
             velocity = base + scale * (velocity - base)
         x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
+    x = _with_frames(x, clean)
     pixels = (model.decode_video(x)[0] / 2 + 0.5).clamp(0, 1) * 255
     return pixels.round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
+
+
+def _with_frames(x: torch.Tensor, clean: dict[int, torch.Tensor]) -> torch.Tensor:
+    x = x.clone()
+    for index, frame in clean.items():
+        x[:, :, index] = frame
+    return x
 
 
 @pytest.mark.parametrize("guidance", [(4.0, 2.0), (1.0, 3.0), (3.0, 1.0), (1.0, 1.0)])
@@ -339,7 +411,7 @@ model: {path: x, variant: ti2v-5b}
 sample:
   prompts:
     - a text
-    - {prompt: another, negative_prompt: "", seed: 9, image: a.png}
+    - {prompt: another, negative_prompt: "", seed: 9, image: a.png, last_image: a.png}
   width: 64
   seed: 5
 """,
@@ -360,7 +432,12 @@ sample:
         fps=24.0,
     )
     assert second == replace(
-        first, prompt="another", negative_prompt="", seed=9, image=tmp_path / "a.png"
+        first,
+        prompt="another",
+        negative_prompt="",
+        seed=9,
+        image=tmp_path / "a.png",
+        last_image=tmp_path / "a.png",
     )
 
 
@@ -372,6 +449,11 @@ def test_impossible_requests_are_refused_with_all_reasons(model, picture):
     assert fields == ["width", "frames", "steps", "guidance", "image"]
     with pytest.raises(ConfigError, match="image: i2v-a14b starts from an image"):
         WanModelSampler(model("i2v-a14b")).sample(request("i2v-a14b"))
+    with pytest.raises(ConfigError, match=r"last_image: t2v-a14b takes no image"):
+        WanModelSampler(model("t2v-a14b")).sample(request("t2v-a14b", last_image=picture))
+    with pytest.raises(ConfigError, match=r"last_image: a sample of one frame"):
+        one = request("ti2v-5b", image=picture, last_image=picture, frames=1)
+        WanModelSampler(model("ti2v-5b")).sample(one)
     with pytest.raises(ConfigError, match=r"guidance: .* expert of ti2v-5b, \[scale\]"):
         WanModelSampler(model("ti2v-5b")).sample(request("ti2v-5b", guidance=(5.0, 5.0)))
 

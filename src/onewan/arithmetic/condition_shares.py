@@ -50,6 +50,13 @@ def default_shares(variant: Variant) -> ConditionShares:
     return ConditionShares(first=first, none=1 - first)
 
 
+def given_by(*, first: bool, last: bool) -> Given:
+    """The choice that gives the first and the last frame or not."""
+    if first:
+        return "both" if last else "first"
+    return "last" if last else "none"
+
+
 def given_frames(given: Given, frames: int) -> Collection[int]:
     """Indices of the frames that a sample of `frames` frames is given."""
     return {"first": {0}, "both": {0, frames - 1}, "last": {frames - 1}, "none": set[int]()}[given]

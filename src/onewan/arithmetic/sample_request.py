@@ -38,16 +38,25 @@ def request_errors(
         yield "guidance", error
 
 
-def image_error(variant: Variant, image: Path | str | None) -> str | None:
-    """An error message about `image`, a sample's first frame, or its absence; else None."""
-    if variant.needs_image and image is None:
-        return f"{variant.name} starts from an image, got nothing; give an image file"
-    if not variant.takes_image and image is not None:
-        return (
-            f"{variant.name} takes no image, got {str(image)!r}; leave it out, or use "
-            "i2v-a14b or ti2v-5b"
-        )
-    return None
+def image_errors(
+    variant: Variant,
+    image: Path | str | None,
+    last_image: Path | str | None,
+    frames: int | None = None,
+) -> Iterator[tuple[str, str]]:
+    """(field, message) of what is wrong with `image` and `last_image`, the first and the last frame
+    of a sample, or with their absence. `frames`: None stands for the variant's own number."""
+    if variant.needs_image and image is None and last_image is None:
+        yield "image", f"{variant.name} starts from an image, got nothing; give an image file"
+    for field, given in (("image", image), ("last_image", last_image)):
+        if not variant.takes_image and given is not None:
+            yield (
+                field,
+                f"{variant.name} takes no image, got {str(given)!r}; leave it out, or use "
+                "i2v-a14b or ti2v-5b",
+            )
+    if variant.takes_image and last_image is not None and frames == 1:
+        yield "last_image", "a sample of one frame has no other last frame; give more frames"
 
 
 def _side_error(variant: Variant, side: int) -> str | None:

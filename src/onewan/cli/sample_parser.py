@@ -78,6 +78,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace videos that exist")
     parser.add_argument("--image", type=Path, help="the first frame (I2V-A14B, TI2V-5B)")
+    parser.add_argument("--last-image", type=Path, help="the last frame (I2V-A14B, TI2V-5B)")
     parser.add_argument(
         "--negative-prompt",
         metavar="TEXT",

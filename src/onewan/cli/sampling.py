@@ -18,7 +18,7 @@ import transformers
 
 from onewan.adapters.lora import apply_lora
 from onewan.adapters.overlay import Overlay
-from onewan.arithmetic.sample_request import image_error, request_errors
+from onewan.arithmetic.sample_request import image_errors, request_errors
 from onewan.checkpoint.saver import expert_of
 from onewan.cli.output import say
 from onewan.cli.progress import Progress
@@ -157,6 +157,7 @@ def _template(options: argparse.Namespace, source: SampleSource, variant: Varian
             prompt="",
             negative_prompt=run.negative_prompt,
             image=None,
+            last_image=None,
             width=run.width,
             height=run.height,
             frames=run.frames,
@@ -171,6 +172,7 @@ def _template(options: argparse.Namespace, source: SampleSource, variant: Varian
             prompt="",
             negative_prompt=NEGATIVE_PROMPT,
             image=None,
+            last_image=None,
             width=variant.sample_size[0],
             height=variant.sample_size[1],
             frames=variant.frames,
@@ -201,14 +203,16 @@ def _prompts(options: argparse.Namespace, source: SampleSource) -> list[PromptSe
     entries = [PromptSection(prompt=text) for text in texts]
     if not entries and source.config is not None:
         entries = list(source.config.sample.prompts)
-    names = ("negative_prompt", "image", "seed")
+    names = ("negative_prompt", "image", "last_image", "seed")
     given = {n: value for n in names if (value := getattr(options, n)) is not None}
     return [entry.model_copy(update=given) for entry in entries]
 
 
 def _request(template: SampleRequest, entry: PromptSection) -> SampleRequest:
     own = {n: v for n in ("negative_prompt", "seed") if (v := getattr(entry, n)) is not None}
-    return replace(template, prompt=entry.prompt, image=entry.image, **own)
+    return replace(
+        template, prompt=entry.prompt, image=entry.image, last_image=entry.last_image, **own
+    )
 
 
 def _paths(options: argparse.Namespace, source: SampleSource, count: int) -> list[Path] | None:
@@ -229,13 +233,18 @@ def _paths(options: argparse.Namespace, source: SampleSource, count: int) -> lis
 def _image_problems(requests: Sequence[SampleRequest], variant: Variant | None) -> Iterator[str]:
     problems: list[str] = []
     for request in requests:
-        if variant is not None and (error := image_error(variant, request.image)):
-            problems.append(f"--image: {error}")
-        elif request.image is not None:
-            try:
-                read_image(request.image, Fit(width=16, height=16))
-            except DataError as error:
-                problems.append(f"--image: {error}")
+        given = {"image": request.image, "last_image": request.last_image}
+        errors = dict[str, str]()
+        if variant is not None:
+            last, frames = request.last_image, request.frames
+            errors = dict(image_errors(variant, request.image, last, frames))
+        for field, path in given.items():
+            if path is not None and field not in errors:
+                try:
+                    read_image(path, Fit(width=16, height=16))
+                except DataError as error:
+                    errors[field] = str(error)
+        problems += [f"--{field.replace('_', '-')}: {error}" for field, error in errors.items()]
     yield from dict.fromkeys(problems)  # of several prompts, once
 
 

@@ -212,7 +212,9 @@ class PromptSection(Section):
     negative_prompt: str | None = None
     """Negative prompt; null is `sample.negative_prompt`."""
     image: Path | None = None
-    """Image file for the first frame; required for I2V-A14B, optional for TI2V-5B."""
+    """Image file for the first frame, for I2V-A14B and TI2V-5B."""
+    last_image: Path | None = None
+    """Image file for the last frame, with or without a first one; I2V-A14B needs one of the two."""
     seed: Int | None = None
     """Seed of the noise; null is `sample.seed`."""
 

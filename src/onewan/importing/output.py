@@ -138,6 +138,7 @@ PROMPT_ROWS = (
     Row("prompt", "prompt", "", lambda value, _: value),
     Row("negative_prompt", "negative_prompt", "", lambda value, _: value or ""),
     Row("base_image_path", "image", "", path),
+    Row("wan_last_image_path", "last_image", "", path),
     Row("random_seed", "seed", False),
     Row("seed", "seed", 42, copied(), _HAS_SEED),
 )

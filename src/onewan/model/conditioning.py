@@ -135,10 +135,10 @@ class Conditioning:
         del parts, given
         return None
 
-    def sampling_pipeline(self, *, with_image: bool) -> type[WanPipeline | WanImageToVideoPipeline]:
-        """The diffusers pipeline for a sample that does, or does not, start from an image."""
+    def sampling_pipeline(self, given: Given) -> type[WanPipeline | GivenFramesPipeline]:
+        """The diffusers pipeline for a sample that is given these frames."""
         # Not `variant.pipeline`: the one that TI2V-5B's repository names takes no image.
-        return _LockedImageToVideoPipeline if with_image else WanPipeline
+        return WanPipeline if given == "none" else GivenFramesPipeline
 
     def pipeline_options(self) -> dict[str, Any]:
         """Arguments of the pipeline's constructor that depend on the condition."""
@@ -217,9 +217,37 @@ def frame_mask(
     return mask_CF[None, :, :, None, None].expand(batch, -1, -1, height, width)
 
 
-class _LockedImageToVideoPipeline(WanImageToVideoPipeline):
-    """diffusers' pipeline encodes the image itself, so it must take the lock (`model.vae`)."""
+class GivenFramesPipeline(WanImageToVideoPipeline):
+    """diffusers' image-to-video pipeline, which may also be given the last image without the first,
+    and the last one for TI2V-5B.
 
-    def prepare_latents(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    The VAE encodes the images here, so it must take the lock (`model.vae`).
+    """
+
+    given: Given = "first"
+    """Which of the images count. Without a first one, `image` is gray: a tensor of 0.5."""
+
+    def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
         with vae_in_use():
-            return super().prepare_latents(*args, **kwargs)
+            latents, condition, *mask = super().prepare_latents(*args, **kwargs)
+        if not mask:
+            if self.given == "last":
+                # The mask's channels come first; a gray frame is like any that is not given.
+                condition[:, : self.vae_scale_factor_temporal, 0] = 0
+            return latents, condition
+        last_image_BCHW: Tensor | None = args[-1]
+        return self._with_clean_last_frame(latents, condition, mask[0], last_image_BCHW)
+
+    def _with_clean_last_frame(
+        self, latents: Tensor, first: Tensor, mask: Tensor, last_image_BCHW: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What diffusers makes of the first frame, with the last frame too. `mask` is 0 in clean
+        latent frames and 1 in others."""
+        if last_image_BCHW is None:
+            return latents, first, mask
+        condition = first.expand_as(latents).clone()
+        condition[:, :, -1:] = encode_video(self.vae, last_image_BCHW[:, :, None])
+        if self.given == "last":
+            mask[:, :, 0] = 1
+        mask[:, :, -1] = 0
+        return latents, condition, mask

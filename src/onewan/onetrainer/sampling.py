@@ -16,10 +16,12 @@ def request_of(sample: Any, variant: Variant) -> SampleRequest:
     empty is the variant's official value."""
     low = getattr(sample, "wan_low_cfg_scale", None)
     image = (sample.base_image_path or "").strip()
+    last_image = (getattr(sample, "wan_last_image_path", None) or "").strip()
     return SampleRequest(
         prompt=sample.prompt,
         negative_prompt=sample.negative_prompt or "",
         image=Path(image) if image else None,
+        last_image=Path(last_image) if last_image else None,
         width=settings.rounded_size(sample.width, variant),
         height=settings.rounded_size(sample.height, variant),
         frames=settings.rounded_frames(sample.frames, variant),

@@ -23,10 +23,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from onewan.adapters.overlay import Overlay
-from onewan.arithmetic.sample_request import image_error, request_errors
+from onewan.arithmetic.condition_shares import Given, given_by
+from onewan.arithmetic.sample_request import image_errors, request_errors
 from onewan.errors import CheckpointError, ConfigError
 from onewan.media import Fit, read_image, write_video
 from onewan.memory.residency import DeviceResidency, Residency, device_in_use
+from onewan.model.conditioning import GivenFramesPipeline
 from onewan.model.inputs import to_device
 from onewan.model.load import official_scheduler
 from onewan.model.precision import compute_context
@@ -43,7 +45,7 @@ class SampleRequest:
     prompt: str
     negative_prompt: str
     image: Path | None
-    """The first frame: required by I2V-A14B, optional for TI2V-5B, not possible with T2V-A14B."""
+    """The first frame, optional for TI2V-5B, not possible with T2V-A14B."""
     width: int
     height: int
     frames: int
@@ -59,9 +61,16 @@ class SampleRequest:
     """Seed of the noise, which is drawn on the CPU and so the same on every device."""
     fps: float
     """Frame rate of the written file."""
+    last_image: Path | None = None
+    """The last frame, for the variants that take an image; I2V-A14B needs one of the two."""
     distilled: bool = False
     """Whether the sampler's distilled LoRAs are used, with their solver; steps, guidance and shift
     are then those that they were distilled for."""
+
+    @property
+    def given(self) -> Given:
+        """Which frames of the video are given."""
+        return given_by(first=self.image is not None, last=self.last_image is not None)
 
     def in_few_steps(self, steps: int, guidance: float, shift: float) -> SampleRequest:
         """The same video with distilled LoRAs."""
@@ -104,11 +113,7 @@ class WanModelSampler:
         experts = [model.expert(expert) for expert in model.variant.experts]
         if model.vae is None:
             raise CheckpointError(f"{model.source}: the VAE was not loaded")
-        image = None
-        if request.image is not None:
-            # Cropped here, since diffusers would stretch an image of another aspect ratio.
-            fit = Fit(width=request.width, height=request.height)
-            image = Image.fromarray(read_image(request.image, fit))
+        images = _images(request)
         modules = [m for m in (model.text_encoder, *experts, model.vae) if m is not None]
         residency = self.residency or DeviceResidency(self.device or device_in_use(modules))
         with _evaluation_mode(modules), residency.taking_turns(modules) as bring:
@@ -121,7 +126,7 @@ class WanModelSampler:
                 text_1LD = [
                     to_device(pad_text([embed(prompt)]), residency.device) for prompt in prompts
                 ]
-            if image is not None:
+            if images:
                 bring(model.vae)
             overlays = self._overlays() if request.distilled else {}
             with _laid_over(overlays, bring, residency.device) as bring_expert:
@@ -129,7 +134,7 @@ class WanModelSampler:
                     _Float32Transformer(expert, bring_expert, residency.device, model.dtype)
                     for expert in experts
                 ]
-                latents = self._denoise(request, transformers, text_1LD, image, on_step)
+                latents = self._denoise(request, transformers, text_1LD, images, on_step)
             # Decoded here and not by the pipeline, so that the transformers can leave the device.
             bring(model.vae)
             pixels_BCFHW = model.decode_video(latents)
@@ -163,12 +168,13 @@ class WanModelSampler:
         request: SampleRequest,
         transformers: list[_Float32Transformer],
         text_1LD: list[Tensor],
-        image: Image.Image | None,
+        images: Mapping[str, Any],
         on_step: Callable[[int, int], None] | None,
     ) -> Tensor:
         """The denoised, normalized latents [1, C, F', h, w], by the pipeline for the request.
 
         `text_1LD`: the embedding of the prompt and, with guidance, of the negative prompt.
+        `images`: those that are given, by the pipeline's names of them.
         """
         variant = self.model.variant
         components: dict[str, Any] = {
@@ -184,8 +190,9 @@ class WanModelSampler:
             "boundary_ratio": variant.boundary,
             **self.model.conditioning.pipeline_options(),
         }
-        kind = self.model.conditioning.sampling_pipeline(with_image=image is not None)
-        pipeline = kind(**components)
+        pipeline = self.model.conditioning.sampling_pipeline(request.given)(**components)
+        if isinstance(pipeline, GivenFramesPipeline):
+            pipeline.given = request.given
         pipeline.set_progress_bar_config(disable=True)
 
         def after_step(pipeline: Any, step: int, _timestep: Tensor, _tensors: object) -> dict:
@@ -199,9 +206,8 @@ class WanModelSampler:
                 pipeline._guidance_scale = request.guidance[1 if low else 0]
             return {}
 
-        call: dict[str, Any] = {} if image is None else {"image": image}
         (latents,) = pipeline(
-            **call,
+            **images,
             prompt_embeds=text_1LD[0],
             negative_prompt_embeds=text_1LD[1] if len(text_1LD) > 1 else None,
             width=request.width,
@@ -217,6 +223,19 @@ class WanModelSampler:
             callback_on_step_end_tensor_inputs=[],
         )
         return latents
+
+
+def _images(request: SampleRequest) -> dict[str, Image.Image | Tensor]:
+    """The images that the request gives, by the pipeline's names, at the size of the video."""
+    images = dict[str, Image.Image | Tensor]()
+    # Cropped here, since diffusers would stretch an image of another aspect ratio.
+    fit = Fit(width=request.width, height=request.height)
+    for name in ("image", "last_image"):
+        if (path := getattr(request, name)) is not None:
+            images[name] = Image.fromarray(read_image(path, fit))
+    if request.given == "last":
+        images["image"] = torch.full((1, 3, request.height, request.width), 0.5)
+    return images
 
 
 @contextmanager
@@ -315,8 +334,7 @@ def check_request(request: SampleRequest, variant: Variant) -> None:
             guidance=request.guidance,
         )
     )
-    if error := image_error(variant, request.image):
-        errors["image"] = error
+    errors |= dict(image_errors(variant, request.image, request.last_image, request.frames))
     if errors:
         problems = [f"{field}: {error}" for field, error in errors.items()]
         raise ConfigError(f"sample {request.prompt!r}", problems)

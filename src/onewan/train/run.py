@@ -149,6 +149,7 @@ def _requests(config: ResolvedRun) -> list[SampleRequest]:
             if entry.negative_prompt is None
             else entry.negative_prompt,
             image=entry.image,
+            last_image=entry.last_image,
             width=sample.width,
             height=sample.height,
             frames=sample.frames,
