@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.runs import METHODS, PLACEHOLDER, RunFile
+from support.runs import CLASS_WORD, METHODS, PLACEHOLDER, RunFile
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -68,7 +68,7 @@ def test_gradients_equal_those_of_plain_autograd(
     perturb(run)
     step = one_by_one(run)
     assert any(b.mask is not None for b in step.batches)
-    losses, _ = backward(run, step, run.bring_expert(step.expert))
+    losses, _, _ = backward(run, step, run.bring_expert(step.expert))
     ours = {
         name: parameter.grad
         for trainable in run.state.trainables_of(step.expert)
@@ -83,6 +83,74 @@ def test_gradients_equal_those_of_plain_autograd(
         # Where terms nearly cancel, both gradients are mostly float32 rounding error.
         bound = 1e-4 * float(gradient.norm()) + 1e-6 * float(plain.norm())
         assert float((ours[name] - gradient).norm()) < bound, name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr", "oft"])
+def test_kept_predictions_have_the_gradients_of_plain_autograd(
+    run_file: RunFile, method: str, variant: str
+) -> None:
+    """Loss = loss of the clip + w * loss against the base model's velocity for the class word."""
+    config = run_file(
+        variant,
+        *METHODS[method],
+        *CLASS_WORD,
+        "train.preservation_weight=2000",
+        *(["train.condition_shares={none: 1}"] if variant == "ti2v-5b" else []),
+        "train.accumulation=3",
+    )
+    run = WanModelSetup(config).build()
+    perturb(run)
+    step = one_by_one(run)
+    assert all("ohwx" in batch.captions[0] for batch in step.batches)
+    # A batch without anything to keep, such as one whose caption was dropped.
+    step = replace(step, batches=(*step.batches[:2], replace(step.batches[2], preserved=None)))
+    losses, preservation, _ = backward(run, step, run.bring_expert(step.expert))
+    ours = {
+        name: parameter.grad
+        for trainable in run.state.trainables_of(step.expert)
+        for name, parameter in trainable.weights.parameters.items()
+    }
+    base = WanModelLoader().load(config.model.path)
+    transformer = base.transformer.eval()
+    leaves, weights, text = formulas(run, step.expert, transformer, base)
+    expected, kept = torch.zeros(()), torch.zeros(())
+    for batch in step.batches:
+        sample = run.objective.add_noise(batch, step, run.state.experts[step.expert].expert)
+        hidden = sample.x
+        if batch.condition is not None:
+            hidden = torch.cat([sample.x, batch.condition], dim=1)
+
+        def velocity(used: dict[str, Tensor], caption: str, hidden: Tensor, t: Tensor) -> Tensor:
+            inputs = (hidden, 1000 * t, text([caption]))
+            return functional_call(transformer, used, inputs, {"return_dict": False})[0]
+
+        caption, t = batch.captions[0], sample.t
+        predicted = velocity(weights, caption, hidden, t)
+        expected = expected + (predicted - sample.target).square().mean() / 3
+        if batch.preserved is not None:
+            other = caption.replace("ohwx", "shape")
+            with torch.no_grad():
+                target = velocity({}, other, hidden, t)
+            difference = velocity(weights, other, hidden, t) - target
+            kept = kept + 2000 * difference.square().mean() / 3
+    of_clips, of_class = (
+        torch.cat(
+            [
+                g.flatten()
+                for g in torch.autograd.grad(part, list(leaves.values()), retain_graph=True)
+            ]
+        )
+        for part in (expected, kept)
+    )
+    # The weight is so large that both count: the adapter has hardly moved.
+    assert 0.1 < float(of_class.norm() / of_clips.norm()) < 1000
+    expected, kept = expected.detach(), kept.detach()
+    assert float(sum(losses)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(sum(preservation)) == pytest.approx(float(kept), rel=1e-4)
+    assert len(preservation) == 2
+    together, plain = torch.cat([ours[name].flatten() for name in leaves]), of_clips + of_class
+    assert float((together - plain).norm() / plain.norm()) < 3e-5
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -264,7 +332,7 @@ def test_micro_batches_give_the_gradients_of_one_large_batch(run_file: RunFile) 
         run = WanModelSetup(config).build()
         perturb(run)
         step = one_by_one(run) if sizes == (1, 1, 1) else joined(one_by_one(run), sizes)
-        losses, levels = backward(run, step, run.bring_expert(step.expert))
+        losses, _, levels = backward(run, step, run.bring_expert(step.expert))
         gradients = torch.cat(
             [
                 p.grad.flatten()

@@ -18,7 +18,7 @@ import simulated_gpu
 import torch
 from safetensors.torch import load_file
 from support.other_program_files import as_gguf, fp8
-from support.runs import METHODS, RunFile, layout_of, outcome
+from support.runs import CLASS_WORD, METHODS, RunFile, layout_of, outcome
 from support.tiny_models import TinyModels
 
 from onewan.cli import main
@@ -119,13 +119,14 @@ def stop_after(step: int, config: ResolvedRun) -> Callable[[Event], None]:
     return listen
 
 
+@pytest.mark.parametrize("more", [[], CLASS_WORD], ids=["plain", "class word"])
 def test_a_run_with_every_phase_is_the_cpus(
-    run_file: RunFile, tmp_path: Path, waits: Waits
+    run_file: RunFile, tmp_path: Path, waits: Waits, more: list[str]
 ) -> None:
     """Both experts, averages, validation, samples, a stop and a resume by the command line."""
     gc.collect()  # what earlier tests left on the device
     start = gpu.memory_allocated()
-    settings = [*EACH_PHASE, "train.steps=6", "train.ema={decay: 0.9, offload: false}"]
+    settings = [*EACH_PHASE, "train.steps=6", "train.ema={decay: 0.9, offload: false}", *more]
     here = run_file("t2v-a14b", *settings, name="here")
     there = run_file("t2v-a14b", *settings, "model.device=sim", name="there")
     WanTrainer(here).fit()

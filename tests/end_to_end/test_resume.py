@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.interrupted import leave_interrupted, locking
-from support.runs import SMALL_SAMPLE, RunFile, layout_of, outcome, recorder
+from support.runs import CLASS_WORD, SMALL_SAMPLE, RunFile, layout_of, outcome, recorder
 
 from onewan import files
 from onewan.checkpoint.store import DamagedStateError
@@ -66,6 +66,7 @@ def train_with_interruptions(config: ResolvedRun, interruptions: Mapping[int, st
         ("t2v-a14b", ["model.experts=high", "train.batch_size=2", "method.dropout=0.2"]),
         ("t2v-a14b", ["model.dtype=bfloat16", "train.high_expert_share=density"]),
         ("t2v-a14b", ["memory.weights=nf4", "method.kind=dora"]),
+        ("t2v-a14b", [*CLASS_WORD, "method.dropout=0.2", "train.batch_size=2"]),
         ("i2v-a14b", ["train.accumulation=2", "video_data.cache=false"]),
         ("ti2v-5b", ["train.accumulation=2", "train.condition_shares={first: 0.5, none: 0.5}"]),
         ("ti2v-5b", ["video_data.cache=false", "memory.gradient_checkpointing=false"]),

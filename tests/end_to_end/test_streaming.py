@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.runs import METHODS, SMALL_SAMPLE, RunFile, layout_of, outcome
+from support.runs import CLASS_WORD, METHODS, SMALL_SAMPLE, RunFile, layout_of, outcome
 from support.slow_run import train_slowly
 
 from onewan.config.schema import ResolvedRun
@@ -36,6 +36,7 @@ NUMBERS: dict[str, list[str]] = {
     "fp8": ["memory.weights=fp8"],
     "bf16": ["memory.weights=bf16", "model.dtype=bfloat16"],
     "chunked feed-forward": ["memory.feed_forward_chunks=2"],
+    "class word": CLASS_WORD,
 }
 """Settings that change the numbers, thus of the plain run too."""
 EXECUTED: dict[str, list[str]] = {

@@ -21,6 +21,8 @@ RunFile = Callable[..., ResolvedRun]
 
 SMALL_SAMPLE = {"prompts": "[a]", "frames": 5, "width": 64, "height": 64, "steps": 2}
 PLACEHOLDER = "embeddings=[{placeholder: <shape>, initial_text: a square}]"
+CLASS_WORD = ["video_data.sources.0.trigger_word=ohwx", "video_data.sources.0.class_word=shape"]
+"""Settings that keep the base model's predictions for a class word."""
 METHODS: Mapping[str, list[str]] = {
     "lora": ["method={kind: lora, rank: 8}", "optimizer.lr=0.01"],
     "dora": ["method={kind: dora, rank: 8}", "optimizer.lr=0.01"],

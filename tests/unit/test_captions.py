@@ -116,6 +116,23 @@ def test_prefix_and_trigger_word(prefix: str, word: str, caption: str, expected:
     assert captions_of(settings, *([caption] if caption else [])) == (expected,)
 
 
+@pytest.mark.parametrize(
+    ("word", "class_word", "caption", "expected"),
+    [
+        ("ohwx", "a dog", "ohwx runs, and OHWX jumps", "a dog runs, and a dog jumps"),
+        ("ohwx", "a dog", "two ohwxs", None),
+        ("<fox>", r"fox \1", "the <fox>es", r"the fox \1es"),
+        ("ohwx", "", "ohwx runs", None),
+        ("", "a dog", "", None),
+    ],
+)
+def test_a_class_word_replaces_the_trigger_word(
+    word: str, class_word: str, caption: str, expected: str | None
+) -> None:
+    settings = CaptionSettings(trigger_word=word, class_word=class_word if word else "")
+    assert settings.class_caption(caption) == expected
+
+
 # --- Orders of tags ------------------------------------------------------------------------------
 
 

@@ -168,6 +168,32 @@ BROKEN = [
         "validation: {sources: [{path: b, target: base}]}",
         "validation.sources.0.target: what is measured is how well clips are learned, got 'base'",
     ),
+    # A class word.
+    (
+        "video_data: {sources: [{path: b, class_word: dog}]}",
+        "video_data.sources.0.class_word: needs the trigger_word that it stands for, got 'dog'",
+    ),
+    (
+        "video_data: {sources: [{path: b, trigger_word: Fox, class_word: a fox}]}",
+        "video_data.sources.0.class_word: must not contain the trigger word, got 'a fox'",
+    ),
+    (
+        "video_data: {sources: [{path: b, trigger_word: x, class_word: dog, target: base}]}",
+        "video_data.sources.0.class_word: target: base keeps .* anyway, got 'dog'; remove one",
+    ),
+    (
+        "method: {kind: fine_tune}\n"
+        "video_data: {sources: [{path: b, trigger_word: x, class_word: dog}]}",
+        "video_data.sources.0.class_word: needs an adapter .* is fine_tune, got 'dog'; leave it",
+    ),
+    (
+        FOX + "video_data: {sources: [{path: b, trigger_word: x, class_word: dog}]}",
+        "video_data.sources.0.class_word: needs texts that stay .* embeddings are used, got 'dog'",
+    ),
+    (
+        "validation: {sources: [{path: b, trigger_word: x, class_word: dog}]}",
+        "validation.sources.0.class_word: nothing is trained on these clips, got 'dog'; leave",
+    ),
     # Fine-tuning.
     (
         "method: {kind: fine_tune, fused_step: true}\n"

@@ -342,6 +342,25 @@ def test_weights_and_targets_reach_the_batch() -> None:
     assert plain.is_prior is None and plain.loss_weights == (1, 1)
 
 
+def test_texts_with_the_class_word_reach_the_batch_with_weights_for_the_others() -> None:
+    # Captions and texts are numbers here.
+    kept = [replace(clip(n), class_captions=(str(200 + n), str(300 + n))) for n in (1, 2)]
+    batch = batch_of([*kept, clip(3)])
+    assert batch.preserved is not None
+    texts = [float(text[0, 0]) for text in batch.preserved.text]
+    expected = {"1": {201.0, 301.0}, "2": {202.0, 302.0}, "3": {3.0, 103.0}}
+    assert all(text in expected[name] for name, text in zip(batch.names, texts, strict=True))
+    assert batch.preserved.weights.tolist() == [float(name != "3") for name in batch.names]
+    # The text is that of the caption which was drawn.
+    drawn_captions = dict(zip(batch.names, batch.captions, strict=True))
+    for name, text in zip(batch.names, texts, strict=True):
+        assert name == "3" or (text > 300) == (float(drawn_captions[name]) > 100)
+    assert batch.to(torch.device("meta")).preserved.text.is_meta
+    assert batch_of([clip(1)]).preserved is None
+    # A dropped caption has no trigger word.
+    assert batch_of([replace(kept[0], caption_dropout=1.0)]).preserved is None
+
+
 # --- Captions ------------------------------------------------------------------------------------
 
 

@@ -216,6 +216,16 @@ def test_the_time_of_a_run_is_that_of_its_passes(plan) -> None:
     # Samples before the first step and after 50 and 100; validation after 0, 40, 80 and 100.
     assert (time.samples, time.validations) == (2 * 3, 4)
     assert time.total == pytest.approx(100 * time.step + 6 * time.sample + 4 * time.validation)
+    kept = plan(
+        "t2v-a14b",
+        "400GB",
+        LARGE,
+        *("memory.keep_attention=no", "train.batch_size=1", "train.accumulation=2"),
+        "video_data.sources=[{path: a, trigger_word: ohwx, class_word: dog}]",
+    )
+    # A second forward and backward pass, and one without gradients.
+    expected = 2 * kept.worst.time.seconds + 2 * one_pass
+    assert kept.run_time.step == pytest.approx(expected, rel=0.015)
     unguided = run_time("prompts: [a], every: 0, at_start: false, guidance: [1, 1]")
     assert unguided.samples == 1
     assert unguided.sample == pytest.approx(time.sample / 2)

@@ -212,6 +212,10 @@ class SourceSection(Section):
     trigger_word: _Phrase = ""
     """Word that stands for what is trained: added in front of each caption that does not contain
     it. Prompts of samples stay as they are; write it into them."""
+    class_word: _Phrase = ""
+    """Word for what the trigger word is one of, such as person: for each caption with this word in
+    place of the trigger word, the base model's prediction is kept (differential output
+    preservation; needs an adapter method). Empty: it may change."""
     caption_prefix: _Phrase = ""
     """Text in front of each caption, and of the trigger word."""
     caption_dropout: Share | None = None

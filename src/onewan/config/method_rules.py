@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from onewan.arithmetic.placeholders import placeholder_error
+from onewan.arithmetic.words import contains_word
+from onewan.config.clips import SourceSection
 from onewan.config.fields import Problem
 from onewan.config.method import (
     AdapterMethod,
@@ -47,7 +49,12 @@ def method_rules(config: RunConfig) -> Iterator[Problem]:
             why = f"needs an adapter that can be switched off, and method.kind is {kind}"
             remedy = "use data, or an adapter such as lora"
             yield f"video_data.sources.{index}.target", f"{why}, got 'base'; {remedy}"
+        yield from _class_word_rules(config, f"video_data.sources.{index}", source)
     for index, source in enumerate(config.validation.sources):
+        if source.class_word:
+            why = "nothing is trained on these clips"
+            got = format_value(source.class_word)
+            yield f"validation.sources.{index}.class_word", f"{why}, got {got}; leave it out"
         if source.target == "base":
             why = "what is measured is how well clips are learned"
             yield f"validation.sources.{index}.target", f"{why}, got 'base'; leave it out"
@@ -56,6 +63,27 @@ def method_rules(config: RunConfig) -> Iterator[Problem]:
     if isinstance(optimizer, SgdOptimizer) and optimizer.nesterov and optimizer.momentum == 0:
         why = "needs a momentum, and optimizer.momentum is 0"
         yield "optimizer.nesterov", f"{why}; set one such as 0.9, or leave it out"
+
+
+def _class_word_rules(config: RunConfig, field: str, source: SourceSection) -> Iterator[Problem]:
+    """A class word stands for a trigger word, and needs the base model beside what is trained."""
+    word, method = source.class_word, config.method
+    if not word:
+        return
+    got = f"got {format_value(word)}"
+    if not source.trigger_word:
+        yield f"{field}.class_word", f"needs the trigger_word that it stands for, {got}; give one"
+    elif contains_word(word, source.trigger_word):
+        yield f"{field}.class_word", f"must not contain the trigger word, {got}; choose another"
+    if source.target == "base":
+        why = "target: base keeps the base model's predictions anyway"
+        yield f"{field}.class_word", f"{why}, {got}; remove one of them"
+    if not isinstance(method, AdapterMethod):
+        why = f"needs an adapter that can be switched off, and method.kind is {method.kind}"
+        yield f"{field}.class_word", f"{why}, {got}; leave it out, or use an adapter such as lora"
+    elif config.embeddings:
+        why = "needs texts that stay as they are, and embeddings are used"
+        yield f"{field}.class_word", f"{why}, {got}; remove one of them"
 
 
 def per_weight_problems(

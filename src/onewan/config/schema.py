@@ -168,6 +168,9 @@ class TrainSection(Section):
     """Steps of one expert before the run may switch to the other, which moves their weights."""
     caption_dropout: Share = 0.0
     """Probability of replacing a caption by the empty one, for classifier-free guidance."""
+    preservation_weight: Positive = 1.0
+    """Weight of the loss that keeps the base model's predictions for the `class_word` of a source,
+    beside the loss of its clips."""
     condition_shares: ConditionSharesSection | None = None
     """I2V-A14B and TI2V-5B: shares of the samples that are given the first frame of their clip, the
     first and the last (`both`), the `last` one or `none`, such as {first: 0.5, both: 0.5}. null is

@@ -109,6 +109,7 @@ def clip_sources(sources: Sequence[SourceSection], config: ResolvedRun) -> list[
                 whole=config.video_data.captions == "whole",
                 prefix=source.caption_prefix,
                 trigger_word=source.trigger_word,
+                class_word=source.class_word,
                 tag_orders=source.shuffle_tags,
                 kept_tags=source.keep_tags,
             ),

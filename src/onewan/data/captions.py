@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from onewan.arithmetic.words import contains_word, with_word
 from onewan.documents import decode_text_or_cp1252
 from onewan.errors import DataError
 from onewan.files import read_input
@@ -39,6 +40,9 @@ class CaptionSettings:
     """Text in front of each caption."""
     trigger_word: str = ""
     """Added in front of each caption that does not contain it, behind `prefix`."""
+    class_word: str = ""
+    """Replaces the trigger word in the texts for which the base model's prediction is kept; empty
+    if there are none."""
     tag_orders: int = 0
     """Number of orders of the comma-separated tags that a caption is trained in; 0 and 1: as it is
     written."""
@@ -56,6 +60,13 @@ class CaptionSettings:
         orders = [text for line in texts for text in self._orders(line, seed)]
         return tuple(map(self._complete, orders))
 
+    def class_caption(self, caption: str) -> str | None:
+        """`caption`, which is complete, with the class word in place of the trigger word; None if
+        there is no class word, or no trigger word in it."""
+        if not self.class_word or not contains_word(caption, self.trigger_word):
+            return None
+        return with_word(caption, self.trigger_word, self.class_word)
+
     def _orders(self, caption: str, seed: int) -> list[str]:
         """`caption` as it is written, and with its tags in other orders."""
         tags = [tag for tag in map(str.strip, caption.split(",")) if tag]
@@ -70,7 +81,7 @@ class CaptionSettings:
     def _complete(self, caption: str) -> str:
         """`caption` with trigger word and prefix."""
         prefixed = f"{self.prefix} {caption}".strip()
-        if self.trigger_word and not _contains(prefixed, self.trigger_word):
+        if self.trigger_word and not contains_word(prefixed, self.trigger_word):
             caption = f"{self.trigger_word}, {caption}" if caption else self.trigger_word
         return f"{self.prefix} {caption}".strip()
 
@@ -145,11 +156,3 @@ def several_lines_note(place: str, clips: int, total: int, *, whole: bool) -> st
             "video_data.captions: whole"
         )
     return f"{clips} of {total} clips in {place} {have} of several lines, {taken}"
-
-
-def _contains(caption: str, word: str) -> bool:
-    """Whether `word` is in `caption` as a word, in capital or small letters."""
-    # A trigger word may begin or end with another character, such as "<fox>".
-    before = r"(?<!\w)" if re.match(r"\w", word) else ""
-    after = r"(?!\w)" if re.search(r"\w$", word) else ""
-    return bool(re.search(f"{before}{re.escape(word)}{after}", caption, re.IGNORECASE))

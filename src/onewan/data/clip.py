@@ -80,6 +80,9 @@ class Clip:
     """Fraction of its training samples whose caption is empty; None is the run's."""
     is_prior: bool = False
     """Whether its target is the base model's prediction (prior preservation), not the data."""
+    class_captions: tuple[str | None, ...] = ()
+    """For each of `captions` the text for which the base model's prediction is kept beside, or
+    None; empty if there are none."""
     item_name: str = ""
     """The name that all clips of a file share, or of a part of a file that a source names."""
     source_seconds: float = 0.0
@@ -118,6 +121,12 @@ class Clip:
         """Its file and all that belong to it, but for captions."""
         mask = () if self.mask is None else (self.mask,)
         return (self.path, *(each.path for each in (*mask, *self.conditions.companions)))
+
+    def class_caption(self, caption: str) -> str | None:
+        """The text for which the base model's prediction is kept beside training on `caption`."""
+        if not self.class_captions or caption not in self.captions:  # such as one that is dropped
+            return None
+        return self.class_captions[self.captions.index(caption)]
 
     def times(self) -> tuple[float, ...]:
         """Presentation time of each frame in the file's own clock, s."""
@@ -268,6 +277,9 @@ class ClipPlanner:
                 "deinterlace, or take the file out"
             )
         size, fps = self._size(info), self._rate(info, source.speed)
+        is_prior = source.is_prior or item.is_prior
+        # A clip with the base model's prediction as its target keeps that anyway.
+        classes = () if is_prior else tuple(map(source.captions.class_caption, captions))
         spans = [
             (span, take, len(group))
             for group in self._spans(info, item.name, fps)
@@ -291,7 +303,8 @@ class ClipPlanner:
                 takes=takes,
                 repeats=source.repeats * item.repeats,
                 loss_weight=source.loss_weight * item.weight,
-                is_prior=source.is_prior or item.is_prior,
+                is_prior=is_prior,
+                class_captions=classes if any(classes) else (),
                 timesteps=source.timesteps,
                 caption_dropout=source.caption_dropout,
                 part=item.part,

@@ -201,6 +201,7 @@ def _places(sources: Sequence[SourceSection]) -> str:
 def _texts(config: ResolvedRun, report: DatasetReport, extra_prompts: Sequence[str]) -> list[str]:
     """All texts that training, validation and sampling need."""
     captions = {caption for clip in report.clips for caption in clip.captions}
+    captions |= {text for clip in report.clips for text in clip.class_captions if text is not None}
     # Validation uses the first caption of a clip, so that its loss is always that of the same text.
     captions |= {clip.captions[0] for clip in report.validation_clips}
     # A dropped caption is replaced by the embeddings of the empty one.
@@ -311,6 +312,8 @@ def _dataset_digest(report: DatasetReport, digests: Mapping[Path, str]) -> str:
             settings.append(clip.caption_dropout)
         if clip.timesteps != ALL_TIMESTEPS:
             settings.append({"timesteps": clip.timesteps.key()})
+        if clip.class_captions:
+            settings.append({"class_captions": clip.class_captions})
         if clip.takes > 1:
             settings.append([clip.take, clip.takes])
         if clip.variation is not None:

@@ -32,6 +32,17 @@ from onewan.variants import ExpertName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PreservedTexts:
+    """The texts of a batch for which the base model's prediction is kept: its captions with the
+    class word in place of the trigger word."""
+
+    text: Tensor
+    """[B, 512, dim], as `Batch.text`."""
+    weights: Tensor
+    """[B] float32: 1 where there is such a text, else 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Clips of one bucket, before noise is added. Tensors are float32 unless stated otherwise."""
 
@@ -60,6 +71,8 @@ class Batch:
     last_frame: Tensor | None
     """[B, C, h, w]: the last frames that are given, of variants whose latent frames may be clean;
     zeros for a sample that is not given it. None if no sample is."""
+    preserved: PreservedTexts | None = None
+    """None if there are none."""
     first_sample_index: int
     """Index of the first clip within the step's global batch; see `sample_indices`."""
 
@@ -86,6 +99,11 @@ class Batch:
             last_frame=moved(self.last_frame),
             mask=moved(self.mask),
             is_prior=moved(self.is_prior),
+            preserved=self.preserved
+            and PreservedTexts(
+                text=to_device(self.preserved.text, device),
+                weights=to_device(self.preserved.weights, device),
+            ),
         )
 
 
@@ -299,7 +317,20 @@ class WanDataLoader:
             names=tuple(clip.name for clip in clips),
             given=tuple(given),
             last_frame=last_frames(entries, given),
+            preserved=self._preserved(clips, captions),
             first_sample_index=first_sample_index,
+        )
+
+    def _preserved(self, clips: Sequence[Clip], captions: Sequence[str]) -> PreservedTexts | None:
+        pairs = zip(clips, captions, strict=True)
+        texts = [clip.class_caption(caption) for clip, caption in pairs]
+        if not any(texts):
+            return None
+        # Of a clip without such a text its caption is a placeholder, with a weight of 0.
+        used = [text or caption for text, caption in zip(texts, captions, strict=True)]
+        return PreservedTexts(
+            text=pad_text([self._source.text(text) for text in used]),
+            weights=torch.tensor([float(text is not None) for text in texts]),
         )
 
 

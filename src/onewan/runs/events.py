@@ -236,6 +236,9 @@ class StepDone(Event):
     tflops: float | None = None
     """10^12 floating-point operations per second, of the model's forward and backward passes alone:
     what gradient checkpointing computes again does not count."""
+    preservation_loss: float | None = None
+    """What is added to the loss for predictions of the base model that are kept (`class_word` of a
+    source), with its weight; null if none is kept."""
     mfu: float | None = None
     """Model FLOPs utilisation, from 0 to 1: `tflops` as a share of what the device reached in
     matrix products at the start; null on a CPU."""

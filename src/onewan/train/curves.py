@@ -23,6 +23,7 @@ def curve_values(event: Event) -> dict[str, float]:
     if isinstance(event, StepDone):
         values = {
             "loss": event.loss,
+            "preservation_loss": event.preservation_loss,
             "grad_norm": event.grad_norm,
             "lr": event.lr,
             "seconds": event.seconds,

@@ -321,6 +321,15 @@ def with_base_target(noised: NoisedBatch, velocity_BCFHW: Tensor, batch: Batch) 
     return replace(noised, target=torch.where(chosen, velocity_BCFHW.float(), noised.target))
 
 
+def with_preserved_target(
+    noised: NoisedBatch, velocity_BCFHW: Tensor, weights_B: Tensor
+) -> NoisedBatch:
+    """`noised` with the target `velocity_BCFHW`, the base model's prediction, and each sample's
+    weight multiplied by `weights_B`."""
+    target, weight = velocity_BCFHW.float(), noised.weight * weights_B
+    return replace(noised, target=target, weight=weight, has_weights=True)
+
+
 def velocity_loss(
     prediction_BCFHW: Tensor,
     noised: NoisedBatch,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,12 @@ from onewan.dtypes import torch_dtype
 from onewan.errors import TrainingError
 from onewan.model.forward import NoisyLatents, predict_velocities
 from onewan.seeds import derive_seed
-from onewan.train.objective import NoisedBatch, velocity_loss, with_base_target
+from onewan.train.objective import (
+    NoisedBatch,
+    velocity_loss,
+    with_base_target,
+    with_preserved_target,
+)
 from onewan.train.run import Run
 from onewan.train.state import TrainedExpert
 
@@ -25,6 +31,9 @@ class StepMetrics:
 
     loss: float
     """Mean over the samples of the step."""
+    preservation_loss: float | None
+    """What is added to it for the predictions of the base model that are kept, with their weight;
+    None if none is kept."""
     grad_norm: float
     """Norm of all gradients together, before clipping."""
     lr: float
@@ -44,56 +53,96 @@ def train_step(run: Run, step: StepBatches) -> StepMetrics:
         trainable.optimizer.begin_step(step.number, run.lr_factor(trainable.name, step.number))
         for trainable in trainables
     ]
-    losses, levels = backward(run, step, trained)
+    losses, preservation, levels = backward(run, step, trained)
     max_norm = run.config.train.max_grad_norm
     # Without any gradient, PyTorch returns a norm of 0 on the CPU.
     norms = [update.clip_grad_norm(max_norm).to(run.device) for update in updates]
     # The only wait for the device in a step. It comes before the weights change, so that a step
     # that is not finite leaves them intact, unless it is fused.
-    *values, norm = torch.stack([*losses, torch.stack(norms).norm()]).tolist()
+    measured = [*losses, *preservation, torch.stack(norms).norm()]
+    *values, norm = torch.stack(measured).tolist()
     check_finite(step, values, norm)
+    count = len(losses)
     for trainable, update in zip(trainables, updates, strict=True):
         update.apply()
         if trainable.ema is not None:
             trainable.ema.update(run.steps_before(trainable.name, step.number))
-    return StepMetrics(loss=sum(values), grad_norm=norm, lr=trainables[0].optimizer.lr, t=levels)
+    return StepMetrics(
+        loss=sum(values[:count]),
+        preservation_loss=sum(values[count:]) if preservation else None,
+        grad_norm=norm,
+        lr=trainables[0].optimizer.lr,
+        t=levels,
+    )
 
 
-def backward(
-    run: Run, step: StepBatches, trained: TrainedExpert
-) -> tuple[list[Tensor], tuple[float, ...]]:
+class StepLosses(NamedTuple):
+    """What the batches of a step contribute to its loss."""
+
+    losses: list[Tensor]
+    """Of each batch, scalars on the device."""
+    preservation: list[Tensor]
+    """Of each batch in which something is preserved: its part for that, with its weight."""
+    levels: tuple[float, ...]
+    """Noise level of each sample."""
+
+
+def backward(run: Run, step: StepBatches, trained: TrainedExpert) -> StepLosses:
     """Accumulate the gradients of all batches of `step` in the parameters.
 
-    Returns each batch's contribution to the step's loss, as scalars on the device, and the noise
-    level of each sample. Gradients have the same bits whether batches go through the transformer
-    together or one after another.
+    Gradients have the same bits whether batches go through the transformer together or one after
+    another.
     """
     if not trained.transformer.training:  # setting it goes through all submodules
         trained.transformer.train()
-    losses: list[Tensor] = []
-    levels: list[float] = []
+    losses, preservation, levels = list[Tensor](), list[Tensor](), list[float]()
     groups = run.together(step.batches)
     for number, group in enumerate(groups):
         run.memory.use_for([batch.latents for batch in group])
-        if number == len(groups) - 1:
+        is_last = number == len(groups) - 1
+        preserves = any(batch.preserved is not None for batch in group)
+        if is_last and not preserves:
             announce_next(run, step, trained)
         noised = [noised_inputs(run, batch.to(run.device), step, trained) for batch in group]
-        if run.dropout:
-            counters = (step.number, group[0].first_sample_index)
-            # Seeded for each group, so that a resumed run draws the same dropout.
-            torch.manual_seed(derive_seed(run.config.train.seed, "dropout", *counters))
-        predictions = predict(run, trained, noised)
-        # Every sample has the same weight, although the last batch of a bucket may be smaller.
-        weighted = [
-            compute_loss(run, inputs.sample, prediction) * (len(inputs.batch) / step.global_size)
-            for inputs, prediction in zip(noised, predictions, strict=True)
-        ]
-        # Without a gradient if only placeholders are trained and no caption contains one.
-        if differentiable := [loss for loss in weighted if loss.requires_grad]:
-            torch.autograd.backward(differentiable)
-        losses += [loss.detach() for loss in weighted]
+        losses += pass_backward(run, step, trained, noised, "dropout")
         levels += [level for inputs in noised for level in inputs.sample.t_host]
-    return losses, tuple(levels)
+        if preserves:
+            # A pass of its own, so that what the first one keeps for its gradients is gone.
+            kept = [k for inputs in noised if (k := preserved_inputs(run, inputs, trained))]
+            if is_last:
+                announce_next(run, step, trained)
+            weight = run.config.train.preservation_weight
+            preservation += pass_backward(
+                run, step, trained, kept, "dropout of preservation", weight
+            )
+    return StepLosses(losses, preservation, tuple(levels))
+
+
+def pass_backward(
+    run: Run,
+    step: StepBatches,
+    trained: TrainedExpert,
+    noised: Sequence[NoisedInputs],
+    purpose: str,
+    weight: float = 1.0,
+) -> list[Tensor]:
+    """Predict batches of `step` together and accumulate the gradients of `weight` times their
+    losses; returns these. `purpose` keys the draws of dropout."""
+    if run.dropout:
+        counters = (step.number, noised[0].batch.first_sample_index)
+        # Seeded for each group, so that a resumed run draws the same dropout.
+        torch.manual_seed(derive_seed(run.config.train.seed, purpose, *counters))
+    predictions = predict(run, trained, noised)
+    # Every sample has the same weight, although the last batch of a bucket may be smaller.
+    weighted = [
+        compute_loss(run, inputs.sample, prediction)
+        * (weight * len(inputs.batch) / step.global_size)
+        for inputs, prediction in zip(noised, predictions, strict=True)
+    ]
+    # Without a gradient if only placeholders are trained and no caption contains one.
+    if differentiable := [loss for loss in weighted if loss.requires_grad]:
+        torch.autograd.backward(differentiable)
+    return [loss.detach() for loss in weighted]
 
 
 def announce_next(run: Run, step: StepBatches, trained: TrainedExpert) -> None:
@@ -124,6 +173,19 @@ def noised_inputs(
     with trained.base(), torch.no_grad():
         (prediction,) = predict(run, trained, [inputs])
     return replace(inputs, sample=with_base_target(sample, prediction, batch))
+
+
+def preserved_inputs(run: Run, inputs: NoisedInputs, trained: TrainedExpert) -> NoisedInputs | None:
+    """`inputs` with the texts for which the base model's prediction is kept, and that prediction as
+    the target; None if there are none."""
+    preserved = inputs.batch.preserved
+    if preserved is None:
+        return None
+    inputs = replace(inputs, text=preserved.text)
+    with trained.base(), torch.no_grad():
+        (velocity,) = predict(run, trained, [inputs])
+    sample = with_preserved_target(inputs.sample, velocity, preserved.weights)
+    return replace(inputs, sample=sample)
 
 
 def predict(run: Run, trained: TrainedExpert, batches: Sequence[NoisedInputs]) -> list[Tensor]:

@@ -269,6 +269,7 @@ class WanTrainer:
                 step=run.state.step,
                 expert=step.expert,
                 loss=metrics.loss,
+                preservation_loss=metrics.preservation_loss,
                 grad_norm=metrics.grad_norm,
                 lr=metrics.lr,
                 t=metrics.t,

@@ -27,6 +27,9 @@ def run_time(
     config, worst = costs.config, buckets[0]
     steps, count = config.train.steps, sum(clips.values())
     step = sum(clips[b.bucket] * b.time.seconds for b in buckets) / count
+    if any(source.class_word for source in config.video_data.sources):
+        # The base model's prediction, and a second forward and backward pass for the class word.
+        step += sum(clips[b.bucket] * _preservation(costs, b, machine) for b in buckets) / count
     sample, distilled = config.sample, config.sample.distilled
     video = Bucket(frames=sample.frames, width=sample.width, height=sample.height)
     resident = replace(worst.settings, resident_blocks=sampling_resident_blocks)
@@ -57,6 +60,13 @@ def run_time(
         validations=(1 + _times_due(config.validation.every, steps)) if validation else 0,
         validation=validation,
     )
+
+
+def _preservation(costs: RunCosts, plan: BucketPlan, machine: Machine) -> float:
+    """Seconds that keeping the base model's predictions adds to a step of a bucket."""
+    train = costs.config.train
+    base = _pass(costs, plan.bucket, plan.settings, machine)
+    return plan.time.seconds + train.accumulation * train.batch_size * base
 
 
 def _times_due(every: int, steps: int) -> int:
