@@ -120,14 +120,16 @@ def test_a_run_of_each_method_is_the_one_without_previews(
         assert ["8 of 74 keys are skipped" in about[0], "has no alpha" in about[1]] == [True, True]
 
 
-@pytest.mark.parametrize("variant", ["i2v-a14b", "ti2v-5b"])
+@pytest.mark.parametrize(("variant", "experts"), [("i2v-a14b", "high"), ("ti2v-5b", "both")])
 def test_each_variant_has_previews(
-    run_file: RunFile, workshop: Path, tmp_path: Path, variant: str
+    run_file: RunFile, workshop: Path, tmp_path: Path, variant: str, experts: str
 ) -> None:
-    plain = run_file(variant, *EACH_STEP, name="plain")
+    """Of A14B with both experts, if only one is trained."""
+    settings = [*EACH_STEP, f"model.experts={experts}"]
+    plain = run_file(variant, *settings, name="plain")
     WanTrainer(plain).fit()
     shown = previews(workshop, tmp_path, variant, form="alpha")
-    watched = run_file(variant, *EACH_STEP, *shown, name="watched")
+    watched = run_file(variant, *settings, *shown, name="watched")
     WanTrainer(watched).fit()
     assert_the_same_run(plain, watched)
     assert sampled(watched) == [(step, "0-distilled.mp4", True) for step in range(5)]

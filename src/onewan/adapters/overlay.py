@@ -83,9 +83,11 @@ class Overlay:
             place = device or next(layer.parameters()).device
             prefix = f"overlay_{_count(layer)}"
             names = {part: f"{prefix}_{part}" for part in tensors}
-            for part, tensor in tensors.items():
+            # All before the first is registered: memory may not suffice.
+            there = {part: tensor.to(place) for part, tensor in tensors.items()}
+            for part, tensor in there.items():
                 # Not persistent: it is no part of the model's weights.
-                layer.register_buffer(names[part], tensor.to(place), persistent=False)
+                layer.register_buffer(names[part], tensor, persistent=False)
             handle = layer.register_forward_hook(_Hook(names))
             self._attached.append((layer, list(names.values()), handle))
 

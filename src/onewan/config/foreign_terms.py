@@ -407,6 +407,8 @@ TERMS: Mapping[str, tuple[Term, ...]] = {
         Term("sample.guidance", "a list: [high, low], or one number for ti2v-5b",
              ai_toolkit="sample.guidance_scale"),
         Term("sample.negative_prompt", ai_toolkit="sample.neg"),
+        Term("sample.distilled", "the LoRAs of samples: a file for each expert",
+             ai_toolkit="model.inference_lora_path"),
         Term("sample.prompts.*.seed", "one for each prompt", ai_toolkit="sample.walk_seed"),
     ),
     "Memory, speed and logs": (

@@ -257,8 +257,8 @@ def _notices(
     if layout.skipped:
         notices.append(
             f"{path}: {len(layout.skipped)} of {len(file.tensors)} keys are skipped, as in "
-            "ComfyUI, since Wan 2.2 has no CLIP branch, and no program reads differences of "
-            f"modulation tables: {named(layout.skipped)}"
+            "ComfyUI, since Wan 2.2 has no CLIP branch, and differences of modulation tables are "
+            f"read by LightX2V alone: {named(layout.skipped)}"
         )
     scaled = {m: a.scale for m, a in modules.items() if a.alpha is not None and a.kind != "oft"}
     for what, chosen in (
