@@ -305,7 +305,7 @@ def _bytes(content: bytes):
         (
             ["a.mask.tga"],
             _bytes(b"any"),
-            "its mask a.mask.tga is neither an image (avif, bmp, heic, heif, hif, jfif, jpe, "
+            "its mask a.mask.tga is neither an image (apng, avif, bmp, heic, heif, hif, jfif, jpe, "
             "jpeg, jpg, png, tif, tiff, webp) nor a video; save it as one of them",
         ),
         (

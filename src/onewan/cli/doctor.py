@@ -51,7 +51,10 @@ def doctor(
         text = f"the data can't be looked at, since a package is missing or broken: {error}"
         other.append(_problem("package", text))
     except OnewanError as error:
-        other += [_problem("run file", line) for line in (error.message, *error.details)]
+        # The message of a wrong run file is only the number of its problems.
+        lines = [*error.details] if isinstance(error, ConfigError) else []
+        lines = lines or [error.message, *error.details]
+        other += [_problem("run file", line) for line in lines]
     diagnosis = Diagnosis(environment=environment(), examination=examination, other=tuple(other))
     if html is not None and examination is not None:
         from onewan.doctor.page import html_page

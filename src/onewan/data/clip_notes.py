@@ -10,6 +10,7 @@ from typing import NamedTuple
 from onewan.arithmetic.buckets import size_without_limit
 from onewan.data.clip import SAME_RATE, Clip, ClipPlanner
 from onewan.data.spans import Strategy
+from onewan.media.colors import UNTAGGED
 
 _NOTED_SECONDS = 1.0
 """What is not used of a video is mentioned from here on: a clip has 4n+1 frames, so that nearly
@@ -35,8 +36,7 @@ def clip_notes(planner: ClipPlanner, clips: Sequence[Clip], speed: float = 1.0) 
     """How the `clips` of one file, planned with `speed`, differ from the file, and from what the
     run file asks for."""
     clip = clips[0]
-    about = "colors" if clip.kind == "video" else "picture"
-    notes = [ClipNote(about, text) for text in clip.media_notes]
+    notes = [ClipNote(_about(text), text) for text in clip.media_notes]
     if clip.fields is not None:
         which = "top" if clip.fields == "top_first" else "bottom"
         text = f"deinterlaced, with the {which} field first, as the run file says"
@@ -64,6 +64,11 @@ def clip_notes(planner: ClipPlanner, clips: Sequence[Clip], speed: float = 1.0) 
             *(ClipNote("short", text) for text in _length_notes(planner, clips)),
         ]
     return notes
+
+
+def _about(text: str) -> str:
+    """What a note of `onewan.media` is about."""
+    return "untagged" if text.startswith(UNTAGGED) else "colors"
 
 
 def taken(clips: Sequence[Clip]) -> str:

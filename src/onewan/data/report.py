@@ -86,15 +86,16 @@ class DatasetReport:
     def __str__(self) -> str:
         return "\n".join(self.lines())
 
-    def lines(self, *, repeat: bool = True) -> list[str]:
+    def lines(self, *, repeat: bool = True, with_taken: bool = True) -> list[str]:
         """The report as text: counts, each unusable file, and the warnings grouped by text. Without
-        `repeat`, unusable files that an earlier report has named are counted."""
+        `repeat`, unusable files that an earlier report has named are counted. `with_taken` adds
+        what is taken of each video."""
         left_out = f", {len(self.problems)} left out" if self.problems else ""
         number = count(count_clips(self.clips), "clip")
         lines = [f"{number} ({self._kinds()}){left_out}", *self._bucket_lines()]
         if self.validation_clips:
             lines.append(f"held out for validation: {count(len(self.validation_clips), 'clip')}")
-        lines += self._taken_lines()
+        lines += self._taken_lines() if with_taken else []
         new = self.problems
         if not repeat:
             new = tuple(p for p in new if str(p) not in self.listed_before)

@@ -11,7 +11,7 @@ from onewan.data.clip import Clip
 from onewan.data.report import count
 from onewan.doctor.finding import Finding, without_names
 
-_ROWS = 40
+TABLE_ROWS = 40
 """Clips in the table on the terminal."""
 _NAME_WIDTH = 36
 
@@ -35,6 +35,7 @@ def clip_data(clip: Clip, *, is_held_out: bool) -> dict[str, Any]:
         "alternatives": clip.takes,
         "captions": list(clip.captions),
         "held_out": is_held_out,
+        "fields": clip.fields,
         "mask": None if clip.mask is None else clip.mask.path.name,
     }
 
@@ -68,7 +69,7 @@ def clip_table(
 ) -> Iterator[str]:
     """A line for each of the first clips: what is taken of it, and the kinds of the findings
     `about` its file."""
-    shown = clips[:_ROWS]
+    shown = clips[:TABLE_ROWS]
     rows = [("clip", "taken", "frames", "fps", "trained at", "file", "notes")]
     rows += [_row(clip, about.get(clip.path, ()), clip in held_out) for clip in shown]
     widths = [max(_width(row[column]) for row in rows) for column in range(len(rows[0]))]

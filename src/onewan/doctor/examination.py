@@ -21,7 +21,7 @@ from onewan.data.report import ClipProblem, ClipWarning, DatasetReport
 from onewan.data.run_clips import clips_of_run, with_contents, with_held_out
 from onewan.data.sources.read import label_of
 from onewan.doctor.captions import caption_findings
-from onewan.doctor.clip_table import clip_data, clip_table, findings_by_path
+from onewan.doctor.clip_table import TABLE_ROWS, clip_data, clip_table, findings_by_path
 from onewan.doctor.duplicates import alike, same_content
 from onewan.doctor.environment import Environment
 from onewan.doctor.finding import Finding, without_names
@@ -71,7 +71,8 @@ class Examination:
             table = clip_table(clips, findings_by_path(self.findings), self.held_out)
             yield from (f"  {line}" for line in table)
             yield ""
-        yield from self.report.lines()
+        # The table says what is taken of each, unless it is cut.
+        yield from self.report.lines(with_taken=len(self.clips) > TABLE_ROWS)
         yield ""
         if self.needs is not None:
             yield "Needs"

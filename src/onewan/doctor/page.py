@@ -24,6 +24,8 @@ MOST_VIDEO_BYTES = 40_000_000
 """Of all videos together; clips behind that have pictures only. A browser opens such a page in a
 few seconds."""
 _CAPTIONS_SHOWN = 3
+_FEW_NOTES = 12
+"""Up to so many are listed as they are; more are grouped by their kinds."""
 _POLICY = (
     "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'"
@@ -79,14 +81,21 @@ def _findings(diagnosis: Diagnosis) -> Iterator[str]:
         if not chosen:
             continue
         # Notes can be many, and the cards have those of their clips.
-        is_open = " open" if severity == "problem" or len(chosen) <= 12 else ""
-        yield f'<details class="{severity}s"{is_open}>'
+        is_long = severity == "note" and len(chosen) > _FEW_NOTES
+        yield f'<details class="{severity}s" open>'
         yield f"<summary><h2>{heading} ({len(chosen)})</h2></summary>"
-        yield "<ul>"
-        for finding in chosen:
-            name = "" if finding.path is None else f"<b>{_text(finding.path.name)}:</b> "
-            yield f"<li>{name}{_text(finding.text)}</li>"
-        yield "</ul>"
+        kinds = dict.fromkeys(finding.kind for finding in chosen) if is_long else [""]
+        for kind in kinds:
+            group = [finding for finding in chosen if kind in ("", finding.kind)]
+            if kind:
+                yield f"<details><summary>{_text(kind.capitalize())} ({len(group)})</summary>"
+            yield "<ul>"
+            for finding in group:
+                name = "" if finding.path is None else f"<b>{_text(finding.path.name)}:</b> "
+                yield f"<li>{name}{_text(finding.text)}</li>"
+            yield "</ul>"
+            if kind:
+                yield "</details>"
         yield "</details>"
 
 

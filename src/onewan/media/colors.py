@@ -24,6 +24,9 @@ Transfer = Literal["SDR", "PQ", "HLG"]
 BT709, BT601, BT2020, DCI_P3, DISPLAY_P3 = 1, 5, 9, 11, 12
 """Matrix coefficients or color primaries."""
 
+UNTAGGED = "colors without tags"
+"""Begins the note about a stream without them, as most are."""
+
 _RGB, _UNSPECIFIED, _RESERVED = 0, 2, 3
 
 # swscale converts them as if they were BT.601.
@@ -103,7 +106,7 @@ class VideoColors:
             if is_yuv and primaries not in _MATRICES_BY_PRIMARIES:
                 why = "as HDR is" if by_tags else "by the size"
                 name = {BT709: "BT.709", BT601: "BT.601", BT2020: "BT.2020"}[matrix]
-                notes.append(f"colors without tags, read as {name} ({why})")
+                notes.append(f"{UNTAGGED}, read as {name} ({why})")
         if transfer != "SDR":
             notes.append(f"HDR ({transfer}) brought to SDR")
         elif name := _UNREAD_TRANSFERS.get(context.color_trc):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +11,16 @@ from pathlib import Path
 from av.error import FFmpegError, InvalidDataError
 from PIL import Image, UnidentifiedImageError
 
+from onewan.documents import shortened
 from onewan.errors import DataError, OnewanError
 
 DAMAGE_REMEDY = "copy or download it again, or take it out"
 """What the user can do about a damaged file, as the end of a message."""
+
+_LITTLE = 16
+"""Bytes that no video or image has fewer than."""
+_TEXT_BYTES = 512
+"""Of the beginning of a file, by which a text is told."""
 
 
 @contextmanager
@@ -52,16 +60,38 @@ def _reason(path: Path, kind: str, error: Exception) -> str:
             f"needs more memory than there is to read this {kind}; make it smaller, or take it out"
         )
     if isinstance(error, Image.DecompressionBombError):
-        return f"claims more pixels than any image has; {DAMAGE_REMEDY}"
+        # Pillow's message has their number.
+        found = re.search(r"\((\d+) pixels\)", str(error))
+        claimed = f" ({int(found[1]) / 1e6:,.0f} million)" if found else ""
+        return f"claims more pixels than any image has{claimed}; {DAMAGE_REMEDY}"
     if isinstance(error, UnidentifiedImageError):  # its message is only the path
-        return f"is not an image that can be read; {DAMAGE_REMEDY}"
+        why = _not_media(path)
+        return f"is not an image that can be read{f' ({why})' if why else ''}; {DAMAGE_REMEDY}"
     if isinstance(error, InvalidDataError) and kind == "video" and _is_mp4(path):
         return (
             "begins as an MP4 or MOV, but its index (moov) is missing or damaged: it is truncated; "
             + DAMAGE_REMEDY
         )
     what = "a video that FFmpeg can read" if kind == "video" else "an image that can be read"
-    return f"is not {what} ({error_reason(error)}); {DAMAGE_REMEDY}"
+    return f"is not {what} ({_not_media(path) or error_reason(error)}); {DAMAGE_REMEDY}"
+
+
+def _not_media(path: Path) -> str | None:
+    """What the file is, if it is certainly neither a video nor an image; else None."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(_TEXT_BYTES)
+    except OSError:
+        return None
+    if len(begin) < _LITTLE:
+        return f"it has only {len(begin)} byte{'' if len(begin) == 1 else 's'}"
+    try:
+        # Incremental, since the last character may be cut.
+        text = codecs.getincrementaldecoder("utf-8")().decode(begin)
+    except UnicodeDecodeError:
+        return None
+    is_text = all(letter.isprintable() or letter.isspace() for letter in text)
+    return f"it is a text: '{shortened(' '.join(text.split()))}'" if is_text else None
 
 
 def _is_mp4(path: Path) -> bool:
