@@ -350,6 +350,18 @@ def test_training_on_less_is_suggested_after_what_costs_only_time(plan) -> None:
     assert changes[-1].startswith(("wan_config.max_frames=", "video_data.resolution="))
 
 
+def test_the_low_expert_alone_is_suggested_unless_a_source_is_for_the_high_one(plan) -> None:
+    def changes(source: str) -> list[str]:
+        sources = f"video_data.sources=[{{path: a{source}}}, b]"
+        fused = ["method={kind: fine_tune, fused_step: true}", "train.max_grad_norm=null"]
+        found = plan("t2v-a14b", "24GB", LARGE, sources, *fused, ram="200GB")
+        return [change for suggestion in found.suggestions for change in suggestion.change]
+
+    assert "model.experts=low" in changes("")
+    assert "model.experts=low" in changes(", timesteps: low")
+    assert "model.experts=low" not in changes(", timesteps: high")
+
+
 def test_a_plan_needs_a_bucket(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one bucket"):
         make_plan(run_file(tmp_path, "ti2v-5b"), [], machine("24GB"))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support.clips import clip
 
+from onewan.arithmetic.clip_timesteps import ALL_TIMESTEPS, ClipTimesteps
 from onewan.data.validation_split import exclude_validation_clips, split_validation_clips
 
 CLIPS = tuple(clip(f"{n:02}") for n in range(20))
@@ -65,6 +66,21 @@ def test_adding_or_removing_a_file_moves_at_most_one_other(share: float) -> None
     for gone in CLIPS:
         after = held([each for each in CLIPS if each != gone], share=share)
         assert len((before ^ after) - {CONTENT[gone.path]}) <= 1
+
+
+def test_no_kind_of_timesteps_is_held_out_altogether() -> None:
+    """Else an expert would have no clip. The draw of the others stays as it is."""
+    for rare in held(seed=7):
+        kinds = {True: ClipTimesteps(t_min=0.9), False: ALL_TIMESTEPS}
+        clips = [replace(each, timesteps=kinds[CONTENT[each.path] == rare]) for each in CLIPS]
+        out = held(clips)
+        assert out > held() - {rare} and rare not in out and len(out) == 5
+    # Of two such files one may be held out.
+    clips = [
+        replace(each, timesteps=ClipTimesteps(t_max=0.5 if n < 2 else 1.0))
+        for n, each in enumerate(CLIPS)
+    ]
+    assert len({"digest of 00", "digest of 01"} & held(clips)) == 1
 
 
 def test_copies_stay_together() -> None:

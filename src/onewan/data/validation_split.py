@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from onewan.arithmetic.clip_timesteps import ClipTimesteps
 from onewan.data.clip import Clip
 from onewan.data.report import ClipProblem
 from onewan.seeds import derive_seed
@@ -59,7 +61,8 @@ def split_validation_clips(
     All clips of a file, and files of equal content, stay together, and the first of these files is
     validated on; of alternative spans the first. Prior-preservation clips (``target: base``) are
     not chosen, since validation measures how well the data are learned. At least one other file
-    always remains for training, so with fewer than two of them none is held out.
+    always remains for training, so with fewer than two of them none is held out; and where sources
+    have timesteps of their own, one of each kind, so that no expert is left without clips.
     """
     eligible: dict[str, list[Clip]] = {}
     for clip in clips:
@@ -73,7 +76,13 @@ def split_validation_clips(
     number = min(max(1, int(fraction * len(eligible) + 0.5)), len(eligible) - 1)
     # "held_out" is part of the name of the draw: another one would change every existing split.
     ranked = sorted(eligible, key=lambda digest: (derive_seed(seed, "held_out", digest), digest))
-    chosen = set(ranked[:number])
+    kinds_of = _timesteps(clips, digests)
+    remaining = Counter(kind for kinds in kinds_of.values() for kind in kinds)
+    chosen = set[str]()
+    for digest in ranked:
+        if len(chosen) < number and all(remaining[kind] > 1 for kind in kinds_of[digest]):
+            chosen.add(digest)
+            remaining.subtract(kinds_of[digest])
     training = tuple(clip for clip in clips if digests[clip.path] not in chosen)
     held_out = list[Clip]()
     for digest in eligible:
@@ -87,6 +96,14 @@ def split_validation_clips(
             }
             held_out += sorted(spans.values(), key=lambda clip: (clip.start, clip.frames))
     return training, tuple(held_out)
+
+
+def _timesteps(clips: Sequence[Clip], digests: Mapping[Path, str]) -> dict[str, set[ClipTimesteps]]:
+    """The timesteps at which each content is trained."""
+    found: dict[str, set[ClipTimesteps]] = {}
+    for clip in clips:
+        found.setdefault(digests[clip.path], set()).add(clip.timesteps)
+    return found
 
 
 def _overlap(first: Clip, second: Clip) -> bool:

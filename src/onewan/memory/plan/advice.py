@@ -10,6 +10,7 @@ from onewan.arithmetic.byte_sizes import format_bytes
 from onewan.config.method import FineTuneMethod, RankedMethod
 from onewan.config.optimizer import AdamW8bitOptimizer, AdamWOptimizer
 from onewan.config.schema import ResolvedRun
+from onewan.config.timesteps import timesteps_of
 from onewan.memory.plan.bucket import Bucket
 from onewan.memory.plan.result import Plan, Suggestion
 from onewan.memory.plan.stored import FP8_TEXT_ENCODER
@@ -260,7 +261,13 @@ def _trained_changes(config: ResolvedRun) -> Iterator[_Change]:
 
 def _one_expert(config: ResolvedRun, clips: Clips) -> Iterator[_Change]:
     del clips
-    if len(config.model.facts().experts) == 2 and config.model.experts == "both":
+    variant = config.model.facts()
+    # The low expert alone can't train a source of the high one.
+    alone = len(variant.experts) == 2 and all(
+        timesteps_of(source, variant).part_of(variant.expert("low"))
+        for source in config.video_data.sources
+    )
+    if alone and config.model.experts == "both":
         yield _change("one expert in a run", {"model.experts": "low"}, is_smaller=True)
 
 
