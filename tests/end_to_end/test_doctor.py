@@ -215,6 +215,36 @@ def test_masks_are_looked_at_and_shown(run_file: RunFile, tmp_path: Path) -> Non
     assert (top[..., 0] - top[..., 1]).mean() > 50 > abs(bottom[..., 0] - bottom[..., 1]).mean()
 
 
+def test_condition_images_are_looked_at_and_shown(run_file: RunFile, tmp_path: Path) -> None:
+    folder = tmp_path / "conditions"
+    for name in ("given", "damaged"):
+        write_clip(folder, name, np.full((16, 64, 64, 3), 128, np.uint8), name)
+        Image.new("RGB", (64, 64), (200, 30, 40)).save(folder / f"{name}.condition.png")
+    damaged = folder / "damaged.condition.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    write_clip(folder, "random", np.full((16, 64, 64, 3), 90, np.uint8), "random")
+    source = f"[{{path: {folder.as_posix()}, condition: random_frame}}]"
+    config = run_file("i2v-a14b", *settings(folder, f"video_data.sources={source}"))
+    found = examined(config, previews=True)
+    assert [f.path.name for f in found.findings if f.severity == "problem" and f.path] == [
+        "damaged.mp4"
+    ]
+    shown = {item.clip.name: item for item in found.clips}
+    preview = shown["given.mp4"].preview
+    assert preview is not None
+    (picture,) = preview.conditions
+    pixels = np.asarray(Image.open(io.BytesIO(picture)), np.int16)
+    assert np.abs(pixels.mean(axis=(0, 1)) - (200, 30, 40)).max() < 6
+    data = {clip["name"]: clip for clip in found.as_data()["clips"]}
+    assert data["given.mp4"]["condition_image"] == "given.condition.png"
+    frame = data["random.mp4"]["condition_frame"]
+    assert frame == shown["random.mp4"].clip.conditions.frame > 0
+    # With a model that takes none, they are neither looked at nor shown, which is said.
+    plain = examined(run_file("t2v-a14b", *settings(folder)), previews=True)
+    assert all(item.preview and not item.preview.conditions for item in plain.clips)
+    assert any("2 condition images are not used" in f.text for f in plain.findings)
+
+
 def test_a_cache_that_does_not_fit_on_the_disk_and_a_model_that_is_not_there(
     run_file: RunFile, doubtful: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,8 @@ from PIL import Image
 from support.clips import clip as make_clip
 
 from onewan.data.clip import Clip
+from onewan.data.companions import Companion
+from onewan.data.conditions import Conditions
 from onewan.data.contact_sheet import (
     MAX_CLIPS,
     ContactSheet,
@@ -190,3 +192,33 @@ def test_many_clips_take_several_pages_and_surplus_ones_are_removed(tmp_path: Pa
     assert heights[0] == heights[1] > heights[2]
     few = sheet_of(tmp_path, clips(2), source)
     assert sorted(file.name for file in tmp_path.iterdir()) == names[:1] == [few.pages[0].name]
+
+
+def test_conditions_come_behind_the_frames_of_their_clip(tmp_path: Path) -> None:
+    class WithConditions(GraySource):
+        def preview(self, clip: Clip) -> Preview:
+            own = clip.conditions.has_own_image
+            added = [plain(clip.size, 40)] * (own + 3 * bool(clip.conditions.control))
+            conditions = preview_frames(added) if added else None
+            return replace(super().preview(clip), conditions=conditions)
+
+    image, control = (
+        Companion(path=Path(name), is_image=name.endswith("png"))
+        for name in ("start.png", "depth.mp4")
+    )
+    shown = [
+        replace(clips(1)[0], name="a.mp4"),
+        replace(clips(1)[0], name="b.mp4", conditions=Conditions(image=image, control=control)),
+    ]
+    (page,) = sheet_of(tmp_path, shown, WithConditions()).pages
+    # Two cards below each other, with room for the three frames, the image and three of the video.
+    with Image.open(page) as opened:
+        pixels = np.asarray(opened.convert("L")).astype(int)
+    width, _ = small_size(*LANDSCAPE)
+    left, top = 24 + 10, 2 * 24 + 24 + 10
+    centers = [left + index * (width + 4) + width // 2 for index in range(7)]
+    levels = [pixels[top + 20, x] for x in centers]
+    assert [abs(level - 90) < 10 for level in levels] == [True] * 3 + [False] * 4
+    below = pixels[top + 200 :]
+    dark = [int((abs(below[:, x] - 40) < 10).sum()) for x in centers]
+    assert [rows > 100 for rows in dark] == [False] * 3 + [True] * 4

@@ -18,6 +18,7 @@ _NAME_WIDTH = 36
 
 def clip_data(clip: Clip, *, is_held_out: bool) -> dict[str, Any]:
     """What is taken of a clip's file, as plain data."""
+    image, control = clip.conditions.image, clip.conditions.control
     return {
         "name": clip.name,
         "path": without_names(str(clip.path)),
@@ -37,6 +38,9 @@ def clip_data(clip: Clip, *, is_held_out: bool) -> dict[str, Any]:
         "held_out": is_held_out,
         "fields": clip.fields,
         "mask": None if clip.mask is None else clip.mask.path.name,
+        "condition_image": None if image is None else image.path.name,
+        "condition_frame": clip.conditions.frame,
+        "control": None if control is None else control.path.name,
     }
 
 
@@ -45,6 +49,19 @@ def taken(clip: Clip) -> str:
     if clip.kind == "image":
         return "image"
     return f"{clip.start:.2f} to {clip.times()[-1]:.2f} s"
+
+
+def conditions(clip: Clip) -> str:
+    """What a model is given of a clip besides its frames and captions, in words; "" for nothing."""
+    image, control = clip.conditions.image, clip.conditions.control
+    texts = list[str]()
+    if image is not None:
+        texts.append(f"condition image {image.path.name}")
+    elif clip.conditions.frame:
+        texts.append(f"frame {clip.conditions.frame + 1} as condition image")
+    if control is not None:
+        texts.append(f"control video {control.path.name}")
+    return ", ".join(texts)
 
 
 def origin(clip: Clip) -> str:

@@ -157,7 +157,8 @@ def _each_once(clips: Sequence[Clip]) -> list[Clip]:
 def _frames_key(clip: Clip) -> tuple[object, ...]:
     """What the frames of a clip depend on."""
     span = (clip.path, clip.start, clip.fps, clip.frames)
-    return (*span, clip.size, clip.background, clip.fields, clip.bounds, clip.variation)
+    look = (clip.background, clip.fields, clip.bounds, clip.variation)
+    return (*span, clip.size, *look, clip.conditions)
 
 
 def _without(report: DatasetReport, problems: Sequence[ClipProblem]) -> DatasetReport:

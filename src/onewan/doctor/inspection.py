@@ -14,7 +14,13 @@ from PIL import Image
 
 from onewan.data.ahead import results_ahead, usable_cores
 from onewan.data.clip import Clip
-from onewan.data.decode import decode, decode_mask, decoder_threads
+from onewan.data.decode import (
+    check_conditions,
+    condition_frames,
+    decode,
+    decode_mask,
+    decoder_threads,
+)
 from onewan.data.masks import uniform_mask_note
 from onewan.data.report import ClipProblem
 from onewan.doctor.pixels import PixelFacts, look_at_pixels
@@ -41,6 +47,9 @@ class Preview:
     """(width, height), pixels."""
     frames: tuple[bytes, ...]
     """First, middle and last frame, JPEG; an image is one. What a loss mask leaves out is red."""
+    conditions: tuple[bytes, ...]
+    """Its condition image, unless that is its first frame, and the first, middle and last frame of
+    its control video, JPEG."""
     video: bytes | None
     """All frames at the speed at which the model sees them, mp4; None for an image."""
 
@@ -53,7 +62,7 @@ class InspectedClip:
     pixels: PixelFacts | None = None
     """None if it can't be decoded."""
     error: DataError | None = None
-    """Why it can't be decoded, or its mask can't."""
+    """Why it can't be decoded, or its mask or a condition of it can't."""
     mask_note: str | None = None
     """What the user should know about its mask."""
     combs: FieldOrder | None = None
@@ -88,7 +97,9 @@ class Inspector:
     def _inspect(self, clip: Clip, *, threads: int) -> InspectedClip:
         try:
             # The trainer's own way from a file to frames, at a size that takes less time.
-            frames = decode(replace(clip, size=small_size(clip.size)), threads=threads).frames
+            small = replace(clip, size=small_size(clip.size))
+            frames = decode(small, threads=threads).frames
+            check_conditions(small)
             mask = decode_mask(clip, clip.mask, self.variant)[0] if clip.mask else None
             combs = field_order(clip.path, clip.start) if self._may_have_combs(clip) else None
         except DataError as error:
@@ -107,6 +118,7 @@ class Inspector:
         return is_stream and clip in self.searched and not clip.interlaced and clip.fields is None
 
     def _preview(self, clip: Clip, frames: np.ndarray, mask: np.ndarray | None) -> Preview:
+        small = replace(clip, size=small_size(clip.size))
         stills = [frames[index] for index in preview_indices(len(frames))]
         if mask is not None:
             temporal = self.variant.temporal_compression
@@ -115,6 +127,7 @@ class Inspector:
         return Preview(
             size=small_size(clip.size),
             frames=tuple(map(_jpeg, stills)),
+            conditions=tuple(map(_jpeg, condition_frames(small))),
             video=video_bytes(frames, self.fps) if is_video else None,
         )
 
