@@ -19,6 +19,7 @@ from onewan.config.schema import ResolvedRun
 from onewan.demo.tiny_model import write_tiny_model
 from onewan.errors import CheckpointError, ConfigError, Interrupted
 from onewan.media import probe, write_video
+from onewan.memory.plan import read_stored_model
 from onewan.runs.event_file import read_events
 from onewan.runs.events import Event, Sampling
 from onewan.train.run import full_sample_requests, sample_requests
@@ -171,12 +172,14 @@ def test_previews_on_the_device_are_the_cpus(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+@pytest.mark.parametrize("method", ["lora", "lokr", "fine_tune"])
 def test_a_stop_within_a_preview_changes_nothing(
-    run_file: RunFile, workshop: Path, tmp_path: Path
+    run_file: RunFile, workshop: Path, tmp_path: Path, method: str
 ) -> None:
-    plain = run_file("t2v-a14b", *EACH_STEP, name="plain")
+    settings = [*METHODS[method], *EACH_STEP, "memory.resident_blocks=0"]
+    plain = run_file("t2v-a14b", *settings, name="plain")
     WanTrainer(plain).fit()
-    config = run_file("t2v-a14b", *EACH_STEP, *previews(workshop, tmp_path), name="stopped")
+    config = run_file("t2v-a14b", *settings, *previews(workshop, tmp_path), name="stopped")
 
     def stop(event: Event) -> None:
         if isinstance(event, Sampling) and (event.step, event.done) == (2, 3):
@@ -249,3 +252,13 @@ def test_the_documented_run_file_can_be_started(workshop: Path, tmp_path: Path) 
     assert (request.steps, request.guidance, request.shift) == (4, (1.0, 1.0), 5.0)
     assert (full.steps, full.guidance, full.shift) == (25, (4.0, 3.0), 12.0)
     assert config.sample.every == config.train.save_every
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_plan_counts_the_bytes_of_the_loras(
+    run_file: RunFile, workshop: Path, tmp_path: Path, dtype: str
+) -> None:
+    config = run_file("t2v-a14b", *previews(workshop, tmp_path), f"model.dtype={dtype}")
+    overlays = WanModelSetup(config).build().distilled
+    counted = {name: overlay.nbytes for name, overlay in overlays.items()}
+    assert read_stored_model(config).distilled == counted

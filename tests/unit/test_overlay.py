@@ -178,3 +178,24 @@ def test_everything_that_does_not_fit_is_named_without_the_model_in_memory(
     with pytest.raises(CheckpointError, match=r"the model has no layer blocks\.7\.attn1\.to_q"):
         Overlay(model, {"blocks.7.attn1.to_q": modules["blocks.0.attn1.to_q"]}, "x")
     Overlay(model, {"blocks.0.attn1.to_q": modules["blocks.0.attn1.to_q"]}, "x")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_gradients_no_second_output_is_made(
+    base: WanTransformer3DModel, dtype: torch.dtype
+) -> None:
+    model = copy.deepcopy(base)
+    outputs: list[Tensor] = []
+    names = ["blocks.0.ffn.net.0.proj", "blocks.0.norm2", "blocks.1.attn2.norm_k", "proj_out"]
+    for name in names:
+        layer = model.get_submodule(name)
+        layer.register_forward_hook(lambda _layer, _inputs, output: outputs.append(output))
+    overlay = Overlay(model, distilled(model), "one", dtype=dtype)
+    for grad in (False, True):
+        with overlay.attached(), torch.set_grad_enabled(grad):
+            for name in names:
+                layer: Any = model.get_submodule(name)
+                width = getattr(layer, "in_features", 32)
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32):
+                    result = layer(torch.ones(1, 3, width))
+                assert (result.data_ptr() == outputs[-1].data_ptr()) == (not grad), name
