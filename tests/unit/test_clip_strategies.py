@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +21,9 @@ from onewan.data.decode import decode
 from onewan.data.found_cuts import FoundCuts
 from onewan.data.index import index_clips
 from onewan.data.report import DatasetReport
+from onewan.data.sources.copies import Copies
 from onewan.data.validation_split import split_validation_clips
+from onewan.errors import DataError
 from onewan.media import write_video
 from onewan.media.cuts import cut_detector, find_cuts
 from tests.support.clips import clip, planner
@@ -239,20 +244,62 @@ def test_the_middle_moves_into_a_scene(film: Path) -> None:
 
 def test_changes_of_scene_are_remembered(film: Path, tmp_path: Path) -> None:
     file, video = tmp_path / "cuts.jsonl", film / "film.mp4"
-    found = FoundCuts(file)
-    assert found.known(video) == () and not found.knows(video)
-    cuts = found.of(video)
-    again = FoundCuts(file)
-    assert again.known(video) == cuts and again.knows(video)
+    assert FoundCuts(file, search=False).of(video) == () and not FoundCuts(file).knows(video)
+    cuts = FoundCuts(file).of(video)
+    again = FoundCuts(file, search=False)
+    assert again.of(video) == cuts and again.knows(video)
     copy = tmp_path / "film.mp4"
     copy.write_bytes(video.read_bytes())
     assert not again.knows(copy)
-    again.of(copy)
+    FoundCuts(file).of(copy)
     copy.write_bytes(video.read_bytes() + b"\0")
     assert not FoundCuts(file).knows(copy)
     with file.open("a", encoding="utf-8") as lines:
         lines.write('["half a li')
-    assert FoundCuts(file).known(video) == cuts
+    assert FoundCuts(file, search=False).of(video) == cuts
+
+
+def test_files_are_searched_several_at_a_time_and_each_once(
+    film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["a", "b", "c"]
+    for name in names:
+        for suffix in ("mp4", "txt"):
+            shutil.copy(film / f"film.{suffix}", tmp_path / f"{name}.{suffix}")
+    (tmp_path / "small.mp4").write_bytes((film / "film.mp4").read_bytes()[:2000])
+    (tmp_path / "small.txt").write_text("damaged", encoding="utf-8")
+    searched, told, meeting = list[str](), list[tuple[str, int, int]](), threading.Barrier(2)
+
+    def find(path: Path) -> Any:
+        searched.append(path.name)
+        if len(searched) <= 2:
+            meeting.wait(20)  # BrokenBarrierError unless two files are searched at a time
+        return find_cuts(path)
+
+    monkeypatch.setattr("onewan.data.found_cuts.find_cuts", find)
+    monkeypatch.setattr("onewan.data.found_cuts.usable_cores", lambda: 2)
+    copies = Copies(tmp_path / "cache", progress=lambda *done: told.append(done))
+    own = planner(**SIZE, avoid_cuts=True, max_frames=33, cuts=FoundCuts(tmp_path / "cuts.jsonl"))
+    report = index_clips([ClipSource(path=tmp_path)], own, use_masks=False, copies=copies)
+    assert [clip.name for clip in report.clips] == ["a.mp4", "b.mp4", "c.mp4"]
+    assert sorted(searched) == ["a.mp4", "b.mp4", "c.mp4"]
+    assert told == [("searching for changes of scene", done, 3) for done in (1, 2, 3)]
+
+
+def test_a_file_that_can_not_be_searched_is_a_problem_of_its_own(
+    film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> Any:
+        refused.append(path)
+        raise DataError(f"{path}: is damaged at 1.0 s")
+
+    refused = list[Path]()
+    monkeypatch.setattr("onewan.data.found_cuts.find_cuts", refuse)
+    for suffix in ("mp4", "txt"):
+        shutil.copy(film / f"film.{suffix}", tmp_path / f"film.{suffix}")
+    report = report_of(tmp_path, avoid_cuts=True, max_frames=33)
+    assert [problem.reason for problem in report.problems] == ["is damaged at 1.0 s"]
+    assert len(refused) == 1 and report.clips == ()
 
 
 # --- What the report says ------------------------------------------------------------------------

@@ -86,18 +86,25 @@ def _examine(
 ) -> Examination:
     from onewan.doctor.examination import examine
 
-    return examine(config, environment, previews=previews, advance=_progress())
+    said = _progress()
+    return examine(
+        config,
+        environment,
+        previews=previews,
+        advance=lambda done, total: said("looking at clips", done, total),
+        progress=said,
+    )
 
 
-def _progress() -> Callable[[int, int], None]:
-    """Says on stderr now and then how many clips are done; nothing if that takes a moment only."""
+def _progress() -> Callable[[str, int, int], None]:
+    """Says on stderr now and then how much is done; nothing if that takes a moment only."""
     last = time.monotonic()
 
-    def advance(done: int, total: int) -> None:
+    def advance(activity: str, done: int, total: int) -> None:
         nonlocal last
         if time.monotonic() - last >= _PROGRESS_SECONDS:
             last = time.monotonic()
-            complain(f"looked at {done} of {total} clips")
+            complain(f"{activity}: {done} of {total}")
 
     return advance
 

@@ -77,7 +77,7 @@ def clip_planner(config: ResolvedRun) -> ClipPlanner:
         temporal_compression=variant.temporal_compression,
         takes_condition_image=variant.takes_condition_image,
         takes_control=variant.takes_control,
-        find_cuts=FoundCuts(cuts_file).of,
+        cuts=FoundCuts(cuts_file),
     )
 
 
@@ -145,8 +145,8 @@ def expected_buckets(config: ResolvedRun) -> ExpectedBuckets:
     buckets are those of clips of `wan_config.max_frames` frames in common shapes.
     """
     planner = clip_planner(config)
-    known_cuts = FoundCuts(config.video_data.cache_dir / "cuts.jsonl")
-    planner = replace(planner, find_cuts=known_cuts.known)
+    known_cuts = FoundCuts(config.video_data.cache_dir / "cuts.jsonl", search=False)
+    planner = replace(planner, cuts=known_cuts)
     training = clip_sources(config.video_data.sources, config)
     validation = clip_sources(config.validation.sources, config)
     copies = Copies(config.video_data.cache_dir, make=False)

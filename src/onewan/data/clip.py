@@ -18,6 +18,7 @@ from onewan.data.augment import Augmentation, Variation
 from onewan.data.captions import CaptionSettings
 from onewan.data.companions import Companion, CompanionFinder
 from onewan.data.conditions import FIRST_FRAME, ConditionChoice, Conditions
+from onewan.data.found_cuts import FoundCuts
 from onewan.data.probes import MediaProbes
 from onewan.data.sources.item import SourceItem
 from onewan.data.sources.names import Patterns
@@ -32,7 +33,7 @@ from onewan.media import (
     extension,
     keyframe_near,
 )
-from onewan.media.cuts import Cut, cut_detector, find_cuts
+from onewan.media.cuts import cut_detector
 from onewan.seeds import derive_seed
 
 _MOST_ENLARGED = 2
@@ -242,8 +243,8 @@ class ClipPlanner:
     """Whether the model is given a control video."""
     probes: MediaProbes = field(default_factory=MediaProbes)
     """What the files contain."""
-    find_cuts: Callable[[Path], Sequence[Cut]] = find_cuts
-    """The changes of scene of a file, where they are needed."""
+    cuts: FoundCuts = field(default_factory=FoundCuts)
+    """The changes of scene of the files, where they are needed."""
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -345,10 +346,36 @@ class ClipPlanner:
             ),
         )
 
+    def prepare(
+        self,
+        items: Sequence[SourceItem],
+        source: ClipSource,
+        progress: Callable[[str, int, int], None],
+    ) -> None:
+        """Find out what `plan` has to know of the files of `source`, several at a time. What is
+        wrong with one is raised by `plan`."""
+        self.probes.prepare(path for item in items for path in (item.path, *item.companions))
+        if self.needs_cuts:
+            searched = [item.path for item in items if self._is_searched(item, source)]
+            self.cuts.prepare(
+                searched,
+                lambda done, total: progress("searching for changes of scene", done, total),
+            )
+
+    def _is_searched(self, item: SourceItem, source: ClipSource) -> bool:
+        """Whether the whole file will be searched for changes of scene."""
+        try:
+            info = item.within(self.probes.of(item.path))
+            self._size(info)
+            self._rate(info, source.speed)
+        except DataError:
+            return False
+        return info.kind == "video" and not (info.interlaced and self.interlaced == "refuse")
+
     def buckets(self, info: MediaInfo, speed: float = 1.0) -> list[Bucket]:
         """The shapes of the clips of a file with this header; DataError if it can't be used.
 
-        With `find_cuts` that knows no cuts, they are those of a file of one scene.
+        If `cuts` are not known, and not searched for, they are those of a file of one scene.
         """
         size, fps = self._size(info), self._rate(info, speed)
         groups = self._spans(info, info.path.name, fps)
@@ -405,7 +432,7 @@ class ClipPlanner:
         """The spans of a file, in groups of which each pass through the data has one member."""
         if info.kind == "image":
             return [[Span(info.start, 1)]]
-        cuts = self.find_cuts(info.path) if self.needs_cuts else ()
+        cuts = self.cuts.of(info.path) if self.needs_cuts else ()
         every = scenes_between(info.start, info.last, info.frame_interval, cuts)
         whole = scenes_between(info.start, info.last, info.frame_interval, ())
         beginnings = [scene.start for scene in every]

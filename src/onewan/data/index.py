@@ -18,6 +18,7 @@ from onewan.data.sources.contents import SourceContents
 from onewan.data.sources.copies import Copies
 from onewan.data.sources.item import SourceItem
 from onewan.data.sources.read import SourceReader, label_of, source_problem
+from onewan.data.sources.remote import Progress, no_progress
 from onewan.errors import DataError, combined
 from onewan.media.cuts import cut_detector
 
@@ -35,8 +36,9 @@ def index_clips(
     A clip depends on its own file and name, not on what else a source contains. With
     `for_validation` the sources are those of `validation`, and clips that a source marks for
     training are left out; otherwise those that it marks for validation are the report's
-    `validation_clips`. `copies` is needed for archives and for sources elsewhere. Raises DataError
-    with all that can't be read; that no clip is found is not an error here.
+    `validation_clips`. `copies` is needed for archives and for sources elsewhere, and is told of
+    progress. Raises DataError with all that can't be read; that no clip is found is not an error
+    here.
     """
     key_path = "validation.sources" if for_validation else "video_data.sources"
     reader = SourceReader(
@@ -48,8 +50,9 @@ def index_clips(
     )
     planners = [replace(planner, **source.planning) for source in sources]
     contents = _read_all(sources, reader, key_path)
+    progress = no_progress if copies is None else copies.progress
     reports = [
-        _source_report(source, inside, own, for_validation=for_validation)
+        _source_report(source, inside, own, progress, for_validation=for_validation)
         for source, inside, own in zip(sources, contents, planners, strict=True)
     ]
     return DatasetReport(
@@ -64,7 +67,12 @@ def index_clips(
 
 
 def _source_report(
-    source: ClipSource, contents: SourceContents, planner: ClipPlanner, *, for_validation: bool
+    source: ClipSource,
+    contents: SourceContents,
+    planner: ClipPlanner,
+    progress: Progress,
+    *,
+    for_validation: bool,
 ) -> DatasetReport:
     """The clips of one source."""
     clips, held_out = list[Clip](), list[Clip]()
@@ -75,7 +83,7 @@ def _source_report(
         if others := len(contents.items) - len(items):
             text = f"{others} clips of {label_of(source.path)} are not validated on: split is train"
             warnings.append(ClipWarning(path=None, text=text))
-    planner.probes.prepare(path for item in items for path in (item.path, *item.companions))
+    planner.prepare(items, source, progress)
     line_counts = list[int]()
     for item in items:
         try:

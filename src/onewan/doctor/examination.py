@@ -19,7 +19,9 @@ from onewan.data.expert_clips import timestep_lines
 from onewan.data.probes import MediaProbes
 from onewan.data.report import ClipProblem, ClipWarning, DatasetReport
 from onewan.data.run_clips import clips_of_run, with_contents, with_held_out
+from onewan.data.sources.copies import Copies
 from onewan.data.sources.read import label_of
+from onewan.data.sources.remote import Progress, no_progress
 from onewan.doctor.captions import caption_findings
 from onewan.doctor.clip_table import TABLE_ROWS, clip_data, clip_table, findings_by_path
 from onewan.doctor.duplicates import alike, same_content
@@ -100,14 +102,16 @@ def examine(
     *,
     previews: bool,
     advance: Advance,
+    progress: Progress = no_progress,
 ) -> Examination:
     """The data of `config`, all of which is decoded. With `previews`, clips have small pictures.
+    `progress` is told of what takes long before the clips are known.
 
     `environment` gives the machine that the run is for; it is asked for last, since it may still be
     looked at. DataError if a source is not a folder that can be read.
     """
     probes = MediaProbes(config.video_data.cache_dir / "probes.jsonl")
-    report = clips_of_run(config, probes)
+    report = clips_of_run(config, probes, Copies(config.video_data.cache_dir, progress=progress))
     if config.video_data.cache:
         with suppress(OSError):  # the cache of another user, say
             probes.save()  # for the run that follows

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from onewan.data.sources.remote import Progress, RemoteFiles
+from onewan.data.sources.remote import Progress, RemoteFiles, no_progress
 from onewan.files import TEMPORARY_PREFIX
 
 
@@ -19,7 +19,9 @@ class Copies:
     folder: Path
     make: bool = True
     """Whether archives are unpacked that have not been before; otherwise they are left out."""
-    progress: Progress = lambda *_: None
+    progress: Progress = no_progress
+    """Told of what takes long before the clips are known: fetching files, searching them for
+    changes of scene."""
     verify: bool = False
     """Ask whether a remote file has changed, also where only a table names it."""
 

@@ -34,6 +34,12 @@ from onewan.locks import Claim
 Progress = Callable[[str, int, int], None]
 """Called with an activity, the number of finished items, and that of all."""
 
+
+def no_progress(activity: str, done: int, total: int) -> None:
+    """A `Progress` that does nothing."""
+    del activity, done, total
+
+
 _RECORDS = "files.jsonl"
 _LOCKS = "locks"
 _PART, _ABOUT = ".part-", ".about.json"
@@ -105,7 +111,7 @@ class RemoteFiles:
     """Copies of remote files, below a folder that several processes can share."""
 
     folder: Path
-    progress: Progress = lambda *_: None
+    progress: Progress = no_progress
     verify: bool = False
     """Ask for the tag of every file, also of those that a table names."""
     used: set[Path] = field(default_factory=set[Path])
