@@ -1,6 +1,7 @@
 """A small server with OpenAI's chat-completions interface, over real sockets, that also misbehaves.
 
-Needs the standard library only, so that it also runs beside benchmarks.
+Tests run it in a thread. As a script it prints its address and serves until its input ends: each
+clip gets a caption of its own, and every tenth answer is an error.
 """
 
 from __future__ import annotations
@@ -8,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import random
 import socket
 import struct
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -203,3 +207,25 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
         if length != len(data):
             self.close_connection = True
+
+
+def often_failing(seed: int, failures: Sequence[str]) -> Callable[[int, Received], Behavior]:
+    """Each clip gets a caption of its own, and every tenth request one of `failures`; but not more
+    than four in a row for a clip, after each of which it is asked again."""
+    draws, in_a_row = random.Random(seed), Counter[str]()
+
+    def behave(_: int, request: Received) -> Behavior:
+        time.sleep(draws.uniform(0.005, 0.03))
+        if draws.random() < 0.1 and in_a_row[request.fingerprint] < 4:
+            in_a_row[request.fingerprint] += 1
+            return draws.choice(failures)
+        in_a_row[request.fingerprint] = 0
+        return lambda received: completion(f"seen {received.fingerprint}")
+
+    return behave
+
+
+if __name__ == "__main__":
+    with serving(MisbehavingServer(often_failing(0, ["status 503 after 0"]))) as running:
+        print(running.url, flush=True)
+        sys.stdin.read()

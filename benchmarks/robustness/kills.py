@@ -41,7 +41,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,10 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES=
 
 import torch
 from harness import FinishedCase, finished_cases
+from PIL import Image
 
 # The commands' own modules are imported here, so that a forked process starts at once.
-from onewan.cli import commands, convert, main  # noqa: F401
+from onewan.cli import caption, commands, convert, main  # noqa: F401
 from onewan.demo.clips import write_clips
 from onewan.demo.tiny_model import write_tiny_model
 from onewan.files import REPLACED_PREFIX, TEMPORARY_PREFIX
@@ -115,6 +116,8 @@ class Operation:
     results: Callable[[Path], Results]
     old: str = ""
     """A model of the shared folder that is at ``out`` before, and is replaced."""
+    own: str = ""
+    """A folder of the shared folder that the own folder has a copy of before."""
 
 
 def _train(shared: Path, folder: Path, overrides: Sequence[str]) -> list[str]:
@@ -151,6 +154,11 @@ def _operations() -> list[Operation]:
     def cached(shared: Path, folder: Path) -> list[str]:
         return ["cache", str(shared / "run.yaml"), f"video_data.cache_dir={folder / 'cache'}"]
 
+    def captioned(shared: Path, folder: Path) -> list[str]:
+        server = (shared / "server").read_text("utf-8")
+        settings = ["video_data.resolution=64", "--server", server]
+        return ["caption", str(folder / "captionless"), *settings]
+
     lora = "loras/run_000003_high_noise_comfyui.safetensors"
     return [
         Operation(
@@ -172,6 +180,7 @@ def _operations() -> list[Operation]:
         converted("convert over a model", "model", "diffusers", old="old"),
         converted("convert an expert", "model/transformer", "single", "out.safetensors"),
         converted("convert a LoRA", lora, "kohya", "out.safetensors"),
+        Operation(name="caption", arguments=captioned, results=digests, own="captionless"),
     ]
 
 
@@ -354,6 +363,8 @@ class Bench:
         folder.mkdir(parents=True)
         if operation.old:
             shutil.copytree(self.shared / operation.old, folder / "out")
+        if operation.own:
+            shutil.copytree(self.shared / operation.own, folder / operation.own)
 
     def run(self, case: int, seed: int, folder: Path) -> Outcome:
         """Run one case in the new folder `folder`."""
@@ -432,8 +443,29 @@ def _problem(status: int | None, output: str, may_kill: bool) -> str:
     return "status" if status else ""
 
 
-def make_shared(folder: Path) -> None:
-    """Two tiny models, clips, a run file, a complete cache, and the LoRAs of an undisturbed run."""
+@contextlib.contextmanager
+def captioning_server() -> Iterator[str]:
+    """A server for captions in a process of its own, since this one forks; yields its address."""
+    script = Path(__file__).with_name("chat_server.py")
+    process = subprocess.Popen(
+        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def make_shared(folder: Path, server: str) -> None:
+    """Two tiny models, clips with captions and without, a run file, a complete cache, the LoRAs of
+    an undisturbed run, and the address of the server for captions."""
+    (folder / "server").write_text(server, "utf-8")
+    (folder / "captionless").mkdir()
+    for number in range(12):
+        color = (20 * number, 255 - 20 * number, 99)
+        Image.new("RGB", (64, 64), color).save(folder / "captionless" / f"{number:02}.png")
     write_clips(folder / "all clips")
     (folder / "clips").mkdir()
     for number, media in enumerate(sorted((folder / "all clips").glob("*.mp4"))[:1]):
@@ -528,10 +560,13 @@ def run() -> int:
     limit = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     options.seconds = limit
     first = options.seed * 1_000_000_000  # the seeds of the cases are those from here on
-    with tempfile.TemporaryDirectory(prefix="onewan-kills-") as temporary:
+    with (
+        tempfile.TemporaryDirectory(prefix="onewan-kills-") as temporary,
+        captioning_server() as server,
+    ):
         bench = Bench(shared=Path(temporary, "shared"), operations=_chosen(options.only))
         bench.shared.mkdir()
-        make_shared(bench.shared)
+        make_shared(bench.shared, server)
         if options.case is not None:
             folder = options.keep or Path(temporary, "case")
             outcome = bench.run(options.case, first + options.case, folder)

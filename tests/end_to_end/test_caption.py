@@ -82,6 +82,8 @@ def test_clips_without_a_caption_get_one_and_files_that_exist_stay(
     write_numbered(folder / "v.mp4", 17)
     (folder / "b.txt").write_text("by hand", encoding="utf-8")
     (folder / "c.TXT").write_text("", encoding="utf-8")
+    write_numbered(folder / "v.control.mp4", 17)
+    write_images(folder, "v.mask.png", "v.condition.png")
     with serving(MisbehavingServer(by_content)) as there:
         assert caption(folder, there) == 0
         by_image = {len(request.images): request.fingerprint for request in there.received}

@@ -564,7 +564,8 @@ def test_many_unusable_files_of_one_kind_are_one_line(tmp_path: Path) -> None:
     begin = listed.index("26 files can't be used:") + 1
     assert listed[begin:] == [
         f"  {tmp_path / 'a00.png'} and 11 others like it (a01.png, a02.png, ...): has no caption; "
-        "write one into a00.txt beside it (an empty file trains without text)",
+        "write one into a00.txt beside it (an empty file trains without text), or let `onewan "
+        "caption` ask a model for it",
         f"  {tmp_path / 'narrow00.png'} and 11 others like it (narrow01.png, narrow02.png, ...): "
         "is 10x200, smaller than video_data.min_resolution (32x32); lower that, or take it out",
         *everything[-2:],

@@ -72,7 +72,7 @@ class Captioner:
 
     def request(self, task: CaptionTask) -> str:
         """The text that goes to the server with the frames of `task`."""
-        shown = material(len(task.times), task.seconds)
+        shown = material(len(task.moments), task.seconds)
         return self.template.request(shown, self.trigger(task))
 
     def run(

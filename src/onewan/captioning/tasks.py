@@ -42,8 +42,9 @@ class CaptionTask:
     """The text file to write."""
     trigger_word: str
     """That of its source; empty if there is none."""
-    times: tuple[float, ...]
-    """When the frames that are shown are, ascending, in the file's own clock, s."""
+    moments: tuple[tuple[float, Clip], ...]
+    """The frames that are shown: when each is, ascending, in the file's own clock, s, and the clip
+    that has it."""
     size: tuple[int, int]
     """(width, height) of these frames, pixels."""
 
@@ -62,8 +63,16 @@ class CaptionTask:
 
     def images(self) -> list[str]:
         """The frames as JPEG files in data URLs. DataError if the file is damaged there."""
-        frames = frames_at(replace(self.clips[0], size=self.size), self.times, threads=1)
-        return [_data_url(Image.fromarray(frame)) for frame in frames]
+        urls = dict[float, str]()
+        # Clip by clip, since each has frames of its own part of the file only.
+        for clip in dict.fromkeys(clip for _, clip in self.moments):
+            times = [time for time, of in self.moments if of == clip]
+            frames = frames_at(replace(clip, size=self.size), times, threads=1)
+            urls |= {
+                time: _data_url(Image.fromarray(frame))
+                for time, frame in zip(times, frames, strict=True)
+            }
+        return [urls[time] for time, _ in self.moments]
 
 
 @dataclass(slots=True)
@@ -102,7 +111,9 @@ class TaskPlanner:
         video_data = self.config.video_data
         file = video_data.cache_dir / "probes.jsonl" if video_data.cache else None
         planner = replace(clip_planner(self.config), probes=MediaProbes(file))
-        reader = SourceReader(planner.video_formats, use_masks=False)
+        reader = SourceReader(
+            planner.video_formats, use_masks=False, takes_condition_image=False, takes_control=False
+        )
         sections = (*video_data.sources, *self.config.validation.sources)
         sources = clip_sources(sections, self.config)
         plan = CaptionPlan()
@@ -129,9 +140,7 @@ class TaskPlanner:
             for path, items in groups.items():
                 try:
                     clips = [
-                        clip
-                        for item in items
-                        for clip in own.plan(replace(item, masks=()), source, ("",))
+                        clip for item in items for clip in own.plan(_alone(item), source, ("",))
                     ]
                 except DataError as error:
                     plan.problems.append(ClipProblem.from_error(path, error))
@@ -143,7 +152,8 @@ class TaskPlanner:
         return plan
 
     def _task(self, name: str, clips: list[Clip], target: Path, trigger_word: str) -> CaptionTask:
-        times = sorted({time for clip in clips for time in clip.times()})
+        owners = {time: clip for clip in clips for time in clip.times()}
+        moments = sorted(owners.items(), key=lambda moment: moment[0])
         size = clips[0].size
         scale = min(1.0, self.longest_side / max(size))
         width, height = (max(1, round(side * scale)) for side in size)
@@ -152,7 +162,7 @@ class TaskPlanner:
             clips=tuple(clips),
             target=target,
             trigger_word=trigger_word,
-            times=tuple(times[index] for index in spread(len(times), self.frames)),
+            moments=tuple(moments[index] for index in spread(len(moments), self.frames)),
             size=(width, height),
         )
 
@@ -209,6 +219,11 @@ def spread(number: int, wanted: int) -> Iterator[int]:
         yield (number - 1) // 2
     else:
         yield from (round(i * (number - 1) / (wanted - 1)) for i in range(wanted))
+
+
+def _alone(item: SourceItem) -> SourceItem:
+    """`item` without masks and conditions, which captions do not depend on."""
+    return replace(item, masks=(), condition_images=(), controls=())
 
 
 def _data_url(image: Image.Image) -> str:

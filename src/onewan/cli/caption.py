@@ -240,7 +240,7 @@ def _dry_run(captioner: Captioner, plan: CaptionPlan, *, as_json: bool) -> int:
             {
                 "path": str(task.path),
                 "caption_file": str(task.target),
-                "times": list(task.times),
+                "times": [time for time, _ in task.moments],
                 "width": task.size[0],
                 "height": task.size[1],
                 "request": captioner.request(task),
@@ -269,6 +269,6 @@ def _task_line(task: CaptionTask) -> str:
     size = f"{task.size[0]}x{task.size[1]}"
     if not task.seconds:
         return f"{task.name}: {size} -> {task.target.name}"
-    span = f"{task.times[0]:.2f} s to {task.times[-1]:.2f} s"
-    frames = count(len(task.times), "frame")
+    span = f"{task.moments[0][0]:.2f} s to {task.moments[-1][0]:.2f} s"
+    frames = count(len(task.moments), "frame")
     return f"{task.name}: {frames} of {size} from {span} -> {task.target.name}"

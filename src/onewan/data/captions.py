@@ -131,7 +131,7 @@ def read_caption_file(media: Path, files: Sequence[Path]) -> CaptionFile:
     except FileNotFoundError:
         raise DataError(
             f"{media}: has no caption; write one into {file.name} beside it (an empty file trains "
-            "without text)"
+            "without text), or let `onewan caption` ask a model for it"
         ) from None
     except OSError as error:
         raise DataError(
