@@ -230,16 +230,41 @@ class Server:
     break_after: list[int] = field(default_factory=list[int])
     """Bytes of a body after which the connection breaks, one for each of the next answers."""
     ranges: bool = True
+    """Whether it gives parts of files, and says so."""
+    ignores_ranges: bool = False
+    """Whether it gives the whole file for a part, though it says that it gives parts."""
+    versions: list[bytes] = field(default_factory=list[bytes])
+    """What a file contains instead after each of the next bodies."""
     sent: int = 0
     """Bytes of bodies."""
     statuses: list[int] = field(default_factory=list[int])
     """Answers to give instead, one for each of the next requests of a body."""
+    refuse_after_break: list[int] = field(default_factory=list[int])
+    """The same, once `break_after` is used up."""
     head_statuses: list[int] = field(default_factory=list[int])
     """The same for the next requests without a body."""
     url: str = ""
 
     def tag(self, path: str) -> str:
         return f'"{hash(self.files[path])}"'
+
+    def part(self, wanted: str, data: bytes) -> tuple[int, bytes] | None:
+        """Where the part of `data` that a Range header asks for begins, and the part; None if the
+        whole is given."""
+        given = re.match(r"bytes=(\d+)-(\d*)", wanted)
+        if given is None or self.ignores_ranges or not self.ranges:
+            return None
+        start = int(given[1])
+        return start, data[start : int(given[2]) + 1 if given[2] else len(data)]
+
+    def sent_of(self, part: bytes) -> bytes:
+        """What is sent of a body before the connection breaks."""
+        if not self.break_after:
+            return part
+        part = part[: self.break_after.pop(0)]
+        if not self.break_after:
+            self.statuses += self.refuse_after_break
+        return part
 
 
 def handler(server: Server) -> type[http.server.BaseHTTPRequestHandler]:
@@ -259,16 +284,13 @@ def handler(server: Server) -> type[http.server.BaseHTTPRequestHandler]:
             if statuses or path not in server.files:
                 self.send_error(statuses.pop(0) if statuses else 404)
                 return
-            data, start, status = server.files[path], 0, 200
-            given = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-            if given and server.ranges:
-                start, status = int(given[1]), 206
-            end = int(given[2]) + 1 if given and given[2] and server.ranges else len(data)
-            part = data[start:end]
-            self.send_response(status)
+            data = server.files[path]
+            found = server.part(self.headers.get("Range", ""), data)
+            start, part = found or (0, data)
+            self.send_response(200 if found is None else 206)
             if server.ranges:
                 self.send_header("Accept-Ranges", "bytes")
-            if status == 206:
+            if found:
                 self.send_header(
                     "Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(data)}"
                 )
@@ -277,10 +299,11 @@ def handler(server: Server) -> type[http.server.BaseHTTPRequestHandler]:
             self.end_headers()
             if not body:
                 return
-            if server.break_after:
-                part = part[: server.break_after.pop(0)]
+            part = server.sent_of(part)
             server.sent += len(part)
             self.wfile.write(part)
+            if server.versions:
+                server.files[path] = server.versions.pop(0)
 
     return Handler
 
@@ -333,6 +356,63 @@ def test_a_download_begins_again_if_the_file_has_changed(
     (path,) = files.place(url).register_all([url])
     assert files.fetch([path]) == {}
     assert path.read_bytes() == b"2" * 5000
+
+
+@pytest.mark.parametrize("breaks_off", [True, False])
+def test_a_file_that_changes_during_the_download_is_never_mixed_with_its_successor(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, breaks_off: bool
+) -> None:
+    monkeypatch.setattr(remote, "_PIECE", 1000)
+    url = f"{server.url}/big.mp4"
+    server.files["/big.mp4"] = b"1" * 5000
+    files = remote.RemoteFiles(tmp_path)
+    (path,) = files.place(url).register_all([url])
+    # After the first piece, or in the middle of the second one.
+    server.versions += [b"1" * 5000, b"2" * 5000] if breaks_off else [b"2" * 5000]
+    server.break_after += [1000, 500] if breaks_off else []
+    assert files.fetch([path]) == {}
+    assert path.read_bytes() == b"2" * 5000
+    # Its new tag is the one that is remembered.
+    again = remote.RemoteFiles(tmp_path)
+    assert again.place(url).register_all([url]) == [path]
+    server.sent = 0
+    assert again.fetch([path]) == {} and server.sent == 0
+
+
+def test_a_download_that_is_refused_in_its_middle_goes_on_later(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_PIECE", 1000)
+    data = np.random.default_rng(2).bytes(5000)
+    server.files["/big.mp4"], url = data, f"{server.url}/big.mp4"
+    files = remote.RemoteFiles(tmp_path)
+    (path,) = files.place(url).register_all([url])
+    server.break_after += [1000, 1000, 0]
+    # Busy at the next two tries.
+    server.refuse_after_break += [503, 429]
+    server.sent = 0
+    assert files.fetch([path]) == {}
+    assert path.read_bytes() == data and server.sent == 5000
+
+
+def test_a_server_that_gives_whole_files_for_parts_is_read_from_the_beginning(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_PIECE", 1000)
+    server.files["/a.mp4"], url = b"12345" * 1000, f"{server.url}/a.mp4"
+    files = remote.RemoteFiles(tmp_path)
+    (path,) = files.place(url).register_all([url])
+    server.break_after += [1000, 1000, 0, 0, 0, 0]
+    assert files.fetch([path]).keys() == {path}
+    (part,) = tmp_path.rglob(".part-a.mp4")
+    assert part.stat().st_size == 2000
+    server.break_after.clear()
+    server.ignores_ranges = True
+    monkeypatch.setattr(remote, "_PIECE", 1 << 20)
+    files = remote.RemoteFiles(tmp_path)
+    (path,) = files.place(url).register_all([url])
+    assert files.fetch([path]) == {}
+    assert path.read_bytes() == b"12345" * 1000
 
 
 def test_a_server_without_ranges_is_read_from_the_beginning(server: Server, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 from urllib.parse import unquote, urlsplit
@@ -201,6 +201,10 @@ class RemoteFiles:
             if failure is None or not failure.is_passing:
                 return failure
             time.sleep(wait)
+            # It may be another file by now.
+            file = self._known[path]
+            file.fs.invalidate_cache(file.path)
+            self._known[path] = replace(file, size=None, tag=None)
             failure = self._tried(path)
         if failure is None or not failure.is_passing:
             return failure
@@ -235,8 +239,13 @@ class RemoteFiles:
             part.unlink(missing_ok=True)
             about.write_text(state, encoding="utf-8")
         with part.open("ab") as local:
+            is_resumed = local.tell() > 0
             _append(file, local)
             size = local.tell()
+        # What took several requests may be of two versions.
+        if (is_resumed or size > _PIECE) and _has_changed(file):
+            part.unlink()
+            raise ValueError("changed while it was fetched")
         if file.size is not None and size != file.size:
             part.unlink()
             raise ValueError(f"ended after {size} of {file.size} bytes")
@@ -387,16 +396,30 @@ def _tag(info: Mapping[str, Any]) -> str:
     return next((str(info[name]) for name in _TAGS if info.get(name)), "")
 
 
+def _has_changed(file: RemoteFile) -> bool:
+    file.fs.invalidate_cache(file.path)
+    now = _asked(replace(file, tag=None))
+    return (now.size, now.tag) != (file.size, file.tag)
+
+
 def _append(file: RemoteFile, local: Any) -> None:
     """Read the rest of `file` behind what `local` has."""
+    if local.tell():
+        try:
+            _read_on(file, local)
+        except (ValueError, NotImplementedError):
+            # A server that gives whole files only, and says so when it is asked for a part.
+            local.seek(0)
+            local.truncate()
+        else:
+            return
+    _read_on(file, local)
+
+
+def _read_on(file: RemoteFile, local: Any) -> None:
     with file.fs.open(file.path, "rb", cache_type="none", block_size=_PIECE) as remote:
         if local.tell():
-            try:
-                remote.seek(local.tell())
-            except (ValueError, OSError, NotImplementedError):
-                # A server that gives whole files only.
-                local.seek(0)
-                local.truncate()
+            remote.seek(local.tell())
         while piece := remote.read(_PIECE):
             local.write(piece)
             local.flush()  # so that what has come is kept if this process is killed
