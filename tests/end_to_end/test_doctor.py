@@ -190,6 +190,27 @@ def test_notes_about_clips_and_captions(run_file: RunFile, doubtful: Path) -> No
     assert 600 <= count <= 2500
 
 
+def test_combs_of_video_that_is_not_flagged_as_interlaced(
+    run_file: RunFile, tmp_path: Path
+) -> None:
+    folder = tmp_path / "clips"
+    frames = moving(192, 128, 32)
+    woven = frames[::2].copy()
+    woven[:, 1::2] = frames[1::2, 1::2]  # the bottom field comes second
+    write_clip(folder, "woven", woven, "two fields in each frame")
+    write_clip(folder, "whole", frames[:16], "whole frames")
+    lengths = ["wan_config.frame_sample_strategy=chunks", "wan_config.max_frames=5"]
+    found = examined(run_file("t2v-a14b", *settings(folder, *lengths)))
+    (note,) = [f for f in found.findings if f.kind == "interlaced"]  # one for all clips of a file
+    assert note.path == folder / "woven.mp4" and note.severity == "note"
+    assert "interlaced: top_first deinterlaces" in note.text
+    source = f"[{{path: {folder.as_posix()}, interlaced: top_first}}]"
+    mended = examined(run_file("t2v-a14b", *settings(folder, f"video_data.sources={source}")))
+    kinds = {(f.path.name, f.kind) for f in mended.findings if f.path}
+    assert ("woven.mp4", "deinterlaced") in kinds
+    assert not any(kind == "interlaced" for _, kind in kinds)
+
+
 def test_masks_are_looked_at_and_shown(run_file: RunFile, tmp_path: Path) -> None:
     folder = tmp_path / "clips"
     for name in ("half", "white", "damaged"):
@@ -223,7 +244,8 @@ def test_condition_images_are_looked_at_and_shown(run_file: RunFile, tmp_path: P
     damaged = folder / "damaged.condition.png"
     damaged.write_bytes(damaged.read_bytes()[:60])
     write_clip(folder, "random", np.full((16, 64, 64, 3), 90, np.uint8), "random")
-    source = f"[{{path: {folder.as_posix()}, condition: random_frame}}]"
+    own = "condition: random_frame, timesteps: [0.0, 0.95]"
+    source = f"[{{path: {folder.as_posix()}, {own}}}]"
     config = run_file("i2v-a14b", *settings(folder, f"video_data.sources={source}"))
     found = examined(config, previews=True)
     assert [f.path.name for f in found.findings if f.severity == "problem" and f.path] == [
@@ -239,6 +261,12 @@ def test_condition_images_are_looked_at_and_shown(run_file: RunFile, tmp_path: P
     assert data["given.mp4"]["condition_image"] == "given.condition.png"
     frame = data["random.mp4"]["condition_frame"]
     assert frame == shown["random.mp4"].clip.conditions.frame > 0
+    assert data["given.mp4"]["timesteps"] == [0.0, 0.95]
+    table = [line for line in found.lines() if line.startswith("  given.mp4")]
+    assert "condition image, timesteps 0 to 0.95" in table[0]
+    page = html_page(Diagnosis(environment=ENVIRONMENT, examination=found), "run")
+    assert "With condition image given.condition.png:" in page
+    assert page.count("Trained at timesteps 0 to 0.95 only.") == 2
     # With a model that takes none, they are neither looked at nor shown, which is said.
     plain = examined(run_file("t2v-a14b", *settings(folder)), previews=True)
     assert all(item.preview and not item.preview.conditions for item in plain.clips)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from onewan.arithmetic.clip_timesteps import ALL_TIMESTEPS
 from onewan.data.clip import Clip
 from onewan.data.report import count
 from onewan.doctor.finding import Finding, without_names
@@ -41,6 +42,7 @@ def clip_data(clip: Clip, *, is_held_out: bool) -> dict[str, Any]:
         "condition_image": None if image is None else image.path.name,
         "condition_frame": clip.conditions.frame,
         "control": None if control is None else control.path.name,
+        "timesteps": [clip.timesteps.t_min, clip.timesteps.t_max],
     }
 
 
@@ -64,6 +66,13 @@ def conditions(clip: Clip) -> str:
     return ", ".join(texts)
 
 
+def timesteps(clip: Clip) -> str:
+    """At which timesteps a clip is trained, in words; "" if its source says nothing of them."""
+    low, high = clip.timesteps.t_min, clip.timesteps.t_max
+    own = f"timesteps {low:g} to {high:g}"
+    return own if (low, high) != (ALL_TIMESTEPS.t_min, ALL_TIMESTEPS.t_max) else ""
+
+
 def origin(clip: Clip) -> str:
     """What the clip's file is, in words."""
     size = f"{clip.source_size[0]}x{clip.source_size[1]}"
@@ -84,8 +93,8 @@ def findings_by_path(findings: Sequence[Finding]) -> dict[Path, list[Finding]]:
 def clip_table(
     clips: Sequence[Clip], about: Mapping[Path, Sequence[Finding]], held_out: Collection[Clip]
 ) -> Iterator[str]:
-    """A line for each of the first clips: what is taken of it, and the kinds of the findings
-    `about` its file."""
+    """A line for each of the first clips: what is taken of it, what else belongs to it, and the
+    kinds of the findings `about` its file."""
     shown = clips[:TABLE_ROWS]
     rows = [("clip", "taken", "frames", "fps", "trained at", "file", "notes")]
     rows += [_row(clip, about.get(clip.path, ()), clip in held_out) for clip in shown]
@@ -100,9 +109,14 @@ def clip_table(
 
 
 def _row(clip: Clip, notes: Sequence[Finding], is_held_out: bool) -> tuple[str, ...]:
-    kinds = dict.fromkeys(note.kind for note in notes)
-    if is_held_out:
-        kinds = {"held out": None, **kinds}
+    own = (
+        "held out" if is_held_out else "",
+        "" if clip.mask is None else "mask",
+        "condition image" if clip.conditions.has_own_image else "",
+        "" if clip.conditions.control is None else "control video",
+        timesteps(clip),
+    )
+    kinds = dict.fromkeys((*filter(None, own), *(note.kind for note in notes)))
     name = clip.name
     if len(name) > _NAME_WIDTH:
         name = f"...{name[3 - _NAME_WIDTH :]}"

@@ -162,7 +162,7 @@ def _frames_key(clip: Clip) -> tuple[object, ...]:
     """What the frames of a clip depend on."""
     span = (clip.path, clip.start, clip.fps, clip.frames)
     look = (clip.background, clip.fields, clip.bounds, clip.variation)
-    return (*span, clip.size, *look, clip.conditions)
+    return (*span, clip.size, *look, clip.mask, clip.conditions)
 
 
 def _without(report: DatasetReport, problems: Sequence[ClipProblem]) -> DatasetReport:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -101,21 +101,24 @@ class Inspector:
             frames = decode(small, threads=threads).frames
             check_conditions(small)
             mask = decode_mask(clip, clip.mask, self.variant)[0] if clip.mask else None
-            combs = field_order(clip.path, clip.start) if self._may_have_combs(clip) else None
         except DataError as error:
             return InspectedClip(clip=clip, error=error)
         return InspectedClip(
             clip=clip,
             pixels=look_at_pixels(frames),
             mask_note=None if mask is None else uniform_mask_note(mask.min(), mask.max()),
-            combs=combs,
+            combs=self._combs(clip),
             preview=self._preview(clip, frames, mask) if clip in self.previewed else None,
         )
 
-    def _may_have_combs(self, clip: Clip) -> bool:
-        """Whether frames of the clip could be woven from fields without a word of it."""
+    def _combs(self, clip: Clip) -> FieldOrder | None:
+        """See `InspectedClip.combs`."""
         is_stream = clip.kind == "video" and extension(clip.path) not in IMAGE_SUFFIXES
-        return is_stream and clip in self.searched and not clip.interlaced and clip.fields is None
+        if not is_stream or clip not in self.searched or clip.interlaced or clip.fields:
+            return None
+        with suppress(DataError):  # damage outside of the clip, which does no harm
+            return field_order(clip.path, clip.start)
+        return None
 
     def _preview(self, clip: Clip, frames: np.ndarray, mask: np.ndarray | None) -> Preview:
         small = replace(clip, size=small_size(clip.size))

@@ -13,7 +13,7 @@ from importlib.resources import files
 
 from onewan.data.report import count
 from onewan.data.sources.read import label_of
-from onewan.doctor.clip_table import conditions, findings_by_path, origin, taken
+from onewan.doctor.clip_table import conditions, findings_by_path, origin, taken, timesteps
 from onewan.doctor.diagnosis import Diagnosis
 from onewan.doctor.examination import Examination
 from onewan.doctor.finding import Finding, without_names
@@ -191,6 +191,8 @@ def _card(
     )
     if is_held_out:
         yield "<p>Held out for validation.</p>"
+    if own := timesteps(clip):
+        yield f"<p>Trained at {own} only.</p>"
     if given := conditions(clip):
         yield f"<p>With {_text(given)}:</p>"
         yield '<div class="frames">'
