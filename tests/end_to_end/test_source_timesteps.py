@@ -206,6 +206,17 @@ def test_timesteps_are_part_of_the_data_set_and_not_of_the_cache(sources_run: Ru
     assert any("spans or timesteps differ" in line for line in refusal.value.details)
 
 
+def test_the_largest_batch_is_tried_by_the_expert_that_trains_it(
+    sources_run: RunFile, sim: torch.device
+) -> None:
+    events: list[dict[str, Any]] = []
+    settings = ["train={steps: 1}", f"model.device={sim}"]
+    config = sources_run("style: low", "motion: high", settings=settings)
+    WanTrainer(config, listen=recorder(events)).fit()
+    assert [event["expert"] for event in events if event["event"] == "step"] == ["high"]
+    assert [event["bucket"] for event in events if event["event"] == "memory"] == ["5x64x64"]
+
+
 def test_weighting_of_a_source_reaches_its_clips(sources_run: RunFile) -> None:
     own = "[0, 0.875], weighting: {kind: spline, points: [[0, 1], [0.5, 3]]}"
     config = sources_run(f"style: {own}", "motion", settings=["train.loss.weighting=min_snr"])
