@@ -380,7 +380,7 @@ BROKEN = [
     (
         SOURCE % "timesteps: [800, 1000]",
         r"video_data.sources.0.timesteps: must be two noise levels from 0 \(clean\) to 1 "
-        r"\(noise\), got \[800, 1000\]; timesteps up to 1000 are 1000 times as large: \[0.8, 1.0\]",
+        r"\(noise\), got \[800, 1000\]; if these are timesteps up to 1000, write \[0.8, 1\]",
     ),
     (
         SOURCE % "timesteps: [0.9, 0.5]",

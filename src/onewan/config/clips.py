@@ -81,8 +81,8 @@ def _as_range(value: object) -> object:
     if not 0 <= low < high <= 1:
         remedy = "give the lower one first"
         if 0 <= low < high <= NUM_TRAIN_TIMESTEPS:
-            scaled = [number / NUM_TRAIN_TIMESTEPS for number in numbers]
-            remedy = f"timesteps up to 1000 are 1000 times as large: {format_value(scaled)}"
+            scaled = ", ".join(f"{number / NUM_TRAIN_TIMESTEPS:g}" for number in numbers)
+            remedy = f"if these are timesteps up to {NUM_TRAIN_TIMESTEPS}, write [{scaled}]"
         rule = "must be two noise levels from 0 (clean) to 1 (noise)"
         raise ValueError(f"{rule}, got {given}; {remedy}")
     return (low, high)

@@ -154,7 +154,8 @@ TERMS: Mapping[str, tuple[Term, ...]] = {
              ai_toolkit="model.model_kwargs.train_high_noise model.model_kwargs.train_low_noise",
              onetrainer="transformer.train transformer_2.train"),
         Term("model.boundary",
-             "a number from 0 to 1; each expert draws the timesteps on its side of it",
+             "a number from 0 to 1; each expert draws the timesteps on its side of it, and a "
+             "source may have a range of its own (timesteps)",
              ai_toolkit="train.min_denoising_steps train.max_denoising_steps",
              flags="timestep_boundary min_timestep max_timestep",
              diffusion_pipe="model.min_t model.max_t", onetrainer="wan_boundary"),
