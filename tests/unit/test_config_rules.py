@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from onewan.config import load_run
+from onewan.config.clips import SourceSection
 from onewan.config.method import (
     EmbeddingMethod,
     FineTuneMethod,
@@ -518,6 +519,14 @@ def test_the_example_of_the_recipes_is_a_run_file(tmp_path: Path) -> None:
     (example,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
     sources = load(tmp_path, example).video_data.sources
     assert [source.timesteps for source in sources] == ["high", "low"]
+
+
+def test_the_table_of_settings_of_a_source_has_all_of_them() -> None:
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    _, _, after = text.partition("## Settings of a source\n")
+    rows = [line for line in after.partition("\n## ")[0].splitlines() if line.startswith("| `")]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(named) == sorted(SourceSection.model_fields)
 
 
 def test_all_broken_rules_are_reported_at_once(tmp_path: Path) -> None:
