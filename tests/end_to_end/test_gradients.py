@@ -19,6 +19,7 @@ from support.runs import CLASS_WORD, METHODS, PLACEHOLDER, RunFile
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from onewan.arithmetic.condition_shares import Given
 from onewan.arithmetic.layer_names import block_of
 from onewan.config.objective import LossSection
 from onewan.config.schema import ResolvedRun
@@ -66,7 +67,7 @@ def test_gradients_equal_those_of_plain_autograd(
     )
     run = WanModelSetup(config).build()
     perturb(run)
-    step = one_by_one(run)
+    step = with_clean_frames(run, one_by_one(run))
     assert any(b.mask is not None for b in step.batches)
     losses, _, _ = backward(run, step, run.bring_expert(step.expert))
     ours = {
@@ -216,6 +217,18 @@ def one_by_one(run: Run) -> StepBatches:
     )
 
 
+def with_clean_frames(run: Run, step: StepBatches) -> StepBatches:
+    """`step` whose samples are given frames of each kind, if these are among the latents."""
+    if not run.objective.clean_frames:
+        return step
+    given: tuple[Given, ...] = ("first", "both", "last")
+    batches = [
+        replace(batch, given=(each,), last_frame=batch.latents[:, :, 0] if n else None)
+        for n, (batch, each) in enumerate(zip(step.batches, given, strict=True))
+    ]
+    return replace(step, batches=tuple(batches))
+
+
 def reference(run: Run, config: ResolvedRun, step: StepBatches) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients by name, computed by plain autograd."""
     base = WanModelLoader().load(config.model.path)
@@ -243,9 +256,7 @@ def reference(run: Run, config: ResolvedRun, step: StepBatches) -> tuple[Tensor,
         error = (prediction[index] - target[index]) ** 2
         loss_mask = torch.ones_like(error[:1]) if batch.mask is None else batch.mask[0]
         loss_mask = loss_mask + 0.2 * (1 - loss_mask)
-        if clean[index]:
-            loss_mask = loss_mask.clone()
-            loss_mask[:, 0] = 0
+        loss_mask = loss_mask * ~clean[index][:, None, None]
         weighted_error = (error * loss_mask).sum() / (loss_mask.sum() * len(error))
         total = total + 2.5 * weighted_error / len(step.batches)
     gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from onewan.config import load_run
 from onewan.config.clips import SourceSection
@@ -16,12 +17,14 @@ from onewan.config.method import (
     LoraMethod,
     PerModule,
 )
+from onewan.config.resolve import condition_shares
 from onewan.config.schema import RunConfig
 from onewan.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 T2V = "model: {path: org/model, variant: t2v-a14b}\n"
 HIGH = "model: {path: org/model, variant: t2v-a14b, experts: high}\n"
+I2V = "model: {path: org/model, variant: i2v-a14b}\n"
 TI2V = "model: {path: org/model, variant: ti2v-5b}\n"
 FLOAT32 = "model: {path: org/model, variant: t2v-a14b, dtype: float32}\n"
 SOURCE = "video_data:\n  sources:\n    - {path: clips, %s}\n"
@@ -514,11 +517,43 @@ def test_valid_combinations_are_accepted(tmp_path: Path, text: str) -> None:
     load(tmp_path, text)
 
 
-def test_the_example_of_the_recipes_is_a_run_file(tmp_path: Path) -> None:
+def test_the_examples_of_the_recipes_are_run_files(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
-    sources = load(tmp_path, example).video_data.sources
-    assert [source.timesteps for source in sources] == ["high", "low"]
+    examples = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    two_looks, two_images = (load(tmp_path, example) for example in examples)
+    assert [source.timesteps for source in two_looks.video_data.sources] == ["high", "low"]
+    assert condition_shares(two_images).used == ("first", "both", "last", "none")
+    # What is commented out needs two images.
+    for name in ("front.png", "back.png"):
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    (prompt,) = load(tmp_path, re.sub("^# ", "", examples[1], flags=re.MULTILINE)).sample.prompts
+    assert prompt.image == tmp_path / "front.png" and prompt.last_image == tmp_path / "back.png"
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        ("{first: 0.5}", "condition_shares: the shares must add up to 1, got 0.5"),
+        ("{first: 0.7, both: 0.7}", "condition_shares: the shares must add up to 1, got 1.4"),
+        ("{start: 1}", "train.condition_shares.start: "),
+        ("{first: 1.5}", "train.condition_shares.first: "),
+    ],
+)
+def test_shares_of_given_frames_are_whole(tmp_path: Path, shares: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, f"{I2V}train: {{condition_shares: {shares}}}")
+    assert any(said in problem for problem in caught.value.problems), caught.value.problems
+
+
+def test_a_condition_image_is_for_a_model_that_takes_one(tmp_path: Path) -> None:
+    source = "video_data: {sources: [{path: clips, condition: random_frame}]}"
+    load(tmp_path, I2V + source)
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, TI2V + source)
+    (problem,) = caught.value.problems
+    assert problem.startswith(
+        "video_data.sources.0.condition: has no effect, since ti2v-5b takes no condition image"
+    )
 
 
 def test_the_table_of_settings_of_a_source_has_all_of_them() -> None:

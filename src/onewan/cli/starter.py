@@ -305,7 +305,7 @@ def _video_data(request: StarterRequest) -> Iterator[str]:
         captions = recipe.captions.replace("trigger word", request.word_kind)
         yield from _comment(f"Captions: {captions}", 4)
     if facts.needs_image:
-        yield "    # The conditioning image of a clip is its own first frame."
+        yield "    # The condition image of a clip is its first frame, or clips/a.condition.png."
     yield "    - path: clips"
     if recipe.captions or request.method == "embedding":
         yield f"      trigger_word: {request.word}  # put in front of captions without it"
