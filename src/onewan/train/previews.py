@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from onewan.adapters.overlay import Overlay
 from onewan.config.schema import ResolvedRun
 from onewan.formats.lora_files import AdapterFile
@@ -22,9 +20,11 @@ def distilled_files(config: ResolvedRun) -> dict[ExpertName, AdapterFile]:
 
 
 def preview_overlays(
-    config: ResolvedRun, model: WanModel, files: Mapping[ExpertName, AdapterFile]
+    config: ResolvedRun, model: WanModel
 ) -> tuple[dict[ExpertName, Overlay], list[str]]:
-    """(overlays of the transformers of `model`, in host memory; notices for the user)."""
-    if (distilled := config.sample.distilled) is None:
+    """(the LoRAs as overlays of the transformers of `model`, copied to host memory; notices about
+    them for the user)."""
+    files, distilled = distilled_files(config), config.sample.distilled
+    if distilled is None:
         return {}, []
     return distilled_overlays(model, files, dict.fromkeys(files, distilled.strength))

@@ -64,8 +64,6 @@ class WanModelSetup:
         self._notices: dict[str, None] = {}  # an ordered set: each notice once
         self._sources: Sources | None = None
         """Files of the model, once they are checked."""
-        self._distilled: dict[ExpertName, AdapterFile] = {}
-        """The files of `sample.distilled`, once they are checked."""
         self._encoding_plan: Plan | None = None
         """The plan before anything is encoded; None on the CPU."""
 
@@ -112,7 +110,7 @@ class WanModelSetup:
         }
         self._place_untrained(model, memory)
         head_dim = next(iter(experts.values())).transformer.config["attention_head_dim"]
-        overlays, notices = preview_overlays(config, model, self._distilled)
+        overlays, notices = preview_overlays(config, model)
         self._notices |= dict.fromkeys(notices)
         run = Run(
             config=config,
@@ -208,13 +206,12 @@ class WanModelSetup:
             # Hours of encoding must not end in a transformer that is missing.
             transformers = self._needed_transformers(needs_sampling=bool(samples))
             sources.require({*ENCODERS, *(transformers - given.keys())}, self._variant)
-            self._distilled = distilled_files(self._config)
             check_before_encoding(
                 self._config,
                 sources,
                 {*ENCODERS, *transformers},
                 initial,
-                self._distilled,
+                distilled_files(self._config),
                 self._residency.device,
             )
             self._sources = sources
