@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.numpy import save_file
 from onewan.arithmetic.byte_sizes import parse_bytes
 from onewan.arithmetic.flops import TransformerSize, forward_flops
 from onewan.cli import main
+from onewan.cli.plan import plan_of
 from onewan.config.load import load_run
 from onewan.config.schema import ResolvedRun
 from onewan.data.buckets import clip_planner, clip_sources, expected_buckets
@@ -466,6 +468,22 @@ def test_changes_of_scene_that_are_not_known_yet_are_noted(clip_run: Path) -> No
     sources = clip_sources(config.video_data.sources, config)
     index_clips(sources, clip_planner(config), use_masks=False)
     assert expected_buckets(config).notes == ()
+
+
+def test_the_disk_space_of_unpacked_archives_is_planned_and_that_of_copies_noted(
+    clip_run: Path, tmp_path: Path
+) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(clip_run.parent / "clips", "clips")
+    sources = f"[{{path: {(tmp_path / 'a.tar').as_posix()}}}, {{path: 'memory://there/clips'}}]"
+    config = load_run(clip_run, [f"video_data.sources={sources}"])
+    found = plan_of(config)
+    assert found.disk["unpacked archives"] == (tmp_path / "a.tar").stat().st_size
+    assert any(
+        "memory://there/clips, and the disk space of their copies, are not counted" in note
+        for note in found.notes
+    )
+    assert "unpacked archives" not in plan_of(load_run(clip_run)).disk
 
 
 def test_without_clips_common_shapes_are_assumed(clip_run: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from onewan.arithmetic.byte_sizes import format_bytes, parse_bytes
@@ -16,7 +17,7 @@ from onewan.cli.output import say, write
 from onewan.config.load import load_run
 from onewan.config.resolve import with_steps_of_epochs
 from onewan.config.schema import ResolvedRun
-from onewan.data.buckets import expected_buckets
+from onewan.data.buckets import bytes_of_archives, expected_buckets
 from onewan.memory.plan import (
     Bucket,
     BucketPlan,
@@ -62,7 +63,10 @@ def plan_of(config: ResolvedRun, vram: int | None = None, ram: int | None = None
         Bucket(frames=frames, width=width, height=height): count
         for (frames, (width, height)), count in expected.clips.items()
     }
-    return make_plan(config, clips, machine, read_stored_model(config), notes=expected.notes)
+    plan = make_plan(config, clips, machine, read_stored_model(config), notes=expected.notes)
+    if unpacked := bytes_of_archives(config):
+        plan = replace(plan, disk={"unpacked archives": unpacked, **plan.disk})
+    return plan
 
 
 def _lines(config: ResolvedRun, plan: Plan) -> Iterator[str]:

@@ -22,12 +22,14 @@ from onewan.data.augment import Augmentation
 from onewan.data.captions import CaptionSettings
 from onewan.data.clip import Bucket, ClipPlanner, ClipSource
 from onewan.data.found_cuts import FoundCuts
+from onewan.data.sources.archives import archives_of
 from onewan.data.sources.copies import Copies
 from onewan.data.sources.item import SourceItem
 from onewan.data.sources.names import Patterns
-from onewan.data.sources.read import SourceReader, label_of, source_problem
+from onewan.data.sources.read import SourceReader, kind_of, label_of, source_problem
 from onewan.data.validation_split import default_fraction
 from onewan.errors import DataError
+from onewan.files import total_bytes
 from onewan.media import RGB, probe_header
 from onewan.variants import Expert, ExpertName
 
@@ -169,7 +171,8 @@ def expected_buckets(config: ResolvedRun) -> ExpectedBuckets:
         for bucket in each
     ]
     notes = [
-        f"the clips of {label_of(source.path)} are not counted before they are here"
+        f"the clips of {label_of(source.path)}, and the disk space of their copies, are not "
+        "counted before they are here"
         for source in (*training, *validation)
         if isinstance(source.path, str)
     ]
@@ -197,6 +200,20 @@ def expected_buckets(config: ResolvedRun) -> ExpectedBuckets:
         },
         notes=tuple(notes),
     )
+
+
+def bytes_of_archives(config: ResolvedRun) -> int:
+    """What the members of archives on this machine take on the disk at most, once they are unpacked
+    below the cache: the archives are not compressed."""
+    sources = clip_sources([*config.video_data.sources, *config.validation.sources], config)
+    archives = {
+        archive
+        for source in sources
+        if isinstance(source.path, Path) and source_problem(source, "") is None
+        if kind_of(source) == "webdataset"
+        for archive in archives_of(source.path)
+    }
+    return sum(total_bytes(archive) for archive in archives)
 
 
 def _batches(
