@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -302,6 +303,19 @@ def test_tables_give_captions_or_have_them_beside_their_files(tmp_path: Path) ->
         assert caption(table, there, "--frames", "4") == 0
     assert gray_levels(there.received[0]) == [0, 6, 27, 33]
     assert set(texts(folder)) == {"v.txt"}
+
+
+def test_sources_that_no_text_can_be_written_beside_are_noted_and_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_images(tmp_path / "clips", "a.png")
+    with tarfile.open(tmp_path / "shard.tar", "w") as shard:
+        shard.add(folder / "a.png", "b.png")
+    sources = [folder.as_posix(), (tmp_path / "shard.tar").as_posix(), "https://127.0.0.1:9/c.csv"]
+    with serving(MisbehavingServer(by_content)) as there:
+        assert caption(folder, there, f"video_data.sources=[{', '.join(sources)}]") == 0
+    out = capsys.readouterr().out
+    assert set(texts(folder)) == {"a.txt"} and out.count("is left out: no text can be written") == 2
 
 
 @pytest.mark.parametrize("given", ["the command line", "the run file"])

@@ -216,8 +216,10 @@ def check_finite(step: StepBatches, losses: list[float], norm: float) -> None:
     """TrainingError, naming the clips, if a loss or the gradient norm is not finite."""
     if all(map(math.isfinite, [*losses, norm])):
         return
-    bad = [b for b, loss in zip(step.batches, losses, strict=False) if not math.isfinite(loss)]
-    names = ", ".join(name for batch in bad or step.batches for name in batch.names)
+    # The losses of what is preserved follow those of all batches.
+    batches = [*step.batches, *(b for b in step.batches if b.preserved is not None)]
+    bad = [b for b, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
+    names = ", ".join(dict.fromkeys(n for batch in bad or step.batches for n in batch.names))
     raise TrainingError(
         f"step {step.number + 1} ({step.expert} expert): the {'loss' if bad else 'gradient'} is "
         f"not finite with {names}; the last saved state is kept. "
