@@ -10,14 +10,18 @@ installed (OpenCV, torchcodec) are left out, and said so. Exits with status 1 if
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import struct
+import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -27,21 +31,26 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import psutil
 import torch
-from decode import bare, make_clip
+from av import VideoFrame
+from decode import SIZE, bare, make_clip
 from diffusers import AutoencoderKLWan
 from markers import replace_between
 from torch import Tensor
 
+from onewan.arithmetic.condition_shares import Given
 from onewan.config.load import load_run
 from onewan.config.schema import ResolvedRun
 from onewan.data.ahead import results_ahead
+from onewan.data.clip import Clip
 from onewan.data.dataset import Dataset, prepare
+from onewan.data.encode import LatentSource
 from onewan.data.loader import WanDataLoader
-from onewan.media import Fit, fit_image, read_frames, write_video
+from onewan.media import Fit, read_frames, write_video
+from onewan.media.kinds import SWS_SCALING
 from onewan.model.conditioning import conditioning_of
 from onewan.model.sources import ENCODERS
 from onewan.model.vae import encode_video
-from onewan.variants import ExpertName
+from onewan.variants import VARIANTS, ExpertName
 
 FIT = Fit(848, 480)
 FRAMES, FPS = 49, 16
@@ -76,47 +85,81 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def ratio(slow: Callable[[], object], fast: Callable[[], object], repeats: int) -> float:
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """CPU time of all threads of this process."""
+    begin = time.process_time()
+    work()
+    return time.process_time() - begin
+
+
+def ratio(
+    slow: Callable[[], object],
+    fast: Callable[[], object],
+    repeats: int,
+    measure: Callable[[Callable[[], object]], float] = seconds,
+) -> float:
     """Median of time of `slow` over time of `fast`."""
     slow()
     fast()
-    return median(seconds(slow) / seconds(fast) for _ in range(repeats))
+    return median(measure(slow) / measure(fast) for _ in range(repeats))
 
 
 # --- Reading -------------------------------------------------------------------------------------
 
 
 def reading(folder: Path, repeats: int) -> Iterator[Row]:
-    """Frames at their training size, against bare loops that resize with the same filter."""
-    clip = folder / "short.mp4"
-    if not clip.exists():
-        make_clip(clip, 12, 48)
+    """Frames at their training size, against the shortest loops of other decoders."""
+    clip, long = folder / "short.mp4", folder / "long.mp4"
+    for path, length in ((clip, 12), (long, 180)):
+        if not path.exists():
+            make_clip(path, length, 48)
     times = [2 + k / FPS for k in range(FRAMES)]
+    in_the_middle = [90 + k / FPS for k in range(FRAMES)]
 
-    def ours(threads: int = 0) -> np.ndarray:
-        return read_frames(clip, times, FIT, threads=threads)
+    def ours() -> np.ndarray:
+        return read_frames(clip, times, FIT)
 
-    def bare_pyav() -> np.ndarray:
-        return np.stack([fit_image(frame, FIT) for frame in bare(clip, times)])
+    def others() -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+        yield "a bare PyAV loop with the same filter", partial(_pyav, clip, times)
+        if find_spec("cv2"):
+            yield "OpenCV, with its area filter", partial(_opencv, clip, times)
+        else:
+            print("OpenCV is not installed: not compared")
+        if find_spec("torchcodec"):
+            yield "torchcodec, with torch's bicubic filter", partial(_torchcodec, clip, times)
+        else:
+            print("torchcodec is not installed: not compared")
 
-    yield Row("reading / a bare PyAV loop", ratio(ours, bare_pyav, repeats), "", 1.3)
-    if find_spec("cv2"):
-        yield Row("reading / OpenCV", ratio(ours, lambda: _opencv(clip, times), repeats), "", 1.3)
-    else:
-        print("OpenCV is not installed: not compared")
-    if find_spec("torchcodec"):
-        other = ratio(ours, lambda: _torchcodec(clip, times), repeats)
-        yield Row("reading / torchcodec", other, "", 1.3)
-    else:
-        print("torchcodec is not installed: not compared")
+    for name, other in others():
+        yield Row(f"reading / {name}, CPU time", ratio(ours, other, repeats, cpu_seconds), "", 1.3)
+
+    flat = ratio(partial(read_frames, long, in_the_middle, FIT), ours, repeats, cpu_seconds)
+    yield Row("reading of 3 minutes / of 12 s, from the middle, CPU time", flat, "", 1.2)
 
     def with_workers(workers: int) -> None:
-        with closing(results_ahead(lambda _: ours(1), range(4), workers=workers)) as results:
+        def read(_: int) -> np.ndarray:
+            return read_frames(clip, times, FIT, threads=1)
+
+        with closing(results_ahead(read, range(4), workers=workers)) as results:
             for _, result in results:
                 result()
 
     faster = ratio(lambda: with_workers(1), lambda: with_workers(2), repeats)
     yield Row("two workers / one", faster, " times", 1.6, at_least=True)
+
+
+def _pyav(clip: Path, times: Sequence[float]) -> np.ndarray:
+    cover = FIT.cover(*SIZE)
+    rows = slice(cover.top, cover.top + FIT.height)
+    columns = slice(cover.left, cover.left + FIT.width)
+
+    def rgb(frame: VideoFrame) -> np.ndarray:
+        pixels = frame.to_ndarray(
+            format="rgb24", width=cover.width, height=cover.height, interpolation=SWS_SCALING
+        )
+        return pixels[rows, columns]
+
+    return bare(clip, times, rgb)
 
 
 def _opencv(clip: Path, times: Sequence[float]) -> np.ndarray:
@@ -131,15 +174,19 @@ def _opencv(clip: Path, times: Sequence[float]) -> np.ndarray:
             break
         # OpenCV names the time of the next frame.
         if capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 >= times[len(frames)]:
-            frames.append(fit_image(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), FIT))
+            scaled = cv2.resize(frame, (FIT.width, FIT.height), interpolation=cv2.INTER_AREA)
+            frames.append(cv2.cvtColor(scaled, cv2.COLOR_BGR2RGB))
     return np.stack(frames)
 
 
 def _torchcodec(clip: Path, times: Sequence[float]) -> np.ndarray:
     from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportMissingImports]
 
-    frames = VideoDecoder(str(clip)).get_frames_played_at(list(times)).data
-    return np.stack([fit_image(frame.permute(1, 2, 0).numpy(), FIT) for frame in frames])
+    decoder = VideoDecoder(str(clip), seek_mode="approximate", num_ffmpeg_threads=0)
+    frames = decoder.get_frames_played_at(list(times)).data
+    size = (FIT.height, FIT.width)
+    scaled = torch.nn.functional.interpolate(frames, size, mode="bicubic", antialias=True)
+    return scaled.permute(0, 2, 3, 1).numpy()
 
 
 # --- The cache -----------------------------------------------------------------------------------
@@ -224,7 +271,7 @@ def without_syncing() -> Iterator[None]:
 def overlapping(folder: Path, repeats: int) -> Iterator[Row]:
     """Filling with a VAE that takes as long as decoding, ahead and in turn."""
     if not (folder / "overlap").exists():
-        copies_of(folder / "short.mp4", folder / "overlap", 6)
+        copies_of(folder / "short.mp4", folder / "overlap", 20)
     config = run_file(folder, "overlap", FRAMES, "848x480")
     alone = seconds(
         lambda: read_frames(
@@ -257,52 +304,106 @@ def real_vae(folder: Path) -> Iterator[Row]:
 
 
 def start_and_epochs(folder: Path, number: int) -> Iterator[Row]:
-    """A second start with many cached clips, and three epochs over them with both experts."""
+    """A second start with many cached clips, and epochs over them with both experts."""
     if not (folder / "many").exists():
-        noise = np.random.default_rng(0).integers(0, 255, (12, 64, 64, 3), dtype=np.uint8)
-        write_video(folder / "tiny.mp4", noise, fps=16)
-        copies_of(folder / "tiny.mp4", folder / "many", number)
+        tiny_clips(folder, "many", number)
     config = run_file(folder, "many", 9, 4096)
     with without_syncing():
         filled(folder, config, StandIn())
-    begin = time.process_time()
-    data = filled(folder, config, StandIn())
-    spent = time.process_time() - begin
-    assert data.encoded == 0
-    yield Row(f"start with {len(data.clips)} cached clips, CPU time", spent, " s", 5.0)
+    data: list[Dataset] = []
+    spent = cpu_seconds(lambda: data.append(filled(folder, config, StandIn())))
+    assert data[0].encoded == 0
+    yield Row(f"start with {len(data[0].clips)} cached clips, CPU time", spent, " s", 5.0)
+    yield from ordering(data[0].clips)
+    yield from epochs(loader_of(data[0].clips, data[0].source))
 
-    loader = WanDataLoader(
-        {"high": data.clips, "low": data.clips},
-        data.source,
-        conditioning_of(config.model.facts()),
-        batch_size=1,
-        accumulation=1,
-        seed=1,
+
+def tiny_clips(folder: Path, name: str, number: int) -> None:
+    """`folder`/NAME with `number` videos of 12 frames of 64x64."""
+    noise = np.random.default_rng(0).integers(0, 255, (12, 64, 64, 3), dtype=np.uint8)
+    write_video(folder / "tiny.mp4", noise, fps=16)
+    copies_of(folder / "tiny.mp4", folder / name, number)
+
+
+def loader_of(clips: Sequence[Clip], source: LatentSource) -> WanDataLoader:
+    conditioning = conditioning_of(VARIANTS["t2v-a14b"])
+    return WanDataLoader(
+        {"high": clips, "low": clips}, source, conditioning, batch_size=1, accumulation=1, seed=1
     )
 
-    def expert_at(step: int) -> tuple[ExpertName, int]:
-        return ("high" if step % 2 == 0 else "low"), step // 2
 
+def alternating(block: int) -> Callable[[int], tuple[ExpertName, int]]:
+    """The expert of a step and its own count of steps, where each has `block` in turn."""
+
+    def expert_at(step: int) -> tuple[ExpertName, int]:
+        turn, within = divmod(step, block)
+        return ("high" if turn % 2 == 0 else "low"), turn // 2 * block + within
+
+    return expert_at
+
+
+class InMemory:
+    """A source whose entries take no time: what is left is the loader itself."""
+
+    workers = 0
+
+    def __init__(self) -> None:
+        self._entry = {"latents": torch.zeros(16, 3, 8, 8)}
+        self._text = torch.zeros(3, 8)
+
+    def video(self, clip: Clip, given: Given) -> dict[str, Tensor]:
+        del clip, given
+        return self._entry
+
+    def text(self, caption: str) -> Tensor:
+        del caption
+        return self._text
+
+
+def ordering(clips: Sequence[Clip]) -> Iterator[Row]:
+    """What the loader itself takes for a step: order, captions and batches, without reading."""
+    steps, slowest = 1000, 0.0
+    for block in (1, 10, 500):
+        loader = loader_of(clips, InMemory())
+        batches = loader.steps(0, steps + 1, alternating(block))
+        next(batches)  # with the first order
+        slowest = max(slowest, cpu_seconds(lambda batches=batches: list(batches)) / steps)
+    yield Row("the loader's part of a step, experts changing", slowest * 1000, " ms", 1.0)
+
+
+def epochs(loader: WanDataLoader) -> Iterator[Row]:
+    """Three passes over cached entries with both experts, and steps that wait for them."""
     memory, steps = list[int](), 2 * loader.batches_per_epoch["high"]
     spent = 0.0
     for epoch in range(3):
-        begin = time.process_time()
-        for _ in loader.steps(epoch * steps, (epoch + 1) * steps, expert_at):
-            pass
-        spent = time.process_time() - begin  # of the last: entries are verified in the first
+        batches = loader.steps(epoch * steps, (epoch + 1) * steps, alternating(1))
+        spent = cpu_seconds(lambda batches=batches: deque(batches, maxlen=0))
         memory.append(psutil.Process().memory_info().rss)
-    per_step = spent / steps
-    share = 100 * per_step / STEP_SECONDS
-    yield Row("reading a step, of a step of 0.5 s", share, " %", 1.0)
+    # Of the last pass: entries are verified in the first one.
+    yield Row("reading a step's entries, CPU time", 1000 * spent / steps, " ms", 5.0)
     growth = (memory[-1] - memory[0]) / 2**20
     yield Row("memory from the first to the third epoch", growth, " MiB", 20.0)
 
-    begin = time.process_time()
-    for step in range(1000):
-        expert, index = expert_at(step)
-        loader._epoch(expert, index // loader.batches_per_epoch[expert])
-    per_order = time.process_time() - begin
-    yield Row("the order of a step, experts alternating", per_order, " ms", 1.0)
+    waited, trained = 0.0, 20
+    batches = loader.steps(0, trained + 1, alternating(1))
+    next(batches)  # before the first step there is nothing to read beside
+    for _ in range(trained):
+        time.sleep(STEP_SECONDS)
+        waited += seconds(lambda: next(batches))
+    share = 100 * waited / (trained * STEP_SECONDS)
+    yield Row("waiting for the loader, of steps of 0.5 s", share, " %", 1.0)
+
+
+def doctor(folder: Path) -> Iterator[Row]:
+    """`onewan doctor` over 1,000 files, as a user runs it."""
+    if not (folder / "looked_at").exists():
+        tiny_clips(folder, "looked_at", 1000)
+    run_file(folder, "looked_at", 9, 4096)
+    command = [sys.executable, "-m", "onewan", "doctor", str(folder / "looked_at.yaml"), "--json"]
+    done: list[subprocess.CompletedProcess[str]] = []
+    spent = seconds(lambda: done.append(subprocess.run(command, capture_output=True, text=True)))
+    clips = json.loads(done[0].stdout)["data"]["clips"]
+    yield Row(f"doctor over {len(clips)} files", spent, " s", 30.0)
 
 
 def main() -> int:
@@ -321,6 +422,7 @@ def main() -> int:
             overlapping(folder, options.repeats),
             real_vae(folder),
             start_and_epochs(folder, options.clips),
+            doctor(folder),
         ):
             for row in measured:
                 print(row, flush=True)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from statistics import median
@@ -33,9 +34,20 @@ LIMIT = 1.2
 MEMORY_SLACK_MIB = 32
 
 
-def make_clip(path: Path, seconds: int, gop: int) -> None:
-    """A moving texture with grain, which takes a decoder about as long as real footage."""
-    width, height = SIZE
+def make_clip(
+    path: Path,
+    seconds: int,
+    gop: int,
+    *,
+    fps: int = SOURCE_FPS,
+    size: tuple[int, int] = SIZE,
+    numbered: bool = False,
+) -> None:
+    """A moving texture with grain, which takes a decoder about as long as real footage.
+
+    With `numbered`, each frame shows its number, see `numbers_of`.
+    """
+    width, height = size
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 255, (height // 8 + 1, width // 4 + 1), np.uint8)
     texture = np.kron(coarse, np.ones((8, 8), np.uint8))
@@ -43,24 +55,53 @@ def make_clip(path: Path, seconds: int, gop: int) -> None:
     with av.open(str(partial), "w", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream(
             "libx264",
-            rate=SOURCE_FPS,
+            rate=fps,
             options={"crf": "23", "preset": "veryfast", "x264-params": f"keyint={gop}:scenecut=0"},
         )
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for number in range(seconds * SOURCE_FPS):
+        for number in range(seconds * fps):
             left = number * 3 % width
             luma = texture[:height, left : left + width] // 2 + np.uint8(60)
             luma[::3, number % 7 :: 7] += np.uint8(rng.integers(0, 40))
+            if numbered:
+                for bit, (rows, columns) in enumerate(_bits(height, width)):
+                    luma[rows, columns] = 200 if number >> bit & 1 else 40
             chroma = np.full((height // 2, width), 90 + number % 60, np.uint8)
             frame = av.VideoFrame.from_ndarray(np.concatenate([luma, chroma]), format="yuv420p")
-            frame.pts, frame.time_base = number, Fraction(1, SOURCE_FPS)
+            frame.pts, frame.time_base = number, Fraction(1, fps)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     os.replace(partial, path)
 
 
-def bare(path: Path, times: list[float]) -> np.ndarray:
-    """The shortest correct loop: seek, decode the span, select by timestamp, convert to RGB."""
+def _bits(height: int, width: int) -> list[tuple[slice, slice]]:
+    """Where a frame of this size shows each bit of its number, the lowest first."""
+    rows = slice(height // 3, 2 * height // 3)
+    return [
+        (rows, slice(width * column // 16, width * (column + 1) // 16)) for column in range(2, 14)
+    ]
+
+
+def numbers_of(frames: np.ndarray) -> list[int]:
+    """The numbers that frames of `make_clip`, uint8 [F, H, W, 3], show, scaled or not."""
+    bits = _bits(*frames.shape[1:3])
+    return [
+        sum(
+            int(frame[rows, columns].mean() > 120) << bit
+            for bit, (rows, columns) in enumerate(bits)
+        )
+        for frame in frames
+    ]
+
+
+def bare(
+    path: Path, times: Sequence[float], rgb: Callable[[av.VideoFrame], np.ndarray] | None = None
+) -> np.ndarray:
+    """The shortest correct loop: seek, decode the span, select by timestamp, convert to RGB.
+
+    `rgb` converts a frame, by default at its own size.
+    """
+    rgb = rgb or (lambda frame: frame.to_ndarray(format="rgb24"))
     chosen: list[np.ndarray] = []
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -73,7 +114,7 @@ def bare(path: Path, times: list[float]) -> np.ndarray:
                 nearer = frame
                 if previous is not None and wanted - previous.time <= frame.time - wanted:
                     nearer = previous
-                chosen.append(nearer.to_ndarray(format="rgb24"))
+                chosen.append(rgb(nearer))
             if len(chosen) == len(times):
                 break
             previous = frame

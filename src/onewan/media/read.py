@@ -3,10 +3,12 @@
 Why not torchcodec, whose `get_frames_played_at` also selects frames by time: it sets no error
 detection of FFmpeg's and checks no frame for damage, so pictures that a decoder has made up are
 returned as good ones; here they are an error that names the file. It brings no FFmpeg but needs
-shared libraries of one on the system, and each of its versions needs certain versions of torch,
-where PyAV's wheels contain all of it on Linux, macOS and Windows. It converts colors with swscale's
-fast flags (1.1 levels too dark on average) and imports torch.
-(torchcodec 0.12, August 2026: README.md, src/torchcodec/_core/SingleStreamDecoder.cpp.)
+shared libraries of one on the system, and since 0.14 its wheels for Linux also need CUDA's, even to
+decode on the CPU, where PyAV's wheels contain all of it on Linux, macOS and Windows. It converts
+colors with swscale's fast flags (1.1 levels too dark on average) and imports torch. It is not
+faster on the CPU either (`benchmarks/data.py`).
+(torchcodec 0.17, August 2026: README.md, src/torchcodec/_core/SingleStreamDecoder.cpp and
+CpuDeviceInterface.cpp.)
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import TypeVar
 import av
 import numpy as np
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from onewan.errors import DataError
@@ -150,6 +153,7 @@ class _VideoPixels:
     def __init__(self, path: Path, stream: VideoStream, look: _Look) -> None:
         self._path, self._stream, self._look = path, stream, look
         self._aspect = pixel_aspect(stream)
+        self._reformatter = VideoReformatter()
         self._shown: float | None = None
 
     def __call__(self, frame: VideoFrame) -> np.ndarray:
@@ -161,7 +165,9 @@ class _VideoPixels:
             raise DataError(f"{self._path}: its shape changes{time}; split the file there")
         self._shown = shown
         colors = VideoColors.of(self._path, frame, context)
-        return frame_pixels(frame, colors, self._look.fit, self._aspect, self._look.background)
+        return frame_pixels(
+            frame, colors, self._look.fit, self._aspect, self._look.background, self._reformatter
+        )
 
 
 def _select(

@@ -14,6 +14,7 @@ import numpy as np
 from av.error import FFmpegError
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image
 
@@ -162,17 +163,23 @@ def _decodable(packets: Iterable[av.Packet]) -> Iterator[av.Packet]:
 
 
 def frame_pixels(
-    frame: VideoFrame, colors: VideoColors, fit: Fit | None, pixel_aspect: float, background: RGB
+    frame: VideoFrame,
+    colors: VideoColors,
+    fit: Fit | None,
+    pixel_aspect: float,
+    background: RGB,
+    reformatter: VideoReformatter,
 ) -> np.ndarray:
     """A decoded frame as upright RGB uint8 [H, W, 3], at the size of `fit` if it is given.
 
     `pixel_aspect` is the width of a stored pixel over its height; `fit` makes pixels square.
-    `background` is what transparent parts are laid over.
+    `background` is what transparent parts are laid over. `reformatter` is for the frames of one
+    video in one thread: it keeps its filters, 0.8 ms of work for each frame of 720p.
     """
     orientation = Orientation.of(frame)
     aspect = 1 / pixel_aspect if orientation.transpose else pixel_aspect
     if has_alpha(frame):
-        rgba = _converted(frame, colors, "rgba", None).to_ndarray()
+        rgba = _converted(reformatter, frame, colors, "rgba", None).to_ndarray()
         if colors.is_wide:
             signal = rgba[..., :3].astype(np.float32) / 255
             rgba[..., :3] = sdr_to_709(signal, colors.primaries, colors.curve)
@@ -187,7 +194,7 @@ def frame_pixels(
         crop = slice(cover.top, cover.top + fit.height), slice(cover.left, cover.left + fit.width)
     is_plain = colors.transfer == "SDR" and not colors.is_wide
     convert = _rgb if is_plain else _signal
-    pixels = orientation.apply(convert(frame, colors, size))[crop]
+    pixels = orientation.apply(convert(reformatter, frame, colors, size))[crop]
     if is_plain:
         return pixels
     if colors.is_wide:
@@ -200,12 +207,17 @@ def has_alpha(frame: VideoFrame) -> bool:
     return any(component.is_alpha for component in frame.format.components)
 
 
-def _rgb(frame: VideoFrame, colors: VideoColors, size: tuple[int, int] | None) -> np.ndarray:
+def _rgb(
+    reformatter: VideoReformatter,
+    frame: VideoFrame,
+    colors: VideoColors,
+    size: tuple[int, int] | None,
+) -> np.ndarray:
     """A decoded frame as stored, or scaled to `size` (width, height): RGB uint8 [H, W, 3]."""
     # By way of planes, since swscale has fast code with these flags for gbrp only: the same values
     # as directly to rgb24 in a third of the time, 2.5 instead of 7 ms from 720p to 480p. PyAV's own
     # conversion from gbrp to an array takes as long as the detour saves.
-    planar = _converted(frame, colors, "gbrp", size)
+    planar = _converted(reformatter, frame, colors, "gbrp", size)
     pixels = np.empty((planar.height, planar.width, 3), np.uint8)
     for plane, channel in zip(planar.planes, _GBR, strict=True):
         # Lines are padded to `line_size` bytes.
@@ -214,13 +226,18 @@ def _rgb(frame: VideoFrame, colors: VideoColors, size: tuple[int, int] | None) -
     return pixels
 
 
-def _signal(frame: VideoFrame, colors: VideoColors, size: tuple[int, int] | None) -> np.ndarray:
+def _signal(
+    reformatter: VideoReformatter,
+    frame: VideoFrame,
+    colors: VideoColors,
+    size: tuple[int, int] | None,
+) -> np.ndarray:
     """The same of a frame in its own coding, HDR or of wide primaries: float32 [H, W, 3], 0 to 1.
 
     Scaled in this coding, as SDR is.
     """
     # Not rgb48, to which swscale converts YUV of 10 bits with wrong colors and these flags.
-    planar = _converted(frame, colors, "gbrp16le", size)
+    planar = _converted(reformatter, frame, colors, "gbrp16le", size)
     # swscale shifts bits without filling them up: white is 0xFFC0 for 10 bits, and 0xFF00 for the
     # white of limited range, which is 235/256 at any depth.
     bits = frame.format.components[0].bits
@@ -234,13 +251,18 @@ def _signal(frame: VideoFrame, colors: VideoColors, size: tuple[int, int] | None
 
 
 def _converted(
-    frame: VideoFrame, colors: VideoColors, format: str, size: tuple[int, int] | None
+    reformatter: VideoReformatter,
+    frame: VideoFrame,
+    colors: VideoColors,
+    format: str,
+    size: tuple[int, int] | None,
 ) -> VideoFrame:
     """The frame in an RGB `format`, by the matrix and range of `colors`, at `size` if given."""
     width, height = size or (frame.width, frame.height)
     # PyAV 16 applies matrix and range only if one of them differs from the destination's, and takes
     # no range from the frame.
-    return frame.reformat(
+    return reformatter.reformat(
+        frame,
         width,
         height,
         format,
