@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from support.runs import RunFile, layout_of, outcome
 
 from onewan.config.schema import ResolvedRun
@@ -216,3 +217,21 @@ def test_what_a_run_needs_of_a_cache_has_its_conditions(run_file: RunFile, own: 
     folder = Path(config.video_data.cache_dir) / "condition"
     stored = {file.stem for file in folder.rglob("*.safetensors")}
     assert stored == {key for kind, key in found.entries if kind == "condition"} and stored
+
+
+@pytest.mark.parametrize("variant", ["i2v-a14b", "ti2v-5b"])
+@pytest.mark.parametrize("shares", ["{first: 0.5, both: 0.5}", "{last: 1}", "{none: 1}"])
+def test_the_plan_counts_the_conditions_in_the_cache(
+    run_file: RunFile, own: list[str], sim: torch.device, variant: str, shares: str
+) -> None:
+    config = run_file(variant, *own, f"train.condition_shares={shares}")
+    data, _ = prepared(config)
+    plan = plan_run(config, sim, data.clips)
+    assert plan is not None
+    stored = sum(
+        tensor.nbytes
+        for kind in ("video", "condition")
+        for file in (Path(config.video_data.cache_dir) / kind).rglob("*.safetensors")
+        for tensor in load_file(file).values()
+    )
+    assert plan.disk["cache of encoded clips"] == stored

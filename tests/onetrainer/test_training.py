@@ -21,12 +21,13 @@ from onewan.config.schema import TrainSection
 from onewan.data.clip import Clip
 from onewan.data.decode import decode
 from onewan.data.encode import encode_frames
-from onewan.data.loader import Batch, StepBatches
+from onewan.data.loader import Batch, StepBatches, condition_channels
 from onewan.formats.lora_files import read_adapter
 from onewan.media import probe, read_frames
 from onewan.model.forward import predict_velocity
 from onewan.model.load import WanModelLoader
 from onewan.model.text import pad_text
+from onewan.onetrainer.settings import SEED
 from onewan.train.objective import velocity_loss
 from onewan.train.run import objective_of
 
@@ -154,21 +155,24 @@ def test_the_first_loss_equals_onewans_own(lab: Lab, tiny, clips, tmp_path, vari
         source_size=info.shown_size,
         repeats=1,
     )
-    entry = encode_frames(model, decode(clip).frames, "float32")
+    takes_frames = "condition" in model.conditioning.parts("first")
+    entry = encode_frames(model, decode(clip).frames, "float32", with_condition=takes_frames)
     assert torch.equal(entry["latents"], seen["batch"]["latent_image"][0])
     text = pad_text([model.encode_prompt(seen["prompt"][0])])
     assert torch.allclose(text, seen["batch"]["text_padded"], atol=1e-6)
-    condition = {name: entry[name][None] for name in model.conditioning.tensor_names}
+    given = model.conditioning.draw(frames, seed=SEED, step=0, index=0)
     batch = Batch(
         latents=entry["latents"][None],
         text=text,
         captions=tuple(seen["prompt"]),
-        condition=model.conditioning.channels(condition),
+        condition=condition_channels(model.conditioning, [entry], [given]),
         mask=None,
         loss_weights=(1.0,),
         timesteps=(ALL_TIMESTEPS,),
         is_prior=None,
         names=(path.name,),
+        given=(given,),
+        last_frame=None,
         first_sample_index=0,
     )
     train = TrainSection.model_validate({"timesteps": {"distribution": "uniform", "shift": 5.0}})

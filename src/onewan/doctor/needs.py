@@ -12,7 +12,7 @@ from typing import Any
 
 from onewan.arithmetic.byte_sizes import format_bytes, parse_bytes
 from onewan.arithmetic.durations import format_duration
-from onewan.config.resolve import trained_experts, with_steps_of_epochs
+from onewan.config.resolve import condition_shares, trained_experts, with_steps_of_epochs
 from onewan.config.schema import ResolvedRun
 from onewan.data.clip import Clip
 from onewan.data.expert_clips import batches_per_epoch, clips_by_expert
@@ -195,8 +195,10 @@ def _encoding_seconds(config: ResolvedRun, clips: Sequence[Clip], *, has_card: b
         return 0.0
     pixels = sum(clip.frames * clip.size[0] * clip.size[1] for clip in clips)
     variant = config.model.facts()
-    # The video of the first image is as long as the clip, and is encoded like it.
-    flops = _VAE_FLOPS * pixels * (2 if variant.needs_image else 1)
+    # The video of the first image is as long as the clip, and is encoded like it; so are those that
+    # end with the last frame.
+    with_last = len({*condition_shares(config).used} & {"both", "last"})
+    flops = _VAE_FLOPS * pixels * (2 + with_last if variant.needs_image else 1)
     flops += _TEXT_FLOPS * len({text for clip in clips for text in clip.captions})
     rate = _CARD_FLOPS if has_card else _CORE_FLOPS * (os.cpu_count() or 1)
     return flops / rate

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from onewan.config.method import FineTuneMethod
-from onewan.config.resolve import trained_experts
+from onewan.config.resolve import condition_shares, trained_experts
 from onewan.config.schema import ResolvedRun
 from onewan.memory.plan.activations import Activations, Batch, activations, smallest_peak
 from onewan.memory.plan.bucket import Bucket
@@ -363,6 +363,10 @@ class RunCosts:
         latents = sum(
             count * 4 * channels * bucket.latent_cells(variant) for bucket, count in clips.items()
         )
+        latents += sum(
+            4 * variant.latent_channels * _condition_cells(config, bucket, count)
+            for bucket, count in clips.items()
+        )
         kept = config.train.keep_last + 1 + config.train.keep_best
         exports = -(-config.train.steps // config.train.save_every)
         if config.output.keep_last is not None:
@@ -378,6 +382,21 @@ class RunCosts:
             "checkpoints": kept * sum(t.saved for t in parts),
             "exported weights": exports * exported,
         }
+
+
+def _condition_cells(config: ResolvedRun, bucket: Bucket, clips: int) -> int:
+    """Latent cells that the conditions of a bucket's `clips` take in the cache besides that of the
+    first frame (`onewan.model.conditioning.ConditionPart`)."""
+    variant, used = config.model.facts(), {*condition_shares(config).used}
+    cells = bucket.latent_cells(variant)
+    frames = (bucket.frames - 1) // variant.temporal_compression + 1
+    ends = len(used & {"both", "last"}) if bucket.frames > 1 else 0
+    if not variant.condition_channels:
+        return clips * min(ends, 1) * cells // frames
+    # The latents of gray frames are the same for all clips of a shape.
+    # An image that is given its last frame is given its first one, which is the same.
+    empty = cells if used & ({"none"} if frames == 1 else {"none", "last"}) else 0
+    return clips * ends * cells // frames + empty
 
 
 def _trains_the_same(one: ResolvedRun, other: ResolvedRun) -> bool:
