@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -129,3 +130,19 @@ def test_names_that_are_not_unicode_are_remembered(tmp_path: Path, probed: list[
     probes.of(path)
     probes.save()
     assert MediaProbes(file).of(path) == probe(path) and len(probed) == 1
+
+
+def test_new_files_are_probed_several_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [video(tmp_path / f"{number}.mp4") for number in range(2)]
+    both = threading.Barrier(2)
+
+    def waiting(path: Path) -> MediaInfo:
+        both.wait(timeout=30)  # until the other one is being probed too
+        return probe(path)
+
+    monkeypatch.setattr(probes_module, "probe", waiting)
+    probes = MediaProbes()
+    probes.prepare(files)
+    assert [probes.of(file).path for file in files] == files

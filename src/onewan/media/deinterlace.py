@@ -37,7 +37,7 @@ _PARITY: dict[FieldOrder | None, str] = {
     "top_first": "parity=tff:deint=all",
     "bottom_first": "parity=bff:deint=all",
 }
-_LOOKED_AT = 24
+_LOOKED_AT = 12
 """Frames in which `field_order` looks for combs."""
 _COMBS = "intl_thres=1.2"
 """FFmpeg's default of 1.04 takes slow vertical motion of whole frames for combs."""
@@ -75,7 +75,7 @@ def field_order(path: Path, time: float) -> FieldOrder | None:
     """The order of the fields in frames that have the combs of interlaced video although they are
     not flagged as such; None if there are no combs, or too few to be certain.
 
-    Decodes 24 frames from the key frame at or before `time` (s) on. Raises `DataError` if they are
+    Decodes 12 frames from the key frame at or before `time` (s) on. Raises `DataError` if they are
     damaged.
     """
     detector: _CombDetector | None = None
