@@ -382,6 +382,26 @@ def test_every_option_trains_samples_and_saves(lab: Lab, tiny, clips, tmp_path, 
         assert done.losses[0] == pytest.approx(cached.losses[0], rel=1e-6)
 
 
+@pytest.mark.parametrize("variant", ["i2v-a14b", "ti2v-5b"])
+def test_frames_are_given_in_the_shares_of_the_config(lab: Lab, tiny, clips, tmp_path, variant):
+    """With clips and a picture in one cache, and without a cache."""
+    image = str(clips / "rabbit_portrait.png")
+    shares = "first 0.25, both 0.25, last 0.25, none 0.25"
+
+    def trained(name: str, **changes: object):
+        sample = sample_of(base_image_path=image, wan_last_image_path=image)
+        config = config_of(tmp_path / name, tiny(variant), clips, samples=[sample], epochs=3)
+        done = lab.train(tmp_path / name, config | {"wan_condition_shares": shares} | changes)
+        assert done.code == 0 and "Traceback" not in done.log, done.log[-6000:]
+        assert done.outputs() and done.samples("mp4") and all(np.isfinite(done.losses))
+        return done
+
+    cached, online = trained("cached"), trained("online", latent_caching=False)
+    assert cached.steps[0]["names"] == online.steps[0]["names"]
+    assert cached.losses[0] == pytest.approx(online.losses[0], rel=1e-6)
+    assert trained("first", wan_condition_shares="").losses != cached.losses
+
+
 def test_unusable_settings_are_reported_all_at_once(lab: Lab, tiny, clips, tmp_path):
     config = config_of(
         tmp_path, tiny("t2v-a14b"), clips, frames="many", mae_strength=1.0, wan_layers="x"
