@@ -36,3 +36,18 @@ def test_convolutions_of_the_vae_are_without_tf32_and_others_as_before() -> None
     with pytest.raises(RuntimeError, match="out of memory"):
         encode_video(vae, torch.zeros(1, 3, 5, 16, 16))
     assert tf32_allowed()
+
+
+@pytest.mark.parametrize("base_dim", [8, 16])
+def test_encoding_under_autocast_has_its_bits_and_leaves_the_weights(base_dim: int) -> None:
+    vae = AutoencoderKLWan(base_dim=base_dim)
+    before = {name: weight.clone() for name, weight in vae.state_dict().items()}
+    pixels = torch.rand(1, 3, 9, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = vae.encode(pixels, return_dict=False)[0].mode()
+        latents = encode_video(vae, pixels)
+    statistics = (torch.tensor(vae.config[f"latents_{name}"]) for name in ("mean", "std"))
+    mean, std = (values.view(1, -1, 1, 1, 1) for values in statistics)
+    assert torch.equal(latents, (expected.float() - mean) / std)
+    assert all(torch.equal(before[name], weight) for name, weight in vae.state_dict().items())
+    assert {weight.dtype for weight in vae.parameters()} == {torch.float32}

@@ -149,6 +149,7 @@ def _pixels(model: WanModel, frames_FHWC: np.ndarray) -> Tensor:
 
 def _precision(device: torch.device, vae_dtype: VaeDtype) -> AbstractContextManager[object]:
     # Autocast, since the weights stay in float32 for decoding sample videos.
+    # `encode_video` takes the type from it.
     return torch.autocast(device.type, torch.bfloat16, enabled=vae_dtype == "bfloat16")
 
 

@@ -24,6 +24,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from onewan.model.inputs import to_device
+from onewan.model.precision import autocast_dtype
 from onewan.model.vae_strips import moments_in_strips
 
 StripsOf = Callable[[int, int, int], int]
@@ -64,6 +65,24 @@ def _exact_convolutions() -> Iterator[None]:
         setattr(settings, name, before)
 
 
+@contextmanager
+def _encoder_in(vae: AutoencoderKLWan, dtype: torch.dtype) -> Iterator[None]:
+    """Have the encoder's weights in `dtype`; afterwards they are the stored ones again.
+
+    In bfloat16 this has the bits of autocast on a CPU and takes a tenth less time, since autocast
+    converts frozen weights at each use.
+    """
+    weights = [*vae.encoder.parameters(), *vae.quant_conv.parameters()]
+    stored = [weight.data for weight in weights]
+    for weight in weights:
+        weight.data = weight.data.to(dtype)
+    try:
+        yield
+    finally:
+        for weight, data in zip(weights, stored, strict=True):
+            weight.data = data
+
+
 def _statistics(vae: AutoencoderKLWan, device: torch.device) -> tuple[Tensor, Tensor]:
     shape = (1, -1, 1, 1, 1)
     values = [vae.config["latents_mean"], vae.config["latents_std"]]
@@ -76,15 +95,18 @@ def _statistics(vae: AutoencoderKLWan, device: torch.device) -> tuple[Tensor, Te
 def encode_video(vae: AutoencoderKLWan, pixels_BCFHW: Tensor) -> Tensor:
     """Normalized float32 latents [B, C, (F-1)/4+1, H/s, W/s] of pixels [B, 3, F, H, W] in [-1, 1].
 
-    ValueError unless F is 4n+1: the VAE would silently drop the remaining frames.
+    Under autocast the VAE computes in its type. ValueError unless F is 4n+1: the VAE would silently
+    drop the remaining frames.
     """
     _, _, frames, height, width = pixels_BCFHW.shape
     if frames % vae.config["scale_factor_temporal"] != 1:
         raise ValueError(f"the VAE takes 4n+1 frames and would drop some of these {frames}")
     strips_of = _STRIPS.get(vae)
     strips = 1 if strips_of is None else strips_of(frames, width, height)
-    with vae_in_use():
-        pixels_BCFHW = pixels_BCFHW.to(vae.device, vae.dtype)
+    dtype = autocast_dtype(vae.device) or vae.dtype
+    off = torch.autocast(vae.device.type, enabled=False)
+    with vae_in_use(), _encoder_in(vae, dtype), off:
+        pixels_BCFHW = pixels_BCFHW.to(vae.device, dtype)
         if strips > 1:
             latents = moments_in_strips(vae, pixels_BCFHW, strips).chunk(2, dim=1)[0]
         else:
