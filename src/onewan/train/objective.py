@@ -61,7 +61,7 @@ class NoisedBatch:
     """Whether any of `weight` is not 1, known without waiting for the device."""
     loss_mask: Tensor | None
     """[B, 1, F, h, w] float32 loss weight of each latent cell: the clip's mask, and 0 in a
-    conditioning frame. None if all cells have the same weight."""
+    clean frame. None if all cells have the same weight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

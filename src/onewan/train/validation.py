@@ -1,8 +1,8 @@
 """The loss on fixed clips, fixed noise and fixed timesteps: equal weights give bit-exact results.
 
 It is comparable over the whole run, between runs on the same clips, and with the base model. It is
-the run's own objective (loss, masks, weighting) without its random parts: no dropout, no
-conditioning frame, no noise offset, and always the first caption of each clip.
+the run's own objective (loss, masks, weighting) without its random parts: no dropout, no noise
+offset, always the first caption of each clip, and the frames of it that most samples are given.
 """
 
 from __future__ import annotations
