@@ -1,7 +1,9 @@
 """The facts of each Wan 2.2 variant, in one frozen table without torch.
 
 Sources: the official repository (Wan-Video/Wan2.2 at 42bf4cf, ``wan/configs``) and the
-configurations that diffusers' converter writes. A test compares every value with them. Trainers
+configurations that diffusers' converter writes; for Wan2.2-Fun, VideoX-Fun (aigc-apps/VideoX-Fun at
+804a425, ``config/wan2.2/wan_civitai_i2v.yaml`` and ``examples/wan2.2_fun``). A test compares every
+value with them. Trainers
 that spread these facts over flags, user interfaces or subclasses got the boundary and the order of
 the experts wrong, hence one table.
 """
@@ -59,9 +61,11 @@ TI2V_5B_LATENTS_STD = (
 (``wan/modules/vae2_2.py``), by which latents are normalized. Those of the Wan 2.1 VAE, which the
 A14B variants use, are diffusers' defaults."""
 
-VariantName = Literal["t2v-a14b", "i2v-a14b", "ti2v-5b"]
+VariantName = Literal["t2v-a14b", "i2v-a14b", "ti2v-5b", "fun-inp-a14b", "fun-control-a14b"]
 ExpertName = Literal["high", "low", "single"]
-ConditionName = Literal["text", "first_frame_channels", "first_frame_clean"]
+ConditionName = Literal[
+    "text", "first_frame_channels", "first_frame_clean", "fun_inp_channels", "fun_control_channels"
+]
 PipelineName = Literal["WanPipeline", "WanImageToVideoPipeline"]
 
 
@@ -110,6 +114,8 @@ class Variant:
 
     ``first_frame_channels``: mask and image latents behind the noisy channels (I2V-A14B).
     ``first_frame_clean``: the first latent frame itself may be clean, at timestep 0 (TI2V-5B).
+    ``fun_inp_channels``: as in I2V-A14B, and zeros without an image (Fun-InP).
+    ``fun_control_channels``: the same behind the latents of a control video (Fun-Control).
     """
     takes_image: bool
     """Whether a sampled video may start from an image."""
@@ -151,10 +157,16 @@ class Variant:
     """(width, height) of an official sample."""
     training_area: int
     """Pixels (width times height) of the default training size, the 480p class."""
+    takes_control: bool = False
+    """Whether a control video (edges, depth, poses) leads each frame."""
+    reference_channels: int | None = None
+    """Latent channels of the reference image that the transformer's `ref_conv` embeds; None if
+    there is no such layer."""
 
     @property
     def condition_channels(self) -> int:
-        """Input channels behind the noisy latents: 20 for I2V-A14B, otherwise 0."""
+        """Input channels behind the noisy latents: 20 for I2V-A14B and Fun-InP, 36 for Fun-Control,
+        otherwise 0."""
         return self.in_channels - self.latent_channels
 
     @property
@@ -213,7 +225,7 @@ def _two_experts(
     )
 
 
-VARIANTS: Mapping[VariantName, Variant] = {
+_OFFICIAL: Mapping[VariantName, Variant] = {
     "t2v-a14b": Variant(
         name="t2v-a14b",
         title="Wan 2.2 T2V-A14B",
@@ -312,14 +324,52 @@ VARIANTS: Mapping[VariantName, Variant] = {
     ),
 }
 
+_FUN_INP = replace(
+    _OFFICIAL["i2v-a14b"],
+    name="fun-inp-a14b",
+    title="Wan 2.2 Fun-InP-A14B",
+    repository="alibaba-pai/Wan2.2-Fun-A14B-InP",
+    condition="fun_inp_channels",
+    needs_image=False,
+    experts=_two_experts(0.9, guidance_high=6.0, guidance_low=6.0),
+    sampling_steps=50,
+)
+
+VARIANTS: Mapping[VariantName, Variant] = {
+    **_OFFICIAL,
+    "fun-inp-a14b": _FUN_INP,
+    "fun-control-a14b": replace(
+        _FUN_INP,
+        name="fun-control-a14b",
+        title="Wan 2.2 Fun-Control-A14B",
+        repository="alibaba-pai/Wan2.2-Fun-A14B-Control",
+        condition="fun_control_channels",
+        in_channels=52,
+        takes_control=True,
+        reference_channels=16,
+    ),
+}
+"""All variants by name. Those of Wan2.2-Fun are I2V-A14B's transformers, trained further by
+Alibaba PAI with other inputs."""
+
+
+def same_inputs(one: Variant, other: Variant) -> bool:
+    """Whether the transformers of both have the same input layers, so that only their users know
+    which of the two a file is."""
+    return (one.in_channels, one.reference_channels) == (
+        other.in_channels,
+        other.reference_channels,
+    )
+
 
 def variant_of(transformer_config: Mapping[str, object], where: str) -> Variant:
     """The variant that a diffusers transformer configuration belongs to.
 
-    `where` names the file in the CheckpointError. Decided by `in_channels` alone, so that small
-    test models are recognized. That does not distinguish variants with equal channels: a Wan
+    `where` names the file in the CheckpointError. Decided by the input channels alone, so that
+    small test models are recognized. That does not distinguish variants with equal channels: a Wan
     2.1 T2V transformer has those of T2V-A14B, and the loader recognizes it by the missing second
-    expert. A variant that shares all of this with another one has to be named by the user.
+    expert. Fun-InP has those of I2V-A14B, which is the answer, so it has to be named by the user
+    (`same_inputs`).
     """
     if transformer_config.get("image_dim") is not None:
         raise CheckpointError(
@@ -327,8 +377,9 @@ def variant_of(transformer_config: Mapping[str, object], where: str) -> Variant:
             "image-to-video transformer with a CLIP branch; give a Wan 2.2 model"
         )
     channels = transformer_config.get("in_channels")
+    reference = transformer_config.get("reference_channels")
     for variant in VARIANTS.values():
-        if variant.in_channels == channels:
+        if (variant.in_channels, variant.reference_channels) == (channels, reference):
             return variant
     known = ", ".join(f"{v.in_channels} ({v.name})" for v in VARIANTS.values())
     raise CheckpointError(

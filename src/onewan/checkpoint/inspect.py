@@ -207,7 +207,11 @@ def _key_problems(weights: ComponentFile) -> Iterator[str]:
     """Missing and unexpected keys. Shapes are checked only when the component is loaded, since that
     takes the module, and with it torch."""
     if weights.kind == "transformer":
-        missing = sorted(transformer_names(weights.config["num_layers"]) - weights.entries.keys())
+        names = transformer_names(
+            weights.config["num_layers"],
+            takes_reference="reference_channels" in weights.config,
+        )
+        missing = sorted(names - weights.entries.keys())
         if missing:
             yield f"has {len(missing)} missing keys, such as {named(missing)}"
     if weights.unexpected:

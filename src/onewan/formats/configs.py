@@ -141,7 +141,9 @@ def _transformer_config(
             )
     blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
     embedder = "condition_embedder"
+    reference = shapes.get("ref_conv.weight")
     return {
+        **({} if reference is None else {"reference_channels": reference[1]}),
         "patch_size": patch,
         "num_attention_heads": heads,
         "attention_head_dim": width // heads,

@@ -1,5 +1,8 @@
 """Maps between official and diffusers or transformers state-dict keys.
 
+`ref_conv` is a layer of VideoX-Fun's Wan2.2-Fun-Control that diffusers does not have; it has the
+same name in both.
+
 Each map is a one-to-one renaming: no tensor is reshaped, split or joined. Tests compare the outputs
 on official weights. ComfyUI, musubi-tuner, GGUF and most LoRA files use official keys; only
 ComfyUI's files of the text encoder have those of transformers.
@@ -16,6 +19,7 @@ from collections.abc import Mapping
 # replacement cuts into another one. norm2 and norm3 are swapped, so keys are mapped in one pass.
 _OUTSIDE_BLOCKS = {
     "patch_embedding": "patch_embedding",
+    "ref_conv": "ref_conv",
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
     "condition_embedder.time_embedder.linear_2": "time_embedding.2",
     "condition_embedder.time_proj": "time_projection.1",
@@ -72,10 +76,12 @@ def to_diffusers(name: str) -> str:
     return _renamed(name, _OUTSIDE_BLOCKS_INVERSE, _IN_BLOCK_INVERSE)
 
 
-def transformer_names(num_layers: int) -> set[str]:
-    """diffusers' keys of all tensors of a Wan 2.2 transformer with `num_layers` blocks."""
+def transformer_names(num_layers: int, *, takes_reference: bool = False) -> set[str]:
+    """diffusers' keys of all tensors of a Wan 2.2 transformer with `num_layers` blocks; with
+    `takes_reference`, of one that has Fun-Control's `ref_conv`."""
     # The tables of modulation are parameters themselves, not modules with a weight and a bias.
-    modules = [m for m in _OUTSIDE_BLOCKS if m != "scale_shift_table"]
+    left_out = {"scale_shift_table"} | (set() if takes_reference else {"ref_conv"})
+    modules = [m for m in _OUTSIDE_BLOCKS if m not in left_out]
     inside = [m for m in _IN_BLOCK if m != "scale_shift_table"]
     modules += [f"blocks.{n}.{m}" for n in range(num_layers) for m in inside]
     tables = ["scale_shift_table", *(f"blocks.{n}.scale_shift_table" for n in range(num_layers))]

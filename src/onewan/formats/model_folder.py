@@ -37,7 +37,7 @@ from onewan.formats.weights import (
     looks_like_adapter,
     open_component,
 )
-from onewan.variants import VARIANTS, ExpertName, Variant, variant_of
+from onewan.variants import VARIANTS, ExpertName, Variant, same_inputs, variant_of
 
 ComponentName = Literal["transformer", "transformer_2", "vae", "text_encoder", "tokenizer"]
 """diffusers' names of the components that have files."""
@@ -300,7 +300,7 @@ def _transformer_problems(
         if component.kind != "transformer":
             continue
         found = component.variant
-        if found is not None and found is not variant:
+        if found is not None and not same_inputs(found, variant):
             instead = f", or set model.variant to {found.name}" if requested else ""
             yield (
                 f"{component.path}: is a transformer of {found.name} ({found.in_channels} input "

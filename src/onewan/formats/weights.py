@@ -215,7 +215,7 @@ _RELATED_MODELS = (
     (r"(^|\.)vace_blocks\.", "a Wan VACE transformer"),
     (r"(^|\.)(face_adapter|motion_encoder|pose_patch_embedding)\.", "a Wan Animate transformer"),
     (r"(^|\.)(casual_audio_encoder|audio_injector|cond_encoder)\.", "a Wan S2V transformer"),
-    (r"(^|\.)(control_adapter|ref_conv)\.", "a Wan Fun-Control transformer"),
+    (r"(^|\.)control_adapter\.", "a Wan Fun-Control-Camera transformer"),
     (
         r"\.k_img\.|(^|\.)img_emb\.|\.add_k_proj\.|(^|\.)image_embedder\.",
         "a Wan 2.1 image-to-video transformer, which has a CLIP branch",

@@ -44,6 +44,8 @@ class NoisyLatents:
     """[B, K, F, H, W] further input channels (`Conditioning.channels`)."""
     clean_frames: Tensor | None = None
     """[B, F] bool: the latent frames that are clean (TI2V-5B), the first or the last or both."""
+    reference: Tensor | None = None
+    """[B, C, H, W] latents of reference images (Fun-Control); None: zeros."""
 
     def timestep(self) -> Tensor:
         """[B], or where a frame is clean [B, N] for each token."""
@@ -73,7 +75,7 @@ def predict_velocities(
             raise ValueError(
                 f"latents of {width}x{height} do not divide into {columns}x{rows} patches"
             )
-    together = isinstance(transformer, WanTransformer) and transformer.block_runner is not None
+    together = isinstance(transformer, WanTransformer) and transformer.runs_batches
     calls = [_call(batch) for batch in batches]
     with compute_context(dtype, batches[0].x.device):
         if together:
@@ -93,6 +95,7 @@ def predict_velocity(
     *,
     condition_BCFHW: Tensor | None = None,
     clean_frames_BF: Tensor | None = None,
+    reference_BCHW: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """`predict_velocities` for one batch, with its tensors as arguments."""
@@ -102,6 +105,7 @@ def predict_velocity(
         text=text_BLD,
         condition=condition_BCFHW,
         clean_frames=clean_frames_BF,
+        reference=reference_BCHW,
     )
     return predict_velocities(transformer, [batch], dtype=dtype)[0]
 
@@ -110,4 +114,4 @@ def _call(batch: NoisyLatents) -> TransformerCall:
     latents_BCFHW = batch.x
     if batch.condition is not None:
         latents_BCFHW = torch.cat([latents_BCFHW, batch.condition], dim=1)
-    return TransformerCall(latents_BCFHW, batch.timestep(), batch.text)
+    return TransformerCall(latents_BCFHW, batch.timestep(), batch.text, batch.reference)

@@ -40,10 +40,15 @@ def module_on_meta(weights: ComponentFile) -> nn.Module:
 
 
 def transformer_on_meta(config: Mapping[str, Any]) -> WanTransformer:
-    """A transformer with diffusers' configuration `config` and no weights."""
+    """A transformer with diffusers' configuration `config` and no weights. `reference_channels` in
+    it are those of Wan2.2-Fun-Control's reference image."""
+    settings = dict(config)
+    reference_channels = settings.pop("reference_channels", None)  # not one of diffusers'
     with init_empty_weights(include_buffers=False):
-        module = WanTransformer.from_config(dict(config))
-    assert isinstance(module, WanTransformer)
+        module = WanTransformer.from_config(settings)
+        assert isinstance(module, WanTransformer)
+        if reference_channels is not None:
+            module.add_ref_conv(reference_channels)
     return module
 
 

@@ -31,6 +31,13 @@ class _Float32Linear(nn.Linear):
             return F.linear(input.float(), self.weight.float(), bias)
 
 
+class _Float32Conv2d(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        with torch.autocast(input.device.type, enabled=False):
+            return self._conv_forward(input.float(), self.weight.float(), bias)
+
+
 class _Float32Conv3d(nn.Conv3d):
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
@@ -39,13 +46,16 @@ class _Float32Conv3d(nn.Conv3d):
 
 
 def keep_float32_islands(transformer: WanTransformer3DModel) -> None:
-    """Make patch embedding, time embedding and head compute in float32.
+    """Make patch embedding (also that of a reference image), time embedding and head compute in
+    float32.
 
     Only the class of those modules changes, as in torch's parametrizations: they keep their
     parameters, names, dtypes and hooks, so loading, saving and adapters are not affected.
     """
     embedder = transformer.condition_embedder
     transformer.patch_embedding.__class__ = _Float32Conv3d
+    if (reference := dict(transformer.named_children()).get("ref_conv")) is not None:
+        reference.__class__ = _Float32Conv2d
     for linear in (
         embedder.time_embedder.linear_1,
         embedder.time_embedder.linear_2,

@@ -9,6 +9,11 @@ they call diffusers'.
 TI2V-5B conditions on clean latent frames, the first or the last, by a timestep for each token, of
 which a clip has only a few different ones. The runner's path embeds those (`frame_groups`), where
 diffusers holds a modulation for each token: 2 GB per block at 121 frames of 704x1280.
+
+Wan2.2-Fun-Control has one more layer, `ref_conv`, which embeds the latents of a reference image as
+the tokens of a further frame before the clip's first one (`full_ref` in VideoX-Fun's
+``videox_fun/models/wan_transformer3d.py:923-928``). diffusers does not have it, so such a
+transformer always computes its ends here.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from typing import Any, Protocol
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from torch import Tensor
+from torch import Tensor, nn
 
 from onewan.model.block_parts import BlockInputs, by_group
 
@@ -47,12 +52,44 @@ class TransformerCall:
     others."""
     text: Tensor
     """[B, 512, D] text embeddings, padded to 512 tokens."""
+    reference: Tensor | None = None
+    """[B, C, H, W] latents of a reference image, for a transformer with `ref_conv`; None: zeros, as
+    in VideoX-Fun without an image. [1, C, H, W] is the same image for all samples."""
 
 
 class WanTransformer(WanTransformer3DModel):
-    """diffusers' Wan transformer with an optional runner of its blocks."""
+    """diffusers' Wan transformer with an optional runner of its blocks, and an optional layer for a
+    reference image."""
 
     block_runner: BlockRunner | None = None
+    reference: Tensor | None = None
+    """[1, C, H, W]: the reference image of calls of `forward`, which a pipeline makes without
+    one."""
+
+    def add_ref_conv(self, channels: int) -> None:
+        """Add `ref_conv` for reference images of `channels` latent channels, on the device and in
+        the dtype of the patch embedding, with PyTorch's initial values."""
+        patches = self.patch_embedding
+        _, *patch = self.config["patch_size"]
+        self.ref_conv = nn.Conv2d(
+            channels,
+            patches.out_channels,
+            kernel_size=tuple(patch),
+            stride=tuple(patch),
+            device=patches.weight.device,
+            dtype=patches.weight.dtype,
+        )
+        self.register_to_config(reference_channels=channels)
+
+    @property
+    def takes_reference(self) -> bool:
+        """Whether there is a `ref_conv`."""
+        return "ref_conv" in self._modules
+
+    @property
+    def runs_batches(self) -> bool:
+        """Whether `forward_batches` computes a forward pass, and not diffusers' own."""
+        return self.block_runner is not None or self.takes_reference
 
     def forward(
         self,
@@ -64,7 +101,7 @@ class WanTransformer(WanTransformer3DModel):
         attention_kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """As `WanTransformer3DModel.forward`."""
-        if self.block_runner is None:
+        if not self.runs_batches:
             return super().forward(
                 hidden_states,
                 timestep,  # pyright: ignore[reportArgumentType]  (their hint is wrong)
@@ -75,22 +112,41 @@ class WanTransformer(WanTransformer3DModel):
             )
         if encoder_hidden_states_image is not None or attention_kwargs is not None:
             raise ValueError("Wan 2.2 has no image embeddings, and adapters are scaled elsewhere")
-        (sample,) = self.forward_batches(
-            [TransformerCall(hidden_states, timestep, encoder_hidden_states)]
-        )
+        call = TransformerCall(hidden_states, timestep, encoder_hidden_states, self.reference)
+        (sample,) = self.forward_batches([call])
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def forward_batches(self, calls: Sequence[TransformerCall]) -> list[Tensor]:
-        """The predictions [B, C, F, H, W] of several batches, which go through each block together,
-        so that its weights are brought to the device once for all of them."""
-        assert self.block_runner is not None
+        """The predictions [B, C, F, H, W] of several batches. With a runner they go through each
+        block together, so that its weights are brought to the device once for all of them."""
         hidden: list[Tensor] = []
         embedded = [self._embed(call, hidden) for call in calls]
-        last = self.block_runner.run(hidden, [inputs for _, inputs in embedded])
+        inputs = [inputs for _, inputs in embedded]
+        last = self._through_blocks(hidden, inputs)
         return [
             self._unpatchify(states, time, inputs, call.latents)
             for states, (time, inputs), call in zip(last, embedded, calls, strict=True)
         ]
+
+    def _through_blocks(self, hidden: list[Tensor], inputs: list[BlockInputs]) -> list[Tensor]:
+        if self.block_runner is not None:
+            return self.block_runner.run(hidden, inputs)
+        states = list(hidden)
+        for block in self.blocks:
+            states = [
+                block(s, i.text, i.time[:, 0], i.rotary)
+                for s, i in zip(states, inputs, strict=True)
+            ]
+        return states
+
+    def _reference_tokens(self, call: TransformerCall) -> Tensor:
+        """[B, rows * columns, d]: the tokens of the reference image."""
+        batch, _, _, height, width = call.latents.shape
+        image = call.reference
+        if image is None:
+            channels = self.ref_conv.in_channels
+            image = call.latents.new_zeros(1, channels, height, width)
+        return self.ref_conv(image).flatten(2).transpose(1, 2).expand(batch, -1, -1)
 
     def _embed(self, call: TransformerCall, states: list[Tensor]) -> tuple[Tensor, BlockInputs]:
         """(time embedding [B, T, d], inputs of all blocks); appends the hidden states of the first
@@ -98,7 +154,15 @@ class WanTransformer(WanTransformer3DModel):
         latents = call.latents
         _, rows, columns = self.config["patch_size"]
         per_frame = (latents.shape[3] // rows) * (latents.shape[4] // columns)
-        states.append(self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous())
+        tokens = self.patch_embedding(latents).flatten(2).transpose(1, 2)
+        rotated = latents
+        if self.takes_reference:
+            if call.timestep.ndim == 2:
+                raise ValueError("a transformer with ref_conv takes one timestep for each sample")
+            tokens = torch.cat([self._reference_tokens(call).to(tokens), tokens], dim=1)
+            # Positions follow from the shape alone: the reference image is at frame 0.
+            rotated = torch.cat([latents[:, :, :1], latents], dim=2)
+        states.append(tokens.contiguous())
         timestep, groups = call.timestep, tuple[int, ...]()
         if timestep.ndim == 2:
             groups = frame_groups(latents.shape[2], per_frame)
@@ -113,8 +177,8 @@ class WanTransformer(WanTransformer3DModel):
             text=text,
             time=modulation.unflatten(2, (6, -1)),
             groups=groups,
-            rotary=_without_base(self.rope(latents)),
-            frames=latents.shape[2],
+            rotary=_without_base(self.rope(rotated)),
+            frames=rotated.shape[2],
         )
         return time, inputs
 
@@ -127,6 +191,8 @@ class WanTransformer(WanTransformer3DModel):
         normed = by_group(
             normed, inputs.groups, lambda part, of: part * (1 + scale[:, of]) + shift[:, of]
         )
+        if self.takes_reference:
+            normed = normed[:, normed.shape[1] // inputs.frames :]
         patches = self.proj_out(normed.type_as(hidden_BNd))
         frames, rows, columns = self.config["patch_size"]
         batch, _, f, h, w = latents.shape

@@ -1,0 +1,105 @@
+"""Writes ``tests/golden/fun_transformer.safetensors``: what VideoX-Fun's transformer computes.
+
+    python scripts/write_fun_outputs.py PATH_OF_VIDEOX_FUN
+
+PATH_OF_VIDEOX_FUN is a checkout of github.com/aigc-apps/VideoX-Fun (the file was written with
+804a425); its code is run, not copied. Weights follow from the names of the tensors
+(`tests/support/named_weights.py`), so the file holds only inputs and outputs. `einops` must be
+installed. Packages of VideoX-Fun that the transformer does not use are left out, since they need a
+GPU's compiler.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.support.named_weights import named_tensor, named_weights  # noqa: E402
+
+FILE = ROOT / "tests" / "golden" / "fun_transformer.safetensors"
+SIZES = {"fun-inp-a14b": 36, "fun-control-a14b": 52}
+LATENTS = (1, 16, 3, 4, 6)
+
+
+def main(checkout: Path) -> None:
+    classes = _transformer_module(checkout)
+    tensors: dict[str, torch.Tensor] = {}
+    for variant, channels in SIZES.items():
+        has_reference = variant == "fun-control-a14b"
+        transformer = classes.WanTransformer3DModel(
+            model_type="t2v" if has_reference else "i2v",
+            # Wan 2.2 has no image embeddings; this layer is that of its own image-to-video model.
+            cross_attn_type="t2v_cross_attn",
+            in_dim=channels,
+            dim=64,
+            ffn_dim=128,
+            freq_dim=256,
+            text_dim=32,
+            text_len=512,
+            out_dim=16,
+            num_heads=2,
+            num_layers=2,
+            add_ref_conv=has_reference,
+        )
+        if not has_reference:
+            del transformer.img_emb
+        shapes = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
+        transformer.load_state_dict(named_weights(shapes))
+        latents = named_tensor("latents", LATENTS)
+        condition = named_tensor("condition", (1, channels - 16, *LATENTS[2:]))
+        reference = named_tensor("reference", (1, 16, *LATENTS[3:]))
+        text = named_tensor("text", (7, 32))
+        cases = {"": None}
+        if has_reference:
+            cases = {".reference": reference, ".no_reference": torch.zeros_like(reference)}
+        for name, image in cases.items():
+            for t in (12.5, 950.0):
+                with torch.no_grad():
+                    output = transformer(
+                        x=latents,
+                        t=torch.tensor([t]),
+                        context=[text],
+                        seq_len=LATENTS[2] * LATENTS[3] * LATENTS[4] // 4,
+                        y=condition,
+                        full_ref=image,
+                    )
+                tensors[f"{variant}{name}.t{t:g}"] = output.float().contiguous()
+    save_file(tensors, FILE)
+    print(f"{FILE}: {', '.join(tensors)}")
+
+
+def _transformer_module(checkout: Path) -> Any:
+    """VideoX-Fun's module of the transformer, without the imports of its packages."""
+    package = checkout / "videox_fun"
+    for name in ("", ".models", ".utils", ".dist"):
+        module = ModuleType(f"videox_fun{name}")
+        module.__path__ = [str(package / name.removeprefix("."))]
+        sys.modules[module.__name__] = module
+    several_devices: Any = sys.modules["videox_fun.dist"]
+    for name in (
+        "get_sequence_parallel_rank",
+        "get_sequence_parallel_world_size",
+        "get_sp_group",
+        "usp_attn_forward",
+        "xFuserLongContextAttention",
+    ):
+        setattr(several_devices, name, None)
+    kernels: Any = ModuleType("videox_fun.models.attention_kernel")  # Triton's
+    kernels._sparse_linear_attention = kernels.get_block_map = None
+    sys.modules[kernels.__name__] = kernels
+    utilities: Any = sys.modules["videox_fun.utils"]
+    utilities.cfg_skip = importlib.import_module("videox_fun.utils.cfg_optimization").cfg_skip
+    return importlib.import_module("videox_fun.models.wan_transformer3d")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
