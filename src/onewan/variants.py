@@ -170,6 +170,11 @@ class Variant:
         return self.in_channels - self.latent_channels
 
     @property
+    def encoded_videos(self) -> int:
+        """Videos that the VAE encodes for a clip: the clip, and what its condition consists of."""
+        return 1 + self.condition_channels // self.latent_channels
+
+    @property
     def size_multiple(self) -> int:
         """Sides of a video are multiples of this: the VAE's compression times the patch size."""
         return self.spatial_compression * PATCH_SIZE[-1]

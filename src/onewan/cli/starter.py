@@ -52,11 +52,29 @@ COMFYUI_FILES: Mapping[VariantName, Mapping[ComponentName, str]] = {
         "vae": "vae/wan2.2_vae.safetensors",
         "text_encoder": "text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors",
     },
+    "fun-inp-a14b": {
+        "transformer": "diffusion_models/wan2.2_fun_inpaint_high_noise_14B_fp8_scaled.safetensors",
+        "transformer_2": "diffusion_models/wan2.2_fun_inpaint_low_noise_14B_fp8_scaled.safetensors",
+        "vae": "vae/wan_2.1_vae.safetensors",
+        "text_encoder": "text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+    },
+    "fun-control-a14b": {
+        "transformer": "diffusion_models/wan2.2_fun_control_high_noise_14B_fp8_scaled.safetensors",
+        "transformer_2": "diffusion_models/wan2.2_fun_control_low_noise_14B_fp8_scaled.safetensors",
+        "vae": "vae/wan_2.1_vae.safetensors",
+        "text_encoder": "text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+    },
 }
 """The files of ComfyUI's Wan 2.2 templates, in ComfyUI/models; on the Hugging Face hub they are in
 split_files of Comfy-Org/Wan_2.2_ComfyUI_Repackaged (https://docs.comfy.org/tutorials/video/wan/wan2_2)."""
 
-DOWNLOAD_GB: Mapping[VariantName, int] = {"t2v-a14b": 126, "i2v-a14b": 126, "ti2v-5b": 34}
+DOWNLOAD_GB: Mapping[VariantName, int] = {
+    "t2v-a14b": 126,
+    "i2v-a14b": 126,
+    "ti2v-5b": 34,
+    "fun-inp-a14b": 64,
+    "fun-control-a14b": 64,
+}
 """Size of the variant's repository on the hub."""
 
 GENERAL = Recipe(

@@ -195,10 +195,11 @@ def _encoding_seconds(config: ResolvedRun, clips: Sequence[Clip], *, has_card: b
         return 0.0
     pixels = sum(clip.frames * clip.size[0] * clip.size[1] for clip in clips)
     variant = config.model.facts()
-    # The video of the first image is as long as the clip, and is encoded like it; so are those that
-    # end with the last frame.
+    # The video of the first image is as long as the clip, and is encoded like it; so are a control
+    # video, and those that end with the last frame.
     with_last = len({*condition_shares(config).used} & {"both", "last"})
-    flops = _VAE_FLOPS * pixels * (2 + with_last if variant.needs_image else 1)
+    with_last = with_last if variant.condition_channels else 0
+    flops = _VAE_FLOPS * pixels * (variant.encoded_videos + with_last)
     flops += _TEXT_FLOPS * len({text for clip in clips for text in clip.captions})
     rate = _CARD_FLOPS if has_card else _CORE_FLOPS * (os.cpu_count() or 1)
     return flops / rate

@@ -359,7 +359,7 @@ class RunCosts:
         """Bytes of the files that the run writes."""
         config, variant = self.config, self.config.model.facts()
         parts = [t for t in (*self.trained.values(), self.embeddings) if t is not None]
-        channels = variant.latent_channels + (variant.latent_channels if variant.needs_image else 0)
+        channels = variant.latent_channels * variant.encoded_videos
         latents = sum(
             count * 4 * channels * bucket.latent_cells(variant) for bucket, count in clips.items()
         )
