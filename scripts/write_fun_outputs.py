@@ -35,10 +35,8 @@ def main(checkout: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for variant, channels in SIZES.items():
         has_reference = variant == "fun-control-a14b"
-        transformer = classes.WanTransformer3DModel(
-            model_type="t2v" if has_reference else "i2v",
-            # Wan 2.2 has no image embeddings; this layer is that of its own image-to-video model.
-            cross_attn_type="t2v_cross_attn",
+        transformer = classes.Wan2_2Transformer3DModel(
+            model_type="i2v",
             in_dim=channels,
             dim=64,
             ffn_dim=128,
@@ -50,8 +48,6 @@ def main(checkout: Path) -> None:
             num_layers=2,
             add_ref_conv=has_reference,
         )
-        if not has_reference:
-            del transformer.img_emb
         shapes = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
         transformer.load_state_dict(named_weights(shapes))
         latents = named_tensor("latents", LATENTS)

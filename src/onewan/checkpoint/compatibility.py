@@ -27,7 +27,12 @@ class ProgramSupport:
 
 def programs_reading_weights(weights: ComponentFile) -> tuple[ProgramSupport, ...]:
     """Support by the programs that were tested with the weights of a model."""
-    found = [_support("ComfyUI", _comfyui_obstacle(weights)), _diffusers_support(weights)]
+    found = [_support("ComfyUI", _comfyui_obstacle(weights))]
+    if "reference_channels" in weights.config:
+        obstacle = "has no layer for a reference image (ref_conv)"
+        others = ("diffusers", "musubi-tuner", "the official code")
+        return (*found, *(_support(program, obstacle) for program in others))
+    found.append(_diffusers_support(weights))
     if weights.kind == "transformer":
         found.append(_support("musubi-tuner", _musubi_obstacle(weights)))
     return (*found, _support("the official code", _official_obstacle(weights)))

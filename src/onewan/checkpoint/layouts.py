@@ -44,7 +44,7 @@ from onewan.formats.weights import TOKENIZER
 from onewan.formats.write import LazyTensor, write_safetensors
 from onewan.formats.write_pth import write_pth
 from onewan.model.load import official_scheduler
-from onewan.variants import TEXT_LENGTH, Variant
+from onewan.variants import TEXT_LENGTH, Variant, VariantName
 
 ModelFormat = Literal["diffusers", "official", "single", "fp8_scaled"]
 
@@ -307,6 +307,7 @@ def official_config(component: ComponentWeights) -> dict[str, Any]:
     ``patch_size`` are left out if they have the values of the released models."""
     config, variant = component.config, component.variant
     assert variant is not None
+    kind = variant.name.partition("-")[0]
     fields: dict[str, Any] = {
         "_class_name": "WanModel",
         "_diffusers_version": config["_diffusers_version"],
@@ -315,12 +316,14 @@ def official_config(component: ComponentWeights) -> dict[str, Any]:
         "ffn_dim": config["ffn_dim"],
         "freq_dim": config["freq_dim"],
         "in_dim": config["in_channels"],
-        "model_type": variant.name.partition("-")[0],
+        "model_type": "i2v" if kind == "fun" else kind,
         "num_heads": config["num_attention_heads"],
         "num_layers": config["num_layers"],
         "out_dim": config["out_channels"],
         "text_len": TEXT_LENGTH,
     }
+    if variant.reference_channels is not None:  # VideoX-Fun's names
+        fields |= {"add_ref_conv": True, "in_dim_ref_conv": config["reference_channels"]}
     if config["text_dim"] != 4096:
         fields["text_dim"] = config["text_dim"]
     if list(config["patch_size"]) != [1, 2, 2]:
@@ -331,7 +334,13 @@ def official_config(component: ComponentWeights) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------ whole models
 
 # Parts of the names that ComfyUI's repackaged files have on the hub: example workflows find ours.
-_NAME_PARTS = {"t2v-a14b": ("t2v", "14B"), "i2v-a14b": ("i2v", "14B"), "ti2v-5b": ("ti2v", "5B")}
+_NAME_PARTS: Mapping[VariantName, tuple[str, str]] = {
+    "t2v-a14b": ("t2v", "14B"),
+    "i2v-a14b": ("i2v", "14B"),
+    "ti2v-5b": ("ti2v", "5B"),
+    "fun-inp-a14b": ("fun_inpaint", "14B"),
+    "fun-control-a14b": ("fun_control", "14B"),
+}
 _DTYPE_PARTS = {
     torch.float64: "fp64",
     torch.float32: "fp32",
