@@ -283,7 +283,10 @@ def open_component(source: Path | TensorFile) -> ComponentFile:
         )
     _, kind, key_format, prefix, entries, unexpected = best
     if unexpected and kind == "transformer" and (what := foreign_model(file)):
-        raise CheckpointError(f"{file.path}: is {what}; give a transformer of Wan 2.2")
+        raise CheckpointError(
+            f"{file.path}: is {what}; give a transformer of Wan 2.2 (docs/variants.md lists those "
+            "that can be trained, and what others would take)"
+        )
     _check_quantization(file, entries)
     shapes = {name: entry.info.shape for name, entry in entries.items()}
     config = configuration(file, kind, shapes)
