@@ -1,10 +1,11 @@
-"""Writes ``tests/golden/fun_transformer.safetensors``: what VideoX-Fun's transformer computes.
+"""Writes ``tests/golden/fun_transformer.safetensors`` and ``fun_conditions.safetensors``: what
+VideoX-Fun's transformer computes, and what its pipelines give it.
 
     python scripts/write_fun_outputs.py PATH_OF_VIDEOX_FUN
 
 PATH_OF_VIDEOX_FUN is a checkout of github.com/aigc-apps/VideoX-Fun (the file was written with
 804a425); its code is run, not copied. Weights follow from the names of the tensors
-(`tests/support/named_weights.py`), so the file holds only inputs and outputs. `einops` must be
+(`tests/support/named_weights.py`), so the files hold only outputs. `einops` must be
 installed. Packages of VideoX-Fun that the transformer does not use are left out, since they need a
 GPU's compiler.
 """
@@ -13,19 +14,25 @@ from __future__ import annotations
 
 import importlib
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.configuration_utils import FrozenDict
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tests.support.fun_inputs import CASES, FRAMES, SIZE, fun_pixels  # noqa: E402
 from tests.support.named_weights import named_tensor, named_weights  # noqa: E402
+from tests.support.stand_in_vae import StandInVae  # noqa: E402
 
 FILE = ROOT / "tests" / "golden" / "fun_transformer.safetensors"
+CONDITIONS = ROOT / "tests" / "golden" / "fun_conditions.safetensors"
 SIZES = {"fun-inp-a14b": 36, "fun-control-a14b": 52}
 LATENTS = (1, 16, 3, 4, 6)
 
@@ -71,6 +78,87 @@ def main(checkout: Path) -> None:
                 tensors[f"{variant}{name}.t{t:g}"] = output.float().contiguous()
     save_file(tensors, FILE)
     print(f"{FILE}: {', '.join(tensors)}")
+    conditions = _conditions(checkout)
+    save_file(conditions, CONDITIONS)
+    print(f"{CONDITIONS}: {', '.join(conditions)}")
+
+
+class _RecordedError(Exception):
+    """Ends a pipeline at its first call of the transformer, whose inputs it has."""
+
+    def __init__(self, inputs: dict[str, Any]) -> None:
+        self.inputs = inputs
+
+
+class _Recorder(torch.nn.Module):
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self, has_reference: bool = False) -> None:
+        super().__init__()
+        self.config = FrozenDict(patch_size=(1, 2, 2), add_ref_conv=has_reference)
+
+    def forward(self, **inputs: Any) -> None:
+        raise _RecordedError(inputs)
+
+
+def _conditions(checkout: Path) -> dict[str, torch.Tensor]:
+    """The inputs `y` and `full_ref` of each case."""
+    torch.cuda.device = lambda **_: nullcontext()  # type: ignore[assignment,misc]
+    torch.cuda.amp.autocast = lambda **_: nullcontext()  # type: ignore[assignment,misc]
+    pipelines = {
+        "fun-inp-a14b": _pipeline_module(checkout, "inpaint").Wan2_2FunInpaintPipeline,
+        "fun-control-a14b": _pipeline_module(checkout, "control").Wan2_2FunControlPipeline,
+    }
+    found: dict[str, torch.Tensor] = {}
+    for name, (variant, given, controlled, referenced) in CASES.items():
+        recorder = _Recorder(variant == "fun-control-a14b")
+        pipeline = pipelines[variant](
+            tokenizer=None,
+            text_encoder=_Recorder(),
+            vae=StandInVae(),
+            transformer=recorder,
+            transformer_2=recorder,
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+        )
+        pixels = {key: (value + 1) / 2 for key, value in fun_pixels().items()}
+        mask = torch.full((1, 1, FRAMES, *SIZE), 255.0)
+        frames = {"first": [0], "last": [-1], "both": [0, -1], "none": []}[given]
+        mask[:, :, frames] = 0
+        further: dict[str, Any] = {}
+        if controlled:
+            further["control_video"] = pixels["control"]
+        if referenced:
+            further["ref_image"] = pixels["reference"]
+        try:
+            pipeline(
+                prompt_embeds=torch.zeros(1, 7, 32),
+                height=SIZE[0],
+                width=SIZE[1],
+                num_frames=FRAMES,
+                video=pixels["clip"],
+                mask_video=mask,
+                guidance_scale=1.0,
+                **further,
+            )
+        except _RecordedError as recorded:
+            found[f"{name}.y"] = recorded.inputs["y"].contiguous()
+            if recorder.config["add_ref_conv"]:
+                found[f"{name}.full_ref"] = recorded.inputs["full_ref"].contiguous()
+    return found
+
+
+def _pipeline_module(checkout: Path, kind: str) -> Any:
+    """A module of VideoX-Fun's pipelines, without the models that it only names in hints."""
+    package: Any = ModuleType("videox_fun.pipeline")
+    package.__path__ = [str(checkout / "videox_fun" / "pipeline")]
+    models: Any = sys.modules["videox_fun.models"]
+    for name in ("AutoencoderKLWan", "AutoTokenizer", "CLIPModel", "WanT5EncoderModel"):
+        setattr(models, name, object)
+    models.Wan2_2Transformer3DModel = object
+    sys.modules[package.__name__] = package
+    for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
+        sys.modules.setdefault(name, ModuleType(name))
+    return importlib.import_module(f"videox_fun.pipeline.pipeline_wan2_2_fun_{kind}")
 
 
 def _transformer_module(checkout: Path) -> Any:

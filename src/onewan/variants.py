@@ -122,8 +122,8 @@ class Variant:
     needs_image: bool
     """Whether it must."""
     first_frame_share: float
-    """Share of the training samples that are given the first frame of their clip, by default; the
-    others are given none. For TI2V-5B that of ``wan/utils/utils.py:172-199``."""
+    """Share of the training samples that are given the first frame of their clip alone, by default.
+    For TI2V-5B that of ``wan/utils/utils.py:172-199``."""
     takes_condition_image: bool
     """Whether the image that a sample starts from is an input of its own, so that in training it
     may be another one than the clip's first frame."""
@@ -157,17 +157,25 @@ class Variant:
     """(width, height) of an official sample."""
     training_area: int
     """Pixels (width times height) of the default training size, the 480p class."""
-    takes_control: bool = False
-    """Whether a control video (edges, depth, poses) leads each frame."""
     reference_channels: int | None = None
     """Latent channels of the reference image that the transformer's `ref_conv` embeds; None if
-    there is no such layer."""
+    there is no such layer. It is what a clip's condition image is then, instead of the image that
+    the sample starts from."""
+    both_frames_share: float = 0.0
+    """Share of the training samples that are given the first and the last frame, by default; what
+    is left is given none."""
 
     @property
     def condition_channels(self) -> int:
         """Input channels behind the noisy latents: 20 for I2V-A14B and Fun-InP, 36 for Fun-Control,
         otherwise 0."""
         return self.in_channels - self.latent_channels
+
+    @property
+    def reference_frames(self) -> int:
+        """Frames of tokens that the transformer has before those of the clip: 1 for Fun-Control,
+        whether it is given a reference image or not, otherwise 0."""
+        return 0 if self.reference_channels is None else 1
 
     @property
     def encoded_videos(self) -> int:
@@ -336,6 +344,10 @@ _FUN_INP = replace(
     repository="alibaba-pai/Wan2.2-Fun-A14B-InP",
     condition="fun_inp_channels",
     needs_image=False,
+    # As good as equal, as in VideoX-Fun's training (``videox_fun/data/utils.py:22``, the masks 1 to
+    # 3, which are all of them that stand for given frames).
+    first_frame_share=0.4,
+    both_frames_share=0.3,
     experts=_two_experts(0.9, guidance_high=6.0, guidance_low=6.0),
     sampling_steps=50,
 )

@@ -24,7 +24,8 @@ def _parts(model: WanModel, given: Given, clip: torch.Tensor) -> dict[ConditionP
 
 
 def _ours(model: WanModel, given: Given, clip: torch.Tensor) -> torch.Tensor:
-    channels = model.conditioning.channels(_parts(model, given, clip), given)
+    latents = model.encode_video(clip)
+    channels = model.conditioning.channels(_parts(model, given, clip), given, latents)
     assert channels is not None
     return channels
 

@@ -1,6 +1,7 @@
-"""Our transformer against outputs of VideoX-Fun's, for Wan2.2-Fun-InP and Wan2.2-Fun-Control.
+"""Our transformer and its conditions against VideoX-Fun's, for Wan2.2-Fun-InP and -Control.
 
-``fun_transformer.safetensors`` was written by ``scripts/write_fun_outputs.py``.
+``fun_transformer.safetensors`` and ``fun_conditions.safetensors`` were written by
+``scripts/write_fun_outputs.py``.
 """
 
 from __future__ import annotations
@@ -16,15 +17,27 @@ from torch import Tensor
 from onewan.formats.key_maps import to_official
 from onewan.memory.activations import KeptActivations
 from onewan.memory.block_runner import CheckpointedBlocks
+from onewan.model.conditioning import (
+    ConditionPart,
+    ConditionPixels,
+    FunControlPipeline,
+    FunInpPipeline,
+    conditioning_of,
+    encode_part,
+)
 from onewan.model.forward import predict_velocity
 from onewan.model.load import WanModelLoader
 from onewan.model.meta_init import transformer_on_meta
 from onewan.model.text import pad_text
 from onewan.model.transformer import WanTransformer
+from onewan.model.vae import encode_video
 from onewan.variants import VARIANTS, VariantName
+from tests.support.fun_inputs import CASES, FRAMES, SIZE, fun_pixels
 from tests.support.named_weights import named_tensor, named_weights
+from tests.support.stand_in_vae import StandInVae
 
 EXPECTED = load_file(Path(__file__).parent / "fun_transformer.safetensors")
+CONDITIONS = load_file(Path(__file__).parent / "fun_conditions.safetensors")
 LATENTS = (1, 16, 3, 4, 6)
 
 
@@ -90,3 +103,63 @@ def test_a_reference_image_is_a_further_frame_and_not_ignored() -> None:
         EXPECTED[f"fun-control-a14b.{image}.t950"] for image in ("reference", "no_reference")
     )
     assert relative(with_image, without) > 1e-2
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_conditions_are_those_of_videox_funs_pipelines(name: str) -> None:
+    """Of training: from the parts that the cache stores."""
+    variant, given, controlled, referenced = CASES[name]
+    clips, conditioning = fun_pixels(), conditioning_of(VARIANTS[variant])
+    clip = clips["clip"]
+    parts: dict[ConditionPart, Tensor] = {}
+    for part in conditioning.parts(given):
+        if (part == "control" and not controlled) or (part == "reference" and not referenced):
+            continue
+        pixels = ConditionPixels(
+            shape=clip.shape,
+            image=clips["reference"][:, :, 0] if part == "reference" else clip[:, :, 0],
+            last=clip[:, :, -1],
+            control=clips["control"],
+        )
+        parts[part] = encode_part(StandInVae(), part, pixels)  # pyright: ignore[reportArgumentType]
+    latents = torch.zeros(1, 16, 1 + FRAMES // 4, SIZE[0] // 8, SIZE[1] // 8)
+    channels = conditioning.channels(parts, given, latents)
+    assert channels is not None
+    assert_near(channels, CONDITIONS[f"{name}.y"])
+    if variant == "fun-control-a14b":
+        reference = parts.get("reference", latents[:, :, :1])[:, :, 0]
+        assert_near(reference, CONDITIONS[f"{name}.full_ref"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_samples_are_given_the_conditions_of_videox_funs_pipelines(name: str) -> None:
+    variant, given, controlled, _ = CASES[name]
+    clips, vae = fun_pixels(), StandInVae()
+    kind = conditioning_of(VARIANTS[variant]).sampling_pipeline(given)
+    pipeline = kind.__new__(kind)  # without the other components, which are not used
+    pipeline.__dict__.update(vae=vae, vae_scale_factor_temporal=4, vae_scale_factor_spatial=8)
+    pipeline.register_to_config(expand_timesteps=False)
+    assert isinstance(pipeline, FunInpPipeline)
+    pipeline.given = given
+    if isinstance(pipeline, FunControlPipeline) and controlled:
+        pipeline.control = encode_video(vae, clips["control"])  # pyright: ignore[reportArgumentType]
+    clip = clips["clip"]
+    gray = torch.zeros_like(clip[:, :, 0])
+    _, channels = pipeline.prepare_latents(
+        clip[:, :, 0] if given in ("first", "both") else gray,
+        1,
+        16,
+        *SIZE,
+        FRAMES,
+        torch.float32,
+        torch.device("cpu"),
+        torch.Generator(),
+        None,
+        clip[:, :, -1] if given in ("last", "both") else None,
+    )
+    assert_near(channels, CONDITIONS[f"{name}.y"])
+
+
+def assert_near(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.shape == theirs.shape
+    assert float((ours - theirs).abs().max()) < 2e-6

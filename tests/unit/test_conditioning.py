@@ -32,8 +32,11 @@ def test_channels_fill_the_transformer_of_each_variant(name) -> None:
     conditioning = conditioning_of(variant)
     shape = (1, variant.latent_channels, 2, 4, 4)
     for given in get_args(Given):
-        parts = {name: torch.ones(shape) for name in conditioning.parts(given)}
-        channels = conditioning.channels(parts, given)
+        parts = {
+            name: torch.ones(shape)[:, :, -1 if name.startswith("end") else 0 :]
+            for name in conditioning.parts(given)
+        }
+        channels = conditioning.channels(parts, given, torch.ones(shape))
         assert (0 if channels is None else channels.shape[1]) == variant.condition_channels
 
 
@@ -42,10 +45,12 @@ def test_facts_and_pipelines_agree(name) -> None:
     variant = VARIANTS[name]
     conditioning = conditioning_of(variant)
     assert variant.takes_image or not variant.needs_image
-    assert conditioning.sampling_pipeline("none") is WanPipeline
+    is_fun = name.startswith("fun")
+    assert (conditioning.sampling_pipeline("none") is WanPipeline) == (not is_fun)
     with_image = conditioning.sampling_pipeline("both")
     assert "WanImageToVideoPipeline" in [kind.__name__ for kind in with_image.__mro__]
-    assert variant.needs_image == (variant.pipeline == "WanImageToVideoPipeline")
+    image_pipeline = variant.pipeline == "WanImageToVideoPipeline"
+    assert image_pipeline == (variant.needs_image or is_fun)
     assert conditioning.pipeline_options() == {"expand_timesteps": name == "ti2v-5b"}
 
 
@@ -73,9 +78,28 @@ def test_shares_of_a_variant_by_default() -> None:
     assert found["t2v-a14b"].used == ("none",)
     assert found["i2v-a14b"].used == ("first",)
     assert found["ti2v-5b"] == ConditionShares(first=0.2, none=0.8)
-    for name, variant in VARIANTS.items():
+    assert found["fun-inp-a14b"] == found["fun-control-a14b"]
+    assert found["fun-inp-a14b"].used == ("first", "both", "none")
+    for name in ("t2v-a14b", "i2v-a14b", "ti2v-5b"):
         # Only then does a run encode more than it did without a choice.
-        assert set(conditioning_of(variant).all_parts(5)) <= {"condition"}, name
+        assert set(conditioning_of(VARIANTS[name]).all_parts(5)) <= {"condition"}, name
+
+
+def test_fun_is_given_zeros_for_what_a_clip_lacks() -> None:
+    latents = torch.randn(2, 16, 3, 4, 4)
+    inp, control = (conditioning_of(VARIANTS[n]) for n in ("fun-inp-a14b", "fun-control-a14b"))
+    nothing = inp.channels({}, "none", latents)
+    assert nothing is not None and nothing.shape == (2, 20, 3, 4, 4) and not nothing.any()
+    assert inp.parts("none") == () and inp.parts("both") == ("condition", "end_of_both")
+    video = torch.randn_like(latents)
+    with_control = control.channels({"control": video}, "none", latents)
+    assert with_control is not None and torch.equal(with_control[:, :16], video)
+    assert not with_control[:, 16:].any()
+    image = torch.randn_like(latents)
+    first = control.channels({"condition": image}, "first", latents)
+    assert first is not None and not first[:, :16].any()
+    # The mask comes before the latents of the frame, and both behind those of the control video.
+    assert first[:, 16:20, 0].all() and torch.equal(first[:, 20:], image)
 
 
 def test_a_share_of_1_is_drawn_always_and_rounded_shares_leave_no_gap() -> None:

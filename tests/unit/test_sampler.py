@@ -164,7 +164,8 @@ def _given(
     clean = {-1: parts["last_frame"][:, :, 0]} if "last_frame" in parts else {}
     if clean and pixels.image is not None:
         clean[0] = model.encode_video(pixels.image[:, :, None])[:, :, 0]
-    return conditioning.channels(parts, given), clean
+    latents = torch.zeros(1, model.variant.latent_channels, 1 + sample_request.frames // 4, 4, 8)
+    return conditioning.channels(parts, given, latents), clean
 
 
 @torch.no_grad()

@@ -46,8 +46,8 @@ class ConditionShares:
 
 def default_shares(variant: Variant) -> ConditionShares:
     """How often samples are given which frames unless a run says so."""
-    first = variant.first_frame_share
-    return ConditionShares(first=first, none=1 - first)
+    first, both = variant.first_frame_share, variant.both_frames_share
+    return ConditionShares(first=first, both=both, none=1 - (first + both))
 
 
 def given_by(*, first: bool, last: bool) -> Given:

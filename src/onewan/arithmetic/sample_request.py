@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from onewan.variants import Variant
+
+
+class GivesFiles(Protocol):
+    """A sample, or a prompt of a run file, with the files that are given."""
+
+    @property
+    def image(self) -> Path | None:
+        """The first frame."""
+        ...
+
+    @property
+    def last_image(self) -> Path | None:
+        """The last frame."""
+        ...
+
+    @property
+    def control(self) -> Path | None:
+        """The control video."""
+        ...
+
+    @property
+    def reference(self) -> Path | None:
+        """The reference image."""
+        ...
 
 
 def request_errors(
@@ -38,24 +63,42 @@ def request_errors(
         yield "guidance", error
 
 
-def image_errors(
-    variant: Variant,
-    image: Path | str | None,
-    last_image: Path | str | None,
-    frames: int | None = None,
+def given_files(sample: GivesFiles) -> dict[str, Path | None]:
+    """The files that a sample is given, by the names of its fields."""
+    return {
+        "image": sample.image,
+        "last_image": sample.last_image,
+        "control": sample.control,
+        "reference": sample.reference,
+    }
+
+
+def file_errors(
+    variant: Variant, files: Mapping[str, Path | None], frames: int | None = None
 ) -> Iterator[tuple[str, str]]:
-    """(field, message) of what is wrong with `image` and `last_image`, the first and the last frame
-    of a sample, or with their absence. `frames`: None stands for the variant's own number."""
-    if variant.needs_image and image is None and last_image is None:
+    """(field, message) of what is wrong with the `files` that a sample is given, or with their
+    absence. `frames`: None stands for the variant's own number."""
+    if variant.needs_image and files["image"] is None and files["last_image"] is None:
         yield "image", f"{variant.name} starts from an image, got nothing; give an image file"
-    for field, given in (("image", image), ("last_image", last_image)):
-        if not variant.takes_image and given is not None:
+    image = (variant.takes_image, "image", "i2v-a14b or ti2v-5b")
+    kinds = {
+        "image": image,
+        "last_image": image,
+        "control": (variant.takes_control, "control video", "fun-control-a14b"),
+        "reference": (
+            variant.reference_channels is not None,
+            "reference image",
+            "fun-control-a14b",
+        ),
+    }
+    for field, (is_taken, noun, instead) in kinds.items():
+        if not is_taken and (given := files[field]) is not None:
             yield (
                 field,
-                f"{variant.name} takes no image, got {str(given)!r}; leave it out, or use "
-                "i2v-a14b or ti2v-5b",
+                f"{variant.name} takes no {noun}, got {str(given)!r}; leave it out, or use "
+                f"{instead}",
             )
-    if variant.takes_image and last_image is not None and frames == 1:
+    if variant.takes_image and files["last_image"] is not None and frames == 1:
         yield "last_image", "a sample of one frame has no other last frame; give more frames"
 
 

@@ -77,8 +77,10 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         "a folder, for 0.mp4, 1.mp4, ... (default: samples/manual in the folder of the run)",
     )
     parser.add_argument("--force", action="store_true", help="replace videos that exist")
-    parser.add_argument("--image", type=Path, help="the first frame (I2V-A14B, TI2V-5B)")
-    parser.add_argument("--last-image", type=Path, help="the last frame (I2V-A14B, TI2V-5B)")
+    parser.add_argument("--image", type=Path, help="the first frame (not for T2V-A14B)")
+    parser.add_argument("--last-image", type=Path, help="the last frame (not for T2V-A14B)")
+    parser.add_argument("--control", type=Path, help="the control video (Fun-Control)")
+    parser.add_argument("--reference", type=Path, help="the reference image (Fun-Control)")
     parser.add_argument(
         "--negative-prompt",
         metavar="TEXT",

@@ -18,7 +18,7 @@ import transformers
 
 from onewan.adapters.lora import apply_lora
 from onewan.adapters.overlay import Overlay
-from onewan.arithmetic.sample_request import image_errors, request_errors
+from onewan.arithmetic.sample_request import file_errors, given_files, request_errors
 from onewan.checkpoint.saver import expert_of
 from onewan.cli.output import say
 from onewan.cli.progress import Progress
@@ -37,9 +37,8 @@ from onewan.cli.sample_videos import (
 )
 from onewan.config.schema import PromptSection
 from onewan.dtypes import torch_dtype
-from onewan.errors import ConfigError, DataError, MemoryPlanError
+from onewan.errors import ConfigError, MemoryPlanError
 from onewan.formats.lora_files import AdapterFile, read_adapters
-from onewan.media import Fit, read_image
 from onewan.memory.device import limit_memory, resolve_device
 from onewan.model.embedding import WanModelEmbedding
 from onewan.model.load import WanModelLoader, describe_model
@@ -49,6 +48,7 @@ from onewan.model.wan import WanModel
 from onewan.runs.layout import displayed
 from onewan.sample.distilled import distilled_overlays
 from onewan.sample.generate import SampleRequest, WanModelSampler
+from onewan.sample.given_files import unreadable_files
 from onewan.sample.streaming import sampling_residency
 from onewan.variants import NEGATIVE_PROMPT, VARIANTS, Expert, ExpertName, Variant
 
@@ -129,7 +129,7 @@ def _videos(
     else:
         problems += output_problems(paths, force=options.force)
     requests = [_request(template, entry) for entry in prompts]
-    problems += _image_problems(requests, variant)
+    problems += _file_problems(requests, variant)
     problems += distilled_problems(options, source, variant)
     if variant is not None:
         problems += [
@@ -203,16 +203,14 @@ def _prompts(options: argparse.Namespace, source: SampleSource) -> list[PromptSe
     entries = [PromptSection(prompt=text) for text in texts]
     if not entries and source.config is not None:
         entries = list(source.config.sample.prompts)
-    names = ("negative_prompt", "image", "last_image", "seed")
+    names = ("negative_prompt", "image", "last_image", "control", "reference", "seed")
     given = {n: value for n in names if (value := getattr(options, n)) is not None}
     return [entry.model_copy(update=given) for entry in entries]
 
 
 def _request(template: SampleRequest, entry: PromptSection) -> SampleRequest:
     own = {n: v for n in ("negative_prompt", "seed") if (v := getattr(entry, n)) is not None}
-    return replace(
-        template, prompt=entry.prompt, image=entry.image, last_image=entry.last_image, **own
-    )
+    return replace(template, prompt=entry.prompt, **given_files(entry), **own)
 
 
 def _paths(options: argparse.Namespace, source: SampleSource, count: int) -> list[Path] | None:
@@ -230,20 +228,14 @@ def _paths(options: argparse.Namespace, source: SampleSource, count: int) -> lis
     return unused_video_paths(source.layout, label, count, format)
 
 
-def _image_problems(requests: Sequence[SampleRequest], variant: Variant | None) -> Iterator[str]:
+def _file_problems(requests: Sequence[SampleRequest], variant: Variant | None) -> Iterator[str]:
     problems: list[str] = []
     for request in requests:
-        given = {"image": request.image, "last_image": request.last_image}
+        given = given_files(request)
         errors = dict[str, str]()
         if variant is not None:
-            last, frames = request.last_image, request.frames
-            errors = dict(image_errors(variant, request.image, last, frames))
-        for field, path in given.items():
-            if path is not None and field not in errors:
-                try:
-                    read_image(path, Fit(width=16, height=16))
-                except DataError as error:
-                    errors[field] = str(error)
+            errors = dict(file_errors(variant, given, request.frames))
+        errors = {**unreadable_files(given, request.frames, request.fps), **errors}
         problems += [f"--{field.replace('_', '-')}: {error}" for field, error in errors.items()]
     yield from dict.fromkeys(problems)  # of several prompts, once
 

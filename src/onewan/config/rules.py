@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from onewan.arithmetic.buckets import size_error
-from onewan.arithmetic.sample_request import image_errors, request_errors
+from onewan.arithmetic.sample_request import file_errors, given_files, request_errors
 from onewan.config.clips import SourceSection, VideoDataSection
 from onewan.config.fields import Problem
 from onewan.config.method import FineTuneMethod
@@ -109,10 +109,10 @@ def _sample_rules(config: RunConfig) -> Iterator[Problem]:
     if sample.distilled is not None:
         yield from _distilled_rules(sample.distilled, variant)
     for index, prompt in enumerate(sample.prompts):
-        images = {"image": prompt.image, "last_image": prompt.last_image}
-        for name, path in images.items():
+        files = given_files(prompt)
+        for name, path in files.items():
             yield from missing_file(f"sample.prompts.{index}.{name}", path)
-        for name, text in image_errors(variant, prompt.image, prompt.last_image, sample.frames):
+        for name, text in file_errors(variant, files, sample.frames):
             yield f"sample.prompts.{index}.{name}", text
 
 

@@ -104,4 +104,4 @@ def _forward(variant: Variant, frames: int, size: Size) -> int:
 def _tokens(variant: Variant, frames: int, size: Size) -> int:
     latents = (frames - 1) // variant.temporal_compression + 1
     width, height = (side // variant.spatial_compression for side in size)
-    return token_count(latents, height, width)
+    return token_count(latents + variant.reference_frames, height, width)

@@ -215,9 +215,13 @@ class PromptSection(Section):
     negative_prompt: str | None = None
     """Negative prompt; null is `sample.negative_prompt`."""
     image: Path | None = None
-    """Image file for the first frame, for I2V-A14B and TI2V-5B."""
+    """Image file for the first frame, for all variants but T2V-A14B."""
     last_image: Path | None = None
     """Image file for the last frame, with or without a first one; I2V-A14B needs one of the two."""
+    control: Path | None = None
+    """Control video, for Fun-Control: frames are taken at `sample.fps` from its beginning."""
+    reference: Path | None = None
+    """Reference image file, for Fun-Control."""
     seed: Int | None = None
     """Seed of the noise; null is `sample.seed`."""
 

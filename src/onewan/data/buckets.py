@@ -78,6 +78,7 @@ def clip_planner(config: ResolvedRun) -> ClipPlanner:
         size_multiple=variant.size_multiple,
         temporal_compression=variant.temporal_compression,
         takes_condition_image=variant.takes_condition_image,
+        condition_is_reference=variant.reference_channels is not None,
         takes_control=variant.takes_control,
         cuts=FoundCuts(cuts_file),
     )

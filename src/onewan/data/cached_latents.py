@@ -34,6 +34,7 @@ from onewan.data.encode import (
     FillResult,
     LoadModel,
     ProgressCallback,
+    clip_parts,
     decode_part,
     encode_frames,
     encode_mask,
@@ -72,7 +73,7 @@ class CachedLatents:
 
     def video(self, clip: Clip, given: Given) -> dict[str, Tensor]:
         entry = self._cache.load("video", self.keys.video(clip))
-        for part in self._conditioning.parts(given):
+        for part in clip_parts(clip, self._conditioning.parts(given)):
             if part not in entry:
                 entry |= self._cache.load("condition", self.keys.condition(clip, part))
         if clip.mask:
@@ -105,7 +106,7 @@ class CachedLatents:
 
     def _parts(self, clip: Clip) -> list[ConditionPart]:
         """The parts of a clip's condition that are entries of their own."""
-        parts = self._conditioning.all_parts(clip.frames)
+        parts = clip_parts(clip, self._conditioning.all_parts(clip.frames))
         with_latents = self.keys.has_condition(clip)
         return [part for part in parts if not (with_latents and part == "condition")]
 

@@ -239,6 +239,8 @@ class ClipPlanner:
     """Frames per latent frame after the first."""
     takes_condition_image: bool = False
     """Whether the model is given an image, which need not be the clip's first frame."""
+    condition_is_reference: bool = False
+    """Whether that image is a reference image, and not what samples start from."""
     takes_control: bool = False
     """Whether the model is given a control video."""
     probes: MediaProbes = field(default_factory=MediaProbes)
@@ -336,13 +338,17 @@ class ClipPlanner:
         )
         times, choice = clip.times(), item.condition or source.condition
         image, frame = finder.find("condition", item.condition_images, times), 0
-        if image is None and choice == "random_frame" and self.takes_condition_image:
+        is_random = image is None and choice == "random_frame" and self.takes_condition_image
+        if is_random:
             frame = floor(self._draw("condition frame", item.name, number) * clip.frames)
         return replace(
             clip,
             mask=finder.find("mask", item.masks, times),
             conditions=Conditions(
-                frame=frame, image=image, control=finder.find("control", item.controls, times)
+                frame=frame,
+                image=image,
+                control=finder.find("control", item.controls, times),
+                as_reference=self.condition_is_reference and (is_random or image is not None),
             ),
         )
 

@@ -21,11 +21,19 @@ class Conditions:
     """The file that is the condition image."""
     control: Companion | None = None
     """The control video, with frames at the same instants as the clip's; None if it has none."""
+    as_reference: bool = False
+    """Whether the condition image is a reference image, and not what the sample starts from: that
+    is the clip's first frame then (Fun-Control)."""
 
     @property
     def has_own_image(self) -> bool:
-        """Whether the condition image is another one than the clip's first frame."""
-        return self.image is not None or self.frame != 0
+        """Whether the condition image is another one than the frame that a sample starts from."""
+        return self.image is not None or self.frame != 0 or self.as_reference
+
+    @property
+    def starts_elsewhere(self) -> bool:
+        """Whether samples start from another image than the clip's first frame."""
+        return self.has_own_image and not self.as_reference
 
     @property
     def companions(self) -> tuple[Companion, ...]:

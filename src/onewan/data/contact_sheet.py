@@ -210,11 +210,13 @@ def _facts(clip: Clip, *, is_held_out: bool) -> list[str]:
 
 
 def _condition_note(clip: Clip) -> str:
-    """Which picture behind the frames of a clip is its condition image."""
-    if (image := clip.conditions.image) is not None:
-        return f"then its condition image {image.path.name}"
-    if clip.conditions.frame:
-        return f"then its condition image, frame {clip.conditions.frame + 1}"
+    """Which picture behind the frames of a clip is its condition image, or its reference image."""
+    conditions = clip.conditions
+    what = "reference image" if conditions.as_reference else "condition image"
+    if conditions.image is not None:
+        return f"then its {what} {conditions.image.path.name}"
+    if conditions.has_own_image:
+        return f"then its {what}, frame {conditions.frame + 1}"
     return ""
 
 

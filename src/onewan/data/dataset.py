@@ -302,6 +302,7 @@ def _dataset_digest(report: DatasetReport, digests: Mapping[Path, str]) -> str:
             None
             if control is None
             else [digests[control.path], control.start, list(control.background)],
+            *(["reference"] if given.as_reference else []),
         ]
 
     # Not the clips' paths: a data set that is moved to another folder or machine is the same one.

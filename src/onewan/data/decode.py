@@ -81,6 +81,13 @@ def condition_image(clip: Clip) -> np.ndarray:
     return frames_at(clip, [clip.times()[clip.conditions.frame]])[0]
 
 
+def start_image(clip: Clip) -> np.ndarray:
+    """The image that samples of `clip` start from, as `condition_image`."""
+    if clip.conditions.as_reference:
+        return frames_at(clip, clip.times()[:1])[0]
+    return condition_image(clip)
+
+
 def control_frames(clip: Clip, control: Companion, indices: Sequence[int]) -> np.ndarray:
     """Frames of the control video of `clip`, by the indices of the clip's own frames at the same
     instants: uint8 RGB [F, H, W, 3].

@@ -3,7 +3,7 @@ cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -24,6 +24,7 @@ from onewan.data.decode import (
     decode_mask,
     decoder_threads,
     frames_at,
+    start_image,
 )
 from onewan.data.masks import uniform_mask_note
 from onewan.data.report import ClipProblem, ClipWarning
@@ -56,8 +57,9 @@ class LatentSource(Protocol):
         """The encoded tensors of a clip, float32, in host memory.
 
         ``latents`` [C, F, h, w]; the parts of the variant's condition for a sample that is given
-        the frames `given` (see `onewan.model.conditioning`); for a clip that has a mask, ``mask``
-        [1, F, h, w] from 0 to 1. There may be parts that `given` does not need.
+        the frames `given` (see `onewan.model.conditioning`), if the clip has them; for a clip that
+        has a mask, ``mask`` [1, F, h, w] from 0 to 1. There may be parts that `given` does not
+        need.
         """
         ...
 
@@ -105,11 +107,23 @@ def encode_frames(
     return {name: tensor[0].cpu() for name, tensor in entry.items()}
 
 
+def clip_parts(clip: Clip, parts: Iterable[ConditionPart]) -> list[ConditionPart]:
+    """Those of `parts` that `clip` has: it may be without a control video or a reference image."""
+    missing = set[ConditionPart]()
+    if clip.conditions.control is None:
+        missing.add("control")
+    if not clip.conditions.as_reference:
+        missing.add("reference")
+    return [part for part in parts if part not in missing]
+
+
 def decode_part(clip: Clip, part: ConditionPart) -> dict[str, np.ndarray]:
     """The frames that a part of a clip's condition is made of, by the names of their fields in
     `ConditionPixels`: uint8 [F, H, W, 3]. DataError, which names the clip, if a file is damaged."""
     frames = dict[str, np.ndarray]()
     if part in ("condition", "end_of_both"):
+        frames["image"] = start_image(clip)[None]
+    if part == "reference":
         frames["image"] = condition_image(clip)[None]
     if part in ("end_of_both", "end_of_last", "last_frame"):
         frames["last"] = frames_at(clip, [clip.times()[-1]])
@@ -235,8 +249,8 @@ class OnlineEncoder:
 
     def video(self, clip: Clip, given: Given) -> dict[str, Tensor]:
         model, dtype = self._loaded_model(), self._vae_dtype
-        parts = model.conditioning.parts(given)
-        of_first_frame = "condition" in parts and not clip.conditions.has_own_image
+        parts = clip_parts(clip, model.conditioning.parts(given))
+        of_first_frame = "condition" in parts and not clip.conditions.starts_elsewhere
         entry = encode_frames(model, decode(clip).frames, dtype, with_condition=of_first_frame)
         for part in parts:
             if part not in entry:

@@ -70,9 +70,12 @@ class EntryKeys:
         """What the pixels of a part of a clip's condition depend on, besides their shape."""
         sources = list[object]()
         if part in ("condition", "end_of_both"):
+            of_file = clip.conditions.as_reference
+            sources.append(self._frame_source(clip, 0) if of_file else self._image_source(clip))
+        if part == "reference":
             sources.append(self._image_source(clip))
         if part in ("end_of_both", "end_of_last", "last_frame"):
-            sources.append([self.digests[clip.path], clip.times()[-1], *_look(clip)])
+            sources.append(self._frame_source(clip, -1))
         if part == "control":
             assert clip.conditions.control is not None
             sources.append(self._control_source(clip, clip.conditions.control))
@@ -82,13 +85,15 @@ class EntryKeys:
         if (image := clip.conditions.image) is not None:
             background = [] if image.background == WHITE else [list(image.background)]
             return [self.digests[image.path], *background, *_variation(clip)]
-        time = clip.times()[clip.conditions.frame]
-        return [self.digests[clip.path], time, *_look(clip)]
+        return self._frame_source(clip, clip.conditions.frame)
+
+    def _frame_source(self, clip: Clip, index: int) -> list[object]:
+        return [self.digests[clip.path], clip.times()[index], *_look(clip)]
 
     def has_condition(self, clip: Clip) -> bool:
         """Whether the entry of a clip's latents has the condition of its first frame too."""
         is_part = "condition" in conditioning_of(self.variant).parts("first")
-        return is_part and not clip.conditions.has_own_image
+        return is_part and not clip.conditions.starts_elsewhere
 
     def preview(self, clip: Clip) -> str:
         mask = self.mask(clip, clip.mask) if clip.mask else None

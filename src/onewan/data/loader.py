@@ -55,6 +55,9 @@ class Batch:
     """The captions that `text` encodes."""
     condition: Tensor | None
     """[B, K, F, h, w]: further input channels (`Conditioning.channels`), None if there are none."""
+    reference: Tensor | None = None
+    """[B, C, h, w]: latents of the clips' reference images, zeros for a clip without one. None if
+    no clip of the batch has one."""
     mask: Tensor | None
     """[B, 1, F, h, w]: the loss mask, from 0 to 1 per latent cell. Ones for a clip without a mask,
     None if no clip of the batch has one."""
@@ -96,6 +99,7 @@ class Batch:
             latents=to_device(self.latents, device),
             text=moved(self.text),
             condition=moved(self.condition),
+            reference=moved(self.reference),
             last_frame=moved(self.last_frame),
             mask=moved(self.mask),
             is_prior=moved(self.is_prior),
@@ -309,6 +313,7 @@ class WanDataLoader:
             text=text,
             captions=tuple(captions),
             condition=condition_channels(self._conditioning, entries, given),
+            reference=_reference_images(entries),
             mask=mask,
             # By way of a tensor, since losses are multiplied with float32 values.
             loss_weights=tuple(torch.tensor([clip.loss_weight for clip in clips]).tolist()),
@@ -337,16 +342,29 @@ class WanDataLoader:
 def condition_channels(
     conditioning: Conditioning, entries: Sequence[Mapping[str, Tensor]], given: Sequence[Given]
 ) -> Tensor | None:
-    """[B, K, F, h, w]: the further input channels of samples, made of the parts in `entries`,
-    [C, F, h, w]; None if there are none."""
+    """[B, K, F, h, w]: the further input channels of samples, made of the latents and the parts in
+    `entries`, [C, F, h, w]; None if there are none."""
     channels = list[Tensor]()
     for entry, each in zip(entries, given, strict=True):
         parts: dict[ConditionPart, Tensor] = {
-            name: entry[name][None] for name in conditioning.parts(each)
+            name: entry[name][None] for name in conditioning.parts(each) if name in entry
         }
-        if (of_sample := conditioning.channels(parts, each)) is not None:
+        latents_BCFHW = entry["latents"][None]
+        if (of_sample := conditioning.channels(parts, each, latents_BCFHW)) is not None:
             channels.append(of_sample)
     return torch.cat(channels) if channels else None
+
+
+def _reference_images(entries: Sequence[Mapping[str, Tensor]]) -> Tensor | None:
+    """As `Batch.reference`, from the parts in `entries`."""
+    if not any("reference" in entry for entry in entries):
+        return None
+    return torch.stack(
+        [
+            entry.get("reference", torch.zeros_like(entry["latents"][:, :1]))[:, 0]
+            for entry in entries
+        ]
+    )
 
 
 def last_frames(entries: Sequence[Mapping[str, Tensor]], given: Sequence[Given]) -> Tensor | None:

@@ -11,13 +11,14 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan
 from tokenizers import SentencePieceUnigramTokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from onewan.model.load import official_scheduler
+from onewan.model.transformer import WanTransformer
 from onewan.seeds import derive_seed
 from onewan.variants import VARIANTS, Variant, VariantName
 
@@ -64,8 +65,8 @@ def write_tiny_model(
     return folder
 
 
-def _transformer(facts: Variant, width: int, layers: int) -> WanTransformer3DModel:
-    return WanTransformer3DModel(
+def _transformer(facts: Variant, width: int, layers: int) -> WanTransformer:
+    transformer = WanTransformer(
         num_attention_heads=width // 32,
         attention_head_dim=32,
         in_channels=facts.in_channels,
@@ -74,6 +75,9 @@ def _transformer(facts: Variant, width: int, layers: int) -> WanTransformer3DMod
         ffn_dim=width * 4,
         num_layers=layers,
     )
+    if facts.reference_channels is not None:
+        transformer.add_ref_conv(facts.reference_channels)
+    return transformer
 
 
 def _vae(facts: Variant, pixels_BCFHW: Tensor | None) -> AutoencoderKLWan:

@@ -6,6 +6,8 @@
 text                     none (T2V-A14B)
 first_frame_channels     frame mask and image latents, concatenated to the channels (I2V-A14B)
 first_frame_clean        none; latent frames may be clean, at timestep 0 (TI2V-5B)
+fun_inp_channels         as in I2V-A14B, zeros where no frame is given (Fun-InP)
+fun_control_channels     latents of a control video before the same (Fun-Control)
 =======================  =====================================================================
 
 A sample is given the first frame of its clip, the last one, both or none (`Given`). What it needs
@@ -40,14 +42,16 @@ from onewan.model.vae import encode_video, vae_in_use
 from onewan.seeds import derive_seed
 from onewan.variants import ConditionName, Variant
 
-ConditionPart = Literal["condition", "end_of_both", "empty", "end_of_last", "last_frame", "control"]
+ConditionPart = Literal[
+    "condition", "end_of_both", "empty", "end_of_last", "last_frame", "control", "reference"
+]
 """A tensor that conditions are made of.
 
-``condition``: latents of the condition image followed by gray frames. ``end_of_both``: the last
-latent frame of the same with the last frame of the clip at the end. ``empty``: latents of gray
-frames. ``end_of_last``: the last latent frame of those with the last frame of the clip at the end.
-``last_frame``: the last frame of the clip encoded by itself, as one latent frame. ``control``:
-latents of the control video.
+``condition``: latents of the image that a sample starts from, followed by gray frames.
+``end_of_both``: the last latent frame of the same with the last frame of the clip at the end.
+``empty``: latents of gray frames. ``end_of_last``: the last latent frame of those with the last
+frame of the clip at the end. ``last_frame``: the last frame of the clip encoded by itself, as one latent frame. ``control``:
+latents of the control video. ``reference``: latents of the reference image, one latent frame.
 """
 
 
@@ -58,7 +62,8 @@ class ConditionPixels:
     shape: Sequence[int]
     """That of the clips' pixels, [B, 3, F, H, W]; F = 4n+1."""
     image: Tensor | None = None
-    """[B, 3, H, W]: the condition image, which is usually the first frame."""
+    """[B, 3, H, W]: the image that samples start from, usually the first frame; for the part
+    ``reference``, the reference image."""
     last: Tensor | None = None
     """[B, 3, H, W]: the last frame."""
     control: Tensor | None = None
@@ -77,6 +82,8 @@ def encode_part(vae: AutoencoderKLWan, part: ConditionPart, pixels: ConditionPix
         return encode_video(vae, _required(pixels.control, part))
     if part == "last_frame":
         return encode_video(vae, _required(pixels.last, part)[:, :, None])
+    if part == "reference":
+        return encode_video(vae, _required(pixels.image, part)[:, :, None])
     video_BCFHW = torch.zeros(tuple(pixels.shape), device=vae.device)
     if part in ("condition", "end_of_both"):
         video_BCFHW[:, :, 0] = _required(pixels.image, part)
@@ -123,16 +130,19 @@ class Conditioning:
         return "none"
 
     def parts(self, given: Given) -> tuple[ConditionPart, ...]:
-        """The parts that the condition of a sample is made of."""
+        """The parts that the condition of a sample is made of. A clip may be without ``control`` or
+        ``reference``, which are zeros then."""
         del given
         return ()
 
-    def channels(self, parts: Mapping[ConditionPart, Tensor], given: Given) -> Tensor | None:
+    def channels(
+        self, parts: Mapping[ConditionPart, Tensor], given: Given, latents_BCFHW: Tensor
+    ) -> Tensor | None:
         """Channels that follow the noisy latents': [B, `condition_channels`, F', h, w], or None.
 
-        `parts` are those of samples with this `given`.
+        `parts` are those of samples with this `given`, and `latents_BCFHW` latents of their shape.
         """
-        del parts, given
+        del parts, given, latents_BCFHW
         return None
 
     def sampling_pipeline(self, given: Given) -> type[WanPipeline | GivenFramesPipeline]:
@@ -161,14 +171,56 @@ class GivenFrameChannels(Conditioning):
         }
         return by_given[given]
 
-    def channels(self, parts: Mapping[ConditionPart, Tensor], given: Given) -> Tensor:
-        latents_BCFHW, *ends = (parts[name] for name in self.parts(given))
+    def channels(
+        self, parts: Mapping[ConditionPart, Tensor], given: Given, latents_BCFHW: Tensor
+    ) -> Tensor:
+        images_BCFHW, *ends = (parts[name] for name in GivenFrameChannels.parts(self, given))
         if ends:
-            latents_BCFHW = torch.cat([latents_BCFHW[:, :, :-1], *ends], dim=2)
+            images_BCFHW = torch.cat([images_BCFHW[:, :, :-1], *ends], dim=2)
         temporal = self.variant.temporal_compression
         frames = given_frames(given, (latents_BCFHW.shape[2] - 1) * temporal + 1)
         # The mask's channels come first, as in the official code and in diffusers' pipeline.
-        return torch.cat([frame_mask(latents_BCFHW, frames, temporal), latents_BCFHW], dim=1)
+        return torch.cat([frame_mask(images_BCFHW, frames, temporal), images_BCFHW], dim=1)
+
+
+class FunInpChannels(GivenFrameChannels):
+    """Fun-InP: as I2V-A14B, but without a given frame, mask and latents are zeros
+    (``videox_fun/pipeline/pipeline_wan2_2_fun_inpaint.py:606-611``), not those of gray frames."""
+
+    def parts(self, given: Given) -> tuple[ConditionPart, ...]:
+        return () if given == "none" else super().parts(given)
+
+    def channels(
+        self, parts: Mapping[ConditionPart, Tensor], given: Given, latents_BCFHW: Tensor
+    ) -> Tensor:
+        if given != "none":
+            return super().channels(parts, given, latents_BCFHW)
+        return no_frame_channels(latents_BCFHW, self.variant.temporal_compression)
+
+    def sampling_pipeline(self, given: Given) -> type[GivenFramesPipeline]:
+        del given
+        return FunInpPipeline
+
+
+class FunControlChannels(FunInpChannels):
+    """Fun-Control: the latents of the control video, or zeros, before the channels of Fun-InP
+    (``videox_fun/pipeline/pipeline_wan2_2_fun_control.py:694-709,813-821``)."""
+
+    def parts(self, given: Given) -> tuple[ConditionPart, ...]:
+        return ("control", "reference", *super().parts(given))
+
+    def channels(
+        self, parts: Mapping[ConditionPart, Tensor], given: Given, latents_BCFHW: Tensor
+    ) -> Tensor:
+        control_BCFHW = parts.get("control")
+        if control_BCFHW is None:
+            control_BCFHW = torch.zeros_like(latents_BCFHW)
+        frames_BCFHW = super().channels(parts, given, latents_BCFHW)
+        return torch.cat([control_BCFHW, frames_BCFHW], dim=1)
+
+    def sampling_pipeline(self, given: Given) -> type[GivenFramesPipeline]:
+        del given
+        return FunControlPipeline
 
 
 class CleanFrames(Conditioning):
@@ -190,6 +242,8 @@ _CONDITIONINGS: Mapping[ConditionName, type[Conditioning]] = {
     "text": Conditioning,
     "first_frame_channels": GivenFrameChannels,
     "first_frame_clean": CleanFrames,
+    "fun_inp_channels": FunInpChannels,
+    "fun_control_channels": FunControlChannels,
 }
 
 
@@ -215,6 +269,13 @@ def frame_mask(
     mask_CF = folded.view(frames, temporal_compression).T
     # A view without memory of its own, since the mask is the same at all positions.
     return mask_CF[None, :, :, None, None].expand(batch, -1, -1, height, width)
+
+
+def no_frame_channels(latents_BCFHW: Tensor, temporal_compression: int) -> Tensor:
+    """[B, `temporal_compression` + C, F, h, w] zeros: mask and image latents without a frame, as
+    Wan2.2-Fun has them."""
+    batch, channels, *shape = latents_BCFHW.shape
+    return latents_BCFHW.new_zeros(batch, temporal_compression + channels, *shape)
 
 
 class GivenFramesPipeline(WanImageToVideoPipeline):
@@ -251,3 +312,27 @@ class GivenFramesPipeline(WanImageToVideoPipeline):
             mask[:, :, 0] = 1
         mask[:, :, -1] = 0
         return latents, condition, mask
+
+
+class FunInpPipeline(GivenFramesPipeline):
+    """The same for Fun-InP, which may also be given no frame; `image` is then not used."""
+
+    def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
+        if self.given != "none":
+            return super().prepare_latents(*args, **kwargs)
+        # As diffusers draws them; its image-to-video pipeline would encode the image.
+        _image, *shape, _last_image = args
+        latents = WanPipeline.prepare_latents(self, *shape)  # pyright: ignore[reportArgumentType]
+        return latents, no_frame_channels(latents, self.vae_scale_factor_temporal)
+
+
+class FunControlPipeline(FunInpPipeline):
+    """The same for Fun-Control, with the latents of a control video before the frames'."""
+
+    control: Tensor | None = None
+    """[1, C, F', h, w], normalized latents; None: zeros."""
+
+    def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
+        latents, frames = super().prepare_latents(*args, **kwargs)
+        control = torch.zeros_like(latents) if self.control is None else self.control.to(latents)
+        return latents, torch.cat([control, frames], dim=1)

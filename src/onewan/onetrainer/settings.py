@@ -85,6 +85,11 @@ def check(config: Any, variant: Variant) -> None:
 
 
 def _setting_errors(config: Any, variant: Variant) -> Iterator[tuple[str, str]]:
+    if variant.name.startswith("fun"):
+        yield (
+            "base_model_name",
+            f"is {variant.title}, which has no settings in OneTrainer; train it with onewan train",
+        )
     for name in ("mae_strength", "log_cosh_strength"):
         if strength := getattr(config, name):
             yield name, f"is {strength}; use mse_strength or huber_strength, and set it to 0"

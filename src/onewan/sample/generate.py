@@ -24,17 +24,19 @@ from torch import Tensor, nn
 
 from onewan.adapters.overlay import Overlay
 from onewan.arithmetic.condition_shares import Given, given_by
-from onewan.arithmetic.sample_request import image_errors, request_errors
+from onewan.arithmetic.sample_request import file_errors, given_files, request_errors
 from onewan.errors import CheckpointError, ConfigError
-from onewan.media import Fit, read_image, write_video
+from onewan.media import write_video
 from onewan.memory.residency import DeviceResidency, Residency, device_in_use
-from onewan.model.conditioning import GivenFramesPipeline
+from onewan.model.conditioning import FunControlPipeline, GivenFramesPipeline
 from onewan.model.inputs import to_device
 from onewan.model.load import official_scheduler
 from onewan.model.precision import compute_context
 from onewan.model.text import pad_text
+from onewan.model.transformer import WanTransformer
 from onewan.model.wan import WanModel
 from onewan.sample.distilled import distilled_scheduler
+from onewan.sample.given_files import read_given_files
 from onewan.variants import NUM_TRAIN_TIMESTEPS, ExpertName, Variant
 
 
@@ -45,7 +47,7 @@ class SampleRequest:
     prompt: str
     negative_prompt: str
     image: Path | None
-    """The first frame, optional for TI2V-5B, not possible with T2V-A14B."""
+    """The first frame, needed by I2V-A14B, not possible with T2V-A14B."""
     width: int
     height: int
     frames: int
@@ -63,6 +65,10 @@ class SampleRequest:
     """Frame rate of the written file."""
     last_image: Path | None = None
     """The last frame, for the variants that take an image; I2V-A14B needs one of the two."""
+    control: Path | None = None
+    """The control video, for Fun-Control; without one, it is given zeros."""
+    reference: Path | None = None
+    """The reference image, for Fun-Control; without one, it is given zeros."""
     distilled: bool = False
     """Whether the sampler's distilled LoRAs are used, with their solver; steps, guidance and shift
     are then those that they were distilled for."""
@@ -106,14 +112,16 @@ class WanModelSampler:
         from it ends sampling. In any case every module is afterwards on the device and in the
         mode where it was before.
         ConfigError for a request that the variant can't fulfill, CheckpointError if a component of
-        the model was not loaded, DataError for an image that can't be read.
+        the model was not loaded, DataError for an image or a video that can't be read.
         """
         model = self.model
         check_request(request, model.variant)
         experts = [model.expert(expert) for expert in model.variant.experts]
         if model.vae is None:
             raise CheckpointError(f"{model.source}: the VAE was not loaded")
-        images = _images(request)
+        given = read_given_files(
+            given_files(request), request.frames, request.fps, (request.width, request.height)
+        )
         modules = [m for m in (model.text_encoder, *experts, model.vae) if m is not None]
         residency = self.residency or DeviceResidency(self.device or device_in_use(modules))
         with _evaluation_mode(modules), residency.taking_turns(modules) as bring:
@@ -126,15 +134,22 @@ class WanModelSampler:
                 text_1LD = [
                     to_device(pad_text([embed(prompt)]), residency.device) for prompt in prompts
                 ]
-            if images:
+            if given.any:
                 bring(model.vae)
+            reference_1CFhw = _encoded(model, given.reference)
+            reference = None if reference_1CFhw is None else reference_1CFhw[:, :, 0]
+            control = _encoded(model, given.control)
             overlays = self._overlays() if request.distilled else {}
             with _laid_over(overlays, bring, residency.device) as bring_expert:
                 transformers = [
-                    _Float32Transformer(expert, bring_expert, residency.device, model.dtype)
+                    _Float32Transformer(
+                        expert, bring_expert, residency.device, model.dtype, reference
+                    )
                     for expert in experts
                 ]
-                latents = self._denoise(request, transformers, text_1LD, images, on_step)
+                latents = self._denoise(
+                    request, transformers, text_1LD, given.images, control, on_step
+                )
             # Decoded here and not by the pipeline, so that the transformers can leave the device.
             bring(model.vae)
             pixels_BCFHW = model.decode_video(latents)
@@ -168,13 +183,15 @@ class WanModelSampler:
         request: SampleRequest,
         transformers: list[_Float32Transformer],
         text_1LD: list[Tensor],
-        images: Mapping[str, Any],
+        images: Mapping[str, Image.Image],
+        control: Tensor | None,
         on_step: Callable[[int, int], None] | None,
     ) -> Tensor:
         """The denoised, normalized latents [1, C, F', h, w], by the pipeline for the request.
 
         `text_1LD`: the embedding of the prompt and, with guidance, of the negative prompt.
-        `images`: those that are given, by the pipeline's names of them.
+        `images`: those that are given, by the pipeline's names of them. `control`: the latents of
+        the control video.
         """
         variant = self.model.variant
         components: dict[str, Any] = {
@@ -191,8 +208,14 @@ class WanModelSampler:
             **self.model.conditioning.pipeline_options(),
         }
         pipeline = self.model.conditioning.sampling_pipeline(request.given)(**components)
+        inputs: dict[str, Image.Image | Tensor] = {**images}
         if isinstance(pipeline, GivenFramesPipeline):
             pipeline.given = request.given
+            # The pipeline can't do without a first image; a gray one is like a frame that is not
+            # given.
+            inputs.setdefault("image", torch.full((1, 3, request.height, request.width), 0.5))
+        if isinstance(pipeline, FunControlPipeline):
+            pipeline.control = control
         pipeline.set_progress_bar_config(disable=True)
 
         def after_step(pipeline: Any, step: int, _timestep: Tensor, _tensors: object) -> dict:
@@ -207,7 +230,7 @@ class WanModelSampler:
             return {}
 
         (latents,) = pipeline(
-            **images,
+            **inputs,
             prompt_embeds=text_1LD[0],
             negative_prompt_embeds=text_1LD[1] if len(text_1LD) > 1 else None,
             width=request.width,
@@ -225,17 +248,12 @@ class WanModelSampler:
         return latents
 
 
-def _images(request: SampleRequest) -> dict[str, Image.Image | Tensor]:
-    """The images that the request gives, by the pipeline's names, at the size of the video."""
-    images = dict[str, Image.Image | Tensor]()
-    # Cropped here, since diffusers would stretch an image of another aspect ratio.
-    fit = Fit(width=request.width, height=request.height)
-    for name in ("image", "last_image"):
-        if (path := getattr(request, name)) is not None:
-            images[name] = Image.fromarray(read_image(path, fit))
-    if request.given == "last":
-        images["image"] = torch.full((1, 3, request.height, request.width), 0.5)
-    return images
+def _encoded(model: WanModel, frames_FHWC: np.ndarray | None) -> Tensor | None:
+    """Normalized latents [1, C, F', h, w] of uint8 frames; None of none."""
+    if frames_FHWC is None:
+        return None
+    frames = torch.from_numpy(frames_FHWC)
+    return model.encode_video(frames.permute(3, 0, 1, 2)[None].float() / 127.5 - 1)
 
 
 @contextmanager
@@ -304,9 +322,12 @@ class _Float32Transformer(nn.Module):
         bring: Callable[[nn.Module], None],
         device: torch.device,
         dtype: torch.dtype,
+        reference: Tensor | None,
     ) -> None:
+        """`reference`: latents of the reference image, [1, C, h, w], for Fun-Control."""
         super().__init__()
         self.transformer = transformer
+        self._reference = reference
         self.device = device
         self.config = transformer.config
         self._bring = bring
@@ -317,9 +338,22 @@ class _Float32Transformer(nn.Module):
 
     def forward(self, **inputs: Any) -> tuple[Tensor]:
         self._bring(self.transformer)
-        with compute_context(self._compute_dtype, self.device):
+        with self._given_reference(), compute_context(self._compute_dtype, self.device):
             (prediction,) = self.transformer(**inputs)
         return (prediction.float(),)
+
+    @contextmanager
+    def _given_reference(self) -> Iterator[None]:
+        """The transformer has the reference image only while it is sampled."""
+        if self._reference is None:
+            yield
+            return
+        assert isinstance(self.transformer, WanTransformer)
+        self.transformer.reference = to_device(self._reference, self.device)
+        try:
+            yield
+        finally:
+            self.transformer.reference = None
 
 
 def check_request(request: SampleRequest, variant: Variant) -> None:
@@ -334,7 +368,7 @@ def check_request(request: SampleRequest, variant: Variant) -> None:
             guidance=request.guidance,
         )
     )
-    errors |= dict(image_errors(variant, request.image, request.last_image, request.frames))
+    errors |= dict(file_errors(variant, given_files(request), request.frames))
     if errors:
         problems = [f"{field}: {error}" for field, error in errors.items()]
         raise ConfigError(f"sample {request.prompt!r}", problems)

@@ -42,7 +42,10 @@ def step_speed(run: Run, step: StepBatches, seconds: float, rate: float | None) 
     tokens, operations = 0, 0.0
     for batch in step.batches:
         count, _, *sides = batch.latents.shape
-        per_clip = token_count(*sides)
+        frames, *side_lengths = sides
+        # A reference image has as many tokens as a frame.
+        frames += "reference_channels" in config
+        per_clip = token_count(frames, *side_lengths)
         tokens += count * per_clip
         operations += count * training_flops(forward_flops(size, per_clip), trained)
     per_second = operations / seconds

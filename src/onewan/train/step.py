@@ -199,6 +199,7 @@ def predict(run: Run, trained: TrainedExpert, batches: Sequence[NoisedInputs]) -
                 text=inputs.text,
                 condition=inputs.batch.condition,
                 clean_frames=inputs.sample.clean_frames,
+                reference=inputs.batch.reference,
             )
             for inputs in batches
         ],

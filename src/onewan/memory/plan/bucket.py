@@ -35,8 +35,9 @@ class Bucket:
         return self.latent_frames(variant) * (self.width // side) * (self.height // side)
 
     def tokens(self, variant: Variant) -> int:
-        """Tokens that the transformer gets for one clip."""
-        return self.latent_frames(variant) * self.tokens_of_a_frame(variant)
+        """Tokens that the transformer gets for one clip, with those of a reference image."""
+        frames = self.latent_frames(variant) + variant.reference_frames
+        return frames * self.tokens_of_a_frame(variant)
 
     def tokens_of_a_frame(self, variant: Variant) -> int:
         _, rows, columns = PATCH_SIZE

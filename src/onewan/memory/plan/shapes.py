@@ -30,6 +30,8 @@ class TransformerShape:
     heads: int
     in_channels: int
     out_channels: int
+    reference_channels: int = 0
+    """Input channels of `ref_conv`, 0 without that layer."""
     text_width: int = TEXT_WIDTH
     time_frequencies: int = TIME_FREQUENCIES
 
@@ -42,6 +44,7 @@ class TransformerShape:
             heads=variant.num_attention_heads,
             in_channels=variant.in_channels,
             out_channels=variant.latent_channels,
+            reference_channels=variant.reference_channels or 0,
         )
 
     @staticmethod
@@ -55,6 +58,7 @@ class TransformerShape:
             heads=heads,
             in_channels=config["in_channels"],
             out_channels=config.get("out_channels") or config["in_channels"],
+            reference_channels=config.get("reference_channels") or 0,
             text_width=config.get("text_dim", TEXT_WIDTH),
             time_frequencies=config.get("freq_dim", TIME_FREQUENCIES),
         )
@@ -129,6 +133,8 @@ class TransformerShape:
         """Weights outside the blocks: embeddings of patches, time and text, and the head."""
         linears = sum(out * inputs + out for out, inputs in self.outer_linears().values())
         patches = self.width * self.in_channels * _PATCH + self.width
+        if self.reference_channels:
+            patches += self.width * self.reference_channels * _PATCH + self.width
         return linears + patches + 2 * self.width
 
     @property
@@ -147,6 +153,9 @@ class TransformerShape:
                 yield f"blocks.{index}.{name}", (size,)
         yield "patch_embedding.weight", (self.width, self.in_channels * _PATCH)
         yield "patch_embedding.bias", (self.width,)
+        if self.reference_channels:
+            yield "ref_conv.weight", (self.width, self.reference_channels * _PATCH)
+            yield "ref_conv.bias", (self.width,)
         yield "scale_shift_table", (2 * self.width,)
 
 
