@@ -530,6 +530,20 @@ def test_the_examples_of_the_recipes_are_run_files(tmp_path: Path) -> None:
     assert prompt.image == tmp_path / "front.png" and prompt.last_image == tmp_path / "back.png"
 
 
+def test_the_example_of_fun_control_is_a_run_file(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "variants.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    assert load(tmp_path, example).video_data.sources[0].condition == "random_frame"
+    # What is commented out needs two files.
+    for name in ("poses.mp4", "ohwx.png"):
+        (tmp_path / name).touch()
+    (prompt,) = load(tmp_path, re.sub("^#", " ", example, flags=re.MULTILINE)).sample.prompts
+    assert prompt.control == tmp_path / "poses.mp4" and prompt.reference == tmp_path / "ohwx.png"
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, f"{I2V}sample: {{prompts: [{{prompt: a, image: ohwx.png, control: a}}]}}")
+    assert any("control" in problem for problem in caught.value.problems)
+
+
 @pytest.mark.parametrize(
     ("shares", "said"),
     [

@@ -60,6 +60,7 @@ def transformer_of(shape: TransformerShape) -> nn.Module:
             "num_layers": shape.layers,
             "text_dim": shape.text_width,
             "freq_dim": shape.time_frequencies,
+            "reference_channels": shape.reference_channels or None,
         }
     )
 

@@ -17,8 +17,8 @@ from support.adapters import lora_config
 from onewan.adapters.lora import adapter_parameters, attach_adapter
 from onewan.config.load import load_run
 from onewan.demo.tiny_model import write_tiny_model
-from onewan.errors import CheckpointError, ConfigError, Interrupted
-from onewan.media import Fit, probe, read_image
+from onewan.errors import CheckpointError, ConfigError, DataError, Interrupted
+from onewan.media import Fit, probe, read_frames, read_image, write_video
 from onewan.model.conditioning import ConditionPixels
 from onewan.model.forward import predict_velocity
 from onewan.model.load import WanModelLoader, official_scheduler
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[VariantName], 
 
 @pytest.fixture(scope="module")
 def model(folder) -> Callable[[VariantName], WanModel]:
-    return cache(lambda variant: WanModelLoader().load(folder(variant)))
+    return cache(lambda variant: WanModelLoader().load(folder(variant), variant))
 
 
 @pytest.fixture
@@ -150,6 +150,14 @@ def _pixels(path: Path | None) -> torch.Tensor | None:
     return image.permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
+def _control(sample_request: SampleRequest) -> torch.Tensor | None:
+    if sample_request.control is None:
+        return None
+    times = [frame / sample_request.fps for frame in range(sample_request.frames)]
+    frames = torch.from_numpy(read_frames(sample_request.control, times, Fit(64, 32)))
+    return frames.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+
+
 def _given(
     model: WanModel, sample_request: SampleRequest
 ) -> tuple[torch.Tensor | None, dict[int, torch.Tensor]]:
@@ -159,8 +167,12 @@ def _given(
         shape=(1, 3, sample_request.frames, 32, 64),
         image=_pixels(sample_request.image),
         last=_pixels(sample_request.last_image),
+        control=_control(sample_request),
     )
-    parts = {part: model.encode_part(part, pixels) for part in conditioning.parts(given)}
+    wanted = [part for part in conditioning.parts(given) if part != "reference"]
+    if pixels.control is None:
+        wanted = [part for part in wanted if part != "control"]
+    parts = {part: model.encode_part(part, pixels) for part in wanted}
     clean = {-1: parts["last_frame"][:, :, 0]} if "last_frame" in parts else {}
     if clean and pixels.image is not None:
         clean[0] = model.encode_video(pixels.image[:, :, None])[:, :, 0]
@@ -173,6 +185,8 @@ def by_definition(model: WanModel, sample_request: SampleRequest) -> np.ndarray:
     """A video by the forward contract of training and the definition of guidance."""
     boundary, frames = model.variant.boundary or 0.0, sample_request.frames // 4 + 1
     condition, clean = _given(model, sample_request)
+    image = _pixels(sample_request.reference)
+    reference = None if image is None else model.encode_video(image[:, :, None])[:, :, 0]
     clean_frames = torch.zeros(1, frames, dtype=torch.bool)
     clean_frames[:, list(clean)] = True
     text, negative = (
@@ -191,6 +205,7 @@ def by_definition(model: WanModel, sample_request: SampleRequest) -> np.ndarray:
         further = {
             "condition_BCFHW": condition,
             "clean_frames_BF": clean_frames if clean else None,
+            "reference_BCHW": reference,
         }
         velocity = predict_velocity(expert, noisy, t, text, **further)
         if (scale := sample_request.guidance[low]) != 1:
@@ -463,3 +478,44 @@ def test_sample_to_writes_a_video(model, tmp_path):
     path = WanModelSampler(model("ti2v-5b")).sample_to(tmp_path / "a.mp4", request("ti2v-5b"))
     info = probe(path)
     assert (info.width, info.height, info.frames_at(8.0)) == (64, 32, 5)
+
+
+@pytest.fixture
+def control(tmp_path: Path) -> Path:
+    """A control video of 9 frames, at the requests' rate."""
+    frames = np.random.default_rng(9).integers(0, 256, (9, 32, 64, 3), dtype=np.uint8)
+    write_video(tmp_path / "control.mp4", frames, 8)
+    return tmp_path / "control.mp4"
+
+
+@pytest.mark.parametrize("given", ["none", "both"])
+@pytest.mark.parametrize("variant", ["fun-inp-a14b", "fun-control-a14b"])
+def test_a_sample_of_fun_has_the_inputs_of_training(
+    model, picture, last_picture, control, variant, given
+):
+    images = {} if given == "none" else {"image": picture, "last_image": last_picture}
+    if variant == "fun-control-a14b":
+        images |= {"control": control, "reference": picture}
+    sample_request = request(variant, frames=9, **images)
+    ours = WanModelSampler(model(variant)).sample(sample_request)
+    assert_same_video(ours, by_definition(model(variant), sample_request))
+    if variant == "fun-control-a14b":
+        for name in ("control", "reference"):
+            without = replace(sample_request, **{name: None})
+            other = WanModelSampler(model(variant)).sample(without)
+            assert (ours != other).mean() > 0.1, name  # where the same video differs in 1e-3
+        assert model(variant).transformer.reference is None
+
+
+def test_a_control_video_that_does_not_fit_is_refused(model, control, picture):
+    sampler = WanModelSampler(model("fun-control-a14b"))
+    with pytest.raises(DataError, match=r"control\.mp4: is too short as a control video .* 13"):
+        sampler.sample(request("fun-control-a14b", control=control, frames=13))
+    with pytest.raises(DataError, match=r"first\.png: is an image, and the sample has 5 frames"):
+        sampler.sample(request("fun-control-a14b", control=picture))
+    with pytest.raises(ConfigError, match=r"control: i2v-a14b takes no control video"):
+        WanModelSampler(model("i2v-a14b")).sample(
+            request("i2v-a14b", image=picture, control=control)
+        )
+    with pytest.raises(ConfigError, match=r"reference: fun-inp-a14b takes no reference image"):
+        WanModelSampler(model("fun-inp-a14b")).sample(request("fun-inp-a14b", reference=picture))

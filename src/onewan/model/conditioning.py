@@ -50,8 +50,9 @@ ConditionPart = Literal[
 ``condition``: latents of the image that a sample starts from, followed by gray frames.
 ``end_of_both``: the last latent frame of the same with the last frame of the clip at the end.
 ``empty``: latents of gray frames. ``end_of_last``: the last latent frame of those with the last
-frame of the clip at the end. ``last_frame``: the last frame of the clip encoded by itself, as one latent frame. ``control``:
-latents of the control video. ``reference``: latents of the reference image, one latent frame.
+frame of the clip at the end. ``last_frame``: the last frame of the clip encoded by itself, as one
+latent frame. ``control``: latents of the control video. ``reference``: latents of the reference
+image, as one latent frame.
 """
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanPipeline, WanTransformer3DModel
 from PIL import Image
 from torch import Tensor, nn
 
@@ -194,29 +194,12 @@ class WanModelSampler:
         the control video.
         """
         variant = self.model.variant
-        components: dict[str, Any] = {
-            # The prompts are encoded before, so that the text encoder can leave the device.
-            "tokenizer": None,
-            "text_encoder": None,
-            "vae": self.model.vae,
-            "scheduler": distilled_scheduler(request.shift)
-            if request.distilled
-            else official_scheduler(variant, request.shift),
-            "transformer": transformers[0],
-            "transformer_2": transformers[1] if len(transformers) > 1 else None,
-            "boundary_ratio": variant.boundary,
-            **self.model.conditioning.pipeline_options(),
-        }
-        pipeline = self.model.conditioning.sampling_pipeline(request.given)(**components)
-        inputs: dict[str, Image.Image | Tensor] = {**images}
+        pipeline = self._pipeline(request, transformers, control)
+        inputs: dict[str, Any] = {**images}
         if isinstance(pipeline, GivenFramesPipeline):
-            pipeline.given = request.given
             # The pipeline can't do without a first image; a gray one is like a frame that is not
             # given.
             inputs.setdefault("image", torch.full((1, 3, request.height, request.width), 0.5))
-        if isinstance(pipeline, FunControlPipeline):
-            pipeline.control = control
-        pipeline.set_progress_bar_config(disable=True)
 
         def after_step(pipeline: Any, step: int, _timestep: Tensor, _tensors: object) -> dict:
             if on_step is not None:
@@ -246,6 +229,34 @@ class WanModelSampler:
             callback_on_step_end_tensor_inputs=[],
         )
         return latents
+
+    def _pipeline(
+        self,
+        request: SampleRequest,
+        transformers: list[_Float32Transformer],
+        control: Tensor | None,
+    ) -> WanPipeline | GivenFramesPipeline:
+        variant = self.model.variant
+        components: dict[str, Any] = {
+            # The prompts are encoded before, so that the text encoder can leave the device.
+            "tokenizer": None,
+            "text_encoder": None,
+            "vae": self.model.vae,
+            "scheduler": distilled_scheduler(request.shift)
+            if request.distilled
+            else official_scheduler(variant, request.shift),
+            "transformer": transformers[0],
+            "transformer_2": transformers[1] if len(transformers) > 1 else None,
+            "boundary_ratio": variant.boundary,
+            **self.model.conditioning.pipeline_options(),
+        }
+        pipeline = self.model.conditioning.sampling_pipeline(request.given)(**components)
+        if isinstance(pipeline, GivenFramesPipeline):
+            pipeline.given = request.given
+        if isinstance(pipeline, FunControlPipeline):
+            pipeline.control = control
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
 
 def _encoded(model: WanModel, frames_FHWC: np.ndarray | None) -> Tensor | None:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from onewan.adapters.overlay import Overlay
 from onewan.arithmetic.expert_schedule import ExpertSchedule
-from onewan.arithmetic.sample_request import given_files
 from onewan.arithmetic.timestep_density import official_token_count
 from onewan.config.schema import ResolvedRun, TrainSection
 from onewan.data.clip import count_clips
@@ -149,7 +148,10 @@ def _requests(config: ResolvedRun) -> list[SampleRequest]:
             negative_prompt=sample.negative_prompt
             if entry.negative_prompt is None
             else entry.negative_prompt,
-            **given_files(entry),
+            image=entry.image,
+            last_image=entry.last_image,
+            control=entry.control,
+            reference=entry.reference,
             width=sample.width,
             height=sample.height,
             frames=sample.frames,

@@ -395,7 +395,10 @@ def _condition_cells(config: ResolvedRun, bucket: Bucket, clips: int) -> int:
         return clips * min(ends, 1) * cells // frames
     # The latents of gray frames are the same for all clips of a shape.
     # An image that is given its last frame is given its first one, which is the same.
-    empty = cells if used & ({"none"} if frames == 1 else {"none", "last"}) else 0
+    gray = {"none"} if frames == 1 else {"none", "last"}
+    if variant.condition != "first_frame_channels":  # Wan2.2-Fun has zeros without a frame
+        gray.discard("none")
+    empty = cells if used & gray else 0
     return clips * ends * cells // frames + empty
 
 
