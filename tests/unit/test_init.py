@@ -78,7 +78,7 @@ def test_without_a_purpose_the_values_are_the_official_ones(
     assert ("experts:" in text) == (len(facts.experts) == 2)
     assert ("image:" in text) == facts.takes_image
     assert bool(config.sample.prompts) == (variant != "i2v-a14b")
-    assert ("its own first frame" in text) == facts.needs_image
+    assert ("of a clip is its first frame" in text) == facts.needs_image
 
 
 def test_defaults_that_are_written_are_those_of_the_run_file(tmp_path: Path) -> None:
