@@ -4,6 +4,7 @@ streamed, resumed and on the simulated accelerator, and what the cache holds for
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,10 @@ def test_a_run_with_last_frames_goes_through_everything(
     WanTrainer(first).fit()
     assert [step[2] for step in outcome(first)[1]] != list(losses)
     clips = WanModelSetup(plain).dataset([], no_progress).clips
-    assert str(plan_run(plain, sim, clips)) == str(plan_run(first, sim, clips))
+    plans = [plan for run in (plain, first) if (plan := plan_run(run, sim, clips))]
+    # But for the disk: see the last test of this file.
+    one, two = (str(replace(plan, disk={})) for plan in plans)
+    assert one == two
 
 
 # --- The cache -----------------------------------------------------------------------------------
