@@ -400,7 +400,8 @@ def test_ctrl_c_keeps_what_is_written_and_ends_at_once(tmp_path: Path) -> None:
             text=True,
         )
         deadline = time.monotonic() + 60
-        while len(there.received) < 6 and time.monotonic() < deadline:
+        while len(there.received) < 6 or len(texts(folder)) < 2:
+            assert time.monotonic() < deadline
             time.sleep(0.02)
         started = time.monotonic()
         process.send_signal(signal.SIGINT)
