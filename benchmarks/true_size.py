@@ -148,6 +148,7 @@ def build_transformer(
             "ffn_dim": facts.ffn_dim * heads // facts.num_attention_heads,
             "num_layers": blocks or facts.num_layers,
             "text_dim": TEXT_WIDTH,
+            "reference_channels": facts.reference_channels,
         }
     )
     islands = set(transformer._keep_in_fp32_modules)
@@ -201,7 +202,7 @@ def count_step(
     return Counts(
         variant=variant,
         size=size,
-        tokens=shape[2] * shape[3] * shape[4] // 4,
+        tokens=(shape[2] + facts.reference_frames) * shape[3] * shape[4] // 4,
         weights=weights,
         buffers=0 if stream is None else stream.device_bytes,
         trained=trained,

@@ -379,6 +379,13 @@ def same_inputs(one: Variant, other: Variant) -> bool:
     )
 
 
+def titles_by_inputs(variant: Variant) -> str:
+    """The titles of all variants that a transformer with the inputs of `variant` may be of:
+    "Wan 2.2 I2V-A14B or Fun-InP-A14B"."""
+    first, *others = (v.title for v in VARIANTS.values() if same_inputs(v, variant))
+    return " or ".join([first, *(title.removeprefix("Wan 2.2 ") for title in others)])
+
+
 def variant_of(transformer_config: Mapping[str, object], where: str) -> Variant:
     """The variant that a diffusers transformer configuration belongs to.
 

@@ -51,10 +51,19 @@ def wide(changes: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tens
     return tensors | (changes or {})
 
 
+def test_fun_control_is_recognized_by_its_reference_layer(tiny_model):
+    report = inspect(tiny_model("fun-control-a14b"))
+    assert (report.kind, report.variant, report.problems) == ("model", "fun-control-a14b", ())
+    assert report.summary == "Wan 2.2 Fun-Control-A14B, diffusers layout"
+    (high,) = (c for c in report.components if c.path.name == "transformer")
+    assert not read_by(high)["diffusers"]
+
+
 def test_a_whole_model_in_the_diffusers_layout_is_described(tiny_model):
     report = inspect(tiny_model("i2v-a14b"))
     assert (report.kind, report.variant, report.problems) == ("model", "i2v-a14b", ())
-    assert report.summary == "Wan 2.2 I2V-A14B, diffusers layout"
+    # The inputs of both are the same.
+    assert report.summary == "Wan 2.2 I2V-A14B or Fun-InP-A14B, diffusers layout"
     parts = {c.path.name: c for c in report.components}
     assert parts.keys() == {"transformer", "transformer_2", "vae", "text_encoder"}
     assert parts["transformer"].expert == "high" and parts["transformer_2"].expert == "low"

@@ -17,7 +17,7 @@ from support.numbered_video import SIZE, number_of, steady, write_numbered
 from onewan.data.augment import Variation
 from onewan.data.clip import Clip, ClipPlanner, ClipSource
 from onewan.data.conditions import FIRST_FRAME, Conditions
-from onewan.data.decode import condition_image, control_frames, decode
+from onewan.data.decode import condition_image, control_frames, decode, start_image
 from onewan.data.index import index_clips
 from onewan.data.report import DatasetReport
 from onewan.errors import DataError
@@ -81,6 +81,24 @@ def test_files_beside_a_clip_are_its_conditions_and_no_clips(tmp_path: Path) -> 
     assert "  with a control video: 1 clip" in lines
     unused = "condition image without a video or image of its name; unused"
     assert f"  other.Condition.JPG: {unused}" in lines
+
+
+def test_the_condition_image_of_fun_control_is_its_reference_image(tmp_path: Path) -> None:
+    """Samples start from the clip's own first frame, as those without a reference image."""
+    for name in ("a", "b"):
+        numbered(tmp_path / f"{name}.mp4")
+    image = picture(tmp_path / "a.condition.png")
+    referenced = replace(GIVEN, condition_is_reference=True)
+    report = index(tmp_path, referenced)
+    a, b = report.clips
+    assert a.conditions.as_reference and a.conditions.image and a.conditions.image.path == image
+    assert b.conditions == FIRST_FRAME
+    assert a.conditions.has_own_image and not a.conditions.starts_elsewhere
+    assert np.array_equal(start_image(a), decode(a).frames[0])
+    assert not np.array_equal(condition_image(a), start_image(a))
+    assert "  with a reference image of their own: 1 clip" in report.lines()
+    drawn = index(tmp_path, referenced, condition="random_frame").clips[1].conditions
+    assert drawn.as_reference and drawn.has_own_image and drawn.image is None
 
 
 def test_what_a_model_has_no_use_for_is_said(tmp_path: Path) -> None:

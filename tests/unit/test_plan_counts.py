@@ -44,6 +44,7 @@ CASES = (
     Case("t2v-a14b", A14B, method="full"),
     Case("t2v-a14b", A14B, keep_attention="host", offload_inputs=True, method="full"),
     Case("i2v-a14b", A14B, offload_inputs=True, chunks=4),
+    Case("fun-control-a14b", A14B, offload_inputs=True),
     Case("ti2v-5b", TI2V),
     Case("ti2v-5b", TI2V, keep_attention="host", offload_inputs=True, chunks=4),
 )

@@ -46,7 +46,7 @@ from onewan.formats.weights import (
     looks_like_adapter,
     open_component,
 )
-from onewan.variants import VARIANTS, ExpertName, Variant
+from onewan.variants import VARIANTS, ExpertName, Variant, titles_by_inputs
 
 _KIND_TITLES = {
     "transformer": "transformer",
@@ -121,7 +121,7 @@ def _inspect_model(folder: Path, paths: Mapping[ComponentName, Path]) -> Inspect
     return Inspection(
         path=folder,
         kind="model",
-        summary=f"{variant.title if variant else 'a Wan model'}, {layout}",
+        summary=f"{titles_by_inputs(variant) if variant else 'a Wan model'}, {layout}",
         variant=variant.name if variant else None,
         problems=tuple(problems),
         components=tuple(inspections),
@@ -133,7 +133,7 @@ def _with_expert_of_folder(
 ) -> Inspection:
     """`inspection` with the expert that the layout of the model's folder determines."""
     expert = next(e.name for e in variant.experts if e.component == component)
-    summary = f"transformer of {variant.title}, for the {expert}-noise expert"
+    summary = f"transformer of {titles_by_inputs(variant)}, for the {expert}-noise expert"
     return replace(inspection, expert=expert, expert_source="folder", summary=summary)
 
 
@@ -181,7 +181,7 @@ def _inspect_weights(weights: ComponentFile, common: Mapping[str, Any]) -> Inspe
         version = "2.1" if weights.variant is None else "2.2"
         summary = f"Wan {version} VAE, of {'the A14B models' if version == '2.1' else 'TI2V-5B'}"
     elif weights.variant is not None:
-        summary = f"{summary} of {weights.variant.title}"
+        summary = f"{summary} of {titles_by_inputs(weights.variant)}"
         if expert in ("high", "low"):
             summary += f", for the {expert}-noise expert (by its {source})"
         elif len(weights.variant.experts) == 2:

@@ -132,10 +132,12 @@ class DatasetReport:
         ]
         if masked := sum(clip.mask is not None for clip in clips):
             lines.append(f"  with a mask: {count(masked, 'clip')}")
+        what = "reference" if any(clip.conditions.as_reference for clip in clips) else "condition"
         if given := sum(clip.conditions.image is not None for clip in clips):
-            lines.append(f"  with a condition image of their own: {count(given, 'clip')}")
-        if random := sum(clip.conditions.frame > 0 for clip in clips):
-            lines.append(f"  with a random frame as their condition image: {count(random, 'clip')}")
+            lines.append(f"  with a {what} image of their own: {count(given, 'clip')}")
+        own = [clip.conditions for clip in clips if clip.conditions.image is None]
+        if random := sum(conditions.has_own_image for conditions in own):
+            lines.append(f"  with a random frame as their {what} image: {count(random, 'clip')}")
         if controlled := sum(clip.conditions.control is not None for clip in clips):
             lines.append(f"  with a control video: {count(controlled, 'clip')}")
         if augmented := sum(clip.augmentation is not None for clip in clips):
