@@ -13,7 +13,7 @@ from onewan.adapters.lora import apply_lora
 from onewan.config.schema import ResolvedRun
 from onewan.data.encode import no_progress
 from onewan.data.loader import Batch
-from onewan.errors import Interrupted
+from onewan.errors import ConfigError, Interrupted
 from onewan.formats.lora_files import read_adapter
 from onewan.media import VIDEO_SUFFIXES, Fit, extension, probe, read_frames, write_video
 from onewan.model.forward import NoisyLatents, predict_velocities
@@ -111,6 +111,7 @@ def test_a_run_of_fun_streams_resumes_exports_and_samples(
 
     run = WanModelSetup(plain).build()
     run.state.load(layout.state(6), read_facts(layout.state(6)))
+    assert plain.model.path is not None
     fresh = WanModelLoader().load(plain.model.path, plain.model.variant)
     (batch,) = run.validation_batches()
     is_control = variant == "fun-control-a14b"
@@ -154,6 +155,16 @@ def test_control_videos_and_references_are_parts_of_fun_controls_clips(
     assert torch.equal(first["condition"], plain["condition"])
     inp = WanModelSetup(run_file("fun-inp-a14b", *settings("fun-inp-a14b", controlled)))
     assert all(c.conditions.control is None for c in inp.dataset([], no_progress).clips)
+
+
+def test_a_control_video_that_is_too_short_for_samples_ends_a_run_at_once(
+    run_file: RunFile, controlled: Path
+) -> None:
+    chosen = [*settings("fun-control-a14b", controlled), "sample.frames=401"]
+    with pytest.raises(ConfigError) as caught:
+        WanTrainer(run_file("fun-control-a14b", *chosen)).fit()
+    (problem,) = caught.value.problems
+    assert problem.startswith("sample.prompts.0.control: ") and "is too short" in problem
 
 
 def test_reference_images_take_part_in_training(run_file: RunFile, controlled: Path) -> None:

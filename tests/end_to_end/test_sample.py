@@ -210,13 +210,15 @@ def test_every_problem_is_reported_before_anything_is_loaded(
 ) -> None:
     model = workshop / "t2v-a14b"
     wrong = ["--width", "33", "--frames", "6", "--guidance", "0.5", "--image", tmp_path / "x.png"]
-    wrong += ["--last-image", tmp_path / "y.png"]
+    wrong += ["--last-image", tmp_path / "y.png", "--control", tmp_path / "z.mp4"]
+    wrong += ["--reference", tmp_path / "y.png"]
     assert sampled(model, "--out", tmp_path / "v.txt") == 1
     out, err = capsys.readouterr()
     assert "--prompt: is missing" in err and "v.txt: videos of this kind can't be written" in err
     assert sampled(model, "--prompt", "a", "--out", tmp_path / "v.mp4", *wrong) == 1
     out, err = capsys.readouterr()
-    for field in ("--width", "--frames", "--guidance", "--image", "--last-image"):
+    files = ("--image", "--last-image", "--control", "--reference")
+    for field in ("--width", "--frames", "--guidance", *files):
         assert f"  {field}: " in err
     assert out == "" and not (tmp_path / "v.mp4").exists()
     (tmp_path / "v.mp4").write_bytes(b"mine")

@@ -20,7 +20,7 @@ from onewan.onetrainer.sampling import request_of
 from onewan.onetrainer.settings import timesteps_of
 from onewan.onetrainer.step_adapter import batch_of, step_adapter_of
 from onewan.train.objective import velocity_loss
-from onewan.variants import VARIANTS
+from onewan.variants import VARIANTS, VariantName
 
 T2V = VARIANTS["t2v-a14b"]
 
@@ -162,6 +162,13 @@ def test_unusable_settings_are_reported_together():
         step_adapter_of(config, T2V, T2V.experts)
     for name in ("frames", "log_cosh_strength", "min_noising_strength"):
         assert name in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["fun-inp-a14b", "fun-control-a14b"])
+def test_wan_fun_is_refused(name: VariantName):
+    variant = VARIANTS[name]
+    with pytest.raises(ConfigError, match=r"base_model_name: is Wan 2\.2 Fun-.*onewan train"):
+        step_adapter_of(train_config(), variant, variant.experts)
 
 
 def test_sample_sizes_are_rounded_to_what_the_vae_accepts():

@@ -17,6 +17,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
+from onewan.arithmetic.sample_request import given_files
 from onewan.config.method import DoraMethod, EmbeddingMethod, LoraMethod
 from onewan.config.schema import ResolvedRun
 from onewan.data.buckets import clip_sources
@@ -30,6 +31,7 @@ from onewan.model.load import describe_model
 from onewan.model.meta_init import module_on_meta, transformer_on_meta
 from onewan.model.sources import Sources
 from onewan.sample.distilled import check_distilled
+from onewan.sample.given_files import unreadable_files
 from onewan.train.attention import check_attention
 from onewan.train.optimizers.builders import build_optimizer
 from onewan.train.optimizers.parameters import library_group
@@ -57,6 +59,7 @@ def check_before_encoding(
     """
     problems, of_files = _collected(
         lambda: _check_folders(config),
+        lambda: _check_samples(config),
         lambda: _check_optimizer(config, device),
         lambda: check_wandb(config),
         lambda: _check_model(config, sources, needed),
@@ -97,6 +100,20 @@ def _check_folders(config: ResolvedRun) -> None:
             if why := source_problem(source, "it"):
                 problems.append(f"{field}: {label_of(source.path)} {why}")
     _raise(problems)
+
+
+def _check_samples(config: ResolvedRun) -> None:
+    """The files that samples are given can be read, and control videos are long enough."""
+    sample = config.sample
+    _raise(
+        [
+            f"sample.prompts.{index}.{name}: {why}"
+            for index, prompt in enumerate(sample.prompts)
+            for name, why in unreadable_files(
+                given_files(prompt), sample.frames, sample.fps
+            ).items()
+        ]
+    )
 
 
 def _unwritable(folder: Path) -> str | None:
