@@ -196,6 +196,7 @@ PEAKS: dict[str, tuple[VariantName, tuple[str, ...]]] = {
         "t2v-a14b",
         (*OFFLOADED, "memory.keep_attention=host", "memory.feed_forward_chunks=4"),
     ),
+    "fun-control": ("fun-control-a14b", (*OFFLOADED, "memory.keep_attention=no")),
     "ti2v-5b": ("ti2v-5b", (*RESIDENT, "memory.keep_attention=device")),
     "ti2v-5b leanest": (
         "ti2v-5b",
@@ -238,6 +239,7 @@ LIMITS: dict[str, tuple[VariantName, tuple[str, ...]]] = {
         "t2v-a14b",
         ("method={kind: embedding}", "embeddings=[{placeholder: red, initial_text: red}]", *LEAN),
     ),
+    "fun-control": ("fun-control-a14b", (*OFFLOADED, "memory.keep_attention=no")),
     "ti2v-5b": ("ti2v-5b", (*RESIDENT, "memory.keep_attention=device")),
 }
 
