@@ -28,6 +28,7 @@ class StandInVae(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.encoder = self.quant_conv = nn.Identity()
         self.config = FrozenDict(
             latent_channels=CHANNELS,
             z_dim=CHANNELS,
