@@ -855,3 +855,27 @@ def test_reading_a_run_file_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("variant", "probability", "shares"),
+    [
+        ("ti2v-5b", 0.3, {"first": 0.3, "both": 0.0, "last": 0.0, "none": 0.7}),
+        ("ti2v-5b", 0, {"first": 0.0, "both": 0.0, "last": 0.0, "none": 1.0}),
+        # The field had no effect on other variants, though their resolved files have it.
+        ("i2v-a14b", 0.2, {"first": 1.0, "both": 0.0, "last": 0.0, "none": 0.0}),
+    ],
+)
+def test_files_of_the_version_with_first_frame_probability_are_read(
+    tmp_path: Path, variant: str, probability: float, shares: dict[str, float]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model: {{path: x/y, variant: {variant}}}\n"
+        f"video_data: {{sources: {tmp_path}}}\n"
+        f"train: {{first_frame_probability: {probability}}}\n",
+        encoding="utf-8",
+    )
+    config = load_run(file)
+    assert config.train.condition_shares is not None
+    assert dict(config.train.condition_shares) == pytest.approx(shares)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from onewan.arithmetic.byte_sizes import AMOUNT, as_byte_size
 from onewan.arithmetic.lr_schedule import LrSchedule
@@ -24,6 +24,7 @@ from onewan.config.clips import (
     VideoDataSection,
     WanTrainConfig,
 )
+from onewan.config.former_fields import with_present_fields
 from onewan.config.method import EmbeddingSection, LoraMethod, Method, ResolvedEmbedding
 from onewan.config.objective import (
     ConditionSharesSection,
@@ -422,6 +423,8 @@ class LoggingSection(Section):
 
 class RunConfig(Section):
     """A whole run file."""
+
+    _former_fields = model_validator(mode="before")(with_present_fields)
 
     schema_version: Int = Field(default=SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION)
     """Version of the run file's format; a newer one than this onewan knows is refused."""
