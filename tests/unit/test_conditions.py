@@ -101,6 +101,21 @@ def test_the_condition_image_of_fun_control_is_its_reference_image(tmp_path: Pat
     assert drawn.as_reference and drawn.has_own_image and drawn.image is None
 
 
+def test_clips_without_a_control_video_are_counted(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        numbered(tmp_path / f"{name}.mp4")
+    numbered(tmp_path / "b.control.mp4")
+    (warning,) = [w.text for w in index(tmp_path).warnings if "control video" in w.text]
+    assert warning.startswith(f"2 of 3 files of {tmp_path} have no control video")
+    assert "such as a" in warning
+    for name in ("a", "c"):
+        numbered(tmp_path / f"{name}.control.mp4")
+    assert not [w.text for w in index(tmp_path).warnings if "control video" in w.text]
+    (tmp_path / "a.control.mp4").unlink()
+    texts = [w.text for w in index(tmp_path, replace(GIVEN, takes_control=False)).warnings]
+    assert not [text for text in texts if "have no control video" in text]
+
+
 def test_what_a_model_has_no_use_for_is_said(tmp_path: Path) -> None:
     for name in ("a", "b"):
         numbered(tmp_path / f"{name}.mp4")

@@ -111,12 +111,28 @@ def _source_report(
         whole = source.captions.whole
         text = several_lines_note(place, several, len(line_counts), whole=whole)
         warnings.append(ClipWarning(path=None, text=text))
+    if planner.takes_control:
+        warnings += _without_control(source, [*clips, *held_out])
     return DatasetReport(
         clips=tuple(clips),
         validation_clips=tuple(held_out),
         problems=tuple(problems),
         warnings=tuple(warnings),
     )
+
+
+def _without_control(source: ClipSource, clips: Sequence[Clip]) -> list[ClipWarning]:
+    """A warning if some of the `clips` of a source have no control video."""
+    without = sorted({clip.name for clip in clips if clip.conditions.control is None})
+    if not without:
+        return []
+    of = len({clip.name for clip in clips})
+    text = (
+        f"{len(without)} of {of} files of {label_of(source.path, short=True)} have no control "
+        f"video and are trained with zeros in its place, such as {without[0]}; a control video "
+        "is NAME.control.mp4 beside NAME.mp4, or in the column `control` of a table"
+    )
+    return [ClipWarning(path=None, text=text)]
 
 
 def _read_all(
