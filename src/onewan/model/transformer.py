@@ -148,21 +148,25 @@ class WanTransformer(WanTransformer3DModel):
             image = call.latents.new_zeros(1, channels, height, width)
         return self.ref_conv(image).flatten(2).transpose(1, 2).expand(batch, -1, -1)
 
+    def _tokens(self, call: TransformerCall) -> Tensor:
+        """The hidden states of the first block. A method of its own: what it computes on the way is
+        as large as the result, and would be held while the text and the timesteps are embedded."""
+        tokens = self.patch_embedding(call.latents).flatten(2).transpose(1, 2)
+        if self.takes_reference:
+            if call.timestep.ndim == 2:
+                raise ValueError("a transformer with ref_conv takes one timestep for each sample")
+            tokens = torch.cat([self._reference_tokens(call).to(tokens), tokens], dim=1)
+        return tokens.contiguous()
+
     def _embed(self, call: TransformerCall, states: list[Tensor]) -> tuple[Tensor, BlockInputs]:
         """(time embedding [B, T, d], inputs of all blocks); appends the hidden states of the first
         block to `states`."""
         latents = call.latents
         _, rows, columns = self.config["patch_size"]
         per_frame = (latents.shape[3] // rows) * (latents.shape[4] // columns)
-        tokens = self.patch_embedding(latents).flatten(2).transpose(1, 2)
-        rotated = latents
-        if self.takes_reference:
-            if call.timestep.ndim == 2:
-                raise ValueError("a transformer with ref_conv takes one timestep for each sample")
-            tokens = torch.cat([self._reference_tokens(call).to(tokens), tokens], dim=1)
-            # Positions follow from the shape alone: the reference image is at frame 0.
-            rotated = torch.cat([latents[:, :, :1], latents], dim=2)
-        states.append(tokens.contiguous())
+        states.append(self._tokens(call))
+        # Positions follow from the shape alone: a reference image is at frame 0.
+        rotated = torch.cat([latents[:, :, :1], latents], 2) if self.takes_reference else latents
         timestep, groups = call.timestep, tuple[int, ...]()
         if timestep.ndim == 2:
             groups = frame_groups(latents.shape[2], per_frame)
