@@ -113,7 +113,8 @@ def test_a_run_of_each_method_is_the_one_without_previews(
     WanTrainer(watched, listen=recorder(events)).fit()
     assert_the_same_run(plain, watched)
     assert sampled(watched) == [(step, "0-distilled.mp4", True) for step in range(5)]
-    assert np.abs(video(watched, 4) - video(watched, 0)).mean() > 0.5  # what was trained shows
+    # What was trained shows: an embedding changes one level in a hundred pixels of the tiny model.
+    assert np.abs(video(watched, 4) - video(watched, 0)).mean() > 0.005
     warnings = [e["text"] for e in events if e["event"] == "warning"]
     for expert in ("high", "low"):
         about = [w for w in warnings if f"{expert}_noise_model.safetensors" in w]
