@@ -77,10 +77,12 @@ def documents() -> list[dict[str, Any]]:
             continue
         for kind in union.sections:
             document = json.loads(json.dumps(base))
-            section = document
+            section: Any = document
             *around, last = name.split(".")
+            if around[:2] == ["validation", "sources"]:
+                continue  # the same section as that of the training clips
             for part in around:
-                section = section.setdefault(part, {})
+                section = section[0] if part == "*" else section.setdefault(part, {})
             section[last] = {union.keyed.key: kind}
             found.append(document)
     for variant in VARIANTS:
