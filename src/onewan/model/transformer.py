@@ -165,8 +165,9 @@ class WanTransformer(WanTransformer3DModel):
         _, rows, columns = self.config["patch_size"]
         per_frame = (latents.shape[3] // rows) * (latents.shape[4] // columns)
         states.append(self._tokens(call))
-        # Positions follow from the shape alone: a reference image is at frame 0.
-        rotated = torch.cat([latents[:, :, :1], latents], 2) if self.takes_reference else latents
+        frames = latents.shape[2] + self.takes_reference
+        # Positions follow from the shape alone; a reference image is at frame 0.
+        rotated = latents[:, :, :1].expand(-1, -1, frames, -1, -1)
         timestep, groups = call.timestep, tuple[int, ...]()
         if timestep.ndim == 2:
             groups = frame_groups(latents.shape[2], per_frame)
@@ -182,7 +183,7 @@ class WanTransformer(WanTransformer3DModel):
             time=modulation.unflatten(2, (6, -1)),
             groups=groups,
             rotary=_without_base(self.rope(rotated)),
-            frames=rotated.shape[2],
+            frames=frames,
         )
         return time, inputs
 

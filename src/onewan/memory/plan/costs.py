@@ -139,7 +139,13 @@ class RunCosts:
         device = self._weights_on_device(settings)
         device |= self._trained_on_device(settings, training=False)
         device |= self._encoders_in_training()
-        device["latents, text and rotary tables"] = self._inputs(bucket, clips=1)
+        inputs = self._inputs(bucket, clips=1)
+        if self.transformer.shape.in_channels > self.transformer.shape.out_channels:
+            # The noisy latents with the condition's channels, during the whole forward pass. In
+            # training they are gone at the peak, which is in the backward pass.
+            cells = bucket.latent_cells(self.config.model.facts())
+            inputs += 4 * self.transformer.shape.in_channels * cells
+        device["latents, text and rotary tables"] = inputs
         live = self.activations(bucket, settings).forward_live
         device["live block"] = max(live, smallest_peak(self.batch(bucket))) + self._expanded()
         pinned = self._weights_on_host(settings) | self._trained_on_host(settings)
@@ -234,13 +240,16 @@ class RunCosts:
 
     def _inputs(self, bucket: Bucket, clips: int | None = None) -> int:
         """Bytes of float32 tensors that exist beside the blocks: clean and noisy latents, target
-        and prediction; the condition; the text; sine and cosine of the tokens' positions."""
+        and prediction; the condition; the reference image; the text; sine and cosine of the
+        tokens' positions."""
         batch, shape = self.batch(bucket, clips), self.transformer.shape
+        variant = self.config.model.facts()
         channels = 4 * shape.out_channels + shape.in_channels - shape.out_channels
-        cells = bucket.latent_cells(self.config.model.facts())
+        cells = bucket.latent_cells(variant)
+        reference = shape.reference_channels * cells // bucket.latent_frames(variant)
         text = TEXT_LENGTH * shape.text_width
         rotary = 2 * batch.tokens * (shape.width // shape.heads)
-        return 4 * (batch.clips * (channels * cells + text) + rotary)
+        return 4 * (batch.clips * (channels * cells + reference + text) + rotary)
 
     def _encoders_in_training(self) -> dict[str, int]:
         """The text encoder and the VAE, where they run in every step."""
