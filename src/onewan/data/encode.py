@@ -4,7 +4,7 @@ cache."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -158,13 +158,16 @@ def _pixels(model: WanModel, frames_FHWC: np.ndarray) -> Tensor:
     frames = torch.from_numpy(frames_FHWC)
     # To the device as uint8, a quarter of the bytes of float32; then to the VAE's range, [-1, 1].
     device = model.vae.device if model.vae is not None else "cpu"
-    return frames.to(device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    # In place: each step would otherwise write another gigabyte for a long clip.
+    return frames.to(device).permute(3, 0, 1, 2)[None].float().div_(127.5).sub_(1)
 
 
 def _precision(device: torch.device, vae_dtype: VaeDtype) -> AbstractContextManager[object]:
     # Autocast, since the weights stay in float32 for decoding sample videos.
     # `encode_video` takes the type from it.
-    return torch.autocast(device.type, torch.bfloat16, enabled=vae_dtype == "bfloat16")
+    if vae_dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 def encode_mask(clip: Clip, mask: Companion, variant: Variant) -> Tensor:
