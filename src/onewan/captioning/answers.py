@@ -1,4 +1,4 @@
-"""From what a server answers to a caption: thinking is taken off, and what is no caption is told.
+"""Makes a caption of a server's answer: removes the thinking, and reports what is no caption.
 
 A caption is one line, since the lines of a caption file are alternatives (`onewan.data.captions`).
 """

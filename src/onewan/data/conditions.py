@@ -42,4 +42,4 @@ class Conditions:
 
 
 FIRST_FRAME = Conditions()
-"""The conditions of a clip that has none of its own."""
+"""The default conditions: the first frame as the condition image, and no control video."""

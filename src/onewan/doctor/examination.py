@@ -105,7 +105,7 @@ def examine(
     progress: Progress = no_progress,
 ) -> Examination:
     """The data of `config`, all of which is decoded. With `previews`, clips have small pictures.
-    `progress` is told of what takes long before the clips are known.
+    `progress` is called during long work that comes before the clips are known.
 
     `environment` gives the machine that the run is for; it is asked for last, since it may still be
     looked at. DataError if a source is not a folder that can be read.

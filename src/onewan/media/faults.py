@@ -20,7 +20,7 @@ DAMAGE_REMEDY = "copy or download it again, or take it out"
 _LITTLE = 16
 """Bytes that no video or image has fewer than."""
 _TEXT_BYTES = 512
-"""Of the beginning of a file, by which a text is told."""
+"""Bytes at the beginning of a file that are examined to recognize a text file."""
 
 
 @contextmanager
