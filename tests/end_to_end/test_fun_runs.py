@@ -7,20 +7,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.runs import RunFile, layout_of, outcome
+from support.runs import (
+    RunFile,
+    assert_the_same_six_steps,
+    layout_of,
+    outcome,
+    stopped_and_resumed,
+)
 
 from onewan.adapters.lora import apply_lora
-from onewan.config.schema import ResolvedRun
 from onewan.data.encode import no_progress
 from onewan.data.loader import Batch
-from onewan.errors import ConfigError, Interrupted
+from onewan.errors import ConfigError
 from onewan.formats.lora_files import read_adapter
 from onewan.media import VIDEO_SUFFIXES, Fit, extension, probe, read_frames, write_video
 from onewan.model.forward import NoisyLatents, predict_velocities
 from onewan.model.load import WanModelLoader
 from onewan.model.wan import WanModel
-from onewan.runs.control import request
-from onewan.runs.events import Event, StepDone
 from onewan.train.saved_state import read_facts
 from onewan.train.setup import WanModelSetup
 from onewan.train.trainer import WanTrainer
@@ -65,24 +68,6 @@ def settings(variant: str, controlled: Path) -> list[str]:
     ]
 
 
-def assert_the_same(one: ResolvedRun, two: ResolvedRun) -> None:
-    """The same losses, norms, weights and optimizer states, bit for bit."""
-    (tensors, steps), (others, other_steps) = outcome(one), outcome(two)
-    assert steps == other_steps and len(steps) == 6
-    assert tensors.keys() == others.keys() and len(tensors) > 20
-    assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
-
-
-def stopped_and_resumed(config: ResolvedRun) -> None:
-    def stop(event: Event) -> None:
-        if isinstance(event, StepDone) and event.step == 3:
-            request(layout_of(config), "stop")
-
-    with pytest.raises(Interrupted):
-        WanTrainer(config, listen=stop).fit()
-    WanTrainer(config, resume=True).fit()
-
-
 def prediction(model: WanModel, expert: Expert, batch: Batch, *, reference: bool) -> torch.Tensor:
     assert batch.text is not None
     inputs = NoisyLatents(
@@ -107,7 +92,7 @@ def test_a_run_of_fun_streams_resumes_exports_and_samples(
     assert probe(layout.samples(6) / "0.mp4").width == 64
     streamed = run_file(variant, *chosen, *STREAMED, name="streamed")
     stopped_and_resumed(streamed)
-    assert_the_same(plain, streamed)
+    assert_the_same_six_steps(plain, streamed)
 
     run = WanModelSetup(plain).build()
     run.state.load(layout.state(6), read_facts(layout.state(6)))

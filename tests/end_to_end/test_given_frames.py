@@ -12,19 +12,22 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from support.runs import RunFile, layout_of, outcome
+from support.runs import (
+    RunFile,
+    assert_the_same_six_steps,
+    layout_of,
+    outcome,
+    stopped_and_resumed,
+)
 
 from onewan.config.schema import ResolvedRun
 from onewan.data.clip import Clip
 from onewan.data.dataset import Dataset, needed
 from onewan.data.encode import no_progress
-from onewan.errors import Interrupted
 from onewan.formats.lora_files import read_adapter
 from onewan.media import probe
 from onewan.model.sources import locate
-from onewan.runs.control import request
 from onewan.runs.event_file import read_events
-from onewan.runs.events import Event, StepDone
 from onewan.train.memory import plan_run
 from onewan.train.setup import WanModelSetup
 from onewan.train.trainer import WanTrainer
@@ -35,24 +38,6 @@ STREAMED = [
     "memory.offload_inputs=true",
     "memory.keep_attention=host",
 ]
-
-
-def assert_the_same(one: ResolvedRun, two: ResolvedRun) -> None:
-    """The same losses, norms, weights and optimizer states, bit for bit."""
-    (tensors, steps), (others, other_steps) = outcome(one), outcome(two)
-    assert steps == other_steps and len(steps) == 6
-    assert tensors.keys() == others.keys() and len(tensors) > 20
-    assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
-
-
-def stopped_and_resumed(config: ResolvedRun) -> None:
-    def stop(event: Event) -> None:
-        if isinstance(event, StepDone) and event.step == 3:
-            request(layout_of(config), "stop")
-
-    with pytest.raises(Interrupted):
-        WanTrainer(config, listen=stop).fit()
-    WanTrainer(config, resume=True).fit()
 
 
 @pytest.mark.parametrize(
@@ -88,7 +73,7 @@ def test_a_run_with_last_frames_goes_through_everything(
         assert files and all(read_adapter(file).modules for file in files)
     streamed = run_file(variant, *chosen, *STREAMED, name="streamed")
     stopped_and_resumed(streamed)
-    assert_the_same(plain, streamed)
+    assert_the_same_six_steps(plain, streamed)
     there = run_file(variant, *chosen, f"model.device={sim.type}", name="there")
     WanTrainer(there).fit()
     (_, steps), (_, steps_there) = outcome(plain), outcome(there)

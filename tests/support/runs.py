@@ -6,15 +6,20 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from onewan.config.load import load_run
 from onewan.config.schema import ResolvedRun
+from onewan.errors import Interrupted
+from onewan.runs.control import request
 from onewan.runs.event_file import read_events
+from onewan.runs.events import Event, StepDone
 from onewan.runs.layout import RunLayout
 from onewan.runs.log import Listener
 from onewan.train.run import run_folder
+from onewan.train.trainer import WanTrainer
 
 RunFile = Callable[..., ResolvedRun]
 """The `run_file` fixture: `run_file("t2v-a14b", "train.steps=3", ...)` is a resolved run."""
@@ -106,3 +111,23 @@ def outcome(config: ResolvedRun) -> tuple[dict[str, Any], list[tuple[Any, ...]]]
         if e["event"] == "step"
     ]
     return tensors, steps
+
+
+def assert_the_same_six_steps(one: ResolvedRun, two: ResolvedRun) -> None:
+    """The same losses, norms, weights and optimizer states, bit for bit."""
+    (tensors, steps), (others, other_steps) = outcome(one), outcome(two)
+    assert steps == other_steps and len(steps) == 6
+    assert tensors.keys() == others.keys() and len(tensors) > 20
+    assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
+
+
+def stopped_and_resumed(config: ResolvedRun) -> None:
+    """Train, with a stop after the third step and a resume from there."""
+
+    def stop(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 3:
+            request(layout_of(config), "stop")
+
+    with pytest.raises(Interrupted):
+        WanTrainer(config, listen=stop).fit()
+    WanTrainer(config, resume=True).fit()
