@@ -252,7 +252,7 @@ def limit_to(share: float) -> Callable[[Event], None]:
         if isinstance(event, MemoryPlanned):
             phases: Any = event.plan["phases"]
             peaks = [p["device_bytes"] for p in phases if not p["phase"].startswith("encoding")]
-            simulated_gpu.set_capacity(round(gpu.memory_allocated() + share * max(peaks) / 0.95))
+            simulated_gpu.set_capacity(round((gpu.memory_allocated() + share * max(peaks)) / 0.95))
 
     return listen
 
@@ -307,8 +307,8 @@ def test_a_run_that_cannot_fit_is_refused_before_it_is_loaded(
     assert watched.plan is not None
     file = run_in.write("t2v-a14b")
     gc.collect()
-    limit = round(0.9 * watched.plan.peak.device_bytes / 0.95)
-    simulated_gpu.set_capacity(gpu.memory_allocated() + limit)
+    taken = gpu.memory_allocated() + 0.9 * watched.plan.peak.device_bytes
+    simulated_gpu.set_capacity(round(taken / 0.95))
     before = len(watched.peaks["training"])
     assert main(["train", str(file), *settings, "output.name=b"]) == 1
     message = capsys.readouterr().err
