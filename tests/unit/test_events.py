@@ -163,6 +163,13 @@ def test_a_line_truncated_by_a_crash_is_not_joined_to_the_next(tmp_path: Path) -
     assert len(path.read_bytes().splitlines()) == 4  # one newline was added, not two
 
 
+def test_damaged_lines_are_named_and_skipped(tmp_path: Path) -> None:
+    path, damaged = tmp_path / "events.jsonl", list[int]()
+    path.write_bytes(b'{"event": "a"}\n\xff\x00\n\n[1]\n{"event": "b"}\n{"event": "c"')
+    assert [e["event"] for e in read_events(path, damaged.append)] == ["a", "b"]
+    assert damaged == [2, 4]  # an empty line ends one that was truncated; the last is not complete
+
+
 def test_an_incomplete_last_line_is_not_read_yet(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     assert list(read_events(path)) == []

@@ -6,10 +6,7 @@ content security policy forbids a browser to load anything else.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator, Sequence
-from html import escape
-from importlib.resources import files
 
 from onewan.data.report import count
 from onewan.data.sources.read import label_of
@@ -18,7 +15,8 @@ from onewan.doctor.diagnosis import Diagnosis
 from onewan.doctor.examination import Examination
 from onewan.doctor.finding import Finding, without_names
 from onewan.doctor.inspection import InspectedClip, Preview
-from onewan.errors import one_line
+from onewan.pages import document
+from onewan.pages.document import block, data_uri
 
 MOST_VIDEO_BYTES = 40_000_000
 """Of all videos together; clips behind that have pictures only. A browser opens such a page in a
@@ -26,18 +24,11 @@ few seconds."""
 _CAPTIONS_SHOWN = 3
 _FEW_NOTES = 12
 """Up to so many are listed as they are; more are grouped by their kinds."""
-_POLICY = (
-    "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; "
-    "script-src 'unsafe-inline'"
-)
 _FRAME_NAMES = ("first frame", "middle frame", "last frame")
 
 
 def html_page(diagnosis: Diagnosis, title: str, most_video_bytes: int = MOST_VIDEO_BYTES) -> str:
     """The page about `diagnosis` as a document in UTF-8."""
-    resources = files("onewan") / "resources" / "doctor"
-    style = (resources / "page.css").read_text(encoding="utf-8")
-    script = (resources / "page.js").read_text(encoding="utf-8")
     found = diagnosis.examination
     body = [
         f"<h1>{_text(title)}</h1>",
@@ -48,31 +39,17 @@ def html_page(diagnosis: Diagnosis, title: str, most_video_bytes: int = MOST_VID
         *(_sheet(found, most_video_bytes) if found and found.clips else ()),
         *_environment(diagnosis),
     ]
-    return "\n".join(
-        (
-            "<!doctype html>",
-            '<html lang="en">',
-            '<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            # Browsers ask for /favicon.ico of a page that names none.
-            '<link rel="icon" href="data:,">',
-            f"<title>{_text(title)}</title>",
-            f"<style>\n{style}</style>",
-            "<main>",
-            *body,
-            "</main>",
-            f"<script>\n{script}</script>",
-            "</html>",
-            "",
-        )
+    return document.page(
+        title,
+        body,
+        styles=("players.css", "doctor.css"),
+        scripts=("players.js", "filter.js"),
     )
 
 
 def _text(text: str) -> str:
     """`text` of files and people, which may contain anything, as text of the page."""
-    return escape(one_line(without_names(text)))
+    return document.text(without_names(text))
 
 
 def _findings(diagnosis: Diagnosis) -> Iterator[str]:
@@ -147,8 +124,9 @@ def _sheet(found: Examination, most_video_bytes: int) -> Iterator[str]:
             f"are limited to {most_video_bytes // 1_000_000} MB.</p>"
         )
     yield (
-        '<p class="tools"><label>Find <input type="search" id="find" placeholder="name, caption '
-        'or note"></label> <label><input type="checkbox" id="noted"> only clips with notes</label> '
+        '<p class="tools"><label>Find <input type="search" id="find" data-list=".card" '
+        'placeholder="name, caption or note"></label> '
+        '<label><input type="checkbox" id="noted"> only clips with notes</label> '
         '<span id="shown" role="status"></span></p>'
     )
     yield '<ul class="sheet">'
@@ -171,10 +149,10 @@ def _card(
     yield '<div class="frames">'
     sizes = f'width="{width}" height="{height}"'
     for index, frame in enumerate(preview.frames):
-        image = _data("image/jpeg", frame)
+        image = data_uri("image/jpeg", frame)
         if index == 0 and video is not None:
             # The poster is there at once; the video is decoded when it is played.
-            source = f'poster="{image}" src="{_data("video/mp4", video)}"'
+            source = f'poster="{image}" src="{data_uri("video/mp4", video)}"'
             options = f'controls muted loop playsinline preload="none" aria-label="{name}"'
             yield f'<div class="player"><video {sizes} {options} {source}></video></div>'
         else:
@@ -197,7 +175,7 @@ def _card(
         yield f"<p>With {_text(given)}:</p>"
         yield '<div class="frames">'
         for picture in preview.conditions:
-            source = _data("image/jpeg", picture)
+            source = data_uri("image/jpeg", picture)
             yield f'<img {sizes} alt="{_text(given)} of {name}" loading="lazy" src="{source}">'
         yield "</div>"
     for caption in clip.captions[:_CAPTIONS_SHOWN]:
@@ -213,10 +191,4 @@ def _card(
 
 def _environment(diagnosis: Diagnosis) -> Iterator[str]:
     yield "<h2>Environment</h2>"
-    yield "<pre>"
-    yield from (escape(line) for line in diagnosis.environment.lines())
-    yield "</pre>"
-
-
-def _data(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+    yield block("\n".join(diagnosis.environment.lines()))

@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from io import FileIO
 from numbers import Integral, Real
@@ -133,9 +133,22 @@ class HeartbeatThread:
         self._thread.join()
 
 
-def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """The events in the file so far, without a last line that is still being written."""
-    return iter(_read_from(path, 0)[0])
+def read_events(
+    path: Path, on_damage: Callable[[int], None] = lambda _line: None
+) -> Iterator[dict[str, Any]]:
+    """The events in the file so far, without a last line that is still being written; one at a
+    time, so that a file of any length can be read.
+
+    `on_damage` is called with the number, from 1, of each line that is no event.
+    """
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            if (event := _parsed(line)) is not None:
+                yield event
+            elif line.strip():
+                on_damage(number)
 
 
 def last_event(path: Path) -> dict[str, Any] | None:
