@@ -1,4 +1,4 @@
-# make setup | demo | test | long | wheel | oldest | lint: each sets up .venv first if it is not there yet.
+# make setup | demo | test | long | wheel | oldest | docs | lint: each sets up .venv first if it is not there yet.
 # Needs Python 3.10 to 3.13 and make; everything else is installed into .venv.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ else
 endif
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test long wheel oldest lint screenshots clean
+.PHONY: setup demo test long wheel oldest docs lint screenshots clean
 
 setup: $(READY)
 
@@ -50,6 +50,12 @@ wheel: $(READY)
 oldest: $(READY)
 	@echo "== oldest supported packages"
 	$(BIN)/python scripts/check_installations.py oldest
+
+# The documentation as a site in build/site; a warning, such as a link to a page that is not there, is an error.
+# The variable turns off an advertisement of the theme.
+docs: $(READY)
+	@echo "== the documentation, into build/site/index.html"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 lint: $(READY)
 	@echo "== ruff, codespell, types, import contracts"

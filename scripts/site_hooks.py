@@ -1,0 +1,100 @@
+"""MkDocs hooks: pages that are made from other files, and links from settings to their reference.
+
+The home page is README.md, and the pages for contributors are CONTRIBUTING.md, CHANGELOG.md and
+SECURITY.md, with their links rewritten, so that each text exists once. `configuration.md` is made
+from the schema and `options.md` from the parsers of the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import config_reference
+from mkdocs.structure.files import File, Files
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
+}
+"""Files beside the documentation that are pages of the site."""
+CONFIGURATION = "configuration.md"
+OPTIONS = "options.md"
+_LINK = re.compile(r"\]\(([^)\s:#]+)((?:#[^)\s]*)?)\)")
+_CODE = re.compile(r"<code>([a-z0-9_]+(?:\.[a-z0-9_]+|\[\])+)</code>")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the generated pages."""
+    pages = {CONFIGURATION: config_reference.reference(), OPTIONS: options_page()}
+    for name, page in COPIES.items():
+        if (ROOT / name).is_file():
+            pages[page] = with_links_of_the_site((ROOT / name).read_text(encoding="utf-8"))
+    for name, text in pages.items():
+        files.append(File.generated(config, name, content=text))
+    return files
+
+
+def with_links_of_the_site(text: str) -> str:
+    """A text from the root of the repository as a page: links to docs/x.md become x.md, and those
+    to files that are not pages become code."""
+
+    def rewritten(match: re.Match[str]) -> str:
+        target, anchor = match.groups()
+        page = COPIES.get(target) or target.removeprefix("docs/")
+        return f"]({page}{anchor})"
+
+    text = re.sub(r"\[([^\]]+)\]\((LICENSE|CITATION\.cff|[\w/]+/)\)", r"`\1`", text)
+    return _LINK.sub(rewritten, text)
+
+
+def options_page() -> str:
+    """The options of every command, as `onewan COMMAND --help` prints them."""
+    from onewan.cli.parser import _parser  # as the tests do: the parser has no public name
+
+    os.environ["COLUMNS"] = "100"
+    lines = [
+        "# Options of all commands",
+        "",
+        "What `onewan COMMAND --help` prints.",
+        "",
+    ]
+    for name, parser in _commands(_parser()):
+        lines += [f"## onewan {name}", "", "```text", parser.format_help().rstrip(), "```", ""]
+    return "\n".join(lines)
+
+
+def _commands(parser: argparse.ArgumentParser, prefix: str = "") -> Any:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, inner in action.choices.items():
+                nested = list(_commands(inner, f"{prefix}{name} "))
+                yield from nested or [(f"{prefix}{name}", inner)]
+
+
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Links each setting that a page names, such as `train.steps`, to its reference."""
+    del config, files
+    known = {anchor for anchor in config_reference.anchors() if "." in anchor}
+
+    def linked(match: re.Match[str]) -> str:
+        anchor = match[1].replace("[]", "")
+        if anchor not in known:
+            return match[0]
+        return f'<a href="configuration.html#{html.escape(anchor)}">{match[0]}</a>'
+
+    if page.file.src_uri in (CONFIGURATION, "architecture.md", "contributing.md"):
+        return content
+    parts = re.split(r"(<h\d.*?</h\d>|<pre.*?</pre>|<a .*?</a>)", content, flags=re.DOTALL)
+    return "".join(p if i % 2 else _CODE.sub(linked, p) for i, p in enumerate(parts))
