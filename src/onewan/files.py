@@ -282,7 +282,7 @@ def _is_abandoned(path: Path) -> bool:
         return False
     if (pid := _local_process(path)) is not None:
         # An own process id that is not in `_in_use` is left from an earlier process with that id.
-        return pid == os.getpid() or not _is_alive(pid)
+        return pid == os.getpid() or not is_alive(pid)
     try:
         entries = [path, *path.rglob("*")]
         changed = max(entry.lstat().st_mtime for entry in entries)
@@ -297,7 +297,8 @@ def _local_process(path: Path) -> int | None:
     return int(match[2]) if match is not None and match[1] == _machine() else None
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine has the id `pid`."""
     # psutil instead of `os.kill(pid, 0)`, which would end the process on Windows. Imported lazily,
     # since only cleaning up needs it.
     import psutil

@@ -18,10 +18,12 @@ import socket
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from onewan.errors import OnewanError
+from onewan.files import is_alive
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,15 @@ def locked(file: Path, subject: Path, remedy: str) -> Iterator[None]:
             if _is_file(file, identity):
                 _delete(holder)
             _release(lock, file, identity)
+
+
+def holder_is_alive(file: Path) -> bool | None:
+    """Whether the process that holds the lock `file`, or has held it last and was killed, exists;
+    None if that can't be told: nobody is written down, or a process of another machine."""
+    facts = _holder(file.with_name(f"{file.name}.json"))
+    if facts is None or facts["host"] != socket.gethostname():
+        return None
+    return is_alive(facts["process"])
 
 
 class Claim:
@@ -141,11 +152,23 @@ def _describe_this_process(holder: Path) -> None:
 
 def _described(holder: Path) -> str:
     """The process that holds a lock, as its file says."""
-    try:
-        facts = json.loads(holder.read_text(encoding="utf-8"))
-        return f"process {facts['process']} on {facts['host']} since {facts['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it is being written, or was deleted
+    facts = _holder(holder)
+    if facts is None:
         return "another process"
+    return f"process {facts['process']} on {facts['host']} since {facts['since']}"
+
+
+def _holder(file: Path) -> dict[str, Any] | None:
+    """What `_describe_this_process` wrote; None while it is being written, or if it was deleted."""
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        return {
+            "process": int(facts["process"]),
+            "host": facts["host"],
+            "since": facts["since"],
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _is_file(path: Path, identity: os.stat_result) -> bool:

@@ -57,6 +57,7 @@ def test_help_imports_nothing_heavy() -> None:
         "plan",
         "cache",
         "train",
+        "runs",
         "sample",
         "stop",
         "save",
@@ -212,7 +213,7 @@ def test_a_request_to_a_silent_trainer_reports_the_age_of_its_last_event(
     hour_ago = datetime.now(timezone.utc) - timedelta(minutes=60)
     layout.events.write_text(f'{{"event": "step", "time": "{hour_ago.isoformat()}"}}\n')
     assert main(["save", str(layout.root)]) == 0
-    assert "its last event is 60 minutes old" in capsys.readouterr().out
+    assert "its last event is 1 h old" in capsys.readouterr().out
 
 
 def test_a_request_to_a_finished_run_or_to_another_folder_is_refused(

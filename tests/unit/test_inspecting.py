@@ -52,7 +52,7 @@ def test_a_run_is_told_in_a_few_lines(tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(out.splitlines()) == 7
     for text in (
         "a run of Wan 2.2 T2V-A14B, lora",
-        "30 of 30 (last event: finished",
+        "30 of 30 (finished, 20",
         "high 20.0000, low 21.0000 (mean of 10 steps)",
         "low 0.7500 (step 30, -25.0 % against the base model)",
         "newest: fox_000030_high_noise.safetensors, fox_000030_low_noise.safetensors; best: fox_b",

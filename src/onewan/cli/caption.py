@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from onewan.captioning.captioner import Captioner, CaptionReport, as_data, problem_data
 from onewan.captioning.prompts import TEMPLATES, Template
 from onewan.captioning.server import Address, ChatServer, ServerFailure
 from onewan.captioning.tasks import CaptionPlan, CaptionTask, TaskPlanner
 from onewan.cli.importing import run_file_of
-from onewan.cli.output import complain, say, write
+from onewan.cli.output import complain, say, write_json
 from onewan.cli.progress import Progress
 from onewan.config.clips import is_url
 from onewan.config.load import RESOLVED_NAME, load_run, run_of_settings
@@ -75,7 +73,7 @@ def caption(options: argparse.Namespace, key: str) -> int:
     if options.json:
         head = {"server": str(server.address), "model": server.model}
         counts = {"had_captions": plan.captioned, "given_by_sources": plan.given}
-        write(_json({**head, **counts, **as_data(report), "notes": notes}))
+        write_json({**head, **counts, **as_data(report), "notes": notes})
     else:
         for line in _lines(plan, report, notes):
             say(line)
@@ -248,7 +246,7 @@ def _dry_run(captioner: Captioner, plan: CaptionPlan, *, as_json: bool) -> int:
             for task in plan.tasks
         ]
         problems = [problem_data(problem) for problem in plan.problems]
-        write(_json({"server": server, "tasks": tasks, "problems": problems, "notes": plan.notes}))
+        write_json({"server": server, "tasks": tasks, "problems": problems, "notes": plan.notes})
     else:
         for task in plan.tasks:
             say(_task_line(task))
@@ -259,10 +257,6 @@ def _dry_run(captioner: Captioner, plan: CaptionPlan, *, as_json: bool) -> int:
         requests = count(len(plan.tasks), "request")
         say(f"{requests} would go to {server}{_before(plan)}; nothing was sent")
     return 1 if plan.problems else 0
-
-
-def _json(data: Mapping[str, Any]) -> str:
-    return json.dumps(data, indent=2, ensure_ascii=False)
 
 
 def _task_line(task: CaptionTask) -> str:

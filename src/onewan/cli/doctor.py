@@ -6,14 +6,13 @@ their packages is broken.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onewan.cli.output import complain, say, write, write_file
+from onewan.cli.output import complain, say, write_file, write_json
 from onewan.doctor.diagnosis import Diagnosis
 from onewan.doctor.environment import Environment, environment_ahead
 from onewan.doctor.finding import Finding, without_names
@@ -61,7 +60,7 @@ def doctor(
 
         write_file(html, html_page(diagnosis, f"{run}: what will be trained"))
     if as_json:
-        write(json.dumps(diagnosis.as_data(), indent=2, ensure_ascii=False))
+        write_json(diagnosis.as_data())
     else:
         for line in diagnosis.lines():
             say(line)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict, deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from onewan.checkpoint.inspect import inspect
-from onewan.cli.output import say, write
+from onewan.cli.output import say, write_json
+from onewan.cli.runs import losses_text, validations_text
 from onewan.config.load import RESOLVED_NAME, load_run
 from onewan.config.schema import ResolvedRun
 from onewan.errors import CheckpointError
 from onewan.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, extension, probe
-from onewan.runs.event_file import read_events
 from onewan.runs.exports import best_weights, exported_weights
 from onewan.runs.layout import RunLayout
-
-_MEAN_OF = 10
-"""Steps of an expert whose losses are averaged: that of a single step says little."""
+from onewan.runs.status import MEAN_OF, read_status
 
 
 def inspect_path(path: Path, *, as_json: bool, show_all: bool) -> int:
@@ -30,7 +25,7 @@ def inspect_path(path: Path, *, as_json: bool, show_all: bool) -> int:
         return _print(path, "media", *_media(path), as_json=as_json)
     report = inspect(path)
     if as_json:
-        write(json.dumps(report.as_json(), indent=2))
+        write_json(report.as_json())
     elif report.kind == "unreadable":
         raise CheckpointError(f"{report.path}: {report.summary}")
     else:
@@ -41,7 +36,7 @@ def inspect_path(path: Path, *, as_json: bool, show_all: bool) -> int:
 
 def _print(path: Path, kind: str, summary: str, rows: Mapping[str, str], *, as_json: bool) -> int:
     if as_json:
-        write(json.dumps({"path": str(path), "kind": kind, "summary": summary, **rows}, indent=2))
+        write_json({"path": str(path), "kind": kind, "summary": summary, **rows})
         return 0
     say(f"{path}: {summary}")
     for label, text in rows.items():
@@ -66,38 +61,22 @@ def _media(path: Path) -> tuple[str, dict[str, str]]:
 
 def _run(folder: Path) -> tuple[str, dict[str, str]]:
     """(what the run trains, how far it is and how to go on)."""
-    config, layout = load_run(folder), RunLayout(folder)
-    losses: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_MEAN_OF))
-    validations: dict[str, dict[str, Any]] = {}
-    done, last = 0, None
-    for event in read_events(layout.events):
-        last = event
-        if event["event"] == "step":
-            done = event["step"]
-            if event["loss"] is not None:
-                losses[event["expert"]].append(event["loss"])
-        elif event["event"] == "validation":
-            validations[event["expert"]] = event
-    state = "not started" if last is None else f"last event: {last['event']}, {last['time']}"
-    means = (f"{name} {sum(values) / len(values):.4f}" for name, values in losses.items())
+    config, layout, status = load_run(folder), RunLayout(folder), read_status(folder)
+    losses = losses_text({name: expert.loss for name, expert in status.experts.items()})
+    reason = f": {status.reason}" if status.reason else ""
+    updated = "" if status.updated is None else f", {status.updated.astimezone():%Y-%m-%d %H:%M}"
     rows = {
-        "steps": f"{done} of {config.train.steps} ({state})",
-        "loss": f"{', '.join(means)} (mean of {_MEAN_OF} steps)" if losses else "none yet",
-        "validation": ", ".join(map(_validation, validations.values())),
+        "steps": f"{status.step} of {config.train.steps} ({status.state}{reason}{updated})",
+        "loss": f"{losses} (mean of {MEAN_OF} steps)" if losses else "none yet",
+        "validation": validations_text(
+            {name: expert.validation for name, expert in status.experts.items()}
+        ),
         "weights": _weights(config, layout),
-        "go on with": _next_command(config, layout, done),
+        "go on with": _next_command(config, layout, status.step),
         "use it": f"onewan sample {folder}",
     }
     summary = f"a run of {config.model.facts().title}, {config.method.kind}"
     return summary, {label: text for label, text in rows.items() if text}
-
-
-def _validation(event: Mapping[str, Any]) -> str:
-    loss, base = event["loss"], event["base"]
-    if loss is None:
-        return f"{event['expert']} not finite"
-    change = f", {100 * (loss / base - 1):+.1f} % against the base model" if base else ""
-    return f"{event['expert']} {loss:.4f} (step {event['step']}{change})"
 
 
 def _weights(config: ResolvedRun, layout: RunLayout) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -35,6 +36,11 @@ def write(document: str) -> None:
     """Print a document for a program or an editor, such as JSON or a run file, as it is."""
     with stdout() as file:
         file.write(document if document.endswith("\n") else f"{document}\n")
+
+
+def write_json(data: object) -> None:
+    """Print JSON data as one document, the only thing that a command prints with ``--json``."""
+    write(json.dumps(data, indent=2, ensure_ascii=False))
 
 
 def write_file(path: Path, document: str) -> None:

@@ -19,6 +19,7 @@ from onewan.cli.run_parsers import (
     add_memory_option,
     add_plan,
     add_requests,
+    add_runs,
     add_train,
 )
 from onewan.cli.sample_parser import add_sample
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         add_plan,
         add_cache,
         add_train,
+        add_runs,
         add_requests,
         add_sample,
         add_inspect,

@@ -5,7 +5,6 @@ Imports neither torch nor diffusers, so that it answers at once.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 from onewan.arithmetic.byte_sizes import format_bytes, parse_bytes
 from onewan.arithmetic.durations import format_duration
 from onewan.cli.importing import run_file_of
-from onewan.cli.output import say, write
+from onewan.cli.output import say, write_json
 from onewan.config.load import load_run
 from onewan.config.resolve import with_steps_of_epochs
 from onewan.config.schema import ResolvedRun
@@ -40,7 +39,7 @@ def plan(
     config = load_run(run_file_of(run), overrides)
     found = plan_of(config, vram, ram)
     if as_json:
-        write(json.dumps(found.as_data(), indent=2, ensure_ascii=False))
+        write_json(found.as_data())
     else:
         for line in _lines(config, found):
             say(line)

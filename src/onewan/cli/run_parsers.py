@@ -1,4 +1,5 @@
-"""The options of the commands doctor, cache, plan, train, stop, save and sample-now."""
+"""The options of the commands doctor, cache, plan, train, stop, save, sample-now and
+runs."""
 
 from __future__ import annotations
 
@@ -220,7 +221,12 @@ def add_requests(commands: Commands) -> None:
         ("sample-now", "let a running trainer generate its sample videos now"),
     ):
         parser = add_command(commands, name, summary, "Takes effect after\nthe current step.")
-        parser.add_argument("run", metavar="RUN", type=Path, help="the folder of the run")
+        parser.add_argument(
+            "run",
+            metavar="RUN",
+            type=Path,
+            help="the folder of the run, or its name if it is in runs",
+        )
 
         # `name` is a default argument, since a closure would see its value after the last loop.
         def run(options: argparse.Namespace, name: str = name) -> int:
@@ -229,3 +235,28 @@ def add_requests(commands: Commands) -> None:
             return send_request(options.run, name)
 
         parser.set_defaults(command=run)
+
+
+def add_runs(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "runs",
+        "list the runs of a folder: what they train, and where they stand",
+        "The run\nthat was active last comes first.",
+    )
+    parser.add_argument(
+        "folder",
+        metavar="DIR",
+        nargs="?",
+        type=Path,
+        default=Path("runs"),
+        help="a folder of runs (default: runs)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the runs as JSON")
+
+    def run(options: argparse.Namespace) -> int:
+        from onewan.cli.runs import list_runs
+
+        return list_runs(options.folder, as_json=options.json)
+
+    parser.set_defaults(command=run)

@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from io import FileIO
 from numbers import Integral, Real
@@ -20,7 +21,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
-from onewan.runs.events import HEARTBEAT_SECONDS, Event, Heartbeat
+from onewan.runs.events import HEARTBEAT_SECONDS, Event, Heartbeat, Started
+
+_BLOCK_BYTES = 1 << 18
+"""Bytes that are read at once from the end of a file."""
 
 
 class EventFile:
@@ -151,19 +155,51 @@ def read_events(
                 on_damage(number)
 
 
+def read_backwards(
+    path: Path, *parts: str, before: int | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The events in the file so far with the positions of their lines, the newest first; with
+    `parts` only those whose line contains one of them, such as ``"expert": "low"``, and with
+    `before`, a position, only those of earlier lines.
+
+    Only as much of the file is read as is consumed, and only the lines that are yielded are parsed,
+    so that the newest events of a long run are there at once.
+    """
+    wanted = [part.encode("ascii") for part in parts]
+    for start, block in _blocks_backwards(path, before):
+        if wanted and not any(part in block for part in wanted):
+            continue
+        end = start + len(block)
+        for line in reversed(block.split(b"\n")):
+            position, end = end - len(line), end - len(line) - 1
+            if wanted and not any(part in line for part in wanted):
+                continue
+            if (event := _parsed(line)) is not None:
+                yield position, event
+
+
 def last_event(path: Path) -> dict[str, Any] | None:
     """The newest event in the file; None if there is none. Reads only the end of the file."""
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        return None
-    # Longer than nearly any line; after that of a long data report, all of the file is read.
-    span = 1 << 16
-    for start in (max(0, size - span), 0):
-        events, _ = _read_from(path, start)
-        if events:
-            return events[-1]
-    return None
+    return next((event for _, event in read_backwards(path)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """The first and the last event of one process that trained a run."""
+
+    first: dict[str, Any]
+    last: dict[str, Any]
+
+
+def processes(path: Path) -> list[Process]:
+    """The processes that have trained the run, in their order."""
+    found: list[Process] = []
+    last = last_event(path)
+    for position, event in read_backwards(path, f'"event": "{Started.kind}"'):
+        if event.get("event") == Started.kind and last is not None:
+            found.append(Process(event, last))
+            last = next((event for _, event in read_backwards(path, before=position)), None)
+    return found[::-1]
 
 
 def follow(path: Path, stop: threading.Event, *, poll: float = 0.5) -> Iterator[dict[str, Any]]:
@@ -180,6 +216,32 @@ def follow(path: Path, stop: threading.Event, *, poll: float = 0.5) -> Iterator[
         if stopping:
             return
         stop.wait(poll)
+
+
+def _blocks_backwards(path: Path, end: int | None) -> Iterator[tuple[int, bytes]]:
+    """The complete lines before the position `end` (None: the file's end) in blocks, the newest
+    first, each with its position and without its last line break."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        start = file.seek(0, os.SEEK_END) if end is None else end
+        ended = False  # whether the line break after the newest complete line was found
+        rest = b""  # the end of a line that begins in an earlier block
+        while start > 0:
+            stop, start = start, max(0, start - _BLOCK_BYTES)
+            file.seek(start)
+            data = file.read(stop - start) + rest
+            if not ended:
+                data, line_break, _ = data.rpartition(b"\n")
+                ended = bool(line_break)
+            rest = data
+            if ended and start == 0:
+                yield 0, data
+            elif ended and (first := data.find(b"\n")) >= 0:
+                rest = data[:first]
+                yield start + first + 1, data[first + 1 :]
 
 
 def _open(path: Path) -> FileIO:
