@@ -54,6 +54,7 @@ let
     {
       version,
       dependencies,
+      extras,
       wheels,
     }:
     { stdenv, pyprojectWheelHook }:
@@ -67,7 +68,10 @@ let
         inherit version;
         src = fetchWheel (wheels.any or wheels.${system});
         dontStrip = true;
-        passthru.dependencies = withoutExtras dependencies;
+        passthru = {
+          inherit dependencies;
+          optional-dependencies = extras;
+        };
       }
       // correction
       // {

@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -134,40 +133,31 @@ def wheels_of(package: dict[str, Any]) -> dict[str, dict[str, str]]:
     }
 
 
-def dependencies_of(package: dict[str, Any]) -> Iterator[str]:
-    """Names of what `package` needs, without those of its extras."""
-    for needed in package.get("dependencies", []):
-        if "marker" in needed:
+def with_extras(needed: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Name -> extras of what a package needs, from entries of uv's lock file."""
+    wanted = dict[str, set[str]]()
+    for one in needed:
+        if "marker" in one:
             raise SystemExit(
-                f"{package['name']} needs {needed['name']} on some systems only "
-                f"({needed['marker']}), which nix/python.nix can't express yet"
+                f"{one['name']} is needed on some systems only ({one['marker']}), which "
+                "nix/python-packages.json can't say yet"
             )
-        yield needed["name"]
-
-
-def extras_of(package: dict[str, Any], wanted: set[tuple[str, str]]) -> Iterator[str]:
-    """Names of what those extras of `package` need that another package asks for."""
-    for extra, needed in package.get("optional-dependencies", {}).items():
-        if (package["name"], extra) in wanted:
-            yield from (one["name"] for one in needed)
+        wanted.setdefault(one["name"], set()).update(one.get("extra", ()))
+    return {name: sorted(extras) for name, extras in sorted(wanted.items())}
 
 
 def main() -> None:
-    packages = resolve()
-    wanted = {
-        (needed["name"], extra)
-        for package in packages
-        for needed in package.get("dependencies", [])
-        for extra in needed.get("extra", [])
-    }
-    entries = {
-        package["name"]: {
+    entries = dict[str, dict[str, Any]]()
+    for package in resolve():
+        entries[package["name"]] = {
             "version": package["version"],
-            "dependencies": sorted({*dependencies_of(package), *extras_of(package, wanted)}),
+            "dependencies": with_extras(package.get("dependencies", [])),
+            "extras": {
+                extra: with_extras(needed)
+                for extra, needed in package.get("optional-dependencies", {}).items()
+            },
             "wheels": wheels_of(package),
         }
-        for package in packages
-    }
     lock = {
         "python": ".".join(map(str, PYTHON)),
         "torch": sorted(OF_TORCH),

@@ -268,7 +268,9 @@ def test_the_locked_versions_are_those_that_ci_tests() -> None:
 def test_every_package_has_a_wheel_for_every_system_and_what_it_needs() -> None:
     for name, package in LOCK["packages"].items():
         assert package["wheels"].keys() in ({"any"}, ACCELERATORS.keys())
-        assert set(package["dependencies"]) <= LOCK["packages"].keys()
+        for needed in (package["dependencies"], *package["extras"].values()):
+            for other, extras in needed.items():
+                assert set(extras) <= LOCK["packages"][other]["extras"].keys()
         for wheel in package["wheels"].values():
             parsed, version, *_ = parse_wheel_filename(wheel["file"])
             assert (parsed, str(version)) == (name, package["version"])
