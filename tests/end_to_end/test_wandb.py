@@ -16,7 +16,7 @@ from onewan.errors import ConfigError
 from onewan.runs.events import Event, StepDone
 from onewan.train.trainer import WanTrainer
 
-pytest.importorskip("wandb", reason="needs the package wandb (pip install 'onewan[wandb]')")
+pytest.importorskip("wandb", reason="needs onewan[wandb]")
 
 
 @pytest.fixture(autouse=True)

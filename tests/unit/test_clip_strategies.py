@@ -192,7 +192,7 @@ def test_an_animated_image_has_changes_of_scene_too(tmp_path: Path) -> None:
     assert find_cuts(tmp_path / "still.webp") == ()
 
 
-needs_library = pytest.mark.skipif(find_spec("scenedetect") is None, reason="needs onewan[scenes]")
+needs_library = pytest.mark.skipif(find_spec("scenedetect") is None, reason="needs onewan[cuts]")
 
 
 @needs_library

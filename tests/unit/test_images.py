@@ -210,8 +210,8 @@ def test_heic_without_its_package_says_what_to_install(
         with pytest.raises(DataError) as caught:
             read(path)
         assert str(caught.value) == (
-            f"{path}: heic needs the package pillow-heif; install it with `pip install "
-            "onewan[heic]`, or convert the file to png"
+            f"{path}: heic needs the package pillow-heif; install it with "
+            '`pip install "onewan[heic]"`, or convert the file to png'
         )
 
 

@@ -339,7 +339,7 @@ def test_parquet_without_its_package_is_one_line(
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
     (problem,) = index(tmp_path / "t.parquet").problems
-    assert problem.reason == "reading parquet needs pyarrow; pip install 'onewan[tables]'"
+    assert problem.reason == 'reading parquet needs pyarrow; pip install "onewan[tables]"'
 
 
 def test_samples_of_data_juicer_divide_their_text_among_their_files(tmp_path: Path) -> None:

@@ -362,7 +362,7 @@ def _optimizer(request: StarterRequest) -> Iterator[str]:
     recipe = request.recipe
     yield "optimizer:"
     if request.method == "fine_tune":
-        yield "  name: adamw_8bit  # a quarter of AdamW's state; pip install onewan[optimizers]"
+        yield '  name: adamw_8bit  # a quarter of AdamW\'s state; pip install "onewan[lowbit]"'
         yield "  lr: 1e-5"
     elif request.method == "embedding":
         yield "  lr: 1e-3"

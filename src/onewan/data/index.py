@@ -163,13 +163,13 @@ def _planner_notes(planner: ClipPlanner) -> list[ClipWarning]:
     ]
     if planner.needs_cuts and cut_detector() != "PySceneDetect":
         texts.append(
-            f"changes of scene are those by {cut_detector()}; `pip install onewan[scenes]` adds "
+            f'changes of scene are those by {cut_detector()}; `pip install "onewan[cuts]"` adds '
             "PySceneDetect, which is used where it is installed"
         )
     elif planner.frame_strategy == "keyframe" and not planner.needs_cuts:
         texts.append(
             "clips begin at key frames of the codec, which need not be changes of scene; "
-            "`pip install onewan[scenes]` finds these"
+            '`pip install "onewan[cuts]"` finds these'
         )
     return [ClipWarning(path=None, text=text) for text in texts]
 

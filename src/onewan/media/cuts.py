@@ -1,6 +1,6 @@
 """Changes of scene in a video.
 
-By the content detector of PySceneDetect (BSD-3) if it is installed (`onewan[scenes]`), and else by
+By the content detector of PySceneDetect (BSD-3) if it is installed (`onewan[cuts]`), and else by
 the score of FFmpeg's `select` filter. Both get small frames from our own reader, since the times of
 the cuts have to be those at which clips are read: PySceneDetect's readers do not know edit lists,
 and count frames where a file's rate varies.

@@ -170,7 +170,7 @@ def _require_decoder(path: Path) -> None:
         except ImportError as error:
             raise DataError(
                 f"{path}: {kind} needs the package pillow-heif; install it with "
-                "`pip install onewan[heic]`, or convert the file to png"
+                '`pip install "onewan[heic]"`, or convert the file to png'
             ) from error
     elif kind == "avif" and not features.check("avif"):
         raise DataError(

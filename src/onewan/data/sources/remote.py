@@ -78,7 +78,7 @@ def protocol_problem(url: str) -> str | None:
         package = re.search(r"install (\S+)", str(error), re.IGNORECASE)
         what = f"pip install {package[1]}" if package else one_line(str(error))
         if urlsplit(url).scheme in ("http", "https"):
-            what = "pip install 'onewan[remote]'"
+            what = 'pip install "onewan[remote]"'
         return f"needs a package that is not installed; {what}"
     except ValueError:
         return f"has a protocol that is not known ({urlsplit(url).scheme})"

@@ -138,7 +138,7 @@ def _parquet_rows(file: Path) -> Rows:
         import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise DataError(
-            f"{file}: reading parquet needs pyarrow; pip install 'onewan[tables]'"
+            f'{file}: reading parquet needs pyarrow; pip install "onewan[tables]"'
         ) from None
     import pyarrow  # pyright: ignore[reportMissingImports]
 
