@@ -52,8 +52,8 @@ from onewan.arithmetic.flops import (
     training_flops,
 )
 from onewan.config.load import load_run
+from onewan.devices import resolve_device
 from onewan.errors import OnewanError
-from onewan.memory.device import resolve_device
 from onewan.memory.plan import Bucket, find_machine, make_plan, read_stored_model
 from onewan.train.run import Run
 from onewan.train.setup import WanModelSetup

@@ -30,10 +30,10 @@ from onewan.adapters.lora import adapter_parameters, attach_adapter
 from onewan.adapters.overlay import Overlay
 from onewan.config.method import LoraMethod
 from onewan.demo.tiny_model import write_tiny_model
+from onewan.devices import resolve_device
 from onewan.dtypes import torch_dtype
 from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.lora import WanShape
-from onewan.memory.device import resolve_device
 from onewan.model.load import WanModelLoader
 from onewan.model.wan import WanModel
 from onewan.sample.generate import SampleRequest, WanModelSampler

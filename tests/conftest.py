@@ -14,6 +14,13 @@ import pytest
 if TYPE_CHECKING:
     import torch
 
+# The same tests everywhere: accelerators of this machine are hidden, also from the processes that
+# tests start. `ONEWAN_DEVICE=auto` leaves them where they are.
+if "ONEWAN_DEVICE" not in os.environ:
+    os.environ["ONEWAN_DEVICE"] = "cpu"
+    os.environ |= dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "-1")
+    os.environ["ONEAPI_DEVICE_SELECTOR"] = "opencl:cpu"
+
 # Tiny models are faster on one thread, and tests run side by side. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -30,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def sim() -> Iterator[torch.device]:
+def sim(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """The simulated accelerator, with fresh statistics and without a limit.
 
     Tests that look for an accelerator do not find it: outside of the fixture it is not available.
@@ -39,6 +46,7 @@ def sim() -> Iterator[torch.device]:
     import simulated_gpu
     import torch
 
+    monkeypatch.delenv("ONEWAN_DEVICE", raising=False)
     module = torch.get_device_module("sim")
     module.empty_cache()
     module.reset_peak_memory_stats()

@@ -17,7 +17,7 @@ from torch import nn
 from onewan.config.load import load_run
 from onewan.demo.clips import write_clips
 from onewan.demo.tiny_model import write_tiny_model
-from onewan.memory.device import resolve_device
+from onewan.devices import resolve_device
 from onewan.memory.residency import DeviceResidency
 from onewan.model.load import WanModelLoader
 from onewan.sample.generate import SampleRequest, WanModelSampler

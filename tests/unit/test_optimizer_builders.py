@@ -299,7 +299,6 @@ def test_a_missing_package_says_how_to_install_it(
     assert f"install it with `pip install {package}`" in str(caught.value)
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without a GPU")
 def test_offload_needs_a_gpu() -> None:
     with pytest.raises(
         ConfigError, match="calls cuda or xpu, and here it finds no GPU; choose adamw"

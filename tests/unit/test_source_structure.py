@@ -95,6 +95,33 @@ def test_each_module_has_a_docstring() -> None:
     assert [name for name, tree in MODULES.items() if not ast.get_docstring(tree)] == []
 
 
+ASKING = {
+    *(f"torch.{name}" for name in ("accelerator", "cuda", "mps", "xpu", "get_device_module")),
+    *("torch.version.hip", "torch.backends.cuda", "torch.backends.mps"),
+}
+
+
+def asked_of_devices(tree: ast.Module) -> Iterator[str]:
+    """Where `tree` asks PyTorch about devices, or decides by the type of one."""
+    last = {name.rpartition(".")[2] for name in ASKING}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in last:
+            if (name := ast.unparse(node)) in ASKING:
+                yield name
+        elif isinstance(node, ast.Compare) and isinstance(node.left, ast.Attribute):
+            constants = (ast.Constant, ast.Set, ast.Tuple)
+            if node.left.attr == "type" and isinstance(node.comparators[0], constants):
+                yield ast.unparse(node)
+        elif isinstance(node, ast.keyword) and node.arg == "non_blocking":
+            yield "non_blocking"
+
+
+def test_only_one_module_asks_about_devices() -> None:
+    asking = {name: [*asked_of_devices(tree)] for name, tree in MODULES.items()}
+    assert len(asking.pop("onewan.devices")) > 10
+    assert {name: found for name, found in asking.items() if found} == {}
+
+
 def test_find_cycle_finds_a_cycle_and_accepts_a_diamond() -> None:
     assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert find_cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []

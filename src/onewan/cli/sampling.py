@@ -36,10 +36,11 @@ from onewan.cli.sample_videos import (
     video_paths,
 )
 from onewan.config.schema import PromptSection
+from onewan.devices import resolve_device
 from onewan.dtypes import torch_dtype
 from onewan.errors import ConfigError, MemoryPlanError
 from onewan.formats.lora_files import AdapterFile, read_adapters
-from onewan.memory.device import limit_memory, resolve_device
+from onewan.memory.device import limit_memory
 from onewan.model.embedding import WanModelEmbedding
 from onewan.model.load import WanModelLoader, describe_model
 from onewan.model.sources import ENCODERS, PipelineComponent, locate

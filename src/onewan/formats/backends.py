@@ -271,7 +271,7 @@ def _has_its_own_values(tensor: Tensor) -> bool:
     make terabytes of one value."""
     import torch
 
-    plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
+    plain = tensor.layout is torch.strided and tensor.is_cpu
     return plain and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 

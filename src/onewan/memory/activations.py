@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from onewan.memory.copy_queue import Event, copy_async, copy_queue
+from onewan.devices import copy_
+from onewan.memory.copy_queue import Event, copy_queue
 
 DEPTH = 1
 """Blocks whose tensors are still on the device while they are copied to host memory."""
@@ -81,7 +82,7 @@ class KeptActivations:
         with queue.copying_out():
             for buffer, tensor in zip(buffers, tensors, strict=True):
                 if buffer is not None:
-                    copy_async(buffer, tensor)
+                    copy_(buffer, tensor)
                     self.bytes_to_host += tensor.nbytes
         queue.copied_out(written)
         self._kept[key] = _Kept([*tensors], buffers, written)
@@ -106,7 +107,7 @@ class KeptActivations:
             for n in missing:
                 tensor, buffer = kept.tensors[n], kept.buffers[n]
                 assert tensor is not None and buffer is not None
-                copy_async(tensor, buffer)
+                copy_(tensor, buffer)
                 self.bytes_to_device += tensor.nbytes
         queue.copied_in(arrived)
         kept.arrived, kept.is_back = arrived, True

@@ -24,8 +24,8 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils.checkpoint import get_device_states, set_device_states
 
+from onewan.devices import generator_state, set_generator_state
 from onewan.model.attention_backends import AttentionBackend, attend, default_backend
 from onewan.model.block_parts import BlockInputs, BlockParts, Heads, Modulation, within_frames
 
@@ -54,7 +54,7 @@ class RandomStates:
     def __init__(self, device: torch.device, *, enabled: bool) -> None:
         self._device = device
         self._enabled = enabled
-        self._states: dict[str, tuple[Tensor, list[int], list[Tensor]]] = {}
+        self._states: dict[str, tuple[Tensor, Tensor | None]] = {}
 
     def mark(self, part: str) -> None:
         """`part` is computed next."""
@@ -75,18 +75,14 @@ class RandomStates:
             _set_generator_states(self._device, present)
 
 
-def _generator_states(device: torch.device) -> tuple[Tensor, list[int], list[Tensor]]:
-    if device.type == "cpu":
-        return torch.get_rng_state(), [], []
-    return torch.get_rng_state(), *get_device_states(torch.empty(0, device=device))
+def _generator_states(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Of the host's generator, and of the device's own."""
+    return torch.get_rng_state(), generator_state(device)
 
 
-def _set_generator_states(
-    device: torch.device, states: tuple[Tensor, list[int], list[Tensor]]
-) -> None:
+def _set_generator_states(device: torch.device, states: tuple[Tensor, Tensor | None]) -> None:
     torch.set_rng_state(states[0])
-    if states[1]:
-        set_device_states(states[1], states[2], device_type=device.type)
+    set_generator_state(device, states[1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from onewan.devices import copy_
 from onewan.memory.block_weights import BlockInHostMemory
-from onewan.memory.copy_queue import Event, InOrderQueue, copy_async
+from onewan.memory.copy_queue import Event, InOrderQueue
 from onewan.memory.host_memory import HostMemory
 
 PIECE_SIZE = 64 << 20
@@ -74,7 +75,7 @@ class DirectCopier:
             self._queue.copy_in_after(block.stored)
         with self._queue.copying_in():
             for offset, source in block.sources:
-                copy_async(target[offset : offset + source.numel()], source)
+                copy_(target[offset : offset + source.numel()], source)
         self._queue.copied_in(ready)
         return _QUEUED
 
@@ -82,7 +83,7 @@ class DirectCopier:
         ((_, master),) = block.sources
         self._queue.copy_out_after(free)
         with self._queue.copying_out():
-            copy_async(master, source)
+            copy_(master, source)
         self._queue.copied_out(block.stored)
         return _QUEUED
 
@@ -180,7 +181,7 @@ class StagedCopier:
             piece = self._free_piece()
             _gather(block.sources, start, stop, piece.memory)
             with self._queue.copying_in():
-                copy_async(target[start:stop], piece.memory[: stop - start])
+                copy_(target[start:stop], piece.memory[: stop - start])
             self._queue.copied_in(piece.copied)
         self._queue.copied_in(ready)
 
@@ -194,7 +195,7 @@ class StagedCopier:
             stop = min(start + PIECE_SIZE, source.numel())
             piece = self._free_piece()
             with self._queue.copying_out():
-                copy_async(piece.memory[: stop - start], source[start:stop])
+                copy_(piece.memory[: stop - start], source[start:stop])
             self._queue.copied_out(piece.copied)
             arriving.append((piece, start, stop))
         self._queue.copied_out(block.stored)

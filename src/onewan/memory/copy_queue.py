@@ -1,8 +1,8 @@
 """Copies between host memory and a device, beside the computations on it.
 
 `StreamQueue` has private streams, and events that order them with the stream of the computations.
-Where there are no streams (on the CPU, under `FakeTensorMode`) `InOrderQueue` copies at once. The
-waits are methods of their own, so that a test can remove each of them.
+Where there are no streams (on the CPU, on MPS, under `FakeTensorMode`) `InOrderQueue` copies at
+once. The waits are methods of their own, so that a test can remove each of them.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from onewan.devices import current_stream, has_streams, new_event, new_stream, on_stream
 from onewan.memory.host_memory import is_without_copies
 
 Event = Any
@@ -53,11 +53,11 @@ class InOrderQueue:
         """Wait, here on the host, for `event`."""
 
     def copying_in(self) -> AbstractContextManager[Any]:
-        """The context, per thread, in which `Tensor.copy_` is a copy to the device."""
+        """The context, per thread, in which `onewan.devices.copy_` is a copy to the device."""
         return nullcontext()
 
     def copying_out(self) -> AbstractContextManager[Any]:
-        """The context, per thread, in which `Tensor.copy_` is a copy to the host."""
+        """The context, per thread, in which `onewan.devices.copy_` is a copy to the host."""
         return nullcontext()
 
 
@@ -68,15 +68,14 @@ class StreamQueue(InOrderQueue):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._module = torch.get_device_module(device)
-        self._in = self._module.Stream(device)
-        self._out = self._module.Stream(device)
+        self._in = new_stream(device)
+        self._out = new_stream(device)
 
     def event(self) -> Event:
-        return self._module.Event()
+        return new_event(self.device)
 
     def computed(self, event: Event) -> None:
-        event.record(self._module.current_stream(self.device))
+        event.record(current_stream(self.device))
 
     def copied_in(self, event: Event) -> None:
         event.record(self._in)
@@ -91,23 +90,19 @@ class StreamQueue(InOrderQueue):
         self._out.wait_event(event)
 
     def compute_after(self, event: Event) -> None:
-        self._module.current_stream(self.device).wait_event(event)
+        current_stream(self.device).wait_event(event)
 
     def host_after(self, event: Event) -> None:
         event.synchronize()
 
     def copying_in(self) -> AbstractContextManager[Any]:
-        return self._module.stream(self._in)
+        return on_stream(self.device, self._in)
 
     def copying_out(self) -> AbstractContextManager[Any]:
-        return self._module.stream(self._out)
+        return on_stream(self.device, self._out)
 
 
 def copy_queue(device: torch.device) -> InOrderQueue:
     """The queue for `device`: one per run, since its streams are meant to live that long."""
-    return InOrderQueue(device) if is_without_copies(device) else StreamQueue(device)
-
-
-def copy_async(target: Tensor, source: Tensor) -> None:
-    """Copy without waiting; asynchronous if the host's side is pinned."""
-    target.copy_(source, non_blocking=True)
+    has_queue = has_streams(device) and not is_without_copies(device)
+    return StreamQueue(device) if has_queue else InOrderQueue(device)

@@ -13,8 +13,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from onewan.devices import copy_, current_stream, has_streams
 from onewan.memory.host_memory import HostMemory
-from onewan.model.inputs import has_stream
 
 _GATHERED = 64 << 20
 """Bytes of small tensors that are gathered on the device to be copied at once: many enough for the
@@ -32,9 +32,8 @@ class QueuedCopies:
 
     def record(self, device: torch.device) -> None:
         """Take in the copies that have been queued on the current stream of `device` so far."""
-        if has_stream(device):
-            module = torch.get_device_module(device)
-            self._behind = module.current_stream(device).record_event()
+        if has_streams(device):
+            self._behind = current_stream(device).record_event()
 
     @property
     def are_done(self) -> bool:
@@ -79,7 +78,7 @@ class HostCopies(Generic[Key]):
     def load(self, targets: Mapping[Key, Tensor]) -> None:
         """Queue copies of what was stored under the same keys into `targets`."""
         for key, target in targets.items():
-            target.copy_(self._places[key], non_blocking=True)
+            copy_(target, self._places[key])
         self._record(targets)
 
     def reserve(self, tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
@@ -138,12 +137,12 @@ class HostCopies(Generic[Key]):
     def _copy(self, keys: list[Key], tensors: Mapping[Key, Tensor]) -> None:
         first = self._places[keys[0]]
         if len(keys) == 1:
-            first.copy_(tensors[keys[0]].detach(), non_blocking=True)
+            copy_(first, tensors[keys[0]].detach())
             return
         count = sum(tensors[key].numel() for key in keys)
         flat = first.as_strided((count,), (1,), first.storage_offset())
         gathered = torch.cat([tensors[key].detach().reshape(-1) for key in keys])
-        flat.copy_(gathered, non_blocking=True)
+        copy_(flat, gathered)
 
 
 def _strides_of_copy(tensor: Tensor) -> tuple[int, ...]:

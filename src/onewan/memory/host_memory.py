@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from onewan.devices import can_pin, has_streams, is_accelerator, page_runtime
 from onewan.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -60,8 +61,11 @@ class HostMemory:
         self._device = device
         self._required = pinned is True
         self._notify = notify
-        # On the CPU there is nothing to copy to, and fake tensors have no memory.
-        self._wanted = pinned is not False and not is_without_copies(device)
+        # On the CPU there is nothing to copy to, and fake tensors have no memory. Without streams
+        # no copy runs beside a computation, and PyTorch pins nothing, which is only said if pinned
+        # memory is required.
+        can_gain = has_streams(device) or self._required
+        self._wanted = pinned is not False and can_gain and not is_without_copies(device)
         self._pages = pages
         self._probed = False
 
@@ -84,7 +88,7 @@ class HostMemory:
     def allocate_staging(self, size: int) -> HostBuffer:
         """A small buffer through which unpinned memory is copied: pinned, if that works, whatever
         was asked for the weights."""
-        if is_without_copies(self._device):
+        if is_without_copies(self._device) or not has_streams(self._device):
             return HostBuffer(_unpinned(size), is_pinned=False)
         try:
             return HostBuffer(self._pinned(size), is_pinned=True)
@@ -97,13 +101,12 @@ class HostMemory:
 
     def _pinned(self, size: int) -> Tensor:
         """A pinned uint8 tensor of `size` bytes; RuntimeError or OSError if that fails."""
-        if self._device.type == "cuda" or self._pages is not None:
-            if self._pages is None:
-                self._pages = DriverPages(self._device)
+        if self._pages is None and (runtime := page_runtime(self._device)) is not None:
+            self._pages = DriverPages(self._device, runtime)
+        if self._pages is not None:
             return _locked(size, self._pages)
-        current = torch.accelerator.current_accelerator()
-        if current is None or current.type != self._device.type:
-            raise RuntimeError(f"PyTorch pins memory for {current}, not for {self._device.type}")
+        if not can_pin(self._device):
+            raise RuntimeError(f"PyTorch pins no memory for copies to {self._device}")
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
     def _give_up(self, size: int, error: Exception) -> None:
@@ -137,11 +140,10 @@ class PageLocker(Protocol):
 class DriverPages:
     """The driver of CUDA or ROCm, which PyTorch calls cudart for both."""
 
-    def __init__(self, device: torch.device, runtime: Any = None) -> None:
-        """`runtime` has the functions of the CUDA runtime; by default, PyTorch's."""
+    def __init__(self, device: torch.device, runtime: Any) -> None:
+        """`runtime` has the functions of the CUDA runtime (`onewan.devices.page_runtime`)."""
         self._device = device
-        torch.empty(0, device=device)  # initializes the device, which registering needs
-        self._runtime: Any = torch.cuda.cudart() if runtime is None else runtime
+        self._runtime = runtime
 
     def lock(self, address: int, size: int) -> None:
         code = self._runtime.cudaHostRegister(address, size, _PORTABLE)
@@ -164,9 +166,8 @@ class DriverPages:
 def is_without_copies(device: torch.device) -> bool:
     """Whether tensors on `device` are host memory, or have no memory: on the CPU, on the meta
     device, and under `FakeTensorMode`."""
-    if device.type in {"cpu", "meta"}:
-        return True
-    return isinstance(torch.empty(0), FakeTensor)  # fake only while a mode is active
+    # Tensors are fake only while a mode is active.
+    return not is_accelerator(device) or isinstance(torch.empty(0), FakeTensor)
 
 
 def _unpinned(size: int) -> Tensor:

@@ -18,10 +18,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from onewan.devices import HOST
 from onewan.memory.host_copies import QueuedCopies
 from onewan.memory.tensor_moves import TensorMoves
-
-_HOST = torch.device("cpu")
 
 
 class Residency(Protocol):
@@ -92,7 +91,7 @@ class WholeModule:
         self._is_ready = all(current == device for current in found)
         # The device that the module came from: on a machine with several devices not always the
         # CPU.
-        self._away = next((current for current in found if current != device), _HOST)
+        self._away = next((current for current in found if current != device), HOST)
         self._is_at_home = self._away == device
 
     @property
@@ -200,7 +199,7 @@ class DeviceResidency:
             self._placement(module).leave(trained=trained)
             if trained:
                 for companion in self._companions.get(module, ()):
-                    companion.to(_HOST)
+                    companion.to(HOST)
         finally:  # a move that failed has queued some of the copies
             self._leaving.record(self._device)
 
@@ -230,7 +229,7 @@ class DeviceResidency:
             for module in idle:
                 self._leave(module, trained=True)
             for companion in companions:
-                companion.to(_HOST)
+                companion.to(HOST)
             yield bring
         finally:
             # `is_ready` is not consulted: an interrupted move leaves a module on two devices.
@@ -251,4 +250,4 @@ class DeviceResidency:
 def device_in_use(modules: Iterable[nn.Module]) -> torch.device:
     """The first device other than the CPU that holds weights of `modules`, else the CPU."""
     devices = (weight.device for module in modules for weight in module.parameters())
-    return next((device for device in devices if device != _HOST), _HOST)
+    return next((device for device in devices if device != HOST), HOST)

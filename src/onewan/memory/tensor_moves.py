@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from onewan.devices import HOST, moved
 from onewan.memory.host_copies import HostCopies
-
-_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +43,11 @@ class TensorMoves:
             if tensor.device == self._device:
                 continue
             before = tensor.data
-            _put(tensor, before.to(self._device, non_blocking=True))
+            _put(tensor, moved(before, self._device))
             if not tensor.requires_grad:
                 self._originals[name] = _Original(before, tensor.data, tensor._version)
 
-    def leave(self, tensors: Mapping[str, Tensor], to: torch.device = _HOST) -> None:
+    def leave(self, tensors: Mapping[str, Tensor], to: torch.device = HOST) -> None:
         """Put `tensors` in host memory, or on another device. Repeatable."""
         changed: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
@@ -57,7 +56,7 @@ class TensorMoves:
             original = self._originals.pop(name, None)
             if original is not None and _is_copy(tensor, original):
                 _put(tensor, original.in_host_memory)
-            elif to == _HOST:
+            elif to == HOST:
                 changed[name] = tensor
             else:
                 _put(tensor, tensor.data.to(to))

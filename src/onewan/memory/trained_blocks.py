@@ -17,10 +17,11 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from onewan.devices import copy_
 from onewan.errors import TrainingError
 from onewan.memory.block_weights import BlockInHostMemory, BlockWeights, FlatLayout
 from onewan.memory.copiers import Copier, Load
-from onewan.memory.copy_queue import InOrderQueue, copy_async
+from onewan.memory.copy_queue import InOrderQueue
 from onewan.memory.device_buffer import DeviceBuffer
 from onewan.memory.host_memory import HostMemory
 from onewan.memory.passes import Pass
@@ -168,7 +169,7 @@ class TrainedBlocks:
         self._queue.copy_out_after(event)
         with self._queue.copying_out():
             for view, tensor in zip(views, tensors, strict=True):
-                copy_async(view, tensor)
+                copy_(view, tensor)
         self._queue.copied_out(event)
         # What is freed now is reused in the order of the computing stream.
         self._queue.compute_after(event)

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from onewan.devices import is_host
 from onewan.errors import ConfigError
 from onewan.model.attention_packages import FlashAttention2, FlashAttention3, Xformers
 
@@ -73,7 +74,7 @@ class _Flash:
 
     @torch.no_grad()
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Saved]:
-        if q.device.type == "cpu":
+        if is_host(q.device):
             out, logsumexp = _aten._scaled_dot_product_flash_attention_for_cpu(
                 *_heads_first(q, k, v)
             )
@@ -89,7 +90,7 @@ class _Flash:
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved
     ) -> Gradients:
-        if q.device.type == "cpu":
+        if is_host(q.device):
             grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *_heads_first(grad, q, k, v, out), saved[0], 0.0, False
             )

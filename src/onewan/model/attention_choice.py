@@ -14,20 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from onewan.devices import empty_cache, fused_attention, synchronize
 from onewan.errors import ConfigError
 from onewan.formats.untrusted import first_line
 from onewan.model.attention_backends import AttentionBackend, attention_backend, default_backend
-
-_FUSED = (
-    "flash",
-    "efficient",
-    "cudnn",
-    "overrideable",
-    "flash_attn",
-    "flash_attn_3",
-    "xformers",
-)
-"""Not `math`, whose scores of all pairs of tokens need more memory than the rest of a step."""
 
 _KERNEL_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError)
 """What a backend raises that has no kernel for the device, the dtype or the shapes (RuntimeError,
@@ -84,7 +74,7 @@ def fastest_backend(device: torch.device, dtype: torch.dtype, shape: AttentionSh
     default = default_backend(device, dtype, shape.head_dim, shape.tokens)
     unusable = dict[str, str]()
     usable = dict[str, AttentionBackend]()
-    for name in dict.fromkeys((default.name, *_FUSED)):
+    for name in dict.fromkeys((default.name, *fused_attention(device))):
         try:
             backend = attention_backend(name)
         except ConfigError:
@@ -96,8 +86,7 @@ def fastest_backend(device: torch.device, dtype: torch.dtype, shape: AttentionSh
     if len(usable) < 2:
         return Measured(backend=default, unusable=unusable)
     milliseconds, failed = measure(usable, device, dtype, shape)
-    if device.type != "cpu":  # the CPU has no cache of freed memory
-        torch.get_device_module(device).empty_cache()
+    empty_cache(device)
     return Measured(
         backend=usable[_fastest(milliseconds, default.name)],
         milliseconds=milliseconds,
@@ -157,14 +146,13 @@ def measure(
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
     """The shortest time of several calls, the device's work included."""
-    synchronize = torch.get_device_module(device).synchronize
-    synchronize()
+    synchronize(device)
     times = list[float]()
     end = time.perf_counter() + _SECONDS
     while len(times) < 3 or (time.perf_counter() < end and len(times) < 50):
         begin = time.perf_counter()
         run()
-        synchronize()
+        synchronize(device)
         times.append(time.perf_counter() - begin)
     return min(times)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onewan.devices import is_host
 from onewan.dtypes import WeightStorage, dtype_name, from_safetensors_name
 from onewan.errors import CheckpointError
 from onewan.formats.configs import ComponentKind
@@ -100,7 +101,7 @@ class WeightLoader:
             if self._form_in_file(name) is None:
                 self._not_kept[entry.info.dtype] += 1
                 return None
-            in_file = self._in_file(name, keep_mapped=self._device.type == "cpu")
+            in_file = self._in_file(name, keep_mapped=is_host(self._device))
             return entry.info.dtype, _moved(in_file, self._device)
         if form is None:
             return None
@@ -125,7 +126,7 @@ class WeightLoader:
             return self._expanded(name, dtype).to(self._device)
         # A weight that is converted or moved is copied, so its mapping is released at once.
         is_final = from_safetensors_name(entry.info.dtype) == dtype
-        keep_mapped = is_final and self._device.type == "cpu"
+        keep_mapped = is_final and is_host(self._device)
         return self._weights.read(name, dtype, keep_mapped=keep_mapped).to(self._device)
 
     def _expanded(self, name: str, dtype: torch.dtype) -> Tensor:

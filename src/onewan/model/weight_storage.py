@@ -31,6 +31,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
+from onewan.devices import is_host
 from onewan.dtypes import FP8, from_safetensors_name
 from onewan.formats.finite import all_finite
 from onewan.model.gguf_forms import DECODERS, DECODERS_WITH_LEVELS, IQ4_LEVELS
@@ -170,7 +171,7 @@ def levels_of(form: str) -> Tensor | None:
 def _groups_of_rows(rows: int, columns: int, device: torch.device) -> Sequence[slice]:
     # No block of `nf4` lies in two groups.
     unit = NF4_BLOCK // gcd(NF4_BLOCK, columns)
-    size = GROUP_ON_CPU if device.type == "cpu" else GROUP
+    size = GROUP_ON_CPU if is_host(device) else GROUP
     step = max(1, size // columns // unit) * unit
     return [slice(start, start + step) for start in range(0, rows, step)]
 

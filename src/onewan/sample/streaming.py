@@ -11,7 +11,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from onewan.memory.device import total_and_free_memory
+from onewan.devices import is_host, total_and_free_memory
 from onewan.memory.execution import BlockExecution
 from onewan.memory.plan import Settings
 from onewan.memory.residency import DeviceResidency
@@ -33,7 +33,7 @@ def sampling_residency(
     share holds; the others come from host memory while the blocks before them compute.
     """
     residency = DeviceResidency(device)
-    if device.type == "cpu":
+    if is_host(device):
         return residency
     _, free = total_and_free_memory(device)
     if free is not None and limit is not None:

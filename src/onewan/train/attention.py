@@ -10,6 +10,7 @@ import torch
 
 from onewan.config.schema import ResolvedRun
 from onewan.data.clip import Clip
+from onewan.devices import is_host
 from onewan.dtypes import torch_dtype
 from onewan.errors import ConfigError
 from onewan.model.attention_backends import AttentionBackend, attention_backend, default_backend
@@ -52,7 +53,7 @@ def choose_attention(run: Run) -> AttentionChosen:
         chosen = Measured(backend=attention_backend(setting))
     elif kept is not None:
         chosen = Measured(backend=attention_backend(kept.backend))
-    elif run.device.type == "cpu":
+    elif is_host(run.device):
         chosen = Measured(backend=_default(run))
     else:
         dtype = torch_dtype(run.config.model.dtype)

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from onewan.devices import is_accelerator, is_host, moved
 from onewan.memory.host_copies import HostCopies
-from onewan.model.inputs import has_stream
 
 _POLL_SECONDS = 0.002
 
@@ -69,7 +69,7 @@ class Ema:
         """
         decay = min(self._decay, (1 + num_updates) / (10 + num_updates))
         self._finish()
-        if self._offload and any(has_stream(p.device) for p in self._parameters.values()):
+        if self._offload and any(is_accelerator(p.device) for p in self._parameters.values()):
             weights = self._copies.store(self._parameters)
             self._update = self._thread.submit(self._follow_copies, weights, decay)
         else:
@@ -116,7 +116,7 @@ class Ema:
 
         The number of updates is not part of it; the caller passes it to `update`.
         """
-        on_device = {n: a for n, a in self.averages.items() if has_stream(a.device)}
+        on_device = {n: a for n, a in self.averages.items() if is_accelerator(a.device)}
         found = {**self._averages, **self._parked.store(on_device)}
         self._parked.wait()
         return {name: average.to("cpu", copy=True) for name, average in found.items()}
@@ -144,19 +144,18 @@ class Ema:
         be under way when it returns (`onewan.memory.residency.Companion`)."""
         if self._offload:
             return
-        if device.type == "cpu":
-            on_device = {n: a for n, a in self._averages.items() if has_stream(a.device)}
+        if is_host(device):
+            on_device = {n: a for n, a in self._averages.items() if is_accelerator(a.device)}
             self._averages |= self._parked.store(on_device)
         else:
             self._averages = {
-                name: average.to(device, non_blocking=True)
-                for name, average in self._averages.items()
+                name: moved(average, device) for name, average in self._averages.items()
             }
 
     @torch.no_grad()
     def _apply(self) -> None:
         """Copy the averages into the parameters."""
-        on_device = {n: p for n, p in self._parameters.items() if has_stream(p.device)}
+        on_device = {n: p for n, p in self._parameters.items() if is_accelerator(p.device)}
         if self._offload:
             # Through pinned memory, and rounded in host memory: the device has no room for both.
             self._copies.wait()

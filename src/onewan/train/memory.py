@@ -18,9 +18,15 @@ from torch import Tensor
 from onewan.config.schema import ResolvedRun
 from onewan.data.clip import Clip
 from onewan.data.loader import Batch
+from onewan.devices import (
+    device_memory,
+    device_name,
+    is_host,
+    reserved_memory,
+    total_and_free_memory,
+)
 from onewan.memory.block_backward import BlockComputation
 from onewan.memory.block_weights import BlockTraining
-from onewan.memory.device import device_name, total_and_free_memory
 from onewan.memory.execution import BlockExecution, CopiedBytes
 from onewan.memory.host_memory import HostMemory
 from onewan.memory.plan import (
@@ -204,7 +210,7 @@ def plan_run(
 
     MemoryPlanError, which says by how much and what would help, if the run can't fit.
     """
-    if device.type == "cpu":
+    if is_host(device):
         return None
     buckets = Counter(map(bucket_of, clips))
     machine, stored = machine_with(config, device), read_stored_model(config)
@@ -244,8 +250,8 @@ def machine_with(config: ResolvedRun, device: torch.device) -> Machine:
     if total is None or free is None:
         return limited(find_machine(), config)
     # Of what PyTorch holds, the run can use what no tensor has; at this moment it has none itself.
-    module = torch.get_device_module(device)
-    unused = module.memory_reserved(device) - module.memory_allocated(device)
+    allocated, _ = device_memory(device)
+    unused = (reserved_memory(device) or 0) - (allocated or 0)
     machine = machine_of(device_name(device), total)
     return limited(replace(machine, context=max(0, total - free - unused)), config)
 

@@ -17,11 +17,11 @@ from onewan.data.dataset import Dataset, prepare
 from onewan.data.encode import ProgressCallback, no_progress
 from onewan.data.expert_clips import batches_per_epoch, check_timesteps, clips_by_expert
 from onewan.data.loader import WanDataLoader
+from onewan.devices import HOST, resolve_device
 from onewan.dtypes import torch_dtype
 from onewan.errors import ConfigError
 from onewan.formats.lora_files import AdapterFile
 from onewan.formats.model_folder import ComponentName
-from onewan.memory.device import resolve_device
 from onewan.memory.plan import Plan
 from onewan.memory.residency import DeviceResidency
 from onewan.model.conditioning import conditioning_of
@@ -46,8 +46,6 @@ from onewan.train.trainable_setup import (
     mentions_any,
 )
 from onewan.variants import ExpertName
-
-_HOST = torch.device("cpu")
 
 
 class WanModelSetup:
@@ -252,7 +250,7 @@ class WanModelSetup:
             components |= {"text_encoder", "tokenizer"}
         if needs_sampling:
             components |= {"scheduler"} if vae is not None else {"scheduler", "vae"}
-        model = self._load(_HOST, components)
+        model = self._load(HOST, components)
         if vae is not None:
             model.vae = vae
         return model

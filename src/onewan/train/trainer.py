@@ -20,18 +20,12 @@ from onewan.config.load import dump_run
 from onewan.config.schema import ResolvedRun
 from onewan.data.clip import count_clips
 from onewan.data.loader import StepBatches
+from onewan.devices import device_memory, reset_peak, resolve_device
 from onewan.dtypes import torch_dtype
 from onewan.errors import CheckpointError, DataError, Interrupted, OnewanError
 from onewan.files import remove_abandoned, replacing
 from onewan.locks import locked, remove_abandoned_locks
-from onewan.memory.device import (
-    device_memory,
-    empty_cache_near,
-    limit_memory,
-    matrix_product_rate,
-    reset_peak,
-    resolve_device,
-)
+from onewan.memory.device import empty_cache_near, limit_memory, matrix_product_rate
 from onewan.memory.execution import CopiedBytes
 from onewan.runs import events
 from onewan.runs.control import REQUESTS, Request, StopSignals, clear, pending, take, unknown

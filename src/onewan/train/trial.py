@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from onewan.data.clip import Clip
 from onewan.data.expert_clips import clips_of
 from onewan.data.loader import StepBatches
-from onewan.memory.device import device_memory, reset_peak
+from onewan.devices import device_memory, reset_peak
 from onewan.memory.plan import Bucket
 from onewan.runs.events import MemoryMeasured
 from onewan.train.run import Run

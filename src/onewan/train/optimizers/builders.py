@@ -31,6 +31,7 @@ from onewan.config.optimizer import (
     ProdigyPlusOptimizer,
     SgdOptimizer,
 )
+from onewan.devices import accelerator
 from onewan.errors import ConfigError
 from onewan.train.optimizers.custom import build_custom, custom_class
 from onewan.train.optimizers.muon import MuonWithAdamW
@@ -235,7 +236,7 @@ def _adamw_low_bit(groups: Groups, choice: AdamWLowBitOptimizer) -> torch.optim.
 
 def _adamw_cpu_offload(groups: Groups, choice: AdamWOptimizer) -> torch.optim.Optimizer:
     library = _package(choice.name, "torchao.optim", "torchao")
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    found = accelerator()
     if found is None or found.type not in _TORCHAO_OFFLOADS_FROM:
         message = (
             "optimizer.name: 'adamw_cpu_offload' moves gradients to the CPU from a GPU that "

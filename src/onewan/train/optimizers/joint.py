@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from onewan.config.optimizer import Optimizer
+from onewan.devices import copy_
 from onewan.train.optimizers.library import (
     LibraryOptimizer,
     StateAfterAStep,
@@ -76,7 +77,7 @@ class JointOptimizer:
             with torch.no_grad():
                 averages = self._library.averages(tensors, [t.dtype for t in tensors])
                 for parameter, average in zip(tensors, averages, strict=True):
-                    parameter.copy_(average, non_blocking=True)
+                    copy_(parameter, average)
             yield
 
     def to(self, device: torch.device) -> None:

@@ -21,6 +21,7 @@ from onewan.config.optimizer import (
     CustomOptimizer,
     Optimizer,
 )
+from onewan.devices import is_host, moved, synchronize
 from onewan.memory.host_copies import HostCopies
 from onewan.train.optimizers.builders import Groups, build_optimizer, is_schedule_free
 
@@ -110,7 +111,7 @@ class _PagedOptimizer(LibraryOptimizer):
         self, device: torch.device, group: dict[str, Any], key: str, value: Any, *, copy: bool
     ) -> Any:
         is_loaded_moment = key in {"state1", "state2"} and not is_paged(value)
-        if device.type == "cpu" or not is_loaded_moment:
+        if is_host(device) or not is_loaded_moment:
             return super().state_entry_on(device, group, key, value, copy=copy)
         optimizer: Any = self.optimizer
         # The library reads shape and device alone, so the argument needs no memory of that size.
@@ -130,7 +131,7 @@ class _OffloadedOptimizer(LibraryOptimizer):
         copies = {p: c for p, c in self._host_copies().items() if p.grad is not None}
         for device in {parameter.device for parameter in copies}:
             # The hooks' copies may be under way.
-            torch.get_device_module(device).synchronize(device)
+            synchronize(device)
         for parameter, host_copy in copies.items():
             assert parameter.grad is not None and host_copy.grad is not None
             host_copy.grad.copy_(parameter.grad)
@@ -229,11 +230,13 @@ def on_device(value: Any, device: torch.device | None, *, copy: bool) -> Any:
     the host are complete when it returns, those to a device are queued there.
     """
 
-    def moved(tensor: Tensor) -> Tensor:
+    def moved_one(tensor: Tensor) -> Tensor:
         to = tensor.device if device is None else device
-        return tensor.detach().to(to, copy=copy, non_blocking=to.type != "cpu")
+        if is_host(to):
+            return tensor.detach().to(to, copy=copy)
+        return moved(tensor.detach(), to, copy=copy)
 
-    return with_tensors(value, moved)
+    return with_tensors(value, moved_one)
 
 
 def with_tensors(value: Any, replace: Callable[[Tensor], Tensor]) -> Any:

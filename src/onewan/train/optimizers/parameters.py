@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onewan.devices import is_accelerator, is_host, moved
 from onewan.memory.host_copies import HostCopies
-from onewan.model.inputs import has_stream
 from onewan.train.optimizers.library import (
     LibraryOptimizer,
     estimated_lr,
@@ -157,12 +157,12 @@ class ManagedParameters:
     def to(self, device: torch.device) -> None:
         """Move the optimizer's state and the residuals, not the parameters, to `device`. Copies to
         host memory may still be under way when it returns."""
-        copies = self._host_copies() if device.type == "cpu" else {}
+        copies = self._host_copies() if is_host(device) else {}
         for managed in self._managed:
             if managed.is_on_host or managed.is_streamed:
                 continue
             if managed.residual is not None:
-                managed.residual = _replaced(managed.residual, copies).to(device, non_blocking=True)
+                managed.residual = moved(_replaced(managed.residual, copies), device)
             state = managed.state
             for key, value in state.items():
                 state[key] = managed.library.state_entry_on(
@@ -180,7 +180,7 @@ class ManagedParameters:
             found |= {
                 (managed.name, number): tensor
                 for number, tensor in enumerate(tensors)
-                if has_stream(tensor.device)
+                if is_accelerator(tensor.device)
             }
         copies = self._copies.store(found)
         return {id(tensor): (tensor, copies[key]) for key, tensor in found.items()}

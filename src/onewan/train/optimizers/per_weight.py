@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from onewan.config.optimizer import Optimizer
+from onewan.devices import copy_
 from onewan.seeds import derive_seed
 from onewan.train.optimizers.library import StateAfterAStep, library_optimizer
 from onewan.train.optimizers.parameters import (
@@ -117,7 +118,7 @@ class PerWeightOptimizer:
                 dtype = managed.parameter.dtype
                 (average,) = managed.library.averages([managed.optimized], [dtype])
             # The optimizer has seen the stand-in only, so the weight itself is written here.
-            managed.parameter.copy_(average, non_blocking=True)
+            copy_(managed.parameter, average)
 
     def to(self, device: torch.device) -> None:
         self.parameters.to(device)

@@ -12,6 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from onewan.devices import is_host
+
 BASE_LR = "base_lr"
 """Entry of a parameter group: its learning rate before the schedule's factor."""
 NOT_SAVED = frozenset({"params", "lr", BASE_LR})
@@ -80,7 +82,7 @@ def _is_sound(value: Any, depth: int = 0) -> bool:
     """Whether a value is of a type that states contain, has no NaN, and numbers that fit in
     float32."""
     if isinstance(value, Tensor):
-        if value.device.type != "cpu" or value.layout is not torch.strided:  # meta, sparse
+        if not is_host(value.device) or value.layout is not torch.strided:  # meta, sparse
             return False
         # Not the values of quantized tensors, which are subclasses or have one byte.
         has_nan = type(value) is Tensor and value.is_floating_point() and value.itemsize > 1
