@@ -55,7 +55,7 @@ oldest: $(READY)
 # The variable turns off an advertisement of the theme.
 docs: $(READY)
 	@echo "== the documentation, into build/site/index.html"
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(READY)
 	@echo "== ruff, codespell, types, import contracts"

@@ -1,4 +1,4 @@
-"""The first steps of a new user: the demonstration, and the commands in README.md."""
+"""The first steps of a new user: the demonstration, and the links in README.md."""
 
 from __future__ import annotations
 
@@ -42,15 +42,6 @@ def test_the_demo_lowers_the_loss_and_its_results_work(
         parse(shlex.split(line.partition(">")[0])[1:])
     assert main(["demo", "--dir", str(folder), "--variant", "ti2v-5b"]) == 1
     assert "another variant" in capsys.readouterr().err
-
-
-def test_commands_in_the_readme_exist() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    commands = re.findall(r"^onewan .*$", text, re.MULTILINE)
-    assert len(commands) >= 5
-    for command in commands:
-        words = shlex.split(command.partition(">")[0], comments=True)
-        parse(words[1:])
 
 
 def test_files_that_the_readme_links_exist() -> None:
