@@ -1,4 +1,4 @@
-# make setup | demo | test | long | wheel | oldest | docs | lint: each sets up .venv first if it is not there yet.
+# make setup | demo | test | long | wheel | oldest | docs | figures | lint: each sets up .venv first if it is not there yet.
 # Needs Python 3.10 to 3.13 and make; everything else is installed into .venv.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ else
 endif
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test long wheel oldest docs lint screenshots clean
+.PHONY: setup demo test long wheel oldest docs lint figures screenshots clean
 
 setup: $(READY)
 
@@ -64,6 +64,12 @@ lint: $(READY)
 	$(BIN)/codespell src tests benchmarks docs README.md CONTRIBUTING.md CHANGELOG.md
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
+
+# The performance figures: measures the quick benchmarks (some minutes), and writes benchmarks/results,
+# the tables and charts of docs/performance.md, and one page with all figures.
+figures: $(READY)
+	@echo "== performance figures"
+	$(BIN)/python benchmarks/report.py --results benchmarks/results --page build/figures/index.html --write
 
 # The pictures of docs/onetrainer.md, from a copy of the checkout ONETRAINER=PATH.
 screenshots: $(READY)

@@ -30,7 +30,8 @@ import bitsandbytes.functional as bitsandbytes
 import torch
 import torch.nn.functional as F
 from live_bytes import LiveBytes, Storage, fake_device
-from true_size import build_transformer, describe, latent_shape, parse_size, step_inputs
+from measuring import parse_size
+from true_size import build_transformer, latent_shape, print_counts, step_inputs
 
 from onewan.config.load import load_run
 from onewan.config.schema import ResolvedRun
@@ -177,18 +178,14 @@ def main() -> int:
         chunks=options.chunks,
     )
     counts = count_fine_tuning(config, options.size, options.blocks)
-    print(f"{options.variant}, {counts.tokens} tokens, full fine-tuning, GB:")
     figures = {f"peak of {part}": peak for part, peak in counts.peaks.items()}
     figures |= {
         "buffers": counts.buffers,
         "to the device": counts.to_device,
         "to the host": counts.to_host,
     }
-    for name, value in figures.items():
-        print(f"  {name:18} {value / 1e9:8.3f}")
-    print("alive at the peak:")
-    for line in describe(counts.at_peak, options.top):
-        print("  " + line)
+    title = f"{options.variant}, {counts.tokens} tokens, full fine-tuning"
+    print_counts(title, figures, counts.at_peak, options.top)
     return 0
 
 

@@ -16,7 +16,9 @@ plan's. What does not fit is reported as that.
 
     python benchmarks/gpu.py [--variant ti2v-5b] [--size 81x480x832 ...] [--json FILE]
     python benchmarks/gpu.py --small --device cpu          # tries the benchmark, in a minute
-    python benchmarks/gpu.py --table docs/performance.md   # of the results in benchmarks/results
+
+`report.py --write` makes the table of docs/performance.md from the files ``gpu_on_*.json`` in
+benchmarks/results, of which there is one for each card.
 
 Each A14B expert needs 28.6 GB in the folder for temporary files (``--work``), and as much memory
 while it is loaded.
@@ -25,24 +27,24 @@ while it is loaded.
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
-import json
-import platform
+import re
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from bare_loop import Clip, bare_step
 from diffusers import WanTransformer3DModel
+from figures import Chart, Figure, Value, add_output_options, as_case, measured_here, save
 from gpu_model import DTYPE, write_clip, write_model
-from gpu_table import write_table
+from gpu_table import COLUMNS, SIZES
+from measuring import parse_size, release, synchronize
 
 from onewan.arithmetic.flops import (
     FLASH_BACKWARD,
@@ -60,13 +62,10 @@ from onewan.train.setup import WanModelSetup
 from onewan.train.step import train_step
 from onewan.variants import VARIANTS, VariantName
 
-Size = tuple[int, int, int]
-"""Frames, height and width."""
 Method = Literal["lora", "full"]
 Placing = Literal["resident", "streamed"]
 Experts = Literal["one", "both"]
 
-SIZES = ("17x256x256", "33x480x832", "81x480x832", "81x720x1280")
 RUN_FILE = """
 model: {{path: model, variant: {variant}, experts: {experts}, dtype: bfloat16, device: "{device}"}}
 wan_config: {{max_frames: {frames}}}
@@ -135,24 +134,7 @@ def run_file(case: Case, layers: int, device: str) -> str:
     )
 
 
-def parse_size(text: str) -> Size:
-    """``81x480x832`` -> frames, height, width."""
-    frames, height, width = map(int, text.split("x"))
-    return frames, height, width
-
-
 # ------------------------------------------------------------------------------------- measuring
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize(device)
-
-
-def release(device: torch.device) -> None:
-    gc.collect()
-    if device.type != "cpu":
-        torch.get_device_module(device).empty_cache()
 
 
 def timed(
@@ -312,21 +294,82 @@ def show(case: Case, result: Measured | str) -> str:
 # --------------------------------------------------------------------------------------- program
 
 
-def machine_facts(device: torch.device, rate: float) -> dict[str, object]:
-    """What the results depend on."""
-    name = "CPU"
-    if device.type != "cpu":
-        name = str(torch.get_device_module(device).get_device_name(device))
-    return {
-        "device": name,
-        "device_type": device.type,
-        "is_real": device.type not in {"cpu", "sim"},
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "matrix_product_flops_per_second": rate,
+TITLES = {case: title for title, case in COLUMNS}
+
+
+def figure_of(
+    results: Sequence[tuple[Case, Measured | str]], device: torch.device, rate: float
+) -> Figure:
+    """Seconds per step beside those of the operations, and peaks beside the plan's."""
+    values: list[Value] = []
+    bare = {
+        (case.variant, case.size, case.method): result.seconds
+        for case, result in results
+        if case.loop == "bare" and isinstance(result, Measured)
     }
+    for case, result in results:
+        beside = bare.get((case.variant, case.size, case.method))
+        what = as_case(
+            variant=case.variant,
+            size=case.size,
+            settings=TITLES[case.loop, case.experts, case.placing, case.method],
+        )
+        if isinstance(result, str):
+            values.append(Value(case=what, measure="duration of a step", unit="s", reason=result))
+            continue
+        values += [
+            Value(
+                case=what,
+                measure="duration of a step",
+                unit="s",
+                repeats=tuple(result.times),
+                expected=result.seconds_of_flops,
+                baseline="bare loop",
+                ratio=result.seconds / beside if beside and case.loop != "bare" else None,
+            ),
+            Value(
+                case=what,
+                measure="tokens per second",
+                unit="1/s",
+                repeats=(result.tokens_per_second,),
+            ),
+            Value(case=what, measure="MFU", unit="", repeats=(result.mfu,)),
+        ]
+        if result.peak_bytes is not None:
+            values.append(
+                Value(
+                    case=what,
+                    measure="device peak",
+                    unit="GB",
+                    repeats=(result.peak_bytes / 1e9,),
+                    expected=None if result.planned_bytes is None else result.planned_bytes / 1e9,
+                )
+            )
+    peaks = any(value.measure == "device peak" for value in values)
+    figure = measured_here(
+        name="gpu",
+        title="Training steps at true size",
+        measured=MEASURED.format(rate=rate / 1e12),
+        values=values,
+        charts=[
+            Chart(measure="duration of a step", series="settings"),
+            *([Chart(measure="device peak", series="settings")] if peaks else []),
+        ],
+        arithmetic="by arithmetic",
+        device=str(device),
+    )
+    name = re.sub("[^a-z0-9]+", "_", figure.machine.device.lower()).strip("_")
+    return replace(figure, name=f"gpu_on_{name}", title=f"{figure.title} on {figure.machine.title}")
+
+
+MEASURED = (
+    "Transformers of the variants' full size, unless the command says otherwise, with random "
+    "bfloat16 weights; a LoRA of rank 32 or all weights are trained, with gradient checkpointing "
+    "and batch size 1. The bare loop is the shortest one of diffusers and PEFT. The arithmetic is "
+    "a step's floating-point operations, recomputation included, at the rate that a matrix product "
+    "reached in the same process, {rate:.2f} TFLOP/s; for peaks it is the plan. MFU counts the "
+    "operations without recomputation."
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -343,8 +386,7 @@ def parser() -> argparse.ArgumentParser:
     add("--width", type=int, help="channels of the transformer, if not all; a multiple of 128")
     add("--small", action="store_true", help="tiny transformers and one small clip")
     add("--work", type=Path, help="folder for the model; default: a temporary one")
-    add("--json", type=Path, help="write the result here")
-    add("--table", type=Path, help="write the table of all committed results into this document")
+    add_output_options(result)
     return result
 
 
@@ -363,17 +405,13 @@ def transformer_size(variant: VariantName, options: argparse.Namespace) -> Trans
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    if options.table:
-        write_table(options.table, Path(__file__).parent / "results", SIZES)
-        return 0
     if options.small:
         options.width, options.blocks, options.size = 128, 3, ["5x64x64"]
     device = resolve_device(options.device)
     side = 8192 if device.type not in {"cpu", "sim"} else 256
     rate = matrix_product_rate(device, side)
-    facts = machine_facts(device, rate)
-    print(f"{facts['device']}, torch {torch.__version__}: {rate / 1e12:.2f} TFLOP/s")
-    found: list[dict[str, object]] = []
+    print(f"{device}, torch {torch.__version__}: {rate / 1e12:.2f} TFLOP/s")
+    found: list[tuple[Case, Measured | str]] = []
     for variant in options.variant:
         size = transformer_size(variant, options)
         with tempfile.TemporaryDirectory(dir=options.work) as temporary:
@@ -389,11 +427,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for case in cases(variant, text, options):
                     result = measured_or_reason(bench, case)
                     print(show(case, result), flush=True)
-                    failed = {"failed": result} if isinstance(result, str) else asdict(result)
-                    found.append({**asdict(case), **failed})
-                    if options.json:
-                        content = json.dumps({**facts, "cases": found}, indent=2)
-                        options.json.write_text(content, encoding="utf-8")
+                    found.append((case, result))
+                    save(figure_of(found, device, rate), options)
     return 0
 
 

@@ -1,27 +1,27 @@
-"""The table of measured training steps, from the committed results of `benchmarks/gpu.py`.
+"""The table of training steps at true size, from figures of `benchmarks/gpu.py` on real devices.
 
-It lists every case that the benchmark has, so that it also says what has never run on a real
-device.
+It lists every case that the benchmark has, so that it also says what has never run on one.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from markers import replace_between
+from figures import Figure, Value
 
 from onewan.variants import VARIANTS
 
+SIZES = ("17x256x256", "33x480x832", "81x480x832", "81x720x1280")
+"""Frames x height x width."""
 COLUMNS = (
     ("bare loop, LoRA", ("bare", "one", "resident", "lora")),
+    ("bare loop, full", ("bare", "one", "resident", "full")),
     ("one expert, LoRA", ("onewan", "one", "resident", "lora")),
     ("both, LoRA", ("onewan", "both", "resident", "lora")),
     ("one, streamed LoRA", ("onewan", "one", "streamed", "lora")),
     ("both, streamed LoRA", ("onewan", "both", "streamed", "lora")),
     ("one, full", ("onewan", "one", "resident", "full")),
+    ("both, full", ("onewan", "both", "resident", "full")),
     ("one, streamed full", ("onewan", "one", "streamed", "full")),
     ("both, streamed full", ("onewan", "both", "streamed", "full")),
 )
@@ -30,56 +30,41 @@ COLUMNS = (
 NOT_RUN = "not run"
 
 
-def write_table(document: Path, results: Path, sizes: Sequence[str]) -> None:
-    """Replace the table ``gpu`` of `document` by one of the files in the folder `results`."""
-    found = [
-        result
-        for file in sorted(results.glob("*.json"))
-        if (result := json.loads(file.read_text(encoding="utf-8"))).get("is_real", True)
-    ]
-    replace_between(document, "gpu", table(found, sizes))
+def is_real(figure: Figure) -> bool:
+    """Whether a figure is of `gpu.py` on a device whose times say something."""
+    return figure.name.startswith("gpu_on_") and figure.machine.device_type not in {"cpu", "sim"}
 
 
-def table(results: Sequence[dict[str, Any]], sizes: Sequence[str]) -> str:
-    """Markdown: seconds per step by variant, size and device."""
+def table(figures: Sequence[Figure], sizes: Sequence[str] = SIZES) -> str:
+    """Markdown: seconds per step and peaks by device, variant and size."""
+    devices = {figure.machine.device: figure for figure in figures}
+    titles = [title for title, _ in COLUMNS]
     lines = [
-        f"| device | variant | size | {' | '.join(title for title, _ in COLUMNS)} |",
-        "| --- | --- | --- |" + " ---: |" * len(COLUMNS),
+        f"| device | variant | size | {' | '.join(titles)} |",
+        "| --- | --- | --- |" + " ---: |" * len(titles),
     ]
-    devices = {result["device"]: result for result in results} or {"no real device": {"cases": []}}
-    for device, result in devices.items():
-        cells = {key_of(case): case for case in result["cases"]}
-        for variant in VARIANTS:
+    for device, figure in (devices or {"no real device": None}).items():
+        cells: dict[tuple[str, ...], dict[str, Value]] = {}
+        for value in () if figure is None else figure.values:
+            key = tuple(str(value.case[part]) for part in ("variant", "size", "settings"))
+            cells.setdefault(key, {})[value.measure] = value
+        for variant, facts in VARIANTS.items():
             for size in sizes:
-                row = [cell(cells.get((variant, size, *key))) for _, key in COLUMNS]
-                if len(VARIANTS[variant].experts) == 1:
-                    row = [
-                        "-" if key[1] == "both" else text
-                        for text, (_, key) in zip(row, COLUMNS, strict=True)
-                    ]
+                row = [
+                    "-"
+                    if len(facts.experts) == 1 and title.startswith("both")
+                    else cell(cells.get((variant, size, title), {}))
+                    for title in titles
+                ]
                 lines.append(f"| {device} | {variant} | {size} | {' | '.join(row)} |")
     return "\n".join(lines)
 
 
-def key_of(case: dict[str, Any]) -> tuple[str, ...]:
-    """Variant, size, loop, experts, placing and method; older results had one resident expert and
-    a LoRA only."""
-    return (
-        case["variant"],
-        case["size"],
-        case["loop"],
-        case.get("experts", "one"),
-        case.get("placing", "resident"),
-        case.get("method", "lora"),
-    )
-
-
-def cell(case: dict[str, Any] | None) -> str:
+def cell(values: dict[str, Value]) -> str:
     """Seconds and peak of a case, or why there are none."""
-    if case is None:
+    seconds, peak = values.get("duration of a step"), values.get("device peak")
+    if seconds is None:
         return NOT_RUN
-    if "failed" in case:
+    if not seconds.repeats:
         return "did not fit"
-    peak = case.get("peak_bytes")
-    memory = "" if peak is None else f", {peak / 1e9:.0f} GB"
-    return f"{case['seconds']:.2f} s{memory}"
+    return f"{seconds.median:.2f} s" + ("" if peak is None else f", {peak.median:.0f} GB")

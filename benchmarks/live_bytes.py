@@ -21,7 +21,6 @@ kernel allocates inside itself, but for the workspaces in `WORKSPACES`.
 
 from __future__ import annotations
 
-import importlib
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measuring import use_simulated_device
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -266,9 +266,7 @@ def fake_device(*, fused_kernels: bool = True) -> Iterator[torch.device]:
     With `fused_kernels`, attention in half precision is flash attention's operator and RMSNorm is
     one kernel, as on CUDA and ROCm, and not what the simulated accelerator has for them.
     """
-    if "simulated_gpu" not in sys.modules:
-        sys.path.append(str(Path(__file__).parents[1] / "tests"))
-    importlib.import_module("simulated_gpu")  # registers the device
+    use_simulated_device()
     swap = torch.utils.swap_tensors
     mode = _MovableFakes()
 

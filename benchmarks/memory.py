@@ -6,21 +6,20 @@ fine-tuning are of a run's own code from the loaded transformer on (`fine_tuning
 adds to a peak is the same for each block, so a row is counted with 4 and with 5 blocks and
 continued to all of them. The plan's figures are those of `onewan plan` for the same settings.
 
-    python benchmarks/memory.py [--write docs/performance.md] [--json FILE]
+    python benchmarks/memory.py [--rows 3] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from figures import Chart, Figure, Value, add_output_options, as_case, measured_here, save
 from fine_tuning import count_fine_tuning, run_config
-from markers import replace_between
 from true_size import Settings, count_step
 
 from onewan.config.load import load_run
@@ -253,29 +252,54 @@ def rows() -> list[Row]:
     ]
 
 
-def table(results: Sequence[Result]) -> str:
-    """The results as a table in Markdown, gigabytes (10^9 bytes)."""
-    lines = [
-        "| variant | size | tokens | settings | device peak | plan | to the device per step | "
-        "plan | to the host | plan |",
-        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+def figure_of(results: Sequence[Result]) -> Figure:
+    """The counted figures beside those of the plan."""
+    values: list[Value] = []
     for r in results:
-        figures = (
-            r.peak, r.planned, r.to_device, r.planned_to_device, r.to_host, r.planned_to_host,
-        )  # fmt: skip
-        cells = " | ".join(f"{figure / 1e9:.1f}" for figure in figures)
-        lines.append(f"| {r.variant} | {r.size} | {r.tokens:,} | {r.what} | {cells} |")
-    return "\n".join(lines)
+        case = as_case(variant=r.variant, size=r.size, tokens=r.tokens, settings=r.what)
+        for measure, counted_bytes, planned_bytes in (
+            ("device peak", r.peak, r.planned),
+            ("to the device per step", r.to_device, r.planned_to_device),
+            ("to the host per step", r.to_host, r.planned_to_host),
+        ):
+            values.append(
+                Value(
+                    case=case,
+                    measure=measure,
+                    unit="GB",
+                    repeats=(counted_bytes / 1e9,),
+                    expected=planned_bytes / 1e9,
+                )
+            )
+    return measured_here(
+        name="memory",
+        title="Peak of device memory in a training step, at true size",
+        measured=(
+            "The live bytes of one training step, over tensors without values, so that it takes no "
+            "accelerator: every storage is noted when it is created and when it is dropped, and "
+            "rounded up as CUDA's allocator does. LoRA of rank 32 unless it says full fine-tuning. "
+            "Weights, gradients, optimizer state and activations are in it; the driver's context "
+            "and fragmentation are not."
+        ),
+        values=values,
+        charts=[
+            Chart(measure="device peak"),
+            Chart(
+                measure="to the device per step",
+                title="Bytes that a training step copies to the device",
+            ),
+        ],
+        arithmetic="plan",
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", type=Path, help="replace the table in this document")
-    parser.add_argument("--json", type=Path, help="write the figures here, after each row")
+    parser.add_argument("--rows", type=int, help="only so many of the rows, the first ones")
+    add_output_options(parser)
     options = parser.parse_args()
     results: list[Result] = []
-    for row in rows():
+    for row in rows()[: options.rows]:
         results.append(measure(row))
         last = results[-1]
         print(
@@ -283,11 +307,7 @@ def main() -> int:
             f"{last.planned / 1e9:.2f} ({last.difference:+.1%})",
             flush=True,
         )
-        if options.json:
-            text = json.dumps([asdict(result) for result in results], indent=2)
-            options.json.write_text(text, encoding="utf-8")
-    if options.write:
-        replace_between(options.write, "memory", table(results))
+        save(figure_of(results), options)
     return 0
 
 

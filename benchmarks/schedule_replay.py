@@ -158,3 +158,22 @@ def slowdown(schedule: Iterable[Entry], durations: Durations, *, warm_up: int = 
         raise ValueError(f"the schedule has {len(ends)} steps, and {warm_up} are warm-up")
     alone = replay([e for e in entries if e.kind in ("compute", "step")], durations)
     return (ends[-1] - ends[warm_up - 1]) / (alone[-1] - alone[warm_up - 1])
+
+
+def hidden_share(schedule: Iterable[Entry], durations: Durations, *, warm_up: int = 1) -> float:
+    """The share of the time of all copies that does not make a step longer: 1 where copies are
+    behind computations, 0 where each is waited for; less than 0 can't be.
+
+    ValueError if nothing is copied after `warm_up` steps.
+    """
+    entries = list(schedule)
+    begin = [index for index, entry in enumerate(entries) if entry.kind == "step"][warm_up - 1] + 1
+    loads = sum(entry.kind == "load" for entry in entries[begin:])
+    kept = sum(entry.kind in ("leave", "fetch") for entry in entries[begin:])
+    copied = loads * durations.load + kept * durations.kept
+    if copied == 0:
+        raise ValueError("nothing is copied, so no copy can be hidden")
+    ends = replay(entries, durations)
+    alone = replay([e for e in entries if e.kind in ("compute", "step")], durations)
+    longer = (ends[-1] - ends[warm_up - 1]) - (alone[-1] - alone[warm_up - 1])
+    return 1 - longer / copied

@@ -5,24 +5,24 @@ A small transformer with as many blocks as the real one trains on the CPU throug
 computations. Then `schedule_replay` predicts the time of the same schedule for the real sizes of
 T2V-A14B, on several cards and buses, relative to a step without any copies.
 
-    python benchmarks/streaming.py [--write docs/performance.md] [--json FILE]
+    python benchmarks/streaming.py [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from markers import replace_between
-from schedule_replay import Durations, Entry, Part, slowdown
+from figures import Chart, Figure, Value, add_output_options, as_case, measured_here, save
+from schedule_replay import Durations, Entry, Part, hidden_share, slowdown
+from tables import table_of
 from torch import Tensor
 
 from onewan.adapters.adapter_config import adapter_config_for
@@ -274,8 +274,8 @@ class Prediction:
     resident: int
     both_experts: bool
     slowdown: float
-    seconds: float
-    """Of the step's computations alone."""
+    hidden: float
+    """The share of the copies' time that does not make the step longer."""
 
 
 @cache
@@ -299,7 +299,7 @@ def predict(
         resident=resident,
         both_experts=both_experts,
         slowdown=slowdown(recording.entries, times),
-        seconds=BLOCKS * (times.forward + times.backward),
+        hidden=hidden_share(recording.entries, times),
     )
 
 
@@ -310,55 +310,87 @@ ROWS = (
 """Storage, resident blocks, whether every step changes the expert."""
 
 
-def table(predictions: Sequence[Prediction]) -> str:
-    """The predictions as a table in Markdown: a row for each size and kind of storage whose figures
-    are not all 1.00."""
-    lines = [
-        f"| size | tokens | weights | resident | {' | '.join(c.name for c in CARDS)} |",
-        "| --- | ---: | --- | ---: |" + " ---: |" * len(CARDS),
-    ]
+def figure_of(predictions: Sequence[Prediction]) -> Figure:
+    """The predictions, without the rows that have no visible slowdown on any card."""
+    values: list[Value] = []
     for size, tokens in SIZES.items():
         for storage, resident, both in ROWS:
             key = (size, storage, resident, both)
-            found = {
-                p.card: p.slowdown
-                for p in predictions
-                if (p.size, p.storage, p.resident, p.both_experts) == key
-            }
-            figures = [f"{found[card.name]:.2f}" for card in CARDS]
-            if set(figures) == {"1.00"}:
+            found = [
+                p for p in predictions if (p.size, p.storage, p.resident, p.both_experts) == key
+            ]
+            if all(f"{p.slowdown:.2f}" == "1.00" for p in found):
                 continue
-            cells = " | ".join(figures)
-            what = f"{storage}, expert changes" if both else storage
-            lines.append(f"| {size} | {tokens:,} | {what} | {resident} of 40 | {cells} |")
-    return "\n".join(lines)
+            case = as_case(
+                size=size,
+                tokens=tokens,
+                weights=f"{storage}, expert changes" if both else storage,
+                resident=f"{resident} of {BLOCKS}",
+            )
+            values += [
+                Value(
+                    case=case | {"machine": p.card},
+                    measure="step / one without copies",
+                    unit="",
+                    repeats=(p.slowdown,),
+                )
+                for p in found
+            ]
+    return measured_here(
+        name="streaming",
+        title="Steps with streamed blocks, predicted from the recorded schedule",
+        measured=(
+            "The order of copies and computations is recorded from steps of a small T2V-A14B with "
+            f"{BLOCKS} blocks, and replayed with the durations of T2V-A14B on each machine: rates "
+            "of cards that published runs reach, and 12, 25 and 50 GB/s for 16 lanes of PCIe 3, 4 "
+            "and 5. It is arithmetic: none of these machines has run it. Rows that would be 1.00 "
+            "everywhere are left out."
+        ),
+        values=values,
+        charts=[
+            Chart(
+                measure="step / one without copies",
+                title=f"Duration of a step with streamed blocks, relative to one without copies: "
+                f"{card} (predicted)",
+                only=as_case(machine=card),
+            )
+            for card in ("RTX 4090, PCIe 4", "RTX 5090, PCIe 5")
+        ],
+        across="machine",
+    )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", type=Path, help="replace the table in this document")
-    parser.add_argument("--json", type=Path, help="write the predictions here")
-    options = parser.parse_args()
+def loads_are_least() -> bool:
+    """Print how many blocks a step of the small model loads; returns whether it is no more than it
+    must, and whether every block was there in time."""
+    good = True
     for resident in (0, 20, 38):
         for switches in (False, True):
             r = recorded(resident, switches=switches)
             print(
                 f"{resident:2} resident, {'two experts' if switches else 'one expert '}: "
-                f"{r.loads} blocks loaded per step, at least {r.least}; {r.misses} waits for one"
+                f"{r.loads} blocks loaded per step, at least {r.least}; {r.misses} waits for one",
+                flush=True,
             )
+            good = good and r.loads == r.least and not r.misses
+    return good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_output_options(parser)
+    options = parser.parse_args()
+    good = loads_are_least()
     predictions = [
         predict(card, size, storage, resident, both_experts=both)
         for size in SIZES
         for storage, resident, both in ROWS
         for card in CARDS
     ]
-    print(table(predictions))
-    if options.write:
-        replace_between(options.write, "streaming", table(predictions))
-    if options.json:
-        result = [asdict(prediction) for prediction in predictions]
-        options.json.write_text(json.dumps(result, indent=2), encoding="utf-8")
-    return 0
+    figure = figure_of(predictions)
+    print(table_of(figure).markdown())
+    save(figure, options)
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -1,36 +1,40 @@
-"""Overhead of a training step of onewan, compared with a bare PyTorch loop.
+"""Steps per second of onewan, beside those of a bare PyTorch loop.
 
 Both train the same LoRA with PEFT and AdamW on the same diffusers transformer architecture and the
 same batch, in one process, one step of each at a time. The bare loop only adds noise and calls
 forward, backward and step. onewan's step is that of a run: it reads the batch from the cache in the
 background, draws t and noise from derived seeds, clips the gradient norm, checks that it is finite,
 and writes the event. The order within each pair of steps is random, so that changes in the
-machine's speed affect both loops equally. Prints the medians and their ratio: of T2V-A14B, which is
-to stay within 1.03 (otherwise the exit status is 1), and of smaller clips and of TI2V-5B, where a
-step is so short that what onewan does around the model counts for more.
+machine's speed affect both loops equally, and the CPU's times are those of its work, not of the
+clock. Prints the medians and their ratio: of T2V-A14B, which is to stay within 1.03 (otherwise the
+exit status is 1), and of smaller clips and of TI2V-5B, where a step is so short that what onewan
+does around the model counts for more. Beside them stand the steps per second that the operations
+of a step would allow at the rate of a matrix product of the transformer's width.
 
     python benchmarks/train_step.py [--steps 41] [--width 512] [--only-main] [--json FILE]
+
+`gpu.py` does the same at true size, with streamed blocks and full fine-tuning too.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import random
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from bare_loop import Clip, bare_step
 from diffusers import WanTransformer3DModel
+from figures import Chart, Figure, Value, add_output_options, as_case, measured_here, save
+from measuring import clock_name, in_turns
 
+from onewan.arithmetic.flops import TransformerSize, forward_flops, training_flops
 from onewan.config.load import load_run
 from onewan.demo.clips import write_clips
 from onewan.demo.tiny_model import write_tiny_model
@@ -96,6 +100,10 @@ class Result:
     case: Case
     tokens: int
     seconds: dict[str, list[float]]
+    flops: float
+    """Of a step."""
+    rate: float
+    """FLOP/s of a matrix product as wide as the transformer's layers."""
 
     @property
     def medians(self) -> dict[str, float]:
@@ -146,8 +154,21 @@ def compare(case: Case, steps: int, device: str) -> Result:
                 "bare": bare_step(bare_model, clip, dtype),
                 "onewan": onewan_loop(run, events),
             }
-            seconds = measure(loops, steps, run.device)
-    return Result(case=case, tokens=clip.tokens, seconds=seconds)
+            seconds = in_turns(loops, steps, run.device)
+        size = TransformerSize.of_config(bare_model.config)
+        rate = product_rate(size, clip.tokens, dtype, run.device)
+    flops = training_flops(forward_flops(size, clip.tokens), "adapter")
+    return Result(case=case, tokens=clip.tokens, seconds=seconds, flops=flops, rate=rate)
+
+
+def product_rate(
+    size: TransformerSize, tokens: int, dtype: torch.dtype, device: torch.device
+) -> float:
+    """FLOP/s of the product in the feed-forward layer, the median of ten."""
+    x = torch.randn(tokens, size.width, device=device, dtype=dtype)
+    weight = torch.randn(size.width, size.feed_forward, device=device, dtype=dtype)
+    times = in_turns({"product": lambda: x @ weight}, 10, device)["product"]
+    return 2 * tokens * size.width * size.feed_forward / statistics.median(times)
 
 
 def main() -> int:
@@ -161,7 +182,7 @@ def main() -> int:
     parser.add_argument("--only-main", action="store_true", help="only the case with the limit")
     # One thread: with two, which wait for each other, the ratio varied by 0.04 on a shared machine.
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    add_output_options(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     main_case = Case(
@@ -180,15 +201,7 @@ def main() -> int:
     for case in [main_case] if options.only_main else [main_case, *others]:
         results.append(compare(case, options.steps, options.device))
         show(results[-1])
-    if options.json:
-        content = {
-            "ratio": results[0].ratio,
-            "results": [{**asdict(r), "ratio": r.ratio} for r in results],
-            "threads": options.threads,
-            "torch": torch.__version__,
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        }
-        options.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    save(figure_of(results, torch.device(options.device)), options)
     print(f"limit for the first one: {LIMIT}")
     return int(results[0].ratio > LIMIT)
 
@@ -205,21 +218,50 @@ def show(result: Result) -> None:
     )
 
 
-def measure(
-    loops: dict[str, Callable[[], None]], steps: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of each timed step of each loop, after two steps of warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in loops}
-    order = random.Random(0)
-    for number in range(steps + 2):
-        for name in order.sample(sorted(loops), len(loops)):
-            begin = time.perf_counter()
-            loops[name]()
-            if device.type != "cpu":
-                torch.get_device_module(device).synchronize(device)
-            if number >= 2:
-                times[name].append(time.perf_counter() - begin)
-    return times
+def figure_of(results: list[Result], device: torch.device) -> Figure:
+    """Steps per second of both loops."""
+    values: list[Value] = []
+    for result in results:
+        case = as_case(
+            variant=result.case.variant,
+            width=result.case.width,
+            blocks=result.case.layers,
+            tokens=result.tokens,
+        )
+        for loop, name in (("onewan", "onewan"), ("bare", "bare loop")):
+            values.append(
+                Value(
+                    case=case | {"loop": name},
+                    measure="steps per second",
+                    unit="1/s",
+                    repeats=tuple(1 / taken for taken in result.seconds[loop]),
+                    expected=result.rate / result.flops,
+                )
+            )
+        values.append(
+            Value(
+                case=case | {"loop": "onewan"},
+                measure="duration / bare loop's",
+                unit="",
+                repeats=(result.ratio,),
+                limit=LIMIT if result is results[0] else None,
+            )
+        )
+    return measured_here(
+        name="steps_per_second",
+        title="Steps per second beside a bare loop",
+        measured=(
+            "A LoRA of rank 32 on small transformers with the variants' architecture, batch size "
+            "1: onewan's step as a run executes it, with everything around the model, and the "
+            "shortest loop of diffusers and PEFT on the same batch, in turns. Seconds are "
+            f"{clock_name(device)}. The arithmetic is a step's floating-point operations at the "
+            "rate of the feed-forward layer's matrix product, measured in the same process."
+        ),
+        values=values,
+        charts=[Chart(measure="steps per second", series="loop")],
+        arithmetic="operations at the rate of a matrix product",
+        device=str(device),
+    )
 
 
 if __name__ == "__main__":

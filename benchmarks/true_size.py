@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from live_bytes import LiveBytes, Storage, fake_device
+from measuring import parse_size
 from torch import nn
 
 from onewan.adapters.adapter_config import adapter_config_for
@@ -311,10 +312,16 @@ def describe(storages: Iterable[Storage], top: int) -> list[str]:
     ]
 
 
-def parse_size(text: str) -> tuple[int, int, int]:
-    """``81x480x832`` -> frames, height, width."""
-    frames, height, width = map(int, text.split("x"))
-    return frames, height, width
+def print_counts(
+    title: str, figures: Mapping[str, int], at_peak: Iterable[Storage], top: int
+) -> None:
+    """Print bytes by name as gigabytes, and the largest `top` tensors of the peak."""
+    print(f"{title}, GB:")
+    for name, value in figures.items():
+        print(f"  {name:18} {value / 1e9:8.3f}")
+    print("alive at the peak:")
+    for line in describe(at_peak, top):
+        print("  " + line)
 
 
 def main() -> int:
@@ -347,7 +354,6 @@ def main() -> int:
     )
     frames, height, width = options.size
     counts = count_step(options.variant, frames, height, width, settings)
-    print(f"{counts.variant}, {counts.tokens} tokens, {options.method}, GB:")
     figures = {
         "weights": counts.weights,
         "buffers": counts.buffers,
@@ -355,11 +361,9 @@ def main() -> int:
         "kept": counts.kept,
     }
     figures |= {f"peak of {part}": peak for part, peak in counts.peaks.items()}
-    for name, value in {**figures, "peak over weights": counts.over_weights}.items():
-        print(f"  {name:18} {value / 1e9:8.3f}")
-    print("alive at the peak:")
-    for line in describe(counts.at_peak, options.top):
-        print("  " + line)
+    figures["peak over weights"] = counts.over_weights
+    title = f"{counts.variant}, {counts.tokens} tokens, {options.method}"
+    print_counts(title, figures, counts.at_peak, options.top)
     return 0
 
 

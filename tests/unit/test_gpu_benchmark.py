@@ -3,13 +3,13 @@ what has not run on a real one."""
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import simulated_gpu  # registers the device
-from gpu import SIZES, main
-from gpu_table import table
+from figures import Figure, read_figure
+from gpu import main
+from gpu_table import COLUMNS, SIZES, is_real, table
 
 pytestmark = pytest.mark.long
 
@@ -17,33 +17,44 @@ assert simulated_gpu
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def figure(tmp_path_factory: pytest.TempPathFactory) -> Figure:
     file = tmp_path_factory.mktemp("result") / "sim.json"
     arguments = ["--small", "--device", "sim", "--variant", "i2v-a14b", "--steps", "1"]
     assert main([*arguments, "--json", str(file)]) == 0
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_figure(file)
 
 
-def test_each_kind_of_case_is_measured(result: dict[str, Any]) -> None:
-    assert result["is_real"] is False
-    assert result["matrix_product_flops_per_second"] > 0
-    kinds = {(c["loop"], c["experts"], c["placing"], c["method"]) for c in result["cases"]}
-    assert len(kinds) == len(result["cases"]) == 10
-    for case in result["cases"]:
-        assert "failed" not in case, case
-        assert case["tokens_per_second"] > 0
-        assert case["mfu"] > 0
-        assert case["seconds_of_flops"] > 0
-        assert case["peak_bytes"] > 1_000_000
-        assert (case["planned_bytes"] is None) == (case["loop"] == "bare")
+def test_each_kind_of_case_is_measured(figure: Figure) -> None:
+    assert not is_real(figure)
+    kinds = {value.case["settings"] for value in figure.values}
+    assert kinds == {title for title, _ in COLUMNS}
+    for kind in kinds:
+        found = {v.measure: v for v in figure.values if v.case["settings"] == kind}
+        assert not any(value.reason for value in found.values()), found
+        seconds, peak = found["duration of a step"], found["device peak"]
+        assert seconds.median > 0 and seconds.expected and seconds.expected > 0
+        assert found["tokens per second"].median > 0
+        assert found["MFU"].median > 0
+        assert peak.median > 1e-3
+        bare = str(kind).startswith("bare")
+        assert (peak.expected is None) == (seconds.ratio is None) == bare
 
 
-def test_the_table_says_what_has_not_run_on_a_real_device(result: dict[str, Any]) -> None:
-    real = {**result, "device": "A card", "cases": [dict(result["cases"][0], size=SIZES[0])]}
-    lines = table([real], SIZES).splitlines()
-    row = next(line for line in lines if "i2v-a14b" in line and SIZES[0] in line)
-    assert row.count("not run") == 7
-    assert f"{real['cases'][0]['seconds']:.2f} s" in row
-    nothing = table([], SIZES)
+def test_the_table_says_what_has_not_run_on_a_real_device(figure: Figure) -> None:
+    size = SIZES[0]
+    value = next(v for v in figure.values if v.case["settings"] == "one, streamed full")
+    real = replace(
+        figure,
+        name="gpu_on_a_card",
+        machine=replace(figure.machine, device="A card", device_type="cuda"),
+        values=(replace(value, case=value.case | {"size": size}),),
+    )
+    assert is_real(real)
+    lines = table([real]).splitlines()
+    row = next(line for line in lines if "i2v-a14b" in line and size in line)
+    assert row.startswith("| A card |")
+    assert row.count("not run") == len(COLUMNS) - 1
+    assert f"{value.median:.2f} s" in row
+    nothing = table([])
     assert " s," not in nothing
     assert "no real device" in nothing

@@ -3,10 +3,11 @@ docs/performance.md makes from recorded schedules."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from schedule_replay import Durations, Entry, replay, slowdown
+from schedule_replay import Durations, Entry, hidden_share, replay, slowdown
 from streaming import CARDS, SIZES, Recording, TinyRun, durations
 
 # A block computes 2 s forward and 4 s backward; its weights arrive in 3 s, what it keeps in 1 s.
@@ -80,6 +81,22 @@ def test_a_copy_uses_the_first_gap_of_the_bus() -> None:
 def test_slowdown_needs_a_step_behind_the_warm_up() -> None:
     with pytest.raises(ValueError, match="1 steps"):
         slowdown([Entry("compute", 0), Entry("step")], TIMES)
+
+
+def test_the_share_of_copies_that_is_hidden() -> None:
+    step = [
+        Entry("load", 0, buffer=0),  # 0 to 3; in the second step 5 to 8
+        Entry("use", 0, buffer=0),
+        Entry("compute", 0),  # 3 to 5; 8 to 10
+        Entry("done", 0, buffer=0),
+        Entry("step"),
+    ]
+    assert hidden_share(step * 2, TIMES) == 0.0  # 3 s of copies, and 3 s longer
+    other = [replace(entry, buffer=1) for entry in step]
+    # The second step's load happens beside the first one's computation: 3 to 6.
+    assert hidden_share([*step, *other], TIMES) == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="nothing is copied"):
+        hidden_share([Entry("compute", 0), Entry("step")] * 2, TIMES)
 
 
 @pytest.fixture(scope="module")

@@ -24,14 +24,16 @@ def page(
     scripts: Sequence[str] = (),
     data: Mapping[str, object] | None = None,
     local_media: bool = False,
+    own_style: str = "",
 ) -> str:
     """The page as a document in UTF-8.
 
     `title` is plain text, `body` lines of HTML. `styles` and `scripts` name files of
     ``resources/pages`` that are put into it, after ``base.css``. `data` are JSON values that the
     scripts find in elements of these ids. With `local_media` videos may be files beside the page.
+    `own_style` is CSS of a caller that has no file there.
     """
-    style = "".join(_resource(name) for name in ("base.css", *styles))
+    style = "".join(_resource(name) for name in ("base.css", *styles)) + own_style
     script = "".join(_resource(name) for name in scripts)
     media = "data: 'self' file:" if local_media else "data:"
     policy = (
