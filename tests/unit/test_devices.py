@@ -9,12 +9,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import simulated_gpu
 import torch
+from safetensors.torch import load_file
+from support.other_program_files import fp8
+from support.tiny_models import TinyModels
 from torch.overrides import TorchFunctionMode
 
 from onewan import devices
@@ -35,7 +39,9 @@ from onewan.devices import (
     supports,
     synchronize,
 )
+from onewan.dtypes import WeightStorage
 from onewan.errors import ConfigError
+from onewan.formats.model_folder import describe_components
 from onewan.memory.copy_queue import InOrderQueue, StreamQueue, copy_queue
 from onewan.memory.device import (
     MEMORY_FRACTION,
@@ -44,6 +50,7 @@ from onewan.memory.device import (
     matrix_product_rate,
 )
 from onewan.memory.host_memory import HostMemory
+from onewan.model.device_fit import check_dtypes
 
 GB = 10**9
 
@@ -225,6 +232,33 @@ def test_a_machine_with_an_apple_gpu() -> None:
         with pytest.raises(ConfigError, match=r"memory.host_weights: is pinned, but .* to mps:0"):
             HostMemory(device, pinned=True, notify=notices.append).allocate(16)
         assert fused_attention(device) == ()
+
+
+def test_dtypes_that_a_device_has_not_are_refused_before_loading(tmp_path: Path) -> None:
+    model = TinyModels(tmp_path, layers=1)("t2v-a14b")
+    (weights,) = (model / "transformer").glob("*.safetensors")
+    fp8(load_file(weights), tmp_path / "high_noise.safetensors", "new")
+    paths = {"transformer": tmp_path / "high_noise.safetensors", "vae": model / "vae"}
+    described = describe_components(paths)
+
+    def problems(storage: WeightStorage, missing: set[torch.dtype]) -> list[str]:
+        with machine("mps", {}, missing=missing):
+            device = torch.device("mps:0")
+            try:
+                check_dtypes(device, "bfloat16", storage, described, [*paths])
+            except ConfigError as error:
+                return list(error.problems)
+        return []
+
+    apple = {torch.float8_e4m3fn, torch.float8_e5m2, torch.float64}
+    has_none = "mps:0 (MPS) has no fp8; set it to bf16, int8 or nf4"
+    assert problems("fp8", apple) == [f"memory.weights: {has_none}"]
+    (kept,) = problems("as_stored", apple)
+    assert kept.startswith("memory.weights: as_stored keeps model.transformer in fp8, as ")
+    assert kept.endswith(f", and {has_none}")
+    assert problems("nf4", apple) == [] == problems("as_stored", set())
+    (dtype,) = problems("nf4", {torch.bfloat16})
+    assert dtype == "model.dtype: mps:0 (MPS) has no bfloat16 here; set it to float32"
 
 
 def test_a_machine_without_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ from onewan.dtypes import torch_dtype
 from onewan.errors import ConfigError, MemoryPlanError
 from onewan.formats.lora_files import AdapterFile, read_adapters
 from onewan.memory.device import limit_memory
+from onewan.model.device_fit import check_dtypes
 from onewan.model.embedding import WanModelEmbedding
 from onewan.model.load import WanModelLoader, describe_model
 from onewan.model.sources import ENCODERS, PipelineComponent, locate
@@ -76,9 +77,9 @@ def sample(options: argparse.Namespace) -> int:
     # Headers of files that are here are read at once, so that all problems can be reported
     # together; a model on the hub is not downloaded for options that are wrong.
     if known is None and source.is_local:
-        known = _described(source)
+        known = _described(source, device)
     videos = _videos(options, source, known)
-    variant = _described(source)
+    variant = _described(source, device)
     if known is None:
         videos = _videos(options, source, variant)
     loras = list(_loras(options, source, variant))
@@ -248,11 +249,11 @@ def _needed(variant: Variant) -> set[PipelineComponent]:
     return {*(expert.component for expert in variant.experts), *ENCODERS, "scheduler"}
 
 
-def _described(source: SampleSource) -> Variant:
+def _described(source: SampleSource, device: torch.device) -> Variant:
     """The variant of the model, by headers; CheckpointError for files that do not fit each other
-    and for components that are missing."""
+    and for components that are missing, ConfigError for dtypes that `device` has not."""
     sources = locate(source.components)
-    variant, _ = describe_model(
+    variant, described = describe_model(
         sources,
         source.variant,
         None,
@@ -260,6 +261,7 @@ def _described(source: SampleSource) -> Variant:
         boundary=source.boundary,
     )
     sources.require(_needed(variant), variant)
+    check_dtypes(device, source.dtype, source.storage, described, _needed(variant))
     return variant
 
 

@@ -25,8 +25,9 @@ from onewan.data.sources.read import label_of, source_problem
 from onewan.errors import CheckpointError, ConfigError
 from onewan.formats.configs import read_json
 from onewan.formats.lora_files import AdapterFile
-from onewan.formats.model_folder import ComponentName, raise_problems
+from onewan.formats.model_folder import ComponentDescription, ComponentName, raise_problems
 from onewan.formats.weights import open_component
+from onewan.model.device_fit import check_dtypes
 from onewan.model.load import describe_model
 from onewan.model.meta_init import module_on_meta, transformer_on_meta
 from onewan.model.sources import Sources
@@ -62,7 +63,7 @@ def check_before_encoding(
         lambda: _check_samples(config),
         lambda: _check_optimizer(config, device),
         lambda: check_wandb(config),
-        lambda: _check_model(config, sources, needed),
+        lambda: _check_model(config, sources, needed, device),
     )
     if not of_files:  # another model has other layers and widths, which would be reported too
         more, of_files = _collected(
@@ -152,17 +153,24 @@ def _learning_rates(config: ResolvedRun) -> dict[TrainableName, list[float]]:
     return found
 
 
-def _check_model(config: ResolvedRun, sources: Sources, needed: Collection[ComponentName]) -> None:
-    """That the files fit each other and the variant."""
-    section = config.model
+def _check_model(
+    config: ResolvedRun,
+    sources: Sources,
+    needed: Collection[ComponentName],
+    device: torch.device,
+) -> None:
+    """That the files fit each other and the variant, and that the device has their dtypes."""
+    section, described = config.model, dict[ComponentName, ComponentDescription]()
     if all(Path(given).expanduser().exists() for given in section.sources().values()):
-        describe_model(
+        _, found = describe_model(
             sources,
             section.variant,
             needed,
             check_file_names=section.check_file_names,
             boundary=section.boundary,
         )
+        described |= found
+    check_dtypes(device, section.dtype, config.memory.weights, described, needed)
 
 
 def _check_experts(
