@@ -197,8 +197,8 @@ def train_in_terminal(slave: str, arguments: list[str], ignores_hangup: bool) ->
         os.dup2(handle, number)
     os.close(handle)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-    if ignores_hangup:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Not as the tests were started, which may be under `nohup` themselves.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if ignores_hangup else signal.SIG_DFL)
     sys.exit(main(arguments))
 
 

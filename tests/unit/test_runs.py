@@ -153,12 +153,18 @@ STOPPING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasat
 def test_the_first_signal_sets_the_request_and_handlers_are_restored(
     number: signal.Signals,
 ) -> None:
-    before = signal.getsignal(number)
-    with StopSignals() as stop:
-        assert not stop.requested
-        _send(number)
-        assert stop.requested
-    assert signal.getsignal(number) is before
+    started_with = signal.getsignal(number)
+    if started_with is signal.SIG_IGN:  # a hangup, for tests that were started under `nohup`
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        before = signal.getsignal(number)
+        with StopSignals() as stop:
+            assert not stop.requested
+            _send(number)
+            assert stop.requested
+        assert signal.getsignal(number) is before
+    finally:
+        signal.signal(number, started_with)
 
 
 def test_a_second_ctrl_c_raises_at_once() -> None:
