@@ -172,6 +172,21 @@ class Variant:
         return self.in_channels - self.latent_channels
 
     @property
+    def transformer_config(self) -> dict[str, int | None]:
+        """The settings of diffusers' transformer that are not its defaults, and
+        `reference_channels`."""
+        return {
+            "num_attention_heads": self.num_attention_heads,
+            "attention_head_dim": self.attention_head_dim,
+            "in_channels": self.in_channels,
+            "out_channels": self.latent_channels,
+            "text_dim": TEXT_WIDTH,
+            "ffn_dim": self.ffn_dim,
+            "num_layers": self.num_layers,
+            "reference_channels": self.reference_channels,
+        }
+
+    @property
     def reference_frames(self) -> int:
         """Frames of tokens that the transformer has before those of the clip: 1 for Fun-Control,
         whether it is given a reference image or not, otherwise 0."""

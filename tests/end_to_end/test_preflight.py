@@ -85,7 +85,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("command", ["cache", "train"])
+@pytest.mark.parametrize("command", ["cache", "train", "train --dry-run"])
 @pytest.mark.parametrize("wrong", CASES)
 def test_it_is_reported_before_a_clip_is_encoded(
     wrong: Wrong,
@@ -106,7 +106,7 @@ def test_it_is_reported_before_a_clip_is_encoded(
         encoding="utf-8",
     )
     override, text = wrong(workshop, tmp_path)
-    assert main([command, str(run), f"output.dir={tmp_path / 'runs'}", override]) == 1
+    assert main([*command.split(), str(run), f"output.dir={tmp_path / 'runs'}", override]) == 1
     error = capsys.readouterr().err
     assert text in error and "Traceback" not in error, error
     assert not list((tmp_path / "cache").rglob("*.safetensors")), "clips were encoded before"

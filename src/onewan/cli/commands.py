@@ -12,13 +12,15 @@ import diffusers
 import transformers
 
 from onewan.cli.importing import run_file_of
-from onewan.cli.output import complain
+from onewan.cli.output import complain, say, write_json
 from onewan.cli.progress import Progress
 from onewan.config.load import load_run
 from onewan.demo import run_demo
 from onewan.documents import decode_text
 from onewan.errors import ConfigError
+from onewan.runs.events import Note
 from onewan.runs.layout import displayed
+from onewan.train.dry_run import DryRun, dry_run
 from onewan.train.resume import Resume
 from onewan.train.run import sample_requests, with_unused_name
 from onewan.train.setup import WanModelSetup
@@ -68,6 +70,8 @@ def train(
     resume: Resume,
     again: bool,
     allow_change: bool,
+    rehearse: bool,
+    as_json: bool,
 ) -> int:
     if again and not run.is_dir():
         raise ConfigError(
@@ -78,6 +82,9 @@ def train(
     # The first run stays as it is, so that the two can be compared.
     if again:
         config = with_unused_name(config)
+    if rehearse:
+        found = dry_run(config, resume=resume, overrides=overrides)
+        return _show_dry_run(run, found, as_json=as_json)
     with Progress() as progress:
         WanTrainer(
             config,
@@ -88,4 +95,18 @@ def train(
             allow_change=allow_change,
             overrides=overrides,
         ).fit()
+    return 0
+
+
+def _show_dry_run(run: Path, found: DryRun, *, as_json: bool) -> int:
+    """Print what the run would do; returns 1 if it can't be started."""
+    if as_json:
+        write_json(found.as_data())
+        return 1 if found.problems else 0
+    with Progress() as progress:
+        for event in (*found.events(), *(Note(text=note) for note in found.notes)):
+            progress.listen(event)
+    if found.problems:
+        raise ConfigError(str(run), found.problems)
+    say("dry run: nothing was loaded or written, and no problem was found")
     return 0

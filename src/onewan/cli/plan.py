@@ -18,6 +18,7 @@ from onewan.config.resolve import with_steps_of_epochs
 from onewan.config.schema import ResolvedRun
 from onewan.data.buckets import bytes_of_archives, expected_buckets
 from onewan.memory.plan import (
+    ARCHIVES,
     Bucket,
     BucketPlan,
     Plan,
@@ -64,7 +65,7 @@ def plan_of(config: ResolvedRun, vram: int | None = None, ram: int | None = None
     }
     plan = make_plan(config, clips, machine, read_stored_model(config), notes=expected.notes)
     if unpacked := bytes_of_archives(config):
-        plan = replace(plan, disk={"unpacked archives": unpacked, **plan.disk})
+        plan = replace(plan, disk={ARCHIVES: unpacked, **plan.disk})
     return plan
 
 

@@ -166,10 +166,19 @@ def add_train(commands: Commands) -> None:
         action="store_true",
         help="when resuming: continue although settings or clips have changed",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything but the weights, and print what the run would do: steps, clips of "
+        "each expert, memory, time and disk; nothing is downloaded or written",
+    )
+    parser.add_argument("--json", action="store_true", help="with --dry-run: print it as JSON")
 
     def run(options: argparse.Namespace) -> int:
         if options.resume and "auto" in (str(options.run), *options.overrides):
             parser.error("write --resume=auto, with an equals sign")
+        if options.json and not options.dry_run:
+            parser.error("--json belongs to --dry-run")
 
         from onewan.cli.commands import train
 
@@ -179,6 +188,8 @@ def add_train(commands: Commands) -> None:
             resume=options.resume,
             again=options.again,
             allow_change=options.allow_change,
+            rehearse=options.dry_run,
+            as_json=options.json,
         )
 
     parser.set_defaults(command=run)

@@ -84,6 +84,11 @@ def clip_planner(config: ResolvedRun) -> ClipPlanner:
     )
 
 
+def known_cuts_of(config: ResolvedRun) -> FoundCuts:
+    """The changes of scene of the files that were searched before; others have none."""
+    return FoundCuts(config.video_data.cache_dir / "cuts.jsonl", search=False)
+
+
 def _rgb(color: str) -> RGB:
     """The parts of a color that is written as "#rrggbb"."""
     red, green, blue = bytes.fromhex(color.removeprefix("#"))
@@ -147,9 +152,8 @@ def expected_buckets(config: ResolvedRun) -> ExpectedBuckets:
     Files that can't be used are left out; encoding reports them. Without any usable file, the
     buckets are those of clips of `wan_config.max_frames` frames in common shapes.
     """
-    planner = clip_planner(config)
-    known_cuts = FoundCuts(config.video_data.cache_dir / "cuts.jsonl", search=False)
-    planner = replace(planner, cuts=known_cuts)
+    known_cuts = known_cuts_of(config)
+    planner = replace(clip_planner(config), cuts=known_cuts)
     training = clip_sources(config.video_data.sources, config)
     validation = clip_sources(config.validation.sources, config)
     copies = Copies(config.video_data.cache_dir, make=False)

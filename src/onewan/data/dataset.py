@@ -15,6 +15,7 @@ from onewan.config.clips import SourceSection
 from onewan.config.resolve import condition_shares
 from onewan.config.schema import ResolvedRun
 from onewan.data.ahead import worker_count
+from onewan.data.buckets import known_cuts_of
 from onewan.data.cache import ContentDigests, EntryCache, entry_key
 from onewan.data.cache_use import Needed
 from onewan.data.cached_latents import CachedLatents
@@ -30,6 +31,7 @@ from onewan.data.encode import (
     no_progress,
 )
 from onewan.data.entry_keys import EntryKeys, bounds_key
+from onewan.data.found_cuts import FoundCuts
 from onewan.data.probes import MediaProbes
 from onewan.data.report import ClipWarning, DatasetReport
 from onewan.data.run_clips import clips_of_run, with_contents, with_held_out
@@ -119,6 +121,28 @@ def prepare(
     )
 
 
+def survey(config: ResolvedRun) -> DatasetReport:
+    """The clips of a run, as `prepare` finds them, but nothing is decoded, fetched, unpacked or
+    written: what decoding shows, such as damage and changes of scene, is not known.
+
+    DataError if a source can't be read, or if no clip is found in sources of which none is
+    elsewhere.
+    """
+    video_data = config.video_data
+    here = [source for source in video_data.sources if isinstance(source.path, Path)]
+    config = config.model_copy(
+        update={"video_data": video_data.model_copy(update={"sources": here})}
+    )
+    probes = MediaProbes(video_data.cache_dir / "probes.jsonl")
+    copies = Copies(video_data.cache_dir, make=False)
+    known_digests = ContentDigests(video_data.cache_dir / "digests.jsonl")
+    report, digests = _index(config, known_digests, probes, copies, known_cuts_of(config))
+    report = with_held_out(config, report, digests)
+    if len(here) == len(video_data.sources):
+        _require_clips(config, report)
+    return report
+
+
 def needed(
     config: ResolvedRun,
     component_paths: Mapping[ComponentName, Path],
@@ -172,13 +196,17 @@ def _cached_latents(
 
 
 def _index(
-    config: ResolvedRun, known_digests: ContentDigests, probes: MediaProbes, copies: Copies
+    config: ResolvedRun,
+    known_digests: ContentDigests,
+    probes: MediaProbes,
+    copies: Copies,
+    cuts: FoundCuts | None = None,
 ) -> tuple[DatasetReport, dict[Path, str]]:
     """The clips of all sources, and the digest of the content of each of their files by path.
 
     A file among both the training and the validation sources is only validated on.
     """
-    report = clips_of_run(config, probes, copies)
+    report = clips_of_run(config, probes, copies, cuts)
     clips = (*report.clips, *report.validation_clips)
     paths = {path for clip in clips for path in clip.files}
     # Each file once, though it may be in several sources.
@@ -232,6 +260,12 @@ def _final_report(
     report = with_held_out(config, report, digests)
     if config.video_data.cache:
         report = _with_list(config.video_data.cache_dir, report)
+    _require_clips(config, report)
+    return report
+
+
+def _require_clips(config: ResolvedRun, report: DatasetReport) -> None:
+    """DataError if there are none to train on, or none of `validation.sources`."""
     if not report.clips:
         raise DataError(
             f"no clip can be used in {_places(config.video_data.sources)}",
@@ -242,7 +276,6 @@ def _final_report(
             f"no clip of validation.sources can be used in {_places(config.validation.sources)}",
             report.lines(),
         )
-    return report
 
 
 def _with_contact_sheet(

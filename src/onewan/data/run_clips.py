@@ -11,6 +11,7 @@ from onewan.config.method import AdapterMethod
 from onewan.config.schema import ResolvedRun
 from onewan.data.augmented import with_variants
 from onewan.data.buckets import clip_planner, clip_sources
+from onewan.data.found_cuts import FoundCuts
 from onewan.data.index import index_clips
 from onewan.data.probes import MediaProbes
 from onewan.data.report import ClipWarning, DatasetReport
@@ -20,15 +21,21 @@ from onewan.errors import DataError
 
 
 def clips_of_run(
-    config: ResolvedRun, probes: MediaProbes, copies: Copies | None = None
+    config: ResolvedRun,
+    probes: MediaProbes,
+    copies: Copies | None = None,
+    cuts: FoundCuts | None = None,
 ) -> DatasetReport:
     """The clips of the training and the validation sources of `config`, as its planner takes them.
 
     A file that is in both is among both. `copies` are those of archives' members and remote files,
-    by default below the run's cache, where those that are missing are made. DataError for sources
-    that can't be read.
+    by default below the run's cache, where those that are missing are made; `cuts` are the changes
+    of scene, by default those in the run's cache, and files that were not searched are. DataError
+    for sources that can't be read.
     """
     planner = replace(clip_planner(config), probes=probes)
+    if cuts is not None:
+        planner = replace(planner, cuts=cuts)
     copies = copies or Copies(config.video_data.cache_dir)
 
     def indexed(sources: Sequence[SourceSection], *, for_validation: bool) -> DatasetReport:

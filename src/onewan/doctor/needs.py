@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from onewan.arithmetic.byte_sizes import format_bytes, parse_bytes
@@ -20,10 +18,13 @@ from onewan.doctor.environment import Environment
 from onewan.doctor.finding import Finding
 from onewan.errors import OnewanError
 from onewan.memory.plan import (
+    CACHE,
     Bucket,
     Machine,
     Plan,
     find_machine,
+    free_bytes,
+    full_disks,
     make_plan,
     read_stored_model,
     smallest_machine,
@@ -132,13 +133,16 @@ def needs_of(
                 text = f"the run does not fit: {'; '.join(plan.problems())}; see `onewan plan`"
                 findings.append(Finding(severity="problem", kind="plan", text=text))
             findings += _plan_notes(plan.notes)
-    size = 0 if plan is None else plan.disk.get("cache of encoded clips", 0)
-    free = _free(config.video_data.cache_dir)
-    findings += _full_disk(config.video_data.cache_dir, size, free)
+    size = 0 if plan is None else plan.disk.get(CACHE, 0)
+    if plan is not None:
+        findings += [
+            Finding(severity="problem", kind="disk", text=text)
+            for text in full_disks(config, plan.disk)
+        ]
     return Needs(
         cache_bytes=size,
         cache_seconds=_encoding_seconds(config, clips, has_card=has_card),
-        cache_free=free,
+        cache_free=free_bytes(config.video_data.cache_dir),
         plan=None if on_cpu or is_assumed else plan,
         smallest=smallest,
         verdict=verdict,
@@ -152,16 +156,6 @@ def _with_steps(config: ResolvedRun, training: Sequence[Clip]) -> ResolvedRun:
     batches = batches_per_epoch(own_clips, config.train.batch_size)
     # An expert without clips is a finding of its own.
     return with_steps_of_epochs(config, {name: max(1, n) for name, n in batches.items()})
-
-
-def _full_disk(cache: Path, size: int, free: int) -> Iterator[Finding]:
-    """Where `free` bytes are not enough for what is missing of a cache of `size` bytes."""
-    if size and size - _size(cache) > free:
-        text = (
-            f"video_data.cache_dir: the cache takes {format_bytes(size)}, and "
-            f"{format_bytes(free)} are free on its disk; free some, or choose another folder"
-        )
-        yield Finding(severity="problem", kind="disk", text=text)
 
 
 def _verdict(plan: Plan) -> str:
@@ -203,21 +197,3 @@ def _encoding_seconds(config: ResolvedRun, clips: Sequence[Clip], *, has_card: b
     flops += _TEXT_FLOPS * len({text for clip in clips for text in clip.captions})
     rate = _CARD_FLOPS if has_card else _CORE_FLOPS * (os.cpu_count() or 1)
     return flops / rate
-
-
-def _free(folder: Path) -> int:
-    """Bytes that are free on the disk of `folder`, which need not exist."""
-    found = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    return shutil.disk_usage(found).free
-
-
-def _size(folder: Path) -> int:
-    """Bytes of the files in `folder`; 0 without one."""
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.stat(os.path.join(root, name)).st_size
-            except OSError:  # noqa: PERF203  (another process has just removed it)
-                continue
-    return total

@@ -80,8 +80,14 @@ class Sources:
         )
 
 
-def locate(source: ModelSource, components: Collection[PipelineComponent] | None = None) -> Sources:
-    """The paths of the components of `source`, after downloading what is needed from the hub.
+def locate(
+    source: ModelSource,
+    components: Collection[PipelineComponent] | None = None,
+    *,
+    download: bool = True,
+) -> Sources:
+    """The paths of the components of `source`, after downloading what is needed from the hub;
+    without `download`, what is on the hub and was not downloaded before has no path.
 
     `components` are the needed ones (None: all); others get a path too if they are on this machine.
     CheckpointError for a path that does not exist, and for an expert that may be either.
@@ -96,20 +102,19 @@ def locate(source: ModelSource, components: Collection[PipelineComponent] | None
     for component in COMPONENT_NAMES:
         if component in given:
             value = given[component]
-            if (
-                component in needed
-                or Path(value).expanduser().exists()
-                or not may_be_repository(value)  # a wrong path is reported even if it is not needed
-            ):
-                paths[component] = _component_path(value, component)
+            # A wrong path is reported even if it is not needed.
+            is_looked_for = component in needed or is_here(value) or not may_be_repository(value)
+            own = _component_path(value, component, download=download) if is_looked_for else None
+            if own is not None:
+                paths[component] = own
     whole, notices = None, ()
     if "path" in given:
         others: list[ComponentName] = [c for c in COMPONENT_NAMES if c in needed - given.keys()]
-        path = _local_path(given["path"], others)
-        found = find_components(path)
+        path = _local_path(given["path"], others, download=download)
+        found: Mapping[ComponentName, Path] = {} if path is None else find_components(path)
         if found:
             whole = path
-        else:
+        elif path is not None:
             found, notices = _single_component(path)
         paths = {**{c: p for c, p in found.items() if c not in given}, **paths}
     if "text_encoder" in paths:
@@ -118,9 +123,11 @@ def locate(source: ModelSource, components: Collection[PipelineComponent] | None
     return Sources(name=str(name), paths=paths, whole=whole, notices=notices)
 
 
-def _component_path(value: str | Path, component: ComponentName) -> Path:
+def _component_path(value: str | Path, component: ComponentName, *, download: bool) -> Path | None:
     """The path of a component that was given by itself."""
-    path = _local_path(value, [component])
+    path = _local_path(value, [component], download=download)
+    if path is None:
+        return None
     found = find_components(path)
     if found and component not in found:
         raise CheckpointError(
@@ -144,8 +151,11 @@ def _single_component(path: Path) -> tuple[dict[ComponentName, Path], tuple[str,
     return {component: path}, (notice,)
 
 
-def _local_path(value: str | Path, components: Collection[ComponentName]) -> Path:
-    """`value` itself, or the folder into which its files for `components` were downloaded."""
+def _local_path(
+    value: str | Path, components: Collection[ComponentName], *, download: bool
+) -> Path | None:
+    """`value` itself, or the folder into which its files for `components` were downloaded; None if
+    they were not, without `download`."""
     path = Path(value).expanduser()
     if path.exists():
         return path
@@ -163,12 +173,25 @@ def _local_path(value: str | Path, components: Collection[ComponentName]) -> Pat
     # The configurations of all components are small, and the variant is inferred from them.
     patterns = ["*.json", *(p for c in components for p in _HUB_PATTERNS[c])]
     try:
-        return Path(snapshot_download(text, allow_patterns=patterns))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{value}: is neither a file or folder here nor a repository that could be downloaded "
-            f"({first_line(error)}); check the name and the connection"
-        ) from error
+        return Path(snapshot_download(text, allow_patterns=patterns, local_files_only=not download))
+    except LocalEntryNotFoundError as error:
+        if not download:
+            return None
+        raise _not_downloaded(value, error) from error
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        raise _not_downloaded(value, error) from error
+
+
+def _not_downloaded(value: str | Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{value}: is neither a file or folder here nor a repository that could be downloaded "
+        f"({first_line(error)}); check the name and the connection"
+    )
+
+
+def is_here(value: str | Path) -> bool:
+    """Whether `value`, a path or a repository of the hub, is a file or folder of this machine."""
+    return Path(value).expanduser().exists()
 
 
 def may_be_repository(value: str | Path) -> bool:

@@ -30,7 +30,7 @@ from onewan.formats.weights import open_component
 from onewan.model.device_fit import check_dtypes
 from onewan.model.load import describe_model
 from onewan.model.meta_init import module_on_meta, transformer_on_meta
-from onewan.model.sources import Sources
+from onewan.model.sources import Sources, is_here
 from onewan.sample.distilled import check_distilled
 from onewan.sample.given_files import unreadable_files
 from onewan.train.attention import check_attention
@@ -161,7 +161,7 @@ def _check_model(
 ) -> None:
     """That the files fit each other and the variant, and that the device has their dtypes."""
     section, described = config.model, dict[ComponentName, ComponentDescription]()
-    if all(Path(given).expanduser().exists() for given in section.sources().values()):
+    if all(is_here(given) for given in section.sources().values()):
         _, found = describe_model(
             sources,
             section.variant,
@@ -180,7 +180,7 @@ def _check_experts(
     checks = [
         partial(check_expert, config, transformer, expert, initial.get(expert.name))
         for expert in config.model.facts().selected(config.model.experts)
-        if (transformer := _transformer(sources, config.model.source_of(expert.component), expert))
+        if (transformer := _transformer(config, sources, expert))
     ]
     _raise(*_collected(*checks))  # both experts have the same layers, hence the same problems
 
@@ -192,24 +192,27 @@ def _check_distilled(
     checks = [
         partial(check_distilled, transformer, distilled[expert.name])
         for expert in config.model.facts().experts
-        if expert.name in distilled
-        and (transformer := _transformer(sources, config.model.source_of(expert.component), expert))
+        if expert.name in distilled and (transformer := _transformer(config, sources, expert))
     ]
     _raise(*_collected(*checks))
 
 
-def _transformer(sources: Sources, given: str, expert: Expert) -> WanTransformer3DModel | None:
-    """The transformer of `expert` without memory; None if its files are still on the hub, and its
-    configuration is not that of diffusers."""
+def _transformer(
+    config: ResolvedRun, sources: Sources, expert: Expert
+) -> WanTransformer3DModel | None:
+    """The transformer of `expert` without memory: that of the variant if none of its files are
+    here. None if only its configuration is, and that is not diffusers'."""
     path = sources.paths.get(expert.component)
-    if path is not None and Path(given).expanduser().exists():
+    if path is None:
+        return transformer_on_meta(config.model.facts().transformer_config)
+    if is_here(config.model.source_of(expert.component)):
         module = module_on_meta(open_component(path))
         assert isinstance(module, WanTransformer3DModel)
         return module
-    if path is None or not (path / "config.json").is_file():
+    if not (path / "config.json").is_file():
         return None
-    config = read_json(path / "config.json")
-    return transformer_on_meta(config) if "num_attention_heads" in config else None
+    settings = read_json(path / "config.json")
+    return transformer_on_meta(settings) if "num_attention_heads" in settings else None
 
 
 def _check_attention(config: ResolvedRun, sources: Sources, device: torch.device) -> None:
@@ -218,7 +221,7 @@ def _check_attention(config: ResolvedRun, sources: Sources, device: torch.device
         return
     variant = config.model.facts()
     expert = variant.selected(config.model.experts)[0]
-    transformer = _transformer(sources, config.model.source_of(expert.component), expert)
+    transformer = _transformer(config, sources, expert)
     head_dim = transformer.config["attention_head_dim"] if transformer else None
     check_attention(config, device, head_dim or variant.attention_head_dim)
 

@@ -26,7 +26,7 @@ from onewan.memory.plan import Plan
 from onewan.memory.residency import DeviceResidency
 from onewan.model.conditioning import conditioning_of
 from onewan.model.load import WanModelLoader
-from onewan.model.sources import ENCODERS, PipelineComponent, Sources, locate
+from onewan.model.sources import ENCODERS, PipelineComponent, Sources, is_here, locate
 from onewan.model.vae import encode_in_strips
 from onewan.model.wan import WanModel
 from onewan.sample.generate import SampleRequest
@@ -65,10 +65,24 @@ class WanModelSetup:
         self._encoding_plan: Plan | None = None
         """The plan before anything is encoded; None on the CPU."""
 
-    def check(self) -> None:
+    def check(self, *, download: bool = True) -> Sources:
         """Refuse what the run file and the headers of files show to be wrong, before anything is
-        written or encoded. Downloads a model that is named by its repository."""
-        self._checked_sources(sample_requests(self._config), initial_adapters(self._config))
+        written or encoded; the files of the model. Downloads a model that is named by its
+        repository; without `download` what is not here is checked as far as the variant tells."""
+        samples, initial = sample_requests(self._config), initial_adapters(self._config)
+        return self._checked_sources(samples, initial, download=download)
+
+    def check_clips(self, clips: Sequence[Clip]) -> tuple[ResolvedRun, Plan | None]:
+        """The run file with the steps that its epochs are with these training clips, and the plan;
+        None on the CPU. Refuses clips that can't be trained on, and a run that does not fit."""
+        check_captions(self._config, clips)
+        config = self._with_known_steps(clips)
+        return config, plan_run(config, self._residency.device, clips, self._chunks)
+
+    @property
+    def initial_digests(self) -> dict[ExpertName, str]:
+        """Digests of the adapters that the run starts from."""
+        return {name: file.digest() for name, file in initial_adapters(self._config).items()}
 
     def dataset(
         self, samples: list[SampleRequest], progress: ProgressCallback, *, verify: bool = False
@@ -190,20 +204,25 @@ class WanModelSetup:
             encode_text_online=bool(self._config.embeddings),
             progress=progress,
             verify=verify,
-            check_clips=self._check_clips,
+            check_clips=self._before_encoding,
         )
         return dataset, vae
 
     def _checked_sources(
-        self, samples: list[SampleRequest], initial: Mapping[ExpertName, AdapterFile]
+        self,
+        samples: list[SampleRequest],
+        initial: Mapping[ExpertName, AdapterFile],
+        *,
+        download: bool = True,
     ) -> Sources:
         """The files of the model, checked once."""
         if self._sources is None:
             given = self._config.model.sources()
-            sources = locate(given, ENCODERS)
+            sources = locate(given, ENCODERS, download=download)
             # Hours of encoding must not end in a transformer that is missing.
             transformers = self._needed_transformers(needs_sampling=bool(samples))
-            sources.require({*ENCODERS, *(transformers - given.keys())}, self._variant)
+            if download or all(is_here(value) for value in given.values()):
+                sources.require({*ENCODERS, *(transformers - given.keys())}, self._variant)
             check_before_encoding(
                 self._config,
                 sources,
@@ -215,13 +234,10 @@ class WanModelSetup:
             self._sources = sources
         return self._sources
 
-    def _check_clips(self, clips: Sequence[Clip]) -> None:
+    def _before_encoding(self, clips: Sequence[Clip]) -> None:
         """Refuse, before anything is encoded, clips that can't be trained on."""
-        check_captions(self._config, clips)
         if clips:  # that there are none is reported with the reasons
-            config = self._with_known_steps(clips)
-            plan = plan_run(config, self._residency.device, clips, self._chunks)
-            self._encoding_plan = plan
+            _, self._encoding_plan = self.check_clips(clips)
 
     def _with_known_steps(self, clips: Sequence[Clip]) -> ResolvedRun:
         """The run file with the steps that its epochs are with these training clips.

@@ -27,6 +27,7 @@ from onewan.files import remove_abandoned, replacing
 from onewan.locks import locked, remove_abandoned_locks
 from onewan.memory.device import empty_cache_near, limit_memory, matrix_product_rate
 from onewan.memory.execution import CopiedBytes
+from onewan.memory.plan import full_disks
 from onewan.runs import events
 from onewan.runs.control import REQUESTS, Request, StopSignals, clear, pending, take, unknown
 from onewan.runs.event_file import EventFile, HeartbeatThread
@@ -184,7 +185,10 @@ class WanTrainer:
         if self._resume:
             self._restore(run)
         if run.state.step < config.train.steps:
-            self._log.emit(overview(run, self._layout))
+            found = overview(run, self._layout)
+            for line in full_disks(config, found.disk):
+                self._log.warn(line)
+            self._log.emit(found)
         self._log.emit(choose_attention(run))
         if (measured := try_largest_batch(run)) is not None:
             self._log.emit(measured)

@@ -18,7 +18,8 @@ class Copies:
 
     folder: Path
     make: bool = True
-    """Whether archives are unpacked that have not been before; otherwise they are left out."""
+    """Whether archives are unpacked, and remote files fetched, that have not been before; otherwise
+    they are left out."""
     progress: Progress = no_progress
     """Told of what takes long before the clips are known: fetching files, searching them for
     changes of scene."""
@@ -46,4 +47,4 @@ class Copies:
 
     @cached_property
     def remote(self) -> RemoteFiles:
-        return RemoteFiles(self.folder / "remote", self.progress, self.verify)
+        return RemoteFiles(self.folder / "remote", self.progress, self.verify, make=self.make)

@@ -114,6 +114,8 @@ class RemoteFiles:
     progress: Progress = no_progress
     verify: bool = False
     """Ask for the tag of every file, also of those that a table names."""
+    make: bool = True
+    """Whether files are fetched that are not here."""
     used: set[Path] = field(default_factory=set[Path])
     """Copies that were asked for."""
     failed: dict[Path, str] = field(default_factory=dict[Path, str])
@@ -144,8 +146,10 @@ class RemoteFiles:
         those that can't be copied."""
         wanted = [path for path in dict.fromkeys(paths) if path in self._known]
         missing = [path for path in wanted if not self._is_current(path)]
-        failed = dict[Path, str]()
         self.used.update(wanted)
+        if not self.make:
+            return dict.fromkeys(missing, "has not been fetched yet")
+        failed = dict[Path, str]()
 
         def copy(path: Path) -> tuple[Path, _Failure | None]:
             return path, self._copy(path)

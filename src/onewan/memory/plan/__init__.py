@@ -5,14 +5,17 @@ are loaded, and neither torch nor diffusers is imported, so that ``onewan plan``
 """
 
 from onewan.memory.plan.bucket import Bucket
+from onewan.memory.plan.free_space import ARCHIVES, CACHE, free_bytes, full_disks
 from onewan.memory.plan.machine import Machine, find_machine, machine_of
-from onewan.memory.plan.make import check_plan, disk_space, limited, make_plan
+from onewan.memory.plan.make import check_plan, disk_space, limited, make_plan, trained_counts
 from onewan.memory.plan.result import BucketPlan, PhaseBytes, Plan, RunTime, StepTime
 from onewan.memory.plan.settings import Settings
 from onewan.memory.plan.smallest import smallest_machine
 from onewan.memory.plan.stored import StoredModel, read_stored_model
 
 __all__ = [
+    "ARCHIVES",
+    "CACHE",
     "Bucket",
     "BucketPlan",
     "Machine",
@@ -25,9 +28,12 @@ __all__ = [
     "check_plan",
     "disk_space",
     "find_machine",
+    "free_bytes",
+    "full_disks",
     "limited",
     "machine_of",
     "make_plan",
     "read_stored_model",
     "smallest_machine",
+    "trained_counts",
 ]

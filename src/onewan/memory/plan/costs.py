@@ -11,6 +11,7 @@ from onewan.config.resolve import condition_shares, trained_experts
 from onewan.config.schema import ResolvedRun
 from onewan.memory.plan.activations import Activations, Batch, activations, smallest_peak
 from onewan.memory.plan.bucket import Bucket
+from onewan.memory.plan.free_space import CACHE
 from onewan.memory.plan.result import PhaseBytes
 from onewan.memory.plan.settings import Settings
 from onewan.memory.plan.shapes import CAPTION_BYTES_PER_HEAD
@@ -364,6 +365,12 @@ class RunCosts:
 
     # --------------------------------------------------------------------------- disk
 
+    @property
+    def trained_counts(self) -> dict[str, int]:
+        """Numbers of trained weights by expert, and of "embeddings"."""
+        parts = {**self.trained, "embeddings": self.embeddings}
+        return {name: part.count for name, part in parts.items() if part is not None}
+
     def disk(self, clips: Mapping[Bucket, int]) -> dict[str, int]:
         """Bytes of the files that the run writes."""
         config, variant = self.config, self.config.model.facts()
@@ -387,7 +394,7 @@ class RunCosts:
         exported = sum(t.count for t in parts) * per_weight * len(config.output.formats)
         exported *= 1 if config.train.ema is None else 2
         return {
-            **({"cache of encoded clips": latents} if config.video_data.cache else {}),
+            **({CACHE: latents} if config.video_data.cache else {}),
             "checkpoints": kept * sum(t.saved for t in parts),
             "exported weights": exports * exported,
         }

@@ -64,6 +64,11 @@ def disk_space(
     return RunCosts.of(config, stored or assumed_model(config)).disk(clips)
 
 
+def trained_counts(config: ResolvedRun, stored: StoredModel) -> dict[str, int]:
+    """Numbers of weights that the run `config` trains, by expert, and of "embeddings"."""
+    return RunCosts.of(config, stored).trained_counts
+
+
 def check_plan(plan: Plan) -> None:
     """MemoryPlanError, which says by how much and what would help, if the run can't fit."""
     problems = plan.problems()
