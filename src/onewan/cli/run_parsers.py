@@ -128,16 +128,8 @@ def add_cache(commands: Commands) -> None:
     parser.set_defaults(command=run)
 
 
-def add_train(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "train",
-        "train with the settings of a run file",
-        "Ctrl-C saves the state and stops; --resume continues\nfrom there, with the same results "
-        "as an uninterrupted run. The folder of a run, runs/NAME,\nkeeps the settings that were "
-        "given on the command line.",
-    )
-    add_run_file(parser)
+def _add_start(parser: argparse.ArgumentParser) -> None:
+    """Whether a run is started, continued or repeated."""
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         "--resume",
@@ -166,6 +158,19 @@ def add_train(commands: Commands) -> None:
         action="store_true",
         help="when resuming: continue although settings or clips have changed",
     )
+
+
+def add_train(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "train",
+        "train with the settings of a run file",
+        "Ctrl-C saves the state and stops; --resume continues\nfrom there, with the same results "
+        "as an uninterrupted run. The folder of a run, runs/NAME,\nkeeps the settings that were "
+        "given on the command line.",
+    )
+    add_run_file(parser)
+    _add_start(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",

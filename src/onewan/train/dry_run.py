@@ -20,9 +20,9 @@ from onewan.config.schema import ResolvedRun
 from onewan.data.clip import Clip
 from onewan.data.dataset import survey
 from onewan.data.report import DatasetReport
+from onewan.devices import is_host, resolve_device
 from onewan.errors import ConfigError, OnewanError
 from onewan.locks import holder_is_alive
-from onewan.memory.device import resolve_device
 from onewan.memory.plan import (
     Plan,
     check_plan,
@@ -203,7 +203,7 @@ def _plan(found: DryRun, config: ResolvedRun, setup: WanModelSetup, layout: RunL
     if clips:
         config, found.plan = setup.check_clips(clips)
         found.steps = config.train.steps
-    if resolve_device(config.model.device).type == "cpu":
+    if is_host(resolve_device(config.model.device)):
         found.plan = _plan_of_another_machine(found, config, clips)
     if clips:
         parameters = trained_counts(config, read_stored_model(config))
