@@ -155,23 +155,17 @@ let
         onewan = final.callPackage ownPackage { };
       }
     );
-  extras = lib.attrNames project.pyproject.project.optional-dependencies;
-  # For those who change onewan or build its documentation.
-  forContributors = [
-    "dev"
-    "docs"
-  ];
 in
 {
   inherit (project.pyproject.project) version;
   # onewan with all that a run file can ask for.
   users = (packagesWith onewan).mkVirtualEnv "onewan-environment" {
-    onewan = lib.subtractLists forContributors extras;
+    onewan = [ "all" ];
   };
-  # onewan with all extras, as the tests need it.
-  tests = (packagesWith onewan).mkVirtualEnv "onewan-test-environment" { onewan = extras; };
+  # onewan with what its tests need.
+  tests = (packagesWith onewan).mkVirtualEnv "onewan-test-environment" { onewan = [ "dev" ]; };
   # The same, with onewan imported from the checkout.
   editable = (packagesWith editableOnewan).mkVirtualEnv "onewan-development-environment" {
-    onewan = extras;
+    onewan = [ "dev" ];
   };
 }

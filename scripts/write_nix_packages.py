@@ -41,15 +41,17 @@ MARKERS = {
 }
 # What PyTorch's metadata asks for on every system.
 OF_TORCH = ("filelock", "fsspec", "jinja2", "networkx", "setuptools", "sympy", "typing-extensions")
-# What builds onewan itself, as a wheel and as an editable installation (libcst is pyproject.nix's).
-TO_BUILD = ("editables", "hatchling", "libcst")
+# What an editable installation needs besides the build system: libcst is for pyproject.nix.
+FOR_EDITABLE = ("editables", "libcst")
 
 
 def requirements() -> list[str]:
-    """All of onewan's requirements, those of its extras too, without its references to itself."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    named = chain(project["dependencies"], *project["optional-dependencies"].values())
-    return [*(r for r in named if not r.startswith("onewan[")), *OF_TORCH, *TO_BUILD]
+    """What onewan, its extras and its build need, without references to onewan itself."""
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project = pyproject["project"]
+    extras = project["optional-dependencies"].values()
+    named = chain(pyproject["build-system"]["requires"], project["dependencies"], *extras)
+    return [*(r for r in named if not r.startswith("onewan[")), *OF_TORCH, *FOR_EDITABLE]
 
 
 def constraints() -> list[str]:

@@ -232,12 +232,14 @@ def test_the_installed_program_leaves_the_users_python_out(shared_nix: Nix, tmp_
     assert not [line for line in inside if "/of/the/user" in line]
 
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 ADVICE = "run scripts/write_nix_packages.py"
 
 
 def requirements() -> list[Requirement]:
-    named = chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
+    project = PYPROJECT["project"]
+    extras = project["optional-dependencies"].values()
+    named = chain(PYPROJECT["build-system"]["requires"], project["dependencies"], *extras)
     parsed = [Requirement(text) for text in named]
     return [one for one in parsed if one.name not in ("onewan", "torch")]
 

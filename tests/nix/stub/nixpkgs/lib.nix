@@ -16,7 +16,6 @@ builtins
   optionals = condition: values: if condition then values else [ ];
   optionalAttrs = condition: attrs: if condition then attrs else { };
   mapAttrsToList = value: attrs: map (name: value name attrs.${name}) (builtins.attrNames attrs);
-  subtractLists = without: builtins.filter (value: !builtins.elem value without);
   hasPrefix = prefix: text: builtins.substring 0 (builtins.stringLength prefix) text == prefix;
   removeSuffix =
     suffix: text:
