@@ -120,7 +120,7 @@ def _as_lists(value: object) -> object:
 
 def differences(old: Node, new: Node) -> list[tuple[str, object, object]]:
     """(dotted name, old value, new value) of each leaf that differs; a missing item is None."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
+    before, after = dict(leaf_values(old)), dict(leaf_values(new))
     return [
         (name, before.get(name), after.get(name))
         for name in dict.fromkeys([*before, *after])
@@ -128,15 +128,15 @@ def differences(old: Node, new: Node) -> list[tuple[str, object, object]]:
     ]
 
 
-def _leaves(node: object, path: KeyPath = ()) -> Iterator[tuple[str, object]]:
+def leaf_values(node: object, path: KeyPath = ()) -> Iterator[tuple[str, object]]:
     """Values by dotted name; a list of scalars is one value, an empty one none."""
     if is_mapping(node):
         for name, value in node.items():
-            yield from _leaves(value, (*path, name))
-    elif is_tuple(node) and any(map(is_mapping, node)):
+            yield from leaf_values(value, (*path, name))
+    elif (is_tuple(node) or is_list(node)) and any(map(is_mapping, node)):
         for index, item in enumerate(node):
-            yield from _leaves(item, (*path, index))
-    elif node != ():
+            yield from leaf_values(item, (*path, index))
+    elif node not in ((), []):
         yield dotted(path), node
 
 

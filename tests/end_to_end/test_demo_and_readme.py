@@ -32,6 +32,8 @@ def test_the_demo_lowers_the_loss_and_its_results_work(
             grid.setdefault(event["expert"], []).append(event["loss"])
     assert all(last < 0.9 * first for first, last in grid.values())
     assert (run / "samples" / "000200" / "0.mp4").stat().st_size > 1000
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert f"report: {run / 'report.html'}" in out and "200 of 200" in page
     pipeline = WanPipeline.from_pretrained(folder / "model")
     for name, second in (("high", False), ("low", True)):
         file = run / "weights" / f"run_000200_{name}_noise_comfyui.safetensors"

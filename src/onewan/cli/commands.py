@@ -18,6 +18,7 @@ from onewan.config.load import load_run
 from onewan.demo import run_demo
 from onewan.documents import decode_text
 from onewan.errors import ConfigError
+from onewan.report.page import reporting
 from onewan.runs.events import Note
 from onewan.runs.layout import displayed
 from onewan.train.dry_run import DryRun, dry_run
@@ -85,12 +86,12 @@ def train(
     if rehearse:
         found = dry_run(config, resume=resume, overrides=overrides)
         return _show_dry_run(run, found, as_json=as_json)
-    with Progress() as progress:
+    with Progress() as progress, reporting(progress.listen, progress.line) as listen:
         WanTrainer(
             config,
             # Python writes line breaks as the system has them, and would double those of Windows.
             run_file=decode_text(run.read_bytes()).replace("\r\n", "\n") if run.is_file() else None,
-            listen=progress.listen,
+            listen=listen,
             resume=resume,
             allow_change=allow_change,
             overrides=overrides,

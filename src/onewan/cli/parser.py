@@ -13,6 +13,7 @@ from onewan.cli.comfyui import add_comfyui_node
 from onewan.cli.onetrainer_parsers import add_import_config, add_onetrainer
 from onewan.cli.output import say, write, write_file
 from onewan.cli.recipes import PURPOSES
+from onewan.cli.report_parsers import add_compare, add_report
 from onewan.cli.run_parsers import (
     add_cache,
     add_doctor,
@@ -64,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         add_train,
         add_runs,
         add_requests,
+        add_report,
+        add_compare,
         add_sample,
         add_inspect,
         add_convert,

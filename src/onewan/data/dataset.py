@@ -299,7 +299,7 @@ def _with_contact_sheet(
         return replace(
             report, warnings=(*report.warnings, ClipWarning(path=None, text=one_line(text)))
         )
-    return replace(report, contact_sheet=str(sheet))
+    return replace(report, contact_sheet=str(sheet), contact_sheet_pages=sheet.pages)
 
 
 def _with_list(folder: Path, report: DatasetReport) -> DatasetReport:

@@ -78,6 +78,8 @@ class DatasetReport:
     """Clips that are held out of training, to validate on."""
     contact_sheet: str | None = None
     """A line about the contact sheet of the clips, and where it is."""
+    contact_sheet_pages: tuple[Path, ...] = ()
+    """Its pages, JPEG files."""
     problem_list: Path | None = None
     """A file that lists all `problems`, so that `lines` need not."""
     listed_before: frozenset[str] = frozenset()

@@ -21,6 +21,7 @@ from onewan.demo.clips import write_clips
 from onewan.demo.tiny_model import write_tiny_model
 from onewan.errors import DataError
 from onewan.media import VIDEO_SUFFIXES, Fit, probe, read_frames
+from onewan.report.page import reporting
 from onewan.runs.layout import RunLayout, displayed
 from onewan.runs.log import Listener
 from onewan.train.run import run_folder, with_unused_name
@@ -100,7 +101,9 @@ def run_demo(
     print_line(f"$ onewan train {_quoted(run_file)}")
     # In a second demonstration the run is NAME-2: the results of the first one are kept.
     config = with_unused_name(load_run(run_file))
-    WanTrainer(config, run_file=run_file.read_text(encoding="utf-8"), listen=listen).fit()
+    with reporting(listen, print_line) as listen_and_report:
+        text = run_file.read_text(encoding="utf-8")
+        WanTrainer(config, run_file=text, listen=listen_and_report).fit()
     for line in _closing_lines(RunLayout(displayed(run_folder(config))), run_file, variant):
         print_line(line)
 
@@ -162,6 +165,7 @@ def _closing_lines(layout: RunLayout, run_file: Path, variant: VariantName) -> l
             f"  {path.relative_to(layout.root)}   a sample video (noise, as the weights are random)"
             for path in sorted(layout.samples_dir.rglob("*.mp4"))
         ),
+        "  report.html   a page about the run, to open in a browser",
         "  events.jsonl   loss, learning rate and time of every step",
         f"  tensorboard/   curves: tensorboard --logdir {_quoted(layout.root)}",
         "",

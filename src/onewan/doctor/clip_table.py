@@ -1,49 +1,19 @@
-"""What is taken of each clip's file: as a table for a terminal, and as plain data."""
+"""What is taken of each clip's file: as a table for a terminal."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from onewan.arithmetic.clip_timesteps import ALL_TIMESTEPS
 from onewan.data.clip import Clip
 from onewan.data.report import count
-from onewan.doctor.finding import Finding, without_names
+from onewan.doctor.finding import Finding
 
 TABLE_ROWS = 40
 """Clips in the table on the terminal."""
 _NAME_WIDTH = 36
-
-
-def clip_data(clip: Clip, *, is_held_out: bool) -> dict[str, Any]:
-    """What is taken of a clip's file, as plain data."""
-    image, control = clip.conditions.image, clip.conditions.control
-    return {
-        "name": clip.name,
-        "path": without_names(str(clip.path)),
-        "kind": clip.kind,
-        "start": clip.start,
-        "end": clip.times()[-1],
-        "fps": clip.fps,
-        "frames": clip.frames,
-        "width": clip.size[0],
-        "height": clip.size[1],
-        "source_width": clip.source_size[0],
-        "source_height": clip.source_size[1],
-        "source_seconds": clip.source_seconds,
-        "source_fps": clip.source_fps,
-        "alternatives": clip.takes,
-        "captions": list(clip.captions),
-        "held_out": is_held_out,
-        "fields": clip.fields,
-        "mask": None if clip.mask is None else clip.mask.path.name,
-        "condition_image": None if image is None else image.path.name,
-        "condition_frame": clip.conditions.frame,
-        "control": None if control is None else control.path.name,
-        "timesteps": [clip.timesteps.t_min, clip.timesteps.t_max],
-    }
 
 
 def taken(clip: Clip) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from onewan.config.schema import ResolvedRun
 from onewan.data.clip import Clip
+from onewan.data.clip_list import clip_data
 from onewan.data.expert_clips import timestep_lines
 from onewan.data.probes import MediaProbes
 from onewan.data.report import ClipProblem, ClipWarning, DatasetReport
@@ -23,7 +24,7 @@ from onewan.data.sources.copies import Copies
 from onewan.data.sources.read import label_of
 from onewan.data.sources.remote import Progress, no_progress
 from onewan.doctor.captions import caption_findings
-from onewan.doctor.clip_table import TABLE_ROWS, clip_data, clip_table, findings_by_path
+from onewan.doctor.clip_table import TABLE_ROWS, clip_table, findings_by_path
 from onewan.doctor.duplicates import alike, same_content
 from onewan.doctor.environment import Environment
 from onewan.doctor.finding import Finding, without_names
@@ -86,7 +87,11 @@ class Examination:
         return {
             "sources": [without_names(label_of(path)) for path in self.sources],
             "clips": [
-                clip_data(item.clip, is_held_out=item.clip in self.held_out) for item in self.clips
+                {
+                    **clip_data(item.clip, is_held_out=item.clip in self.held_out),
+                    "path": without_names(str(item.clip.path)),
+                }
+                for item in self.clips
             ],
             "buckets": [
                 {"frames": frames, "width": size[0], "height": size[1], "clips": number}

@@ -69,6 +69,21 @@ class Started(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Environment(Event):
+    """What the process runs on."""
+
+    kind: ClassVar[str] = "environment"
+    system: str
+    """Operating system and processor."""
+    device: str
+    """Name of the device that the run trains on."""
+    device_memory: int | None
+    """Bytes; null if the device does not say it."""
+    packages: Mapping[str, str]
+    """Versions of Python, onewan and the packages on which results depend."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat(Event):
     """Written only to the file, when there was no other event for `HEARTBEAT_SECONDS`."""
 

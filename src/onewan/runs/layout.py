@@ -50,6 +50,16 @@ class RunLayout:
         return self.root / "events.jsonl"
 
     @property
+    def clips(self) -> Path:
+        """The clips that are trained on, one JSON object a line (`onewan.data.clip_list`)."""
+        return self.root / "clips.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The page about the run (`onewan.report`)."""
+        return self.root / "report.html"
+
+    @property
     def log(self) -> Path:
         return self.root / "log.txt"
 

@@ -19,6 +19,7 @@ from onewan.arithmetic.byte_sizes import parse_bytes
 from onewan.config.load import dump_run
 from onewan.config.schema import ResolvedRun
 from onewan.data.clip import count_clips
+from onewan.data.clip_list import write_clip_list
 from onewan.data.loader import StepBatches
 from onewan.devices import device_memory, reset_peak, resolve_device
 from onewan.dtypes import torch_dtype
@@ -38,6 +39,7 @@ from onewan.train.attention import choose_attention
 from onewan.train.best import improved_weights
 from onewan.train.cadence import Cadence, Due
 from onewan.train.chunks import saved_chunks
+from onewan.train.environment import environment
 from onewan.train.exporting import WeightExporter
 from onewan.train.memory import planned
 from onewan.train.overview import overview
@@ -152,6 +154,7 @@ class WanTrainer:
         for notice in remove_abandoned(self._layout.written_folders()):
             self._log.note(notice)
         device = resolve_device(config.model.device)
+        self._log.emit(environment(device))
         vram = config.memory.vram
         self._memory_limit = limit_memory(device, None if vram is None else parse_bytes(vram))
         run = setup.build(self._on_encoding)
@@ -173,6 +176,7 @@ class WanTrainer:
                 steps=config.train.steps,
             )
         )
+        self._list_clips(run)
         if epochs is not None:  # their number of steps is known only now
             self._log.note(run.steps_of_epochs(epochs))
             self._config, self._cadence = config, Cadence.of(config)
@@ -197,6 +201,12 @@ class WanTrainer:
             self._log.add(TensorBoardSink(self._layout.tensorboard, run.state.step))
         if config.logging.wandb is not None:
             self._log.add(WandbSink(config, self._layout, self._log.note))
+
+    def _list_clips(self, run: Run) -> None:
+        try:
+            write_clip_list(self._layout.clips, run.dataset.report)
+        except OSError as error:  # of a full disk, saving a state says so too
+            self._log.warn(f"{self._layout.clips}: can't be written ({error.strerror})")
 
     def _train(self, run: Run) -> None:
         """Train to the last step."""

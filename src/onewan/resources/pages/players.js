@@ -81,7 +81,7 @@
     }
 
     async prepare() {
-      const shown = this.all.filter((video) => video.getClientRects().length > 0);
+      const shown = this.all.filter((video) => !video.closest("details:not([open])"));
       const good = await Promise.all(shown.map(loaded));
       shown.forEach((video, index) => video.parentElement.classList.toggle("broken", !good[index]));
       this.videos = shown.filter((_, index) => good[index]);

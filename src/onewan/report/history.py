@@ -1,0 +1,294 @@
+"""`read_history`: what happened in a run, from its events, as it stands after its restarts.
+
+What a later process computed again replaces what an earlier one did. Damaged lines, events without
+their fields and unknown ones are left out; the former two are counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+from onewan.report.steps import StepTable, number
+from onewan.runs.event_file import read_events
+from onewan.runs.events import ENDS, HEARTBEAT_SECONDS
+
+Standing = Literal["finished", "stopped", "failed", "running", "ended", "not started"]
+"""How a run stands. "ended": its process is gone without having said why."""
+
+_MOST_MESSAGES = 500
+"""Different warnings and notes that are kept."""
+_SILENT = 3
+"""A process that has written nothing for so many heartbeats is gone."""
+
+
+@dataclass(kw_only=True)
+class Process:
+    """One process that trained the run."""
+
+    begin: datetime | None
+    host: str
+    pid: int
+    end: datetime | None = None
+    """Time of its last event."""
+    first_step: int = 0
+    """The steps that it began after; of a resumed run those of the state."""
+    last_step: int = 0
+    how: Standing = "running"
+    error: str = ""
+    heartbeat: float = HEARTBEAT_SECONDS
+
+    @property
+    def seconds(self) -> float:
+        """From its first to its last event."""
+        if self.begin is None or self.end is None:
+            return 0.0
+        return max(0.0, (self.end - self.begin).total_seconds())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """A warning or a note, and how often it came."""
+
+    text: str
+    count: int = 1
+
+
+@dataclass(kw_only=True)
+class History:
+    """What is known of a run from its events."""
+
+    steps: StepTable = field(default_factory=StepTable)
+    processes: list[Process] = field(default_factory=list[Process])
+    latest: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    """The newest event of each of the kinds "data", "overview", "plan", "memory", "attention" and
+    "environment"."""
+    validations: dict[tuple[int, str], Mapping[str, Any]] = field(
+        default_factory=dict[tuple[int, str], Mapping[str, Any]]
+    )
+    """By step and expert, ascending."""
+    samples: dict[tuple[int, str], Mapping[str, Any]] = field(
+        default_factory=dict[tuple[int, str], Mapping[str, Any]]
+    )
+    """By step and name of the file."""
+    exports: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    """By name of the file."""
+    saved: list[int] = field(default_factory=list[int])
+    """Steps of saved states."""
+    best: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    """The "best_weights" events of the end, by name of the file."""
+    warnings: dict[str, Message] = field(default_factory=dict[str, Message])
+    notes: dict[str, Message] = field(default_factory=dict[str, Message])
+    damaged: list[int] = field(default_factory=list[int])
+    """The first few numbers of lines that are no events, or lack their fields."""
+    damaged_count: int = 0
+    planned_steps: int = 0
+    """Step at which the run ends; 0 if it is not known."""
+
+    @property
+    def standing(self) -> Standing:
+        return self.processes[-1].how if self.processes else "not started"
+
+    @property
+    def error(self) -> str:
+        """Why the run failed; empty if its last process did not."""
+        return self.processes[-1].error if self.processes else ""
+
+    @property
+    def seconds(self) -> float:
+        """Time of all its processes."""
+        return sum(process.seconds for process in self.processes)
+
+    @property
+    def experts(self) -> list[str]:
+        """Names of the experts that were trained or validated; "high" before "low"."""
+        seen = [*self.steps.experts, *(expert for _, expert in self.validations)]
+        return sorted(dict.fromkeys(seen))
+
+
+def read_history(path: Path, now: datetime | None = None) -> History:
+    """The history in the event file `path`, as of `now` (the present); empty if there is none."""
+    reader = _Reader()
+    for event in read_events(path, reader.damaged):
+        reader.take(event)
+    return reader.ended(now or datetime.now(timezone.utc))
+
+
+class _Reader:
+    def __init__(self) -> None:
+        self._history = History()
+        self._line = 0
+        self._takers: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+            "started": self._started,
+            "resumed": self._resumed,
+            "step": self._step,
+            "validation": self._validation,
+            "sampled": self._sampled,
+            "exported": self._exported,
+            "saved": self._saved,
+            "best_weights": self._best_weights,
+            "warning": lambda event: self._message(self._history.warnings, event),
+            "note": lambda event: self._message(self._history.notes, event),
+            "data": self._data,
+            **dict.fromkeys(
+                ("overview", "plan", "memory", "attention", "environment"), self._newest
+            ),
+            **dict.fromkeys(ENDS, self._ended),
+        }
+
+    def damaged(self, line: int) -> None:
+        history = self._history
+        history.damaged_count += 1
+        if len(history.damaged) < 10:
+            history.damaged.append(line)
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        kind = event.get("event")
+        taker = self._takers.get(kind) if isinstance(kind, str) else None
+        if taker is not None and not taker(event):
+            self._history.damaged_count += 1
+        if self._history.processes and kind != "started":
+            process = self._history.processes[-1]
+            process.end = _time(event) or process.end
+
+    def ended(self, now: datetime) -> History:
+        history = self._history
+        # Of one that was followed by another without having said how it ended.
+        for process in history.processes[:-1]:
+            if process.how == "running":
+                process.how = "ended"
+        if history.processes and history.processes[-1].how == "running":
+            last = history.processes[-1]
+            silent = (now - last.end).total_seconds() if last.end else math.inf
+            if silent > _SILENT * last.heartbeat:
+                last.how = "ended"
+        history.validations = dict(sorted(history.validations.items()))
+        return history
+
+    def _started(self, event: Mapping[str, Any]) -> bool:
+        steps, beat = event.get("steps"), number(event.get("heartbeat_seconds"))
+        if isinstance(steps, int):
+            self._history.planned_steps = steps
+        time = _time(event)
+        self._history.processes.append(
+            Process(
+                begin=time,
+                end=time,
+                host=str(event.get("hostname", "")),
+                pid=event["pid"] if isinstance(event.get("pid"), int) else 0,
+                heartbeat=beat if beat > 0 else HEARTBEAT_SECONDS,
+            )
+        )
+        return True
+
+    def _resumed(self, event: Mapping[str, Any]) -> bool:
+        step = event.get("step")
+        if not isinstance(step, int):
+            return False
+        self._drop_after(step)
+        if self._history.processes:
+            process = self._history.processes[-1]
+            process.first_step = process.last_step = step
+        return True
+
+    def _drop_after(self, step: int) -> None:
+        """Forget what an earlier process did after `step`, since the run goes on from there."""
+        history = self._history
+        history.steps.drop_after(step)
+        history.validations = {k: v for k, v in history.validations.items() if k[0] <= step}
+        history.samples = {k: v for k, v in history.samples.items() if k[0] <= step}
+        history.exports = {k: v for k, v in history.exports.items() if v["step"] <= step}
+        history.saved = [saved for saved in history.saved if saved <= step]
+        history.best.clear()
+
+    def _step(self, event: Mapping[str, Any]) -> bool:
+        history, step = self._history, event.get("step")
+        if isinstance(step, int) and 0 < step <= history.steps.last:
+            self._drop_after(step - 1)
+        if not history.steps.add(event):
+            return False
+        if history.processes:
+            history.processes[-1].last_step = history.steps.last
+        return True
+
+    def _validation(self, event: Mapping[str, Any]) -> bool:
+        return self._keep(self._history.validations, event, "expert")
+
+    def _sampled(self, event: Mapping[str, Any]) -> bool:
+        name = file_name(event.get("file"))
+        return self._keep(self._history.samples, {**event, "name": name}, "name")
+
+    @staticmethod
+    def _keep(
+        kept: dict[tuple[int, str], Mapping[str, Any]], event: Mapping[str, Any], name: str
+    ) -> bool:
+        step, value = event.get("step"), event.get(name)
+        if not isinstance(step, int) or not isinstance(value, str) or not value:
+            return False
+        kept[step, value] = event
+        return True
+
+    def _exported(self, event: Mapping[str, Any]) -> bool:
+        name = file_name(event.get("file"))
+        if not name or not isinstance(event.get("step"), int):
+            return False
+        self._history.exports[name] = event
+        return True
+
+    def _saved(self, event: Mapping[str, Any]) -> bool:
+        step = event.get("step")
+        if not isinstance(step, int):
+            return False
+        self._history.saved.append(step)
+        return True
+
+    def _best_weights(self, event: Mapping[str, Any]) -> bool:
+        name = file_name(event.get("file"))
+        if not name or not isinstance(event.get("step"), int):
+            return False
+        self._history.best[name] = event
+        return True
+
+    def _message(self, kept: dict[str, Message], event: Mapping[str, Any]) -> bool:
+        words = event.get("text")
+        if not isinstance(words, str):
+            return False
+        if words in kept:
+            kept[words] = Message(text=words, count=kept[words].count + 1)
+        elif len(kept) < _MOST_MESSAGES:
+            kept[words] = Message(text=words)
+        return True
+
+    def _data(self, event: Mapping[str, Any]) -> bool:
+        if isinstance(event.get("steps"), int):
+            self._history.planned_steps = event["steps"]
+        return self._newest(event)
+
+    def _newest(self, event: Mapping[str, Any]) -> bool:
+        self._history.latest[event["event"]] = event
+        return True
+
+    def _ended(self, event: Mapping[str, Any]) -> bool:
+        if self._history.processes:
+            process = self._history.processes[-1]
+            process.how = event["event"]
+            process.error = str(event.get("error", ""))
+        return True
+
+
+def file_name(path: object) -> str:
+    """The name of a file, of a path of any system; empty for what is no path."""
+    return path.replace("\\", "/").rpartition("/")[2] if isinstance(path, str) else ""
+
+
+def _time(event: Mapping[str, Any]) -> datetime | None:
+    try:
+        # Python 3.10 parses no "Z".
+        time = datetime.fromisoformat(str(event.get("time")).replace("Z", "+00:00"))
+    except ValueError:
+        return None
+    return time if time.tzinfo else time.replace(tzinfo=timezone.utc)

@@ -1,0 +1,206 @@
+"""`RunRecord`: everything that a page says about a run, read from its folder.
+
+What is missing or damaged is left out, and `RunRecord.gaps` says so; only a folder that is none of
+a run is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onewan import documents
+from onewan.config.load import RESOLVED_LIMITS, RESOLVED_NAME
+from onewan.documents import get_path
+from onewan.errors import OnewanError
+from onewan.report.history import History, read_history
+from onewan.runs.layout import STEP_NAME, RunLayout, displayed
+
+MOST_CLIPS = 300
+"""Clips of a run that a page lists; of more, so many at equal distances."""
+_VIDEOS = (".mp4", ".webm")
+_OTHERS_NAMED = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleVideo:
+    """A sample video, which may have been deleted since."""
+
+    step: int
+    number: str
+    """Its place among the prompts, with "-distilled": "0", "1-distilled"."""
+    prompt: str
+    path: Path
+
+    @property
+    def is_distilled(self) -> bool:
+        return self.number.endswith("-distilled")
+
+
+@dataclass(kw_only=True)
+class ClipList:
+    """What a run was trained on."""
+
+    counts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    clips: list[Mapping[str, Any]] = field(default_factory=list[Mapping[str, Any]])
+    """At most `MOST_CLIPS`."""
+    left_out: list[Mapping[str, Any]] = field(default_factory=list[Mapping[str, Any]])
+    """Files that can't be used, at most `MOST_CLIPS`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """A run as its folder tells it."""
+
+    layout: RunLayout
+    history: History
+    settings: Mapping[str, Any]
+    """The resolved run file as plain data; empty if it can't be read."""
+    resolved_text: str
+    run_text: str
+    samples: Sequence[SampleVideo]
+    """By step, then by prompt."""
+    clips: ClipList
+    gaps: Sequence[str]
+    """Lines about what can't be read."""
+
+    @property
+    def name(self) -> str:
+        return self.layout.name
+
+    def setting(self, dotted: str) -> Any:
+        """The value of a field of the run file; None if it has none."""
+        return get_path(self.settings, tuple(dotted.split(".")))
+
+
+def read_record(folder: Path) -> RunRecord:
+    """The record of the run in `folder`. OnewanError, which names runs beside it, if it is no
+    run's folder."""
+    layout = RunLayout(folder)
+    if not layout.resolved.is_file() and not layout.events.is_file():
+        raise OnewanError(_no_run(folder))
+    gaps = list[str]()
+    resolved_text, run_text = _text(layout.resolved, gaps), _text(layout.run_file, gaps)
+    settings: Any = None
+    try:
+        settings = documents.parse_yaml(resolved_text, RESOLVED_LIMITS)
+    except ValueError as error:
+        gaps.append(f"{RESOLVED_NAME}: can't be read ({error})")
+    settings = settings if isinstance(settings, dict) else {}
+    history = read_history(layout.events)
+    if history.damaged_count:
+        at = ", ".join(map(str, history.damaged))
+        more = ", ..." if history.damaged_count > len(history.damaged) else ""
+        where = f" (line {at}{more})" if at else ""
+        many = history.damaged_count > 1
+        gaps.append(
+            f"events.jsonl: {history.damaged_count} line{'s' * many} {'are' if many else 'is'} "
+            f"damaged and left out{where}; a crash or a full disk may have cut "
+            f"{'them' if many else 'it'} off"
+        )
+    if not layout.events.is_file():
+        gaps.append("events.jsonl: is not there, so nothing is known of the run's steps")
+    return RunRecord(
+        layout=layout,
+        history=history,
+        settings=settings,
+        resolved_text=resolved_text,
+        run_text=run_text,
+        samples=sorted(_samples(layout, history, settings), key=lambda s: (s.step, s.number)),
+        clips=_clip_list(layout, gaps),
+        gaps=gaps,
+    )
+
+
+def _no_run(folder: Path) -> str:
+    what = "is not the folder of a run" if folder.is_dir() else "does not exist"
+    # The folder that was given may be the one of all runs, or its name only.
+    places = [folder, folder / "runs", folder.parent, Path("runs")]
+    for place in dict.fromkeys(places):
+        if runs := run_folders(place):
+            named = ", ".join(str(displayed(run)) for run in runs[-_OTHERS_NAMED:])
+            more = "the newest runs are" if len(runs) > _OTHERS_NAMED else "there are"
+            return f"{folder}: {what}; {more} {named}"
+    return f"{folder}: {what}; give a run's folder, such as runs/NAME"
+
+
+def run_folders(place: Path) -> list[Path]:
+    """The folders of runs in `place`, the one that was changed last at the end."""
+    try:
+        found = [path for path in place.iterdir() if (path / RESOLVED_NAME).is_file()]
+        return sorted(found, key=lambda path: (path / RESOLVED_NAME).stat().st_mtime)
+    except OSError:
+        return []
+
+
+def _text(path: Path, gaps: list[str]) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        gaps.append(f"{path.name}: can't be read ({error.strerror})")
+        return ""
+
+
+def _samples(
+    layout: RunLayout, history: History, settings: Mapping[str, Any]
+) -> Iterator[SampleVideo]:
+    """Videos that events tell of, and those on disk whose events were lost."""
+    prompts: Any = get_path(settings, ("sample", "prompts")) or []
+    told = set[tuple[int, str]]()
+    for (step, name), event in history.samples.items():
+        told.add((step, name))
+        yield SampleVideo(
+            step=step,
+            number=name.rpartition(".")[0],
+            prompt=str(event.get("prompt", "")),
+            path=layout.samples(step) / name,
+        )
+    for path in sorted(layout.samples_dir.glob("*/*")):
+        if path.suffix not in _VIDEOS or not re.fullmatch(STEP_NAME, path.parent.name):
+            continue
+        step, number = int(path.parent.name), re.match(r"[0-9]+", path.stem)
+        # Those of later steps are of a process whose work is done again.
+        if (step, path.name) in told or number is None or step > (history.steps.last or step):
+            continue
+        entry = prompts[int(number[0])] if int(number[0]) < len(prompts) else None
+        prompt = str(entry.get("prompt", "")) if isinstance(entry, dict) else ""
+        yield SampleVideo(step=step, number=path.stem, prompt=prompt, path=path)
+
+
+def _clip_list(layout: RunLayout, gaps: list[str]) -> ClipList:
+    found, index, damaged = ClipList(), 0, 0
+    try:
+        with layout.clips.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    entry = json.loads(line)
+                    kind = entry["line"]
+                except (ValueError, KeyError, TypeError):
+                    damaged += 1
+                    continue
+                if kind == "counts":
+                    found.counts = entry
+                elif kind == "clip":
+                    if _is_listed(index, found.counts.get("listed")):
+                        found.clips.append(entry)
+                    index += 1
+                elif len(found.left_out) < MOST_CLIPS:
+                    found.left_out.append(entry)
+    except FileNotFoundError:
+        pass  # of a run that has not come so far, or of an older onewan
+    except OSError as error:
+        gaps.append(f"{layout.clips.name}: can't be read ({error.strerror})")
+    if damaged:
+        gaps.append(f"{layout.clips.name}: {damaged} damaged lines are left out")
+    return found
+
+
+def _is_listed(index: int, total: object) -> bool:
+    """Whether the clip at `index` is among `MOST_CLIPS` of `total` at equal distances."""
+    if not isinstance(total, int) or total <= MOST_CLIPS:
+        return index < MOST_CLIPS
+    return index * MOST_CLIPS // total != (index - 1) * MOST_CLIPS // total

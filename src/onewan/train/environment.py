@@ -1,0 +1,35 @@
+"""What a run is trained with and on, for its record: versions of packages, system and device."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from onewan.memory.device import device_name, total_and_free_memory
+from onewan.runs.events import Environment
+
+_PACKAGES = ("onewan", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "av")
+"""Those on which results depend; of other optimizers' libraries the saved states know."""
+
+
+def environment(device: torch.device) -> Environment:
+    """The event about this process, which trains on `device`."""
+    total = None if device.type == "cpu" else total_and_free_memory(device)[0]
+    versions = {name: version for name in _PACKAGES if (version := _version(name))}
+    return Environment(
+        system=f"{platform.system()} {platform.release()}, {platform.machine()}",
+        device=device_name(device),
+        device_memory=total,
+        packages={"python": platform.python_version(), **versions},
+    )
+
+
+def _version(name: str) -> str:
+    """The version of an installed package; empty if it is not installed, as onewan in a checkout
+    that is only on the path."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,182 @@
+"""What is read from the events of a run: restarts, ends, damage; and how plots thin it out."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+from made_runs import BEGIN, EventLines, MadeRun, begin_events, one_step, write_run
+
+from onewan.pages.plots import BUCKETS, curve, smoothed, thinned
+from onewan.report.history import History, read_history
+from onewan.runs import events
+from onewan.runs.layout import RunLayout
+
+MADE = MadeRun(steps=20)
+
+
+def history_of(lines: EventLines, folder: Path) -> History:
+    path = folder / "events.jsonl"
+    lines.write(path)
+    return read_history(path, lines.now + timedelta(seconds=1))
+
+
+def begun(folder: Path) -> EventLines:
+    lines = EventLines()
+    begin_events(lines, RunLayout(folder), MADE)
+    return lines
+
+
+def add_steps(lines: EventLines, steps: range, seed: int = 0) -> list[float]:
+    random, losses = Random(seed), list[float]()
+    for step in steps:
+        event = one_step(random, MADE, step, "high" if step % 2 else "low")
+        losses.append(event.loss)
+        lines.add(event, 4)
+    return losses
+
+
+def test_steps_after_the_state_that_a_run_goes_on_from_are_replaced(tmp_path: Path) -> None:
+    lines = begun(tmp_path)
+    first = add_steps(lines, range(1, 9))
+    for step in (4, 8):
+        lines.add(
+            events.Validated(step=step, expert="high", loss=1, ema=None, base=2, held_out=True)
+        )
+        lines.add(events.Exported(step=step, expert="high", file=tmp_path / f"run_{step}.x"))
+        lines.add(events.Sampled(step=step, file=tmp_path / str(step) / "0.mp4", prompt="a"))
+    lines.add(events.Saved(step=4, state=tmp_path))
+    begin_events(lines, RunLayout(tmp_path), MADE)
+    lines.add(events.Resumed(step=4, state=tmp_path))
+    stopped_at_once = history_of(lines, tmp_path)
+    assert stopped_at_once.steps.last == 4  # also of one that does no further step
+    second = add_steps(lines, range(5, 7), seed=1)
+    lines.add(events.Finished(step=6, run=tmp_path))
+    found = history_of(lines, tmp_path)
+    assert found.standing == "finished" and found.steps.replaced == 4
+    losses = found.steps.column("loss")
+    assert losses.tolist() == [*first[:4], *second]
+    assert found.steps.of("high").tolist() == [1, 3, 5]
+    assert found.steps.of("low").tolist() == [2, 4, 6]
+    assert [len(part) for part in found.steps.timesteps("high")] == [3, 3, 3]
+    assert [step for step, _ in found.validations] == [4]
+    assert [*found.exports] == ["run_4.x"] and [step for step, _ in found.samples] == [4]
+    assert [(p.how, p.first_step, p.last_step) for p in found.processes] == [
+        ("ended", 0, 8),
+        ("finished", 4, 6),
+    ]
+
+
+def test_a_run_that_starts_again_from_the_beginning_replaces_all(tmp_path: Path) -> None:
+    lines = begun(tmp_path)
+    add_steps(lines, range(1, 9))
+    begin_events(lines, RunLayout(tmp_path), MADE)
+    again = add_steps(lines, range(1, 3), seed=1)
+    found = history_of(lines, tmp_path)
+    assert found.steps.column("loss").tolist() == again and found.steps.replaced == 8
+    assert found.steps.experts == ["high", "low"]
+
+
+@pytest.mark.parametrize(
+    ("last", "standing"),
+    [
+        (events.Finished(step=2, run=Path("run")), "finished"),
+        (events.Stopped(step=2), "stopped"),
+        (events.Failed(error="no space"), "failed"),
+        (None, "running"),
+    ],
+)
+def test_how_a_run_stands(tmp_path: Path, last: events.Event | None, standing: str) -> None:
+    lines = begun(tmp_path)
+    add_steps(lines, range(1, 3))
+    if last is not None:
+        lines.add(last)
+    found = history_of(lines, tmp_path)
+    assert found.standing == standing
+    assert found.error == ("no space" if standing == "failed" else "")
+    assert found.planned_steps == 20 and found.seconds == pytest.approx(70)
+    long_after = read_history(tmp_path / "events.jsonl", lines.now + timedelta(minutes=5))
+    assert long_after.standing == ("ended" if standing == "running" else standing)
+
+
+def test_damaged_lines_and_fields_are_counted_and_left_out(tmp_path: Path) -> None:
+    lines = begun(tmp_path)
+    add_steps(lines, range(1, 4))
+    good = lines.lines[-1]
+    for change in ({"step": None}, {"step": "7"}, {"expert": 3}, {"step": -1}):
+        lines.lines.append(json.dumps({**json.loads(good), **change}))
+    lines.lines += [
+        good[:100],
+        "\x00\x01",
+        json.dumps({"event": "validation", "step": 3}),
+        json.dumps({"event": "warning", "text": 7}),
+        json.dumps({"event": ["odd"]}),
+        json.dumps({"event": "step", "step": 4, "expert": "low", "loss": None, "t": "no"}),
+        json.dumps({"event": "of a later version", "step": 1}),
+    ]
+    path = tmp_path / "events.jsonl"
+    lines.write(path)
+    with path.open("ab") as file:
+        file.write(good[:50].encode())  # a line that is being written
+    found = read_history(path, BEGIN)
+    assert found.steps.last == 4 and np.isnan(found.steps.column("loss")[-1])
+    assert found.damaged_count == 8 and len(found.damaged) == 2
+    assert found.standing == "running"
+
+
+def test_no_file_and_no_event_are_an_empty_history(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").touch()
+    for path in (tmp_path / "events.jsonl", tmp_path / "none.jsonl"):
+        found = read_history(path)
+        assert found.standing == "not started" and not len(found.steps)
+        assert len(found.steps.of("high")) == len(found.steps.column("loss")) == 0
+        assert [len(part) for part in found.steps.timesteps("high")] == [0, 0, 0]
+
+
+def test_a_made_up_run_has_what_a_real_one_writes(tmp_path: Path) -> None:
+    layout = write_run(tmp_path / "run", MadeRun(steps=40, validate_every=20))
+    found = read_history(layout.events)
+    assert found.damaged_count == 0 and found.experts == ["high", "low"]
+    assert len(found.validations) == 6 and [*found.warnings]
+
+
+# ----------------------------------------------------------------------------------------- thinning
+
+
+def test_a_long_curve_keeps_its_spikes_in_few_points() -> None:
+    x = np.arange(1.0, 50_001)
+    y = np.sin(x / 5000)
+    y[12_345], y[40_000], y[77] = 90.0, -7.0, np.nan
+    found = curve("loss", "high", x, y)
+    assert len(found.x) == BUCKETS and found.x[-1] == 50_000
+    assert found.lowest is not None and found.highest is not None
+    assert np.nanmax(found.highest) == 90 and np.nanmin(found.lowest) == -7
+    assert np.isfinite(found.y).all() and found.y.max() < 2  # smoothed
+    data = found.as_data()
+    assert max(value for value in data["hi"] if value is not None) == 90
+    assert all(isinstance(value, int) for value in data["x"])
+    rates = np.where(x < 30_000, 1e-4, 1e-5)
+    rates[123] = 0.0
+    kept = thinned("lr", "high", x, rates)
+    assert len(kept.x) <= BUCKETS + 2 and kept.y.min() == 0 and kept.x[-1] == 50_000
+
+
+def test_a_short_curve_has_every_value() -> None:
+    x, y = np.arange(1.0, 5), np.array([1.0, np.nan, 3.0, 5.0])
+    found = curve("loss", "high", x, y)
+    assert found.lowest is not None and found.highest is not None
+    np.testing.assert_array_equal(found.highest, y)
+    np.testing.assert_array_equal(found.lowest, y)
+    np.testing.assert_array_equal(found.y, y)
+    assert found.as_data()["y"] == [1, None, 3, 5]
+
+
+def test_smoothing_is_the_mean_of_the_values_around() -> None:
+    y = np.array([2.0, 4.0, np.nan, 8.0, 10.0])
+    np.testing.assert_allclose(smoothed(y, 3), [3, 3, 6, 9, 9])
+    assert np.isnan(smoothed(np.full(3, np.nan), 3)).all()
+    np.testing.assert_array_equal(smoothed(y[[0, 1, 3]], 1), [2, 4, 8])
