@@ -159,7 +159,9 @@ def step_events(lines: EventLines, layout: RunLayout, made: MadeRun, steps: Iter
             lines.add(one_step(random, made, step, expert), 4.2)
         if made.validate_every and step % made.validate_every == 0:
             for name in made.experts:
-                loss = 0.09 + 0.03 * math.exp(-3 * step / max(1, made.steps)) + random.gauss(0, 5e-4)
+                loss = (
+                    0.09 + 0.03 * math.exp(-3 * step / max(1, made.steps)) + random.gauss(0, 5e-4)
+                )
                 lines.add(
                     events.Validated(
                         step=step, expert=name, loss=loss, ema=None, base=0.13, held_out=True

@@ -117,8 +117,11 @@ def test_videos_that_are_too_many_are_links_that_work_from_where_the_page_is(
     [
         (MadeRun(steps=20, end="failed"), ["Why it failed", "the loss is not finite"]),
         (MadeRun(steps=20, end="stopped"), ["stopped"]),
-        (MadeRun(steps=20, end=""), ["ended without a word", "--resume"]),
-        (MadeRun(steps=0, validate_every=0, end=""), ["No step is done yet", "No sample is there yet"]),
+        (MadeRun(steps=20, end=""), ["It is silent", "may have died", "--resume"]),
+        (
+            MadeRun(steps=0, validate_every=0, end=""),
+            ["No step is done yet", "No sample is there yet"],
+        ),
         (
             MadeRun(steps=30, experts=("single",), validate_every=0, prompts=(), on_device=False),
             ["Wan 2.2 TI2V-5B", "the model", "The run makes no samples", "mean of its last 3"],
@@ -156,11 +159,13 @@ def test_a_wrong_folder_is_named_with_the_runs_that_there_are(
     write_run(Path("runs/dog"), MadeRun(steps=2))
     write_run(Path("runs/new"), MadeRun(steps=0, validate_every=0))
     shown = str(Path("runs/dog")), str(Path("runs/new"))
-    for wrong, what in (("dog", "does not exist"), ("runs", "is not the folder of a run")):
+    for wrong, what in (("cat", "there is no such run"), ("runs", "is not the folder of a run")):
         assert main(["report", wrong]) == 1
         error = capsys.readouterr().err
         assert error.startswith(f"onewan: {wrong}: {what}; there are ")
         assert all(run in error for run in shown)
+    assert main(["report", "dog"]) == 0 and Path("runs/dog/report.html").is_file()
+    capsys.readouterr()
     assert main(["compare", *shown, "cat", str(Path("runs/dog"))]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "onewan: compare: 3 problems"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from datetime import timedelta
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
-from made_runs import BEGIN, EventLines, MadeRun, begin_events, one_step, write_run
+from made_runs import EventLines, MadeRun, begin_events, one_step, write_run
 
 from onewan.pages.plots import BUCKETS, curve, smoothed, thinned
 from onewan.report.history import History, read_history
@@ -22,7 +21,7 @@ MADE = MadeRun(steps=20)
 def history_of(lines: EventLines, folder: Path) -> History:
     path = folder / "events.jsonl"
     lines.write(path)
-    return read_history(path, lines.now + timedelta(seconds=1))
+    return read_history(path)
 
 
 def begun(folder: Path) -> EventLines:
@@ -57,7 +56,7 @@ def test_steps_after_the_state_that_a_run_goes_on_from_are_replaced(tmp_path: Pa
     second = add_steps(lines, range(5, 7), seed=1)
     lines.add(events.Finished(step=6, run=tmp_path))
     found = history_of(lines, tmp_path)
-    assert found.standing == "finished" and found.steps.replaced == 4
+    assert found.steps.replaced == 4
     losses = found.steps.column("loss")
     assert losses.tolist() == [*first[:4], *second]
     assert found.steps.of("high").tolist() == [1, 3, 5]
@@ -66,7 +65,7 @@ def test_steps_after_the_state_that_a_run_goes_on_from_are_replaced(tmp_path: Pa
     assert [step for step, _ in found.validations] == [4]
     assert [*found.exports] == ["run_4.x"] and [step for step, _ in found.samples] == [4]
     assert [(p.how, p.first_step, p.last_step) for p in found.processes] == [
-        ("ended", 0, 8),
+        ("killed", 0, 8),
         ("finished", 4, 6),
     ]
 
@@ -82,7 +81,7 @@ def test_a_run_that_starts_again_from_the_beginning_replaces_all(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("last", "standing"),
+    ("last", "how"),
     [
         (events.Finished(step=2, run=Path("run")), "finished"),
         (events.Stopped(step=2), "stopped"),
@@ -90,17 +89,15 @@ def test_a_run_that_starts_again_from_the_beginning_replaces_all(tmp_path: Path)
         (None, "running"),
     ],
 )
-def test_how_a_run_stands(tmp_path: Path, last: events.Event | None, standing: str) -> None:
+def test_how_a_process_ended(tmp_path: Path, last: events.Event | None, how: str) -> None:
     lines = begun(tmp_path)
     add_steps(lines, range(1, 3))
     if last is not None:
         lines.add(last)
     found = history_of(lines, tmp_path)
-    assert found.standing == standing
-    assert found.error == ("no space" if standing == "failed" else "")
+    assert [process.how for process in found.processes] == [how]
+    assert found.error == ("no space" if how == "failed" else "")
     assert found.planned_steps == 20 and found.seconds == pytest.approx(70)
-    long_after = read_history(tmp_path / "events.jsonl", lines.now + timedelta(minutes=5))
-    assert long_after.standing == ("ended" if standing == "running" else standing)
 
 
 def test_damaged_lines_and_fields_are_counted_and_left_out(tmp_path: Path) -> None:
@@ -122,17 +119,16 @@ def test_damaged_lines_and_fields_are_counted_and_left_out(tmp_path: Path) -> No
     lines.write(path)
     with path.open("ab") as file:
         file.write(good[:50].encode())  # a line that is being written
-    found = read_history(path, BEGIN)
+    found = read_history(path)
     assert found.steps.last == 4 and np.isnan(found.steps.column("loss")[-1])
     assert found.damaged_count == 8 and len(found.damaged) == 2
-    assert found.standing == "running"
 
 
 def test_no_file_and_no_event_are_an_empty_history(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").touch()
     for path in (tmp_path / "events.jsonl", tmp_path / "none.jsonl"):
         found = read_history(path)
-        assert found.standing == "not started" and not len(found.steps)
+        assert not found.processes and not len(found.steps)
         assert len(found.steps.of("high")) == len(found.steps.column("loss")) == 0
         assert [len(part) for part in found.steps.timesteps("high")] == [0, 0, 0]
 

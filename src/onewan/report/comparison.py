@@ -15,7 +15,6 @@ from onewan.pages.plots import Plot
 from onewan.report.curves import Source, expert_label, speed_plots, step_plots, timestep_plots
 from onewan.report.page import SCRIPTS, STYLES, plots_data
 from onewan.report.parts import (
-    STANDINGS,
     made_at,
     method_text,
     model_text,
@@ -172,12 +171,11 @@ def _results(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[str
 
 
 def _column(record: RunRecord) -> dict[str, tuple[str, str]]:
-    words, _ = STANDINGS[record.history.standing]
     begin = record.history.processes[0].begin if record.history.processes else None
     warnings = len(record.history.warnings)
     what = ", ".join(part for part in (model_text(record), method_text(record)) if part)
     rows = {
-        "State": (words, f"started {made_at(begin)}" if begin else ""),
+        "State": (record.state, f"started {made_at(begin)}" if begin else ""),
         "Trains": (what, ""),
         **results(record),
     }

@@ -6,24 +6,19 @@ their fields and unknown ones are left out; the former two are counted.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from onewan.report.steps import StepTable, number
+from onewan.report.steps import StepTable
 from onewan.runs.event_file import read_events
-from onewan.runs.events import ENDS, HEARTBEAT_SECONDS
-
-Standing = Literal["finished", "stopped", "failed", "running", "ended", "not started"]
-"""How a run stands. "ended": its process is gone without having said why."""
+from onewan.runs.events import ENDS
+from onewan.runs.status import RunState
 
 _MOST_MESSAGES = 500
 """Different warnings and notes that are kept."""
-_SILENT = 3
-"""A process that has written nothing for so many heartbeats is gone."""
 
 
 @dataclass(kw_only=True)
@@ -38,9 +33,9 @@ class Process:
     first_step: int = 0
     """The steps that it began after; of a resumed run those of the state."""
     last_step: int = 0
-    how: Standing = "running"
+    how: RunState = "running"
+    """Until its last event says how it ended; see `onewan.runs.status`."""
     error: str = ""
-    heartbeat: float = HEARTBEAT_SECONDS
 
     @property
     def seconds(self) -> float:
@@ -90,10 +85,6 @@ class History:
     """Step at which the run ends; 0 if it is not known."""
 
     @property
-    def standing(self) -> Standing:
-        return self.processes[-1].how if self.processes else "not started"
-
-    @property
     def error(self) -> str:
         """Why the run failed; empty if its last process did not."""
         return self.processes[-1].error if self.processes else ""
@@ -110,12 +101,12 @@ class History:
         return sorted(dict.fromkeys(seen))
 
 
-def read_history(path: Path, now: datetime | None = None) -> History:
-    """The history in the event file `path`, as of `now` (the present); empty if there is none."""
+def read_history(path: Path) -> History:
+    """The history in the event file `path`; empty if there is none."""
     reader = _Reader()
     for event in read_events(path, reader.damaged):
         reader.take(event)
-    return reader.ended(now or datetime.now(timezone.utc))
+    return reader.ended()
 
 
 class _Reader:
@@ -155,22 +146,17 @@ class _Reader:
             process = self._history.processes[-1]
             process.end = _time(event) or process.end
 
-    def ended(self, now: datetime) -> History:
+    def ended(self) -> History:
         history = self._history
         # Of one that was followed by another without having said how it ended.
         for process in history.processes[:-1]:
             if process.how == "running":
-                process.how = "ended"
-        if history.processes and history.processes[-1].how == "running":
-            last = history.processes[-1]
-            silent = (now - last.end).total_seconds() if last.end else math.inf
-            if silent > _SILENT * last.heartbeat:
-                last.how = "ended"
+                process.how = "killed"
         history.validations = dict(sorted(history.validations.items()))
         return history
 
     def _started(self, event: Mapping[str, Any]) -> bool:
-        steps, beat = event.get("steps"), number(event.get("heartbeat_seconds"))
+        steps = event.get("steps")
         if isinstance(steps, int):
             self._history.planned_steps = steps
         time = _time(event)
@@ -180,7 +166,6 @@ class _Reader:
                 end=time,
                 host=str(event.get("hostname", "")),
                 pid=event["pid"] if isinstance(event.get("pid"), int) else 0,
-                heartbeat=beat if beat > 0 else HEARTBEAT_SECONDS,
             )
         )
         return True

@@ -14,7 +14,7 @@ from onewan.pages.plots import Plot
 from onewan.report.curves import Source, of_experts, speed_plots, step_plots, timestep_plots
 from onewan.report.history import History
 from onewan.report.parts import (
-    STANDINGS,
+    STATE_STYLES,
     list_of,
     made_at,
     method_text,
@@ -29,7 +29,7 @@ from onewan.report.steps import number
 from onewan.report.tables import clips_html, files_html, processes_html, settings_html
 from onewan.report.videos import VideoChoice
 from onewan.runs.events import Event, Started
-from onewan.runs.layout import RunLayout, displayed
+from onewan.runs.layout import displayed
 from onewan.runs.log import Listener
 
 STYLES = ("players.css", "plots.css", "runs.css")
@@ -37,14 +37,15 @@ SCRIPTS = ("players.js", "plots.js", "filter.js")
 _GIGABYTE = 1e9
 
 
-def write_report(folder: Path, out: Path | None = None, choice: VideoChoice | None = None) -> Path:
-    """Write the page about the run in `folder` to `out`, by default ``report.html`` in the folder;
-    returns its path.
+def write_report(run: Path, out: Path | None = None, choice: VideoChoice | None = None) -> Path:
+    """Write the page about a run, given by its folder or its name in ``runs``, to `out`, by default
+    ``report.html`` in its folder; returns its path.
 
-    OnewanError if `folder` is no run's folder, OSError if the page can't be written.
+    OnewanError if there is no such run, OSError if the page can't be written.
     """
-    path = out or RunLayout(folder).report
-    page = report_page(read_record(folder), path.parent, choice or VideoChoice())
+    record = read_record(run)
+    path = out or record.layout.report
+    page = report_page(record, path.parent, choice or VideoChoice())
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")
     return path
@@ -117,9 +118,9 @@ def plots_data(plots: list[Plot]) -> dict[str, object]:
 
 
 def _head(record: RunRecord, now: datetime) -> Iterator[str]:
-    words, kind = STANDINGS[record.history.standing]
+    kind = STATE_STYLES[record.state]
     yield '<div class="head">'
-    yield f'<h1>{text(record.name)}</h1><span class="badge {kind}">{words}</span>'
+    yield f'<h1>{text(record.name)}</h1><span class="badge {kind}">{record.state}</span>'
     yield "</div>"
     begin = record.history.processes[0].begin if record.history.processes else None
     facts = [
@@ -159,11 +160,11 @@ def _problems(record: RunRecord) -> Iterator[str]:
         yield '<section class="box bad"><h2 class="wrong">Why it failed</h2>'
         yield from list_of(history.error.split("\n"))
         yield "</section>"
-    if history.standing == "ended":
-        yield '<section class="box bad"><h2 class="wrong">It ended without a word</h2>'
+    if record.state in ("killed", "silent"):
+        yield f'<section class="box bad"><h2 class="wrong">It is {record.state}</h2>'
         saved = f"the state of step {history.saved[-1]:,}" if history.saved else "the beginning"
         yield (
-            "<p>Its last process wrote nothing more: it was killed, or the machine went down. "
+            f"<p>{text(record.reason)}: it was killed, or its machine went down. "
             f"<code>onewan train {text(displayed(record.layout.root))} --resume</code> goes on "
             f"from {saved}.</p></section>"
         )

@@ -16,20 +16,22 @@ from onewan.doctor.finding import without_names
 from onewan.pages import document
 from onewan.pages.plots import Plot
 from onewan.report.curves import expert_label
-from onewan.report.history import History, Standing
+from onewan.report.history import History
 from onewan.report.record import RunRecord
 from onewan.report.steps import number
+from onewan.runs.status import RunState
 from onewan.variants import VARIANTS
 
-STANDINGS: Mapping[Standing, tuple[str, str]] = {
-    "finished": ("finished", "right"),
-    "stopped": ("stopped", "plain"),
-    "failed": ("failed", "wrong"),
-    "running": ("running", "plain"),
-    "ended": ("ended without a word", "wrong"),
-    "not started": ("not started", "plain"),
+STATE_STYLES: Mapping[RunState, str] = {
+    "finished": "right",
+    "failed": "wrong",
+    "killed": "wrong",
+    "silent": "wrong",
+    "stopped": "plain",
+    "running": "plain",
+    "not started": "plain",
 }
-"""How a run stands, in words and as a class of the style."""
+"""Classes of the style for the states of runs."""
 _RECENT = 10
 """The mean loss at the end is that of the last steps divided by this."""
 

@@ -16,14 +16,13 @@ from typing import Any
 from onewan import documents
 from onewan.config.load import RESOLVED_LIMITS, RESOLVED_NAME
 from onewan.documents import get_path
-from onewan.errors import OnewanError
 from onewan.report.history import History, read_history
-from onewan.runs.layout import STEP_NAME, RunLayout, displayed
+from onewan.runs.layout import STEP_NAME, RunLayout
+from onewan.runs.status import RunState, find_run, read_state
 
 MOST_CLIPS = 300
 """Clips of a run that a page lists; of more, so many at equal distances."""
 _VIDEOS = (".mp4", ".webm")
-_OTHERS_NAMED = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +56,9 @@ class RunRecord:
     """A run as its folder tells it."""
 
     layout: RunLayout
+    state: RunState
+    reason: str
+    """Why it stands so, where the state alone does not say it."""
     history: History
     settings: Mapping[str, Any]
     """The resolved run file as plain data; empty if it can't be read."""
@@ -77,12 +79,10 @@ class RunRecord:
         return get_path(self.settings, tuple(dotted.split(".")))
 
 
-def read_record(folder: Path) -> RunRecord:
-    """The record of the run in `folder`. OnewanError, which names runs beside it, if it is no
-    run's folder."""
-    layout = RunLayout(folder)
-    if not layout.resolved.is_file() and not layout.events.is_file():
-        raise OnewanError(_no_run(folder))
+def read_record(run: Path) -> RunRecord:
+    """The record of a run, by its folder or its name in ``runs``. OnewanError, which names the runs
+    that there are, if there is no such run."""
+    layout = RunLayout(find_run(run))
     gaps = list[str]()
     resolved_text, run_text = _text(layout.resolved, gaps), _text(layout.run_file, gaps)
     settings: Any = None
@@ -92,6 +92,9 @@ def read_record(folder: Path) -> RunRecord:
         gaps.append(f"{RESOLVED_NAME}: can't be read ({error})")
     settings = settings if isinstance(settings, dict) else {}
     history = read_history(layout.events)
+    state, reason = read_state(layout)
+    if history.processes:
+        history.processes[-1].how = state
     if history.damaged_count:
         at = ", ".join(map(str, history.damaged))
         more = ", ..." if history.damaged_count > len(history.damaged) else ""
@@ -106,6 +109,8 @@ def read_record(folder: Path) -> RunRecord:
         gaps.append("events.jsonl: is not there, so nothing is known of the run's steps")
     return RunRecord(
         layout=layout,
+        state=state,
+        reason=reason,
         history=history,
         settings=settings,
         resolved_text=resolved_text,
@@ -114,27 +119,6 @@ def read_record(folder: Path) -> RunRecord:
         clips=_clip_list(layout, gaps),
         gaps=gaps,
     )
-
-
-def _no_run(folder: Path) -> str:
-    what = "is not the folder of a run" if folder.is_dir() else "does not exist"
-    # The folder that was given may be the one of all runs, or its name only.
-    places = [folder, folder / "runs", folder.parent, Path("runs")]
-    for place in dict.fromkeys(places):
-        if runs := run_folders(place):
-            named = ", ".join(str(displayed(run)) for run in runs[-_OTHERS_NAMED:])
-            more = "the newest runs are" if len(runs) > _OTHERS_NAMED else "there are"
-            return f"{folder}: {what}; {more} {named}"
-    return f"{folder}: {what}; give a run's folder, such as runs/NAME"
-
-
-def run_folders(place: Path) -> list[Path]:
-    """The folders of runs in `place`, the one that was changed last at the end."""
-    try:
-        found = [path for path in place.iterdir() if (path / RESOLVED_NAME).is_file()]
-        return sorted(found, key=lambda path: (path / RESOLVED_NAME).stat().st_mtime)
-    except OSError:
-        return []
 
 
 def _text(path: Path, gaps: list[str]) -> str:

@@ -12,7 +12,7 @@ from onewan.arithmetic.durations import format_duration
 from onewan.doctor.finding import without_names
 from onewan.pages.document import block, data_uri
 from onewan.report.history import History, Process
-from onewan.report.parts import STANDINGS, list_of, made_at, text
+from onewan.report.parts import STATE_STYLES, list_of, made_at, text
 from onewan.report.record import RunRecord
 from onewan.report.steps import number
 
@@ -206,7 +206,6 @@ def processes_html(record: RunRecord) -> Iterator[str]:
 
 
 def _process(process: Process) -> Iterator[str]:
-    words, kind = STANDINGS[process.how]
     begin = made_at(process.begin) if process.begin else "unknown"
     steps = "none"
     if process.last_step > process.first_step:
@@ -214,7 +213,7 @@ def _process(process: Process) -> Iterator[str]:
     yield f"<tr><td>{begin}<td>{text(process.host)}, process {process.pid}"
     yield f'<td class="number">{steps}'
     yield f'<td class="number">{format_duration(process.seconds)}'
-    yield f'<td><span class="{kind}">{words}</span>'
+    yield f'<td><span class="{STATE_STYLES[process.how]}">{process.how}</span>'
 
 
 def _environment(history: History) -> Iterator[str]:

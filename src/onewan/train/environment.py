@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from onewan.memory.device import device_name, total_and_free_memory
+from onewan.devices import device_name, is_host, total_and_free_memory
 from onewan.runs.events import Environment
 
 _PACKAGES = ("onewan", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "av")
@@ -16,7 +16,7 @@ _PACKAGES = ("onewan", "torch", "diffusers", "transformers", "peft", "safetensor
 
 def environment(device: torch.device) -> Environment:
     """The event about this process, which trains on `device`."""
-    total = None if device.type == "cpu" else total_and_free_memory(device)[0]
+    total = None if is_host(device) else total_and_free_memory(device)[0]
     versions = {name: version for name in _PACKAGES if (version := _version(name))}
     return Environment(
         system=f"{platform.system()} {platform.release()}, {platform.machine()}",
