@@ -1,39 +1,36 @@
 """The commands demo, cache and train; imported only when one of them runs.
 
-Importing torch, diffusers and transformers takes seconds.
+Importing torch, diffusers and transformers takes seconds, so each command first reads its run file:
+what is wrong in that is told at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import diffusers
-import transformers
-
+from onewan.cli.heavy_imports import heavy_imports
 from onewan.cli.importing import run_file_of
 from onewan.cli.output import complain, say, write_json
 from onewan.cli.progress import Progress
 from onewan.config.load import load_run
-from onewan.demo import run_demo
 from onewan.documents import decode_text
 from onewan.errors import ConfigError
 from onewan.report.page import reporting
 from onewan.runs.events import Note
 from onewan.runs.layout import displayed
-from onewan.train.dry_run import DryRun, dry_run
-from onewan.train.resume import Resume
-from onewan.train.run import sample_requests, with_unused_name
-from onewan.train.setup import WanModelSetup
-from onewan.train.trainer import WanTrainer
 from onewan.variants import VariantName
 
-# Their progress bars for loading would interleave with ours.
-diffusers.utils.logging.disable_progress_bar()
-transformers.utils.logging.disable_progress_bar()
+if TYPE_CHECKING:
+    from onewan.train.dry_run import DryRun
+    from onewan.train.resume import Resume
 
 
 def demo(folder: Path, variant: VariantName) -> int:
+    with heavy_imports():
+        from onewan.demo import run_demo
+
     with Progress() as progress:
         run_demo(folder, variant, progress.listen, progress.line)
     return 0
@@ -45,6 +42,10 @@ def cache(run: Path, overrides: Sequence[str], *, strict: bool, verify: bool) ->
         raise ConfigError(
             str(run), ["video_data.cache: is false, so nothing is cached; set it to true"]
         )
+    with heavy_imports():
+        from onewan.train.run import sample_requests
+        from onewan.train.setup import WanModelSetup
+
     with Progress() as progress:
         # The prompts of sample videos are encoded too: training then needs no text encoder.
         data = WanModelSetup(config).dataset(
@@ -80,10 +81,16 @@ def train(
         )
     run = run_file_of(run)
     config = load_run(run, overrides)
+    with heavy_imports():
+        from onewan.train.run import with_unused_name
+        from onewan.train.trainer import WanTrainer
+
     # The first run stays as it is, so that the two can be compared.
     if again:
         config = with_unused_name(config)
     if rehearse:
+        from onewan.train.dry_run import dry_run
+
         found = dry_run(config, resume=resume, overrides=overrides)
         return _show_dry_run(run, found, as_json=as_json)
     with Progress() as progress, reporting(progress.listen, progress.line) as listen:

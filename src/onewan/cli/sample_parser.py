@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from onewan.cli.arguments import VARIANT_NAMES, Commands, add_command, lora_with_weight
+from onewan.cli.heavy_imports import heavy_imports
 from onewan.cli.run_parsers import add_memory_option
 from onewan.dtypes import WeightStorage
 
@@ -47,7 +48,8 @@ def add_sample(commands: Commands) -> None:
     _add_settings(parser)
 
     def run(options: argparse.Namespace) -> int:
-        from onewan.cli.sampling import sample
+        with heavy_imports():
+            from onewan.cli.sampling import sample
 
         return sample(options)
 

@@ -12,9 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import diffusers
 import torch
-import transformers
 
 from onewan.adapters.lora import apply_lora
 from onewan.adapters.overlay import Overlay
@@ -53,10 +51,6 @@ from onewan.sample.generate import SampleRequest, WanModelSampler
 from onewan.sample.given_files import unreadable_files
 from onewan.sample.streaming import sampling_residency
 from onewan.variants import NEGATIVE_PROMPT, VARIANTS, Expert, ExpertName, Variant
-
-# Their progress bars for loading would interleave with ours.
-diffusers.utils.logging.disable_progress_bar()
-transformers.utils.logging.disable_progress_bar()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from onewan.cli.arguments import Commands, add_command, lora_with_weight
+from onewan.cli.heavy_imports import heavy_imports
 from onewan.dtypes import WeightDtype
 
 _CONVERT_DETAILS = """SRC is the folder of a model
@@ -99,7 +100,8 @@ def add_convert(commands: Commands) -> None:
     )
 
     def run(options: argparse.Namespace) -> int:
-        from onewan.cli.convert import convert  # needs torch
+        with heavy_imports():
+            from onewan.cli.convert import convert
 
         return convert(
             options.source,
@@ -140,7 +142,8 @@ def add_merge(commands: Commands) -> None:
     )
 
     def run(options: argparse.Namespace) -> int:
-        from onewan.cli.convert import merge_loras
+        with heavy_imports():
+            from onewan.cli.convert import merge_loras
 
         return merge_loras(
             options.base,
