@@ -102,6 +102,15 @@ def kind_of(device: torch.device) -> str:
     return device.type.upper() if device.type in {"cpu", "mps", "xpu"} else device.type
 
 
+def torch_build() -> str:
+    """What this build of PyTorch computes on besides the CPU, with the version: "CUDA 12.8"; or
+    "CPU only"."""
+    versions = {"ROCm": torch.version.hip, "CUDA": torch.version.cuda}
+    versions["XPU"] = getattr(torch.version, "xpu", None)  # not in older versions
+    found = next((f"{name} {version}" for name, version in versions.items() if version), None)
+    return found or ("MPS" if torch.backends.mps.is_built() else "CPU only")
+
+
 def device_name(device: torch.device) -> str:
     """What its maker calls the device, or PyTorch."""
     if device.type == "mps":  # which has no function for it

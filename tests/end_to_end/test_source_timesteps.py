@@ -16,8 +16,9 @@ from onewan.config.schema import ResolvedRun
 from onewan.data.buckets import expected_buckets
 from onewan.data.probes import MediaProbes
 from onewan.data.run_clips import clips_of_run
-from onewan.doctor.environment import Environment, Torch
+from onewan.doctor.environment import Environment
 from onewan.doctor.examination import examine
+from onewan.doctor.torch_facts import Torch
 from onewan.errors import CheckpointError, ConfigError
 from onewan.media.write import write_video
 from onewan.train.run import Run
@@ -36,6 +37,8 @@ MACHINE = Environment(
     driver="",
     packages={},
     optional={},
+    extras={},
+    variables={},
 )
 SMALL = "wan_config.max_frames=5"
 

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import platform
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from onewan.doctor import finding
+from onewan.devices import torch_build
+from onewan.doctor import environment, finding
 from onewan.doctor.captions import estimated_tokens
 from onewan.doctor.duplicates import alike, same_content
-from onewan.doctor.environment import OPTIONAL, Environment, Torch
+from onewan.doctor.environment import Environment, environment_ahead
 from onewan.doctor.finding import without_names
 from onewan.doctor.inspection import small_size
+from onewan.doctor.packages import OPTIONAL, read_requirements
 from onewan.doctor.pixels import HASH_BITS, look_at_pixels
+from onewan.doctor.torch_facts import Device, Torch, ask_torch
+from onewan.model import device_report
+
+GB = 10**9
 
 
 def scene(frames: int, *, step: int = 2, seed: int = 0) -> np.ndarray:
@@ -132,13 +142,23 @@ ENVIRONMENT = Environment(
     torch=Torch(
         version="2.9.0",
         build="CUDA 12.8",
-        devices=("NVIDIA GeForce RTX 4090, 25.4 GB, compute capability 8.9",),
+        devices=(
+            Device(
+                name="cuda:0",
+                kind="CUDA",
+                title="NVIDIA GeForce RTX 4090",
+                memory=25_400_000_000,
+                capability="8.9",
+            ),
+        ),
         attention={"flash": "", "xformers": "can't be imported: no kernel image"},
     ),
     cards=(),
     driver="570.12",
     packages={"numpy": "2.0.0"},
-    optional={"torchao": "0.14", "flash-attn": "", "pyarrow": ""},
+    optional={"torchao": "0.14", "flash-attn": "", "pyarrow": "", "aiohttp": ""},
+    extras={"torchao": "lowbit", "pyarrow": "remote", "aiohttp": "remote"},
+    variables={"CUDA_VISIBLE_DEVICES": "0"},
 )
 
 
@@ -148,17 +168,139 @@ def test_the_environment_says_what_absent_packages_would_give() -> None:
     assert "optional   torchao 0.14" in lines
     absent = lines[lines.index("optional   torchao 0.14") + 1 :]
     assert absent == [
-        f"not there  flash-attn would give {OPTIONAL['flash-attn']}",
-        f"           pyarrow    would give {OPTIONAL['pyarrow']}",
+        "not there  with pip install flash-attn:",
+        f"             flash-attn  {OPTIONAL['flash-attn']}",
+        '           with pip install "onewan[remote]":',
+        f"             pyarrow     {OPTIONAL['pyarrow']}",
+        f"             aiohttp     {OPTIONAL['aiohttp']}",
     ]
     assert not any("not there" in line for line in replace(ENVIRONMENT, optional={}).lines())
 
 
 def test_every_package_of_an_extra_says_what_it_gives() -> None:
-    requirements = importlib.metadata.requires("onewan") or []
-    extras = {
-        re.split(r"[\s<>=;\[]", line)[0]
-        for line in requirements
-        if "extra ==" in line and not re.search(r"extra == ['\"]dev['\"]", line)
+    extras = read_requirements().extras
+    assert extras and extras.keys() <= OPTIONAL.keys()
+
+
+def test_a_package_is_installed_by_the_extra_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [
+        "torch>=2.6",
+        'bitsandbytes>=0.46; extra == "lowbit"',
+        'onewan[lowbit]; extra == "optimizers"',
+        "prodigyopt>=1.1.2 ; extra == 'optimizers'",
+        "aiohttp; python_version >= '3.10' and extra == 'remote'",
+        'prodigyopt>=1.1.2; extra == "all"',
+        "ruff; extra == 'dev'",
+        "mkdocs-material; extra == 'docs'",
+    ]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: lines)
+    found = read_requirements()
+    assert found.required == {"torch": ">=2.6"}
+    assert found.extras == {
+        "bitsandbytes": "lowbit",
+        "prodigyopt": "optimizers",
+        "aiohttp": "remote",
     }
-    assert extras and extras <= OPTIONAL.keys()
+
+
+@pytest.mark.parametrize(
+    ("device", "line"),
+    [
+        (
+            Device(name="cuda:0", kind="ROCm", title="AMD Radeon", capability="gfx1100"),
+            "AMD Radeon (cuda:0, ROCm), architecture gfx1100",
+        ),
+        (
+            Device(name="xpu:0", kind="XPU", title="Intel Arc B580", memory=12 * GB, driver="1.6"),
+            "Intel Arc B580 (xpu:0, XPU), 12.0 GB, driver 1.6",
+        ),
+        (
+            Device(name="mps:0", kind="MPS", title="Apple GPU", without=("float8_e4m3fn",)),
+            "Apple GPU (mps:0, MPS), no float8_e4m3fn",
+        ),
+    ],
+)
+def test_a_device_is_described_on_one_line(device: Device, line: str) -> None:
+    assert device.line() == line
+    torch = replace(ENVIRONMENT.torch, devices=(device,))
+    assert f"device     {line}" in [*replace(ENVIRONMENT, torch=torch).lines()]
+
+
+def environment_of(
+    monkeypatch: pytest.MonkeyPatch, torch: Torch, cards: tuple[str, ...] = ()
+) -> Environment:
+    monkeypatch.setattr(environment, "ask_torch", lambda: torch)
+    monkeypatch.setattr(environment, "_driver", lambda: ("570.12" if cards else "", cards))
+    return environment_ahead()()
+
+
+def test_a_card_that_a_variable_hides_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    torch = Torch(version="2.9.0", build="CUDA 12.8", attention={"flash": ""})
+    found = environment_of(monkeypatch, torch, ("RTX 4090",))
+    (about_device,) = [f for f in found.findings if f.kind == "device"]
+    assert about_device.severity == "note"
+    assert about_device.text.startswith("CUDA_VISIBLE_DEVICES=-1 ")
+    assert about_device.text.endswith(" hides RTX 4090 from torch")
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    found = environment_of(monkeypatch, torch, ("RTX 4090",))
+    assert [f.severity for f in found.findings if f.kind == "device"] == ["problem"]
+
+
+def test_a_card_that_emulates_bfloat16_and_one_that_fails_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    old = Device(name="cuda:0", kind="CUDA", title="RTX 2080", emulates_bfloat16=True)
+    torch = Torch(version="2.9.0", build="CUDA 12.8", devices=(old,), error="no kernel image")
+    texts = [f.text for f in environment_of(monkeypatch, torch).findings]
+    assert any(text.startswith("RTX 2080 computes bfloat16 without units") for text in texts)
+    assert any("trying to compute ends with an error (no kernel image)" in text for text in texts)
+
+
+def test_the_environment_has_no_names_of_people_and_machines_and_no_secrets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    home = Path("/somewhere/maria")
+    monkeypatch.setattr(Path, "home", lambda: home)
+    monkeypatch.setattr(finding.getpass, "getuser", lambda: "maria")
+    monkeypatch.setattr(platform, "node", lambda: "marias-computer")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", f"snapshot:{home}/file")
+    torch = Torch(version=None, error=without_names(f"{home}/lib/libtorch.so: undefined symbol"))
+    found = environment_of(monkeypatch, torch)
+    shown = json.dumps([found.as_data(), [f.text for f in found.findings], [*found.lines()]])
+    assert "~/lib/libtorch.so" in shown and "snapshot:~/file" in shown
+    assert not re.search("maria|secret", shown)
+
+
+def test_what_torch_says_is_read_line_by_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a process that a driver ends, what it had found before is kept."""
+    device = {"name": "cuda:0", "kind": "CUDA", "title": "H100", "without": ["bfloat16"]}
+    said = json.dumps({"version": "2.9", "build": "CUDA 12.8", "devices": [device]})
+    done = subprocess.CompletedProcess("", -11, f"a package says hello\n{said}\n", "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    found = ask_torch()
+    assert found.version == "2.9" and found.devices[0].without == ("bfloat16",)
+    assert found.error == "the process that imports it ends with status -11"
+
+
+def test_a_backend_whose_package_does_not_suit_torch_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package = tmp_path / "xformers" / "ops"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    text = "raise OSError('undefined symbol: _ZN2at')"
+    (package / "__init__.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    tried = ("flash", "cudnn", "flash_attn", "xformers")
+    monkeypatch.setattr(device_report, "fused_attention", lambda _: tried)
+    facts, attention = device_report.report()
+    assert facts == {"version": torch.__version__, "build": torch_build(), "devices": []}
+    assert attention["attention"] == {
+        "flash": "",
+        "cudnn": "PyTorch has no such kernel for cpu",
+        "xformers": "can't be imported: undefined symbol: _ZN2at",
+        "math": "",
+    }

@@ -15,7 +15,7 @@ from onewan.doctor.finding import Finding, without_names
 if TYPE_CHECKING:
     from onewan.doctor.examination import Examination
 
-DATA_VERSION = 1
+DATA_VERSION = 2
 """Of the document of ``--json``; incremented when a field changes its meaning."""
 
 

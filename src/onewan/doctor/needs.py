@@ -25,6 +25,7 @@ from onewan.memory.plan import (
     find_machine,
     free_bytes,
     full_disks,
+    machine_of,
     make_plan,
     read_stored_model,
     smallest_machine,
@@ -103,11 +104,7 @@ def needs_of(
     buckets = Counter(
         Bucket(frames=clip.frames, width=clip.size[0], height=clip.size[1]) for clip in clips
     )
-    is_assumed = not environment.cards and config.memory.vram is None
-    machine = find_machine(
-        None if config.memory.vram is None else parse_bytes(config.memory.vram),
-        None if config.memory.ram is None else parse_bytes(config.memory.ram),
-    )
+    machine, is_assumed = _machine(config, environment)
     findings, plan, smallest = list[Finding](), None, None
     try:
         config = _with_steps(config, training)
@@ -148,6 +145,17 @@ def needs_of(
         verdict=verdict,
         findings=tuple(findings),
     )
+
+
+def _machine(config: ResolvedRun, environment: Environment) -> tuple[Machine, bool]:
+    """The machine that the run is planned for, and whether its card is an assumption."""
+    vram = None if config.memory.vram is None else parse_bytes(config.memory.vram)
+    ram = None if config.memory.ram is None else parse_bytes(config.memory.ram)
+    # The driver of NVIDIA's cards is asked by `find_machine`, and torch about the others.
+    others = [d for d in environment.torch.devices if d.memory and not environment.cards]
+    if vram is None and others:
+        return machine_of(others[0].title, others[0].memory, ram), False
+    return find_machine(vram, ram), vram is None and not environment.cards
 
 
 def _with_steps(config: ResolvedRun, training: Sequence[Clip]) -> ResolvedRun:
