@@ -63,7 +63,7 @@ def options_page() -> str:
     """The options of every command, as `onewan COMMAND --help` prints them."""
     from onewan.cli.parser import _parser  # as the tests do: the parser has no public name
 
-    os.environ["COLUMNS"] = "100"
+    os.environ["COLUMNS"] = "80"  # the width of a page
     lines = [
         "# Options of all commands",
         "",
