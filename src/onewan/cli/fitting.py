@@ -10,6 +10,7 @@ from pathlib import Path
 from onewan import documents
 from onewan.arithmetic.buckets import floor_to_4n_plus_1, sizes_for
 from onewan.arithmetic.byte_sizes import format_bytes
+from onewan.cli.run_files import alternatives
 from onewan.cli.starter import SHAPE, SMALLEST_SAMPLE, FittedValues, StarterRequest, starter
 from onewan.config.resolve import resolve
 from onewan.config.schema import ResolvedRun, RunConfig
@@ -29,15 +30,17 @@ _WEIGHTS = ("as_stored", "fp8", "nf4")
 _SAMPLES = (None, (640, 384), SMALLEST_SAMPLE)
 
 
-def fitting_values(request: StarterRequest, vram: int, ram: int | None) -> FittedValues:
-    """The values for a device of `vram` bytes and a host of `ram` bytes (None: this one).
+def fitted(request: StarterRequest, vram: int, ram: int | None) -> tuple[FittedValues, Plan]:
+    """The values for a device of `vram` bytes and a host of `ram` bytes (None: this one), and the
+    plan of the largest clips.
 
     At most the frames and the area of the purpose, or the official frames at 480p. As many frames
     as fit come first (for a motion also before the area), then weights as they are stored, then
     large samples. Files of the model count with the size that they have. MemoryPlanError if not
     even the smallest values fit.
     """
-    machine, ladder = find_machine(vram, ram), list(_ladder(request, vram))
+    machine = find_machine(vram, ram)
+    ladder = list(_ladder(request, vram, machine.ram))
     first = _config(request, ladder[0])
     stored = read_stored_model(first) if request.models else assumed_model(first)
 
@@ -47,17 +50,18 @@ def fitting_values(request: StarterRequest, vram: int, ram: int | None) -> Fitte
 
     smallest = plan_of(ladder[-1])  # so that a refusal need not try the others
     if smallest.fits:
-        return next(values for values in ladder if plan_of(values).fits)
+        plans = ((values, plan_of(values)) for values in ladder)
+        return next((values, plan) for values, plan in plans if plan.fits)
     what = "photos" if request.frames == 1 else "clips"
     raise MemoryPlanError(
         f"--vram {format_bytes(vram)}, with {format_bytes(machine.ram)} of host memory: not even "
         f"the smallest {what} of {request.variant} fit with {request.method}; give more, or choose "
         "another variant or method",
-        smallest.problems(),
+        [*smallest.problems(), *alternatives(request, vram, machine.ram)],
     )
 
 
-def _ladder(request: StarterRequest, vram: int) -> Iterator[FittedValues]:
+def _ladder(request: StarterRequest, vram: int, ram: int) -> Iterator[FittedValues]:
     """Values in the order in which they are tried."""
     text = f"{vram // 10**6}MB" if vram % 10**9 else f"{vram // 10**9}GB"
     encoders = (None,) if "text_encoder" in request.models else (None, FP8_TEXT_ENCODER)
@@ -71,6 +75,7 @@ def _ladder(request: StarterRequest, vram: int) -> Iterator[FittedValues]:
                 for encoder in encoders:
                     yield FittedValues(
                         vram=text,
+                        ram=format_bytes(ram),
                         frames=frames,
                         area=area,
                         weights=weights,

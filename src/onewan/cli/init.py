@@ -10,6 +10,7 @@ from pathlib import Path
 
 from onewan.cli.arguments import STANDARD_OUTPUT
 from onewan.cli.output import complain, say, write, write_file
+from onewan.cli.run_files import show_list
 from onewan.cli.starter import COMFYUI_FILES, StarterRequest, starter
 from onewan.errors import ConfigError
 from onewan.runs.layout import displayed
@@ -21,13 +22,21 @@ _HUB = "https://huggingface.co/Comfy-Org/Wan_2.2_ComfyUI_Repackaged"
 
 
 def init(options: argparse.Namespace) -> int:
-    """Write the run file that `options` describe, and say what comes next."""
+    """Write the run file that `options` describe, and say what comes next; or list those there
+    are."""
+    if options.list:
+        return show_list(
+            variant=options.variant,
+            method=options.method,
+            vram=options.vram,
+            as_json=options.json,
+        )
     file = None if options.file in (None, STANDARD_OUTPUT) else Path(options.file)
     _check(options, file)
     shown = "run.yaml" if file is None else str(file)
     request = StarterRequest(
-        variant=options.variant,
-        method=options.method,
+        variant=options.variant or "t2v-a14b",
+        method=options.method or "lora",
         purpose=options.purpose,
         name=None if file is None else run_name(file),
         file=f'"{shown}"' if " " in shown else shown,
@@ -41,9 +50,10 @@ def init(options: argparse.Namespace) -> int:
         request = replace(request, models=found.paths, models_folder=_from(folder, found.folder))
         lines += [*_about_models(request), *found.notes]
     if options.vram is not None:
-        from onewan.cli.fitting import fitting_values
+        from onewan.cli.fitting import fitted
 
-        request = replace(request, fitted=fitting_values(request, options.vram, options.ram))
+        values, _ = fitted(request, options.vram, options.ram)
+        request = replace(request, fitted=values)
     paths = {name: Path(_from(folder, path)) for name, path in request.models.items()}
     text = starter(replace(request, models=paths))
     if file is None:

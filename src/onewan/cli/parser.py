@@ -142,14 +142,12 @@ def _add_init(commands: Commands) -> None:
     parser.add_argument(
         "--variant",
         choices=VARIANT_NAMES,
-        default="t2v-a14b",
-        help="which model to train (default: %(default)s)",
+        help="which model to train (default: t2v-a14b)",
     )
     parser.add_argument(
         "--method",
         choices=METHODS,
-        default="lora",
-        help="what is trained, and how (default: %(default)s)",
+        help="what is trained, and how (default: lora)",
     )
     parser.add_argument(
         "--purpose",
@@ -165,8 +163,20 @@ def _add_init(commands: Commands) -> None:
     add_memory_option(parser, "--vram", "device memory that the run has to fit in, such as 24GB")
     add_memory_option(parser, "--ram", "host memory, such as 64GB (default: that of this machine)")
     parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help="list what fits which card instead: clips, time of a step and host memory by variant, "
+        "method and card; of those that --variant, --method and --vram name",
+    )
+    parser.add_argument("--json", action="store_true", help="with --list: print it as JSON")
 
     def run(options: argparse.Namespace) -> int:
+        if options.json and not options.list:
+            parser.error("--json belongs to --list")
+        if options.list and (options.file or options.models or options.purpose or options.ram):
+            parser.error("--list is given with --variant, --method, --vram and --json alone")
+
         from onewan.cli.init import init
 
         return init(options)

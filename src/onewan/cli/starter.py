@@ -105,6 +105,8 @@ class FittedValues:
 
     vram: str
     """As the user wrote it."""
+    ram: str = ""
+    """Host memory that they fit with."""
     frames: int
     area: int | None = None
     """Pixels of a frame; None is the default, the area of 480p."""
@@ -241,6 +243,11 @@ def _head(request: StarterRequest) -> Iterator[str]:
     yield "# (completion and checks in your editor, after: onewan schema onewan.schema.json)"
     yield "#"
     yield f"# {title}, for {request.facts.title}."
+    if request.values.vram:
+        yield (
+            f"# Its values fit a device of {request.values.vram} with {request.values.ram} of host "
+            "memory."
+        )
     yield "# A field that is left out has its default value."
     yield f"# onewan cache {request.file}    checks the clips and encodes them"
     yield f"# onewan train {request.file}    trains"

@@ -1,0 +1,172 @@
+"""The run files in ``configs/``: for each variant, method and size of card the one that
+`onewan init` writes, and what is known of them without planning them again.
+
+``scripts/write_configs.py`` writes the files, and `LISTED` with what their plans say.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
+from typing import Any
+
+from onewan.arithmetic.byte_sizes import format_bytes
+from onewan.arithmetic.durations import format_duration
+from onewan.cli.output import say, write_json
+from onewan.cli.starter import METHODS, MethodKind, StarterRequest, starter
+from onewan.errors import MemoryPlanError, OnewanError
+from onewan.variants import VARIANTS, VariantName
+
+CARDS_GB = (12, 16, 24, 32, 80)
+HOSTS_GB = (64, 128)
+"""Host memory; a run file is for the least with which it fits."""
+
+LISTED = "run_files.json"
+"""In ``onewan/resources``: a `RunFile` for each file in ``configs/``."""
+
+_WEIGHTS = {"as_stored": "as stored"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFile:
+    """A run file in ``configs/``, and what its plan says."""
+
+    variant: VariantName
+    method: MethodKind
+    card_gb: int
+    host_gb: int
+    frames: int
+    """Of a training clip."""
+    size: str
+    """Area of a training clip, as `video_data.resolution` gives it."""
+    weights: str
+    """Of the frozen blocks, as in `memory.weights`."""
+    step_seconds: float
+    """By arithmetic, on a card of about this memory."""
+    device_bytes: int
+    """At the highest peak."""
+    host_bytes: int
+
+    @property
+    def file(self) -> str:
+        """Its name in ``configs/``."""
+        return f"{self.variant}/{self.method}_{self.card_gb}gb.yaml"
+
+
+def made(variant: VariantName, method: MethodKind, card_gb: int) -> tuple[RunFile, str] | None:
+    """The run file for a card, and its text; None if none of `HOSTS_GB` is enough for it."""
+    from onewan.cli.fitting import fitted
+
+    name = f"{method}_{card_gb}gb.yaml"
+    request = StarterRequest(variant=variant, method=method, file=name)
+    for host_gb in HOSTS_GB:
+        try:
+            values, plan = fitted(request, card_gb * 10**9, host_gb * 10**9)
+        except MemoryPlanError:
+            continue
+        side = round((values.area or 0) ** 0.5)
+        found = RunFile(
+            variant=variant,
+            method=method,
+            card_gb=card_gb,
+            host_gb=host_gb,
+            frames=values.frames,
+            size=f"{side}x{side}" if side else "480p",
+            weights=values.weights,
+            step_seconds=float(f"{plan.run_time.step:.3g}"),
+            device_bytes=plan.peak.device_bytes,
+            host_bytes=plan.host_peak.host_bytes,
+        )
+        return found, starter(replace(request, fitted=values))
+    return None
+
+
+def all_combinations() -> Iterator[tuple[VariantName, MethodKind, int]]:
+    """Each variant, method and card, in the order of the table."""
+    for variant in VARIANTS:
+        for method in METHODS:
+            for card_gb in CARDS_GB:
+                yield variant, method, card_gb
+
+
+def listed() -> list[RunFile]:
+    """The run files that there are, by variant, method and card."""
+    text = (files("onewan") / "resources" / LISTED).read_text(encoding="utf-8")
+    rows: list[dict[str, Any]] = json.loads(text)
+    return [RunFile(**row) for row in rows]
+
+
+def as_listed(found: Sequence[RunFile]) -> str:
+    """The text of `LISTED`."""
+    rows = ",\n".join(f"  {json.dumps(asdict(row))}" for row in found)
+    return f"[\n{rows}\n]\n"
+
+
+def show_list(
+    *, variant: VariantName | None, method: MethodKind | None, vram: int | None, as_json: bool
+) -> int:
+    """Print the run files there are: of a variant, of a method, for a device of `vram` bytes."""
+    cards = [card for card in CARDS_GB if vram is None or card * 10**9 <= vram]
+    if not cards:
+        least = format_bytes(CARDS_GB[0] * 10**9)
+        raise OnewanError(f"--vram: the smallest device with a run file has {least}")
+    shown = [
+        row
+        for row in listed()
+        if variant in (None, row.variant)
+        and method in (None, row.method)
+        and (vram is None or row.card_gb == cards[-1])
+    ]
+    if as_json:
+        write_json({"run_files": [{"file": row.file, **asdict(row)} for row in shown]})
+        return 0
+    for line in table(shown):
+        say(line)
+    say()
+    say("Time is that of a step by arithmetic, and host what all of the run takes of host memory.")
+    say("Such a file for your clips: onewan init dog.yaml --variant V --method M --vram 24GB")
+    return 0
+
+
+_HEADINGS = ("variant", "method", "card", "clips", "weights", "step", "host")
+
+
+def cells(row: RunFile) -> tuple[str, ...]:
+    """What the table says of a run file, in the order of its headings."""
+    return (
+        row.variant,
+        row.method,
+        f"{row.card_gb} GB",
+        f"{row.frames} frames, {row.size}",
+        _WEIGHTS.get(row.weights, row.weights),
+        format_duration(row.step_seconds),
+        f"{format_bytes(row.host_bytes)} of {row.host_gb} GB",
+    )
+
+
+def table(rows: Sequence[RunFile]) -> Iterator[str]:
+    """`rows` as lines in columns."""
+    lines = [_HEADINGS, *map(cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        yield "  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)).rstrip()
+
+
+def alternatives(request: StarterRequest, vram: int, ram: int) -> list[str]:
+    """What does fit, where a run file for `request` does not: other memory, or other methods."""
+    rows = [row for row in listed() if row.variant == request.variant]
+    own = [row for row in rows if row.method == request.method]
+    lines = [
+        f"{row.method} of {row.variant} fits a device of {row.card_gb} GB with {row.host_gb} GB of "
+        "host memory"
+        for row in sorted(own, key=lambda row: (row.host_gb, row.card_gb))[:1]
+    ]
+    here = {
+        row.method for row in rows if row.card_gb * 10**9 <= vram and row.host_gb * 10**9 <= ram
+    }
+    if here:
+        methods = ", ".join(name for name in METHODS if name in here)
+        lines.append(f"with this memory these methods of {request.variant} fit: {methods}")
+    return lines
