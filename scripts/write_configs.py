@@ -9,13 +9,20 @@ is the one that `onewan init` writes for its variant, method and card (`onewan.c
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from onewan.cli.run_files import LISTED, RunFile, all_combinations, as_listed, cells, made
+from onewan.cli.fitting import fitted
+from onewan.cli.run_files import CARDS_GB, LISTED, RunFile, as_listed, cells
+from onewan.cli.starter import METHODS, MethodKind, StarterRequest, starter
+from onewan.errors import MemoryPlanError
+from onewan.variants import VARIANTS, VariantName
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "configs"
+HOSTS_GB = (64, 128)
+"""Host memory; a run file is for the least with which it fits."""
 README = """\
 # Run files to start from
 
@@ -39,6 +46,40 @@ memory, and the host memory that the values were chosen for. With more of it,
 | file | clips | weights | step | host |
 | --- | --- | --- | --- | --- |
 """
+
+
+def made(variant: VariantName, method: MethodKind, card_gb: int) -> tuple[RunFile, str] | None:
+    """The run file for a card, and its text; None if none of `HOSTS_GB` is enough for it."""
+    name = f"{method}_{card_gb}gb.yaml"
+    request = StarterRequest(variant=variant, method=method, file=name)
+    for host_gb in HOSTS_GB:
+        try:
+            values, plan = fitted(request, card_gb * 10**9, host_gb * 10**9)
+        except MemoryPlanError:
+            continue
+        side = round((values.area or 0) ** 0.5)
+        found = RunFile(
+            variant=variant,
+            method=method,
+            card_gb=card_gb,
+            host_gb=host_gb,
+            frames=values.frames,
+            size=f"{side}x{side}" if side else "480p",
+            weights=values.weights,
+            step_seconds=float(f"{plan.run_time.step:.3g}"),
+            device_bytes=plan.peak.device_bytes,
+            host_bytes=plan.host_peak.host_bytes,
+        )
+        return found, starter(replace(request, fitted=values))
+    return None
+
+
+def all_combinations() -> Iterator[tuple[VariantName, MethodKind, int]]:
+    """Each variant, method and card, in the order of the table."""
+    for variant in VARIANTS:
+        for method in METHODS:
+            for card_gb in CARDS_GB:
+                yield variant, method, card_gb
 
 
 def readme(rows: Sequence[RunFile]) -> str:

@@ -7,6 +7,7 @@ import shutil
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -14,20 +15,28 @@ from onewan.cli import main
 from onewan.cli.plan import plan_of
 from onewan.cli.run_files import (
     CARDS_GB,
-    HOSTS_GB,
     RunFile,
-    all_combinations,
     as_listed,
     listed,
-    made,
 )
 from onewan.config.load import load_run
 from onewan.demo.clips import write_clips
 from onewan.train.dry_run import dry_run
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def _script() -> Any:
+    spec = spec_from_file_location("write_configs", ROOT / "scripts" / "write_configs.py")
+    assert spec is not None and spec.loader is not None
+    script = module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
 CONFIGS = ROOT / "configs"
 ROWS = listed()
+write_configs = _script()
 SAMPLE = [
     row
     for row in ROWS
@@ -46,15 +55,11 @@ def test_there_is_a_file_for_each_row_of_the_table() -> None:
     assert {row.file for row in ROWS} == {
         path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml")
     }
-    order = list(all_combinations())
+    order = list(write_configs.all_combinations())
     places = [order.index((row.variant, row.method, row.card_gb)) for row in ROWS]
     assert places == sorted(set(places)) and len(places) > 100
-    assert {row.host_gb for row in ROWS} == set(HOSTS_GB)
-    spec = spec_from_file_location("write_configs", ROOT / "scripts" / "write_configs.py")
-    assert spec is not None and spec.loader is not None
-    script = module_from_spec(spec)
-    spec.loader.exec_module(script)
-    assert (CONFIGS / "README.md").read_text(encoding="utf-8") == script.readme(ROWS)
+    assert {row.host_gb for row in ROWS} == set(write_configs.HOSTS_GB)
+    assert (CONFIGS / "README.md").read_text(encoding="utf-8") == write_configs.readme(ROWS)
 
 
 @pytest.mark.parametrize("row", each_long, ids=lambda row: row.file)
@@ -63,7 +68,7 @@ def test_each_is_what_init_writes_and_a_start_finds_no_problem_in_it(
 ) -> None:
     """`python scripts/write_configs.py` writes them all."""
     path = CONFIGS / row.file
-    again = made(row.variant, row.method, row.card_gb)
+    again = write_configs.made(row.variant, row.method, row.card_gb)
     assert again == (row, path.read_text(encoding="utf-8"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**15))
     shutil.copytree(clips, tmp_path / "clips")
@@ -81,7 +86,7 @@ def test_each_is_what_init_writes_and_a_start_finds_no_problem_in_it(
 
 
 def test_there_is_none_for_what_does_not_fit() -> None:
-    assert made("t2v-a14b", "fine_tune", 4) is None
+    assert write_configs.made("t2v-a14b", "fine_tune", 4) is None
 
 
 @pytest.fixture(scope="session")

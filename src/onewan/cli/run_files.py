@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Any
 
 from onewan.arithmetic.byte_sizes import format_bytes
 from onewan.arithmetic.durations import format_duration
 from onewan.cli.output import say, write_json
-from onewan.cli.starter import METHODS, MethodKind, StarterRequest, starter
-from onewan.errors import MemoryPlanError, OnewanError
-from onewan.variants import VARIANTS, VariantName
+from onewan.cli.starter import METHODS, MethodKind, StarterRequest
+from onewan.errors import OnewanError
+from onewan.variants import VariantName
 
 CARDS_GB = (12, 16, 24, 32, 80)
-HOSTS_GB = (64, 128)
-"""Host memory; a run file is for the least with which it fits."""
-
 LISTED = "run_files.json"
 """In ``onewan/resources``: a `RunFile` for each file in ``configs/``."""
 
@@ -53,42 +50,6 @@ class RunFile:
     def file(self) -> str:
         """Its name in ``configs/``."""
         return f"{self.variant}/{self.method}_{self.card_gb}gb.yaml"
-
-
-def made(variant: VariantName, method: MethodKind, card_gb: int) -> tuple[RunFile, str] | None:
-    """The run file for a card, and its text; None if none of `HOSTS_GB` is enough for it."""
-    from onewan.cli.fitting import fitted
-
-    name = f"{method}_{card_gb}gb.yaml"
-    request = StarterRequest(variant=variant, method=method, file=name)
-    for host_gb in HOSTS_GB:
-        try:
-            values, plan = fitted(request, card_gb * 10**9, host_gb * 10**9)
-        except MemoryPlanError:
-            continue
-        side = round((values.area or 0) ** 0.5)
-        found = RunFile(
-            variant=variant,
-            method=method,
-            card_gb=card_gb,
-            host_gb=host_gb,
-            frames=values.frames,
-            size=f"{side}x{side}" if side else "480p",
-            weights=values.weights,
-            step_seconds=float(f"{plan.run_time.step:.3g}"),
-            device_bytes=plan.peak.device_bytes,
-            host_bytes=plan.host_peak.host_bytes,
-        )
-        return found, starter(replace(request, fitted=values))
-    return None
-
-
-def all_combinations() -> Iterator[tuple[VariantName, MethodKind, int]]:
-    """Each variant, method and card, in the order of the table."""
-    for variant in VARIANTS:
-        for method in METHODS:
-            for card_gb in CARDS_GB:
-                yield variant, method, card_gb
 
 
 def listed() -> list[RunFile]:
