@@ -20,7 +20,7 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -36,6 +36,14 @@ LARGE_BYTES = 100_000_000
 ABANDONED_AFTER_SECONDS = 24 * 60 * 60
 """Time since the last change after which `remove_abandoned` deletes files of another machine. No
 writer pauses for nearly as long, and clocks of machines that share a folder differ by less."""
+
+IS_WINDOWS = os.name == "nt"
+
+_HELD = (5, 32, 33)
+"""Windows' errors for what another program holds open: ERROR_ACCESS_DENIED (which it gives for a
+file that is being deleted, too), ERROR_SHARING_VIOLATION and ERROR_LOCK_VIOLATION."""
+_HELD_SECONDS = 2.0
+"""For which that is waited for: indexers and virus scanners open new files for moments."""
 
 _TEMPORARY_NAME = re.compile(
     r"\.(?:tmp|replaced)-([0-9a-f]{8})-([0-9]+)-[0-9a-f]{8}-(.+)", re.DOTALL
@@ -125,7 +133,7 @@ def replacing(path: Path) -> Iterator[Path]:
     with temporary_beside(path) as temporary:
         yield temporary
         sync(temporary)
-        os.replace(temporary, path)
+        _when_free(lambda: os.replace(temporary, path))
     sync(path.parent)
 
 
@@ -146,8 +154,8 @@ def _give_new_name(source: Path, destination: Path) -> None:
     Atomic, except where a file system has neither hard links nor renaming without replacement
     (some network drives): a process that is killed there may leave a part of the file.
     """
-    if os.name == "nt":
-        os.rename(source, destination)  # which replaces nothing on Windows
+    if IS_WINDOWS:
+        _when_free(lambda: os.rename(source, destination))  # which replaces nothing on Windows
         return
     try:
         os.link(source, destination)
@@ -170,21 +178,36 @@ def replace(source: Path, destination: Path) -> None:
     first. If the process is killed between the two renames, `remove_abandoned` moves it back.
     """
     if not destination.is_dir():
-        os.replace(source, destination)
+        _when_free(lambda: os.replace(source, destination))
     elif not _renamed(source, destination, _RENAME_EXCHANGE):
         aside = _owned(REPLACED_PREFIX, destination)
         _in_use.add(aside.name)
         try:
-            os.rename(destination, aside)
+            _when_free(lambda: os.rename(destination, aside))
             try:
-                os.rename(source, destination)
+                _when_free(lambda: os.rename(source, destination))
             except BaseException:
-                os.rename(aside, destination)
+                _when_free(lambda: os.rename(aside, destination))
                 raise
             os.rename(aside, source)
         finally:
             _in_use.discard(aside.name)
     sync(destination.parent)
+
+
+def _when_free(rename: Callable[[], None]) -> None:
+    """Call `rename`. Windows renames nothing that another program holds open, so there it is called
+    again until that lets go, for `_HELD_SECONDS` at most."""
+    end, pause = time.monotonic() + _HELD_SECONDS, 0.01
+    while True:
+        try:
+            return rename()
+        except OSError as error:
+            # Only errors of Windows have its numbers.
+            if getattr(error, "winerror", None) not in _HELD or time.monotonic() > end:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, 0.2)
 
 
 def moved_aside(path: Path) -> Path | None:
@@ -334,10 +357,10 @@ def _delete(path: Path) -> None:
 def remove(path: Path) -> None:
     """Delete a file or folder atomically: a reader never finds a part of a folder."""
     if not path.is_dir():
-        path.unlink()
+        _when_free(path.unlink)
         return
     with temporary_beside(path) as doomed:
-        os.replace(path, doomed)
+        _when_free(lambda: os.replace(path, doomed))
         shutil.rmtree(doomed)
 
 
@@ -363,14 +386,41 @@ def _link_or_copy_file(source: str | Path, destination: str | Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Force a file's content, or a folder's entries, to the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows can't sync a folder
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    """Force a file's content, or a folder's entries, to the disk. Of a folder where that is
+    possible: Windows and some network drives can't."""
+    is_folder = path.is_dir()
+    if is_folder and IS_WINDOWS:
+        return
+    handle = os.open(path, os.O_RDWR if IS_WINDOWS else os.O_RDONLY)
     try:
-        os.fsync(handle)
+        _sync_to_disk(handle)
+    except OSError as error:
+        if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
+
+
+def _sync_to_disk(handle: int) -> None:
+    if sys.platform == "darwin":
+        import fcntl
+
+        # `fsync` of macOS leaves the data in the memory of the drive, which a power cut empties.
+        with contextlib.suppress(OSError):  # not every file system has it
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(handle)
+
+
+_RESERVED = re.compile(
+    r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\..*)?", re.IGNORECASE
+)
+
+
+def windows_reserves(name: str) -> bool:
+    """Whether no file or folder on Windows can have this name: that of a device, with any
+    extension, or one that ends with a dot or a space."""
+    return _RESERVED.fullmatch(name) is not None or name.endswith((".", " "))
 
 
 def append_lines(file: Path, lines: Iterable[str]) -> None:

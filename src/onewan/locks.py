@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from onewan.errors import OnewanError
-from onewan.files import is_alive
+from onewan.files import IS_WINDOWS, is_alive
 
 log = logging.getLogger(__name__)
 
@@ -116,10 +116,10 @@ def _release(lock: FileLock, file: Path, identity: os.stat_result) -> None:
     own = _is_file(file, identity)
     # While the lock is held: whoever has opened the file, and locks it now, finds it
     # deleted and tries again (`filelock` does that). Windows can't delete an open file.
-    if own and os.name != "nt":
+    if own and not IS_WINDOWS:
         _delete(file)
     lock.release()
-    if own and os.name == "nt":
+    if own and IS_WINDOWS:
         _delete(file)
 
 

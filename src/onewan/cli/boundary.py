@@ -17,6 +17,7 @@ from pathlib import Path
 
 from onewan.cli.output import complain, drop_unwritable, stdout
 from onewan.errors import Interrupted, OnewanError
+from onewan.files import IS_WINDOWS
 
 DEFECT_STATUS = 70
 """Exit status after an error that is a defect of onewan: EX_SOFTWARE of sysexits.h."""
@@ -46,6 +47,14 @@ _SYSTEM_ERRORS: Mapping[int, str] = {
     errno.ENODEV: "is a device that is not there; give a file",
     getattr(errno, "ESTALE", -1): "is on a network disk that was disconnected; mount it again",
 }
+_HELD_ON_WINDOWS = (32, 33)
+"""Windows' ERROR_SHARING_VIOLATION and ERROR_LOCK_VIOLATION, which Python gives as EACCES."""
+_LONGEST_PATH = 260
+"""Characters of a path on Windows, unless it is set to allow longer ones."""
+_TOO_LONG = (
+    f"the path has {_LONGEST_PATH} characters or more, which Windows does not find; choose shorter "
+    "folders, or let Windows have long paths (LongPathsEnabled in its registry)"
+)
 _MEMORY = (
     "close other programs, or use less: smaller or fewer frames (video_data.resolution, "
     "wan_config.max_frames), a batch of 1, memory.gradient_checkpointing"
@@ -108,6 +117,11 @@ def _system_error(error: BaseException) -> str | None:
         if str(error.strerror).startswith(("is ", "has ")):  # of `onewan.files.check_input`
             return f"{error.strerror}; correct the path"
         number = error.errno
+        if getattr(error, "winerror", None) in _HELD_ON_WINDOWS:
+            number = errno.EBUSY
+        # Windows says of a path that is too long that it does not exist.
+        if IS_WINDOWS and number == errno.ENOENT and len(str(error.filename)) >= _LONGEST_PATH:
+            return _TOO_LONG
     # Some libraries raise errors of their own class, with the system's number in the message.
     elif found := re.search(r"\(os error ([0-9]+)\)", str(error)):
         number = int(found[1])

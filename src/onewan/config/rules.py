@@ -27,6 +27,7 @@ from onewan.config.schema import COMPONENTS, DistilledSection, RunConfig
 from onewan.config.timesteps import timestep_rules
 from onewan.config.unused import unused_field_problems
 from onewan.documents import format_value
+from onewan.files import windows_reserves
 from onewan.variants import Variant
 
 
@@ -42,6 +43,7 @@ def rule_violations(config: RunConfig) -> Iterator[Problem]:
     yield from timestep_rules(config)
     yield from _averaging_rules(config)
     yield from _validation_rules(config)
+    yield from _name_rules(config)
     yield from _memory_rules(config)
     yield from unused_field_problems(config)
 
@@ -207,6 +209,14 @@ def _memory_rules(config: RunConfig) -> Iterator[Problem]:
     if memory.host_weights == "mapped" and isinstance(config.method, FineTuneMethod):
         why = "trained weights can't stay in the model's file"
         yield "memory.host_weights", f"{why}, got 'mapped'; leave it out"
+
+
+def _name_rules(config: RunConfig) -> Iterator[Problem]:
+    """The run's folder can be copied to every system."""
+    name = config.output.name
+    if name is not None and windows_reserves(name):
+        why = "is no name of a folder on Windows (but a device's, or one with a dot or space last)"
+        yield "output.name", f"{why}, got {format_value(name)}; give another"
 
 
 def _validation_rules(config: RunConfig) -> Iterator[Problem]:

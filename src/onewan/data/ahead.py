@@ -26,9 +26,8 @@ the slower part."""
 
 def usable_cores() -> int:
     """The number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    affinity = getattr(os, "sched_getaffinity", None)  # not on Windows and macOS
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def worker_count(workers: int | Literal["auto"]) -> int:

@@ -96,7 +96,14 @@ class WeightExporter:
         # Without `keep_last` the slice is empty, so that nothing is deleted.
         for step in list(exported)[: -(self._config.output.keep_last or len(exported))]:
             for path in exported[step]:
-                remove(path)
+                try:
+                    remove(path)
+                # Windows deletes nothing that another program has open.
+                except OSError as error:  # noqa: PERF203  (a few files)
+                    self._log.warn_once(
+                        f"{path}: this old export can't be deleted yet ({error.strerror}); the "
+                        "next save tries again"
+                    )
 
     def best(self, run: Run) -> Iterator[events.BestWeights]:
         """The files of the best weights, for the end of the run: of an expert, in the first format

@@ -14,7 +14,7 @@ from onewan.data.companions import NOUNS, Role, clip_stem, role_of
 from onewan.data.report import ClipProblem, ClipWarning, count
 from onewan.data.sources.contents import SourceContents
 from onewan.data.sources.item import SourceItem
-from onewan.data.sources.names import Patterns, pairing_key
+from onewan.data.sources.names import Patterns, pairing_key, with_keys_of_clips
 from onewan.data.sources.place import Listing
 from onewan.media import IMAGE_SUFFIXES, UNREAD_IMAGE_SUFFIXES, VIDEO_SUFFIXES, extension
 
@@ -85,6 +85,15 @@ class _FolderFiles:
                     self.media.append(path)
             else:  # metadata, notes, archives
                 self.others[key] = path
+        self.texts = with_keys_of_clips(self.texts, self.clip_keys)
+        by_role: dict[Role, dict[str, list[Path]]] = {}
+        for (role, key), files in self.companions.items():
+            by_role.setdefault(role, {})[key] = files
+        self.companions = {
+            (role, key): files
+            for role, found in by_role.items()
+            for key, files in with_keys_of_clips(found, self.clip_keys).items()
+        }
         self._note_patterns(patterns, names, left_out)
 
     def _note_patterns(self, patterns: Patterns, names: Sequence[str], left_out: int) -> None:

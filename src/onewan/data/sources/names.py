@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -16,6 +16,23 @@ def pairing_key(stem: Path) -> str:
     and programs as one, and a copied data set often has both.
     """
     return unicodedata.normalize("NFC", str(stem))
+
+
+def with_keys_of_clips(
+    files: Mapping[str, list[Path]], clip_keys: Collection[str]
+) -> dict[str, list[Path]]:
+    """`files` of clips by pairing key, where a key that is no clip's becomes that of the one clip
+    from which it differs in capital letters only, if that has no file of its own: on Windows and
+    macOS every program finds ``Fox.TXT`` as the caption of ``fox.MP4``."""
+    folded: dict[str, list[str]] = {}
+    for key in clip_keys:
+        folded.setdefault(key.casefold(), []).append(key)
+    found: dict[str, list[Path]] = {}
+    for key, paths in files.items():
+        clips = [] if key in clip_keys else folded.get(key.casefold(), [])
+        is_meant = len(clips) == 1 and clips[0] not in files
+        found.setdefault(clips[0] if is_meant else key, []).extend(paths)
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

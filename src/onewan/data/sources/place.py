@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Protocol
 
 from onewan.data.report import ClipProblem, ClipWarning
+from onewan.files import IS_WINDOWS, windows_reserves
 from onewan.runs.layout import displayed
 
 BY_NAME = attrgetter("parts")
@@ -76,7 +77,7 @@ class LocalPlace:
         if "\0" in reference:
             raise ValueError("has the character NUL in it")
         path = beside.parent / reference
-        if "\\" in reference and os.name != "nt" and not os.path.lexists(path):
+        if "\\" in reference and not IS_WINDOWS and not os.path.lexists(path):
             path = beside.parent / reference.replace("\\", "/")  # written on Windows
         return Path(os.path.normpath(path))
 
@@ -95,8 +96,9 @@ def inner_path(reference: str) -> PurePosixPath:
     path = PurePosixPath(text)
     if path.is_absolute() or PureWindowsPath(reference).drive or ".." in path.parts:
         raise ValueError("leads out of its folder")
-    not_in_names = '<>:"|?*' if os.name == "nt" else ""
-    if not path.parts or any(ord(c) < 32 or c in not_in_names for c in text):
+    not_in_names = '<>:"|?*' if IS_WINDOWS else ""
+    is_no_name = not path.parts or any(ord(c) < 32 or c in not_in_names for c in text)
+    if is_no_name or (IS_WINDOWS and any(map(windows_reserves, path.parts))):
         raise ValueError("is no name that a file can have here")
     return path
 
@@ -104,10 +106,12 @@ def inner_path(reference: str) -> PurePosixPath:
 def clip_name(path: Path, folder: Path) -> str:
     """The name of the clip of a file that a table in `folder` names: the same wherever the folder
     lies."""
-    inside = path.is_relative_to(folder)
-    relative = path.relative_to(folder) if inside else Path(os.path.relpath(path, folder))
-    # On Windows there is no relative path to another drive.
-    return path.name if relative.is_absolute() else relative.as_posix()
+    if path.is_relative_to(folder):
+        return path.relative_to(folder).as_posix()
+    try:
+        return Path(os.path.relpath(path, folder)).as_posix()
+    except ValueError:  # on Windows there is no relative path to another drive
+        return path.name
 
 
 def _walk(folder: Path, *, recursive: bool) -> Listing:
