@@ -1,8 +1,9 @@
-"""Build both images and use them, where there is neither a container engine nor their base image.
+"""Build images and use them, where there is neither a container engine nor their base image.
 
-    python scripts/check_containers.py [--torch-index URL] [--mount PATH ...]
+    python scripts/check_containers.py [cuda] [rocm] [--torch-index URL] [--mount PATH ...]
 
-Needs root on Debian, buildah and mmdebstrap, and takes a quarter of an hour. The base image is
+Needs root on Debian, buildah and mmdebstrap, and takes about ten minutes and 10 GB of temporary
+files for an image. Without a name both are built. The base image is
 made from Debian's packages, under the name that the Dockerfiles give it; PyTorch is its CPU build.
 All other steps are those of the Dockerfiles. Then, as the image's user: onewan shows its version
 and the state of the machine, trains the demo, and imports the packages that need libraries of the
@@ -18,7 +19,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted((ROOT / "containers").glob("*.Dockerfile"))
+IMAGES = {
+    file.name.removesuffix(".Dockerfile"): file
+    for file in sorted((ROOT / "containers").glob("*.Dockerfile"))
+}
 DEBIAN = "bookworm"
 # What a run in the image needs of it; each fails with a message of its own.
 USES = """
@@ -65,24 +69,27 @@ class Buildah:
         self("commit", "--rm", container, name)
 
 
+def base_of(file: Path) -> str:
+    """The name of the image that a Dockerfile starts from."""
+    (name,) = re.findall(r"^ARG PYTHON_IMAGE=(\S+)$", file.read_text("utf-8"), re.MULTILINE)
+    return name
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help=", ".join(IMAGES))
     parser.add_argument("--torch-index", default="https://download.pytorch.org/whl/cpu")
     parser.add_argument("--mount", action="append", default=[], type=Path)
     arguments = parser.parse_args()
     mounts = [f"--volume={path}:{path}:ro" for path in arguments.mount]
-    (base,) = {
-        name
-        for file in FILES
-        for name in re.findall(r"^ARG PYTHON_IMAGE=(\S+)$", file.read_text("utf-8"), re.MULTILINE)
-    }
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
-        folder = Path(name)
+    chosen = {name: IMAGES[name] for name in arguments.images or IMAGES}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        folder = Path(temporary)
         buildah = Buildah(folder)
+        (base,) = {base_of(file) for file in chosen.values()}
         buildah.make_base(base, folder)
-        for file in FILES:
-            image = f"onewan:{file.name.partition('.')[0]}"
-            argument = f"TORCH_INDEX={arguments.torch_index}"
+        for name, file in chosen.items():
+            image, argument = f"onewan:{name}", f"TORCH_INDEX={arguments.torch_index}"
             options = ["--isolation=chroot", "--build-arg", argument, "--tag", image, *mounts]
             buildah("build", *options, "--file", file, ROOT)
             container = buildah("from", image)
