@@ -10,7 +10,7 @@ else
 endif
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test long wheel oldest docs lint figures screenshots clean
+.PHONY: setup demo test long wheel oldest docs lint figures pictures clean
 
 setup: $(READY)
 
@@ -71,10 +71,13 @@ figures: $(READY)
 	@echo "== performance figures"
 	$(BIN)/python benchmarks/report.py --results benchmarks/results --page build/figures/index.html --write
 
-# The pictures of docs/onetrainer.md, from a copy of the checkout ONETRAINER=PATH.
-screenshots: $(READY)
-	@echo "== screenshots of OneTrainer's window into docs/images"
-	$(BIN)/python scripts/take_onetrainer_screenshots.py "$(ONETRAINER)" docs/images
+# All pictures of the documentation: pages that onewan writes (needs Chromium), charts of the results in
+# benchmarks/results, and, from a copy of the checkout ONETRAINER=PATH, OneTrainer's window.
+pictures: $(READY)
+	@echo "== pictures, into docs/images"
+	$(BIN)/python scripts/take_pictures.py docs/images
+	$(BIN)/python benchmarks/report.py --from benchmarks/results --page build/figures/index.html --write
+	$(if $(ONETRAINER),$(BIN)/python scripts/take_onetrainer_screenshots.py "$(ONETRAINER)" docs/images)
 
 clean:
 	rm -rf $(VENV) demo

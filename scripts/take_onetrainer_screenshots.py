@@ -1,4 +1,4 @@
-"""Take the pictures of docs/onetrainer.md: make screenshots ONETRAINER=PATH.
+"""Take the pictures of docs/onetrainer.md: make pictures ONETRAINER=PATH.
 
 Works on a copy of the checkout, by its own interpreter (or ONETRAINER_PYTHON), without a display.
 """
@@ -19,6 +19,8 @@ from onewan.onetrainer.install import install, python_in
 HERE = Path(__file__).parents[1]
 WINDOWS = HERE / "tests" / "support" / "onetrainer_windows.py"
 PRESET = "resources/wan_presets/#wan 2.2 T2V A14B LoRA.json"
+SHOWN = ("model", "training", "sample")
+"""Of the tabs and windows that are taken, those that the page shows."""
 COLORS = 64
 HUB = "/home/you/.cache/huggingface"
 """Shown in the window; whose machine it is does not matter."""
@@ -26,7 +28,7 @@ HUB = "/home/you/.cache/huggingface"
 
 def main() -> int:
     if len(sys.argv) != 3 or not sys.argv[1]:
-        print("give the checkout: make screenshots ONETRAINER=PATH", file=sys.stderr)
+        print("give the checkout: make pictures ONETRAINER=PATH", file=sys.stderr)
         return 2
     checkout, out = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve()
     python = os.environ.get("ONETRAINER_PYTHON") or python_in(checkout) or sys.executable
@@ -42,9 +44,11 @@ def main() -> int:
         quiet = {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HOME": HUB}
         subprocess.run(command, cwd=copy, env={**os.environ, **quiet}, check=True)
         for shot in sorted(shots.glob("*.png")):
-            picture = Image.open(shot).convert("RGB").quantize(COLORS)
-            picture.save(out / f"onetrainer_{shot.stem.removeprefix('qt_').lower()}.png")
-            print(out / f"onetrainer_{shot.stem.removeprefix('qt_').lower()}.png")
+            name = shot.stem.removeprefix("qt_").lower()
+            if name in SHOWN:
+                picture = Image.open(shot).convert("RGB").quantize(COLORS)
+                picture.save(out / f"onetrainer_{name}.png")
+                print(out / f"onetrainer_{name}.png")
     return 0
 
 

@@ -72,3 +72,28 @@ def test_the_page_of_options_has_every_command(monkeypatch: pytest.MonkeyPatch) 
     page = site_hooks.options_page()
     for command in ("train", "onetrainer", "sample-now", "import-config"):
         assert f"## onewan {command}\n\n```text\nusage: onewan {command} " in page
+
+
+def test_every_picture_is_used_and_made_by_one_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import take_onetrainer_screenshots
+    import take_pictures
+
+    recipe = (ROOT / "Makefile").read_text("utf-8").partition("\npictures:")[2].partition("\n\n")[0]
+    for script in ("take_pictures.py", "take_onetrainer_screenshots.py", "report.py --from"):
+        assert script in recipe
+    windows = {f"onetrainer_{name}.png" for name in take_onetrainer_screenshots.SHOWN}
+    taken = windows | {
+        *(f"{name}.png" for name in take_pictures.PAGES),
+        f"{take_pictures.SHEET}.jpg",
+    }
+    used = {
+        name
+        for page in DOCS
+        for name in re.findall(r"!\[[^\]]*\]\(images/([^)]+)\)", page.read_text(encoding="utf-8"))
+    }
+    folder = ROOT / "docs" / "images"
+    pictures = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert pictures - used == set()
+    others = pictures - taken
+    assert all(name.startswith("performance/") for name in others), others
