@@ -14,7 +14,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from onewan.onetrainer.install import install, python_in
+from onewan.onetrainer.environment import python_in
+from onewan.onetrainer.install import install
 
 HERE = Path(__file__).parents[1]
 WINDOWS = HERE / "tests" / "support" / "onetrainer_windows.py"
