@@ -76,6 +76,9 @@ SECTIONS: dict[str, tuple[Benchmark, ...]] = {
         Benchmark(figure="sampling", script="sampling.py", quick=None),
         Benchmark(figure="convert", script="convert.py", quick=None),
         Benchmark(figure="loading", script="loading.py", quick=None),
+        Benchmark(
+            figure="report_page", script="report_page.py", quick=None, needs="the browser chromium"
+        ),
     ),
 }
 """All benchmarks. The first five titles are those of the project's design."""

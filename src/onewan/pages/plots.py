@@ -86,6 +86,8 @@ class Plot:
     """Whether the vertical axis is logarithmic at first."""
     can_log: bool = True
     from_zero: bool = False
+    can_cap: bool = False
+    """Whether the axis leaves a few very high values out at first, with a mark for each."""
     limits: Mapping[str, float] = field(default_factory=dict[str, float])
     """Horizontal lines to compare with, by their labels."""
     is_wide: bool = False
@@ -98,6 +100,7 @@ class Plot:
             "log": self.log,
             "can_log": self.can_log,
             "zero": self.from_zero,
+            "cap": self.can_cap,
             "limits": [{"label": name, "y": value} for name, value in self.limits.items()],
             "series": [series.as_data() for series in self.series],
         }

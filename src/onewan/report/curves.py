@@ -60,10 +60,11 @@ def step_plots(sources: Sequence[Source], name: str = "", *, bands: bool = True)
     from the lowest to the highest value behind them."""
     longest = max((len(each.history.steps.of(each.expert)) for each in sources), default=0)
     width = smoothing_width(longest)
-    band = "; the band goes from the lowest to the highest value" if bands else ""
-    smooth = f"Mean of {width} steps{band}." if width > 1 else "Each step."
+    band = "; the band goes from the lowest to the highest value, triangles are above it"
+    band = band if bands else ""
+    smooth = f"Mean of {width:,} steps{band}." if width > 1 else "Each step."
     made = [
-        _plot(sources, "loss", "Training loss", smooth, name=name, bands=bands),
+        _plot(sources, "loss", "Training loss", smooth, name=name, bands=bands, can_cap=True),
         validation_plot(sources, name),
         _plot(
             sources,
@@ -81,6 +82,7 @@ def step_plots(sources: Sequence[Source], name: str = "", *, bands: bool = True)
             f"Before clipping. {smooth}",
             name=name,
             bands=bands,
+            can_cap=True,
         ),
     ]
     return [plot for plot in made if plot is not None]
@@ -103,6 +105,7 @@ def speed_plots(
             "Without validation, saving and sampling.",
             name=name,
             bands=bands,
+            can_cap=True,
             unit="s",
             from_zero=True,
             limits=lines.get("seconds", {}),

@@ -99,18 +99,19 @@ def time_text(history: History) -> tuple[str, str]:
 
 
 def memory_text(history: History) -> tuple[str, str] | None:
-    """(highest peak on the device, of what the plan says); None if nothing was measured, as on a
-    CPU."""
+    """(highest peak on the device, memory of the device and the plan's peak); None if nothing was
+    measured, as on a CPU."""
     peaks = history.steps.column("step_memory_peak")
     peaks = peaks[np.isfinite(peaks)]
     plan = history.latest.get("plan", {})
     planned, limit = number(plan.get("device_peak")), number(plan.get("device_memory"))
     if not len(peaks):
         return None
-    value = format_bytes(float(peaks.max()))
-    if math.isfinite(limit):
-        value += f" of {format_bytes(limit)}"
-    return value, f"{format_bytes(planned)} by the plan" if math.isfinite(planned) else ""
+    more = [
+        f"of {format_bytes(limit)}" if math.isfinite(limit) else "",
+        f"{format_bytes(planned)} by the plan" if math.isfinite(planned) else "",
+    ]
+    return format_bytes(float(peaks.max())), ", ".join(part for part in more if part)
 
 
 def best_validation(history: History, expert: str) -> Mapping[str, Any] | None:
@@ -160,7 +161,8 @@ def clips_text(record: RunRecord) -> tuple[str, str]:
     passes = ""
     if times and all(math.isfinite(value) for value in times):
         low, high = min(times), max(times)
-        many = f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
+        shown = [f"{each:,.0f}" if each >= 9.95 else f"{each:.2g}" for each in (low, high)]
+        many = " to ".join(dict.fromkeys(shown))
         by = " by each expert" if len(times) > 1 else ""
         passes = f"each seen {many} times{by} in the whole run"
     return f"{clips:,}", passes

@@ -9,6 +9,7 @@ from typing import Any
 
 from onewan.arithmetic.byte_sizes import format_bytes
 from onewan.arithmetic.durations import format_duration
+from onewan.data.report import count
 from onewan.doctor.finding import without_names
 from onewan.pages.document import block, data_uri
 from onewan.report.history import History, Process
@@ -63,21 +64,25 @@ def clips_html(record: RunRecord) -> Iterator[str]:
 def _counts(record: RunRecord) -> Iterator[str]:
     counts, sizes = record.clips.counts, dict[tuple[Any, ...], int]()
     parts = list[str]()
-    for name, what in (("clips", "clips are trained on"), ("held_out", "are held out")):
-        if isinstance(counts.get(name), int) and counts[name]:
-            parts.append(f"{counts[name]:,} {what}")
-    if isinstance(counts.get("left_out"), int) and counts["left_out"]:
-        parts.append(f"{counts['left_out']:,} files can't be used")
+    for name, noun, what in (
+        ("clips", "clip", "trained on"),
+        ("held_out", "clip", "held out for validation"),
+        ("left_out", "file", "left out, since it can't be used"),
+    ):
+        number_of = counts.get(name)
+        if isinstance(number_of, int) and number_of:
+            what = what if number_of == 1 else what.replace("it can", "they can")
+            parts.append(f"{count(number_of, noun)} {what}")
     for clip in record.clips.clips:
         shape = (clip.get("width"), clip.get("height"), clip.get("frames"))
         sizes[shape] = sizes.get(shape, 0) + 1
     if parts:
-        yield f"<p>{text(', '.join(parts))}.</p>"
+        yield f"<p>{text('; '.join(parts))}.</p>"
     if sizes:
         yield '<div class="wide"><table><thead><tr><th scope="col">Size<th scope="col">Frames'
         yield '<th scope="col">Clips in the list</thead>'
-        for (width, height, frames), count in sorted(sizes.items(), key=str):
-            yield f"<tr><td>{text(width)}x{text(height)}<td>{text(frames)}<td>{count:,}"
+        for (width, height, frames), clips in sorted(sizes.items(), key=str):
+            yield f"<tr><td>{text(width)}x{text(height)}<td>{text(frames)}<td>{clips:,}"
         yield "</table></div>"
 
 
@@ -226,9 +231,9 @@ def _environment(history: History) -> Iterator[str]:
     memory = number(found.get("device_memory"))
     device = str(found.get("device", ""))
     lines = [
-        f"system     {found.get('system', '')}",
-        f"device     {device}{f', {format_bytes(memory)}' if memory > 0 else ''}",
-        f"attention  {attention.get('backend', 'not chosen yet')}",
-        *(f"{name:<12} {version}" for name, version in versions),
+        ("system", found.get("system", "")),
+        ("device", f"{device}{f', {format_bytes(memory)}' if memory > 0 else ''}"),
+        ("attention", attention.get("backend", "not chosen yet")),
+        *versions,
     ]
-    yield block(without_names("\n".join(lines)))
+    yield block(without_names("\n".join(f"{name:<13} {value}" for name, value in lines)))

@@ -108,6 +108,15 @@
         press();
         button.className = "log";
       }
+      if (spec.cap) {
+        // Pressed, the axis reaches to the highest value; else a few high ones are cut off.
+        this.full = html("button", { type: "button", className: "log", textContent: "full height", hidden: true }, tools);
+        this.full.addEventListener("click", () => {
+          this.full.setAttribute("aria-pressed", String(this.full.getAttribute("aria-pressed") !== "true"));
+          this.draw();
+        });
+        this.full.setAttribute("aria-pressed", "false");
+      }
       this.reset = html("button", { type: "button", textContent: "whole plot", hidden: true }, tools);
       this.reset.addEventListener("click", () => this.zoom(null));
       this.canvas = html("div", { className: "canvas" }, null);
@@ -156,6 +165,15 @@
       }
       if (!this.view) for (const limit of this.spec.limits) take(limit.y);
       if (low > high) [low, high] = this.log ? [0.1, 1] : [0, 1];
+      this.cut = false;
+      if (this.full) {
+        const top = this.usual(left, right);
+        // Where a few values are so high that nothing else could be told apart.
+        const isSquashed = !this.log && high > low + 1.5 * (top - low);
+        this.full.hidden = !isSquashed;
+        this.cut = isSquashed && this.full.getAttribute("aria-pressed") !== "true";
+        if (this.cut) high = top;
+      }
       if (this.log) {
         if (high / low < 1.2) [low, high] = [low / 1.2, high * 1.2];
         else [low, high] = [low / 1.05, high * 1.05];
@@ -164,9 +182,25 @@
         // More where the text of a line has to fit above or below it.
         const room = (high - low || Math.abs(high) || 1) * (this.spec.limits.length ? 0.12 : 0.06);
         if (!(this.spec.zero && low === 0)) low -= room;
-        high += room;
+        high += this.cut ? 2 * room : room;
       }
       return { left, right, low, high };
+    }
+
+    // A value that most buckets, and all smoothed values, do not exceed.
+    usual(left, right) {
+      const tops = [];
+      let smooth = -Infinity;
+      for (const series of this.series()) {
+        series.x.forEach((x, i) => {
+          if (x < left || x > right || series.y[i] === null) return;
+          smooth = Math.max(smooth, series.y[i]);
+          tops.push((series.hi ?? series.y)[i] ?? series.y[i]);
+        });
+      }
+      tops.sort((a, b) => a - b);
+      const at = (share) => tops[Math.floor(share * (tops.length - 1))];
+      return tops.length ? Math.max(smooth, Math.min(at(0.98), 3 * at(0.5))) : 0;
     }
 
     draw() {
@@ -197,7 +231,7 @@
         svg("line", { x1: room.left, x2: width - room.right, y1: this.Y(tick), y2: this.Y(tick) }, axis);
         svg("text", { x: room.left - 6, y: this.Y(tick) + 4, "text-anchor": "end" }, axis).textContent = yTexts[i];
       });
-      for (const tick of linearTicks(left, right, inner.width / 90, this.spec.x.whole)) {
+      for (const tick of linearTicks(left, right, inner.width / 75, this.spec.x.whole)) {
         const x = this.X(tick);
         svg("line", { x1: x, x2: x, y1: bottom, y2: bottom + 4 }, axis);
         svg("text", { x, y: bottom + 17, "text-anchor": "middle" }, axis).textContent = shown(tick, "", 7);
@@ -246,6 +280,16 @@
           const back = part.slice().reverse().map((i) => at(series.lo, i)).join("L");
           svg("path", { class: "band", d: `M${there}L${back}Z` }, group);
         }
+      }
+      if (this.cut && series.hi) {
+        const top = this.room.top + 1;
+        let d = "";
+        series.hi.forEach((value, i) => {
+          if (value === null || this.Y(value) >= this.room.top - 2) return;
+          const x = this.X(series.x[i]);
+          d += `M${x.toFixed(1)} ${top}l4 7h-8Z`;
+        });
+        svg("path", { class: "above", d }, group);
       }
       for (const part of parts(series.y)) {
         svg("path", { class: "line", d: `M${part.map((i) => at(series.y, i)).join("L")}`, "stroke-dasharray": DASHES[series.dash] }, group);
