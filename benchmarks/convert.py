@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -28,6 +26,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
+from figures import Chart, Figure, Value, add_output_options, as_case, measured_here, save
 
 from onewan.formats.key_maps import to_official
 from onewan.formats.modelspec import model_spec
@@ -141,8 +140,8 @@ def run_job(source: Path, folder: Path, job: str) -> dict[str, float]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def inspect_seconds(source: Path) -> float | None:
-    """The shortest time of three calls of ``onewan inspect``; None if it fails."""
+def inspect_seconds(source: Path) -> list[float] | None:
+    """Times of three calls of ``onewan inspect``; None if it fails."""
     times: list[float] = []
     for _ in range(3):
         begin = time.perf_counter()
@@ -151,14 +150,51 @@ def inspect_seconds(source: Path) -> float | None:
         if result.returncode:
             return None
         times.append(time.perf_counter() - begin)
-    return min(times)
+    return times
+
+
+def figure_of(
+    results: dict[str, dict[str, float]], size: int, inspected: list[float] | None
+) -> Figure:
+    """Memory and time of each conversion, and the time of ``onewan inspect``."""
+    values: list[Value] = []
+    for job, found in results.items():
+        case = as_case(what=f"convert to {job}")
+        seconds, peak = found["seconds"], found["peak_above"]
+        values += [
+            Value(case=case, measure="time", unit="s", repeats=(seconds,)),
+            Value(
+                case=case, measure="peak of memory", unit="GB", repeats=(peak / 1e9,),
+                limit=MEMORY_LIMIT / 1e9,
+            ),
+            Value(
+                case=case, measure="of it anonymous", unit="GB",
+                repeats=(found["anonymous_above"] / 1e9,),
+            ),
+        ]  # fmt: skip
+    case = as_case(what="onewan inspect")
+    if inspected is None:
+        values.append(Value(case=case, measure="time", unit="s", reason="failed"))
+    else:
+        values.append(Value(case=case, measure="time", unit="s", repeats=tuple(inspected)))
+    return measured_here(
+        name="convert",
+        title=f"Converting a file of {size / 1e9:.1f} GB",
+        measured=(
+            "One transformer of T2V-A14B's width in bfloat16, converted to each layout in a "
+            "process of its own. Memory is above that of Python with PyTorch and diffusers; pages "
+            "of mapped files count, but for the anonymous part."
+        ),
+        values=values,
+        charts=[Chart(measure="peak of memory")],
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=3.0, help="of the file to convert")
     parser.add_argument("--dir", type=Path, help="where to write (default: a temporary folder)")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    add_output_options(parser)
     parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)
     parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -181,20 +217,11 @@ def main() -> int:
             written = folder / target
             shutil.rmtree(written) if written.is_dir() else written.unlink()
         inspected = inspect_seconds(source)
-    shown = "failed" if inspected is None else f"{inspected:.2f} s"
+    shown = "failed" if inspected is None else f"{min(inspected):.2f} s"
     print(f"inspect     {shown} (limit {INSPECT_LIMIT:.0f} s)")
-    if options.json:
-        document = {
-            "bytes": size,
-            "blocks": blocks,
-            "conversions": results,
-            "inspect_seconds": inspected,
-            "torch": torch.__version__,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        }
-        options.json.write_text(json.dumps(document, indent=2), encoding="utf-8")
+    save(figure_of(results, size, inspected), options)
     worst = max(result["peak_above"] for result in results.values())
-    return int(worst > MEMORY_LIMIT or (inspected or 0) > INSPECT_LIMIT)
+    return int(worst > MEMORY_LIMIT or min(inspected or [0]) > INSPECT_LIMIT)
 
 
 if __name__ == "__main__":

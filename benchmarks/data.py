@@ -4,7 +4,7 @@ Each line is a ratio or a time of one run, with the limit that it should keep. R
 pairs that alternate, so that other work on the machine slows down both. Decoders that are not
 installed (OpenCV, torchcodec) are left out, and said so. Exits with status 1 if a limit is missed.
 
-    python benchmarks/data.py [--clips 10000] [--folder DIR] [--repeats 5] [--write]
+    python benchmarks/data.py [--clips 10000] [--folder DIR] [--repeats 5] [--json FILE]
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import torch
 from av import VideoFrame
 from decode import SIZE, bare, make_clip
 from diffusers import AutoencoderKLWan
-from markers import replace_between
+from figures import Figure, Value, add_output_options, as_case, measured_here, save
 from torch import Tensor
 
 from onewan.arithmetic.condition_shares import Given
@@ -56,7 +56,6 @@ FIT = Fit(848, 480)
 FRAMES, FPS = 49, 16
 STEP_SECONDS = 0.5
 """A short training step, with which the loader's time is compared."""
-DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
 
 
 @dataclass(frozen=True)
@@ -407,12 +406,35 @@ def doctor(folder: Path) -> Iterator[Row]:
     yield Row(f"doctor over {len(clips)} files", spent, " s", 30.0)
 
 
+def figure_of(rows: Sequence[Row]) -> Figure:
+    """All rows, with their limits."""
+    return measured_here(
+        name="data",
+        title="The data path against its limits",
+        measured=(
+            "Reading, filling the cache, a start, the loader and onewan doctor in one run. Ratios "
+            "are medians of pairs that take turns. Reading is of 49 frames of 848x480 from 720p."
+        ),
+        values=[
+            Value(
+                case=as_case(measured=row.what),
+                measure="value",
+                unit=row.unit.strip(),
+                repeats=(row.value,),
+                limit=row.limit,
+                at_least=row.at_least,
+            )
+            for row in rows
+        ],
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="The data path of onewan in numbers")
     parser.add_argument("--clips", type=int, default=10_000, help="cached clips (10000)")
     parser.add_argument("--folder", type=Path, help="where clips are kept for the next time")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--write", action="store_true", help="put the table into the document")
+    add_output_options(parser)
     options = parser.parse_args()
     rows = list[Row]()
     with tempfile.TemporaryDirectory() as temporary:
@@ -428,9 +450,7 @@ def main() -> int:
             for row in measured:
                 print(row, flush=True)
                 rows.append(row)
-    if options.write:
-        lines = ["| measured | value | limit |", "| --- | --- | --- |", *map(str, rows)]
-        replace_between(DOCUMENT, "data", "\n".join(lines))
+    save(figure_of(rows), options)
     return 0 if all(row.kept for row in rows) else 1
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -22,9 +21,11 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import av
 import numpy as np
+from figures import Chart, Figure, Value, add_output_options, measured_here, save
 
 from onewan.media import probe, read_frames
 
@@ -135,8 +136,8 @@ def peak_mib() -> float | None:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def measure(path: Path, repeats: int) -> dict[str, object]:
-    """Median times of both readers, alternating, and the growth of peak memory by one reading."""
+def measure(path: Path, repeats: int) -> dict[str, Any]:
+    """Times of both readers, alternating, and the growth of peak memory by one reading."""
     info = probe(path)
     middle = (info.start + info.last) / 2
     times = [middle + k / FPS for k in range(FRAMES)]
@@ -165,10 +166,10 @@ def measure(path: Path, repeats: int) -> dict[str, object]:
     ]
     return {
         "clip": path.stem,
-        "onewan_s": median(seconds["onewan"]),
-        "bare_s": median(seconds["bare"]),
+        "onewan_s": seconds["onewan"],
+        "bare_s": seconds["bare"],
         "ratio": median(ratios),
-        "probe_s": median(probes),
+        "probe_s": probes,
         "mean_difference": difference,
         "memory_mib": None if before is None or after is None else after - before,
     }
@@ -181,7 +182,7 @@ def main() -> int:
         type=Path,
         help="where the clips are made and kept (default: a temporary folder)",
     )
-    parser.add_argument("--json", type=Path, help="write the results here as well")
+    add_output_options(parser)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--seconds", type=int, nargs="+", default=[10, 60, 180])
     parser.add_argument("--gops", type=int, nargs="+", default=[250, 30])
@@ -194,7 +195,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder: Path = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        results: list[dict[str, object]] = []
+        results: list[dict[str, Any]] = []
         print(f"{'clip':>16} {'onewan s':>9} {'bare s':>9} {'ratio':>6} {'probe s':>8} {'MiB':>7}")
         for gop in args.gops:
             for seconds in args.seconds:
@@ -207,29 +208,59 @@ def main() -> int:
                 results.append(row)
                 memory = "-" if row["memory_mib"] is None else f"{row['memory_mib']:.0f}"
                 print(
-                    f"{row['clip']:>16} {row['onewan_s']:9.3f} {row['bare_s']:9.3f} "
-                    f"{row['ratio']:6.2f} {row['probe_s']:8.4f} {memory:>7}"
+                    f"{row['clip']:>16} {median(row['onewan_s']):9.3f} "
+                    f"{median(row['bare_s']):9.3f} {row['ratio']:6.2f} "
+                    f"{median(row['probe_s']):8.4f} {memory:>7}"
                 )
-    return report(results, args.json)
+    save(figure_of(results), args)
+    return report(results)
 
 
-def report(results: list[dict[str, object]], destination: Path | None) -> int:
-    """Prints the verdict and writes the JSON file, if any; returns the exit status."""
-    worst = max(float(str(r["ratio"])) for r in results)
-    memory = [float(str(r["memory_mib"])) for r in results if r["memory_mib"] is not None]
+def figure_of(results: list[dict[str, Any]]) -> Figure:
+    """Both readers' times, and the memory of onewan's."""
+    values: list[Value] = []
+    for row in results:
+        for key, name in (("onewan_s", "onewan"), ("bare_s", "bare PyAV loop")):
+            values.append(
+                Value(
+                    case={"clip": row["clip"], "read by": name},
+                    measure="time",
+                    unit="s",
+                    repeats=tuple(row[key]),
+                )
+            )
+        case = {"clip": row["clip"], "read by": "onewan"}
+        values.append(
+            Value(case=case, measure="time / bare loop's", repeats=(row["ratio"],), limit=LIMIT)
+        )
+        values.append(
+            Value(case=case, measure="header alone", unit="s", repeats=tuple(row["probe_s"]))
+        )
+        if row["memory_mib"] is not None:
+            values.append(
+                Value(case=case, measure="memory", unit="MiB", repeats=(row["memory_mib"],))
+            )
+    return measured_here(
+        name="decode",
+        title=f"Reading {FRAMES} frames from the middle of a video",
+        measured=(
+            f"{FRAMES} frames at {FPS} per second of 720p from files of several lengths and "
+            "intervals between key frames (gop), by onewan and by the shortest correct loop over "
+            "PyAV, in turns. Memory is by how much one reading raises the peak of a process."
+        ),
+        values=values,
+        charts=[Chart(measure="time", series="read by")],
+    )
+
+
+def report(results: list[dict[str, Any]]) -> int:
+    """Prints the verdict; returns the exit status."""
+    worst = max(float(r["ratio"]) for r in results)
+    memory = [float(r["memory_mib"]) for r in results if r["memory_mib"] is not None]
     growth = max(memory) - min(memory) if memory else 0.0
     passed = worst <= LIMIT and growth <= MEMORY_SLACK_MIB
     print(f"worst ratio {worst:.2f} (limit {LIMIT}), memory differs by {growth:.0f} MiB")
     print("passed" if passed else "FAILED")
-    if destination is not None:
-        machine = {
-            "platform": platform.platform(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "av": av.__version__,
-        }
-        document = {"machine": machine, "results": results, "passed": passed}
-        destination.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return 0 if passed else 1
 
 

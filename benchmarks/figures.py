@@ -20,7 +20,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -43,7 +43,7 @@ CaseValue: TypeAlias = str | int | float
 class Value:
     """One number: `measure` of `case`, measured once or several times."""
 
-    case: dict[str, CaseValue]
+    case: Mapping[str, CaseValue]
     """What distinguishes it from the figure's other values, such as ``{"size": "81x480x832"}``."""
     measure: str
     """Such as "device peak"."""
@@ -92,7 +92,7 @@ class Chart:
     """The key of the cases whose values have a color each; empty for one color."""
     title: str = ""
     """Empty for the figure's title."""
-    only: dict[str, CaseValue] = field(default_factory=dict)
+    only: Mapping[str, CaseValue] = field(default_factory=dict)
     """What the cases that are drawn have in common; empty for all."""
 
 
@@ -292,7 +292,7 @@ def this_machine(device: str = "cpu") -> HostAndDevice:
     if kind != "cpu":
         import torch
 
-        from onewan.memory.device import device_name, total_and_free_memory
+        from onewan.devices import device_name, total_and_free_memory
 
         name = device_name(torch.device(device))
         memory, _ = total_and_free_memory(torch.device(device))

@@ -32,7 +32,6 @@ import re
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,7 +43,8 @@ from diffusers import WanTransformer3DModel
 from figures import Chart, Figure, Value, add_output_options, as_case, measured_here, save
 from gpu_model import DTYPE, write_clip, write_model
 from gpu_table import COLUMNS, SIZES
-from measuring import parse_size, release, synchronize
+from measuring import in_turns, parse_size, peak_of, release
+from small_runs import step_of
 
 from onewan.arithmetic.flops import (
     FLASH_BACKWARD,
@@ -59,7 +59,6 @@ from onewan.errors import OnewanError
 from onewan.memory.plan import Bucket, find_machine, make_plan, read_stored_model
 from onewan.train.run import Run
 from onewan.train.setup import WanModelSetup
-from onewan.train.step import train_step
 from onewan.variants import VARIANTS, VariantName
 
 Method = Literal["lora", "full"]
@@ -137,36 +136,11 @@ def run_file(case: Case, layers: int, device: str) -> str:
 # ------------------------------------------------------------------------------------- measuring
 
 
-def timed(
-    step: Callable[[], None], steps: int, warm_up: int, device: torch.device
-) -> tuple[list[float], int | None]:
-    """(seconds of each step, the device's peak in bytes), after `warm_up` steps."""
-    times: list[float] = []
-    for number in range(steps + warm_up):
-        if number == warm_up and device.type != "cpu":
-            torch.get_device_module(device).reset_peak_memory_stats(device)
-        synchronize(device)
-        begin = time.perf_counter()
-        step()
-        synchronize(device)
-        times.append(time.perf_counter() - begin)
-    peak = None
-    if device.type != "cpu":
-        peak = torch.get_device_module(device).max_memory_allocated(device)
-    return times[warm_up:], peak
-
-
 def matrix_product_rate(device: torch.device, side: int) -> float:
     """FLOP/s of a bfloat16 matrix product on the device, the median of ten."""
     a, b = (torch.randn(side, side, device=device, dtype=DTYPE) for _ in range(2))
-    times: list[float] = []
-    for _ in range(13):
-        synchronize(device)
-        begin = time.perf_counter()
-        torch.matmul(a, b)
-        synchronize(device)
-        times.append(time.perf_counter() - begin)
-    return 2 * side**3 / statistics.median(times[3:])
+    times = in_turns({"product": lambda: torch.matmul(a, b)}, 10, device)["product"]
+    return 2 * side**3 / statistics.median(times)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,12 +169,11 @@ class Bench:
             planned = plan.worst.training.device_bytes
         run = WanModelSetup(load_run(file)).build()
         clip = self._clip(run, case)
-        step = onewan_step(run) if case.loop == "onewan" else self._bare(case, clip)
+        step = step_of(run) if case.loop == "onewan" else self._bare(case, clip)
         del run
         release(self.device)
-        # With both experts every second step is the first one's.
-        warm_up = 2 if case.experts == "both" else 1
-        times, peak = timed(step, self.steps, warm_up, self.device)
+        times: list[float] = []
+        peak = peak_of(lambda: times.extend(self._timed(step)), self.device)
         seconds = statistics.median(times)
         forward = forward_flops(self.transformer, clip.tokens)
         trained = TRAINED[case.method]
@@ -216,6 +189,9 @@ class Bench:
             planned_bytes=planned,
             times=times,
         )
+
+    def _timed(self, step: Callable[[], None]) -> list[float]:
+        return in_turns({"step": step}, self.steps, self.device)["step"]
 
     def _clip(self, run: Run, case: Case) -> Clip:
         (batch,) = run.loader.validation_batches(run.dataset.clips, 1)
@@ -235,16 +211,6 @@ class Bench:
         return bare_step(
             transformer, clip, DTYPE, method=case.method, checkpointing=True, max_norm=1.0
         )
-
-
-def onewan_step(run: Run) -> Callable[[], None]:
-    """A step of a run, as the trainer executes it."""
-    steps = run.loader.steps(0, run.config.train.steps, run.schedule.expert_at)
-
-    def step() -> None:
-        train_step(run, next(steps))
-
-    return step
 
 
 def cases(variant: VariantName, size: str, options: argparse.Namespace) -> Iterator[Case]:

@@ -1,6 +1,6 @@
 """Host memory and time that loading a transformer takes, beside the size of its file (Linux).
 
-    python benchmarks/loading.py [--gigabytes 1] [--folder DIR]
+    python benchmarks/loading.py [--gigabytes 1] [--folder DIR] [--json FILE]
 
 Writes random weights of about that size as bfloat16, float32 and fp8 with scales, loads each in a
 process of its own with every `memory.weights`, and deletes them. Prints a JSON line for each:
@@ -23,11 +23,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
+from figures import Chart, Figure, Value, add_output_options, as_case, measured_here, save
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -47,16 +48,27 @@ _CASES: tuple[tuple[str, str], ...] = (
     ("fp8", "nf4"),
 )
 
+MEASURES = (
+    ("file", "size of the file", "GB"),
+    ("kept", "kept", "GB"),
+    ("peak", "peak", "GB"),
+    ("peak_of_own", "own peak", "GB"),
+    ("seconds", "time", "s"),
+)
+"""Keys of `measured`, and what a figure calls them."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of the file in bfloat16")
     parser.add_argument("--folder", type=Path, help="where the files are written (default: /tmp)")
+    add_output_options(parser)
     parser.add_argument("--load", nargs=2, metavar=("FILE", "STORAGE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.load:
         print(json.dumps(measured(Path(options.load[0]), options.load[1])))
         return
+    values: list[Value] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         previous = ""
         for source, storage in _CASES:
@@ -67,7 +79,29 @@ def main() -> None:
             previous = source
             command = [sys.executable, __file__, "--load", str(file), storage]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
-            print(json.dumps({"source": source, "weights": storage, **json.loads(done.stdout)}))
+            found = json.loads(done.stdout)
+            print(json.dumps({"source": source, "weights": storage, **found}))
+            case = as_case(file=source, weights=storage)
+            values += [
+                Value(case=case, measure=measure, unit=unit, repeats=(found[key],))
+                for key, measure, unit in MEASURES
+            ]
+    save(figure_of(values), options)
+
+
+def figure_of(values: Sequence[Value]) -> Figure:
+    return measured_here(
+        name="loading",
+        title="Host memory and time of loading a transformer",
+        measured=(
+            "Random weights of about 1 GB in bfloat16, unless the command says otherwise, loaded "
+            "in a process of its own with every memory.weights, with the file in the page cache. "
+            "The peak counts pages of the mapped file, which the system may drop when memory is "
+            "short; the own peak does not."
+        ),
+        values=values,
+        charts=[Chart(measure="own peak"), Chart(measure="time")],
+    )
 
 
 def write(path: Path, source: str, gigabytes: float) -> None:

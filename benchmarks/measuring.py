@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from onewan.memory.device import reset_peak
+from onewan.devices import device_memory, empty_cache, reset_peak, synchronize
 
 Size = tuple[int, int, int]
 """Frames, height and width."""
@@ -36,17 +36,10 @@ def use_simulated_device() -> None:
     importlib.import_module("simulated_gpu")
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for everything that is queued."""
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize(device)
-
-
 def release(device: torch.device) -> None:
     """Give memory that nothing refers to back to the device."""
     gc.collect()
-    if device.type != "cpu":
-        torch.get_device_module(device).empty_cache()
+    empty_cache(device)
 
 
 def clock(device: torch.device) -> float:
@@ -86,12 +79,8 @@ def in_turns(
 
 
 def peak_of(work: Callable[[], object], device: torch.device) -> int | None:
-    """The device's peak in bytes while `work` runs; None on the CPU, which does not count it."""
-    if device.type == "cpu":
-        work()
-        return None
-    module = torch.get_device_module(device)
+    """The device's peak in bytes while `work` runs; None where it does not count its memory."""
     reset_peak(device)
     work()
     synchronize(device)
-    return module.max_memory_allocated(device)
+    return device_memory(device)[1]

@@ -7,7 +7,7 @@ every frame shows. Exits with status 1 if onewan returns a wrong frame, or if a 
 CPU time in a row.
 
     python benchmarks/peers_data.py [--musubi DIR] [--diffusion-pipe DIR] [--diffsynth DIR]
-        [--folder DIR] [--repeats 3] [--memory 10] [--write] [--json FILE]
+        [--folder DIR] [--repeats 3] [--memory 10] [--json FILE]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,14 +32,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import peers_readers as readers
 import torch
 from decode import make_clip, numbers_of
-from markers import replace_between
+from figures import Chart, Figure, Value, add_output_options, as_case, measured_here, save
 from peers_readers import FPS, Encoder, Reader, Request
+from tables import table_of
 
 SHORT_RATES = (24, 25, 30, 50, 60)
 LONG_SECONDS, LONG_RATE, LONG_INTERVAL = 120, 24, 48
 """The long file's length, rate and frames from one key frame to the next."""
 VAE_PIXELS = (1, 3, 9, 128, 80)
-DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
+NOT_RUN = "not run"
+"""Of a trainer without a checkout."""
 _T = TypeVar("_T")
 
 TIME_LIMIT = 300.0
@@ -203,13 +205,12 @@ def in_a_process(row: str, name: str, checkout: Path | None, options: argparse.N
     return f"failed: {error}"
 
 
-def middle_of(results: Sequence[object]) -> object:
-    """The result of the median CPU time; why there is none, if one has failed."""
+def results_of(results: Sequence[object]) -> Sequence[Measured] | str:
+    """All readings; why there is none, if one has failed."""
     measured = [result for result in results if isinstance(result, Measured)]
-    if len(measured) < len(results):
-        return next(result for result in results if not isinstance(result, Measured))
-    cpu = median(m.cpu for m in measured)
-    return min(measured, key=lambda m: abs(m.cpu - cpu))
+    if measured and len(measured) == len(results):
+        return measured
+    return next((str(r) for r in results if not isinstance(r, Measured)), NOT_RUN)
 
 
 def make_clips(folder: Path) -> None:
@@ -226,37 +227,73 @@ def make_clips(folder: Path) -> None:
         path.with_suffix(".txt").write_text("a caption", encoding="utf-8")
 
 
-def lines_of(table: dict[str, dict[str, object]]) -> list[str]:
-    """The results as a table in Markdown."""
-    lines = [
-        "| what | read by | CPU time, s | time, s | right frames | from |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-    ]
+Results = Mapping[str, Sequence[Measured] | str]
+"""Of each reader of a row, or why there are none."""
+
+
+def figure_of(table: Mapping[str, Results]) -> Figure:
+    """The results, relative to onewan's CPU time."""
+    values: list[Value] = []
     for row, results in table.items():
-        for name, result in results.items():
-            if not isinstance(result, Measured):
-                cells = f"{result} | | |"
-            elif result.frames:
-                right = f"{result.right} of {result.frames}"
-                cells = f"{result.cpu:.2f} | {result.seconds:.2f} | {right} | {result.first:.1f} s"
-            else:
-                cells = f"{result.cpu:.2f} | {result.seconds:.2f} | |"
-            lines.append(f"| {row} | {name} | {cells} |")
-    return lines
+        ours = results["onewan"]
+        base = None if isinstance(ours, str) else median(m.cpu for m in ours)
+        for name, found in results.items():
+            case = as_case(what=row, read_by=name)
+            if isinstance(found, str):
+                values.append(Value(case=case, measure="CPU time", unit="s", reason=found))
+                continue
+            cpu = [m.cpu for m in found]
+            values.append(
+                Value(
+                    case=case, measure="CPU time", unit="s", repeats=tuple(cpu), baseline="onewan",
+                    ratio=median(cpu) / base if base and name != "onewan" else None,
+                )
+            )  # fmt: skip
+            times = tuple(m.seconds for m in found)
+            values.append(Value(case=case, measure="time", unit="s", repeats=times))
+            if frames := found[0].frames:
+                right, first = median(m.right for m in found), median(m.first for m in found)
+                values.append(
+                    Value(case=case, measure="right frames", repeats=(right,), expected=frames)
+                )
+                values.append(Value(case=case, measure="from", unit="s", repeats=(first,)))
+    return measured_here(
+        name="peers",
+        title="The same files read by onewan and by other trainers' own code",
+        measured=(
+            "Each reading is a process of its own, in which other trainers' code runs from their "
+            "checkouts as it is. Five short clips have 24, 25, 30, 50 and 60 frames per second at "
+            "720p, and the long file has two minutes of 720p at 24; 16 frames per second are read, "
+            "and each frame is checked by the number that it shows. The VAE has random weights. "
+            "Trainers whose code was not there are given as not run."
+        ),
+        values=values,
+        charts=[
+            Chart(
+                measure="CPU time", series="read by", only={"what": row}, title=f"CPU time: {row}"
+            )
+            for row, results in table.items()
+            if any(not isinstance(found, str) for found in results.values())
+        ],
+        arithmetic="of",
+    )
 
 
-def misses(table: dict[str, dict[str, object]]) -> list[str]:
+def misses(table: Mapping[str, Results]) -> list[str]:
     """Where onewan returns a wrong frame, or another trainer takes less CPU time."""
     found = list[str]()
     for row, results in table.items():
         ours = results["onewan"]
-        if not isinstance(ours, Measured) or ours.right < ours.frames:
+        if isinstance(ours, str) or any(m.right < m.frames for m in ours):
             found.append(f"{row}: onewan has {ours}")
             continue
+        cpu = median(m.cpu for m in ours)
         found += [
             f"{row}: {name} takes less CPU time"
-            for name, result in results.items()
-            if name != "bare PyAV loop" and isinstance(result, Measured) and result.cpu < ours.cpu
+            for name, others in results.items()
+            if name != "bare PyAV loop"
+            and not isinstance(others, str)
+            and median(m.cpu for m in others) < cpu
         ]
     return found
 
@@ -270,8 +307,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", type=float, default=10, help="of a process, in GiB (10)")
     parser.add_argument("--rows", nargs="+", help="only rows that contain one of these texts")
-    parser.add_argument("--write", action="store_true", help="put the table into the document")
-    parser.add_argument("--json", type=Path, help="write the results here as well")
+    add_output_options(parser)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # row and name of one reading
     options = parser.parse_args()
     if options.one:
@@ -283,7 +319,7 @@ def main() -> int:
         "diffusion_pipe": options.diffusion_pipe,
         "diffsynth": options.diffsynth,
     }
-    table: dict[str, dict[str, object]] = {}
+    table: dict[str, Results] = {}
     with tempfile.TemporaryDirectory() as temporary:
         options.folder = (options.folder or Path(temporary)).resolve()
         make_clips(options.folder)
@@ -300,21 +336,11 @@ def main() -> int:
                         continue  # it fails or takes too long
                     checkout = checkouts.get(needed[name] or "")
                     so_far.append(in_a_process(row, name, checkout, options))
-            table[row] = {name: middle_of(so_far) for name, so_far in results.items()}
+            table[row] = {name: results_of(results.get(name, ())) for name in needed}
             print(f"{row}: measured", file=sys.stderr, flush=True)
-    lines, missed = lines_of(table), misses(table)
-    print("\n".join([*lines, "", *missed]))
-    if options.write:
-        replace_between(DOCUMENT, "peers", "\n".join(lines))
-    if options.json is not None:
-        document = {
-            row: {
-                name: asdict(result) if isinstance(result, Measured) else result
-                for name, result in results.items()
-            }
-            for row, results in table.items()
-        }
-        options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    figure, missed = figure_of(table), misses(table)
+    print("\n".join([table_of(figure).markdown(), "", *missed]))
+    save(figure, options)
     return 1 if missed else 0
 
 

@@ -59,12 +59,18 @@ class Benchmark:
 SECTIONS: dict[str, tuple[Benchmark, ...]] = {
     "Peak memory consumption during training": (
         Benchmark(figure="memory", script="memory.py", quick=None),
+        Benchmark(figure="device_memory", script="device_memory.py"),
     ),
-    "Model offloading effectiveness": (Benchmark(figure="streaming", script="streaming.py"),),
+    "Memory efficiency of video batching": (Benchmark(figure="batching", script="batching.py"),),
+    "Model offloading effectiveness": (
+        Benchmark(figure="offloading", script="offloading.py"),
+        Benchmark(figure="streaming", script="streaming.py"),
+    ),
     "Steps per second": (
         Benchmark(figure="steps_per_second", script="train_step.py", quick=("--steps", "7")),
         Benchmark(figure="gpu", script="gpu.py", quick=None, needs="a GPU"),
     ),
+    "Batch size scaling": (Benchmark(figure="batch_scaling", script="batch_scaling.py"),),
     "Comparison with existing trainers": (
         Benchmark(
             figure="peers", script="peers_data.py", quick=None, needs="checkouts of the trainers"

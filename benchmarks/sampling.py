@@ -14,16 +14,15 @@ those of rank 64 have in A14B.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import random
 import statistics
 import tempfile
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from figures import Chart, Figure, Value, add_output_options, as_case, measured_here, save
+from measuring import clock, clock_name
 
 from onewan.adapters.adapter_config import adapter_config_for
 from onewan.adapters.lora import adapter_parameters, attach_adapter
@@ -100,17 +99,17 @@ def measure(model: WanModel, request: SampleRequest, repeats: int, device: str) 
     text = {prompt: model.encode_prompt(prompt).detach() for prompt in ("a", "")}
     denoising: dict[str, list[float]] = {kind: [] for kind in KINDS}
     whole: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    order = random.Random(0)
+    order, on = random.Random(0), torch.device(device)
     for number in range(repeats + 1):
         for kind in order.sample(KINDS, len(KINDS)):
             steps: list[float] = []
-            begin = time.perf_counter()
+            begin = clock(on)
             sampler.sample(
                 requests[kind],
                 text=text.__getitem__,
-                on_step=lambda _done, _total, steps=steps: steps.append(time.perf_counter()),
+                on_step=lambda _done, _total, steps=steps: steps.append(clock(on)),
             )
-            end = time.perf_counter()
+            end = clock(on)
             if number:
                 denoising[kind].append(steps[-1] - begin)
                 whole[kind].append(end - begin)
@@ -130,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=25, help="of a full sample")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    add_output_options(parser)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         folder = write_tiny_model(
@@ -159,15 +158,44 @@ def main(arguments: list[str] | None = None) -> None:
     for part, seconds in (("denoising", result.denoising), ("whole", result.whole)):
         full, few = (statistics.median(seconds[kind]) for kind in KINDS)
         print(f"{part}: {few:.2f} s instead of {full:.2f} s: {ratios[part]:.3f}")
-    if options.json:
-        document = {
-            "ratio": {**ratios, "passes": passes},
-            **asdict(result),
-            "options": {k: str(v) for k, v in vars(options).items() if k != "json"},
-            "torch": torch.__version__,
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        }
-        options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    save(figure_of(result, torch.device(device), options.steps), options)
+
+
+def figure_of(result: Result, device: torch.device, steps: int) -> Figure:
+    """Seconds of both kinds, and those of the distilled one by the passes."""
+    values: list[Value] = []
+    few, all_passes = (result.passes[kind] for kind in ("distilled", "full"))
+    for part, seconds in (("denoising", result.denoising), ("whole sample", result.whole)):
+        full = statistics.median(seconds["full"])
+        for kind, name in (
+            ("full", f"{steps} steps with guidance"),
+            ("distilled", "4 steps with a distilled LoRA"),
+        ):
+            own = kind == "distilled"
+            values.append(
+                Value(
+                    case=as_case(part=part, sampled_in=name),
+                    measure="duration",
+                    unit="s",
+                    repeats=tuple(seconds[kind]),
+                    expected=full * few / all_passes if own and part == "denoising" else None,
+                    baseline=f"{steps} steps" if own else "",
+                    ratio=statistics.median(seconds[kind]) / full if own else None,
+                )
+            )
+    return measured_here(
+        name="sampling",
+        title="Previews with distilled LoRAs beside full samples",
+        measured=(
+            "The same video of a small T2V-A14B with a trained LoRA, sampled both ways in turns. "
+            f"Seconds are {clock_name(device)}. The arithmetic is the number of passes through a "
+            f"transformer, {few} instead of {all_passes}; the VAE decodes either for the same time."
+        ),
+        values=values,
+        charts=[Chart(measure="duration", series="sampled in")],
+        arithmetic="by passes",
+        device=str(device),
+    )
 
 
 if __name__ == "__main__":

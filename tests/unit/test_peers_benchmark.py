@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from decode import make_clip, numbers_of
-from peers_data import Measured, lines_of, misses, right_frames
+from peers_data import Measured, figure_of, misses, results_of, right_frames
 from peers_readers import Reader, Request, bare_pyav, onewan
+from tables import table_of
 
 ROW = "17 frames from five short clips"
 
@@ -38,14 +39,22 @@ def test_wrong_frames_are_counted() -> None:
 
 
 def test_slower_and_wrong_readings_are_misses() -> None:
-    ours = Measured(1.0, 2.0, right=85, frames=85)
-    fast = Measured(0.5, 0.6, right=9, frames=85, first=3.5)
+    ours = [Measured(1.0, 2.0, right=85, frames=85)]
+    fast = [Measured(0.5, 0.6, right=9, frames=85, first=3.5)]
     assert misses({ROW: {"onewan": ours, "bare PyAV loop": fast, "other": "failed: why"}}) == []
     assert misses({ROW: {"onewan": ours, "other": fast}}) == [f"{ROW}: other takes less CPU time"]
     assert misses({ROW: {"onewan": fast}}) == [f"{ROW}: onewan has {fast}"]
-    lines = lines_of({ROW: {"onewan": ours, "other": fast, "third": "failed: why"}})
+
+
+def test_trainers_that_did_not_run_have_no_numbers() -> None:
+    ours = [Measured(seconds, 2.0, right=85, frames=85) for seconds in (1.0, 3.0, 2.0)]
+    fast = [Measured(0.5, 0.6, right=9, frames=85, first=3.5)]
+    results = {"onewan": ours, "other": fast, "third": "failed: why", "fourth": results_of(())}
+    lines = table_of(figure_of({ROW: results})).markdown().splitlines()
     assert lines[2:] == [
-        f"| {ROW} | onewan | 1.00 | 2.00 | 85 of 85 | 0.0 s |",
-        f"| {ROW} | other | 0.50 | 0.60 | 9 of 85 | 3.5 s |",
-        f"| {ROW} | third | failed: why | | | |",
+        f"| {ROW} | onewan | 2.00 (1.00 to 3.00) | - | 2.00 (2.00 to 2.00) | 85 | 85 | 0 |",
+        f"| {ROW} | other | 0.50 | 0.25 | 0.60 | 9.00 | 85 | 3.50 |",
+        f"| {ROW} | third | failed: why | - | - | - | - | - |",
+        f"| {ROW} | fourth | not run | - | - | - | - | - |",
     ]
+    assert results_of([*ours, "killed"]) == "killed"

@@ -1,0 +1,133 @@
+"""The benchmarks of memory by phase, batching, offloading and batch scaling, small: each runs to
+its end, and what it counts agrees with the memory plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import batch_scaling
+import batching
+import device_memory
+import offloading
+import pytest
+import simulated_gpu  # registers the device
+import torch
+from figures import Figure, Value, read_figure
+from plots import draw
+
+from onewan.data.clip import Clip
+
+assert simulated_gpu
+
+SMALL = ("--width", "128", "--blocks", "2")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., Figure]:
+    """Runs a benchmark; returns its figure, whose charts can be drawn."""
+
+    def run(benchmark: ModuleType, *arguments: str) -> Figure:
+        threads = torch.get_num_threads()
+        try:
+            assert benchmark.main([*SMALL, *arguments, "--json", str(tmp_path / "it.json")]) == 0
+        finally:
+            torch.set_num_threads(threads)
+        figure = read_figure(tmp_path / "it.json")
+        assert len(draw(figure)) == len(figure.charts) > 0
+        return figure
+
+    return run
+
+
+def by_measure(figure: Figure, **case: str | int) -> Mapping[str, Value]:
+    wanted = {key.replace("_", " "): part for key, part in case.items()}
+    return {v.measure: v for v in figure.values if wanted.items() <= dict(v.case).items()}
+
+
+@pytest.mark.long
+def test_batch_scaling(run: Callable[..., Figure]) -> None:
+    figure = run(batch_scaling, "--batch", "1", "2", "--steps", "1", "--size", "5x96x96")
+    one, two = (by_measure(figure, batch_size=size) for size in (1, 2))
+    assert one["samples per second"].ratio == 1
+    assert two["samples per second"].expected == pytest.approx(one["samples per second"].median)
+    for found in (one, two):
+        peak = found["device peak"]
+        assert peak.expected == pytest.approx(peak.median, rel=0.25)
+    assert two["device peak"].median > 1.1 * one["device peak"].median
+
+
+@pytest.mark.long
+def test_offloading(run: Callable[..., Figure]) -> None:
+    # Block inputs of smaller clips are too small to leave the device.
+    figure = run(offloading, "--size", "17x128x128")
+    names = list(offloading.SETTINGS)
+    found = [by_measure(figure, settings=name) for name in names]
+    for measures in found:
+        assert measures["waits of the host per step"].median == 1
+        assert measures["blocks waited for"].median == 0
+        for direction in ("device", "host"):
+            copied = measures[f"to the {direction} per step"]
+            assert copied.expected == pytest.approx(copied.median, rel=0.05)
+    resident, *_, last = found
+    assert resident["to the device per step"].median == 0
+    assert last["to the host per step"].median > 0
+    assert last["device peak"].median < resident["device peak"].median
+    hidden = [v for v in figure.values if v.measure == "copy time hidden (predicted)"]
+    assert len(hidden) == len(offloading.PREDICTED) * len(offloading.MACHINES)
+    assert all(0 <= value.median <= 1 for value in hidden)
+
+
+@pytest.mark.long
+def test_device_memory(run: Callable[..., Figure]) -> None:
+    figure = run(device_memory, "--size", "5x96x96")
+    phases = {
+        "encoding clips",
+        "validation",
+        "sampling: denoising",
+        "sampling: decoding",
+        "training",
+    }
+    for name in device_memory.SETTINGS:
+        own = [value for value in figure.values if value.case["settings"] == name]
+        assert {value.case["phase"] for value in own} == phases
+        for value in own:
+            assert value.expected == pytest.approx(value.median, rel=0.35), value.case
+
+
+@pytest.mark.long
+def test_batching(run: Callable[..., Figure]) -> None:
+    figure = run(batching, "--batch", "1", "4", "--resolution", "64", "--size", "17x64x64")
+    one, four = (by_measure(figure, batch_size=size) for size in (1, 4))
+    assert one["batches per epoch"].median == 32
+    assert one["places taken"].median == 1
+    assert four["places taken"].median < 1
+    assert four["padding"].median == 0
+    assert 0 < four["padding, clips in order"].median < four["padding, clips in any order"].median
+    assert four["device peak / batch size"].median < one["device peak / batch size"].median
+
+
+# --------------------------------------------------------------------------------- waste by hand
+
+
+def clip(frames: int, width: int, height: int) -> Clip:
+    return Clip(
+        path=Path("a.mp4"), name=f"{frames}", captions=("a",), kind="video", start=0.0, fps=16.0,
+        frames=frames, size=(width, height), source_size=(width, height), repeats=1,
+    )  # fmt: skip
+
+
+def test_padding_and_empty_places_of_two_shapes() -> None:
+    wide, tall = clip(17, 128, 64), clip(17, 64, 128)
+    clips = [wide, wide, wide, tall]
+    # Batches of two of one shape: two full ones of three places taken, and one of two.
+    assert batching.waste(clips, 2).empty == pytest.approx(1 - 4 / 6)
+    # Both together are padded to 128 x 128, of which each fills a half.
+    assert batching.padding([wide, tall], 2) == pytest.approx(0.5)
+    assert batching.padding([wide, wide], 2) == 0
+    assert batching.padding([wide, tall], 1) == 0
+    longer = replace(wide, frames=33)
+    # 5 and 9 latent frames: 4 of 18 are padding.
+    assert batching.padding([wide, longer], 2) == pytest.approx(4 / 18)
