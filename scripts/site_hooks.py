@@ -1,8 +1,8 @@
 """MkDocs hooks: pages that are made from other files, and links from settings to their reference.
 
-The home page is README.md, and the pages for contributors are CONTRIBUTING.md, CHANGELOG.md and
-SECURITY.md, with their links rewritten, so that each text exists once. `configuration.md` is made
-from the schema and `options.md` from the parsers of the command line.
+The home page is README.md, and others are CONTRIBUTING.md, CHANGELOG.md, SECURITY.md and
+configs/README.md, with their links rewritten, so that each text exists once. `configuration.md`
+is made from the schema and `options.md` from the parsers of the command line.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import html
 import os
+import posixpath
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ COPIES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
+    "configs/README.md": "configs.md",
 }
 """Files beside the documentation that are pages of the site."""
 CONFIGURATION = "configuration.md"
@@ -40,23 +42,35 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = {CONFIGURATION: config_reference.reference(), OPTIONS: options_page()}
     for name, page in COPIES.items():
         if (ROOT / name).is_file():
-            pages[page] = with_links_of_the_site((ROOT / name).read_text(encoding="utf-8"))
+            pages[page] = page_of(ROOT / name)
+    for file in (ROOT / "configs").rglob("*.yaml"):
+        pages[file.relative_to(ROOT).as_posix()] = file.read_text(encoding="utf-8")
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     return files
 
 
-def with_links_of_the_site(text: str) -> str:
-    """A text from the root of the repository as a page: links to docs/x.md become x.md, and those
-    to files that are not pages become code."""
+def page_of(file: Path) -> str:
+    """A text from outside of docs as a page: links lead to pages of the site and to run files, and
+    those to other files become code."""
+    folder = file.parent.relative_to(ROOT).as_posix()
 
     def rewritten(match: re.Match[str]) -> str:
         target, anchor = match.groups()
-        page = COPIES.get(target) or target.removeprefix("docs/")
+        path = posixpath.normpath(posixpath.join(folder, target))
+        page = COPIES.get(path) or path.removeprefix("docs/")
         return f"]({page}{anchor})"
 
+    text = file.read_text(encoding="utf-8")
     text = re.sub(r"\[([^\]]+)\]\((LICENSE|CITATION\.cff|[\w/]+/)\)", r"`\1`", text)
     return _LINK.sub(rewritten, text)
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Links of the pages in docs to files above it, which are pages too, lead to these pages."""
+    for name, page in COPIES.items():
+        markdown = markdown.replace(f"](../{name}", f"]({page}")
+    return markdown
 
 
 def options_page() -> str:

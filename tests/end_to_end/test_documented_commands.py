@@ -110,7 +110,7 @@ def with_commands() -> list[Path]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("page", with_commands(), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", with_commands(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_a_page_work_in_its_order(
     page: Path, sandbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,7 +149,7 @@ def make_small(run_file: Path) -> None:
     run_file.write_text(model + SMALL, encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_of_a_page_exist(page: Path) -> None:
     for command in block_commands(page):
         assert command.program in CHECKED or command.program in NOT_RUN, command
@@ -165,7 +165,7 @@ def test_commands_of_a_page_exist(page: Path) -> None:
         check_options(command)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_blocks_of_commands_are_marked_as_such(page: Path) -> None:
     for line, language, body in blocks(page):
         if language not in LANGUAGES:

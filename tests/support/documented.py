@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "configs/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 NOT_RUN = {
     "git": "needs the network",
