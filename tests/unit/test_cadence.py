@@ -16,7 +16,7 @@ CADENCE = Cadence(
     save_minutes=None,
     validates=True,
     validate_every=3,
-    samples=True,
+    videos=1,
     sample_every=5,
     sample_at_start=False,
 )
@@ -39,7 +39,7 @@ def test_everything_is_due_at_the_last_step(save_every: int) -> None:
 
 
 def test_without_validation_clips_or_prompts_neither_is_ever_due() -> None:
-    bare = replace(CADENCE, validates=False, samples=False, sample_at_start=True)
+    bare = replace(CADENCE, validates=False, videos=0, sample_at_start=True)
     for step in range(11):
         due = bare.after(step, seconds_since_save=0, sample_requested=True)
         assert not due.validate and not due.sample
@@ -75,7 +75,7 @@ def test_full_samples_have_an_interval_of_their_own() -> None:
     assert not both.after(3, seconds_since_save=0, sample_requested=True).full_sample
     last = replace(both, full_sample_every=0, sample_at_start=False)
     assert [step for step in range(11) if last.at(step).full_sample] == [10]
-    without = replace(both, samples=False)
+    without = replace(both, videos=0)
     assert not any(without.at(step).full_sample for step in range(11))
 
 

@@ -12,6 +12,7 @@ from onewan.cli.progress import Progress
 from onewan.runs.events import (
     AttentionChosen,
     BestWeights,
+    DataReady,
     Encoding,
     Event,
     Exported,
@@ -225,3 +226,29 @@ def test_a_steps_peak_of_device_memory_is_shown(capsys: pytest.CaptureFixture[st
     )
     assert "mean loss high 1.0000, 21.3 GB of device memory, 2.00" in lines_of(capsys, done)[0]
     assert "high 1.0000, 21.3 GB of 24.0 GB of device" in lines_of(capsys, planned, done)[1]
+
+
+def test_the_bar_of_a_terminal_has_the_time_left_first(capsys: pytest.CaptureFixture[str]) -> None:
+    display = Progress(terminal=True)
+    peaks = {"device_peak": 22 * 10**9, "device_memory": 24 * 10**9, "host_peak": 0}
+    display.listen(MemoryPlanned(**peaks, phase="training", plan={}))
+    display.listen(DataReady(clips=1, encoded=0, report=[], steps=900))
+    for step, expert, seconds in ((449, "high", 2.0), (450, "low", 5.25)):
+        display.listen(
+            StepDone(
+                step=step,
+                expert=expert,
+                loss=0.5,
+                grad_norm=1.0,
+                lr=1e-4,
+                t=(0.5,),
+                seconds=seconds,
+                step_memory_peak=21_300_000_000,
+                seconds_left=5405.0,
+            )
+        )
+    display._bar.refresh()  # tqdm draws at most ten times a second
+    shown = capsys.readouterr().err.split("\r")[-1]
+    assert "training 450/900 |█████     | 50%, 1:30:05 left | loss high 0.5000 *low 0.5000" in shown
+    assert "5.25 s/step | 21.3 of 24.0 GB" in shown
+    display.close()

@@ -22,6 +22,10 @@ _PLAIN_SECONDS = 15.0
 _ENDS_OF_ACTIVITIES = (events.DataReady, events.Stopped, events.Finished)
 """Events after which the bar of the activity before them is not continued."""
 
+_TRAINING = "training"
+_STEPS_BAR = "{desc} {n_fmt}/{total_fmt} |{bar:10}| {percentage:.0f}%{postfix}"
+"""tqdm's own estimate of the time left knows neither the experts nor what is due between steps."""
+
 _LOSS_SMOOTHING = 0.9
 """Weight of the previous running mean in the new one: it averages about the last ten steps."""
 
@@ -35,7 +39,7 @@ class Progress:
         self._bar: Any = None  # tqdm's own types say that `total` may be None
         self._activity = ""
         self._steps = 0
-        self._device_memory: int | None = None
+        self._plan: events.MemoryPlanned | None = None
         self._losses: dict[str, float] = {}
         self._lines = EventLines()
         self._last_line = time.monotonic()
@@ -93,7 +97,12 @@ class Progress:
             self._close_bar()
             # `initial`, since a resumed run does not begin at 0: tqdm would overestimate its speed.
             self._bar = tqdm(
-                total=total, desc=activity, unit=unit, initial=max(0, done - 1), leave=False
+                total=total,
+                desc=activity,
+                unit=unit,
+                initial=max(0, done - 1),
+                leave=False,
+                bar_format=_STEPS_BAR if activity == _TRAINING else None,
             )
             self._activity = activity
         self._bar.set_postfix_str(note, refresh=False)
@@ -117,7 +126,7 @@ class Progress:
         self._steps = event.steps
 
     def _on_memory_planned(self, event: events.MemoryPlanned) -> None:
-        self._device_memory = event.device_memory
+        self._plan = event
 
     def _on_encoding(self, event: events.Encoding) -> None:
         self.advance(event.what, event.done, event.total, unit="item")
@@ -126,18 +135,53 @@ class Progress:
         # A single loss means little, since t and noise differ from step to step: show the mean.
         mean = self._losses.setdefault(event.expert, event.loss)
         self._losses[event.expert] = mean + (1 - _LOSS_SMOOTHING) * (event.loss - mean)
+        left = event.seconds_left
+        if left is None:
+            left = (self._steps - event.step) * event.seconds
+        self.advance(
+            _TRAINING,
+            event.step,
+            self._steps,
+            self._short_note(event, left) if self._terminal else self._note(event, left),
+        )
+
+    def _note(self, event: events.StepDone, left: float) -> str:
+        """What a line says of a step."""
         losses = ", ".join(f"{name} {value:.4f}" for name, value in self._losses.items())
-        remaining = (self._steps - event.step) * event.seconds
         note = f"{event.expert} expert, mean loss {losses}"
         if event.step_memory_peak is not None:
             # The peak of this step, which is what has to fit.
-            of = "" if self._device_memory is None else f" of {format_bytes(self._device_memory)}"
-            note += f", {format_bytes(event.step_memory_peak)}{of} of device memory"
+            note += f", {format_bytes(event.step_memory_peak)}"
+            if self._plan is not None:
+                note += (
+                    f" of {format_bytes(self._plan.device_memory)} of device memory "
+                    f"(by the plan at most {format_bytes(self._plan.device_peak)})"
+                )
+            else:
+                note += " of device memory"
         if event.mfu is not None and event.tflops is not None:
             note += f", {event.tflops:.0f} TFLOP/s ({100 * event.mfu:.0f} % of the device's)"
-        if not self._terminal:
-            note += f", {event.seconds:.2f} s/step, {_duration(remaining)} left"
-        self.advance("training", event.step, self._steps, note)
+        return f"{note}, {event.seconds:.2f} s/step, {_duration(left)} left"
+
+    def _short_note(self, event: events.StepDone, left: float) -> str:
+        """The same beside a bar, whose end is cut off on a narrow terminal."""
+        losses = [
+            f"{'*' if name == event.expert else ''}{name} {value:.4f}"
+            for name, value in self._losses.items()
+        ]
+        parts = [
+            f"{_duration(left)} left",
+            f"loss {' '.join(losses)}",
+            f"{event.seconds:.3g} s/step",
+        ]
+        if event.step_memory_peak is not None:
+            memory = f"{event.step_memory_peak / 1e9:.1f}"
+            if self._plan is not None:
+                memory += f" of {self._plan.device_memory / 1e9:.1f}"
+            parts.append(f"{memory} GB")
+        if event.mfu is not None and event.tflops is not None:
+            parts.append(f"{event.tflops:.0f} TFLOP/s, {100 * event.mfu:.0f} %")
+        return " | ".join(parts)
 
     def _on_sampling(self, event: events.Sampling) -> None:
         self.advance(f"sampling video {event.number}", event.done, event.total)

@@ -257,6 +257,9 @@ class StepDone(Event):
     mfu: float | None = None
     """Model FLOPs utilisation, from 0 to 1: `tflops` as a share of what the device reached in
     matrix products at the start; null on a CPU."""
+    seconds_left: float | None = None
+    """Until the end of the run, by the measured steps of each expert, validations, checkpoints and
+    sample videos."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

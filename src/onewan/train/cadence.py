@@ -23,6 +23,17 @@ class Due:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StillDue:
+    """How often each action will be due, by the number of steps alone."""
+
+    validations: int
+    saves: int
+    """Of the state; the weights are exported as often."""
+    samples: int
+    full_samples: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cadence:
     """The settings that decide when an action is due. An interval of 0 means the last step only."""
 
@@ -34,8 +45,8 @@ class Cadence:
     validates: bool
     """Whether there are validation clips."""
     validate_every: int
-    samples: bool
-    """Whether there are prompts."""
+    videos: int
+    """Number of prompts."""
     sample_every: int
     sample_at_start: bool
     full_sample_every: int | None = None
@@ -50,10 +61,32 @@ class Cadence:
             save_minutes=config.train.save_every_minutes,
             validates=config.validation.clips > 0,
             validate_every=config.validation.every,
-            samples=bool(config.sample.prompts),
+            videos=len(config.sample.prompts),
             sample_every=config.sample.every,
             sample_at_start=config.sample.at_start,
             full_sample_every=None if distilled is None else distilled.full_every,
+        )
+
+    @property
+    def samples(self) -> bool:
+        """Whether there are prompts."""
+        return self.videos > 0
+
+    def still_due(self, step: int) -> StillDue:
+        """The actions of `step`, at least 1, and of all later ones."""
+
+        def times(every: int | None, *, wanted: bool) -> int:
+            if every is None or not wanted or step > self.steps:
+                return 0
+            if every == 0:
+                return 1
+            return self.steps // every - (step - 1) // every + (self.steps % every > 0)
+
+        return StillDue(
+            validations=times(self.validate_every, wanted=self.validates),
+            saves=times(self.save_every, wanted=True),
+            samples=times(self.sample_every, wanted=self.samples),
+            full_samples=times(self.full_sample_every, wanted=self.samples),
         )
 
     def at(self, step: int) -> Due:

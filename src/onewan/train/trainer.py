@@ -17,6 +17,7 @@ from statistics import fmean
 
 from onewan.arithmetic.byte_sizes import parse_bytes
 from onewan.config.load import dump_run
+from onewan.config.resolve import expert_schedule_of
 from onewan.config.schema import ResolvedRun
 from onewan.data.clip import count_clips
 from onewan.data.clip_list import write_clip_list
@@ -51,6 +52,7 @@ from onewan.train.setup import WanModelSetup
 from onewan.train.speed import step_speed
 from onewan.train.step import StepMetrics, train_step
 from onewan.train.tensorboard import TensorBoardSink
+from onewan.train.time_left import TimeLeft
 from onewan.train.trial import try_largest_batch
 from onewan.train.validation import ExpertLosses, expert_losses
 from onewan.train.wandb_sink import WandbSink
@@ -97,6 +99,7 @@ class WanTrainer:
         self._device_rate: float | None = None
         """FLOP/s of the device in matrix products."""
         self._copied = CopiedBytes()
+        self._time = TimeLeft(self._cadence, expert_schedule_of(config))
 
     def fit(self) -> None:
         """Train to the last step, or until the user requests a stop (Interrupted, after saving).
@@ -184,7 +187,9 @@ class WanTrainer:
                 self._write_run_files()
         for warning in run.warnings:
             self._log.warn(warning)
-        if (plan := run.memory.plan) is not None:
+        plan = run.memory.plan
+        self._time = TimeLeft(self._cadence, run.schedule, None if plan is None else plan.run_time)
+        if plan is not None:
             self._log.emit(planned(plan))
         if self._resume:
             self._restore(run)
@@ -213,7 +218,7 @@ class WanTrainer:
         try:
             self._catch_up(run)
             self._saver.start_clock()
-            bucket = None
+            bucket, ready = None, time.perf_counter()
             for step in self._steps(run):
                 if bucket != (bucket := step.batches[0].latents.shape[2:]):
                     empty_cache_near(run.device, self._memory_limit)
@@ -221,8 +226,11 @@ class WanTrainer:
                 begin = time.perf_counter()
                 metrics = train_step(run, step)
                 run.state.step += 1
-                self._after_step(run, step, metrics, time.perf_counter() - begin)
+                end = time.perf_counter()
+                self._time.stepped(step.expert, end - ready)
+                self._after_step(run, step, metrics, end - begin)
                 self._stop_if_requested()
+                ready = time.perf_counter()
         except Interrupted:
             # Saved here and not where the request was noticed: during validation and sampling the
             # model may contain other weights (averages, the base model's) than the trained ones.
@@ -290,6 +298,7 @@ class WanTrainer:
                 tokens_per_second=speed.tokens_per_second,
                 tflops=speed.tflops,
                 mfu=speed.mfu,
+                seconds_left=self._time.after(run.state.step),
             )
         )
         self._restore_folder()
@@ -311,9 +320,11 @@ class WanTrainer:
         # of the best weights that a state knows are complete.
         best = due.validate and self._validate(run)
         if due.save or best or self._saver.retry_is_due:
-            self._saver.save(run, last=run.state.step == self._config.train.steps)
+            with self._time.doing("save"):
+                self._saver.save(run, last=run.state.step == self._config.train.steps)
         if due.export:
-            self._exporter.export(run)
+            with self._time.doing("export"):
+                self._exporter.export(run)
         self._sample_due(run, due)
 
     def _stop_if_requested(self) -> None:
@@ -334,7 +345,8 @@ class WanTrainer:
         """Measure and report the losses of all experts; returns whether the state is to be kept as
         the best one. Clips that can't be read are reported, and training goes on."""
         try:
-            return self._measure(run)
+            with self._time.doing("validation"):
+                return self._measure(run)
         except (DataError, OSError) as error:
             self._log.warn(f"validation failed ({error}); training continues")
             return False
@@ -422,9 +434,11 @@ class WanTrainer:
 
     def _sample_due(self, run: Run, due: Due) -> None:
         if due.sample:
-            self._sample(run, run.samples)
+            with self._time.doing("sample"):
+                self._sample(run, run.samples)
         if due.full_sample:
-            self._sample(run, run.full_samples)
+            with self._time.doing("full_sample"):
+                self._sample(run, run.full_samples)
 
     def _sample(self, run: Run, requests: Sequence[SampleRequest]) -> None:
         """Generate the sample videos of this step; a resumed run makes those that do not exist."""
