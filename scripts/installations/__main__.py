@@ -1,0 +1,149 @@
+"""Test onewan as others install it.
+
+    .venv/bin/python scripts/installations dist | wheel | oldest | onetrainer | audit
+
+`dist` builds the wheel and the source distribution into dist/, with a bill of materials and the
+licences of what is installed with them. `wheel` builds them too, and uses the wheel in an empty
+environment. `oldest` does so with every package at its lower bound, and runs the tests that touch
+them. `onetrainer` asks pip what it would change of OneTrainer's pins, and runs those tests with
+them. `audit` looks for known vulnerabilities in the environment that runs this script.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from environments import CONSTRAINTS, ROOT, Environment, tested_torch
+from packages import build
+from ranges import (
+    check_beside_onetrainer,
+    check_ranges,
+    install_oldest,
+    onetrainer_pins,
+    resolve,
+    run_tests,
+)
+from supply_chain import check_vulnerabilities, write_bill, write_licences
+
+_CONFIG = {
+    "model_type": "WAN_2_2",
+    "training_method": "LORA",
+    "base_model_name": "demo/model",
+    "output_model_format": "COMFY_LORA",
+    "workspace_dir": "imported",
+    "concepts": [{"path": "demo/clips"}],
+    "samples": [],
+    "train_device": "cpu",
+    "train_dtype": "FLOAT_32",
+    "resolution": "96",
+    "frames": "5",
+    "epochs": 1,
+    "wan_expert_block": 1,
+}
+
+
+def use(environment: Environment, folder: Path) -> None:
+    """What a newcomer does, without a compiler, with an empty HOME and with none. SystemExit if
+    something fails or is written to HOME."""
+    home = folder / "home"
+    home.mkdir()
+    where = "import onewan; print(onewan.__file__)"
+    file = environment.run_bare(folder, home, environment.python.name, "-c", where).strip()
+    if not Path(file).is_relative_to(environment.folder):
+        raise SystemExit(f"onewan is {file}, and not the installed wheel")
+    for program in (("doctor",), ("demo", "--dir", "demo")):
+        print(environment.run_bare(folder, home, "onewan", *program))
+    environment.run_bare(folder, None, "onewan", "doctor")
+    environment.run_bare(folder, None, "onewan", "report", "demo/runs/run")
+    if not list(folder.glob("demo/runs/run/*.html")):
+        raise SystemExit("onewan report wrote no page into the run's folder")
+    if written := [str(path) for path in home.rglob("*")]:
+        raise SystemExit(f"onewan wrote to HOME: {', '.join(written)}")
+
+
+def use_resources(environment: Environment, folder: Path) -> None:
+    """The commands that read files of the wheel which are no code, on the demo in `folder`."""
+    (folder / "config.json").write_text(json.dumps(_CONFIG), encoding="utf-8")
+    imported = ("import-config", "config.json", "--output", "run.yaml")
+    environment.run_bare(folder, None, "onewan", *imported)
+    environment.run_bare(folder, None, "onewan", "train", "config.json")
+    if len(loras := list(folder.glob("imported/*/weights/*.safetensors"))) != 2:
+        raise SystemExit(f"train config.json wrote {len(loras)} LoRAs, and not one for each expert")
+    lora = max(folder.glob("demo/runs/*/weights/*_high_noise_comfyui.safetensors"))
+    environment.run_bare(folder, None, "onewan", "inspect", str(lora))
+    environment.run_bare(folder, None, "onewan", "schema")
+
+
+def install_tested(environment: Environment, wheel: Path, extras: str = "") -> None:
+    environment.pip("-qq", tested_torch())
+    what = f"onewan{extras} @ {wheel.as_uri()}"
+    environment.pip("-qq", "--constraint", str(CONSTRAINTS), what)
+
+
+def make_dist(folder: Path) -> None:
+    wheel, source = build(folder)
+    environment = Environment(folder / "venv")
+    install_tested(environment, wheel, "[all]")
+    name = f"{wheel.name.split('-py3')[0]}"
+    bill, licences = folder / f"{name}.cdx.json", folder / f"{name}.licences.txt"
+    write_licences(write_bill(environment, bill), licences)
+    target = ROOT / "dist"
+    target.mkdir(exist_ok=True)
+    for file in (wheel, source, bill, licences):
+        print(shutil.copy(file, target))
+
+
+def check_wheel(folder: Path) -> None:
+    wheel, _ = build(folder)
+    environment = Environment(folder / "venv")
+    install_tested(environment, wheel)
+    use(environment, folder)
+    use_resources(environment, folder)
+    install_tested(environment, wheel, "[all]")
+    bill = write_bill(environment, folder / "bill.cdx.json")
+    write_licences(bill, folder / "licences.txt")
+    print(f"{wheel.name} works in an empty environment; {len(bill['components'])} packages with it")
+
+
+def check_oldest(folder: Path) -> None:
+    wheel, _ = build(folder)
+    versions = check_ranges(folder)
+    environment = Environment(folder / "venv")
+    install_oldest(environment, versions, wheel)
+    use(environment, folder)
+    run_tests(environment)
+
+
+def check_onetrainer(folder: Path) -> None:
+    wheel, _ = build(folder)
+    check_beside_onetrainer(folder, wheel)
+    pins = onetrainer_pins()
+    # The release stands for the development version just before it; torch is the one below.
+    pins["diffusers"] = "0.39.0"
+    used = resolve(folder, "highest", "--python", sys.executable).keys() & pins.keys()
+    environment = Environment(folder / "venv", below=True)
+    needed = ("httpx==0.28.1", "httpcore==1.0.9", "tokenizers==0.22.2")  # of those versions
+    environment.pip("-qq", "--no-deps", *(f"{name}=={pins[name]}" for name in used), *needed)
+    run_tests(environment)
+
+
+def main() -> None:
+    modes = {
+        "dist": make_dist,
+        "wheel": check_wheel,
+        "oldest": check_oldest,
+        "onetrainer": check_onetrainer,
+        "audit": check_vulnerabilities,
+    }
+    if len(sys.argv) != 2 or sys.argv[1] not in modes:
+        raise SystemExit(__doc__)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        modes[sys.argv[1]](Path(folder).resolve())
+
+
+if __name__ == "__main__":
+    main()

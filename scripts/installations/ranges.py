@@ -1,0 +1,142 @@
+"""The ranges of pyproject.toml: their lower bounds, and what OneTrainer pins."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+from environments import CONSTRAINTS, ROOT, Environment, run, tested_torch, uv
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ONETRAINER_PINS = Path(__file__).with_name("onetrainer_pins.txt")
+
+# Systems and Pythons for which both ends of the ranges are resolved. The oldest macOS is the one
+# for which the newest wheels of PyAV are made.
+_SYSTEMS = ("linux", "windows", "aarch64-apple-darwin")
+_OLDEST_MACOS = "14.0"
+_OLDEST_PYTHON = "3.10"
+
+# What touches packages of which the lower bounds and OneTrainer's pins have other versions.
+TESTS = (
+    *("tests/unit/test_media.py", "tests/unit/test_embedding.py", "tests/unit/test_model_load.py"),
+    *("tests/unit/test_conditioning.py", "tests/golden"),
+)
+
+
+def bounds() -> dict[str, Version]:
+    """The lower bound of each package of the dependencies and of the extra `all`, by its name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    named = [*project["dependencies"]]
+    for extra, requirements in extras.items():
+        if extra not in ("dev", "docs"):
+            named += requirements
+    parsed = [Requirement(text) for text in named]
+    found = dict[str, Version]()
+    for requirement in parsed:
+        lowest = [s.version for s in requirement.specifier if s.operator == ">="]
+        if requirement.name != "onewan":
+            found[canonicalize_name(requirement.name)] = Version(lowest[0])
+    return found
+
+
+def resolve(folder: Path, resolution: str, *options: str) -> dict[str, Version]:
+    """The packages that uv chooses of those with wheels, without torch and what torch needs, for
+    `resolution` `highest` or `lowest-direct`. SystemExit if there is no choice."""
+    without_torch = folder / "without_torch.txt"
+    without_torch.write_text('torch ; sys_platform == "never"\n', encoding="utf-8")
+    command = uv("pip", "compile", "--quiet", "pyproject.toml", "--extra", "all")
+    command += ["--resolution", resolution, "--only-binary", ":all:", "--no-header"]
+    command += ["--no-annotate", "--override", str(without_torch), *options]
+    environment = os.environ | {"MACOSX_DEPLOYMENT_TARGET": _OLDEST_MACOS}
+    out = run(command, ROOT, variables=environment)
+    pins = [line.split(" ")[0].split("==") for line in out.splitlines() if "==" in line]
+    return {canonicalize_name(name): Version(version) for name, version in pins}
+
+
+def check_ranges(folder: Path) -> dict[str, Version]:
+    """Resolve both ends for every system; the versions of the lower end for this Python.
+    SystemExit if a bound is a version that has no wheel, so that nobody ever had it."""
+    for system in _SYSTEMS:
+        for resolution in ("lowest-direct", "highest"):
+            where = ("--python-platform", system, "--python-version", _OLDEST_PYTHON)
+            resolve(folder, resolution, *where)
+    oldest = resolve(folder, "lowest-direct", "--python-version", _OLDEST_PYTHON)
+    here = resolve(folder, "lowest-direct", "--python", sys.executable)
+    wrong = [
+        f"{name}: the bound is {bound}, and the lowest with a wheel is {oldest[name]}"
+        for name, bound in bounds().items()
+        if name != "torch" and bound not in (oldest[name], here[name])
+        # OneTrainer has a development version of diffusers, which no index has.
+        if not bound.is_devrelease
+    ]
+    if wrong:
+        raise SystemExit("pyproject.toml:\n" + "\n".join(wrong))
+    return here
+
+
+def install_oldest(environment: Environment, versions: dict[str, Version], wheel: Path) -> None:
+    """Everything at its lower bound, and onewan. With the variable TORCH_INDEX, the address of an
+    index of PyTorch's CPU builds, torch too; without it the one that CI tests."""
+    index = os.environ.get("TORCH_INDEX", "")
+    if index:
+        environment.pip("-qq", f"torch=={bounds()['torch']}.*", "--index-url", index)
+    else:
+        print(f"torch is {tested_torch()}: its oldest version takes TORCH_INDEX=ADDRESS")
+        environment.pip("-qq", tested_torch())
+    pins = environment.folder / "oldest.txt"
+    lines = [f"{name}=={version}" for name, version in versions.items()]
+    pins.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    command = uv("pip", "install", "--quiet", "--python", str(environment.python), "--no-deps")
+    run([*command, "--only-binary", ":all:", "-r", str(pins)], ROOT)
+    environment.pip("-qq", "--no-deps", str(wheel))
+
+
+def run_tests(environment: Environment) -> None:
+    """Run `TESTS` on the sources, with the packages of this environment."""
+    environment.pip("-qq", "--constraint", str(CONSTRAINTS), "pytest", "pytest-xdist")
+    (environment.packages / "sources.pth").write_text(f"{ROOT / 'src'}\n", encoding="utf-8")
+    command = [str(environment.python), "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    output = run([*command, "--numprocesses", "auto", *TESTS], ROOT)
+    print(output.strip().splitlines()[-1])
+
+
+def onetrainer_pins() -> dict[str, str]:
+    """OneTrainer's pins, version by name."""
+    lines = ONETRAINER_PINS.read_text(encoding="utf-8").splitlines()
+    pins = [line.split("==") for line in lines if re.match(r"\w", line)]
+    return {canonicalize_name(name): version.strip() for name, version in pins}
+
+
+def check_beside_onetrainer(folder: Path, wheel: Path) -> None:
+    """Ask pip what it would do to an environment with OneTrainer's pins. SystemExit if it would
+    change one of them."""
+    environment = Environment(folder / "onetrainer")
+    pins = onetrainer_pins()
+    for name, version in pins.items():
+        # For pip, this is an installed package.
+        info = environment.packages / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        (info / "METADATA").write_text(text, encoding="utf-8")
+        (info / "INSTALLER").write_text("pip\n", encoding="utf-8")
+        (info / "RECORD").write_text("", encoding="utf-8")
+    report = folder / "report.json"
+    dry = ("-qq", "--dry-run", "--report", str(report), f"onewan[all] @ {wheel.as_uri()}")
+    environment.pip(*dry)
+    install = json.loads(report.read_text(encoding="utf-8"))["install"]
+    new = {canonicalize_name(i["metadata"]["name"]): i["metadata"]["version"] for i in install}
+    if changed := [f"{n}: {pins[n]} -> {new[n]}" for n in sorted(new.keys() & pins.keys())]:
+        raise SystemExit("pip would change what OneTrainer pins:\n" + "\n".join(changed))
+    added = ", ".join(f"{name} {version}" for name, version in sorted(new.items()))
+    print(f"none of OneTrainer's {len(pins)} pins changes; pip would add {added}")
