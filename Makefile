@@ -1,4 +1,4 @@
-# make setup | demo | test | long | wheel | oldest | docs | figures | lint: each sets up .venv first if it is not there yet.
+# make setup | demo | test | long | dist | wheel | oldest | beside-onetrainer | audit | docs | figures | lint: each sets up .venv first if it is not there yet.
 # Needs Python 3.10 to 3.13 and make; everything else is installed into .venv.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ else
 endif
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test long wheel oldest docs lint figures pictures clean
+.PHONY: setup demo test long dist wheel oldest beside-onetrainer audit docs lint figures pictures clean
 
 setup: $(READY)
 
@@ -41,15 +41,34 @@ long: $(READY)
 	@echo "== long tests"
 	$(BIN)/python -m pytest --numprocesses auto -m long
 
-# The built wheel in an environment of its own: all data files, demo, import-config, train, inspect.
+# The wheel and the source distribution into dist/, with a bill of materials and the licences of what is installed
+# with them. Built twice, they have the same bytes.
+dist: $(READY)
+	@echo "== the wheel, the source distribution and the bill of materials, into dist"
+	$(BIN)/python scripts/installations dist
+
+# The built wheel in an empty environment, with an empty HOME and no compiler: all data files, doctor, demo, report,
+# import-config, train, inspect; the licences of what comes with it.
 wheel: $(READY)
 	@echo "== the wheel"
-	$(BIN)/python scripts/check_installations.py wheel
+	$(BIN)/python scripts/installations wheel
 
-# The tests that touch av, diffusers and transformers, with the versions in oldest-requirements.txt.
+# The same with every package at its lower bound in pyproject.toml, and the tests that touch those packages. PyTorch is
+# the tested version; with TORCH_INDEX=https://download.pytorch.org/whl/cpu it is at its lower bound too.
 oldest: $(READY)
 	@echo "== oldest supported packages"
-	$(BIN)/python scripts/check_installations.py oldest
+	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python scripts/installations oldest
+
+# What pip would change of OneTrainer's pins (nothing), and the same tests with them.
+beside-onetrainer: $(READY)
+	@echo "== beside OneTrainer's pins"
+	$(BIN)/python scripts/installations onetrainer
+
+# Known vulnerabilities of what is in .venv. Where the service that knows them does not answer, the output says so;
+# with AUDIT=required that is an error.
+audit: $(READY)
+	@echo "== known vulnerabilities"
+	AUDIT="$(AUDIT)" $(BIN)/python scripts/installations audit
 
 # The documentation as a site in build/site; a warning, such as a link to a page that is not there, is an error.
 # The variable turns off an advertisement of the theme.
@@ -58,12 +77,15 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(READY)
-	@echo "== ruff, codespell, types, import contracts"
+	@echo "== ruff, codespell, types, import contracts, schemas"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell src tests benchmarks docs README.md CONTRIBUTING.md CHANGELOG.md
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
+	$(BIN)/python -m check_jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/python -m check_jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(BIN)/python -m check_jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
 
 # The performance figures: measures the quick benchmarks (some minutes), and writes benchmarks/results,
 # the tables and charts of docs/performance.md, and one page with all figures.

@@ -23,7 +23,6 @@ from ranges import (
     check_beside_onetrainer,
     check_ranges,
     install_oldest,
-    onetrainer_pins,
     resolve,
     run_tests,
 )
@@ -120,14 +119,13 @@ def check_oldest(folder: Path) -> None:
 
 def check_onetrainer(folder: Path) -> None:
     wheel, _ = build(folder)
-    check_beside_onetrainer(folder, wheel)
-    pins = onetrainer_pins()
+    there = check_beside_onetrainer(folder, wheel)
     # The release stands for the development version just before it; torch is the one below.
-    pins["diffusers"] = "0.39.0"
-    used = resolve(folder, "highest", "--python", sys.executable).keys() & pins.keys()
+    there["diffusers"] = "0.39.0"
+    used = resolve(folder, "highest", "--python", sys.executable).keys() & there.keys()
     environment = Environment(folder / "venv", below=True)
-    needed = ("httpx==0.28.1", "httpcore==1.0.9", "tokenizers==0.22.2")  # of those versions
-    environment.pip("-qq", "--no-deps", *(f"{name}=={pins[name]}" for name in used), *needed)
+    pins = sorted(f"{name}=={there[name]}" for name in used - {"torch", "setuptools"})
+    environment.pip("-qq", "--no-deps", *pins)
     run_tests(environment)
 
 

@@ -1,4 +1,4 @@
-"""The wheel and the source distribution: built reproducibly, complete, and as an index takes them."""
+"""The wheel and the source distribution: the same bytes at each build, complete, presentable."""
 
 from __future__ import annotations
 

@@ -60,8 +60,7 @@ def resolve(folder: Path, resolution: str, *options: str) -> dict[str, Version]:
     command += ["--no-annotate", "--override", str(without_torch), *options]
     environment = os.environ | {"MACOSX_DEPLOYMENT_TARGET": _OLDEST_MACOS}
     out = run(command, ROOT, variables=environment)
-    pins = [line.split(" ")[0].split("==") for line in out.splitlines() if "==" in line]
-    return {canonicalize_name(name): Version(version) for name, version in pins}
+    return {name: Version(version) for name, version in _pins_in(out).items()}
 
 
 def check_ranges(folder: Path) -> dict[str, Version]:
@@ -113,17 +112,37 @@ def run_tests(environment: Environment) -> None:
 
 def onetrainer_pins() -> dict[str, str]:
     """OneTrainer's pins, version by name."""
-    lines = ONETRAINER_PINS.read_text(encoding="utf-8").splitlines()
-    pins = [line.split("==") for line in lines if re.match(r"\w", line)]
-    return {canonicalize_name(name): version.strip() for name, version in pins}
+    return _pins_in(ONETRAINER_PINS.read_text(encoding="utf-8"))
 
 
-def check_beside_onetrainer(folder: Path, wheel: Path) -> None:
-    """Ask pip what it would do to an environment with OneTrainer's pins. SystemExit if it would
-    change one of them."""
-    environment = Environment(folder / "onetrainer")
+def _pins_in(requirements: str) -> dict[str, str]:
+    pins = re.findall(r"^([\w.-]+)==([^\s;]+)", requirements, re.MULTILINE)
+    return {canonicalize_name(name): version for name, version in pins}
+
+
+def onetrainer_environment(folder: Path) -> dict[str, str]:
+    """All packages of an environment of OneTrainer, version by name: its pins, and what they need
+    besides, as uv resolves it. The builds of torch for CUDA are on another index; they are in the
+    answer, without what they need."""
     pins = onetrainer_pins()
-    for name, version in pins.items():
+    elsewhere = {name for name, version in pins.items() if "+" in version}
+    # The release has the requirements of the development version just before it.
+    found = {n: v for n, v in pins.items() if n not in elsewhere} | {"diffusers": "0.39.0"}
+    wanted, overrides = folder / "pins.txt", folder / "elsewhere.txt"
+    wanted.write_text("".join(f"{n}=={v}\n" for n, v in found.items()), encoding="utf-8")
+    never = (f'{name} ; sys_platform == "never"\n' for name in elsewhere)
+    overrides.write_text("".join(never), encoding="utf-8")
+    command = uv("pip", "compile", "--quiet", str(wanted), "--override", str(overrides))
+    command += ["--no-header", "--no-annotate", "--python", sys.executable]
+    return _pins_in(run(command, ROOT)) | pins
+
+
+def check_beside_onetrainer(folder: Path, wheel: Path) -> dict[str, str]:
+    """Ask pip what it would do to an environment of OneTrainer, whose packages are returned.
+    SystemExit if it would change one of them."""
+    environment = Environment(folder / "onetrainer")
+    there = onetrainer_environment(folder)
+    for name, version in there.items():
         # For pip, this is an installed package.
         info = environment.packages / f"{name.replace('-', '_')}-{version}.dist-info"
         info.mkdir()
@@ -136,7 +155,8 @@ def check_beside_onetrainer(folder: Path, wheel: Path) -> None:
     environment.pip(*dry)
     install = json.loads(report.read_text(encoding="utf-8"))["install"]
     new = {canonicalize_name(i["metadata"]["name"]): i["metadata"]["version"] for i in install}
-    if changed := [f"{n}: {pins[n]} -> {new[n]}" for n in sorted(new.keys() & pins.keys())]:
-        raise SystemExit("pip would change what OneTrainer pins:\n" + "\n".join(changed))
+    if changed := [f"{n}: {there[n]} -> {new[n]}" for n in sorted(new.keys() & there.keys())]:
+        raise SystemExit("pip would change OneTrainer's environment:\n" + "\n".join(changed))
     added = ", ".join(f"{name} {version}" for name, version in sorted(new.items()))
-    print(f"none of OneTrainer's {len(pins)} pins changes; pip would add {added}")
+    print(f"none of OneTrainer's {len(there)} packages changes; pip would add {added}")
+    return there

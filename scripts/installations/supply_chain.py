@@ -21,7 +21,10 @@ ALLOWED = {
     *("0BSD", "Apache-2.0", "Apache-2.0 WITH LLVM-exception", "BSD-2-Clause", "BSD-3-Clause"),
     *("BSL-1.0", "CNRI-Python", "ISC", "MIT", "MIT-CMU", "MPL-2.0", "PSF-2.0", "Python-2.0"),
     *("Unlicense", "Zlib", "CC0-1.0"),
-    *("License :: OSI Approved :: Apache Software License", "License :: OSI Approved :: BSD License"),
+    *(
+        "License :: OSI Approved :: Apache Software License",
+        "License :: OSI Approved :: BSD License",
+    ),
     "License :: OSI Approved :: CMU License (MIT-CMU)",
     "License :: OSI Approved :: MIT License",
     "License :: OSI Approved :: Mozilla Public License 2.0 (MPL 2.0)",
@@ -81,7 +84,7 @@ def _licences(component: dict[str, Any]) -> Iterator[str]:
 
 
 def _is_allowed(expression: str) -> bool:
-    """Whether every part of an expression joined by AND is allowed, or one of those joined by OR."""
+    """Whether every part of an expression with AND is allowed, or one part of one with OR."""
     if expression in ALLOWED:
         return True
     for word, of in ((" AND ", all), (" OR ", any)):
@@ -102,7 +105,9 @@ def check_vulnerabilities(folder: Path) -> None:
     known_bad.write_text(f"{_KNOWN_BAD}\n", encoding="utf-8")
     control = _audit(known_bad, folder / "control.json")
     if not any(package.get("vulns") for package in control):
-        text = f"not checked: the advisory service does not answer (it finds nothing in {_KNOWN_BAD})"
+        text = (
+            f"not checked: the advisory service does not answer (it finds nothing in {_KNOWN_BAD})"
+        )
         if os.environ.get("AUDIT") == "required":
             raise SystemExit(text)
         print(text)
