@@ -16,7 +16,7 @@ from packaging.version import Version
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # of pytest
 
 ONETRAINER_PINS = Path(__file__).with_name("onetrainer_pins.txt")
 

@@ -12,8 +12,7 @@ from onewan.model.vae import decode_video, encode_video
 
 def tf32_allowed() -> bool:
     """Whether cuDNN may round the inputs of float32 convolutions."""
-    conv = getattr(torch.backends.cudnn, "conv", None)
-    return torch.backends.cudnn.allow_tf32 if conv is None else conv.fp32_precision != "ieee"
+    return torch.backends.cudnn.conv.fp32_precision != "ieee"
 
 
 def test_convolutions_of_the_vae_are_without_tf32_and_others_as_before() -> None:

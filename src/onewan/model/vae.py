@@ -50,19 +50,13 @@ def vae_in_use() -> Iterator[None]:
 @contextmanager
 def _exact_convolutions() -> Iterator[None]:
     """Float32 convolutions without TF32; the setting of before is restored."""
-    # PyTorch 2.9 has a setting for each kind of operation, not to be mixed with the one of before.
-    by_operation = getattr(torch.backends.cudnn, "conv", None)
-    settings, name, exact = (
-        (torch.backends.cudnn, "allow_tf32", False)
-        if by_operation is None
-        else (by_operation, "fp32_precision", "ieee")
-    )
-    before = getattr(settings, name)
-    setattr(settings, name, exact)
+    convolutions = torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
     try:
         yield
     finally:
-        setattr(settings, name, before)
+        convolutions.fp32_precision = before
 
 
 @contextmanager

@@ -172,12 +172,6 @@ def _lion(groups: Groups, choice: LionOptimizer) -> torch.optim.Optimizer:
 
 
 def _muon(groups: Groups, choice: MuonOptimizer) -> torch.optim.Optimizer:
-    if not hasattr(torch.optim, "Muon"):
-        message = (
-            f"optimizer.name: 'muon' needs PyTorch 2.9 or later, and this is {torch.__version__}; "
-            "update PyTorch or choose adamw"
-        )
-        raise ConfigError("run file", [message])
     return MuonWithAdamW(groups, choice)
 
 

@@ -1,6 +1,6 @@
 """Muon for the matrices of layers and AdamW for everything else, as one optimizer.
 
-PyTorch's `torch.optim.Muon` (2.9 and later) accepts 2-D parameters only and raises a ValueError for
+PyTorch's `torch.optim.Muon` accepts 2-D parameters only and raises a ValueError for
 biases, norms and convolutions, so AdamW has to update those. PyTorch has no optimizer that
 combines the two; this class is that combination, and does no arithmetic of its own.
 """
