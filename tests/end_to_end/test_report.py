@@ -17,6 +17,7 @@ from onewan.cli import main
 from onewan.errors import CheckpointError, DataError
 from onewan.report.page import reporting, write_report
 from onewan.report.videos import VideoChoice
+from onewan.runs.events import Started
 from onewan.runs.layout import RunLayout
 from onewan.train.trainer import WanTrainer
 
@@ -117,7 +118,7 @@ def test_videos_that_are_too_many_are_links_that_work_from_where_the_page_is(
     [
         (MadeRun(steps=20, end="failed"), ["Why it failed", "the loss is not finite"]),
         (MadeRun(steps=20, end="stopped"), ["stopped"]),
-        (MadeRun(steps=20, end=""), ["It is silent", "may have died", "--resume"]),
+        (MadeRun(steps=20, end=""), ["It may have been killed", "may have died", "--resume=auto"]),
         (
             MadeRun(steps=0, validate_every=0, end=""),
             ["No step is done yet", "No sample is there yet"],
@@ -150,6 +151,18 @@ def test_a_damaged_run_folder_gives_a_page_that_says_what_is_missing(tmp_path: P
     assert "This video can't be played here." in page and "20 of 20" in page
     layout.events.unlink()
     assert "nothing is known of the run&#x27;s steps" in page_of(layout.root)
+
+
+def test_a_page_that_can_not_be_written_is_a_line_and_no_error(tmp_path: Path) -> None:
+    layout = write_run(tmp_path / "run", MadeRun(steps=2))
+    layout.report.mkdir()
+    (layout.report / "a file").touch()
+    lines = list[str]()
+    with pytest.raises(DataError, match="the first"), reporting(print, lines.append) as listen:
+        listen(Started(run=layout.root, steps=2))
+        raise DataError("the first")
+    assert len(lines) == 1 and lines[0].startswith("the report can't be written (")
+    assert lines[0].endswith(f"; try: onewan report {layout.root}")
 
 
 def test_a_wrong_folder_is_named_with_the_runs_that_there_are(

@@ -134,9 +134,9 @@ class Plot:
         yield f'<th scope="col">{text(self.x_label)}'
         yield from (f'<th scope="col">{text(each.label)}{unit}' for each in self.series)
         yield "</thead>"
-        longest = max(self.series, key=lambda series: len(series.x))
-        count = min(_TABLE_ROWS, len(longest.x))
-        for x in longest.x[np.linspace(0, len(longest.x) - 1, count).astype(int)]:
+        every = np.unique(np.concatenate([series.x for series in self.series]))
+        count = min(_TABLE_ROWS, len(every))
+        for x in every[np.linspace(0, len(every) - 1, count).astype(int)]:
             yield f'<tr><th scope="row">{x:,.9g}'
             for series in self.series:
                 value = (

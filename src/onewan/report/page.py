@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
-from onewan.errors import OnewanError
 from onewan.files import replacing
 from onewan.pages import document
 from onewan.pages.plots import Plot
@@ -76,8 +75,9 @@ def reporting(listen: Listener, print_line: Callable[[str], None]) -> Iterator[L
 def _report_line(folder: Path) -> str:
     try:
         return f"report: {displayed(write_report(folder))}"
-    except (OnewanError, OSError) as error:
-        return f"the report can't be written ({error}); try: onewan report {displayed(folder)}"
+    except Exception as error:  # noqa: BLE001  (whatever it is, the run has its own result)
+        reason = str(error) or type(error).__name__
+        return f"the report can't be written ({reason}); try: onewan report {displayed(folder)}"
 
 
 def report_page(record: RunRecord, folder: Path, choice: VideoChoice) -> str:
@@ -161,12 +161,16 @@ def _problems(record: RunRecord) -> Iterator[str]:
         yield from list_of(history.error.split("\n"))
         yield "</section>"
     if record.state in ("killed", "silent"):
-        yield f'<section class="box bad"><h2 class="wrong">It is {record.state}</h2>'
-        saved = f"the state of step {history.saved[-1]:,}" if history.saved else "the beginning"
+        is_sure = record.state == "killed"
+        heading = "It was killed" if is_sure else "It may have been killed"
+        # Of a run without a state, `--resume=auto` begins anew.
+        how = "--resume" if history.saved else "--resume=auto"
+        where = f"from the state of step {history.saved[-1]:,}" if history.saved else "from step 0"
+        yield f'<section class="box bad"><h2 class="wrong">{heading}</h2>'
         yield (
-            f"<p>{text(record.reason)}: it was killed, or its machine went down. "
-            f"<code>onewan train {text(displayed(record.layout.root))} --resume</code> goes on "
-            f"from {saved}.</p></section>"
+            f"<p>{text(record.reason[:1].upper() + record.reason[1:])}. "
+            f"<code>onewan train {text(displayed(record.layout.root))} {how}</code> goes on "
+            f"{where}.</p></section>"
         )
     if record.gaps:
         yield '<section class="box"><h2>What could not be read</h2>'

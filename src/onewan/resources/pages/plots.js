@@ -306,7 +306,9 @@
       // To the left and to the right, since two of them may lie close together.
       const { left } = this.room, right = left + this.inner.width;
       const side = index % 2 ? { x: right - 6, "text-anchor": "end" } : { x: left + 6 };
-      const text = svg("text", { ...side, y: y < this.room.top + 18 ? y + 14 : y - 5 }, group);
+      // On a narrow screen there is no room for two of them at one height.
+      const isBelow = y < this.room.top + 18 || (this.width < 560 && index % 2 === 1);
+      const text = svg("text", { ...side, y: isBelow ? y + 14 : y - 5 }, group);
       text.textContent = `${limit.label}: ${shown(limit.y, unit)}`;
     }
 
