@@ -55,7 +55,8 @@ def clock(device: torch.device) -> float:
 def clock_name(device: torch.device) -> str:
     """What `clock` counts, for a figure's text."""
     if device.type == "cpu":
-        return f"CPU time of {torch.get_num_threads()} thread(s)"
+        threads = torch.get_num_threads()
+        return "CPU time of one thread" if threads == 1 else f"CPU time of {threads} threads"
     return "wall-clock time"
 
 

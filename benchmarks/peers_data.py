@@ -34,7 +34,7 @@ import torch
 from decode import make_clip, numbers_of
 from figures import Chart, Figure, Value, add_output_options, as_case, measured_here, save
 from peers_readers import FPS, Encoder, Reader, Request
-from tables import table_of
+from tables import tables_of
 
 SHORT_RATES = (24, 25, 30, 50, 60)
 LONG_SECONDS, LONG_RATE, LONG_INTERVAL = 120, 24, 48
@@ -339,7 +339,8 @@ def main() -> int:
             table[row] = {name: results_of(results.get(name, ())) for name in needed}
             print(f"{row}: measured", file=sys.stderr, flush=True)
     figure, missed = figure_of(table), misses(table)
-    print("\n".join([table_of(figure).markdown(), "", *missed]))
+    tables = [table.markdown() for table in tables_of(figure)]
+    print("\n".join([*tables, "", *missed]))
     save(figure, options)
     return 1 if missed else 0
 

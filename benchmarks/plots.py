@@ -91,7 +91,7 @@ def _label(value: Value, keys: Sequence[str]) -> str:
     """The case in words: numbers have the name of what they count."""
     parts = [(key, value.case.get(key)) for key in keys]
     return ", ".join(
-        part if isinstance(part, str) else f"{part:,} {key}"
+        part if isinstance(part, str) else f"{key} {part:,}"
         for key, part in parts
         if part not in ("", None)
     )

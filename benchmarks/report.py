@@ -27,7 +27,7 @@ from figures import ROOT, Figure, read_figures
 from gpu_table import is_real, table
 from markers import replace_between
 from plots import draw
-from tables import MISSED, Table, table_of
+from tables import MISSED, Table, tables_of
 
 from onewan.pages import document
 from onewan.pages.document import text
@@ -75,6 +75,9 @@ SECTIONS: dict[str, tuple[Benchmark, ...]] = {
         Benchmark(
             figure="peers", script="peers_data.py", quick=None, needs="checkouts of the trainers"
         ),
+    ),
+    "Reports of runs": (
+        Benchmark(figure="report_page", script="report_page.py", quick=None, needs="chromium"),
     ),
     "Data, sampling and files": (
         Benchmark(figure="data", script="data.py", quick=None),
@@ -196,13 +199,10 @@ def _figure(figure: Figure) -> str:
         f'src="{document.data_uri("image/svg+xml", svg.encode())}">'
         for chart, svg in zip(figure.charts, draw(figure), strict=True)
     )
-    table = table_of(figure)
-    shown = _table(table)
-    if len(table.rows) > _LONG:
-        shown = f"<details><summary>{len(table.rows)} rows</summary>{shown}</details>"
+    tables = "".join(map(_table, tables_of(figure)))
     return (
         f"<h3>{text(figure.title)}</h3><p>{text(figure.measured)}</p>"
-        f'<div class="charts">{pictures}</div>{shown}'
+        f'<div class="charts">{pictures}</div>{tables}'
         f'<p class="facts">{text(_facts(figure))}<br>Repeat it: '
         f"<code>{text(figure.command)}</code></p>"
     )
@@ -213,7 +213,8 @@ def _facts(figure: Figure) -> str:
     machine = figure.machine
     parts: list[str] = []
     if machine.device_type != "cpu":
-        memory = f" with {machine.device_memory / 1e9:.0f} GB" if machine.device_memory else ""
+        counts = machine.device_memory and machine.device_type != "sim"
+        memory = f" with {machine.device_memory / 1e9:.0f} GB" if counts else ""
         parts.append(machine.device + memory)
     if machine.cores:  # results of before this was noted have none
         ram = f"{machine.ram / 1e9:.0f} GB of host memory"
@@ -243,10 +244,13 @@ def _table(table: Table) -> str:
 
     head = "".join(cell("th", column, title) for column, title in enumerate(table.titles))
     rows = "".join(
-        "<tr>" + "".join(cell("td", column, text) for column, text in enumerate(row)) + "</tr>"
+        "<tr>" + "".join(cell("td", column, each) for column, each in enumerate(row)) + "</tr>"
         for row in table.rows
     )
-    return f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
+    shown = f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
+    if len(table.rows) <= _LONG:
+        return shown
+    return f"<details><summary>{len(table.rows)} rows</summary>{shown}</details>"
 
 
 # ------------------------------------------------------------------------------------ the document
@@ -278,7 +282,8 @@ def part_of_document(figure: Figure, folder: Path, pictures: Path) -> str:
         link = file.relative_to(folder).as_posix()
         parts.append(f"![{chart.title or figure.title}]({link})")
     measured = f"Measured on {figure.machine.title}, {figure.date[:10]}: `{figure.command}`"
-    return "\n\n".join([*parts, table_of(figure).markdown(), measured])
+    tables = [table.markdown() for table in tables_of(figure)]
+    return "\n\n".join([*parts, *tables, measured])
 
 
 # ----------------------------------------------------------------------------------------- program

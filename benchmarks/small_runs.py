@@ -98,14 +98,18 @@ def step_of(run: Run) -> Callable[[], None]:
 
 
 def add_scale_options(
-    parser: argparse.ArgumentParser, *, layers: int = 4, size: Size = (17, 128, 128)
+    parser: argparse.ArgumentParser,
+    *,
+    width: int = 256,
+    layers: int = 4,
+    size: Size = (17, 128, 128),
 ) -> None:
     """Options of what is trained and where: by default something tiny on the CPU."""
     add = parser.add_argument
     add("--device", default="cpu", help="cpu (default), cuda, auto, ...")
     add("--variant", choices=sorted(VARIANTS), default="t2v-a14b")
     add("--size", type=parse_size, default=size, help="frames x height x width of a clip")
-    add("--width", type=int, default=256, help="channels, a multiple of 128 (256)")
+    add("--width", type=int, default=width, help=f"channels, a multiple of 128 ({width})")
     add("--blocks", type=int, default=layers, help=f"blocks of the transformer ({layers})")
     add("--true-size", action="store_true", help="the variant's own width and blocks")
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from figures import Chart, Figure, Value, add_output_options, as_case, measured_here, save
 from schedule_replay import Durations, Entry, Part, hidden_share, slowdown
-from tables import table_of
+from tables import tables_of
 from torch import Tensor
 
 from onewan.adapters.adapter_config import adapter_config_for
@@ -325,7 +325,7 @@ def figure_of(predictions: Sequence[Prediction]) -> Figure:
                 size=size,
                 tokens=tokens,
                 weights=f"{storage}, expert changes" if both else storage,
-                resident=f"{resident} of {BLOCKS}",
+                blocks=f"{resident} of {BLOCKS} resident",
             )
             values += [
                 Value(
@@ -388,7 +388,8 @@ def main() -> int:
         for card in CARDS
     ]
     figure = figure_of(predictions)
-    print(table_of(figure).markdown())
+    for table in tables_of(figure):
+        print(table.markdown())
     save(figure, options)
     return 0 if good else 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from figures import Figure, Value
 
@@ -30,10 +30,18 @@ class Table:
         return "\n".join(lines)
 
 
-def table_of(figure: Figure) -> Table:
+def tables_of(figure: Figure) -> list[Table]:
     """The figure's values: a row for each case, and a column for each measure with what arithmetic
-    says beside it; or, with `figure.across`, a column for each value of that key."""
-    return _pivot(figure) if figure.across else _by_measure(figure)
+    says beside it; or, with `figure.across`, a column for each value of that key. Cases that are
+    described by other keys have a table of their own."""
+    kinds: dict[tuple[str, ...], list[Value]] = {}
+    for value in figure.values:
+        kinds.setdefault(tuple(value.case), []).append(value)
+    parts = [replace(figure, values=tuple(values)) for values in kinds.values()]
+    return [
+        _pivot(part) if figure.across in part.values[0].case else _by_measure(part)
+        for part in parts
+    ]
 
 
 def _by_measure(figure: Figure) -> Table:

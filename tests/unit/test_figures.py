@@ -22,7 +22,7 @@ from figures import (
     write_figure,
 )
 from plots import draw
-from tables import table_of
+from tables import tables_of
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -148,7 +148,8 @@ def bar_width(path: str) -> float:
 
 
 def test_a_table_has_a_row_for_each_case_and_a_column_for_each_measure(figure: Figure) -> None:
-    lines = table_of(figure).markdown().splitlines()
+    (table,) = tables_of(figure)
+    lines = table.markdown().splitlines()
     assert lines[0] == (
         "| size | loop | duration, s | operations | relative to bare loop | limit | waits | "
         "operations |"
@@ -162,13 +163,21 @@ def test_a_table_has_a_row_for_each_case_and_a_column_for_each_measure(figure: F
 
 def test_a_table_across_a_key_has_a_column_for_each_of_its_values(figure: Figure) -> None:
     values = tuple(value for value in figure.values if value.measure == "duration")
-    lines = table_of(replace(figure, values=values, across="loop")).markdown().splitlines()
+    (table,) = tables_of(replace(figure, values=values, across="loop"))
+    lines = table.markdown().splitlines()
     assert lines[0] == "| size | onewan | bare <loop> |"
     assert lines[1] == "| --- | ---: | ---: |"
     assert lines[2:] == [
         "| 17x256x256 | 2.00 (1.00 to 4.00) | 1.60 |",
         "| 81x480x832 | did not fit | - |",
     ]
+
+
+def test_cases_that_have_other_keys_have_a_table_of_their_own(figure: Figure) -> None:
+    other = Value(case={"machine": "A card"}, measure="rate", repeats=(3.0,))
+    tables = tables_of(replace(figure, values=(*figure.values, other)))
+    assert [table.titles[0] for table in tables] == ["size", "machine"]
+    assert tables[1].markdown().splitlines()[0] == "| machine | rate |"
 
 
 # ---------------------------------------------------------------------------------------- the page

@@ -9,7 +9,7 @@ import pytest
 from decode import make_clip, numbers_of
 from peers_data import Measured, figure_of, misses, results_of, right_frames
 from peers_readers import Reader, Request, bare_pyav, onewan
-from tables import table_of
+from tables import tables_of
 
 ROW = "17 frames from five short clips"
 
@@ -50,7 +50,8 @@ def test_trainers_that_did_not_run_have_no_numbers() -> None:
     ours = [Measured(seconds, 2.0, right=85, frames=85) for seconds in (1.0, 3.0, 2.0)]
     fast = [Measured(0.5, 0.6, right=9, frames=85, first=3.5)]
     results = {"onewan": ours, "other": fast, "third": "failed: why", "fourth": results_of(())}
-    lines = table_of(figure_of({ROW: results})).markdown().splitlines()
+    (table,) = tables_of(figure_of({ROW: results}))
+    lines = table.markdown().splitlines()
     assert lines[2:] == [
         f"| {ROW} | onewan | 2.00 (1.00 to 3.00) | - | 2.00 (2.00 to 2.00) | 85 | 85 | 0 |",
         f"| {ROW} | other | 0.50 | 0.25 | 0.60 | 9.00 | 85 | 3.50 |",
