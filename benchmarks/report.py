@@ -79,6 +79,7 @@ SECTIONS: dict[str, tuple[Benchmark, ...]] = {
     "Reports of runs": (
         Benchmark(figure="report_page", script="report_page.py", quick=None, needs="chromium"),
     ),
+    "Start-up": (Benchmark(figure="startup", script="startup.py", quick=("--repeats", "3")),),
     "Data, sampling and files": (
         Benchmark(figure="data", script="data.py", quick=None),
         Benchmark(figure="decode", script="decode.py", quick=None),

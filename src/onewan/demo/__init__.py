@@ -82,21 +82,15 @@ def run_demo(
     with the same folder trains again, as another run. DataError if `folder` has the demonstration
     of another variant.
     """
-    facts = VARIANTS[variant]
-    clips, model, run_file = folder / "clips", folder / "model", folder / "run.yaml"
+    run_file = folder / "run.yaml"
     if run_file.is_file() and f"variant: {variant}" not in run_file.read_text(encoding="utf-8"):
         raise DataError(
             f"{run_file}: is the demonstration of another variant; give another --dir for {variant}"
         )
-    print_line(f"onewan demo: trains a tiny {facts.title} on clips of moving shapes")
+    print_line(f"onewan demo: trains a tiny {VARIANTS[variant].title} on clips of moving shapes")
     # The run file is written last, so if it exists, the model and the clips are complete too.
     if not run_file.is_file():
-        files = write_clips(clips)
-        print_line(f"{clips}: {len(files)} captioned clips ({', '.join(f.name for f in files)})")
-        write_tiny_model(model, variant, pixels_BCFHW=_sample_pixels(files))
-        print_line(f"{model}: the architecture of {facts.title}, a tiny width, random weights")
-        run_file.write_text(run_file_text(variant), encoding="utf-8")
-        print_line(f"{run_file}: the run file")
+        write_demo(folder, variant, print_line)
     print_line("")
     print_line(f"$ onewan train {_quoted(run_file)}")
     # In a second demonstration the run is NAME-2: the results of the first one are kept.
@@ -106,6 +100,19 @@ def run_demo(
         WanTrainer(config, run_file=text, listen=listen_and_report).fit()
     for line in _closing_lines(RunLayout(displayed(run_folder(config))), run_file, variant):
         print_line(line)
+
+
+def write_demo(folder: Path, variant: VariantName, print_line: Callable[[str], None]) -> Path:
+    """Make the model, the clips and the run file in `folder`; returns the run file."""
+    facts = VARIANTS[variant]
+    clips, model, run_file = folder / "clips", folder / "model", folder / "run.yaml"
+    files = write_clips(clips)
+    print_line(f"{clips}: {len(files)} captioned clips ({', '.join(f.name for f in files)})")
+    write_tiny_model(model, variant, pixels_BCFHW=_sample_pixels(files))
+    print_line(f"{model}: the architecture of {facts.title}, a tiny width, random weights")
+    run_file.write_text(run_file_text(variant), encoding="utf-8")
+    print_line(f"{run_file}: the run file")
+    return run_file
 
 
 def run_file_text(variant: VariantName) -> str:
