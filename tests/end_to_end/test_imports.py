@@ -18,6 +18,9 @@ USED = {
 }
 """Packages that a LoRA run imports beside those which diffusers, PEFT and transformers import."""
 
+UNUSED = ("wandb", "tensorflow", "tensorboard", "scenedetect", "pyarrow", "aiohttp", "pandas")
+"""Packages that a run imports where its settings need them."""
+
 
 def modules_after(code: str) -> set[str]:
     """The modules that a new process has imported after `code`."""
@@ -27,15 +30,27 @@ def modules_after(code: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_what_is_wrong_in_a_run_file_is_told_before_torch_is_imported(tmp_path: Path) -> None:
-    run = tmp_path / "run.yaml"
-    run.write_text("model: {path: x, variant: t2v-a14b, expert: low}\n", encoding="utf-8")
+def test_what_configures_plans_and_looks_imports_no_torch(
+    run_file: RunFile, tmp_path: Path, workshop: Path
+) -> None:
+    """Nor do commands that load a model, before they know that the run file is right."""
+    right, wrong = tmp_path / "resolved.yaml", tmp_path / "wrong.yaml"
+    right.write_text(dump_run(run_file("t2v-a14b")), encoding="utf-8")
+    wrong.write_text("model: {path: x, variant: t2v-a14b, expert: low}\n", encoding="utf-8")
+    calls = [
+        (["init", "--vram", "24GB", "--ram", "64GB", "--purpose", "motion"], 0),
+        (["schema"], 0),
+        (["plan", str(right), "--vram", "24GB", "--ram", "128GB"], 0),
+        (["inspect", str(workshop / "t2v-a14b")], 0),
+        (["cache", str(wrong)], 1),
+        (["train", str(wrong)], 1),
+    ]
     modules = modules_after(
-        "from onewan.cli import main\n"
-        f"for command in ('cache', 'train'): assert main([command, {str(run)!r}]) == 1\n"
+        f"from onewan.cli import main\nfor words, status in {calls!r}: assert main(words) == status"
     )
-    assert "onewan.config.load" in modules
-    assert not {"torch", "diffusers", "transformers", "peft"} & modules
+    assert "onewan.memory.plan.make" in modules
+    packages = {module.partition(".")[0] for module in modules}
+    assert not {"torch", "diffusers", "transformers", "peft", "scipy", *UNUSED} & packages
 
 
 @pytest.mark.long
@@ -57,4 +72,4 @@ def test_training_imports_no_package_that_it_does_not_use(
     # Nor parts of packages that a run without curves, sample videos and resuming does not need.
     for name in ("torch.utils.tensorboard", "torch._inductor.compile_fx", "torchao", "onewan.demo"):
         assert name in bare or name not in trained, name
-    assert not {"wandb", "tensorflow", "tensorboard", "scenedetect", "pyarrow"} & packages
+    assert not packages & set(UNUSED)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -270,20 +268,6 @@ def test_the_run_is_named_after_its_file_or_folder(tmp_path: Path, file: str, na
 def test_a_name_that_looks_like_yaml_is_read_back(tmp_path: Path, name: str) -> None:
     config = loaded(tmp_path, starter(StarterRequest(variant="ti2v-5b", name=name)))
     assert config.output.name == name
-
-
-def test_it_starts_without_torch(tmp_path: Path) -> None:
-    file = tmp_path / "dog.yaml"
-    code = (
-        "import sys\n"
-        "from onewan.cli import main\n"
-        f"words = [{str(file)!r}, '--vram', '24GB', '--ram', '64GB', '--purpose', 'motion']\n"
-        "status = main(['init', *words])\n"
-        "loaded = {'torch', 'diffusers', 'transformers', 'peft'} & set(sys.modules)\n"
-        "sys.exit(' '.join(loaded) or status)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 # ------------------------------------------------------------------------------------ what fits
