@@ -198,6 +198,8 @@ def test_an_embedding_and_a_lora_train_together(
     )
     WanTrainer(config).fit()
     layout = layout_of(config)
+    steps = [e for e in read_events(layout.events) if e["event"] == "step"]
+    assert {(e["lr"], e["embeddings_lr"]) for e in steps} == {(0.005, 0.1)}
     assert sorted(p.name for p in layout.weights_dir.iterdir()) == [
         "run_000008_high_noise.safetensors",
         "run_000008_low_noise.safetensors",

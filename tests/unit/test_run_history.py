@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -11,6 +12,7 @@ import pytest
 from made_runs import EventLines, MadeRun, begin_events, one_step, write_run
 
 from onewan.pages.plots import BUCKETS, curve, smoothed, thinned
+from onewan.report.curves import of_experts, step_plots
 from onewan.report.history import History, read_history
 from onewan.runs import events
 from onewan.runs.layout import RunLayout
@@ -138,6 +140,21 @@ def test_a_made_up_run_has_what_a_real_one_writes(tmp_path: Path) -> None:
     found = read_history(layout.events)
     assert found.damaged_count == 0 and found.experts == ["high", "low"]
     assert len(found.validations) == 6 and [*found.warnings]
+
+
+def test_embeddings_have_a_learning_rate_of_their_own(tmp_path: Path) -> None:
+    lines = begun(tmp_path)
+    for step in (1, 2):
+        event = one_step(Random(0), MADE, step, "high")
+        lines.add(replace(event, embeddings_lr=0.01 * step))
+    (plot,) = [
+        p for p in step_plots(of_experts(history_of(lines, tmp_path))) if p.name == "plot-lr"
+    ]
+    assert [(each.label, each.color) for each in plot.series] == [
+        ("high expert", "high"),
+        ("embeddings, high expert", "embeddings"),
+    ]
+    assert plot.series[1].y.tolist() == [0.01, 0.02]
 
 
 # ----------------------------------------------------------------------------------------- thinning

@@ -262,6 +262,11 @@ def _learning_rates(sources: Sequence[Source], name: str) -> Plot | None:
             # Experts often have the same rates: the dashes let both be seen.
             dash = index % 4
             series.append(thinned(source.label, source.color, steps, rates, dash=dash))
+        rates = _values(source, "embeddings_lr")
+        if np.isfinite(rates).any():
+            label = f"embeddings, {source.label}"
+            color = source.color if name else "embeddings"
+            series.append(thinned(label, color, steps, rates, dash=(index + 2) % 4))
     if not series:
         return None
     return Plot(

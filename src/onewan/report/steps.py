@@ -16,6 +16,7 @@ COLUMNS = (
     "preservation_loss",
     "grad_norm",
     "lr",
+    "embeddings_lr",
     "seconds",
     "step_memory_peak",
     "tokens_per_second",

@@ -254,6 +254,9 @@ class StepDone(Event):
     preservation_loss: float | None = None
     """What is added to the loss for predictions of the base model that are kept (`class_word` of a
     source), with its weight; null if none is kept."""
+    embeddings_lr: float | None = None
+    """Learning rate of embeddings that are trained beside another method; null if there are
+    none."""
     mfu: float | None = None
     """Model FLOPs utilisation, from 0 to 1: `tflops` as a share of what the device reached in
     matrix products at the start; null on a CPU."""

@@ -26,6 +26,7 @@ def curve_values(event: Event) -> dict[str, float]:
             "preservation_loss": event.preservation_loss,
             "grad_norm": event.grad_norm,
             "lr": event.lr,
+            "embeddings_lr": event.embeddings_lr,
             "seconds": event.seconds,
             "tokens_per_second": event.tokens_per_second,
             "tflops": event.tflops,

@@ -37,6 +37,8 @@ class StepMetrics:
     grad_norm: float
     """Norm of all gradients together, before clipping."""
     lr: float
+    embeddings_lr: float | None
+    """That of the embeddings that are trained beside; None if there are none."""
     t: tuple[float, ...]
     """Noise level of each sample, in [0, 1]."""
 
@@ -72,6 +74,7 @@ def train_step(run: Run, step: StepBatches) -> StepMetrics:
         preservation_loss=sum(values[count:]) if preservation else None,
         grad_norm=norm,
         lr=trainables[0].optimizer.lr,
+        embeddings_lr=trainables[1].optimizer.lr if len(trainables) > 1 else None,
         t=levels,
     )
 

@@ -288,6 +288,7 @@ class WanTrainer:
                 preservation_loss=metrics.preservation_loss,
                 grad_norm=metrics.grad_norm,
                 lr=metrics.lr,
+                embeddings_lr=metrics.embeddings_lr,
                 t=metrics.t,
                 seconds=seconds,
                 memory_allocated=allocated,
