@@ -181,6 +181,10 @@ def test_cache_encodes_once_and_strict_fails_on_unusable_files(
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "1 clip" in out and "broken.mp4" in out and "2 entries encoded now" in out
+    assert main([*arguments, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["clips"], data["encoded"], len(data["problems"])) == (1, 0, 1)
+    assert {*data} == {"cache", "clips", "validation_clips", "encoded", "problems", "report"}
     assert main([*arguments, "--strict"]) == 1
     out = capsys.readouterr().out
     assert "0 entries encoded now" in out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from onewan.cli import main
 from onewan.config.load import dump_run
 from onewan.train.dry_run import dry_run
 from onewan.train.trainer import WanTrainer
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "commands.md").read_text(encoding="utf-8")
 
 
 def files_in(*folders: Path) -> dict[Path, int]:
@@ -63,6 +66,8 @@ def test_without_a_model_a_card_and_a_network_it_plans_for_the_card_of_the_run_f
     assert "no problem was found" in out.splitlines()[-1]
     assert main(["train", str(run), *small, "--dry-run", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
+    (row,) = re.findall(r"^\| `train --dry-run` \| (.*) \|$", PAGE, re.MULTILINE)
+    assert set(data) | {"seen"} == set(re.findall(r"`(\w+)`", row))
     assert data["experts"]["high"] == {"steps": 1000, "clips": 5, "seen": 200.0}
     assert 0 < data["device_peak"] < 24e9 == data["device_memory"] and data["run_seconds"] > 0
     # The layers are those of the variant.

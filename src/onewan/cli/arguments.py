@@ -13,6 +13,9 @@ VARIANT_NAMES = tuple(VARIANTS)
 STANDARD_OUTPUT = "-"
 """Stands for the standard output where a file to write is named."""
 
+SHELLS = ("bash", "zsh", "fish", "powershell")
+"""Those that `onewan completion` writes a script for."""
+
 Commands = argparse._SubParsersAction  # pyright: ignore[reportPrivateUsage]
 """What `add_subparsers` returns; argparse has no public name for it."""
 

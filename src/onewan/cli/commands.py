@@ -36,7 +36,7 @@ def demo(folder: Path, variant: VariantName) -> int:
     return 0
 
 
-def cache(run: Path, overrides: Sequence[str], *, strict: bool, verify: bool) -> int:
+def cache(run: Path, overrides: Sequence[str], *, strict: bool, verify: bool, as_json: bool) -> int:
     config = load_run(run_file_of(run), overrides)
     if not config.video_data.cache:
         raise ConfigError(
@@ -47,20 +47,34 @@ def cache(run: Path, overrides: Sequence[str], *, strict: bool, verify: bool) ->
         from onewan.train.setup import WanModelSetup
 
     with Progress() as progress:
+
+        def advance(what: str, done: int, total: int) -> None:
+            if not as_json:
+                progress.advance(what, done, total, unit="item")
+
         # The prompts of sample videos are encoded too: training then needs no text encoder.
-        data = WanModelSetup(config).dataset(
-            sample_requests(config),
-            lambda what, done, total: progress.advance(what, done, total, unit="item"),
-            verify=verify,
+        samples = sample_requests(config)
+        data = WanModelSetup(config).dataset(samples, advance, verify=verify)
+    problems = data.report.problems
+    if as_json:
+        write_json(
+            {
+                "cache": str(config.video_data.cache_dir),
+                "clips": len(data.clips),
+                "validation_clips": len(data.validation_clips),
+                "encoded": data.encoded,
+                "problems": [str(problem) for problem in problems],
+                "report": data.report.lines(),
+            }
         )
+        return 1 if strict and problems else 0
     # After the display is closed: unusable files are listed below its bar, not between updates.
     for line in data.report.lines():
         progress.line(line)
     folder = displayed(config.video_data.cache_dir)
     progress.line(f"cache {folder}: {data.encoded} entries encoded now")
-    if strict and data.report.problems:
-        count = len(data.report.problems)
-        complain(f"onewan: {count} files can't be used (an error with --strict)")
+    if strict and problems:
+        complain(f"onewan: {len(problems)} files can't be used (an error with --strict)")
         return 1
     return 0
 

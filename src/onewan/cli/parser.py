@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from onewan.cli.arguments import STANDARD_OUTPUT, VARIANT_NAMES, Commands, add_command
+from onewan.cli.arguments import SHELLS, STANDARD_OUTPUT, VARIANT_NAMES, Commands, add_command
 from onewan.cli.caption_parser import add_caption
 from onewan.cli.comfyui import add_comfyui_node
 from onewan.cli.onetrainer_parsers import add_import_config, add_onetrainer
@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         add_comfyui_node,
         add_onetrainer,
         add_import_config,
+        _add_completion,
     ):
         add(commands)
     return parser
@@ -210,5 +211,22 @@ def _add_schema(commands: Commands) -> None:
             write_file(Path(options.file), f"{text}\n")
             say(f"{options.file}: written")
         return 0
+
+    parser.set_defaults(command=run)
+
+
+def _add_completion(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "completion",
+        "print a script with which a shell completes commands, options and settings",
+        "For bash:\n\n  onewan completion bash > ~/.local/share/bash-completion/completions/onewan",
+    )
+    parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help=", ".join(SHELLS))
+
+    def run(options: argparse.Namespace) -> int:
+        from onewan.cli.completion import show_completion
+
+        return show_completion(options.shell, _parser())
 
     parser.set_defaults(command=run)

@@ -94,7 +94,7 @@ def add_cache(commands: Commands) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="read all cache entries and re-encode damaged ones"
     )
-
+    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
     parser.add_argument(
         "--stats", action="store_true", help="show what the cache holds, and encode nothing"
     )
@@ -109,7 +109,8 @@ def add_cache(commands: Commands) -> None:
         if options.yes and not options.prune:
             parser.error("--yes belongs to --prune")
         if options.stats or options.prune:
-            if options.strict or options.verify or (options.stats and options.prune):
+            others = options.strict or options.verify or options.json
+            if others or (options.stats and options.prune):
                 parser.error("--stats and --prune are given alone")
             # What is no PATH=VALUE is a further run file.
             more = [Path(text) for text in options.overrides if "=" not in text]
@@ -123,7 +124,13 @@ def add_cache(commands: Commands) -> None:
 
         from onewan.cli.commands import cache
 
-        return cache(options.run, options.overrides, strict=options.strict, verify=options.verify)
+        return cache(
+            options.run,
+            options.overrides,
+            strict=options.strict,
+            verify=options.verify,
+            as_json=options.json,
+        )
 
     parser.set_defaults(command=run)
 
