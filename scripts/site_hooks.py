@@ -34,7 +34,8 @@ COPIES = {
 CONFIGURATION = "configuration.md"
 OPTIONS = "options.md"
 _LINK = re.compile(r"\]\(([^)\s:#]+)((?:#[^)\s]*)?)\)")
-_CODE = re.compile(r"<code>([a-z0-9_]+(?:\.[a-z0-9_]+|\[\])+)</code>")
+_CODE = re.compile(r"<code>([a-z0-9_]+(?:\.[a-z0-9_]+|\[\])+)(?:[:=][^<]*)?</code>")
+"""A setting, alone or with a value."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
