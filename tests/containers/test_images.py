@@ -217,3 +217,15 @@ print(get_token())
         check=True,
     )
     assert done.stdout.split() == ["hf_example", "None"]
+
+
+def test_the_public_host_builds_both() -> None:
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    job = YAML(typ="safe").load(text)["jobs"]["containers"]
+    assert job["strategy"]["matrix"]["accelerator"] == list(FILES)
+    commands = [step["run"].strip() for step in job["steps"] if "run" in step]
+    assert commands[0].startswith("docker build --file containers/${{ matrix.accelerator }}.Docker")
+    for command in commands[1:]:
+        words = shlex.split(command)
+        assert words[:4] == ["docker", "run", "--rm", "onewan"]
+        parse(words[4:])
