@@ -144,7 +144,7 @@ nav a { display: inline-block; margin: 0 1rem .3rem 0; }
 table { font-size: .85rem; margin: .6rem 0; }
 th, td { vertical-align: top; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .t { text-align: left; }
-.long { white-space: normal; min-width: 16rem; }
+.long { white-space: normal; min-width: min(16rem, 36vw); }
 .facts { color: var(--soft); font-size: .85rem; overflow-wrap: anywhere; max-width: none; }
 """
 
