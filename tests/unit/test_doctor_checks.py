@@ -9,6 +9,8 @@ import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ import torch
 from PIL import Image
 
 from onewan.devices import torch_build
-from onewan.doctor import environment, finding
+from onewan.doctor import environment, finding, needs
 from onewan.doctor.captions import estimated_tokens
 from onewan.doctor.duplicates import alike, same_content
 from onewan.doctor.environment import Environment, environment_ahead
@@ -224,6 +226,19 @@ def test_a_device_is_described_on_one_line(device: Device, line: str) -> None:
     assert device.line() == line
     torch = replace(ENVIRONMENT.torch, devices=(device,))
     assert f"device     {line}" in [*replace(ENVIRONMENT, torch=torch).lines()]
+
+
+def test_a_run_is_planned_for_the_device_that_torch_finds_where_nvidias_driver_has_none() -> None:
+    radeon = Device(name="cuda:0", kind="ROCm", title="AMD Radeon", memory=24 * GB)
+    found = replace(ENVIRONMENT, torch=replace(ENVIRONMENT.torch, devices=(radeon,)))
+    config: Any = SimpleNamespace(memory=SimpleNamespace(vram=None, ram="64GB"))
+    machine, is_assumed = needs._machine(config, found)
+    assert (machine.name, machine.vram, is_assumed) == ("AMD Radeon", 24 * GB, False)
+    config.memory.vram = "12GB"
+    assert needs._machine(config, found)[0].vram == 12 * GB
+    none = replace(ENVIRONMENT, torch=replace(ENVIRONMENT.torch, devices=()))
+    config.memory.vram = None
+    assert needs._machine(config, none)[1]
 
 
 def environment_of(

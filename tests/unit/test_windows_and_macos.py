@@ -24,6 +24,8 @@ from onewan.data.sources.folder import read_folder
 from onewan.data.sources.place import LocalPlace, clip_name, inner_path
 from onewan.errors import ConfigError
 from onewan.files import remove, replacing, sync, windows_reserves
+from onewan.runs.layout import RunLayout
+from onewan.train.exporting import WeightExporter
 
 SOURCE = Path(onewan.__file__).parent
 POSIX_MODULES = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
@@ -135,6 +137,29 @@ def test_a_file_that_stays_open_is_an_error_that_says_so(
     assert path.read_text(encoding="utf-8") == "old" and [*tmp_path.iterdir()] == [path]
     line = fixable_line(caught.value)
     assert line == f"{path}: is used by another program; close that"
+
+
+def test_an_old_export_that_is_open_elsewhere_is_deleted_at_a_later_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = RunLayout(tmp_path / "fox")
+    layout.weights_dir.mkdir(parents=True)
+    for step in (1, 2, 3):
+        (layout.weights_dir / f"fox_{step:06}.safetensors").touch()
+    warnings = list[str]()
+    log: Any = SimpleNamespace(warn_once=lambda text, **_: warnings.append(text))
+    config: Any = SimpleNamespace(output=SimpleNamespace(keep_last=1))
+    exporter = WeightExporter(config, layout, log)
+    monkeypatch.setattr(files, "_HELD_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", HeldFile(Path.unlink, times=2, number=32))
+        exporter._delete_old()
+    assert [*layout.exported()] == [1, 2, 3]
+    assert [w.split(": ")[0] for w in warnings] == [
+        str(layout.weights_dir / f"fox_{step:06}.safetensors") for step in (1, 2)
+    ]
+    exporter._delete_old()
+    assert [*layout.exported()] == [3] and len(warnings) == 2
 
 
 def test_other_errors_of_renaming_are_not_waited_for(
