@@ -28,7 +28,11 @@ def files_in(*folders: Path) -> dict[Path, int]:
     ("variant", "settings"),
     [
         ("t2v-a14b", ["train.steps=2", "validation.share=0.3", "validation.clips=1"]),
-        ("ti2v-5b", ["method={kind: oft, block_size: 16}", "train={epochs: 1, save_every: 9}"]),
+        pytest.param(
+            "ti2v-5b",
+            ["method={kind: oft, block_size: 16}", "train={epochs: 1, save_every: 9}"],
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_it_says_what_a_start_says_and_writes_nothing(
@@ -111,6 +115,15 @@ def test_it_says_where_a_run_would_be_resumed_and_which_changes_prevent_that(
     assert found.problems == [
         "optimizer.lr: was 0.005, is 0.1; resuming with this change would give other results"
     ]
+
+
+def test_a_device_that_is_not_here_hides_no_problem_of_the_clips(
+    run_file: RunFile, tmp_path: Path
+) -> None:
+    config = run_file("t2v-a14b", "model.device=hpu", f"video_data.sources=[{tmp_path}]")
+    problems = dry_run(config).problems
+    assert problems[0].startswith(f"no clip can be used in {tmp_path}")
+    assert problems[-1].startswith("model.device: 'hpu' can't be used here")
 
 
 def test_json_is_for_a_dry_run_only(run_file: RunFile, tmp_path: Path) -> None:

@@ -123,6 +123,8 @@ def dry_run(
     with _collected(found):
         _check_folder(layout, resume)
     with _collected(found):
+        found.clips = survey(config)
+    with _collected(found):
         chunks = saved_chunks(layout) if resume else None
         setup = WanModelSetup(config, chunks)
         with _collected(found):
@@ -130,8 +132,6 @@ def dry_run(
         _note_downloads(found, config)
         if resume:
             _check_state(found, layout, config, setup, overrides)
-        with _collected(found):
-            found.clips = survey(config)
         with _collected(found):
             _plan(found, config, setup, layout)
     return found
