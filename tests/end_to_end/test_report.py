@@ -134,6 +134,8 @@ def test_pages_of_runs_of_every_kind(tmp_path: Path, made: MadeRun, words: list[
     page = page_of(write_run(tmp_path / "run", made).root)
     for expected in words:
         assert expected in page, expected
+    parts = [address[1:] for address in addresses(page) if address.startswith("#")]
+    assert len(parts) > 5 and all(f'id="{part}"' in page for part in parts)
     if not made.on_device:
         assert "Device memory" not in page and "plot-step-memory-peak" not in page
 

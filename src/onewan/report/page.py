@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -90,7 +90,7 @@ def report_page(record: RunRecord, folder: Path, choice: VideoChoice) -> str:
     speed = speed_plots(experts, limits=_plan_limits(history))
     plots = [*losses, *timesteps, *speed]
     body = [
-        *_head(record, now),
+        *_head(record, now, {"timesteps": timesteps, "speed": speed}),
         *_tiles(record),
         *_problems(record),
         *plots_section("training", "Training", losses, _no_steps(history, experts)),
@@ -117,7 +117,11 @@ def plots_data(plots: list[Plot]) -> dict[str, object]:
     return {plot.name: plot.as_data() for plot in plots}
 
 
-def _head(record: RunRecord, now: datetime) -> Iterator[str]:
+def _head(
+    record: RunRecord, now: datetime, optional: Mapping[str, Sequence[Plot]]
+) -> Iterator[str]:
+    """The name of the run, how it stands, and links to the parts of the page; of the `optional`
+    parts, to those that have a plot."""
     kind = STATE_STYLES[record.state]
     yield '<div class="head">'
     yield f'<h1>{text(record.name)}</h1><span class="badge {kind}">{record.state}</span>'
@@ -141,7 +145,8 @@ def _head(record: RunRecord, now: datetime) -> Iterator[str]:
         ("settings", "Settings"),
         ("processes", "Processes"),
     ):
-        yield f'<a href="#{name}">{heading}</a>'
+        if optional.get(name, True):
+            yield f'<a href="#{name}">{heading}</a>'
     yield "</nav>"
 
 
