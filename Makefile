@@ -15,19 +15,18 @@ READY := $(VENV)/.ready
 setup: $(READY)
 
 # The tested torch comes first: a CPU build of exactly this version, so that nothing else pulls
-# gigabytes of CUDA. pip prints errors only. To use your own CUDA or ROCm torch, see "Installing" in README.md.
+# gigabytes of CUDA. pip prints errors only. To use your own CUDA or ROCm torch, see docs/installing.md.
 $(READY): pyproject.toml constraints.txt
-	@echo "== setting up $(VENV) with $$($(PYTHON) --version)"
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -qq --upgrade pip
-	$(BIN)/python -m pip install -qq torch==2.13.0
-	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable ".[dev]"
+	@echo "== setting up $(VENV) with $$($(PYTHON) --version): PyTorch for the CPU, onewan, and tools (some minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --upgrade pip
+	@$(BIN)/python -m pip install -qq torch==2.13.0
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable ".[dev]"
 	@echo "== $(VENV) is ready"
 	@touch $(READY)
 
 demo: $(READY)
-	@echo "== demo: makes a tiny model and clips in ./demo, trains a LoRA, samples a video"
-	$(BIN)/onewan demo --dir demo
+	@$(BIN)/onewan demo --dir demo
 
 # With ONETRAINER=PATH a copy of that OneTrainer checkout trains too (and with ONETRAINER_PYTHON=
 # its interpreter, if that is not PATH/venv); docs/onetrainer.md says how. With COMFYUI=PATH that

@@ -57,9 +57,10 @@ def use(environment: Environment, folder: Path) -> None:
     for program in (("doctor",), ("demo", "--dir", "demo")):
         print(environment.run_bare(folder, home, "onewan", *program))
     environment.run_bare(folder, None, "onewan", "doctor")
-    environment.run_bare(folder, None, "onewan", "report", "demo/runs/run")
-    if not list(folder.glob("demo/runs/run/*.html")):
-        raise SystemExit("onewan report wrote no page into the run's folder")
+    page = folder / "report.html"
+    environment.run_bare(folder, None, "onewan", "report", "demo/runs/run", "--out", str(page))
+    if "</html>" not in page.read_text(encoding="utf-8"):
+        raise SystemExit(f"onewan report wrote no whole page to {page}")
     if written := [str(path) for path in home.rglob("*")]:
         raise SystemExit(f"onewan wrote to HOME: {', '.join(written)}")
 

@@ -31,10 +31,12 @@ ALLOWED = {
     "License :: OSI Approved :: Python Software Foundation License",
 }
 
-# Packages that the rule above does not cover, and why they may be there.
+# Beginnings of names of packages that the rule above does not cover, and why they may be there.
 EXCEPTIONS = {
     "pillow_heif": "BSD-3-Clause; its wheel also holds x265 (GPL-2.0), which is why it is an extra "
     "that the user installs (heic), and which nothing of onewan calls: it only reads",
+    "nvidia-": "NVIDIA's libraries, which come with PyTorch's build for CUDA",
+    "cuda-": "NVIDIA's libraries, which come with PyTorch's build for CUDA",
 }
 # Packages whose metadata name no licence, and the one in their files.
 UNNAMED = {
@@ -67,10 +69,11 @@ def write_licences(bill: dict[str, Any], file: Path) -> None:
         licences = sorted(set(_licences(component))) or [UNNAMED.get(name, "none named")]
         lines.append(f"{name} {component['version']}: {', '.join(licences)}")
         bad = [licence for licence in licences if not _is_allowed(licence)]
-        if bad and name not in EXCEPTIONS:
+        reason = next((text for start, text in EXCEPTIONS.items() if name.startswith(start)), "")
+        if bad and not reason:
             refused.append(lines[-1])
         elif bad:
-            lines[-1] += f" ({EXCEPTIONS[name]})"
+            lines[-1] += f" ({reason})"
     if refused:
         names = "\n".join(refused)
         raise SystemExit(f"licences that supply_chain.py does not know as compatible:\n{names}")
