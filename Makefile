@@ -1,4 +1,4 @@
-# make setup | demo | test | long | dist | wheel | oldest | beside-onetrainer | audit | docs | figures | lint: each sets up .venv first if it is not there yet.
+# make setup | demo | test | long | dist | wheel | oldest | newest | beside-onetrainer | audit | docs | figures | lint: each sets up .venv first if it is not there yet.
 # Needs Python 3.10 to 3.13 and make; everything else is installed into .venv.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ else
 endif
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test long dist wheel oldest beside-onetrainer audit docs lint figures pictures clean
+.PHONY: setup demo test long dist wheel oldest newest beside-onetrainer audit docs lint figures pictures clean
 
 setup: $(READY)
 
@@ -57,6 +57,12 @@ wheel: $(READY)
 oldest: $(READY)
 	@echo "== oldest supported packages"
 	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python scripts/installations oldest
+
+# The same with the newest packages that pyproject.toml allows: not in .ci/run, since a release of another project
+# would fail a change of this one.
+newest: $(READY)
+	@echo "== newest packages"
+	$(BIN)/python scripts/installations newest
 
 # What pip would change of OneTrainer's pins (nothing), and the same tests with them.
 beside-onetrainer: $(READY)

@@ -1,12 +1,13 @@
 """Test onewan as others install it.
 
-    .venv/bin/python scripts/installations dist | wheel | oldest | onetrainer | audit
+    .venv/bin/python scripts/installations dist | wheel | oldest | newest | onetrainer | audit
 
 `dist` builds the wheel and the source distribution into dist/, with a bill of materials and the
 licences of what is installed with them. `wheel` builds them too, and uses the wheel in an empty
 environment. `oldest` does so with every package at its lower bound, and runs the tests that touch
-them. `onetrainer` asks pip what it would change of OneTrainer's pins, and runs those tests with
-them. `audit` looks for known vulnerabilities in the environment that runs this script.
+them; `newest` does it with the newest ones that the ranges allow. `onetrainer` asks pip what it
+would change of OneTrainer's pins, and runs those tests with them. `audit` looks for known
+vulnerabilities in the environment that runs this script.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from pathlib import Path
 
 from environments import CONSTRAINTS, ROOT, Environment, tested_torch
 from packages import build
+from packaging.version import Version
 from ranges import (
     check_beside_onetrainer,
     check_ranges,
-    install_oldest,
+    install,
     resolve,
     run_tests,
 )
@@ -111,9 +113,17 @@ def check_wheel(folder: Path) -> None:
 
 def check_oldest(folder: Path) -> None:
     wheel, _ = build(folder)
-    versions = check_ranges(folder)
+    _check_with(check_ranges(folder), folder, wheel)
+
+
+def check_newest(folder: Path) -> None:
+    wheel, _ = build(folder)
+    _check_with(resolve(folder, "highest", "--python", sys.executable), folder, wheel)
+
+
+def _check_with(versions: dict[str, Version], folder: Path, wheel: Path) -> None:
     environment = Environment(folder / "venv")
-    install_oldest(environment, versions, wheel)
+    install(environment, versions, wheel)
     use(environment, folder)
     run_tests(environment)
 
@@ -135,6 +145,7 @@ def main() -> None:
         "dist": make_dist,
         "wheel": check_wheel,
         "oldest": check_oldest,
+        "newest": check_newest,
         "onetrainer": check_onetrainer,
         "audit": check_vulnerabilities,
     }

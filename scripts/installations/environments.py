@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 CONSTRAINTS = ROOT / "constraints.txt"
 
-# Kept in a bare environment on Windows, where programs don't start without them.
-_OF_WINDOWS = ("SYSTEMROOT", "TEMP", "TMP", "PATHEXT", "USERPROFILE")
+# Kept in a bare environment: programs on Windows need the first ones to start.
+_KEPT = ("SYSTEMROOT", "TEMP", "TMP", "PATHEXT", "USERPROFILE", "OMP_NUM_THREADS")
 
 
 class Environment:
@@ -44,7 +44,7 @@ class Environment:
     def run_bare(self, folder: Path, home: Path | None, *command: str) -> str:
         """The output of a program of this environment, with nothing else on PATH (no compiler, no
         git), no variables of the user, and HOME `home`, or unset for None."""
-        bare = {name: os.environ[name] for name in _OF_WINDOWS if name in os.environ}
+        bare = {name: os.environ[name] for name in _KEPT if name in os.environ}
         bare["PATH"] = str(self.scripts)
         if home is not None:
             bare |= {"HOME": str(home), "USERPROFILE": str(home)}

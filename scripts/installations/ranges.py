@@ -84,16 +84,16 @@ def check_ranges(folder: Path) -> dict[str, Version]:
     return here
 
 
-def install_oldest(environment: Environment, versions: dict[str, Version], wheel: Path) -> None:
-    """Everything at its lower bound, and onewan. With the variable TORCH_INDEX, the address of an
-    index of PyTorch's CPU builds, torch too; without it the one that CI tests."""
+def install(environment: Environment, versions: dict[str, Version], wheel: Path) -> None:
+    """These versions of everything, and onewan. With the variable TORCH_INDEX, the address of an
+    index of PyTorch's CPU builds, torch at its lower bound; without it the one that CI tests."""
     index = os.environ.get("TORCH_INDEX", "")
     if index:
         environment.pip("-qq", f"torch=={bounds()['torch']}.*", "--index-url", index)
     else:
         print(f"torch is {tested_torch()}: its oldest version takes TORCH_INDEX=ADDRESS")
         environment.pip("-qq", tested_torch())
-    pins = environment.folder / "oldest.txt"
+    pins = environment.folder / "versions.txt"
     lines = [f"{name}=={version}" for name, version in versions.items()]
     pins.write_text("\n".join(lines) + "\n", encoding="utf-8")
     command = uv("pip", "install", "--quiet", "--python", str(environment.python), "--no-deps")
