@@ -284,12 +284,12 @@ def test_a_cache_that_does_not_fit_on_the_disk_and_a_model_that_is_not_there(
     usage = shutil.disk_usage(doubtful)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     found = examined(run_file("t2v-a14b", *settings(doubtful), "model.vae=./gone.safetensors"))
-    problems = {f.kind: f.text for f in found.findings if f.severity == "problem"}
-    assert problems.keys() == {"disk", "model"}
-    assert problems["disk"].startswith("video_data.cache_dir: the cache takes")
-    assert (
-        problems["model"].startswith("model.vae: ") and "gone.safetensors does" in problems["model"]
-    )
+    problems = sorted((f.kind, f.text) for f in found.findings if f.severity == "problem")
+    assert [kind for kind, _ in problems] == ["disk", "disk", "model"]
+    (_, run), (_, cache), (_, model) = problems
+    assert run.startswith("output.dir: checkpoints and weights take")
+    assert cache.startswith("video_data.cache_dir: the cache takes")
+    assert model.startswith("model.vae: ") and "gone.safetensors does" in model
 
 
 def test_a_run_that_does_not_fit_is_a_problem(run_file: RunFile, doubtful: Path) -> None:
