@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -213,14 +213,17 @@ def results_of(results: Sequence[object]) -> Sequence[Measured] | str:
     return next((str(r) for r in results if not isinstance(r, Measured)), NOT_RUN)
 
 
-def make_clips(folder: Path) -> None:
-    for rate in SHORT_RATES:
+def make_clips(folder: Path, rows: Collection[str]) -> None:
+    """The files of `rows`, where they are not there yet."""
+    kinds = {ROWS[row][0] for row in rows if row in ROWS}
+    # A reading begins with a short clip, for whatever libraries do at their first use.
+    for rate in SHORT_RATES if kinds else ():
         path = folder / "short" / str(rate) / "clip.mp4"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             make_clip(path, 3, rate, fps=rate, size=(1280, 720), numbered=True)
     path = folder / "long" / str(LONG_RATE) / "clip.mp4"
-    if not path.exists():
+    if "long" in kinds and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         make_clip(path, LONG_SECONDS, LONG_INTERVAL, fps=LONG_RATE, numbered=True)
     for path in folder.glob("*/*/clip.mp4"):
@@ -322,10 +325,13 @@ def main() -> int:
     table: dict[str, Results] = {}
     with tempfile.TemporaryDirectory() as temporary:
         options.folder = (options.folder or Path(temporary)).resolve()
-        make_clips(options.folder)
-        for row in (*ROWS, *VAE_ROWS):
-            if options.rows and not any(text in row for text in options.rows):
-                continue
+        rows = [
+            row
+            for row in (*ROWS, *VAE_ROWS)
+            if not options.rows or any(text in row for text in options.rows)
+        ]
+        make_clips(options.folder, rows)
+        for row in rows:
             needed = {name: checkout_of(row, name) for name in readers_of(row)}
             results: dict[str, list[object]] = {
                 name: [] for name, key in needed.items() if key is None or checkouts[key]

@@ -214,8 +214,9 @@ def _facts(figure: Figure) -> str:
     machine = figure.machine
     parts: list[str] = []
     if machine.device_type != "cpu":
-        counts = machine.device_memory and machine.device_type != "sim"
-        memory = f" with {machine.device_memory / 1e9:.0f} GB" if counts else ""
+        memory = ""
+        if machine.device_memory and machine.device_type != "sim":
+            memory = f" with {machine.device_memory / 1e9:.0f} GB"
         parts.append(machine.device + memory)
     if machine.cores:  # results of before this was noted have none
         ram = f"{machine.ram / 1e9:.0f} GB of host memory"
