@@ -82,7 +82,8 @@ def options_page() -> str:
     lines = [
         "# Options of all commands",
         "",
-        "What `onewan COMMAND --help` prints.",
+        "What `onewan COMMAND --help` prints. [Commands in scripts and shells](commands.md) has",
+        "exit statuses, completion, and what `--json` prints.",
         "",
     ]
     for name, parser in _commands(_parser()):
