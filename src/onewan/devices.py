@@ -52,9 +52,7 @@ def resolve_device(name: str) -> torch.device:
         # device has an index: "cuda" means "cuda:0", but the two don't compare equal.
         device = torch.empty(0, device=wanted).device
     except (RuntimeError, AssertionError, ImportError) as error:
-        # PyTorch lists all of its devices, whether they are there or not; the first line is enough.
-        reason = str(error).splitlines()[0]
-        problem = f"{field}: {wanted!r} can't be used here ({reason}); {_choice()}"
+        problem = f"{field}: {wanted!r} can't be used here ({_reason(error)}); {_choice()}"
         raise ConfigError("run file", [problem]) from error
     if device.type == "meta":
         problem = f"{field}: {wanted!r} has no memory, so nothing can be computed there"
@@ -73,6 +71,15 @@ def available_devices() -> tuple[torch.device, ...]:
     found = accelerator()
     count = 0 if found is None else torch.accelerator.device_count()
     return (*(torch.device(found.type, index) for index in range(count) if found), HOST)
+
+
+def _reason(error: Exception) -> str:
+    """Why there is no such device. PyTorch says it by long lists: of operators that are missing for
+    a device that it was not built for, and of all types of devices for an unknown name."""
+    if isinstance(error, NotImplementedError):
+        return f"the build of PyTorch here is {torch_build()}"
+    reason = str(error).splitlines()[0]
+    return "PyTorch knows no such type" if reason.startswith("Expected one of") else reason
 
 
 def _choice() -> str:

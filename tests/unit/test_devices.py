@@ -324,6 +324,7 @@ def test_a_device_that_is_not_there_is_the_users_error(name: str) -> None:
     (problem,) = caught.value.details
     assert problem.startswith(f"model.device: {name!r} ")
     assert problem.endswith("; choose auto, or what is here: cpu")
+    assert "aten::" not in problem and len(problem) < 200
     assert "\n" not in problem
 
 
