@@ -20,8 +20,8 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
+import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -87,15 +87,17 @@ def measured(folder: Path, steps: int, *, browser: bool) -> Iterator[Value]:
 
 def made(arguments: list[str]) -> tuple[list[float], float]:
     """(seconds of each of several calls of the command, peak of resident memory in MB)."""
-    times = list[float]()
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    times, peak = list[float](), 0.0
     for _ in range(REPEATS):
-        before = used.ru_utime + used.ru_stime
         command = [sys.executable, "-m", "onewan", *arguments]
-        subprocess.run(command, check=True, capture_output=True)
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        times.append(used.ru_utime + used.ru_stime - before)
-    return times, used.ru_maxrss / 1000
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            sys.exit(f"{' '.join(command)}: status {process.returncode}")
+        times.append(used.ru_utime + used.ru_stime)
+        peak = max(peak, used.ru_maxrss / 1000)
+    return times, peak
 
 
 def opened(page: Path, kind: str, window: str, profile: Path) -> Iterator[Value]:

@@ -23,7 +23,9 @@ def test_the_demo_lowers_the_loss_and_its_results_work(
     folder = Path("a demo")  # a path with a space, as many users have
     assert main(["demo", "--dir", str(folder)]) == 0
     out, err = capsys.readouterr()
-    assert err == "" and len(out.splitlines()) <= 65  # `make demo` adds a few lines of its own
+    # Lines of progress come every few seconds, on a slow machine more of them.
+    lines = [line for line in out.splitlines() if not re.match(r"(encod|train|sampl)ing ", line)]
+    assert err == "" and len(lines) <= 60  # `make demo` adds a few lines of its own
     assert str(tmp_path) not in out  # all paths are relative to the current folder
     run = folder / "runs" / "run"
     grid: dict[str, list[float]] = {}
