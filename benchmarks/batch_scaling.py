@@ -21,8 +21,8 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from figures import Chart, Figure, Value, add_output_options, measured_here, save
-from measuring import clock_name, in_turns, peak_of, release, use_simulated_device
+from figures import Chart, Figure, Value, add_output_options, measured_here, print_values, save
+from measuring import clock_name, in_turns, peak_of, release, simulated_device
 from small_runs import SmallRuns, add_scale_options, build, scale_in_words, step_of, write_runs
 
 from onewan.devices import device_memory
@@ -129,25 +129,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_output_options(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    on_cpu = options.device == "cpu"
-    if on_cpu:
-        use_simulated_device()
+    sim = simulated_device() if options.device == "cpu" else None
     batches = sorted(options.batch)
     with tempfile.TemporaryDirectory() as folder:
         runs = write_runs(options, Path(folder) / "timed")
         values = samples_per_second(runs, batches, options.steps)
         counted = runs
-        if on_cpu:
-            counted = write_runs(options, Path(folder) / "counted", torch.device("sim", 0))
+        if sim is not None:
+            counted = write_runs(options, Path(folder) / "counted", sim)
         values += peaks(counted, batches)
         figure = figure_of(values, scale_in_words(runs, options), runs)
-    for value in values:
-        expected = "" if value.expected is None else f" (by arithmetic {value.expected:.3g})"
-        ratio = "" if value.ratio is None else f", {value.ratio:.2f} of {value.baseline}"
-        print(
-            f"batch size {value.case['batch size']}: {value.measure} {value.median:.3g} "
-            f"{value.unit}{expected}{ratio}"
-        )
+    print_values(figure, "batch size")
     save(figure, options)
     return 0
 

@@ -23,13 +23,13 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from figures import Chart, Figure, Value, add_output_options, measured_here, save
-from measuring import clock, clock_name, peak_of, release, use_simulated_device
+from figures import Chart, Figure, Value, add_output_options, measured_here, print_values, save
+from measuring import clock, clock_name, peak_of, release, simulated_device
 from small_runs import SmallRuns, add_scale_options, build, scale_in_words, step_of, write_runs
 
 from onewan.data.clip import Clip
@@ -212,18 +212,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_output_options(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    on_cpu = options.device == "cpu"
-    if on_cpu:
-        use_simulated_device()
+    sim = simulated_device() if options.device == "cpu" else None
     values: list[Value] = []
     with tempfile.TemporaryDirectory() as folder:
         runs = write_runs(options, Path(folder))
         counted = runs
-        if on_cpu:
-            counted = SmallRuns(
-                folder=runs.folder, variant=runs.variant, size=runs.size, layers=runs.layers,
-                device=torch.device("sim", 0),
-            )  # fmt: skip
+        if sim is not None:
+            counted = replace(runs, device=sim)
         many: Path = options.clips or runs.folder / "clips" / "many"
         if not options.clips:
             write_clips(many)
@@ -233,12 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         values = with_ratios(values)
         count = sum(1 for file in many.iterdir() if file.suffix != ".txt")
         figure = figure_of(values, runs, scale_in_words(runs, options), count)
-    for value in figure.values:
-        expected = "" if value.expected is None else f" (by arithmetic {value.expected:.3g})"
-        print(
-            f"batch size {value.case['batch size']}: {value.measure} {value.median:.3g} "
-            f"{value.unit}{expected}"
-        )
+    print_values(figure, "batch size")
     save(figure, options)
     return 0
 

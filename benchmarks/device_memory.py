@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from figures import Chart, Figure, Value, add_output_options, measured_here, save
-from measuring import release, use_simulated_device
+from measuring import release, simulated_device
 from small_runs import SmallRuns, add_scale_options, scale_in_words, write_runs
 
 from onewan.devices import device_memory, reset_peak
@@ -157,10 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_output_options(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    device = None
-    if options.device == "cpu":
-        use_simulated_device()
-        device = torch.device("sim", 0)
+    device = simulated_device() if options.device == "cpu" else None
     values: list[Value] = []
     with tempfile.TemporaryDirectory() as folder:
         runs = write_runs(options, Path(folder), device)

@@ -260,6 +260,17 @@ def save(figure: Figure, options: argparse.Namespace) -> None:
         options.plot.write_text("\n".join(draw(figure)), encoding="utf-8")
 
 
+def print_values(figure: Figure, key: str) -> None:
+    """A line for each value of `figure`, by its case's `key`."""
+    for value in figure.values:
+        expected = "" if value.expected is None else f" (by arithmetic {value.expected:.3g})"
+        ratio = "" if value.ratio is None else f", {value.ratio:.2f} of {value.baseline}"
+        print(
+            f"{key} {value.case[key]}: {value.measure} {value.median:.3g} "
+            f"{value.unit}{expected}{ratio}"
+        )
+
+
 def command_line(arguments: Sequence[str]) -> str:
     """The command that repeats a benchmark, without the options for its output and without the
     folders of this machine."""

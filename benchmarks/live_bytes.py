@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import use_simulated_device
+from measuring import simulated_device
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -266,7 +266,7 @@ def fake_device(*, fused_kernels: bool = True) -> Iterator[torch.device]:
     With `fused_kernels`, attention in half precision is flash attention's operator and RMSNorm is
     one kernel, as on CUDA and ROCm, and not what the simulated accelerator has for them.
     """
-    use_simulated_device()
+    device = simulated_device()
     swap = torch.utils.swap_tensors
     mode = _MovableFakes()
 
@@ -306,7 +306,7 @@ def fake_device(*, fused_kernels: bool = True) -> Iterator[torch.device]:
         F.rms_norm = fused_rms_norm
     try:
         with mode:
-            yield torch.device("sim", 0)
+            yield device
     finally:
         torch.utils.swap_tensors = swap
         F.scaled_dot_product_attention = attention

@@ -26,14 +26,15 @@ def parse_size(text: str) -> Size:
     return frames, height, width
 
 
-def use_simulated_device() -> None:
-    """Register the device ``sim`` of ``tests/simulated_gpu`` with PyTorch.
+def simulated_device() -> torch.device:
+    """The device ``sim`` of ``tests/simulated_gpu``, which it registers with PyTorch.
 
     Before the first backward pass of the process. Its first use on a machine compiles it.
     """
     if "simulated_gpu" not in sys.modules:
         sys.path.append(str(Path(__file__).parents[1] / "tests"))
     importlib.import_module("simulated_gpu")
+    return torch.device("sim", 0)
 
 
 def release(device: torch.device) -> None:

@@ -25,7 +25,7 @@ from statistics import median
 
 import torch
 from figures import Chart, Figure, Value, add_output_options, measured_here, save
-from measuring import WARM_UP, in_turns, peak_of, release, use_simulated_device
+from measuring import WARM_UP, in_turns, peak_of, release, simulated_device
 from small_runs import SmallRuns, add_scale_options, build, scale_in_words, step_of, write_runs
 from streaming import CARDS, predict
 
@@ -230,10 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_output_options(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    device = None
-    if options.device == "cpu":
-        use_simulated_device()
-        device = torch.device("sim", 0)
+    device = simulated_device() if options.device == "cpu" else None
     seconds: dict[str, list[float]] = {}
     values: list[Value] = []
     with tempfile.TemporaryDirectory() as folder:

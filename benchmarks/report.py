@@ -77,7 +77,9 @@ SECTIONS: dict[str, tuple[Benchmark, ...]] = {
         ),
     ),
     "Reports of runs": (
-        Benchmark(figure="report_page", script="report_page.py", quick=None, needs="chromium"),
+        Benchmark(
+            figure="report_page", script="report_page.py", quick=None, needs="the browser chromium"
+        ),
     ),
     "Start-up": (Benchmark(figure="startup", script="startup.py", quick=("--repeats", "3")),),
     "Data, sampling and files": (
@@ -86,9 +88,6 @@ SECTIONS: dict[str, tuple[Benchmark, ...]] = {
         Benchmark(figure="sampling", script="sampling.py", quick=None),
         Benchmark(figure="convert", script="convert.py", quick=None),
         Benchmark(figure="loading", script="loading.py", quick=None),
-        Benchmark(
-            figure="report_page", script="report_page.py", quick=None, needs="the browser chromium"
-        ),
     ),
 }
 """All benchmarks. The first five titles are those of the project's design."""
