@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from onewan.report.steps import StepTable
-from onewan.runs.event_file import read_events
+from onewan.runs.event_file import read_events, time_of
 from onewan.runs.events import ENDS
 from onewan.runs.status import RunState
 
@@ -144,7 +144,7 @@ class _Reader:
             self._history.damaged_count += 1
         if self._history.processes and kind != "started":
             process = self._history.processes[-1]
-            process.end = _time(event) or process.end
+            process.end = time_of(event) or process.end
 
     def ended(self) -> History:
         history = self._history
@@ -159,7 +159,7 @@ class _Reader:
         steps = event.get("steps")
         if isinstance(steps, int):
             self._history.planned_steps = steps
-        time = _time(event)
+        time = time_of(event)
         self._history.processes.append(
             Process(
                 begin=time,
@@ -268,12 +268,3 @@ class _Reader:
 def file_name(path: object) -> str:
     """The name of a file, of a path of any system; empty for what is no path."""
     return path.replace("\\", "/").rpartition("/")[2] if isinstance(path, str) else ""
-
-
-def _time(event: Mapping[str, Any]) -> datetime | None:
-    try:
-        # Python 3.10 parses no "Z".
-        time = datetime.fromisoformat(str(event.get("time")).replace("Z", "+00:00"))
-    except ValueError:
-        return None
-    return time if time.tzinfo else time.replace(tzinfo=timezone.utc)

@@ -137,6 +137,16 @@ class HeartbeatThread:
         self._thread.join()
 
 
+def time_of(event: Mapping[str, Any]) -> datetime | None:
+    """When an event was written, with its time zone; None if that is not in it."""
+    try:
+        # Python 3.10 parses no "Z".
+        time = datetime.fromisoformat(str(event.get("time")).replace("Z", "+00:00"))
+    except ValueError:
+        return None
+    return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
+
+
 def read_events(
     path: Path, on_damage: Callable[[int], None] = lambda _line: None
 ) -> Iterator[dict[str, Any]]:

@@ -22,7 +22,7 @@ from onewan.documents import decode_text, get_path, parse_yaml
 from onewan.errors import ConfigError, OnewanError
 from onewan.files import read_input, total_bytes
 from onewan.locks import holder_is_alive
-from onewan.runs.event_file import Process, last_event, processes, read_backwards
+from onewan.runs.event_file import Process, last_event, processes, read_backwards, time_of
 from onewan.runs.events import (
     ENDS,
     HEARTBEAT_SECONDS,
@@ -216,8 +216,8 @@ def read_status(folder: Path, *, now: datetime | None = None) -> RunStatus:
         step=step,
         steps=steps,
         experts=_experts(layout, settings, step),
-        started=_time(history[0].first) if history else None,
-        updated=_time(last_event(layout.events) or {}),
+        started=time_of(history[0].first) if history else None,
+        updated=time_of(last_event(layout.events) or {}),
         seconds=sum(map(_seconds, history)),
         seconds_left=_seconds_left(layout, step, steps) if state == "running" else None,
         saved_step=saved,
@@ -297,7 +297,7 @@ def _state(
     if not last:
         return "running" if alive else "not started", ""
     first = history[-1].first if history else {}
-    every, written = _number(first, "heartbeat_seconds") or HEARTBEAT_SECONDS, _time(last)
+    every, written = _number(first, "heartbeat_seconds") or HEARTBEAT_SECONDS, time_of(last)
     silent = 0.0 if written is None else (now - written).total_seconds()
     if silent <= _SILENT_HEARTBEATS * every:
         return "running", ""
@@ -382,18 +382,8 @@ def _newest(layout: RunLayout, *kinds: str) -> dict[str, Any]:
 
 
 def _seconds(process: Process) -> float:
-    first, last = _time(process.first), _time(process.last)
+    first, last = time_of(process.first), time_of(process.last)
     return 0.0 if first is None or last is None else max(0.0, (last - first).total_seconds())
-
-
-def _time(event: Mapping[str, Any]) -> datetime | None:
-    """When an event was written."""
-    try:
-        # Python 3.10 parses no "Z".
-        time = datetime.fromisoformat(str(event.get("time")).replace("Z", "+00:00"))
-    except ValueError:
-        return None
-    return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
 
 
 def _text(time: datetime | None) -> str | None:
