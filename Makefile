@@ -53,7 +53,7 @@ wheel: $(READY)
 	$(BIN)/python scripts/installations wheel
 
 # The same with every package at its lower bound in pyproject.toml, and the tests that touch those packages. PyTorch is
-# the tested version; with TORCH_INDEX=https://download.pytorch.org/whl/cpu it is at its lower bound too.
+# the tested version; with TORCH_INDEX=ADDRESS, an index of CPU builds, it is at its lower bound too.
 oldest: $(READY)
 	@echo "== oldest supported packages"
 	TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python scripts/installations oldest

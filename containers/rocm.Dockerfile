@@ -1,24 +1,25 @@
 # syntax=docker/dockerfile:1
 # onewan with PyTorch for ROCm (AMD). From the root of the repository:
-#   docker build -f containers/rocm.Dockerfile -t onewan:rocm .
+#   docker build -f containers/rocm.Dockerfile -t onewan:rocm --build-arg TORCH_INDEX=ADDRESS .
 # PyTorch's wheels contain ROCm: the host needs the amdgpu driver of its kernel only.
 # docs/containers.md tells more. cuda.Dockerfile differs in nothing but the accelerator.
-ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 # The virtual environment. Its compilers and caches stay in this stage.
 FROM ${PYTHON_IMAGE} AS build
-ARG TORCH_INDEX=https://download.pytorch.org/whl/rocm7.2
+# The index of the ROCm build: the address that pytorch.org gives after --index-url.
+ARG TORCH_INDEX
+RUN test -n "$TORCH_INDEX" || { echo "--build-arg TORCH_INDEX=ADDRESS is missing" >&2; exit 1; }
 RUN python -m venv /opt/onewan
 ENV PATH=/opt/onewan/bin:$PATH \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore
 WORKDIR /source
 COPY constraints.txt ./
-# A layer of its own, since it is the largest and changes least. The index has the version that CI
-# tests, in a build for each accelerator.
+# A layer of its own, since it is the largest and changes least: the version that CI tests.
 RUN --mount=type=cache,target=/root/.cache/pip \
     grep '^torch==' constraints.txt > torch.txt \
-    && pip install --index-url "$TORCH_INDEX" --requirement torch.txt
+    && pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --requirement torch.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY src ./src
 RUN --mount=type=cache,target=/root/.cache/pip \

@@ -1,6 +1,6 @@
 """Build images and use them, where there is neither a container engine nor their base image.
 
-    python scripts/check_containers.py [cuda] [rocm] [--torch-index URL] [--mount PATH ...]
+    python scripts/check_containers.py [cuda] [rocm] --torch-index URL [--mount PATH ...]
 
 Needs root on Debian, buildah and mmdebstrap, and takes about ten minutes and 10 GB of temporary
 files for an image. Without a name both are built. The base image is
@@ -79,7 +79,7 @@ def base_of(file: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", nargs="*", metavar="IMAGE", help=", ".join(IMAGES))
-    parser.add_argument("--torch-index", default="https://download.pytorch.org/whl/cpu")
+    parser.add_argument("--torch-index", required=True, help="an index with a CPU build")
     parser.add_argument("--mount", action="append", default=[], type=Path)
     arguments = parser.parse_args()
     mounts = [f"--volume={path}:{path}:ro" for path in arguments.mount]

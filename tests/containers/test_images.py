@@ -60,12 +60,12 @@ def test_the_two_files_differ_in_the_accelerator_only() -> None:
     cuda, rocm = (FILES[name].read_text(encoding="utf-8").splitlines() for name in FILES)
     changed = [line for line in difflib.ndiff(cuda, rocm) if line[:2] in ("- ", "+ ")]
     instructions = [line for line in changed if not line[2:].startswith("#")]
-    assert len(instructions) == 4  # the index and the description, each in both
-    assert all(re.search(r"TORCH_INDEX|image\.description", line) for line in instructions)
-    for line in instructions:
-        assert re.search(
-            r"/cu\d+$|CUDA" if line[0] == "-" else r"/rocm[\d.]+$|ROCm", line.rstrip('" \\')
-        )
+    description = [line for line in instructions if "image.description" in line]
+    index = [line for line in instructions if line not in description]
+    assert [line[0] for line in description] == ["-", "+"]
+    assert "CUDA" in description[0] and "ROCm" in description[1]
+    # Without an index, pip takes the build for CUDA.
+    assert len(index) == 1 and index[0].startswith('+ RUN test -n "$TORCH_INDEX"')
 
 
 def is_ignored(path: str) -> bool:
