@@ -173,10 +173,9 @@ def test_the_compose_file_follows_its_specification() -> None:
 def test_compose_builds_the_image_and_mounts_its_volumes(name: str) -> None:
     service = compose()["services"][name]
     final = stages(name)[1]
+    known = {rest.partition("=")[0] for stage in stages(name) for rest in arguments(stage, "ARG")}
     assert (ROOT / service["build"]["dockerfile"]) == FILES[name]
-    assert service["build"]["args"].keys() <= {
-        rest.partition("=")[0] for rest in arguments(final, "ARG")
-    }
+    assert service["build"]["args"].keys() <= known
     mounted = {volume.rpartition(":")[2] for volume in service["volumes"]}
     assert mounted == set(YAML(typ="safe").load(arguments(final, "VOLUME")[0]))
     assert service["profiles"] == [name]  # so that `docker compose up` does not start both
