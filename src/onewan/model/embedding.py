@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import nn
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from onewan.errors import ConfigError
 from onewan.formats.embedding import read_embedding
+from onewan.model.prompts import clean_prompt
 from onewan.model.text import encode_prompt, token_ids
 
 # Any constant would do, but changing it would change the uuids of all placeholders.
@@ -79,7 +79,7 @@ class WanModelEmbedding:
         has no tokens; CheckpointError if the text encoder was not loaded.
         """
         tokenizer, text_encoder = model.prompt_encoder()
-        text = prompt_clean(initial_text)
+        text = clean_prompt(initial_text)
         ids = token_ids(tokenizer, text)
         if not ids:
             raise ConfigError(
@@ -153,7 +153,7 @@ def _placeholder_error(placeholder: str) -> str | None:
     """An error message if no cleaned prompt can contain `placeholder`, else None."""
     # Between words, because cleaning removes spaces at the ends and may join characters.
     around = f"a {placeholder} b"
-    cleaned = prompt_clean(around)
+    cleaned = clean_prompt(around)
     if not placeholder.split() or cleaned.split() != ["a", placeholder, "b"]:
         shown = cleaned[2:-2].strip()
         why = f"would be {shown!r} in a cleaned prompt" if shown != placeholder else "has a space"

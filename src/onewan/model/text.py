@@ -21,13 +21,13 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from onewan.errors import CheckpointError
 from onewan.model.inputs import to_device
+from onewan.model.prompts import clean_prompt
 from onewan.variants import TEXT_LENGTH
 
 
@@ -66,7 +66,7 @@ def encode_prompt(
     With gradients enabled, they flow to vectors that require them; a prompt without a placeholder
     never records any. CheckpointError for vectors of another width than the encoder's.
     """
-    prompt = prompt_clean(prompt)
+    prompt = clean_prompt(prompt)
     pieces = _split_at_placeholders(prompt, [embedding.placeholder for embedding in embeddings])
     if len(pieces) == 1:
         return _encode_tokens(tokenizer, text_encoder, prompt)
@@ -98,7 +98,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def token_count(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
     """How many tokens `prompt` has, with the end token, before it is cut to 512."""
-    return len(tokenizer(prompt_clean(prompt)).input_ids)
+    return len(tokenizer(clean_prompt(prompt)).input_ids)
 
 
 def pad_text(embeddings: Sequence[Tensor]) -> Tensor:
@@ -126,7 +126,7 @@ def checkpoint_encoder(text_encoder: UMT5EncoderModel) -> None:
 
 def mentions(prompt: str, placeholder: str) -> bool:
     """Whether encoding `prompt` uses the vectors of `placeholder`."""
-    return len(_split_at_placeholders(prompt_clean(prompt), [placeholder])) > 1
+    return len(_split_at_placeholders(clean_prompt(prompt), [placeholder])) > 1
 
 
 def _split_at_placeholders(prompt: str, placeholders: Iterable[str]) -> list[str]:
