@@ -74,7 +74,7 @@ def test_only_entries_with_changed_inputs_are_encoded(run_file: RunFile, own: Pa
     (own / "clips" / "red_square.txt").rename(own / "clips" / "renamed.txt")
     assert prepared(config)[1] == []  # content decides, not the name
 
-    shutil.copy(own / "clips" / "renamed.mp4", own / "clips" / "yellow_circle.avi")
+    shutil.copy(own / "clips" / "renamed.mp4", own / "clips" / "yellow_circle.mp4")
     assert prepared(config)[1] == []  # the same content once more
 
     shorter = run_file("t2v-a14b", *settings(own), "wan_config.max_frames=5")

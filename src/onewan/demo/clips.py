@@ -1,4 +1,4 @@
-"""Draws a few short captioned clips of moving shapes, in each container that onewan reads."""
+"""Draws a few short captioned clips of moving shapes, in several containers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class _Scene:
     shape: str
     color: tuple[int, int, int]
     background: tuple[int, int, int]
-    captions: tuple[str, ...]
+    caption: str
 
 
-# Containers, frame rates and numbers of captions differ, as in a folder of real clips, so that the
-# demonstration resamples in time, crops, and draws among captions.
+# Containers and frame rates differ, as in a folder of real clips, so that the demonstration
+# resamples in time and crops.
 _SCENES = (
     _Scene(
         file="red_square.mp4",
@@ -34,7 +34,7 @@ _SCENES = (
         shape="square",
         color=(214, 48, 49),
         background=(24, 28, 40),
-        captions=("a red square moves slowly across a dark background",),
+        caption="a red square moves slowly across a dark background",
     ),
     _Scene(
         file="blue_circle.webm",
@@ -42,10 +42,7 @@ _SCENES = (
         shape="circle",
         color=(9, 132, 227),
         background=(245, 240, 225),
-        captions=(
-            "a small blue circle bounces up and down, the camera is still",
-            "a blue ball jumps on a bright field",
-        ),
+        caption="a small blue circle bounces up and down, the camera is still",
     ),
     _Scene(
         file="green_triangle.mov",
@@ -53,15 +50,15 @@ _SCENES = (
         shape="triangle",
         color=(0, 184, 148),
         background=(60, 20, 60),
-        captions=("a green triangle turns around its centre while the light fades",),
+        caption="a green triangle turns around its centre while the light fades",
     ),
     _Scene(
-        file="yellow_circle.avi",
+        file="yellow_circle.mp4",
         fps=16,
         shape="circle",
         color=(253, 203, 110),
         background=(20, 60, 90),
-        captions=("a yellow circle crosses a blue field",),
+        caption="a yellow circle crosses a blue field",
     ),
     _Scene(
         file="still_square.png",
@@ -69,7 +66,7 @@ _SCENES = (
         shape="square",
         color=(250, 250, 250),
         background=(120, 60, 40),
-        captions=("a white square on a brown ground",),
+        caption="a white square on a brown ground",
     ),
 )
 
@@ -87,7 +84,7 @@ def write_clips(folder: Path) -> list[Path]:
             count = round(_SECONDS * scene.fps)
             frames = np.stack([_draw(scene, i / count) for i in range(count)])
             write_video(path, frames, scene.fps)
-        path.with_suffix(".txt").write_text("\n".join(scene.captions) + "\n", encoding="utf-8")
+        path.with_suffix(".txt").write_text(f"{scene.caption}\n", encoding="utf-8")
         files.append(path)
     return files
 
