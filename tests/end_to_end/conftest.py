@@ -19,6 +19,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `clips`, `named clips`, and a tiny model of each variant under its name."""
     folder = tmp_path_factory.mktemp("workshop")
     write_clips(folder / "clips")
+    with (folder / "clips" / "blue_circle.txt").open("a", encoding="utf-8") as captions:
+        captions.write("a blue ball jumps on a bright field\n")  # one of two is drawn for each step
     shutil.copytree(folder / "clips", folder / "named clips")
     for caption in (folder / "named clips").glob("*.txt"):
         caption.write_text("a <shape> on a dark background", encoding="utf-8")
