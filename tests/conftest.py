@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,10 @@ if "ONEWAN_DEVICE" not in os.environ:
     os.environ["ONEWAN_DEVICE"] = "cpu"
     os.environ |= dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "-1")
     os.environ["ONEAPI_DEVICE_SELECTOR"] = "opencl:cpu"
+
+# A shell starts what runs in its background with Ctrl-C ignored, which processes inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tiny models are faster on one thread, and tests run side by side. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

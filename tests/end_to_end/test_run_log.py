@@ -47,6 +47,9 @@ def test_the_log_has_the_lines_of_the_terminal(
     assert main(["train", given, "--resume"]) == 0
     shown = capsys.readouterr().out.splitlines()
     lines = [line for line in shown if not _ACTIVITY.match(line)]
+    # The page about the run is written once its log is closed.
+    assert sum(line.startswith("report: ") for line in lines) == 2
+    lines = [line for line in lines if not line.startswith("report: ")]
     assert log_of(config) == lines
     assert any("nothing is left to train" in line for line in lines)
     assert any("weights exported" in line for line in lines)
@@ -84,7 +87,8 @@ def test_a_stop_is_one_line(
     assert [line for line in out.splitlines() if line.startswith("stop")] == [
         "stopped; the state of step 1 is saved; continue with --resume"
     ]
-    assert log_of(config)[-1] == out.splitlines()[-1]
+    *_, stopped, report = out.splitlines()
+    assert log_of(config)[-1] == stopped and report.startswith("report: ")
 
 
 @pytest.mark.parametrize(

@@ -553,8 +553,8 @@ def test_an_expert_is_detected_by_its_file_name(tmp_path: Path, high: dict[str, 
 def fake_hub(monkeypatch: pytest.MonkeyPatch, folder: Path, repositories: dict[str, Path]) -> None:
     """`repositories` as a hub: what is asked for is copied to a snapshot below `folder`."""
 
-    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
-        if name not in repositories:
+    def snapshot_download(name: str, allow_patterns: list[str], local_files_only: bool) -> str:
+        if name not in repositories or local_files_only:
             raise LocalEntryNotFoundError("Cannot find it.\nCheck your connection.")
         snapshot = folder / name
         for path in sorted(p for p in repositories[name].rglob("*") if p.is_file()):
