@@ -125,7 +125,7 @@ def measured(folder: Path, repeats: int) -> tuple[dict[str, Times], dict[str, li
     """Times of each command, and CPU seconds of each stage of training."""
     run_file = write_demo(folder, "t2v-a14b", print)
     wrong = folder / "wrong.yaml"
-    wrong.write_text(run_file.read_text(encoding="utf-8") + "trian: {}\n", encoding="utf-8")
+    wrong.write_text(run_file.read_text(encoding="utf-8") + "training: {}\n", encoding="utf-8")
     until_it_ends(onewan("cache", str(run_file)))
     model, run = str(folder / "model"), str(run_file)
     starts: dict[str, Callable[[], float]] = {

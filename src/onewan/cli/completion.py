@@ -43,7 +43,7 @@ def show_completion(shell: str, parser: argparse.ArgumentParser) -> int:
     for command in _commands(parser):
         for action in command._actions:
             _complete(action, shtab)
-    preamble = {"bash": _BASH.format(settings=" ".join(settings()))}
+    preamble = _BASH.format(settings=" ".join(settings())) if shell == "bash" else ""
     script = shtab.complete(parser, shell, preamble=preamble)
     write(script + _BASH_END if shell == "bash" else script)
     return 0
