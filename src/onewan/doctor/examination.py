@@ -206,8 +206,8 @@ def _added_findings(
             yield Finding(
                 severity="note",
                 kind="small bucket",
-                text=f"the bucket of {frames} frames at {size[0]}x{size[1]} has {count} "
-                f"clip{'s' if count > 1 else ''}, fewer than train.batch_size ({batch}), so its "
+                text=f"the bucket of {frames} frame{'s' * (frames > 1)} at {size[0]}x{size[1]} has "
+                f"{count} clip{'s' * (count > 1)}, fewer than train.batch_size ({batch}), so its "
                 "batches are short; fewer values of video_data.resolution make fewer buckets",
             )
 
