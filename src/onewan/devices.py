@@ -1,8 +1,8 @@
 """The devices that PyTorch can compute on here: their choice, what they can do, and their memory.
 
-The only module that asks PyTorch about devices. What a device can do is told by the functions of
+The only module that asks PyTorch about devices. What a device can do follows from the functions of
 PyTorch's module for its type: `torch.cuda` (also for ROCm), `torch.xpu`, `torch.mps`, or one of
-another package. A type is named only where they do not tell. Nothing is asked when this is
+another package. A type is named only where these are not enough. Nothing is asked when this is
 imported, and nothing of CUDA's on other devices.
 """
 

@@ -1,4 +1,4 @@
-"""Whole runs on a device that has no more than Apple's GPU, and without a word to CUDA."""
+"""Whole runs on a device that has no more than Apple's GPU, and without calls into CUDA."""
 
 from __future__ import annotations
 

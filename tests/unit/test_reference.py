@@ -44,7 +44,7 @@ def test_the_reference_says_what_the_schema_says(reference: str) -> None:
     assert entry("model.variant").startswith("*`t2v-a14b`, `i2v-a14b`, ")
     assert "required*" in entry("model.variant")
     assert entry("train.save_every_minutes").startswith("*number (more than 0) or null; ")
-    # Members of a union that differ are told apart.
+    # Where members of a union differ, each has its own description.
     assert re.search(r"`lion`: \*number .*default `2e-05`\*", entry("optimizer.lr"))
     assert re.search(r"`lora`, `dora`, `loha`, `lokr`: \*whole number", entry("method.rank"))
     assert "`<fox>`" in entry("embeddings.placeholder") or "&lt;fox>" in entry(

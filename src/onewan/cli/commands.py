@@ -1,7 +1,7 @@
 """The commands demo, cache and train; imported only when one of them runs.
 
-Importing torch, diffusers and transformers takes seconds, so each command first reads its run file:
-what is wrong in that is told at once.
+Importing torch, diffusers and transformers takes seconds, so each command first reads its run file
+and reports mistakes in it without that wait.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class ModelSection(Section):
     """The Wan 2.2 variant; checked against the weights."""
     check_file_names: bool = True
     """Refuse a file for the high-noise expert if its name says low noise, and the reverse. The
-    weights of the two can't be told apart."""
+    weights of the two have the same names and shapes."""
     experts: Literal["both", "high", "low"] = "both"
     """Experts to train. T2V-A14B and I2V-A14B have two: `high` denoises the noisy first part of
     sampling (layout and motion), `low` the rest (detail). TI2V-5B has one: keep `both`."""

@@ -181,7 +181,7 @@ class _Reader:
         return True
 
     def _drop_after(self, step: int) -> None:
-        """Forget what an earlier process did after `step`, since the run goes on from there."""
+        """Discard what an earlier process did after `step`, since the run goes on from there."""
         history = self._history
         history.steps.drop_after(step)
         history.validations = {k: v for k, v in history.validations.items() if k[0] <= step}

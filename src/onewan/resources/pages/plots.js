@@ -168,7 +168,7 @@
       this.cut = false;
       if (this.full) {
         const top = this.usual(left, right);
-        // Where a few values are so high that nothing else could be told apart.
+        // Where a few values are so high that all others would look the same.
         const isSquashed = !this.log && high > low + 1.5 * (top - low);
         this.full.hidden = !isSquashed;
         this.cut = isSquashed && this.full.getAttribute("aria-pressed") !== "true";
