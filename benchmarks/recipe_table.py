@@ -1,4 +1,4 @@
-"""The tables of docs/recipes.md and docs/start.md, from `onewan.cli.recipes`.
+"""The tables of docs/recipes.md and docs/start.md, from `onewan.presets.recipes`.
 
 python benchmarks/recipe_table.py    # writes them between their markers
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from markers import replace_between
 
-from onewan.cli.recipes import RECIPES, Recipe
+from onewan.presets.recipes import RECIPES, Recipe
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 DOCUMENTS = ((DOCS / "recipes.md", True), (DOCS / "start.md", False))

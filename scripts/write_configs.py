@@ -3,7 +3,7 @@
 Usage: python scripts/write_configs.py [--check]
 
 With --check nothing is written, and the exit status is 1 if a file is not up to date. Each run file
-is the one that `onewan init` writes for its variant, method and card (`onewan.cli.run_files`).
+is the one that `onewan init` writes for its variant, method and card (`onewan.presets.run_files`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from onewan.cli.fitting import fitted
-from onewan.cli.run_files import CARDS_GB, LISTED, RunFile, as_listed, cells
-from onewan.cli.starter import METHODS, MethodKind, StarterRequest, starter
 from onewan.errors import MemoryPlanError
+from onewan.presets.fitting import fitted
+from onewan.presets.run_files import CARDS_GB, LISTED, RunFile, as_listed, cells
+from onewan.presets.starter import METHODS, MethodKind, StarterRequest, starter
 from onewan.variants import VARIANTS, VariantName
 
 ROOT = Path(__file__).resolve().parents[1]

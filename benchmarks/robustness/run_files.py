@@ -21,11 +21,11 @@ from typing import Any
 from harness import canary, run_cases
 
 from onewan.cli.boundary import guarded
-from onewan.cli.starter import StarterRequest, starter
 from onewan.config import dump_run, load_run
 from onewan.config.fields import leaves, schema_fields
 from onewan.config.section import members_of
 from onewan.errors import ConfigError
+from onewan.presets.starter import StarterRequest, starter
 from onewan.variants import VARIANTS
 
 Path_ = tuple[str | int, ...]

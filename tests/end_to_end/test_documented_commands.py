@@ -32,10 +32,10 @@ from support.other_program_files import as_gguf
 
 from onewan.cli import main, parse
 from onewan.cli.parser import _parser
-from onewan.cli.starter import COMFYUI_FILES
 from onewan.demo.clips import write_clips
 from onewan.demo.tiny_model import write_tiny_model
 from onewan.formats.weights import open_component
+from onewan.presets.starter import COMFYUI_FILES
 
 SMALL = """
 wan_config: {max_frames: 5}

@@ -16,9 +16,9 @@ from diffusers import WanPipeline
 from PIL import Image
 
 from onewan.cli import main
-from onewan.cli.starter import COMFYUI_FILES
 from onewan.demo.clips import write_clips
 from onewan.demo.tiny_model import write_tiny_model
+from onewan.presets.starter import COMFYUI_FILES
 from onewan.runs.event_file import read_events
 
 SMALL = """

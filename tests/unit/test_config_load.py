@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from onewan.cli.starter import StarterRequest, starter
 from onewan.config import RunConfig, changed_fields, dump_run, load_run
 from onewan.config.schema import SCHEMA_VERSION
 from onewan.errors import ConfigError
+from onewan.presets.starter import StarterRequest, starter
 from onewan.variants import NEGATIVE_PROMPT, VARIANTS, VariantName
 
 SHARE = "train.high_expert_share"

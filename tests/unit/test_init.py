@@ -12,8 +12,6 @@ import recipe_table
 from onewan.arithmetic.byte_sizes import parse_bytes
 from onewan.cli import main
 from onewan.cli.init import run_name
-from onewan.cli.recipes import PURPOSES, RECIPES, TRIGGER_WORD, PurposeName
-from onewan.cli.starter import COMFYUI_FILES, METHODS, MethodKind, StarterRequest, starter
 from onewan.config import json_schema, load_run
 from onewan.config.method import LoraMethod
 from onewan.config.optimizer import AdamWOptimizer
@@ -22,6 +20,8 @@ from onewan.demo.tiny_model import write_tiny_model
 from onewan.formats.model_folder import ComponentName
 from onewan.memory.plan import Bucket, find_machine, make_plan
 from onewan.memory.plan.stored import assumed_model, read_stored_model, with_changes
+from onewan.presets.recipes import PURPOSES, RECIPES, TRIGGER_WORD, PurposeName
+from onewan.presets.starter import COMFYUI_FILES, METHODS, MethodKind, StarterRequest, starter
 from onewan.variants import VARIANTS, VariantName
 
 GB = 10**9

@@ -13,14 +13,14 @@ import pytest
 
 from onewan.cli import main
 from onewan.cli.plan import plan_of
-from onewan.cli.run_files import (
+from onewan.config.load import load_run
+from onewan.demo.clips import write_clips
+from onewan.presets.run_files import (
     CARDS_GB,
     RunFile,
     as_listed,
     listed,
 )
-from onewan.config.load import load_run
-from onewan.demo.clips import write_clips
 from onewan.train.dry_run import dry_run
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,11 +21,11 @@ import pytest
 
 from onewan import demo
 from onewan.cli import main
-from onewan.cli.recipes import PURPOSES
-from onewan.cli.starter import METHODS, StarterRequest, starter
 from onewan.config import dump_run, json_schema, load_run
 from onewan.documents import parse_yaml
 from onewan.errors import ConfigError
+from onewan.presets.recipes import PURPOSES
+from onewan.presets.starter import METHODS, StarterRequest, starter
 from onewan.variants import VariantName
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,13 +11,11 @@ from typing import Any
 from onewan import importing
 from onewan.cli.output import complain, write
 from onewan.config.load import load_run
-from onewan.documents import to_yaml
-from onewan.errors import ConfigError, one_line
+from onewan.errors import ConfigError
 from onewan.files import replacing
 from onewan.importing import Imported
 from onewan.variants import VariantName
 
-_MARK = "# Made by onewan from the OneTrainer config"
 _SHOWN = 60
 """Characters of a key or value."""
 _MOST = 500
@@ -33,7 +31,7 @@ def import_config(
     account: str,
 ) -> int:
     imported = importing.import_config(config, variant=variant, root=root)
-    text = _yaml(imported, config)
+    text = importing.run_file_text(imported, config.name)
     if output is None:
         write(text)
     else:
@@ -53,7 +51,7 @@ def run_file_of(path: Path) -> Path:
         return path
     imported = importing.import_config(path)
     beside = path.with_name(f"{path.stem}.onewan.yaml")
-    if beside.exists() and not beside.read_text(encoding="utf-8").startswith(_MARK):
+    if beside.exists() and not beside.read_text(encoding="utf-8").startswith(importing.MARK):
         raise ConfigError(
             str(path),
             [
@@ -62,18 +60,12 @@ def run_file_of(path: Path) -> Path:
             ],
         )
     with replacing(beside) as made:
-        made.write_text(_yaml(imported, path), encoding="utf-8")
+        made.write_text(importing.run_file_text(imported, path.name), encoding="utf-8")
     for line in _account(imported, "short"):
         complain(line)
     load_run(beside)  # errors name the run file, where the user can correct them
     complain(f"{path} was imported as {beside}")
     return beside
-
-
-def _yaml(imported: Imported, config: Path) -> str:
-    notices = [f"# Check: {one_line(notice)}" for notice in imported.notices]
-    head = [f"{_MARK} {one_line(config.name)}.", *notices]
-    return "\n".join([*head, to_yaml(imported.document)])
 
 
 def _account(imported: Imported, how: str) -> Iterator[str]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from onewan.cli.arguments import STANDARD_OUTPUT
-from onewan.cli.output import complain, say, write, write_file
-from onewan.cli.run_files import show_list
-from onewan.cli.starter import COMFYUI_FILES, StarterRequest, starter
+from onewan.cli.output import complain, say, write, write_file, write_json
 from onewan.errors import ConfigError
+from onewan.presets.run_files import HEADINGS, RunFile, cells, matching
+from onewan.presets.starter import COMFYUI_FILES, StarterRequest
 from onewan.runs.layout import displayed
 
 _COMMON_NAMES = ("config", "onewan", "run", "train", "training")
@@ -25,14 +26,10 @@ def init(options: argparse.Namespace) -> int:
     """Write the run file that `options` describe, and say what comes next; or list those there
     are."""
     if options.list:
-        return show_list(
-            variant=options.variant,
-            method=options.method,
-            vram=options.vram,
-            as_json=options.json,
-        )
+        rows = matching(options.variant, options.method, options.vram)
+        _show_list(rows, as_json=options.json)
+        return 0
     file = None if options.file in (None, STANDARD_OUTPUT) else Path(options.file)
-    _check(options, file)
     shown = "run.yaml" if file is None else str(file)
     request = StarterRequest(
         variant=options.variant or "t2v-a14b",
@@ -41,28 +38,21 @@ def init(options: argparse.Namespace) -> int:
         name=None if file is None else run_name(file),
         file=f'"{shown}"' if " " in shown else shown,
     )
-    lines = list[str]()
+    _check(request, file, force=options.force)
     folder = Path.cwd() if file is None else Path(os.path.abspath(file)).parent
+    from onewan.presets.made import make
+
+    made = make(request, folder, models=options.models, vram=options.vram, ram=options.ram)
+    lines = list[str]()
     if options.models is not None:
-        from onewan.cli.model_files import find_model_files
-
-        found = find_model_files(options.models, request.facts)
-        request = replace(request, models=found.paths, models_folder=_from(folder, found.folder))
-        lines += [*_about_models(request), *found.notes]
-    if options.vram is not None:
-        from onewan.cli.fitting import fitted
-
-        values, _ = fitted(request, options.vram, options.ram)
-        request = replace(request, fitted=values)
-    paths = {name: Path(_from(folder, path)) for name, path in request.models.items()}
-    text = starter(replace(request, models=paths))
+        lines += [*_about_models(made.request), *made.notes]
     if file is None:
-        write(text)
+        write(made.text)
         for line in lines:
             complain(line)
         return 0
-    write_file(file, text)
-    for line in (f"{file}: written", *lines, *_next_lines(request, file)):
+    write_file(file, made.text)
+    for line in (f"{file}: written", *lines, *_next_lines(made.request, file)):
         say(line)
     return 0
 
@@ -74,30 +64,22 @@ def run_name(file: Path) -> str:
     return _NOT_IN_NAMES.sub("_", stem).lstrip(".") or "run"
 
 
-def _check(options: argparse.Namespace, file: Path | None) -> None:
+def _check(request: StarterRequest, file: Path | None, *, force: bool) -> None:
     """ConfigError for what can't be asked for, before anything is searched."""
     problems = list[str]()
-    if options.purpose == "photos" and options.variant == "i2v-a14b":
-        problems.append(
-            "--purpose photos: a photo teaches an image-to-video model nothing, since its only "
-            "frame is given; use --variant t2v-a14b or ti2v-5b, or clips"
-        )
+    if problem := request.problem():
+        problems.append(f"--purpose {request.purpose}: {problem}")
     if file is not None:
         if file.suffix.lower() == ".json":
             problems.append(f"{file}: a run file with comments is YAML; end its name in .yaml")
         if file.is_dir():
             problems.append(f"{file}: is a folder; give the name of a file in it")
-        elif os.path.lexists(file) and not options.force:
+        elif os.path.lexists(file) and not force:
             problems.append(f"{file}: exists already; give another name, or --force to replace it")
         elif not file.absolute().parent.is_dir():
             problems.append(f"{file}: there is no folder {file.parent}; make it first")
     if problems:
         raise ConfigError("onewan init", problems)
-
-
-def _from(folder: Path, path: Path) -> str:
-    """`path` as a run file in `folder` names it: relative where it lies in there."""
-    return (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()
 
 
 def _about_models(request: StarterRequest) -> list[str]:
@@ -130,3 +112,22 @@ def _next_lines(request: StarterRequest, file: Path) -> list[str]:
         f"  onewan train {request.file}",
         "For completion in an editor: onewan schema onewan.schema.json, beside the run file",
     ]
+
+
+def _show_list(rows: Sequence[RunFile], *, as_json: bool) -> None:
+    if as_json:
+        write_json({"run_files": [{"file": row.file, **asdict(row)} for row in rows]})
+        return
+    for line in _table(rows):
+        say(line)
+    say()
+    say("Time is that of a step by arithmetic, and host what all of the run takes of host memory.")
+    say("Such a file for your clips: onewan init dog.yaml --variant V --method M --vram 24GB")
+
+
+def _table(rows: Sequence[RunFile]) -> Iterator[str]:
+    """`rows` as lines in columns."""
+    lines = [HEADINGS, *map(cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        yield "  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)).rstrip()

@@ -12,7 +12,6 @@ from onewan.cli.caption_parser import add_caption
 from onewan.cli.comfyui import add_comfyui_node
 from onewan.cli.onetrainer_parsers import add_import_config, add_onetrainer
 from onewan.cli.output import say, write, write_file
-from onewan.cli.recipes import PURPOSES
 from onewan.cli.report_parsers import add_compare, add_report
 from onewan.cli.run_parsers import (
     add_cache,
@@ -24,9 +23,10 @@ from onewan.cli.run_parsers import (
     add_train,
 )
 from onewan.cli.sample_parser import add_sample
-from onewan.cli.starter import METHODS
 from onewan.cli.weights_parsers import add_convert, add_inspect, add_merge
 from onewan.errors import one_line
+from onewan.presets.recipes import PURPOSES
+from onewan.presets.starter import METHODS
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

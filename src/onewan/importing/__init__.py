@@ -18,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from onewan.documents import decode_text, format_value
+from onewan.documents import decode_text, format_value, to_yaml
 from onewan.errors import ConfigError, one_line
 from onewan.files import read_input
 from onewan.importing import data, method, model, optimizer, output, train
@@ -47,6 +47,8 @@ _CONVERTED = model.ROWS + data.ROWS + method.ROWS + optimizer.ROWS + train.ROWS 
 ROWS: tuple[Row, ...] = (*_CONVERTED, method.EMBEDDING_RATE)
 """All keys of the config itself that become fields, in the order of the run file."""
 
+MARK = "# Made by onewan from the OneTrainer config"
+"""How a run file begins that was made from a config."""
 
 _MAX_BYTES = 32 * 1024 * 1024
 """Of a config, or of a list of concepts, which may have thousands with all of their settings."""
@@ -111,6 +113,13 @@ def import_config(
         entries=tuple(sorted(context.entries.values(), key=lambda entry: entry.key)),
         notices=tuple(dict.fromkeys(context.notices)),
     )
+
+
+def run_file_text(imported: Imported, name: str) -> str:
+    """The run file of `imported` in YAML, with its notices as comments; `name` is that of the
+    config."""
+    notices = [f"# Check: {one_line(notice)}" for notice in imported.notices]
+    return "\n".join([f"{MARK} {one_line(name)}.", *notices, to_yaml(imported.document)])
 
 
 def _read_json(path: Path) -> Any:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from onewan.cli.starter import COMFYUI_FILES
 from onewan.errors import CheckpointError
 from onewan.formats.model_folder import ComponentDescription, ComponentName, describe_component
 from onewan.formats.untrusted import named
+from onewan.presets.starter import COMFYUI_FILES
 from onewan.runs.layout import displayed
 from onewan.variants import Variant
 

@@ -7,16 +7,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Any
 
 from onewan.arithmetic.byte_sizes import format_bytes
 from onewan.arithmetic.durations import format_duration
-from onewan.cli.output import say, write_json
-from onewan.cli.starter import METHODS, MethodKind, StarterRequest
 from onewan.errors import OnewanError
+from onewan.presets.starter import METHODS, MethodKind, StarterRequest
 from onewan.variants import VariantName
 
 CARDS_GB = (12, 16, 24, 32, 80)
@@ -65,37 +64,31 @@ def as_listed(found: Sequence[RunFile]) -> str:
     return f"[\n{rows}\n]\n"
 
 
-def show_list(
-    *, variant: VariantName | None, method: MethodKind | None, vram: int | None, as_json: bool
-) -> int:
-    """Print the run files there are: of a variant, of a method, for a device of `vram` bytes."""
+def matching(
+    variant: VariantName | None, method: MethodKind | None, vram: int | None
+) -> list[RunFile]:
+    """The run files of a variant, of a method, for a device of `vram` bytes; None is any.
+
+    OnewanError if the device is smaller than all that there are run files for.
+    """
     cards = [card for card in CARDS_GB if vram is None or card * 10**9 <= vram]
     if not cards:
         least = format_bytes(CARDS_GB[0] * 10**9)
         raise OnewanError(f"--vram: the smallest device with a run file has {least}")
-    shown = [
+    return [
         row
         for row in listed()
         if variant in (None, row.variant)
         and method in (None, row.method)
         and (vram is None or row.card_gb == cards[-1])
     ]
-    if as_json:
-        write_json({"run_files": [{"file": row.file, **asdict(row)} for row in shown]})
-        return 0
-    for line in table(shown):
-        say(line)
-    say()
-    say("Time is that of a step by arithmetic, and host what all of the run takes of host memory.")
-    say("Such a file for your clips: onewan init dog.yaml --variant V --method M --vram 24GB")
-    return 0
 
 
-_HEADINGS = ("variant", "method", "card", "clips", "weights", "step", "host")
+HEADINGS = ("variant", "method", "card", "clips", "weights", "step", "host")
 
 
 def cells(row: RunFile) -> tuple[str, ...]:
-    """What the table says of a run file, in the order of its headings."""
+    """What the table says of a run file, in the order of `HEADINGS`."""
     return (
         row.variant,
         row.method,
@@ -105,14 +98,6 @@ def cells(row: RunFile) -> tuple[str, ...]:
         format_duration(row.step_seconds),
         f"{format_bytes(row.host_bytes)} of {row.host_gb} GB",
     )
-
-
-def table(rows: Sequence[RunFile]) -> Iterator[str]:
-    """`rows` as lines in columns."""
-    lines = [_HEADINGS, *map(cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        yield "  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)).rstrip()
 
 
 def alternatives(request: StarterRequest, vram: int, ram: int) -> list[str]:

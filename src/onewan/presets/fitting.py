@@ -10,8 +10,6 @@ from pathlib import Path
 from onewan import documents
 from onewan.arithmetic.buckets import floor_to_4n_plus_1, sizes_for
 from onewan.arithmetic.byte_sizes import format_bytes
-from onewan.cli.run_files import alternatives
-from onewan.cli.starter import SHAPE, SMALLEST_SAMPLE, FittedValues, StarterRequest, starter
 from onewan.config.resolve import resolve
 from onewan.config.schema import ResolvedRun, RunConfig
 from onewan.errors import MemoryPlanError
@@ -23,6 +21,8 @@ from onewan.memory.plan.stored import (
     read_stored_model,
     with_changes,
 )
+from onewan.presets.run_files import alternatives
+from onewan.presets.starter import SHAPE, SMALLEST_SAMPLE, FittedValues, StarterRequest, starter
 
 _SHARES_OF_FRAMES = (1.0, 0.6, 0.4, 0.2, 0.1, 0.01)
 _SIDES = (384, 256)

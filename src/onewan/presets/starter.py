@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from onewan.arithmetic.buckets import sizes_for
-from onewan.cli.recipes import RECIPES, TRIGGER_WORD, PurposeName, Recipe
 from onewan.documents import to_yaml
+from onewan.presets.recipes import RECIPES, TRIGGER_WORD, PurposeName, Recipe
 from onewan.variants import VARIANTS, Variant, VariantName
 
 if TYPE_CHECKING:
@@ -194,6 +194,15 @@ class StarterRequest:
     def word_kind(self) -> str:
         """What `word` is called."""
         return "placeholder" if self.method == "embedding" else "trigger word"
+
+    def problem(self) -> str | None:
+        """Why it can't be trained; None if it can."""
+        if self.purpose == "photos" and self.variant == "i2v-a14b":
+            return (
+                "a photo teaches an image-to-video model nothing, since its only frame is given; "
+                "use t2v-a14b or ti2v-5b, or clips"
+            )
+        return None
 
     @property
     def missing_files(self) -> tuple[ComponentName, ...]:
