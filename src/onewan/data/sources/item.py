@@ -18,6 +18,16 @@ _FRAME_ROUNDING = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CaptionCell:
+    """The cell of a table that a caption is from."""
+
+    table: Path
+    number: int
+    """Of its row; see `onewan.data.sources.rows.Row`."""
+    column: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SourceItem:
     """One media file of a source, or a part of it, before anything of it is read."""
 
@@ -26,6 +36,8 @@ class SourceItem:
     """Of the clip: the same on every machine, with forward slashes."""
     captions: tuple[str, ...] | None = None
     """The captions that the source itself gives; None: those in `texts`."""
+    cell: CaptionCell | None = None
+    """Where `captions` are, if that is a cell of a table of their own."""
     texts: tuple[Path, ...] = ()
     """Caption files by the file's name."""
     masks: tuple[Path, ...] = ()

@@ -29,10 +29,17 @@ _LONGEST_VALUE = 1 << 20
 class Row:
     """One row of a table."""
 
-    place: str
-    """For messages: "line 5", or "row 5" of a file that is no text."""
+    number: int
+    """The line that it begins at, from 1; its own number in a file that is no text."""
     values: dict[str, Any]
     """By column; null and what a row does not have are left out."""
+    is_line: bool = True
+    """Whether the file is a text."""
+
+    @property
+    def place(self) -> str:
+        """For messages: "line 5", or "row 5" of a file that is no text."""
+        return f"{'line' if self.is_line else 'row'} {self.number}"
 
 
 @dataclass(slots=True)
@@ -44,8 +51,15 @@ class Rows:
     """A line for each row that can't be read, which begins with its place."""
     is_cp1252: bool = False
     """Whether the file was read as Windows-1252, as some spreadsheet programs write csv."""
-    has_decimal_commas: bool = False
-    """Whether numbers may have a comma as decimal sign: the separator is a semicolon."""
+    columns: list[str] = field(default_factory=list[str])
+    """Of csv and tsv, in their order."""
+    delimiter: str | None = None
+    """Between the values of csv and tsv."""
+
+    @property
+    def has_decimal_commas(self) -> bool:
+        """Whether numbers may have a comma as decimal sign: the separator is a semicolon."""
+        return self.delimiter == ";"
 
 
 def read_rows(file: Path) -> Rows:
@@ -60,13 +74,21 @@ def read_rows(file: Path) -> Rows:
         raise DataError(f"{file}: can't be read ({error.strerror})") from error
     except ValueError as error:
         raise DataError(f"{file}: {error}") from error
-    try:
-        is_json = kind in ("jsonl", "ndjson")
-        found = _json_rows(text) if is_json else _csv_rows(text, "\t" if kind == "tsv" else None)
-    except (ValueError, csv.Error) as error:
-        raise DataError(f"{file}: {error}") from error
+    found = parse_rows(file, text)
     found.is_cp1252 = is_cp1252
     return found
+
+
+def parse_rows(file: Path, text: str) -> Rows:
+    """The rows in the `text` of `file`, by its extension, which is not that of parquet. DataError,
+    which names the file, if it can't be read at all."""
+    kind = file.suffix.lower().removeprefix(".")
+    try:
+        if kind in ("jsonl", "ndjson"):
+            return _json_rows(text)
+        return _csv_rows(text, "\t" if kind == "tsv" else None)
+    except (ValueError, csv.Error) as error:
+        raise DataError(f"{file}: {error}") from error
 
 
 def _csv_rows(text: str, delimiter: str | None) -> Rows:
@@ -80,7 +102,7 @@ def _csv_rows(text: str, delimiter: str | None) -> Rows:
     columns = [column.strip() for column in next(reader, [])]
     if twice := sorted({c for c in columns if c and columns.count(c) > 1}):
         raise ValueError(f"line 1: has the column {', '.join(twice)} twice; rename one")
-    found = Rows(has_decimal_commas=delimiter == ";")
+    found = Rows(columns=columns, delimiter=delimiter)
     for number, values in _numbered(reader):
         if not any(value.strip() for value in values):
             continue
@@ -91,7 +113,7 @@ def _csv_rows(text: str, delimiter: str | None) -> Rows:
             )
             continue
         named = {c: v.strip() for c, v in zip(columns, values, strict=True) if c}
-        found.rows.append(Row(f"line {number}", named))
+        found.rows.append(Row(number, named))
     return found
 
 
@@ -125,7 +147,7 @@ def _json_rows(text: str) -> Rows:
             found.wrong.append(f"line {number}: is no JSON object; write {{...}} in each line")
             continue
         named = {k: v for k, v in cast("dict[str, Any]", values).items() if v is not None}
-        found.rows.append(Row(f"line {number}", named))
+        found.rows.append(Row(number, named))
     return found
 
 
@@ -152,7 +174,7 @@ def _parquet_rows(file: Path) -> Rows:
                 for values in cast("list[dict[str, Any]]", batch.to_pylist()):
                     number += 1
                     named = {k: v for k, v in values.items() if not _is_null(v)}
-                    found.rows.append(Row(f"row {number}", named))
+                    found.rows.append(Row(number, named, is_line=False))
     except pyarrow.ArrowException as error:
         raise DataError(f"{file}: can't be read as parquet ({error})") from error
     return found

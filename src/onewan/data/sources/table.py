@@ -20,7 +20,7 @@ from onewan.data.conditions import ConditionChoice
 from onewan.data.report import ClipProblem, ClipWarning
 from onewan.data.sources.contents import SourceContents
 from onewan.data.sources.folder import unusable_reason
-from onewan.data.sources.item import SourceItem, Split
+from onewan.data.sources.item import CaptionCell, SourceItem, Split
 from onewan.data.sources.place import Place, clip_name, first_few
 from onewan.data.sources.rows import Row, read_rows
 from onewan.documents import format_value
@@ -81,7 +81,9 @@ class TableReader:
                 if isinstance(given, str):
                     item = given
                 else:
-                    item = _RowReader(given, origin, self, table).item(split)
+                    # A sample of several files shares its text with the others.
+                    number = row.number if given is row.values else None
+                    item = _RowReader(given, origin, self, table, number).item(split)
                 if isinstance(item, str):
                     wrong.append(f"{row.place}: {item}")
                     continue
@@ -118,6 +120,8 @@ class _RowReader:
     origin: str
     reader: TableReader
     table: Path
+    number: int | None
+    """Of the row; None if the values are only a part of it."""
 
     def item(self, split: Split | None) -> SourceItem | str:
         """The item of the row, or all that is wrong with it."""
@@ -148,6 +152,7 @@ class _RowReader:
             path=path,
             name=_name(clip_name(path, self.reader.folder or self.table.parent), start, end),
             captions=captions,
+            cell=self._cell(captions_column) if captions_column else None,
             texts=() if captions is not None else self._text_files(path),
             masks=(mask,) if mask else (),
             condition_images=(condition,) if is_image else (),
@@ -161,6 +166,11 @@ class _RowReader:
             origin=self.origin,
         )
         return "; ".join(wrong) or item
+
+    def _cell(self, column: str) -> CaptionCell | None:
+        if self.number is None:
+            return None
+        return CaptionCell(table=self.table, number=self.number, column=column)
 
     def _condition(self, value: object) -> ConditionChoice | Path:
         if value in get_args(ConditionChoice):
