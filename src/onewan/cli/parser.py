@@ -23,6 +23,7 @@ from onewan.cli.run_parsers import (
     add_train,
 )
 from onewan.cli.sample_parser import add_sample
+from onewan.cli.serve import add_serve
 from onewan.cli.weights_parsers import add_convert, add_inspect, add_merge
 from onewan.errors import one_line
 from onewan.presets.recipes import PURPOSES
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         add_plan,
         add_cache,
         add_train,
+        add_serve,
         add_runs,
         add_requests,
         add_report,

@@ -1,0 +1,1 @@
+"""The screens of the page; each module's `add` registers its screen and its routes."""

@@ -1,0 +1,229 @@
+"""`serve`: the page as a server, which belongs to one folder of runs."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from nicegui import app, ui
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from onewan.errors import OnewanError
+from onewan.files import replacing
+from onewan.locks import locked
+from onewan.web import frame, media
+from onewan.web.access import (
+    DEFECT,
+    MOST_BYTES,
+    Access,
+    Nonces,
+    Rules,
+    digest,
+    host_names,
+    is_loopback,
+    new_token,
+)
+from onewan.web.commands import Commands
+from onewan.web.page import Page
+from onewan.web.roots import Roots
+from onewan.web.screens import data, files, help, new_run, run, runs
+
+DEFAULT_PORT = 8320
+_SCREENS = (runs, run, new_run, data, files, help)
+_PLAIN = ("/media/", "/poster/")
+"""Not compressed: media are already, and parts of a file must keep their places."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """The options of ``onewan serve``."""
+
+    runs: Path
+    data: tuple[Path, ...] = ()
+    host: str = "127.0.0.1"
+    port: int | None = None
+    """None: `DEFAULT_PORT`, or any other if that is in use."""
+    names: tuple[str, ...] = ()
+    """Names of this host besides its own, such as that of a proxy."""
+    token: bool = False
+    """Ask for a token on the loopback interface too."""
+    new_token: bool = False
+
+
+_NOT_FOUND = """<!doctype html><html lang="en"><title>Not found - onewan</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<body style="font-family: system-ui, sans-serif; margin: 40px"><h1>There is nothing here</h1>
+<p>The run, file or page of this address does not exist, or not any more.</p>
+<p><a href="/">Go to the list of runs</a></p></html>"""
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    del request, error
+    return HTMLResponse(_NOT_FOUND, 404)
+
+
+async def _defect(request: Request, error: Exception) -> Response:
+    # NiceGUI's own answer has the error's text; `Access` logs the error, which is raised again.
+    del request, error
+    return PlainTextResponse(DEFECT, 500)
+
+
+def add_screens(page: Page) -> None:
+    """Register all screens and routes of the page with NiceGUI's application."""
+    app.add_exception_handler(404, _not_found)
+    app.add_exception_handler(Exception, _defect)
+    frame.add()
+    media.add(page.roots)
+    for screen in _SCREENS:
+        screen.add(page)
+
+
+def build(page: Page, rules: Rules) -> ASGIApp:
+    """The whole application, with nothing in it that `rules` does not guard."""
+    add_screens(page)
+    outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    ui.run_with(
+        outer,
+        title="onewan",
+        language="en-US",
+        dark=None,
+        tailwind=False,
+        gzip_middleware_factory=None,  # `_Compressed` leaves media alone
+        show_welcome_message=False,
+        cache_control_directives="private, max-age=86400",
+    )
+    return Access(_Compressed(Nonces(outer)), rules)
+
+
+class _Compressed:
+    def __init__(self, app: ASGIApp) -> None:
+        self._app, self._gzip = app, GZipMiddleware(app, minimum_size=500)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        plain = scope["type"] == "http" and scope["path"].startswith(_PLAIN)
+        await (self._app if plain else self._gzip)(scope, receive, send)
+
+
+def serve(options: ServeOptions, say: Callable[[str], None]) -> None:
+    """Serve the page until the process is ended. `say` gets lines for the user.
+
+    OnewanError if another process serves the page of these runs, with its address, or if the port
+    is in use.
+    """
+    runs_folder = options.runs
+    if runs_folder.exists() and not runs_folder.is_dir():
+        raise OnewanError(f"{runs_folder}: is not a folder; give the folder of runs")
+    runs_folder.mkdir(parents=True, exist_ok=True)
+    for folder in options.data:
+        if not folder.is_dir():
+            raise OnewanError(f"{folder}: is not a folder; give a folder of clips or models")
+    facts = runs_folder / ".page.json"
+    kept = _read(facts)
+    address = kept.get("address")
+    where = f"the page is there already: {address}" if address else "stop that page first"
+    with locked(runs_folder / ".page.lock", runs_folder, where), _listening(options) as listener:
+        page = Page(
+            roots=Roots(runs_folder, options.data or (Path.cwd(),)), commands=Commands(Path.cwd())
+        )
+        token, rules = _rules(options, kept)
+        url = _address(options, listener)
+        _write(facts, {"address": url, "token_digest": rules.token_digest})
+        for line in _greeting(options, url, token, rules):
+            say(line)
+        config = uvicorn.Config(
+            build(page, rules),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            ws_max_size=MOST_BYTES,
+            timeout_graceful_shutdown=2,
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _rules(options: ServeOptions, kept: dict[str, Any]) -> tuple[str | None, Rules]:
+    """The rules, and the token if it is a new one, which is told once."""
+    open_to_all = not is_loopback(options.host)
+    token, stored = None, kept.get("token_digest")
+    if not (open_to_all or options.token):
+        stored = None
+    elif options.new_token or not isinstance(stored, str):
+        token = new_token()
+        stored = digest(token)
+    names = [*options.names, options.host]
+    if open_to_all:
+        names += [socket.gethostname(), socket.getfqdn()]
+    return token, Rules(token_digest=stored, hosts=host_names(names), any_address=open_to_all)
+
+
+@contextmanager
+def _listening(options: ServeOptions) -> Any:
+    """The socket of the server. OnewanError if there can be none."""
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    wished = [options.port] if options.port is not None else [DEFAULT_PORT, 0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if hasattr(socket, "SO_REUSEADDR") and not hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        for port in wished:
+            try:
+                listener.bind((options.host, port))
+                break
+            except (OSError, OverflowError) as error:
+                if port == wished[-1]:
+                    raise OnewanError(
+                        f"{options.host}:{port}: can't be listened on ({error}); choose another "
+                        "one with --host or --port"
+                    ) from None
+        listener.set_inheritable(False)
+        yield listener
+    finally:
+        listener.close()
+
+
+def _address(options: ServeOptions, listener: socket.socket) -> str:
+    host = options.host
+    if host in ("0.0.0.0", "::"):
+        host = socket.gethostname()
+    port = listener.getsockname()[1]
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
+def _greeting(options: ServeOptions, url: str, token: str | None, rules: Rules) -> Sequence[str]:
+    lines = [f"the page of {options.runs}: {url}{f'?token={token}' if token else ''}"]
+    if token:
+        lines.append(
+            "  the link has the token, which is not shown again; --new-token makes another"
+        )
+    elif rules.token_digest:
+        lines.append("  it asks for the token of before; --new-token makes another")
+    else:
+        port = url.rstrip("/").rpartition(":")[2]
+        lines.append(f"  from another machine: ssh -L {port}:127.0.0.1:{port} USER@THIS_MACHINE")
+    if not is_loopback(options.host):
+        lines.append("  what is sent is not encrypted: use a network you trust, ssh -L or a proxy")
+    return [*lines, "  Ctrl-C ends the page; runs go on without it"]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(file: Path, facts: dict[str, Any]) -> None:
+    with replacing(file) as temporary:
+        temporary.touch(mode=0o600)
+        temporary.write_text(json.dumps(facts), encoding="utf-8")
