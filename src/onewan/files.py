@@ -119,7 +119,7 @@ def _owned(prefix: str, path: Path) -> Path:
     match = _TEMPORARY_NAME.fullmatch(path.name)
     name = path.name if match is None else match[3]  # one prefix, so that names do not get too long
     random = secrets.token_hex(4)
-    return path.with_name(f"{prefix}{_machine()}-{os.getpid()}-{random}-{name}")
+    return path.with_name(f"{prefix}{machine()}-{os.getpid()}-{random}-{name}")
 
 
 @contextlib.contextmanager
@@ -317,20 +317,26 @@ def _is_abandoned(path: Path) -> bool:
 def _local_process(path: Path) -> int | None:
     """The process id in a temporary name; None if it is not from this machine and this boot."""
     match = _TEMPORARY_NAME.fullmatch(path.name)
-    return int(match[2]) if match is not None and match[1] == _machine() else None
+    return int(match[2]) if match is not None and match[1] == machine() else None
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this machine has the id `pid`."""
+    """Whether a process of this machine has the id `pid` and has not ended."""
     # psutil instead of `os.kill(pid, 0)`, which would end the process on Windows. Imported lazily,
     # since only cleaning up needs it.
     import psutil
 
-    return psutil.pid_exists(pid)
+    try:
+        # A zombie has ended, and its parent has not yet asked how.
+        return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
 
 
 @cache
-def _machine() -> str:
+def machine() -> str:
     """Eight hexadecimal digits that identify this machine or container, and its process ids.
 
     On Linux they cover the boot and the PID namespace, since containers and cloned machines that

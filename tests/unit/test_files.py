@@ -168,7 +168,7 @@ def test_a_temporary_name_contains_machine_process_random_part_and_target(tmp_pa
         pass
     with temporary_beside(tmp_path / "a-b.json") as second:
         pass
-    shape = rf"\.tmp-{files._machine()}-{os.getpid()}-[0-9a-f]{{8}}-a-b\.json"
+    shape = rf"\.tmp-{files.machine()}-{os.getpid()}-[0-9a-f]{{8}}-a-b\.json"
     assert re.fullmatch(shape, first.name) and re.fullmatch(shape, second.name)
     assert first != second
     with temporary_beside(first) as nested:  # a file that is written into a staging place

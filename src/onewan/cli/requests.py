@@ -9,6 +9,7 @@ from onewan.errors import OnewanError
 from onewan.runs.control import Request, request
 from onewan.runs.event_file import last_event
 from onewan.runs.layout import RunLayout
+from onewan.runs.processes import force_stop_run
 from onewan.runs.status import find_run, read_state
 
 _REQUESTS: dict[str, Request] = {"stop": "stop", "save": "save", "sample-now": "sample"}
@@ -38,4 +39,18 @@ def send_request(run: Path, command: str) -> int:
     # Not an error: the process may be suspended, or on a machine whose clock differs.
     if reason:
         say(f"note: {reason}")
+    return 0
+
+
+def force_stop(run: Path) -> int:
+    """End the trainer of the run `run`, its folder or its name, at once and without saving.
+
+    OnewanError if there is no such run, or its trainer has ended or is on another host.
+    """
+    folder = find_run(run)
+    layout = RunLayout(folder)
+    force_stop_run(layout)
+    say(f"{folder}: its process was ended; nothing was saved")
+    if saved := layout.saved_steps():
+        say(f"continue from step {saved[-1]:,} with: onewan train {folder} --resume")
     return 0

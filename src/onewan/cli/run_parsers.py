@@ -251,10 +251,20 @@ def add_requests(commands: Commands) -> None:
             help="the folder of the run, or its name if it is in runs",
         )
 
+        if name == "stop":
+            parser.add_argument(
+                "--force",
+                action="store_true",
+                help="end the trainer and all its processes at once, without saving, also if it "
+                "does not react any more",
+            )
+
         # `name` is a default argument, since a closure would see its value after the last loop.
         def run(options: argparse.Namespace, name: str = name) -> int:
-            from onewan.cli.requests import send_request
+            from onewan.cli.requests import force_stop, send_request
 
+            if name == "stop" and options.force:
+                return force_stop(options.run)
             return send_request(options.run, name)
 
         parser.set_defaults(command=run)
