@@ -54,10 +54,7 @@ class Roots:
         """
         folder = self.by_name.get(root)
         unknown = OutsideError(f"{root}/{path}: there is no such file on this page")
-        if folder is None or "\0" in path:
-            raise unknown
-        parts = Path(path).parts
-        if any(part.startswith(".") for part in parts) or Path(path).is_absolute():
+        if folder is None or Path(path).is_absolute():
             raise unknown
         try:
             found = self.inside(folder / path)
