@@ -68,7 +68,10 @@ def resolve() -> list[dict[str, Any]]:
         raise SystemExit("uv is not installed: pip install uv")
     version = ".".join(map(str, PYTHON))
     following = f"{PYTHON[0]}.{PYTHON[1] + 1}"
-    only = f"python_full_version >= '{version}' and python_full_version < '{following}'"
+    only = (
+        f"python_full_version >= '{version}' and python_full_version < '{following}' "
+        "and platform_python_implementation == 'CPython'"
+    )
     environments = [f"{only} and {marker}" for marker in MARKERS.values()]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "pyproject.toml").write_text(
