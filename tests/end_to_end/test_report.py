@@ -276,6 +276,16 @@ svg.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape", bubbles: true })
 note("whole", loss.querySelector(".axis").textContent === before);
 loss.querySelector(".log").click();
 note("log", loss.querySelector(".axis").textContent !== before);
+const smoother = loss.querySelector("select");
+const line = () => loss.querySelector(".line").getAttribute("d");
+if (smoother.hidden) note("smoothed", "no choice");
+else {
+  const usual = line();
+  smoother.value = "0";
+  smoother.dispatchEvent(new Event("change"));
+  note("smoothed", smoother.selectedOptions[0].textContent);
+  if (line() === usual) note("smoothed", "nothing changed");
+}
 const drawn = loss.querySelectorAll(".series").length;
 loss.querySelector(".legend button").click();
 note("series", `${drawn} ${loss.querySelectorAll(".series").length}`);
@@ -297,6 +307,10 @@ slider.value = 500;
 slider.dispatchEvent(new Event("input"));
 await until(() => videos.every((video) => Math.abs(video.currentTime - video.duration / 2) < 0.02));
 note("paused", videos.every((video) => video.paused));
+const middle = videos[0].currentTime;
+group.querySelector("[aria-label='one frame on']").click();
+await until(() => videos.every((video) => video.currentTime > middle));
+note("frame", Math.max(...videos.map((video) => video.currentTime)) - middle);
 const find = document.getElementById("find");
 if (find) {
   find.value = "number 2";
@@ -323,7 +337,9 @@ def test_pages_work_in_a_browser_without_an_error_or_a_request(
     assert noted["tip"].startswith("step ") and noted["overlapping"] == 0
     assert [noted[name] for name in ("zoomed", "whole", "log")] == [True] * 3
     drawn, left = map(int, noted["series"].split())
-    assert drawn == 2 and left == 1
+    assert drawn == 4 and left == 3  # training and validation, of two experts or two runs
+    assert noted["smoothed"] == "each step"
+    assert 0 < noted["frame"] < 2 / 16
     assert noted["playing"] == "2 2" and noted["apart"] < 0.1
     assert noted["paused"]
     if kind == "report":

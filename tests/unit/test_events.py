@@ -23,7 +23,14 @@ from PIL import Image
 
 from onewan.media.write import write_video
 from onewan.runs import events
-from onewan.runs.event_file import EventFile, HeartbeatThread, follow, last_event, read_events
+from onewan.runs.event_file import (
+    EventFile,
+    EventTail,
+    HeartbeatThread,
+    follow,
+    last_event,
+    read_events,
+)
 from onewan.runs.events import (
     Encoding,
     Event,
@@ -230,6 +237,32 @@ def test_follow_waits_for_the_file_and_yields_events_as_they_come(tmp_path: Path
         stop.set()
         thread.join(10)
     assert not thread.is_alive()
+
+
+def test_a_tail_gives_each_event_once_and_numbers_damaged_lines(tmp_path: Path) -> None:
+    path, damaged = tmp_path / "events.jsonl", list[int]()
+    tail = EventTail(path, damaged.append)
+    assert [*tail.read()] == []
+    path.write_bytes(b'{"event": "a"}\n{"event": "b"}\n{"eve')
+    assert next(tail.read()) == {"event": "a"}  # a reader may stop in between
+    assert [*tail.read()] == [{"event": "b"}]
+    with path.open("ab") as file:
+        file.write(b'\n{"event": "c"}\n')  # a crash had cut the line off
+    assert [*tail.read()] == [{"event": "c"}] and damaged == [3]
+    assert [*tail.read()] == []
+
+
+@pytest.mark.parametrize("again", [b'{"event": "x"}\n', b'{"event": "x", "why": "longer"}\n' * 9])
+def test_a_tail_starts_anew_with_a_file_that_was_replaced(tmp_path: Path, again: bytes) -> None:
+    path, restarts = tmp_path / "events.jsonl", list[int]()
+    tail = EventTail(path, on_restart=lambda: restarts.append(1))
+    path.write_bytes(b'{"event": "a"}\n{"event": "b"}\n')
+    assert len([*tail.read()]) == 2
+    path.write_bytes(again)
+    assert next(tail.read())["event"] == "x" and len(restarts) == 1
+    path.unlink()
+    assert [*tail.read()] == [] and len(restarts) == 2
+    assert [*tail.read()] == [] and len(restarts) == 2
 
 
 def test_follow_yields_everything_written_before_the_stop(tmp_path: Path) -> None:

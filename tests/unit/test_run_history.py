@@ -13,7 +13,7 @@ from made_runs import EventLines, MadeRun, begin_events, one_step, write_run
 
 from onewan.pages.plots import BUCKETS, curve, smoothed, thinned
 from onewan.report.curves import of_experts, step_plots
-from onewan.report.history import History, read_history
+from onewan.report.history import History, HistoryReader, read_history
 from onewan.runs import events
 from onewan.runs.layout import RunLayout
 
@@ -126,6 +126,39 @@ def test_damaged_lines_and_fields_are_counted_and_left_out(tmp_path: Path) -> No
     assert found.damaged_count == 8 and len(found.damaged) == 2
 
 
+def test_a_history_grows_with_its_file_as_if_it_were_read_at_once(tmp_path: Path) -> None:
+    path, lines = tmp_path / "events.jsonl", begun(tmp_path)
+    heard = list[str]()
+    reader = HistoryReader(path, lambda event: heard.append(event["event"]))
+    assert not reader.update()
+    add_steps(lines, range(1, 7))
+    lines.write(path)
+    assert reader.update() and not reader.update()
+    assert reader.history.steps.last == 6
+    begin_events(lines, RunLayout(tmp_path), MADE)
+    lines.add(events.Resumed(step=4, state=tmp_path))
+    add_steps(lines, range(5, 6), seed=1)
+    lines.write(path)
+    with path.open("ab") as file:
+        file.write(b'{"event": "step", "st')  # is being written
+    assert reader.update() and not reader.update()
+    found, whole = reader.history, read_history(path)
+    assert found.steps.column("loss").tolist() == whole.steps.column("loss").tolist()
+    assert [each.how for each in found.processes] == ["killed", "running"]
+    assert found.processes == whole.processes and len(heard) == len(lines.lines)
+    path.unlink()
+    assert reader.update() and not len(reader.history.steps)
+
+
+def test_a_part_of_the_curves_has_the_steps_of_that_part(tmp_path: Path) -> None:
+    history = read_history(write_run(tmp_path / "run", MadeRun(steps=400)).events)
+    (plot,) = [p for p in step_plots(of_experts(history, (100, 200))) if p.name == "plot-loss"]
+    high, _, validation, _ = plot.series
+    assert high.label == "high expert" and validation.label == "high expert, validation"
+    assert 100 <= high.x[0] < 111 and 190 < high.x[-1] <= 200
+    assert validation.x.tolist() == [100, 200]
+
+
 def test_no_file_and_no_event_are_an_empty_history(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").touch()
     for path in (tmp_path / "events.jsonl", tmp_path / "none.jsonl"):
@@ -176,6 +209,15 @@ def test_a_long_curve_keeps_its_spikes_in_few_points() -> None:
     rates[123] = 0.0
     kept = thinned("lr", "high", x, rates)
     assert len(kept.x) <= BUCKETS + 2 and kept.y.min() == 0 and kept.x[-1] == 50_000
+
+
+def test_what_is_drawn_of_a_long_curve_are_means_that_the_page_smooths() -> None:
+    x, y = np.arange(1.0, 100_001), np.tile([1.0, 1.0, 4.0, 4.0, 0.0], 20_000)
+    y[500:1000] = np.nan
+    found = curve("loss", "high", x, y).as_data()
+    assert found["y"][:3] == [2, 2, 2] and found["y"][5] is None
+    points, steps = found["smoothing"]
+    assert steps == 1000 and points == pytest.approx(1000 * BUCKETS / 100_000)
 
 
 def test_a_short_curve_has_every_value() -> None:

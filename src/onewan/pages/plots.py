@@ -41,6 +41,10 @@ class Series:
     lowest: Values | None = None
     """With `highest` a band behind the curve."""
     highest: Values | None = None
+    means: Values | None = None
+    """Of a curve that is smoothed: the mean of each of its parts, which `y` smooths."""
+    smoothing: tuple[float, int] | None = None
+    """Of such a curve: over how many parts, and over how many values, `y` is smoothed."""
     dash: int = 0
     """0 is a full line, 1 to 3 are kinds of dashes."""
     points: bool = False
@@ -51,11 +55,13 @@ class Series:
     """Whether it is a histogram; `x` are the middles of its equal bins."""
 
     def as_data(self) -> dict[str, Any]:
+        """What ``plots.js`` draws, which smooths `means` itself."""
         return {
             "label": self.label,
             "color": self.color,
             "x": _json(self.x, 9),
-            "y": _json(self.y),
+            "y": _json(self.y if self.means is None else self.means),
+            "smoothing": self.smoothing,
             "lo": None if self.lowest is None else _json(self.lowest),
             "hi": None if self.highest is None else _json(self.highest),
             "dash": self.dash,
@@ -105,11 +111,19 @@ class Plot:
             "series": [series.as_data() for series in self.series],
         }
 
+    def as_figure(self) -> dict[str, Any]:
+        """What ``plots.js`` makes a figure of, where the page does not have that of `html`."""
+        return {
+            **self.as_data(),
+            "title": self.title,
+            "about": self.about,
+            "summary": self._summary(),
+        }
+
     def html(self) -> Iterator[str]:
         """The figure, without the drawing, and with a table of some of its values."""
         kind = "plot whole" if self.is_wide else "plot"
-        summary = f"{self.title}: {'; '.join(map(self._summary, self.series))}"
-        yield f'<figure class="{kind}" id="{self.name}" data-summary="{text(summary)}">'
+        yield f'<figure class="{kind}" id="{self.name}" data-summary="{text(self._summary())}">'
         yield f"<figcaption><h3>{text(self.title)}</h3></figcaption>"
         yield f'<p class="about">{text(self.about)}</p>'
         yield "<noscript><p>The drawing needs JavaScript; the numbers are below.</p></noscript>"
@@ -117,7 +131,11 @@ class Plot:
         yield from self._table()
         yield "</details></figure>"
 
-    def _summary(self, series: Series) -> str:
+    def _summary(self) -> str:
+        """The drawing in words."""
+        return f"{self.title}: {'; '.join(map(self._series_summary, self.series))}"
+
+    def _series_summary(self, series: Series) -> str:
         known = np.flatnonzero(np.isfinite(series.y))
         if series.bars or not len(known):
             return f"{series.label}, a histogram of {len(known)} bins"
@@ -154,11 +172,17 @@ def curve(
     count = min(BUCKETS, len(x))
     starts = np.linspace(0, len(x), count, endpoint=False).astype(int)
     ends = np.append(starts[1:], len(x)) - 1
+    width = smoothing_width(len(y))
+    known = np.add.reduceat(np.isfinite(y).astype(np.float64), starts)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = np.add.reduceat(np.nan_to_num(y, posinf=0, neginf=0), starts) / known
     return Series(
         label=label,
         color=color,
         x=x[ends],
-        y=smoothed(y, smoothing_width(len(y)))[ends],
+        y=smoothed(y, width)[ends],
+        means=means,
+        smoothing=(round(width * count / len(x), 3), width) if width > 1 else None,
         # `fmin` and `fmax` leave out NaN.
         lowest=np.fmin.reduceat(y, starts) if band else None,
         highest=np.fmax.reduceat(y, starts) if band else None,

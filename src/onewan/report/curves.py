@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,10 +33,29 @@ class Source:
     """Shape of the marks of its values."""
     dash: int = 0
     """Dashes of its lines, where color alone would tell it from others."""
+    part: tuple[float, float] = (-math.inf, math.inf)
+    """The first and the last step of the curves that have a value for each step."""
+
+    def steps(self) -> Values:
+        """The steps that have values."""
+        return self.history.steps.of(self.expert)[self._chosen()]
+
+    def values(self, column: str) -> Values:
+        """Those of one of `onewan.report.steps.COLUMNS`, of each of these steps; NaN where there is
+        none."""
+        return self.history.steps.column(column, self.expert)[self._chosen()]
+
+    def _chosen(self) -> slice:
+        steps = self.history.steps.of(self.expert)
+        low, high = (
+            np.searchsorted(steps, self.part[0]),
+            np.searchsorted(steps, self.part[1], "right"),
+        )
+        return slice(int(low), int(high))
 
 
-def of_experts(history: History) -> list[Source]:
-    """The experts of one run."""
+def of_experts(history: History, part: tuple[float, float] = (-math.inf, math.inf)) -> list[Source]:
+    """The experts of one run; with `part`, the first and the last step of their curves."""
     return [
         Source(
             label=expert_label(expert),
@@ -44,6 +63,7 @@ def of_experts(history: History) -> list[Source]:
             expert=expert,
             history=history,
             mark=index % 3,
+            part=part,
         )
         for index, expert in enumerate(history.experts)
     ]
@@ -58,13 +78,16 @@ def step_plots(sources: Sequence[Source], name: str = "", *, bands: bool = True)
     """The plots of the losses, the gradients and the learning rates of `sources`, of those that
     have values. `name` is added to their titles; with `bands`, curves that are smoothed have a band
     from the lowest to the highest value behind them."""
-    longest = max((len(each.history.steps.of(each.expert)) for each in sources), default=0)
-    width = smoothing_width(longest)
-    band = "; the band goes from the lowest to the highest value, triangles are above it"
-    band = band if bands else ""
-    smooth = f"Mean of {width:,} steps{band}." if width > 1 else "Each step."
+    longest = max((len(each.steps()) for each in sources), default=0)
+    band = "the band goes from the lowest to the highest value, triangles are above it"
+    smooth = "Each step." if smoothing_width(longest) == 1 else "Smoothed."
+    if bands and smoothing_width(longest) > 1:
+        smooth = f"{smooth[:-1]}; {band}."
     made = [
-        _plot(sources, "loss", "Training loss", smooth, name=name, bands=bands, can_cap=True),
+        _with_validation(
+            _plot(sources, "loss", "Training loss", smooth, name=name, bands=bands, can_cap=True),
+            sources,
+        ),
         validation_plot(sources, name),
         _plot(
             sources,
@@ -141,19 +164,9 @@ def validation_plot(sources: Sequence[Source], name: str = "") -> Plot | None:
     """The losses on the validation clips, with those of moving averages and of the base model."""
     series, limits = list[Series](), dict[str, float]()
     for source in sources:
-        found = [
-            event
-            for (_, expert), event in source.history.validations.items()
-            if expert == source.expert
-        ]
         for key, dash, what in (("loss", source.dash, ""), ("ema", 1, ", moving average")):
-            known = [(e["step"], number(e.get(key))) for e in found]
-            known = [(step, loss) for step, loss in known if math.isfinite(loss)]
-            if known:
-                x, y = (np.array(values, np.float64) for values in zip(*known, strict=True))
-                style: dict[str, Any] = {"dash": dash, "points": True, "mark": source.mark}
-                series.append(thinned(f"{source.label}{what}", source.color, x, y, **style))
-        base = [number(event.get("base")) for event in found]
+            series += _validations(source, key, what, dash)
+        base = [number(event.get("base")) for event in _events(source)]
         base = [loss for loss in base if math.isfinite(loss)]
         if base and not name:
             limits[f"base model, {source.label}"] = base[0]
@@ -172,6 +185,39 @@ def validation_plot(sources: Sequence[Source], name: str = "") -> Plot | None:
         about=f"On {clips}, with the same noise and timesteps each time.",
         limits=limits if len(limits) < 3 else {},
     )
+
+
+def _with_validation(plot: Plot | None, sources: Sequence[Source]) -> Plot | None:
+    """`plot`, that of the training losses, with the losses on the validation clips."""
+    if plot is None:
+        return None
+    found = [
+        series
+        for source in sources
+        for series in _validations(source, "loss", ", validation", (source.dash + 1) % 4)
+    ]
+    about = f"{plot.about} Marks are the validation." if found else plot.about
+    return replace(plot, series=[*plot.series, *found], about=about)
+
+
+def _events(source: Source) -> list[Mapping[str, Any]]:
+    """The validations of `source`."""
+    events = source.history.validations.items()
+    return [event for (_, expert), event in events if expert == source.expert]
+
+
+def _validations(source: Source, key: str, what: str, dash: int) -> Iterable[Series]:
+    """The curve of one of the losses of the validations, if there is one."""
+    known = [(event["step"], number(event.get(key))) for event in _events(source)]
+    known = [
+        (step, loss)
+        for step, loss in known
+        if math.isfinite(loss) and source.part[0] <= step <= source.part[1]
+    ]
+    if known:
+        x, y = (np.array(values, np.float64) for values in zip(*known, strict=True))
+        style: dict[str, Any] = {"dash": dash, "points": True, "mark": source.mark}
+        yield thinned(f"{source.label}{what}", source.color, x, y, **style)
 
 
 def timestep_plots(sources: Sequence[Source], name: str = "") -> list[Plot]:
@@ -257,12 +303,12 @@ def _ordinal(count: int) -> str:
 def _learning_rates(sources: Sequence[Source], name: str) -> Plot | None:
     series = list[Series]()
     for index, source in enumerate(sources):
-        steps, rates = source.history.steps.of(source.expert), _values(source, "lr")
+        steps, rates = source.steps(), source.values("lr")
         if np.isfinite(rates).any():
             # Experts often have the same rates: the dashes let both be seen.
             dash = index % 4
             series.append(thinned(source.label, source.color, steps, rates, dash=dash))
-        rates = _values(source, "embeddings_lr")
+        rates = source.values("embeddings_lr")
         if np.isfinite(rates).any():
             label = f"embeddings, {source.label}"
             color = source.color if name else "embeddings"
@@ -294,13 +340,13 @@ def _plot(
         curve(
             source.label,
             source.color,
-            source.history.steps.of(source.expert),
+            source.steps(),
             values,
             dash=source.dash,
             band=bands,
         )
         for source in sources
-        if np.isfinite(values := scale * _values(source, column)).any()
+        if np.isfinite(values := scale * source.values(column)).any()
     ]
     if not series:
         return None
@@ -311,10 +357,6 @@ def _plot(
         series=series,
         **options,
     )
-
-
-def _values(source: Source, column: str) -> Values:
-    return source.history.steps.column(column, source.expert)
 
 
 def _id(what: str, name: str) -> str:

@@ -1,4 +1,5 @@
-"""`read_history`: what happened in a run, from its events, as it stands after its restarts.
+"""What happened in a run, from its events, as it stands after its restarts: `read_history`, and
+`HistoryReader` for a run that goes on.
 
 What a later process computed again replaces what an earlier one did. Damaged lines, events without
 their fields and unknown ones are left out; the former two are counted.
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from onewan.report.steps import StepTable
-from onewan.runs.event_file import read_events, time_of
+from onewan.runs.event_file import EventTail, time_of
 from onewan.runs.events import ENDS
 from onewan.runs.status import RunState
 
@@ -60,8 +61,10 @@ class History:
     steps: StepTable = field(default_factory=StepTable)
     processes: list[Process] = field(default_factory=list[Process])
     latest: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
-    """The newest event of each of the kinds "data", "overview", "plan", "memory", "attention" and
-    "environment"."""
+    """The newest event of each of the kinds "started", "data", "overview", "plan", "memory",
+    "attention" and "environment"."""
+    last_event: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The newest event of all; empty if there is none."""
     validations: dict[tuple[int, str], Mapping[str, Any]] = field(
         default_factory=dict[tuple[int, str], Mapping[str, Any]]
     )
@@ -103,16 +106,21 @@ class History:
 
 def read_history(path: Path) -> History:
     """The history in the event file `path`; empty if there is none."""
-    reader = _Reader()
-    for event in read_events(path, reader.damaged):
-        reader.take(event)
-    return reader.ended()
+    reader = HistoryReader(path)
+    reader.update()
+    return reader.history
 
 
-class _Reader:
-    def __init__(self) -> None:
-        self._history = History()
-        self._line = 0
+class HistoryReader:
+    """Keeps a history up to date with an event file that may still grow, or be replaced."""
+
+    def __init__(
+        self, path: Path, listen: Callable[[Mapping[str, Any]], None] = lambda _event: None
+    ) -> None:
+        """`listen` is called with each event."""
+        self.history = History()
+        self._listen = listen
+        self._tail = EventTail(path, self._damaged, self._restart)
         self._takers: dict[str, Callable[[Mapping[str, Any]], bool]] = {
             "started": self._started,
             "resumed": self._resumed,
@@ -122,8 +130,8 @@ class _Reader:
             "exported": self._exported,
             "saved": self._saved,
             "best_weights": self._best_weights,
-            "warning": lambda event: self._message(self._history.warnings, event),
-            "note": lambda event: self._message(self._history.notes, event),
+            "warning": lambda event: self._message(self.history.warnings, event),
+            "note": lambda event: self._message(self.history.notes, event),
             "data": self._data,
             **dict.fromkeys(
                 ("overview", "plan", "memory", "attention", "environment"), self._newest
@@ -131,36 +139,58 @@ class _Reader:
             **dict.fromkeys(ENDS, self._ended),
         }
 
-    def damaged(self, line: int) -> None:
-        history = self._history
-        history.damaged_count += 1
-        if len(history.damaged) < 10:
-            history.damaged.append(line)
+    def update(self) -> bool:
+        """Take in what was written since the last call; returns whether the history has changed.
+        OSError if the file can't be read."""
+        before, lines = self.history, self.history.damaged_count
+        newest = before.last_event
+        for event in self._tail.read():
+            self._take(event)
+        history = self.history
+        self._set_end(history)
+        if [*history.validations] != sorted(history.validations):
+            history.validations = dict(sorted(history.validations.items()))
+        return (
+            history is not before
+            or history.last_event is not newest
+            or history.damaged_count != lines
+        )
 
-    def take(self, event: Mapping[str, Any]) -> None:
-        kind = event.get("event")
+    def _restart(self) -> None:
+        self.history = History()
+
+    def _damaged(self, line: int) -> None:
+        self.history.damaged_count += 1
+        if len(self.history.damaged) < 10:
+            self.history.damaged.append(line)
+
+    def _take(self, event: Mapping[str, Any]) -> None:
+        history, kind = self.history, event.get("event")
+        if kind == "started":
+            self._set_end(history)
+        history.last_event = event
         taker = self._takers.get(kind) if isinstance(kind, str) else None
         if taker is not None and not taker(event):
-            self._history.damaged_count += 1
-        if self._history.processes and kind != "started":
-            process = self._history.processes[-1]
-            process.end = time_of(event) or process.end
+            history.damaged_count += 1
+        self._listen(event)
 
-    def ended(self) -> History:
-        history = self._history
-        # Of one that was followed by another without having said how it ended.
-        for process in history.processes[:-1]:
-            if process.how == "running":
-                process.how = "killed"
-        history.validations = dict(sorted(history.validations.items()))
-        return history
+    @staticmethod
+    def _set_end(history: History) -> None:
+        """Note when the newest process wrote its last event."""
+        if history.processes:
+            process = history.processes[-1]
+            process.end = time_of(history.last_event) or process.end
 
     def _started(self, event: Mapping[str, Any]) -> bool:
         steps = event.get("steps")
         if isinstance(steps, int):
-            self._history.planned_steps = steps
+            self.history.planned_steps = steps
         time = time_of(event)
-        self._history.processes.append(
+        # The one before has not said how it ended.
+        for process in self.history.processes[-1:]:
+            if process.how == "running":
+                process.how = "killed"
+        self.history.processes.append(
             Process(
                 begin=time,
                 end=time,
@@ -168,21 +198,21 @@ class _Reader:
                 pid=event["pid"] if isinstance(event.get("pid"), int) else 0,
             )
         )
-        return True
+        return self._newest(event)
 
     def _resumed(self, event: Mapping[str, Any]) -> bool:
         step = event.get("step")
         if not isinstance(step, int):
             return False
         self._drop_after(step)
-        if self._history.processes:
-            process = self._history.processes[-1]
+        if self.history.processes:
+            process = self.history.processes[-1]
             process.first_step = process.last_step = step
         return True
 
     def _drop_after(self, step: int) -> None:
         """Discard what an earlier process did after `step`, since the run goes on from there."""
-        history = self._history
+        history = self.history
         history.steps.drop_after(step)
         history.validations = {k: v for k, v in history.validations.items() if k[0] <= step}
         history.samples = {k: v for k, v in history.samples.items() if k[0] <= step}
@@ -191,7 +221,7 @@ class _Reader:
         history.best.clear()
 
     def _step(self, event: Mapping[str, Any]) -> bool:
-        history, step = self._history, event.get("step")
+        history, step = self.history, event.get("step")
         if isinstance(step, int) and 0 < step <= history.steps.last:
             self._drop_after(step - 1)
         if not history.steps.add(event):
@@ -201,11 +231,11 @@ class _Reader:
         return True
 
     def _validation(self, event: Mapping[str, Any]) -> bool:
-        return self._keep(self._history.validations, event, "expert")
+        return self._keep(self.history.validations, event, "expert")
 
     def _sampled(self, event: Mapping[str, Any]) -> bool:
         name = file_name(event.get("file"))
-        return self._keep(self._history.samples, {**event, "name": name}, "name")
+        return self._keep(self.history.samples, {**event, "name": name}, "name")
 
     @staticmethod
     def _keep(
@@ -221,21 +251,21 @@ class _Reader:
         name = file_name(event.get("file"))
         if not name or not isinstance(event.get("step"), int):
             return False
-        self._history.exports[name] = event
+        self.history.exports[name] = event
         return True
 
     def _saved(self, event: Mapping[str, Any]) -> bool:
         step = event.get("step")
         if not isinstance(step, int):
             return False
-        self._history.saved.append(step)
+        self.history.saved.append(step)
         return True
 
     def _best_weights(self, event: Mapping[str, Any]) -> bool:
         name = file_name(event.get("file"))
         if not name or not isinstance(event.get("step"), int):
             return False
-        self._history.best[name] = event
+        self.history.best[name] = event
         return True
 
     def _message(self, kept: dict[str, Message], event: Mapping[str, Any]) -> bool:
@@ -250,16 +280,16 @@ class _Reader:
 
     def _data(self, event: Mapping[str, Any]) -> bool:
         if isinstance(event.get("steps"), int):
-            self._history.planned_steps = event["steps"]
+            self.history.planned_steps = event["steps"]
         return self._newest(event)
 
     def _newest(self, event: Mapping[str, Any]) -> bool:
-        self._history.latest[event["event"]] = event
+        self.history.latest[event["event"]] = event
         return True
 
     def _ended(self, event: Mapping[str, Any]) -> bool:
-        if self._history.processes:
-            process = self._history.processes[-1]
+        if self.history.processes:
+            process = self.history.processes[-1]
             process.how = event["event"]
             process.error = str(event.get("error", ""))
         return True

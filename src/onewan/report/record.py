@@ -18,7 +18,7 @@ from onewan.config.load import RESOLVED_LIMITS, RESOLVED_NAME
 from onewan.documents import get_path
 from onewan.report.history import History, read_history
 from onewan.runs.layout import STEP_NAME, RunLayout
-from onewan.runs.status import RunState, find_run, read_state
+from onewan.runs.status import RunState, find_run, state_after
 
 MOST_CLIPS = 300
 """Clips of a run that a page lists; of more, so many at equal distances."""
@@ -34,6 +34,8 @@ class SampleVideo:
     """Its place among the prompts, with "-distilled": "0", "1-distilled"."""
     prompt: str
     path: Path
+    seed: int | None = None
+    """Seed of its noise; None if it is not known."""
 
     @property
     def is_distilled(self) -> bool:
@@ -79,22 +81,52 @@ class RunRecord:
         return get_path(self.settings, tuple(dotted.split(".")))
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunFiles:
+    """What is read of a run's folder besides its events and samples."""
+
+    run_text: str
+    resolved_text: str
+    settings: Mapping[str, Any]
+    clips: ClipList
+    gaps: Sequence[str]
+
+    @classmethod
+    def read(cls, layout: RunLayout) -> RunFiles:
+        """The files as they are now; `gaps` says which of them can't be read."""
+        gaps = list[str]()
+        resolved_text, run_text = _text(layout.resolved, gaps), _text(layout.run_file, gaps)
+        settings: Any = None
+        try:
+            settings = documents.parse_yaml(resolved_text, RESOLVED_LIMITS)
+        except ValueError as error:
+            gaps.append(f"{RESOLVED_NAME}: can't be read ({error})")
+        return cls(
+            run_text=run_text,
+            resolved_text=resolved_text,
+            settings=settings if isinstance(settings, dict) else {},
+            clips=_clip_list(layout, gaps),
+            gaps=gaps,
+        )
+
+
 def read_record(run: Path) -> RunRecord:
     """The record of a run, by its folder or its name in ``runs``. OnewanError, which names the runs
     that there are, if there is no such run."""
     layout = RunLayout(find_run(run))
-    gaps = list[str]()
-    resolved_text, run_text = _text(layout.resolved, gaps), _text(layout.run_file, gaps)
-    settings: Any = None
-    try:
-        settings = documents.parse_yaml(resolved_text, RESOLVED_LIMITS)
-    except ValueError as error:
-        gaps.append(f"{RESOLVED_NAME}: can't be read ({error})")
-    settings = settings if isinstance(settings, dict) else {}
-    history = read_history(layout.events)
-    state, reason = read_state(layout)
+    files, history = RunFiles.read(layout), read_history(layout.events)
+    samples = found_samples(layout, history, files.settings)
+    return record_of(layout, files, history, samples)
+
+
+def record_of(
+    layout: RunLayout, files: RunFiles, history: History, samples: Sequence[SampleVideo]
+) -> RunRecord:
+    """The record of the run at `layout` from what was read of it."""
+    state, reason = state_after(layout, history.latest.get("started", {}), history.last_event)
     if history.processes:
         history.processes[-1].how = state
+    gaps = list(files.gaps)
     if history.damaged_count:
         at = ", ".join(map(str, history.damaged))
         more = ", ..." if history.damaged_count > len(history.damaged) else ""
@@ -112,11 +144,11 @@ def read_record(run: Path) -> RunRecord:
         state=state,
         reason=reason,
         history=history,
-        settings=settings,
-        resolved_text=resolved_text,
-        run_text=run_text,
-        samples=sorted(_samples(layout, history, settings), key=lambda s: (s.step, s.number)),
-        clips=_clip_list(layout, gaps),
+        settings=files.settings,
+        resolved_text=files.resolved_text,
+        run_text=files.run_text,
+        samples=samples,
+        clips=files.clips,
         gaps=gaps,
     )
 
@@ -129,19 +161,34 @@ def _text(path: Path, gaps: list[str]) -> str:
         return ""
 
 
+def found_samples(
+    layout: RunLayout, history: History, settings: Mapping[str, Any]
+) -> list[SampleVideo]:
+    """Videos that events tell of, and those on disk whose events were lost; by step, then by
+    prompt."""
+    return sorted(_samples(layout, history, settings), key=lambda each: (each.step, each.number))
+
+
 def _samples(
     layout: RunLayout, history: History, settings: Mapping[str, Any]
 ) -> Iterator[SampleVideo]:
-    """Videos that events tell of, and those on disk whose events were lost."""
     prompts: Any = get_path(settings, ("sample", "prompts")) or []
+    prompts = prompts if isinstance(prompts, list) else [prompts]
     told = set[tuple[int, str]]()
     for (step, name), event in history.samples.items():
         told.add((step, name))
+        number = name.rpartition(".")[0]
+        prompt, planned_prompt, planned_seed = (
+            str(event.get("prompt", "")),
+            *_planned(prompts, number, settings),
+        )
         yield SampleVideo(
             step=step,
-            number=name.rpartition(".")[0],
-            prompt=str(event.get("prompt", "")),
+            number=number,
+            prompt=prompt,
             path=layout.samples(step) / name,
+            # A prompt may have been changed since, and with it its seed.
+            seed=_integer(event.get("seed", planned_seed if prompt == planned_prompt else None)),
         )
     for path in sorted(layout.samples_dir.glob("*/*")):
         if path.suffix not in _VIDEOS or not re.fullmatch(STEP_NAME, path.parent.name):
@@ -150,9 +197,25 @@ def _samples(
         # Those of later steps are of a process whose work is done again.
         if (step, path.name) in told or number is None or step > (history.steps.last or step):
             continue
-        entry = prompts[int(number[0])] if int(number[0]) < len(prompts) else None
-        prompt = str(entry.get("prompt", "")) if isinstance(entry, dict) else ""
-        yield SampleVideo(step=step, number=path.stem, prompt=prompt, path=path)
+        prompt, seed = _planned(prompts, path.stem, settings)
+        yield SampleVideo(step=step, number=path.stem, prompt=prompt, path=path, seed=seed)
+
+
+def _planned(
+    prompts: list[Any], number: str, settings: Mapping[str, Any]
+) -> tuple[str, int | None]:
+    """(prompt, seed) of the sample videos of this number by the run file."""
+    place = re.match(r"[0-9]+", number)
+    entry = prompts[int(place[0])] if place and int(place[0]) < len(prompts) else None
+    if not isinstance(entry, dict):
+        return "", None
+    seed = entry.get("seed")
+    default = get_path(settings, ("sample", "seed"))
+    return str(entry.get("prompt", "")), _integer(default if seed is None else seed)
+
+
+def _integer(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _clip_list(layout: RunLayout, gaps: list[str]) -> ClipList:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from onewan.report.parts import text
 from onewan.report.record import RunRecord, SampleVideo
+from onewan.report.steps import number
 from onewan.report.videos import PageVideos, VideoChoice, first_and_last_first, some_steps
+from onewan.variants import VARIANTS
 
 MOST_STEPS = 24
 """Videos of one prompt; browsers play about 75 at once, those of phones fewer."""
@@ -24,17 +26,26 @@ def report_samples(record: RunRecord, folder: Path, choice: VideoChoice) -> Iter
         return
     rows = _rows(record.samples)
     shown = {
-        number: _at(videos, some_steps([video.step for video in videos], MOST_STEPS))
-        for number, videos in list(rows.items())[:_MOST_PROMPTS]
+        place: _at(videos, some_steps([video.step for video in videos], MOST_STEPS))
+        for place, videos in list(rows.items())[:_MOST_PROMPTS]
     }
     chosen = first_and_last_first([video for videos in shown.values() for video in videos])
     page = PageVideos(choice, folder, chosen)
     yield f"<p>{text(page.note)}</p>"
     if len(rows) > _MOST_PROMPTS:
         yield f"<p>The first {_MOST_PROMPTS} of {len(rows)} prompts are shown.</p>"
-    for number, videos in shown.items():
-        yield from _row(page, number, videos, len(rows[number]))
+    for place, videos in shown.items():
+        yield from _row(page, place, videos, len(rows[place]), frames_per_second(record))
     yield "</section>"
+
+
+def frames_per_second(record: RunRecord) -> float:
+    """Those of the sample videos of a run."""
+    given = number(record.setting("sample.fps"))
+    if given > 0:
+        return given
+    variant = record.setting("model.variant")
+    return VARIANTS[variant].fps if variant in VARIANTS else 16.0
 
 
 def _rows(samples: Sequence[SampleVideo]) -> dict[str, list[SampleVideo]]:
@@ -50,16 +61,16 @@ def _at(videos: Sequence[SampleVideo], steps: Sequence[int]) -> list[SampleVideo
 
 
 def _row(
-    page: PageVideos, number: str, videos: Sequence[SampleVideo], available: int
+    page: PageVideos, place: str, videos: Sequence[SampleVideo], available: int, fps: float
 ) -> Iterator[str]:
     # A prompt may have been changed when the run was resumed: the newest one is named.
-    prompt = videos[-1].prompt or f"prompt {number}"
+    prompt = videos[-1].prompt or f"prompt {place}"
     how = " (with distilled LoRAs)" if videos[-1].is_distilled else ""
     yield '<div class="prompt together">'
     yield f"<h3>{text(prompt)}{how}</h3>"
     if len(videos) < available:
         yield f'<p class="soft">{len(videos)} of {available} steps are shown.</p>'
-    yield f'<div class="controls" data-name="{text(prompt)}"></div>'
+    yield f'<div class="controls" data-name="{text(prompt)}" data-fps="{fps:g}"></div>'
     yield '<div class="strip" tabindex="0" role="group" aria-label="videos by step">'
     for video in videos:
         caption = f"step {video.step:,}" if video.step else "base model (step 0)"
@@ -83,7 +94,8 @@ def compared_samples(
         how = " (with distilled LoRAs)" if is_distilled else ""
         yield '<div class="prompt together">'
         yield f"<h3>{text(prompt)}{how}</h3>"
-        yield f'<div class="controls" data-name="{text(prompt)}"></div>'
+        fps = frames_per_second(records[0])
+        yield f'<div class="controls" data-name="{text(prompt)}" data-fps="{fps:g}"></div>'
         opened = _opened(by_step)
         for step, videos in by_step.items():
             label = f"step {step:,}" if step else "base model (step 0)"

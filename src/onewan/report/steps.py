@@ -63,7 +63,8 @@ class StepTable:
         self._steps.append(step)
         self._expert.append(self.experts.index(expert))
         for name, column in self._values.items():
-            column.append(number(event.get(name)))
+            value = event.get(name)
+            column.append(value if type(value) is float else number(value))
         timesteps = event.get("t")
         if isinstance(timesteps, list):
             self._timesteps.extend(map(number, timesteps))

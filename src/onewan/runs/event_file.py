@@ -25,6 +25,8 @@ from onewan.runs.events import HEARTBEAT_SECONDS, Event, Heartbeat, Started
 
 _BLOCK_BYTES = 1 << 18
 """Bytes that are read at once from the end of a file."""
+_HEAD_BYTES = 256
+"""By which a file is known again."""
 
 
 class EventFile:
@@ -147,22 +149,69 @@ def time_of(event: Mapping[str, Any]) -> datetime | None:
     return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
 
 
+class EventTail:
+    """Reads an event file that may still grow: each `read` gives the events since the last one.
+
+    The file may be written by another process meanwhile, be deleted, or be replaced by another one,
+    which is then read from its start.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        on_damage: Callable[[int], None] = lambda _line: None,
+        on_restart: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_damage` is called with the number, from 1, of each line that is no event;
+        `on_restart` when what was read before is no longer in the file."""
+        self._path = path
+        self._on_damage = on_damage
+        self._on_restart = on_restart
+        self._position = 0
+        self._lines = 0
+        self._head = b""
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """The events that are new, without a last line that is still being written; one at a time,
+        so that a file of any length can be read. Without a file there are none; OSError if it can't
+        be read."""
+        try:
+            file = self._path.open("rb")
+        except FileNotFoundError:
+            self._start_anew()
+            return
+        with file:
+            # The first line has the time at which the run started, so another run's has another.
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            head = file.read(_HEAD_BYTES)
+            if size < self._position or not head.startswith(self._head):
+                self._start_anew()
+            self._head = head
+            file.seek(self._position)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                # Before the event is handed out: who stops in between does not get it again.
+                self._position += len(line)
+                self._lines += 1
+                if (event := _parsed(line)) is not None:
+                    yield event
+                elif line.strip():
+                    self._on_damage(self._lines)
+
+    def _start_anew(self) -> None:
+        was_read = self._position > 0
+        self._position, self._lines, self._head = 0, 0, b""
+        if was_read:
+            self._on_restart()
+
+
 def read_events(
     path: Path, on_damage: Callable[[int], None] = lambda _line: None
 ) -> Iterator[dict[str, Any]]:
-    """The events in the file so far, without a last line that is still being written; one at a
-    time, so that a file of any length can be read.
-
-    `on_damage` is called with the number, from 1, of each line that is no event.
-    """
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
-            if (event := _parsed(line)) is not None:
-                yield event
-            elif line.strip():
-                on_damage(number)
+    """The events in the file so far, as `EventTail.read` gives them."""
+    return EventTail(path, on_damage).read()
 
 
 def read_backwards(
@@ -216,13 +265,12 @@ def follow(path: Path, stop: threading.Event, *, poll: float = 0.5) -> Iterator[
     """The events in the file, then each new one, until `stop` is set; waits for the file itself.
 
     Looks for new ones every `poll` seconds. All events written before `stop` was set are yielded. A
-    file that has become shorter is a new one and is read from its start.
+    file that was replaced is read from its start.
     """
-    position = 0
+    tail = EventTail(path)
     while True:
         stopping = stop.is_set()  # checked before reading: nothing written by then is missed
-        events, position = _read_from(path, position)
-        yield from events
+        yield from tail.read()
         if stopping:
             return
         stop.wait(poll)
@@ -272,24 +320,6 @@ def _line(event: Event) -> bytes:
     line.update((name, _json_value(value, name)) for name, value in event.fields().items())
     # ASCII, so that a truncated line can't end within a character.
     return (json.dumps(line, allow_nan=False) + "\n").encode("ascii")
-
-
-def _read_from(path: Path, position: int) -> tuple[list[dict[str, Any]], int]:
-    """The events in the complete lines after `position`, and the position after these lines."""
-    try:
-        with path.open("rb") as file:
-            # Shorter than what was read before: the file was replaced.
-            if file.seek(0, os.SEEK_END) < position:
-                position = 0
-            file.seek(position)
-            lines, _, _ = file.read().rpartition(b"\n")
-    except FileNotFoundError:
-        return [], 0
-    if not lines:
-        return [], position
-    # On bytes, not on text: the position must be exact, and a truncated line may not be UTF-8.
-    events = (_parsed(line) for line in lines.split(b"\n"))
-    return [event for event in events if event is not None], position + len(lines) + 1
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ lists. Of a long event file it reads the end only.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -190,8 +190,8 @@ def find_run(given: Path) -> Path:
 
 def read_state(layout: RunLayout, *, now: datetime | None = None) -> tuple[RunState, str]:
     """The state of a run, and its reason in words where there is one."""
-    last = last_event(layout.events) or {}
-    return _state(layout, processes(layout.events), last, now or datetime.now(timezone.utc))
+    last, history = last_event(layout.events) or {}, processes(layout.events)
+    return state_after(layout, history[-1].first if history else {}, last, now=now)
 
 
 def read_status(folder: Path, *, now: datetime | None = None) -> RunStatus:
@@ -283,10 +283,15 @@ class _Settings:
         )
 
 
-def _state(
-    layout: RunLayout, history: Sequence[Process], last: Mapping[str, Any], now: datetime
+def state_after(
+    layout: RunLayout,
+    first: Mapping[str, Any],
+    last: Mapping[str, Any],
+    *,
+    now: datetime | None = None,
 ) -> tuple[RunState, str]:
-    """The state, and its reason where there is one. `last` is the newest event."""
+    """What `read_state` says, by events that are known: the `first` one of the newest process, and
+    the `last` one of all; empty where there is none."""
     kind = last.get("event")
     if kind in ENDS:
         error = str(last.get("error", "")) if kind == Failed.kind else ""
@@ -296,8 +301,8 @@ def _state(
         return "killed", "its process ended without a last event"
     if not last:
         return "running" if alive else "not started", ""
-    first = history[-1].first if history else {}
     every, written = _number(first, "heartbeat_seconds") or HEARTBEAT_SECONDS, time_of(last)
+    now = now or datetime.now(timezone.utc)
     silent = 0.0 if written is None else (now - written).total_seconds()
     if silent <= _SILENT_HEARTBEATS * every:
         return "running", ""

@@ -1,7 +1,7 @@
 "use strict";
 // Videos: a play button for each, or one for all of a group, which are then shown at the same time of
 // each. The page can be used without it: videos then have the controls of the browser, which cover a
-// third of a small picture.
+// third of a small picture. A page whose videos come and go takes the class `onewanPlayers.Group`.
 (() => {
   function addButton(parent, kind) {
     const button = document.createElement("button");
@@ -46,13 +46,24 @@
   const LARGEST_DIFFERENCE = 0.04; // s, less than a frame at 24 per second
 
   class Group {
-    constructor(element) {
-      this.all = [...element.querySelectorAll("video")];
+    // `bar` is the element of the controls, with data-name and data-fps; `list` gives the videos that
+    // there are at the time.
+    constructor(bar, list) {
+      this.list = list;
+      this.known = new WeakSet();
       this.videos = []; // those that are shown and can be played
       this.playing = false;
       this.rate = 1;
-      const bar = element.querySelector(".controls");
+      this.fps = Number(bar.dataset.fps) || 16;
       this.button = addButton(bar, "");
+      const frame = (text, label, frames) => {
+        const button = addButton(bar, "frame");
+        button.textContent = text;
+        button.setAttribute("aria-label", label);
+        button.addEventListener("click", () => this.move(frames));
+      };
+      frame("\u2212 frame", "one frame back", -1);
+      frame("+ frame", "one frame on", 1);
       this.slider = document.createElement("input");
       Object.assign(this.slider, { type: "range", min: 0, max: 1000, value: 0 });
       this.slider.setAttribute("aria-label", `time of the videos of ${bar.dataset.name}`);
@@ -60,28 +71,47 @@
       const speeds = document.createElement("select");
       speeds.setAttribute("aria-label", "speed");
       for (const rate of [0.25, 0.5, 1, 2]) speeds.append(new Option(`${rate}x`, rate, rate === 1, rate === 1));
-      bar.append(this.slider, this.time, speeds);
+      this.loop = Object.assign(document.createElement("input"), { type: "checkbox", checked: true });
+      const loop = document.createElement("label");
+      loop.append(this.loop, " loop");
+      bar.append(this.slider, this.time, speeds, loop);
       this.button.addEventListener("click", () => (this.playing ? this.pause() : this.play()));
       this.slider.addEventListener("input", () => this.seek());
       speeds.addEventListener("change", () => {
         this.rate = Number(speeds.value);
         for (const video of this.videos) video.playbackRate = this.rate;
       });
-      for (const video of this.all) {
+      groups.push(this);
+      this.adopt();
+      this.label();
+    }
+
+    // Take in the videos that there are now; if others play, new ones play with them.
+    async adopt() {
+      for (const video of this.list()) {
+        if (this.known.has(video)) continue;
+        this.known.add(video);
         video.controls = false;
         video.loop = false;
         video.addEventListener("click", () => this.button.click());
       }
-      this.label();
+      if (!this.playing) return;
+      const old = new Set(this.videos);
+      const time = this.longest?.currentTime ?? 0;
+      await this.prepare();
+      for (const video of old) if (!this.videos.includes(video)) video.pause();
+      if (!this.playing || !this.longest) return;
+      for (const video of this.videos) if (!old.has(video)) video.currentTime = Math.min(time, video.duration);
+      await this.start();
     }
 
     label() {
-      this.button.textContent = this.playing ? "Pause" : this.all.length > 1 ? "Play together" : "Play";
+      this.button.textContent = this.playing ? "Pause" : this.list().length > 1 ? "Play together" : "Play";
       this.button.setAttribute("aria-pressed", String(this.playing));
     }
 
     async prepare() {
-      const shown = this.all.filter((video) => !video.closest("details:not([open])"));
+      const shown = this.list().filter((video) => !video.closest("details:not([open])"));
       const good = await Promise.all(shown.map(loaded));
       shown.forEach((video, index) => video.parentElement.classList.toggle("broken", !good[index]));
       this.videos = shown.filter((_, index) => good[index]);
@@ -103,6 +133,10 @@
       const step = () => {
         if (!this.playing) return;
         if (this.longest.ended) {
+          if (!this.loop.checked) {
+            this.pause();
+            return;
+          }
           this.place(0);
           this.start();
         }
@@ -146,11 +180,22 @@
 
     async seek() {
       const share = Number(this.slider.value) / 1000;
+      await this.still((longest) => share * longest.duration);
+    }
+
+    // To the middle of the frame that is so many after the present one.
+    async move(frames) {
+      await this.still((longest) => (Math.floor(longest.currentTime * this.fps + 0.01) + frames + 0.5) / this.fps);
+    }
+
+    // Pause at the time that `choose` gives for the longest video.
+    async still(choose) {
       this.pause();
       await this.prepare();
       if (!this.longest) return;
-      this.place(share * this.longest.duration);
-      this.show(share * this.longest.duration);
+      const time = Math.max(0, Math.min(choose(this.longest), this.longest.duration - 0.5 / this.fps));
+      this.place(time);
+      this.show(time);
     }
 
     show(time = this.longest.currentTime) {
@@ -159,8 +204,10 @@
     }
   }
 
+  globalThis.onewanPlayers = { Group };
   for (const element of document.querySelectorAll(".together")) {
-    if (element.querySelector("video")) groups.push(new Group(element));
+    const videos = [...element.querySelectorAll("video")];
+    if (videos.length) new Group(element.querySelector(".controls"), () => videos);
   }
   for (const video of document.querySelectorAll(".player video")) {
     if (!video.closest(".together")) single(video);

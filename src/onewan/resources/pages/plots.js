@@ -1,10 +1,8 @@
 "use strict";
-// Draws the plots of a page from the numbers in its element #plots: lines with bands, and histograms.
-// Pointing at a plot, or arrow keys, show values; a drag zooms in; the legend hides and shows series.
+// Draws plots: lines with bands, and histograms. Pointing at a plot, or arrow keys, show values; a drag
+// zooms in; the legend hides and shows series. A page with numbers in an element #plots has its
+// figures drawn at once; others take the class `onewanPlots.Plot`, and change its numbers with `update`.
 (() => {
-  const source = document.getElementById("plots");
-  if (!source) return;
-  const plots = JSON.parse(source.textContent);
   const DASHES = ["", "7 4", "2 3", "10 3 2 3"];
   const ROOM = { top: 10, right: 14, bottom: 40 };
 
@@ -75,6 +73,23 @@
     return x - values[low] <= values[high] - x ? low : high;
   }
 
+  // The mean of the `width` values around each one, without those that are null.
+  function smoothed(values, width) {
+    const sums = [0], counts = [0];
+    values.forEach((value, i) => {
+      sums.push(sums[i] + (value ?? 0));
+      counts.push(counts[i] + (value === null ? 0 : 1));
+    });
+    return values.map((_, i) => {
+      const low = Math.max(0, i - Math.floor(width / 2)), high = Math.min(values.length, i + Math.ceil(width / 2));
+      const number = counts[high] - counts[low];
+      return number ? (sums[high] - sums[low]) / number : null;
+    });
+  }
+
+  // Over how many points `series` is smoothed, at `times` its usual smoothing.
+  const points = (series, times) => (series.smoothing ? Math.round(series.smoothing[0] * times) : 0);
+
   function sample(series) {
     const icon = svg("svg", { viewBox: "0 0 26 12", "aria-hidden": "true" });
     svg("path", { d: "M1 6H25", "stroke-dasharray": DASHES[series.dash] }, icon);
@@ -89,17 +104,31 @@
     else svg("circle", { class: "point", cx: x, cy: y, r }, parent);
   }
 
+  // The element of a plot, for a page that has none of it.
+  function figureOf(name, spec) {
+    const figure = html("figure", { className: "plot", id: name });
+    figure.dataset.summary = spec.summary;
+    html("h3", { textContent: spec.title }, html("figcaption", {}, figure));
+    html("p", { className: "about", textContent: spec.about }, figure);
+    return figure;
+  }
+
   class Plot {
     constructor(figure, spec) {
+      this.name = figure.id;
       this.spec = spec;
+      this.part = null; // the same for the part that is shown, in more detail, if `onZoom` got it
+      this.onZoom = () => {};
       this.log = spec.log;
+      this.times = 1; // of the usual smoothing
       this.view = null; // the part of the x axis that is shown; null for all of it
-      this.hidden = new Set();
+      this.hidden = new Set(); // labels of series
       const caption = figure.querySelector("figcaption");
       const tools = html("div", { className: "legend" }, caption);
-      if (spec.series.length > 1 || spec.series[0].legend) {
-        for (const series of spec.series) this.legend(series, tools);
-      }
+      this.keys = html("span", { className: "keys" }, tools);
+      this.smoother = html("select", {}, tools);
+      this.smoother.setAttribute("aria-label", "smoothing");
+      this.smoother.addEventListener("change", () => { this.times = Number(this.smoother.value); this.draw(); });
       if (spec.can_log) {
         const button = html("button", { type: "button", textContent: "log" }, tools);
         button.setAttribute("aria-label", "logarithmic vertical axis");
@@ -125,26 +154,87 @@
       this.tip = html("div", { className: "tip", hidden: true }, this.canvas);
       this.tip.setAttribute("role", "status");
       this.listen();
+      this.arrange();
       new ResizeObserver(() => {
         if (Math.abs(this.canvas.clientWidth - (this.width ?? 0)) > 1) this.draw();
       }).observe(this.canvas);
+      // Redrawn when it comes into view, if its numbers have changed while nobody saw it.
+      this.isSeen = true;
+      new IntersectionObserver((entries) => {
+        this.isSeen = entries[entries.length - 1].isIntersecting;
+        if (this.isSeen && this.isOld) this.draw();
+      }, { rootMargin: "200px" }).observe(figure);
+    }
+
+    // Take other numbers of the same plot; what the reader has chosen stays.
+    update(spec) {
+      this.spec = spec;
+      this.svg.setAttribute("aria-label", spec.summary);
+      const about = this.canvas.parentElement.querySelector(".about");
+      if (about.textContent !== spec.about) about.textContent = spec.about;
+      this.arrange();
+      this.isOld = true;
+      if (this.isSeen) this.draw();
+    }
+
+    // Show the zoomed part by numbers of its own.
+    detail(view, spec) {
+      if (!this.view || view[0] !== this.view[0] || view[1] !== this.view[1]) return;
+      this.part = spec;
+      this.draw();
+    }
+
+    // The buttons of the series, and the choice of the smoothing.
+    arrange() {
+      const labels = this.spec.series.map((series) => `${series.label} ${series.color} ${series.dash}`).join("\n");
+      if (labels !== this.labels) {
+        this.labels = labels;
+        this.keys.replaceChildren();
+        if (this.spec.series.length > 1) for (const series of this.spec.series) this.legend(series, this.keys);
+      }
+      const smooth = this.spec.series.find((series) => series.smoothing);
+      this.smoother.hidden = !smooth;
+      if (!smooth) return;
+      const [usual, steps] = smooth.smoothing, each = Math.round(steps / usual);
+      const options = [[0, each > 1 ? `mean of ${each.toLocaleString("en-US")} steps` : "each step"]];
+      for (const times of [0.25, 1, 4]) {
+        const number = points(smooth, times);
+        if (number > 1) options.push([times, `mean of ${Math.round(number * (steps / usual)).toLocaleString("en-US")} steps`]);
+      }
+      const texts = options.map(([times, text]) => `${times} ${text}`).join();
+      if (texts === this.smoother.dataset.texts) return;
+      this.smoother.dataset.texts = texts;
+      this.smoother.replaceChildren(...options.map(([times, text]) => new Option(text, times)));
+      if (!options.some(([times]) => times === this.times)) this.times = 1;
+      this.smoother.value = String(this.times);
     }
 
     legend(series, tools) {
+      const { label } = series;
       const button = html("button", { type: "button", className: `c-${series.color}` }, tools);
-      button.append(sample(series), html("span", { textContent: series.label, className: "ink" }));
-      const press = () => button.setAttribute("aria-pressed", String(!this.hidden.has(series)));
+      button.append(sample(series), html("span", { textContent: label, className: "ink" }));
+      const press = () => button.setAttribute("aria-pressed", String(!this.hidden.has(label)));
       button.addEventListener("click", () => {
-        if (this.hidden.has(series)) this.hidden.delete(series);
-        else this.hidden.add(series);
+        if (this.hidden.has(label)) this.hidden.delete(label);
+        else this.hidden.add(label);
         press();
         this.draw();
       });
       press();
     }
 
+    // Those that are shown, smoothed as the reader wishes.
     series() {
-      return this.spec.series.filter((series) => !this.hidden.has(series) && series.x.length);
+      const { series: all } = this.part ?? this.spec;
+      if (this.smoothedOf !== all || this.smoothedBy !== this.times) {
+        this.smoothedOf = all;
+        this.smoothedBy = this.times;
+        this.smooth = all.map((series) => {
+          const width = points(series, this.times);
+          return width > 1 ? { ...series, y: smoothed(series.y, width) } : series;
+        });
+      }
+      return this.smooth.filter((series) => !this.hidden.has(series.label) && series.x.length);
     }
 
     ranges() {
@@ -204,6 +294,7 @@
     }
 
     draw() {
+      this.isOld = false;
       const width = (this.width = this.canvas.clientWidth), height = width < 480 ? 210 : 250;
       if (width < 50) return;
       const { left, right, low, high } = this.ranges();
@@ -238,7 +329,7 @@
       }
       svg("line", { x1: room.left, x2: width - room.right, y1: bottom, y2: bottom }, axis);
       svg("text", { class: "name", x: room.left + inner.width / 2, y: height - 5, "text-anchor": "middle" }, axis).textContent = this.spec.x.label;
-      const clip = `clip-${this.spec.id}`;
+      const clip = `clip-${this.name}`;
       const frame = svg("clipPath", { id: clip }, svg("defs", {}, this.svg));
       svg("rect", { x: room.left, y: room.top - 2, width: inner.width + 1, height: inner.height + 3 }, frame);
       const inside = svg("g", { "clip-path": `url(#${clip})` }, this.svg);
@@ -314,8 +405,10 @@
 
     zoom(view) {
       this.view = view;
+      this.part = null;
       this.tip.hidden = true;
       this.draw();
+      if (view) this.onZoom(view);
     }
 
     point(x) {
@@ -397,8 +490,9 @@
     }
   }
 
-  for (const figure of document.querySelectorAll("figure.plot")) {
-    const plot = new Plot(figure, { ...plots[figure.id], id: figure.id });
-    plot.draw();
-  }
+  globalThis.onewanPlots = { Plot, figureOf };
+  const source = document.getElementById("plots");
+  if (!source) return;
+  const plots = JSON.parse(source.textContent);
+  for (const figure of document.querySelectorAll("figure.plot")) new Plot(figure, plots[figure.id]).draw();
 })();
