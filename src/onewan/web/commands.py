@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from onewan.errors import OnewanError
 from onewan.files import IS_WINDOWS
+from onewan.locks import ProcessId
+from onewan.runs.processes import force_stop
 
 _MOST_LINES = 2000
 _MOST_KEPT = 50
@@ -35,15 +35,6 @@ def command_line(arguments: Sequence[str]) -> str:
     """A command as it is typed in a terminal."""
     words = ["onewan", *arguments]
     return subprocess.list2cmdline(words) if IS_WINDOWS else shlex.join(words)
-
-
-def kill_tree(pid: int) -> None:
-    """End the process `pid` with its descendants, at once."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        for each in (*process.children(recursive=True), process):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
 
 
 async def _start(arguments: Sequence[str], **streams: Any) -> asyncio.subprocess.Process:
@@ -76,7 +67,7 @@ class Command:
     result: int | None = None
     """Its exit status; None while it runs."""
     stopped: bool = False
-    process: asyncio.subprocess.Process | None = None
+    process: ProcessId | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -84,11 +75,11 @@ class Command:
         """The command as it is typed in a terminal."""
         return command_line(self.arguments)
 
-    def stop(self) -> None:
-        """End it with all that it started."""
+    async def stop(self) -> None:
+        """End it with all that it started. OnewanError if the system can't."""
         self.stopped = True
         if self.process is not None and self.result is None:
-            kill_tree(self.process.pid)
+            await asyncio.to_thread(force_stop, self.process)
 
     async def wait(self) -> int:
         """Its exit status."""
@@ -120,14 +111,15 @@ class Commands:
 
     async def _follow(self, command: Command) -> None:
         try:
-            process = command.process = await _start(
+            process = await _start(
                 command.arguments,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
                 cwd=self._folder,
             )
+            command.process = ProcessId.of(process.pid)
             if command.stopped:
-                kill_tree(process.pid)
+                await command.stop()
             assert process.stdout is not None
             while line := await _line(process.stdout):
                 command.output.append(line.decode("utf-8", "replace").rstrip("\r\n"))
@@ -156,7 +148,7 @@ class Commands:
             out, err = await process.communicate()
         finally:
             if process.returncode is None:
-                kill_tree(process.pid)
+                await asyncio.to_thread(force_stop, ProcessId.of(process.pid))
         text = err.decode("utf-8", "replace").strip()
         if process.returncode in status and len(out) <= _MOST_JSON:
             with contextlib.suppress(ValueError):
