@@ -64,6 +64,11 @@ class RunLayout:
         return self.root / "log.txt"
 
     @property
+    def output(self) -> Path:
+        """What the newest trainer that was started by the queue printed (`onewan.runs.queue`)."""
+        return self.root / "output.txt"
+
+    @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
 

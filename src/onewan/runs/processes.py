@@ -31,6 +31,11 @@ _END_SECONDS = 5.0
 """For which the end of killed processes is waited for: freeing pinned memory takes moments."""
 
 
+def trainer_command(arguments: Sequence[str]) -> list[str]:
+    """The command line of a trainer with the `arguments` of ``onewan train``."""
+    return [sys.executable, "-m", "onewan", "train", *arguments]
+
+
 def start(arguments: Sequence[str], output: Path, mark: str) -> ProcessId:
     """Start ``onewan train`` with `arguments`, and append what it prints to the file `output`.
 
@@ -45,7 +50,7 @@ def start(arguments: Sequence[str], output: Path, mark: str) -> ProcessId:
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("ab") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "onewan", "train", *arguments],
+            trainer_command(arguments),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,

@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, cast
@@ -89,6 +90,8 @@ class RunStatus:
     variant: str | None
     """None, as for the following: not known."""
     method: str | None
+    device: str | None
+    """The setting `model.device`: "auto", or a device by PyTorch's name."""
     state: RunState
     reason: str
     """Why, in words, where the state alone does not say it: the error of a failed run."""
@@ -123,6 +126,7 @@ class RunStatus:
             "run": str(self.folder),
             "variant": self.variant,
             "method": self.method,
+            "device": self.device,
             "state": self.state,
             "reason": self.reason,
             "step": self.step,
@@ -196,12 +200,14 @@ def read_state(layout: RunLayout, *, now: datetime | None = None) -> tuple[RunSt
 
 def read_status(folder: Path, *, now: datetime | None = None) -> RunStatus:
     """The status of the run in `folder`. OSError if a file in it can't be read."""
-    layout, problems = RunLayout(folder), list[str]()
-    settings = _Settings.of(layout, problems)
+    layout = RunLayout(folder)
+    settings = _settings(layout)
+    problems = list(settings.problems)
     history = processes(layout.events)
     if layout.events.is_file() and not history:
         problems.append(f"{layout.events.name}: says of no process that it started")
-    state, reason = read_state(layout, now=now)
+    first, last = history[-1].first if history else {}, last_event(layout.events) or {}
+    state, reason = state_after(layout, first, last, now=now)
     saved = max(layout.saved_steps(), default=None)
     step = _step(layout, saved)
     steps = settings.steps
@@ -211,13 +217,14 @@ def read_status(folder: Path, *, now: datetime | None = None) -> RunStatus:
         folder=folder,
         variant=settings.variant,
         method=settings.method,
+        device=settings.device,
         state=state,
         reason=reason,
         step=step,
         steps=steps,
         experts=_experts(layout, settings, step),
         started=time_of(history[0].first) if history else None,
-        updated=time_of(last_event(layout.events) or {}),
+        updated=time_of(last),
         seconds=sum(map(_seconds, history)),
         seconds_left=_seconds_left(layout, step, steps) if state == "running" else None,
         saved_step=saved,
@@ -232,55 +239,62 @@ class _Settings:
 
     config: ResolvedRun | None
     """None: missing, damaged, or of another version."""
+    problems: tuple[str, ...] = ()
+    """Why `config` is None."""
     variant: str | None = None
     method: str | None = None
+    device: str | None = None
     steps: int | None = None
 
-    @classmethod
-    def of(cls, layout: RunLayout, problems: list[str]) -> _Settings:
-        """The settings; `problems` gets a line if they can't be read as those of this version."""
-        try:
-            config = load_run(layout.root)
-        except (ConfigError, OSError) as error:
-            return cls._of_another_version(layout, problems, error)
-        return cls(
-            config=config,
-            variant=config.model.variant,
-            method=config.method.kind,
-            steps=config.train.steps,
-        )
 
-    @classmethod
-    def _of_another_version(
-        cls, layout: RunLayout, problems: list[str], error: ConfigError | OSError
-    ) -> _Settings:
-        """What the settings say in any version."""
-        name = layout.resolved.name
-        if not layout.resolved.is_file():
-            problems.append(f"{name}: is missing")
-            return cls(config=None)
-        first = error.problems[0] if isinstance(error, ConfigError) else str(error)
-        problems.append(f"{name}: can't be read by this version ({first.partition(';')[0]})")
-        try:
-            text = decode_text(read_input(layout.resolved, RESOLVED_LIMITS.bytes))
-            data = parse_yaml(text, RESOLVED_LIMITS)
-        except (OnewanError, OSError, ValueError):
-            return cls(config=None)
+def _settings(layout: RunLayout) -> _Settings:
+    try:
+        facts = layout.resolved.stat()
+    except OSError:
+        return _Settings(config=None, problems=(f"{layout.resolved.name}: is missing",))
+    # As long as the file is the same: a run that goes on is read again every few seconds.
+    return _settings_of_file(layout, facts.st_mtime_ns, facts.st_size)
 
-        def value(*path: str) -> Any:
-            return get_path(data, path)
 
-        variant, method, steps = (
-            value("model", "variant"),
-            value("method", "kind"),
-            value("train", "steps"),
-        )
-        return cls(
-            config=None,
-            variant=variant if isinstance(variant, str) else None,
-            method=method if isinstance(method, str) else None,
-            steps=steps if isinstance(steps, int) else None,
-        )
+@lru_cache(maxsize=64)
+def _settings_of_file(layout: RunLayout, _changed: int, _size: int) -> _Settings:
+    try:
+        config = load_run(layout.root)
+    except (ConfigError, OSError) as error:
+        return _of_another_version(layout, error)
+    return _Settings(
+        config=config,
+        variant=config.model.variant,
+        method=config.method.kind,
+        device=config.model.device,
+        steps=config.train.steps,
+    )
+
+
+def _of_another_version(layout: RunLayout, error: ConfigError | OSError) -> _Settings:
+    """What the settings say in any version."""
+    first = error.problems[0] if isinstance(error, ConfigError) else str(error)
+    name, reason = layout.resolved.name, first.partition(";")[0]
+    problems = (f"{name}: can't be read by this version ({reason})",)
+    try:
+        text = decode_text(read_input(layout.resolved, RESOLVED_LIMITS.bytes))
+        data = parse_yaml(text, RESOLVED_LIMITS)
+    except (OnewanError, OSError, ValueError):
+        return _Settings(config=None, problems=problems)
+
+    def text_at(*path: str) -> str | None:
+        value = get_path(data, path)
+        return value if isinstance(value, str) else None
+
+    steps = get_path(data, ("train", "steps"))
+    return _Settings(
+        config=None,
+        problems=problems,
+        variant=text_at("model", "variant"),
+        method=text_at("method", "kind"),
+        device=text_at("model", "device"),
+        steps=steps if isinstance(steps, int) else None,
+    )
 
 
 def state_after(
