@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +167,7 @@ def _rules(options: ServeOptions, kept: dict[str, Any]) -> tuple[str | None, Rul
 
 
 @contextmanager
-def _listening(options: ServeOptions) -> Any:
+def _listening(options: ServeOptions) -> Iterator[socket.socket]:
     """The socket of the server. OnewanError if there can be none."""
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     wished = [options.port] if options.port is not None else [DEFAULT_PORT, 0]
@@ -186,6 +186,7 @@ def _listening(options: ServeOptions) -> Any:
                         "one with --host or --port"
                     ) from None
         listener.set_inheritable(False)
+        listener.listen()  # so that whoever reads the address at once waits for the first answer
         yield listener
     finally:
         listener.close()
