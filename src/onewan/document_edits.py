@@ -36,7 +36,7 @@ def with_value(text: str, path: KeyPath, value: object, order: Order = lambda _:
     """
     data = parse_yaml(text)
     wanted = _with(data, path, value)
-    if _same(data, wanted):
+    if same_data(data, wanted):
         return text
     return _checked(lambda: _set(text, path, value, order), text, path, value, wanted)
 
@@ -167,12 +167,25 @@ def _set(text: str, path: KeyPath, value: object, order: Order) -> str:
     if isinstance(node, SequenceNode) and node.value:
         end = _end(text, node.value[-1])
         return f"{text[:end]}, {inline(inner)}{text[end:]}"
+    if isinstance(node, MappingNode) and place.depth and not place.in_flow:
+        return _filled(text, place, {part: inner})
     empty = node.start_mark.index == node.end_mark.index
     if empty and place.key is not None and isinstance(part, str) and not place.in_flow:
         column = place.key.start_mark.column
         end = _past_comments(text, place.key.end_mark.index, column + 1)
         return f"{text[:end]}\n{_lines({part: inner}, column + _INDENT)}{text[end:]}"
     return _replaced(text, place, _nested(path[place.depth :], value))
+
+
+def _filled(text: str, place: _Place, data: dict[Any, Any]) -> str:
+    """`text` with entries, in block style, in a mapping that has none."""
+    node, key = place.node, place.key
+    start, end = node.start_mark.index, node.end_mark.index
+    if key is None:
+        return text[:start] + _lines(data, node.start_mark.column).lstrip() + text[end:]
+    line = _line_end(text, end)
+    lines = _lines(data, key.start_mark.column + _INDENT)
+    return f"{text[:start].rstrip()}{text[end:line]}\n{lines}{text[line:]}"
 
 
 def _nested(path: KeyPath, value: object) -> Any:
@@ -322,7 +335,7 @@ def _with(data: Any, path: KeyPath, value: object) -> Any:
     return {**fields, part: _with(fields.get(part), rest, value)}
 
 
-def _same(one: object, other: object) -> bool:
+def same_data(one: object, other: object) -> bool:
     """Whether two documents have the same data, of the same types: 1 is neither 1.0 nor true."""
     return json.dumps(one, default=str) == json.dumps(other, default=str)
 

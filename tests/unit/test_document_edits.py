@@ -138,6 +138,14 @@ def test_what_loses_its_last_entry_stays_empty() -> None:
     assert with_value("# note\n", ("a", "b"), 1) == "# note\na:\n  b: 1\n"
 
 
+def test_what_is_empty_is_filled_in_block_style() -> None:
+    assert with_value("- {}  # one\n", (0, "a"), 1) == "- a: 1  # one\n"
+    assert with_value("a:\n  b: {}  # one\nc: 2\n", ("a", "b", "d"), 1) == (
+        "a:\n  b:  # one\n    d: 1\nc: 2\n"
+    )
+    assert with_value("a: [{}]\n", ("a", 0, "b"), 1) == "a: [{b: 1}]\n"
+
+
 def test_the_first_field_of_an_item_leaves_its_dash() -> None:
     assert without_value("- a: 1\n  b: 2\n", (0, "a")) == "- b: 2\n"
 

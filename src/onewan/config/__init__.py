@@ -3,7 +3,8 @@
 `schema`, `method`, `objective` and `optimizer` declare its fields; `load` reads and writes it;
 `rules`, `method_rules` and `unused` check what spans fields; `resolve` fills in defaults;
 `messages` words errors, with the names that other trainers use from `foreign_terms`; `fields` lists
-the fields and exports the schema for editors.
+the fields and exports the schema for editors. `inputs` says how each field is entered in a form,
+and `edits` changes the text of a run file field by field.
 """
 
 from onewan.config.fields import json_schema, leaves

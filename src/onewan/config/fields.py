@@ -1,8 +1,9 @@
-"""What the schema declares: the fields by dotted name, and the JSON schema for editors."""
+"""What the schema declares: the fields by dotted name, those that are essential, their units, and
+the JSON schema for editors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias, get_origin
 
@@ -22,6 +23,58 @@ if TYPE_CHECKING:
 
 Problem: TypeAlias = tuple[str, str]
 """Dotted key path and message."""
+
+ESSENTIAL = (
+    *("model.path", "model.transformer", "model.transformer_2", "model.vae", "model.text_encoder"),
+    *("model.variant", "model.experts", "wan_config.max_frames"),
+    *("video_data.sources.*.path", "video_data.sources.*.trigger_word"),
+    *("video_data.sources.*.repeats", "video_data.resolution"),
+    *("method.kind", "method.rank", "method.block_size", "method.weights"),
+    *("embeddings.*.placeholder", "embeddings.*.initial_text", "embeddings.*.token_count"),
+    *("optimizer.name", "optimizer.lr"),
+    *("train.steps", "train.epochs", "train.batch_size", "train.save_every"),
+    *("sample.prompts.*.prompt", "sample.prompts.*.image", "sample.every"),
+    *("output.name", "output.formats", "memory.weights", "memory.vram"),
+)
+"""Fields that every user should look at; all others have defaults that suit most runs."""
+
+UNITS: Mapping[str, str] = {
+    "wan_config.max_frames": "frames",
+    "wan_config.stride": "s",
+    "video_data.max_duration": "s",
+    "video_data.target_fps": "frames/s",
+    "video_data.min_resolution": "px",
+    "video_data.max_resolution": "px",
+    "video_data.sources.*.max_frames": "frames",
+    "video_data.sources.*.max_duration": "s",
+    "video_data.sources.*.target_fps": "frames/s",
+    "video_data.sources.*.min_resolution": "px",
+    "video_data.sources.*.max_resolution": "px",
+    "per_expert.high.steps": "steps",
+    "per_expert.low.steps": "steps",
+    "optimizer.warmup_steps": "steps",
+    "train.steps": "steps",
+    "train.epochs": "passes",
+    "train.batch_size": "clips",
+    "train.warmup_steps": "steps",
+    "train.cooldown_steps": "steps",
+    "train.switch_expert_every": "steps",
+    "train.save_every": "steps",
+    "train.save_every_minutes": "min",
+    "train.keep_every": "steps",
+    "validation.every": "steps",
+    "validation.clips": "clips",
+    "sample.every": "steps",
+    "sample.width": "px",
+    "sample.height": "px",
+    "sample.frames": "frames",
+    "sample.fps": "frames/s",
+    "sample.steps": "steps",
+    "sample.distilled.steps": "steps",
+    "sample.distilled.full_every": "steps",
+    "memory.resident_blocks": "blocks",
+}
+"""Units of fields that are a number or a pair of numbers of something."""
 
 
 @cache

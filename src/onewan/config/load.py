@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 from types import NoneType
@@ -75,6 +75,39 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> ResolvedRun:
     return _resolved(data, source, file, problems)
 
 
+def run_of_text(text: str, file: Path) -> ResolvedRun:
+    """The resolved config of the YAML `text`, as `load_run` would read it from `file`.
+
+    The file need not exist; only its place and its name count. Raises `ConfigError`.
+    """
+    source, problems = str(file), Problems()
+    read = _read_text(text, source, documents.LIMITS, is_json=False)
+    data: Node = _absolute_paths(read, (), file.parent, problems)
+    if data.get("model") is None:
+        data["model"] = {}  # as in `load_run`
+    return _resolved(data, source, file, problems)
+
+
+def relative_paths(data: Node, folder: Path) -> list[tuple[KeyPath, Node]]:
+    """(path, absolute value) of each path in the `data` of a run file that is relative to its
+    `folder`. What stands for a section or a list, such as a source's path, is given as that."""
+
+    def changed(old: Node, new: Node, other: Node, path: KeyPath) -> Iterator[tuple[KeyPath, Node]]:
+        if is_mapping(old) and is_mapping(new):
+            for name, value in old.items():
+                yield from changed(value, new[str(name)], other[str(name)], (*path, str(name)))
+        elif is_list(old) and is_list(new):
+            for index, value in enumerate(old):
+                yield from changed(value, new[index], other[index], (*path, index))
+        elif new != other:
+            yield path, new
+
+    here, elsewhere = (
+        _absolute_paths(data, (), base, Problems()) for base in (folder, folder / "elsewhere")
+    )
+    return list(changed(data, here, elsewhere, ()))
+
+
 def run_of_settings(
     settings: dict[str, Any], source: str, overrides: Sequence[str] = ()
 ) -> ResolvedRun:
@@ -127,11 +160,6 @@ def _read(file: Path, source: str) -> dict[str, Any]:
         raise ConfigError(source, [_TOML])
     try:
         text = documents.decode_text(read_input(file, limits.bytes))
-        data = (
-            documents.parse_json(text, limits)
-            if file.suffix.lower() == ".json"
-            else documents.parse_yaml(text, limits)
-        )
     except (OSError, ValueError) as error:
         problem = str(error)
         if isinstance(error, FileNotFoundError):
@@ -141,6 +169,18 @@ def _read(file: Path, source: str) -> dict[str, Any]:
         elif isinstance(error, OSError):
             problem = f"can't be read: {error.strerror}"
         raise ConfigError(source, [problem]) from None
+    return _read_text(text, source, limits, is_json=file.suffix.lower() == ".json")
+
+
+def _read_text(
+    text: str, source: str, limits: documents.Limits, *, is_json: bool
+) -> dict[str, Any]:
+    """The top mapping of a text in YAML or JSON."""
+    try:
+        parse = documents.parse_json if is_json else documents.parse_yaml
+        data = parse(text, limits)
+    except ValueError as error:
+        raise ConfigError(source, [str(error)]) from None
     if data is None:
         raise ConfigError(source, ["is empty; `onewan init FILE` writes one to start from"])
     if not is_mapping(data):
