@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -27,8 +28,10 @@ from onewan.checkpoint import atomic_write as publishing
 from onewan.checkpoint.convert import convert_model
 from onewan.checkpoint.model_files import read_model
 from onewan.checkpoint.saver import WanModelSaver
+from onewan.checkpoint.target_formats import LORA_FORMATS, MODEL_FORMATS, ModelFormat
 from onewan.errors import CheckpointError, OnewanError
 from onewan.formats.container import open_tensors
+from onewan.formats.lora import LoraFormat
 from onewan.formats.weights import open_component
 from onewan.formats.write import LazyTensor, bytes_of
 from onewan.formats.write_pth import write_pth
@@ -709,3 +712,8 @@ def test_a_quantized_model_is_saved_without_loss(high, tmp_path):
         open_component(tmp_path / "f.safetensors"),
     )
     assert all(torch.equal(numbers.read(n), want.read(n).float()) for n in want.entries)
+
+
+def test_the_table_of_formats_has_all_that_can_be_written() -> None:
+    assert tuple(MODEL_FORMATS) == get_args(ModelFormat)
+    assert tuple(LORA_FORMATS) == get_args(LoraFormat)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from onewan.cli import progress
+from onewan.cli import progress, progress_lines
 from onewan.cli.progress import Progress
 from onewan.runs.events import (
     AttentionChosen,
@@ -252,3 +253,29 @@ def test_the_bar_of_a_terminal_has_the_time_left_first(capsys: pytest.CaptureFix
     assert "training 450/900 |█████     | 50%, 1:30:05 left | loss high 0.5000 *low 0.5000" in shown
     assert "5.25 s/step | 21.3 of 24.0 GB" in shown
     display.close()
+
+
+def test_a_program_that_asks_for_it_gets_progress_as_lines_of_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(progress_lines.time, "monotonic", lambda: now)
+    monkeypatch.setenv("ONEWAN_PROGRESS", "json")
+    display = Progress(terminal=True)
+    display.advance_bytes(1_000_000, 5_000_000)
+    display.advance_bytes(2_000_000, 5_000_000)  # too soon after the line before
+    now += 1
+    display.advance_bytes(3_000_000, 5_000_000)
+    display.advance_bytes(5_000_000, 5_000_000)  # the end is always told
+    display.listen(Encoding(what="captions", done=1, total=7))
+    display.line("a note")
+    display.close()
+    written = capsys.readouterr()
+    assert written.out == "a note\n"
+    found = [json.loads(line)["progress"] for line in written.err.splitlines()]
+    assert [(each["activity"], each["done"], each["total"], each["unit"]) for each in found] == [
+        ("writing", 1, 5, "MB"),
+        ("writing", 3, 5, "MB"),
+        ("writing", 5, 5, "MB"),
+        ("captions", 1, 7, "item"),
+    ]

@@ -1,16 +1,19 @@
-"""Commands that the page runs: what they print, that they end with all they started."""
+"""Commands that the page runs: what they print, how far they are, that they end with all they
+started."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from onewan.errors import OnewanError
-from onewan.web.commands import Commands, command_line
+from onewan.web import commands as page_commands
+from onewan.web.commands import Command, Commands, Progress, command_line
 
 
 def test_output_and_status_are_those_of_the_command(tmp_path: Path) -> None:
@@ -64,3 +67,82 @@ def test_the_line_to_copy_is_quoted() -> None:
         "onewan inspect 'a file.safetensors'",
         'onewan inspect "a file.safetensors"',
     )
+
+
+def with_command(
+    folder: Path,
+    script: str,
+    act: Callable[[Command], Awaitable[None]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Run `act` with a command whose program is `script`."""
+    package = folder / "onewan"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(script, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+    async def whole() -> None:
+        await act(Commands(folder).start("A command", ["convert", "a b", "c"]))
+
+    asyncio.run(whole())
+
+
+def test_progress_is_told_and_is_not_a_line_of_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = """
+import json, os, sys
+assert os.environ["ONEWAN_PROGRESS"] == "json"
+print("a note")
+fields = {"activity": "writing", "done": 1200, "total": 3000, "unit": "MB", "note": ""}
+print(json.dumps({"progress": fields}), file=sys.stderr)
+print('{"progress": "none of ours"}', sys.argv[1:])
+"""
+
+    async def act(command: Command) -> None:
+        while command.result is None:
+            await command.news()
+        assert command.result == 0
+        assert command.progress is not None
+        assert command.progress.text == "writing: 1,200 of 3,000 MB"
+        assert sorted(command.output) == [
+            "a note",
+            "{\"progress\": \"none of ours\"} ['convert', 'a b', 'c']",
+        ]
+
+    with_command(tmp_path, script, act, monkeypatch)
+
+
+def test_units_are_counted() -> None:
+    told = Progress(activity="captions", done=1, total=7, unit="item")
+    assert told.text == "captions: 1 of 7 items"
+    assert told.model_copy(update={"total": 1}).text == "captions: 1 of 1 item"
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_command_that_is_stopped_may_clean_up_and_is_killed_if_it_does_not_end(
+    listens: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_commands, "_STOPPING_SECONDS", 0.5 if not listens else 30)
+    script = f"""
+import signal, time
+if not {listens}:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+try:
+    print("begun", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("cleaned up")
+    raise SystemExit(130)
+"""
+
+    async def act(command: Command) -> None:
+        while not command.output:
+            await command.news()
+        await command.stop()
+        result = await asyncio.wait_for(command.wait(), 20)
+        assert list(command.output) == (["begun", "cleaned up"] if listens else ["begun"])
+        assert result == (130 if listens else -9)
+
+    with_command(tmp_path, script, act, monkeypatch)

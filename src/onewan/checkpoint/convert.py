@@ -19,13 +19,13 @@ from onewan.checkpoint.atomic_write import ProgressCallback, publish, writing_to
 from onewan.checkpoint.component import ComponentWeights, NotFiniteError, config_of, from_module
 from onewan.checkpoint.layouts import (
     SHARD_BYTES,
-    ModelFormat,
     OutputFile,
     path_in_model,
     plan_component,
     plan_model_extras,
 )
 from onewan.checkpoint.model_files import ModelWeights, read_model, saved_tokenizer
+from onewan.checkpoint.target_formats import ModelFormat
 from onewan.dtypes import dtype_name
 from onewan.errors import CheckpointError, combined
 from onewan.formats.configs import HEAD_DIM

@@ -28,12 +28,13 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from onewan.checkpoint.component import ComponentWeights, NotFiniteError, SourceWeight, source_name
+from onewan.checkpoint.target_formats import ModelFormat
 from onewan.dtypes import dtype_name
 from onewan.formats import key_maps
 from onewan.formats.configs import CONFIG
@@ -45,8 +46,6 @@ from onewan.formats.write import LazyTensor, write_safetensors
 from onewan.formats.write_pth import write_pth
 from onewan.model.load import official_scheduler
 from onewan.variants import TEXT_LENGTH, Variant, VariantName
-
-ModelFormat = Literal["diffusers", "official", "single", "fp8_scaled"]
 
 SHARD_BYTES = 10_000_000_000
 """Maximum size of a shard in the official and the diffusers layout; diffusers' own default."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from onewan.checkpoint.component import ComponentWeights, from_file
-from onewan.checkpoint.layouts import ModelFormat
+from onewan.checkpoint.target_formats import ModelFormat
 from onewan.formats.container import open_tensors, weight_files
 from onewan.formats.model_folder import (
     ComponentDescription,

@@ -19,7 +19,8 @@ from types import MappingProxyType
 import torch
 
 from onewan.checkpoint.convert import WriteResult, save_model
-from onewan.checkpoint.layouts import FORMAT_VERSION, ModelFormat
+from onewan.checkpoint.layouts import FORMAT_VERSION
+from onewan.checkpoint.target_formats import ModelFormat
 from onewan.errors import CheckpointError
 from onewan.formats.adapter import ModuleAdapter
 from onewan.formats.embedding import INPUT, OUTPUT

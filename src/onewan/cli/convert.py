@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import cast, get_args
+from typing import cast
 
 import torch
 
 from onewan.checkpoint.atomic_write import ProgressCallback, writing_to
 from onewan.checkpoint.convert import WriteResult, convert_model
-from onewan.checkpoint.layouts import ModelFormat
 from onewan.checkpoint.merge import base_weights, merge
 from onewan.checkpoint.model_files import holds_adapter
 from onewan.checkpoint.saver import convert_adapter
+from onewan.checkpoint.target_formats import LORA_FORMATS, MODEL_FORMATS, ModelFormat
 from onewan.cli.output import say
 from onewan.cli.progress import Progress
 from onewan.dtypes import torch_dtype
@@ -22,9 +22,6 @@ from onewan.errors import CheckpointError
 from onewan.formats.lora import LoraFormat
 from onewan.formats.lora_files import experts_in
 from onewan.variants import ExpertName
-
-_MODEL_FORMATS: tuple[ModelFormat, ...] = get_args(ModelFormat)
-_LORA_FORMATS: tuple[LoraFormat, ...] = get_args(LoraFormat)
 
 
 def convert(
@@ -44,10 +41,10 @@ def convert(
         return _convert_adapter(
             source, destination, to, dtype=weight_dtype, force=force, base=base, expert=expert
         )
-    if to not in _MODEL_FORMATS:
+    if to not in MODEL_FORMATS:
         raise CheckpointError(
             f"{source}: holds the weights of a model, but --to {to} is for LoRAs; for models use "
-            f"--to {', '.join(_MODEL_FORMATS)}"
+            f"--to {', '.join(MODEL_FORMATS)}"
         )
     for option, value in (("--base", base), ("--expert", expert)):
         if value is not None:
@@ -96,10 +93,10 @@ def _convert_adapter(
     base: Path | None,
     expert: ExpertName | None,
 ) -> int:
-    if to not in _LORA_FORMATS:
+    if to not in LORA_FORMATS:
         raise CheckpointError(
             f"{source}: holds a LoRA, but --to {to} is for models; for LoRAs use "
-            f"--to {', '.join(_LORA_FORMATS)}"
+            f"--to {', '.join(LORA_FORMATS)}"
         )
     if destination.suffix != ".safetensors":
         raise CheckpointError(

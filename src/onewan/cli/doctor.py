@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onewan.cli.output import complain, say, write_file, write_json
+from onewan.cli.progress_lines import ProgressLines
 from onewan.doctor.diagnosis import Diagnosis
 from onewan.doctor.environment import Environment, environment_ahead
 from onewan.doctor.finding import Finding, without_names
@@ -98,10 +99,13 @@ def _examine(
 def _progress() -> Callable[[str, int, int], None]:
     """Says on stderr now and then how much is done; nothing if that takes a moment only."""
     last = time.monotonic()
+    for_program = ProgressLines()
 
     def advance(activity: str, done: int, total: int) -> None:
         nonlocal last
-        if time.monotonic() - last >= _PROGRESS_SECONDS:
+        if for_program.wanted:
+            for_program.write(activity, done, total, unit="item")
+        elif time.monotonic() - last >= _PROGRESS_SECONDS:
             last = time.monotonic()
             complain(f"{activity}: {done} of {total}")
 

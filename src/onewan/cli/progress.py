@@ -1,4 +1,5 @@
-"""The progress display of a run: a bar on a terminal, plain lines elsewhere."""
+"""The progress display of a command: a bar on a terminal, plain lines elsewhere, and JSON
+lines for a program that asks for them."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from onewan.arithmetic.byte_sizes import format_bytes
 from onewan.cli.output import stdout
+from onewan.cli.progress_lines import ProgressLines
 from onewan.errors import one_line
 from onewan.runs import events
 from onewan.runs.event_lines import EventLines
@@ -36,6 +38,7 @@ class Progress:
     def __init__(self, *, terminal: bool | None = None) -> None:
         # The bar is written to stderr and lines to stdout, so that piped output has no bar in it.
         self._terminal = sys.stderr.isatty() if terminal is None else terminal
+        self._for_program = ProgressLines()
         self._bar: Any = None  # tqdm's own types say that `total` may be None
         self._activity = ""
         self._steps = 0
@@ -88,6 +91,9 @@ class Progress:
         self, activity: str, done: int, total: int, note: str = "", *, unit: str = "step"
     ) -> None:
         """Show that `done` of `total` units of an activity are done."""
+        if self._for_program.wanted:
+            self._for_program.write(activity, done, total, unit=unit, note=note)
+            return
         if not self._terminal:
             # Activities of a few seconds get one line, at their end.
             if done == total or time.monotonic() - self._last_line >= _PLAIN_SECONDS:
@@ -113,7 +119,8 @@ class Progress:
         # A full bar means that the file is complete, so the last megabyte waits for its last byte.
         megabytes = -(-total // 1_000_000)
         so_far = megabytes if done == total else min(done // 1_000_000, megabytes - 1)
-        self.advance("writing", so_far, megabytes, "" if self._terminal else "MB", unit="MB")
+        note = "" if self._terminal or self._for_program.wanted else "MB"
+        self.advance("writing", so_far, megabytes, note, unit="MB")
 
     def _close_bar(self) -> None:
         if self._bar is not None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
+from onewan.checkpoint.target_formats import LORA_FORMATS, MODEL_FORMATS
 from onewan.cli.arguments import Commands, add_command, lora_with_weight
 from onewan.cli.heavy_imports import heavy_imports
 from onewan.dtypes import WeightDtype
@@ -15,20 +18,24 @@ _CONVERT_DETAILS = """SRC is the folder of a model
 shards, .pth, GGUF, fp8), or a LoRA of any trainer. SRC is not changed.
 
 --to, for models:
-  diffusers   a folder that WanPipeline.from_pretrained loads
-  official    the layout of the Wan-AI repositories: high_noise_model/, Wan2.1_VAE.pth, ...
-  single      .safetensors with official names, as ComfyUI reads them
-  fp8_scaled  the same with the large layers in 8 bits: half the size of bfloat16
+{models}
 --to, for LoRAs:
-  comfyui     also read by diffusers, musubi-tuner and DiffSynth-Studio
-  no_alpha    the same with alpha / rank multiplied into the weights, also read by ai-toolkit
-              and diffusion-pipe
-  diffusers   keys as diffusers itself writes them
-  kohya       as musubi-tuner and kohya's programs write them
+{loras}
 
   onewan convert wan2.2_t2v_high_noise_14B_fp16.safetensors high/ --to diffusers
   onewan convert Wan2.2-T2V-A14B wan22_fp8 --to fp8_scaled
   onewan convert style.safetensors style_kohya.safetensors --to kohya"""
+
+
+def _rows(formats: Mapping[str, str]) -> str:
+    """The formats with what they are for, as they stand in the help."""
+    return "\n".join(
+        textwrap.fill(
+            f"  {name:<11} {text}", 93, subsequent_indent=" " * 14, break_on_hyphens=False
+        )
+        for name, text in formats.items()
+    )
+
 
 _MERGE_DETAILS = """DST has the same layout as BASE.
 
@@ -66,7 +73,7 @@ def add_convert(commands: Commands) -> None:
         commands,
         "convert",
         "write a model or a LoRA in the format of another program",
-        _CONVERT_DETAILS,
+        _CONVERT_DETAILS.format(models=_rows(MODEL_FORMATS), loras=_rows(LORA_FORMATS)),
     )
     parser.add_argument("source", metavar="SRC", type=Path, help="a file or a folder")
     parser.add_argument(
@@ -79,7 +86,7 @@ def add_convert(commands: Commands) -> None:
     parser.add_argument(
         "--to",
         required=True,
-        choices=("diffusers", "official", "single", "fp8_scaled", "comfyui", "no_alpha", "kohya"),
+        choices=tuple({**MODEL_FORMATS, **LORA_FORMATS}),
         help="see above",
     )
     _add_output(

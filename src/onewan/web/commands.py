@@ -11,13 +11,17 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
+from pydantic import BaseModel
 
 from onewan.errors import OnewanError
 from onewan.files import IS_WINDOWS
@@ -29,6 +33,8 @@ _MOST_KEPT = 50
 """Ended commands that stay in the list."""
 _MOST_JSON = 64_000_000
 """Bytes of a command's answer."""
+_STOPPING_SECONDS = 10.0
+"""How long a command that was asked to stop may take to clean up before it is killed."""
 
 
 def command_line(arguments: Sequence[str]) -> str:
@@ -37,7 +43,12 @@ def command_line(arguments: Sequence[str]) -> str:
     return subprocess.list2cmdline(words) if IS_WINDOWS else shlex.join(words)
 
 
-async def _start(arguments: Sequence[str], **streams: Any) -> asyncio.subprocess.Process:
+async def _start(
+    arguments: Sequence[str], *, progress: bool = False, **streams: Any
+) -> asyncio.subprocess.Process:
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    if progress:
+        environment["ONEWAN_PROGRESS"] = "json"
     own_group: dict[str, Any] = (
         {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore[attr-defined]
         if IS_WINDOWS
@@ -49,11 +60,31 @@ async def _start(arguments: Sequence[str], **streams: Any) -> asyncio.subprocess
         "onewan",
         *arguments,
         stdin=asyncio.subprocess.DEVNULL,
-        env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+        env=environment,
         limit=1_000_000,
         **streams,
         **own_group,
     )
+
+
+class Progress(BaseModel):
+    """How far a command is."""
+
+    activity: str
+    done: int
+    total: int
+    unit: str
+    note: str = ""
+
+    @property
+    def text(self) -> str:
+        """Such as "writing: 120 of 340 MB"."""
+        plural = "" if self.total == 1 or self.unit.isupper() else "s"
+        return f"{self.activity}: {self.done:,} of {self.total:,} {self.unit}{plural}"
+
+
+class _ProgressLine(BaseModel):
+    progress: Progress
 
 
 @dataclass(kw_only=True, eq=False)
@@ -64,11 +95,14 @@ class Command:
     arguments: tuple[str, ...]
     output: deque[str] = field(default_factory=lambda: deque(maxlen=_MOST_LINES))
     """Its newest lines, of standard output and standard error."""
+    progress: Progress | None = None
+    """How far it is, if it has told."""
     result: int | None = None
     """Its exit status; None while it runs."""
     stopped: bool = False
     process: ProcessId | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def line(self) -> str:
@@ -76,10 +110,38 @@ class Command:
         return command_line(self.arguments)
 
     async def stop(self) -> None:
-        """End it with all that it started. OnewanError if the system can't."""
+        """Ask it to stop, as Ctrl-C does, so that it removes what it has not completed; if it has
+        not ended after some seconds, end it with all that it started. OnewanError if the system
+        can't."""
         self.stopped = True
-        if self.process is not None and self.result is None:
+        if self.process is None or self.result is not None:
+            return
+        if (found := self.process.find()) is not None:
+            number: Any = getattr(signal, "CTRL_BREAK_EVENT" if IS_WINDOWS else "SIGINT")
+            with contextlib.suppress(OSError, psutil.Error):
+                found.send_signal(number)
+        try:
+            await asyncio.wait_for(self.ended.wait(), _STOPPING_SECONDS)
+        except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
             await asyncio.to_thread(force_stop, self.process)
+
+    def take(self, line: str) -> None:
+        """Take a line that it has printed."""
+        try:
+            self.progress = _ProgressLine.model_validate_json(line).progress
+        except ValueError:
+            self.output.append(line)
+        self.wake()
+
+    def wake(self) -> None:
+        """Wake those that wait for news."""
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def news(self) -> None:
+        """Wait for a line, for progress or for its end; returns at once if it has ended."""
+        if self.result is None:
+            await self._news.wait()
 
     async def wait(self) -> int:
         """Its exit status."""
@@ -104,25 +166,30 @@ class Commands:
         for each in ended[: max(0, len(ended) - _MOST_KEPT)]:
             self.started.remove(each)
         self.started.append(command)
-        task = asyncio.get_running_loop().create_task(self._follow(command))
+        self._keep(self._follow(command))
+        return command
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work` beside this, and keep a reference to it until it ends."""
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return command
 
     async def _follow(self, command: Command) -> None:
         try:
             process = await _start(
                 command.arguments,
+                progress=True,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
                 cwd=self._folder,
             )
             command.process = ProcessId.of(process.pid)
             if command.stopped:
-                await command.stop()
+                self._keep(command.stop())
             assert process.stdout is not None
             while line := await _line(process.stdout):
-                command.output.append(line.decode("utf-8", "replace").rstrip("\r\n"))
+                command.take(line.decode("utf-8", "replace").rstrip("\r\n"))
             command.result = await process.wait()
         except OSError as error:
             command.output.append(f"{error}")
@@ -131,6 +198,7 @@ class Commands:
             if command.result is None:
                 command.result = 1
             command.ended.set()
+            command.wake()
 
     async def json_of(self, arguments: Sequence[str], *, status: Sequence[int] = (0,)) -> Any:
         """The JSON document that ``onewan ARGUMENTS`` prints to standard output.
