@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -46,6 +47,20 @@ def test_the_demo_lowers_the_loss_and_its_results_work(
         parse(shlex.split(line.partition(">")[0])[1:])
     assert main(["demo", "--dir", str(folder), "--variant", "ti2v-5b"]) == 1
     assert "another variant" in capsys.readouterr().err
+
+
+def test_the_demo_is_prepared_without_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--prepare"]) == 0
+    assert sorted(path.name for path in Path("demo").iterdir()) == ["clips", "model", "run.yaml"]
+    capsys.readouterr()
+    assert main(["plan", "demo/run.yaml", "--vram", "24GB", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["clips"] == 5 and plan["run_time"]["expert_steps"] == {"high": 100, "low": 100}
+    assert main(["plan", "demo/run.yaml", "video_data.sources=[]", "--vram=24GB", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["clips"] == 0
 
 
 def test_files_that_the_readme_links_exist() -> None:

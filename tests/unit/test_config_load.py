@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from onewan.config import RunConfig, changed_fields, dump_run, load_run
-from onewan.config.load import relative_paths, run_of_text
+from onewan.config.load import run_of_text
 from onewan.config.schema import SCHEMA_VERSION
 from onewan.errors import ConfigError
 from onewan.presets.starter import StarterRequest, starter
@@ -882,16 +882,3 @@ def test_a_text_is_read_as_the_file_that_it_would_be(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         run_of_text(text + "x: [\n", file)
     assert caught.value.problems[0].startswith("line ")
-
-
-def test_relative_paths_are_found_where_they_are_written(tmp_path: Path) -> None:
-    data = {
-        "model": {"variant": "ti2v-5b", "path": "Wan-AI/some", "vae": "./vae"},
-        "video_data": {"sources": ["clips", {"path": "/more", "repeats": 2}], "cache_dir": "c"},
-        "sample": {"prompts": "a/b"},
-    }
-    assert relative_paths(data, tmp_path) == [
-        (("model", "vae"), str(tmp_path / "vae")),
-        (("video_data", "sources", 0), {"path": str(tmp_path / "clips")}),
-        (("video_data", "cache_dir"), str(tmp_path / "c")),
-    ]

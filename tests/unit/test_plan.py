@@ -215,6 +215,7 @@ def test_the_time_of_a_run_is_that_of_its_passes(plan) -> None:
     assert time.validation == pytest.approx(2 * 3 * 2 * one_pass, rel=0.015)
     # Samples before the first step and after 50 and 100; validation after 0, 40, 80 and 100.
     assert (time.samples, time.validations) == (2 * 3, 4)
+    assert time.expert_steps == {"high": 50, "low": 50}
     assert time.total == pytest.approx(100 * time.step + 6 * time.sample + 4 * time.validation)
     kept = plan(
         "t2v-a14b",

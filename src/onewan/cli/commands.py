@@ -27,10 +27,13 @@ if TYPE_CHECKING:
     from onewan.train.resume import Resume
 
 
-def demo(folder: Path, variant: VariantName) -> int:
+def demo(folder: Path, variant: VariantName, *, prepare: bool) -> int:
     with heavy_imports():
-        from onewan.demo import run_demo
+        from onewan.demo import prepare_demo, run_demo
 
+    if prepare:
+        prepare_demo(folder, variant, say)
+        return 0
     with Progress() as progress:
         run_demo(folder, variant, progress.listen, progress.line)
     return 0

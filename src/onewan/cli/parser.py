@@ -117,12 +117,17 @@ def _add_demo(commands: Commands) -> None:
         default="t2v-a14b",
         help="which model (default: %(default)s)",
     )
+    parser.add_argument(
+        "--prepare",
+        action="store_true",
+        help="only make the model, the clips and the run file, and train nothing",
+    )
 
     def run(options: argparse.Namespace) -> int:
         # Here and in the other `run` functions: `onewan --help` must not wait for torch.
         from onewan.cli.commands import demo
 
-        return demo(options.dir, options.variant)
+        return demo(options.dir, options.variant, prepare=options.prepare)
 
     parser.set_defaults(command=run)
 

@@ -64,6 +64,7 @@ def plan_of(config: ResolvedRun, vram: int | None = None, ram: int | None = None
         for (frames, (width, height)), count in expected.clips.items()
     }
     plan = make_plan(config, clips, machine, read_stored_model(config), notes=expected.notes)
+    plan = replace(plan, clips=0 if expected.assumed else sum(clips.values()))
     if unpacked := bytes_of_archives(config):
         plan = replace(plan, disk={ARCHIVES: unpacked, **plan.disk})
     return plan

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 from types import NoneType
@@ -86,26 +86,6 @@ def run_of_text(text: str, file: Path) -> ResolvedRun:
     if data.get("model") is None:
         data["model"] = {}  # as in `load_run`
     return _resolved(data, source, file, problems)
-
-
-def relative_paths(data: Node, folder: Path) -> list[tuple[KeyPath, Node]]:
-    """(path, absolute value) of each path in the `data` of a run file that is relative to its
-    `folder`. What stands for a section or a list, such as a source's path, is given as that."""
-
-    def changed(old: Node, new: Node, other: Node, path: KeyPath) -> Iterator[tuple[KeyPath, Node]]:
-        if is_mapping(old) and is_mapping(new):
-            for name, value in old.items():
-                yield from changed(value, new[str(name)], other[str(name)], (*path, str(name)))
-        elif is_list(old) and is_list(new):
-            for index, value in enumerate(old):
-                yield from changed(value, new[index], other[index], (*path, index))
-        elif new != other:
-            yield path, new
-
-    here, elsewhere = (
-        _absolute_paths(data, (), base, Problems()) for base in (folder, folder / "elsewhere")
-    )
-    return list(changed(data, here, elsewhere, ()))
 
 
 def run_of_settings(

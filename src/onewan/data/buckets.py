@@ -50,6 +50,8 @@ class ExpectedBuckets:
     batches_per_epoch: Mapping[ExpertName, int]
     """Micro-batches in which each trained expert has every clip of its own once, or as often as the
     clip's source says."""
+    assumed: bool = False
+    """Whether there are no clips yet, so that common sizes stand for them."""
     notes: tuple[str, ...] = ()
     """What was assumed, for the user."""
 
@@ -261,6 +263,7 @@ def _without_clips(
         for size in sizes_for(resolution, aspect, planner.size_multiple, planner.max_resolution)[:1]
     }
     return ExpectedBuckets(
+        assumed=True,
         clips=clips,
         batches_per_epoch={expert.name: len(clips) for expert in trained_experts(config)},
         notes=(

@@ -76,21 +76,14 @@ _PROMPT = "a red square moves slowly across a dark background"
 def run_demo(
     folder: Path, variant: VariantName, listen: Listener, print_line: Callable[[str], None]
 ) -> None:
-    """Make a model, clips and a run file in `folder`, unless they exist, and train.
+    """Make what `prepare_demo` makes, and train.
 
     `listen` is called with the run's events, `print_line` with each line to print. A second call
     with the same folder trains again, as another run. DataError if `folder` has the demonstration
     of another variant.
     """
-    run_file = folder / "run.yaml"
-    if run_file.is_file() and f"variant: {variant}" not in run_file.read_text(encoding="utf-8"):
-        raise DataError(
-            f"{run_file}: is the demonstration of another variant; give another --dir for {variant}"
-        )
     print_line(f"onewan demo: trains a tiny {VARIANTS[variant].title} on clips of moving shapes")
-    # The run file is written last, so if it exists, the model and the clips are complete too.
-    if not run_file.is_file():
-        write_demo(folder, variant, print_line)
+    run_file = prepare_demo(folder, variant, print_line)
     print_line("")
     print_line(f"$ onewan train {_quoted(run_file)}")
     # In a second demonstration the run is NAME-2: the results of the first one are kept.
@@ -100,6 +93,22 @@ def run_demo(
         WanTrainer(config, run_file=text, listen=listen_and_report).fit()
     for line in _closing_lines(RunLayout(displayed(run_folder(config))), run_file, variant):
         print_line(line)
+
+
+def prepare_demo(folder: Path, variant: VariantName, print_line: Callable[[str], None]) -> Path:
+    """Make a model, clips and a run file in `folder`, unless they exist; returns the run file.
+
+    DataError if `folder` has the demonstration of another variant.
+    """
+    run_file = folder / "run.yaml"
+    if run_file.is_file() and f"variant: {variant}" not in run_file.read_text(encoding="utf-8"):
+        raise DataError(
+            f"{run_file}: is the demonstration of another variant; give another --dir for {variant}"
+        )
+    # The run file is written last, so if it exists, the model and the clips are complete too.
+    if not run_file.is_file():
+        write_demo(folder, variant, print_line)
+    return run_file
 
 
 def write_demo(folder: Path, variant: VariantName, print_line: Callable[[str], None]) -> Path:

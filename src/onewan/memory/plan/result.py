@@ -11,6 +11,7 @@ from onewan.memory.plan.bucket import Bucket
 from onewan.memory.plan.machine import Machine
 from onewan.memory.plan.settings import Settings
 from onewan.memory.plan.shapes import VaeShape
+from onewan.variants import ExpertName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +68,8 @@ class RunTime:
     and checkpoints are not in it."""
 
     steps: int
+    expert_steps: Mapping[ExpertName, int]
+    """Of each trained expert."""
     step: float
     """Seconds of an optimizer step, on average over the clips."""
     samples: int
@@ -125,6 +128,8 @@ class Plan:
     """Changes of the run file that make it fit, or make it faster; the cheapest first."""
     notes: tuple[str, ...] = ()
     """What was assumed."""
+    clips: int = 0
+    """Number of clips, by the headers of their files; 0: there are none yet, or it is not known."""
 
     @property
     def worst(self) -> BucketPlan:
@@ -221,6 +226,7 @@ class Plan:
                 }
                 for phase in self.phases
             ],
+            "clips": self.clips,
             "layers": self.layers,
             "sampling_resident_blocks": self.sampling_resident_blocks,
             "disk": dict(self.disk),

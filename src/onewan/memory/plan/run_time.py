@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from onewan.config.resolve import expert_schedule_of
 from onewan.config.sample_defaults import sample_passes
 from onewan.memory.plan.bucket import Bucket
 from onewan.memory.plan.costs import RunCosts
@@ -50,8 +51,10 @@ def run_time(
         one = _pass(costs, worst.bucket, worst.settings, machine)
         weight_sets = 1 if config.train.ema is None else 2
         validation = len(costs.trained) * per_expert * weight_sets * one
+    schedule = expert_schedule_of(config)
     return RunTime(
         steps=steps,
+        expert_steps={name: schedule.steps_before(steps, name) for name in schedule.experts},
         step=step,
         samples=samples,
         sample=each,

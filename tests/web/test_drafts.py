@@ -1,0 +1,44 @@
+"""Drafts of run files: kept on disk, found by ids that name nothing else."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from onewan.errors import OnewanError
+from onewan.web import drafts
+from onewan.web.drafts import Drafts
+
+
+def test_a_draft_is_kept_changed_and_deleted(tmp_path: Path) -> None:
+    kept = Drafts(tmp_path / "drafts")
+    assert kept.all() == []
+    first, second = kept.add("a: 1  # ä\n"), kept.add("b: [")
+    os.utime(tmp_path / "drafts" / f"{second}.yaml", (1, 1))
+    assert [draft.id for draft in Drafts(tmp_path / "drafts").all()] == [first, second]
+    kept.write(first, "a: 2\n")
+    assert kept.read(first) == "a: 2\n" and kept.all()[0].changed < 60
+    kept.delete(first)
+    kept.delete(first)
+    assert kept.read(first) is None and [draft.text for draft in kept.all()] == ["b: ["]
+
+
+@pytest.mark.parametrize("name", ["", "..", "../secret", "secret", "0" * 15, "\0", "0" * 16])
+def test_an_id_names_drafts_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret.yaml").write_text("x")
+    kept = Drafts(tmp_path / "drafts")
+    kept.add("a")
+    assert kept.read(name) is None
+    kept.delete(name)
+    assert (tmp_path / "secret.yaml").exists()
+
+
+def test_there_are_only_so_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafts, "_MOST", 2)
+    kept = Drafts(tmp_path)
+    kept.add("a")
+    kept.add("b")
+    with pytest.raises(OnewanError, match="has 2 drafts"):
+        kept.add("c")
