@@ -6,32 +6,17 @@ import json
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.trainers import SLEEP, begin, eventually, run_file, stand_in
 
 from onewan.errors import ConfigError, OnewanError
 from onewan.files import IS_WINDOWS
 from onewan.locks import ProcessId
-from onewan.runs import processes
-from onewan.runs.event_file import EventFile
-from onewan.runs.events import Started, Stopped
 from onewan.runs.layout import RunLayout
 from onewan.runs.processes import force_stop, marked
 from onewan.runs.queue import Queue
-
-
-def run_file(tmp_path: Path, name: str, device: str = "cpu") -> Path:
-    """A run file without a model, so that its trainer ends as soon as it looks for it."""
-    path = tmp_path / f"{name}.yaml"
-    path.write_text(
-        f"model: {{path: {tmp_path.as_posix()}/model, variant: ti2v-5b, device: '{device}'}}\n"
-        f"video_data: {{sources: [{{path: {tmp_path.as_posix()}/none}}]}}\n",
-        encoding="utf-8",
-    )
-    return path
 
 
 @pytest.fixture
@@ -41,25 +26,6 @@ def runs(tmp_path: Path) -> Path:
 
 def names(queue: Queue, device: str = "cpu") -> list[str]:
     return [entry.run for entry in queue.entries() if entry.device == device]
-
-
-def eventually(true: Callable[[], bool], seconds: float = 60) -> None:
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until, "it did not become true"
-        time.sleep(0.02)
-
-
-def stand_in(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a small program be started in the place of a trainer, of which only that it lives, what
-    it prints and how it ends matter here."""
-    program = sys.executable
-    monkeypatch.setattr(
-        processes, "trainer_command", lambda arguments: [program, "-c", command, *arguments]
-    )
-
-
-SLEEP = "import time; time.sleep(60)"
 
 
 def test_entries_of_a_device_are_kept_and_moved_among_themselves(
@@ -120,7 +86,9 @@ def test_a_trainer_that_ends_before_its_run_begins_has_failed_with_its_output(
     tmp_path: Path, runs: Path
 ) -> None:
     queue = Queue(runs)
-    entry = queue.start(queue.add(run_file(tmp_path, "a")).id)
+    added, file = queue.add(run_file(tmp_path, "a")), tmp_path / "a.yaml"
+    file.write_text(file.read_text("utf-8").replace("variant: ti2v-5b", "variant: wan"), "utf-8")
+    entry = queue.start(added.id)
     assert entry.process is not None
     with pytest.raises(OnewanError, match="does not wait any more"):
         queue.start(entry.id)
@@ -132,19 +100,10 @@ def test_a_trainer_that_ends_before_its_run_begins_has_failed_with_its_output(
     queue.settle()
     failed = queue.entry(entry.id)
     assert failed.state == "failed"
-    assert f"onewan: {tmp_path / 'model'}: there is no such file" in queue.output_of(failed)
+    assert f"onewan: {file}: 1 problem\n  model.variant: " in queue.output_of(failed)
     # A new try takes its place.
     again = queue.add(run_file(tmp_path, "a"))
     assert [e.id for e in queue.entries()] == [again.id] and queue.output_of(failed) == ""
-
-
-def begin(layout: RunLayout, end: bool = False) -> None:
-    """What a trainer does to its folder."""
-    layout.create()
-    with EventFile(layout.events) as file:
-        file.write(Started(run=layout.root, steps=4))
-        if end:
-            file.write(Stopped(step=2))
 
 
 def test_a_run_that_has_begun_leaves_the_queue_or_returns_to_it(
