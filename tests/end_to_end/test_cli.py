@@ -17,6 +17,7 @@ from support.runs import RunFile
 from onewan.cli import main, parse
 from onewan.config.load import dump_run
 from onewan.media import probe
+from onewan.runs.control import take_orders
 from onewan.runs.event_file import EventFile, read_events
 from onewan.runs.events import Finished, Started
 from onewan.runs.layout import RunLayout
@@ -62,6 +63,8 @@ def test_help_imports_nothing_heavy() -> None:
         "stop",
         "save",
         "sample-now",
+        "export",
+        "set",
     ],
 )
 def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,6 +209,39 @@ def test_a_request_is_passed_to_a_running_trainer(
     assert "after the current step" in (out := capsys.readouterr().out)
     assert "its last event" not in out
     assert [path.name for path in layout.control_dir.iterdir()] == [file]
+
+
+def test_orders_are_checked_by_the_run_file_and_passed_to_a_running_trainer(
+    run_file: RunFile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = run_file("t2v-a14b", "sample.prompts=[a]")
+    layout = RunLayout(config.output.dir / "run")
+    layout.create()
+    layout.resolved.write_text(dump_run(config), encoding="utf-8")
+    with EventFile(layout.events) as events:
+        events.write(Started(run=layout.root, steps=9))
+    folder = str(layout.root)
+    assert main(["set", folder, "optimizer.lr=3e-4", "train.save_every=7"]) == 0
+    assert "optimizer.lr = 0.0003, train.save_every = 7" in capsys.readouterr().out
+    assert main(["sample-now", folder, "--prompt", "a fox", "--frames", "9"]) == 0
+    (sample,) = take_orders(layout, "sample")
+    assert sample == {"prompt": "a fox", "frames": 9}
+    (settings,) = take_orders(layout, "settings")
+    assert settings == {"optimizer.lr": 3e-4, "train.save_every": 7}
+    assert main(["set", folder, f"optimizer.lr={config.optimizer.lr}"]) == 0
+    assert "has these settings already" in capsys.readouterr().out
+    for arguments, reason in (
+        (["set", folder, "optimizer.lr=-1"], "optimizer.lr: must be more than 0, got -1"),
+        (["set", folder, "train.seed=1"], "train.seed: can't change while a run trains"),
+        (["set", folder, "optimizer.lr"], "write, for example, train.steps=2000"),
+        (["sample-now", folder, "--prompt", "a", "--frames", "6"], "frames: must be 4n+1, got 6"),
+        (["sample-now", folder, "--prompt", "a", "--image", "a.png"], "image: there is no file"),
+    ):
+        assert main(arguments) == 1
+        assert reason in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["sample-now", folder, "--seed", "3"])
+    assert [*layout.control_dir.iterdir()] == []
 
 
 def test_a_request_to_a_silent_trainer_reports_the_age_of_its_last_event(

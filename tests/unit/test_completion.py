@@ -53,6 +53,7 @@ def test_bash_completes_commands_options_values_runs_and_settings(bash: Path) ->
     assert completed(bash, "init", "--variant", "ti") == ["ti2v-5b"]
     assert completed(bash, "stop", "f") == ["fox"]
     assert completed(bash, "train", "run.yaml", "train.ste") == ["train.steps="]
+    assert completed(bash, "set", "fox", "optimizer.") == ["optimizer.lr="]
 
 
 @pytest.mark.parametrize("shell", SHELLS)

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from onewan.config.changes import CHANGEABLE
 from onewan.media.write import write_video
 from onewan.runs import events
 from onewan.runs.event_file import (
@@ -515,9 +516,17 @@ def test_throttled_progress_has_the_first_the_last_and_one_every_few_seconds() -
     assert passed == [(what, done) for what in ("captions", "clips") for done in expected]
 
 
+def test_the_documentation_lists_the_settings_that_can_change() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "run-folder.md").read_text("utf-8")
+    settings = text.partition("\n## Settings that change in a run\n")[2].partition("\n## ")[0]
+    rows = [row.split(" | ") for row in settings.splitlines() if row.startswith("| `")]
+    assert {name.strip("| `"): what.strip(" |") for name, what in rows} == CHANGEABLE
+
+
 def test_the_documentation_lists_every_event_with_its_fields() -> None:
     text = (Path(__file__).resolve().parents[2] / "docs" / "run-folder.md").read_text("utf-8")
-    rows = [row.split("|") for row in text.splitlines() if row.startswith("| `")]
+    events = text.partition("\n## Events\n")[2]
+    rows = [row.split("|") for row in events.splitlines() if row.startswith("| `")]
     documented = {
         kind.strip(" `"): {name.strip() for name in row[2].split(",")}
         for row in rows

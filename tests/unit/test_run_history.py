@@ -72,6 +72,21 @@ def test_steps_after_the_state_that_a_run_goes_on_from_are_replaced(tmp_path: Pa
     ]
 
 
+def test_changed_settings_and_rejected_requests_are_read(tmp_path: Path) -> None:
+    lines = begun(tmp_path)
+    add_steps(lines, range(1, 9))
+    for step in (3, 8):
+        lines.add(events.SettingChanged(step=step, name="optimizer.lr", old=1e-4, new=5e-5))
+    lines.add(events.Rejected(step=8, request="settings", reason="train.seed: can't change"))
+    assert [*history_of(lines, tmp_path).changes] == [(3, "optimizer.lr"), (8, "optimizer.lr")]
+    begin_events(lines, RunLayout(tmp_path), MADE)
+    lines.add(events.Resumed(step=4, state=tmp_path))
+    found = history_of(lines, tmp_path)
+    assert [*found.changes] == [(3, "optimizer.lr")]
+    rejected = "a request (settings) was not followed: train.seed: can't change"
+    assert rejected in found.warnings
+
+
 def test_a_run_that_starts_again_from_the_beginning_replaces_all(tmp_path: Path) -> None:
     lines = begun(tmp_path)
     add_steps(lines, range(1, 9))

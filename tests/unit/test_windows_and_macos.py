@@ -148,17 +148,16 @@ def test_an_old_export_that_is_open_elsewhere_is_deleted_at_a_later_save(
         (layout.weights_dir / f"fox_{step:06}.safetensors").touch()
     warnings = list[str]()
     log: Any = SimpleNamespace(warn_once=lambda text, **_: warnings.append(text))
-    config: Any = SimpleNamespace(output=SimpleNamespace(keep_last=1))
-    exporter = WeightExporter(config, layout, log)
+    exporter = WeightExporter(layout, log)
     monkeypatch.setattr(files, "_HELD_SECONDS", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", HeldFile(Path.unlink, times=2, number=32))
-        exporter._delete_old()
+        exporter._delete_old(1)
     assert [*layout.exported()] == [1, 2, 3]
     assert [w.split(": ")[0] for w in warnings] == [
         str(layout.weights_dir / f"fox_{step:06}.safetensors") for step in (1, 2)
     ]
-    exporter._delete_old()
+    exporter._delete_old(1)
     assert [*layout.exported()] == [3] and len(warnings) == 2
 
 

@@ -56,8 +56,8 @@ class StateStore:
 
     def __init__(self, layout: RunLayout, keep: int, keep_every: int | None = None) -> None:
         self._layout = layout
-        self._keep = keep
-        self._keep_every = keep_every
+        self.keep = keep
+        self.keep_every = keep_every
         self._intact: dict[int, _Signature] = {}
         """The states that this object has written or verified, as they were then."""
 
@@ -126,9 +126,9 @@ class StateStore:
         for step in reversed(self._layout.saved_steps()):
             if step > saved:
                 continue
-            if kept < self._keep:
+            if kept < self.keep:
                 kept += step == saved or self._is_intact(step)
-            elif step != best and not (self._keep_every and step % self._keep_every == 0):
+            elif step != best and not (self.keep_every and step % self.keep_every == 0):
                 problems += self._delete(step)
         return problems
 

@@ -12,12 +12,17 @@ from typing import Any
 
 from onewan.cli.output import write
 from onewan.config import json_schema
+from onewan.config.changes import CHANGEABLE
 
 _BASH = """
 # Names of runs, and folders.
 _onewan_runs() {{
   compgen -W "$(ls runs 2>/dev/null)" -- "$1"
   compgen -d -- "$1"
+}}
+# Fields that may change while a run trains.
+_onewan_changes() {{
+  compgen -S = -W "{changes}" -- "$1"
 }}
 # Fields of the run file, and further files.
 _onewan_settings() {{
@@ -43,7 +48,11 @@ def show_completion(shell: str, parser: argparse.ArgumentParser) -> int:
     for command in _commands(parser):
         for action in command._actions:
             _complete(action, shtab)
-    preamble = _BASH.format(settings=" ".join(settings())) if shell == "bash" else ""
+    preamble = (
+        _BASH.format(settings=" ".join(settings()), changes=" ".join(CHANGEABLE))
+        if shell == "bash"
+        else ""
+    )
     script = shtab.complete(parser, shell, preamble=preamble)
     write(script + _BASH_END if shell == "bash" else script)
     return 0
@@ -63,7 +72,9 @@ def _complete(action: argparse.Action, shtab: Any) -> None:
     if action.choices is not None:
         return
     files: dict[str, str] = shtab.FILE
-    if action.metavar == "KEY=VALUE":
+    if action.dest == "changes":
+        vars(action)["complete"] = {**files, "bash": "_onewan_changes"}
+    elif action.metavar == "KEY=VALUE":
         vars(action)["complete"] = {**files, "bash": "_onewan_settings"}
     elif action.metavar == "RUN":
         vars(action)["complete"] = {**shtab.DIRECTORY, "bash": "_onewan_runs"}

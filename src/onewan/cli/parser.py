@@ -18,12 +18,12 @@ from onewan.cli.run_parsers import (
     add_doctor,
     add_memory_option,
     add_plan,
-    add_requests,
     add_runs,
     add_train,
 )
 from onewan.cli.sample_parser import add_sample
 from onewan.cli.serve import add_serve
+from onewan.cli.steering_parsers import add_requests
 from onewan.cli.weights_parsers import add_convert, add_inspect, add_merge
 from onewan.errors import one_line
 from onewan.presets.recipes import PURPOSES

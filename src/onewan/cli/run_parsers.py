@@ -1,5 +1,4 @@
-"""The options of the commands doctor, cache, plan, train, stop, save, sample-now and
-runs."""
+"""The options of the commands doctor, cache, plan, train and runs."""
 
 from __future__ import annotations
 
@@ -234,40 +233,6 @@ def add_plan(commands: Commands) -> None:
         )
 
     parser.set_defaults(command=run)
-
-
-def add_requests(commands: Commands) -> None:
-    """The commands that send a request to a running trainer: stop, save, sample-now."""
-    for name, summary in (
-        ("stop", "stop a running trainer after it has saved its state"),
-        ("save", "let a running trainer save its state and export the weights now"),
-        ("sample-now", "let a running trainer generate its sample videos now"),
-    ):
-        parser = add_command(commands, name, summary, "Takes effect after\nthe current step.")
-        parser.add_argument(
-            "run",
-            metavar="RUN",
-            type=Path,
-            help="the folder of the run, or its name if it is in runs",
-        )
-
-        if name == "stop":
-            parser.add_argument(
-                "--force",
-                action="store_true",
-                help="end the trainer and all its processes at once, without saving, also if it "
-                "does not react any more",
-            )
-
-        # `name` is a default argument, since a closure would see its value after the last loop.
-        def run(options: argparse.Namespace, name: str = name) -> int:
-            from onewan.cli.requests import force_stop, send_request
-
-            if name == "stop" and options.force:
-                return force_stop(options.run)
-            return send_request(options.run, name)
-
-        parser.set_defaults(command=run)
 
 
 def add_runs(commands: Commands) -> None:

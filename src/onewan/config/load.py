@@ -9,20 +9,27 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 from types import NoneType
 from typing import Any, get_args
 
 from onewan import documents
+from onewan.config.changes import (
+    changeable_name,
+    fixed_reason,
+    in_force,
+    joined,
+    without_changes_of,
+)
 from onewan.config.clips import is_url
 from onewan.config.fields import field_at
 from onewan.config.foreign_terms import TABLE
 from onewan.config.messages import Problems, foreign_file, validated
 from onewan.config.resolve import resolve
 from onewan.config.rules import rule_violations
-from onewan.config.schema import COMPONENTS, SCHEMA_VERSION, ResolvedRun
+from onewan.config.schema import COMPONENTS, SCHEMA_VERSION, ChangeSection, ResolvedRun
 from onewan.config.section import as_list, is_section, members_of, sections_of, shorthand_of
 from onewan.config.unused import unused_fields
 from onewan.documents import KeyPath, Node, dotted, format_value, get_path, is_list, is_mapping
@@ -45,6 +52,8 @@ _TOML = (
     "is a TOML file, as musubi-tuner, sd-scripts and diffusion-pipe read them, and a run file is "
     f"YAML or JSON; `onewan init` writes one, and {TABLE} lists onewan's name for each setting"
 )
+SAMPLE_SIZES = ("width", "height", "frames", "steps")
+"""Fields of the sample section that a requested sample (`with_one_sample`) may have of its own."""
 _MODEL_SOURCES = [(name,) for name in ("path", *COMPONENTS)]
 
 
@@ -72,7 +81,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> ResolvedRun:
                 data = _without_steps(data)
         for override in overrides:
             data = _overridden(data, override, problems)
-    return _resolved(data, source, file, problems)
+    return _resolved(data, source, file, problems, overrides)
 
 
 def run_of_text(text: str, file: Path) -> ResolvedRun:
@@ -101,12 +110,14 @@ def run_of_settings(
     with suppress(ValueError):  # as in `load_run`
         for override in overrides:
             data = _overridden(data, override, problems)
-    return _resolved(data, source, Path("run.yaml"), problems)
+    return _resolved(data, source, Path("run.yaml"), problems, overrides)
 
 
-def _resolved(data: Node, source: str, file: Path, problems: Problems) -> ResolvedRun:
-    """The config of the `data` of `file`; `ConfigError` with all `problems`, and those of
-    `data`."""
+def _resolved(
+    data: Node, source: str, file: Path, problems: Problems, overrides: Sequence[str] = ()
+) -> ResolvedRun:
+    """The config of the `data` of `file`, without changes of the fields that `overrides` give;
+    `ConfigError` with all `problems`, and those of `data`."""
     with suppress(ValueError):  # as above
         if get_path(data, ("output", "name")) is None:
             data = _with_value(data, ("output", "name"), file.stem)
@@ -116,15 +127,102 @@ def _resolved(data: Node, source: str, file: Path, problems: Problems) -> Resolv
             problems.report(field, text)
     if config is None or problems:
         raise ConfigError(source, problems.lines())
-    return resolve(config, Path(os.path.abspath(file.parent)))
+    changes = without_changes_of(joined(config.changes, ()), overridden_names(overrides))
+    plain = config.model_copy(update={"changes": ()})
+    resolved = resolve(plain, Path(os.path.abspath(file.parent)))
+    for index, change in enumerate(changes):
+        try:
+            resolved = with_change(resolved, change.step, change.settings)
+        except ConfigError as error:  # noqa: PERF203  (a few)
+            prefix = f"changes.{index}.settings."
+            raise ConfigError(source, [f"{prefix}{line}" for line in error.problems]) from None
+    return resolved
+
+
+def overridden_names(overrides: Sequence[str]) -> list[str]:
+    """The dotted names of the fields that the overrides give."""
+    return [override.partition("=")[0].strip() for override in overrides]
+
+
+def with_change(config: ResolvedRun, step: int, settings: Mapping[str, Any]) -> ResolvedRun:
+    """`config` with the values `settings`, by dotted name, in force once `step` steps are done.
+
+    `ConfigError` if a field can't change while a run trains, or if a rule of the run file refuses
+    the values.
+    """
+    problems = Problems()
+    for name in settings:
+        if reason := fixed_reason(config, name):
+            problems.add(name, reason)
+    data = _file_data(in_force(config, step))
+    if not problems:
+        for name, value in settings.items():
+            data = _with_value(data, tuple(name.split(".")), value)
+    changed = _resolved(data, str(config.output.dir / config.output.name), Path(), problems)
+    values = changed.model_dump(mode="json")
+    complete = {name: get_path(values, tuple(name.split("."))) for name in settings}
+    change = ChangeSection(step=step, settings=complete)
+    return config.model_copy(update={"changes": (*config.changes, change)})
+
+
+def settings_given(config: ResolvedRun, step: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """What `with_change` takes to give the run the `overrides`, such as "optimizer.lr=5e-5", once
+    `step` steps are done; relative paths are relative to the current folder. Fields that have the
+    value already are left out. `ConfigError` as of `with_change`."""
+    present, problems, names = in_force(config, step), Problems(), dict[str, None]()
+    data: Node = _file_data(present)
+    for override in overrides:
+        data = _overridden(data, override, problems)
+        name = override.partition("=")[0].strip()
+        field = changeable_name(name) or name
+        if (reason := fixed_reason(config, field)) and "=" in override:
+            problems.add(name, reason)
+        names[field] = None
+    changed = _resolved(data, str(config.output.dir / config.output.name), Path(), problems)
+    old, new = present.model_dump(mode="json"), changed.model_dump(mode="json")
+    paths = {name: tuple(name.split(".")) for name in names}
+    return {
+        name: get_path(new, path)
+        for name, path in paths.items()
+        if get_path(new, path) != get_path(old, path)
+    }
+
+
+def with_one_sample(config: ResolvedRun, wanted: Mapping[str, Any]) -> ResolvedRun:
+    """The settings `config`, which have no changes, with one sample video alone: `wanted` has the
+    fields of an item of `sample.prompts`, and may have `width`, `height`, `frames` and `steps`.
+
+    `ConfigError`, which names the fields as in `wanted`, for what the run can't sample.
+    """
+    source = str(config.output.dir / config.output.name)
+    if not config.sample.prompts:
+        why = "the run began without sample.prompts, so that nothing for sample videos is loaded"
+        raise ConfigError(source, [f"prompt: can't be sampled, since {why}"])
+    problems, data = Problems(), _file_data(config)
+    own = {name: value for name, value in wanted.items() if name not in SAMPLE_SIZES}
+    data = _with_value(data, ("sample", "prompts"), [own])
+    for name in SAMPLE_SIZES:
+        if wanted.get(name) is not None:
+            inner = ("distilled", name) if name == "steps" and config.sample.distilled else (name,)
+            data = _with_value(data, ("sample", *inner), wanted[name])
+    try:
+        return _resolved(data, source, Path(), problems)
+    except ConfigError as error:
+        inner = re.compile(r"^sample\.(?:prompts\.0\.|distilled\.)?")
+        raise ConfigError(source, [inner.sub("", line) for line in error.problems]) from None
 
 
 def dump_run(config: ResolvedRun) -> str:
     """The YAML text from which `load_run` reads an equal config."""
+    return documents.to_yaml(_file_data(config))
+
+
+def _file_data(config: ResolvedRun) -> dict[str, Any]:
+    """What a run file that gives all settings has."""
     data = config.model_dump(mode="json")
     for *section, name in (path for path, _ in unused_fields(config)):
         get_path(data, tuple(section)).pop(name, None)
-    return documents.to_yaml(data)
+    return data
 
 
 def changed_fields(old: ResolvedRun, new: ResolvedRun) -> list[tuple[str, object, object]]:
@@ -268,6 +366,11 @@ def _absolute_paths(node: Node, path: KeyPath, base: Path, problems: Problems) -
     if isinstance(node, str) and (section := shorthand_of(field)):
         is_item = isinstance(path[-1], int)
         node = section.spelled_out(node) if is_item else as_list(node)
+    if is_mapping(node) and len(path) == 3 and path[0] == "changes":  # values by dotted name
+        return {
+            str(name): _absolute_paths(value, tuple(str(name).split(".")), base, problems)
+            for name, value in node.items()
+        }
     if is_mapping(node) and (not path or sections_of(kind)):
         return {
             str(key): _absolute_paths(value, (*path, str(key)), base, problems)

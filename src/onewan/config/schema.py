@@ -11,7 +11,7 @@ editors use for completion. `resolve` replaces null by the variant's value where
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
@@ -421,6 +421,13 @@ class LoggingSection(Section):
     """Also send curves and sample videos to Weights & Biases: true, or its settings."""
 
 
+class ChangeSection(Section):
+    step: Int = Field(ge=0)
+    """Steps that are done when the values come into force; 0 is before the first step."""
+    settings: dict[str, Any]
+    """New values by the dotted names of the fields, such as {optimizer.lr: 5e-5}."""
+
+
 class RunConfig(Section):
     """A whole run file."""
 
@@ -457,6 +464,9 @@ class RunConfig(Section):
     """Memory: `auto`, or the settings that are not left to the plan."""
     logging: LoggingSection = LoggingSection()
     """Additional logs."""
+    changes: tuple[ChangeSection, ...] = ()
+    """Settings that change while the run trains, in the order of their steps; `onewan set` adds
+    those that it makes."""
 
 
 class ResolvedRun(RunConfig):

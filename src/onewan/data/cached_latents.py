@@ -80,6 +80,10 @@ class CachedLatents:
             entry |= self._cache.load("mask", self.keys.mask(clip, clip.mask))
         return entry
 
+    def has_text(self, caption: str) -> bool:
+        """Whether the cache has the embedding of a caption."""
+        return self._cache.has("text", self.keys.text(caption))
+
     def text(self, caption: str) -> Tensor:
         return self._cache.load("text", self.keys.text(caption))["text"]
 

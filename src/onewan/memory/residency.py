@@ -186,6 +186,13 @@ class DeviceResidency:
             self._leave(module, trained=True)
         self.settle()
 
+    def forget(self, module: nn.Module) -> None:
+        """Keep no reference to `module`, which runs no more, so that its memory can be freed."""
+        self._placements.pop(module, None)
+        self._companions.pop(module, None)
+        self._alternating.discard(module)
+        self._parked.discard(module)
+
     def settle(self) -> None:
         """Return when host memory has the values of everything that has left the device.
 

@@ -73,6 +73,10 @@ class History:
         default_factory=dict[tuple[int, str], Mapping[str, Any]]
     )
     """By step and name of the file."""
+    changes: dict[tuple[int, str], Mapping[str, Any]] = field(
+        default_factory=dict[tuple[int, str], Mapping[str, Any]]
+    )
+    """Settings that changed, by step and name of the field."""
     exports: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     """By name of the file."""
     saved: list[int] = field(default_factory=list[int])
@@ -128,6 +132,8 @@ class HistoryReader:
             "validation": self._validation,
             "sampled": self._sampled,
             "exported": self._exported,
+            "settings": lambda event: self._keep(self.history.changes, event, "name"),
+            "rejected": self._rejected,
             "saved": self._saved,
             "best_weights": self._best_weights,
             "warning": lambda event: self._message(self.history.warnings, event),
@@ -216,6 +222,8 @@ class HistoryReader:
         history.steps.drop_after(step)
         history.validations = {k: v for k, v in history.validations.items() if k[0] <= step}
         history.samples = {k: v for k, v in history.samples.items() if k[0] <= step}
+        # A change at this step stays: it was made after it, and is recorded in the run.
+        history.changes = {k: v for k, v in history.changes.items() if k[0] <= step}
         history.exports = {k: v for k, v in history.exports.items() if v["step"] <= step}
         history.saved = [saved for saved in history.saved if saved <= step]
         history.best.clear()
@@ -277,6 +285,11 @@ class HistoryReader:
         elif len(kept) < _MOST_MESSAGES:
             kept[words] = Message(text=words)
         return True
+
+    def _rejected(self, event: Mapping[str, Any]) -> bool:
+        what, reason = event.get("request"), event.get("reason")
+        text = f"a request ({what}) was not followed: {reason}" if reason else None
+        return self._message(self.history.warnings, {"text": text})
 
     def _data(self, event: Mapping[str, Any]) -> bool:
         if isinstance(event.get("steps"), int):

@@ -31,15 +31,14 @@ class SampleVideo:
 
     step: int
     number: str
-    """Its place among the prompts, with "-distilled": "0", "1-distilled"."""
+    """Its place among the prompts, with "-distilled": "0", "1-distilled"; or "requested-1"."""
     prompt: str
     path: Path
     seed: int | None = None
     """Seed of its noise; None if it is not known."""
-
-    @property
-    def is_distilled(self) -> bool:
-        return self.number.endswith("-distilled")
+    is_distilled: bool
+    is_requested: bool = False
+    """Whether its prompt was given while the run trained."""
 
 
 @dataclass(kw_only=True)
@@ -189,6 +188,8 @@ def _samples(
             path=layout.samples(step) / name,
             # A prompt may have been changed since, and with it its seed.
             seed=_integer(event.get("seed", planned_seed if prompt == planned_prompt else None)),
+            is_distilled=event.get("distilled") is True,
+            is_requested=event.get("requested") is True,
         )
     for path in sorted(layout.samples_dir.glob("*/*")):
         if path.suffix not in _VIDEOS or not re.fullmatch(STEP_NAME, path.parent.name):
@@ -198,7 +199,14 @@ def _samples(
         if (step, path.name) in told or number is None or step > (history.steps.last or step):
             continue
         prompt, seed = _planned(prompts, path.stem, settings)
-        yield SampleVideo(step=step, number=path.stem, prompt=prompt, path=path, seed=seed)
+        yield SampleVideo(
+            step=step,
+            number=path.stem,
+            prompt=prompt,
+            path=path,
+            seed=seed,
+            is_distilled=path.stem.endswith("-distilled"),
+        )
 
 
 def _planned(

@@ -49,10 +49,12 @@ def frames_per_second(record: RunRecord) -> float:
 
 
 def _rows(samples: Sequence[SampleVideo]) -> dict[str, list[SampleVideo]]:
-    """The videos by their number among the prompts, each in the order of steps."""
+    """The videos by their number among the prompts, or by a prompt that was given while the run
+    trained; each in the order of steps."""
     rows: dict[str, list[SampleVideo]] = {}
     for sample in sorted(samples, key=lambda each: (each.number.zfill(12), each.step)):
-        rows.setdefault(sample.number, []).append(sample)
+        row = f"requested: {sample.prompt}" if sample.is_requested else sample.number
+        rows.setdefault(row, []).append(sample)
     return rows
 
 

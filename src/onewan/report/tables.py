@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from onewan import documents
 from onewan.arithmetic.byte_sizes import format_bytes
 from onewan.arithmetic.durations import format_duration
 from onewan.data.report import count
@@ -178,8 +179,10 @@ def _size(path: Path) -> str:
 
 
 def settings_html(record: RunRecord) -> Iterator[str]:
-    """The run file as it was written, and with all defaults."""
+    """What changed while the run trained, and the run file as it was written and with all
+    defaults."""
     yield '<section id="settings"><h2>Settings</h2>'
+    yield from _changes(record.history)
     for name, content in (
         ("run.yaml, as it was written", record.run_text),
         ("resolved.yaml, with all defaults", record.resolved_text),
@@ -189,6 +192,19 @@ def settings_html(record: RunRecord) -> Iterator[str]:
             yield block(without_names(content))
             yield "</details>"
     yield "</section>"
+
+
+def _changes(history: History) -> Iterator[str]:
+    if not history.changes:
+        return
+    yield "<p>These settings were changed while the run trained.</p>"
+    yield '<div class="wide"><table class="left"><thead><tr><th scope="col">After step'
+    yield '<th scope="col">Setting<th scope="col">Before<th scope="col">From then on</thead>'
+    for (step, name), event in sorted(history.changes.items()):
+        yield f'<tr><td class="number">{step:,}<td><code>{text(name)}</code>'
+        for value in (event.get("old"), event.get("new")):
+            yield f"<td>{text(documents.format_value(value))}"
+    yield "</table></div>"
 
 
 def processes_html(record: RunRecord) -> Iterator[str]:

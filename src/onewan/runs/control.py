@@ -5,20 +5,34 @@ Hides how requests travel. Never acts on one: the trainer polls between two step
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import secrets
 import signal
 import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal
 
-from onewan.errors import OnewanError
+from onewan.documents import LIMITS, decode_text, is_mapping, parse_json
+from onewan.errors import OnewanError, one_line
+from onewan.files import read_input, replacing
 from onewan.runs.layout import RunLayout
 
-Request = Literal["stop", "save", "sample"]
+Request = Literal["stop", "save", "export", "sample"]
 """stop: end the run with its state saved. save: save the state and export the weights now.
-sample: generate the sample videos now."""
+export: export the weights now. sample: generate the sample videos now."""
 
-REQUESTS: tuple[Request, ...] = ("stop", "save", "sample")
+REQUESTS: tuple[Request, ...] = ("stop", "save", "export", "sample")
+
+Order = Literal["sample", "settings"]
+"""A request with a content. sample: generate a video of a prompt. settings: change settings."""
+
+_ORDER = re.compile(r"(sample|settings)-[0-9]{20}-[0-9a-f]{8}\.json")
+"""Name of an order's file. The time in it, in nanoseconds, gives the sequence."""
 
 
 def request(layout: RunLayout, name: Request) -> None:
@@ -26,12 +40,39 @@ def request(layout: RunLayout, name: Request) -> None:
 
     OnewanError if there is no run folder at `layout.root`.
     """
-    if not layout.resolved.is_file():
-        what = "is not the folder of a run" if layout.root.is_dir() else "does not exist"
-        raise OnewanError(f"{layout.root}: {what}; give a run's folder, such as runs/NAME")
     # An empty file works on shared folders and needs no process, port or permission to signal.
-    layout.control_dir.mkdir(exist_ok=True)
-    (layout.control_dir / name).touch()
+    (_control_dir(layout) / name).touch()
+
+
+def order(layout: RunLayout, name: Order, content: Mapping[str, Any]) -> None:
+    """Order what `content`, plain JSON data, says from the run's trainer, which follows orders in
+    their sequence.
+
+    OnewanError if there is no run folder at `layout.root`, or if the content is too large.
+    """
+    text = json.dumps(content, ensure_ascii=False)
+    if len(text.encode("utf-8", "replace")) > LIMITS.bytes:
+        raise OnewanError(f"{name}: has more than {LIMITS.bytes // 1024} KiB; give less text")
+    file = f"{name}-{time.time_ns():020d}-{secrets.token_hex(4)}.json"
+    with replacing(_control_dir(layout) / file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def take_orders(layout: RunLayout, name: Order) -> Iterator[Mapping[str, Any] | str]:
+    """The contents of all orders `name` in their sequence; in place of one that can't be read the
+    reason, in a line. The file of each is removed when it is reached; OSError if that fails."""
+    for path in _order_files(layout):
+        if path.name.startswith(f"{name}-"):
+            yield _taken(path)
+
+
+def drop_orders(layout: RunLayout) -> list[Order]:
+    """Remove all orders unread; returns what they were."""
+    dropped: list[Order] = []
+    for path in _order_files(layout):
+        path.unlink(missing_ok=True)
+        dropped.append("sample" if path.name.startswith("sample-") else "settings")
+    return dropped
 
 
 def pending(layout: RunLayout, name: Request) -> bool:
@@ -47,11 +88,11 @@ def clear(layout: RunLayout, name: Request) -> None:
 
 def unknown(layout: RunLayout) -> list[str]:
     """Names of files in the folder of requests that are none, ascending; without hidden files."""
-    try:
-        names = os.listdir(layout.control_dir)
-    except OSError:
-        return []
-    return sorted(name for name in names if name not in REQUESTS and not name.startswith("."))
+    return [
+        name
+        for name in _names(layout)
+        if name not in REQUESTS and not name.startswith(".") and not _ORDER.fullmatch(name)
+    ]
 
 
 def take(layout: RunLayout, name: Request) -> bool:
@@ -60,6 +101,36 @@ def take(layout: RunLayout, name: Request) -> bool:
     if requested:
         clear(layout, name)
     return requested
+
+
+def _control_dir(layout: RunLayout) -> Path:
+    if not layout.resolved.is_file():
+        what = "is not the folder of a run" if layout.root.is_dir() else "does not exist"
+        raise OnewanError(f"{layout.root}: {what}; give a run's folder, such as runs/NAME")
+    layout.control_dir.mkdir(exist_ok=True)
+    return layout.control_dir
+
+
+def _names(layout: RunLayout) -> list[str]:
+    try:
+        return sorted(os.listdir(layout.control_dir))
+    except OSError:
+        return []
+
+
+def _order_files(layout: RunLayout) -> list[Path]:
+    """Files of orders, the oldest first."""
+    names = [name for name in _names(layout) if _ORDER.fullmatch(name)]
+    return [layout.control_dir / name for name in sorted(names, key=lambda n: n.partition("-")[2])]
+
+
+def _taken(path: Path) -> Mapping[str, Any] | str:
+    try:
+        content = parse_json(decode_text(read_input(path, LIMITS.bytes)))
+    except (OSError, ValueError) as error:
+        content = one_line(f"can't be read ({error})")
+    path.unlink(missing_ok=True)
+    return content if is_mapping(content) or isinstance(content, str) else "is no JSON object"
 
 
 # SIGTERM is how schedulers, containers and a shutdown of the machine end a process; SIGHUP is sent

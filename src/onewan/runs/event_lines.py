@@ -12,6 +12,7 @@ from typing import Any
 
 from onewan.arithmetic.byte_sizes import format_bytes
 from onewan.arithmetic.durations import format_duration
+from onewan.documents import format_value, shortened
 from onewan.runs import events
 from onewan.runs.layout import displayed
 
@@ -35,6 +36,8 @@ class EventLines:
             events.Saved: _saved,
             events.Exported: self._keep_exported,
             events.Sampled: _sampled,
+            events.SettingChanged: _setting_changed,
+            events.Rejected: _rejected,
             events.Stopped: _stopped,
             events.Failed: _failed,
             events.BestWeights: _best_weights,
@@ -181,7 +184,18 @@ def _saved(event: events.Saved) -> Iterable[str]:
 
 def _sampled(event: events.Sampled) -> Iterable[str]:
     what = "distilled sample video" if event.distilled else "sample video"
-    yield f"step {event.step}: {what}: {displayed(event.file)}"
+    of = f" of '{shortened(event.prompt)}'" if event.requested else ""
+    yield f"step {event.step}: {what}{of}: {displayed(event.file)}"
+
+
+def _setting_changed(event: events.SettingChanged) -> Iterable[str]:
+    old, new = (format_value(value) for value in (event.old, event.new))
+    yield f"step {event.step}: from the next step on, {event.name} is {new}; it was {old}"
+
+
+def _rejected(event: events.Rejected) -> Iterable[str]:
+    what = "changed settings" if event.request == "settings" else "a sample video"
+    yield f"step {event.step}: a request for {what} is not followed: {event.reason}"
 
 
 def _stopped(event: events.Stopped) -> Iterable[str]:

@@ -352,6 +352,34 @@ class Sampled(Event):
     prompt: str
     distilled: bool = False
     """Whether it was sampled in a few steps with distilled LoRAs."""
+    requested: bool = False
+    """Whether its prompt was given while the run trained (``onewan sample-now --prompt``)."""
+    seed: int | None = None
+    """Seed of its noise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SettingChanged(Event):
+    """A setting has another value from the next step on."""
+
+    kind: ClassVar[str] = "settings"
+    step: int
+    """Steps that were done before."""
+    name: str
+    """Dotted name of the field of the run file."""
+    old: Any
+    new: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejected(Event):
+    """A request to the trainer is not followed."""
+
+    kind: ClassVar[str] = "rejected"
+    step: int
+    request: str
+    """What was requested: "settings", or "sample" for a video of a prompt."""
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

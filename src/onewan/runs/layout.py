@@ -105,8 +105,10 @@ class RunLayout:
         return self.root / ".lock"
 
     def written_folders(self) -> list[Path]:
-        """The existing folders in which an interrupted trainer can leave temporary files."""
-        folders = [self.root, self.states_dir, self.weights_dir, *self.samples_dir.glob("*")]
+        """The existing folders in which an interrupted trainer, or a command that sends it an
+        order, can leave temporary files."""
+        folders = [self.root, self.states_dir, self.weights_dir, self.control_dir]
+        folders += self.samples_dir.glob("*")
         return [folder for folder in folders if folder.is_dir()]
 
     def state(self, step: int) -> Path:

@@ -117,6 +117,7 @@ class Cadence:
         seconds_since_save: float,
         save_requested: bool = False,
         sample_requested: bool = False,
+        export_requested: bool = False,
     ) -> Due:
         """Actions that are due after `step` steps, by time and by the user's requests too.
 
@@ -129,7 +130,8 @@ class Cadence:
         return Due(
             validate=due.validate,
             save=save or timed,
-            export=save,  # a timed save only protects against losing work
+            # A timed save only protects against losing work.
+            export=save or export_requested,
             sample=due.sample or (self.samples and sample_requested),
             full_sample=due.full_sample,
         )

@@ -38,7 +38,7 @@ from onewan.runs.layout import RunLayout
 from onewan.train.chunks import saved_chunks
 from onewan.train.memory import bucket_of, planned
 from onewan.train.overview import expected_overview
-from onewan.train.resume import Resume, changes_since, check_start
+from onewan.train.resume import Resume, changes_since, check_start, with_recorded_changes
 from onewan.train.run import run_folder
 from onewan.train.saved_state import read_facts
 from onewan.train.setup import WanModelSetup
@@ -117,6 +117,8 @@ def dry_run(
     model's files where they are on this machine; of a model on the hub, what its variant tells.
     Downloads and writes nothing.
     """
+    if resume:
+        config = with_recorded_changes(config, overrides)
     layout = RunLayout(run_folder(config))
     steps = None if config.train.epochs else config.train.steps
     found = DryRun(folder=layout.root, steps=steps)

@@ -28,7 +28,8 @@ class Ema:
         self, parameters: Mapping[str, nn.Parameter], decay: float, *, offload: bool
     ) -> None:
         self._parameters = dict(parameters)
-        self._decay = decay
+        self.decay = decay
+        """May change between two updates."""
         self._offload = offload
         self._averages: dict[str, Tensor] = {}
         self._copies = HostCopies[str]()
@@ -67,7 +68,7 @@ class Ema:
         d is the smaller of `decay` and (1 + n) / (10 + n), a warm-up without which the initial
         values would dominate the first 1 / (1 - decay) updates.
         """
-        decay = min(self._decay, (1 + num_updates) / (10 + num_updates))
+        decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
         self._finish()
         if self._offload and any(is_accelerator(p.device) for p in self._parameters.values()):
             weights = self._copies.store(self._parameters)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from onewan.config.schema import ResolvedRun
 from onewan.errors import CheckpointError
 from onewan.files import link_or_copy, remove
 from onewan.runs import events
@@ -28,8 +27,7 @@ _FAILURES = (OSError, SafetensorError, CheckpointError)
 class WeightExporter:
     """Writes the files of `weights/` in the run's folder, and reports it in `log`."""
 
-    def __init__(self, config: ResolvedRun, layout: RunLayout, log: RunLog) -> None:
-        self._config = config
+    def __init__(self, layout: RunLayout, log: RunLog) -> None:
         self._layout = layout
         self._log = log
         self._new_best: set[Path] = set()
@@ -54,7 +52,7 @@ class WeightExporter:
                 self._log.emit(
                     events.Exported(step=run.state.step, expert=file.trainable, file=file.path)
                 )
-            self._delete_old()
+            self._delete_old(run.config.output.keep_last)
         except _FAILURES as error:
             self.failure = f"the weights of step {run.state.step} can't be exported ({error})"
             self._log.warn(f"{self.failure}; training continues")
@@ -91,10 +89,10 @@ class WeightExporter:
         for notice in file.write(path):  # usually the same for the files of later steps
             self._log.warn_once(notice, prefix=f"{path.name}: ")
 
-    def _delete_old(self) -> None:
+    def _delete_old(self, keep_last: int | None) -> None:
         exported = self._layout.exported()
         # Without `keep_last` the slice is empty, so that nothing is deleted.
-        for step in list(exported)[: -(self._config.output.keep_last or len(exported))]:
+        for step in list(exported)[: -(keep_last or len(exported))]:
             for path in exported[step]:
                 try:
                     remove(path)

@@ -61,7 +61,7 @@ def check_before_encoding(
     problems, of_files = _collected(
         lambda: _check_folders(config),
         lambda: _check_samples(config),
-        lambda: _check_optimizer(config, device),
+        lambda: check_optimizer(config, device),
         lambda: check_wandb(config),
         lambda: _check_model(config, sources, needed, device),
     )
@@ -130,7 +130,7 @@ def _unwritable(folder: Path) -> str | None:
     return None
 
 
-def _check_optimizer(config: ResolvedRun, device: torch.device) -> None:
+def check_optimizer(config: ResolvedRun, device: torch.device) -> None:
     """That its package is installed, and that it takes its settings and the learning rates."""
     for trainable, rates in _learning_rates(config).items():
         weights = [nn.Parameter(torch.zeros(8, 8, device=device)) for _ in rates]

@@ -4,7 +4,7 @@ was saved."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Literal, TypeAlias
@@ -12,11 +12,12 @@ from typing import Literal, TypeAlias
 from pydantic import ValidationError
 
 from onewan.checkpoint.store import DamagedStateError
-from onewan.config.load import changed_fields
+from onewan.config.changes import in_force, joined, without_changes_of
+from onewan.config.load import changed_fields, load_run, overridden_names
 from onewan.config.resolve import expert_schedule_of
 from onewan.config.schema import ResolvedRun
 from onewan.documents import format_value
-from onewan.errors import CheckpointError
+from onewan.errors import CheckpointError, ConfigError
 from onewan.runs.event_file import read_events
 from onewan.runs.events import Saved
 from onewan.runs.layout import RunLayout
@@ -118,6 +119,18 @@ def check_start(layout: RunLayout, resume: Resume) -> None:
         )
 
 
+def with_recorded_changes(config: ResolvedRun, overrides: Sequence[str]) -> ResolvedRun:
+    """`config` with the changes of settings that the run of its folder has recorded, which its run
+    file does not know; without those of fields that `overrides` give."""
+    layout = RunLayout(config.output.dir / config.output.name)
+    try:
+        recorded = load_run(layout.root).changes
+    except (ConfigError, OSError):  # none, or of another version: its states then say so
+        return config
+    recorded = without_changes_of(recorded, overridden_names(overrides))
+    return config.model_copy(update={"changes": joined(config.changes, recorded)})
+
+
 def results_without_state(layout: RunLayout) -> str | None:
     """What is left of a run whose states are gone; None if it has not come so far as to save one.
 
@@ -160,6 +173,9 @@ def changes_since(
     CheckpointError, naming `source`, if this version of onewan can't read the recorded run file.
     """
     saved = _saved_config(facts, source)
+    # A step is computed with the changes before it, so those of the state's own step and of later
+    # ones may differ.
+    saved, config = (in_force(each, facts.step - 1) for each in (saved, config))
     fields = changed_fields(saved, config)
     # With a constant learning rate and no cooldown, the results of a step do not depend on the
     # number of steps.
@@ -180,16 +196,7 @@ def changes_since(
         by = " (given on the command line)" if lost else ""
         line = f"{name}: was {_shown(old)}{by}, is {_shown(new)}"
         (harmless if safe else affecting_results).append(line)
-    if facts.dataset != dataset_digest:
-        affecting_results.append(
-            "the data set: clips, captions, spans or timesteps differ from those of the run"
-        )
-    # Alphas, and parts that are not trained, come from these files at every start.
-    affecting_results += [
-        f"method.init_from: the file for the {name} expert has other content than that of the run"
-        for name, digest in initial_digests.items()
-        if facts.initial and facts.initial.get(name, digest) != digest
-    ]
+    affecting_results += _changed_files(facts, dataset_digest, initial_digests)
     names = tuple(name for name, *_ in fields)
     measured_alike = not any(
         _is_among(name, _MEASURING) and name not in _NOT_MEASURING for name in names
@@ -201,6 +208,20 @@ def changes_since(
         names=names,
         loses_override=loses_override,
     )
+
+
+def _changed_files(
+    facts: StateFacts, dataset_digest: str, initial_digests: Mapping[ExpertName, str]
+) -> Iterator[str]:
+    if facts.dataset != dataset_digest:
+        yield "the data set: clips, captions, spans or timesteps differ from those of the run"
+    # Alphas, and parts that are not trained, come from these files at every start.
+    for name, digest in initial_digests.items():
+        if facts.initial and facts.initial.get(name, digest) != digest:
+            yield (
+                f"method.init_from: the file for the {name} expert has other content than that of "
+                "the run"
+            )
 
 
 def _saved_config(facts: StateFacts, source: str) -> ResolvedRun:

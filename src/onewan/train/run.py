@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,10 @@ class Run:
     """What `onewan.train.setup.WanModelSetup` builds from a run file."""
 
     config: ResolvedRun
+    """The settings of the present step."""
+    recorded: ResolvedRun
+    """Those of the whole run, as its states and its folder have them: the settings that it began
+    with, and their changes."""
     model: WanModel
     residency: DeviceResidency
     """Decides what is on the device; it moves optimizer state and averages with their expert."""
@@ -48,6 +52,8 @@ class Run:
     """The same videos without distilled LoRAs; empty unless they are wanted besides."""
     distilled: dict[ExpertName, Overlay]
     """The distilled LoRAs that `samples` are made with, if any."""
+    prompt_text: Callable[[str], Tensor]
+    """The embedding [length, dim] of a sample's prompt, from the cache or encoded now."""
     attention: AttentionBackend
     """Computes attention in all transformers; `train.attention.use_attention` replaces it."""
     dropout: bool

@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 
 from onewan.checkpoint.store import StateStore
-from onewan.config.schema import ResolvedRun
+from onewan.config.load import overridden_names
+from onewan.config.schema import ResolvedRun, TrainSection
 from onewan.errors import CheckpointError
 from onewan.runs import events
 from onewan.runs.layout import RunLayout, displayed
@@ -48,7 +49,7 @@ class StateSaver:
         self, config: ResolvedRun, layout: RunLayout, log: RunLog, overrides: Sequence[str] = ()
     ) -> None:
         """`overrides` are those of the command line, such as "optimizer.lr=1e-4"."""
-        self._overrides = [override.partition("=")[0].strip() for override in overrides]
+        self._overrides = overridden_names(overrides)
         """Fields that were given on the command line, by the run's processes so far."""
         self._layout = layout
         self._log = log
@@ -58,6 +59,10 @@ class StateSaver:
         self._saved_at = time.monotonic()
         self._retry_at: float | None = None
         """When to try again; None if the last state could be saved."""
+
+    def keep(self, train: TrainSection) -> None:
+        """Keep as many states as `train` says from now on."""
+        self._store.keep, self._store.keep_every = train.keep_last, train.keep_every
 
     @property
     def seconds_since_save(self) -> float:
@@ -99,7 +104,7 @@ class StateSaver:
             self._log.warn_once(problem)
 
     def _write(self, run: Run, folder: Path) -> None:
-        config = run.config.model_dump(mode="json")
+        config = run.recorded.model_dump(mode="json")
         run.state.save(folder, config=config, dataset=run.dataset.digest, overrides=self._overrides)
 
     def _report_failure(self, text: str, seconds: float) -> None:
@@ -163,7 +168,7 @@ class StateSaver:
         }
         changes = changes_since(
             facts,
-            run.config,
+            run.recorded,
             run.dataset.digest,
             run.state.initial_digests,
             source,

@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from onewan.arithmetic.expert_schedule import ExpertSchedule
+from onewan.config.changes import in_force, settings_at
 from onewan.config.method import DoraMethod, EmbeddingMethod, LoraMethod
 from onewan.config.resolve import condition_shares, expert_schedule_of, with_steps_of_epochs
 from onewan.config.rules import warmup_rules
@@ -36,6 +37,7 @@ from onewan.train.memory import RunMemory, plan_run, strips_by
 from onewan.train.optimizers.builders import inexact_resume_reason
 from onewan.train.preflight import check_before_encoding
 from onewan.train.previews import distilled_files, preview_overlays
+from onewan.train.prompt_texts import PromptTexts
 from onewan.train.run import Run, full_sample_requests, objective_of, sample_requests
 from onewan.train.state import TrainedExpert, TrainState
 from onewan.train.trainable_setup import (
@@ -102,7 +104,8 @@ class WanModelSetup:
         initial = initial_adapters(self._config)
         self._notices |= dict.fromkeys(n for file in initial.values() for n in file.notices)
         dataset, vae = self._encode_dataset(samples, initial, progress)
-        config = self._config = self._with_known_steps(dataset.clips)
+        recorded = self._config = self._with_known_steps(dataset.clips)
+        config = in_force(recorded, -1)
         vae = vae if samples else None
         if vae is not None and config.video_data.cache:  # without one it encodes in every step
             self._residency.release(vae)
@@ -126,6 +129,7 @@ class WanModelSetup:
         self._notices |= dict.fromkeys(notices)
         run = Run(
             config=config,
+            recorded=recorded,
             model=model,
             residency=self._residency,
             memory=memory,
@@ -141,6 +145,7 @@ class WanModelSetup:
             samples=samples,
             full_samples=full_sample_requests(config),
             distilled=overlays,
+            prompt_text=self._prompt_texts(dataset, model),
             attention=first_attention(config, self._residency.device, head_dim),
             dropout=self._dropout,
             warnings=[*self._notices, *self._warnings(schedule, dataset)],
@@ -152,6 +157,16 @@ class WanModelSetup:
     def _dropout(self) -> bool:
         method = self._config.method
         return isinstance(method, LoraMethod | DoraMethod) and method.dropout > 0
+
+    def _prompt_texts(self, dataset: Dataset, model: WanModel) -> PromptTexts:
+        assert self._sources is not None
+        return PromptTexts(
+            dataset.source,
+            self._sources.paths["text_encoder"],
+            lambda: self._load(HOST, ("text_encoder", "tokenizer")),
+            model,
+            self._residency,
+        )
 
     def _memory(self, plan: Plan | None) -> RunMemory:
         return RunMemory(
@@ -195,7 +210,8 @@ class WanModelSetup:
             return model
 
         sources = self._checked_sources(samples, initial)
-        texts = {text for s in samples for text in (s.prompt, s.negative_prompt)}
+        later = [s for config in settings_at(self._config) for s in sample_requests(config)]
+        texts = {text for s in later for text in (s.prompt, s.negative_prompt)}
         dataset = prepare(
             self._config,
             sources.paths,

@@ -35,7 +35,8 @@ class TimeLeft:
     ) -> None:
         """`predicted` times of the plan stand for work that was not done yet, in proportion to
         the measured steps; without them it counts from its first time on."""
-        self._cadence = cadence
+        self.cadence = cadence
+        """May change between two steps."""
         self._schedule = schedule
         self._predicted = predicted
         self._clock = clock
@@ -58,7 +59,7 @@ class TimeLeft:
         due after them; None before the first measured step."""
         if not self._steps:
             return None
-        steps = self._cadence.steps
+        steps = self.cadence.steps
         typical = {name: median(times) for name, times in self._steps.items()}
         other = fmean(typical.values())  # of an expert that had no step yet
         total = sum(
@@ -66,7 +67,7 @@ class TimeLeft:
             * (self._schedule.steps_before(steps, name) - self._schedule.steps_before(step, name))
             for name in self._schedule.experts
         )
-        due = self._cadence.still_due(step)
+        due = self.cadence.still_due(step)
         counts: dict[Work, int] = {
             "validation": due.validations,
             "export": due.saves,
@@ -75,8 +76,8 @@ class TimeLeft:
         }
         total += sum(count * self._seconds_of(work, other) for work, count in counts.items())
         saves: float = due.saves
-        if self._cadence.save_minutes:
-            saves = max(saves, total / (60 * self._cadence.save_minutes))
+        if self.cadence.save_minutes:
+            saves = max(saves, total / (60 * self.cadence.save_minutes))
         return total + saves * self._seconds_of("save", other)
 
     def _seconds_of(self, work: Work, step: float) -> float:
@@ -86,7 +87,7 @@ class TimeLeft:
         plan = self._predicted
         if plan is None or not plan.step:
             return 0.0
-        videos = self._cadence.videos
+        videos = self.cadence.videos
         predicted: dict[Work, float] = {
             "validation": plan.validation,
             "sample": videos * plan.sample,

@@ -44,9 +44,10 @@ from onewan.model.wan import WanModel
 from onewan.train.ema import Ema
 from onewan.train.memory import RunMemory
 from onewan.train.optimizers.block_updates import BlockUpdates
+from onewan.train.optimizers.parameters import ParameterGroup
 from onewan.train.optimizers.per_weight import PerWeightOptimizer
 from onewan.train.optimizers.trainable_optimizer import build_trainable_optimizer
-from onewan.train.state import Trainable, TrainableName, TrainedExpert
+from onewan.train.state import Trainable, TrainableName, TrainedExpert, TrainState
 from onewan.train.trainables import AdapterTraining, EmbeddingTraining, ExpertMethod, FullFineTune
 from onewan.variants import Expert, ExpertName
 
@@ -217,6 +218,25 @@ def _is_parked(config: ResolvedRun, memory: RunMemory) -> bool:
     if memory.plan is None or isinstance(config.method, FineTuneMethod):
         return True
     return memory.plan.worst.settings.park_idle
+
+
+def use_learning_rates(config: ResolvedRun, state: TrainState) -> None:
+    """Give all weights of `state` the full learning rates of `config`, as if they had been attached
+    with it."""
+    for name, trained in state.experts.items():
+        if trained.trainable is not None and trained.method is not None:
+            lr = expert_settings(config, name).lr or config.optimizer.lr
+            _use_rates(trained.trainable, trained.method.groups(lr), lr)
+    embeddings = state.embeddings
+    if embeddings is not None and isinstance(embeddings.weights, EmbeddingTraining):
+        lr = config.optimizer.lr
+        embeddings.weights.lr = {s.name: s.lr or lr for s in config.embeddings if s.train}
+        _use_rates(embeddings, embeddings.weights.groups(lr), lr)
+
+
+def _use_rates(trainable: Trainable, groups: Iterable[ParameterGroup], lr: float) -> None:
+    trainable.lr = lr
+    trainable.optimizer.set_full_lr({name: g.lr for g in groups for name in g.names})
 
 
 def attach_embeddings(

@@ -12,10 +12,10 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from functools import partial
 from statistics import fmean
 
 from onewan.arithmetic.byte_sizes import parse_bytes
+from onewan.config.changes import in_force
 from onewan.config.load import dump_run
 from onewan.config.resolve import expert_schedule_of
 from onewan.config.schema import ResolvedRun
@@ -35,7 +35,6 @@ from onewan.runs.control import REQUESTS, Request, StopSignals, clear, pending, 
 from onewan.runs.event_file import EventFile, HeartbeatThread
 from onewan.runs.layout import RunLayout
 from onewan.runs.log import FileSink, Listener, ListenerSink, RunLog, TextSink, text_log
-from onewan.sample.generate import SampleRequest, WanModelSampler
 from onewan.train.attention import choose_attention
 from onewan.train.best import improved_weights
 from onewan.train.cadence import Cadence, Due
@@ -44,12 +43,14 @@ from onewan.train.environment import environment
 from onewan.train.exporting import WeightExporter
 from onewan.train.memory import planned
 from onewan.train.overview import overview
-from onewan.train.resume import Resume, check_start
+from onewan.train.resume import Resume, check_start, with_recorded_changes
 from onewan.train.run import Run, run_folder
+from onewan.train.sampling import SampleMaker
 from onewan.train.saved_state import BestStep
 from onewan.train.saving import StateSaver
 from onewan.train.setup import WanModelSetup
 from onewan.train.speed import step_speed
+from onewan.train.steering import Steering
 from onewan.train.step import StepMetrics, train_step
 from onewan.train.tensorboard import TensorBoardSink
 from onewan.train.time_left import TimeLeft
@@ -81,17 +82,21 @@ class WanTrainer:
         those of an uninterrupted run. `overrides` are the settings that the command line gave,
         such as "optimizer.lr=1e-4"; they are named when a resuming process leaves one out.
         """
+        if resume:
+            config = with_recorded_changes(config, overrides)
         self._config = config
+        """The settings that the run begins with, and their changes."""
         self._run_file = run_file
         self._resume: Resume = resume
         self._allow_change = allow_change
         self._layout = RunLayout(run_folder(config))
-        self._cadence = Cadence.of(config)
+        self._cadence = Cadence.of(in_force(config, -1))
         self._stop_signals = StopSignals()
         self._log = RunLog(*([] if listen is None else [ListenerSink(listen)]))
         self._saver = StateSaver(config, self._layout, self._log, overrides)
-        self._exporter = WeightExporter(config, self._layout, self._log)
-        self._is_resumed = False
+        self._exporter = WeightExporter(self._layout, self._log)
+        self._samples = SampleMaker(self._layout, self._log, self._stop_if_requested)
+        self._steering = Steering(self._layout, self._log, self._record)
         self._memory_limit: int | None = None
         """Bytes of the device that may be used; None if it has no limit."""
         self._memory_peak: int | None = None
@@ -130,6 +135,7 @@ class WanTrainer:
             # Requests that an earlier process did not handle are not meant for this one.
             for request in REQUESTS:
                 clear(self._layout, request)
+            self._steering.drop_earlier(max(self._layout.saved_steps(), default=0))
             try:
                 self._run(setup)
             except Interrupted:
@@ -182,7 +188,7 @@ class WanTrainer:
         self._list_clips(run)
         if epochs is not None:  # their number of steps is known only now
             self._log.note(run.steps_of_epochs(epochs))
-            self._config, self._cadence = config, Cadence.of(config)
+            self._config, self._cadence = run.recorded, Cadence.of(config)
             if not self._layout.saved_steps():
                 self._write_run_files()
         for warning in run.warnings:
@@ -193,6 +199,9 @@ class WanTrainer:
             self._log.emit(planned(plan))
         if self._resume:
             self._restore(run)
+        self._steering.begin(run)
+        self._follow_settings(run)
+        config = run.config
         if run.state.step < config.train.steps:
             found = overview(run, self._layout)
             for line in full_disks(config, found.disk):
@@ -303,20 +312,9 @@ class WanTrainer:
             )
         )
         self._restore_folder()
-        for name in unknown(self._layout):
-            self._log.warn_once(
-                f"{self._layout.control_dir / name}: is no request, so nothing is done; the names "
-                f"of requests are {', '.join(REQUESTS)}"
-            )
-        sample_requested = self._take("sample")
-        if sample_requested and not run.samples:
-            self._log.warn("sample videos were requested, but sample.prompts is empty")
-        due = self._cadence.after(
-            run.state.step,
-            seconds_since_save=self._saver.seconds_since_save,
-            save_requested=self._take("save"),
-            sample_requested=sample_requested,
-        )
+        if self._steering.advance(run):
+            self._follow_settings(run)
+        due = self._due(run)
         # Validation precedes saving, so that the state includes its result, and so that the files
         # of the best weights that a state knows are complete.
         best = due.validate and self._validate(run)
@@ -327,6 +325,31 @@ class WanTrainer:
             with self._time.doing("export"):
                 self._exporter.export(run)
         self._sample_due(run, due)
+        for request in self._steering.samples(run):
+            self._samples.make_requested(run, request)
+
+    def _due(self, run: Run) -> Due:
+        """What is due after this step, by the settings and by requests."""
+        for name in unknown(self._layout):
+            self._log.warn_once(
+                f"{self._layout.control_dir / name}: is no request, so nothing is done; the names "
+                f"of requests are {', '.join(REQUESTS)}"
+            )
+        sample_requested = self._take("sample")
+        if sample_requested and not run.samples:
+            self._log.warn("sample videos were requested, but sample.prompts is empty")
+        return self._cadence.after(
+            run.state.step,
+            seconds_since_save=self._saver.seconds_since_save,
+            save_requested=self._take("save"),
+            sample_requested=sample_requested,
+            export_requested=self._take("export"),
+        )
+
+    def _follow_settings(self, run: Run) -> None:
+        """Do what is due, and how much is kept, by the settings of the present step."""
+        self._cadence = self._time.cadence = Cadence.of(run.config)
+        self._saver.keep(run.config.train)
 
     def _stop_if_requested(self) -> None:
         if self._stop_signals.requested or self._take("stop"):
@@ -384,7 +407,7 @@ class WanTrainer:
         than all earlier ones."""
         state = run.state
         # The base model at step 0 is not a result to keep.
-        if state.step == 0 or not self._config.train.keep_best or not math.isfinite(loss):
+        if state.step == 0 or not run.config.train.keep_best or not math.isfinite(loss):
             return False
         if state.best is not None and loss >= state.best.loss:
             return False
@@ -396,7 +419,7 @@ class WanTrainer:
 
     def _restore(self, run: Run) -> None:
         if self._saver.restore(run, allow_change=self._allow_change):
-            self._is_resumed = True
+            self._samples.keep_existing = True
             # The run folder then has the settings that the run continues with.
             self._write_run_files()
             if run.state.step >= (steps := self._config.train.steps):
@@ -421,6 +444,15 @@ class WanTrainer:
             "and gets everything from now on"
         )
 
+    def _record(self, config: ResolvedRun) -> None:
+        """Have `config` as the run's settings, in its folder too; OSError if that can't be."""
+        before, self._config = self._config, config
+        try:
+            self._write_run_files()
+        except OSError:
+            self._config = before
+            raise
+
     def _write_run_files(self) -> None:
         texts = {self._layout.resolved: dump_run(self._config)}
         if self._run_file is not None:
@@ -436,55 +468,10 @@ class WanTrainer:
     def _sample_due(self, run: Run, due: Due) -> None:
         if due.sample:
             with self._time.doing("sample"):
-                self._sample(run, run.samples)
+                self._samples.make(run, run.samples)
         if due.full_sample:
             with self._time.doing("full_sample"):
-                self._sample(run, run.full_samples)
-
-    def _sample(self, run: Run, requests: Sequence[SampleRequest]) -> None:
-        """Generate the sample videos of this step; a resumed run makes those that do not exist."""
-        folder = self._layout.samples(run.state.step)
-        sampler = WanModelSampler(run.model, residency=run.residency, distilled=run.distilled)
-        run.memory.use_for_sampling()
-        for number, request in enumerate(requests):
-            name = f"{number}-distilled" if request.distilled else f"{number}"
-            path = folder / f"{name}.{self._config.sample.format}"
-            # A new run may find those of an earlier one that ended before its first saved state,
-            # and may have other settings.
-            if path.exists() and self._is_resumed:
-                continue
-            on_step = partial(self._on_sampling, run.state.step, number)
-            try:
-                with ExitStack() as weights:
-                    # For a schedule-free optimizer, "trained" selects its average.
-                    for trainable in run.state.trainables:
-                        weights.enter_context(trainable.using("trained"))
-                    sampler.sample_to(
-                        path,
-                        request,
-                        # While embeddings are trained, the cached text would be outdated.
-                        text=None if self._config.embeddings else run.dataset.source.text,
-                        on_step=on_step,
-                    )
-            except Interrupted:
-                raise
-            except Exception as error:  # hours of training must not be lost to a failed preview
-                if not isinstance(error, OnewanError):
-                    log.exception("sampling failed")
-                self._log.warn(f"sampling '{request.prompt}' failed: {error}")
-                continue
-            self._log.emit(
-                events.Sampled(
-                    step=run.state.step,
-                    file=path,
-                    prompt=request.prompt,
-                    distilled=request.distilled,
-                )
-            )
-
-    def _on_sampling(self, step: int, number: int, done: int, total: int) -> None:
-        self._log.emit(events.Sampling(step=step, number=number, done=done, total=total))
-        self._stop_if_requested()
+                self._samples.make(run, run.full_samples)
 
     def _on_encoding(self, what: str, done: int, total: int) -> None:
         self._log.emit(events.Encoding(what=what, done=done, total=total))

@@ -58,6 +58,9 @@ class JointOptimizer:
     def lr(self) -> float:
         return self.parameters.lr
 
+    def set_full_lr(self, rates: Mapping[str, float]) -> None:
+        self.parameters.set_full_lr(rates)
+
     def begin_step(self, number: int, lr_factor: float) -> _JointStep:
         del number  # nothing here is random
         self.parameters.set_lr_factor(lr_factor)

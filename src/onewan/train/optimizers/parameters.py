@@ -121,6 +121,12 @@ class ManagedParameters:
         group = self._managed[0].group
         return group[BASE_LR] * self._lr_factor * estimated_lr(group)
 
+    def set_full_lr(self, rates: Mapping[str, float]) -> None:
+        """Give each parameter's group the full rate in `rates`, by the parameter's name. The next
+        step uses it."""
+        for managed in self._managed:
+            managed.group[BASE_LR] = rates[managed.name]
+
     def set_lr_factor(self, factor: float) -> None:
         """Set the learning rate of each group to its full rate times `factor`."""
         self._lr_factor = factor

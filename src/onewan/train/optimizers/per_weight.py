@@ -90,6 +90,9 @@ class PerWeightOptimizer:
         if managed.parameter.grad is not None:
             self._update_fused(managed)
 
+    def set_full_lr(self, rates: Mapping[str, float]) -> None:
+        self.parameters.set_full_lr(rates)
+
     def begin_step(self, number: int, lr_factor: float) -> _PerWeightStep:
         self.parameters.set_lr_factor(lr_factor)
         self._step = _PerWeightStep(self, number)

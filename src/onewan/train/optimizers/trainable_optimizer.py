@@ -54,6 +54,11 @@ class TrainableOptimizer(Protocol):
         schedule's factor, and times the rate that the optimizer has estimated (Prodigy)."""
         ...
 
+    def set_full_lr(self, rates: Mapping[str, float]) -> None:
+        """From the next step on, use the full learning rates in `rates`, by the weight's name;
+        weights of one group have the same. As if the optimizer had been built with them."""
+        ...
+
     def begin_step(self, number: int, lr_factor: float) -> OptimizerStep:
         """Begin step `number` of the run, before its backward pass.
 
