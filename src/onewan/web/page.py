@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from onewan.web.commands import Commands
+from onewan.web.queue import JobLoop
 from onewan.web.roots import Roots
 
 
@@ -20,3 +22,8 @@ class Page:
     def runs(self) -> Path:
         """The folder of runs."""
         return self.roots.runs
+
+    @cached_property
+    def jobs(self) -> JobLoop:
+        """All runs, their queue and the machine."""
+        return JobLoop(self.runs)

@@ -1,0 +1,89 @@
+"""`JobLoop`: the one loop of the page that looks at runs, queue and machine, for all who watch."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from nicegui import Client, Event
+
+from onewan.errors import OnewanError
+from onewan.runs.jobs import Jobs
+from onewan.web.frame import tell
+from onewan.web.machine import Machine
+
+log = logging.getLogger(__name__)
+
+_TURN_SECONDS = 1.0
+"""Between two looks at the runs; a trainer that was killed is told within a few of them."""
+_MACHINE_SECONDS = 3.0
+
+
+class JobLoop:
+    """Calls `Jobs.turn` until the page ends, and tells its screens what has changed."""
+
+    def __init__(self, runs: Path) -> None:
+        self.machine = Machine(runs)
+        self.jobs = Jobs(runs, lambda: len(self.machine.now.gpus))
+        self.jobs_changed = Event[[]]()
+        """`jobs.now` is another one."""
+        self.machine_changed = Event[[]]()
+        self._woken = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin; needs a running event loop."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def stop(self) -> None:
+        """End the loop. Trainers go on."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def do(self, action: Callable[[], str | None]) -> bool:
+        """Run `action`, which blocks, and tell the user the line that it returns, or what is wrong;
+        returns whether it succeeded. What it has changed is looked at without delay."""
+        try:
+            message = await asyncio.to_thread(action)
+        except (OnewanError, OSError) as error:
+            tell(str(error), error=True)
+            return False
+        finally:
+            self._woken.set()
+        if message:
+            tell(message)
+        return True
+
+    async def _run(self) -> None:
+        read = 0.0
+        # GPUs first, since the names of devices depend on them.
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread(self.machine.read)
+        while True:
+            try:
+                await self._look()
+                if Client.instances and time.monotonic() - read >= _MACHINE_SECONDS:
+                    read = time.monotonic()
+                    await asyncio.to_thread(self.machine.read)
+                    self.machine_changed.emit()
+            except Exception:  # a defect is in the log, and must not end the loop
+                log.exception("looking at the runs failed")
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), _TURN_SECONDS)
+            self._woken.clear()
+
+    async def _look(self) -> None:
+        before = self.jobs.now
+        while True:
+            now = await asyncio.to_thread(self.jobs.turn)
+            if now != before:
+                self.jobs_changed.emit()
+            if now.complete or now.problem:
+                return
+            before = now
