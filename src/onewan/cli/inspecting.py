@@ -7,7 +7,6 @@ from pathlib import Path
 
 from onewan.checkpoint.inspect import inspect
 from onewan.cli.output import say, write_json
-from onewan.cli.runs import losses_text, validations_text
 from onewan.config.load import RESOLVED_NAME, load_run
 from onewan.config.schema import ResolvedRun
 from onewan.errors import CheckpointError
@@ -15,6 +14,7 @@ from onewan.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, extension, probe
 from onewan.runs.exports import best_weights, exported_weights
 from onewan.runs.layout import RunLayout
 from onewan.runs.status import MEAN_OF, read_status
+from onewan.runs.status_text import losses_text, validations_text
 
 
 def inspect_path(path: Path, *, as_json: bool, show_all: bool) -> int:

@@ -14,7 +14,14 @@ from PIL import Image
 from starlette.responses import FileResponse, Response
 
 from onewan.errors import OnewanError
-from onewan.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, probe, read_frames, read_image
+from onewan.media import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    extension,
+    probe,
+    read_frames,
+    read_image,
+)
 from onewan.web.roots import Roots
 
 _TYPES = {
@@ -35,8 +42,8 @@ _TYPES = {
 _SAVED = (
     *VIDEO_SUFFIXES,
     *IMAGE_SUFFIXES,
-    ".safetensors", ".pth", ".pt", ".gguf", ".json", ".jsonl", ".yaml", ".yml", ".txt", ".csv",
-    ".html", ".parquet",
+    "safetensors", "pth", "pt", "gguf", "json", "jsonl", "yaml", "yml", "txt", "csv", "html",
+    "parquet",
 )  # fmt: skip
 """What may be saved; a folder of data can hold files that are nobody's business."""
 _POSTER_SIDE = 360
@@ -85,7 +92,7 @@ def _file(roots: Roots, root: str, path: str) -> Path:
         file = roots.at(root, path)
     except OnewanError:
         raise HTTPException(404, "there is no such file") from None
-    if not file.is_file() or file.suffix.lower() not in _SAVED:
+    if not file.is_file() or extension(file) not in _SAVED:
         raise HTTPException(404, "there is no such file")
     return file
 
@@ -93,7 +100,7 @@ def _file(roots: Roots, root: str, path: str) -> Path:
 @lru_cache(maxsize=2000)
 def _poster(file: Path, modified: int, size: int) -> bytes:
     del modified, size  # parts of the key: another file of this name has another picture
-    if file.suffix.lower() in VIDEO_SUFFIXES:
+    if extension(file) in VIDEO_SUFFIXES:
         info = probe(file)
         pixels = next(iter(read_frames(file, [info.start])))
     else:

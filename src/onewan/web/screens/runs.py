@@ -13,6 +13,7 @@ from nicegui.element import Element
 from onewan.arithmetic.byte_sizes import format_bytes
 from onewan.arithmetic.durations import format_duration
 from onewan.runs.jobs import QueuedRun, Snapshot
+from onewan.runs.status_text import kind_text, losses_text, steps_text
 from onewan.runs.statuses import KnownRun
 from onewan.web.frame import frame, text
 from onewan.web.machine import Readings
@@ -66,13 +67,13 @@ def add(page: Page) -> None:
 
 def _gauges(now: Readings) -> None:
     for number, gpu in enumerate(now.gpus):
-        parts = [] if gpu.load is None else [f"{gpu.load:.0%}"]
+        parts = [] if gpu.load is None else [f"{100 * gpu.load:.0f} %"]
         if gpu.used is not None and gpu.total is not None:
             parts.append(f"{format_bytes(gpu.used)} of {format_bytes(gpu.total)}")
         if gpu.temperature is not None:
             parts.append(f"{gpu.temperature:.0f} °C")
         _gauge(f"GPU {number}, {gpu.name}", ", ".join(parts) or "says nothing", gpu.load)
-    _gauge("CPU", f"{now.cpu:.0%}", now.cpu)
+    _gauge("CPU", f"{100 * now.cpu:.0f} %", now.cpu)
     if now.ram_total:
         ram = f"{format_bytes(now.ram_used)} of {format_bytes(now.ram_total)}"
         _gauge("RAM", ram, now.ram_used / now.ram_total)
@@ -249,8 +250,10 @@ class _Shown:
             return ("Stop", *(("Return to queue",) if self.can_wait else ()), "Force stop")
         if self.is_queued:
             return ()
-        state = self.run.status and self.run.status.state
-        return (*(("Continue",) if state in _CONTINUED else ()), "Delete")
+        status = self.run.status
+        # Without settings that can be read there is nothing to continue.
+        goes_on = status is not None and status.variant and status.state in _CONTINUED
+        return ("Continue", "Delete") if goes_on else ("Delete",)
 
 
 class _Row:
@@ -266,7 +269,8 @@ class _Row:
                     ui.link(self._name, f"/run/{quote(self._name)}")
                 self._state = text("p", "")
                 self._bar = ui.element("div").classes("ow-progress")
-                self._numbers = text("p", "")
+                self._steps = text("p", "")
+                self._loss = text("p", "")
                 self._kind = text("p", "").classes("ow-muted")
                 self._note = text("p", "").classes("ow-warn")
             self._actions = ui.element("div").classes("ow-row ow-actions")
@@ -288,13 +292,19 @@ class _Row:
         run, state = self._shown.run, _state(self._shown.run)
         self._state.text = state
         self._state.classes(replace=_COLORS.get(state, ""))
-        self._numbers.text = _numbers(run)
-        self._kind.text = _kind(run)
-        status = run.status
-        notes = (run.problem,) if status is None else (status.reason, *status.problems)
-        self._note.text = "; ".join(filter(None, notes))
+        self._note.text = run.problem
         self._bar.clear()
-        if status is not None and status.steps:
+        if (status := run.status) is None:
+            return
+        left = status.seconds_left
+        self._steps.text = steps_text(status) + (
+            "" if left is None else f", about {format_duration(left)} left"
+        )
+        losses = losses_text({name: expert.loss for name, expert in status.experts.items()})
+        self._loss.text = losses and f"loss: {losses}"
+        self._kind.text = kind_text(status)
+        self._note.text = "; ".join(filter(None, (status.reason, *status.problems)))
+        if status.steps:
             with self._bar:
                 _bar(status.step / status.steps)
 
@@ -348,34 +358,6 @@ def _state(run: KnownRun) -> str:
     if run.is_trained and state not in ("running", "silent"):
         return "starting"
     return state or ("can't be read" if run.problem else "is being read")
-
-
-def _numbers(run: KnownRun) -> str:
-    status = run.status
-    if status is None:
-        return ""
-    steps = f"step {status.step:,}" + ("" if status.steps is None else f" of {status.steps:,}")
-    left = status.seconds_left
-    losses = [f"{n} {e.loss:.4f}" for n, e in status.experts.items() if e.loss is not None]
-    return " · ".join(
-        filter(
-            None,
-            (
-                steps,
-                "" if left is None else f"about {format_duration(left)} left",
-                f"loss {', '.join(losses)}" if losses else "",
-            ),
-        )
-    )
-
-
-def _kind(run: KnownRun) -> str:
-    status = run.status
-    if status is None:
-        return ""
-    started = status.started and f"started {status.started.astimezone():%Y-%m-%d %H:%M}"
-    parts = (status.variant, status.method, started, format_bytes(status.bytes))
-    return " · ".join(filter(None, parts))
 
 
 # ---------------------------------------------------------------------------------- small elements
