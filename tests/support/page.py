@@ -49,8 +49,14 @@ def with_user(
     """Run `act` as a user of the page of `runs`."""
 
     async def whole() -> None:
+        failure = None
         async with opened_page(runs, data) as user:
-            await act(user)
+            try:
+                await act(user)
+            except BaseException as error:
+                failure = error  # raised once NiceGUI has ended: it would not, and fail later tests
+        if failure is not None:
+            raise failure
 
     asyncio.run(whole())
 
