@@ -53,8 +53,8 @@ def with_user(
         async with opened_page(runs, data) as user:
             try:
                 await act(user)
-            except BaseException as error:
-                failure = error  # raised once NiceGUI has ended: it would not, and fail later tests
+            except BaseException as error:  # noqa: BLE001  (raised below)
+                failure = error  # NiceGUI would not end, and later tests would fail
         if failure is not None:
             raise failure
 

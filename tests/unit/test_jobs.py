@@ -194,7 +194,7 @@ def test_a_paused_queue_starts_only_what_is_asked_for(jobs: Jobs, tmp_path: Path
     jobs.queue.start_first(b.id)
     assert reasons(jobs.turn()) == {
         "b": "started",
-        "a": "waits for b, which uses the device cpu",
+        "a": "this queue is paused",
     }
     jobs.force_stop("b")
     jobs.turn()

@@ -16,6 +16,7 @@ from support.interrupted import locking
 from support.page import with_user
 from support.trainers import SLEEP, begin, run_file, stand_in
 
+from onewan.files import IS_WINDOWS
 from onewan.runs.layout import RunLayout
 from onewan.runs.processes import force_stop
 from onewan.runs.queue import Queue
@@ -215,10 +216,9 @@ def test_the_queue_of_a_device_is_paused_reordered_and_started(runs: Path) -> No
         await press(user, "Remove: b")
         await until(lambda: [entry.run for entry in queue.entries()] == ["a", "c"])
         await press(user, "Start next: c")
-        await see(user, "is trained")
-        await see(user, "waits for c, which uses the device cpu")
+        await see(user, "is being trained", "this queue is paused")
         await press(user, "Start the queue: on cpu")
-        await see_no(user, ", paused")
+        await see(user, "waits for c, which uses the device cpu")
         await press(user, "Stop: c")
         await until_told(user, "c: was stopped before it had begun")
         await see(user, "ended before it began")
@@ -273,15 +273,18 @@ def test_gpus_are_read_from_the_answer_of_the_driver(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = '0, NVIDIA H100, 45, 1024, 81559, 61\n1, "A, B", [N/A], [N/A], [N/A], [N/A]\nodd\n'
-    assert gpus_of(answer) == (
+    expected = (
         Gpu(name="NVIDIA H100", load=0.45, used=2**30, total=81559 * 2**20, temperature=61),
         Gpu(name="A, B", load=None, used=None, total=None, temperature=None),
     )
+    assert gpus_of(answer) == expected
+    if IS_WINDOWS:
+        return  # where a program is no script
     program = tmp_path / "bin" / "nvidia-smi"
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\ncat <<'EOF'\n{answer}EOF\n", "utf-8")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent), prepend=":")
-    assert Machine(runs).read().gpus == gpus_of(answer)
+    assert Machine(runs).read().gpus == expected
     program.write_text("#!/bin/sh\necho broken driver\nexit 9\n", "utf-8")
     assert Machine(runs).read().gpus == ()

@@ -174,14 +174,12 @@ class Jobs:
         for entry in entries:
             device, now, reason = self._device(entry.device), entry, ""
             if entry.state == "waiting":
-                is_paused = device in paused and not entry.first
-                reason = self._reason(entry, device, used)
-                if is_paused and not reason:
+                if device in paused and not entry.first:
                     reason = "this queue is paused"
-                elif not reason and not (reason := self._try_to_start(entry)):
-                    now = self.queue.entry(entry.id)
-                if not is_paused:
+                else:
+                    reason = self._reason(entry, device, used) or self._try_to_start(entry)
                     used.setdefault(entry.run, _Use(device, is_waiting=bool(reason)))
+                    now = entry if reason else self.queue.entry(entry.id)
             output = self.queue.output_of(entry) if entry.state == "failed" else ""
             yield QueuedRun(entry=now, device=device, reason=reason, output=output)
 

@@ -146,7 +146,7 @@ class _Queue:
         words = {
             "waiting": each.reason,
             "starting": "is being started",
-            "started": "is trained",
+            "started": "is being trained",
             "failed": "ended before it began",
         }[entry.state]
         if entry.returns:
@@ -154,7 +154,7 @@ class _Queue:
         with ui.element("li").classes("ow-entry"):
             text("strong", entry.run)
             text("span", words).classes("ow-grow" + (" ow-bad" if entry.state == "failed" else ""))
-            with ui.element("div").classes("ow-row"):
+            with ui.element("div").classes("ow-row ow-buttons"):
                 if entry.state == "waiting":
                     place, last = waiting.index(entry.id), len(waiting) - 1
                     self._action(entry.run, "Start next", partial(jobs.queue.start_first, entry.id))
