@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from nicegui import core, ui
+from nicegui import Client, core, ui
 from nicegui.testing.general import nicegui_reset_globals, prepare_simulation
 from nicegui.testing.user import User
 
@@ -24,11 +24,23 @@ from onewan.web.roots import Roots
 from onewan.web.server import add_screens
 
 
+@contextlib.contextmanager
+def fresh_nicegui() -> Iterator[None]:
+    """NiceGUI without any page of before, and without those of the block afterwards."""
+    with nicegui_reset_globals():
+        try:
+            yield
+        finally:
+            # It would forget the modules of these pages, and the packages around them, which other
+            # tests of this process have imported.
+            Client.page_routes.clear()
+
+
 @contextlib.asynccontextmanager
 async def opened_page(runs: Path, data: Sequence[Path] = ()) -> AsyncIterator[User]:
     """A user of the page of `runs`."""
     runs.mkdir(parents=True, exist_ok=True)
-    with nicegui_reset_globals():
+    with fresh_nicegui():
         os.environ["NICEGUI_USER_SIMULATION"] = "true"
         try:
             prepare_simulation()

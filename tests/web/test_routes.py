@@ -17,7 +17,6 @@ import httpx
 import pytest
 from fastapi.routing import APIRoute
 from nicegui import core
-from nicegui.testing.general import nicegui_reset_globals
 from starlette.routing import BaseRoute, Mount, Route
 
 from onewan.web.access import COOKIE, Rules, digest
@@ -25,6 +24,7 @@ from onewan.web.commands import Commands
 from onewan.web.page import Page
 from onewan.web.roots import Roots
 from onewan.web.server import build
+from tests.support.page import fresh_nicegui
 
 TOKEN = "t" * 43
 SECRET = "what is outside of all folders of the page"
@@ -72,7 +72,7 @@ async def application(folder: Path, *, token: bool) -> AsyncIterator[httpx.Async
         burst=10**9,
         guesses=10**9,
     )
-    with nicegui_reset_globals():
+    with fresh_nicegui():
         whole = build(page, rules)
         async with core.app.router.lifespan_context(core.app):
             transport = httpx.ASGITransport(whole, raise_app_exceptions=False)
