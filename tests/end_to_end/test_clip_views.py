@@ -16,7 +16,7 @@ from test_encode import prepared
 from torch import Tensor
 
 from onewan.config.schema import ResolvedRun
-from onewan.data.caption_places import CaptionStore, TextFile, caption_places
+from onewan.data.caption_places import CaptionStore, TextFile, origins
 from onewan.data.clip import Clip
 from onewan.data.clip_views import ClipViews, View, crop_of, view_frames, views_of
 from onewan.data.probes import MediaProbes
@@ -213,7 +213,7 @@ def test_an_edited_caption_is_the_only_thing_encoded_anew(
     )
     _, first = prepared(config)
     assert dict(first)["encoding clips"] > 1
-    place = next(iter(caption_places(config).values()))
+    place = next(iter(origins(config).values())).place
     assert isinstance(place, TextFile)
     store = CaptionStore()
     store.write(place, "an edited caption", store.read(place).digest)

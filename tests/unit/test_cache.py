@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from onewan.data import cache as cache_module
-from onewan.data.cache import ContentDigests, EntryCache, entry_key
+from onewan.data.cache import ContentDigests, EntryCache
 from onewan.data.encode import too_long_warnings
+from onewan.data.keys import entry_key
 from onewan.errors import DataError
 from onewan.files import file_digest
 

@@ -21,7 +21,7 @@ from onewan.data.caption_places import (
     Place,
     TextFile,
     Written,
-    caption_places,
+    origins,
 )
 from onewan.errors import DataError
 
@@ -37,7 +37,7 @@ def run_of(source: Path) -> ResolvedRun:
 
 def places(source: Path) -> dict[str, Place | Elsewhere]:
     """The places of the captions of a source, by the names of its items."""
-    return {name: place for (_, name), place in caption_places(run_of(source)).items()}
+    return {name: origin.place for (_, name), origin in origins(run_of(source)).items()}
 
 
 def place(source: Path, name: str) -> Place:
@@ -109,7 +109,8 @@ def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
         media.write_bytes(b"")
     except OSError:
         pytest.skip("the file system of this machine takes no such names")
-    [where] = caption_places(run_of(folder)).values()
+    [(source, where)] = origins(run_of(folder)).values()
+    assert source == folder
     assert isinstance(where, TextFile)
     store = CaptionStore()
     assert store.read(where) == Written(None, "")

@@ -33,14 +33,6 @@ EntryKind = Literal["video", "condition", "text", "mask", "preview"]
 _CLAIMS = "claims"
 
 
-def entry_key(**inputs: object) -> str:
-    """The key of an entry: a hash of its inputs, which must be JSON values."""
-    # Changing these options changes every key.
-    text = json.dumps(inputs, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    # File names that are not valid Unicode contain surrogates.
-    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=20).hexdigest()
-
-
 class EntryCache:
     """A folder of entries, which several processes can share."""
 

@@ -67,6 +67,15 @@ class Elsewhere:
     """Where it is, and what to do instead."""
 
 
+class Origin(NamedTuple):
+    """Where a media file comes from."""
+
+    source: Path | str
+    """The path of its source, the first one that names it."""
+    place: Place | Elsewhere
+    """Where its captions are written."""
+
+
 class Written(NamedTuple):
     """What a place says."""
 
@@ -108,42 +117,47 @@ def place_of(item: SourceItem, cache: Path) -> Place | Elsewhere:
     return Cell(item.cell, "")
 
 
-def caption_places(config: ResolvedRun) -> dict[tuple[Path, str], Place | Elsewhere]:
-    """Where the captions of the run's media files are written, by path and name of the item (see
-    `Clip.item_name`), also of files that can't be used. Reads no media file."""
+def origins(config: ResolvedRun) -> dict[tuple[Path, str], Origin]:
+    """The origins of the run's media files, by path and name of the item (see `Clip.item_name`),
+    also of files that can't be used. Reads no media file."""
     cache = config.video_data.cache_dir
     reader = SourceReader(
         config.video_data.supported_formats, use_masks=False, copies=Copies(cache, make=False)
     )
-    found = dict[tuple[Path, str], Place | Elsewhere]()
+    found, tables = dict[tuple[Path, str], Origin](), _Tables()
     for source in clip_sources((*config.video_data.sources, *config.validation.sources), config):
         if isinstance(source.path, Path) and source_problem(source, "") is not None:
             continue
         with suppress(DataError):  # reported with the clips
             for item in reader.read(source).items:
-                place = place_of(item, cache)
-                if found.setdefault((item.path, item.name), place) != place:
+                place = tables.identified(place_of(item, cache))
+                key = (item.path, item.name)
+                if found.setdefault(key, Origin(source.path, place)).place != place:
                     why = "several rows or sources have a caption for this clip; change it there"
-                    found[item.path, item.name] = Elsewhere(why)
-    return _with_identities(found)
-
-
-def _with_identities(
-    places: Mapping[tuple[Path, str], Place | Elsewhere],
-) -> dict[tuple[Path, str], Place | Elsewhere]:
-    tables = dict[Path, TableText]()
-    found = dict(places)
-    for key, place in places.items():
-        if isinstance(place, Cell):
-            if place.path not in tables:
-                try:
-                    tables[place.path] = _table(place.path)[0]
-                except DataError as error:
-                    found[key] = Elsewhere(str(error))
-                    continue
-            row = tables[place.path].rows.get(place.cell.number)
-            found[key] = replace(place, identity=row_identity(row)) if row else Elsewhere("is gone")
+                    found[key] = found[key]._replace(place=Elsewhere(why))
     return found
+
+
+class _Tables:
+    """The tables that were read, to tell their rows from one another."""
+
+    def __init__(self) -> None:
+        self._tables = dict[Path, TableText | Elsewhere]()
+
+    def identified(self, place: Place | Elsewhere) -> Place | Elsewhere:
+        """`place` with the identity of its row."""
+        if not isinstance(place, Cell):
+            return place
+        if place.path not in self._tables:
+            try:
+                self._tables[place.path] = _table(place.path)[0]
+            except DataError as error:
+                self._tables[place.path] = Elsewhere(str(error))
+        table = self._tables[place.path]
+        if isinstance(table, Elsewhere):
+            return table
+        row = table.rows.get(place.cell.number)
+        return replace(place, identity=row_identity(row)) if row else Elsewhere("its row is gone")
 
 
 class CaptionStore:

@@ -62,9 +62,14 @@ class TableText:
         try:
             if row is None:
                 raise ValueError("is gone; load the data again")
-            return "\n".join(captions_of(row.values.get(cell.column, "")))
+            text = "\n".join(captions_of(row.values.get(cell.column, "")))
+            text.encode()
+        except UnicodeEncodeError:
+            reason = "has a part of a character; write it again with the program that wrote it"
+            raise DataError(f"{self.file}: row {cell.number} {reason}") from None
         except ValueError as error:
             raise DataError(f"{self.file}: {cell.column} of row {cell.number} {error}") from None
+        return text
 
     def changed(self, captions: Mapping[CaptionCell, str]) -> str:
         """The text with other captions, one a line, in some cells, at most one of a row; DataError

@@ -7,7 +7,6 @@ same span of its file before the crop; its loss mask over it; its control video.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import threading
 from collections.abc import Mapping
@@ -19,7 +18,9 @@ import numpy as np
 from PIL import Image
 
 from onewan.data.clip import Clip
+from onewan.data.contact_sheet import Preview, preview_frames
 from onewan.data.decode import (
+    condition_frames,
     condition_image,
     control_frames,
     decode,
@@ -27,10 +28,11 @@ from onewan.data.decode import (
     frames_at,
 )
 from onewan.data.file_memory import FileState
+from onewan.data.keys import entry_key
 from onewan.errors import DataError
 from onewan.files import replacing
 from onewan.media import Fit, write_video
-from onewan.media.contact_sheet import with_mask
+from onewan.media.contact_sheet import preview_indices, with_mask
 from onewan.variants import Variant
 
 View = Literal["trained", "original", "mask", "control", "condition", "poster"]
@@ -96,11 +98,43 @@ def crop_of(clip: Clip) -> tuple[float, float, float, float]:
     return left / across, top / down, width / across, height / down
 
 
+def view_key(clip: Clip, view: str, variant: Variant) -> str:
+    """A hash of everything that a view depends on; OSError if a file of the clip is gone."""
+    # Not on the texts, so that an edited caption makes no video anew.
+    plain = replace(clip, name="", item_name="", captions=("",), class_captions=())
+    states = [tuple(FileState.of(path)) for path in clip.files]
+    of_variant = [variant.fps, variant.temporal_compression, variant.spatial_compression]
+    return entry_key(
+        version=_VERSION, view=view, variant=of_variant, files=states, clip=repr(plain)
+    )
+
+
 def _within(size: tuple[int, int], longest: int) -> tuple[int, int]:
     """`size` made smaller to have no longer side than that; even, as videos need it."""
     scale = min(1.0, longest / max(size))
     width, height = (max(2, 2 * round(side * scale / 2)) for side in size)
     return width, height
+
+
+@dataclass(frozen=True)
+class DecodedPreviews:
+    """A `PreviewSource` of contact sheets that decodes clips, without the run's cache."""
+
+    variant: Variant
+
+    def preview_key(self, clip: Clip) -> str:
+        return view_key(clip, "preview", self.variant)
+
+    def preview(self, clip: Clip) -> Preview:
+        times = clip.times()
+        frames = frames_at(clip, [times[index] for index in preview_indices(clip.frames)])
+        conditions = condition_frames(clip)
+        mask = decode_mask(clip, clip.mask, self.variant)[0] if clip.mask else None
+        return Preview(
+            frames=preview_frames(frames),
+            conditions=preview_frames(conditions) if conditions else None,
+            mask=mask,
+        )
 
 
 @dataclass
@@ -143,13 +177,7 @@ class ClipViews:
         return True
 
     def _name(self, clip: Clip, view: View, variant: Variant) -> str:
-        """A name that depends on everything that the view depends on."""
-        # Not on the texts, so that an edited caption makes no video anew.
-        plain = replace(clip, name="", item_name="", captions=("",), class_captions=())
-        states = [tuple(FileState.of(path)) for path in clip.files]
-        of_variant = [variant.fps, variant.temporal_compression, variant.spatial_compression]
-        text = repr((_VERSION, view, of_variant, states, plain))
-        digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()
+        digest = view_key(clip, view, variant)
         if view == "poster":
             return f"{digest}.jpg"
         is_picture = clip.frames == 1 or view == "condition"

@@ -15,8 +15,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from onewan.data.cache import entry_key
 from onewan.data.clip import Clip
+from onewan.data.keys import entry_key
 from onewan.data.report import count
 from onewan.files import replacing
 from onewan.media.contact_sheet import (

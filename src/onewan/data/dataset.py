@@ -16,7 +16,7 @@ from onewan.config.resolve import condition_shares
 from onewan.config.schema import ResolvedRun
 from onewan.data.ahead import worker_count
 from onewan.data.buckets import known_cuts_of
-from onewan.data.cache import ContentDigests, EntryCache, entry_key
+from onewan.data.cache import ContentDigests, EntryCache
 from onewan.data.cache_use import Needed
 from onewan.data.cached_latents import CachedLatents
 from onewan.data.clip import Clip
@@ -32,6 +32,7 @@ from onewan.data.encode import (
 )
 from onewan.data.entry_keys import EntryKeys, bounds_key
 from onewan.data.found_cuts import FoundCuts
+from onewan.data.keys import entry_key
 from onewan.data.probes import MediaProbes
 from onewan.data.report import ClipWarning, DatasetReport
 from onewan.data.run_clips import clips_of_run, with_contents, with_held_out

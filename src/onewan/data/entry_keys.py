@@ -12,11 +12,11 @@ from functools import cached_property
 from math import isinf
 from pathlib import Path
 
-from onewan.data.cache import entry_key
 from onewan.data.clip import WHOLE_FILE, Clip
 from onewan.data.companions import Companion
 from onewan.data.contact_sheet import PREVIEW_VERSION
 from onewan.data.encode import ENCODING_VERSION, TEXT_ENCODING_VERSION, VaeDtype
+from onewan.data.keys import entry_key
 from onewan.data.masks import MASK_VERSION
 from onewan.formats.model_folder import ComponentName
 from onewan.media import WHITE

@@ -59,6 +59,8 @@ class ClipWarning:
     text: str
     about: str = ""
     """What it is about, in a word or two for a table; empty for what is said in the text only."""
+    other: Path | None = None
+    """The file that it is like, of a duplicate."""
 
     @property
     def kind(self) -> str:

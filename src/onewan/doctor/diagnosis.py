@@ -76,10 +76,10 @@ class Diagnosis:
 
 
 def _finding_data(finding: Finding) -> dict[str, Any]:
-    path = None if finding.path is None else without_names(str(finding.path))
-    return {
+    data = {
         "severity": finding.severity,
         "kind": finding.kind,
-        "path": path,
+        "path": None if finding.path is None else without_names(str(finding.path)),
         "text": without_names(finding.text),
     }
+    return data if finding.other is None else data | {"other": without_names(str(finding.other))}

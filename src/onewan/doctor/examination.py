@@ -230,13 +230,14 @@ def _duplicates(usable: Sequence[InspectedClip], digests: Mapping[Path, str]) ->
                 severity="note",
                 kind=kind,
                 path=files[index].clip.path,
+                other=files[other].clip.path,
                 text=f"{text} {files[other].clip.name}; take one out, unless it is to be trained "
                 "twice as often",
             )
 
 
 def _as_warnings(findings: Sequence[Finding]) -> list[ClipWarning]:
-    return [ClipWarning(path=f.path, text=f.text, about=f.kind) for f in findings]
+    return [ClipWarning(path=f.path, text=f.text, about=f.kind, other=f.other) for f in findings]
 
 
 def _of_report(report: DatasetReport) -> Iterator[Finding]:
@@ -246,7 +247,9 @@ def _of_report(report: DatasetReport) -> Iterator[Finding]:
         yield Finding(severity="problem", kind=kind, path=problem.path, text=text)
     for warning in report.warnings:
         kind = warning.about or ("file" if warning.path else "data set")
-        yield Finding(severity="note", kind=kind, path=warning.path, text=warning.text)
+        yield Finding(
+            severity="note", kind=kind, path=warning.path, text=warning.text, other=warning.other
+        )
 
 
 def _missing_model(config: ResolvedRun) -> Iterator[Finding]:

@@ -21,6 +21,8 @@ class Finding:
     text: str
     path: Path | None = None
     """The file that it is about; None if it concerns the machine or the whole data set."""
+    other: Path | None = None
+    """The file that it is like, of a duplicate."""
 
 
 def without_names(text: str) -> str:

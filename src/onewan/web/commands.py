@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -200,8 +200,15 @@ class Commands:
             command.ended.set()
             command.wake()
 
-    async def json_of(self, arguments: Sequence[str], *, status: Sequence[int] = (0,)) -> Any:
-        """The JSON document that ``onewan ARGUMENTS`` prints to standard output.
+    async def json_of(
+        self,
+        arguments: Sequence[str],
+        *,
+        status: Sequence[int] = (0,),
+        told: Callable[[str], None] = lambda _: None,
+    ) -> Any:
+        """The JSON document that ``onewan ARGUMENTS`` prints to standard output; `told` gets the
+        lines of standard error, such as those about progress, as they come.
 
         OnewanError with what it printed as error if its exit status is none of `status`, or the
         document is missing. If the caller is cancelled, so is the command.
@@ -212,16 +219,26 @@ class Commands:
             stderr=asyncio.subprocess.PIPE,
             cwd=self._folder,
         )
+        lines = list[str]()
+
+        async def listen(stream: asyncio.StreamReader) -> None:
+            while line := await _line(stream):
+                lines.append(line.decode("utf-8", "replace").rstrip())
+                del lines[:-_MOST_LINES]
+                told(lines[-1])
+
+        assert process.stdout is not None and process.stderr is not None
         try:
-            out, err = await process.communicate()
+            out, *_ = await asyncio.gather(process.stdout.read(), listen(process.stderr))
+            await process.wait()
         finally:
             if process.returncode is None:
                 await asyncio.to_thread(force_stop, ProcessId.of(process.pid))
-        text = err.decode("utf-8", "replace").strip()
         if process.returncode in status and len(out) <= _MOST_JSON:
             with contextlib.suppress(ValueError):
                 return json.loads(out)
-        lines = text.splitlines() or [f"{command_line(arguments)}: ended without an answer"]
+        if not (lines := [line for line in lines if line]):
+            lines = [f"{command_line(arguments)}: ended without an answer"]
         raise OnewanError(lines[0].removeprefix("onewan: "), [line.strip() for line in lines[1:]])
 
 

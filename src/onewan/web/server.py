@@ -39,7 +39,7 @@ from onewan.web.screens import data, files, help, new_run, run, runs
 
 DEFAULT_PORT = 8320
 _SCREENS = (runs, run, new_run, data, files, help)
-_PLAIN = ("/media/", "/poster/")
+_PLAIN = ("/media/", "/poster/", "/clips/")
 """Not compressed: media are already, and parts of a file must keep their places."""
 
 
