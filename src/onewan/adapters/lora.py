@@ -70,7 +70,8 @@ def attach_adapter(
 
     The model's output does not change: parts are zero, or initialized as in PEFT (Kaiming uniform,
     a = sqrt 5) by generators seeded from `seed`, `name` (the expert's), the layer and the part. Or
-    the adapter gets the weights `initial`, by PEFT's names, as `adapter_config_from_file` returns.
+    the adapter gets the weights `initial`, by PEFT's names, as `adapter_config_from_file` or
+    `adapter_weights` returns; then `transformer` may be without weights, on the meta device.
     """
     transformer.add_adapter(config.peft_config(), adapter_name=_ADAPTER)
     layers = _adapted(transformer)
@@ -87,13 +88,28 @@ def attach_adapter(
         else:
             part_seed = derive_seed(seed, "adapter", name, module, part)
             tensor = _initial_values(part, parameter.shape, part_seed)
-        parameter.data = tensor.to(parameter.device, torch.float32, copy=True)
+        device = "cpu" if parameter.is_meta else parameter.device
+        _set_value(transformer, full, tensor.to(device, torch.float32, copy=True))
     for module, layer in layers.items():
-        if config.pissa:
+        if config.pissa and initial is not None and f"{module}.pissa_A" in initial:
+            for part in _FROZEN:
+                layer.register_buffer(part, initial[f"{module}.{part}"].clone(), persistent=False)
+        elif config.pissa:
             pissa_seed = derive_seed(seed, "pissa", name, module)
             _initialize_pissa(layer, config, module, pissa_seed)
         if config.kind == "dora" and initial is None:
             layer.lora_magnitude_vector[_ADAPTER].weight.data = row_norms(layer, _ADAPTER)
+
+
+def _set_value(transformer: WanTransformer3DModel, name: str, value: Tensor) -> None:
+    """Give the parameter `name` a value; one without memory is replaced."""
+    parameter = transformer.get_parameter(name)
+    if parameter.is_meta:
+        module, _, last = name.rpartition(".")
+        owner = transformer.get_submodule(module)
+        setattr(owner, last, nn.Parameter(value, requires_grad=parameter.requires_grad))
+    else:
+        parameter.data = value
 
 
 def _adapted(transformer: WanTransformer3DModel) -> dict[str, Any]:

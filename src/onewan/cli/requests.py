@@ -67,6 +67,11 @@ def order_settings(run: Path, changes: Sequence[str]) -> int:
     return 0
 
 
+def is_running(run: Path) -> bool:
+    """Whether a trainer of the run, its folder or its name, runs. OnewanError if there is none."""
+    return read_state(RunLayout(find_run(run)))[0] in ("running", "silent")
+
+
 def running(run: Path) -> tuple[RunLayout, str]:
     """(a run whose trainer runs, by its folder or its name; what speaks against that it does, empty
     if nothing does). OnewanError, with the remedy, for others."""

@@ -5,8 +5,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from onewan.cli.arguments import Commands, add_command
+from onewan.dtypes import WeightDtype
+
+FORMATS = ("comfyui", "no_alpha", "diffusers", "kohya")
+"""Of exported weights: those of `output.formats` (a test compares them)."""
 
 
 def add_requests(commands: Commands) -> None:
@@ -14,7 +19,7 @@ def add_requests(commands: Commands) -> None:
     _add_request(
         commands, "save", "let a running trainer save its state and export the weights now"
     )
-    _add_request(commands, "export", "let a running trainer export the weights now")
+    _add_export(commands)
     _add_sample_now(commands)
     _add_set(commands)
 
@@ -46,6 +51,60 @@ def _add_request(commands: Commands, name: str, summary: str) -> None:
         if name == "stop" and options.force:
             return force_stop(options.run)
         return send_request(options.run, name)
+
+    parser.set_defaults(command=run)
+
+
+def _add_export(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "export",
+        "export the weights of a running trainer now, or those of a saved state",
+        "A running\ntrainer exports its weights after the current step, if no option is given. "
+        "Otherwise a\nsaved state is exported without training, into the run's folder weights/; "
+        "its newest one,\nor that of --step. States have all precision, so that any format can be "
+        "made of them.\n\n"
+        "  onewan export mira --step 1500 --format kohya",
+    )
+    add_run(parser)
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="the state of this step (default: the newest)"
+    )
+    parser.add_argument(
+        "--format",
+        action="append",
+        default=[],
+        choices=FORMATS,
+        help="key format, as output.formats in the run file (default: the run's); several times "
+        "for several",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=(*get_args(WeightDtype), "own"),
+        help="data type of the tensors; own: that of the trained weights (default: the run's)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="write there (default: weights/ of the run)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace files that exist")
+
+    def run(options: argparse.Namespace) -> int:
+        from onewan.cli.requests import is_running, send_request
+
+        given = options.format or options.dtype or options.out or options.force
+        if options.step is None and not given and is_running(options.run):
+            return send_request(options.run, "export")
+
+        from onewan.cli.exporting import export
+
+        return export(
+            options.run,
+            step=options.step,
+            formats=options.format,
+            dtype=options.dtype,
+            out=options.out,
+            force=options.force,
+        )
 
     parser.set_defaults(command=run)
 

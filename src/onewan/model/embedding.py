@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from onewan.errors import ConfigError
@@ -139,6 +139,28 @@ class WanModelEmbedding:
             vectors=nn.Parameter(file.vectors.float().clone(), requires_grad=False),
             is_output_embedding=file.is_output_embedding,
             initial_text=file.metadata.get("onewan.initial_text"),
+        )
+
+    @classmethod
+    def restored(
+        cls,
+        vectors: Tensor,
+        *,
+        placeholder: str,
+        name: str,
+        initial_text: str,
+        is_output_embedding: bool,
+        seed: int,
+    ) -> WanModelEmbedding:
+        """The embedding that `initial` has made with these arguments, with `vectors` that it has
+        been trained to."""
+        return cls(
+            placeholder=placeholder,
+            name=name,
+            uuid=_uuid(seed, placeholder),
+            vectors=nn.Parameter(vectors),
+            is_output_embedding=is_output_embedding,
+            initial_text=initial_text,
         )
 
     def to(self, device: torch.device | str) -> WanModelEmbedding:

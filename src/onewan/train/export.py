@@ -17,8 +17,10 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from onewan.adapters.lora import base_weight
+from onewan.arithmetic.expert_schedule import ExpertSchedule
 from onewan.checkpoint.convert import save_expert
 from onewan.checkpoint.saver import AdapterHeader, WanModelSaver
+from onewan.config.schema import ResolvedRun
 from onewan.data.clip import count_clips
 from onewan.dtypes import torch_dtype
 from onewan.formats.lora import LoraFormat, WanShape
@@ -27,8 +29,9 @@ from onewan.model.embedding import WanModelEmbedding
 from onewan.runs.layout import RunLayout
 from onewan.train.best import WEIGHT_SUFFIX, weights_name
 from onewan.train.run import Run
-from onewan.train.state import Trainable, TrainableName, TrainedExpert, WeightSet
+from onewan.train.state import Trainable, TrainableName, TrainedExpert, TrainState, WeightSet
 from onewan.train.trainables import AdapterTraining, EmbeddingTraining, ExpertMethod, FullFineTune
+from onewan.variants import Variant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +48,46 @@ class ExportedFile:
     """Writes it to a path; returns notices for the user."""
 
 
-def exported_files(run: Run, layout: RunLayout) -> Iterator[ExportedFile]:
-    """All files for the weights of the present step; none is written yet."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exportable:
+    """The weights of a run at a step, and what their files say of the run."""
+
+    config: ResolvedRun
+    variant: Variant
+    state: TrainState
+    schedule: ExpertSchedule
+    dataset_digest: str
+    clips: int | None
+    """Number of training clips; None if it is not known."""
+    resolution: tuple[int, int] | None
+    """The largest size of a training clip; None if it is not known."""
+
+    @classmethod
+    def of(cls, run: Run) -> Exportable:
+        """The present weights of a run that trains."""
+        clips = run.dataset.clips
+        return cls(
+            config=run.config,
+            variant=run.model.variant,
+            state=run.state,
+            schedule=run.schedule,
+            dataset_digest=run.dataset.digest,
+            clips=count_clips(clips),
+            resolution=max(clip.size for clip in clips),
+        )
+
+
+def exported_files(
+    run: Exportable, layout: RunLayout, *, format_in_name: bool = False
+) -> Iterator[ExportedFile]:
+    """All files for the weights of `run`; none is written yet. Their names have the format where
+    there are several, or with `format_in_name`."""
     for trained in run.state.experts.values():
         if trained.trainable is not None and trained.method is not None:
             for weight_set in _weight_sets(trained.trainable):
-                yield from _files_of_expert(run, layout, trained, trained.trainable, weight_set)
+                yield from _files_of_expert(
+                    run, layout, trained, trained.trainable, weight_set, format_in_name
+                )
     trainable = run.state.embeddings
     if trainable is not None and isinstance(trainable.weights, EmbeddingTraining):
         for weight_set in _weight_sets(trainable):
@@ -70,7 +107,12 @@ def _weight_sets(trainable: Trainable) -> tuple[WeightSet, ...]:
 
 
 def _files_of_expert(
-    run: Run, layout: RunLayout, trained: TrainedExpert, trainable: Trainable, weight_set: WeightSet
+    run: Exportable,
+    layout: RunLayout,
+    trained: TrainedExpert,
+    trainable: Trainable,
+    weight_set: WeightSet,
+    format_in_name: bool,
 ) -> Iterator[ExportedFile]:
     formats = run.config.output.formats
     suffix = trained.expert.file_suffix + WEIGHT_SUFFIX[weight_set]
@@ -85,7 +127,8 @@ def _files_of_expert(
             return _write_expert(run, trained, path, format, facts)
 
     for fmt in formats:
-        end = suffix, fmt if len(formats) > 1 else None, _extension(trained.method, fmt)
+        shown = fmt if len(formats) > 1 or format_in_name else None
+        end = suffix, shown, _extension(trained.method, fmt)
         yield ExportedFile(
             path=layout.weights(run.state.step, *end),
             best_path=layout.weights("best", *end),
@@ -102,7 +145,7 @@ def _extension(method: ExpertMethod | None, format: LoraFormat) -> str:
 
 
 def _write_adapter(
-    run: Run,
+    run: Exportable,
     trained: TrainedExpert,
     method: AdapterTraining,
     path: Path,
@@ -112,8 +155,8 @@ def _write_adapter(
     config, title = run.config, KIND_TITLES[method.config.kind]
     header = AdapterHeader(
         facts=facts,
-        title=f"{config.output.name} ({run.model.variant.title} {title})",
-        resolution=max(clip.size for clip in run.dataset.clips),
+        title=f"{config.output.name} ({run.variant.title} {title})",
+        resolution=run.resolution,
     )
     return WanModelSaver().save_adapter(
         method.adapter(),
@@ -133,7 +176,7 @@ def _base_tensor(transformer: WanTransformer3DModel, name: str) -> Tensor:
 
 
 def _write_expert(
-    run: Run,
+    run: Exportable,
     trained: TrainedExpert,
     path: Path,
     format: LoraFormat,
@@ -144,7 +187,7 @@ def _write_expert(
         path,
         "single" if format == "comfyui" else "diffusers",
         dtype=_dtype(run),
-        variant=run.model.variant,
+        variant=run.variant,
         expert=trained.expert,
         source=run.config.model.source_of(trained.expert.component),
         facts=facts,
@@ -153,7 +196,7 @@ def _write_expert(
 
 
 def _write_embedding(
-    run: Run,
+    run: Exportable,
     trainable: Trainable,
     weight_set: WeightSet,
     embedding: WanModelEmbedding,
@@ -166,22 +209,22 @@ def _write_embedding(
     return []
 
 
-def _dtype(run: Run) -> torch.dtype | None:
+def _dtype(run: Exportable) -> torch.dtype | None:
     dtype = run.config.output.dtype
     return None if dtype is None else torch_dtype(dtype)
 
 
 def _facts(
-    run: Run, trainable: Trainable, weight_set: WeightSet, lr: float
+    run: Exportable, trainable: Trainable, weight_set: WeightSet, lr: float
 ) -> dict[str, str | int | float]:
     """Facts about the run for the header of an exported file, to be looked up later."""
     config, step = run.config, run.state.step
     facts: dict[str, str | int | float] = {
-        "variant": run.model.variant.name,
+        "variant": run.variant.name,
         "run": str(config.output.name),
         "steps": step,
-        "clips": count_clips(run.dataset.clips),
-        "dataset_digest": run.dataset.digest,
+        **({} if run.clips is None else {"clips": run.clips}),
+        "dataset_digest": run.dataset_digest,
         "seed": config.train.seed,
         "lr": lr,
     }
@@ -189,7 +232,7 @@ def _facts(
         expert = run.state.experts[trainable.name].expert
         facts["expert"] = trainable.name
         facts["base_model"] = _shareable(config.model.source_of(expert.component))
-        facts["expert_steps"] = run.steps_before(trainable.name, step)
+        facts["expert_steps"] = run.schedule.steps_before(step, trainable.name)
     if weight_set == "ema" and config.train.ema is not None:
         facts["ema_decay"] = config.train.ema.decay
     if (name := weights_name(trainable.name, weight_set)) in run.state.best_now:

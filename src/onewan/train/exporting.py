@@ -16,7 +16,7 @@ from onewan.runs import events
 from onewan.runs.layout import RunLayout
 from onewan.runs.log import RunLog
 from onewan.train.best import base_loss
-from onewan.train.export import ExportedFile, exported_files
+from onewan.train.export import Exportable, ExportedFile, exported_files
 from onewan.train.run import Run
 from onewan.train.saved_state import BestStep
 
@@ -37,14 +37,14 @@ class WeightExporter:
 
     def is_complete(self, run: Run) -> bool:
         """Whether all files of the present step exist."""
-        return all(file.path.exists() for file in exported_files(run, self._layout))
+        return all(file.path.exists() for file in exported_files(Exportable.of(run), self._layout))
 
     def export(self, run: Run) -> None:
         """Write the weights of the present step in each format that the run file names, and delete
         old ones. Weights that can't be written are reported in the log and in `failure`."""
         self.failure = ""
         try:
-            for file in exported_files(run, self._layout):
+            for file in exported_files(Exportable.of(run), self._layout):
                 if file.best_path in self._new_best:
                     link_or_copy(file.best_path, file.path)
                 else:
@@ -66,7 +66,7 @@ class WeightExporter:
             before = run.state.best_weights.copy()
             run.state.best_weights[name] = best  # the header names the loss
             try:
-                for file in exported_files(run, self._layout):
+                for file in exported_files(Exportable.of(run), self._layout):
                     if file.weights == name:
                         self._write(file, file.best_path)
                         self._new_best.add(file.best_path)
@@ -107,7 +107,7 @@ class WeightExporter:
         """The files of the best weights, for the end of the run: of an expert, in the first format
         that the run file names."""
         shown: set[str] = set()
-        for file in exported_files(run, self._layout):
+        for file in exported_files(Exportable.of(run), self._layout):
             best = run.state.best_weights.get(file.weights)
             if best is not None and file.weights not in shown and file.best_path.exists():
                 if file.trainable != "embeddings":  # which have a file each

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from onewan.checkpoint.store import DamagedStateError
 from onewan.config.changes import in_force, joined, without_changes_of
+from onewan.config.continuing import lr_depends_on_steps
 from onewan.config.load import changed_fields, load_run, overridden_names
 from onewan.config.resolve import expert_schedule_of
 from onewan.config.schema import ResolvedRun
@@ -70,6 +71,10 @@ _NOT_MEASURING = ("model.device", "model.check_file_names")
 
 _STEPS = ("train.steps", "per_expert.high.steps", "per_expert.low.steps")
 """Fields that change no result as long as the saved steps were those of the same experts."""
+_BY_STEPS = (
+    "the learning rate follows a schedule over all steps of the run, so the steps that are done "
+    "had other rates than in a run of this many"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,9 +182,7 @@ def changes_since(
     # ones may differ.
     saved, config = (in_force(each, facts.step - 1) for each in (saved, config))
     fields = changed_fields(saved, config)
-    # With a constant learning rate and no cooldown, the results of a step do not depend on the
-    # number of steps.
-    steps_matter = config.train.schedule.kind != "constant" or bool(config.train.cooldown_steps)
+    steps_matter = lr_depends_on_steps(config)
     before, now = expert_schedule_of(saved), expert_schedule_of(config)
     same_experts = all(before.expert_at(step) == now.expert_at(step) for step in range(facts.step))
     chosen = chosen_changes or {}
@@ -195,6 +198,8 @@ def changes_since(
         safe = safe or (name in _STEPS and not steps_matter and same_experts)
         by = " (given on the command line)" if lost else ""
         line = f"{name}: was {_shown(old)}{by}, is {_shown(new)}"
+        if name in _STEPS and steps_matter:
+            line += f"; {_BY_STEPS}"
         (harmless if safe else affecting_results).append(line)
     affecting_results += _changed_files(facts, dataset_digest, initial_digests)
     names = tuple(name for name, *_ in fields)

@@ -3,7 +3,7 @@ optimizers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from diffusers import WanTransformer3DModel
@@ -27,6 +27,7 @@ from onewan.config.method import (
     LoraMethod,
     ResolvedEmbedding,
 )
+from onewan.config.optimizer import AdamWOptimizer
 from onewan.config.schema import ExpertSettings, ResolvedRun
 from onewan.config.unused import file_decides
 from onewan.data.clip import Clip
@@ -44,6 +45,7 @@ from onewan.model.wan import WanModel
 from onewan.train.ema import Ema
 from onewan.train.memory import RunMemory
 from onewan.train.optimizers.block_updates import BlockUpdates
+from onewan.train.optimizers.builders import is_schedule_free
 from onewan.train.optimizers.parameters import ParameterGroup
 from onewan.train.optimizers.per_weight import PerWeightOptimizer
 from onewan.train.optimizers.trainable_optimizer import build_trainable_optimizer
@@ -163,6 +165,60 @@ def attach_expert(
     )
 
 
+def attach_saved_expert(
+    config: ResolvedRun,
+    transformer: WanTransformer3DModel,
+    expert: Expert,
+    initial: AdapterFile | None,
+    weights: Mapping[str, Tensor],
+) -> TrainedExpert:
+    """`expert` as `attach_expert` trains it, on the host, to export what a state has saved: an
+    adapter gets the saved `weights`. Of an adapter, names and shapes of `transformer` are enough.
+
+    An optimizer is there for those that average weights, since the others export what they train.
+    """
+    transformer.requires_grad_(False)
+    method = _attach_method(config, transformer, expert, initial, weights)
+    assert method is not None
+    lr = expert_settings(config, expert.name).lr or config.optimizer.lr
+    return TrainedExpert(
+        expert=expert,
+        transformer=transformer,
+        method=method,
+        trainable=_trainable(_exporting(config), expert.name, method, lr),
+    )
+
+
+def saved_embeddings(config: ResolvedRun, weights: Mapping[str, Tensor]) -> Trainable:
+    """The trained embeddings with the vectors `weights`, as `attach_saved_expert`."""
+    lr = config.optimizer.lr
+    chosen: list[tuple[WanModelEmbedding, float]] = []
+    for section in config.embeddings:
+        if section.train and section.name in weights:
+            vectors = weights[section.name].clone()
+            embedding = (
+                embedding_from_file(section, vectors.shape[1])
+                if section.init_from is not None
+                else WanModelEmbedding.restored(
+                    vectors,
+                    placeholder=section.placeholder,
+                    name=section.name,
+                    initial_text=section.initial_text,
+                    is_output_embedding=section.is_output_embedding,
+                    seed=config.train.seed,
+                )
+            )
+            chosen.append((embedding, section.lr or lr))
+    return _trainable(_exporting(config), "embeddings", EmbeddingTraining(chosen), lr)
+
+
+def _exporting(config: ResolvedRun) -> ResolvedRun:
+    """`config` with an optimizer that needs no package, unless its averages are exported."""
+    if is_schedule_free(config.optimizer):
+        return config
+    return config.model_copy(update={"optimizer": AdamWOptimizer(lr=config.optimizer.lr)})
+
+
 def _block_training(
     transformer: WanTransformer3DModel, method: ExpertMethod | None, trainable: Trainable | None
 ) -> Callable[[BlockStream], BlockTraining] | None:
@@ -279,7 +335,9 @@ def _attach_method(
     transformer: WanTransformer3DModel,
     expert: Expert,
     initial: AdapterFile | None,
+    saved: Mapping[str, Tensor] | None = None,
 ) -> ExpertMethod | None:
+    """Attach the run's method; an adapter gets the weights `saved`, if they are given."""
     method, layers = config.method, config.wan_config.transformer_layers_to_train
     if isinstance(method, EmbeddingMethod):
         return None
@@ -292,7 +350,7 @@ def _attach_method(
         )
     adapter, weights, parts = _adapter(config, method, transformer, expert, initial)
     fixed = FixedParts(transformer, parts, _name_of(initial))
-    attach_adapter(transformer, adapter, config.train.seed, expert.name, weights)
+    attach_adapter(transformer, adapter, config.train.seed, expert.name, saved or weights)
     has_lora_b = isinstance(method, LoraMethod | DoraMethod)
     return AdapterTraining(
         transformer,
