@@ -308,7 +308,7 @@ slider.dispatchEvent(new Event("input"));
 await until(() => videos.every((video) => Math.abs(video.currentTime - video.duration / 2) < 0.02));
 note("paused", videos.every((video) => video.paused));
 const middle = videos[0].currentTime;
-group.querySelector("[aria-label='one frame on']").click();
+group.querySelectorAll("button.frame")[1].click();
 await until(() => videos.every((video) => video.currentTime > middle));
 note("frame", Math.max(...videos.map((video) => video.currentTime)) - middle);
 const find = document.getElementById("find");

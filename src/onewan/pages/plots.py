@@ -116,6 +116,7 @@ class Plot:
         return {
             **self.as_data(),
             "title": self.title,
+            "wide": self.is_wide,
             "about": self.about,
             "summary": self._summary(),
         }

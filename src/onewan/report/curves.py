@@ -74,6 +74,35 @@ def expert_label(expert: str) -> str:
     return "the model" if expert == "single" else f"{expert} expert"
 
 
+def run_plots(
+    history: History, part: tuple[float, float] = (-math.inf, math.inf)
+) -> dict[str, list[Plot]]:
+    """All plots of one run, by the parts of a page: "training", "timesteps" and "speed". `part` is
+    the first and the last step of those that have a value for each step."""
+    experts = of_experts(history, part)
+    return {
+        "training": step_plots(experts),
+        "timesteps": timestep_plots(experts),
+        "speed": speed_plots(experts, limits=_plan_limits(history)),
+    }
+
+
+def _plan_limits(history: History) -> dict[str, dict[str, float]]:
+    """The lines of the plan in the plots of speed and memory."""
+    overview, plan = history.latest.get("overview", {}), history.latest.get("plan", {})
+    values = {
+        "seconds": {"mean by the plan": number(overview.get("step_seconds"))},
+        "memory": {
+            "peak of the run by the plan": number(plan.get("device_peak")) / _GIGABYTE,
+            "memory that may be used": number(plan.get("device_memory")) / _GIGABYTE,
+        },
+    }
+    return {
+        name: {label: value for label, value in lines.items() if value > 0}
+        for name, lines in values.items()
+    }
+
+
 def step_plots(sources: Sequence[Source], name: str = "", *, bands: bool = True) -> list[Plot]:
     """The plots of the losses, the gradients and the learning rates of `sources`, of those that
     have values. `name` is added to their titles; with `bands`, curves that are smoothed have a band
@@ -87,6 +116,7 @@ def step_plots(sources: Sequence[Source], name: str = "", *, bands: bool = True)
         _with_validation(
             _plot(sources, "loss", "Training loss", smooth, name=name, bands=bands, can_cap=True),
             sources,
+            name,
         ),
         validation_plot(sources, name),
         _plot(
@@ -187,7 +217,7 @@ def validation_plot(sources: Sequence[Source], name: str = "") -> Plot | None:
     )
 
 
-def _with_validation(plot: Plot | None, sources: Sequence[Source]) -> Plot | None:
+def _with_validation(plot: Plot | None, sources: Sequence[Source], name: str) -> Plot | None:
     """`plot`, that of the training losses, with the losses on the validation clips."""
     if plot is None:
         return None
@@ -197,7 +227,8 @@ def _with_validation(plot: Plot | None, sources: Sequence[Source]) -> Plot | Non
         for series in _validations(source, "loss", ", validation", (source.dash + 1) % 4)
     ]
     about = f"{plot.about} Marks are the validation." if found else plot.about
-    return replace(plot, series=[*plot.series, *found], about=about)
+    # Of several plots for the experts one fits beside the other.
+    return replace(plot, series=[*plot.series, *found], about=about, is_wide=not name)
 
 
 def _events(source: Source) -> list[Mapping[str, Any]]:

@@ -61,8 +61,8 @@ class History:
     steps: StepTable = field(default_factory=StepTable)
     processes: list[Process] = field(default_factory=list[Process])
     latest: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
-    """The newest event of each of the kinds "started", "data", "overview", "plan", "memory",
-    "attention" and "environment"."""
+    """The newest event of each of the kinds "started", "step", "data", "overview", "plan",
+    "memory", "attention" and "environment"."""
     last_event: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """The newest event of all; empty if there is none."""
     validations: dict[tuple[int, str], Mapping[str, Any]] = field(
@@ -234,6 +234,7 @@ class HistoryReader:
             self._drop_after(step - 1)
         if not history.steps.add(event):
             return False
+        history.latest["step"] = event
         if history.processes:
             history.processes[-1].last_step = history.steps.last
         return True

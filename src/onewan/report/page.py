@@ -10,7 +10,7 @@ from pathlib import Path
 from onewan.files import replacing
 from onewan.pages import document
 from onewan.pages.plots import Plot
-from onewan.report.curves import Source, of_experts, speed_plots, step_plots, timestep_plots
+from onewan.report.curves import Source, of_experts, run_plots
 from onewan.report.history import History
 from onewan.report.parts import (
     STATE_STYLES,
@@ -24,7 +24,6 @@ from onewan.report.parts import (
 )
 from onewan.report.record import RunRecord, read_record
 from onewan.report.samples import report_samples
-from onewan.report.steps import number
 from onewan.report.tables import clips_html, files_html, processes_html, settings_html
 from onewan.report.videos import VideoChoice
 from onewan.runs.events import Event, Started
@@ -33,7 +32,6 @@ from onewan.runs.log import Listener
 
 STYLES = ("players.css", "plots.css", "runs.css")
 SCRIPTS = ("players.js", "plots.js", "filter.js")
-_GIGABYTE = 1e9
 
 
 def write_report(run: Path, out: Path | None = None, choice: VideoChoice | None = None) -> Path:
@@ -85,18 +83,15 @@ def report_page(record: RunRecord, folder: Path, choice: VideoChoice) -> str:
     now = datetime.now(timezone.utc)
     history = record.history
     experts = of_experts(history)
-    losses = step_plots(experts)
-    timesteps = timestep_plots(experts)
-    speed = speed_plots(experts, limits=_plan_limits(history))
-    plots = [*losses, *timesteps, *speed]
+    plots = run_plots(history)
     body = [
-        *_head(record, now, {"timesteps": timesteps, "speed": speed}),
+        *_head(record, now, plots),
         *_tiles(record),
         *_problems(record),
-        *plots_section("training", "Training", losses, _no_steps(history, experts)),
+        *plots_section("training", "Training", plots["training"], _no_steps(history, experts)),
         *report_samples(record, folder, choice),
-        *(plots_section("timesteps", "Noise levels", timesteps) if timesteps else ()),
-        *(plots_section("speed", "Speed and memory", speed) if speed else ()),
+        *_optional_section("timesteps", "Noise levels", plots["timesteps"]),
+        *_optional_section("speed", "Speed and memory", plots["speed"]),
         *clips_html(record),
         *files_html(record),
         *settings_html(record),
@@ -107,7 +102,7 @@ def report_page(record: RunRecord, folder: Path, choice: VideoChoice) -> str:
         body,
         styles=STYLES,
         scripts=SCRIPTS,
-        data={"plots": plots_data(plots)},
+        data={"plots": plots_data([plot for part in plots.values() for plot in part])},
         local_media=True,
     )
 
@@ -117,11 +112,13 @@ def plots_data(plots: list[Plot]) -> dict[str, object]:
     return {plot.name: plot.as_data() for plot in plots}
 
 
-def _head(
-    record: RunRecord, now: datetime, optional: Mapping[str, Sequence[Plot]]
-) -> Iterator[str]:
-    """The name of the run, how it stands, and links to the parts of the page; of the `optional`
-    parts, to those that have a plot."""
+def _optional_section(name: str, heading: str, plots: Sequence[Plot]) -> Iterator[str]:
+    return plots_section(name, heading, plots) if plots else iter(())
+
+
+def _head(record: RunRecord, now: datetime, plots: Mapping[str, Sequence[Plot]]) -> Iterator[str]:
+    """The name of the run, how it stands, and links to the parts of the page; not to those of
+    `plots` that have none, but for the training."""
     kind = STATE_STYLES[record.state]
     yield '<div class="head">'
     yield f'<h1>{text(record.name)}</h1><span class="badge {kind}">{record.state}</span>'
@@ -145,7 +142,7 @@ def _head(
         ("settings", "Settings"),
         ("processes", "Processes"),
     ):
-        if optional.get(name, True):
+        if name == "training" or plots.get(name, True):
             yield f'<a href="#{name}">{heading}</a>'
     yield "</nav>"
 
@@ -203,19 +200,3 @@ def _no_steps(history: History, experts: list[Source]) -> str:
     if len(history.steps):
         return ""
     return "No step is done yet." if not experts else "No step is done yet, only a validation."
-
-
-def _plan_limits(history: History) -> dict[str, dict[str, float]]:
-    """The lines of the plan in the plots of speed and memory."""
-    overview, plan = history.latest.get("overview", {}), history.latest.get("plan", {})
-    values = {
-        "seconds": {"mean by the plan": number(overview.get("step_seconds"))},
-        "memory": {
-            "peak of the run by the plan": number(plan.get("device_peak")) / _GIGABYTE,
-            "memory that may be used": number(plan.get("device_memory")) / _GIGABYTE,
-        },
-    }
-    return {
-        name: {label: value for label, value in lines.items() if value > 0}
-        for name, lines in values.items()
-    }

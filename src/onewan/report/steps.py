@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -36,7 +37,8 @@ class StepTable:
         """Steps that were computed again after a restart, or dropped by it."""
         self._steps = array("q")
         self._expert = array("b")
-        self._values = {name: array("d") for name in COLUMNS}
+        self._values = array("d")
+        """Those of each step after each other, as `COLUMNS` has them: one call takes all in."""
         self._timesteps = array("d")
         self._timestep_ends = array("q")
         """For each step the number of timesteps up to and including its own."""
@@ -58,13 +60,13 @@ class StepTable:
             if len(self.experts) == 100:  # no run has so many: the file is damaged
                 return False
             self.experts.append(expert)
-        if step <= self.last:
+        if self._steps and step <= self._steps[-1]:
             self.drop_after(step - 1)
         self._steps.append(step)
         self._expert.append(self.experts.index(expert))
-        for name, column in self._values.items():
-            value = event.get(name)
-            column.append(value if type(value) is float else number(value))
+        self._values.extend(
+            [value if type(value) is float else number(value) for value in map(event.get, COLUMNS)]
+        )
         timesteps = event.get("t")
         if isinstance(timesteps, list):
             self._timesteps.extend(map(number, timesteps))
@@ -75,8 +77,9 @@ class StepTable:
         """Forget the steps after `step`."""
         kept = bisect_right(self._steps, step)
         self.replaced += len(self._steps) - kept
-        for column in (self._steps, self._expert, self._timestep_ends, *self._values.values()):
+        for column in (self._steps, self._expert, self._timestep_ends):
             del column[kept:]
+        del self._values[kept * len(COLUMNS) :]
         del self._timesteps[self._timestep_ends[-1] if kept else 0 :]
 
     def of(self, expert: str) -> Values:
@@ -86,7 +89,10 @@ class StepTable:
     def column(self, name: str, expert: str | None = None) -> Values:
         """The values of one of `COLUMNS`, of the steps of `expert` or of all; NaN where there is
         none."""
-        values = np.frombuffer(self._values[name], np.float64) if self._steps else np.empty(0)
+        if not self._steps:
+            return np.empty(0)
+        rows = np.frombuffer(self._values, np.float64).reshape(-1, len(COLUMNS))
+        values = rows[:, COLUMNS.index(name)]
         return values.copy() if expert is None else values[self._is(expert)]
 
     def timesteps(self, expert: str) -> tuple[Values, Values, Values]:
@@ -116,6 +122,6 @@ class StepTable:
 
 def number(value: object) -> float:
     """`value` if it is a number, else NaN."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return float("nan")
+    if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
     return float(value)

@@ -23,6 +23,12 @@ from typing import Any, cast
 
 from onewan.runs.events import HEARTBEAT_SECONDS, Event, Heartbeat, Started
 
+try:
+    # Comes with the page, which reads long files while somebody waits; five times as fast.
+    from orjson import loads as _loads
+except ImportError:
+    from json import loads as _loads
+
 _BLOCK_BYTES = 1 << 18
 """Bytes that are read at once from the end of a file."""
 _HEAD_BYTES = 256
@@ -324,10 +330,13 @@ def _line(event: Event) -> bytes:
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """The event in a line; None if the line is empty or was truncated by a crash."""
+    event: Any = None
     try:
-        event: Any = json.loads(line)
+        event = _loads(line)
     except ValueError:
-        return None
+        # Python's own takes NaN too, which some programs write.
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
     return cast("dict[str, Any]", event) if isinstance(event, dict) else None
 
 

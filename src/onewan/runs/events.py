@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -410,3 +411,26 @@ class Finished(Event):
 
 ENDS = (Stopped.kind, Failed.kind, Finished.kind)
 """Kinds of the last event of a process that ended and was not killed."""
+
+
+def event_of(line: Mapping[str, Any]) -> Event | None:
+    """The event that a line of the file is about; None if its kind is that of a later version, or
+    if a field is missing. Values are as the file has them, which may be damaged."""
+    kind = _kinds().get(str(line.get("event")))
+    if kind is None:
+        return None
+    values = {item.name: line[item.name] for item in fields(kind) if item.name in line}
+    for item in fields(kind):
+        if item.name in values and "Path" in str(item.type) and values[item.name] is not None:
+            values[item.name] = Path(str(values[item.name]))
+    try:
+        return kind(**values)
+    except TypeError:
+        return None
+
+
+@cache
+def _kinds() -> dict[str, type[Event]]:
+    # Not `__subclasses__`, which also has the classes that were replaced for their slots.
+    found = [each for each in globals().values() if isinstance(each, type) and "kind" in vars(each)]
+    return {each.kind: each for each in found if issubclass(each, Event)}

@@ -30,8 +30,9 @@ _RESOURCES = f"/onewan/{version('onewan')}"
 def add() -> None:
     """Serve the page's own styles and scripts."""
     folder = Path(str(files("onewan") / "resources"))
-    app.add_static_files(_RESOURCES, folder / "web")
+    # In this order: the first one that an address begins with is asked.
     app.add_static_files(f"{_RESOURCES}/pages", folder / "pages")
+    app.add_static_files(_RESOURCES, folder / "web")
 
 
 def resource(name: str) -> str:

@@ -56,14 +56,11 @@
       this.rate = 1;
       this.fps = Number(bar.dataset.fps) || 16;
       this.button = addButton(bar, "");
-      const frame = (text, label, frames) => {
+      for (const [text, frames] of [["Frame back", -1], ["Frame on", 1]]) {
         const button = addButton(bar, "frame");
         button.textContent = text;
-        button.setAttribute("aria-label", label);
         button.addEventListener("click", () => this.move(frames));
-      };
-      frame("\u2212 frame", "one frame back", -1);
-      frame("+ frame", "one frame on", 1);
+      }
       this.slider = document.createElement("input");
       Object.assign(this.slider, { type: "range", min: 0, max: 1000, value: 0 });
       this.slider.setAttribute("aria-label", `time of the videos of ${bar.dataset.name}`);
@@ -83,7 +80,6 @@
       });
       groups.push(this);
       this.adopt();
-      this.label();
     }
 
     // Take in the videos that there are now; if others play, new ones play with them.
@@ -95,6 +91,7 @@
         video.loop = false;
         video.addEventListener("click", () => this.button.click());
       }
+      this.label();
       if (!this.playing) return;
       const old = new Set(this.videos);
       const time = this.longest?.currentTime ?? 0;
@@ -106,7 +103,7 @@
     }
 
     label() {
-      this.button.textContent = this.playing ? "Pause" : this.list().length > 1 ? "Play together" : "Play";
+      this.button.textContent = this.playing ? "Pause" : this.list().length === 1 ? "Play" : "Play together";
       this.button.setAttribute("aria-pressed", String(this.playing));
     }
 

@@ -106,7 +106,7 @@
 
   // The element of a plot, for a page that has none of it.
   function figureOf(name, spec) {
-    const figure = html("figure", { className: "plot", id: name });
+    const figure = html("figure", { className: spec.wide ? "plot whole" : "plot", id: name });
     figure.dataset.summary = spec.summary;
     html("h3", { textContent: spec.title }, html("figcaption", {}, figure));
     html("p", { className: "about", textContent: spec.about }, figure);
@@ -130,8 +130,7 @@
       this.smoother.setAttribute("aria-label", "smoothing");
       this.smoother.addEventListener("change", () => { this.times = Number(this.smoother.value); this.draw(); });
       if (spec.can_log) {
-        const button = html("button", { type: "button", textContent: "log" }, tools);
-        button.setAttribute("aria-label", "logarithmic vertical axis");
+        const button = html("button", { type: "button", textContent: "log scale" }, tools);
         const press = () => button.setAttribute("aria-pressed", String(this.log));
         button.addEventListener("click", () => { this.log = !this.log; press(); this.draw(); });
         press();
@@ -181,6 +180,7 @@
     detail(view, spec) {
       if (!this.view || view[0] !== this.view[0] || view[1] !== this.view[1]) return;
       this.part = spec;
+      this.arrange();
       this.draw();
     }
 
@@ -192,7 +192,7 @@
         this.keys.replaceChildren();
         if (this.spec.series.length > 1) for (const series of this.spec.series) this.legend(series, this.keys);
       }
-      const smooth = this.spec.series.find((series) => series.smoothing);
+      const smooth = (this.part ?? this.spec).series.find((series) => series.smoothing);
       this.smoother.hidden = !smooth;
       if (!smooth) return;
       const [usual, steps] = smooth.smoothing, each = Math.round(steps / usual);
@@ -407,6 +407,7 @@
       this.view = view;
       this.part = null;
       this.tip.hidden = true;
+      this.arrange();
       this.draw();
       if (view) this.onZoom(view);
     }

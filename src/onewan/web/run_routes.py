@@ -1,0 +1,64 @@
+"""What the Run screen's scripts ask for: answers of `onewan.web.feed` below ``/api/run/NAME``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from fastapi import HTTPException, Query, Request
+from nicegui import app
+from starlette.responses import Response
+
+from onewan.errors import OnewanError
+from onewan.web.feed import Answer, Feed, Feeds
+
+_Step = Annotated[float | None, Query(ge=0, le=1e12)]
+_After = Annotated[int, Query(ge=0, le=1 << 53)]
+
+
+def add(feeds: Feeds) -> None:
+    """Register the routes."""
+
+    async def answer(request: Request, name: str, question: Callable[[Feed], Any]) -> Response:
+        try:
+            found = await feeds.ask(name, question)
+        except OnewanError as error:
+            raise HTTPException(404, error.message) from None
+        except OSError:
+            raise HTTPException(503, "the run's folder can't be read now") from None
+        made = found if isinstance(found, Answer) else Answer.of(found)
+        tag = f'"{made.tag}"'
+        headers = {"etag": tag, "cache-control": "private, no-cache"}
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers=headers)
+        headers["content-encoding"] = "gzip"  # every browser takes it
+        return Response(made.body, media_type="application/json", headers=headers)
+
+    @app.get("/api/run/{name}/summary")
+    async def summary(request: Request, name: str) -> Response:
+        """How the run stands; its "versions" tell which of the other answers have changed."""
+        return await answer(request, name, Feed.summary)
+
+    @app.get("/api/run/{name}/plots")
+    async def plots(
+        request: Request, name: str, first: _Step = None, last: _Step = None
+    ) -> Response:
+        """The plots; with the steps `first` and `last` those of a part of the curves."""
+        if first is None or last is None:
+            return await answer(request, name, Feed.plots)
+        return await answer(request, name, lambda feed: feed.part(first, last))
+
+    @app.get("/api/run/{name}/samples")
+    async def samples(request: Request, name: str) -> Response:
+        """The sample videos."""
+        return await answer(request, name, Feed.samples)
+
+    @app.get("/api/run/{name}/events")
+    async def events(request: Request, name: str, after: _After = 0) -> Response:
+        """Lines about events; `after` is the "next" of the answer before."""
+        return await answer(request, name, lambda feed: feed.events(after))
+
+    @app.get("/api/run/{name}/log")
+    async def log(request: Request, name: str, after: _After = 0) -> Response:
+        """Lines of the log; `after` is the "next" of the answer before."""
+        return await answer(request, name, lambda feed: feed.log(after))
