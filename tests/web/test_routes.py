@@ -16,7 +16,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 from fastapi.routing import APIRoute
-from nicegui import core
+from nicegui import core, ui
 from starlette.routing import BaseRoute, Mount, Route
 
 from onewan.web.access import COOKIE, Rules, digest
@@ -177,6 +177,26 @@ def test_no_parameter_leads_out_of_the_folders(folder: Path) -> None:
             answer = await client.get(f"http://{HOST}{path}")
             assert answer.status_code < 500, path
             assert SECRET not in answer.text, path
+
+    run(folder, act, token=False)
+
+
+def test_texts_of_a_page_get_no_nonce(folder: Path) -> None:
+    hostile = "</script><script>window.hostile = 1</script>"
+
+    async def act(client: httpx.AsyncClient) -> None:
+        @ui.page("/hostile")
+        def _() -> None:
+            ui.page_title(hostile)
+            ui.label(hostile).props(f'title="{hostile}"')
+            ui.input("name", value=hostile)
+
+        answer = await client.get("/hostile")
+        begins = re.findall(r"<script[^>]*>", answer.text)
+        assert len(begins) > 4 and all("nonce=" in begin for begin in begins)
+        # One more or less would be one that a text has begun or ended.
+        assert answer.text.count("</script>") == len(begins)
+        assert "window.hostile" in answer.text and ">window.hostile" not in answer.text
 
     run(folder, act, token=False)
 

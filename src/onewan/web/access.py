@@ -11,16 +11,16 @@ import hashlib
 import hmac
 import ipaddress
 import logging
-import re
 import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import urlencode, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import HTTPConnection
 from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -86,37 +86,22 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-@dataclass(kw_only=True)
-class _Bucket:
-    """Tokens of a bucket that fills at a constant rate."""
-
-    left: float
-    then: float = field(default_factory=time.monotonic)
-
-    def take(self, rate: float, most: float) -> bool:
-        now = time.monotonic()
-        self.left = min(most, self.left + (now - self.then) * rate)
-        self.then = now
-        if self.left < 1:
-            return False
-        self.left -= 1
-        return True
-
-
 class _Rates:
-    """Rates by address, of those seen last."""
+    """How much of what is allowed is left for each address, of those seen last."""
 
-    def __init__(self, rate: float, most: int) -> None:
-        self._rate, self._most = rate, float(most)
-        self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
+    def __init__(self, per_second: float, most: float) -> None:
+        self._per_second, self._most = per_second, most
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def take(self, address: str) -> bool:
         """Whether one more is allowed; counts it."""
-        bucket = self._buckets.setdefault(address, _Bucket(left=self._most))
-        self._buckets.move_to_end(address)
-        while len(self._buckets) > _MOST_ADDRESSES:
-            self._buckets.popitem(last=False)
-        return bucket.take(self._rate, self._most)
+        now = time.monotonic()
+        left, then = self._left.pop(address, (self._most, now))
+        left = min(self._most, left + (now - then) * self._per_second)
+        self._left[address] = (left - 1 if left >= 1 else left, now)
+        while len(self._left) > _MOST_ADDRESSES:
+            self._left.popitem(last=False)
+        return left >= 1
 
 
 class Access:
@@ -133,16 +118,16 @@ class Access:
             return
         nonce = secrets.token_urlsafe(16)
         send = _with_headers(send, nonce) if scope["type"] == "http" else send
-        headers = Headers(scope=scope)
-        refusal = self._refusal(scope, headers)
+        request = HTTPConnection(scope)
+        given = request.query_params.get("token") if scope["type"] == "http" else None
+        refusal = self._refusal(request, given)
         if refusal is not None:
             await _refuse(scope, receive, send, *refusal)
             return
-        if self._rules.token_digest is not None and scope["type"] == "http":
-            given = _query(scope).get("token")
-            if given is not None:  # the link that was printed: the address bar must not keep it
-                await self._welcome(scope, given)(scope, receive, send)
-                return
+        if self._rules.token_digest is not None and given is not None:
+            # The link that was printed: the address bar must not keep the token.
+            await _without_token(request, given)(scope, receive, send)
+            return
         scope["headers"] = [
             (name, value)
             for name, value in scope["headers"]
@@ -172,50 +157,26 @@ class Access:
             if not begun:
                 await _refuse(scope, receive, send, 500, DEFECT)
 
-    def _refusal(self, scope: Scope, headers: Headers) -> tuple[int, str] | None:
-        """Status and text of the refusal, or None."""
-        address = (scope.get("client") or ("",))[0]
+    def _refusal(self, request: HTTPConnection, token: str | None) -> tuple[int, str] | None:
+        """Status and text of the refusal, or None. `token` is that of the address."""
+        address = "" if request.client is None else request.client.host
         if not self._requests.take(address):
             return 429, "There were too many requests; wait some seconds."
-        if not self._knows(headers.get("host", "")):
+        if not self._knows(request.headers.get("host", "")):
             return 421, "This name of the host is not known; use `onewan serve --name NAME`."
-        if not _own_origin(scope, headers):
+        if not _own_origin(request):
             return 403, "This request came from another site."
-        size = headers.get("content-length", "0")
+        size = request.headers.get("content-length", "0")
         if not size.isdecimal() or int(size) > MOST_BYTES:
             return 413, _TOO_LARGE
+        given = token if token is not None else request.cookies.get(COOKIE)
         if self._rules.token_digest is None:
             return None
-        if _query(scope).get("token") is None or scope["type"] != "http":
-            cookie = _cookie(headers)
-            if cookie is not None and self._is_token(cookie):
-                return None
-            return self._unknown(address) if cookie is not None else (401, _NEEDS_TOKEN)
-        given = _query(scope)["token"]
-        return None if self._is_token(given) else self._unknown(address)
-
-    def _unknown(self, address: str) -> tuple[int, str]:
-        if not self._guesses.take(address):
+        if given is not None and hmac.compare_digest(digest(given), self._rules.token_digest):
+            return None
+        if given is not None and not self._guesses.take(address):
             return 429, "There were too many wrong tokens; wait a minute."
         return 401, _NEEDS_TOKEN
-
-    def _is_token(self, given: str) -> bool:
-        return hmac.compare_digest(digest(given), self._rules.token_digest or "")
-
-    def _welcome(self, scope: Scope, token: str) -> RedirectResponse:
-        """To the same page without the token, which is a cookie from now on."""
-        rest = {name: value for name, value in _query(scope).items() if name != "token"}
-        path = "/" + scope["path"].lstrip("/\\")  # "//host" would lead to another host
-        response = RedirectResponse(f"{path}?{urlencode(rest)}" if rest else path, 303)
-        response.set_cookie(
-            COOKIE,
-            token,
-            max_age=_COOKIE_SECONDS,
-            httponly=True,
-            samesite="strict",
-            secure=scope.get("scheme") == "https",
-        )
-        return response
 
     def _knows(self, host: str) -> bool:
         try:
@@ -260,10 +221,27 @@ def _limited(receive: Receive) -> Receive:
     return limited
 
 
-def _own_origin(scope: Scope, headers: Headers) -> bool:
+def _without_token(request: HTTPConnection, token: str) -> RedirectResponse:
+    """To the same page without the token, which is a cookie from now on."""
+    rest = urlencode([(k, v) for k, v in request.query_params.multi_items() if k != "token"])
+    path = "/" + request.scope["path"].lstrip("/\\")  # "//host" would lead to another host
+    response = RedirectResponse(f"{path}?{rest}" if rest else path, 303)
+    response.set_cookie(
+        COOKIE,
+        token,
+        max_age=_COOKIE_SECONDS,
+        httponly=True,
+        samesite="strict",
+        secure=request.scope.get("scheme") == "https",
+    )
+    return response
+
+
+def _own_origin(request: HTTPConnection) -> bool:
     """Whether a request was made by the page itself, or by a person who followed a link."""
+    headers = request.headers
     site = headers.get("sec-fetch-site", "none")
-    opened = headers.get("sec-fetch-mode") == "navigate" and scope.get("method") == "GET"
+    opened = headers.get("sec-fetch-mode") == "navigate" and request.scope.get("method") == "GET"
     if site not in ("none", "same-origin") and not opened:
         return False
     origin = headers.get("origin")
@@ -294,16 +272,6 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, text:
         await send({"type": "websocket.close", "code": 1008, "reason": text[:100]})
         return
     await PlainTextResponse(f"{text}\n", status)(scope, receive, send)
-
-
-def _query(scope: Scope) -> dict[str, str]:
-    text = scope.get("query_string", b"").decode("latin-1")
-    return dict(parse_qsl(text, max_num_fields=100)) if text.count("&") < 100 else {}
-
-
-def _cookie(headers: Headers) -> str | None:
-    found = re.search(rf"(?:^|;\s*){COOKIE}=([^;]*)", headers.get("cookie", ""))
-    return None if found is None else found[1]
 
 
 class Nonces:
