@@ -176,18 +176,17 @@ def _samples(
     told = set[tuple[int, str]]()
     for (step, name), event in history.samples.items():
         told.add((step, name))
-        number = name.rpartition(".")[0]
-        prompt, planned_prompt, planned_seed = (
-            str(event.get("prompt", "")),
-            *_planned(prompts, number, settings),
-        )
+        number, prompt = name.rpartition(".")[0], str(event.get("prompt", ""))
+        planned_prompt, seed = _planned(prompts, number, settings)
+        told_seed = _integer(event.get("seed"))
+        if told_seed is None and prompt == planned_prompt:
+            told_seed = seed  # of an older version; a prompt may have been changed since
         yield SampleVideo(
             step=step,
             number=number,
             prompt=prompt,
             path=layout.samples(step) / name,
-            # A prompt may have been changed since, and with it its seed.
-            seed=_integer(event.get("seed", planned_seed if prompt == planned_prompt else None)),
+            seed=told_seed,
             is_distilled=event.get("distilled") is True,
             is_requested=event.get("requested") is True,
         )
