@@ -25,6 +25,7 @@ from onewan.report.record import RunFiles, RunRecord, SampleVideo, found_samples
 from onewan.runs.event_lines import EventLines
 from onewan.runs.events import Exported, ProgressEvent, event_of
 from onewan.runs.layout import RunLayout
+from onewan.web.machine import Readings, gauges_of
 from onewan.web.roots import Roots
 from onewan.web.run_texts import samples_data, summary_data
 
@@ -72,7 +73,7 @@ class Feed:
         self._files: tuple[object, RunFiles] | None = None
         self._samples: tuple[object, Sequence[SampleVideo]] | None = None
         self._record: RunRecord | None = None
-        self._summary: tuple[object, Answer] | None = None
+        self._summary: tuple[object, dict[str, Any]] | None = None
         self._grid: tuple[object, Answer] | None = None
         self._plots: Answer | None = None
         self._plots_of: tuple[Any, ...] = ()
@@ -97,10 +98,11 @@ class Feed:
         }
         key = (history.last_event, history.damaged_count, record.state, record.reason, versions)
         if self._summary is None or self._summary[0] != key:
-            self._summary = key, Answer.of(summary_data(record, versions))
+            self._summary = key, summary_data(record, versions)
 
-    def summary(self) -> Answer:
-        """How the run stands, its results, and the versions of the other answers."""
+    def summary(self) -> dict[str, Any]:
+        """How the run stands, its results, and the versions of the other answers; the same object
+        as long as nothing has changed."""
         assert self._summary is not None, "refresh comes first"
         return self._summary[1]
 
@@ -237,8 +239,9 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 class Feeds:
     """The feeds of the runs that are looked at, by the names of the runs."""
 
-    def __init__(self, roots: Roots) -> None:
+    def __init__(self, roots: Roots, machine: Callable[[], Readings] = Readings) -> None:
         self._roots = roots
+        self._machine = machine
         self._feeds: OrderedDict[str, _Shared] = OrderedDict()
 
     async def ask(self, name: str, question: Callable[[Feed], Any]) -> Any:
@@ -260,6 +263,17 @@ class Feeds:
                 shared.read_at = time.monotonic()
             return await asyncio.to_thread(question, shared.feed)
 
+    async def summary(self, name: str) -> Answer:
+        """`Feed.summary` with how busy the machine is; as `ask`."""
+        found, now = await self.ask(name, Feed.summary), self._machine()
+        shared = self._feeds.get(name)
+        if shared is None or shared.summary is None or shared.summary[:2] != (id(found), now):
+            answer = Answer.of({**found, "machine": list(gauges_of(now))})
+            if shared is None:
+                return answer
+            shared.summary = id(found), now, answer, found
+        return shared.summary[2]
+
     def _folder(self, name: str) -> Path:
         try:
             return self._roots.run(name)
@@ -273,3 +287,4 @@ class _Shared:
         self.feed = feed
         self.lock = asyncio.Lock()
         self.read_at = float("-inf")
+        self.summary: tuple[int, Readings, Answer, object] | None = None

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import csv
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from onewan.arithmetic.byte_sizes import format_bytes
 
 _QUERY = ("index", "name", "utilization.gpu", "memory.used", "memory.total", "temperature.gpu")
 _SECONDS = 10
@@ -105,3 +108,19 @@ class Machine:
         except (OSError, subprocess.TimeoutExpired):
             return self.now.gpus
         return gpus_of(done.stdout) if done.returncode == 0 else ()
+
+
+def gauges_of(now: Readings) -> Iterator[tuple[str, str, float | None]]:
+    """(name, value, share from 0 to 1 if it has one) of what a person reads."""
+    for number, gpu in enumerate(now.gpus):
+        parts = [] if gpu.load is None else [f"{100 * gpu.load:.0f} %"]
+        if gpu.used is not None and gpu.total is not None:
+            parts.append(f"{format_bytes(gpu.used)} of {format_bytes(gpu.total)}")
+        if gpu.temperature is not None:
+            parts.append(f"{gpu.temperature:.0f} °C")
+        yield f"GPU {number}, {gpu.name}", ", ".join(parts) or "says nothing", gpu.load
+    yield "CPU", f"{100 * now.cpu:.0f} %", now.cpu
+    if now.ram_total:
+        ram = f"{format_bytes(now.ram_used)} of {format_bytes(now.ram_total)}"
+        yield "RAM", ram, now.ram_used / now.ram_total
+        yield "Disk of the runs", f"{format_bytes(now.disk_free)} free", None

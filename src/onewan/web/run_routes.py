@@ -19,9 +19,13 @@ _After = Annotated[int, Query(ge=0, le=1 << 53)]
 def add(feeds: Feeds) -> None:
     """Register the routes."""
 
-    async def answer(request: Request, name: str, question: Callable[[Feed], Any]) -> Response:
+    async def answer(
+        request: Request, name: str, question: Callable[[Feed], Any] | None
+    ) -> Response:
+        """The answer to a question, or without one the summary."""
         try:
-            found = await feeds.ask(name, question)
+            asked = feeds.summary(name) if question is None else feeds.ask(name, question)
+            found = await asked
         except OnewanError as error:
             raise HTTPException(404, error.message) from None
         except OSError:
@@ -37,7 +41,7 @@ def add(feeds: Feeds) -> None:
     @app.get("/api/run/{name}/summary")
     async def summary(request: Request, name: str) -> Response:
         """How the run stands; its "versions" tell which of the other answers have changed."""
-        return await answer(request, name, Feed.summary)
+        return await answer(request, name, None)
 
     @app.get("/api/run/{name}/plots")
     async def plots(

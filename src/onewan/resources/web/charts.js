@@ -47,7 +47,7 @@ export class Charts {
       const specs = this.own[part];
       for (const [name, spec] of Object.entries(specs)) this.draw(place, name, this.merged(name, spec, this.others));
       place.classList.toggle("filled", Object.keys(specs).length > 0);
-      place.closest("section").hidden = part !== "training" && !Object.keys(specs).length;
+      if (part === "timesteps") place.closest("section").hidden = !Object.keys(specs).length;
       for (const figure of [...place.children]) {
         if (!(figure.id in specs)) {
           this.plots.delete(figure.id);

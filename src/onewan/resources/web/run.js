@@ -198,6 +198,13 @@ class Run {
       for (const [kind, text] of [["name", name], ["value", value], ["more", more]]) make("span", { className: kind, textContent: text }, tile);
       return tile;
     }));
+    this.place("run-machine").replaceChildren(...summary.machine.map(([name, value, share]) => {
+      const gauge = make("div", { className: "gauge" });
+      for (const text of [name, value]) make("span", { textContent: text }, gauge);
+      // The bar repeats the number beside it.
+      if (share !== null) make("div", { className: "bar", ariaHidden: "true" }, gauge).style.setProperty("--share", `${100 * share}%`);
+      return gauge;
+    }));
     this.problem(summary);
     this.view.classList.add("ready");
     // What the buttons offer depends on the state.

@@ -34,7 +34,7 @@ _PARTS = (
 
 def add(page: Page) -> None:
     """Register the screen and the routes of its scripts."""
-    feeds = Feeds(page.roots)
+    feeds = Feeds(page.roots, lambda: page.jobs.machine.now)
     run_routes.add(feeds)
 
     @ui.page("/run/{name}")
@@ -79,6 +79,8 @@ def _elements(name: str, others: list[str]) -> None:
 def _part(part: str, heading: str) -> None:
     with ui.element("section").props(f'id="{part}"'):
         text("h2", heading)
+        if part == "speed":
+            ui.element("div").props('id="run-machine" role="group" aria-label="Machine"')
         if part == "training":
             ui.element("div").props('id="run-compare"')
         place = ui.element("div").props(f'id="run-{part}"')

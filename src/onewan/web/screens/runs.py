@@ -16,7 +16,7 @@ from onewan.runs.jobs import QueuedRun, Snapshot
 from onewan.runs.status_text import kind_text, losses_text, steps_text
 from onewan.runs.statuses import KnownRun
 from onewan.web.frame import frame, text
-from onewan.web.machine import Readings
+from onewan.web.machine import gauges_of
 from onewan.web.page import Page
 
 SHOWN_AT_ONCE = 25
@@ -47,7 +47,8 @@ def add(page: Page) -> None:
         def machine_changed() -> None:
             gauges.clear()
             with gauges:
-                _gauges(page.jobs.machine.now)
+                for name, value, share in gauges_of(page.jobs.machine.now):
+                    _gauge(name, value, share)
 
         def jobs_changed() -> None:
             now = page.jobs.jobs.now
@@ -63,21 +64,6 @@ def add(page: Page) -> None:
 
 
 # ---------------------------------------------------------------------------------------- machine
-
-
-def _gauges(now: Readings) -> None:
-    for number, gpu in enumerate(now.gpus):
-        parts = [] if gpu.load is None else [f"{100 * gpu.load:.0f} %"]
-        if gpu.used is not None and gpu.total is not None:
-            parts.append(f"{format_bytes(gpu.used)} of {format_bytes(gpu.total)}")
-        if gpu.temperature is not None:
-            parts.append(f"{gpu.temperature:.0f} °C")
-        _gauge(f"GPU {number}, {gpu.name}", ", ".join(parts) or "says nothing", gpu.load)
-    _gauge("CPU", f"{100 * now.cpu:.0f} %", now.cpu)
-    if now.ram_total:
-        ram = f"{format_bytes(now.ram_used)} of {format_bytes(now.ram_total)}"
-        _gauge("RAM", ram, now.ram_used / now.ram_total)
-        _gauge("Disk of the runs", f"{format_bytes(now.disk_free)} free", None)
 
 
 def _gauge(name: str, value: str, share: float | None) -> None:
