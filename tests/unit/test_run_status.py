@@ -21,6 +21,7 @@ from onewan.runs import event_file
 from onewan.runs.event_file import processes, read_backwards, read_events
 from onewan.runs.layout import RunLayout
 from onewan.runs.status import find_run, find_runs, read_status
+from onewan.runs.status_text import kind_text
 
 START = datetime(2026, 1, 2, 3, 0, tzinfo=timezone.utc)
 
@@ -142,6 +143,17 @@ def test_a_process_that_no_longer_exists_was_killed(tmp_path: Path) -> None:
         holder = layout.lock.with_name(f"{layout.lock.name}.json")
         holder.write_text(json.dumps({"process": pid, "host": host, "since": "now"}))
         assert read_status(layout.root, now=now).state == state
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e308", "1" + "0" * 400, "true", '"x"'])
+def test_numbers_and_times_that_can_not_be_are_not_believed(tmp_path: Path, number: str) -> None:
+    damaged = step(8, 10, loss="?", seconds_left="?").replace('"?"', number)
+    ancient = line("note", 12, text="").replace("2026", "0001")
+    layout = run_folder(tmp_path / "runs" / "fox", started(0), step(7, 5), damaged, ancient)
+    status = read_status(layout.root, now=START)
+    assert status.experts["high"].loss == 7 and status.experts["low"].loss is None
+    assert status.seconds_left is None and status.updated is None
+    assert kind_text(status).startswith("t2v-a14b, lora; started 2026-01-0")
 
 
 def test_folders_of_other_versions_and_damaged_ones_are_told_as_far_as_they_can_be_read(

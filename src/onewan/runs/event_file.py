@@ -152,6 +152,8 @@ def time_of(event: Mapping[str, Any]) -> datetime | None:
         time = datetime.fromisoformat(str(event.get("time")).replace("Z", "+00:00"))
     except ValueError:
         return None
+    if not 1970 < time.year < 9999:  # which can't be converted to every time zone
+        return None
     return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
 
 

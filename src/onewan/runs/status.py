@@ -51,6 +51,10 @@ _SILENT_HEARTBEATS = 3
 
 _RUNS_SHOWN = 8
 
+_LARGEST = 2.0**63
+"""A number in an event that is larger, or no number, is damage, and nothing can be computed from
+it."""
+
 _ENDED: Mapping[str, RunState] = {
     Stopped.kind: "stopped",
     Failed.kind: "failed",
@@ -347,7 +351,7 @@ def _experts(layout: RunLayout, settings: _Settings, step: int) -> dict[str, Exp
         done = {name: schedule.steps_before(step, name) for name in schedule.experts}
     elif isinstance(given := _newest(layout, Overview.kind).get("steps"), dict):
         counts = cast("dict[str, Any]", given)
-        totals = {name: _integer(counts, name) for name in counts}
+        totals = {name: _integer(counts, name) for name in counts if name.isascii()}
     else:
         facts = next((v for v in VARIANTS.values() if v.name == settings.variant), None)
         totals = {} if facts is None else {expert.name: None for expert in facts.experts}
@@ -414,9 +418,13 @@ def _text(time: datetime | None) -> str | None:
 
 def _integer(event: Mapping[str, Any], name: str) -> int | None:
     value = event.get(name)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    return value if abs(value) < _LARGEST else None
 
 
 def _number(event: Mapping[str, Any], name: str) -> float | None:
     value = event.get(name)
-    return float(value) if isinstance(value, int | float) else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return float(value) if abs(value) < _LARGEST else None  # NaN is not smaller either
