@@ -18,9 +18,9 @@ from support.trainers import SLEEP, begin, run_file, stand_in
 
 from onewan.files import IS_WINDOWS
 from onewan.runs.layout import RunLayout
+from onewan.runs.machine import Gpu, Machine, gpus_of
 from onewan.runs.processes import force_stop
 from onewan.runs.queue import Queue
-from onewan.web.machine import Gpu, Machine, gpus_of
 
 ENDED = MadeRun(steps=4, on_device=False)
 STOPPED = MadeRun(steps=4, on_device=False, end="stopped")
@@ -196,6 +196,22 @@ def test_a_trainer_that_does_not_react_is_forced_to_stop(runs: Path) -> None:
             await press(user, "Force stop")
             await see(user, "killed")
             assert trainer.wait(5) is not None
+
+    act(runs, steps)
+
+
+def test_a_question_stays_when_the_run_changes_meanwhile(runs: Path) -> None:
+    layout = write_run(runs / "fox", MadeRun(steps=4, on_device=False, end=""))
+
+    async def steps(user: User) -> None:
+        with locking(layout.lock) as trainer:
+            begin(layout)
+            await press(user, "Force stop: fox")
+            await see(user, "Force fox to stop?")
+            trainer.kill()
+            await see(user, "killed")
+            await press(user, "Force stop")
+            await until_told(user, "is not running, so there is nothing to end")
 
     act(runs, steps)
 

@@ -37,6 +37,28 @@ class KnownRun:
     sample: Path | None = None
     """The first of the newest sample videos or pictures."""
 
+    @property
+    def state(self) -> str:
+        """The state in a word or two, for people."""
+        known = "" if self.status is None else self.status.state
+        if self.is_trained and known not in ("running", "silent"):
+            return "starting"  # its events are those of an earlier process
+        return known or ("can't be read" if self.problem else "is being read")
+
+    @property
+    def can_continue(self) -> bool:
+        """Whether it can be trained further, from its saved state or from the beginning."""
+        # Without settings that can be read there is nothing to train.
+        readable = self.status is not None and self.status.variant is not None
+        return readable and self.state in ("stopped", "failed", "killed", "not started")
+
+    def matches(self, search: str) -> bool:
+        """Whether each word of `search` is in its name, state, variant or method."""
+        status = self.status
+        known = () if status is None else (status.variant or "", status.method or "")
+        found = " ".join((self.name, self.state, *known)).lower()
+        return all(word in found for word in search.lower().split())
+
 
 @dataclass(frozen=True, slots=True)
 class _Facts:

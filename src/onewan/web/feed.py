@@ -25,7 +25,7 @@ from onewan.report.record import RunFiles, RunRecord, SampleVideo, found_samples
 from onewan.runs.event_lines import EventLines
 from onewan.runs.events import Exported, ProgressEvent, event_of
 from onewan.runs.layout import RunLayout
-from onewan.web.machine import Readings, gauges_of
+from onewan.runs.machine import Readings, gauges_of
 from onewan.web.roots import Roots
 from onewan.web.run_texts import samples_data, summary_data
 

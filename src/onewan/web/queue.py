@@ -13,8 +13,8 @@ from nicegui import Client, Event
 
 from onewan.errors import OnewanError
 from onewan.runs.jobs import Jobs
+from onewan.runs.machine import Machine
 from onewan.web.frame import tell
-from onewan.web.machine import Machine
 
 log = logging.getLogger(__name__)
 

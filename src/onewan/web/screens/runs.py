@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from urllib.parse import quote
@@ -13,18 +13,16 @@ from nicegui.element import Element
 from onewan.arithmetic.byte_sizes import format_bytes
 from onewan.arithmetic.durations import format_duration
 from onewan.runs.jobs import QueuedRun, Snapshot
+from onewan.runs.machine import gauges_of
 from onewan.runs.status_text import kind_text, losses_text, steps_text
 from onewan.runs.statuses import KnownRun
 from onewan.web.frame import frame, text
-from onewan.web.machine import gauges_of
 from onewan.web.page import Page
 
 SHOWN_AT_ONCE = 25
 """Runs that are listed before more are asked for."""
 
 _COLORS = {"running": "ow-good", "failed": "ow-bad", "killed": "ow-bad", "silent": "ow-warn"}
-_CONTINUED = ("stopped", "failed", "killed", "not started")
-"""States from which a run is continued, or begins anew if it has no saved state."""
 
 Action = Callable[[], object]
 
@@ -179,7 +177,7 @@ class _Runs:
         self._more = _button("Show more", "runs", self._show_more)
 
     def show(self, now: Snapshot) -> None:
-        found = [run for run in now.runs if _matches(run, self._search.value or "")]
+        found = [run for run in now.runs if run.matches(self._search.value or "")]
         shown = found[: self._most]
         names = {run.name for run in shown}
         for name in [name for name in self._rows if name not in names]:
@@ -213,13 +211,6 @@ def _count(runs: int) -> str:
     return "No runs yet; set one up on New run" if not runs else f"{runs} run{'s'[: runs != 1]}"
 
 
-def _matches(run: KnownRun, search: str) -> bool:
-    status = run.status
-    known = () if status is None else (status.state, status.variant or "", status.method or "")
-    found = " ".join((run.name, *known)).lower()
-    return all(word in found for word in search.lower().split())
-
-
 @dataclass(frozen=True)
 class _Shown:
     """What a row shows."""
@@ -236,10 +227,7 @@ class _Shown:
             return ("Stop", *(("Return to queue",) if self.can_wait else ()), "Force stop")
         if self.is_queued:
             return ()
-        status = self.run.status
-        # Without settings that can be read there is nothing to continue.
-        goes_on = status is not None and status.variant and status.state in _CONTINUED
-        return ("Continue", "Delete") if goes_on else ("Delete",)
+        return ("Continue", "Delete") if self.run.can_continue else ("Delete",)
 
 
 class _Row:
@@ -275,7 +263,7 @@ class _Row:
             self._show_facts()
 
     def _show_facts(self) -> None:
-        run, state = self._shown.run, _state(self._shown.run)
+        run, state = self._shown.run, self._shown.run.state
         self._state.text = state
         self._state.classes(replace=_COLORS.get(state, ""))
         self._note.text = run.problem
@@ -339,19 +327,20 @@ class _Row:
             await _do(self._page, partial(self._page.jobs.jobs.delete, self._name))
 
 
-def _state(run: KnownRun) -> str:
-    state = "" if run.status is None else run.status.state
-    if run.is_trained and state not in ("running", "silent"):
-        return "starting"
-    return state or ("can't be read" if run.problem else "is being read")
-
-
 # ---------------------------------------------------------------------------------- small elements
 
 
 def _button(name: str, subject: str, action: Action) -> ui.button:
     """A button whose name for screen readers says what it is about."""
-    button = ui.button(name, on_click=action).props("flat dense no-caps")
+
+    async def pressed() -> None:
+        # The button may be replaced before the action has ended, but its tab is still there.
+        with ui.context.client:
+            result = action()
+            if isinstance(result, Awaitable):
+                await result
+
+    button = ui.button(name, on_click=pressed).props("flat dense no-caps")
     button.props["aria-label"] = f"{name}: {subject}"
     return button
 
