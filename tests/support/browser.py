@@ -25,7 +25,7 @@ import select
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,13 @@ _SCRIPT = """
   const pause = (ms) => new Promise((done) => setTimeout(done, ms));
   const until = async (condition) => { while (!condition()) await pause(20); };
   %s
-  note("overflow", document.documentElement.scrollWidth > innerWidth);
+  note("overflow", %s);
   return JSON.stringify({ noted, dom: document.documentElement.outerHTML });
 })()
 """
+
+# Not the inner width of the window: on a phone it grows with what is too wide.
+_OVERFLOWS = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
 
 _FIRST = """
   window.__shift = 0;
@@ -106,7 +109,7 @@ def open_page(page: Path, profile: Path, window: str, script: str = "") -> Opene
     with browse(profile) as browser:
         tab = browser.tab(window)
         tab.open(page.as_uri())
-        found = json.loads(tab.value(_SCRIPT % script))
+        found = json.loads(tab.value(_SCRIPT % (script, _OVERFLOWS)))
         requests, console = tab.requests, tab.console
     own = (page.as_uri(), "about:", "data:")
     return Opened(
@@ -167,14 +170,11 @@ class Browser:
                 return answer["result"]
             self._keep(answer)
 
-    def wait_for(self, method: str, session: str) -> None:
-        """Wait for an event of a tab."""
+    def wait_until(self, happened: Callable[[], bool]) -> None:
+        """Wait until the events so far make `happened` true."""
         end = time.monotonic() + _SECONDS
-        while True:
-            event = self._next(end)
-            self._keep(event)
-            if event.get("method") == method and event.get("sessionId") == session:
-                return
+        while not happened():
+            self._keep(self._next(end))
 
     def _next(self, end: float) -> dict[str, Any]:
         while b"\0" not in self._buffer:
@@ -191,7 +191,9 @@ class Browser:
         if seen is None:
             return
         method, parameters = event.get("method"), event.get("params", {})
-        if method == "Network.requestWillBeSent":
+        if method == "Page.loadEventFired":
+            seen.loaded += 1
+        elif method == "Network.requestWillBeSent":
             seen.requests.append(parameters["request"]["url"])
         elif method == "Network.webSocketCreated":
             seen.requests.append(parameters["url"])
@@ -209,6 +211,8 @@ class Browser:
 class _Seen:
     requests: list[str] = field(default_factory=list[str])
     console: list[str] = field(default_factory=list[str])
+    loaded: int = 0
+    """How often a page has loaded."""
 
 
 class Tab:
@@ -220,9 +224,11 @@ class Tab:
 
     def open(self, address: str) -> None:
         """Go to `address` and wait until it has loaded."""
+        loaded = self._seen.loaded
         result = self._call("Page.navigate", url=address)
         assert "errorText" not in result, f"{address}: {result['errorText']}"
-        self._browser.wait_for("Page.loadEventFired", self._session)
+        if "loaderId" in result:  # it is not another place of the same page
+            self._browser.wait_until(lambda: self._seen.loaded > loaded)
 
     def value(self, expression: str) -> Any:
         """What a JavaScript expression gives, a promise its result; it has to fit JSON."""
@@ -325,7 +331,7 @@ class Tab:
 
     def overflows(self) -> bool:
         """Whether the page is wider than the window."""
-        return self.value("document.documentElement.scrollWidth > innerWidth")
+        return self.value(_OVERFLOWS)
 
     def layout_shift(self) -> float:
         """How far things have moved by themselves since the page was opened (the measure CLS)."""

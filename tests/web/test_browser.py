@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.axe import accessibility_faults
-from support.browser import Browser, browse
+from support.browser import WINDOWS, Browser, browse
 
 pytestmark = pytest.mark.long
 
@@ -40,7 +40,8 @@ PAGE = """<!DOCTYPE html>
 """
 
 FAULTY = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Faults</title></head>
+<html lang="en"><head><meta charset="utf-8"><title>Faults</title>
+<meta name="viewport" content="width=device-width"></head>
 <body><main><h1>Faults</h1><input><button></button>
 <div style="width: 3000px; height: 10px"></div>
 <img src="http://localhost:9/other.png" alt="">
@@ -106,10 +107,11 @@ def test_a_page_is_used_as_a_person_would(
     assert not tab.overflows() and tab.layout_shift() == 0
 
 
+@pytest.mark.parametrize("window", WINDOWS)
 def test_faults_of_a_page_are_seen(
-    browser: Browser, address: str, request: pytest.FixtureRequest
+    window: str, browser: Browser, address: str, request: pytest.FixtureRequest
 ) -> None:
-    tab = browser.tab()
+    tab = browser.tab(window)
     tab.open(f"{address}/faulty.html")
     tab.until("document.body.dataset.moved")
     tab.value("new Promise((done) => setTimeout(done, 300))")

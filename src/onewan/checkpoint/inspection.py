@@ -86,13 +86,15 @@ class Inspection:
         """The description as lines of text, which ``onewan inspect`` prints; with `show_all`, not
         only the first entries of a header."""
         yield f"{self.path}: {self.summary}"
-        for label, text in self._rows(_MAX_ROWS if show_all else _FIRST_ROWS):
+        for label, text in self.rows(_MAX_ROWS if show_all else _FIRST_ROWS):
             yield f"  {label:<12} {text}"
         for component in self.components:
             yield ""
             yield from component.lines(show_all=show_all)
 
-    def _rows(self, entries_shown: int) -> Iterator[tuple[str, str]]:
+    def rows(self, entries_shown: int = _FIRST_ROWS) -> Iterator[tuple[str, str]]:
+        """What is known besides the summary, as labels and texts; of a header `entries_shown`
+        entries."""
         if self.files:
             size = _size(sum(self.files.values()))
             count = f", {len(self.files)} files" if len(self.files) > 1 else ""

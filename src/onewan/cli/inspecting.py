@@ -10,7 +10,7 @@ from onewan.cli.output import say, write_json
 from onewan.config.load import RESOLVED_NAME, load_run
 from onewan.config.schema import ResolvedRun
 from onewan.errors import CheckpointError
-from onewan.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, extension, probe
+from onewan.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, describe, extension
 from onewan.runs.exports import best_weights, exported_weights
 from onewan.runs.layout import RunLayout
 from onewan.runs.status import MEAN_OF, read_status
@@ -22,7 +22,7 @@ def inspect_path(path: Path, *, as_json: bool, show_all: bool) -> int:
     if (path / RESOLVED_NAME).is_file():
         return _print(path, "run", *_run(path), as_json=as_json)
     if extension(path) in VIDEO_SUFFIXES | IMAGE_SUFFIXES and not path.is_dir():
-        return _print(path, "media", *_media(path), as_json=as_json)
+        return _print(path, "media", *describe(path), as_json=as_json)
     report = inspect(path)
     if as_json:
         write_json(report.as_json())
@@ -42,21 +42,6 @@ def _print(path: Path, kind: str, summary: str, rows: Mapping[str, str], *, as_j
     for label, text in rows.items():
         say(f"  {label:<12} {text}")
     return 0
-
-
-def _media(path: Path) -> tuple[str, dict[str, str]]:
-    """(what it is, what its header says) of a video or an image; DataError if it can't be read."""
-    info = probe(path)
-    width, height = info.shown_size
-    rows = {"size": f"{width}x{height}"}
-    if info.kind == "video" and info.frame_interval:
-        fps = 1 / info.frame_interval
-        frames, seconds = info.frames_at(fps), info.last - info.start + info.frame_interval
-        rows["length"] = f"{frames} frames, {fps:.4g} fps, {seconds:.2f} s"
-    if info.notes:
-        rows["notes"] = "; ".join(info.notes)
-    article = "an" if info.kind == "image" else "a"
-    return f"{article} {info.kind} ({info.codec})", rows
 
 
 def _run(folder: Path) -> tuple[str, dict[str, str]]:

@@ -32,7 +32,14 @@ from onewan.media.kinds import (
     VIDEO_SUFFIXES,
     extension,
 )
-from onewan.media.probe import PROBE_VERSION, MediaInfo, keyframe_near, probe, probe_header
+from onewan.media.probe import (
+    PROBE_VERSION,
+    MediaInfo,
+    describe,
+    keyframe_near,
+    probe,
+    probe_header,
+)
 from onewan.media.read import read_frames
 from onewan.media.still import RGB, WHITE, Fit, fit_image, read_image
 from onewan.media.write import check_video_name, write_video
@@ -48,6 +55,7 @@ __all__ = [
     "Fit",
     "MediaInfo",
     "check_video_name",
+    "describe",
     "extension",
     "field_order",
     "fit_image",

@@ -109,6 +109,22 @@ def probe(path: str | Path) -> MediaInfo:
         return _probe_image(path) if is_image else _probe_video(path)
 
 
+def describe(path: Path) -> tuple[str, dict[str, str]]:
+    """(what it is, what its header says by label) of a video or an image, in words. DataError if it
+    can't be read."""
+    info = probe(path)
+    width, height = info.shown_size
+    rows = {"size": f"{width}x{height}"}
+    if info.kind == "video" and info.frame_interval:
+        fps = 1 / info.frame_interval
+        frames, seconds = info.frames_at(fps), info.last - info.start + info.frame_interval
+        rows["length"] = f"{frames} frames, {fps:.4g} fps, {seconds:.2f} s"
+    if info.notes:
+        rows["notes"] = "; ".join(info.notes)
+    article = "an" if info.kind == "image" else "a"
+    return f"{article} {info.kind} ({info.codec})", rows
+
+
 def probe_header(path: str | Path) -> MediaInfo:
     """What the header of `path` says, without decoding: about as `probe`, in a few milliseconds.
 

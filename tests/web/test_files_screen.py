@@ -1,0 +1,203 @@
+"""The screen Files: what is listed and found, what is said of a file, converting and merging."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from nicegui import ui
+from nicegui.testing.user import User
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from support.page import with_user
+
+from onewan.errors import OnewanError
+from onewan.web.files import entry_at, find_files, summary
+from onewan.web.roots import Roots
+
+RUN_FILE = "model: {path: org/model, variant: t2v-a14b}\n"
+
+
+def write_lora(file: Path) -> Path:
+    """A LoRA of one layer with ComfyUI's keys."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    key = "diffusion_model.blocks.0.self_attn.q"
+    tensors = {
+        f"{key}.lora_A.weight": np.ones((4, 64), np.float32),
+        f"{key}.lora_B.weight": np.ones((64, 4), np.float32),
+        f"{key}.alpha": np.array(4, np.float32),
+    }
+    save_file(tensors, file)
+    return file
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Runs and data, with things that are not to be seen."""
+    run = tmp_path / "runs" / "fox"
+    write_lora(run / "weights" / "fox_000100_high_noise.safetensors")
+    write_lora(run / "state" / "000100" / "adapter.safetensors")
+    (run / "events.jsonl").touch()
+    (run / "run.yaml").write_text(RUN_FILE, encoding="utf-8")
+    (run / "notes.yaml").write_text("a: 1\n", encoding="utf-8")
+    model = tmp_path / "models" / "tiny"
+    write_lora(model / "transformer" / "diffusion_pytorch_model.safetensors")
+    (model / "model_index.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "models" / "broken.safetensors").write_bytes(b"not one of these files")
+    for name in ("compose.yaml", ".hidden/a.safetensors", "cache/video/ab/abc.safetensors"):
+        file = tmp_path / "models" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("services: {}\n", encoding="utf-8")
+    (tmp_path / "models" / "cache" / "digests.jsonl").touch()
+    secret = write_lora(tmp_path / "elsewhere" / "secret.safetensors")
+    (tmp_path / "models" / "link.safetensors").symlink_to(secret)
+    return tmp_path
+
+
+def roots(folder: Path) -> Roots:
+    return Roots(folder / "runs", [folder / "models", folder / "runs" / "fox"])
+
+
+def test_only_what_matters_is_listed_and_only_once_the_newest_first(folder: Path) -> None:
+    model = folder / "models" / "tiny" / "model_index.json"
+    os.utime(model, (2e9, 2e9))
+    listing = find_files(roots(folder))
+    assert listing.complete
+    assert listing.entries[0].place == "data1/tiny"
+    assert listing.entries[0].size > model.stat().st_size
+    assert {entry.place: entry.kind for entry in listing.entries} == {
+        "data1/tiny": "weights",
+        "data1/broken.safetensors": "weights",
+        "runs/fox/run.yaml": "run file",
+        "runs/fox/weights/fox_000100_high_noise.safetensors": "weights",
+    }
+
+
+def test_a_file_that_was_written_anew_is_described_anew(folder: Path) -> None:
+    place = ("runs", "fox/weights/fox_000100_high_noise.safetensors")
+    before = entry_at(roots(folder), *place)
+    assert summary(before).startswith("LoRA for Wan")
+    before.path.write_bytes(b"\0" * 16)
+    after = entry_at(roots(folder), *place)
+    assert "LoRA" not in summary(after)
+
+
+@pytest.mark.parametrize(
+    "path", ["link.safetensors", "../elsewhere/secret.safetensors", "compose.yaml", "cache", ""]
+)
+def test_what_is_not_in_the_list_has_no_screen(folder: Path, path: str) -> None:
+    with pytest.raises(OnewanError):
+        entry_at(roots(folder), "data1", path)
+
+    async def act(user: User) -> None:
+        answer = await user.http_client.get(f"/files/data1/{path}")
+        assert answer.status_code in (404, 307)
+        assert "secret" not in answer.text
+
+    with_user(folder / "runs", act, data=[folder / "models"])
+
+
+def test_the_list_is_searched_by_words_and_by_kind(folder: Path) -> None:
+    async def act(user: User) -> None:
+        await user.open("/files")
+        await user.should_see("4 files")
+        await user.should_see("LoRA for Wan")
+        user.find("Search").type("fox WEIGHTS")
+        await user.should_see("1 file,")
+        await user.should_not_see("broken.safetensors")
+        user.find("Search").clear()
+        select = next(iter(user.find(ui.select).elements))
+        select.value = "run file"
+        await user.should_see("fox/run.yaml")
+        await user.should_see("1 file,")
+        select.value = "video"
+        await user.should_see("None of 4 files matches.")
+
+    with_user(folder / "runs", act, data=[folder / "models"])
+
+
+def test_a_file_says_what_it_is_and_who_reads_it(folder: Path) -> None:
+    async def act(user: User) -> None:
+        await user.open("/files/runs/fox/weights/fox_000100_high_noise.safetensors")
+        await user.should_see("LoRA for Wan")
+        await user.should_see("musubi-tuner")
+        await user.should_see("Convert")
+        await user.open("/files/data1/broken.safetensors")
+        await user.should_not_see("Convert")
+        await user.open("/files/runs/fox/run.yaml")
+        await user.should_see(RUN_FILE)
+
+    with_user(folder / "runs", act, data=[folder / "models"])
+
+
+def test_an_adapter_is_converted_and_nothing_is_overwritten_without_a_question(
+    folder: Path,
+) -> None:
+    weights = folder / "runs" / "fox" / "weights"
+    output = weights / "for_diffusers.safetensors"
+
+    async def act(user: User) -> None:
+        await user.open("/files/runs/fox/weights/fox_000100_high_noise.safetensors")
+        to = next(iter(user.find("Format").elements))
+        assert isinstance(to, ui.select) and to.value == "no_alpha"
+        to.value = "diffusers"
+        await user.should_see("fox_000100_high_noise_diffusers.safetensors --to diffusers")
+        name = next(e for e in user.find("Output").elements if isinstance(e, ui.input))
+        name.value = "../../../../elsewhere/out.safetensors"
+        assert "is outside the folders that this page may use" in str(name.error)
+        name.value = output.name
+        assert name.error is None
+        output.write_text("mine", encoding="utf-8")
+        user.find(kind=ui.button, content="Convert").click()
+        await user.should_see("Replace it?", retries=50)
+        user.find("Keep it").click()
+        await user.should_not_see("Replace it?")
+        assert output.read_text(encoding="utf-8") == "mine"
+        user.find(kind=ui.button, content="Convert").click()
+        await user.should_see("Replace it?", retries=50)
+        user.find(kind=ui.button, content="Replace it").click()
+        await user.should_see("Done.", retries=600)
+        await user.should_see("Download", retries=20)
+
+    with_user(folder / "runs", act)
+    with safe_open(output, "numpy") as file:
+        assert "transformer.blocks.0.attn1.to_q.lora_A.weight" in file.keys()  # noqa: SIM118
+
+
+@pytest.mark.long
+def test_the_error_of_a_command_is_shown_as_it_is(folder: Path) -> None:
+    async def act(user: User) -> None:
+        await user.open("/files/runs/fox/weights/fox_000100_high_noise.safetensors")
+        to = next(iter(user.find("Format").elements))
+        assert isinstance(to, ui.select)
+        to.value = "kohya"
+        user.find(kind=ui.button, content="Convert").click()
+        await user.should_see("It ended with an error (exit status 1).", retries=600)
+        await user.should_see("the adapter was trained on a transformer of width 64")
+
+    with_user(folder / "runs", act)
+
+
+def test_models_and_adapters_to_merge_are_offered(folder: Path, shared: Path) -> None:
+    golden = shared / "golden" / "ti2v-5B"
+
+    async def act(user: User) -> None:
+        await user.open("/files/runs/fox/weights/fox_000100_high_noise.safetensors")
+        await user.should_see("Choose a model to merge into.")
+        model = next(e for e in user.find("Model").elements if isinstance(e, ui.select))
+        path = str(golden.resolve())
+        for _ in range(200):
+            if path in model.options:
+                break
+            await asyncio.sleep(0.02)
+        assert path in model.options
+        model.value = path
+        number = next(iter(user.find(ui.number).elements))
+        number.value = 0.8
+        await user.should_see(f"onewan merge {path} ")
+        await user.should_see("fox_000100_high_noise.safetensors:0.8 ")
+
+    with_user(folder / "runs", act, data=[golden.parent])
