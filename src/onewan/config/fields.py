@@ -25,18 +25,17 @@ Problem: TypeAlias = tuple[str, str]
 """Dotted key path and message."""
 
 ESSENTIAL = (
-    *("model.path", "model.transformer", "model.transformer_2", "model.vae", "model.text_encoder"),
-    *("model.variant", "model.experts", "wan_config.max_frames"),
+    *("model.variant", "model.path", "model.experts", "wan_config.max_frames"),
     *("video_data.sources.*.path", "video_data.sources.*.trigger_word"),
     *("video_data.sources.*.repeats", "video_data.resolution"),
     *("method.kind", "method.rank", "method.block_size", "method.weights"),
-    *("embeddings.*.placeholder", "embeddings.*.initial_text", "embeddings.*.token_count"),
     *("optimizer.name", "optimizer.lr"),
     *("train.steps", "train.epochs", "train.batch_size", "train.save_every"),
     *("sample.prompts.*.prompt", "sample.prompts.*.image", "sample.every"),
     *("output.name", "output.formats", "memory.weights", "memory.vram"),
 )
-"""Fields that every user should look at; all others have defaults that suit most runs."""
+"""Fields that every user should look at; all others have defaults that suit most runs, or are seldom
+given."""
 
 UNITS: Mapping[str, str] = {
     "wan_config.max_frames": "frames",

@@ -1,17 +1,320 @@
-"""The screen New run: setting up a run."""
+"""The screen New run: a run file as form and as text, its plan beside it, and its start."""
 
 from __future__ import annotations
 
-from nicegui import ui
+import asyncio
+import os
+from collections.abc import Callable, Coroutine
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from onewan.web.frame import frame
-from onewan.web.page import Page
+from fastapi import Query
+from nicegui import background_tasks, ui
+
+from onewan import documents
+from onewan.config.edits import Checked, RunText
+from onewan.config.load import changed_fields, load_run
+from onewan.config.schema import COMPONENTS, ResolvedRun
+from onewan.document_edits import inline
+from onewan.documents import KeyPath, get_path
+from onewan.errors import OnewanError
+from onewan.files import replacing
+from onewan.presets.drafts import Drafts
+from onewan.presets.earlier import with_absolute_paths
+from onewan.runs.layout import unused
+from onewan.web.form import Form, problem_lines
+from onewan.web.frame import frame, tell, text
+from onewan.web.plan_view import PlanView
+from onewan.web.start_from import StartFrom
+
+if TYPE_CHECKING:
+    from onewan.web.page import Page
+    from onewan.web.roots import Roots
+
+_TYPING_SECONDS = 0.4
+"""For which no key is pressed before what was typed is read."""
+_PLAN_SECONDS = 0.8
 
 
 def add(page: Page) -> None:
     """Register the screen."""
+    drafts = Drafts(page.runs / ".drafts")
 
     @ui.page("/new")
-    def screen() -> None:
-        with frame("New run", "/new"):
-            ui.label(f"Runs are in {page.runs}")
+    def screen(
+        draft: Annotated[str, Query(max_length=40)] = "",
+        resume: Annotated[str, Query(max_length=300)] = "",
+    ) -> None:
+        found = drafts.read(draft)
+        with frame("New run", "/new", styles=["new_run.css"]):
+            if found is None:
+                if draft:
+                    tell("This draft was started or deleted; choose what to begin with.")
+                StartFrom(page, drafts).build()
+            else:
+                _Editor(page, drafts, draft, found, resume).build()
+
+
+class _Later:
+    """Runs the newest of several calls, when none came for `seconds`."""
+
+    def __init__(self, seconds: float, do: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._seconds, self._do = seconds, do
+        self._task: asyncio.Task[None] | None = None
+
+    def call(self) -> None:
+        self.cancel()
+        self._task = background_tasks.create(self._wait(), name="later")
+
+    def cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _wait(self) -> None:
+        await asyncio.sleep(self._seconds)
+        await self._do()
+
+
+class _Editor:
+    """One draft, as form and as text."""
+
+    def __init__(self, page: Page, drafts: Drafts, draft: str, saved: str, resume: str) -> None:
+        self._page, self._drafts, self._draft, self._saved = page, drafts, draft, saved
+        self._file = Path.cwd() / "run.yaml"
+        """Where the run file would be: relative paths are those of this folder."""
+        self._resumed = page.roots.run(resume) if resume else None
+        self._run = RunText(saved)
+        self._checked = Checked(None, {}, [])
+        self._read = _Later(_TYPING_SECONDS, self._read_text)
+        self._check = _Later(_PLAN_SECONDS, self._check_run)
+        self._keep = _Later(_TYPING_SECONDS, self._save)
+        self._form = Form(self._run, self._before, self._changed)
+        self._plan = PlanView(page.commands, self._apply)
+
+    def build(self) -> None:
+        """Make the elements, in the present element."""
+        self._head()
+        with ui.element("div").classes("ow-editor"):
+            with ui.element("div").classes("ow-form") as self._area:
+                self._form.build()
+            with ui.element("div").classes("ow-beside"):
+                self._plan.build()
+                with ui.element("section").classes("ow-card").props('aria-label="Run file"'):
+                    text("h2", "Run file")
+                    self._malformed = ui.label().classes("ow-bad").props('role="alert"')
+                    self._text = ui.codemirror(
+                        self._run.text, language="YAML", on_change=lambda: self._read.call()
+                    ).classes("ow-yaml")
+                    self._text.props('aria-label="Run file in YAML"')
+                    ui.label(
+                        "The same settings as text. Comments and the order are kept; "
+                        f"relative paths begin at {self._file.parent}."
+                    ).classes("ow-muted")
+        self._mark_malformed()
+        self._check.call()
+        ui.context.client.on_delete(self._end)
+
+    def _head(self) -> None:
+        with ui.element("div").classes("ow-row ow-actions"):
+            if self._resumed is None:
+                ui.button("Start now", on_click=lambda: self._start(first=True)).props("no-caps")
+                queue = ui.button("Add to queue", on_click=lambda: self._start(first=False))
+                queue.props("outline no-caps")
+            else:
+                label = f"Continue {self._resumed.name}"
+                ui.button(label, on_click=lambda: self._start(first=True)).props("no-caps")
+            ui.switch("All settings", on_change=lambda e: self._form.show_all(bool(e.value)))
+            self._state = ui.label("Kept as a draft").classes("ow-muted ow-grow")
+            self._state.props('aria-live="polite"')
+            ui.button("Delete draft", on_click=self._delete).props("flat no-caps")
+        self._problems = ui.element("div").props('role="status" aria-label="Problems"')
+
+    # ---------------------------------------------------------------------------- form and text
+
+    def _before(self) -> bool:
+        """Read what was typed as text before a field is changed; whether the field may be."""
+        if self._text.value != self._run.text:
+            self._read.cancel()
+            self._run.replace(self._text.value)
+            self._mark_malformed()
+        return self._run.malformed is None
+
+    def _changed(self) -> None:
+        self._text.set_value(self._run.text)
+        self._note_change()
+
+    async def _read_text(self) -> None:
+        if self._text.value == self._run.text:
+            return
+        self._run.replace(self._text.value)
+        self._mark_malformed()
+        if self._run.malformed is None:
+            self._form.refresh()
+        self._note_change()
+
+    def _mark_malformed(self) -> None:
+        problem = self._run.malformed
+        self._malformed.set_text(
+            "" if problem is None else f"{problem}. The form goes on when this is corrected."
+        )
+        self._area.props["inert"] = problem is not None
+        self._area.update()
+
+    def _note_change(self) -> None:
+        self._state.set_text("Not kept yet")
+        self._keep.call()
+        self._check.call()
+
+    def _apply(self, overrides: list[str]) -> None:
+        """Make changes that the plan advises."""
+        if not self._before():
+            return
+        for override in overrides:
+            name, _, value = override.partition("=")
+            path = tuple(int(p) if p.isdecimal() else p for p in name.split("."))
+            self._run.set(path, RunText(f"value: {value}").value(("value",)))
+        self._form.refresh()
+        self._changed()
+
+    async def _save(self) -> None:
+        text_now = self._run.text
+        if await asyncio.to_thread(self._drafts.read, self._draft) not in (self._saved, text_now):
+            self._state.set_text("Not kept: this draft was changed or deleted in another tab")
+            return
+        await asyncio.to_thread(self._drafts.write, self._draft, text_now)
+        self._saved = text_now
+        self._state.set_text("Kept as a draft")
+
+    def _end(self) -> None:
+        for later in (self._read, self._check, self._keep):
+            later.cancel()
+        self._plan.stop()
+        if self._text.value != self._saved == self._drafts.read(self._draft):
+            self._drafts.write(self._draft, self._text.value)
+
+    # ------------------------------------------------------------------------- problems and plan
+
+    async def _check_run(self) -> None:
+        checked = await asyncio.to_thread(self._checked_run)
+        self._show_problems(checked)
+        if checked.config is None:
+            self._plan.clear("The plan is made when the problems above are solved.")
+        else:
+            self._plan.make(checked.config)
+
+    def _checked_run(self) -> Checked:
+        checked = self._run.checked(self._file)
+        if checked.config is None:
+            return checked
+        wrong = _outside(checked.config, self._page.roots)
+        output = checked.config.output
+        if output.dir.resolve() != self._page.runs:
+            wrong["output", "dir"] = (
+                f"Is {output.dir}, and only runs in {self._page.runs} are shown on this page; "
+                "change it to that"
+            )
+        if self._resumed is None and (self._page.runs / output.name).exists():
+            wrong["output", "name"] = f"There is a run called {output.name} already"
+        return Checked(None if wrong else checked.config, wrong, [])
+
+    def _show_problems(self, checked: Checked) -> None:
+        self._checked = checked
+        self._form.show(checked)
+        self._problems.clear()
+        lines = list(problem_lines(checked)) if self._run.malformed is None else []
+        with self._problems:
+            if lines:
+                ui.label("1 problem" if len(lines) == 1 else f"{len(lines)} problems")
+            for path, line in lines:
+                with ui.element("div").classes("ow-row ow-bad"):
+                    ui.label(line).classes("ow-grow")
+                    if path is not None:
+                        go = ui.button("Show", on_click=partial(self._form.reveal, path))
+                        go.props(f'flat dense no-caps aria-label="Show {path[-1]}"')
+                    if path == ("output", "name") and "already" in line:
+                        self._offer_free_name()
+
+    def _offer_free_name(self) -> None:
+        free = unused(self._page.runs / str(self._run.value(("output", "name")))).name
+        use = ui.button(f"Call it {free}", on_click=lambda: self._apply([f"output.name={free}"]))
+        use.props("flat dense no-caps")
+
+    # ------------------------------------------------------------------------------------ start
+
+    async def _start(self, *, first: bool) -> None:
+        self._before()
+        checked = await asyncio.to_thread(self._checked_run)
+        self._show_problems(checked)
+        config = checked.config
+        if config is None:
+            tell("This can't be started before its problems are solved.", error=True)
+            return
+        try:
+            words = await asyncio.to_thread(self._arguments, config)
+            tell("Checking clips and model; this takes some seconds.")
+            rehearsal = await self._page.commands.json_of(
+                ["train", *words, "--dry-run", "--json"], status=(0, 1)
+            )
+        except (OnewanError, OSError) as error:
+            tell(str(error), error=True)
+            return
+        if problems := rehearsal["problems"]:
+            self._show_problems(Checked(config, {}, problems))
+            tell(f"It was not started: {problems[0]}", error=True)
+            return
+        if await self._page.jobs.do(lambda: self._enqueue(words, config, first)):
+            self._drafts.delete(self._draft)
+            ui.navigate.to("/")
+
+    def _arguments(self, config: ResolvedRun) -> list[str]:
+        """What ``onewan train`` is called with, once the run file is written."""
+        if self._resumed is None:
+            file = self._page.runs / ".run_files" / f"{config.output.name}.yaml"
+            moved = with_absolute_paths(self._run.text, self._file)
+            with replacing(file) as temporary:
+                temporary.write_text(moved, encoding="utf-8", newline="\n")
+            return [str(file)]
+        return ["--resume", str(self._resumed), *_overrides(load_run(self._resumed), config)]
+
+    def _enqueue(self, words: list[str], config: ResolvedRun, first: bool) -> str:
+        options = [word for word in words if word.startswith("--")]
+        place, *overrides = [word for word in words if not word.startswith("--")]
+        queue = self._page.jobs.jobs.queue
+        entry = queue.add(Path(place), options, overrides)
+        if first:
+            queue.start_first(entry.id)
+            return f"{config.output.name}: starts as soon as its device is free"
+        return f"{config.output.name}: was added to the queue"
+
+    def _delete(self) -> None:
+        self._saved = self._text.value
+        self._drafts.delete(self._draft)
+        ui.navigate.to("/new")
+
+
+def _overrides(old: ResolvedRun, new: ResolvedRun) -> list[str]:
+    """The changes from one to the other; a list is given as a whole."""
+    values = new.model_dump(mode="json")
+    found: dict[str, str] = {}
+    for name, _, _ in changed_fields(old, new):
+        parts = name.split(".")
+        whole = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
+        at = parts[:whole]
+        found[".".join(at)] = inline(get_path(values, tuple(at)))
+    return [f"{name}={value}" for name, value in found.items()]
+
+
+def _outside(config: ResolvedRun, roots: Roots) -> dict[KeyPath, str]:
+    """A message for each path of the run that is in none of the page's folders."""
+    found: dict[KeyPath, str] = {}
+    for name, value in documents.leaf_values(config.model_dump()):
+        path: KeyPath = tuple(int(p) if p.isdecimal() else p for p in name.split("."))
+        is_model = path[0] == "model" and path[1] in ("path", *COMPONENTS)
+        for each in value if documents.is_tuple(value) else (value,):
+            if isinstance(each, Path) or (is_model and os.path.isabs(str(each))):
+                try:
+                    roots.inside(str(each))
+                except OnewanError as error:
+                    found[path] = error.message
+    return found

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from onewan.errors import OnewanError
-from onewan.web import drafts
-from onewan.web.drafts import Drafts
+from onewan.presets import drafts
+from onewan.presets.drafts import Drafts
 
 
 def test_a_draft_is_kept_changed_and_deleted(tmp_path: Path) -> None:
