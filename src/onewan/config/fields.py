@@ -34,8 +34,7 @@ ESSENTIAL = (
     *("sample.prompts.*.prompt", "sample.prompts.*.image", "sample.every"),
     *("output.name", "output.formats", "memory.weights", "memory.vram"),
 )
-"""Fields that every user should look at; all others have defaults that suit most runs, or are seldom
-given."""
+"""Fields that every user should look at; the defaults of all others suit most runs."""
 
 UNITS: Mapping[str, str] = {
     "wan_config.max_frames": "frames",

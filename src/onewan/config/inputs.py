@@ -89,7 +89,7 @@ class Input:
 
     def inner(self, kind: str = "") -> list[Input]:
         """The fields of the section, or for a union of the member called `kind`."""
-        section = self.section
+        section = self.section if self.kind == "section" else None
         if self.union is not None:
             section = self.union.sections.get(kind or self.union.keyed.default)
         return [] if section is None else inputs(section, self.path)

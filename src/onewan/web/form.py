@@ -172,12 +172,12 @@ class Form:
                 _about(field.help)
                 self._fields(field.inner())
                 return
-            widget = self._add(field, ui.checkbox("On", value=self._run.is_given(field.path)))
-            widget.element.props(f'aria-label="{field.label}: on"')
+            switch = ui.checkbox("On", value=self._shown(field))
+            self._add(field, switch.props(f'aria-label="{field.label}: on"'))
             self._box(
                 field.path,
-                lambda: self._run.is_given(field.path) and self._run.value(field.path) is not None,
-                lambda: self._fields(field.inner()) if widget.element.value else None,
+                lambda: self._shown(field),
+                lambda: self._fields(field.inner()) if self._shown(field) else None,
             )
 
     def _union(self, field: Input) -> None:
