@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -144,8 +143,6 @@ class ClipViews:
     folder: Path
     most_bytes: int = 1 << 30
     """Of all of them; those that were looked at longest ago are deleted."""
-    _making: threading.Lock = field(default_factory=threading.Lock)
-    """One at a time: a decoder uses all cores."""
 
     def file(self, clip: Clip, view: View, variant: Variant) -> Path:
         """The file of a view: mp4 at the rate at which the model sees the frames, a picture where
@@ -156,17 +153,16 @@ class ClipViews:
             raise DataError(f"{clip.path}: can't be read ({error.strerror})") from error
         if self._found(path):
             return path
-        with self._making:
-            if self._found(path):  # meanwhile
-                return path
-            frames = view_frames(clip, view, variant)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if path.suffix == ".mp4":
-                write_video(path, frames, variant.fps)
-            else:
+        frames = view_frames(clip, view, variant)
+        if path.suffix == ".mp4":
+            write_video(path, frames, variant.fps)
+        else:
+            try:
                 with replacing(path) as temporary:
                     Image.fromarray(frames[0]).save(temporary, quality=_JPEG_QUALITY)
-            self._make_room(path)
+            except OSError as error:
+                raise DataError(f"{path}: can't be written ({error.strerror})") from error
+        self._make_room(path)
         return path
 
     def _found(self, path: Path) -> bool:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from onewan.config.schema import ResolvedRun
-from onewan.data.buckets import known_cuts_of
+from onewan.data.buckets import clip_planner, known_cuts_of
 from onewan.data.caption_places import Elsewhere, Origin, Place, Written, origins
 from onewan.data.clip import Clip
 from onewan.data.clip_views import DecodedPreviews
 from onewan.data.contact_sheet import clips_to_show, write_contact_sheet
+from onewan.data.found_cuts import FoundCuts
 from onewan.data.probes import MediaProbes
 from onewan.data.report import DatasetReport, count
 from onewan.data.run_clips import clips_of_run, with_contents
@@ -77,6 +78,8 @@ class ClipSet:
     entries: tuple[Entry, ...]
     notes: tuple[str, ...]
     """What was found about the data set as a whole."""
+    unsure: tuple[str, ...]
+    """What is known only after an examination."""
     captions: dict[Place, Written]
     """What was read last at each place; without those that can't be read."""
     examination: dict[str, Any] | None = None
@@ -123,9 +126,20 @@ class ClipSet:
                 pairs.append((finding["kind"], pair[0], pair[1]))
         return pairs
 
+    def findings(self) -> dict[str, list[tuple[str, str]]]:
+        """Name and text of everything that was found, by kind; what was refused comes first."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for entry in self.entries:
+            if entry.clip is None:
+                groups.setdefault("refused", []).append((entry.name, entry.reason))
+        for entry in self.entries:
+            for note in entry.notes:
+                groups.setdefault(note.kind, []).append((entry.name, note.text))
+        return {kind: list(dict.fromkeys(found)) for kind, found in groups.items()}
+
     def examined(self, document: dict[str, Any]) -> None:
         """Add what `onewan doctor` has found to the entries."""
-        self.examination = document
+        self.examination, self.unsure = document, ()
         of_all = [f["text"] for f in document["findings"] if f["path"] is None]
         self.notes = tuple(dict.fromkeys((*self.notes, *of_all)))
         notes, problems = dict[str, list[Note]](), dict[str, str]()
@@ -160,7 +174,8 @@ def clip_set(config: ResolvedRun) -> ClipSet:
     cache = config.video_data.cache_dir
     probes = MediaProbes(cache / "probes.jsonl")
     copies = Copies(cache, make=False)
-    report = clips_of_run(config, probes, copies, known_cuts_of(config))
+    known_cuts = known_cuts_of(config)
+    report = clips_of_run(config, probes, copies, known_cuts)
     with suppress(OSError):  # the cache of another user, say
         probes.save()
     clips = (*report.clips, *report.validation_clips)
@@ -171,8 +186,22 @@ def clip_set(config: ResolvedRun) -> ClipSet:
         config=config,
         entries=tuple(_entries(config, report)),
         notes=tuple(dict.fromkeys(w.text for w in report.warnings if w.path is None)),
+        unsure=tuple(_unsure(config, report, known_cuts)),
         captions={},
     )
+
+
+def _unsure(config: ResolvedRun, report: DatasetReport, known_cuts: FoundCuts) -> Iterator[str]:
+    videos = {clip.path for clip in report.clips if clip.kind == "video"}
+    if clip_planner(config).needs_cuts and not all(map(known_cuts.knows, videos)):
+        yield (
+            "not all videos were searched for changes of scene; until all frames are examined, "
+            "those count as one scene, and their clips may be other ones"
+        )
+    if not config.validation.sources and config.validation.share:
+        yield "which clips are held out for validation is known when all frames are examined"
+    if any(isinstance(source.path, str) for source in config.video_data.sources):
+        yield "clips on other machines are shown once `onewan cache` has brought them here"
 
 
 def draw_contact_sheet(

@@ -1,4 +1,4 @@
-"""What is taken of each clip's file: as a table for a terminal."""
+"""What is taken of each clip's file, in words: as a table for a terminal, and of one clip."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from onewan.arithmetic.clip_timesteps import ALL_TIMESTEPS
+from onewan.data.augment import Variation
 from onewan.data.clip import Clip
+from onewan.data.clip_views import crop_of
 from onewan.data.report import count
 from onewan.doctor.finding import Finding
 
@@ -49,6 +51,39 @@ def origin(clip: Clip) -> str:
     if clip.kind == "image":
         return size
     return f"{size}, {clip.source_seconds:.2f} s, {clip.source_fps:.4g} fps"
+
+
+def clip_facts(clip: Clip, *, is_held_out: bool) -> dict[str, str]:
+    """What is taken of the clip's file and how it is trained, in words by name."""
+    left, top, across, down = (f"{100 * part:.1f} %" for part in crop_of(clip))
+    frames = f", {clip.frames} frames at {clip.fps:.4g} fps" if clip.frames > 1 else ""
+    facts = {
+        "File": f"{clip.path} ({origin(clip)})",
+        "Taken": f"{taken(clip)}{frames}",
+        "Trained at": f"{clip.size[0]}x{clip.size[1]}",
+        "Crop": f"{across} of the width and {down} of the height, from {left} left and {top} top",
+        "Changed": _changes(clip.variation) if clip.variation else "",
+        "Each pass": f"one of {clip.takes} such clips" if clip.takes > 1 else "",
+        "Repeats": f"{clip.repeats} in each epoch" if clip.repeats > 1 else "",
+        "Loss weight": f"{clip.loss_weight:g}" if clip.loss_weight != 1 else "",
+        "Timesteps": timesteps(clip),
+        "Given": conditions(clip),
+        "Validation": "held out, not trained on" if is_held_out else "",
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def _changes(variation: Variation) -> str:
+    """What is different in a variant, in words."""
+    factors = {
+        "brightness": variation.brightness,
+        "contrast": variation.contrast,
+        "saturation": variation.saturation,
+    }
+    texts = ["mirrored"] if variation.mirrored else []
+    texts += [f"{name} {factor:.2f}" for name, factor in factors.items() if factor != 1]
+    texts += [f"hue turned by {variation.hue:.3f}"] if variation.hue else []
+    return ", ".join(texts) or "another crop"
 
 
 def findings_by_path(findings: Sequence[Finding]) -> dict[Path, list[Finding]]:

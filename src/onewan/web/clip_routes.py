@@ -20,6 +20,9 @@ _MISSING = "there is no such clip; open the screen Data again"
 
 def add(sets: ClipSets) -> None:
     """Register the routes below ``/clips``."""
+    # Decoding takes a core, and a page of the grid asks for all of its pictures at once; videos
+    # wait for each other alone, so that the one that is looked at does not wait for them.
+    pictures, videos = asyncio.Semaphore(2), asyncio.Semaphore(1)
 
     @app.get("/clips/{key}/sheet/{number}")
     async def sheet(key: _Key, number: _Number) -> Response:
@@ -33,7 +36,8 @@ def add(sets: ClipSets) -> None:
     async def clip(key: _Key, number: _Number, view: View) -> Response:
         """A video or picture of a clip."""
         try:
-            file = await asyncio.to_thread(sets.view, key, number, view)
+            async with pictures if view == "poster" else videos:
+                file = await asyncio.to_thread(sets.view, key, number, view)
         except OnewanError as error:
             raise HTTPException(404, str(error)) from None
         if file is None:

@@ -108,6 +108,11 @@ class OpenSet:
     failed: str | None = None
     """Why it could not look at the clips."""
 
+    def stop(self) -> None:
+        """Stop `onewan doctor`."""
+        if self.task is not None:
+            self.task.cancel()
+
 
 @dataclass
 class ClipSets:
@@ -170,15 +175,19 @@ class ClipSets:
             found = self._sets.get(query.key)  # opened meanwhile
             if found is None or again:
                 run_file, config = query.config(self.roots, self.folder / query.key)
-                found = OpenSet(key=query.key, run_file=run_file, clips=clip_set(config))
-                places = dict.fromkeys(entry.place for entry in found.clips.entries)
-                known = (place for place in places if not isinstance(place, Elsewhere))
-                found.clips.captions = self.read(known)
+                found = OpenSet(key=query.key, run_file=run_file, clips=self.clips(config))
                 self._sets[query.key] = found
             self._sets.move_to_end(query.key)
             while len(self._sets) > _MOST_SETS:
                 self._sets.popitem(last=False)
             return found
+
+    def clips(self, config: ResolvedRun) -> ClipSet:
+        """The clips of `config` as they are now. OnewanError."""
+        clips = clip_set(config)
+        places = dict.fromkeys(entry.place for entry in clips.entries)
+        clips.captions = self.read(p for p in places if not isinstance(p, Elsewhere))
+        return clips
 
     def read(self, places: Iterable[Place]) -> dict[Place, Written]:
         """What the places say that can be read and are in the page's folders."""

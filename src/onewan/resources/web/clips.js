@@ -1,17 +1,16 @@
-// The videos of one clip, in an element with data-together, play together.
-const others = (video) => {
-  const group = video.closest("[data-together]");
-  return group ? [...group.querySelectorAll("video")].filter((each) => each !== video) : [];
-};
+// The videos of one clip, in an element with data-together, follow the one that has controls.
 const follow = (type, act) =>
-  document.addEventListener(type, (event) => {
-    if (event.target instanceof HTMLVideoElement) others(event.target).forEach((each) => act(event.target, each));
+  document.addEventListener(type, ({ target }) => {
+    const group = target instanceof HTMLVideoElement && target.controls && target.closest("[data-together]");
+    for (const other of group ? group.querySelectorAll("video") : []) if (other !== target) act(target, other);
   }, true);
 
 const meet = (video, other) => {
-  if (Math.abs(video.currentTime - other.currentTime) > 0.04) other.currentTime = video.currentTime;
+  // While they play, less than a frame apart is together.
+  const near = video.paused ? 0.001 : 0.04;
+  if (Math.abs(video.currentTime - other.currentTime) > near) other.currentTime = video.currentTime;
 };
-follow("play", (video, other) => { if (other.paused) { meet(video, other); other.play().catch(() => {}); } });
-follow("pause", (video, other) => { if (!video.seeking && !other.paused) { other.pause(); meet(video, other); } });
+follow("play", (video, other) => { meet(video, other); other.play().catch(() => {}); });
+follow("pause", (video, other) => { other.pause(); meet(video, other); });
 follow("seeked", meet);
-follow("ratechange", (video, other) => { if (other.playbackRate !== video.playbackRate) other.playbackRate = video.playbackRate; });
+follow("ratechange", (video, other) => { other.playbackRate = video.playbackRate; });

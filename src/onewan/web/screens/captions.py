@@ -29,8 +29,15 @@ class Desk:
     opened: OpenSet
     tab: str
     """Whose edits can be taken back."""
+    area: ui.element
+    """Where dialogs belong: a field may be gone by the time it asks."""
     fields: dict[Place, list[CaptionField]] = field(default_factory=dict)
     after_edit: Callable[[], None] = lambda: None
+
+    @property
+    def is_typing(self) -> bool:
+        """Whether a field has a text that is not written yet."""
+        return any(each.is_changed for fields in self.fields.values() for each in fields)
 
     def show(self, place: Place, written: Written) -> None:
         """Show what is written at `place` now in all fields of it."""
@@ -65,6 +72,7 @@ class CaptionField:
 
     def __init__(self, desk: Desk, entry: Entry, *, rows: int = 3) -> None:
         self._desk, self._name = desk, one_line(entry.name)
+        self._is_refused = entry.clip is None
         self._place = entry.place
         shown = desk.opened.clips.text(entry)
         if isinstance(self._place, Elsewhere):
@@ -84,17 +92,21 @@ class CaptionField:
         desk.fields.setdefault(self._place, []).append(self)
         self._typed()
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether another text was typed than is written."""
+        return self.seen is not None and (self._area.value or "") != (self.seen.text or "")
+
     def show(self, written: Written) -> None:
         """Show what is written now, unless something else was typed here."""
-        if self.seen is not None and self._area.value == (self.seen.text or ""):
+        if not self.is_changed:
             self.seen = written
             self._area.value = written.text or ""
 
     def _typed(self) -> None:
         value = self._area.value or ""
         longest = max((estimated_tokens(line) for line in value.split("\n")), default=0)
-        changed = self.seen is not None and value != (self.seen.text or "")
-        notes = ["Not saved yet"] if changed else []
+        notes = ["Not saved yet"] if self.is_changed else []
         if longest > TEXT_LENGTH:
             notes.append(f"about {longest} tokens; the text encoder reads the first {TEXT_LENGTH}")
         self._state.text = "; ".join(notes)
@@ -102,11 +114,8 @@ class CaptionField:
 
     async def save(self) -> None:
         """Write the caption if it was changed; if someone else has, ask which one is to stay."""
-        value, seen = self._area.value or "", self.seen
-        assert seen is not None and not isinstance(self._place, Elsewhere)
-        if value == (seen.text or ""):
-            return
-        await self._write(self._place, value, seen)
+        if self.is_changed and self.seen and not isinstance(self._place, Elsewhere):
+            await self._write(self._place, self._area.value or "", self.seen)
 
     async def _write(self, place: Place, value: str, seen: Written) -> None:
         sets, tab = self._desk.sets, self._desk.tab
@@ -120,7 +129,8 @@ class CaptionField:
         else:
             self._area.value, self.seen = written.text or "", written
             self._desk.show(place, written)
-            self._state.text = "Saved"
+            again = "; read the files again to take this one in" if self._is_refused else ""
+            self._state.text = f"Saved{again}"
 
     def _ask(self, place: Place, mine: str, current: Written) -> None:
         async def keep_mine() -> None:
@@ -132,10 +142,9 @@ class CaptionField:
             self._area.value, self.seen = current.text or "", current
             self._desk.show(place, current)
 
-        with (
-            ui.dialog().props('persistent aria-label="Two captions"') as dialog,
-            ui.card().classes("ow-dialog"),
-        ):
+        with self._desk.area:
+            dialog = ui.dialog().props('persistent aria-label="Two captions"')
+        with dialog, ui.card().classes("ow-dialog"):
             text("h2", "This caption was changed meanwhile")
             ui.label(f"{self._name}: another tab or another program has written another text.")
             with ui.element("div").classes("ow-two"):

@@ -9,7 +9,7 @@ from nicegui import ui
 from onewan.data.clip import Clip
 from onewan.data.clip_views import View, crop_of, views_of
 from onewan.doctor.clip_set import Entry
-from onewan.doctor.clip_table import conditions, origin, taken, timesteps
+from onewan.doctor.clip_table import clip_facts
 from onewan.errors import one_line
 from onewan.web.frame import text
 from onewan.web.screens.captions import CaptionField, Desk
@@ -61,7 +61,10 @@ class ClipPlayer:
                 ui.label(f"Refused: {entry.reason}").classes("ow-bad")
             else:
                 self._pictures(entry, entry.clip)
-                _facts(entry, entry.clip)
+                with ui.element("dl").classes("ow-facts"):
+                    for name, value in clip_facts(entry.clip, is_held_out=entry.held_out).items():
+                        text("dt", name)
+                        text("dd", one_line(value))
             for note in entry.notes:
                 ui.label(f"{note.kind}: {note.text}").classes("ow-warn")
             text("h3", "Caption")
@@ -99,44 +102,3 @@ class ClipPlayer:
 
 
 _UNLESS_TYPING = '(e) => { if (!e.target.closest("textarea, input, video")) emit(); }'
-
-
-def _facts(entry: Entry, clip: Clip) -> None:
-    """What is taken of the clip's file, and how it is trained."""
-    left, top, across, down = crop_of(clip)
-    variation = clip.variation
-    rows = {
-        "File": f"{one_line(str(clip.path))} ({origin(clip)})",
-        "Taken": f"{taken(clip)}, {clip.frames} frames at {clip.fps:.4g} fps"
-        if clip.frames > 1
-        else taken(clip),
-        "Trained at": f"{clip.size[0]}x{clip.size[1]}",
-        "Crop": f"{100 * across:.1f} % of the width and {100 * down:.1f} % of the height, from "
-        f"{100 * left:.1f} % left and {100 * top:.1f} % top",
-        "Changed": "" if variation is None else _changes(clip),
-        "Each pass": f"one of {clip.takes} such clips" if clip.takes > 1 else "",
-        "Repeats": f"{clip.repeats} in each epoch" if clip.repeats > 1 else "",
-        "Loss weight": f"{clip.loss_weight:g}" if clip.loss_weight != 1 else "",
-        "Timesteps": timesteps(clip),
-        "Given": conditions(clip),
-        "Validation": "held out, not trained on" if entry.held_out else "",
-    }
-    with ui.element("dl").classes("ow-facts"):
-        for name, value in rows.items():
-            if value:
-                text("dt", name)
-                text("dd", value)
-
-
-def _changes(clip: Clip) -> str:
-    variation = clip.variation
-    assert variation is not None
-    factors = {
-        "brightness": variation.brightness,
-        "contrast": variation.contrast,
-        "saturation": variation.saturation,
-    }
-    texts = ["mirrored"] if variation.mirrored else []
-    texts += [f"{name} {factor:.2f}" for name, factor in factors.items() if factor != 1]
-    texts += [f"hue turned by {variation.hue:.3f}"] if variation.hue else []
-    return ", ".join(texts) or "another crop"

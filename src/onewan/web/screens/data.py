@@ -39,8 +39,9 @@ def add(page: Page) -> None:
 
     @ui.page("/data")
     async def screen(query: Annotated[ClipQuery, Query()]) -> None:
+        runs = [folder.name for folder in await asyncio.to_thread(find_runs, page.runs)]
         with frame("Data", "/data", styles=["clips.css"], scripts=["clips.js"]):
-            _Chooser(page, query)
+            _Chooser(runs, query)
             if query.run or query.file or query.folder:
                 area = ui.element("div")
                 with area:
@@ -64,17 +65,35 @@ async def _open(
     area.clear()
     with area:
         tab = context.client.tab_id or context.client.id
-        desk = Desk(sets, opened, f"{tab} {opened.key}")
+        desk = Desk(sets, opened, f"{tab} {opened.key}", area)
         reload = partial(_open, page, sets, query, area, again=True)
         _DataScreen(page, desk, reload)
+
+
+async def _examined(page: Page, sets: ClipSets, opened: OpenSet) -> None:
+    """Run `onewan doctor`, and add what it has found."""
+
+    def told(line: str) -> None:
+        opened.progress = line.capitalize()
+
+    opened.failed = None
+    try:
+        arguments = ["doctor", str(opened.run_file), "--json"]
+        document = await page.commands.json_of(arguments, status=(0, 1), told=told)
+        if opened.clips.unsure:  # which clips there are, may be known only now
+            opened.clips = await asyncio.to_thread(sets.clips, opened.clips.config)
+        opened.clips.examined(document)
+    except OnewanError as error:
+        opened.failed = str(error)
+    finally:
+        opened.progress = None
 
 
 class _Chooser:
     """Whose clips are shown."""
 
-    def __init__(self, page: Page, query: ClipQuery) -> None:
+    def __init__(self, names: list[str], query: ClipQuery) -> None:
         kind = "run" if query.run else "file" if query.file else "folder" if query.folder else ""
-        names = [folder.name for folder in find_runs(page.runs)]
         kind = kind or ("run" if names else "folder")
         with ui.element("section").classes("ow-card").props('aria-label="Whose clips"'):
             options = {"run": "A run", "file": "A run file", "folder": "A folder"}
@@ -124,7 +143,8 @@ class _DataScreen:
         self._opened: OpenSet = desk.opened
         self._player = ClipPlayer(desk)
         self._chosen: list[Entry] = []
-        self._head = ui.element("section").props('aria-label="What was found"')
+        self._timer = ui.timer(2.0, self._watch, active=False)
+        self._head = ui.element("section").classes("ow-found").props('aria-label="What was found"')
         with ui.tabs().props("no-caps align=left dense") as self._tabs:
             for name in ("Clips", *PANELS):
                 ui.tab(name)
@@ -135,12 +155,9 @@ class _DataScreen:
             for name in PANELS:
                 with ui.tab_panel(name) as panel:
                     self._panels[name] = panel
-        self._timer = ui.timer(2.0, self._watch, active=False)
         self._show_all()
         kept = sum(entry.clip is not None for entry in self._opened.clips.entries)
-        if self._opened.progress is not None:
-            self._timer.active = True
-        elif self._opened.clips.examination is None and 0 < kept <= _EXAMINED_AT_ONCE:
+        if self._opened.clips.examination is None and 0 < kept <= _EXAMINED_AT_ONCE:
             self._examine()
 
     def _show_all(self) -> None:
@@ -170,50 +187,40 @@ class _DataScreen:
             with ui.element("div").classes("ow-row"):
                 examined = opened.clips.examination is not None
                 again = "Examine all frames again" if examined else "Examine all frames"
-                self._examine_button = ui.button(again, on_click=self._examine)
-                self._examine_button.props("no-caps outline dense")
-                self._examine_button.set_enabled(opened.progress is None and bool(kept))
+                self._button = ui.button(again, on_click=self._examine)
+                self._button.set_enabled(bool(kept))
+                self._stop = ui.button("Stop", on_click=opened.stop)
+                for button in (self._button, self._stop):
+                    button.props("no-caps outline dense")
                 ui.button("Read the files again", on_click=self._reload).props("no-caps flat dense")
-                self._progress = ui.label(opened.progress or "").props('role="status"')
-            ui.label(self._command()).classes("ow-mono ow-muted")
+            self._progress = ui.label().classes("ow-line").props('role="status"')
+            for line in opened.clips.unsure:
+                ui.label(line).classes("ow-warn")
+            command = command_line(["doctor", str(opened.run_file)])
+            ui.label(one_line(command)).classes("ow-mono ow-muted")
+        self._show_progress()
 
-    def _command(self) -> str:
-        return one_line(command_line(["doctor", str(self._opened.run_file)]))
+    def _show_progress(self) -> None:
+        runs = self._opened.progress is not None
+        self._progress.text = self._opened.progress or ""
+        self._button.visible, self._stop.visible = not runs, runs
+        self._timer.active = runs
 
     def _examine(self) -> None:
         """Let `onewan doctor` look at all frames, in a process of its own."""
-        opened, commands = self._opened, self._page.commands
-        if opened.progress is not None:
-            return
-        opened.progress = "Looking at all frames..."
-
-        def told(line: str) -> None:
-            opened.progress = line.capitalize()
-
-        async def examine() -> None:
-            try:
-                arguments = ["doctor", str(opened.run_file), "--json"]
-                document = await commands.json_of(arguments, status=(0, 1), told=told)
-                opened.clips.examined(document)
-                opened.failed = None
-            except OnewanError as error:
-                opened.failed = str(error)
-            finally:
-                opened.progress = None
-
-        opened.task = asyncio.create_task(examine())
-        self._timer.active = True
-        self._examine_button.disable()
-        self._progress.text = opened.progress
+        opened = self._opened
+        if opened.progress is None:
+            opened.progress = "Looking at all frames..."
+            opened.task = asyncio.create_task(_examined(self._page, self._desk.sets, opened))
+        self._show_progress()
 
     def _watch(self) -> None:
         if self._opened.progress is not None:
-            self._progress.text = self._opened.progress
-            return
-        self._timer.active = False
-        if self._opened.failed:
-            tell(self._opened.failed, error=True)
-        self._show_all()
+            self._show_progress()
+        elif not self._desk.is_typing:  # what is typed would be lost with its field
+            if self._opened.failed:
+                tell(self._opened.failed, error=True)
+            self._show_all()
 
     # --- Clips ------------------------------------------------------------------------------------
 
@@ -283,7 +290,9 @@ class _DataScreen:
                 held_out = ", held out" if entry.held_out else ""
                 mask = ", mask" if entry.clip.mask else ""
                 ui.label(f"{entry.bucket}{mask}{held_out}").classes("ow-muted")
+            # Also where there are none yet: an examination moves nothing.
+            kinds = ui.label(", ".join(dict.fromkeys(note.kind for note in entry.notes)))
+            kinds.classes("ow-warn ow-line")
             if entry.notes:
-                kinds = ui.label(", ".join(dict.fromkeys(note.kind for note in entry.notes)))
-                kinds.classes("ow-warn").tooltip("\n".join(note.text for note in entry.notes))
+                kinds.tooltip("\n".join(note.text for note in entry.notes))
             CaptionField(self._desk, entry)

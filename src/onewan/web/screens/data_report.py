@@ -27,26 +27,20 @@ def poster(opened: OpenSet, entry: Entry) -> None:
 
 def findings(opened: OpenSet) -> None:
     """Everything that was found, by kind."""
-    clips, groups = opened.clips, dict[str, list[tuple[str, str]]]()
-    for entry in sorted(clips.entries, key=lambda entry: entry.clip is not None):
-        if entry.clip is None:
-            groups.setdefault("Refused", []).append((entry.name, entry.reason))
-        for note in entry.notes:
-            found = groups.setdefault(note.kind.capitalize(), [])
-            found.append((entry.name, note.text))
+    clips, groups = opened.clips, opened.clips.findings()
     if not groups and not clips.notes:
         ui.label("Nothing was found.").classes("ow-good")
     for note in clips.notes:
         ui.label(note)
     for kind, found in groups.items():
-        once = list(dict.fromkeys(found))
-        with ui.expansion(f"{kind} ({len(once)})", value=kind == "Refused").classes("ow-card"):
+        title = f"{kind.capitalize()} ({len(found)})"
+        with ui.expansion(title, value=kind == "refused").classes("ow-card"):
             with ui.element("dl").classes("ow-facts"):
-                for name, reason in once[:_FILES_SHOWN]:
+                for name, reason in found[:_FILES_SHOWN]:
                     text("dt", one_line(name))
                     text("dd", reason)
-            if len(once) > _FILES_SHOWN:
-                ui.label(f"and {len(once) - _FILES_SHOWN} others; the filters of Clips show them")
+            if (others := len(found) - _FILES_SHOWN) > 0:
+                ui.label(f"and {others} others; the filters of Clips show them")
 
 
 def duplicates(opened: OpenSet) -> None:
