@@ -35,6 +35,8 @@ ALLOWED = {
 EXCEPTIONS = {
     "pillow_heif": "BSD-3-Clause; its wheel also holds x265 (GPL-2.0), which is why it is an extra "
     "that the user installs (heic), and which nothing of onewan calls: it only reads",
+    "docutils": "public domain and BSD; the GPL is of a mode for Emacs, which its wheel lacks. "
+    "NiceGUI, of the extra web, needs it, and onewan uses nothing of it",
     "nvidia-": "NVIDIA's libraries, which come with PyTorch's build for CUDA",
     "cuda-": "NVIDIA's libraries, which come with PyTorch's build for CUDA",
 }
