@@ -117,7 +117,9 @@ def asked_of_devices(tree: ast.Module) -> Iterator[str]:
 
 
 def test_only_one_module_asks_about_devices() -> None:
-    asking = {name: [*asked_of_devices(tree)] for name, tree in MODULES.items()}
+    # The page never imports torch: what has a type there is an event or a part of a text.
+    modules = {n: tree for n, tree in MODULES.items() if not n.startswith("onewan.web.")}
+    asking = {name: [*asked_of_devices(tree)] for name, tree in modules.items()}
     assert len(asking.pop("onewan.devices")) > 10
     assert {name: found for name, found in asking.items() if found} == {}
 
