@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from made_runs import MadeRun, write_run
-from support.interrupted import locking
+from support.interrupted import leave_interrupted, locking
 from support.trainers import SLEEP, begin, eventually, run_file, stand_in
 
 from onewan.errors import OnewanError
@@ -273,6 +273,14 @@ def test_a_deleted_run_is_gone_with_its_place_in_the_queue(jobs: Jobs, runs: Pat
     jobs.delete("a")
     assert sorted(path.name for path in runs.iterdir()) == [".queue", "b"]
     assert jobs.queue.entries() == ()
+
+
+def test_an_interrupted_deletion_is_completed(runs: Path) -> None:
+    write_run(runs / "a", ENDED)
+    leave_interrupted(runs / "b", kind="folder")
+    assert len(list(runs.iterdir())) == 2
+    Jobs(runs)
+    assert [path.name for path in runs.iterdir()] == ["a"]
 
 
 def test_a_run_that_is_trained_is_not_deleted(jobs: Jobs, runs: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -17,6 +19,8 @@ from support.page import with_user
 from support.trainers import SLEEP, begin, run_file, stand_in
 
 from onewan.files import IS_WINDOWS
+from onewan.runs.event_file import EventFile
+from onewan.runs.events import Failed
 from onewan.runs.layout import RunLayout
 from onewan.runs.machine import Gpu, Machine, gpus_of
 from onewan.runs.processes import force_stop
@@ -118,6 +122,22 @@ def test_runs_are_listed_with_where_they_stand_also_damaged_ones(runs: Path) -> 
         (picture,) = (e for e in elements if e.tag == "img" and "mira" in str(e.props["src"]))
         assert picture.props["src"] == "/poster/runs/mira/samples/000040/0.mp4"
         assert picture.props["alt"] == "Newest sample of mira"
+
+    act(runs, steps)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names of files")
+def test_names_and_errors_that_are_not_utf_8_are_written_with_escapes(runs: Path) -> None:
+    strange = Path(os.fsdecode(os.fsencode(runs) + b"/fox\xff"))
+    write_run(strange, ENDED)
+    layout = write_run(runs / "dog", MadeRun(steps=4, on_device=False, end=""))
+    with EventFile(layout.events) as file:
+        file.write(Failed(error="a\udcff.mp4: is damaged\nmore"))
+
+    async def steps(user: User) -> None:
+        await see(user, "fox\\udcff", "a\\udcff.mp4: is damaged")
+        response = await user.http_client.get("/")
+        assert response.status_code == 200 and "is damaged" in response.text
 
     act(runs, steps)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from onewan.errors import OnewanError
+from onewan.errors import OnewanError, one_line
 from onewan.files import remove_abandoned
 from onewan.runs.control import request
 from onewan.runs.deletion import delete_run
@@ -97,7 +97,7 @@ class Jobs:
             entries, paused = self.queue.entries(), self.queue.paused()
             queue = tuple(self._looked_at(entries, {self._device(name) for name in paused}))
         except (OSError, OnewanError) as error:
-            queue, paused, problem = self.now.queue, self.now.paused, str(error)
+            queue, paused, problem = self.now.queue, self.now.paused, one_line(str(error))
         else:
             problem = ""
         self.now = Snapshot(

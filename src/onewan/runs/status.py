@@ -20,7 +20,7 @@ from onewan.config.load import RESOLVED_LIMITS, load_run
 from onewan.config.resolve import expert_schedule_of
 from onewan.config.schema import ResolvedRun
 from onewan.documents import decode_text, get_path, parse_yaml
-from onewan.errors import ConfigError, OnewanError
+from onewan.errors import ConfigError, OnewanError, one_line
 from onewan.files import read_input, total_bytes
 from onewan.locks import holder_is_alive
 from onewan.runs.event_file import Process, last_event, processes, read_backwards, time_of
@@ -279,7 +279,7 @@ def _of_another_version(layout: RunLayout, error: ConfigError | OSError) -> _Set
     """What the settings say in any version."""
     first = error.problems[0] if isinstance(error, ConfigError) else str(error)
     name, reason = layout.resolved.name, first.partition(";")[0]
-    problems = (f"{name}: can't be read by this version ({reason})",)
+    problems = (one_line(f"{name}: can't be read by this version ({reason})"),)
     try:
         text = decode_text(read_input(layout.resolved, RESOLVED_LIMITS.bytes))
         data = parse_yaml(text, RESOLVED_LIMITS)
@@ -313,7 +313,7 @@ def state_after(
     kind = last.get("event")
     if kind in ENDS:
         error = str(last.get("error", "")) if kind == Failed.kind else ""
-        return _ENDED[kind], error.partition("\n")[0]
+        return _ENDED[kind], one_line(error.partition("\n")[0])
     alive = holder_is_alive(layout.lock)
     if alive is False:
         return "killed", "its process ended without a last event"
@@ -327,7 +327,8 @@ def state_after(
     age = f"its last event is {format_duration(silent)} old"
     if alive:
         return "running", f"{age}, although its process exists"
-    return "silent", f"{age}; its process on {first.get('hostname', 'its machine')} may have died"
+    host = one_line(str(first.get("hostname", "its machine")))
+    return "silent", f"{age}; its process on {host} may have died"
 
 
 def _step(layout: RunLayout, saved: int | None) -> int:

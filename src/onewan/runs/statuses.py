@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from onewan.errors import one_line
 from onewan.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, extension
 from onewan.runs.layout import RunLayout
 from onewan.runs.processes import trainer_of
@@ -27,6 +28,8 @@ class KnownRun:
     """What is known of a run."""
 
     name: str
+    """That of its folder. If that is not UTF-8, it is written with escapes, and nothing but looking
+    at the run is possible."""
     folder: Path
     is_trained: bool | None
     """Whether the process that trains it is alive; None if that can't be told from here."""
@@ -54,10 +57,12 @@ class KnownRun:
 
     def matches(self, search: str) -> bool:
         """Whether each word of `search` is in its name, state, variant or method."""
+        if not (words := search.lower().split()):
+            return True
         status = self.status
         known = () if status is None else (status.variant or "", status.method or "")
         found = " ".join((self.name, self.state, *known)).lower()
-        return all(word in found for word in search.lower().split())
+        return all(word in found for word in words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +101,9 @@ class Statuses:
                 self._seen[name] = facts, time.monotonic(), _read(layout, facts.is_trained)
             elif name not in self._seen:
                 complete = False
-                unread = KnownRun(name=name, folder=layout.root, is_trained=facts.is_trained)
+                unread = KnownRun(
+                    name=one_line(name), folder=layout.root, is_trained=facts.is_trained
+                )
                 runs.append(unread)
                 continue
             runs.append(self._seen[name][2])
@@ -142,9 +149,9 @@ def _read(layout: RunLayout, is_trained: bool | None) -> KnownRun:
         status = read_status(layout.root)
         sample = _newest_sample(layout)
     except OSError as error:
-        problem = f"can't be read ({error})"
+        problem = one_line(f"can't be read ({error})")
     return KnownRun(
-        name=layout.name,
+        name=one_line(layout.name),
         folder=layout.root,
         is_trained=is_trained,
         status=status,
