@@ -206,6 +206,17 @@ def test_what_is_not_changed_here_says_where_it_is(tmp_path: Path) -> None:
     assert isinstance(places(twice)["a.mp4"], Elsewhere)
 
 
+def test_parquet_is_changed_by_the_program_that_wrote_it(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="needs onewan[tables]")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = {"path": ["a.mp4"], "caption": ["a dog"]}
+    clips(tmp_path, "a.mp4")
+    parquet.write_table(pyarrow.table(columns), tmp_path / "clips.parquet")
+    assert places(tmp_path / "clips.parquet")["a.mp4"] == Elsewhere(
+        "the caption is in clips.parquet, row 1; change it with the program that wrote that"
+    )
+
+
 @pytest.mark.parametrize("kind", ["file", "table"])
 def test_the_second_of_two_who_change_a_caption_is_told(tmp_path: Path, kind: str) -> None:
     folder = clips(tmp_path / "clips", "a.mp4", "b.mp4")

@@ -172,13 +172,18 @@ def test_the_second_tab_that_changes_a_caption_is_told(
         write(first, "fox.mp4", "a blue fox")
         await until(lambda: caption(folder, "fox") == "a blue fox")
         write(second, "fox.mp4", "a red fox")
+        # As in a browser, where the dialog takes the cursor from the field.
+        trigger(second, area(second, "fox.mp4"), "keydown.ctrl.enter")
+        trigger(second, area(second, "fox.mp4"), "blur")
         await second.should_see("This caption was changed meanwhile", retries=20)
         await second.should_see(kind=ui.label, content="a red fox")
         await second.should_see(kind=ui.label, content="a blue fox")
         assert caption(folder, "fox") == "a blue fox"
+        assert len(second.find("This caption was changed meanwhile").elements) == 1
         second.find(choice).click()
         await until(lambda: caption(folder, "fox") == text)
         await until(lambda: area(second, "fox.mp4").value == text)
+        await second.should_not_see("Not saved yet")
         # Undo is that of the tab: the first one takes back its own edit only while that stands.
         first.find("Undo").click()
         wanted = "a fox jumps" if choice == "Take the other" else "a red fox"

@@ -113,7 +113,9 @@ def place_of(item: SourceItem, cache: Path) -> Place | Elsewhere:
     if table.is_relative_to(cache):
         return Elsewhere(f"the caption is in a table on another machine ({item.origin})")
     if extension(table) not in EDITED_TABLES:
-        return Elsewhere(f"the caption is in {item.origin}, which is not changed here")
+        return Elsewhere(
+            f"the caption is in {item.origin}; change it with the program that wrote that"
+        )
     return Cell(item.cell, "")
 
 

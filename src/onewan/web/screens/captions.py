@@ -73,6 +73,8 @@ class CaptionField:
     def __init__(self, desk: Desk, entry: Entry, *, rows: int = 3) -> None:
         self._desk, self._name = desk, one_line(entry.name)
         self._is_refused = entry.clip is None
+        self._saving = asyncio.Lock()
+        self._is_asking = False
         self._place = entry.place
         shown = desk.opened.clips.text(entry)
         if isinstance(self._place, Elsewhere):
@@ -114,7 +116,11 @@ class CaptionField:
 
     async def save(self) -> None:
         """Write the caption if it was changed; if someone else has, ask which one is to stay."""
-        if self.is_changed and self.seen and not isinstance(self._place, Elsewhere):
+        # Ctrl+Enter saves, and so does the blur when a dialog opens, or right behind it.
+        async with self._saving:
+            if self._is_asking or not self.is_changed or isinstance(self._place, Elsewhere):
+                return
+            assert self.seen is not None
             await self._write(self._place, self._area.value or "", self.seen)
 
     async def _write(self, place: Place, value: str, seen: Written) -> None:
@@ -127,21 +133,26 @@ class CaptionField:
             self._state.text = error.message
             self._state.classes(replace="ow-clip-state ow-bad")
         else:
-            self._area.value, self.seen = written.text or "", written
+            self.seen, self._area.value = written, written.text or ""
             self._desk.show(place, written)
             again = "; read the files again to take this one in" if self._is_refused else ""
             self._state.text = f"Saved{again}"
 
     def _ask(self, place: Place, mine: str, current: Written) -> None:
-        async def keep_mine() -> None:
+        def close() -> None:
+            self._is_asking = False
             dialog.close()
+
+        async def keep_mine() -> None:
+            close()
             await self._write(place, mine, current)
 
         def take_theirs() -> None:
-            dialog.close()
-            self._area.value, self.seen = current.text or "", current
+            close()
+            self.seen, self._area.value = current, current.text or ""
             self._desk.show(place, current)
 
+        self._is_asking = True
         with self._desk.area:
             dialog = ui.dialog().props('persistent aria-label="Two captions"')
         with dialog, ui.card().classes("ow-dialog"):
@@ -161,7 +172,7 @@ class CaptionField:
             with ui.element("div").classes("ow-row"):
                 ui.button("Write yours", on_click=keep_mine).props("no-caps")
                 ui.button("Take the other", on_click=take_theirs).props("outline no-caps")
-                ui.button("Go on editing", on_click=dialog.close).props("flat no-caps")
+                ui.button("Go on editing", on_click=close).props("flat no-caps")
         dialog.open()
 
 

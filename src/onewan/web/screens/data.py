@@ -43,11 +43,12 @@ def add(page: Page) -> None:
         with frame("Data", "/data", styles=["clips.css"], scripts=["clips.js"]):
             _Chooser(runs, query)
             if query.run or query.file or query.folder:
-                area = ui.element("div")
+                area = ui.element("div").classes("ow-found")
                 with area:
                     ui.label("Reading the headers of the files...").props('role="status"')
                 await context.client.connected()
-                await _open(page, sets, query, area)
+                if context.client.has_socket_connection:  # and not given up meanwhile
+                    await _open(page, sets, query, area)
 
 
 async def _open(
@@ -144,7 +145,7 @@ class _DataScreen:
         self._player = ClipPlayer(desk)
         self._chosen: list[Entry] = []
         self._timer = ui.timer(2.0, self._watch, active=False)
-        self._head = ui.element("section").classes("ow-found").props('aria-label="What was found"')
+        self._head = ui.element("section").classes("ow-head").props('aria-label="What was found"')
         with ui.tabs().props("no-caps align=left dense") as self._tabs:
             for name in ("Clips", *PANELS):
                 ui.tab(name)
