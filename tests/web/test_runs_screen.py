@@ -245,6 +245,7 @@ def test_the_queue_of_a_device_is_paused_reordered_and_started(runs: Path) -> No
 
     async def steps(user: User) -> None:
         await see(user, "Device cpu, paused", "this queue is paused")
+        await see(user, f"onewan train --resume=auto {runs / 'a'}")
         assert buttons(user, "a") == ["Start next", "Down", "Remove"]
         assert buttons(user, "c") == ["Start next", "Up", "Remove"]
         await press(user, "Up: c")

@@ -17,6 +17,8 @@ import psutil
 from onewan.arithmetic.byte_sizes import format_bytes
 
 _QUERY = ("index", "name", "utilization.gpu", "memory.used", "memory.total", "temperature.gpu")
+_CPU_SECONDS = 0.5
+"""In which it is counted how busy the CPU is."""
 _SECONDS = 10
 """For which an answer of the driver is waited for."""
 
@@ -41,7 +43,7 @@ class Readings:
 
     gpus: tuple[Gpu, ...] = ()
     cpu: float = 0.0
-    """Share of all cores, 0 to 1, since the reading before."""
+    """Share of all cores, 0 to 1."""
     ram_used: int = 0
     ram_total: int = 0
     disk_free: int = 0
@@ -87,7 +89,8 @@ class Machine:
         memory = psutil.virtual_memory()
         self.now = Readings(
             gpus=self._gpus(),
-            cpu=psutil.cpu_percent() / 100,
+            # Not since the call before: psutil counts that for each thread by itself.
+            cpu=psutil.cpu_percent(_CPU_SECONDS) / 100,
             ram_used=memory.total - memory.available,
             ram_total=memory.total,
             disk_free=psutil.disk_usage(str(self._runs)).free,

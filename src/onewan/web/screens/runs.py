@@ -16,6 +16,7 @@ from onewan.runs.jobs import QueuedRun, Snapshot
 from onewan.runs.machine import gauges_of
 from onewan.runs.status_text import kind_text, losses_text, steps_text
 from onewan.runs.statuses import KnownRun
+from onewan.web.commands import command_line
 from onewan.web.frame import frame, text
 from onewan.web.page import Page
 
@@ -153,6 +154,9 @@ class _Queue:
                     self._action(entry.run, "Remove", partial(jobs.queue.remove, entry.id))
                 else:
                     self._action(entry.run, "Stop", partial(jobs.stop, entry.run))
+            with ui.element("details"):
+                text("summary", "Command").props["aria-label"] = f"Command of {entry.run}"
+                text("code", command_line(("train", *entry.arguments))).classes("ow-mono")
             if each.output:
                 text("pre", each.output).classes("ow-mono ow-output").props('tabindex="0"')
 
