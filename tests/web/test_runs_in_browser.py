@@ -62,6 +62,7 @@ def test_everyone_can_use_the_screen(
                 tab.wait("main h3", "mira")
                 tab.wait("pre", "there is no such file or folder")
                 tab.wait("main", HOSTILE)
+                tab.value("document.querySelector('.ow-picture img').scrollIntoView()")
                 tab.until("[...document.images].some((each) => each.naturalWidth > 0)")
                 assert not tab.overflows()
                 assert accessibility_faults(tab, pytestconfig) == []
