@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 from onewan.cli.arguments import Commands, add_command
 from onewan.dtypes import WeightDtype
@@ -34,7 +34,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_request(commands: Commands, name: str, summary: str) -> None:
+def _add_request(commands: Commands, name: Literal["stop", "save"], summary: str) -> None:
     parser = add_command(commands, name, summary, "Takes effect after\nthe current step.")
     add_run(parser)
     if name == "stop":
@@ -143,7 +143,7 @@ def _add_sample_now(commands: Commands) -> None:
         given = {k: v for k, v in vars(options).items() if k not in ("run", "command")}
         wanted = {name: value for name, value in given.items() if value is not None}
         if not wanted:
-            return send_request(options.run, "sample-now")
+            return send_request(options.run, "sample")
         if "prompt" not in wanted:
             parser.error("what is given belongs to a video of a prompt; add --prompt")
         return order_sample(options.run, wanted)

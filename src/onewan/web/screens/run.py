@@ -18,6 +18,7 @@ from onewan.web import run_routes
 from onewan.web.feed import Feed, Feeds
 from onewan.web.frame import frame, text
 from onewan.web.page import Page
+from onewan.web.screens.run_controls import controls
 
 _STYLES = ("pages/plots.css", "pages/players.css", "pages/runs.css", "run.css")
 _SCRIPTS = ("pages/plots.js", "pages/players.js", "run.js")
@@ -47,7 +48,7 @@ def add(page: Page) -> None:
         background_tasks.create(_read(feeds, name))
         others = await asyncio.to_thread(find_runs, page.runs)
         with frame(name, "/", styles=_STYLES, scripts=_SCRIPTS):
-            _elements(name, [other.name for other in others if other != folder])
+            _elements(page, name, [other.name for other in others if other != folder])
 
 
 async def _read(feeds: Feeds, name: str) -> None:
@@ -57,7 +58,7 @@ async def _read(feeds: Feeds, name: str) -> None:
         return  # the script asks for the same, and tells the user
 
 
-def _elements(name: str, others: list[str]) -> None:
+def _elements(page: Page, name: str, others: list[str]) -> None:
     with ui.element("div").classes("run").props('id="run"') as view:
         view.props["data-run"] = name
         view.props["data-others"] = json.dumps(others)
@@ -65,7 +66,8 @@ def _elements(name: str, others: list[str]) -> None:
             text("span", "").props('id="run-state"').classes("badge plain")
             text("p", "").props('id="run-facts"').classes("facts")
         ui.element("progress").props('id="run-progress" max="1" value="0" aria-label="steps done"')
-        ui.element("div").classes("run-controls ow-row").props('id="run-controls"')
+        with ui.element("div").classes("run-controls ow-row").props('id="run-controls"'):
+            controls(page, name)
         text("p", "").props('id="run-told" role="status" hidden').classes("box bad")
         ui.element("div").props('id="run-problem" role="status"')
         ui.element("ul").classes("tiles").props('id="run-tiles"')
