@@ -180,7 +180,7 @@ def wait_for(page: Served) -> None:
 def scrolled(tab: Tab, window: str) -> Iterator[Value]:
     """How evenly frames come while the samples and the page are scrolled."""
     tab.value("document.getElementById('samples').scrollIntoView()")
-    tab.until("document.querySelector('.grid .cell')")
+    tab.wait(".grid .cell")
     grid = "document.querySelector('.grid')"
     for what, view, pixels in (("samples", grid, 120), ("page", "document.scrollingElement", 60)):
         found = tab.value(_SCROLLED % (view, 6000, pixels))

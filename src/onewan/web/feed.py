@@ -41,8 +41,8 @@ _MOST_PARTS = 16
 _MOST_LINES = 3000
 """Of the events that are shown."""
 _LOG_BYTES = 1 << 16
-_UNSHOWN = ("sampled", "validation")
-"""Kinds with lines that the page shows elsewhere, and that a long run has thousands of."""
+_UNSHOWN = frozenset({"step", "heartbeat", "sampled", "validation"})
+"""Kinds without lines, or with lines that the page shows elsewhere; a long run has thousands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,8 @@ class Feed:
         self._lines = EventLines()
         self._events: deque[dict[str, Any]] = deque(maxlen=_MOST_LINES)
         self._told = 0
+        self._exporting = False
+        """Whether the lines about exported files wait until all of a step are known."""
         self._files: tuple[object, RunFiles] | None = None
         self._samples: tuple[object, Sequence[SampleVideo]] | None = None
         self._record: RunRecord | None = None
@@ -176,18 +178,19 @@ class Feed:
     def _listen(self, event: Mapping[str, Any]) -> None:
         """Keep the lines about an event that a person reads."""
         kind = event.get("event")
-        if kind in ("step", "heartbeat"):
-            self._keep(event, "exported", self._lines.rest())
+        if self._exporting and kind != Exported.kind:
+            self._exporting = False
+            self._keep(event, Exported.kind, self._lines.rest())
+        if kind in _UNSHOWN:
             return
         made = event_of(event)
-        if made is None or isinstance(made, ProgressEvent) or kind in _UNSHOWN:
+        if made is None or isinstance(made, ProgressEvent):
             return
-        if not isinstance(made, Exported):
-            self._keep(event, "exported", self._lines.rest())
         try:
-            self._keep(event, str(kind), self._lines.of(made))
+            self._keep(event, made.kind, self._lines.of(made))
         except (TypeError, ValueError, AttributeError, KeyError):
             return  # a damaged field
+        self._exporting = kind == Exported.kind
 
     def _keep(self, event: Mapping[str, Any], kind: str, lines: Sequence[str]) -> None:
         for line in lines:

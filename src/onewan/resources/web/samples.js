@@ -42,6 +42,7 @@ function load(video) {
 }
 
 function drop(video) {
+  if (!video.src) return;
   video.pause();
   video.removeAttribute("src");
   video.load();
