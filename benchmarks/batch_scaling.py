@@ -21,7 +21,16 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from figures import Chart, Figure, Value, add_output_options, measured_here, print_values, save
+from figures import (
+    Chart,
+    Figure,
+    Value,
+    add_output_options,
+    measured_here,
+    on_its_device,
+    print_values,
+    save,
+)
 from measuring import clock_name, in_turns, peak_of, release, simulated_device
 from small_runs import SmallRuns, add_scale_options, build, scale_in_words, step_of, write_runs
 
@@ -139,6 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             counted = write_runs(options, Path(folder) / "counted", sim)
         values += peaks(counted, batches)
         figure = figure_of(values, scale_in_words(runs, options), runs)
+    if options.device != "cpu":
+        figure = on_its_device(figure)
     print_values(figure, "batch size")
     save(figure, options)
     return 0

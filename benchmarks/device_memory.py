@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from figures import Chart, Figure, Value, add_output_options, measured_here, save
+from figures import Chart, Figure, Value, add_output_options, measured_here, on_its_device, save
 from measuring import release, simulated_device
 from small_runs import SmallRuns, add_scale_options, scale_in_words, write_runs
 
@@ -164,6 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in SETTINGS:
             values += measured(runs, name)
         figure = figure_of(values, runs, scale_in_words(runs, options))
+    if options.device != "cpu":
+        figure = on_its_device(figure)
     for value in figure.values:
         phase, settings = value.case["phase"], value.case["settings"]
         print(f"{phase}, {settings}: {value.median:.1f} MB, plan {value.expected:.1f}")

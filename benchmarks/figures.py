@@ -16,12 +16,13 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -182,6 +183,15 @@ def measured_here(
         arithmetic=arithmetic,
         across=across,
     )
+
+
+def on_its_device(figure: Figure, label: str | None = None) -> Figure:
+    """`figure` with the name of its device in its own name and title, and with `label`: beside
+    those of other devices, and of other commands."""
+    parts = [figure.machine.device, *([label] if label else [])]
+    slug = "_".join(re.sub("[^a-z0-9]+", "_", part.lower()).strip("_") for part in parts)
+    title = f"{figure.title} on {figure.machine.title}" + (f", {label}" if label else "")
+    return replace(figure, name=f"{figure.name}_on_{slug}", title=title)
 
 
 # ------------------------------------------------------------------------------------------- files

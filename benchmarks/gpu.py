@@ -18,17 +18,17 @@ plan's. What does not fit is reported as that.
     python benchmarks/gpu.py --small --device cpu          # tries the benchmark, in a minute
 
 `report.py --write` makes the table of docs/performance.md from the files ``gpu_on_*.json`` in
-benchmarks/results, of which there is one for each card.
+benchmarks/results: of one for each card, and for each ``--label`` that distinguishes the results of
+several commands.
 
-Each A14B expert needs 28.6 GB in the folder for temporary files (``--work``), and as much memory
-while it is loaded.
+An A14B model needs 28.6 GB in the folder for temporary files (``--work``), and each of its experts
+as much memory while it is loaded.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import re
 import statistics
 import sys
 import tempfile
@@ -40,7 +40,16 @@ from typing import Any, Literal
 import torch
 from bare_loop import Clip, bare_step
 from diffusers import WanTransformer3DModel
-from figures import Chart, Figure, Value, add_output_options, as_case, measured_here, save
+from figures import (
+    Chart,
+    Figure,
+    Value,
+    add_output_options,
+    as_case,
+    measured_here,
+    on_its_device,
+    save,
+)
 from gpu_model import DTYPE, write_clip, write_model
 from gpu_table import COLUMNS, SIZES
 from measuring import in_turns, parse_size, peak_of, release
@@ -215,13 +224,13 @@ class Bench:
 
 def cases(variant: VariantName, size: str, options: argparse.Namespace) -> Iterator[Case]:
     """The cases of one variant and size; the bare loop first."""
-    for method in options.method:
+    for method in options.method if "bare" in options.loop else ():
         yield Case(
             variant=variant, size=size, loop="bare", experts="one", placing="resident",
             method=method,
         )  # fmt: skip
     for method, placing, experts in itertools.product(
-        options.method, options.placing, options.experts
+        options.method if "onewan" in options.loop else (), options.placing, options.experts
     ):
         if experts == "both" and len(VARIANTS[variant].experts) == 1:
             continue
@@ -264,7 +273,10 @@ TITLES = {case: title for title, case in COLUMNS}
 
 
 def figure_of(
-    results: Sequence[tuple[Case, Measured | str]], device: torch.device, rate: float
+    results: Sequence[tuple[Case, Measured | str]],
+    device: torch.device,
+    rate: float,
+    label: str | None = None,
 ) -> Figure:
     """Seconds per step beside those of the operations, and peaks beside the plan's."""
     values: list[Value] = []
@@ -324,8 +336,7 @@ def figure_of(
         arithmetic="by arithmetic",
         device=str(device),
     )
-    name = re.sub("[^a-z0-9]+", "_", figure.machine.device.lower()).strip("_")
-    return replace(figure, name=f"gpu_on_{name}", title=f"{figure.title} on {figure.machine.title}")
+    return on_its_device(figure, label)
 
 
 MEASURED = (
@@ -343,6 +354,7 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--variant", nargs="+", choices=sorted(VARIANTS), default=sorted(VARIANTS))
     add("--size", nargs="+", default=list(SIZES), help="frames x height x width")
+    add("--loop", nargs="+", choices=("onewan", "bare"), default=["onewan", "bare"])
     add("--method", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     add("--placing", nargs="+", choices=tuple(MEMORY), default=list(MEMORY))
     add("--experts", nargs="+", choices=("one", "both"), default=["one", "both"])
@@ -351,6 +363,7 @@ def parser() -> argparse.ArgumentParser:
     add("--blocks", type=int, help="blocks of the transformer, if not all")
     add("--width", type=int, help="channels of the transformer, if not all; a multiple of 128")
     add("--small", action="store_true", help="tiny transformers and one small clip")
+    add("--label", help="added to the figure's name, so that another command's stays beside it")
     add("--work", type=Path, help="folder for the model; default: a temporary one")
     add_output_options(result)
     return result
@@ -394,7 +407,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     result = measured_or_reason(bench, case)
                     print(show(case, result), flush=True)
                     found.append((case, result))
-                    save(figure_of(found, device, rate), options)
+                    save(figure_of(found, device, rate, options.label), options)
     return 0
 
 

@@ -37,15 +37,17 @@ def is_real(figure: Figure) -> bool:
 
 def table(figures: Sequence[Figure], sizes: Sequence[str] = SIZES) -> str:
     """Markdown: seconds per step and peaks by device, variant and size."""
-    devices = {figure.machine.device: figure for figure in figures}
+    devices: dict[str, list[Figure]] = {}
+    for figure in sorted(figures, key=lambda figure: figure.date):
+        devices.setdefault(figure.machine.device, []).append(figure)
     titles = [title for title, _ in COLUMNS]
     lines = [
         f"| device | variant | size | {' | '.join(titles)} |",
         "| --- | --- | --- |" + " ---: |" * len(titles),
     ]
-    for device, figure in (devices or {"no real device": None}).items():
+    for device, measured in (devices or {"no real device": []}).items():
         cells: dict[tuple[str, ...], dict[str, Value]] = {}
-        for value in () if figure is None else figure.values:
+        for value in (value for figure in measured for value in figure.values):  # the newest wins
             key = tuple(str(value.case[part]) for part in ("variant", "size", "settings"))
             cells.setdefault(key, {})[value.measure] = value
         for variant, facts in VARIANTS.items():

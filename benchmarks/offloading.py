@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from figures import Chart, Figure, Value, add_output_options, measured_here, save
+from figures import Chart, Figure, Value, add_output_options, measured_here, on_its_device, save
 from measuring import WARM_UP, in_turns, peak_of, release, simulated_device
 from small_runs import SmallRuns, add_scale_options, build, scale_in_words, step_of, write_runs
 from streaming import CARDS, predict
@@ -239,6 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             values += measured(runs, name, seconds, options.steps)
         values += timed(values, seconds) if seconds else predicted()
         figure = figure_of(values, runs, scale_in_words(runs, options))
+    if options.device != "cpu":
+        figure = on_its_device(figure)
     for value in values:
         expected = "" if value.expected is None else f", plan {value.expected:.4g}"
         case = ", ".join(map(str, value.case.values()))

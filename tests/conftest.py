@@ -17,15 +17,21 @@ if TYPE_CHECKING:
     import torch
 
 # The same tests everywhere: accelerators of this machine are hidden, also from the processes that
-# tests start. `ONEWAN_DEVICE=auto` leaves them where they are.
+# tests start. `ONEWAN_DEVICE=auto` leaves them where they are, and with ONEWAN_TEST_DEVICE they are
+# there for the tests that take the fixture `accelerator`.
+TEST_DEVICE = os.environ.get("ONEWAN_TEST_DEVICE") or "sim"
 if "ONEWAN_DEVICE" not in os.environ:
     os.environ["ONEWAN_DEVICE"] = "cpu"
+if os.environ["ONEWAN_DEVICE"] == "cpu" and TEST_DEVICE == "sim":
     os.environ |= dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "-1")
     os.environ["ONEAPI_DEVICE_SELECTOR"] = "opencl:cpu"
 
 # A shell starts what runs in its background with Ctrl-C ignored, which processes inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# With which cuBLAS gives the same results each time.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Tiny models are faster on one thread, and tests run side by side. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -43,13 +49,19 @@ def pytest_collection() -> Generator[None]:
         gc.enable()
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m accelerator` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Load the simulated accelerator before the first test, where one of them needs it.
 
     PyTorch starts its threads for devices at the first backward pass of a process, and only for the
     devices that it knows by then.
     """
-    if any("sim" in getattr(item, "fixturenames", ()) for item in items):
+    for item in items:
+        if "accelerator" in getattr(item, "fixturenames", ()):
+            item.add_marker("accelerator")
+    if TEST_DEVICE != "sim":
+        return
+    if any({"sim", "accelerator"} & set(getattr(item, "fixturenames", ())) for item in items):
         with contextlib.suppress(SkipTest):  # each of those tests says so
             import simulated_gpu  # noqa: F401
 
@@ -74,6 +86,24 @@ def sim(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     simulated_gpu.set_available(False)
     simulated_gpu.set_capacity(None)
     module.set_per_process_memory_fraction(1)
+
+
+@pytest.fixture
+def accelerator(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[torch.device]:
+    """The simulated accelerator, or the real one that ``ONEWAN_TEST_DEVICE`` names, with kernels
+    whose results are the same each time."""
+    if TEST_DEVICE == "sim":
+        yield request.getfixturevalue("sim")
+        return
+    import torch
+
+    monkeypatch.delenv("ONEWAN_DEVICE", raising=False)
+    gc.collect()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield torch.device(TEST_DEVICE, 0)
+    torch.use_deterministic_algorithms(False)
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

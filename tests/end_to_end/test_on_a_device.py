@@ -1,22 +1,29 @@
-"""Whole runs on the simulated accelerator: its results are the CPU's, and the host hardly waits.
+"""Whole runs on an accelerator: its results are the CPU's, and the host hardly waits.
 
-The simulation refuses operators on tensors of the host and of the device together, so that a run
-which ends has had none on the wrong side.
+The simulated one refuses operators on tensors of the host and of the device together, so that a run
+which ends has had none on the wrong side, and has the bits of the CPU's. A real one rounds in
+another way.
 """
 
 from __future__ import annotations
 
 import gc
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import simulated_gpu
 import torch
 from safetensors.torch import load_file
+from support.accelerator import (
+    DEVICE,
+    IS_SIMULATED,
+    MEMORY,
+    assert_near,
+    checked,
+    waits_of_the_host,
+)
 from support.other_program_files import as_gguf, fp8
 from support.runs import CLASS_WORD, METHODS, RunFile, layout_of, outcome
 from support.tiny_models import TinyModels
@@ -35,7 +42,6 @@ from onewan.train.trainer import WanTrainer
 
 pytestmark = pytest.mark.long
 
-gpu = torch.get_device_module("sim")
 EACH_PHASE = [
     "wan_config.max_frames=5",
     "train.switch_expert_every=2",
@@ -43,6 +49,10 @@ EACH_PHASE = [
     "validation.clips=2",
     "sample={prompts: [a red square], width: 64, height: 64, frames: 5, steps: 2}",
 ]
+LOSSES_WITHIN = 1e-4
+WEIGHTS_WITHIN = 2e-2
+"""By which share of their norm the results of a real accelerator may differ from the CPU's. An
+adaptive optimizer makes full steps of gradients that are nothing but rounding."""
 SHORT = [
     "wan_config.max_frames=5",
     "train.switch_expert_every=2",
@@ -51,12 +61,12 @@ SHORT = [
 
 
 @pytest.fixture(autouse=True)
-def aligned(sim: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def aligned(accelerator: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights begin at multiples of 64 bytes on the CPU too, as they do on the device.
 
     In the memory of a file they begin anywhere, and matrix products may round differently then.
     """
-    del sim
+    del accelerator
     plain = WanModelSetup.build
 
     def build(setup: WanModelSetup, *arguments: Any, **named: Any) -> Run:
@@ -70,8 +80,8 @@ def aligned(sim: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WanModelSetup, "build", build)
 
 
-Waits = list[Counter[str]]
-"""For each optimizer step on the device: by place, the host's waits."""
+Waits = list[list[str]]
+"""For each optimizer step on the device: the places of the host's waits."""
 
 
 @pytest.fixture
@@ -81,10 +91,11 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
     plain = trainer.train_step
 
     def counted(run: Run, step: Any) -> Any:
-        with simulated_gpu.trace() as trace:
+        if run.device.type == "cpu":
+            return plain(run, step)
+        with waits_of_the_host() as places:
             metrics = plain(run, step)
-        if run.device.type == "sim":
-            found.append(trace.waits())
+        found.append(places)
         return metrics
 
     monkeypatch.setattr(trainer, "train_step", counted)
@@ -92,12 +103,18 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
 
 
 def assert_the_same(here: ResolvedRun, there: ResolvedRun) -> None:
-    """The same losses, norms, weights, averages and optimizer states, bit for bit."""
+    """The same losses, norms, weights, averages and optimizer states; bit for bit on the simulated
+    accelerator."""
     (tensors, steps), (tensors_there, steps_there) = outcome(here), outcome(there)
-    assert steps == steps_there
+    for step, step_there in zip(steps, steps_there, strict=True):
+        number, expert, *numbers, t = step
+        assert (number, expert, t) == (*step_there[:2], step_there[-1])
+        expected, found = (torch.tensor(each) for each in (numbers, step_there[2:-1]))
+        assert_near(found, expected, f"step {number}", within=LOSSES_WITHIN)
     assert tensors.keys() == tensors_there.keys() and tensors
     assert all(t.device.type == "cpu" for t in tensors_there.values())
-    assert [k for k in tensors if not torch.equal(tensors[k], tensors_there[k])] == []
+    for name, tensor in tensors.items():
+        assert_near(tensors_there[name], tensor, name, within=WEIGHTS_WITHIN)
 
 
 def validation_losses(config: ResolvedRun) -> dict[tuple[int, str], float]:
@@ -125,40 +142,43 @@ def test_a_run_with_every_phase_is_the_cpus(
 ) -> None:
     """Both experts, averages, validation, samples, a stop and a resume by the command line."""
     gc.collect()  # what earlier tests left on the device
-    start = gpu.memory_allocated()
+    start = MEMORY.memory_allocated()
     settings = [*EACH_PHASE, "train.steps=6", "train.ema={decay: 0.9, offload: false}", *more]
     here = run_file("t2v-a14b", *settings, name="here")
-    there = run_file("t2v-a14b", *settings, "model.device=sim", name="there")
+    there = run_file("t2v-a14b", *settings, f"model.device={DEVICE.type}", name="there")
     WanTrainer(here).fit()
     with pytest.raises(Interrupted):
         WanTrainer(there, listen=stop_after(3, there)).fit()
-    overrides = [f"output.dir={tmp_path / 'runs'}", *settings, "model.device=sim"]
+    overrides = [f"output.dir={tmp_path / 'runs'}", *settings, f"model.device={DEVICE.type}"]
     assert main(["train", str(tmp_path / "there.yaml"), "--resume", *overrides]) == 0
     assert_the_same(here, there)
-    assert validation_losses(here) == validation_losses(there) and validation_losses(here)
+    losses, losses_there = validation_losses(here), validation_losses(there)
+    assert losses and losses.keys() == losses_there.keys()
+    expected, found = (torch.tensor([*each.values()]) for each in (losses, losses_there))
+    assert_near(found, expected, "validation", within=LOSSES_WITHIN)
     assert np.abs(last_sample(here) - last_sample(there)).mean() < 1
     check_waits(waits)
     gc.collect()
-    assert gpu.memory_allocated() == start
-    assert gpu.max_memory_allocated() > start + 100_000
+    if IS_SIMULATED:  # a real one keeps workspaces of its libraries
+        assert MEMORY.memory_allocated() == start
+    assert MEMORY.max_memory_allocated() > start + 100_000
 
 
 def test_the_order_of_streams_is_right_in_every_phase(run_file: RunFile) -> None:
     """With averages in host memory, and with copies that arrive as late as they may."""
     settings = [*EACH_PHASE, "train.steps=3", "train.ema={decay: 0.9, offload: true}"]
     here = run_file("t2v-a14b", *settings, name="here")
-    there = run_file("t2v-a14b", *settings, "model.device=sim", name="there")
+    there = run_file("t2v-a14b", *settings, f"model.device={DEVICE.type}", name="there")
     WanTrainer(here).fit()
-    with simulated_gpu.sanitizer() as found, simulated_gpu.late_copies():
+    with checked():
         WanTrainer(there).fit()
-    found.raise_if_any()
     assert_the_same(here, there)
 
 
 def check_waits(waits: Waits) -> None:
     """Each step waits once, also one before which the expert changes."""
     assert len(waits) >= 4
-    assert [sum(found.values()) for found in waits] == [1] * len(waits), waits
+    assert [len(found) for found in waits] == [1] * len(waits), waits
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "lora"])
@@ -169,7 +189,7 @@ def test_each_method_trains_as_on_the_cpu(
     if method == "embedding":
         settings.append(f"video_data.sources=[{{path: {workshop / 'named clips'}}}]")
     here = run_file("t2v-a14b", *settings, name="here")
-    there = run_file("t2v-a14b", *settings, "model.device=sim", name="there")
+    there = run_file("t2v-a14b", *settings, f"model.device={DEVICE.type}", name="there")
     WanTrainer(here).fit()
     WanTrainer(there).fit()
     assert_the_same(here, there)
@@ -200,7 +220,7 @@ def test_a_quantized_base_trains_as_on_the_cpu(
 ) -> None:
     settings = [*quantized[storage], *SHORT]
     here = run_file("t2v-a14b", *settings, name="here")
-    there = run_file("t2v-a14b", *settings, "model.device=sim", name="there")
+    there = run_file("t2v-a14b", *settings, f"model.device={DEVICE.type}", name="there")
     WanTrainer(here).fit()
     WanTrainer(there).fit()
     assert_the_same(here, there)

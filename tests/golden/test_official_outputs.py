@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.accelerator import IS_SIMULATED
 from torch import Tensor
 
 from onewan.model.forward import predict_velocity, token_timesteps
@@ -14,8 +16,20 @@ from onewan.model.load import WanModelLoader
 from onewan.model.text import pad_text
 from onewan.model.wan import WanModel
 
+TEXT_AND_TRANSFORMER_WITHIN = 1e-5
+VAE_WITHIN = 2e-3
+"""What a real accelerator may differ by, relative. PyTorch's convolutions in float32 have 10 bits
+of mantissa (TF32) on NVIDIA's cards, also in the official code."""
 FOLDERS = {"t2v-a14b": "t2v-A14B", "i2v-a14b": "i2v-A14B", "ti2v-5b": "ti2v-5B"}
 PROMPTS = ["a small dog runs on the beach", "slow camera pan of a city at night"]
+
+
+def latent_statistics(model: WanModel) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the VAE's latents by channel, [1, C, 1, 1, 1]."""
+    assert model.vae is not None
+    shape = (1, -1, 1, 1, 1)
+    mean = torch.tensor(model.vae.config.latents_mean).view(shape)
+    return mean, torch.tensor(model.vae.config.latents_std).view(shape)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -96,10 +110,49 @@ def test_vae_encodes_and_decodes_as_the_official_one(
 ) -> None:
     model, expected = golden
     assert model.vae is not None
-    shape = (1, -1, 1, 1, 1)
-    mean = torch.tensor(model.vae.config.latents_mean).view(shape)
-    std = torch.tensor(model.vae.config.latents_std).view(shape)
+    mean, std = latent_statistics(model)
     latents = model.encode_video(expected["vae.pixels"])
     assert relative(latents * std + mean, expected["vae.mean_unscaled"]) < 1e-5
     decoded = model.decode_video((expected["vae.mean_unscaled"] - mean) / std)
     assert relative(decoded, expected["vae.decoded"].clamp(-1, 1)) < 1e-5
+
+
+def test_an_accelerator_gives_the_official_outputs(
+    golden: tuple[WanModel, dict[str, Tensor]], accelerator: torch.device
+) -> None:
+    model, expected = golden
+    parts: list[Any] = [model.text_encoder, model.vae, *map(model.expert, model.variant.experts)]
+    try:
+        for part in parts:
+            part.to(accelerator)
+        there = {name: tensor.to(accelerator) for name, tensor in expected.items()}
+        for i, prompt in enumerate(PROMPTS):
+            text = model.encode_prompt(prompt)
+            close(text, expected[f"text.embedding.{i}"], TEXT_AND_TRANSFORMER_WITHIN)
+        for expert in model.variant.experts:
+            out = predict_velocity(
+                model.expert(expert),
+                there["dit.latent"],
+                torch.tensor([0.5], device=accelerator),
+                pad_text([there["text.embedding.0"]]),
+                condition_BCFHW=there.get("dit.condition"),
+            )
+            official = {"high": "high_noise_model", "low": "low_noise_model"}.get(
+                expert.name, "transformer"
+            )
+            close(out, expected[f"dit.{official}.t500"], TEXT_AND_TRANSFORMER_WITHIN)
+        mean, std = latent_statistics(model)
+        latents = model.encode_video(there["vae.pixels"])
+        close(latents.cpu() * std + mean, expected["vae.mean_unscaled"], VAE_WITHIN)
+        given = (expected["vae.mean_unscaled"] - mean) / std
+        decoded = model.decode_video(given.to(accelerator))
+        close(decoded, expected["vae.decoded"].clamp(-1, 1), VAE_WITHIN)
+    finally:
+        for part in parts:
+            part.to("cpu")
+
+
+def close(found: Tensor, expected: Tensor, within: float) -> None:
+    error = relative(found.cpu(), expected)
+    print(f"differs from the official output by {error:.2g}")
+    assert error < (1e-5 if IS_SIMULATED else within)

@@ -1,6 +1,6 @@
-"""Moves modules between host memory and the simulated accelerator, and says what it observed.
+"""Moves modules between host memory and the accelerator, and says what it observed.
 
-For `unit/test_residency.py`; each function needs the fixture `sim`.
+For `unit/test_residency.py`; each function needs the fixture `accelerator`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import simulated_gpu
 import torch
 from torch import nn
 
@@ -23,8 +22,11 @@ from onewan.model.load import WanModelLoader
 from onewan.sample.generate import SampleRequest, WanModelSampler
 from onewan.train.setup import WanModelSetup
 from onewan.train.step import train_step
+from support.accelerator import DEVICE, IS_SIMULATED, MEMORY
 
-SIM: Any = torch.get_device_module("sim")
+if IS_SIMULATED:
+    import simulated_gpu
+
 KIB = 1024
 
 
@@ -53,12 +55,12 @@ class Moments:
 
 
 def training() -> dict[str, Any]:
-    SIM.reset_peak_memory_stats()
-    start = SIM.memory_allocated()
+    MEMORY.reset_peak_memory_stats()
+    start = MEMORY.memory_allocated()
     experts = [module(64), module(64)]
     ids, values = [id(e.weight) for e in experts], [e.weight.detach().clone() for e in experts]
     moments = [Moments(expert) for expert in experts]
-    residency = DeviceResidency("sim")
+    residency = DeviceResidency(DEVICE)
     for expert, state in zip(experts, moments, strict=True):
         residency.manage(expert, state, alternating=True)
     devices, optimizer_devices = [], []
@@ -66,9 +68,12 @@ def training() -> dict[str, Any]:
         residency.bring(expert)
         devices.append([device_of(e) for e in experts])
         optimizer_devices.append([state.device_type() for state in moments])
-    with simulated_gpu.trace() as trace:
-        residency.bring(experts[0])
-    peak = SIM.max_memory_allocated() - start
+    transfers: list[str] = []
+    if IS_SIMULATED:
+        with simulated_gpu.trace() as trace:
+            residency.bring(experts[0])
+        transfers = [kind for kind, *_ in trace.events if "_device" in kind]
+    peak = MEMORY.max_memory_allocated() - start
     for expert in experts:
         residency.release(expert)
     return {
@@ -76,7 +81,7 @@ def training() -> dict[str, Any]:
         "one expert": 2 * 64 * KIB,
         "devices": devices,
         "optimizer devices": optimizer_devices,
-        "transfers of a second bring": len([e for e in trace.events if "_device" in e[0]]),
+        "transfers of a second bring": len(transfers),
         "weights are the same": all(
             torch.equal(e.weight, v) for e, v in zip(experts, values, strict=True)
         ),
@@ -85,17 +90,17 @@ def training() -> dict[str, Any]:
 
 
 def sampling() -> dict[str, Any]:
-    SIM.reset_peak_memory_stats()
-    start = SIM.memory_allocated()
+    MEMORY.reset_peak_memory_stats()
+    start = MEMORY.memory_allocated()
     modules = [module(64), module(48), module(16)]
-    modules[1].to("sim")
+    modules[1].to(DEVICE)
     before = [device_of(m) for m in modules]
-    with DeviceResidency("sim").taking_turns(modules) as bring:
+    with DeviceResidency(DEVICE).taking_turns(modules) as bring:
         for chosen in (2, 0, 1, 0, 2):
             bring(modules[chosen])
-            assert device_of(modules[chosen]) == "sim"
+            assert device_of(modules[chosen]) == DEVICE.type
     return {
-        "peak": SIM.max_memory_allocated() - start,
+        "peak": MEMORY.max_memory_allocated() - start,
         "largest module": 64 * KIB,
         "devices before": before,
         "devices after": [device_of(m) for m in modules],
@@ -105,13 +110,13 @@ def sampling() -> dict[str, Any]:
 def out_of_memory() -> dict[str, Any]:
     """The second module has two weights, of which only the first fits."""
     modules = [module(64), nn.Sequential(module(48), module(96)), module(16)]
-    modules[0].to("sim")
+    modules[0].to(DEVICE)
     values = [p.detach().cpu().clone() for m in modules for p in m.parameters()]
     before = [device_of(m) for m in modules]
-    simulated_gpu.set_capacity(SIM.memory_allocated() + 32 * KIB)
+    simulated_gpu.set_capacity(MEMORY.memory_allocated() + 32 * KIB)
     error = ""
     try:
-        with DeviceResidency("sim").taking_turns(modules) as bring:
+        with DeviceResidency(DEVICE).taking_turns(modules) as bring:
             bring(modules[1])
     except torch.OutOfMemoryError as raised:
         error = type(raised).__name__
@@ -142,7 +147,7 @@ def sampler(folder: Path) -> dict[str, Any]:
     on_cpu = WanModelSampler(WanModelLoader().load(path)).sample(request)
     model = WanModelLoader().load(path)
     parts: list[Any] = [model.text_encoder, model.transformer, model.transformer_2, model.vae]
-    model.transformer_2.to("sim")
+    model.transformer_2.to(DEVICE)
     model.transformer.train()
     model.transformer.blocks[0].eval()
     before = [device_of(part) for part in parts]
@@ -163,7 +168,7 @@ def sampler(folder: Path) -> dict[str, Any]:
 
 
 RUN = """
-model: {{path: {model}, variant: t2v-a14b, dtype: float32, device: sim}}
+model: {{path: {model}, variant: t2v-a14b, dtype: float32, device: {device}}}
 wan_config: {{max_frames: 5}}
 video_data: {{sources: [{{path: {clips}}}], resolution: 4096}}
 method: {{kind: lora, rank: 4}}
@@ -179,7 +184,9 @@ def run(folder: Path) -> dict[str, Any]:
     write_tiny_model(folder / "model", "t2v-a14b", width=64, layers=2)
     paths = {name: (folder / name).as_posix() for name in ("model", "clips")}
     file = folder / "run.yaml"
-    file.write_text(RUN.format(**paths, folder=folder.as_posix()), encoding="utf-8")
+    file.write_text(
+        RUN.format(**paths, device=DEVICE.type, folder=folder.as_posix()), encoding="utf-8"
+    )
     built = WanModelSetup(load_run(file)).build()
     assert built.model.vae is not None
     experts = built.state.experts

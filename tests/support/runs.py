@@ -81,9 +81,14 @@ def layout_of(config: ResolvedRun) -> RunLayout:
 
 
 def leaves(node: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors and numbers in nested containers, as tensors by their key paths."""
+    """All tensors and numbers in nested containers, as tensors by their key paths; of a tensor of
+    few bits, what it consists of."""
     if isinstance(node, torch.Tensor):
-        yield name, node
+        if hasattr(node, "__tensor_flatten__"):
+            for part in node.__tensor_flatten__()[0]:
+                yield f"{name}:{part}", getattr(node, part)
+        else:
+            yield name, node
     elif isinstance(node, dict):
         for key, value in node.items():
             yield from leaves(value, f"{name}:{key}")

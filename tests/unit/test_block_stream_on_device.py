@@ -1,7 +1,7 @@
 """Streamed blocks on a device with streams: the same numbers, no wait of the host, no race.
 
-On the simulated device, whose checker reports unordered accesses, and whose late copies arrive only
-when something that waits for them starts.
+On the simulated accelerator, whose checker reports unordered accesses, and whose late copies arrive
+only when something that waits for them starts; or on a real one.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import copy
 import gc
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
-import simulated_gpu
 import torch
+from support.accelerator import DEVICE, IS_SIMULATED, MEMORY, checked, simulated_only
 from support.adapters import METHODS, attached, inputs, perturb
 from support.streamed import assert_missing_call_is_caught, stream_blocks
 from support.tiny_models import quantized, tiny_transformer
@@ -32,9 +31,10 @@ from onewan.memory.streamed_transformer import StreamedTransformer
 from onewan.memory.streaming import BlockStream
 from onewan.model.forward import predict_velocity
 
-pytestmark = pytest.mark.usefixtures("sim")
-SIM = torch.device("sim", 0)
-MEMORY = torch.get_device_module("sim")
+if IS_SIMULATED:
+    import simulated_gpu
+
+pytestmark = pytest.mark.usefixtures("accelerator")
 LAYERS = 6
 
 
@@ -53,11 +53,11 @@ class Scene:
         self, base: Any, *, copier: str = "pinned", resident: int = 0, ring: int = 2
     ) -> None:
         self.model = copy.deepcopy(base)
-        self.host = HostMemory(SIM, pinned=copier == "pinned")
+        self.host = HostMemory(DEVICE, pinned=copier == "pinned")
         self.weights = BlockWeights.take(
             list(self.model.blocks), self.host, mapped=copier == "mapped"
         )
-        self.stream = BlockStream(SIM, ring=ring, host=self.host)
+        self.stream = BlockStream(DEVICE, ring=ring, host=self.host)
         self.placement = StreamedTransformer(
             self.model, self.weights, self.stream, resident=resident
         )
@@ -69,7 +69,7 @@ def train(model: Any, steps: int = 2) -> list[Tensor]:
     """Losses and weights of `steps` optimizer steps on the adapter of `model`."""
     parameters = list(adapter_parameters(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=0.01)
-    x, t, text = (tensor.to(SIM) for tensor in inputs())
+    x, t, text = (tensor.to(DEVICE) for tensor in inputs())
     losses = []
     for _ in range(steps):
         loss = predict_velocity(model, x, t, text, dtype=torch.float32).square().mean()
@@ -82,13 +82,7 @@ def train(model: Any, steps: int = 2) -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def resident_result(base) -> list[Tensor]:
-    return train(copy.deepcopy(base).to(SIM))
-
-
-@contextmanager
-def checked() -> Iterator[Any]:
-    with simulated_gpu.sanitizer() as found, simulated_gpu.late_copies():
-        yield found
+    return train(copy.deepcopy(base).to(DEVICE))
 
 
 # ---------------------------------------------------------------------- numbers
@@ -101,9 +95,8 @@ def test_streamed_training_has_the_bits_of_resident_training(
 ) -> None:
     monkeypatch.setattr(copiers, "PIECE_SIZE", 4096)  # several pieces per block
     scene = Scene(base, copier=copier, resident=resident)
-    with checked() as found:
+    with checked():
         result = train(scene.model)
-    found.raise_if_any()
     assert all(torch.equal(a, b) for a, b in zip(result, resident_result, strict=True))
     scene.stream.close()
 
@@ -113,21 +106,21 @@ def test_quantized_blocks_are_streamed_as_they_are_stored(how) -> None:
     packed = quantized(tiny_transformer(LAYERS), how)
     model, _ = attached(packed, METHODS["dora"])
     perturb(model)
-    expected = train(copy.deepcopy(model).to(SIM))
+    expected = train(copy.deepcopy(model).to(DEVICE))
     scene = Scene(model, resident=1)
     assert scene.weights.total_size < 0.4 * sum(
         p.numel() * 4 for block in tiny_transformer(LAYERS).blocks for p in block.parameters()
     )
-    with checked() as found:
+    with checked():
         result = train(scene.model)
-    found.raise_if_any()
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
+@simulated_only
 def test_a_step_copies_what_it_must_and_never_waits(base) -> None:
     scene = Scene(base, resident=2)
     train(scene.model)
-    x, t, text = (tensor.to(SIM) for tensor in inputs())
+    x, t, text = (tensor.to(DEVICE) for tensor in inputs())
     before = scene.stream.loads
     simulated_gpu.reset_counters()
     predict_velocity(scene.model, x, t, text, dtype=torch.float32).square().mean().backward()
@@ -138,6 +131,7 @@ def test_a_step_copies_what_it_must_and_never_waits(base) -> None:
     assert not [kind for kind in counted if kind.startswith(("wait", "from_device"))]
 
 
+@simulated_only  # which allocates exactly what it is asked for
 def test_device_memory_is_the_ring_and_the_resident_blocks(base) -> None:
     scene = Scene(base, resident=2, ring=3)
     size = -(-scene.weights.size(0) // 512) * 512  # the device's granularity
@@ -163,7 +157,7 @@ def other_expert(base: Any) -> Any:
 
 def loss_and_gradients(model: Any) -> list[Tensor]:
     """Of one step, in host memory."""
-    x, t, text = (tensor.to(SIM) for tensor in inputs())
+    x, t, text = (tensor.to(DEVICE) for tensor in inputs())
     loss = predict_velocity(model, x, t, text, dtype=torch.float32).square().mean()
     loss.backward()
     results = [loss.detach().cpu()]
@@ -192,7 +186,7 @@ class Pair:
             ),
         ]
         stream_blocks(other, self.stream)
-        self.residency = DeviceResidency(SIM)
+        self.residency = DeviceResidency(DEVICE)
         for model, placement in zip(self.models, self.placements, strict=True):
             self.residency.manage(model, alternating=True, placement=placement)
 
@@ -207,13 +201,12 @@ class Pair:
 def test_experts_share_the_buffers_and_keep_their_own_weights(base, announced) -> None:
     order = [0, 1, 1, 0, 1]
     pair = Pair(base, resident=2)
-    plain = [copy.deepcopy(base).to(SIM), other_expert(base).to(SIM)]
+    plain = [copy.deepcopy(base).to(DEVICE), other_expert(base).to(DEVICE)]
     expected = [loss_and_gradients(plain[expert]) for expert in order]
     results = []
-    with checked() as found:
+    with checked():
         for expert, following in zip(order, [*order[1:], None], strict=True):
             results.append(pair.step(expert, following if announced else None))
-    found.raise_if_any()
     assert pair.stream.misses == 0
     for got, want in zip(results, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
@@ -234,10 +227,10 @@ def test_sampling_takes_turns_and_everything_returns(base) -> None:
     pair = Pair(base, resident=2)
     vae = nn.Linear(4, 4)
     pair.residency.bring(pair.models[1])
-    x, t, text = (tensor.to(SIM) for tensor in inputs())
+    x, t, text = (tensor.to(DEVICE) for tensor in inputs())
     gc.collect()
     allocated = MEMORY.memory_allocated()
-    with torch.no_grad(), pair.residency.taking_turns([*pair.models, vae]) as bring, checked() as f:
+    with torch.no_grad(), pair.residency.taking_turns([*pair.models, vae]) as bring, checked():
         results = []
         for expert in (0, 0, 1):
             bring(pair.models[expert])
@@ -246,15 +239,15 @@ def test_sampling_takes_turns_and_everything_returns(base) -> None:
         bring(vae)
         assert pair.stream.device_bytes == 0
         del results
-    f.raise_if_any()
     gc.collect()
     assert [p.is_ready for p in pair.placements] == [False, True]
     assert MEMORY.memory_allocated() == allocated
     assert {p.device.type for p in pair.models[0].parameters()} == {"cpu"}
-    assert {p.device.type for p in adapter_parameters(pair.models[1]).values()} == {"sim"}
+    assert {p.device.type for p in adapter_parameters(pair.models[1]).values()} == {DEVICE.type}
     assert {t.device.type for t in pair.placements[1].weights.tensors()} == {"cpu"}
 
 
+@simulated_only
 def test_a_transformer_that_does_not_fit_can_be_sent_back_and_tried_again(base) -> None:
     scene = Scene(base, resident=2)
     scene.placement.leave()
@@ -282,7 +275,7 @@ def exercise(base: Any, copier: str) -> tuple[list[Tensor], list[str]]:
         found = stack.enter_context(simulated_gpu.sanitizer())
         stack.enter_context(simulated_gpu.late_copies())
         # The buffers are allocated where kernels have just used memory.
-        garbage = [torch.ones(1 << 14, device=SIM) for _ in range(8)]
+        garbage = [torch.ones(1 << 14, device=DEVICE) for _ in range(8)]
         garbage = [g * 2 for g in garbage]
         del garbage
         scene = Scene(base, copier=copier, resident=1)
@@ -292,7 +285,7 @@ def exercise(base: Any, copier: str) -> tuple[list[Tensor], list[str]]:
         result += train(scene.model, steps=1)
         scene.stream.release()
         reused = [
-            torch.ones(scene.weights.size(0), dtype=torch.uint8, device=SIM) for _ in range(4)
+            torch.ones(scene.weights.size(0), dtype=torch.uint8, device=DEVICE) for _ in range(4)
         ]
         del reused
         scene.stream.close()
@@ -300,6 +293,7 @@ def exercise(base: Any, copier: str) -> tuple[list[Tensor], list[str]]:
     return result, problems
 
 
+@simulated_only
 @pytest.mark.parametrize(
     ("owner", "method", "caller", "copier"),
     [

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from onewan.config.optimizer import AdamWOptimizer, SgdOptimizer
+from onewan.devices import HOST
 from onewan.train.optimizers.parameters import ParameterGroup
 from onewan.train.rounding import Rounding
 
@@ -251,24 +252,23 @@ def test_a_stand_in_is_given_its_gradient_only_while_it_has_values(rounding: Rou
 # ------------------------------------------------------------------------------------ on a device
 
 
-@pytest.mark.usefixtures("sim")
 @pytest.mark.parametrize("rounding", ["none", "stochastic", "kahan"])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", PER_WEIGHT)
 def test_training_on_a_device_is_bit_exact_after_a_stay_in_host_memory(
-    name: str, fused: bool, rounding: Rounding
+    accelerator: torch.device, name: str, fused: bool, rounding: Rounding
 ) -> None:
     dtype = torch.float32 if rounding == "none" else torch.bfloat16
     nets = Net(dtype), Net(dtype)
     optimizers = [optimizer_over(n, CHOICES[name], fused=fused, rounding=rounding) for n in nets]
     for number in range(4):
         for net, optimizer in zip(nets, optimizers, strict=True):
-            for device in ("cpu", "sim") if net is nets[0] else ("sim",):
+            for device in (HOST, accelerator) if net is nets[0] else (accelerator,):
                 net.to(device)
-                optimizer.to(torch.device(device))
+                optimizer.to(device)
             step = optimizer.begin_step(number, 1.0)
             x = torch.randn(16, 64, generator=torch.Generator().manual_seed(number))
-            net(x.to("sim", dtype)).float().square().mean().backward()
+            net(x.to(accelerator, dtype)).float().square().mean().backward()
             step.clip_grad_norm(None)
             step.apply()
     assert are_equal(weights_of(nets[0]), weights_of(nets[1]))

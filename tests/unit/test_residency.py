@@ -7,11 +7,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import simulated_gpu
 import torch
+from support.accelerator import DEVICE, IS_SIMULATED, simulated_only
 from torch import nn
 
 from onewan.memory.residency import DeviceResidency, WholeModule, device_in_use
+
+if IS_SIMULATED:
+    import simulated_gpu
 
 
 class Recorded:
@@ -178,13 +181,13 @@ def test_a_module_that_failed_to_enter_is_sent_back() -> None:
     assert scene.log[-3:] == ["high leaves", "low enters", "low's optimizer to meta"]
 
 
-def test_an_unmanaged_module_is_moved_whole(sim: torch.device) -> None:
-    residency = DeviceResidency(sim)
+def test_an_unmanaged_module_is_moved_whole(accelerator: torch.device) -> None:
+    residency = DeviceResidency(accelerator)
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     assert not residency.is_ready(module)
     residency.bring(module)
     assert residency.is_ready(module)
-    assert {t.device.type for t in (*module.parameters(), *module.buffers())} == {"sim"}
+    assert {t.device.type for t in (*module.parameters(), *module.buffers())} == {DEVICE.type}
 
 
 def test_frozen_weights_return_without_a_copy_unless_they_were_changed(sim: torch.device) -> None:
@@ -255,9 +258,9 @@ def test_the_device_in_use_is_the_first_that_is_not_host_memory() -> None:
 
 
 @pytest.fixture
-def on_device(sim: torch.device) -> ModuleType:
-    """`support.residency_on_device`, which can be imported where the simulated device is."""
-    del sim
+def on_device(accelerator: torch.device) -> ModuleType:
+    """`support.residency_on_device`, which can be imported where the accelerator is."""
+    del accelerator
     return import_module("support.residency_on_device")
 
 
@@ -265,11 +268,13 @@ def test_alternating_experts_never_meet_on_the_device(on_device: ModuleType) -> 
     """The peak is one expert with its optimizer state, and where the other is, is host memory."""
     found = on_device.training()
     assert found["peak"] <= found["one expert"]
-    assert found["devices"] == [["sim", "cpu"], ["cpu", "sim"], ["sim", "cpu"]]
-    assert found["optimizer devices"] == [["sim", "cpu"], ["cpu", "sim"], ["sim", "cpu"]]
+    there = DEVICE.type
+    expected = [[there, "cpu"], ["cpu", there], [there, "cpu"]]
+    assert found["devices"] == found["optimizer devices"] == expected
     assert found["weights are the same"] and found["parameters are the same objects"]
 
 
+@simulated_only
 def test_a_ready_module_costs_no_transfer(on_device: ModuleType) -> None:
     assert on_device.training()["transfers of a second bring"] == 0
 
@@ -280,17 +285,18 @@ def test_sampling_needs_no_more_room_than_the_largest_module(on_device: ModuleTy
     assert found["devices after"] == found["devices before"]
 
 
+@simulated_only
 def test_sampling_out_of_memory_leaves_every_module_in_its_place(on_device: ModuleType) -> None:
     found = on_device.out_of_memory()
     assert found["error"] == "OutOfMemoryError"
-    assert found["devices after"] == found["devices before"] == ["sim", "cpu", "cpu"]
+    assert found["devices after"] == found["devices before"] == [DEVICE.type, "cpu", "cpu"]
     assert found["weights are the same"]
 
 
 def test_a_sample_is_the_cpus_and_modules_return(on_device: ModuleType, tmp_path: Path) -> None:
     """`WanModelSampler` with a tiny model whose low-noise expert is on the device."""
     found = on_device.sampler(tmp_path)
-    assert found["residents"] == [["cpu", "sim"], ["sim", "cpu"]]
+    assert found["residents"] == sorted([["cpu", DEVICE.type], [DEVICE.type, "cpu"]])
     assert found["devices after"] == found["devices before"]
     assert found["modes are the same"]
     assert found["mean difference to the CPU"] < 1
@@ -302,10 +308,10 @@ def test_a_run_keeps_only_the_expert_of_the_step_on_the_device(
     """The VAE has left after encoding. Adapters, optimizer state and averages stay on the device,
     since the plan parks them only where memory is short."""
     found = on_device.run(tmp_path)
-    assert found["automatic device"] == "sim:0"
+    assert found["automatic device"] == str(DEVICE)
     assert found["devices before the first step"] == ["cpu", "cpu", "cpu"]
     # The low-noise expert is there after its step, so it is not asked to move at first.
-    assert found["moves"] == [[], [("high", "sim")], [], [("low", "sim")]]
-    assert found["devices"] == ["cpu", "sim"]
-    assert found["adapter devices"] == ["sim", "sim"]
-    assert found["optimizer devices"] == [["sim"], ["sim"]]
+    assert found["moves"] == [[], [("high", DEVICE.type)], [], [("low", DEVICE.type)]]
+    assert found["devices"] == ["cpu", DEVICE.type]
+    assert found["adapter devices"] == [DEVICE.type] * 2
+    assert found["optimizer devices"] == [[DEVICE.type]] * 2

@@ -399,18 +399,19 @@ def test_an_interrupted_sample_leaves_the_model_as_it_was(training, stop_at):
     assert snapshot(training) == before
 
 
-def test_experts_take_turns_on_the_device(folder, model, sim):
+def test_experts_take_turns_on_the_device(folder, model, accelerator):
+    name = accelerator.type
     there = WanModelLoader().load(folder("t2v-a14b"))
-    there.transformer_2.to(sim)
+    there.transformer_2.to(accelerator)
     resident: set[tuple[bool, bool]] = set()
 
     def look(*_: object) -> None:
         resident.add((there.transformer.device.type, there.transformer_2.device.type))
 
     sample_request = request("t2v-a14b")
-    ours = WanModelSampler(there, device=sim).sample(sample_request, on_step=look)
-    assert resident == {("sim", "cpu"), ("cpu", "sim")}
-    assert (there.transformer.device.type, there.transformer_2.device.type) == ("cpu", "sim")
+    ours = WanModelSampler(there, device=accelerator).sample(sample_request, on_step=look)
+    assert resident == {(name, "cpu"), ("cpu", name)}
+    assert (there.transformer.device.type, there.transformer_2.device.type) == ("cpu", name)
     assert there.vae.device.type == there.text_encoder.device.type == "cpu"
     cpu = WanModelSampler(model("t2v-a14b")).sample(sample_request)
     assert np.abs(ours.astype(int) - cpu.astype(int)).mean() < 1

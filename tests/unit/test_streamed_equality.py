@@ -2,7 +2,7 @@
 
 Every combination of {storage of the weights} x {number of streamed blocks} x {what is kept for the
 backward pass} x {the same expert again, a switch of experts} x {LoRA, DoRA, LoKr, OFT, embeddings}
-x {CPU, simulated device}, bit for bit. The plain step is that of diffusers' own blocks, resident,
+x {CPU, accelerator}, bit for bit. The plain step is that of diffusers' own blocks, resident,
 with PyTorch's checkpointing. Chunks of the feed-forward layer sum gradients in another order: these
 are compared bit for bit with those of chunks of resident blocks, and within rounding with the plain
 ones.
@@ -14,14 +14,12 @@ stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import pytest
-import simulated_gpu
 import torch
+from support.accelerator import IS_SIMULATED, checked
 from support.streamed_equality import (
     ADAPTERS,
     HOST,
@@ -38,6 +36,9 @@ from support.streamed_equality import (
 
 from onewan.memory import activations
 from onewan.memory.plan import Settings
+
+if IS_SIMULATED:
+    import simulated_gpu
 
 pytestmark = pytest.mark.long
 
@@ -73,17 +74,6 @@ gradients are gone, is measured by the changes of the weights."""
 def small_tensors_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of tiny models would be too small to be worth a copy."""
     monkeypatch.setattr(activations, "SMALL", 0)
-
-
-@contextmanager
-def checked(device: torch.device) -> Iterator[None]:
-    """On the simulated device: unordered accesses are found, and copies arrive late."""
-    if device == HOST:
-        yield
-        return
-    with simulated_gpu.sanitizer(where=False) as found, simulated_gpu.late_copies():
-        yield
-    found.raise_if_any()
 
 
 def train_and_compare(case: Case, device: torch.device, streamed: int) -> None:
@@ -124,10 +114,10 @@ def test_on_the_cpu(storage: str, trained: str) -> None:
 
 @pytest.mark.parametrize("trained", ["all adapters", "embeddings"])
 @pytest.mark.parametrize("storage", STORAGES)
-def test_on_the_simulated_device(sim: torch.device, storage: str, trained: str) -> None:
+def test_on_an_accelerator(accelerator: torch.device, storage: str, trained: str) -> None:
     for streamed in STREAMED.values():
-        with checked(sim):
-            train_and_compare(Case(storage, trained), sim, streamed)
+        with checked(where=False):
+            train_and_compare(Case(storage, trained), accelerator, streamed)
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
@@ -150,7 +140,7 @@ def test_copies_of_a_step(sim: torch.device, kept: dict[str, Any]) -> None:
     for streamed in STREAMED.values():
         run = Executed(case, sim, Settings(resident_blocks=LAYERS - streamed, **kept))
         expert = run.use("high")
-        with checked(sim):
+        with checked(where=False):
             expert.step()
             weights = run.stream.bytes_to_device
             simulated_gpu.reset_counters()
@@ -180,7 +170,7 @@ def test_full_fine_tuning_on_the_cpu(storage: str) -> None:
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
-def test_full_fine_tuning_on_the_simulated_device(sim: torch.device, storage: str) -> None:
+def test_full_fine_tuning_on_an_accelerator(accelerator: torch.device, storage: str) -> None:
     for streamed in STREAMED.values():
-        with checked(sim):
-            train_and_compare(Case(storage, "fine-tuning"), sim, streamed)
+        with checked(where=False):
+            train_and_compare(Case(storage, "fine-tuning"), accelerator, streamed)

@@ -7,8 +7,8 @@ import gc
 from typing import Any
 
 import pytest
-import simulated_gpu
 import torch
+from support.accelerator import DEVICE, IS_SIMULATED, MEMORY, checked, simulated_only
 from support.adapters import inputs
 from support.optimizers import CHOICES, PER_WEIGHT, build, through_a_file, uncompiled
 from support.streamed import assert_missing_call_is_caught, stream_blocks
@@ -36,10 +36,11 @@ from onewan.train.optimizers.parameters import ParameterGroup
 from onewan.train.optimizers.per_weight import PerWeightOptimizer
 from onewan.train.rounding import Rounding
 
+if IS_SIMULATED:
+    import simulated_gpu
+
 __all__ = ["uncompiled"]
-pytestmark = pytest.mark.usefixtures("sim")
-SIM = torch.device("sim", 0)
-MEMORY = torch.get_device_module("sim")
+pytestmark = pytest.mark.usefixtures("accelerator")
 LAYERS = 5
 MORE_CHOICES = {**CHOICES, "sgd without momentum": SgdOptimizer(lr=0.3, momentum=0.0)}
 HALF = {"stochastic", "kahan"}
@@ -61,7 +62,7 @@ class FineTune:
         *,
         resident: int | None = None,
         copier: str = "pinned",
-        device: torch.device = SIM,
+        device: torch.device = DEVICE,
     ) -> None:
         """`resident`: streamed, with that many resident blocks; None: all on the device."""
         self.device = device
@@ -158,11 +159,10 @@ def test_no_access_is_unordered(base, resident, copier, monkeypatch) -> None:
     monkeypatch.setattr(copiers, "PIECE_SIZE", 4096)
     plain = FineTune(base, rounding="kahan")
     expected = plain.train(range(3))
-    with simulated_gpu.sanitizer() as found, simulated_gpu.late_copies():
+    with checked():
         streamed = FineTune(base, rounding="kahan", resident=resident, copier=copier)
         result = streamed.train(range(3))
         weights = streamed.weights()
-    found.raise_if_any()
     assert_equal(result, expected)
     assert_equal(weights, plain.weights())
     assert streamed.stream is not None and streamed.stream.misses == 0
@@ -184,7 +184,7 @@ def test_a_block_that_is_differentiated_in_parts_is_updated_once(base, keep_atte
     streamed.model.train()
     streamed.model.block_runner = CheckpointedBlocks(
         blocks=list(streamed.model.blocks),
-        store=KeptActivations(SIM, lambda size: HostMemory(SIM).allocate(size).tensor),
+        store=KeptActivations(DEVICE, lambda size: HostMemory(DEVICE).allocate(size).tensor),
         weights=streamed.stream,
         computation=BlockComputation(keep_attention=keep_attention),
     )
@@ -195,6 +195,7 @@ def test_a_block_that_is_differentiated_in_parts_is_updated_once(base, keep_atte
     assert all(loss.isfinite() for loss in losses)
 
 
+@simulated_only
 def test_weights_and_state_travel_once_and_nothing_waits(base) -> None:
     """Per step: 2 (S - ring) loads of weights, one of each block's state, and both back once."""
     streamed = FineTune(base, rounding="kahan", resident=1)
@@ -218,6 +219,7 @@ def test_weights_and_state_travel_once_and_nothing_waits(base) -> None:
     assert not [kind for kind in counted if kind.startswith("wait")]
 
 
+@simulated_only  # which allocates exactly what it is asked for
 def test_device_memory_is_that_of_a_few_blocks(base) -> None:
     """Of weights, states and gradients together, at any time of a step."""
     gc.collect()
@@ -288,7 +290,7 @@ def test_averages_are_put_into_streamed_weights_and_taken_out_again(base) -> Non
     plain = FineTune(base, "adamw_schedule_free", "stochastic")
     streamed = FineTune(base, "adamw_schedule_free", "stochastic", resident=1)
     assert_trained_alike(plain, streamed, range(2))
-    x, t, text = (tensor.to(SIM) for tensor in inputs())
+    x, t, text = (tensor.to(DEVICE) for tensor in inputs())
     outputs = []
     for one in (plain, streamed):
         with one.optimizer.evaluating(), torch.no_grad():
@@ -325,10 +327,11 @@ def test_an_optimizer_that_makes_new_state_is_refused(base) -> None:
 def test_trained_weights_can_not_be_mapped(base) -> None:
     with pytest.raises(ValueError, match="masters"):
         BlockWeights.take(
-            list(copy.deepcopy(base).blocks), HostMemory(SIM), mapped=True, trained=True
+            list(copy.deepcopy(base).blocks), HostMemory(DEVICE), mapped=True, trained=True
         )
 
 
+@simulated_only
 @pytest.mark.parametrize(
     ("owner", "method", "caller", "copier"),
     [
