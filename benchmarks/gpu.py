@@ -21,8 +21,8 @@ plan's. What does not fit is reported as that.
 benchmarks/results: of one for each card, and for each ``--label`` that distinguishes the results of
 several commands.
 
-An A14B model needs 28.6 GB in the folder for temporary files (``--work``), and each of its experts
-as much memory while it is loaded.
+An A14B model needs 28.6 GB in the folder for temporary files, or in ``--work``, where it stays for
+the next command; and each of its experts needs as much memory while it is loaded.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ import argparse
 import itertools
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -50,7 +51,7 @@ from figures import (
     on_its_device,
     save,
 )
-from gpu_model import DTYPE, write_clip, write_model
+from gpu_model import DTYPE, prepare_model, write_clip
 from gpu_table import COLUMNS, SIZES
 from measuring import in_turns, parse_size, peak_of, release
 from small_runs import step_of
@@ -364,7 +365,7 @@ def parser() -> argparse.ArgumentParser:
     add("--width", type=int, help="channels of the transformer, if not all; a multiple of 128")
     add("--small", action="store_true", help="tiny transformers and one small clip")
     add("--label", help="added to the figure's name, so that another command's stays beside it")
-    add("--work", type=Path, help="folder for the model; default: a temporary one")
+    add("--work", type=Path, help="folder where models are kept for the next command")
     add_output_options(result)
     return result
 
@@ -393,9 +394,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found: list[tuple[Case, Measured | str]] = []
     for variant in options.variant:
         size = transformer_size(variant, options)
-        with tempfile.TemporaryDirectory(dir=options.work) as temporary:
-            folder = Path(temporary)
-            write_model(folder / "model", variant, size, device)
+        with nullcontext(options.work) if options.work else TemporaryDirectory() as work:
+            folder = Path(work) / variant
+            prepare_model(folder / "model", variant, size, device)
             release(device)
             bench = Bench(
                 folder=folder, transformer=size, device=device, rate=rate, steps=options.steps

@@ -3,6 +3,7 @@ nothing is downloaded, and a clip of any size."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ def write_model(
     Both experts have the same weights, of which neither times nor memory depend: the second one's
     file is a hard link, so that only one takes space.
     """
+    shutil.rmtree(folder, ignore_errors=True)
     write_tiny_model(folder, variant)
     facts = VARIANTS[variant]
     first: Path | None = None
@@ -52,6 +54,16 @@ def write_model(
         else:
             weights.hardlink_to(first)
         first = first or weights
+
+
+def prepare_model(
+    folder: Path, variant: VariantName, size: TransformerSize, device: torch.device
+) -> None:
+    """Write the model of `write_model`, unless `folder` has one of the same size."""
+    note, content = folder.parent / "size.txt", repr(size)
+    if not note.exists() or note.read_text(encoding="utf-8") != content:
+        write_model(folder, variant, size, device)
+        note.write_text(content, encoding="utf-8")
 
 
 def write_weights(target: Path, module: torch.nn.Module, device: torch.device) -> None:
@@ -80,6 +92,6 @@ def write_clip(folder: Path, size: tuple[int, int, int]) -> None:
     frames, height, width = size
     rows, columns = np.mgrid[0:height, 0:width]
     pattern = [((rows + columns * 2 + 3 * f) % 256).astype(np.uint8) for f in range(frames)]
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_video(folder / "clip.mp4", np.repeat(np.stack(pattern)[..., None], 3, axis=3), fps=16)
     (folder / "clip.txt").write_text("a gradient moves across the picture", encoding="utf-8")

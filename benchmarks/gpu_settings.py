@@ -1,8 +1,8 @@
 """What settings of `memory` change in a step on a GPU: duration, and peak beside the plan's.
 
-Compiled blocks, packed weights, each attention backend that works on the device, and kept
-attention, each beside the same step without it, as the trainer executes it. A few blocks of full
-width are enough: all blocks take the same time.
+Compiled blocks, packed weights, each attention backend that works on the device, and attention
+that is computed again, each beside the same step without it, as the trainer executes it. A few
+blocks of full width are enough: all blocks take the same time.
 
     python benchmarks/gpu_settings.py --device cuda --width 5120 --blocks 4 --size 33x480x832
 """
@@ -29,16 +29,22 @@ from measuring import in_turns, peak_of, release
 from small_runs import SmallRuns, add_scale_options, build, scale_in_words, step_of, write_runs
 
 from onewan.devices import device_memory, fused_attention
-from onewan.errors import OnewanError
+from onewan.errors import ConfigError, OnewanError
+from onewan.model.attention_backends import attention_backend
 
-PLAIN = "flash attention"
-COMMON = ("memory.resident_blocks={all}", "memory.offload_inputs=false")
+PLAIN = "flash attention, kept on the device"
+COMMON = (
+    "memory.resident_blocks={all}",
+    "memory.offload_inputs=false",
+    "memory.keep_attention=device",
+    "memory.feed_forward_chunks=1",
+)
 SETTINGS: dict[str, tuple[str, ...]] = {
     PLAIN: (),
     "weights in fp8": ("memory.weights=fp8",),
     "weights in int8": ("memory.weights=int8",),
     "weights in nf4": ("memory.weights=nf4",),
-    "attention kept on the device": ("memory.keep_attention=device",),
+    "attention computed again": ("memory.keep_attention=no",),
     "without gradient checkpointing": ("memory={gradient_checkpointing: false, attention: flash}",),
 }
 
@@ -47,10 +53,19 @@ def settings_of(runs: SmallRuns) -> dict[str, tuple[str, ...]]:
     """`SETTINGS`, and the other attention backends that the device may have."""
     found = dict(SETTINGS)
     for name in fused_attention(runs.device):
-        if name != "flash":
+        if name != "flash" and is_installed(name):
             found[f"{name} attention"] = (f"memory.attention={name}",)
     found["compiled"] = ("memory.compile=true",)  # last, since the compiler's processes remain
     return found
+
+
+def is_installed(name: str) -> bool:
+    """Whether the attention backend `name` is PyTorch's, or of a package that is here."""
+    try:
+        attention_backend(name)
+    except ConfigError:
+        return False
+    return True
 
 
 def measured(runs: SmallRuns, name: str, settings: tuple[str, ...], steps: int) -> list[Value]:
@@ -112,7 +127,7 @@ def figure_of(values: Sequence[Value], runs: SmallRuns, what: str) -> Figure:
         title="A step with other memory settings",
         measured=(
             f"Steps as the trainer executes them: {what}, all blocks on the device, with gradient "
-            "checkpointing unless the row says otherwise."
+            "checkpointing and kept attention unless the row says otherwise."
         ),
         values=relative(values),
         charts=[Chart(measure="duration of a step")],

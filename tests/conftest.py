@@ -93,7 +93,7 @@ def accelerator(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[torch.device]:
     """The simulated accelerator, or the real one that ``ONEWAN_TEST_DEVICE`` names, with kernels
-    whose results are the same each time."""
+    whose results are the same each time (`support.accelerator`)."""
     if TEST_DEVICE == "sim":
         yield request.getfixturevalue("sim")
         return
@@ -101,9 +101,7 @@ def accelerator(
 
     monkeypatch.delenv("ONEWAN_DEVICE", raising=False)
     gc.collect()
-    torch.use_deterministic_algorithms(True, warn_only=True)
     yield torch.device(TEST_DEVICE, 0)
-    torch.use_deterministic_algorithms(False)
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

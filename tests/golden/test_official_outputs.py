@@ -17,9 +17,10 @@ from onewan.model.text import pad_text
 from onewan.model.wan import WanModel
 
 TEXT_AND_TRANSFORMER_WITHIN = 1e-5
-VAE_WITHIN = 2e-3
-"""What a real accelerator may differ by, relative. PyTorch's convolutions in float32 have 10 bits
-of mantissa (TF32) on NVIDIA's cards, also in the official code."""
+ENCODED_WITHIN = 1e-4
+DECODED_WITHIN = 3e-3
+"""What a real accelerator may differ by, relative. Decoding rounds to 10 bits of mantissa
+(TF32) on NVIDIA's cards, as the official code does there."""
 FOLDERS = {"t2v-a14b": "t2v-A14B", "i2v-a14b": "i2v-A14B", "ti2v-5b": "ti2v-5B"}
 PROMPTS = ["a small dog runs on the beach", "slow camera pan of a city at night"]
 
@@ -143,10 +144,10 @@ def test_an_accelerator_gives_the_official_outputs(
             close(out, expected[f"dit.{official}.t500"], TEXT_AND_TRANSFORMER_WITHIN)
         mean, std = latent_statistics(model)
         latents = model.encode_video(there["vae.pixels"])
-        close(latents.cpu() * std + mean, expected["vae.mean_unscaled"], VAE_WITHIN)
+        close(latents.cpu() * std + mean, expected["vae.mean_unscaled"], ENCODED_WITHIN)
         given = (expected["vae.mean_unscaled"] - mean) / std
         decoded = model.decode_video(given.to(accelerator))
-        close(decoded, expected["vae.decoded"].clamp(-1, 1), VAE_WITHIN)
+        close(decoded, expected["vae.decoded"].clamp(-1, 1), DECODED_WITHIN)
     finally:
         for part in parts:
             part.to("cpu")

@@ -21,6 +21,10 @@ NAME = os.environ.get(VARIABLE) or "sim"
 IS_SIMULATED = NAME == "sim"
 if IS_SIMULATED:
     import simulated_gpu  # registers the device
+else:
+    # Steps are compared bit for bit. Only for a whole process, since fixtures of a module compute
+    # before those of a test, and without `warn_only`, which leaves attention as it is.
+    torch.use_deterministic_algorithms(True)
 
 DEVICE = torch.device(NAME, 0)
 MEMORY = torch.get_device_module(DEVICE)
