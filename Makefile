@@ -1,4 +1,4 @@
-# make setup | demo | test | long | dist | wheel | oldest | newest | beside-onetrainer | audit | docs | figures | lint: each sets up .venv first if it is not there yet.
+# make setup | demo | test | long | test-gpu | dist | wheel | oldest | newest | beside-onetrainer | audit | docs | figures | lint: each sets up .venv first if it is not there yet.
 # Needs Python 3.10 to 3.13 and make; everything else is installed into .venv.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ else
 endif
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test long dist wheel oldest newest beside-onetrainer audit docs lint figures pictures clean
+.PHONY: setup demo test long test-gpu dist wheel oldest newest beside-onetrainer audit docs lint figures pictures clean
 
 setup: $(READY)
 
@@ -39,6 +39,13 @@ test: $(READY)
 long: $(READY)
 	@echo "== long tests"
 	$(BIN)/python -m pytest --numprocesses auto -m long
+
+# The tests that take an accelerator, on a real one: make test-gpu DEVICE=xpu. Needs a PyTorch that computes on it in
+# .venv (docs/installing.md).
+DEVICE ?= cuda
+test-gpu: $(READY)
+	@echo "== tests on $(DEVICE)"
+	ONEWAN_TEST_DEVICE="$(DEVICE)" $(BIN)/python -m pytest --numprocesses 4 -m accelerator
 
 # The wheel and the source distribution into dist/, with a bill of materials and the licences of what is installed
 # with them. Built twice, they have the same bytes.

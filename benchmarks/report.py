@@ -60,6 +60,7 @@ SECTIONS: dict[str, tuple[Benchmark, ...]] = {
     "Peak memory consumption during training": (
         Benchmark(figure="memory", script="memory.py", quick=None),
         Benchmark(figure="device_memory", script="device_memory.py"),
+        Benchmark(figure="vae_memory", script="vae_memory.py", quick=None, needs="a GPU"),
     ),
     "Memory efficiency of video batching": (Benchmark(figure="batching", script="batching.py"),),
     "Model offloading effectiveness": (
@@ -69,6 +70,7 @@ SECTIONS: dict[str, tuple[Benchmark, ...]] = {
     "Steps per second": (
         Benchmark(figure="steps_per_second", script="train_step.py", quick=("--steps", "7")),
         Benchmark(figure="gpu", script="gpu.py", quick=None, needs="a GPU"),
+        Benchmark(figure="gpu_settings", script="gpu_settings.py", quick=None, needs="a GPU"),
     ),
     "Batch size scaling": (Benchmark(figure="batch_scaling", script="batch_scaling.py"),),
     "Comparison with existing trainers": (

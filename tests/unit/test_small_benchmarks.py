@@ -11,10 +11,12 @@ from types import ModuleType
 import batch_scaling
 import batching
 import device_memory
+import gpu_settings
 import offloading
 import pytest
 import simulated_gpu  # registers the device
 import torch
+import vae_memory
 from figures import Figure, Value, read_figure
 from plots import draw
 
@@ -95,6 +97,32 @@ def test_device_memory(run: Callable[..., Figure]) -> None:
         assert {value.case["phase"] for value in own} == phases
         for value in own:
             assert value.expected == pytest.approx(value.median, rel=0.35), value.case
+
+
+@pytest.mark.long
+def test_memory_settings(run: Callable[..., Figure]) -> None:
+    names = ["attention computed again", "without gradient checkpointing", "weights in nf4"]
+    size = ["--size", "5x64x64", "--steps", "1", "--width", "256"]
+    figure = run(gpu_settings, *size, "--only", gpu_settings.PLAIN, *names)
+    for name in names[:2]:
+        duration = by_measure(figure, settings=name)["duration of a step"]
+        assert duration.median > 0 and duration.ratio and duration.baseline == gpu_settings.PLAIN
+    assert set(by_measure(figure, settings=names[2])) == {"duration of a step"}
+
+
+@pytest.mark.long
+def test_the_vae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tiny one in place of the true size, whose figures are only for that."""
+    small = {"t2v-a14b": {"base_dim": 8}}
+    monkeypatch.setattr(vae_memory, "TRUE_SIZE", small)
+    file = tmp_path / "it.json"
+    arguments = ["--device", "sim", "--size", "9x64x64", "--json", str(file)]
+    assert vae_memory.main(arguments) == 0
+    figure = read_figure(file)
+    for what in ("encoding", "decoding", vae_memory.EXACT):
+        found = by_measure(figure, what=what, size="9x64x64")
+        assert found["duration"].median > 0
+        assert found["device peak"].expected == pytest.approx(found["device peak"].median, rel=0.3)
 
 
 @pytest.mark.long

@@ -10,9 +10,9 @@ latents (measured: 12 of 12 clips). Every call here holds one lock.
 On CUDA, PyTorch by default computes float32 convolutions with 10 bits of mantissa (TF32). For
 encoding that is turned off: latents that are encoded once and trained on for days should not carry
 the rounding of the card that encoded them. Videos are decoded as PyTorch does by default, and with
-it the official code: they differ by 0.1 %, less than 8 bits of a pixel show, and on an H200 it takes
-a third to a seventh of the time. The exact kernels of the VAE of TI2V-5B also took 133 GB there as
-cuDNN's workspace, for which others need 1 GB.
+it the official code. The pixels differ by 0.1 %, less than one of 256 levels. On an H200 it takes a
+third to a seventh of the time, and exact kernels for the VAE of TI2V-5B took 133 GB there as
+cuDNN's workspace, where these took 1 GB.
 """
 
 from __future__ import annotations
