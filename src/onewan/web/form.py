@@ -56,7 +56,7 @@ class Form:
         self._widgets: dict[KeyPath, _Widget] = {}
         self._boxes: dict[KeyPath, _Box] = {}
         self._more: list[tuple[KeyPath, ui.expansion, frozenset[KeyPath]]] = []
-        self._rare: list[ui.element] = []
+        self._rare: dict[str, ui.element] = {}
         self._checked = Checked(None, {}, [])
         self._defaults: Any = {}
         self._quiet = False
@@ -73,12 +73,12 @@ class Form:
                 else:
                     self._field(field)
             if not (field.essential or self._run.is_given(field.path)):
-                self._rare.append(card)
+                self._rare[field.name] = card
         self.show_all(False)
 
     def show_all(self, shown: bool) -> None:
         """Show the sections without essential fields too, or hide them."""
-        for card in self._rare:
+        for card in self._rare.values():
             card.set_visibility(shown)
 
     def refresh(self) -> None:
@@ -105,7 +105,8 @@ class Form:
 
     def reveal(self, path: KeyPath) -> None:
         """Open what hides the field at `path`, and move there."""
-        self.show_all(True)
+        if str(path[0]) in self._rare:
+            self._rare[str(path[0])].set_visibility(True)
         for _ in range(len(path)):  # what is opened may have parts of its own
             for at, expansion, within in list(self._more):
                 if path[: len(at)] == at and any(path[: len(p)] == p for p in within):
@@ -113,7 +114,8 @@ class Form:
         near = [p for p in self._widgets if p[: len(path)] == path or path[: len(p)] == p]
         if near:
             element = self._widgets[max(near, key=len)].element
-            element.run_method("$el.scrollIntoView", {"block": "center"})
+            place = f"getHtmlElement({element.id}).scrollIntoView({{block: 'center'}})"
+            ui.run_javascript(place)
             element.run_method("focus")
 
     # ---------------------------------------------------------------------------------- parts

@@ -33,6 +33,8 @@ class PlanView:
         with ui.element("section").classes("ow-card").props('aria-label="Plan"'):
             text("h2", "Plan")
             self._state = ui.label("The plan is being made.").props('role="status"')
+            self.problems = ui.element("div").props('role="status" aria-label="Problems"')
+            """For what is wrong with the run file."""
             self._content = ui.element("div").classes("ow-plan")
 
     def make(self, config: ResolvedRun) -> None:

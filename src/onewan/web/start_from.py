@@ -173,15 +173,15 @@ class StartFrom:
                 await _told(lambda: read(file, event.file.name, Path.cwd()))
 
         self._button("Read it", from_path)
-        ui.label("Or a file of this computer, up to 3 MB:")
         upload = ui.upload(
-            label="OneTrainer config (JSON)",
             on_upload=uploaded,
             on_rejected=lambda: tell("A config is a JSON file of 3 MB at most.", error=True),
             max_file_size=_MOST_BYTES,
             auto_upload=True,
         )
-        upload.props('accept=".json" flat bordered').classes("ow-wide")
+        upload.props('accept=".json"').classes("hidden")  # its own button has no name
+        choose = ui.button("Or choose a file of this computer").props("outline no-caps")
+        choose.on("click", js_handler=f"() => getElement({upload.id}).pickFiles()")
 
     def _account(self, imported: Imported, name: str) -> None:
         """Show what became of each key, before the run file is opened."""

@@ -47,7 +47,8 @@ def add(page: Page) -> None:
         resume: Annotated[str, Query(max_length=300)] = "",
     ) -> None:
         found = drafts.read(draft)
-        with frame("New run", "/new", styles=["new_run.css"]):
+        scripts = ["new_run.js"] if found is not None else []
+        with frame("New run", "/new", styles=["new_run.css"], scripts=scripts):
             if found is None:
                 if draft:
                     tell("This draft was started or deleted; choose what to begin with.")
@@ -85,7 +86,6 @@ class _Editor:
         """Where the run file would be: relative paths are those of this folder."""
         self._resumed = page.roots.run(resume) if resume else None
         self._run = RunText(saved)
-        self._checked = Checked(None, {}, [])
         self._read = _Later(_TYPING_SECONDS, self._read_text)
         self._check = _Later(_PLAN_SECONDS, self._check_run)
         self._keep = _Later(_TYPING_SECONDS, self._save)
@@ -106,7 +106,6 @@ class _Editor:
                     self._text = ui.codemirror(
                         self._run.text, language="YAML", on_change=lambda: self._read.call()
                     ).classes("ow-yaml")
-                    self._text.props('aria-label="Run file in YAML"')
                     ui.label(
                         "The same settings as text. Comments and the order are kept; "
                         f"relative paths begin at {self._file.parent}."
@@ -128,7 +127,6 @@ class _Editor:
             self._state = ui.label("Kept as a draft").classes("ow-muted ow-grow")
             self._state.props('aria-live="polite"')
             ui.button("Delete draft", on_click=self._delete).props("flat no-caps")
-        self._problems = ui.element("div").props('role="status" aria-label="Problems"')
 
     # ---------------------------------------------------------------------------- form and text
 
@@ -199,7 +197,9 @@ class _Editor:
         checked = await asyncio.to_thread(self._checked_run)
         self._show_problems(checked)
         if checked.config is None:
-            self._plan.clear("The plan is made when the problems above are solved.")
+            count = len(checked.by_field) + len(checked.others)
+            many = f"these {count} problems are" if count > 1 else "this problem is"
+            self._plan.clear(f"The plan is made when {many} solved:")
         else:
             self._plan.make(checked.config)
 
@@ -219,14 +219,10 @@ class _Editor:
         return Checked(None if wrong else checked.config, wrong, [])
 
     def _show_problems(self, checked: Checked) -> None:
-        self._checked = checked
         self._form.show(checked)
-        self._problems.clear()
-        lines = list(problem_lines(checked)) if self._run.malformed is None else []
-        with self._problems:
-            if lines:
-                ui.label("1 problem" if len(lines) == 1 else f"{len(lines)} problems")
-            for path, line in lines:
+        self._plan.problems.clear()
+        with self._plan.problems:
+            for path, line in problem_lines(checked):
                 with ui.element("div").classes("ow-row ow-bad"):
                     ui.label(line).classes("ow-grow")
                     if path is not None:
