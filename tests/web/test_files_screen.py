@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from support.page import with_user
 
 from onewan.errors import OnewanError
+from onewan.media import write_video
 from onewan.web.files import entry_at, find_files, summary
 from onewan.web.roots import Roots
 
@@ -41,6 +42,9 @@ def folder(tmp_path: Path) -> Path:
     write_lora(run / "weights" / "fox_000100_high_noise.safetensors")
     write_lora(run / "state" / "000100" / "adapter.safetensors")
     (run / "events.jsonl").touch()
+    sample = run / "samples" / "000100" / "0.mp4"
+    sample.parent.mkdir(parents=True)
+    write_video(sample, np.zeros((5, 16, 16, 3), np.uint8), 16)
     (run / "run.yaml").write_text(RUN_FILE, encoding="utf-8")
     (run / "notes.yaml").write_text("a: 1\n", encoding="utf-8")
     model = tmp_path / "models" / "tiny"
@@ -72,6 +76,7 @@ def test_only_what_matters_is_listed_and_only_once_the_newest_first(folder: Path
         "data1/tiny": "weights",
         "data1/broken.safetensors": "weights",
         "runs/fox/run.yaml": "run file",
+        "runs/fox/samples/000100/0.mp4": "video",
         "runs/fox/weights/fox_000100_high_noise.safetensors": "weights",
     }
 
@@ -103,7 +108,7 @@ def test_what_is_not_in_the_list_has_no_screen(folder: Path, path: str) -> None:
 def test_the_list_is_searched_by_words_and_by_kind(folder: Path) -> None:
     async def act(user: User) -> None:
         await user.open("/files")
-        await user.should_see("4 files")
+        await user.should_see("5 files")
         await user.should_see("LoRA for Wan")
         user.find("Search").type("fox WEIGHTS")
         await user.should_see("1 file,")
@@ -114,7 +119,10 @@ def test_the_list_is_searched_by_words_and_by_kind(folder: Path) -> None:
         await user.should_see("fox/run.yaml")
         await user.should_see("1 file,")
         select.value = "video"
-        await user.should_see("None of 4 files matches.")
+        await user.should_see("fox/samples/000100/0.mp4")
+        await user.should_see("1 file,")
+        user.find("Search").type("deer")
+        await user.should_see("None of 5 files matches.")
 
     with_user(folder / "runs", act, data=[folder / "models"])
 

@@ -17,7 +17,7 @@ from typing import Literal
 from onewan.checkpoint.inspect import inspect
 from onewan.checkpoint.inspection import Inspection
 from onewan.errors import OnewanError
-from onewan.media import VIDEO_SUFFIXES, describe
+from onewan.media import VIDEO_SUFFIXES, describe, extension
 from onewan.runs.layout import RunLayout
 from onewan.runs.status import is_run
 from onewan.web.roots import Roots
@@ -115,7 +115,7 @@ def _kind(path: Path) -> Kind | None:
     suffix = path.suffix.lower()
     if suffix in _WEIGHTS:
         return "weights"
-    if suffix in VIDEO_SUFFIXES:
+    if extension(path) in VIDEO_SUFFIXES:
         return "video"
     return "run file" if suffix in _RUN_FILES and _is_run_file(path) else None
 

@@ -67,7 +67,8 @@ def frame(
                 if address == section:
                     link.props('aria-current="page"')
         _theme_button()
-    with ui.element("main").classes("ow-main") as main:
+    # Quasar's own element around it is a <main>.
+    with ui.element("div").classes("ow-main") as main:
         ui.skip_link("Skip to content", target=main)
         text("h1", title).classes("ow-title")
         yield

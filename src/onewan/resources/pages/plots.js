@@ -397,9 +397,10 @@
       // To the left and to the right, since two of them may lie close together.
       const { left } = this.room, right = left + this.inner.width;
       const side = index % 2 ? { x: right - 6, "text-anchor": "end" } : { x: left + 6 };
+      const isBelow = y < this.room.top + 18;
       // On a narrow screen there is no room for two of them at one height.
-      const isBelow = y < this.room.top + 18 || (this.width < 560 && index % 2 === 1);
-      const text = svg("text", { ...side, y: isBelow ? y + 14 : y - 5 }, group);
+      const lower = this.width < 560 && index % 2 ? (isBelow ? 14 : 19) : 0;
+      const text = svg("text", { ...side, y: y + (isBelow ? 14 : -5) + lower }, group);
       text.textContent = `${limit.label}: ${shown(limit.y, unit)}`;
     }
 
