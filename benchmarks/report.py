@@ -83,6 +83,14 @@ SECTIONS: dict[str, tuple[Benchmark, ...]] = {
             figure="report_page", script="report_page.py", quick=None, needs="the browser chromium"
         ),
     ),
+    "The page of a run": (
+        Benchmark(
+            figure="web_page",
+            script="web_page.py",
+            quick=None,
+            needs="the browser chromium and two cores",
+        ),
+    ),
     "Start-up": (Benchmark(figure="startup", script="startup.py", quick=("--repeats", "3")),),
     "Data, sampling and files": (
         Benchmark(figure="data", script="data.py", quick=None),

@@ -248,7 +248,7 @@ def test_answers_are_sent_once_and_then_only_when_they_have_changed(tmp_path: Pa
             )
             assert again.status_code == 304 and not again.content
         gauges = (await client.get("/api/run/dog/summary")).json()["machine"]
-        assert {"CPU", "RAM"} <= {name for name, *_ in gauges}
+        assert "CPU" in [name for name, *_ in gauges]
         address = (await client.get("/api/run/dog/samples")).json()["videos"][0][2]
         assert (await client.get(address)).headers["content-type"] == "video/mp4"
         poster = await client.get(address.replace("/media/", "/poster/"))

@@ -160,10 +160,16 @@ def test_a_trainer_that_is_killed_is_told_within_five_seconds(
         tab = browser.tab()
         opened(tab, page, "dog")
         tab.wait("#run-state", "running")
+        tab.until("document.getElementById('run-progress').value === 1")
         trainer.kill()
         trainer.wait()
         killed = time.monotonic()
         tab.wait("#run-state", "killed", seconds=5)
-        tab.wait("#run-problem", "It can continue from step 0", seconds=1)
+        tab.wait("#run-problem", "It has no saved state", seconds=1)
+        tab.until(
+            "[...document.querySelectorAll('#run-controls button')].some("
+            "(each) => each.innerText === 'Continue' && !each.disabled)",
+            seconds=5,
+        )
         assert time.monotonic() - killed < 5
         assert not tab.console

@@ -105,12 +105,14 @@ def _problem(record: RunRecord) -> dict[str, Any] | None:
         return {"heading": "It failed", "lines": history.error.split("\n")}
     if record.state not in ("killed", "silent"):
         return None
-    where = (
-        f"from the saved state of step {history.saved[-1]:,}" if history.saved else "from step 0"
+    goes_on = (
+        f"It can continue from the saved state of step {history.saved[-1]:,}."
+        if history.saved
+        else "It has no saved state, so it begins again where it is continued."
     )
     return {
         "heading": "It was killed" if record.state == "killed" else "It may have been killed",
-        "lines": [f"{record.reason[:1].upper()}{record.reason[1:]}.", f"It can continue {where}."],
+        "lines": [f"{record.reason[:1].upper()}{record.reason[1:]}.", goes_on],
     }
 
 

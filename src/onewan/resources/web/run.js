@@ -207,13 +207,6 @@ class Run {
     }));
     this.problem(summary);
     this.view.classList.add("ready");
-    // What the buttons offer depends on the state.
-    if (this.state !== undefined && this.state !== summary.state) this.changed(summary.state);
-    this.state = summary.state;
-  }
-
-  changed(state) {
-    this.view.dispatchEvent(new CustomEvent("run-state", { detail: state }));
   }
 
   problem({ problem, gaps, warnings }) {

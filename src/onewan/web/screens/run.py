@@ -65,7 +65,8 @@ def _elements(page: Page, name: str, others: list[str]) -> None:
         with ui.element("div").classes("head"):
             text("span", "").props('id="run-state"').classes("badge plain")
             text("p", "").props('id="run-facts"').classes("facts")
-        ui.element("progress").props('id="run-progress" max="1" value="0" aria-label="steps done"')
+        # Its value is the script's: one that is given here Vue would set with each change.
+        ui.element("progress").props('id="run-progress" max="1" aria-label="steps done"')
         with ui.element("div").classes("run-controls ow-row").props('id="run-controls"'):
             controls(page, name)
         text("p", "").props('id="run-told" role="status" hidden').classes("box bad")
