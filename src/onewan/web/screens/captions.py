@@ -31,19 +31,25 @@ class Desk:
     """Whose edits can be taken back."""
     area: ui.element
     """Where dialogs belong: a field may be gone by the time it asks."""
-    fields: dict[Place, list[CaptionField]] = field(default_factory=dict)
+    fields: list[CaptionField] = field(default_factory=list)
     after_edit: Callable[[], None] = lambda: None
 
     @property
     def is_typing(self) -> bool:
         """Whether a field has a text that is not written yet."""
-        return any(each.is_changed for fields in self.fields.values() for each in fields)
+        return any(each.is_changed for each in self._shown())
+
+    def _shown(self) -> list[CaptionField]:
+        """The fields that are still there."""
+        self.fields = [each for each in self.fields if not each.is_gone]
+        return self.fields
 
     def show(self, place: Place, written: Written) -> None:
         """Show what is written at `place` now in all fields of it."""
         self.opened.clips.captions[place] = written
-        for each in self.fields.get(place, ()):
-            each.show(written)
+        for each in self._shown():
+            if each.place == place:
+                each.show(written)
         self.after_edit()
 
     async def step(self, *, back: bool) -> None:
@@ -75,13 +81,13 @@ class CaptionField:
         self._is_refused = entry.clip is None
         self._saving = asyncio.Lock()
         self._is_asking = False
-        self._place = entry.place
+        self.place = entry.place
         shown = desk.opened.clips.text(entry)
-        if isinstance(self._place, Elsewhere):
+        if isinstance(self.place, Elsewhere):
             ui.label(shown or "No text").classes("ow-clip-caption")
-            ui.label(f"Not changed here: {one_line(self._place.why)}").classes("ow-muted")
+            ui.label(f"Not changed here: {one_line(self.place.why)}").classes("ow-muted")
             return
-        self.seen = desk.opened.clips.captions.get(self._place)
+        self.seen = desk.opened.clips.captions.get(self.place)
         if self.seen is None:
             ui.label("The caption can't be read or is outside the page's folders").classes("ow-bad")
             return
@@ -91,8 +97,13 @@ class CaptionField:
         self._area.classes("ow-clip-caption").on("blur", self.save)
         self._area.on("keydown.ctrl.enter", self.save)
         self._state = ui.label("").classes("ow-clip-state ow-muted").props('role="status"')
-        desk.fields.setdefault(self._place, []).append(self)
+        desk.fields.append(self)
         self._typed()
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the page shows it no more."""
+        return self._area.is_deleted
 
     @property
     def is_changed(self) -> bool:
@@ -118,10 +129,10 @@ class CaptionField:
         """Write the caption if it was changed; if someone else has, ask which one is to stay."""
         # Ctrl+Enter saves, and so does the blur when a dialog opens, or right behind it.
         async with self._saving:
-            if self._is_asking or not self.is_changed or isinstance(self._place, Elsewhere):
+            if self._is_asking or not self.is_changed or isinstance(self.place, Elsewhere):
                 return
             assert self.seen is not None
-            await self._write(self._place, self._area.value or "", self.seen)
+            await self._write(self.place, self._area.value or "", self.seen)
 
     async def _write(self, place: Place, value: str, seen: Written) -> None:
         sets, tab = self._desk.sets, self._desk.tab

@@ -31,10 +31,23 @@ class ClipPlayer:
         self._entries: Sequence[Entry] = ()
         self._index = 0
         with ui.dialog().props('maximized aria-label="A clip"') as self._dialog:
-            self._card = ui.card().classes("ow-dialog ow-player")
+            card = ui.card().classes("ow-dialog ow-player")
         self._dialog.on("keydown.left", lambda: self._go(-1), js_handler=_UNLESS_TYPING)
         self._dialog.on("keydown.right", lambda: self._go(1), js_handler=_UNLESS_TYPING)
-        self._dialog.on("hide", self._card.clear)
+        # The heading stays where it is from clip to clip, and with it the cursor on its buttons.
+        with card:
+            with ui.element("div").classes("ow-row"):
+                self._name = text("h2", "").classes("ow-grow")
+                self._buttons = {
+                    -1: ui.button(icon="chevron_left", on_click=lambda: self._go(-1)),
+                    1: ui.button(icon="chevron_right", on_click=lambda: self._go(1)),
+                }
+                self._buttons[-1].props('flat round dense aria-label="Previous clip"')
+                self._buttons[1].props('flat round dense aria-label="Next clip"')
+                close = ui.button(icon="close", on_click=self._dialog.close)
+                close.props('flat round dense autofocus aria-label="Close"')
+            self._body = ui.element("div").classes("ow-clip-body")
+        self._dialog.on("hide", self._body.clear)
 
     def open(self, entries: Sequence[Entry], index: int) -> None:
         """Open the clip at `index` of `entries`."""
@@ -49,14 +62,11 @@ class ClipPlayer:
 
     def _show(self) -> None:
         entry, desk = self._entries[self._index], self._desk
-        self._card.clear()
-        with self._card:
-            with ui.element("div").classes("ow-row"):
-                text("h2", one_line(entry.name)).classes("ow-grow")
-                self._step_button("Previous clip", "chevron_left", -1)
-                self._step_button("Next clip", "chevron_right", 1)
-                close = ui.button(icon="close", on_click=self._dialog.close)
-                close.props('flat round dense autofocus aria-label="Close"')
+        self._name.text = one_line(entry.name)
+        for by, button in self._buttons.items():
+            button.set_enabled(0 <= self._index + by < len(self._entries))
+        self._body.clear()
+        with self._body:
             if entry.clip is None:
                 ui.label(f"Refused: {entry.reason}").classes("ow-bad")
             else:
@@ -69,11 +79,6 @@ class ClipPlayer:
                 ui.label(f"{note.kind}: {note.text}").classes("ow-warn")
             text("h3", "Caption")
             CaptionField(desk, entry, rows=5)
-
-    def _step_button(self, name: str, icon: str, by: int) -> None:
-        button = ui.button(icon=icon, on_click=lambda: self._go(by))
-        button.props(f'flat round dense aria-label="{name}"')
-        button.set_enabled(0 <= self._index + by < len(self._entries))
 
     def _pictures(self, entry: Entry, clip: Clip) -> None:
         with ui.element("div").classes("ow-views").props("data-together"):

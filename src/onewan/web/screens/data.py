@@ -266,7 +266,6 @@ class _DataScreen:
     def _show_page(self) -> None:
         first = ((self._pages.value or 1) - 1) * _CARDS
         self._grid.clear()
-        self._desk.fields.clear()
         with self._grid:
             for index, entry in enumerate(self._chosen[first : first + _CARDS], first):
                 self._card(entry, index)
