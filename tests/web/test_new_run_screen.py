@@ -327,6 +327,14 @@ def test_a_onetrainer_config_is_imported_with_its_account(tmp_path: Path) -> Non
         screen.field("Config on this machine").set_value("/etc/passwd")
         user.find("Read it").click()
         await until(lambda: any("onewan serve --data" in m for m in user.notify.messages))
+        outside = tmp_path.parent / f"{tmp_path.name}_outside.json"
+        outside.write_text("[]", encoding="utf-8")
+        named = {**config, "concept_file_name": str(outside)}
+        del named["concepts"]
+        (tmp_path / "named.json").write_text(json.dumps(named), encoding="utf-8")
+        screen.field("Config on this machine").set_value(str(tmp_path / "named.json"))
+        user.find("Read it").click()
+        await until(lambda: any(f"{outside}: is outside" in m for m in user.notify.messages))
         screen.field("Config on this machine").set_value(str(tmp_path / "fox.json"))
         user.find("Read it").click()
         await user.should_see("Unknown (1)", retries=100)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -77,13 +77,19 @@ def looks_like_onetrainer(path: Path) -> bool:
 
 
 def import_config(
-    path: Path, *, variant: VariantName | None = None, root: Path | None = None
+    path: Path,
+    *,
+    variant: VariantName | None = None,
+    root: Path | None = None,
+    may_read: Callable[[Path], object] = lambda _: None,
 ) -> Imported:
     """The run file that the OneTrainer config `path` means.
 
     `variant` is needed where neither the base model's name nor its files determine it. Relative
     paths are relative to `root`, OneTrainer's folder; without it, to the nearest folder above
-    `path` that is a checkout, or else to the config's own. ConfigError with all problems at once.
+    `path` that is a checkout, or else to the config's own. `may_read` is called with each other
+    file that the config names, before it is read, and raises to refuse it. ConfigError with all
+    problems at once.
     """
     config = _read_json(path)
     if problems := _why_unusable(config, path):
@@ -100,6 +106,7 @@ def import_config(
         rows={row.key: row for row in ROWS},
         variant=VARIANTS[variant or "t2v-a14b"],  # replaced below if none is given
         root=root.resolve(),
+        may_read=may_read,
     )
     if not context.has_wrong_values():
         if variant is None:
@@ -208,6 +215,7 @@ def _listed(context: Context, key: str, file_key: str) -> list[dict[str, Any]]:
     if items is not None:
         note = f"not read, since the config itself has {key}"
     elif exists(file):
+        context.may_read(file)
         items = _read_json(file)
     elif named == default:
         context.notices.append(f"no {key}: {file} does not exist")

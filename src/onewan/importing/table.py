@@ -68,6 +68,8 @@ class Context:
     variant: Variant
     root: Path
     """The folder that relative paths are relative to."""
+    may_read: Callable[[Path], object] = lambda _: None
+    """Called with each other file that the config names, before it is read; raises to refuse it."""
     row: Row = Row("", "", None)
     """The row whose converter is called."""
     prefix: str = ""

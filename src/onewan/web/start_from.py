@@ -158,7 +158,12 @@ class StartFrom:
 
         async def read(file: Path, name: str, root: Path | None) -> None:
             imported = await asyncio.to_thread(
-                lambda: importing.import_config(file, variant=variant.value or None, root=root)
+                lambda: importing.import_config(
+                    file,
+                    variant=variant.value or None,
+                    root=root,
+                    may_read=self._page.roots.inside,
+                )
             )
             self._account(imported, name)
 

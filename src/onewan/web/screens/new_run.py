@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -22,7 +23,6 @@ from onewan.errors import OnewanError
 from onewan.files import replacing
 from onewan.presets.drafts import Drafts
 from onewan.presets.earlier import with_absolute_paths
-from onewan.runs.layout import unused
 from onewan.web.form import Form, problem_lines
 from onewan.web.frame import frame, tell, text
 from onewan.web.plan_view import PlanView
@@ -89,6 +89,7 @@ class _Editor:
         self._read = _Later(_TYPING_SECONDS, self._read_text)
         self._check = _Later(_PLAN_SECONDS, self._check_run)
         self._keep = _Later(_TYPING_SECONDS, self._save)
+        self._starts: list[ui.button] = []
         self._form = Form(self._run, self._before, self._changed)
         self._plan = PlanView(page.commands, self._apply)
 
@@ -117,12 +118,12 @@ class _Editor:
     def _head(self) -> None:
         with ui.element("div").classes("ow-row ow-actions"):
             if self._resumed is None:
-                ui.button("Start now", on_click=lambda: self._start(first=True)).props("no-caps")
-                queue = ui.button("Add to queue", on_click=lambda: self._start(first=False))
-                queue.props("outline no-caps")
+                labels = {"Start now": True, "Add to queue": False}
             else:
-                label = f"Continue {self._resumed.name}"
-                ui.button(label, on_click=lambda: self._start(first=True)).props("no-caps")
+                labels = {f"Continue {self._resumed.name}": True}
+            for label, first in labels.items():
+                start = ui.button(label, on_click=partial(self._start, first=first))
+                self._starts.append(start.props("no-caps" if first else "outline no-caps"))
             ui.switch("All settings", on_change=lambda e: self._form.show_all(bool(e.value)))
             self._state = ui.label("Kept as a draft").classes("ow-muted ow-grow")
             self._state.props('aria-live="polite"')
@@ -214,7 +215,7 @@ class _Editor:
                 f"Is {output.dir}, and only runs in {self._page.runs} are shown on this page; "
                 "change it to that"
             )
-        if self._resumed is None and (self._page.runs / output.name).exists():
+        if self._resumed is None and self._is_taken(output.name):
             wrong["output", "name"] = f"There is a run called {output.name} already"
         return Checked(None if wrong else checked.config, wrong, [])
 
@@ -232,33 +233,45 @@ class _Editor:
                         self._offer_free_name()
 
     def _offer_free_name(self) -> None:
-        free = unused(self._page.runs / str(self._run.value(("output", "name")))).name
+        name = str(self._run.value(("output", "name")))
+        free = next(n for i in itertools.count(2) if not self._is_taken(n := f"{name}-{i}"))
         use = ui.button(f"Call it {free}", on_click=lambda: self._apply([f"output.name={free}"]))
         use.props("flat dense no-caps")
+
+    def _is_taken(self, name: str) -> bool:
+        """Whether there is a run of this name, or one that waits."""
+        waiting = {entry.run for entry in self._page.jobs.jobs.queue.entries()}
+        return name in waiting or (self._page.runs / name).exists()
 
     # ------------------------------------------------------------------------------------ start
 
     async def _start(self, *, first: bool) -> None:
         self._before()
+        for button in self._starts:
+            button.disable()
+        try:
+            await self._check_and_start(first)
+        except (OnewanError, OSError) as error:
+            tell(str(error), error=True)
+        finally:
+            for button in self._starts:
+                button.enable()
+
+    async def _check_and_start(self, first: bool) -> None:
         checked = await asyncio.to_thread(self._checked_run)
         self._show_problems(checked)
         config = checked.config
         if config is None:
-            tell("This can't be started before its problems are solved.", error=True)
-            return
-        try:
-            words = await asyncio.to_thread(self._arguments, config)
-            tell("Checking clips and model; this takes some seconds.")
-            rehearsal = await self._page.commands.json_of(
-                ["train", *words, "--dry-run", "--json"], status=(0, 1)
-            )
-        except (OnewanError, OSError) as error:
-            tell(str(error), error=True)
-            return
+            raise OnewanError("This can't be started before its problems are solved.")
+        words = await asyncio.to_thread(self._arguments, config)
+        self._state.set_text("Clips and model are being checked, which takes some seconds")
+        rehearsal = await self._page.commands.json_of(
+            ["train", *words, "--dry-run", "--json"], status=(0, 1)
+        )
+        self._state.set_text("Kept as a draft")
         if problems := rehearsal["problems"]:
             self._show_problems(Checked(config, {}, problems))
-            tell(f"It was not started: {problems[0]}", error=True)
-            return
+            raise OnewanError(f"It was not started: {problems[0]}")
         if await self._page.jobs.do(lambda: self._enqueue(words, config, first)):
             self._drafts.delete(self._draft)
             ui.navigate.to("/")
@@ -266,7 +279,9 @@ class _Editor:
     def _arguments(self, config: ResolvedRun) -> list[str]:
         """What ``onewan train`` is called with, once the run file is written."""
         if self._resumed is None:
-            file = self._page.runs / ".run_files" / f"{config.output.name}.yaml"
+            # With the draft's id, so that it is not the file of a run that waits.
+            name = f"{config.output.name}_{self._draft}.yaml"
+            file = self._page.runs / ".run_files" / name
             moved = with_absolute_paths(self._run.text, self._file)
             with replacing(file) as temporary:
                 temporary.write_text(moved, encoding="utf-8", newline="\n")
