@@ -21,6 +21,7 @@ from onewan.config.load import dump_run, run_of_text
 from onewan.documents import parse_yaml
 from onewan.presets.drafts import Drafts
 from onewan.presets.starter import StarterRequest, starter
+from onewan.runs.queue import Queue
 from tests.support.page import with_user
 
 SECONDS = 20
@@ -200,8 +201,15 @@ def test_all_problems_are_said_at_their_fields(tmp_path: Path) -> None:
     with_draft(tmp_path, run_text(tmp_path), act)
 
 
-def test_a_name_that_is_taken_has_a_free_one_offered(tmp_path: Path) -> None:
-    (tmp_path / "runs" / "dog").mkdir(parents=True)
+@pytest.mark.parametrize("by", ["a run", "a run that waits"])
+def test_a_name_that_is_taken_has_a_free_one_offered(tmp_path: Path, by: str) -> None:
+    if by == "a run":
+        (tmp_path / "runs" / "dog").mkdir(parents=True)
+    else:
+        (tmp_path / "runs").mkdir()
+        (tmp_path / "dog.yaml").write_text(run_text(tmp_path), encoding="utf-8")
+        Queue(tmp_path / "runs").pause("auto", True)
+        Queue(tmp_path / "runs").add(tmp_path / "dog.yaml")
 
     async def act(screen: Screen) -> None:
         await until(lambda: screen.error("Name"))
