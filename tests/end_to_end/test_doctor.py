@@ -397,6 +397,24 @@ def test_a_missing_package_leaves_the_machine_to_be_looked_at(tmp_path: Path) ->
     assert f"numpy {np.__version__}" in done.stdout
 
 
+def test_a_package_that_needs_a_missing_one_is_a_problem(tmp_path: Path) -> None:
+    """Found on a machine whose pydantic was installed without what it needs."""
+    (tmp_path / "typing_inspection").mkdir()
+    broken = tmp_path / "typing_inspection" / "__init__.py"
+    broken.write_text("raise ImportError('nothing of it here')", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "onewan", "doctor"],
+        capture_output=True,
+        encoding="utf-8",
+        env=with_packages(tmp_path),
+        check=False,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    said = " ".join(done.stdout.split())
+    assert "a package that onewan needs can't be imported (nothing of it here)" in said
+    assert "0 B of memory" not in said
+
+
 def with_packages(folder: Path) -> dict[str, str]:
     """The environment of a process that imports packages from `folder` first."""
     source = Path(onewan.__file__).parents[1]

@@ -8,6 +8,7 @@ that they can be pasted into a report.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import platform
 import re
@@ -60,7 +61,7 @@ class Environment:
     system: str
     processor: str
     memory: int
-    """Bytes of host memory."""
+    """Bytes of host memory; 0 where it could not be found out."""
     disk_free: int
     """Bytes, of the disk of the current folder."""
     torch: Torch
@@ -78,6 +79,9 @@ class Environment:
     """Versions of the libraries of FFmpeg in PyAV, which read and write videos."""
     variables: Mapping[str, str]
     """Environment variables that change what a run does, of those that are set."""
+    broken: str = ""
+    """Why run files can't be read although all required packages are installed; such a package
+    needs another one that is missing or broken."""
     findings: tuple[Finding, ...] = ()
 
     def as_data(self) -> dict[str, Any]:
@@ -97,7 +101,8 @@ class Environment:
         yield from _wrapped("attention", backends)
         if self.driver:
             yield f"driver     NVIDIA {self.driver}: {'; '.join(self.cards)}"
-        yield f"host       {self.processor}, {format_bytes(self.memory)} of memory"
+        memory = f", {format_bytes(self.memory)} of memory" if self.memory else ""
+        yield f"host       {self.processor}{memory}"
         yield f"disk       {format_bytes(self.disk_free)} free here"
         yield from _wrapped("variables", [f"{n}={value}" for n, value in self.variables.items()])
         versions = [f"{name} {version or 'MISSING'}" for name, version in self.packages.items()]
@@ -138,6 +143,7 @@ def environment_ahead() -> Callable[[], Environment]:
             },
             extras=needed.extras,
             ffmpeg=_ffmpeg(),
+            broken=_import_error(),
             variables={
                 name: without_names(os.environ[name]) for name in _VARIABLES if name in os.environ
             },
@@ -181,6 +187,12 @@ def _findings(found: Environment, needed: Requirements) -> Iterator[Finding]:
                 f"{name} is {version}, and onewan needs {wanted}; install onewan again, or "
                 f'`pip install "{name}{wanted}"`',
             )
+    if found.broken and all(found.packages.values()):
+        yield _problem(
+            "package",
+            f"a package that onewan needs can't be imported ({found.broken}); install onewan again "
+            "in a new environment, or `pip check` to see what is missing",
+        )
     if torch.version:
         yield from _about_devices(found)
     if 0 < found.disk_free < _LITTLE_DISK:
@@ -272,10 +284,19 @@ def _ffmpeg() -> str:
     return ", ".join(f"{name} {'.'.join(map(str, found))}" for name, found in versions.items())
 
 
+def _import_error() -> str:
+    """Why what reads run files can't be imported; empty if it can."""
+    try:
+        importlib.import_module("onewan.config.load")
+    except ImportError as error:
+        return str(error)
+    return ""
+
+
 def _host_memory() -> int:
     try:
         from onewan.memory.plan.machine import host_memory
-    except ImportError:  # psutil is missing, which is reported
+    except ImportError:  # which is reported
         return 0
     return host_memory()
 
