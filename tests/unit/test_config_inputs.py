@@ -275,3 +275,10 @@ def test_a_malformed_text_is_kept_with_the_values_of_before() -> None:
     with pytest.raises(ValueError, match="line "):
         run.set(("train", "seed"), 1)
     assert run.text == broken
+
+
+def test_a_text_that_is_too_long_is_kept_and_not_read() -> None:
+    run = fresh()
+    run.replace(run.text + "#" * 300_000)
+    assert run.malformed == "longer than the 256 kB that a run file may have"
+    assert run.value(("method", "rank")) == 16

@@ -361,3 +361,28 @@ def test_an_unknown_draft_leads_to_the_choices(tmp_path: Path, draft: str) -> No
         await user.should_see("From a preset")
 
     with_user(tmp_path / "runs", act)
+
+
+def test_a_run_that_is_not_there_is_not_continued(tmp_path: Path) -> None:
+    draft = Drafts(tmp_path / "runs" / ".drafts").add(run_text(tmp_path))
+
+    async def act(user: User) -> None:
+        await user.open(f"/new?draft={draft}&resume=../x")
+        await user.should_see("From a preset")
+        assert any("there is no such run" in message for message in user.notify.messages)
+
+    with_user(tmp_path / "runs", act)
+
+
+def test_a_draft_that_another_tab_changed_is_not_written_over(tmp_path: Path) -> None:
+    kept = Drafts(tmp_path / "runs" / ".drafts")
+
+    async def act(screen: Screen) -> None:
+        (draft,) = kept.all()
+        kept.write(draft.id, "# from another tab\n")
+        screen.field("Rank").set_value("5")
+        await until(lambda: screen.shows("Not kept: this draft was changed or deleted"))
+        assert kept.read(draft.id) == "# from another tab\n"
+        assert screen.data["method"]["rank"] == 5
+
+    with_draft(tmp_path, run_text(tmp_path), act)

@@ -17,7 +17,7 @@ from onewan.config.load import run_of_text
 from onewan.config.schema import ResolvedRun
 from onewan.config.section import Members, members_of, sections_of, shorthand_of
 from onewan.document_edits import same_data, with_items_exchanged, with_value, without_value
-from onewan.documents import KeyPath, get_path, has_key, is_list, is_mapping, parse_yaml
+from onewan.documents import LIMITS, KeyPath, get_path, has_key, is_list, is_mapping, parse_yaml
 from onewan.errors import ConfigError
 
 
@@ -39,6 +39,9 @@ class RunText:
         """Take another text. While it is malformed, values are those of the last one that was
         not."""
         self.text = text
+        if len(text.encode("utf-8", "replace")) > LIMITS.bytes:
+            self.malformed = f"longer than the {LIMITS.bytes // 1024} kB that a run file may have"
+            return
         try:
             data = parse_yaml(text)
         except ValueError as error:

@@ -6,6 +6,7 @@ import asyncio
 import tempfile
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,19 +38,38 @@ _MOST_KEYS = 500
 _ANY = ""
 
 
+@dataclass(frozen=True)
+class Known:
+    """What there is to begin with."""
+
+    drafts: list[tuple[Draft, str]]
+    """Drafts with the names of their runs."""
+    runs: list[str]
+
+
+def known_starts(runs: Path, drafts: Drafts) -> Known:
+    """The drafts and the runs that there are; reads files."""
+    named = [
+        (draft, str(RunText(draft.text).value(("output", "name")) or "without a name"))
+        for draft in drafts.all()
+    ]
+    return Known(named, [folder.name for folder in find_runs(runs)])
+
+
 class StartFrom:
     """The choices, each of which makes a draft and opens it."""
 
     def __init__(self, page: Page, drafts: Drafts) -> None:
         self._page, self._drafts = page, drafts
 
-    def build(self) -> None:
+    def build(self, known: Known) -> None:
         """Make the elements, in the present element."""
-        self._kept()
+        if known.drafts:
+            self._kept(known.drafts)
         with ui.element("div").classes("ow-choices"):
             for title, build in (
                 ("From a preset", self._preset),
-                ("From an earlier run", self._earlier),
+                ("From an earlier run", partial(self._earlier, known.runs)),
                 ("From a OneTrainer config", self._onetrainer),
                 ("The demo", self._demo),
             ):
@@ -57,16 +77,12 @@ class StartFrom:
                     text("h2", title)
                     build()
 
-    def _kept(self) -> None:
-        drafts = self._drafts.all()
-        if not drafts:
-            return
+    def _kept(self, drafts: list[tuple[Draft, str]]) -> None:
         with ui.element("section").classes("ow-card"):
             text("h2", "Drafts")
-            for draft in drafts:
-                name = RunText(draft.text).value(("output", "name")) or "without a name"
+            for draft, name in drafts:
                 with ui.element("div").classes("ow-row") as row:
-                    ui.link(shortened(str(name)), f"/new?draft={draft.id}")
+                    ui.link(shortened(name), f"/new?draft={draft.id}")
                     ago = f"changed {format_duration(draft.changed)} ago"
                     ui.label(ago).classes("ow-muted ow-grow")
                     delete = ui.button("Delete", on_click=partial(self._delete, draft, row))
@@ -133,8 +149,7 @@ class StartFrom:
 
     # ------------------------------------------------------------------------- runs and configs
 
-    def _earlier(self) -> None:
-        names = [folder.name for folder in find_runs(self._page.runs)]
+    def _earlier(self, names: list[str]) -> None:
         if not names:
             ui.label("There are no runs yet.").classes("ow-muted")
             return

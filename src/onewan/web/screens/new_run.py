@@ -26,7 +26,7 @@ from onewan.presets.earlier import with_absolute_paths
 from onewan.web.form import Form, problem_lines
 from onewan.web.frame import frame, tell, text
 from onewan.web.plan_view import PlanView
-from onewan.web.start_from import StartFrom
+from onewan.web.start_from import StartFrom, known_starts
 
 if TYPE_CHECKING:
     from onewan.web.page import Page
@@ -41,20 +41,32 @@ def add(page: Page) -> None:
     """Register the screen."""
     drafts = Drafts(page.runs / ".drafts")
 
-    @ui.page("/new")
-    def screen(
+    @ui.page("/new", response_timeout=30)
+    async def screen(
         draft: Annotated[str, Query(max_length=40)] = "",
         resume: Annotated[str, Query(max_length=300)] = "",
     ) -> None:
-        found = drafts.read(draft)
-        scripts = ["new_run.js"] if found is not None else []
-        with frame("New run", "/new", styles=["new_run.css"], scripts=scripts):
+        def opened() -> tuple[RunText, Path | None] | None:
+            found = drafts.read(draft)
             if found is None:
-                if draft:
-                    tell("This draft was started or deleted; choose what to begin with.")
-                StartFrom(page, drafts).build()
-            else:
-                _Editor(page, drafts, draft, found, resume).build()
+                return None
+            return RunText(found), page.roots.run(resume) if resume else None
+
+        client = ui.context.client
+        problem = "This draft was started or deleted; choose what to begin with." if draft else ""
+        try:
+            found = await asyncio.to_thread(opened)
+        except OnewanError as error:
+            found, problem = None, error.message
+        known = None if found else await asyncio.to_thread(known_starts, page.runs, drafts)
+        scripts = ["new_run.js"] if found else []
+        with client, frame("New run", "/new", styles=["new_run.css"], scripts=scripts):
+            if found is not None:
+                _Editor(page, drafts, draft, *found).build()
+            elif known is not None:
+                StartFrom(page, drafts).build(known)
+                if problem:
+                    tell(problem)
 
 
 class _Later:
@@ -80,12 +92,15 @@ class _Later:
 class _Editor:
     """One draft, as form and as text."""
 
-    def __init__(self, page: Page, drafts: Drafts, draft: str, saved: str, resume: str) -> None:
-        self._page, self._drafts, self._draft, self._saved = page, drafts, draft, saved
+    def __init__(
+        self, page: Page, drafts: Drafts, draft: str, run: RunText, resumed: Path | None
+    ) -> None:
+        self._page, self._drafts, self._draft, self._run = page, drafts, draft, run
+        self._resumed = resumed
+        """Folder of the run that is continued."""
+        self._saved = run.text
         self._file = Path.cwd() / "run.yaml"
         """Where the run file would be: relative paths are those of this folder."""
-        self._resumed = page.roots.run(resume) if resume else None
-        self._run = RunText(saved)
         self._read = _Later(_TYPING_SECONDS, self._read_text)
         self._check = _Later(_PLAN_SECONDS, self._check_run)
         self._keep = _Later(_TYPING_SECONDS, self._save)
