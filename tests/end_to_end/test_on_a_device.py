@@ -32,7 +32,7 @@ from onewan.cli import main
 from onewan.config.schema import ResolvedRun
 from onewan.errors import Interrupted
 from onewan.media import read_frames
-from onewan.runs.control import request
+from onewan.runs.control import order, request
 from onewan.runs.event_file import read_events
 from onewan.runs.events import Event, StepDone
 from onewan.train import trainer
@@ -174,6 +174,39 @@ def test_the_order_of_streams_is_right_in_every_phase(run_file: RunFile) -> None
     with checked():
         WanTrainer(there).fit()
     assert_the_same(here, there)
+
+
+def test_what_is_ordered_from_a_run_is_done_as_on_the_cpu(run_file: RunFile) -> None:
+    """Changed settings, and a video of a prompt for which the text encoder is loaded and freed."""
+    gc.collect()
+    start = MEMORY.memory_allocated()
+    settings = [*EACH_PHASE, "train.steps=4", "train.ema={decay: 0.9}"]
+
+    def ordering(config: ResolvedRun) -> Callable[[Event], None]:
+        def listen(event: Event) -> None:
+            if isinstance(event, StepDone) and event.step == 1:
+                order(layout_of(config), "sample", {"prompt": f"a square, {config.output.name}"})
+                changed = {"optimizer.lr": 0.001, "train.ema.decay": 0.5}
+                order(layout_of(config), "settings", changed)
+
+        return listen
+
+    # Where weights are streamed, the text encoder takes the place of the experts.
+    there_too = [f"model.device={DEVICE.type}", "memory.resident_blocks=1"]
+    here = run_file("t2v-a14b", *settings, name="here")
+    there = run_file("t2v-a14b", *settings, *there_too, name="there")
+    WanTrainer(here, listen=ordering(here)).fit()
+    with checked():
+        WanTrainer(there, listen=ordering(there)).fit()
+    assert_the_same(here, there)
+    for config in (here, there):
+        events = [*read_events(layout_of(config).events)]
+        assert [e["prompt"] for e in events if e.get("requested")]
+        assert len([e for e in events if e["event"] == "settings"]) == 2
+        assert not [e for e in events if e["event"] == "rejected" or "failed" in str(e)]
+    gc.collect()
+    if IS_SIMULATED:
+        assert MEMORY.memory_allocated() == start
 
 
 def check_waits(waits: Waits) -> None:

@@ -86,7 +86,7 @@ def assert_equal_results(one: ResolvedRun, other: ResolvedRun) -> None:
     ],
     ids=["lora", "schedule-free", "fine-tune", "embedding"],
 )
-@pytest.mark.parametrize("killed_at", [4, 5])
+@pytest.mark.parametrize("killed_at", [4, pytest.param(5, marks=pytest.mark.long)])
 def test_a_change_is_made_at_its_step_by_each_process(
     run_file: RunFile,
     workshop: Path,
