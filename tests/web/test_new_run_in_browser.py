@@ -142,7 +142,7 @@ def test_a_config_of_this_computer_is_uploaded_within_limits(
         tab.choose_file("input[type=file]", large)
         tab.wait(".q-notification", "3 MB at most")
         tab.choose_file("input[type=file]", file)
-        tab.wait(".q-dialog h2", "fox.json: 6 keys")
+        tab.wait(".q-dialog h2", "fox.json: ")
         tab.click("button", "Use it")
         tab.wait("h2", "Run file")
         tab.until(f"{TEXT}.includes('Made by onewan from the OneTrainer config fox.json')")
