@@ -55,7 +55,7 @@ def key(folder: Path) -> str:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    for _ in range(200):
+    for _ in range(1200):
         if condition():
             return
         await asyncio.sleep(0.05)
@@ -101,6 +101,11 @@ def names(user: User) -> set[str]:
     """The clips and files that the grid has."""
     areas = user.find(ui.textarea).elements
     return {str(each.props["aria-label"]).removeprefix("Caption of ") for each in areas}
+
+
+def shown(user: User, text: str) -> bool:
+    """Whether a label says that."""
+    return any(text in label.text for label in user.find(ui.label).elements)
 
 
 def caption(folder: Path, name: str) -> str:
@@ -253,6 +258,8 @@ def test_a_clip_is_opened_with_what_is_taken_of_it(folder: Path) -> None:
 def test_doctor_examines_all_frames_in_its_own_process(folder: Path) -> None:
     shutil.copy(folder / "clips" / "fox.mp4", folder / "clips" / "twin.mp4")
     (folder / "clips" / "twin.txt").write_text("the same", encoding="utf-8")
+    (folder / "clips" / "ball.txt").write_text("", encoding="utf-8")
+    (folder / "clips" / "lost.txt").write_text("of no video", encoding="utf-8")
 
     async def act(user: User) -> None:
         await opened(user, folder)
@@ -260,6 +267,16 @@ def test_doctor_examines_all_frames_in_its_own_process(folder: Path) -> None:
         await user.should_see("Examine all frames again", retries=400)
         await user.should_see("fox.mp4 and twin.mp4: the same content")
         await user.should_see(content="frozen")
+        # What concerns the machine is not said here, and nothing is said twice.
+        await user.should_not_see(content="graphics card")
+        labels = user.find(ui.label).elements
+        lost = [each for each in labels if each.text.startswith("lost.txt: caption")]
+        assert len(lost) == 1
+        # What was repaired is not said any more.
+        await user.should_see(content="its caption is empty")
+        (folder / "clips" / "ball.txt").write_text("a ball", encoding="utf-8")
+        user.find("Examine all frames again").click()
+        await until(lambda: not shown(user, "its caption is empty"))
 
     with_user(folder / "runs", act)
 
@@ -304,9 +321,7 @@ def test_what_can_not_be_read_is_told(folder: Path) -> None:
         for wrong in ("frames=0", "fps=nan", "variant=x", "strategy=x", f"file={'x' * 5000}"):
             assert (await user.http_client.get(f"/data?folder=x&{wrong}")).status_code == 422
         await user.open(f"/data?folder={folder / 'clips'}&frames=5&size=32x32&fps=8&masks=true")
-        await until(
-            lambda: any("5 frames at 32x32" in e.text for e in user.find(ui.label).elements)
-        )
+        await until(lambda: shown(user, "5 frames at 32x32"))
 
     with_user(folder / "runs", act)
 

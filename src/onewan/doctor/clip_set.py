@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from onewan.config.schema import ResolvedRun
@@ -26,11 +26,15 @@ from onewan.data.run_clips import clips_of_run, with_contents
 from onewan.data.sources.copies import Copies
 from onewan.data.sources.read import label_of
 from onewan.doctor.finding import without_names
+from onewan.doctor.inspection import content_digests
 from onewan.errors import DataError
-from onewan.files import file_digest
 
 STATES = {"": "All", "kept": "Kept", "noted": "Kept, with notes", "refused": "Refused"}
 """What `ClipSet.chosen` can be asked for, and its name."""
+
+
+_OF_DATA_SET = ("data set", "small bucket", "shared caption")
+"""Kinds of findings about a data set as a whole; others are about the machine and the plan."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +81,7 @@ class ClipSet:
     config: ResolvedRun
     entries: tuple[Entry, ...]
     notes: tuple[str, ...]
-    """What was found about the data set as a whole."""
+    """What was found about the data set as a whole, and about files that are no clips."""
     unsure: tuple[str, ...]
     """What is known only after an examination."""
     captions: dict[Place, Written]
@@ -140,17 +144,20 @@ class ClipSet:
     def examined(self, document: dict[str, Any]) -> None:
         """Add what `onewan doctor` has found to the entries."""
         self.examination, self.unsure = document, ()
-        of_all = [f["text"] for f in document["findings"] if f["path"] is None]
-        self.notes = tuple(dict.fromkeys((*self.notes, *of_all)))
+        known = {without_names(str(entry.path)) for entry in self.entries}
         notes, problems = dict[str, list[Note]](), dict[str, str]()
+        of_others = list(self.notes)
         for finding in document["findings"]:
             if finding["path"] is None:
-                continue
-            if finding["severity"] == "problem":
+                of_others += [finding["text"]] if finding["kind"] in _OF_DATA_SET else []
+            elif finding["path"] not in known:
+                of_others.append(f"{PurePath(finding['path']).name}: {finding['text']}")
+            elif finding["severity"] == "problem":
                 problems[finding["path"]] = finding["text"]
             else:
                 note = Note(kind=finding["kind"], text=finding["text"])
                 notes.setdefault(finding["path"], []).append(note)
+        self.notes = tuple(dict.fromkeys(of_others))
         clips = document.get("data", {}).get("clips", ())
         held_out = {(clip["path"], clip["name"]) for clip in clips if clip["held_out"]}
         entries = list[Entry]()
@@ -179,13 +186,19 @@ def clip_set(config: ResolvedRun) -> ClipSet:
     with suppress(OSError):  # the cache of another user, say
         probes.save()
     clips = (*report.clips, *report.validation_clips)
-    if any(clip.augmentation for clip in clips):
-        digests = {path: file_digest(path) for path in dict.fromkeys(c.path for c in clips)}
+    if any(clip.augmentation for clip in clips):  # whose variants are drawn by the content
+        digests, unreadable = content_digests(clip.path for clip in clips)
+        if unreadable:
+            raise DataError(str(unreadable[0]))
         report = with_contents(config, report, digests)
+    entries = tuple(_entries(config, report))
+    known = {None, *(entry.path for entry in entries)}
+    notes = [warning.text for warning in report.warnings if warning.path is None]
+    notes += [f"{w.path.name}: {w.text}" for w in report.warnings if w.path and w.path not in known]
     return ClipSet(
         config=config,
-        entries=tuple(_entries(config, report)),
-        notes=tuple(dict.fromkeys(w.text for w in report.warnings if w.path is None)),
+        entries=entries,
+        notes=tuple(dict.fromkeys(notes)),
         unsure=tuple(_unsure(config, report, known_cuts)),
         captions={},
     )
@@ -234,7 +247,8 @@ def _entries(config: ResolvedRun, report: DatasetReport) -> Iterator[Entry]:
     notes = dict[Path, list[Note]]()
     for warning in report.warnings:
         if warning.path is not None:
-            note = Note(kind=warning.about or "note", text=warning.text)
+            # The kind that `onewan doctor` gives it.
+            note = Note(kind=warning.about or "file", text=warning.text)
             notes.setdefault(warning.path, []).append(note)
     by_path = {path: origin for (path, _), origin in known.items()}
     unknown = Origin("", Elsewhere("this file is not a clip"))

@@ -81,8 +81,8 @@ async def _examined(page: Page, sets: ClipSets, opened: OpenSet) -> None:
     try:
         arguments = ["doctor", str(opened.run_file), "--json"]
         document = await page.commands.json_of(arguments, status=(0, 1), told=told)
-        if opened.clips.unsure:  # which clips there are, may be known only now
-            opened.clips = await asyncio.to_thread(sets.clips, opened.clips.config)
+        # Anew, since files may have changed, and changes of scene are known only now.
+        opened.clips = await asyncio.to_thread(sets.clips, opened.clips.config)
         opened.clips.examined(document)
     except OnewanError as error:
         opened.failed = str(error)
