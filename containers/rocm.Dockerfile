@@ -21,6 +21,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     grep '^torch==' constraints.txt > torch.txt \
     && pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --requirement torch.txt
 COPY pyproject.toml README.md LICENSE ./
+COPY docs ./docs
 COPY src ./src
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --constraint constraints.txt ".[all]"

@@ -103,11 +103,12 @@ let
 
   project = pyproject-nix.lib.project.loadPyproject { projectRoot = root; };
   environ = pyproject-nix.lib.pep508.mkEnviron python;
-  # Only what onewan's wheel is made of, so that a change of a test or a page builds nothing anew.
+  # Only what onewan's wheel is made of, so that a change of a test builds nothing anew.
   src = lib.fileset.toSource {
     inherit root;
     fileset = lib.fileset.unions [
       (root + "/src")
+      (root + "/docs")
       (root + "/pyproject.toml")
       (root + "/README.md")
       (root + "/LICENSE")

@@ -2,8 +2,9 @@
 
 Usage: python scripts/take_pictures.py FOLDER
 
-Runs the demonstration and a second, shorter run in a temporary folder, and shows their pages in
-Chromium without a window. Pictures have few colors, so that they are small.
+Runs the demonstration and a second, shorter run in a temporary folder, and shows their pages and
+the screens of `onewan serve` in Chromium without a window. Pictures have few colors, so that they
+are small.
 """
 
 from __future__ import annotations
@@ -13,9 +14,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from support.browser import Tab, browse
+from support.page import served
 
 PAGES = {
     "doctor": ("doctor.html", 1200, 1000),
@@ -23,8 +29,43 @@ PAGES = {
     "compare": ("compare.html", 1200, 1000),
 }
 """By the name of the picture: the page, and the size of the window in CSS pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Screen:
+    """A picture of a screen of the page."""
+
+    address: str
+    shown: tuple[str, str]
+    """CSS selector and text of what is there when the screen is complete."""
+    click: tuple[str, str] | None = None
+    """What is clicked first."""
+    window: str = "desktop"
+    dark: bool = False
+
+
+SCREENS = {
+    "page_run": Screen(address="run/run", shown=("figure.plot path", "")),
+    "page_new": Screen(
+        address="new",
+        click=("button", "New run with its settings"),
+        shown=("h2", "Plan"),
+    ),
+    "page_data": Screen(address="data?run=run", shown=("main img", "")),
+    "page_file": Screen(
+        address="files?search=000200+high+comfyui",
+        click=("a.ow-files-name", ""),
+        shown=("h2", "Convert"),
+    ),
+    "page_phone": Screen(address="", shown=("main a", "run-2"), window="phone"),
+    "page_dark": Screen(address="run/run", shown=("figure.plot path", ""), dark=True),
+}
+UNFINISHED = ("The plan is being made", "Looking at all frames")
+"""Texts of screens whose commands have not ended."""
 SHEET = "contact_sheet"
 COLORS = 128
+WIDTH = 1000
+"""Pixels of a picture at most."""
 COMMANDS = (
     "demo --dir demo",
     "doctor demo/run.yaml --html doctor.html",
@@ -52,13 +93,13 @@ def main() -> int:
         for name, (page, width, height) in PAGES.items():
             shot = Path(temporary) / f"{name}.png"
             take(browser, folder / page, shot, (width, height))
-            picture = Image.open(shot).convert("RGB").quantize(COLORS)
-            picture.save(out / f"{name}.png", optimize=True)
+            save(shot, out)
+        take_screens(folder / "demo", Path(temporary), out)
         (sheet,) = (folder / "demo" / "cache").glob("contact_sheet_run.jpg")
         picture = Image.open(sheet)
         picture.thumbnail((900, 900))
         picture.save(out / f"{SHEET}.jpg", quality=80)
-    for name in [*(f"{name}.png" for name in PAGES), f"{SHEET}.jpg"]:
+    for name in [*(f"{name}.png" for name in (*PAGES, *SCREENS)), f"{SHEET}.jpg"]:
         print(out / name)
     return 0
 
@@ -81,6 +122,36 @@ def take(browser: str, page: Path, shot: Path, size: tuple[int, int]) -> None:
         stderr=subprocess.DEVNULL,
         check=True,
     )
+
+
+def take_screens(demo: Path, temporary: Path, out: Path) -> None:
+    """Pictures of the page that serves the runs of the demonstration."""
+    with served(demo / "runs", "--data", str(demo)) as page, browse(temporary / "tabs") as browser:
+        for name, screen in SCREENS.items():
+            tab = browser.tab(screen.window, dark=screen.dark)
+            tab.open(f"{page.address}{screen.address}")
+            if screen.click is not None:
+                tab.click(*screen.click)
+            tab.wait(*screen.shown, seconds=60)
+            settle(tab)
+            shot = temporary / f"{name}.png"
+            tab.picture(shot)
+            save(shot, out)
+
+
+def settle(tab: Tab) -> None:
+    """Wait until pictures have loaded, commands have ended and what fades in is there."""
+    tab.until("[...document.images].every((image) => image.complete)")
+    for text in UNFINISHED:
+        tab.wait_until_gone("main", text, seconds=120)
+    tab.value("new Promise((done) => setTimeout(done, 1500))")
+
+
+def save(shot: Path, out: Path) -> None:
+    """A picture with few colors, at most `WIDTH` wide."""
+    picture = Image.open(shot).convert("RGB")
+    picture.thumbnail((WIDTH, 10_000))
+    picture.quantize(COLORS).save(out / shot.name, optimize=True)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,8 @@ def is_ignored(path: str) -> bool:
 def test_everything_that_is_copied_is_there_and_not_ignored(name: str) -> None:
     build, final = stages(name)
     ours = [word for rest in arguments(build, "COPY") for word in rest.split()[:-1]]
-    assert {"constraints.txt", "pyproject.toml", "README.md", "LICENSE", "src"} == set(ours)
+    packed = {"constraints.txt", "pyproject.toml", "README.md", "LICENSE", "docs", "src"}
+    assert packed == set(ours)
     files = [
         path.relative_to(ROOT).as_posix()
         for source in ours
@@ -95,6 +96,7 @@ def test_everything_that_is_copied_is_there_and_not_ignored(name: str) -> None:
             ROOT / source,
             *(ROOT / source).rglob("*.py"),
             *(ROOT / source).rglob("*.json"),
+            *(ROOT / source).glob("*.md"),
         ]
         if path.is_file() and "__pycache__" not in path.parts
     ]

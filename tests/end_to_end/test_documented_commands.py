@@ -56,8 +56,8 @@ ADDED: Mapping[str, list[str]] = {
     "train config.json": ["output.name=imported"],
 }
 """Arguments that are added to commands that begin so."""
-ELSEWHERE = {"demo": "test_demo_and_readme.py"}
-"""Commands that another test runs, since they take a minute."""
+ELSEWHERE = {"demo": "test_demo_and_readme.py", "serve": "tests/web/test_serve.py"}
+"""Commands that another test runs, since they take a minute or do not end by themselves."""
 STATUS: Mapping[str, tuple[int, ...]] = {
     "doctor": (0, 1),  # 1 where the machine that runs the test lacks something
 }

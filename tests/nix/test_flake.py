@@ -52,7 +52,8 @@ class Nix:
         for name in ("flake.nix", "flake.lock", "pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, self.flake)
         shutil.copytree(ROOT / "nix", self.flake / "nix")
-        (self.flake / "src").mkdir()
+        for name in ("src", "docs"):
+            (self.flake / name).mkdir()
 
     def run(self, *command: str, succeeds: bool = True) -> str:
         """Standard output; standard error too where the command is to fail."""

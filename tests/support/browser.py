@@ -64,9 +64,10 @@ _FIRST = """
 _FIND = """
   (selector, text) => {
     const shown = (element) => element.checkVisibility({ visibilityProperty: true });
-    const says = (element) =>
-      [element.innerText, element.getAttribute("aria-label"), element.value, element.title]
-        .some((each) => typeof each === "string" && each.includes(text));
+    const texts = (element) =>
+      [element.innerText, element.getAttribute("aria-label"), element.value, element.title];
+    const says = (element) => text === ""
+      || texts(element).some((each) => typeof each === "string" && each.includes(text));
     const found = [...document.querySelectorAll(selector)].filter(shown).filter(says);
     const holds = (element) => found.some((other) => other !== element && element.contains(other));
     return found.find((element) => !holds(element));
