@@ -282,3 +282,37 @@ def test_a_text_that_is_too_long_is_kept_and_not_read() -> None:
     run.replace(run.text + "#" * 300_000)
     assert run.malformed == "longer than the 256 kB that a run file may have"
     assert run.value(("method", "rank")) == 16
+
+
+def test_choices_are_of_the_types_of_their_fields() -> None:
+    run = fresh()
+    masks = find("video_data.sources.*.masks")
+    assert masks.choices == ("true", "false") and masks.shown(False) == "false"
+    run.enter(masks, "true")
+    run.enter(find("output.dtype"), "null")
+    optimizer = find("optimizer")
+    assert optimizer.union is not None
+    run.choose(("optimizer",), optimizer.union, "adamw_low_bit")
+    run.enter(find("optimizer.bits"), "4")
+    config = run.checked(FILE).config
+    assert config is not None, run.checked(FILE).by_field
+    assert config.video_data.sources[0].masks is True and config.output.dtype is None
+    assert run.value(("optimizer", "bits")) == "4"
+    run.enter(find("optimizer.bits"), "")
+    run.enter(find("output.dtype"), "")
+    assert not run.is_given(("optimizer", "bits")) and not run.is_given(("output", "dtype"))
+
+
+def test_every_choice_of_every_field_is_a_value_that_it_takes() -> None:
+    """Entered in a run file, none is refused as being of a wrong kind."""
+    refused: list[str] = []
+    for field in ALL:
+        if field.kind != "choice" or any(part in field.path for part in ("optimizer", "method")):
+            continue
+        for choice in field.choices:
+            run = fresh()
+            run.enter(field, choice)
+            problem = run.checked(FILE).by_field.get(field.path, "")
+            if problem.startswith(("Must be one of", "Must be true", "Must be '")):
+                refused.append(f"{field.path}: {problem}")
+    assert refused == []

@@ -115,8 +115,10 @@ class Input:
         text = text if self.kind == "long_text" else text.strip()
         if not text.strip():
             return None
-        if self.kind in ("text", "long_text", "path", "choice"):
+        if self.kind in ("text", "long_text", "path"):
             return text
+        if self.kind == "choice":
+            return {"null": None, "true": True, "false": False}.get(text, text)
         if self.kind in ("lines", "paths"):
             lines = [line.strip() for line in text.splitlines() if line.strip()]
             return lines[0] if len(lines) == 1 and self.one_is_text else lines
