@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from onewan.web.roots import Roots
 from onewan.web.screens import data, files, help, new_run, run, runs
 
 DEFAULT_PORT = 8320
+_SWITCH_SECONDS = 0.0005
 _SCREENS = (runs, run, new_run, data, files, help)
 _PLAIN = ("/media/", "/poster/", "/clips/")
 """Not compressed: media are already, and parts of a file must keep their places."""
@@ -106,7 +108,7 @@ def build(page: Page, rules: Rules) -> ASGIApp:
 
 class _Compressed:
     def __init__(self, app: ASGIApp) -> None:
-        self._app, self._gzip = app, GZipMiddleware(app, minimum_size=500)
+        self._app, self._gzip = app, GZipMiddleware(app, minimum_size=500, compresslevel=4)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         plain = scope["type"] == "http" and scope["path"].startswith(_PLAIN)
@@ -148,6 +150,8 @@ def serve(options: ServeOptions, say: Callable[[str], None]) -> None:
             ws_max_size=MOST_BYTES,
             timeout_graceful_shutdown=2,
         )
+        # The thread that answers waits for one that reads a long run no longer than that.
+        sys.setswitchinterval(_SWITCH_SECONDS)
         uvicorn.Server(config).run(sockets=[listener])
 
 

@@ -31,6 +31,8 @@ _PARTS = (
     ("log", "Log"),
 )
 """Ids and headings of the parts of the screen."""
+_LOADING_SECONDS = 0.3
+"""In which a browser loads the scripts, which it would wait for if events were read meanwhile."""
 
 
 def add(page: Page) -> None:
@@ -44,7 +46,7 @@ def add(page: Page) -> None:
             folder = await asyncio.to_thread(page.roots.run, name)
         except OnewanError as error:
             raise HTTPException(404, error.message) from None
-        # The events of a long run are read while the browser loads the page's scripts.
+        # The events of a long run are read while the browser runs the page's scripts.
         background_tasks.create(_read(feeds, name))
         others = await asyncio.to_thread(find_runs, page.runs)
         with frame(name, "/", styles=_STYLES, scripts=_SCRIPTS):
@@ -52,6 +54,7 @@ def add(page: Page) -> None:
 
 
 async def _read(feeds: Feeds, name: str) -> None:
+    await asyncio.sleep(_LOADING_SECONDS)
     try:
         await feeds.ask(name, Feed.summary)
     except (OnewanError, OSError):
