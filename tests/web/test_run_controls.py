@@ -205,6 +205,29 @@ def test_a_run_is_continued_to_more_steps_with_words_about_what_that_means(runs:
     act(runs, steps)
 
 
+def test_a_run_is_continued_though_its_captions_have_changed(runs: Path) -> None:
+    layout = write_run(runs / "fox", STOPPED)
+    layout.resolved.write_text(
+        layout.resolved.read_text("utf-8").replace("steps: 4", "steps: 8"), encoding="utf-8"
+    )
+    layout.state(4).mkdir()
+    Queue(runs).pause("cpu", True)
+
+    async def steps(user: User) -> None:
+        await until(lambda: "Continue" in enabled(user))
+        await press(user, "Continue: fox")
+        await see(user, "Continue fox")
+        (changed,) = elements(user, ui.checkbox)
+        with user:
+            changed.set_value(True)
+        await press(user, "Continue")
+        await until_told(user, "is in the queue")
+        (entry,) = Queue(runs).entries()
+        assert entry.arguments == ("--resume=auto", "--allow-change", str(layout.root))
+
+    act(runs, steps)
+
+
 def test_exported_files_can_be_downloaded_and_formats_say_who_reads_them(runs: Path) -> None:
     layout = write_run(runs / "fox", STOPPED)
     layout.state(4).mkdir()

@@ -27,6 +27,7 @@ from onewan.runs.status import read_state, read_status
 
 _COMMANDS: Mapping[Request, str] = {"sample": "sample-now"}
 """Names of the commands, where they are not those of the requests."""
+_ALLOW_CHANGE = "--allow-change"
 _TYPICAL_OF = 40
 """Newest steps whose typical time is that of a step."""
 
@@ -109,13 +110,19 @@ class Standing:
         steps = self.config.train.steps
         return steps if self.done < steps else 2 * steps
 
-    def arguments(self, steps: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Options and settings for ``onewan train``, to continue to `steps` steps. OnewanError if
-        so many are done."""
+    def arguments(
+        self, steps: int, *, changed: bool = False
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Options and settings for ``onewan train``, to continue to `steps` steps; if `changed`,
+        also where clips or captions have changed meanwhile. OnewanError if so many are done."""
         if steps == self.config.train.steps and steps > self.done:
-            return ("--resume=auto",), ()
-        found = continuation(self.config, self.done, steps)
-        return found.options if self.done else ("--resume=auto",), found.overrides
+            options, overrides = ("--resume=auto",), ()
+        else:
+            found = continuation(self.config, self.done, steps)
+            options = found.options if self.done else ("--resume=auto",)
+            overrides = found.overrides
+        allowed = (_ALLOW_CHANGE,) if changed and _ALLOW_CHANGE not in options else ()
+        return (*options, *allowed), overrides
 
     def words(self, steps: int) -> list[str]:
         """What it means to continue to `steps` steps, in sentences. OnewanError as of

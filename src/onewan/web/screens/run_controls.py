@@ -134,6 +134,7 @@ class _Controls:
             number = ui.number("Continue to step", value=standing.proposed, min=1, precision=0)
             number.without_auto_validation()  # which would take the error away again
             words = ui.element("div").props('role="status"')
+            changed = ui.checkbox("Clips or captions have changed: train on them as they are now")
             with ui.element("div").classes("ow-row"):
                 start = ui.button("Continue", on_click=lambda: box.submit(True)).props("no-caps")
                 ui.button("Cancel", on_click=box.close).props("flat no-caps")
@@ -154,10 +155,11 @@ class _Controls:
             number.on_value_change(explain)
             explain()
         if await box:
-            await self._do(partial(self._queue, standing, int(number.value or 0)))
+            steps = int(number.value or 0)
+            await self._do(partial(self._queue, standing, steps, bool(changed.value)))
 
-    def _queue(self, standing: steering.Standing, steps: int) -> str:
-        options, overrides = standing.arguments(steps)
+    def _queue(self, standing: steering.Standing, steps: int, changed: bool) -> str:
+        options, overrides = standing.arguments(steps, changed=changed)
         self._page.jobs.jobs.queue.add(self._layout.root, options, overrides)
         return f"{self._name}: is in the queue, and goes on as soon as its device is free"
 
