@@ -66,7 +66,8 @@ async def ask_for_sample(page: Page, layout: RunLayout) -> None:
     numbers |= {"frames": sample.frames, "steps": steps}
     with dialog(f"Sample {layout.name} now") as box:
         fields: dict[str, _Field] = {"prompt": ui.textarea("Prompt").props("autogrow")}
-        negative = ui.textarea("Negative prompt (empty: that of the run)").props("autogrow")
+        negative = ui.textarea("Negative prompt").props("autogrow")
+        negative.props["hint"] = "Empty: that of the run"
         fields["negative_prompt"] = negative
         with ui.element("div").classes("ow-grid"):
             for name, value in numbers.items():
@@ -92,7 +93,7 @@ async def ask_for_sample(page: Page, layout: RunLayout) -> None:
 
         with ui.element("div").classes("ow-row"):
             ui.button("Make the video", on_click=order).props("no-caps")
-            own = ui.button("Make those of the run file", on_click=order_own)
+            own = ui.button("Make the videos of the run file", on_click=order_own)
             own.props("outline no-caps")
             ui.button("Cancel", on_click=box.close).props("flat no-caps")
     box.open()
