@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from nicegui import ui
 from nicegui.elements.mixins.value_element import ValueElement
@@ -384,5 +386,29 @@ def test_a_draft_that_another_tab_changed_is_not_written_over(tmp_path: Path) ->
         await until(lambda: screen.shows("Not kept: this draft was changed or deleted"))
         assert kept.read(draft.id) == "# from another tab\n"
         assert screen.data["method"]["rank"] == 5
+
+    with_draft(tmp_path, run_text(tmp_path), act)
+
+
+def test_a_plan_that_is_outdated_is_stopped(tmp_path: Path) -> None:
+    def planning() -> int:
+        count = 0
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has ended since
+                count += "plan" in process.cmdline()
+        return count
+
+    async def act(screen: Screen) -> None:
+        screen.field("Steps").set_value("100")
+        await until(planning)
+        screen.field("Steps").set_value("200")
+        await until(lambda: screen.shows("200 (high 100, low 100)"))
+        assert not screen.shows("100 (high 50, low 50)") and planning() == 0
+        screen.field("Steps").set_value("300")
+        await until(planning)
+        screen.field("Steps").set_value("none")
+        await until(lambda: screen.error("Steps"))
+        await until(lambda: planning() == 0)
+        assert not screen.shows("300 (high 150, low 150)")
 
     with_draft(tmp_path, run_text(tmp_path), act)
