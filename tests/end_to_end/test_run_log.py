@@ -120,7 +120,7 @@ def test_unknown_requests_are_named_once_and_left_alone(run_file: RunFile) -> No
     WanTrainer(config, listen=listen).fit()
     assert [e["text"] for e in events if e["event"] == "warning"] == [
         f"{control / 'preview'}: is no request, so nothing is done; the names of requests are "
-        "stop, save, sample"
+        "stop, save, export, sample"
     ]
     assert (control / "preview").exists()
 
