@@ -81,6 +81,21 @@ def test_only_what_matters_is_listed_and_only_once_the_newest_first(folder: Path
     }
 
 
+def test_names_are_found_and_addressed_with_all_their_characters(folder: Path) -> None:
+    name = "my fox 50% #1 é.safetensors"
+    write_lora(folder / "models" / name)
+
+    async def act(user: User) -> None:
+        await user.open("/files")
+        user.find("Search").type("50% fox é")
+        await user.should_see("1 file,", retries=100)
+        link = next(e for e in user.find(ui.link).elements if e.text == name)
+        await user.open(link.props["href"])
+        await user.should_see("LoRA for Wan", retries=100)
+
+    with_user(folder / "runs", act, data=[folder / "models"])
+
+
 def test_a_file_that_was_written_anew_is_described_anew(folder: Path) -> None:
     place = ("runs", "fox/weights/fox_000100_high_noise.safetensors")
     before = entry_at(roots(folder), *place)
@@ -108,21 +123,21 @@ def test_what_is_not_in_the_list_has_no_screen(folder: Path, path: str) -> None:
 def test_the_list_is_searched_by_words_and_by_kind(folder: Path) -> None:
     async def act(user: User) -> None:
         await user.open("/files")
-        await user.should_see("5 files")
-        await user.should_see("LoRA for Wan")
+        await user.should_see("5 files", retries=100)
+        await user.should_see("LoRA for Wan", retries=100)
         user.find("Search").type("fox WEIGHTS")
-        await user.should_see("1 file,")
-        await user.should_not_see("broken.safetensors")
+        await user.should_see("1 file,", retries=100)
+        await user.should_not_see("broken.safetensors", retries=100)
         user.find("Search").clear()
         select = next(iter(user.find(ui.select).elements))
         select.value = "run file"
-        await user.should_see("fox/run.yaml")
-        await user.should_see("1 file,")
+        await user.should_see("fox/run.yaml", retries=100)
+        await user.should_see("1 file,", retries=100)
         select.value = "video"
-        await user.should_see("fox/samples/000100/0.mp4")
-        await user.should_see("1 file,")
+        await user.should_see("fox/samples/000100/0.mp4", retries=100)
+        await user.should_see("1 file,", retries=100)
         user.find("Search").type("deer")
-        await user.should_see("None of 5 files matches.")
+        await user.should_see("None of 5 files matches.", retries=100)
 
     with_user(folder / "runs", act, data=[folder / "models"])
 
@@ -130,13 +145,13 @@ def test_the_list_is_searched_by_words_and_by_kind(folder: Path) -> None:
 def test_a_file_says_what_it_is_and_who_reads_it(folder: Path) -> None:
     async def act(user: User) -> None:
         await user.open("/files/runs/fox/weights/fox_000100_high_noise.safetensors")
-        await user.should_see("LoRA for Wan")
-        await user.should_see("musubi-tuner")
-        await user.should_see("Convert")
+        await user.should_see("LoRA for Wan", retries=100)
+        await user.should_see("musubi-tuner", retries=100)
+        await user.should_see("Convert", retries=100)
         await user.open("/files/data1/broken.safetensors")
-        await user.should_not_see("Convert")
+        await user.should_not_see("Convert", retries=100)
         await user.open("/files/runs/fox/run.yaml")
-        await user.should_see(RUN_FILE)
+        await user.should_see(RUN_FILE, retries=100)
 
     with_user(folder / "runs", act, data=[folder / "models"])
 
@@ -152,7 +167,9 @@ def test_an_adapter_is_converted_and_nothing_is_overwritten_without_a_question(
         to = next(iter(user.find("Format").elements))
         assert isinstance(to, ui.select) and to.value == "no_alpha"
         to.value = "diffusers"
-        await user.should_see("fox_000100_high_noise_diffusers.safetensors --to diffusers")
+        await user.should_see(
+            "fox_000100_high_noise_diffusers.safetensors --to diffusers", retries=100
+        )
         name = next(e for e in user.find("Output").elements if isinstance(e, ui.input))
         name.value = "../../../../elsewhere/out.safetensors"
         assert "is outside the folders that this page may use" in str(name.error)
@@ -162,7 +179,7 @@ def test_an_adapter_is_converted_and_nothing_is_overwritten_without_a_question(
         user.find(kind=ui.button, content="Convert").click()
         await user.should_see("Replace it?", retries=50)
         user.find("Keep it").click()
-        await user.should_not_see("Replace it?")
+        await user.should_not_see("Replace it?", retries=100)
         assert output.read_text(encoding="utf-8") == "mine"
         user.find(kind=ui.button, content="Convert").click()
         await user.should_see("Replace it?", retries=50)
@@ -184,7 +201,7 @@ def test_the_error_of_a_command_is_shown_as_it_is(folder: Path) -> None:
         to.value = "kohya"
         user.find(kind=ui.button, content="Convert").click()
         await user.should_see("It ended with an error (exit status 1).", retries=600)
-        await user.should_see("the adapter was trained on a transformer of width 64")
+        await user.should_see("the adapter was trained on a transformer of width 64", retries=100)
 
     with_user(folder / "runs", act)
 
@@ -194,7 +211,7 @@ def test_models_and_adapters_to_merge_are_offered(folder: Path, shared: Path) ->
 
     async def act(user: User) -> None:
         await user.open("/files/runs/fox/weights/fox_000100_high_noise.safetensors")
-        await user.should_see("Choose a model to merge into.")
+        await user.should_see("Choose a model to merge into.", retries=100)
         model = next(e for e in user.find("Model").elements if isinstance(e, ui.select))
         path = str(golden.resolve())
         for _ in range(200):
@@ -205,7 +222,7 @@ def test_models_and_adapters_to_merge_are_offered(folder: Path, shared: Path) ->
         model.value = path
         number = next(iter(user.find(ui.number).elements))
         number.value = 0.8
-        await user.should_see(f"onewan merge {path} ")
-        await user.should_see("fox_000100_high_noise.safetensors:0.8 ")
+        await user.should_see(f"onewan merge {path} ", retries=100)
+        await user.should_see("fox_000100_high_noise.safetensors:0.8 ", retries=100)
 
     with_user(folder / "runs", act, data=[golden.parent])

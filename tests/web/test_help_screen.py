@@ -107,12 +107,12 @@ def test_the_documentation_is_read_and_searched(
 
     async def act(user: User) -> None:
         await user.open("/help")
-        await user.should_see("Troubleshooting")
+        await user.should_see("Troubleshooting", retries=100)
         user.find("Search the documentation").type("gradient checkpointing")
-        await user.should_see("found")
-        await user.should_see("The settings")
+        await user.should_see("found", retries=100)
+        await user.should_see("The settings", retries=100)
         user.find("Search the documentation").clear().type("no page has these words")
-        await user.should_see("Nothing has all of these words.")
+        await user.should_see("Nothing has all of these words.", retries=100)
         await user.open("/help/start")
         assert "onewan train" in next(iter(user.find(ui.html).elements)).content
         assert (await user.http_client.get("/help/nothing")).status_code == 404
@@ -129,13 +129,13 @@ def test_the_machine_is_described_as_doctor_does_and_only_once(
     async def act(user: User) -> None:
         await user.open("/help")
         await user.should_see("Environment (can be pasted into a bug report)", retries=600)
-        await user.should_see("packages")
+        await user.should_see("packages", retries=100)
         monkeypatch.setattr(help, "_environment", lambda: ["looked at again"])
         await user.open("/help")
-        await user.should_see("packages")
+        await user.should_see("packages", retries=100)
         user.find("Look again").click()
-        await user.should_see("looked at again")
-        await user.should_see("Copy the report")
-        await user.should_see("Ctrl + Enter")
+        await user.should_see("looked at again", retries=100)
+        await user.should_see("Copy the report", retries=100)
+        await user.should_see("Ctrl + Enter", retries=100)
 
     with_user(tmp_path / "runs", act)

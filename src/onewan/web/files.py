@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote
 
 from onewan.checkpoint.inspect import inspect
 from onewan.checkpoint.inspection import Inspection
@@ -147,7 +148,7 @@ def _entry(roots: Roots, path: Path, kind: Kind) -> Entry | None:
     try:
         files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
         facts = [each.stat() for each in files]
-        place = roots.address(path).removeprefix("/media/")
+        place = unquote(roots.address(path).removeprefix("/media/"))
     except (OSError, OnewanError):
         return None
     size, modified = sum(each.st_size for each in facts), max(each.st_mtime for each in facts)

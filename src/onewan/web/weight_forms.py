@@ -6,8 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
-from urllib.parse import quote
+from typing import get_args
 
 from nicegui import ui
 
@@ -240,11 +239,11 @@ def _results(page: Page, command: Command, destination: Path) -> None:
         if not file.exists():
             continue
         try:
-            address: Any = page.roots.address(page.roots.inside(file))
+            address = page.roots.address(page.roots.inside(file))
         except OnewanError:
             continue
         with ui.row().classes("ow-row"):
-            ui.link(file.name, f"/files/{quote(address.removeprefix('/media/'), safe='/%')}")
+            ui.link(file.name, f"/files/{address.removeprefix('/media/')}")
             if file.is_file():
                 ui.label(format_bytes(file.stat().st_size)).classes("ow-muted")
                 save = partial(ui.navigate.to, f"{address}?save=1")

@@ -13,6 +13,7 @@ from nicegui import ui
 
 from onewan.arithmetic.byte_sizes import format_bytes
 from onewan.checkpoint.inspection import Inspection
+from onewan.data.report import count
 from onewan.errors import OnewanError
 from onewan.web.command_card import command_card, copy_button
 from onewan.web.files import Entry, Listing, entry_at, find_files, inspection, summary
@@ -127,9 +128,9 @@ class _List:
         if not self._listing.entries:
             return "There are no models, adapters, videos or run files in the folders of this page."
         if not found:
-            return f"None of {len(self._listing.entries):,} files matches."
+            return "Nothing matches."
         more = "" if self._listing.complete else "; there are more, which are not listed"
-        return f"{len(found):,} {'file' if len(found) == 1 else 'files'}, {size}{more}"
+        return f"{count(len(found), 'file')}, {size}{more}"
 
 
 def _matching(listing: Listing, words: str, kind: str) -> list[Entry]:
@@ -199,7 +200,9 @@ def _facts(found: Inspection) -> None:
     text("h3", "What it holds")
     _table([row for row in found.rows() if row[0] not in elsewhere])
     if found.metadata:
-        with ui.expansion(f"Header, {len(found.metadata)} entries").classes("ow-files-facts"):
+        with ui.expansion(f"Header: {count(len(found.metadata), 'value')}").classes(
+            "ow-files-facts"
+        ):
             _table(sorted(found.metadata.items()))
 
 
