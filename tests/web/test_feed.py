@@ -142,7 +142,8 @@ def test_events_are_lines_and_those_after_a_number_come_alone(growing: Growing) 
         growing.lines.add(events.Exported(step=2, expert=expert, file=root / f"dog_{expert}.x"))
     growing.read()
     told = growing.feed.events(0)
-    assert [line["kind"] for line in told["lines"]][-2:] == ["warning", "saved"]
+    assert [line["kind"] for line in told["lines"]][-2:] == ["saved", "exported"]
+    assert told["lines"][-1]["text"] == f"step 2: weights exported: {root}/dog_* (2 files)"
     growing.steps(range(3, 4))
     growing.lines.add(events.Warned(text="<b>loud</b>\n\x1b[31m"))
     growing.lines.add(
@@ -152,7 +153,6 @@ def test_events_are_lines_and_those_after_a_number_come_alone(growing: Growing) 
     summary = growing.read()
     new = growing.feed.events(told["next"])
     assert [(line["kind"], line["text"]) for line in new["lines"]] == [
-        ("exported", f"step 2: weights exported: {root}/dog_* (2 files)"),
         ("warning", "warning: <b>loud</b>\\n\\x1b[31m"),
         ("failed", "failed: no space"),
         ("failed", "  free some"),

@@ -121,14 +121,13 @@ class HistoryReader:
     def __init__(
         self, path: Path, listen: Callable[[Mapping[str, Any]], None] = lambda _event: None
     ) -> None:
-        """`listen` is called with each event."""
+        """`listen` is called with each event but those of steps, of which there are many."""
         self.history = History()
         self._listen = listen
         self._tail = EventTail(path, self._damaged, self._restart)
         self._takers: dict[str, Callable[[Mapping[str, Any]], bool]] = {
             "started": self._started,
             "resumed": self._resumed,
-            "step": self._step,
             "validation": self._validation,
             "sampled": self._sampled,
             "exported": self._exported,
@@ -172,6 +171,11 @@ class HistoryReader:
 
     def _take(self, event: Mapping[str, Any]) -> None:
         history, kind = self.history, event.get("event")
+        if kind == "step":
+            history.last_event = event
+            if not self._step(event):
+                history.damaged_count += 1
+            return
         if kind == "started":
             self._set_end(history)
         history.last_event = event

@@ -33,6 +33,7 @@ class StepTable:
     def __init__(self) -> None:
         self.experts: list[str] = []
         """Names of the experts, in the order of their first steps."""
+        self._indexes = dict[str, int]()
         self.replaced = 0
         """Steps that were computed again after a restart, or dropped by it."""
         self._steps = array("q")
@@ -54,22 +55,25 @@ class StepTable:
     def add(self, event: Mapping[str, Any]) -> bool:
         """Take in a step event; returns False, and does nothing, for one that lacks its fields."""
         step, expert = event.get("step"), event.get("expert")
-        if not isinstance(step, int) or not isinstance(expert, str) or step < 1:
+        if type(step) is not int or type(expert) is not str or step < 1:
             return False
-        if expert not in self.experts:
+        index = self._indexes.get(expert)
+        if index is None:
             if len(self.experts) == 100:  # no run has so many: the file is damaged
                 return False
+            index = self._indexes[expert] = len(self.experts)
             self.experts.append(expert)
         if self._steps and step <= self._steps[-1]:
             self.drop_after(step - 1)
         self._steps.append(step)
-        self._expert.append(self.experts.index(expert))
+        self._expert.append(index)
         self._values.extend(
             [value if type(value) is float else number(value) for value in map(event.get, COLUMNS)]
         )
         timesteps = event.get("t")
-        if isinstance(timesteps, list):
-            self._timesteps.extend(map(number, timesteps))
+        if type(timesteps) is list:
+            for value in timesteps:
+                self._timesteps.append(value if type(value) is float else number(value))
         self._timestep_ends.append(len(self._timesteps))
         return True
 

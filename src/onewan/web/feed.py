@@ -41,7 +41,7 @@ _MOST_PARTS = 16
 _MOST_LINES = 3000
 """Of the events that are shown."""
 _LOG_BYTES = 1 << 16
-_UNSHOWN = frozenset({"step", "heartbeat", "sampled", "validation"})
+_UNSHOWN = frozenset({"heartbeat", "sampled", "validation"})
 """Kinds without lines, or with lines that the page shows elsewhere; a long run has thousands."""
 
 
@@ -87,6 +87,7 @@ class Feed:
         before = self._reader.history
         self._reader.update()
         history = self._reader.history
+        self._tell_exports(history.last_event)
         if history is not before:  # another run is in the folder
             self._plots_at = -_REDRAWN_SECONDS
         record = self._record = record_of(
@@ -178,9 +179,8 @@ class Feed:
     def _listen(self, event: Mapping[str, Any]) -> None:
         """Keep the lines about an event that a person reads."""
         kind = event.get("event")
-        if self._exporting and kind != Exported.kind:
-            self._exporting = False
-            self._keep(event, Exported.kind, self._lines.rest())
+        if kind != Exported.kind:
+            self._tell_exports(event)
         if kind in _UNSHOWN:
             return
         made = event_of(event)
@@ -191,6 +191,12 @@ class Feed:
         except (TypeError, ValueError, AttributeError, KeyError):
             return  # a damaged field
         self._exporting = kind == Exported.kind
+
+    def _tell_exports(self, event: Mapping[str, Any]) -> None:
+        """Keep the line about the files of a step, which are all known with `event`."""
+        if self._exporting:
+            self._exporting = False
+            self._keep(event, Exported.kind, self._lines.rest())
 
     def _keep(self, event: Mapping[str, Any], kind: str, lines: Sequence[str]) -> None:
         for line in lines:
