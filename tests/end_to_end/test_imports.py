@@ -15,6 +15,7 @@ from onewan.config.load import dump_run
 USED = {
     *("onewan", "av", "ruamel"),
     *("pydantic", "pydantic_core", "annotated_types", "typing_inspection"),
+    "orjson",  # reads events where the page is installed, which needs it
 }
 """Packages that a LoRA run imports beside those which diffusers, PEFT and transformers import."""
 
