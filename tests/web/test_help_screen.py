@@ -111,7 +111,7 @@ def test_the_documentation_is_read_and_searched(
         user.find("Search the documentation").type("gradient checkpointing")
         await user.should_see("found", retries=100)
         await user.should_see("The settings", retries=100)
-        user.find("Search the documentation").clear().type("no page has these words")
+        user.find("Search the documentation").clear().type("xylophone")
         await user.should_see("Nothing has all of these words.", retries=100)
         await user.open("/help/start")
         assert "onewan train" in next(iter(user.find(ui.html).elements)).content
@@ -133,6 +133,7 @@ def test_the_machine_is_described_as_doctor_does_and_only_once(
         monkeypatch.setattr(help, "_environment", lambda: ["looked at again"])
         await user.open("/help")
         await user.should_see("packages", retries=100)
+        await user.should_see("Look again", retries=100)
         user.find("Look again").click()
         await user.should_see("looked at again", retries=100)
         await user.should_see("Copy the report", retries=100)
