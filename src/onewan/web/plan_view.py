@@ -101,7 +101,8 @@ class PlanView:
 def _facts(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Names and values of what matters most in a plan."""
     machine, time = plan["machine"], plan["run_time"]
-    yield "Device", f"{machine['name']}, {format_bytes(machine['vram'])}"
+    name, size = machine["name"], format_bytes(machine["vram"])
+    yield "Device", name if size in name else f"{name}, {size}"  # one by its size has no other name
     budget = format_bytes(machine["device_budget"])
     yield "Device memory", f"{format_bytes(plan['device_peak'])} of {budget}"
     budget = format_bytes(machine["host_budget"])
