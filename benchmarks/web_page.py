@@ -207,9 +207,17 @@ class Viewer:
         self._next = {"events": 0, "log": 0}
         self.answers = 0
 
-    async def look(self, opened: asyncio.Event, begin: asyncio.Event, end: asyncio.Event) -> None:
-        """Open the page and set `opened`; from `begin` on, follow the run until `end`."""
-        page = await self._client.get(f"/run/{self._run}")
+    async def look(
+        self,
+        door: asyncio.Semaphore,
+        opened: asyncio.Event,
+        begin: asyncio.Event,
+        end: asyncio.Event,
+    ) -> None:
+        """Open the page, as many at a time as `door` lets, and set `opened`; from `begin` on,
+        follow the run until `end`."""
+        async with door:
+            page = await self._client.get(f"/run/{self._run}")
         page.raise_for_status()
         query = connection(page.text)
         address = f"{self._root.replace('http', 'ws')}/_nicegui_ws/socket.io/?{urlencode(query)}"
@@ -357,11 +365,17 @@ async def watch(
     answered meanwhile too."""
     all_viewers = [Viewer(root, "run") for _ in range(viewers)]
     opened = [asyncio.Event() for _ in all_viewers]
-    go, end = asyncio.Event(), asyncio.Event()
+    door, go, end = asyncio.Semaphore(2), asyncio.Event(), asyncio.Event()
     looking = asyncio.gather(
-        *(viewer.look(event, go, end) for viewer, event in zip(all_viewers, opened, strict=True))
+        *(
+            viewer.look(door, event, go, end)
+            for viewer, event in zip(all_viewers, opened, strict=True)
+        )
     )
-    await asyncio.wait([asyncio.ensure_future(event.wait()) for event in opened])
+    all_open = asyncio.gather(*(event.wait() for event in opened))
+    await asyncio.wait([looking, all_open], return_when=asyncio.FIRST_COMPLETED)
+    if looking.done():
+        await looking  # raises what went wrong
     before = sum(viewer.answers for viewer in all_viewers)
     go.set()
     await asyncio.sleep(POLL_SECONDS)  # until all have begun to ask
