@@ -11,7 +11,9 @@ import pytest
 from made_runs import MadeRun, write_run
 from support.axe import accessibility_faults
 from support.browser import Browser, Tab, browse
+from support.interrupted import locking
 from support.page import Served, served
+from support.trainers import begin
 
 from onewan.demo.clips import write_clips
 from onewan.presets.drafts import Drafts
@@ -105,6 +107,25 @@ def test_everyone_can_use_each_screen(
         found += [f"moves: {shift:.3f}"] if (shift := tab.layout_shift()) >= 0.05 else []
         faults += [f"{address}: {each}" for each in found]
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize(("window", "dark"), [("desktop", True), ("phone", False)])
+def test_everyone_can_use_the_dialogs_of_a_run(
+    browser: Browser, tmp_path: Path, pytestconfig: pytest.Config, window: str, dark: bool
+) -> None:
+    running = write_run(tmp_path / "runs" / "fox", MadeRun(steps=40, on_device=False, end=""))
+    running.state(40).mkdir()
+    write_run(tmp_path / "runs" / "dog", MadeRun(steps=40, end="stopped"))
+    tab = browser.tab(window, dark=dark)
+    with served(tmp_path / "runs") as page, locking(running.lock):
+        begin(running)
+        for name in ("Sample now: fox", "Change settings: fox", "Export: fox", "Continue: dog"):
+            tab.open(f"{page.root}/run/{name[-3:]}")
+            tab.wait("#run.ready", seconds=60)
+            tab.click("button", name)
+            tab.wait(".q-dialog h2", name[-3:])
+            assert not accessibility_faults(tab, pytestconfig) and not tab.overflows(), name
+    assert not tab.console
 
 
 def focus(tab: Tab, name: str) -> None:
