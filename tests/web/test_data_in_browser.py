@@ -123,6 +123,35 @@ def test_clips_are_looked_at_and_captions_changed(
         assert tab.layout_shift() < 0.1
 
 
+def test_who_edits_a_caption_that_someone_else_has_changed_is_asked(
+    folder: Path, tmp_path: Path
+) -> None:
+    caption = folder / "clips" / "fox.txt"
+    field = "textarea[aria-label='Caption of fox.mp4']"
+    # Two browsers, since Chromium draws only one tab of a window.
+    with (
+        served(folder / "runs", "--data", str(folder)) as page,
+        browse(tmp_path / "first") as first,
+        browse(tmp_path / "second") as second,
+    ):
+        one, two = first.tab(), second.tab()
+        for tab in (one, two):
+            tab.open(f"{page.root}/data?file={folder / 'run.yaml'}")
+        two.fill(field, "a fox sleeps")
+        one.fill(field, "a fox swims")
+        one.press("ctrl+Enter")
+        one.wait(".ow-clip-state", "Saved")
+        two.press("ctrl+Enter")
+        two.wait(".q-dialog h2", "This caption was changed meanwhile")
+        two.wait(".q-dialog .ow-mono", "a fox swims")
+        assert caption.read_text(encoding="utf-8") == "a fox swims"
+        two.click(".q-dialog button", "Write yours")
+        two.wait_until_gone(".q-dialog")
+        two.wait(".ow-clip-state", "Saved")
+        assert caption.read_text(encoding="utf-8") == "a fox sleeps"
+        assert not one.console and not two.console
+
+
 def test_thousands_of_clips_are_smooth(tmp_path: Path) -> None:
     clips = tmp_path / "clips"
     clips.mkdir()
