@@ -69,14 +69,14 @@ def measured(
     shutil.rmtree(model, ignore_errors=True)
     write_tiny_model(model, variant)
     shutil.rmtree(model / "vae")
-    vae = AutoencoderKLWan(**TRUE_SIZE[variant])
+    vae: Any = AutoencoderKLWan(**TRUE_SIZE[variant])
     vae.save_pretrained(model / "vae")
     file = folder / "run.yaml"
     file.write_text(RUN_FILE.format(variant=variant), encoding="utf-8")
     stored = read_stored_model(load_run(file)).vae
     release(device)
     before = device_memory(device)[0] or 0
-    there: Any = vae.to(device=device).eval().requires_grad_(False)
+    there = vae.to(device=device).eval().requires_grad_(False)
     values: list[Value] = []
     for frames, height, width in sizes:
         bucket = Bucket(frames=frames, width=width, height=height)

@@ -47,6 +47,7 @@ import psutil
 from figures import ROOT, Value, add_output_options, as_case, measured_here, save
 from made_runs import MadeRun, write_run
 from websockets.asyncio.client import connect
+from websockets.typing import Origin
 
 sys.path.append(str(ROOT / "tests"))
 
@@ -154,8 +155,8 @@ def opened_and_scrolled(folder: Path, steps: int, samples: int) -> Iterator[Valu
                     tab = browser.tab(window)
                     tab.open(f"{page.root}/run/long")
                     times[when].append(tab.value(_OPENED) / 1000)
-                if len(times["again"]) == REPEATS:
-                    yield from scrolled(tab, window)
+                    if when == "again" and len(times[when]) == REPEATS:
+                        yield from scrolled(tab, window)
         for when, measured in times.items():
             yield Value(
                 case=as_case(window=window, opened=when),
@@ -221,7 +222,7 @@ class Viewer:
         page.raise_for_status()
         query = connection(page.text)
         address = f"{self._root.replace('http', 'ws')}/_nicegui_ws/socket.io/?{urlencode(query)}"
-        async with connect(address, origin=self._root) as socket:
+        async with connect(address, origin=Origin(self._root)) as socket:
             talk = asyncio.create_task(keep(socket))
             await self._poll()
             opened.set()
@@ -406,7 +407,7 @@ def training(folder: Path, core: int) -> Iterator[Trainer]:
         "from pathlib import Path; from onewan.demo import prepare_demo; import sys; "
         "prepare_demo(Path(sys.argv[1]), 't2v-a14b', print)"
     )
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ONEWAN_DEVICE": "cpu"}
     subprocess.run(
         [sys.executable, "-c", prepare, str(folder)], check=True, env=environment, **quiet
