@@ -97,10 +97,13 @@ class _Chooser:
         kind = "run" if query.run else "file" if query.file else "folder" if query.folder else ""
         kind = kind or ("run" if names else "folder")
         with ui.element("section").classes("ow-card").props('aria-label="Whose clips"'):
+            about = "See each clip as it is trained and what speaks against it, and edit captions."
+            text("p", about).classes("ow-muted ow-about")
             options = {"run": "A run", "file": "A run file", "folder": "A folder"}
             toggle = ui.toggle(options, value=kind).props("no-caps unelevated")
             with ui.element("div").classes("ow-row ow-fields"):
-                run = ui.select(names, label="Run", value=query.run if query.run in names else None)
+                chosen_run = query.run if query.run in names else next(iter(names), None)
+                run = ui.select(names, label="Run", value=chosen_run)
                 file = ui.input("Run file", value=query.file)
                 folder = ui.input("Folder", value=query.folder)
                 own: dict[str, Any] = {
