@@ -84,7 +84,7 @@ def test_every_picture_is_used_and_made_by_one_target(monkeypatch: pytest.Monkey
         assert script in recipe
     windows = {f"onetrainer_{name}.png" for name in take_onetrainer_screenshots.SHOWN}
     taken = windows | {
-        *(f"{name}.png" for name in take_pictures.PAGES),
+        *(f"{name}.png" for name in (*take_pictures.PAGES, *take_pictures.SCREENS)),
         f"{take_pictures.SHEET}.jpg",
     }
     used = {

@@ -86,7 +86,7 @@ def test_it_is_exact_once_everything_was_done_once() -> None:
 def test_the_plan_stands_for_what_was_not_done_yet() -> None:
     planned = RunTime(
         steps=97, step=1.25, samples=0, sample=15.0, full_samples=0, full_sample=50.0,
-        validations=0, validation=5.0,
+        validations=0, validation=5.0, expert_steps={},
     )  # fmt: skip
     # Steps take twice the time of the plan, so its other times are doubled too.
     estimate, real = simulated(CADENCE, planned)[10]

@@ -39,7 +39,11 @@ POSIX_NAMES = {
 }
 """What Windows has not, or, as `os.kill` and `os.symlink`, has with another meaning or not for
 everyone."""
-GUARDED = {("files.py", "fcntl")}  # under `sys.platform == "darwin"`
+GUARDED = {
+    ("files.py", "fcntl"),  # under `sys.platform == "darwin"`
+    # Process groups, which Windows has not: under `not IS_WINDOWS`.
+    *(("runs/processes.py", name) for name in ("os.getpgid", "os.killpg", "signal.SIGKILL")),
+}
 
 
 TREES = {

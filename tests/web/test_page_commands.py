@@ -41,8 +41,13 @@ def test_a_document_is_read_and_an_error_is_the_commands(tmp_path: Path) -> None
 
 
 def test_a_command_can_be_stopped_and_one_that_nobody_waits_for_ends(tmp_path: Path) -> None:
+    def children() -> set[psutil.Process]:
+        return set(psutil.Process().children(recursive=True))
+
+    others = children()  # of tests that ran before in this process
+
     def running() -> list[psutil.Process]:
-        return [p for p in psutil.Process().children(recursive=True) if p.is_running()]
+        return [p for p in children() - others if p.is_running()]
 
     async def act() -> None:
         commands = Commands(tmp_path)
@@ -58,6 +63,20 @@ def test_a_command_can_be_stopped_and_one_that_nobody_waits_for_ends(tmp_path: P
         with pytest.raises(asyncio.CancelledError):
             await asked
         assert running() == []
+
+    asyncio.run(act())
+
+
+def test_a_command_that_is_not_wanted_any_more_when_it_starts_ends(tmp_path: Path) -> None:
+    others = set(psutil.Process().children(recursive=True))
+
+    async def act() -> None:
+        asked = asyncio.create_task(Commands(tmp_path).json_of(["demo", "--dir", "demo"]))
+        await asyncio.sleep(0)  # it is being started
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        assert set(psutil.Process().children(recursive=True)) <= others
 
     asyncio.run(act())
 

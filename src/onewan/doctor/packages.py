@@ -26,6 +26,9 @@ OPTIONAL: Mapping[str, str] = {
     "pyarrow": "tables of clips in parquet",
     "aiohttp": "sources of clips at https:// addresses",
     "wandb": "a record of each run at Weights & Biases",
+    "nicegui": "the page of onewan serve",
+    "uvicorn": "the page of onewan serve",
+    "websockets": "the page of onewan serve",
 }
 """What each package gives that only some runs need: those of the extras, and others that are used
 where they are installed."""
