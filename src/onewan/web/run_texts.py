@@ -110,6 +110,8 @@ def _problem(record: RunRecord) -> dict[str, Any] | None:
         if history.saved
         else "It has no saved state, so it begins again where it is continued."
     )
+    if record.state == "silent":  # this machine can't know, so its buttons begin nothing
+        goes_on += f" If it has ended, continue it with: onewan train {record.layout.root} --resume"
     return {
         "heading": "It was killed" if record.state == "killed" else "It may have been killed",
         "lines": [f"{record.reason[:1].upper()}{record.reason[1:]}.", goes_on],

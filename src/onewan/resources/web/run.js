@@ -94,7 +94,8 @@ class Lines {
     const texts = [];
     for (const line of this.lines) {
       if (kinds && !kinds.includes(line.kind)) continue;
-      const text = typeof line === "string" ? line : `${new Date(line.time).toLocaleString()}  ${line.text}`;
+      // Swedish times are those of ISO 8601, as on the other screens; here in the reader's time zone.
+      const text = typeof line === "string" ? line : `${new Date(line.time).toLocaleString("sv-SE")}  ${line.text}`;
       if (text.toLowerCase().includes(wanted)) texts.push(text);
     }
     this.text.textContent = texts.join("\n") || (this.lines.length ? "No line has this." : "Nothing yet.");

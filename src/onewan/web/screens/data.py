@@ -200,8 +200,8 @@ class _DataScreen:
             self._progress = ui.label().classes("ow-line").props('role="status"')
             for line in opened.clips.unsure:
                 ui.label(line).classes("ow-warn")
-            command = command_line(["doctor", str(opened.run_file)])
-            ui.label(one_line(command)).classes("ow-mono ow-muted")
+            command = one_line(command_line(["doctor", str(opened.run_file)]))
+            ui.label(f"The same in a terminal: {command}").classes("ow-mono ow-muted")
         self._show_progress()
 
     def _show_progress(self) -> None:

@@ -175,7 +175,9 @@ class _Runs:
         self._rows: dict[str, _Row] = {}
         self._most = SHOWN_AT_ONCE
         search = ui.input("Search by name, state, model or method", on_change=self._show_again)
-        self._search = search.classes("ow-search").props('clearable debounce="200" type="search"')
+        self._search = search.classes("ow-search").props(
+            'outlined dense clearable debounce="200" type="search"'
+        )
         self._count = text("p", "").classes("ow-muted").props('role="status"')
         self._box = ui.element("ul").classes("ow-list")
         self._more = _button("Show more", "runs", self._show_more)
