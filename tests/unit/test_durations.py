@@ -10,6 +10,10 @@ from onewan.arithmetic.durations import format_duration
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
+        (0, "0 s"),
+        (0.000027, "0.027 ms"),
+        (0.0058, "5.8 ms"),
+        (0.00996, "0.01 s"),
         (0.5612, "0.56 s"),
         (9.96, "10 s"),
         (99, "99 s"),

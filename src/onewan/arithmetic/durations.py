@@ -5,7 +5,9 @@ from __future__ import annotations
 
 def format_duration(seconds: float) -> str:
     """`seconds` in the two largest units, as people say it: "45 s", "3 min", "2 h 5 min", "3 days
-    4 h". Below ten seconds with two significant digits."""
+    4 h". Below ten seconds with two significant digits, below a hundredth in ms."""
+    if 0 < seconds < 0.00995:
+        return f"{1000 * seconds:.2g} ms"
     if seconds < 9.95:
         return f"{seconds:.2g} s"
     if seconds < 99.5:
