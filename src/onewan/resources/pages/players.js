@@ -33,7 +33,8 @@
 
   // Resolves to whether the video can be played.
   function loaded(video) {
-    if (video.readyState >= 2) return Promise.resolve(true);
+    // While it seeks, a video has its metadata alone; to load it again would begin at 0.
+    if (video.readyState >= HTMLMediaElement.HAVE_METADATA) return Promise.resolve(true);
     return new Promise((done) => {
       video.addEventListener("loadeddata", () => done(true), { once: true });
       video.addEventListener("error", () => done(false), { once: true });
