@@ -29,6 +29,7 @@ OPTIONAL: Mapping[str, str] = {
     "nicegui": "the page of onewan serve",
     "uvicorn": "the page of onewan serve",
     "websockets": "the page of onewan serve",
+    "markdown-it-py": "the documentation on the page of onewan serve",
 }
 """What each package gives that only some runs need: those of the extras, and others that are used
 where they are installed."""

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,6 +110,7 @@ def force_stop(process: ProcessId) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             found.suspend()  # so that it starts nothing any more that could be missed
         doomed = set(_belonging_to(found))
+        known = [ProcessId.of(one.pid) for one in doomed]
         if not IS_WINDOWS and _leads_its_group(found):
             with contextlib.suppress(OSError):  # macOS refuses it for a group with a zombie
                 os.killpg(found.pid, signal.SIGKILL)
@@ -119,8 +121,11 @@ def force_stop(process: ProcessId) -> None:
         raise OnewanError(
             f"process {found.pid}: belongs to another user ({_owner(found)}); let them end it"
         ) from None
-    _, left = psutil.wait_procs(doomed, timeout=_END_SECONDS)
-    if still := [one.pid for one in left if ProcessId.of(one.pid).is_alive]:
+    # Not psutil's own wait: it would take the exit status of a child from whoever waits for that.
+    end = time.monotonic() + _END_SECONDS
+    while (still := [one.number for one in known if one.is_alive]) and time.monotonic() < end:
+        time.sleep(0.02)
+    if still:
         raise OnewanError(
             f"process {', '.join(map(str, still))}: was killed, but the system has not ended it "
             "yet; it waits for a driver or a disk, and if that never answers only a restart of the "
