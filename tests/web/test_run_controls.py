@@ -188,7 +188,7 @@ def test_a_run_is_continued_to_more_steps_with_words_about_what_that_means(runs:
     async def steps(user: User) -> None:
         await until(lambda: enabled(user) == ["Continue", "Export"])
         await press(user, "Continue: fox")
-        await see(user, "Continue fox", "It goes on from the state of step 4", "left: 4, about")
+        await see(user, "Continue fox", "It resumes from the state of step 4", "left: 4, about")
         await see(user, "It is not exactly a run of 8 steps", "follows the schedule cosine")
         await fill(user, "Continue to step", 4)
         await until(lambda: field(user, "Continue to step").error is not None)

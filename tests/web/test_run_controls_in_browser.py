@@ -48,5 +48,5 @@ def test_everyone_can_use_the_dialogs(tmp_path: Path, pytestconfig: pytest.Confi
         tab.open(page.root + "/run/fox")
         tab.wait("#run-state", "killed")
         tab.click("button", "Continue")
-        tab.wait(".run-dialog", "It goes on from the state of step 40")
+        tab.wait(".run-dialog", "It resumes from the state of step 40")
         assert accessibility_faults(tab, pytestconfig) == []

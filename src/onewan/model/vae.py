@@ -117,7 +117,7 @@ def encode_video(vae: AutoencoderKLWan, pixels_BCFHW: Tensor) -> Tensor:
 @torch.no_grad()
 def decode_video(vae: AutoencoderKLWan, latents_BCFHW: Tensor) -> Tensor:
     """Float32 pixels [B, 3, F, H, W] in [-1, 1]; the inverse of `encode_video`. On CUDA, with TF32
-    unless PyTorch is told otherwise."""
+    unless the settings of PyTorch forbid it."""
     mean, std = _statistics(vae, vae.device)
     unscaled = latents_BCFHW.to(vae.device, torch.float32) * std + mean
     # diffusers clamps the result to [-1, 1].

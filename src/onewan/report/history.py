@@ -221,7 +221,7 @@ class HistoryReader:
         return True
 
     def _drop_after(self, step: int) -> None:
-        """Discard what an earlier process did after `step`, since the run goes on from there."""
+        """Discard what an earlier process did after `step`, since the run resumes from there."""
         history = self.history
         history.steps.drop_after(step)
         history.validations = {k: v for k, v in history.validations.items() if k[0] <= step}

@@ -130,7 +130,7 @@ class Standing:
         found = continuation(self.config, self.done, steps)
         left = steps - self.done
         lines = [
-            f"It goes on from the state of step {self.done:,}."
+            f"It resumes from the state of step {self.done:,}."
             if self.done
             else "It begins at step 0, since no state was saved."
         ]

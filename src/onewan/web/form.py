@@ -32,7 +32,7 @@ class _Widget:
     field: Input
     element: ValueElement[Any]
     told: ui.label
-    """Where a problem is told that the element can't show itself."""
+    """Shows a problem for which the element has no place of its own."""
 
 
 @dataclass(eq=False)

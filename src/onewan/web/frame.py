@@ -86,6 +86,22 @@ def tell(message: str, *, error: bool = False) -> None:
     )
 
 
+async def asked(title: str, question: str, yes: str) -> bool:
+    """Whether the user says yes."""
+    with ui.dialog() as dialog, ui.card().classes("ow-card"):
+        dialog.props["aria-label"] = title
+        text("h2", title)
+        text("p", question)
+        with ui.element("div").classes("ow-row"):
+            ui.button(yes, on_click=lambda: dialog.submit(True)).props('no-caps color="negative"')
+            ui.button("Cancel", on_click=lambda: dialog.submit(False)).props(
+                "flat no-caps autofocus"
+            )
+    answer = await dialog
+    dialog.delete()
+    return bool(answer)
+
+
 def _theme_button() -> None:
     request = context.client.request
     cookie = "system" if request is None else request.cookies.get("onewan_theme", "system")

@@ -19,7 +19,7 @@ from onewan.web.frame import tell
 log = logging.getLogger(__name__)
 
 _TURN_SECONDS = 1.0
-"""Between two looks at the runs; a trainer that was killed is told within a few of them."""
+"""Between two looks at the runs; a killed trainer is noticed within a few of them."""
 _MACHINE_SECONDS = 3.0
 
 

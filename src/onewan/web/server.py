@@ -156,7 +156,7 @@ def serve(options: ServeOptions, say: Callable[[str], None]) -> None:
 
 
 def _rules(options: ServeOptions, kept: dict[str, Any]) -> tuple[str | None, Rules]:
-    """The rules, and the token if it is a new one, which is told once."""
+    """The rules, and the token if it is a new one, which is printed once."""
     open_to_all = not is_loopback(options.host)
     token, stored = None, kept.get("token_digest")
     if not (open_to_all or options.token):

@@ -22,7 +22,7 @@ from onewan.runs import steering
 from onewan.runs.control import Request
 from onewan.runs.layout import RunLayout
 from onewan.runs.statuses import KnownRun
-from onewan.web.frame import tell, text
+from onewan.web.frame import asked, tell, text
 from onewan.web.page import Page
 from onewan.web.screens.run_dialogs import ask_for_sample, change_settings, dialog, read
 
@@ -111,17 +111,11 @@ class _Controls:
         known = self._known()
         saved = known.status.saved_step if known is not None and known.status is not None else None
         kept = f"the state of step {saved:,} is kept" if saved else "no state was saved yet"
-        with dialog(f"Force {self._name} to stop?") as box:
-            text(
-                "p",
-                f"The trainer is ended at once, whatever it is doing, and saves nothing: {kept}. "
-                "Stop ends it with its state saved.",
-            )
-            with ui.element("div").classes("ow-row"):
-                yes = ui.button("Force stop", on_click=lambda: box.submit(True))
-                yes.props('no-caps color="negative"')
-                ui.button("Cancel", on_click=box.close).props("flat no-caps autofocus")
-        if await box:
+        question = (
+            f"The trainer is ended at once, whatever it is doing, and saves nothing: {kept}. "
+            "Stop ends it with its state saved."
+        )
+        if await asked(f"Force {self._name} to stop?", question, "Force stop"):
             await self._do(lambda: self._page.jobs.jobs.force_stop(self._name))
 
     # ------------------------------------------------------------------------------- continuing

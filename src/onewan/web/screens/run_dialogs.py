@@ -47,7 +47,7 @@ def dialog(title: str) -> Iterator[ui.dialog]:
 
 
 async def read(reading: Callable[[], _T]) -> _T | None:
-    """What `reading`, which blocks, returns; None if it fails, which the user is told."""
+    """What `reading`, which blocks, returns; None if it fails: the user then sees the error."""
     try:
         return await asyncio.to_thread(reading)
     except (OnewanError, OSError) as error:

@@ -17,7 +17,7 @@ from onewan.runs.machine import gauges_of
 from onewan.runs.status_text import kind_text, losses_text, steps_text
 from onewan.runs.statuses import KnownRun
 from onewan.web.commands import command_line
-from onewan.web.frame import frame, text
+from onewan.web.frame import asked, frame, text
 from onewan.web.page import Page
 
 SHOWN_AT_ONCE = 25
@@ -319,7 +319,7 @@ class _Row:
             f"The trainer of {self._name} is ended at once, whatever it is doing, and saves "
             f"nothing: {kept}. Stop ends it with its state saved."
         )
-        if await _asked(f"Force {self._name} to stop?", question, "Force stop"):
+        if await asked(f"Force {self._name} to stop?", question, "Force stop"):
             await _do(self._page, partial(self._page.jobs.jobs.force_stop, self._name))
 
     async def _ask_to_delete(self) -> None:
@@ -329,7 +329,7 @@ class _Row:
             f"The folder {run.folder}{size} is deleted, with its weights, samples and saved "
             "states. This can't be undone. Clips, captions and the model stay."
         )
-        if await _asked(f"Delete {self._name}?", question, "Delete"):
+        if await asked(f"Delete {self._name}?", question, "Delete"):
             await _do(self._page, partial(self._page.jobs.jobs.delete, self._name))
 
 
@@ -359,19 +359,3 @@ async def _do(page: Page, action: Action) -> None:
         return result if isinstance(result, str) else None
 
     await page.jobs.do(line)
-
-
-async def _asked(title: str, question: str, yes: str) -> bool:
-    """Whether the user says yes."""
-    with ui.dialog() as dialog, ui.card().classes("ow-card"):
-        dialog.props["aria-label"] = title
-        text("h2", title)
-        text("p", question)
-        with ui.element("div").classes("ow-row"):
-            ui.button(yes, on_click=lambda: dialog.submit(True)).props('no-caps color="negative"')
-            ui.button("Cancel", on_click=lambda: dialog.submit(False)).props(
-                "flat no-caps autofocus"
-            )
-    answer = await dialog
-    dialog.delete()
-    return bool(answer)
