@@ -106,7 +106,7 @@ def check_wheel(folder: Path) -> None:
     use(environment, folder)
     use_resources(environment, folder)
     install_tested(environment, wheel, "[all]")
-    pages = "from onewan.web.documentation import pages; print(*pages())"
+    pages = "from onewan.serving.documentation import pages; print(*pages())"
     if "start" not in environment.run_bare(folder, None, "python", "-c", pages):
         raise SystemExit("the wheel lacks the documentation, which the page shows")
     bill = write_bill(environment, folder / "bill.cdx.json")

@@ -18,10 +18,10 @@ from nicegui import Client, core, ui
 from nicegui.testing.general import nicegui_reset_globals, prepare_simulation
 from nicegui.testing.user import User
 
-from onewan.web.commands import Commands
+from onewan.serving.commands import Commands
+from onewan.serving.roots import Roots
+from onewan.web.application import add_screens
 from onewan.web.page import Page
-from onewan.web.roots import Roots
-from onewan.web.server import add_screens
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from onewan.errors import OnewanError
-from onewan.web.access import COOKIE, MOST_BYTES, Access, Nonces, Rules, digest, is_loopback
-from onewan.web.roots import OutsideError, Roots
+from onewan.serving.access import COOKIE, MOST_BYTES, Access, Nonces, Rules, digest, is_loopback
+from onewan.serving.roots import OutsideError, Roots
 
 SECRET = "what only the application says"
 TOKEN = "t" * 43

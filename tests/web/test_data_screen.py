@@ -15,7 +15,7 @@ from nicegui.testing.user import User
 from nicegui.testing.user_interaction import UserInteraction
 
 from onewan.media import write_video
-from onewan.web.clips import ClipQuery
+from onewan.serving.clips import ClipQuery
 from onewan.web.screens import data
 from tests.support.page import with_user
 

@@ -18,8 +18,8 @@ from nicegui.testing.user import User
 
 from onewan.report.history import read_history
 from onewan.runs import events
-from onewan.web.feed import Answer, Feed, Feeds
-from onewan.web.roots import OutsideError, Roots
+from onewan.serving.feed import Answer, Feed, Feeds
+from onewan.serving.roots import OutsideError, Roots
 from tests.support.page import with_user
 
 MADE = MadeRun(steps=40, end="")

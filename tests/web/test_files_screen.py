@@ -16,8 +16,8 @@ from support.page import with_user
 
 from onewan.errors import OnewanError
 from onewan.media import write_video
-from onewan.web.files import entry_at, find_files, summary
-from onewan.web.roots import Roots
+from onewan.serving.files import entry_at, find_files, summary
+from onewan.serving.roots import Roots
 
 RUN_FILE = "model: {path: org/model, variant: t2v-a14b}\n"
 

@@ -11,8 +11,8 @@ from nicegui import ui
 from nicegui.testing.user import User
 from support.page import with_user
 
-from onewan.web import documentation
-from onewan.web.documentation import find, pages
+from onewan.serving import documentation
+from onewan.serving.documentation import find, pages
 from onewan.web.screens import help
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

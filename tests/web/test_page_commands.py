@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from onewan.errors import OnewanError
-from onewan.web import commands as page_commands
-from onewan.web.commands import Command, Commands, Progress, command_line
+from onewan.serving import commands as page_commands
+from onewan.serving.commands import Command, Commands, Progress, command_line
 
 
 def test_output_and_status_are_those_of_the_command(tmp_path: Path) -> None:

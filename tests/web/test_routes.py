@@ -19,11 +19,11 @@ from fastapi.routing import APIRoute
 from nicegui import core, ui
 from starlette.routing import BaseRoute, Mount, Route
 
-from onewan.web.access import COOKIE, Rules, digest
-from onewan.web.commands import Commands
-from onewan.web.page import Page
-from onewan.web.roots import Roots
-from onewan.web.server import build
+from onewan.serving.access import COOKIE, Rules, digest
+from onewan.serving.commands import Commands
+from onewan.serving.roots import Roots
+from onewan.serving.server import guarded
+from onewan.web import application as page_application
 from tests.support.page import fresh_nicegui
 
 TOKEN = "t" * 43
@@ -63,7 +63,7 @@ def folder(tmp_path: Path) -> Path:
 @contextlib.asynccontextmanager
 async def application(folder: Path, *, token: bool) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the whole application, in this process."""
-    page = Page(roots=Roots(folder / "runs", [folder / "clips"]), commands=Commands(folder))
+    roots = Roots(folder / "runs", [folder / "clips"])
     rules = Rules(
         token_digest=digest(TOKEN) if token else None,
         hosts=frozenset(),
@@ -73,7 +73,7 @@ async def application(folder: Path, *, token: bool) -> AsyncIterator[httpx.Async
         guesses=10**9,
     )
     with fresh_nicegui():
-        whole = build(page, rules)
+        whole = guarded(page_application.application(roots, Commands(folder)), rules)
         async with core.app.router.lifespan_context(core.app):
             transport = httpx.ASGITransport(whole, raise_app_exceptions=False)
             async with httpx.AsyncClient(

@@ -22,7 +22,8 @@ def add_serve(commands: Commands) -> None:
 
     def run(options: argparse.Namespace) -> int:
         try:
-            from onewan.web.server import ServeOptions, serve
+            from onewan.serving.server import ServeOptions, serve
+            from onewan.web.application import application
         except ModuleNotFoundError as error:
             if error.name is None or error.name.startswith("onewan"):
                 raise
@@ -41,6 +42,7 @@ def add_serve(commands: Commands) -> None:
                 token=options.token or options.new_token,
                 new_token=options.new_token,
             ),
+            application,
             say,
         )
         return 0

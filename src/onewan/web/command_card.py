@@ -9,8 +9,8 @@ from collections.abc import Callable
 from nicegui import background_tasks, ui
 
 from onewan.errors import OnewanError
-from onewan.web.commands import Command
-from onewan.web.frame import tell, text
+from onewan.serving.commands import Command
+from onewan.web.elements import tell, text
 
 _SECONDS = 0.3
 """Between two changes of a card."""

@@ -21,7 +21,7 @@ from onewan.config.edits import Checked, RunText
 from onewan.config.inputs import Input, plain, run_inputs
 from onewan.document_edits import inline
 from onewan.documents import KeyPath, get_path
-from onewan.web.frame import text
+from onewan.web.elements import text
 
 _ITEMS = {"sources": "source", "prompts": "prompt", "embeddings": "embedding"}
 """What an item of a list is called."""

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from nicegui import app, context, ui
-from nicegui.elements.mixins.text_element import TextElement
+
+from onewan.web.elements import set_defaults, text
 
 SECTIONS = (
     ("Runs", "/"),
@@ -28,7 +28,8 @@ _RESOURCES = f"/onewan/{version('onewan')}"
 
 
 def add() -> None:
-    """Serve the page's own styles and scripts."""
+    """Serve the page's own styles and scripts, and set how its elements look."""
+    set_defaults()
     folder = Path(str(files("onewan") / "resources"))
     # In this order: the first one that an address begins with is asked.
     app.add_static_files(f"{_RESOURCES}/pages", folder / "pages")
@@ -38,11 +39,6 @@ def add() -> None:
 def resource(name: str) -> str:
     """The address of a file in ``resources/web``, or with ``pages/NAME`` in ``resources/pages``."""
     return f"{_RESOURCES}/{name}"
-
-
-def text(tag: str, content: str) -> TextElement:
-    """An element with a text, such as a heading: ``text("h2", "Samples")``."""
-    return TextElement(tag=tag, text=content)
 
 
 @contextmanager
@@ -72,34 +68,6 @@ def frame(
         ui.skip_link("Skip to content", target=main)
         text("h1", title).classes("ow-title")
         yield
-
-
-def tell(message: str, *, error: bool = False) -> None:
-    """Tell the user something in a corner; what went wrong stays until it is closed."""
-    options: dict[str, Any] = {"timeout": 0, "close_button": "Close"} if error else {}
-    ui.notify(
-        message,
-        type="negative" if error else "positive",
-        position="bottom-right",
-        multi_line=True,
-        **options,
-    )
-
-
-async def asked(title: str, question: str, yes: str) -> bool:
-    """Whether the user says yes."""
-    with ui.dialog() as dialog, ui.card().classes("ow-card"):
-        dialog.props["aria-label"] = title
-        text("h2", title)
-        text("p", question)
-        with ui.element("div").classes("ow-row"):
-            ui.button(yes, on_click=lambda: dialog.submit(True)).props('no-caps color="negative"')
-            ui.button("Cancel", on_click=lambda: dialog.submit(False)).props(
-                "flat no-caps autofocus"
-            )
-    answer = await dialog
-    dialog.delete()
-    return bool(answer)
 
 
 def _theme_button() -> None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from onewan.web.commands import Commands
+from onewan.serving.commands import Commands
+from onewan.serving.roots import Roots
 from onewan.web.queue import JobLoop
-from onewan.web.roots import Roots
 
 
 @dataclass(frozen=True, kw_only=True)

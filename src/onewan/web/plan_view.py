@@ -16,8 +16,8 @@ from onewan.arithmetic.durations import format_duration
 from onewan.config.load import dump_run
 from onewan.config.schema import ResolvedRun
 from onewan.errors import OnewanError
-from onewan.web.commands import Commands
-from onewan.web.frame import text
+from onewan.serving.commands import Commands
+from onewan.web.elements import text
 
 
 class PlanView:

@@ -14,7 +14,7 @@ from nicegui import Client, Event
 from onewan.errors import OnewanError
 from onewan.runs.jobs import Jobs
 from onewan.runs.machine import Machine
-from onewan.web.frame import tell
+from onewan.web.elements import tell
 
 log = logging.getLogger(__name__)
 

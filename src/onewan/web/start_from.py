@@ -28,7 +28,7 @@ from onewan.presets.starter import METHODS, StarterRequest
 from onewan.runs.layout import unused
 from onewan.runs.status import find_runs
 from onewan.variants import VARIANTS
-from onewan.web.frame import tell, text
+from onewan.web.elements import tell, text
 
 if TYPE_CHECKING:
     from onewan.web.page import Page

@@ -15,10 +15,10 @@ from onewan.checkpoint.inspection import Inspection
 from onewan.checkpoint.target_formats import LORA_FORMATS, MODEL_FORMATS
 from onewan.dtypes import WeightDtype
 from onewan.errors import OnewanError
+from onewan.serving.commands import Command, command_line
+from onewan.serving.files import Entry, find_files, inspection
 from onewan.web.command_card import command_card
-from onewan.web.commands import Command, command_line
-from onewan.web.files import Entry, find_files, inspection
-from onewan.web.frame import tell, text
+from onewan.web.elements import tell, text
 from onewan.web.page import Page
 
 _UNCHANGED = "unchanged"

@@ -14,9 +14,9 @@ from onewan.data.caption_places import CaptionConflictError, Elsewhere, Place, W
 from onewan.doctor.captions import estimated_tokens
 from onewan.doctor.clip_set import Entry
 from onewan.errors import DataError, OnewanError, one_line
+from onewan.serving.clips import ClipSets, OpenSet
 from onewan.variants import TEXT_LENGTH
-from onewan.web.clips import ClipSets, OpenSet
-from onewan.web.frame import tell, text
+from onewan.web.elements import tell, text
 
 _CHANGES_SHOWN = 30
 

@@ -11,7 +11,7 @@ from onewan.data.clip_views import View, crop_of, views_of
 from onewan.doctor.clip_set import Entry
 from onewan.doctor.clip_table import clip_facts
 from onewan.errors import one_line
-from onewan.web.frame import text
+from onewan.web.elements import text
 from onewan.web.screens.captions import CaptionField, Desk
 
 _NAMES: dict[View, str] = {

@@ -9,18 +9,19 @@ from typing import Annotated, Any, get_args
 from urllib.parse import urlencode
 
 from fastapi import Query
-from nicegui import context, ui
+from nicegui import app, context, ui
 
 from onewan.data.report import count
 from onewan.data.spans import Strategy
 from onewan.doctor.clip_set import STATES, Entry
 from onewan.errors import OnewanError, one_line
 from onewan.runs.status import find_runs
+from onewan.serving import clip_routes
+from onewan.serving.clips import ClipQuery, ClipSets, OpenSet
+from onewan.serving.commands import command_line
 from onewan.variants import VARIANTS
-from onewan.web import clip_routes
-from onewan.web.clips import ClipQuery, ClipSets, OpenSet
-from onewan.web.commands import command_line
-from onewan.web.frame import frame, tell, text
+from onewan.web.elements import tell, text
+from onewan.web.frame import frame
 from onewan.web.page import Page
 from onewan.web.screens.captions import CaptionField, Desk, history_buttons
 from onewan.web.screens.clip_player import ClipPlayer
@@ -35,7 +36,7 @@ _EXAMINED_AT_ONCE = 40
 def add(page: Page) -> None:
     """Register the screen, and the addresses of what it shows of clips."""
     sets = ClipSets(page.roots)
-    clip_routes.add(sets)
+    app.include_router(clip_routes.router(sets))
 
     @ui.page("/data")
     async def screen(query: Annotated[ClipQuery, Query()]) -> None:

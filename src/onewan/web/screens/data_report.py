@@ -10,8 +10,8 @@ from nicegui import ui
 from onewan.data.report import count
 from onewan.doctor.clip_set import Entry
 from onewan.errors import OnewanError, one_line
-from onewan.web.clips import OpenSet
-from onewan.web.frame import tell, text
+from onewan.serving.clips import OpenSet
+from onewan.web.elements import tell, text
 from onewan.web.screens.captions import Desk
 
 _FILES_SHOWN = 100

@@ -23,14 +23,15 @@ from onewan.errors import OnewanError
 from onewan.files import replacing
 from onewan.presets.drafts import Drafts
 from onewan.presets.earlier import with_absolute_paths
+from onewan.web.elements import tell, text
 from onewan.web.form import Form, problem_lines
-from onewan.web.frame import frame, tell, text
+from onewan.web.frame import frame
 from onewan.web.plan_view import PlanView
 from onewan.web.start_from import StartFrom, known_starts
 
 if TYPE_CHECKING:
+    from onewan.serving.roots import Roots
     from onewan.web.page import Page
-    from onewan.web.roots import Roots
 
 _TYPING_SECONDS = 0.4
 """For which no key is pressed before what was typed is read."""

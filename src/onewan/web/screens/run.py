@@ -1,7 +1,7 @@
 """The screen Run: how a run stands, its curves and samples, its events and log.
 
 The elements are made here; `resources/web/run.js` fills them from the answers of
-`onewan.web.run_routes`, which all who look at a run share.
+`onewan.serving.run_routes`, which all who look at a run share.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import asyncio
 import json
 
 from fastapi import HTTPException
-from nicegui import background_tasks, ui
+from nicegui import app, background_tasks, ui
 
 from onewan.errors import OnewanError
 from onewan.runs.status import find_runs
-from onewan.web import run_routes
-from onewan.web.feed import Feed, Feeds
-from onewan.web.frame import frame, text
+from onewan.serving import run_routes
+from onewan.serving.feed import Feed, Feeds
+from onewan.web.elements import text
+from onewan.web.frame import frame
 from onewan.web.page import Page
 from onewan.web.screens.run_controls import controls
 
@@ -38,7 +39,7 @@ _LOADING_SECONDS = 0.3
 def add(page: Page) -> None:
     """Register the screen and the routes of its scripts."""
     feeds = Feeds(page.roots, lambda: page.jobs.machine.now)
-    run_routes.add(feeds)
+    app.include_router(run_routes.router(feeds))
 
     @ui.page("/run/{name}")
     async def screen(name: str) -> None:

@@ -22,9 +22,9 @@ from onewan.runs import steering
 from onewan.runs.control import Request
 from onewan.runs.layout import RunLayout
 from onewan.runs.statuses import KnownRun
-from onewan.web.frame import asked, tell, text
+from onewan.web.elements import asked, attempt, dialog, tell, text
 from onewan.web.page import Page
-from onewan.web.screens.run_dialogs import ask_for_sample, change_settings, dialog, read
+from onewan.web.screens.run_dialogs import ask_for_sample, change_settings
 
 FORMATS = {
     "comfyui": "ComfyUI, diffusers, musubi-tuner, DiffSynth-Studio",
@@ -121,10 +121,10 @@ class _Controls:
     # ------------------------------------------------------------------------------- continuing
 
     async def _ask_to_continue(self) -> None:
-        standing = await read(lambda: steering.Standing.of(self._layout))
+        standing = await attempt(lambda: steering.Standing.of(self._layout))
         if standing is None:
             return
-        with dialog(f"Continue {self._name}") as box:
+        with dialog(f"Continue {self._name}", "run-dialog") as box:
             number = ui.number("Continue to step", value=standing.proposed, min=1, precision=0)
             number.without_auto_validation()  # which would take the error away again
             words = ui.element("div").props('role="status"')
@@ -160,10 +160,10 @@ class _Controls:
     # -------------------------------------------------------------------------------- exporting
 
     async def _ask_to_export(self) -> None:
-        found = await read(lambda: _Exports.of(self._layout))
+        found = await attempt(lambda: _Exports.of(self._layout))
         if found is None:
             return
-        with dialog(f"Export {self._name}") as box:
+        with dialog(f"Export {self._name}", "run-dialog") as box:
             which = ui.select(found.choices, label="Weights", value=next(iter(found.choices)))
             key_format = ui.select(found.formats, label="Format, and the programs that read it")
             key_format.set_value(found.own_format)
@@ -193,7 +193,7 @@ class _Controls:
             told.text = "\n".join(command.output)
             told.classes(replace="ow-bad" if failed else "ow-mono")
             start.enable()
-            if (again := await read(lambda: _Exports.of(self._layout))) is not None:
+            if (again := await attempt(lambda: _Exports.of(self._layout))) is not None:
                 show(again)
 
         start.on_click(export)

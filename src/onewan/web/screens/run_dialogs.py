@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from nicegui import ui
 from nicegui.elements.mixins.text_element import TextElement
@@ -21,10 +20,9 @@ from onewan.errors import ConfigError, OnewanError
 from onewan.runs import steering
 from onewan.runs.layout import RunLayout
 from onewan.runs.status import read_status
-from onewan.web.frame import tell, text
+from onewan.web.elements import attempt, dialog, tell, text
 from onewan.web.page import Page
 
-_T = TypeVar("_T")
 _Field = ui.input | ui.textarea | ui.select
 _PROMPTS = "sample.prompts"
 _GROUPS = {
@@ -36,35 +34,16 @@ _GROUPS = {
 """Headings, and what the names of the fields below them begin with."""
 
 
-@contextmanager
-def dialog(title: str) -> Iterator[ui.dialog]:
-    """A dialog with a heading, whose elements are made in the block; it is not open yet."""
-    with ui.dialog() as box, ui.card().classes("ow-card run-dialog"):
-        box.props["aria-label"] = title
-        text("h2", title)
-        yield box
-    box.on("hide", box.delete)
-
-
-async def read(reading: Callable[[], _T]) -> _T | None:
-    """What `reading`, which blocks, returns; None if it fails: the user then sees the error."""
-    try:
-        return await asyncio.to_thread(reading)
-    except (OnewanError, OSError) as error:
-        tell(str(error), error=True)
-        return None
-
-
 async def ask_for_sample(page: Page, layout: RunLayout) -> None:
     """Ask for a prompt, and order its video; or order those of the run file."""
-    config = await read(lambda: steering.present_settings(layout))
+    config = await attempt(lambda: steering.present_settings(layout))
     if config is None:
         return
     sample, takes_image = config.sample, config.model.facts().takes_image
     numbers = {"seed": sample.seed, "width": sample.width, "height": sample.height}
     steps = sample.steps if sample.distilled is None else sample.distilled.steps
     numbers |= {"frames": sample.frames, "steps": steps}
-    with dialog(f"Sample {layout.name} now") as box:
+    with dialog(f"Sample {layout.name} now", "run-dialog") as box:
         fields: dict[str, _Field] = {"prompt": ui.textarea("Prompt").props("autogrow")}
         negative = ui.textarea("Negative prompt").props("autogrow")
         negative.props["hint"] = "Empty: that of the run"
@@ -120,12 +99,12 @@ def _given(name: str, value: str) -> object:
 
 async def change_settings(layout: RunLayout) -> None:
     """Show the settings that can change and those that did, and order changes."""
-    found = await read(lambda: (load_run(layout.root), read_status(layout.root).step))
+    found = await attempt(lambda: (load_run(layout.root), read_status(layout.root).step))
     if found is None:
         return
     recorded, step = found
     config = in_force(recorded, step)
-    with dialog(f"Change settings of {layout.name}") as box:
+    with dialog(f"Change settings of {layout.name}", "run-dialog") as box:
         text("p", "A change is in force from the next step on, and recorded with it.")
         fields = _setting_fields(config)
         problem = text("p", "").classes("ow-bad").props('role="alert"')

@@ -16,8 +16,9 @@ from onewan.runs.jobs import QueuedRun, Snapshot
 from onewan.runs.machine import gauges_of
 from onewan.runs.status_text import kind_text, losses_text, steps_text
 from onewan.runs.statuses import KnownRun
-from onewan.web.commands import command_line
-from onewan.web.frame import asked, frame, text
+from onewan.serving.commands import command_line
+from onewan.web.elements import asked, text
+from onewan.web.frame import frame
 from onewan.web.page import Page
 
 SHOWN_AT_ONCE = 25

@@ -21,7 +21,7 @@ from onewan.errors import OnewanError
 from onewan.media import VIDEO_SUFFIXES, describe, extension
 from onewan.runs.layout import RunLayout
 from onewan.runs.status import is_run
-from onewan.web.roots import Roots
+from onewan.serving.roots import Roots
 
 Kind = Literal["weights", "video", "run file"]
 

@@ -26,8 +26,8 @@ from onewan.runs.event_lines import EventLines
 from onewan.runs.events import Exported, ProgressEvent, event_of
 from onewan.runs.layout import RunLayout
 from onewan.runs.machine import Readings, gauges_of
-from onewan.web.roots import Roots
-from onewan.web.run_texts import samples_data, summary_data
+from onewan.serving.roots import Roots
+from onewan.serving.run_texts import samples_data, summary_data
 
 _FRESH_SECONDS = 1.0
 """A run's folder is looked at once in this time, however many ask."""

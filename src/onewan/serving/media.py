@@ -8,8 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import HTTPException, Query, Request
-from nicegui import app
+from fastapi import APIRouter, HTTPException, Query, Request
 from PIL import Image
 from starlette.responses import FileResponse, Response
 
@@ -22,7 +21,7 @@ from onewan.media import (
     read_frames,
     read_image,
 )
-from onewan.web.roots import Roots
+from onewan.serving.roots import Roots
 
 _TYPES = {
     ".mp4": "video/mp4",
@@ -52,11 +51,12 @@ _AT_ONCE = 2
 """Pictures that are made at the same time: decoding takes a core each."""
 
 
-def add(roots: Roots) -> None:
-    """Register the routes ``/media`` and ``/poster``."""
+def router(roots: Roots) -> APIRouter:
+    """The routes ``/media`` and ``/poster``."""
+    routes = APIRouter()
     slots = asyncio.Semaphore(_AT_ONCE)
 
-    @app.get("/media/{root}/{path:path}")
+    @routes.get("/media/{root}/{path:path}")
     async def media(root: str, path: str, save: Annotated[bool, Query()] = False) -> Response:
         """A file; with ``save=1`` the browser asks where to save it."""
         file = await asyncio.to_thread(_file, roots, root, path)
@@ -70,7 +70,7 @@ def add(roots: Roots) -> None:
             headers={"cache-control": "private, no-cache"},
         )
 
-    @app.get("/poster/{root}/{path:path}")
+    @routes.get("/poster/{root}/{path:path}")
     async def poster(request: Request, root: str, path: str) -> Response:
         """A small picture of a video's first frame, or of an image."""
         file = await asyncio.to_thread(_file, roots, root, path)
@@ -85,6 +85,8 @@ def add(roots: Roots) -> None:
             except OnewanError:
                 raise HTTPException(404, "no picture can be made of this file") from None
         return Response(picture, media_type="image/jpeg", headers=headers)
+
+    return routes
 
 
 def _file(roots: Roots, root: str, path: str) -> Path:

@@ -23,8 +23,8 @@ from onewan.data.spans import Strategy
 from onewan.doctor.clip_set import ClipSet, clip_set, draw_contact_sheet
 from onewan.errors import DataError, OnewanError
 from onewan.files import replacing
+from onewan.serving.roots import Roots
 from onewan.variants import VARIANTS, VariantName
-from onewan.web.roots import Roots
 
 _MOST_SETS = 8
 """Data sets that are kept in memory."""

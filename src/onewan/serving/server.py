@@ -1,4 +1,4 @@
-"""`serve`: the page as a server, which belongs to one folder of runs."""
+"""`serve`: an application as a server, which belongs to one folder of runs."""
 
 from __future__ import annotations
 
@@ -12,18 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request
-from nicegui import app, ui
 from starlette.middleware.gzip import GZipMiddleware
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from onewan.errors import OnewanError
 from onewan.files import replacing
 from onewan.locks import locked
-from onewan.web import frame, media
-from onewan.web.access import (
-    DEFECT,
+from onewan.serving.access import (
     MOST_BYTES,
     Access,
     Nonces,
@@ -33,14 +28,11 @@ from onewan.web.access import (
     is_loopback,
     new_token,
 )
-from onewan.web.commands import Commands
-from onewan.web.page import Page
-from onewan.web.roots import Roots
-from onewan.web.screens import data, files, help, new_run, run, runs
+from onewan.serving.commands import Commands
+from onewan.serving.roots import Roots
 
 DEFAULT_PORT = 8320
 _SWITCH_SECONDS = 0.0005
-_SCREENS = (runs, run, new_run, data, files, help)
 _PLAIN = ("/media/", "/poster/", "/clips/")
 """Not compressed: media are already, and parts of a file must keep their places."""
 
@@ -61,49 +53,9 @@ class ServeOptions:
     new_token: bool = False
 
 
-_NOT_FOUND = """<!doctype html><html lang="en"><title>Not found - onewan</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<body style="font-family: system-ui, sans-serif; margin: 40px"><h1>There is nothing here</h1>
-<p>The run, file or page of this address does not exist, or not any more.</p>
-<p><a href="/">Go to the list of runs</a></p></html>"""
-
-
-async def _not_found(request: Request, error: Exception) -> Response:
-    del request, error
-    return HTMLResponse(_NOT_FOUND, 404)
-
-
-async def _defect(request: Request, error: Exception) -> Response:
-    # NiceGUI's own answer has the error's text; `Access` logs the error, which is raised again.
-    del request, error
-    return PlainTextResponse(DEFECT, 500)
-
-
-def add_screens(page: Page) -> None:
-    """Register all screens and routes of the page with NiceGUI's application."""
-    app.add_exception_handler(404, _not_found)
-    app.add_exception_handler(Exception, _defect)
-    frame.add()
-    media.add(page.roots)
-    for screen in _SCREENS:
-        screen.add(page)
-
-
-def build(page: Page, rules: Rules) -> ASGIApp:
-    """The whole application, with nothing in it that `rules` does not guard."""
-    add_screens(page)
-    outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    ui.run_with(
-        outer,
-        title="onewan",
-        language="en-US",
-        dark=None,
-        tailwind=False,
-        gzip_middleware_factory=None,  # `_Compressed` leaves media alone
-        show_welcome_message=False,
-        cache_control_directives="private, max-age=86400",
-    )
-    return Access(_Compressed(Nonces(outer)), rules)
+def guarded(app: ASGIApp, rules: Rules) -> ASGIApp:
+    """`app` with nothing in it that `rules` does not guard."""
+    return Access(_Compressed(Nonces(app)), rules)
 
 
 class _Compressed:
@@ -115,8 +67,12 @@ class _Compressed:
         await (self._app if plain else self._gzip)(scope, receive, send)
 
 
-def serve(options: ServeOptions, say: Callable[[str], None]) -> None:
-    """Serve the page until the process is ended. `say` gets lines for the user.
+def serve(
+    options: ServeOptions,
+    application: Callable[[Roots, Commands], ASGIApp],
+    say: Callable[[str], None],
+) -> None:
+    """Serve `application` until the process is ended. `say` gets lines for the user.
 
     OnewanError if another process serves the page of these runs, with its address, or if the port
     is in use.
@@ -133,16 +89,14 @@ def serve(options: ServeOptions, say: Callable[[str], None]) -> None:
     address = kept.get("address")
     where = f"the page is there already: {address}" if address else "stop that page first"
     with locked(runs_folder / ".page.lock", runs_folder, where), _listening(options) as listener:
-        page = Page(
-            roots=Roots(runs_folder, options.data or (Path.cwd(),)), commands=Commands(Path.cwd())
-        )
+        roots = Roots(runs_folder, options.data or (Path.cwd(),))
         token, rules = _rules(options, kept)
         url = _address(options, listener)
         _write(facts, {"address": url, "token_digest": rules.token_digest})
         for line in _greeting(options, url, token, rules):
             say(line)
         config = uvicorn.Config(
-            build(page, rules),
+            guarded(application(roots, Commands(Path.cwd())), rules),
             log_level="warning",
             access_log=False,
             server_header=False,

@@ -1,23 +1,23 @@
-"""What the Run screen's scripts ask for: answers of `onewan.web.feed` below ``/api/run/NAME``."""
+"""What the Run screen's scripts ask for: answers of `serving.feed` below ``/api/run/NAME``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from fastapi import HTTPException, Query, Request
-from nicegui import app
+from fastapi import APIRouter, HTTPException, Query, Request
 from starlette.responses import Response
 
 from onewan.errors import OnewanError
-from onewan.web.feed import Answer, Feed, Feeds
+from onewan.serving.feed import Answer, Feed, Feeds
 
 _Step = Annotated[float | None, Query(ge=0, le=1e12)]
 _After = Annotated[int, Query(ge=0, le=1 << 53)]
 
 
-def add(feeds: Feeds) -> None:
-    """Register the routes."""
+def router(feeds: Feeds) -> APIRouter:
+    """The routes below ``/api/run/NAME``."""
+    routes = APIRouter()
 
     async def answer(
         request: Request, name: str, question: Callable[[Feed], Any] | None
@@ -38,12 +38,12 @@ def add(feeds: Feeds) -> None:
         headers["content-encoding"] = "gzip"  # every browser takes it
         return Response(made.body, media_type="application/json", headers=headers)
 
-    @app.get("/api/run/{name}/summary")
+    @routes.get("/api/run/{name}/summary")
     async def summary(request: Request, name: str) -> Response:
         """How the run stands; its "versions" tell which of the other answers have changed."""
         return await answer(request, name, None)
 
-    @app.get("/api/run/{name}/plots")
+    @routes.get("/api/run/{name}/plots")
     async def plots(
         request: Request, name: str, first: _Step = None, last: _Step = None
     ) -> Response:
@@ -52,17 +52,19 @@ def add(feeds: Feeds) -> None:
             return await answer(request, name, Feed.plots)
         return await answer(request, name, lambda feed: feed.part(first, last))
 
-    @app.get("/api/run/{name}/samples")
+    @routes.get("/api/run/{name}/samples")
     async def samples(request: Request, name: str) -> Response:
         """The sample videos."""
         return await answer(request, name, Feed.samples)
 
-    @app.get("/api/run/{name}/events")
+    @routes.get("/api/run/{name}/events")
     async def events(request: Request, name: str, after: _After = 0) -> Response:
         """Lines about events; `after` is the "next" of the answer before."""
         return await answer(request, name, lambda feed: feed.events(after))
 
-    @app.get("/api/run/{name}/log")
+    @routes.get("/api/run/{name}/log")
     async def log(request: Request, name: str, after: _After = 0) -> Response:
         """Lines of the log; `after` is the "next" of the answer before."""
         return await answer(request, name, lambda feed: feed.log(after))
+
+    return routes
