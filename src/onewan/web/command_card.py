@@ -10,7 +10,7 @@ from nicegui import background_tasks, ui
 
 from onewan.errors import OnewanError
 from onewan.serving.commands import Command
-from onewan.web.elements import tell, text
+from onewan.web.elements import copy_button, tell, text
 
 _SECONDS = 0.3
 """Between two changes of a card."""
@@ -64,16 +64,6 @@ def command_card(command: Command, done: Callable[[], None] | None = None) -> No
 
     stop.on_click(end)
     background_tasks.create(follow(), name=f"show {command.line}")
-
-
-def copy_button(content: str, label: str) -> None:
-    """A button that copies a text to the clipboard."""
-
-    def copy() -> None:
-        ui.clipboard.write(content)
-        tell("Copied.")
-
-    ui.button(label, icon="content_copy", on_click=copy).props("flat no-caps")
 
 
 def _state(command: Command) -> str:

@@ -87,6 +87,16 @@ def button(
     return made
 
 
+def copy_button(content: str, label: str) -> None:
+    """A button that copies a text to the clipboard."""
+
+    def copy() -> None:
+        ui.clipboard.write(content)
+        tell("Copied.")
+
+    button(label, copy, icon="content_copy")
+
+
 def table(
     heads: Sequence[str], rows: Iterable[Sequence[str | Callable[[], object]]], classes: str = ""
 ) -> None:

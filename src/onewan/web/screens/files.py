@@ -16,8 +16,8 @@ from onewan.checkpoint.inspection import Inspection
 from onewan.data.report import count
 from onewan.errors import OnewanError
 from onewan.serving.files import Entry, Listing, entry_at, find_files, inspection, summary
-from onewan.web.command_card import command_card, copy_button
-from onewan.web.elements import text
+from onewan.web.command_card import command_card
+from onewan.web.elements import copy_button, text
 from onewan.web.frame import frame
 from onewan.web.page import Page
 from onewan.web.weight_forms import convert_form, merge_form

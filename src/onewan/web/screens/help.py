@@ -11,8 +11,7 @@ from nicegui import ui
 from onewan.doctor.diagnosis import Diagnosis
 from onewan.doctor.environment import environment_ahead
 from onewan.serving.documentation import DocPage, find, pages
-from onewan.web.command_card import copy_button
-from onewan.web.elements import text
+from onewan.web.elements import copy_button, text
 from onewan.web.frame import frame
 from onewan.web.page import Page
 
