@@ -37,16 +37,16 @@ def test_everyone_can_use_the_dialogs(tmp_path: Path, pytestconfig: pytest.Confi
                     tab.until(f"!!document.querySelector('{STOP}')")
                     for name in DIALOGS:
                         tab.click("button", name)
-                        tab.wait(".run-dialog h2")
+                        tab.wait(".q-dialog h2")
                         assert accessibility_faults(tab, pytestconfig) == []
                         assert not tab.overflows()
                         tab.press("Escape")
-                        tab.wait_until_gone(".run-dialog")
+                        tab.wait_until_gone(".q-dialog")
                     assert tab.layout_shift() < 0.1
                     assert tab.console == [] and tab.foreign_requests() == []
         tab = browser.tab()
         tab.open(page.root + "/run/fox")
         tab.wait("#run-state", "killed")
         tab.click("button", "Continue")
-        tab.wait(".run-dialog", "It resumes from the state of step 40")
+        tab.wait(".q-dialog", "It resumes from the state of step 40")
         assert accessibility_faults(tab, pytestconfig) == []
