@@ -128,6 +128,21 @@ def facts(pairs: Iterable[tuple[str, str]]) -> None:
             text("dd", value)
 
 
+def view(element: Element, fill: Callable[..., object]) -> Callable[..., None]:
+    """A function that shows values in `element`, as `fill` makes elements of them. While it is
+    called with the same values, nothing is made anew, and so keeps the focus of the keyboard."""
+    shown: list[tuple[Any, ...]] = []
+
+    def show(*values: Any) -> None:
+        if shown != [values]:
+            shown[:] = [values]
+            element.clear()
+            with element:
+                fill(*values)
+
+    return show
+
+
 @contextmanager
 def dialog(title: str, classes: str = "") -> Iterator[ui.dialog]:
     """A dialog with a heading, whose elements are made in the block; it is not open yet, and
