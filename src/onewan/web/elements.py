@@ -63,7 +63,7 @@ def button(
     icon: str | None = None,
     small: bool = False,
 ) -> ui.button:
-    """A button that calls or awaits `do`.
+    """A button that calls or awaits `do`, and tells the user if it fails.
 
     `about` is what it is about, which screen readers say behind the label. With `icon` and
     no `label` it is round, and `about` is its name.
@@ -72,9 +72,12 @@ def button(
     async def pressed() -> None:
         # The button may be replaced before the action has ended, but its tab is still there.
         with ui.context.client:
-            result = do()
-            if isinstance(result, Awaitable):
-                await result
+            try:
+                result = do()
+                if isinstance(result, Awaitable):
+                    await result
+            except (OnewanError, OSError) as error:
+                tell(str(error), error=True)
 
     made = ui.button(label, icon=icon, on_click=pressed)
     made.props({"filled": "", "outline": "outline", "flat": "flat"}[look])
