@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from support.page import with_user
 
+from onewan.checkpoint.inspect import inspect
 from onewan.errors import OnewanError
 from onewan.media import write_video
-from onewan.serving.files import entry_at, find_files, summary
+from onewan.serving.files import Listing, entry_at, find_files, summary
 from onewan.serving.roots import Roots
+from onewan.serving.weight_commands import Conversion, Merge
 
 RUN_FILE = "model: {path: org/model, variant: t2v-a14b}\n"
 
@@ -154,6 +157,67 @@ def test_a_file_says_what_it_is_and_who_reads_it(folder: Path) -> None:
         await user.should_see(RUN_FILE, retries=100)
 
     with_user(folder / "runs", act, data=[folder / "models"])
+
+
+def test_the_list_says_how_much_it_has(folder: Path) -> None:
+    listing = find_files(roots(folder))
+    assert listing.total.startswith("5 files, ")
+    found = listing.matching("FOX weights", "")
+    assert [entry.path.parent.name for entry in found.entries] == ["weights"]
+    assert listing.matching("fox", "video").total.startswith("1 file, ")
+    assert listing.matching("deer", "").entries == ()
+    assert replace(listing, complete=False).total.endswith("there are more, which are not listed")
+    assert Listing((), True).total.startswith("There are no models")
+
+
+def test_a_conversion_has_a_name_a_format_and_its_options(folder: Path) -> None:
+    entry = entry_at(roots(folder), "runs", "fox/weights/fox_000100_high_noise.safetensors")
+    conversion = Conversion.of(roots(folder), entry.path, inspect(entry.path))
+    assert conversion.to == "no_alpha"  # it has the first format itself
+    assert conversion.name == "fox_000100_high_noise_no_alpha.safetensors"
+    conversion.to, conversion.name, conversion.dtype = "diffusers", "out.safetensors", "bfloat16"
+    conversion.base = str(folder / "models" / "tiny")
+    output = entry.path.parent / "out.safetensors"
+    options = ["--to", "diffusers", "--base", conversion.base, "--dtype", "bfloat16"]
+    assert conversion.arguments() == ["convert", str(entry.path), str(output), *options]
+    assert conversion.line().startswith("onewan convert ") and not conversion.is_occupied()
+    conversion.base = "/etc"
+    assert "is outside the folders" in conversion.line()
+    conversion.name = " "
+    assert conversion.problem() == "Give a name." and conversion.line() == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "to", "name"),
+    [
+        ("adapter", "diffusers", "tiny_diffusers.safetensors"),
+        ("model", "single", "tiny_single"),
+        ("transformer", "official", "tiny_official"),
+        ("transformer", "diffusers", "tiny_diffusers"),
+        ("vae", "official", "tiny_official.pth"),
+        ("vae", "single", "tiny_single.safetensors"),
+    ],
+)
+def test_the_name_of_an_output_is_of_the_kind_that_its_format_is(
+    folder: Path, kind: str, to: str, name: str
+) -> None:
+    source = folder / "models" / "tiny"
+    conversion = Conversion(roots=roots(folder), source=source, name="", kind=kind, to=to)
+    assert conversion.usual_name == name
+
+
+def test_a_merge_says_what_is_missing(folder: Path) -> None:
+    entry = entry_at(roots(folder), "runs", "fox/weights/fox_000100_high_noise.safetensors")
+    merge = Merge.of(roots(folder), entry, inspect(entry.path))
+    assert merge.line() == "Choose a model to merge into."
+    merge.model = str(folder / "models" / "tiny")
+    merge.choose(None)
+    assert merge.line() == "Choose an adapter to merge."
+    merge.choose(str(entry.path)).weight = 0.5
+    output = entry.path.with_name(merge.name)
+    assert merge.arguments() == ["merge", merge.model, f"{entry.path}:0.5", str(output)]
+    merge.find_choices()
+    assert list(merge.adapters) == [str(entry.path)]
 
 
 def test_an_adapter_is_converted_and_nothing_is_overwritten_without_a_question(

@@ -11,6 +11,7 @@ from nicegui import ui
 from nicegui.testing.user import User
 from support.page import with_user
 
+from onewan.doctor.diagnosis import Diagnosis, environment_report
 from onewan.serving import documentation
 from onewan.serving.documentation import find, pages
 from onewan.web.screens import help
@@ -103,7 +104,7 @@ def test_the_documentation_is_read_and_searched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Looking at the machine takes seconds, and is tested below.
-    monkeypatch.setattr(help, "_environment", lambda: ["what the machine is"])
+    monkeypatch.setattr(help, "environment_report", lambda: "what the machine is")
 
     async def act(user: User) -> None:
         await user.open("/help")
@@ -124,19 +125,21 @@ def test_the_documentation_is_read_and_searched(
 def test_the_machine_is_described_as_doctor_does_and_only_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(help._Environment, "_lines", ())
+    environment_report.cache_clear()
 
     async def act(user: User) -> None:
         await user.open("/help")
         await user.should_see("Environment (can be pasted into a bug report)", retries=600)
         await user.should_see("packages", retries=100)
-        monkeypatch.setattr(help, "_environment", lambda: ["looked at again"])
         await user.open("/help")
         await user.should_see("packages", retries=100)
         await user.should_see("Look again", retries=100)
+        assert environment_report.cache_info().misses == 1
+        monkeypatch.setattr(Diagnosis, "lines", lambda _: ["looked at again"])
         user.find("Look again").click()
         await user.should_see("looked at again", retries=100)
         await user.should_see("Copy the report", retries=100)
         await user.should_see("Ctrl + Enter", retries=100)
+        environment_report.cache_clear()
 
     with_user(tmp_path / "runs", act)

@@ -25,6 +25,7 @@ def test_output_and_status_are_those_of_the_command(tmp_path: Path) -> None:
         again = commands.start("a run file", ["init", "dog.yaml"])
         assert await again.wait() == 1
         assert "dog.yaml" in "\n".join(again.output) and commands.started == [made, again]
+        assert made.state == "Done." and "error (exit status 1)" in again.state
 
     asyncio.run(act())
 
@@ -52,6 +53,7 @@ def test_a_command_can_be_stopped_and_one_that_nobody_waits_for_ends(tmp_path: P
     async def act() -> None:
         commands = Commands(tmp_path)
         demo = commands.start("the demo", ["demo", "--dir", "demo"])
+        assert demo.state == "Starting ..." and commands.running("demo", "merge") == [demo]
         asked = asyncio.create_task(commands.json_of(["demo", "--dir", "other"]))
         end = time.monotonic() + 20
         while len(running()) < 2 and time.monotonic() < end:
@@ -59,7 +61,8 @@ def test_a_command_can_be_stopped_and_one_that_nobody_waits_for_ends(tmp_path: P
         assert len(running()) >= 2
         asked.cancel()
         await demo.stop()
-        assert await demo.wait() != 0 and demo.stopped
+        assert await demo.wait() != 0 and demo.stopped and demo.state.startswith("Stopped")
+        assert commands.running("demo") == [] and demo.written() == []
         with pytest.raises(asyncio.CancelledError):
             await asked
         assert running() == []
@@ -137,6 +140,23 @@ def test_units_are_counted() -> None:
     told = Progress(activity="captions", done=1, total=7, unit="item")
     assert told.text == "captions: 1 of 7 items"
     assert told.model_copy(update={"total": 1}).text == "captions: 1 of 1 item"
+
+
+def test_what_a_command_has_written_is_its_destination_or_the_files_that_it_names(
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "lora.safetensors"
+    experts = [tmp_path / f"lora_{name}_noise.safetensors" for name in ("high", "low")]
+    for file in (*experts, tmp_path.parent / "other.safetensors"):
+        file.touch()
+    lines = [f"{file}: 1.0 MB" for file in (*experts, tmp_path.parent / "other.safetensors")]
+    command = Command(title="Convert", arguments=("convert",), destination=output)
+    command.output.extend(["note: the name says which", *lines])
+    assert command.written() == []  # it has not ended
+    command.result = 0
+    assert command.written() == experts
+    command.destination = tmp_path
+    assert command.written() == [tmp_path]
 
 
 @pytest.mark.parametrize("listens", [True, False])

@@ -92,9 +92,14 @@ class Inspection:
             yield ""
             yield from component.lines(show_all=show_all)
 
-    def rows(self, entries_shown: int = _FIRST_ROWS) -> Iterator[tuple[str, str]]:
-        """What is known besides the summary, as labels and texts; of a header `entries_shown`
-        entries."""
+    @property
+    def readers(self) -> tuple[ProgramSupport, ...]:
+        """onewan itself and `programs`; nothing if no program was asked for."""
+        own = () if self.problems or not self.programs else (ProgramSupport("onewan", True),)
+        return (*own, *self.programs)
+
+    def facts(self) -> Iterator[tuple[str, str]]:
+        """What it holds, as labels and texts."""
         if self.files:
             size = _size(sum(self.files.values()))
             count = f", {len(self.files)} files" if len(self.files) > 1 else ""
@@ -115,6 +120,17 @@ class Inspection:
         for label, value in self.adapter.items():
             if value not in (None, [], {}):
                 yield label, _short(value)
+
+    def header(self, longest: int = _MAX_VALUE_LENGTH) -> list[tuple[str, str]]:
+        """The entries of the header, with `longest` characters of a value."""
+        # What the trainer wrote of the run comes first; titles, dates and hashes say less.
+        entries = sorted(self.metadata.items(), key=lambda e: (e[0].startswith("modelspec."), e[0]))
+        return [(_short(name), _short(value, longest)) for name, value in entries]
+
+    def rows(self, entries_shown: int = _FIRST_ROWS) -> Iterator[tuple[str, str]]:
+        """What is known besides the summary, as labels and texts; of a header `entries_shown`
+        entries."""
+        yield from self.facts()
         reading = [p.name + (f" ({p.note})" if p.note else "") for p in self.programs if p.reads]
         if self.programs:
             yield (
@@ -123,10 +139,9 @@ class Inspection:
             )
         yield from (("not by", f"{p.name}: {p.note}") for p in self.programs if not p.reads)
         yield from (("problem", _short(problem, 1000)) for problem in self.problems)
-        # What the trainer wrote of the run comes first; titles, dates and hashes say less.
-        entries = sorted(self.metadata.items(), key=lambda e: (e[0].startswith("modelspec."), e[0]))
+        entries = self.header()
         for name, value in entries[:entries_shown]:
-            yield "header", f"{_short(name)} = {_short(value)}"
+            yield "header", f"{name} = {value}"
         if (more := len(entries) - entries_shown) > 0:
             option = "--all" if entries_shown < _MAX_ROWS else "--json"
             yield "header", f"{more} more entries, which {option} shows"

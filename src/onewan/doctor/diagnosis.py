@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from onewan.doctor.environment import Environment
+from onewan.doctor.environment import Environment, environment_ahead
 from onewan.doctor.finding import Finding, without_names
 
 if TYPE_CHECKING:
@@ -73,6 +74,13 @@ class Diagnosis:
         if self.examination is not None:
             data["data"] = self.examination.as_data()
         return data
+
+
+@lru_cache(maxsize=1)
+def environment_report() -> str:
+    """The diagnosis of this machine alone. It is kept until ``cache_clear``, since it takes
+    seconds: torch is imported in a process of its own."""
+    return "\n".join(Diagnosis(environment=environment_ahead()()).lines())
 
 
 def _finding_data(finding: Finding) -> dict[str, Any]:

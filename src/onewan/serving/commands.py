@@ -93,6 +93,8 @@ class Command:
 
     title: str
     arguments: tuple[str, ...]
+    destination: Path | None = None
+    """The file or folder that it writes, or whose name begins those that it writes."""
     output: deque[str] = field(default_factory=lambda: deque(maxlen=_MOST_LINES))
     """Its newest lines, of standard output and standard error."""
     progress: Progress | None = None
@@ -108,6 +110,30 @@ class Command:
     def line(self) -> str:
         """The command as it is typed in a terminal."""
         return command_line(self.arguments)
+
+    @property
+    def state(self) -> str:
+        """How far it is, or how it has ended, as people read it."""
+        if self.result is None:
+            if self.stopped:
+                return "Stopping ..."
+            return "Starting ..." if self.progress is None else self.progress.text
+        if self.stopped:
+            return "Stopped; what was not complete is removed."
+        if self.result == 0:
+            return "Done."
+        return f"It ended with an error (exit status {self.result})."
+
+    def written(self) -> list[Path]:
+        """What it has written if it succeeded: its destination, or beside it the files that its
+        lines name, which are several where each expert has its own."""
+        if self.result != 0 or self.destination is None:
+            return []
+        if self.destination.is_dir():
+            return [self.destination]
+        files = [Path(line.rpartition(": ")[0]) for line in self.output]
+        folder = self.destination.parent
+        return [file for file in files if file.parent == folder and file.is_file()]
 
     async def stop(self) -> None:
         """Ask it to stop, as Ctrl-C does, so that it removes what it has not completed; if it has
@@ -159,15 +185,21 @@ class Commands:
         self._tasks: set[asyncio.Task[None]] = set()
         self.started: list[Command] = []
 
-    def start(self, title: str, arguments: Sequence[str]) -> Command:
+    def start(
+        self, title: str, arguments: Sequence[str], destination: Path | None = None
+    ) -> Command:
         """Start ``onewan ARGUMENTS``; its output is read as it comes."""
-        command = Command(title=title, arguments=tuple(arguments))
+        command = Command(title=title, arguments=tuple(arguments), destination=destination)
         ended = [each for each in self.started if each.result is not None]
         for each in ended[: max(0, len(ended) - _MOST_KEPT)]:
             self.started.remove(each)
         self.started.append(command)
         self._keep(self._follow(command))
         return command
+
+    def running(self, *names: str) -> list[Command]:
+        """The commands of these names, such as ``convert``, that have not ended."""
+        return [each for each in self.started if each.result is None and each.arguments[0] in names]
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
         """Run `work` beside this, and keep a reference to it until it ends."""

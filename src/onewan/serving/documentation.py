@@ -33,6 +33,17 @@ class Section:
     anchor: str
     text: str
 
+    @property
+    def full_title(self) -> str:
+        """Its heading, after that of its page."""
+        first = pages()[self.page].title
+        return self.title if self.title == first else f"{first}: {self.title}"
+
+    @property
+    def address(self) -> str:
+        """Where the page shows it."""
+        return f"/help/{self.page}" + (f"#{self.anchor}" if self.anchor else "")
+
 
 @dataclass(frozen=True)
 class DocPage:
@@ -60,6 +71,11 @@ def pages() -> Mapping[str, DocPage]:
     order = sorted(made, key=lambda name: (name not in _FIRST, made[name].title.casefold()))
     first = [name for name in _FIRST if name in made]
     return {name: made[name] for name in (*first, *(n for n in order if n not in first))}
+
+
+def contents() -> list[Hit]:
+    """The beginnings of all pages."""
+    return [Hit(page.sections[0], "") for page in pages().values()]
 
 
 def find(words: str) -> list[Hit]:

@@ -8,15 +8,18 @@ file.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
+from onewan.arithmetic.byte_sizes import format_bytes
 from onewan.checkpoint.inspect import inspect
 from onewan.checkpoint.inspection import Inspection
+from onewan.data.report import count
 from onewan.errors import OnewanError
 from onewan.media import VIDEO_SUFFIXES, describe, extension
 from onewan.runs.layout import RunLayout
@@ -24,6 +27,13 @@ from onewan.runs.status import is_run
 from onewan.serving.roots import Roots
 
 Kind = Literal["weights", "video", "run file"]
+KINDS = {
+    "": "All",
+    "weights": "Models and adapters",
+    "video": "Videos",
+    "run file": "Run files",
+}
+"""The kinds with their titles."""
 
 MOST = 5000
 """Files that are listed at most."""
@@ -33,6 +43,8 @@ _MOST_DEEP = 8
 _WEIGHTS = (".safetensors", ".pth", ".gguf")
 _RUN_FILES = (".yaml", ".yml")
 _MOST_RUN_FILE_BYTES = 1_000_000
+_MOST_TEXT = 200_000
+"""Bytes of a run file that are shown."""
 _FOREIGN = ("node_modules", "site-packages", "__pycache__")
 
 
@@ -54,6 +66,16 @@ class Entry:
         """Its place as people read it."""
         return self.place.partition("/")[2] or self.path.name
 
+    @property
+    def address(self) -> str:
+        """The address of its screen."""
+        return f"/files/{quote(self.place)}"
+
+    @property
+    def when(self) -> str:
+        """The time at which it was written, on the clock of this machine."""
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(self.modified))
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -62,6 +84,25 @@ class Listing:
     entries: tuple[Entry, ...]
     complete: bool
     """False if there is more than is listed."""
+
+    @property
+    def total(self) -> str:
+        """How many files it has and how large they are, in words."""
+        if not self.entries:
+            return "There are no models, adapters, videos or run files in the folders of this page."
+        size = format_bytes(sum(entry.size for entry in self.entries))
+        more = "" if self.complete else "; there are more, which are not listed"
+        return f"{count(len(self.entries), 'file')}, {size}{more}"
+
+    def matching(self, words: str, kind: str) -> Listing:
+        """What has all words in its place, and is of a kind; "" is any."""
+        wanted = words.casefold().split()
+        found = [
+            entry
+            for entry in self.entries
+            if kind in ("", entry.kind) and all(word in entry.place.casefold() for word in wanted)
+        ]
+        return Listing(tuple(found), self.complete)
 
 
 def find_files(roots: Roots) -> Listing:
@@ -93,6 +134,12 @@ def summary(entry: Entry) -> str:
     except OnewanError as error:
         return error.message.removeprefix(f"{entry.path}: ")
     return ", ".join([what.removeprefix("a "), *rows.values()])
+
+
+def text_of(entry: Entry) -> str:
+    """The text of a run file, or its beginning."""
+    with entry.path.open("rb") as file:
+        return file.read(_MOST_TEXT).decode("utf-8", "replace")
 
 
 def inspection(entry: Entry) -> Inspection:

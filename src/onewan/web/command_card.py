@@ -1,16 +1,16 @@
 """`command_card`: a command that the page runs, as people see it: how far it is, what it prints,
-how to stop it, and its line for a terminal."""
+how to stop it, its line for a terminal, and what it has written."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 from nicegui import background_tasks, ui
 
-from onewan.errors import OnewanError
+from onewan.arithmetic.byte_sizes import format_bytes
 from onewan.serving.commands import Command
-from onewan.web.elements import copy_button, tell, text
+from onewan.serving.roots import Roots
+from onewan.web.elements import box, button, card, copy_button, styled, text
 
 _SECONDS = 0.3
 """Between two changes of a card."""
@@ -18,61 +18,52 @@ _LINES = 40
 """Of the output that are shown."""
 
 
-def command_card(command: Command, done: Callable[[], None] | None = None) -> None:
-    """A card that follows `command` until it ends; `done` is called then, in the card, if it
-    succeeded."""
-    with ui.element("section").classes("ow-card ow-command") as card:
-        card.props["aria-label"] = command.title
-        text("h3", command.title)
-        bar = ui.linear_progress(0, show_value=False, size="8px")
-        bar.props["aria-label"] = f"Progress: {command.title}"
-        state = ui.label().props('role="status"')
-        output = ui.label().classes("ow-mono")
-        with ui.row().classes("ow-row"):
-            stop = ui.button("Stop", icon="stop").props("outline no-caps")
-            copy_button(command.line, "Copy the command line")
-        ui.label(command.line).classes("ow-mono ow-muted")
-        results = ui.element("div")
+def command_card(roots: Roots, command: Command) -> None:
+    """A card that follows `command` until it ends."""
 
     async def end() -> None:
         stop.disable()
-        try:
-            await command.stop()
-        except OnewanError as error:
-            tell(str(error), error=True)
+        await command.stop()
+
+    with card(command.title, "ow-command", "h3") as made:
+        bar = ui.linear_progress(0, show_value=False, size="8px")
+        styled(bar, aria_label=f"Progress: {command.title}")
+        state = text("div", role="status")
+        output = text("div", classes="ow-mono")
+        with box("ow-row"):
+            stop = button("Stop", end, "outline", icon="stop")
+            copy_button(command.line, "Copy the command line")
+        text("div", command.line, "ow-mono ow-muted")
 
     def show() -> None:
         progress, running = command.progress, command.result is None
         bar.value = progress.done / progress.total if progress and progress.total else 0
-        bar.set_visibility(running)
         bar.props["indeterminate"] = progress is None
-        state.text = _state(command)
+        state.text = command.state
         state.classes(replace="ow-bad" if command.result and not command.stopped else "")
         output.text = "\n".join(list(command.output)[-_LINES:])
-        stop.set_visibility(running)
+        for each in (bar, stop):
+            each.set_visibility(running)
 
     async def follow() -> None:
-        while not card.is_deleted:
+        while command.result is None and not made.is_deleted:
             show()
-            if command.result is not None:
-                with results:
-                    if command.result == 0 and done is not None:
-                        done()
-                return
             await command.news()
             await asyncio.sleep(_SECONDS)
+        if not made.is_deleted:
+            show()
+            with made:
+                _written(roots, command)
 
-    stop.on_click(end)
     background_tasks.create(follow(), name=f"show {command.line}")
 
 
-def _state(command: Command) -> str:
-    if command.result is None:
-        if command.stopped:
-            return "Stopping ..."
-        return "Starting ..." if command.progress is None else command.progress.text
-    if command.stopped:
-        return "Stopped; what was not complete is removed."
-    if command.result == 0:
-        return "Done."
-    return f"It ended with an error (exit status {command.result})."
+def _written(roots: Roots, command: Command) -> None:
+    """Links to what a command has written."""
+    for file in command.written():
+        address = roots.address(file)
+        with box("ow-row"):
+            ui.link(file.name, address.replace("/media/", "/files/", 1))
+            if file.is_file():
+                text("span", format_bytes(file.stat().st_size), "ow-muted")
+                ui.link("Download", f"{address}?save=1")

@@ -90,11 +90,11 @@ def button(
     return made
 
 
-def copy_button(content: str, label: str) -> None:
-    """A button that copies a text to the clipboard."""
+def copy_button(content: str | Callable[[], str], label: str) -> None:
+    """A button that copies a text, or what a function returns then, to the clipboard."""
 
     def copy() -> None:
-        ui.clipboard.write(content)
+        ui.clipboard.write(content if isinstance(content, str) else content())
         tell("Copied.")
 
     button(label, copy, icon="content_copy")
