@@ -43,7 +43,7 @@ def main() -> None:
             from onewan.train.setup import WanModelSetup
             from onewan.train.step import train_step
             from onewan.train.trainer import WanTrainer  # noqa: F401
-            from onewan.train.validation import expert_losses
+            from onewan.train.validation import measure
     setup = WanModelSetup(config)
     with stage("headers of the model's files"):
         setup.check()
@@ -55,7 +55,7 @@ def main() -> None:
     seconds[loading] -= seconds["clips and cache"]  # which it opens once more
     with stage("loss of the base model, of both experts"):
         for name in run.state.experts:
-            expert_losses(run, name, with_base=True, between=lambda: None)
+            measure(run, name, with_base=True, between=lambda: None)
     with stage("first step"):
         train_step(run, next(run.loader.steps(0, config.train.steps, run.schedule.expert_at)))
     print(json.dumps(seconds))

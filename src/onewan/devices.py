@@ -47,6 +47,7 @@ def resolve_device(name: str) -> torch.device:
         field, wanted = f"environment variable {VARIABLE}", named
     elif name == "auto":
         wanted = str(accelerator() or HOST)
+    wanted = _own_of_this_process(wanted)
     try:
         # An empty tensor, since `torch.device` accepts names of devices that are not there. Its own
         # device has an index: "cuda" means "cuda:0", but the two don't compare equal.
@@ -58,6 +59,22 @@ def resolve_device(name: str) -> torch.device:
         problem = f"{field}: {wanted!r} has no memory, so nothing can be computed there"
         raise ConfigError("run file", [f"{problem}; {_choice()}"])
     return device
+
+
+def _own_of_this_process(name: str) -> str:
+    """A device without an index, as the one that belongs to this process where torchrun has started
+    several on a machine."""
+    number = os.environ.get("LOCAL_RANK", "")
+    found = accelerator()
+    is_one_of_several = found is not None and torch.accelerator.device_count() > 1
+    return f"{name}:{number}" if number and is_one_of_several and name == found.type else name
+
+
+def collective_backend(device: torch.device) -> str | None:
+    """The backend of torch.distributed that sends tensors between devices of this type; None where
+    they go through host memory."""
+    backends = torch.distributed.Backend.default_device_backend_map
+    return None if is_host(device) else backends.get(device.type)
 
 
 def accelerator() -> torch.device | None:

@@ -72,5 +72,9 @@ class TrainingError(OnewanError):
     """Training can't continue, for example because the loss is no longer finite."""
 
 
+class RankError(OnewanError):
+    """Another process of the run has failed, was killed or does not answer."""
+
+
 class Interrupted(Exception):  # noqa: N818  (not an error: the user asked the run to stop)
     """The user asked the run to stop; whatever had to be saved has been saved."""

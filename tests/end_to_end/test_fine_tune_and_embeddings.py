@@ -20,7 +20,7 @@ from onewan.model.embedding import WanModelEmbedding
 from onewan.model.load import WanModelLoader
 from onewan.runs.event_file import read_events
 from onewan.sample.generate import WanModelSampler
-from onewan.train import trainer
+from onewan.train import steps
 from onewan.train.run import Run, sample_requests
 from onewan.train.setup import WanModelSetup
 from onewan.train.step import NoisedInputs, StepMetrics, predict, train_step
@@ -66,14 +66,14 @@ def test_a_fused_step_whose_loss_is_not_finite_ends_the_run_with_its_last_state(
         "method={kind: fine_tune, fused_step: true}",
         *("train.max_grad_norm=null", "train.steps=4", "train.save_every=1"),
     )
-    plain = trainer.train_step
+    plain = steps.train_step
 
     def damaged(run: Run, step: StepBatches) -> StepMetrics:
         if step.number == 2:
             step.batches[0].latents[0, 0, 0, 0, 0] = float("nan")
         return plain(run, step)
 
-    monkeypatch.setattr(trainer, "train_step", damaged)
+    monkeypatch.setattr(steps, "train_step", damaged)
     with pytest.raises(TrainingError, match=r"step 3 .* the loss is not finite with"):
         WanTrainer(config).fit()
     layout = layout_of(config)

@@ -30,7 +30,7 @@ from onewan.model.wan import WanModel
 from onewan.runs.events import Event, MemoryPlanned, StepDone
 from onewan.runs.log import Listener
 from onewan.sample.generate import WanModelSampler
-from onewan.train import trainer
+from onewan.train import steps, validator
 from onewan.train.run import Run
 from onewan.train.trainer import WanTrainer
 from onewan.variants import VARIANTS, VariantName
@@ -109,14 +109,14 @@ def watched(sim: torch.device, monkeypatch: pytest.MonkeyPatch) -> Watched:
     gc.collect()  # what earlier tests left on the device
     watched = Watched(gpu.memory_allocated())
     for owner, name, phase in (
-        (trainer, "expert_losses", "validation"),
+        (validator, "measure", "validation"),
         (WanModelSampler, "_denoise", "sampling: denoising"),
         (WanModel, "decode_video", "sampling: decoding"),
         (WanModel, "encode_video", "encoding clips"),
         (WanModel, "encode_prompt", "encoding captions"),
     ):
         monkeypatch.setattr(owner, name, watched.phase(phase, getattr(owner, name)))
-    monkeypatch.setattr(trainer, "train_step", watched.step(trainer.train_step))
+    monkeypatch.setattr(steps, "train_step", watched.step(steps.train_step))
     return watched
 
 

@@ -35,7 +35,7 @@ from onewan.media import read_frames
 from onewan.runs.control import order, request
 from onewan.runs.event_file import read_events
 from onewan.runs.events import Event, StepDone
-from onewan.train import trainer
+from onewan.train import steps
 from onewan.train.run import Run
 from onewan.train.setup import WanModelSetup
 from onewan.train.trainer import WanTrainer
@@ -89,7 +89,7 @@ Waits = list[list[str]]
 def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
     """Filled by each optimizer step of the test."""
     found: Waits = []
-    plain = trainer.train_step
+    plain = steps.train_step
 
     def counted(run: Run, step: Any) -> Any:
         if run.device.type == "cpu":
@@ -99,7 +99,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
         found.append(places)
         return metrics
 
-    monkeypatch.setattr(trainer, "train_step", counted)
+    monkeypatch.setattr(steps, "train_step", counted)
     return found
 
 

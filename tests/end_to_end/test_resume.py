@@ -29,7 +29,7 @@ from onewan.train.run import Run
 from onewan.train.saved_state import StateFacts, read_facts
 from onewan.train.setup import WanModelSetup
 from onewan.train.trainer import WanTrainer
-from onewan.train.validation import validation_loss
+from onewan.train.validation import ClipLosses, clip_losses
 
 pytestmark = pytest.mark.long
 
@@ -112,15 +112,15 @@ def test_a_stop_while_averages_are_loaded_saves_the_trained_weights(
         if within == "sampling" and isinstance(event, Sampling):
             request(layout_of(interrupted), "stop")
 
-    def validated(run: Run, name: Any, kind: Any, between: Callable[[], None]) -> float:
+    def validated(run: Run, name: Any, kind: Any, between: Callable[[], None]) -> ClipLosses:
         def stop() -> None:
             if kind == within and run.state.step == 2:
                 request(layout_of(interrupted), "stop")
             between()
 
-        return validation_loss(run, name, kind, stop)
+        return clip_losses(run, name, kind, stop)
 
-    monkeypatch.setattr(validation, "validation_loss", validated)
+    monkeypatch.setattr(validation, "clip_losses", validated)
     with pytest.raises(Interrupted):
         WanTrainer(interrupted, listen=listen).fit()
     monkeypatch.undo()

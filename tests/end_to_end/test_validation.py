@@ -23,12 +23,13 @@ from onewan.train.saved_state import BestStep, read_facts
 from onewan.train.setup import WanModelSetup
 from onewan.train.step import train_step
 from onewan.train.trainer import WanTrainer
-from onewan.train.validation import validation_loss
+from onewan.train.validation import clip_losses, mean_loss
 from onewan.variants import VARIANTS
 
 
 def measure(run: Run, kind: Any = "trained") -> list[float]:
-    return [validation_loss(run, name, kind, lambda: None) for name in run.state.experts]
+    measured = (clip_losses(run, name, kind, lambda: None) for name in run.state.experts)
+    return [mean_loss([losses]) for losses in measured]
 
 
 @pytest.mark.parametrize("variant", ["t2v-a14b", "i2v-a14b", "ti2v-5b"])

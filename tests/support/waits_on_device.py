@@ -22,7 +22,7 @@ from onewan.sample.generate import WanModelSampler
 from onewan.train.run import Run
 from onewan.train.setup import WanModelSetup
 from onewan.train.step import train_step
-from onewan.train.validation import expert_losses
+from onewan.train.validation import ExpertLosses, measure
 
 DEVICE = "sim"
 SIM: Any = torch.get_device_module(DEVICE)
@@ -115,7 +115,7 @@ def saved(run: Run, folder: Path) -> dict[str, bytes]:
 
 
 def losses(run: Run, name: str) -> list[float | None]:
-    found = expert_losses(run, name, with_base=False, between=lambda: None)  # pyright: ignore
+    found = ExpertLosses.of([measure(run, name, with_base=False, between=lambda: None)])  # pyright: ignore
     return [found.trained, found.ema]
 
 

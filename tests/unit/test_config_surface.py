@@ -267,6 +267,8 @@ LEAVES = [
     "memory.host_weights",
     "memory.vram",
     "memory.ram",
+    "parallel.experts",
+    "parallel.timeout_minutes",
     "logging.tensorboard",
     "logging.wandb.project",
     "logging.wandb.entity",

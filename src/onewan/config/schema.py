@@ -390,8 +390,19 @@ class MemorySection(Section):
     """Host memory that the run may use, such as 64GB or 64GiB; null is what the machine has."""
 
 
-def _as_memory(value: object) -> object:
+def _as_section(value: object) -> object:
     return {} if value == "auto" else value
+
+
+class ParallelSection(Section):
+    """How the processes that torchrun starts divide a run. It does not change what is computed: a
+    step has the clips of this file's batch, whatever the number of processes."""
+
+    experts: Literal["auto", "together", "side_by_side"] = "auto"
+    """Whether half of the processes train the high and half the low expert at the same time
+    (`side_by_side`), or all train the same one. `auto`: side by side where it is possible."""
+    timeout_minutes: Float = Field(default=30.0, gt=0)
+    """A process that does not answer for so long has failed, and the others end."""
 
 
 class WandbSection(Section):
@@ -459,9 +470,14 @@ class RunConfig(Section):
     """Exported files."""
     memory: Annotated[
         MemorySection,
-        BeforeValidator(_as_memory, json_schema_input_type=MemorySection | Literal["auto"]),
+        BeforeValidator(_as_section, json_schema_input_type=MemorySection | Literal["auto"]),
     ] = MemorySection()
     """Memory: `auto`, or the settings that are not left to the plan."""
+    parallel: Annotated[
+        ParallelSection,
+        BeforeValidator(_as_section, json_schema_input_type=ParallelSection | Literal["auto"]),
+    ] = ParallelSection()
+    """Several processes, on one machine or more: `auto`, or their settings."""
     logging: LoggingSection = LoggingSection()
     """Additional logs."""
     changes: tuple[ChangeSection, ...] = ()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
@@ -27,6 +27,7 @@ from onewan.data.expert_clips import batches_per_epoch
 from onewan.model.conditioning import Conditioning, ConditionPart
 from onewan.model.inputs import to_device
 from onewan.model.text import pad_text
+from onewan.parallel.division import WHOLE, Part
 from onewan.seeds import derive_seed
 from onewan.variants import ExpertName
 
@@ -123,7 +124,8 @@ class StepBatches:
     """The optimizer step, counted from 0 over the whole run; it keys random draws."""
     expert: ExpertName
     batches: tuple[Batch, ...]
-    """This rank's micro-batches, or one of them if the caller passes them one at a time."""
+    """This rank's part of the micro-batches, or one of them if the caller passes them one at a
+    time. Empty for a rank of a step that has fewer clips than ranks."""
     global_size: int
     """Number of clips in the global batch, over which the loss is a mean."""
 
@@ -191,9 +193,15 @@ class WanDataLoader:
         self._epochs = dict[ExpertName, tuple[int, list[list[Clip]]]]()
 
     def steps(
-        self, start: int, stop: int, expert_at: Callable[[int], tuple[ExpertName, int]]
+        self,
+        start: int,
+        stop: int,
+        expert_at: Callable[[int], tuple[ExpertName, int]],
+        experts: Collection[ExpertName] | None = None,
+        part: Part = WHOLE,
     ) -> Iterator[StepBatches]:
-        """Data of the steps `start` to `stop`-1. `expert_at(step)` gives the expert and the number
+        """Data of the steps `start` to `stop`-1, or of those among them that train one of
+        `experts`; of each step's clips, `part`. `expert_at(step)` gives the expert and the number
         of steps that it has had before.
 
         While one step is trained, the next ones are read in the background, one by each of the
@@ -201,35 +209,42 @@ class WanDataLoader:
         """
 
         def read(number: int) -> StepBatches:
-            return self.step(number, *expert_at(number))
+            return self.step(number, *expert_at(number), part)
 
-        with closing(
-            results_ahead(read, range(start, stop), workers=self._source.workers)
-        ) as results:
+        numbers: Sequence[int] = range(start, stop)
+        if experts is not None:
+            numbers = [number for number in numbers if expert_at(number)[0] in experts]
+        with closing(results_ahead(read, numbers, workers=self._source.workers)) as results:
             for _, result in results:
                 yield result()
 
-    def step(self, number: int, expert: ExpertName, expert_step: int) -> StepBatches:
-        """Data of step `number` of the run, which is step `expert_step` (from 0) of `expert`."""
-        batches, sample_index = [], 0
-        first = expert_step * self._accumulation
+    def step(
+        self, number: int, expert: ExpertName, expert_step: int, part: Part = WHOLE
+    ) -> StepBatches:
+        """Data of step `number` of the run, which is step `expert_step` (from 0) of `expert`; of
+        its clips, `part`."""
         # A step may span the end of an epoch, so no clip is dropped or repeated to fill it.
+        whole, first_samples, count = list[list[Clip]](), list[int](), 0
+        first = expert_step * self._accumulation
         for micro_batch in range(first, first + self._accumulation):
             epoch, index = divmod(micro_batch, self.batches_per_epoch[expert])
-            clips = self._epoch(expert, epoch)[index]
+            whole.append(self._epoch(expert, epoch)[index])
+            first_samples.append(count)
+            count += len(whole[-1])
+        batches = list[Batch]()
+        for index, within in part.of_batches([len(clips) for clips in whole]):
+            clips = whole[index][within.start : within.stop]
+            first_sample = first_samples[index] + within.start
             captions = [
-                self._draw_caption(clip, expert, expert_step, index)
-                for index, clip in enumerate(clips, start=sample_index)
+                self._draw_caption(clip, expert, expert_step, sample)
+                for sample, clip in enumerate(clips, start=first_sample)
             ]
             given: list[Given] = [
-                self._conditioning.draw(clip.frames, seed=self._seed, step=number, index=index)
-                for index, clip in enumerate(clips, start=sample_index)
+                self._conditioning.draw(clip.frames, seed=self._seed, step=number, index=sample)
+                for sample, clip in enumerate(clips, start=first_sample)
             ]
-            batches.append(self._load_batch(clips, captions, given, sample_index))
-            sample_index += len(clips)
-        return StepBatches(
-            number=number, expert=expert, batches=tuple(batches), global_size=sample_index
-        )
+            batches.append(self._load_batch(clips, captions, given, first_sample))
+        return StepBatches(number=number, expert=expert, batches=tuple(batches), global_size=count)
 
     def validation_batches(self, clips: Sequence[Clip], count: int) -> list[Batch]:
         """`count` of `clips` (all if there are fewer), at equal distances in the sequence; a batch

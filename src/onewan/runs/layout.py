@@ -63,6 +63,10 @@ class RunLayout:
     def log(self) -> Path:
         return self.root / "log.txt"
 
+    def rank_log(self, rank: int) -> Path:
+        """The log of a process other than the first one, in a run of several."""
+        return self.root / "logs" / f"rank_{rank}.txt"
+
     @property
     def output(self) -> Path:
         """What the newest trainer that was started by the queue printed (`onewan.runs.queue`)."""

@@ -46,18 +46,13 @@ def choose_attention(run: Run) -> AttentionChosen:
     """Decide on the backend of `run`, use it and keep it in its state.
 
     It is the one that the run file names, or the one of the resumed state, or the fastest; on the
-    CPU, PyTorch's own choice.
+    CPU, PyTorch's own choice. The first process of a run chooses for all.
     """
-    setting, kept = run.config.memory.attention, run.state.attention
-    if setting != "auto":
-        chosen = Measured(backend=attention_backend(setting))
-    elif kept is not None:
-        chosen = Measured(backend=attention_backend(kept.backend))
-    elif is_host(run.device):
-        chosen = Measured(backend=_default(run))
-    else:
-        dtype = torch_dtype(run.config.model.dtype)
-        chosen = fastest_backend(run.device, dtype, _largest_shape(run))
+    chosen = _chosen(run) if run.ranks.is_first else None
+    name = run.ranks.from_first(None if chosen is None else chosen.backend.name)
+    if chosen is None:
+        assert name is not None
+        chosen = Measured(backend=attention_backend(name))
     use_attention(run, chosen.backend)
     run.state.attention = SavedAttention(backend=chosen.backend.name, device=run.device.type)
     return AttentionChosen(
@@ -65,6 +60,18 @@ def choose_attention(run: Run) -> AttentionChosen:
         milliseconds=chosen.milliseconds,
         unusable=chosen.unusable,
     )
+
+
+def _chosen(run: Run) -> Measured:
+    setting, kept = run.config.memory.attention, run.state.attention
+    if setting != "auto":
+        return Measured(backend=attention_backend(setting))
+    if kept is not None:
+        return Measured(backend=attention_backend(kept.backend))
+    if is_host(run.device):
+        return Measured(backend=_default(run))
+    dtype = torch_dtype(run.config.model.dtype)
+    return fastest_backend(run.device, dtype, _largest_shape(run))
 
 
 def use_attention(run: Run, backend: AttentionBackend) -> None:

@@ -21,6 +21,11 @@ class Due:
     full_sample: bool = False
     """Generate those without distilled LoRAs too, where the others have them."""
 
+    @property
+    def anything(self) -> bool:
+        """Whether any action is due."""
+        return self.validate or self.save or self.export or self.sample or self.full_sample
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StillDue:

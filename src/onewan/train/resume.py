@@ -35,6 +35,7 @@ _SAFE_TO_CHANGE = (
     "output",
     "logging",
     "memory",
+    "parallel",
     "model.device",
     "video_data.sources",
     "video_data.cache",

@@ -20,11 +20,13 @@ from onewan.data.report import count
 from onewan.memory.residency import DeviceResidency
 from onewan.model.attention_backends import AttentionBackend
 from onewan.model.wan import WanModel
+from onewan.parallel.division import Division, Group, Part
+from onewan.parallel.ranks import Ranks
 from onewan.runs.layout import unused
 from onewan.sample.generate import SampleRequest, check_request
 from onewan.train.memory import RunMemory
 from onewan.train.objective import Objective
-from onewan.train.state import TrainableName, TrainedExpert, TrainState
+from onewan.train.state import Trainable, TrainableName, TrainedExpert, TrainState
 from onewan.variants import Expert, ExpertName, Variant
 
 
@@ -60,11 +62,30 @@ class Run:
     """Whether a forward pass in training draws dropout from torch's global generator."""
     warnings: list[str]
     """Messages for the user before the first step, a line each."""
+    ranks: Ranks
+    """The processes of the run."""
+    division: Division
+    """What each of them does."""
 
     @property
     def device(self) -> torch.device:
         """The device of forward and backward passes."""
         return self.residency.device
+
+    @property
+    def group(self) -> Group:
+        """The processes that train the same experts as this one."""
+        return self.division.group_of(self.ranks.rank)
+
+    @property
+    def part(self) -> Part:
+        """Which part of a step's clips this process has."""
+        return self.group.part(self.ranks.rank)
+
+    def trained_by(self, group: Group) -> list[Trainable]:
+        """What the processes of `group` train."""
+        found = (self.state.experts[name].trainable for name in group.experts)
+        return [trainable for trainable in found if trainable is not None]
 
     def bring_expert(self, name: ExpertName) -> TrainedExpert:
         """The expert `name`, ready on the device with its optimizer state and averages. The other

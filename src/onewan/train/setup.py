@@ -18,6 +18,7 @@ from onewan.data.dataset import Dataset, prepare
 from onewan.data.encode import ProgressCallback, no_progress
 from onewan.data.expert_clips import batches_per_epoch, check_timesteps, clips_by_expert
 from onewan.data.loader import WanDataLoader
+from onewan.data.report import count
 from onewan.devices import HOST, resolve_device
 from onewan.dtypes import torch_dtype
 from onewan.errors import ConfigError
@@ -30,6 +31,8 @@ from onewan.model.load import WanModelLoader
 from onewan.model.sources import ENCODERS, PipelineComponent, Sources, is_here, locate
 from onewan.model.vae import encode_in_strips
 from onewan.model.wan import WanModel
+from onewan.parallel.division import Division, divide
+from onewan.parallel.ranks import Alone, Ranks
 from onewan.sample.generate import SampleRequest
 from onewan.train.attention import first_attention, use_attention
 from onewan.train.chunks import chosen_chunks
@@ -53,9 +56,16 @@ from onewan.variants import ExpertName
 class WanModelSetup:
     """Builds the run of one resolved run file."""
 
-    def __init__(self, config: ResolvedRun, chunks: Mapping[str, int] | None = None) -> None:
-        """`chunks` are those of a run that is resumed (`onewan.train.chunks`)."""
+    def __init__(
+        self,
+        config: ResolvedRun,
+        chunks: Mapping[str, int] | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """`chunks` are those of a run that is resumed (`onewan.train.chunks`). `ranks` are the
+        processes of the run; None if this is the only one."""
         self._config = config
+        self._ranks: Ranks = Alone() if ranks is None else ranks
         self._chunks = chunks
         self._variant = config.model.facts()
         self._experts = self._variant.selected(config.model.experts)
@@ -71,6 +81,7 @@ class WanModelSetup:
         """Refuse what the run file and the headers of files show to be wrong, before anything is
         written or encoded; the files of the model. Downloads a model that is named by its
         repository; without `download` what is not here is checked as far as the variant tells."""
+        self._division()
         samples, initial = sample_requests(self._config), initial_adapters(self._config)
         return self._checked_sources(samples, initial, download=download)
 
@@ -149,9 +160,42 @@ class WanModelSetup:
             attention=first_attention(config, self._residency.device, head_dim),
             dropout=self._dropout,
             warnings=[*self._notices, *self._warnings(schedule, dataset)],
+            ranks=self._ranks,
+            division=self._division(),
         )
         use_attention(run, run.attention)
         return run
+
+    def _division(self) -> Division:
+        """What each process does. ConfigError if the run file asks for what can't be."""
+        config = self._config
+        try:
+            division = divide(
+                [expert.name for expert in self._experts],
+                self._ranks.count,
+                config.parallel.experts,
+                shared=any(embedding.train for embedding in config.embeddings),
+            )
+        except ValueError as error:
+            problem = f"parallel.experts: can't be side_by_side: {error}; choose auto"
+            raise ConfigError("run file", [problem]) from error
+        parts = len(division.groups[0].ranks)
+        clips = config.train.batch_size * config.train.accumulation
+        problems = list[str]()
+        if parts > clips:
+            problems.append(
+                f"train.accumulation: a step has {count(clips, 'clip')} (train.batch_size times "
+                f"train.accumulation), which {parts} processes can't share; give a step at least "
+                f"{parts} clips, or start fewer processes"
+            )
+        if parts > 1 and getattr(config.method, "fused_step", False):
+            problems.append(
+                "method.fused_step: updates weights in the backward pass, before the gradients of "
+                f"{parts} processes are summed; set it to false, or start one process per expert"
+            )
+        if problems:
+            raise ConfigError("run file", problems)
+        return division
 
     @property
     def _dropout(self) -> bool:

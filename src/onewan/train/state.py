@@ -140,6 +140,22 @@ class Trainable:
                 raise DamagedStateError(f"{optimizer}: {error}") from error
             yield f"{self.name}: the optimizer is reset ({optimizer}: {error})"
 
+    def values(self) -> dict[str, Any]:
+        """Everything that `save` writes, in host memory: for another process of the run."""
+        self.settle()
+        values = {"weights": self.weights.read(), "optimizer": self.optimizer.state_dict()}
+        if self.ema is not None:
+            values["ema"] = self.ema.state_dict()
+        return values
+
+    def use(self, values: Mapping[str, Any], source: str) -> None:
+        """Continue from the `values` of the process `source`, which has trained these weights."""
+        self.settle()
+        self.weights.write(values["weights"], source)
+        if self.ema is not None:
+            self.ema.load_state_dict(values["ema"])
+        self.optimizer.load_state_dict(values["optimizer"])
+
     def _load_average(self, file: Path, allow_change: bool) -> Iterator[str]:
         assert self.ema is not None
         if allow_change and not file.exists():

@@ -22,7 +22,7 @@ from onewan.train.objective import (
     with_preserved_target,
 )
 from onewan.train.run import Run
-from onewan.train.state import TrainedExpert
+from onewan.train.state import Trainable, TrainedExpert
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,7 @@ class StepMetrics:
     """Measurements of one optimizer step."""
 
     loss: float
-    """Mean over the samples of the step."""
+    """Mean over the samples of the step; of a rank that has a part of them, its part of the sum."""
     preservation_loss: float | None
     """What is added to it for the predictions of the base model that are kept, with their weight;
     None if none is kept."""
@@ -40,7 +40,7 @@ class StepMetrics:
     embeddings_lr: float | None
     """That of the embeddings that are trained beside; None if there are none."""
     t: tuple[float, ...]
-    """Noise level of each sample, in [0, 1]."""
+    """Noise level of each sample of this rank, in [0, 1]."""
 
 
 def train_step(run: Run, step: StepBatches) -> StepMetrics:
@@ -56,6 +56,8 @@ def train_step(run: Run, step: StepBatches) -> StepMetrics:
         for trainable in trainables
     ]
     losses, preservation, levels = backward(run, step, trained)
+    if run.part.count > 1:
+        sum_gradients(run, trainables)
     max_norm = run.config.train.max_grad_norm
     # Without any gradient, PyTorch returns a norm of 0 on the CPU.
     norms = [update.clip_grad_norm(max_norm).to(run.device) for update in updates]
@@ -70,13 +72,28 @@ def train_step(run: Run, step: StepBatches) -> StepMetrics:
         if trainable.ema is not None:
             trainable.ema.update(run.steps_before(trainable.name, step.number))
     return StepMetrics(
-        loss=sum(values[:count]),
-        preservation_loss=sum(values[count:]) if preservation else None,
+        loss=sum(values[:count], 0.0),
+        preservation_loss=sum(values[count:], 0.0) if preservation else None,
         grad_norm=norm,
         lr=trainables[0].optimizer.lr,
         embeddings_lr=trainables[1].optimizer.lr if len(trainables) > 1 else None,
         t=levels,
     )
+
+
+def sum_gradients(run: Run, trainables: Sequence[Trainable]) -> None:
+    """Make the gradients of `trainables` those of the whole step: their sums over the ranks that
+    have parts of it. The loss is weighted by clip, so that a sum is what one process computes."""
+    parameters = [p for trainable in trainables for p in trainable.optimizer.trained_parameters]
+    # A parameter without a gradient on any rank, such as a placeholder that no caption has, must
+    # stay without one: an optimizer treats a gradient of zeros differently.
+    present = torch.tensor([float(p.grad is not None) for p in parameters])
+    run.ranks.add([present], run.group.ranks)
+    summed = [p for p, ranks in zip(parameters, present.tolist(), strict=True) if ranks > 0]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in summed]
+    run.ranks.add(gradients, run.group.ranks)
+    for parameter, gradient in zip(summed, gradients, strict=True):
+        parameter.grad = gradient
 
 
 class StepLosses(NamedTuple):
@@ -152,8 +169,9 @@ def announce_next(run: Run, step: StepBatches, trained: TrainedExpert) -> None:
     """Let the weights of the next step's expert come behind the backward pass that follows, if it
     is another one."""
     if step.number + 1 < run.config.train.steps:
-        following = run.state.experts[run.schedule.expert_at(step.number + 1)[0]]
-        run.memory.announce(trained.transformer, following.transformer)
+        following, _ = run.schedule.expert_at(step.number + 1)
+        if following in run.group.experts:
+            run.memory.announce(trained.transformer, run.state.experts[following].transformer)
 
 
 @dataclass(frozen=True, slots=True)

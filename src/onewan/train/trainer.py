@@ -8,11 +8,11 @@ everything that happens, and never prints.
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from statistics import fmean
+from dataclasses import replace
+from typing import cast
 
 from onewan.arithmetic.byte_sizes import parse_bytes
 from onewan.config.changes import in_force
@@ -21,22 +21,20 @@ from onewan.config.resolve import expert_schedule_of
 from onewan.config.schema import ResolvedRun
 from onewan.data.clip import count_clips
 from onewan.data.clip_list import write_clip_list
-from onewan.data.loader import StepBatches
-from onewan.devices import device_memory, reset_peak, resolve_device
+from onewan.devices import resolve_device
 from onewan.dtypes import torch_dtype
 from onewan.errors import CheckpointError, DataError, Interrupted, OnewanError
 from onewan.files import remove_abandoned, replacing
 from onewan.locks import locked, remove_abandoned_locks
-from onewan.memory.device import empty_cache_near, limit_memory, matrix_product_rate
-from onewan.memory.execution import CopiedBytes
+from onewan.memory.device import limit_memory, matrix_product_rate
 from onewan.memory.plan import full_disks
+from onewan.parallel.ranks import Alone, Ranks, first_alone, join
 from onewan.runs import events
 from onewan.runs.control import REQUESTS, Request, StopSignals, clear, pending, take, unknown
 from onewan.runs.event_file import EventFile, HeartbeatThread
 from onewan.runs.layout import RunLayout
 from onewan.runs.log import FileSink, Listener, ListenerSink, RunLog, TextSink, text_log
 from onewan.train.attention import choose_attention
-from onewan.train.best import improved_weights
 from onewan.train.cadence import Cadence, Due
 from onewan.train.chunks import saved_chunks
 from onewan.train.environment import environment
@@ -46,16 +44,14 @@ from onewan.train.overview import overview
 from onewan.train.resume import Resume, check_start, with_recorded_changes
 from onewan.train.run import Run, run_folder
 from onewan.train.sampling import SampleMaker
-from onewan.train.saved_state import BestStep
 from onewan.train.saving import StateSaver
 from onewan.train.setup import WanModelSetup
-from onewan.train.speed import step_speed
 from onewan.train.steering import Steering
-from onewan.train.step import StepMetrics, train_step
+from onewan.train.steps import Steps
 from onewan.train.tensorboard import TensorBoardSink
 from onewan.train.time_left import TimeLeft
 from onewan.train.trial import try_largest_batch
-from onewan.train.validation import ExpertLosses, expert_losses
+from onewan.train.validator import Validator
 from onewan.train.wandb_sink import WandbSink
 from onewan.variants import ExpertName
 
@@ -92,10 +88,13 @@ class WanTrainer:
         self._layout = RunLayout(run_folder(config))
         self._cadence = Cadence.of(in_force(config, -1))
         self._stop_signals = StopSignals()
-        self._log = RunLog(*([] if listen is None else [ListenerSink(listen)]))
+        self._log = RunLog()
+        self._listen = listen
+        self._ranks: Ranks = Alone()
         self._saver = StateSaver(config, self._layout, self._log, overrides)
         self._exporter = WeightExporter(self._layout, self._log)
-        self._samples = SampleMaker(self._layout, self._log, self._stop_if_requested)
+        self._validator = Validator(self._log, self._exporter, self._stop_if_alone)
+        self._samples = SampleMaker(self._layout, self._log, self._stop_if_alone)
         self._steering = Steering(self._layout, self._log, self._record)
         self._memory_limit: int | None = None
         """Bytes of the device that may be used; None if it has no limit."""
@@ -103,7 +102,6 @@ class WanTrainer:
         """Of all steps so far."""
         self._device_rate: float | None = None
         """FLOP/s of the device in matrix products."""
-        self._copied = CopiedBytes()
         self._time = TimeLeft(self._cadence, expert_schedule_of(config))
 
     def fit(self) -> None:
@@ -111,31 +109,24 @@ class WanTrainer:
 
         OnewanError for everything that the user can fix; states saved before are kept in any case.
         """
-        root = self._layout.root
-        remedy = (
-            f"wait until it ends, stop it with: onewan stop {root}, or choose another name "
-            "(output.name=...)"
-        )
-        with ExitStack() as session:
-            session.enter_context(locked(self._layout.lock, root, remedy))
-            check_start(self._layout, self._resume)
-            chunks = saved_chunks(self._layout) if self._resume else None
-            setup = WanModelSetup(self._config, chunks)
+        device = resolve_device(self._config.model.device)
+        timeout = 60 * self._config.parallel.timeout_minutes
+        with join(device, timeout) as self._ranks, ExitStack() as session:
+            chunks = self._begin_session(session) if self._ranks.is_first else None
+            # The first process has the run's lock before others read its folder.
+            chunks = self._ranks.from_first(chunks)
+            setup = WanModelSetup(self._config, chunks, self._ranks)
             setup.check()  # a run that can't be started leaves no folder behind
-            self._layout.create()
-            if not self._layout.saved_steps():
-                self._write_run_files()
-            session.enter_context(text_log(self._layout.log))
-            session.callback(self._log.close)
-            file = EventFile(self._layout.events)
-            self._log.add(FileSink(file, str(self._layout.events)))
+            if self._ranks.is_first:
+                self._open_folder(session)
+            self._ranks.from_first(None)  # the folder is there
+            if not self._ranks.is_first:
+                own_log = self._layout.rank_log(self._ranks.rank)
+                own_log.parent.mkdir(exist_ok=True)
+                session.enter_context(text_log(own_log))
+                session.callback(self._log.close)
             self._log.add(TextSink())
-            session.enter_context(HeartbeatThread(file))
             session.enter_context(self._stop_signals)
-            # Requests that an earlier process did not handle are not meant for this one.
-            for request in REQUESTS:
-                clear(self._layout, request)
-            self._steering.drop_earlier(max(self._layout.saved_steps(), default=0))
             try:
                 self._run(setup)
             except Interrupted:
@@ -155,18 +146,49 @@ class WanTrainer:
                 self._log.emit(events.Failed(error=str(error) or type(error).__name__))
                 raise
 
+    def _begin_session(self, session: ExitStack) -> Mapping[str, int] | None:
+        """Take the run's lock until the end of `session`; what is known of a run that is resumed
+        (`onewan.train.chunks`)."""
+        root = self._layout.root
+        remedy = (
+            f"wait until it ends, stop it with: onewan stop {root}, or choose another name "
+            "(output.name=...)"
+        )
+        if self._listen is not None:
+            self._log.add(ListenerSink(self._listen))
+        session.enter_context(locked(self._layout.lock, root, remedy))
+        check_start(self._layout, self._resume)
+        return saved_chunks(self._layout) if self._resume else None
+
+    def _open_folder(self, session: ExitStack) -> None:
+        """Make the run's folder, and record in it until the end of `session`."""
+        self._layout.create()
+        if not self._layout.saved_steps():
+            self._write_run_files()
+        session.enter_context(text_log(self._layout.log))
+        session.callback(self._log.close)
+        file = EventFile(self._layout.events)
+        self._log.add(FileSink(file, str(self._layout.events)))
+        session.enter_context(HeartbeatThread(file))
+        # Requests that an earlier process did not handle are not meant for this one.
+        for request in REQUESTS:
+            clear(self._layout, request)
+        self._steering.drop_earlier(max(self._layout.saved_steps(), default=0))
+
     def _run(self, setup: WanModelSetup) -> None:
         config = self._config
         steps = None if config.train.epochs else config.train.steps
         self._log.emit(events.Started(run=self._layout.root, steps=steps))
-        remove_abandoned_locks(self._layout.weights_dir)
-        for notice in remove_abandoned(self._layout.written_folders()):
-            self._log.note(notice)
+        if self._ranks.is_first:
+            remove_abandoned_locks(self._layout.weights_dir)
+            for notice in remove_abandoned(self._layout.written_folders()):
+                self._log.note(notice)
         device = resolve_device(config.model.device)
         self._log.emit(environment(device))
         vram = config.memory.vram
         self._memory_limit = limit_memory(device, None if vram is None else parse_bytes(vram))
         run = setup.build(self._on_encoding)
+        self._ranks.prepare([group.ranks for group in run.division.groups])
         # Ends the copies, and frees pinned memory for other runs of this process.
         with closing(run.memory):
             self._begin(run)
@@ -175,24 +197,8 @@ class WanTrainer:
 
     def _begin(self, run: Run) -> None:
         """Report what was set up, restore the saved state, and try the largest batch."""
-        config, epochs, device = run.config, self._config.train.epochs, run.device
-        self._device_rate = matrix_product_rate(device, torch_dtype(config.model.dtype))
-        self._log.emit(
-            events.DataReady(
-                clips=count_clips(run.dataset.clips),
-                encoded=run.dataset.encoded,
-                report=run.dataset.report.lines(repeat=False),
-                steps=config.train.steps,
-            )
-        )
-        self._list_clips(run)
-        if epochs is not None:  # their number of steps is known only now
-            self._log.note(run.steps_of_epochs(epochs))
-            self._config, self._cadence = run.recorded, Cadence.of(config)
-            if not self._layout.saved_steps():
-                self._write_run_files()
-        for warning in run.warnings:
-            self._log.warn(warning)
+        self._device_rate = matrix_product_rate(run.device, torch_dtype(run.config.model.dtype))
+        self._report_data(run)
         plan = run.memory.plan
         self._time = TimeLeft(self._cadence, run.schedule, None if plan is None else plan.run_time)
         if plan is not None:
@@ -210,57 +216,90 @@ class WanTrainer:
         self._log.emit(choose_attention(run))
         if (measured := try_largest_batch(run)) is not None:
             self._log.emit(measured)
-        self._copied = run.memory.copied
+        if not self._ranks.is_first:
+            return
         if config.logging.tensorboard:
             self._log.add(TensorBoardSink(self._layout.tensorboard, run.state.step))
         if config.logging.wandb is not None:
             self._log.add(WandbSink(config, self._layout, self._log.note))
 
+    def _report_data(self, run: Run) -> None:
+        config, epochs = run.config, self._config.train.epochs
+        self._log.emit(
+            events.DataReady(
+                clips=count_clips(run.dataset.clips),
+                encoded=run.dataset.encoded,
+                report=run.dataset.report.lines(repeat=False),
+                steps=config.train.steps,
+            )
+        )
+        self._list_clips(run)
+        if epochs is not None:  # their number of steps is known only now
+            self._log.note(run.steps_of_epochs(epochs))
+            self._config, self._cadence = run.recorded, Cadence.of(config)
+            if self._ranks.is_first and not self._layout.saved_steps():
+                self._write_run_files()
+        if self._ranks.count > 1:
+            self._log.note(str(run.division))
+        for warning in run.warnings:
+            self._log.warn(warning)
+
     def _list_clips(self, run: Run) -> None:
+        digests = self._ranks.gathered(run.dataset.digest)
+        if len(set(digests)) > 1:
+            raise DataError(
+                "the machines of this run have different clips; all need the same files at the "
+                "same paths (see onewan doctor on each)"
+            )
         try:
-            write_clip_list(self._layout.clips, run.dataset.report)
+            if self._ranks.is_first:
+                write_clip_list(self._layout.clips, run.dataset.report)
         except OSError as error:  # of a full disk, saving a state says so too
             self._log.warn(f"{self._layout.clips}: can't be written ({error.strerror})")
 
     def _train(self, run: Run) -> None:
         """Train to the last step."""
+        steps = Steps(
+            run,
+            self._is_due_at,
+            memory_limit=self._memory_limit,
+            device_rate=self._device_rate,
+        )
         try:
             self._catch_up(run)
             self._saver.start_clock()
-            bucket, ready = None, time.perf_counter()
-            for step in self._steps(run):
-                if bucket != (bucket := step.batches[0].latents.shape[2:]):
-                    empty_cache_near(run.device, self._memory_limit)
-                reset_peak(run.device)
-                begin = time.perf_counter()
-                metrics = train_step(run, step)
-                run.state.step += 1
-                end = time.perf_counter()
-                self._time.stepped(step.expert, end - ready)
-                self._after_step(run, step, metrics, end - begin)
+            ready = time.perf_counter()
+            for done in steps:
+                seconds = (time.perf_counter() - ready) / len(done)
+                for step in done:
+                    self._report(step, seconds)
+                self._after_steps(run)
                 self._stop_if_requested()
                 ready = time.perf_counter()
+        except DataError:
+            if self._ranks.count == 1:  # others may have trained steps that this one has not
+                self._saver.save(run)
+            raise
         except Interrupted:
             # Saved here and not where the request was noticed: during validation and sampling the
             # model may contain other weights (averages, the base model's) than the trained ones.
-            self._saver.save(run, last=True)
+            self._bring_together(run)
+            if self._ranks.is_first:
+                self._saver.save(run, last=True)
             raise
         if self._exporter.failure:
             raise CheckpointError(
                 f"{self._exporter.failure}; training is complete and its state is saved. Make room "
                 "or repair the disk, then export the weights with --resume"
             )
-        for best in self._exporter.best(run):
-            self._log.emit(best)
+        if self._ranks.is_first:
+            for best in self._exporter.best(run):
+                self._log.emit(best)
 
-    def _steps(self, run: Run) -> Iterator[StepBatches]:
-        """The data of the remaining steps; the state is saved if they can't be read."""
-        steps = self._config.train.steps
-        try:
-            yield from run.loader.steps(run.state.step, steps, run.schedule.expert_at)
-        except DataError:
-            self._saver.save(run)
-            raise
+    def _is_due_at(self, step: int) -> bool:
+        """Whether something is due, or a setting changes, after so many steps."""
+        changes = any(change.step == step for change in self._config.changes)
+        return changes or self._cadence.at(step).anything
 
     # ---------------------------------------------------------------------- before and after a step
 
@@ -276,57 +315,68 @@ class WanTrainer:
         due = self._cadence.at(run.state.step)
         if due.validate and run.state.validated != run.state.step:
             self._validate(run)
-        if due.export and not self._exporter.is_complete(run):
-            self._exporter.export(run)
-        self._sample_due(run, due)
+        with first_alone(self._ranks) as is_first:
+            if is_first and due.export and not self._exporter.is_complete(run):
+                self._exporter.export(run)
+            if is_first:
+                self._sample_due(run, due)
 
-    def _after_step(
-        self, run: Run, step: StepBatches, metrics: StepMetrics, seconds: float
-    ) -> None:
-        allocated, peak = device_memory(run.device)
-        if peak is not None:
-            self._memory_peak = max(peak, self._memory_peak or 0)
-        speed = step_speed(run, step, seconds, self._device_rate)
-        before, self._copied = self._copied, run.memory.copied
-        on_device = peak is not None
-        self._log.emit(
-            events.StepDone(
-                step=run.state.step,
-                expert=step.expert,
-                loss=metrics.loss,
-                preservation_loss=metrics.preservation_loss,
-                grad_norm=metrics.grad_norm,
-                lr=metrics.lr,
-                embeddings_lr=metrics.embeddings_lr,
-                t=metrics.t,
-                seconds=seconds,
-                memory_allocated=allocated,
-                memory_peak=self._memory_peak,
-                step_memory_peak=peak,
-                bytes_to_device=self._copied.to_device - before.to_device if on_device else None,
-                bytes_to_host=self._copied.to_host - before.to_host if on_device else None,
-                tokens_per_second=speed.tokens_per_second,
-                tflops=speed.tflops,
-                mfu=speed.mfu,
-                seconds_left=self._time.after(run.state.step),
-            )
-        )
-        self._restore_folder()
-        if self._steering.advance(run):
-            self._follow_settings(run)
-        due = self._due(run)
+    def _report(self, step: events.StepDone, seconds: float) -> None:
+        """Tell of a step, which has taken `seconds` with loading its clips."""
+        if step.step_memory_peak is not None:
+            self._memory_peak = max(step.step_memory_peak, self._memory_peak or 0)
+        self._time.stepped(cast("ExpertName", step.expert), seconds)
+        left = self._time.after(step.step)
+        self._log.emit(replace(step, memory_peak=self._memory_peak, seconds_left=left))
+
+    def _after_steps(self, run: Run) -> None:
+        """Do what is due at the present step."""
+        if self._ranks.is_first:
+            self._restore_folder()
+        self._steer(run)
+        requested = self._steering.samples(run) if self._ranks.is_first else iter(())
+        request = next(requested, None)
+        due = self._due(run) if self._ranks.is_first else None
+        due, is_requested = self._ranks.from_first((due, request is not None))
+        if due is None or not (due.anything or is_requested):
+            return
+        self._bring_together(run)
         # Validation precedes saving, so that the state includes its result, and so that the files
         # of the best weights that a state knows are complete.
         best = due.validate and self._validate(run)
-        if due.save or best or self._saver.retry_is_due:
-            with self._time.doing("save"):
-                self._saver.save(run, last=run.state.step == self._config.train.steps)
-        if due.export:
-            with self._time.doing("export"):
-                self._exporter.export(run)
-        self._sample_due(run, due)
-        for request in self._steering.samples(run):
-            self._samples.make_requested(run, request)
+        with first_alone(self._ranks) as is_first:
+            if not is_first:
+                return
+            if due.save or best:
+                with self._time.doing("save"):
+                    self._saver.save(run, last=run.state.step == self._config.train.steps)
+            if due.export:
+                with self._time.doing("export"):
+                    self._exporter.export(run)
+            self._sample_due(run, due)
+            while request is not None:
+                self._samples.make_requested(run, request)
+                request = next(requested, None)
+
+    def _bring_together(self, run: Run) -> None:
+        """Give the first process what others have trained, which then has the whole state."""
+        for group in run.division.groups[1:]:
+            trained, own = run.trained_by(group), None
+            if self._ranks.rank == group.first:
+                own = {str(trainable.name): trainable.values() for trainable in trained}
+            if values := self._ranks.taken_by_first(group.first, own):
+                for trainable in trained:
+                    trainable.use(values[trainable.name], f"rank {group.first}")
+
+    def _steer(self, run: Run) -> None:
+        """Bring changed settings into force, which the first process is told."""
+        changed = self._ranks.is_first and self._steering.advance(run)
+        changed, recorded = self._ranks.from_first((changed, run.recorded))
+        if changed and not self._ranks.is_first:
+            self._config = run.recorded = recorded
+            self._steering.begin(run)
+        if changed:
+            self._follow_settings(run)
 
     def _due(self, run: Run) -> Due:
         """What is due after this step, by the settings and by requests."""
@@ -341,7 +391,7 @@ class WanTrainer:
         return self._cadence.after(
             run.state.step,
             seconds_since_save=self._saver.seconds_since_save,
-            save_requested=self._take("save"),
+            save_requested=self._take("save") or self._saver.retry_is_due,
             sample_requested=sample_requested,
             export_requested=self._take("export"),
         )
@@ -352,8 +402,15 @@ class WanTrainer:
         self._saver.keep(run.config.train)
 
     def _stop_if_requested(self) -> None:
-        if self._stop_signals.requested or self._take("stop"):
+        """To be called by all processes: they stop together, after the same step."""
+        wanted = self._stop_signals.requested or (self._ranks.is_first and self._take("stop"))
+        if any(self._ranks.gathered(wanted)):
             raise Interrupted
+
+    def _stop_if_alone(self) -> None:
+        """The same in the middle of work that other processes wait for: only without any."""
+        if self._ranks.count == 1:
+            self._stop_if_requested()
 
     def _take(self, name: Request) -> bool:
         try:
@@ -363,57 +420,17 @@ class WanTrainer:
             self._log.warn_once(f"a request can't be removed, so it is not followed ({error})")
             return False
 
-    # ----------------------------------------------------------------------------------- validation
-
     def _validate(self, run: Run) -> bool:
-        """Measure and report the losses of all experts; returns whether the state is to be kept as
-        the best one. Clips that can't be read are reported, and training goes on."""
+        """Returns whether the state is to be kept as the best one. Clips that can't be read are
+        reported, and training goes on."""
         try:
             with self._time.doing("validation"):
-                return self._measure(run)
+                return self._validator.validate(run)
         except (DataError, OSError) as error:
+            if self._ranks.count > 1:  # others have measured their part, and wait for this one
+                raise
             self._log.warn(f"validation failed ({error}); training continues")
             return False
-
-    def _measure(self, run: Run) -> bool:
-        state = run.state
-        losses: dict[ExpertName, ExpertLosses] = {}
-        for name in state.experts:
-            measured = expert_losses(
-                run,
-                name,
-                with_base=state.step == 0 and name not in state.base_loss,
-                between=self._stop_if_requested,
-            )
-            if measured.base is not None and math.isfinite(measured.base):
-                state.base_loss[name] = measured.base
-            losses[name] = measured
-            self._log.emit(
-                events.Validated(
-                    step=state.step,
-                    expert=name,
-                    loss=measured.trained,
-                    ema=measured.ema,
-                    base=state.base_loss.get(name),
-                    held_out=bool(run.dataset.validation_clips),
-                )
-            )
-        state.validated = state.step
-        self._exporter.export_best(run, improved_weights(state, losses))
-        return self._record_best(run, fmean(each.trained for each in losses.values()))
-
-    def _record_best(self, run: Run, loss: float) -> bool:
-        """Record the present step as the best one if `train.keep_best` is set and `loss` is lower
-        than all earlier ones."""
-        state = run.state
-        # The base model at step 0 is not a result to keep.
-        if state.step == 0 or not run.config.train.keep_best or not math.isfinite(loss):
-            return False
-        if state.best is not None and loss >= state.best.loss:
-            return False
-        state.best = BestStep(step=state.step, loss=loss)
-        self._log.emit(events.BestSoFar(step=state.step, loss=loss))
-        return True
 
     # ---------------------------------------------------------------------------- the run's folder
 
@@ -421,7 +438,8 @@ class WanTrainer:
         if self._saver.restore(run, allow_change=self._allow_change):
             self._samples.keep_existing = True
             # The run folder then has the settings that the run continues with.
-            self._write_run_files()
+            if self._ranks.is_first:
+                self._write_run_files()
             if run.state.step >= (steps := self._config.train.steps):
                 self._log.note(
                     f"nothing is left to train: all {steps} steps are done; a larger train.steps "

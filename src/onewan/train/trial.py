@@ -30,7 +30,7 @@ def try_largest_batch(run: Run) -> MemoryMeasured | None:
         return None
     next_one, _ = run.schedule.expert_at(run.state.step)
     clips = _clips_of(run.dataset.clips, plan.worst.bucket)
-    for name in sorted(run.state.experts, key=lambda name: name != next_one):
+    for name in sorted(run.group.experts, key=lambda name: name != next_one):
         trained = run.state.experts[name]
         own = clips_of(trained.expert, clips)[: run.config.train.batch_size]
         if own:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from onewan.config.optimizer import Optimizer
 from onewan.devices import copy_
@@ -57,6 +57,10 @@ class JointOptimizer:
     @property
     def lr(self) -> float:
         return self.parameters.lr
+
+    @property
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return [managed.parameter for managed in self.parameters]
 
     def set_full_lr(self, rates: Mapping[str, float]) -> None:
         self.parameters.set_full_lr(rates)

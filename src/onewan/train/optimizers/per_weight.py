@@ -90,6 +90,10 @@ class PerWeightOptimizer:
         if managed.parameter.grad is not None:
             self._update_fused(managed)
 
+    @property
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return [managed.parameter for managed in self.parameters]
+
     def set_full_lr(self, rates: Mapping[str, float]) -> None:
         self.parameters.set_full_lr(rates)
 

@@ -54,6 +54,11 @@ class TrainableOptimizer(Protocol):
         schedule's factor, and times the rate that the optimizer has estimated (Prodigy)."""
         ...
 
+    @property
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The parameters that the optimizer updates, always in the same order."""
+        ...
+
     def set_full_lr(self, rates: Mapping[str, float]) -> None:
         """From the next step on, use the full learning rates in `rates`, by the weight's name;
         weights of one group have the same. As if the optimizer had been built with them."""

@@ -1,0 +1,134 @@
+"""`Ranks`: this process among those of its run, and what they send each other.
+
+`alone()` is a run of one process, which sends nothing. `join()` makes the connection with the
+others that torchrun has started; see `onewan.parallel.connection`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from onewan.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_T = TypeVar("_T")
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables that torchrun sets."""
+
+
+class Ranks(Protocol):
+    """A process of a run. Each call that sends something has to be made by all processes, or by all
+    of `group`, in the same order. A RankError, which says who has failed and why, comes from any of
+    them if a process has ended or does not answer."""
+
+    rank: int
+    """From 0."""
+    count: int
+    """Number of processes."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the run's folder."""
+        ...
+
+    def prepare(self, groups: Sequence[Sequence[int]]) -> None:
+        """Make groups of processes, which `add` can then use."""
+        ...
+
+    def gathered(self, value: _T) -> list[_T]:
+        """The values of all processes, by rank."""
+        ...
+
+    def from_first(self, value: _T) -> _T:
+        """The value of the first process; `value` of others is not used."""
+        ...
+
+    def add(self, tensors: Sequence[Tensor], group: Sequence[int]) -> None:
+        """Replace each tensor with its sum over the processes of `group`, which all get the same
+        bits. Sums are computed in float32."""
+        ...
+
+    def taken_by_first(self, source: int, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        """What the process `source` gives the first one, which gets it; None for all others.
+        Containers of tensors and numbers, as a file that `torch.load(weights_only=True)` reads."""
+        ...
+
+
+class Alone:
+    """A run of one process."""
+
+    rank, count, is_first = 0, 1, True
+
+    def prepare(self, groups: Sequence[Sequence[int]]) -> None:
+        del groups
+
+    def gathered(self, value: _T) -> list[_T]:
+        return [value]
+
+    def from_first(self, value: _T) -> _T:
+        return value
+
+    def add(self, tensors: Sequence[Tensor], group: Sequence[int]) -> None:
+        del tensors, group
+
+    def taken_by_first(self, source: int, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        del source
+        return value
+
+
+@contextmanager
+def first_alone(ranks: Ranks) -> Iterator[bool]:
+    """A block in which the first process does something that the others wait for, such as writing
+    files; it yields whether this is the first one."""
+    yield ranks.is_first
+    ranks.from_first(None)
+
+
+def is_started_by_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is one of several, or of one, that torchrun has started."""
+    return "RANK" in environment and "WORLD_SIZE" in environment
+
+
+def local_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """The number of this process among those of its machine, which chooses its device."""
+    return int(environment.get("LOCAL_RANK", "0"))
+
+
+def local_count(environment: Mapping[str, str] = os.environ) -> int:
+    """The number of processes of the run on this machine, which share its host memory."""
+    return int(environment.get("LOCAL_WORLD_SIZE", "1"))
+
+
+@contextmanager
+def join(
+    device: torch.device, timeout: float, environment: Mapping[str, str] = os.environ
+) -> Iterator[Ranks]:
+    """The processes of this run, connected until the block ends; one process sends nothing.
+
+    Each computes on a `device` of its own. `timeout` is the number of seconds after which a process
+    that does not answer has failed.
+    ConfigError if the environment is not one that torchrun makes.
+    """
+    if not is_started_by_torchrun(environment) or environment.get("WORLD_SIZE") == "1":
+        yield Alone()
+        return
+    problems = [f"{name}: is missing" for name in _TORCHRUN if name not in environment]
+    problems += [
+        f"{name}: is {environment[name]!r}, and should be a number"
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        if not environment.get(name, "0").isdecimal()
+    ]
+    if problems:
+        raise ConfigError("environment of torchrun", problems)
+    # Imported only here: a run of one process has no use for it.
+    from onewan.parallel.connection import Connection
+
+    with Connection.open(timeout, device) as connection:
+        yield connection
