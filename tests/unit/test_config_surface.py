@@ -285,11 +285,12 @@ def test_every_field_of_the_run_file_is_listed_here() -> None:
 
 def test_the_run_file_does_not_grow() -> None:
     # Comparable trainers have 400 to 950 fields. Drop or merge one before raising a limit. The two
-    # of `changes` are mostly written by onewan itself.
-    assert len([leaf for leaf in LEAVES if not leaf.startswith("changes.")]) <= 267
+    # of `changes` are mostly written by onewan itself; those of `parallel` came with a capability
+    # that nothing else in the run file can say.
+    assert len([leaf for leaf in LEAVES if not leaf.startswith("changes.")]) <= 269
     # Of these three sections, a run sees the fields of one choice only.
     choices = ("method", "optimizer", "embeddings")
-    assert len([leaf for leaf in LEAVES if leaf.split(".")[0] not in choices]) <= 222
+    assert len([leaf for leaf in LEAVES if leaf.split(".")[0] not in choices]) <= 224
 
 
 def test_every_field_has_a_description_in_the_schema() -> None:
