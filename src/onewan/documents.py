@@ -82,6 +82,11 @@ def dotted(path: KeyPath) -> str:
     return ".".join(map(str, path))
 
 
+def key_path(name: str) -> KeyPath:
+    """The path whose dotted name is `name`."""
+    return tuple(int(part) if part.isdecimal() else part for part in name.split("."))
+
+
 def has_key(node: Node, part: str | int) -> bool:
     """Whether a mapping has this field, or a list this index."""
     if is_list(node):

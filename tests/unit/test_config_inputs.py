@@ -10,6 +10,7 @@ import pytest
 from onewan.config.edits import RunText
 from onewan.config.fields import ESSENTIAL, UNITS, leaves, schema_fields
 from onewan.config.inputs import Input, pattern, run_inputs
+from onewan.documents import parse_yaml
 from onewan.presets.run_files import RunFile, listed
 from onewan.presets.starter import StarterRequest, starter
 
@@ -316,3 +317,57 @@ def test_every_choice_of_every_field_is_a_value_that_it_takes() -> None:
             if problem.startswith(("Must be one of", "Must be true", "Must be '")):
                 refused.append(f"{field.path}: {problem}")
     assert refused == []
+
+
+def test_what_an_input_shows_is_what_is_entered_there() -> None:
+    run = fresh()
+    before = run.text
+    for name, entered in (
+        ("model.check_file_names", False),
+        ("train.ema", True),
+        ("train.schedule", "cosine"),
+        ("output.formats", ["comfyui", "kohya"]),
+        ("train.steps", "many"),
+    ):
+        assert run.shown(find(name)) != entered
+        run.enter(find(name), entered)
+        assert run.shown(find(name)) == entered
+    assert run.value(("output", "formats")) == ["comfyui", "kohya"]
+    assert run.shown(find("video_data.sources")) == 1
+    run.enter(find("model.check_file_names"), True)
+    run.enter(find("train.ema"), False)
+    run.enter(find("output.formats"), [])
+    run.enter(find("train.schedule"), "constant")
+    run.enter(find("train.steps"), "3000")
+    assert run.shown(find("output.formats")) == ["comfyui"]
+    run.remove(("train", "schedule"))
+    assert parse_yaml(run.text) == parse_yaml(before)
+
+
+def test_options_have_the_default_and_what_is_no_choice() -> None:
+    run = fresh()
+    dtype, variant = find("output.dtype"), find("model.variant")
+    assert run.options(dtype)[""].startswith("Default: ") and run.options(dtype)["null"] == "null"
+    assert "" not in run.options(variant)
+    run.enter(variant, "")
+    assert run.shown(variant) == "" and run.options(variant)[""] == "Not given"
+    run.set(("method", "kind"), "lorra")
+    assert run.options(find("method"))["lorra"] == "lorra (unknown)"
+
+
+def test_a_default_that_depends_on_other_fields_is_that_of_the_last_text_that_was_right() -> None:
+    run = fresh()
+    alpha = find("method.alpha")
+    assert run.default(alpha) == ""
+    assert run.checked(FILE).problems() == [] and run.default(alpha) == "16.0"
+    run.enter(find("train.steps"), "many")
+    assert run.checked(FILE).problems()[0][1].startswith("train.steps: Must be a whole number")
+    assert run.default(alpha) == "16.0"
+
+
+def test_overrides_are_set_with_their_types() -> None:
+    run = fresh()
+    run.override(["memory.vram=24GB", "video_data.sources.0.repeats=3", "output.name=fox-2"])
+    assert run.value(("memory", "vram")) == "24GB"
+    assert run.value(("video_data", "sources", 0, "repeats")) == 3
+    assert run.value(("output", "name")) == "fox-2"

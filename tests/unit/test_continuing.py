@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from onewan.config.continuing import continuation
+from onewan.config.continuing import continuation, overrides_for
 from onewan.config.load import load_run
 from onewan.config.schema import ResolvedRun
 from onewan.errors import OnewanError
@@ -63,3 +63,14 @@ def test_steps_that_each_expert_was_given_grow_alike(run_of) -> None:
 def test_there_is_nothing_to_continue_to(run_of) -> None:
     with pytest.raises(OnewanError, match="must be more than 100, which are done already, got 100"):
         continuation(run_of("train.steps=100"), 100, 100)
+
+
+def test_other_settings_are_given_as_overrides_that_lead_to_them(run_of) -> None:
+    old = run_of("train.steps=100")
+    changes = ("train.steps=200", "train.ema={decay: 0.5}", "sample.negative_prompt=a, b: c")
+    new = run_of(*changes, "video_data.sources.0={path: clips, repeats: 3}")
+    overrides = overrides_for(old, new)
+    names = [override.partition("=")[0] for override in overrides]
+    assert "video_data.sources" in names  # a list as a whole
+    assert run_of("train.steps=100", *overrides) == new
+    assert overrides_for(new, new) == []

@@ -25,6 +25,23 @@ def test_a_draft_is_kept_changed_and_deleted(tmp_path: Path) -> None:
     assert kept.read(first) is None and [draft.text for draft in kept.all()] == ["b: ["]
 
 
+def test_what_another_tab_has_written_or_deleted_stays(tmp_path: Path) -> None:
+    kept = Drafts(tmp_path)
+    draft = kept.add("a")
+    assert kept.replace(draft, "a", "b") and kept.read(draft) == "b"
+    assert kept.replace(draft, "a", "b")  # it is there already
+    assert not kept.replace(draft, "a", "c") and kept.read(draft) == "b"
+    kept.delete(draft)
+    assert not kept.replace(draft, "b", "c") and kept.read(draft) is None
+
+
+def test_a_draft_has_the_name_of_its_run(tmp_path: Path) -> None:
+    kept = Drafts(tmp_path)
+    for text in ("output: {name: dog}", "output: {}", "output: ["):
+        kept.add(text)
+    assert {draft.name for draft in kept.all()} == {"dog", ""}
+
+
 @pytest.mark.parametrize("name", ["", "..", "../secret", "secret", "0" * 15, "\0", "0" * 16])
 def test_an_id_names_drafts_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / "secret.yaml").write_text("x")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,8 +91,7 @@ def _account(imported: Imported, how: str) -> Iterator[str]:
             yield f"  and {len(found) - _MOST} more (--account json lists all)"
     for notice in imported.notices:
         yield f"check: {notice}"
-    counts = Counter(entry.outcome for entry in imported.entries)
-    yield f"{len(imported.entries)} keys: " + ", ".join(f"{n} {what}" for what, n in counts.items())
+    yield f"{len(imported.entries)} keys: {imported.summary}"
 
 
 def _shown(value: Any) -> str:

@@ -1,12 +1,15 @@
-"""What it means to continue a run to more steps than it was made for."""
+"""What it means to continue a run to more steps than it was made for, or with other settings."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from onewan.arithmetic.expert_schedule import ExpertSchedule
+from onewan.config.load import changed_fields, file_data
 from onewan.config.resolve import expert_schedule_of, steps_per_expert, trained_experts
 from onewan.config.schema import ResolvedRun
+from onewan.document_edits import inline
+from onewan.documents import get_path, key_path
 from onewan.errors import OnewanError
 from onewan.variants import ExpertName
 
@@ -64,6 +67,18 @@ def continuation(config: ResolvedRun, done: int, steps: int) -> Continuation:
             if sentence
         ),
     )
+
+
+def overrides_for(old: ResolvedRun, new: ResolvedRun) -> list[str]:
+    """The overrides with which ``onewan train`` continues a run of the settings `old` with the
+    settings `new`. A list that differs is given as a whole."""
+    values = file_data(new)
+    fields: dict[str, None] = {}
+    for name, _, _ in changed_fields(old, new):
+        parts = name.split(".")
+        item = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
+        fields[".".join(parts[:item])] = None
+    return [f"{name}={inline(get_path(values, key_path(name)))}" for name in fields]
 
 
 def lr_depends_on_steps(config: ResolvedRun) -> bool:

@@ -7,17 +7,34 @@ text stands for (a source's path alone, a union's name) is spelled out where a f
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
 from onewan.config.fields import field_at
-from onewan.config.inputs import Input, section_at
+from onewan.config.inputs import Input, plain, section_at
 from onewan.config.load import run_of_text
 from onewan.config.schema import ResolvedRun
 from onewan.config.section import Members, members_of, sections_of, shorthand_of
-from onewan.document_edits import same_data, with_items_exchanged, with_value, without_value
-from onewan.documents import LIMITS, KeyPath, get_path, has_key, is_list, is_mapping, parse_yaml
+from onewan.document_edits import (
+    inline,
+    same_data,
+    with_items_exchanged,
+    with_value,
+    without_value,
+)
+from onewan.documents import (
+    LIMITS,
+    KeyPath,
+    dotted,
+    get_path,
+    has_key,
+    is_list,
+    is_mapping,
+    key_path,
+    parse_yaml,
+)
 from onewan.errors import ConfigError
 
 
@@ -33,6 +50,8 @@ class RunText:
         self._spelled: Any = {}
         self._set_aside: dict[tuple[KeyPath, str], Any] = {}
         """Values of kinds and sections that were left, for when they are chosen again."""
+        self._complete: Any = {}
+        """All settings of the run, as they were when nothing was wrong."""
         self.replace(text)
 
     def replace(self, text: str) -> None:
@@ -67,6 +86,52 @@ class RunText:
         kind = value.get(union.keyed.key) if is_mapping(value) else value
         return str(union.keyed.default if kind is None else kind)
 
+    def shown(self, field: Input) -> Any:
+        """What the input of a field shows: of a switch and of a section that may be left out
+        whether it is on, of a union its kind, of `choices` a list of them, of a list of sections
+        how many there are, otherwise a text."""
+        value = self.value(field.path)
+        if field.kind == "list":
+            return len(value) if is_list(value) else 0
+        if field.kind == "section":
+            return value is not None
+        if field.union is not None:
+            is_none = field.nullable and value is None
+            return "" if is_none else self.kind(field.path, field.union)
+        if field.kind == "switch":
+            return bool(field.default if value is None else value)
+        if field.kind == "choices":
+            return [str(v) for v in (value if is_list(value) else plain(field.default) or ())]
+        if value is None and field.default is not None and self.is_given(field.path):
+            return "null"
+        return field.shown(value)
+
+    def options(self, field: Input) -> dict[str, str]:
+        """What can be chosen in the input of a field, each with its label; what the text has there
+        and can't be chosen is one too."""
+        names = field.choices if field.union is None else field.union.sections
+        options = {name: name for name in names}
+        shown = self.shown(field)
+        if field.union is not None and field.nullable:
+            options = {"": "As for the whole run", **options}
+        elif field.kind == "choice":
+            if field.nullable and field.default is not None:
+                options["null"] = "null"
+            if not field.required:
+                default = self.default(field)
+                options = {"": f"Default: {default}" if default else "Default", **options}
+        present = shown if is_list(shown) else [shown]
+        unknown = {v: f"{v} (unknown)" if v else "Not given" for v in present if v not in options}
+        return options | unknown
+
+    def default(self, field: Input) -> str:
+        """What a field has that is not given, as it is entered: it may depend on other fields, and
+        then it is that of the text as it was when nothing was wrong with it."""
+        holds_fields = field.kind in ("section", "union", "list")
+        if field.default_text or holds_fields or self.is_given(field.path):
+            return field.default_text
+        return field.shown(plain(get_path(self._complete, field.path)))
+
     def set(self, path: KeyPath, value: object) -> None:
         """Set the value at `path`. ValueError while the text is malformed."""
         if self.is_given(path) and same_data(self.value(path), value) and not self.malformed:
@@ -84,8 +149,23 @@ class RunText:
             path = path[:-1]
         self.replace(without_value(self.text, path))
 
-    def enter(self, field: Input, text: str) -> None:
-        """Set a field to what was entered; nothing entered, and the default, are not written."""
+    def override(self, assignments: Iterable[str]) -> None:
+        """Set what overrides of the command line set, such as "memory.vram=24GB"."""
+        for assignment in assignments:
+            name, _, value = assignment.partition("=")
+            self.set(key_path(name), parse_yaml(f"value: {value}")["value"])
+
+    def enter(self, field: Input, entered: Any) -> None:
+        """Set a field to what was entered in its input, as `shown` has it; nothing entered, and
+        the default, are not written."""
+        if field.union is not None:
+            self.choose(field.path, field.union, entered or None)
+            return
+        if field.kind == "section":
+            self.switch(field.path, bool(entered))
+            return
+        is_text = isinstance(entered, str)
+        text = entered if is_text else "" if entered in (None, []) else inline(entered)
         value = field.value(text)
         null = value is None and text.strip() in ("null", "~") and field.default is not None
         if not null and (value is None or text == field.default_text):
@@ -144,9 +224,11 @@ class RunText:
         if self.malformed is not None:
             return Checked(None, {}, [self.malformed])
         try:
-            return Checked(run_of_text(self.text, file), {}, [])
+            config = run_of_text(self.text, file)
         except ConfigError as error:
             return Checked(None, *problems_by_field(error))
+        self._complete = config.model_dump(mode="json")
+        return Checked(config, {}, [])
 
     def _becomes_empty(self, path: KeyPath) -> bool:
         """Whether the section around `path` has nothing else, and means the same if left out."""
@@ -183,6 +265,11 @@ class Checked:
         self.others = others
         """Messages about no field that there is."""
 
+    def problems(self) -> list[tuple[KeyPath | None, str]]:
+        """All messages as lines, each with the path of the field that it is about."""
+        named = [(path, f"{dotted(path)}: {text}") for path, text in self.by_field.items()]
+        return [*named, *((None, line) for line in self.others)]
+
 
 def problems_by_field(error: ConfigError) -> tuple[dict[KeyPath, str], list[str]]:
     """The problems of a run file by field, and those that are about none."""
@@ -190,7 +277,7 @@ def problems_by_field(error: ConfigError) -> tuple[dict[KeyPath, str], list[str]
     others: list[str] = []
     for line in error.problems:
         name, _, text = line.partition(": ")
-        path = tuple(int(part) if part.isdecimal() else part for part in name.split("."))
+        path = key_path(name)
         if text and field_at(path) is not None:
             fields[path] = text[0].upper() + text[1:]
         else:

@@ -154,7 +154,7 @@ def with_change(config: ResolvedRun, step: int, settings: Mapping[str, Any]) -> 
     for name in settings:
         if reason := fixed_reason(config, name):
             problems.add(name, reason)
-    data = _file_data(in_force(config, step))
+    data = file_data(in_force(config, step))
     if not problems:
         for name, value in settings.items():
             data = _with_value(data, tuple(name.split(".")), value)
@@ -170,7 +170,7 @@ def settings_given(config: ResolvedRun, step: int, overrides: Sequence[str]) -> 
     `step` steps are done; relative paths are relative to the current folder. Fields that have the
     value already are left out. `ConfigError` as of `with_change`."""
     present, problems, names = in_force(config, step), Problems(), dict[str, None]()
-    data: Node = _file_data(present)
+    data: Node = file_data(present)
     for override in overrides:
         data = _overridden(data, override, problems)
         name = override.partition("=")[0].strip()
@@ -198,7 +198,7 @@ def with_one_sample(config: ResolvedRun, wanted: Mapping[str, Any]) -> ResolvedR
     if not config.sample.prompts:
         why = "the run began without sample.prompts, so that nothing for sample videos is loaded"
         raise ConfigError(source, [f"prompt: can't be sampled, since {why}"])
-    problems, data = Problems(), _file_data(config)
+    problems, data = Problems(), file_data(config)
     own = {name: value for name, value in wanted.items() if name not in SAMPLE_SIZES}
     data = _with_value(data, ("sample", "prompts"), [own])
     for name in SAMPLE_SIZES:
@@ -214,10 +214,10 @@ def with_one_sample(config: ResolvedRun, wanted: Mapping[str, Any]) -> ResolvedR
 
 def dump_run(config: ResolvedRun) -> str:
     """The YAML text from which `load_run` reads an equal config."""
-    return documents.to_yaml(_file_data(config))
+    return documents.to_yaml(file_data(config))
 
 
-def _file_data(config: ResolvedRun) -> dict[str, Any]:
+def file_data(config: ResolvedRun) -> dict[str, Any]:
     """What a run file that gives all settings has."""
     data = config.model_dump(mode="json")
     for *section, name in (path for path, _ in unused_fields(config)):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -62,6 +63,12 @@ class Imported:
     entries: tuple[Entry, ...]
     notices: tuple[str, ...]
     """What the user should look at."""
+
+    @property
+    def summary(self) -> str:
+        """How many keys there are of each outcome."""
+        counts = Counter(entry.outcome for entry in self.entries)
+        return ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
 
 
 def looks_like_onetrainer(path: Path) -> bool:

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from onewan.config.edits import RunText
 from onewan.documents import LIMITS
 from onewan.errors import OnewanError
 from onewan.files import read_input, replacing
@@ -28,6 +29,8 @@ class Draft:
     changed: float
     """Seconds since the last change."""
     text: str
+    name: str
+    """That of its run; empty if it has none yet."""
 
 
 class Drafts:
@@ -61,6 +64,14 @@ class Drafts:
         with replacing(self._file(draft)) as temporary:
             temporary.write_bytes(text.encode("utf-8", "replace"))
 
+    def replace(self, draft: str, old: str, new: str) -> bool:
+        """Replace the text `old` of a draft, unless it was changed or deleted elsewhere since;
+        returns whether the draft has the text `new` now."""
+        present = self.read(draft)
+        if present == old != new:
+            self.write(draft, new)
+        return present in (old, new)
+
     def delete(self, draft: str) -> None:
         """Delete a draft, if it is still there."""
         if _ID.fullmatch(draft):
@@ -72,7 +83,9 @@ class Drafts:
         for file in self._folder.glob("*.yaml"):
             text = self.read(file.stem)
             if text is not None:
-                found.append(Draft(file.stem, max(0.0, time.time() - file.stat().st_mtime), text))
+                changed = max(0.0, time.time() - file.stat().st_mtime)
+                name = str(RunText(text).value(("output", "name")) or "")
+                found.append(Draft(file.stem, changed, text, name))
         return sorted(found, key=lambda draft: draft.changed)
 
     def _file(self, draft: str) -> Path:

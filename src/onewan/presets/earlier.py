@@ -8,7 +8,7 @@ from typing import Any
 from onewan.config.edits import RunText
 from onewan.config.load import changed_fields, dump_run, load_run, run_of_text
 from onewan.config.schema import ResolvedRun
-from onewan.documents import KeyPath, decode_text
+from onewan.documents import decode_text, key_path
 from onewan.errors import ConfigError, OnewanError
 from onewan.files import read_input
 from onewan.runs.layout import RunLayout
@@ -49,7 +49,7 @@ def with_absolute_paths(text: str, file: Path) -> str:
 def _settle(text: RunText, file: Path, settled: ResolvedRun) -> None:
     """Set what `text` says otherwise, as the run file `file`, than `settled`."""
     for name, _, value in changed_fields(run_of_text(text.text, file), settled):
-        path: KeyPath = tuple(int(p) if p.isdecimal() else p for p in name.split("."))
+        path = key_path(name)
         if value is None:
             text.remove(path)
         else:

@@ -1,27 +1,28 @@
-"""`Form`: the fields of a run file as widgets, made from the schema.
+"""`Form`: the fields of a run file as inputs, made from the schema.
 
-The run file's text is the only state: a widget writes what is entered into it, also what is wrong,
-so that nothing typed is lost when a part of the form is built again. That happens only where its
+The run file's text is the only state: what is entered is written into it, also what is wrong, so
+that nothing typed is lost when a part of the form is built again. That happens only where its
 structure changes: another kind, another item of a list, a section that is switched on.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from nicegui import ui
+from nicegui.element import Element
+from nicegui.elements.mixins.text_element import TextElement
 from nicegui.elements.mixins.validation_element import ValidationElement
 from nicegui.elements.mixins.value_element import ValueElement
 
 from onewan.config.edits import Checked, RunText
-from onewan.config.inputs import Input, plain, run_inputs
-from onewan.document_edits import inline
-from onewan.documents import KeyPath, get_path
-from onewan.web.elements import text
+from onewan.config.inputs import Input, run_inputs
+from onewan.config.section import Members
+from onewan.documents import KeyPath
+from onewan.web.elements import box, button, card, text
 
 _ITEMS = {"sources": "source", "prompts": "prompt", "embeddings": "embedding"}
 """What an item of a list is called."""
@@ -31,18 +32,18 @@ _ITEMS = {"sources": "source", "prompts": "prompt", "embeddings": "embedding"}
 class _Widget:
     field: Input
     element: ValueElement[Any]
-    told: ui.label
+    told: TextElement
     """Shows a problem for which the element has no place of its own."""
 
 
 @dataclass(eq=False)
-class _Box:
+class _Part:
     """A part of the form whose structure depends on the run file."""
 
-    element: ui.element
-    shape: Callable[[], Hashable]
-    fill: Callable[[], None]
-    built: Hashable = None
+    field: Input
+    element: Element
+    built: Any = None
+    """What the field showed when the part was made."""
 
 
 class Form:
@@ -54,69 +55,63 @@ class Form:
     ) -> None:
         self._run, self._before, self._changed = run, before, changed
         self._widgets: dict[KeyPath, _Widget] = {}
-        self._boxes: dict[KeyPath, _Box] = {}
-        self._more: list[tuple[KeyPath, ui.expansion, frozenset[KeyPath]]] = []
-        self._rare: dict[str, ui.element] = {}
+        self._parts: dict[KeyPath, _Part] = {}
+        self._more: dict[KeyPath, ui.expansion] = {}
+        """What has to be opened for a field to be there."""
+        self._rare: dict[KeyPath, Element] = {}
+        """The sections without essential fields."""
         self._checked = Checked(None, {}, [])
-        self._defaults: Any = {}
-        self._quiet = False
 
     def build(self) -> None:
-        """Make the widgets, in the present element."""
+        """Make the inputs, in the present element."""
         for field in run_inputs():
-            with ui.element("section").classes("ow-card ow-part") as card:
-                card.props(f'aria-label="{field.label}"')
-                text("h2", field.label)
+            with card(field.label, "ow-part") as section:
                 _about(field.help)
-                if field.section is not None and field.kind == "section":
+                if field.kind == "section":
                     self._fields(field.inner())
                 else:
                     self._field(field)
             if not (field.essential or self._run.is_given(field.path)):
-                self._rare[field.name] = card
+                self._rare[field.path] = section
         self.show_all(False)
 
     def show_all(self, shown: bool) -> None:
         """Show the sections without essential fields too, or hide them."""
-        for card in self._rare.values():
-            card.set_visibility(shown)
+        for section in self._rare.values():
+            section.set_visibility(shown)
 
     def refresh(self) -> None:
         """Show what the run file has, after its text was changed elsewhere."""
-        for path, box in list(self._boxes.items()):
-            if self._boxes.get(path) is box and box.shape() != box.built:
-                self._fill(path)
-        self._quiet = True
+        for path, part in list(self._parts.items()):
+            if self._parts.get(path) is part and self._run.shown(part.field) != part.built:
+                self._fill(part)
         for widget in self._widgets.values():
-            self._show(widget)
-        self._quiet = False
+            self._update(widget)
 
     def show(self, checked: Checked) -> None:
         """Show what is wrong at each field, and the values that fields have if they are not
         given."""
         self._checked = checked
-        if checked.config is not None:
-            self._defaults = checked.config.model_dump(mode="json")
-        for widget in self._widgets.values():
-            self._tell(widget)
-            self._quiet = True
-            self._hint(widget)
-            self._quiet = False
+        self.refresh()
+
+    def change(self, change: Callable[[], None]) -> None:
+        """Make a change of the run file, if it may be made, and show what the file has then."""
+        if self._before():
+            change()
+            self._changed()
+        self.refresh()
 
     def reveal(self, path: KeyPath) -> None:
         """Open what hides the field at `path`, and move there."""
-        if str(path[0]) in self._rare:
-            self._rare[str(path[0])].set_visibility(True)
-        for _ in range(len(path)):  # what is opened may have parts of its own
-            for at, expansion, within in list(self._more):
-                if path[: len(at)] == at and any(path[: len(p)] == p for p in within):
-                    expansion.open()
+        if section := self._rare.get(path[:1]):
+            section.set_visibility(True)
+        for count in range(1, len(path) + 1):  # what is opened may have parts of its own
+            if more := self._more.get(path[:count]):
+                more.open()
         near = [p for p in self._widgets if p[: len(path)] == path or path[: len(p)] == p]
         if near:
             element = self._widgets[max(near, key=len)].element
-            place = f"getHtmlElement({element.id}).scrollIntoView({{block: 'center'}})"
-            ui.run_javascript(place)
-            element.run_method("focus")
+            ui.run_javascript(f"revealField({element.id})")
 
     # ---------------------------------------------------------------------------------- parts
 
@@ -130,252 +125,145 @@ class Form:
             return
         title = f"More settings ({len(rest)})" if first else f"Settings ({len(rest)})"
         with ui.expansion(title).classes("ow-more") as more:
-            content = ui.element("div").classes("ow-fields")
-        self._more.append((rest[0].path[:-1], more, frozenset(field.path for field in rest)))
+            content = box("ow-fields")
+        self._more |= dict.fromkeys((field.path for field in rest), more)
 
         def fill() -> None:
             if more.value and not content.default_slot.children:
                 with content:
                     for field in rest:
                         self._field(field)
-                self.show(self._checked)
 
         more.on_value_change(fill)
 
     def _field(self, field: Input) -> None:
         if field.kind == "list":
-            self._list(field)
+            if len(field.path) > 1:
+                text("h3", field.label)
+                _about(field.help)
+            self._part(field)
         elif field.kind == "union":
-            self._union(field)
+            with box("ow-group"):
+                self._value(field)
+                self._part(field)
         elif field.kind == "section":
-            self._section(field)
+            with box("ow-group"):
+                text("h3", field.label)
+                if field.nullable:
+                    self._value(field)
+                    self._part(field)
+                else:
+                    _about(field.help)
+                    self._fields(field.inner())
         else:
-            self._value(field)
+            with box("ow-field"):
+                element = self._value(field)
+                about = f"{field.help} ({field.bounds})" if field.bounds else field.help
+                help_text = _about(about).classes("ow-help")
+                element.props["aria-describedby"] = help_text.html_id
 
-    def _box(self, path: KeyPath, shape: Callable[[], Hashable], fill: Callable[[], None]) -> None:
-        self._boxes[path] = _Box(ui.element("div").classes("ow-fields"), shape, fill)
-        self._fill(path)
+    def _part(self, field: Input) -> None:
+        """The part within a list, a union or a section that may be left out."""
+        part = self._parts[field.path] = _Part(field, box("ow-fields"))
+        self._fill(part)
 
-    def _fill(self, path: KeyPath) -> None:
-        box = self._boxes[path]
-        for known in (self._widgets, self._boxes):
+    def _fill(self, part: _Part) -> None:
+        field, path = part.field, part.field.path
+        for known in (self._widgets, self._parts, self._more):
             for inner in [p for p in known if p[: len(path)] == path and p != path]:
                 del known[inner]
-        self._more = [more for more in self._more if more[0][: len(path)] != path]
-        box.built = box.shape()
-        box.element.clear()
-        with box.element:
-            box.fill()
-
-    def _section(self, field: Input) -> None:
-        with ui.element("div").classes("ow-group"):
-            text("h3", field.label)
-            if not field.nullable:
-                _about(field.help)
+        part.built = self._run.shown(field)
+        part.element.clear()
+        with part.element:
+            if field.kind == "list":
+                self._items(field, part.built)
+            elif field.union is not None:
+                self._kind(field, field.union, part.built)
+            elif part.built:
                 self._fields(field.inner())
-                return
-            switch = ui.checkbox("On", value=self._shown(field))
-            self._add(field, switch.props(f'aria-label="{field.label}: on"'))
-            self._box(
-                field.path,
-                lambda: self._shown(field),
-                lambda: self._fields(field.inner()) if self._shown(field) else None,
-            )
 
-    def _union(self, field: Input) -> None:
-        union = field.union
-        assert union is not None
-        options = {kind: kind for kind in union.sections}
-        if field.nullable:
-            options = {"": "As for the whole run", **options}
-        with ui.element("div").classes("ow-group"):
-            label = f"{field.label}: {union.keyed.key}"
-            self._add(field, ui.select(options, label=label, value=self._shown(field)))
-            self._box(
-                field.path,
-                lambda: self._shown(field),
-                lambda: self._kind(field, self._shown(field)),
-            )
-
-    def _kind(self, field: Input, kind: str) -> None:
-        section = field.union.sections.get(kind) if field.union is not None else None
-        if section is not None and field.union is not None:
-            about = section.model_fields[field.union.keyed.key].description or ""
+    def _kind(self, field: Input, union: Members, kind: str) -> None:
+        if section := union.sections.get(kind):
+            about = section.model_fields[union.keyed.key].description or ""
             _about(" ".join(about.split()))
             self._fields(field.inner(kind))
 
-    def _list(self, field: Input) -> None:
-        if len(field.path) > 1:
-            text("h3", field.label)
-            _about(field.help)
-        self._box(field.path, lambda: self._count(field), lambda: self._items(field))
-
-    def _count(self, field: Input) -> int:
-        items = self._run.value(field.path)
-        return len(items) if isinstance(items, list) else 0
-
-    def _items(self, field: Input) -> None:
-        what, count = _ITEMS.get(field.name, "entry"), self._count(field)
+    def _items(self, field: Input, count: int) -> None:
+        run, path, what = self._run, field.path, _ITEMS.get(field.name, "entry")
         for index in range(count):
             name = f"{what} {index + 1}"
-            with ui.element("div").classes("ow-item").props(f'role="group" aria-label="{name}"'):
-                with ui.element("div").classes("ow-row"):
-                    text("h4", name.capitalize()).classes("ow-grow")
-                    self._button("arrow_upward", f"Move {name} up", index > 0).on_click(
-                        partial(self._do, partial(self._run.exchange, field.path, index - 1))
-                    )
-                    self._button("arrow_downward", f"Move {name} down", index + 1 < count).on_click(
-                        partial(self._do, partial(self._run.exchange, field.path, index))
-                    )
-                    self._button("delete", f"Remove {name}").on_click(
-                        partial(self._do, partial(self._run.remove_item, field.path, index))
-                    )
+            up, down = partial(run.exchange, path, index - 1), partial(run.exchange, path, index)
+            remove = partial(run.remove_item, path, index)
+            with box("ow-item", role="group", aria_label=name):
+                with box("ow-row"):
+                    text("h4", name.capitalize(), "ow-grow")
+                    self._icon("arrow_upward", f"Move {name} up", up, index > 0)
+                    self._icon("arrow_downward", f"Move {name} down", down, index + 1 < count)
+                    self._icon("delete", f"Remove {name}", remove)
                 self._fields(field.items(index))
-        add = ui.button(f"Add {'an' if what[0] in 'aeiou' else 'a'} {what}", icon="add")
-        add.props("flat no-caps").on_click(
-            partial(self._do, partial(self._run.add_item, field.path))
+        article = "an" if what[0] in "aeiou" else "a"
+        button(
+            f"Add {article} {what}", partial(self.change, partial(run.add_item, path)), icon="add"
         )
 
-    def _button(self, icon: str, label: str, usable: bool = True) -> ui.button:
-        button = ui.button(icon=icon).props(f'flat round dense aria-label="{label}"')
-        button.set_enabled(usable)
-        return button.tooltip(label)
+    def _icon(self, icon: str, about: str, change: Callable[[], None], usable: bool = True) -> None:
+        button("", partial(self.change, change), about=about, icon=icon).set_enabled(usable)
 
     # --------------------------------------------------------------------------------- values
 
-    def _value(self, field: Input) -> None:
-        shown = self._shown(field)
-        with ui.element("div").classes("ow-field"):
-            element: ValueElement[Any]
-            if field.kind == "switch":
-                element = ui.checkbox(field.label, value=shown)
-            elif field.kind in ("choice", "choices"):
-                many = field.kind == "choices"
-                element = ui.select(
-                    self._options(field), label=field.label, value=shown, multiple=many
-                )
-            elif field.kind in ("long_text", "lines", "paths"):
-                element = ui.textarea(field.label, value=shown).props("autogrow rows=1")
-            else:
-                element = ui.input(field.label, value=shown)
-            if field.unit:
-                element.props(f'suffix="{field.unit}"')
-            self._hint(self._add(field, element))
-            about = f"{field.help} ({field.bounds})" if field.bounds else field.help
-            help_text = _about(about).classes("ow-help")
-            element.props(f'aria-describedby="c{help_text.id}"')
-
-    def _add(self, field: Input, element: ValueElement[Any]) -> _Widget:
-        if field.kind != "switch" and not isinstance(element, ui.checkbox):
-            element.props("outlined dense stack-label debounce=250").classes("ow-wide")
-        told = ui.label().classes("ow-bad")
-        told.set_visibility(False)
-        widget = self._widgets[field.path] = _Widget(field, element, told)
-        element.on_value_change(lambda event: self._entered(field, event.value))
-        self._tell(widget)
-        return widget
-
-    def _shown(self, field: Input) -> Any:
-        """What the widget of a field shows."""
-        value = self._run.value(field.path)
-        if field.kind == "section":
-            return value is not None
-        if field.union is not None:
-            return (
-                "" if field.nullable and value is None else self._run.kind(field.path, field.union)
-            )
+    def _value(self, field: Input) -> ValueElement[Any]:
+        """The input of a field."""
+        shown = self._run.shown(field)
+        element: ValueElement[Any]
         if field.kind == "switch":
-            return bool(field.default if value is None else value)
-        if field.kind == "choices":
-            return value if isinstance(value, list) else plain(field.default) or []
-        if value is None and field.default is not None and self._run.is_given(field.path):
-            return "null"
-        return field.shown(value)
+            element = ui.checkbox(field.label, value=shown)
+        elif field.kind == "section":
+            element = ui.checkbox("On", value=shown)
+            element.props["aria-label"] = f"{field.label}: on"
+        elif field.kind in ("union", "choice", "choices"):
+            key = f": {field.union.keyed.key}" if field.union is not None else ""
+            many = field.kind == "choices"
+            options = self._run.options(field)
+            element = ui.select(options, label=f"{field.label}{key}", value=shown, multiple=many)
+        elif field.kind in ("long_text", "lines", "paths"):
+            element = ui.textarea(field.label, value=shown).props("autogrow rows=1 debounce=250")
+        else:
+            element = ui.input(field.label, value=shown).props("debounce=250")
+        if field.unit:
+            element.props["suffix"] = field.unit
+        widget = _Widget(field, element, text("div", classes="ow-bad ow-told"))
+        self._widgets[field.path] = widget
+        self._update(widget)
+        element.on_value_change(lambda event: self._entered(field, event.value))
+        return element
 
-    def _options(self, field: Input) -> dict[Any, str]:
-        """The choices of a field, and what else the run file has."""
-        options = {choice: choice for choice in field.choices}
-        shown = self._shown(field)
-        if field.kind == "choice":
-            if field.nullable and field.default is not None:
-                options["null"] = "null"
-            if not field.required:
-                default = self._default(field)
-                options = {"": f"Default: {default}" if default else "Default", **options}
-            shown = [shown]
-        return {**options, **{str(v): f"{v} (unknown)" for v in shown if v not in options}}
-
-    def _default(self, field: Input) -> str:
-        """The value that a field has if it is not given."""
-        if field.default_text or self._run.is_given(field.path):
-            return field.default_text
-        return field.shown(plain(get_path(self._defaults, field.path)))
-
-    def _hint(self, widget: _Widget) -> None:
+    def _update(self, widget: _Widget) -> None:
+        """Show the value, or else the default, and what is wrong."""
         field, element = widget.field, widget.element
-        if isinstance(element, ui.select) and field.union is None:
-            options = self._options(field)
-            if options != element.options:
-                element.set_options(options, value=self._shown(field))
-        elif field.kind not in ("switch", "section", "union"):
-            hint = self._default(field).replace("\n", ", ")
-            if element.props.get("placeholder", "") != hint:
-                element.props["placeholder"] = hint
-
-    def _show(self, widget: _Widget) -> None:
-        shown, element = self._shown(widget.field), widget.element
-        if element.value == shown:
-            return
-        if isinstance(element, ui.select) and widget.field.union is None:
-            element.set_options(self._options(widget.field), value=shown)
-        elif not isinstance(element, ui.select) or shown in element.options:
+        shown = self._run.shown(field)
+        if isinstance(element, ui.select):
+            options = self._run.options(field)
+            if (options, shown) != (element.options, element.value):
+                element.set_options(options, value=shown)
+        else:
             element.set_value(shown)
-
-    def _tell(self, widget: _Widget) -> None:
-        path, union = widget.field.path, widget.field.union
-        own = [path] if union is None else [path, (*path, union.keyed.key)]
-        problem = next((p for at in own if (p := self._checked.by_field.get(at))), None)
-        if isinstance(widget.element, ValidationElement):
-            widget.element.error = problem
+        if isinstance(element, (ui.input, ui.textarea)):
+            hint = self._run.default(field).replace("\n", ", ")
+            if hint != element.props.get("placeholder", ""):
+                element.props["placeholder"] = hint
+        wrong = self._checked.by_field
+        problem = wrong.get(field.path)
+        if field.union is not None:
+            problem = problem or wrong.get((*field.path, field.union.keyed.key))
+        if isinstance(element, ValidationElement):
+            element.error = problem
         else:
             widget.told.set_text(problem or "")
-            widget.told.set_visibility(bool(problem))
 
     def _entered(self, field: Input, value: Any) -> None:
-        if self._quiet or value == self._shown(field):
-            return
-        path = field.path
-
-        def change() -> None:
-            if field.union is not None:
-                self._run.choose(path, field.union, value or None)
-            elif field.kind == "section":
-                self._run.switch(path, bool(value))
-            elif field.kind == "switch":
-                self._run.enter(field, json.dumps(bool(value)))
-            elif field.kind == "choices":
-                self._run.enter(field, inline(list(value)) if value else "")
-            else:
-                self._run.enter(field, value or "")
-
-        self._do(change)
-
-    def _do(self, change: Callable[[], None]) -> None:
-        if self._before():
-            change()
-            self.refresh()
-            self._changed()
-        else:
-            self.refresh()
+        if value != self._run.shown(field):
+            self.change(lambda: self._run.enter(field, value))
 
 
-def _about(words: str) -> ui.label:
-    return ui.label(words.replace("`", "")).classes("ow-muted")
-
-
-def problem_lines(checked: Checked) -> Iterator[tuple[KeyPath | None, str]]:
-    """Each problem as a line, with the field that it is about."""
-    for path, problem in checked.by_field.items():
-        yield path, f"{'.'.join(map(str, path))}: {problem}"
-    for line in checked.others:
-        yield None, line
+def _about(words: str) -> TextElement:
+    return text("div", words.replace("`", ""), "ow-muted")
