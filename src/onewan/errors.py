@@ -55,6 +55,18 @@ class ConfigError(OnewanError):
         super().__init__(f"{source}: {count}", problems)
         self.problems = self.details
 
+    def by_field(self, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+        """The problems of the fields `names` and of what is in them, and the other problems."""
+        known, found, others = tuple(names), dict[str, str](), list[str]()
+        for line in self.problems:
+            name, _, reason = line.partition(": ")
+            field = next((each for each in known if f"{name}.".startswith(f"{each}.")), None)
+            if field is None:
+                others.append(line)
+            else:
+                found[field] = reason
+        return found, others
+
 
 class DataError(OnewanError):
     """A media file, a caption or a whole data set can't be used."""

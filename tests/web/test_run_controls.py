@@ -19,9 +19,9 @@ from support.trainers import SLEEP, begin, stand_in
 from onewan.cli.steering_parsers import FORMATS as COMMAND_FORMATS
 from onewan.config.load import dump_run, load_run, with_change
 from onewan.runs.control import take_orders
+from onewan.runs.export_choices import ADAPTER_FORMATS
 from onewan.runs.layout import RunLayout
 from onewan.runs.queue import Queue
-from onewan.web.screens.run_controls import FORMATS
 
 RUNNING = MadeRun(steps=4, on_device=False, end="")
 STOPPED = MadeRun(steps=4, on_device=False, end="stopped")
@@ -266,7 +266,7 @@ def test_what_keeps_a_state_from_being_exported_is_said(runs: Path) -> None:
 
 
 def test_formats_are_those_of_the_command() -> None:
-    assert tuple(FORMATS) == COMMAND_FORMATS
+    assert tuple(ADAPTER_FORMATS) == COMMAND_FORMATS
 
 
 def test_a_run_whose_settings_can_not_be_read_can_still_be_stopped(runs: Path) -> None:

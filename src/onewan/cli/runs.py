@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
-from onewan.arithmetic.durations import format_duration
 from onewan.cli.output import say, write_json
 from onewan.errors import OnewanError
 from onewan.runs.layout import displayed
 from onewan.runs.status import RunStatus, find_runs, read_status
-from onewan.runs.status_text import kind_text, losses_text, steps_text, validations_text
+from onewan.runs.status_text import kind_text, losses_text, progress_text, validations_text
 
 
 def list_runs(folder: Path, *, as_json: bool) -> int:
@@ -54,8 +53,7 @@ def _readable(folder: Path) -> RunStatus | str:
 
 
 def _lines(run: RunStatus) -> Iterator[str]:
-    left = "" if run.seconds_left is None else f", about {format_duration(run.seconds_left)} left"
-    yield f"{displayed(run.folder)}: {run.state}, {steps_text(run)}{left}"
+    yield f"{displayed(run.folder)}: {run.state}, {progress_text(run)}"
     if run.reason:
         yield f"  {run.reason}"
     yield f"  {kind_text(run)}"

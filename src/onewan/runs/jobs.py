@@ -37,6 +37,18 @@ class QueuedRun:
     output: str = ""
     """What its trainer printed, if it failed before its run began."""
 
+    @property
+    def text(self) -> str:
+        """Where it stands, for people."""
+        texts = {
+            "waiting": self.reason,
+            "starting": "is being started",
+            "started": "is being trained",
+            "failed": "ended before it began",
+        }
+        returns = "; waits again when it has stopped" if self.entry.returns else ""
+        return texts[self.entry.state] + returns
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
@@ -50,6 +62,14 @@ class Snapshot:
     """Devices whose queue is paused."""
     problem: str = ""
     """Why runs or queue can't be read or written at present."""
+
+    def run(self, name: str) -> KnownRun | None:
+        """The run called `name`; None if there is none."""
+        return next((run for run in self.runs if run.name == name), None)
+
+    def queued(self, name: str) -> QueuedRun | None:
+        """The place of the run called `name` in the queue; None if it has none."""
+        return next((each for each in self.queue if each.entry.run == name), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,12 @@ def steps_text(run: RunStatus) -> str:
     return f"{steps} ({', '.join(own)})" if len(own) > 1 else steps
 
 
+def progress_text(run: RunStatus) -> str:
+    """How far the run is, and how long it still takes."""
+    left = run.seconds_left
+    return steps_text(run) + ("" if left is None else f", about {format_duration(left)} left")
+
+
 def kind_text(run: RunStatus) -> str:
     """What is trained, since when and for how long, and the size of the folder."""
     parts = [", ".join(text for text in (run.variant, run.method) if text)]

@@ -49,6 +49,11 @@ class KnownRun:
         return known or ("can't be read" if self.problem else "is being read")
 
     @property
+    def is_active(self) -> bool:
+        """Whether it is trained, here or elsewhere, as far as can be told."""
+        return bool(self.is_trained) or (self.status is not None and self.status.is_active)
+
+    @property
     def can_continue(self) -> bool:
         """Whether it can be trained further, from its saved state or from the beginning."""
         # Without settings that can be read there is nothing to train.

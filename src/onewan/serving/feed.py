@@ -7,6 +7,7 @@ when something has changed, so that many viewers cost hardly more than one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import hashlib
 import json
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onewan.errors import one_line
+from onewan.errors import OnewanError, one_line
 from onewan.pages.plots import Plot
 from onewan.report.curves import run_plots
 from onewan.report.history import History, HistoryReader
@@ -35,6 +36,8 @@ _REDRAWN_SECONDS = 20.0
 """The curves of a run that goes on are at most so old."""
 _REDRAWN_PARTS = 800
 """They are made again after a step, but of long runs only after their steps divided by this."""
+_LOADING_SECONDS = 0.3
+"""In which a browser loads the scripts, which it would wait for if events were read meanwhile."""
 _MOST_FEEDS = 12
 _MOST_PARTS = 16
 """Zoomed parts of a run's curves that are kept."""
@@ -271,6 +274,13 @@ class Feeds:
                 await asyncio.to_thread(shared.feed.refresh)
                 shared.read_at = time.monotonic()
             return await asyncio.to_thread(question, shared.feed)
+
+    async def read_ahead(self, name: str) -> None:
+        """Read a long run while a browser runs the scripts that will ask for it."""
+        await asyncio.sleep(_LOADING_SECONDS)
+        # The script asks for the same, and tells the user what is wrong.
+        with contextlib.suppress(OnewanError, OSError):
+            await self.ask(name, Feed.summary)
 
     async def summary(self, name: str) -> Answer:
         """`Feed.summary` with how busy the machine is; as `ask`."""

@@ -104,7 +104,7 @@ def table(
     heads: Sequence[str], rows: Iterable[Sequence[str | Callable[[], object]]], classes: str = ""
 ) -> None:
     """A table whose rows begin with their names. A cell that is a function makes its content."""
-    with box("ow-scroll"), box(f"ow-table {classes}", "table"):
+    with box("ow-scroll", tabindex="0"), box(f"ow-table {classes}", "table"):
         if heads:
             with box(tag="thead"), box(tag="tr"):
                 for head in heads:

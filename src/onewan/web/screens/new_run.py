@@ -26,7 +26,7 @@ _PAUSE_SECONDS = 0.4
 
 def add(page: Page) -> None:
     """Register the screen."""
-    new_runs = NewRuns(page.roots, page.jobs.jobs.queue, page.commands)
+    new_runs = NewRuns(page.roots, page.watch.jobs.queue, page.commands)
 
     @ui.page("/new", response_timeout=30)
     async def screen(
@@ -185,7 +185,7 @@ class _Editor:
             if problems := await self._draft.rehearse(command):
                 self._show_problems(Checked(config, {}, problems))
                 raise OnewanError(f"It was not started: {problems[0]}")
-            if await self._page.jobs.do(lambda: self._draft.enqueue(command, first=first)):
+            if await self._page.do(lambda: self._draft.enqueue(command, first=first)):
                 ui.navigate.to("/")
         finally:
             self._starting.set_text("")

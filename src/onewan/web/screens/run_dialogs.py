@@ -1,241 +1,217 @@
-"""The dialogs of a run's screen that order something from its trainer: a video of a prompt, and
-changed settings."""
+"""The dialogs of a run: how far it continues, and what is exported, sampled and changed."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
 from nicegui import ui
-from nicegui.elements.mixins.text_element import TextElement
 
-from onewan.config.changes import CHANGEABLE, fixed_reason, in_force
-from onewan.config.inputs import Input, inputs, section_at
+from onewan.arithmetic.byte_sizes import format_bytes
 from onewan.config.load import load_run
-from onewan.config.schema import PromptSection, ResolvedRun
-from onewan.documents import get_path
+from onewan.config.order_inputs import OrderInput, sample_entered, sample_inputs, setting_inputs
 from onewan.errors import ConfigError, OnewanError
 from onewan.runs import steering
+from onewan.runs.export_choices import NOW, ExportChoices
 from onewan.runs.layout import RunLayout
-from onewan.runs.status import read_status
-from onewan.web.elements import attempt, dialog, tell, text
+from onewan.web.elements import box, button, dialog, styled, table, tell, text, view
 from onewan.web.page import Page
 
 _Field = ui.input | ui.textarea | ui.select
-_PROMPTS = "sample.prompts"
-_GROUPS = {
-    "Learning": ("optimizer.", "per_expert.", "train.max_grad_norm", "train.ema."),
-    "Saved and exported": ("train.save_", "train.keep_", "output."),
-    "Validation": ("validation.",),
-    "Sample videos": ("sample.",),
-}
-"""Headings, and what the names of the fields below them begin with."""
+
+
+async def ask_to_continue(page: Page, layout: RunLayout) -> None:
+    """Ask to which step, and put the run into the queue."""
+    standing = await asyncio.to_thread(steering.Standing.of, layout)
+    with dialog(f"Continue {layout.name}", "run-dialog") as made:
+        number = ui.number("Continue to step", value=standing.proposed, min=1, precision=0)
+        number.without_auto_validation()  # which would take the error away again
+        explain = view(box(role="status"), _paragraphs)
+        changed = ui.checkbox("Clips or captions have changed: train on them as they are now")
+        with box("ow-row"):
+            start = button("Continue", lambda: made.submit(True), "filled")
+            button("Cancel", made.close)
+
+        def show() -> None:
+            number.error = None
+            try:
+                explain(standing.words(int(number.value or 0)))
+            except OnewanError as error:
+                number.error = error.message
+                explain([])
+            start.set_enabled(number.error is None)
+
+        number.on_value_change(show)
+        show()
+
+    def queue() -> str:
+        arguments = standing.arguments(int(number.value or 0), changed=bool(changed.value))
+        page.watch.jobs.queue.add(layout.root, *arguments)
+        return f"{layout.name}: is in the queue, and goes on as soon as its device is free"
+
+    if await made:
+        await page.do(queue)
+
+
+def _paragraphs(sentences: Sequence[str]) -> None:
+    for sentence in sentences:
+        text("p", sentence)
+
+
+# --------------------------------------------------------------------------------------- exporting
+
+
+async def ask_to_export(page: Page, layout: RunLayout) -> None:
+    """Ask which weights to export, and offer the files that are exported."""
+    found = await asyncio.to_thread(ExportChoices.of, layout)
+    with dialog(f"Export {layout.name}", "run-dialog") as made:
+        weights = ui.select(
+            dict(found.weights), label="Weights", value=next(iter(found.weights), None)
+        )
+        label = "Format, and the programs that read it"
+        key_format = ui.select(dict(found.formats), label=label, value=found.own_format)
+        key_format.bind_enabled_from(weights, "value", lambda value: value != NOW)
+        told = text("p", "", role="status")
+
+        async def export() -> None:
+            if weights.value == NOW:
+                await page.do(lambda: steering.ask(layout, "export"))
+                return
+            start.disable()
+            told.text = "Exporting ..."
+            options = ["--step", str(weights.value), "--format", key_format.value, "--force"]
+            command = page.commands.start(
+                f"Export {layout.name}", ["export", str(layout.root), *options]
+            )
+            failed = await command.wait()
+            told.text = "\n".join(command.output)
+            told.classes(replace="ow-bad" if failed else "ow-mono")
+            start.enable()
+            show_files((await asyncio.to_thread(ExportChoices.of, layout)).files)
+
+        with box("ow-row"):
+            start = button("Export", export, "filled")
+            button("Close", made.close)
+        show_files = view(box(), partial(_downloads, page))
+        show_files(found.files)
+    made.open()
+
+
+def _downloads(page: Page, files: Sequence[tuple[Path, int]]) -> None:
+    text("h3", "Exported files")
+    if not files:
+        text("p", "There are none yet.", "ow-muted")
+    with box("ow-list", "ul"):
+        for path, size in files:
+            with box(tag="li"):
+                if path.is_file():
+                    ui.link(path.name, f"{page.roots.address(path)}?save=1")
+                    text("span", f" {format_bytes(size)}", "ow-muted")
+                else:  # a transformer in diffusers' layout
+                    text("span", f"{path}, a folder, {format_bytes(size)}")
+
+
+# ---------------------------------------------------------------------- orders that have a content
 
 
 async def ask_for_sample(page: Page, layout: RunLayout) -> None:
     """Ask for a prompt, and order its video; or order those of the run file."""
-    config = await attempt(lambda: steering.present_settings(layout))
-    if config is None:
-        return
-    sample, takes_image = config.sample, config.model.facts().takes_image
-    numbers = {"seed": sample.seed, "width": sample.width, "height": sample.height}
-    steps = sample.steps if sample.distilled is None else sample.distilled.steps
-    numbers |= {"frames": sample.frames, "steps": steps}
-    with dialog(f"Sample {layout.name} now", "run-dialog") as box:
-        fields: dict[str, _Field] = {"prompt": ui.textarea("Prompt").props("autogrow")}
-        negative = ui.textarea("Negative prompt").props("autogrow")
-        negative.props["hint"] = "Empty: that of the run"
-        fields["negative_prompt"] = negative
-        with ui.element("div").classes("ow-grid"):
-            for name, value in numbers.items():
-                field = ui.input(_SAMPLE_LABELS[name], placeholder=str(value))
-                fields[name] = field.props("stack-label")
-        if takes_image:
-            fields["image"] = ui.input("First frame (path of an image on the server)")
-        problem = text("p", "").classes("ow-bad").props('role="alert"')
+    config = await asyncio.to_thread(steering.present_settings, layout)
 
-        def send() -> str:
-            wanted = {name: _given(name, f.value) for name, f in fields.items() if f.value}
-            if image := fields["image"].value if takes_image else None:
-                wanted["image"] = str(page.roots.inside(image))
-            return steering.order_sample(layout, wanted)
+    def order(entered: Mapping[str, str]) -> str:
+        wanted = sample_entered(entered)
+        if "image" in wanted:
+            wanted["image"] = page.roots.inside(wanted["image"])
+        return steering.order_sample(layout, wanted)
 
-        async def order() -> None:
-            if await _ordered(send, fields, problem):
-                box.close()
+    async def order_own() -> None:
+        if await page.do(lambda: steering.ask(layout, "sample")):
+            made.close()
 
-        async def order_own() -> None:
-            if await page.jobs.do(lambda: steering.ask(layout, "sample")):
-                box.close()
-
-        with ui.element("div").classes("ow-row"):
-            ui.button("Make the video", on_click=order).props("no-caps")
-            own = ui.button("Make the videos of the run file", on_click=order_own)
-            own.props("outline no-caps")
-            ui.button("Cancel", on_click=box.close).props("flat no-caps")
-    box.open()
-
-
-_SAMPLE_LABELS = {
-    "seed": "Seed",
-    "width": "Width in pixels",
-    "height": "Height in pixels",
-    "frames": "Frames (4n+1)",
-    "steps": "Denoising steps",
-}
-
-
-def _given(name: str, value: str) -> object:
-    """What was entered, as JSON data; a number that is none is refused by the schema."""
-    if name not in _SAMPLE_LABELS:
-        return value
-    try:
-        return int(value)
-    except ValueError:
-        return value
+    with dialog(f"Sample {layout.name} now", "run-dialog") as made:
+        others = {"Make the videos of the run file": order_own}
+        _order_form(made, {"": sample_inputs(config)}, "Make the video", order, others)
+    made.open()
 
 
 async def change_settings(layout: RunLayout) -> None:
     """Show the settings that can change and those that did, and order changes."""
-    found = await attempt(lambda: (load_run(layout.root), read_status(layout.root).step))
-    if found is None:
-        return
-    recorded, step = found
-    config = in_force(recorded, step)
-    with dialog(f"Change settings of {layout.name}", "run-dialog") as box:
+    recorded = await asyncio.to_thread(load_run, layout.root)
+    groups = setting_inputs(await asyncio.to_thread(steering.present_settings, layout))
+
+    def order(entered: Mapping[str, str]) -> str:
+        settings = [setting for group in groups.values() for setting in group]
+        changed = [each for each in settings if entered[each.name] != each.text]
+        if not changed:
+            raise OnewanError("Nothing is changed yet.")
+        return steering.order_settings(
+            layout, [each.override(entered[each.name]) for each in changed]
+        )
+
+    with dialog(f"Change settings of {layout.name}", "run-dialog") as made:
         text("p", "A change is in force from the next step on, and recorded with it.")
-        fields = _setting_fields(config)
-        problem = text("p", "").classes("ow-bad").props('role="alert"')
-        before = {name: field.value for name, (_, field) in fields.items()}
-
-        async def order() -> None:
-            values = {
-                name: _entered(config, entry, field.value or "")
-                for name, (entry, field) in fields.items()
-                if field.value != before[name]
-            }
-            changes = [f"{n}={json.dumps(v, ensure_ascii=False)}" for n, v in values.items()]
-            shown = {name: field for name, (_, field) in fields.items()}
-            if not changes:
-                problem.text = "Nothing is changed yet."
-            elif await _ordered(lambda: steering.order_settings(layout, changes), shown, problem):
-                box.close()
-
-        with ui.element("div").classes("ow-row"):
-            ui.button("Change", on_click=order).props("no-caps")
-            ui.button("Cancel", on_click=box.close).props("flat no-caps")
-        _history(recorded)
-    box.open()
+        _order_form(made, groups, "Change", order, {})
+        if recorded.changes:
+            text("h3", "Changes so far")
+            rows = [
+                (f"{change.step:,}", name, value if isinstance(value, str) else json.dumps(value))
+                for change in recorded.changes
+                for name, value in change.settings.items()
+            ]
+            table(("After step", "Setting", "Value from then on"), rows)
+    made.open()
 
 
-def _setting_fields(config: ResolvedRun) -> dict[str, tuple[Input, _Field]]:
-    """A field for each setting that can change in this run, by its dotted name."""
-    data = config.model_dump(mode="json")
-    fields: dict[str, tuple[Input, _Field]] = {}
-    for heading, starts in _GROUPS.items():
-        names = [n for n in CHANGEABLE if n.startswith(starts) and not _is_fixed(config, n)]
-        if not names:
-            continue
-        text("h3", heading)
-        with ui.element("div").classes("ow-grid"):
-            for name in names:
-                entry = _input_of(name, data)
-                value = get_path(data, entry.path)
-                label = f"{CHANGEABLE[name][0].upper()}{CHANGEABLE[name][1:]}"
-                if name == _PROMPTS:
-                    label += ", one in each line"
-                    value = "\n".join(_one_line(prompt["prompt"]) for prompt in value)
-                    field = ui.textarea(label, value=value).props("autogrow")
-                elif entry.kind == "long_text":
-                    field = ui.textarea(label, value=entry.shown(value)).props("autogrow")
-                elif entry.kind == "switch":
-                    field = ui.select(["true", "false"], label=label, value=entry.shown(value))
-                else:
-                    field = ui.input(label, value=entry.shown(value))
-                empty = "empty: that of optimizer.lr" if entry.name == "lr" else "empty: none"
-                if not entry.nullable or entry.kind != "number":
-                    empty = ""
-                field.props["hint"] = ", ".join(filter(None, (name, entry.bounds, empty)))
-                fields[name] = entry, field
-    return fields
+def _order_form(
+    made: ui.dialog,
+    groups: Mapping[str, Sequence[OrderInput]],
+    label: str,
+    order: Callable[[Mapping[str, str]], str],
+    others: Mapping[str, Callable[[], object]],
+) -> None:
+    """Fields by headings, and a button that calls `order` with what was entered, which blocks and
+    returns what to tell the user. What is wrong is said at its field, or above the buttons."""
+    fields = dict[str, _Field]()
+    for heading, entries in groups.items():
+        if heading:
+            text("h3", heading)
+        with box("ow-grid"):
+            fields |= {entry.name: _field(entry) for entry in entries}
+    problem = text("p", "", "ow-bad", role="alert")
+
+    async def send() -> None:
+        problem.text = ""
+        for field in fields.values():
+            field.error = None
+        entered = {name: field.value or "" for name, field in fields.items()}
+        try:
+            line = await asyncio.to_thread(order, entered)
+        except ConfigError as error:
+            by_field, rest = error.by_field(fields)
+            for name, reason in by_field.items():
+                fields[name].error = reason
+            problem.text = "; ".join(rest)
+        except (OnewanError, OSError) as error:
+            problem.text = str(error)
+        else:
+            tell(line)
+            made.close()
+
+    with box("ow-row"):
+        button(label, send, "filled")
+        for other, action in others.items():
+            button(other, action, "outline")
+        button("Cancel", made.close)
 
 
-def _is_fixed(config: ResolvedRun, name: str) -> bool:
-    alone = len(config.model.facts().experts) == 1
-    return fixed_reason(config, name) is not None or (alone and name.startswith("per_expert."))
-
-
-def _input_of(name: str, data: Mapping[str, Any]) -> Input:
-    """How the field `name` is entered."""
-    *above, last = name.split(".")
-
-    def kind_of(at: Any, union: Any) -> Any:
-        return get_path(data, (*at, union.keyed.key))
-
-    section = section_at(tuple(above), kind_of)
-    assert section is not None
-    return next(each for each in inputs(section, tuple(above)) if each.name == last)
-
-
-def _entered(config: ResolvedRun, entry: Input, value: str) -> object:
-    """What was entered, as JSON data."""
-    if entry.path != tuple(_PROMPTS.split(".")):
-        return entry.value(value)
-    # What a prompt of the same text has besides, such as its seed or image, is kept.
-    known = {_one_line(prompt.prompt): prompt for prompt in config.sample.prompts}
-    lines = [line.strip() for line in value.splitlines() if line.strip()]
-    prompts = [known.get(line) or PromptSection(prompt=line) for line in lines]
-    return [prompt.model_dump(mode="json") for prompt in prompts]
-
-
-def _one_line(prompt: str) -> str:
-    return " ".join(prompt.split())
-
-
-async def _ordered(
-    action: Callable[[], str], fields: Mapping[str, _Field], problem: TextElement
-) -> bool:
-    """Run `action`, which blocks; what is wrong is said at its field, or as `problem`."""
-    problem.text = ""
-    for field in fields.values():
-        field.error = None
-    try:
-        message = await asyncio.to_thread(action)
-    except ConfigError as error:
-        rest = list[str]()
-        for line in error.problems:
-            name, _, reason = line.partition(": ")
-            owner = next((n for n in fields if f"{name}.".startswith(f"{n}.")), None)
-            if owner is None:
-                rest.append(line)
-            else:
-                fields[owner].error = reason
-        problem.text = "; ".join(rest)
-        return False
-    except (OnewanError, OSError) as error:
-        problem.text = str(error)
-        return False
-    tell(message)
-    return True
-
-
-def _history(recorded: ResolvedRun) -> None:
-    """The changes that the run has recorded."""
-    if not recorded.changes:
-        return
-    text("h3", "Changes so far")
-    with (
-        ui.element("div").classes("ow-scroll").props('tabindex="0"'),
-        text("table", "").classes("ow-table"),
-    ):
-        with text("tr", ""):
-            for heading in ("After step", "Setting", "Value from then on"):
-                text("th", heading).props('scope="col"')
-        for change in recorded.changes:
-            for name, value in change.settings.items():
-                with text("tr", ""):
-                    shown = value if isinstance(value, str) else json.dumps(value)
-                    for cell in (f"{change.step:,}", name, shown):
-                        text("td", cell)
+def _field(entry: OrderInput) -> _Field:
+    if entry.kind == "switch":
+        field = ui.select(["true", "false"], label=entry.label, value=entry.text)
+    elif entry.kind == "lines":
+        field = ui.textarea(entry.label, value=entry.text).props("autogrow")
+    else:
+        field = ui.input(entry.label, value=entry.text, placeholder=entry.placeholder)
+    return styled(field, hint=entry.hint)

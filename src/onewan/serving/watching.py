@@ -1,4 +1,4 @@
-"""`JobLoop`: the one loop of the page that looks at runs, queue and machine, for all who watch."""
+"""`Watch`: the one loop of the page that looks at runs, queue and machine, for all who watch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nicegui import Client, Event
-
-from onewan.errors import OnewanError
 from onewan.runs.jobs import Jobs
 from onewan.runs.machine import Machine
-from onewan.web.elements import tell
 
 log = logging.getLogger(__name__)
 
@@ -23,15 +19,23 @@ _TURN_SECONDS = 1.0
 _MACHINE_SECONDS = 3.0
 
 
-class JobLoop:
+class Watch:
     """Calls `Jobs.turn` until the page ends, and tells its screens what has changed."""
 
-    def __init__(self, runs: Path) -> None:
+    def __init__(
+        self,
+        runs: Path,
+        *,
+        jobs_changed: Callable[[], object],
+        machine_changed: Callable[[], object],
+        is_seen: Callable[[], bool],
+    ) -> None:
+        """`jobs_changed` is called when `jobs.now` is another one, `machine_changed` when the
+        machine was read, which is done only while `is_seen`."""
         self.machine = Machine(runs)
         self.jobs = Jobs(runs, lambda: len(self.machine.now.gpus))
-        self.jobs_changed = Event[[]]()
-        """`jobs.now` is another one."""
-        self.machine_changed = Event[[]]()
+        self._jobs_changed, self._machine_changed = jobs_changed, machine_changed
+        self._is_seen = is_seen
         self._woken = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -46,19 +50,9 @@ class JobLoop:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
-    async def do(self, action: Callable[[], str | None]) -> bool:
-        """Run `action`, which blocks, and tell the user the line that it returns, or what is wrong;
-        returns whether it succeeded. What it has changed is looked at without delay."""
-        try:
-            message = await asyncio.to_thread(action)
-        except (OnewanError, OSError) as error:
-            tell(str(error), error=True)
-            return False
-        finally:
-            self._woken.set()
-        if message:
-            tell(message)
-        return True
+    def wake(self) -> None:
+        """Let it look without delay, since something was changed."""
+        self._woken.set()
 
     async def _run(self) -> None:
         read = 0.0
@@ -68,10 +62,10 @@ class JobLoop:
         while True:
             try:
                 await self._look()
-                if Client.instances and time.monotonic() - read >= _MACHINE_SECONDS:
+                if self._is_seen() and time.monotonic() - read >= _MACHINE_SECONDS:
                     read = time.monotonic()
                     await asyncio.to_thread(self.machine.read)
-                    self.machine_changed.emit()
+                    self._machine_changed()
             except Exception:  # a defect is in the log, and must not end the loop
                 log.exception("looking at the runs failed")
             with contextlib.suppress(asyncio.TimeoutError):
@@ -83,7 +77,7 @@ class JobLoop:
         while True:
             now = await asyncio.to_thread(self.jobs.turn)
             if now != before:
-                self.jobs_changed.emit()
+                self._jobs_changed()
             if now.complete or now.problem:
                 return
             before = now
