@@ -97,6 +97,27 @@ def test_equal_share_alternates_in_blocks_and_starts_high() -> None:
     assert experts == ["high"] * 3 + ["low"] * 3 + ["high"] * 3 + ["low"] * 3
 
 
+@pytest.mark.parametrize(
+    ("share", "period", "due", "spans"),
+    [
+        (Fraction(1, 2), 2, (), [4, 8, 10]),
+        (Fraction(1, 2), 2, (3, 8), [3, 6, 8, 10]),  # the rest of a block, and the next one
+        (Fraction(1, 4), 1, (), [4, 8, 10]),
+        (Fraction(1, 2), 100, (5,), [5, 10]),  # one expert alone, while the other one waits
+    ],
+)
+def test_experts_that_train_at_the_same_time_meet_after_a_block_of_each(
+    share: Fraction, period: int, due: tuple[int, ...], spans: list[int]
+) -> None:
+    schedule = ExpertSchedule(experts=("high", "low"), share=share, period=period)
+    ends = [0]
+    while ends[-1] < 10:
+        span = schedule.span(ends[-1], 10, due.__contains__)
+        assert span.start == ends[-1]
+        ends.append(span.stop)
+    assert ends[1:] == spans
+
+
 def test_the_share_of_the_run_file_becomes_a_fraction() -> None:
     variant = VARIANTS["t2v-a14b"]
     density = UniformTimesteps().density(12.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -44,6 +44,20 @@ class ExpertSchedule:
         increases = self.steps_before(step + 1, first) > self.steps_before(step, first)
         expert = first if increases else self.experts[1]
         return expert, self.steps_before(step, expert)
+
+    def span(self, first: int, stop: int, is_due: Callable[[int], bool]) -> range:
+        """The steps from `first` on after which processes that train the two experts at the same
+        time meet: a block of steps of each expert, or fewer where they end (`stop`) or where
+        something `is_due` after that many steps."""
+        blocks, end = [self.expert_at(first)[0]], first + 1
+        while end < stop and not is_due(end):
+            expert, _ = self.expert_at(end)
+            if expert != blocks[-1]:
+                if len(blocks) == len(self.experts):
+                    break
+                blocks.append(expert)
+            end += 1
+        return range(first, end)
 
     def _first_before(self, step: int) -> int:
         """How many of the steps 0 .. `step`-1 train the first expert."""

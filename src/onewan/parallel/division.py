@@ -78,6 +78,11 @@ class Division:
         """Whether two experts are trained at the same time."""
         return len(self.groups) > 1
 
+    @property
+    def parts(self) -> int:
+        """In how many parts the processes of a group share a step's clips."""
+        return len(self.groups[0].ranks)
+
     def group_of(self, rank: int) -> Group:
         """The group of a process."""
         return next(group for group in self.groups if rank in group.ranks)
@@ -93,7 +98,7 @@ class Division:
             return "one process"
         if not self.side_by_side:
             return f"{count} processes, each with a part of every step's clips"
-        each = len(self.groups[0].ranks)
+        each = self.parts
         part = "" if each == 1 else f", {each} for each expert with parts of a step's clips"
         return f"{count} processes, both experts trained at the same time{part}"
 

@@ -18,7 +18,6 @@ from onewan.data.dataset import Dataset, prepare
 from onewan.data.encode import ProgressCallback, no_progress
 from onewan.data.expert_clips import batches_per_epoch, check_timesteps, clips_by_expert
 from onewan.data.loader import WanDataLoader
-from onewan.data.report import count
 from onewan.devices import HOST, resolve_device
 from onewan.dtypes import torch_dtype
 from onewan.errors import ConfigError
@@ -31,8 +30,8 @@ from onewan.model.load import WanModelLoader
 from onewan.model.sources import ENCODERS, PipelineComponent, Sources, is_here, locate
 from onewan.model.vae import encode_in_strips
 from onewan.model.wan import WanModel
-from onewan.parallel.division import Division, divide
 from onewan.parallel.ranks import Alone, Ranks
+from onewan.parallel.run_division import division_of
 from onewan.sample.generate import SampleRequest
 from onewan.train.attention import first_attention, use_attention
 from onewan.train.chunks import chosen_chunks
@@ -81,7 +80,7 @@ class WanModelSetup:
         """Refuse what the run file and the headers of files show to be wrong, before anything is
         written or encoded; the files of the model. Downloads a model that is named by its
         repository; without `download` what is not here is checked as far as the variant tells."""
-        self._division()
+        division_of(self._config, self._ranks.count)
         samples, initial = sample_requests(self._config), initial_adapters(self._config)
         return self._checked_sources(samples, initial, download=download)
 
@@ -161,41 +160,10 @@ class WanModelSetup:
             dropout=self._dropout,
             warnings=[*self._notices, *self._warnings(schedule, dataset)],
             ranks=self._ranks,
-            division=self._division(),
+            division=division_of(config, self._ranks.count),
         )
         use_attention(run, run.attention)
         return run
-
-    def _division(self) -> Division:
-        """What each process does. ConfigError if the run file asks for what can't be."""
-        config = self._config
-        try:
-            division = divide(
-                [expert.name for expert in self._experts],
-                self._ranks.count,
-                config.parallel.experts,
-                shared=any(embedding.train for embedding in config.embeddings),
-            )
-        except ValueError as error:
-            problem = f"parallel.experts: can't be side_by_side: {error}; choose auto"
-            raise ConfigError("run file", [problem]) from error
-        parts = len(division.groups[0].ranks)
-        clips = config.train.batch_size * config.train.accumulation
-        problems = list[str]()
-        if parts > clips:
-            problems.append(
-                f"train.accumulation: a step has {count(clips, 'clip')} (train.batch_size times "
-                f"train.accumulation), which {parts} processes can't share; give a step at least "
-                f"{parts} clips, or start fewer processes"
-            )
-        if parts > 1 and getattr(config.method, "fused_step", False):
-            problems.append(
-                "method.fused_step: updates weights in the backward pass, before the gradients of "
-                f"{parts} processes are summed; set it to false, or start one process per expert"
-            )
-        if problems:
-            raise ConfigError("run file", problems)
-        return division
 
     @property
     def _dropout(self) -> bool:

@@ -56,17 +56,10 @@ class Steps:
                 yield _in_order(run.ranks.gathered(done))
 
     def _span(self, first: int, total: int) -> range:
-        run, stop = self._run, first + 1
-        if run.division.side_by_side:
-            blocks = [run.schedule.expert_at(first)[0]]
-            while stop < total and not self._is_due(stop):
-                expert, _ = run.schedule.expert_at(stop)
-                if expert != blocks[-1]:
-                    if len(blocks) == len(run.division.groups):
-                        break
-                    blocks.append(expert)
-                stop += 1
-        return range(first, stop)
+        run = self._run
+        if not run.division.side_by_side:
+            return range(first, first + 1)
+        return run.schedule.span(first, total, self._is_due)
 
     def _is_own(self, step: int) -> bool:
         return self._run.schedule.expert_at(step)[0] in self._run.group.experts
