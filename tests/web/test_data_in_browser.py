@@ -143,7 +143,7 @@ def test_who_edits_a_caption_that_someone_else_has_changed_is_asked(
         one.wait(".ow-clip-state", "Saved")
         two.press("ctrl+Enter")
         two.wait(".q-dialog h2", "This caption was changed meanwhile")
-        two.wait(".q-dialog .ow-mono", "a fox swims")
+        two.wait(".q-dialog dd", "a fox swims")
         assert caption.read_text(encoding="utf-8") == "a fox swims"
         two.click(".q-dialog button", "Write yours")
         two.wait_until_gone(".q-dialog")

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from nicegui import ui
+from nicegui.elements.mixins.text_element import TextElement
 from nicegui.testing.user import User
 from nicegui.testing.user_interaction import UserInteraction
 
 from onewan.media import write_video
+from onewan.serving import clips as clip_sets
 from onewan.serving.clips import ClipQuery
-from onewan.web.screens import data
 from tests.support.page import with_user
 
 MODEL = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
@@ -25,7 +26,7 @@ MODEL = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of clips with a run file beside it; nothing is examined unless it is asked for."""
-    monkeypatch.setattr(data, "_EXAMINED_AT_ONCE", 0)
+    monkeypatch.setattr(clip_sets, "_EXAMINED_AT_ONCE", 0)
     clips = tmp_path / "clips"
     clips.mkdir()
     for number, name in enumerate(("ball", "cube", "fox")):
@@ -181,8 +182,8 @@ def test_the_second_tab_that_changes_a_caption_is_told(
         trigger(second, area(second, "fox.mp4"), "keydown.ctrl.enter")
         trigger(second, area(second, "fox.mp4"), "blur")
         await second.should_see("This caption was changed meanwhile", retries=20)
-        await second.should_see(kind=ui.label, content="a red fox")
-        await second.should_see(kind=ui.label, content="a blue fox")
+        await second.should_see(kind=TextElement, content="a red fox")
+        await second.should_see(kind=TextElement, content="a blue fox")
         assert caption(folder, "fox") == "a blue fox"
         assert len(second.find("This caption was changed meanwhile").elements) == 1
         second.find(choice).click()

@@ -12,10 +12,12 @@ from onewan.data.caption_places import (
     Place,
     Written,
 )
-from onewan.errors import DataError
+from onewan.data.report import count
+from onewan.errors import DataError, one_line
 
 _MOST_STEPS = 200
 """Changes that can be taken back."""
+_FILES_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,20 @@ class Outcome:
     changed: tuple[Change, ...]
     failed: Mapping[Place, DataError]
     """Those that were left as they are, since they were changed meanwhile or can't be written."""
+    written: Mapping[Place, Written] = field(default_factory=dict[Place, Written])
+    """What the places of the others say now."""
+
+    @property
+    def summary(self) -> str:
+        """How many captions were changed, and which were left as they are."""
+        changed = f"{count(len(self.changed), 'caption')} changed"
+        if not self.failed:
+            return changed
+        names = ", ".join(one_line(place.path.name) for place in list(self.failed)[:_FILES_NAMED])
+        others = len(self.failed) - _FILES_NAMED
+        more = f" and {others} others" if others > 0 else ""
+        why = "left as it is, since it was changed meanwhile or can't be written"
+        return f"{changed}; {names}{more}: {why}"
 
 
 @dataclass
@@ -111,7 +127,7 @@ class CaptionEdits:
             digests[change.place] = current.digest
             wanted.append(change)
         outcome = self._write(wanted, digests)
-        return Outcome(outcome.changed, {**failed, **outcome.failed})
+        return Outcome(outcome.changed, {**failed, **outcome.failed}, outcome.written)
 
     def _write(self, changes: Iterable[Change], digests: Mapping[Place, str]) -> Outcome:
         by_place = {change.place: change for change in changes}
@@ -119,8 +135,9 @@ class CaptionEdits:
             {place: (change.after, digests[place]) for place, change in by_place.items()}
         )
         failed = {place: r for place, r in results.items() if isinstance(r, DataError)}
-        changed = tuple(change for place, change in by_place.items() if place not in failed)
-        return Outcome(changed, failed)
+        written = {place: r for place, r in results.items() if not isinstance(r, DataError)}
+        changed = tuple(change for place, change in by_place.items() if place in written)
+        return Outcome(changed, failed, written)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,6 +37,15 @@ from onewan.variants import Variant
 View = Literal["trained", "original", "mask", "control", "condition", "poster"]
 """`original` is the whole picture at the same times, `poster` the first trained frame, small."""
 VIEWS: tuple[View, ...] = get_args(View)
+VIEW_NAMES: Mapping[View, str] = {
+    "trained": "Trained frames",
+    "original": "The file, with the crop",
+    "mask": "Loss mask: what is red is not trained on",
+    "control": "Control video",
+    "condition": "Condition image",
+    "poster": "First trained frame",
+}
+"""What is written below each view."""
 _VERSION = 1
 """Incremented when a view of the same clip is another one."""
 _LONGEST_SIDE = 1280

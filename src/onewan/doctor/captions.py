@@ -89,6 +89,15 @@ class CaptionLengths:
         return _counter(self._config)
 
 
+def estimated_length_note(text: str) -> str:
+    """What the user should know about the length of captions, one a line; "" if none is too long.
+    For a text that is being typed: nothing is loaded for it."""
+    longest = max(estimated_tokens(line) for line in text.split("\n"))
+    if longest <= TEXT_LENGTH:
+        return ""
+    return f"about {longest} tokens; the text encoder reads the first {TEXT_LENGTH}"
+
+
 def estimated_tokens(text: str) -> int:
     """About how many tokens UMT5's tokenizer makes of `text`."""
     count = 1  # the end of the text

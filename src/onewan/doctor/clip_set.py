@@ -27,12 +27,9 @@ from onewan.data.sources.copies import Copies
 from onewan.data.sources.read import label_of
 from onewan.doctor.finding import without_names
 from onewan.doctor.inspection import content_digests
-from onewan.errors import DataError
+from onewan.errors import DataError, one_line
 
-STATES = {"": "All", "kept": "Kept", "noted": "Kept, with notes", "refused": "Refused"}
-"""What `ClipSet.chosen` can be asked for, and its name."""
-
-
+_STATES = {"": "All", "kept": "Kept", "noted": "Kept, with notes", "refused": "Refused"}
 _OF_DATA_SET = ("data set", "small bucket", "shared caption")
 """Kinds of findings about a data set as a whole; others are about the machine and the plan."""
 
@@ -71,10 +68,19 @@ class Entry:
 
     @property
     def place(self) -> Place | Elsewhere:
+        """Where its caption is."""
         return self.origin.place
 
+    @property
+    def summary(self) -> str:
+        """Its shape and what it is used for; of a refused file, why it is refused."""
+        if self.clip is None:
+            return self.reason
+        mask = ", mask" if self.clip.mask else ""
+        return f"{self.bucket}{mask}{', held out' if self.held_out else ''}"
 
-@dataclass(kw_only=True)
+
+@dataclass(kw_only=True, eq=False)
 class ClipSet:
     """The clips of one run file, and the files that are none."""
 
@@ -90,6 +96,24 @@ class ClipSet:
     """The document of `onewan doctor`, once that has looked at all frames."""
 
     @property
+    def kept(self) -> list[Entry]:
+        """The entries that are clips."""
+        return [entry for entry in self.entries if entry.clip is not None]
+
+    @property
+    def summary(self) -> str:
+        """How many clips and files there are of each kind, in a line."""
+        kept = self.kept
+        numbers = [f"{count(len(kept), 'clip')} kept"]
+        if noted := sum(bool(entry.notes) for entry in kept):
+            numbers.append(f"{noted} with notes")
+        if refused := len(self.entries) - len(kept):
+            numbers.append(f"{count(refused, 'file')} refused")
+        if held_out := sum(entry.held_out for entry in kept):
+            numbers.append(f"{held_out} held out for validation")
+        return ", ".join(numbers)
+
+    @property
     def buckets(self) -> list[tuple[str, int]]:
         """The number of clips of each bucket, the longest and largest last. Of alternatives, of
         which each pass through the data has one, one counts."""
@@ -97,12 +121,28 @@ class ClipSet:
         shapes = Counter((clip.frames, clip.size, name) for clip, name in clips)
         return [(name, number) for (_, _, name), number in sorted(shapes.items())]
 
+    def batches(self, clips: int) -> str:
+        """The batches that a bucket of so many clips fills, in words."""
+        full, left = divmod(clips, self.config.train.batch_size)
+        batches = [f"{full} full"] if full else []
+        batches += [f"one of {count(left, 'clip')}"] if left else []
+        return " and ".join(batches)
+
     def text(self, entry: Entry) -> str:
         """The caption of `entry` as it is written; of one that is elsewhere, as it is trained."""
         if not isinstance(entry.place, Elsewhere):
             written = self.captions.get(entry.place)
             return "" if written is None else written.text or ""
         return "\n".join(entry.clip.captions) if entry.clip else ""
+
+    def choices(self) -> dict[str, dict[str, str]]:
+        """What `chosen` can be asked for, with names: states, sources and buckets."""
+        sources = sorted({entry.source for entry in self.entries if entry.source})
+        return {
+            "state": _STATES,
+            "source": {"": "All", **{source: one_line(source) for source in sources}},
+            "bucket": {"": "All", **{name: name for name, _ in self.buckets}},
+        }
 
     def chosen(self, *, state: str, source: str, bucket: str, search: str) -> list[Entry]:
         """The entries that the filters leave."""

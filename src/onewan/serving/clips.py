@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, StringConstraints
 
 from onewan.config.load import dump_run, load_run, run_of_settings
 from onewan.config.schema import ResolvedRun
@@ -20,9 +20,10 @@ from onewan.data.caption_edits import CaptionEdits
 from onewan.data.caption_places import CaptionStore, Elsewhere, Place, Written
 from onewan.data.clip_views import ClipViews, View
 from onewan.data.spans import Strategy
-from onewan.doctor.clip_set import ClipSet, clip_set, draw_contact_sheet
+from onewan.doctor.clip_set import ClipSet, Entry, clip_set, draw_contact_sheet
 from onewan.errors import DataError, OnewanError
 from onewan.files import replacing
+from onewan.serving.commands import Commands
 from onewan.serving.roots import Roots
 from onewan.variants import VARIANTS, VariantName
 
@@ -30,9 +31,11 @@ _MOST_SETS = 8
 """Data sets that are kept in memory."""
 _MOST_TABS = 200
 """Tabs of browsers whose edits can be taken back."""
+_EXAMINED_AT_ONCE = 40
+"""So few clips are examined without being asked to."""
 
 
-_Text = Annotated[str, Field(max_length=4096)]
+_Text = Annotated[str, StringConstraints(strip_whitespace=True, max_length=4096)]
 
 
 class ClipQuery(BaseModel, frozen=True):
@@ -47,6 +50,11 @@ class ClipQuery(BaseModel, frozen=True):
     fps: Annotated[float | None, Field(gt=0, le=1000)] = None
     strategy: Strategy | Literal[""] = ""
     masks: bool = False
+
+    @property
+    def kind(self) -> Literal["run", "file", "folder"] | None:
+        """What it names; None if it names nothing."""
+        return "run" if self.run else "file" if self.file else "folder" if self.folder else None
 
     @property
     def key(self) -> str:
@@ -108,6 +116,18 @@ class OpenSet:
     failed: str | None = None
     """Why it could not look at the clips."""
 
+    def address(self, entry: Entry, view: View) -> str:
+        """Where a view of a clip is, see `onewan.serving.clip_routes`."""
+        return f"/clips/{self.key}/{entry.number}/{view}"
+
+    @property
+    def sheet_addresses(self) -> list[str]:
+        """Where the pages of the contact sheet are; others once they are drawn anew."""
+        return [
+            f"/clips/{self.key}/sheet/{number}?{page.stat().st_mtime_ns}"
+            for number, page in enumerate(self.sheets)
+        ]
+
     def stop(self) -> None:
         """Stop `onewan doctor`."""
         if self.task is not None:
@@ -119,6 +139,7 @@ class ClipSets:
     """The data sets that the page shows, with one store of captions for all of its tabs."""
 
     roots: Roots
+    commands: Commands
     store: CaptionStore = field(default_factory=CaptionStore)
     _sets: OrderedDict[str, OpenSet] = field(default_factory=OrderedDict[str, OpenSet])
     _edits: OrderedDict[str, CaptionEdits] = field(default_factory=OrderedDict[str, CaptionEdits])
@@ -162,13 +183,43 @@ class ClipSets:
 
     def draw_sheet(self, found: OpenSet) -> None:
         """Draw the contact sheet of a data set, of the clips in the page's folders. OnewanError."""
-        clips = [entry for entry in found.clips.entries if entry.clip is not None]
-        inside = [e for e in clips if all(map(self._is_inside, e.clip.files if e.clip else ()))]
+        kept = found.clips.kept
+        inside = [e for e in kept if all(map(self._is_inside, e.clip.files if e.clip else ()))]
         sheet = draw_contact_sheet(self.folder / found.key, found.clips.config, inside)
         found.sheets = sheet
 
-    def open(self, query: ClipQuery, *, again: bool = False) -> OpenSet:
-        """The data set of `query`; `again` looks at all files anew. OnewanError."""
+    def examine(self, found: OpenSet) -> None:
+        """Let `onewan doctor` look at all frames of a data set, in a process of its own."""
+        if found.progress is None:
+            found.progress, found.failed = "Looking at all frames...", None
+            found.task = asyncio.create_task(self._examine(found))
+
+    async def _examine(self, found: OpenSet) -> None:
+        def told(line: str) -> None:
+            found.progress = line.capitalize()
+
+        try:
+            arguments = ["doctor", str(found.run_file), "--json"]
+            document = await self.commands.json_of(arguments, status=(0, 1), told=told)
+            # Anew, since files may have changed, and changes of scene are known only now.
+            clips = await asyncio.to_thread(self.clips, found.clips.config)
+            clips.examined(document)
+            found.clips = clips
+        except OnewanError as error:
+            found.failed = str(error)
+        finally:
+            found.progress = None
+
+    async def open(self, query: ClipQuery, *, again: bool = False) -> OpenSet:
+        """The data set of `query`, which is examined at once if it is small; `again` looks at all
+        files anew. OnewanError."""
+        found = await asyncio.to_thread(self._open, query, again)
+        clips = found.clips
+        if clips.examination is None and 0 < len(clips.kept) <= _EXAMINED_AT_ONCE:
+            self.examine(found)
+        return found
+
+    def _open(self, query: ClipQuery, again: bool) -> OpenSet:
         if not again and (found := self._sets.get(query.key)):
             return found
         with self._lock:
@@ -203,10 +254,10 @@ class ClipSets:
                     continue
             return found
 
-    def edit(self, tab: str, place: Place, text: str, seen: Written) -> Written:
+    def edit(self, edits: CaptionEdits, place: Place, text: str, seen: Written) -> Written:
         """Write the caption that a tab has seen, unless it is another one by now. OnewanError."""
         self.roots.inside(place.path)
-        return self.edits(tab).edit(place, text, seen)
+        return edits.edit(place, text, seen)
 
     def _is_inside(self, path: Path) -> bool:
         try:

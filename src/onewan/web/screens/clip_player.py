@@ -3,107 +3,89 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from nicegui import ui
 
 from onewan.data.clip import Clip
-from onewan.data.clip_views import View, crop_of, views_of
+from onewan.data.clip_views import VIEW_NAMES, View, crop_of, views_of
 from onewan.doctor.clip_set import Entry
 from onewan.doctor.clip_table import clip_facts
 from onewan.errors import one_line
-from onewan.web.elements import text
-from onewan.web.screens.captions import CaptionField, Desk
-
-_NAMES: dict[View, str] = {
-    "trained": "Trained frames",
-    "original": "The file, with the crop",
-    "mask": "Loss mask: what is red is not trained on",
-    "control": "Control video",
-    "condition": "Condition image",
-}
-
-
-class ClipPlayer:
-    """Opens one of `entries`, and goes from one to the next."""
-
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
-        self._entries: Sequence[Entry] = ()
-        self._index = 0
-        with ui.dialog().props('maximized aria-label="A clip"') as self._dialog:
-            card = ui.card().classes("ow-dialog ow-player")
-        self._dialog.on("keydown.left", lambda: self._go(-1), js_handler=_UNLESS_TYPING)
-        self._dialog.on("keydown.right", lambda: self._go(1), js_handler=_UNLESS_TYPING)
-        # The heading stays where it is from clip to clip, and with it the cursor on its buttons.
-        with card:
-            with ui.element("div").classes("ow-row"):
-                self._name = text("h2", "").classes("ow-grow")
-                self._buttons = {
-                    -1: ui.button(icon="chevron_left", on_click=lambda: self._go(-1)),
-                    1: ui.button(icon="chevron_right", on_click=lambda: self._go(1)),
-                }
-                self._buttons[-1].props('flat round dense aria-label="Previous clip"')
-                self._buttons[1].props('flat round dense aria-label="Next clip"')
-                close = ui.button(icon="close", on_click=self._dialog.close)
-                close.props('flat round dense autofocus aria-label="Close"')
-            self._body = ui.element("div").classes("ow-clip-body")
-        self._dialog.on("hide", self._body.clear)
-
-    def open(self, entries: Sequence[Entry], index: int) -> None:
-        """Open the clip at `index` of `entries`."""
-        self._entries, self._index = entries, index
-        self._show()
-        self._dialog.open()
-
-    def _go(self, by: int) -> None:
-        if 0 <= self._index + by < len(self._entries):
-            self._index += by
-            self._show()
-
-    def _show(self) -> None:
-        entry, desk = self._entries[self._index], self._desk
-        self._name.text = one_line(entry.name)
-        for by, button in self._buttons.items():
-            button.set_enabled(0 <= self._index + by < len(self._entries))
-        self._body.clear()
-        with self._body:
-            if entry.clip is None:
-                ui.label(f"Refused: {entry.reason}").classes("ow-bad")
-            else:
-                self._pictures(entry, entry.clip)
-                with ui.element("dl").classes("ow-facts"):
-                    for name, value in clip_facts(entry.clip, is_held_out=entry.held_out).items():
-                        text("dt", name)
-                        text("dd", one_line(value))
-            for note in entry.notes:
-                ui.label(f"{note.kind}: {note.text}").classes("ow-warn")
-            text("h3", "Caption")
-            CaptionField(desk, entry, rows=5)
-
-    def _pictures(self, entry: Entry, clip: Clip) -> None:
-        with ui.element("div").classes("ow-views").props("data-together"):
-            for view in views_of(clip):
-                with ui.element("figure"):
-                    self._picture(entry, clip, view)
-                    text("figcaption", _NAMES[view]).classes("ow-muted")
-
-    def _picture(self, entry: Entry, clip: Clip, view: View) -> None:
-        width, height = clip.source_size if view == "original" else clip.size
-        box = ui.element("div").classes("ow-view")
-        box.style(f"aspect-ratio: {width} / {height}; max-width: calc(60vh * {width / height:.4f})")
-        label = f"{_NAMES[view]} of {one_line(entry.name)}"
-        with box:
-            is_video = clip.frames > 1 and view != "condition"
-            picture = ui.element("video" if is_video else "img")
-            picture.props["src"] = f"/clips/{self._desk.opened.key}/{entry.number}/{view}"
-            picture.props["aria-label" if is_video else "alt"] = label
-            if is_video:
-                picture.props("muted loop playsinline preload=auto")
-                picture.props("controls autoplay" if view == "trained" else "")
-            if view == "original":
-                left, top, across, down = (f"{100 * part:.3f}%" for part in crop_of(clip))
-                where = f"left: {left}; top: {top}; width: {across}; height: {down}"
-                ui.element("div").classes("ow-crop").style(where)
-
+from onewan.serving.caption_editing import EditSession
+from onewan.web.elements import box, button, facts, text, view
+from onewan.web.screens.captions import caption
 
 _UNLESS_TYPING = '(e) => { if (!e.target.closest("textarea, input, video")) emit(); }'
+
+
+def poster(session: EditSession, entry: Entry) -> None:
+    """The first trained frame of a clip, small."""
+    if entry.clip is None:
+        ui.label("Refused").classes("ow-poster ow-no-poster")
+    else:
+        source = session.opened.address(entry, "poster")
+        box("ow-poster", "img", src=source, alt="", loading="lazy", width=360, height=240)
+
+
+def open_clip(session: EditSession, entries: Sequence[Entry], index: int) -> None:
+    """Open the clip at `index` of `entries`, in a dialog that goes to those before and behind."""
+
+    def go(by: int) -> None:
+        nonlocal index
+        if 0 <= index + by < len(entries):
+            index += by
+            name.text = one_line(entries[index].name)
+            before.set_enabled(index > 0)
+            behind.set_enabled(index + 1 < len(entries))
+            show(session, entries[index])
+
+    with ui.context.client, ui.dialog() as dialog, ui.card().classes("ow-dialog ow-player"):
+        # The heading stays where it is from clip to clip, and with it the cursor on its buttons.
+        with box("ow-row"):
+            name = text("h2", "", "ow-grow")
+            before = button("", partial(go, -1), icon="chevron_left", about="Previous clip")
+            behind = button("", partial(go, 1), icon="chevron_right", about="Next clip")
+            button("", dialog.close, icon="close", about="Close").props("autofocus")
+        show = view(box("ow-clip-body"), _clip)
+    dialog.props('maximized aria-label="A clip"').on("hide", dialog.delete)
+    dialog.on("keydown.left", partial(go, -1), js_handler=_UNLESS_TYPING)
+    dialog.on("keydown.right", partial(go, 1), js_handler=_UNLESS_TYPING)
+    go(0)
+    dialog.open()
+
+
+def _clip(session: EditSession, entry: Entry) -> None:
+    """The videos and pictures of a clip, what is known of it, and its caption."""
+    if entry.clip is None:
+        ui.label(f"Refused: {entry.reason}").classes("ow-bad")
+    else:
+        with box("ow-views", data_together=True):
+            for each in views_of(entry.clip):
+                with box(tag="figure"):
+                    _view(session.opened.address(entry, each), entry, entry.clip, each)
+                    text("figcaption", VIEW_NAMES[each], "ow-muted")
+        found = clip_facts(entry.clip, is_held_out=entry.held_out)
+        facts((name, one_line(value)) for name, value in found.items())
+    for note in entry.notes:
+        ui.label(f"{note.kind}: {note.text}").classes("ow-warn")
+    text("h3", "Caption")
+    caption(session, entry, rows=5)
+
+
+def _view(source: str, entry: Entry, clip: Clip, of: View) -> None:
+    """A video or picture of a clip; over the one of its file, what is cropped is dimmed."""
+    width, height = clip.source_size if of == "original" else clip.size
+    shape = f"aspect-ratio: {width} / {height}; max-width: calc(60vh * {width / height:.4f})"
+    name = f"{VIEW_NAMES[of]} of {one_line(entry.name)}"
+    with box("ow-view").style(shape):
+        if clip.frames > 1 and of != "condition":
+            video = box(tag="video", src=source, aria_label=name)
+            video.props("muted loop playsinline preload=auto")
+            video.props("controls autoplay" if of == "trained" else "")
+        else:
+            box(tag="img", src=source, alt=name)
+        if of == "original":
+            left, top, across, down = (f"{100 * part:.3f}%" for part in crop_of(clip))
+            crop = f"left: {left}; top: {top}; width: {across}; height: {down}"
+            box("ow-crop").style(crop)

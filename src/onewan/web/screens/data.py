@@ -13,290 +13,270 @@ from nicegui import app, context, ui
 
 from onewan.data.report import count
 from onewan.data.spans import Strategy
-from onewan.doctor.clip_set import STATES, Entry
+from onewan.doctor.clip_set import ClipSet, Entry
 from onewan.errors import OnewanError, one_line
 from onewan.runs.status import find_runs
 from onewan.serving import clip_routes
+from onewan.serving.caption_editing import EditSession
 from onewan.serving.clips import ClipQuery, ClipSets, OpenSet
 from onewan.serving.commands import command_line
 from onewan.variants import VARIANTS
-from onewan.web.elements import tell, text
+from onewan.web.elements import attempt, box, button, card, facts, table, text, view
 from onewan.web.frame import frame
 from onewan.web.page import Page
-from onewan.web.screens.captions import CaptionField, Desk, history_buttons
-from onewan.web.screens.clip_player import ClipPlayer
-from onewan.web.screens.data_report import PANELS, poster
+from onewan.web.screens.captions import caption, edit_buttons
+from onewan.web.screens.clip_player import open_clip, poster
 
 _CARDS = 36
 """Clips on a page of the grid."""
-_EXAMINED_AT_ONCE = 40
-"""So few clips are examined without being asked to."""
+_FILES_SHOWN = 100
+_PAIRS_SHOWN = 60
 
 
 def add(page: Page) -> None:
     """Register the screen, and the addresses of what it shows of clips."""
-    sets = ClipSets(page.roots)
+    sets = ClipSets(page.roots, page.commands)
     app.include_router(clip_routes.router(sets))
 
     @ui.page("/data")
     async def screen(query: Annotated[ClipQuery, Query()]) -> None:
         runs = [folder.name for folder in await asyncio.to_thread(find_runs, page.runs)]
         with frame("Data", "/data", styles=["clips.css"], scripts=["clips.js"]):
-            _Chooser(runs, query)
-            if query.run or query.file or query.folder:
-                area = ui.element("div").classes("ow-found")
-                with area:
-                    ui.label("Reading the headers of the files...").props('role="status"')
+            _chooser(runs, query)
+            if query.kind:
+                clips = _Clips(sets, query)
                 await context.client.connected()
                 if context.client.has_socket_connection:  # and not given up meanwhile
-                    await _open(page, sets, query, area)
+                    await clips.open()
 
 
-async def _open(
-    page: Page, sets: ClipSets, query: ClipQuery, area: ui.element, *, again: bool = False
-) -> None:
-    try:
-        opened = await asyncio.to_thread(partial(sets.open, query, again=again))
-    except OnewanError as error:
-        area.clear()
-        with area, ui.element("div").classes("ow-card").props('role="alert"'):
-            ui.label(error.message).classes("ow-bad")
-            for line in error.details:
-                ui.label(line)
-        return
-    area.clear()
-    with area:
-        tab = context.client.tab_id or context.client.id
-        desk = Desk(sets, opened, f"{tab} {opened.key}", area)
-        reload = partial(_open, page, sets, query, area, again=True)
-        _DataScreen(page, desk, reload)
-
-
-async def _examined(page: Page, sets: ClipSets, opened: OpenSet) -> None:
-    """Run `onewan doctor`, and add what it has found."""
-
-    def told(line: str) -> None:
-        opened.progress = line.capitalize()
-
-    opened.failed = None
-    try:
-        arguments = ["doctor", str(opened.run_file), "--json"]
-        document = await page.commands.json_of(arguments, status=(0, 1), told=told)
-        # Anew, since files may have changed, and changes of scene are known only now.
-        opened.clips = await asyncio.to_thread(sets.clips, opened.clips.config)
-        opened.clips.examined(document)
-    except OnewanError as error:
-        opened.failed = str(error)
-    finally:
-        opened.progress = None
-
-
-class _Chooser:
+def _chooser(runs: list[str], query: ClipQuery) -> None:
     """Whose clips are shown."""
 
-    def __init__(self, names: list[str], query: ClipQuery) -> None:
-        kind = "run" if query.run else "file" if query.file else "folder" if query.folder else ""
-        kind = kind or ("run" if names else "folder")
-        with ui.element("section").classes("ow-card").props('aria-label="Whose clips"'):
-            about = "See each clip as it is trained and what speaks against it, and edit captions."
-            text("p", about).classes("ow-muted ow-about")
-            options = {"run": "A run", "file": "A run file", "folder": "A folder"}
-            toggle = ui.toggle(options, value=kind).props("no-caps unelevated")
-            with ui.element("div").classes("ow-row ow-fields"):
-                chosen_run = query.run if query.run in names else next(iter(names), None)
-                run = ui.select(names, label="Run", value=chosen_run)
-                file = ui.input("Run file", value=query.file)
-                folder = ui.input("Folder", value=query.folder)
-                own: dict[str, Any] = {
-                    "variant": ui.select(list(VARIANTS), label="Model", value=query.variant),
-                    "frames": ui.number("Most frames", value=query.frames, min=1, precision=0),
-                    "size": ui.input("Size, such as 832x480", value=query.size),
-                    "fps": ui.number("Frames per second", value=query.fps, min=0.1),
-                    "strategy": ui.select(
-                        ["", *get_args(Strategy)], label="Spans of videos", value=query.strategy
-                    ),
-                    "masks": ui.checkbox("Loss masks", value=query.masks),
-                }
-                for each in (run, file, folder, *own.values()):
-                    if not isinstance(each, ui.checkbox):
-                        each.props("outlined dense")
-                run.bind_visibility_from(toggle, "value", value="run")
-                file.bind_visibility_from(toggle, "value", value="file").classes("ow-wide")
-                folder.bind_visibility_from(toggle, "value", value="folder").classes("ow-wide")
-                for each in own.values():
-                    each.bind_visibility_from(toggle, "value", value="folder")
+    def show() -> None:
+        given = {name: f.value for name, f in fields.items() if f.visible and f.value}
+        ui.navigate.to(f"/data?{urlencode(given, errors='surrogateescape')}")
 
-                def go() -> None:
-                    chosen: dict[str, Any] = {
-                        toggle.value: (
-                            {"run": run, "file": file, "folder": folder}[toggle.value].value or ""
-                        ).strip()
-                    }
-                    if toggle.value == "folder":
-                        chosen |= {name: each.value for name, each in own.items()}
-                    given = {k: v for k, v in chosen.items() if v not in (None, "", False)}
-                    ui.navigate.to(f"/data?{urlencode(given, errors='surrogateescape')}")
-
-                ui.button("Show clips", on_click=go).props("no-caps")
+    with box("ow-card", "section", aria_label="Whose clips"):
+        about = "See each clip as it is trained and what speaks against it, and edit captions."
+        text("p", about, "ow-muted ow-about")
+        kinds = {"run": "A run", "file": "A run file", "folder": "A folder"}
+        kind = ui.toggle(kinds, value=query.kind or ("run" if runs else "folder"))
+        kind.props("no-caps unelevated")
+        run = query.run if query.run in runs else next(iter(runs), None)
+        spans = ["", *get_args(Strategy)]
+        with box("ow-row ow-fields"):
+            fields: dict[str, Any] = {
+                "run": ui.select(runs, label="Run", value=run),
+                "file": ui.input("Run file", value=query.file).classes("ow-wide"),
+                "folder": ui.input("Folder", value=query.folder).classes("ow-wide"),
+                "variant": ui.select(list(VARIANTS), label="Model", value=query.variant),
+                "frames": ui.number("Most frames", value=query.frames, min=1, precision=0),
+                "size": ui.input("Size, such as 832x480", value=query.size),
+                "fps": ui.number("Frames per second", value=query.fps, min=0.1),
+                "strategy": ui.select(spans, label="Spans of videos", value=query.strategy),
+                "masks": ui.checkbox("Loss masks", value=query.masks),
+            }
+            for name, field in fields.items():
+                own = name if name in kinds else "folder"
+                field.bind_visibility_from(kind, "value", value=own)
+            button("Show clips", show, "filled")
 
 
-class _DataScreen:
-    """The clips of one data set."""
+class _Clips:
+    """The clips that a query names, and what was found about them."""
 
-    def __init__(self, page: Page, desk: Desk, reload: Callable[[], Any]) -> None:
-        self._page, self._desk, self._reload = page, desk, reload
-        self._opened: OpenSet = desk.opened
-        self._player = ClipPlayer(desk)
-        self._chosen: list[Entry] = []
-        self._timer = ui.timer(2.0, self._watch, active=False)
-        self._head = ui.element("section").classes("ow-head").props('aria-label="What was found"')
-        with ui.tabs().props("no-caps align=left dense") as self._tabs:
-            for name in ("Clips", *PANELS):
-                ui.tab(name)
-        with ui.tab_panels(self._tabs, value="Clips").classes("ow-panels").props("keep-alive"):
-            with ui.tab_panel("Clips"):
-                self._clips_panel()
-            self._panels = {}
-            for name in PANELS:
-                with ui.tab_panel(name) as panel:
-                    self._panels[name] = panel
-        self._show_all()
-        kept = sum(entry.clip is not None for entry in self._opened.clips.entries)
-        if self._opened.clips.examination is None and 0 < kept <= _EXAMINED_AT_ONCE:
-            self._examine()
+    def __init__(self, sets: ClipSets, query: ClipQuery) -> None:
+        self._sets, self._query = sets, query
+        with box("ow-found") as self._area:
+            ui.label("Reading the headers of the files...").props('role="status"')
 
-    def _show_all(self) -> None:
-        self._show_head()
-        self._filter()
-        for name, panel in self._panels.items():
-            panel.clear()
-            with panel:
-                PANELS[name](self._desk)
+    async def open(self, *, again: bool = False) -> None:
+        """Show them; `again` reads all files anew."""
+        try:
+            opened = await self._sets.open(self._query, again=again)
+        except OnewanError as error:
+            with self._area.clear():
+                text("p", error, "ow-card ow-bad", role="alert")
+        else:
+            with self._area.clear():
+                self._fill(opened)
 
-    # --- What was found ---------------------------------------------------------------------------
-
-    def _show_head(self) -> None:
-        opened = self._opened
-        entries = opened.clips.entries
-        kept = [entry for entry in entries if entry.clip is not None]
-        numbers = [f"{count(len(kept), 'clip')} kept"]
-        if noted := sum(bool(entry.notes) for entry in kept):
-            numbers.append(f"{noted} with notes")
-        if refused := len(entries) - len(kept):
-            numbers.append(f"{count(refused, 'file')} refused")
-        if held_out := sum(entry.held_out for entry in kept):
-            numbers.append(f"{held_out} held out for validation")
-        self._head.clear()
-        with self._head:
-            text("h2", ", ".join(numbers))
-            with ui.element("div").classes("ow-row"):
-                examined = opened.clips.examination is not None
-                again = "Examine all frames again" if examined else "Examine all frames"
-                self._button = ui.button(again, on_click=self._examine)
-                self._button.set_enabled(bool(kept))
-                self._stop = ui.button("Stop", on_click=opened.stop)
-                for button in (self._button, self._stop):
-                    button.props("no-caps outline dense")
-                ui.button("Read the files again", on_click=self._reload).props("no-caps flat dense")
-            self._progress = ui.label().classes("ow-line").props('role="status"')
-            for line in opened.clips.unsure:
-                ui.label(line).classes("ow-warn")
+    def _fill(self, opened: OpenSet) -> None:
+        tab = context.client.tab_id or context.client.id
+        self._opened, self._shown = opened, None
+        self._session = EditSession(self._sets, opened, f"{tab} {opened.key}")
+        with box("ow-head", "section", aria_label="What was found"):
+            self._show_head = view(box(), self._head)
+            self._show_progress = view(box("ow-line", role="status"), ui.label)
             command = one_line(command_line(["doctor", str(opened.run_file)]))
             ui.label(f"The same in a terminal: {command}").classes("ow-mono ow-muted")
-        self._show_progress()
-
-    def _show_progress(self) -> None:
-        runs = self._opened.progress is not None
-        self._progress.text = self._opened.progress or ""
-        self._button.visible, self._stop.visible = not runs, runs
-        self._timer.active = runs
+        with ui.tabs().props("no-caps align=left dense") as tabs:
+            for name in ("Clips", *_PANELS):
+                ui.tab(name)
+        with ui.tab_panels(tabs, value="Clips").classes("ow-panels").props("keep-alive"):
+            with ui.tab_panel("Clips"):
+                self._grid()
+            self._panels = [view(ui.tab_panel(name), fill) for name, fill in _PANELS.items()]
+        self._show()
+        ui.timer(2.0, self._show)
 
     def _examine(self) -> None:
-        """Let `onewan doctor` look at all frames, in a process of its own."""
-        opened = self._opened
-        if opened.progress is None:
-            opened.progress = "Looking at all frames..."
-            opened.task = asyncio.create_task(_examined(self._page, self._desk.sets, opened))
-        self._show_progress()
+        self._sets.examine(self._opened)
+        self._show()
 
-    def _watch(self) -> None:
-        if self._opened.progress is not None:
-            self._show_progress()
-        elif not self._desk.is_typing:  # what is typed would be lost with its field
-            if self._opened.failed:
-                tell(self._opened.failed, error=True)
-            self._show_all()
+    def _show(self) -> None:
+        """Show how far the examination is, and what it has found."""
+        clips, progress = self._opened.clips, self._opened.progress
+        self._show_head(clips, progress is not None)
+        self._show_progress(progress or self._opened.failed or "")
+        # What is typed would be lost with its field.
+        if clips is not self._shown and not self._session.is_typing:
+            self._shown = clips
+            self._filter()
+            for show in self._panels:
+                show(self._session, clips)
 
-    # --- Clips ------------------------------------------------------------------------------------
+    def _head(self, clips: ClipSet, is_examined: bool) -> None:
+        text("h2", clips.summary)
+        with box("ow-row"):
+            if is_examined:
+                button("Stop", self._opened.stop, "outline", small=True)
+            else:
+                again = "" if clips.examination is None else " again"
+                examine = button(f"Examine all frames{again}", self._examine, "outline", small=True)
+                examine.set_enabled(bool(clips.kept))
+            button("Read the files again", partial(self.open, again=True), small=True)
+        for line in clips.unsure:
+            ui.label(line).classes("ow-warn")
 
-    def _clips_panel(self) -> None:
-        entries = self._opened.clips.entries
-        sources = sorted({entry.source for entry in entries if entry.source})
-        buckets = [name for name, _ in self._opened.clips.buckets]
-        with ui.element("div").classes("ow-row ow-fields"):
-            change = self._filter
-            self._state = ui.select(STATES, label="State", value="", on_change=change)
-            shown = {"": "All", **{source: one_line(source) for source in sources}}
-            self._source = ui.select(shown, label="Source", value="", on_change=change)
-            shapes = {"": "All", **{name: name for name in buckets}}
-            self._bucket = ui.select(shapes, label="Bucket", value="", on_change=change)
-            self._search = ui.input("Search names and captions", on_change=change)
-            self._search.props("clearable debounce=300").classes("ow-wide")
-            for each in (self._state, self._source, self._bucket, self._search):
-                each.props("outlined dense")
-        with ui.element("div").classes("ow-row"):
-            self._count = ui.label().props('role="status"').classes("ow-grow")
-            history_buttons(self._desk)
-        self._grid = ui.element("div").classes("ow-grid ow-clips").props('role="list"')
-        with ui.element("nav").props('aria-label="Pages of clips"').classes("ow-row"):
+    def _grid(self) -> None:
+        """The filters, and the clips that they leave."""
+        with box("ow-row ow-fields"):
+            self._filters: dict[str, Any] = {
+                name: ui.select(options, label=name.title(), value="", on_change=self._filter)
+                for name, options in self._opened.clips.choices().items()
+            }
+            search = ui.input("Search names and captions", on_change=self._filter)
+            self._filters["search"] = search.props("clearable debounce=300").classes("ow-wide")
+        with box("ow-row"):
+            self._count = text("div", "", "ow-grow", role="status")
+            edit_buttons(self._session)
+        self._show_cards = view(box("ow-grid ow-clips", role="list"), self._cards)
+        with box("ow-row", "nav", aria_label="Pages of clips"):
             self._pages = ui.pagination(1, 1, direction_links=True, on_change=self._show_page)
             self._pages.props("max-pages=7 boundary-numbers")
 
     def _filter(self) -> None:
-        self._chosen = self._opened.clips.chosen(
-            state=self._state.value or "",
-            source=self._source.value or "",
-            bucket=self._bucket.value or "",
-            search=self._search.value or "",
-        )
-        self._count.text = f"{len(self._chosen)} of {len(self._opened.clips.entries)}"
-        self._pages.max = max(1, -(-len(self._chosen) // _CARDS))
-        self._pages.visible = self._pages.max > 1
-        if self._pages.value != 1:
-            self._pages.value = 1  # which shows it
-        else:
-            self._show_page()
+        self._pages.value = 1
+        self._show_page()
 
     def _show_page(self) -> None:
-        first = ((self._pages.value or 1) - 1) * _CARDS
-        self._grid.clear()
-        with self._grid:
-            for index, entry in enumerate(self._chosen[first : first + _CARDS], first):
-                self._card(entry, index)
-            if not self._chosen:
-                ui.label("No clip fits these filters.").classes("ow-muted")
+        clips = self._opened.clips
+        chosen = clips.chosen(**{name: field.value or "" for name, field in self._filters.items()})
+        self._count.text = f"{len(chosen)} of {len(clips.entries)}"
+        self._pages.max = max(1, -(-len(chosen) // _CARDS))
+        self._pages.visible = self._pages.max > 1
+        self._show_cards(clips, chosen, min(self._pages.value or 1, self._pages.max))
 
-    def _card(self, entry: Entry, index: int) -> None:
+    def _cards(self, _: ClipSet, chosen: list[Entry], page: int) -> None:
+        first = (page - 1) * _CARDS
+        for index, entry in enumerate(chosen[first : first + _CARDS], first):
+            self._card(entry, partial(open_clip, self._session, chosen, index))
+        if not chosen:
+            ui.label("No clip fits these filters.").classes("ow-muted")
+
+    def _card(self, entry: Entry, opened: Callable[[], None]) -> None:
         name = one_line(entry.name)
-        with ui.element("article").classes("ow-card ow-clip").props('role="listitem"'):
-            button = ui.element("button").classes("ow-open")
-            button.props["aria-label"] = f"{'' if entry.clip else 'Refused: '}Open {name}"
-            button.on("click", lambda: self._player.open(self._chosen, index))
-            with button:
-                if entry.clip is None:
-                    ui.label("Refused").classes("ow-poster ow-no-poster")
-                else:
-                    poster(self._opened, entry)
+        with box("ow-card ow-clip", "article", role="listitem"):
+            label = f"{'' if entry.clip else 'Refused: '}Open {name}"
+            with box("ow-open", "button", aria_label=label).on("click", opened):
+                poster(self._session, entry)
             text("h3", name)
-            if entry.clip is None:
-                ui.label(entry.reason).classes("ow-bad")
-            else:
-                held_out = ", held out" if entry.held_out else ""
-                mask = ", mask" if entry.clip.mask else ""
-                ui.label(f"{entry.bucket}{mask}{held_out}").classes("ow-muted")
+            ui.label(entry.summary).classes("ow-muted" if entry.clip else "ow-bad")
             # Also where there are none yet: an examination moves nothing.
-            kinds = ui.label(", ".join(dict.fromkeys(note.kind for note in entry.notes)))
-            kinds.classes("ow-warn ow-line")
-            if entry.notes:
-                kinds.tooltip("\n".join(note.text for note in entry.notes))
-            CaptionField(self._desk, entry)
+            kinds = ", ".join(dict.fromkeys(note.kind for note in entry.notes))
+            notes = "\n".join(note.text for note in entry.notes)
+            text("div", kinds, "ow-warn ow-line", title=notes)
+            caption(self._session, entry)
+
+
+def _findings(_: EditSession, clips: ClipSet) -> None:
+    """Everything that was found, by kind."""
+    groups = clips.findings()
+    if not groups and not clips.notes:
+        ui.label("Nothing was found.").classes("ow-good")
+    for note in clips.notes:
+        ui.label(note)
+    for kind, found in groups.items():
+        title = f"{kind.capitalize()} ({len(found)})"
+        with ui.expansion(title, value=kind == "refused").classes("ow-card"):
+            facts((one_line(name), reason) for name, reason in found[:_FILES_SHOWN])
+            if (others := len(found) - _FILES_SHOWN) > 0:
+                ui.label(f"and {others} others; the filters of Clips show them")
+
+
+def _duplicates(session: EditSession, clips: ClipSet) -> None:
+    """Clips that are there twice, side by side."""
+    pairs = clips.duplicates()
+    if clips.examination is None:
+        ui.label("Duplicates are found when all frames are examined.").classes("ow-muted")
+    elif not pairs:
+        ui.label("No clip is there twice.").classes("ow-good")
+    for kind, first, second in pairs[:_PAIRS_SHOWN]:
+        same = "the same content" if kind == "duplicate" else "look nearly the same"
+        title = f"{one_line(first.name)} and {one_line(second.name)}: {same}"
+        with card(title, "ow-pair", "h3"), box("ow-two"):
+            for entry in (first, second):
+                with box():
+                    poster(session, entry)
+                    ui.label(one_line(str(entry.path))).classes("ow-muted")
+                    ui.label(clips.text(entry) or "No caption")
+    if (others := len(pairs) - _PAIRS_SHOWN) > 0:
+        ui.label(f"and {count(others, 'other pair')}").classes("ow-muted")
+
+
+def _buckets(_: EditSession, clips: ClipSet) -> None:
+    """How many clips have each shape, and what of them fills no batch."""
+    most = max((number for _, number in clips.buckets), default=1)
+
+    def bar(number: int) -> None:
+        box("ow-bar").style(f"width: {100 * number / most:.1f}%")
+
+    ui.label(
+        f"The clips of a batch have the same number of frames and the same size. A batch has "
+        f"{count(clips.config.train.batch_size, 'clip')} (train.batch_size)."
+    )
+    rows = (
+        (name, str(number), partial(bar, number), clips.batches(number))
+        for name, number in clips.buckets
+    )
+    table(("Bucket", "Clips", "", "Batches"), rows, "ow-buckets")
+
+
+def _contact_sheet(session: EditSession, _: ClipSet) -> None:
+    """The contact sheet, once it is drawn."""
+
+    def pages(addresses: list[str]) -> None:
+        for number, address in enumerate(addresses, 1):
+            name = f"Page {number} of the contact sheet"
+            box("ow-sheet", "img", src=address, alt=name, loading="lazy")
+
+    async def draw() -> None:
+        drawing.disable()
+        await attempt(partial(session.sets.draw_sheet, session.opened))
+        drawing.enable()
+        show(session.opened.sheet_addresses)
+
+    ui.label("First, middle and last frame of each clip as it is trained, on pages to print.")
+    drawing = button("Draw the contact sheet", draw, "outline")
+    show = view(box(), pages)
+    show(session.opened.sheet_addresses)
+
+
+_PANELS: dict[str, Callable[[EditSession, ClipSet], None]] = {
+    "Findings": _findings,
+    "Duplicates": _duplicates,
+    "Buckets": _buckets,
+    "Contact sheet": _contact_sheet,
+}
