@@ -10,7 +10,13 @@ from made_runs import MadeRun, write_run
 from support.interrupted import locking
 from support.trainers import SLEEP, begin, run_file, stand_in
 
-from onewan.runs.actions import Action, actions_of_entry, actions_of_run, forced_stop
+from onewan.runs.actions import (
+    Action,
+    Steering,
+    actions_of_entry,
+    actions_of_run,
+    forced_stop,
+)
 from onewan.runs.jobs import Jobs
 from onewan.runs.processes import force_stop
 
@@ -90,3 +96,24 @@ def test_a_run_that_is_trained_is_stopped_and_one_that_ended_goes_on(
     jobs.go_on("fox")
     assert of_run(jobs, "fox") == []
     assert jobs.now.queued("old") is None and jobs.now.run("no") is None
+
+
+def test_a_run_is_steered_while_it_is_trained_and_continued_when_it_has_ended(
+    jobs: Jobs, runs: Path, tmp_path: Path
+) -> None:
+    layout = write_run(runs / "fox", MadeRun(steps=4, on_device=False, end="finished"))
+    assert Steering.of(jobs.turn(), "fox") == Steering(can_continue=True)
+    layout.state(2).mkdir()
+    assert Steering.of(jobs.turn(), "fox") == Steering(can_continue=True, can_export=True)
+    jobs.pause("auto", True)
+    jobs.go_on("fox")
+    note = "In the queue: this queue is paused."
+    assert Steering.of(jobs.turn(), "fox") == Steering(can_export=True, note=note)
+    with locking(layout.lock):
+        begin(layout)
+        assert Steering.of(jobs.turn(), "fox") == Steering(is_active=True, can_export=True)
+    assert Steering.of(jobs.now, "no") == Steering()
+    jobs.queue.add(run_file(tmp_path, "new", "cuda:1"))
+    jobs.turn()
+    jobs.force_stop("new")
+    assert "ended before the run began" in Steering.of(jobs.turn(), "new").note

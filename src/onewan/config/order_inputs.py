@@ -4,7 +4,7 @@ changed settings."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -120,6 +120,11 @@ def setting_inputs(config: ResolvedRun) -> dict[str, list[SettingInput]]:
         for heading, starts in _GROUPS.items()
     }
     return {heading: found for heading, found in groups.items() if found}
+
+
+def overrides(settings: Iterable[SettingInput], texts: Mapping[str, str]) -> list[str]:
+    """Those of the settings whose texts, which are given by their names, are not as before."""
+    return [each.override(texts[each.name]) for each in settings if texts[each.name] != each.text]
 
 
 def _setting_input(name: str, data: Mapping[str, Any]) -> SettingInput:

@@ -80,6 +80,36 @@ def forced_stop(jobs: Jobs, name: str) -> Action:
     return Action("Force stop", partial(jobs.force_stop, name), title, question)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steering:
+    """What can be done with a run on its own screen."""
+
+    is_active: bool = False
+    """Whether its trainer takes requests, as far as can be told."""
+    can_continue: bool = False
+    can_export: bool = False
+    note: str = ""
+    """What keeps an ended run in the queue."""
+
+    @classmethod
+    def of(cls, now: Snapshot, name: str) -> Steering:
+        """That of the run called `name`, of which nothing may be known yet."""
+        run, queued, note = now.run(name), now.queued(name), ""
+        if run is not None and run.is_active:
+            return cls(is_active=True, can_export=run.status is not None)
+        if queued is not None and queued.entry.state == "failed":
+            note = "Its trainer ended before the run began; the screen Runs shows what it said."
+        elif queued is not None:
+            note = f"In the queue: {queued.reason or 'is being started'}."
+        waits = queued is not None and queued.entry.state != "failed"
+        status = None if run is None else run.status
+        return cls(
+            can_continue=status is not None and not waits,
+            can_export=status is not None and status.saved_step is not None,
+            note=note,
+        )
+
+
 def _deletion(jobs: Jobs, name: str) -> str:
     run = jobs.now.run(name)
     folder = name if run is None else run.folder

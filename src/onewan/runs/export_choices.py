@@ -62,3 +62,9 @@ class ExportChoices:
             own_format=config.output.formats[0],
             files=tuple((path, total_bytes(path)) for path in dict.fromkeys(paths)),
         )
+
+
+def export_arguments(layout: RunLayout, step: int, key_format: str) -> list[str]:
+    """The arguments for onewan that export the state of a step, also where its files exist."""
+    options = ["--step", str(step), "--format", key_format, "--force"]
+    return ["export", str(layout.root), *options]

@@ -12,7 +12,7 @@ from functools import partial
 from nicegui import ui
 
 from onewan.runs import steering
-from onewan.runs.actions import forced_stop
+from onewan.runs.actions import Steering, forced_stop
 from onewan.runs.layout import RunLayout
 from onewan.web.elements import box, button, tell, text
 from onewan.web.page import Page
@@ -47,27 +47,15 @@ def controls(page: Page, name: str) -> None:
     note = text("p", "", role="status")
 
     def show() -> None:
-        known, queued = jobs.now.run(name), jobs.now.queued(name)
-        status = known and known.status
-        is_active = known is not None and known.is_active
-        note.text = ""
-        waits = False
-        if queued is not None and not is_active:
-            waits = queued.entry.state != "failed"
-            note.text = (
-                f"In the queue: {queued.text}."
-                if waits
-                else "Its trainer ended before the run began; the screen Runs shows what it said."
-            )
-        note.set_visibility(bool(note.text))
+        found = Steering.of(jobs.now, name)
         for each in (stop, force, save, sample, change):
-            each.set_enabled(is_active)
-        goes_on = status is not None and not is_active and not waits
-        go_on.set_enabled(goes_on)
-        looks = ("unelevated", "outline") if goes_on else ("outline", "unelevated")
+            each.set_enabled(found.is_active)
+        go_on.set_enabled(found.can_continue)
+        looks = ("unelevated", "outline") if found.can_continue else ("outline", "unelevated")
         go_on.props(add=looks[0], remove=looks[1])
-        has_weights = status is not None and (is_active or status.saved_step is not None)
-        export.set_enabled(has_weights)
+        export.set_enabled(found.can_export)
+        note.text = found.note
+        note.set_visibility(bool(found.note))
 
     page.jobs_changed.subscribe(show)
     show()

@@ -6,16 +6,23 @@ import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from nicegui import ui
 
 from onewan.arithmetic.byte_sizes import format_bytes
 from onewan.config.load import load_run
-from onewan.config.order_inputs import OrderInput, sample_entered, sample_inputs, setting_inputs
+from onewan.config.order_inputs import (
+    OrderInput,
+    overrides,
+    sample_entered,
+    sample_inputs,
+    setting_inputs,
+)
 from onewan.errors import ConfigError, OnewanError
 from onewan.runs import steering
-from onewan.runs.export_choices import NOW, ExportChoices
+from onewan.runs.export_choices import NOW, ExportChoices, export_arguments
 from onewan.runs.layout import RunLayout
 from onewan.web.elements import box, button, dialog, styled, table, tell, text, view
 from onewan.web.page import Page
@@ -82,10 +89,8 @@ async def ask_to_export(page: Page, layout: RunLayout) -> None:
                 return
             start.disable()
             told.text = "Exporting ..."
-            options = ["--step", str(weights.value), "--format", key_format.value, "--force"]
-            command = page.commands.start(
-                f"Export {layout.name}", ["export", str(layout.root), *options]
-            )
+            arguments = export_arguments(layout, weights.value, key_format.value)
+            command = page.commands.start(f"Export {layout.name}", arguments)
             failed = await command.wait()
             told.text = "\n".join(command.output)
             told.classes(replace="ow-bad" if failed else "ow-mono")
@@ -143,13 +148,10 @@ async def change_settings(layout: RunLayout) -> None:
     groups = setting_inputs(await asyncio.to_thread(steering.present_settings, layout))
 
     def order(entered: Mapping[str, str]) -> str:
-        settings = [setting for group in groups.values() for setting in group]
-        changed = [each for each in settings if entered[each.name] != each.text]
-        if not changed:
+        changes = overrides(chain(*groups.values()), entered)
+        if not changes:
             raise OnewanError("Nothing is changed yet.")
-        return steering.order_settings(
-            layout, [each.override(entered[each.name]) for each in changed]
-        )
+        return steering.order_settings(layout, changes)
 
     with dialog(f"Change settings of {layout.name}", "run-dialog") as made:
         text("p", "A change is in force from the next step on, and recorded with it.")
