@@ -5,7 +5,7 @@ Imports neither torch nor diffusers, so that it answers at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,23 +22,34 @@ from onewan.memory.plan import (
     Bucket,
     BucketPlan,
     Plan,
+    Processes,
     RunTime,
     Settings,
+    divided,
     find_machine,
     make_plan,
+    of_each_process,
     read_stored_model,
 )
+from onewan.parallel.run_division import division_of
+from onewan.train.cadence import Cadence
 from onewan.variants import ExpertName
 
 _BUCKETS_SHOWN = 8
 
 
 def plan(
-    run: Path, overrides: Sequence[str], *, vram: int | None, ram: int | None, as_json: bool
+    run: Path,
+    overrides: Sequence[str],
+    *,
+    vram: int | None,
+    ram: int | None,
+    gpus: int,
+    as_json: bool,
 ) -> int:
     """Print the plan of a run. Returns 0 if the run fits, else 1."""
     config = load_run(run_file_of(run), overrides)
-    found = plan_of(config, vram, ram)
+    found = plan_of(config, vram, ram, gpus)
     if as_json:
         write_json(found.as_data())
     else:
@@ -47,8 +58,12 @@ def plan(
     return 0 if found.fits else 1
 
 
-def plan_of(config: ResolvedRun, vram: int | None = None, ram: int | None = None) -> Plan:
-    """The plan of `config`; `vram` and `ram`, in bytes, replace those of the run file."""
+def plan_of(
+    config: ResolvedRun, vram: int | None = None, ram: int | None = None, gpus: int = 1
+) -> Plan:
+    """The plan of `config`; `vram` and `ram`, in bytes, replace those of the run file. With several
+    `gpus` it is that of one of as many processes, and has what they give together."""
+    division = division_of(config, gpus)
     memory = config.memory
     machine = find_machine(
         vram if vram is not None or memory.vram is None else parse_bytes(memory.vram),
@@ -63,11 +78,21 @@ def plan_of(config: ResolvedRun, vram: int | None = None, ram: int | None = None
         Bucket(frames=frames, width=width, height=height): count
         for (frames, (width, height)), count in expected.clips.items()
     }
-    plan = make_plan(config, clips, machine, read_stored_model(config), notes=expected.notes)
+    stored = read_stored_model(config)
+    each = of_each_process(machine, gpus)
+    plan = make_plan(config, clips, each, stored, notes=expected.notes)
+    if gpus > 1:
+        plan = divided(plan, config, clips, stored, machine, division, _is_due(config))
     plan = replace(plan, clips=0 if expected.assumed else sum(clips.values()))
     if unpacked := bytes_of_archives(config):
         plan = replace(plan, disk={ARCHIVES: unpacked, **plan.disk})
     return plan
+
+
+def _is_due(config: ResolvedRun) -> Callable[[int], bool]:
+    """Whether something is done, or changes, after so many steps."""
+    cadence, changes = Cadence.of(config), {change.step for change in config.changes}
+    return lambda step: step in changes or cadence.at(step).anything
 
 
 def _lines(config: ResolvedRun, plan: Plan) -> Iterator[str]:
@@ -82,6 +107,12 @@ def _lines(config: ResolvedRun, plan: Plan) -> Iterator[str]:
         f"The clips that need most are {worst.bucket} (frames x height x width), "
         f"{worst.tokens:,} tokens each."
     )
+    if plan.processes is not None:
+        count = plan.processes.count
+        yield (
+            f"This is the plan of each of {count} processes, which have a device each and share "
+            f"{format_bytes(count * machine.ram)} of host memory."
+        )
     yield ""
     yield from _phase_table(plan)
     yield ""
@@ -99,7 +130,10 @@ def _lines(config: ResolvedRun, plan: Plan) -> Iterator[str]:
         yield f"    {_time_text(bucket)}"
     if len(plan.buckets) > _BUCKETS_SHOWN:
         yield f"  and {len(plan.buckets) - _BUCKETS_SHOWN} buckets that need less memory"
-    yield from _run_time_lines(plan.run_time)
+    if plan.processes is None:
+        yield from _run_time_lines(plan.run_time)
+    else:
+        yield from _process_lines(plan.processes)
     disk = ", ".join(f"{name} {format_bytes(amount)}" for name, amount in plan.disk.items())
     yield f"Disk: {disk}."
     for note in plan.notes:
@@ -160,6 +194,26 @@ def _run_time_lines(time: RunTime) -> Iterator[str]:
     if time.validations:
         parts.append(f"validation {format_duration(time.validations * time.validation)}")
     yield f"The whole run takes about {format_duration(time.total)}: {', '.join(parts)}."
+
+
+def _process_lines(found: Processes) -> Iterator[str]:
+    yield ""
+    yield f"With {found.count} devices: {found.division}."
+    step = f"A step takes {format_duration(found.step)}"
+    if found.parts > 1:
+        clips = "1 clip" if found.clips_of_each == 1 else f"{found.clips_of_each} clips"
+        step += (
+            f" with {clips} of its {found.clips} on each device, "
+            f"{format_duration(found.summing)} of it for the sums of "
+            f"{format_bytes(found.gradient_bytes)} of gradients"
+        )
+    yield f"{step}."
+    yield (
+        f"The whole run takes about {format_duration(found.total)} instead of "
+        f"{format_duration(found.alone)} on one device: {found.alone / found.total:.2f} times as "
+        "fast."
+    )
+    yield f"All processes together need {format_bytes(found.host_bytes)} of host memory."
 
 
 def _videos(count: int, what: str, seconds: float) -> str:

@@ -21,6 +21,13 @@ def add_memory_option(parser: argparse.ArgumentParser, name: str, text: str) -> 
     parser.add_argument(name, type=amount, metavar="AMOUNT", help=text)
 
 
+def _count(value: str) -> int:
+    """The number of an option, at least 1."""
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"is {value!r}, and should be a number from 1 on")
+    return int(value)
+
+
 def add_doctor(commands: Commands) -> None:
     parser = add_command(
         commands,
@@ -219,6 +226,13 @@ def add_plan(commands: Commands) -> None:
         parser, "--vram", "device memory, such as 24GB (default: that of this machine)"
     )
     add_memory_option(parser, "--ram", "host memory, such as 64GB (default: that of this machine)")
+    parser.add_argument(
+        "--gpus",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="what N processes give that torchrun starts on one machine, each with such a device",
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
     def run(options: argparse.Namespace) -> int:
@@ -229,6 +243,7 @@ def add_plan(commands: Commands) -> None:
             options.overrides,
             vram=options.vram,
             ram=options.ram,
+            gpus=options.gpus,
             as_json=options.json,
         )
 

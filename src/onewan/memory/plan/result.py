@@ -96,6 +96,36 @@ class RunTime:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Processes:
+    """What several processes on one machine give a run, each with a device of its own. By
+    arithmetic."""
+
+    count: int
+    division: str
+    """What each of them does, for the user."""
+    side_by_side: bool
+    """Whether two experts are trained at the same time."""
+    parts: int
+    """In how many parts a step's clips are shared."""
+    clips: int
+    """Of a step."""
+    clips_of_each: int
+    """Of a step, that the process with most of them has."""
+    step: float
+    """Seconds of an optimizer step, with what processes wait for each other."""
+    summing: float
+    """Seconds of it for the sums of gradients, which are sent at the rate of the bus."""
+    gradient_bytes: int
+    """That each process has to sum with others in a step."""
+    total: float
+    """Seconds of the whole run, as `RunTime.total`."""
+    alone: float
+    """The same with one process, which has all of the host's memory."""
+    host_bytes: int
+    """Of host memory at the peak, of all processes together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BucketPlan:
     """The settings for the clips of one bucket, and what a training step then needs."""
 
@@ -130,6 +160,8 @@ class Plan:
     """What was assumed."""
     clips: int = 0
     """Number of clips, by the headers of their files; 0: there are none yet, or it is not known."""
+    processes: Processes | None = None
+    """What several processes give, of which the rest is the plan of one; None: there is one."""
 
     @property
     def worst(self) -> BucketPlan:
@@ -231,6 +263,7 @@ class Plan:
             "sampling_resident_blocks": self.sampling_resident_blocks,
             "disk": dict(self.disk),
             "run_time": {**asdict(self.run_time), "total": self.run_time.total},
+            "processes": None if self.processes is None else asdict(self.processes),
             "suggestions": [asdict(suggestion) for suggestion in self.suggestions],
             "notes": list(self.notes),
         }

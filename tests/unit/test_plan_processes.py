@@ -1,0 +1,189 @@
+"""The plan of several processes: their division, the time of a step and of the run, memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from onewan.arithmetic.byte_sizes import parse_bytes
+from onewan.cli import main
+from onewan.cli.plan import plan_of
+from onewan.config.load import load_run
+from onewan.errors import ConfigError
+from onewan.memory.plan import Plan, Processes
+from onewan.parallel.run_division import division_of
+
+RUN = """
+model: {{path: Owner/Model, variant: {variant}}}
+wan_config: {{max_frames: 33}}
+video_data: {{resolution: [832, 480]}}
+validation: {{clips: 0}}
+train: {{steps: 2000, save_every: 500, switch_expert_every: 1, accumulation: 1, batch_size: 1}}
+"""
+
+
+@pytest.fixture
+def plan(tmp_path: Path):
+    """`plan("ti2v-5b", 4, "train.accumulation=4")` is the plan of a run on 4 devices of 80 GB."""
+
+    def build(variant: str, gpus: int, *overrides: str, ram: str = "4TB") -> Plan:
+        file = tmp_path / "run.yaml"
+        file.write_text(RUN.format(variant=variant), encoding="utf-8")
+        return plan_of(load_run(file, overrides), parse_bytes("80GB"), parse_bytes(ram), gpus)
+
+    return build
+
+
+def processes(plan: Plan) -> Processes:
+    assert plan.processes is not None
+    return plan.processes
+
+
+def test_one_process_has_the_plan_that_it_had(plan) -> None:
+    assert plan("t2v-a14b", 1).processes is None
+
+
+def test_two_experts_at_the_same_time_take_half_of_the_time(plan) -> None:
+    found = processes(plan("t2v-a14b", 2))
+    assert found.side_by_side and found.parts == 1
+    assert found.summing == found.gradient_bytes == 0
+    assert found.alone / found.total == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "times"),
+    [
+        # Blocks as long as the interval at which a state is saved: one expert trains, one waits.
+        (["train.switch_expert_every=500"], 1),
+        (["train.switch_expert_every=100"], 10 / 6),  # 100 + 100 + 200 of 500 steps: 300 at a time
+        (["train.switch_expert_every=250"], 2),
+        (["train.high_expert_share=0.25"], 4 / 3),
+        (["changes=[{step: 1, settings: {optimizer.lr: 5e-5}}]"], 2000 / 1001),
+    ],
+)
+def test_processes_of_two_experts_wait_where_something_is_due(
+    plan, overrides: list[str], times: float
+) -> None:
+    found = processes(plan("t2v-a14b", 2, *overrides))
+    assert found.alone / found.total == pytest.approx(times)
+
+
+def test_parts_of_a_step_divide_its_time_but_for_the_sums(plan) -> None:
+    given = plan("ti2v-5b", 4, "train.accumulation=4")
+    found = processes(given)
+    assert (found.side_by_side, found.parts, found.clips, found.clips_of_each) == (False, 4, 4, 1)
+    assert found.gradient_bytes == given.worst.training.device["gradients"]
+    # In a ring each device sends 3/4 of the bytes to be summed, and 3/4 of them summed.
+    assert found.summing == pytest.approx(1.5 * found.gradient_bytes / given.machine.bus)
+    assert found.step == pytest.approx(given.run_time.step / 4 + found.summing)
+    assert 3.8 < found.alone / found.total < 4
+
+
+@pytest.mark.parametrize(
+    ("gpus", "overrides", "each"),
+    [
+        (2, ["train.accumulation=3"], 2),
+        (4, ["train.accumulation=2", "train.batch_size=3"], 2),
+        (3, ["train.accumulation=1", "train.batch_size=6"], 2),
+    ],
+)
+def test_a_step_takes_as_long_as_its_largest_part(
+    plan, gpus: int, overrides: list[str], each: int
+) -> None:
+    given = plan("ti2v-5b", gpus, *overrides)
+    found = processes(given)
+    assert found.clips_of_each == each
+    without_sums = found.step - found.summing
+    assert without_sums == pytest.approx(given.run_time.step * each / found.clips, rel=0.01)
+
+
+def test_both_ways_together_multiply(plan) -> None:
+    found = processes(plan("t2v-a14b", 8, "train.accumulation=4"))
+    assert found.side_by_side and found.parts == 4
+    assert found.division == (
+        "8 processes, both experts trained at the same time, 4 for each expert with parts of a "
+        "step's clips"
+    )
+    assert 7.8 < found.alone / found.total < 8
+
+
+def test_validation_is_divided_by_experts_and_clips(plan) -> None:
+    without, rest = (
+        processes(plan("t2v-a14b", 4, "train.accumulation=2", f"validation.clips={clips}"))
+        for clips in (0, 3)
+    )
+    added_alone, added = rest.alone - without.alone, rest.total - without.total
+    assert added == pytest.approx(added_alone / 2 * 2 / 3)
+
+
+def test_processes_share_the_host_memory(plan) -> None:
+    given = plan("t2v-a14b", 2, ram="128GB")
+    half = plan("t2v-a14b", 1, ram="64GB")
+    assert given.worst == half.worst
+    assert processes(given).host_bytes == 2 * given.host_peak.host_bytes
+    assert plan("t2v-a14b", 1, ram="128GB").fits
+    crowded = plan("t2v-a14b", 4, "train.accumulation=2", ram="128GB")
+    assert not crowded.fits and "host memory" in crowded.problems()[-1]
+
+
+@pytest.mark.parametrize(
+    ("variant", "gpus", "overrides", "message"),
+    [
+        ("ti2v-5b", 2, [], "train.accumulation: a step has 1 clip .* 2 processes can't share"),
+        ("t2v-a14b", 8, ["train.batch_size=2"], "a step has 2 clips .* which 4 processes"),
+        ("t2v-a14b", 3, ["parallel.experts=side_by_side"], "3 processes can't be divided"),
+        ("ti2v-5b", 2, ["parallel.experts=side_by_side"], "trains one expert only"),
+        (
+            *("t2v-a14b", 2),
+            ["parallel.experts=side_by_side", "embeddings=[{placeholder: <fox>, initial_text: a}]"],
+            "both experts train the same embeddings",
+        ),
+        (
+            *("t2v-a14b", 4),
+            [
+                *("method={kind: fine_tune, fused_step: true}", "train.max_grad_norm=null"),
+                "train.batch_size=2",
+            ],
+            "method.fused_step: updates weights in the backward pass",
+        ),
+    ],
+)
+def test_a_plan_refuses_what_the_run_would(
+    plan, variant: str, gpus: int, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(variant, gpus, *overrides)
+
+
+def test_fused_steps_need_no_sums_with_one_process_for_each_expert(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(RUN.format(variant="t2v-a14b"), encoding="utf-8")
+    fused = ["method={kind: fine_tune, fused_step: true}", "train.max_grad_norm=null"]
+    assert division_of(load_run(file, fused), 2).side_by_side
+
+
+def test_the_command_prints_what_several_devices_give(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(RUN.format(variant="t2v-a14b"), encoding="utf-8")
+    command = ["plan", str(file), "--vram", "80GB", "--ram", "512GB", "--gpus", "4"]
+    assert main([*command, "train.accumulation=2"]) == 0
+    text = capsys.readouterr().out
+    assert "each of 4 processes, which have a device each and share 512.0 GB" in text
+    assert "With 4 devices: 4 processes, both experts trained at the same time, 2 for each" in text
+    assert "with 1 clip of its 2 on each device" in text
+    assert "times as fast" in text
+    assert main([*command, "train.accumulation=2", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)["processes"]
+    assert data["count"] == 4 and data["alone"] > data["total"] > 0
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two"])
+def test_the_number_of_devices_is_checked(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["plan", "run.yaml", f"--gpus={value}"])
+    assert end.value.code == 2
+    assert "should be a number from 1 on" in capsys.readouterr().err
