@@ -1,4 +1,4 @@
-"""`SampleMaker`: generates the sample videos of a run while it trains.
+"""`SampleMaker`: generates the sample videos of a run while it trains, divided among its processes.
 
 A video that fails does not end the run: its error is reported, and training goes on.
 """
@@ -6,19 +6,38 @@ A video that fails does not end the run: its error is reported, and training goe
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from onewan.errors import Interrupted, OnewanError
+from torch import Tensor
+
+from onewan.errors import Interrupted, OnewanError, one_line
 from onewan.runs import events
 from onewan.runs.layout import RunLayout
 from onewan.runs.log import RunLog
 from onewan.sample.generate import SampleRequest, WanModelSampler
 from onewan.train.run import Run
+from onewan.train.state import Trainable
 
 log = logging.getLogger(__name__)
+
+_PIECE = 256 << 20
+"""Bytes of weights that are sent at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Video:
+    """A video that is to be made."""
+
+    number: int
+    name: str
+    """Of its file, without the ending."""
+    request: SampleRequest
+    requested: bool = False
+    """Whether it was ordered while the run trains."""
 
 
 class SampleMaker:
@@ -27,7 +46,8 @@ class SampleMaker:
     def __init__(
         self, layout: RunLayout, log: RunLog, stop_if_requested: Callable[[], None]
     ) -> None:
-        """`stop_if_requested` is called after each denoising step, and may raise Interrupted."""
+        """`stop_if_requested` is called after each denoising step, and may raise Interrupted: in
+        this process only, and the others stop after the video that they are making."""
         self._layout = layout
         self._log = log
         self._stop_if_requested = stop_if_requested
@@ -36,58 +56,140 @@ class SampleMaker:
         earlier one that ended before its first saved state, and may have other settings."""
 
     def make(self, run: Run, requests: Iterable[SampleRequest]) -> None:
-        """The videos of the run file's prompts at the present step, in their order."""
-        for number, request in enumerate(requests):
-            name = f"{number}-distilled" if request.distilled else f"{number}"
-            path = self._path(run, name)
-            if not (path.exists() and self.keep_existing):
-                self._make(run, request, path, number, requested=False)
+        """The videos of the run file's prompts at the present step, in their order.
 
-    def make_requested(self, run: Run, request: SampleRequest) -> None:
-        """A video of another prompt, beside those of the run file."""
+        All processes of the run call this, and the first one has the whole state of the run. Each
+        makes the next video of those that are left.
+        """
+        videos = [
+            _Video(
+                number=number,
+                name=f"{number}-distilled" if request.distilled else f"{number}",
+                request=request,
+            )
+            for number, request in enumerate(requests)
+        ]
+        self._make_all(
+            run,
+            [v for v in videos if not (self._path(run, v).exists() and self.keep_existing)],
+        )
+
+    def make_requested(self, run: Run, request: SampleRequest | None) -> None:
+        """A video of another prompt, beside those of the run file. All processes call this; the
+        first one's `request` counts."""
+        if request is None:
+            self._make_all(run, [])
+            return
         number = len(run.samples)
-        while (path := self._path(run, f"requested-{number}")).exists():
+        while True:
+            video = _Video(
+                number=number, name=f"requested-{number}", request=request, requested=True
+            )
+            if not self._path(run, video).exists():
+                break
             number += 1
-        self._make(run, request, path, number, requested=True)
+        self._make_all(run, [video])
 
-    def _path(self, run: Run, name: str) -> Path:
-        return self._layout.samples(run.state.step) / f"{name}.{run.config.sample.format}"
+    def _make_all(self, run: Run, videos: Sequence[_Video]) -> None:
+        """Make the `videos` of the first process: one in each process at a time."""
+        ranks = run.ranks
+        videos = ranks.from_first(videos)
+        if len(videos) > 1 and run.division.side_by_side:
+            _give_weights(run)
+        for start in range(0, len(videos), ranks.count):
+            own = videos[start : start + ranks.count][ranks.rank : ranks.rank + 1]
+            # Waits for all: processes take about the same time for videos of one size, and what
+            # is reported stays in the order of the videos.
+            reports = ranks.gathered([self._report_of(run, video) for video in own])
+            made = [report for part in reports for report in part]
+            for report in made:
+                if report is not None:
+                    self._log.emit(report)
+            if None in made:
+                raise Interrupted
 
-    def _make(
-        self, run: Run, request: SampleRequest, path: Path, number: int, *, requested: bool
-    ) -> None:
-        sampler = WanModelSampler(run.model, residency=run.residency, distilled=run.distilled)
-        run.memory.use_for_sampling()
+    def _path(self, run: Run, video: _Video) -> Path:
+        folder = self._layout.samples(run.state.step)
+        return folder / f"{video.name}.{run.config.sample.format}"
+
+    def _report_of(self, run: Run, video: _Video) -> events.Event | None:
+        """Make a video; what became of it, None if it was interrupted."""
+        request, path = video.request, self._path(run, video)
         try:
-            with ExitStack() as weights:
-                # For a schedule-free optimizer, "trained" selects its average.
-                for trainable in run.state.trainables:
-                    weights.enter_context(trainable.using("trained"))
-                sampler.sample_to(
-                    path,
-                    request,
-                    # While embeddings are trained, the cached text would be outdated.
-                    text=None if run.config.embeddings else run.prompt_text,
-                    on_step=partial(self._on_step, run.state.step, number),
-                )
+            self._make(run, video, path)
         except Interrupted:
-            raise
+            return None
         except Exception as error:  # hours of training must not be lost to a failed preview
             if not isinstance(error, OnewanError):
                 log.exception("sampling failed")
-            self._log.warn(f"sampling '{request.prompt}' failed: {error}")
-            return
-        self._log.emit(
-            events.Sampled(
-                step=run.state.step,
-                file=path,
-                prompt=request.prompt,
-                distilled=request.distilled,
-                requested=requested,
-                seed=request.seed,
-            )
+            return events.Warned(text=one_line(f"sampling '{request.prompt}' failed: {error}"))
+        return events.Sampled(
+            step=run.state.step,
+            file=path,
+            prompt=request.prompt,
+            distilled=request.distilled,
+            requested=video.requested,
+            seed=request.seed,
         )
+
+    def _make(self, run: Run, video: _Video, path: Path) -> None:
+        sampler = WanModelSampler(run.model, residency=run.residency, distilled=run.distilled)
+        run.memory.use_for_sampling()
+        with ExitStack() as weights:
+            for trainable in _with_state(run):
+                # For a schedule-free optimizer, "trained" selects its average.
+                weights.enter_context(trainable.using("trained"))
+            sampler.sample_to(
+                path,
+                video.request,
+                # While embeddings are trained, the cached text would be outdated.
+                text=None if run.config.embeddings else run.prompt_text,
+                on_step=partial(self._on_step, run.state.step, video.number),
+            )
 
     def _on_step(self, step: int, number: int, done: int, total: int) -> None:
         self._log.emit(events.Sampling(step=step, number=number, done=done, total=total))
         self._stop_if_requested()
+
+
+def _with_state(run: Run) -> list[Trainable]:
+    """What has its optimizer's present state in this process. Experts that others train have only
+    the weights to sample with (`_give_weights`)."""
+    if run.ranks.is_first:
+        return run.state.trainables
+    names = {*run.group.experts, "embeddings"}
+    return [trainable for trainable in run.state.trainables if trainable.name in names]
+
+
+def _give_weights(run: Run) -> None:
+    """Give each process the weights of the experts that others train, as they are sampled with.
+    They come from the first process, which has the whole state of the run."""
+    ranks = run.ranks
+    for group in run.division.groups:
+        if not set(range(1, ranks.count)) - set(group.ranks):
+            continue  # nobody lacks them
+        for trainable in run.trained_by(group):
+            received = dict[str, Tensor]()
+            with ExitStack() as weights:
+                pieces: Iterator[Mapping[str, Tensor]] = iter(())
+                if ranks.is_first:
+                    weights.enter_context(trainable.using("trained"))
+                    pieces = _pieces(trainable.weights.present())
+                while piece := ranks.from_first(next(pieces, None)):
+                    received |= piece
+            if not ranks.is_first and ranks.rank not in group.ranks:
+                trainable.settle()
+                trainable.weights.write(received, "rank 0")
+
+
+def _pieces(weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The weights on the host, in parts of about `_PIECE` bytes."""
+    piece, size = dict[str, Tensor](), 0
+    for name, weight in weights.items():
+        piece[name] = weight.detach().cpu()
+        size += weight.nbytes
+        if size >= _PIECE:
+            yield piece
+            piece, size = {}, 0
+    if piece:
+        yield piece

@@ -94,7 +94,7 @@ class WanTrainer:
         self._saver = StateSaver(config, self._layout, self._log, overrides)
         self._exporter = WeightExporter(self._layout, self._log)
         self._validator = Validator(self._log, self._exporter, self._stop_if_alone)
-        self._samples = SampleMaker(self._layout, self._log, self._stop_if_alone)
+        self._samples = SampleMaker(self._layout, self._log, self._stop_here)
         self._steering = Steering(self._layout, self._log, self._record)
         self._memory_limit: int | None = None
         """Bytes of the device that may be used; None if it has no limit."""
@@ -318,8 +318,7 @@ class WanTrainer:
         with first_alone(self._ranks) as is_first:
             if is_first and due.export and not self._exporter.is_complete(run):
                 self._exporter.export(run)
-            if is_first:
-                self._sample_due(run, due)
+        self._sample_due(run, due)
 
     def _report(self, step: events.StepDone, seconds: float) -> None:
         """Tell of a step, which has taken `seconds` with loading its clips."""
@@ -345,18 +344,16 @@ class WanTrainer:
         # of the best weights that a state knows are complete.
         best = due.validate and self._validate(run)
         with first_alone(self._ranks) as is_first:
-            if not is_first:
-                return
-            if due.save or best:
+            if is_first and (due.save or best):
                 with self._time.doing("save"):
                     self._saver.save(run, last=run.state.step == self._config.train.steps)
-            if due.export:
+            if is_first and due.export:
                 with self._time.doing("export"):
                     self._exporter.export(run)
-            self._sample_due(run, due)
-            while request is not None:
-                self._samples.make_requested(run, request)
-                request = next(requested, None)
+        self._sample_due(run, due)
+        while self._ranks.from_first(request is not None):
+            self._samples.make_requested(run, request)
+            request = next(requested, None)
 
     def _bring_together(self, run: Run) -> None:
         """Give the first process what others have trained, which then has the whole state."""
@@ -411,6 +408,12 @@ class WanTrainer:
         """The same in the middle of work that other processes wait for: only without any."""
         if self._ranks.count == 1:
             self._stop_if_requested()
+
+    def _stop_here(self) -> None:
+        """The same in the middle of work after which this process tells the others."""
+        self._stop_if_alone()
+        if self._stop_signals.requested or pending(self._layout, "stop"):
+            raise Interrupted
 
     def _take(self, name: Request) -> bool:
         try:
@@ -493,5 +496,4 @@ class WanTrainer:
 
     def _on_encoding(self, what: str, done: int, total: int) -> None:
         self._log.emit(events.Encoding(what=what, done=done, total=total))
-        if self._stop_signals.requested or pending(self._layout, "stop"):
-            raise Interrupted
+        self._stop_here()
