@@ -23,7 +23,8 @@ class Field(EditedCaption):
     def __init__(self, session: EditSession, place: Place, answer: Answer = None) -> None:
         entry: Any = SimpleNamespace(name=place.path.name, clip=object())
         super().__init__(session, entry, place)
-        self.answer, self.asked, self.notes = answer, list[str](), list[tuple[str, State]]()
+        self.answer: Answer = answer
+        self.asked, self.notes = list[str](), list[tuple[str, State]]()
         self.gone = False
 
     @property

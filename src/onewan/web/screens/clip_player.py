@@ -1,4 +1,4 @@
-"""The dialog in which one clip is looked at: its frames as they are trained, beside its file's."""
+"""A clip as a small picture, and the dialog in which its frames are seen as they are trained."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def open_clip(session: EditSession, entries: Sequence[Entry], index: int) -> Non
         if 0 <= index + by < len(entries):
             index += by
             name.text = one_line(entries[index].name)
-            before.set_enabled(index > 0)
-            behind.set_enabled(index + 1 < len(entries))
+            previous.set_enabled(index > 0)
+            following.set_enabled(index + 1 < len(entries))
             show(session, entries[index])
 
     with ui.context.client, ui.dialog() as dialog, ui.card().classes("ow-dialog ow-player"):
         # The heading stays where it is from clip to clip, and with it the cursor on its buttons.
         with box("ow-row"):
             name = text("h2", "", "ow-grow")
-            before = button("", partial(go, -1), icon="chevron_left", about="Previous clip")
-            behind = button("", partial(go, 1), icon="chevron_right", about="Next clip")
+            previous = button("", partial(go, -1), icon="chevron_left", about="Previous clip")
+            following = button("", partial(go, 1), icon="chevron_right", about="Next clip")
             button("", dialog.close, icon="close", about="Close").props("autofocus")
         show = view(box("ow-clip-body"), _clip)
     dialog.props('maximized aria-label="A clip"').on("hide", dialog.delete)
@@ -73,19 +73,19 @@ def _clip(session: EditSession, entry: Entry) -> None:
     caption(session, entry, rows=5)
 
 
-def _view(source: str, entry: Entry, clip: Clip, of: View) -> None:
+def _view(source: str, entry: Entry, clip: Clip, kind: View) -> None:
     """A video or picture of a clip; over the one of its file, what is cropped is dimmed."""
-    width, height = clip.source_size if of == "original" else clip.size
+    width, height = clip.source_size if kind == "original" else clip.size
     shape = f"aspect-ratio: {width} / {height}; max-width: calc(60vh * {width / height:.4f})"
-    name = f"{VIEW_NAMES[of]} of {one_line(entry.name)}"
+    name = f"{VIEW_NAMES[kind]} of {one_line(entry.name)}"
     with box("ow-view").style(shape):
-        if clip.frames > 1 and of != "condition":
+        if clip.frames > 1 and kind != "condition":
             video = box(tag="video", src=source, aria_label=name)
             video.props("muted loop playsinline preload=auto")
-            video.props("controls autoplay" if of == "trained" else "")
+            video.props("controls autoplay" if kind == "trained" else "")
         else:
             box(tag="img", src=source, alt=name)
-        if of == "original":
+        if kind == "original":
             left, top, across, down = (f"{100 * part:.3f}%" for part in crop_of(clip))
             crop = f"left: {left}; top: {top}; width: {across}; height: {down}"
             box("ow-crop").style(crop)

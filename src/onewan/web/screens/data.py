@@ -108,7 +108,7 @@ class _Clips:
         self._session = EditSession(self._sets, opened, f"{tab} {opened.key}")
         with box("ow-head", "section", aria_label="What was found"):
             self._show_head = view(box(), self._head)
-            self._show_progress = view(box("ow-line", role="status"), ui.label)
+            self._show_progress = view(box("ow-line", role="status"), partial(text, "div"))
             command = one_line(command_line(["doctor", str(opened.run_file)]))
             ui.label(f"The same in a terminal: {command}").classes("ow-mono ow-muted")
         with ui.tabs().props("no-caps align=left dense") as tabs:
@@ -129,7 +129,7 @@ class _Clips:
         """Show how far the examination is, and what it has found."""
         clips, progress = self._opened.clips, self._opened.progress
         self._show_head(clips, progress is not None)
-        self._show_progress(progress or self._opened.failed or "")
+        self._show_progress(progress or self._opened.failed or "", "" if progress else "ow-bad")
         # What is typed would be lost with its field.
         if clips is not self._shown and not self._session.is_typing:
             self._shown = clips
@@ -137,10 +137,10 @@ class _Clips:
             for show in self._panels:
                 show(self._session, clips)
 
-    def _head(self, clips: ClipSet, is_examined: bool) -> None:
+    def _head(self, clips: ClipSet, is_running: bool) -> None:
         text("h2", clips.summary)
         with box("ow-row"):
-            if is_examined:
+            if is_running:
                 button("Stop", self._opened.stop, "outline", small=True)
             else:
                 again = "" if clips.examination is None else " again"
