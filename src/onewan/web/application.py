@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from nicegui import app, ui
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
-from onewan.serving import media
-from onewan.serving.access import DEFECT
+from onewan.serving import answers, media
 from onewan.serving.commands import Commands
 from onewan.serving.roots import Roots
 from onewan.web import frame
@@ -37,27 +35,9 @@ def application(roots: Roots, commands: Commands) -> ASGIApp:
 
 def add_screens(page: Page) -> None:
     """Register all screens and routes of the page with NiceGUI's application."""
-    app.add_exception_handler(404, _not_found)
-    app.add_exception_handler(Exception, _defect)
+    app.add_exception_handler(404, answers.not_found)
+    app.add_exception_handler(Exception, answers.defect)
     frame.add()
     app.include_router(media.router(page.roots))
     for screen in _SCREENS:
         screen.add(page)
-
-
-_NOT_FOUND = """<!doctype html><html lang="en"><title>Not found - onewan</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<body style="font-family: system-ui, sans-serif; margin: 40px"><h1>There is nothing here</h1>
-<p>The run, file or page of this address does not exist, or not any more.</p>
-<p><a href="/">Go to the list of runs</a></p></html>"""
-
-
-async def _not_found(request: Request, error: Exception) -> Response:
-    del request, error
-    return HTMLResponse(_NOT_FOUND, 404)
-
-
-async def _defect(request: Request, error: Exception) -> Response:
-    # NiceGUI's own answer has the error's text; `Access` logs the error, which is raised again.
-    del request, error
-    return PlainTextResponse(DEFECT, 500)
