@@ -15,6 +15,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 from ruamel.yaml import YAML
@@ -80,6 +81,7 @@ def inline(value: object) -> str:
     return text
 
 
+@lru_cache(maxsize=1024, typed=True)  # a form shows the same few values again and again
 def _scalar(value: object) -> str:
     return documents.to_yaml({"value": value}).partition(": ")[2].rstrip("\n")
 

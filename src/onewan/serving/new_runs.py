@@ -5,8 +5,10 @@ A run of the page is in its folder of runs, and names no file outside the folder
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +46,7 @@ class TrainCommand:
 
 
 class NewRuns:
-    """Makes drafts and opens them. Its methods block, but for those of `NewRun` that say `async`.
+    """Makes drafts and opens them. Its methods block, but for those that say `async`.
 
     Each method that makes a draft returns its id, and raises OnewanError or OSError if it can't.
     """
@@ -75,18 +77,37 @@ class NewRuns:
         run = RunText(run_file_of(self.roots.run(name)))
         return self._add(run, name, is_new=False)
 
-    def from_demo(self, folder: Path) -> str:
-        """The demo that ``onewan demo --prepare`` has made in `folder`."""
-        file = folder / "run.yaml"
-        text = with_absolute_paths(decode_text(read_input(file, _MOST_BYTES)), file)
-        return self._add(RunText(text), "demo")
+    async def from_demo(self) -> str:
+        """The demo, whose files are made in the first folder of data."""
+        folder = self.roots.data[0] / "demo"
+        command = self.commands.start(
+            "Prepare the demo", ["demo", "--prepare", "--dir", str(folder)]
+        )
+        if await command.wait():
+            raise OnewanError("\n".join(command.output) or "the demo could not be prepared")
 
-    def read_config(
-        self, file: Path, *, variant: VariantName | None, root: Path | None = None
-    ) -> Imported:
-        """The run that a OneTrainer config means; see `importing.import_config`."""
-        may_read = self.roots.inside
-        return importing.import_config(file, variant=variant, root=root, may_read=may_read)
+        def made() -> str:
+            file = folder / "run.yaml"
+            text = with_absolute_paths(decode_text(read_input(file, _MOST_BYTES)), file)
+            return self._add(RunText(text), "demo")
+
+        return await asyncio.to_thread(made)
+
+    def read_config(self, path: str, variant: VariantName | None) -> Imported:
+        """The run that a OneTrainer config means, of which only files in the folders of the page
+        are read."""
+        file = self.roots.inside(path)
+        return importing.import_config(file, variant=variant, may_read=self.roots.inside)
+
+    def read_uploaded(self, config: bytes, variant: VariantName | None) -> Imported:
+        """As `read_config`, for a config that has no file here: its relative paths are those of the
+        current folder."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "config.json"
+            file.write_bytes(config)
+            return importing.import_config(
+                file, variant=variant, root=Path.cwd(), may_read=self.roots.inside
+            )
 
     def from_config(self, imported: Imported, name: str) -> str:
         """The run of a config whose file is called `name`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
@@ -78,11 +78,14 @@ class StartFrom:
                 purpose=purpose.value,
                 name=_typed(name) or "my_lora",
             )
-            await self._open(
-                lambda: self._new_runs.from_preset(
-                    request, clips=_typed(clips), models=_typed(models), vram=memory.value or None
-                )
+            draft = await asyncio.to_thread(
+                self._new_runs.from_preset,
+                request,
+                clips=_typed(clips),
+                models=_typed(models),
+                vram=memory.value or None,
             )
+            _open(draft)
 
         _start_button("Continue", start)
 
@@ -93,11 +96,11 @@ class StartFrom:
         run = ui.select(list(names), label="Run", value=names[0])
 
         async def again() -> None:
-            await self._open(lambda: self._new_runs.from_run(run.value))
+            _open(await asyncio.to_thread(self._new_runs.from_run, run.value))
 
         async def go_on() -> None:
             name = run.value
-            await self._open(lambda: self._new_runs.continuing(name), f"&resume={quote(name)}")
+            _open(await asyncio.to_thread(self._new_runs.continuing, name), name)
 
         _start_button("New run with its settings", again)
         _start_button("Continue it with other settings", go_on)
@@ -108,43 +111,27 @@ class StartFrom:
             "without a GPU: to see what this page does."
         )
         text("div", about)
-        folder = self._new_runs.roots.data[0] / "demo"
 
         async def prepare() -> None:
-            command = self._new_runs.commands.start(
-                "Prepare the demo", ["demo", "--prepare", "--dir", str(folder)]
-            )
             tell("The demo is being prepared; this takes some seconds.")
-            if await command.wait():
-                problem = "\n".join(command.output) or "the demo could not be prepared"
-                tell(problem, error=True)
-            else:
-                await self._open(lambda: self._new_runs.from_demo(folder))
+            _open(await self._new_runs.from_demo())
 
         _start_button("Prepare the demo", prepare)
 
     def _onetrainer(self) -> None:
         variants = {None: "As its base model says", **_VARIANTS}
         variant = ui.select(variants, label="Model", value=None)
-        path = ui.input("Config on this machine")
-
-        async def read(file: Path, name: str, root: Path | None = None) -> None:
-            imported = await attempt(
-                lambda: self._new_runs.read_config(file, variant=variant.value, root=root)
-            )
-            if imported is not None:
-                self._account(imported, name)
+        config = ui.input("Config on this machine")
 
         async def read_path() -> None:
-            file = await attempt(lambda: self._new_runs.roots.inside(_typed(path)))
-            if file is not None:
-                await read(file, file.name)
+            path = _typed(config)
+            imported = await attempt(lambda: self._new_runs.read_config(path, variant.value))
+            self._account(imported, Path(path).name)
 
         async def read_upload(event: events.UploadEventArguments) -> None:
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder) / "config.json"
-                file.write_bytes(await event.file.read())
-                await read(file, event.file.name, Path.cwd())
+            data = await event.file.read()
+            imported = await attempt(lambda: self._new_runs.read_uploaded(data, variant.value))
+            self._account(imported, event.file.name)
 
         _start_button("Read it", read_path)
         upload = ui.upload(
@@ -157,11 +144,13 @@ class StartFrom:
         choose = ui.button("Or choose a file of this computer").props("outline")
         choose.on("click", js_handler=f"() => getElement({upload.id}).pickFiles()")
 
-    def _account(self, imported: Imported, name: str) -> None:
-        """Show what became of each key, before the run file is opened."""
+    def _account(self, imported: Imported | None, name: str) -> None:
+        """Show what became of each key of a config that could be read, before it is used."""
+        if imported is None:
+            return
 
         async def use() -> None:
-            await self._open(lambda: self._new_runs.from_config(imported, name))
+            _open(await asyncio.to_thread(self._new_runs.from_config, imported, name))
 
         with dialog(f"{shortened(name)}: {len(imported.entries)} keys") as made:
             text("div", imported.summary)
@@ -179,10 +168,10 @@ class StartFrom:
                 button("Cancel", made.close)
         made.open()
 
-    async def _open(self, make_draft: Callable[[], str], more: str = "") -> None:
-        """Open the draft that `make_draft` makes; `more` is what its address has besides."""
-        if draft := await attempt(make_draft):
-            ui.navigate.to(f"/new?draft={draft}{more}")
+
+def _open(draft: str, resumed: str = "") -> None:
+    """Open a draft, which continues the run `resumed` if one is given."""
+    ui.navigate.to(f"/new?draft={draft}" + (f"&resume={quote(resumed)}" if resumed else ""))
 
 
 def _start_button(label: str, do: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -190,8 +179,10 @@ def _start_button(label: str, do: Callable[[], Coroutine[Any, Any, None]]) -> No
 
     async def pressed() -> None:
         made.disable()
-        await do()
-        made.enable()
+        try:
+            await do()
+        finally:
+            made.enable()
 
     made = button(label, pressed, "filled")
 

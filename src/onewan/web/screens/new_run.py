@@ -123,12 +123,9 @@ class _Editor:
 
     def _follow(self) -> None:
         """Bring form, draft and plan up to the text, once it is not changed any more."""
-        self._stop_following()
-        self._following = background_tasks.create(self._bring_up(), name="new run")
-
-    def _stop_following(self) -> None:
         if self._following is not None:
             self._following.cancel()
+        self._following = background_tasks.create(self._bring_up(), name="new run")
 
     async def _bring_up(self) -> None:
         await asyncio.sleep(_PAUSE_SECONDS)
@@ -147,7 +144,8 @@ class _Editor:
         self._plan.clear(f"The plan is made when {which} solved:")
 
     def _end(self) -> None:
-        self._stop_following()
+        if self._following is not None:
+            self._following.cancel()
         self._run.replace(self._text.value)
         self._draft.keep()
 
