@@ -15,6 +15,7 @@ from support.tiny_models import TinyModels
 from onewan.cli import main
 from onewan.config.schema import ResolvedRun
 from onewan.data.encode import no_progress
+from onewan.errors import MemoryPlanError
 from onewan.model import vae
 from onewan.model.load import WanModelLoader
 from onewan.model.wan import WanModel
@@ -136,6 +137,25 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_encoded(
     said = capsys.readouterr().err
     assert "memory: this run does not fit" in said and "of host memory" in said
     assert not events_of(config, "encoding") and not events_of(config, "data")
+
+
+def test_processes_on_one_machine_share_the_memory_that_the_run_may_use(
+    streamed: RunFile, sim: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = streamed("tiny", "memory.ram=32GB")
+    clips = WanModelSetup(config).dataset([], no_progress).clips
+    alone = plan_run(config, sim, clips)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    one_of_four = plan_run(config, sim, clips)
+    assert alone is not None and one_of_four is not None
+    budgets = [plan.machine.host_budget for plan in (alone, one_of_four)]
+    assert budgets[0] == pytest.approx(4 * budgets[1], rel=1e-6)
+    assert alone.machine.device_budget == pytest.approx(one_of_four.machine.device_budget, rel=0.1)
+    need = alone.host_peak.host_bytes
+    enough_for_one = streamed("small", f"memory.ram={2 * need / 1e6:.3f}MB")
+    with pytest.raises(MemoryPlanError, match="does not fit") as refused:
+        plan_run(enough_for_one, sim, clips)
+    assert "each of 4 processes may use of its" in "".join(refused.value.details)
 
 
 def test_a_model_that_does_not_fit_is_sampled_from_streamed_blocks(

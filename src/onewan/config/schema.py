@@ -387,7 +387,8 @@ class MemorySection(Section):
     vram: _ByteSize | None = None
     """Device memory that the run may use, such as 24GB or 24GiB; null is what the device has."""
     ram: _ByteSize | None = None
-    """Host memory that the run may use, such as 64GB or 64GiB; null is what the machine has."""
+    """Host memory that the run may use, such as 64GB or 64GiB; null is what the machine has.
+    Several processes of a run on one machine share it in equal parts."""
 
 
 def _as_section(value: object) -> object:

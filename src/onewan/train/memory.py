@@ -39,6 +39,7 @@ from onewan.memory.plan import (
     limited,
     machine_of,
     make_plan,
+    of_each_process,
     read_stored_model,
 )
 from onewan.memory.residency import Placement
@@ -47,6 +48,7 @@ from onewan.model.attention_backends import AttentionBackend
 from onewan.model.block_parts import BlockParts
 from onewan.model.transformer import WanTransformer
 from onewan.model.vae import StripsOf
+from onewan.parallel.ranks import local_count
 from onewan.runs.events import MemoryPlanned
 
 _PINNED = {None: None, "pinned": True, "pageable": False, "mapped": False}
@@ -245,15 +247,17 @@ def planned(plan: Plan) -> MemoryPlanned:
 
 
 def machine_with(config: ResolvedRun, device: torch.device) -> Machine:
-    """The device and the host, with the limits that the run file gives."""
+    """The device and the host, with the limits that the run file gives. The run's processes on this
+    machine share the host's memory in equal parts."""
     total, free = total_and_free_memory(device)
     if total is None or free is None:
-        return limited(find_machine(), config)
+        return of_each_process(limited(find_machine(), config), local_count())
     # Of what PyTorch holds, the run can use what no tensor has; at this moment it has none itself.
     allocated, _ = device_memory(device)
     unused = (reserved_memory(device) or 0) - (allocated or 0)
     machine = machine_of(device_name(device), total)
-    return limited(replace(machine, context=max(0, total - free - unused)), config)
+    machine = replace(machine, context=max(0, total - free - unused))
+    return of_each_process(limited(machine, config), local_count())
 
 
 def given_settings(config: ResolvedRun, layers: int) -> Settings:

@@ -62,13 +62,15 @@ class Machine:
     vram: int
     """Bytes of device memory that the run may use."""
     ram: int
-    """Bytes of host memory that the run may use."""
+    """Bytes of host memory that the run may use, or one of its processes (`of_each_process`)."""
     flops: float
     """Attainable bfloat16 FLOP/s."""
     bus: float
     """Bytes/s of a copy between host and device, in each direction."""
     context: int = _CONTEXT
     """Bytes of the device that the driver takes."""
+    processes: int = 1
+    """Processes of the run that share the host, of which this is what one has."""
     notes: tuple[str, ...] = ()
     """What was assumed, for the user."""
 

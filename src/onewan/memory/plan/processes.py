@@ -23,7 +23,7 @@ _FLOAT32 = 4
 
 def of_each_process(machine: Machine, count: int) -> Machine:
     """What each of `count` processes on one machine has: a device, and its share of the host."""
-    return replace(machine, ram=machine.ram // count)
+    return replace(machine, ram=machine.ram // count, processes=count)
 
 
 def divided(

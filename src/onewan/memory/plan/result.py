@@ -216,10 +216,12 @@ class Plan:
         phase = self.host_peak
         over = phase.host_bytes - machine.host_budget
         if over > 0:
+            count = machine.processes
+            user = "a run may use of" if count == 1 else f"each of {count} processes may use of its"
             lines.append(
                 f"{phase.phase} needs {format_bytes(phase.host_bytes)} of host memory, "
-                f"{format_bytes(over)} more than the {format_bytes(machine.host_budget)} that a "
-                f"run may use of {format_bytes(machine.ram)}"
+                f"{format_bytes(over)} more than the {format_bytes(machine.host_budget)} that "
+                f"{user} {format_bytes(machine.ram)}"
             )
         return lines
 
