@@ -371,3 +371,12 @@ def test_overrides_are_set_with_their_types() -> None:
     assert run.value(("memory", "vram")) == "24GB"
     assert run.value(("video_data", "sources", 0, "repeats")) == 3
     assert run.value(("output", "name")) == "fox-2"
+
+
+def test_a_kind_has_its_help_and_its_problem() -> None:
+    run = fresh()
+    method = find("method")
+    assert method.help_of("lora").startswith("LoRA") and method.help_of("lorra") == ""
+    run.set(("method", "kind"), "lorra")
+    assert run.checked(FILE).problem(method) is not None
+    assert run.checked(FILE).problem(find("train.steps")) is None

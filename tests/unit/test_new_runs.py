@@ -9,7 +9,6 @@ import pytest
 
 from onewan.config.load import dump_run, load_run, run_of_text
 from onewan.errors import OnewanError
-from onewan.presets.starter import StarterRequest
 from onewan.runs.queue import Queue
 from onewan.serving.commands import Commands
 from onewan.serving.new_runs import NewRun, NewRuns
@@ -26,8 +25,9 @@ def new_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NewRuns:
 
 
 def from_preset(new_runs: NewRuns, name: str = "dog", clips: str = "", models: str = "") -> NewRun:
-    request = StarterRequest(variant="t2v-a14b", purpose="character", name=name)
-    draft = new_runs.from_preset(request, clips=clips, models=models, vram=None)
+    draft = new_runs.from_preset(
+        variant="t2v-a14b", purpose="character", name=name, clips=clips, models=models
+    )
     return new_runs.open(draft, "")
 
 

@@ -132,7 +132,7 @@ def test_a_preset_becomes_a_draft_that_a_reload_keeps(tmp_path: Path) -> None:
         screen = Screen(user)
         screen.field("Name of the run").set_value("fox")
         screen.field("What is learned").set_value("style")
-        screen.field("Memory of the card").set_value(0)
+        screen.field("Memory of the card").set_value(None)
         user.find("Continue").click()
         await user.should_see("Run file", retries=100)
         assert screen.data["output"] == {"dir": str(tmp_path / "runs"), "name": "fox"}

@@ -265,6 +265,11 @@ class Checked:
         self.others = others
         """Messages about no field that there is."""
 
+    def problem(self, field: Input) -> str | None:
+        """The message about a field; of a union also one about its kind."""
+        of_kind = () if field.union is None else (field.union.keyed.key,)
+        return self.by_field.get(field.path) or self.by_field.get((*field.path, *of_kind))
+
     def problems(self) -> list[tuple[KeyPath | None, str]]:
         """All messages as lines, each with the path of the field that it is about."""
         named = [(path, f"{dotted(path)}: {text}") for path, text in self.by_field.items()]

@@ -94,6 +94,13 @@ class Input:
             section = self.union.sections.get(kind or self.union.keyed.default)
         return [] if section is None else inputs(section, self.path)
 
+    def help_of(self, kind: str) -> str:
+        """What a kind of the union is; empty for one that there is not."""
+        if self.union is None or kind not in self.union.sections:
+            return ""
+        key = self.union.sections[kind].model_fields[self.union.keyed.key]
+        return " ".join((key.description or "").split())
+
     def items(self, index: int) -> list[Input]:
         """The fields of an item of the list."""
         return [] if self.section is None else inputs(self.section, (*self.path, index))

@@ -25,7 +25,8 @@ from onewan.importing import Imported
 from onewan.presets.drafts import Drafts
 from onewan.presets.earlier import run_file_of, with_absolute_paths
 from onewan.presets.made import make
-from onewan.presets.starter import StarterRequest
+from onewan.presets.recipes import PurposeName
+from onewan.presets.starter import MethodKind, StarterRequest
 from onewan.runs.queue import Queue
 from onewan.serving.commands import Commands
 from onewan.serving.roots import Roots
@@ -56,17 +57,31 @@ class NewRuns:
         self.drafts = Drafts(roots.runs / ".drafts")
 
     def from_preset(
-        self, request: StarterRequest, *, clips: str, models: str, vram: int | None
+        self,
+        *,
+        variant: VariantName,
+        method: MethodKind = "lora",
+        purpose: PurposeName | None = None,
+        name: str | None = "",
+        clips: str | None = "",
+        models: str | None = "",
+        vram: int | None = None,
     ) -> str:
         """A run on the folder `clips` with values that fit `vram` bytes, and with the files of the
-        model that are in ComfyUI's folder `models`; each may be empty."""
-        folder = self.roots.inside(models) if models else None
-        made = make(request, Path.cwd(), models=folder, vram=vram)
+        model that are in ComfyUI's folder `models`. The texts are as they were typed."""
+        name, clips, models = ((typed or "").strip() for typed in (name, clips, models))
+        name = name or "my_lora"
+        made = make(
+            StarterRequest(variant=variant, method=method, purpose=purpose, name=name),
+            Path.cwd(),
+            models=self.roots.inside(models) if models else None,
+            vram=vram,
+        )
         run = RunText(made.text)
         if clips:
             _check_text("Folder of clips", clips)
             run.set(("video_data", "sources", 0, "path"), clips)
-        return self._add(run, request.name or "run")
+        return self._add(run, name)
 
     def from_run(self, name: str) -> str:
         """A new run with the settings of the run `name`."""

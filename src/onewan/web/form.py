@@ -20,7 +20,6 @@ from nicegui.elements.mixins.value_element import ValueElement
 
 from onewan.config.edits import Checked, RunText
 from onewan.config.inputs import Input, run_inputs
-from onewan.config.section import Members
 from onewan.documents import KeyPath
 from onewan.web.elements import box, button, card, text
 
@@ -177,16 +176,11 @@ class Form:
         with part.element:
             if field.kind == "list":
                 self._items(field, part.built)
-            elif field.union is not None:
-                self._kind(field, field.union, part.built)
+            elif field.union is not None and part.built:
+                _about(field.help_of(part.built))
+                self._fields(field.inner(part.built))
             elif part.built:
                 self._fields(field.inner())
-
-    def _kind(self, field: Input, union: Members, kind: str) -> None:
-        if section := union.sections.get(kind):
-            about = section.model_fields[union.keyed.key].description or ""
-            _about(" ".join(about.split()))
-            self._fields(field.inner(kind))
 
     def _items(self, field: Input, count: int) -> None:
         run, path, what = self._run, field.path, _ITEMS.get(field.name, "entry")
@@ -221,9 +215,8 @@ class Form:
             element = ui.checkbox("On", value=shown)
             element.props["aria-label"] = f"{field.label}: on"
         elif field.kind in ("union", "choice", "choices"):
-            key = f": {field.union.keyed.key}" if field.union is not None else ""
-            many = field.kind == "choices"
-            options = self._run.options(field)
+            key = "" if field.union is None else f": {field.union.keyed.key}"
+            many, options = field.kind == "choices", self._run.options(field)
             element = ui.select(options, label=f"{field.label}{key}", value=shown, multiple=many)
         elif field.kind in ("long_text", "lines", "paths"):
             element = ui.textarea(field.label, value=shown).props("autogrow rows=1 debounce=250")
@@ -251,10 +244,7 @@ class Form:
             hint = self._run.default(field).replace("\n", ", ")
             if hint != element.props.get("placeholder", ""):
                 element.props["placeholder"] = hint
-        wrong = self._checked.by_field
-        problem = wrong.get(field.path)
-        if field.union is not None:
-            problem = problem or wrong.get((*field.path, field.union.keyed.key))
+        problem = self._checked.problem(field)
         if isinstance(element, ValidationElement):
             element.error = problem
         else:

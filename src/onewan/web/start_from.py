@@ -17,7 +17,7 @@ from onewan.importing import Imported
 from onewan.presets.drafts import Draft
 from onewan.presets.recipes import PURPOSES
 from onewan.presets.run_files import CARDS_GB
-from onewan.presets.starter import METHODS, StarterRequest
+from onewan.presets.starter import METHODS
 from onewan.serving.new_runs import NewRuns
 from onewan.variants import VARIANTS
 from onewan.web.elements import attempt, box, button, card, dialog, tell, text
@@ -61,31 +61,22 @@ class StartFrom:
             button("Delete", delete, about=f"draft {draft.id}", small=True)
 
     def _preset(self) -> None:
-        name = ui.input("Name of the run", value="my_lora")
-        variant = ui.select(_VARIANTS, label="Model", value="t2v-a14b")
         purposes = {None: "Nothing in particular", **{p: p.capitalize() for p in PURPOSES}}
-        purpose = ui.select(purposes, label="What is learned", value="character")
-        method = ui.select(list(METHODS), label="Method", value="lora")
-        cards = {0: "No limit", **{gb * 10**9: f"{gb} GB" for gb in CARDS_GB}}
-        memory = ui.select(cards, label="Memory of the card", value=24 * 10**9)
-        clips = ui.input("Folder of clips", value=str(self._new_runs.roots.data[0] / "clips"))
-        models = ui.input("Folder of ComfyUI's models (if there is one)")
+        cards = {None: "No limit", **{gb * 10**9: f"{gb} GB" for gb in CARDS_GB}}
+        clips = str(self._new_runs.roots.data[0] / "clips")
+        fields = {
+            "name": ui.input("Name of the run", value="my_lora"),
+            "variant": ui.select(_VARIANTS, label="Model", value="t2v-a14b"),
+            "purpose": ui.select(purposes, label="What is learned", value="character"),
+            "method": ui.select(list(METHODS), label="Method", value="lora"),
+            "vram": ui.select(cards, label="Memory of the card", value=24 * 10**9),
+            "clips": ui.input("Folder of clips", value=clips),
+            "models": ui.input("Folder of ComfyUI's models (if there is one)"),
+        }
 
         async def start() -> None:
-            request = StarterRequest(
-                variant=variant.value,
-                method=method.value,
-                purpose=purpose.value,
-                name=_typed(name) or "my_lora",
-            )
-            draft = await asyncio.to_thread(
-                self._new_runs.from_preset,
-                request,
-                clips=_typed(clips),
-                models=_typed(models),
-                vram=memory.value or None,
-            )
-            _open(draft)
+            values = {name: field.value for name, field in fields.items()}
+            _open(await asyncio.to_thread(self._new_runs.from_preset, **values))
 
         _start_button("Continue", start)
 
@@ -124,7 +115,7 @@ class StartFrom:
         config = ui.input("Config on this machine")
 
         async def read_path() -> None:
-            path = _typed(config)
+            path = (config.value or "").strip()
             imported = await attempt(lambda: self._new_runs.read_config(path, variant.value))
             self._account(imported, Path(path).name)
 
@@ -185,7 +176,3 @@ def _start_button(label: str, do: Callable[[], Coroutine[Any, Any, None]]) -> No
             made.enable()
 
     made = button(label, pressed, "filled")
-
-
-def _typed(field: ui.input) -> str:
-    return (field.value or "").strip()
