@@ -139,7 +139,7 @@ def test_the_machine_is_described_as_doctor_does_and_only_once(
         user.find("Look again").click()
         await user.should_see("looked at again", retries=100)
         await user.should_see("Copy the report", retries=100)
-        await user.should_see("Ctrl + Enter", retries=100)
+        await user.should_see("What the keys do", retries=100)
         environment_report.cache_clear()
 
     with_user(tmp_path / "runs", act)

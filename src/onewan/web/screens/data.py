@@ -24,8 +24,7 @@ from onewan.variants import VARIANTS
 from onewan.web.elements import attempt, box, button, card, facts, table, text, view
 from onewan.web.frame import frame
 from onewan.web.page import Page
-from onewan.web.screens.captions import caption, edit_buttons
-from onewan.web.screens.clip_player import open_clip, poster
+from onewan.web.screens.clips import caption, edit_buttons, open_clip, poster
 
 _CARDS = 36
 """Clips on a page of the grid."""

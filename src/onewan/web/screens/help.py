@@ -1,4 +1,4 @@
-"""The screen Help: the documentation, the machine, and the keys."""
+"""The screen Help: the documentation and the machine."""
 
 from __future__ import annotations
 
@@ -9,19 +9,11 @@ from nicegui import ui
 
 from onewan.doctor.diagnosis import environment_report
 from onewan.serving.documentation import contents, find, pages
-from onewan.web.elements import box, button, copy_button, table, text
+from onewan.web.elements import box, button, copy_button, text
 from onewan.web.frame import frame
 from onewan.web.page import Page
 
 _STYLES = ("help.css",)
-_KEYS = (
-    ("Tab, Shift + Tab", "to the next or the previous button, field or link"),
-    ("Enter, Space", "press the button, open the list, follow the link"),
-    ("Escape", "close the dialog or the list"),
-    ("Left, Right", "in a clip's dialog: the previous or the next clip"),
-    ("Ctrl + Enter", "in a caption: save it"),
-)
-"""What the keyboard does, besides what browsers do themselves."""
 
 
 def add(page: Page) -> None:
@@ -34,7 +26,7 @@ def add(page: Page) -> None:
             _documentation(search)
             _machine()
             text("h2", "Keyboard")
-            table((), _KEYS, "ow-help-keys")
+            ui.link("What the keys do", "/help/page#keyboard")
 
     @ui.page("/help/{name}")
     def document(name: str) -> None:
