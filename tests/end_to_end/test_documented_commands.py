@@ -2,7 +2,7 @@
 
 The commands of a page run in its order, in a copy of `sandbox`. What `onewan init` writes is made
 small before the next command reads it. `NOT_RUN` in `support.documented` lists the programs that
-are not run, with the reason; of make, pip and python, what they name is looked up.
+are not run, with the reason; of make, pip, python and torchrun, what they name is looked up.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from support.documented import (
 )
 from support.onetrainer_stub import write_checkout, write_packages
 from support.other_program_files import as_gguf
+from torch.distributed.run import get_args_parser
 
 from onewan.cli import main, parse
 from onewan.cli.parser import _parser
@@ -155,6 +156,8 @@ def test_commands_of_a_page_exist(page: Path) -> None:
         assert command.program in CHECKED or command.program in NOT_RUN, command
         if command.program == "onewan":
             parse(command.words[1:])
+        elif command.program == "torchrun":
+            check_torchrun(command)
         elif command.program == "make":
             check_make(command)
         elif command.program == "pip":
@@ -171,6 +174,13 @@ def test_blocks_of_commands_are_marked_as_such(page: Path) -> None:
         if language not in LANGUAGES:
             first = body.split()[0].removeprefix("$") if body.split() else ""
             assert first not in (*CHECKED, *NOT_RUN), f"{page.name}:{line}: the block needs `bash`"
+
+
+def check_torchrun(command: Command) -> None:
+    """It has its options, and starts a command of onewan."""
+    options = get_args_parser().parse_args(command.words[1:])
+    assert options.module and options.training_script == "onewan", command
+    parse(options.training_script_args)
 
 
 def check_make(command: Command) -> None:

@@ -32,9 +32,13 @@ NOT_RUN = {
     "source": "activates an environment",
     "tensorboard": "is a server",
     "pre-commit": "needs the network",
+    "sbatch": "needs Slurm; the file has tests of its own",
+    "sky": "needs SkyPilot; the file has tests of its own",
+    "kubectl": "needs a cluster; the file has tests of its own",
+    "RUN=run.yaml": "starts docker, which needs a container engine; the file has tests of its own",
 }
 """Programs of commands that the tests do not run, and why."""
-CHECKED = ("onewan", "make", "pip", "python")
+CHECKED = ("onewan", "make", "pip", "python", "torchrun")
 """Programs of commands that they run, or of which they check what the command names."""
 
 _BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^ *```", re.S | re.M)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from onewan.arithmetic.byte_sizes import parse_bytes
+from onewan.arithmetic.byte_sizes import format_bytes, parse_bytes
+from onewan.arithmetic.durations import format_duration
 from onewan.cli import main
 from onewan.cli.plan import plan_of
 from onewan.config.load import load_run
@@ -118,6 +120,16 @@ def test_validation_is_divided_by_experts_and_clips(plan) -> None:
     assert added == pytest.approx(added_alone / 2 * 2 / 3)
 
 
+@pytest.mark.parametrize(("videos", "at_a_time"), [(1, 1), (4, 2), (3, 1.5)])
+def test_sample_videos_are_made_at_the_same_time(plan, videos: int, at_a_time: float) -> None:
+    prompts = ", ".join("abcd"[:videos])
+    sampled = plan("t2v-a14b", 2, f"sample.prompts=[{prompts}]")
+    found, without = processes(sampled), processes(plan("t2v-a14b", 2))
+    added_alone, added = found.alone - without.alone, found.total - without.total
+    # Sampling has an expert's weights on the device beside what is trained, in either case.
+    assert added_alone / added == pytest.approx(at_a_time, rel=0.01)
+
+
 def test_processes_share_the_host_memory(plan) -> None:
     given = plan("t2v-a14b", 2, ram="128GB")
     half = plan("t2v-a14b", 1, ram="64GB")
@@ -162,6 +174,31 @@ def test_fused_steps_need_no_sums_with_one_process_for_each_expert(tmp_path: Pat
     file.write_text(RUN.format(variant="t2v-a14b"), encoding="utf-8")
     fused = ["method={kind: fine_tune, fused_step: true}", "train.max_grad_norm=null"]
     assert division_of(load_run(file, fused), 2).side_by_side
+
+
+def test_the_page_has_the_numbers_of_the_plan(plan) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    table = re.search(r"<!-- gpus: begin -->\n(.*?)<!-- gpus: end -->", page, re.DOTALL)
+    assert table
+    rows = [re.split(r" *\| *", line)[1:-1] for line in table[1].splitlines()[2:]]
+    assert len(rows) == 6
+    for gpus, experts, step, total, times, host in rows:
+        given = plan(
+            *("t2v-a14b", int(gpus), "wan_config.max_frames=81", "train.accumulation=8"),
+            *("train.switch_expert_every=10", "train.save_every=250"),
+            *("sample.prompts=[]", f"parallel.experts={experts}"),
+            ram="1TB",
+        )
+        if gpus == "1":
+            seconds, run, host_bytes = given.run_time.step, given.run_time.total, given.host_peak
+            faster, needed, side_by_side = "1", host_bytes.host_bytes, False
+        else:
+            found = processes(given)
+            seconds, run, needed = found.step, found.total, found.host_bytes
+            faster, side_by_side = f"{found.alone / found.total:.2f}", found.side_by_side
+        assert step == format_duration(seconds) + (", two at a time" if side_by_side else "")
+        assert (total, times, host) == (format_duration(run), faster, format_bytes(needed))
+        assert given.fits
 
 
 def test_the_command_prints_what_several_devices_give(

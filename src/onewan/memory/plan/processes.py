@@ -55,6 +55,9 @@ def divided(
     if division.side_by_side:
         at_a_time = _steps_at_a_time(config, is_due)
     samples = time.samples * time.sample + time.full_samples * time.full_sample
+    # Videos that are due together are made at the same time, one by each process.
+    if videos := len(config.sample.prompts):
+        samples *= -(-videos // count) / videos
     # Each process validates its expert, or all of them, on the largest of equal parts of the clips.
     validation = time.validations * time.validation / len(division.groups)
     if validated := config.validation.clips:
