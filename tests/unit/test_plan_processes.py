@@ -70,6 +70,7 @@ def test_processes_of_two_experts_wait_where_something_is_due(
 ) -> None:
     found = processes(plan("t2v-a14b", 2, *overrides))
     assert found.alone / found.total == pytest.approx(times)
+    assert found.unpaired_steps == round(found.steps * (2 / times - 1))
 
 
 def test_parts_of_a_step_divide_its_time_but_for_the_sums(plan) -> None:
@@ -213,6 +214,9 @@ def test_the_command_prints_what_several_devices_give(
     assert "With 4 devices: 4 processes, both experts trained at the same time, 2 for each" in text
     assert "with 1 clip of its 2 on each device" in text
     assert "times as fast" in text
+    assert "of 2,000 steps are trained while" not in text
+    assert main([*command, "train.accumulation=2", "train.switch_expert_every=500"]) == 0
+    assert "2,000 of 2,000 steps are trained while" in capsys.readouterr().out
     assert main([*command, "train.accumulation=2", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)["processes"]
     assert data["count"] == 4 and data["alone"] > data["total"] > 0

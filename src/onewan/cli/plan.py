@@ -36,6 +36,8 @@ from onewan.train.cadence import Cadence
 from onewan.variants import ExpertName
 
 _BUCKETS_SHOWN = 8
+_WAITING = 0.02
+"""Share of a run's steps, above which it is said that processes wait in them."""
 
 
 def plan(
@@ -213,6 +215,12 @@ def _process_lines(found: Processes) -> Iterator[str]:
         f"{format_duration(found.alone)} on one device: {found.alone / found.total:.2f} times as "
         "fast."
     )
+    if found.unpaired_steps > _WAITING * found.steps:
+        yield (
+            f"{found.unpaired_steps:,} of {found.steps:,} steps are trained while the processes of "
+            "the other expert wait: where something is due, such as by train.save_every, within a "
+            "block of train.switch_expert_every steps, or where one expert has more steps."
+        )
     yield f"All processes together need {format_bytes(found.host_bytes)} of host memory."
 
 

@@ -51,9 +51,10 @@ def divided(
     # Each process sends and receives almost all of them twice: in parts, to be summed, and summed.
     summing = 2 * (division.parts - 1) / division.parts * sent / plan.machine.bus
     step, count = time.step + summing, sum(len(group.ranks) for group in division.groups)
-    at_a_time = time.steps
+    at_a_time, unpaired = time.steps, 0
     if division.side_by_side:
         at_a_time = _steps_at_a_time(config, is_due)
+        unpaired = 2 * at_a_time - time.steps
     samples = time.samples * time.sample + time.full_samples * time.full_sample
     # Videos that are due together are made at the same time, one by each process.
     if videos := len(config.sample.prompts):
@@ -69,6 +70,8 @@ def divided(
             count=count,
             division=str(division),
             side_by_side=division.side_by_side,
+            steps=time.steps,
+            unpaired_steps=unpaired,
             parts=division.parts,
             clips=config.train.batch_size * config.train.accumulation,
             clips_of_each=each.train.batch_size * each.train.accumulation,

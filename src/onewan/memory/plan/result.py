@@ -105,6 +105,10 @@ class Processes:
     """What each of them does, for the user."""
     side_by_side: bool
     """Whether two experts are trained at the same time."""
+    steps: int
+    """Of the run."""
+    unpaired_steps: int
+    """Those of one expert, of two that are trained at the same time, while the other one waits."""
     parts: int
     """In how many parts a step's clips are shared."""
     clips: int
