@@ -46,8 +46,8 @@ class _Part:
 
 
 class Form:
-    """The form of `run`. `before` is called before a change, and says whether it may be made;
-    `changed` after it."""
+    """The form of `run`, in the present element. `before` is called before a change, and says
+    whether it may be made; `changed` after it."""
 
     def __init__(
         self, run: RunText, before: Callable[[], bool], changed: Callable[[], None]
@@ -60,9 +60,6 @@ class Form:
         self._rare: dict[KeyPath, Element] = {}
         """The sections without essential fields."""
         self._checked = Checked(None, {}, [])
-
-    def build(self) -> None:
-        """Make the inputs, in the present element."""
         for field in run_inputs():
             with card(field.label, "ow-part") as section:
                 _about(field.help)

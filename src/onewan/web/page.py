@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from nicegui import Client, Event
 
@@ -29,11 +28,6 @@ class Page:
             is_seen=lambda: bool(Client.instances),
         )
         """All runs, their queue and the machine."""
-
-    @property
-    def runs(self) -> Path:
-        """The folder of runs."""
-        return self.roots.runs
 
     async def do(self, action: Callable[[], str | None]) -> bool:
         """Run `action`, which blocks, and tell the user the line that it returns, or what is wrong;

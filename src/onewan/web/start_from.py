@@ -30,11 +30,8 @@ _VARIANTS = {name: variant.title for name, variant in VARIANTS.items()}
 class StartFrom:
     """The choices, each of which makes a draft and opens it."""
 
-    def __init__(self, new_runs: NewRuns) -> None:
+    def __init__(self, new_runs: NewRuns, drafts: Sequence[Draft], runs: Sequence[str]) -> None:
         self._new_runs = new_runs
-
-    def build(self, drafts: Sequence[Draft], runs: Sequence[str]) -> None:
-        """Make the elements, in the present element."""
         if drafts:
             with card("Drafts"):
                 for draft in drafts:

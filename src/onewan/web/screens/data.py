@@ -39,7 +39,7 @@ def add(page: Page) -> None:
 
     @ui.page("/data")
     async def screen(query: Annotated[ClipQuery, Query()]) -> None:
-        runs = [folder.name for folder in await asyncio.to_thread(find_runs, page.runs)]
+        runs = [folder.name for folder in await asyncio.to_thread(find_runs, page.roots.runs)]
         with frame("Data", "/data", styles=["clips.css"], scripts=["clips.js"]):
             _chooser(runs, query)
             if query.kind:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Query
 from nicegui import background_tasks, ui
 
 from onewan.config.edits import Checked
+from onewan.config.schema import ResolvedRun
 from onewan.errors import OnewanError
 from onewan.runs.status import find_runs
+from onewan.serving.commands import Commands
 from onewan.serving.new_runs import NewRun, NewRuns
-from onewan.web.elements import box, button, card, styled, tell, text
+from onewan.serving.plans import plan_facts, plan_of
+from onewan.web.elements import box, button, card, facts, styled, tell, text
 from onewan.web.form import Form
 from onewan.web.frame import frame
 from onewan.web.page import Page
-from onewan.web.plan_view import PlanView
 from onewan.web.start_from import StartFrom
 
 _PAUSE_SECONDS = 0.4
@@ -41,13 +44,13 @@ def add(page: Page) -> None:
             except OnewanError as error:
                 problem = error.message
         drafts = [] if opened else await asyncio.to_thread(new_runs.drafts.all)
-        runs = [] if opened else await asyncio.to_thread(find_runs, page.runs)
+        runs = [] if opened else await asyncio.to_thread(find_runs, page.roots.runs)
         scripts = ["new_run.js"] if opened else []
         with client, frame("New run", "/new", styles=["new_run.css"], scripts=scripts):
             if opened is not None:
-                _Editor(page, opened).build()
+                _Editor(page, opened)
                 return
-            StartFrom(new_runs).build(drafts, [folder.name for folder in runs])
+            StartFrom(new_runs, drafts, [folder.name for folder in runs])
             if problem:
                 tell(problem)
 
@@ -57,18 +60,13 @@ class _Editor:
 
     def __init__(self, page: Page, draft: NewRun) -> None:
         self._page, self._draft, self._run = page, draft, draft.run
-        self._form = Form(self._run, self._take_text, self._put_text)
-        self._plan = PlanView(page.commands, self._apply)
         self._following: asyncio.Task[None] | None = None
-
-    def build(self) -> None:
-        """Make the elements, in the present element."""
         self._head()
         with box("ow-editor"):
             with box("ow-form") as self._area:
-                self._form.build()
+                self._form = Form(self._run, self._take_text, self._put_text)
             with box("ow-beside"):
-                self._plan.build()
+                self._plan = _Plan(page.commands, self._apply)
                 with card("Run file"):
                     self._malformed = text("div", classes="ow-bad", role="alert")
                     self._text = ui.codemirror(
@@ -192,3 +190,60 @@ class _Editor:
     def _delete(self) -> None:
         self._draft.delete()
         ui.navigate.to("/new")
+
+
+class _Plan:
+    """The plan of the run file as it was last changed; `apply` makes changes that it advises, given
+    as overrides of the command line."""
+
+    def __init__(self, commands: Commands, apply: Callable[[list[str]], None]) -> None:
+        self._commands, self._apply = commands, apply
+        with card("Plan"):
+            self._state = text("div", "The plan is being made.", "ow-muted", role="status")
+            self.problems = box(role="status", aria_label="Problems")
+            """For what is wrong with the run file."""
+            self._content = box("ow-plan")
+
+    async def make(self, config: ResolvedRun) -> None:
+        """Make the plan of `config` and show it."""
+        self._say("The plan is being made.")
+        self._content.classes("ow-outdated")
+        try:
+            plan = await plan_of(config, self._commands)
+        except (OnewanError, OSError) as error:
+            self.clear(f"There is no plan: {error}")
+            return
+        self._say("It fits." if plan["fits"] else "It does not fit.", plan["fits"])
+        self._content.classes(remove="ow-outdated").clear()
+        with self._content:
+            self._show(plan)
+
+    def clear(self, why: str) -> None:
+        """Show no plan, and `why`."""
+        self._content.clear()
+        self._say(why)
+
+    def _say(self, line: str, good: bool | None = None) -> None:
+        self._state.set_text(line)
+        self._state.classes(replace={True: "ow-good", False: "ow-bad", None: "ow-muted"}[good])
+
+    def _show(self, plan: dict[str, Any]) -> None:
+        for problem in plan["problems"]:
+            text("div", _sentence(problem), "ow-bad")
+        facts(plan_facts(plan))
+        if plan["suggestions"]:
+            text("h3", "What would make it faster" if plan["fits"] else "What would make it fit")
+        for suggestion in plan["suggestions"]:
+            change = list(suggestion["change"])
+            with box("ow-advice"):
+                text("div", suggestion["text"])
+                do = partial(self._apply, change)
+                button("Do this", do, "outline", about=" ".join(change), small=True)
+        if plan["notes"]:
+            with ui.expansion(f"What was assumed ({len(plan['notes'])})").classes("ow-more"):
+                for note in plan["notes"]:
+                    text("div", _sentence(note), "ow-muted")
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."

@@ -57,7 +57,7 @@ def add(page: Page) -> None:
             raise HTTPException(404, error.message) from None
         # The events of a long run are read while the browser runs the page's scripts.
         background_tasks.create(feeds.read_ahead(name))
-        others = await asyncio.to_thread(find_runs, page.runs)
+        others = await asyncio.to_thread(find_runs, page.roots.runs)
         with frame(name, "/", styles=_STYLES, scripts=_SCRIPTS):
             _elements(page, name, [other.name for other in others if other != folder])
 
@@ -91,7 +91,7 @@ def _elements(page: Page, name: str, others: list[str]) -> None:
 def _controls(page: Page, name: str) -> None:
     """The buttons with which the run is steered. What they send to its trainer is checked and sent
     by `onewan.runs.steering`; what continues a run is put into the queue."""
-    layout, jobs = RunLayout(page.runs / name), page.watch.jobs
+    layout, jobs = RunLayout(page.roots.runs / name), page.watch.jobs
 
     def steer(label: str, action: Callable[[], object]) -> ui.button:
         return button(label, action, "outline", about=name)
