@@ -183,6 +183,13 @@ def test_texts_that_look_like_other_types_stay_texts() -> None:
     assert find("train.max_grad_norm").shown(None) == ""
 
 
+def test_characters_that_yaml_can_not_have_are_left_out() -> None:
+    run, name = fresh(), find("output.name")
+    run.enter(name, "a\0b\ud800c\td")
+    assert run.malformed is None
+    assert run.value(("output", "name")) == "abc\td"
+
+
 def test_a_kind_keeps_what_both_have_and_brings_the_rest_back() -> None:
     run = fresh()
     method = find("method")

@@ -166,6 +166,8 @@ class RunText:
             return
         is_text = isinstance(entered, str)
         text = entered if is_text else "" if entered in (None, []) else inline(entered)
+        # Without what no YAML text may have: NUL and halves of characters, which come by pasting.
+        text = text.replace("\0", "").encode(errors="ignore").decode()
         value = field.value(text)
         null = value is None and text.strip() in ("null", "~") and field.default is not None
         if not null and (value is None or text == field.default_text):
