@@ -187,8 +187,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torchrun = f'exec "{sys.executable}" -m torch.distributed.run "$@"'
     write_program(programs / "torchrun", torchrun)
     write_program(programs / "activate", f'PATH="{programs}:$PATH"')
-    # What Slurm's own programs do with one machine.
-    write_program(programs / "srun", 'exec "$@"')
+    # What Slurm's own programs do with one machine, after the option of srun and its value.
+    write_program(programs / "srun", 'shift 2; exec "$@"')
     write_program(programs / "scontrol", "echo localhost")
     return folder
 
@@ -253,6 +253,7 @@ def test_the_slurm_job_trains(prepared: Path) -> None:
         prepared / "runs" / "slurm",
         SLURM_NNODES="1",
         SLURM_GPUS_ON_NODE="1",
+        SLURM_CPUS_PER_TASK="1",
         SLURM_JOB_ID="17",
         SLURM_JOB_NODELIST="node[1]",
     )
