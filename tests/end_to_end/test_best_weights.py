@@ -70,6 +70,30 @@ def test_the_best_weights_of_each_expert_have_a_file_of_their_own(run_file: RunF
     assert len(summary) == 4
 
 
+def test_best_weights_of_a_step_without_an_export_are_not_those_of_the_next_one(
+    run_file: RunFile,
+) -> None:
+    config = run_file(
+        "ti2v-5b",
+        *("optimizer.lr=0.01", "validation={clips: 1, every: 3}"),
+        *("train.steps=5", "train.save_every=2"),
+    )
+    WanTrainer(config).fit()
+    layout = layout_of(config)
+    assert {step: _header(layout.weights(step))["onewan.steps"] for step in (2, 4, 5)} == {
+        2: "2",
+        4: "4",
+        5: "5",
+    }
+    state = load_file(layout.state(4) / "single.safetensors")
+    exported = load_file(layout.weights(4))
+    norms = [
+        {float(tensor.norm()) for name, tensor in tensors.items() if "lora_B" in name}
+        for tensors in (state, exported)
+    ]
+    assert norms[0] == norms[1], "the weights of the state of this step"
+
+
 def _base_loss(events: list[dict[str, Any]], expert: str) -> float:
     return next(e["base"] for e in events if e["event"] == "validation" and e["expert"] == expert)
 

@@ -30,8 +30,8 @@ class WeightExporter:
     def __init__(self, layout: RunLayout, log: RunLog) -> None:
         self._layout = layout
         self._log = log
-        self._new_best: set[Path] = set()
-        """The files of the best weights that this process wrote at the present step."""
+        self._new_best = dict[Path, int]()
+        """The steps at which this process wrote the files of the best weights, by their paths."""
         self.failure = ""
         """Why the newest export failed; empty if it did not."""
 
@@ -45,7 +45,7 @@ class WeightExporter:
         self.failure = ""
         try:
             for file in exported_files(Exportable.of(run), self._layout):
-                if file.best_path in self._new_best:
+                if self._new_best.get(file.best_path) == run.state.step:
                     link_or_copy(file.best_path, file.path)
                 else:
                     self._write(file, file.path)
@@ -61,7 +61,6 @@ class WeightExporter:
     def export_best(self, run: Run, improved: Mapping[str, BestStep]) -> None:
         """Write the weights of the present step that are in `improved` (`best.improved_weights`)
         as the best ones, and record them in the run's state once their files are complete."""
-        self._new_best.clear()
         for name, best in improved.items():
             before = run.state.best_weights.copy()
             run.state.best_weights[name] = best  # the header names the loss
@@ -69,7 +68,7 @@ class WeightExporter:
                 for file in exported_files(Exportable.of(run), self._layout):
                     if file.weights == name:
                         self._write(file, file.best_path)
-                        self._new_best.add(file.best_path)
+                        self._new_best[file.best_path] = best.step
                         self._log.emit(
                             events.Exported(
                                 step=best.step,
