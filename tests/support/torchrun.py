@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -81,7 +82,7 @@ def _answer(receiver: Connection, until: float) -> tuple[str, Any]:
     try:
         if not receiver.poll(max(0, until - time.monotonic())):
             return "failed", "takes too long"
-        return receiver.recv()
+        return pickle.loads(receiver.recv_bytes())
     except EOFError:
         return "failed", "ended without an answer"
 
@@ -109,7 +110,8 @@ def _run(
         answer = "done", work(*arguments)
     except BaseException:  # noqa: BLE001  (for the test to report)
         answer = "failed", traceback.format_exc()
-    sender.send(answer)
+    # Plain pickle: that of multiprocessing leaves tensors in memory of a process that ends.
+    sender.send_bytes(pickle.dumps(answer))
 
 
 def train(
