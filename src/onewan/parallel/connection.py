@@ -1,21 +1,14 @@
 """`Connection`: the `Ranks` of a run of several processes, over torch.distributed.
 
 Objects and the host's tensors go through gloo, the device's tensors through the backend that
-PyTorch has for it. A thread tells the others that this process is alive, and watches them: one that
-was killed, hangs or can't be reached is noticed also while this process computes for minutes or
-waits for it.
+PyTorch has for it. A `Watch` notices when another process has failed.
 """
 
 from __future__ import annotations
 
 import io
-import logging
 import os
-import socket
-import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -26,19 +19,16 @@ from torch import Tensor
 
 from onewan.devices import collective_backend, is_host
 from onewan.errors import Interrupted, RankError
-
-log = logging.getLogger(__name__)
+from onewan.parallel.meeting import meet, own_place
+from onewan.parallel.watch import Watch
 
 _T = TypeVar("_T")
 
-BEAT_SECONDS = 1.0
-"""Between two signs of life."""
-STALE_SECONDS = 15.0
-"""Without a sign of life, after which a process has failed. A thread that gives it waits for others
-of its process only as long as Python code runs."""
-GRACE_SECONDS = 5.0
-"""In which this process may end by itself when another one has failed. It can't where it waits for
-the device or the network, and is then ended without more ado: what it has saved is whole."""
+MEETING_SECONDS = 300.0
+"""In which all processes of a run have to come: torchrun starts them at about the same time."""
+_PATIENT = timedelta(days=7)
+"""For messages through the host. A process may take hours to answer, as the one that makes sample
+videos does; whether it can still answer is for the watch to find out."""
 _BUCKET = 16 << 20
 """Numbers that are summed in one message: 64 MiB."""
 _MESSAGE = 256 << 20
@@ -48,13 +38,12 @@ _MESSAGE = 256 << 20
 class Connection:
     """This process, connected with the others of its run."""
 
-    def __init__(self, store: dist.Store, rank: int, count: int) -> None:
+    def __init__(self, rank: int, count: int, backend_devices: frozenset[str]) -> None:
         self.rank, self.count = rank, count
-        self._store = store
         self._groups: dict[tuple[int, ...], Any] = {tuple(range(count)): dist.group.WORLD}
-        self._places: list[str] = []
-        self._backend_devices: frozenset[str] = frozenset()
-        self._watch: _Watch | None = None
+        self._backend_devices = backend_devices
+        self._host: dist.ProcessGroup | None = None
+        self._watch: Watch | None = None
 
     @property
     def is_first(self) -> bool:
@@ -62,50 +51,43 @@ class Connection:
 
     @classmethod
     @contextmanager
-    def open(cls, timeout: float, device: torch.device) -> Iterator[Connection]:
+    def open(
+        cls, timeout: float, device: torch.device, tell: Callable[[str], None]
+    ) -> Iterator[Connection]:
         """Connect with the processes that torchrun has started, as its environment says.
 
-        `timeout` is for the beginning, and for each message, in seconds.
+        `timeout` is the number of seconds for the sum of gradients, and in which something has to
+        happen in a process. `tell` is called with the line about a process that has failed where
+        this one is ended by it before it can raise an error.
         """
-        limit = timedelta(seconds=timeout)
-        try:
-            store, rank, count = next(dist.rendezvous("env://", timeout=limit))
-            own = dist.PrefixStore("onewan", store)
-            backend = collective_backend(device)
+        store, rank, count, meeting = _met(min(timeout, MEETING_SECONDS))
+        backend = collective_backend(device)
+        devices = frozenset[str]() if backend is None else frozenset({device.type})
+        with _reaching():
             dist.init_process_group(
                 "gloo" if backend is None else f"cpu:gloo,{device.type}:{backend}",
-                store=dist.PrefixStore("torch", store),
+                store=dist.PrefixStore(f"torch/{meeting}", store),
                 rank=rank,
                 world_size=count,
-                timeout=limit,
+                timeout=timedelta(seconds=timeout),
                 device_id=None if backend is None else device,
             )
-        except (RuntimeError, ValueError, OSError) as error:
-            master = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise RankError(
-                f"the processes of the run can't reach each other at {master} ({_first(error)}); "
-                "check torchrun's --rdzv-endpoint and the network"
-            ) from error
-        self = cls(own, rank, count)
-        if backend is not None:
-            self._backend_devices = frozenset({device.type})
+        self = cls(rank, count, devices)
         try:
-            self._places = self.gathered(place_of(rank))
-            self._watch = _Watch(own, rank, self._places)
-            self._watch.start()
-            yield self
-            # The store is in one of the processes, which others may still need.
-            self.gathered(None)
-        except RankError:
-            raise  # another process is to blame, and has said so if it could
-        except Interrupted:
-            self._say_ended("")  # all have agreed to stop
-            raise
-        except BaseException as error:
-            self._say_ended(_first(error) or type(error).__name__)
-            raise
-        else:
-            self._say_ended("")
+            with self._naming_who_failed():
+                # Its own connection: others wait in theirs until a key is there.
+                signs = dist.PrefixStore(f"onewan/{meeting}", store.clone())
+                Watch.prepare(signs, rank)
+                host = dist.new_group(backend="gloo", timeout=_PATIENT)
+                assert isinstance(host, dist.ProcessGroup)
+                self._host = host
+            places = self.gathered(own_place(rank))
+            self._watch = watch = Watch(signs, places, rank, patience=timeout, tell=tell)
+            watch.start()
+            with _telling(watch):
+                yield self
+                # The store is in one of the processes, which others may still need.
+                self.gathered(None)
         finally:
             if self._watch is not None:
                 self._watch.stop()
@@ -121,13 +103,13 @@ class Connection:
     def gathered(self, value: _T) -> list[_T]:
         values: list[_T | None] = [None] * self.count
         with self._naming_who_failed():
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self._host)
         return values  # type: ignore[return-value]  # each has been replaced
 
     def from_first(self, value: _T) -> _T:
         values = [value]
         with self._naming_who_failed():
-            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+            dist.broadcast_object_list(values, src=0, group=self._host)
         return values[0]
 
     @torch.no_grad()
@@ -155,15 +137,15 @@ class Connection:
                 file = io.BytesIO()
                 torch.save(value, file)
                 sent = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
-                dist.send(torch.tensor([len(sent)]), dst=0)
+                dist.send(torch.tensor([len(sent)]), dst=0, group=self._host)
                 for part in sent.split(_MESSAGE):
-                    dist.send(part, dst=0)
+                    dist.send(part, dst=0, group=self._host)
             elif self.is_first:
                 size = torch.zeros(1, dtype=torch.int64)
-                dist.recv(size, src=source)
+                dist.recv(size, src=source, group=self._host)
                 received = torch.empty(int(size), dtype=torch.uint8)
                 for part in received.split(_MESSAGE):
-                    dist.recv(part, src=source)
+                    dist.recv(part, src=source, group=self._host)
                 # As a file of a state: nothing that is received runs code.
                 return torch.load(io.BytesIO(received.numpy().data), weights_only=True)
         return None
@@ -173,93 +155,70 @@ class Connection:
         is_sendable = is_host(tensor.device) or tensor.device.type in self._backend_devices
         return tensor if is_sendable else tensor.cpu()
 
-    # ------------------------------------------------------------------------------ failures
-
-    def _say_ended(self, reason: str) -> None:
-        with suppress(RuntimeError):
-            self._store.set(_ended(self.rank), reason or "-")
-
     @contextmanager
     def _naming_who_failed(self) -> Iterator[None]:
+        """While this process waits for others; a RankError names the one that has failed."""
+        watch = self._watch
+        if watch is not None:
+            watch.is_waiting = True
         try:
             yield
         except (RuntimeError, ValueError) as error:
-            found = None if self._watch is None else self._watch.who_failed()
+            found, was_stopped = (None, False) if watch is None else watch.outcome()
+            if was_stopped and found is None:
+                raise Interrupted from error
             raise RankError(
                 found or f"the processes of the run can't reach each other ({_first(error)})"
             ) from error
+        finally:
+            if watch is not None:
+                watch.is_waiting = False
 
 
-class _Watch:
-    """The thread that gives this process's signs of life, and looks for those of the others."""
-
-    def __init__(self, store: dist.Store, rank: int, places: Sequence[str]) -> None:
-        self._store, self._rank, self._places = store, rank, places
-        self._others = [other for other in range(len(places)) if other != rank]
-        now = time.monotonic()
-        self._beats: dict[int, tuple[bytes, float]] = dict.fromkeys(self._others, (b"", now))
-        self._found: str | None = None
-        self._is_found, self._is_over = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch of ranks", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._is_over.set()
-        self._thread.join(2 * BEAT_SECONDS)
-
-    def who_failed(self) -> str | None:
-        """A line about the process that has failed, once it is known; None if none has."""
-        self._is_found.wait(STALE_SECONDS + 2 * BEAT_SECONDS)
-        return self._found
-
-    def _run(self) -> None:
-        beat = 0
-        while not self._is_over.wait(BEAT_SECONDS):
-            beat += 1
-            try:
-                self._store.set(f"beat/{self._rank}", str(beat))
-                found = next(filter(None, map(self._problem, self._others)), None)
-            except RuntimeError as error:
-                found = f"the rendezvous of the run does not answer any more ({_first(error)})"
-            if found is not None:
-                self._found = f"{found}; the newest saved state is whole, and --resume continues it"
-                self._is_found.set()
-                self._end()
-                return
-
-    def _problem(self, other: int) -> str | None:
-        if self._store.check([_ended(other)]):
-            reason = self._store.get(_ended(other)).decode()
-            return None if reason == "-" else f"{self._places[other]} ended: {reason}"
-        beat = f"beat/{other}"
-        value = self._store.get(beat) if self._store.check([beat]) else b""
-        seen, since = self._beats[other]
-        if value != seen:
-            self._beats[other] = value, time.monotonic()
-        elif time.monotonic() - since > STALE_SECONDS:
-            return (
-                f"{self._places[other]} ended: it was killed, hangs, or its machine can't be "
-                f"reached (no sign of life for {STALE_SECONDS:.0f} s)"
-            )
-        return None
-
-    def _end(self) -> None:
-        """End this process if it does not end by itself."""
-        if not self._is_over.wait(GRACE_SECONDS):
-            sys.stderr.write(f"onewan: {place_of(self._rank)} ends: {self._found}\n")
-            sys.stderr.flush()
-            os._exit(1)
+@contextmanager
+def _telling(watch: Watch) -> Iterator[None]:
+    """Tell the other processes how this one ends."""
+    try:
+        yield
+    except RankError:
+        raise  # another process is to blame, and has said so if it could
+    except Interrupted:
+        watch.say_stopped()
+        raise
+    except KeyboardInterrupt:
+        watch.say_failed("stopped by Ctrl-C")
+        raise
+    except BaseException as error:
+        watch.say_failed(_first(error) or type(error).__name__)
+        raise
+    else:
+        watch.say_over()
 
 
-def place_of(rank: int) -> str:
-    """This process, for people."""
-    return f"rank {rank} on {socket.gethostname()}"
+def _met(seconds: float) -> tuple[Any, int, int, str]:
+    """The store of the run, this process's rank, the number of processes, and the name of their
+    meeting (`meet`)."""
+    with _reaching():
+        store, rank, count = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        return store, rank, count, meet(store, rank, count, seconds)
 
 
-def _ended(rank: int) -> str:
-    return f"ended/{rank}"
+@contextmanager
+def _reaching() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError) as error:
+        address, port = (os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT"))
+        if "EADDRINUSE" in str(error):
+            raise RankError(
+                f"MASTER_PORT: {port} is used by another program on this machine; choose another "
+                "one, or let torchrun choose it (--standalone, or --rdzv-backend c10d)"
+            ) from error
+        raise RankError(
+            f"the processes of the run can't reach each other at {address}:{port} (MASTER_ADDR and "
+            f"MASTER_PORT, from torchrun's --rdzv-endpoint; {_first(error)}); check that this "
+            "is an address of the first machine, which the others can reach, and its firewall"
+        ) from error
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

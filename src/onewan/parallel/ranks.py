@@ -7,7 +7,7 @@ others that torchrun has started; see `onewan.parallel.connection`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -108,12 +108,16 @@ def local_count(environment: Mapping[str, str] = os.environ) -> int:
 
 @contextmanager
 def join(
-    device: torch.device, timeout: float, environment: Mapping[str, str] = os.environ
+    device: torch.device,
+    timeout: float,
+    tell: Callable[[str], None],
+    environment: Mapping[str, str] = os.environ,
 ) -> Iterator[Ranks]:
     """The processes of this run, connected until the block ends; one process sends nothing.
 
     Each computes on a `device` of its own. `timeout` is the number of seconds after which a process
-    that does not answer has failed.
+    in which nothing happens has failed. `tell` is called with the line about a process that has
+    failed where this one is ended by it before it can raise an error.
     ConfigError if the environment is not one that torchrun makes.
     """
     if not is_started_by_torchrun(environment) or environment.get("WORLD_SIZE") == "1":
@@ -130,5 +134,5 @@ def join(
     # Imported only here: a run of one process has no use for it.
     from onewan.parallel.connection import Connection
 
-    with Connection.open(timeout, device) as connection:
+    with Connection.open(timeout, device, tell) as connection:
         yield connection

@@ -111,7 +111,7 @@ class WanTrainer:
         """
         device = resolve_device(self._config.model.device)
         timeout = 60 * self._config.parallel.timeout_minutes
-        with join(device, timeout) as self._ranks, ExitStack() as session:
+        with join(device, timeout, self._failed) as self._ranks, ExitStack() as session:
             chunks = self._begin_session(session) if self._ranks.is_first else None
             # The first process has the run's lock before others read its folder.
             chunks = self._ranks.from_first(chunks)
@@ -137,14 +137,17 @@ class WanTrainer:
                 kept = (
                     f"the newest saved state is that of step {saved}" if saved else "none is saved"
                 )
-                self._log.emit(events.Failed(error=f"stopped without saving a state; {kept}"))
+                self._failed(f"stopped without saving a state; {kept}")
                 raise
             except BaseException as error:
                 # What the user can fix has said so; anything else needs the place in the code.
                 if not isinstance(error, OnewanError):
                     log.error("the run failed", exc_info=error)
-                self._log.emit(events.Failed(error=str(error) or type(error).__name__))
+                self._failed(str(error) or type(error).__name__)
                 raise
+
+    def _failed(self, error: str) -> None:
+        self._log.emit(events.Failed(error=error))
 
     def _begin_session(self, session: ExitStack) -> Mapping[str, int] | None:
         """Take the run's lock until the end of `session`; what is known of a run that is resumed
