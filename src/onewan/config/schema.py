@@ -403,7 +403,7 @@ class ParallelSection(Section):
     """Whether half of the processes train the high and half the low expert at the same time
     (`side_by_side`), or all train the same one. `auto`: side by side where it is possible."""
     timeout_minutes: Float = Field(default=30.0, gt=0)
-    """A process that does not answer for so long has failed, and the others end."""
+    """A process in which nothing happens for so long has failed, and the others end."""
 
 
 class WandbSection(Section):

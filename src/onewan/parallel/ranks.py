@@ -110,8 +110,9 @@ def local_count(environment: Mapping[str, str] = os.environ) -> int:
 def join(
     device: torch.device,
     timeout: float,
-    tell: Callable[[str], None],
     environment: Mapping[str, str] = os.environ,
+    *,
+    tell: Callable[[str], None] | None = None,
 ) -> Iterator[Ranks]:
     """The processes of this run, connected until the block ends; one process sends nothing.
 
@@ -134,5 +135,9 @@ def join(
     # Imported only here: a run of one process has no use for it.
     from onewan.parallel.connection import Connection
 
-    with Connection.open(timeout, device, tell) as connection:
+    with Connection.open(timeout, device, tell or _say_nothing) as connection:
         yield connection
+
+
+def _say_nothing(line: str) -> None:
+    del line

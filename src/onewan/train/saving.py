@@ -60,6 +60,13 @@ class StateSaver:
         self._retry_at: float | None = None
         """When to try again; None if the last state could be saved."""
 
+    @property
+    def kept(self) -> str:
+        """What a run that ends now continues from."""
+        if self.saved_step == 0:
+            return "no state is saved so far"
+        return f"the newest saved state is that of step {self.saved_step}"
+
     def keep(self, train: TrainSection) -> None:
         """Keep as many states as `train` says from now on."""
         self._store.keep, self._store.keep_every = train.keep_last, train.keep_every
@@ -91,12 +98,9 @@ class StateSaver:
         try:
             folder = self._store.save(step, partial(self._write, run))
         except CheckpointError as error:
-            kept = f"the newest saved state is that of step {self.saved_step}"
-            if self.saved_step == 0:
-                kept = "no state is saved so far"
             if last:
-                raise CheckpointError(f"{error}; {kept}") from error
-            self._report_failure(f"{error}; {kept}", time.monotonic() - begin)
+                raise CheckpointError(f"{error}; {self.kept}") from error
+            self._report_failure(f"{error}; {self.kept}", time.monotonic() - begin)
             return
         self.saved_step, self._saved_at, self._retry_at = step, time.monotonic(), None
         self._log.emit(events.Saved(step=step, state=folder))

@@ -111,7 +111,7 @@ class WanTrainer:
         """
         device = resolve_device(self._config.model.device)
         timeout = 60 * self._config.parallel.timeout_minutes
-        with join(device, timeout, self._failed) as self._ranks, ExitStack() as session:
+        with join(device, timeout, tell=self._failed) as self._ranks, ExitStack() as session:
             chunks = self._begin_session(session) if self._ranks.is_first else None
             # The first process has the run's lock before others read its folder.
             chunks = self._ranks.from_first(chunks)
@@ -133,11 +133,7 @@ class WanTrainer:
                 self._log.emit(events.Stopped(step=self._saver.saved_step))
                 raise
             except KeyboardInterrupt:
-                saved = self._saver.saved_step
-                kept = (
-                    f"the newest saved state is that of step {saved}" if saved else "none is saved"
-                )
-                self._failed(f"stopped without saving a state; {kept}")
+                self._failed(f"stopped without saving a state; {self._saver.kept}")
                 raise
             except BaseException as error:
                 # What the user can fix has said so; anything else needs the place in the code.
@@ -289,6 +285,7 @@ class WanTrainer:
             self._bring_together(run)
             if self._ranks.is_first:
                 self._saver.save(run, last=True)
+            self._saver.saved_step = self._ranks.from_first(self._saver.saved_step)
             raise
         if self._exporter.failure:
             raise CheckpointError(
