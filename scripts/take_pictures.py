@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,9 +83,7 @@ def main() -> int:
         return 2
     out = Path(sys.argv[1]).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "work"
-        folder.mkdir()
+    with tempfile.TemporaryDirectory() as temporary, plain_folder() as folder:
         for command in COMMANDS:
             status = subprocess.run(
                 [sys.executable, "-m", "onewan", *command.split()], cwd=folder, check=False
@@ -102,6 +102,17 @@ def main() -> int:
     for name in [*(f"{name}.png" for name in (*PAGES, *SCREENS)), f"{SHEET}.jpg"]:
         print(out / name)
     return 0
+
+
+@contextmanager
+def plain_folder() -> Iterator[Path]:
+    """A folder that is removed afterwards, with a name that may be seen in pictures."""
+    folder = Path(tempfile.gettempdir()) / "onewan"
+    folder.mkdir()  # fails for one that exists, which is somebody's
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 def take(browser: str, page: Path, shot: Path, size: tuple[int, int]) -> None:
@@ -151,7 +162,7 @@ def save(shot: Path, out: Path) -> None:
     """A picture with few colors, at most `WIDTH` wide."""
     picture = Image.open(shot).convert("RGB")
     picture.thumbnail((WIDTH, 10_000))
-    picture.quantize(COLORS).save(out / shot.name, optimize=True)
+    picture.quantize(COLORS, Image.Quantize.MAXCOVERAGE).save(out / shot.name, optimize=True)
 
 
 if __name__ == "__main__":
