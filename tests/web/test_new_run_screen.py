@@ -174,7 +174,7 @@ def test_a_malformed_text_is_kept_and_says_its_line(tmp_path: Path) -> None:
         before = screen.text.value
         broken = before + "train: 1\n"
         screen.text.set_value(broken)
-        await until(lambda: screen.shows("The form goes on when this is corrected"))
+        await until(lambda: screen.shows("Correct it to use the form again"))
         line = len(broken.splitlines())
         assert screen.shows(f"line {line}, column 1: 'train' is given twice; keep one")
         screen.field("Rank").set_value("5")  # at the same moment, from a keyboard

@@ -111,7 +111,7 @@ class _Editor:
 
     def _mark_malformed(self) -> None:
         problem = self._run.malformed
-        told = f"{problem}. The form goes on when this is corrected." if problem else ""
+        told = f"{problem}. Correct it to use the form again." if problem else ""
         self._malformed.set_text(told)
         styled(self._area, inert=problem is not None)
 

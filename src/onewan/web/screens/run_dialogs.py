@@ -57,7 +57,7 @@ async def ask_to_continue(page: Page, layout: RunLayout) -> None:
     def queue() -> str:
         arguments = standing.arguments(int(number.value or 0), changed=bool(changed.value))
         page.watch.jobs.queue.add(layout.root, *arguments)
-        return f"{layout.name}: is in the queue, and goes on as soon as its device is free"
+        return f"{layout.name}: is in the queue, and continues as soon as its device is free"
 
     if await made:
         await page.do(queue)
