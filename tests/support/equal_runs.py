@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,17 @@ from safetensors.torch import load_file
 
 from onewan.config.load import load_run
 from onewan.config.schema import ResolvedRun
+from onewan.data.loader import StepBatches
 from onewan.devices import HOST
+from onewan.errors import TrainingError
 from onewan.parallel.ranks import join
 from onewan.runs.event_file import read_events
+from onewan.train import steps
+from onewan.train.run import Run
 from onewan.train.saved_state import read_optimizer
 from onewan.train.setup import WanModelSetup
-from onewan.train.step import backward, sum_gradients
+from onewan.train.step import StepMetrics, backward, sum_gradients
+from onewan.train.trainer import WanTrainer
 from support.runs import METHODS, RunFile, layout_of, leaves
 from support.torchrun import together, train
 
@@ -38,6 +43,7 @@ RESULTS = {
     "validation": ("step", "expert", "loss", "ema", "base", "held_out"),
     "best": ("step", "loss"),
     "saved": ("step",),
+    "settings": ("step", "name", "old", "new"),
 }
 """Fields of events that do not depend on time or on the place of the run's folder."""
 
@@ -50,7 +56,6 @@ class Trainer:
     folder: Path
     variant: str
     settings: Sequence[str]
-    resolved: dict[str, ResolvedRun] = field(default_factory=dict)
 
     def train(
         self,
@@ -59,15 +64,17 @@ class Trainer:
         *extra: str,
         resume: bool = False,
         stop_after: int | None = None,
+        change_after: tuple[int, dict[str, Any]] | None = None,
     ) -> ResolvedRun:
         """Train the run `name` in so many processes, with `extra` settings; its run file."""
         overrides = [*self.settings, *extra, f"output.dir={(self.folder / name).as_posix()}"]
         config = self.run_file(self.variant, *overrides)
         path = self.folder / "run.yaml"
+        arguments = (path, overrides, resume, stop_after, change_after)
         if processes == 1:
-            train(path, overrides, resume, stop_after)
+            train(*arguments)
         else:
-            together(processes, train, path, overrides, resume, stop_after)
+            together(processes, train, *arguments)
         return config
 
 
@@ -188,3 +195,20 @@ def first_gradients(run_yaml: Path, overrides: Sequence[str]) -> dict[str, torch
                 if parameter.grad is not None:
                     found[f"{trainable.name}:{number}"] = parameter.grad
         return found
+
+
+def failure_with_a_damaged_clip(run_yaml: Path, overrides: Sequence[str], rank: int) -> str:
+    """Train with a clip that is not finite on one of the processes; how this one's run ends."""
+    plain = steps.train_step
+
+    def damaged(run: Run, step: StepBatches) -> StepMetrics:
+        if step.number == 1 and run.ranks.rank == rank:
+            step.batches[0].latents[0, 0, 0, 0, 0] = float("nan")
+        return plain(run, step)
+
+    steps.train_step = damaged
+    try:
+        WanTrainer(load_run(run_yaml, list(overrides))).fit()
+    except TrainingError as error:
+        return str(error)
+    return "no error"

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from onewan.config.load import load_run
 from onewan.errors import Interrupted
-from onewan.runs.control import request
+from onewan.runs.control import order, request
 from onewan.runs.events import Event, StepDone
 from onewan.train.trainer import WanTrainer
 from support.runs import layout_of, recorder
@@ -119,10 +119,11 @@ def train(
     overrides: Sequence[str] = (),
     resume: bool = False,
     stop_after: int | None = None,
+    change_after: tuple[int, dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Train a run file to its end, or until it has saved after the step `stop_after`, in this
     process or, with `together`, in several; what this process has heard of, which is nothing but in
-    the first one."""
+    the first one. After the step of `change_after`, its settings are ordered."""
     config = load_run(run_yaml, list(overrides))
     heard: list[dict[str, Any]] = []
 
@@ -130,6 +131,8 @@ def train(
         recorder(heard)(event)
         if isinstance(event, StepDone) and event.step == stop_after:
             request(layout_of(config), "stop")
+        if isinstance(event, StepDone) and change_after and event.step == change_after[0]:
+            order(layout_of(config), "settings", change_after[1])
 
     trainer = WanTrainer(config, listen=listen, resume=resume)
     try:

@@ -161,6 +161,11 @@ def test_processes_share_the_host_memory(plan) -> None:
             ],
             "method.fused_step: updates weights in the backward pass",
         ),
+        (
+            *("ti2v-5b", 2),
+            ["optimizer={name: adamw_cpu_offload}", "train.batch_size=2"],
+            "optimizer.name: 'adamw_cpu_offload' copies gradients to host memory in the backward",
+        ),
     ],
 )
 def test_a_plan_refuses_what_the_run_would(

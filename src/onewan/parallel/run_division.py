@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from onewan.config.method import FineTuneMethod
+from onewan.config.optimizer import AdamWOffloadOptimizer
 from onewan.config.resolve import trained_experts
 from onewan.config.schema import RunConfig
 from onewan.errors import ConfigError
@@ -38,6 +39,12 @@ def division_of(config: RunConfig, ranks: int) -> Division:
         problems.append(
             "method.fused_step: updates weights in the backward pass, before the gradients of "
             f"{parts} processes are summed; set it to false, or start one process per expert"
+        )
+    if parts > 1 and isinstance(config.optimizer, AdamWOffloadOptimizer):
+        problems.append(
+            f"optimizer.name: {config.optimizer.name!r} copies gradients to host memory in the "
+            f"backward pass, before those of {parts} processes are summed; choose adamw or "
+            "adamw_8bit, or start one process per expert"
         )
     if problems:
         raise ConfigError("run file", problems)

@@ -350,6 +350,13 @@ class WanModelSetup:
                     f"{len(idle)} of {len(dataset.clips)} clips have no caption with a trained "
                     f"placeholder, so nothing is learned from them ({', '.join(names)})"
                 )
+        parts = division_of(config, self._ranks.count).parts
+        if self._dropout and parts > config.train.accumulation:
+            warnings.append(
+                f"{parts} processes share a batch, so method.dropout drops other values than in a "
+                f"run of one process; with train.accumulation={parts} or more each has whole "
+                "batches, and the same values"
+            )
         if reason := inexact_resume_reason(config.optimizer):
             warnings.append(
                 f"a resumed run may differ from an uninterrupted one in its last bits: {reason}"

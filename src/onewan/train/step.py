@@ -65,7 +65,7 @@ def train_step(run: Run, step: StepBatches) -> StepMetrics:
     # that is not finite leaves them intact, unless it is fused.
     measured = [*losses, *preservation, torch.stack(norms).norm()]
     *values, norm = torch.stack(measured).tolist()
-    check_finite(step, values, norm)
+    check_finite(run, step, values, norm)
     count = len(losses)
     for trainable, update in zip(trainables, updates, strict=True):
         update.apply()
@@ -234,7 +234,7 @@ def compute_loss(run: Run, sample: NoisedBatch, prediction_BCFHW: Tensor) -> Ten
     return velocity_loss(prediction_BCFHW, sample, run.config.train.loss, weight)
 
 
-def check_finite(step: StepBatches, losses: list[float], norm: float) -> None:
+def check_finite(run: Run, step: StepBatches, losses: list[float], norm: float) -> None:
     """TrainingError, naming the clips, if a loss or the gradient norm is not finite."""
     if all(map(math.isfinite, [*losses, norm])):
         return
@@ -242,8 +242,23 @@ def check_finite(step: StepBatches, losses: list[float], norm: float) -> None:
     batches = [*step.batches, *(b for b in step.batches if b.preserved is not None)]
     bad = [b for b, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
     names = ", ".join(dict.fromkeys(n for batch in bad or step.batches for n in batch.names))
+    where = f"step {step.number + 1} ({step.expert} expert)"
+    others = _ranks_with(run, bad=bool(bad)) if not math.isfinite(norm) else []
+    if others and not bad:
+        raise TrainingError(
+            f"{where}: the loss is not finite with clips of rank {', '.join(map(str, others))}, "
+            "whose log names them; the last saved state is kept"
+        )
     raise TrainingError(
-        f"step {step.number + 1} ({step.expert} expert): the {'loss' if bad else 'gradient'} is "
-        f"not finite with {names}; the last saved state is kept. "
-        "Look at that clip, or try a lower optimizer.lr"
+        f"{where}: the {'loss' if bad else 'gradient'} is not finite with {names}; the last saved "
+        "state is kept. Look at that clip, or try a lower optimizer.lr"
     )
+
+
+def _ranks_with(run: Run, *, bad: bool) -> list[int]:
+    """The processes of this step that have bad losses. All of them have to call it, which they do
+    if the norm of their summed gradients is not finite."""
+    flags = torch.zeros(run.part.count)
+    flags[run.part.number] = float(bad)
+    run.ranks.add([flags], run.group.ranks)
+    return [rank for rank, flag in zip(run.group.ranks, flags.tolist(), strict=True) if flag]
