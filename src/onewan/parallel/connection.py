@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import io
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,8 @@ _PATIENT = timedelta(days=7)
 videos does; whether it can still answer is for the watch to find out."""
 _BUCKET = 16 << 20
 """Numbers that are summed in one message: 64 MiB."""
+_UNDERWAY = 4
+"""Such messages at a time, so that a copy of all gradients of a model never exists."""
 _MESSAGE = 256 << 20
 """Bytes of a message with a part of a state."""
 
@@ -117,19 +120,18 @@ class Connection:
         if len(group) == 1:
             return
         process_group = self._groups[tuple(group)]
-        waiting: list[tuple[list[Tensor], Tensor, dist.Work]] = []
+        waiting = deque[_Sent]()
         with self._naming_who_failed():
             for bucket in _buckets(tensors):
                 flat = torch.cat([tensor.reshape(-1).float() for tensor in bucket])
                 flat = self._sendable(flat)
                 work = dist.all_reduce(flat, group=process_group, async_op=True)
                 assert work is not None
-                waiting.append((bucket, flat, work))
-            for bucket, flat, work in waiting:
-                work.wait()
-                sums = flat.split([tensor.numel() for tensor in bucket])
-                for tensor, total in zip(bucket, sums, strict=True):
-                    tensor.copy_(total.view_as(tensor))
+                waiting.append(_Sent(bucket, flat, work))
+                if len(waiting) == _UNDERWAY:
+                    waiting.popleft().take_sums()
+            for sent in waiting:
+                sent.take_sums()
 
     def taken_by_first(self, source: int, value: dict[str, Any] | None) -> dict[str, Any] | None:
         with self._naming_who_failed():
@@ -219,6 +221,22 @@ def _reaching() -> Iterator[None]:
             f"MASTER_PORT, from torchrun's --rdzv-endpoint; {_first(error)}); check that this "
             "is an address of the first machine, which the others can reach, and its firewall"
         ) from error
+
+
+class _Sent(NamedTuple):
+    """Tensors whose sums are on their way."""
+
+    bucket: list[Tensor]
+    flat: Tensor
+    """Their numbers, and then the sums."""
+    work: dist.Work
+
+    def take_sums(self) -> None:
+        """Wait for the sums, and write them into the tensors."""
+        self.work.wait()
+        sums = self.flat.split([tensor.numel() for tensor in self.bucket])
+        for tensor, total in zip(self.bucket, sums, strict=True):
+            tensor.copy_(total.view_as(tensor))
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
