@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from onewan.arithmetic.byte_sizes import format_bytes, parse_bytes
+from onewan.arithmetic.collectives import Network
 from onewan.arithmetic.durations import format_duration
 from onewan.cli import main
 from onewan.cli.plan import plan_of
@@ -82,6 +83,26 @@ def test_parts_of_a_step_divide_its_time_but_for_the_sums(plan) -> None:
     assert found.summing == pytest.approx(1.5 * found.gradient_bytes / given.machine.bus)
     assert found.step == pytest.approx(given.run_time.step / 4 + found.summing)
     assert 3.8 < found.alone / found.total < 4
+
+
+def test_sums_take_as_long_as_the_slowest_connection_of_their_processes(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(RUN.format(variant="t2v-a14b"), encoding="utf-8")
+    network = Network(within=400e9, between=50e9, machine_size=8)
+
+    def summing(gpus: int, experts: str) -> tuple[float, float]:
+        overrides = [f"train.accumulation={gpus}", f"parallel.experts={experts}"]
+        memory = parse_bytes("80GB"), parse_bytes("100TB")
+        found = processes(plan_of(load_run(file, overrides), *memory, gpus, network))
+        return found.summing, found.gradient_bytes
+
+    # Two experts side by side on two machines are summed within each; together, between them.
+    for gpus, experts, sent, rate in [
+        *((8, "together", 14 / 8, 400e9), (16, "side_by_side", 14 / 8, 400e9)),
+        *((16, "together", 30 / 16, 50e9), (32, "side_by_side", 30 / 16, 50e9)),
+    ]:
+        seconds, gradients = summing(gpus, experts)
+        assert seconds == pytest.approx(sent * gradients / rate)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from onewan.arithmetic.byte_sizes import format_bytes, parse_bytes
+from onewan.arithmetic.collectives import Network
 from onewan.arithmetic.durations import format_duration
 from onewan.cli.importing import run_file_of
 from onewan.cli.output import say, write_json
@@ -61,10 +62,15 @@ def plan(
 
 
 def plan_of(
-    config: ResolvedRun, vram: int | None = None, ram: int | None = None, gpus: int = 1
+    config: ResolvedRun,
+    vram: int | None = None,
+    ram: int | None = None,
+    gpus: int = 1,
+    network: Network | None = None,
 ) -> Plan:
     """The plan of `config`; `vram` and `ram`, in bytes, replace those of the run file. With several
-    `gpus` it is that of one of as many processes, and has what they give together."""
+    `gpus` it is that of one of as many processes, and has what they give together, with gradients
+    summed over `network` (`divided`)."""
     division = division_of(config, gpus)
     memory = config.memory
     machine = find_machine(
@@ -84,7 +90,7 @@ def plan_of(
     each = of_each_process(machine, gpus)
     plan = make_plan(config, clips, each, stored, notes=expected.notes)
     if gpus > 1:
-        plan = divided(plan, config, clips, stored, machine, division, _is_due(config))
+        plan = divided(plan, config, clips, stored, machine, division, _is_due(config), network)
     plan = replace(plan, clips=0 if expected.assumed else sum(clips.values()))
     if unpacked := bytes_of_archives(config):
         plan = replace(plan, disk={ARCHIVES: unpacked, **plan.disk})

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from onewan.arithmetic.collectives import SUM_NUMBERS
 from onewan.devices import collective_backend, is_host
 from onewan.errors import Interrupted, RankError
 from onewan.parallel.meeting import meet, own_place
@@ -30,10 +31,8 @@ MEETING_SECONDS = 300.0
 _PATIENT = timedelta(days=7)
 """For messages through the host. A process may take hours to answer, as the one that makes sample
 videos does; whether it can still answer is for the watch to find out."""
-_BUCKET = 16 << 20
-"""Numbers that are summed in one message: 64 MiB."""
 _UNDERWAY = 4
-"""Such messages at a time, so that a copy of all gradients of a model never exists."""
+"""Messages with sums at a time, so that a copy of all gradients of a model never exists."""
 _MESSAGE = 256 << 20
 """Bytes of a message with a part of a state."""
 
@@ -243,7 +242,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """The tensors in groups that are sent together, each of one device."""
     bucket, size = list[Tensor](), 0
     for tensor in tensors:
-        if bucket and (size + tensor.numel() > _BUCKET or tensor.device != bucket[0].device):
+        if bucket and (size + tensor.numel() > SUM_NUMBERS or tensor.device != bucket[0].device):
             yield bucket
             bucket, size = [], 0
         bucket.append(tensor)

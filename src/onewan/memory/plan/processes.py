@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from onewan.arithmetic.collectives import SUM_BYTES, Network
 from onewan.config.resolve import expert_schedule_of
 from onewan.config.schema import ResolvedRun
 from onewan.memory.plan.bucket import Bucket
@@ -16,9 +17,6 @@ from onewan.memory.plan.result import Plan, Processes
 from onewan.memory.plan.run_time import run_time
 from onewan.memory.plan.stored import StoredModel
 from onewan.parallel.division import Division
-
-_FLOAT32 = 4
-"""Bytes of a number of a gradient that is sent."""
 
 
 def of_each_process(machine: Machine, count: int) -> Machine:
@@ -34,10 +32,12 @@ def divided(
     machine: Machine,
     division: Division,
     is_due: Callable[[int], bool],
+    network: Network | None = None,
 ) -> Plan:
     """`plan`, which was made for one process by `of_each_process`, with what all processes of
     `division` give on one `machine`. `clips` and `stored` are those of `plan`. `is_due` says
-    whether something is done after so many steps, for which processes wait for each other."""
+    whether something is done after so many steps, for which processes wait for each other.
+    Gradients are summed over `network`, or else at the rate of the bus."""
     costs = RunCosts.of(config, stored)
     each = _of_the_largest_part(config, division.parts)
     of_part = RunCosts.of(each, stored, before=costs)
@@ -47,9 +47,10 @@ def divided(
     )
     resident = plan.sampling_resident_blocks
     time = run_time(of_part, buckets, clips, plan.machine, resident)
-    sent = _gradient_bytes(costs) if division.parts > 1 else 0
-    # Each process sends and receives almost all of them twice: in parts, to be summed, and summed.
-    summing = 2 * (division.parts - 1) / division.parts * sent / plan.machine.bus
+    network = network or Network(within=plan.machine.bus, between=plan.machine.bus)
+    summed = _summed_numbers(costs) if division.parts > 1 else 0
+    # None of the sums begins before the backward pass is complete (`sum_gradients`).
+    summing = max(network.seconds_of_sum(summed, group.ranks) for group in division.groups)
     step, count = time.step + summing, sum(len(group.ranks) for group in division.groups)
     at_a_time, unpaired = time.steps, 0
     if division.side_by_side:
@@ -77,7 +78,7 @@ def divided(
             clips_of_each=each.train.batch_size * each.train.accumulation,
             step=step,
             summing=summing,
-            gradient_bytes=sent,
+            gradient_bytes=SUM_BYTES * summed,
             total=at_a_time * step + samples + validation,
             alone=alone.run_time.total,
             host_bytes=count * plan.host_peak.host_bytes,
@@ -95,11 +96,11 @@ def _of_the_largest_part(config: ResolvedRun, parts: int) -> ResolvedRun:
     return config.model_copy(update={"train": changed})
 
 
-def _gradient_bytes(costs: RunCosts) -> int:
-    """Bytes of the gradients of a step, as processes send them."""
+def _summed_numbers(costs: RunCosts) -> int:
+    """How many numbers the gradients of a step have."""
     experts = [trained.count for trained in costs.trained.values() if trained is not None]
     embeddings = 0 if costs.embeddings is None else costs.embeddings.count
-    return _FLOAT32 * (max(experts, default=0) + embeddings)
+    return max(experts, default=0) + embeddings
 
 
 def _steps_at_a_time(config: ResolvedRun, is_due: Callable[[int], bool]) -> int:

@@ -1,0 +1,59 @@
+"""What processes send each other, by arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from onewan.arithmetic.collectives import (
+    SUM_NUMBERS,
+    Network,
+    bytes_of_gathering,
+    bytes_of_sum,
+    bytes_of_telling,
+    steps_of_telling,
+    sums_of,
+)
+
+NETWORK = Network(within=100.0, between=10.0, machine_size=4, delay=0.5)
+
+
+@pytest.mark.parametrize(("ranks", "sent"), [(1, 0), (2, 12), (3, 16), (4, 18)])
+def test_a_sum_goes_around_the_ring_twice(ranks: int, sent: int) -> None:
+    # Of 12 bytes in as many parts as ranks, all parts but one: to be summed, and summed.
+    assert bytes_of_sum(12, ranks) == pytest.approx(sent)
+
+
+def test_bytes_of_what_is_gathered_and_told() -> None:
+    assert bytes_of_gathering(12, 1) == bytes_of_telling(12, 1) == 0
+    assert bytes_of_gathering(12, 4) == 36
+    assert bytes_of_telling(12, 4) == 9  # three of four receive it
+
+
+@pytest.mark.parametrize(("ranks", "steps"), [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (1024, 10)])
+def test_all_who_have_heard_tell_others(ranks: int, steps: int) -> None:
+    assert steps_of_telling(ranks) == steps
+
+
+def test_a_ring_is_as_fast_as_its_slowest_connection() -> None:
+    assert NETWORK.rate(range(4)) == NETWORK.rate(range(4, 8)) == 100
+    assert NETWORK.rate(range(2, 6)) == NETWORK.rate(range(8)) == 10
+    # Machines whose network is faster than what is within them.
+    assert Network(within=5.0, between=10.0).rate(range(16)) == 5
+
+
+def test_a_sum_takes_the_time_of_its_bytes_and_its_messages() -> None:
+    assert NETWORK.seconds_of_sum(0, range(4)) == 0
+    assert NETWORK.seconds_of_sum(1000, [0]) == 0
+    assert NETWORK.seconds_of_sum(1000, range(4)) == pytest.approx(6000 / 100 + 6 * 0.5)
+    assert NETWORK.seconds_of_sum(1000, range(8)) == pytest.approx(7000 / 10 + 14 * 0.5)
+    one, two = (NETWORK.seconds_of_sum(SUM_NUMBERS + more, [0, 1]) for more in (0, 1))
+    assert two - one == pytest.approx(2 * 0.5 + 4 / 100, rel=1e-4)
+
+
+def test_the_number_of_messages_is_that_of_the_connection() -> None:
+    from onewan.parallel.connection import _buckets
+
+    tensors = [torch.empty(size, device="meta") for size in [SUM_NUMBERS // 4] * 9]
+    assert len(list(_buckets(tensors))) == sums_of(sum(t.numel() for t in tensors)) == 3
+    assert sums_of(0) == len(list(_buckets([]))) == 0
