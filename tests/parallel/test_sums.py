@@ -37,7 +37,7 @@ class _Counted:
 def _sums() -> tuple[list[list[float]], int, int, int]:
     """The different numbers in each sum; how many messages there were, how many of them at a time,
     and how many nobody waited for."""
-    connection._BUCKET = BUCKET
+    connection.SUM_NUMBERS = BUCKET
     send: Callable[..., Any] = dist.all_reduce
     dist.all_reduce = lambda *given, **named: _Counted(send(*given, **named))
     with join(torch.device("cpu"), 60) as ranks:
