@@ -46,19 +46,24 @@ def cache(run: Path, overrides: Sequence[str], *, strict: bool, verify: bool, as
             str(run), ["video_data.cache: is false, so nothing is cached; set it to true"]
         )
     with heavy_imports():
+        from onewan.devices import resolve_device
+        from onewan.parallel.ranks import join
         from onewan.train.run import sample_requests
         from onewan.train.setup import WanModelSetup
 
-    with Progress() as progress:
+    timeout, device = 60 * config.parallel.timeout_minutes, resolve_device(config.model.device)
+    with join(device, timeout) as ranks, Progress() as progress:
 
         def advance(what: str, done: int, total: int) -> None:
-            if not as_json:
+            if ranks.is_first and not as_json:
                 progress.advance(what, done, total, unit="item")
 
         # The prompts of sample videos are encoded too: training then needs no text encoder.
         samples = sample_requests(config)
-        data = WanModelSetup(config).dataset(samples, advance, verify=verify)
+        data = WanModelSetup(config, ranks=ranks).dataset(samples, advance, verify=verify)
     problems = data.report.problems
+    if not ranks.is_first:  # which says everything
+        return 1 if strict and problems else 0
     if as_json:
         write_json(
             {

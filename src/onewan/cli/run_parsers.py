@@ -91,7 +91,8 @@ def add_cache(commands: Commands) -> None:
         commands,
         "cache",
         "check the clips and encode them once, before training",
-        "Reports every file that\ncan't be used. `onewan train` encodes whatever is still missing.",
+        "Reports every file that\ncan't be used. `onewan train` encodes whatever is still missing. "
+        "Several processes,\nalso those that torchrun starts, share the work.",
     )
     add_run_file(parser)
     parser.add_argument(

@@ -14,6 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Literal, TypeVar
 
+from onewan.parallel.ranks import local_count
+
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -25,9 +27,11 @@ the slower part."""
 
 
 def usable_cores() -> int:
-    """The number of cores that this process may use."""
+    """The number of cores that this process may use, where it is one of several of a run its share
+    of the machine's."""
+    share = max(1, (os.cpu_count() or 1) // local_count())
     affinity = getattr(os, "sched_getaffinity", None)  # not on Windows and macOS
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return share if affinity is None else min(share, len(affinity(0)))
 
 
 def worker_count(workers: int | Literal["auto"]) -> int:

@@ -43,6 +43,7 @@ from onewan.errors import DataError, one_line
 from onewan.files import replacing
 from onewan.formats.model_folder import ComponentName
 from onewan.model.conditioning import conditioning_of
+from onewan.parallel.ranks import is_first_process
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +82,8 @@ def prepare(
     without another size or time. `check_clips` gets the training clips before anything is encoded,
     and raises if they can't be used. Clips that can't be decoded are left out and reported. Raises
     DataError if no training clip is left, or if the run file names validation sources and none of
-    their clips is left.
+    their clips is left. Where torchrun has started several processes, the first one writes the list
+    of problems and the contact sheet.
     """
     if not config.video_data.sources:
         raise DataError("video_data.sources: is empty; name at least one folder of clips")
@@ -110,7 +112,7 @@ def prepare(
         )
         result = source.prepare(clips, progress)
     report = _final_report(config, report, result, digests)
-    if isinstance(source, CachedLatents):
+    if isinstance(source, CachedLatents) and is_first_process():
         report = _with_contact_sheet(config, report, source, shown)
     return Dataset(
         clips=report.clips,
@@ -259,7 +261,7 @@ def _final_report(
         warnings=tuple(dict.fromkeys((*report.warnings, *result.warnings))),
     )
     report = with_held_out(config, report, digests)
-    if config.video_data.cache:
+    if config.video_data.cache and is_first_process():
         report = _with_list(config.video_data.cache_dir, report)
     _require_clips(config, report)
     return report

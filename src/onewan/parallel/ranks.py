@@ -96,6 +96,11 @@ def is_started_by_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
     return "RANK" in environment and "WORLD_SIZE" in environment
 
 
+def is_first_process(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process writes what people read: the only one, or torchrun's first."""
+    return not is_started_by_torchrun(environment) or environment["RANK"] == "0"
+
+
 def local_rank(environment: Mapping[str, str] = os.environ) -> int:
     """The number of this process among those of its machine, which chooses its device."""
     return int(environment.get("LOCAL_RANK", "0"))

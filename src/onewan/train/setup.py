@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -234,7 +235,14 @@ class WanModelSetup:
             verify=verify,
             check_clips=self._before_encoding,
         )
-        return dataset, vae
+        return self._of_all_processes(dataset), vae
+
+    def _of_all_processes(self, dataset: Dataset) -> Dataset:
+        """The data set, which all have, with what each of them has encoded and noticed."""
+        found = self._ranks.gathered((dataset.encoded, dataset.report.warnings))
+        warnings = dict.fromkeys(warning for _, noticed in found for warning in noticed)
+        report = replace(dataset.report, warnings=tuple(warnings))
+        return replace(dataset, encoded=sum(encoded for encoded, _ in found), report=report)
 
     def _checked_sources(
         self,
