@@ -25,7 +25,8 @@ from onewan.data.filling import CacheFiller
 from onewan.devices import HOST
 from onewan.errors import Interrupted
 from onewan.media import write_video
-from onewan.parallel.ranks import is_first_process, join
+from onewan.parallel.environment import is_first_process
+from onewan.parallel.ranks import join
 from onewan.runs.control import request
 from onewan.runs.event_file import read_events
 from onewan.runs.events import Event, Sampling

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Literal, TypeVar
 
-from onewan.parallel.ranks import local_count
+from onewan.parallel.environment import local_count
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")

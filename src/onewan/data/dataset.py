@@ -43,7 +43,7 @@ from onewan.errors import DataError, one_line
 from onewan.files import replacing
 from onewan.formats.model_folder import ComponentName
 from onewan.model.conditioning import conditioning_of
-from onewan.parallel.ranks import is_first_process
+from onewan.parallel.environment import is_first_process
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from onewan.errors import ConfigError
+from onewan.parallel.environment import is_started_by_torchrun
 
 if TYPE_CHECKING:
     import torch
@@ -89,26 +90,6 @@ def first_alone(ranks: Ranks) -> Iterator[bool]:
     files; it yields whether this is the first one."""
     yield ranks.is_first
     ranks.from_first(None)
-
-
-def is_started_by_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is one of several, or of one, that torchrun has started."""
-    return "RANK" in environment and "WORLD_SIZE" in environment
-
-
-def is_first_process(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process writes what people read: the only one, or torchrun's first."""
-    return not is_started_by_torchrun(environment) or environment["RANK"] == "0"
-
-
-def local_rank(environment: Mapping[str, str] = os.environ) -> int:
-    """The number of this process among those of its machine, which chooses its device."""
-    return int(environment.get("LOCAL_RANK", "0"))
-
-
-def local_count(environment: Mapping[str, str] = os.environ) -> int:
-    """The number of processes of the run on this machine, which share its host memory."""
-    return int(environment.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @contextmanager

@@ -48,7 +48,7 @@ from onewan.model.attention_backends import AttentionBackend
 from onewan.model.block_parts import BlockParts
 from onewan.model.transformer import WanTransformer
 from onewan.model.vae import StripsOf
-from onewan.parallel.ranks import local_count
+from onewan.parallel.environment import local_count
 from onewan.runs.events import MemoryPlanned
 
 _PINNED = {None: None, "pinned": True, "pageable": False, "mapped": False}
