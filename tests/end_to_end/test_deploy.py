@@ -210,8 +210,8 @@ def on_a_free_port(script: str) -> str:
     return script.replace("29500", free_port())
 
 
-def trains(command: list[str], folder: Path, runs: Path, **variables: str) -> None:
-    """The command trains the run, and finds nothing to do when it is started again."""
+def trains(command: list[str], folder: Path, run: Path, **variables: str) -> None:
+    """The command trains the run."""
     programs = str(folder / ".venv" / "bin")
     source = str(ROOT / "src")
     environment = {
@@ -220,19 +220,17 @@ def trains(command: list[str], folder: Path, runs: Path, **variables: str) -> No
         "PATH": os.pathsep.join([programs, os.environ["PATH"]]),
         "PYTHONPATH": source,
     }
-    for expected in ("done: 2 steps", "nothing is left to train"):
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        said = done.stdout + done.stderr
-        assert done.returncode == 0 and expected in said, said
-    assert (runs / "state" / "000002").is_dir()
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0 and "done: 2 steps" in done.stdout, done.stdout + done.stderr
+    assert (run / "state" / "000002").is_dir()
 
 
 def named(folder: Path, name: str) -> str:
