@@ -87,8 +87,8 @@ def plan_of(
         for (frames, (width, height)), count in expected.clips.items()
     }
     stored = read_stored_model(config)
-    each = of_each_process(machine, gpus)
-    plan = make_plan(config, clips, each, stored, notes=expected.notes)
+    share = of_each_process(machine, gpus)
+    plan = make_plan(config, clips, share, stored, notes=expected.notes)
     if gpus > 1:
         plan = divided(plan, config, clips, stored, machine, division, _is_due(config), network)
     plan = replace(plan, clips=0 if expected.assumed else sum(clips.values()))
