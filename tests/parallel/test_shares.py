@@ -18,13 +18,16 @@ from support.torchrun import together
 from onewan.cli import main
 from onewan.config.load import load_run
 from onewan.config.schema import ResolvedRun
-from onewan.data import ahead
+from onewan.data import ahead, found_cuts
 from onewan.data.cache import EntryKind
 from onewan.data.encode import no_progress
+from onewan.data.file_memory import FileMemory, FileState
 from onewan.data.filling import CacheFiller
+from onewan.data.found_cuts import FoundCuts
 from onewan.devices import HOST
 from onewan.errors import Interrupted
 from onewan.media import write_video
+from onewan.media.cuts import Cut
 from onewan.parallel.environment import is_first_process
 from onewan.parallel.ranks import join
 from onewan.runs.control import request
@@ -132,6 +135,41 @@ def test_the_first_process_alone_writes_what_people_read(
         assert WanModelSetup(config).dataset([], no_progress).report.problems
         found = [*cache.glob("*.jpg"), *cache.glob("*.txt")]
         assert [path.name for path in found] == written
+
+
+def test_a_file_that_another_process_has_searched_for_cuts_is_not_searched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, memory, searched = [tmp_path / f"{n}.mp4" for n in range(8)], tmp_path / "cuts", []
+    for file in files:
+        file.write_bytes(b"a video")
+
+    def search(path: Path) -> list[Cut]:
+        searched.append(path)
+        return [Cut(1.0, 1.1)]
+
+    monkeypatch.setattr(found_cuts, "find_cuts", search)
+    # Both begin before either has found anything.
+    one, other = FoundCuts(memory), FoundCuts(memory)
+    one.prepare(files[:6])
+    other.prepare(files)
+    one.prepare(files)
+    assert sorted(searched) == files
+    assert all(finder.of(file) == (Cut(1.0, 1.1),) for finder in (one, other) for file in files)
+
+
+def test_a_line_that_another_process_has_not_written_to_its_end_is_read_later(
+    tmp_path: Path,
+) -> None:
+    file, video, state = tmp_path / "memory", tmp_path / "é.mp4", FileState(1, 2)
+    memory, writer = FileMemory(file), FileMemory(tmp_path / "other")
+    writer.set(video, state, "found")
+    writer.save()
+    line = (tmp_path / "other").read_bytes()
+    for end in (0, len(line) - 1, len(line)):
+        file.write_bytes(line[:end])
+        memory.refresh()
+        assert memory.get(video, state) == ("found" if end == len(line) else None)
 
 
 def test_processes_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -41,12 +42,25 @@ class FileMemory:
         self._file = file
         self._known: dict[str, tuple[FileState, Any]] = {}
         self._new_lines: list[str] = []
-        lines = list[str]()
-        if file is not None:
-            with suppress(OSError):
-                lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
-        for path, state, value in filter(None, map(_record, lines)):
-            self._known[path] = (state, value)
+        self._read = 0
+        """Bytes of the file that were read."""
+        self._reading = threading.Lock()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in what other processes have saved since the file was read. Any thread may."""
+        if self._file is None:
+            return
+        with self._reading, suppress(OSError), self._file.open("rb") as file:
+            file.seek(self._read)
+            lines = file.read()
+            # The end of the last line may be missing yet.
+            lines = lines[: lines.rfind(b"\n") + 1]
+            self._read += len(lines)
+            for line in lines.decode("utf-8", errors="replace").split("\n"):
+                if record := _record(line):
+                    path, state, value = record
+                    self._known[path] = (state, value)
 
     def get(self, path: Path, state: FileState) -> Any:
         """The value of a file; None if there is none, or one of another state."""

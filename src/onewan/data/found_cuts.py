@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
+from random import SystemRandom
 
 from onewan.data.ahead import results_ahead, usable_cores
 from onewan.data.file_memory import FileMemory, FileState
@@ -46,15 +47,19 @@ class FoundCuts:
     ) -> None:
         """Search those of the files that were not, several at a time; `progress` is called with
         the number of those that are done, and that of all. What is wrong with one is raised by
-        `of`."""
+        `of`. Several processes that do this at the same time share the work."""
         new = [path for path in dict.fromkeys(paths) if self._is_new(path)]
+        # In an order that differs between processes, each of which looks before it searches a file
+        # whether another one has searched it: only those that are searched at that moment are
+        # searched twice.
+        SystemRandom().shuffle(new)
         workers = min(_WORKERS, usable_cores()) if len(new) > 1 else 0
-        with closing(results_ahead(_searched, new, workers=workers)) as results:
+        with closing(results_ahead(self._searched, new, workers=workers)) as results:
             for done, (path, result) in enumerate(results, start=1):
                 state, found = result()
                 if isinstance(found, DataError):
                     self._errors[path, state] = found
-                else:
+                elif found is not None:
                     self._memory.set(path, state, [cut_detector(), *found])
                     # At once, since a search takes long, and may be interrupted at the next file.
                     self._memory.save()
@@ -76,12 +81,14 @@ class FoundCuts:
             case _:
                 return None
 
-
-def _searched(path: Path) -> tuple[FileState, tuple[Cut, ...] | DataError]:
-    """What is found in a file; its state before that, so that one that is replaced meanwhile is
-    searched again."""
-    state = FileState.of(path)
-    try:
-        return state, find_cuts(path)
-    except DataError as error:
-        return state, error
+    def _searched(self, path: Path) -> tuple[FileState, tuple[Cut, ...] | DataError | None]:
+        """What is found in a file, None if another process has searched it; its state before that,
+        so that one that is replaced meanwhile is searched again."""
+        state = FileState.of(path)
+        self._memory.refresh()
+        if self._valid(path) is not None:
+            return state, None
+        try:
+            return state, find_cuts(path)
+        except DataError as error:
+            return state, error
