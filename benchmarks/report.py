@@ -73,6 +73,9 @@ SECTIONS: dict[str, tuple[Benchmark, ...]] = {
         Benchmark(figure="gpu_settings", script="gpu_settings.py", quick=None, needs="a GPU"),
     ),
     "Batch size scaling": (Benchmark(figure="batch_scaling", script="batch_scaling.py"),),
+    "Several GPUs, simulated": (
+        Benchmark(figure="scaling", script="scaling.py", quick=None, needs="Linux"),
+    ),
     "Comparison with existing trainers": (
         Benchmark(
             figure="peers", script="peers_data.py", quick=None, needs="checkouts of the trainers"

@@ -3,9 +3,11 @@ its end, and what it counts agrees with the memory plan."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from types import ModuleType
 
 import batch_scaling
@@ -14,6 +16,7 @@ import device_memory
 import gpu_settings
 import offloading
 import pytest
+import scaling
 import simulated_gpu  # registers the device
 import torch
 import vae_memory
@@ -108,6 +111,35 @@ def test_memory_settings(run: Callable[..., Figure]) -> None:
         duration = by_measure(figure, settings=name)["duration of a step"]
         assert duration.median > 0 and duration.ratio and duration.baseline == gpu_settings.PLAIN
     assert set(by_measure(figure, settings=names[2])) == {"duration of a step"}
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux counts what is sent")
+def test_scaling(run: Callable[..., Figure]) -> None:
+    figure = run(scaling, "--gpus", "1", "8", "16")
+    for processes, parts, of_gradients in [(2, "2 parts", 1), (4, "4 parts", 1.5)]:
+        found = by_measure(figure, processes=processes, counted=parts)
+        collectives = found["collectives in a step"]
+        assert set(collectives.repeats) == {collectives.expected}
+        sent = found["sent by each in a step"]
+        assert len(sent.repeats) == processes
+        assert sent.expected == pytest.approx(mean(sent.repeats), rel=scaling.TOLERANCE)
+        assert found["difference"].limit == scaling.TOLERANCE
+        # Gradients are almost all of it: two matrices of rank 32 for each linear layer.
+        widths = [128 + 128] * 8 + [128 + 345] * 2
+        assert sent.median == pytest.approx(of_gradients * 4 * 32 * 2 * sum(widths) / 1e3, rel=0.02)
+    side_by_side = by_measure(figure, processes=4, counted="2 experts x 2 parts")
+    two = by_measure(figure, processes=2, counted="2 parts")["sent by each in a step"]
+    assert side_by_side["sent by each in a step"].median == pytest.approx(two.median, rel=0.01)
+    one, eight, sixteen = (
+        by_measure(figure, simulated="TI2V-5B, H100", GPUs=gpus) for gpus in (1, 8, 16)
+    )
+    by_nvlink, by_ethernet = (f"efficiency, {n}" for n in (scaling.NVLINK, scaling.ETHERNET))
+    assert one[by_nvlink].median == 100 > eight[by_nvlink].median > sixteen[by_nvlink].median
+    assert sixteen[by_nvlink].median > 1.1 * sixteen[by_ethernet].median
+    assert eight["device memory of each"].median == one["device memory of each"].median
+    goal = by_measure(figure, simulated="T2V-A14B, H100", GPUs=8)[by_nvlink]
+    assert goal.at_least and goal.limit == scaling.GOAL and goal.keeps_limit
 
 
 @pytest.mark.long
