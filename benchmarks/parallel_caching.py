@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from figures import Chart, Value, add_output_options, as_case, measured_here, save
 from measuring import Size, parse_size
+from torch import Tensor
 
 from onewan.config.load import dump_run, load_run
 from onewan.data.cache import EntryKind
@@ -159,9 +160,11 @@ def fill(run: Path, results: Path) -> None:
     config, made_here = load_run(run), list[str]()
     save = CacheFiller.save
 
-    def noted(self: CacheFiller, kind: EntryKind, key: str, *rest: Any) -> None:
+    def noted(
+        self: CacheFiller, kind: EntryKind, key: str, tensors: Mapping[str, Tensor], about: str
+    ) -> None:
         made_here.append(f"{kind} {key}")
-        save(self, kind, key, *rest)
+        save(self, kind, key, tensors, about)
 
     CacheFiller.save = noted
     with join(HOST, 600) as ranks:
