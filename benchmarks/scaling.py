@@ -445,7 +445,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         values = [value for setup in SETUPS for value in predicted(setup, options, Path(folder))]
         real, what = compared(options, Path(folder) / "counted")
         figure = figure_of([*values, *real], what, options)
-    print("Simulated, not measured; the last rows are counted.")
+    print(figure.measured)
     for value in figure.values:
         case = ", ".join(f"{key} {part}" for key, part in value.case.items())
         expected = "" if value.expected is None else f" (by arithmetic {value.expected:.4g})"
