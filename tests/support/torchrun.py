@@ -61,7 +61,7 @@ def together(
     started = []
     for rank in range(processes):
         receiver, sender = context.Pipe(duplex=False)
-        environment = _environment(rank, processes, store.port)
+        environment = environment_of(rank, processes, store.port)
         process = context.Process(target=_run, args=(sender, environment, work, arguments))
         process.start()
         sender.close()
@@ -87,7 +87,7 @@ def _answer(receiver: Connection, until: float) -> tuple[str, Any]:
         return "failed", "ended without an answer"
 
 
-def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
+def environment_of(rank: int, processes: int, port: int) -> dict[str, str]:
     """What torchrun sets, as far as PyTorch and onewan read it."""
     return {
         **{name: str(rank) for name in ("RANK", "LOCAL_RANK")},
