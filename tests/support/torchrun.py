@@ -67,11 +67,14 @@ def together(
         sender.close()
         started.append((process, receiver))
     until = time.monotonic() + seconds
-    answers = [_answer(receiver, until) for _, receiver in started]
-    for process, _ in started:
-        if any(kind == "failed" for kind, _ in answers):
-            process.kill()
-        process.join()
+    answers = list[tuple[str, Any]]()
+    try:
+        answers += [_answer(receiver, until) for _, receiver in started]
+    finally:
+        for process, _ in started:
+            if len(answers) < processes or any(kind == "failed" for kind, _ in answers):
+                process.kill()
+            process.join()
     failed = {rank: text for rank, (kind, text) in enumerate(answers) if kind == "failed"}
     assert not failed, "\n".join(f"rank {rank}: {text}" for rank, text in failed.items())
     return [value for _, value in answers]
