@@ -64,10 +64,10 @@ def resolve_device(name: str) -> torch.device:
 def _own_of_this_process(name: str) -> str:
     """A device without an index, as the one that belongs to this process where torchrun has started
     several on a machine."""
-    number = os.environ.get("LOCAL_RANK", "")
-    found = accelerator()
-    is_one_of_several = found is not None and torch.accelerator.device_count() > 1
-    return f"{name}:{number}" if number and is_one_of_several and name == found.type else name
+    number, found = os.environ.get("LOCAL_RANK", ""), accelerator()
+    if not number or found is None or found.type != name or torch.accelerator.device_count() < 2:
+        return name
+    return f"{name}:{number}"
 
 
 def collective_backend(device: torch.device) -> str | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
@@ -199,7 +199,7 @@ class WanDataLoader:
         expert_at: Callable[[int], tuple[ExpertName, int]],
         experts: Collection[ExpertName] | None = None,
         part: Part = WHOLE,
-    ) -> Iterator[StepBatches]:
+    ) -> Generator[StepBatches]:
         """Data of the steps `start` to `stop`-1, or of those among them that train one of
         `experts`; of each step's clips, `part`. `expert_at(step)` gives the expert and the number
         of steps that it has had before.
