@@ -368,11 +368,11 @@ class WanTrainer:
     def _steer(self, run: Run) -> None:
         """Bring changed settings into force, which the first process is told."""
         changed = self._ranks.is_first and self._steering.advance(run)
-        changed, recorded = self._ranks.from_first((changed, run.recorded))
-        if changed and not self._ranks.is_first:
+        recorded = self._ranks.from_first(run.recorded if changed else None)
+        if recorded is not None and not self._ranks.is_first:
             self._config = run.recorded = recorded
             self._steering.begin(run)
-        if changed:
+        if recorded is not None:
             self._follow_settings(run)
 
     def _due(self, run: Run) -> Due:
