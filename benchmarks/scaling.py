@@ -2,9 +2,9 @@
 
 No such machines were there. Memory and the duration of a step are those of `onewan plan --gpus N`,
 for adapters on the true models; what processes send each other is arithmetic, with the rates of
-the connections as parameters. Gradients are summed after the backward pass, and meanwhile nothing
-is computed: all of that time is in a step. Efficiency is the rate of clips of N GPUs relative to N
-times that of one, which has as many clips in a step as each of them.
+the connections as parameters. Gradients are summed after the backward pass, during which nothing
+else is computed: all of that time is in a step. Efficiency is the rate of clips of N GPUs relative
+to N times that of one, which has as many clips in a step as each of them.
 
 What processes send is then counted in runs of 2 and 4 real processes on a tiny model: calls of
 torch.distributed, and the bytes that the kernel has sent over their connections (Linux only).

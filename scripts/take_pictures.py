@@ -108,7 +108,7 @@ def main() -> int:
 def plain_folder() -> Iterator[Path]:
     """A folder that is removed afterwards, with a name that may be seen in pictures."""
     folder = Path(tempfile.gettempdir()) / "onewan"
-    folder.mkdir()  # fails for one that exists, which is somebody's
+    folder.mkdir()  # fails if it exists: it would not be this script's to delete
     try:
         yield folder
     finally:

@@ -74,7 +74,7 @@ def _receive(store: Any, own: str, count: int, seconds: float) -> str:
     store.append(f"onewan/present/{own}", "0\n")
     told, end = {own}, time.monotonic() + seconds
     while len(present := _present(store, own)) < count:
-        # Those who came to earlier meetings are told too, and do not hear it.
+        # Also set for processes of earlier meetings, which have ended and do not read it.
         for arrival in store.get(_ARRIVALS).decode().splitlines():
             name = arrival.split()[1]
             if name not in told:

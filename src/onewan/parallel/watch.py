@@ -28,7 +28,7 @@ STALE_SECONDS = 15.0
 others of its process only as long as one of them keeps Python from running."""
 GRACE_SECONDS = 5.0
 """In which this process may end by itself when another one has failed. It can't where it waits for
-the device or the network, and is then ended without more ado: what it has saved is whole."""
+the device or the network, and is then ended at once: what it has saved is whole."""
 TELL_SECONDS = 3.0
 """In which others hear of a failure before this process ends, and perhaps the store with it."""
 _WATCHED = 4

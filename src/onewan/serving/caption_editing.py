@@ -22,7 +22,7 @@ from onewan.serving.clips import ClipSets, OpenSet
 
 State: TypeAlias = Literal["good", "unsaved", "failed"]
 Answer: TypeAlias = Literal["write", "take"] | None
-"""What the user wants of two captions: `write` the own one, `take` the other; None to go on."""
+"""What the user wants of two captions: `write` the own one, `take` the other; None: edit on."""
 
 
 class EditSession:
@@ -127,7 +127,7 @@ class EditedCaption(ABC):
             self._is_saving = False
 
     async def _write(self, mine: str) -> bool:
-        """Write `mine`, or decide what is to be written; False if the user goes on editing."""
+        """Write `mine`, or decide what is to be written; False if the user continues editing."""
         session = self.session
         edit = partial(session.sets.edit, session.edits, self.place, mine, self.seen)
         try:

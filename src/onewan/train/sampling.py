@@ -1,6 +1,6 @@
 """`SampleMaker`: generates the sample videos of a run while it trains, divided among its processes.
 
-A video that fails does not end the run: its error is reported, and training goes on.
+A video that fails does not end the run: its error is reported, and training continues.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def _give_weights(run: Run) -> None:
     ranks = run.ranks
     for group in run.division.groups:
         if not set(range(1, ranks.count)) - set(group.ranks):
-            continue  # nobody lacks them
+            continue  # every process that samples has them
         for trainable in run.trained_by(group):
             received = dict[str, Tensor]()
             with ExitStack() as weights:

@@ -366,7 +366,7 @@ class WanTrainer:
                     trainable.use(values[trainable.name], f"rank {group.first}")
 
     def _steer(self, run: Run) -> None:
-        """Bring changed settings into force, which the first process is told."""
+        """Bring changed settings into force; the first process reads what is ordered."""
         changed = self._ranks.is_first and self._steering.advance(run)
         recorded = self._ranks.from_first(run.recorded if changed else None)
         if recorded is not None and not self._ranks.is_first:
@@ -425,7 +425,7 @@ class WanTrainer:
 
     def _validate(self, run: Run) -> bool:
         """Returns whether the state is to be kept as the best one. Clips that can't be read are
-        reported, and training goes on."""
+        reported, and training continues."""
         try:
             with self._time.doing("validation"):
                 return self._validator.validate(run)
