@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from support.torchrun import torchrun
 from onewan.devices import HOST
 from onewan.errors import ConfigError
 from onewan.parallel.ranks import Alone, is_started_by_torchrun, join
+from onewan.runs.event_file import read_events
 
 
 def test_torchrun_trains_both_experts_at_the_same_time(run_file: RunFile, tmp_path: Path) -> None:
@@ -24,6 +26,12 @@ def test_torchrun_trains_both_experts_at_the_same_time(run_file: RunFile, tmp_pa
     assert done.returncode == 0, done.stderr
     assert "2 processes, both experts trained at the same time" in notes(two)
     assert_equal(one, two)
+    (found,) = [e for e in read_events(layout_of(two).events) if e["event"] == "processes"]
+    assert found["experts"] == [["high"], ["low"]]
+    assert found["hostnames"] == [socket.gethostname()] * 2
+    assert found["devices"] == ["cpu"] * 2
+    assert len(set(found["pids"])) == 2
+    assert found["clocks_ahead"][0] == 0 and abs(found["clocks_ahead"][1]) < 5
     assert "steps" in layout_of(two).rank_log(1).read_text("utf-8")
 
 

@@ -85,6 +85,22 @@ class Environment(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Processes(Event):
+    """The processes that train the run together; not of a run of one. All lists are by rank."""
+
+    kind: ClassVar[str] = "processes"
+    hostnames: Sequence[str]
+    pids: Sequence[int]
+    devices: Sequence[str]
+    """PyTorch's names, such as "cuda:1"."""
+    experts: Sequence[Sequence[str]]
+    """Those that each process trains."""
+    clocks_ahead: Sequence[float]
+    """Seconds by which the clock of each machine is ahead of the first one's, to within the time
+    that a message takes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat(Event):
     """Written only to the file, when there was no other event for `HEARTBEAT_SECONDS`."""
 

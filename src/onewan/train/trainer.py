@@ -37,7 +37,7 @@ from onewan.runs.log import FileSink, Listener, ListenerSink, RunLog, TextSink, 
 from onewan.train.attention import choose_attention
 from onewan.train.cadence import Cadence, Due
 from onewan.train.chunks import saved_chunks
-from onewan.train.environment import environment
+from onewan.train.environment import environment, processes
 from onewan.train.exporting import WeightExporter
 from onewan.train.memory import planned
 from onewan.train.overview import overview
@@ -240,6 +240,7 @@ class WanTrainer:
                 self._write_run_files()
         if self._ranks.count > 1:
             self._log.note(str(run.division))
+            self._log.emit(processes(run))
         for warning in run.warnings:
             self._log.warn(warning)
 
