@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ import pytest
 from onewan.runs import processes
 from onewan.runs.event_file import EventFile
 from onewan.runs.events import Started, Stopped
+from onewan.runs.jobs import Jobs
 from onewan.runs.layout import RunLayout
+from onewan.runs.processes import force_stop
 
 
 def run_file(tmp_path: Path, name: str, device: str = "cpu") -> Path:
@@ -52,3 +55,15 @@ def begin(layout: RunLayout, end: bool = False) -> None:
         file.write(Started(run=layout.root, steps=4))
         if end:
             file.write(Stopped(step=2))
+
+
+@contextmanager
+def sleeping_jobs(runs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
+    """The jobs of the folder `runs`, whose trainers sleep; they are ended with the block."""
+    monkeypatch.delenv("ONEWAN_DEVICE", raising=False)
+    stand_in(SLEEP, monkeypatch)
+    jobs = Jobs(runs)
+    yield jobs
+    for entry in jobs.queue.entries():
+        if entry.process is not None:
+            force_stop(entry.process)

@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 from made_runs import MadeRun, write_run
 from support.interrupted import leave_interrupted, locking
-from support.trainers import SLEEP, begin, eventually, run_file, stand_in
+from support.trainers import begin, eventually, run_file, sleeping_jobs
 
 from onewan.errors import OnewanError
 from onewan.runs import statuses
 from onewan.runs.deletion import delete_run
 from onewan.runs.jobs import Jobs, Snapshot, device_name
 from onewan.runs.layout import RunLayout
-from onewan.runs.processes import force_stop
 from onewan.runs.statuses import Statuses
 
 ENDED = MadeRun(steps=4, on_device=False)
@@ -32,14 +31,8 @@ def runs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def jobs(runs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
-    """Jobs whose trainers sleep; they are ended with the test."""
-    monkeypatch.delenv("ONEWAN_DEVICE", raising=False)
-    stand_in(SLEEP, monkeypatch)
-    jobs = Jobs(runs)
-    yield jobs
-    for entry in jobs.queue.entries():
-        if entry.process is not None:
-            force_stop(entry.process)
+    with sleeping_jobs(runs, monkeypatch) as jobs:
+        yield jobs
 
 
 def reasons(snapshot: Snapshot) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from made_runs import MadeRun, write_run
 from support.interrupted import locking
-from support.trainers import SLEEP, begin, run_file, stand_in
+from support.trainers import begin, run_file, sleeping_jobs
 
 from onewan.runs.actions import (
     Action,
@@ -18,7 +18,6 @@ from onewan.runs.actions import (
     forced_stop,
 )
 from onewan.runs.jobs import Jobs
-from onewan.runs.processes import force_stop
 
 
 @pytest.fixture
@@ -30,14 +29,8 @@ def runs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def jobs(runs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
-    """Jobs whose trainers sleep; they are ended with the test."""
-    monkeypatch.delenv("ONEWAN_DEVICE", raising=False)
-    stand_in(SLEEP, monkeypatch)
-    jobs = Jobs(runs)
-    yield jobs
-    for entry in jobs.queue.entries():
-        if entry.process is not None:
-            force_stop(entry.process)
+    with sleeping_jobs(runs, monkeypatch) as jobs:
+        yield jobs
 
 
 def of_run(jobs: Jobs, name: str) -> list[Action]:
