@@ -74,13 +74,13 @@ def test_a_stop_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = run_file("ti2v-5b", "train.steps=3")
-    emit = WanTrainer._after_step
+    emit = WanTrainer._after_steps
 
     def interrupt(self: WanTrainer, *arguments: Any) -> None:
         signal.raise_signal(signal.SIGINT)
         emit(self, *arguments)
 
-    monkeypatch.setattr(WanTrainer, "_after_step", interrupt)
+    monkeypatch.setattr(WanTrainer, "_after_steps", interrupt)
     assert main(["train", run_yaml(config, tmp_path)]) == 130
     out, err = capsys.readouterr()
     assert err == ""

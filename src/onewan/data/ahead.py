@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from onewan.parallel.environment import local_count
 
@@ -63,6 +63,10 @@ def results_ahead(
     try:
         while submitted < len(items) or waiting:
             while submitted < len(items) and len(waiting) <= workers:
+                # Whoever uses the results may end with the next one, and what is read for others
+                # would be in vain.
+                if waiting and _has_failed(waiting[0][1]):
+                    break
                 item = items[submitted]
                 if waiting and used + size(item) > _MOST_BYTES:
                     break
@@ -73,3 +77,7 @@ def results_ahead(
             used -= size(item)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _has_failed(future: Future[Any]) -> bool:
+    return future.done() and future.exception() is not None

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType
 
+import psutil
 import torch.distributed as dist
 
 from onewan.errors import one_line
@@ -64,7 +65,7 @@ class Watch:
         self._neighbours = [
             place
             for place in places
-            if place.starter == self._own.starter and place is not self._own and _can_see_processes
+            if place.starter == self._own.starter and place is not self._own
         ]
         self._found: str | None = None
         self._was_stopped = False
@@ -135,7 +136,7 @@ class Watch:
         """What has become of another process, if it has failed; `elapsed` is the number of seconds
         since this was looked at."""
         # Looked for first: whoever ends in order has said so before.
-        gone = [place for place in self._neighbours if not _is_there(place.process)]
+        gone = [place for place in self._neighbours if not psutil.pid_exists(place.process)]
         names = [_FAILURE, _STOPPED, *(_beat(signs.place.rank) for signs in self._watched)]
         failure, stopped, *beats = [value.decode() for value in self._store.multi_get(names)]
         if failure:
@@ -281,19 +282,6 @@ def _counted(elapsed: float) -> float:
     """Of the seconds that have passed those that count: a process that was itself stopped for some
     time, as by Ctrl-Z, does not hold that against others."""
     return min(elapsed, 3 * BEAT_SECONDS)
-
-
-_can_see_processes = os.name == "posix"
-
-
-def _is_there(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _beat(rank: int) -> str:
