@@ -67,6 +67,8 @@ def test_a_run_outlives_its_page_and_goes_on_where_it_was_killed(
 
             saved = layout.saved_steps()[-1]
             queue.add(layout.root, ["--resume=auto"])
+            # What is requested before the new trainer has begun is not meant for it.
+            eventually(lambda: read_status(layout.root).state == "running", 180)
             eventually(lambda: step() > saved + 1, 180)
             request(layout, "stop")
             eventually(lambda: read_status(layout.root).state == "stopped")
