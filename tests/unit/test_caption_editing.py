@@ -18,7 +18,7 @@ from onewan.serving.roots import Roots
 
 
 class Field(EditedCaption):
-    """A field without a screen, which notes what it says and answers as it is told to."""
+    """A field without a screen, which notes what it says and gives the answer of the test."""
 
     def __init__(self, session: EditSession, place: Place, answer: Answer = None) -> None:
         entry: Any = SimpleNamespace(name=place.path.name, clip=object())

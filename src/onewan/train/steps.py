@@ -41,6 +41,8 @@ class Steps:
         self._run, self._is_due = run, is_due
         self._memory_limit, self._device_rate = memory_limit, device_rate
         self._copied = run.memory.copied
+        self._bucket: Sequence[int] | None = None
+        """Frames, height and width of the latents of the step before."""
 
     def __iter__(self) -> Iterator[list[StepDone]]:
         """After each span, what became of its steps, in their order; `run.state.step` is counted
@@ -98,8 +100,6 @@ class Steps:
             tflops=speed.tflops,
             mfu=speed.mfu,
         )
-
-    _bucket: Sequence[int] | None = None
 
 
 def _in_order(by_rank: Sequence[Sequence[StepDone]]) -> list[StepDone]:
