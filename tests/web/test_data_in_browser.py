@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -45,9 +46,12 @@ def folder(tmp_path: Path) -> Path:
     clips = tmp_path / "clips"
     clips.mkdir()
     drawn = np.random.default_rng(1).integers(0, 255, (1, 96, 160, 3), np.uint8)
-    for name, steps in (("fox", 6), ("ball", 2), ("twin", 2)):
+    for name, steps in (("fox", 6), ("ball", 2)):
         frames = np.concatenate([np.roll(drawn, steps * k, axis=2) for k in range(33)])
         write_video(clips / f"{name}.mp4", frames, 16)
+    # Not encoded twice: of the same frames, x264 rarely makes other bytes (1 of 1,500 times).
+    shutil.copyfile(clips / "ball.mp4", clips / "twin.mp4")
+    for name in ("fox", "ball", "twin"):
         (clips / f"{name}.txt").write_text(f"a {name} jumps", encoding="utf-8")
     mask = Image.new("L", (160, 96))
     mask.paste(255, (0, 0, 80, 96))
