@@ -49,6 +49,28 @@ def test_one_process_has_everything() -> None:
     assert division.group_of(0).part(0) == WHOLE
 
 
+def test_processes_that_share_the_tokens_of_a_clip_follow_each_other() -> None:
+    division = divide(BOTH, 8, sequence=2, weights="sharded")
+    assert (division.parts, division.sequence) == (2, 2)
+    low = division.group_of(6)
+    assert low.ranks == (4, 5, 6, 7)
+    assert [low.part(rank) for rank in low.ranks] == [Part(0, 2)] * 2 + [Part(1, 2)] * 2
+    assert [low.tokens(rank) for rank in low.ranks] == [Part(0, 2), Part(1, 2)] * 2
+    assert low.sharing_clips(5) == (4, 5) and low.sharing_clips(6) == (6, 7)
+    assert str(division) == (
+        "8 processes, both experts trained at the same time, 4 for each expert with a part of "
+        "every step's clips, 2 of them share the tokens of a clip, the weights of blocks are "
+        "sharded"
+    )
+    with pytest.raises(ValueError, match=r"4 processes for an expert .* groups of 3"):
+        divide(BOTH, 8, sequence=3)
+
+
+def test_weights_are_not_sharded_where_each_expert_has_one_process() -> None:
+    assert not divide(BOTH, 2, weights="sharded").is_sharded
+    assert divide(BOTH, 2, "together", weights="sharded").is_sharded
+
+
 @pytest.mark.parametrize("ranks", [2, 4, 6])
 def test_two_experts_are_trained_side_by_side(ranks: int) -> None:
     division = divide(BOTH, ranks)
@@ -56,7 +78,7 @@ def test_two_experts_are_trained_side_by_side(ranks: int) -> None:
     assert (high.experts, low.experts) == (("high",), ("low",))
     assert [*high.ranks, *low.ranks] == list(range(ranks)) and len(high.ranks) == len(low.ranks)
     assert (high.first, low.first) == (0, ranks // 2)
-    assert division.group_for("low") is division.group_of(ranks - 1) is low
+    assert division.group_of(ranks - 1) is low
     assert low.part(low.ranks[-1]) == Part(ranks // 2 - 1, ranks // 2)
     assert "both experts trained at the same time" in str(division)
 

@@ -165,8 +165,15 @@ def test_processes_share_the_host_memory(plan) -> None:
 @pytest.mark.parametrize(
     ("variant", "gpus", "overrides", "message"),
     [
-        ("ti2v-5b", 2, [], "train.accumulation: a step has 1 clip .* 2 processes can't share"),
-        ("t2v-a14b", 8, ["train.batch_size=2"], "a step has 2 clips .* which 4 processes"),
+        ("ti2v-5b", 5, [], "train.accumulation: a step has 1 clip .* 5 processes can't share"),
+        (
+            *("t2v-a14b", 8, ["parallel.sequence_parallel=1", "train.batch_size=2"]),
+            "a step has 2 clips .* which 4 processes",
+        ),
+        (
+            *("t2v-a14b", 6, ["parallel.sequence_parallel=3"]),
+            "3 has to divide the 3 processes .* 40 attention heads; choose one of 1, or auto",
+        ),
         ("t2v-a14b", 3, ["parallel.experts=side_by_side"], "3 processes can't be divided"),
         ("ti2v-5b", 2, ["parallel.experts=side_by_side"], "trains one expert only"),
         (

@@ -14,6 +14,10 @@ from onewan.variants import ExpertName
 
 ExpertPlacement = Literal["auto", "together", "side_by_side"]
 """Whether all processes train the same expert at a time, or half of them one and half the other."""
+WeightPlacement = Literal["replicated", "sharded", "sharded_per_machine"]
+"""Whether each process of a group has all weights of its expert's blocks, or a shard of them: among
+all processes of the group (FSDP2), or among those of a machine, each of which then has all shards
+(HSDP)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,8 @@ class Group:
 
     experts: tuple[ExpertName, ...]
     ranks: tuple[int, ...]
+    sequence: int = 1
+    """How many of them, which follow each other, share the tokens of each clip."""
 
     @property
     def first(self) -> int:
@@ -64,7 +70,16 @@ class Group:
 
     def part(self, rank: int) -> Part:
         """Which part of each step's clips a process has."""
-        return Part(self.ranks.index(rank), len(self.ranks))
+        return Part(self.ranks.index(rank) // self.sequence, len(self.ranks) // self.sequence)
+
+    def tokens(self, rank: int) -> Part:
+        """Which part of the tokens of these clips it has."""
+        return Part(self.ranks.index(rank) % self.sequence, self.sequence)
+
+    def sharing_clips(self, rank: int) -> tuple[int, ...]:
+        """The processes that have other tokens of the same clips, and itself."""
+        start = self.part(rank).number * self.sequence
+        return self.ranks[start : start + self.sequence]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +87,12 @@ class Division:
     """How the work of a run is divided among its processes."""
 
     groups: tuple[Group, ...]
+    weights: WeightPlacement = "replicated"
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a process has a shard of the blocks' weights."""
+        return self.weights != "replicated"
 
     @property
     def side_by_side(self) -> bool:
@@ -81,26 +102,34 @@ class Division:
     @property
     def parts(self) -> int:
         """In how many parts the processes of a group share a step's clips."""
-        return len(self.groups[0].ranks)
+        return len(self.groups[0].ranks) // self.sequence
+
+    @property
+    def sequence(self) -> int:
+        """How many processes share the tokens of a clip."""
+        return self.groups[0].sequence
 
     def group_of(self, rank: int) -> Group:
         """The group of a process."""
         return next(group for group in self.groups if rank in group.ranks)
-
-    def group_for(self, expert: ExpertName) -> Group:
-        """The group that trains an expert."""
-        return next(group for group in self.groups if expert in group.experts)
 
     def __str__(self) -> str:
         """What was chosen, as a line for people."""
         count = sum(len(group.ranks) for group in self.groups)
         if count == 1:
             return "one process"
-        if not self.side_by_side:
-            return f"{count} processes, each with a part of every step's clips"
-        each = self.parts
-        part = "" if each == 1 else f", {each} for each expert with parts of a step's clips"
-        return f"{count} processes, both experts trained at the same time{part}"
+        said = [f"{count} processes"]
+        if self.side_by_side:
+            said.append("both experts trained at the same time")
+        each = f"{len(self.groups[0].ranks)} for each expert" if self.side_by_side else "each"
+        if self.parts > 1:
+            said.append(f"{each} with a part of every step's clips")
+        if self.sequence > 1:
+            said.append(f"{self.sequence} of them share the tokens of a clip")
+        if self.is_sharded:
+            where = " within each machine" if self.weights == "sharded_per_machine" else ""
+            said.append(f"the weights of blocks are sharded{where}")
+        return ", ".join(said)
 
 
 def divide(
@@ -109,12 +138,14 @@ def divide(
     placement: ExpertPlacement = "auto",
     *,
     shared: bool = False,
+    sequence: int = 1,
+    weights: WeightPlacement = "replicated",
 ) -> Division:
     """The division of a run that trains `experts` among `ranks` processes.
 
     Experts are trained side by side where there are two of them, an even number of processes, and
-    nothing that both train (`shared`: embeddings). ValueError, which says what prevents it, if
-    `placement` asks for what can't be.
+    nothing that both train (`shared`: embeddings). `sequence` processes share the tokens of a clip.
+    ValueError, which says what prevents it, if `placement` or `sequence` ask for what can't be.
     """
     prevented = None
     if len(experts) < 2:
@@ -127,12 +158,14 @@ def divide(
         raise ValueError(prevented)
     everyone = tuple(range(ranks))
     if placement == "together" or prevented is not None:
-        return Division(groups=(Group(experts=tuple(experts), ranks=everyone),))
-    half = ranks // 2
-    first, second = experts
-    return Division(
-        groups=(
-            Group(experts=(first,), ranks=everyone[:half]),
-            Group(experts=(second,), ranks=everyone[half:]),
+        divided = [(tuple(experts), everyone)]
+    else:
+        half, (first, second) = ranks // 2, experts
+        divided = [((first,), everyone[:half]), ((second,), everyone[half:])]
+    if (each := len(divided[0][1])) % sequence:
+        raise ValueError(
+            f"{each} processes for an expert can't be divided into groups of {sequence}"
         )
-    )
+    groups = (Group(experts=own, ranks=those, sequence=sequence) for own, those in divided)
+    # With one process for each expert there is nobody to share its weights with.
+    return Division(groups=tuple(groups), weights=weights if each > 1 else "replicated")
