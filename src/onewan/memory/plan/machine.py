@@ -44,6 +44,9 @@ _LARGEST = "H100"
 
 _NO_CARD = "no graphics card was found, so 24 GB are assumed; memory.vram gives another amount"
 
+MACHINE_SIZE = 8
+"""Devices of a machine, where it is not known."""
+
 _CONTEXT = 500_000_000
 """Bytes that the driver's context and its libraries take of a card."""
 _RESERVE = 0.05
@@ -71,6 +74,11 @@ class Machine:
     """Bytes of the device that the driver takes."""
     processes: int = 1
     """Processes of the run that share the host, of which this is what one has."""
+    ranks: int = 1
+    """Processes of the whole run, which may be on several machines."""
+    machine_size: int = MACHINE_SIZE
+    """Of these, those on each machine, among which `parallel.weights: sharded_per_machine` shards
+    weights."""
     notes: tuple[str, ...] = ()
     """What was assumed, for the user."""
 

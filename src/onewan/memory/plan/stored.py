@@ -30,7 +30,8 @@ from onewan.memory.plan.shapes import (
 from onewan.memory.plan.storage import Storage, matrix_bytes
 from onewan.variants import TEXT_WIDTH, Expert, ExpertName
 
-_COMPUTED_TYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+COMPUTED_TYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a number by `model.dtype`."""
 FP8_TEXT_ENCODER = "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
 """The text encoder in fp8, as ComfyUI's users have it."""
 _FP8_TEXT_ENCODER_BYTES = 6_735_906_897
@@ -121,7 +122,7 @@ def assumed_model(config: ResolvedRun) -> StoredModel:
     """The model of the variant's size with weights in `model.dtype`, or in fp8 where the name of a
     file says so."""
     variant = config.model.facts()
-    text = TEXT_ENCODER_WEIGHTS * _COMPUTED_TYPES[config.model.dtype]
+    text = TEXT_ENCODER_WEIGHTS * COMPUTED_TYPES[config.model.dtype]
     return StoredModel(
         experts={expert.name: _transformer(config, expert, None) for expert in variant.experts},
         vae=VaeShape.of_variant(variant),
@@ -192,7 +193,7 @@ def _distilled_bytes(config: ResolvedRun) -> dict[ExpertName, int]:
             continue  # which loading reports
         sizes[name] = sum(
             tensors[key].elements
-            * (_COMPUTED_TYPES[config.model.dtype] if module.startswith("blocks.") else 4)
+            * (COMPUTED_TYPES[config.model.dtype] if module.startswith("blocks.") else 4)
             for module, keys in ({} if layout is None else layout.modules).items()
             for part, key in keys.items()
             if part != "alpha"
@@ -248,7 +249,7 @@ def _text_encoder_bytes(file: ComponentFile, dtype: str) -> int:
         _loaded_bytes(e, dtype) if len(e.info.shape) == 2 else e.info.elements * 4
         for e in matrices.values()
     )
-    return round(packed) + others * _COMPUTED_TYPES[dtype]
+    return round(packed) + others * COMPUTED_TYPES[dtype]
 
 
 def _stays_packed(entry: StoredWeight) -> bool:
@@ -283,13 +284,13 @@ def _vector_bytes(shape: TransformerShape, dtype: str) -> int:
     """Bytes of the other weights of a block: the norms in front of its layers and the modulation
     are float32, the rest has `dtype`."""
     in_float32 = 8 * shape.width
-    return 4 * in_float32 + _COMPUTED_TYPES[dtype] * (shape.block_vector_weights - in_float32)
+    return 4 * in_float32 + COMPUTED_TYPES[dtype] * (shape.block_vector_weights - in_float32)
 
 
 def _outer_bytes(shape: TransformerShape, dtype: str) -> int:
     """The time embedding and the modulation of the head are float32, the rest has `dtype`."""
     time = shape.width * (shape.time_frequencies + shape.width + 2) + 2 * shape.width
-    return 4 * time + _COMPUTED_TYPES[dtype] * (shape.outer_weights - time)
+    return 4 * time + COMPUTED_TYPES[dtype] * (shape.outer_weights - time)
 
 
 def _count(file: ComponentFile) -> int:

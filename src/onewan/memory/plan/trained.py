@@ -82,14 +82,19 @@ def trained_embeddings(config: ResolvedRun, text_width: int) -> TrainedWeights |
     return _weights(config, shapes, added=4 * sum(map(prod, shapes)), gradient_bytes=4)
 
 
+def fine_tuned_names(
+    config: ResolvedRun, method: FineTuneMethod, shape: TransformerShape
+) -> list[str]:
+    """Names of the weights that full fine-tuning trains."""
+    names = _in_blocks(config, [name for name, _ in shape.named_weights()])
+    return _chosen(names, method.modules, grouped_weights(names, set(shape.linears())))
+
+
 def _fine_tuned(
     config: ResolvedRun, method: FineTuneMethod, shape: TransformerShape
 ) -> TrainedWeights:
     shapes_of = dict(shape.named_weights())
-    names = _in_blocks(config, list(shapes_of))
-    groups = grouped_weights(names, set(shape.linears()))
-    chosen = _chosen(names, method.modules, groups)
-    shapes = [shapes_of[name] for name in chosen]
+    shapes = [shapes_of[name] for name in fine_tuned_names(config, method, shape)]
     count = sum(map(prod, shapes))
     stored = 4 if config.model.dtype == "float32" else 2
     # float32 replaces the weight in `stored` bytes; Kahan's residual is kept beside it.
