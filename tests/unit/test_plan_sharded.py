@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from diffusers import WanTransformer3DModel
-from torch.distributed.device_mesh import init_device_mesh
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -75,7 +76,14 @@ def process() -> Iterator[object]:
     dist.destroy_process_group()
 
 
-def local(parameter: torch.nn.Parameter) -> torch.Tensor:
+def shard(block: nn.Module, mesh: DeviceMesh) -> None:
+    """As `onewan.memory.sharded_blocks` does: the weights and biases of linear layers."""
+    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    chosen = {parameter for linear in linears for parameter in linear.parameters()}
+    fully_shard(block, mesh=mesh, ignored_params=set(block.parameters()) - chosen)
+
+
+def local(parameter: nn.Parameter) -> torch.Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
@@ -98,48 +106,54 @@ def test_shards_have_the_bytes_of_those_of_torch(
     process(rank, count)
     mesh = init_device_mesh("cpu", (count,))
     for block in model.blocks:
-        fully_shard(block, mesh=mesh)
+        shard(block, mesh)
     tensors = {name: local(parameter) for name, parameter in model.named_parameters()}
-    blocks = {name: t for name, t in tensors.items() if name.startswith("blocks.")}
+    shards = [local(p) for p in model.parameters() if isinstance(p, DTensor)]
+    whole_ones = [p for p in model.parameters() if not isinstance(p, DTensor)]
 
     own = stored(config, model)
     whole = trained_weights(config, own.shape, config.model.facts().expert("low"))
     found = rank_bytes(config, own, whole, Sharing(shards=count), rank)
-    assert found.blocks == sum(t.nbytes for t in blocks.values())
-    assert found.outside == sum(t.nbytes for n, t in tensors.items() if n not in blocks)
+    assert found.shards == sum(t.nbytes for t in shards)
+    assert found.replicated == sum(t.nbytes for t in whole_ones)
     assert found.gradients == sum(t.nbytes for n, t in tensors.items() if n in trained)
     numbers = sum(t.numel() for n, t in tensors.items() if n in trained)
     assert found.averages == 4 * numbers
     assert found.state.device == 8 * numbers  # two moments of AdamW
     half = sum(t.numel() for n, t in tensors.items() if n in trained and t.dtype != torch.float32)
     assert found.residuals == (2 * half if precision == "kahan" else 0)
-    assert found.parameters == found.blocks + found.outside + found.residuals
+    assert found.parameters == found.shards + found.replicated + found.residuals
+
+
+def linear_weights(block: nn.Module) -> list[nn.Parameter]:
+    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    return [parameter for linear in linears for parameter in linear.parameters()]
 
 
 def test_buffers_have_the_bytes_of_whole_blocks(run) -> None:
     config, model = run(), small_transformer()
     own = stored(config, model)
     whole = trained_weights(config, own.shape, config.model.facts().expert("low"))
-    found = rank_bytes(config, own, whole, Sharing(shards=4))
-    block = list(model.blocks[0].parameters())
+    found = rank_bytes(config, own, whole, Sharing(shards=2))  # 2 divides all rows
+    block = linear_weights(model.blocks[0])
     assert found.whole_weights == WHOLE_BLOCKS * sum(p.nbytes for p in block)
-    # Gradients of one block in the weights' type, and of another one in float32.
-    assert found.whole_gradients == sum(p.nbytes + 4 * p.numel() for p in block)
-    assert rank_bytes(config, own, None, Sharing(shards=4)).whole_gradients == 0
+    # Gradients of one block in the weights' type, and of another one in float32 with its sums.
+    assert found.whole_gradients == sum(p.nbytes + (4 + 2) * p.numel() for p in block)
+    assert rank_bytes(config, own, None, Sharing(shards=2)).whole_gradients == 0
 
 
 @pytest.mark.parametrize("count", [2, 5, 7])
 def test_what_is_gathered_is_the_padded_shards_of_all(run, process, count: int) -> None:
     config, model = run(), small_transformer()
+    whole = [p for n, p in model.named_parameters() if ".attn" not in n and ".ffn." not in n]
+    whole += [p for n, p in model.named_parameters() if ".norm_" in n]
     process(0, count)
-    mesh = init_device_mesh("cpu", (count,))
-    fully_shard(model.blocks[0], mesh=mesh)
-    shards = [local(p) for p in model.blocks[0].parameters()]  # the first has most rows
+    shard(model.blocks[0], init_device_mesh("cpu", (count,)))
+    shards = [local(p) for p in linear_weights(model.blocks[0])]  # the first has most rows
     found = exchanged(config, stored(config, model), Sharing(shards=count))
     assert found.gathered == count * sum(t.nbytes for t in shards)
     assert found.reduced == count * sum(t.numel() for t in shards)
-    outside = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
-    assert found.summed == sum(p.numel() for p in outside)
+    assert found.summed == sum(p.numel() for p in whole)
 
 
 def test_shards_of_all_processes_are_the_whole(run) -> None:
@@ -162,7 +176,7 @@ def test_adapters_are_whole_beside_shards_of_frozen_weights(run) -> None:
     found = rank_bytes(config, own, whole, Sharing(shards=8))
     assert found.adapters == whole.weights and found.gradients == whole.gradients
     assert found.state == whole.state and found.whole_gradients == 0
-    # All weights of a block but the modulation can be divided by 8.
-    table = 4 * 6 * own.shape.width
-    assert found.blocks == own.shape.layers * ((own.block_bytes - table) // 8 + table)
-    assert found.outside == own.outer_bytes
+    # All rows can be divided by 8. Beside linear layers a block has norms and modulation.
+    others = own.shape.layers * (2 * 4 + 4 * 2 + 4 * 6) * own.shape.width
+    assert found.replicated == own.outer_bytes + others
+    assert found.shards == (own.all_bytes - found.replicated) / 8

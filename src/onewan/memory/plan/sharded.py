@@ -1,10 +1,10 @@
 """Bytes of a process that has a shard of its expert's blocks (FSDP2, HSDP).
 
-As torch's `fully_shard` divides them, each parameter of a block is cut along its first dimension
-into chunks of ceil(rows / processes) rows; the last processes may have fewer rows, or none. Buffers
-for whole blocks come beside the shards: one for the block that computes, one for the block whose
-weights are gathered ahead of their use. What is outside of the blocks, and adapters, are whole in
-every process.
+Sharded are the weights and biases of the linear layers of blocks (`onewan.memory.sharded_blocks`).
+As torch's `fully_shard` divides them, each is cut along its first dimension into chunks of
+ceil(rows / processes) rows; the last processes may have fewer rows, or none. Buffers for whole
+blocks come beside the shards: one for the block that computes, one for the block whose weights are
+gathered ahead of their use. Everything else, adapters too, is whole in every process.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Weight:
     """One parameter, as it is trained or computed with."""
 
     block: int | None
-    """Index of its block; None for one outside of the blocks."""
+    """Index of the block that it is sharded with; None for one that each process has whole."""
     rows: int
     """Size of its first dimension, along which it is sharded."""
     row: int
@@ -54,6 +54,10 @@ class Weight:
     def numbers(self) -> int:
         return self.rows * self.row
 
+    def padded(self, sharing: Sharing) -> int:
+        """How many numbers the processes send, as many rows each as the first one has."""
+        return sharing.shards * self.rows_of(sharing, 0) * self.row
+
     @property
     def computed_size(self) -> float:
         """Bytes of a number in the forward pass."""
@@ -64,12 +68,12 @@ class Weight:
 class RankBytes:
     """What one process has of one expert, in bytes."""
 
-    blocks: int
-    """Its shards of the blocks' weights, in the form in which they compute."""
-    outside: int
-    """Weights outside of the blocks, which are whole."""
+    shards: int
+    """Of blocks' weights, in the form in which they compute."""
+    replicated: int
+    """Weights that are whole: those outside of the blocks, norms and modulation."""
     adapters: int
-    """Weights of adapters, which are whole."""
+    """Weights of adapters, which are whole too."""
     residuals: int
     """Of Kahan's summation."""
     gradients: int
@@ -81,12 +85,12 @@ class RankBytes:
     """At the peak, of blocks that are gathered: `WHOLE_BLOCKS` of them."""
     whole_gradients: int
     """At the peak, of blocks that are trained: one that is computed, in the type of its weights,
-    and one that is reduce-scattered, in float32."""
+    and one that is reduce-scattered, in float32, with the sums of the process's rows."""
 
     @property
     def parameters(self) -> int:
         """Its weights between two steps."""
-        return self.blocks + self.outside + self.adapters + self.residuals
+        return self.shards + self.replicated + self.adapters + self.residuals
 
 
 def rank_bytes(
@@ -107,10 +111,11 @@ def rank_bytes(
     whole_weights, whole_gradients = ([0.0] * stored.shape.layers for _ in range(2))
     for weight in weights:
         if weight.block is not None:
-            whole_weights[weight.block] += weight.numbers * weight.computed_size
+            whole_weights[weight.block] += weight.padded(sharing) * weight.computed_size
             if weight.trained_size:
-                both = weight.trained_size + _REDUCED
-                whole_gradients[weight.block] += weight.numbers * both
+                sums = weight.padded(sharing) * (1 + 1 / sharing.shards)
+                gradient = weight.numbers * weight.trained_size + _REDUCED * sums
+                whole_gradients[weight.block] += gradient
     own = [(weight, count) for weight, count in numbers if weight.trained_size and count]
     shapes: list[Shape] = [
         (weight.rows_of(sharing, rank), weight.row) if weight.row > 1 else (count,)
@@ -124,8 +129,8 @@ def rank_bytes(
     elif trained is not None:
         gradients, state, averages = trained.gradients, trained.state, trained.averages
     return RankBytes(
-        blocks=round(sum(n * w.computed_size for w, n in numbers if w.block is not None)),
-        outside=round(sum(n * w.computed_size for w, n in numbers if w.block is None)),
+        shards=round(sum(n * w.computed_size for w, n in numbers if w.block is not None)),
+        replicated=round(sum(n * w.computed_size for w, n in numbers if w.block is None)),
         adapters=0 if fine_tunes or trained is None else trained.weights,
         residuals=sum(weight.residual * count for weight, count in own),
         gradients=gradients,
@@ -138,16 +143,15 @@ def rank_bytes(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exchanged:
-    """What processes that share an expert's weights send each other, by sizes that are whole."""
+    """What processes that share an expert's weights send each other, as the sizes of the whole."""
 
     gathered: int
-    """Bytes of one block's weights (of the largest), as all processes together send them: with as
-    many rows as the first one has, so that the shards of the last ones are padded."""
+    """Bytes of one block's weights (of the largest), with the padding of the last shards."""
     reduced: int
-    """Numbers of the gradients of one block that are reduce-scattered, padded in the same way; 0
-    if the blocks are frozen."""
+    """Numbers of the gradients of one block that are reduce-scattered, likewise; 0 if the blocks
+    are frozen."""
     summed: int
-    """Numbers of fine-tuned weights outside of the blocks, whose gradients are summed whole."""
+    """Numbers of fine-tuned weights that are not sharded, whose gradients are summed whole."""
 
 
 def exchanged(config: ResolvedRun, stored: StoredTransformer, sharing: Sharing) -> Exchanged:
@@ -159,9 +163,8 @@ def exchanged(config: ResolvedRun, stored: StoredTransformer, sharing: Sharing) 
         if weight.block is None:
             summed += weight.numbers if weight.trained_size else 0
             continue
-        padded = sharing.shards * weight.rows_of(sharing, 0) * weight.row
-        gathered[weight.block] += padded * weight.computed_size
-        reduced[weight.block] += padded if weight.trained_size else 0
+        gathered[weight.block] += weight.padded(sharing) * weight.computed_size
+        reduced[weight.block] += weight.padded(sharing) if weight.trained_size else 0
     return Exchanged(gathered=round(max(gathered)), reduced=round(max(reduced)), summed=summed)
 
 
@@ -176,15 +179,15 @@ def expert_weights(
         trained.update(fine_tuned_names(config, method, shape))
         precision = method.weights
     matrix_size = _matrix_size(stored, plain)
+    linears = shape.linears()
     for name, sizes in shape.named_weights():
-        block = int(name.split(".")[1]) if name.startswith("blocks.") else None
-        is_table = name.endswith("scale_shift_table")  # [1, 6 or 2, width]
+        is_sharded = name.startswith("blocks.") and name.rpartition(".")[0] in linears
         size = 4 if _is_float32(name) else plain
         yield Weight(
-            block=block,
-            rows=1 if is_table else sizes[0],
-            row=prod(sizes if is_table else sizes[1:]),
-            size=matrix_size if block is not None and len(sizes) == 2 else size,
+            block=int(name.split(".")[1]) if is_sharded else None,
+            rows=sizes[0],
+            row=prod(sizes[1:]),
+            size=matrix_size if is_sharded and len(sizes) == 2 else size,
             trained_size=(4 if precision == "float32" else size) if name in trained else 0,
             residual=2 if precision == "kahan" and name in trained and size == 2 else 0,
         )
