@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,20 +178,29 @@ def settings_of(method: str, workshop: Path) -> list[str]:
     ]
 
 
-def first_gradients(run_yaml: Path, overrides: Sequence[str]) -> dict[str, torch.Tensor]:
-    """The gradients of the first step of a run, summed over its processes, and its loss."""
+def first_gradients(
+    run_yaml: Path,
+    overrides: Sequence[str],
+    also: Callable[[Run, StepBatches], dict[str, torch.Tensor]] | None = None,
+) -> dict[str, torch.Tensor]:
+    """The gradients of the first step of a run, summed over its processes, its loss, and what
+    `also` finds after the backward pass."""
     config = load_run(run_yaml, list(overrides))
     with join(HOST, 60.0) as ranks:
         run = WanModelSetup(config, ranks=ranks).build()
-        ranks.prepare([group.ranks for group in run.division.groups])
+        ranks.prepare(run.division.connected)
         expert = run.schedule.expert_at(0)
         step = run.loader.step(0, *expert, run.part)
         losses = backward(run, step, run.bring_expert(expert[0]))
         trainables = run.state.trainables_of(expert[0])
-        if run.part.count > 1:
+        if len(run.group.ranks) > 1:
             sum_gradients(run, trainables)
         own = sum(map(float, [*losses.losses, *losses.preservation]))
-        found = {"loss": torch.tensor(sum(ranks.gathered(own)))}
+        # Those that share the tokens of clips have the same loss.
+        every = ranks.gathered(own)
+        found = {"loss": torch.tensor(sum(every[:: run.division.sequence]))}
+        if also is not None:
+            found |= also(run, step)
         for trainable in trainables:
             for number, parameter in enumerate(trainable.optimizer.trained_parameters):
                 if parameter.grad is not None:

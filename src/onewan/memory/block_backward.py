@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import accumulate
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
@@ -27,7 +26,16 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from onewan.devices import generator_state, set_generator_state
 from onewan.model.attention_backends import AttentionBackend, attend, default_backend
-from onewan.model.block_parts import BlockInputs, BlockParts, Heads, Modulation, within_frames
+from onewan.model.block_parts import (
+    BlockInputs,
+    BlockParts,
+    Heads,
+    Modulation,
+    groups_within,
+    of_all_tokens,
+    of_own_tokens,
+    within_frames,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +142,7 @@ class BlockComputation:
         part = self.parts.modulation(block, inputs.time)
         random.mark("self heads")
         heads = self.parts.self_attention_heads(block, hidden_BNd, part, inputs)
+        heads = of_all_tokens(heads, inputs)
         first = self.attended(block, heads, inputs)
         del heads
         random.mark("self branch")
@@ -159,7 +168,7 @@ class BlockComputation:
         """The next hidden states, recorded by autograd: without gradient checkpointing."""
         part = self.parts.modulation(block, inputs.time)
         heads = self.parts.self_attention_heads(block, hidden_BNd, part, inputs)
-        output = self._attend(block, heads, inputs)
+        output = self._attend(block, of_all_tokens(heads, inputs), inputs)
         hidden = hidden_BNd + self.parts.self_attention_branch(
             block, output, heads.output_dtype, part, inputs.groups
         )
@@ -196,16 +205,19 @@ class BlockComputation:
     def attended(
         self, block: WanTransformerBlock, heads: Heads, inputs: BlockInputs | None
     ) -> Attended:
-        """Self-attention with `inputs`, cross-attention without; no gradients."""
+        """Self-attention with `inputs`, cross-attention without; no gradients. `heads` are those
+        that `of_all_tokens` returns; the output has this process's own tokens, with all heads."""
         folded = self._folded(block, heads, inputs)
         output, saved = self.chosen(folded).forward(*folded.tensors)
-        return Attended(output.reshape(heads.q.shape), saved, heads.output_dtype)
+        output = of_own_tokens(output.reshape(heads.q.shape), inputs)
+        return Attended(output, saved, heads.output_dtype)
 
     def _attend(
         self, block: WanTransformerBlock, heads: Heads, inputs: BlockInputs | None
     ) -> Tensor:
         folded = self._folded(block, heads, inputs)
-        return attend(*folded.tensors, self.chosen(folded)).reshape(heads.q.shape)
+        output = attend(*folded.tensors, self.chosen(folded)).reshape(heads.q.shape)
+        return of_own_tokens(output, inputs)
 
     def attention_backward(
         self,
@@ -215,17 +227,17 @@ class BlockComputation:
         grad_BNHD: Tensor,
         inputs: BlockInputs | None,
     ) -> list[Tensor]:
-        """Gradients of queries, keys and values."""
+        """Gradients of queries, keys and values; `heads` and `attended` as in `attended`."""
+        shared, output = None if inputs is None else inputs.shared, attended.output
+        if shared is not None:
+            grad_BNHD, output = shared.to_heads(grad_BNHD), shared.to_heads(output)
         folded = self._folded(block, heads, inputs)
         shape = folded.q.shape
         gradients = self.chosen(folded).backward(
-            grad_BNHD.reshape(shape),
-            *folded.tensors,
-            attended.output.reshape(shape),
-            attended.saved,
+            grad_BNHD.reshape(shape), *folded.tensors, output.reshape(shape), attended.saved
         )
         pairs = zip(gradients, heads.tensors, strict=True)
-        return [gradient.reshape(head.shape) for gradient, head in pairs]
+        return [of_own_tokens(gradient.reshape(head.shape), inputs) for gradient, head in pairs]
 
     def chosen(self, heads: Heads) -> AttentionBackend:
         """The attention backend for these heads."""
@@ -245,14 +257,9 @@ class BlockComputation:
     ) -> Iterator[tuple[slice, tuple[int, ...]]]:
         """(tokens of a chunk, how many of them each group has)."""
         size = -(-tokens // self.chunks)
-        ends = list(accumulate(groups))
         for start in range(0, tokens, size):
-            stop = min(start + size, tokens)
-            counts = (
-                max(0, min(end, stop) - max(end - group, start))
-                for end, group in zip(ends, groups, strict=True)
-            )
-            yield slice(start, stop), tuple(counts)
+            span = range(start, min(start + size, tokens))
+            yield slice(span.start, span.stop), groups_within(groups, span)
 
     def _feed_forward(
         self, block: WanTransformerBlock, hidden_BNd: Tensor, part: Modulation, inputs: BlockInputs
@@ -381,10 +388,11 @@ class _Attention:
         self._hidden = hidden_BNd.detach().requires_grad_()
         self._text = text
         self._heads: Heads | None = None
+        self._edges: list[GradientEdge | None] = []
         if kept is None:
             self._heads = self._compute_heads()
             with torch.no_grad():
-                kept = owner.how.attended(owner.block, _detached(self._heads), self._inputs())
+                kept = owner.how.attended(owner.block, self._heads, self._inputs())
         self._attended = kept
         self._leaf = kept.output.detach().requires_grad_()
 
@@ -409,19 +417,12 @@ class _Attention:
         self._heads = None
         with torch.no_grad():
             gradients = owner.how.attention_backward(
-                owner.block,
-                _detached(heads),
-                self._attended,
-                grad_attended,
-                self._inputs(),
+                owner.block, heads, self._attended, grad_attended, self._inputs()
             )
-        del grad_attended, self._attended, self._leaf
-        # Without trained layers, keys and values of the text have no graph.
-        recorded = [head.requires_grad for head in heads.tensors]
-        roots = [gradient for gradient, used in zip(gradients, recorded, strict=True) if used]
-        # The edges keep the graphs, and the heads themselves are freed.
-        edges = [get_gradient_edge(head) for head in heads.tensors if head.requires_grad]
-        del heads, gradients
+        del grad_attended, self._attended, self._leaf, heads
+        roots = [g for g, edge in zip(gradients, self._edges, strict=True) if edge is not None]
+        edges = [edge for edge in self._edges if edge is not None]
+        del gradients, self._edges
         if self._text is not None and owner.sums.text is not None:
             # The sum of the blocks behind this one comes first, as in autograd's sum over blocks.
             edges.append(get_gradient_edge(self._text))
@@ -431,6 +432,14 @@ class _Attention:
             grad_BNd += self._hidden.grad
 
     def _compute_heads(self) -> Heads:
+        """What attention computes with. The edges keep its graph, and not the tensors."""
+        heads = self._recorded_heads()
+        # Without trained layers, keys and values of the text have no graph.
+        self._edges = [get_gradient_edge(h) if h.requires_grad else None for h in heads.tensors]
+        with torch.no_grad():
+            return of_all_tokens(_detached(heads), self._inputs())
+
+    def _recorded_heads(self) -> Heads:
         owner, parts = self._owner, self._owner.how.parts
         again = not parts.is_compiled
         with owner.random.again(f"{self._name} heads"), owner.context():

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -25,11 +26,13 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from onewan.model.precision import CastOnce, autocast, autocast_dtype
+from onewan.model.shared_tokens import SharedTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockInputs:
-    """What all blocks get in one forward pass of one batch, besides the hidden states."""
+    """What all blocks get in one forward pass of one batch, besides the hidden states. Where
+    processes share its tokens, N counts those of this one."""
 
     text: Tensor
     """[B, 512, d] text embeddings, projected to the transformer's width."""
@@ -41,6 +44,8 @@ class BlockInputs:
     """cos and sin of the rotary position embedding, float32 [1, N, 1, D]."""
     frames: int
     """Latent frames; tokens are ordered by frame."""
+    shared: SharedTokens | None = None
+    """How processes share the tokens; None if this one has all of them."""
 
 
 class Modulation(NamedTuple):
@@ -157,6 +162,22 @@ def within_frames(heads: Heads, frames: int) -> Heads:
     return Heads(q, k, v, heads.output_dtype)
 
 
+def of_all_tokens(heads: Heads, inputs: BlockInputs | None) -> Heads:
+    """What self-attention computes with: where processes share the tokens, all tokens of this one's
+    part of the heads, and `heads` themselves elsewhere. None is cross-attention."""
+    if inputs is None or inputs.shared is None:
+        return heads
+    q, k, v = map(inputs.shared.to_heads, heads.tensors)
+    return Heads(q, k, v, heads.output_dtype)
+
+
+def of_own_tokens(heads_BNHD: Tensor, inputs: BlockInputs | None) -> Tensor:
+    """The reverse for one tensor, such as the output: all heads of this process's tokens."""
+    if inputs is None or inputs.shared is None:
+        return heads_BNHD
+    return inputs.shared.to_tokens(heads_BNHD)
+
+
 @dataclass(frozen=True)
 class BlockParts:
     """The functions of this module, as they are or compiled."""
@@ -186,6 +207,15 @@ class BlockParts:
             for name, function in functions.items()
         }
         return BlockParts(**compiled, is_compiled=True)
+
+
+def groups_within(groups: tuple[int, ...], span: range) -> tuple[int, ...]:
+    """How many of the tokens of `span` each of the groups has that follow each other."""
+    ends = accumulate(groups)
+    return tuple(
+        max(0, min(end, span.stop) - max(end - group, span.start))
+        for end, group in zip(ends, groups, strict=True)
+    )
 
 
 def by_group(

@@ -27,7 +27,8 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from onewan.model.block_parts import BlockInputs, by_group
+from onewan.model.block_parts import BlockInputs, by_group, groups_within
+from onewan.model.shared_tokens import SharedTokens, TokenSharing
 
 
 class BlockRunner(Protocol):
@@ -65,6 +66,9 @@ class WanTransformer(WanTransformer3DModel):
     reference: Tensor | None = None
     """[1, C, H, W]: the reference image of calls of `forward`, which a pipeline makes without
     one."""
+    sharing: TokenSharing | None = None
+    """The processes that share the tokens of what goes through `forward_batches`, for which they
+    need a runner; None if this one has all tokens."""
 
     def add_ref_conv(self, channels: int) -> None:
         """Add `ref_conv` for reference images of `channels` latent channels, on the device and in
@@ -89,7 +93,8 @@ class WanTransformer(WanTransformer3DModel):
     @property
     def runs_batches(self) -> bool:
         """Whether `forward_batches` computes a forward pass, and not diffusers' own."""
-        return self.block_runner is not None or self.takes_reference
+        is_ours = self.block_runner is not None or self.takes_reference
+        return is_ours or self.sharing is not None
 
     def forward(
         self,
@@ -100,7 +105,8 @@ class WanTransformer(WanTransformer3DModel):
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """As `WanTransformer3DModel.forward`."""
+        """As `WanTransformer3DModel.forward`. Tokens are not shared: each process makes sample
+        videos of its own."""
         if not self.runs_batches:
             return super().forward(
                 hidden_states,
@@ -113,14 +119,23 @@ class WanTransformer(WanTransformer3DModel):
         if encoder_hidden_states_image is not None or attention_kwargs is not None:
             raise ValueError("Wan 2.2 has no image embeddings, and adapters are scaled elsewhere")
         call = TransformerCall(hidden_states, timestep, encoder_hidden_states, self.reference)
-        (sample,) = self.forward_batches([call])
+        (sample,) = self._forward_batches([call], None)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def forward_batches(self, calls: Sequence[TransformerCall]) -> list[Tensor]:
         """The predictions [B, C, F, H, W] of several batches. With a runner they go through each
-        block together, so that its weights are brought to the device once for all of them."""
+        block together, so that its weights are brought to the device once for all of them. With
+        `sharing`, all processes that share the tokens make the same calls, and all of them get the
+        whole predictions."""
+        return self._forward_batches(calls, self.sharing)
+
+    def _forward_batches(
+        self, calls: Sequence[TransformerCall], sharing: TokenSharing | None
+    ) -> list[Tensor]:
+        if sharing is not None and self.block_runner is None:
+            raise ValueError("tokens are shared by processes only where blocks have a runner")
         hidden: list[Tensor] = []
-        embedded = [self._embed(call, hidden) for call in calls]
+        embedded = [self._embed(call, hidden, sharing) for call in calls]
         inputs = [inputs for _, inputs in embedded]
         last = self._through_blocks(hidden, inputs)
         return [
@@ -158,13 +173,18 @@ class WanTransformer(WanTransformer3DModel):
             tokens = torch.cat([self._reference_tokens(call).to(tokens), tokens], dim=1)
         return tokens.contiguous()
 
-    def _embed(self, call: TransformerCall, states: list[Tensor]) -> tuple[Tensor, BlockInputs]:
+    def _embed(
+        self, call: TransformerCall, states: list[Tensor], sharing: TokenSharing | None
+    ) -> tuple[Tensor, BlockInputs]:
         """(time embedding [B, T, d], inputs of all blocks); appends the hidden states of the first
         block to `states`."""
         latents = call.latents
         _, rows, columns = self.config["patch_size"]
         per_frame = (latents.shape[3] // rows) * (latents.shape[4] // columns)
         states.append(self._tokens(call))
+        shared = None if sharing is None else sharing.of(states[-1].shape[1])
+        if shared is not None:
+            states[-1] = states[-1][:, _slice(shared)].clone()  # the others' are freed
         frames = latents.shape[2] + self.takes_reference
         # Positions follow from the shape alone; a reference image is at frame 0.
         rotated = latents[:, :, :1].expand(-1, -1, frames, -1, -1)
@@ -178,12 +198,17 @@ class WanTransformer(WanTransformer3DModel):
         )
         if count is None:
             time, modulation = time[:, None], modulation[:, None]
+        cos, sin = self.rope(rotated)
+        if shared is not None:
+            cos, sin = cos[:, _slice(shared)], sin[:, _slice(shared)]
+            groups = groups_within(groups, shared.own)
         inputs = BlockInputs(
             text=text,
             time=modulation.unflatten(2, (6, -1)),
             groups=groups,
-            rotary=_without_base(self.rope(rotated)),
+            rotary=_without_base((cos, sin)),
             frames=frames,
+            shared=shared,
         )
         return time, inputs
 
@@ -196,9 +221,13 @@ class WanTransformer(WanTransformer3DModel):
         normed = by_group(
             normed, inputs.groups, lambda part, of: part * (1 + scale[:, of]) + shift[:, of]
         )
-        if self.takes_reference:
+        if self.takes_reference and inputs.shared is None:
             normed = normed[:, normed.shape[1] // inputs.frames :]
         patches = self.proj_out(normed.type_as(hidden_BNd))
+        if inputs.shared is not None:
+            patches = inputs.shared.gathered(patches)
+            if self.takes_reference:
+                patches = patches[:, patches.shape[1] // inputs.frames :]
         frames, rows, columns = self.config["patch_size"]
         batch, _, f, h, w = latents.shape
         grid = patches.reshape(
@@ -212,6 +241,10 @@ def _without_base(rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     # others.
     cos, sin = rotary
     return cos.clone(), sin.clone()
+
+
+def _slice(shared: SharedTokens) -> slice:
+    return slice(shared.own.start, shared.own.stop)
 
 
 def frame_groups(frames: int, per_frame: int) -> tuple[int, ...]:

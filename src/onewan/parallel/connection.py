@@ -132,6 +132,25 @@ class Connection:
             for sent in waiting:
                 sent.take_sums()
 
+    @torch.no_grad()
+    def exchanged(
+        self, rows: Tensor, given: Sequence[int], taken: Sequence[int], group: Sequence[int]
+    ) -> Tensor:
+        if len(group) == 1:
+            return rows
+        sent = self._sendable(rows.contiguous())
+        received = sent.new_empty((sum(taken), *sent.shape[1:]))
+        with self._naming_who_failed():
+            # As bytes, since backends do not have an all-to-all for each dtype.
+            dist.all_to_all_single(
+                received.view(torch.uint8),
+                sent.view(torch.uint8),
+                list(taken),
+                list(given),
+                group=self._groups[tuple(group)],
+            )
+        return received.to(rows.device)
+
     def taken_by_first(self, source: int, value: dict[str, Any] | None) -> dict[str, Any] | None:
         with self._naming_who_failed():
             if self.rank == source:

@@ -109,6 +109,13 @@ class Division:
         """How many processes share the tokens of a clip."""
         return self.groups[0].sequence
 
+    @property
+    def connected(self) -> list[tuple[int, ...]]:
+        """The sets of ranks that send each other tensors in a step."""
+        sharing = (group.sharing_clips(rank) for group in self.groups for rank in group.ranks)
+        sets = [*(group.ranks for group in self.groups), *sharing]
+        return [ranks for ranks in dict.fromkeys(sets) if len(ranks) > 1]
+
     def group_of(self, rank: int) -> Group:
         """The group of a process."""
         return next(group for group in self.groups if rank in group.ranks)

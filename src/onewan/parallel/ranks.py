@@ -56,6 +56,17 @@ class Ranks(Protocol):
         bits. Sums are computed in float32."""
         ...
 
+    def exchanged(
+        self, rows: Tensor, given: Sequence[int], taken: Sequence[int], group: Sequence[int]
+    ) -> Tensor:
+        """An all-to-all: each process of `group` gives every other one some rows of a tensor.
+
+        `given` says how many consecutive `rows`, [n, ...] of any dtype, each process of `group`
+        gets, this one included, and `taken` how many this one gets from each. Returns these, one
+        behind the other, on the device of `rows`, without a gradient.
+        """
+        ...
+
     def taken_by_first(self, source: int, value: dict[str, Any] | None) -> dict[str, Any] | None:
         """What the process `source` gives the first one, which gets it; None for all others.
         Containers of tensors and numbers, as a file that `torch.load(weights_only=True)` reads."""
@@ -78,6 +89,12 @@ class Alone:
 
     def add(self, tensors: Sequence[Tensor], group: Sequence[int]) -> None:
         del tensors, group
+
+    def exchanged(
+        self, rows: Tensor, given: Sequence[int], taken: Sequence[int], group: Sequence[int]
+    ) -> Tensor:
+        del given, taken, group
+        return rows
 
     def taken_by_first(self, source: int, value: dict[str, Any] | None) -> dict[str, Any] | None:
         del source

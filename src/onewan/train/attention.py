@@ -126,6 +126,8 @@ def _largest_shape(run: Run) -> AttentionShape:
     grids = (_token_grid(clip, variant) for clip in run.dataset.clips)
     frames, per_frame = max(grids, key=lambda grid: grid[0] * grid[1])
     heads, head_dim = _transformer_config(run)
+    # Processes that share the tokens compute all of them, for some of the heads.
+    heads //= run.division.sequence
     if not run.config.wan_config.use_temporal_attention:
         batch, frames = batch * frames, 1  # each frame attends to itself
     return AttentionShape(batch=batch, tokens=frames * per_frame, heads=heads, head_dim=head_dim)

@@ -49,6 +49,7 @@ from onewan.model.block_parts import BlockParts
 from onewan.model.transformer import WanTransformer
 from onewan.model.vae import StripsOf
 from onewan.parallel.environment import local_count
+from onewan.parallel.ranks import Ranks
 from onewan.runs.events import MemoryPlanned
 
 _PINNED = {None: None, "pinned": True, "pageable": False, "mapped": False}
@@ -206,9 +207,11 @@ def plan_run(
     device: torch.device,
     clips: Iterable[Clip],
     chunks: Mapping[str, int] | None = None,
+    ranks: Ranks | None = None,
 ) -> Plan | None:
     """The plan for training on `device`; None on the CPU. It keeps the feed-forward `chunks` of a
-    run that is resumed (`onewan.train.chunks`), unless these no longer fit.
+    run that is resumed (`onewan.train.chunks`), unless these no longer fit. With `ranks`, which all
+    call this, it is made for the least that any of them has, so that it is the same for all.
 
     MemoryPlanError, which says by how much and what would help, if the run can't fit.
     """
@@ -216,11 +219,23 @@ def plan_run(
         return None
     buckets = Counter(map(bucket_of, clips))
     machine, stored = machine_with(config, device), read_stored_model(config)
+    if ranks is not None:
+        machine = _least(ranks.gathered(machine))
     plan = make_plan(config, buckets, machine, stored, chunks=chunks)
     if chunks and not plan.fits:
         plan = make_plan(config, buckets, machine, stored)
     check_plan(plan)
     return plan
+
+
+def _least(machines: Sequence[Machine]) -> Machine:
+    """A machine of which each of `machines` has all."""
+    return replace(
+        machines[0],
+        vram=min(machine.vram for machine in machines),
+        ram=min(machine.ram for machine in machines),
+        context=max(machine.context for machine in machines),
+    )
 
 
 def bucket_of(clip: Clip) -> Bucket:

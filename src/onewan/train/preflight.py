@@ -37,6 +37,7 @@ from onewan.train.attention import check_attention
 from onewan.train.optimizers.builders import build_optimizer
 from onewan.train.optimizers.parameters import library_group
 from onewan.train.state import TrainableName
+from onewan.train.token_sharing import check_heads
 from onewan.train.trainable_setup import check_expert, embedding_from_file, expert_settings
 from onewan.train.wandb_sink import check_wandb
 from onewan.variants import Expert, ExpertName
@@ -49,14 +50,15 @@ def check_before_encoding(
     initial: Mapping[ExpertName, AdapterFile],
     distilled: Mapping[ExpertName, AdapterFile],
     device: torch.device,
+    sequence: int = 1,
 ) -> None:
     """ConfigError with all problems, or CheckpointError if only files of the model are wrong.
 
     `sources` are the files of the model, of which the components `needed` are used; `initial` are
-    the adapters to initialize from, `distilled` those to sample with, and `device` is the run's. No
-    weights are read, and nothing is
-    downloaded: of a model on the hub, whose transformers may not be here yet, only layers are
-    checked.
+    the adapters to initialize from, `distilled` those to sample with, `device` is the run's, and
+    `sequence` the number of processes that share the tokens of a clip. No weights are read, and
+    nothing is downloaded: of a model on the hub, whose transformers may not be here yet, only
+    layers are checked.
     """
     problems, of_files = _collected(
         lambda: _check_folders(config),
@@ -71,6 +73,7 @@ def check_before_encoding(
             lambda: _check_experts(config, sources, initial),
             lambda: _check_distilled(config, sources, distilled),
             lambda: _check_attention(config, sources, device),
+            lambda: _check_sharing(config, sources, sequence),
         )
         problems += more
     _raise(problems, of_files)
@@ -224,6 +227,14 @@ def _check_attention(config: ResolvedRun, sources: Sources, device: torch.device
     transformer = _transformer(config, sources, expert)
     head_dim = transformer.config["attention_head_dim"] if transformer else None
     check_attention(config, device, head_dim or variant.attention_head_dim)
+
+
+def _check_sharing(config: ResolvedRun, sources: Sources, sequence: int) -> None:
+    """That processes which share tokens can share the attention heads of the model's own files."""
+    if sequence > 1:
+        for expert in config.model.facts().selected(config.model.experts):
+            if transformer := _transformer(config, sources, expert):
+                check_heads(transformer.config["num_attention_heads"], sequence)
 
 
 def _check_embeddings(config: ResolvedRun, text_encoder: Path | None) -> None:

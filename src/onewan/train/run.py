@@ -82,6 +82,11 @@ class Run:
         """Which part of a step's clips this process has."""
         return self.group.part(self.ranks.rank)
 
+    @property
+    def tokens(self) -> Part:
+        """Which part of the tokens of these clips it has."""
+        return self.group.tokens(self.ranks.rank)
+
     def trained_by(self, group: Group) -> list[Trainable]:
         """What the processes of `group` train."""
         found = (self.state.experts[name].trainable for name in group.experts)

@@ -31,6 +31,7 @@ from onewan.model.load import WanModelLoader
 from onewan.model.sources import ENCODERS, PipelineComponent, Sources, is_here, locate
 from onewan.model.vae import encode_in_strips
 from onewan.model.wan import WanModel
+from onewan.parallel.division import Division
 from onewan.parallel.ranks import Alone, Ranks
 from onewan.parallel.run_division import division_of
 from onewan.sample.generate import SampleRequest
@@ -43,6 +44,7 @@ from onewan.train.previews import distilled_files, preview_overlays
 from onewan.train.prompt_texts import PromptTexts
 from onewan.train.run import Run, full_sample_requests, objective_of, sample_requests
 from onewan.train.state import TrainedExpert, TrainState
+from onewan.train.token_sharing import check_tokens, share_tokens
 from onewan.train.trainable_setup import (
     attach_embeddings,
     attach_expert,
@@ -90,7 +92,18 @@ class WanModelSetup:
         None on the CPU. Refuses clips that can't be trained on, and a run that does not fit."""
         check_captions(self._config, clips)
         config = self._with_known_steps(clips)
-        return config, plan_run(config, self._residency.device, clips, self._chunks)
+        check_tokens(config, clips, self._division.sequence)
+        return config, self._plan(config, clips)
+
+    def _plan(self, config: ResolvedRun, clips: Sequence[Clip]) -> Plan | None:
+        """As `plan_run`. Processes that share the tokens of clips have the same plan: it decides
+        what they exchange, and in which order."""
+        ranks = self._ranks if self._division.sequence > 1 else None
+        return plan_run(config, self._residency.device, clips, self._chunks, ranks)
+
+    @property
+    def _division(self) -> Division:
+        return division_of(self._config, self._ranks.count)
 
     @property
     def initial_digests(self) -> dict[ExpertName, str]:
@@ -121,8 +134,7 @@ class WanModelSetup:
         if vae is not None and config.video_data.cache:  # without one it encodes in every step
             self._residency.release(vae)
         # Again, without the clips that could not be encoded.
-        clips = [*dataset.clips, *dataset.validation_clips]
-        memory = self._memory(plan_run(config, self._residency.device, clips, self._chunks))
+        memory = self._memory(self._plan(config, [*dataset.clips, *dataset.validation_clips]))
         model = self._load_for_training(vae, needs_sampling=bool(samples))
         del vae  # freed before adapters and optimizers are built, unless sampling needs it
         objective = objective_of(config.train, self._variant, self._experts)
@@ -161,9 +173,10 @@ class WanModelSetup:
             dropout=self._dropout,
             warnings=[*self._notices, *self._warnings(schedule, dataset)],
             ranks=self._ranks,
-            division=division_of(config, self._ranks.count),
+            division=self._division,
         )
         use_attention(run, run.attention)
+        share_tokens(run)
         return run
 
     @property
@@ -266,6 +279,7 @@ class WanModelSetup:
                 initial,
                 distilled_files(self._config),
                 self._residency.device,
+                self._division.sequence,
             )
             self._sources = sources
         return self._sources
@@ -358,8 +372,14 @@ class WanModelSetup:
                     f"{len(idle)} of {len(dataset.clips)} clips have no caption with a trained "
                     f"placeholder, so nothing is learned from them ({', '.join(names)})"
                 )
-        parts = division_of(config, self._ranks.count).parts
-        if self._dropout and parts > config.train.accumulation:
+        division = self._division
+        if self._dropout and division.sequence > 1:
+            warnings.append(
+                f"{division.sequence} processes share the tokens of a clip, so method.dropout "
+                "drops other values than in a run of one process"
+            )
+        parts = division.parts
+        if self._dropout and division.sequence == 1 and parts > config.train.accumulation:
             warnings.append(
                 f"{parts} processes share a batch, so method.dropout drops other values than in a "
                 f"run of one process; with train.accumulation={parts} or more each has whole "

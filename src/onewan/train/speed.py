@@ -36,7 +36,8 @@ class StepSpeed:
 
 
 def step_speed(run: Run, step: StepBatches, seconds: float, rate: float | None) -> StepSpeed:
-    """The speed of `step`, which took `seconds`, on a device that reaches `rate` FLOP/s."""
+    """The speed at which this process trained its part of `step` in `seconds`, on a device that
+    reaches `rate` FLOP/s. Processes that share the tokens of a clip count an equal part of them."""
     config = run.state.experts[step.expert].transformer.config
     size, trained = TransformerSize.of_config(config), trained_part(run.config)
     tokens, operations = 0, 0.0
@@ -48,6 +49,7 @@ def step_speed(run: Run, step: StepBatches, seconds: float, rate: float | None) 
         per_clip = token_count(frames, *side_lengths)
         tokens += count * per_clip
         operations += count * training_flops(forward_flops(size, per_clip), trained)
+    seconds *= run.division.sequence
     per_second = operations / seconds
     return StepSpeed(
         tokens_per_second=tokens / seconds,

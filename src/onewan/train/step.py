@@ -30,7 +30,8 @@ class StepMetrics:
     """Measurements of one optimizer step."""
 
     loss: float
-    """Mean over the samples of the step; of a rank that has a part of them, its part of the sum."""
+    """Mean over the samples of the step; of a rank that has a part of them, its part of the sum.
+    Ranks that share the tokens of clips have the same."""
     preservation_loss: float | None
     """What is added to it for the predictions of the base model that are kept, with their weight;
     None if none is kept."""
@@ -56,7 +57,7 @@ def train_step(run: Run, step: StepBatches) -> StepMetrics:
         for trainable in trainables
     ]
     losses, preservation, levels = backward(run, step, trained)
-    if run.part.count > 1:
+    if len(run.group.ranks) > 1:
         sum_gradients(run, trainables)
     max_norm = run.config.train.max_grad_norm
     # Without any gradient, PyTorch returns a norm of 0 on the CPU.
@@ -83,7 +84,8 @@ def train_step(run: Run, step: StepBatches) -> StepMetrics:
 
 def sum_gradients(run: Run, trainables: Sequence[Trainable]) -> None:
     """Make the gradients of `trainables` those of the whole step: their sums over the ranks that
-    have parts of it. The loss is weighted by clip, so that a sum is what one process computes."""
+    have parts of it. The loss is weighted by clip, and the gradients of a rank are those of its own
+    tokens, so that a sum is what one process computes."""
     parameters = [p for trainable in trainables for p in trainable.optimizer.trained_parameters]
     # A parameter without a gradient on any rank, such as a placeholder that no caption has, must
     # stay without one: an optimizer treats a gradient of zeros differently.
@@ -150,7 +152,10 @@ def pass_backward(
     losses; returns these. `purpose` keys the draws of dropout."""
     if run.dropout:
         counters = (step.number, noised[0].batch.first_sample_index)
-        # Seeded for each group, so that a resumed run draws the same dropout.
+        # Seeded for each group, so that a resumed run draws the same dropout. Processes that share
+        # the tokens draw different numbers.
+        if run.tokens.count > 1:
+            counters += (run.tokens.number,)
         torch.manual_seed(derive_seed(run.config.train.seed, purpose, *counters))
     predictions = predict(run, trained, noised)
     # Every sample has the same weight, although the last batch of a bucket may be smaller.
@@ -258,7 +263,7 @@ def check_finite(run: Run, step: StepBatches, losses: list[float], norm: float) 
 def _ranks_with(run: Run, *, bad: bool) -> list[int]:
     """The processes of this step that have bad losses. All of them have to call it, which they do
     if the norm of their summed gradients is not finite."""
-    flags = torch.zeros(run.part.count)
-    flags[run.part.number] = float(bad)
+    flags = torch.zeros(len(run.group.ranks))
+    flags[run.group.ranks.index(run.ranks.rank)] = float(bad)
     run.ranks.add([flags], run.group.ranks)
     return [rank for rank, flag in zip(run.group.ranks, flags.tolist(), strict=True) if flag]

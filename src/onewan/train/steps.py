@@ -55,7 +55,7 @@ class Steps:
                 span = self._span(run.state.step, total)
                 done = [self._train(next(batches)) for step in span if self._is_own(step)]
                 run.state.step = span.stop
-                yield _in_order(run.ranks.gathered(done))
+                yield _in_order(run.ranks.gathered(done), run.division.sequence)
 
     def _span(self, first: int, total: int) -> range:
         run = self._run
@@ -102,25 +102,27 @@ class Steps:
         )
 
 
-def _in_order(by_rank: Sequence[Sequence[StepDone]]) -> list[StepDone]:
-    """The steps of a span from what each process tells of its parts of them."""
+def _in_order(by_rank: Sequence[Sequence[StepDone]], sequence: int) -> list[StepDone]:
+    """The steps of a span from what each process tells of its parts of them. `sequence` processes,
+    which follow each other, have parts with the same clips."""
     parts: dict[int, list[StepDone]] = {}
     for done in by_rank:
         for part in done:
             parts.setdefault(part.step, []).append(part)
-    return [_whole(parts[step]) for step in sorted(parts)]
+    return [_whole(parts[step], sequence) for step in sorted(parts)]
 
 
-def _whole(parts: Sequence[StepDone]) -> StepDone:
-    """A step from its parts: losses and speeds add up, times and peaks are the largest."""
-    first = parts[0]
+def _whole(parts: Sequence[StepDone], sequence: int) -> StepDone:
+    """A step from its parts: losses, one of those with the same clips, and speeds add up, times and
+    peaks are the largest."""
+    first, clips = parts[0], parts[::sequence]
     if len(parts) == 1:
         return first
     return replace(
         first,
-        loss=sum(part.loss for part in parts),
-        preservation_loss=_of_those(sum, [part.preservation_loss for part in parts]),
-        t=tuple(level for part in parts for level in part.t),
+        loss=sum(part.loss for part in clips),
+        preservation_loss=_of_those(sum, [part.preservation_loss for part in clips]),
+        t=tuple(level for part in clips for level in part.t),
         seconds=max(part.seconds for part in parts),
         memory_allocated=_of_those(max, [part.memory_allocated for part in parts]),
         step_memory_peak=_of_those(max, [part.step_memory_peak for part in parts]),

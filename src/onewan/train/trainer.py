@@ -187,7 +187,7 @@ class WanTrainer:
         vram = config.memory.vram
         self._memory_limit = limit_memory(device, None if vram is None else parse_bytes(vram))
         run = setup.build(self._on_encoding)
-        self._ranks.prepare([group.ranks for group in run.division.groups])
+        self._ranks.prepare(run.division.connected)
         # Ends the copies, and frees pinned memory for other runs of this process.
         with closing(run.memory):
             self._begin(run)

@@ -1,0 +1,149 @@
+"""Processes that share the tokens of clips have the results of one process, but for the order in
+which gradients are added."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support.equal_runs import (
+    distance,
+    first_gradients,
+)
+from support.runs import RunFile
+from support.shared_tokens import DIVIDES, Case, alone_and_together, results
+from support.tiny_models import TinyModels
+from support.torchrun import together
+
+from onewan.data.loader import StepBatches
+from onewan.parallel.ranks import Alone
+from onewan.parallel.sequence import SequenceParallel
+from onewan.train.run import Run
+from onewan.train.speed import step_speed
+
+# ------------------------------------------------------------------- a forward and a backward pass
+
+CASES = {
+    "tokens that divide": Case(size=DIVIDES),
+    "tokens that do not": Case(),
+    "adapters": Case(train="adapters"),
+    "the text alone": Case(train="text"),
+    "kept attention": Case(train="adapters", how={"keep_attention": True}),
+    "clean first frame": Case(clean=(0,)),
+    "clean frames, chunks": Case(clean=(0, 2), how={"chunks": 3, "keep_attention": True}),
+    "frames apart": Case(size=DIVIDES, how={"frames_apart": True, "keep_attention": True}),
+    "no checkpointing": Case(checkpointing=False),
+    "no checkpointing, frames apart": Case(
+        checkpointing=False, clean=(0,), how={"frames_apart": True}
+    ),
+    "two batches": Case(batches=2, clean=(0,), how={"keep_attention": True}),
+    "reference image": Case(reference=True),
+}
+BFLOAT16 = {
+    "bfloat16": Case(dtype=torch.bfloat16),
+    "bfloat16, adapters": Case(
+        dtype=torch.bfloat16, train="adapters", clean=(0,), how={"keep_attention": True}
+    ),
+}
+
+
+def far(found: dict[str, tuple[torch.Tensor, torch.Tensor]], *, predictions: bool) -> float:
+    """The relative distance of all predictions together, or of all gradients."""
+    names = [name for name in sorted(found) if name.startswith("prediction") == predictions]
+    assert names
+    one, other = (torch.cat([found[name][i].flatten() for name in names]) for i in (0, 1))
+    return distance(one, other)
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_results_and_gradients_are_those_of_one_process(processes: int) -> None:
+    first, *others = together(processes, alone_and_together, {**CASES, **BFLOAT16})
+    for name, found in first.items():
+        for other in others:  # all of them get the whole prediction
+            assert all(torch.equal(found[n][1], other[name][n][1]) for n in found), name
+    for name in CASES:
+        assert far(first[name], predictions=True) < 1e-6, name
+        assert far(first[name], predictions=False) < 1e-6, name
+        for one, shared in first[name].values():  # and of each weight
+            assert distance(one, shared) < 1e-5, name
+    for name, case in BFLOAT16.items():
+        # What is rounded in another order is no further away than from unrounded results.
+        exact = results(case, dtype=torch.float32)
+        for predictions in (True, False):
+            rounded = {n: (exact[n], one) for n, (one, _) in first[name].items()}
+            limit = far(rounded, predictions=predictions)
+            assert 0 < limit < 0.05, name
+            assert far(first[name], predictions=predictions) < limit, name
+
+
+def test_a_forward_pass_of_a_sampler_is_not_shared() -> None:
+    """`WanTransformer.forward`, as pipelines call it, needs no other process."""
+    from support import shared_tokens
+
+    model = shared_tokens._model(Case(), torch.float32)
+    model.sharing = SequenceParallel(ranks=Alone(), group=(0, 1))
+    x, t, text = torch.zeros(1, 16, 1, 4, 4), torch.tensor([500.0]), torch.zeros(1, 512, 24)
+    with torch.no_grad():
+        assert model(x, t, text).sample.shape == x.shape
+    model.block_runner = None
+    with pytest.raises(ValueError, match="have a runner"):
+        shared_tokens.predict_velocities(model, [shared_tokens._batch(Case(), 0)])
+
+
+# ------------------------------------------------------------------------------------------- runs
+
+SHARED = "parallel.sequence_parallel=2"
+MORE = ["train.batch_size=2", "optimizer.lr=0.002"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """The setting with a model of a variant, whose four attention heads can be shared."""
+    models = TinyModels(tmp_path_factory.mktemp("heads"), width=128, layers=2)
+    return lambda variant: f"model.path={models(variant).as_posix()}"  # pyright: ignore[reportArgumentType]
+
+
+def speed_and_seed(run: Run, step: StepBatches) -> dict[str, torch.Tensor]:
+    speed = step_speed(run, step, 1.0, 1e12)
+    numbers = [speed.tokens_per_second, speed.tflops, speed.mfu or 0.0]
+    return {
+        "speed": torch.tensor(numbers),
+        "seed": torch.tensor(torch.initial_seed() % 2**31),
+    }
+
+
+@pytest.mark.parametrize(
+    ("variant", "processes"),
+    [
+        ("ti2v-5b", 2),
+        pytest.param("ti2v-5b", 4, marks=pytest.mark.long),
+        pytest.param("t2v-a14b", 4, marks=pytest.mark.long),
+    ],
+)
+def test_gradients_of_a_step_are_those_of_one_process(
+    run_file: RunFile,
+    tmp_path: Path,
+    footage: list[str],
+    model: Callable[[str], str],
+    variant: str,
+    processes: int,
+) -> None:
+    """Of four processes two share the tokens of one clip, and two those of the other one."""
+    settings = [*footage, *MORE, model(variant), "parallel.experts=together"]
+    run_file(variant, *settings)
+    path = tmp_path / "run.yaml"
+    one = first_gradients(path, settings, speed_and_seed)
+    first, *others = together(processes, first_gradients, path, [*settings, SHARED], speed_and_seed)
+    of_rank = {"speed", "seed"}
+    assert first.keys() == one.keys() and len(one) > 10
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in one.keys() - of_rank)
+    for names in ({"loss"}, one.keys() - {"loss"} - of_rank):
+        whole, summed = (
+            torch.cat([of[name].flatten() for name in sorted(names)]) for of in (one, first)
+        )
+        assert distance(whole, summed) < 1e-5
+    total = sum(found["speed"] for found in (first, *others))
+    torch.testing.assert_close(total, one["speed"])
